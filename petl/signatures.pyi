@@ -23,6 +23,7 @@ from petl.methods.corda.config import CordaConfig
 from petl.methods.increlora.config import IncreloraConfig
 from petl.methods.mola import MolaConfig
 from petl.methods.mos.config import MosConfig
+from petl.methods.sherl.config import SherlConfig
 from petl.methods.sparse import SparseConfig
 
 @overload
@@ -170,6 +171,7 @@ def wrap(
     delora_lambda: Any = ...,
     deltaT: Any = ...,
     density: Any = ...,
+    encoder_memory: Any = ...,
     ensure_weight_tying: Any = ...,
     eps: Any = ...,
     equivalent_rank: Any = ...,
@@ -181,6 +183,7 @@ def wrap(
     fan_in_fan_out: Any = ...,
     feedforward_modules: Any = ...,
     full_first_reselection: Any = ...,
+    gate_temperature: Any = ...,
     init_ia3_weights: Any = ...,
     init_logits_std: Any = ...,
     init_lora_weights: Any = ...,
@@ -193,6 +196,7 @@ def wrap(
     inverse_tol: Any = ...,
     kasa_config: Any = ...,
     lambda_pattern: Any = ...,
+    late_layers: Any = ...,
     layer_replication: Any = ...,
     layers_pattern: Any = ...,
     layers_to_transform: Any = ...,
@@ -266,6 +270,7 @@ def wrap(
     selection_algorithm: Any = ...,
     shards_per_vector: Any = ...,
     shared_phm_rule: Any = ...,
+    side_layers: Any = ...,
     sparse: Any = ...,
     subset_selection: Any = ...,
     target_modules: Any = ...,
@@ -278,6 +283,7 @@ def wrap(
     top_k: Any = ...,
     topk: Any = ...,
     total_step: Any = ...,
+    train_final_norm: Any = ...,
     train_layer_norms: Any = ...,
     trainable_token_indices: Any = ...,
     use_bdlora: Any = ...,
@@ -952,6 +958,32 @@ def wrap(
 @overload
 def wrap(
     model: nn.Module,
+    name: Literal["sherl"],
+    *,
+    adapter_name: str = "default",
+    calibration: Calibration | None = None,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = None,
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    side_layers: list[int] | None = None,
+    late_layers: int = 1,
+    r: int | None = None,
+    reduction_factor: float = 8,
+    gate_temperature: float = 0.1,
+    encoder_memory: bool = True,
+    train_final_norm: bool = False,
+) -> PeftModel:
+    """A side network over frozen blocks feeds the last ones; no backward through the stack."""
+
+@overload
+def wrap(
+    model: nn.Module,
     name: Literal["shira"],
     *,
     adapter_name: str = "default",
@@ -1219,6 +1251,7 @@ def build_config(
     delora_lambda: Any = ...,
     deltaT: Any = ...,
     density: Any = ...,
+    encoder_memory: Any = ...,
     ensure_weight_tying: Any = ...,
     eps: Any = ...,
     equivalent_rank: Any = ...,
@@ -1230,6 +1263,7 @@ def build_config(
     fan_in_fan_out: Any = ...,
     feedforward_modules: Any = ...,
     full_first_reselection: Any = ...,
+    gate_temperature: Any = ...,
     init_ia3_weights: Any = ...,
     init_logits_std: Any = ...,
     init_lora_weights: Any = ...,
@@ -1242,6 +1276,7 @@ def build_config(
     inverse_tol: Any = ...,
     kasa_config: Any = ...,
     lambda_pattern: Any = ...,
+    late_layers: Any = ...,
     layer_replication: Any = ...,
     layers_pattern: Any = ...,
     layers_to_transform: Any = ...,
@@ -1315,6 +1350,7 @@ def build_config(
     selection_algorithm: Any = ...,
     shards_per_vector: Any = ...,
     shared_phm_rule: Any = ...,
+    side_layers: Any = ...,
     sparse: Any = ...,
     subset_selection: Any = ...,
     target_modules: Any = ...,
@@ -1327,6 +1363,7 @@ def build_config(
     top_k: Any = ...,
     topk: Any = ...,
     total_step: Any = ...,
+    train_final_norm: Any = ...,
     train_layer_norms: Any = ...,
     trainable_token_indices: Any = ...,
     use_bdlora: Any = ...,
@@ -1940,6 +1977,29 @@ def build_config(
 
 @overload
 def build_config(
+    name: Literal["sherl"],
+    *,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = None,
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    side_layers: list[int] | None = None,
+    late_layers: int = 1,
+    r: int | None = None,
+    reduction_factor: float = 8,
+    gate_temperature: float = 0.1,
+    encoder_memory: bool = True,
+    train_final_norm: bool = False,
+) -> SherlConfig:
+    """A side network over frozen blocks feeds the last ones; no backward through the stack."""
+
+@overload
+def build_config(
     name: Literal["shira"],
     *,
     task_type: peft.TaskType | str | None = None,
@@ -2103,6 +2163,9 @@ def get(name: Literal["randlora"]) -> type[peft.RandLoraConfig]: ...
 
 @overload
 def get(name: Literal["rslora"]) -> type[peft.LoraConfig]: ...
+
+@overload
+def get(name: Literal["sherl"]) -> type[SherlConfig]: ...
 
 @overload
 def get(name: Literal["shira"]) -> type[peft.ShiraConfig]: ...

@@ -45,6 +45,7 @@ class Contender:
             amplifies rounding errors.
         goal: the goal for the step time relative to the lower bound, by shape; section `bf16` has
             the keys "SHAPE bf16".
+        beside_lora: goals relative to PEFT's LoRA: of "time / LoRA" and "kept / LoRA".
         kernels: the goal for the kernel launches per adapted layer.
         theirs: True if LoRA layers compute with PEFT's code, not with petl's fused layers.
         recomputes: True if MLPs recompute activations in backward.
@@ -56,6 +57,7 @@ class Contender:
     bits: int = 32
     tolerance: float = 1e-5
     goal: Mapping[str, float] = field(default_factory=dict)
+    beside_lora: Mapping[str, float] = field(default_factory=dict)
     kernels: int | None = None
     theirs: bool = False
     recomputes: bool = False
@@ -200,12 +202,18 @@ CONTENDERS = (
     ),
     Contender("adapter 48", "adapter", {"r": 48}),
     Contender(
+        "adapter 48, blocks",
+        "adapter",
+        {"r": 48, "locations": ["block"], "placement": "parallel"},
+    ),
+    Contender(
         "compacter 48",
         "compacter",
         {"r": 48, "phm_dim": 4},
         goal={"llama": 1.02, "minilm": 1.03},
         kernels=20,
     ),
+    Contender("sherl", "sherl", beside_lora={"time / LoRA": 0.6, "kept / LoRA": 0.2}),
     Contender(
         "binary on lora",
         "binary",

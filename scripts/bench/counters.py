@@ -120,13 +120,15 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 def kept_bytes(step: Step, own: Iterable[Tensor]) -> int:
     """Return the bytes of the storages that autograd saves in `step`, without those of `own`.
 
-    A saved view keeps its complete storage alive, so the storage counts.
+    A saved view keeps its complete storage alive, so the storage counts. What is computed again in
+    the backward pass does not count: it was not kept.
     """
     known = {tensor.untyped_storage()._cdata for tensor in own if tensor.layout == torch.strided}
     held: dict[int, Tensor] = {}  # keeps them alive, so that no address is reused
 
     def pack(tensor: Tensor) -> Tensor:
-        for part in _parts(tensor):
+        is_backward = torch._C._current_graph_task_id() >= 0
+        for part in () if is_backward else _parts(tensor):
             key = part.untyped_storage()._cdata
             if key not in known:
                 held.setdefault(key, part)

@@ -7,10 +7,11 @@ skipped; auxiliary losses are added to the loss itself.
 A method without a reference is benchmarked unchecked; to check it, add a function to `DENSE`.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -18,13 +19,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.shapes import Bench, gradient_to_embeddings
+from petl.core.layers.block import BlockAdapters, BlockCall, split_arguments
 from petl.core.layers.fused_lora import FusedLoraLinear
-from petl.core.layers.layer import AdapterLayer
+from petl.core.layers.layer import Adapter, AdapterLayer
 from petl.ops.dropout import keep_mask
 from petl.ops.normal_codes import POSITIVE_CODES
 
 Terms = list[Tensor]
 Dense = Callable[[Any, Any, Tensor, Terms], Tensor]  # layer, adapter, input, terms of the loss
+SideNetwork = Callable[[Any, list[Tensor], Tensor], Tensor]  # adapter, features, last input
+T = TypeVar("T")
 
 
 class NoReferenceError(LookupError):
@@ -40,9 +44,9 @@ def check(bench: Bench, model: PeftModel, tolerance: float) -> str:
     Raises:
         NoReferenceError: the method has no reference.
     """
-    actual = loss_and_gradients(bench, model)
     with dense(model) as terms:
         expected = loss_and_gradients(bench, model, terms)
+    actual = loss_and_gradients(bench, model)
     if actual.keys() != expected.keys():
         return f"only one step has a gradient of {sorted(actual.keys() ^ expected.keys())[0]}"
     for name, tensor in expected.items():
@@ -58,6 +62,8 @@ def loss_and_gradients(
 ) -> dict[str, Tensor]:
     """Return the loss of a step, and the gradients of all trainable tensors and the embeddings.
 
+    Without that of the embeddings where the method cuts it off.
+
     Args:
         terms: terms of the loss, a list that the dense layers fill in forward.
     """
@@ -69,8 +75,8 @@ def loss_and_gradients(
         loss = loss + sum(terms)
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    assert embedded[0].grad is not None
-    return {"the loss": loss.detach(), "the embeddings": embedded[0].grad, **gradients}
+    found = {"the loss": loss.detach(), "the embeddings": embedded[0].grad, **gradients}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 @contextmanager
@@ -94,21 +100,44 @@ def dense(model: PeftModel) -> Generator[Terms]:
             undo()
 
 
-def _forward_of(layer: Any) -> Callable[..., Tensor] | None:
-    if isinstance(layer, AdapterLayer):
-        adapter: Any = layer.adapters["default"]
-        names = [cls.__name__ for cls in type(adapter).__mro__]  # a subclass computes the same
-        references = [DENSE[name] for name in names if name in DENSE]
-        if not references:
-            raise NoReferenceError(f"{names[0]} has no reference")
-        return partial(_call, references[0], layer, adapter)
-    if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
-        return partial(_call, lora, layer, layer)
+def _forward_of(module: Any) -> Callable[..., Any] | None:
+    if isinstance(module, Adapter):
+        network = _reference(module, SIDE_NETWORKS)
+        return None if network is None else partial(_call_side, network, module)
+    if isinstance(module, AdapterLayer):
+        adapter: Any = module.adapters["default"]
+        form = _reference(adapter, DENSE)
+        if form is None and _reference(adapter, SIDE_NETWORKS) is None:
+            raise NoReferenceError(f"{type(adapter).__name__} has no reference")
+        call = _call_block if isinstance(module, BlockAdapters) else _call
+        return None if form is None else partial(call, form, module, adapter)
+    if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+        return partial(_call, lora, module, module)
     return None
+
+
+def _reference(adapter: Adapter, known: Mapping[str, T]) -> T | None:
+    names = [cls.__name__ for cls in type(adapter).__mro__]  # a subclass computes the same
+    return next((known[name] for name in names if name in known), None)
 
 
 def _call(form: Dense, layer: Any, adapter: Any, x: Tensor, *, terms: Terms) -> Tensor:
     return form(layer, adapter, x, terms)
+
+
+def _call_block(
+    form: Dense, layer: Any, adapter: Any, *args: Any, terms: Terms, **kwargs: Any
+) -> Any:
+    x, args, kwargs, keyword = split_arguments(args, kwargs)
+    block = BlockCall(layer.base_layer, keyword)
+    plain = SimpleNamespace(base_layer=lambda x: block(x, *args, **kwargs))
+    return block.complete(form(plain, adapter, x, terms))
+
+
+def _call_side(
+    network: SideNetwork, adapter: Any, features: list[Tensor], last: Tensor, *, terms: Terms
+) -> Tensor:
+    return network(adapter, features, last)
 
 
 def value(owner: Any, name: str) -> Tensor:
@@ -193,9 +222,10 @@ def mos(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
 
 
 def bottleneck(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
-    """Bottleneck adapter: down, activation, up, residual."""
+    """Bottleneck adapter: down, activation, up, residual; parallel ones read the input."""
     y = layer.base_layer(x)
-    z = adapter.act(F.linear(y, value(adapter, "down_weight"), adapter.down_bias))
+    h = x if adapter.config.placement == "parallel" else y
+    z = adapter.act(F.linear(h, value(adapter, "down_weight"), adapter.down_bias))
     return y + F.linear(z, value(adapter, "up_weight"), adapter.up_bias)
 
 
@@ -210,6 +240,27 @@ def _kronecker(adapter: Any, side: str) -> Tensor:
     left, right = value(adapter, f"{side}_left"), value(adapter, f"{side}_right")
     terms = zip(value(adapter.info.shared, "rule"), left, right, strict=True)
     return torch.stack([torch.kron(R, a @ b) for R, a, b in terms]).sum(0)
+
+
+def sherl(adapter: Any, features: list[Tensor], last: Tensor) -> Tensor:
+    """SHERL's side network, with one block after another."""
+    D, M, G = (value(adapter, f"{name}_weight") for name in ("down", "mix", "gate"))
+    z = []
+    for i, x in enumerate(features):
+        u = F.relu(x @ D[i].t() + adapter.down_bias[i])
+        gate = torch.sigmoid(u @ G[i].t() + adapter.gate_bias[i])
+        z.append((u @ M[i].t() + adapter.mix_bias[i] + u) * gate)
+    guide, tiers = z[-1], z[:-1]
+    e = [tier / (tier.norm(dim=-1, keepdim=True) + 1e-6) for tier in tiers]
+    w, b = value(adapter, "score_weight")[0], adapter.score_bias
+    scores = []
+    for i, tier in enumerate(tiers):
+        redundancy = sum(F.relu((e[i] * other).sum(-1)) for other in e)
+        scores.append(F.relu((tier * guide) @ w + b) / redundancy)
+    total = sum(scores) + 1e-6
+    parts = (a.div(total)[..., None] * tier for a, tier in zip(scores, tiers, strict=True))
+    y = F.relu(guide + sum(parts)) @ value(adapter, "up_weight").t() + adapter.up_bias
+    return y + torch.tanh(adapter.residual_gate / adapter.temperature) * last
 
 
 def sparse(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
@@ -228,6 +279,7 @@ DENSE: dict[str, Dense] = {
     "CompacterAdapter": compacter,
     "SparseAdapter": sparse,
 }
+SIDE_NETWORKS: dict[str, SideNetwork] = {"SherlAdapter": sherl}  # which no layer calls
 
 
 def _watch_density(density: Any, terms: Terms) -> list[Callable[[], None]]:

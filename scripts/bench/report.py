@@ -35,6 +35,9 @@ LABELS = {
     "peak / floor": "peak memory / lower bound",
     "peak MB": "peak memory (MB)",
     "kept B / token, layer": "saved activations, bytes per token per layer",
+    "kept / LoRA": "saved activations / PEFT's LoRA",
+    "goal time / LoRA": "goal: time / PEFT's LoRA",
+    "goal kept / LoRA": "goal: saved activations",
     "kernels / layer": "kernel launches per adapted layer",
     "goal kernels": "goal: kernel launches",
     "waits": "host-device syncs",
@@ -50,7 +53,12 @@ LABELS = {
     "B each": "bytes per adapter",
     "resident B each": "resident bytes (RSS) per adapter",
 }
-GOALS = {"goal": "time / floor", "goal kernels": "kernels / layer"}  # and the values they bound
+GOALS = {  # and the values they bound
+    "goal": "time / floor",
+    "goal kernels": "kernels / layer",
+    "goal time / LoRA": "time / LoRA",
+    "goal kept / LoRA": "kept / LoRA",
+}
 FAIL, NOISY = "FAIL", "NOISY"
 MAIN = ("petl", "torch", "transformers", "peft")  # packages that fit into a line
 

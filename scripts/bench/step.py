@@ -96,6 +96,7 @@ class Steps:
                 **absolute(times, ITSELF, shape),
             },
         )
+        lora = ready[LORA].counts if LORA in ready else None
         measured = [
             Record(
                 section,
@@ -103,7 +104,7 @@ class Steps:
                 name,
                 is_own=prepared.contender.is_own,
                 note=self._verdict(prepared.contender, shape),
-                **values_of(prepared, counts, times, shape, section),
+                **values_of(prepared, counts, lora, times, shape, section),
             )
             for name, prepared in ready.items()
         ]
@@ -149,7 +150,12 @@ def runner(row: Contender, bench: Bench) -> Runner:
 
 
 def values_of(
-    prepared: Runner, floor: Counts, times: Times, shape: Shape, section: str
+    prepared: Runner,
+    floor: Counts,
+    lora: Counts | None,
+    times: Times,
+    shape: Shape,
+    section: str,
 ) -> dict[str, Any]:
     """Return the ratios, counts and facts of a row."""
     row, counts, model = prepared.contender, prepared.counts, prepared.model
@@ -159,6 +165,7 @@ def values_of(
     if LORA in times.candidate and row.name != LORA:
         ratios["time / LoRA"] = times.over(row.name, LORA)
     goal = GOALS.get(section, "").format(shape.name)
+    beside = section == "step" and lora is not None
     optimizer = make_optimizer(model, TrainConfig())
     for parameter in trained:  # after `make_optimizer`, which casts some to float32
         parameter.grad = torch.zeros_like(parameter)
@@ -169,6 +176,7 @@ def values_of(
             "FLOPs / floor": counts.flops / floor.flops,
             "peak / floor": counts.peak / floor.peak,
             "kept B / token, layer": (counts.kept - floor.kept) / shape.tokens / shape.layers,
+            **({} if lora is None else {"kept / LoRA": counts.kept / lora.kept}),
             "kernels / layer": (counts.kernels - floor.kernels) / adapted,
             "waits": counts.waits - floor.waits,
             "parameters": sum(p.numel() for p in trained),
@@ -176,6 +184,7 @@ def values_of(
         "facts": {
             "optimizer ms": milliseconds(optimizer.step, shape.device),
             **({"goal": row.goal[goal]} if goal in row.goal else {}),
+            **({f"goal {n}": goal for n, goal in row.beside_lora.items()} if beside else {}),
             **({} if row.kernels is None else {"goal kernels": row.kernels}),
             **absolute(times, row.name, shape),
         },

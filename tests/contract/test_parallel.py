@@ -67,6 +67,8 @@ OTHERS = {
     for kind in ("bert", "t5", "vit")
     for name in ("corda", "increlora", "mola")
 }
+# a side network in each stack, and one in an encoder
+OTHERS |= {f"sherl on {kind}": Case("sherl", kind) for kind in ("bert", "t5")}
 # Candidates come from the rows of the first process, so all processes need the same rows.
 SAME_ROWS = {"sparse that reselects"}
 # A statistic of each process's own rows, which differs from that of all rows.

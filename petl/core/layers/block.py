@@ -8,6 +8,7 @@ around a block (checkpointing, sharding, `output_hidden_states`) covers its adap
 """
 
 from collections.abc import Mapping
+from inspect import signature
 from types import MethodType
 from typing import Any, cast
 
@@ -100,7 +101,7 @@ class BlockAdapters(AdapterLayer, AdapterDict):
         names, block = kwargs.pop("adapter_names", None), self.get_base_layer()
         if self._disable_adapters:
             return plain_forward(block, *args, **kwargs)
-        x, args, kwargs, keyword = _split(args, kwargs)
+        x, args, kwargs, keyword = split_arguments(args, kwargs)
         call = BlockCall(block, keyword)
         adapters = [] if names is not None else list(self.pick(self.active_adapters))
         if adapters:
@@ -146,7 +147,7 @@ class BlockAdapters(AdapterLayer, AdapterDict):
         _rebind(block)
 
 
-def _split(
+def split_arguments(
     args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any], str | None]:
     """Return a block's hidden states, its further arguments, and the keyword of the first."""
@@ -156,6 +157,31 @@ def _split(
         raise InputError("a block with adapters was called without hidden states")
     keyword = next(iter(kwargs))
     return kwargs[keyword], (), {k: v for k, v in kwargs.items() if k != keyword}, keyword
+
+
+def place_of_argument(block: nn.Module, name: str) -> int:
+    """Return the position of an argument of a block's `forward`; the hidden states are at 0.
+
+    Raises:
+        InputError: there is no such argument.
+    """
+    cls: Any = original_class(block)
+    names = list(signature(cls.forward).parameters)[1:]  # without self
+    if name not in names:
+        raise InputError(f"{cls.__name__} takes no {name}; its arguments are {', '.join(names)}")
+    return names.index(name)
+
+
+def with_argument(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str, place: int, value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a block with another value of the one called `name`.
+
+    It may be positional or not; `place` is its `place_of_argument`.
+    """
+    if place < len(args):
+        return (*args[:place], value, *args[place + 1 :]), {**kwargs}
+    return args, {**kwargs, name: value}
 
 
 def adapters_of(block: nn.Module) -> BlockAdapters | None:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from petl.core.compat import BaseTunerLayer
 from petl.core.layers.class_swap import original_class
+from petl.core.layers.context import is_encoder_decoder
 from petl.core.layers.layer import Adapter, LayerShape, shape_of
 from petl.core.model.targets import LINEAR_KINDS, candidate_names, is_stack
 from petl.core.parameters import is_norm
@@ -94,6 +95,37 @@ def find_sublayers(model: nn.Module) -> list[SubLayer]:
 def block_widths(model: nn.Module) -> dict[str, int]:
     """Return the width of the residual stream of each transformer block, by path."""
     return {path: _width(block) for path, block in blocks(model)}
+
+
+def stacks(model: nn.Module) -> dict[str, list[str]]:
+    """Return the paths of the blocks by the path of their list, those of an encoder last.
+
+    So the list that the head reads is the first one, also of an encoder-decoder.
+    """
+    found: dict[str, list[str]] = {}
+    for path, _ in blocks(model):
+        found.setdefault(path.rpartition(".")[0], []).append(path)
+    if not is_encoder_decoder(model):
+        return found
+    inside = set(cast(Any, model).get_encoder().modules())
+    return dict(sorted(found.items(), key=lambda item: model.get_submodule(item[0]) in inside))
+
+
+def final_norm(model: nn.Module, stack: str) -> str | None:
+    """Return the norm behind the list of blocks at path `stack`, or None if there is none."""
+    owner, _, name = stack.rpartition(".")
+    children = list(model.get_submodule(owner).named_children())
+    behind = children[[child for child, _ in children].index(name) + 1 :]
+    # BART registers the norm of its embeddings behind its blocks
+    norms = [child for child, module in behind if is_norm(module) and "embed" not in child]
+    return (f"{owner}.{norms[0]}" if owner else norms[0]) if norms else None
+
+
+def norm_kind(block: nn.Module) -> tuple[float, bool]:
+    """Return epsilon of the norms of a block, and whether they have a bias."""
+    norm: Any = next(module for module in block.modules() if is_norm(module))
+    eps = next(getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name))
+    return float(eps), getattr(norm, "bias", None) is not None
 
 
 def norm_names(model: nn.Module) -> list[str]:

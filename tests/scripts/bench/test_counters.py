@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from bench.contenders import RANK, contenders
-from bench.counters import Kernels, count, flops
+from bench.counters import Kernels, count, flops, kept_bytes
 from bench.shapes import Bench, gradient_to_embeddings
 from bench.step import floor_of, runner
 from tiny_shapes import TINY, TINY_LLAMA
 from torch import nn
+
+from petl.ops.recomputation import recomputed
 
 
 def row(name):
@@ -147,3 +149,13 @@ def test_kept_bytes_count_a_storage_once_and_leave_weights_out():
 
     assert count(step, layer).kept == 4 * 5 * 4 + 4 * 6 * 4
     assert count(step, layer, [x]).kept == 4 * 5 * 4
+
+
+def test_kept_bytes_leave_out_what_backward_computes_again():
+    x = torch.randn(8, 16, requires_grad=True)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x.exp().sin().sum()
+
+    assert kept_bytes(lambda: function(x).backward(), [x]) == 8 * 16 * 4  # x.exp(), and its own
+    assert kept_bytes(lambda: recomputed(function, x).backward(), [x]) == 0
