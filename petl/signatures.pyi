@@ -16,6 +16,7 @@ from torch import nn
 from petl.core.spec.method import LossConfig
 from petl.core.spec.method import Calibration
 from petl.losses.density.config import ActivationDensityConfig
+from petl.losses.distill import DistillConfig
 from petl.methods.adapter import AdapterConfig
 from petl.methods.binary import BinaryConfig
 from petl.methods.compacter import CompacterConfig
@@ -1079,6 +1080,23 @@ def wrap(
 
 @overload
 def wrap(
+    model: nn.Module,
+    name: Literal["distill"],
+    *,
+    adapter_name: str = "default",
+    calibration: Calibration | None = None,
+    method: str = 'lora',
+    method_config: dict[str, Any] = ...,
+    feature_weight: float = 1.0,
+    logit_weight: float = 0.0,
+    logits: str = 'mse',
+    temperature: float = 1.0,
+    layers: list[int] | None = None,
+) -> PeftModel:
+    """The distance of the blocks' outputs, or of the logits, to those without the adapter."""
+
+@overload
+def wrap(
     model: nn.Module, name: PeftConfig | LossConfig, *, adapter_name: str = "default", calibration: Calibration | None = None
 ) -> PeftModel:
     """Any method or loss, by a config of it."""
@@ -2118,3 +2136,6 @@ def get(name: Literal["vera"]) -> type[peft.VeraConfig]: ...
 
 @overload
 def get(name: Literal["density"]) -> type[ActivationDensityConfig]: ...
+
+@overload
+def get(name: Literal["distill"]) -> type[DistillConfig]: ...

@@ -30,7 +30,7 @@ MARKS = re.compile(r"(<!-- generated: ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOT
 SCRIPTS = ("bench", "chaos", "sizes")  # of a checkout
 # groups that a run has only if they are added with a plus
 ADDED = ("launch", "loss", "ranks", "search")
-FULL = ("files", "hub", "wandb", "density")  # files of groups whose settings are all listed
+FULL = ("files", "hub", "wandb", "density", "distill")  # files of groups whose settings are all listed
 SETTING = re.compile(r"^(?P<indent> *)(?P<key>[\w.+/]+):(?P<value> [^#]*?)?(?: *# ?(?P<note>.*))?$")
 
 

@@ -230,6 +230,7 @@ CONTENDERS = (
         goal={"llama": 1.10, "minilm": 1.14},
         kernels=13,
     ),
+    Contender("distill on lora", "distill", _lora(), goal={"llama": 1.45, "minilm": 1.45}),
     Contender(
         "adalora",
         "adalora",

@@ -181,11 +181,23 @@ def test_logits_are_compared_where_a_trainer_computes_the_loss():
 # With methods and modes
 
 
-@pytest.mark.parametrize(
-    ("method", "fields"),
-    [("mola", {}), ("binary", {"bneck_dropout": 0.0}), ("sparse", {"total_step": 9})],
-)
-def test_terms_of_the_method_itself_are_kept(method, fields):
+# All of petl's methods but corda, which changes the base weights
+METHODS = {
+    "adapter": {"r": 8},
+    "adapter beside blocks": {"r": 8, "locations": ["block"], "placement": "parallel"},
+    "binary": {"bneck_dropout": 0.0},
+    "compacter": {"r": 8},
+    "increlora": {"total_step": 9, "r": 4},
+    "mola": {},
+    "mola with a recurrent router": {"router_type": "recurrent"},
+    "mos": {"r": 3, "equivalent_rank": 3},
+    "sparse": {"total_step": 9},
+}
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_it_goes_with_all_methods_and_keeps_their_own_terms(case):
+    method, fields = case.split()[0], METHODS[case]
     name, batch = "llama", testing.TINY_MODELS["llama"].batch()
     model = testing.Case(method, name, fields).wrap_stirred()
     term = agrees(model, name, batch, feature_weight=30.0)
