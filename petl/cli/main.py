@@ -95,9 +95,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16"),
         help="dtype of the merged model (default: that of the base; bfloat16 rounds the sum)",
     )
-    export = add(
-        "export", "convert an adapter to a plain LoRA, a small model, GGUF or ONNX", EXPORT
-    )
+    export = add("export", "convert an adapter: plain LoRA, small model, GGUF, ONNX", EXPORT)
     add_run(export)
     _add_checked_out(export)
     formats = export.add_mutually_exclusive_group(required=True)

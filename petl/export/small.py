@@ -7,7 +7,6 @@ from transformers import AutoConfig
 
 from petl.core.progress import Pass
 from petl.errors import UnsupportedError
-from petl.export.card import write_companions
 from petl.export.checked_folder import (
     Reference,
     Written,
@@ -17,8 +16,12 @@ from petl.export.checked_folder import (
 )
 from petl.export.merge import save_model
 from petl.export.saved_adapter import Saved, device
+from petl.files.disk import write_atomic
 from petl.methods.pela import PelaConfig, export, load
 from petl.methods.pela.export import write_ranks
+from petl.models.loading import save_processor
+from petl.models.sources import read_source
+from petl.runs.model_card import README
 
 USE = "load it by petl.methods.pela.load(AutoConfig.from_pretrained('{out}'), '{out}')"
 
@@ -51,8 +54,53 @@ def export_small(
         with Pass("writing the small model", None):
             save_model(small, draft)
             write_ranks(small, draft)
-        write_companions(saved, draft, saved.config, merged=True)
+        save_processor(saved.settings["model"], saved.task, draft)
+        write_atomic(draft / README, card(saved, small))
         del small, model  # frees memory before the same model is loaded again
         reread: Any = load(AutoConfig.from_pretrained(draft), draft).to(device())
         adapted.compare(reread, tolerance, "small model as written")
     return Written(out, folder_bytes(out), difference)
+
+
+def card(saved: Saved, small: Any) -> str:
+    """The text of README.md: what the model is, and how it is loaded with and without petl."""
+    name, count = type(small).__name__, sum(p.numel() for p in small.parameters())
+    base = read_source(saved.settings["model"]).name
+    return CARD.format(name=name, base=base, count=count)
+
+
+CARD = """\
+# {name}, made smaller by PELA
+
+Low-rank layers in place of linear layers of `{base}`: {count:,} parameters. Each path in ranks.json
+is `nn.Sequential(Linear(in, rank, bias=False), Linear(rank, out))`. With petl:
+
+```python
+from transformers import AutoConfig
+from petl.methods import pela
+
+model = pela.load(AutoConfig.from_pretrained("."), ".")
+```
+
+Without petl:
+
+```python
+import json
+
+from safetensors.torch import load_file
+from torch.nn import Linear, Sequential
+from transformers import AutoConfig, {name}
+
+model = {name}(AutoConfig.from_pretrained("."))
+for path, rank in json.load(open("ranks.json"))["ranks"].items():
+    old = model.get_submodule(path)
+    width, out = (old.nx, old.nf) if hasattr(old, "nf") else (old.in_features, old.out_features)
+    has_bias = old.bias is not None
+    new = Sequential(Linear(width, rank, bias=False), Linear(rank, out, bias=has_bias))
+    vars(new)["weight"] = new[1].weight  # T5 reads its dtype
+    model.set_submodule(path, new)
+missing, unexpected = model.load_state_dict(load_file("model.safetensors"), strict=False)
+model.tie_weights()  # missing: tied weights at most
+model.eval()
+```
+"""

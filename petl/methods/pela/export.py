@@ -86,7 +86,17 @@ def plain_layer(layer: AdapterLayer, name: str) -> nn.Sequential:
 
 def low_rank_layer(width: int, out: int, rank: int, *, has_bias: bool) -> nn.Sequential:
     """`nn.Sequential(Linear(I, R, bias=False), Linear(R, O))`."""
-    return nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, out, bias=has_bias))
+    parts = nn.Linear(width, rank, bias=False), nn.Linear(rank, out, bias=has_bias)
+    return with_weight(nn.Sequential(*parts))
+
+
+def with_weight(layer: nn.Sequential) -> nn.Sequential:
+    """Let `layer.weight` be that of the last linear layer, without registering it again.
+
+    Some models read the dtype of a layer's weight (T5), or initialize it by that name (GPT-2).
+    """
+    layer.__dict__["weight"] = layer[-1].weight
+    return layer
 
 
 def ranks_of(model: nn.Module) -> dict[str, int]:
@@ -135,7 +145,11 @@ def load(config: PretrainedConfig, folder: str | Path) -> PreTrainedModel:
     small: Any = type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
     try:
         model, report = small.from_pretrained(
-            str(folder), config=config, output_loading_info=True, use_safetensors=True
+            str(folder),
+            config=config,
+            output_loading_info=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are in the report, and raise below
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder} cannot be loaded: {first_line(error)}") from error
@@ -147,6 +161,8 @@ def load(config: PretrainedConfig, folder: str | Path) -> PreTrainedModel:
                 f"such as {first}"
             )
     model.__class__ = cls
+    for path in ranks:
+        with_weight(model.get_submodule(path))  # the loader has made new tensors
     return model.eval()
 
 
