@@ -24,6 +24,7 @@ from petl.methods.corda.config import CordaConfig
 from petl.methods.increlora.config import IncreloraConfig
 from petl.methods.mola import MolaConfig
 from petl.methods.mos.config import MosConfig
+from petl.methods.pela.config import PelaConfig
 from petl.methods.sparse import SparseConfig
 
 @overload
@@ -159,6 +160,7 @@ def wrap(
     boft_n_butterfly_factor: Any = ...,
     calibration_data: Any = ...,
     coft: Any = ...,
+    compression: Any = ...,
     conv_kernel_size: Any = ...,
     corda_config: Any = ...,
     corda_method: Any = ...,
@@ -211,6 +213,7 @@ def wrap(
     max_r: Any = ...,
     megatron_config: Any = ...,
     megatron_core: Any = ...,
+    min_out_features: Any = ...,
     mini_r: Any = ...,
     miss_dropout: Any = ...,
     module_dropout: Any = ...,
@@ -229,6 +232,8 @@ def wrap(
     orth_reg_weight: Any = ...,
     pair_dissociation: Any = ...,
     parameter_budget: Any = ...,
+    perturb_eps: Any = ...,
+    perturb_weight: Any = ...,
     phm_c_init: Any = ...,
     phm_dim: Any = ...,
     phm_init_range: Any = ...,
@@ -269,6 +274,7 @@ def wrap(
     shared_phm_rule: Any = ...,
     sparse: Any = ...,
     subset_selection: Any = ...,
+    svd: Any = ...,
     target_modules: Any = ...,
     target_parameters: Any = ...,
     target_r: Any = ...,
@@ -876,6 +882,32 @@ def wrap(
 @overload
 def wrap(
     model: nn.Module,
+    name: Literal["pela"],
+    *,
+    adapter_name: str = "default",
+    calibration: Calibration | None = None,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = 'all-linear',
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    compression: float = 2.0,
+    r: int | None = None,
+    rank_pattern: dict[str, int] = ...,
+    min_out_features: int = 10,
+    svd: str = 'full',
+    perturb_weight: float = 0.0,
+    perturb_eps: float = 0.001,
+) -> PeftModel:
+    """Two thin factors in place of each weight, from its SVD; exported as a smaller model."""
+
+@overload
+def wrap(
+    model: nn.Module,
     name: Literal["randlora"],
     *,
     adapter_name: str = "default",
@@ -1225,6 +1257,7 @@ def build_config(
     boft_n_butterfly_factor: Any = ...,
     calibration_data: Any = ...,
     coft: Any = ...,
+    compression: Any = ...,
     conv_kernel_size: Any = ...,
     corda_config: Any = ...,
     corda_method: Any = ...,
@@ -1277,6 +1310,7 @@ def build_config(
     max_r: Any = ...,
     megatron_config: Any = ...,
     megatron_core: Any = ...,
+    min_out_features: Any = ...,
     mini_r: Any = ...,
     miss_dropout: Any = ...,
     module_dropout: Any = ...,
@@ -1295,6 +1329,8 @@ def build_config(
     orth_reg_weight: Any = ...,
     pair_dissociation: Any = ...,
     parameter_budget: Any = ...,
+    perturb_eps: Any = ...,
+    perturb_weight: Any = ...,
     phm_c_init: Any = ...,
     phm_dim: Any = ...,
     phm_init_range: Any = ...,
@@ -1335,6 +1371,7 @@ def build_config(
     shared_phm_rule: Any = ...,
     sparse: Any = ...,
     subset_selection: Any = ...,
+    svd: Any = ...,
     target_modules: Any = ...,
     target_parameters: Any = ...,
     target_r: Any = ...,
@@ -1887,6 +1924,29 @@ def build_config(
 
 @overload
 def build_config(
+    name: Literal["pela"],
+    *,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = 'all-linear',
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    compression: float = 2.0,
+    r: int | None = None,
+    rank_pattern: dict[str, int] = ...,
+    min_out_features: int = 10,
+    svd: str = 'full',
+    perturb_weight: float = 0.0,
+    perturb_eps: float = 0.001,
+) -> PelaConfig:
+    """Two thin factors in place of each weight, from its SVD; exported as a smaller model."""
+
+@overload
+def build_config(
     name: Literal["randlora"],
     *,
     task_type: peft.TaskType | str | None = None,
@@ -2115,6 +2175,9 @@ def get(name: Literal["mos"]) -> type[MosConfig]: ...
 
 @overload
 def get(name: Literal["oft"]) -> type[peft.OFTConfig]: ...
+
+@overload
+def get(name: Literal["pela"]) -> type[PelaConfig]: ...
 
 @overload
 def get(name: Literal["randlora"]) -> type[peft.RandLoraConfig]: ...

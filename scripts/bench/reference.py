@@ -224,7 +224,13 @@ def sparse(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
     return changed(layer, x, delta.view_as(weight))
 
 
+def pela(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
+    """PELA: a dense product in place of the weight."""
+    return F.linear(x, adapter.low_B @ adapter.low_A, adapter.bias)
+
+
 DENSE: dict[str, Dense] = {
+    "PelaAdapter": pela,
     "MolaAdapter": mola,
     "IncreloraAdapter": increlora,
     "MosAdapter": mos,

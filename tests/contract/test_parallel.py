@@ -39,6 +39,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "increlora": {"orth_reg_weight": 1.0, "target_r": 3, "max_r": 4, **GROWTH, **TARGETS},
     "mola": {"router_aux_loss_coef": 0.5, "num_experts": 4, **TARGETS},
     "mos": {"r": 3, "equivalent_rank": 3, **TARGETS},
+    "pela": {"compression": 1.2, **TARGETS},
     "sparse": {"selection_algorithm": "none", **TARGETS},
 }
 # exchanged are entries after the first step and after the third

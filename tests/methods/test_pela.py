@@ -21,7 +21,12 @@ from petl.methods import pela
 from petl.methods.pela.config import PelaConfig
 from petl.methods.pela.export import RANKS
 
-CONTRACT = {"starts_at_base": False, "fields": {"compression": 1.2}, "lr": 1e-2}
+CONTRACT = {
+    "starts_at_base": False,
+    "fields": {"compression": 1.2},
+    "lr": 1e-2,
+    "refuses": ("both_adapters_can_be_active",),  # each replaces the layer
+}
 
 
 def mlp(bias=True):

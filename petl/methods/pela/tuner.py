@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
@@ -44,7 +45,7 @@ class PelaAdapter(Adapter):
     """The layer that replaces its base layer: `low_A` [R, I], `low_B` [O, R], `bias` [O] or none.
 
     Attributes:
-        is_empty: True until the tensors come from an SVD or a file.
+        is_empty: True until the tensors are known to come from an SVD or a file.
     """
 
     merge_refusal = NO_MERGE
@@ -71,6 +72,17 @@ class PelaAdapter(Adapter):
         super()._load_from_state_dict(*args, **kwargs)
         self.is_empty = False
 
+    def require_values(self) -> None:
+        """Raise InputError if the tensors still are the zeros of a new adapter."""
+        if self.low_B.is_meta or isinstance(self.low_B, FakeTensor):  # a dry run
+            return
+        if not self.low_B.any():
+            raise InputError(
+                f"the factors of {self.info.key} have no values: load the adapter's file, or start "
+                "from the weights with petl.wrap(model, 'pela')"
+            )
+        self.is_empty = False  # transformers' own loader sets tensors one by one
+
     def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output of the low-rank layer, [..., O]; the base layer is not called."""
         y, context = self.product(x), self.info.context
@@ -86,11 +98,8 @@ class PelaAdapter(Adapter):
 
     def product(self, x: Tensor) -> Tensor:
         """`(x A^T) B^T + bias`, [..., O], in the dtype of the base layer's products."""
-        if self.is_empty and not self.low_A.is_meta:
-            raise InputError(
-                f"the factors of {self.info.key} have no values: load the adapter's file, or start "
-                "from the weights with petl.wrap(model, 'pela')"
-            )
+        if self.is_empty:
+            self.require_values()
         dtype = product_dtype(x)
         bias = None if self.bias is None else self.bias.to(dtype)
         h = F.linear(x.to(dtype), self.low_A.to(dtype))
