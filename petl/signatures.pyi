@@ -16,6 +16,7 @@ from torch import nn
 from petl.core.spec.method import LossConfig
 from petl.core.spec.method import Calibration
 from petl.losses.density.config import ActivationDensityConfig
+from petl.losses.distill import DistillConfig
 from petl.methods.adapter import AdapterConfig
 from petl.methods.binary import BinaryConfig
 from petl.methods.compacter import CompacterConfig
@@ -24,6 +25,7 @@ from petl.methods.increlora.config import IncreloraConfig
 from petl.methods.mola import MolaConfig
 from petl.methods.mos.config import MosConfig
 from petl.methods.sherl.config import SherlConfig
+from petl.methods.pela.config import PelaConfig
 from petl.methods.sparse import SparseConfig
 
 @overload
@@ -159,6 +161,7 @@ def wrap(
     boft_n_butterfly_factor: Any = ...,
     calibration_data: Any = ...,
     coft: Any = ...,
+    compression: Any = ...,
     conv_kernel_size: Any = ...,
     corda_config: Any = ...,
     corda_method: Any = ...,
@@ -214,6 +217,7 @@ def wrap(
     max_r: Any = ...,
     megatron_config: Any = ...,
     megatron_core: Any = ...,
+    min_out_features: Any = ...,
     mini_r: Any = ...,
     miss_dropout: Any = ...,
     module_dropout: Any = ...,
@@ -232,6 +236,8 @@ def wrap(
     orth_reg_weight: Any = ...,
     pair_dissociation: Any = ...,
     parameter_budget: Any = ...,
+    perturb_eps: Any = ...,
+    perturb_weight: Any = ...,
     phm_c_init: Any = ...,
     phm_dim: Any = ...,
     phm_init_range: Any = ...,
@@ -273,6 +279,7 @@ def wrap(
     side_layers: Any = ...,
     sparse: Any = ...,
     subset_selection: Any = ...,
+    svd: Any = ...,
     target_modules: Any = ...,
     target_parameters: Any = ...,
     target_r: Any = ...,
@@ -881,6 +888,32 @@ def wrap(
 @overload
 def wrap(
     model: nn.Module,
+    name: Literal["pela"],
+    *,
+    adapter_name: str = "default",
+    calibration: Calibration | None = None,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = 'all-linear',
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    compression: float = 2.0,
+    r: int | None = None,
+    rank_pattern: dict[str, int] = ...,
+    min_out_features: int = 10,
+    svd: str = 'full',
+    perturb_weight: float = 0.0,
+    perturb_eps: float = 0.001,
+) -> PeftModel:
+    """Two thin factors in place of each weight, from its SVD; exported as a smaller model."""
+
+@overload
+def wrap(
+    model: nn.Module,
     name: Literal["randlora"],
     *,
     adapter_name: str = "default",
@@ -1111,6 +1144,23 @@ def wrap(
 
 @overload
 def wrap(
+    model: nn.Module,
+    name: Literal["distill"],
+    *,
+    adapter_name: str = "default",
+    calibration: Calibration | None = None,
+    method: str = 'lora',
+    method_config: dict[str, Any] = ...,
+    feature_weight: float = 1.0,
+    logit_weight: float = 0.0,
+    logits: str = 'mse',
+    temperature: float = 1.0,
+    layers: list[int] | None = None,
+) -> PeftModel:
+    """The distance of the blocks' outputs, or of the logits, to those without the adapter."""
+
+@overload
+def wrap(
     model: nn.Module, name: PeftConfig | LossConfig, *, adapter_name: str = "default", calibration: Calibration | None = None
 ) -> PeftModel:
     """Any method or loss, by a config of it."""
@@ -1239,6 +1289,7 @@ def build_config(
     boft_n_butterfly_factor: Any = ...,
     calibration_data: Any = ...,
     coft: Any = ...,
+    compression: Any = ...,
     conv_kernel_size: Any = ...,
     corda_config: Any = ...,
     corda_method: Any = ...,
@@ -1294,6 +1345,7 @@ def build_config(
     max_r: Any = ...,
     megatron_config: Any = ...,
     megatron_core: Any = ...,
+    min_out_features: Any = ...,
     mini_r: Any = ...,
     miss_dropout: Any = ...,
     module_dropout: Any = ...,
@@ -1312,6 +1364,8 @@ def build_config(
     orth_reg_weight: Any = ...,
     pair_dissociation: Any = ...,
     parameter_budget: Any = ...,
+    perturb_eps: Any = ...,
+    perturb_weight: Any = ...,
     phm_c_init: Any = ...,
     phm_dim: Any = ...,
     phm_init_range: Any = ...,
@@ -1353,6 +1407,7 @@ def build_config(
     side_layers: Any = ...,
     sparse: Any = ...,
     subset_selection: Any = ...,
+    svd: Any = ...,
     target_modules: Any = ...,
     target_parameters: Any = ...,
     target_r: Any = ...,
@@ -1906,6 +1961,29 @@ def build_config(
 
 @overload
 def build_config(
+    name: Literal["pela"],
+    *,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = 'all-linear',
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    compression: float = 2.0,
+    r: int | None = None,
+    rank_pattern: dict[str, int] = ...,
+    min_out_features: int = 10,
+    svd: str = 'full',
+    perturb_weight: float = 0.0,
+    perturb_eps: float = 0.001,
+) -> PelaConfig:
+    """Two thin factors in place of each weight, from its SVD; exported as a smaller model."""
+
+@overload
+def build_config(
     name: Literal["randlora"],
     *,
     task_type: peft.TaskType | str | None = None,
@@ -2159,6 +2237,9 @@ def get(name: Literal["mos"]) -> type[MosConfig]: ...
 def get(name: Literal["oft"]) -> type[peft.OFTConfig]: ...
 
 @overload
+def get(name: Literal["pela"]) -> type[PelaConfig]: ...
+
+@overload
 def get(name: Literal["randlora"]) -> type[peft.RandLoraConfig]: ...
 
 @overload
@@ -2181,3 +2262,6 @@ def get(name: Literal["vera"]) -> type[peft.VeraConfig]: ...
 
 @overload
 def get(name: Literal["density"]) -> type[ActivationDensityConfig]: ...
+
+@overload
+def get(name: Literal["distill"]) -> type[DistillConfig]: ...

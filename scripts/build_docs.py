@@ -30,7 +30,8 @@ MARKS = re.compile(r"(<!-- generated: ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOT
 SCRIPTS = ("bench", "chaos", "sizes")  # of a checkout
 # groups that a run has only if they are added with a plus
 ADDED = ("launch", "loss", "ranks", "search")
-FULL = ("files", "hub", "wandb", "density")  # files of groups whose settings are all listed
+# files of groups whose settings are all listed
+FULL = ("files", "hub", "wandb", "density", "distill")
 SETTING = re.compile(r"^(?P<indent> *)(?P<key>[\w.+/]+):(?P<value> [^#]*?)?(?: *# ?(?P<note>.*))?$")
 
 

@@ -211,6 +211,10 @@ def _export_format(
         from petl.export.onnx import export_onnx
 
         return export_onnx, "ONNX model", lambda out: []
+    if name == "small":
+        from petl.export.small import USE, export_small
+
+        return export_small, "small model", lambda out: [USE.format(out=out)]
     from petl.export.engines import serving_lines
     from petl.export.lora import export_lora
 

@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16"),
         help="dtype of the merged model (default: that of the base; bfloat16 rounds the sum)",
     )
-    export = add("export", "convert an adapter to a plain LoRA, GGUF or ONNX", EXPORT)
+    export = add("export", "convert an adapter: plain LoRA, small model, GGUF, ONNX", EXPORT)
     add_run(export)
     _add_checked_out(export)
     formats = export.add_mutually_exclusive_group(required=True)
@@ -222,6 +222,7 @@ tolerance, nothing is written. Methods whose update depends on the input cannot 
 # a name is an option of `petl export`, and `_export_format` finds its module
 FORMATS = {
     "lora": "a plain LoRA, for PEFT and serving engines",
+    "small": "the plain small model of PELA (method pela), with low-rank layers",
     "gguf": f"an adapter for llama.cpp ({install_hint('gguf')})",
     "onnx": f"the merged model with its head, for ONNX runtime ({install_hint('onnx')})",
 }
@@ -233,6 +234,8 @@ anything is kept; if they differ by more than the tolerance, nothing is.
 without petl. The conversion is exact if the update is a low-rank product; any other update of the
 weight is factored by a full SVD. For a language model, the commands by which vLLM and SGLang serve
 the LoRA are printed, or why they cannot; `petl serve` serves the adapters of every method.
+--small writes the model that PELA (method pela) makes smaller: two thin layers in place of each
+adapted one, and ranks.json; petl.methods.pela.load, or the code in docs/methods/pela.md, loads it.
 --gguf writes this LoRA of a decoder as OUT/adapter.gguf, for llama.cpp's --lora.
 --onnx merges the adapter of a classifier, or of an embedding model (task_type=FEATURE_EXTRACTION),
 and writes OUT/model.onnx in float32 with config and tokenizer."""

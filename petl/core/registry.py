@@ -101,6 +101,7 @@ def register(
             lr=lr,
             need=need,
             recommended=recommended,
+            on_wrap=getattr(tuner, "on_wrap", None),
             unsupported=getattr(tuner, "unsupported", {}),
         )
         return tuner

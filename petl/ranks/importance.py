@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from petl.core import distributed
 from petl.core.layers.context import ForwardContext, is_encoder_decoder
+from petl.core.model.modes import evaluation_mode
 from petl.core.model.targets import LINEAR_KINDS, is_stack
 from petl.core.parameters import check_module
 from petl.errors import InputError, choose
@@ -198,15 +199,3 @@ def first_tensor(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
     if isinstance(kwargs.get("hidden_states"), Tensor):
         return kwargs["hidden_states"]
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Generator[None]:
-    """Inside the context all modules are in evaluation mode; afterwards each is as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training  # not `train`, which changes its children as well

@@ -73,6 +73,8 @@ CHARTS = {  # of further keys of the log: title, and label of the vertical axis
     "expert_load_max": ("Busiest expert", "load relative to the mean (1: balanced)"),
     "total_rank": ("Total rank", "sum of the active ranks of all modules"),
     "active_parameters": ("Active parameters", "parameters of the active ranks"),
+    "distill_features": ("Distance of the blocks' outputs", "mean square, to the teacher's"),
+    "distill_logits": ("Distance of the logits", "difference from the teacher's"),
     "density_loss": ("Density loss", "share of active neurons, smoothed"),
     "grad_norm": ("Gradient norm", "gradient norm (before clipping)"),
     "lr": ("Learning rate", "learning rate of the adapter"),

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from petl.core.model.modes import evaluation_mode
 from petl.errors import InputError
 from petl.tasks.base import IGNORED, sums_dtype
 
@@ -194,13 +195,8 @@ def terms(log_p: Tensor, log_q: Tensor) -> Tensor:
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None]:
     """Context without gradients, in evaluation mode."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
+    with evaluation_mode(model), torch.no_grad():
+        yield
 
 
 def base_of(model: nn.Module) -> Any:

@@ -175,6 +175,12 @@ def check_model(model: PeftModel, settings: TrainConfig) -> None:
                 f"train.gradient_checkpointing=reentrant leaves the loss {loss.config.name!r} "
                 "without a gradient; set train.gradient_checkpointing=true"
             )
+    tokens = settings.loss_segment
+    if tokens not in (None, "auto") and getattr(base, "loss_segment", None) is None:
+        raise InputError(
+            f"train.loss_segment={tokens} keeps no logits, which an extra loss compares; leave it "
+            "at auto"
+        )
 
 
 def load_start(model: PeftModel, task: Task, settings: TrainConfig) -> None:

@@ -238,6 +238,9 @@ CONTENDERS = (
         goal={"llama": 1.10, "minilm": 1.14},
         kernels=13,
     ),
+    # c = 2: half of the forward pass and of the gradients of activations, and those of the factors
+    Contender("pela, c = 2", "pela", TARGETS, goal={"llama": 0.9, "minilm": 0.9}),
+    Contender("distill on lora", "distill", _lora(), goal={"llama": 1.45, "minilm": 1.45}),
     Contender(
         "adalora",
         "adalora",

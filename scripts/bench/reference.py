@@ -84,8 +84,12 @@ def dense(model: PeftModel) -> Generator[Terms]:
     """In the block, adapted layers use their references; yields the list of terms of the loss."""
     terms: Terms = []
     replaced: list[nn.Module] = []
-    density = getattr(model, "activation_density", None)
+    density, distillation = (
+        getattr(model, name, None) for name in ("activation_density", "distillation")
+    )
     handles = [] if density is None else _watch_density(density, terms)
+    if distillation is not None:
+        handles += _watch_distillation(distillation, terms, replaced)
     try:
         for layer in model.modules():
             forward = _forward_of(layer)
@@ -271,7 +275,13 @@ def sparse(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
     return changed(layer, x, delta.view_as(weight))
 
 
+def pela(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
+    """PELA: a dense product in place of the weight."""
+    return F.linear(x, adapter.low_B @ adapter.low_A, adapter.bias)
+
+
 DENSE: dict[str, Dense] = {
+    "PelaAdapter": pela,
     "MolaAdapter": mola,
     "IncreloraAdapter": increlora,
     "MosAdapter": mos,
@@ -297,3 +307,41 @@ def _watch_density(density: Any, terms: Terms) -> list[Callable[[], None]]:
         config.weight = weight
 
     return [restore, *(handle.remove for handle in handles)]
+
+
+def _watch_distillation(
+    distillation: Any, terms: Terms, replaced: list[nn.Module]
+) -> list[Callable[[], None]]:
+    """Compute the loss `distill` from its formula; return functions that undo the change.
+
+    While layers are replaced, the term itself finds no difference: its teacher is the student.
+    """
+    base, config = distillation.base, distillation.config
+    targets: dict[str, Tensor] = {}
+    teaching = False
+
+    def teach(module: nn.Module, args: Any, kwargs: Any) -> None:
+        nonlocal teaching
+        forwards, teaching = {layer: layer.forward for layer in replaced}, True
+        for layer in replaced:
+            layer.forward = layer.base_layer.forward
+        with torch.no_grad():
+            base.forward(*args, **kwargs)
+        for layer, forward in forwards.items():
+            layer.forward = forward
+        teaching = False
+
+    def note(path: str, module: nn.Module, args: Any, output: Any) -> None:
+        y = output[0] if isinstance(output, tuple) else output
+        if teaching:
+            targets[path] = y
+        elif path in targets:
+            square = (y - targets.pop(path)).square().mean()
+            terms.append(config.feature_weight * square / len(distillation.blocks))
+
+    handles = [base.register_forward_pre_hook(teach, with_kwargs=True)]
+    handles += [
+        base.get_submodule(path).register_forward_hook(partial(note, path))
+        for path in distillation.blocks.values()
+    ]
+    return [handle.remove for handle in handles]

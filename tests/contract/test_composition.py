@@ -37,6 +37,7 @@ REFUSED = {
         "fourierft": NO_MATRIX,
         "increlora": "its file has the active ranks only",
         "ln_tuning": NO_MATRIX,
+        "pela": "its factors stand in place of the weights",
         "shira": NO_MATRIX,
         "sparse": NO_MATRIX,
         "vblora": "it ranks its logits to choose vectors",

@@ -39,6 +39,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "increlora": {"orth_reg_weight": 1.0, "target_r": 3, "max_r": 4, **GROWTH, **TARGETS},
     "mola": {"router_aux_loss_coef": 0.5, "num_experts": 4, **TARGETS},
     "mos": {"r": 3, "equivalent_rank": 3, **TARGETS},
+    "pela": {"compression": 1.2, **TARGETS},
     "sparse": {"selection_algorithm": "none", **TARGETS},
 }
 # exchanged are entries after the first step and after the third
@@ -49,6 +50,7 @@ CASES = {
     if petl.method(name).by == "petl"
 }
 CASES["lora"] = CASES["lora with density"] = Case("lora", LLAMA, {"r": 4, **TARGETS})
+CASES["lora with distill"] = CASES["lora"]
 CASES["adapter beside blocks"] = Case(
     "adapter", LLAMA, {"r": 8, "locations": ["block"], "placement": "parallel"}
 )
@@ -69,8 +71,9 @@ OTHERS = {
 }
 # a side network in each stack, and one in an encoder
 OTHERS |= {f"sherl on {kind}": Case("sherl", kind) for kind in ("bert", "t5")}
-# Candidates come from the rows of the first process, so all processes need the same rows.
-SAME_ROWS = {"sparse that reselects"}
+# Candidates come from the rows of the first process, so all processes need the same rows; a mean
+# over the positions of each process, padding included, is that of all for equal rows only.
+SAME_ROWS = {"sparse that reselects", "lora with distill"}
 # A statistic of each process's own rows, which differs from that of all rows.
 LOCAL = ".ema"  # of IncreLoRA: the score sums absolute values, so it does not add up
 
@@ -79,6 +82,8 @@ def wrapped(name: str) -> PeftModel:
     model = (CASES | OTHERS)[name].wrap_stirred().train()
     if "density" in name:
         losses.attach(model, losses.build_loss("density", eps=1e-2))
+    if "distill" in name:
+        losses.attach(model, losses.build_loss("distill", feature_weight=30.0, logit_weight=1.0))
     if "checkpointing" in name:
         base: Any = model.get_base_model()
         base.gradient_checkpointing_enable({"use_reentrant": False})

@@ -63,6 +63,12 @@ def segment_loss(model: nn.Module, tokens: int = TOKENS) -> None:
     swap_class(base, _SegmentedLoss)
 
 
+def keep_logits(base: nn.Module) -> None:
+    """Compute the loss of a model from all logits again, since something else reads them."""
+    if isinstance(base, _SegmentedLoss):
+        base.loss_segment = None
+
+
 def refusal(base: nn.Module) -> str | None:
     """Return why the loss of a model cannot be computed in segments, or None if it can."""
     if not isinstance(base, PreTrainedModel):
@@ -101,11 +107,11 @@ class _SegmentedLoss(SwappedClass):
     """Mixin for a causal LM.
 
     Attributes:
-        loss_segment: positions of a segment.
+        loss_segment: positions of a segment; None: the model's own loss, see `keep_logits`.
         adds_to_logits: True if logits are more than the head's product; set by the first pass.
     """
 
-    loss_segment: int
+    loss_segment: int | None
     adds_to_logits: bool | None = None
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -136,7 +142,8 @@ def _applies(model: Any, kwargs: dict[str, Any]) -> bool:
     chosen = kwargs.get("return_dict")  # PEFT passes None
     as_tuple = chosen is False or (chosen is None and not model.config.return_dict)
     return (
-        model.training
+        model.loss_segment is not None
+        and model.training
         and torch.is_grad_enabled()
         and kwargs.get("labels") is not None
         # the caller asks for logits of certain positions

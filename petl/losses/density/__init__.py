@@ -36,11 +36,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from petl.core.compat import BaseTunerLayer
 from petl.core.distributed import num_processes
 from petl.core.layers.context import ForwardContext
 from petl.core.lifecycle import extra_losses
 from petl.core.model.heat_map import HeatMap, of_layers
+from petl.core.model.modes import evaluation_mode, has_enabled_adapter
 from petl.core.spec.config import require
 from petl.core.spec.method import WRAP_ONLY, register_loss
 from petl.errors import InputError, UnsupportedError
@@ -48,7 +48,6 @@ from petl.files.disk import as_json, write_atomic
 from petl.losses.density.config import ActivationDensityConfig
 from petl.losses.density.metrics import (
     active_fractions,
-    evaluating,
     mean,
     on_device,
     predicts_tokens,
@@ -229,9 +228,7 @@ class ActivationDensity:
         """True if there is an enabled adapter that the term can train."""
         if any(config.is_prompt_learning for config in self.model.peft_config.values()):
             return True
-        layers = (m for m in self.base.modules() if isinstance(m, BaseTunerLayer))
-        first = next(layers, None)
-        return first is not None and not first.disable_adapters
+        return has_enabled_adapter(self.base)
 
     def _token_masks(self, inputs: Mapping[str, Any]) -> Masks:
         return token_masks(inputs, self.is_encoder_decoder) if self.config.mask_padding else {}
@@ -259,7 +256,7 @@ class ActivationDensity:
     @torch.no_grad()
     def _measure(self, batches: Batches, threshold: float) -> dict[str, Any]:
         sites, inputs = self.sites, on_device(batches, self.base)
-        with evaluating(self.model):
+        with evaluation_mode(self.model):
             fractions = active_fractions(
                 self._run, self.base, sites, inputs, threshold, self._token_masks
             )
@@ -304,7 +301,7 @@ class ActivationDensity:
         def token_mask(name: str, inputs: Mapping[str, Any], a: Tensor) -> Tensor | None:
             return rows_of(self._token_masks(inputs).get(sites.stack(name)), a)
 
-        with evaluating(self.model):
+        with evaluation_mode(self.model):
             inputs = list(on_device(batches, self.base))
             found = Search(self.model, self.base, names, inputs, token_mask).run(p)
         self.metrics[f"ppl_{p:g}_sparsity"] = found["sparsity"]

@@ -57,17 +57,6 @@ def hooked(base: nn.Module, sites: ActivationSites, visit: Any) -> Generator[Non
             handle.remove()
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Generator[None]:
-    """Context in which the model is in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)  # for all submodules
-
-
 def on_device(batches: Iterable[Batch], model: nn.Module) -> Iterator[dict[str, Any]]:
     """Yield the batches with their tensors on the model's device."""
     device = next(model.parameters()).device

@@ -28,6 +28,7 @@ UNSUPPORTED_INNER = {  # by method, the reason that an error gives
     "adalora": "it prunes by setting values to zero, which no code represents",
     "increlora": "its file has the active ranks only, and the statistics of the rounding are those "
     "of inactive ranks as well",
+    "pela": "its factors stand in place of the weights, and rounded ones compute another model",
     "corda": "it subtracts the initial update from the base weights, and quantized factors do not "
     "add up to the original weights again",
     "delora": "it normalizes its factors, so that even small initial values change the base "

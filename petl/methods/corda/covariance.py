@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from petl.core import distributed
 from petl.core.layers.context import as_2d, is_encoder_decoder
 from petl.core.layers.layer import shape_of
+from petl.core.model.modes import evaluation_mode
 from petl.ops.oriented import Damped
 
 logger = logging.getLogger(__name__)
@@ -158,18 +159,14 @@ def first_input(args: Any, kwargs: Mapping[str, Any]) -> Tensor:
 @contextmanager
 def inference(model: nn.Module) -> Generator[None]:
     """Disable dropout, gradients and the generation cache; restore the modes of all modules."""
-    modes = {module: module.training for module in model.modules()}
     config = getattr(model, "config", None)
     cache = getattr(config, "use_cache", None)
     if cache is not None:
         config.use_cache = False  # ty: ignore[invalid-assignment]
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluation_mode(model), torch.no_grad():
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         if cache is not None:
             config.use_cache = cache  # ty: ignore[invalid-assignment]
 
