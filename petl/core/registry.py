@@ -95,7 +95,7 @@ def register(
             summary,
             paper,
             merges=is_additive,
-            exports_lora=is_additive,
+            exports_lora=is_additive and tuner.adapter_cls.lora_refusal is None,
             own=True,
             start_tolerance=0.0 if variant else tuner.adapter_cls.start_tolerance,
             tuner_cls=tuner,
@@ -104,6 +104,7 @@ def register(
             need=need,
             recommended=recommended,
             unsupported=getattr(tuner, "unsupported", {}),
+            decays=variant is not None or tuner.adapter_cls.decays,
         )
         return tuner
 

@@ -370,6 +370,33 @@ class MethodTuner(SharedStateTuner):
         if self.adapter_cls.merge_refusal is not None:
             raise UnsupportedError(self.adapter_cls.merge_refusal)
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate these adapters; several only if none of them has to be alone.
+
+        Raises:
+            UnsupportedError: one of several adapters cannot be active beside another one.
+        """
+        self._refuse_combination(adapter_name)
+        super().set_adapter(adapter_name, inference_mode)
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Merge these adapters (the active ones if None) into the base weights.
+
+        Raises:
+            UnsupportedError: the method cannot merge, or not these adapters together.
+        """
+        # all layers before the first one changes
+        self._refuse_combination(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _refuse_combination(self, names: str | list[str] | None) -> None:
+        several = self.active_adapters if names is None else names
+        if not isinstance(several, str) and len(several) > 1:
+            for layer in layers_of(self.model):
+                layer.refuse_combination(several)
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         # before unloading, which removes the layers that hold them
         captures = list(_captures(self.model))
