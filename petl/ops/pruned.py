@@ -169,7 +169,7 @@ class _PrunedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, packed, *factors = ctx.saved_tensors
         needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:])
         to_x, to_factors = backward_pass(
@@ -199,7 +199,7 @@ class _MaskedWeight(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, packed, *tensors = ctx.saved_tensors
         factors = PruningFactors(*tensors)
         moved = moved_weight(weight, factors, ctx.scales)

@@ -21,6 +21,7 @@ from bench.shapes import Bench, gradient_to_embeddings
 from petl.core.layers.fused_lora import FusedLoraLinear
 from petl.core.layers.layer import AdapterLayer
 from petl.ops.dropout import keep_mask
+from petl.ops.masks import unpack_mask
 from petl.ops.normal_codes import POSITIVE_CODES
 
 Terms = list[Tensor]
@@ -220,6 +221,18 @@ def sparse(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
     return changed(layer, x, delta.view_as(weight))
 
 
+def pst(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
+    """PST: a dense masked weight; the mask is the adapter's, since rounding may swap near-ties."""
+    weight = layer.base_layer.weight
+    beta, alpha1, alpha2 = adapter.scales
+    moved = weight + beta * adapter.U @ adapter.V
+    scores = moved.abs() + alpha1 * adapter.A @ adapter.B
+    scores = scores + alpha2 * (adapter.R[:, None] + adapter.C[None])
+    mask = unpack_mask(adapter.mask_now(weight)[0], tuple(weight.shape)).to(moved)
+    # straight through: the gradient of the scores is that of the mask
+    return F.linear(x, (mask + scores - scores.detach()) * moved, layer.base_layer.bias)
+
+
 DENSE: dict[str, Dense] = {
     "MolaAdapter": mola,
     "IncreloraAdapter": increlora,
@@ -227,6 +240,7 @@ DENSE: dict[str, Dense] = {
     "BottleneckAdapter": bottleneck,
     "CompacterAdapter": compacter,
     "SparseAdapter": sparse,
+    "PstAdapter": pst,
 }
 
 

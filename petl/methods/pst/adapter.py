@@ -149,7 +149,7 @@ class PstAdapter(Adapter):
         if self._is_sharded and not stands:  # sharding changes parameters without a new version
             key = (id(self), "mask")
             return self.info.context.compute_once(key, lambda: self._new_mask(weight)[0]), None
-        key = None if stands else self._version(weight)
+        key = None if stands else self._key(weight)
         made = self._masks.get(stands)
         if made is not None and made[0] == key:
             return made[1], None
@@ -162,7 +162,7 @@ class PstAdapter(Adapter):
         # an attribute that FSDP2 sets on all modules
         return hasattr(self, "_is_fsdp_managed_module")
 
-    def _version(self, weight: Tensor) -> Any:
+    def _key(self, weight: Tensor) -> Any:
         """Return a value that changes with the parameters."""
         tensors = (*self.factors_of_pruning, weight)
         counts = [0 if t.is_inference() else t._version for t in tensors]
@@ -270,7 +270,7 @@ class PstAdapter(Adapter):
             self._record(packed)
         if self.training or self._is_sharded:
             self._dense = None
-        key = self._version(weight), dtype
+        key = self._key(weight), dtype
         if self._dense is not None and self._dense[0] == key:
             return self._dense[1], packed
         if moved is None:
