@@ -23,6 +23,7 @@ from petl.methods.corda.config import CordaConfig
 from petl.methods.increlora.config import IncreloraConfig
 from petl.methods.mola import MolaConfig
 from petl.methods.mos.config import MosConfig
+from petl.methods.pst import PstConfig
 from petl.methods.sparse import SparseConfig
 
 @overload
@@ -141,9 +142,12 @@ def wrap(
     advance_learn: Any = ...,
     alora_invocation_tokens: Any = ...,
     alpha: Any = ...,
+    alpha1: Any = ...,
+    alpha2: Any = ...,
     alpha_pattern: Any = ...,
     apply_GS: Any = ...,
     arrow_config: Any = ...,
+    beta: Any = ...,
     beta1: Any = ...,
     beta2: Any = ...,
     bias: Any = ...,
@@ -180,6 +184,8 @@ def wrap(
     factors_cache: Any = ...,
     fan_in_fan_out: Any = ...,
     feedforward_modules: Any = ...,
+    final_sparsity: Any = ...,
+    final_warmup: Any = ...,
     full_first_reselection: Any = ...,
     init_ia3_weights: Any = ...,
     init_logits_std: Any = ...,
@@ -189,6 +195,8 @@ def wrap(
     init_vector_bank_bound: Any = ...,
     init_weights: Any = ...,
     initial_reselection_rate: Any = ...,
+    initial_sparsity: Any = ...,
+    initial_warmup: Any = ...,
     input_modules: Any = ...,
     inverse_tol: Any = ...,
     kasa_config: Any = ...,
@@ -205,6 +213,8 @@ def wrap(
     lora_bias: Any = ...,
     lora_dropout: Any = ...,
     lora_ga_config: Any = ...,
+    mask_interval: Any = ...,
+    mask_r: Any = ...,
     mask_type: Any = ...,
     max_covariance_bytes: Any = ...,
     max_r: Any = ...,
@@ -256,6 +266,7 @@ def wrap(
     router_hidden_size: Any = ...,
     router_type: Any = ...,
     runtime_config: Any = ...,
+    save_mask: Any = ...,
     save_only_topk_weights: Any = ...,
     save_projection: Any = ...,
     scaling: Any = ...,
@@ -875,6 +886,38 @@ def wrap(
 @overload
 def wrap(
     model: nn.Module,
+    name: Literal["pst"],
+    *,
+    adapter_name: str = "default",
+    calibration: Calibration | None = None,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = 'all-linear',
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    r: int = 8,
+    mask_r: int = 8,
+    beta: float = 1.0,
+    alpha1: float = 1.0,
+    alpha2: float = 1.0,
+    initial_sparsity: float = 0.0,
+    final_sparsity: float = 0.9,
+    initial_warmup: float = 0.1,
+    final_warmup: float = 0.3,
+    mask_interval: int = 1,
+    total_step: int | None = None,
+    save_mask: bool = False,
+    init_weights: bool = True,
+) -> PeftModel:
+    """Weights move by a low-rank product and are pruned by low-rank scores while they train."""
+
+@overload
+def wrap(
+    model: nn.Module,
     name: Literal["randlora"],
     *,
     adapter_name: str = "default",
@@ -1190,9 +1233,12 @@ def build_config(
     advance_learn: Any = ...,
     alora_invocation_tokens: Any = ...,
     alpha: Any = ...,
+    alpha1: Any = ...,
+    alpha2: Any = ...,
     alpha_pattern: Any = ...,
     apply_GS: Any = ...,
     arrow_config: Any = ...,
+    beta: Any = ...,
     beta1: Any = ...,
     beta2: Any = ...,
     bias: Any = ...,
@@ -1229,6 +1275,8 @@ def build_config(
     factors_cache: Any = ...,
     fan_in_fan_out: Any = ...,
     feedforward_modules: Any = ...,
+    final_sparsity: Any = ...,
+    final_warmup: Any = ...,
     full_first_reselection: Any = ...,
     init_ia3_weights: Any = ...,
     init_logits_std: Any = ...,
@@ -1238,6 +1286,8 @@ def build_config(
     init_vector_bank_bound: Any = ...,
     init_weights: Any = ...,
     initial_reselection_rate: Any = ...,
+    initial_sparsity: Any = ...,
+    initial_warmup: Any = ...,
     input_modules: Any = ...,
     inverse_tol: Any = ...,
     kasa_config: Any = ...,
@@ -1254,6 +1304,8 @@ def build_config(
     lora_bias: Any = ...,
     lora_dropout: Any = ...,
     lora_ga_config: Any = ...,
+    mask_interval: Any = ...,
+    mask_r: Any = ...,
     mask_type: Any = ...,
     max_covariance_bytes: Any = ...,
     max_r: Any = ...,
@@ -1305,6 +1357,7 @@ def build_config(
     router_hidden_size: Any = ...,
     router_type: Any = ...,
     runtime_config: Any = ...,
+    save_mask: Any = ...,
     save_only_topk_weights: Any = ...,
     save_projection: Any = ...,
     scaling: Any = ...,
@@ -1869,6 +1922,35 @@ def build_config(
 
 @overload
 def build_config(
+    name: Literal["pst"],
+    *,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = 'all-linear',
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    r: int = 8,
+    mask_r: int = 8,
+    beta: float = 1.0,
+    alpha1: float = 1.0,
+    alpha2: float = 1.0,
+    initial_sparsity: float = 0.0,
+    final_sparsity: float = 0.9,
+    initial_warmup: float = 0.1,
+    final_warmup: float = 0.3,
+    mask_interval: int = 1,
+    total_step: int | None = None,
+    save_mask: bool = False,
+    init_weights: bool = True,
+) -> PstConfig:
+    """Weights move by a low-rank product and are pruned by low-rank scores while they train."""
+
+@overload
+def build_config(
     name: Literal["randlora"],
     *,
     task_type: peft.TaskType | str | None = None,
@@ -2097,6 +2179,9 @@ def get(name: Literal["mos"]) -> type[MosConfig]: ...
 
 @overload
 def get(name: Literal["oft"]) -> type[peft.OFTConfig]: ...
+
+@overload
+def get(name: Literal["pst"]) -> type[PstConfig]: ...
 
 @overload
 def get(name: Literal["randlora"]) -> type[peft.RandLoraConfig]: ...

@@ -35,6 +35,7 @@ REFUSED = {
         "delora": "it normalizes its factors",
         "fourierft": NO_MATRIX,
         "increlora": "its file has the active ranks only",
+        "pst": "it ranks base weights by scores",
         "ln_tuning": NO_MATRIX,
         "shira": NO_MATRIX,
         "sparse": NO_MATRIX,
