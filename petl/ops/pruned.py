@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from petl.ops.masks import unpack_mask
+from petl.ops.masks import mask_factors
 
 
 class PruningFactors(NamedTuple):
@@ -67,8 +67,7 @@ def pruning_scores(moved: Tensor, factors: PruningFactors, scales: Scales) -> Te
 
 def masked_(moved: Tensor, packed: Tensor | None) -> Tensor:
     """Set the pruned entries of `moved` to 0, in place; None: nothing is pruned."""
-    # measured on a CPU: a third of the time of masked_fill_
-    return moved if packed is None else moved.mul_(unpack_mask(packed, moved.shape))
+    return moved if packed is None else moved.mul_(mask_factors(packed, moved.shape, moved.dtype))
 
 
 def gradients_of(
@@ -83,7 +82,7 @@ def gradients_of(
     Args:
         gradient: G [O, I], of the masked weight.
         moved: W' [O, I], which is overwritten.
-        keep: M as bools [O, I]; None: all ones.
+        keep: M [O, I], as numbers 0 and 1; None: all ones.
         factors: the factors.
         scales: of update and scores.
     """
@@ -124,7 +123,7 @@ def backward_pass(
     """
     g_TO, x_TI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     moved = moved_weight(weight, factors, scales)
-    keep = None if packed is None else unpack_mask(packed, moved.shape)
+    keep = None if packed is None else mask_factors(packed, moved.shape, moved.dtype)
     to_x = to_factors = None
     if needs[0]:
         masked = moved if keep is None else moved * keep
@@ -203,7 +202,7 @@ class _MaskedWeight(torch.autograd.Function):
         weight, packed, *tensors = ctx.saved_tensors
         factors = PruningFactors(*tensors)
         moved = moved_weight(weight, factors, ctx.scales)
-        keep = None if packed is None else unpack_mask(packed, moved.shape)
+        keep = None if packed is None else mask_factors(packed, moved.shape, moved.dtype)
         gradient = grad.to(moved.dtype)
         to_weight = None
         if ctx.needs_input_grad[0]:
