@@ -34,8 +34,8 @@ def unpack_mask(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return a packed mask as bools of this shape."""
     # a byte of `words` has one bit or none; adding 127 carries it into the highest bit
     words = packed.long().mul_(SPREAD).bitwise_and_(SELECT).add_(CARRY)
-    words = words.__irshift__(7).bitwise_and_(SPREAD)
-    return words.view(torch.bool)[: math.prod(shape)].view(shape)
+    words >>= 7
+    return words.bitwise_and_(SPREAD).view(torch.bool)[: math.prod(shape)].view(shape)
 
 
 def mask_factors(packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
