@@ -37,7 +37,8 @@ def _adapter_cls(entry: Method | None) -> Any:
 def adamr_refusal(tuner: type[Any]) -> str | None:
     """Return why AdamR cannot train the adapters of a tuner; None: it can."""
     # AdaLoRA masks ranks in place, so that its entries keep their reference
-    if not hasattr(tuner, "update_and_allocate") or issubclass(tuner, AdaLoraModel):
+    stay = issubclass(tuner, AdaLoraModel) or not getattr(tuner, "moves_entries", True)
+    if not hasattr(tuner, "update_and_allocate") or stay:
         return None
     return "it adds or exchanges entries while it trains, and the reference does not move with them"
 

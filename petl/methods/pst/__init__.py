@@ -120,6 +120,7 @@ class PstModel(MethodTuner):
 
     config_cls, adapter_cls = PstConfig, PstAdapter
     unsupported = {**dict.fromkeys(("4bit", "8bit", "torchao"), DENSE), "mixed": ALONE}
+    moves_entries = False  # masks change, and no trained tensor
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate an adapter; the memory of the others' pruned weights is freed."""
