@@ -26,6 +26,7 @@ from petl.methods.mola import MolaConfig
 from petl.methods.mos.config import MosConfig
 from petl.methods.sherl.config import SherlConfig
 from petl.methods.pela.config import PelaConfig
+from petl.methods.pst import PstConfig
 from petl.methods.sparse import SparseConfig
 
 @overload
@@ -144,9 +145,12 @@ def wrap(
     advance_learn: Any = ...,
     alora_invocation_tokens: Any = ...,
     alpha: Any = ...,
+    alpha1: Any = ...,
+    alpha2: Any = ...,
     alpha_pattern: Any = ...,
     apply_GS: Any = ...,
     arrow_config: Any = ...,
+    beta: Any = ...,
     beta1: Any = ...,
     beta2: Any = ...,
     bias: Any = ...,
@@ -185,6 +189,8 @@ def wrap(
     factors_cache: Any = ...,
     fan_in_fan_out: Any = ...,
     feedforward_modules: Any = ...,
+    final_sparsity: Any = ...,
+    final_warmup: Any = ...,
     full_first_reselection: Any = ...,
     gate_temperature: Any = ...,
     init_ia3_weights: Any = ...,
@@ -195,6 +201,8 @@ def wrap(
     init_vector_bank_bound: Any = ...,
     init_weights: Any = ...,
     initial_reselection_rate: Any = ...,
+    initial_sparsity: Any = ...,
+    initial_warmup: Any = ...,
     input_modules: Any = ...,
     inverse_tol: Any = ...,
     kasa_config: Any = ...,
@@ -212,6 +220,8 @@ def wrap(
     lora_bias: Any = ...,
     lora_dropout: Any = ...,
     lora_ga_config: Any = ...,
+    mask_interval: Any = ...,
+    mask_r: Any = ...,
     mask_type: Any = ...,
     max_covariance_bytes: Any = ...,
     max_r: Any = ...,
@@ -266,6 +276,7 @@ def wrap(
     router_hidden_size: Any = ...,
     router_type: Any = ...,
     runtime_config: Any = ...,
+    save_mask: Any = ...,
     save_only_topk_weights: Any = ...,
     save_projection: Any = ...,
     scaling: Any = ...,
@@ -889,6 +900,7 @@ def wrap(
 def wrap(
     model: nn.Module,
     name: Literal["pela"],
+    name: Literal["pst"],
     *,
     adapter_name: str = "default",
     calibration: Calibration | None = None,
@@ -910,6 +922,21 @@ def wrap(
     perturb_eps: float = 0.001,
 ) -> PeftModel:
     """Two thin factors in place of each weight, from its SVD; exported as a smaller model."""
+    r: int = 8,
+    mask_r: int = 8,
+    beta: float = 1.0,
+    alpha1: float = 1.0,
+    alpha2: float = 1.0,
+    initial_sparsity: float = 0.0,
+    final_sparsity: float = 0.9,
+    initial_warmup: float = 0.1,
+    final_warmup: float = 0.3,
+    mask_interval: int = 1,
+    total_step: int | None = None,
+    save_mask: bool = False,
+    init_weights: bool = True,
+) -> PeftModel:
+    """Weights move by a low-rank product and are pruned by low-rank scores while they train."""
 
 @overload
 def wrap(
@@ -1272,9 +1299,12 @@ def build_config(
     advance_learn: Any = ...,
     alora_invocation_tokens: Any = ...,
     alpha: Any = ...,
+    alpha1: Any = ...,
+    alpha2: Any = ...,
     alpha_pattern: Any = ...,
     apply_GS: Any = ...,
     arrow_config: Any = ...,
+    beta: Any = ...,
     beta1: Any = ...,
     beta2: Any = ...,
     bias: Any = ...,
@@ -1313,6 +1343,8 @@ def build_config(
     factors_cache: Any = ...,
     fan_in_fan_out: Any = ...,
     feedforward_modules: Any = ...,
+    final_sparsity: Any = ...,
+    final_warmup: Any = ...,
     full_first_reselection: Any = ...,
     gate_temperature: Any = ...,
     init_ia3_weights: Any = ...,
@@ -1323,6 +1355,8 @@ def build_config(
     init_vector_bank_bound: Any = ...,
     init_weights: Any = ...,
     initial_reselection_rate: Any = ...,
+    initial_sparsity: Any = ...,
+    initial_warmup: Any = ...,
     input_modules: Any = ...,
     inverse_tol: Any = ...,
     kasa_config: Any = ...,
@@ -1340,6 +1374,8 @@ def build_config(
     lora_bias: Any = ...,
     lora_dropout: Any = ...,
     lora_ga_config: Any = ...,
+    mask_interval: Any = ...,
+    mask_r: Any = ...,
     mask_type: Any = ...,
     max_covariance_bytes: Any = ...,
     max_r: Any = ...,
@@ -1394,6 +1430,7 @@ def build_config(
     router_hidden_size: Any = ...,
     router_type: Any = ...,
     runtime_config: Any = ...,
+    save_mask: Any = ...,
     save_only_topk_weights: Any = ...,
     save_projection: Any = ...,
     scaling: Any = ...,
@@ -1962,6 +1999,7 @@ def build_config(
 @overload
 def build_config(
     name: Literal["pela"],
+    name: Literal["pst"],
     *,
     task_type: peft.TaskType | str | None = None,
     base_model_name_or_path: str | None = None,
@@ -1981,6 +2019,21 @@ def build_config(
     perturb_eps: float = 0.001,
 ) -> PelaConfig:
     """Two thin factors in place of each weight, from its SVD; exported as a smaller model."""
+    r: int = 8,
+    mask_r: int = 8,
+    beta: float = 1.0,
+    alpha1: float = 1.0,
+    alpha2: float = 1.0,
+    initial_sparsity: float = 0.0,
+    final_sparsity: float = 0.9,
+    initial_warmup: float = 0.1,
+    final_warmup: float = 0.3,
+    mask_interval: int = 1,
+    total_step: int | None = None,
+    save_mask: bool = False,
+    init_weights: bool = True,
+) -> PstConfig:
+    """Weights move by a low-rank product and are pruned by low-rank scores while they train."""
 
 @overload
 def build_config(
@@ -2238,6 +2291,7 @@ def get(name: Literal["oft"]) -> type[peft.OFTConfig]: ...
 
 @overload
 def get(name: Literal["pela"]) -> type[PelaConfig]: ...
+def get(name: Literal["pst"]) -> type[PstConfig]: ...
 
 @overload
 def get(name: Literal["randlora"]) -> type[peft.RandLoraConfig]: ...

@@ -93,7 +93,7 @@ def register(
             summary,
             paper,
             merges=is_additive,
-            exports_lora=is_additive,
+            exports_lora=is_additive and tuner.adapter_cls.lora_refusal is None,
             own=True,
             start_tolerance=0.0 if variant else tuner.adapter_cls.start_tolerance,
             tuner_cls=tuner,
@@ -103,6 +103,7 @@ def register(
             recommended=recommended,
             on_wrap=getattr(tuner, "on_wrap", None),
             unsupported=getattr(tuner, "unsupported", {}),
+            decays=variant is not None or tuner.adapter_cls.decays,
         )
         return tuner
 

@@ -133,7 +133,8 @@ def plan_run(cfg: DictConfig) -> RunPlan:
             f"the ranks of blocks come from data (ranks={run.ranks.name}), with the mean "
             f"{spread.mean}; sizes and memory are those of rank {spread.mean} everywhere"
         )
-    if hasattr(type(model.base_model), "update_and_allocate"):
+    tuner = type(model.base_model)
+    if hasattr(tuner, "update_and_allocate") and getattr(tuner, "moves_entries", True):
         notes.append(
             "this method changes its size during training; the adapter file is that of the start"
         )

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer
 from petl.core.layers.layer import is_lora_b
 from petl.core.lifecycle import Lifecycle
 from petl.core.parameters import is_norm, trainable
-from petl.core.registry import keeps_base
+from petl.core.registry import keeps_base, method_of
 from petl.distributed.launch import Engine, is_zero
 from petl.errors import InputError
 from petl.runs.settings import TrainConfig
@@ -59,17 +59,18 @@ def groups(model: nn.Module, settings: TrainConfig) -> list[dict]:
     """Return parameter groups: learning rate by role (adapter, lora_B, head), decay for matrices.
 
     Initial values taken from base weights (CorDA, PiSSA) do not decay: decay towards 0 would move
-    the model away from the pretrained one. `set_lr` scales the `initial_lr` of a group.
+    the model away from the pretrained one; nor do scores (PST). `set_lr` scales the `initial_lr` of
+    a group.
 
     Raises:
         InputError: nothing is trainable, or `loraplus_ratio` has no effect.
     """
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
     names, heads = [], head_names(model)
-    takes_base_values = isinstance(model, PeftModel) and not keeps_base(model.active_peft_config)
+    is_fixed = isinstance(model, PeftModel) and not _decays(model.active_peft_config)
     for name, parameter in trainable(model):
         names.append(name)
-        has_decay = decays(name, parameter) and (name in heads or not takes_base_values)
+        has_decay = decays(name, parameter) and (name in heads or not is_fixed)
         decay = settings.weight_decay if has_decay else 0.0
         # few groups: one fused kernel per group and step
         found.setdefault((peak_lr(name, settings, heads), decay), []).append(parameter)
@@ -87,6 +88,12 @@ def groups(model: nn.Module, settings: TrainConfig) -> list[dict]:
         {"params": tensors, "lr": lr, "initial_lr": lr, "weight_decay": decay}
         for (lr, decay), tensors in found.items()
     ]
+
+
+def _decays(config: PeftConfig) -> bool:
+    """Return True if weight decay applies to the matrices of an adapter of this config."""
+    entry = method_of(config)
+    return entry is None or (entry.decays and entry.keeps_base(config))
 
 
 def head_names(model: nn.Module) -> set[str]:

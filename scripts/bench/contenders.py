@@ -31,6 +31,8 @@ TARGETS = {"target_modules": "block-linear"}
 ON_LORA: dict[str, Any] = {"inner": "lora", "r": RANK, "lora_alpha": 16, **TARGETS}
 INCRE = {"init_r": RANK - 1, "rank_step": 1, "target_r": RANK, "total_step": STEPS}
 SPARSE = {"density": 0.01, "total_step": STEPS}
+# nine tenths of the weights are pruned from the first step on
+PST = {"r": RANK, "mask_r": RANK, "initial_sparsity": 0.9, "total_step": STEPS}
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Contender:
         kernels: the goal for the kernel launches per adapted layer.
         theirs: True if LoRA layers compute with PEFT's code, not with petl's fused layers.
         recomputes: True if MLPs recompute activations in backward.
+        done: optimizer steps after which the row is measured; 0: before the first.
+        updates: True if each measured step has the method's update for such a step.
     """
 
     name: str
@@ -61,6 +65,8 @@ class Contender:
     kernels: int | None = None
     theirs: bool = False
     recomputes: bool = False
+    done: int = 0
+    updates: bool = False
 
     @property
     def is_own(self) -> bool:
@@ -91,6 +97,11 @@ class Contender:
             petl.fuse_lora(model)  # as train.py does
         if self.recomputes:
             petl.recompute_mlp(model)
+        if self.done:
+            hooks = petl.lifecycle(model)
+            hooks.after_step(self.done)
+            if self.updates:
+                model.register_forward_pre_hook(lambda *_: hooks.after_step(self.done))
         return model.train()
 
     def put(self, bench: Bench, base: Any) -> PeftModel:
@@ -230,6 +241,10 @@ CONTENDERS = (
         kernels=4,
     ),
     Contender("sparse, watched", "sparse", SPARSE),
+    Contender("pst", "pst", PST, goal={"llama": 1.7, "minilm": 1.7}, done=1),
+    Contender(
+        "pst, new masks", "pst", PST, goal={"llama": 2.0, "minilm": 2.0}, done=1, updates=True
+    ),
     Contender(
         "density on lora",
         "density",

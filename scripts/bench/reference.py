@@ -23,6 +23,7 @@ from petl.core.layers.block import BlockAdapters, BlockCall, split_arguments
 from petl.core.layers.fused_lora import FusedLoraLinear
 from petl.core.layers.layer import Adapter, AdapterLayer
 from petl.ops.dropout import keep_mask
+from petl.ops.masks import unpack_mask
 from petl.ops.normal_codes import POSITIVE_CODES
 
 Terms = list[Tensor]
@@ -280,6 +281,18 @@ def pela(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
     return F.linear(x, adapter.low_B @ adapter.low_A, adapter.bias)
 
 
+def pst(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
+    """PST: a dense masked weight; the mask is the adapter's, since rounding may swap near-ties."""
+    weight = layer.base_layer.weight
+    beta, alpha1, alpha2 = adapter.scales
+    moved = weight + beta * adapter.U @ adapter.V
+    scores = moved.abs() + alpha1 * adapter.A @ adapter.B
+    scores = scores + alpha2 * (adapter.R[:, None] + adapter.C[None])
+    mask = unpack_mask(adapter.mask_now(weight)[0], tuple(weight.shape)).to(moved)
+    # straight through: the gradient of the scores is that of the mask
+    return F.linear(x, (mask + scores - scores.detach()) * moved, layer.base_layer.bias)
+
+
 DENSE: dict[str, Dense] = {
     "PelaAdapter": pela,
     "MolaAdapter": mola,
@@ -288,6 +301,7 @@ DENSE: dict[str, Dense] = {
     "BottleneckAdapter": bottleneck,
     "CompacterAdapter": compacter,
     "SparseAdapter": sparse,
+    "PstAdapter": pst,
 }
 SIDE_NETWORKS: dict[str, SideNetwork] = {"SherlAdapter": sherl}  # which no layer calls
 

@@ -36,6 +36,7 @@ REFUSED = {
         "delora": "it normalizes its factors",
         "fourierft": NO_MATRIX,
         "increlora": "its file has the active ranks only",
+        "pst": "it ranks base weights by scores",
         "ln_tuning": NO_MATRIX,
         "pela": "its factors stand in place of the weights",
         "shira": NO_MATRIX,

@@ -58,6 +58,7 @@ CASES["mola with checkpointing"] = CASES["mola"]
 CASES["mola with a recurrent router"] = Case(
     "mola", LLAMA, {**FIELDS["mola"], "router_type": "recurrent"}
 )
+CASES["pst with saved masks"] = Case("pst", LLAMA, {"save_mask": True, **TARGETS})
 CASES["sparse that reselects"] = Case("sparse", LLAMA, CYCLE)
 CASES["sparse by sm3"] = Case("sparse", LLAMA, {"selection_algorithm": "sm3", **CYCLE})
 # Of other kinds of models, those that are sharded in the default run; the others are under `slow`.

@@ -21,7 +21,18 @@ pytest_plugins = ["training_fixtures"]
 
 # in + out of q, k, v, o, gate, up, down: what a rank costs LoRA in one layer
 LORA_RANK = 2 * ((32 + 32) + 2 * (32 + 16) + (32 + 32) + 3 * (32 + 48))
-SIZED = ("lora", "mola", "increlora", "adapter", "compacter", "binary", "sparse", "corda", "dora")
+SIZED = (
+    "lora",
+    "mola",
+    "increlora",
+    "adapter",
+    "compacter",
+    "binary",
+    "sparse",
+    "corda",
+    "dora",
+    "pst",
+)
 
 
 def base() -> LlamaForCausalLM:

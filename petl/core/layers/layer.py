@@ -23,7 +23,7 @@ from petl.core.layers.class_swap import AdapterDict
 from petl.core.layers.context import ForwardContext, InputCapture
 from petl.core.layers.conversion import refuse_conversion
 from petl.core.serving.mixed_batch import AdapterRows, BatchedAdapter
-from petl.errors import InputError
+from petl.errors import InputError, UnsupportedError
 from petl.ops.low_rank import LowRankRows, add_low_rank, linear_with_low_rank, owns_output
 
 # dtypes in which a sum with an update loses digits of the update
@@ -83,8 +83,11 @@ class Adapter(nn.Module):
     """
 
     merge_refusal: ClassVar[str | None] = None  # why the method cannot merge; None: it can
+    # why a method that merges has no LoRA with the same outputs; None: it has one
+    lora_refusal: ClassVar[str | None] = None
     keep_float32: ClassVar[bool] = False  # parameters never take the base model's half precision
     start_tolerance: ClassVar[float] = 0.0  # max. difference of outputs to the base at the start
+    decays: ClassVar[bool] = True  # False: weight decay leaves its tensors out
     # buffers with statistics of this process's rows only, which differ between processes
     of_own_rows: ClassVar[tuple[str, ...]] = ()
 
@@ -115,6 +118,17 @@ class Adapter(nn.Module):
         if factors is None:
             raise NotImplementedError(f"{type(self).__name__} has neither factors nor a delta")
         return factors.scale * (factors.B @ factors.A)
+
+    def change_of(self, weight: Tensor) -> Tensor:
+        """Return the update to this base weight, both [O, I]; by default `delta`, for any weight.
+
+        A method that masks the base weight overrides it.
+        """
+        return self.delta()
+
+    def combination_refusal(self) -> str | None:
+        """Return why no other adapter may be active or merged beside it now; None: others may."""
+        return None
 
     @property
     def drop_rate(self) -> float:
@@ -282,9 +296,21 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         captured = {name: capture.pop() for name, capture in self.captures.items()}
         if names is not None and not self._disable_adapters:
             return self._forward_mixed(x, y, captured, names)
+        # with `adapters` left, there are two or more
+        if adapters:
+            self.refuse_combination(self.active_adapters)
         for name, adapter in adapters:
             y = adapter(captured.get(name, x), y)
         return y
+
+    def refuse_combination(self, names: Sequence[str]) -> None:
+        """Raise UnsupportedError if one of several adapters cannot be active beside the others."""
+        present = dict(self.pick(names))
+        if len(present) > 1:
+            for name, adapter in present.items():
+                reason = adapter.combination_refusal()
+                if reason:
+                    raise UnsupportedError(f"adapter {name!r} of {adapter.info.key}: {reason}")
 
     def _forward_mixed(
         self, x: Tensor, y: Tensor, captured: Mapping[str, Tensor], names: Sequence[str]
@@ -322,13 +348,19 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
         That is [O, I], or [I, O] for Conv1D.
         """
-        delta = cast(Adapter, self.adapters[adapter_name]).delta()
+        adapter = cast(Adapter, self.adapters[adapter_name])
+        if type(adapter).change_of is Adapter.change_of:  # the base may be quantized
+            delta = adapter.delta()
+        else:
+            weight = self.get_base_weight()
+            delta = adapter.change_of(weight.t() if self.fan_in_fan_out else weight)
         return delta.t() if self.fan_in_fan_out else delta
 
     def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
         """Return True for one weight update for all inputs; if not, see `refuse_conversion`."""
         names = list(self.adapters) if adapter_name is None else [adapter_name]
-        reasons = [a.merge_refusal for _, a in self.pick(names) if a.merge_refusal]
+        refusals = [a.merge_refusal or a.lora_refusal for _, a in self.pick(names)]
+        reasons = [reason for reason in refusals if reason]
         return refuse_conversion(reasons[0], adapter_name) if reasons else True
 
     @torch.no_grad()
@@ -338,8 +370,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: `safe_merge` is set and a merged weight is not finite; that layer's base
                 weight is unchanged.
+            UnsupportedError: an adapter cannot be merged beside another one.
         """
-        for name, adapter in self.pick(check_adapters_to_merge(self, adapter_names)):
+        adapter_names = check_adapters_to_merge(self, adapter_names)
+        self.refuse_combination([*self.merged_adapters, *adapter_names])
+        for name, adapter in self.pick(adapter_names):
             if self.quantization_backend is not None:
                 warnings.warn(
                     f"merging into a {self.quantization_backend.backend_name} base quantizes it "

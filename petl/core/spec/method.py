@@ -59,6 +59,7 @@ class Method:
         recommended: why it is the first to try for its need; "": it is not.
         unsupported: by capability (see petl/core/spec/capabilities.py), why the method lacks it, as
             a sentence or a function of a config that returns one or "".
+        decays: False if weight decay leaves the adapter's tensors out; the head's may decay.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Method:
     need: str = ""
     recommended: str = ""
     unsupported: Mapping[str, Unsupported] = field(default_factory=dict)
+    decays: bool = True
 
     def given(self, fields: Mapping[str, Any]) -> "Method":
         """Return the entry for these fields of the config: itself, unless it has a `variant`."""

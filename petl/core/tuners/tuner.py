@@ -57,6 +57,7 @@ class MethodTuner(SharedStateTuner):
         needs_tuner: why its adapters cannot be loaded without the tuner, by transformers' own
             `load_adapter`; "": they can, if no tensors are shared.
         free_dims: by name of a tensor, the dimension that may have another size in a file.
+        moves_entries: False if `update_and_allocate` leaves the trained entries in their places.
         placed: by adapter name and module path, the adapters in the model's order.
     """
 
@@ -65,6 +66,7 @@ class MethodTuner(SharedStateTuner):
     unsupported: ClassVar[Mapping[str, Any]] = {}
     needs_tuner: ClassVar[str] = ""
     free_dims: ClassVar[Mapping[str, int]] = {}
+    moves_entries: ClassVar[bool] = True
     target_module_mapping: dict[str, list[str]] = {}  # read by PEFT; petl resolves targets itself
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -369,6 +371,33 @@ class MethodTuner(SharedStateTuner):
         super()._check_merge_allowed()
         if self.adapter_cls.merge_refusal is not None:
             raise UnsupportedError(self.adapter_cls.merge_refusal)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate these adapters; several only if none of them has to be alone.
+
+        Raises:
+            UnsupportedError: one of several adapters cannot be active beside another one.
+        """
+        self._refuse_combination(adapter_name)
+        super().set_adapter(adapter_name, inference_mode)
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Merge these adapters (the active ones if None) into the base weights.
+
+        Raises:
+            UnsupportedError: the method cannot merge, or not these adapters together.
+        """
+        # all layers before the first one changes
+        self._refuse_combination(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _refuse_combination(self, names: str | list[str] | None) -> None:
+        several = self.active_adapters if names is None else names
+        if not isinstance(several, str) and len(several) > 1:
+            for layer in layers_of(self.model):
+                layer.refuse_combination(several)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         # before unloading, which removes the layers that hold them

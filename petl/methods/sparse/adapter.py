@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 
 from petl.core.distributed import num_processes, summed, to_full, to_shards
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
+from petl.core.layers.numbered import register_adapter
 from petl.errors import UnsupportedError
 from petl.files.tensor_file import check_index
-from petl.methods.sparse.compiled import compiled_linear, register_adapter
+from petl.methods.sparse.compiled import compiled_linear
 from petl.methods.sparse.schedule import accumulates
 from petl.ops.low_rank import is_frozen_linear, product_dtype
 from petl.ops.positions import random_positions, regrow

@@ -1,29 +1,16 @@
 """The sparse linear layer as a custom operator, for torch.compile.
 
 The layer writes into the base weight for the time of a product and accumulates candidate gradients,
-which cannot be traced; a custom operator is opaque to the compiler. An operator takes tensors and
-numbers only, so adapters are passed by number.
+which cannot be traced; a custom operator is opaque to the compiler.
 """
 
-import itertools
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from petl.core.layers.numbered import adapter_of
 from petl.ops.sparse import input_gradient, linear_forward, values_gradient
-
-# weak: the registry must not keep deleted models alive
-_ADAPTERS: WeakValueDictionary[int, Any] = WeakValueDictionary()
-_numbers = itertools.count()
-
-
-def register_adapter(adapter: Any) -> int:
-    """Register an adapter, weakly referenced, and return its number."""
-    number = next(_numbers)
-    _ADAPTERS[number] = adapter
-    return number
 
 
 @torch.library.custom_op("petl::sparse_linear", mutates_args=())
@@ -31,19 +18,19 @@ def compiled_linear(
     x: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None, number: int
 ) -> Tensor:
     """`sparse_linear` for the adapter with this number."""
-    return linear_forward(x, weight, bias, values, _ADAPTERS[number].support)
+    return linear_forward(x, weight, bias, values, adapter_of(number).support)
 
 
 @compiled_linear.register_fake
 def _(x: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None, number: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], _ADAPTERS[number].shape.out_features)
+    return x.new_empty(*x.shape[:-1], adapter_of(number).shape.out_features)
 
 
 @torch.library.custom_op("petl::sparse_linear_backward", mutates_args=())
 def _compiled_backward(
     grad: Tensor, x: Tensor, values: Tensor, weight: Tensor, number: int
 ) -> tuple[Tensor, Tensor]:
-    adapter = _ADAPTERS[number]
+    adapter = adapter_of(number)
     to_x = input_gradient(grad, weight, values, adapter.support)
     to_values = values_gradient(grad, x, adapter.support, adapter.products)
     return to_x, to_values.to(values.dtype)

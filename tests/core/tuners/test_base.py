@@ -22,6 +22,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "increlora": {},
     "mola": {},
     "mos": {"r": 2},
+    "pst": {},
     "rslora": {},
     "sparse": {},
 }
