@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields
 from functools import partial, wraps
 from typing import Any
 
+from torch import nn
+
 from petl.core.compat import LoraModel
 from petl.core.registry import method
 from petl.core.spec.method import Method
@@ -105,6 +107,21 @@ def _without_unknown_fields(init: Callable[..., None]) -> Callable[..., None]:
         init(self, *args, **{k: v for k, v in given.items() if k not in unknown})
 
     return filtered
+
+
+def undo_injection(tuner: Any, adapter_name: str, trained: Iterable[nn.Parameter]) -> None:
+    """Remove an adapter that the inner method has added and the outer one refuses.
+
+    Args:
+        tuner: that of the model.
+        adapter_name: the adapter.
+        trained: what was trainable before.
+    """
+    tuner.delete_adapter(adapter_name)
+    if not tuner.peft_config:
+        tuner.unload()
+    for parameter in trained:
+        parameter.requires_grad_(True)
 
 
 def generated_class(module: str, name: str, makers: Mapping[str, Callable[[str], type]]) -> type:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from petl.core.compat import BaseTunerLayer, adapter_weights
-from petl.core.inner import tuner_class_of
+from petl.core.inner import tuner_class_of, undo_injection
 from petl.core.layers.class_swap import swapped_class
 from petl.core.layers.conversion import set_refusal
 from petl.core.layers.layer import AdapterLayer
@@ -175,12 +175,8 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         try:
             weights = self._choose(config, adapter_name)
-        except InputError:  # restore the model, including what was trainable
-            self.delete_adapter(adapter_name)
-            if not self.peft_config:
-                self.unload()
-            for parameter in trained:
-                parameter.requires_grad_(True)
+        except InputError:
+            undo_injection(self, adapter_name, trained)
             raise
         if head is not None:
             owner = prepare_head(model, head, adapter_name)
