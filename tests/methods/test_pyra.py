@@ -37,6 +37,7 @@ CONTRACT = {
     # the last block merges nothing: what is merged there does not reach the class token again
     "fields": {"schedule": [2, 0]},
     "starts_at_base": False,
+    "lr": 0.2,
     "refuses": ("both_adapters_can_be_active",),
 }
 SHAPE: dict[str, Any] = {

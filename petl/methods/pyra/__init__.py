@@ -26,8 +26,11 @@ are created (the code does so afterwards and then fails on their shapes); `vecto
 learning rate of the vectors (the code chooses them by a name that none of them has).
 """
 
+from collections.abc import Callable
+from functools import partial
+
 from petl.core.inner import generated_class
-from petl.methods.pyra.config import PyraConfig, config_of
+from petl.methods.pyra.config import ALONE, PyraConfig, config_of
 from petl.methods.pyra.tuner import PyraModel, tuner_of
 
 __all__ = ["PyraConfig", "PyraModel", "config_of", "tuner_of"]
@@ -35,4 +38,10 @@ __all__ = ["PyraConfig", "PyraModel", "config_of", "tuner_of"]
 
 def __getattr__(name: str) -> type:
     """Generated classes such as `PyraConfig_lora`, which unpickling looks up by name."""
-    return generated_class(__name__, name, {"PyraConfig": config_of, "PyraModel": tuner_of})
+    makers = {"PyraConfig": config_of, "PyraModel": tuner_of}
+    named = {stem: partial(_of_name, make) for stem, make in makers.items()}
+    return generated_class(__name__, name, named)
+
+
+def _of_name(make: Callable[[str | None], type], inner: str) -> type:
+    return make(None if inner == ALONE else inner)

@@ -28,6 +28,7 @@ SCHEDULES = {
         24: [20, 19, 18, 17, 15, 13, 13, 12, 10, 9, 8, 6, 6, 4, 4, 4, 3, 3, 2, 2, 1, 1, 1, 1],
     },
 }
+ALONE = "none"  # in the names of the classes that are generated without an inner method
 OF_BLOCKS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # models whose heads read the class token, and the distillation token; those of other heads need
 # all tokens in their places
@@ -129,10 +130,9 @@ def inner_method(name: Any) -> Method:
 @cache
 def config_of(inner: str | None) -> type[PyraConfig]:
     """Generate the subclass of `PyraConfig` with the fields and defaults of `inner`."""
-    # the name that a generated class without an inner method has
-    if inner is None or inner == "none":
-        alone = {"inner": None, "target_modules": None}
-        return core_inner.config_over(PyraConfig, "none", MethodConfig, alone)
+    if inner is None:
+        fields_of_it = {"inner": None, "target_modules": None}
+        return core_inner.config_over(PyraConfig, ALONE, MethodConfig, fields_of_it)
     entry = inner_method(inner)
     defaults = {"inner": inner, **entry.defaults}
     return core_inner.config_over(PyraConfig, inner, entry.config_cls, defaults)

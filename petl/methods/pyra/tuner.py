@@ -32,7 +32,7 @@ from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnsupportedError
 from petl.methods.pyra.adapter import MERGED_TOKENS, ONE_ACTIVE, PyraAdapter
 from petl.methods.pyra.blocks import KeyedAttention
-from petl.methods.pyra.config import PyraConfig, config_of, inner_method, plan_of
+from petl.methods.pyra.config import ALONE, PyraConfig, config_of, inner_method, plan_of
 
 PREFIX = "petl_pyra_"
 
@@ -281,7 +281,7 @@ class MergingModel(MethodTuner):
 @cache
 def tuner_of(inner: str | None) -> type[PyraModel]:
     """Generate the subclass of `PyraModel` and of the tuner of the method `inner`, if any."""
-    alone = inner is None or inner == "none"
+    alone = inner is None
     tuner: Any = MergingModel if alone else tuner_class_of(inner_method(inner))
     layers: Any = getattr(tuner, "tuner_layer_cls", None)
     body = {
@@ -291,4 +291,4 @@ def tuner_of(inner: str | None) -> type[PyraModel]:
         "__module__": __package__,
         "__doc__": PyraModel.__doc__,
     }
-    return type(f"PyraModel_{'none' if alone else inner}", (PyraModel, tuner), body)
+    return type(f"PyraModel_{ALONE if alone else inner}", (PyraModel, tuner), body)
