@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from contract_cases import adaptable
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -39,12 +40,13 @@ FIELDS: dict[str, dict[str, Any]] = {
     "increlora": {"orth_reg_weight": 1.0, "target_r": 3, "max_r": 4, **GROWTH, **TARGETS},
     "mola": {"router_aux_loss_coef": 0.5, "num_experts": 4, **TARGETS},
     "mos": {"r": 3, "equivalent_rank": 3, **TARGETS},
+    "pyra": {"schedule": [2, 0]},
     "sparse": {"selection_algorithm": "none", **TARGETS},
 }
 # exchanged are entries after the first step and after the third
 CYCLE = {"total_step": 9, "reselection_steps": 2, "selection_accumulation_steps": 1, **TARGETS}
 CASES = {
-    name: Case(name, LLAMA, FIELDS.get(name, {}))
+    name: Case(name, LLAMA if name in adaptable("llama") else "vit", FIELDS.get(name, {}))
     for name in petl.list_methods()
     if petl.method(name).by == "petl"
 }
@@ -55,6 +57,11 @@ CASES["adapter beside blocks"] = Case(
 CASES["mola with checkpointing"] = CASES["mola"]
 CASES["mola with a recurrent router"] = Case(
     "mola", LLAMA, {**FIELDS["mola"], "router_type": "recurrent"}
+)
+CASES["pyra beside lora"] = Case(
+    "pyra",
+    "vit",
+    {"schedule": [2, 0], "inner": "lora", "r": 4, "target_modules": ["q_proj", "fc2"]},
 )
 CASES["sparse that reselects"] = Case("sparse", LLAMA, CYCLE)
 CASES["sparse by sm3"] = Case("sparse", LLAMA, {"selection_algorithm": "sm3", **CYCLE})
