@@ -30,7 +30,9 @@ from petl import testing
 from petl.errors import InputError, UnsupportedError
 from petl.methods.pyra.config import plan_of
 from petl.ops.token_merging import match, merge
+from petl.runs.settings import TrainConfig
 from petl.testing.models import image_batch, tiny_llama, tiny_vit
+from petl.training.optimizer import groups
 
 CONTRACT = {
     "models": ("vit",),
@@ -38,6 +40,9 @@ CONTRACT = {
     "fields": {"schedule": [2, 0]},
     "starts_at_base": False,
     "lr": 0.2,
+    "excused": {
+        "layers_that_are_never_called_are_refused": "its targets are blocks that it chooses"
+    },
     "refuses": ("both_adapters_can_be_active",),
 }
 SHAPE: dict[str, Any] = {
@@ -409,6 +414,23 @@ def test_hidden_states_and_attentions_are_recorded():
     out = model(**inputs(vit()), output_hidden_states=True, output_attentions=True)
     assert [h.shape[1] for h in out.hidden_states] == [17, 13, 11, 11]
     assert [a.shape[-1] for a in out.attentions] == [17, 13, 11]
+
+
+def test_the_vectors_have_a_learning_rate_of_their_own():
+    fields = {"inner": "lora", "r": 2, "target_modules": ["q_proj"], "schedule": [4, 2, 1]}
+    model = petl.wrap(vit(), "pyra", vector_lr=1e-4, **fields)
+    mine = {id(p) for block in vectors(model).values() for p in block.values()}
+    rates = {}
+    for group in groups(model, TrainConfig(lr=1e-3)):
+        for parameter in group["params"]:
+            rates[id(parameter)] = group["lr"]
+    assert {rate for key, rate in rates.items() if key in mine} == {1e-4}
+    assert {rate for key, rate in rates.items() if key not in mine} == {1e-3}
+    life = petl.lifecycle(model)
+    life.attach_optimizer(torch.optim.SGD(groups(model, TrainConfig(lr=1e-3))))
+    alike = torch.optim.SGD(testing.trainable(model).values(), lr=1e-3)
+    with pytest.raises(InputError, match=r"learning rate of 0\.001, and its method sets 0\.0001"):
+        life.attach_optimizer(alike)
 
 
 REFUSED = {

@@ -96,6 +96,12 @@ class PyraModel(SwitchingTuner, ForwardContextTuner):
         hosts = [*plan_of(self.peft_config[name], self.model).hosts()]
         return self.context.passed_on.get((hosts[-1], name))
 
+    def learning_rate_of(self, name: str) -> float | None:
+        """Return the peak learning rate of a vector, if the config sets one; else None."""
+        _, mark, rest = name.partition(f".{PREFIX}adapters.")
+        adapter = rest.partition(".")[0]
+        return self.peft_config[adapter].vector_lr if mark and adapter in self.peft_config else None
+
     # Adding an adapter
 
     def inject_adapter(
