@@ -48,6 +48,7 @@ class Contender:
         kernels: the goal for the kernel launches per adapted layer.
         theirs: True if LoRA layers compute with PEFT's code, not with petl's fused layers.
         recomputes: True if MLPs recompute activations in backward.
+        of_images: True if it adapts models of images only, which section `merge` measures.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Contender:
     kernels: int | None = None
     theirs: bool = False
     recomputes: bool = False
+    of_images: bool = False
 
     @property
     def is_own(self) -> bool:
@@ -222,6 +224,7 @@ CONTENDERS = (
         kernels=4,
     ),
     Contender("sparse, watched", "sparse", SPARSE),
+    Contender("pyra", "pyra", of_images=True),
     Contender(
         "density on lora",
         "density",
