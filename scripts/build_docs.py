@@ -166,8 +166,6 @@ def source(name: str) -> str:
     import petl
 
     home = petl.get(name).__module__ if name != "lora" else "petl.methods.lora"
-    if name == "binary":  # its config classes are made for each inner method
-        home = "petl.methods.binary"
     packages = home.split(".")
     module = importlib.import_module(".".join(packages[:3]))
     text = (module.__doc__ or "").strip().splitlines()

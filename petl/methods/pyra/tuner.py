@@ -63,7 +63,7 @@ def variant(entry: Method, given: Mapping[str, Any]) -> Method:
     "pyra",
     summary="merges similar tokens of ViT, DeiT and AST: the adapted model is faster than the base",
     need="a faster model",
-    recommended="two to three times as fast as the base, beside an inner method such as lora",
+    recommended="fewer tokens in each block of an image or audio encoder, beside an inner method",
     paper="Xiong et al. 2024, PYRA: Parallel Yielding Re-Activation for Training-Inference "
     "Efficient Task Adaptation, ECCV, arXiv:2403.09192",
     variant=variant,
