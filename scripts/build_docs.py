@@ -114,9 +114,9 @@ def add_missing_pages() -> None:
 def facts(name: str) -> str:
     """What the registry knows of a method: paper, use, learning rate, parameters, support."""
     import petl
-    from petl.catalog.reference import REFERENCE, count_trainable
+    from petl.catalog.reference import counted
 
-    entry = petl.method(name)
+    entry, (count, model) = petl.method(name), counted(name)
     rows = [
         ("paper", arxiv(cell(entry.paper))),
         ("command line", f"`petl train +method={name}`"),
@@ -125,7 +125,7 @@ def facts(name: str) -> str:
         ("default learning rate", f"{entry.lr:g} (`train.lr`)"),
         (
             "trainable parameters",
-            f"{number(count_trainable(name))} on {cell(REFERENCE)}, default settings",
+            f"{number(count)} on {cell(model)}, default settings",
         ),
     ]
     return table(["", ""], rows)
@@ -167,8 +167,6 @@ def source(name: str) -> str:
     import petl
 
     home = petl.get(name).__module__ if name != "lora" else "petl.methods.lora"
-    if name == "binary":  # its config classes are made for each inner method
-        home = "petl.methods.binary"
     packages = home.split(".")
     module = importlib.import_module(".".join(packages[:3]))
     text = (module.__doc__ or "").strip().splitlines()
@@ -180,21 +178,21 @@ def source(name: str) -> str:
 def methods(which: str) -> str:
     """A table of petl's own methods, or of PEFT's."""
     import petl
-    from petl.catalog.reference import count_trainable
+    from petl.catalog.reference import REFERENCE, counted
     from petl.methods import BUILT_IN
 
     own = own_methods()
     names = own if which == "own" else [n for n in BUILT_IN if n not in own]
     rows = []
     for name in names:
-        entry = petl.method(name)
+        entry, (count, model) = petl.method(name), counted(name)
         shown = f"[`{name}`]({name}.md)" if which == "own" else f"`{name}`"
         flags = ["yes" if flag else "no" for flag in (entry.merges, entry.exports_lora)]
         rows.append(
             [
                 shown,
                 cell(entry.summary),
-                number(count_trainable(name)),
+                number(count) + ("" if model == REFERENCE else f", on {cell(model)}"),
                 *flags,
                 arxiv(cell(entry.paper)),
             ]

@@ -134,12 +134,15 @@ def _methods() -> Table:
 
 
 def _row(name: str) -> tuple[list[str], str]:
-    """Return the row of a method, and why it cannot adapt the reference model or ""."""
-    from petl.catalog.reference import count_trainable
+    """Return the row of a method, and why it cannot adapt the reference model, or on which other
+    one it is counted, or "".
+    """
+    from petl.catalog.reference import REFERENCE, counted
     from petl.core.registry import method
 
-    entry, count = method(name), count_trainable(name)
-    refusal = f"{name}: {count}" if isinstance(count, str) else ""
+    entry, (count, model) = method(name), counted(name)
+    refusal = f"{name}: on {model}" if model != REFERENCE else ""
+    refusal = f"{name}: {count}" if isinstance(count, str) else refusal
     trainable = "-" if isinstance(count, str) else f"{count:,}"
     flags = ("yes" if flag else "no" for flag in (entry.merges, entry.exports_lora))
     return [name, trainable, entry.need, *flags, entry.by, short_paper(entry.paper)], refusal

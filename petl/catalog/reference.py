@@ -1,17 +1,22 @@
-"""Trainable parameters of each method on one reference model, so that methods can be compared."""
+"""Trainable parameters of each method on one reference model, so that methods can be compared.
+
+A method for images only is counted on another one.
+"""
 
 import warnings
+from functools import cache
 
 import torch
-from transformers import AutoModel, BertConfig, PreTrainedModel
+from transformers import AutoModel, BertConfig, PreTrainedModel, ViTConfig
 
 from petl.config.command_line import preset_of
 from petl.core.parameters import trainable
 from petl.core.registry import on_shapes
-from petl.errors import InputError
+from petl.errors import InputError, ModuleKindError
 from petl.runs.settings import method_fields
 
 REFERENCE = "a BERT of MiniLM's shape without a head (6 layers, width 384, 22.7 M parameters)"
+OF_IMAGES = "a ViT-B/16 without a head (12 layers, width 768, 86.4 M parameters)"
 STEPS = 1000  # length of the run, for methods with a schedule (assumption)
 
 
@@ -24,13 +29,32 @@ def build() -> PreTrainedModel:
         return AutoModel.from_config(config)
 
 
+def build_for_images() -> PreTrainedModel:
+    """Build the reference model of methods for images on the meta device."""
+    with torch.device("meta"):
+        return AutoModel.from_config(ViTConfig(), add_pooling_layer=False)
+
+
 def count_trainable(name: str) -> int | str:
     """Return the number of trainable parameters of a method with its YAML, or why it has none."""
-    try:
-        fields = method_fields({"name": name, **preset_of(name)}, "FEATURE_EXTRACTION", STEPS)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on speed and fit: this model is not trained
-            model = on_shapes(build, fields)
-    except InputError as error:
-        return str(error)
-    return sum(parameter.numel() for _, parameter in trainable(model))
+    return counted(name)[0]
+
+
+@cache
+def counted(name: str) -> tuple[int | str, str]:
+    """Return `count_trainable`, and the model: `REFERENCE`, or `OF_IMAGES` if the first is of a
+    kind that the method does not adapt.
+    """
+    fields = method_fields({"name": name, **preset_of(name)}, "FEATURE_EXTRACTION", STEPS)
+    reasons = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on speed and fit: this model is not trained
+        for make, reference in ((build, REFERENCE), (build_for_images, OF_IMAGES)):
+            try:
+                model = on_shapes(make, fields)
+                return sum(parameter.numel() for _, parameter in trainable(model)), reference
+            except ModuleKindError as error:
+                reasons.append(str(error))
+            except InputError as error:
+                return str(error), reference
+    return reasons[0], REFERENCE

@@ -129,15 +129,44 @@ class Lifecycle:
             total_steps: length of the run.
 
         Raises:
-            InputError: `optimizer` is none.
+            InputError: `optimizer` is none, or has another learning rate than the method sets for
+                some of its tensors.
         """
         if not isinstance(getattr(optimizer, "param_groups", None), list):  # also of wrappers
             raise InputError(
                 f"attach_optimizer needs the optimizer that trains the model, a "
                 f"torch.optim.Optimizer, and got {type(optimizer).__name__}"
             )
+        self._check_rates(optimizer)
         if isinstance(self.tuner, MethodTuner):
             self.tuner.attach_optimizer(optimizer, start_step, first=1, total_steps=total_steps)
+
+    def learning_rate_of(self, name: str) -> float | None:
+        """Return the peak learning rate that the method sets for a parameter; None: that of all.
+
+        Args:
+            name: of the parameter, in the PeftModel.
+        """
+        # on the class, for the same reason as `update_and_allocate`
+        own = getattr(type(self.tuner), "learning_rate_of", None)
+        return None if own is None else own(self.tuner, name)
+
+    def _check_rates(self, optimizer: Optimizer) -> None:
+        if not hasattr(type(self.tuner), "learning_rate_of"):
+            return
+        peaks = {
+            id(parameter): group.get("initial_lr", group["lr"])
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        for name, parameter in self.model.named_parameters():
+            own, peak = self.learning_rate_of(name), peaks.get(id(parameter))
+            if own is not None and peak is not None and float(peak) != own:
+                raise InputError(
+                    f"the optimizer trains {name} with a learning rate of {float(peak):g}, and "
+                    f"its method sets {own:g}: give such parameters a group of their own, by "
+                    "petl.lifecycle(model).learning_rate_of(name)"
+                )
 
     def after_step(self, step: int, optimizer: Optimizer | None = None) -> None:
         """Let the method change ranks, masks or schedules after optimizer step `step`, from 1."""

@@ -29,6 +29,8 @@ class Case:
         lr: learning rate with which AdamW lowers the loss by 5 % in 20 steps.
         device: device of models and batches.
         name: of the case in test ids; the method if empty.
+        stands_for_all: True if checks for which one architecture is enough run on this model; None:
+            if it is "llama". For a method that cannot adapt it.
     """
 
     method: str
@@ -40,6 +42,7 @@ class Case:
     lr: float = 1e-2
     device: str = "cpu"
     name: str = ""
+    stands_for_all: bool | None = None
 
     def __str__(self) -> str:
         return f"{self.name or self.method}-{self.tiny.name}"

@@ -58,6 +58,8 @@ def make_optimizer(
 def groups(model: nn.Module, settings: TrainConfig) -> list[dict]:
     """Return parameter groups: learning rate by role (adapter, lora_B, head), decay for matrices.
 
+    A method may have a learning rate of its own for some tensors.
+
     Initial values taken from base weights (CorDA, PiSSA) do not decay: decay towards 0 would move
     the model away from the pretrained one; nor do scores (PST). `set_lr` scales the `initial_lr` of
     a group.
@@ -66,14 +68,18 @@ def groups(model: nn.Module, settings: TrainConfig) -> list[dict]:
         InputError: nothing is trainable, or `loraplus_ratio` has no effect.
     """
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
-    names, heads = [], head_names(model)
+    names, heads, life = [], head_names(model), None
     is_fixed = isinstance(model, PeftModel) and not _decays(model.active_peft_config)
+    if isinstance(model, PeftModel):
+        life = Lifecycle(model)
     for name, parameter in trainable(model):
         names.append(name)
         has_decay = decays(name, parameter) and (name in heads or not is_fixed)
         decay = settings.weight_decay if has_decay else 0.0
+        own = None if life is None else life.learning_rate_of(name)
+        peak = peak_lr(name, settings, heads) if own is None else own
         # few groups: one fused kernel per group and step
-        found.setdefault((peak_lr(name, settings, heads), decay), []).append(parameter)
+        found.setdefault((peak, decay), []).append(parameter)
     if not names:
         raise InputError(
             f"{type(model).__name__} has no trainable parameter: check the method's fields, which "

@@ -53,6 +53,7 @@ class Contender:
         recomputes: True if MLPs recompute activations in backward.
         done: optimizer steps after which the row is measured; 0: before the first.
         updates: True if each measured step has the method's update for such a step.
+        of_images: True if it adapts models of images only, which section `merge` measures.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Contender:
     recomputes: bool = False
     done: int = 0
     updates: bool = False
+    of_images: bool = False
 
     @property
     def is_own(self) -> bool:
@@ -245,6 +247,7 @@ CONTENDERS = (
     Contender(
         "pst, new masks", "pst", PST, goal={"llama": 2.0, "minilm": 2.0}, done=1, updates=True
     ),
+    Contender("pyra", "pyra", of_images=True),
     Contender(
         "density on lora",
         "density",

@@ -20,6 +20,7 @@ TITLES = {
     "serve": "a batch with several adapters, relative to the base model",
     "scale": "growth of the cost",
     "compile": "training step with torch.compile, relative to without",
+    "merge": "merged tokens, relative to all tokens",
     "start-up": "start of a process",
 }
 ITSELF = "floor"  # the row that times the lower bound against itself
@@ -40,6 +41,11 @@ LABELS = {
     "goal kept / LoRA": "goal: saved activations",
     "kernels / layer": "kernel launches per adapted layer",
     "goal kernels": "goal: kernel launches",
+    "goal base": "goal: time / base",
+    "goal plain": "goal: time / plain merging",
+    "goal saved": "goal: saved / inner",
+    "step / inner": "training step / inner method's",
+    "saved / inner": "saved activations / inner method's",
     "waits": "host-device syncs",
     "optimizer ms": "optimizer (ms)",
     "first layer saves": "fraction saved without gradients of the embeddings",
@@ -58,6 +64,9 @@ GOALS = {  # and the values they bound
     "goal kernels": "kernels / layer",
     "goal time / LoRA": "time / LoRA",
     "goal kept / LoRA": "kept / LoRA",
+    "goal base": "time / base",
+    "goal plain": "time / plain merging",
+    "goal saved": "saved / inner",
 }
 FAIL, NOISY = "FAIL", "NOISY"
 MAIN = ("petl", "torch", "transformers", "peft")  # packages that fit into a line

@@ -9,7 +9,18 @@ from typing import Any
 
 import torch
 
-from bench import compiled, files, generate, isolated, many, peers, scale, serve, start_up
+from bench import (
+    compiled,
+    files,
+    generate,
+    isolated,
+    many,
+    merging,
+    peers,
+    scale,
+    serve,
+    start_up,
+)
 from bench.contenders import contenders
 from bench.records import Record, Result
 from bench.shapes import Shape, hydra_shape, on_device, suite
@@ -24,7 +35,7 @@ from petl.runs.environment import (
 
 SECTIONS = (
     "step", "small", "bf16", "file", "peak", "generate", "dist", "serve", "many", "scale",
-    "compile", "start-up", "peers",
+    "compile", "merge", "start-up", "peers",
 )  # fmt: skip
 USUAL = ("step", "file", "peak", "generate", "start-up")  # the default of `--sections`
 
@@ -93,12 +104,14 @@ ONCE = (
     "many",
     "scale",
     "compile",
+    "merge",
     "start-up",
 )  # sections that measure the first shape only
 
 
 def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
-    rows, rounds = contenders(settings.rows), settings.rounds
+    rows = [row for row in contenders(settings.rows) if not row.of_images]
+    rounds = settings.rounds
     fewer = max(3, rounds // 2)
     steps = Steps(rows, rounds)
     return {
@@ -113,6 +126,7 @@ def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
         "many": lambda shape: many.adapters(rows, shape, fewer) + many.modules(rows, shape),
         "scale": lambda shape: scale.measure(rows, shape, fewer),
         "compile": lambda shape: compiled.measure(rows, shape, rounds),
+        "merge": lambda shape: merging.measure(rounds),
         "start-up": lambda shape: start_up.measure(),
         "peers": lambda shape: peers.measure(shape, rounds, settings.peers),
     }

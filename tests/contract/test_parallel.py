@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from contract_cases import adaptable
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -40,12 +41,13 @@ FIELDS: dict[str, dict[str, Any]] = {
     "mola": {"router_aux_loss_coef": 0.5, "num_experts": 4, **TARGETS},
     "mos": {"r": 3, "equivalent_rank": 3, **TARGETS},
     "pela": {"compression": 1.2, **TARGETS},
+    "pyra": {"schedule": [2, 0]},
     "sparse": {"selection_algorithm": "none", **TARGETS},
 }
 # exchanged are entries after the first step and after the third
 CYCLE = {"total_step": 9, "reselection_steps": 2, "selection_accumulation_steps": 1, **TARGETS}
 CASES = {
-    name: Case(name, LLAMA, FIELDS.get(name, {}))
+    name: Case(name, LLAMA if name in adaptable("llama") else "vit", FIELDS.get(name, {}))
     for name in petl.list_methods()
     if petl.method(name).by == "petl"
 }
@@ -59,6 +61,11 @@ CASES["mola with a recurrent router"] = Case(
     "mola", LLAMA, {**FIELDS["mola"], "router_type": "recurrent"}
 )
 CASES["pst with saved masks"] = Case("pst", LLAMA, {"save_mask": True, **TARGETS})
+CASES["pyra beside lora"] = Case(
+    "pyra",
+    "vit",
+    {"schedule": [2, 0], "inner": "lora", "r": 4, "target_modules": ["q_proj", "fc2"]},
+)
 CASES["sparse that reselects"] = Case("sparse", LLAMA, CYCLE)
 CASES["sparse by sm3"] = Case("sparse", LLAMA, {"selection_algorithm": "sm3", **CYCLE})
 # Of other kinds of models, those that are sharded in the default run; the others are under `slow`.

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from contract_cases import adaptable
 from training_fixtures import bert_config, train
 from transformers import BertForSequenceClassification
 
@@ -25,8 +26,8 @@ from petl.training.wrapping import load_start, train_new_modules
 pytest_plugins = ["training_fixtures"]
 PISSA = "++method.init_lora_weights=pissa"
 TASK = Classification(classes=["red", "green", "blue"], max_length=16)
-OWN = [name for name in petl.list_methods() if petl.method(name).own]
-OTHERS = sorted({*petl.list_methods()} - {*OWN})
+OWN = [name for name in adaptable("bert") if petl.method(name).own]
+OTHERS = sorted({*adaptable("bert")} - {*OWN})
 
 
 def new_base():

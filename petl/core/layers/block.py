@@ -30,6 +30,10 @@ SLOT = "petl_slot"  # attribute of an adapted block: the name of its BlockAdapte
 class AdaptedBlock(SwappedClass):
     """Mixin for the class of a block with adapters."""
 
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        carried = self._modules[self.__dict__[SLOT]].carried()
+        return super().__call__(*args, **kwargs, **carried)
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._modules[self.__dict__[SLOT]](*args, **kwargs)
 
@@ -115,6 +119,11 @@ class BlockAdapters(AdapterLayer, AdapterDict):
             y = adapter(x, y)
         return call.complete(y)
 
+    def carried(self) -> dict[str, Any]:
+        """Return what the first active adapter gets beside the block's arguments."""
+        first = None if self._disable_adapters else next(self.pick(self.active_adapters), None)
+        return {} if first is None else first[1].carried()
+
     def _check(self, x: Any, y: Any) -> None:
         """Raise InputError unless input and first output are hidden states of the model's width."""
         for what, value in (("gets", x), ("returns", y)):
@@ -144,7 +153,7 @@ class BlockAdapters(AdapterLayer, AdapterDict):
         block = self.get_base_layer()
         del block._modules[block.__dict__.pop(SLOT)]
         restore_class(block, AdaptedBlock)
-        _rebind(block)
+        rebind(block)
 
 
 def split_arguments(
@@ -210,7 +219,7 @@ def add_to_block(
         block.add_module(layer.slot, layer)
         block.__dict__[SLOT] = layer.slot
         swap_class(block, AdaptedBlock)
-        _rebind(block)
+        rebind(block)
     layer.add(adapter.info.adapter_name, adapter, inference_mode=inference_mode)
 
 
@@ -236,7 +245,7 @@ def check_block_adapter_name(name: str) -> None:
         )
 
 
-def _rebind(block: nn.Module) -> None:
+def rebind(block: nn.Module) -> None:
     """Make the hooks of accelerate call the `forward` of the block's present class."""
     if "_old_forward" in block.__dict__:
         block.__dict__["_old_forward"] = MethodType(type(block).forward, block)

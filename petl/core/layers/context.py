@@ -97,6 +97,14 @@ class ForwardContext:
         """
         return self._states[torch.is_grad_enabled()]
 
+    @property
+    def passed_on(self) -> dict[Any, Any]:
+        """`state` for values without a gradient: one for all of a training forward.
+
+        Under reentrant checkpointing, layers run without gradients in a forward with gradients.
+        """
+        return self._states[torch.is_grad_enabled() or self.recording]
+
     def compute_once(self, key: Any, make: Callable[[], T]) -> T:
         """Return `make()`, called once per forward pass and its backward pass, then cached.
 

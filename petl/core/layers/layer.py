@@ -167,6 +167,14 @@ class Adapter(nn.Module):
         # None: the base layer is not a frozen linear layer without hooks
         return add_low_rank(base(x), self.drop(x), *factors) if y is None else y
 
+    def carried(self) -> dict[str, Any]:
+        """Return further keyword arguments of `with_base`, for the adapter of a whole block.
+
+        They are what blocks before it have left. Taken when the block is called, outside of
+        checkpointing, so that a recomputation gets the same values.
+        """
+        return {}
+
     def plain_factors(self) -> Factors | None:
         """Return the factors of an adapter that overrides neither `forward` nor `drop`, else None.
 

@@ -1,10 +1,12 @@
 """Base classes of tuners: one with a forward context, one with tensors that layers share.
 
-Also a warning for loops that never call the update of a method that selects something.
+Also the check of a file's tensors, and a warning for loops that never call the update of a method
+that selects something.
 """
 
 import logging
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -15,10 +17,11 @@ from torch.utils.hooks import RemovableHandle
 from petl.core.compat import BaseTuner, BaseTunerLayer, drop_base_weights
 from petl.core.layers.class_swap import AdapterDict
 from petl.core.layers.context import ForwardContext
-from petl.core.layers.layer import AdapterLayer
+from petl.core.layers.layer import Adapter, AdapterLayer
 from petl.core.model.structure import shared_weights
 from petl.core.switching.tuner import SwitchingTuner
 from petl.errors import UnsupportedError
+from petl.files.tensor_file import check_finite, check_shapes
 
 logger = logging.getLogger(__name__)
 # of `add_weighted_adapter`, for all methods
@@ -145,6 +148,43 @@ class SharedStateTuner(SwitchingTuner, ForwardContextTuner):
         super().delete_adapter(adapter_name)
         if adapter_name in self.shared:
             del self.shared[adapter_name]
+
+
+# Loading
+
+
+def check_loaded(
+    model: nn.Module,
+    adapter_name: str,
+    tensors: Mapping[str, Tensor],
+    prefix: str,
+    free_dims: Mapping[str, int],
+) -> None:
+    """Raise InputError unless the tensors of a file fit the adapters of one prefix in a model.
+
+    Args:
+        model: the model, with the adapter called `adapter_name`.
+        tensors: by the model's names; those of other methods are not checked.
+        prefix: of the method, such as "petl_mola_".
+        free_dims: see `MethodTuner`.
+    """
+    marks = (f".{prefix}adapters.", f".{prefix}pools.")
+    # model keys have the adapter's name, which PEFT has already inserted into the remapped ones
+    tail = f".{adapter_name}."
+    own = {k: t for k, t in model.state_dict().items() if any(m[:-1] + tail in k for m in marks)}
+    saved = {k: t for k, t in tensors.items() if any(m in k for m in marks)}
+    found, expected = ({k: (t.dtype, t.shape) for k, t in d.items()} for d in (saved, own))
+    check_shapes(found, expected, {}, free_dims, "the adapter file")
+    check_finite(saved, "the adapter file")
+    by_layer: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in saved.items():
+        path, _, name = key.partition(f"{marks[0]}{adapter_name}.")
+        by_layer.setdefault(path, {})[name] = tensor
+    modules = dict(model.named_modules())
+    for path, own_tensors in by_layer.items():
+        adapters = modules.get(f"{path}{marks[0][:-1]}")
+        if isinstance(adapters, AdapterDict):
+            cast(Adapter, adapters[adapter_name]).check_saved(own_tensors)
 
 
 # A warning for loops without updates

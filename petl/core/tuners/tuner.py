@@ -3,7 +3,7 @@
 from collections.abc import Generator, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from accelerate import init_empty_weights
@@ -17,7 +17,6 @@ from petl.core.layers.block import (
     check_block_adapter_name,
     refuse_own_forward,
 )
-from petl.core.layers.class_swap import AdapterDict
 from petl.core.layers.context import InputCapture
 from petl.core.layers.layer import HALF, Adapter, AdapterLayer, LayerInfo, LayerShape, shape_of
 from petl.core.model.heat_map import HeatMap
@@ -32,7 +31,7 @@ from petl.core.serving.mixed_batch import AdapterRows, is_generation_call
 from petl.core.spec.checks import check_tensor_names
 from petl.core.spec.config import MethodConfig
 from petl.core.switching.tuner import hosts_of, layers_of
-from petl.core.tuners.base import SharedStateTuner, watch
+from petl.core.tuners.base import SharedStateTuner, check_loaded, watch
 from petl.errors import (
     InputError,
     ModuleKindError,
@@ -40,7 +39,6 @@ from petl.errors import (
     UnsupportedError,
     did_you_mean,
 )
-from petl.files.tensor_file import check_finite, check_shapes
 
 
 class MethodTuner(SharedStateTuner):
@@ -443,25 +441,7 @@ class MethodTuner(SharedStateTuner):
         remapped = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        marks = (f".{cls.prefix}adapters.", f".{cls.prefix}pools.")
-        # model keys have the adapter's name, which PEFT has already inserted into the remapped ones
-        tail = f".{adapter_name}."
-        own = {
-            k: t for k, t in model.state_dict().items() if any(m[:-1] + tail in k for m in marks)
-        }
-        saved = {k: t for k, t in remapped.items() if any(m in k for m in marks)}
-        found, expected = ({k: (t.dtype, t.shape) for k, t in d.items()} for d in (saved, own))
-        check_shapes(found, expected, {}, cls.free_dims, "the adapter file")
-        check_finite(saved, "the adapter file")
-        by_layer: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in saved.items():
-            path, _, name = key.partition(f"{marks[0]}{adapter_name}.")
-            by_layer.setdefault(path, {})[name] = tensor
-        modules = dict(model.named_modules())
-        for path, tensors in by_layer.items():
-            adapters = modules.get(f"{path}{marks[0][:-1]}")
-            if isinstance(adapters, AdapterDict):
-                cast(Adapter, adapters[adapter_name]).check_saved(tensors)
+        check_loaded(model, adapter_name, remapped, cls.prefix, cls.free_dims)
         return remapped
 
 

@@ -29,6 +29,7 @@ projection) would have zero deviation and never change, so it is initialized ran
 constant, as close to it as the authors' up projection is to zero.
 """
 
+from petl.core.inner import generated_class
 from petl.methods.binary.config import BinaryConfig, config_of
 from petl.methods.binary.model import BinaryModel, tuner_of
 
@@ -38,7 +39,4 @@ __all__ = ["BinaryConfig", "BinaryModel", "config_of", "tuner_of"]
 def __getattr__(name: str) -> type:
     """Generated classes such as `BinaryConfig_lora`, which unpickling looks up by name."""
     makers = {"BinaryConfig": config_of, "BinaryModel": tuner_of}
-    stem, _, inner = name.partition("_")
-    if stem in makers and inner:
-        return makers[stem](inner)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return generated_class(__name__, name, makers)

@@ -1,24 +1,17 @@
-"""The config of a quantized method: a generated subclass of the inner method's config.
+"""The config of a quantized method: a generated subclass of the inner method's config."""
 
-PEFT's tuners read the fields of their own config class, so a wrapper that forwards attributes would
-not be enough.
-"""
-
-import copy
 import re
-import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
-from functools import cache, partial, wraps
+from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from petl.core.registry import method
+from petl.core import inner as core_inner
 from petl.core.spec.config import check_bounds, check_values, config_field, require
 from petl.core.spec.method import Method
-from petl.errors import InputError, UnknownNameError, did_you_mean
+from petl.errors import InputError
 from petl.ops.quantize import BITS
 
 DEFAULT_INNER = "adapter"
@@ -97,13 +90,7 @@ class BinaryConfig(PeftConfig):
         """
         if cls is BinaryConfig:
             cls = config_of(inner)  # so that `isinstance` and fields are those of the inner config
-            # every file has its type
-            if "peft_type" not in given:
-                for name in unknown_fields(cls, given):
-                    known = {f.name for f in fields(cls)}
-                    raise UnknownNameError(
-                        f"method {inner!r} has no field {name!r}{did_you_mean(name, known)}"
-                    )
+            core_inner.refuse_unknown(cls, inner, given)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -146,56 +133,12 @@ def inner_method(name: Any) -> Method:
     Raises:
         InputError: there is no such method, or it cannot be quantized.
     """
-    if isinstance(name, str) and name in UNSUPPORTED_INNER:
-        raise InputError(f"inner={name!r} cannot be quantized: {UNSUPPORTED_INNER[name]}")
-    return method(name)
+    return core_inner.inner_method(name, UNSUPPORTED_INNER, "quantized")
 
 
 @cache
 def config_of(inner: str) -> type[BinaryConfig]:
     """Generate the subclass of `BinaryConfig` with the fields and defaults of `inner`."""
     entry = inner_method(inner)
-    inherited = {f.name: f for f in (*fields(entry.config_cls), *fields(BinaryConfig))}
     defaults = {"inner": inner, **entry.defaults, **INNER_DEFAULTS.get(inner, {})}
-    namespace: dict[str, Any] = {
-        "__module__": __package__,
-        "__doc__": BinaryConfig.__doc__,
-        "__annotations__": {name: inherited[name].type for name in defaults},
-    }
-    for name, value in defaults.items():
-        namespace[name] = field(
-            # a factory also for immutable values: dataclasses refuse mutable defaults
-            default_factory=partial(copy.copy, value),
-            metadata=inherited[name].metadata,
-        )
-    # BinaryConfig first: its __post_init__ calls the inner config's
-    bases = (BinaryConfig, entry.config_cls)
-    generated: Any = dataclass(type(f"BinaryConfig_{inner}", bases, namespace))
-    generated.__init__ = without_unknown_fields(generated.__init__)
-    return generated
-
-
-def unknown_fields(cls: type[BinaryConfig], given: Iterable[str]) -> list[str]:
-    """Return the names of `given` that are no fields of a generated config."""
-    return sorted({*given} - {f.name for f in fields(cls)})
-
-
-def without_unknown_fields(init: Callable[..., None]) -> Callable[..., None]:
-    """Return an `__init__` that warns of unknown fields, those of a later version, and drops them.
-
-    PEFT does so for other configs, by the signature of the registered class, which lacks the fields
-    of the inner method.
-    """
-
-    @wraps(init)
-    def filtered(self: BinaryConfig, *args: Any, **given: Any) -> None:
-        unknown = unknown_fields(type(self), given)
-        if unknown:
-            warnings.warn(
-                f"Unexpected keyword arguments {unknown} for class {type(self).__name__}, these "
-                "are ignored: the file was probably saved by a later version of petl or PEFT",
-                stacklevel=2,
-            )
-        init(self, *args, **{k: v for k, v in given.items() if k not in unknown})
-
-    return filtered
+    return core_inner.config_over(BinaryConfig, inner, entry.config_cls, defaults)

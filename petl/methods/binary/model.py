@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petl.core.compat import BaseTunerLayer, LoraModel, adapter_weights
+from petl.core.compat import BaseTunerLayer, adapter_weights
+from petl.core.inner import tuner_class_of, undo_injection
 from petl.core.layers.class_swap import swapped_class
 from petl.core.layers.conversion import set_refusal
 from petl.core.layers.layer import AdapterLayer
@@ -19,7 +20,6 @@ from petl.core.model.heat_map import HeatMap, means
 from petl.core.model.weight_changes import change_map
 from petl.core.registry import register
 from petl.core.spec.method import Method
-from petl.core.switching.lora import SwitchingLora
 from petl.core.switching.tuner import SwitchingTuner
 from petl.core.tuners.base import ForwardContextTuner
 from petl.core.tuners.tuner import MethodTuner
@@ -175,12 +175,8 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         try:
             weights = self._choose(config, adapter_name)
-        except InputError:  # restore the model, including what was trainable
-            self.delete_adapter(adapter_name)
-            if not self.peft_config:
-                self.unload()
-            for parameter in trained:
-                parameter.requires_grad_(True)
+        except InputError:
+            undo_injection(self, adapter_name, trained)
             raise
         if head is not None:
             owner = prepare_head(model, head, adapter_name)
@@ -389,9 +385,7 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
 @cache
 def tuner_of(inner: str) -> type[BinaryModel]:
     """Generate the subclass of `BinaryModel` and of the tuner of the method `inner`."""
-    tuner = inner_method(inner).tuner
-    # petl's own subclass of PEFT's tuner
-    tuner = SwitchingLora if tuner is LoraModel else tuner
+    tuner = tuner_class_of(inner_method(inner))
     body = {"prefix": tuner.prefix, "__module__": __package__, "__doc__": BinaryModel.__doc__}
     if issubclass(tuner, MethodTuner):
         body["adapter_cls"] = swapped_class(Quantized, tuner.adapter_cls)

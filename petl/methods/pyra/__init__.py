@@ -1,0 +1,47 @@
+"""PYRA: merges similar tokens between attention and MLP, with a trained correction.
+
+Xiong et al. 2024, "PYRA: Parallel Yielding Re-Activation for Training-Inference Efficient Task
+Adaptation", ECCV (arXiv:2403.09192); token merging is ToMe, Bolya et al. 2023, "Token Merging: Your
+ViT But Faster", ICLR (arXiv:2210.09461). The adapted encoder is faster than the base.
+
+    config.py    the fields, the schedules, and what they mean in a model
+    blocks.py    the forms of blocks that are known, and attention that returns its keys
+    adapter.py   merging and its correction in one block
+    tuner.py     beside an inner method or alone
+
+Shapes: N rows, T tokens, C width, R tokens that a block removes. After attention and its residual
+sum, the tokens v = x s (s: of how many tokens each is the mean) at R positions, S [N, R, C], are
+added to their partners D [N, R, C], which `petl.ops.token_merging` finds by the keys. Before that,
+with the block's two vectors a [R, 1] and b [1, C],
+
+    P = LayerNorm(S + D)    Wc = 2 sigmoid(a^T P)    Wt = 2 sigmoid(P b^T) - 1
+    S <- S + (S Wc) Wt
+
+b starts at zero, where this is plain ToMe. Blocks behind the first one add log s to the logits of
+their keys (proportional attention).
+
+Where we depart from the authors' code: a key of zero has similarity 0, not NaN; sums are computed
+in float32 in every precision; the tokens to remove are limited by the image's size before tensors
+are created (the code does so afterwards and then fails on their shapes); `vector_lr` sets the
+learning rate of the vectors (the code chooses them by a name that none of them has).
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from petl.core.inner import generated_class
+from petl.methods.pyra.config import ALONE, PyraConfig, config_of
+from petl.methods.pyra.tuner import PyraModel, tuner_of
+
+__all__ = ["PyraConfig", "PyraModel", "config_of", "tuner_of"]
+
+
+def __getattr__(name: str) -> type:
+    """Generated classes such as `PyraConfig_lora`, which unpickling looks up by name."""
+    makers = {"PyraConfig": config_of, "PyraModel": tuner_of}
+    named = {stem: partial(_of_name, make) for stem, make in makers.items()}
+    return generated_class(__name__, name, named)
+
+
+def _of_name(make: Callable[[str | None], type], inner: str) -> type:
+    return make(None if inner == ALONE else inner)
