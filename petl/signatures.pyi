@@ -23,6 +23,7 @@ from petl.methods.corda.config import CordaConfig
 from petl.methods.increlora.config import IncreloraConfig
 from petl.methods.mola import MolaConfig
 from petl.methods.mos.config import MosConfig
+from petl.methods.polyhistor import PolyhistorConfig
 from petl.methods.sparse import SparseConfig
 
 @overload
@@ -157,6 +158,7 @@ def wrap(
     boft_dropout: Any = ...,
     boft_n_butterfly_factor: Any = ...,
     calibration_data: Any = ...,
+    code_dim: Any = ...,
     coft: Any = ...,
     conv_kernel_size: Any = ...,
     corda_config: Any = ...,
@@ -181,6 +183,7 @@ def wrap(
     fan_in_fan_out: Any = ...,
     feedforward_modules: Any = ...,
     full_first_reselection: Any = ...,
+    hidden_dim: Any = ...,
     init_ia3_weights: Any = ...,
     init_logits_std: Any = ...,
     init_lora_weights: Any = ...,
@@ -192,6 +195,7 @@ def wrap(
     input_modules: Any = ...,
     inverse_tol: Any = ...,
     kasa_config: Any = ...,
+    kernel_first: Any = ...,
     lambda_pattern: Any = ...,
     layer_replication: Any = ...,
     layers_pattern: Any = ...,
@@ -233,6 +237,7 @@ def wrap(
     phm_init_range: Any = ...,
     phm_rank: Any = ...,
     placement: Any = ...,
+    post_norm: Any = ...,
     private_rank: Any = ...,
     projection: Any = ...,
     projection_prng_key: Any = ...,
@@ -242,6 +247,7 @@ def wrap(
     randlora_dropout: Any = ...,
     random_loc_seed: Any = ...,
     random_seed: Any = ...,
+    rank: Any = ...,
     rank_budget: Any = ...,
     rank_dropout: Any = ...,
     rank_dropout_scale: Any = ...,
@@ -272,6 +278,8 @@ def wrap(
     target_parameters: Any = ...,
     target_r: Any = ...,
     target_total_rank: Any = ...,
+    task_dim: Any = ...,
+    tasks: Any = ...,
     tfinal: Any = ...,
     tinit: Any = ...,
     top_h: Any = ...,
@@ -294,6 +302,7 @@ def wrap(
     very_sparse: Any = ...,
     w_init: Any = ...,
     warmup_steps: Any = ...,
+    zero_init_norm: Any = ...,
 ) -> PeftModel:
     """Adapter weights of 1, 2, 4 or 8 bits, trained quantized, over any other method."""
 
@@ -875,6 +884,44 @@ def wrap(
 @overload
 def wrap(
     model: nn.Module,
+    name: Literal["polyhistor"],
+    *,
+    adapter_name: str = "default",
+    calibration: Calibration | None = None,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = None,
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    r: int | None = None,
+    reduction_factor: float | None = 8,
+    locations: list[str] = ...,
+    placement: str = 'sequential',
+    residual: bool | None = None,
+    non_linearity: str = 'swish',
+    scaling: float | str = 1.0,
+    bneck_dropout: float = 0.0,
+    use_bias: bool = True,
+    train_layer_norms: bool = False,
+    input_modules: dict[str, str] | None = None,
+    tasks: list[str] = ...,
+    rank: int = 2,
+    task_dim: int = 64,
+    hidden_dim: int = 128,
+    code_dim: int = 64,
+    post_norm: bool = True,
+    kernel_first: bool = True,
+    zero_init_norm: bool = False,
+) -> PeftModel:
+    """One network writes the bottleneck adapters of several tasks; an embedding per task."""
+
+@overload
+def wrap(
+    model: nn.Module,
     name: Literal["randlora"],
     *,
     adapter_name: str = "default",
@@ -1206,6 +1253,7 @@ def build_config(
     boft_dropout: Any = ...,
     boft_n_butterfly_factor: Any = ...,
     calibration_data: Any = ...,
+    code_dim: Any = ...,
     coft: Any = ...,
     conv_kernel_size: Any = ...,
     corda_config: Any = ...,
@@ -1230,6 +1278,7 @@ def build_config(
     fan_in_fan_out: Any = ...,
     feedforward_modules: Any = ...,
     full_first_reselection: Any = ...,
+    hidden_dim: Any = ...,
     init_ia3_weights: Any = ...,
     init_logits_std: Any = ...,
     init_lora_weights: Any = ...,
@@ -1241,6 +1290,7 @@ def build_config(
     input_modules: Any = ...,
     inverse_tol: Any = ...,
     kasa_config: Any = ...,
+    kernel_first: Any = ...,
     lambda_pattern: Any = ...,
     layer_replication: Any = ...,
     layers_pattern: Any = ...,
@@ -1282,6 +1332,7 @@ def build_config(
     phm_init_range: Any = ...,
     phm_rank: Any = ...,
     placement: Any = ...,
+    post_norm: Any = ...,
     private_rank: Any = ...,
     projection: Any = ...,
     projection_prng_key: Any = ...,
@@ -1291,6 +1342,7 @@ def build_config(
     randlora_dropout: Any = ...,
     random_loc_seed: Any = ...,
     random_seed: Any = ...,
+    rank: Any = ...,
     rank_budget: Any = ...,
     rank_dropout: Any = ...,
     rank_dropout_scale: Any = ...,
@@ -1321,6 +1373,8 @@ def build_config(
     target_parameters: Any = ...,
     target_r: Any = ...,
     target_total_rank: Any = ...,
+    task_dim: Any = ...,
+    tasks: Any = ...,
     tfinal: Any = ...,
     tinit: Any = ...,
     top_h: Any = ...,
@@ -1343,6 +1397,7 @@ def build_config(
     very_sparse: Any = ...,
     w_init: Any = ...,
     warmup_steps: Any = ...,
+    zero_init_norm: Any = ...,
 ) -> PeftConfig:
     """Adapter weights of 1, 2, 4 or 8 bits, trained quantized, over any other method."""
 
@@ -1869,6 +1924,41 @@ def build_config(
 
 @overload
 def build_config(
+    name: Literal["polyhistor"],
+    *,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = None,
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    r: int | None = None,
+    reduction_factor: float | None = 8,
+    locations: list[str] = ...,
+    placement: str = 'sequential',
+    residual: bool | None = None,
+    non_linearity: str = 'swish',
+    scaling: float | str = 1.0,
+    bneck_dropout: float = 0.0,
+    use_bias: bool = True,
+    train_layer_norms: bool = False,
+    input_modules: dict[str, str] | None = None,
+    tasks: list[str] = ...,
+    rank: int = 2,
+    task_dim: int = 64,
+    hidden_dim: int = 128,
+    code_dim: int = 64,
+    post_norm: bool = True,
+    kernel_first: bool = True,
+    zero_init_norm: bool = False,
+) -> PolyhistorConfig:
+    """One network writes the bottleneck adapters of several tasks; an embedding per task."""
+
+@overload
+def build_config(
     name: Literal["randlora"],
     *,
     task_type: peft.TaskType | str | None = None,
@@ -2097,6 +2187,9 @@ def get(name: Literal["mos"]) -> type[MosConfig]: ...
 
 @overload
 def get(name: Literal["oft"]) -> type[peft.OFTConfig]: ...
+
+@overload
+def get(name: Literal["polyhistor"]) -> type[PolyhistorConfig]: ...
 
 @overload
 def get(name: Literal["randlora"]) -> type[peft.RandLoraConfig]: ...

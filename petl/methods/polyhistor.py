@@ -42,7 +42,7 @@ from petl.core.serving.mixed_batch import PreparedBatch
 from petl.core.spec.checks import check_rank
 from petl.core.spec.config import config_field, require
 from petl.core.tuners.sublayers import SubLayerAdapter, SubLayerConfig, SubLayerTuner
-from petl.core.tuners.tasks import TaskTuner, check_ids, check_tasks, task_names
+from petl.core.tuners.tasks import TaskTuner, check_ids, check_tasks, require_tasks, task_names
 from petl.errors import UnknownNameError, did_you_mean
 from petl.ops.stacked import layer_norm, linear
 
@@ -90,7 +90,8 @@ class PolyhistorConfig(SubLayerConfig):
         )
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """Raise InputError for widths that are no multiples of the smallest."""
+        """Raise InputError for widths that are no multiples of the smallest, or without tasks."""
+        require_tasks(self.tasks)
         narrow = min(width for _, width in shapes.values())
         for key, (_, width) in shapes.items():
             require(

@@ -55,6 +55,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     "mola": {"num_experts": 2},
     "mos": {"r": 3, "equivalent_rank": 3},
     "oft": {"oft_block_size": 16},
+    "polyhistor": {"r": 8, "tasks": ["only"]},
     "randlora": {"r": 8},
     "sparse": {"total_step": 200},
     "vblora": {"vector_length": 16},

@@ -5,6 +5,7 @@ serves all methods. Plain data parallelism is checked for each method in
 tests/contract/test_contract.py too.
 """
 
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from petl import losses, testing
 from petl.core.distributed import to_full
 from petl.core.model.structure import blocks
 from petl.testing import Case, TinyModel, tiny_llama
-from petl.testing.models import causal_batch
+from petl.testing.models import Batch, causal_batch
 from petl.testing.training import rows_of, train
 
 PROCESSES, ROWS, STEPS, LR = 2, 5, 3, 1e-3
@@ -39,6 +40,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "increlora": {"orth_reg_weight": 1.0, "target_r": 3, "max_r": 4, **GROWTH, **TARGETS},
     "mola": {"router_aux_loss_coef": 0.5, "num_experts": 4, **TARGETS},
     "mos": {"r": 3, "equivalent_rank": 3, **TARGETS},
+    "polyhistor": {"r": 8, "tasks": ["only"]},
     "sparse": {"selection_algorithm": "none", **TARGETS},
 }
 # exchanged are entries after the first step and after the third
@@ -56,6 +58,12 @@ CASES["mola with checkpointing"] = CASES["mola"]
 CASES["mola with a recurrent router"] = Case(
     "mola", LLAMA, {**FIELDS["mola"], "router_type": "recurrent"}
 )
+# each process has rows of one of the two tasks
+CASES["polyhistor with two tasks"] = Case(
+    "polyhistor",
+    replace(LLAMA, make_batch=lambda rows, seed: of_two_tasks(causal_batch(rows, seed))),
+    {"r": 8, "tasks": ["a", "b"]},
+)
 CASES["sparse that reselects"] = Case("sparse", LLAMA, CYCLE)
 CASES["sparse by sm3"] = Case("sparse", LLAMA, {"selection_algorithm": "sm3", **CYCLE})
 # Of other kinds of models, those that are sharded in the default run; the others are under `slow`.
@@ -67,6 +75,12 @@ OTHERS = {
     for kind in ("bert", "t5", "vit")
     for name in ("corda", "increlora", "mola")
 }
+
+
+def of_two_tasks(batch: Batch) -> Batch:
+    return {**batch, "task_ids": torch.arange(len(batch["labels"])) % 2}
+
+
 # Candidates come from the rows of the first process, so all processes need the same rows.
 SAME_ROWS = {"sparse that reselects"}
 # A statistic of each process's own rows, which differs from that of all rows.

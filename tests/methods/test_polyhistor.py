@@ -15,7 +15,7 @@ from petl.core.layers.task_rows import TaskRows
 from petl.methods.polyhistor import export_task
 from petl.testing import TINY_MODELS
 
-CONTRACT = {"fields": {"tasks": ["only"], "r": 8}, "starts_at_base": False, "lr": 3e-2}
+CONTRACT = {"fields": {"tasks": ["only"], "r": 8}, "starts_at_base": False, "lr": 0.1}
 TASKS = ["a", "b"]
 
 
@@ -422,7 +422,9 @@ def test_an_exported_task_is_a_plain_adapter(fields):
             found = plain(images()).logits
             expected = model(images(), task_ids=torch.full((3,), task)).logits
         assert torch.equal(found, expected)
-    made = by_equations(saved_tensors(model, path), 1, model.active_peft_config) if not fields else {}
+    made = (
+        by_equations(saved_tensors(model, path), 1, model.active_peft_config) if not fields else {}
+    )
     if made:
         torch.testing.assert_close(tensors[path]["up_weight"], made["up"])
         torch.testing.assert_close(tensors[path]["norm_after_bias"], made["norm_shift"])

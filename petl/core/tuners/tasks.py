@@ -13,8 +13,7 @@ from petl.errors import InputError
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Raise InputError unless `tasks` are names, at least one, no two alike."""
-    require(bool(tasks), "tasks=[] is empty; name the tasks, such as tasks=[sst2, mnli]")
+    """Raise InputError unless `tasks` are names, no two alike; `require_tasks` refuses none."""
     for name in tasks:
         require(
             bool(name) and name.isprintable(),
@@ -23,6 +22,11 @@ def check_tasks(tasks: Sequence[str]) -> None:
         require(
             tasks.count(name) == 1, f"tasks={list(tasks)} has {name!r} twice; names must differ"
         )
+
+
+def require_tasks(tasks: Sequence[str]) -> None:
+    """Raise InputError if no task is named; for a model, not for a config: [] is a default."""
+    require(bool(tasks), "tasks=[] is empty; name the tasks, such as tasks=[sst2, mnli], or [only]")
 
 
 def check_ids(rows: TaskRows | None, tasks: Sequence[str], key: str) -> None:
