@@ -10,6 +10,7 @@ from petl.files.disk import as_json, write_atomic
 from petl.files.read import mismatch, read_json
 from petl.tasks import TASKS
 from petl.tasks.base import Task
+from petl.tasks.row_tasks import of_tasks
 
 FILE = "task.json"
 
@@ -24,7 +25,10 @@ def write_task(folder: Path, task: Task) -> None:
     """Save a task, with its classes and lengths, in an adapter's folder."""
     values: Any = task  # all tasks are dataclasses
     # in order: the order of classes is the numbering of the head's outputs
-    write_atomic(folder / FILE, as_json({"task": task.name, **asdict(values)}, in_order=True))
+    saved = {"task": task.name, **asdict(values)}
+    if task.tasks:
+        saved["tasks"] = list(task.tasks)
+    write_atomic(folder / FILE, as_json(saved, in_order=True))
 
 
 def read_task(folder: Path) -> Task | None:
@@ -38,6 +42,9 @@ def read_task(folder: Path) -> Task | None:
         return None
     saved = read_json(file, Saved)
     kind: Any = choose(TASKS, saved.pop("task"), f"task (in {file})")
+    names: Any = saved.pop("tasks", None)
+    if names is not None and mismatch(names, list[str], "tasks"):
+        raise InputError(f"{file} cannot be used: {mismatch(names, list[str], 'tasks')}")
     # annotations may be strings, which `mismatch` cannot check
     hints = get_type_hints(kind)
     known = {field.name: hints[field.name] for field in fields(kind)}
@@ -51,7 +58,7 @@ def read_task(folder: Path) -> Task | None:
     problem = next(filter(None, problems), "")
     if problem:
         raise InputError(f"{file} cannot be used: {problem}")
-    return kind(**saved)
+    return of_tasks(kind(**saved), names) if names else kind(**saved)
 
 
 def _problem(name: str, value: Any, shape: Any) -> str:

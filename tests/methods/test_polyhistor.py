@@ -15,7 +15,11 @@ from petl.core.layers.task_rows import TaskRows
 from petl.methods.polyhistor import export_task
 from petl.testing import TINY_MODELS
 
-CONTRACT = {"fields": {"tasks": ["only"], "r": 8}, "starts_at_base": False, "lr": 0.1}
+CONTRACT = {
+    "fields": {"tasks": ["only"], "r": 16, "rank": 8, "locations": ["attn", "ffn"]},
+    "starts_at_base": False,
+    "lr": 3e-2,
+}
 TASKS = ["a", "b"]
 
 
@@ -55,8 +59,7 @@ def saved_tensors(model: PeftModel, path: str) -> dict[str, Tensor]:
     state = model.state_dict()
     own = f"base_model.model.{path}.petl_polyhistor_adapters.default."
     pool = "base_model.petl_polyhistor_pools.default."
-    found = {k.removeprefix(p): t for k, t in state.items() for p in (own, pool) if k.startswith(p)}
-    return found
+    return {k.removeprefix(p): t for k, t in state.items() for p in (own, pool) if k.startswith(p)}
 
 
 # The equations, entry by entry
@@ -133,7 +136,7 @@ def test_outputs_equal_the_equations_for_widths_1_2_and_4(kernel_first):
 
 def test_the_kernel_form_without_the_matrix_is_the_same():
     model = wrapped()
-    path, adapter = next((p, a) for p, a in adapters(model).items() if a.width == 32)
+    path = next(path for path, adapter in adapters(model).items() if adapter.width == 32)
     t = saved_tensors(model, path)
     h = torch.randn(32, generator=torch.Generator().manual_seed(6))
     made = by_equations(t, 1, model.active_peft_config)
@@ -224,7 +227,8 @@ def test_the_start_is_that_of_the_paper_or_exactly_the_base():
     base = swin()
     model = petl.wrap(copy.deepcopy(base), "polyhistor", tasks=["a"]).eval()
     pool = model.base_model.shared["default"]
-    assert pool.code_norm_weight.eq(1).all() and pool.hyper_in_bias.eq(0).all()
+    assert pool.code_norm_weight.eq(1).all()
+    assert pool.hyper_in_bias.eq(0).all()
     assert 0.008 < pool.up_weight.std() < 0.012
     wide = nn.ModuleDict({"wide": nn.Linear(4, 512)})
     (adapter,) = adapters(
@@ -310,7 +314,9 @@ def test_gradients_reach_the_tasks_of_the_batch_alone():
     labels = torch.tensor([0, 1, 2])
     model.train()(images(), labels=labels, task_ids=torch.tensor([2, 0, 2])).loss.backward()
     gradient = model.base_model.shared["default"].task_embedding.grad
-    assert gradient[1].eq(0).all() and gradient[0].ne(0).any() and gradient[2].ne(0).any()
+    assert gradient[1].eq(0).all()
+    assert gradient[0].ne(0).any()
+    assert gradient[2].ne(0).any()
     assert all(p.grad is not None for p in testing.trainable(model).values())
 
 
@@ -351,16 +357,22 @@ def test_compiled_models_take_ids_without_reading_them():
 
 def test_kept_weights_follow_every_change_of_a_parameter():
     model, x, ids = wrapped(), images(), torch.tensor([0, 1, 0])
-    path, adapter = next(iter(adapters(model).items()))
+    adapter = next(iter(adapters(model).values()))
     made = []
-    adapter._make = lambda *args: made.append(args) or type(adapter)._make(adapter, *args)
+
+    def counted(*args):
+        made.append(args)
+        return type(adapter)._make(adapter, *args)
+
+    adapter._make = counted
 
     @torch.no_grad()
     def run() -> Tensor:
         return model(x, task_ids=ids).logits
 
     first = run()
-    assert torch.equal(run(), first) and len(made) == 1
+    assert torch.equal(run(), first)
+    assert len(made) == 1
     pool = model.base_model.shared["default"]
     fresh = {}
     for name, change in {
@@ -428,7 +440,7 @@ def test_an_exported_task_is_a_plain_adapter(fields):
     if made:
         torch.testing.assert_close(tensors[path]["up_weight"], made["up"])
         torch.testing.assert_close(tensors[path]["norm_after_bias"], made["norm_shift"])
-    with pytest.raises(petl.InputError, match="did you mean|there are|a, b"):
+    with pytest.raises(petl.InputError, match="no task 'c'"):
         export_task(model, "c")
 
 
