@@ -27,7 +27,10 @@ def build() -> PreTrainedModel:
 def count_trainable(name: str) -> int | str:
     """Return the number of trainable parameters of a method with its YAML, or why it has none."""
     try:
-        fields = method_fields({"name": name, **preset_of(name)}, "FEATURE_EXTRACTION", STEPS)
+        preset = preset_of(name)
+        if preset.get("tasks") == []:  # a method that serves several: counted with one
+            preset = {**preset, "tasks": ["task"]}
+        fields = method_fields({"name": name, **preset}, "FEATURE_EXTRACTION", STEPS)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on speed and fit: this model is not trained
             model = on_shapes(build, fields)
