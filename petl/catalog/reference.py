@@ -45,7 +45,10 @@ def counted(name: str) -> tuple[int | str, str]:
     """Return `count_trainable`, and the model: `REFERENCE`, or `OF_IMAGES` if the first is of a
     kind that the method does not adapt.
     """
-    fields = method_fields({"name": name, **preset_of(name)}, "FEATURE_EXTRACTION", STEPS)
+    preset = preset_of(name)
+    if preset.get("tasks") == []:  # a method that serves several: counted with one
+        preset = {**preset, "tasks": ["task"]}
+    fields = method_fields({"name": name, **preset}, "FEATURE_EXTRACTION", STEPS)
     reasons = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on speed and fit: this model is not trained

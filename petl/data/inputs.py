@@ -10,7 +10,7 @@ from typing import Any
 from petl.config.schema import read_fields
 from petl.data.files import READERS, Files, located_rows, suffix_of
 from petl.data.folders import IMAGES, SOUNDS, labeled_files
-from petl.data.tabular import TASK_COLUMNS
+from petl.data.tabular import TASK_COLUMNS, columns_of
 from petl.data.task_columns import ClassLabelColumns
 from petl.data.validation import Choose, LazySourceRows, Row, every, label, read, require, text
 from petl.errors import InputError, did_you_mean, shown
@@ -49,10 +49,13 @@ def read_inputs(
     given = {key: settings[key] for key in kind.own_settings if key in settings}
     # the task's own classes: the run's setting may be null, with classes found in its rows
     given |= {"labels": task.labels} if "labels" in kind.own_settings else {}
+    if task.tasks:
+        column = settings.get("task_column", "task")
+        given |= {"tasks": list(task.tasks), "task_column": column}
     # whatever source the run had (a Hub data set, a folder), new rows come from files
     base = {"name": "files", "source": "files", "task": task.name, "train": list(names)}
     source = read_fields(Files, {**given, **base}, "data")
-    columns = kind(source, labeled=labels)
+    columns = columns_of(source, labeled=labels)
 
     def choose(present: Iterable[str], origin: str) -> list[str]:
         found = list(present)

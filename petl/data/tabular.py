@@ -4,7 +4,7 @@ from abc import ABC
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from datasets import Dataset
 
@@ -25,6 +25,7 @@ from petl.data.task_columns import (
     RegressionColumns,
     TaskColumns,
     TokenClassificationColumns,
+    with_row_tasks,
 )
 from petl.data.templates import check_template
 from petl.data.validation import LazySourceRows, Row, SourceRows
@@ -45,6 +46,12 @@ TASK_COLUMNS: dict[str, type[TaskColumns]] = {
     CausalLM.name: CausalLMColumns,
     Seq2Seq.name: Seq2SeqColumns,
 }
+
+
+def columns_of(settings: ColumnSettings, *, labeled: bool = True) -> TaskColumns:
+    """Return the columns of the settings' kind of task, with that of row tasks if they have any."""
+    kind: type[Any] = TASK_COLUMNS[settings.task]
+    return (with_row_tasks(kind) if settings.tasks else kind)(settings, labeled=labeled)
 
 
 @dataclass(kw_only=True)
@@ -71,6 +78,7 @@ class Tabular(ColumnSettings, ABC):
         for key in ("text", "text_pair", "target", "prompt", "answer"):
             check_template(f"data.{key}", getattr(self, key))
         self.refuse_unused_settings()
+        self.check_row_tasks()
         _ = self.task_columns  # created here to check the settings
 
     def refuse_unused_settings(self) -> None:
@@ -88,10 +96,22 @@ class Tabular(ColumnSettings, ABC):
                     f"data.task is {self.task}"
                 )
 
+    def check_row_tasks(self) -> None:
+        """Raise InputError for names of tasks that rows cannot have."""
+        if self.tasks is None:
+            if self.task_column != "task":
+                raise InputError(
+                    f"data.task_column={self.task_column} is for data.tasks: name the tasks"
+                )
+            return
+        self.tasks = [str(name).strip() for name in self.tasks]
+        if not all(self.tasks) or len({*self.tasks}) != len(self.tasks) or not self.tasks:
+            raise InputError(f"data.tasks={self.tasks} does not name distinct tasks")
+
     @cached_property
     def task_columns(self) -> TaskColumns:
         """The columns of this task, which convert rows."""
-        return TASK_COLUMNS[self.task](self)
+        return columns_of(self)
 
     def assemble(self, train: SourceRows, test: SourceRows | None) -> RawData:
         """Check, shuffle and limit the rows; without `test` hold out `test_share` of `train`."""

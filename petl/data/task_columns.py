@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 from petl.data.base import TextSource
@@ -27,6 +28,7 @@ from petl.errors import InputError
 from petl.tasks.base import Task
 from petl.tasks.classification import Classification
 from petl.tasks.regression import Regression
+from petl.tasks.row_tasks import COLUMN, of_tasks
 from petl.tasks.token_classification import TokenClassification
 
 AnySourceRows = SourceRows | LazySourceRows
@@ -40,6 +42,8 @@ class ColumnSettings(TextSource, ABC):
     text_pair: str | None = None  # column of a second text, encoded together with the first
     label: str = "label"
     labels: list[str] | None = None  # names of the classes in order; None: taken from the rows
+    tasks: list[str] | None = None  # names of the tasks of rows, in the order of their ids
+    task_column: str = "task"  # with tasks: column of each row's task, a name or an id
     tokens: str = "tokens"
     tags: str = "tags"
     question: str = "question"
@@ -109,6 +113,46 @@ class TaskColumns(ABC):
     def described(self) -> str:
         """The format of the rows; "" if settings name all columns."""
         return ""
+
+
+class RowTaskColumns(TaskColumns):
+    """Mixin before the columns of a kind of task: a column more, with the task of each row."""
+
+    def choose(self, present: Iterable[str], origin: str) -> list[str]:
+        """Return the columns of the kind, and that of the task."""
+        names = list(present)
+        more = require([self.settings.task_column], names, origin)
+        return list(dict.fromkeys([*super().choose(names, origin), *more]))
+
+    def task(self, rows: AnySourceRows) -> Task:
+        """Build the task of the kind, for rows of several tasks."""
+        return of_tasks(super().task(rows), self.settings.tasks or ())
+
+    def convert(self, row: Row) -> Row:
+        """The columns of the kind, and `task`: the name of the row's task."""
+        return {**super().convert(row), COLUMN: read(row, self.settings.task_column, self.name_of)}
+
+    def name_of(self, value: Any) -> str:
+        """The task that a value names, or has as its id.
+
+        Raises:
+            ValueError: there is no such task.
+        """
+        names, text = self.settings.tasks or [], str(value).strip()
+        if isinstance(value, str) and text in names:
+            return text
+        is_id = text.isascii() and text.isdecimal() and len(text) < 10
+        if is_id and not isinstance(value, bool) and int(text) < len(names):
+            return names[int(text)]
+        raise ValueError(
+            f"is {shown(value)}, which is no task: {', '.join(names)}, or their ids from 0"
+        )
+
+
+@cache
+def with_row_tasks(kind: type[TaskColumns]) -> type[Any]:
+    """Return the columns of a kind of task for rows of several tasks."""
+    return type(kind.__name__, (RowTaskColumns, kind), {"__doc__": kind.__doc__})
 
 
 class NamedColumns(TaskColumns, ABC):

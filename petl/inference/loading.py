@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from petl.core.loading import load
 from petl.core.switching.lora import fuse_lora
-from petl.errors import InputError
+from petl.errors import InputError, UnsupportedError
 from petl.export.saved_adapter import Saved, device, find, model_in
 from petl.files.disk import check_links
 from petl.inference.language_model import BASE, LanguageModel
@@ -55,12 +55,25 @@ def load_language_model(
     taken = [name for name in more if name in (*first, BASE)]
     if taken:
         raise InputError(f"the adapter name {taken[0]!r} is taken; choose another one")
+    for saved in (first | more).values():
+        refuse_tasks(saved)
     model, tokenizer = load_writer(found, run)
     for name, saved in (first | more).items():
         model = load(model, saved.adapter, adapter_name=name, other_base=other_base)
     fuse_lora(model)  # as in training, and a switch takes the same time with many adapters
     names = {**({DEFAULT: str(run)} if first else {}), **(others or {})}
     return reading_as_trained(model.eval(), tokenizer, found, names, plain=plain)
+
+
+def refuse_tasks(saved: Saved) -> None:
+    """Raise UnsupportedError for an adapter of several tasks, of which a prompt names none."""
+    tasks = list(getattr(saved.config, "tasks", []))
+    if len(tasks) > 1:
+        raise UnsupportedError(
+            f"{saved.adapter} serves the tasks {', '.join(tasks)}, and a prompt has no task: use "
+            "petl predict with rows that name it, or take one as a plain adapter with "
+            "petl.methods.polyhistor.export_task"
+        )
 
 
 def load_writer(

@@ -24,6 +24,7 @@ def data_settings(given: Mapping[str, Any], task: Task, words: Sequence[str]) ->
     settings = dict(given)
     kind = TASK_COLUMNS.get(task.name)
     known = [name for name in (kind.own_settings if kind else ()) if name not in READING]
+    known += ["task_column"] if task.tasks else []
     for word in words:
         key, is_setting, value = word.partition("=")
         name = key.removeprefix("data.")

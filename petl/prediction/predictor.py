@@ -20,6 +20,7 @@ from petl.data.batch_sampler import chunks
 from petl.distributed.launch import start
 from petl.export.saved_adapter import Saved, find
 from petl.tasks.base import Columns, Prediction, Row, Task
+from petl.tasks.row_tasks import COLUMN
 from petl.training.dataloader import longest_first, to_device
 from petl.training.generation import written
 
@@ -121,7 +122,9 @@ class Predictor:
         for part in shown(chunks(order, self.batch_size), rows):
             with self.accelerator.autocast():
                 asked = [prompts[i] for i in part]
-                texts = written(self.model, self.processor, asked, self.max_new_tokens)
+                names = self.task.tasks
+                ids = [names.index(rows[i][COLUMN]) for i in part] if names else None
+                texts = written(self.model, self.processor, asked, self.max_new_tokens, ids)
             found |= {i: {"prediction": text} for i, text in zip(part, texts, strict=True)}
         return found
 

@@ -108,6 +108,7 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     if settings["train"].get("lr") is None:
         train = replace(train, lr=entry.lr)
     check_machine(train)
+    fill_tasks(fields, settings["data"])
     # all fields are checked again once task type and number of steps are known
     method_fields(fields, None, train.steps or LARGEST)
     given = settings.get("ranks")  # the default needs no check
@@ -120,7 +121,8 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     launch = read_launch(settings.get("launch"))
     if train.optimizer == "adamr":
         check_adamr(entry.given(fields), launch)
-    model, data = read_source(settings["model"]), data_source(settings["data"])
+    data_settings = resolved["data"] = with_row_tasks(settings["data"], fields)
+    model, data = read_source(settings["model"]), data_source(data_settings)
     model.check()
     data.check()
     return RunConfig(
@@ -134,6 +136,44 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
         tracker=tracker,
         resolved=resolved,
     )
+
+
+def fill_tasks(fields: dict[str, Any], data: Mapping[str, Any]) -> None:
+    """Give a method that serves several tasks those of the data, unless it names its own.
+
+    Raises:
+        InputError: the data names tasks, and the method serves none, or others.
+    """
+    names = data.get("tasks")
+    if not names:
+        return
+    if "tasks" not in fields:
+        raise InputError(
+            f"data.tasks={names} is for a method that serves several tasks, and {fields['name']} "
+            "does not: choose +method=polyhistor, or leave data.tasks out"
+        )
+    fields["tasks"] = fields["tasks"] or names
+    if list(fields["tasks"]) != list(names):
+        raise InputError(
+            f"method.tasks={fields['tasks']} and data.tasks={names} differ: set one of them"
+        )
+
+
+def with_row_tasks(data: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the data; its rows need a task each if the method serves several.
+
+    Raises:
+        InputError: the source has no column for it.
+    """
+    names = fields.get("tasks") or []
+    if len(names) < 2:
+        return dict(data)
+    if "task_column" not in data:
+        raise InputError(
+            f"method.tasks={names} needs rows that name their task, and data {data.get('name')} "
+            "has no column for it: use data=files or data=hub with data.task_column=COLUMN"
+        )
+    return {**data, "tasks": list(names)}
 
 
 def check_groups(settings: Mapping[str, Any]) -> None:

@@ -18,7 +18,13 @@ from petl.errors import InputError
 from petl.export.saved_adapter import Saved
 from petl.files.paths import path_of
 from petl.inference.language_model import BASE
-from petl.inference.loading import find_model, load_writer, model_settings, reading_as_trained
+from petl.inference.loading import (
+    find_model,
+    load_writer,
+    model_settings,
+    reading_as_trained,
+    refuse_tasks,
+)
 from petl.models.loading import max_positions
 from petl.models.sources import read_source
 from petl.serving.batch import Passes
@@ -73,6 +79,9 @@ def load_served(
         name: find_model(path, trust_remote_code=trust_remote_code) for name, path in runs.items()
     }
     check_same_base(found)  # before any weights are loaded
+    for each in found.values():
+        if isinstance(each, Saved):
+            refuse_tasks(each)
     first_name = next(iter(found))
     first = found[first_name]
     settings = model_settings(first)

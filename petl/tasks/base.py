@@ -110,6 +110,7 @@ class Task(ABC):
     writes: ClassVar[bool] = False  # the model's prediction is a text that it generates
     sums_predictions: ClassVar[bool] = False  # `score` returns the sum of `predict` over the rows
     shown: ClassVar[tuple[str, ...]] = ("text", "text_pair")  # raw columns kept with predictions
+    tasks: ClassVar[tuple[str, ...]] = ()  # names of the tasks of rows, see petl.tasks.row_tasks
 
     max_length: int  # tokens of a row; texts only
     generate: int | None = (
@@ -448,7 +449,10 @@ def write_task(folder: Path, task: Task) -> None:
     """Save a task, with its classes and lengths, in an adapter's folder; see tasks/task_file.py."""
     values: Any = task  # all tasks are dataclasses
     # in order: the order of classes is the numbering of the head's outputs
-    write_atomic(folder / FILE, as_json({"task": task.name, **asdict(values)}, in_order=True))
+    saved = {"task": task.name, **asdict(values)}
+    if task.tasks:
+        saved["tasks"] = list(task.tasks)
+    write_atomic(folder / FILE, as_json(saved, in_order=True))
 
 
 def write_labels(folder: Path, fields: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from petl.errors import InputError, choose
 from petl.files.read import mismatch, read_json
 from petl.tasks import TASKS
 from petl.tasks.base import FILE, Task
+from petl.tasks.row_tasks import of_tasks
 
 
 class Saved(TypedDict):
@@ -28,6 +29,9 @@ def read_task(folder: Path) -> Task | None:
         return None
     saved = read_json(file, Saved)
     kind: Any = choose(TASKS, saved.pop("task"), f"task (in {file})")
+    names: Any = saved.pop("tasks", None)
+    if names is not None and mismatch(names, list[str], "tasks"):
+        raise InputError(f"{file} cannot be used: {mismatch(names, list[str], 'tasks')}")
     # annotations may be strings, which `mismatch` cannot check
     hints = get_type_hints(kind)
     known = {field.name: hints[field.name] for field in fields(kind)}
@@ -41,7 +45,7 @@ def read_task(folder: Path) -> Task | None:
     problem = next(filter(None, problems), "")
     if problem:
         raise InputError(f"{file} cannot be used: {problem}")
-    return kind(**saved)
+    return of_tasks(kind(**saved), names) if names else kind(**saved)
 
 
 def _problem(name: str, value: Any, shape: Any) -> str:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from petl.files.disk import atomic_file, stop_when_full
 from petl.runs.settings import TrainConfig
 from petl.tasks.base import NON_INPUT_PREFIX, Prediction, Row, Task, not_finite, rounded
 from petl.tasks.metrics import rouge
+from petl.tasks.row_tasks import IDS, named
 from petl.training.dataloader import Batch, Splits, load, longest_first, to_device
 from petl.training.generation import is_pair, written
 from petl.training.non_finite import first_not_finite
@@ -215,13 +216,61 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the task's scores over `rows`; each row counts once, on any number of processes.
 
+    Rows of several tasks also give the scores of each.
+
     Args:
         predictions: gets those of this process.
         what: the pass does, for the display of its progress; None: the validation of a training,
             whose passes are frequent.
     """
-    device, task = accelerator.device, splits.task
+    task, ids = splits.task, list(rows[IDS]) if splits.task.tasks else None
     order = longest_first(task.lengths(rows))
+    if ids is None:
+        part = Part(rows, order)
+        found = one_pass(model, splits, part, accelerator, batch_size, predictions, what)
+        return part.summarized(task, found)
+    parts, orders, by_task = [], [], {}
+    for number, name in enumerate(task.tasks):
+        own = [row for row in order if ids[row] == number]
+        if not own:
+            logger.warning("no examples of task %s are among those that are scored", name)
+            continue
+        shown = what and f"{what}: the {len(own):,} of task {name}"
+        part = Part(rows, own)
+        found = one_pass(model, splits, part, accelerator, batch_size, predictions, shown)
+        by_task |= named(name, part.summarized(task, found), task.metric)
+        parts.append(found)
+        orders += own
+    total = torch.cat(parts) if task.by_row else torch.stack(parts).sum(0)
+    return Part(rows, orders).summarized(task, total) | by_task
+
+
+class Part(NamedTuple):
+    """Those of the encoded rows that a pass computes, in the order in which it does."""
+
+    rows: Dataset
+    order: list[int]
+
+    def summarized(self, task: Task, found: Tensor) -> dict[str, float]:
+        """Return the scores, from what `one_pass` returned."""
+        if not task.by_row:
+            return task.summarize(found)
+        if len(self.order) == len(self.rows):
+            return task.summarize_rows(in_place(found, self.order), self.rows)
+        return task.summarize_rows(found, self.rows.select(self.order))
+
+
+def one_pass(
+    model: nn.Module,
+    splits: Splits,
+    part: Part,
+    accelerator: Accelerator,
+    batch_size: int,
+    predictions: Predictions | None,
+    what: str | None,
+) -> Tensor:
+    """Return the sum of `Task.score` over the rows, or the values of each, in their order."""
+    device, task, (rows, order) = accelerator.device, splits.task, part
     mine = order[accelerator.process_index :: accelerator.num_processes]
     # every process runs as many passes as the first: a sharded model needs all of them in each
     each = math.ceil(len(order) / accelerator.num_processes)
@@ -250,9 +299,9 @@ def evaluate(
     model.train(was_training)
     if task.by_row:
         values = accelerator.gather(torch.cat(parts))
-        return task.summarize_rows(in_order(values, order, accelerator.num_processes), rows)
+        return interleaved(values, accelerator.num_processes)[: len(order)]
     total = torch.stack(parts)[: len(own)].sum(0)
-    return task.summarize(accelerator.reduce(total, reduction="sum"))
+    return accelerator.reduce(total, reduction="sum")
 
 
 def in_order(gathered: Tensor, order: list[int], processes: int) -> Tensor:
@@ -260,10 +309,19 @@ def in_order(gathered: Tensor, order: list[int], processes: int) -> Tensor:
 
     Process p of P has sent those at p, p + P, ... of `order`.
     """
-    sent = gathered.unflatten(0, (processes, -1)).transpose(0, 1).flatten(0, 1)[: len(order)]
-    placed = torch.empty_like(sent)
-    # invert the permutation: position i of `sent` is row order[i]
-    placed[torch.tensor(order, device=sent.device)] = sent
+    return in_place(interleaved(gathered, processes)[: len(order)], order)
+
+
+def interleaved(gathered: Tensor, processes: int) -> Tensor:
+    """Return gathered rows in the order in which the processes took turns."""
+    return gathered.unflatten(0, (processes, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def in_place(values: Tensor, order: list[int]) -> Tensor:
+    """Return values by row: position i of `values` is row order[i]."""
+    # invert the permutation
+    placed = torch.empty_like(values)
+    placed[torch.tensor(order, device=values.device)] = values
     return placed
 
 
@@ -288,6 +346,7 @@ def score_answers(
     task, tokenizer, device = splits.task, splits.processor, accelerator.device
     is_encoder_decoder = is_pair(model)
     column = "input_ids" if is_encoder_decoder else "_prompt"
+    ids = list(splits.test[IDS]) if task.tasks else None
     rows = splits.test.select_columns([column, "_answer"])
     # longest prompts first: an out-of-memory error comes early, and padding is small
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][column]))
@@ -303,7 +362,8 @@ def score_answers(
     for number, part in enumerate(Shown(own + [order[:1]] * surplus, what)):
         batch = rows.select(part)
         with accelerator.autocast():
-            texts = written(model, tokenizer, list(batch[column]), task.generate or 1)
+            prompts, of_part = list(batch[column]), ids and [ids[row] for row in part]
+            texts = written(model, tokenizer, prompts, task.generate or 1, of_part)
         if number >= len(own):  # a surplus batch, computed for the other processes
             continue
         for position, text, answer in zip(part, texts, batch["_answer"], strict=True):

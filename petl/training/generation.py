@@ -12,18 +12,29 @@ from torch import Tensor
 
 from petl.core.distributed import is_sharded
 from petl.tasks.base import pad_id
+from petl.tasks.row_tasks import IDS
 
 
 @torch.no_grad()
 def written(
-    model: PeftModel, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: PeftModel,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    task_ids: Sequence[int] | None = None,
 ) -> list[str]:
-    """Return the text that a model in evaluation mode writes after each prompt, greedily."""
+    """Return the text that a model in evaluation mode writes after each prompt, greedily.
+
+    Args:
+        task_ids: the task of each prompt, for a method that serves several.
+    """
     base: Any = model.get_base_model()
     inputs = padded(prompts, pad_id(tokenizer), on_left=not is_pair(model))
     # chat models end a turn by a token of their generation config, not by the tokenizer's
     ends = {tokenizer.eos_token_id, *as_list(base.generation_config.eos_token_id)} - {None}
+    more = {} if task_ids is None else {IDS: torch.tensor(task_ids)}
     generated = model.generate(
+        **more,
         **{name: tensor.to(model.device) for name, tensor in inputs.items()},
         max_new_tokens=max_new_tokens,
         do_sample=False,

@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer
 from petl.core.layers.layer import is_lora_b
 from petl.core.lifecycle import Lifecycle
 from petl.core.parameters import is_norm, trainable
-from petl.core.registry import keeps_base, method_of
+from petl.core.registry import method_of
 from petl.distributed.launch import Engine, is_zero
 from petl.errors import InputError
 from petl.runs.settings import TrainConfig

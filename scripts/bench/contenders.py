@@ -29,6 +29,7 @@ EXPERTS = 4  # number of X-LoRA's adapters
 NOISE = 0.02  # standard deviation of the noise added to trainable tensors, so that none is zero
 TARGETS = {"target_modules": "block-linear"}
 ON_LORA: dict[str, Any] = {"inner": "lora", "r": RANK, "lora_alpha": 16, **TARGETS}
+BOTH = ["attn", "ffn"]  # locations, as of adapters
 INCRE = {"init_r": RANK - 1, "rank_step": 1, "target_r": RANK, "total_step": STEPS}
 SPARSE = {"density": 0.01, "total_step": STEPS}
 # nine tenths of the weights are pruned from the first step on
@@ -227,6 +228,9 @@ CONTENDERS = (
         kernels=20,
     ),
     Contender("sherl", "sherl", beside_lora={"time / LoRA": 0.6, "kept / LoRA": 0.2}),
+    # the reference for polyhistor's goal: at most 1.10 of this row
+    Contender("adapter 48, norm after", "adapter", {"r": 48, "ln_after": True}),
+    Contender("polyhistor 48", "polyhistor", {"r": 48, "tasks": ["only"], "locations": BOTH}),
     Contender(
         "binary on lora",
         "binary",

@@ -227,11 +227,39 @@ def mos(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
 
 
 def bottleneck(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
-    """Bottleneck adapter: down, activation, up, residual; parallel ones read the input."""
+    """Bottleneck adapter: down, activation, up, a norm where there is one, residual.
+
+    Parallel ones read the input.
+    """
     y = layer.base_layer(x)
     h = x if adapter.config.placement == "parallel" else y
     z = adapter.act(F.linear(h, value(adapter, "down_weight"), adapter.down_bias))
-    return y + F.linear(z, value(adapter, "up_weight"), adapter.up_bias)
+    f = F.linear(z, value(adapter, "up_weight"), adapter.up_bias)
+    if adapter.config.ln_after:
+        f = F.layer_norm(f, f.shape[-1:], adapter.norm_after_weight, adapter.norm_after_bias)
+    return y + f
+
+
+def polyhistor(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
+    """Polyhistor, one task and one width: codes, templates, then a bottleneck with a norm."""
+    pool = adapter.info.shared
+
+    def mapped(name: str, v: Tensor) -> Tensor:
+        return value(pool, f"{name}_weight") @ v + value(pool, f"{name}_bias")
+
+    inner = torch.cat([value(pool, "task_embedding")[0], value(adapter, "layer_embedding")[0]])
+    code = mapped("hyper_out", mapped("hyper_in", inner).relu())
+    code = (code - code.mean()) / (code.var(unbiased=False) + 1e-6).sqrt()
+    code = code * value(pool, "code_norm_weight") + value(pool, "code_norm_bias")
+    R, made = adapter.config.rank, {}
+    for side, rows in (("up", adapter.width), ("down", adapter.bottleneck)):
+        numbers = mapped(side, code)
+        made[side] = numbers[: rows * R].view(rows, R) @ numbers[rows * R :].view(R, -1)
+    y = layer.base_layer(x)
+    z = adapter.act(F.linear(y, made["down"], mapped("down_shift", code)))
+    f = F.linear(z, made["up"], mapped("up_shift", code))
+    f = (f - f.mean(-1, keepdim=True)) / (f.var(-1, False, keepdim=True) + 1e-5).sqrt()
+    return y + f * mapped("norm_scale", code) + mapped("norm_shift", code)
 
 
 def compacter(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
@@ -300,6 +328,7 @@ DENSE: dict[str, Dense] = {
     "MosAdapter": mos,
     "BottleneckAdapter": bottleneck,
     "CompacterAdapter": compacter,
+    "PolyhistorAdapter": polyhistor,
     "SparseAdapter": sparse,
     "PstAdapter": pst,
 }

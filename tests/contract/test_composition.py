@@ -61,6 +61,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     "mos": {"r": 3, "equivalent_rank": 3},
     "oft": {"oft_block_size": 16},
     "pyra": {"schedule": [2, 0]},
+    "polyhistor": {"r": 8, "tasks": ["only"]},
     "randlora": {"r": 8},
     "sherl": {"r": 16},  # with width / 8 and this seed, no block's score is positive
     "sparse": {"total_step": 200},

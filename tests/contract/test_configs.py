@@ -37,8 +37,8 @@ REFUSED = {("ia3", "vit"), *(("pyra", model) for model in ("llama", "bert", "t5"
     (name, "gpt2")
     for name in ("boft", "c3a", "delora", "hra", "loha", "lokr", "miss", "oft", "shira")
 }
-# Fields that a YAML's values do not suit on models of two or three layers.
-SMALLER = {"mos": {"r": 4}, "pyra": {"schedule": [2, 0]}}
+# Fields that a YAML's values do not suit on models of two or three layers, or must name.
+SMALLER = {"mos": {"r": 4}, "polyhistor": {"tasks": ["only"]}, "pyra": {"schedule": [2, 0]}}
 # MoS's own defaults need 15 layers, and the quickstart's model has 6; a small adapter of few bits
 # is mostly names unless it is stacked.
 # IncreLoRA's 100 steps suit long trainings.

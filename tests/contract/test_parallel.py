@@ -5,6 +5,7 @@ serves all methods. Plain data parallelism is checked for each method in
 tests/contract/test_contract.py too.
 """
 
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from petl import losses, testing
 from petl.core.distributed import to_full
 from petl.core.model.structure import blocks
 from petl.testing import Case, TinyModel, tiny_llama
-from petl.testing.models import causal_batch
+from petl.testing.models import Batch, causal_batch
 from petl.testing.training import rows_of, train
 
 PROCESSES, ROWS, STEPS, LR = 2, 5, 3, 1e-3
@@ -42,6 +43,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "mos": {"r": 3, "equivalent_rank": 3, **TARGETS},
     "pela": {"compression": 1.2, **TARGETS},
     "pyra": {"schedule": [2, 0]},
+    "polyhistor": {"r": 8, "tasks": ["only"]},
     "sparse": {"selection_algorithm": "none", **TARGETS},
 }
 # exchanged are entries after the first step and after the third
@@ -66,6 +68,12 @@ CASES["pyra beside lora"] = Case(
     "vit",
     {"schedule": [2, 0], "inner": "lora", "r": 4, "target_modules": ["q_proj", "fc2"]},
 )
+# each process has rows of one of the two tasks
+CASES["polyhistor with two tasks"] = Case(
+    "polyhistor",
+    replace(LLAMA, make_batch=lambda rows, seed: of_two_tasks(causal_batch(rows, seed))),
+    {"r": 8, "tasks": ["a", "b"]},
+)
 CASES["sparse that reselects"] = Case("sparse", LLAMA, CYCLE)
 CASES["sparse by sm3"] = Case("sparse", LLAMA, {"selection_algorithm": "sm3", **CYCLE})
 # Of other kinds of models, those that are sharded in the default run; the others are under `slow`.
@@ -79,6 +87,12 @@ OTHERS = {
 }
 # a side network in each stack, and one in an encoder
 OTHERS |= {f"sherl on {kind}": Case("sherl", kind) for kind in ("bert", "t5")}
+
+
+def of_two_tasks(batch: Batch) -> Batch:
+    return {**batch, "task_ids": torch.arange(len(batch["labels"])) % 2}
+
+
 # Candidates come from the rows of the first process, so all processes need the same rows; a mean
 # over the positions of each process, padding included, is that of all for equal rows only.
 SAME_ROWS = {"sparse that reselects", "lora with distill"}

@@ -12,7 +12,8 @@ all rows. For that all processes must run the same number of training forwards. 
 each process uses the counts of its own rows.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,9 +24,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from petl.core.distributed import num_processes, summed
+from petl.core.layers.task_rows import TaskRows, take_task_ids
 from petl.errors import InputError, UnsupportedError
 
 T = TypeVar("T")
+TASKS = "tasks of rows"  # key in `ForwardContext.state`
 
 
 @dataclass
@@ -59,6 +62,7 @@ class ForwardContext:
         series: by name, further detached values that `metrics()` averages.
         joint: by module name, the weighted terms of the last training forward, which `end` sums
             over all processes.
+        given_tasks: the tasks of the rows during one call of the PeftModel, or None.
     """
 
     def __init__(self) -> None:
@@ -73,6 +77,7 @@ class ForwardContext:
         self.terms: dict[str, Tensor] = {}
         self.series: dict[str, dict[str, Tensor]] = {}
         self.joint: dict[str, WeightedTerm] = {}
+        self.given_tasks: TaskRows | None = None
         self._once: dict[Any, Any] = {}
         self._sharding_is_known = False  # see `refuse_fsdp1`
         # one without and one with gradients, see `state`
@@ -104,6 +109,33 @@ class ForwardContext:
         Under reentrant checkpointing, layers run without gradients in a forward with gradients.
         """
         return self._states[torch.is_grad_enabled() or self.recording]
+
+    @property
+    def tasks(self) -> TaskRows | None:
+        """The task of each row of this forward pass and of its backward pass; None: none given."""
+        if self.given_tasks is not None:
+            return self.given_tasks
+        # the first pass of reentrant checkpointing runs without gradients, in a training forward
+        return self._states[torch.is_grad_enabled() or self.recording].get(TASKS)
+
+    def take_tasks(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the base model, after `begin`: remove `task_ids` and keep them."""
+        tasks, kwargs = take_task_ids(args, kwargs)
+        tasks = self.given_tasks if tasks is None else tasks
+        if tasks is not None:
+            self.state[TASKS] = tasks
+        return args, kwargs
+
+    @contextmanager
+    def only_rows(self, rows: Sequence[int], of: int) -> Generator[None]:
+        """Limit `tasks` in the block to these rows of a layer's input, which has `of` rows."""
+        tasks, given = self.tasks, self.given_tasks
+        if tasks is not None:
+            self.given_tasks = tasks.select(rows, of)
+        try:
+            yield
+        finally:
+            self.given_tasks = given
 
     def compute_once(self, key: Any, make: Callable[[], T]) -> T:
         """Return `make()`, called once per forward pass and its backward pass, then cached.

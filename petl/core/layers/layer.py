@@ -342,8 +342,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 return prepared.compute(source, y, is_own=owns_output(self.base_layer))
         mixed = y.clone()  # one copy, however many adapters
         for name, adapter in self.pick(rows.distinct):
-            own = torch.tensor([i for i, n in enumerate(rows) if n == name], device=x.device)
-            mixed.index_copy_(0, own, adapter(captured.get(name, x)[own], y[own]))
+            places = [i for i, n in enumerate(rows) if n == name]
+            own = torch.tensor(places, device=x.device)
+            with adapter.info.context.only_rows(places, len(rows)):
+                mixed.index_copy_(0, own, adapter(captured.get(name, x)[own], y[own]))
         return mixed
 
     def _batched(self, names: Sequence[str], dtype: torch.dtype) -> BatchedAdapter | None:

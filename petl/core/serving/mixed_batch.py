@@ -4,7 +4,7 @@ Shapes: N rows, T tokens of each, I in, O out, G groups of n rows.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,20 +22,20 @@ class Groups(NamedTuple):
     """The rows of a batch sorted by adapter into groups of equal size.
 
     Attributes:
-        names: the adapter of each group, [G]; an adapter with many rows may have several groups.
+        names: the adapter, or the task, of each group, [G]; one with many rows may have several.
         take: the row of each place in the groups, [G n]; unfilled places repeat a row. None: the
             batch is in this order already.
         back: the places of the rows that have an adapter.
         rows: these rows; None: all rows have one.
     """
 
-    names: Sequence[str]
+    names: Sequence[Any]
     take: Tensor | None
     back: Tensor
     rows: Tensor | None
 
 
-def group_size(rows_of: Mapping[str, Sequence[int]], tokens: int) -> int:
+def group_size(rows_of: Mapping[Any, Sequence[int]], tokens: int) -> int:
     """Return the number of rows of a group that costs least.
 
     With one row per group, an adapter's weights are read once per row. Larger groups read them less
@@ -57,7 +57,7 @@ def group_size(rows_of: Mapping[str, Sequence[int]], tokens: int) -> int:
     return min((*(2**i for i in range(max_rows.bit_length())), max_rows), key=cost)
 
 
-def grouped(rows_of: Mapping[str, Sequence[int]], count: int, n: int) -> Groups:
+def grouped(rows_of: Mapping[Any, Sequence[int]], count: int, n: int) -> Groups:
     """Sort the rows of each adapter into groups of `n`, of a batch of `count` rows."""
     groups = sorted(  # by their first row, so that a batch in order needs no copy
         (rows[i : i + n], name) for name, rows in rows_of.items() for i in range(0, len(rows), n)

@@ -23,6 +23,7 @@ from petl.core.compat import (
 )
 from petl.core.layers.class_swap import AdapterDict, SwappedClass, convert_module_dicts, swap_class
 from petl.core.layers.layer import AdapterLayer
+from petl.core.layers.task_rows import ARGUMENT, PASSED, pass_task_ids
 from petl.core.spec.checks import check_adapter_name
 from petl.errors import UnsupportedError
 
@@ -275,9 +276,17 @@ class SwitchingModel(SwappedClass, PeftModel):
 
 
 def enable_switching(model: PeftModel) -> None:
-    """Swap the class of a model with a `SwitchingTuner` for one with `SwitchingModel`."""
+    """Swap the class of a model with a `SwitchingTuner` for one with `SwitchingModel`.
+
+    A model of a `TaskTuner` also takes `task_ids`, whatever its class in PEFT.
+    """
     if isinstance(model.base_model, SwitchingTuner):
         swap_class(model, SwitchingModel)
+    # on the class: PEFT tuners pass unknown attributes to the base model
+    if getattr(type(model.base_model), "takes_task_ids", False):
+        model.register_forward_pre_hook(pass_task_ids, with_kwargs=True)
+        # not for the base model: the tuner reads them in `_enable_peft_forward_hooks`
+        model.special_peft_forward_args |= {ARGUMENT, PASSED}
 
 
 class NotCombined:

@@ -23,7 +23,7 @@ from petl.ops.quantize import decode, decode_latent, encode, packed_bytes, quant
 
 COMPUTING = (
     "forward", "with_base", "factors", "tensors", "delta", "get_delta_weight", "merge", "unmerge",
-    "matrices",
+    "matrices", "generated",
 )  # fmt: skip
 
 
