@@ -217,3 +217,19 @@ def draft_of(out: Path) -> Generator[Path]:
 def folder_bytes(folder: Path) -> int:
     """Return the size of all files in a folder, in bytes."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Save a model as `save_pretrained` does, with its generation config as it is.
+
+    transformers refuses to save one with values that have no effect, such as a temperature without
+    sampling, which many published models have: petl has set its padding token, and only an
+    unchanged one is excepted.
+    """
+    if not model.can_generate():
+        model.save_pretrained(folder)
+        return
+    kept, model.generation_config = model.generation_config, GenerationConfig()
+    model.save_pretrained(folder)
+    model.generation_config = kept
+    write_atomic(folder / GENERATION_CONFIG_NAME, kept.to_json_string())

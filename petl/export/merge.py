@@ -1,10 +1,6 @@
 """Merge a saved adapter into its base model, and write the result as a plain model."""
 
 from pathlib import Path
-from typing import Any
-
-from transformers import GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from petl.core.progress import Pass
 from petl.export.card import write_companions
@@ -16,10 +12,10 @@ from petl.export.checked_folder import (
     folder_bytes,
     outputs,
     refuse_taken,
+    save_model,
 )
 from petl.export.conversion import merged_model
 from petl.export.saved_adapter import Saved, device
-from petl.files.disk import write_atomic
 from petl.models.loading import load_base
 
 REREAD = 1e-6  # relative difference after writing and loading: rounding of another device at most
@@ -54,19 +50,3 @@ def merge(
         difference_of_files = compare(after, written, adapted.effect)
         check(difference_of_files, REREAD, reread.dtype, "merged model as written")
     return Written(out, folder_bytes(out), difference)
-
-
-def save_model(model: Any, folder: Path) -> None:
-    """Save a model as `save_pretrained` does, with its generation config as it is.
-
-    transformers refuses to save one with values that have no effect, such as a temperature without
-    sampling, which many published models have: petl has set its padding token, and only an
-    unchanged one is excepted.
-    """
-    if not model.can_generate():
-        model.save_pretrained(folder)
-        return
-    kept, model.generation_config = model.generation_config, GenerationConfig()
-    model.save_pretrained(folder)
-    model.generation_config = kept
-    write_atomic(folder / GENERATION_CONFIG_NAME, kept.to_json_string())

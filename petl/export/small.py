@@ -13,8 +13,8 @@ from petl.export.checked_folder import (
     draft_of,
     folder_bytes,
     refuse_taken,
+    save_model,
 )
-from petl.export.merge import save_model
 from petl.export.saved_adapter import Saved, device
 from petl.files.disk import write_atomic
 from petl.methods.pela import PelaConfig, export, load
