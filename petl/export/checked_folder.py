@@ -15,6 +15,8 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from petl.core.compat import BaseTunerLayer
 from petl.core.progress import Shown
