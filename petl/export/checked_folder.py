@@ -21,6 +21,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from petl.core.compat import BaseTunerLayer
 from petl.core.progress import Shown
 from petl.errors import InputError, RunStopped
+from petl.files.disk import write_atomic
 from petl.tasks.base import IGNORED
 
 # by dtype of the base model, the largest relative difference of the outputs (assumption; measured
