@@ -527,7 +527,10 @@ def test_blocks_with_adapters_of_the_inner_method_are_refused():
 
 @pytest.mark.parametrize("inner", [None, "lora", "mos"])
 def test_merging_of_weights_and_mixed_batches_are_refused_beside_any_inner_method(inner):
-    config = petl.build_config("pyra", schedule=[4, 2, 1], inner=inner)
+    targets = {"target_modules": ["q_proj"]} if inner == "lora" else {}
+    small = {"r": 2, "equivalent_rank": 2} if inner == "mos" else {}
+    fields = {"schedule": [4, 2, 1], "inner": inner, **targets, **small}
+    config = petl.build_config("pyra", **fields)
     assert "merges tokens, not weights" in str(merge_refusal(config))
     assert "merges tokens, not weights" in str(lora_refusal(config))
     assert "other numbers of tokens" in refusal(config, "mixed")
