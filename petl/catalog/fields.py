@@ -71,6 +71,11 @@ def fields_of(name: str, preset: Mapping[str, Any]) -> list[Field]:
 def describe_inner_fields(entry: Method) -> str:
     """Return how to set the fields of the inner method, for a method that wraps another one."""
     default = entry.given({})
+    if not default.inner:  # none, unless one is chosen
+        return (
+            "\nWith inner=NAME, the fields of that method can be set, too; `petl show NAME` lists "
+            "them,\nand `petl train` has the defaults of configs/method/NAME.yaml."
+        )
     own = ", ".join(f"{key}={as_yaml(value)}" for key, value in default.inner_defaults.items())
     return (
         "\nIn addition, the fields of the inner method can be set; `petl show INNER` lists them.\n"

@@ -4,7 +4,6 @@ A method for images only is counted on another one.
 """
 
 import warnings
-from functools import cache
 
 import torch
 from transformers import AutoModel, BertConfig, PreTrainedModel, ViTConfig
@@ -40,7 +39,6 @@ def count_trainable(name: str) -> int | str:
     return counted(name)[0]
 
 
-@cache
 def counted(name: str) -> tuple[int | str, str]:
     """Return `count_trainable`, and the model: `REFERENCE`, or `OF_IMAGES` if the first is of a
     kind that the method does not adapt.

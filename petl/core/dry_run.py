@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from petl.core.compat import BaseTunerLayer
 from petl.core.layers.block import BlockAdapters
 from petl.core.parameters import LiveBytes
+from petl.core.registry import refusal
 from petl.errors import InputError, UnsupportedError, first_line
 
 
@@ -131,6 +132,8 @@ def takes_mixed_batches(model: PeftModel) -> bool:
     Runs one layer of each class; call it inside `without_values`. A tuner without the hook ignores
     the argument, and some layers raise.
     """
+    if refusal(model.active_peft_config, "mixed"):
+        return False
     if not hasattr(type(model.base_model), "_enable_peft_forward_hooks"):
         return False
     # a block needs more arguments than hidden states, and its adapters always take the argument

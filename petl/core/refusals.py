@@ -11,6 +11,9 @@ from petl.core.spec.method import Method
 def merge_refusal(config: PeftConfig) -> str | None:
     """Return why an adapter of this config cannot be merged into the base; None: it can."""
     entry = method_of(config)
+    of_tuner = getattr(entry.tuner, "merge_refusal", None) if entry else None
+    if of_tuner is not None:
+        return of_tuner
     adapter_cls = _adapter_cls(entry)
     if adapter_cls is not None:
         return adapter_cls.merge_refusal

@@ -27,6 +27,9 @@ from transformers import (
 
 import petl
 from petl import testing
+from petl.core.dry_run import takes_mixed_batches
+from petl.core.refusals import lora_refusal, merge_refusal
+from petl.core.registry import refusal
 from petl.errors import InputError, UnsupportedError
 from petl.methods.pyra.config import plan_of
 from petl.ops.token_merging import match, merge
@@ -520,6 +523,19 @@ def test_blocks_with_adapters_of_the_inner_method_are_refused():
         petl.wrap(base, "pyra", schedule=[1, 1, 1], inner="adapter", locations=["block"], r=4)
     assert torch.equal(base(**inputs(base)).logits, vit()(**inputs(base)).logits)
     assert set(base.state_dict()) == set(vit().state_dict())
+
+
+@pytest.mark.parametrize("inner", [None, "lora", "mos"])
+def test_merging_of_weights_and_mixed_batches_are_refused_beside_any_inner_method(inner):
+    targets = {"target_modules": ["q_proj"]} if inner == "lora" else {}
+    small = {"r": 2, "equivalent_rank": 2} if inner == "mos" else {}
+    fields = {"schedule": [4, 2, 1], "inner": inner, **targets, **small}
+    config = petl.build_config("pyra", **fields)
+    assert "merges tokens, not weights" in str(merge_refusal(config))
+    assert "merges tokens, not weights" in str(lora_refusal(config))
+    assert "other numbers of tokens" in refusal(config, "mixed")
+    model = petl.wrap(vit(), config)
+    assert not takes_mixed_batches(model)
 
 
 def test_the_tiny_model_of_the_contract_merges():

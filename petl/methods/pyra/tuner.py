@@ -73,6 +73,7 @@ class PyraModel(SwitchingTuner, ForwardContextTuner):
 
     config_cls = PyraConfig
     needs_tuner = "its blocks pass the sizes of merged tokens on through it"
+    merge_refusal = MERGED_TOKENS  # whatever the inner method's adapters allow
     unsupported = {"mixed": "rows of other adapters would have other numbers of tokens"}
 
     peft_config: dict[str, Any]
