@@ -14,6 +14,7 @@ from datasets import Features, Value
 from torch import Tensor
 
 from petl.errors import UnsupportedError
+from petl.ops.scores import LOSSES
 from petl.tasks.base import Columns, Row, Task
 
 COLUMN, IDS = "task", "task_ids"  # of rows, of encoded rows and batches
@@ -93,4 +94,4 @@ def of_tasks(task: Task, names: Sequence[str]) -> Any:
 
 def named(task: str, scores: dict[str, float], metric: str) -> dict[str, float]:
     """Return metric and loss of one of several tasks, with its name before theirs."""
-    return {f"{task}_{name}": scores[name] for name in (metric, "loss") if name in scores}
+    return {f"{task}_{name}": scores[name] for name in (metric, *LOSSES) if name in scores}

@@ -14,13 +14,13 @@ from petl.errors import InputError, UnsupportedError
 from petl.inference.loading import load_language_model
 from petl.runs.run_config import read_config
 from petl.tasks import Classification
+from petl.tasks.base import FILE, write_task
 from petl.tasks.row_tasks import of_tasks
-from petl.tasks.task_file import FILE, read_task, write_task
+from petl.tasks.task_file import read_task
 
 pytest_plugins = ["task_fixtures"]
 NAMES = ["left", "right"]
 KINDS = ["regression", "token_classification", "question_answering", "causal_lm", "seq2seq"]
-METRIC = {"regression": "pearson"}
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,10 @@ def test_each_kind_of_task_trains_scores_and_predicts_by_task(run_of, kind, tmp_
         ids = (name, NAMES.index(name), str(NAMES.index(name)))
         own = [row for row in rows if row["kind"] in ids]
         alone = petl.evaluate(run.path, own, out=tmp_path / name)
+        # the regressions differ by 1e-4 between rows, of which rounding is a thousandth
         assert after[f"{name}_{metric}"] == pytest.approx(alone[metric], abs=1e-3)
-        assert after[f"{name}_loss"] == pytest.approx(alone["loss"], abs=1e-4)
+        (loss,) = {"loss", "mse"} & alone.keys()
+        assert after[f"{name}_{loss}"] == pytest.approx(alone[loss], abs=1e-4)
     assert petl.evaluate(run.path) == pytest.approx(
         {name: after[name] for name in petl.evaluate(run.path)}, abs=1e-4
     )
