@@ -54,6 +54,8 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
         free |= {"train.find_lr", "train.find_lr_steps"}
     if entries.get("train.optimizer") == "adamw":  # as older runs, which lack them
         free |= {"train.optimizer", "train.delta_decay", "train.delta_norm"}
+    if not (entries.get("data.tasks") or entries.get("method.tasks")):  # likewise
+        free |= {"data.tasks", "data.task_column"}
     # a run may resume with another tracker, and on another number of processes
     groups = ("tracker.", "launch.")
     kept = {k: v for k, v in entries.items() if k not in free and not k.startswith(groups)}
