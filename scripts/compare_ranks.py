@@ -18,10 +18,10 @@ import statistics
 from pathlib import Path
 
 import yaml
-from petl.files.presets import method_preset
 
 from petl.cli import app
 from petl.config.command_line import add_config_dir
+from petl.files.paths import method_preset
 from petl.ranks.allocation import pattern_of
 from petl.reports.comparison import compare
 from petl.reports.comparison_report import write_page

@@ -5,6 +5,7 @@
 
 import ast
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,16 @@ def test_private_parts_of_peft_are_used_in_one_place():
             assert not private or module == "petl.core.compat", f"{module} imports {private}"
             inside = str(node.module).startswith("peft.tuners") and module.startswith("petl.core.")
             assert not inside or module == "petl.core.compat", f"{module} imports {node.module}"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "scripts").rglob("*.py")), ids=lambda f: f.stem)
+def test_scripts_import_what_is_there(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "petl":
+            module = import_module(str(node.module))
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                assert hasattr(module, alias.name) or full in MODULES, f"{file} imports {full}"
 
 
 def test_no_module_is_called_after_nothing():
