@@ -53,7 +53,9 @@ def widened(factors: PruningFactors) -> PruningFactors:
 def moved_weight(weight: Tensor, factors: PruningFactors, scales: Scales) -> Tensor:
     """Return W' [O, I] for a weight [O, I], in float32: a new tensor."""
     U, V = widened(factors)[:2]
-    return torch.addmm(weight.to(U.dtype), U, V, alpha=scales.beta)
+    # autocast would round the scores, too, to half precision
+    with torch.autocast(weight.device.type, enabled=False):
+        return torch.addmm(weight.to(U.dtype), U, V, alpha=scales.beta)
 
 
 def pruning_scores(moved: Tensor, factors: PruningFactors, scales: Scales) -> Tensor:

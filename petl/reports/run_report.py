@@ -78,6 +78,8 @@ CHARTS = {  # of further keys of the log: title, and label of the vertical axis
     "density_loss": ("Density loss", "share of active neurons, smoothed"),
     "grad_norm": ("Gradient norm", "gradient norm (before clipping)"),
     "lr": ("Learning rate", "learning rate of the adapter"),
+    "sparsity": ("Sparsity", "share of the adapted weights to prune"),
+    "pruned_share": ("Changes of the mask", "share of weights pruned or restored"),
 }
 NOT_DRAWN = {"step", "epoch", "tokens", "padding", "seconds"}
 NOT_SCORES = (*COUNTS, "lr")  # next to the scores of an evaluation

@@ -301,6 +301,25 @@ def test_half_precision_base_is_scored_in_float32():
     assert torch.equal(one, other)
 
 
+def test_autocast_leaves_scores_in_float32():
+    layer, _ = layer_of(30, 20, init_weights=False)
+    adapter, weight = adapter_of(layer), layer.base_layer.weight
+    adapter.end_step(300)
+    mask = adapter.mask_now(weight)[0].clone()
+    adapter.forget()
+    x = torch.randn(7, 20, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        packed = adapter.mask_now(weight)[0]
+        y.float().square().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(packed, mask)
+    plain, factors = adapter.pruned_weight(weight), adapter.factors_of_pruning
+    expected = F.linear(x.float(), plain, layer.base_layer.bias)
+    torch.testing.assert_close(y.float(), expected, rtol=0.03, atol=0.03)
+    assert all(t.grad.dtype == torch.float32 for t in factors)
+
+
 def test_training_prunes_half_and_masks_of_micro_batches_are_made_once(monkeypatch):
     case = Case("pst", "llama", {"final_sparsity": 0.5, "target_modules": ["q_proj", "down_proj"]})
     model, batch = case.wrap().train(), case.batch()
@@ -340,6 +359,28 @@ def test_share_that_changed_side_is_counted_from_the_last_mask():
     flips = int((unpack_mask(before, (64,)) != unpack_mask(after, (64,))).sum())
     assert flips > 0
     assert tuner.series()["pruned_share"] == flips / 64
+
+
+@pytest.mark.parametrize("save_mask", [False, True])
+@pytest.mark.parametrize("interval", [1, 2])
+def test_share_that_changed_side_holds_until_the_next_mask(save_mask, interval):
+    fields = {"total_step": 8, "initial_warmup": 0.0, "final_warmup": 0.0, "final_sparsity": 0.5}
+    layer, model = layer_of(8, 8, save_mask=save_mask, mask_interval=interval, **fields)
+    tuner: PstModel = model.base_model
+    tuner.attach_optimizer(torch.optim.SGD(trainable(model).values(), lr=0.1))
+    model.train()
+    tuner.context.recording = True  # as in a training forward of a model
+    adapter, x = adapter_of(layer), torch.randn(2, 8)
+    layer(x)
+    counts = [0]
+    for step in range(1, 7):
+        tuner.update_and_allocate(step)
+        layer(x)
+        if step % interval == 0:
+            # the parameters are those of before, so that masks only lose entries
+            counts.append(int(64 * sparsity_after(step, model.active_peft_config)))
+        assert adapter.pruned == counts[-1]
+        assert tuner.series()["pruned_share"] == (counts[-1] - counts[-2] if counts[1:] else 0) / 64
 
 
 def test_evaluation_computes_the_pruned_weight_once_and_again_after_a_change(monkeypatch):

@@ -47,6 +47,7 @@ class PstAdapter(Adapter):
     Attributes:
         pruned: `num_pruned` on the host, so that no forward pass waits for the device.
         updates: number of calls of `end_step`, after which values of before are invalid.
+        masks_due: number of these that asked for a new mask.
         unmerged: the base weight, while the adapter is merged.
     """
 
@@ -74,7 +75,7 @@ class PstAdapter(Adapter):
             self.register_buffer("mask", all_kept(O * I))
         self.scales = Scales(config.beta, config.alpha1, config.alpha2)
         self.interval, self.saves_mask = config.mask_interval, config.save_mask
-        self.pruned = self.updates = 0
+        self.pruned = self.updates = self.masks_due = 0
         self.unmerged: Tensor | None = None
         self.number = register_adapter(self)
         self.forget()
@@ -84,7 +85,7 @@ class PstAdapter(Adapter):
         # masks by True: for the steps up to the next update, False: of the present parameters
         self._masks: dict[bool, tuple[Any, Tensor]] = {}
         self._dense: tuple[Any, Tensor] | None = None  # M W' for inference
-        # the last two masks in training, with `updates`
+        # the last two masks in training, with `masks_due`
         self._history: list[tuple[int, Tensor | None]] = []
 
     @property
@@ -188,6 +189,7 @@ class PstAdapter(Adapter):
         """Take the number of entries to prune from now on; None: the mask stands."""
         self.updates += 1
         if pruned is not None:
+            self.masks_due += 1
             self.pruned = pruned
             self.num_pruned.fill_(pruned)
             self._masks.clear()
@@ -209,9 +211,11 @@ class PstAdapter(Adapter):
 
     def _record(self, packed: Tensor | None) -> None:
         history = self._history
-        if history and history[-1][0] == self.updates:
-            history.pop()  # the same mask, of another micro-batch
-        self._history = [*history[-1:], (self.updates, packed)]
+        if history and history[-1][0] == self.masks_due:
+            return  # the same mask, of another micro-batch or step
+        # the next mask is written into the buffer
+        copy = packed.clone() if packed is not None and self.saves_mask else packed
+        self._history = [*history[-1:], (self.masks_due, copy)]
 
     def num_changed(self) -> Tensor:
         """Return the number of entries that changed side at the last mask of a training, 0-d."""
