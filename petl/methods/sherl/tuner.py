@@ -150,7 +150,7 @@ class SherlModel(MethodTuner):
             cells,
             "The mean norm of each feature's part of the sum (its weight times its tier) over the "
             "tokens of the last training batch. The last feature is the guide, whose weight is 1; "
-            "the others share a weight of 1.",
+            "the others share a weight of 1, or have none where all scores of a token are 0.",
             "list of blocks",
             "input of the first block, then blocks",
         )
