@@ -323,6 +323,9 @@ def test_the_heat_map_shows_the_parts_of_the_sum_without_padding():
     assert (shown.rows, shown.columns) == (["bert.encoder.layer"], ["input", "0", "2"])
     expected = (100 * sizes / sizes.sum()).tolist()
     assert shown.cells[0] == pytest.approx(expected, rel=1e-4)
+    model.add_adapter("other", petl.build_config("sherl", side_layers=[1]))
+    model.set_adapter("other")  # which has not been trained
+    assert petl.lifecycle(model).heat_maps() == []
 
 
 def test_the_heat_map_of_an_encoder_decoder_has_a_row_for_each_side_network():

@@ -1,7 +1,7 @@
 """The side network of one stack of blocks."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +73,9 @@ class SherlAdapter(Adapter):
         if mask is None:
             mean = sizes.mean(0)
         else:
-            mean = mask.to(sizes.dtype) @ sizes / mask.sum().clamp(min=1)
-        info.context.series.setdefault(SIZES, {})[info.key] = mean
+            mask = mask.to(sizes)  # a model may be split over devices
+            mean = (mask.unsqueeze(-1) * sizes).sum(0) / mask.sum().clamp(min=1)
+        info.context.series.setdefault(SIZES, {})[f"{info.key}.{info.adapter_name}"] = mean
 
     def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         return base(x, *args, **kwargs)  # a hook has changed what the block gets
@@ -97,7 +98,8 @@ class _Network:
         self, names: Sequence[str], temperature: float, norm: tuple[float, bool] | None
     ) -> None:
         self.names, self.temperature, self.norm = names, temperature, norm
-        self.notes, self.sizes = False, cast(Tensor | None, None)
+        self.notes = False
+        self.sizes: Tensor | None = None
 
     def __call__(self, last: Tensor, *tensors: Tensor) -> Tensor:
         """Return y [N, T, K], or norm(y).

@@ -127,19 +127,16 @@ class SherlModel(MethodTuner):
     def heat_maps(self) -> list[HeatMap]:
         """Return the shares of the features in the last training batch; none before training."""
         series = self.context.series.get(SIZES, {})
-        placed = [
-            found for name in self.active_adapters for found in self.placed.get(name, {}).items()
-        ]
         shares: dict[str, dict[str, float]] = {}
-        for host, adapter in placed:
-            if host in series:
-                names = ["input", *map(str, cast(SherlAdapter, adapter).sides)]
-                parts = (100 * series[host] / series[host].sum()).tolist()
-                shares[host.rpartition(".")[0]] = dict(zip(names, parts, strict=True))
-        columns = [
-            "input",
-            *sorted({n for row in shares.values() for n in row} - {"input"}, key=int),
-        ]
+        for name in self.active_adapters:
+            for host, adapter in self.placed.get(name, {}).items():
+                sizes = series.get(f"{host}.{name}")
+                if sizes is not None:
+                    features = ["input", *map(str, cast(SherlAdapter, adapter).sides)]
+                    parts = (100 * sizes / sizes.sum()).tolist()
+                    shares[host.rpartition(".")[0]] = dict(zip(features, parts, strict=True))
+        blocks = {column for row in shares.values() for column in row} - {"input"}
+        columns = ["input", *sorted(blocks, key=int)]
         cells = [[finite(row.get(column)) for column in columns] for row in shares.values()]
         shown = HeatMap(
             "side_network",
