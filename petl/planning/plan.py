@@ -20,7 +20,7 @@ from petl.core.dry_run import takes_mixed_batches, without_values
 from petl.core.model.heat_map import role_of
 from petl.core.parameters import trainable
 from petl.core.refusals import lora_refusal, merge_refusal
-from petl.core.registry import build_config, on_shapes, without_data
+from petl.core.registry import build_config, on_shapes, refusal, without_data
 from petl.core.spec.method import modifies_base_weights
 from petl.data.base import refuse_stream
 from petl.data.buckets import padding_fraction
@@ -300,10 +300,12 @@ def supports(model: PeftModel) -> dict[str, str]:
     """Return, by capability, "yes" or "no" with the reason."""
     config = model.active_peft_config
     merging, export = merge_refusal(config), lora_refusal(config)
+    mixing = refusal(config, "mixed")
+    mixes = not mixing and takes_mixed_batches(model)
     base: Any = model.get_base_model()
     return {
         "petl merge": f"no: {merging}" if merging else "yes",
         "petl export --lora": f"no: {export}" if export else "yes",
-        "mixed batches (adapter_names)": "yes" if takes_mixed_batches(model) else "no",
+        "mixed batches (adapter_names)": "yes" if mixes else f"no: {mixing}" if mixing else "no",
         "gradient checkpointing": "yes" if base.supports_gradient_checkpointing else "no",
     }

@@ -23,26 +23,31 @@ CONTRACT = {
 }
 
 
+def parts_by_hand(w: dict[str, Tensor], features: list[Tensor]) -> list[Tensor]:
+    """a_i z_i of the tiers, then z_g, of the features [K] of one token; the paper's equations."""
+    z = []
+    for i, feature in enumerate(features):
+        u = (w["down_weight"][i] @ feature + w["down_bias"][i]).clamp(min=0)
+        gate = torch.sigmoid(w["gate_weight"][i] @ u + w["gate_bias"][i])
+        z.append((w["mix_weight"][i] @ u + w["mix_bias"][i] + u) * gate)
+    guide, tiers = z[-1], z[:-1]
+    e = [tier / (tier.norm() + 1e-6) for tier in tiers]
+    a = []
+    for i, tier in enumerate(tiers):
+        redundancy = sum((e[i] @ other).clamp(min=0) for other in e)
+        score = (w["score_weight"][0] @ (tier * guide) + w["score_bias"][0]).clamp(min=0)
+        a.append(score / redundancy)
+    total = sum(a) + 1e-6
+    return [*(weight / total * tier for weight, tier in zip(a, tiers, strict=True)), guide]
+
+
 def by_hand(w: dict[str, Tensor], features: list[Tensor], last: Tensor) -> Tensor:
     """y of the paper's equations, token by token."""
     out = torch.empty_like(last)
+    q = torch.tanh(w["residual_gate"] / 0.1)
     for n in range(last.shape[0]):
         for t in range(last.shape[1]):
-            z = []
-            for i, feature in enumerate(features):
-                u = (w["down_weight"][i] @ feature[n, t] + w["down_bias"][i]).clamp(min=0)
-                gate = torch.sigmoid(w["gate_weight"][i] @ u + w["gate_bias"][i])
-                z.append((w["mix_weight"][i] @ u + w["mix_bias"][i] + u) * gate)
-            guide, tiers = z[-1], z[:-1]
-            e = [tier / (tier.norm() + 1e-6) for tier in tiers]
-            a = []
-            for i, tier in enumerate(tiers):
-                redundancy = sum((e[i] @ other).clamp(min=0) for other in e)
-                score = (w["score_weight"][0] @ (tier * guide) + w["score_bias"][0]).clamp(min=0)
-                a.append(score / redundancy)
-            total = sum(a) + 1e-6
-            f = guide + sum(weight / total * tier for weight, tier in zip(a, tiers, strict=True))
-            q = torch.tanh(w["residual_gate"] / 0.1)
+            f = sum(parts_by_hand(w, [feature[n, t] for feature in features]))
             out[n, t] = w["up_weight"] @ f.clamp(min=0) + w["up_bias"] + q * last[n, t]
     return out
 
@@ -291,6 +296,48 @@ def test_scores_below_zero_leave_the_guide_alone():
     with torch.no_grad():
         adapter.mix_weight[:-1].normal_()
     assert torch.equal(testing.logits(model, batch), logits)
+
+
+def test_the_heat_map_shows_the_parts_of_the_sum_without_padding():
+    model = testing.stir(
+        petl.wrap(testing.tiny_bert(layers=4), "sherl", side_layers=[0, 2]).train()
+    )
+    assert petl.lifecycle(model).heat_maps() == []
+    base, store = testing.tiny_bert(layers=4), {}
+    collect(base, "bert.encoder.layer", [0, 2], store)
+    batch = testing.TINY_MODELS["bert"].batch()
+    mask = torch.ones_like(batch["input_ids"])
+    mask[0, 2:] = 0
+    batch["attention_mask"] = mask
+    base(**batch)
+    model(**batch)
+    (adapter,) = model.base_model.placed["default"].values()
+    sizes = torch.zeros(3)
+    for n, t in mask.nonzero().tolist():
+        parts = parts_by_hand(
+            dict(adapter.named_parameters()), [x[n, t] for x in store["bert.encoder.layer"]]
+        )
+        sizes += torch.stack([part.detach().norm() for part in parts])
+    model.eval()(**batch)  # which is no training
+    (shown,) = petl.lifecycle(model).heat_maps()
+    assert (shown.rows, shown.columns) == (["bert.encoder.layer"], ["input", "0", "2"])
+    expected = (100 * sizes / sizes.sum()).tolist()
+    assert shown.cells[0] == pytest.approx(expected, rel=1e-4)
+    model.add_adapter("other", petl.build_config("sherl", side_layers=[1]))
+    model.set_adapter("other")  # which has not been trained
+    assert petl.lifecycle(model).heat_maps() == []
+
+
+def test_the_heat_map_of_an_encoder_decoder_has_a_row_for_each_side_network():
+    model = petl.wrap(testing.tiny_t5(layers=4), "sherl", side_layers=[0, 3]).train()
+    model(**testing.TINY_MODELS["t5"].batch())
+    (shown,) = petl.lifecycle(model).heat_maps()
+    assert shown.rows == ["encoder.block", "decoder.block"]
+    assert shown.columns == ["input", "0", "3"]
+    of_encoder, (*of_decoder, none) = shown.cells
+    assert none is None
+    assert sum(of_encoder) == pytest.approx(100)
+    assert sum(of_decoder) == pytest.approx(100)
 
 
 @pytest.mark.parametrize(

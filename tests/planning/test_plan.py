@@ -306,6 +306,9 @@ def test_supports_gives_the_reason_of_a_refusal(tiny):
     assert supports["petl merge"].startswith("no: MoLA adapters depend on the input")
     assert supports["petl export --lora"].startswith("no: mola cannot become a LoRA")
     assert set(plan(tiny, "+method=lora").supports.values()) == {"yes"}
+    # its layers would take the argument
+    mixed = plan(tiny, "+method=sherl").supports["mixed batches (adapter_names)"]
+    assert mixed == "no: one side network at a time feeds the late blocks"
 
 
 def test_a_method_that_changes_its_ranks_has_a_note(tiny):

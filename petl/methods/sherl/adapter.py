@@ -12,6 +12,7 @@ from petl.methods.sherl.config import SherlConfig
 from petl.ops.recomputation import recomputed
 
 EPS = 1e-6
+SIZES = "sizes of features"  # key in `ForwardContext.series`
 
 
 class SherlAdapter(Adapter):
@@ -58,7 +59,23 @@ class SherlAdapter(Adapter):
         # parameters that another method, such as binary, reads in another way
         names = [name for name, _ in self.named_parameters()]
         network = _Network(names, self.temperature, self.norm)
-        return recomputed(network, y, *(getattr(self, name) for name in names), *x)
+        network.notes = self.info.context.recording
+        out = recomputed(network, y, *(getattr(self, name) for name in names), *x)
+        network.notes = False  # not again in backward
+        if network.sizes is not None:
+            self._record(network.sizes)
+        return out
+
+    def _record(self, sizes: Tensor) -> None:
+        """Add the mean over the tokens that are no padding of `sizes`, [N, T, S], to the series."""
+        info, sizes = self.info, sizes.flatten(0, -2)
+        mask = info.context.mask_of(len(sizes), in_decoder=info.settings["in_decoder"])
+        if mask is None:
+            mean = sizes.mean(0)
+        else:
+            mask = mask.to(sizes)  # a model may be split over devices
+            mean = (mask.unsqueeze(-1) * sizes).sum(0) / mask.sum().clamp(min=1)
+        info.context.series.setdefault(SIZES, {})[f"{info.key}.{info.adapter_name}"] = mean
 
     def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         return base(x, *args, **kwargs)  # a hook has changed what the block gets
@@ -71,12 +88,18 @@ class _Network:
         names: of the parameters, in the order of a call.
         temperature: of the residual gate.
         norm: epsilon of the encoder's norm, and whether it has a bias; None: no norm.
+
+    Attributes:
+        notes: whether a call sets `sizes`.
+        sizes: |a_i z_i| of the tiers, then |z_g|, [N, T, S], without a graph.
     """
 
     def __init__(
         self, names: Sequence[str], temperature: float, norm: tuple[float, bool] | None
     ) -> None:
         self.names, self.temperature, self.norm = names, temperature, norm
+        self.notes = False
+        self.sizes: Tensor | None = None
 
     def __call__(self, last: Tensor, *tensors: Tensor) -> Tensor:
         """Return y [N, T, K], or norm(y).
@@ -90,6 +113,9 @@ class _Network:
         *tiers, guide = (_tier(p, i, x) for i, x in enumerate(features))
         z = torch.stack(tiers, -2)  # [..., S-1, H]
         a = _weights(z, guide, p["score_weight"], p["score_bias"])
+        if self.notes:
+            of_tiers, of_guide = (t.detach().float().norm(dim=-1) for t in (z, guide))
+            self.sizes = torch.cat([a.detach() * of_tiers, of_guide.unsqueeze(-1)], -1)
         f = guide + (a.to(z.dtype).unsqueeze(-1) * z).sum(-2)
         up = F.linear(F.relu(f), p["up_weight"].to(f.dtype), p["up_bias"].to(f.dtype))
         gate = torch.tanh(p["residual_gate"] / self.temperature).to(last.dtype)

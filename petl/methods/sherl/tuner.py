@@ -8,13 +8,13 @@ from torch import nn
 
 from petl.core.layers.block import place_of_argument
 from petl.core.layers.layer import LayerShape
-from petl.core.model.heat_map import HeatMap, of_layers
+from petl.core.model.heat_map import HeatMap, finite
 from petl.core.model.structure import block_widths, final_norm, norm_kind
 from petl.core.registry import register
 from petl.core.spec.config import require
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError
-from petl.methods.sherl.adapter import SherlAdapter
+from petl.methods.sherl.adapter import SIZES, SherlAdapter
 from petl.methods.sherl.config import Plan, SherlConfig, plan_of
 from petl.methods.sherl.hooks import MEMORY, Collect, Feed, Stack
 
@@ -69,7 +69,11 @@ class SherlModel(MethodTuner):
             place_of_argument(model.get_submodule(plan.hosts[0]), MEMORY)
         norms = [None, *(norm_kind(model.get_submodule(stack[0])) for stack in plan.stacks[1:])]
         return {
-            host: {"sides": sides, "norm": norm}
+            host: {
+                "sides": sides,
+                "norm": norm,
+                "in_decoder": len(plan.stacks) > 1 and norm is None,
+            }
             for host, sides, norm in zip(plan.hosts, plan.sides, norms, strict=False)
         }
 
@@ -121,19 +125,30 @@ class SherlModel(MethodTuner):
 
     @torch.no_grad()
     def heat_maps(self) -> list[HeatMap]:
-        """Return a map of the size of each tier: by how much a feature may move the output."""
-        sizes: dict[str, float] = {}
+        """Return the shares of the features in the last training batch; none before training."""
+        series = self.context.series.get(SIZES, {})
+        shares: dict[str, dict[str, float]] = {}
         for name in self.active_adapters:
             for host, adapter in self.placed.get(name, {}).items():
-                side, stack = cast(SherlAdapter, adapter), host.rpartition(".")[0]
-                for i, D in zip(side.sides, side.down_weight.float()[1:], strict=True):
-                    sizes[f"{stack}.{i}"] = float((side.up_weight.float() @ D).norm())
-        return of_layers(
-            self.model,
-            sizes,
+                sizes = series.get(f"{host}.{name}")
+                if sizes is not None:
+                    features = ["input", *map(str, cast(SherlAdapter, adapter).sides)]
+                    parts = (100 * sizes / sizes.sum()).tolist()
+                    shares[host.rpartition(".")[0]] = dict(zip(features, parts, strict=True))
+        blocks = {column for row in shares.values() for column in row} - {"input"}
+        columns = ["input", *sorted(blocks, key=int)]
+        cells = [[finite(row.get(column)) for column in columns] for row in shares.values()]
+        shown = HeatMap(
             "side_network",
-            "Size of the side network",
-            "norm of up x down",
-            "The Frobenius norm of the product of the last matrix and the first one of each tier, "
-            "by the block whose output the tier reads.",
+            "SHERL: what the side network reads",
+            "% of the sum over features",
+            list(shares),
+            columns,
+            cells,
+            "The mean norm of each feature's part of the sum (its weight times its tier) over the "
+            "tokens of the last training batch. The last feature is the guide, whose weight is 1; "
+            "the others share a weight of 1, or have none where all scores of a token are 0.",
+            "list of blocks",
+            "input of the first block, then blocks",
         )
+        return [shown] if shares else []
