@@ -187,7 +187,7 @@ METHODS = {
     "adapter beside blocks": {"r": 8, "locations": ["block"], "placement": "parallel"},
     "binary": {"bneck_dropout": 0.0},
     "compacter": {"r": 8},
-    "increlora": {"total_step": 9, "r": 4},
+    "increlora": {"total_step": 9, "init_r": 4, "target_r": 5},
     "mola": {},
     "mola with a recurrent router": {"router_type": "recurrent"},
     "mos": {"r": 3, "equivalent_rank": 3},

@@ -48,6 +48,8 @@ def fields(name: str, **changes) -> dict:
         settings["vector_length"] = 16  # divides the tiny widths
     if name == "compacter":
         settings["r"] = 8  # a multiple of its four Kronecker terms
+    if name == "polyhistor":
+        settings["tasks"] = ["only"]
     if name == "mos":
         settings |= {"r": 3, "equivalent_rank": 3}  # two layers have few shards to share
     if name in ("oft", "c3a"):

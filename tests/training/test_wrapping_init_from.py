@@ -80,6 +80,7 @@ def started(folder, task=TASK, **settings):
 FIELDS = {
     "adalora": {"tinit": 5, "tfinal": 10},
     "mos": {"r": 4},
+    "polyhistor": {"tasks": ["only"]},
     "binary": {"inner": "lora", "save_format": "latent"},
     "c3a": {"block_size": 16},
     "oft": {"oft_block_size": 16},
