@@ -194,6 +194,7 @@ DEPENDS_ON_MASKS = (
     "two_forwards_before_one_backward",
     "training_forward_leaves_nothing_behind",
     "resumed_training_equals_a_straight_run",
+    "transformers_loads_it_or_it_is_refused",
 )
 
 
