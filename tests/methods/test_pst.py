@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import petl
+from petl import testing
 from petl.core.lifecycle import lifecycle
 from petl.errors import InputError, UnsupportedError
 from petl.methods.pst import PstConfig, PstModel
@@ -169,6 +170,37 @@ def test_tensors_have_their_names_shapes_and_start():
     for name in NAMES:
         assert abs(float(getattr(small, name).detach().std()) - 0.02) < 0.004
     assert "mask" not in dict(small.named_buffers())
+
+
+class PrunedCase(Case):
+    """A case whose stirred adapter prunes: the contract's own prune nothing yet."""
+
+    def wrap_stirred(self, base: nn.Module | None = None) -> PeftModel:
+        return prune(super().wrap_stirred(base), 0.3)
+
+
+DEPENDS_ON_MASKS = (
+    "half_precision_base_keeps_a_float32_adapter",
+    "half_precision_adapter_works_too",
+    "autocast_computes_the_same",
+    "copies_are_the_same_and_apart",
+    "adapters_do_not_disturb_each_other",
+    "disabled_adapters_give_the_base_model",
+    "merging_and_unmerging_change_nothing",
+    "merged_model_computes_the_same",
+    "unloading_gives_the_plain_model",
+    "every_trainable_tensor_gets_a_gradient",
+    "accumulated_gradients_add_up",
+    "two_forwards_before_one_backward",
+    "training_forward_leaves_nothing_behind",
+    "resumed_training_equals_a_straight_run",
+    "transformers_loads_it_or_it_is_refused",
+)
+
+
+@pytest.mark.parametrize("check", DEPENDS_ON_MASKS)
+def test_contract_holds_while_weights_are_pruned(check):
+    testing.run(check, PrunedCase("pst", "llama", CONTRACT["fields"]))
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9])
@@ -397,6 +429,17 @@ def test_evaluation_computes_the_pruned_weight_once_and_again_after_a_change(mon
         adapter_of(layer).V.add_(1)
         assert not torch.equal(layer(x), first)
         assert len(made) == 2
+
+
+def test_training_goes_on_after_an_evaluation_in_inference_mode():
+    layer, _ = layer_of(8, 8)
+    adapter_of(layer).end_step(16)
+    x = torch.randn(2, 8)
+    with torch.inference_mode():
+        expected = layer.eval()(x)
+    y = layer.train()(x)
+    y.sum().backward()
+    assert torch.equal(y, expected)
 
 
 def test_several_adapters_switch_and_are_refused_together():

@@ -120,6 +120,8 @@ class PstModel(MethodTuner):
 
     config_cls, adapter_cls = PstConfig, PstAdapter
     unsupported = {**dict.fromkeys(("4bit", "8bit", "torchao"), DENSE), "mixed": ALONE}
+    # transformers puts the tensors into the layers without a call of `_load_from_state_dict`
+    needs_tuner = "its layers would not know how many of their weights are pruned"
     moves_entries = False  # masks change, and no trained tensor
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:

@@ -167,7 +167,9 @@ class PstAdapter(Adapter):
         """Return a value that changes with the parameters."""
         tensors = (*self.factors_of_pruning, weight)
         counts = [0 if t.is_inference() else t._version for t in tensors]
-        return self.updates, self.pruned, *map(id, self.factors_of_pruning), *counts
+        # a mask that was made in inference mode cannot be saved for backward
+        state = self.updates, self.pruned, torch.is_inference_mode_enabled()
+        return *state, *map(id, self.factors_of_pruning), *counts
 
     @torch.no_grad()
     def _new_mask(self, weight: Tensor) -> tuple[Tensor, Tensor]:
