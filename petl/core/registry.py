@@ -1,4 +1,4 @@
-"""The registry of methods: register one, build its config, wrap a model with it."""
+"""The registry of methods: register one, build its config, wrap a model with it, or its shapes."""
 
 import copy
 import dataclasses

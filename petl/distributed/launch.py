@@ -2,6 +2,7 @@
 
 Without `launch` it is ddp. A launcher (`torchrun`, `accelerate launch`) starts the processes, on
 one machine or several; `launch` defines how they divide model, gradients and optimizer state.
+`Engine` computes backward passes and optimizer steps on them.
 """
 
 import os

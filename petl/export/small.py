@@ -6,7 +6,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from petl.core.progress import Pass
-from petl.errors import UnsupportedError
+from petl.errors import UnsupportedError, markdown
 from petl.export.checked_folder import (
     Reference,
     Written,
@@ -65,14 +65,16 @@ def export_small(
 def card(saved: Saved, small: Any) -> str:
     """The text of README.md: what the model is, and how it is loaded with and without petl."""
     name, count = type(small).__name__, sum(p.numel() for p in small.parameters())
-    base = read_source(saved.settings["model"]).name
+    source = read_source(saved.settings["model"])
+    known = source.on_hub()
+    base = markdown(source.name if known is None else known.name)
     return CARD.format(name=name, base=base, count=count)
 
 
 CARD = """\
 # {name}, made smaller by PELA
 
-Low-rank layers in place of linear layers of `{base}`: {count:,} parameters. Each path in ranks.json
+Low-rank layers in place of linear layers of {base}: {count:,} parameters. Each path in ranks.json
 is `nn.Sequential(Linear(in, rank, bias=False), Linear(rank, out))`. With petl:
 
 ```python

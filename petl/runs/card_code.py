@@ -1,7 +1,6 @@
-"""The code in a model card: load the base model and the adapter, and predict; text in markdown.
+"""The code in a model card: load the base model and the adapter, and predict; its YAML block.
 
-Values in the code are literals, in which `repr` escapes what could end the block of code. Names and
-sentences in markdown and YAML are escaped likewise.
+Values in the code are literals, in which `repr` escapes what could end the block of code.
 """
 
 from dataclasses import dataclass
