@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -31,6 +32,7 @@ from petl.core.dry_run import takes_mixed_batches
 from petl.core.refusals import lora_refusal, merge_refusal
 from petl.core.registry import refusal
 from petl.errors import InputError, UnsupportedError
+from petl.methods.pyra import save_inner
 from petl.methods.pyra.config import plan_of
 from petl.ops.token_merging import match, merge
 from petl.runs.settings import TrainConfig
@@ -347,6 +349,14 @@ def test_an_inner_method_is_switched_counted_and_saved_with_it(inner, fields, tm
     model.save_pretrained(tmp_path)
     loaded = petl.load(vit(), tmp_path)
     torch.testing.assert_close(loaded(**batch).logits, first)
+    save_inner(tmp_path, tmp_path / "inner")
+    by_peft = PeftModel.from_pretrained(vit(), tmp_path / "inner").eval()
+    assert type(by_peft.active_peft_config) is petl.get(inner)
+    for name, tensor in get_peft_model_state_dict(by_peft).items():
+        assert torch.equal(tensor, get_peft_model_state_dict(loaded)[name])
+    assert len(get_peft_model_state_dict(loaded)) > len(get_peft_model_state_dict(by_peft)) > 0
+    with pytest.raises(InputError, match="has an adapter already"):
+        save_inner(tmp_path, tmp_path / "inner")
     model.delete_adapter("second")
     assert not [key for key in model.state_dict() if "second" in key.split(".")]
     config = model.active_peft_config
@@ -542,3 +552,13 @@ def test_the_tiny_model_of_the_contract_merges():
     model = petl.wrap(tiny_vit(), "pyra", schedule=[2, 0]).eval()
     model(pixel_values=image_batch(2, 0)["pixel_values"])
     assert model.base_model.sizes.shape == (2, 3)
+
+
+def test_an_inner_adapter_is_written_of_pyra_with_one_only(tmp_path):
+    petl.wrap(vit(), "pyra", schedule=[4, 2, 0]).save_pretrained(tmp_path / "alone")
+    with pytest.raises(UnsupportedError, match="without an inner method"):
+        save_inner(tmp_path / "alone", tmp_path / "out")
+    petl.wrap(vit(), "lora", target_modules=["q_proj"]).save_pretrained(tmp_path / "lora")
+    with pytest.raises(InputError, match="not of pyra"):
+        save_inner(tmp_path / "lora", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ ViT But Faster", ICLR (arXiv:2210.09461). The adapted encoder is faster than the
     blocks.py    the forms of blocks that are known, and attention that returns its keys
     adapter.py   merging and its correction in one block
     tuner.py     beside an inner method or alone
+    inner_adapter.py    the inner method's adapter as one of its own
 
 Shapes: N rows, T tokens, C width, R tokens that a block removes. After attention and its residual
 sum, the tokens v = x s (s: of how many tokens each is the mean) at R positions, S [N, R, C], are
@@ -31,9 +32,10 @@ from functools import partial
 
 from petl.core.inner import generated_class
 from petl.methods.pyra.config import ALONE, PyraConfig, config_of
+from petl.methods.pyra.inner_adapter import save_inner
 from petl.methods.pyra.tuner import PyraModel, tuner_of
 
-__all__ = ["PyraConfig", "PyraModel", "config_of", "tuner_of"]
+__all__ = ["PyraConfig", "PyraModel", "config_of", "save_inner", "tuner_of"]
 
 
 def __getattr__(name: str) -> type:
