@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ SAME_EXAMPLES = {
     *("max_answer_length", "max_target_length", "generate"),  # of answers
 }
 HELD_OUT = ("data.train_rows", "data.held_rows", "train.validation_share")  # for validation
+PATTERN = re.compile(r"method\.(\w+_pattern)\.")  # of settings by module
 logger = logging.getLogger(__name__)
 
 
@@ -204,13 +206,36 @@ def unique_names(runs: Sequence[RunResult]) -> list[str]:
         differing = [key for key in keys if len({repr(other.get(key)) for other in same}) > 1]
         # where only tuned settings differ, they tell the entries apart
         named = [key for key in differing if key not in TUNED] or differing
-        words = (
-            f"{key.removeprefix('method.')}={short_value(settings[key])}"
-            for key in named
-            if key in settings
-        )
+        words = _words(settings, named, same)
         names.append(" ".join([name, *words]))
     return names
+
+
+def _words(
+    settings: Mapping[str, Any], named: Iterable[str], same: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Return the words for the settings `named`, which tell a run from those of `same`.
+
+    Of `+ranks=cfsp`, settings that all runs with it share are left out. Of patterns for the same
+    modules only the numbers are given, in the order of the modules' names.
+    """
+    words: dict[str, str] = {}
+    for key in (key for key in named if key in settings):
+        pattern = PATTERN.match(key)
+        if pattern is not None:
+            of_each = {tuple(k for k in sorted(s) if k.startswith(pattern[0])) for s in same}
+            modules = of_each - {()}
+            if len(modules) == 1:
+                numbers = [short_value(settings[k]) for k in modules.pop()]
+                words[pattern[0]] = f"{pattern[1]}={','.join(numbers)}"
+                continue
+        elif key == "ranks.name":
+            words[key] = f"ranks={settings[key]}"
+            continue
+        elif key.startswith("ranks.") and len({repr(s[key]) for s in same if key in s}) == 1:
+            continue
+        words[key] = f"{key.removeprefix('method.')}={short_value(settings[key])}"
+    return list(words.values())
 
 
 def short_value(value: Any) -> str:

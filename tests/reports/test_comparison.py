@@ -75,6 +75,23 @@ def test_of_equal_scores_the_entry_with_the_lower_loss_comes_first(tmp_path):
     assert [entry.name for entry in only([tmp_path]).entries] == ["mola", "mos", "lora"]
 
 
+def test_ranks_of_modules_and_by_importance_have_short_names(tmp_path):
+    patterns = {"first": (2, 4), "second": (4, 2)}
+    for name, (low, high) in patterns.items():
+        pattern = f"{{query: {low}, value: {high}}}"
+        write_run(tmp_path / name, 0.5, "+method=lora", f"+method.rank_pattern={pattern}")
+    write_run(tmp_path / "measured", 0.4, "+method=lora", "+ranks=cfsp")
+    write_run(tmp_path / "other", 0.3, "+method=lora", "+ranks=cfsp", "ranks.least=2")
+    write_run(tmp_path / "equal", 0.2, "+method=lora")
+    assert [entry.name for entry in only([tmp_path]).entries] == [
+        "lora rank_pattern=2,4",
+        "lora rank_pattern=4,2",
+        "lora ranks.least=1 ranks=cfsp",
+        "lora ranks.least=2 ranks=cfsp",
+        "lora",
+    ]
+
+
 def test_scores_on_other_examples_are_compared_apart(tmp_path):
     rows = {"accuracy": 0.5, "rows": 64.0}
     write_run(tmp_path / "a", 0.5, "+method=lora")
