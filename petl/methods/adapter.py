@@ -26,7 +26,6 @@ arXiv:2208.09847), whose code is not public: one network beside each block conne
 past all frozen layers.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,17 +35,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petl.core.layers.layer import LayerInfo, LayerShape
-from petl.core.model.structure import blocks, find_sublayers, is_causal
 from petl.core.registry import register
 from petl.core.spec.config import config_field, require
-from petl.core.tuners.sublayers import SubLayerAdapter, SubLayerConfig, SubLayerTuner
+from petl.core.tuners.gates import GatedAdapter, GatedConfig, GatedTuner
+from petl.core.tuners.sublayers import refuse_in_decoders
 from petl.errors import InputError
 from petl.ops.conformer import depthwise, normalize_channels
 from petl.ops.stacked import layer_norm, linear
 
 
 @dataclass
-class AdapterConfig(SubLayerConfig):
+class AdapterConfig(GatedConfig):
     """Fields of the bottleneck adapter; the defaults are Houlsby's.
 
     `locations=["ffn"]` gives one adapter per transformer layer.
@@ -82,7 +81,7 @@ class AdapterConfig(SubLayerConfig):
         require(kernel % 2 == 1, f"conv_kernel_size={kernel} is not an odd number of tokens")
 
 
-class BottleneckAdapter(SubLayerAdapter):
+class BottleneckAdapter(GatedAdapter):
     """The network f of one sub-layer: `down_weight` [D, K] ([2 D, K] if conformer), `up_weight`.
 
     `up_weight` is [K, D]. Optional: `down_bias`, `up_bias`, `scale` [1], `norm_before_*` and
@@ -114,25 +113,19 @@ class BottleneckAdapter(SubLayerAdapter):
     def __init__(self, shape: LayerShape, config: AdapterConfig, info: LayerInfo) -> None:
         super().__init__(shape, config, info)
         # norms, convolution and biases are registered only if the config enables them
-        K, D = self.width, self.bottleneck
+        I, K, D = self.input_width, self.width, self.bottleneck
         if config.ln_before:
-            self.adopt("norm_before", nn.LayerNorm(K))
+            self.adopt("norm_before", nn.LayerNorm(I))
         inner = 2 * D if config.block == "conformer" else D  # values and gates of the GLU
-        self.adopt("down", nn.Linear(K, inner, bias=config.use_bias))
+        self.adopt("down", nn.Linear(I, inner, bias=config.use_bias))
         if config.block == "conformer":
             self.adopt("conv", nn.Conv1d(D, D, config.conv_kernel_size, groups=D))
             self.adopt("bn", nn.BatchNorm1d(D))
         self.adopt("up", nn.Linear(D, K, bias=config.use_bias))
         if config.ln_after:
             self.adopt("norm_after", nn.LayerNorm(K))
+        self.add_gate()
         self.initialize()
-
-    def adopt(self, name: str, module: nn.Module) -> None:
-        """Register the tensors of a module under flat names, `<name>_weight` and so on."""
-        for tensor, value in module.named_parameters():
-            self.register_parameter(f"{name}_{tensor}", value)
-        for tensor, value in module.named_buffers():
-            self.register_buffer(f"{name}_{tensor}", value)
 
     def check_saved(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise InputError unless the variances of the batch norm are positive or zero."""
@@ -155,7 +148,8 @@ class BottleneckAdapter(SubLayerAdapter):
         else:
             nn.init.trunc_normal_(self.up_weight, std=1e-3, a=-2e-3, b=2e-3)
         for name, parameter in self.named_parameters():
-            if name.endswith("_bias"):
+            # of the gate, the layer with the logits: it starts as the same factor for all inputs
+            if name.endswith("_bias") or name in ("gate_weight", "gate_up_weight"):
                 parameter.zero_()
 
     # Forward pass
@@ -180,11 +174,6 @@ class BottleneckAdapter(SubLayerAdapter):
     @property
     def stacks(self) -> bool:
         return self.config.block == "bottleneck"
-
-    def projection(self, name: str, h: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias (or None) of `down` or `up`, cast to the dtype of `h`."""
-        weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias", None)
-        return weight.to(h.dtype), None if bias is None else bias.to(h.dtype)
 
     def norm(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Layer norm over the last dimension, K, in the dtype of `h`."""
@@ -227,7 +216,7 @@ class BottleneckAdapter(SubLayerAdapter):
     recommended="does not touch the weights: Houlsby, AdaptFormer, conformer for audio",
     paper="Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP, arXiv:1902.00751",
 )
-class AdapterModel(SubLayerTuner):
+class AdapterModel(GatedTuner):
     """Tuner of `AdapterConfig`."""
 
     config_cls, adapter_cls = AdapterConfig, BottleneckAdapter
@@ -237,14 +226,5 @@ class AdapterModel(SubLayerTuner):
     ) -> dict[str, dict[str, Any]]:
         """Refuse the conformer block in decoders: its convolution would read future tokens."""
         if config.block == "conformer":
-            causal = {sub.closing for sub in find_sublayers(model) if sub.causal}  # decoder blocks
-            causal |= {path for path, block in blocks(model) if is_causal(block)}
-            # models of unknown structure are recognized by the name of their class
-            decoder = re.search("ForCausalLM|LMHead", type(model).__name__)
-            for key in shapes:
-                require(
-                    key not in causal and not decoder,
-                    f"block='conformer' reads future tokens, and {key} belongs to a decoder; use "
-                    "block='bottleneck', or leave the module out with exclude_modules",
-                )
-        return {}
+            refuse_in_decoders(model, shapes, "block='conformer'", "block='bottleneck'")
+        return super().layer_settings(config, model, shapes)

@@ -12,6 +12,7 @@ all rows. For that all processes must run the same number of training forwards. 
 each process uses the counts of its own rows.
 """
 
+import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ from petl.core.layers.task_rows import TaskRows, take_task_ids
 from petl.errors import InputError, UnsupportedError
 
 T = TypeVar("T")
-TASKS = "tasks of rows"  # key in `ForwardContext.state`
+TASKS = "tasks of rows"  # keys in `ForwardContext.state`
+TOKENS = "mask of tokens"
 
 
 @dataclass
@@ -63,6 +65,7 @@ class ForwardContext:
         joint: by module name, the weighted terms of the last training forward, which `end` sums
             over all processes.
         given_tasks: the tasks of the rows during one call of the PeftModel, or None.
+        rows: the rows of the batch that a layer computes, in `only_rows`; None: all.
     """
 
     def __init__(self) -> None:
@@ -78,6 +81,7 @@ class ForwardContext:
         self.series: dict[str, dict[str, Tensor]] = {}
         self.joint: dict[str, WeightedTerm] = {}
         self.given_tasks: TaskRows | None = None
+        self.rows: Sequence[int] | None = None
         self._once: dict[Any, Any] = {}
         self._sharding_is_known = False  # see `refuse_fsdp1`
         # one without and one with gradients, see `state`
@@ -128,14 +132,46 @@ class ForwardContext:
 
     @contextmanager
     def only_rows(self, rows: Sequence[int], of: int) -> Generator[None]:
-        """Limit `tasks` in the block to these rows of a layer's input, which has `of` rows."""
+        """Limit `tasks` and `token_mask` to these rows of a layer's input, which has `of` rows."""
         tasks, given = self.tasks, self.given_tasks
+        self.rows = rows
         if tasks is not None:
             self.given_tasks = tasks.select(rows, of)
         try:
             yield
         finally:
-            self.given_tasks = given
+            self.given_tasks, self.rows = given, None
+
+    def keep_mask(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Forward pre-hook of a module whose layers read `token_mask`: keep its attention mask.
+
+        That module is an encoder, which `generate` calls directly, or the base model.
+        """
+        mask = kwargs.get("attention_mask")
+        if mask is None and len(args) > 1:
+            names = [*inspect.signature(module.forward).parameters][: len(args)]
+            mask = dict(zip(names, args, strict=False)).get("attention_mask")
+        self.passed_on[TOKENS] = as_2d(mask)
+
+    def token_mask(self, x: Tensor) -> Tensor | None:
+        """Return the mask [N, T] for a layer's input `x` [N, T, ...], or None without a mask.
+
+        Unlike `mask`, it is there in evaluation, too; see `keep_mask`.
+
+        Raises:
+            InputError: the tokens of the layer are not those of the mask.
+        """
+        mask = self.passed_on.get(TOKENS)
+        if mask is None:
+            return None
+        mask = mask if self.rows is None else mask[[*self.rows]]
+        if mask.shape != x.shape[:2]:
+            raise InputError(
+                f"a layer has {[*x.shape[:2]]} rows and tokens and the attention mask "
+                f"{[*mask.shape]}: this model changes the number of tokens, so that padding cannot "
+                "be told apart; use an adapter that needs no mask (another gate than 'small')"
+            )
+        return mask
 
     def compute_once(self, key: Any, make: Callable[[], T]) -> T:
         """Return `make()`, called once per forward pass and its backward pass, then cached.

@@ -17,6 +17,7 @@ from petl.core.parameters import is_norm
 
 KINDS = ("attn", "cross_attn", "ffn")  # of sub-layers
 BLOCK = "block"  # the location of an adapter for a whole block
+VALUE = "value"  # the location of an adapter beside the values of cross-attention
 
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 CROSS = re.compile(r"cross|encdec|encoder_attn", re.IGNORECASE)
@@ -24,6 +25,8 @@ QUERIES = (  # names of the projection whose input is the sub-layer's own, the s
     "q", "q_proj", "query", "query_proj", "q_lin", "q_attn",
     "in_proj", "c_attn", "qkv_proj", "query_key_value", "Wqkv",
 )  # fmt: skip
+
+VALUES = ("v", "v_proj", "value", "value_proj", "v_lin")  # names of the projection to values
 
 # names of the norms before self-attention and feed-forward; the first pair that a block has counts
 PRE_NORMS = (
@@ -90,6 +93,24 @@ class _Leaf(NamedTuple):
 def find_sublayers(model: nn.Module) -> list[SubLayer]:
     """Return the sub-layers of all blocks, adapted or not; empty if the structure is unknown."""
     return [sub for path, block in blocks(model) for sub in _sublayers_of(path, block)]
+
+
+def value_projections(model: nn.Module) -> list[str]:
+    """Return the paths of the projections to values in cross-attention, adapted or not."""
+    return [
+        f"{path}.{leaf.path}"
+        for path, block in blocks(model)
+        for leaf in _leaves_by_kind(block)["cross_attn"]
+        if leaf.path.rpartition(".")[2] in VALUES
+    ]
+
+
+def encoder_of(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """Return path and module of the encoder of an encoder-decoder, else None."""
+    if not is_encoder_decoder(model) or not hasattr(model, "get_encoder"):
+        return None
+    encoder = cast(Any, model).get_encoder()
+    return next(((n, m) for n, m in model.named_modules() if n and m is encoder), None)
 
 
 def block_widths(model: nn.Module) -> dict[str, int]:

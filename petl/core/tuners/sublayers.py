@@ -11,7 +11,8 @@ before the sub-layer's dropout, its norm and the residual sum. At the location `
 output of a whole block, after its last norm and residual sum, and x is the block's input.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,16 +25,19 @@ from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.model.structure import (
     BLOCK,
     KINDS,
+    VALUE,
     SubLayer,
     block_widths,
+    blocks,
     find_sublayers,
+    is_causal,
     norm_names,
 )
 from petl.core.model.targets import candidate_names, in_layers, resolve_targets
 from petl.core.serving.mixed_batch import BatchedAdapter
 from petl.core.serving.stacked_adapter import stacked
 from petl.core.spec.checks import check_rank, rank_of
-from petl.core.spec.config import MethodConfig, config_field, require
+from petl.core.spec.config import MethodConfig, bounds_of, config_field, require
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, did_you_mean
 
@@ -81,23 +85,23 @@ class SubLayerConfig(MethodConfig):
     def check(self) -> None:
         locations: Any = self.locations  # one name from a command line, a tuple from code
         self.locations = [locations] if isinstance(locations, str) else list(locations)
-        allowed = ", ".join(LOCATIONS)
+        allowed = ", ".join(bounds_of(self.__dataclass_fields__["locations"]).choices)
         require(bool(self.locations), f"locations=[] is empty; name some of {allowed}")
         self._check_width()
-        # an open table, so not `choices`: transformers adds names
-        if self.non_linearity not in ACT2FN:
-            raise UnknownNameError(
-                f"non_linearity={self.non_linearity!r} is not an activation"
-                + did_you_mean(self.non_linearity, ACT2FN)
-            )
+        check_activation(self.non_linearity)
         learned = self.scaling == "learned"
         is_number = isinstance(self.scaling, int | float) and not isinstance(self.scaling, bool)
         require(learned or is_number, f"scaling={self.scaling!r} is not a number or 'learned'")
         require(
-            self.input_modules is None or self.placement != "sequential",
+            self.input_modules is None or self.reads_input,
             f"input_modules={self.input_modules} has no effect with placement='sequential'; leave "
             "it null",
         )
+
+    @property
+    def reads_input(self) -> bool:
+        """True if the adapter reads another input than the output that it changes."""
+        return self.placement != "sequential"
 
     def _check_width(self) -> None:
         r, factor = self.r, self.reduction_factor
@@ -134,18 +138,40 @@ class SubLayerConfig(MethodConfig):
         return self.placement == "sequential" if self.residual is None else self.residual
 
 
+def check_activation(name: str) -> None:
+    """Raise UnknownNameError unless transformers has an activation of that name."""
+    # an open table, so not `choices`: transformers adds names
+    if name not in ACT2FN:
+        raise UnknownNameError(
+            f"non_linearity={name!r} is not an activation" + did_you_mean(name, ACT2FN)
+        )
+
+
 class SubLayerAdapter(Adapter):
     """Network at the end of a sub-layer; a method creates its tensors and overrides `network`."""
 
     def __init__(self, shape: LayerShape, config: Any, info: LayerInfo) -> None:
         super().__init__(shape, config, info)
         self.config = config
-        self.width = shape.out_features
+        self.width = self.input_width = shape.out_features
+        self.placement, self.adds_input = config.placement, config.adds_input
         self.bottleneck, self.scaling = config.rank_and_scaling(info.key, shape)
         name = ONE_CALL.get(config.non_linearity, config.non_linearity)
         self.activations = (ACT2FN[name],)  # in a tuple, so that it is no submodule
         if config.scaling == "learned":
             self.scale = nn.Parameter(torch.ones(1))
+
+    def adopt(self, name: str, module: nn.Module) -> None:
+        """Register the tensors of a module under flat names, `<name>_weight` and so on."""
+        for tensor, value in module.named_parameters():
+            self.register_parameter(f"{name}_{tensor}", value)
+        for tensor, value in module.named_buffers():
+            self.register_buffer(f"{name}_{tensor}", value)
+
+    def projection(self, name: str, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias (or None) of an adopted linear layer, cast to the dtype of `h`."""
+        weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias", None)
+        return weight.to(h.dtype), None if bias is None else bias.to(h.dtype)
 
     def act(self, z: Tensor) -> Tensor:
         """Apply the non-linearity of the config."""
@@ -160,11 +186,10 @@ class SubLayerAdapter(Adapter):
         return y + self.network(h).to(y.dtype)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        config = self.config
-        sequential, learned = config.placement == "sequential", config.scaling == "learned"
+        sequential, learned = self.placement == "sequential", self.config.scaling == "learned"
         # under autocast, y may be in half precision and x, from a layer norm, in float32
         h = y if sequential else x.to(y.dtype)
-        keeps_y = not sequential or config.adds_input
+        keeps_y = not sequential or self.adds_input
         # the usual case in one fused call
         if keeps_y and self.scaling == 1.0 and not learned:
             out = self.added(y, h)
@@ -177,7 +202,7 @@ class SubLayerAdapter(Adapter):
             # a sequential network without residual replaces the sub-layer's output
             out = y + f if keeps_y else f
         # for sequential, y is h and was added already
-        return out + h if config.adds_input and not sequential else out
+        return out + h if self.adds_input and not sequential else out
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """Return the linear maps of the network without its non-linearity, [D, K] and [K, D]."""
@@ -192,7 +217,7 @@ class SubLayerAdapter(Adapter):
     def form(self) -> tuple[Any, ...]:
         """The settings that affect the computation but not the shapes of the tensors."""
         config = self.config
-        return config.placement, config.adds_input, config.non_linearity, config.scaling
+        return self.placement, self.adds_input, config.non_linearity, config.scaling
 
     @classmethod
     def batched(cls, adapters: Sequence[Any], dtype: torch.dtype) -> BatchedAdapter | None:
@@ -204,6 +229,19 @@ class SubLayerAdapter(Adapter):
 class SubLayerTuner(MethodTuner):
     """Tuner that finds the sub-layers of `config.locations`, their inputs, and norms to train."""
 
+    def places(self, config: Any, model: nn.Module) -> list[tuple[str, str]]:
+        """Return location and path of the modules that the method can adapt."""
+        found = [(sub.kind, sub.closing) for sub in find_sublayers(model)]
+        return found + [(BLOCK, path) for path in block_widths(model) if BLOCK in config.locations]
+
+    def streams(self, config: Any, model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+        """Return, by target, the attribute of its `SubLayer` that names its adapter's input.
+
+        Or "" for the input of the target itself.
+        """
+        of_placement = {"parallel": "source", "parallel_residual": "residual"}
+        return dict.fromkeys(keys, of_placement.get(config.placement, ""))
+
     def choose_targets(self, config: Any, model: nn.Module) -> None:
         """Set the targets to the closing projections, and add the backbone's norms if they train.
 
@@ -212,9 +250,7 @@ class SubLayerTuner(MethodTuner):
         """
         # once resolved, the names are saved in the config, so loading does not search again
         if config.target_modules is None:
-            found = [(sub.kind, sub.closing) for sub in find_sublayers(model)]
-            if BLOCK in config.locations:
-                found += [(BLOCK, path) for path in block_widths(model)]
+            found = self.places(config, model)
             for location in config.locations:
                 # each location, so that one of two is not dropped silently
                 if not any(kind == location for kind, _ in found):
@@ -235,10 +271,7 @@ class SubLayerTuner(MethodTuner):
                     f"{type(model).__name__}"
                 )
         if config.train_layer_norms:
-            saved = config.modules_to_save or []
-            # a second adapter, or a loaded config, names them already
-            norms = [name for name in norm_names(model) if name not in saved]
-            config.modules_to_save = [*saved, *norms]
+            add_saved(config, norm_names(model))
         resolve_targets(config, model, words=("all-linear",))
 
     def whole_modules(self, config: Any, model: nn.Module) -> Mapping[str, int]:
@@ -255,16 +288,17 @@ class SubLayerTuner(MethodTuner):
         self, config: Any, model: nn.Module, shapes: Mapping[str, LayerShape]
     ) -> Mapping[str, str]:
         """Return, by target, the module whose input is the sub-layer's or the residual stream."""
-        if config.placement == "sequential":
+        streams = self.streams(config, model, shapes)
+        if not any(streams.values()):
             return {}
         # targets that are no known sub-layer need input_modules
         known = {sub.closing: sub for sub in find_sublayers(model)}
         names = set(candidate_names(model))
         blocks, sources = self.block_modules(config, model), {}
         for key, shape in shapes.items():
-            if key in blocks:  # its own input is the residual stream
+            if not streams[key] or key in blocks:  # whose own input is the residual stream
                 continue
-            source = _source(config, key, known.get(key))
+            source = _source(config, key, known.get(key), streams[key])
             # only input_modules can name a missing module
             if source not in names:
                 raise UnknownNameError(
@@ -303,18 +337,38 @@ class SubLayerTuner(MethodTuner):
 
 
 def _what(location: str) -> str:
-    return "block" if location == BLOCK else f"{location} sub-layer"
+    others = {BLOCK: "block", VALUE: "value projection of cross-attention"}
+    return others.get(location, f"{location} sub-layer")
 
 
-def _source(config: Any, key: str, sub: SubLayer | None) -> str:
+def refuse_in_decoders(model: nn.Module, keys: Iterable[str], setting: str, instead: str) -> None:
+    """Raise InputError for a target in a decoder, where `setting` would read future tokens."""
+    causal = {sub.closing for sub in find_sublayers(model) if sub.causal}
+    causal |= {path for path, block in blocks(model) if is_causal(block)}
+    # models of unknown structure are recognized by the name of their class
+    decoder = re.search("ForCausalLM|LMHead", type(model).__name__)
+    for key in keys:
+        require(
+            key not in causal and not decoder,
+            f"{setting} reads future tokens, and {key} belongs to a decoder; use {instead}, or "
+            "leave the module out with exclude_modules",
+        )
+
+
+def add_saved(config: Any, names: Sequence[str]) -> None:
+    """Add modules to those that a config trains in full and saves."""
+    saved = config.modules_to_save or []
+    # a second adapter, or a loaded config, names them already
+    config.modules_to_save = [*saved, *(name for name in names if name not in saved)]
+
+
+def _source(config: Any, key: str, sub: SubLayer | None, stream: str) -> str:
     """Return the module whose input is that of the adapter on `key`."""
     for target, source in (config.input_modules or {}).items():
         # with the dot, "o_proj" is no suffix of "two_proj"
         if f".{key}".endswith(f".{target}"):
             return key.removesuffix(target) + source
-    # attributes of SubLayer
-    streams = {"parallel": "source", "parallel_residual": "residual"}
-    source = getattr(sub, streams[config.placement]) if sub is not None else None
+    source = getattr(sub, stream) if sub is not None else None
     if source is None:
         raise InputError(
             f"the input of the parallel adapter on {key} is not known; pass input_modules, for "

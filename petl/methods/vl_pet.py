@@ -1,0 +1,214 @@
+"""VL-PET: gated bottleneck adapters in the encoder, light ones at the decoder's cross-attention.
+
+Hu, Li, Lyu and Wang 2023, "VL-PET: Vision-and-Language Parameter-Efficient Tuning via Granularity
+Control", ICCV (arXiv:2308.09804); reference code: HenryHZY/VL-PET.
+
+Shapes: K width of the residual stream, I and O those of a value projection, D `r`, E `gate_rank`,
+V `value_rank`. For a sub-layer of the encoder with residual stream x and output y, both [N, T, K],
+and for the projection v to values [N, T, O] of cross-attention, which reads the encoder's output m
+
+    y1 = y + up act(down y + b) + c,    y' = scaling * g(x, y1) * y1,    v' = v + up act(down m)
+
+plus biases, with the gates g of `petl.core.tuners.gates`. All norms of the encoder train.
+
+The paper's adapters have several heads, whose outputs are concatenated before one up projection:
+the same function and the same start as one down projection, so there is no field for their number.
+
+Where we depart from the code: the gate `small` leaves padding out of its mean, so that a row's
+result does not depend on the longest row of its batch; the code averages padding in. `middle_y`
+starts as 1 plus normal numbers, as there, and is never exactly the base. With the start `linear`,
+that of the code for BART, each sub-layer of the encoder begins at about half of its output, the
+start of published results; `zero_up` with `identity_gate` and the gate `large` starts at the base.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from petl.core.layers.layer import LayerInfo, LayerShape
+from petl.core.model.structure import encoder_of, find_sublayers, norm_names, value_projections
+from petl.core.model.targets import in_layers, resolve_targets
+from petl.core.registry import register
+from petl.core.spec.checks import check_rank
+from petl.core.spec.config import MethodConfig, config_field, require
+from petl.core.tuners.gates import GATES, READING, GatedAdapter, GatedTuner
+from petl.core.tuners.sublayers import add_saved, check_activation
+from petl.errors import InputError
+from petl.ops.stacked import linear
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class VlPetConfig(MethodConfig):
+    """Fields of VL-PET; the defaults are those of the code for BART."""
+
+    # of the adapters' placement, see `SubLayerConfig`: not to be chosen
+    placement, adds_input, input_modules = "sequential", True, None
+    ranks_refusal = "the encoder's adapters and gates have one width, r"
+
+    target_modules: set[str] | list[str] | str | None = config_field(
+        "some of the modules that the method adapts, as names, suffixes or a regular expression; "
+        "null: all of them",
+        None,
+    )
+    r: int = config_field("width of the encoder's bottlenecks", 96, ge=1)
+    gate: str = config_field(
+        "factor of the encoder's sub-layers: large (by value), middle_x (by token), middle_y (by "
+        "channel), small (by row) or none",
+        "large",
+        choices=GATES,
+    )
+    gate_rank: int | None = config_field("bottleneck of the gate large; null: r", None, ge=1)
+    value_rank: int | None = config_field(
+        "bottleneck beside the values of cross-attention; null: r, 0: the decoder stays as it is",
+        None,
+        ge=0,
+    )
+    scaling: float = config_field("factor of the encoder's gated outputs", 1.0)
+    non_linearity: str = config_field("a name in transformers' ACT2FN", "gelu_new")
+    init_weights: str = config_field(
+        "initialization: linear (torch's default) or zero_up (up projections start at zero)",
+        "linear",
+        choices=("linear", "zero_up"),
+    )
+    identity_gate: bool = config_field(
+        "double the sigmoid of the gate: with zero_up and the gate large, training starts at the "
+        "base model's outputs",
+        False,
+    )
+    train_encoder_norms: bool = config_field("also train and save all norms of the encoder", True)
+
+    def check(self) -> None:
+        """Raise UnknownNameError for an activation that transformers does not have."""
+        check_activation(self.non_linearity)
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise InputError for a bottleneck that is far wider than the layers."""
+        for name in ("r", "gate_rank", "value_rank"):
+            check_rank(self, name, shapes, linear=False)
+
+
+class VlPetAdapter(GatedAdapter):
+    """Bottleneck and gate of a sub-layer of the encoder, or a bottleneck beside values.
+
+    `down_weight` [D, K], `down_bias` [D], `up_weight` [K, D], `up_bias` [K]; beside values [V, I],
+    [V], [O, V] and [O]. Those of the gate: see `GatedAdapter`.
+    """
+
+    down_weight: Tensor
+    up_weight: Tensor
+
+    merge_refusal = (
+        "VL-PET's adapters and gates depend on the input and cannot be merged; keep the adapter, "
+        "or call unload() for the base model"
+    )
+
+    def __init__(self, shape: LayerShape, config: VlPetConfig, info: LayerInfo) -> None:
+        super().__init__(shape, config, info)
+        self.output_scale = config.scaling
+        if self.is_value and config.value_rank is not None:
+            self.bottleneck = config.value_rank
+        self.adopt("down", nn.Linear(self.input_width, self.bottleneck))
+        self.adopt("up", nn.Linear(self.bottleneck, self.width))
+        self.add_gate()
+        if config.init_weights == "zero_up":
+            for name, parameter in self.named_parameters():
+                if name.startswith(("up_", "gate_up_")):
+                    nn.init.zeros_(parameter)
+
+    def network(self, h: Tensor) -> Tensor:
+        """Return the update, [..., K] for h [..., K], or [..., O] for h [..., I]."""
+        z = self.act(linear(h, *self.projection("down", h)))
+        return linear(z, *self.projection("up", z))
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        return self.down_weight, self.up_weight
+
+    @property
+    def stacks(self) -> bool:
+        return self.gate != "small"
+
+
+@register(
+    "vl_pet",
+    summary="gated bottlenecks in the encoder, light ones at the values of cross-attention",
+    need="added layers",
+    paper="Hu et al. 2023, VL-PET: Vision-and-Language Parameter-Efficient Tuning via Granularity "
+    "Control, ICCV, arXiv:2308.09804",
+)
+class VlPetModel(GatedTuner):
+    """Tuner of `VlPetConfig`."""
+
+    config_cls, adapter_cls = VlPetConfig, VlPetAdapter
+
+    def values(self, config: VlPetConfig, model: nn.Module) -> list[str]:
+        """Return the paths of the value projections that get an adapter."""
+        return [] if config.value_rank == 0 else value_projections(model)
+
+    def choose_targets(self, config: VlPetConfig, model: nn.Module) -> None:
+        """Set the targets to the encoder's sub-layers and the decoder's values, and add norms.
+
+        Raises:
+            InputError: the model is no encoder-decoder, or its parts are not known.
+        """
+        encoder, hosts = self._encoder(model), self._hosts(config, model)
+        if config.target_modules is None:
+            config.target_modules = {path for path in hosts if in_layers(config, model, path)}
+            require(
+                bool(config.target_modules),
+                f"layers_to_transform={config.layers_to_transform} leaves no sub-layer of the "
+                f"encoder and no value projection of {type(model).__name__}",
+            )
+        if config.train_encoder_norms:
+            add_saved(config, [name for name in norm_names(model) if name.startswith(encoder)])
+        idle = {"gate_rank": config.gate_rank is not None and config.gate != "large"}
+        idle["identity_gate"] = config.identity_gate and config.gate not in READING
+        for name in (name for name, has_no_effect in idle.items() if has_no_effect):
+            logger.warning("vl_pet: %s has no effect with gate=%s", name, config.gate)
+        resolve_targets(config, model)
+
+    def layer_settings(
+        self, config: VlPetConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
+    ) -> dict[str, dict[str, Any]]:
+        """Return the role of the adapters; refuse targets that the method does not adapt."""
+        hosts = self._hosts(config, model)
+        for key in shapes:
+            require(
+                key in hosts,
+                f"target {key} is neither the end of a sub-layer of the encoder nor a value "
+                "projection of cross-attention; leave target_modules null, or use method 'adapter'",
+            )
+            require(
+                hosts[key] or config.gate not in READING,
+                f"gate={config.gate!r} reads the residual stream, which is not known at {key}; use "
+                "gate='middle_y' or 'none', or method 'adapter' with input_modules",
+            )
+        return super().layer_settings(config, model, shapes)
+
+    def _encoder(self, model: nn.Module) -> str:
+        """Return the prefix of the paths in the encoder."""
+        encoder = encoder_of(model)
+        if encoder is None:
+            raise InputError(
+                f"method 'vl_pet' adapts encoder-decoders such as T5 and BART, and "
+                f"{type(model).__name__} is none; method 'adapter' has its gates for other models: "
+                "gate=large"
+            )
+        return f"{encoder[0]}."
+
+    def _hosts(self, config: VlPetConfig, model: nn.Module) -> dict[str, bool]:
+        """Return the modules that the method adapts, and whether their gates' input is known."""
+        encoder, name = self._encoder(model), type(model).__name__
+        subs = [sub for sub in find_sublayers(model) if sub.closing.startswith(encoder)]
+        values = self.values(config, model)
+        require(bool(subs), f"no sub-layers are found in the encoder of {name}")
+        require(
+            bool(values) or config.value_rank == 0,
+            f"no projection to the values of cross-attention is found in {name}; set value_rank=0",
+        )
+        return {sub.closing: sub.residual is not None for sub in subs} | dict.fromkeys(values, True)
