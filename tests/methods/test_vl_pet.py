@@ -216,7 +216,8 @@ def count(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize(
-    ("gate", "published"), [("large", 4.16), ("middle_x", 2.98), ("middle_y", 2.98), ("small", 2.98)]
+    ("gate", "published"),
+    [("large", 4.16), ("middle_x", 2.98), ("middle_y", 2.98), ("small", 2.98)],
 )
 def test_counts_of_bart_base(gate, published):
     """With the projection of image features that the paper trains beside: 1,581,312."""
@@ -279,13 +280,13 @@ def test_norms_of_the_encoder_train_and_come_back(name, expected, tmp_path):
     assert all("encoder." in n for n in modules)
     testing.stir(model)
     batch = padded(family)
-    out = family.outputs(model, **batch)
-    with model.disable_adapter():
-        plain = family.outputs(family.build(), **batch)
-        assert torch.equal(family.outputs(model, **batch), plain)
-    model.save_pretrained(tmp_path)
-    again = petl.load(family.build(), tmp_path).eval()
-    assert torch.equal(family.outputs(again, **batch), out)
+    with torch.no_grad():  # torch may choose another kernel for attention with gradients
+        out, plain = family.outputs(model, **batch), family.outputs(family.build(), **batch)
+        with model.disable_adapter():
+            assert torch.equal(family.outputs(model, **batch), plain)
+        model.save_pretrained(tmp_path)
+        again = petl.load(family.build(), tmp_path).eval()
+        assert torch.equal(family.outputs(again, **batch), out)
 
 
 # The gate of a row
@@ -319,6 +320,8 @@ def test_mixed_batches_equal_each_adapter_alone(gate):
     family = FAMILIES["t5"]
     model = stirred(family, gate=gate)
     model.add_adapter("other", petl.build_config("vl_pet", r=6, gate_rank=5, gate=gate))
+    for name in ("default", "other"):  # norms too
+        testing.stir(model, name, seed=len(name))
     batch = {k: torch.cat([v, v.flip(0)]) for k, v in padded(family).items()}
     names = ["other", "default", "default", "other"]
     alone = {}

@@ -24,7 +24,9 @@ from petl.core.compat import (
 from petl.core.layers.class_swap import AdapterDict, SwappedClass, convert_module_dicts, swap_class
 from petl.core.layers.layer import AdapterLayer
 from petl.core.layers.task_rows import ARGUMENT, PASSED, pass_task_ids
+from petl.core.parameters import is_norm
 from petl.core.spec.checks import check_adapter_name
+from petl.core.switching.norms import TrainedNorm
 from petl.errors import UnsupportedError
 
 # one thread hides entries at a time; one lock for all tuners, since a lock cannot be copied or
@@ -112,6 +114,8 @@ class SwitchingTuner(BaseTuner):
         """
         for head in _heads(self.model):
             convert_module_dicts(head)
+            if is_norm(head):
+                swap_class(head, TrainedNorm)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode, of hidden adapters too."""

@@ -223,7 +223,9 @@ class GatedTuner(SubLayerTuner):
             refuse_in_decoders(model, keys, "gate='small'", "gate='middle_x'")
         return {key: {ROLE: VALUE} for key in shapes if key in values}
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         """Inject an adapter, and listen to the mask if its gate needs it."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
