@@ -120,6 +120,15 @@ class VlPetAdapter(GatedAdapter):
                 if name.startswith(("up_", "gate_up_")):
                     nn.init.zeros_(parameter)
 
+    def combination_refusal(self) -> str | None:
+        """Return why no other adapter may be active beside it: PEFT has one active norm."""
+        if not self.config.train_encoder_norms:
+            return None
+        return (
+            "its encoder norms train with it, and of a norm one copy can be active; activate one "
+            "adapter at a time, or train with train_encoder_norms=false"
+        )
+
     def network(self, h: Tensor) -> Tensor:
         """Return the update, [..., K] for h [..., K], or [..., O] for h [..., I]."""
         z = self.act(linear(h, *self.projection("down", h)))

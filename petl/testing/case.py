@@ -172,20 +172,39 @@ def tuner_layers(model: nn.Module) -> dict[str, Any]:
     return {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
 
 
+class LayerCall(nn.Module):
+    """An adapted layer with the inputs of other modules that its adapters read."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+        self.inputs: list[tuple[Any, Tensor]] = []  # the capture, and what it gets
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the layer's output."""
+        for capture, x in self.inputs:
+            capture(self.layer, (x,), {})
+        return self.layer(*args, **kwargs)
+
+
 @torch.no_grad()
-def first_call(model: nn.Module, batch: Batch) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def first_call(model: nn.Module, batch: Batch) -> tuple[LayerCall, tuple[Any, ...], dict[str, Any]]:
     """Return the first adapted layer of `model`, and the arguments that it gets for a batch.
 
     A layer that adapts a whole block gets more than hidden states.
     """
-    layer = next(iter(tuner_layers(model).values()))
+    call = LayerCall(next(iter(tuner_layers(model).values())))
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    hook = layer.register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
-    )
+
+    def listen(_: Any, args: Any, kwargs: Any) -> None:
+        calls.append((args, kwargs))
+        for capture in getattr(call.layer, "captures", {}).values():
+            call.inputs.append((capture, capture.context.state[capture.place]))
+
+    hook = call.layer.register_forward_pre_hook(listen, with_kwargs=True)
     model(**batch)
     hook.remove()
-    return layer, *calls[0]
+    return call, *calls[0]
 
 
 def first_output(output: Any) -> Tensor:

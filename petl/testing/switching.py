@@ -97,12 +97,12 @@ def both_adapters_can_be_active(case: Case) -> None:
         tuner.set_adapter(name)
         alone.append(logits(model, batch))
     # one layer: through the model, updates of several layers do not add up
-    layer, args, kwargs = first_call(model, batch)
+    call, args, kwargs = first_call(model, batch)
 
     @torch.no_grad()
     def output_of(names: list[str]) -> Tensor:
-        layer.set_adapter(names)
-        return first_output(layer(*args, **kwargs))
+        call.layer.set_adapter(names)
+        return first_output(call(*args, **kwargs))
 
     base, *single = (output_of(names) for names in ([], ["first"], ["second"]))
     if case.promises.merges:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from petl.core.compat import ModulesToSaveWrapper
 from petl.core.layers.class_swap import SwappedClass
+from petl.errors import InputError
 
 
 class TrainedNorm(SwappedClass, ModulesToSaveWrapper):
@@ -19,8 +20,9 @@ class TrainedNorm(SwappedClass, ModulesToSaveWrapper):
         names = kwargs.get("adapter_names")
         if names is None or self.disable_adapters:
             return super().forward(*args, **kwargs)
-        self._check_forward_args(*args, **kwargs)
         x = args[0]
+        if len(x) != len(names):
+            raise InputError(f"adapter_names has {len(names)} entries for a batch of {len(x)} rows")
         out = self.original_module(x)
         for name in dict.fromkeys(names):
             if name in self.modules_to_save:

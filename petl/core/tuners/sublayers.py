@@ -38,6 +38,7 @@ from petl.core.serving.mixed_batch import BatchedAdapter
 from petl.core.serving.stacked_adapter import stacked
 from petl.core.spec.checks import check_rank, rank_of
 from petl.core.spec.config import MethodConfig, bounds_of, config_field, require
+from petl.core.switching.norms import TrainedNorm
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, did_you_mean
 
@@ -315,6 +316,18 @@ class SubLayerTuner(MethodTuner):
             if source != key:  # equal for modules adapted as a unit, which have the input already
                 sources[key] = source
         return sources
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        """Remove the adapters, and with them norms that trained beside them.
+
+        PEFT would leave the trained norms in the model, as it does with heads.
+        """
+        trained = [(n, m) for n, m in self.model.named_modules() if isinstance(m, TrainedNorm)]
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for path, norm in trained:
+            owner, _, name = path.rpartition(".")
+            setattr(model.get_submodule(owner), name, norm.original_module)
+        return model
 
     @torch.no_grad()
     def heat_maps(self) -> list[HeatMap]:
