@@ -30,6 +30,7 @@ from petl.methods.pst import PstConfig
 from petl.methods.pyra import PyraConfig
 from petl.methods.sherl.config import SherlConfig
 from petl.methods.sparse import SparseConfig
+from petl.methods.vl_pet import VlPetConfig
 
 @overload
 def wrap(
@@ -116,6 +117,9 @@ def wrap(
     use_bias: bool = True,
     train_layer_norms: bool = False,
     input_modules: dict[str, str] | None = None,
+    gate: str = 'none',
+    gate_rank: int | None = None,
+    identity_gate: bool = True,
     block: str = 'bottleneck',
     conv_kernel_size: int = 31,
     ln_before: bool = False,
@@ -195,8 +199,11 @@ def wrap(
     final_sparsity: Any = ...,
     final_warmup: Any = ...,
     full_first_reselection: Any = ...,
+    gate: Any = ...,
+    gate_rank: Any = ...,
     gate_temperature: Any = ...,
     hidden_dim: Any = ...,
+    identity_gate: Any = ...,
     init_ia3_weights: Any = ...,
     init_logits_std: Any = ...,
     init_lora_weights: Any = ...,
@@ -315,6 +322,7 @@ def wrap(
     top_k: Any = ...,
     topk: Any = ...,
     total_step: Any = ...,
+    train_encoder_norms: Any = ...,
     train_final_norm: Any = ...,
     train_layer_norms: Any = ...,
     trainable_token_indices: Any = ...,
@@ -325,6 +333,7 @@ def wrap(
     use_effective_conv2d: Any = ...,
     use_qalora: Any = ...,
     use_rslora: Any = ...,
+    value_rank: Any = ...,
     vblora_dropout: Any = ...,
     vector_length: Any = ...,
     vector_lr: Any = ...,
@@ -1082,10 +1091,13 @@ def wrap(
     final_sparsity: Any = ...,
     final_warmup: Any = ...,
     full_first_reselection: Any = ...,
+    gate: Any = ...,
+    gate_rank: Any = ...,
     gate_temperature: Any = ...,
     head_bits: Any = ...,
     head_module: Any = ...,
     hidden_dim: Any = ...,
+    identity_gate: Any = ...,
     init_ia3_weights: Any = ...,
     init_logits_std: Any = ...,
     init_lora_weights: Any = ...,
@@ -1199,6 +1211,7 @@ def wrap(
     top_k: Any = ...,
     topk: Any = ...,
     total_step: Any = ...,
+    train_encoder_norms: Any = ...,
     train_final_norm: Any = ...,
     train_layer_norms: Any = ...,
     trainable_token_indices: Any = ...,
@@ -1209,6 +1222,7 @@ def wrap(
     use_effective_conv2d: Any = ...,
     use_qalora: Any = ...,
     use_rslora: Any = ...,
+    value_rank: Any = ...,
     vblora_dropout: Any = ...,
     vector_length: Any = ...,
     velora_config: Any = ...,
@@ -1435,6 +1449,34 @@ def wrap(
 @overload
 def wrap(
     model: nn.Module,
+    name: Literal["vl_pet"],
+    *,
+    adapter_name: str = "default",
+    calibration: Calibration | None = None,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = None,
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    r: int = 96,
+    gate: str = 'large',
+    gate_rank: int | None = None,
+    value_rank: int | None = None,
+    scaling: float = 1.0,
+    non_linearity: str = 'gelu_new',
+    init_weights: str = 'linear',
+    identity_gate: bool = False,
+    train_encoder_norms: bool = True,
+) -> PeftModel:
+    """Gated bottlenecks in the encoder, light ones at the values of cross-attention."""
+
+@overload
+def wrap(
+    model: nn.Module,
     name: Literal["density"],
     *,
     adapter_name: str = "default",
@@ -1553,6 +1595,9 @@ def build_config(
     use_bias: bool = True,
     train_layer_norms: bool = False,
     input_modules: dict[str, str] | None = None,
+    gate: str = 'none',
+    gate_rank: int | None = None,
+    identity_gate: bool = True,
     block: str = 'bottleneck',
     conv_kernel_size: int = 31,
     ln_before: bool = False,
@@ -1629,8 +1674,11 @@ def build_config(
     final_sparsity: Any = ...,
     final_warmup: Any = ...,
     full_first_reselection: Any = ...,
+    gate: Any = ...,
+    gate_rank: Any = ...,
     gate_temperature: Any = ...,
     hidden_dim: Any = ...,
+    identity_gate: Any = ...,
     init_ia3_weights: Any = ...,
     init_logits_std: Any = ...,
     init_lora_weights: Any = ...,
@@ -1749,6 +1797,7 @@ def build_config(
     top_k: Any = ...,
     topk: Any = ...,
     total_step: Any = ...,
+    train_encoder_norms: Any = ...,
     train_final_norm: Any = ...,
     train_layer_norms: Any = ...,
     trainable_token_indices: Any = ...,
@@ -1759,6 +1808,7 @@ def build_config(
     use_effective_conv2d: Any = ...,
     use_qalora: Any = ...,
     use_rslora: Any = ...,
+    value_rank: Any = ...,
     vblora_dropout: Any = ...,
     vector_length: Any = ...,
     vector_lr: Any = ...,
@@ -2450,10 +2500,13 @@ def build_config(
     final_sparsity: Any = ...,
     final_warmup: Any = ...,
     full_first_reselection: Any = ...,
+    gate: Any = ...,
+    gate_rank: Any = ...,
     gate_temperature: Any = ...,
     head_bits: Any = ...,
     head_module: Any = ...,
     hidden_dim: Any = ...,
+    identity_gate: Any = ...,
     init_ia3_weights: Any = ...,
     init_logits_std: Any = ...,
     init_lora_weights: Any = ...,
@@ -2567,6 +2620,7 @@ def build_config(
     top_k: Any = ...,
     topk: Any = ...,
     total_step: Any = ...,
+    train_encoder_norms: Any = ...,
     train_final_norm: Any = ...,
     train_layer_norms: Any = ...,
     trainable_token_indices: Any = ...,
@@ -2577,6 +2631,7 @@ def build_config(
     use_effective_conv2d: Any = ...,
     use_qalora: Any = ...,
     use_rslora: Any = ...,
+    value_rank: Any = ...,
     vblora_dropout: Any = ...,
     vector_length: Any = ...,
     velora_config: Any = ...,
@@ -2780,6 +2835,31 @@ def build_config(
     """Frozen random low-rank pairs shared by all layers, with trained scaling vectors."""
 
 @overload
+def build_config(
+    name: Literal["vl_pet"],
+    *,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = None,
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    r: int = 96,
+    gate: str = 'large',
+    gate_rank: int | None = None,
+    value_rank: int | None = None,
+    scaling: float = 1.0,
+    non_linearity: str = 'gelu_new',
+    init_weights: str = 'linear',
+    identity_gate: bool = False,
+    train_encoder_norms: bool = True,
+) -> VlPetConfig:
+    """Gated bottlenecks in the encoder, light ones at the values of cross-attention."""
+
+@overload
 def get(name: Literal["adalora"]) -> type[peft.AdaLoraConfig]: ...
 
 @overload
@@ -2874,6 +2954,9 @@ def get(name: Literal["vblora"]) -> type[peft.VBLoRAConfig]: ...
 
 @overload
 def get(name: Literal["vera"]) -> type[peft.VeraConfig]: ...
+
+@overload
+def get(name: Literal["vl_pet"]) -> type[VlPetConfig]: ...
 
 @overload
 def get(name: Literal["density"]) -> type[ActivationDensityConfig]: ...

@@ -31,21 +31,28 @@ SHARED = {
     "layers_pattern",
     "modules_to_save",
 }
-# PEFT's IA3 has no targets for ViT, PYRA merges tokens of images, and these tuners of PEFT's do
-# not adapt Conv1D.
-REFUSED = {("ia3", "vit"), *(("pyra", model) for model in ("llama", "bert", "t5", "gpt2"))} | {
-    (name, "gpt2")
-    for name in ("boft", "c3a", "delora", "hra", "loha", "lokr", "miss", "oft", "shira")
+# PEFT's IA3 has no targets for ViT, PYRA merges tokens of images, VL-PET needs an encoder and a
+# decoder, and these tuners of PEFT's do not adapt Conv1D.
+REFUSED = {
+    ("ia3", "vit"),
+    *(("pyra", model) for model in ("llama", "bert", "t5", "gpt2")),
+    *(("vl_pet", model) for model in ("llama", "bert", "vit", "gpt2")),
+    *(
+        (name, "gpt2")
+        for name in ("boft", "c3a", "delora", "hra", "loha", "lokr", "miss", "oft", "shira")
+    ),
 }
 # Fields that a YAML's values do not suit on models of two or three layers, or must name.
 SMALLER = {"mos": {"r": 4}, "polyhistor": {"tasks": ["only"]}, "pyra": {"schedule": [2, 0]}}
 # MoS's own defaults need 15 layers, and the quickstart's model has 6; a small adapter of few bits
 # is mostly names unless it is stacked.
-# IncreLoRA's 100 steps suit long trainings.
+# IncreLoRA's 100 steps suit long trainings; VL-PET's published start halves sub-layers, which does
+# not suit models of text.
 DIFFERING = {
     "mos": {"equivalent_rank"},
     "binary": {"save_format"},
     "increlora": {"tinit", "deltaT"},
+    "vl_pet": {"init_weights", "identity_gate"},
 }
 
 

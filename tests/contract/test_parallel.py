@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import adaptable
+from contract_cases import adaptable, models_of
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -45,11 +45,14 @@ FIELDS: dict[str, dict[str, Any]] = {
     "pyra": {"schedule": [2, 0]},
     "polyhistor": {"r": 8, "tasks": ["only"]},
     "sparse": {"selection_algorithm": "none", **TARGETS},
+    "vl_pet": {"r": 8},
 }
 # exchanged are entries after the first step and after the third
 CYCLE = {"total_step": 9, "reselection_steps": 2, "selection_accumulation_steps": 1, **TARGETS}
 CASES = {
-    name: Case(name, LLAMA if name in adaptable("llama") else "vit", FIELDS.get(name, {}))
+    name: Case(
+        name, LLAMA if name in adaptable("llama") else models_of(name)[0], FIELDS.get(name, {})
+    )
     for name in petl.list_methods()
     if petl.method(name).by == "petl"
 }
@@ -74,6 +77,7 @@ CASES["polyhistor with two tasks"] = Case(
     replace(LLAMA, make_batch=lambda rows, seed: of_two_tasks(causal_batch(rows, seed))),
     {"r": 8, "tasks": ["a", "b"]},
 )
+CASES["vl_pet with a gate of rows"] = Case("vl_pet", "t5", {"r": 8, "gate": "small"})
 CASES["sparse that reselects"] = Case("sparse", LLAMA, CYCLE)
 CASES["sparse by sm3"] = Case("sparse", LLAMA, {"selection_algorithm": "sm3", **CYCLE})
 # Of other kinds of models, those that are sharded in the default run; the others are under `slow`.

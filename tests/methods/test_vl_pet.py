@@ -20,6 +20,9 @@ CONTRACT = {
     "lr": 2e-2,
     "starts_at_base": False,
     "refuses": ("both_adapters_can_be_active",),
+    "excused": {
+        "layers_that_are_never_called_are_refused": "it refuses that model: it has no decoder",
+    },
 }
 
 GATES = ("large", "middle_x", "middle_y", "small", "none")
