@@ -54,7 +54,8 @@ class Contender:
         recomputes: True if MLPs recompute activations in backward.
         done: optimizer steps after which the row is measured; 0: before the first.
         updates: True if each measured step has the method's update for such a step.
-        of_images: True if it adapts models of images only, which section `merge` measures.
+        elsewhere: True if it adapts none of the models here: models of images, which section
+            `merge` measures, or encoder-decoders, whose adapters other rows have in an encoder.
     """
 
     name: str
@@ -69,7 +70,7 @@ class Contender:
     recomputes: bool = False
     done: int = 0
     updates: bool = False
-    of_images: bool = False
+    elsewhere: bool = False
 
     @property
     def is_own(self) -> bool:
@@ -215,6 +216,10 @@ CONTENDERS = (
         kernels=10,
     ),
     Contender("adapter 48", "adapter", {"r": 48}),
+    # goals: at most 1.15 and 1.05 of the row before; these are the adapters of vl_pet
+    Contender("adapter 48, gate large", "adapter", {"r": 48, "gate": "large"}),
+    Contender("adapter 48, gate middle_x", "adapter", {"r": 48, "gate": "middle_x"}),
+    Contender("vl_pet", "vl_pet", elsewhere=True),
     Contender(
         "adapter 48, blocks",
         "adapter",
@@ -251,7 +256,7 @@ CONTENDERS = (
     Contender(
         "pst, new masks", "pst", PST, goal={"llama": 2.0, "minilm": 2.0}, done=1, updates=True
     ),
-    Contender("pyra", "pyra", of_images=True),
+    Contender("pyra", "pyra", elsewhere=True),
     Contender(
         "density on lora",
         "density",

@@ -230,17 +230,25 @@ def mos(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
 
 
 def bottleneck(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
-    """Bottleneck adapter: down, activation, up, a norm where there is one, residual.
+    """Bottleneck adapter: down, activation, up, a norm and a gate where there is one, residual.
 
-    Parallel ones read the input.
+    Parallel ones read the input, gates the residual stream.
     """
+    streams = [capture.pop() for capture in getattr(layer, "captures", {}).values()]
     y = layer.base_layer(x)
     h = x if adapter.config.placement == "parallel" else y
     z = adapter.act(F.linear(h, value(adapter, "down_weight"), adapter.down_bias))
     f = F.linear(z, value(adapter, "up_weight"), adapter.up_bias)
     if adapter.config.ln_after:
         f = F.layer_norm(f, f.shape[-1:], adapter.norm_after_weight, adapter.norm_after_bias)
-    return y + f
+    if adapter.gate == "none":
+        return y + f
+    if adapter.gate == "large":
+        z = F.linear(streams[0], value(adapter, "gate_down_weight"), adapter.gate_down_bias)
+        logits = F.linear(adapter.act(z), value(adapter, "gate_up_weight"), adapter.gate_up_bias)
+    else:  # middle_x
+        logits = F.linear(streams[0] + y + f, value(adapter, "gate_weight"), adapter.gate_bias)
+    return 2 * torch.sigmoid(logits) * (y + f)
 
 
 def polyhistor(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:

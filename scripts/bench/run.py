@@ -110,7 +110,7 @@ ONCE = (
 
 
 def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
-    rows = [row for row in contenders(settings.rows) if not row.of_images]
+    rows = [row for row in contenders(settings.rows) if not row.elsewhere]
     rounds = settings.rounds
     fewer = max(3, rounds // 2)
     steps = Steps(rows, rounds)
