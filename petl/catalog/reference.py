@@ -1,12 +1,12 @@
 """Trainable parameters of each method on one reference model, so that methods can be compared.
 
-A method for images only is counted on another one.
+A method for images only, or for encoder-decoders, is counted on another one.
 """
 
 import warnings
 
 import torch
-from transformers import AutoModel, BertConfig, PreTrainedModel, ViTConfig
+from transformers import AutoModel, BartConfig, BertConfig, PreTrainedModel, ViTConfig
 
 from petl.config.command_line import preset_of
 from petl.core.parameters import trainable
@@ -16,6 +16,7 @@ from petl.runs.settings import method_fields
 
 REFERENCE = "a BERT of MiniLM's shape without a head (6 layers, width 384, 22.7 M parameters)"
 OF_IMAGES = "a ViT-B/16 without a head (12 layers, width 768, 86.4 M parameters)"
+OF_PAIRS = "a BART-base without a head (6 + 6 layers, width 768, 139.4 M parameters)"
 STEPS = 1000  # length of the run, for methods with a schedule (assumption)
 
 
@@ -34,14 +35,30 @@ def build_for_images() -> PreTrainedModel:
         return AutoModel.from_config(ViTConfig(), add_pooling_layer=False)
 
 
+def build_encoder_decoder() -> PreTrainedModel:
+    """Build the reference model of methods for encoder-decoders on the meta device."""
+    config = BartConfig(
+        d_model=768,
+        encoder_layers=6,
+        decoder_layers=6,
+        encoder_attention_heads=12,
+        decoder_attention_heads=12,
+        encoder_ffn_dim=3072,
+        decoder_ffn_dim=3072,
+    )
+    with torch.device("meta"):
+        return AutoModel.from_config(config)
+
+
 def count_trainable(name: str) -> int | str:
     """Return the number of trainable parameters of a method with its YAML, or why it has none."""
     return counted(name)[0]
 
 
 def counted(name: str) -> tuple[int | str, str]:
-    """Return `count_trainable`, and the model: `REFERENCE`, or `OF_IMAGES` if the first is of a
-    kind that the method does not adapt.
+    """Return `count_trainable`, and the model: the first of a kind that the method adapts.
+
+    That is `REFERENCE`, `OF_IMAGES` or `OF_PAIRS`.
     """
     preset = preset_of(name)
     if preset.get("tasks") == []:  # a method that serves several: counted with one
@@ -50,7 +67,11 @@ def counted(name: str) -> tuple[int | str, str]:
     reasons = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on speed and fit: this model is not trained
-        for make, reference in ((build, REFERENCE), (build_for_images, OF_IMAGES)):
+        for make, reference in (
+            (build, REFERENCE),
+            (build_for_images, OF_IMAGES),
+            (build_encoder_decoder, OF_PAIRS),
+        ):
             try:
                 model = on_shapes(make, fields)
                 return sum(parameter.numel() for _, parameter in trainable(model)), reference

@@ -36,7 +36,7 @@ from petl.core.spec.checks import check_rank
 from petl.core.spec.config import MethodConfig, config_field, require
 from petl.core.tuners.gates import GATES, READING, GatedAdapter, GatedTuner
 from petl.core.tuners.sublayers import add_saved, check_activation
-from petl.errors import InputError
+from petl.errors import ModuleKindError
 from petl.ops.stacked import linear
 
 logger = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ class VlPetModel(GatedTuner):
         """Return the prefix of the paths in the encoder."""
         encoder = encoder_of(model)
         if encoder is None:
-            raise InputError(
+            raise ModuleKindError(
                 f"method 'vl_pet' adapts encoder-decoders such as T5 and BART, and "
                 f"{type(model).__name__} is none; method 'adapter' has its gates for other models: "
                 "gate=large"
