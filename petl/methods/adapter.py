@@ -173,7 +173,7 @@ class BottleneckAdapter(GatedAdapter):
 
     @property
     def stacks(self) -> bool:
-        return self.config.block == "bottleneck"
+        return self.config.block == "bottleneck" and self.gate_stacks
 
     def norm(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Layer norm over the last dimension, K, in the dtype of `h`."""

@@ -139,7 +139,7 @@ class VlPetAdapter(GatedAdapter):
 
     @property
     def stacks(self) -> bool:
-        return self.gate != "small"
+        return self.gate_stacks
 
 
 @register(

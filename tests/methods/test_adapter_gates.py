@@ -114,6 +114,24 @@ def test_gates_and_values_are_saved_and_stay_apart_from_explicit_targets(tmp_pat
     assert {a.placement for a in adapters(plain).values()} == {"sequential"}
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("gate", GATES)
+def test_rows_of_several_adapters_equal_each_alone(gate):
+    family, config = FAMILIES["bert"], {"r": 4, "gate": gate}
+    model = petl.wrap(family.build(), "adapter", **config).eval()
+    model.add_adapter("other", petl.build_config("adapter", **config))
+    batch, alone = family.batch(rows=4), {}
+    batch["attention_mask"] = (torch.arange(6) < torch.tensor([[6], [4], [3], [5]])).long()
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        testing.stir(model, name, seed=len(name))
+        alone[name] = family.outputs(model, **batch)
+    names = ["other", "default", "other", "default"]
+    mixed = family.outputs(model, adapter_names=names, **batch)
+    for i, name in enumerate(names):
+        torch.testing.assert_close(mixed[i], alone[name][i], rtol=1e-4, atol=1e-5)
+
+
 def test_two_steps_give_every_tensor_a_gradient():
     for gate in GATES:
         model = petl.wrap(FAMILIES["bert"].build(), "adapter", r=4, gate=gate).train()

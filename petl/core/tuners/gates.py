@@ -184,9 +184,10 @@ class GatedAdapter(SubLayerAdapter):
         return ((values * weights).sum(1, keepdim=True) / counts).to(gate.dtype)
 
     @property
-    def stacks(self) -> bool:
-        # of `small`, the tokens of several rows are one dimension in the stacked form
-        return super().stacks and self.gate != "small"
+    def gate_stacks(self) -> bool:
+        """True if the gate broadcasts over stacked tensors, see `stacks`."""
+        # there, the tokens of several rows are one dimension, and `small` is a mean over one row's
+        return self.gate != "small"
 
     @property
     def form(self) -> tuple[Any, ...]:
