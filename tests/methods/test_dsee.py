@@ -343,7 +343,7 @@ def test_smallest_scores_of_each_group_are_pruned(mode):
         count = round(ratio * len(scores))
         assert int((~keep).sum()) == count == sum(a.pruned for a in group.values())
         assert scores[~keep].max() <= scores[keep].min()
-        name = "sparsity_targets" if is_target else "sparsity_prune_modules"
+        name = "target_sparsity" if is_target else "prune_modules_sparsity"
         assert figures[name] == count / len(scores)
     everything = adapters(model).values()
     zeros, size = sum(a.pruned for a in everything), sum(a.size for a in everything)
@@ -375,7 +375,7 @@ def test_pruning_again_only_adds_zeros():
     assert model.base_model.prune() == first
     assert all(torch.equal(keep_of(a), masks[key]) for key, a in adapters(model).items())
     model.active_peft_config.target_prune_ratio = 0.5
-    assert model.base_model.prune()["sparsity_targets"] == pytest.approx(0.5, abs=1e-4)
+    assert model.base_model.prune()["target_sparsity"] == pytest.approx(0.5, abs=1e-4)
     for key, adapter in adapters(model).items():
         assert not (keep_of(adapter) & ~masks[key]).any()
 

@@ -164,6 +164,10 @@ class MethodTuner(SharedStateTuner):
         """Return metrics of the last training forward for the log."""
         return {}
 
+    def figures(self) -> dict[str, float]:
+        """Return figures of the trained adapter for scores.json, such as its share of zeros."""
+        return {}
+
     def heat_maps(self) -> list[HeatMap]:
         """Return maps of what the method did, for the folder of a run; no forward pass is allowed.
 

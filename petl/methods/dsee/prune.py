@@ -209,10 +209,10 @@ def sparsity(placed: Placed) -> dict[str, float]:
     `packed_bytes` are those of the weights that are not 0, of one bit for each weight, and of the
     trained tensors and positions; `dense_bytes` are those of the weights.
     """
-    groups: dict[str, list[tuple[int, int]]] = {"targets": [], "prune_modules": []}
+    groups: dict[str, list[tuple[int, int]]] = {"target": [], "prune_modules": []}
     packed = dense = 0
     for layer, adapter in placed.values():
-        groups["targets" if adapter.is_target else "prune_modules"].append(
+        groups["target" if adapter.is_target else "prune_modules"].append(
             (adapter.pruned, adapter.size)
         )
         item = weight_of(layer).element_size()
@@ -220,7 +220,7 @@ def sparsity(placed: Placed) -> dict[str, float]:
         packed += item * (adapter.size - adapter.pruned) + adapter.mask.numel()
         packed += sum(p.numel() * p.element_size() for p in adapter.parameters())
         packed += adapter.indices.nbytes if adapter.is_target else 0
-    figures = {f"sparsity_{name}": _share(entries) for name, entries in groups.items() if entries}
+    figures = {f"{name}_sparsity": _share(entries) for name, entries in groups.items() if entries}
     everything = [entry for entries in groups.values() for entry in entries]
     sizes = {"packed_bytes": packed, "dense_bytes": dense}
     return {"sparsity": _share(everything), **figures, **sizes}

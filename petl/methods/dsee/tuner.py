@@ -225,9 +225,12 @@ class DseeModel(MethodTuner):
         Pruning(config, placed, self.heads[name]).apply()
         figures = sparsity(placed)
         shares = ", ".join(
-            f"{100 * value:.1f} % of {key.removeprefix('sparsity_')}"
-            for key, value in figures.items()
-            if key.startswith("sparsity_")
+            f"{100 * value:.1f} % of the weights of {words}"
+            for key, words in (
+                ("target_sparsity", "the targets"),
+                ("prune_modules_sparsity", "prune_modules"),
+            )
+            if (value := figures.get(key)) is not None
         )
         logger.info(
             "dsee: pruned %s; %s bytes packed, with update and mask, of %s",
@@ -255,7 +258,7 @@ class DseeModel(MethodTuner):
             )
 
     def figures(self) -> dict[str, float]:
-        """Return shares of pruned weights and bytes; empty while nothing is pruned."""
+        """Return the figures of `sparsity`; empty while nothing is pruned."""
         name = self.active_adapters[0]
         placed = self._placed(name)
         is_pruned = any(adapter.pruned for _, adapter in placed.values())
