@@ -143,6 +143,25 @@ def test_only_masked_modules_have_a_mask_alone():
     ]
 
 
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ("mlp-linear", {"gate_proj", "up_proj", "down_proj"}),
+        (r".*\.(k|o)_proj", {"k_proj", "o_proj"}),
+        (["k_proj"], {"k_proj"}),
+    ],
+)
+def test_prune_modules_are_given_as_targets_are(given, names):
+    fields = {"r": 2, "num_sparse": 0, "prune_modules": given, "layers_to_transform": [1]}
+    model = Case("dsee", "llama", fields).wrap()
+    found = adapters(model)
+    assert all(key.startswith("model.layers.1.") for key in found)
+    masked = {key.rpartition(".")[2] for key, a in found.items() if not a.is_target}
+    assert masked == names
+    targets = {key.rpartition(".")[2] for key, a in found.items() if a.is_target}
+    assert targets == {"q_proj", "v_proj"}
+
+
 # Positions
 
 

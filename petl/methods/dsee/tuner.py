@@ -170,7 +170,7 @@ class DseeModel(MethodTuner):
         for name in self._trained():
             config = self._config(name)
             if config.step_to_prune(total_steps) is not None:
-                self._check_prunable(name)
+                self._check_prunable(self._one_active())
             elif config.prunes:
                 logger.warning(
                     "dsee: nothing is pruned in this training, since prune_step is null: set it, "
@@ -206,13 +206,7 @@ class DseeModel(MethodTuner):
             InputError: the fields name nothing to prune, or an adapter is merged.
             UnsupportedError: several adapters are active, or the base is quantized.
         """
-        names = list(self.active_adapters)
-        if len(names) != 1:
-            raise UnsupportedError(
-                f"dsee: {len(names)} adapters are active, {', '.join(names) or 'none'}, and a mask "
-                "belongs to one; activate the one by whose update to prune"
-            )
-        (name,) = names
+        name = self._one_active()
         self._check_prunable(name)
         config = self._config(name)
         placed = self._placed(name)
@@ -240,6 +234,15 @@ class DseeModel(MethodTuner):
         )
         return figures
 
+    def _one_active(self) -> str:
+        names = list(self.active_adapters)
+        if len(names) != 1:
+            raise UnsupportedError(
+                f"dsee: {len(names)} adapters are active, {', '.join(names) or 'none'}, and a mask "
+                "belongs to one; activate the one by whose update to prune"
+            )
+        return names[0]
+
     def _check_prunable(self, name: str) -> None:
         config = self._config(name)
         if not config.prunes:
@@ -259,10 +262,11 @@ class DseeModel(MethodTuner):
 
     def figures(self) -> dict[str, float]:
         """Return the figures of `sparsity`; empty while nothing is pruned."""
-        name = self.active_adapters[0]
-        placed = self._placed(name)
-        is_pruned = any(adapter.pruned for _, adapter in placed.values())
-        return sparsity(placed) if is_pruned else {}
+        for name in self.active_adapters:
+            placed = self._placed(name)
+            if any(adapter.pruned for _, adapter in placed.values()):
+                return sparsity(placed)
+        return {}
 
     def series(self) -> dict[str, float]:
         """Return the share of pruned weights, once there are any."""
