@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from petl.core.model.targets import matched_names, resolve_targets
+from petl.core.model.targets import in_layers, matched_names, resolve_targets
 from petl.core.spec.checks import check_rank
 from petl.core.spec.config import MethodConfig, config_field, require
 from petl.errors import InputError
@@ -162,7 +162,10 @@ def resolve_lists(config: DseeConfig, model: nn.Module) -> None:
                 resolve_targets(other, model, words=("all-linear",))
             except InputError as error:
                 raise type(error)(f"prune_modules: {error}") from error
-            targets, masked = matched_names(config, model), matched_names(other, model)
+            # PEFT does not apply layers_to_transform to a regular expression
+            matched = matched_names(other, model)
+            masked = [name for name in matched if in_layers(config, model, name)]
+            targets = matched_names(config, model)
             both = [name for name in masked if name in targets]
             require(
                 not both,
