@@ -163,8 +163,14 @@ def _inject(skeleton: Any, config: Any) -> Expected:
     # also in files of petl's methods, until version 0.1
     state = wrapped.state_dict()
     everything |= {name: state[name] for name in embedding_weights(wrapped)}
+    tuner = type(wrapped.base_model)
+    may_lack = getattr(tuner, "optional_tensors", ())
+    everything |= {
+        tuner._remove_adapter_name_from_key(name, NAME): tensor
+        for name, tensor in state.items()
+        if name.rpartition(".")[2] in may_lack and f".{tuner.prefix}" in name
+    }
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in everything.items()}
-    may_lack = getattr(type(wrapped.base_model), "optional_tensors", ())
     required = [name for name in required if name.rpartition(".")[2] not in may_lack]
     return Expected(
         wrapped,

@@ -327,9 +327,14 @@ class DseeModel(MethodTuner):
         tensors = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        adapters = [a for layer in layers_of(model) for _, a in layer.pick([adapter_name])]
-        # on the meta device: all tensors that a file may have
-        if any(cast(Any, a).pruned or cast(Any, a).mask.is_meta for a in adapters):
+        adapters = [
+            cast(DseeAdapter, a)
+            for layer in layers_of(model)
+            for _, a in layer.pick([adapter_name])
+        ]
+        # a plan, on the meta device, is about the file at the end of the run
+        will_prune = config.prune_step is not None
+        if any(a.pruned or (will_prune and a.mask.is_meta) for a in adapters):
             return tensors
         masks = f".{adapter_name}.{MASK}"
         return {key: tensor for key, tensor in tensors.items() if not key.endswith(masks)}
