@@ -21,6 +21,7 @@ from petl.methods.adapter import AdapterConfig
 from petl.methods.binary import BinaryConfig
 from petl.methods.compacter import CompacterConfig
 from petl.methods.corda.config import CordaConfig
+from petl.methods.dsee.config import DseeConfig
 from petl.methods.increlora.config import IncreloraConfig
 from petl.methods.mola import MolaConfig
 from petl.methods.mos.config import MosConfig
@@ -180,6 +181,7 @@ def wrap(
     covariance_dtype: Any = ...,
     d_initial: Any = ...,
     damp: Any = ...,
+    decomp_rank: Any = ...,
     decompose_both: Any = ...,
     decompose_factor: Any = ...,
     delora_lambda: Any = ...,
@@ -252,10 +254,12 @@ def wrap(
     num_covariance_rounds: Any = ...,
     num_deltas: Any = ...,
     num_experts: Any = ...,
+    num_sparse: Any = ...,
     num_tokens: Any = ...,
     num_tunable_weights: Any = ...,
     num_vectors: Any = ...,
     oft_block_size: Any = ...,
+    only_masked: Any = ...,
     orth_reg_weight: Any = ...,
     pair_dissociation: Any = ...,
     parameter_budget: Any = ...,
@@ -272,6 +276,11 @@ def wrap(
     projection_prng_key: Any = ...,
     proportional_attention: Any = ...,
     protected_tokens: Any = ...,
+    prune_heads: Any = ...,
+    prune_mode: Any = ...,
+    prune_modules: Any = ...,
+    prune_ratio: Any = ...,
+    prune_step: Any = ...,
     qalora_group_size: Any = ...,
     r: Any = ...,
     randlora_alpha: Any = ...,
@@ -308,10 +317,12 @@ def wrap(
     shared_phm_rule: Any = ...,
     side_layers: Any = ...,
     sparse: Any = ...,
+    sparse_init: Any = ...,
     subset_selection: Any = ...,
     svd: Any = ...,
     target_modules: Any = ...,
     target_parameters: Any = ...,
+    target_prune_ratio: Any = ...,
     target_r: Any = ...,
     target_total_rank: Any = ...,
     task_dim: Any = ...,
@@ -569,6 +580,40 @@ def wrap(
     ensure_weight_tying: bool = False,
 ) -> PeftModel:
     """LoRA on the direction of a weight, with a trained magnitude per output."""
+
+@overload
+def wrap(
+    model: nn.Module,
+    name: Literal["dsee"],
+    *,
+    adapter_name: str = "default",
+    calibration: Calibration | None = None,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = 'query-value',
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    prune_modules: list[str] | set[str] | str | None = None,
+    r: int = 16,
+    lora_alpha: float = 32,
+    num_sparse: int = 64,
+    sparse_init: str = 'grebsmo',
+    decomp_rank: int | None = None,
+    init_seed: int = 0,
+    prune_ratio: float = 0.0,
+    target_prune_ratio: float = 0.0,
+    prune_mode: str = 'delta',
+    prune_heads: int = 0,
+    prune_step: float | None = None,
+    only_masked: list[str] | None = None,
+    init_weights: bool = True,
+) -> PeftModel:
+    """A low-rank update with a few free entries; then weights or heads of the base are pruned by
+    what was learned."""
 
 @overload
 def wrap(
@@ -1071,6 +1116,7 @@ def wrap(
     covariance_dtype: Any = ...,
     d_initial: Any = ...,
     damp: Any = ...,
+    decomp_rank: Any = ...,
     decompose_both: Any = ...,
     decompose_factor: Any = ...,
     delora_lambda: Any = ...,
@@ -1145,9 +1191,11 @@ def wrap(
     num_covariance_rounds: Any = ...,
     num_deltas: Any = ...,
     num_experts: Any = ...,
+    num_sparse: Any = ...,
     num_tunable_weights: Any = ...,
     num_vectors: Any = ...,
     oft_block_size: Any = ...,
+    only_masked: Any = ...,
     orth_reg_weight: Any = ...,
     pair_dissociation: Any = ...,
     parameter_budget: Any = ...,
@@ -1162,6 +1210,11 @@ def wrap(
     private_rank: Any = ...,
     projection: Any = ...,
     projection_prng_key: Any = ...,
+    prune_heads: Any = ...,
+    prune_mode: Any = ...,
+    prune_modules: Any = ...,
+    prune_ratio: Any = ...,
+    prune_step: Any = ...,
     qalora_group_size: Any = ...,
     r: Any = ...,
     randlora_alpha: Any = ...,
@@ -1197,10 +1250,12 @@ def wrap(
     shared_phm_rule: Any = ...,
     side_layers: Any = ...,
     sparse: Any = ...,
+    sparse_init: Any = ...,
     subset_selection: Any = ...,
     svd: Any = ...,
     target_modules: Any = ...,
     target_parameters: Any = ...,
+    target_prune_ratio: Any = ...,
     target_r: Any = ...,
     target_total_rank: Any = ...,
     task_dim: Any = ...,
@@ -1655,6 +1710,7 @@ def build_config(
     covariance_dtype: Any = ...,
     d_initial: Any = ...,
     damp: Any = ...,
+    decomp_rank: Any = ...,
     decompose_both: Any = ...,
     decompose_factor: Any = ...,
     delora_lambda: Any = ...,
@@ -1727,10 +1783,12 @@ def build_config(
     num_covariance_rounds: Any = ...,
     num_deltas: Any = ...,
     num_experts: Any = ...,
+    num_sparse: Any = ...,
     num_tokens: Any = ...,
     num_tunable_weights: Any = ...,
     num_vectors: Any = ...,
     oft_block_size: Any = ...,
+    only_masked: Any = ...,
     orth_reg_weight: Any = ...,
     pair_dissociation: Any = ...,
     parameter_budget: Any = ...,
@@ -1747,6 +1805,11 @@ def build_config(
     projection_prng_key: Any = ...,
     proportional_attention: Any = ...,
     protected_tokens: Any = ...,
+    prune_heads: Any = ...,
+    prune_mode: Any = ...,
+    prune_modules: Any = ...,
+    prune_ratio: Any = ...,
+    prune_step: Any = ...,
     qalora_group_size: Any = ...,
     r: Any = ...,
     randlora_alpha: Any = ...,
@@ -1783,10 +1846,12 @@ def build_config(
     shared_phm_rule: Any = ...,
     side_layers: Any = ...,
     sparse: Any = ...,
+    sparse_init: Any = ...,
     subset_selection: Any = ...,
     svd: Any = ...,
     target_modules: Any = ...,
     target_parameters: Any = ...,
+    target_prune_ratio: Any = ...,
     target_r: Any = ...,
     target_total_rank: Any = ...,
     task_dim: Any = ...,
@@ -2026,6 +2091,37 @@ def build_config(
     ensure_weight_tying: bool = False,
 ) -> peft.LoraConfig:
     """LoRA on the direction of a weight, with a trained magnitude per output."""
+
+@overload
+def build_config(
+    name: Literal["dsee"],
+    *,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = 'query-value',
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    prune_modules: list[str] | set[str] | str | None = None,
+    r: int = 16,
+    lora_alpha: float = 32,
+    num_sparse: int = 64,
+    sparse_init: str = 'grebsmo',
+    decomp_rank: int | None = None,
+    init_seed: int = 0,
+    prune_ratio: float = 0.0,
+    target_prune_ratio: float = 0.0,
+    prune_mode: str = 'delta',
+    prune_heads: int = 0,
+    prune_step: float | None = None,
+    only_masked: list[str] | None = None,
+    init_weights: bool = True,
+) -> DseeConfig:
+    """A low-rank update with a few free entries; then weights or heads of the base are pruned by
+    what was learned."""
 
 @overload
 def build_config(
@@ -2480,6 +2576,7 @@ def build_config(
     covariance_dtype: Any = ...,
     d_initial: Any = ...,
     damp: Any = ...,
+    decomp_rank: Any = ...,
     decompose_both: Any = ...,
     decompose_factor: Any = ...,
     delora_lambda: Any = ...,
@@ -2554,9 +2651,11 @@ def build_config(
     num_covariance_rounds: Any = ...,
     num_deltas: Any = ...,
     num_experts: Any = ...,
+    num_sparse: Any = ...,
     num_tunable_weights: Any = ...,
     num_vectors: Any = ...,
     oft_block_size: Any = ...,
+    only_masked: Any = ...,
     orth_reg_weight: Any = ...,
     pair_dissociation: Any = ...,
     parameter_budget: Any = ...,
@@ -2571,6 +2670,11 @@ def build_config(
     private_rank: Any = ...,
     projection: Any = ...,
     projection_prng_key: Any = ...,
+    prune_heads: Any = ...,
+    prune_mode: Any = ...,
+    prune_modules: Any = ...,
+    prune_ratio: Any = ...,
+    prune_step: Any = ...,
     qalora_group_size: Any = ...,
     r: Any = ...,
     randlora_alpha: Any = ...,
@@ -2606,10 +2710,12 @@ def build_config(
     shared_phm_rule: Any = ...,
     side_layers: Any = ...,
     sparse: Any = ...,
+    sparse_init: Any = ...,
     subset_selection: Any = ...,
     svd: Any = ...,
     target_modules: Any = ...,
     target_parameters: Any = ...,
+    target_prune_ratio: Any = ...,
     target_r: Any = ...,
     target_total_rank: Any = ...,
     task_dim: Any = ...,
@@ -2885,6 +2991,9 @@ def get(name: Literal["delora"]) -> type[peft.DeloraConfig]: ...
 
 @overload
 def get(name: Literal["dora"]) -> type[peft.LoraConfig]: ...
+
+@overload
+def get(name: Literal["dsee"]) -> type[DseeConfig]: ...
 
 @overload
 def get(name: Literal["fourierft"]) -> type[peft.FourierFTConfig]: ...

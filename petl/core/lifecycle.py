@@ -191,6 +191,10 @@ class Lifecycle:
             metrics |= part.series()
         return metrics
 
+    def figures(self) -> dict[str, float]:
+        """Return the method's figures of the trained adapter, such as its share of zeros."""
+        return self.tuner.figures() if isinstance(self.tuner, MethodTuner) else {}
+
     def report(self, batches: Iterable[Any]) -> dict[str, float]:
         """Return metrics of the extra losses over validation batches.
 

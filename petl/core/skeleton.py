@@ -87,7 +87,8 @@ class Expected:
     Attributes:
         model: a skeleton with the adapter.
         required: dtypes and shapes by name.
-        optional: those of the base's embeddings, which PEFT may save with an adapter.
+        optional: those that the method may leave out (`MethodTuner.optional_tensors`), and those of
+            the base's embeddings, which PEFT may save with an adapter.
         free_dims: by the last part of a tensor's name, the dimension that may have any size:
             IncreLoRA saves as many components as it has grown.
     """
@@ -162,7 +163,15 @@ def _inject(skeleton: Any, config: Any) -> Expected:
     # also in files of petl's methods, until version 0.1
     state = wrapped.state_dict()
     everything |= {name: state[name] for name in embedding_weights(wrapped)}
+    tuner = type(wrapped.base_model)
+    may_lack = getattr(tuner, "optional_tensors", ())
+    everything |= {
+        tuner._remove_adapter_name_from_key(name, NAME): tensor
+        for name, tensor in state.items()
+        if name.rpartition(".")[2] in may_lack and f".{tuner.prefix}" in name
+    }
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in everything.items()}
+    required = [name for name in required if name.rpartition(".")[2] not in may_lack]
     return Expected(
         wrapped,
         {name: shapes.pop(name) for name in required},

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
@@ -43,6 +44,14 @@ def has_no_hooks(module: nn.Module) -> bool:
         or "forward" in module.__dict__
         or _has_any_global_hook()
     )
+
+
+def call_with_weight(
+    base: nn.Module, weight: Tensor, x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Call an nn.Linear or Conv1D, whose hooks run, with `weight` [O, I] in place of its own."""
+    stored = weight.t() if isinstance(base, Conv1D) else weight
+    return functional_call(base, {"weight": stored}, (x, *args), kwargs)
 
 
 def owns_output(base: nn.Module) -> bool:

@@ -5,6 +5,7 @@ i // 8, low bits first; 1 is kept, and the bits after the last entry are 0.
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -104,3 +105,67 @@ def _on_device(flat: Tensor, pruned: int) -> Tensor:
     below, equal = flat < threshold, flat == threshold
     rank = equal.cumsum(0, dtype=torch.int32)
     return ~(below | (equal & (rank <= pruned - below.sum())))
+
+
+HALF_BITS = 16  # of a float32, per pass over the scores
+
+
+@torch.no_grad()
+def prune_smallest(
+    masks: Sequence[Tensor], scores: Callable[[int], Tensor], count: int
+) -> list[Tensor]:
+    """Return packed masks without the `count` smallest scores among the entries that they keep.
+
+    The entries of all matrices are compared with one another; one matrix of scores is in memory at
+    a time. Among equal scores the first ones are pruned, so that the number is exact. NaN counts as
+    the largest.
+
+    Args:
+        masks: packed.
+        scores: called three times for each index of a mask; returns scores of at least 0, of any
+            shape, the same each time; computed with in float32.
+        count: from 0 to the number of kept entries.
+    """
+    if count == 0:
+        return list(masks)
+
+    def bits_and_kept(index: int) -> tuple[Tensor, Tensor]:
+        # as integers, floats of at least 0 have the same order
+        bits = scores(index).detach().float().reshape(-1).contiguous().view(torch.int32)
+        return bits, unpack_mask(masks[index], tuple(bits.shape))
+
+    def histogram(prefix: int | None) -> list[int]:
+        total = torch.zeros(2**HALF_BITS + 1, dtype=torch.int64)
+        for index in range(len(masks)):
+            bits, kept = bits_and_kept(index)
+            high = bits >> HALF_BITS
+            if prefix is None:
+                values = high
+            else:
+                kept, values = kept & (high == prefix), bits & (2**HALF_BITS - 1)
+            # entries that do not count go to a bin of their own
+            binned = torch.where(kept, values, 2**HALF_BITS)
+            total += torch.bincount(binned, minlength=len(total)).cpu()
+        return total[:-1].tolist()
+
+    high, before = _bin_of(histogram(None), count)
+    low, more = _bin_of(histogram(high), count - before)
+    threshold, ties = high << HALF_BITS | low, count - before - more
+    found = []
+    for index in range(len(masks)):
+        bits, kept = bits_and_kept(index)
+        equal = kept & (bits == threshold)
+        first = equal & (equal.cumsum(0) <= ties)
+        ties -= int(first.sum())
+        found.append(pack_mask(kept & ~first & (bits >= threshold)))
+    return found
+
+
+def _bin_of(counts: Sequence[int], rank: int) -> tuple[int, int]:
+    """Return the bin of the entry of this rank, from 1, and the number of entries before it."""
+    before = 0
+    for index, number in enumerate(counts):
+        if before + number >= rank:
+            return index, before
+        before += number
+    raise ValueError(f"rank {rank} is above the {before} entries")

@@ -3,12 +3,24 @@
 Positions are flat (`row * Q + column` in a matrix [P, Q]) and distinct; a set has K of them.
 """
 
+import hashlib
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 PAIRS = 2**20  # pairs of ranks per batch in `largest_outer`
+
+
+def generator_of(seed: int, key: str) -> torch.Generator:
+    """Return a generator on the CPU, equal in all processes, for each module of its own.
+
+    Args:
+        seed: of all modules.
+        key: path of the module; others do not change its numbers.
+    """
+    digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def random_positions(count: int, size: int, generator: torch.Generator) -> Tensor:

@@ -342,6 +342,9 @@ def facts(record: RunRecord) -> dict[str, str]:
         f"{duration(scores['cpu_seconds'])} of processor time",
         "peak memory (RSS)": size(scores["peak_rss_bytes"]),
     }
+    for key, value in scores.get("method", {}).items():
+        label = key.replace("_", " ").replace("bytes", "size")
+        rows[label] = size(value) if "bytes" in key else score(key, value)
     if scores["unit"] == "tokens":  # images and audio clips are never padded
         rows["padding"] = f"{100 * scores['padding']:.1f} % of the computed positions"
     if "peak_device_bytes" in scores:

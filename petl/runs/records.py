@@ -107,6 +107,7 @@ class Scores(TypedDict, total=False):
     trainable_parameters: int
     adapter_parameters: int
     adapter_bytes: int
+    method: dict[str, float]  # figures of the trained adapter, of methods that have some
     time_split: dict[str, float]
     peak_rss_bytes: int
     peak_device_bytes: int
@@ -115,7 +116,7 @@ class Scores(TypedDict, total=False):
 # that runs of every version have, and reports need
 FINAL = Scores.__annotations__.keys() - {
     *("linear_probe", "before", "find_lr", "task", "head_lr", "time_split", "peak_device_bytes"),
-    "validation_scores",
+    *("validation_scores", "method"),
 }
 SIZES = ("bytes", "parameters", "seconds")  # ends of the names of values that are not negative
 

@@ -356,6 +356,9 @@ class Run:
             "adapter_bytes": size,
             "time_split": self.timer.totals(),
         }
+        figures = lifecycle(model).figures()
+        if figures:
+            entries["method"] = figures
         # before the scores, which mark a finished run
         on_main(self.accelerator, lambda: self._write_card(model, task, entries))
         self.scores.add({**entries, **peak_memory(self.accelerator.device)})

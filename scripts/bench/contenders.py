@@ -34,6 +34,8 @@ INCRE = {"init_r": RANK - 1, "rank_step": 1, "target_r": RANK, "total_step": STE
 SPARSE = {"density": 0.01, "total_step": STEPS}
 # nine tenths of the weights are pruned from the first step on
 PST = {"r": RANK, "mask_r": RANK, "initial_sparsity": 0.9, "total_step": STEPS}
+# the same targets and rank as LoRA's row
+DSEE = {"r": RANK, "lora_alpha": 16, "sparse_init": "magnitude", **TARGETS}
 
 
 @dataclass(frozen=True)
@@ -255,6 +257,14 @@ CONTENDERS = (
     Contender("pst", "pst", PST, goal={"llama": 1.7, "minilm": 1.7}, done=1),
     Contender(
         "pst, new masks", "pst", PST, goal={"llama": 2.0, "minilm": 2.0}, done=1, updates=True
+    ),
+    Contender("dsee", "dsee", DSEE, goal={"llama": 1.06, "minilm": 1.08}),
+    Contender(
+        "dsee, pruned",
+        "dsee",
+        {**DSEE, "target_prune_ratio": 0.5, "prune_mode": "weight", "prune_step": 1},
+        goal={"llama": 1.08, "minilm": 1.10},
+        done=1,
     ),
     Contender("pyra", "pyra", elsewhere=True),
     Contender(

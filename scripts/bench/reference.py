@@ -332,6 +332,17 @@ def pst(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
     return F.linear(x, (mask + scores - scores.detach()) * moved, layer.base_layer.bias)
 
 
+def dsee(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
+    """DSEE: a dense masked weight plus a dense update."""
+    weight = layer.base_layer.weight
+    moved = weight * unpack_mask(adapter.mask, tuple(weight.shape))
+    if adapter.is_target:
+        flat = (adapter.lora_B @ adapter.lora_A).flatten()
+        update = flat.index_add(0, adapter.indices.long(), adapter.values)
+        moved = moved + adapter.scale * update.view_as(weight)
+    return F.linear(x, moved, layer.base_layer.bias)
+
+
 DENSE: dict[str, Dense] = {
     "PelaAdapter": pela,
     "MolaAdapter": mola,
@@ -342,6 +353,7 @@ DENSE: dict[str, Dense] = {
     "PolyhistorAdapter": polyhistor,
     "SparseAdapter": sparse,
     "PstAdapter": pst,
+    "DseeAdapter": dsee,
 }
 SIDE_NETWORKS: dict[str, SideNetwork] = {"SherlAdapter": sherl}  # which no layer calls
 

@@ -36,6 +36,7 @@ REFUSED = {
         "corda": "it subtracts the initial update from the base weights",
         "delora": "it normalizes its factors",
         "fourierft": NO_MATRIX,
+        "dsee": "it prunes base weights by its update",
         "increlora": "its file has the active ranks only",
         "pst": "it ranks base weights by scores",
         "ln_tuning": NO_MATRIX,

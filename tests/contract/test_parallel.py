@@ -66,6 +66,20 @@ CASES["mola with a recurrent router"] = Case(
     "mola", LLAMA, {**FIELDS["mola"], "router_type": "recurrent"}
 )
 CASES["pst with saved masks"] = Case("pst", LLAMA, {"save_mask": True, **TARGETS})
+CASES["dsee that prunes"] = Case(
+    "dsee",
+    LLAMA,
+    {
+        "r": 4,
+        "num_sparse": 16,
+        "target_modules": ["q_proj", "v_proj", "up_proj"],
+        "prune_modules": ["o_proj", "down_proj"],
+        "prune_ratio": 0.3,
+        "target_prune_ratio": 0.2,
+        "prune_heads": 2,
+        "prune_step": 2,  # of three
+    },
+)
 CASES["pyra beside lora"] = Case(
     "pyra",
     "vit",

@@ -16,7 +16,7 @@ GATES = ("large", "middle_x", "middle_y", "small")
 
 
 def by_hand(model: nn.Module, family, weights, gate: str, placement: str, mask=None) -> None:
-    """An unwrapped model with hooks: 2 g (y + 0.5 f(h)), g of the residual stream of its modules."""
+    """An unwrapped model with hooks: 2 g (y + 0.5 f(h)), g of the residual stream."""
     seen: dict[str, Tensor] = {}
 
     def listen(name: str):

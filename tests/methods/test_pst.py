@@ -346,7 +346,7 @@ def test_autocast_leaves_scores_in_float32():
         y.float().square().sum().backward()
     assert y.dtype == torch.bfloat16
     assert torch.equal(packed, mask)
-    plain, factors = adapter.pruned_weight(weight), adapter.factors_of_pruning
+    plain, factors = adapter.new_weight(weight), adapter.factors_of_pruning
     expected = F.linear(x.float(), plain, layer.base_layer.bias)
     torch.testing.assert_close(y.float(), expected, rtol=0.03, atol=0.03)
     assert all(t.grad.dtype == torch.float32 for t in factors)

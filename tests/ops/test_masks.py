@@ -49,3 +49,26 @@ def test_scores_that_are_not_numbers_are_kept(path, monkeypatch):
         monkeypatch.setattr(masks, "_on_host", masks._on_device)
     scores = torch.tensor([0.3, torch.nan, 0.1, torch.nan, 0.2])
     assert keep_largest(scores, 2).tolist() == [True, True, False, True, False]
+
+
+@pytest.mark.parametrize("values", [3, 10**6])  # 3: most scores are equal
+def test_smallest_of_a_group_are_pruned_over_all_its_matrices(values):
+    generator = torch.Generator().manual_seed(values)
+    shapes = ((13, 9), (5,), (7, 6))
+    scores = [torch.randint(values, s, generator=generator).float() / 7 for s in shapes]
+    before = [torch.rand(s, generator=generator) > 0.2 for s in shapes]
+    kept = [i for i, keep in enumerate(torch.cat([k.flatten() for k in before])) if keep]
+    flat = torch.cat([s.flatten() for s in scores]).tolist()
+    for count in (0, 1, 40, 100, len(kept)):
+        packed = masks.prune_smallest([pack_mask(k) for k in before], lambda i: scores[i], count)
+        found = [unpack_mask(p, s) for p, s in zip(packed, shapes, strict=True)]
+        survivors = {i for i, keep in enumerate(torch.cat([f.flatten() for f in found])) if keep}
+        assert survivors == set(kept) - set(sorted(kept, key=lambda i: (flat[i], i))[:count])
+
+
+def test_nan_in_a_group_is_the_largest_and_too_many_to_prune_are_an_error():
+    scores = torch.tensor([0.3, torch.nan, 0.1])
+    packed = masks.prune_smallest([all_kept(3)], lambda i: scores, 2)
+    assert unpack_mask(packed[0], (3,)).tolist() == [False, True, False]
+    with pytest.raises(ValueError, match="rank 4 is above the 3 entries"):
+        masks.prune_smallest([all_kept(3)], lambda i: scores, 4)

@@ -31,6 +31,7 @@ SIZED = (
     "sparse",
     "corda",
     "dora",
+    "dsee",
     "pst",
 )
 

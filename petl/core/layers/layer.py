@@ -449,6 +449,12 @@ def _common(values: Sequence[T]) -> T | None:
     return values[0] if values and all(value is values[0] for value in values) else None
 
 
+def weight_of(layer: AdapterLayer) -> Tensor:
+    """Return the base weight of a layer as [O, I], as it is stored: sharded ones are DTensors."""
+    weight = cast(Tensor, layer.get_base_layer().weight)
+    return weight.t() if layer.fan_in_fan_out else weight
+
+
 def shape_of(layer: nn.Module) -> LayerShape:
     """Return the widths of a linear layer of any class, quantized ones included."""
     if isinstance(layer, Conv1D):  # transformers' GPT-2 layer, whose weight is [I, O]

@@ -26,7 +26,11 @@ QUERIES = (  # names of the projection whose input is the sub-layer's own, the s
     "in_proj", "c_attn", "qkv_proj", "query_key_value", "Wqkv",
 )  # fmt: skip
 
-VALUES = ("v", "v_proj", "value", "value_proj", "v_lin")  # names of the projection to values
+KEYS = ("k", "k_proj", "key", "key_proj", "k_lin")
+VALUES = ("v", "v_proj", "value", "value_proj", "v_lin")
+# attributes of attention modules with the width of a head
+HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_per_head")
+NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 
 # names of the norms before self-attention and feed-forward; the first pair that a block has counts
 PRE_NORMS = (
@@ -85,6 +89,23 @@ class SubLayer(NamedTuple):
     causal: bool
 
 
+class Attention(NamedTuple):
+    """The projections of an attention sub-layer by path, and the width of a head.
+
+    Attributes:
+        query, key, value: their outputs are the heads, one after the other; None for one that the
+            sub-layer does not have as a layer of its own.
+        output: its inputs are the heads.
+        head_width: entries of a head; None if it is not known.
+    """
+
+    query: str | None
+    key: str | None
+    value: str | None
+    output: str
+    head_width: int | None
+
+
 class _Leaf(NamedTuple):
     path: str  # in the block
     shape: LayerShape
@@ -111,6 +132,35 @@ def encoder_of(model: nn.Module) -> tuple[str, nn.Module] | None:
         return None
     encoder = cast(Any, model).get_encoder()
     return next(((n, m) for n, m in model.named_modules() if n and m is encoder), None)
+
+
+def find_attention(model: nn.Module) -> list[Attention]:
+    """Return the attention sub-layers of all blocks, adapted or not."""
+    found = []
+    for path, block in blocks(model):
+        parts, width = _leaves_by_kind(block), _width(block)
+        for kind in ("attn", "cross_attn"):
+            ends = _ends(kind, parts[kind], block, width)
+            if ends is None:
+                continue
+            by_name = {leaf.path.rpartition(".")[2]: leaf for leaf in parts[kind]}
+            names = (QUERIES[: QUERIES.index("in_proj")], KEYS, VALUES)
+            three = [next((by_name[n] for n in each if n in by_name), None) for each in names]
+            first = next((leaf for leaf in three if leaf is not None), None)
+            size = None if first is None else _head_width(block, first)
+            paths = [None if leaf is None else f"{path}.{leaf.path}" for leaf in three]
+            found.append(Attention(*paths, f"{path}.{ends[0]}", size))
+    return found
+
+
+def _head_width(block: nn.Module, projection: _Leaf) -> int | None:
+    owner = block.get_submodule(projection.path.rpartition(".")[0])
+    for name in HEAD_WIDTHS:
+        if isinstance(width := getattr(owner, name, None), int):
+            return width
+    numbers = (getattr(owner, name, None) for name in NUM_HEADS)
+    number = next((n for n in numbers if isinstance(n, int)), None)
+    return None if number is None else projection.shape.out_features // number
 
 
 def block_widths(model: nn.Module) -> dict[str, int]:

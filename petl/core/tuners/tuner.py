@@ -55,6 +55,7 @@ class MethodTuner(SharedStateTuner):
         needs_tuner: why its adapters cannot be loaded without the tuner, by transformers' own
             `load_adapter`; "": they can, if no tensors are shared.
         free_dims: by name of a tensor, the dimension that may have another size in a file.
+        optional_tensors: last parts of names of tensors that a file may lack.
         moves_entries: False if `update_and_allocate` leaves the trained entries in their places.
         placed: by adapter name and module path, the adapters in the model's order.
     """
@@ -64,6 +65,7 @@ class MethodTuner(SharedStateTuner):
     unsupported: ClassVar[Mapping[str, Any]] = {}
     needs_tuner: ClassVar[str] = ""
     free_dims: ClassVar[Mapping[str, int]] = {}
+    optional_tensors: ClassVar[tuple[str, ...]] = ()
     moves_entries: ClassVar[bool] = True
     target_module_mapping: dict[str, list[str]] = {}  # read by PEFT; petl resolves targets itself
 
@@ -160,6 +162,10 @@ class MethodTuner(SharedStateTuner):
 
     def series(self) -> dict[str, float]:
         """Return metrics of the last training forward for the log."""
+        return {}
+
+    def figures(self) -> dict[str, float]:
+        """Return figures of the trained adapter for scores.json, such as its share of zeros."""
         return {}
 
     def heat_maps(self) -> list[HeatMap]:

@@ -19,6 +19,8 @@ FORMATS = ("packed", "stacked", "latent")
 UNSUPPORTED_INNER = {  # by method, the reason that an error gives
     "binary": "its weights are quantized already",
     "adalora": "it prunes by setting values to zero, which no code represents",
+    "dsee": "it prunes base weights by its update, and most of the scores of a rounded one are "
+    "equal",
     "increlora": "its file has the active ranks only, and the statistics of the rounding are those "
     "of inactive ranks as well",
     "pela": "its factors stand in place of the weights, and rounded ones compute another model",

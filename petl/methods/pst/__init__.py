@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from petl.core.distributed import to_full
-from petl.core.layers.layer import AdapterLayer
+from petl.core.layers.layer import AdapterLayer, weight_of
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.registry import register
 from petl.core.spec.checks import check_rank
@@ -254,12 +254,6 @@ class PstModel(MethodTuner):
             trained = [(layer, a) for layer, a in layers if a.U.requires_grad]
             if trained:
                 yield name, config, trained
-
-
-def weight_of(layer: AdapterLayer) -> Tensor:
-    """Return the base weight of a layer, [O, I]."""
-    weight = cast(Tensor, layer.get_base_layer().weight)
-    return weight.t() if layer.fan_in_fan_out else weight
 
 
 def spared_by_magnitude(layer: AdapterLayer, adapter: PstAdapter) -> float | None:

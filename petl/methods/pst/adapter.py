@@ -9,17 +9,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.func import functional_call
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
+from petl.core.layers.layer import LayerInfo, LayerShape
 from petl.core.layers.numbered import register_adapter
+from petl.core.layers.rewriting import RewritingAdapter
 from petl.core.spec.config import require
 from petl.errors import UnsupportedError
 from petl.files.tensor_file import check_mask
 from petl.methods.pst.compiled import compiled_linear
-from petl.ops.low_rank import WEIGHT_TYPES, is_frozen_linear, product_dtype
+from petl.ops.low_rank import WEIGHT_TYPES, call_with_weight, is_frozen_linear, product_dtype
 from petl.ops.masks import all_kept, count_kept, keep_largest, pack_mask
 from petl.ops.pruned import (
     PruningFactors,
@@ -41,14 +41,13 @@ SHARDED = (
 )
 
 
-class PstAdapter(Adapter):
+class PstAdapter(RewritingAdapter):
     """Update U V and scores of one layer; `num_pruned` of its weights are pruned.
 
     Attributes:
         pruned: `num_pruned` on the host, so that no forward pass waits for the device.
         updates: number of calls of `end_step`, after which values of before are invalid.
         masks_due: number of these that asked for a new mask.
-        unmerged: the base weight, while the adapter is merged.
     """
 
     keep_float32 = True  # scores of half precision would tie
@@ -76,7 +75,6 @@ class PstAdapter(Adapter):
         self.scales = Scales(config.beta, config.alpha1, config.alpha2)
         self.interval, self.saves_mask = config.mask_interval, config.save_mask
         self.pruned = self.updates = self.masks_due = 0
-        self.unmerged: Tensor | None = None
         self.number = register_adapter(self)
         self.forget()
 
@@ -180,7 +178,7 @@ class PstAdapter(Adapter):
         return pack_mask(keep), moved
 
     @torch.no_grad()
-    def pruned_weight(self, weight: Tensor) -> Tensor:
+    def new_weight(self, weight: Tensor) -> Tensor:
         """Return M W' [O, I] of the present parameters, in the dtype of W [O, I]."""
         packed, moved = self.mask_now(weight)
         if moved is None:
@@ -292,23 +290,4 @@ class PstAdapter(Adapter):
         if self.info.context.recording:
             self._record(packed)
         masked = differentiable_weight(weight, packed, self.factors_of_pruning, self.scales)
-        stored = masked.t() if isinstance(base, Conv1D) else masked
-        return functional_call(base, {"weight": stored}, (x, *args), kw)
-
-    # Merging
-
-    def change_of(self, weight: Tensor) -> Tensor:
-        weight = weight if self.unmerged is None else self.unmerged
-        return self.pruned_weight(weight) - weight
-
-    def merge(self, weight: Tensor, *, transposed: bool) -> Tensor:
-        """Return M W', with exact zeros."""
-        self.unmerged = weight  # its memory: PEFT puts the merged weight in another place
-        merged = self.pruned_weight(weight.t() if transposed else weight)
-        return merged.t().contiguous() if transposed else merged
-
-    def unmerge(self, weight: Tensor, *, transposed: bool) -> Tensor:
-        """Return the original weight, bit-exact."""
-        original, self.unmerged = self.unmerged, None
-        assert original is not None
-        return original
+        return call_with_weight(base, masked, x, *args, **kw)

@@ -3,7 +3,6 @@
 Shapes: K tuned entries and as many candidates, T tokens, weights stored as [P, Q].
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -20,7 +19,7 @@ from petl.files.tensor_file import check_index
 from petl.methods.sparse.compiled import compiled_linear
 from petl.methods.sparse.schedule import accumulates
 from petl.ops.low_rank import is_frozen_linear, product_dtype
-from petl.ops.positions import random_positions, regrow
+from petl.ops.positions import generator_of, random_positions, regrow
 from petl.ops.sparse import (
     Support,
     add_product,
@@ -139,10 +138,7 @@ class SparseAdapter(Adapter):
         dtype = torch.int32 if size < 2**31 else torch.int64
         if device.type == "meta":  # a dry run
             return torch.empty(count, dtype=dtype, device=device)
-        # own generator: equal in all processes, and for each module whatever the others are
-        digest = hashlib.sha256(f"{seed} {self.info.key}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return random_positions(count, size, generator).to(dtype)
+        return random_positions(count, size, generator_of(seed, self.info.key)).to(dtype)
 
     def check_saved(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise InputError unless the positions are entries of the weight, each at most once."""

@@ -19,6 +19,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "compacter": {},
     "corda": {"r": 4, "calibration": [causal_batch(4, seed=3)]},
     "dora": {},
+    "dsee": {},
     "increlora": {},
     "mola": {},
     "mos": {"r": 2},
@@ -26,7 +27,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "rslora": {},
     "sparse": {},
 }
-MERGING = ("binary", "increlora", "mos", "sparse", "lora", "rslora")
+MERGING = ("binary", "dsee", "increlora", "mos", "sparse", "lora", "rslora")
 COMBINATIONS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 BATCH = causal_batch(2, seed=0)
 
