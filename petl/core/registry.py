@@ -102,6 +102,8 @@ def register(
             need=need,
             recommended=recommended,
             on_wrap=getattr(tuner, "on_wrap", None),
+            calibration=getattr(tuner, "calibration", lambda config: ""),
+            computed=getattr(tuner, "computed", lambda config: False),
             unsupported=getattr(tuner, "unsupported", {}),
             decays=variant is not None or tuner.adapter_cls.decays,
         )
