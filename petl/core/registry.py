@@ -461,6 +461,12 @@ def needs_calibration(config: PeftConfig) -> str:
     return "" if entry is None else entry.calibration(config)
 
 
+def is_computed(config: PeftConfig) -> bool:
+    """Return True if calibration makes the final adapter of this config; see `Method.computed`."""
+    entry = method_of(config)
+    return entry is not None and entry.computed(config)
+
+
 def no_calibration(why: str) -> InputError:
     """Return the error for missing calibration data; `why` comes from `needs_calibration`."""
     return InputError(f"{why} needs calibration data; pass calibration=batches to petl.wrap")

@@ -1,4 +1,4 @@
-"""ICV: directions against numpy's SVD, shifts against loops, the two paddings, decoding, refusals."""
+"""ICV: directions against numpy's SVD, shifts against loops, both paddings, decoding."""
 
 import copy
 import math

@@ -9,7 +9,7 @@ from torch import nn
 from petl.core.layers.context import is_encoder_decoder
 from petl.core.model.structure import find_sublayers, stacks
 from petl.core.spec.config import MethodConfig, config_field, require
-from petl.errors import UnsupportedError
+from petl.errors import InputError, UnsupportedError
 
 AUTO = "auto"
 
@@ -99,6 +99,12 @@ class IcvConfig(MethodConfig):
 
     def check_shapes(self, shapes: Any) -> None:
         """Accept all shapes: there is no rank."""
+
+    def sized(self, size: int) -> dict[str, Any]:
+        """Raise InputError: the size is that of the model."""
+        raise InputError(
+            "method 'icv' has one vector per block, so no size to choose: leave train.budget null"
+        )
 
     @property
     def starts_at_zero(self) -> bool:

@@ -6,7 +6,6 @@ Shapes: N demonstrations, B rows of a batch, T tokens, L blocks, H width of the 
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from inspect import signature
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -44,12 +43,14 @@ def directions(model: nn.Module, config: IcvConfig, batches: Iterable[Any]) -> T
         own = differences(model, batches)
     except InputError as error:
         own = error  # the other processes wait for this one
-    parts = distributed.gathered(own)
-    for part in parts:
+    parts: list[Tensor] = []
+    for part in distributed.gathered(own):
         if isinstance(part, InputError):
             raise part
+        parts.append(part)
     # in the order of the data, of which the processes have taken turns
-    rows = [row for turn in zip_longest(*parts) for row in turn if row is not None]
+    turns = range(max(map(len, parts)))
+    rows = [part[turn] for turn in turns for part in parts if turn < len(part)]
     if not rows:
         raise InputError("calibration has no demonstrations; pass at least one batch")
     d = torch.stack(rows)
