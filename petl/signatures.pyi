@@ -21,6 +21,7 @@ from petl.methods.adapter import AdapterConfig
 from petl.methods.binary import BinaryConfig
 from petl.methods.compacter import CompacterConfig
 from petl.methods.corda.config import CordaConfig
+from petl.methods.icv.config import IcvConfig
 from petl.methods.increlora.config import IncreloraConfig
 from petl.methods.mola import MolaConfig
 from petl.methods.mos.config import MosConfig
@@ -210,10 +211,12 @@ def wrap(
     input_modules: Any = ...,
     inverse_tol: Any = ...,
     kasa_config: Any = ...,
+    keep_norm: Any = ...,
     kernel_first: Any = ...,
     lambda_pattern: Any = ...,
     late_layers: Any = ...,
     layer_replication: Any = ...,
+    layers: Any = ...,
     layers_pattern: Any = ...,
     layers_to_transform: Any = ...,
     learn_phm: Any = ...,
@@ -235,6 +238,7 @@ def wrap(
     min_out_features: Any = ...,
     mini_r: Any = ...,
     miss_dropout: Any = ...,
+    mode: Any = ...,
     module_dropout: Any = ...,
     modules_to_save: Any = ...,
     monteclora_config: Any = ...,
@@ -251,6 +255,7 @@ def wrap(
     oft_block_size: Any = ...,
     orth_reg_weight: Any = ...,
     pair_dissociation: Any = ...,
+    pairs: Any = ...,
     parameter_budget: Any = ...,
     perturb_eps: Any = ...,
     perturb_weight: Any = ...,
@@ -290,6 +295,7 @@ def wrap(
     save_mask: Any = ...,
     save_only_topk_weights: Any = ...,
     save_projection: Any = ...,
+    scale: Any = ...,
     scaling: Any = ...,
     schedule: Any = ...,
     score_norm: Any = ...,
@@ -301,6 +307,7 @@ def wrap(
     shared_phm_rule: Any = ...,
     side_layers: Any = ...,
     sparse: Any = ...,
+    strength: Any = ...,
     subset_selection: Any = ...,
     svd: Any = ...,
     target_modules: Any = ...,
@@ -315,6 +322,7 @@ def wrap(
     top_k: Any = ...,
     topk: Any = ...,
     total_step: Any = ...,
+    train: Any = ...,
     train_final_norm: Any = ...,
     train_layer_norms: Any = ...,
     trainable_token_indices: Any = ...,
@@ -629,6 +637,34 @@ def wrap(
     init_ia3_weights: bool = True,
 ) -> PeftModel:
     """Learned scales on keys, values and feed-forward activations; very few parameters."""
+
+@overload
+def wrap(
+    model: nn.Module,
+    name: Literal["icv"],
+    *,
+    adapter_name: str = "default",
+    calibration: Calibration | None = None,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = None,
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    strength: float | str = 0.1,
+    mode: str = 'mlp',
+    scale: str = 'cosine',
+    keep_norm: bool = True,
+    pairs: str | None = 'answers',
+    rank: int = 1,
+    layers: list[int] | None = None,
+    train: bool = False,
+    calibration_data: dict[str, Any] | None = None,
+) -> PeftModel:
+    """Hidden states are shifted along directions that a few demonstrations give; no training."""
 
 @overload
 def wrap(
@@ -1099,10 +1135,12 @@ def wrap(
     input_modules: Any = ...,
     inverse_tol: Any = ...,
     kasa_config: Any = ...,
+    keep_norm: Any = ...,
     kernel_first: Any = ...,
     lambda_pattern: Any = ...,
     late_layers: Any = ...,
     layer_replication: Any = ...,
+    layers: Any = ...,
     layers_pattern: Any = ...,
     layers_to_transform: Any = ...,
     learn_phm: Any = ...,
@@ -1124,6 +1162,7 @@ def wrap(
     min_out_features: Any = ...,
     mini_r: Any = ...,
     miss_dropout: Any = ...,
+    mode: Any = ...,
     module_dropout: Any = ...,
     monteclora_config: Any = ...,
     n_frequency: Any = ...,
@@ -1138,6 +1177,7 @@ def wrap(
     oft_block_size: Any = ...,
     orth_reg_weight: Any = ...,
     pair_dissociation: Any = ...,
+    pairs: Any = ...,
     parameter_budget: Any = ...,
     perturb_eps: Any = ...,
     perturb_weight: Any = ...,
@@ -1175,6 +1215,7 @@ def wrap(
     save_mask: Any = ...,
     save_only_topk_weights: Any = ...,
     save_projection: Any = ...,
+    scale: Any = ...,
     scaling: Any = ...,
     score_norm: Any = ...,
     score_window: Any = ...,
@@ -1185,6 +1226,7 @@ def wrap(
     shared_phm_rule: Any = ...,
     side_layers: Any = ...,
     sparse: Any = ...,
+    strength: Any = ...,
     subset_selection: Any = ...,
     svd: Any = ...,
     target_modules: Any = ...,
@@ -1199,6 +1241,7 @@ def wrap(
     top_k: Any = ...,
     topk: Any = ...,
     total_step: Any = ...,
+    train: Any = ...,
     train_final_norm: Any = ...,
     train_layer_norms: Any = ...,
     trainable_token_indices: Any = ...,
@@ -1644,10 +1687,12 @@ def build_config(
     input_modules: Any = ...,
     inverse_tol: Any = ...,
     kasa_config: Any = ...,
+    keep_norm: Any = ...,
     kernel_first: Any = ...,
     lambda_pattern: Any = ...,
     late_layers: Any = ...,
     layer_replication: Any = ...,
+    layers: Any = ...,
     layers_pattern: Any = ...,
     layers_to_transform: Any = ...,
     learn_phm: Any = ...,
@@ -1669,6 +1714,7 @@ def build_config(
     min_out_features: Any = ...,
     mini_r: Any = ...,
     miss_dropout: Any = ...,
+    mode: Any = ...,
     module_dropout: Any = ...,
     modules_to_save: Any = ...,
     monteclora_config: Any = ...,
@@ -1685,6 +1731,7 @@ def build_config(
     oft_block_size: Any = ...,
     orth_reg_weight: Any = ...,
     pair_dissociation: Any = ...,
+    pairs: Any = ...,
     parameter_budget: Any = ...,
     perturb_eps: Any = ...,
     perturb_weight: Any = ...,
@@ -1724,6 +1771,7 @@ def build_config(
     save_mask: Any = ...,
     save_only_topk_weights: Any = ...,
     save_projection: Any = ...,
+    scale: Any = ...,
     scaling: Any = ...,
     schedule: Any = ...,
     score_norm: Any = ...,
@@ -1735,6 +1783,7 @@ def build_config(
     shared_phm_rule: Any = ...,
     side_layers: Any = ...,
     sparse: Any = ...,
+    strength: Any = ...,
     subset_selection: Any = ...,
     svd: Any = ...,
     target_modules: Any = ...,
@@ -1749,6 +1798,7 @@ def build_config(
     top_k: Any = ...,
     topk: Any = ...,
     total_step: Any = ...,
+    train: Any = ...,
     train_final_norm: Any = ...,
     train_layer_norms: Any = ...,
     trainable_token_indices: Any = ...,
@@ -2036,6 +2086,31 @@ def build_config(
     init_ia3_weights: bool = True,
 ) -> peft.IA3Config:
     """Learned scales on keys, values and feed-forward activations; very few parameters."""
+
+@overload
+def build_config(
+    name: Literal["icv"],
+    *,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = None,
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    strength: float | str = 0.1,
+    mode: str = 'mlp',
+    scale: str = 'cosine',
+    keep_norm: bool = True,
+    pairs: str | None = 'answers',
+    rank: int = 1,
+    layers: list[int] | None = None,
+    train: bool = False,
+    calibration_data: dict[str, Any] | None = None,
+) -> IcvConfig:
+    """Hidden states are shifted along directions that a few demonstrations give; no training."""
 
 @overload
 def build_config(
@@ -2467,10 +2542,12 @@ def build_config(
     input_modules: Any = ...,
     inverse_tol: Any = ...,
     kasa_config: Any = ...,
+    keep_norm: Any = ...,
     kernel_first: Any = ...,
     lambda_pattern: Any = ...,
     late_layers: Any = ...,
     layer_replication: Any = ...,
+    layers: Any = ...,
     layers_pattern: Any = ...,
     layers_to_transform: Any = ...,
     learn_phm: Any = ...,
@@ -2492,6 +2569,7 @@ def build_config(
     min_out_features: Any = ...,
     mini_r: Any = ...,
     miss_dropout: Any = ...,
+    mode: Any = ...,
     module_dropout: Any = ...,
     monteclora_config: Any = ...,
     n_frequency: Any = ...,
@@ -2506,6 +2584,7 @@ def build_config(
     oft_block_size: Any = ...,
     orth_reg_weight: Any = ...,
     pair_dissociation: Any = ...,
+    pairs: Any = ...,
     parameter_budget: Any = ...,
     perturb_eps: Any = ...,
     perturb_weight: Any = ...,
@@ -2543,6 +2622,7 @@ def build_config(
     save_mask: Any = ...,
     save_only_topk_weights: Any = ...,
     save_projection: Any = ...,
+    scale: Any = ...,
     scaling: Any = ...,
     score_norm: Any = ...,
     score_window: Any = ...,
@@ -2553,6 +2633,7 @@ def build_config(
     shared_phm_rule: Any = ...,
     side_layers: Any = ...,
     sparse: Any = ...,
+    strength: Any = ...,
     subset_selection: Any = ...,
     svd: Any = ...,
     target_modules: Any = ...,
@@ -2567,6 +2648,7 @@ def build_config(
     top_k: Any = ...,
     topk: Any = ...,
     total_step: Any = ...,
+    train: Any = ...,
     train_final_norm: Any = ...,
     train_layer_norms: Any = ...,
     trainable_token_indices: Any = ...,
@@ -2814,6 +2896,9 @@ def get(name: Literal["hra"]) -> type[peft.HRAConfig]: ...
 
 @overload
 def get(name: Literal["ia3"]) -> type[peft.IA3Config]: ...
+
+@overload
+def get(name: Literal["icv"]) -> type[IcvConfig]: ...
 
 @overload
 def get(name: Literal["increlora"]) -> type[IncreloraConfig]: ...

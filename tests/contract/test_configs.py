@@ -33,16 +33,26 @@ SHARED = {
 }
 # PEFT's IA3 has no targets for ViT, PYRA merges tokens of images, and these tuners of PEFT's do
 # not adapt Conv1D.
-REFUSED = {("ia3", "vit"), *(("pyra", model) for model in ("llama", "bert", "t5", "gpt2"))} | {
+REFUSED = {
+    ("ia3", "vit"),
+    ("icv", "t5"),
+    *(("pyra", model) for model in ("llama", "bert", "t5", "gpt2")),
+} | {
     (name, "gpt2")
     for name in ("boft", "c3a", "delora", "hra", "loha", "lokr", "miss", "oft", "shira")
 }
 # Fields that a YAML's values do not suit on models of two or three layers, or must name.
-SMALLER = {"mos": {"r": 4}, "polyhistor": {"tasks": ["only"]}, "pyra": {"schedule": [2, 0]}}
+SMALLER = {
+    "icv": {"train": True, "pairs": None, "scale": "plain", "keep_norm": False},
+    "mos": {"r": 4},
+    "polyhistor": {"tasks": ["only"]},
+    "pyra": {"schedule": [2, 0]},
+}
 # MoS's own defaults need 15 layers, and the quickstart's model has 6; a small adapter of few bits
 # is mostly names unless it is stacked.
-# IncreLoRA's 100 steps suit long trainings.
+# IncreLoRA's 100 steps suit long trainings. ICV's demonstrations are chosen by runs alone.
 DIFFERING = {
+    "icv": {"calibration_data"},
     "mos": {"equivalent_rank"},
     "binary": {"save_format"},
     "increlora": {"tinit", "deltaT"},

@@ -48,6 +48,8 @@ def fields(name: str, **changes) -> dict:
         settings["vector_length"] = 16  # divides the tiny widths
     if name == "compacter":
         settings["r"] = 8  # a multiple of its four Kronecker terms
+    if name == "icv":
+        settings |= {"train": True, "pairs": None, "scale": "plain", "keep_norm": False}
     if name == "polyhistor":
         settings["tasks"] = ["only"]
     if name == "mos":

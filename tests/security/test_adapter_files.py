@@ -53,6 +53,7 @@ def wrapped(name: str) -> Any:
         "binary": {"inner": "lora", "target_modules": ["q_proj"]},
         "mos": {"r": 2, "equivalent_rank": 2, "private_rank": 1, "shards_per_vector": 2},
         "lora": {"target_modules": ["q_proj"]},
+        "icv": {"train": True, "pairs": None, "scale": "plain", "keep_norm": False},
         "polyhistor": {"tasks": ["only"]},
         "vblora": {"target_modules": ["q_proj"], "num_vectors": 16, "vector_length": 4},
         "adalora": {"target_modules": ["q_proj"], "total_step": 10},
