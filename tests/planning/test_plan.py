@@ -342,6 +342,10 @@ def test_an_error_of_the_run_is_an_error_of_the_plan(tiny, overrides, message):
         plan(tiny, *overrides)
 
 
+def test_a_method_that_computes_its_adapter_is_counted_on_a_model_that_generates():
+    assert count_trainable("icv") == 30 * 576
+
+
 def test_reference_counts_equal_counts_by_hand():
     square, up = 384 + 384, 384 + 1536
     assert count_trainable("lora") == 6 * 8 * (4 * square + 2 * up)
