@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def measure(draws: int, prompts: int, mode: str) -> None:
-    """Print the share of upper-case letters by draw and strength, and an answer of each strength."""
+    """Print the share of upper-case letters by draw and strength, with an answer of each."""
     config = read_config(compose(["+method=icv", "model=smollm2", "data=hamlet"]))
     data = config.data.read()
     tokenizer: Any = load_processor(config.model, data.task)
