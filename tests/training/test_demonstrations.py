@@ -13,6 +13,7 @@ from petl.config.compose import compose
 from petl.errors import InputError
 from petl.methods.icv.strengths import STRENGTHS
 from petl.models.loading import load_processor
+from petl.planning.plan import plan_run
 from petl.runs.run_config import read_config
 from petl.runs.settings import TrainConfig
 from petl.training.dataloader import encode_splits
@@ -157,6 +158,15 @@ def test_two_columns_of_other_data_can_be_the_demonstrations(families, tmp_path)
     run = train(chat(families, *other), tmp_path)
     assert run.scores["strengths"]["rows"] == 60  # none of the run's own rows is a demonstration
     assert len(run.adapter) == 2
+
+
+def test_a_plan_has_no_pass_of_training(families):
+    found = plan_run(compose(chat(families)))
+    assert (found.length.steps, found.memory.pass_, found.time) == (0, None, None)
+    assert "nothing trains" in found.memory.unknown
+    assert found.memory.scoring_total > found.memory.weights
+    assert found.saved == 2 * 32
+    assert found.groups == []
 
 
 WRONG = {

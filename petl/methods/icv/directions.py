@@ -116,10 +116,10 @@ def last_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> 
     device = next(model.parameters()).device
     mask = (attention_mask != 0).long().to(device)
     last = (mask * torch.arange(mask.shape[1], device=device)).argmax(1)
-    options = {
-        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),  # from the first token
-        "use_cache": False,
-    }
+    options: dict[str, Any] = {"use_cache": False}
+    if not mask[:, 0].all():
+        # padded on the left: from the first token; else as the model counts, from 2 in RoBERTa
+        options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     known = signature(backbone.forward).parameters
     states: list[Tensor] = []
 
