@@ -6,7 +6,7 @@ from typing import Any
 from accelerate import Accelerator
 from peft import PeftModel
 
-from petl.methods.icv.strengths import STRENGTHS, best_strength, scores_by_strength
+from petl.core.strengths import STRENGTHS, best_strength, scores_by_strength
 from petl.runs.run_folder import Run
 from petl.runs.settings import TrainConfig
 from petl.training.dataloader import Splits

@@ -36,7 +36,7 @@ REFUSED = {
         "corda": "it subtracts the initial update from the base weights",
         "delora": "it normalizes its factors",
         "fourierft": NO_MATRIX,
-        "icv": NO_MATRIX,
+        "icv": f"{NO_MATRIX}|has no effect without training",
         "increlora": "its file has the active ranks only",
         "pst": "it ranks base weights by scores",
         "ln_tuning": NO_MATRIX,

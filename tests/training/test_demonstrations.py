@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 import petl
 from petl.config.compose import compose
+from petl.core.strengths import STRENGTHS
 from petl.errors import InputError
-from petl.methods.icv.strengths import STRENGTHS
 from petl.models.loading import load_processor
 from petl.planning.plan import plan_run
 from petl.runs.run_config import read_config

@@ -7,7 +7,6 @@ demonstrations (x_i, y_i) gives the directions; nothing is trained.
     config.py          the fields, and the modules that they mean in a model
     directions.py      from demonstrations to directions, over all processes
     tuner.py           the adapter, injection, calibration of a wrapped model
-    strengths.py       scores by strength, and the choice of one
 
 Shapes: N demonstrations, L blocks, H width of the stream. With h_l(s) [H] the last token's hidden
 state of text s behind block l:
@@ -26,8 +25,8 @@ normalized where it is applied, so that their relative sizes have no effect (wit
 `mode="stream"`, `scale="plain"`, `keep_norm=False`, `layers` and `train` are additions.
 """
 
+from petl.core.strengths import choose_strength, scores_by_strength
 from petl.methods.icv.config import IcvConfig
-from petl.methods.icv.strengths import choose_strength, scores_by_strength
 from petl.methods.icv.tuner import IcvAdapter, IcvModel, calibrate
 
 __all__ = [

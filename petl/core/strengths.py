@@ -1,4 +1,4 @@
-"""Scores by strength, and the choice of the best."""
+"""Scores by the strength of an adapter whose config has one (ICV), and the choice of the best."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 from peft import PeftModel
 
 from petl.errors import InputError
-from petl.methods.icv.config import IcvConfig
 
 STRENGTHS = (0.0, 0.05, 0.1, 0.2, 0.4)
 
@@ -17,10 +16,10 @@ def scores_by_strength(
     """Return `score()` with the active adapter at each strength; the strength is restored.
 
     Raises:
-        InputError: the active adapter is none of ICV.
+        InputError: the active adapter has no strength.
     """
     config: Any = model.active_peft_config
-    if not isinstance(config, IcvConfig):
+    if not hasattr(config, "strength"):
         raise InputError(
             f"the active adapter is one of {type(config).__name__}, which has no strength; "
             "activate one of icv"
@@ -61,7 +60,7 @@ def choose_strength(
     """Set the strength of the active adapter to the best of `strengths`, and return the scores.
 
     Args:
-        model: with an adapter of ICV.
+        model: its active adapter has a strength, as one of ICV.
         score: computes a score on rows that are no demonstrations, such as the loss.
         strengths: to try.
         higher_is_better: False for a loss.
