@@ -1,22 +1,34 @@
 """Trainable parameters of each method on one reference model, so that methods can be compared.
 
-A method for images only, or for encoder-decoders, is counted on another one.
+A method for images only, for encoder-decoders or for models that generate is counted on another one.
 """
 
 import warnings
 
 import torch
-from transformers import AutoModel, BartConfig, BertConfig, PreTrainedModel, ViTConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BartConfig,
+    BertConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    ViTConfig,
+)
 
 from petl.config.command_line import preset_of
-from petl.core.parameters import trainable
-from petl.core.registry import on_shapes
-from petl.errors import InputError, ModuleKindError
+from petl.core.parameters import adapter_parameters, trainable
+from petl.core.registry import build_config, is_computed, on_shapes
+from petl.errors import InputError, ModuleKindError, UnsupportedError
 from petl.runs.settings import method_fields
 
 REFERENCE = "a BERT of MiniLM's shape without a head (6 layers, width 384, 22.7 M parameters)"
 OF_IMAGES = "a ViT-B/16 without a head (12 layers, width 768, 86.4 M parameters)"
 OF_PAIRS = "a BART-base without a head (6 + 6 layers, width 768, 139.4 M parameters)"
+OF_TEXTS = (
+    "a Llama of SmolLM2-135M's shape (30 layers, width 576, 134.5 M parameters), computed without "
+    "training"
+)
 STEPS = 1000  # length of the run, for methods with a schedule (assumption)
 
 
@@ -50,32 +62,53 @@ def build_encoder_decoder() -> PreTrainedModel:
         return AutoModel.from_config(config)
 
 
+def build_to_generate() -> PreTrainedModel:
+    """Build the reference model of methods that compute what a model generates, on meta."""
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+REFERENCES = (
+    (build, REFERENCE),
+    (build_for_images, OF_IMAGES),
+    (build_encoder_decoder, OF_PAIRS),
+    (build_to_generate, OF_TEXTS),
+)
+
+
 def count_trainable(name: str) -> int | str:
     """Return the number of trainable parameters of a method with its YAML, or why it has none."""
     return counted(name)[0]
 
 
 def counted(name: str) -> tuple[int | str, str]:
-    """Return `count_trainable`, and the model: the first of a kind that the method adapts.
+    """Return `count_trainable`, and the model: the first of `REFERENCES` that the method adapts.
 
-    That is `REFERENCE`, `OF_IMAGES` or `OF_PAIRS`.
+    Of a method that trains nothing, the numbers that it computes are counted.
     """
     preset = preset_of(name)
     if preset.get("tasks") == []:  # a method that serves several: counted with one
         preset = {**preset, "tasks": ["task"]}
     fields = method_fields({"name": name, **preset}, "FEATURE_EXTRACTION", STEPS)
-    reasons = []
+    computed, reasons = is_computed(build_config(**fields)), []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on speed and fit: this model is not trained
-        for make, reference in (
-            (build, REFERENCE),
-            (build_for_images, OF_IMAGES),
-            (build_encoder_decoder, OF_PAIRS),
-        ):
+        for make, reference in REFERENCES:
             try:
                 model = on_shapes(make, fields)
+                if computed:
+                    return adapter_parameters(model), reference
                 return sum(parameter.numel() for _, parameter in trainable(model)), reference
-            except ModuleKindError as error:
+            except (ModuleKindError, UnsupportedError) as error:
                 reasons.append(str(error))
             except InputError as error:
                 return str(error), reference

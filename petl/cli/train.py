@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NoReturn
 
@@ -11,6 +12,7 @@ from peft import PeftModel
 
 from petl.cli import app
 from petl.config.command_line import CONFIG, config_dir
+from petl.core.registry import is_computed
 from petl.distributed.launch import on_device, shard, start
 from petl.losses import attach
 from petl.models.loading import load_base, load_processor
@@ -44,7 +46,13 @@ def train(cfg: DictConfig) -> float:
     test = partial(score, model, splits, accelerator, settings.eval_batch_size)
     probe = partial(linear_probe, model, splits, settings, accelerator)
     run.score("linear_probe", probe, "linear probe")
-    run.score_before(partial(test, when="before training"), data.task)
+    computed = is_computed(model.active_peft_config)
+    with model.disable_adapter() if computed else nullcontext():  # those of the base model
+        run.score_before(partial(test, when="before training"), data.task)
+    if hasattr(model.active_peft_config, "strength"):
+        from petl.training.strengths import set_strength
+
+        set_strength(model, splits, settings, accelerator, run)
     if settings.find_lr:
         # the same settings, with the learning rate that was found
         settings = find_lr(model, splits, settings, accelerator, run)

@@ -102,6 +102,8 @@ def register(
             need=need,
             recommended=recommended,
             on_wrap=getattr(tuner, "on_wrap", None),
+            calibration=getattr(tuner, "calibration", lambda config: ""),
+            computed=getattr(tuner, "computed", lambda config: False),
             unsupported=getattr(tuner, "unsupported", {}),
             decays=variant is not None or tuner.adapter_cls.decays,
         )
@@ -457,6 +459,12 @@ def needs_calibration(config: PeftConfig) -> str:
     """Return the reason for which a config needs calibration data; "" if it needs none."""
     entry = method_of(config)
     return "" if entry is None else entry.calibration(config)
+
+
+def is_computed(config: PeftConfig) -> bool:
+    """Return True if calibration makes the final adapter of this config; see `Method.computed`."""
+    entry = method_of(config)
+    return entry is not None and entry.computed(config)
 
 
 def no_calibration(why: str) -> InputError:

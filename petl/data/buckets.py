@@ -72,13 +72,16 @@ def effective(lengths: Any, quadratic: float | None) -> Any:
 
 
 def padding_fraction(lengths: Ints, batches: Iterable[Sequence[int] | Ints]) -> float:
-    """Fraction of positions that are padding when each batch is as wide as its longest row."""
+    """Fraction of positions that are padding when each batch is as wide as its longest row.
+
+    It is 0 without batches, in a run without steps.
+    """
     positions = tokens = 0
     for batch in batches:
         in_batch = lengths[batch]
         positions += len(in_batch) * int(in_batch.max())
         tokens += int(in_batch.sum())
-    return 1 - tokens / positions
+    return 1 - tokens / positions if positions else 0.0
 
 
 class Buckets:

@@ -108,10 +108,12 @@ def memory_of(
     # evaluation also sorts by length, so its first batch is the largest
     rows = longest_first(splits.task.lengths(splits.test))[: settings.eval_batch_size]
     tested = splits.collate(list(splits.test.select(rows))) if settings.test and rows else None
-    measured, scoring, unknown = None, None, ""
+    measured, scoring = None, None
+    unknown = "" if trained else "no step of the run has one, since nothing trains"
     # a method whose forward pass depends on values of tensors cannot run on shapes alone
     try:
-        measured = pass_memory(model, batch, device, bf16=bf16)
+        if trained:
+            measured = pass_memory(model, batch, device, bf16=bf16)
         if tested is not None:
             model.eval()
             scoring = pass_memory(model, tested, device, bf16=bf16, trains=False)

@@ -191,6 +191,7 @@ def write_page(folder: Path) -> Path:
             charts=charts(record),
             clock=clock(record),
             time=time_chart(record),
+            strengths=strength_chart(record),
             ranks=ranks_section.section_of(folder) if (folder / RANKS).exists() else None,
             heat_maps=record.heat_maps,
             plots=[(plot_title(file), embed_png(file)) for file in record.plots],
@@ -437,6 +438,22 @@ def _chart(curves: list[Curve], title: str, label: str, **options: Any) -> str:
     return line_chart(full, title, x="optimizer step", y=label, **options) if full else ""
 
 
+def strength_chart(record: RunRecord) -> str:
+    """Return a chart of the scores by strength of the adapter, as SVG; "" without such scores."""
+    found = record.scores.get("strengths")
+    if found is None:
+        return ""
+    metric, used, rows = found["metric"], found["used"], found["rows"]
+    factor = 100 if is_percentage(metric) else 1
+    by_strength = ((float(strength), value) for strength, value in found["scores"].items())
+    points = [(strength, factor * value) for strength, value in by_strength if math.isfinite(value)]
+    label = f"{metric} (%)" if factor == 100 else metric
+    title = f"{metric.replace('_', ' ').capitalize()} on {rows:,} held-out training examples"
+    marked = (f"used: {used:g}", used)
+    curves = [Curve(metric, sorted(points))]
+    return line_chart(curves, title, x="strength", y=label, marked=marked) if points else ""
+
+
 def time_chart(record: RunRecord) -> str:
     """Return a chart of the time by activity, as SVG; "" before the run is finished."""
     if not record.times:
@@ -454,6 +471,12 @@ BODY += """\
 {% if charts %}
 <h2>Training</h2>
 {{ blocks.charts(charts) }}
+{% endif %}
+"""
+BODY += """\
+{% if strengths %}
+<h2>Strength</h2>
+<figure>{{ strengths | safe }}</figure>
 {% endif %}
 """
 BODY += ranks_section.SECTION

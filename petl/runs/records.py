@@ -83,12 +83,22 @@ class RangeTest(TypedDict):
     rule: str
 
 
+class Strengths(TypedDict):
+    """Scores on training rows by strength of the adapter, and the strength that is used."""
+
+    metric: str
+    rows: int
+    used: float
+    scores: dict[str, float]
+
+
 class Scores(TypedDict, total=False):
     """The content of scores.json, of which an unfinished run has the first three at most."""
 
     linear_probe: Evaluation | None
     before: Evaluation | None
     find_lr: RangeTest | None
+    strengths: Strengths
     after: Evaluation | None  # null with train.test=false
     task: str
     metric: str
@@ -116,7 +126,7 @@ class Scores(TypedDict, total=False):
 # that runs of every version have, and reports need
 FINAL = Scores.__annotations__.keys() - {
     *("linear_probe", "before", "find_lr", "task", "head_lr", "time_split", "peak_device_bytes"),
-    *("validation_scores", "method"),
+    *("validation_scores", "method", "strengths"),
 }
 SIZES = ("bytes", "parameters", "seconds")  # ends of the names of values that are not negative
 
@@ -163,8 +173,8 @@ def _problem_of(scores: Mapping[str, Any]) -> str:
         return "it has neither test scores nor a validation score"
     if scores["best_step"] is not None and scores["validation"] is None:
         return "it has a best_step, and no validation score"
-    if scores["steps"] < 1:
-        return f"steps is {scores['steps']}, not at least 1"
+    if scores["steps"] < 0:
+        return f"steps is {scores['steps']}, below 0"
     sizes = [name for name in Scores.__annotations__ if name.endswith(SIZES)]
     negative = [name for name in sizes if scores.get(name, 0) < 0]
     return f"{negative[0]} is {scores[negative[0]]}, below 0" if negative else ""

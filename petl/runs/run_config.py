@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from petl.config.schema import LARGEST, plain
 from petl.core.refusals import adamr_refusal
-from petl.core.registry import list_methods, method
+from petl.core.registry import build_config, is_computed, list_methods, method
 from petl.core.spec.method import LossConfig, Method
 from petl.data.base import Source, data_source
 from petl.distributed.launch import Launch, read_launch
@@ -110,13 +110,14 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     check_machine(train)
     fill_tasks(fields, settings["data"])
     # all fields are checked again once task type and number of steps are known
-    method_fields(fields, None, train.steps or LARGEST)
+    train = with_steps(train, method_fields(fields, None, train.steps or LARGEST), loss)
     given = settings.get("ranks")  # the default needs no check
     ranks = read_ranks(given, fields) if given is not None else None
     resolved = settings | {
         "method": fields,
         # values in place of null and of the name of a file, which may change
-        "train": settings["train"] | {"lr": train.lr, "batch_sizes": train.batch_sizes},
+        "train": settings["train"]
+        | {"lr": train.lr, "batch_sizes": train.batch_sizes, "steps": train.steps},
     }
     launch = read_launch(settings.get("launch"))
     if train.optimizer == "adamr":
@@ -136,6 +137,33 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
         tracker=tracker,
         resolved=resolved,
     )
+
+
+def with_steps(
+    train: TrainConfig, fields: Mapping[str, Any], loss: LossConfig | None
+) -> TrainConfig:
+    """Return the settings, with `steps=0` for a method that trains nothing.
+
+    Raises:
+        InputError: a run of such a method has steps or settings of a training, or one of another
+            method has none.
+    """
+    name = fields["name"]
+    if not is_computed(build_config(**fields)):
+        if train.steps == 0:
+            raise InputError(
+                f"train.steps=0 leaves method {name!r} untrained: set an integer from 1, or null"
+            )
+        return train
+    if train.steps:
+        raise InputError(
+            f"method {name!r} computes its adapter from data and has nothing to train in "
+            f"train.steps={train.steps}: set train.steps=0, or method.train=true"
+        )
+    if loss is not None or train.find_lr:
+        given = "train.find_lr=true" if loss is None else f"loss={loss.name}"
+        raise InputError(f"{given} has no effect without training (train.steps=0): leave it out")
+    return replace(train, steps=0)
 
 
 def fill_tasks(fields: dict[str, Any], data: Mapping[str, Any]) -> None:

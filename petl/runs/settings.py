@@ -51,8 +51,11 @@ class TrainConfig:
 
     epochs: float = setting(3.0, real(0, above=True))
     """Passes over the training examples. A number above 0."""
-    steps: int | None = setting(None, integer(1).or_null())
-    """Number of optimizer steps, instead of epochs. An integer from 1, or null."""
+    steps: int | None = setting(None, integer(0).or_null())
+    """Number of optimizer steps, instead of epochs. An integer from 0, or null.
+
+    0 is for methods that compute the adapter without training (icv), and for them alone.
+    """
     batch_size: int = setting(32, integer(1))
     """Global batch size: examples per optimizer step. An integer from 1.
 
@@ -289,8 +292,7 @@ class TrainConfig:
         Raises:
             InputError: there are more than any run could make.
         """
-        # steps is None or from 1, never 0
-        steps = self.steps or self.epochs * per_epoch
+        steps = self.epochs * per_epoch if self.steps is None else self.steps
         if steps > LARGEST:
             raise InputError(
                 f"train.epochs={self.epochs:g} is {steps:g} steps: no run has more than {LARGEST:,}"

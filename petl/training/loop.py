@@ -78,13 +78,16 @@ def fit(
 ) -> TrainState:
     """Train the adapter in `model`, from the run's checkpoint if it has one.
 
-    With validation examples, the model ends with the weights of the best evaluation.
+    With validation examples, the model ends with the weights of the best evaluation. With
+    `train.steps=0` it stays as it is.
 
     Raises:
         InputError: a setting that this model does not support.
         RunStopped: a signal, a loss that is not finite, a full disk; the message says how to
             resume.
     """
+    if settings.steps == 0:  # calibration has made the final adapter
+        return TrainState()
     with for_training(model, settings), run.tracked():
         return Loop(model, splits, settings, accelerator, run).run_to_end()
 

@@ -26,7 +26,14 @@ from petl.core.layers.segment_loss import TOKENS, has_frozen_head, refusal, segm
 from petl.core.lifecycle import extra_losses
 from petl.core.loading import check_file
 from petl.core.progress import Shown
-from petl.core.registry import build_config, check_on_shapes, method, needs_calibration, wrap
+from petl.core.registry import (
+    build_config,
+    check_on_shapes,
+    is_computed,
+    method,
+    needs_calibration,
+    wrap,
+)
 from petl.core.switching.lora import fuse_lora
 from petl.distributed.launch import refuse_sharding
 from petl.errors import InputError, shortened
@@ -132,7 +139,8 @@ def apply_memory_options(model: PeftModel, settings: TrainConfig) -> None:
 def wrap_arguments(run: RunConfig, splits: Splits, accelerator: Accelerator) -> dict[str, Any]:
     """Return the arguments of `petl.wrap`: method fields, and batches for calibration if needed.
 
-    Those are of `method.calibration_data`, if the method has that field, else of the train rows.
+    Those are pairs of texts, if the method takes such; else of `method.calibration_data`, if it has
+    that field, or of the train rows.
 
     Raises:
         InputError: as `sized_fields`, or `rank_targets`; the method does not train a sharded model.
@@ -148,18 +156,23 @@ def wrap_arguments(run: RunConfig, splits: Splits, accelerator: Accelerator) -> 
     check_on_shapes(build, train_new_modules(fields, build()))
     if run.ranks is not None:
         rank_targets(run.ranks, build, fields)
-    if hasattr(config, "calibration_data"):
+    if not needs_calibration(config):
+        return fields
+    if hasattr(config, "pairs"):
+        from petl.training.demonstrations import demonstrations
+
+        batches = demonstrations(config, run, splits)
+    elif hasattr(config, "calibration_data"):
         batches = calibration_batches(config.calibration_data, run.model, splits)
-        fields["calibration"] = Shown(batches, CALIBRATING)
-    elif needs_calibration(config):
+    else:
         batches = FirstBatches(splits, run.train, accelerator.device)
-        fields["calibration"] = Shown(batches, CALIBRATING)
-    return fields
+    return {**fields, "calibration": Shown(batches, CALIBRATING)}
 
 
 def check_model(model: PeftModel, settings: TrainConfig) -> None:
     """Raise InputError if settings or data do not fit this model, or if nothing is trainable."""
-    groups(model, settings)  # raises if nothing is trainable
+    if not is_computed(model.active_peft_config):
+        groups(model, settings)  # raises if nothing is trainable
     base: Any = model.get_base_model()
     kind = settings.gradient_checkpointing
     if kind and not base.supports_gradient_checkpointing:

@@ -118,7 +118,8 @@ class Contender:
         if self.method in petl.list_losses():
             return petl.wrap(base, self.method, method_config=fields)
         needs_data = needs_calibration(build_config(self.method, **fields))
-        calibration = [bench.batch] if needs_data else None
+        batch = _pairs(bench.batch) if self.method == "icv" else bench.batch
+        calibration = [batch] if needs_data else None
         return petl.wrap(base, self.method, calibration=calibration, **fields)
 
     @property
@@ -147,6 +148,14 @@ def add_noise(model: PeftModel) -> PeftModel:
         if parameter.requires_grad:
             parameter.add_(torch.randn_like(parameter), alpha=NOISE)
     return model
+
+
+def _pairs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return demonstrations: the rows of a batch, and the same in reversed order of tokens."""
+    mask = torch.ones_like(batch["input_ids"])
+    ids = {"source": batch["input_ids"], "target": batch["input_ids"].flip(1)}
+    names = {f"{side}_input_ids": tokens for side, tokens in ids.items()}
+    return names | {f"{side}_attention_mask": mask for side in ids}
 
 
 def _xlora(bench: Bench, base: Any) -> PeftModel:
@@ -234,6 +243,7 @@ CONTENDERS = (
         goal={"llama": 1.02, "minilm": 1.03},
         kernels=20,
     ),
+    Contender("icv, trained", "icv", {"train": True}),
     Contender("sherl", "sherl", beside_lora={"time / LoRA": 0.6, "kept / LoRA": 0.2}),
     # the reference for polyhistor's goal: at most 1.10 of this row
     Contender("adapter 48, norm after", "adapter", {"r": 48, "ln_after": True}),

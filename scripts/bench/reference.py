@@ -307,6 +307,16 @@ def sherl(adapter: Any, features: list[Tensor], last: Tensor) -> Tensor:
     return y + torch.tanh(adapter.residual_gate / adapter.temperature) * last
 
 
+def icv(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
+    """ICV: the cosine scale, with the norm of each state kept."""
+    y = layer.base_layer(x)
+    size, v = y.norm(dim=-1, keepdim=True), value(adapter, "vector")
+    v = v / v.norm()
+    away = F.relu(-(y * v).sum(-1, keepdim=True) / size)
+    moved = y / size + adapter.config.strength * (1 + away) * v
+    return size * moved / moved.norm(dim=-1, keepdim=True)
+
+
 def sparse(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
     """Sparse: adds the values to a dense copy of the weight."""
     weight = layer.base_layer.weight
@@ -352,6 +362,7 @@ DENSE: dict[str, Dense] = {
     "CompacterAdapter": compacter,
     "PolyhistorAdapter": polyhistor,
     "SparseAdapter": sparse,
+    "IcvAdapter": icv,
     "PstAdapter": pst,
     "DseeAdapter": dsee,
 }

@@ -35,6 +35,7 @@ SHARED = {
 # decoder, and these tuners of PEFT's do not adapt Conv1D.
 REFUSED = {
     ("ia3", "vit"),
+    ("icv", "t5"),
     *(("pyra", model) for model in ("llama", "bert", "t5", "gpt2")),
     *(("vl_pet", model) for model in ("llama", "bert", "vit", "gpt2")),
     *(
@@ -43,12 +44,18 @@ REFUSED = {
     ),
 }
 # Fields that a YAML's values do not suit on models of two or three layers, or must name.
-SMALLER = {"mos": {"r": 4}, "polyhistor": {"tasks": ["only"]}, "pyra": {"schedule": [2, 0]}}
+SMALLER = {
+    "icv": {"train": True, "pairs": None, "scale": "plain", "keep_norm": False},
+    "mos": {"r": 4},
+    "polyhistor": {"tasks": ["only"]},
+    "pyra": {"schedule": [2, 0]},
+}
 # MoS's own defaults need 15 layers, and the quickstart's model has 6; a small adapter of few bits
 # is mostly names unless it is stacked.
 # IncreLoRA's 100 steps suit long trainings; VL-PET's published start halves sub-layers, which does
-# not suit models of text.
+# not suit models of text. ICV's demonstrations are chosen by runs alone.
 DIFFERING = {
+    "icv": {"calibration_data"},
     "mos": {"equivalent_rank"},
     "binary": {"save_format"},
     "increlora": {"tinit", "deltaT"},

@@ -264,7 +264,8 @@ OWN = [n for n in adaptable("llama") if petl.method(n).own and n != "binary"]
 @pytest.mark.parametrize("name", OWN)
 def test_no_targets_means_the_default_ones(name):
     mos = {"r": 4, "equivalent_rank": 2, "private_rank": 1}
-    fields = {"mos": mos, "polyhistor": {"tasks": ["only"]}}.get(name, {})
+    icv = {"train": True, "pairs": None, "scale": "plain", "keep_norm": False}
+    fields = {"icv": icv, "mos": mos, "polyhistor": {"tasks": ["only"]}}.get(name, {})
     chosen = [
         petl.wrap(testing.tiny_llama(), name, **fields, **targets).active_peft_config.target_modules
         for targets in ({}, {"target_modules": None})

@@ -48,6 +48,8 @@ def fields(name: str, **changes) -> dict:
         settings["vector_length"] = 16  # divides the tiny widths
     if name == "compacter":
         settings["r"] = 8  # a multiple of its four Kronecker terms
+    if name == "icv":
+        settings |= {"train": True, "pairs": None, "scale": "plain", "keep_norm": False}
     if name == "polyhistor":
         settings["tasks"] = ["only"]
     if name == "mos":
@@ -338,6 +340,10 @@ def test_an_initialization_from_data_is_planned_with_the_default_and_a_note(tiny
 def test_an_error_of_the_run_is_an_error_of_the_plan(tiny, overrides, message):
     with pytest.raises(InputError, match=message):
         plan(tiny, *overrides)
+
+
+def test_a_method_that_computes_its_adapter_is_counted_on_a_model_that_generates():
+    assert count_trainable("icv") == 30 * 576
 
 
 def test_reference_counts_equal_counts_by_hand():

@@ -60,7 +60,7 @@ def test_a_field_is_documented_as_in_the_yaml_with_its_allowed_values(field):
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("steps", 0, "an integer from 1, or null"),
+        ("steps", -1, "an integer from 0, or null"),
         ("steps", 2.5, "of type"),
         ("epochs", 0, "a number above 0"),
         ("batch_size", -1, "an integer from 1"),

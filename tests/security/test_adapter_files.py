@@ -53,6 +53,7 @@ def wrapped(name: str) -> Any:
         "binary": {"inner": "lora", "target_modules": ["q_proj"]},
         "mos": {"r": 2, "equivalent_rank": 2, "private_rank": 1, "shards_per_vector": 2},
         "lora": {"target_modules": ["q_proj"]},
+        "icv": {"train": True, "pairs": None, "scale": "plain", "keep_norm": False},
         "polyhistor": {"tasks": ["only"]},
         "vblora": {"target_modules": ["q_proj"], "num_vectors": 16, "vector_length": 4},
         "adalora": {"target_modules": ["q_proj"], "total_step": 10},
@@ -173,7 +174,7 @@ def test_one_short_message_for_any_number_of_tensors(copied):
 # Config
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES} - {"ia3"}))  # which has no size
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"ia3", "icv"}))  # which have no size
 def test_sizes_that_the_file_does_not_justify_are_refused_before_they_are_allocated(name, copied):
     """The dense factors of these ranks would take terabytes."""
     sizes = {

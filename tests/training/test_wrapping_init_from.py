@@ -79,6 +79,7 @@ def started(folder, task=TASK, **settings):
 
 FIELDS = {
     "adalora": {"tinit": 5, "tfinal": 10},
+    "icv": {"train": True, "pairs": "null", "scale": "plain", "keep_norm": False},
     "mos": {"r": 4},
     "polyhistor": {"tasks": ["only"]},
     "binary": {"inner": "lora", "save_format": "latent"},

@@ -21,7 +21,7 @@ from petl.core.layers.class_swap import (
     restore_class,
     swap_class,
 )
-from petl.core.layers.layer import Adapter, AdapterLayer, LayerShape
+from petl.core.layers.layer import Adapter, AdapterLayer, LayerShape, joined
 from petl.errors import InputError, UnsupportedError
 
 SLOT = "petl_slot"  # attribute of an adapted block: the name of its BlockAdapters
@@ -108,11 +108,14 @@ class BlockAdapters(AdapterLayer, AdapterDict):
         x, args, kwargs, keyword = split_arguments(args, kwargs)
         call = BlockCall(block, keyword)
         adapters = [] if names is not None else list(self.pick(self.active_adapters))
-        if adapters:
+        joint = joined(adapters)
+        if adapters and joint is None:
             y = adapters.pop(0)[1].with_base(x, cast(Any, call), *args, **kwargs)
         else:
             y = call(x, *args, **kwargs)
         self._check(x, y)
+        if joint is not None:
+            return call.complete(joint(y))
         if names is not None:
             y = self._forward_mixed(x, y, {}, names)
         for _, adapter in adapters:

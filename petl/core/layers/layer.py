@@ -5,8 +5,9 @@ Shapes: I in, O out, R rank. An `Adapter` is a plain module with plain parameter
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
@@ -88,6 +89,8 @@ class Adapter(nn.Module):
     keep_float32: ClassVar[bool] = False  # parameters never take the base model's half precision
     start_tolerance: ClassVar[float] = 0.0  # max. difference of outputs to the base at the start
     decays: ClassVar[bool] = True  # False: weight decay leaves its tensors out
+    # True: several active adapters of a layer change its output in one call of `together`
+    is_joint: ClassVar[bool] = False
     # buffers with statistics of this process's rows only, which differ between processes
     of_own_rows: ClassVar[tuple[str, ...]] = ()
 
@@ -166,6 +169,11 @@ class Adapter(nn.Module):
         y = linear_with_low_rank(x, base, *factors, self.drop_rate)
         # None: the base layer is not a frozen linear layer without hooks
         return add_low_rank(base(x), self.drop(x), *factors) if y is None else y
+
+    @classmethod
+    def together(cls, adapters: Sequence[Any], y: Tensor) -> Tensor:
+        """Return the base layer's output `y` [..., O] with several adapters; see `is_joint`."""
+        raise NotImplementedError(f"{cls.__name__} has no joint computation")
 
     def carried(self) -> dict[str, Any]:
         """Return further keyword arguments of `with_base`, for the adapter of a whole block.
@@ -295,7 +303,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         base_only = self._disable_adapters or self.merged_adapters or names is not None
         adapters = [] if base_only else list(self.pick(self.active_adapters))
-        if adapters and adapters[0][0] not in self.captures:
+        joint = joined(adapters)
+        if adapters and joint is None and adapters[0][0] not in self.captures:
             # not for a captured input: the base layer and the adapter then have different ones
             y = adapters.pop(0)[1].with_base(x, self.base_layer, *args, **kwargs)
         else:
@@ -307,6 +316,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         # with `adapters` left, there are two or more
         if adapters:
             self.refuse_combination(self.active_adapters)
+        if joint is not None:
+            return joint(y)
         for name, adapter in adapters:
             y = adapter(captured.get(name, x), y)
         return y
@@ -442,6 +453,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             # meta tensors have no values to move: loading assigns them later
             if not any(t.is_meta for t in (*state.parameters(), *state.buffers())):
                 state.to(target)
+
+
+def joined(adapters: Sequence[tuple[str, Adapter]]) -> Callable[[Tensor], Tensor] | None:
+    """Return `together` of several adapters of a layer, which have one class, if they need it."""
+    if len(adapters) < 2 or not adapters[0][1].is_joint:
+        return None
+    return partial(adapters[0][1].together, [adapter for _, adapter in adapters])
 
 
 def _common(values: Sequence[T]) -> T | None:

@@ -39,6 +39,8 @@ class Method:
             pretrained one.
         calibration: function of a config: the reason for which it needs calibration data, for a
             message; "" if it needs none.
+        computed: function of a config: True if calibration makes the final adapter, so that nothing
+            trains. A run then has train.steps=0, and its scores before are the base model's.
         on_wrap: called with (model, config, calibration) before the model is changed, or None. The
             function that it returns, if any, is called with the wrapped model.
         tuner_cls: the tuner of a method of petl's own; None: PEFT's.
@@ -73,6 +75,7 @@ class Method:
     defaults: dict[str, Any] = field(default_factory=dict)
     keeps_base: Callable[[Any], bool] = field(default=lambda config: True)
     calibration: Callable[[Any], str] = field(default=lambda config: "")
+    computed: Callable[[Any], bool] = field(default=lambda config: False)
     on_wrap: Callable[[nn.Module, Any, Calibration | None], Finish | None] | None = None
     tuner_cls: type[Any] | None = None
     variant: Callable[["Method", Mapping[str, Any]], "Method"] | None = None

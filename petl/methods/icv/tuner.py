@@ -1,0 +1,230 @@
+"""The adapter and the tuner of ICV."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from petl.core.distributed import to_full
+from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
+from petl.core.model.heat_map import HeatMap, of_layers
+from petl.core.model.modes import without_adapters
+from petl.core.model.structure import block_widths, find_sublayers
+from petl.core.registry import no_calibration, register
+from petl.core.spec.config import require
+from petl.core.spec.method import Calibration, Finish
+from petl.core.tuners.tuner import MethodTuner
+from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
+from petl.methods.icv.config import IcvConfig, check_model, hosts
+from petl.methods.icv.directions import directions
+from petl.ops.steering import Steer, steered
+
+
+class IcvAdapter(Adapter):
+    """The vector of one block, `vector` [H]: a buffer, with `train` a parameter."""
+
+    vector: Tensor
+
+    merge_refusal = (
+        "ICV shifts hidden states by amounts that depend on them, which no weight can; keep the "
+        "adapter, or call unload() for the base model"
+    )
+    keep_float32 = True  # in half precision small updates of a vector are lost
+    is_joint = True  # of several vectors the mean counts, of the state that none has shifted
+
+    def __init__(self, shape: LayerShape, config: IcvConfig, info: LayerInfo) -> None:
+        super().__init__(shape, config, info)
+        self.config = config
+        start = torch.zeros(shape.out_features)
+        if config.train:
+            self.vector = nn.Parameter(start)
+        else:
+            self.register_buffer("vector", start)
+
+    def steer(self) -> Steer:
+        """Return the vector with the strength that the config has now.
+
+        Raises:
+            InputError: none has been chosen yet.
+        """
+        strength = self.config.strength
+        if isinstance(strength, str):
+            raise InputError(
+                f"strength={strength!r} is chosen by `petl train`; here call "
+                "petl.methods.icv.choose_strength(model, score), or set a number: "
+                f"model.peft_config[{self.info.adapter_name!r}].strength = 0.1"
+            )
+        return Steer(self.vector, strength, self.config.scale == "cosine")
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the output `y` [..., H] of the module, shifted; `x` is not used."""
+        return self.together([self], y)
+
+    @classmethod
+    def together(cls, adapters: Sequence["IcvAdapter"], y: Tensor) -> Tensor:
+        """Return `y` [..., H] shifted by the mean over several adapters; itself at strength 0."""
+        steers = [adapter.steer() for adapter in adapters]
+        if all(steer.strength == 0 for steer in steers):
+            return y
+        return steered(y, steers, keep_norm=adapters[0].config.keep_norm)
+
+
+@register(
+    "icv",
+    summary="hidden states are shifted along directions that a few demonstrations give; no "
+    "training",
+    need="adapting in seconds, without training",
+    recommended="a few demonstrations give one vector per block, of adjustable strength",
+    paper="Liu et al. 2024, In-context Vectors: Making In Context Learning More Effective and "
+    "Controllable Through Latent Space Steering, ICML, arXiv:2311.06668",
+)
+class IcvModel(MethodTuner):
+    """Tuner of `IcvConfig`."""
+
+    config_cls, adapter_cls = IcvConfig, IcvAdapter
+    moves_entries = False
+
+    @staticmethod
+    def calibration(config: IcvConfig) -> str:
+        """Return why demonstrations are needed; "" if the vectors start at zero."""
+        return "" if config.pairs is None else "method 'icv'"
+
+    @staticmethod
+    def computed(config: IcvConfig) -> bool:
+        """Return True unless the vectors train."""
+        return not config.train
+
+    @staticmethod
+    def on_wrap(model: nn.Module, config: Any, calibration: Calibration | None) -> Finish | None:
+        """Compute the directions of the base model; on the meta device there are none.
+
+        Raises:
+            InputError: a model that ICV does not steer, or demonstrations that are missing or
+                wrong.
+        """
+        check_model(model, config)
+        hosts(config, model)
+        if any(parameter.is_meta for parameter in model.parameters()):
+            return None
+        if calibration is None:
+            if config.starts_at_zero:
+                return None
+            if not config.train:
+                raise no_calibration("method 'icv'")
+            raise InputError(
+                "train=True without calibration starts the vectors at zero, which have no "
+                f"direction with scale={config.scale!r} and keep_norm={config.keep_norm}: set "
+                "scale='plain' and keep_norm=False, or pass calibration=batches"
+            )
+        found = directions(model, config, cast(Iterable[Any], calibration))
+        return partial(set_vectors, directions=found)
+
+    def choose_targets(self, config: Any, model: nn.Module) -> None:
+        """Set the targets to the modules that `mode` and `layers` mean.
+
+        Raises:
+            InputError: other ones are given, or the model has none.
+        """
+        check_model(model, config)
+        found, given = hosts(config, model), config.target_modules
+        require(
+            given is None or set(given) == set(found),
+            f"target_modules={given} are not the modules {sorted(found)} that mode={config.mode!r} "
+            f"and layers={config.layers} give in {type(model).__name__}; leave it null, or "
+            "load the adapter onto a model of its kind",
+        )
+        config.target_modules = set(found)
+
+    def block_modules(self, config: Any, model: nn.Module) -> Mapping[str, int]:
+        """Return blocks and MLPs with their widths; without projections, which are linear."""
+        width = next(iter(block_widths(model).values()))
+        linear = {sub.closing for sub in find_sublayers(model) if sub.closing != sub.source}
+        return {key: width for key in hosts(config, model) if key not in linear}
+
+    def layer_settings(
+        self, config: Any, model: nn.Module, shapes: Mapping[str, LayerShape]
+    ) -> dict[str, dict[str, Any]]:
+        """Return the index of the block of each module."""
+        return {key: {"block": index} for key, index in hosts(config, model).items()}
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters, whose vectors are averaged.
+
+        Raises:
+            UnsupportedError: some of them keep the norm of states and others do not.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        known: Any = [self.peft_config[name] for name in names if name in self.peft_config]
+        if len({config.keep_norm for config in known}) > 1:
+            kept = {name: cast(Any, self.peft_config[name]).keep_norm for name in names}
+            raise UnsupportedError(
+                f"adapters with keep_norm={kept} cannot be active together: there is no mean of a "
+                "shift that keeps the norm of states and one that does not"
+            )
+        super().set_adapter(adapter_name, inference_mode)
+
+    def planned_parameters(self) -> int:
+        """Return the numbers of the active adapters' vectors, whether they train or not."""
+        placed = (self.placed.get(name, {}) for name in self.active_adapters)
+        return sum(cast(IcvAdapter, a).vector.numel() for each in placed for a in each.values())
+
+    @torch.no_grad()
+    def heat_maps(self) -> list[HeatMap]:
+        """Return the norms of the vectors by block."""
+        norms = {
+            key: float(to_full(cast(IcvAdapter, adapter).vector).norm())
+            for name in self.active_adapters
+            for key, adapter in self.placed.get(name, {}).items()
+        }
+        return of_layers(
+            self.model,
+            norms,
+            "vectors",
+            "ICV: size of the vectors",
+            "norm",
+            "The norm of each block's vector: mostly the mean difference of the hidden states "
+            "between target and source of the demonstrations. With keep_norm=true only its "
+            "direction counts.",
+        )
+
+
+@torch.no_grad()
+def set_vectors(model: PeftModel, directions: Tensor, adapter_name: str | None = None) -> None:
+    """Set the vectors of an adapter of ICV (None: the active one) to those of `directions`.
+
+    Args:
+        model: wrapped.
+        directions: of all blocks, [L, H].
+        adapter_name: of the adapter.
+    """
+    tuner: Any = model.base_model
+    name = tuner.active_adapters[0] if adapter_name is None else adapter_name
+    for adapter in tuner.placed[name].values():
+        adapter.vector.copy_(directions[adapter.info.settings["block"]])
+
+
+def calibrate(
+    model: PeftModel, calibration: Iterable[Any], adapter_name: str | None = None
+) -> None:
+    """Compute the vectors of an adapter from other demonstrations, or of one that was just added.
+
+    Args:
+        model: wrapped with ICV; other adapters do not affect the result.
+        calibration: batches as for `petl.wrap(model, "icv", calibration=...)`.
+        adapter_name: of the adapter; None: the active one.
+
+    Raises:
+        InputError: the model has no such adapter, or as `petl.wrap`.
+    """
+    tuner: Any = getattr(model, "base_model", None)
+    if not isinstance(tuner, IcvModel):
+        raise InputError(f"{type(model).__name__} has no ICV adapter")
+    name = tuner.active_adapters[0] if adapter_name is None else adapter_name
+    if name not in tuner.placed:
+        raise UnknownNameError(f"no adapter {name!r}" + did_you_mean(name, tuner.placed))
+    with without_adapters(model):
+        found = directions(tuner.model, cast(Any, tuner.peft_config[name]), calibration)
+    set_vectors(model, found, name)
