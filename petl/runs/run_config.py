@@ -106,7 +106,7 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
         ) from error
     fields = with_inner(chosen)  # all fields, so that config.yaml does not depend on defaults
     if settings["train"].get("lr") is None:
-        train = replace(train, lr=entry.lr)
+        train = replace(train, lr=entry.default_lr(fields))
     check_machine(train)
     fill_tasks(fields, settings["data"])
     # all fields are checked again once task type and number of steps are known

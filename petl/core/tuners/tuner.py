@@ -56,6 +56,7 @@ class MethodTuner(SharedStateTuner):
             `load_adapter`; "": they can, if no tensors are shared.
         free_dims: by name of a tensor, the dimension that may have another size in a file.
         moves_entries: False if `update_and_allocate` leaves the trained entries in their places.
+        capture_cls: hook that captures the input of an adapter with a source, see `sources`.
         placed: by adapter name and module path, the adapters in the model's order.
     """
 
@@ -65,6 +66,7 @@ class MethodTuner(SharedStateTuner):
     needs_tuner: ClassVar[str] = ""
     free_dims: ClassVar[Mapping[str, int]] = {}
     moves_entries: ClassVar[bool] = True
+    capture_cls: ClassVar[type[InputCapture]] = InputCapture
     target_module_mapping: dict[str, list[str]] = {}  # read by PEFT; petl resolves targets itself
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -194,7 +196,7 @@ class MethodTuner(SharedStateTuner):
                 )
                 for key, source in sources.items():
                     layer: Any = model.get_submodule(key)
-                    layer.captures[adapter_name] = InputCapture(
+                    layer.captures[adapter_name] = self.capture_cls(
                         self.context, key, adapter_name, source
                     )
                 if hasattr(type(self), "update_and_allocate"):
