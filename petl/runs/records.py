@@ -108,6 +108,7 @@ class Scores(TypedDict, total=False):
     adapter_parameters: int
     adapter_bytes: int
     time_split: dict[str, float]
+    stream: dict[str, float]  # with data.order=by_class
     peak_rss_bytes: int
     peak_device_bytes: int
 
@@ -115,7 +116,7 @@ class Scores(TypedDict, total=False):
 # that runs of every version have, and reports need
 FINAL = Scores.__annotations__.keys() - {
     *("linear_probe", "before", "find_lr", "task", "head_lr", "time_split", "peak_device_bytes"),
-    "validation_scores",
+    *("validation_scores", "stream"),
 }
 SIZES = ("bytes", "parameters", "seconds")  # ends of the names of values that are not negative
 

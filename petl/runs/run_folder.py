@@ -356,6 +356,13 @@ class Run:
             "adapter_bytes": size,
             "time_split": self.timer.totals(),
         }
+        if self.config.data.order is not None:
+            # not imported by other runs
+            from petl.runs.class_stream import read_stages, stream_scores
+
+            stages = on_main(self.accelerator, lambda: read_stages(self.path, state.step))
+            # none if train.steps ends the run within the first
+            entries |= {"stream": stream_scores(stages)} if stages else {}
         # before the scores, which mark a finished run
         on_main(self.accelerator, lambda: self._write_card(model, task, entries))
         self.scores.add({**entries, **peak_memory(self.accelerator.device)})

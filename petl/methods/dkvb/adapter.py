@@ -27,6 +27,9 @@ class DkvbAdapter(Adapter):
         "dkvb reads a table of values in place of the head and is no update of a weight; it cannot "
         "be merged: keep the adapter, or call unload() for the model with its own head"
     )
+    keys: Tensor
+    projection: Tensor
+    uses: Tensor
     keep_float32 = True
     decays = False
     of_own_rows = ("uses",)
@@ -80,7 +83,7 @@ class DkvbAdapter(Adapter):
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of each row or token of `x` [..., D], [..., O], in float32."""
         picked = self.picked(x)
-        C, K, v = self.values.shape
+        C, K = self.values.shape[:2]
         # the tables one after the other: a key's index in them is its own plus that of its table
         index = picked + K * torch.arange(C, device=picked.device)
         if self.info.context.recording:

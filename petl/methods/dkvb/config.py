@@ -25,6 +25,7 @@ class DkvbConfig(MethodConfig):
     """Fields of DKVB; its target is always the model's classification head."""
 
     replaces_head: ClassVar[bool] = True
+    divides_calibration: ClassVar[bool] = True
 
     target_modules: set[str] | list[str] | str | None = config_field(
         "the classification head; null: it is found by its name", None
@@ -39,7 +40,9 @@ class DkvbConfig(MethodConfig):
     )
     key_decay: float = config_field("decay of the keys' moving average", 0.95, ge=0, lt=1)
     key_batches: int = config_field("calibration batches that the keys are learnt from", 20, ge=1)
-    dead: float = config_field("keys with a smaller average count restart at a new piece", 0.1, ge=0)
+    dead: float = config_field(
+        "keys with a smaller average count restart at a new piece", 0.1, ge=0
+    )
     decoder: str = config_field(
         "sum: values are logits, and are averaged; linear: a trained matrix reads the values",
         "sum",

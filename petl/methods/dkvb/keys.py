@@ -9,6 +9,7 @@ from torch import Tensor
 from petl.core.distributed import gathered
 from petl.errors import InputError
 
+EPSILON = torch.finfo(torch.float32).eps
 EPS = 1e-5  # e of the smoothed counts
 ROWS = 1024  # rows whose distances, C K each, exist at a time; assumption
 
@@ -17,17 +18,24 @@ ROWS = 1024  # rows whose distances, C K each, exist at a time; assumption
 def nearest(pieces: Tensor, keys: Tensor) -> Tensor:
     """Return the index of the nearest key in each codebook, the first of equal ones, [n, C].
 
+    Distances are equal if they differ by no more than rounding can.
+
     Args:
         pieces: [n, C, d], float32.
         keys: [C, K, d], float32.
     """
-    # |z|^2, equal for all keys of a codebook, is left out of the distance
     squares = keys.square().sum(-1).unsqueeze(1)  # [C, 1, K]
-    transposed = keys.transpose(1, 2)
-    parts = [
-        torch.baddbmm(squares, part.transpose(0, 1), transposed, alpha=-2).argmin(-1)
-        for part in pieces.split(ROWS)
-    ]
+    largest = squares.amax(-1, keepdim=True)
+    parts = []
+    for part in pieces.split(ROWS):
+        z = part.transpose(0, 1)  # [C, n, d]
+        # |z|^2, equal for all keys of a codebook, is left out of the distance
+        distances = torch.baddbmm(squares, z, keys.transpose(1, 2), alpha=-2)
+        # how far rounding, which depends on the number of rows, may move a distance: equal keys
+        # must stay equal in any batch
+        error = (z.square().sum(-1, keepdim=True) + largest) * (EPSILON * (keys.shape[-1] + 2))
+        is_least = distances <= distances.amin(-1, keepdim=True) + error
+        parts.append(is_least.byte().argmax(-1))
     return torch.cat(parts, 1).t() if parts else pieces.new_zeros(pieces.shape[:2]).long()
 
 
@@ -48,9 +56,7 @@ class Keys:
         InputError: `keys` is not of that shape, or an argument out of range.
     """
 
-    def __init__(
-        self, keys: Tensor, decay: float = 0.95, dead: float = 0.1, seed: int = 0
-    ) -> None:
+    def __init__(self, keys: Tensor, decay: float = 0.95, dead: float = 0.1, seed: int = 0) -> None:
         if keys.dim() != 3 or 0 in keys.shape:
             raise InputError(f"keys have the shape {tuple(keys.shape)}, not [codebooks, pairs, d]")
         if not 0 <= decay < 1:

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from petl.core.distributed import gathered, summed
+from petl.core.distributed import gathered
 from petl.core.layers.context import as_2d
 from petl.core.layers.layer import LayerShape
 from petl.core.model.heat_map import HeatMap
@@ -119,7 +119,9 @@ class DkvbModel(MethodTuner):
         config: Any = self.peft_config[adapter_name]
         (adapter,) = cast(Iterable[DkvbAdapter], self.placed[adapter_name].values())
         batches = self._collected(calibration, adapter, adapter_name, config.key_batches)
-        every = torch.cat([part for parts in gathered(batches) for part in parts] or [torch.empty(0)])
+        every = torch.cat(
+            [part for parts in gathered(batches) for part in parts] or [torch.empty(0)]
+        )
         if not len(every):
             raise InputError(
                 "calibration has no rows for method 'dkvb': pass batches of model inputs, such as "
@@ -147,8 +149,8 @@ class DkvbModel(MethodTuner):
         uses.scatter_add_(1, picked, torch.ones_like(picked, dtype=uses.dtype))
         used, perplexity = use_of(uses)
         logger.info(
-            "keys of dkvb, from %s pieces of each codebook: %.1f %% of %s are used, perplexity %.1f "
-            "of %d",
+            "keys of dkvb, from %s pieces of each codebook: %.1f %% of %s are used, perplexity "
+            "%.1f of %d",
             f"{len(pieces):,}",
             100 * used,
             f"{C * K:,}",
@@ -277,8 +279,8 @@ class DkvbModel(MethodTuner):
                 [f"{end}" for end in ends],
                 (100 * parts).tolist(),
                 "The keys of a codebook in decreasing order of use, in groups of equal size. Even "
-                "rows are best: where the first group has nearly all picks, few keys do the work of "
-                "the codebook, and classes share their values.",
+                "rows are best: where the first group has nearly all picks, few keys do the work "
+                "of the codebook, and classes share their values.",
                 "codebook",
                 "keys by use, up to this % of them",
             )
