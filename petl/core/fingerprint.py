@@ -252,7 +252,7 @@ class FingerprintedModel(SwappedClass, PeftModel):
         self.adapter_fingerprints.pop(adapter_name, None)
 
     def _fingerprint_for(self, adapter_name: str) -> Fingerprint:
-        """Return the fingerprint to save with an adapter, without modules that it saves or replaces.
+        """Return the fingerprint to save with an adapter, without modules that it has itself.
 
         A replaced head often has new random weights in each process.
         """

@@ -83,15 +83,15 @@ def with_adapter(model: PreTrainedModel, given: str, task: Task) -> PreTrainedMo
         logger.info("model.adapter=%s: merged, with its task head", given)
     else:
         wrapped = without_head(model, folder, config, given)
-        logger.info("model.adapter=%s: merged without its task head, whose labels are others", given)
+        logger.info(
+            "model.adapter=%s: merged without its task head, whose labels are others", given
+        )
     merged = wrapped.merge_and_unload()
     vars(merged).update(extras)  # such as the modules without pretrained weights
     return merged
 
 
-def without_head(
-    model: PreTrainedModel, folder: Path, config: PeftConfig, given: str
-) -> PeftModel:
+def without_head(model: PreTrainedModel, folder: Path, config: PeftConfig, given: str) -> PeftModel:
     """Return the model with the adapter in a folder, but with its own task head."""
     config.inference_mode = True
     file = adapter_files(folder, config)

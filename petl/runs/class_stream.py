@@ -95,8 +95,10 @@ def accuracy_map(stages: Sequence[Stage]) -> HeatMap:
 
 
 def draw_stages(run: Path) -> None:
-    """Draw stages.json of a run's folder as class_stream.png."""
-    draw(numbered(accuracy_map(read_stages(run))), run / PICTURE)
+    """Draw stages.json of a run's folder, if there is one, as class_stream.png."""
+    stages = read_stages(run)
+    if stages:
+        draw(numbered(accuracy_map(stages)), run / PICTURE)
 
 
 def numbered(shown: HeatMap) -> HeatMap:

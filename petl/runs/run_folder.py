@@ -316,6 +316,11 @@ class Run:
         lifecycle(model).plots(self.path)
         if (self.path / RANKS).exists():
             draw_ranks(self.path)
+        if self.config.data.order is not None:
+            # not imported by other runs
+            from petl.runs.class_stream import draw_stages
+
+            draw_stages(self.path)
 
     def finish(
         self,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from petl.core.distributed import on_main
 from petl.files.disk import stop_when_full
-from petl.runs.class_stream import Stage, draw_stages, read_stages, write_stages
+from petl.runs.class_stream import Stage, read_stages, write_stages
 from petl.runs.run_folder import Run
 from petl.training.dataloader import Splits, longest_first
 from petl.training.evaluate import Part, one_pass
@@ -33,7 +33,6 @@ def score_stage(
         earlier = read_stages(run.path, step - 1)
         with stop_when_full(run.path):
             write_stages(run.path, [*earlier, stage])
-            draw_stages(run.path)
 
     on_main(accelerator, write)
     run.log.append({"step": step, "stage_accuracy": stage["accuracy"]})
