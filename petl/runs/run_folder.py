@@ -350,7 +350,8 @@ class Run:
             "best_step": state.best_step,
             "steps": state.step,
             "lr": settings.lr,
-            "head_lr": settings.head_lr,
+            # no head trains under a method that takes its place
+            "head_lr": None if has_no_head(model) else settings.head_lr,
             "tokens": state.tokens,
             "unit": task.unit,
             "padding": state.padding,
@@ -395,6 +396,11 @@ class Run:
         )
         with stop_when_full(self.path):
             write_atomic(self.path / ADAPTER / README, card)
+
+
+def has_no_head(model: PeftModel) -> bool:
+    """Return True if the method takes the place of the task head, so that none is trained."""
+    return getattr(model.active_peft_config, "replaces_head", False)
 
 
 def new_folder(settings: TrainConfig, identity: dict[str, Any], prefix: str) -> Path:
