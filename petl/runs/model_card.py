@@ -70,7 +70,7 @@ LOCAL = (
     "code. base_fingerprint.json identifies its weights."
 )
 BELOW = (
-    "Below this adapter, the adapter of {run} is merged into the base model (model.adapter): load it "
+    "Below this adapter, that of {run} is merged into the base model (model.adapter): load it "
     "with petl.load, call merge_and_unload(), and use the result as `base` in the code."
 )
 ROUNDED = (
