@@ -21,6 +21,7 @@ from petl.methods.adapter import AdapterConfig
 from petl.methods.binary import BinaryConfig
 from petl.methods.compacter import CompacterConfig
 from petl.methods.corda.config import CordaConfig
+from petl.methods.dkvb.config import DkvbConfig
 from petl.methods.increlora.config import IncreloraConfig
 from petl.methods.mola import MolaConfig
 from petl.methods.mos.config import MosConfig
@@ -167,6 +168,7 @@ def wrap(
     boft_n_butterfly_factor: Any = ...,
     calibration_data: Any = ...,
     code_dim: Any = ...,
+    codebooks: Any = ...,
     coft: Any = ...,
     compression: Any = ...,
     conv_kernel_size: Any = ...,
@@ -176,6 +178,8 @@ def wrap(
     covariance_dtype: Any = ...,
     d_initial: Any = ...,
     damp: Any = ...,
+    dead: Any = ...,
+    decoder: Any = ...,
     decompose_both: Any = ...,
     decompose_factor: Any = ...,
     delora_lambda: Any = ...,
@@ -211,6 +215,9 @@ def wrap(
     inverse_tol: Any = ...,
     kasa_config: Any = ...,
     kernel_first: Any = ...,
+    key_batches: Any = ...,
+    key_decay: Any = ...,
+    key_dim: Any = ...,
     lambda_pattern: Any = ...,
     late_layers: Any = ...,
     layer_replication: Any = ...,
@@ -249,8 +256,10 @@ def wrap(
     num_tunable_weights: Any = ...,
     num_vectors: Any = ...,
     oft_block_size: Any = ...,
+    optimizer: Any = ...,
     orth_reg_weight: Any = ...,
     pair_dissociation: Any = ...,
+    pairs: Any = ...,
     parameter_budget: Any = ...,
     perturb_eps: Any = ...,
     perturb_weight: Any = ...,
@@ -259,6 +268,7 @@ def wrap(
     phm_init_range: Any = ...,
     phm_rank: Any = ...,
     placement: Any = ...,
+    pool: Any = ...,
     post_norm: Any = ...,
     private_rank: Any = ...,
     projection: Any = ...,
@@ -325,6 +335,7 @@ def wrap(
     use_effective_conv2d: Any = ...,
     use_qalora: Any = ...,
     use_rslora: Any = ...,
+    value_dim: Any = ...,
     vblora_dropout: Any = ...,
     vector_length: Any = ...,
     vector_lr: Any = ...,
@@ -511,6 +522,37 @@ def wrap(
     modules_to_save: list[str] | None = None,
 ) -> PeftModel:
     """Normalized low-rank update whose strength is trained apart from its direction."""
+
+@overload
+def wrap(
+    model: nn.Module,
+    name: Literal["dkvb"],
+    *,
+    adapter_name: str = "default",
+    calibration: Calibration | None = None,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = None,
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    codebooks: int = 64,
+    pairs: int = 256,
+    key_dim: int = 8,
+    projection: str = 'random',
+    key_decay: float = 0.95,
+    key_batches: int = 20,
+    dead: float = 0.1,
+    decoder: str = 'sum',
+    value_dim: int | None = None,
+    pool: str = 'model',
+    optimizer: str = 'sgd',
+    seed: int = 0,
+) -> PeftModel:
+    """A classification head of frozen keys and trained values, for streams of new classes."""
 
 @overload
 def wrap(
@@ -1053,6 +1095,7 @@ def wrap(
     boft_n_butterfly_factor: Any = ...,
     calibration_data: Any = ...,
     code_dim: Any = ...,
+    codebooks: Any = ...,
     coft: Any = ...,
     compression: Any = ...,
     conv_kernel_size: Any = ...,
@@ -1062,6 +1105,8 @@ def wrap(
     covariance_dtype: Any = ...,
     d_initial: Any = ...,
     damp: Any = ...,
+    dead: Any = ...,
+    decoder: Any = ...,
     decompose_both: Any = ...,
     decompose_factor: Any = ...,
     delora_lambda: Any = ...,
@@ -1100,6 +1145,9 @@ def wrap(
     inverse_tol: Any = ...,
     kasa_config: Any = ...,
     kernel_first: Any = ...,
+    key_batches: Any = ...,
+    key_decay: Any = ...,
+    key_dim: Any = ...,
     lambda_pattern: Any = ...,
     late_layers: Any = ...,
     layer_replication: Any = ...,
@@ -1136,8 +1184,10 @@ def wrap(
     num_tunable_weights: Any = ...,
     num_vectors: Any = ...,
     oft_block_size: Any = ...,
+    optimizer: Any = ...,
     orth_reg_weight: Any = ...,
     pair_dissociation: Any = ...,
+    pairs: Any = ...,
     parameter_budget: Any = ...,
     perturb_eps: Any = ...,
     perturb_weight: Any = ...,
@@ -1146,6 +1196,7 @@ def wrap(
     phm_init_range: Any = ...,
     phm_rank: Any = ...,
     placement: Any = ...,
+    pool: Any = ...,
     post_norm: Any = ...,
     private_rank: Any = ...,
     projection: Any = ...,
@@ -1209,6 +1260,7 @@ def wrap(
     use_effective_conv2d: Any = ...,
     use_qalora: Any = ...,
     use_rslora: Any = ...,
+    value_dim: Any = ...,
     vblora_dropout: Any = ...,
     vector_length: Any = ...,
     velora_config: Any = ...,
@@ -1601,6 +1653,7 @@ def build_config(
     boft_n_butterfly_factor: Any = ...,
     calibration_data: Any = ...,
     code_dim: Any = ...,
+    codebooks: Any = ...,
     coft: Any = ...,
     compression: Any = ...,
     conv_kernel_size: Any = ...,
@@ -1610,6 +1663,8 @@ def build_config(
     covariance_dtype: Any = ...,
     d_initial: Any = ...,
     damp: Any = ...,
+    dead: Any = ...,
+    decoder: Any = ...,
     decompose_both: Any = ...,
     decompose_factor: Any = ...,
     delora_lambda: Any = ...,
@@ -1645,6 +1700,9 @@ def build_config(
     inverse_tol: Any = ...,
     kasa_config: Any = ...,
     kernel_first: Any = ...,
+    key_batches: Any = ...,
+    key_decay: Any = ...,
+    key_dim: Any = ...,
     lambda_pattern: Any = ...,
     late_layers: Any = ...,
     layer_replication: Any = ...,
@@ -1683,8 +1741,10 @@ def build_config(
     num_tunable_weights: Any = ...,
     num_vectors: Any = ...,
     oft_block_size: Any = ...,
+    optimizer: Any = ...,
     orth_reg_weight: Any = ...,
     pair_dissociation: Any = ...,
+    pairs: Any = ...,
     parameter_budget: Any = ...,
     perturb_eps: Any = ...,
     perturb_weight: Any = ...,
@@ -1693,6 +1753,7 @@ def build_config(
     phm_init_range: Any = ...,
     phm_rank: Any = ...,
     placement: Any = ...,
+    pool: Any = ...,
     post_norm: Any = ...,
     private_rank: Any = ...,
     projection: Any = ...,
@@ -1759,6 +1820,7 @@ def build_config(
     use_effective_conv2d: Any = ...,
     use_qalora: Any = ...,
     use_rslora: Any = ...,
+    value_dim: Any = ...,
     vblora_dropout: Any = ...,
     vector_length: Any = ...,
     vector_lr: Any = ...,
@@ -1930,6 +1992,34 @@ def build_config(
     modules_to_save: list[str] | None = None,
 ) -> peft.DeloraConfig:
     """Normalized low-rank update whose strength is trained apart from its direction."""
+
+@overload
+def build_config(
+    name: Literal["dkvb"],
+    *,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = None,
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    codebooks: int = 64,
+    pairs: int = 256,
+    key_dim: int = 8,
+    projection: str = 'random',
+    key_decay: float = 0.95,
+    key_batches: int = 20,
+    dead: float = 0.1,
+    decoder: str = 'sum',
+    value_dim: int | None = None,
+    pool: str = 'model',
+    optimizer: str = 'sgd',
+    seed: int = 0,
+) -> DkvbConfig:
+    """A classification head of frozen keys and trained values, for streams of new classes."""
 
 @overload
 def build_config(
@@ -2421,6 +2511,7 @@ def build_config(
     boft_n_butterfly_factor: Any = ...,
     calibration_data: Any = ...,
     code_dim: Any = ...,
+    codebooks: Any = ...,
     coft: Any = ...,
     compression: Any = ...,
     conv_kernel_size: Any = ...,
@@ -2430,6 +2521,8 @@ def build_config(
     covariance_dtype: Any = ...,
     d_initial: Any = ...,
     damp: Any = ...,
+    dead: Any = ...,
+    decoder: Any = ...,
     decompose_both: Any = ...,
     decompose_factor: Any = ...,
     delora_lambda: Any = ...,
@@ -2468,6 +2561,9 @@ def build_config(
     inverse_tol: Any = ...,
     kasa_config: Any = ...,
     kernel_first: Any = ...,
+    key_batches: Any = ...,
+    key_decay: Any = ...,
+    key_dim: Any = ...,
     lambda_pattern: Any = ...,
     late_layers: Any = ...,
     layer_replication: Any = ...,
@@ -2504,8 +2600,10 @@ def build_config(
     num_tunable_weights: Any = ...,
     num_vectors: Any = ...,
     oft_block_size: Any = ...,
+    optimizer: Any = ...,
     orth_reg_weight: Any = ...,
     pair_dissociation: Any = ...,
+    pairs: Any = ...,
     parameter_budget: Any = ...,
     perturb_eps: Any = ...,
     perturb_weight: Any = ...,
@@ -2514,6 +2612,7 @@ def build_config(
     phm_init_range: Any = ...,
     phm_rank: Any = ...,
     placement: Any = ...,
+    pool: Any = ...,
     post_norm: Any = ...,
     private_rank: Any = ...,
     projection: Any = ...,
@@ -2577,6 +2676,7 @@ def build_config(
     use_effective_conv2d: Any = ...,
     use_qalora: Any = ...,
     use_rslora: Any = ...,
+    value_dim: Any = ...,
     vblora_dropout: Any = ...,
     vector_length: Any = ...,
     velora_config: Any = ...,
@@ -2802,6 +2902,9 @@ def get(name: Literal["corda"]) -> type[CordaConfig]: ...
 
 @overload
 def get(name: Literal["delora"]) -> type[peft.DeloraConfig]: ...
+
+@overload
+def get(name: Literal["dkvb"]) -> type[DkvbConfig]: ...
 
 @overload
 def get(name: Literal["dora"]) -> type[peft.LoraConfig]: ...
