@@ -38,7 +38,7 @@ def train(cfg: DictConfig) -> float:
     run = Run(config, accelerator)
     data = config.data.read()
     processor = load_processor(config.model, data.task)
-    splits = encode_splits(data, processor, settings, accelerator)
+    splits = encode_splits(data, processor, settings, accelerator, config.data.repeats)
     model = wrapped(run, splits, processor)
     run.begin(model)
     shard(model, accelerator)

@@ -32,7 +32,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from petl.core.adapter_file import PREFIX, WEIGHTS
-from petl.core.compat import ModulesToSaveWrapper
+from petl.core.compat import BaseTunerLayer, ModulesToSaveWrapper
 from petl.core.layers.class_swap import SwappedClass, swap_class
 from petl.errors import InputError
 from petl.files.disk import as_json, write_atomic
@@ -252,12 +252,17 @@ class FingerprintedModel(SwappedClass, PeftModel):
         self.adapter_fingerprints.pop(adapter_name, None)
 
     def _fingerprint_for(self, adapter_name: str) -> Fingerprint:
-        """Return the fingerprint to save with an adapter, without the modules that it saves."""
+        """Return the fingerprint to save with an adapter, without modules that it has itself.
+
+        A replaced head often has new random weights in each process.
+        """
         digests = self.adapter_fingerprints.get(adapter_name, self.base_fingerprint)
+        is_head = getattr(self.peft_config[adapter_name], "replaces_head", False)
         saved = tuple(
             f"{path}."
             for path, module in self.get_base_model().named_modules()
-            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+            if (isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save)
+            or (is_head and isinstance(module, BaseTunerLayer))
         )
         return {name: digest for name, digest in digests.items() if not name.startswith(saved)}
 

@@ -62,6 +62,7 @@ def register(
     need: str = "",
     recommended: str = "",
     variant: Callable[[Method, Mapping[str, Any]], Method] | None = None,
+    **attributes: Any,
 ) -> Callable[[Tuner], Tuner]:
     """Register a tuner as method `name`: the word after `+method=`, PEFT type, state-dict prefix.
 
@@ -74,7 +75,7 @@ def register(
         summary: one sentence.
         paper: authors, year, title or venue, arXiv id.
         lr: the default peak learning rate.
-        need: see `Method`, as for `recommended` and `variant`.
+        need: see `Method`, as for `recommended`, `variant` and `attributes`.
 
     Raises:
         ValueError: `name` is taken.
@@ -106,6 +107,7 @@ def register(
             computed=getattr(tuner, "computed", lambda config: False),
             unsupported=getattr(tuner, "unsupported", {}),
             decays=variant is not None or tuner.adapter_cls.decays,
+            **attributes,
         )
         return tuner
 

@@ -14,6 +14,7 @@ from petl.config.schema import plain, read_fields
 from petl.errors import InputError, choose
 from petl.tasks.base import Task
 
+BY_CLASS = "by_class"  # value of data.order
 ENCODED_TOGETHER = 100  # rows of a call of `Task.encode_rows`; assumption
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -92,16 +93,31 @@ class Source(ABC):
     train_rows: int | None = None  # None: all
     test_rows: int | None = None
     seed: int = 13  # of the shuffle that precedes holding out and limiting rows
+    order: str | None = None  # of the train rows: by_class, or None: shuffled in each epoch
+    stream_repeats: int | None = None  # with by_class: passes over the rows of a class; None: 1
 
     def __post_init__(self) -> None:
         if self.task not in self.serves:
             raise InputError(
                 f"data.task={self.task}, but data {self.name} is for {' or '.join(self.serves)}"
             )
-        for key, minimum in (("train_rows", 1), ("test_rows", 1), ("seed", 0)):
+        minima = (("train_rows", 1), ("test_rows", 1), ("seed", 0), ("stream_repeats", 1))
+        for key, minimum in minima:
             check_minimum(key, getattr(self, key), minimum)
+        if self.order not in (None, BY_CLASS):
+            raise InputError(f"data.order={self.order} is not {BY_CLASS} or null")
+        if self.stream_repeats is not None and self.order is None:
+            raise InputError(
+                f"data.stream_repeats={self.stream_repeats} needs data.order={BY_CLASS}, the order "
+                "of which it repeats each class"
+            )
         if self.seed >= 2**32:
             raise InputError(f"data.seed={self.seed} is not below 2**32")
+
+    @property
+    def repeats(self) -> int | None:
+        """Passes over the rows of each class, one class after the other; None: shuffled."""
+        return (self.stream_repeats or 1) if self.order else None
 
     def check(self) -> None:
         """Raise InputError if files that the settings name are missing; no row is read."""

@@ -178,6 +178,12 @@ def load_base(
             f"model {source.name} has new parameters that belong to no submodule, which an adapter "
             "cannot save: set use_weighted_layer_sum to false in its config"
         )
+    if source.adapter is not None:
+        # not imported by other runs
+        from petl.models.finished_adapter import checked_config, with_adapter
+
+        checked_config(source.adapter)  # shapes do not depend on it
+        model = model if meta else with_adapter(model, source.adapter, task)
     task.adjust(model)
     if task.reads_text:
         check_length(model, task, source.name)

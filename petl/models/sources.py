@@ -42,8 +42,14 @@ class ModelSource:
     dtype: str = "float32"
     attn: str | None = None  # transformers' attn_implementation; None: its default
     quantization: str | None = None  # a scheme of petl/models/quantization.py; None: not quantized
+    adapter: str | None = None  # folder of a run or an adapter, which is merged into the model
 
     def __post_init__(self) -> None:
+        if self.adapter is not None and self.quantization is not None:
+            raise InputError(
+                f"model.adapter={self.adapter} is merged into the weights, and model.quantization="
+                f"{self.quantization} has rounded them: leave one of them null"
+            )
         if self.dtype not in DTYPES:
             raise InputError(f"model.dtype={self.dtype} is not one of {', '.join(DTYPES)}")
         if self.quantization is not None:

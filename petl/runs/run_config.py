@@ -106,7 +106,7 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
         ) from error
     fields = with_inner(chosen)  # all fields, so that config.yaml does not depend on defaults
     if settings["train"].get("lr") is None:
-        train = replace(train, lr=entry.lr)
+        train = replace(train, lr=entry.default_lr(fields))
     check_machine(train)
     fill_tasks(fields, settings["data"])
     # all fields are checked again once task type and number of steps are known
@@ -125,7 +125,19 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     data_settings = resolved["data"] = with_row_tasks(settings["data"], fields)
     model, data = read_source(settings["model"]), data_source(data_settings)
     model.check()
+    if model.adapter is not None:
+        # not imported by other runs
+        from petl.models.finished_adapter import checked_config
+
+        checked_config(model.adapter)
     data.check()
+    if data.order is not None:
+        train.check_stream()
+        if data_settings.get("tasks"):
+            raise InputError(
+                f"data.order={data.order} is for rows of one task, and data.tasks="
+                f"{data_settings['tasks']} has several: leave one of them null"
+            )
     return RunConfig(
         train=train,
         model=model,

@@ -316,6 +316,11 @@ class Run:
         lifecycle(model).plots(self.path)
         if (self.path / RANKS).exists():
             draw_ranks(self.path)
+        if self.config.data.order is not None:
+            # not imported by other runs
+            from petl.runs.class_stream import draw_stages
+
+            draw_stages(self.path)
 
     def finish(
         self,
@@ -345,7 +350,8 @@ class Run:
             "best_step": state.best_step,
             "steps": state.step,
             "lr": settings.lr,
-            "head_lr": settings.head_lr,
+            # no head trains under a method that takes its place
+            "head_lr": None if has_no_head(model) else settings.head_lr,
             "tokens": state.tokens,
             "unit": task.unit,
             "padding": state.padding,
@@ -359,6 +365,13 @@ class Run:
         figures = lifecycle(model).figures()
         if figures:
             entries["method"] = figures
+        if self.config.data.order is not None:
+            # not imported by other runs
+            from petl.runs.class_stream import read_stages, stream_scores
+
+            stages = on_main(self.accelerator, lambda: read_stages(self.path, state.step))
+            # none if train.steps ends the run within the first
+            entries |= {"stream": stream_scores(stages)} if stages else {}
         # before the scores, which mark a finished run
         on_main(self.accelerator, lambda: self._write_card(model, task, entries))
         self.scores.add({**entries, **peak_memory(self.accelerator.device)})
@@ -386,6 +399,11 @@ class Run:
         )
         with stop_when_full(self.path):
             write_atomic(self.path / ADAPTER / README, card)
+
+
+def has_no_head(model: PeftModel) -> bool:
+    """Return True if the method takes the place of the task head, so that none is trained."""
+    return getattr(model.active_peft_config, "replaces_head", False)
 
 
 def new_folder(settings: TrainConfig, identity: dict[str, Any], prefix: str) -> Path:

@@ -299,6 +299,38 @@ class TrainConfig:
             )
         return math.ceil(steps)
 
+    def steps_of_stream(self, length: int) -> int:
+        """Return the optimizer steps of a run over a stream of `length` steps.
+
+        Raises:
+            InputError: the stream has not so many.
+        """
+        if self.steps is not None and self.steps > length:
+            raise InputError(
+                f"train.steps={self.steps}, but data.order=by_class has {length} steps: set fewer, "
+                "or a larger data.stream_repeats"
+            )
+        return self.steps or length
+
+    def check_stream(self) -> None:
+        """Raise InputError for a setting that does not suit data.order=by_class."""
+        if self.epochs not in (TrainConfig.epochs, 1):
+            raise InputError(
+                f"train.epochs={self.epochs:g} has no effect with data.order=by_class, which is "
+                "passed once: set data.stream_repeats, the passes over the rows of each class"
+            )
+        if self.bucketed:
+            raise InputError(
+                "data.order=by_class orders rows by class, and train.buckets and train.batch_sizes "
+                "by length: leave one of them out"
+            )
+        if self.eval_steps is not None:
+            raise InputError(
+                f"train.eval_steps={self.eval_steps} restores the best checkpoint, which hides "
+                "what was forgotten: leave it null with data.order=by_class, whose stages are "
+                "scored on the test rows"
+            )
+
     def log_interval(self, total: int) -> int:
         """Return the steps between log lines of a run of `total` steps."""
         return self.log_steps or min(MOST_LOG_STEPS, max(1, total // LOG_POINTS))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from petl.core.compat import BaseTunerLayer
+from petl.core.distributed import num_processes, number
 from petl.core.registry import build_config, method, needs_calibration, wrap
 from petl.core.spec.method import Method
 from petl.testing.models import TINY_MODELS, Batch, TinyModel
@@ -96,9 +97,15 @@ class Case:
         return build_config(self.method, **self.all_fields())
 
     def wrap(self, base: nn.Module | None = None, adapter_name: str = "default") -> PeftModel:
-        """Wrap `base`, or a new base model; the adapter is the same each time."""
+        """Wrap `base`, or a new base model; the adapter is the same each time.
+
+        Of several processes, each has its part of the calibration rows.
+        """
         torch.manual_seed(1)
-        calibration = [self.batch(seed=9)] if needs_calibration(self.config()) else None
+        calibration = None
+        if needs_calibration(self.config()):
+            own = slice(number(), None, num_processes())
+            calibration = [{name: rows[own] for name, rows in self.batch(seed=9).items()}]
         return wrap(
             self.base() if base is None else base,
             self.method,

@@ -19,9 +19,10 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from petl.data.base import Stream
+from petl.data.base import Stream, refuse_stream
 from petl.data.batch_sampler import SequentialStepSampler, StepSampler, permutation
 from petl.data.buckets import Buckets, Ints
+from petl.data.class_stream import ClassStream
 from petl.data.streaming import StreamedRows
 from petl.distributed.processes import ignore_foreign_signals
 from petl.errors import InputError
@@ -46,6 +47,7 @@ class Splits:
         validation: rows held out from train, on which only training decisions depend; or None.
         processor: the tokenizer or other processor that encoded the rows.
         buckets: of the train rows; None: rows of any length meet in a step.
+        stages: the order of the train rows class by class (data.order=by_class); None: shuffled.
         sources: the test rows before they were encoded; None: unknown.
     """
 
@@ -57,6 +59,7 @@ class Splits:
     processor: Any
     buckets: Buckets | None = None
     sources: Dataset | None = None
+    stages: ClassStream | None = None
 
     @property
     def known(self) -> Dataset:
@@ -83,20 +86,27 @@ class Splits:
             done=done,
             rank=rank,
             processes=processes,
-            buckets=self.buckets,
+            buckets=self.buckets or self.stages,
         )
+        if self.stages is not None:
+            return replace(sampler, steps=settings.steps_of_stream(sampler.steps_per_epoch))
         # made with 0 steps first, since the sampler knows how many an epoch has
         return replace(sampler, steps=settings.steps_of_run(sampler.steps_per_epoch))
 
 
 def encode_splits(
-    data: Any, processor: Any, settings: TrainConfig, accelerator: Accelerator
+    data: Any,
+    processor: Any,
+    settings: TrainConfig,
+    accelerator: Accelerator,
+    repeats: int | None = None,
 ) -> Splits:
     """Encode data and hold out validation rows if `settings.eval_steps` asks for them.
 
     Args:
         data: from `read_data`.
         processor: from `load_processor`, for the model and the task.
+        repeats: passes over the rows of each class, one class after the other; None: shuffled.
 
     Raises:
         InputError: too few rows to hold any out, too few steps for the warm-up, or a row too long
@@ -105,6 +115,7 @@ def encode_splits(
     task = data.task
     # a stream is encoded while it is read, by the loader
     if isinstance(data.train, Stream):
+        refuse_stream(data.train if repeats else None, "data.order=by_class")
         return stream_splits(data, processor, settings, accelerator)
     sources = numbered(data.test)
     with accelerator.main_process_first():  # the others then read its cache
@@ -116,7 +127,8 @@ def encode_splits(
     multiple = 1 if accelerator.device.type == "cpu" else 8  # tensor cores need multiples of 8
     buckets = buckets_of(row_lengths(task, train), settings) if settings.bucketed else None
     collate = task.collate(processor, multiple)
-    splits = Splits(task, collate, train, validation, test, processor, buckets, sources)
+    stages = None if repeats is None else class_stream(task, train, settings, repeats)
+    splits = Splits(task, collate, train, validation, test, processor, buckets, sources, stages)
     settings.warmup_steps(splits.sampler(settings).steps)  # raise before a model is loaded
     return splits
 
@@ -161,6 +173,21 @@ def stream_splits(
     # for its error only, as in `encode_splits`
     settings.warmup_steps(settings.steps)
     return splits
+
+
+def class_stream(task: Task, train: Dataset, settings: TrainConfig, repeats: int) -> ClassStream:
+    """Return the order of the train rows class by class.
+
+    Raises:
+        InputError: the rows have no class each.
+    """
+    if not isinstance(task, SingleLabelTask):
+        raise InputError(
+            f"data.order=by_class needs rows with one class each, and data.task={task.name} has "
+            "none: leave data.order null"
+        )
+    labels = np.asarray(train["labels"], dtype=int)
+    return ClassStream(labels, settings.batch_size, repeats)
 
 
 def numbered(rows: Dataset) -> Dataset:
@@ -305,11 +332,24 @@ def digest(rows: Dataset | StreamedRows) -> str:
 
 
 class FirstBatches:
-    """Train batches on the device for methods that need data before training; reiterable."""
+    """Train batches on the device for methods that need data before training; reiterable.
 
-    def __init__(self, splits: Splits, settings: TrainConfig, device: torch.device) -> None:
+    Args:
+        rank, processes: of the parts of each batch, the one to take; by default all of it.
+    """
+
+    def __init__(
+        self,
+        splits: Splits,
+        settings: TrainConfig,
+        device: torch.device,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
         self.splits, self.device, self.workers = splits, device, settings.num_workers
-        sampler = splits.sampler(settings)
+        # of a stream of classes, the first batches would have one class only
+        mixed = replace(splits, stages=None)
+        sampler = mixed.sampler(settings, 0, rank, processes)
         # one epoch, whatever the length of the run
         self.sampler = replace(sampler, steps=sampler.steps_per_epoch)
 

@@ -152,6 +152,8 @@ class Loop:
                     bar.show(self.log())
                 self.timer.mark("logging")
                 improved = self.is_due(settings.eval_steps) and self.evaluate()
+                if self.splits.stages is not None:
+                    self.score_stage()
                 self.timer.mark("evaluation")
                 # all processes must agree, else some would wait for the others forever
                 stopping = any(self.counts.total(stop.signal))  # in any process
@@ -330,6 +332,14 @@ class Loop:
         self.bar.show_validation(task.metric, scores[task.metric])
         logger.info("step %d: validation %s %.4f", state.step, task.metric, scores[task.metric])
         return state.note(scores, task)
+
+    def score_stage(self) -> None:
+        """Score all classes if this step ends a stage of a stream of classes."""
+        # not imported by other runs
+        from petl.training.stages import score_stage
+
+        size, step = self.settings.eval_batch_size, self.state.step
+        score_stage(self.model, self.splits, self.accelerator, self.run, size, step)
 
     def save(self) -> None:
         """Write a checkpoint, never of a state that is not finite; delete old ones."""

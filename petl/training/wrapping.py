@@ -80,8 +80,17 @@ def train_new_modules(fields: Mapping[str, Any], base: PreTrainedModel) -> dict[
     """Return `fields` that also train and save modules without pretrained weights.
 
     PEFT does so for the heads that it recognizes. Other heads, or a pooler that a masked language
-    model lacks, would keep random weights that are not saved.
+    model lacks, would keep random weights that are not saved. A method that replaces the head
+    trains none of them.
+
+    Raises:
+        InputError: the method would read the output of such a module.
     """
+    config_cls: Any = method(fields["name"]).config_cls
+    if getattr(config_cls, "replaces_head", False):
+        config: Any = build_config(**{k: v for k, v in fields.items() if k != "calibration"})
+        config.check_new_modules(new_modules(base))
+        return dict(fields)
     chosen = fields.get("modules_to_save") or []
     by_peft = HEADS_OF_TASK.get(str(fields["task_type"]), ())
     new = [name for name in new_modules(base) if name not in (*chosen, *by_peft)]
@@ -165,7 +174,9 @@ def wrap_arguments(run: RunConfig, splits: Splits, accelerator: Accelerator) -> 
     elif hasattr(config, "calibration_data"):
         batches = calibration_batches(config.calibration_data, run.model, splits)
     else:
-        batches = FirstBatches(splits, run.train, accelerator.device)
+        parts = accelerator.num_processes if getattr(config, "divides_calibration", False) else 1
+        rank = accelerator.process_index if parts > 1 else 0
+        batches = FirstBatches(splits, run.train, accelerator.device, rank, parts)
     return {**fields, "calibration": Shown(batches, CALIBRATING)}
 
 

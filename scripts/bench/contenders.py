@@ -244,6 +244,8 @@ CONTENDERS = (
         kernels=20,
     ),
     Contender("icv, trained", "icv", {"train": True}),
+    # two products of 2 C K d operations a row, next to the frozen encoder
+    Contender("dkvb", "dkvb", beside_lora={"time / LoRA": 0.45, "kept / LoRA": 0.05}),
     Contender("sherl", "sherl", beside_lora={"time / LoRA": 0.6, "kept / LoRA": 0.2}),
     # the reference for polyhistor's goal: at most 1.10 of this row
     Contender("adapter 48, norm after", "adapter", {"r": 48, "ln_after": True}),

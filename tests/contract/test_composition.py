@@ -47,6 +47,7 @@ REFUSED = {
         "vblora": "it ranks its logits to choose vectors",
         "vera": NO_MATRIX,
         "pyra": "it has an inner method of its own",
+        "dkvb": "rounding moves values that no row picked",
     },
 }
 REFUSED["binary and density"] = REFUSED["density"] | REFUSED["binary"]
@@ -66,6 +67,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     "pyra": {"schedule": [2, 0]},
     "polyhistor": {"r": 8, "tasks": ["only"]},
     "randlora": {"r": 8},
+    "dkvb": {"codebooks": 16, "pairs": 8},
     "sherl": {"r": 16},  # with width / 8 and this seed, no block's score is positive
     "sparse": {"total_step": 200},
     "vblora": {"vector_length": 16},

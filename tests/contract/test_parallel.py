@@ -39,6 +39,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "compacter": {"r": 8},
     "corda": {"r": 4, "lora_alpha": 4, **TARGETS},
     "icv": {"train": True, "pairs": None, "scale": "plain", "keep_norm": False, "strength": 1.0},
+    "dkvb": {"codebooks": 8, "pairs": 8, "key_dim": 4},
     "increlora": {"orth_reg_weight": 1.0, "target_r": 3, "max_r": 4, **GROWTH, **TARGETS},
     "mola": {"router_aux_loss_coef": 0.5, "num_experts": 4, **TARGETS},
     "mos": {"r": 3, "equivalent_rank": 3, **TARGETS},

@@ -44,6 +44,7 @@ class Method:
         on_wrap: called with (model, config, calibration) before the model is changed, or None. The
             function that it returns, if any, is called with the wrapped model.
         tuner_cls: the tuner of a method of petl's own; None: PEFT's.
+        lr_by: a field with whose values in the mapping the method has another default than `lr`.
         variant: for a method whose fields and capabilities depend on one of its fields (binary's
             inner method): called with (this entry, fields), returns the entry for them; or None.
         lr: the default peak learning rate, with AdamW. Where it is not `LR`: measured, the best of
@@ -80,6 +81,7 @@ class Method:
     tuner_cls: type[Any] | None = None
     variant: Callable[["Method", Mapping[str, Any]], "Method"] | None = None
     lr: float = LR
+    lr_by: tuple[str, Mapping[str, float]] | None = None
     inner: str = ""
     inner_defaults: Mapping[str, Any] = field(default_factory=dict)
     rank_step: int = 1
@@ -94,6 +96,13 @@ class Method:
     def given(self, fields: Mapping[str, Any]) -> "Method":
         """Return the entry for these fields of the config: itself, unless it has a `variant`."""
         return self if self.variant is None else self.variant(self, fields)
+
+    def default_lr(self, fields: Mapping[str, Any]) -> float:
+        """Return the default peak learning rate with these fields of the config."""
+        if self.lr_by is None:
+            return self.lr
+        name, rates = self.lr_by
+        return rates.get(str(fields.get(name)), self.lr)
 
     def log_other_defaults(self, config: PeftConfig, given: Mapping[str, Any]) -> None:
         """Log, in one line, the fields that are not given and have other defaults in train.py.

@@ -57,6 +57,7 @@ class MethodTuner(SharedStateTuner):
         free_dims: by name of a tensor, the dimension that may have another size in a file.
         optional_tensors: last parts of names of tensors that a file may lack.
         moves_entries: False if `update_and_allocate` leaves the trained entries in their places.
+        capture_cls: hook that captures the input of an adapter with a source, see `sources`.
         placed: by adapter name and module path, the adapters in the model's order.
     """
 
@@ -67,6 +68,7 @@ class MethodTuner(SharedStateTuner):
     free_dims: ClassVar[Mapping[str, int]] = {}
     optional_tensors: ClassVar[tuple[str, ...]] = ()
     moves_entries: ClassVar[bool] = True
+    capture_cls: ClassVar[type[InputCapture]] = InputCapture
     target_module_mapping: dict[str, list[str]] = {}  # read by PEFT; petl resolves targets itself
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -200,7 +202,7 @@ class MethodTuner(SharedStateTuner):
                 )
                 for key, source in sources.items():
                     layer: Any = model.get_submodule(key)
-                    layer.captures[adapter_name] = InputCapture(
+                    layer.captures[adapter_name] = self.capture_cls(
                         self.context, key, adapter_name, source
                     )
                 if hasattr(type(self), "update_and_allocate"):

@@ -28,6 +28,7 @@ UNSUPPORTED_INNER = {  # by method, the reason that an error gives
     "add up to the original weights again",
     "delora": "it normalizes its factors, so that even small initial values change the base "
     "model's outputs",
+    "dkvb": "rounding moves values that no row picked, which must stay as they are",
     "pst": "it ranks base weights by scores that its factors have exactly, and rounding them makes "
     "most of the scores equal",
     "vblora": "it ranks its logits to choose vectors, and rounding makes most of them equal",

@@ -19,6 +19,7 @@ from petl.methods.pyra.blocks import check_form
 
 UNSUPPORTED_INNER = {  # by method, the reason that an error gives
     "pyra": "it is the outer method",
+    "dkvb": "pyra changes the encoder while it trains, and the keys of dkvb fit the frozen one",
 }
 # tokens to remove in each block of ViT-B and ViT-L, by number of blocks
 SCHEDULES = {

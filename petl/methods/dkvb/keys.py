@@ -1,0 +1,150 @@
+"""Nearest keys, and the key phase of DKVB.
+
+Shapes: n pieces of each codebook, C codebooks, K keys of each, d width of a key.
+"""
+
+import torch
+from torch import Tensor
+
+from petl.core.distributed import gathered
+from petl.errors import InputError
+
+EPSILON = torch.finfo(torch.float32).eps
+EPS = 1e-5  # e of the smoothed counts
+ROWS = 1024  # rows whose distances, C K each, exist at a time; assumption
+
+
+@torch.no_grad()
+def nearest(pieces: Tensor, keys: Tensor) -> Tensor:
+    """Return the index of the nearest key in each codebook, the first of equal ones, [n, C].
+
+    Distances are equal if they differ by no more than rounding can.
+
+    Args:
+        pieces: [n, C, d], float32.
+        keys: [C, K, d], float32.
+    """
+    squares = keys.square().sum(-1).unsqueeze(1)  # [C, 1, K]
+    largest = squares.amax(-1, keepdim=True)
+    parts = []
+    for part in pieces.split(ROWS):
+        z = part.transpose(0, 1)  # [C, n, d]
+        # |z|^2, equal for all keys of a codebook, is left out of the distance
+        distances = torch.baddbmm(squares, z, keys.transpose(1, 2), alpha=-2)
+        # how far rounding, which depends on the number of rows, may move a distance: equal keys
+        # must stay equal in any batch
+        error = (z.square().sum(-1, keepdim=True) + largest) * (EPSILON * (keys.shape[-1] + 2))
+        is_least = distances <= distances.amin(-1, keepdim=True) + error
+        parts.append(is_least.byte().argmax(-1))
+    return torch.cat(parts, 1).t() if parts else pieces.new_zeros(pieces.shape[:2]).long()
+
+
+class Keys:
+    """Keys that follow the pieces nearest to them, by a moving average.
+
+    Args:
+        keys: at the start, [C, K, d]; not changed.
+        decay: of the average, from 0 to below 1.
+        dead: a key with a smaller average count restarts at a random piece of the batch.
+        seed: of the choice of these pieces.
+
+    Attributes:
+        keys: [C, K, d], float32.
+        counts: N, the average counts, [C, K].
+
+    Raises:
+        InputError: `keys` is not of that shape, or an argument out of range.
+    """
+
+    def __init__(self, keys: Tensor, decay: float = 0.95, dead: float = 0.1, seed: int = 0) -> None:
+        if keys.dim() != 3 or 0 in keys.shape:
+            raise InputError(f"keys have the shape {tuple(keys.shape)}, not [codebooks, pairs, d]")
+        if not 0 <= decay < 1:
+            raise InputError(f"decay={decay} is not in [0, 1)")
+        if not dead >= 0:
+            raise InputError(f"dead={dead} is not at least 0")
+        self.keys = keys.detach().float().clone()
+        self.decay, self.dead = decay, dead
+        self.counts = torch.ones(keys.shape[:2], device=keys.device)
+        self.sums = self.keys.clone()  # M
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def update(self, pieces: Tensor) -> None:
+        """Update the keys with a batch, which the batches of all processes make up together.
+
+        All processes must call it, with an empty batch if they have none. The order of the rows
+        does not matter.
+
+        Args:
+            pieces: [n, C, d], of this process.
+
+        Raises:
+            InputError: their widths are not those of the keys.
+        """
+        C, K, d = self.keys.shape
+        if pieces.dim() != 3 or pieces.shape[1:] != (C, d):
+            raise InputError(
+                f"pieces have the shape {tuple(pieces.shape)}, not [rows, {C}, {d}] as the keys"
+            )
+        parts = gathered(pieces.detach().float().cpu())
+        pieces = torch.cat(parts).to(self.keys.device)
+        if not len(pieces):
+            return
+        picked = nearest(pieces, self.keys).t()  # [C, n]
+        found = torch.zeros_like(self.counts)
+        found.scatter_add_(1, picked, torch.ones_like(picked, dtype=found.dtype))
+        sums = torch.zeros_like(self.sums)
+        sums.scatter_add_(1, picked.unsqueeze(-1).expand(-1, -1, d), pieces.transpose(0, 1))
+        self.counts.lerp_(found, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        total = self.counts.sum(-1, keepdim=True)
+        smoothed = (self.counts + EPS) / (total + K * EPS) * total
+        self.keys = self.sums / smoothed.unsqueeze(-1)
+        self._restart(pieces)
+
+    def _restart(self, pieces: Tensor) -> None:
+        """Put keys with a count below `dead` on random pieces."""
+        dead = self.counts < self.dead
+        for c in dead.any(-1).nonzero().flatten().tolist():
+            (k,) = dead[c].nonzero(as_tuple=True)
+            chosen = drawn(pieces[:, c], len(k), self.generator)
+            self.keys[c, k] = self.sums[c, k] = chosen
+            self.counts[c, k] = 1.0
+
+
+def start_keys(pieces: Tensor, pairs: int, generator: torch.Generator) -> Tensor:
+    """Return keys at random pieces of each codebook, [C, K, d], drawn from `pieces`, [n, C, d]."""
+    return torch.stack([drawn(part, pairs, generator) for part in pieces.unbind(1)])
+
+
+def drawn(pieces: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Return `count` of the pieces [n, d], each at most once if there are enough, [count, d].
+
+    The draw depends on the set of pieces, not on their order, so that it is the same on any number
+    of processes.
+    """
+    n = len(pieces)
+    order = torch.arange(n, device=pieces.device)
+    for column in range(pieces.shape[1] - 1, -1, -1):  # sorted by the first entry, then the second
+        order = order[pieces[order, column].argsort(stable=True)]
+    if count <= n:
+        chosen = torch.randperm(n, generator=generator)[:count]
+    else:
+        chosen = torch.randint(n, (count,), generator=generator)
+    return pieces[order[chosen.to(order.device)]]
+
+
+def use_of(counts: Tensor) -> tuple[float, float]:
+    """Return the fraction of keys that were picked, and the perplexity of the picks.
+
+    The perplexity, the mean over codebooks, is 1 if one key has all picks of a codebook and K if
+    all keys have equally many.
+
+    Args:
+        counts: how often each key was picked, [C, K]; not all 0.
+    """
+    counts = counts.double()
+    p = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    perplexity = torch.special.entr(p).sum(-1).exp().mean()
+    return counts.ne(0).double().mean().item(), perplexity.item()
