@@ -31,6 +31,7 @@ from petl.tasks.base import Task
 README = "README.md"
 PIPELINES = {  # the Hub's names of tasks
     "classification": "text-classification",
+    "multitask_classification": "text-classification",
     "regression": "text-classification",
     "token_classification": "token-classification",
     "question_answering": "question-answering",
@@ -139,6 +140,7 @@ class Described:
             self.base,
             loader="" if self.merged else loader,
             pair=bool(self.data.get("text_pair")),
+            takes_task_ids=len(getattr(self.config, "tasks", [])) > 1,
         )
 
 

@@ -16,6 +16,7 @@ from petl.core.refusals import adamr_refusal
 from petl.core.registry import list_methods, method
 from petl.core.spec.method import LossConfig, Method
 from petl.data.base import Source, data_source
+from petl.data.task_sets import SOURCE, with_sets
 from petl.distributed.launch import Launch, read_launch
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 from petl.imports.peft_hook import import_modules
@@ -108,6 +109,8 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     if settings["train"].get("lr") is None:
         train = replace(train, lr=entry.lr)
     check_machine(train)
+    if settings["data"].get("source") == SOURCE:  # names of sets in full, for config.yaml
+        settings["data"] = with_sets(settings["data"])
     fill_tasks(fields, settings["data"])
     # all fields are checked again once task type and number of steps are known
     method_fields(fields, None, train.steps or LARGEST)
@@ -144,8 +147,9 @@ def fill_tasks(fields: dict[str, Any], data: Mapping[str, Any]) -> None:
     Raises:
         InputError: the data names tasks, and the method serves none, or others.
     """
-    names = data.get("tasks")
-    if not names:
+    has_sets = data.get("source") == SOURCE
+    names = [*data["sets"]] if has_sets else data.get("tasks")
+    if not names or (has_sets and "tasks" not in fields):  # a head for each suits any method
         return
     if "tasks" not in fields:
         raise InputError(
@@ -155,7 +159,8 @@ def fill_tasks(fields: dict[str, Any], data: Mapping[str, Any]) -> None:
     fields["tasks"] = fields["tasks"] or names
     if list(fields["tasks"]) != list(names):
         raise InputError(
-            f"method.tasks={fields['tasks']} and data.tasks={names} differ: set one of them"
+            f"method.tasks={fields['tasks']} and data.{'sets' if has_sets else 'tasks'}={names} "
+            "differ: set one of them"
         )
 
 
@@ -166,7 +171,7 @@ def with_row_tasks(data: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[s
         InputError: the source has no column for it.
     """
     names = fields.get("tasks") or []
-    if len(names) < 2:
+    if len(names) < 2 or data.get("source") == SOURCE:
         return dict(data)
     if "task_column" not in data:
         raise InputError(
