@@ -127,7 +127,7 @@ def analyze(file: Path) -> Analysis:
         found.rows += 1
         badness.append(badness_of(line))
         # a dict as an ordered set: keys are in the order of the task's classes
-        names |= dict.fromkeys(line.get("probabilities", {}))
+        names |= dict.fromkeys(of_task(line, name) for name in line.get("probabilities", {}))
         for label, prediction, sure in classified(line):
             found.confusion[label, prediction] += 1
             note(found.bins, sure, label == prediction)
@@ -155,13 +155,18 @@ def classified(line: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
     """Yield label, prediction and its probability of a row with a class, or of each word."""
     label, prediction, sure = (line.get(k) for k in ("label", "prediction", "probability"))
     if isinstance(label, str) and isinstance(prediction, str) and isinstance(sure, Real):
-        yield label, prediction, float(sure)
+        yield of_task(line, label), of_task(line, prediction), float(sure)
     elif isinstance(label, list) and isinstance(prediction, list) and isinstance(sure, list):
         # a stranger's file may have lists of different lengths
         for one, other, value in zip(label, prediction, sure, strict=False):
             # None: a word beyond `max_length`, which the model has not read
             if one is not None and other is not None and value is not None:
                 yield one, other, float(value)
+
+
+def of_task(line: Mapping[str, Any], label: str) -> str:
+    """The name of a class: of several tasks, whose labels may have equal names, with the task's."""
+    return f"{line['task']}/{label}" if isinstance(line.get("task"), str) else label
 
 
 def is_span(line: Mapping[str, Any]) -> bool:

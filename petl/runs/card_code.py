@@ -192,16 +192,19 @@ class Usage:
         """The statements that make a prediction."""
         task: Any = self.task
         name = "chat" if getattr(task, "chat", False) else task.name
-        texts = [TEXT, *(['"The second text."'] if self.pair else [])]
+        # of several sets, the code is for the first
+        limit = getattr(task, "limits", [getattr(task, "max_length", None)])[0]
+        is_pair = self.pair or (bool(task.tasks) and task.tasks[0] in getattr(task, "pairs", ()))
+        texts = [TEXT, *(['"The second text."'] if is_pair else [])]
         if getattr(task, "prefix", ""):  # of seq2seq
             texts = [f"{literal(task.prefix)} + {TEXT}"]
-        options = ["truncation=True", f"max_length={getattr(task, 'max_length', None)}"]
+        options = ["truncation=True", f"max_length={limit}"]
         if name == "seq2seq":
             options += ["return_token_type_ids=False"]
         encode = call("inputs", "tokenizer", [*texts, *options, 'return_tensors="pt"'])
         code = PREDICT[name].format(
             encode=encode.removeprefix("inputs = "),
-            max_length=getattr(task, "max_length", None),
+            max_length=limit,
             seconds=round(getattr(task, "max_seconds", 1)) or 1,
             new_tokens=task.generate or getattr(task, "max_target_length", 64),
             answer="0" if name == "seq2seq" else '0, inputs["input_ids"].shape[1] :',

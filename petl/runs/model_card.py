@@ -245,7 +245,10 @@ def _data_in_words(it: Described) -> str:
     name = str(it.data.get("name"))
     if it.data.get("source") == "hub" and is_repository(name):
         return f"[{markdown(name)}](https://huggingface.co/datasets/{name})"
-    return markdown(name)
+    # of several sets, the tasks say more than a name that all such runs have
+    sets = it.data.get("sets")
+    tasks = list(sets if isinstance(sets, Mapping) else [])
+    return f"the tasks {markdown(', '.join(tasks))}" if tasks else markdown(name)
 
 
 def _note_on_base(it: Described) -> str:

@@ -109,6 +109,7 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     if settings["train"].get("lr") is None:
         train = replace(train, lr=entry.lr)
     check_machine(train)
+    check_sampling(train, settings["data"])
     if settings["data"].get("source") == SOURCE:  # names of sets in full, for config.yaml
         settings["data"] = with_sets(settings["data"])
     fill_tasks(fields, settings["data"])
@@ -205,6 +206,16 @@ def check_machine(train: TrainConfig) -> None:
         raise InputError(
             f"train.num_workers={train.num_workers} is too many for this machine, which has "
             f"{os.cpu_count()} cores: at most {most} processes load data"
+        )
+
+
+def check_sampling(train: TrainConfig, data: Mapping[str, Any]) -> None:
+    """Raise InputError for buckets of lengths where tasks are sampled at a temperature."""
+    if train.bucketed and data.get("sampling") == "temperature":
+        raise InputError(
+            f"train.buckets={train.buckets} and train.batch_sizes make steps of rows of similar "
+            "length, each row once an epoch, and data.sampling=temperature repeats rows: leave one "
+            "of them out"
         )
 
 
