@@ -39,7 +39,9 @@ class MultitaskColumns(RowTaskColumns, ClassificationColumns):
             converted["text_pair"] = self.second_text(row) if name in self.of.pairs else None
         if not self.labeled:
             return converted
-        own = read(row, self.column, lambda value: self.class_of(f"{name}{SEPARATOR}{label(value)}"))
+        own = read(
+            row, self.column, lambda value: self.class_of(f"{name}{SEPARATOR}{label(value)}")
+        )
         return {**converted, "label": own}
 
     def second_text(self, row: Row) -> str:

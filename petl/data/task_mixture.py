@@ -35,9 +35,7 @@ class TaskMixture:
     counts: tuple[int, ...]
 
     @classmethod
-    def of_temperature(
-        cls, tasks: Sequence[int], number: int, temperature: float
-    ) -> "TaskMixture":
+    def of_temperature(cls, tasks: Sequence[int], number: int, temperature: float) -> "TaskMixture":
         """Return the mixture of rows with these task ids, of which there are `number`."""
         ids = np.asarray(tasks)
         members = tuple(np.flatnonzero(ids == task) for task in range(number))
@@ -46,7 +44,8 @@ class TaskMixture:
     def order(self, seed: int, epoch: int) -> list[int]:
         """The rows of an epoch in the order in which they are visited."""
         parts = [
-            self.members[task][self.positions(task, seed, epoch)] for task in range(len(self.counts))
+            self.members[task][self.positions(task, seed, epoch)]
+            for task in range(len(self.counts))
         ]
         visited = np.concatenate(parts)
         return visited[random_permutation(len(visited), epoch_generator(seed, epoch))].tolist()

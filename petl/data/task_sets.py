@@ -149,7 +149,9 @@ class TaskSets(Source):
         for name, kind in kinds.items():
             assert type(kind) is Classification, f"the source of {name} has another task"
         limits = [kind.max_length for kind in kinds.values()]
-        named = {name: [f"{name}{SEPARATOR}{own}" for own in k.classes] for name, k in kinds.items()}
+        named = {
+            name: [f"{name}{SEPARATOR}{own}" for own in k.classes] for name, k in kinds.items()
+        }
         pairs = [name for name, data in parts.items() if "text_pair" in data.test.column_names]
         classes = [name for own in named.values() for name in own]
         task = MultitaskClassification(classes, max(limits), [*parts], limits, pairs)

@@ -115,7 +115,7 @@ class MultitaskClassification(RowTasks, Classification):
 
     def __reduce__(self) -> Any:
         # unlike a class that `of_tasks` generates, this one can be imported by name
-        return object.__reduce_ex__(self, 2)
+        return type(self), (self.classes, self.max_length, self.tasks, self.limits, self.pairs)
 
     def own_classes(self, task: int) -> list[str]:
         """The labels of a task, without its name."""
