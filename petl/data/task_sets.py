@@ -5,7 +5,7 @@
 complete settings of each set in place of the names.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -76,7 +76,7 @@ def settings_of(given: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def of_set(name: str) -> Iterator[None]:
+def of_set(name: str) -> Generator[None]:
     """Add the name of the set to errors about it."""
     try:
         yield

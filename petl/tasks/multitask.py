@@ -74,7 +74,7 @@ class TaskHeads(SwappedClass):
 
 
 @dataclass
-class MultitaskClassification(RowTasks, Classification):
+class MultitaskClassification(RowTasks, Classification):  # ty: ignore[lost-keyword-for-regular-parameter]
     """Texts with their task (`task`) and the number of their class among those of all tasks.
 
     Attributes:
@@ -91,7 +91,7 @@ class MultitaskClassification(RowTasks, Classification):
     file_kind: ClassVar[str | None] = Classification.name
     shown: ClassVar[tuple[str, ...]] = (*Classification.shown, COLUMN)
 
-    tasks: list[str] = field(default_factory=list)  # ty: ignore[invalid-assignment]
+    tasks: list[str] = field(default_factory=list)  # ty: ignore[incompatible-mutable-override]
     limits: list[int] = field(default_factory=list)
     pairs: list[str] = field(default_factory=list)
 

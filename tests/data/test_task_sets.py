@@ -73,7 +73,7 @@ def test_settings_of_one_set_replace_those_of_its_configuration(folder):
 def test_a_method_that_serves_tasks_gets_those_of_the_sets(folder):
     config = config_of("data.sets=[wordnet,reviews]", method="polyhistor")
     assert config.method["tasks"] == ["wordnet", "reviews"]
-    with pytest.raises(InputError, match="data.sets=.* differ"):
+    with pytest.raises(InputError, match=r"data\.sets=.* differ"):
         config_of("data.sets=[wordnet,reviews]", "method.tasks=[a,b]", method="polyhistor")
 
 
@@ -117,8 +117,10 @@ def test_a_setting_of_a_set_that_comes_later_makes_no_other_run(folder):
             "temperature=0.5 is not from 1",
         ),
         (
-            ["data.sets=[wordnet,reviews]", "data.sampling=temperature", "data.temperature=2"]
-            + ["train.buckets=4"],
+            [
+                *("data.sets=[wordnet,reviews]", "data.sampling=temperature"),
+                *("data.temperature=2", "train.buckets=4"),
+            ],
             "train.buckets=4 .*leave one",
         ),
         (["data.sets=[wordnet,reviews]", "+data.train_rows=5"], "is for one data set"),
