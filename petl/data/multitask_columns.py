@@ -25,7 +25,7 @@ class MultitaskColumns(RowTaskColumns, ClassificationColumns):
         self.inputs = columns_of(settings.text)
 
     def choose(self, present: Iterable[str], origin: str) -> list[str]:
-        """Return the columns of text, label and task, and that of the second text if it is there."""
+        """Return the columns of text, label and task, and of the second text if it is there."""
         names = list(present)
         chosen = super().choose(names, origin)
         pair = columns_of(self.settings.text_pair or PAIR) if self.of.pairs else []

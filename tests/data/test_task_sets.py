@@ -48,8 +48,8 @@ def test_each_set_is_read_by_its_own_source(folder):
     for split in ("train", "test"):
         rows, expected = getattr(data, split), []
         for name, first in (("verbs", 0), ("reviews", 15)):
-            for row in getattr(alone[name], split):
-                expected.append((row["text"], first + row["label"], name))
+            own = getattr(alone[name], split)
+            expected += [(row["text"], first + row["label"], name) for row in own]
         assert [(row["text"], row["label"], row["task"]) for row in rows] == expected
 
 
