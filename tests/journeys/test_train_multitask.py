@@ -5,7 +5,6 @@ import json
 from random import Random
 
 import pytest
-import torch
 from kept_runs import lines
 from task_runs import executed
 from training_fixtures import (
@@ -149,9 +148,8 @@ def test_the_plan_counts_the_heads_and_the_rows_of_both(sets, capsys):
     assert "train.buckets" not in shown
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_stopped_run_goes_on_with_the_same_rows(sets, method, tmp_path):
-    words = [*METHODS[method], *sets, *MIXED, "train.save_steps=5", "train.linear_probe=false"]
+def test_a_stopped_run_goes_on_with_the_same_rows(sets, tmp_path):
+    words = [*METHODS["polyhistor"], *sets, *MIXED, "train.save_steps=5", "train.linear_probe=false"]
     straight = train(words, tmp_path / "straight")
     train_until_killed(words, tmp_path / "killed", 8)
     resumed = train([*words, "train.resume=auto"], tmp_path / "killed")
@@ -170,10 +168,9 @@ def test_two_processes_train_as_one_on_the_same_rows(sets, tmp_path):
 
 
 def test_a_temperature_changes_which_rows_are_seen(sets, tmp_path):
-    words = [*METHODS["lora"], *sets, "train.linear_probe=false"]
-    by_size = train(words, tmp_path / "size")
-    same = train([*words, "data.sampling=size"], tmp_path / "same")
+    words = [*METHODS["lora"], *sets, "train.linear_probe=false", "train.steps=3"]
+    by_size = train([*words, "data.sampling=size"], tmp_path / "size")
     mixed = train([*words, *MIXED], tmp_path / "mixed")
-    assert_same_course(same, by_size, atol=0)
-    name = next(key for key in by_size.adapter if "classifier" in key)
-    assert not torch.allclose(by_size.adapter[name], mixed.adapter[name], atol=1e-4)
+    # the same model: only the rows can make the difference
+    assert by_size.scores["before"] == mixed.scores["before"]
+    assert by_size.metrics[0]["loss"] != pytest.approx(mixed.metrics[0]["loss"], abs=1e-4)
