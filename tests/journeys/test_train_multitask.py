@@ -149,7 +149,13 @@ def test_the_plan_counts_the_heads_and_the_rows_of_both(sets, capsys):
 
 
 def test_a_stopped_run_goes_on_with_the_same_rows(sets, tmp_path):
-    words = [*METHODS["polyhistor"], *sets, *MIXED, "train.save_steps=5", "train.linear_probe=false"]
+    words = [
+        *METHODS["polyhistor"],
+        *sets,
+        *MIXED,
+        "train.save_steps=5",
+        "train.linear_probe=false",
+    ]
     straight = train(words, tmp_path / "straight")
     train_until_killed(words, tmp_path / "killed", 8)
     resumed = train([*words, "train.resume=auto"], tmp_path / "killed")
