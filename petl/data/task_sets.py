@@ -66,13 +66,16 @@ def settings_of(given: Any) -> dict[str, Any]:
     if not isinstance(settings, Mapping):
         raise InputError(f"{given!r} is neither a data configuration nor settings of one")
     if "source" in settings:  # complete already
-        return dict(settings)
-    if "data" not in settings:
+        complete = dict(settings)
+    elif not isinstance(settings.get("data"), str):
         raise InputError(f"{dict(settings)} names no configuration: add data:NAME, as data:files")
-    name = settings["data"]
-    options = {option: option for option in options_of("data")}
-    file = plain(raw("data", choose(options, name, "data")))
-    return {**file, **{key: value for key, value in settings.items() if key != "data"}}
+    else:
+        options = {option: option for option in options_of("data")}
+        file = plain(raw("data", choose(options, settings["data"], "data")))
+        complete = {**file, **{key: value for key, value in settings.items() if key != "data"}}
+    if complete.get("source") == SOURCE:
+        raise InputError(f"a set of data={SOURCE} is one data set, and cannot be several itself")
+    return complete
 
 
 @contextmanager

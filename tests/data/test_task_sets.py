@@ -127,7 +127,8 @@ def test_a_setting_of_a_set_that_comes_later_makes_no_other_run(folder):
         (["data.sets={a:wordnet,b:{data:reviews,task:regression}}"], "data.task=regression is not"),
         (["data.sets={a:wordnet,b:hamlet}"], "data.task=causal_lm is not trained"),
         (["data.sets={a:wordnet,b:digits}"], "data.task=image_classification is not trained"),
-        (["data.sets={a:wordnet,b:tasks}"], "data.sets, b: data.sets=None"),
+        (["data.sets={a:wordnet,b:tasks}"], "data.sets, b: a set of data=tasks is one data set"),
+        (["data.sets={a:wordnet,b:{data:[x]}}"], "names no configuration: add data:NAME"),
         (
             ["data.sets={a:wordnet,b:{data:reviews,streaming:true,test:reviews.csv}}"],
             "streaming:false and train_rows:N",
