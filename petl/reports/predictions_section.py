@@ -16,6 +16,7 @@ from petl.core.progress import Shown
 from petl.files.read import iterate_json_lines
 from petl.reports.formatting import number
 from petl.reports.page import Curve, line_chart
+from petl.runs.prediction_tables import of_task
 from petl.runs.records import BEFORE, PREDICTIONS
 
 BINS = 10  # of equal width, in which confidence is compared with accuracy (Guo et al. 2017)
@@ -162,11 +163,6 @@ def classified(line: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
             # None: a word beyond `max_length`, which the model has not read
             if one is not None and other is not None and value is not None:
                 yield one, other, float(value)
-
-
-def of_task(line: Mapping[str, Any], label: str) -> str:
-    """The name of a class: of several tasks, whose labels may have equal names, with the task's."""
-    return f"{line['task']}/{label}" if isinstance(line.get("task"), str) else label
 
 
 def is_span(line: Mapping[str, Any]) -> bool:
