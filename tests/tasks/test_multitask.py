@@ -219,8 +219,8 @@ def test_rows_are_encoded_as_those_of_their_own_set(tiny):
     assert found["task_ids"] == [0, 1, 2]
     assert found["labels"] == [0, 4, 5]
     whole = task.untruncated().encode_rows(tokenizer, rows)
-    rows = zip(*whole.values(), strict=True)
-    cut = [task.is_truncated(dict(zip(whole, row, strict=True))) for row in rows]
+    encoded_rows = zip(*whole.values(), strict=True)
+    cut = [task.is_truncated(dict(zip(whole, row, strict=True))) for row in encoded_rows]
     assert cut == [False, True, False]
     encoded = task.encode(tokenizer, Dataset.from_dict(rows))
     batch = task.collate(tokenizer)([encoded[i] for i in (2, 1)])
