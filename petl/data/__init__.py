@@ -6,6 +6,7 @@ from petl.data.bundled import Digits, Hamlet, Reasoning, WordNet
 from petl.data.files import Files
 from petl.data.folders import AudioFolder, ImageFolder, Speech
 from petl.data.hub import Hub
+from petl.data.task_sets import TaskSets
 
 SOURCES |= {
     "wordnet": WordNet,
@@ -17,6 +18,7 @@ SOURCES |= {
     "audio_folder": AudioFolder,
     "digits": Digits,
     "speech": Speech,
+    "tasks": TaskSets,
 }
 
 

@@ -72,6 +72,7 @@ class RawData:
 
     Attributes:
         format: in which format the rows were; "" if settings name all columns.
+        temperature: at which rows of several tasks are sampled; None: by the sizes of the tasks.
     """
 
     task: Task
@@ -79,6 +80,7 @@ class RawData:
     test: Dataset
     name: str
     format: str = ""
+    temperature: float | None = None
 
 
 @dataclass(kw_only=True)

@@ -35,6 +35,13 @@ class StepBuckets(Protocol):
         """The rows of each step of an epoch."""
 
 
+class Mixture(Protocol):
+    """What a step sampler needs of a mixture, see `petl.data.task_mixture.TaskMixture`."""
+
+    def order(self, seed: int, epoch: int) -> list[int]:
+        """The rows that an epoch visits, as many as there are; some twice, some not."""
+
+
 @dataclass(frozen=True)
 class StepSampler:
     """The rows of each step, for process `rank` of `processes`.
@@ -59,6 +66,7 @@ class StepSampler:
     rank: int = 0
     processes: int = 1
     buckets: StepBuckets | None = None  # if given, determines how many rows a step has
+    mixture: Mixture | None = None  # if given, determines which rows an epoch visits
 
     @property
     def steps_per_epoch(self) -> int:
@@ -81,6 +89,8 @@ class StepSampler:
         """The rows of each step of an epoch, counted from 0."""
         if self.buckets is not None:
             return [rows.tolist() for rows in self.buckets.batches(self.seed, epoch)]
+        if self.mixture is not None:
+            return chunks(self.mixture.order(self.seed, epoch), self.batch_size)
         return chunks(permutation(self.rows, self.seed, epoch), self.batch_size)
 
     def micro_batches(self, batch: list[int]) -> list[list[int]]:

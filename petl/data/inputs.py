@@ -10,13 +10,15 @@ from typing import Any
 from petl.config.schema import read_fields
 from petl.data.files import READERS, Files, located_rows, suffix_of
 from petl.data.folders import IMAGES, SOUNDS, labeled_files
+from petl.data.multitask_columns import MultitaskColumns
 from petl.data.tabular import TASK_COLUMNS, columns_of
-from petl.data.task_columns import ClassLabelColumns
+from petl.data.task_columns import ClassLabelColumns, TaskColumns
 from petl.data.validation import Choose, LazySourceRows, Row, every, label, read, require, text
 from petl.errors import InputError, did_you_mean, shown
 from petl.files.paths import file_of, path_of
 from petl.tasks.base import Task
 from petl.tasks.media import AudioClassification, MediaTask
+from petl.tasks.multitask import MultitaskClassification
 
 
 def read_inputs(
@@ -45,7 +47,8 @@ def read_inputs(
     """
     if isinstance(task, MediaTask):
         return media_inputs(names, task, rows, labels=labels, setting=setting)
-    kind = TASK_COLUMNS[task.name]
+    name = task.file_kind or task.name
+    kind = TASK_COLUMNS[name]
     given = {key: settings[key] for key in kind.own_settings if key in settings}
     # the task's own classes: the run's setting may be null, with classes found in its rows
     given |= {"labels": task.labels} if "labels" in kind.own_settings else {}
@@ -53,9 +56,12 @@ def read_inputs(
         column = settings.get("task_column", "task")
         given |= {"tasks": list(task.tasks), "task_column": column}
     # whatever source the run had (a Hub data set, a folder), new rows come from files
-    base = {"name": "files", "source": "files", "task": task.name, "train": list(names)}
+    base = {"name": "files", "source": "files", "task": name, "train": list(names)}
     source = read_fields(Files, {**given, **base}, "data")
-    columns = columns_of(source, labeled=labels)
+    if isinstance(task, MultitaskClassification):
+        columns: TaskColumns = MultitaskColumns(source, task, labeled=labels)
+    else:
+        columns = columns_of(source, labeled=labels)
 
     def choose(present: Iterable[str], origin: str) -> list[str]:
         found = list(present)

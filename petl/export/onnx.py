@@ -63,6 +63,11 @@ def export_onnx(
             f"a model for {task.name} generates, which `petl export --onnx` does not write; "
             "`petl merge` writes the model for other exporters, --gguf an adapter for llama.cpp"
         )
+    if task.tasks:
+        raise UnsupportedError(
+            f"a model for the tasks {', '.join(task.tasks)} is not written as ONNX: its outputs "
+            "depend on the task of a row; `petl merge` writes the model for other exporters"
+        )
     # ONNX has no adapters
     merged, adapted = merged_model(saved, other_base=other_base)
     with draft_of(out) as draft:

@@ -83,7 +83,9 @@ def advice(
     found = []
     order = splits.sampler(settings)
     padding = padding_fraction(lengths, order.global_batches()) if len(lengths) else 0.0
-    if padding > MUCH_PADDING and not settings.bucketed and splits.task.reads_text:
+    # a mixture decides which rows a step has, so that they cannot be of similar length
+    may_bucket = splits.task.reads_text and splits.mixture is None and not settings.bucketed
+    if padding > MUCH_PADDING and may_bucket:
         bucketed = replace(settings, buckets=BUCKETS)
         after = padding_fraction(lengths, buckets_of(lengths, bucketed).batches(settings.seed, 0))
         found.append(
@@ -92,8 +94,9 @@ def advice(
         )
     found += _less_memory(memory, settings)
     if seconds is not None and settings.test and seconds.scoring > MUCH_SCORING * seconds.steps:
+        setting = "test_rows:N of sets" if splits.task.scores_by_task else "data.test_rows=N"
         found.append(
-            f"data.test_rows=N (fewer test examples): each evaluation of the {len(splits.test):,} "
+            f"{setting} (fewer test examples): each evaluation of the {len(splits.test):,} "
             f"takes {100 * seconds.scoring / max(seconds.steps, 1e-9):.0f} % of the time of all "
             "steps"
         )

@@ -22,7 +22,7 @@ def data_settings(given: Mapping[str, Any], task: Task, words: Sequence[str]) ->
         InputError: a word is not a setting that names columns of the task.
     """
     settings = dict(given)
-    kind = TASK_COLUMNS.get(task.name)
+    kind = TASK_COLUMNS.get(task.file_kind or task.name)
     known = [name for name in (kind.own_settings if kind else ()) if name not in READING]
     known += ["task_column"] if task.tasks else []
     for word in words:

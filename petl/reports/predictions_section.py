@@ -16,6 +16,7 @@ from petl.core.progress import Shown
 from petl.files.read import iterate_json_lines
 from petl.reports.formatting import number
 from petl.reports.page import Curve, line_chart
+from petl.runs.prediction_tables import of_task
 from petl.runs.records import BEFORE, PREDICTIONS
 
 BINS = 10  # of equal width, in which confidence is compared with accuracy (Guo et al. 2017)
@@ -127,7 +128,7 @@ def analyze(file: Path) -> Analysis:
         found.rows += 1
         badness.append(badness_of(line))
         # a dict as an ordered set: keys are in the order of the task's classes
-        names |= dict.fromkeys(line.get("probabilities", {}))
+        names |= dict.fromkeys(of_task(line, name) for name in line.get("probabilities", {}))
         for label, prediction, sure in classified(line):
             found.confusion[label, prediction] += 1
             note(found.bins, sure, label == prediction)
@@ -155,7 +156,7 @@ def classified(line: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
     """Yield label, prediction and its probability of a row with a class, or of each word."""
     label, prediction, sure = (line.get(k) for k in ("label", "prediction", "probability"))
     if isinstance(label, str) and isinstance(prediction, str) and isinstance(sure, Real):
-        yield label, prediction, float(sure)
+        yield of_task(line, label), of_task(line, prediction), float(sure)
     elif isinstance(label, list) and isinstance(prediction, list) and isinstance(sure, list):
         # a stranger's file may have lists of different lengths
         for one, other, value in zip(label, prediction, sure, strict=False):

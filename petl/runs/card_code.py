@@ -28,6 +28,11 @@ print(tokenizer.decode(output[{answer}], skip_special_tokens=True))"""
 # by the task's name; `texts` are the arguments of the tokenizer
 PREDICT = {
     "classification": f"inputs = {{encode}}\n{LOGITS}\n{CLASS}",
+    "multitask_classification": f"""\
+inputs = {{encode}}
+{LOGITS}
+own = [i for i, name in enumerate(classes) if name.startswith(task + "/")]
+print(classes[own[int(logits[0, own].argmax())]])""",
     "regression": f"inputs = {{encode}}\n{LOGITS}\nprint(float(logits))",
     "embedding": """\
 inputs = {encode}
@@ -89,6 +94,7 @@ class Usage:
         loader: of the adapter: "petl.load", "PeftModel.from_pretrained", or "" if it is merged
             into the base model.
         pair: rows have a second text.
+        takes_task_ids: the adapter serves several tasks, and needs the one of each row.
     """
 
     task: Task
@@ -96,6 +102,7 @@ class Usage:
     base: OnHub | None
     loader: str
     pair: bool = False
+    takes_task_ids: bool = False
 
     @property
     def code(self) -> str:
@@ -185,20 +192,33 @@ class Usage:
         """The statements that make a prediction."""
         task: Any = self.task
         name = "chat" if getattr(task, "chat", False) else task.name
-        texts = [TEXT, *(['"The second text."'] if self.pair else [])]
+        # of several sets, the code is for the first
+        limit = getattr(task, "limits", [getattr(task, "max_length", None)])[0]
+        is_pair = self.pair or (bool(task.tasks) and task.tasks[0] in getattr(task, "pairs", ()))
+        texts = [TEXT, *(['"The second text."'] if is_pair else [])]
         if getattr(task, "prefix", ""):  # of seq2seq
             texts = [f"{literal(task.prefix)} + {TEXT}"]
-        options = ["truncation=True", f"max_length={getattr(task, 'max_length', None)}"]
+        options = ["truncation=True", f"max_length={limit}"]
         if name == "seq2seq":
             options += ["return_token_type_ids=False"]
         encode = call("inputs", "tokenizer", [*texts, *options, 'return_tensors="pt"'])
-        return PREDICT[name].format(
+        code = PREDICT[name].format(
             encode=encode.removeprefix("inputs = "),
-            max_length=getattr(task, "max_length", None),
+            max_length=limit,
             seconds=round(getattr(task, "max_seconds", 1)) or 1,
             new_tokens=task.generate or getattr(task, "max_target_length", 64),
             answer="0" if name == "seq2seq" else '0, inputs["input_ids"].shape[1] :',
         )
+        return self._of_a_task(code) if task.tasks else code
+
+    def _of_a_task(self, code: str) -> str:
+        """Return the code of a prediction for a row of the first of several tasks."""
+        tasks = list(self.task.tasks)
+        lines = [_assignment("tasks", tasks), "task = tasks[0]  # of the text"]
+        if self.takes_task_ids:
+            lines.append("task_ids = torch.tensor([tasks.index(task)])")
+            code = code.replace("(**inputs", "(**inputs, task_ids=task_ids")
+        return "\n".join([*lines, code])
 
 
 def call(name: str, function: str, arguments: list[str]) -> str:

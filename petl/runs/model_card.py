@@ -31,6 +31,7 @@ from petl.tasks.base import Task
 README = "README.md"
 PIPELINES = {  # the Hub's names of tasks
     "classification": "text-classification",
+    "multitask_classification": "text-classification",
     "regression": "text-classification",
     "token_classification": "token-classification",
     "question_answering": "question-answering",
@@ -143,6 +144,7 @@ class Described:
             self.base,
             loader="" if self.merged else loader,
             pair=bool(self.data.get("text_pair")),
+            takes_task_ids=len(getattr(self.config, "tasks", [])) > 1,
         )
 
 
@@ -247,7 +249,10 @@ def _data_in_words(it: Described) -> str:
     name = str(it.data.get("name"))
     if it.data.get("source") == "hub" and is_repository(name):
         return f"[{markdown(name)}](https://huggingface.co/datasets/{name})"
-    return markdown(name)
+    # of several sets, the tasks say more than a name that all such runs have
+    sets = it.data.get("sets")
+    tasks = list(sets if isinstance(sets, Mapping) else [])
+    return f"the tasks {markdown(', '.join(tasks))}" if tasks else markdown(name)
 
 
 def _note_on_base(it: Described) -> str:

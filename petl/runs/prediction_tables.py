@@ -64,11 +64,16 @@ def cell(value: Any, *, numeric: bool) -> Any:
     return text[:LONGEST]
 
 
+def of_task(line: Mapping[str, Any], label: str) -> str:
+    """The name of a class: of several tasks, whose labels may have equal names, with the task's."""
+    return f"{line['task']}/{label}" if isinstance(line.get("task"), str) else label
+
+
 def classes_of(line: Line) -> Iterator[tuple[str, str]]:
     """Yield label and prediction of a row with a class, or of each of its words."""
     label, prediction = line.get("label"), line.get("prediction")
     if isinstance(label, str) and isinstance(prediction, str) and "probability" in line:
-        yield label, prediction
+        yield of_task(line, label), of_task(line, prediction)
     elif isinstance(label, list) and isinstance(prediction, list):
         pairs = zip(label, prediction, strict=False)
         yield from ((a, b) for a, b in pairs if isinstance(a, str) and isinstance(b, str))

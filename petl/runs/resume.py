@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ ADDED_LATER = (
     *("data.format", "data.system", "train.init_from", "method.rank_pattern"),
     *("data.order", "data.stream_repeats", "model.adapter"),
 )
+# before the name of a setting of one of several data sets, which is that of a single one
+SET = re.compile(r"^data\.sets\..+\.")
 NOT_RESUMABLE = "the method changes while it trains, and PEFT keeps these changes in memory only"
 CHECKPOINTS = "checkpoints"  # in the folder of a run
 JOBS = ".jobs"  # in a folder of runs: locks of the jobs of sweeps
@@ -50,7 +53,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
         "recipe",
         "imports",
     }  # a recipe's settings are all in here
-    free |= {name for name in ADDED_LATER if entries.get(name) is None}
+    free |= {k for k, v in entries.items() if v is None and SET.sub("data.", k) in ADDED_LATER}
     if not entries.get("train.find_lr"):  # runs from before there was a range test lack both
         free |= {"train.find_lr", "train.find_lr_steps"}
     if entries.get("train.optimizer") == "adamw":  # as older runs, which lack them

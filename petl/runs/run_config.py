@@ -16,6 +16,7 @@ from petl.core.refusals import adamr_refusal
 from petl.core.registry import build_config, is_computed, list_methods, method
 from petl.core.spec.method import LossConfig, Method
 from petl.data.base import Source, data_source
+from petl.data.task_sets import SOURCE, with_sets
 from petl.distributed.launch import Launch, read_launch
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 from petl.imports.peft_hook import import_modules
@@ -108,6 +109,9 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     if settings["train"].get("lr") is None:
         train = replace(train, lr=entry.default_lr(fields))
     check_machine(train)
+    check_sampling(train, settings["data"])
+    if settings["data"].get("source") == SOURCE:  # names of sets in full, for config.yaml
+        settings["data"] = with_sets(settings["data"])
     fill_tasks(fields, settings["data"])
     # all fields are checked again once task type and number of steps are known
     train = with_steps(train, method_fields(fields, None, train.steps or LARGEST), loss)
@@ -184,8 +188,9 @@ def fill_tasks(fields: dict[str, Any], data: Mapping[str, Any]) -> None:
     Raises:
         InputError: the data names tasks, and the method serves none, or others.
     """
-    names = data.get("tasks")
-    if not names:
+    has_sets = data.get("source") == SOURCE
+    names = [*data["sets"]] if has_sets else data.get("tasks")
+    if not names or (has_sets and "tasks" not in fields):  # a head for each suits any method
         return
     if "tasks" not in fields:
         raise InputError(
@@ -195,7 +200,8 @@ def fill_tasks(fields: dict[str, Any], data: Mapping[str, Any]) -> None:
     fields["tasks"] = fields["tasks"] or names
     if list(fields["tasks"]) != list(names):
         raise InputError(
-            f"method.tasks={fields['tasks']} and data.tasks={names} differ: set one of them"
+            f"method.tasks={fields['tasks']} and data.{'sets' if has_sets else 'tasks'}={names} "
+            "differ: set one of them"
         )
 
 
@@ -206,7 +212,7 @@ def with_row_tasks(data: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[s
         InputError: the source has no column for it.
     """
     names = fields.get("tasks") or []
-    if len(names) < 2:
+    if len(names) < 2 or data.get("source") == SOURCE:
         return dict(data)
     if "task_column" not in data:
         raise InputError(
@@ -240,6 +246,16 @@ def check_machine(train: TrainConfig) -> None:
         raise InputError(
             f"train.num_workers={train.num_workers} is too many for this machine, which has "
             f"{os.cpu_count()} cores: at most {most} processes load data"
+        )
+
+
+def check_sampling(train: TrainConfig, data: Mapping[str, Any]) -> None:
+    """Raise InputError for buckets of lengths where tasks are sampled at a temperature."""
+    if train.bucketed and data.get("sampling") == "temperature":
+        raise InputError(
+            f"train.buckets={train.buckets} and train.batch_sizes make steps of rows of similar "
+            "length, each row once an epoch, and data.sampling=temperature repeats rows: leave one "
+            "of them out"
         )
 
 

@@ -4,6 +4,7 @@ from petl.tasks.base import IGNORED, NON_INPUT_PREFIX, Task
 from petl.tasks.causal_lm import CausalLM
 from petl.tasks.classification import Classification
 from petl.tasks.media import AudioClassification, ImageClassification
+from petl.tasks.multitask import MultitaskClassification
 from petl.tasks.question_answering import QuestionAnswering
 from petl.tasks.regression import Regression
 from petl.tasks.seq2seq import Seq2Seq
@@ -20,6 +21,7 @@ TASKS: dict[str, type[Task]] = {
         Seq2Seq,
         ImageClassification,
         AudioClassification,
+        MultitaskClassification,
     )
 }
 
@@ -31,6 +33,7 @@ __all__ = [
     "CausalLM",
     "Classification",
     "ImageClassification",
+    "MultitaskClassification",
     "QuestionAnswering",
     "Regression",
     "Seq2Seq",

@@ -110,7 +110,9 @@ class Task(ABC):
     writes: ClassVar[bool] = False  # the model's prediction is a text that it generates
     sums_predictions: ClassVar[bool] = False  # `score` returns the sum of `predict` over the rows
     shown: ClassVar[tuple[str, ...]] = ("text", "text_pair")  # raw columns kept with predictions
-    tasks: ClassVar[tuple[str, ...]] = ()  # names of the tasks of rows, see petl.tasks.row_tasks
+    tasks: Sequence[str] = ()  # names of the tasks of rows, see petl.tasks.row_tasks
+    scores_by_task: ClassVar[bool] = False  # `summarize` also gives the scores of each of `tasks`
+    file_kind: ClassVar[str | None] = None  # the task whose columns files of rows have; None: name
 
     max_length: int  # tokens of a row; texts only
     generate: int | None = (

@@ -29,12 +29,13 @@ def read_task(folder: Path) -> Task | None:
         return None
     saved = read_json(file, Saved)
     kind: Any = choose(TASKS, saved.pop("task"), f"task (in {file})")
-    names: Any = saved.pop("tasks", None)
-    if names is not None and mismatch(names, list[str], "tasks"):
-        raise InputError(f"{file} cannot be used: {mismatch(names, list[str], 'tasks')}")
     # annotations may be strings, which `mismatch` cannot check
     hints = get_type_hints(kind)
     known = {field.name: hints[field.name] for field in fields(kind)}
+    # any kind of task may have rows of several; one has the names as a field of its own
+    names: Any = None if "tasks" in known else saved.pop("tasks", None)
+    if names is not None and mismatch(names, list[str], "tasks"):
+        raise InputError(f"{file} cannot be used: {mismatch(names, list[str], 'tasks')}")
     problems = [
         _problem(name, value, known[name]) if name in known else f"{name} is unknown"
         for name, value in saved.items()
@@ -45,14 +46,17 @@ def read_task(folder: Path) -> Task | None:
     problem = next(filter(None, problems), "")
     if problem:
         raise InputError(f"{file} cannot be used: {problem}")
-    return of_tasks(kind(**saved), names) if names else kind(**saved)
+    try:
+        task = kind(**saved)
+    except InputError as error:
+        raise InputError(f"{file} cannot be used: {error}") from error
+    return of_tasks(task, names) if names else task
 
 
 def _problem(name: str, value: Any, shape: Any) -> str:
     """Return why a field of a task cannot have a value, or ""."""
     problem = mismatch(value, shape, name)
-    # the only lists in a task are its classes
-    if not problem and isinstance(value, list) and not len(value) == len(set(value)) >= 2:
+    if not problem and name == "classes" and not len(value) == len(set(value)) >= 2:
         return f"{name} does not name at least two distinct classes"
     # bool is a subclass of int
     is_number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -24,6 +24,7 @@ from petl.data.batch_sampler import SequentialStepSampler, StepSampler, permutat
 from petl.data.buckets import Buckets, Ints
 from petl.data.class_stream import ClassStream
 from petl.data.streaming import StreamedRows
+from petl.data.task_mixture import TaskMixture
 from petl.distributed.processes import ignore_foreign_signals
 from petl.errors import InputError
 from petl.runs.settings import TrainConfig
@@ -31,6 +32,7 @@ from petl.tasks.base import NON_INPUT_PREFIX, Task
 from petl.tasks.classification import SingleLabelTask
 from petl.tasks.encoding_cache import encode_once
 from petl.tasks.regression import Regression
+from petl.tasks.row_tasks import IDS
 
 logger = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
@@ -49,6 +51,7 @@ class Splits:
         buckets: of the train rows; None: rows of any length meet in a step.
         stages: the order of the train rows class by class (data.order=by_class); None: shuffled.
         sources: the test rows before they were encoded; None: unknown.
+        mixture: of the tasks of the train rows; None: each epoch visits each row once.
     """
 
     task: Task
@@ -60,6 +63,7 @@ class Splits:
     buckets: Buckets | None = None
     sources: Dataset | None = None
     stages: ClassStream | None = None
+    mixture: TaskMixture | None = None
 
     @property
     def known(self) -> Dataset:
@@ -87,6 +91,7 @@ class Splits:
             rank=rank,
             processes=processes,
             buckets=self.buckets or self.stages,
+            mixture=self.mixture,
         )
         if self.stages is not None:
             return replace(sampler, steps=settings.steps_of_stream(sampler.steps_per_epoch))
@@ -128,7 +133,21 @@ def encode_splits(
     buckets = buckets_of(row_lengths(task, train), settings) if settings.bucketed else None
     collate = task.collate(processor, multiple)
     stages = None if repeats is None else class_stream(task, train, settings, repeats)
-    splits = Splits(task, collate, train, validation, test, processor, buckets, sources, stages)
+    mixture = None
+    if data.temperature is not None:
+        mixture = TaskMixture.of_temperature(train[IDS], len(task.tasks), data.temperature)
+    splits = Splits(
+        task,
+        collate,
+        train,
+        validation,
+        test,
+        processor,
+        buckets,
+        sources,
+        stages=stages,
+        mixture=mixture,
+    )
     settings.warmup_steps(splits.sampler(settings).steps)  # raise before a model is loaded
     return splits
 
@@ -382,7 +401,8 @@ def warn_about_truncation(task: Task, processor: Any, raw: Dataset, encoded: Dat
     """
     whole = task.untruncated()
     # tokens of the parts of a row, at which it may have been truncated: a text, or also its target
-    limit = min(task.max_length, getattr(task, "max_target_length", np.inf)) if whole else np.inf
+    parts = getattr(task, "limits", [getattr(task, "max_target_length", np.inf)])
+    limit = min(task.max_length, *parts) if whole else np.inf
     if whole is None or max(task.lengths(encoded), default=0) < limit:
         return  # no row is as long as the limit: nothing to encode again
     count = sum(task.is_truncated(row) for row in encode_once(whole, processor, raw))

@@ -223,7 +223,8 @@ def evaluate(
         what: the pass does, for the display of its progress; None: the validation of a training,
             whose passes are frequent.
     """
-    task, ids = splits.task, list(rows[IDS]) if splits.task.tasks else None
+    task = splits.task
+    ids = list(rows[IDS]) if task.tasks and not task.scores_by_task else None
     order = longest_first(task.lengths(rows))
     if ids is None:
         part = Part(rows, order)

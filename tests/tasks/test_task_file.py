@@ -10,13 +10,22 @@ from petl.tasks.base import write_task
 from petl.tasks.task_file import FILE, read_task
 
 CLASSES = {"classes": ["a", "${oc.env:HOME}"]}
-OTHERS = {"causal_lm": {"chat": True, "generate": 7}, "question_answering": {"unanswerable": True}}
+OTHERS = {
+    "causal_lm": {"chat": True, "generate": 7},
+    "question_answering": {"unanswerable": True},
+    "multitask_classification": {
+        "classes": ["x/a", "x/b", "y/a", "y/b"],
+        "tasks": ["x", "y"],
+        "limits": [128, 48],
+        "pairs": ["y"],
+    },
+}
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_each_task_is_read_as_it_was_written(tmp_path, name):
-    has_classes = "classification" in name
-    task = TASKS[name](**(CLASSES if has_classes else OTHERS.get(name, {})))
+    more = CLASSES if "classification" in name else {}
+    task = TASKS[name](**OTHERS.get(name, more))
     write_task(tmp_path, task)
     assert read_task(tmp_path) == task
 

@@ -1,0 +1,196 @@
+"""Several data sets as the tasks of one model: each is read by its own source.
+
+`data.sets` names data configurations, or tasks, each with a configuration and settings of it:
+`[wordnet,rotten]`, `{verbs: wordnet, reviews: {data: files, train: reviews.csv}}`. A run stores the
+complete settings of each set in place of the names.
+"""
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+from datasets import Dataset
+
+from petl.config.command_line import options_of
+from petl.config.compose import raw
+from petl.config.schema import plain
+from petl.data.base import RawData, Source, data_source
+from petl.errors import InputError, choose
+from petl.tasks.classification import Classification
+from petl.tasks.multitask import SEPARATOR, MultitaskClassification
+from petl.tasks.row_tasks import COLUMN
+
+SOURCE = "tasks"  # `data.source`
+SAMPLINGS = ("size", "temperature")
+EXAMPLE = "data.sets=[wordnet,...], or data.sets={verbs:{data:wordnet,train_rows:2000},...}"
+
+
+def with_sets(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings under `data` with the complete settings of each set, by the task's name.
+
+    Raises:
+        InputError: `data.sets` does not name at least two tasks with data configurations.
+    """
+    sets = data.get("sets")
+    if isinstance(sets, list) and all(isinstance(name, str) for name in sets):
+        if len({*sets}) < len(sets):
+            raise InputError(f"data.sets={sets} names a data set twice; write {EXAMPLE}")
+        sets = {name: name for name in sets}
+    if not isinstance(sets, Mapping) or len(sets) < 2:
+        raise InputError(f"data.sets={sets} does not name at least two data sets; write {EXAMPLE}")
+    complete = {}
+    for name, given in sets.items():
+        check_name(name)
+        with of_set(name):
+            complete[name] = settings_of(given)
+    return {**data, "sets": complete}
+
+
+def check_name(name: Any) -> None:
+    """Raise InputError for what cannot be the name of a task."""
+    if not isinstance(name, str) or not name.strip() or not name.isprintable() or SEPARATOR in name:
+        raise InputError(
+            f"data.sets has a task {name!r}: its name must be a text without {SEPARATOR!r}"
+        )
+
+
+def settings_of(given: Any) -> dict[str, Any]:
+    """Return all settings of a set, from the name of a configuration or settings of it.
+
+    Raises:
+        InputError: there is no such configuration, or none is named.
+    """
+    settings = {"data": given} if isinstance(given, str) else given
+    if not isinstance(settings, Mapping):
+        raise InputError(f"{given!r} is neither a data configuration nor settings of one")
+    if "source" in settings:  # complete already
+        complete = dict(settings)
+    elif not isinstance(settings.get("data"), str):
+        raise InputError(f"{dict(settings)} names no configuration: add data:NAME, as data:files")
+    else:
+        options = {option: option for option in options_of("data")}
+        file = plain(raw("data", choose(options, settings["data"], "data")))
+        complete = {**file, **{key: value for key, value in settings.items() if key != "data"}}
+    if complete.get("source") == SOURCE:
+        raise InputError(f"a set of data={SOURCE} is one data set, and cannot be several itself")
+    return complete
+
+
+@contextmanager
+def of_set(name: str) -> Generator[None]:
+    """Add the name of the set to errors about it."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(f"data.sets, {name}: {error}") from error
+
+
+@dataclass(kw_only=True)
+class TaskSets(Source):
+    """Sets of texts with classes, each a task of its own."""
+
+    serves: ClassVar[tuple[str, ...]] = (MultitaskClassification.name,)
+
+    task: str = MultitaskClassification.name
+    sets: Any = None
+    sampling: str = "size"
+    temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("train_rows", "test_rows"):
+            if getattr(self, key) is not None:
+                raise InputError(
+                    f"data.{key}={getattr(self, key)} is for one data set: set "
+                    f"data.sets={{NAME:{{data:CONFIGURATION,{key}:{getattr(self, key)}}},...}}"
+                )
+        self.check_sampling()
+        self.sets = with_sets({"sets": self.sets})["sets"]
+        _ = self.sources  # created here to check the settings
+
+    def check_sampling(self) -> None:
+        """Raise InputError for a sampling that is unknown, or a temperature that does not fit."""
+        if self.sampling not in SAMPLINGS:
+            raise InputError(f"data.sampling={self.sampling} is not one of {', '.join(SAMPLINGS)}")
+        if self.sampling == "size" and self.temperature is not None:
+            raise InputError(
+                f"data.temperature={self.temperature:g} is for data.sampling=temperature"
+            )
+        is_finite = self.temperature is not None and 1 <= self.temperature <= 1e6
+        if self.sampling == "temperature" and not is_finite:
+            shown = "null" if self.temperature is None else f"{self.temperature:g}"
+            raise InputError(
+                f"data.temperature={shown} is not from 1 to 1,000,000: with 1, tasks are sampled "
+                "by size; the higher, the more equally"
+            )
+
+    @cached_property
+    def sources(self) -> dict[str, Source]:
+        """The source of each set, checked, by the task's name."""
+        found = {}
+        for name, settings in self.sets.items():
+            with of_set(name):
+                found[name] = data_source(settings)
+                refuse(found[name])
+        return found
+
+    def check(self) -> None:
+        """Raise InputError if files of a set are missing."""
+        for name, source in self.sources.items():
+            with of_set(name):
+                source.check()
+
+    def read(self) -> RawData:
+        """Read each set; columns `text`, `text_pair` if a set has it, `label` and `task`."""
+        parts: dict[str, RawData] = {}
+        for name, source in self.sources.items():
+            with of_set(name):
+                parts[name] = source.read()
+        kinds: dict[str, Any] = {name: data.task for name, data in parts.items()}
+        for name, kind in kinds.items():
+            assert type(kind) is Classification, f"the source of {name} has another task"
+        limits = [kind.max_length for kind in kinds.values()]
+        named = {
+            name: [f"{name}{SEPARATOR}{own}" for own in k.classes] for name, k in kinds.items()
+        }
+        pairs = [name for name, data in parts.items() if "text_pair" in data.test.column_names]
+        classes = [name for own in named.values() for name in own]
+        task = MultitaskClassification(classes, max(limits), [*parts], limits, pairs)
+        train = together(task, {name: data.train for name, data in parts.items()})
+        test = together(task, {name: data.test for name, data in parts.items()})
+        return RawData(task, train, test, self.name, temperature=self.temperature)
+
+
+def together(task: MultitaskClassification, parts: Mapping[str, Any]) -> Dataset:
+    """The rows of all sets, with the numbers of their classes among those of all tasks."""
+    columns: dict[str, list[Any]] = {"text": [], "label": [], COLUMN: []}
+    if task.pairs:
+        columns["text_pair"] = []
+    for start, (name, rows) in zip(task.starts, parts.items(), strict=True):
+        columns["text"] += rows["text"]
+        columns["label"] += [start + label for label in rows["label"]]
+        columns[COLUMN] += [name] * len(rows)
+        if task.pairs:
+            columns["text_pair"] += rows["text_pair"] if name in task.pairs else [None] * len(rows)
+    return Dataset.from_dict(columns)
+
+
+def refuse(source: Source) -> None:
+    """Raise InputError if a set is no text classification that is read before training."""
+    if source.task != Classification.name:
+        raise InputError(
+            f"data.task={source.task} is not trained with other tasks: data={SOURCE} is for texts "
+            f"with classes (data.task={Classification.name})"
+        )
+    if getattr(source, "streaming", False):
+        raise InputError(
+            f"data.streaming=true is not possible with data={SOURCE}, which mixes the rows of all "
+            "sets: set streaming:false and train_rows:N"
+        )
+    if getattr(source, "tasks", None):
+        raise InputError(
+            f"data.tasks={source.tasks} divides the rows of a set into tasks: with data={SOURCE} "  # ty: ignore
+            "each set is one"
+        )

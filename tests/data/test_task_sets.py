@@ -1,0 +1,144 @@
+"""Several data sets as tasks: their settings, the rows of all, and what is refused."""
+
+import csv
+
+import pytest
+import yaml
+
+from petl.config.compose import compose
+from petl.data import read_data
+from petl.errors import InputError, UnknownNameError
+from petl.runs.resume import identity
+from petl.runs.run_config import read_config
+
+VERBS = "verbs:{data:wordnet,train_rows:30,test_rows:20}"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with reviews.csv, and a configuration `reviews` of the user's."""
+    monkeypatch.chdir(tmp_path)
+    rows = [(f"text {i}", ["fresh", "rotten", "motion"][i % 3]) for i in range(30)]
+    with (tmp_path / "reviews.csv").open("w", newline="") as opened:
+        csv.writer(opened).writerows([("review", "verdict"), *rows])
+    columns = {"text": "review", "label": "verdict", "test_share": 0.2, "max_length": 20}
+    own = {"name": "reviews", "source": "files", "train": "reviews.csv", **columns}
+    (tmp_path / "configs" / "data").mkdir(parents=True)
+    (tmp_path / "configs" / "data" / "reviews.yaml").write_text(yaml.safe_dump(own))
+    return tmp_path
+
+
+def config_of(*words, method="lora"):
+    return read_config(compose([f"+method={method}", "data=tasks", *words]))
+
+
+def test_each_set_is_read_by_its_own_source(folder):
+    config = config_of(f"data.sets={{{VERBS},reviews:reviews}}")
+    data = config.data.read()
+    task = data.task
+    assert task.tasks == ["verbs", "reviews"]
+    assert task.limits == [48, 20]
+    assert task.max_length == 48
+    assert task.classes[:2] == ["verbs/body", "verbs/change"]
+    assert task.classes[15:] == ["reviews/fresh", "reviews/motion", "reviews/rotten"]
+    assert (len(data.train), len(data.test)) == (30 + 24, 20 + 6)
+    alone = {
+        name: read_data(settings) for name, settings in config.resolved["data"]["sets"].items()
+    }
+    for split in ("train", "test"):
+        rows, expected = getattr(data, split), []
+        for name, first in (("verbs", 0), ("reviews", 15)):
+            own = getattr(alone[name], split)
+            expected += [(row["text"], first + row["label"], name) for row in own]
+        assert [(row["text"], row["label"], row["task"]) for row in rows] == expected
+
+
+def test_a_run_stores_all_settings_of_the_sets_and_reads_them_again(folder):
+    config = config_of("data.sets=[wordnet,reviews]")
+    stored = config.resolved["data"]
+    assert stored["sets"]["wordnet"]["train_rows"] == 4000
+    assert stored["sets"]["reviews"]["text"] == "review"
+    (folder / "configs" / "data" / "reviews.yaml").unlink()
+    again = read_data(stored)
+    assert [*again.task.tasks] == ["wordnet", "reviews"]
+
+
+def test_settings_of_one_set_replace_those_of_its_configuration(folder):
+    sets = f"data.sets={{{VERBS},one:{{data:reviews,train_rows:5}},two:{{data:reviews,seed:4}}}}"
+    found = config_of(sets).data.read()
+    assert len(found.train) == 30 + 5 + 24
+    assert found.task.classes[15:17] == ["one/fresh", "one/motion"]
+
+
+def test_a_method_that_serves_tasks_gets_those_of_the_sets(folder):
+    config = config_of("data.sets=[wordnet,reviews]", method="polyhistor")
+    assert config.method["tasks"] == ["wordnet", "reviews"]
+    with pytest.raises(InputError, match=r"data\.sets=.* differ"):
+        config_of("data.sets=[wordnet,reviews]", "method.tasks=[a,b]", method="polyhistor")
+
+
+def test_sets_with_and_without_a_second_text(folder):
+    pair = "pairs:{data:reviews,text_pair:verdict}"
+    data = config_of(f"data.sets={{{VERBS},{pair}}}").data.read()
+    assert data.task.pairs == ["pairs"]
+    assert {row["text_pair"] for row in data.train if row["task"] == "verbs"} == {None}
+    assert "fresh" in {row["text_pair"] for row in data.train if row["task"] == "pairs"}
+
+
+def test_a_setting_of_a_set_that_comes_later_makes_no_other_run(folder):
+    config = config_of("data.sets=[wordnet,reviews]").resolved
+    before = identity(config)
+    config["data"]["sets"]["reviews"] |= {"format": None, "labels": None}
+    assert identity(config) == before
+    config["data"]["sets"]["reviews"]["labels"] = ["a", "b"]
+    assert identity(config) != before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "data.sets=None does not name at least two"),
+        (["data.sets=[wordnet]"], "does not name at least two"),
+        (["data.sets=[wordnet,wordnet]"], "names a data set twice"),
+        (["data.sets=3"], "does not name at least two"),
+        (["data.sets=[wordnet,revews]"], "data.sets, revews: .*did you mean 'reviews'"),
+        (["data.sets=[wordnet,'../data/reviews']"], "without '/'"),
+        (["data.sets={a:wordnet,b:'../data/reviews'}"], "data.sets, b: no data"),
+        (["data.sets={a:wordnet,b/c:reviews}"], "without '/'"),
+        (["data.sets={a:wordnet,b:3}"], "3 is neither a data configuration nor"),
+        (["data.sets={a:wordnet,b:{train:x.csv}}"], "names no configuration: add data:NAME"),
+        (["data.sets={a:wordnet,b:{data:reviews,txt:a}}"], "data.sets, b: no setting data.txt"),
+        (["data.sets={a:wordnet,b:{data:reviews,train:no.csv}}"], "data.sets, b: .*no.csv"),
+        (["data.sets=[wordnet,reviews]", "data.sampling=root"], "not one of size, temperature"),
+        (["data.sets=[wordnet,reviews]", "data.temperature=2"], "is for data.sampling=temp"),
+        (["data.sets=[wordnet,reviews]", "data.sampling=temperature"], "temperature=null is not"),
+        (
+            ["data.sets=[wordnet,reviews]", "data.sampling=temperature", "data.temperature=0.5"],
+            "temperature=0.5 is not from 1",
+        ),
+        (
+            [
+                *("data.sets=[wordnet,reviews]", "data.sampling=temperature"),
+                *("data.temperature=2", "train.buckets=4"),
+            ],
+            "train.buckets=4 .*leave one",
+        ),
+        (["data.sets=[wordnet,reviews]", "+data.train_rows=5"], "is for one data set"),
+        (["data.sets={a:wordnet,b:{data:reviews,task:regression}}"], "data.task=regression is not"),
+        (["data.sets={a:wordnet,b:hamlet}"], "data.task=causal_lm is not trained"),
+        (["data.sets={a:wordnet,b:digits}"], "data.task=image_classification is not trained"),
+        (["data.sets={a:wordnet,b:tasks}"], "data.sets, b: a set of data=tasks is one data set"),
+        (["data.sets={a:wordnet,b:{data:[x]}}"], "names no configuration: add data:NAME"),
+        (
+            ["data.sets={a:wordnet,b:{data:reviews,streaming:true,test:reviews.csv}}"],
+            "streaming:false and train_rows:N",
+        ),
+        (
+            ["data.sets={a:wordnet,b:{data:reviews,tasks:[x,y]}}"],
+            r"data.tasks=\['x', 'y'\] divides the rows",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused_before_anything_is_read(folder, words, message):
+    with pytest.raises((InputError, UnknownNameError), match=message):
+        config_of(*words)
