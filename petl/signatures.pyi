@@ -21,7 +21,9 @@ from petl.methods.adapter import AdapterConfig
 from petl.methods.binary import BinaryConfig
 from petl.methods.compacter import CompacterConfig
 from petl.methods.corda.config import CordaConfig
+from petl.methods.dkvb.config import DkvbConfig
 from petl.methods.dsee.config import DseeConfig
+from petl.methods.icv.config import IcvConfig
 from petl.methods.increlora.config import IncreloraConfig
 from petl.methods.mola import MolaConfig
 from petl.methods.mos.config import MosConfig
@@ -172,6 +174,7 @@ def wrap(
     boft_n_butterfly_factor: Any = ...,
     calibration_data: Any = ...,
     code_dim: Any = ...,
+    codebooks: Any = ...,
     coft: Any = ...,
     compression: Any = ...,
     conv_kernel_size: Any = ...,
@@ -181,6 +184,8 @@ def wrap(
     covariance_dtype: Any = ...,
     d_initial: Any = ...,
     damp: Any = ...,
+    dead: Any = ...,
+    decoder: Any = ...,
     decomp_rank: Any = ...,
     decompose_both: Any = ...,
     decompose_factor: Any = ...,
@@ -219,10 +224,15 @@ def wrap(
     input_modules: Any = ...,
     inverse_tol: Any = ...,
     kasa_config: Any = ...,
+    keep_norm: Any = ...,
     kernel_first: Any = ...,
+    key_batches: Any = ...,
+    key_decay: Any = ...,
+    key_dim: Any = ...,
     lambda_pattern: Any = ...,
     late_layers: Any = ...,
     layer_replication: Any = ...,
+    layers: Any = ...,
     layers_pattern: Any = ...,
     layers_to_transform: Any = ...,
     learn_phm: Any = ...,
@@ -244,6 +254,7 @@ def wrap(
     min_out_features: Any = ...,
     mini_r: Any = ...,
     miss_dropout: Any = ...,
+    mode: Any = ...,
     module_dropout: Any = ...,
     modules_to_save: Any = ...,
     monteclora_config: Any = ...,
@@ -260,8 +271,10 @@ def wrap(
     num_vectors: Any = ...,
     oft_block_size: Any = ...,
     only_masked: Any = ...,
+    optimizer: Any = ...,
     orth_reg_weight: Any = ...,
     pair_dissociation: Any = ...,
+    pairs: Any = ...,
     parameter_budget: Any = ...,
     perturb_eps: Any = ...,
     perturb_weight: Any = ...,
@@ -270,6 +283,7 @@ def wrap(
     phm_init_range: Any = ...,
     phm_rank: Any = ...,
     placement: Any = ...,
+    pool: Any = ...,
     post_norm: Any = ...,
     private_rank: Any = ...,
     projection: Any = ...,
@@ -306,6 +320,7 @@ def wrap(
     save_mask: Any = ...,
     save_only_topk_weights: Any = ...,
     save_projection: Any = ...,
+    scale: Any = ...,
     scaling: Any = ...,
     schedule: Any = ...,
     score_norm: Any = ...,
@@ -318,6 +333,7 @@ def wrap(
     side_layers: Any = ...,
     sparse: Any = ...,
     sparse_init: Any = ...,
+    strength: Any = ...,
     subset_selection: Any = ...,
     svd: Any = ...,
     target_modules: Any = ...,
@@ -333,6 +349,7 @@ def wrap(
     top_k: Any = ...,
     topk: Any = ...,
     total_step: Any = ...,
+    train: Any = ...,
     train_encoder_norms: Any = ...,
     train_final_norm: Any = ...,
     train_layer_norms: Any = ...,
@@ -344,6 +361,7 @@ def wrap(
     use_effective_conv2d: Any = ...,
     use_qalora: Any = ...,
     use_rslora: Any = ...,
+    value_dim: Any = ...,
     value_rank: Any = ...,
     vblora_dropout: Any = ...,
     vector_length: Any = ...,
@@ -535,6 +553,37 @@ def wrap(
 @overload
 def wrap(
     model: nn.Module,
+    name: Literal["dkvb"],
+    *,
+    adapter_name: str = "default",
+    calibration: Calibration | None = None,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = None,
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    codebooks: int = 64,
+    pairs: int = 256,
+    key_dim: int = 8,
+    projection: str = 'random',
+    key_decay: float = 0.95,
+    key_batches: int = 20,
+    dead: float = 0.1,
+    decoder: str = 'sum',
+    value_dim: int | None = None,
+    pool: str = 'model',
+    optimizer: str = 'sgd',
+    seed: int = 0,
+) -> PeftModel:
+    """A classification head of frozen keys and trained values, for streams of new classes."""
+
+@overload
+def wrap(
+    model: nn.Module,
     name: Literal["dora"],
     *,
     adapter_name: str = "default",
@@ -683,6 +732,34 @@ def wrap(
     init_ia3_weights: bool = True,
 ) -> PeftModel:
     """Learned scales on keys, values and feed-forward activations; very few parameters."""
+
+@overload
+def wrap(
+    model: nn.Module,
+    name: Literal["icv"],
+    *,
+    adapter_name: str = "default",
+    calibration: Calibration | None = None,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = None,
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    strength: float | str = 0.1,
+    mode: str = 'mlp',
+    scale: str = 'cosine',
+    keep_norm: bool = True,
+    pairs: str | None = 'answers',
+    rank: int = 1,
+    layers: list[int] | None = None,
+    train: bool = False,
+    calibration_data: dict[str, Any] | None = None,
+) -> PeftModel:
+    """Hidden states are shifted along directions that a few demonstrations give; no training."""
 
 @overload
 def wrap(
@@ -1107,6 +1184,7 @@ def wrap(
     boft_n_butterfly_factor: Any = ...,
     calibration_data: Any = ...,
     code_dim: Any = ...,
+    codebooks: Any = ...,
     coft: Any = ...,
     compression: Any = ...,
     conv_kernel_size: Any = ...,
@@ -1116,6 +1194,8 @@ def wrap(
     covariance_dtype: Any = ...,
     d_initial: Any = ...,
     damp: Any = ...,
+    dead: Any = ...,
+    decoder: Any = ...,
     decomp_rank: Any = ...,
     decompose_both: Any = ...,
     decompose_factor: Any = ...,
@@ -1157,10 +1237,15 @@ def wrap(
     input_modules: Any = ...,
     inverse_tol: Any = ...,
     kasa_config: Any = ...,
+    keep_norm: Any = ...,
     kernel_first: Any = ...,
+    key_batches: Any = ...,
+    key_decay: Any = ...,
+    key_dim: Any = ...,
     lambda_pattern: Any = ...,
     late_layers: Any = ...,
     layer_replication: Any = ...,
+    layers: Any = ...,
     layers_pattern: Any = ...,
     layers_to_transform: Any = ...,
     learn_phm: Any = ...,
@@ -1182,6 +1267,7 @@ def wrap(
     min_out_features: Any = ...,
     mini_r: Any = ...,
     miss_dropout: Any = ...,
+    mode: Any = ...,
     module_dropout: Any = ...,
     monteclora_config: Any = ...,
     n_frequency: Any = ...,
@@ -1196,8 +1282,10 @@ def wrap(
     num_vectors: Any = ...,
     oft_block_size: Any = ...,
     only_masked: Any = ...,
+    optimizer: Any = ...,
     orth_reg_weight: Any = ...,
     pair_dissociation: Any = ...,
+    pairs: Any = ...,
     parameter_budget: Any = ...,
     perturb_eps: Any = ...,
     perturb_weight: Any = ...,
@@ -1206,6 +1294,7 @@ def wrap(
     phm_init_range: Any = ...,
     phm_rank: Any = ...,
     placement: Any = ...,
+    pool: Any = ...,
     post_norm: Any = ...,
     private_rank: Any = ...,
     projection: Any = ...,
@@ -1240,6 +1329,7 @@ def wrap(
     save_mask: Any = ...,
     save_only_topk_weights: Any = ...,
     save_projection: Any = ...,
+    scale: Any = ...,
     scaling: Any = ...,
     score_norm: Any = ...,
     score_window: Any = ...,
@@ -1251,6 +1341,7 @@ def wrap(
     side_layers: Any = ...,
     sparse: Any = ...,
     sparse_init: Any = ...,
+    strength: Any = ...,
     subset_selection: Any = ...,
     svd: Any = ...,
     target_modules: Any = ...,
@@ -1266,6 +1357,7 @@ def wrap(
     top_k: Any = ...,
     topk: Any = ...,
     total_step: Any = ...,
+    train: Any = ...,
     train_encoder_norms: Any = ...,
     train_final_norm: Any = ...,
     train_layer_norms: Any = ...,
@@ -1277,6 +1369,7 @@ def wrap(
     use_effective_conv2d: Any = ...,
     use_qalora: Any = ...,
     use_rslora: Any = ...,
+    value_dim: Any = ...,
     value_rank: Any = ...,
     vblora_dropout: Any = ...,
     vector_length: Any = ...,
@@ -1701,6 +1794,7 @@ def build_config(
     boft_n_butterfly_factor: Any = ...,
     calibration_data: Any = ...,
     code_dim: Any = ...,
+    codebooks: Any = ...,
     coft: Any = ...,
     compression: Any = ...,
     conv_kernel_size: Any = ...,
@@ -1710,6 +1804,8 @@ def build_config(
     covariance_dtype: Any = ...,
     d_initial: Any = ...,
     damp: Any = ...,
+    dead: Any = ...,
+    decoder: Any = ...,
     decomp_rank: Any = ...,
     decompose_both: Any = ...,
     decompose_factor: Any = ...,
@@ -1748,10 +1844,15 @@ def build_config(
     input_modules: Any = ...,
     inverse_tol: Any = ...,
     kasa_config: Any = ...,
+    keep_norm: Any = ...,
     kernel_first: Any = ...,
+    key_batches: Any = ...,
+    key_decay: Any = ...,
+    key_dim: Any = ...,
     lambda_pattern: Any = ...,
     late_layers: Any = ...,
     layer_replication: Any = ...,
+    layers: Any = ...,
     layers_pattern: Any = ...,
     layers_to_transform: Any = ...,
     learn_phm: Any = ...,
@@ -1773,6 +1874,7 @@ def build_config(
     min_out_features: Any = ...,
     mini_r: Any = ...,
     miss_dropout: Any = ...,
+    mode: Any = ...,
     module_dropout: Any = ...,
     modules_to_save: Any = ...,
     monteclora_config: Any = ...,
@@ -1789,8 +1891,10 @@ def build_config(
     num_vectors: Any = ...,
     oft_block_size: Any = ...,
     only_masked: Any = ...,
+    optimizer: Any = ...,
     orth_reg_weight: Any = ...,
     pair_dissociation: Any = ...,
+    pairs: Any = ...,
     parameter_budget: Any = ...,
     perturb_eps: Any = ...,
     perturb_weight: Any = ...,
@@ -1799,6 +1903,7 @@ def build_config(
     phm_init_range: Any = ...,
     phm_rank: Any = ...,
     placement: Any = ...,
+    pool: Any = ...,
     post_norm: Any = ...,
     private_rank: Any = ...,
     projection: Any = ...,
@@ -1835,6 +1940,7 @@ def build_config(
     save_mask: Any = ...,
     save_only_topk_weights: Any = ...,
     save_projection: Any = ...,
+    scale: Any = ...,
     scaling: Any = ...,
     schedule: Any = ...,
     score_norm: Any = ...,
@@ -1847,6 +1953,7 @@ def build_config(
     side_layers: Any = ...,
     sparse: Any = ...,
     sparse_init: Any = ...,
+    strength: Any = ...,
     subset_selection: Any = ...,
     svd: Any = ...,
     target_modules: Any = ...,
@@ -1862,6 +1969,7 @@ def build_config(
     top_k: Any = ...,
     topk: Any = ...,
     total_step: Any = ...,
+    train: Any = ...,
     train_encoder_norms: Any = ...,
     train_final_norm: Any = ...,
     train_layer_norms: Any = ...,
@@ -1873,6 +1981,7 @@ def build_config(
     use_effective_conv2d: Any = ...,
     use_qalora: Any = ...,
     use_rslora: Any = ...,
+    value_dim: Any = ...,
     value_rank: Any = ...,
     vblora_dropout: Any = ...,
     vector_length: Any = ...,
@@ -2048,6 +2157,34 @@ def build_config(
 
 @overload
 def build_config(
+    name: Literal["dkvb"],
+    *,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = None,
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    codebooks: int = 64,
+    pairs: int = 256,
+    key_dim: int = 8,
+    projection: str = 'random',
+    key_decay: float = 0.95,
+    key_batches: int = 20,
+    dead: float = 0.1,
+    decoder: str = 'sum',
+    value_dim: int | None = None,
+    pool: str = 'model',
+    optimizer: str = 'sgd',
+    seed: int = 0,
+) -> DkvbConfig:
+    """A classification head of frozen keys and trained values, for streams of new classes."""
+
+@overload
+def build_config(
     name: Literal["dora"],
     *,
     task_type: peft.TaskType | str | None = None,
@@ -2182,6 +2319,31 @@ def build_config(
     init_ia3_weights: bool = True,
 ) -> peft.IA3Config:
     """Learned scales on keys, values and feed-forward activations; very few parameters."""
+
+@overload
+def build_config(
+    name: Literal["icv"],
+    *,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = None,
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    strength: float | str = 0.1,
+    mode: str = 'mlp',
+    scale: str = 'cosine',
+    keep_norm: bool = True,
+    pairs: str | None = 'answers',
+    rank: int = 1,
+    layers: list[int] | None = None,
+    train: bool = False,
+    calibration_data: dict[str, Any] | None = None,
+) -> IcvConfig:
+    """Hidden states are shifted along directions that a few demonstrations give; no training."""
 
 @overload
 def build_config(
@@ -2567,6 +2729,7 @@ def build_config(
     boft_n_butterfly_factor: Any = ...,
     calibration_data: Any = ...,
     code_dim: Any = ...,
+    codebooks: Any = ...,
     coft: Any = ...,
     compression: Any = ...,
     conv_kernel_size: Any = ...,
@@ -2576,6 +2739,8 @@ def build_config(
     covariance_dtype: Any = ...,
     d_initial: Any = ...,
     damp: Any = ...,
+    dead: Any = ...,
+    decoder: Any = ...,
     decomp_rank: Any = ...,
     decompose_both: Any = ...,
     decompose_factor: Any = ...,
@@ -2617,10 +2782,15 @@ def build_config(
     input_modules: Any = ...,
     inverse_tol: Any = ...,
     kasa_config: Any = ...,
+    keep_norm: Any = ...,
     kernel_first: Any = ...,
+    key_batches: Any = ...,
+    key_decay: Any = ...,
+    key_dim: Any = ...,
     lambda_pattern: Any = ...,
     late_layers: Any = ...,
     layer_replication: Any = ...,
+    layers: Any = ...,
     layers_pattern: Any = ...,
     layers_to_transform: Any = ...,
     learn_phm: Any = ...,
@@ -2642,6 +2812,7 @@ def build_config(
     min_out_features: Any = ...,
     mini_r: Any = ...,
     miss_dropout: Any = ...,
+    mode: Any = ...,
     module_dropout: Any = ...,
     monteclora_config: Any = ...,
     n_frequency: Any = ...,
@@ -2656,8 +2827,10 @@ def build_config(
     num_vectors: Any = ...,
     oft_block_size: Any = ...,
     only_masked: Any = ...,
+    optimizer: Any = ...,
     orth_reg_weight: Any = ...,
     pair_dissociation: Any = ...,
+    pairs: Any = ...,
     parameter_budget: Any = ...,
     perturb_eps: Any = ...,
     perturb_weight: Any = ...,
@@ -2666,6 +2839,7 @@ def build_config(
     phm_init_range: Any = ...,
     phm_rank: Any = ...,
     placement: Any = ...,
+    pool: Any = ...,
     post_norm: Any = ...,
     private_rank: Any = ...,
     projection: Any = ...,
@@ -2700,6 +2874,7 @@ def build_config(
     save_mask: Any = ...,
     save_only_topk_weights: Any = ...,
     save_projection: Any = ...,
+    scale: Any = ...,
     scaling: Any = ...,
     score_norm: Any = ...,
     score_window: Any = ...,
@@ -2711,6 +2886,7 @@ def build_config(
     side_layers: Any = ...,
     sparse: Any = ...,
     sparse_init: Any = ...,
+    strength: Any = ...,
     subset_selection: Any = ...,
     svd: Any = ...,
     target_modules: Any = ...,
@@ -2726,6 +2902,7 @@ def build_config(
     top_k: Any = ...,
     topk: Any = ...,
     total_step: Any = ...,
+    train: Any = ...,
     train_encoder_norms: Any = ...,
     train_final_norm: Any = ...,
     train_layer_norms: Any = ...,
@@ -2737,6 +2914,7 @@ def build_config(
     use_effective_conv2d: Any = ...,
     use_qalora: Any = ...,
     use_rslora: Any = ...,
+    value_dim: Any = ...,
     value_rank: Any = ...,
     vblora_dropout: Any = ...,
     vector_length: Any = ...,
@@ -2990,6 +3168,9 @@ def get(name: Literal["corda"]) -> type[CordaConfig]: ...
 def get(name: Literal["delora"]) -> type[peft.DeloraConfig]: ...
 
 @overload
+def get(name: Literal["dkvb"]) -> type[DkvbConfig]: ...
+
+@overload
 def get(name: Literal["dora"]) -> type[peft.LoraConfig]: ...
 
 @overload
@@ -3003,6 +3184,9 @@ def get(name: Literal["hra"]) -> type[peft.HRAConfig]: ...
 
 @overload
 def get(name: Literal["ia3"]) -> type[peft.IA3Config]: ...
+
+@overload
+def get(name: Literal["icv"]) -> type[IcvConfig]: ...
 
 @overload
 def get(name: Literal["increlora"]) -> type[IncreloraConfig]: ...

@@ -1,6 +1,6 @@
 """Trainable parameters of each method on one reference model, so that methods can be compared.
 
-A method for images only, for encoder-decoders or for models that generate is counted on another one.
+A method for images only, for encoder-decoders, or for models that generate has another model.
 """
 
 import warnings
@@ -9,6 +9,7 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     BartConfig,
     BertConfig,
     LlamaConfig,
@@ -29,6 +30,7 @@ OF_TEXTS = (
     "a Llama of SmolLM2-135M's shape (30 layers, width 576, 134.5 M parameters), computed without "
     "training"
 )
+OF_CLASSES = "a BERT of MiniLM's shape with a head of 15 classes"
 STEPS = 1000  # length of the run, for methods with a schedule (assumption)
 
 
@@ -77,6 +79,14 @@ def build_to_generate() -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
 
 
+def build_classifier() -> PreTrainedModel:
+    """Build the reference model of methods that replace a classification head, on meta."""
+    config = build().config
+    config.num_labels = 15
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(config)
+
+
 REFERENCES = (
     (build, REFERENCE),
     (build_for_images, OF_IMAGES),
@@ -91,7 +101,7 @@ def count_trainable(name: str) -> int | str:
 
 
 def counted(name: str) -> tuple[int | str, str]:
-    """Return `count_trainable`, and the model: the first of `REFERENCES` that the method adapts.
+    """Return `count_trainable`, and the model: the first of its kind that the method adapts.
 
     Of a method that trains nothing, the numbers that it computes are counted.
     """
@@ -99,10 +109,13 @@ def counted(name: str) -> tuple[int | str, str]:
     if preset.get("tasks") == []:  # a method that serves several: counted with one
         preset = {**preset, "tasks": ["task"]}
     fields = method_fields({"name": name, **preset}, "FEATURE_EXTRACTION", STEPS)
-    computed, reasons = is_computed(build_config(**fields)), []
+    config = build_config(**fields)
+    computed, reasons = is_computed(config), []
+    needs_head = getattr(config, "replaces_head", False)
+    references = ((build_classifier, OF_CLASSES),) if needs_head else REFERENCES
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on speed and fit: this model is not trained
-        for make, reference in REFERENCES:
+        for make, reference in references:
             try:
                 model = on_shapes(make, fields)
                 if computed:

@@ -90,22 +90,9 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
         start = find_start(train.init_from)
         check_start_model(start, settings["model"], other_base=train.other_base)
         settings["method"] = method_settings(start, settings.get("method"))
-    chosen = settings.get("method")
-    if not isinstance(chosen, Mapping) or "name" not in chosen:
-        names = ", ".join(list_methods())
-        missing = (
-            "no method is chosen: add +method=NAME"
-            if chosen is None
-            else "the YAML of the method has no `name`"
-        )
-        raise InputError(f"{missing}; available: {names}")
-    try:
-        entry = method(chosen["name"])
-    except UnknownNameError as error:  # there is a YAML of that name, so it may be a plugin's
-        raise UnknownNameError(
-            f"{error} (a method of your own: install its package, or add imports=[MODULE])"
-        ) from error
-    fields = with_inner(chosen)  # all fields, so that config.yaml does not depend on defaults
+    entry = chosen_method(settings)
+    # all fields, so that config.yaml does not depend on defaults
+    fields = with_inner(settings["method"])
     if settings["train"].get("lr") is None:
         train = replace(train, lr=entry.default_lr(fields))
     check_machine(train)
@@ -153,6 +140,29 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
         tracker=tracker,
         resolved=resolved,
     )
+
+
+def chosen_method(settings: Mapping[str, Any]) -> Method:
+    """Return the registry's entry of the method of a run.
+
+    Raises:
+        InputError: there is none, or an unknown one.
+    """
+    chosen = settings.get("method")
+    if not isinstance(chosen, Mapping) or "name" not in chosen:
+        names = ", ".join(list_methods())
+        missing = (
+            "no method is chosen: add +method=NAME"
+            if chosen is None
+            else "the YAML of the method has no `name`"
+        )
+        raise InputError(f"{missing}; available: {names}")
+    try:
+        return method(chosen["name"])
+    except UnknownNameError as error:  # there is a YAML of that name, so it may be a plugin's
+        raise UnknownNameError(
+            f"{error} (a method of your own: install its package, or add imports=[MODULE])"
+        ) from error
 
 
 def with_steps(

@@ -43,13 +43,13 @@ BINS = 16  # columns of the map of uses; assumption
     paper="Träuble et al. 2023, Discrete Key-Value Bottleneck, ICML, arXiv:2207.11240",
     lr=SGD_LR,
     lr_by=("optimizer", {"sparse_adam": ADAM_LR}),
-    calibration=lambda config: "method 'dkvb'",
 )
 class DkvbModel(MethodTuner):
     """Tuner of `DkvbConfig`."""
 
     config_cls, adapter_cls = DkvbConfig, DkvbAdapter
     capture_cls = MeanCapture
+    calibration = staticmethod(lambda config: "method 'dkvb'")
     moves_entries = False
 
     # Injection
