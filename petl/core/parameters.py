@@ -37,6 +37,22 @@ def adapter_parameters(model: PeftModel) -> int:
     return sum(parameter.numel() for parameter in own)
 
 
+def shared_weights(model: nn.Module) -> dict[str, str]:
+    """Return, for each module with a tied weight, the name of another module that has it too."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        # its own: adapted layers pass on that of their base layer
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(name)
+    return {
+        name: names[0] if name != names[0] else names[1]
+        for names in owners.values()
+        if len(names) > 1
+        for name in names
+    }
+
+
 def is_norm(module: nn.Module) -> bool:
     """Return True for a norm with a 1-D weight, or PEFT's trained copy of one."""
     if isinstance(module, AuxiliaryTrainingWrapper):

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import SAFE_WEIGHTS_NAME, find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
+from petl.core.model.structure import max_positions
 from petl.core.parameters import within_memory
 from petl.core.progress import Pass
 from petl.errors import InputError, first_line
@@ -358,17 +359,6 @@ def check_length(model: PreTrainedModel, task: Task, name: str) -> None:
         f"{limit} positions of model {name}: lower data.max_length, "
         "data.max_target_length or data.generate"
     )
-
-
-def max_positions(model: PreTrainedModel) -> int | None:
-    """The maximum number of tokens of a sequence; None if the model has no limit."""
-    for name, module in model.named_modules():
-        # a learned table is the limit, even if the config has another number
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa and its relatives number positions from after the padding entry
-            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - skipped
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def set_padding_token(

@@ -30,7 +30,7 @@ from petl.distributed.launch import alone, number_of_processes, on_device, start
 from petl.errors import InputError
 from petl.models.loading import load_base, load_processor
 from petl.planning.batch_search import MEMORY_FRACTION, Trials, largest, limited_memory, restored
-from petl.planning.bucket_estimate import BUCKETS
+from petl.planning.cost import BUCKETS
 from petl.planning.memory import optimizer_bytes, weight_bytes
 from petl.planning.plan import model_on_shapes, storage_of
 from petl.runs.environment import device_name

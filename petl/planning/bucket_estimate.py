@@ -9,10 +9,10 @@ from petl.data.base import as_dataset, read_data
 from petl.data.batch_sampler import chunks, permutation
 from petl.data.buckets import Ints, padding_fraction
 from petl.models.loading import load_processor
+from petl.planning.cost import BUCKETS
 from petl.runs.settings import TrainConfig, read_train
 from petl.training.dataloader import buckets_of, row_lengths
 
-BUCKETS = 30  # default, without train.buckets
 STREAM_ROWS = 10_000  # rows of a stream that are read (assumption: their lengths represent it)
 
 

@@ -7,12 +7,12 @@ import torch
 
 from petl.core.dry_run import PassMemory
 from petl.data.buckets import Ints, padding_fraction
-from petl.planning.bucket_estimate import BUCKETS
 from petl.planning.memory import Memory
 from petl.runs.settings import TrainConfig
 from petl.training.dataloader import Splits, buckets_of
 
 # assumptions: what makes a setting worth a line
+BUCKETS = 30  # proposed where train.buckets is null
 MUCH_PADDING = 0.2  # of the positions
 MUCH_SCORING = 0.25  # of the time of the steps
 MUCH_OF_A_PASS = 0.5  # of the memory of a step

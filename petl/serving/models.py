@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from petl.core.loading import load
+from petl.core.model.structure import max_positions
 from petl.core.progress import Shown
 from petl.core.registry import keeps_base, refusal
 from petl.core.switching.lora import fuse_lora
@@ -25,7 +26,6 @@ from petl.inference.loading import (
     reading_as_trained,
     refuse_tasks,
 )
-from petl.models.loading import max_positions
 from petl.models.sources import read_source
 from petl.serving.batch import Passes
 from petl.serving.engine import Lane

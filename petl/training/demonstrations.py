@@ -20,7 +20,7 @@ from petl.errors import InputError
 from petl.runs.run_config import RunConfig
 from petl.tasks.base import Pad, pad_id
 from petl.tasks.chat import unpacked
-from petl.training.calibration import CalibrationBatches, CalibrationData
+from petl.training.calibration_data import CalibrationBatches, CalibrationData
 from petl.training.dataloader import Batch, Splits, hold_out, numbered
 
 GROUP = "method.calibration_data"
@@ -71,7 +71,10 @@ def texts_of(row: Row, pairs: str) -> dict[str, str]:
         answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
         asked = [turn for turn in turns[: answers[-1]] if turn["role"] == "user"] if answers else []
         if not asked:
-            raise InputError("a conversation of the demonstrations has no question with an answer")
+            roles = [turn["role"] for turn in turns]
+            raise InputError(
+                f"a conversation of the demonstrations has no question with an answer, but {roles}"
+            )
         return {"source": asked[-1]["content"], "target": turns[answers[-1]]["content"]}
     second = next((name for name in ("target", "text_pair") if row.get(name) is not None), None)
     if "text" in row and second is not None and (pairs == "columns" or second == "target"):

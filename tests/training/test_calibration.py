@@ -12,7 +12,8 @@ from petl.config.compose import compose
 from petl.errors import InputError
 from petl.models.loading import load_tokenizer
 from petl.training import calibration
-from petl.training.calibration import CalibrationBatches, CalibrationData, calibration_batches
+from petl.training.calibration import calibration_batches
+from petl.training.calibration_data import CalibrationBatches, CalibrationData
 
 pytest_plugins = ["training_fixtures"]
 

@@ -356,17 +356,12 @@ def _has(block: nn.Module, path: str) -> bool:
     return isinstance(module, nn.Module)
 
 
-def shared_weights(model: nn.Module) -> dict[str, str]:
-    """Return, for each module with a tied weight, the name of another module that has it too."""
-    owners: dict[int, list[str]] = {}
+def max_positions(model: PreTrainedModel) -> int | None:
+    """The maximum number of tokens of a sequence; None if the model has no limit."""
     for name, module in model.named_modules():
-        # its own: adapted layers pass on that of their base layer
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(id(weight), []).append(name)
-    return {
-        name: names[0] if name != names[0] else names[1]
-        for names in owners.values()
-        if len(names) > 1
-        for name in names
-    }
+        # a learned table is the limit, even if the config has another number
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa and its relatives number positions from after the padding entry
+            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - skipped
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from petl.core.model.structure import shared_weights
 from petl.core.model.targets import LINEAR_KINDS, matched_names, resolve_targets
+from petl.core.parameters import shared_weights
 from petl.core.spec.method import Calibration
 from petl.errors import InputError, ModuleKindError, UnsupportedError
 from petl.methods.corda.calibration import Covariances, weight_of

@@ -127,10 +127,11 @@ class DkvbModel(MethodTuner):
                 "calibration has no rows for method 'dkvb': pass batches of model inputs, such as "
                 "those of the training data"
             )
-        if not every.isfinite().all():
+        broken = int((~every.isfinite().flatten(1).all(1)).sum())
+        if broken:
             raise InputError(
-                "the head's input is not finite for some calibration rows: check the model and its "
-                "inputs"
+                f"the head's input is not finite for {broken} of {len(every)} calibration rows: "
+                "check the model and its inputs"
             )
         generator = torch.Generator().manual_seed(config.seed)
         device = adapter.keys.device
