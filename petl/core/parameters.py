@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from petl.core.compat import AuxiliaryTrainingWrapper
 from petl.errors import InputError
@@ -51,6 +52,17 @@ def shared_weights(model: nn.Module) -> dict[str, str]:
         if len(names) > 1
         for name in names
     }
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """The maximum number of tokens of a sequence; None if the model has no limit."""
+    for name, module in model.named_modules():
+        # a learned table is the limit, even if the config has another number
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa and its relatives number positions from after the padding entry
+            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - skipped
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def is_norm(module: nn.Module) -> bool:

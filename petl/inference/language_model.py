@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
-from petl.core.model.structure import max_positions
+from petl.core.parameters import max_positions
 from petl.errors import InputError, UnknownNameError, did_you_mean, first_line
 from petl.inference.sampling import Answer, Sampling, StopEvent, StopTexts, TextStream, before_stop
 from petl.tasks.base import IGNORED, TOOLS, Message, pad_id

@@ -14,8 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import SAFE_WEIGHTS_NAME, find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
-from petl.core.model.structure import max_positions
-from petl.core.parameters import within_memory
+from petl.core.parameters import max_positions, within_memory
 from petl.core.progress import Pass
 from petl.errors import InputError, first_line
 from petl.files import hub

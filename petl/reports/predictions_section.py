@@ -16,8 +16,7 @@ from petl.core.progress import Shown
 from petl.files.read import iterate_json_lines
 from petl.reports.formatting import number
 from petl.reports.page import Curve, line_chart
-from petl.runs.prediction_tables import of_task
-from petl.runs.records import BEFORE, PREDICTIONS
+from petl.runs.records import BEFORE, PREDICTIONS, of_task
 
 BINS = 10  # of equal width, in which confidence is compared with accuracy (Guo et al. 2017)
 WORST, TYPICAL = 20, 5  # examples that are kept

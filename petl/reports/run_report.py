@@ -208,7 +208,7 @@ def write_page(folder: Path) -> Path:
             clock=clock(record),
             time=time_chart(record),
             strengths=strength_chart(record),
-            stream=stream_section.section_of(folder),
+            stream=stream_section.section_of(folder) if (folder / STAGES).exists() else None,
             ranks=ranks_section.section_of(folder) if (folder / RANKS).exists() else None,
             heat_maps=record.heat_maps,
             plots=[(plot_title(file), embed_png(file)) for file in record.plots],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from petl.files.read import iterate_json_lines
-from petl.runs.records import BEFORE, PREDICTIONS
+from petl.runs.records import BEFORE, PREDICTIONS, of_task
 from petl.tracking import Table
 
 ROWS = 1000  # of the test examples that a table shows; the file in the run's folder has all
@@ -62,11 +62,6 @@ def cell(value: Any, *, numeric: bool) -> Any:
         return ""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text[:LONGEST]
-
-
-def of_task(line: Mapping[str, Any], label: str) -> str:
-    """The name of a class: of several tasks, whose labels may have equal names, with the task's."""
-    return f"{line['task']}/{label}" if isinstance(line.get("task"), str) else label
 
 
 def classes_of(line: Line) -> Iterator[tuple[str, str]]:

@@ -274,3 +274,8 @@ def read_heat_maps(run: Path) -> list[HeatMap]:
                 f"{len(each.columns)} values of its names"
             )
     return maps
+
+
+def of_task(line: Mapping[str, Any], label: str) -> str:
+    """The name of a class: of several tasks, whose labels may have equal names, with the task's."""
+    return f"{line['task']}/{label}" if isinstance(line.get("task"), str) else label

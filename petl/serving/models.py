@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from petl.core.loading import load
-from petl.core.model.structure import max_positions
+from petl.core.parameters import max_positions
 from petl.core.progress import Shown
 from petl.core.registry import keeps_base, refusal
 from petl.core.switching.lora import fuse_lora

@@ -354,14 +354,3 @@ def _has(block: nn.Module, path: str) -> bool:
     for part in path.split("."):
         module = getattr(module, part, None)
     return isinstance(module, nn.Module)
-
-
-def max_positions(model: PreTrainedModel) -> int | None:
-    """The maximum number of tokens of a sequence; None if the model has no limit."""
-    for name, module in model.named_modules():
-        # a learned table is the limit, even if the config has another number
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa and its relatives number positions from after the padding entry
-            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - skipped
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

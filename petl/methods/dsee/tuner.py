@@ -39,11 +39,6 @@ QUANTIZED = (
 MASK = "mask"  # the name of a tensor that a file may lack
 
 
-def _while_pruned(reason: str) -> Any:
-    """Return a function of a config: the reason if its runs prune, else ""."""
-    return lambda config: reason if config.prune_step is not None else ""
-
-
 @register(
     "dsee",
     summary="a low-rank update with a few free entries; then weights or heads of the base are "
@@ -57,8 +52,11 @@ class DseeModel(MethodTuner):
 
     config_cls, adapter_cls = DseeConfig, DseeAdapter
     unsupported = {
-        **dict.fromkeys(("4bit", "8bit", "torchao"), _while_pruned(QUANTIZED)),
-        "mixed": _while_pruned(ALONE),
+        **dict.fromkeys(
+            ("4bit", "8bit", "torchao"),
+            lambda config: QUANTIZED if config.prune_step is not None else "",
+        ),
+        "mixed": lambda config: ALONE if config.prune_step is not None else "",
     }
     # transformers puts the tensors into the layers without a call of `_load_from_state_dict`
     needs_tuner = "its layers would not know whether their weights are pruned"
