@@ -6,11 +6,24 @@ gradient. It is 1 for a uniform router and up to E for a collapsed one. With the
 of batches it is linear in the sums of the probabilities: `balance_weights(picks_E, K) @ prob_E`.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def uniform(rows: int, fan_in: int) -> nn.Parameter:
+    """Parameter [rows, fan_in] from U(-fan_in^-0.5, fan_in^-0.5): Kaiming-uniform, a = sqrt(5)."""
+    bound = fan_in**-0.5
+    return nn.Parameter(torch.empty(rows, fan_in).uniform_(-bound, bound))
+
+
+def padded(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Return matrices [..., R, N] with rows of zeros added up to the largest R of them."""
+    R = max(matrix.shape[-2] for matrix in matrices)
+    return [F.pad(matrix, (0, 0, 0, R - matrix.shape[-2])) for matrix in matrices]
 
 
 class _FloatLinear(torch.autograd.Function):

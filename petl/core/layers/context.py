@@ -63,6 +63,7 @@ class ForwardContext:
         joint: by module name, the weighted terms of the last training forward, which `end` sums
             over all processes.
         given_tasks: the tasks of the rows during one call of the PeftModel, or None.
+        rows: of a mixed batch, the rows that the running adapter has; None: all of them.
     """
 
     def __init__(self) -> None:
@@ -78,6 +79,7 @@ class ForwardContext:
         self.series: dict[str, dict[str, Tensor]] = {}
         self.joint: dict[str, WeightedTerm] = {}
         self.given_tasks: TaskRows | None = None
+        self.rows: Sequence[int] | None = None
         self._once: dict[Any, Any] = {}
         self._sharding_is_known = False  # see `refuse_fsdp1`
         # one without and one with gradients, see `state`
@@ -128,14 +130,15 @@ class ForwardContext:
 
     @contextmanager
     def only_rows(self, rows: Sequence[int], of: int) -> Generator[None]:
-        """Limit `tasks` in the block to these rows of a layer's input, which has `of` rows."""
-        tasks, given = self.tasks, self.given_tasks
+        """Limit `rows` and `tasks` in the block to these of the `of` rows of a layer's input."""
+        tasks, before = self.tasks, (self.given_tasks, self.rows)
         if tasks is not None:
             self.given_tasks = tasks.select(rows, of)
+        self.rows = rows
         try:
             yield
         finally:
-            self.given_tasks = given
+            self.given_tasks, self.rows = before
 
     def compute_once(self, key: Any, make: Callable[[], T]) -> T:
         """Return `make()`, called once per forward pass and its backward pass, then cached.
