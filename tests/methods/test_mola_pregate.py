@@ -47,7 +47,7 @@ def gates_seen(model, **inputs) -> dict[int, Tensor]:
 
 
 def rms(z: Tensor, weight: Tensor) -> Tensor:
-    return z / math.sqrt(sum(float(x) ** 2 for x in z) / len(z) + 1e-6) * weight
+    return z / math.sqrt(sum(float(x) ** 2 for x in z.detach()) / len(z) + 1e-6) * weight
 
 
 def turned(z: Tensor, position: int) -> Tensor:
@@ -120,13 +120,17 @@ def test_parameters_are_those_of_the_specification():
     )
     for embedding, expected in (("projected", 62_536), ("own", 62_536 + 64 * (32_000 - 576))):
         with torch.device("meta"):
-            model = petl.wrap(LlamaForCausalLM(config), "mola", **fields, router_embedding=embedding)
+            model = petl.wrap(
+                LlamaForCausalLM(config), "mola", **fields, router_embedding=embedding
+            )
         assert sum(p.numel() for p in router_of(model).parameters()) == expected
     assert not any(name.endswith(".router") for name in testing.trainable(model))
 
 
 def test_tensors_have_the_names_and_shapes_of_the_contract():
-    found = {name: tuple(t.shape) for name, t in router_of(wrapped(router_layers=2)).named_parameters()}
+    found = {
+        name: tuple(t.shape) for name, t in router_of(wrapped(router_layers=2)).named_parameters()
+    }
     H = testing.tiny_llama().config.hidden_size
     expected = {
         "pregate_in": (P, H),

@@ -56,7 +56,6 @@ from petl.ops.routing import (
     busiest,
     expert_sums,
     float_linear,
-    padded,
     top_k_gates,
     uniform,
 )
@@ -276,24 +275,11 @@ class MolaAdapter(Adapter):
         forms = [(a.config.router_type, a.config.top_k, a.num_experts) for a in adapters]
         if forms[0][0] != "linear" or any(form != forms[0] for form in forms):
             return None
-        E, ranks, (I, O) = first.num_experts, [a.rank for a in adapters], first.shape
+        ranks = [adapter.rank for adapter in adapters]
         if max(ranks) * len(ranks) > 2 * sum(ranks):  # padding is computed like the rest
             return None
-        tensors = {adapter: adapter.tensors() for adapter in adapters}
-        router, A, B = (
-            [tensors[adapter][name] for adapter in adapters]
-            for name in ("router", "lora_A", "lora_B")
-        )
-        scales = torch.tensor([adapter.scale for adapter in adapters], dtype=dtype)
-        A_ERI = [A_QI.reshape(E, -1, I) for A_QI in A]
-        B_ERO = [B_OQ.mT.reshape(E, -1, O) for B_OQ in B]
-        return RoutedRows(
-            torch.stack(router).float(),  # float32, like `route`
-            torch.stack(padded(A_ERI)).to(dtype),  # [adapters, E, R, I]
-            torch.stack(padded(B_ERO)).to(dtype),  # [adapters, E, R, O]
-            scales.to(B[0].device).view(-1, 1, 1),
-            first.config.top_k,
-        )
+        tensors, scales = zip(*((a.tensors(), a.scale) for a in adapters), strict=True)
+        return RoutedRows.stack(tensors, scales, first.num_experts, first.config.top_k, dtype)
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
         """Return the gates [T, E], the experts' input, and what adds the balance loss to an output.
