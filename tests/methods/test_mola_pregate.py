@@ -388,6 +388,24 @@ def test_a_lookahead_uses_the_gates_of_the_token_before():
         torch.testing.assert_close(gate, b)
 
 
+@torch.no_grad()
+def test_two_active_adapters_add_the_updates_of_their_own_routers():
+    model, ids = wrapped(layers_to_transform=[0], target_modules=["down_proj"]), plain_ids()
+    other = {**PREGATED, "layers_to_transform": [0], "target_modules": ["down_proj"]}
+    model.add_adapter("other", petl.build_config("mola", **{**other, "num_experts": 3}))
+    testing.stir(model, "other", seed=9)
+    layer, outputs = next(iter(testing.tuner_layers(model).values())), []
+    layer.register_forward_hook(lambda module, x, y: outputs.append(y))
+    for names in ("default", "other", ["default", "other"]):
+        model.base_model.set_adapter(names)
+        model(input_ids=ids)
+    with model.disable_adapter():
+        model(input_ids=ids)
+    first, second, both, base = outputs
+    torch.testing.assert_close(both, first + second - base, atol=1e-5, rtol=1e-4)
+    assert float((first - second).abs().max()) > 1e-2
+
+
 # Refusals, files, the contract
 
 
@@ -445,9 +463,11 @@ def test_rows_of_a_mixed_batch_have_the_router_of_their_adapter():
         assert torch.equal(mixed[row, :length], expected[0])
 
 
+# both call a layer by itself, which the router has not run for
+ALONE = ("layer_compiles_whole", "both_adapters_can_be_active")
 CASES = [
-    Case("mola", "llama", PREGATED, name="mola_pregated"),
-    Case("mola", "bert", {**PREGATED, "router_lookahead": 1}, name="mola_pregated"),
+    Case("mola", "llama", PREGATED, refuses=ALONE, name="mola_pregated"),
+    Case("mola", "bert", {**PREGATED, "router_lookahead": 1}, refuses=ALONE, name="mola_pregated"),
 ]
 
 
