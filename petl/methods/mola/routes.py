@@ -211,7 +211,9 @@ class Routes:
         cache = cache_in(given)
         reads_embedding = any(router.reads_embedding for router in routers.values())
         is_reentrant = self.context.recording and checkpoints_reentrantly(model)
-        present, gates, leaves = {}, list[Tensor](), list[Tensor]()
+        present: dict[str, Tensor] = {}
+        gates: list[Tensor] = []
+        leaves: list[Tensor] = []
         for name, router in routers.items():
             past_BSN = past_states(cache, name)
             if not present:  # the same tokens for all, in the cache too
