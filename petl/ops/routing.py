@@ -6,11 +6,24 @@ gradient. It is 1 for a uniform router and up to E for a collapsed one. With the
 of batches it is linear in the sums of the probabilities: `balance_weights(picks_E, K) @ prob_E`.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def uniform(rows: int, fan_in: int) -> nn.Parameter:
+    """Parameter [rows, fan_in] from U(-fan_in^-0.5, fan_in^-0.5): Kaiming-uniform, a = sqrt(5)."""
+    bound = fan_in**-0.5
+    return nn.Parameter(torch.empty(rows, fan_in).uniform_(-bound, bound))
+
+
+def padded(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Return matrices [..., R, N] with rows of zeros added up to the largest R of them."""
+    R = max(matrix.shape[-2] for matrix in matrices)
+    return [F.pad(matrix, (0, 0, 0, R - matrix.shape[-2])) for matrix in matrices]
 
 
 class _FloatLinear(torch.autograd.Function):
@@ -94,6 +107,31 @@ class RoutedRows(NamedTuple):
     B: Tensor
     scale: Tensor
     k: int
+
+    @classmethod
+    def stack(
+        cls,
+        tensors: Sequence[Mapping[str, Tensor]],
+        scales: Sequence[float],
+        E: int,
+        k: int,
+        dtype: torch.dtype,
+    ) -> "RoutedRows":
+        """Return the groups of these tensors; smaller ranks are padded with zeros.
+
+        Args:
+            tensors: of each group, `router` [E, I], `lora_A` [E R, I] and `lora_B` [O, E R].
+            scales: of the updates.
+            E: experts of each group.
+            k: experts per token.
+            dtype: of the experts.
+        """
+        router = torch.stack([group["router"] for group in tensors]).float()
+        A_ERI = [group["lora_A"].unflatten(0, (E, -1)) for group in tensors]
+        B_ERO = [group["lora_B"].mT.unflatten(0, (E, -1)) for group in tensors]
+        scale = torch.tensor(scales, dtype=dtype).to(router.device).view(-1, 1, 1)
+        A, B = (torch.stack(padded(matrices)).to(dtype) for matrices in (A_ERI, B_ERO))
+        return cls(router, A, B, scale, k)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the picked experts' updates for x [G, T, I] to `y` [G, T, O], in place."""

@@ -220,6 +220,18 @@ CONTENDERS = (
         kernels=38,
     ),
     Contender(
+        "mola 8/2, pregated",
+        "mola",
+        {
+            "r": RANK,
+            "num_experts": 8,
+            "top_k": 2,
+            "router_type": "pregated",
+            "router_hidden_size": 64,
+        },
+        goal={"llama": 1.15},
+    ),
+    Contender(
         "mos",
         "mos",
         {"r": RANK, "equivalent_rank": 2, "shards_per_vector": 2, "private_rank": 0},

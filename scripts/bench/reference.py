@@ -22,6 +22,7 @@ from bench.shapes import Bench, gradient_to_embeddings
 from petl.core.layers.block import BlockAdapters, BlockCall, split_arguments
 from petl.core.layers.fused_lora import FusedLoraLinear
 from petl.core.layers.layer import Adapter, AdapterLayer
+from petl.methods.mola.routes import gates_of
 from petl.ops.dropout import keep_mask
 from petl.ops.masks import unpack_mask
 from petl.ops.normal_codes import POSITIVE_CODES
@@ -187,16 +188,26 @@ def lora(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
 
 
 def mola(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
-    """MoLA: a loop over all experts with their gates; adds the balance loss."""
+    """MoLA: a loop over all experts with their gates; adds the balance loss.
+
+    The gates and the balance loss of a pre-gated router are those of its hook in both steps; the
+    router itself is compared with loops in tests/methods/test_mola_pregate.py.
+    """
     config, E, R, scale = adapter.config, adapter.num_experts, adapter.rank, adapter.scale
     A_ERI = value(adapter, "lora_A").unflatten(0, (E, R))
     B_OER = value(adapter, "lora_B").unflatten(1, (E, R))
-    prob_E = F.linear(x, value(adapter, "router")).softmax(-1)
-    picked_E = (prob_E >= prob_E.topk(config.top_k).values[..., -1:]).to(prob_E)
-    gate_E = prob_E * picked_E / (prob_E * picked_E).sum(-1, keepdim=True)
+    is_pregated = config.router_type == "pregated"
+    if is_pregated:
+        gate_E = gates_of(adapter.info, E, x).unflatten(0, x.shape[:-1])
+    else:
+        prob_E = F.linear(x, value(adapter, "router")).softmax(-1)
+        picked_E = (prob_E >= prob_E.topk(config.top_k).values[..., -1:]).to(prob_E)
+        gate_E = prob_E * picked_E / (prob_E * picked_E).sum(-1, keepdim=True)
     y = layer.base_layer(x)
     for e in range(E):
         y = y + gate_E[..., e : e + 1] * F.linear(x, scale * (B_OER[:, e] @ A_ERI[e]))
+    if is_pregated:
+        return y
     tokens = tuple(range(prob_E.dim() - 1))
     load_E = picked_E.mean(tokens) / config.top_k
     balance = E * (load_E.detach() * prob_E.mean(tokens)).sum()

@@ -67,6 +67,11 @@ CASES["mola with checkpointing"] = CASES["mola"]
 CASES["mola with a recurrent router"] = Case(
     "mola", LLAMA, {**FIELDS["mola"], "router_type": "recurrent"}
 )
+CASES["mola with a pregated router"] = Case(
+    "mola",
+    LLAMA,
+    {**FIELDS["mola"], "router_type": "pregated", "router_hidden_size": 8, "router_lookahead": 1},
+)
 CASES["pst with saved masks"] = Case("pst", LLAMA, {"save_mask": True, **TARGETS})
 CASES["dsee that prunes"] = Case(
     "dsee",

@@ -190,6 +190,7 @@ METHODS = {
     "increlora": {"total_step": 9, "init_r": 4, "target_r": 5},
     "mola": {},
     "mola with a recurrent router": {"router_type": "recurrent"},
+    "mola with a pregated router": {"router_type": "pregated"},
     "mos": {"r": 3, "equivalent_rank": 3},
     "sparse": {"total_step": 9},
 }

@@ -334,7 +334,7 @@ def test_adapters_may_differ_in_experts_and_rank():
         ({"lora_dropout": 1.0}, r"lora_dropout=1.0 is not in \[0, 1\)"),
         ({"lora_dropout": -0.1}, "lora_dropout=-0.1"),
         ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef=-1.0 is not at least 0"),
-        ({"router_type": "gru"}, "router_type='gru' is not one of linear, recurrent"),
+        ({"router_type": "gru"}, "router_type='gru' is not one of linear, recurrent, pregated"),
         ({"bias": "all"}, "bias='all'"),
         ({"experts": 4}, "no field 'experts'; did you mean 'num_experts'"),
     ],

@@ -132,15 +132,15 @@ class ForwardContext:
 
     @contextmanager
     def only_rows(self, rows: Sequence[int], of: int) -> Generator[None]:
-        """Limit `tasks` and `token_mask` to these rows of a layer's input, which has `of` rows."""
-        tasks, given = self.tasks, self.given_tasks
-        self.rows = rows
+        """Limit `tasks`, `token_mask` and `rows` to these of the `of` rows of a layer's input."""
+        tasks, before = self.tasks, (self.given_tasks, self.rows)
         if tasks is not None:
             self.given_tasks = tasks.select(rows, of)
+        self.rows = rows
         try:
             yield
         finally:
-            self.given_tasks, self.rows = given, None
+            self.given_tasks, self.rows = before
 
     def keep_mask(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook of a module whose layers read `token_mask`: keep its attention mask.

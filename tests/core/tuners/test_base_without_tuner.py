@@ -47,6 +47,7 @@ def test_transformers_loads_adapters_without_shared_tensors(name, base, tmp_path
     [
         ("mos", MOS, "its layers share tensors"),
         ("mola", {"router_type": "recurrent"}, "its layers share tensors"),
+        ("mola", {"router_type": "pregated"}, "its layers share tensors"),
         ("compacter", {}, "its layers share tensors"),
         ("binary", {}, "it decodes the codes in its files"),
         ("increlora", {}, "it pads the tensors of its files"),

@@ -1,8 +1,12 @@
 """MoLA: a top-k mixture of LoRA experts on each linear layer, with more experts in some layers.
 
 Gao et al. 2025, "MoLA: MoE LoRA with Layer-wise Expert Allocation", Findings of NAACL
-(arXiv:2402.08562). The recurrent router is that of Qiu et al. 2025, "Layerwise Recurrent Router for
-Mixture-of-Experts", ICLR (arXiv:2408.06793).
+(arXiv:2402.08562). Routers of the layers are linear by default; others, in files of their own:
+
+    recurrent.py    RMoE: a GRU carries the routers' state from layer to layer
+    pregate.py      Read-ME: one small model over token ids routes for all layers
+    routes.py       hooks that run it before the first layer, and its cache
+    tokens.py       its inputs, from the arguments of the model
 
 Shapes: I in, O out, R rank of one expert, E experts of the layer, K picked per token, P router
 width, T tokens. The experts of a layer are stacked: expert e has rows e R to (e+1) R - 1 of A and
@@ -17,7 +21,8 @@ The recurrent router stores the states of the last training forward. Gradient ch
 them during backward, so there each forward needs its backward before the next training forward.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,6 +40,9 @@ from petl.core.serving.mixed_batch import BatchedAdapter
 from petl.core.spec.config import MethodConfig, config_field, require
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, did_you_mean
+from petl.methods.mola.pregate import PreGate
+from petl.methods.mola.recurrent import Gru, next_state
+from petl.methods.mola.routes import ROUTER, Routes, gates_of, refuse_unroutable
 from petl.ops.low_rank import (
     add_up,
     frozen_weight_and_bias,
@@ -49,6 +57,7 @@ from petl.ops.routing import (
     expert_sums,
     float_linear,
     top_k_gates,
+    uniform,
 )
 
 SHAPES = {  # named expert counts of four groups of layers, from the lowest
@@ -143,9 +152,29 @@ class MolaConfig(MethodConfig):
     )
     top_k: int = config_field("experts per token, at most the experts of any layer", 2, ge=1)
     router_type: str = config_field(
-        "linear, or recurrent over depth (RMoE)", "linear", choices=("linear", "recurrent")
+        "linear, recurrent over depth (RMoE), or pregated: one router over token ids for all "
+        "layers (Read-ME)",
+        "linear",
+        choices=("linear", "recurrent", "pregated"),
     )
-    router_hidden_size: int = config_field("width of the recurrent router", 32, ge=1)
+    router_hidden_size: int = config_field(
+        "width of the recurrent or pre-gated router; of the latter a multiple of 2 router_heads",
+        32,
+        ge=1,
+    )
+    router_layers: int = config_field(
+        "blocks of the pre-gated router; 0: logits depend on the token alone", 1, ge=0
+    )
+    router_heads: int = config_field("attention heads of the pre-gated router", 2, ge=1)
+    router_embedding: str = config_field(
+        "input of the pre-gated router: projected from the base's frozen embedding, or its own "
+        "table, which starts as columns of the base's",
+        "projected",
+        choices=("projected", "own"),
+    )
+    router_lookahead: int = config_field(
+        "of the pre-gated router; 1: a token uses the logits of the token before it", 0, ge=0, le=1
+    )
     router_aux_loss_coef: float = config_field(
         "weight of the load-balancing loss, at least 0; 0 disables it", 0.001, ge=0
     )
@@ -174,36 +203,12 @@ class MolaConfig(MethodConfig):
             self.top_k <= max(pattern),
             f"top_k ({self.top_k}) exceeds the number of experts ({max(pattern)}) of every layer",
         )
-
-
-def _uniform(rows: int, fan_in: int) -> nn.Parameter:
-    """Parameter [rows, fan_in] from U(-fan_in^-0.5, fan_in^-0.5): Kaiming-uniform, a = sqrt(5)."""
-    bound = fan_in**-0.5
-    return nn.Parameter(torch.empty(rows, fan_in).uniform_(-bound, bound))
-
-
-def padded(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Return matrices [..., R, N] with rows of zeros added up to the largest R of them."""
-    R = max(matrix.shape[-2] for matrix in matrices)
-    return [F.pad(matrix, (0, 0, 0, R - matrix.shape[-2])) for matrix in matrices]
-
-
-class Gru(nn.Module):
-    """Parameters of `torch.nn.GRUCell(P, P)` under flat names, shared by all layers."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        for name, value in nn.GRUCell(width, width).named_parameters():
-            self.register_parameter(f"gru_{name}", value)
-
-    def forward(self, z_TP: Tensor, h_TP: Tensor) -> Tensor:
-        """State of this layer, [T, P], from its projected input and the state of the layer below.
-
-        The cell is called directly, so that its weights can be cast to the dtype of `z_TP`.
-        """
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        weights = (getattr(self, f"gru_{name}").to(z_TP.dtype) for name in names)
-        return torch.gru_cell(z_TP, h_TP, *weights)
+        P, heads = self.router_hidden_size, self.router_heads
+        require(
+            self.router_type != "pregated" or P % (2 * heads) == 0,
+            f"router_hidden_size={P} is not a multiple of {2 * heads}, twice router_heads={heads}: "
+            "each head is rotated in halves",
+        )
 
 
 class MolaAdapter(Adapter):
@@ -220,24 +225,23 @@ class MolaAdapter(Adapter):
         self.num_experts = E = info.settings["num_experts"]  # of this layer
         self.rank, self.scale = config.rank_and_scaling(info.key, shape)
         R, (I, O) = self.rank, shape
-        self.lora_A = _uniform(E * R, I)  # stacked experts
+        self.lora_A = uniform(E * R, I)  # stacked experts
         self.lora_B = nn.Parameter(torch.zeros(O, E * R))  # zero: training starts at the base model
         if not config.init_weights:
             nn.init.normal_(self.lora_B, std=0.02)
         if config.router_type == "recurrent":
             P = config.router_hidden_size
-            self.router_proj = _uniform(P, I)  # input of the GRU
-            self.router = _uniform(E, P)  # reads the recurrent state
-        else:
-            self.router = _uniform(E, I)
+            self.router_proj = uniform(P, I)  # input of the GRU
+            self.router = uniform(E, P)  # reads the recurrent state
+        elif config.router_type == "linear":
+            self.router = uniform(E, I)
 
     def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         config = self.config
         frozen = None if args or kwargs else frozen_weight_and_bias(base, x)
         if frozen is None:  # the base layer has hooks or adapters of its own: call it
             return self(x, base(x, *args, **kwargs))
-        logit_TE, x = self.route(x)
-        gate_TE, picked_TE, prob_TE = top_k_gates(logit_TE, config.top_k)
+        gate_TE, x, balance = self.gates(x)
         y = low_rank_linear(
             x.to(product_dtype(x)),
             frozen,
@@ -247,49 +251,46 @@ class MolaAdapter(Adapter):
             gate=gate_TE,
             dropout=config.lora_dropout if self.training else 0.0,
         )
-        return self.balanced(y, picked_TE, prob_TE)
+        return balance(y)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         config, R = self.config, self.rank
-        logit_TE, x = self.route(x)
-        gate_TE, picked_TE, prob_TE = top_k_gates(logit_TE, config.top_k)
+        gate_TE, x, balance = self.gates(x)
         # [T, E R]
         h_TER = project_down(F.dropout(x, config.lora_dropout, self.training), self.lora_A)
         # the gate scales each expert's R inner values; gates of experts not picked are zero
         h_TER = h_TER.view(-1, self.num_experts, R) * gate_TE.to(h_TER.dtype).unsqueeze(-1)
         y = add_up(y, h_TER.flatten(1), self.lora_B, self.scale)
-        return self.balanced(y, picked_TE, prob_TE)
+        return balance(y)
 
     @classmethod
     def batched(cls, adapters: Sequence[Any], dtype: torch.dtype) -> BatchedAdapter | None:
         """The adapters' experts and routers, stacked; None if they differ in form.
 
         Ranks that differ are padded with zeros to the largest, unless more than half would be
-        padding. Also None for recurrent routers, whose states belong to the rows of one adapter.
+        padding. Also None for routers that the layers share, which are not linear in the input.
         """
         first = adapters[0]
         # one batched product needs equal shapes and the same routing
         forms = [(a.config.router_type, a.config.top_k, a.num_experts) for a in adapters]
-        if forms[0][0] == "recurrent" or any(form != forms[0] for form in forms):
+        if forms[0][0] != "linear" or any(form != forms[0] for form in forms):
             return None
-        E, ranks, (I, O) = first.num_experts, [a.rank for a in adapters], first.shape
+        ranks = [adapter.rank for adapter in adapters]
         if max(ranks) * len(ranks) > 2 * sum(ranks):  # padding is computed like the rest
             return None
-        tensors = {adapter: adapter.tensors() for adapter in adapters}
-        router, A, B = (
-            [tensors[adapter][name] for adapter in adapters]
-            for name in ("router", "lora_A", "lora_B")
-        )
-        scales = torch.tensor([adapter.scale for adapter in adapters], dtype=dtype)
-        A_ERI = [A_QI.reshape(E, -1, I) for A_QI in A]
-        B_ERO = [B_OQ.mT.reshape(E, -1, O) for B_OQ in B]
-        return RoutedRows(
-            torch.stack(router).float(),  # float32, like `route`
-            torch.stack(padded(A_ERI)).to(dtype),  # [adapters, E, R, I]
-            torch.stack(padded(B_ERO)).to(dtype),  # [adapters, E, R, O]
-            scales.to(B[0].device).view(-1, 1, 1),
-            first.config.top_k,
-        )
+        tensors, scales = zip(*((a.tensors(), a.scale) for a in adapters), strict=True)
+        return RoutedRows.stack(tensors, scales, first.num_experts, first.config.top_k, dtype)
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        """Return the gates [T, E], the experts' input, and what adds the balance loss to an output.
+
+        A pre-gated router has its balance loss where it runs, once for all layers.
+        """
+        if self.config.router_type == "pregated":
+            return gates_of(self.info, self.num_experts, x), x, lambda y: y
+        logit_TE, x = self.route(x)
+        gate_TE, picked_TE, prob_TE = top_k_gates(logit_TE, self.config.top_k)
+        return gate_TE, x, partial(self.balanced, picked_TE=picked_TE, prob_TE=prob_TE)
 
     def balanced(self, y: Tensor, picked_TE: Tensor, prob_TE: Tensor) -> Tensor:
         """Return `y`; in training, its backward pass adds the balance loss's gradient."""
@@ -306,26 +307,7 @@ class MolaAdapter(Adapter):
             if self.config.router_type == "linear":
                 return float_linear(x, self.router.float())
             z_TP, x = float_linear(x, self.router_proj.float())
-            return F.linear(self.recur(z_TP), self.router.float()), x
-
-    def recur(self, z_TP: Tensor) -> Tensor:
-        """Router state of this layer, [T, P], from that of the layer below it in its chain.
-
-        A chain is the modules of one name in one stack, such as all `mlp.up_proj` of a decoder.
-        """
-        info = self.info
-        context, chain = info.context, (info.adapter_name, info.settings["chain"])
-        if context.recording and not torch.is_grad_enabled():
-            raise InputError(
-                f"router_type={self.config.router_type!r} cannot run under reentrant "
-                "checkpointing, which detaches the router's states between layers; pass "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
-        below = context.state.get((*chain, info.settings["below"]))  # None in the lowest layer
-        assert info.shared is not None
-        h_TP = info.shared(z_TP, torch.zeros_like(z_TP) if below is None else below)
-        context.state[(*chain, info.settings["index"])] = h_TP  # for the layer above
-        return h_TP
+            return F.linear(next_state(self.info, z_TP), self.router.float()), x
 
     def balance(self, y: Tensor, picked_TE: Tensor, prob_TE: Tensor) -> Tensor:
         """Return `y`; its backward pass adds the gradient of this layer's balance loss.
@@ -352,9 +334,16 @@ class MolaAdapter(Adapter):
     paper="Gao et al. 2025, MoLA: MoE LoRA with Layer-wise Expert Allocation, arXiv:2402.08562",
 )
 class MolaModel(MethodTuner):
-    """Tuner of `MolaConfig`."""
+    """Tuner of `MolaConfig`.
+
+    Attributes:
+        has_routes: the hooks of pre-gated routers are registered.
+        is_mixed: the running call has an adapter for each row.
+    """
 
     config_cls, adapter_cls = MolaConfig, MolaAdapter
+    has_routes = False
+    is_mixed = False
 
     def layer_settings(
         self, config: MolaConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
@@ -364,7 +353,10 @@ class MolaModel(MethodTuner):
         Raises:
             InputError: a target is in no list of layers and the number of experts depends on the
                 layer, or its layer has fewer experts than `top_k`.
+            UnsupportedError: a pre-gated router cannot route for this model, or for a target.
         """
+        if config.router_type == "pregated":
+            refuse_unroutable(model, shapes)
         places = {key: place(model, key) or layer_of_its_own(config, key) for key in shapes}
         settings: dict[str, dict[str, Any]] = {}
         last: dict[tuple[str, str], int] = {}  # index of the highest layer so far, by chain
@@ -393,8 +385,32 @@ class MolaModel(MethodTuner):
         return settings
 
     def make_shared(self, config: MolaConfig, shapes: Mapping[str, LayerShape]) -> nn.Module | None:
-        """The GRU that all recurrent routers of an adapter share; None with linear routers."""
-        return Gru(config.router_hidden_size) if config.router_type == "recurrent" else None
+        """What all routers of an adapter share: a GRU, the pre-gated router, or None if linear."""
+        if config.router_type == "recurrent":
+            return Gru(config.router_hidden_size)
+        if config.router_type == "linear":
+            return None
+        settings = self.layer_settings(config, self.model, shapes)
+        most = max(layer["num_experts"] for layer in settings.values())
+        return PreGate(config, most, self.model.get_input_embeddings())
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Inject an adapter; with the first pre-gated one, register the hooks that run routers."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if isinstance(self.shared.all_modules.get(adapter_name), PreGate) and not self.has_routes:
+            self.has_routes = True
+            self.hooks += Routes(self).attach(model)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:
+        before, self.is_mixed = self.is_mixed, kwargs.get("adapter_names") is not None
+        try:
+            with super()._enable_peft_forward_hooks(*args, **kwargs):
+                yield
+        finally:
+            self.is_mixed = before
 
     def series(self) -> dict[str, float]:
         """`expert_load_max`: load of the busiest expert relative to 1/E, mean over layers."""
@@ -414,7 +430,7 @@ class MolaModel(MethodTuner):
             .values.tolist()
             for key, picks_E in picks.items()
         }
-        layers = layers_of(self.model, paths.values())
+        layers = layers_of(self.model, paths.values()) | {ROUTER: "all"}
         by_layer = means((layers[paths[key]], shares[key]) for key in picks)
         if not by_layer:
             return []
@@ -432,7 +448,7 @@ class MolaModel(MethodTuner):
         )
         uneven = of_layers(
             self.model,
-            {paths[key]: float(busiest(picks_E)) for key, picks_E in picks.items()},
+            {paths[k]: float(busiest(n_E)) for k, n_E in picks.items() if paths[k] != ROUTER},
             "expert_balance",
             "MoLA: busiest expert of each module",
             "load, relative to the mean",
