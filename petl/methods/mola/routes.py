@@ -85,7 +85,7 @@ def gates_of(info: LayerInfo, experts: int, x: Tensor) -> Tensor:
     if context.rows is not None:
         gate_TE = gate_TE.unflatten(0, (B, T))[list(context.rows)].flatten(0, 1)
         B = len(context.rows)
-    if x.shape[:-1].numel() != B * T or (x.dim() == 3 and x.shape[0] != B):
+    if x[..., 0].numel() != B * T or (x.dim() == 3 and x.shape[0] != B):
         raise InputError(
             f"{info.key} has an input of shape {list(x.shape)} and the router [{B}, {T}] tokens: "
             "router_type='pregated' adapts layers that see each token of input_ids once; leave "
