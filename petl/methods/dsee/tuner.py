@@ -77,6 +77,8 @@ class DseeModel(MethodTuner):
 
     def choose_targets(self, config: DseeConfig, model: nn.Module) -> None:
         """Resolve both lists of modules; `target_modules` is their union then."""
+        if config.target_modules is None:
+            config.target_modules = DseeConfig.target_modules
         super().choose_targets(config, model)
         resolve_lists(config, model)
 

@@ -41,7 +41,7 @@ def contender(name):
 
 
 def test_the_step_section_measures_the_floor_lora_and_what_was_asked_for():
-    floor, lora, mola = records("step", "mola")
+    floor, lora, mola = records("step", "mola 8/2")
     assert (floor.row, lora.row, mola.row) == ("floor", "PEFT's lora", "mola 8/2")
     assert set(mola.ratios) == {"time / floor", "time / LoRA"}
     assert mola.counts["kernels / layer"] > lora.counts["kernels / layer"] > 0
@@ -51,7 +51,7 @@ def test_the_step_section_measures_the_floor_lora_and_what_was_asked_for():
 
 def test_a_row_with_an_error_has_no_values(monkeypatch):
     monkeypatch.setattr("bench.step.check", lambda *_: "the loss is off by 1e-02")
-    floor, *others = records("step", "mola")
+    floor, *others = records("step", "mola 8/2")
     assert floor.ratios
     assert [(r.row, r.failed) for r in others] == [
         ("PEFT's lora", ""),  # not ours to check
@@ -90,7 +90,7 @@ def test_the_serve_section_decodes_and_reads_with_several_adapters(monkeypatch):
 def test_the_scale_section_gives_exponents(monkeypatch):
     axes = (Axis("layers", (2, 4)), Axis("experts", (2, 8), {"num_experts": int}))
     monkeypatch.setattr("bench.scale.AXES", axes)
-    found = {r.row: r for r in records("scale", "mola", "adalora", "lora, dropout")}
+    found = {r.row: r for r in records("scale", "mola 8/2", "adalora", "lora, dropout")}
     assert set(found) == {f"{LORA}, layers 2, 4", "mola 8/2, layers 2, 4", "mola 8/2, experts 2, 8"}
     experts = found["mola 8/2, experts 2, 8"]
     assert experts.counts["kernels exponent"] == pytest.approx(0, abs=1e-9)
@@ -118,7 +118,7 @@ def test_a_larger_shape_keeps_the_share_of_the_head():
 
 
 def test_the_peak_section_measures_processes_of_their_own():
-    floor, lora, mola = records("peak", "mola")
+    floor, lora, mola = records("peak", "mola 8/2")
     assert floor.facts["peak MB"] > 0
     assert set(lora.facts) == set(mola.facts) == {"peak MB", "peak / floor"}
 
