@@ -103,7 +103,8 @@ class IcvConfig(MethodConfig):
     def sized(self, size: int) -> dict[str, Any]:
         """Raise InputError: the size is that of the model."""
         raise InputError(
-            "method 'icv' has one vector per block, so no size to choose: leave train.budget null"
+            f"method 'icv' has one vector per block, so no size to choose, and train.budget={size}: "
+            "leave it null"
         )
 
     @property

@@ -40,8 +40,8 @@ def next_state(info: LayerInfo, z_TP: Tensor) -> Tensor:
     context, chain = info.context, (info.adapter_name, info.settings["chain"])
     if context.recording and not torch.is_grad_enabled():
         raise InputError(
-            "router_type='recurrent' cannot run under reentrant checkpointing, which detaches the "
-            "router's states between layers; pass "
+            f"{info.key}: router_type='recurrent' cannot run under reentrant checkpointing, which "
+            "detaches the router's states between layers; pass "
             "gradient_checkpointing_kwargs={'use_reentrant': False}"
         )
     below = context.state.get((*chain, info.settings["below"]))  # None in the lowest layer

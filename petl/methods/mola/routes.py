@@ -93,8 +93,8 @@ def gates_of(info: LayerInfo, experts: int, x: Tensor) -> Tensor:
         )
     if context.recording and not torch.is_grad_enabled() and not gate_TE.is_leaf:
         raise InputError(
-            "router_type='pregated' ran in a segment without gradients that is not reentrant "
-            "checkpointing of transformers; pass "
+            f"{info.key}: router_type='pregated' ran in a segment without gradients that is not "
+            "reentrant checkpointing of transformers; pass "
             "gradient_checkpointing_kwargs={'use_reentrant': False}"
         )
     return gate_TE
