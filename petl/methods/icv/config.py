@@ -103,8 +103,8 @@ class IcvConfig(MethodConfig):
     def sized(self, size: int) -> dict[str, Any]:
         """Raise InputError: the size is that of the model."""
         raise InputError(
-            f"method 'icv' has one vector per block, so no size to choose, and train.budget={size}: "
-            "leave it null"
+            f"method 'icv' has one vector per block, so no size to choose: leave "
+            f"train.budget={size} out"
         )
 
     @property
