@@ -105,7 +105,8 @@ class Case:
         calibration = None
         if needs_calibration(self.config()):
             own = slice(number(), None, num_processes())
-            calibration = [{name: rows[own] for name, rows in self.batch(seed=9).items()}]
+            rows = self.batch(seed=9).items()
+            calibration = [{name: values[own].contiguous() for name, values in rows}]
         return wrap(
             self.base() if base is None else base,
             self.method,
