@@ -99,12 +99,14 @@ class Case:
     def wrap(self, base: nn.Module | None = None, adapter_name: str = "default") -> PeftModel:
         """Wrap `base`, or a new base model; the adapter is the same each time.
 
-        Of several processes, each has its part of the calibration rows.
+        Of several processes, each has its part of the calibration rows if the method divides them.
         """
         torch.manual_seed(1)
         calibration = None
-        if needs_calibration(self.config()):
-            own = slice(number(), None, num_processes())
+        config = self.config()
+        if needs_calibration(config):
+            divides = getattr(config, "divides_calibration", False)
+            own = slice(number(), None, num_processes()) if divides else slice(None)
             rows = self.batch(seed=9).items()
             calibration = [{name: values[own].contiguous() for name, values in rows}]
         return wrap(
