@@ -1,7 +1,7 @@
 """The run of `petl train` and of train.py: train one adapter, score it and save it."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NoReturn
@@ -46,13 +46,7 @@ def train(cfg: DictConfig) -> float:
     test = partial(score, model, splits, accelerator, settings.eval_batch_size)
     probe = partial(linear_probe, model, splits, settings, accelerator)
     run.score("linear_probe", probe, "linear probe")
-    computed = is_computed(model.active_peft_config)
-    with model.disable_adapter() if computed else nullcontext():  # those of the base model
-        run.score_before(partial(test, when="before training"), data.task)
-    if hasattr(model.active_peft_config, "strength"):
-        from petl.training.strengths import set_strength
-
-        set_strength(model, splits, settings, accelerator, run)
+    before_training(run, model, splits, partial(test, when="before training"))
     if settings.find_lr:
         # the same settings, with the learning rate that was found
         settings = find_lr(model, splits, settings, accelerator, run)
@@ -64,6 +58,17 @@ def train(cfg: DictConfig) -> float:
     write_report(run)
     print_summary(run)
     return run.scores.objective
+
+
+def before_training(run: Run, model: PeftModel, splits: Splits, test: Callable[..., Any]) -> None:
+    """Score the model, without an adapter that calibration has made, whose strength is set then."""
+    config: Any = model.active_peft_config
+    with model.disable_adapter() if is_computed(config) else nullcontext():
+        run.score_before(test, splits.task)
+    if getattr(config, "of_demonstrations", False):
+        from petl.training.strengths import set_strength
+
+        set_strength(model, splits, run.config.train, run.accelerator, run)
 
 
 def wrapped(run: Run, splits: Splits, processor: Any) -> PeftModel:

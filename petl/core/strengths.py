@@ -19,7 +19,7 @@ def scores_by_strength(
         InputError: the active adapter has no strength.
     """
     config: Any = model.active_peft_config
-    if not hasattr(config, "strength"):
+    if not getattr(config, "of_demonstrations", False):
         raise InputError(
             f"the active adapter is one of {type(config).__name__}, which has no strength; "
             "activate one of icv"

@@ -124,10 +124,11 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     data.check()
     if data.order is not None:
         train.check_stream()
-        if data_settings.get("tasks"):
+        several = data_settings.get("tasks") or data_settings.get("sets")
+        if several:
             raise InputError(
-                f"data.order={data.order} is for rows of one task, and data.tasks="
-                f"{data_settings['tasks']} has several: leave one of them null"
+                f"data.order={data.order} is for rows of one task, and the data has {[*several]}: "
+                "leave data.order null"
             )
     return RunConfig(
         train=train,

@@ -167,7 +167,7 @@ def wrap_arguments(run: RunConfig, splits: Splits, accelerator: Accelerator) -> 
         rank_targets(run.ranks, build, fields)
     if not needs_calibration(config):
         return fields
-    if hasattr(config, "pairs"):
+    if getattr(config, "of_demonstrations", False):
         from petl.training.demonstrations import demonstrations
 
         batches = demonstrations(config, run, splits)
@@ -249,6 +249,8 @@ def choose_head(
     Raises:
         InputError: nothing says whether the head fits, or it does not and should be kept.
     """
+    if getattr(model.active_peft_config, "replaces_head", False):
+        return (), "the adapter takes the place of the task head"
     saved, own = read_shapes(file), shapes_of(trained_modules(model))
     there, here = heads_in(saved), heads_in(own)
     # a model class may add modules that its pretrained checkpoint lacks, not only a task head

@@ -19,7 +19,6 @@ from petl.testing.models import TINY_MODELS, tiny_bert, tiny_llama, tiny_vit
 
 CONTRACT = {
     "fields": {"r": 4, "bneck_dropout": 0.0, "save_format": "latent"},
-    "refuses": ("layer_compiles_whole", "both_adapters_can_be_active"),  # a layer by itself
     "lr": 3e-2,
 }
 

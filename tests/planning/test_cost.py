@@ -88,7 +88,7 @@ def test_buckets_are_advised_where_much_is_padding(padded, said, monkeypatch):
         reads_text = True
 
     class Splits:
-        task, test = Task(), range(3)
+        task, test, mixture = Task(), range(3), None
 
         def sampler(self, settings):
             return self

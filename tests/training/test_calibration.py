@@ -11,7 +11,7 @@ from training_fixtures import train
 from petl.config.compose import compose
 from petl.errors import InputError
 from petl.models.loading import load_tokenizer
-from petl.training import calibration
+from petl.training import calibration_data
 from petl.training.calibration import calibration_batches
 from petl.training.calibration_data import CalibrationBatches, CalibrationData
 
@@ -61,7 +61,7 @@ def test_each_process_takes_its_share(monkeypatch):
     orders = []
     for index in range(3):
         state = SimpleNamespace(process_index=index, num_processes=3)
-        monkeypatch.setattr(calibration, "PartialState", lambda state=state: state)
+        monkeypatch.setattr(calibration_data, "PartialState", lambda state=state: state)
         orders.append(CalibrationBatches(rows(), collate, settings).order)
     assert [len(order) for order in orders] == [3, 3, 2]
     assert len({number for order in orders for number in order}) == 8

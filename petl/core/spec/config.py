@@ -166,6 +166,8 @@ class MethodConfig(PeftConfig):
     replaces_head: ClassVar[bool] = False
     # True: calibration adds over processes, so that each gets its part of the rows
     divides_calibration: ClassVar[bool] = False
+    # True: calibration data are pairs of texts, and a run scores strengths on further ones
+    of_demonstrations: ClassVar[bool] = False
 
     target_modules: set[str] | list[str] | str | None = config_field(
         "names, suffixes, a regular expression, or a preset such as all-linear; null: all-linear",

@@ -19,6 +19,7 @@ class IcvConfig(MethodConfig):
     """Fields of ICV; `strength` is read in each forward pass, so that a change acts at once."""
 
     ranks_refusal = "it has one vector per block, of no rank"
+    of_demonstrations = True
 
     target_modules: set[str] | list[str] | str | None = config_field(
         "the modules whose outputs are shifted; null, as mode and layers determine them", None
