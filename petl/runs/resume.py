@@ -32,6 +32,16 @@ ADDED_LATER = (
     *("data.format", "data.system", "train.init_from", "method.rank_pattern"),
     *("data.order", "data.stream_repeats", "model.adapter"),
 )
+# fields that methods got later, with the values by which they compute what older runs did
+LATER_FIELDS = {
+    "method.router_layers": 1,
+    "method.router_heads": 2,
+    "method.router_embedding": "projected",
+    "method.router_lookahead": 0,
+    "method.gate": "none",
+    "method.gate_rank": None,
+    "method.identity_gate": True,
+}
 # before the name of a setting of one of several data sets, which is that of a single one
 SET = re.compile(r"^data\.sets\..+\.")
 NOT_RESUMABLE = "the method changes while it trains, and PEFT keeps these changes in memory only"
@@ -54,6 +64,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
         "imports",
     }  # a recipe's settings are all in here
     free |= {k for k, v in entries.items() if v is None and SET.sub("data.", k) in ADDED_LATER}
+    free |= {k for k, v in LATER_FIELDS.items() if k in entries and entries[k] == v}
     if not entries.get("train.find_lr"):  # runs from before there was a range test lack both
         free |= {"train.find_lr", "train.find_lr_steps"}
     if entries.get("train.optimizer") == "adamw":  # as older runs, which lack them

@@ -8,7 +8,9 @@ from petl.config.schema import read_fields
 from petl.data.base import SOURCES
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
-REQUIRED = {"name": "someone/something", "train": "rows.csv"}  # what the reader has to say
+# what the reader has to say
+SETS = {"first": "wordnet", "second": {"data": "wordnet", "train_rows": 100}}
+REQUIRED = {"name": "someone/something", "train": "rows.csv", "sets": SETS}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.iterdir()), ids=lambda path: path.stem)
@@ -20,4 +22,5 @@ def test_every_data_config_lists_the_settings_of_its_source(path):
         if value is None and key in REQUIRED:
             cfg[key] = REQUIRED[key]
     built = read_fields(source, cfg, "data")
+    cfg.pop("sets", None)  # it has all settings of each set by now
     assert {key: getattr(built, key) for key in cfg} == cfg
