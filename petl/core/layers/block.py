@@ -1,8 +1,8 @@
-"""Adapters of whole transformer blocks: they see a block's inputs and change its first output.
+"""Adapters of whole blocks: they see a block's inputs, may change them, and its first output.
 
 A block is no linear layer: it takes masks, caches or the encoder's output beside the hidden states
-and may return a tuple, and other code reads its attributes and registers hooks on it. So it stays
-in its place, with its class swapped for one whose `forward` goes through `BlockAdapters`, a child
+(in a U-Net the embedding of the timestep beside the feature map) and may return a tuple, and other
+code reads its attributes and registers hooks on it. So it stays in its place, with its class swapped for one whose `forward` goes through `BlockAdapters`, a child
 of the block. Paths inside the block do not change, other adapters may be there, and what is done
 around a block (checkpointing, sharding, `output_hidden_states`) covers its adapters too.
 """
@@ -125,14 +125,17 @@ class BlockAdapters(AdapterLayer, AdapterDict):
         return {} if first is None else first[1].carried()
 
     def _check(self, x: Any, y: Any) -> None:
-        """Raise InputError unless input and first output are hidden states of the model's width."""
-        for what, value in (("gets", x), ("returns", y)):
+        """Raise InputError unless input and first output have the widths of the block."""
+        dim = cast(Adapter, next(iter(self.adapters.values()))).width_dim
+        for what, value, width in (("gets", x, self.in_features), ("returns", y, self.out_features)):
             shape = getattr(value, "shape", None)
-            if not isinstance(value, Tensor) or shape is None or shape[-1] != self.in_features:
+            fits = isinstance(value, Tensor) and value.dim() > max(dim, 0)
+            if not fits or value.shape[dim] != width:
                 found = type(value).__name__ if shape is None else f"a tensor of shape {[*shape]}"
+                needs = "hidden states" if dim < 0 else "a feature map"
                 raise InputError(
                     f"{original_class(self.base_layer).__name__} {what} {found} first, and an "
-                    f"adapter of a block needs hidden states of width {self.in_features}; adapt "
+                    f"adapter of a block needs {needs} of width {width} in dimension {dim}; adapt "
                     "its sub-layers instead"
                 )
 

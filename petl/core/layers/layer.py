@@ -88,6 +88,7 @@ class Adapter(nn.Module):
     keep_float32: ClassVar[bool] = False  # parameters never take the base model's half precision
     start_tolerance: ClassVar[float] = 0.0  # max. difference of outputs to the base at the start
     decays: ClassVar[bool] = True  # False: weight decay leaves its tensors out
+    width_dim: ClassVar[int] = -1  # of a whole block's input and output; of feature maps 1
     # buffers with statistics of this process's rows only, which differ between processes
     of_own_rows: ClassVar[tuple[str, ...]] = ()
 
