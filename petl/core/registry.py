@@ -104,6 +104,7 @@ def register(
             on_wrap=getattr(tuner, "on_wrap", None),
             unsupported=getattr(tuner, "unsupported", {}),
             decays=variant is not None or tuner.adapter_cls.decays,
+            loop_refusal=getattr(tuner, "loop_refusal", ""),
         )
         return tuner
 

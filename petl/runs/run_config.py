@@ -69,8 +69,8 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     """Check all settings of a run; no data or model is read.
 
     Raises:
-        InputError: an unknown name, a value of another type or out of range, no method, a module of
-            `imports` that cannot be imported.
+        InputError: an unknown name, a value of another type or out of range, no method or one that
+            petl's loop cannot train, a module of `imports` that cannot be imported.
     """
     # Hydra refuses unknown keys, except those added with a plus
     for key in cfg:
@@ -104,6 +104,10 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
         raise UnknownNameError(
             f"{error} (a method of your own: install its package, or add imports=[MODULE])"
         ) from error
+    if entry.loop_refusal:
+        raise UnsupportedError(
+            f"method {entry.name!r} cannot be trained here: {entry.loop_refusal}"
+        )
     fields = with_inner(chosen)  # all fields, so that config.yaml does not depend on defaults
     if settings["train"].get("lr") is None:
         train = replace(train, lr=entry.lr)

@@ -106,13 +106,14 @@ class BlockAdapters(AdapterLayer, AdapterDict):
         if self._disable_adapters:
             return plain_forward(block, *args, **kwargs)
         x, args, kwargs, keyword = split_arguments(args, kwargs)
+        self._check("gets", x, self.in_features)
         call = BlockCall(block, keyword)
         adapters = [] if names is not None else list(self.pick(self.active_adapters))
         if adapters:
             y = adapters.pop(0)[1].with_base(x, cast(Any, call), *args, **kwargs)
         else:
             y = call(x, *args, **kwargs)
-        self._check(x, y)
+        self._check("returns", y, self.out_features)
         if names is not None:
             y = self._forward_mixed(x, y, {}, names)
         for _, adapter in adapters:
@@ -124,20 +125,19 @@ class BlockAdapters(AdapterLayer, AdapterDict):
         first = None if self._disable_adapters else next(self.pick(self.active_adapters), None)
         return {} if first is None else first[1].carried()
 
-    def _check(self, x: Any, y: Any) -> None:
-        """Raise InputError unless input and first output have the widths of the block."""
+    def _check(self, what: str, value: Any, width: int) -> None:
+        """Raise InputError unless a block's input or first output has this width."""
         dim = cast(Adapter, next(iter(self.adapters.values()))).width_dim
-        for what, value, width in (("gets", x, self.in_features), ("returns", y, self.out_features)):
-            shape = getattr(value, "shape", None)
-            fits = isinstance(value, Tensor) and value.dim() > max(dim, 0)
-            if not fits or value.shape[dim] != width:
-                found = type(value).__name__ if shape is None else f"a tensor of shape {[*shape]}"
-                needs = "hidden states" if dim < 0 else "a feature map"
-                raise InputError(
-                    f"{original_class(self.base_layer).__name__} {what} {found} first, and an "
-                    f"adapter of a block needs {needs} of width {width} in dimension {dim}; adapt "
-                    "its sub-layers instead"
-                )
+        shape = getattr(value, "shape", None)
+        fits = isinstance(value, Tensor) and value.dim() > max(dim, 0)
+        if not fits or value.shape[dim] != width:
+            found = type(value).__name__ if shape is None else f"a tensor of shape {[*shape]}"
+            needs = "hidden states" if dim < 0 else "a feature map"
+            raise InputError(
+                f"{original_class(self.base_layer).__name__} {what} {found} first, and an "
+                f"adapter of a block needs {needs} of width {width} in dimension {dim}; adapt "
+                "its sub-layers instead"
+            )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raise UnsupportedError: a block has no weight of its own."""

@@ -52,6 +52,7 @@ class MethodTuner(SharedStateTuner):
         config_cls: the method's config.
         adapter_cls: the method's adapter.
         unsupported: by capability, why the method lacks it; see `Method.unsupported`.
+        loop_refusal: why `petl train` cannot train it, and what to do instead; "": it can.
         needs_tuner: why its adapters cannot be loaded without the tuner, by transformers' own
             `load_adapter`; "": they can, if no tensors are shared.
         free_dims: by name of a tensor, the dimension that may have another size in a file.
@@ -62,6 +63,7 @@ class MethodTuner(SharedStateTuner):
     config_cls: ClassVar[type[MethodConfig]]
     adapter_cls: ClassVar[type[Adapter]]
     unsupported: ClassVar[Mapping[str, Any]] = {}
+    loop_refusal: ClassVar[str] = ""
     needs_tuner: ClassVar[str] = ""
     free_dims: ClassVar[Mapping[str, int]] = {}
     moves_entries: ClassVar[bool] = True
