@@ -5,7 +5,7 @@ Skip Connection Editing", CVPR (arXiv:2312.11392). This is its SC-Tuner; the tun
 image (CSC-Tuner) is not implemented.
 
 Shapes: N rows, C channels of a skip, D bottleneck, H and W of the feature map. The blocks of the
-decoder, `up_blocks.<i>.resnets.<j>`, get `cat(h, x)` along the channels, with the skip x [N, C, H, W]
+decoder, `up_blocks.<i>.resnets.<j>`, get `cat(h, x)` along the channels: the skip x [N, C, H, W] is
 last. For each pixel of it, with D = max(1, floor(C ratio)),
 
     x <- x + scaling (act(x W1^T + b1) W2^T + b2)
@@ -54,7 +54,7 @@ class SceditConfig(MethodConfig):
     )
     ratio: float = config_field("width of a bottleneck / channels of its skip", 1.0, gt=0)
     skips: list[int] | None = config_field(
-        "which skips, in the order in which the decoder reads them, from 0 (the deepest); null: all",
+        "which skips, as the decoder reads them, counted from 0 (the deepest); null: all",
         None,
     )
     non_linearity: str = config_field("a name in transformers' ACT2FN", "gelu")
@@ -151,9 +151,9 @@ def chosen_skips(config: SceditConfig, model: nn.Module) -> list[Skip]:
 
 
 class SceditAdapter(Adapter):
-    """SC-Tuner of one skip: `down_weight` [D, C], `down_bias` [D], `up_weight` [C, D], `up_bias` [C].
+    """SC-Tuner of one skip.
 
-    Its base is a block that gets `cat(h, x)`.
+    `down_weight` [D, C], `down_bias` [D], `up_weight` [C, D], `up_bias` [C]. Its base is a block that gets `cat(h, x)`.
     """
 
     merge_refusal = (

@@ -104,7 +104,7 @@ def composed(tiny: testing.TinyModel, method: str, combination: str) -> PeftMode
 def test_combinations_train_save_and_load_or_raise_with_a_reason(
     method, combination, model, tmp_path
 ):
-    tiny = testing.TINY_MODELS[model]
+    tiny = (testing.TINY_MODELS | testing.OTHER_MODELS)[model]
     reason = REFUSED.get(combination, {}).get(method)
     if reason is not None:
         with pytest.raises(InputError, match=reason):

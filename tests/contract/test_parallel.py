@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import adaptable
+from contract_cases import adaptable, models_of
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -49,7 +49,9 @@ FIELDS: dict[str, dict[str, Any]] = {
 # exchanged are entries after the first step and after the third
 CYCLE = {"total_step": 9, "reselection_steps": 2, "selection_accumulation_steps": 1, **TARGETS}
 CASES = {
-    name: Case(name, LLAMA if name in adaptable("llama") else "vit", FIELDS.get(name, {}))
+    name: Case(
+        name, LLAMA if name in adaptable("llama") else models_of(name)[0], FIELDS.get(name, {})
+    )
     for name in petl.list_methods()
     if petl.method(name).by == "petl"
 }

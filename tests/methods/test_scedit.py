@@ -34,6 +34,10 @@ def gelu(value: float) -> float:
     return value * (1 + math.erf(value / math.sqrt(2))) / 2
 
 
+def dot(row: list[float], values: list[float]) -> float:
+    return sum(w * v for w, v in zip(row, values, strict=True))
+
+
 def by_hand(x: torch.Tensor, adapter: Any, scale: float) -> torch.Tensor:
     """The equation as a loop over pixels, in Python's floats."""
     names = ("down_weight", "down_bias", "up_weight", "up_bias")
@@ -42,10 +46,10 @@ def by_hand(x: torch.Tensor, adapter: Any, scale: float) -> torch.Tensor:
     N, C, H, W = x.shape
     for n, i, j in product(range(N), range(H), range(W)):
         pixel = x[n, :, i, j].tolist()
-        z = [sum(w * v for w, v in zip(row, pixel, strict=True)) + b for row, b in zip(W1, b1)]
+        z = [dot(row, pixel) + b for row, b in zip(W1, b1, strict=True)]
         a = [gelu(value) for value in z]
         for c in range(C):
-            out[n, c, i, j] += scale * (sum(w * v for w, v in zip(W2[c], a, strict=True)) + b2[c])
+            out[n, c, i, j] += scale * (dot(W2[c], a) + b2[c])
     return out
 
 

@@ -2,9 +2,10 @@
 
 A block is no linear layer: it takes masks, caches or the encoder's output beside the hidden states
 (in a U-Net the embedding of the timestep beside the feature map) and may return a tuple, and other
-code reads its attributes and registers hooks on it. So it stays in its place, with its class swapped for one whose `forward` goes through `BlockAdapters`, a child
-of the block. Paths inside the block do not change, other adapters may be there, and what is done
-around a block (checkpointing, sharding, `output_hidden_states`) covers its adapters too.
+code reads its attributes and registers hooks on it. So it stays in its place, with its class
+swapped for one whose `forward` goes through `BlockAdapters`, a child of the block. Paths inside the
+block do not change, other adapters may be there, and what is done around a block (checkpointing,
+sharding, `output_hidden_states`) covers its adapters too.
 """
 
 from collections.abc import Mapping
