@@ -28,6 +28,7 @@ from petl.methods.pela.config import PelaConfig
 from petl.methods.polyhistor import PolyhistorConfig
 from petl.methods.pst import PstConfig
 from petl.methods.pyra import PyraConfig
+from petl.methods.scedit import SceditConfig
 from petl.methods.sherl.config import SherlConfig
 from petl.methods.sparse import SparseConfig
 
@@ -277,6 +278,7 @@ def wrap(
     rank_dropout_scale: Any = ...,
     rank_pattern: Any = ...,
     rank_step: Any = ...,
+    ratio: Any = ...,
     reactivate: Any = ...,
     reduction_factor: Any = ...,
     reselection_rate_policy: Any = ...,
@@ -300,6 +302,7 @@ def wrap(
     shards_per_vector: Any = ...,
     shared_phm_rule: Any = ...,
     side_layers: Any = ...,
+    skips: Any = ...,
     sparse: Any = ...,
     subset_selection: Any = ...,
     svd: Any = ...,
@@ -1162,6 +1165,7 @@ def wrap(
     rank_dropout_scale: Any = ...,
     rank_pattern: Any = ...,
     rank_step: Any = ...,
+    ratio: Any = ...,
     reduction_factor: Any = ...,
     reselection_rate_policy: Any = ...,
     reselection_steps: Any = ...,
@@ -1184,6 +1188,7 @@ def wrap(
     shards_per_vector: Any = ...,
     shared_phm_rule: Any = ...,
     side_layers: Any = ...,
+    skips: Any = ...,
     sparse: Any = ...,
     subset_selection: Any = ...,
     svd: Any = ...,
@@ -1296,6 +1301,29 @@ def wrap(
     ensure_weight_tying: bool = False,
 ) -> PeftModel:
     """LoRA scaled by alpha / sqrt(r), which keeps large ranks learning."""
+
+@overload
+def wrap(
+    model: nn.Module,
+    name: Literal["scedit"],
+    *,
+    adapter_name: str = "default",
+    calibration: Calibration | None = None,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = None,
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    ratio: float = 1.0,
+    skips: list[int] | None = None,
+    non_linearity: str = 'gelu',
+    scaling: float = 1.0,
+) -> PeftModel:
+    """Tuners on the skip connections of a diffusion U-Net; no backward through the encoder."""
 
 @overload
 def wrap(
@@ -1711,6 +1739,7 @@ def build_config(
     rank_dropout_scale: Any = ...,
     rank_pattern: Any = ...,
     rank_step: Any = ...,
+    ratio: Any = ...,
     reactivate: Any = ...,
     reduction_factor: Any = ...,
     reselection_rate_policy: Any = ...,
@@ -1734,6 +1763,7 @@ def build_config(
     shards_per_vector: Any = ...,
     shared_phm_rule: Any = ...,
     side_layers: Any = ...,
+    skips: Any = ...,
     sparse: Any = ...,
     subset_selection: Any = ...,
     svd: Any = ...,
@@ -2530,6 +2560,7 @@ def build_config(
     rank_dropout_scale: Any = ...,
     rank_pattern: Any = ...,
     rank_step: Any = ...,
+    ratio: Any = ...,
     reduction_factor: Any = ...,
     reselection_rate_policy: Any = ...,
     reselection_steps: Any = ...,
@@ -2552,6 +2583,7 @@ def build_config(
     shards_per_vector: Any = ...,
     shared_phm_rule: Any = ...,
     side_layers: Any = ...,
+    skips: Any = ...,
     sparse: Any = ...,
     subset_selection: Any = ...,
     svd: Any = ...,
@@ -2658,6 +2690,26 @@ def build_config(
     ensure_weight_tying: bool = False,
 ) -> peft.LoraConfig:
     """LoRA scaled by alpha / sqrt(r), which keeps large ranks learning."""
+
+@overload
+def build_config(
+    name: Literal["scedit"],
+    *,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = None,
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    ratio: float = 1.0,
+    skips: list[int] | None = None,
+    non_linearity: str = 'gelu',
+    scaling: float = 1.0,
+) -> SceditConfig:
+    """Tuners on the skip connections of a diffusion U-Net; no backward through the encoder."""
 
 @overload
 def build_config(
@@ -2859,6 +2911,9 @@ def get(name: Literal["randlora"]) -> type[peft.RandLoraConfig]: ...
 
 @overload
 def get(name: Literal["rslora"]) -> type[peft.LoraConfig]: ...
+
+@overload
+def get(name: Literal["scedit"]) -> type[SceditConfig]: ...
 
 @overload
 def get(name: Literal["sherl"]) -> type[SherlConfig]: ...

@@ -153,7 +153,8 @@ def chosen_skips(config: SceditConfig, model: nn.Module) -> list[Skip]:
 class SceditAdapter(Adapter):
     """SC-Tuner of one skip.
 
-    `down_weight` [D, C], `down_bias` [D], `up_weight` [C, D], `up_bias` [C]. Its base is a block that gets `cat(h, x)`.
+    `down_weight` [D, C], `down_bias` [D], `up_weight` [C, D], `up_bias` [C]. Its base is a block
+    that gets `cat(h, x)`.
     """
 
     merge_refusal = (

@@ -33,13 +33,12 @@ SHARED = {
     "modules_to_save",
 }
 # PEFT's IA3 has no targets for ViT, PYRA merges tokens of images, and these tuners of PEFT's do
-# not adapt Conv1D.
-# SCEdit has its own model.
+# not adapt Conv1D. SCEdit adapts U-Nets.
 REFUSED = {("ia3", "vit"), *(("pyra", model) for model in ("llama", "bert", "t5", "gpt2"))} | {
-    *(("scedit", model) for model in testing.TINY_MODELS),
     (name, "gpt2")
     for name in ("boft", "c3a", "delora", "hra", "loha", "lokr", "miss", "oft", "shira")
 }
+REFUSED |= {("scedit", model) for model in testing.TINY_MODELS}
 # Fields that a YAML's values do not suit on models of two or three layers, or must name.
 SMALLER = {"mos": {"r": 4}, "polyhistor": {"tasks": ["only"]}, "pyra": {"schedule": [2, 0]}}
 # MoS's own defaults need 15 layers, and the quickstart's model has 6; a small adapter of few bits
