@@ -54,7 +54,7 @@ class Contender:
         recomputes: True if MLPs recompute activations in backward.
         done: optimizer steps after which the row is measured; 0: before the first.
         updates: True if each measured step has the method's update for such a step.
-        of_images: True if it adapts models of images only, which section `merge` measures.
+        section: the only one that measures it, on a model of its own; "": those on the shapes.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Contender:
     recomputes: bool = False
     done: int = 0
     updates: bool = False
-    of_images: bool = False
+    section: str = ""
 
     @property
     def is_own(self) -> bool:
@@ -251,7 +251,8 @@ CONTENDERS = (
     Contender(
         "pst, new masks", "pst", PST, goal={"llama": 2.0, "minilm": 2.0}, done=1, updates=True
     ),
-    Contender("pyra", "pyra", of_images=True),
+    Contender("pyra", "pyra", section="merge"),
+    Contender("scedit", "scedit", section="unet"),
     Contender(
         "density on lora",
         "density",

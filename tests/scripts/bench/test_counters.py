@@ -106,7 +106,7 @@ def test_steps_count_the_same_each_time():
 def test_no_method_of_petl_waits_for_a_value():
     bench = Bench(replace(TINY_LLAMA, layers=4))  # MoS draws its rows from four layers
     floor = floor_of(bench)[1].waits
-    own = [row for row in contenders() if row.is_own and not row.of_images]
+    own = [row for row in contenders() if row.is_own and not row.section]
     # the teacher of `distill` waits once more: it is a pass of the model itself
     passes = {row.name: 2 if row.method == "distill" else 1 for row in own}
     assert all(runner(row, bench).counts.waits == floor * passes[row.name] for row in own)

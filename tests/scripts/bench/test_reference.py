@@ -9,7 +9,7 @@ from bench.shapes import Bench
 from tiny_shapes import TINY
 
 # those of images are measured by another section, on a model of their own
-CHECKED = [row for row in contenders() if (row.is_own or row.theirs) and not row.of_images]
+CHECKED = [row for row in contenders() if (row.is_own or row.theirs) and not row.section]
 
 
 @pytest.mark.parametrize("name", TINY)
