@@ -22,7 +22,7 @@ whether a tuner is active is the adapter's state (theirs looks for outputs of ze
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import recursively_apply
@@ -279,7 +279,7 @@ class SceditModel(MethodTuner):
         """Return a map of the norms of `up_weight`, by which the edits differ from the start."""
         placed = (self.placed.get(name, {}) for name in self.active_adapters)
         norms = {
-            host: float(adapter.up_weight.float().norm())
+            host: float(cast(SceditAdapter, adapter).up_weight.float().norm())
             for adapters in placed
             for host, adapter in adapters.items()
         }

@@ -253,7 +253,7 @@ class TinyUNet(PreTrainedModel):
             h = attention(block(torch.cat([h, skips.pop()], 1), temb), text)
         out = self.conv_out(F.silu(h))
         loss = None if labels is None else F.mse_loss(out, labels.to(out.dtype))
-        return ImageClassifierOutput(loss=cast(Any, loss), logits=cast(Any, out))
+        return ImageClassifierOutput(loss=cast(Any, loss), logits=out)
 
 
 def tiny_unet(more: int = 0) -> TinyUNet:
