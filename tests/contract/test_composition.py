@@ -28,7 +28,8 @@ WIDE = {"name": "density", "eps": 1e-2}  # so wide that the activations of rando
 NO_MATRIX = "trains no tensor of two or more dimensions"
 REFUSED = {
     "density": {
-        "adalora": "PEFT's AdaLoraModel calls model.forward and so bypasses its forward hooks"
+        "adalora": "PEFT's AdaLoraModel calls model.forward and so bypasses its forward hooks",
+        "scedit": "no activation module found in the MLP blocks of TinyUNet",
     },
     "binary": {
         "adalora": "it prunes by setting values to zero",

@@ -61,4 +61,5 @@ def test_steps_of_a_schedule_that_are_text_are_refused(tiny):  # noqa: F811
 @pytest.mark.parametrize("name", list_methods())
 def test_the_settings_that_are_varied_are_accepted_as_they_are(tiny, name):  # noqa: F811
     overrides = [*tiny.classify, f"+method={name}", "train.steps=1000"]  # AdaLoRA needs 150
-    assert answered(lambda: read_config(compose(overrides)))
+    trains = not METHODS[name].loop_refusal
+    assert answered(lambda: read_config(compose(overrides))) == trains
