@@ -310,7 +310,7 @@ class TrainConfig:
                 f"train.steps={self.steps}, but data.order=by_class has {length} steps: set fewer, "
                 "or a larger data.stream_repeats"
             )
-        return self.steps or length
+        return length if self.steps is None else self.steps
 
     def check_stream(self) -> None:
         """Raise InputError for a setting that does not suit data.order=by_class."""
