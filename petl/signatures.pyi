@@ -31,6 +31,7 @@ from petl.methods.pela.config import PelaConfig
 from petl.methods.polyhistor import PolyhistorConfig
 from petl.methods.pst import PstConfig
 from petl.methods.pyra import PyraConfig
+from petl.methods.scedit import SceditConfig
 from petl.methods.sherl.config import SherlConfig
 from petl.methods.sparse import SparseConfig
 from petl.methods.vl_pet import VlPetConfig
@@ -307,6 +308,7 @@ def wrap(
     rank_dropout_scale: Any = ...,
     rank_pattern: Any = ...,
     rank_step: Any = ...,
+    ratio: Any = ...,
     reactivate: Any = ...,
     reduction_factor: Any = ...,
     reselection_rate_policy: Any = ...,
@@ -335,6 +337,7 @@ def wrap(
     shards_per_vector: Any = ...,
     shared_phm_rule: Any = ...,
     side_layers: Any = ...,
+    skips: Any = ...,
     sparse: Any = ...,
     sparse_init: Any = ...,
     strength: Any = ...,
@@ -1324,6 +1327,7 @@ def wrap(
     rank_dropout_scale: Any = ...,
     rank_pattern: Any = ...,
     rank_step: Any = ...,
+    ratio: Any = ...,
     reduction_factor: Any = ...,
     reselection_rate_policy: Any = ...,
     reselection_steps: Any = ...,
@@ -1351,6 +1355,7 @@ def wrap(
     shards_per_vector: Any = ...,
     shared_phm_rule: Any = ...,
     side_layers: Any = ...,
+    skips: Any = ...,
     sparse: Any = ...,
     sparse_init: Any = ...,
     strength: Any = ...,
@@ -1470,6 +1475,29 @@ def wrap(
     ensure_weight_tying: bool = False,
 ) -> PeftModel:
     """LoRA scaled by alpha / sqrt(r), which keeps large ranks learning."""
+
+@overload
+def wrap(
+    model: nn.Module,
+    name: Literal["scedit"],
+    *,
+    adapter_name: str = "default",
+    calibration: Calibration | None = None,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = None,
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    ratio: float = 1.0,
+    skips: list[int] | None = None,
+    non_linearity: str = 'gelu',
+    scaling: float = 1.0,
+) -> PeftModel:
+    """Tuners on the skip connections of a diffusion U-Net; no backward through the encoder."""
 
 @overload
 def wrap(
@@ -1939,6 +1967,7 @@ def build_config(
     rank_dropout_scale: Any = ...,
     rank_pattern: Any = ...,
     rank_step: Any = ...,
+    ratio: Any = ...,
     reactivate: Any = ...,
     reduction_factor: Any = ...,
     reselection_rate_policy: Any = ...,
@@ -1967,6 +1996,7 @@ def build_config(
     shards_per_vector: Any = ...,
     shared_phm_rule: Any = ...,
     side_layers: Any = ...,
+    skips: Any = ...,
     sparse: Any = ...,
     sparse_init: Any = ...,
     strength: Any = ...,
@@ -2881,6 +2911,7 @@ def build_config(
     rank_dropout_scale: Any = ...,
     rank_pattern: Any = ...,
     rank_step: Any = ...,
+    ratio: Any = ...,
     reduction_factor: Any = ...,
     reselection_rate_policy: Any = ...,
     reselection_steps: Any = ...,
@@ -2908,6 +2939,7 @@ def build_config(
     shards_per_vector: Any = ...,
     shared_phm_rule: Any = ...,
     side_layers: Any = ...,
+    skips: Any = ...,
     sparse: Any = ...,
     sparse_init: Any = ...,
     strength: Any = ...,
@@ -3021,6 +3053,26 @@ def build_config(
     ensure_weight_tying: bool = False,
 ) -> peft.LoraConfig:
     """LoRA scaled by alpha / sqrt(r), which keeps large ranks learning."""
+
+@overload
+def build_config(
+    name: Literal["scedit"],
+    *,
+    task_type: peft.TaskType | str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    inference_mode: bool = False,
+    target_modules: list[str] | set[str] | str | None = None,
+    exclude_modules: list[str] | set[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: list[str] | str | None = None,
+    ratio: float = 1.0,
+    skips: list[int] | None = None,
+    non_linearity: str = 'gelu',
+    scaling: float = 1.0,
+) -> SceditConfig:
+    """Tuners on the skip connections of a diffusion U-Net; no backward through the encoder."""
 
 @overload
 def build_config(
@@ -3256,6 +3308,9 @@ def get(name: Literal["randlora"]) -> type[peft.RandLoraConfig]: ...
 
 @overload
 def get(name: Literal["rslora"]) -> type[peft.LoraConfig]: ...
+
+@overload
+def get(name: Literal["scedit"]) -> type[SceditConfig]: ...
 
 @overload
 def get(name: Literal["sherl"]) -> type[SherlConfig]: ...

@@ -119,7 +119,7 @@ def facts(name: str) -> str:
     entry, (count, model) = petl.method(name), counted(name)
     rows = [
         ("paper", arxiv(cell(entry.paper))),
-        ("command line", f"`petl train +method={name}`"),
+        ("command line", cell(entry.loop_refusal) or f"`petl train +method={name}`"),
         ("from code", f'`petl.wrap(model, "{name}", ...)`'),
         ("implemented by", entry.by),
         ("default learning rate", f"{entry.lr:g} (`train.lr`)"),

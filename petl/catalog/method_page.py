@@ -84,7 +84,7 @@ def _page_of_method(entry: Method) -> Page:
             f"implemented by: {entry.by}",
             *lines_of(name),
             f"default learning rate (train.lr): {entry.lr:g}",
-            f'usage: petl train +method={name}, or petl.wrap(model, "{name}", ...)',
+            *_usage(entry),
         ],
         # a method of another package may have no YAML yet
         f"configs/method/{name}.yaml" if file is None else shown_path(file),
@@ -93,6 +93,14 @@ def _page_of_method(entry: Method) -> Page:
         # of a wrapper without fields: the default inner method
         entry.given({}).inner,
     )
+
+
+def _usage(entry: Method) -> list[str]:
+    """Return how to use a method, in lines."""
+    call = f'petl.wrap(model, "{entry.name}", ...)'
+    if entry.loop_refusal:
+        return [f"not in petl train: {entry.loop_refusal}", f"usage: {call}"]
+    return [f"usage: petl train +method={entry.name}, or {call}"]
 
 
 def _page_of_loss(entry: Loss) -> Page:

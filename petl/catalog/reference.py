@@ -1,11 +1,14 @@
 """Trainable parameters of each method on one reference model, so that methods can be compared.
 
-A method for images only, for encoder-decoders, or for models that generate has another model.
+A method for images only, for encoder-decoders, for models that generate, or for diffusion models
+has another model.
 """
 
 import warnings
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -31,6 +34,14 @@ OF_TEXTS = (
     "training"
 )
 OF_CLASSES = "a BERT of MiniLM's shape with a head of 15 classes"
+OF_DIFFUSION = "the U-Net of Stable Diffusion 1.5 (859.5 M parameters)"
+# input and output channels of the blocks of its decoder, behind 1280 channels
+DECODER = (
+    ((2560, 1280), (2560, 1280), (2560, 1280)),
+    ((2560, 1280), (2560, 1280), (1920, 1280)),
+    ((1920, 640), (1280, 640), (960, 640)),
+    ((960, 320), (640, 320), (640, 320)),
+)
 STEPS = 1000  # length of the run, for methods with a schedule (assumption)
 
 
@@ -87,11 +98,33 @@ def build_classifier() -> PreTrainedModel:
         return AutoModelForSequenceClassification.from_config(config)
 
 
+class Block(nn.Module):
+    """A block of a U-Net, of which only the channels are known."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+
+
+def build_for_diffusion() -> nn.Module:
+    """Return what a method for U-Nets reads of Stable Diffusion's to count its parameters.
+
+    It has no weights and no `forward`.
+    """
+    model: Any = nn.Module()
+    parts = [nn.Module() for _ in range(1 + len(DECODER))]
+    for part, channels in zip(parts, (((1280, 1280),), *DECODER), strict=True):
+        part.add_module("resnets", nn.ModuleList(Block(*pair) for pair in channels))
+    model.mid_block, model.up_blocks = parts[0], nn.ModuleList(parts[1:])
+    return model
+
+
 REFERENCES = (
     (build, REFERENCE),
     (build_for_images, OF_IMAGES),
     (build_encoder_decoder, OF_PAIRS),
     (build_to_generate, OF_TEXTS),
+    (build_for_diffusion, OF_DIFFUSION),
 )
 
 

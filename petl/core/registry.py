@@ -107,6 +107,7 @@ def register(
             computed=getattr(tuner, "computed", lambda config: False),
             unsupported=getattr(tuner, "unsupported", {}),
             decays=variant is not None or tuner.adapter_cls.decays,
+            loop_refusal=getattr(tuner, "loop_refusal", ""),
             **attributes,
         )
         return tuner
@@ -405,7 +406,7 @@ def without_data(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return {**fields, "init_lora_weights": True}, [note]
 
 
-def on_shapes(build: Callable[[], PreTrainedModel], fields: Mapping[str, Any]) -> PeftModel:
+def on_shapes(build: Callable[[], Any], fields: Mapping[str, Any]) -> PeftModel:
     """Call `petl.wrap` with `fields` on the meta-device model that `build` returns.
 
     A method that computes with the base weights when it is created gets uninitialized memory.

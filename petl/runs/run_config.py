@@ -70,8 +70,8 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     """Check all settings of a run; no data or model is read.
 
     Raises:
-        InputError: an unknown name, a value of another type or out of range, no method, a module of
-            `imports` that cannot be imported.
+        InputError: an unknown name, a value of another type or out of range, no method or one that
+            petl's loop cannot train, a module of `imports` that cannot be imported.
     """
     # Hydra refuses unknown keys, except those added with a plus
     for key in cfg:
@@ -148,6 +148,7 @@ def chosen_method(settings: Mapping[str, Any]) -> Method:
 
     Raises:
         InputError: there is none, or an unknown one.
+        UnsupportedError: `petl train` cannot train it.
     """
     chosen = settings.get("method")
     if not isinstance(chosen, Mapping) or "name" not in chosen:
@@ -159,11 +160,16 @@ def chosen_method(settings: Mapping[str, Any]) -> Method:
         )
         raise InputError(f"{missing}; available: {names}")
     try:
-        return method(chosen["name"])
+        entry = method(chosen["name"])
     except UnknownNameError as error:  # there is a YAML of that name, so it may be a plugin's
         raise UnknownNameError(
             f"{error} (a method of your own: install its package, or add imports=[MODULE])"
         ) from error
+    if entry.loop_refusal:
+        raise UnsupportedError(
+            f"method {entry.name!r} cannot be trained here: {entry.loop_refusal}"
+        )
+    return entry
 
 
 def with_steps(

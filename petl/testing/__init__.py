@@ -34,18 +34,21 @@ from petl.testing import numerics, parallel, quantization, registration, saving,
 from petl.testing.case import Case, difference, gradients, logits, stir, trainable, tuner_layers
 from petl.testing.catalog import CHECKS, Check, check, checks, params, run
 from petl.testing.models import (
+    OTHER_MODELS,
     TINY_MODELS,
     TinyModel,
     tiny_bert,
     tiny_gpt2,
     tiny_llama,
     tiny_t5,
+    tiny_unet,
     tiny_vit,
 )
 from petl.testing.processes import in_fresh_process, in_processes
 
 __all__ = [
     "CHECKS",
+    "OTHER_MODELS",
     "TINY_MODELS",
     "Case",
     "Check",
@@ -64,6 +67,7 @@ __all__ = [
     "tiny_gpt2",
     "tiny_llama",
     "tiny_t5",
+    "tiny_unet",
     "tiny_vit",
     "trainable",
     "tuner_layers",

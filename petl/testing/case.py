@@ -13,7 +13,7 @@ from petl.core.compat import BaseTunerLayer
 from petl.core.distributed import num_processes, number
 from petl.core.registry import build_config, method, needs_calibration, wrap
 from petl.core.spec.method import Method
-from petl.testing.models import TINY_MODELS, Batch, TinyModel
+from petl.testing.models import OTHER_MODELS, TINY_MODELS, Batch, TinyModel
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Case:
 
     Attributes:
         method: one of `petl.list_methods()`, so register or adopt yours first.
-        model: a name of `TINY_MODELS`, or a `TinyModel` of your own.
+        model: a name of `TINY_MODELS` or `OTHER_MODELS`, or a `TinyModel` of your own.
         fields: fields of the method's config.
         starts_at_base: True if the newly wrapped model computes what the base model does.
         refuses: names of checks in which the method must raise a `petl.InputError`.
@@ -51,7 +51,8 @@ class Case:
     @property
     def tiny(self) -> TinyModel:
         """The tiny model."""
-        return TINY_MODELS[self.model] if isinstance(self.model, str) else self.model
+        known = TINY_MODELS | OTHER_MODELS
+        return known[self.model] if isinstance(self.model, str) else self.model
 
     @property
     def entry(self) -> Method:

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -19,12 +20,15 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ImageClassifierOutput
 
 Batch = dict[str, Tensor]
 
@@ -127,6 +131,136 @@ def tiny_vit(layers: int = 2) -> ViTForImageClassification:
     return _build(ViTForImageClassification, config)
 
 
+class UNetConfig(PreTrainedConfig):
+    """Config of `TinyUNet`: its width, and how many more encoder blocks read the text."""
+
+    model_type = "petl_tiny_unet"
+
+    def __init__(self, width: int = 8, more: int = 0, **kwargs: Any) -> None:
+        self.width, self.more = width, more
+        super().__init__(**kwargs)
+
+
+class UNetBlock(GradientCheckpointingLayer):
+    """A residual block, called with a feature map and the embedding of the timestep."""
+
+    def __init__(self, in_channels: int, out_channels: int, width: int) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.norm1, self.norm2 = nn.GroupNorm(4, in_channels), nn.GroupNorm(4, out_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.time_proj = nn.Linear(width, out_channels)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """Return a feature map [N, out_channels, H, W]."""
+        h = self.conv1(F.silu(self.norm1(x))) + self.time_proj(F.silu(temb))[..., None, None]
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class TextAttention(nn.Module):
+    """Cross-attention of the pixels to the text, [N, C, H, W] and [N, T, K]."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.to_q, self.to_out = nn.Linear(channels, channels), nn.Linear(channels, channels)
+        self.to_k, self.to_v = nn.Linear(width, channels), nn.Linear(width, channels)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """Return x plus what its pixels read in the text."""
+        q, k, v = self.to_q(x.flatten(2).mT), self.to_k(text), self.to_v(text)
+        read = self.to_out(F.scaled_dot_product_attention(q, k, v))
+        return x + read.mT.reshape(x.shape)
+
+
+class UNetPart(nn.Module):
+    """Blocks, and an attention behind each or none, with the names of diffusers' U-Nets."""
+
+    def __init__(self, blocks: list[nn.Module], attentions: list[nn.Module]) -> None:
+        super().__init__()
+        self.resnets, self.attentions = nn.ModuleList(blocks), nn.ModuleList(attentions)
+
+    def forward(self, h: Tensor, temb: Tensor, text: Tensor, *skips: Tensor) -> Tensor:
+        """Return the last block's output; each block gets one of `skips`, if there are some."""
+        for i, block in enumerate(self.resnets):
+            h = block(torch.cat([h, skips[i]], 1) if skips else h, temb)
+            if self.attentions:
+                h = self.attentions[i](h, text)
+        return h
+
+
+class TinyUNet(PreTrainedModel):
+    """A U-Net of two levels, of widths W and 2 W.
+
+    It has diffusers' names, and needs no diffusers. As its decoder reads them, the skips have 2 W,
+    W, W and W channels; those of further encoder blocks are not read.
+    """
+
+    config_class = UNetConfig
+    main_input_name = "sample"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["UNetBlock"]
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        W, D = config.width, 2 * config.width
+        self.time_in = nn.Linear(1, W)
+        self.conv_in = nn.Conv2d(4, W, 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            [
+                UNetPart(
+                    [UNetBlock(W, W, W) for _ in range(1 + config.more)],
+                    [TextAttention(W, W) for _ in range(1 + config.more)],
+                ),
+                UNetPart([UNetBlock(W, D, W)], []),
+            ]
+        )
+        self.downsampler = nn.Conv2d(W, W, 3, stride=2, padding=1)
+        self.mid_block = UNetPart([UNetBlock(D, D, W)], [TextAttention(D, W)])
+        self.up_blocks = nn.ModuleList(
+            [
+                UNetPart([UNetBlock(2 * D, D, W), UNetBlock(D + W, W, W)], []),
+                UNetPart(
+                    [UNetBlock(2 * W, W, W) for _ in range(2)],
+                    [TextAttention(W, W) for _ in range(2)],
+                ),
+            ]
+        )
+        self.conv_out = nn.Conv2d(W, 4, 3, padding=1)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave the weights as torch initializes them: 0.02 is too small for convolutions."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the first layer, whose output has a gradient if inputs are to require one."""
+        return self.conv_in
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, text: Tensor, labels: Tensor | None = None
+    ) -> ImageClassifierOutput:
+        """Return a prediction [N, 4, H, W] as logits, and its squared error to the labels."""
+        temb = self.time_in(timestep[:, None].to(sample.dtype) / 1000)
+        h = self.conv_in(sample)
+        skips = [h]
+        skips.append(self.down_blocks[0](h, temb, text))
+        skips.append(self.downsampler(skips[-1]))
+        skips.append(self.down_blocks[1](skips[-1], temb, text))
+        h = self.mid_block(skips[-1], temb, text)
+        h = self.up_blocks[0](h, temb, text, skips.pop(), skips.pop())
+        h = F.interpolate(h, scale_factor=2.0)
+        h = self.up_blocks[1](h, temb, text, skips.pop(), skips.pop())
+        out = self.conv_out(F.silu(h))
+        loss = None if labels is None else F.mse_loss(out, labels.to(out.dtype))
+        return ImageClassifierOutput(loss=cast(Any, loss), logits=out)
+
+
+def tiny_unet(more: int = 0) -> TinyUNet:
+    """Build a U-Net for feature maps of 8 x 8 with `more` further blocks in its encoder."""
+    return _build(TinyUNet, UNetConfig(more=more))
+
+
 def _config(cls: Any, **fields: Any) -> Any:
     """Create a config; the type checker does not know the fields of its base class."""
     return cls(**fields)
@@ -170,6 +304,15 @@ def image_batch(rows: int, seed: int) -> Batch:
     return {"pixel_values": pixels, "labels": torch.arange(rows) % CLASSES}
 
 
+def noise_batch(rows: int, seed: int) -> Batch:
+    """Return noisy feature maps with timesteps, text embeddings and the noise as labels."""
+    generator = torch.Generator().manual_seed(seed)
+    sample, noise = (torch.randn(rows, 4, 8, 8, generator=generator) for _ in range(2))
+    text = torch.randn(rows, LENGTH, 8, generator=generator)
+    timestep = torch.randint(1000, (rows,), generator=generator)
+    return {"sample": sample + noise, "timestep": timestep, "text": text, "labels": noise}
+
+
 def _tokens(rows: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return token ids and mask, [rows, length]; row i is i % 4 tokens shorter."""
     generator = torch.Generator().manual_seed(seed)
@@ -183,7 +326,7 @@ def _tokens(rows: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A model to run checks on, one of `TINY_MODELS` or your own.
+    """A model to run checks on, one of `TINY_MODELS` or `OTHER_MODELS`, or your own.
 
     Attributes:
         name: shown in test ids.
@@ -232,3 +375,5 @@ TINY_MODELS = {
         TinyModel("gpt2", tiny_gpt2, causal_batch, None, True, True),
     )
 }
+# for methods that adapt nothing else
+OTHER_MODELS = {"unet": TinyModel("unet", tiny_unet, noise_batch)}

@@ -56,9 +56,9 @@ class Contender:
         recomputes: True if MLPs recompute activations in backward.
         done: optimizer steps after which the row is measured; 0: before the first.
         updates: True if each measured step has the method's update for such a step.
-        elsewhere: True if it adapts none of the models here: models of images, which section
-            `merge` measures, encoder-decoders, whose adapters other rows have in an encoder, or
-            classification heads.
+        elsewhere: True if it adapts none of the models here: models of images or U-Nets, which
+            sections `merge` and `unet` measure, encoder-decoders, whose adapters other rows have in
+            an encoder, or classification heads.
     """
 
     name: str
@@ -291,6 +291,7 @@ CONTENDERS = (
         done=1,
     ),
     Contender("pyra", "pyra", elsewhere=True),
+    Contender("scedit", "scedit", elsewhere=True),
     Contender(
         "density on lora",
         "density",

@@ -21,6 +21,7 @@ TITLES = {
     "scale": "growth of the cost",
     "compile": "training step with torch.compile, relative to without",
     "merge": "merged tokens, relative to all tokens",
+    "unet": "tuners of skip connections, relative to LoRA of rank 8 on attention",
     "start-up": "start of a process",
 }
 ITSELF = "floor"  # the row that times the lower bound against itself

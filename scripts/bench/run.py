@@ -20,6 +20,7 @@ from bench import (
     scale,
     serve,
     start_up,
+    unet,
 )
 from bench.contenders import contenders
 from bench.records import Record, Result
@@ -35,7 +36,7 @@ from petl.runs.environment import (
 
 SECTIONS = (
     "step", "small", "bf16", "file", "peak", "generate", "dist", "serve", "many", "scale",
-    "compile", "merge", "start-up", "peers",
+    "compile", "merge", "unet", "start-up", "peers",
 )  # fmt: skip
 USUAL = ("step", "file", "peak", "generate", "start-up")  # the default of `--sections`
 
@@ -105,6 +106,7 @@ ONCE = (
     "scale",
     "compile",
     "merge",
+    "unet",
     "start-up",
 )  # sections that measure the first shape only
 
@@ -127,6 +129,7 @@ def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
         "scale": lambda shape: scale.measure(rows, shape, fewer),
         "compile": lambda shape: compiled.measure(rows, shape, rounds),
         "merge": lambda shape: merging.measure(rounds),
+        "unet": lambda shape: unet.measure(rounds),
         "start-up": lambda shape: start_up.measure(),
         "peers": lambda shape: peers.measure(shape, rounds, settings.peers),
     }

@@ -28,7 +28,8 @@ WIDE = {"name": "density", "eps": 1e-2}  # so wide that the activations of rando
 NO_MATRIX = "trains no tensor of two or more dimensions"
 REFUSED = {
     "density": {
-        "adalora": "PEFT's AdaLoraModel calls model.forward and so bypasses its forward hooks"
+        "adalora": "PEFT's AdaLoraModel calls model.forward and so bypasses its forward hooks",
+        "scedit": "no activation module found in the MLP blocks of TinyUNet",
     },
     "binary": {
         "adalora": "it prunes by setting values to zero",
@@ -109,7 +110,7 @@ def composed(tiny: testing.TinyModel, method: str, combination: str) -> PeftMode
 def test_combinations_train_save_and_load_or_raise_with_a_reason(
     method, combination, model, tmp_path
 ):
-    tiny = testing.TINY_MODELS[model]
+    tiny = (testing.TINY_MODELS | testing.OTHER_MODELS)[model]
     reason = REFUSED.get(combination, {}).get(method)
     if reason is not None:
         with pytest.raises(InputError, match=reason):

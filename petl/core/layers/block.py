@@ -1,10 +1,11 @@
-"""Adapters of whole transformer blocks: they see a block's inputs and change its first output.
+"""Adapters of whole blocks: they see a block's inputs, may change them, and its first output.
 
 A block is no linear layer: it takes masks, caches or the encoder's output beside the hidden states
-and may return a tuple, and other code reads its attributes and registers hooks on it. So it stays
-in its place, with its class swapped for one whose `forward` goes through `BlockAdapters`, a child
-of the block. Paths inside the block do not change, other adapters may be there, and what is done
-around a block (checkpointing, sharding, `output_hidden_states`) covers its adapters too.
+(in a U-Net the embedding of the timestep beside the feature map) and may return a tuple, and other
+code reads its attributes and registers hooks on it. So it stays in its place, with its class
+swapped for one whose `forward` goes through `BlockAdapters`, a child of the block. Paths inside the
+block do not change, other adapters may be there, and what is done around a block (checkpointing,
+sharding, `output_hidden_states`) covers its adapters too.
 """
 
 from collections.abc import Mapping
@@ -106,6 +107,7 @@ class BlockAdapters(AdapterLayer, AdapterDict):
         if self._disable_adapters:
             return plain_forward(block, *args, **kwargs)
         x, args, kwargs, keyword = split_arguments(args, kwargs)
+        self._check("gets", x, self.in_features)
         call = BlockCall(block, keyword)
         adapters = [] if names is not None else list(self.pick(self.active_adapters))
         joint = joined(adapters)
@@ -113,7 +115,7 @@ class BlockAdapters(AdapterLayer, AdapterDict):
             y = adapters.pop(0)[1].with_base(x, cast(Any, call), *args, **kwargs)
         else:
             y = call(x, *args, **kwargs)
-        self._check(x, y)
+        self._check("returns", y, self.out_features)
         if joint is not None:
             return call.complete(joint(y))
         if names is not None:
@@ -127,17 +129,19 @@ class BlockAdapters(AdapterLayer, AdapterDict):
         first = None if self._disable_adapters else next(self.pick(self.active_adapters), None)
         return {} if first is None else first[1].carried()
 
-    def _check(self, x: Any, y: Any) -> None:
-        """Raise InputError unless input and first output are hidden states of the model's width."""
-        for what, value in (("gets", x), ("returns", y)):
-            shape = getattr(value, "shape", None)
-            if not isinstance(value, Tensor) or shape is None or shape[-1] != self.in_features:
-                found = type(value).__name__ if shape is None else f"a tensor of shape {[*shape]}"
-                raise InputError(
-                    f"{original_class(self.base_layer).__name__} {what} {found} first, and an "
-                    f"adapter of a block needs hidden states of width {self.in_features}; adapt "
-                    "its sub-layers instead"
-                )
+    def _check(self, what: str, value: Any, width: int) -> None:
+        """Raise InputError unless a block's input or first output has this width."""
+        dim = cast(Adapter, next(iter(self.adapters.values()))).width_dim
+        shape = getattr(value, "shape", None)
+        fits = isinstance(value, Tensor) and value.dim() > max(dim, 0)
+        if not fits or value.shape[dim] != width:
+            found = type(value).__name__ if shape is None else f"a tensor of shape {[*shape]}"
+            needs = "hidden states" if dim < 0 else "a feature map"
+            raise InputError(
+                f"{original_class(self.base_layer).__name__} {what} {found} first, and an "
+                f"adapter of a block needs {needs} of width {width} in dimension {dim}; adapt "
+                "its sub-layers instead"
+            )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raise UnsupportedError: a block has no weight of its own."""

@@ -91,6 +91,7 @@ class Adapter(nn.Module):
     decays: ClassVar[bool] = True  # False: weight decay leaves its tensors out
     # True: several active adapters of a layer change its output in one call of `together`
     is_joint: ClassVar[bool] = False
+    width_dim: ClassVar[int] = -1  # of a whole block's input and output; of feature maps 1
     # buffers with statistics of this process's rows only, which differ between processes
     of_own_rows: ClassVar[tuple[str, ...]] = ()
 

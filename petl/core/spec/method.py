@@ -63,6 +63,7 @@ class Method:
         unsupported: by capability (see petl/core/spec/capabilities.py), why the method lacks it, as
             a sentence or a function of a config that returns one or "".
         decays: False if weight decay leaves the adapter's tensors out; the head's may decay.
+        loop_refusal: why `petl train` cannot train it, and what to do instead; "": it can.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Method:
     recommended: str = ""
     unsupported: Mapping[str, Unsupported] = field(default_factory=dict)
     decays: bool = True
+    loop_refusal: str = ""
 
     def given(self, fields: Mapping[str, Any]) -> "Method":
         """Return the entry for these fields of the config: itself, unless it has a `variant`."""

@@ -52,6 +52,7 @@ class MethodTuner(SharedStateTuner):
         config_cls: the method's config.
         adapter_cls: the method's adapter.
         unsupported: by capability, why the method lacks it; see `Method.unsupported`.
+        loop_refusal: why `petl train` cannot train it, and what to do instead; "": it can.
         needs_tuner: why its adapters cannot be loaded without the tuner, by transformers' own
             `load_adapter`; "": they can, if no tensors are shared.
         free_dims: by name of a tensor, the dimension that may have another size in a file.
@@ -64,6 +65,7 @@ class MethodTuner(SharedStateTuner):
     config_cls: ClassVar[type[MethodConfig]]
     adapter_cls: ClassVar[type[Adapter]]
     unsupported: ClassVar[Mapping[str, Any]] = {}
+    loop_refusal: ClassVar[str] = ""
     needs_tuner: ClassVar[str] = ""
     free_dims: ClassVar[Mapping[str, int]] = {}
     optional_tensors: ClassVar[tuple[str, ...]] = ()
@@ -110,11 +112,12 @@ class MethodTuner(SharedStateTuner):
         """
         return {}
 
-    def block_modules(self, config: Any, model: nn.Module) -> Mapping[str, int]:
+    def block_modules(self, config: Any, model: nn.Module) -> Mapping[str, int | LayerShape]:
         """Return the paths and widths of the blocks that are adapted as a whole if targeted.
 
         Their adapters get the block's first input and first output, and in `with_base` all of its
-        arguments; see `BlockAdapters`. Such a block cannot be merged.
+        arguments; see `BlockAdapters`. Such a block cannot be merged. One number: the width of both
+        input and output.
         """
         return {}
 
@@ -230,7 +233,7 @@ class MethodTuner(SharedStateTuner):
         blocks = self.block_modules(config, model)
         widths = {**self.whole_modules(config, model), **blocks}
         shapes = {
-            key: LayerShape(widths[key], widths[key]) if key in widths else self._shape(model, key)
+            key: _both(widths[key]) if key in widths else self._shape(model, key)
             for key in matched_names(config, model)
         }
         self._blocks = blocks.keys() & shapes.keys()
@@ -451,6 +454,10 @@ class MethodTuner(SharedStateTuner):
         )
         check_loaded(model, adapter_name, remapped, cls.prefix, cls.free_dims)
         return remapped
+
+
+def _both(width: int | LayerShape) -> LayerShape:
+    return width if isinstance(width, LayerShape) else LayerShape(width, width)
 
 
 def _inject_names(rows: AdapterRows, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
