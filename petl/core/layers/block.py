@@ -131,7 +131,10 @@ class BlockAdapters(AdapterLayer, AdapterDict):
 
     def _check(self, what: str, value: Any, width: int) -> None:
         """Raise InputError unless a block's input or first output has this width."""
-        dim = cast(Adapter, next(iter(self.adapters.values()))).width_dim
+        adapter = next(iter(self.adapters.values()), None)
+        if adapter is None:  # it holds what adapters of other blocks need
+            return
+        dim = cast(Adapter, adapter).width_dim
         shape = getattr(value, "shape", None)
         fits = isinstance(value, Tensor) and value.dim() > max(dim, 0)
         if not fits or value.shape[dim] != width:
