@@ -158,7 +158,7 @@ def test_training_starts_at_the_base_to_the_bit(dtype):
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in UNET.batch().items()
     }
-    # frozen as in a wrapped model: torch chooses the algorithm of a convolution by what has gradients
+    # frozen as in a wrapped model: which algorithm torch takes for a convolution depends on it
     expected = UNET.base().to(dtype).requires_grad_(False)(**batch).logits
     model = petl.wrap(UNET.base().to(dtype), "scedit")
     assert all(p.dtype == torch.float32 for p in testing.trainable(model).values())
