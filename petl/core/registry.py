@@ -36,7 +36,7 @@ from petl.core.spec.method import (
     build_loss,
     loss,
     modifies_base_weights,
-    require_hooks,
+    require_effect,
 )
 from petl.core.switching.tuner import apply_peft_fixes, enable_switching
 from petl.errors import (
@@ -378,7 +378,8 @@ def _wrap_with_loss(
     entry = loss(config.name)
     entry.controller_cls.check(model, config)
     # both checks before wrapping: a refusal leaves the model unchanged
-    require_hooks(method(config.method).tuner, config.name)
+    chosen = method(config.method)
+    require_effect(config, chosen.tuner, chosen.config_cls)
     # method_config last, so that it may set them
     fields = {"adapter_name": adapter_name, "calibration": calibration, **config.method_config}
     wrapped = wrap(model, config.method, **fields)

@@ -21,7 +21,7 @@ from petl.core.spec.method import (
     build_loss,
     list_losses,
     loss,
-    require_hooks,
+    require_effect,
 )
 
 __all__ = ["Loss", "LossConfig", "attach", "build_loss", "list_losses", "loss", "read"]
@@ -52,12 +52,12 @@ def attach(model: PeftModel, config: LossConfig | None) -> Any:
     """Attach the loss of `config` to a PeftModel and return its controller; None without one.
 
     Raises:
-        InputError: the model lacks the modules that the loss needs, has such a loss already, or is
-            called in a way that bypasses hooks.
+        InputError: the model lacks the modules that the loss needs, has such a loss already, or has
+            a method with which the loss has no effect.
     """
     if config is None:
         return None
-    require_hooks(type(model.base_model), config.name)
+    require_effect(config, type(model.base_model), type(model.active_peft_config))
     return loss(config.name).controller_cls(model, config)
 
 

@@ -81,6 +81,9 @@ class DistillConfig(LossConfig):
         None,
     )
 
+    def reads_blocks_alone(self) -> bool:
+        return self.logit_weight == 0
+
     def check(self) -> None:
         # `method` belongs to petl.wrap(model, "distill")
         choose(METHODS, self.method, "method")

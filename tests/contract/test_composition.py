@@ -29,6 +29,7 @@ NO_MATRIX = "trains no tensor of two or more dimensions"
 REFUSED = {
     "density": {
         "adalora": "PEFT's AdaLoraModel calls model.forward and so bypasses its forward hooks",
+        "dkvb": "it reads the blocks, and DkvbModel trains a head behind them",
         "scedit": "no activation module found in the MLP blocks of TinyUNet",
     },
     "binary": {

@@ -192,6 +192,10 @@ class LossConfig:
         That is in petl's own loop and with `petl.Callback`.
         """
 
+    def reads_blocks_alone(self) -> bool:
+        """Return True if nothing behind the last block changes the term."""
+        return False
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -277,10 +281,21 @@ def build_loss(name: str, **fields: Any) -> LossConfig:
         raise InputError(f"loss {name!r}: {error}") from error
 
 
-def require_hooks(tuner: type, loss: str) -> None:
-    """Raise UnsupportedError if `tuner` bypasses the model's forward hooks, which losses need."""
+def require_effect(loss: LossConfig, tuner: type, method_cls: type) -> None:
+    """Raise UnsupportedError if a loss would have no effect with a method.
+
+    Args:
+        loss: its config.
+        tuner: of the method; it must not bypass the model's forward hooks, which losses need.
+        method_cls: the method's config class.
+    """
     if calls_past_hooks(tuner):
         raise UnsupportedError(
-            f"loss {loss!r} would have no effect: PEFT's {tuner.__name__} calls model.forward and "
-            "so bypasses its forward hooks; choose another method, such as increlora"
+            f"loss {loss.name!r} would have no effect: PEFT's {tuner.__name__} calls model.forward "
+            "and so bypasses its forward hooks; choose another method, such as increlora"
+        )
+    if getattr(method_cls, "replaces_head", False) and loss.reads_blocks_alone():
+        raise UnsupportedError(
+            f"loss {loss.name!r} would have no effect: it reads the blocks, and "
+            f"{tuner.__name__} trains a head behind them; choose a method that trains blocks"
         )

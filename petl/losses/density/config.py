@@ -42,6 +42,9 @@ class ActivationDensityConfig(LossConfig):
         "threshold of the reported metrics, at least 0: active means |a| > threshold", 0.0, ge=0
     )
 
+    def reads_blocks_alone(self) -> bool:
+        return True
+
     def check(self) -> None:
         # `method` belongs to petl.wrap(model, "density")
         choose(METHODS, self.method, "method")

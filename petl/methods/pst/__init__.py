@@ -114,6 +114,7 @@ class PstConfig(MethodConfig):
     recommended="trains sparsity with as few parameters as LoRA; merges into weights with zeros",
     paper="Li et al. 2022, Parameter-Efficient Sparsity for Large Language Models Fine-Tuning, "
     "IJCAI, arXiv:2205.11005",
+    lr=3e-4,
 )
 class PstModel(MethodTuner):
     """Tuner of `PstConfig`."""
