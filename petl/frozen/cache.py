@@ -1,0 +1,162 @@
+"""`petl.cache_frozen`: the output of a model's frozen blocks, computed once for each row."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from petl.core.distributed import is_sharded
+from petl.core.parameters import check_module
+from petl.errors import UnsupportedError
+from petl.files.paths import cache_folder
+from petl.frozen.feed import FedBlock, Feed, autocast_of
+from petl.frozen.fill import Collate, Contents, Prober
+from petl.frozen.prefix import find_prefix
+from petl.frozen.store import CONTENT, Store, check_space, exists, locked, name_of, size_of, write
+
+FOLDER = "frozen"  # of stores, in the cache folder of petl
+logger = logging.getLogger(__name__)
+
+
+class FrozenCache:
+    """The outputs of the frozen blocks of one model, in a folder, by content.
+
+    Attributes:
+        k: number of frozen blocks: the blocks below the first that has a trained tensor, an
+            adapter or a hook.
+        left_out: dropout modules below block k, which a stored row does not get.
+        bytes: size of the stores that are open.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path, *, without_dropout: bool) -> None:
+        self.model, self.folder, self.without_dropout = model, folder, without_dropout
+        self.prefix = find_prefix(model)
+        if not self.prefix.k:
+            raise UnsupportedError(f"no block is frozen below all others: {self.prefix.reason}")
+        if any(isinstance(block, FedBlock) for block in self.prefix.blocks):
+            raise UnsupportedError("the frozen blocks are cached already: close that cache first")
+        if is_sharded(model):
+            raise UnsupportedError("the model is sharded over processes")
+        self.left_out: list[str] = []
+        self._feed = Feed(model, self.prefix)
+        self._prober = Prober(model, self._feed)
+        self.bytes = 0
+
+    @property
+    def k(self) -> int:
+        """Number of frozen blocks."""
+        return self.prefix.k
+
+    @property
+    def hits(self) -> int:
+        """Passes of the model whose frozen blocks did not run."""
+        return self._feed.hits
+
+    @property
+    def misses(self) -> int:
+        """Passes since the first `fill` whose frozen blocks ran."""
+        return self._feed.misses
+
+    @property
+    def reason(self) -> str:
+        """Why the last such pass ran them."""
+        return self._feed.reason
+
+    def fill(self, rows: Sequence[Any], collate: Collate) -> bool:
+        """Open the store of these rows; compute it first if it is not there.
+
+        Call it in the precision of training (inside of `torch.autocast`, if that uses it). Rows
+        are computed in one order, whatever that of `rows`. Call it again for further rows, such as
+        those of an evaluation.
+
+        Args:
+            rows: examples, by index; a `datasets.Dataset`, or a list.
+            collate: makes a batch, a dict of tensors that the model takes, of a list of examples.
+
+        Returns:
+            True if the store was there.
+
+        Raises:
+            UnsupportedError: the output of the frozen blocks is not a fixed function of a row: the
+                message says why.
+            InputError: the disk is too small, or rows differ each time that they are read.
+        """
+        if not len(rows):
+            return True
+        contents = Contents(self._prober, rows, collate)
+        form, self.left_out = self._prober.inspect(
+            contents.batch(contents.order[:1]), without_dropout=self.without_dropout
+        )
+        folder = self.folder / name_of(self._prober.digest(), contents.digest)
+        positions = contents.positions(form)
+        there = exists(folder)
+        if not there:
+            check_space(folder, size_of(form, len(positions), sum(positions)))
+            with locked(folder):
+                there = exists(folder)  # another process may have filled it in the meantime
+                if not there:
+                    write(folder, form, contents.keys, positions, contents.states(form))
+        self._open(folder, autocast_of(self.prefix.body))
+        self.bytes += size_of(form, len(positions), sum(positions))
+        return there
+
+    def _open(self, folder: Path, autocast: str) -> None:
+        feed = self._feed
+        if feed.stores and feed.autocast != autocast:
+            raise UnsupportedError(
+                f"stores of one model have one precision: {feed.autocast or 'no autocast'} is "
+                f"open, and this is {autocast or 'no autocast'}"
+            )
+        feed.autocast = autocast
+        feed.stores.append(Store(folder / CONTENT))
+        feed.remember()
+
+    def close(self) -> None:
+        """Undo all changes to the model: its frozen blocks run in each pass."""
+        self._feed.close()
+
+    def __enter__(self) -> "FrozenCache":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def cache_frozen(
+    model: nn.Module, folder: str | Path | None = None, *, without_dropout: bool = False
+) -> FrozenCache:
+    """Keep the output of the frozen blocks below the first trained one, and read it in all passes.
+
+    Where nothing trains below block k, blocks 0 to k-1 are a fixed function of a row:
+
+    >>> cache = petl.cache_frozen(model, "frozen")  # after petl.wrap, before torch.compile
+    >>> cache.fill(train_rows, collate)  # computes these rows, or finds them in the folder
+    >>> ...  # train in any loop, or by Trainer
+    >>> cache.close()
+
+    A pass uses stored states if all its rows are there. Other passes run as they would without:
+    those with new rows, with a key-value cache (generation) or with hidden states or attentions as
+    outputs. Results equal those without a store up to rounding, since the kernels of a product
+    depend on the size of a batch; runs that read one store are equal to the digit.
+
+    Args:
+        model: with adapters in its upper blocks, or none; on its device.
+        folder: of stores, each named by weights, config, k, precision and rows; null: the folder
+            "frozen" of petl's cache ($PETL_CACHE).
+        without_dropout: allow dropout below block k, which stored rows do not get.
+
+    Raises:
+        UnsupportedError: no block is frozen below the first trained one, or the model has no
+            single list of blocks, is quantized or sharded.
+    """
+    check_module(model, "petl.cache_frozen")
+    where = cache_folder() / FOLDER if folder is None else Path(folder)
+    return FrozenCache(model, where, without_dropout=without_dropout)
