@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,12 +11,12 @@ from torch import nn
 
 from petl.core.distributed import is_sharded
 from petl.core.parameters import check_module
-from petl.errors import UnsupportedError
+from petl.errors import InputError, UnsupportedError
 from petl.files.paths import cache_folder
 from petl.frozen.feed import FedBlock, Feed, autocast_of
 from petl.frozen.fill import Collate, Contents, Prober
 from petl.frozen.prefix import find_prefix
-from petl.frozen.store import CONTENT, Store, check_space, exists, locked, name_of, size_of, write
+from petl.frozen.store import CONTENT, Form, Store, exists, locked, name_of, size_of, write
 
 FOLDER = "frozen"  # of stores, in the cache folder of petl
 logger = logging.getLogger(__name__)
@@ -28,7 +29,6 @@ class FrozenCache:
         k: number of frozen blocks: the blocks below the first that has a trained tensor, an
             adapter or a hook.
         left_out: dropout modules below block k, which a stored row does not get.
-        bytes: size of the stores that are open.
     """
 
     def __init__(self, model: nn.Module, folder: Path, *, without_dropout: bool) -> None:
@@ -43,7 +43,8 @@ class FrozenCache:
         self.left_out: list[str] = []
         self._feed = Feed(model, self.prefix)
         self._prober = Prober(model, self._feed)
-        self.bytes = 0
+        self._digest = ""
+        self._feed.is_unchanged = lambda: self._prober.digest() == self._digest
 
     @property
     def k(self) -> int:
@@ -65,45 +66,56 @@ class FrozenCache:
         """Why the last such pass ran them."""
         return self._feed.reason
 
-    def fill(self, rows: Sequence[Any], collate: Collate) -> bool:
-        """Open the store of these rows; compute it first if it is not there.
+    def find(self, rows: Sequence[Any], collate: Collate) -> "Wanted":
+        """Return the store that these rows need, which may not be there yet.
 
-        Call it in the precision of training (inside of `torch.autocast`, if that uses it). Rows
-        are computed in one order, whatever that of `rows`. Call it again for further rows, such as
-        those of an evaluation.
+        Call it in the precision of training (inside of `torch.autocast`, if that uses it).
 
         Args:
             rows: examples, by index; a `datasets.Dataset`, or a list.
             collate: makes a batch, a dict of tensors that the model takes, of a list of examples.
 
-        Returns:
-            True if the store was there.
-
         Raises:
+            InputError: there are no rows.
             UnsupportedError: the output of the frozen blocks is not a fixed function of a row: the
                 message says why.
-            InputError: the disk is too small, or rows differ each time that they are read.
         """
         if not len(rows):
-            return True
+            raise InputError("there are no rows whose frozen blocks could be kept")
         contents = Contents(self._prober, rows, collate)
         form, self.left_out = self._prober.inspect(
             contents.batch(contents.order[:1]), without_dropout=self.without_dropout
         )
-        folder = self.folder / name_of(self._prober.digest(), contents.digest)
-        positions = contents.positions(form)
-        there = exists(folder)
+        self._digest = self._prober.digest()
+        return Wanted(self.folder / name_of(self._digest, contents.digest), form, contents)
+
+    def fill(self, rows: Sequence[Any], collate: Collate) -> bool:
+        """Open the store of these rows; compute it first if it is not there.
+
+        Rows are computed in one order, whatever that of `rows`. Call it again for further rows,
+        such as those of an evaluation. Arguments are those of `find`.
+
+        Returns:
+            True if the store was there.
+
+        Raises:
+            UnsupportedError: as `find`.
+            InputError: the disk is too small, or rows differ each time that they are read.
+        """
+        return self.open(self.find(rows, collate))
+
+    def open(self, wanted: "Wanted") -> bool:
+        """Open a store that `find` returned; as `fill`."""
+        there = wanted.is_there
         if not there:
-            check_space(folder, size_of(form, len(positions), sum(positions)))
-            with locked(folder):
-                there = exists(folder)  # another process may have filled it in the meantime
+            with locked(wanted.folder):
+                there = wanted.is_there  # another process may have filled it in the meantime
                 if not there:
-                    write(folder, form, contents.keys, positions, contents.states(form))
-        self._open(folder, autocast_of(self.prefix.body))
-        self.bytes += size_of(form, len(positions), sum(positions))
+                    wanted.write()
+        self._add(Store(wanted.folder / CONTENT), autocast_of(self.prefix.body))
         return there
 
-    def _open(self, folder: Path, autocast: str) -> None:
+    def _add(self, store: Store, autocast: str) -> None:
         feed = self._feed
         if feed.stores and feed.autocast != autocast:
             raise UnsupportedError(
@@ -111,8 +123,8 @@ class FrozenCache:
                 f"open, and this is {autocast or 'no autocast'}"
             )
         feed.autocast = autocast
-        feed.stores.append(Store(folder / CONTENT))
-        feed.remember()
+        feed.stores.append(store)
+        feed.remember(self._prober.called)
 
     def close(self) -> None:
         """Undo all changes to the model: its frozen blocks run in each pass."""
@@ -128,6 +140,32 @@ class FrozenCache:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The store of some rows: its folder, the form of its states, its rows."""
+
+    folder: Path
+    form: Form
+    contents: Contents
+
+    @property
+    def is_there(self) -> bool:
+        """True if it is complete."""
+        return exists(self.folder)
+
+    @property
+    def bytes(self) -> int:
+        """Its size on disk."""
+        positions = self.contents.positions(self.form)
+        return size_of(self.form, len(positions), sum(positions))
+
+    def write(self) -> None:
+        """Compute it; its folder is locked."""
+        contents, form = self.contents, self.form
+        positions = contents.positions(form)
+        write(self.folder, form, contents.keys, positions, contents.states(form))
 
 
 def cache_frozen(

@@ -45,6 +45,7 @@ class Feed:
         watcher: called with the rows of each pass, in place of looking them up.
         hits, misses: passes that were and were not from a store.
         reason: of the last miss.
+        is_unchanged: compares the weights of the prefix with those of the stores.
     """
 
     def __init__(self, model: nn.Module, prefix: Prefix) -> None:
@@ -54,7 +55,11 @@ class Feed:
         self.hits = self.misses = 0
         self.reason = ""
         self.autocast = ""  # of the states in the stores
-        self.expected: tuple[int, ...] | None = None
+        self.called: Mapping[str, nn.Module] = {}
+        self.modules = list[nn.Module]()
+        self.weights: tuple[int, ...] = ()
+        self.wrong: tuple[int, ...] = ()
+        self.is_unchanged: Callable[[], bool] = lambda: False
         self.depth = 0  # a tuner and the base model in it may both be the body
         # a tuner calls the `forward` of its model, past the hooks of that model
         bodies: list[nn.Module] = [prefix.body]
@@ -86,20 +91,39 @@ class Feed:
         outputs = self.stores[0].form.outputs
         return (states, *[None] * (outputs - 1)) if outputs else states
 
-    def remember(self) -> None:
-        """Note the modules and weights of the prefix: the stores are of these."""
-        self.expected = self._present()
+    def remember(self, called: Mapping[str, nn.Module]) -> None:
+        """Note the modules and weights of the prefix: the stores are of these.
 
-    def _present(self) -> tuple[int, ...]:
-        modules = [module for block in self.prefix.own for module in block.modules()]
-        # of tensors, the number of changes in place
-        weights = [p for module in modules for p in module._parameters.values() if p is not None]
-        return (
-            *map(id, modules),
-            *(id(p) for p in weights),
-            *(p._version for p in weights),
-            *(int(p.requires_grad) for p in weights),
-        )
+        Args:
+            called: modules that run up to the end of the prefix, by name in the body.
+        """
+        self.called, self.wrong = called, ()
+        self.modules, self.weights = self._modules(), self._written()
+
+    def _modules(self) -> list[nn.Module]:
+        inside = [module for block in self.prefix.own for module in block.modules()]
+        body = self.prefix.body
+        # the others by name: an adapter takes the place of the module that it is for
+        return inside + [body.get_submodule(name) for name in self.called]
+
+    def _written(self) -> tuple[int, ...]:
+        """Return how often each weight was changed in place."""
+        weights = (p for module in self.modules for p in module._parameters.values())
+        return tuple(-1 if p.requires_grad else p._version for p in weights if p is not None)
+
+    def _has_changed(self) -> bool:
+        """Return True if the prefix is no longer the one of the stores."""
+        if self._modules() != self.modules:
+            return True
+        written = self._written()
+        if written == self.weights:
+            return False
+        # DDP writes the same values again: they are compared, once
+        if -1 in written or written == self.wrong or not self.is_unchanged():
+            self.wrong = written
+            return True
+        self.weights = written
+        return False
 
     # Around a pass of the body
 
@@ -147,7 +171,7 @@ class Feed:
             return f"the model's config has {asked[0]}"
         if autocast_of(self.prefix.body) != self.autocast:
             return "the precision is another one than that of the store"
-        if self._present() != self.expected:
+        if self._has_changed():
             return "the frozen blocks have changed since the store was opened"
         return ""
 

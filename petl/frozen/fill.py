@@ -50,6 +50,7 @@ class Prober:
 
     def __init__(self, model: nn.Module, feed: Feed) -> None:
         self.model, self.feed, self.prefix = model, feed, feed.prefix
+        self.called: dict[str, nn.Module] = {}
         self.device = next(feed.prefix.body.parameters()).device
 
     def rows(self, batch: Batch) -> Rows:
@@ -266,7 +267,10 @@ class Contents:
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Return the collated rows at these positions."""
-        return self.collate([self.rows[number] for number in numbers])
+        # a data set reads several rows at once
+        at_once = getattr(self.rows, "__getitems__", None)
+        rows = at_once(list(numbers)) if at_once else [self.rows[number] for number in numbers]
+        return self.collate(rows)
 
     @property
     def digest(self) -> str:
