@@ -138,11 +138,11 @@ class Feed:
             return None
         if not self.stores:
             return None
-        self.reason = rows.reason or self._why_not() or ""
-        if not self.reason:
+        reason = rows.reason or self._why_not()
+        if not reason:
             self.states = self._look_up(rows, _device_of(given))
         if self.states is None:
-            self.reason = self.reason or "rows that are in no store"
+            self.reason = reason or "rows that are in no store"
             self.misses += 1
             return None
         self.hits += 1

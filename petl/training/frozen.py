@@ -78,9 +78,16 @@ def _cache(
 
 def find(cache: FrozenCache, splits: Splits, settings: TrainConfig) -> list[Wanted]:
     """Return the stores of a run: of its train, validation and test rows."""
-    parts = [splits.train, splits.validation, splits.test if settings.test else None]
-    rows = (part for part in parts if isinstance(part, Dataset) and len(part))
-    return [cache.find(part.select_columns(batched(part)), splits.collate) for part in rows]
+    return [
+        cache.find(part.select_columns(batched(part)), splits.collate)
+        for part in parts_of(splits, settings)
+    ]
+
+
+def parts_of(splits: Splits, settings: TrainConfig) -> list[Dataset]:
+    """Return the rows of a run in the parts that have a store each."""
+    parts = [splits.known, splits.validation, splits.test if settings.test else None]
+    return [part for part in parts if part is not None and len(part)]
 
 
 def why_not(wanted: list[Wanted], splits: Splits, settings: TrainConfig) -> str:

@@ -21,6 +21,7 @@ TITLES = {
     "scale": "growth of the cost",
     "compile": "training step with torch.compile, relative to without",
     "merge": "merged tokens, relative to all tokens",
+    "frozen": "training step with the frozen blocks from a store",
     "start-up": "start of a process",
 }
 ITSELF = "floor"  # the row that times the lower bound against itself
@@ -40,6 +41,8 @@ LABELS = {
     "goal time / LoRA": "goal: time / PEFT's LoRA",
     "goal kept / LoRA": "goal: saved activations",
     "kernels / layer": "kernel launches per adapted layer",
+    "without a store / floor": "without a store / lower bound",
+    "B / position": "bytes on disk per position",
     "goal kernels": "goal: kernel launches",
     "goal base": "goal: time / base",
     "goal plain": "goal: time / plain merging",

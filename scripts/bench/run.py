@@ -12,6 +12,7 @@ import torch
 from bench import (
     compiled,
     files,
+    frozen,
     generate,
     isolated,
     many,
@@ -35,7 +36,7 @@ from petl.runs.environment import (
 
 SECTIONS = (
     "step", "small", "bf16", "file", "peak", "generate", "dist", "serve", "many", "scale",
-    "compile", "merge", "start-up", "peers",
+    "compile", "merge", "frozen", "start-up", "peers",
 )  # fmt: skip
 USUAL = ("step", "file", "peak", "generate", "start-up")  # the default of `--sections`
 
@@ -127,6 +128,11 @@ def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
         "scale": lambda shape: scale.measure(rows, shape, fewer),
         "compile": lambda shape: compiled.measure(rows, shape, rounds),
         "merge": lambda shape: merging.measure(rounds),
+        "frozen": lambda shape: (
+            # once, beside the first shape
+            (frozen.measure_images(rounds) if shape.name == settings.shapes[0] else [])
+            + frozen.measure(shape, rounds)
+        ),
         "start-up": lambda shape: start_up.measure(),
         "peers": lambda shape: peers.measure(shape, rounds, settings.peers),
     }
