@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 class FedBlock(SwappedClass):
     """Mixin for the class of a block of the prefix."""
 
+    computes_as_before = True
+
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         feed = self.__dict__[FEED]
         if feed.states is None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 from petl.core.layers.block import AdaptedBlock
+from petl.core.layers.class_swap import mixins_of
 from petl.core.layers.context import is_encoder_decoder
 from petl.core.lifecycle import extra_losses
 from petl.core.model.targets import linear_names, place
@@ -109,6 +110,8 @@ def reason_to_run(block: nn.Module) -> str:
         where = f"{name} " if name else ""
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper | AdaptedBlock):
             return f"{where}has an adapter"
+        if not all(mixin.computes_as_before for mixin in mixins_of(module)):
+            return f"{where}computes otherwise with an adapter"
         if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
             return f"{where}is trained"
         if any(map(_observes, _hooks_of(module))):

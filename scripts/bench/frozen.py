@@ -101,9 +101,9 @@ def measure_images(rounds: int, **settings: Any) -> list[Record]:
 
 
 def _records(subject: Subject, rounds: int) -> list[Record]:
-    tops = {top: len(last_blocks(top, subject.blocks)) for top in TOPS}
-    # of few blocks, several words may mean the same
-    named = {count: top for top, count in tops.items()}
+    named: dict[int, str] = {}
+    for top in TOPS:  # of few blocks, several words mean the same
+        named.setdefault(len(last_blocks(top, subject.blocks)), top)
     return [_record(subject, top, count, rounds) for count, top in named.items()]
 
 
