@@ -43,8 +43,9 @@ class FrozenCache:
         self.left_out: list[str] = []
         self._feed = Feed(model, self.prefix)
         self._prober = Prober(model, self._feed)
-        self._digest = ""
-        self._feed.is_unchanged = lambda: self._prober.digest() == self._digest
+        self._known = ""  # digest of the prefix, and the precision in which it was read
+        self._read: str | None = None
+        self._feed.is_unchanged = lambda: self._prober.digest() == self._known
 
     @property
     def k(self) -> int:
@@ -86,8 +87,21 @@ class FrozenCache:
         form, self.left_out = self._prober.inspect(
             contents.batch(contents.order[:1]), without_dropout=self.without_dropout
         )
-        self._digest = self._prober.digest()
-        return Wanted(self.folder / name_of(self._digest, contents.digest), form, contents)
+        return Wanted(self.folder / name_of(self._digest(), contents.digest), form, contents)
+
+    def _digest(self) -> str:
+        """Return the digest of the prefix, which is read once: models may be large."""
+        precision = autocast_of(self.prefix.body)
+        if self._read == precision and not self._feed.has_changed():
+            return self._known
+        if self._feed.stores:
+            raise InputError(
+                "the frozen blocks or the precision have changed since a store was opened: close "
+                "this cache, and make another one"
+            )
+        self._known, self._read = self._prober.digest(), precision
+        self._feed.remember(self._prober.called)
+        return self._known
 
     def fill(self, rows: Sequence[Any], collate: Collate) -> bool:
         """Open the store of these rows; compute it first if it is not there.
@@ -112,19 +126,9 @@ class FrozenCache:
                 there = wanted.is_there  # another process may have filled it in the meantime
                 if not there:
                     wanted.write()
-        self._add(Store(wanted.folder / CONTENT), autocast_of(self.prefix.body))
+        self._feed.autocast = self._read or ""
+        self._feed.stores.append(Store(wanted.folder / CONTENT))
         return there
-
-    def _add(self, store: Store, autocast: str) -> None:
-        feed = self._feed
-        if feed.stores and feed.autocast != autocast:
-            raise UnsupportedError(
-                f"stores of one model have one precision: {feed.autocast or 'no autocast'} is "
-                f"open, and this is {autocast or 'no autocast'}"
-            )
-        feed.autocast = autocast
-        feed.stores.append(store)
-        feed.remember(self._prober.called)
 
     def close(self) -> None:
         """Undo all changes to the model: its frozen blocks run in each pass."""

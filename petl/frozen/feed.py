@@ -113,7 +113,7 @@ class Feed:
         weights = (p for module in self.modules for p in module._parameters.values())
         return tuple(-1 if p.requires_grad else p._version for p in weights if p is not None)
 
-    def _has_changed(self) -> bool:
+    def has_changed(self) -> bool:
         """Return True if the prefix is no longer the one of the stores."""
         if self._modules() != self.modules:
             return True
@@ -173,7 +173,7 @@ class Feed:
             return f"the model's config has {asked[0]}"
         if autocast_of(self.prefix.body) != self.autocast:
             return "the precision is another one than that of the store"
-        if self._has_changed():
+        if self.has_changed():
             return "the frozen blocks have changed since the store was opened"
         return ""
 
