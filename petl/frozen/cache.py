@@ -7,19 +7,36 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 
 from petl.core.distributed import is_sharded
+from petl.core.lifecycle import extra_losses
 from petl.core.parameters import check_module
 from petl.errors import InputError, UnsupportedError
 from petl.files.paths import cache_folder
 from petl.frozen.feed import FedBlock, Feed, autocast_of
 from petl.frozen.fill import Collate, Contents, Prober
-from petl.frozen.prefix import find_prefix
+from petl.frozen.prefix import Prefix, find_prefix
 from petl.frozen.store import CONTENT, Form, Store, exists, locked, name_of, size_of, write
 
 FOLDER = "frozen"  # of stores, in the cache folder of petl
 logger = logging.getLogger(__name__)
+
+
+def prefix_of(model: nn.Module) -> Prefix:
+    """Return the frozen blocks of a model, one or more.
+
+    Raises:
+        UnsupportedError: there are none; or as `find_prefix`.
+    """
+    # a loss may compare or count what any block computes
+    for loss in extra_losses(model) if isinstance(model, PeftModel) else ():
+        raise UnsupportedError(f"the loss {loss.config.name!r} may read every block")
+    prefix = find_prefix(model)
+    if not prefix.k:
+        raise UnsupportedError(f"no block is frozen below all others: {prefix.reason}")
+    return prefix
 
 
 class FrozenCache:
@@ -33,13 +50,12 @@ class FrozenCache:
 
     def __init__(self, model: nn.Module, folder: Path, *, without_dropout: bool) -> None:
         self.model, self.folder, self.without_dropout = model, folder, without_dropout
-        self.prefix = find_prefix(model)
-        if not self.prefix.k:
-            raise UnsupportedError(f"no block is frozen below all others: {self.prefix.reason}")
+        self.prefix = prefix_of(model)
+        kind = type(self.prefix.base).__name__
         if any(isinstance(block, FedBlock) for block in self.prefix.blocks):
-            raise UnsupportedError("the frozen blocks are cached already: close that cache first")
+            raise UnsupportedError(f"blocks of {kind} are cached already: close that cache first")
         if is_sharded(model):
-            raise UnsupportedError("the model is sharded over processes")
+            raise UnsupportedError(f"{kind} is sharded over processes: no process has its weights")
         self.left_out: list[str] = []
         self._feed = Feed(model, self.prefix)
         self._prober = Prober(model, self._feed)
@@ -82,7 +98,7 @@ class FrozenCache:
                 message says why.
         """
         if not len(rows):
-            raise InputError("there are no rows whose frozen blocks could be kept")
+            raise InputError(f"rows={rows!r} has no rows whose frozen blocks could be kept")
         contents = Contents(self._prober, rows, collate)
         form, self.left_out = self._prober.inspect(
             contents.batch(contents.order[:1]), without_dropout=self.without_dropout
@@ -96,8 +112,8 @@ class FrozenCache:
             return self._known
         if self._feed.stores:
             raise InputError(
-                "the frozen blocks or the precision have changed since a store was opened: close "
-                "this cache, and make another one"
+                f"the frozen blocks, or the precision {self._read or 'float32'!r}, have changed "
+                "since a store was opened: close this cache, and make another one"
             )
         self._known, self._read = self._prober.digest(), precision
         self._feed.remember(self._prober.called)

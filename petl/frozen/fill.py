@@ -259,7 +259,8 @@ class Contents:
                     found.setdefault(key, (length, number))
                 shown.advance(len(numbers))
         if len(widths) > 1:
-            raise UnsupportedError("images or clips have several sizes, which padding makes equal")
+            sizes = ", ".join(map(str, sorted(widths)[:3]))
+            raise UnsupportedError(f"images or clips have several padded sizes, such as {sizes}")
         ordered = sorted(found.items(), key=lambda item: (-item[1][0], item[0]))
         self.keys = [key for key, _ in ordered]
         self.lengths = [length for _, (length, _) in ordered]
@@ -297,8 +298,8 @@ class Contents:
                 rows, output = self.prober.output(self.batch(self.order[part]))
                 if rows.keys != self.keys[part]:
                     raise InputError(
-                        "rows are not the same each time they are read, so their outputs cannot be "
-                        "kept: leave out what changes them at random"
+                        f"{len(rows.keys)} rows are not the same each time they are read, so their "
+                        "outputs cannot be kept: leave out what changes them at random"
                     )
                 states = _first(output).cpu()
                 for row, length in zip(states, positions[part], strict=True):

@@ -11,10 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
-from petl.core.layers.block import AdaptedBlock
 from petl.core.layers.class_swap import mixins_of
 from petl.core.layers.context import is_encoder_decoder
-from petl.core.lifecycle import extra_losses
 from petl.core.model.targets import linear_names, place
 from petl.core.parameters import quantization_of
 from petl.errors import UnsupportedError
@@ -56,8 +54,7 @@ def find_prefix(model: nn.Module) -> Prefix:
     embeddings, is not looked at.
 
     Raises:
-        UnsupportedError: the model has no single list of blocks, or is quantized, or an extra loss
-            reads its blocks.
+        UnsupportedError: the model has no single list of blocks, or is quantized.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     path = _path_of_blocks(base)
@@ -80,12 +77,10 @@ def find_prefix(model: nn.Module) -> Prefix:
         raise UnsupportedError(
             f"the base model is quantized ({quantization_of(base)}), and its weights have no digest"
         )
+    # what is above a block that runs is computed from its output, so the first one ends the prefix
     reasons = (reason_to_run(block) for block in blocks)
     first = ((i, f"block {i}: {why}") for i, why in enumerate(reasons) if why)
     k, reason = next(first, (len(blocks), ""))
-    losses = extra_losses(model) if isinstance(model, PeftModel) else []
-    if losses:
-        k, reason = 0, f"the loss {losses[0].config.name!r} may read every block"
     return Prefix(path, blocks, k, reason, bodies[-1], base)
 
 
@@ -108,8 +103,9 @@ def reason_to_run(block: nn.Module) -> str:
     """Return why a block must run in every pass; "" if its output follows from its input."""
     for name, module in block.named_modules():
         where = f"{name} " if name else ""
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper | AdaptedBlock):
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             return f"{where}has an adapter"
+        # whole blocks with adapters, quantized weights, merged tokens; not recomputation
         if not all(mixin.computes_as_before for mixin in mixins_of(module)):
             return f"{where}computes otherwise with an adapter"
         if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):

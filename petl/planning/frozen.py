@@ -12,8 +12,8 @@ from torch import Tensor
 from petl.core.dry_run import PassMemory, part_of_pass
 from petl.errors import UnsupportedError
 from petl.files.paths import cache_folder
-from petl.frozen.cache import FOLDER
-from petl.frozen.prefix import dropouts, find_prefix, layer_drop
+from petl.frozen.cache import FOLDER, prefix_of
+from petl.frozen.prefix import dropouts, layer_drop
 from petl.frozen.store import MARGIN, Form, free_bytes, size_of
 from petl.planning.cost import megabytes
 from petl.planning.memory import heaviest_pass
@@ -75,10 +75,8 @@ def frozen_plan(
     if settings.cache_frozen is False or settings.steps == 0 or measured is None:
         return None
     try:
-        prefix = find_prefix(model)
+        prefix = prefix_of(model)
     except UnsupportedError:
-        return None
-    if not prefix.k:
         return None
     batch = splits.collate(list(splits.known.select(heaviest_pass(splits, settings)[0])))
     part = part_of_pass(model, batch, device, prefix.own[-1], bf16=bf16)

@@ -53,7 +53,7 @@ def _cache(
     model: PeftModel, splits: Splits, settings: TrainConfig, accelerator: Accelerator
 ) -> FrozenCache:
     if settings.steps == 0:
-        raise _NothingFrozen("train.steps=0 trains nothing")
+        raise _NothingFrozen(f"train.steps={settings.steps} trains nothing")
     if isinstance(splits.train, StreamedRows):
         raise InputError("the training examples are a stream (data.streaming=true)")
     try:
