@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from petl.core.switching.lora import fuse_lora
     from petl.core.tuners.tuner import MethodTuner
     from petl.errors import InputError
+    from petl.frozen.cache import cache_frozen
     from petl.integrations.trainer_callback import Callback
     from petl.methods.lora import lorafa_optimizer, loraplus_optimizer
     from petl.methods.sparse import SparseSM3
@@ -62,6 +63,7 @@ __all__ = [
     "SparseSM3",
     "adopt",
     "build_config",
+    "cache_frozen",
     "evaluate",
     "fuse_lora",
     "get",
@@ -81,6 +83,7 @@ __all__ = [
 
 _PACKAGES = ("core", "data", "deltas", "errors", "losses", "methods", "ops", "ranks", "search")
 _NAMES = {
+    "petl.frozen.cache": ("cache_frozen",),
     "petl.integrations.trainer_callback": ("Callback",),
     "petl.core.layers.layer": ("Adapter", "AdapterLayer", "Factors", "LayerShape", "LayerInfo"),
     "petl.core.lifecycle": ("Lifecycle", "lifecycle"),

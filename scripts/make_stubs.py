@@ -11,11 +11,12 @@ from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 import peft
 
 from petl.core.registry import method
+from petl.core.spec.checks import hints_of
 from petl.core.spec.method import Method, list_losses, loss
 from petl.methods import BUILT_IN
 
@@ -107,7 +108,7 @@ def keywords(entry: Method) -> list[str]:
 def fields_of(config_cls: type[Any], defaults: Mapping[str, Any]) -> list[str]:
     """`field: type = default` for each field that takes a value; `defaults` are the method's."""
     lines = []
-    types = get_type_hints(config_cls)
+    types = hints_of(config_cls)
     for field in dataclasses.fields(config_cls):
         kind = types[field.name]
         if not field.init or kind is NoneType or field.name in SET_BY_PEFT:

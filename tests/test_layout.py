@@ -47,6 +47,7 @@ ORDER = (
     "data",
     "models",
     "distributed",
+    "frozen",
     "tracking",
     "runs",
     "training",

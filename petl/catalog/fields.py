@@ -7,11 +7,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 from peft import PeftConfig
 
 from petl.core.registry import METHODS, get
+from petl.core.spec.blocks import MEANING
+from petl.core.spec.checks import BLOCKS, hints_of
 from petl.core.spec.method import Method
 
 # fields that PEFT and `petl train` fill in, not the user
@@ -59,7 +61,7 @@ def fields_of(name: str, preset: Mapping[str, Any]) -> list[Field]:
     """
     config_cls = get(name)
     defaults = METHODS[name].defaults if name in METHODS else {}
-    types = get_type_hints(config_cls)  # PEFT's annotations are strings
+    types = hints_of(config_cls)
     return [
         _describe(config_cls, field, types[field.name], defaults, preset)
         for field in dataclasses.fields(config_cls)
@@ -136,6 +138,8 @@ def as_yaml(value: Any) -> str:
 
 def meaning(config_cls: type, field: dataclasses.Field) -> str:
     """Return the meaning of a field: petl's metadata, or PEFT's docstring, or PEFT's metadata."""
+    if field.name == BLOCKS:  # of PEFT's methods, too, `petl.wrap` takes a share
+        return MEANING
     text = field.metadata.get("help", "")
     text = (
         text if isinstance(text, str) else " ".join(text)

@@ -99,6 +99,8 @@ def plan(arguments: argparse.Namespace) -> None:
         echo(f"time: about {duration(planned.time.steps)} for the steps,", end=" ")
         echo(f"{duration(planned.time.scoring)} for each evaluation of the test examples;", end=" ")
         echo("from the matrix products, at the speed that this machine has now")
+    if planned.frozen is not None:
+        echo(f"frozen: {planned.frozen}")
     for setting in planned.cheaper:
         echo(f"cheaper: {setting}")
     echo()

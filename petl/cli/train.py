@@ -22,6 +22,7 @@ from petl.runs.run_config import read_config
 from petl.runs.run_folder import Run
 from petl.training.dataloader import Splits, encode_splits
 from petl.training.evaluate import score
+from petl.training.frozen import cached_blocks, report
 from petl.training.linear_probe import linear_probe
 from petl.training.loop import fit
 from petl.training.lr_finder import find_lr
@@ -43,6 +44,7 @@ def train(cfg: DictConfig) -> float:
     run.begin(model)
     shard(model, accelerator)
 
+    frozen = cached_blocks(model, splits, settings, accelerator)
     test = partial(score, model, splits, accelerator, settings.eval_batch_size)
     probe = partial(linear_probe, model, splits, settings, accelerator)
     run.score("linear_probe", probe, "linear probe")
@@ -53,6 +55,7 @@ def train(cfg: DictConfig) -> float:
     state = fit(model, splits, settings, accelerator, run)
     # before saving: it may compute what a loss saves with the adapter
     after = run.measure(partial(test, when="after training", kept=run.path / PREDICTIONS))
+    report(frozen)
     run.save(model, data.task)
     run.finish(model, data.task, settings, state, after)
     write_report(run)

@@ -21,6 +21,7 @@ from petl.core.model.targets import (
     PRESETS,
     check_called,
     check_saved,
+    resolve_blocks,
     resolve_targets,
     target_shapes,
 )
@@ -268,6 +269,7 @@ def wrap(
         raise InputError(
             f"method {entry.name!r} does not use calibration data; leave calibration out"
         )
+    resolve_blocks(config, model)
     # petl's tuners resolve their targets themselves, when PEFT injects them
     if not entry.own and hasattr(config, "target_modules"):
         resolve_targets(config, model)

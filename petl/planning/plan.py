@@ -28,6 +28,7 @@ from petl.distributed.launch import FSDP, alone, number_of_processes, refuse_fsd
 from petl.models.loading import dense_modules, load_base, load_processor
 from petl.models.quantization import quantized_layers
 from petl.planning.cost import Time, advice, time_of
+from petl.planning.frozen import FrozenPlan, frozen_plan
 from petl.planning.memory import Memory, Storage, base_layer, memory_of
 from petl.ranks.targets import rank_targets
 from petl.runs.run_config import RunConfig, names_of, read_config
@@ -108,6 +109,7 @@ class RunPlan:
     notes: list[str]  # sentences
     time: Time | None = None  # None: unknown
     cheaper: list[str] = field(default_factory=list)  # settings, each with what it saves
+    frozen: FrozenPlan | None = None  # blocks below the first trained one; None: there are none
 
 
 def plan_run(cfg: DictConfig) -> RunPlan:
@@ -160,12 +162,18 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         with for_training(model, settings):
             device, dtype = accelerator.device, run.model.dtype
             memory = memory_of(model, splits, settings, dtype, device, storage)
+        bf16 = settings.computes_in(run.model.dtype) == "bf16"
+        frozen = frozen_plan(model, splits, settings, memory.pass_, accelerator.device, bf16=bf16)
         capabilities = supports(model)
     length = length_of(splits, settings)
     shape = next(t.shape for t in (*targets, LAST) if len(t.shape) == 2)
     # tokens of padding are computed as well
     positions = (length.amount / (1 - length.padding), scored_positions(splits, settings))
     seconds = time_of(memory, *positions, shape, accelerator.device)
+    if seconds is not None and frozen is not None and not frozen.reason:
+        # what a step saves is computed once for each example
+        left = 1 - frozen.saved * (1 - 1 / max(1.0, length.epochs))
+        seconds = replace(seconds, steps=seconds.steps * left)
     lengths = row_lengths(splits.task, splits.known)
     return RunPlan(
         names=tuple(names_of(run.resolved)),
@@ -176,6 +184,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         file_bytes=safetensors_bytes(saved),
         length=length,
         time=seconds,
+        frozen=frozen,
         cheaper=advice(memory, seconds, lengths, splits, settings),
         supports=capabilities,
         memory=memory,

@@ -65,6 +65,8 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     }  # a recipe's settings are all in here
     free |= {k for k, v in entries.items() if v is None and SET.sub("data.", k) in ADDED_LATER}
     free |= {k for k, v in LATER_FIELDS.items() if k in entries and entries[k] == v}
+    if entries.get("train.cache_frozen") is not True:  # up to rounding; true leaves out dropout
+        free.add("train.cache_frozen")
     if not entries.get("train.find_lr"):  # runs from before there was a range test lack both
         free |= {"train.find_lr", "train.find_lr_steps"}
     if entries.get("train.optimizer") == "adamw":  # as older runs, which lack them

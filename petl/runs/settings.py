@@ -131,6 +131,13 @@ class TrainConfig:
     reentrant."""
     fuse_lora: bool = setting(True, one_of(True, False))
     """Fused forward and backward passes for PEFT's LoRA layers. One of true, false."""
+    cache_frozen: bool | str = setting("auto", one_of("auto", True, False))
+    """Output of frozen blocks below the first trained one, kept on disk. One of auto, true, false.
+
+    Auto: where it changes nothing but rounding and the run reads its examples more than once. True
+    also leaves out the base model's dropout below the first trained block, and is an error where
+    the output cannot be kept.
+    """
     recompute_mlp: bool = setting(False, one_of(True, False))
     """Activation recomputation in MLP blocks: stores half the activations. One of true, false."""
     loss_segment: int | str | None = setting("auto", SEGMENTS.or_null())

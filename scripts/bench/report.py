@@ -22,6 +22,7 @@ TITLES = {
     "compile": "training step with torch.compile, relative to without",
     "merge": "merged tokens, relative to all tokens",
     "unet": "tuners of skip connections, relative to LoRA of rank 8 on attention",
+    "frozen": "training step with the frozen blocks from a store",
     "start-up": "start of a process",
 }
 ITSELF = "floor"  # the row that times the lower bound against itself
@@ -41,6 +42,8 @@ LABELS = {
     "goal time / LoRA": "goal: time / PEFT's LoRA",
     "goal kept / LoRA": "goal: saved activations",
     "kernels / layer": "kernel launches per adapted layer",
+    "without a store / floor": "without a store / lower bound",
+    "B / position": "bytes on disk per position",
     "goal kernels": "goal: kernel launches",
     "goal base": "goal: time / base",
     "goal plain": "goal: time / plain merging",

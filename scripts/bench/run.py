@@ -12,6 +12,7 @@ import torch
 from bench import (
     compiled,
     files,
+    frozen,
     generate,
     isolated,
     many,
@@ -36,7 +37,7 @@ from petl.runs.environment import (
 
 SECTIONS = (
     "step", "small", "bf16", "file", "peak", "generate", "dist", "serve", "many", "scale",
-    "compile", "merge", "unet", "start-up", "peers",
+    "compile", "merge", "unet", "frozen", "start-up", "peers",
 )  # fmt: skip
 USUAL = ("step", "file", "peak", "generate", "start-up")  # the default of `--sections`
 
@@ -130,6 +131,11 @@ def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
         "compile": lambda shape: compiled.measure(rows, shape, rounds),
         "merge": lambda shape: merging.measure(rounds),
         "unet": lambda shape: unet.measure(rounds),
+        "frozen": lambda shape: (
+            # once, beside the first shape
+            (frozen.measure_images(rounds) if shape.name == settings.shapes[0] else [])
+            + frozen.measure(shape, rounds)
+        ),
         "start-up": lambda shape: start_up.measure(),
         "peers": lambda shape: peers.measure(shape, rounds, settings.peers),
     }

@@ -56,6 +56,21 @@ def test_the_hand_written_loop(tmp_path, monkeypatch):
     model(**batches(1)[0]).loss.backward()
 
 
+def test_frozen_blocks_are_computed_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"input_ids": torch.tensor([7, 8, 9 + i]), "labels": torch.tensor(0)} for i in range(4)]
+
+    def collate(rows):
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    source = code("train-the-upper-blocks", "cache_frozen(model")
+    source = source.replace("...  # your loop", "model(**collate(train_rows))  # your loop")
+    names = {"train_rows": rows[:3], "test_rows": rows[3:], "collate": collate}
+    run(source, base=testing.tiny_bert(), **names)
+    assert capsys.readouterr().out == "1 0 \n"
+    assert len(list((tmp_path / "frozen").iterdir())) == 2
+
+
 def test_predict_and_evaluate(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train([*tiny.steady, "+method=lora", "train.steps=2"], Path("runs/tickets"))

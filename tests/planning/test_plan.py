@@ -19,8 +19,10 @@ from petl.core.parameters import LiveBytes
 from petl.core.registry import needs_calibration, on_shapes
 from petl.core.spec.method import modifies_base_weights
 from petl.errors import InputError, UnsupportedError
+from petl.models.loading import load_processor
 from petl.planning.plan import RunPlan, plan_run
 from petl.runs.checkpoint import save_adapter
+from petl.runs.run_config import read_config
 from petl.runs.settings import method_fields
 
 pytest_plugins = ["training_fixtures"]
@@ -40,6 +42,45 @@ def classifier() -> BertForSequenceClassification:
 def on_meta() -> BertForSequenceClassification:
     with torch.device("meta"):
         return BertForSequenceClassification(bert_config()).eval()
+
+
+def test_frozen_blocks_are_planned_with_the_size_of_their_store_and_what_it_saves(tiny):
+    words = ["+method=lora", "method.layers_to_transform=top:1", "train.steps=14"]
+    planned = plan(tiny, *words)
+    frozen = planned.frozen
+    assert frozen is not None
+    assert (frozen.k, frozen.blocks, frozen.reason) == (1, 2, "")
+    # float32 states of width 32, a key, an offset and a number for each of 50 + 20 rows
+    splits = small_splits(tiny)
+    tokens = sum(len(row) for part in splits for row in part["input_ids"])
+    assert frozen.bytes == tokens * 32 * 4 + 70 * (16 + 8 + 8)
+    # of block 0: four projections, two of the MLP; torch does not count a CPU's fused attention
+    positions = planned.memory.rows * planned.memory.tokens
+    block = 2 * positions * (4 * 32 * 32 + 2 * 32 * 48)
+    assert frozen.saved == pytest.approx(block / planned.memory.pass_.operations)
+    assert "block 0 of 2, computed once (train.cache_frozen): 0 MB on disk" in str(frozen)
+    every = plan(tiny, *words[:1], words[2])
+    assert every.frozen is None
+    once = plan(tiny, *words, "train.steps=7").frozen
+    assert once.reason == "the run reads its examples 1 times"
+    assert once.remedy
+    assert plan(tiny, *words, "train.cache_frozen=false").frozen is None
+
+
+def test_dropout_below_the_first_trained_block_is_planned_as_a_reason(tiny):
+    words = ["+method=lora", "method.layers_to_transform=top:1", "train.steps=14"]
+    planned = plan_run(compose([*tiny.classify, *words])).frozen
+    assert planned.reason == "they have dropout, such as bert.embeddings.dropout (0.1)"
+    assert "train.cache_frozen=true keeps it" in str(planned)
+    planned = plan_run(compose([*tiny.classify, *words, "train.cache_frozen=true"])).frozen
+    assert planned.reason == ""
+
+
+def small_splits(tiny):
+    config = read_config(compose([*tiny.steady, "+method=lora"]))
+    data = config.data.read()
+    processor = load_processor(config.model, data.task)
+    return [data.task.encode(processor, rows) for rows in (data.train, data.test)]
 
 
 def fields(name: str, **changes) -> dict:

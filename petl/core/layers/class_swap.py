@@ -17,8 +17,10 @@ class SwappedClass:
     Attributes:
         original: the class that the object had.
         mixin: the mixin that was put before it.
+        computes_as_before: True if the object still computes what it did.
     """
 
+    computes_as_before: ClassVar[bool] = False
     original: ClassVar[type]
     mixin: ClassVar[type["SwappedClass"]]
 
@@ -67,6 +69,12 @@ def original_class(target: Any) -> type:
     """Return the class that an object had before `swap_class`; its own if it was not swapped."""
     *_, cls = _parts(type(target))
     return cls
+
+
+def mixins_of(target: Any) -> list[Any]:
+    """Return the mixins that `swap_class` put before the class of an object."""
+    *mixins, _ = _parts(type(target))
+    return mixins
 
 
 def _parts(cls: type[Any]) -> Iterator[type]:

@@ -119,6 +119,8 @@ def _can_recompute(act: Any) -> bool:
 class _Gated(SwappedClass):
     """Mixin for a gated MLP."""
 
+    computes_as_before = True
+
     def forward(self: Any, x: Tensor) -> Tensor:
         act = self.act_fn
         if not _can_recompute(act):
@@ -131,6 +133,8 @@ class _Gated(SwappedClass):
 class _Intermediate(SwappedClass):
     """Mixin for the first half of a plain MLP, as in BERT."""
 
+    computes_as_before = True
+
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         act = self.intermediate_act_fn
         if not _can_recompute(act):
@@ -140,6 +144,8 @@ class _Intermediate(SwappedClass):
 
 class _Output(SwappedClass):
     """Mixin for the second half, whose first argument is the input of its linear layer."""
+
+    computes_as_before = True
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         with _saved_as_recipe(hidden_states):

@@ -22,6 +22,8 @@ from petl.core.compat import (
     check_target_module_exists,
 )
 from petl.core.layers.class_swap import AdapterDict, original_class
+from petl.core.spec.blocks import last_blocks
+from petl.core.spec.checks import BLOCKS
 from petl.errors import InputError, ModuleKindError, UnknownNameError, did_you_mean
 
 LINEAR_KINDS = (nn.Linear, Conv1D)
@@ -136,6 +138,7 @@ def resolve_targets(config: Any, model: nn.Module, *, words: tuple[str, ...] = (
     Raises:
         InputError: a pattern, or all of them together, match nothing.
     """
+    resolve_blocks(config, model)
     targets = config.target_modules
     if isinstance(targets, str) and targets in (*PRESETS, *words):
         preset = targets if targets in PRESETS else "block-linear"
@@ -147,6 +150,33 @@ def resolve_targets(config: Any, model: nn.Module, *, words: tuple[str, ...] = (
                 + _layer_hint(config)
             )
     check_targets(config, model)
+
+
+def resolve_blocks(config: Any, model: nn.Module) -> None:
+    """Replace `config.layers_to_transform` such as "top:0.33" by the indices of the blocks.
+
+    Blocks are those of the lists of layers that hold linear layers; with `layers_pattern`, of the
+    lists with one of these names.
+
+    Raises:
+        InputError: the model has no blocks, fewer than named, or lists of different lengths.
+    """
+    given = getattr(config, BLOCKS, None)
+    if not isinstance(given, str):
+        return
+    found = (place(model, name) for name in linear_names(model))
+    lengths = {where.stack: where.length for where in found if where is not None}
+    patterns = getattr(config, "layers_pattern", None) or ()
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if patterns:
+        lengths = {k: n for k, n in lengths.items() if k.rpartition(".")[2] in patterns}
+    if len(set(lengths.values())) != 1:
+        parts = ", ".join(f"{stack} {length}" for stack, length in lengths.items())
+        raise InputError(
+            f"layers_to_transform={given} needs blocks, and {type(model).__name__} has "
+            + (f"lists of several lengths ({parts}): list indices from 0" if parts else "none")
+        )
+    config.layers_to_transform = last_blocks(given, next(iter(lengths.values())))
 
 
 def check_targets(config: Any, model: nn.Module) -> None:

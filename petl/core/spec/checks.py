@@ -18,16 +18,24 @@ from petl.errors import InputError
 logger = logging.getLogger(__name__)
 
 
+BLOCKS = "layers_to_transform"
 COLLECTIONS = (list, set, tuple, range)  # JSON has lists only; a user may give any of them
 
 
 @cache
 def hints_of(config_cls: type[Any]) -> dict[str, Any]:
-    """Return the type of each field of a config class."""
+    """Return the type of each field of a config class.
+
+    Of PEFT's, `layers_to_transform` may also be text here: a share of the blocks, which
+    `petl.core.model.targets.resolve_blocks` replaces.
+    """
     try:
-        return typing.get_type_hints(config_cls)
+        hints = typing.get_type_hints(config_cls)
     except NameError:  # annotations of another package, imported under TYPE_CHECKING only
         return {field.name: Any for field in dataclasses.fields(config_cls)}
+    if BLOCKS in hints:
+        hints[BLOCKS] = list[int] | int | str | None
+    return hints
 
 
 def conforms(value: Any, hint: Any) -> bool:

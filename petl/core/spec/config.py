@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from petl.core.spec.checks import check_rank, conforms, hints_of, is_finite, rank_of
+from petl.core.spec import blocks
+from petl.core.spec.checks import BLOCKS, check_rank, conforms, hints_of, is_finite, rank_of
 from petl.errors import InputError, shown
 
 
@@ -179,9 +180,7 @@ class MethodConfig(PeftConfig):
     modules_to_save: list[str] | None = config_field(
         "modules trained in full and saved, such as a head", None
     )
-    layers_to_transform: list[int] | int | None = config_field(
-        "indices of the blocks to adapt, from 0; null: all", None
-    )
+    layers_to_transform: list[int] | int | str | None = config_field(blocks.MEANING, None)
     layers_pattern: list[str] | str | None = config_field(
         "name of the module list that layers_to_transform counts", None
     )
@@ -295,6 +294,8 @@ def check_values(config_cls: type[Any], fields: Mapping[str, Any]) -> None:
             raise InputError(f"{name}={shown(value)} is not of type {type_name(hint)}")
         if value is None:
             continue
+        if name == BLOCKS and isinstance(value, str):
+            blocks.parse(value)
         if name.endswith("dropout"):
             DROPOUT.check(name, value)
         if name.endswith("alpha"):

@@ -24,6 +24,7 @@ from petl.core.model.targets import (
     LINEAR_KINDS,
     matched_names,
     refuse_uncalled,
+    resolve_blocks,
     resolve_targets,
 )
 from petl.core.model.weight_changes import change_map
@@ -229,6 +230,7 @@ class MethodTuner(SharedStateTuner):
             self.refuse_without_tuner(self.needs_tuner)
         if hasattr(type(self), "update_and_allocate") and not config.inference_mode:
             self.refuse_without_tuner("it changes its adapters while they train")
+        resolve_blocks(config, model)
         self.choose_targets(config, model)
         blocks = self.block_modules(config, model)
         widths = {**self.whole_modules(config, model), **blocks}

@@ -137,6 +137,71 @@ def test_layers_to_transform_may_be_one_index():
     assert len(adapted("bert", layers_to_transform=0)) == 6
 
 
+@pytest.mark.parametrize("method", ["mola", "lora", "loha"])
+@pytest.mark.parametrize(
+    ("share", "blocks"),
+    [
+        ("top:1", [2]),
+        ("top:2", [1, 2]),
+        ("top:0.34", [2]),
+        ("top:0.5", [1, 2]),
+        ("top:1.0", [0, 1, 2]),
+    ],
+)
+def test_a_share_names_the_last_blocks(method, share, blocks):
+    fields = {"target_modules": ["q_proj"], "layers_to_transform": share}
+    model = petl.wrap(testing.tiny_llama(), method, **fields)
+    assert names_in(model) == {f"model.layers.{block}.self_attn.q_proj" for block in blocks}
+    assert model.active_peft_config.layers_to_transform == blocks  # what is saved: plain indices
+
+
+def test_a_share_goes_through_a_config_and_add_adapter():
+    config = petl.build_config("mola", layers_to_transform="top:1")
+    model = petl.wrap(testing.tiny_llama(), config)
+    assert config.layers_to_transform == "top:1"  # it serves models of other depths
+    model.add_adapter("other", petl.build_config("mola", layers_to_transform="top:2"))
+    assert model.peft_config["other"].layers_to_transform == [1, 2]
+
+
+def test_methods_that_find_their_own_places_take_a_share():
+    names = names_in(petl.wrap(testing.tiny_llama(), "adapter", layers_to_transform="top:0.33"))
+    assert names
+    assert all(name.startswith("model.layers.2.") for name in names)
+
+
+def test_a_share_of_an_encoder_decoder_counts_in_both_lists():
+    names = adapted("t5", target_modules=["q"], layers_to_transform="top:1")
+    assert {name.split(".layer.")[0] for name in names} == {"encoder.block.1", "decoder.block.1"}
+
+
+@pytest.mark.parametrize("method", ["mola", "lora"])
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        ("top", "layers_to_transform='top' is not top:N"),
+        ("top:0", "'top:0' is not top:N"),
+        ("top:0.0", "a share above 0 to 1.0"),
+        ("top:1.5", "a share above 0 to 1.0"),
+        ("bottom:1", "'bottom:1' is not top:N"),
+        ("top:4", "layers_to_transform=top:4 names more blocks than the model's 3"),
+    ],
+)
+def test_a_share_that_names_no_blocks_is_an_error(method, share, message):
+    with pytest.raises(petl.InputError, match=message):
+        petl.wrap(
+            testing.tiny_llama(), method, target_modules=["q_proj"], layers_to_transform=share
+        )
+
+
+def test_a_share_of_lists_of_several_lengths_is_an_error():
+    base = testing.tiny_t5()
+    base.decoder.block.append(base.decoder.block[-1])
+    with pytest.raises(petl.InputError, match=r"encoder.block 2, decoder.block 3.*list indices"):
+        petl.wrap(base, "mola", layers_to_transform="top:1")
+    with pytest.raises(petl.InputError, match="needs blocks, and Linear has none"):
+        petl.wrap(nn.Linear(3, 3), "mola", layers_to_transform="top:1")
+
+
 def test_layers_pattern_names_the_stack():
     fields = {"target_modules": ["q"], "layers_to_transform": [0], "layers_pattern": "block"}
     names = adapted("t5", **fields)

@@ -1,0 +1,226 @@
+"""Stored states in place of the frozen blocks, in the passes of a model whose rows all have them.
+
+The tree of modules does not change. The class of each block of the prefix is swapped for one that
+can return without running: the first block returns the stored states, the others what they get.
+Everything else runs as before: embeddings, masks, rotary embeddings, the blocks above. Hooks in
+front of the model's body look its rows up.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from petl.core.layers.class_swap import SwappedClass, restore_class, swap_class
+from petl.frozen.keys import Rows, arguments_of, parameters_of, rows_of
+from petl.frozen.prefix import Prefix
+from petl.frozen.store import Store
+
+FEED = "petl_feed"  # attribute of a block of the prefix
+logger = logging.getLogger(__name__)
+
+
+class FedBlock(SwappedClass):
+    """Mixin for the class of a block of the prefix."""
+
+    computes_as_before = True
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        feed = self.__dict__[FEED]
+        if feed.states is None:
+            return super().__call__(*args, **kwargs)
+        # neither hooks nor checkpointing: there is nothing to compute or to compute again
+        if self is feed.prefix.blocks[0]:
+            return feed.returned(feed.states)
+        return feed.returned(args[0] if args else kwargs["hidden_states"])
+
+
+class Feed:
+    """The hooks of a model and the swapped classes of its blocks.
+
+    Attributes:
+        stores: that are looked up, in this order.
+        states: those of the pass that runs, [B, T, ...]; None: its blocks run.
+        watcher: called with the rows of each pass, in place of looking them up.
+        hits, misses: passes that were and were not from a store.
+        reason: of the last miss.
+        is_unchanged: compares the weights of the prefix with those of the stores.
+    """
+
+    def __init__(self, model: nn.Module, prefix: Prefix) -> None:
+        self.prefix, self.stores = prefix, list[Store]()
+        self.states: Tensor | None = None
+        self.watcher: Callable[[Rows], None] | None = None
+        self.hits = self.misses = 0
+        self.reason = ""
+        self.autocast = ""  # of the states in the stores
+        self.called: Mapping[str, nn.Module] = {}
+        self.modules = list[nn.Module]()
+        self.weights: tuple[int, ...] = ()
+        self.wrong: tuple[int, ...] = ()
+        self.is_unchanged: Callable[[], bool] = lambda: False
+        self.depth = 0  # a tuner and the base model in it may both be the body
+        # a tuner calls the `forward` of its model, past the hooks of that model
+        bodies: list[nn.Module] = [prefix.body]
+        if prefix.body is prefix.base and model is not prefix.base:
+            bodies.append(getattr(model, "base_model", prefix.body))
+        self._hooks = [
+            hook
+            for body in dict.fromkeys(bodies)
+            for hook in (
+                # before other hooks, which may take the mask away
+                body.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
+                body.register_forward_hook(self._leave, always_call=True),
+            )
+        ]
+        for block in prefix.own:
+            block.__dict__[FEED] = self
+            swap_class(block, FedBlock)
+
+    def close(self) -> None:
+        """Undo all changes to the model."""
+        for hook in self._hooks:
+            hook.remove()
+        for block in self.prefix.own:
+            restore_class(block, FedBlock)
+            block.__dict__.pop(FEED, None)
+
+    def returned(self, states: Tensor) -> Any:
+        """Return states in the form of a block's output."""
+        outputs = self.stores[0].form.outputs
+        return (states, *[None] * (outputs - 1)) if outputs else states
+
+    def remember(self, called: Mapping[str, nn.Module]) -> None:
+        """Note the modules and weights of the prefix: the stores are of these.
+
+        Args:
+            called: modules that run up to the end of the prefix, by name in the body.
+        """
+        self.called, self.wrong = called, ()
+        self.modules, self.weights = self._modules(), self._written()
+
+    def _modules(self) -> list[nn.Module]:
+        inside = [module for block in self.prefix.own for module in block.modules()]
+        body = self.prefix.body
+        # the others by name: an adapter takes the place of the module that it is for
+        return inside + [body.get_submodule(name) for name in self.called]
+
+    def _written(self) -> tuple[int, ...]:
+        """Return how often each weight was changed in place."""
+        weights = (p for module in self.modules for p in module._parameters.values())
+        return tuple(-1 if p.requires_grad else p._version for p in weights if p is not None)
+
+    def has_changed(self) -> bool:
+        """Return True if the prefix is no longer the one of the stores."""
+        if self._modules() != self.modules:
+            return True
+        written = self._written()
+        if written == self.weights:
+            return False
+        # DDP writes the same values again: they are compared, once
+        if -1 in written or written == self.wrong or not self.is_unchanged():
+            self.wrong = written
+            return True
+        self.weights = written
+        return False
+
+    # Around a pass of the body
+
+    def _enter(self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.depth += 1
+        if self.depth > 1 or torch.compiler.is_compiling():
+            return None
+        given = arguments_of(self.prefix.body, args, kwargs)
+        rows = rows_of(given, packs=getattr(self.prefix.base, "petl_packs", False))
+        if self.watcher is not None:
+            self.watcher(rows)
+            return None
+        if not self.stores:
+            return None
+        reason = rows.reason or self._why_not()
+        if not reason:
+            self.states = self._look_up(rows, _device_of(given))
+        if self.states is None:
+            self.reason = reason or "rows that are in no store"
+            self.misses += 1
+            return None
+        self.hits += 1
+        # no key-value cache: it would lack the blocks that do not run
+        return (args, {**kwargs, "use_cache": False}) if self._takes_cache(given) else None
+
+    def _leave(self, *_: Any) -> None:
+        self.depth = max(0, self.depth - 1)
+        if not self.depth:
+            self.states = None
+
+    def _takes_cache(self, given: Mapping[str, Any]) -> bool:
+        return given.get("use_cache") is None and "use_cache" in parameters_of(
+            type(self.prefix.body)
+        )
+
+    def _why_not(self) -> str:
+        """Return why a pass with known rows runs its blocks; "" if it need not."""
+        config = self.prefix.body.config
+        asked = [
+            name
+            for name in ("output_hidden_states", "output_attentions", "output_router_logits")
+            if getattr(config, name, False)
+        ]
+        if asked:
+            return f"the model's config has {asked[0]}"
+        if autocast_of(self.prefix.body) != self.autocast:
+            return "the precision is another one than that of the store"
+        if self.has_changed():
+            return "the frozen blocks have changed since the store was opened"
+        return ""
+
+    def _look_up(self, rows: Rows, device: torch.device) -> Tensor | None:
+        """Return the states of a batch's rows, padded with zeros; None if some have none."""
+        found: list[Tensor | None] = [None] * len(rows.keys)
+        for store in self.stores:
+            numbers = store.find(rows.keys)
+            for i in np.flatnonzero(numbers >= 0).tolist():
+                found[i] = found[i] if found[i] is not None else store.row(int(numbers[i]))
+        states = [row for row in found if row is not None]
+        if len(states) < len(found) or not states:
+            return None
+        return gathered(states, rows, self.prefix.blocks, device)
+
+
+def gathered(
+    states: Sequence[Tensor], rows: Rows, blocks: Sequence[nn.Module], device: torch.device
+) -> Tensor:
+    """Return states of rows, [T_i, ...] each, as one padded tensor [B, T, ...] on the device."""
+    width = max(len(row) for row in states) if rows.lengths is None else rows.width[0]
+    # page-locked memory is what lets the copy run while the GPU computes
+    pinned = device.type == "cuda"
+    batch = torch.zeros(
+        len(states), width, *states[0].shape[1:], dtype=states[0].dtype, pin_memory=pinned
+    )
+    for target, row in zip(batch, states, strict=True):
+        target[: len(row)] = row
+    batch = batch.to(device, non_blocking=True)
+    # reentrant checkpointing of the blocks above trains only if an input requires a gradient
+    return batch.requires_grad_() if torch.is_grad_enabled() and reentrant(blocks) else batch
+
+
+def reentrant(blocks: Sequence[nn.Module]) -> bool:
+    """Return True if the blocks are checkpointed in the reentrant way."""
+    function = getattr(blocks[-1], "_gradient_checkpointing_func", None)
+    on = getattr(blocks[-1], "gradient_checkpointing", False)
+    return on and getattr(function, "keywords", {}).get("use_reentrant", True)
+
+
+def autocast_of(module: nn.Module) -> str:
+    """Return the dtype of autocast that is in effect on the device of a module; "" for none."""
+    device = next(module.parameters()).device.type
+    if not torch.is_autocast_enabled(device):
+        return ""
+    return str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+
+
+def _device_of(given: Mapping[str, Any]) -> torch.device:
+    return next(value.device for value in given.values() if isinstance(value, Tensor))
