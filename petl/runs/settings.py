@@ -133,6 +133,13 @@ class TrainConfig:
     """Fused forward and backward passes for PEFT's LoRA layers. One of true, false."""
     recompute_mlp: bool = setting(False, one_of(True, False))
     """Activation recomputation in MLP blocks: stores half the activations. One of true, false."""
+    skip_unread: bool = setting(True, one_of(True, False))
+    """Compute the last block of a classifier only at the position that its head reads. One of true,
+    false.
+
+    The result is the same up to rounding; dropout in that block draws other masks. Models, methods
+    and losses that read more positions are left alone.
+    """
     loss_segment: int | str | None = setting("auto", SEGMENTS.or_null())
     """Positions whose logits exist at a time in training (causal LM); null: all. Auto or an integer
     from 1, or null.

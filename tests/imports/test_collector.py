@@ -26,9 +26,16 @@ def test_full_collections_skip_what_the_block_made() -> None:
 
 
 def test_thresholds_are_those_of_before_also_after_an_error() -> None:
-    with pytest.raises(ImportError), rare_collections():
-        assert gc.get_threshold()[0] == RARE
-        raise ImportError
+    seen = []
+
+    def import_nothing() -> None:
+        with rare_collections():
+            seen.append(gc.get_threshold()[0])
+            raise ImportError
+
+    with pytest.raises(ImportError):
+        import_nothing()
+    assert seen == [RARE]
     assert gc.get_threshold() == OWN
 
 
