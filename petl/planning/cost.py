@@ -12,7 +12,7 @@ from petl.runs.settings import TrainConfig
 from petl.training.dataloader import Splits, buckets_of
 
 # assumptions: what makes a setting worth a line
-BUCKETS = 30  # proposed where train.buckets is null
+BUCKETS = 30  # of an estimate or a search where train.buckets is null or auto
 MUCH_PADDING = 0.2  # of the positions
 MUCH_SCORING = 0.25  # of the time of the steps
 MUCH_OF_A_PASS = 0.5  # of the memory of a step
@@ -86,12 +86,16 @@ def advice(
     # a mixture decides which rows a step has, so that they cannot be of similar length
     may_bucket = splits.task.reads_text and splits.mixture is None and not settings.bucketed
     if padding > MUCH_PADDING and may_bucket:
-        bucketed = replace(settings, buckets=BUCKETS)
-        after = padding_fraction(lengths, buckets_of(lengths, bucketed).batches(settings.seed, 0))
-        found.append(
-            f"train.buckets={BUCKETS} (batches of similar length): {100 * after:.1f} % padding "
-            f"instead of {100 * padding:.1f} %"
-        )
+        buckets = buckets_of(lengths, replace(settings, buckets="auto"))
+        if buckets is not None:
+            after = padding_fraction(lengths, buckets.batches(settings.seed, 0))
+            # the same tokens in fewer positions
+            less = (1 - padding) / (1 - after)
+            found.append(
+                f"train.buckets=auto (batches of similar length, {len(buckets.rows)} buckets): "
+                f"{100 * after:.1f} % padding instead of {100 * padding:.1f} %, so "
+                f"{100 * less:.0f} % of the positions of a step"
+            )
     found += _less_memory(memory, settings)
     if seconds is not None and settings.test and seconds.scoring > MUCH_SCORING * seconds.steps:
         setting = "test_rows:N of sets" if splits.task.scores_by_task else "data.test_rows=N"

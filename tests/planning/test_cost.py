@@ -100,4 +100,4 @@ def test_buckets_are_advised_where_much_is_padding(padded, said, monkeypatch):
 
     lengths = np.array([10] * 20 + [100 if padded else 10] * 20)
     lines = advice(MEMORY, None, lengths, Splits(), TrainConfig(batch_size=2, epochs=1))
-    assert any("train.buckets=30" in line for line in lines) is said
+    assert any("train.buckets=auto" in line for line in lines) is said

@@ -188,6 +188,6 @@ def recompute_mlp(model: nn.Module) -> int:
 
 
 def _uses(module: Any, names: tuple[str, ...]) -> bool:
-    """Return True if the class of a module has `forward(self, x)` with just these names, in order."""
+    """Return True if a module's class has `forward(self, x)` with just these names, in order."""
     code = forward_code(module)
     return code is not None and code.co_names == names and code.co_argcount == 2
