@@ -22,12 +22,11 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from petl.core.compat import ModulesToSaveWrapper
+from petl.core.compat import BaseTuner, ModulesToSaveWrapper
 from petl.core.layers.class_swap import SwappedClass, forward_code, original_class, swap_class
 from petl.core.lifecycle import extra_losses
 from petl.core.tuners.base import ForwardContextTuner
