@@ -6,6 +6,7 @@ The same as `petl train`, from a checkout; the run itself is petl/cli/train.py.
 import sys
 
 from petl.config.command_line import read_words
+from petl.imports.collector import rare_collections
 
 if __name__ == "__main__":
     words = sys.argv[1:]
@@ -13,7 +14,8 @@ if __name__ == "__main__":
         from petl.cli.main import main as petl
 
         sys.exit(petl(["train", *words]))
-    # imports torch, for which the help does not wait
-    from petl.cli.train import main
+    with rare_collections():
+        # imports torch, for which the help does not wait
+        from petl.cli.train import main
 
     main(words)

@@ -13,6 +13,7 @@ from typing import NoReturn
 from petl.cli import deltas, hub, predictions, serve, squeeze, studies, writing
 from petl.cli.arguments import add_out, add_run, folder_to_write, number
 from petl.errors import printable
+from petl.imports.collector import rare_collections
 from petl.imports.extras import install_hint
 from petl.version import __version__
 
@@ -280,8 +281,9 @@ def train(words: Sequence[str]) -> int:
 
         sys.stdout.write(text())
         return 0
-    # imports torch, for which the help does not wait
-    from petl.cli.train import main
+    with rare_collections():
+        # imports torch, for which the help does not wait
+        from petl.cli.train import main
 
     return main(words)
 
@@ -299,7 +301,8 @@ def run(words: Sequence[str]) -> int:
     modules = (commands, hub, studies, predictions, writing, deltas, squeeze, serve)
     functions = {name: call for module in modules for name, call in module.COMMANDS.items()}
     name = arguments.command
-    return app.run_command(functions[name], arguments, uses_models=name != "methods")
+    with rare_collections():  # a command imports what it needs
+        return app.run_command(functions[name], arguments, uses_models=name != "methods")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

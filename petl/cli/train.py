@@ -1,5 +1,6 @@
 """The run of `petl train` and of train.py: train one adapter, score it and save it."""
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -27,7 +28,15 @@ from petl.training.linear_probe import linear_probe
 from petl.training.loop import fit
 from petl.training.lr_finder import find_lr
 from petl.training.ranks import ranks_by_importance
-from petl.training.wrapping import check_model, load_start, wrap_arguments, wrap_for_run
+from petl.training.wrapping import (
+    check_model,
+    compute_less,
+    load_start,
+    wrap_arguments,
+    wrap_for_run,
+)
+
+logger = logging.getLogger(__name__)
 
 
 @app.job
@@ -87,6 +96,8 @@ def wrapped(run: Run, splits: Splits, processor: Any) -> PeftModel:
         load_start(model, task, settings)
     if config.loss is not None:
         attach(model, config.loss)
+    if compute_less(model, settings):
+        logger.info("the last block is computed only at the position that the head reads")
     check_model(model, settings)
     return model
 

@@ -14,6 +14,11 @@ from numpy.typing import ArrayLike
 from petl.data.batch_sampler import Ints, epoch_generator, random_permutation
 from petl.errors import InputError
 
+# assumptions of `Buckets.of_best_count`
+WORTHWHILE = 0.02  # of the positions, for which rows are sorted more finely
+MIN_STEPS = 3  # steps of a bucket in an epoch, over which its rows are shuffled
+MAX_BUCKETS = 64  # beyond which next to nothing is padding
+
 
 def bucket_edges(lengths: ArrayLike, n_buckets: int) -> list[int]:
     """The longest length of each bucket but the last; at most `n_buckets - 1`, some repeated.
@@ -160,6 +165,31 @@ class Buckets:
             )  # fewer if the bucket has grown by longer rows
             start = stop
         return cls(lengths, parts)
+
+    @classmethod
+    def of_best_count(
+        cls,
+        lengths: Ints,
+        batch_size: int,
+        max_tokens: int | None = None,
+        quadratic: float | None = None,
+    ) -> "Buckets":
+        """As `of_equal_tokens`, with the fewest buckets (1, 2, 4 ...) that leave little padding.
+
+        That is at most `WORTHWHILE` more positions than with the number that leaves fewest. Each
+        bucket has about `MIN_STEPS` steps or more, so that the rows which meet in a step change
+        from epoch to epoch. The number depends on lengths and sizes of steps alone.
+        """
+        limits = batch_size, max_tokens, quadratic
+        found = [cls.of_equal_tokens(lengths, 1, *limits)]
+        while (count := 2 ** len(found)) <= MAX_BUCKETS and (
+            count * MIN_STEPS <= len(found[0].sizes)
+        ):
+            found.append(cls.of_equal_tokens(lengths, count, *limits))
+        # of tokens, so that more is better
+        useful = [1 - padding_fraction(lengths, each.batches(0, 0)) for each in found]
+        enough = max(useful) / (1 + WORTHWHILE)
+        return next(each for each, share in zip(found, useful, strict=True) if share >= enough)
 
     @classmethod
     def of_batch_sizes(cls, lengths: Ints, batch_sizes: Mapping[int, int]) -> "Buckets":

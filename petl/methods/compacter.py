@@ -264,6 +264,7 @@ class CompacterModel(SubLayerTuner):
     """Tuner of `CompacterConfig`."""
 
     config_cls, adapter_cls = CompacterConfig, CompacterAdapter
+    by_position = True
 
     def layer_settings(
         self, config: CompacterConfig, model: nn.Module, shapes: Mapping[str, LayerShape]

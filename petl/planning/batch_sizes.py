@@ -97,7 +97,8 @@ def find(cfg: DictConfig, memory: int | None = None) -> dict[str, Any]:
     else:
         measure = by_shapes(config, splits, device, memory)
     lengths, processes = row_lengths(splits.task, splits.known), number_of_processes()
-    parts = equal_buckets(lengths, settings.buckets or BUCKETS)
+    count = BUCKETS if settings.buckets in (None, "auto") else int(settings.buckets)
+    parts = equal_buckets(lengths, count)
     with measure as fits:
         # the configured batch size is a plausible first guess
         first = max(1, settings.batch_size // processes)

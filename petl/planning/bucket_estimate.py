@@ -37,7 +37,9 @@ def describe(lengths: Ints, settings: TrainConfig) -> dict[str, Any]:
     """
     if not settings.bucketed:
         settings = replace(settings, buckets=BUCKETS)
-    buckets = buckets_of(lengths, settings)
+    # where auto makes none, one for all lengths
+    buckets = buckets_of(lengths, settings) or buckets_of(lengths, replace(settings, buckets=1))
+    assert buckets is not None
     # the order of a run without buckets, in the first epoch
     order = chunks(permutation(len(lengths), settings.seed, 0), settings.batch_size)
     longest = [int(lengths[rows].max()) for rows in buckets.rows]

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -12,8 +13,9 @@ from petl.runs.settings import TrainConfig
 from petl.training.dataloader import Splits, buckets_of
 
 # assumptions: what makes a setting worth a line
-BUCKETS = 30  # proposed where train.buckets is null
+BUCKETS = 30  # of an estimate or a search where train.buckets is null or auto
 MUCH_PADDING = 0.2  # of the positions
+MUCH_FASTER = 0.8  # of the time of matrix products
 MUCH_SCORING = 0.25  # of the time of the steps
 MUCH_OF_A_PASS = 0.5  # of the memory of a step
 MEASURED = 0.1  # seconds that the matrix products are measured for
@@ -28,11 +30,13 @@ class Time:
         steps: of all optimizer steps.
         scoring: of one evaluation of the test examples.
         speed: measured operations per second.
+        speed_bf16: the same in bfloat16.
     """
 
     steps: float
     scoring: float
     speed: float
+    speed_bf16: float
 
 
 def time_of(
@@ -49,13 +53,15 @@ def time_of(
     """
     if memory.pass_ is None:
         return None
-    speed = products_per_second(positions_of(memory.rows, memory.tokens), shape, device)
+    rows = positions_of(memory.rows, memory.tokens)
+    speed = products_per_second(rows, shape, device)
+    speed_bf16 = products_per_second(rows, shape, device, torch.bfloat16)
     each = memory.pass_.operations / positions_of(memory.rows, memory.tokens)
     forward = each / GROWTH
     if memory.scoring is not None:
         at_once = positions_of(memory.scoring_rows, memory.scoring_tokens)
         forward = memory.scoring.operations / at_once
-    return Time(positions * each / speed, scored * forward / speed, speed)
+    return Time(positions * each / speed, scored * forward / speed, speed, speed_bf16)
 
 
 def positions_of(rows: int, tokens: int | None) -> int:
@@ -63,10 +69,16 @@ def positions_of(rows: int, tokens: int | None) -> int:
     return rows * (tokens or 1)
 
 
-def products_per_second(rows: int, shape: tuple[int, int], device: torch.device) -> float:
-    """Return the operations per second of a matrix product [rows, I] x [I, O] in float32."""
+def products_per_second(
+    rows: int,
+    shape: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """Return the operations per second of a matrix product [rows, I] x [I, O]."""
     O, I = shape
-    x, W = torch.ones(min(rows, 4096), I, device=device), torch.ones(I, O, device=device)
+    like: Any = {"device": device, "dtype": dtype}
+    x, W = torch.ones(min(rows, 4096), I, **like), torch.ones(I, O, **like)
     torch.mm(x, W)  # the first call prepares the library
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < MEASURED:
@@ -86,12 +98,23 @@ def advice(
     # a mixture decides which rows a step has, so that they cannot be of similar length
     may_bucket = splits.task.reads_text and splits.mixture is None and not settings.bucketed
     if padding > MUCH_PADDING and may_bucket:
-        bucketed = replace(settings, buckets=BUCKETS)
-        after = padding_fraction(lengths, buckets_of(lengths, bucketed).batches(settings.seed, 0))
-        found.append(
-            f"train.buckets={BUCKETS} (batches of similar length): {100 * after:.1f} % padding "
-            f"instead of {100 * padding:.1f} %"
-        )
+        buckets = buckets_of(lengths, replace(settings, buckets="auto"))
+        if buckets is not None:
+            after = padding_fraction(lengths, buckets.batches(settings.seed, 0))
+            # the same tokens in fewer positions
+            less = (1 - padding) / (1 - after)
+            found.append(
+                f"train.buckets=auto (batches of similar length, {len(buckets.rows)} buckets): "
+                f"{100 * after:.1f} % padding instead of {100 * padding:.1f} %, so "
+                f"{100 * less:.0f} % of the positions of a step"
+            )
+    if seconds is not None and settings.precision == "no":
+        slower = seconds.speed / max(seconds.speed_bf16, 1e-9)
+        if slower < MUCH_FASTER:
+            found.append(
+                "train.precision=bf16 (products in bfloat16): matrix products of this size take "
+                f"{100 * slower:.0f} % of their time in float32 on this machine"
+            )
     found += _less_memory(memory, settings)
     if seconds is not None and settings.test and seconds.scoring > MUCH_SCORING * seconds.steps:
         setting = "test_rows:N of sets" if splits.task.scores_by_task else "data.test_rows=N"

@@ -37,7 +37,12 @@ from petl.tasks.base import Task
 from petl.training.dataloader import Splits, encode_splits, row_lengths
 from petl.training.evaluate import for_training
 from petl.training.optimizer import head_names, peak_lr
-from petl.training.wrapping import apply_memory_options, sized_fields, train_new_modules
+from petl.training.wrapping import (
+    apply_memory_options,
+    compute_less,
+    sized_fields,
+    train_new_modules,
+)
 
 DEFAULT = "by default"  # the pattern of a method with target_modules=null
 
@@ -209,6 +214,7 @@ def model_on_shapes(
         model = on_shapes(build, train_new_modules(planned, build()))
     apply_memory_options(model, run.train)
     losses.attach(model, run.loss)
+    compute_less(model, run.train)
     for _, parameter in trainable(model):
         parameter.data = parameter.data.float()  # as `make_optimizer` does
     # deprecation warnings are for developers of petl

@@ -131,6 +131,10 @@ def encode_splits(
     warn_about_labels(task, {"training": train, "validation": validation, "test": test})
     multiple = 1 if accelerator.device.type == "cpu" else 8  # tensor cores need multiples of 8
     buckets = buckets_of(row_lengths(task, train), settings) if settings.bucketed else None
+    if settings.buckets == "auto":
+        logger.info(
+            "train.buckets=auto: %s", "none" if buckets is None else f"{len(buckets.rows)} buckets"
+        )
     collate = task.collate(processor, multiple)
     stages = None if repeats is None else class_stream(task, train, settings, repeats)
     mixture = None
@@ -216,8 +220,10 @@ def numbered(rows: Dataset) -> Dataset:
     return rows.add_column("number", list(range(len(rows))))
 
 
-def buckets_of(lengths: Ints, settings: TrainConfig) -> Buckets:
+def buckets_of(lengths: Ints, settings: TrainConfig) -> Buckets | None:
     """Return the buckets that `train.buckets` or `train.batch_sizes` makes of these lengths.
+
+    None if `train.buckets=auto` would save no padding and there is no `train.max_tokens`.
 
     Raises:
         InputError: a row too long for them.
@@ -226,7 +232,11 @@ def buckets_of(lengths: Ints, settings: TrainConfig) -> Buckets:
         return Buckets.of_batch_sizes(lengths, settings.batch_sizes)
     assert settings.buckets is not None, "callers check settings.bucketed"
     limits = settings.batch_size, settings.max_tokens, settings.quadratic
-    return Buckets.of_equal_tokens(lengths, settings.buckets, *limits)
+    if settings.buckets != "auto":
+        return Buckets.of_equal_tokens(lengths, int(settings.buckets), *limits)
+    buckets = Buckets.of_best_count(lengths, *limits)
+    # a single one sorts nothing: the order of a run without buckets
+    return None if len(buckets.rows) == 1 and settings.max_tokens is None else buckets
 
 
 def hold_out(

@@ -26,6 +26,7 @@ from petl.core.layers.segment_loss import TOKENS, has_frozen_head, refusal, segm
 from petl.core.lifecycle import extra_losses
 from petl.core.loading import check_file
 from petl.core.progress import Shown
+from petl.core.read_positions import skip_unread
 from petl.core.registry import (
     build_config,
     check_on_shapes,
@@ -143,6 +144,19 @@ def apply_memory_options(model: PeftModel, settings: TrainConfig) -> None:
         tokens = TOKENS if is_possible else None
     if tokens is not None:
         segment_loss(model, int(tokens))
+
+
+def compute_less(model: PeftModel, settings: TrainConfig) -> bool:
+    """Leave out of each pass what nothing reads, as `settings` ask for; return True if possible.
+
+    Call it after extra losses are attached, which may read more.
+    """
+    if not settings.skip_unread:
+        return False
+    reason = skip_unread(model)
+    if reason is not None:
+        logger.debug("the last block is computed at all positions: %s", reason)
+    return reason is None
 
 
 def wrap_arguments(run: RunConfig, splits: Splits, accelerator: Accelerator) -> dict[str, Any]:

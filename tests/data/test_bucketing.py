@@ -1,6 +1,7 @@
 """Length-bucketed batches: the padding of a fixed data set, and properties of the sampler."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from petl.errors import InputError
 from petl.planning.bucket_estimate import describe
 from petl.runs.settings import TrainConfig
 from petl.testing.processes import in_processes
+from petl.training.dataloader import buckets_of
 
 LENGTHS = np.clip(np.random.default_rng(0).lognormal(4.5, 0.8, 20_000), 4, 1024).astype(int)
 SOME = LENGTHS[:500]
@@ -302,6 +304,40 @@ def test_steps_of_a_fixed_size_are_as_many_as_without_buckets(count, padding):
     assert padding_fraction(LENGTHS, buckets.batches(0, 0)) < padding
     uneven = Buckets.of_equal_tokens(LENGTHS[:500].astype(np.int32), count, batch_size=32)
     assert sorted(uneven.sizes)[:2] == [500 % 32, 32]
+
+
+def test_the_automatic_number_is_the_fewest_that_leave_little_padding():
+    lengths = LENGTHS[:4000].astype(np.int32)
+    positions = {}
+    for count in (1, 2, 4, 8, 16, 32):  # 64 would have fewer than 3 of the 125 steps each
+        buckets = Buckets.of_equal_tokens(lengths, count, batch_size=32)
+        positions[count] = sum(len(rows) * lengths[rows].max() for rows in buckets.batches(0, 0))
+    fewest = min(n for n in positions if positions[n] <= 1.02 * min(positions.values()))
+    assert fewest > 1
+    found = Buckets.of_best_count(lengths, 32)
+    expected = Buckets.of_equal_tokens(lengths, fewest, batch_size=32)
+    assert len(found.rows) == len(expected.rows)
+    for one, other in zip(found.batches(5, 2), expected.batches(5, 2), strict=True):
+        assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most"),
+    [([9] * 400, 1), ([5, 90] * 8, 1)],
+    ids=["equal", "few steps"],
+)
+def test_the_automatic_number_is_small_where_more_save_nothing(lengths, most):
+    assert len(Buckets.of_best_count(np.array(lengths, np.int32), 4).rows) <= most
+
+
+def test_automatic_buckets_are_none_where_they_save_nothing():
+    settings = TrainConfig(buckets="auto", batch_size=4)
+    assert buckets_of(np.full(400, 9, np.int32), settings) is None
+    sorted_ = buckets_of(LENGTHS[:4000].astype(np.int32), settings)
+    assert sorted_ is not None
+    assert padding_fraction(LENGTHS[:4000], sorted_.batches(0, 0)) < 0.1
+    # with max_tokens, buckets are what limits a step
+    assert buckets_of(np.full(400, 9, np.int32), replace(settings, max_tokens=36)) is not None
 
 
 @pytest.mark.parametrize(("count", "padding"), [(10, 0.151), (30, 0.057)])

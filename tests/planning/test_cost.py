@@ -57,9 +57,9 @@ def test_operations_are_counted():
 def test_time_follows_from_operations_per_position(monkeypatch):
     monkeypatch.setattr("petl.planning.cost.products_per_second", lambda *_: 60.0)
     # 600 / (4 x 5) = 30 operations a token in training, 80 / 8 = 10 in scoring
-    assert time_of(MEMORY, 200, 12, (2, 2), CPU) == Time(100.0, 2.0, 60.0)
+    assert time_of(MEMORY, 200, 12, (2, 2), CPU) == Time(100.0, 2.0, 60.0, 60.0)
     without = replace(MEMORY, scoring=None)
-    assert time_of(without, 200, 12, (2, 2), CPU) == Time(100.0, 2.0, 60.0)  # a third: 10
+    assert time_of(without, 200, 12, (2, 2), CPU) == Time(100.0, 2.0, 60.0, 60.0)  # a third: 10
     assert time_of(replace(MEMORY, pass_=None), 200, 12, (2, 2), CPU) is None
 
 
@@ -100,4 +100,29 @@ def test_buckets_are_advised_where_much_is_padding(padded, said, monkeypatch):
 
     lengths = np.array([10] * 20 + [100 if padded else 10] * 20)
     lines = advice(MEMORY, None, lengths, Splits(), TrainConfig(batch_size=2, epochs=1))
-    assert any("train.buckets=30" in line for line in lines) is said
+    assert any("train.buckets=auto" in line for line in lines) is said
+
+
+@pytest.mark.parametrize(
+    ("speed", "precision", "said"),
+    [(20.0, "no", True), (20.0, "bf16", False), (10.5, "no", False)],
+    ids=["twice as fast", "chosen already", "hardly faster"],
+)
+def test_bfloat16_is_advised_where_its_products_are_faster(speed, precision, said):
+    class Task:
+        reads_text = False
+
+    class Splits:
+        task, test, mixture = Task(), range(3), None
+
+        def sampler(self, settings):
+            return self
+
+    import numpy as np
+
+    seconds = Time(steps=100.0, scoring=1.0, speed=10.0, speed_bf16=speed)
+    settings = TrainConfig(precision=precision)
+    lines = advice(MEMORY, seconds, np.array([], np.int32), Splits(), settings)
+    found = [line for line in lines if "train.precision=bf16" in line]
+    assert bool(found) is said
+    assert not found or "take 50 % of their time" in found[0]

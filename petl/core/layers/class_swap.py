@@ -4,8 +4,10 @@
 entries, so that a walk over the model skips idle adapters.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator, KeysView
 from functools import cache
+from types import CodeType
 from typing import Any, ClassVar
 
 from torch import nn
@@ -75,6 +77,20 @@ def mixins_of(target: Any) -> list[Any]:
     """Return the mixins that `swap_class` put before the class of an object."""
     *mixins, _ = _parts(type(target))
     return mixins
+
+
+def forward_code(module: Any) -> CodeType | None:
+    """Return the code of a module's own `forward`, by whose names its class is recognized.
+
+    That is the class that it had before `swap_class`, and the function inside of decorators.
+
+    Returns:
+        None if `forward` was replaced on the instance (accelerate's offloading does).
+    """
+    if not isinstance(module, nn.Module) or "forward" in module.__dict__:
+        return None
+    cls: Any = original_class(module)
+    return getattr(inspect.unwrap(cls.forward), "__code__", None)
 
 
 def _parts(cls: type[Any]) -> Iterator[type]:

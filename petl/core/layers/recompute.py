@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.autograd.function import once_differentiable
 
-from petl.core.layers.class_swap import SwappedClass, swap_class
+from petl.core.layers.class_swap import SwappedClass, forward_code, swap_class
 from petl.core.parameters import check_module
 from petl.errors import UnsupportedError
 from petl.ops.low_rank import has_no_hooks
@@ -194,11 +194,6 @@ def recompute_mlp(model: nn.Module) -> int:
 
 
 def _uses(module: Any, names: tuple[str, ...]) -> bool:
-    """Return True if the module's class has a `forward(self, x)` with just these names, in order.
-
-    False if `forward` was replaced on the instance (accelerate's offloading does).
-    """
-    if not isinstance(module, nn.Module) or "forward" in module.__dict__:
-        return False
-    code = getattr(type(module).forward, "__code__", None)
+    """Return True if a module's class has `forward(self, x)` with just these names, in order."""
+    code = forward_code(module)
     return code is not None and code.co_names == names and code.co_argcount == 2

@@ -59,6 +59,9 @@ class MethodTuner(SharedStateTuner):
         free_dims: by name of a tensor, the dimension that may have another size in a file.
         optional_tensors: last parts of names of tensors that a file may lack.
         moves_entries: False if `update_and_allocate` leaves the trained entries in their places.
+        by_position: True if an adapter changes each position by itself, and nothing counts the
+            positions of a layer: the last block may then compute only those that are read, see
+            petl/core/read_positions.py.
         capture_cls: hook that captures the input of an adapter with a source, see `sources`.
         placed: by adapter name and module path, the adapters in the model's order.
     """
@@ -71,6 +74,7 @@ class MethodTuner(SharedStateTuner):
     free_dims: ClassVar[Mapping[str, int]] = {}
     optional_tensors: ClassVar[tuple[str, ...]] = ()
     moves_entries: ClassVar[bool] = True
+    by_position: ClassVar[bool] = False
     capture_cls: ClassVar[type[InputCapture]] = InputCapture
     target_module_mapping: dict[str, list[str]] = {}  # read by PEFT; petl resolves targets itself
 

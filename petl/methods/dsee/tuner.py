@@ -51,6 +51,7 @@ class DseeModel(MethodTuner):
     """Tuner of `DseeConfig`."""
 
     config_cls, adapter_cls = DseeConfig, DseeAdapter
+    by_position = True
     unsupported = {
         **dict.fromkeys(
             ("4bit", "8bit", "torchao"),

@@ -27,6 +27,7 @@ class MosModel(MethodTuner):
     """Tuner of `MosConfig`."""
 
     config_cls, adapter_cls = MosConfig, MosAdapter
+    by_position = True
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)

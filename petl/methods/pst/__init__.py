@@ -120,6 +120,7 @@ class PstModel(MethodTuner):
     """Tuner of `PstConfig`."""
 
     config_cls, adapter_cls = PstConfig, PstAdapter
+    by_position = True
     unsupported = {**dict.fromkeys(("4bit", "8bit", "torchao"), DENSE), "mixed": ALONE}
     # transformers puts the tensors into the layers without a call of `_load_from_state_dict`
     needs_tuner = "its layers would not know how many of their weights are pruned"

@@ -136,6 +136,7 @@ class SparseModel(MethodTuner):
     """Tuner of `SparseConfig`."""
 
     config_cls, adapter_cls = SparseConfig, SparseAdapter
+    by_position = True
     unsupported = {
         "deepspeed": lambda config: "" if config.selection_algorithm == "none" else SINGLE,
     }
