@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from petl.prediction.predictor import Predictor
     from petl.signatures import build_config, get, wrap  # of petl.core.registry, method by method
     from petl.training.adamr import AdamR
+    from petl.training.together.jobs import Job, Trained, train_together
 
 __all__ = [
     "AdamR",
@@ -52,6 +53,7 @@ __all__ = [
     "Callback",
     "Factors",
     "InputError",
+    "Job",
     "LayerInfo",
     "LayerShape",
     "Lifecycle",
@@ -60,6 +62,7 @@ __all__ = [
     "MethodTuner",
     "Predictor",
     "SparseSM3",
+    "Trained",
     "adopt",
     "build_config",
     "evaluate",
@@ -76,6 +79,7 @@ __all__ = [
     "recompute_mlp",
     "register",
     "segment_loss",
+    "train_together",
     "wrap",
 ]
 
@@ -104,6 +108,7 @@ _NAMES = {
     "petl.methods.lora": ("lorafa_optimizer", "loraplus_optimizer"),
     "petl.methods.sparse": ("SparseSM3",),
     "petl.training.adamr": ("AdamR",),
+    "petl.training.together.jobs": ("Job", "Trained", "train_together"),
     "petl.prediction.library": ("evaluate", "predict"),
     "petl.prediction.predictor": ("Predictor",),
 }

@@ -20,6 +20,7 @@ from bench import (
     scale,
     serve,
     start_up,
+    together,
 )
 from bench.contenders import contenders
 from bench.records import Record, Result
@@ -35,7 +36,7 @@ from petl.runs.environment import (
 
 SECTIONS = (
     "step", "small", "bf16", "file", "peak", "generate", "dist", "serve", "many", "scale",
-    "compile", "merge", "start-up", "peers",
+    "compile", "merge", "start-up", "peers", "together",
 )  # fmt: skip
 USUAL = ("step", "file", "peak", "generate", "start-up")  # the default of `--sections`
 
@@ -129,6 +130,7 @@ def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
         "merge": lambda shape: merging.measure(rounds),
         "start-up": lambda shape: start_up.measure(),
         "peers": lambda shape: peers.measure(shape, rounds, settings.peers),
+        "together": lambda shape: together.measure(rows, shape, rounds),
     }
 
 
