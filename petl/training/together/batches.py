@@ -21,6 +21,7 @@ LABELS = ("labels", "start_positions", "end_positions", "shift_labels", "num_ite
 MASKS = ("attention_mask", "decoder_attention_mask")
 # tensors [rows, tokens] that can be padded with 0; ids get the model's padding
 PADDED = (*MASKS, "token_type_ids", "position_ids", "input_ids", "decoder_input_ids")
+TOKENS = 512  # tokens of a pass from which on more adapters gain nothing; measured on a CPU
 
 
 class Joined(NamedTuple):
@@ -29,12 +30,10 @@ class Joined(NamedTuple):
     Attributes:
         inputs: tensors [K N, ...]; a batch with fewer rows repeats its first one.
         rows: N.
-        tokens: the rows of all adapters times the tokens of a row.
     """
 
     inputs: dict[str, Any]
     rows: int
-    tokens: int
 
 
 def joined(model: nn.Module, batches: Sequence[Batch]) -> Joined:
@@ -61,8 +60,7 @@ def joined(model: nn.Module, batches: Sequence[Batch]) -> Joined:
     side_by_side = {
         name: _joined(name, [batch[name] for batch in inputs], rows, pad) for name in inputs[0]
     }
-    tokens = max((each.shape[1] for each in ids), default=1)
-    return Joined(side_by_side, rows, len(batches) * rows * tokens)
+    return Joined(side_by_side, rows)
 
 
 def with_decoder_inputs(model: Any, batch: Batch) -> dict[str, Any]:
@@ -104,6 +102,18 @@ def _joined(name: str, values: Sequence[Any], rows: int, pad: int) -> Any:
         values = [F.pad(value, (0, width - value.shape[1]), value=fill) for value in values]
     filled = [torch.cat([v, v[:1].expand(rows - len(v), *v.shape[1:])]) for v in values]
     return torch.cat(filled)
+
+
+def room_for(batches: Sequence[Batch]) -> int:
+    """Return how many adapters with such batches have about `TOKENS` tokens in a pass."""
+    mean = sum(map(tokens_of, batches)) / len(batches)
+    return max(1, int(TOKENS // max(1.0, mean)))
+
+
+def tokens_of(batch: Batch) -> int:
+    """Return the tokens of a batch, padding included; the patches of an image are not known."""
+    ids = batch.get("input_ids")
+    return ids.numel() if isinstance(ids, Tensor) else TOKENS
 
 
 def part(output: Mapping[str, Any], k: int, rows: int, batch: Batch) -> dict[str, Tensor]:

@@ -70,6 +70,8 @@ class Member:
         self.base: Any = model.get_base_model()
         self.adapted = dict(adapted_modules(self.base))
         self.trained = [parameter for _, parameter in trainable(model)]
+        for path, layer in self.adapted.items():
+            refuse_layer(path, layer)
 
     @property
     def name(self) -> str:
@@ -114,21 +116,39 @@ def adapted_modules(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
+def refuse_layer(path: str, layer: nn.Module) -> None:
+    """Raise UnsupportedError unless there is a form of this layer for the rows of several."""
+    if isinstance(layer, FusedLoraLinear):
+        if layer._only_active() is None:
+            raise UnsupportedError(
+                f"the LoRA layer {path} is not two plain factors (DoRA, a bias, or another "
+                "variant), so adapters cannot train together"
+            )
+    elif not isinstance(layer, AdapterLayer | ModulesToSaveWrapper):
+        raise UnsupportedError(
+            f"{path} is {type(layer).__name__}, which cannot compute the rows of several adapters "
+            "in training"
+        )
+
+
 class AdapterGroup:
     """Adapters that train in one pass over one base.
 
     The members may change between passes. `losses` and `backward` are one pass; each member then
     has the gradients in its own parameters that a pass of its own would have given.
 
+    Args:
+        checked: the loss is known to be the model's own, see `check_loss`.
+
     Attributes:
         members: in the order of their rows.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, checked: bool = False) -> None:
         self.members: list[Member] = []
         self._lead: nn.Module | None = None  # built at the next pass
         self._stacks: list[Stack] = []
-        self._checked = False
+        self._checked = checked
 
     def join(self, member: Member) -> None:
         """Add a member behind the others.
@@ -210,12 +230,22 @@ def check_alike(first: Member, other: Member) -> None:
             f"adapters that train together are on the same modules, and {differing[0]} is adapted "
             "by one of two only"
         )
-    pairs = zip(first.base.parameters(), other.base.parameters(), strict=False)
-    if next((a is not b for a, b in pairs if not a.requires_grad and not b.requires_grad), False):
+    weights, others = (base_weights(member) for member in (first, other))
+    if any(others[name] is not weight for name, weight in weights.items()):
         raise InputError(
             "adapters that train together share the weights of their base: make the models by "
             "share_weights"
         )
+
+
+def base_weights(member: Member) -> dict[str, nn.Parameter]:
+    """Return the frozen parameters of the base, without those of modules that train as a whole."""
+    heads = [p for p, m in member.adapted.items() if isinstance(m, AuxiliaryTrainingWrapper)]
+    return {
+        name: parameter
+        for name, parameter in member.base.named_parameters()
+        if not parameter.requires_grad and not any(name.startswith(f"{h}.") for h in heads)
+    }
 
 
 def build(members: Sequence[Member]) -> tuple[nn.Module, list[Stack]]:
@@ -231,7 +261,7 @@ def build(members: Sequence[Member]) -> tuple[nn.Module, list[Stack]]:
         layers = [member.adapted[path] for member in members]
         names = [member.name for member in members]
         copied: Any = lead.get_submodule(path)
-        new = grouped(path, copied, layers, names, generators)
+        new = grouped(copied, layers, names, generators)
         if isinstance(new, GroupedLowRank):
             stacks += new.stacks
         owner, _, name = path.rpartition(".")
@@ -241,7 +271,6 @@ def build(members: Sequence[Member]) -> tuple[nn.Module, list[Stack]]:
 
 
 def grouped(
-    path: str,
     copied: Any,
     layers: Sequence[Any],
     names: Sequence[str],
@@ -250,7 +279,6 @@ def grouped(
     """Return the module that computes what `layers` compute, each for the rows of its own.
 
     Args:
-        path: in the base model.
         copied: a copy of the first layer, whose base layer the new module takes.
         layers: of the members.
         names: of their adapters.
@@ -260,25 +288,14 @@ def grouped(
     if isinstance(first, ModulesToSaveWrapper):
         return GroupedModules([layer.modules_to_save[name] for layer, name in pairs])
     if isinstance(first, FusedLoraLinear):
-        for layer, name in pairs:
-            if layer._only_active() is None:
-                raise UnsupportedError(
-                    f"the LoRA layer {path} of adapter {name!r} is not two plain factors (DoRA, a "
-                    "bias, or another variant), so adapters cannot train together"
-                )
         factors = [layer._factors(name) for layer, name in pairs]
         dropouts = [layer.lora_dropout[name] for layer, name in pairs]
         return GroupedLora(copied.base_layer, generators, factors, dropouts)
-    if isinstance(first, AdapterLayer):
-        for capture in copied.captures.values():  # a copy, which would keep the input
-            capture.detach()
-        adapters = [layer.adapters[name] for layer, name in pairs]
-        captured = Captured() if first.captures else None
-        return type(adapters[0]).grouped(adapters, copied.base_layer, generators, captured)
-    raise UnsupportedError(
-        f"{path} is {type(first).__name__}, which cannot compute the rows of several adapters in "
-        "training"
-    )
+    for capture in copied.captures.values():  # a copy, which would keep the input
+        capture.detach()
+    adapters = [layer.adapters[name] for layer, name in pairs]
+    captured = Captured() if first.captures else None
+    return type(adapters[0]).grouped(adapters, copied.base_layer, generators, captured)
 
 
 def attach_captures(lead: nn.Module, members: Sequence[Member]) -> None:
@@ -298,16 +315,27 @@ def context_of(member: Member, batch: Batch, together: Joined, k: int) -> dict[s
     """Return the inputs as member k's own hooks shall see them: of its rows, with its labels.
 
     Rows that were added to fill up the batch are masked: statistics over tokens leave them out.
+
+    Raises:
+        InputError: there are such rows, and statistics over inputs that have no mask.
     """
     first, count = k * together.rows, rows_of(batch)
     own = {
         name: value[first : first + together.rows] if isinstance(value, Tensor) else value
         for name, value in together.inputs.items()
     }
-    for name in MASKS:
-        if name in own and count < together.rows:
-            own[name] = own[name].clone()
-            own[name][count:] = 0
+    if count < together.rows and member.base._forward_pre_hooks:
+        if "input_ids" in own:
+            own.setdefault("attention_mask", torch.ones_like(own["input_ids"]))
+        elif "attention_mask" not in own:
+            raise InputError(
+                f"batches of {count} and {together.rows} rows: adapters of this method train "
+                "together on such inputs with batches of as many rows"
+            )
+        for name in MASKS:
+            if name in own:
+                own[name] = own[name].clone()
+                own[name][count:] = 0
     return {**own, **{name: batch[name] for name in ("labels",) if name in batch}}
 
 

@@ -22,10 +22,9 @@ from petl.core.switching.lora import fuse_lora
 from petl.errors import InputError, did_you_mean
 from petl.runs.settings import TrainConfig
 from petl.training.optimizer import fraction_of_peak, make_optimizer, set_lr
-from petl.training.together.batches import Batch
+from petl.training.together.batches import Batch, room_for
 from petl.training.together.group import AdapterGroup, Member, share_weights
 
-TOKENS = 512  # tokens of a pass from which on more adapters gain nothing; measured on a CPU
 # settings of `petl train` that a job has; the others are about data, evaluation and run folders
 SETTINGS = (
     "steps",
@@ -162,16 +161,8 @@ def train_together(
 
 
 def slots(live: "Sequence[_Running]") -> int:
-    """Return how many adapters have about `TOKENS` tokens in a pass, by the next batch of one."""
-    if not live:
-        return 1
-    return max(1, TOKENS // max(1, tokens_of(live[0].next_batch())))
-
-
-def tokens_of(batch: Batch) -> int:
-    """Return the tokens of a batch, padding included; the patches of an image are not known."""
-    ids = batch.get("input_ids")
-    return ids.numel() if isinstance(ids, Tensor) else TOKENS
+    """Return how many adapters have room in a pass, by the next batch of the first."""
+    return room_for([live[0].next_batch()]) if live else 1
 
 
 def step(group: AdapterGroup, live: "Sequence[_Running]") -> None:
