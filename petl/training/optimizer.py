@@ -17,7 +17,7 @@ from petl.core.registry import method_of
 from petl.distributed.launch import Engine, is_zero
 from petl.errors import InputError
 from petl.runs.settings import TrainConfig
-from petl.training.together.engine import engine_here
+from petl.training.together.lanes import current
 
 
 def make_optimizer(
@@ -166,7 +166,9 @@ def make_engine(
         from petl.distributed.deepspeed import ZeroEngine
 
         return ZeroEngine(model, optimizer, max_norm, accelerator)
-    own = engine_here()
-    if own is not None:
-        return own(model, optimizer, max_norm, accelerator)
+    if current() is not None:
+        # not imported by runs that train alone
+        from petl.training.together.engine import LaneEngine
+
+        return LaneEngine(model, optimizer, max_norm, accelerator)
     return Engine(model, optimizer, max_norm, accelerator)

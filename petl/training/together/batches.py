@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from petl.core.layers.context import is_encoder_decoder
+from petl.core.layers.task_rows import ARGUMENT
 from petl.errors import InputError, UnsupportedError
 
 Batch = Mapping[str, Any]
@@ -164,10 +165,20 @@ def loss_of(model: Any, output: Mapping[str, Tensor], batch: Batch) -> Tensor:
 def check_loss(model: Any, batch: Batch) -> None:
     """Raise UnsupportedError unless `loss_of` is the loss that the model itself computes.
 
+    Also for batches whose rows cannot be padded or told apart by the model alone.
+
     Args:
         model: a PeftModel, which is called in evaluation mode.
         batch: with labels.
     """
+    if "position_ids" in batch and "attention_mask" not in batch:
+        raise UnsupportedError(
+            "rows of packed texts have no mask that could be padded: train such adapters one by one"
+        )
+    if ARGUMENT in batch:
+        raise UnsupportedError(
+            f"{ARGUMENT} of a batch are not passed on to several adapters: train them one by one"
+        )
     base: Any = model.get_base_model()
     kind = getattr(base, "loss_type", None)
     is_known = is_encoder_decoder(base) or kind in LOSS_MAPPING

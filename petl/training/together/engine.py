@@ -20,11 +20,6 @@ KINDS = (BACKWARD, FORWARD)  # a run that has a loss frees its activations first
 logger = logging.getLogger(__name__)
 
 
-def engine_here() -> type[Engine] | None:
-    """Return the class of the engine in a lane; None for a run of its own."""
-    return None if current() is None else LaneEngine
-
-
 class LaneEngine(Engine):
     """Asks for passes. A run that cannot train together, as the log says, makes its own."""
 

@@ -75,7 +75,7 @@ def difference(tensors: dict[str, torch.Tensor], trained: petl.Trained) -> float
     """The largest difference of a trained tensor."""
     found = dict(trained.model.named_parameters())
     assert {n for n, p in found.items() if p.requires_grad} == tensors.keys()
-    return max(float((tensors[n] - found[n]).abs().max()) for n in tensors)
+    return max((tensors[n] - found[n].detach()).abs().max().item() for n in tensors)
 
 
 def jobs_of(make, method: str, fields: dict[str, Any], rate: float = 1e-3) -> list[petl.Job]:
@@ -266,6 +266,14 @@ def test_wrong_settings_of_a_job_are_refused(train, part):
     job = petl.Job("lora", [class_batch(2, 0)], train, {"task_type": "SEQ_CLS"})
     with pytest.raises(petl.InputError, match=part):
         petl.train_together(tiny_bert(), [job])
+
+
+def test_packed_rows_are_refused():
+    ids = torch.arange(3, 11)[None]
+    batch = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])}
+    job = petl.Job("lora", [{**batch, "labels": ids}], {"steps": 1}, {"task_type": "CAUSAL_LM"})
+    with pytest.raises(UnsupportedError, match="packed"):
+        petl.train_together(tiny_llama(2), [job])
 
 
 def test_a_loss_that_is_not_known_from_the_logits_is_refused():
