@@ -18,7 +18,7 @@ from petl.config.compose import compose
 from petl.distributed.processes import ASKS, release
 from petl.files.disk import append_to
 from petl.sweeps.study import Runs
-from petl.training.together.engine import KINDS, Passes
+from petl.training.together.engine import KINDS, LaneEngine, Passes
 from petl.training.together.lanes import Lanes
 
 
@@ -27,7 +27,8 @@ def main() -> None:
     runs: Runs = json.load(sys.stdin)
     app.log_to_stderr()
     search_users_dirs()
-    lanes = Lanes(min(runs["together"], len(runs["runs"])), Passes().perform, KINDS)
+    width = min(runs["together"], len(runs["runs"]))
+    lanes = Lanes(width, Passes().perform, KINDS, LaneEngine)
     for number in ASKS:  # a run in a thread gets no signals
         signal.signal(number, lambda number, _: lanes.stop(number))
     lanes.run([partial(make, run["overrides"], run["folder"], run["log"]) for run in runs["runs"]])

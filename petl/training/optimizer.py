@@ -166,9 +166,7 @@ def make_engine(
         from petl.distributed.deepspeed import ZeroEngine
 
         return ZeroEngine(model, optimizer, max_norm, accelerator)
-    if current() is not None:
-        # not imported by runs that train alone
-        from petl.training.together.engine import LaneEngine
-
-        return LaneEngine(model, optimizer, max_norm, accelerator)
+    lane = current()
+    if lane is not None:
+        return lane.lanes.engine(model, optimizer, max_norm, accelerator)
     return Engine(model, optimizer, max_norm, accelerator)

@@ -12,7 +12,7 @@ from training_fixtures import main
 
 from petl.cli.train_together import make
 from petl.config.compose import compose
-from petl.training.together.engine import FORWARD, KINDS, Passes
+from petl.training.together.engine import FORWARD, KINDS, LaneEngine, Passes
 from petl.training.together.lanes import Lanes
 
 pytest_plugins = ["training_fixtures"]
@@ -48,7 +48,7 @@ def together(jobs: dict[Path, list[str]], width: int, stop_at: int | None = None
                 waiting.stop(signal.SIGTERM)
         return answers
 
-    waiting = Lanes(width, perform, KINDS)
+    waiting = Lanes(width, perform, KINDS, LaneEngine)
     waiting.run([partial(make, words, str(run), f"{run}.log") for run, words in jobs.items()])
     return sizes
 

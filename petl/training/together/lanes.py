@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petl.distributed.launch import Engine
 from petl.distributed.processes import stop_threads
 from petl.runs.checkpoint import RngState, rng_state, set_rng
 
@@ -79,6 +80,7 @@ class Lanes:
         width: the number of runs at a time.
         perform: makes the passes of lanes that wait; called with kind and lanes, returns a result
             for each of them. Kinds are performed in the order of `kinds`.
+        engine: the class of the engines of runs in these lanes, which ask for passes.
     """
 
     def __init__(
@@ -86,9 +88,10 @@ class Lanes:
         width: int,
         perform: Callable[[str, Sequence[Lane]], Sequence[Any]],
         kinds: Sequence[str],
+        engine: type[Engine],
     ) -> None:
         self.lanes = [Lane(self, index) for index in range(width)]
-        self.perform, self.kinds = perform, kinds
+        self.perform, self.kinds, self.engine = perform, kinds, engine
         self.bases: dict[str, nn.Parameter] = {}  # see `share_base`
         self.asked_to_stop = 0
         self._finished = threading.Event()
