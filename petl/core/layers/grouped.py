@@ -83,6 +83,7 @@ class GroupedLowRank(GroupedLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         K, base = len(self.generators), self.base_layer
+        # the conditions under which an adapter alone is fused, for the same results
         frozen = None if args or kwargs else frozen_weight_and_bias(base, x)
         y = None if frozen is not None else base(x, *args, **kwargs)
         tokens = x.shape[:-1]
@@ -205,6 +206,7 @@ class GroupedNetworks(GroupedLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y, K = self.base_layer(x, *args, **kwargs), len(self.adapters)
         x = x if self.captured is None else self.captured.pop()
+        # in each pass, so that gradients reach the parameters of each
         together = stacked(self.adapters, None)
         return together(by_adapter(x, K), by_adapter(y, K)).view(y.shape)
 

@@ -43,6 +43,7 @@ class Stack:
 
     def hand_out(self) -> None:
         """Add each slice of the leaf's gradient to that of its parameter, and clear the leaf's."""
+        # cleared, so that the gradients of two micro-batches are added in the parameters only
         grad, self.leaf.grad = self.leaf.grad, None
         if grad is None:
             return

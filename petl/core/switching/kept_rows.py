@@ -43,6 +43,7 @@ class KeptRows:
             return names
         if not is_generation_call:
             return AdapterRows(names)
+        # cheap beside a call of `generate`: it reads pointers and counters, no values
         state = state_of(hosts, dict.fromkeys(names))
         if state is None:
             return AdapterRows(names, is_generation_call=True)

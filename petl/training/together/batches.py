@@ -44,6 +44,7 @@ def joined(model: nn.Module, batches: Sequence[Batch]) -> Joined:
         InputError: they have other inputs, or one that cannot be padded.
     """
     inputs = [with_decoder_inputs(model, batch) for batch in batches]
+    # the last batch of an epoch may have fewer
     rows = max(rows_of(batch) for batch in inputs)
     ids = [batch["input_ids"] for batch in inputs if "input_ids" in batch]
     if len({each.shape[1] for each in ids}) > 1:  # padding has to be told apart
@@ -100,6 +101,7 @@ def _joined(name: str, values: Sequence[Any], rows: int, pad: int) -> Any:
                 "be padded: give adapters that train together inputs of one shape"
             )
         width, fill = max(shape[0] for shape in widths), pad if name.endswith("input_ids") else 0
+        # on the right, whatever the side of the tokenizer: positions of the rest stay as they are
         values = [F.pad(value, (0, width - value.shape[1]), value=fill) for value in values]
     filled = [torch.cat([v, v[:1].expand(rows - len(v), *v.shape[1:])]) for v in values]
     return torch.cat(filled)
@@ -151,8 +153,10 @@ def loss_of(model: Any, output: Mapping[str, Tensor], batch: Batch) -> Tensor:
     """
     labels = {name: batch[name] for name in LABELS if name in batch}
     if is_encoder_decoder(model) and "logits" in output and output["logits"].dim() == 3:
+        # such models compute it inline; labels are not shifted
         logits = output["logits"]
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), labels["labels"].reshape(-1))
+    # of transformers, by the class of the model; it takes some of these by name
     function = model.loss_function
     given = {**output, **labels, "config": model.config}
     if "logits" in output:
@@ -173,7 +177,8 @@ def check_loss(model: Any, batch: Batch) -> None:
     """
     if "position_ids" in batch and "attention_mask" not in batch:
         raise UnsupportedError(
-            "rows of packed texts have no mask that could be padded: train such adapters one by one"
+            f"{sorted(batch)}: rows of packed texts have no mask that could be padded, so train "
+            "such adapters one by one"
         )
     if ARGUMENT in batch:
         raise UnsupportedError(
@@ -188,6 +193,7 @@ def check_loss(model: Any, batch: Batch) -> None:
         output = model(**batch)
     finally:
         model.train(training)
+    # compared on logits of the same pass, so that dropout has no part in it
     own = output.get("loss")
     if own is not None and is_known:
         found = part(output, 0, rows_of(batch), batch)

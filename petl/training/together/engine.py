@@ -86,6 +86,7 @@ class Passes:
         asked = {lane: request_of(lane) for lane in lanes}
         if self.room is None:
             self.room = room_for([batch for _, batch in asked.values()])
+        # once: it goes on from pass to pass, while those of the runs may stand still
         if self._generator is None:
             self._generator = torch.Generator(lanes[0].device)
             self._generator.set_state(state_of(lanes[0]))
@@ -93,6 +94,7 @@ class Passes:
         batches = dict(asked.values())
         lane_of = {member: lane for lane, (member, _) in asked.items()}
         self._losses = {lane: member for lane, (member, _) in asked.items()}
+        # a loss keeps its graph until the run asks for the backward pass
         losses: dict[Member, Tensor] = {}
         for members, group in self.groups.items():
             for member in members:
@@ -121,6 +123,7 @@ class Passes:
                 parts.append([member])
             else:
                 fitting.append(member)
+        # members that ended have left, so a part may have changed
         wanted = [tuple(part) for part in parts]
         kept = {key: group for key, group in self.groups.items() if key in wanted}
         for key, group in self.groups.items():

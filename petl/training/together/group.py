@@ -49,6 +49,7 @@ def share_weights(model: M) -> M:
 
     A change of a weight in place, such as a merged adapter, is a change of all copies.
     """
+    # entries of the memo are taken as copies that exist already
     tensors = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
@@ -158,6 +159,7 @@ class AdapterGroup:
         """
         if self.members:
             check_alike(self.members[0], member)
+        # the stacks have another K from now on
         self.dissolve()
         self.members.append(member)
 
@@ -185,6 +187,7 @@ class AdapterGroup:
         lead = self._built()
         for stack in self._stacks:
             stack.refresh()
+        # without labels: the model's own loss would be a mean over the rows of all members
         together = joined(members[0].base, batches)
         contexts = [
             context_of(member, batch, together, k)
@@ -202,6 +205,7 @@ class AdapterGroup:
 
     def backward(self, losses: Sequence[Tensor]) -> None:
         """Add the gradients of the members' losses to those of their parameters."""
+        # one call: the members' losses have one graph
         torch.autograd.backward(list(losses))
         for stack in self._stacks:
             stack.hand_out()
@@ -231,10 +235,12 @@ def check_alike(first: Member, other: Member) -> None:
             "by one of two only"
         )
     weights, others = (base_weights(member) for member in (first, other))
-    if any(others[name] is not weight for name, weight in weights.items()):
+    # the same objects, not equal values: the pass reads those of the first member
+    foreign = next((name for name, weight in weights.items() if others[name] is not weight), None)
+    if foreign is not None:
         raise InputError(
-            "adapters that train together share the weights of their base: make the models by "
-            "share_weights"
+            f"adapters that train together share the weights of their base, and {foreign} has two: "
+            "make the models by share_weights"
         )
 
 
@@ -251,6 +257,7 @@ def base_weights(member: Member) -> dict[str, nn.Parameter]:
 def build(members: Sequence[Member]) -> tuple[nn.Module, list[Stack]]:
     """Return the model for the rows of all members, and the stacked tensors in it."""
     lead = share_weights(members[0].base)
+    # the copy has the mode of its modules, but a member may have changed since
     lead.train(members[0].base.training)
     # the members' own run in their place, with their own inputs
     for hooks in (lead._forward_pre_hooks, lead._forward_hooks):
@@ -262,8 +269,10 @@ def build(members: Sequence[Member]) -> tuple[nn.Module, list[Stack]]:
         names = [member.name for member in members]
         copied: Any = lead.get_submodule(path)
         new = grouped(copied, layers, names, generators)
+        # others read the parameters of the members themselves
         if isinstance(new, GroupedLowRank):
             stacks += new.stacks
+        # under the same path, so that hooks find their modules
         owner, _, name = path.rpartition(".")
         setattr(lead.get_submodule(owner), name, new)
     attach_captures(lead, members)

@@ -80,8 +80,8 @@ class Job:
         scored = "eval_steps" in self.train
         if scored != (self.evaluate is not None):
             raise InputError(
-                "eval_steps and evaluate need each other: the steps between two scores, and the "
-                "function that returns one"
+                f"eval_steps={self.train.get('eval_steps')} and evaluate={self.evaluate!r} need "
+                "each other: the steps between two scores, and the function that returns one"
             )
         entry = method_of(config)
         given: dict[str, Any] = dict(self.train)
@@ -138,11 +138,11 @@ def train_together(
     check_module(model, "petl.train_together")
     if isinstance(model, PeftModel):
         raise InputError(
-            "petl.train_together needs the base model, and got a PeftModel: each job makes an "
-            "adapter of its own"
+            f"petl.train_together needs the base model, and got {type(model).__name__}: each job "
+            "makes an adapter of its own"
         )
     if not jobs:
-        raise InputError("petl.train_together got no jobs")
+        raise InputError(f"petl.train_together got jobs={jobs!r}: give it at least one petl.Job")
     if together is not None and together < 1:
         raise InputError(f"together={together} is not a number of adapters from 1")
     group, waiting, live = AdapterGroup(), deque(enumerate(jobs)), dict[int, _Running]()
@@ -167,6 +167,7 @@ def slots(live: "Sequence[_Running]") -> int:
 
 def step(group: AdapterGroup, live: "Sequence[_Running]") -> None:
     """Make one optimizer step of each job."""
+    # members are in the order of `live`: both append and remove alike
     losses = group.losses([running.take() for running in live])
     group.backward(losses)
     for running, loss in zip(live, losses, strict=True):
@@ -180,10 +181,12 @@ class _Running:
         self.job = job
         device = next(base.parameters()).device
         seed = int(job.train.get("seed", 0))
+        # the initial values of a job do not depend on the jobs before it
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = wrap(share_weights(base), job.method, **job.fields)
             self.settings = job.settings(self.model.active_peft_config)
+        # does nothing for other methods
         fuse_lora(self.model)
         self.model.to(device).train()
         self.lifecycle = lifecycle(self.model)
@@ -204,8 +207,8 @@ class _Running:
             first = next(batches, None)
             if first is None:
                 raise InputError(
-                    "the batches of a job have ended: pass a list, or another iterable that can "
-                    "be iterated again"
+                    f"the batches of a job have ended after {self.steps} of {self.total} steps: "
+                    "pass a list, or another iterable that can be iterated again"
                 )
             yield first
             yield from batches
@@ -258,6 +261,7 @@ class _Running:
 
     def end(self) -> Trained:
         """Restore the best weights; return the result."""
+        # read at the end: each transfer would synchronize with the device
         losses = torch.stack(self.losses).tolist()
         self.model.eval()
         if self.best is None:

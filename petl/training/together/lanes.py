@@ -52,6 +52,7 @@ class Lane:
             Exception: what the pass raised.
         """
         self.request, self.state = (kind, what), WAITING
+        # before others work: they change what the process has once
         self.leave()
         self.lanes.hand_over(self)
         self.enter()
@@ -109,6 +110,7 @@ class Lanes:
         self.lanes[0].go.release()
         while not self._finished.wait(POLL):  # wakes up for signals, which only this thread gets
             pass
+        # they have nothing left to do
         for thread in threads:
             thread.join()
         sys.stdout, sys.stderr, sys.argv[:] = streams
