@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from petl.prediction.predictor import Predictor
     from petl.signatures import build_config, get, wrap  # of petl.core.registry, method by method
     from petl.training.adamr import AdamR
+    from petl.training.together.jobs import Job, Trained, train_together
 
 __all__ = [
     "AdamR",
@@ -53,6 +54,7 @@ __all__ = [
     "Callback",
     "Factors",
     "InputError",
+    "Job",
     "LayerInfo",
     "LayerShape",
     "Lifecycle",
@@ -61,6 +63,7 @@ __all__ = [
     "MethodTuner",
     "Predictor",
     "SparseSM3",
+    "Trained",
     "adopt",
     "build_config",
     "cache_frozen",
@@ -78,6 +81,7 @@ __all__ = [
     "recompute_mlp",
     "register",
     "segment_loss",
+    "train_together",
     "wrap",
 ]
 
@@ -107,6 +111,7 @@ _NAMES = {
     "petl.methods.lora": ("lorafa_optimizer", "loraplus_optimizer"),
     "petl.methods.sparse": ("SparseSM3",),
     "petl.training.adamr": ("AdamR",),
+    "petl.training.together.jobs": ("Job", "Trained", "train_together"),
     "petl.prediction.library": ("evaluate", "predict"),
     "petl.prediction.predictor": ("Predictor",),
 }

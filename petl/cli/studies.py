@@ -42,6 +42,13 @@ def add_parsers(add: Add) -> list[argparse.ArgumentParser]:
         help="learning rates (default: that of each method)",
     )
     study.add_argument("--jobs", type=JOBS, default=1, metavar="N", help="number of runs at a time")
+    study.add_argument(
+        "--together",
+        type=JOBS,
+        default=1,
+        metavar="N",
+        help="runs of a method that train in one pass over one base (default: 1, each alone)",
+    )
     sizes = add("batch-sizes", "find the largest batch size for each length", BATCH_SIZES)
     # parsed by `bytes_of`, whose module imports torch
     sizes.add_argument("--memory", metavar="8GB", help="memory of the device of each process")
@@ -72,7 +79,8 @@ Train several methods and write a page that compares them (FOLDER/index.html).
       --rates 3e-4,1e-3,3e-3 train.budget=340000
 
 Each learning rate is scored on validation examples; with the best one, each method is trained again
-for each seed and scored on the test set. The same command resumes a stopped study. SETTINGs are
+for each seed and scored on the test set. With --together N, N rates or seeds of a method train in
+one process, in one pass over one base. The same command resumes a stopped study. SETTINGs are
 those of `petl train`, for every run; --method "binary method.inner=lora" adds a method with
 settings of its own."""
 
@@ -130,6 +138,7 @@ def study(arguments: argparse.Namespace) -> None:
         rates=arguments.rates,
         overrides=arguments.overrides,
         jobs=arguments.jobs,
+        together=arguments.together,
     )
     try:
         study.run()

@@ -28,6 +28,7 @@ from petl.training.linear_probe import linear_probe
 from petl.training.loop import fit
 from petl.training.lr_finder import find_lr
 from petl.training.ranks import ranks_by_importance
+from petl.training.together.lanes import share_base
 from petl.training.wrapping import (
     check_model,
     compute_less,
@@ -88,7 +89,7 @@ def wrapped(run: Run, splits: Splits, processor: Any) -> PeftModel:
     config, accelerator, task = run.config, run.accelerator, splits.task
     settings = config.train
     arguments = wrap_arguments(config, splits, accelerator)
-    base = on_device(load_base(config.model, task, processor=processor), accelerator)
+    base = share_base(on_device(load_base(config.model, task, processor=processor), accelerator))
     if config.ranks is not None:
         arguments |= ranks_by_importance(run, base, arguments, splits)
     model = wrap_for_run(base, arguments, settings)

@@ -162,6 +162,13 @@ def _is_ours(store: Any) -> bool:
 
 
 ASKS = (signal.SIGINT, signal.SIGTERM)
+_open: set["StopRequest"] = set()
+
+
+def stop_threads(number: int) -> None:
+    """Tell the runs in threads of this process, which get no signals, that a signal has come."""
+    for request in list(_open):
+        request.signal = request.signal or number
 
 
 class StopRequest:
@@ -176,12 +183,14 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
+        _open.add(self)
         # a run inside a thread of a larger program leaves its handlers alone
         if threading.current_thread() is threading.main_thread():  # handlers can be set only there
             self._before = {number: signal.signal(number, self._note) for number in ASKS}
         return self
 
     def __exit__(self, *_: object) -> None:
+        _open.discard(self)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

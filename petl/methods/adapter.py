@@ -154,6 +154,13 @@ class BottleneckAdapter(GatedAdapter):
 
     # Forward pass
 
+    @property
+    def group_refusal(self) -> str | None:
+        """Why several adapters cannot train in one pass; None: they can."""
+        if self.config.block == "conformer":
+            return "block='conformer' has statistics over the rows of a batch"
+        return None if self.gate == "none" else f"gate={self.gate!r} reads the mask of one batch"
+
     def network(self, h: Tensor) -> Tensor:
         """f(h) of the module docstring, [..., K] for h [..., K]."""
         config = self.config

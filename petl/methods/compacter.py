@@ -188,6 +188,11 @@ class CompacterAdapter(SubLayerAdapter):
             if config.use_bias:
                 self.register_parameter(f"{side}_bias", nn.Parameter(torch.zeros(columns)))
 
+    @property
+    def group_refusal(self) -> str | None:
+        """None: what a layer computes for a row depends on that row and its own tensors alone."""
+        return None
+
     def network(self, h: Tensor, addend: Tensor | None = None) -> Tensor:
         """f(h), plus `addend` [..., K] if given, in float32."""
         config, context = self.config, self.info.context

@@ -22,8 +22,8 @@ def times_factored(
     """Return `x H + bias + residual`, [..., O], for factored B, in three products (backward: six).
 
     Intermediate tensors have terms and rank as rows: thin products are fastest in that layout, and
-    nothing is copied. Without gradients, G sums can be computed together: x [G, T, I], bias
-    [G, 1, O], and a leading G in the other shapes.
+    nothing is copied. G sums can be computed together: x [G, T, I], bias [G, 1, O], and a leading G
+    in the other shapes; autograd then derives the gradients.
 
     Args:
         x: [..., I].
@@ -33,7 +33,7 @@ def times_factored(
         bias: [O].
         residual: [..., O]. All tensors have one dtype.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and left.dim() == 3:
         return _TimesFactored.apply(x, rule, left, right, bias, residual)
     return _up(_mixed(_down(x, left), rule), right, bias, residual).view(*x.shape[:-1], -1)
 

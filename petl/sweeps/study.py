@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -35,6 +36,7 @@ from petl.runs.run_config import read_config
 from petl.runs.settings import with_inner
 
 TRAIN = (sys.executable, "-m", "petl", "train")  # this interpreter, whatever PATH has
+TOGETHER = (sys.executable, "-m", "petl.cli.train_together")
 RATES = "rates.json"
 AT_THE_END = 10**9  # as train.eval_steps: evaluate after the last step only
 TUNING_SEED = 0
@@ -66,6 +68,18 @@ class Rates(TypedDict):
     taken: float
 
 
+class Runs(TypedDict):
+    """What a process that makes several runs gets on standard input.
+
+    Attributes:
+        together: runs at a time.
+        runs: of each, `overrides` of `petl train`, its `folder` and the file of its `log`.
+    """
+
+    together: int
+    runs: list[dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Job:
     """One run of a study."""
@@ -93,7 +107,9 @@ class Study:
         rates: learning rates to choose from. One: used for all runs. Empty: each run uses the
             default of its method.
         overrides: settings of `petl train` for every run.
-        jobs: number of runs at a time.
+        jobs: number of runs at a time, or of processes if several runs are in one.
+        together: number of runs of one method that train in one pass over one base; 1: each run is
+            a process.
     """
 
     folder: Path
@@ -102,6 +118,7 @@ class Study:
     rates: list[float]
     overrides: list[str] = field(default_factory=list)
     jobs: int = 1
+    together: int = 1
 
     def run(self) -> None:
         """Train every run that is not finished.
@@ -209,7 +226,8 @@ class Study:
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
                 # in the order of the jobs: one that ends early is reported later
-                for i, (job, seconds) in enumerate(pool.map(self._train, due), start=1):
+                ended = chain.from_iterable(pool.map(self._train_unit, self._units(due)))
+                for i, (job, seconds) in enumerate(ended, start=1):
                     name = job.folder.relative_to(self.folder)
                     if is_finished(job.folder):
                         logger.info(
@@ -227,17 +245,55 @@ class Study:
                 raise
         return [job for job in due if not is_finished(job.folder)]
 
+    def _units(self, due: list[Job]) -> list[list[Job]]:
+        """Return the jobs by process: one for each, or all of a method that train together."""
+        if self.together == 1:
+            return [[job] for job in due]
+        units: dict[Path, list[Job]] = {}
+        for job in due:
+            units.setdefault(job.folder.parent, []).append(job)
+        return list(units.values())
+
+    def _train_unit(self, jobs: list[Job]) -> list[tuple[Job, float]]:
+        """Train the runs of one process; return each with the seconds of that process.
+
+        The part of one run is not known where several train in one pass.
+        """
+        if self.together == 1:
+            return [self._train(job) for job in jobs]
+        described = [
+            {"overrides": job.overrides, "folder": str(job.folder), "log": str(job.log)}
+            for job in jobs
+        ]
+        runs = as_json(Runs(together=self.together, runs=described))
+        seconds = self._start(jobs[0], [*TOGETHER, *config_dir_words()], runs)
+        return [(job, seconds) for job in jobs]
+
     def _train(self, job: Job) -> tuple[Job, float]:
         """Train one run in a process of its own; return the job and its seconds."""
+        return job, self._start(job, [*TRAIN, *config_dir_words(), *job.overrides])
+
+    def _start(self, job: Job, line: list[str], given: str = "") -> float:
+        """Run a process whose output goes to the log of a job; return its seconds.
+
+        Args:
+            given: the standard input.
+        """
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         threads = str(max(1, (os.cpu_count() or 1) // self.jobs))  # all cores, among the jobs
         environment = {"OMP_NUM_THREADS": threads, **os.environ}  # a user's setting wins
         start = time.monotonic()
         with append_to(job.log) as log:  # appended: a resumed run keeps its earlier output
-            line = [*TRAIN, *config_dir_words(), *job.overrides]
             # no check of the status: is_finished tells whether the run succeeded
-            subprocess.run(line, env=environment, stdout=log, stderr=log, check=False)
-        return job, time.monotonic() - start
+            subprocess.run(
+                line,
+                env=environment,
+                input=given.encode(),
+                stdout=log,
+                stderr=log,
+                check=False,
+            )
+        return time.monotonic() - start
 
 
 def refuse_other(job: Job, existing: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ TITLES = {
     "many": "many adapters, many modules",
     "peers": "training step of the adapters package",
     "serve": "a batch with several adapters, relative to the base model",
+    "together": "training several adapters in one pass, relative to a pass for each of them",
     "scale": "growth of the cost",
     "compile": "training step with torch.compile, relative to without",
     "merge": "merged tokens, relative to all tokens",

@@ -21,6 +21,7 @@ from bench import (
     scale,
     serve,
     start_up,
+    together,
     unet,
 )
 from bench.contenders import contenders
@@ -37,7 +38,7 @@ from petl.runs.environment import (
 
 SECTIONS = (
     "step", "small", "bf16", "file", "peak", "generate", "dist", "serve", "many", "scale",
-    "compile", "merge", "unet", "frozen", "start-up", "peers",
+    "compile", "merge", "unet", "frozen", "together", "start-up", "peers",
 )  # fmt: skip
 USUAL = ("step", "file", "peak", "generate", "start-up")  # the default of `--sections`
 
@@ -138,6 +139,7 @@ def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
         ),
         "start-up": lambda shape: start_up.measure(),
         "peers": lambda shape: peers.measure(shape, rounds, settings.peers),
+        "together": lambda shape: together.measure(rows, shape, rounds),
     }
 
 

@@ -113,6 +113,17 @@ def test_several_adapters(tmp_path, monkeypatch):
     assert set(left["model"].peft_config) == {"legal"}
 
 
+def test_train_together(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = code("train-together", "petl.train_together").replace('"steps": 300', '"steps": 2')
+    left = run(source, base=testing.tiny_llama(2), batches=batches(2))
+    losses = [trained.losses for trained in petl.train_together(left["base"], left["jobs"])]
+    assert losses[0] != losses[1]
+    for lr in (3e-4, 1e-3, 3e-3):
+        for seed in (0, 1):
+            petl.load(testing.tiny_llama(2), f"adapters/{lr}-{seed}")
+
+
 def test_trainer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{k: v[0] for k, v in batch.items()} for batch in batches(8)]

@@ -23,6 +23,7 @@ from petl.core.compat import (
 from petl.core.layers.class_swap import AdapterDict
 from petl.core.layers.context import ForwardContext, InputCapture
 from petl.core.layers.conversion import refuse_conversion
+from petl.core.layers.grouped import Captured, GroupedAdapters, GroupedFactors
 from petl.core.serving.mixed_batch import AdapterRows, BatchedAdapter
 from petl.errors import InputError, UnsupportedError
 from petl.ops.low_rank import LowRankRows, add_low_rank, linear_with_low_rank, owns_output
@@ -219,6 +220,38 @@ class Adapter(nn.Module):
             return None
         # one tensor per group, not per adapter: a batched product needs them contiguous
         return LowRankRows.stack([factors[adapter] for adapter in adapters], dtype)
+
+    @property
+    def group_refusal(self) -> str | None:
+        """Why several adapters cannot train in one pass (`petl.train_together`); None: they can.
+
+        They can if what a layer computes for a row depends on that row and on tensors of the
+        adapter alone, so each method says so itself.
+        """
+        return "the method is not written for rows of several adapters in training"
+
+    @classmethod
+    def grouped(
+        cls,
+        adapters: Sequence[Any],
+        base_layer: nn.Module,
+        generators: Sequence[torch.Generator | None],
+        captured: Captured | None,
+    ) -> nn.Module:
+        """Return the layer that trains several adapters in one pass, each with rows of its own.
+
+        By default, plain factors are computed together on one product of the base layer, and all
+        else adapter by adapter.
+
+        Args:
+            adapters: of this class, without a `group_refusal`, one per group of rows.
+            base_layer: the layer that all of them adapt.
+            generators: random numbers of each adapter's dropout; None: the default ones.
+            captured: the input of another module, if the adapters read that; None: the layer's.
+        """
+        if captured is None and all(a.plain_factors() is not None for a in adapters):
+            return GroupedFactors(base_layer, generators, adapters)
+        return GroupedAdapters(base_layer, adapters, generators, captured)
 
     def merge(self, weight: Tensor, *, transposed: bool) -> Tensor:
         """Return a new tensor: the base weight [O, I] ([I, O] if transposed) plus the update."""

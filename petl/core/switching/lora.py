@@ -9,7 +9,8 @@ from petl.core.compat import LoraLayer, LoraModel
 from petl.core.layers.class_swap import convert_module_dicts
 from petl.core.layers.fused_lora import fuse_layers
 from petl.core.parameters import check_module
-from petl.core.serving.mixed_batch import AdapterRows, is_generation_call
+from petl.core.serving.mixed_batch import is_generation_call
+from petl.core.switching.kept_rows import KeptRows
 from petl.core.switching.tuner import (
     SwitchingTuner,
     adapter_dicts_of,
@@ -43,9 +44,7 @@ class SwitchingLora(SwitchingTuner, LoraModel):
         if names is None:
             return super()._enable_peft_forward_hooks(*args, **kwargs)
         # one object for all layers, which cache in it for the whole call
-        kwargs["adapter_names"] = AdapterRows.of(
-            names, is_generation_call=is_generation_call(kwargs)
-        )
+        kwargs["adapter_names"] = self.rows_of(names, is_generation_call=is_generation_call(kwargs))
         return self.entering(super()._enable_peft_forward_hooks(*args, **kwargs), ())
 
 
@@ -79,6 +78,7 @@ def _switch(tuner: nn.Module) -> None:
         # it needs no generated class: pickle finds SwitchingLora by name
         tuner.__class__ = SwitchingLora
         switching = cast(SwitchingLora, tuner)
+        switching.kept_rows = KeptRows()
         switching.convert_layers()
         # what `inject_adapter` and `set_requires_grad` would have recorded
         placed = [

@@ -25,7 +25,9 @@ from petl.core.layers.class_swap import AdapterDict, SwappedClass, convert_modul
 from petl.core.layers.layer import AdapterLayer
 from petl.core.layers.task_rows import ARGUMENT, PASSED, pass_task_ids
 from petl.core.parameters import is_norm
+from petl.core.serving.mixed_batch import AdapterRows
 from petl.core.spec.checks import check_adapter_name
+from petl.core.switching.kept_rows import KeptRows
 from petl.core.switching.norms import TrainedNorm
 from petl.errors import UnsupportedError
 
@@ -47,14 +49,17 @@ class SwitchingTuner(BaseTuner):
             of another adapter whose `requires_grad` was set by hand keep it.
         newly_added: adapters that were added in evaluation mode but are in training mode
             themselves, since PEFT does not set the mode of an added adapter.
+        kept_rows: stacked weights of the last mixed batch that was generated.
     """
 
     extra_trainable: set[str]
     newly_added: set[str]
+    kept_rows: KeptRows
     _is_restricted = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.extra_trainable, self.newly_added = set(), set()
+        self.kept_rows = KeptRows()
         super().__init__(*args, **kwargs)
 
     @contextmanager
@@ -119,6 +124,8 @@ class SwitchingTuner(BaseTuner):
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode, of hidden adapters too."""
+        if mode:
+            self.kept_rows.forget()
         with LOCK:
             changes = self.training != mode or self.model.training != mode
             super().train(mode)
@@ -164,12 +171,20 @@ class SwitchingTuner(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; on layers without an active one then, PEFT activates another."""
+        self.kept_rows.forget()
         in_use = self.in_use()
         fallbacks = self._fallbacks(adapter_name) if adapter_name in in_use else set()
         with self.only_visible({adapter_name, *in_use, *fallbacks}):
             super().delete_adapter(adapter_name)
         self.extra_trainable.discard(adapter_name)
         self.newly_added.discard(adapter_name)
+
+    def rows_of(self, names: Sequence[str], *, is_generation_call: bool) -> AdapterRows:
+        """Return the rows of a call with `adapter_names`; see `KeptRows`."""
+        # of petl's methods, the tensors that layers share are in an AdapterDict of the tuner
+        shared = [m for m in self.children() if isinstance(m, AdapterDict)]
+        hosts = (m for m in outside_adapter_dicts(self.model) if isinstance(m, BaseTunerLayer))
+        return self.kept_rows.of((*hosts, *shared), names, is_generation_call=is_generation_call)
 
     def in_use(self) -> set[str]:
         """Return the adapters that are active on some layer, and `extra_trainable`."""

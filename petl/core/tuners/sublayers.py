@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from petl.core.layers.grouped import Captured, GroupedNetworks
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.model.structure import (
@@ -225,6 +226,24 @@ class SubLayerAdapter(Adapter):
         """Return one network with the stacked tensors of all, if they have equal settings."""
         alike = all(adapter.stacks and adapter.form == adapters[0].form for adapter in adapters)
         return stacked(adapters, None if cls.keep_float32 else dtype) if alike else None
+
+    @classmethod
+    def grouped(
+        cls,
+        adapters: Sequence[Any],
+        base_layer: nn.Module,
+        generators: Sequence[torch.Generator | None],
+        captured: Captured | None,
+    ) -> nn.Module:
+        """The layer that trains several adapters in one pass: as one network if they are alike.
+
+        Dropout inside the network would draw for all of them together, so with it each computes its
+        rows alone.
+        """
+        drops = any(adapter.config.bneck_dropout for adapter in adapters)
+        if not drops and cls.batched(adapters, torch.float32) is not None:
+            return GroupedNetworks(base_layer, adapters, captured)
+        return super().grouped(adapters, base_layer, generators, captured)
 
 
 class SubLayerTuner(MethodTuner):

@@ -352,13 +352,11 @@ class MethodTuner(SharedStateTuner):
         # hooks instead of an argument: transformers' models do not pass unknown arguments to their
         # layers
         handles = []
-        once, beamed = (
-            AdapterRows.of(
-                names if count == 1 else [name for name in names for _ in range(count)],
-                is_generation_call=is_generation_call(kwargs),
-            )
-            for count in (1, beams)
-        )
+        generates = is_generation_call(kwargs)
+        once = beamed = self.rows_of(names, is_generation_call=generates)
+        if beams > 1:
+            repeated = [name for name in names for _ in range(beams)]
+            beamed = AdapterRows(repeated, is_generation_call=generates)
         for host in hosts_of(self.model):
             hook = partial(_inject_names, once if host in encoder else beamed)
             handles.append(host.register_forward_pre_hook(hook, with_kwargs=True))

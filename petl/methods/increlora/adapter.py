@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from petl.core.layers.layer import Adapter, Factors, LayerInfo, LayerShape
 from petl.methods.increlora.config import IncreloraConfig
+from petl.methods.increlora.grouped import GroupedIncrelora
 from petl.ops.components import Pull, first_components
 from petl.ops.importance import watch
 from petl.ops.low_rank import add_low_rank, linear_with_low_rank
@@ -191,6 +192,18 @@ class IncreloraAdapter(Adapter):
             return y
         A, B, scale = factors
         return watch(y, x, A, B, scale / self.entries(), self.probe_on(x.device))
+
+    @property
+    def group_refusal(self) -> str | None:
+        """None: what a layer computes for a row depends on that row and its own tensors alone."""
+        return None
+
+    @classmethod
+    def grouped(
+        cls, adapters: Sequence[Any], base_layer: nn.Module, generators: Any, captured: Any
+    ) -> nn.Module:
+        """The layer that trains several adapters in one pass, with the scores of each."""
+        return GroupedIncrelora(base_layer, generators, adapters)
 
     def penalty_gradients(self) -> Pull | None:
         """The penalty's gradients for this layer; None if it has no penalty.

@@ -40,6 +40,7 @@ from petl.core.serving.mixed_batch import BatchedAdapter
 from petl.core.spec.config import MethodConfig, config_field, require
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, did_you_mean
+from petl.methods.mola.grouped import GroupedMola
 from petl.methods.mola.pregate import PreGate
 from petl.methods.mola.recurrent import Gru, next_state
 from petl.methods.mola.routes import ROUTER, Routes, gates_of, refuse_unroutable
@@ -280,6 +281,21 @@ class MolaAdapter(Adapter):
             return None
         tensors, scales = zip(*((a.tensors(), a.scale) for a in adapters), strict=True)
         return RoutedRows.stack(tensors, scales, first.num_experts, first.config.top_k, dtype)
+
+    @property
+    def group_refusal(self) -> str | None:
+        """Why several adapters cannot train in one pass; None: they can."""
+        kind = self.config.router_type
+        return None if kind == "linear" else f"router_type={kind!r} has a state across layers"
+
+    @classmethod
+    def grouped(
+        cls, adapters: Sequence[Any], base_layer: nn.Module, generators: Any, captured: Any
+    ) -> nn.Module:
+        """The layer that trains several adapters in one pass: together if their forms are equal."""
+        if len({(a.num_experts, a.rank, a.config.top_k) for a in adapters}) == 1:
+            return GroupedMola(base_layer, generators, adapters)
+        return super().grouped(adapters, base_layer, generators, captured)
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
         """Return the gates [T, E], the experts' input, and what adds the balance loss to an output.

@@ -1,0 +1,261 @@
+"""Modules in place of adapted layers, for batches whose rows are of several adapters that train.
+
+Shapes: K adapters, N rows of each: an input is [K N, ..., I], with the rows of adapter k together.
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from petl.core.layers.stack import Stack
+from petl.core.serving.stacked_adapter import stacked
+from petl.ops.grouped_low_rank import (
+    add_grouped_low_rank,
+    grouped_low_rank_linear,
+    grouped_masks,
+)
+from petl.ops.low_rank import frozen_weight_and_bias, product_dtype
+
+
+def by_adapter(x: Tensor, K: int) -> Tensor:
+    """Return x [K N, ..., I] as [K, T, I], T the tokens of all rows of an adapter."""
+    return x.reshape(K, -1, x.shape[-1])
+
+
+class GroupedLayer(nn.Module):
+    """A base layer that computes the rows of all adapters at once."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the base layer, whose dtype some models read."""
+        return cast(Tensor, self.base_layer.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the base layer."""
+        return cast("Tensor | None", self.base_layer.bias)
+
+
+class Update(NamedTuple):
+    """Low-rank updates of K adapters: A [K, R, I], B [K, O, R], gate [K, T, E] or None: 1."""
+
+    A: Tensor
+    B: Tensor
+    scales: Sequence[float]
+    gate: Tensor | None = None
+
+
+class GroupedLowRank(GroupedLayer):
+    """A base layer with K low-rank updates, each of rows of its own.
+
+    Attributes:
+        generators: each adapter's random numbers of dropout; None: the default ones.
+    """
+
+    def __init__(self, base_layer: nn.Module, generators: Sequence[torch.Generator | None]) -> None:
+        super().__init__(base_layer)
+        self.generators = generators
+
+    @property
+    def stacks(self) -> Sequence[Stack]:
+        """The stacked parameters of this layer, if any."""
+        return ()
+
+    def rates(self) -> Sequence[float]:
+        """Return the probability with which each adapter drops its input now."""
+        raise NotImplementedError
+
+    def updates(self, x: Tensor) -> Update:
+        """Return the updates for the inputs x [K, T, I]."""
+        raise NotImplementedError
+
+    def finish(self, y: Tensor, x: Tensor, update: Update) -> Tensor:
+        """Return the output y [K, T, O], with what its backward pass computes besides."""
+        return y
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        K, base = len(self.generators), self.base_layer
+        # the conditions under which an adapter alone is fused, for the same results
+        frozen = None if args or kwargs else frozen_weight_and_bias(base, x)
+        y = None if frozen is not None else base(x, *args, **kwargs)
+        tokens = x.shape[:-1]
+        x = by_adapter(x, K)
+        update = self.updates(x)
+        A, B, scales, gate = update
+        own = x if y is not None else x.to(product_dtype(x))
+        mask, means = grouped_masks(own, self.rates(), self.generators)
+        scales = [scale / mean for scale, mean in zip(scales, means, strict=True)]
+        if frozen is not None:
+            out = grouped_low_rank_linear(own, frozen, A, B, scales, mask, gate)
+        else:  # quantized, Conv1D, or with hooks
+            assert y is not None
+            out = add_grouped_low_rank(by_adapter(y, K), own, A, B, scales, mask, gate)
+        return self.finish(out, x, update).view(*tokens, -1)
+
+
+class GroupedLora(GroupedLowRank):
+    """PEFT's LoRA: A and B of all adapters are stacked parameters."""
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        generators: Sequence[torch.Generator | None],
+        factors: Sequence[tuple[nn.Parameter, nn.Parameter, float]],
+        dropouts: Sequence[nn.Module],
+    ) -> None:
+        super().__init__(base_layer, generators)
+        A, B, self.scales = zip(*factors, strict=True)
+        self.A, self.B = Stack(A), Stack(B)
+        self.dropouts = tuple(dropouts)  # no modules of this one
+
+    @property
+    def stacks(self) -> Sequence[Stack]:
+        return self.A, self.B
+
+    def rates(self) -> Sequence[float]:
+        # PEFT uses Identity for a probability of 0
+        return [d.p if isinstance(d, nn.Dropout) and d.training else 0.0 for d in self.dropouts]
+
+    def updates(self, x: Tensor) -> Update:
+        return Update(self.A.leaf, self.B.leaf, self.scales)
+
+
+class GroupedFactors(GroupedLowRank):
+    """Adapters whose factors come from other parameters, such as MoS: stacked in each pass."""
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        generators: Sequence[torch.Generator | None],
+        adapters: Sequence[Any],
+    ) -> None:
+        super().__init__(base_layer, generators)
+        self.adapters = tuple(adapters)
+
+    def rates(self) -> Sequence[float]:
+        return [adapter.drop_rate for adapter in self.adapters]
+
+    def updates(self, x: Tensor) -> Update:
+        return stacked_factors([adapter.plain_factors() for adapter in self.adapters])
+
+
+def stacked_factors(factors: Sequence[Any]) -> Update:
+    """Return the updates of these factors, filled up with zeros to the largest rank."""
+    R = max(len(each.A) for each in factors)
+    A = [F.pad(each.A, (0, 0, 0, R - len(each.A))) for each in factors]
+    B = [F.pad(each.B, (0, R - each.B.shape[1])) for each in factors]
+    return Update(torch.stack(A), torch.stack(B), [each.scale for each in factors])
+
+
+class Captured:
+    """Forward pre-hook of a module: its first input, for layers that adapt another module's."""
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        self.value = args[0] if args else next(iter(kwargs.values()))
+
+    def pop(self) -> Tensor:
+        """Return the input of this pass and forget it."""
+        value, self.value = self.value, None
+        assert value is not None
+        return value
+
+
+class GroupedAdapters(GroupedLayer):
+    """A base layer that is called once, and K adapters that compute their own rows one by one.
+
+    For adapters of any kind. They are in a tuple, so that they are no modules of this one: each is
+    part of a model of its own.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapters: Sequence[Any],
+        generators: Sequence[torch.Generator | None],
+        captured: Captured | None,
+    ) -> None:
+        super().__init__(base_layer)
+        self.adapters, self.generators = tuple(adapters), generators
+        self.captured = captured
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        captured = self.captured
+        return each_alone(self, self.adapters, self.generators, x, args, kwargs, captured)
+
+
+class GroupedNetworks(GroupedLayer):
+    """Adapters whose computation broadcasts over the stacked tensors of all: bottlenecks."""
+
+    def __init__(
+        self, base_layer: nn.Module, adapters: Sequence[Any], captured: Captured | None
+    ) -> None:
+        super().__init__(base_layer)
+        self.adapters, self.captured = tuple(adapters), captured
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y, K = self.base_layer(x, *args, **kwargs), len(self.adapters)
+        x = x if self.captured is None else self.captured.pop()
+        # in each pass, so that gradients reach the parameters of each
+        together = stacked(self.adapters, None)
+        return together(by_adapter(x, K), by_adapter(y, K)).view(y.shape)
+
+
+def each_alone(
+    layer: GroupedLayer,
+    adapters: Sequence[Any],
+    generators: Sequence[torch.Generator | None],
+    x: Tensor,
+    args: Any,
+    kwargs: Mapping[str, Any],
+    captured: Captured | None = None,
+) -> Tensor:
+    """Return the output of a layer whose base is called once and whose adapters one by one."""
+    y = layer.base_layer(x, *args, **kwargs)
+    x = x if captured is None else captured.pop()
+    K, outputs = len(adapters), []
+    for adapter, generator, *own in zip(adapters, generators, x.chunk(K), y.chunk(K), strict=True):
+        with drawing_from(generator):
+            outputs.append(adapter(*own))
+    return torch.cat(outputs)
+
+
+class GroupedModules(nn.Module):
+    """K copies of a module that trains as a whole, such as a head, each for its own rows."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.copies = tuple(modules)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        parts = zip(self.copies, x.chunk(len(self.copies)), strict=True)
+        return torch.cat([module(own, *args, **kwargs) for module, own in parts])
+
+
+@contextmanager
+def drawing_from(generator: torch.Generator | None) -> Generator[None]:
+    """Inside the block, draw the default random numbers of the generator's device from it."""
+    if generator is None:
+        yield
+        return
+    device = generator.device
+    # torch itself is the module of the CPU, whose functions take no device
+    source: Any = torch if device.type == "cpu" else torch.get_device_module(device)
+    where = () if device.type == "cpu" else (device,)
+    before = source.get_rng_state(*where)
+    source.set_rng_state(generator.get_state(), *where)
+    try:
+        yield
+    finally:
+        generator.set_state(source.get_rng_state(*where))
+        source.set_rng_state(before, *where)

@@ -1,0 +1,272 @@
+"""Train many adapters at once in a program of one's own: `petl.train_together`.
+
+Small steps leave a processor idle: the base's products have few rows and each layer is called for
+each adapter. Together the rows of K adapters are one batch. Each adapter has its own loss, gradient
+norm, learning rate, schedule, early stopping, head, order of rows and random numbers, so that it is
+the adapter that a training of its own would have made.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+
+from petl.core.lifecycle import lifecycle
+from petl.core.parameters import check_module
+from petl.core.registry import method_of, wrap
+from petl.core.switching.lora import fuse_lora
+from petl.errors import InputError, did_you_mean
+from petl.runs.settings import TrainConfig
+from petl.training.optimizer import fraction_of_peak, make_optimizer, set_lr
+from petl.training.together.batches import Batch, room_for
+from petl.training.together.group import AdapterGroup, Member, share_weights
+
+# settings of `petl train` that a job has; the others are about data, evaluation and run folders
+SETTINGS = (
+    "steps",
+    "lr",
+    "head_lr",
+    "loraplus_ratio",
+    "weight_decay",
+    "betas",
+    "max_grad_norm",
+    "schedule",
+    "warmup",
+    "eval_steps",
+    "early_stopping",
+    "seed",
+)
+
+
+@dataclass
+class Job:
+    """One adapter to train.
+
+    Attributes:
+        method: a name of `petl.list_methods()`, or a config of PEFT.
+        batches: inputs of the model with labels, one for each optimizer step, in this job's order;
+            iterated again when they end.
+        train: settings of `petl train` by name, see `SETTINGS`; `steps` is needed. A rate that is
+            not given is the method's default.
+        fields: of the method's config, such as `r`; none next to a config.
+        evaluate: called every `eval_steps` with the model in evaluation mode; returns a score, of
+            which the highest is the best. The adapter ends with the weights of the best score.
+    """
+
+    method: str | PeftConfig
+    batches: Iterable[Batch]
+    train: Mapping[str, Any]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    evaluate: Callable[[PeftModel], float] | None = None
+
+    def settings(self, config: PeftConfig) -> TrainConfig:
+        """Return the checked settings, with the method's learning rate if none is given.
+
+        Raises:
+            InputError: a setting that a job does not have, or no number of steps.
+        """
+        for name in self.train:
+            if name not in SETTINGS:
+                raise InputError(f"a job has no setting {name!r}" + did_you_mean(name, SETTINGS))
+        if not self.train.get("steps"):
+            raise InputError(
+                f"steps={self.train.get('steps')} is no number of optimizer steps: set "
+                "train={'steps': 100} or another number from 1"
+            )
+        scored = "eval_steps" in self.train
+        if scored != (self.evaluate is not None):
+            raise InputError(
+                f"eval_steps={self.train.get('eval_steps')} and evaluate={self.evaluate!r} need "
+                "each other: the steps between two scores, and the function that returns one"
+            )
+        entry = method_of(config)
+        given: dict[str, Any] = dict(self.train)
+        if entry is not None:
+            given.setdefault("lr", entry.default_lr(dict(self.fields)))
+        return TrainConfig(**given)
+
+
+@dataclass
+class Trained:
+    """A trained adapter.
+
+    Attributes:
+        model: its PeftModel, which shares the weights of the base with those of the other jobs:
+            save it, or copy the model, before merging the adapter.
+        losses: the loss of each step, before the optimizer changed the weights.
+        steps: the steps that were made, fewer than asked for after early stopping.
+        score: the best score; None without evaluation.
+        best_step: the step after which it was reached.
+    """
+
+    model: PeftModel
+    losses: list[float]
+    steps: int
+    score: float | None = None
+    best_step: int | None = None
+
+
+def train_together(
+    model: nn.Module, jobs: Sequence[Job], *, together: int | None = None
+) -> list[Trained]:
+    """Train the adapters of several jobs at once over one base model.
+
+    Each adapter is what `petl.wrap` and a loop of its own would give: equal to the bit where the
+    batches of all jobs have one shape and nothing in the base draws random numbers, else up to
+    rounding (dropout in the base draws for all rows together, so there runs are alike, not equal).
+    A job that ends makes room for the next one.
+
+    Args:
+        model: the base, a model of transformers whose loss is known from its logits. Its modules
+            stay as they are.
+        jobs: of one method (LoRA, rsLoRA, MoS, MoLA, adapter, Compacter, IncreLoRA) and on the same
+            modules. Rates, schedules, seeds, alphas, dropouts and ranks may differ.
+        together: the number of adapters in a pass. None: as many as have about 512 tokens in a
+            pass, from where on there is nothing to gain.
+
+    Returns:
+        The trained adapter of each job, in the order of the jobs.
+
+    Raises:
+        InputError: jobs of several methods or on other modules, or wrong settings.
+        UnsupportedError: the method or the model cannot train together; the message says why.
+    """
+    check_module(model, "petl.train_together")
+    if isinstance(model, PeftModel):
+        raise InputError(
+            f"petl.train_together needs the base model, and got {type(model).__name__}: each job "
+            "makes an adapter of its own"
+        )
+    if not jobs:
+        raise InputError(f"petl.train_together got jobs={jobs!r}: give it at least one petl.Job")
+    if together is not None and together < 1:
+        raise InputError(f"together={together} is not a number of adapters from 1")
+    group, waiting, live = AdapterGroup(), deque(enumerate(jobs)), dict[int, _Running]()
+    finished: dict[int, Trained] = {}
+    while waiting or live:
+        while waiting and len(live) < (together or slots([*live.values()])):
+            number, job = waiting.popleft()
+            live[number] = _Running(model, job)
+            group.join(live[number].member)
+        step(group, [*live.values()])
+        for number, running in list(live.items()):
+            if running.is_over:
+                group.leave(running.member)
+                finished[number] = live.pop(number).end()
+    return [finished[number] for number in range(len(jobs))]
+
+
+def slots(live: "Sequence[_Running]") -> int:
+    """Return how many adapters have room in a pass, by the next batch of the first."""
+    return room_for([live[0].next_batch()]) if live else 1
+
+
+def step(group: AdapterGroup, live: "Sequence[_Running]") -> None:
+    """Make one optimizer step of each job."""
+    # members are in the order of `live`: both append and remove alike
+    losses = group.losses([running.take() for running in live])
+    group.backward(losses)
+    for running, loss in zip(live, losses, strict=True):
+        running.step(loss.detach())
+
+
+class _Running:
+    """A job that trains."""
+
+    def __init__(self, base: nn.Module, job: Job) -> None:
+        self.job = job
+        device = next(base.parameters()).device
+        seed = int(job.train.get("seed", 0))
+        # the initial values of a job do not depend on the jobs before it
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model = wrap(share_weights(base), job.method, **job.fields)
+            self.settings = job.settings(self.model.active_peft_config)
+        # does nothing for other methods
+        fuse_lora(self.model)
+        self.model.to(device).train()
+        self.lifecycle = lifecycle(self.model)
+        self.optimizer = make_optimizer(self.model, self.settings, self.lifecycle)
+        self.total = self.settings.steps or 0
+        self.lifecycle.attach_optimizer(self.optimizer, 0, self.total)
+        self.warmup = self.settings.warmup_steps(self.total)
+        self.member = Member(self.model, torch.Generator(device).manual_seed(seed))
+        self.steps = self.stale = 0
+        self.losses: list[Tensor] = []
+        self.best: tuple[float, int, list[Tensor]] | None = None
+        self._batches = self._endless()
+        self._next: Batch | None = None
+
+    def _endless(self) -> Iterator[Batch]:
+        while True:
+            batches = iter(self.job.batches)
+            first = next(batches, None)
+            if first is None:
+                raise InputError(
+                    f"the batches of a job have ended after {self.steps} of {self.total} steps: "
+                    "pass a list, or another iterable that can be iterated again"
+                )
+            yield first
+            yield from batches
+
+    def next_batch(self) -> Batch:
+        """Return the batch of the next step, without taking it."""
+        if self._next is None:
+            self._next = next(self._batches)
+        return self._next
+
+    def take(self) -> Batch:
+        """Return the batch of the next step."""
+        batch, self._next = self.next_batch(), None
+        self.steps += 1
+        return batch
+
+    @property
+    def is_over(self) -> bool:
+        """True after the last step, or if early stopping ends the job."""
+        patience = self.settings.early_stopping
+        return self.steps == self.total or (patience is not None and self.stale >= patience)
+
+    def step(self, loss: Tensor) -> None:
+        """Clip, step and evaluate; the gradients are there."""
+        settings = self.settings
+        self.losses.append(loss)
+        fraction = fraction_of_peak(self.steps, self.total, self.warmup, settings.schedule)
+        set_lr(self.optimizer, fraction)
+        if settings.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.member.trained, settings.max_grad_norm)
+        self.optimizer.step()
+        self.lifecycle.after_step(self.steps, self.optimizer)
+        self.optimizer.zero_grad()
+        every = settings.eval_steps
+        if every is not None and (self.steps % every == 0 or self.steps == self.total):
+            self.score()
+
+    def score(self) -> None:
+        """Evaluate, and keep the weights if they are the best so far."""
+        assert self.job.evaluate is not None
+        self.model.eval()
+        with torch.no_grad():
+            score = float(self.job.evaluate(self.model))
+        self.model.train()
+        if self.best is None or score > self.best[0]:
+            self.stale = 0
+            self.best = score, self.steps, [p.detach().clone() for p in self.member.trained]
+        else:
+            self.stale += 1
+
+    def end(self) -> Trained:
+        """Restore the best weights; return the result."""
+        # read at the end: each transfer would synchronize with the device
+        losses = torch.stack(self.losses).tolist()
+        self.model.eval()
+        if self.best is None:
+            return Trained(self.model, losses, self.steps)
+        score, best_step, weights = self.best
+        with torch.no_grad():
+            torch._foreach_copy_([p.data for p in self.member.trained], weights)
+        return Trained(self.model, losses, self.steps, score, best_step)

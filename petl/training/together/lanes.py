@@ -1,0 +1,194 @@
+"""Runs in threads of one process: one works at a time, until all that train wait for a pass.
+
+Each run is the code of `petl train`, unchanged: it loads, scores, trains, saves and reports. Where
+its training loop would call the model, its engine (`engine.py`) asks for a pass and waits. When no
+run can go on without one, the pass of all of them is made, and they go on one after the other. A
+run works alone, so what a process has once is exchanged when another run's turn comes: states of
+random number generators, standard streams, the command line.
+"""
+
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from petl.distributed.launch import Engine
+from petl.distributed.processes import stop_threads
+from petl.runs.checkpoint import RngState, rng_state, set_rng
+
+READY, WAITING, DONE = "ready", "waiting", "done"
+POLL = 0.5  # seconds after which the main thread looks for a signal
+_local = threading.local()
+
+
+class Lane:
+    """A thread that makes one run after another.
+
+    Attributes:
+        request: what the run waits for: the kind of a pass, and what it gives to it.
+        answer: the result of the pass, or its error.
+        random: the states of the random number generators of the run, while it waits.
+        device: of the run's model, once it trains.
+    """
+
+    def __init__(self, lanes: "Lanes", index: int) -> None:
+        self.lanes, self.index = lanes, index
+        self.state = READY
+        self.request: tuple[str, Any] | None = None
+        self.answer: Any = None
+        self.random: RngState | None = None
+        self.device = torch.device("cpu")
+        self.go = threading.Semaphore(0)
+        self._kept: tuple[Any, ...] | None = None
+
+    def ask(self, kind: str, what: Any) -> Any:
+        """Wait for a pass of this kind, and return its result.
+
+        Raises:
+            Exception: what the pass raised.
+        """
+        self.request, self.state = (kind, what), WAITING
+        # before others work: they change what the process has once
+        self.leave()
+        self.lanes.hand_over(self)
+        self.enter()
+        answer, self.request, self.answer = self.answer, None, None
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def leave(self) -> None:
+        """Keep what the process has once."""
+        self.random = rng_state(self.device)
+        self._kept = sys.stdout, sys.stderr, list(sys.argv)
+
+    def enter(self) -> None:
+        """Restore what `leave` has kept."""
+        assert self.random is not None
+        assert self._kept is not None
+        set_rng(self.random, self.device)
+        sys.stdout, sys.stderr, sys.argv[:] = self._kept
+
+
+class Lanes:
+    """Makes runs in lanes, and the passes that they ask for.
+
+    Args:
+        width: the number of runs at a time.
+        perform: makes the passes of lanes that wait; called with kind and lanes, returns a result
+            for each of them. Kinds are performed in the order of `kinds`.
+        engine: the class of the engines of runs in these lanes, which ask for passes.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        perform: Callable[[str, Sequence[Lane]], Sequence[Any]],
+        kinds: Sequence[str],
+        engine: type[Engine],
+    ) -> None:
+        self.lanes = [Lane(self, index) for index in range(width)]
+        self.perform, self.kinds, self.engine = perform, kinds, engine
+        self.bases: dict[str, nn.Parameter] = {}  # see `share_base`
+        self.asked_to_stop = 0
+        self._finished = threading.Event()
+
+    def run(self, jobs: Sequence[Callable[[], None]]) -> None:
+        """Make all runs; each job handles its own errors. Returns after the last of them."""
+        waiting = deque(jobs)
+        streams = sys.stdout, sys.stderr, list(sys.argv)
+        threads = [
+            threading.Thread(target=self._work, args=(lane, waiting), daemon=True)
+            for lane in self.lanes
+        ]
+        for thread in threads:
+            thread.start()
+        self.lanes[0].go.release()
+        while not self._finished.wait(POLL):  # wakes up for signals, which only this thread gets
+            pass
+        # they have nothing left to do
+        for thread in threads:
+            thread.join()
+        sys.stdout, sys.stderr, sys.argv[:] = streams
+
+    def stop(self, number: int) -> None:
+        """Ask all runs to stop after their step, and start no others."""
+        self.asked_to_stop = number
+        stop_threads(number)
+
+    def _work(self, lane: Lane, waiting: deque[Callable[[], None]]) -> None:
+        lane.go.acquire()
+        _local.lane = lane
+        while waiting and not self.asked_to_stop:
+            waiting.popleft()()
+            lane.device = torch.device("cpu")
+        lane.state = DONE
+        self.hand_over(lane)
+
+    def hand_over(self, lane: Lane) -> None:
+        """Let others work until `lane` can go on; return at once if it is done."""
+        while True:
+            ready = [other for other in self.lanes if other.state == READY]
+            waiting = [other for other in self.lanes if other.state == WAITING]
+            if ready and ready[0] is lane:
+                return
+            if not ready and not waiting:
+                self._finished.set()
+                return
+            # not in the thread of a lane that is done: autocast is a state of the waiting ones
+            if not ready and lane.state == WAITING:
+                self._answer(waiting)
+                continue
+            (ready or waiting)[0].go.release()
+            if lane.state == DONE:
+                return
+            lane.go.acquire()
+
+    def _answer(self, waiting: Sequence[Lane]) -> None:
+        """Make the passes of the first kind that lanes wait for; these are ready then."""
+        kind = next(k for k in self.kinds if any(_kind(lane) == k for lane in waiting))
+        own = [lane for lane in waiting if _kind(lane) == kind]
+        try:
+            answers: Sequence[Any] = self.perform(kind, own)
+        except Exception as error:  # all runs of the pass fail with it
+            answers = [error] * len(own)
+        for lane, answer in zip(own, answers, strict=True):
+            lane.answer, lane.state = answer, READY
+
+
+def _kind(lane: Lane) -> str:
+    assert lane.request is not None
+    return lane.request[0]
+
+
+def current() -> Lane | None:
+    """Return the lane of this thread; None outside of `Lanes.run`."""
+    return getattr(_local, "lane", None)
+
+
+def share_base(base: Any) -> Any:
+    """Let a model that was loaded use the weights of an earlier one of these lanes, where equal.
+
+    A model on its own keeps its weights. New modules, such as a head that each run draws, differ.
+    """
+    lane = current()
+    if lane is None:
+        return base
+    known = lane.lanes.bases
+    for path, module in base.named_modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            earlier = known.setdefault(f"{path}.{name}", parameter)
+            if earlier is not parameter and _equal(earlier, parameter):
+                module._parameters[name] = earlier
+    return base
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    alike = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+    return alike and type(one) is type(other) and torch.equal(one, other)

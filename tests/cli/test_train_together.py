@@ -1,0 +1,132 @@
+"""Runs whose adapters train in one pass, compared with the same runs one by one."""
+
+import json
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_fixtures import main
+
+from petl.cli.train_together import make
+from petl.config.compose import compose
+from petl.training.together.engine import FORWARD, KINDS, LaneEngine, Passes
+from petl.training.together.lanes import Lanes
+
+pytest_plugins = ["training_fixtures"]
+# of what a run writes, what is a time or a path, and not a result
+TIMES = {"seconds", "time"}
+WEIGHTS = "adapter_model.safetensors"
+
+
+def overrides_of(tiny, folder: Path, words: list[str]) -> list[str]:
+    """A run with evaluations, checkpoints and an adapter of rank 2."""
+    return [
+        "+method=lora",
+        *("method.r=2", "train.eval_steps=2", "train.save_steps=2", "train.log_steps=1"),
+        *tiny.steady,
+        *words,
+        *(f"train.run={folder}", "train.resume=auto"),
+    ]
+
+
+def together(jobs: dict[Path, list[str]], width: int, stop_at: int | None = None) -> list[int]:
+    """Make runs in lanes; return the number of runs in each forward pass.
+
+    Args:
+        stop_at: number of the pass after which all runs are asked to stop.
+    """
+    passes, sizes = Passes(), []
+
+    def perform(kind, lanes):
+        answers = passes.perform(kind, lanes)
+        if kind == FORWARD:
+            sizes.append(len(lanes))
+            if len(sizes) == stop_at:
+                waiting.stop(signal.SIGTERM)
+        return answers
+
+    waiting = Lanes(width, perform, KINDS, LaneEngine)
+    waiting.run([partial(make, words, str(run), f"{run}.log") for run, words in jobs.items()])
+    return sizes
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without times, and without a level below."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    flat = [line | line.get("validation", {}) for line in lines]
+    return [{k: v for k, v in line.items() if k not in {*TIMES, "validation"}} for line in flat]
+
+
+def assert_equal_runs(found: Path, expected: Path) -> None:
+    """Compare files, metrics, scores and weights."""
+    names = [{p.name for p in run.iterdir() if p.name != ".lock"} for run in (found, expected)]
+    assert names[0] == names[1]
+    assert len(metrics(found)) == len(metrics(expected))
+    for one, other in zip(metrics(found), metrics(expected), strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
+    own, weights = (load_file(run / "adapter" / WEIGHTS) for run in (found, expected))
+    assert own.keys() == weights.keys()
+    for name, tensor in own.items():
+        torch.testing.assert_close(tensor, weights[name], atol=2e-5, rtol=1e-4)
+    one, other = (json.loads((run / "scores.json").read_text()) for run in (found, expected))
+    for key in ("before", "after"):
+        assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-4)
+    assert one["validation"] == pytest.approx(other["validation"], rel=1e-4, abs=1e-4)
+
+
+def test_runs_in_one_pass_are_those_of_their_own_processes(tiny, tmp_path):
+    """Two at a time of three, which differ in rate, length and seed; dropout of one adapter."""
+    settings = {
+        "a": ["train.lr=1e-3", "train.steps=6"],
+        "b": ["train.lr=3e-3", "train.steps=4", "train.seed=1"],
+        "c": ["train.lr=1e-2", "train.steps=4", "train.early_stopping=1"],
+    }
+    jobs = {
+        tmp_path / "together" / name: overrides_of(tiny, tmp_path / "together" / name, words)
+        for name, words in settings.items()
+    }
+    (tmp_path / "together").mkdir()
+    sizes = together(jobs, 2)
+    assert sizes.count(2) >= 6
+    for name, words in settings.items():
+        log = tmp_path / "together" / f"{name}.log"
+        assert (tmp_path / "together" / name / "scores.json").exists(), log.read_text()
+        assert "adapted" in log.read_text()
+        alone = tmp_path / "alone" / name
+        main()(compose(overrides_of(tiny, alone, words)))
+        assert_equal_runs(tmp_path / "together" / name, alone)
+
+
+def test_a_stopped_group_resumes(tiny, tmp_path):
+    names = ("a", "b")
+    jobs = {
+        tmp_path / n: overrides_of(
+            tiny, tmp_path / n, [f"train.seed={i}", "train.steps=6", "train.save_steps=null"]
+        )
+        for i, n in enumerate(names)
+    }
+    assert together(jobs, 2, stop_at=3) == [2, 2, 2]
+    for run in jobs:
+        assert "stopped by SIGTERM after step 3 of 6" in Path(f"{run}.log").read_text()
+        assert not (run / "adapter").exists()
+    assert together(jobs, 2) == [2, 2, 2]
+    for i, name in enumerate(names):
+        words = [f"train.seed={i}", "train.steps=6", "train.save_steps=null"]
+        main()(compose(overrides_of(tiny, tmp_path / "alone" / name, words)))
+        assert_equal_runs(tmp_path / name, tmp_path / "alone" / name)
+
+
+def test_a_run_that_cannot_train_together_trains_alone_and_one_that_fails_ends_alone(
+    tiny, tmp_path, petl_log
+):
+    jobs = {
+        tmp_path / "dora": ["+method=dora", *tiny.steady, f"train.run={tmp_path / 'dora'}"],
+        tmp_path / "wrong": ["+method=mloa", *tiny.steady, f"train.run={tmp_path / 'wrong'}"],
+    }
+    assert together(jobs, 2) == []
+    assert "this run trains alone: the LoRA layer" in petl_log.text
+    assert (tmp_path / "dora" / "scores.json").exists()
+    assert "no method 'mloa'" in (tmp_path / "wrong.log").read_text()

@@ -1,0 +1,291 @@
+"""`petl.train_together`, compared with a training of its own for each adapter."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import petl
+from petl.errors import UnsupportedError
+from petl.testing.models import (
+    causal_batch,
+    class_batch,
+    image_batch,
+    pair_batch,
+    tiny_bert,
+    tiny_llama,
+    tiny_t5,
+    tiny_vit,
+)
+from petl.training.together.group import share_weights
+
+LORA = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.1}
+
+
+def full_batch(make, rows: int, seed: int) -> dict[str, torch.Tensor]:
+    """A batch without padding, so that batches of all jobs have one shape."""
+    batch = make(rows, seed)
+    ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 3)
+    labels = batch["labels"] if batch["labels"].dim() == 1 else ids
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def separate(base: nn.Module, job: petl.Job) -> tuple[list[float], dict[str, torch.Tensor], Any]:
+    """Train one job alone, by a loop that is written out; return losses, tensors and the model."""
+    train, seed = dict(job.train), job.train.get("seed", 0)
+    torch.manual_seed(seed)
+    model = petl.wrap(share_weights(base), job.method, **job.fields)
+    petl.fuse_lora(model)
+    model.train()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    heads = [p for n, p in trained.items() if "modules_to_save" in n]
+    matrices = [p for n, p in trained.items() if p.dim() > 1 and "modules_to_save" not in n]
+    vectors = [p for n, p in trained.items() if p.dim() == 1 and "modules_to_save" not in n]
+    groups = [
+        {"params": matrices, "lr": train["lr"], "weight_decay": 0.01},
+        {"params": vectors, "lr": train["lr"], "weight_decay": 0.0},
+        {"params": [p for p in heads if p.dim() > 1], "lr": 1e-2, "weight_decay": 0.01},
+        {"params": [p for p in heads if p.dim() == 1], "lr": 1e-2, "weight_decay": 0.0},
+    ]
+    groups = [{**group, "peak": group["lr"]} for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    life = petl.lifecycle(model)
+    life.attach_optimizer(optimizer, 0, train["steps"])
+    torch.manual_seed(seed)
+    losses, total = [], train["steps"]
+    warmup = train.get("warmup", 0)
+    batches = itertools.cycle(job.batches)
+    for step in range(1, total + 1):
+        loss = model(**next(batches)).loss
+        loss.backward()
+        done = (step - 1 - warmup) / max(1, total - warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * (step / warmup if step <= warmup else 1 - done)
+        nn.utils.clip_grad_norm_(trained.values(), train.get("max_grad_norm", 1.0))
+        optimizer.step()
+        life.after_step(step, optimizer)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, {n: p.detach() for n, p in trained.items()}, model.eval()
+
+
+def difference(tensors: dict[str, torch.Tensor], trained: petl.Trained) -> float:
+    """The largest difference of a trained tensor."""
+    found = dict(trained.model.named_parameters())
+    assert {n for n, p in found.items() if p.requires_grad} == tensors.keys()
+    return max((tensors[n] - found[n].detach()).abs().max().item() for n in tensors)
+
+
+def jobs_of(make, method: str, fields: dict[str, Any], rate: float = 1e-3) -> list[petl.Job]:
+    """Five jobs that differ in rate, length, seed and rows, with clipping that acts."""
+    return [
+        petl.Job(
+            method,
+            [make(4, 10 * k + i) for i in range(4)],
+            {"steps": 5 + k, "lr": rate * (k + 1), "warmup": k, "seed": k, "max_grad_norm": 0.5},
+            fields,
+        )
+        for k in range(5)
+    ]
+
+
+def test_adapters_on_rows_of_one_length_equal_their_own_training_to_the_bit():
+    """Three at a time, of five that end at different steps, with dropout of each."""
+    base = tiny_llama()
+    before = {n: t.clone() for n, t in base.state_dict().items()}
+    jobs = jobs_of(
+        lambda rows, seed: full_batch(causal_batch, rows, seed),
+        "lora",
+        {**LORA, "task_type": "CAUSAL_LM"},
+    )
+    for job, trained in zip(jobs, petl.train_together(base, jobs, together=3), strict=True):
+        losses, tensors, _ = separate(base, job)
+        assert trained.losses == losses
+        assert difference(tensors, trained) == 0
+        assert trained.steps == job.train["steps"]
+    after = base.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert losses[-1] < losses[0]
+
+
+FAMILIES = {
+    "llama": (tiny_llama, causal_batch, "CAUSAL_LM"),
+    "bert": (tiny_bert, class_batch, "SEQ_CLS"),
+    "t5": (tiny_t5, pair_batch, "SEQ_2_SEQ_LM"),
+    "vit": (tiny_vit, image_batch, None),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padded_rows_heads_and_other_families_equal_their_own_training(family):
+    build, make, task_type = FAMILIES[family]
+    base = build()
+    fields = {**LORA, "lora_dropout": 0.0, "task_type": task_type}
+    if family == "vit":
+        fields |= {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
+        fields["target_modules"] = "all-linear"
+        fields["exclude_modules"] = ["classifier"]
+    jobs = jobs_of(make, "lora", fields)
+    for job, trained in zip(jobs, petl.train_together(base, jobs, together=3), strict=True):
+        losses, tensors, _ = separate(base, job)
+        torch.testing.assert_close(trained.losses, losses, atol=2e-6, rtol=1e-6)
+        assert difference(tensors, trained) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        ("mos", {"r": 2, "lora_dropout": 0.2}),
+        ("mola", {"r": 2, "num_experts": 4, "lora_dropout": 0.2}),
+        ("adapter", {"bneck_dropout": 0.2}),
+        ("adapter", {"placement": "parallel"}),
+        ("compacter", {"phm_dim": 4, "r": 16}),
+        ("increlora", {"tinit": 1, "deltaT": 2}),
+    ],
+)
+def test_other_methods_equal_their_own_training(method, fields):
+    base = tiny_bert()
+    jobs = jobs_of(class_batch, method, {**fields, "task_type": "SEQ_CLS"}, rate=3e-4)
+    for job, trained in zip(jobs, petl.train_together(base, jobs, together=3), strict=True):
+        losses, tensors, _ = separate(base, job)
+        torch.testing.assert_close(trained.losses, losses, atol=1e-5, rtol=1e-5)
+        assert difference(tensors, trained) < 2e-5
+        assert losses[-1] < losses[0]
+
+
+def test_ranks_alphas_and_dropouts_may_differ():
+    """Smaller ranks are filled up; batches have other numbers of rows and tokens."""
+    base, jobs = tiny_llama(), []
+    for k, (r, alpha) in enumerate([(8, 16), (2, 16), (4, 1)]):
+        batch = causal_batch(2 + k, k)
+        batch = {name: value[:, : 9 - k] for name, value in batch.items()}
+        fields = {"r": r, "lora_alpha": alpha, "target_modules": "all-linear"}
+        train = {"steps": 4, "lr": 1e-3, "seed": k, "head_lr": None}
+        jobs.append(petl.Job("lora", [batch], train, {**fields, "task_type": "CAUSAL_LM"}))
+    for job, trained in zip(jobs, petl.train_together(base, jobs, together=3), strict=True):
+        losses, tensors, _ = separate(base, job)
+        torch.testing.assert_close(trained.losses, losses, atol=2e-6, rtol=1e-6)
+        assert difference(tensors, trained) < 1e-6
+
+
+def test_early_stopping_and_best_weights_are_of_each_adapter():
+    """Scores that fall from the start, or rise to the end, by job."""
+    base, seen = tiny_bert(), {}
+
+    def falling(model):
+        assert not model.training
+        seen.setdefault("weights", [p.clone() for p in model.parameters() if p.requires_grad])
+        seen["score"] = seen.get("score", 0) - 1
+        return seen["score"]
+
+    def rising(model):
+        seen["last"] = seen.get("last", 0) + 1
+        return seen["last"]
+
+    batches = [class_batch(3, 0)]
+    train = {"steps": 12, "lr": 1e-3, "eval_steps": 2, "early_stopping": 2}
+    fields = {"task_type": "SEQ_CLS"}
+    jobs = [petl.Job("lora", batches, train, fields, evaluate) for evaluate in (falling, rising)]
+    first, second = petl.train_together(base, jobs, together=2)
+    assert (first.steps, first.score, first.best_step) == (6, -1, 2)
+    assert (second.steps, second.score, second.best_step) == (12, 6, 12)
+    now = [p for p in first.model.parameters() if p.requires_grad]
+    assert all(torch.equal(a, b) for a, b in zip(now, seen["weights"], strict=True))
+
+
+def test_a_trained_adapter_saves_and_loads_alone(tmp_path):
+    base = tiny_bert()
+    jobs = jobs_of(class_batch, "lora", {**LORA, "task_type": "SEQ_CLS"})[:2]
+    trained = petl.train_together(base, jobs, together=2)
+    batch = class_batch(3, 7)
+    for k, each in enumerate(trained):
+        each.model.save_pretrained(tmp_path / str(k))
+        loaded = petl.load(tiny_bert(), tmp_path / str(k)).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(**batch).logits, each.model(**batch).logits)
+
+
+def test_without_a_number_small_steps_share_a_pass(monkeypatch):
+    """About 512 tokens in a pass: 15 batches of 4 x 8 tokens, so all five jobs at once."""
+    sizes = []
+    from petl.training.together.group import AdapterGroup
+
+    losses = AdapterGroup.losses
+    monkeypatch.setattr(
+        AdapterGroup,
+        "losses",
+        lambda self, batches: sizes.append(len(batches)) or losses(self, batches),
+    )
+    jobs = jobs_of(class_batch, "lora", {"task_type": "SEQ_CLS"})
+    petl.train_together(tiny_bert(), jobs)
+    assert sizes == [5] * 5 + [4, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "part"),
+    [
+        ("binary", {}, "tensors of an inner method, 'adapter'"),
+        ("sherl", {}, "not written for rows of several adapters"),
+        ("dora", {}, "LoRA layer .* is not two plain factors"),
+        ("loha", {}, "of PEFT's tuners only LoRA"),
+        ("adapter", {"gate": "middle_y"}, "reads the mask"),
+        ("adapter", {"block": "conformer"}, "statistics over the rows"),
+        ("lora", {"lora_bias": True}, "not two plain factors"),
+        ("mola", {"router_type": "recurrent", "num_experts": 4}, "router_type='recurrent'"),
+        ("adapter", {"locations": ["block"], "placement": "parallel"}, "adapts a whole block"),
+    ],
+)
+def test_what_cannot_train_together_is_refused_with_the_reason(method, fields, part):
+    job = petl.Job(method, [class_batch(2, 0)], {"steps": 1}, {**fields, "task_type": "SEQ_CLS"})
+    with pytest.raises(UnsupportedError, match=part):
+        petl.train_together(tiny_bert(), [job])
+
+
+def test_jobs_of_two_methods_or_on_other_modules_are_refused():
+    batches, train = [class_batch(2, 0)], {"steps": 1}
+    lora = petl.Job("lora", batches, train, {"task_type": "SEQ_CLS"})
+    mos = petl.Job("mos", batches, train, {"r": 2, "task_type": "SEQ_CLS"})
+    key = petl.Job("lora", batches, train, {"target_modules": ["key"], "task_type": "SEQ_CLS"})
+    with pytest.raises(petl.InputError, match="LoraConfig and MosConfig"):
+        petl.train_together(tiny_bert(), [lora, mos], together=2)
+    with pytest.raises(petl.InputError, match="on the same modules"):
+        petl.train_together(tiny_bert(), [lora, key], together=2)
+
+
+@pytest.mark.parametrize(
+    ("train", "part"),
+    [
+        ({}, "no number of optimizer steps"),
+        ({"steps": 1, "batch_size": 2}, "no setting 'batch_size'"),
+        ({"steps": 1, "eval_steps": 1}, "need each other"),
+    ],
+)
+def test_wrong_settings_of_a_job_are_refused(train, part):
+    job = petl.Job("lora", [class_batch(2, 0)], train, {"task_type": "SEQ_CLS"})
+    with pytest.raises(petl.InputError, match=part):
+        petl.train_together(tiny_bert(), [job])
+
+
+def test_packed_rows_are_refused():
+    ids = torch.arange(3, 11)[None]
+    batch = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])}
+    job = petl.Job("lora", [{**batch, "labels": ids}], {"steps": 1}, {"task_type": "CAUSAL_LM"})
+    with pytest.raises(UnsupportedError, match="packed"):
+        petl.train_together(tiny_llama(2), [job])
+
+
+def test_a_loss_that_is_not_known_from_the_logits_is_refused():
+    class Other(type(tiny_bert())):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            if output.loss is not None:
+                output.loss = 2 * output.loss
+            return output
+
+    base = tiny_bert()
+    base.__class__ = Other
+    job = petl.Job("lora", [class_batch(2, 0)], {"steps": 1}, {"task_type": "SEQ_CLS"})
+    with pytest.raises(UnsupportedError, match="the loss of Other is not one"):
+        petl.train_together(base, [job])
