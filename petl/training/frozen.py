@@ -13,6 +13,7 @@ from petl.frozen.cache import FrozenCache, Wanted, cache_frozen
 from petl.frozen.store import check_space
 from petl.runs.settings import TrainConfig
 from petl.training.dataloader import Splits, batched
+from petl.training.together.lanes import current
 
 PAYS = 1.5  # passes over the train rows; a store costs the frozen blocks of one
 FEW = 0.1  # fraction of the passes that may run all blocks without a warning (assumption)
@@ -56,6 +57,8 @@ def _cache(
         raise _NothingFrozen(f"train.steps={settings.steps} trains nothing")
     if isinstance(splits.train, StreamedRows):
         raise InputError("the training examples are a stream (data.streaming=true)")
+    if current() is not None:
+        raise InputError("the passes of runs that train together have copies of the blocks")
     try:
         cache = cache_frozen(model, without_dropout=settings.cache_frozen is True)
     except UnsupportedError as error:
