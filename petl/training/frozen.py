@@ -58,7 +58,9 @@ def _cache(
     if isinstance(splits.train, StreamedRows):
         raise InputError("the training examples are a stream (data.streaming=true)")
     if current() is not None:
-        raise InputError("the passes of runs that train together have copies of the blocks")
+        raise InputError(
+            "the passes of runs that train together have copies of the blocks; study without --together"
+        )
     try:
         cache = cache_frozen(model, without_dropout=settings.cache_frozen is True)
     except UnsupportedError as error:
