@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from petl import core as core
     from petl import data as data
     from petl import deltas as deltas
+    from petl import drafting as drafting
     from petl import errors as errors
     from petl import losses as losses
     from petl import methods as methods
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from petl.core.spec.method import Method, list_losses
     from petl.core.switching.lora import fuse_lora
     from petl.core.tuners.tuner import MethodTuner
+    from petl.drafting.folder import load_drafter
     from petl.errors import InputError
     from petl.integrations.trainer_callback import Callback
     from petl.methods.lora import lorafa_optimizer, loraplus_optimizer
@@ -69,6 +71,7 @@ __all__ = [
     "list_losses",
     "list_methods",
     "load",
+    "load_drafter",
     "lorafa_optimizer",
     "loraplus_optimizer",
     "method",
@@ -79,7 +82,18 @@ __all__ = [
     "wrap",
 ]
 
-_PACKAGES = ("core", "data", "deltas", "errors", "losses", "methods", "ops", "ranks", "search")
+_PACKAGES = (
+    "core",
+    "data",
+    "deltas",
+    "drafting",
+    "errors",
+    "losses",
+    "methods",
+    "ops",
+    "ranks",
+    "search",
+)
 _NAMES = {
     "petl.integrations.trainer_callback": ("Callback",),
     "petl.core.layers.layer": ("Adapter", "AdapterLayer", "Factors", "LayerShape", "LayerInfo"),
@@ -100,6 +114,7 @@ _NAMES = {
     ),
     "petl.core.switching.lora": ("fuse_lora",),
     "petl.core.tuners.tuner": ("MethodTuner",),
+    "petl.drafting.folder": ("load_drafter",),
     "petl.errors": ("InputError",),
     "petl.methods.lora": ("lorafa_optimizer", "loraplus_optimizer"),
     "petl.methods.sparse": ("SparseSM3",),
