@@ -11,7 +11,7 @@ the text before it, and the answer may be another, equally good one.
 from importlib import import_module
 from pkgutil import iter_modules
 
-from petl.drafting.checks import PROMISE, rounding, shortfalls, verify
+from petl.drafting.checks import PROMISE, rounding, shortfalls, verify, why_plain
 from petl.drafting.costs import Costs
 from petl.drafting.engine import Stats, decode
 from petl.drafting.folder import load_drafter
@@ -47,6 +47,7 @@ __all__ = [
     "shortfalls",
     "tau",
     "verify",
+    "why_plain",
 ]
 
 for _module in iter_modules(__path__):

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
+from petl.core.distributed import is_sharded
 from petl.core.layers.context import is_encoder_decoder
 from petl.core.model.modes import evaluation_mode
 from petl.core.parameters import max_positions
@@ -92,15 +94,29 @@ def shortfalls(model: Any, ids: Tensor, start: int) -> Tensor:
     return logits.amax(-1) - own
 
 
-def _decoder(model: Any) -> Any:
-    """Return the model of transformers, or raise UnsupportedError."""
+def why_plain(model: Any) -> str:
+    """Return why a model is decoded without drafts; "" if drafts are possible.
+
+    It is read from the class and the config; `verify` runs the model.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     name = type(base).__name__
     if not (hasattr(base, "can_generate") and base.can_generate()):
-        raise UnsupportedError(f"{name} does not generate text, so there is nothing to draft")
+        return f"{name} does not generate text, so there is nothing to draft"
     if is_encoder_decoder(base):
-        raise UnsupportedError(f"{name} is an encoder-decoder, which is decoded without drafts")
-    return base
+        return f"{name} is an encoder-decoder, which is decoded without drafts"
+    if is_sharded(base):
+        return f"{name} is sharded over processes, which must make the same passes"
+    reason = tree.refusal(DynamicCache(config=base.config))
+    return reason and f"{name} cannot be decoded with drafts: {reason}; use --drafter none"
+
+
+def _decoder(model: Any) -> Any:
+    """Return the model of transformers, or raise UnsupportedError."""
+    reason = why_plain(model)
+    if reason:
+        raise UnsupportedError(reason)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @torch.no_grad()
@@ -117,11 +133,6 @@ def _differences(model: Any, base: Any, cache_length: int, tokens: int) -> tuple
 
     with evaluation_mode(model):
         cache = model(input_ids=ids[:, :cache_length], use_cache=True)[name]
-        reason = tree.refusal(cache)
-        if reason:
-            raise UnsupportedError(
-                f"{type(base).__name__} cannot be decoded with drafts: {reason}; use --drafter none"
-            )
         together = logits(ids[:, cache_length:], cache)
         tree.compact(cache, [], tokens)
         one_by_one = torch.cat(

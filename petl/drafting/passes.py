@@ -8,16 +8,23 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import Cache, GenerationConfig
 
+from petl.core.layers.layer import Adapter
 from petl.core.parameters import max_positions
 from petl.drafting import tree
 from petl.errors import UnsupportedError
 
 MASKED = ("sdpa", "eager")  # implementations of attention that take any mask
 TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+
+
+def _reads_previous_token(module: nn.Module) -> bool:
+    """Return True for an adapter with a router that reads the token before each one."""
+    shared = module.info.shared if isinstance(module, Adapter) else None
+    return bool(getattr(shared, "reads_previous_token", False))
 
 
 class Passes:
@@ -38,7 +45,7 @@ class Passes:
         self.chains_only = (
             model.config._attn_implementation not in MASKED
             or kwargs.get("position_ids") is None  # positions are taken from the number of tokens
-            or any(getattr(module, "reads_previous_token", False) for module in model.modules())
+            or any(map(_reads_previous_token, model.modules()))
         )
 
     @property

@@ -32,8 +32,9 @@ class PackedLinear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `x W^T + b`, [..., O], for x [..., I] and W [O, I], by an active packed copy."""
     copies = None if torch.compiler.is_compiling() else getattr(_local, "weights", None)
-    if copies is not None and x.numel() > x.shape[-1] and not torch.is_grad_enabled():
-        copy = copies.get(id(weight))
+    if copies is not None and x.numel() > x.shape[-1] and x.dtype == torch.float32:
+        is_plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        copy = copies.get(id(weight)) if is_plain else None
         if copy is not None:
             return torch.ops.mkldnn._linear_pointwise(x, copy, bias, "none", [], "")
     return F.linear(x, weight, bias)

@@ -49,8 +49,9 @@ def test_every_method_is_decoded_as_without_drafts(name):
 
 @pytest.mark.parametrize("name", ["lora", "mola", "adapter", "mos"])
 def test_adapters_that_are_switched_between_calls(name):
-    model = petl.wrap(testing.tiny_llama(), name, task_type="CAUSAL_LM")
-    model.add_adapter("other", petl.build_config(name, task_type="CAUSAL_LM"))
+    case = own(name, "llama") if name in OWN else adopted(name, "llama")
+    model = case.wrap()
+    model.add_adapter("other", case.config())
     for seed, adapter in enumerate(("default", "other")):
         model.set_adapter(adapter)
         testing.stir(model.eval(), adapter, seed=seed)
