@@ -109,7 +109,7 @@ def test_generate_prints_the_same_answer_with_drafts_and_what_they_saved(command
     for drafting in ([], ["--drafter", "free"]):
         status, out, err = command(*words, *drafting, "--stats", "--check")
         assert (status, out) == (0, plain)
-        assert re.search(r"60 tokens in \d+ passes after the prompts: \d\.\d\d tokens a pass", err)
+        assert re.search(r"\d+ tokens in \d+ passes after the prompts: \d\.\d\d tokens a pass", err)
         assert "logits with drafts differ by at most" in err
         assert "Every token is the one the model chose for exactly the text before it." in err
 

@@ -21,12 +21,12 @@ def generated(model, seed, **settings):
     return model.generate(input_ids=prompt(seed), **{**PLAIN, **settings})
 
 
-def assert_lossless(model, seed=1):
+def assert_lossless(model, seed=1, *, decoys=True):
     """Drafts leave greedy and sampled answers as they are, with packed weights, too."""
     for sampling in ({"do_sample": False}, {"do_sample": True}):
         plain = generated(model, seed, **sampling)
         right = Stats()
-        for guess in (Oracle(plain, 3, decoys=True), Random()):
+        for guess in (Oracle(plain, 3, decoys=decoys), Random()):
             more = {"custom_generate": decode, "drafter": guess, "pack": True, "stats": right}
             assert torch.equal(generated(model, seed, **sampling, **more), plain)
         assert right.accepted > 0
@@ -78,7 +78,8 @@ def test_adapters_that_are_switched_between_calls(name):
 def test_routers_of_mola_that_keep_states(fields):
     torch.manual_seed(0)
     model = petl.wrap(testing.tiny_llama(), "mola", task_type="CAUSAL_LM", **fields)
-    assert_lossless(testing.stir(model.eval()))
+    # in a chain, the first child of the root would be a decoy
+    assert_lossless(testing.stir(model.eval()), decoys="router_lookahead" not in fields)
 
 
 def test_state_dict_and_outputs_are_what_they_were():

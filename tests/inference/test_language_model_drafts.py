@@ -37,11 +37,15 @@ def test_drafts_change_no_answer(writers, name):
 
 
 def test_a_stream_with_drafts_is_the_answer(writers):
-    model, pieces = writers.load("lora"), []
-    with model.using("default"):
-        (answer,) = model.answer([model.encode("Hi")], SETTINGS[0], write=pieces.append)
-    assert "".join(pieces) == answer.text
-    assert len(pieces) > 1
+    streams = []
+    for drafting in ("auto", "none"):
+        model = load_language_model(writers.folder / "lora", drafting=drafting)
+        pieces: list[str] = []
+        with model.using("default"):
+            (answer,) = model.answer([model.encode("Hi")], SETTINGS[2], write=pieces.append)
+        assert "".join(pieces) == answer.text
+        streams.append(pieces)
+    assert streams[0] == streams[1] != []
 
 
 def test_batches_encoder_decoders_and_prompt_lookup_are_decoded_without_drafts(writers):
