@@ -13,7 +13,7 @@ from petl.core.distributed import is_sharded
 from petl.core.layers.context import is_encoder_decoder
 from petl.core.model.modes import evaluation_mode
 from petl.core.parameters import max_positions
-from petl.drafting import tree
+from petl.drafting.cache import cache_argument, compact, refusal
 from petl.errors import InputError, UnsupportedError
 
 LARGEST = 1e-3  # difference of logits in float32
@@ -107,7 +107,7 @@ def why_plain(model: Any) -> str:
         return f"{name} is an encoder-decoder, which is decoded without drafts"
     if is_sharded(base):
         return f"{name} is sharded over processes, which must make the same passes"
-    reason = tree.refusal(DynamicCache(config=base.config))
+    reason = refusal(DynamicCache(config=base.config))
     return reason and f"{name} cannot be decoded with drafts: {reason}; use --drafter none"
 
 
@@ -126,7 +126,7 @@ def _differences(model: Any, base: Any, cache_length: int, tokens: int) -> tuple
     vocabulary = base.config.get_text_config().vocab_size
     shape = (1, cache_length + tokens)
     ids = torch.randint(vocabulary, shape, generator=generator).to(base.device)
-    name = tree.cache_argument(base)
+    name = cache_argument(base)
 
     def logits(part: Tensor, cache: Any) -> Tensor:
         return model(input_ids=part, use_cache=True, **{name: cache}).logits[0].float()
@@ -134,7 +134,7 @@ def _differences(model: Any, base: Any, cache_length: int, tokens: int) -> tuple
     with evaluation_mode(model):
         cache = model(input_ids=ids[:, :cache_length], use_cache=True)[name]
         together = logits(ids[:, cache_length:], cache)
-        tree.compact(cache, [], tokens)
+        compact(cache, [], tokens)
         one_by_one = torch.cat(
             [logits(ids[:, i : i + 1], cache) for i in range(cache_length, shape[1])]
         )

@@ -12,7 +12,7 @@ from torch import nn
 from petl.core.compat import BaseTunerLayer
 from petl.core.model.modes import evaluation_mode
 from petl.core.parameters import max_positions
-from petl.drafting.tree import cache_argument, compact
+from petl.drafting.cache import cache_argument, compact
 from petl.errors import InputError
 from petl.ops.packed import PackedWeights, packed_classes
 

@@ -30,6 +30,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerationMo
 from petl.core.distributed import is_sharded
 from petl.core.layers.context import is_encoder_decoder
 from petl.drafting import tree
+from petl.drafting.cache import cache_argument, refusal
 from petl.drafting.costs import QUICK, Costs
 from petl.drafting.packing import Packing
 from petl.drafting.passes import Passes
@@ -172,7 +173,8 @@ def _check(nodes: Any, rows: Any, pack: Any, config: GenerationConfig) -> None:
         raise InputError(f"pack={pack!r} is none of True, False, 'auto'")
     if config.get_generation_mode() == GenerationMode.ASSISTED_GENERATION:
         raise InputError(
-            "prompt_lookup_num_tokens and assistant_early_exit draft as well; leave them out, or "
+            f"prompt_lookup_num_tokens={config.prompt_lookup_num_tokens} and "
+            f"assistant_early_exit={config.assistant_early_exit} draft as well; leave them out, or "
             "leave out custom_generate"
         )
 
@@ -194,7 +196,7 @@ def plain_reason(model: Any, ids: Tensor, config: GenerationConfig, kwargs: Any)
         return "attentions or hidden states are asked for"
     if config.prefill_chunk_size is not None:
         return f"prefill_chunk_size={config.prefill_chunk_size}"
-    return tree.refusal(kwargs.get(tree.cache_argument(model)))
+    return refusal(kwargs.get(cache_argument(model)))
 
 
 def _plain(given: Given, stream: Any, kwargs: dict[str, Any]) -> Any:
@@ -227,11 +229,15 @@ def _each_row(
     """Decode rows one after the other, [rows, longest], padded as by `generate`."""
     if stream is not None or config.return_dict_in_generate:
         raise InputError(
-            "rows='sequential' returns ids only: leave out stream and return_dict_in_generate"
+            f"rows='sequential' returns ids only: leave out stream={stream} and "
+            f"return_dict_in_generate={config.return_dict_in_generate}"
         )
-    name = tree.cache_argument(model)
-    if kwargs[name].get_seq_length() > 0:
-        raise InputError("rows='sequential' begins with the prompts: pass no cache that is filled")
+    name = cache_argument(model)
+    known = kwargs[name].get_seq_length()
+    if known > 0:
+        raise InputError(
+            f"rows='sequential' begins with the prompts, and {name} has {known} tokens"
+        )
     answers = []
     for i in range(len(ids)):
         own = {key: _row(value, i, len(ids)) for key, value in kwargs.items()}
@@ -317,6 +323,7 @@ class Decoding:
     def _begin(self) -> bool:
         """Compute the prompt and its first token; return True if the answer ends there."""
         logits = self.passes.prefill(self.given.ids, self.given.config)
+        # some caches get their layers in the first pass
         reason = self.passes.refusal(len(self.tokens))
         if reason and self.drafter is not None:
             warnings.warn(f"decoding without drafts: {reason}", stacklevel=4)
@@ -339,6 +346,7 @@ class Decoding:
         tokens, parents = self._draft(self.drafter)
         has_ended = self._verify(tokens, parents)
         self.switch.add(len(self.tokens) - length, clock() - began)
+        # measuring, at the first judgement only, is not part of a round
         if self.switch.is_due and not has_ended:
             self.switch.judge(self._measured().seconds[1])
         return has_ended
@@ -374,12 +382,14 @@ class Decoding:
         path, has_ended = self._walk(tree.children(tokens, parents), logits)
         self.passes.keep(path, padded)
         self.state_row = path[-1]
+        # after the walk, which may raise in a criterion
         self.stats.passes += 1
         self.stats.drafted += len(tokens)
         self.stats.accepted += len(path) - 1
         if self.drafter is not None and self.switch.is_on:
             device = logits.device
             needs = self.drafter.needs
+            # not in plain rounds: the drafter has guessed nothing there
             self.drafter.observe(
                 Seen(
                     torch.tensor([root, *tokens], device=device),
@@ -468,6 +478,6 @@ class Decoding:
             "sequences": ids,
             "scores": None if self.scores is None else tuple(self.scores),
             "logits": None if self.logits is None else tuple(self.logits),
-            tree.cache_argument(self.model): self.passes.cache,
+            cache_argument(self.model): self.passes.cache,
         }
         return GenerateDecoderOnlyOutput(**found)

@@ -111,5 +111,5 @@ def vocabulary_of(model: Any) -> int:
         InputError: there is no model.
     """
     if model is None:
-        raise InputError("this drafter needs the model that it drafts for: pass model=...")
+        raise InputError(f"model={model}: this drafter needs the model that it drafts for")
     return model.config.get_text_config().vocab_size

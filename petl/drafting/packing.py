@@ -43,6 +43,7 @@ class Packing:
             unique: dict[int, Any] = {id(layer.weight): layer.weight for layer in layers}
             size = sum(weight.nbytes for weight in unique.values())
             layers = layers if 2 * size < psutil.virtual_memory().available else []
+        # the first passes over several tokens tell whether there will be more
         self._waits = 0 if pack is True else AFTER
         self._copies = packed_weights(model) if layers else None
 

@@ -15,6 +15,7 @@ from transformers import Cache, GenerationConfig
 from petl.core.layers.layer import Adapter
 from petl.core.parameters import max_positions
 from petl.drafting import tree
+from petl.drafting.cache import cache_argument, compact, refusal
 from petl.errors import UnsupportedError
 
 MASKED = ("sdpa", "eager")  # implementations of attention that take any mask
@@ -37,7 +38,7 @@ class Passes:
 
     def __init__(self, model: Any, kwargs: dict[str, Any]) -> None:
         self.model, self.kwargs = model, kwargs
-        self.cache_name = tree.cache_argument(model)
+        self.cache_name = cache_argument(model)
         self.states: Tensor | None = None
         self.is_paused = False
         self.limit = max_positions(model)
@@ -98,7 +99,7 @@ class Passes:
 
     def refusal(self, length: int) -> str:
         """Return why drafts are not possible after the pass over `length` tokens; "": they are."""
-        reason = tree.refusal(self.cache)
+        reason = refusal(self.cache)
         known = 0 if reason else self.cache.get_seq_length()
         if not reason and known != length:
             reason = f"its cache has {known} entries for {length} tokens"
@@ -168,7 +169,7 @@ class Passes:
             count: as of `run`.
         """
         if count > 1:
-            tree.compact(self.cache, path, count)
+            compact(self.cache, path, count)
         self._update(self.outputs, len(path))
 
     def _update(self, outputs: Any, tokens: int) -> None:

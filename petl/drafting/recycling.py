@@ -159,6 +159,7 @@ class Recycling(Drafter):
     def _plan(self, budget: int | None) -> list[tree.Path]:
         if self.template is not None:
             return self.template if budget is None else self.template[:budget]
+        # frequencies change slowly, and a plan takes as long as some rounds of a small model
         self.age += 1
         if self.age >= REPLAN:
             self.age, table = 0, self.frequencies.table()

@@ -12,8 +12,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from petl.core.parameters import max_positions
-from petl.drafting import Drafter, Stats, decode, drafter, load_drafter, why_plain
-from petl.drafting.folder import CONFIG
+from petl.drafting.checks import why_plain
+from petl.drafting.engine import Stats, decode
+from petl.drafting.folder import CONFIG, load_drafter
+from petl.drafting.registry import Drafter, drafter
 from petl.errors import (
     InputError,
     UnknownNameError,

@@ -8,7 +8,7 @@ from typing import Any
 from petl.data.files import lines_of
 from petl.data.inputs import read_inputs
 from petl.data.validation import Row
-from petl.drafting import Stats
+from petl.drafting.engine import Stats
 from petl.errors import InputError
 from petl.files.paths import file_of
 from petl.inference.language_model import LanguageModel, Prompt

@@ -12,7 +12,9 @@ from peft import PeftModel
 from torch import Tensor
 
 from petl.core.distributed import is_sharded
-from petl.drafting import Drafter, decode, drafter, why_plain
+from petl.drafting.checks import why_plain
+from petl.drafting.engine import decode
+from petl.drafting.registry import Drafter, drafter
 from petl.tasks.base import pad_id
 from petl.tasks.row_tasks import IDS
 

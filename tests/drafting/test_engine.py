@@ -339,7 +339,7 @@ def test_drafts_that_are_no_tree_are_refused(tokens, parents, message):
         ({"nodes": -1}, "nodes=-1 is no number of drafts"),
         ({"rows": "all"}, "rows='all' is neither None nor 'sequential'"),
         ({"pack": "yes"}, "pack='yes' is none of"),
-        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens and .* draft as well"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3 and .* draft as well"),
         ({"drafter": "lokup"}, "no drafter 'lokup'; did you mean 'lookup'"),
     ],
 )

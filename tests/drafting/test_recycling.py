@@ -187,7 +187,7 @@ def test_what_does_not_fit_the_model_is_refused(model, tmp_path):
     save_file({"table": table}, file)
     with pytest.raises(InputError, match="has ids from -1 to 96; allowed are -1"):
         load_drafter(tmp_path, model)
-    with pytest.raises(InputError, match="needs the model that it drafts for"):
+    with pytest.raises(InputError, match="model=None: this drafter needs the model"):
         drafter("recycling")
     with pytest.raises(InputError, match=r"has no drafter_config.json: give the folder"):
         load_drafter(tmp_path / "none", model)
