@@ -226,9 +226,8 @@ class _LowRankLinear(torch.autograd.Function):
         weight, bias, mask = frozen
         x_TI = x.reshape(-1, x.shape[-1])
         bias = None if bias is None else bias.to(x.dtype)
-        y_TO = packed.linear(
-            x_TI, weight.to(x.dtype), bias
-        )  # of two dimensions, so no view of another
+        product = packed.linear if packed.in_use else F.linear
+        y_TO = product(x_TI, weight.to(x.dtype), bias)  # of two dimensions, so no view of another
         h_RT = A.to(x.dtype) @ _masked(x_TI, mask).t()
         y_TO.addmm_(_gated(h_RT, gate).t(), B.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(x, A, B, gate, weight, mask, h_RT)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 ROWS = 8  # of the passes for which oneDNN chooses the layout
+in_use: list[int] = []  # an entry for each `PackedWeights.active` that runs, in any thread
 _local = threading.local()  # weights: copies by id of the weight, inside `PackedWeights.active`
 
 
@@ -106,9 +107,11 @@ class PackedWeights:
     def active(self) -> Generator[None]:
         """Use the copies inside the block, in this thread."""
         _local.weights = {key: copy.packed for key, copy in self.copies.items()}
+        in_use.append(len(self.copies))
         try:
             yield
         finally:
+            in_use.pop()
             _local.weights = None
 
 
