@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from petl import core as core
     from petl import data as data
     from petl import deltas as deltas
+    from petl import drafting as drafting
     from petl import errors as errors
     from petl import losses as losses
     from petl import methods as methods
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from petl.core.spec.method import Method, list_losses
     from petl.core.switching.lora import fuse_lora
     from petl.core.tuners.tuner import MethodTuner
+    from petl.drafting.folder import load_drafter
     from petl.errors import InputError
     from petl.frozen.cache import cache_frozen
     from petl.integrations.trainer_callback import Callback
@@ -74,6 +76,7 @@ __all__ = [
     "list_losses",
     "list_methods",
     "load",
+    "load_drafter",
     "lorafa_optimizer",
     "loraplus_optimizer",
     "method",
@@ -85,7 +88,18 @@ __all__ = [
     "wrap",
 ]
 
-_PACKAGES = ("core", "data", "deltas", "errors", "losses", "methods", "ops", "ranks", "search")
+_PACKAGES = (
+    "core",
+    "data",
+    "deltas",
+    "drafting",
+    "errors",
+    "losses",
+    "methods",
+    "ops",
+    "ranks",
+    "search",
+)
 _NAMES = {
     "petl.frozen.cache": ("cache_frozen",),
     "petl.integrations.trainer_callback": ("Callback",),
@@ -107,6 +121,7 @@ _NAMES = {
     ),
     "petl.core.switching.lora": ("fuse_lora",),
     "petl.core.tuners.tuner": ("MethodTuner",),
+    "petl.drafting.folder": ("load_drafter",),
     "petl.errors": ("InputError",),
     "petl.methods.lora": ("lorafa_optimizer", "loraplus_optimizer"),
     "petl.methods.sparse": ("SparseSM3",),

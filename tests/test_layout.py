@@ -42,6 +42,7 @@ ORDER = (
     "methods",
     "losses",
     "config",
+    "drafting",
     "ranks",
     "tasks",
     "data",

@@ -4,6 +4,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -11,13 +12,24 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from petl.core.parameters import max_positions
-from petl.errors import InputError, UnknownNameError, did_you_mean, first_line
+from petl.drafting.checks import why_plain
+from petl.drafting.engine import Stats, decode
+from petl.drafting.folder import CONFIG, load_drafter
+from petl.drafting.registry import Drafter, drafter
+from petl.errors import (
+    InputError,
+    UnknownNameError,
+    UnsupportedError,
+    did_you_mean,
+    first_line,
+)
 from petl.inference.sampling import Answer, Sampling, StopEvent, StopTexts, TextStream, before_stop
 from petl.tasks.base import IGNORED, TOOLS, Message, pad_id
 from petl.tasks.chat import encode_chat, question
 from petl.training.generation import as_list, padded
 
 BASE = "base"  # the name of the model without an adapter
+NO_DRAFTS = "none"  # the value of `drafting` for plain decoding
 Prompt = str | list[Message]
 
 
@@ -31,6 +43,8 @@ class LanguageModel:
         system: the system prompt of chats that have none, as in training.
         prefix: put before each text of an encoder-decoder, as in training.
         columns: the settings under `data` of the run that name the columns of rows.
+        drafting: what guesses tokens of single answers ahead (petl.drafting): "auto" is the run's
+            own drafter if there is one, else "free"; "none"; or the folder of a drafter.
     """
 
     model: PeftModel | PreTrainedModel
@@ -41,6 +55,27 @@ class LanguageModel:
     system: str | None = None
     prefix: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
+    drafting: str = "auto"
+
+    @cached_property
+    def drafter(self) -> Drafter | None:
+        """What guesses tokens of single answers ahead; None: they are decoded plainly.
+
+        Raises:
+            InputError: there is no drafter in the folder, it belongs to another model, or the model
+                cannot be decoded with drafts, and `drafting` is not "auto".
+        """
+        reason = why_plain(self.base)
+        if self.drafting == NO_DRAFTS or (reason and self.drafting == "auto"):
+            return None
+        if reason:
+            raise UnsupportedError(reason)
+        own = Path(next(iter(self.adapters.values()), "")) / "drafter"
+        if self.drafting == "auto" and self.adapters and (own / CONFIG).is_file():
+            return load_drafter(own, self.base)
+        if self.drafting in ("auto", "free"):
+            return drafter("free", model=self.base)
+        return load_drafter(self.drafting, self.base)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -126,12 +161,17 @@ class LanguageModel:
         *,
         write: Callable[[str], object] | None = None,
         stop: Event | None = None,
+        stats: Stats | None = None,
     ) -> list[Answer]:
         """Answer encoded prompts in one batch, with the adapter of `using`.
+
+        A single prompt of a decoder is answered with drafts, see `drafting`; its answer is that of
+        plain decoding in float32, and up to rounding below.
 
         Args:
             write: gets the text of the answer to a single prompt in pieces.
             stop: set it, in another thread or a signal handler, to end the answers early.
+            stats: is filled with the counts of drafts.
 
         Raises:
             InputError: a prompt is empty or longer than the model allows, or the model or number of
@@ -147,8 +187,13 @@ class LanguageModel:
         criteria: list[Any] = [] if stop is None else [StopEvent(stop)]
         if sampling.stop:
             criteria.append(StopTexts(self.tokenizer, sampling.stop, start))
+        drafts = len(prompts) == 1 and sampling.prompt_lookup is None and self.drafter is not None
+        if drafts:
+            arguments |= {"custom_generate": decode, "drafter": self.drafter, "stats": stats}
         if write is not None:
-            arguments["streamer"] = TextStream(self.tokenizer, write, sampling.stop)
+            # generate itself keeps `streamer` from a function that it calls
+            name = "stream" if drafts else "streamer"
+            arguments[name] = TextStream(self.tokenizer, write, sampling.stop)
         writer: Any = self.model  # of transformers or PEFT, whose types differ
         try:
             generated = writer.generate(

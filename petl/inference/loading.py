@@ -1,6 +1,7 @@
 """Load a language model with adapters: from runs, adapter folders and folders of plain models."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def load_language_model(
     plain: bool | None = None,
     trust_remote_code: bool = False,
     other_base: str = "warn",
+    drafting: str = "auto",
 ) -> LanguageModel:
     """Load a saved adapter with its base model, or a plain model, and further adapters.
 
@@ -41,6 +43,7 @@ def load_language_model(
         plain: read prompts as plain text, not as turns of the chat template, if there is one; None:
             if the adapter has learned from plain texts.
         other_base: as of `petl.load`.
+        drafting: as of `LanguageModel`.
 
     Raises:
         InputError: there is no such model, it does not write text, an adapter does not fit.
@@ -62,7 +65,8 @@ def load_language_model(
         model = load(model, saved.adapter, adapter_name=name, other_base=other_base)
     fuse_lora(model)  # as in training, and a switch takes the same time with many adapters
     names = {**({DEFAULT: str(run)} if first else {}), **(others or {})}
-    return reading_as_trained(model.eval(), tokenizer, found, names, plain=plain)
+    language = reading_as_trained(model.eval(), tokenizer, found, names, plain=plain)
+    return replace(language, drafting=drafting)
 
 
 def refuse_tasks(saved: Saved) -> None:

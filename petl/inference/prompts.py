@@ -8,6 +8,7 @@ from typing import Any
 from petl.data.files import lines_of
 from petl.data.inputs import read_inputs
 from petl.data.validation import Row
+from petl.drafting.engine import Stats
 from petl.errors import InputError
 from petl.files.paths import file_of
 from petl.inference.language_model import LanguageModel, Prompt
@@ -66,7 +67,7 @@ def lines(file: str) -> Iterator[Question]:
         raise InputError(f"--file={file} has no prompts")
 
 
-def answered(
+def answered(  # noqa: PLR0913 - all by name
     model: LanguageModel,
     questions: Iterable[Question],
     sampling: Sampling,
@@ -74,6 +75,7 @@ def answered(
     names: Sequence[str],
     system: str | None = None,
     batch_size: int = 8,
+    stats: Stats | None = None,
     count: Callable[[int], object] = lambda number: None,
 ) -> Iterator[tuple[Question, dict[str, Answer]]]:
     """Yield each question with its answers by the name of the adapter, in order.
@@ -83,6 +85,8 @@ def answered(
     Args:
         names: of the adapters that answer.
         system: as of `LanguageModel.encode`.
+        batch_size: prompts that are answered together; with 1, they are answered with drafts.
+        stats: as of `LanguageModel.answer`.
         count: called with the number of answers after each batch.
     """
     pending = iter(questions)
@@ -95,7 +99,8 @@ def answered(
             with model.using(name):  # one switch for many batches
                 for start in range(0, len(order), batch_size):
                     chosen = order[start : start + batch_size]
-                    found = model.answer([prompts[i] for i in chosen], sampling)
+                    chosen_prompts = [prompts[i] for i in chosen]
+                    found = model.answer(chosen_prompts, sampling, stats=stats)
                     for i, answer in zip(chosen, found, strict=True):
                         answers[i][name] = answer
                     count(len(chosen))

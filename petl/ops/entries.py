@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
+from petl.ops import packed
 from petl.ops.low_rank import add_low_rank
 from petl.ops.masks import mask_factors
 
@@ -100,7 +100,7 @@ def _forward(x: Tensor, frozen: Frozen, update: Update | None) -> tuple[Tensor, 
     x_TI = x.reshape(-1, x.shape[-1])
     weight = frozen.product_weight(x.dtype)
     bias = None if frozen.bias is None else frozen.bias.to(x.dtype)
-    y_TO = F.linear(x_TI, weight, bias)
+    y_TO = packed.linear(x_TI, weight, bias)
     h_RT = None
     if update is not None:
         A, B, values, rows, columns, scale = update

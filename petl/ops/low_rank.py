@@ -4,7 +4,7 @@ Shapes: I in, O out, R rank, T tokens. The update B A [O, I] is never formed in 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,11 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
+from petl.ops import packed
 from petl.ops.dropout import keep_mask
 
 WEIGHT_TYPES = (nn.Parameter, Tensor, FakeTensor)  # FakeTensor: a dry run must compute the same
+LINEAR = (nn.Linear, packed.PackedLinear)  # exactly these: a subclass may compute something else
 
 
 def is_frozen_linear(
@@ -27,7 +29,7 @@ def is_frozen_linear(
     The weight must be of one of `weight_types`; that of a sharded or quantized layer is not.
     """
     return (
-        type(base) in (nn.Linear, Conv1D)
+        type(base) in (*LINEAR, Conv1D)
         and type(base.weight) in weight_types
         and has_no_hooks(base)
         and not any(p.requires_grad for p in base.parameters(recurse=False))
@@ -59,7 +61,7 @@ def owns_output(base: nn.Module) -> bool:
 
     It may then be overwritten in place.
     """
-    return type(base) is nn.Linear and has_no_hooks(base) and not torch.compiler.is_compiling()
+    return type(base) in LINEAR and has_no_hooks(base) and not torch.compiler.is_compiling()
 
 
 def frozen_weight_and_bias(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
@@ -69,12 +71,12 @@ def frozen_weight_and_bias(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor |
     another dtype than the weight (without autocast), for which the layer itself would raise.
     """
     if (
-        type(base) is not nn.Linear
+        type(base) not in LINEAR
         or torch.compiler.is_compiling()
         or not is_frozen_linear(base, WEIGHT_TYPES)
     ):
         return None
-    weight, bias = base.weight, base.bias
+    weight, bias = cast(Any, base).weight, cast(Any, base).bias
     is_usable = x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
     return (weight, bias) if is_usable else None
 
@@ -224,7 +226,8 @@ class _LowRankLinear(torch.autograd.Function):
         weight, bias, mask = frozen
         x_TI = x.reshape(-1, x.shape[-1])
         bias = None if bias is None else bias.to(x.dtype)
-        y_TO = F.linear(x_TI, weight.to(x.dtype), bias)  # of two dimensions, so no view of another
+        product = packed.linear if packed.in_use else F.linear
+        y_TO = product(x_TI, weight.to(x.dtype), bias)  # of two dimensions, so no view of another
         h_RT = A.to(x.dtype) @ _masked(x_TI, mask).t()
         y_TO.addmm_(_gated(h_RT, gate).t(), B.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(x, A, B, gate, weight, mask, h_RT)

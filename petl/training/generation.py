@@ -5,12 +5,16 @@ Shapes: B rows, T tokens of the longest prompt.
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
 from petl.core.distributed import is_sharded
+from petl.drafting.checks import why_plain
+from petl.drafting.engine import decode
+from petl.drafting.registry import Drafter, drafter
 from petl.tasks.base import pad_id
 from petl.tasks.row_tasks import IDS
 
@@ -33,6 +37,8 @@ def written(
     # chat models end a turn by a token of their generation config, not by the tokenizer's
     ends = {tokenizer.eos_token_id, *as_list(base.generation_config.eos_token_id)} - {None}
     more = {} if task_ids is None else {IDS: torch.tensor(task_ids)}
+    if len(prompts) == 1 and task_ids is None:
+        more = free_drafts(model)
     generated = model.generate(
         **more,
         **{name: tensor.to(model.device) for name, tensor in inputs.items()},
@@ -46,6 +52,24 @@ def written(
     # a decoder returns the prompt as well
     new = generated if is_pair(model) else generated[:, inputs["input_ids"].shape[1] :]
     return tokenizer.batch_decode(new, skip_special_tokens=True)
+
+
+_drafters: WeakKeyDictionary[Any, Drafter] = WeakKeyDictionary()  # by base model
+
+
+def free_drafts(model: PeftModel) -> dict[str, Any]:
+    """Return arguments of `generate` that draft, see petl.drafting; empty if that is not possible.
+
+    Below float32, where drafts may change an answer where two tokens are nearly equally likely,
+    scores are those of plain decoding.
+    """
+    base: Any = model.get_base_model()
+    is_half = base.dtype != torch.float32 or torch.is_autocast_enabled(base.device.type)
+    if is_half or why_plain(base):
+        return {}
+    if base not in _drafters:
+        _drafters[base] = drafter("free", model=base)
+    return {"custom_generate": decode, "drafter": _drafters[base]}
 
 
 def is_pair(model: PeftModel) -> bool:

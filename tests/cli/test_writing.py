@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import sys
 
@@ -98,6 +99,35 @@ def test_generate_writes_rows_with_answers(command, writers, tmp_path):
         base = answer(model, row["prompt"], "base")
         given = {**row, "generated": answer(model, row["prompt"]), "generated_base": base}
         assert json.loads(line) == given
+
+
+def test_generate_prints_the_same_answer_with_drafts_and_what_they_saved(command, writers):
+    words = ["generate", writers.folder / "lora", "--prompt", "a b a b a", *SAMPLED]
+    status, plain, err = command(*words, "--drafter", "none", "--stats")
+    assert status == 0
+    assert "no answer was decoded with drafts" in err
+    for drafting in ([], ["--drafter", "free"]):
+        status, out, err = command(*words, *drafting, "--stats", "--check")
+        assert (status, out) == (0, plain)
+        assert re.search(r"\d+ tokens in \d+ passes after the prompts: \d\.\d\d tokens a pass", err)
+        assert "logits with drafts differ by at most" in err
+        assert "Every token is the one the model chose for exactly the text before it." in err
+
+
+def test_generate_answers_a_file_one_by_one_with_a_named_drafter(command, writers, tmp_path):
+    (tmp_path / "in.txt").write_text("Hi\na b a b\n")
+    words = ["generate", writers.folder / "lora", "--file", tmp_path / "in.txt", *TEN]
+    _, plain, _ = command(*words)
+    status, out, err = command(*words, "--drafter", "free", "--stats")
+    assert (status, out) == (0, plain)
+    assert "20 tokens in" in err
+
+
+def test_generate_refuses_a_drafter_that_is_not_there(command, writers, tmp_path):
+    words = ["generate", writers.folder / "lora", "--prompt", "Hi", "--drafter", tmp_path]
+    status, out, err = command(*words)
+    assert (status, out) == (2, "")
+    assert "has no drafter_config.json: give the folder of a drafter" in err
 
 
 def test_generate_writes_tables(command, writers, tmp_path):

@@ -176,3 +176,21 @@ def test_other_trainers_of_trl(name, tmp_path, monkeypatch):
     left = run(source, base=base, tokenizer=byte_tokenizer(pad_token="<unk>"), **names)
     left["trainer"].train()
     assert left["trainer"].state.global_step == 2
+
+
+def test_faster_answers(monkeypatch):
+    from petl.drafting import registry
+
+    monkeypatch.setattr(registry, "DRAFTERS", {**registry.DRAFTERS})
+    model = testing.tiny_llama(2)
+    ids = torch.arange(5, 15)[None]
+    settings = {"max_new_tokens": 20, "pad_token_id": 0, "use_cache": True, "do_sample": False}
+    plain = model.generate(ids, **settings)
+    left = run(
+        code("faster-answers", "Stats()"), model=model, inputs={"input_ids": ids, **settings}
+    )
+    assert left["stats"].tokens == 20
+    run(code("faster-answers", "class Again"))
+    again = petl.drafting.drafter("again", times=3)
+    found = model.generate(ids, **settings, custom_generate=petl.drafting.decode, drafter=again)
+    assert torch.equal(found, plain)

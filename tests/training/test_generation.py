@@ -1,11 +1,14 @@
 """Answers that the model writes: what is asked, what is written, how it is compared."""
 
+import functools
+
 import pytest
 import torch
 from datasets import Dataset
 from tiny_tokenizers import CHATML, byte_tokenizer
 
 import petl
+from petl import testing
 from petl.config.compose import compose
 from petl.data.base import read_data
 from petl.distributed.launch import start
@@ -13,6 +16,7 @@ from petl.models.loading import load_base, load_processor
 from petl.runs.run_config import read_config
 from petl.tasks import CausalLM
 from petl.tasks.metrics import rouge
+from petl.training import generation
 from petl.training.dataloader import encode_splits
 from petl.training.evaluate import score_answers
 from petl.training.generation import padded
@@ -87,3 +91,30 @@ def test_prompts_are_padded_where_nothing_is_written():
     assert left["input_ids"].tolist() == [[5, 6, 7], [0, 0, 8]]
     assert left["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
     assert padded([[5, 6, 7], [8]], 0, on_left=False)["input_ids"][1].tolist() == [8, 0, 0]
+
+
+def test_a_single_row_is_written_with_drafts_in_float32_and_as_without(monkeypatch):
+    tokenizer = byte_tokenizer(pad_token="<|im_end|>")
+    model = petl.wrap(testing.tiny_llama(vocabulary=260), "lora", task_type="CAUSAL_LM").eval()
+    prompts = [[50, 60, 50, 60], [70, 80, 90]]
+    together = generation.written(model, tokenizer, prompts, 12)
+    drafted = []
+    monkeypatch.setattr(generation, "decode", counting(generation.decode, drafted))
+    alone = [generation.written(model, tokenizer, [prompt], 12)[0] for prompt in prompts]
+    assert alone == together
+    assert len(drafted) == 2
+    # one drafter for all rows, so that it learns
+    assert drafted[0] is drafted[1]
+    generation.written(model.bfloat16(), tokenizer, prompts[:1], 3)
+    assert len(drafted) == 2
+
+
+def counting(decode, drafted):
+    """`decode`, which keeps its drafters."""
+
+    @functools.wraps(decode)
+    def counted(*args, **kwargs):
+        drafted.append(kwargs["drafter"])
+        return decode(*args, **kwargs)
+
+    return counted

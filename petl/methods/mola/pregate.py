@@ -62,6 +62,11 @@ class PreGate(nn.Module):
         """True if it reads the base's embedding; False if it has a table of its own."""
         return hasattr(self, "pregate_in")
 
+    @property
+    def reads_previous_token(self) -> bool:
+        """True if it reads the token before each one, which a tree of drafts does not tell."""
+        return self.lookahead > 0
+
     def forward(self, tokens: Tokens, past_BSN: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the logits for routing, [B, T, E] float32, and what a cache has to keep.
 

@@ -1,0 +1,62 @@
+"""The cache behind a pass over drafts: which one can be used, and what is kept of it.
+
+Shapes: S tokens in the cache.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import (
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
+
+# layers of a cache that keep more than the keys and values of all tokens
+OTHER_STATES = (DynamicSlidingWindowLayer, DynamicIndexedLayer, LinearAttentionCacheLayerMixin)
+
+
+def cache_argument(model: Any) -> str:
+    """Return the name of a model's argument and output for its cache."""
+    # renamed in transformers 5.24
+    accepted = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in accepted else "past_key_values"
+
+
+def refusal(cache: Any) -> str:
+    """Return why drafts cannot be taken off a cache; "" if they can."""
+    layers = getattr(cache, "layers", None)
+    if not isinstance(cache, Cache) or layers is None:
+        return f"its cache is a {type(cache).__name__}"
+    for layer in layers:
+        if not layer.is_croppable or isinstance(layer, OTHER_STATES):
+            return f"its cache has a {type(layer).__name__}, which keeps more than keys and values"
+        if hasattr(layer, "keys") and not isinstance(layer, DynamicLayer):
+            return f"its cache has a {type(layer).__name__}, which has a fixed size"
+    return ""
+
+
+def compact(cache: Cache, path: Sequence[int], count: int) -> None:
+    """Keep the accepted nodes of the last pass in a cache, and remove the others.
+
+    Args:
+        cache: of which `refusal` returned "".
+        path: numbers of the accepted nodes in order; the root, 0, is the first.
+        count: number of tokens of the pass, with those that only pad it.
+    """
+    if any(node != i for i, node in enumerate(path)):
+        layers: list[Any] = cache.layers
+        for layer in layers:
+            if getattr(layer, "is_initialized", False):
+                start = layer.keys.shape[2] - count  # of [1, heads, S, width]
+                index = torch.tensor([start + node for node in path], device=layer.keys.device)
+                place = slice(start, start + len(path))
+                # index_select copies, so that no entry is overwritten before it is read
+                layer.keys[:, :, place] = layer.keys.index_select(2, index)
+                layer.values[:, :, place] = layer.values.index_select(2, index)
+    if count > len(path):  # crop takes negative numbers
+        cache.crop(len(path) - count)

@@ -1,0 +1,483 @@
+"""Decoding with drafts: one pass verifies several guessed tokens; the output does not change.
+
+`decode` is a function for `generate(custom_generate=...)` of transformers. A round is: the drafter
+guesses a tree of tokens behind the last known one (the root), one pass computes all of them, and a
+walk from the root takes the model's own token at each node, as long as a child has guessed it. In
+sampling, each token is one draw as in plain sampling, with the same generator in the same order.
+Shapes: L tokens of prompt and answer, N nodes of a pass, V tokens of the vocabulary, H width.
+"""
+
+import copy
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerationMode
+
+from petl.core.distributed import is_sharded
+from petl.core.layers.context import is_encoder_decoder
+from petl.drafting import tree
+from petl.drafting.cache import cache_argument, refusal
+from petl.drafting.costs import QUICK, Costs
+from petl.drafting.packing import Packing
+from petl.drafting.passes import Passes
+from petl.drafting.policy import Switch
+from petl.drafting.registry import Drafter, Root, Seen
+from petl.drafting.registry import drafter as build
+from petl.errors import InputError, UnsupportedError
+
+Tokens = list[int]
+
+
+@dataclass
+class Stats:
+    """Counts of decoding, added up over calls.
+
+    Attributes:
+        tokens: of the answers.
+        passes: after those over the prompts.
+        drafted: tokens that were guessed and verified.
+        accepted: those of them that were right.
+        seconds: from the first pass over a prompt to the last token.
+        answers: number of rows.
+    """
+
+    tokens: int = 0
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    seconds: float = 0.0
+    answers: int = 0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens of a pass after that over the prompt; 0 without such a pass."""
+        # the pass over the prompt gives the first token
+        return (self.tokens - self.answers) / self.passes if self.passes else 0.0
+
+
+def decode(  # noqa: PLR0913 - its keywords are those of `generate`
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    drafter: Drafter | str | None = None,
+    nodes: int | None = None,
+    stats: Stats | None = None,
+    stream: Any = None,
+    rows: Literal["sequential"] | None = None,
+    pack: bool | Literal["auto"] = "auto",
+    costs: Costs | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    switch: bool = True,
+    **model_kwargs: Any,
+) -> Any:
+    """Generate with drafts: `model.generate(..., custom_generate=decode, drafter=...)`.
+
+    transformers prepares the arguments up to `generation_config`. More than one row, beams and
+    models whose cache cannot be cropped are decoded plainly, with one warning.
+
+    Args:
+        model: the model of transformers, with its adapters.
+        input_ids: [rows, L].
+        logits_processor: prepared by `generate`.
+        stopping_criteria: prepared by `generate`.
+        generation_config: prepared by `generate`.
+        drafter: guesses; a name stands for the registered one with its defaults; None: no drafts.
+        nodes: the most drafts of a pass; None: as the drafter likes.
+        stats: is filled with counts.
+        stream: a streamer of transformers; `streamer` itself does not reach this function.
+        rows: "sequential": decode several rows one after the other, with drafts.
+        pack: use packed copies of float32 weights on x86 CPUs (`petl.ops.packed`); "auto": after
+            some passes, if there is memory for them.
+        costs: of a pass; None: measured when they are needed.
+        clock: seconds now.
+        switch: stop drafting for a while where it is slower than plain decoding.
+        model_kwargs: further inputs of the model.
+
+    Returns:
+        As `generate`: ids [rows, L], or with `return_dict_in_generate` an output with scores,
+        logits and cache.
+
+    Raises:
+        InputError: a draft is no tree or has unknown tokens, or an argument is out of range.
+        UnsupportedError: `pack=True` on a machine or model without packed weights.
+    """
+    _check(nodes, rows, pack, generation_config)
+    if isinstance(drafter, str):
+        drafter = build(drafter, model=model)
+    if len(input_ids) > 1 and rows == "sequential" and generation_config.num_beams == 1:
+        own = locals().copy()
+        shared = ("drafter", "nodes", "stats", "pack", "costs", "clock", "switch")
+        return _each_row(
+            model,
+            input_ids,
+            (logits_processor, stopping_criteria),
+            generation_config,
+            {**model_kwargs, **{name: own[name] for name in shared}},
+            stream,
+        )
+    given = Given(model, input_ids, logits_processor, stopping_criteria, generation_config)
+    reason = plain_reason(model, input_ids, generation_config, model_kwargs)
+    if drafter is not None and reason:
+        warnings.warn(f"decoding without drafts: {reason}", stacklevel=2)
+    if reason:
+        return _plain(given, stream, model_kwargs)
+    settings = Settings(drafter, nodes, pack, costs, clock, switch)
+    return Decoding(given, model_kwargs, settings, stats or Stats(), stream).run()
+
+
+@dataclass
+class Given:
+    """What `generate` prepares."""
+
+    model: Any
+    ids: Tensor
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+
+
+@dataclass
+class Settings:
+    """The arguments of `decode` that are its own."""
+
+    drafter: Drafter | None
+    nodes: int | None
+    pack: bool | Literal["auto"]
+    costs: Costs | None
+    clock: Callable[[], float]
+    switch: bool
+
+
+def _check(nodes: Any, rows: Any, pack: Any, config: GenerationConfig) -> None:
+    if nodes is not None and (isinstance(nodes, bool) or not isinstance(nodes, int) or nodes < 0):
+        raise InputError(f"nodes={nodes!r} is no number of drafts: None, or 0 and more")
+    if rows not in (None, "sequential"):
+        raise InputError(f"rows={rows!r} is neither None nor 'sequential'")
+    if pack not in (True, False, "auto"):
+        raise InputError(f"pack={pack!r} is none of True, False, 'auto'")
+    if config.get_generation_mode() == GenerationMode.ASSISTED_GENERATION:
+        raise InputError(
+            f"prompt_lookup_num_tokens={config.prompt_lookup_num_tokens} and "
+            f"assistant_early_exit={config.assistant_early_exit} draft as well; leave them out, or "
+            "leave out custom_generate"
+        )
+
+
+def plain_reason(model: Any, ids: Tensor, config: GenerationConfig, kwargs: Any) -> str:
+    """Return why a call of `generate` is decoded plainly; "" if it need not be."""
+    mode = config.get_generation_mode()
+    if GENERATION_MODES_MAPPING[mode] != "_sample":
+        return f"{mode.value} keeps several texts"
+    if len(ids) != 1:
+        return f"{len(ids)} rows are decoded together; pass rows='sequential' for one at a time"
+    if is_encoder_decoder(model):
+        return f"{type(model).__name__} is an encoder-decoder"
+    if is_sharded(model):
+        return "the weights are sharded over processes, which must make the same passes"
+    if not kwargs.get("use_cache", True):
+        return "use_cache=False"
+    if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
+        return "attentions or hidden states are asked for"
+    if config.prefill_chunk_size is not None:
+        return f"prefill_chunk_size={config.prefill_chunk_size}"
+    return refusal(kwargs.get(cache_argument(model)))
+
+
+def _plain(given: Given, stream: Any, kwargs: dict[str, Any]) -> Any:
+    """Decode as `generate` does without `custom_generate`."""
+    mode = given.config.get_generation_mode()
+    method = GENERATION_MODES_MAPPING[mode]
+    if "/" in method:
+        raise UnsupportedError(f"{mode.value} is not part of transformers any more: see {method}")
+    if stream is not None:
+        stream.put(given.ids.cpu())
+        kwargs = {**kwargs, "streamer": stream}
+    return getattr(given.model, method)(
+        given.ids,
+        logits_processor=given.processors,
+        stopping_criteria=given.criteria,
+        generation_config=given.config,
+        synced_gpus=is_sharded(given.model),
+        **kwargs,
+    )
+
+
+def _each_row(
+    model: Any,
+    ids: Tensor,
+    lists: tuple[Any, Any],
+    config: GenerationConfig,
+    kwargs: dict[str, Any],
+    stream: Any,
+) -> Tensor:
+    """Decode rows one after the other, [rows, longest], padded as by `generate`."""
+    if stream is not None or config.return_dict_in_generate:
+        raise InputError(
+            f"rows='sequential' returns ids only: leave out stream={stream} and "
+            f"return_dict_in_generate={config.return_dict_in_generate}"
+        )
+    name = cache_argument(model)
+    known = kwargs[name].get_seq_length()
+    if known > 0:
+        raise InputError(
+            f"rows='sequential' begins with the prompts, and {name} has {known} tokens"
+        )
+    answers = []
+    for i in range(len(ids)):
+        own = {key: _row(value, i, len(ids)) for key, value in kwargs.items()}
+        own[name] = copy.deepcopy(kwargs[name])  # empty
+        # shallow copies: some criteria remember how far they have read
+        processors, criteria = (type(each)(map(copy.copy, each)) for each in lists)
+        answers.append(decode(model, ids[i : i + 1], processors, criteria, config, **own)[0])
+    longest = max(map(len, answers))
+    pad = config._pad_token_tensor
+    found = ids.new_full((len(ids), longest), 0 if pad is None else int(pad))
+    for row, answer in zip(found, answers, strict=True):
+        row[: len(answer)] = answer
+    return found
+
+
+def _row(value: Any, i: int, rows: int) -> Any:
+    if isinstance(value, Tensor) and value.dim() and len(value) == rows:
+        return value[i : i + 1]
+    return value[i : i + 1] if isinstance(value, list) and len(value) == rows else value
+
+
+class Decoding:
+    """The state of one row: ids, a cache over all but the last (the root), and a drafter."""
+
+    def __init__(
+        self, given: Given, kwargs: dict[str, Any], settings: Settings, stats: Stats, stream: Any
+    ) -> None:
+        self.given, self.settings, self.stats, self.stream = given, settings, stats, stream
+        self.model: nn.Module = given.model
+        self.drafter = settings.drafter
+        self.ids = given.ids  # [1, L], see `_all_ids`
+        self.tokens: Tokens = given.ids[0].tolist()
+        self.passes = Passes(given.model, kwargs)
+        self.packing = Packing(given.model, settings.pack)
+        self.switch = Switch(enabled=settings.switch and self.drafter is not None)
+        self.costs = settings.costs
+        config = given.config
+        self.samples = bool(config.do_sample)
+        keeps = bool(config.return_dict_in_generate)
+        self.scores: list[Tensor] | None = [] if keeps and config.output_scores else None
+        self.logits: list[Tensor] | None = [] if keeps and config.output_logits else None
+        self._sort_criteria()
+        is_simple = not (given.processors or self.samples or keeps)
+        self.is_argmax = is_simple  # the tokens are those of the largest logits
+        self.state_row = -1  # of the states of the last pass: that which chose the root
+        self.vocabulary = given.model.config.get_text_config().vocab_size
+
+    def _sort_criteria(self) -> None:
+        """Split criteria into those that need the last token and the length, and others."""
+        self.limit, self.ends, self.others = None, set(), StoppingCriteriaList()
+        for each in self.given.criteria:
+            if type(each) is MaxLengthCriteria:
+                known = [n for n in (self.limit, each.max_length) if n is not None]
+                self.limit = min(known)
+            elif type(each) is EosTokenCriteria:
+                self.ends |= {*each.eos_token_id.flatten().tolist()}
+            else:
+                self.others.append(each)
+
+    # The loop
+
+    @torch.no_grad()
+    def run(self) -> Any:
+        """Decode until a criterion ends the answer, and return what `generate` returns."""
+        clock, began, length = self.settings.clock, self.settings.clock(), len(self.tokens)
+        if self.stream is not None:
+            self.stream.put(self.given.ids.cpu())
+        needs = None if self.drafter is None else self.drafter.needs
+        with ExitStack() as stack:
+            stack.enter_context(self.passes.capturing(states=needs is not None and needs.last))
+            has_ended = self._begin()
+            stack.enter_context(self.given.model._optimize_model_for_decode())
+            stack.enter_context(self.packing.classes())
+            while not has_ended:
+                has_ended = self._round(clock)
+        if self.stream is not None:
+            self.stream.end()
+        self.stats.tokens += len(self.tokens) - length
+        self.stats.answers += 1
+        self.stats.seconds += clock() - began
+        return self._result()
+
+    def _begin(self) -> bool:
+        """Compute the prompt and its first token; return True if the answer ends there."""
+        logits = self.passes.prefill(self.given.ids, self.given.config)
+        # some caches get their layers in the first pass
+        reason = self.passes.refusal(len(self.tokens))
+        if reason and self.drafter is not None:
+            warnings.warn(f"decoding without drafts: {reason}", stacklevel=4)
+            self.drafter = None
+        if self.drafter is not None:
+            needs = self.drafter.needs
+            self.drafter.costs = self.costs
+            self.drafter.start(self.tokens[:], self.passes.states if needs.prompt else None)
+        _, has_ended = self._walk([{}], logits[-1:])
+        return has_ended
+
+    def _round(self, clock: Callable[[], float]) -> bool:
+        """Draft, verify and learn once; return True if the answer has ended."""
+        length = len(self.tokens)
+        if self.drafter is None or not self.switch.is_on:
+            has_ended = self._verify([], [])
+            self.switch.rest(len(self.tokens) - length)
+            return has_ended
+        began = clock()
+        tokens, parents = self._draft(self.drafter)
+        has_ended = self._verify(tokens, parents)
+        self.switch.add(len(self.tokens) - length, clock() - began)
+        # measuring, at the first judgement only, is not part of a round
+        if self.switch.is_due and not has_ended:
+            self.switch.judge(self._measured().seconds[1])
+        return has_ended
+
+    def _draft(self, drafter: Drafter) -> tuple[Tokens, Tokens]:
+        """Return tokens and parents of the drafts that are verified."""
+        budget = self.settings.nodes
+        state = None if self.passes.states is None else self.passes.states[self.state_row]
+        draft = drafter.draft(Root(self.tokens, state), budget)
+        tokens, parents = draft.tokens.tolist(), draft.parents.tolist()
+        tree.check_draft(tokens, parents, self.vocabulary)
+        if budget is not None:
+            tokens, parents = tokens[:budget], parents[:budget]
+        # a draft behind the last token that there is room for cannot be used
+        room = None if self.limit is None else self.limit - len(self.tokens) - 1
+        if room is not None and len(tokens) > room:
+            keep = [i for i, d in enumerate(tree.depths(parents)) if 0 < d <= room]
+            tokens, parents = tree.selected(tokens, parents, keep)
+        if self.passes.chains_only and not tree.is_chain(parents):
+            tokens, parents = tree.selected(tokens, parents, tree.first_chain(parents))
+        return tokens, parents
+
+    def _verify(self, tokens: Tokens, parents: Tokens) -> bool:
+        """Compute root and drafts in one pass, and take over what is right."""
+        count = len(tokens) + 1
+        padded = count
+        if count > 1 and self.costs is not None and self.passes.has_room(self.costs.padded(count)):
+            padded = self.costs.padded(count)
+        copies = self.packing.active() if padded > 1 else nullcontext()
+        root = self.tokens[-1]
+        with copies:
+            logits = self.passes.run(self._all_ids(), tokens, parents, padded)
+        path, has_ended = self._walk(tree.children(tokens, parents), logits)
+        self.passes.keep(path, padded)
+        self.state_row = path[-1]
+        # after the walk, which may raise in a criterion
+        self.stats.passes += 1
+        self.stats.drafted += len(tokens)
+        self.stats.accepted += len(path) - 1
+        if self.drafter is not None and self.switch.is_on:
+            device = logits.device
+            needs = self.drafter.needs
+            # not in plain rounds: the drafter has guessed nothing there
+            self.drafter.observe(
+                Seen(
+                    torch.tensor([root, *tokens], device=device),
+                    torch.tensor(parents, dtype=torch.long, device=device),
+                    logits if needs.logits else None,
+                    self.passes.states if needs.last else None,
+                    path,
+                )
+            )
+        return has_ended
+
+    # Tokens
+
+    def _walk(self, children: list[dict[int, int]], logits: Tensor) -> tuple[list[int], bool]:
+        """Emit the model's tokens from the root, as far as drafts hold them.
+
+        Args:
+            children: of each node, by token.
+            logits: of each node, [N, V].
+
+        Returns:
+            The numbers of the accepted nodes, 0 first, and whether the answer has ended.
+        """
+        likeliest = logits.argmax(-1).tolist() if self.is_argmax else None
+        path = [0]
+        while True:
+            node = path[-1]
+            token = self._chosen(logits[node]) if likeliest is None else likeliest[node]
+            if self._emit(token):
+                return path, True
+            child = children[node].get(token)
+            if child is None:
+                return path, False
+            path.append(child)
+
+    def _chosen(self, logits: Tensor) -> int:
+        """Return the token that plain decoding takes for these logits, [V]."""
+        ids: Any = self._all_ids()
+        row = logits[None].to(copy=True, dtype=torch.float32, device=ids.device)
+        scores = self.given.processors(ids, row)
+        if self.logits is not None:
+            self.logits.append(row)
+        if self.scores is not None:
+            self.scores.append(scores)
+        if not self.samples:
+            return int(scores.argmax(-1))
+        # the call of transformers, so that the generator gives the same draw
+        return int(torch.multinomial(scores.softmax(-1), num_samples=1))
+
+    def _emit(self, token: int) -> bool:
+        """Append a token to the answer; return True if it ends there."""
+        self.tokens.append(token)
+        if self.stream is not None:
+            self.stream.put(torch.tensor([token]))
+        ended = token in self.ends or (self.limit is not None and len(self.tokens) >= self.limit)
+        if self.others:
+            scores = None if self.scores is None else tuple(self.scores)
+            ended = bool(self.others(self._all_ids(), scores).all()) or ended
+        return ended
+
+    def _all_ids(self) -> Tensor:
+        """Return the ids of prompt and answer, [1, L]."""
+        missing = len(self.tokens) - self.ids.shape[1]
+        if missing:
+            self.ids = torch.cat([self.ids, self.ids.new_tensor([self.tokens[-missing:]])], 1)
+        return self.ids
+
+    # Costs and the result
+
+    def _measured(self) -> Costs:
+        """Return the costs of a pass, measured once if they were not given."""
+        if self.costs is None:
+            with self.passes.paused():
+                self.costs = Costs.measure(
+                    self.model, counts=QUICK, rounds=3, packed=self.packing.weights
+                )
+            if self.drafter is not None:
+                self.drafter.costs = self.costs
+        return self.costs
+
+    def _result(self) -> Any:
+        ids: Any = self._all_ids()
+        if not self.given.config.return_dict_in_generate:
+            return ids
+        found: dict[str, Any] = {
+            "sequences": ids,
+            "scores": None if self.scores is None else tuple(self.scores),
+            "logits": None if self.logits is None else tuple(self.logits),
+            cache_argument(self.model): self.passes.cache,
+        }
+        return GenerateDecoderOnlyOutput(**found)

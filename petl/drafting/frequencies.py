@@ -1,0 +1,41 @@
+"""How often a drafter's guesses are right, by depth and rank, counted while it decodes."""
+
+from collections.abc import Sequence
+
+from petl.drafting.tree import Path
+
+DECAY = 0.99  # weight of earlier rounds, per round
+PRIOR_ROUNDS = 10.0  # weight of the frequencies before the first round; assumption
+
+
+class Frequencies:
+    """Fractions of positions at which the true token had a rank, given that the path was right."""
+
+    def __init__(self, prior: Sequence[Sequence[float]]) -> None:
+        self.counts = [[value * PRIOR_ROUNDS for value in row] for row in prior]
+        self.totals = [PRIOR_ROUNDS] * len(self.counts)
+
+    def add(self, depth: int, rank: int | None) -> None:
+        """Count a position: the true token's rank; None: it was not among the guesses."""
+        if depth < len(self.counts):
+            self.totals[depth] = DECAY * self.totals[depth] + 1
+            row = [DECAY * count for count in self.counts[depth]]
+            if rank is not None and rank < len(row):
+                row[rank] += 1
+            self.counts[depth] = row
+
+    def table(self) -> list[list[float]]:
+        """Return the frequencies by depth, then rank."""
+        return [
+            [count / total for count in row]
+            for row, total in zip(self.counts, self.totals, strict=True)
+        ]
+
+    def restore(self, table: Sequence[Sequence[float]]) -> None:
+        """Begin again with these frequencies, with the weight of a prior."""
+        self.__init__(table)
+
+
+def path_probabilities(table: Sequence[Sequence[float]], paths: Sequence[Path]) -> list[float]:
+    """Return the frequency of the last rank of each path, if the path before it is right."""
+    return [table[len(path) - 1][path[-1]] for path in paths]

@@ -1,0 +1,287 @@
+"""Token recycling: a tree of drafts from the runner-up tokens that the model computed before.
+
+Luo et al., "Turning Trash into Treasure: Accelerating Inference of Large Language Models with Token
+Recycling", ACL 2025 (arXiv:2408.08696). `table` [V, k] has the k most likely tokens after the last
+occurrence of each token. Beyond the paper: the prompt's own bigrams are used; unknown rows are -1
+and draft nothing (the reference drafts token 0); the tree is planned from what was right so far.
+With order 3, counts of what followed two tokens come before the table, as in ADED (Liu et al.,
+arXiv:2407.12021). Shapes: V tokens of the vocabulary, N nodes of a pass.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from petl.drafting import folder as files
+from petl.drafting import tree
+from petl.drafting.costs import TYPICAL
+from petl.drafting.frequencies import Frequencies, path_probabilities
+from petl.drafting.registry import Draft, Drafter, Needs, Root, Seen, register
+from petl.errors import InputError
+from petl.files.tensor_file import read_file
+
+# by rank, seen with SmolLM2-135M on four kinds of text; the start of `Frequencies`
+RANKS = (0.474, 0.083, 0.039, 0.022, 0.015, 0.011, 0.009, 0.007)
+REPLAN = 8  # rounds
+UNKNOWN = -1
+
+
+@register("recycling")
+class Recycling(Drafter):
+    """Drafts a tree from a table of what followed each token.
+
+    Attributes:
+        table: [V, k] int32 on the CPU, the most likely token first; -1: unknown.
+    """
+
+    needs = Needs(logits=True)
+    table: Tensor
+
+    def __init__(  # noqa: PLR0913 - all by name
+        self,
+        model: Any = None,
+        *,
+        k: int = 8,
+        nodes: int | Literal["auto"] = "auto",
+        depth: int = 6,
+        order: int = 2,
+        entries: int = 100_000,
+        template: Sequence[Sequence[int]] | None = None,
+        prompt: bool = True,
+        keep: bool = True,
+        table: str | None = None,
+    ) -> None:
+        """Create an empty table for a model's vocabulary, or read one.
+
+        Args:
+            model: that it drafts for.
+            k: tokens of a row.
+            nodes: drafts of a pass; "auto": as many as pay.
+            depth: of the tree at most.
+            order: 2: by the last token; 3: by the last two, where they occurred.
+            entries: pairs of tokens that order 3 keeps; the oldest go.
+            template: paths of ranks, in place of planned ones.
+            prompt: read the bigrams of the prompt.
+            keep: keep the table for the next prompt.
+            table: folder of a saved drafter whose table it begins with.
+
+        Raises:
+            InputError: a value is out of range, there is no model, or the table does not fit.
+        """
+        super().__init__()
+        self.fields = {
+            "k": k, "nodes": nodes, "depth": depth, "order": order, "entries": entries,
+            "template": template, "prompt": prompt, "keep": keep,
+        }  # fmt: skip
+        _check(k, nodes, depth, order, entries)
+        self.k, self.nodes, self.depth, self.order = k, nodes, depth, order
+        self.entries, self.prompt, self.keep = entries, prompt, keep
+        self.template = None if template is None else _paths(template, k)
+        self.vocabulary = files.vocabulary_of(model)
+        empty = torch.full((self.vocabulary, k), UNKNOWN, dtype=torch.int32)
+        self.register_buffer("table", empty)
+        if table is not None:
+            self._take(read_file(Path(table) / files.WEIGHTS)[1].get("table"), table)
+        self.first = self.table.clone() if not keep else None  # what a prompt begins with
+        self.pairs: OrderedDict[tuple[int, int], dict[int, int]] = OrderedDict()
+        prior = (*RANKS, *[RANKS[-1]] * k)[:k]
+        longest = depth if self.template is None else max(map(len, self.template), default=0)
+        self.frequencies = Frequencies([prior] * longest)
+        self.planned: list[tree.Path] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self.age = REPLAN  # rounds since the last plan
+        self.length, self.rows = 0, []  # of the text at the last pass, and rows before it
+        self.before = UNKNOWN  # the token before the root of the last draft
+
+    def start(self, ids: Sequence[int], states: Tensor | None) -> None:
+        """Read the bigrams of a prompt."""
+        self._begin()
+        if not self.keep:
+            assert self.first is not None
+            self.table.copy_(self.first)
+            self.pairs.clear()
+            self.frequencies = Frequencies([(*RANKS, *[RANKS[-1]] * self.k)[: self.k]] * self.depth)
+        if self.prompt:
+            table = self.table.numpy()  # shares its memory
+            for token, follower in pairwise(ids):
+                row = [follower, *(t for t in table[token].tolist() if t != follower)]
+                table[token] = row[: self.k]
+            for pair, follower in zip(pairwise(ids), ids[2:], strict=False):
+                self._count_pair(pair, follower)
+
+    # Drafting
+
+    def draft(self, root: Root, budget: int | None) -> Draft:
+        """Return the planned tree, as far as the table knows its tokens."""
+        self._count(root.ids)
+        self.length = len(root.ids)
+        self.before = root.ids[-2] if len(root.ids) > 1 else UNKNOWN
+        paths = self._plan(budget)
+        chances = path_probabilities(self.frequencies.table(), paths)
+        number: dict[tree.Path, int] = {(): 0}
+        tokens, parents, known, rows = [root.ids[-1]], [], [], {}
+        for path, chance in zip(paths, chances, strict=True):
+            parent = number.get(path[:-1])
+            if parent is None:  # left out, and all below it
+                continue
+            if parent not in rows:
+                above = parents[parent - 1] if parent else None
+                last = self.before if above is None else tokens[above]
+                rows[parent] = self._row(last, tokens[parent])
+            row = rows[parent]
+            if path[-1] < len(row):
+                number[path] = len(tokens)
+                tokens.append(row[path[-1]])
+                parents.append(parent)
+                known.append(chance)
+        return Draft(
+            torch.tensor(tokens[1:], dtype=torch.long),
+            torch.tensor(parents, dtype=torch.long),
+            torch.tensor(known),
+        )
+
+    def _row(self, before: int, token: int) -> list[int]:
+        """Return the known tokens after `token`, the most likely first."""
+        row = [t for t in self.table[token].tolist() if t != UNKNOWN]
+        counts = self.pairs.get((before, token)) if self.order == 3 else None
+        if counts:
+            likely = sorted(counts, key=lambda t: -counts[t])  # stable: of equal ones the older
+            row = [*likely, *(t for t in row if t not in counts)]
+        return row[: self.k]
+
+    def _plan(self, budget: int | None) -> list[tree.Path]:
+        if self.template is not None:
+            return self.template if budget is None else self.template[:budget]
+        # frequencies change slowly, and a plan takes as long as some rounds of a small model
+        self.age += 1
+        if self.age >= REPLAN:
+            self.age, table = 0, self.frequencies.table()
+            if self.nodes == "auto":
+                self.planned = tree.best(table, self.costs or TYPICAL)
+            else:
+                self.planned = tree.plan(table, self.nodes)
+        return self.planned if budget is None else self.planned[:budget]
+
+    # Learning
+
+    def observe(self, seen: Seen) -> None:
+        """Replace the rows of all nodes by their most likely tokens."""
+        assert seen.logits is not None
+        found = most_likely(seen.logits, min(self.k, seen.logits.shape[1]))
+        tokens = seen.tokens.tolist()
+        parents = [-1, *seen.parents.tolist()]
+        self.rows = [
+            self._row(self.before if node == 0 else tokens[parents[node]], tokens[node])
+            for node in seen.path
+        ]
+        # the accepted nodes last: of several nodes with one token the last one counts
+        accepted = set(seen.path)
+        order = [i for i in range(len(tokens)) if i not in accepted] + seen.path
+        table = self.table.numpy()
+        for i in order:
+            table[tokens[i], : found.shape[1]] = found[i].numpy()
+
+    def _count(self, ids: Sequence[int]) -> None:
+        """Count the ranks of the tokens that came since the last draft."""
+        new = ids[self.length :] if self.length else ()
+        for depth, (row, token) in enumerate(zip(self.rows, new, strict=False)):
+            self.frequencies.add(depth, row.index(token) if token in row else None)
+        self.rows = []
+        for i in range(max(self.length, 2), len(ids) if self.length else 0):
+            self._count_pair((ids[i - 2], ids[i - 1]), ids[i])
+
+    def _count_pair(self, pair: tuple[int, int], follower: int) -> None:
+        if self.order == 3:
+            counts = self.pairs.setdefault(pair, {})
+            counts[follower] = counts.get(follower, 0) + 1
+            self.pairs.move_to_end(pair)
+            if len(self.pairs) > self.entries:
+                self.pairs.popitem(last=False)
+
+    # Files
+
+    def save(self, folder: str | Path) -> None:
+        """Write the table, the fields and the frequencies."""
+        files.write(
+            folder,
+            self.name,
+            self.fields,
+            vocabulary=self.vocabulary,
+            frequencies=self.frequencies.table(),
+            tensors={"table": self.table},
+        )
+
+    def restore(self, config: files.DrafterConfig, tensors: dict[str, Tensor]) -> None:
+        """Take over what `save` has written besides the fields."""
+        self._take(tensors.get("table"), "the saved drafter")
+        if not self.keep:
+            self.first = self.table.clone()
+        self.frequencies.restore(config["frequencies"])
+
+    def _take(self, table: Tensor | None, source: str) -> None:
+        shape = (self.vocabulary, self.k)
+        if table is None or table.dtype != torch.int32 or table.shape != shape:
+            found = "none" if table is None else f"{table.dtype} {list(table.shape)}"
+            raise InputError(f"{source} needs a table of int32 {list(shape)}, and has {found}")
+        if int(table.max()) >= self.vocabulary or int(table.min()) < UNKNOWN:
+            raise InputError(
+                f"the table of {source} has ids from {int(table.min())} to {int(table.max())}; "
+                f"allowed are {UNKNOWN} (unknown) to {self.vocabulary - 1}"
+            )
+        self.table.copy_(table)
+
+
+def _check(k: int, nodes: Any, depth: int, order: int, entries: int) -> None:
+    for name, value in (("k", k), ("depth", depth), ("entries", entries)):
+        if value < 1:
+            raise InputError(f"{name}={value} is not 1 or more")
+    if nodes != "auto" and nodes < 1:
+        raise InputError(f"nodes={nodes} is neither 'auto' nor 1 or more")
+    if order not in (2, 3):
+        raise InputError(f"order={order} is neither 2 nor 3")
+
+
+def _paths(template: Sequence[Sequence[int]], k: int) -> list[tree.Path]:
+    """Return the paths of a template, parents before children.
+
+    Raises:
+        InputError: a rank is not below k, or a path lacks its beginning.
+    """
+    paths = [*dict.fromkeys((*path,) for path in template)]
+    known = {(), *paths}
+    for path in sorted(paths, key=len):
+        if not path or not all(0 <= rank < k for rank in path):
+            raise InputError(f"template has the path {path}: ranks are from 0 to k - 1 = {k - 1}")
+        if path[:-1] not in known:
+            raise InputError(f"template has the path {path}, but not {path[:-1]}, its beginning")
+    place = {path: i for i, path in enumerate(paths)}
+    in_order = all(place.get(path[:-1], -1) < place[path] for path in paths)
+    return paths if in_order else sorted(paths, key=len)
+
+
+def most_likely(logits: Tensor, k: int) -> Tensor:
+    """Return the k tokens of largest logit of each row, [N, k] int32 on the CPU.
+
+    Of equal logits the lower token comes first.
+    """
+    more = min(k + 1, logits.shape[1])
+    values, index = (t.cpu() for t in logits.topk(more, dim=-1))
+    values = values.float()
+    index, order = index.sort(-1)  # by token, then stably by logit
+    values, again = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    index = index.gather(-1, again)
+    if more > k:
+        # topk may have left out a lower token that is equal to the last one
+        for i in (values[:, k - 1] == values[:, k]).nonzero()[:, 0].tolist():
+            last = values[i, k - 1].to(logits.dtype).to(logits.device)
+            above = index[i][values[i] > values[i, k - 1]]
+            equal = (logits[i] == last).nonzero()[: k - len(above), 0].cpu()
+            index[i, :k] = torch.cat([above, equal])
+    return index[:, :k].int()

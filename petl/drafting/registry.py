@@ -1,0 +1,199 @@
+"""The registry of drafters, and what a drafter is: a guess of the next tokens, to be verified.
+
+A drafter is no PEFT tuner: it stands beside any adapted model, has none of its parameters, and is
+never in its state dict. Shapes: N nodes of a pass (the root, then the drafts), H width, V tokens.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+
+from torch import Tensor, nn
+
+from petl.errors import UnknownNameError, UnsupportedError, choose, did_you_mean
+
+if TYPE_CHECKING:
+    from petl.drafting.costs import Costs
+
+DrafterClass = TypeVar("DrafterClass", bound=type["Drafter"])
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a drafter reads of the model, besides tokens.
+
+    Attributes:
+        last: the output of the final norm at each node.
+        blocks: numbers of blocks whose outputs it reads; none can be given yet.
+        prompt: the states of the prompt's tokens, too.
+        logits: the logits of each node.
+
+    Raises:
+        UnsupportedError: `blocks` is not empty.
+    """
+
+    last: bool = False
+    blocks: tuple[int, ...] = ()
+    prompt: bool = False
+    logits: bool = False
+
+    def __post_init__(self) -> None:
+        if self.blocks:
+            raise UnsupportedError(
+                f"blocks={self.blocks}: a drafter can read the output of the final norm only; set "
+                "last=True"
+            )
+
+
+class Root(NamedTuple):
+    """Where drafts begin.
+
+    Attributes:
+        ids: all tokens, of which the last is the root; not to be changed.
+        state: [H], the output of the final norm that chose the root; None unless `Needs.last`.
+    """
+
+    ids: Sequence[int]
+    state: Tensor | None = None
+
+
+class Draft(NamedTuple):
+    """Guessed tokens as a tree.
+
+    Attributes:
+        tokens: u_1 to u_n, long [n].
+        parents: of each, long [n]: 0 is the root, i is u_i.
+        probabilities: of each, if its parent is right, float [n]; None if not known.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    probabilities: Tensor | None = None
+
+
+class Seen(NamedTuple):
+    """What a pass has computed, without nodes that only pad it.
+
+    Attributes:
+        tokens: of all nodes, the root first, long [N].
+        parents: of the drafts, long [N - 1].
+        logits: [N, V]; None unless `Needs.logits`.
+        states: outputs of the final norm, [N, H]; None unless `Needs.last`.
+        path: numbers of the accepted nodes, 0 first.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    logits: Tensor | None
+    states: Tensor | None
+    path: list[int]
+
+
+class Drafter(nn.Module):
+    """Guesses the next tokens of one row.
+
+    Attributes:
+        name: in the registry; empty if it was not registered.
+        parts: names of other drafters whose fields it takes besides its own.
+        needs: what it reads of the model.
+        costs: of a pass of the model that it drafts for, once they are known; `decode` sets them.
+    """
+
+    name: ClassVar[str] = ""
+    parts: ClassVar[tuple[str, ...]] = ()
+    needs: Needs = Needs()
+    costs: "Costs | None" = None
+
+    def start(self, ids: Sequence[int], states: Tensor | None) -> None:
+        """Begin a row, after the pass over its prompt.
+
+        Args:
+            ids: of the prompt.
+            states: [tokens of the pass, H]; None unless `Needs.prompt`.
+        """
+
+    def draft(self, root: Root, budget: int | None) -> Draft:
+        """Return guesses of what follows the root.
+
+        Args:
+            root: where they begin.
+            budget: the most drafts that are used; None: as the drafter likes.
+        """
+        raise NotImplementedError
+
+    def observe(self, seen: Seen) -> None:
+        """Learn from a pass, with drafts or without."""
+
+    def loss(self, answers: Any) -> Tensor:
+        """Return the training loss on answers of the model, a scalar."""
+        raise UnsupportedError(f"{self.name or type(self).__name__} has nothing to train")
+
+    def save(self, folder: str | Path) -> None:
+        """Write the drafter to a folder, from which `petl.load_drafter` reads it."""
+        raise UnsupportedError(f"{self.name or type(self).__name__} has nothing to save")
+
+
+DRAFTERS: dict[str, type[Drafter]] = {}
+
+
+def register(name: str) -> Callable[[DrafterClass], DrafterClass]:
+    """Register a class of drafters as `name`; a decorator.
+
+    Its constructor takes the model (or None) first, and its fields as keyword-only arguments.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def add(cls: DrafterClass) -> DrafterClass:
+        if name in DRAFTERS:
+            raise ValueError(f"drafter name {name!r} is taken; choose another name")
+        cls.name = name
+        DRAFTERS[name] = cls
+        return cls
+
+    return add
+
+
+def list_drafters() -> list[str]:
+    """Return the names of all drafters, sorted."""
+    return sorted(DRAFTERS)
+
+
+def fields_of(name: str) -> dict[str, Any]:
+    """Return the fields of a drafter with their defaults.
+
+    Raises:
+        UnknownNameError: there is no such drafter.
+    """
+    cls: Any = choose(DRAFTERS, name, "drafter")
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    own = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    for part in cls.parts:
+        own |= fields_of(part)
+    return own
+
+
+def drafter(name: str, *, model: Any = None, **fields: Any) -> Drafter:
+    """Build the drafter `name`.
+
+    Args:
+        name: one of `list_drafters()`.
+        model: gives vocabulary, embeddings and head; a PeftModel or a model of transformers.
+        fields: of the drafter.
+
+    Raises:
+        UnknownNameError: there is no such drafter, or it has no such field; the message suggests
+            the closest matches.
+        InputError: a value is out of range, or the drafter needs a model.
+    """
+    known = fields_of(name)
+    for field in fields:
+        if field not in known:
+            raise UnknownNameError(
+                f"drafter {name!r} has no field {field!r}" + did_you_mean(field, known)
+            )
+    cls: Any = DRAFTERS[name]
+    return cls(model, **fields)

@@ -1,0 +1,154 @@
+"""Second copies of linear weights in oneDNN's blocked layout, for passes of a few rows on a CPU.
+
+For 2 to 16 rows, torch's float32 `linear` is far slower than its arithmetic on x86 CPUs; oneDNN is
+not, if the weight is in its own layout. The copy is used for more than one row and only inside
+`PackedWeights.active`, without gradients. Both functions of torch are private: `is_supported` tries
+them. Shapes: I in, O out.
+"""
+
+import platform
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import cache
+from typing import NamedTuple
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ROWS = 8  # of the passes for which oneDNN chooses the layout
+in_use: list[int] = []  # an entry for each `PackedWeights.active` that runs, in any thread
+_local = threading.local()  # weights: copies by id of the weight, inside `PackedWeights.active`
+
+
+class PackedLinear(nn.Linear):
+    """nn.Linear whose weight may have a packed copy; it replaces the class of a live nn.Linear."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `x W^T + b`, [..., O], for x [..., I] and W [O, I], by an active packed copy."""
+    copies = None if torch.compiler.is_compiling() else getattr(_local, "weights", None)
+    if copies is not None and x.numel() > x.shape[-1] and x.dtype == torch.float32:
+        is_plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        copy = copies.get(id(weight)) if is_plain else None
+        if copy is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, copy, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+@cache
+def is_supported() -> bool:
+    """Return True if this CPU and this torch have packed products; a small one is tried."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if not (is_x86 and torch.backends.mkldnn.is_available()):
+        return False
+    x, weight = torch.arange(32.0).view(2, 16), torch.arange(128.0).view(8, 16) / 64
+    try:
+        y = torch.ops.mkldnn._linear_pointwise(x, _reordered(weight), None, "none", [], "")
+    except (AttributeError, RuntimeError, TypeError):  # other names, or another signature
+        return False
+    return torch.allclose(y, x @ weight.t())
+
+
+def _reordered(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+
+
+class _Copy(NamedTuple):
+    weight: "ref[Tensor]"
+    state: tuple[int, ...]
+    packed: Tensor
+
+
+def _state(weight: Tensor) -> tuple[int, ...]:
+    """Return what changes with the values of a weight: address, version, a sum of its bits."""
+    # a change through `.data`, as in merging, leaves address and version as they are
+    bits = weight.detach().view(-1)
+    total = bits.view(torch.int64 if len(bits) % 2 == 0 else torch.int32).sum()
+    return weight.data_ptr(), weight._version, int(total)
+
+
+class PackedWeights:
+    """The packed copies of a model's linear weights.
+
+    Attributes:
+        copies: by id of the weight.
+        wanted: number of passes so far that copies would have made faster.
+    """
+
+    def __init__(self) -> None:
+        self.copies: dict[int, _Copy] = {}
+        self.wanted = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all copies."""
+        # a blocked tensor does not tell its storage; blocks of whole rows have no more entries
+        return sum(4 * copy.packed.numel() for copy in self.copies.values())
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Pack the weights of `model` that have no copy or have changed since; forget others."""
+        found: dict[int, _Copy] = {}
+        for layer in packable(model):
+            weight = layer.weight
+            known, state = self.copies.get(id(weight)), _state(weight)
+            if known is None or known.weight() is not weight or known.state != state:
+                known = _Copy(ref(weight), state, _reordered(weight))
+            found[id(weight)] = known
+        self.copies = found
+
+    @contextmanager
+    def active(self) -> Generator[None]:
+        """Use the copies inside the block, in this thread."""
+        _local.weights = {key: copy.packed for key, copy in self.copies.items()}
+        in_use.append(len(self.copies))
+        try:
+            yield
+        finally:
+            in_use.pop()
+            _local.weights = None
+
+
+_known: "WeakKeyDictionary[nn.Module, PackedWeights]" = WeakKeyDictionary()
+
+
+def packed_weights(model: nn.Module) -> PackedWeights:
+    """Return the copies of a model, which are kept as long as the model."""
+    return _known.setdefault(model, PackedWeights())
+
+
+def packable(model: nn.Module) -> list[nn.Linear]:
+    """Return the layers whose weights can be packed: float32 nn.Linear on the CPU."""
+    layers = (module for module in model.modules() if isinstance(module, nn.Linear))
+    return [
+        layer
+        for layer in layers
+        if type(layer) in (nn.Linear, PackedLinear)
+        and type(layer.weight) in (nn.Parameter, Tensor)
+        and layer.weight.dtype == torch.float32
+        and layer.weight.device.type == "cpu"
+        and layer.weight.is_contiguous()
+        and not layer.weight.is_inference()  # such tensors have no version
+    ]
+
+
+@contextmanager
+def packed_classes(model: nn.Module) -> Generator[None]:
+    """Let the layers of `packable` look for packed copies inside the block.
+
+    Their class changes; module, weight, hooks and state dict stay what they are.
+    """
+    changed = [layer for layer in packable(model) if type(layer) is nn.Linear]
+    for layer in changed:
+        layer.__class__ = PackedLinear
+    try:
+        yield
+    finally:
+        for layer in changed:
+            layer.__class__ = nn.Linear

@@ -1,0 +1,162 @@
+"""Every method of the registry is decoded with drafts as without; what cannot be, is refused."""
+
+import pytest
+import torch
+from contract_cases import OWN, adaptable, adopted, own
+from draft_fixtures import PAD, Oracle, Random, prompt, tiny_qwen
+from torch import nn
+from transformers import MistralConfig, MistralForCausalLM
+
+import petl
+from petl import testing
+from petl.drafting import Stats, decode, drafter, rounding, shortfalls, verify
+from petl.errors import InputError, UnsupportedError
+
+PLAIN = {"max_new_tokens": 16, "pad_token_id": PAD, "use_cache": True}
+METHODS = [name for name in adaptable("llama") if name != "dkvb"]  # a classification head
+
+
+def generated(model, seed, **settings):
+    torch.manual_seed(3)
+    return model.generate(input_ids=prompt(seed), **{**PLAIN, **settings})
+
+
+def assert_lossless(model, seed=1, *, decoys=True):
+    """Drafts leave greedy and sampled answers as they are, with packed weights, too."""
+    for sampling in ({"do_sample": False}, {"do_sample": True}):
+        plain = generated(model, seed, **sampling)
+        right = Stats()
+        for guess in (Oracle(plain, 3, decoys=decoys), Random()):
+            more = {"custom_generate": decode, "drafter": guess, "pack": True, "stats": right}
+            assert torch.equal(generated(model, seed, **sampling, **more), plain)
+        assert right.accepted > 0
+    return generated(model, seed, do_sample=False)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_decoded_as_without_drafts(name):
+    case = own(name, "llama") if name in OWN else adopted(name, "llama")
+    model = case.wrap_stirred()
+    assert verify(model) < 1e-3
+    adapted = assert_lossless(model)
+    if case.promises.merges:
+        model.merge_adapter()
+        # packed copies of the weights before merging must not be used
+        assert torch.equal(assert_lossless(model), adapted)
+        model.unmerge_adapter()
+        assert torch.equal(assert_lossless(model), adapted)
+
+
+@pytest.mark.parametrize("name", ["lora", "mola", "adapter", "mos"])
+def test_adapters_that_are_switched_between_calls(name):
+    case = own(name, "llama") if name in OWN else adopted(name, "llama")
+    model = case.wrap()
+    model.add_adapter("other", case.config())
+    for seed, adapter in enumerate(("default", "other")):
+        model.set_adapter(adapter)
+        testing.stir(model.eval(), adapter, seed=seed)
+    recycling = drafter("recycling", model=model)
+    texts = {}
+    for adapter in ("default", "other", "default"):
+        model.set_adapter(adapter)
+        texts[adapter] = assert_lossless(model)
+        more = {"custom_generate": decode, "drafter": recycling}
+        assert torch.equal(generated(model, 1, do_sample=False, **more), texts[adapter])
+    assert not torch.equal(texts["default"], texts["other"])
+    with model.disable_adapter():
+        assert torch.equal(assert_lossless(model), generated(testing.tiny_llama(), 1))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"router_type": "recurrent"},
+        {"router_type": "pregated"},
+        {"router_type": "pregated", "router_lookahead": 1},  # which takes chains only
+    ],
+)
+def test_routers_of_mola_that_keep_states(fields):
+    torch.manual_seed(0)
+    model = petl.wrap(testing.tiny_llama(), "mola", task_type="CAUSAL_LM", **fields)
+    # in a chain, the first child of the root would be a decoy
+    assert_lossless(testing.stir(model.eval()), decoys="router_lookahead" not in fields)
+
+
+def test_state_dict_and_outputs_are_what_they_were():
+    model = petl.wrap(testing.tiny_llama(), "lora", task_type="CAUSAL_LM").eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    types = [type(module) for module in model.modules()]
+    with torch.no_grad():
+        logits = model(prompt(2)).logits
+    for guess in (drafter("free", model=model), Random()):
+        generated(model, 1, custom_generate=decode, drafter=guess, pack=True)
+    assert [type(module) for module in model.modules()] == types
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    with torch.no_grad():
+        assert torch.equal(model(prompt(2)).logits, logits)
+
+
+# Refusals
+
+
+class LooksAhead(nn.Module):
+    """A linear layer that adds the input of the next token."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x + torch.cat([x[:, 1:], 0 * x[:, :1]], 1))
+
+
+def test_a_model_that_looks_along_the_tokens_is_refused_with_the_difference():
+    model = tiny_qwen()
+    assert verify(model) < 1e-3
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj = LooksAhead(mlp.up_proj)
+    with pytest.raises(UnsupportedError, match="Qwen2ForCausalLM cannot be decoded with drafts: l"):
+        verify(model)
+
+
+def sliding():
+    config = MistralConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, sliding_window=8,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+        bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    return MistralForCausalLM(config).eval()
+
+
+def test_a_sliding_window_is_refused_by_name_and_decoded_plainly():
+    model = sliding()
+    with pytest.raises(UnsupportedError, match="its cache has a DynamicSlidingWindowLayer"):
+        verify(model)
+    plain = generated(model, 3, do_sample=True)
+    with pytest.warns(UserWarning, match="without drafts: its cache has a DynamicSlidingWindow"):
+        found = generated(model, 3, do_sample=True, custom_generate=decode, drafter=Random())
+    assert torch.equal(found, plain)
+
+
+def test_models_that_write_no_text_or_have_an_encoder_are_refused_by_name():
+    with pytest.raises(UnsupportedError, match="BertForSequenceClassification does not generate"):
+        verify(testing.tiny_bert())
+    with pytest.raises(UnsupportedError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        verify(testing.tiny_t5())
+
+
+# Logits of an answer
+
+
+def test_shortfalls_are_zero_for_greedy_answers_and_larger_for_others():
+    model = testing.tiny_llama()
+    found = generated(model, 4, do_sample=False)
+    allowed = 2 * rounding(model, positions=40)
+    assert shortfalls(model, found, 6).shape == (16,)
+    assert float(shortfalls(model, found, 6).max()) <= allowed < 1e-3
+    found[0, 12] = (found[0, 12] + 1) % 96
+    assert float(shortfalls(model, found, 6)[6]) > 1e-3
+    with pytest.raises(InputError, match="start=22 is not from 1 to 21"):
+        shortfalls(model, found, 22)
