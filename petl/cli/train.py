@@ -15,6 +15,7 @@ from petl.cli import app
 from petl.config.command_line import CONFIG, config_dir
 from petl.core.registry import is_computed
 from petl.distributed.launch import on_device, shard, start
+from petl.distributed.processes import current_lane
 from petl.losses import attach
 from petl.models.loading import load_base, load_processor
 from petl.reports.run_report import print_summary, write_report
@@ -89,7 +90,9 @@ def wrapped(run: Run, splits: Splits, processor: Any) -> PeftModel:
     config, accelerator, task = run.config, run.accelerator, splits.task
     settings = config.train
     arguments = wrap_arguments(config, splits, accelerator)
-    base = share_base(on_device(load_base(config.model, task, processor=processor), accelerator))
+    base = on_device(load_base(config.model, task, processor=processor), accelerator)
+    if current_lane() is not None:
+        base = share_base(base)
     if config.ranks is not None:
         arguments |= ranks_by_importance(run, base, arguments, splits)
     model = wrap_for_run(base, arguments, settings)

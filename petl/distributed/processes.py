@@ -163,6 +163,17 @@ def _is_ours(store: Any) -> bool:
 
 ASKS = (signal.SIGINT, signal.SIGTERM)
 _open: set["StopRequest"] = set()
+_thread = threading.local()
+
+
+def enter_lane(lane: Any) -> None:
+    """Say of which `Lane` this thread is; see petl/training/together/lanes.py."""
+    _thread.lane = lane
+
+
+def current_lane() -> Any:
+    """Return the lane of this thread; None outside of `Lanes.run`."""
+    return getattr(_thread, "lane", None)
 
 
 def stop_threads(number: int) -> None:

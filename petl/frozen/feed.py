@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from petl.core.layers.class_swap import SwappedClass, restore_class, swap_class
-from petl.frozen.keys import Rows, arguments_of, parameters_of, rows_of
+from petl.core.layers.context import arguments_of_forward
+from petl.frozen.keys import Rows, arguments_of, rows_of
 from petl.frozen.prefix import Prefix
 from petl.frozen.store import Store
 
@@ -157,7 +158,7 @@ class Feed:
             self.states = None
 
     def _takes_cache(self, given: Mapping[str, Any]) -> bool:
-        return given.get("use_cache") is None and "use_cache" in parameters_of(
+        return given.get("use_cache") is None and "use_cache" in arguments_of_forward(
             type(self.prefix.body)
         )
 

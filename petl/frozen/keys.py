@@ -5,16 +5,16 @@ the row's length, or the pixels or samples. Padding is left out, so that a row h
 batches of any width.
 """
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from petl.core.layers.context import arguments_of_forward
 
 IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
 TEXT = (IDS, MASK, "token_type_ids", POSITIONS)
@@ -47,14 +47,7 @@ def arguments_of(
     body: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the arguments of a call of `body` by name, those of **kwargs included."""
-    return {**dict(zip(parameters_of(type(body)), args, strict=False)), **kwargs}
-
-
-@cache
-def parameters_of(kind: type[Any]) -> tuple[str, ...]:
-    """Return the names of the arguments that the `forward` of a class takes."""
-    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
-    return tuple(p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD)
+    return {**dict(zip(arguments_of_forward(type(body)), args, strict=False)), **kwargs}
 
 
 def rows_of(arguments: Mapping[str, Any], *, packs: bool = False) -> Rows:

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 from petl.core.layers.class_swap import mixins_of
-from petl.core.layers.context import is_encoder_decoder
+from petl.core.layers.context import arguments_of_forward, is_encoder_decoder
 from petl.core.model.targets import linear_names, place
 from petl.core.parameters import quantization_of
 from petl.errors import UnsupportedError
-from petl.frozen.keys import IDS, MEDIA, parameters_of
+from petl.frozen.keys import IDS, MEDIA
 
 CAPTURING = "transformers.utils.output_capturing"  # its hooks do nothing unless outputs are asked
 
@@ -66,7 +66,7 @@ def find_prefix(model: nn.Module) -> Prefix:
         module
         for module in parents
         if isinstance(module, PreTrainedModel)
-        and not set(parameters_of(type(module))).isdisjoint((IDS, *MEDIA))
+        and not set(arguments_of_forward(type(module))).isdisjoint((IDS, *MEDIA))
     ]
     if not bodies:
         raise UnsupportedError(

@@ -8,12 +8,13 @@ from peft import PeftModel
 
 from petl.core.distributed import made_by
 from petl.data.streaming import StreamedRows
+from petl.distributed.processes import current_lane
 from petl.errors import InputError, UnsupportedError
 from petl.frozen.cache import FrozenCache, Wanted, cache_frozen
+from petl.frozen.prefix import find_prefix
 from petl.frozen.store import check_space
 from petl.runs.settings import TrainConfig
 from petl.training.dataloader import Splits, batched
-from petl.training.together.lanes import current
 
 PAYS = 1.5  # passes over the train rows; a store costs the frozen blocks of one
 FEW = 0.1  # fraction of the passes that may run all blocks without a warning (assumption)
@@ -57,11 +58,14 @@ def _cache(
         raise _NothingFrozen(f"train.steps={settings.steps} trains nothing")
     if isinstance(splits.train, StreamedRows):
         raise InputError("the training examples are a stream (data.streaming=true)")
-    if current() is not None:
+    if current_lane() is not None:
         raise InputError(
-            "the passes of runs that train together have copies of the blocks; study without --together"
+            "the passes of runs that train together have copies of the blocks; study without "
+            "--together"
         )
     try:
+        if not find_prefix(model).k:  # the usual case, which needs no cache to find out
+            raise _NothingFrozen("no block is frozen below all others")
         cache = cache_frozen(model, without_dropout=settings.cache_frozen is True)
     except UnsupportedError as error:
         raise _NothingFrozen(str(error)) from error

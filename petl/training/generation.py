@@ -12,9 +12,6 @@ from peft import PeftModel
 from torch import Tensor
 
 from petl.core.distributed import is_sharded
-from petl.drafting.checks import why_plain
-from petl.drafting.engine import decode
-from petl.drafting.registry import Drafter, drafter
 from petl.tasks.base import pad_id
 from petl.tasks.row_tasks import IDS
 
@@ -54,7 +51,7 @@ def written(
     return tokenizer.batch_decode(new, skip_special_tokens=True)
 
 
-_drafters: WeakKeyDictionary[Any, Drafter] = WeakKeyDictionary()  # by base model
+_drafters: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by base model
 
 
 def free_drafts(model: PeftModel) -> dict[str, Any]:
@@ -63,6 +60,11 @@ def free_drafts(model: PeftModel) -> dict[str, Any]:
     Below float32, where drafts may change an answer where two tokens are nearly equally likely,
     scores are those of plain decoding.
     """
+    # imported only where rows are generated
+    from petl.drafting.checks import why_plain
+    from petl.drafting.engine import decode
+    from petl.drafting.registry import drafter
+
     base: Any = model.get_base_model()
     is_half = base.dtype != torch.float32 or torch.is_autocast_enabled(base.device.type)
     if is_half or why_plain(base):

@@ -15,9 +15,9 @@ from petl.core.lifecycle import Lifecycle
 from petl.core.parameters import is_norm, trainable
 from petl.core.registry import method_of
 from petl.distributed.launch import Engine, is_zero
+from petl.distributed.processes import current_lane
 from petl.errors import InputError
 from petl.runs.settings import TrainConfig
-from petl.training.together.lanes import current
 
 
 def make_optimizer(
@@ -166,7 +166,7 @@ def make_engine(
         from petl.distributed.deepspeed import ZeroEngine
 
         return ZeroEngine(model, optimizer, max_norm, accelerator)
-    lane = current()
+    lane = current_lane()
     if lane is not None:
         return lane.lanes.engine(model, optimizer, max_norm, accelerator)
     return Engine(model, optimizer, max_norm, accelerator)

@@ -12,6 +12,7 @@ from petl import testing
 from petl.config.compose import compose
 from petl.data.base import read_data
 from petl.distributed.launch import start
+from petl.drafting import engine
 from petl.models.loading import load_base, load_processor
 from petl.runs.run_config import read_config
 from petl.tasks import CausalLM
@@ -99,7 +100,7 @@ def test_a_single_row_is_written_with_drafts_in_float32_and_as_without(monkeypat
     prompts = [[50, 60, 50, 60], [70, 80, 90]]
     together = generation.written(model, tokenizer, prompts, 12)
     drafted = []
-    monkeypatch.setattr(generation, "decode", counting(generation.decode, drafted))
+    monkeypatch.setattr(engine, "decode", counting(engine.decode, drafted))
     alone = [generation.written(model, tokenizer, [prompt], 12)[0] for prompt in prompts]
     assert alone == together
     assert len(drafted) == 2

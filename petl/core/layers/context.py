@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -411,3 +412,10 @@ class InputCapture:
                 "not run; call the model, or the block that holds both"
             )
         return x
+
+
+@cache
+def arguments_of_forward(kind: type[Any]) -> tuple[str, ...]:
+    """Return the names of the arguments that the `forward` of a class takes."""
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD)

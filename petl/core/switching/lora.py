@@ -10,7 +10,6 @@ from petl.core.layers.class_swap import convert_module_dicts
 from petl.core.layers.fused_lora import fuse_layers
 from petl.core.parameters import check_module
 from petl.core.serving.mixed_batch import is_generation_call
-from petl.core.switching.kept_rows import KeptRows
 from petl.core.switching.tuner import (
     SwitchingTuner,
     adapter_dicts_of,
@@ -78,7 +77,6 @@ def _switch(tuner: nn.Module) -> None:
         # it needs no generated class: pickle finds SwitchingLora by name
         tuner.__class__ = SwitchingLora
         switching = cast(SwitchingLora, tuner)
-        switching.kept_rows = KeptRows()
         switching.convert_layers()
         # what `inject_adapter` and `set_requires_grad` would have recorded
         placed = [

@@ -8,6 +8,7 @@ still finds all of them, so forward passes work at any time, in other threads to
 
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cached_property
 from threading import RLock
 from typing import Any, Self, cast
 
@@ -49,17 +50,14 @@ class SwitchingTuner(BaseTuner):
             of another adapter whose `requires_grad` was set by hand keep it.
         newly_added: adapters that were added in evaluation mode but are in training mode
             themselves, since PEFT does not set the mode of an added adapter.
-        kept_rows: stacked weights of the last mixed batch that was generated.
     """
 
     extra_trainable: set[str]
     newly_added: set[str]
-    kept_rows: KeptRows
     _is_restricted = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.extra_trainable, self.newly_added = set(), set()
-        self.kept_rows = KeptRows()
         super().__init__(*args, **kwargs)
 
     @contextmanager
@@ -125,7 +123,7 @@ class SwitchingTuner(BaseTuner):
     def train(self, mode: bool = True) -> Self:
         """Set the mode, of hidden adapters too."""
         if mode:
-            self.kept_rows.forget()
+            self._forget_rows()
         with LOCK:
             changes = self.training != mode or self.model.training != mode
             super().train(mode)
@@ -171,13 +169,22 @@ class SwitchingTuner(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; on layers without an active one then, PEFT activates another."""
-        self.kept_rows.forget()
+        self._forget_rows()
         in_use = self.in_use()
         fallbacks = self._fallbacks(adapter_name) if adapter_name in in_use else set()
         with self.only_visible({adapter_name, *in_use, *fallbacks}):
             super().delete_adapter(adapter_name)
         self.extra_trainable.discard(adapter_name)
         self.newly_added.discard(adapter_name)
+
+    @cached_property
+    def kept_rows(self) -> KeptRows:
+        """Stacked weights of the last mixed batch that was generated."""
+        return KeptRows()
+
+    def _forget_rows(self) -> None:
+        if "kept_rows" in self.__dict__:  # some were generated
+            self.kept_rows.forget()
 
     def rows_of(self, names: Sequence[str], *, is_generation_call: bool) -> AdapterRows:
         """Return the rows of a call with `adapter_names`; see `KeptRows`."""

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from petl.core.layers.grouped import drawing_from
 from petl.distributed.launch import Engine
+from petl.distributed.processes import current_lane
 from petl.errors import InputError, UnsupportedError
 from petl.training.together.batches import check_loss, room_for
 from petl.training.together.group import AdapterGroup, Member, check_alike
-from petl.training.together.lanes import Lane, current
+from petl.training.together.lanes import Lane
 
 FORWARD, BACKWARD = "forward", "backward"
 KINDS = (BACKWARD, FORWARD)  # a run that has a loss frees its activations first
@@ -25,8 +26,7 @@ class LaneEngine(Engine):
 
     def wrap(self) -> Any:
         """Return what computes the forward pass."""
-        lane = current()
-        assert lane is not None
+        lane: Lane = current_lane()
         self.lane, self.member = lane, None
         # set again where it draws: its state is the run's
         generator = torch.Generator(self.accelerator.device)

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from petl.distributed.launch import Engine
-from petl.distributed.processes import stop_threads
+from petl.distributed.processes import current_lane, enter_lane, stop_threads
 from petl.runs.checkpoint import RngState, rng_state, set_rng
 
 READY, WAITING, DONE = "ready", "waiting", "done"
 POLL = 0.5  # seconds after which the main thread looks for a signal
-_local = threading.local()
 
 
 class Lane:
@@ -122,7 +121,7 @@ class Lanes:
 
     def _work(self, lane: Lane, waiting: deque[Callable[[], None]]) -> None:
         lane.go.acquire()
-        _local.lane = lane
+        enter_lane(lane)
         while waiting and not self.asked_to_stop:
             waiting.popleft()()
             lane.device = torch.device("cpu")
@@ -165,17 +164,12 @@ def _kind(lane: Lane) -> str:
     return lane.request[0]
 
 
-def current() -> Lane | None:
-    """Return the lane of this thread; None outside of `Lanes.run`."""
-    return getattr(_local, "lane", None)
-
-
 def share_base(base: Any) -> Any:
     """Let a model that was loaded use the weights of an earlier one of these lanes, where equal.
 
     A model on its own keeps its weights. New modules, such as a head that each run draws, differ.
     """
-    lane = current()
+    lane = current_lane()
     if lane is None:
         return base
     known = lane.lanes.bases
