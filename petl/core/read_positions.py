@@ -194,6 +194,7 @@ def _position(base: Any) -> str | None:
     if reader is not None:
         path, name = reader
         module = _unwrapped(base.get_submodule(path))
+        # a head of another class may read all tokens
         if type(module) is not getattr(sys.modules[cls.__module__], name, None):
             return None
     return "first"
@@ -225,6 +226,7 @@ def _has_form(block: Any, form: Form) -> bool:
             code = forward_code(block.get_submodule(path))
         except AttributeError:  # no such part
             return False
+        # equal, not a subset: a family that reads one more name does what is not repeated here
         if code is None or frozenset(code.co_names) - UNUSED != names:
             return False
     return True
@@ -306,6 +308,7 @@ class _Block(SwappedClass):
             positions = torch.zeros(B, 1, dtype=torch.long, device=hidden_states.device)
         form = _form(self)
         attention = self.get_submodule(form.attention)
+        # at all positions, for keys and values; the block repeats it for those that are read
         states = (
             hidden_states if form.norm is None else self.get_submodule(form.norm)(hidden_states)
         )
@@ -357,6 +360,7 @@ class _Attention(SwappedClass):
         D = getattr(self, "head_dim", None) or self.attention_head_size
         xs = (hidden_states, states, states)
         q, k, v = (
+            # -1: keys and values have fewer heads than queries in Llama and kin
             getattr(self, name)(x).unflatten(-1, (-1, D)).transpose(1, 2)
             for name, x in zip(form.projections, xs, strict=True)
         )
@@ -390,6 +394,7 @@ def _mask_at(
     if mask is None:
         if not is_causal:
             return None
+        # boolean, for sdpa; eager attention adds its mask, but a causal one is always given to it
         order = torch.arange(tokens, device=positions.device)
         return order <= positions[:, None, :, None]
     if mask.shape[2] == 1:  # one for all queries

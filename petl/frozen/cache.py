@@ -57,6 +57,7 @@ class FrozenCache:
         if is_sharded(model):
             raise UnsupportedError(f"{kind} is sharded over processes: no process has its weights")
         self.left_out: list[str] = []
+        # from here on the model is changed: what may refuse stands above
         self._feed = Feed(model, self.prefix)
         self._prober = Prober(model, self._feed)
         self._known = ""  # digest of the prefix, and the precision in which it was read
@@ -100,6 +101,7 @@ class FrozenCache:
         if not len(rows):
             raise InputError(f"rows={rows!r} has no rows whose frozen blocks could be kept")
         contents = Contents(self._prober, rows, collate)
+        # one row is enough (assumption): form, dropout and the modules called are those of all rows
         form, self.left_out = self._prober.inspect(
             contents.batch(contents.order[:1]), without_dropout=self.without_dropout
         )
@@ -110,6 +112,7 @@ class FrozenCache:
         precision = autocast_of(self.prefix.body)
         if self._read == precision and not self._feed.has_changed():
             return self._known
+        # rows have the same keys in stores of another prefix, so these must not be mixed
         if self._feed.stores:
             raise InputError(
                 f"the frozen blocks, or the precision {self._read or 'float32'!r}, have changed "
@@ -143,6 +146,7 @@ class FrozenCache:
                 if not there:
                     wanted.write()
         self._feed.autocast = self._read or ""
+        # from the file, by the process that wrote it too: first and later runs read the same bits
         self._feed.stores.append(Store(wanted.folder / CONTENT))
         return there
 

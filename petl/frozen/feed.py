@@ -29,6 +29,7 @@ class FedBlock(SwappedClass):
 
     computes_as_before = True
 
+    # not `forward`: checkpointing of transformers and torch's hooks act in `__call__`
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         feed = self.__dict__[FEED]
         if feed.states is None:
@@ -112,6 +113,7 @@ class Feed:
     def _written(self) -> tuple[int, ...]:
         """Return how often each weight was changed in place."""
         weights = (p for module in self.modules for p in module._parameters.values())
+        # torch counts writes in place, but not those through `.data`; -1: a weight that trains
         return tuple(-1 if p.requires_grad else p._version for p in weights if p is not None)
 
     def has_changed(self) -> bool:
@@ -132,10 +134,12 @@ class Feed:
 
     def _enter(self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.depth += 1
+        # a traced pass runs all blocks: a look-up reads values on the host, which no graph can hold
         if self.depth > 1 or torch.compiler.is_compiling():
             return None
         given = arguments_of(self.prefix.body, args, kwargs)
         rows = rows_of(given, packs=getattr(self.prefix.base, "petl_packs", False))
+        # before the stores: a prober needs the output of the blocks even for rows that are stored
         if self.watcher is not None:
             self.watcher(rows)
             return None
@@ -183,6 +187,7 @@ class Feed:
         found: list[Tensor | None] = [None] * len(rows.keys)
         for store in self.stores:
             numbers = store.find(rows.keys)
+            # a row in two stores may differ in rounding: always that of the first
             for i in np.flatnonzero(numbers >= 0).tolist():
                 found[i] = found[i] if found[i] is not None else store.row(int(numbers[i]))
         states = [row for row in found if row is not None]
@@ -198,11 +203,13 @@ def gathered(
     width = max(len(row) for row in states) if rows.lengths is None else rows.width[0]
     # page-locked memory is what lets the copy run while the GPU computes
     pinned = device.type == "cuda"
+    # zeros where the blocks would give others: nothing above may read padding (assumption)
     batch = torch.zeros(
         len(states), width, *states[0].shape[1:], dtype=states[0].dtype, pin_memory=pinned
     )
     for target, row in zip(batch, states, strict=True):
         target[: len(row)] = row
+    # torch frees page-locked memory only when the copies from it are done
     batch = batch.to(device, non_blocking=True)
     # reentrant checkpointing of the blocks above trains only if an input requires a gradient
     return batch.requires_grad_() if torch.is_grad_enabled() and reentrant(blocks) else batch
@@ -212,6 +219,7 @@ def reentrant(blocks: Sequence[nn.Module]) -> bool:
     """Return True if the blocks are checkpointed in the reentrant way."""
     function = getattr(blocks[-1], "_gradient_checkpointing_func", None)
     on = getattr(blocks[-1], "gradient_checkpointing", False)
+    # a partial of torch's checkpoint; if it does not say, assume the kind that needs a gradient
     return on and getattr(function, "keywords", {}).get("use_reentrant", True)
 
 

@@ -27,6 +27,7 @@ from petl.frozen.store import Form, name_of
 POSITIONS = 2048  # of a batch: enough for large products, little memory
 CHUNK = 64  # rows that are collated at a time to read their keys
 # settings of a config that the output of blocks in evaluation mode does not depend on
+# one that is missing here costs a store that is computed again, never a wrong one
 OTHER = {
     *("id2label", "label2id", "num_labels", "problem_type", "_name_or_path", "use_cache"),
     *("architectures", "transformers_version", "torch_dtype", "dtype", "finetuning_task"),
@@ -37,6 +38,7 @@ Collate = Callable[[list[Any]], Batch]
 logger = logging.getLogger(__name__)
 
 
+# no BaseException of another kind: torch runs `always_call` hooks after an Exception only
 class _Ended(Exception):
     """Ends a pass of the model."""
 
@@ -98,6 +100,7 @@ class Prober:
         self.feed.watcher = watcher
         try:
             with torch.no_grad():
+                # all of it, so that masks, positions and embeddings are made as in training
                 self.model(**inputs)
         except _Ended:
             pass
@@ -118,6 +121,7 @@ class Prober:
         def note(module: nn.Module, inputs: Any) -> None:
             called.setdefault(module, names[module])
 
+        # families differ in what runs before block 0, so this is seen from a pass, not from names
         hooks = [module.register_forward_pre_hook(note) for module in names]
         with modes_kept(self.model):
             self.model.eval()
@@ -165,6 +169,7 @@ class Prober:
             self.model.train()
             again = self.output(batch)[1]
         np.random.set_state(state)
+        # bits can be compared: batch and kernels are the same (assumption: these are deterministic)
         return not torch.equal(_first(again), _first(output))
 
     def _form(self, rows: Rows, output: Any) -> Form:
@@ -192,6 +197,7 @@ class Prober:
         """Return a name for all that the output of the prefix depends on, rows aside."""
         weights = hashlib.sha256()
         for name, module in self.called.items():
+            # below the swaps: an open cache must not change the digest
             kind = original_class(module)
             weights.update(f"{name} {kind.__module__}.{kind.__qualname__}".encode())
             own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
@@ -215,6 +221,7 @@ class Prober:
             attention,
             precision,
             self.device.type,
+            # its code is what blocks compute; torch's version, left out, changes rounding alone
             transformers.__version__,
         )
 

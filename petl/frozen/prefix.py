@@ -81,6 +81,7 @@ def find_prefix(model: nn.Module) -> Prefix:
     reasons = (reason_to_run(block) for block in blocks)
     first = ((i, f"block {i}: {why}") for i, why in enumerate(reasons) if why)
     k, reason = next(first, (len(blocks), ""))
+    # the innermost body: an outer one also gets labels and what only its head reads
     return Prefix(path, blocks, k, reason, bodies[-1], base)
 
 
@@ -115,6 +116,7 @@ def reason_to_run(block: nn.Module) -> str:
     return ""
 
 
+# torch has no public list of hooks; global ones are not looked at
 def _hooks_of(module: nn.Module) -> Iterator[Callable[..., Any]]:
     for hooks in (
         module._forward_pre_hooks,
@@ -141,5 +143,6 @@ def dropouts(modules: Iterator[tuple[str, nn.Module]]) -> list[str]:
     return [
         f"{name} ({module.p:g})"
         for name, module in modules
+        # base of torch's dropout modules; F.dropout is found by a pass in training mode (fill.py)
         if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0
     ]

@@ -76,6 +76,7 @@ class Store:
         if (folder / STATES).stat().st_size != size * self.form.torch_dtype.itemsize:
             raise InputError(f"{folder / STATES} is damaged: delete the folder {folder}")
         # read-only and shared by all processes that map it
+        # shared=False is MAP_PRIVATE: a write would copy the page and never reach the file
         self.states = torch.from_file(
             str(folder / STATES), shared=False, size=size, dtype=self.form.torch_dtype
         ).view(shape)
@@ -85,6 +86,7 @@ class Store:
 
     def find(self, keys: Sequence[bytes]) -> np.ndarray:
         """Return the row of each key, -1 for one that the store has not."""
+        # numpy drops zero bytes at the end of such strings: no loss, as all keys have one length
         wanted = np.array(keys, dtype=f"S{KEY_BYTES}")
         at = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
         return np.where(self.keys[at] == wanted, self.rows[at], -1)
@@ -148,6 +150,7 @@ def write(
 
 def size_of(form: Form, rows: int, positions: int) -> int:
     """Return the bytes of a store."""
+    # 16: an int64 in offsets.npy and one in rows.npy
     return positions * form.bytes_each + rows * (KEY_BYTES + 16)
 
 

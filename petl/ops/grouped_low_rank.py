@@ -31,6 +31,7 @@ def grouped_masks(
         return None, [1.0] * len(rates)
     masks, means = [], []
     for x_TI, rate, generator in zip(x, rates, generators, strict=True):
+        # draws nothing, so a generator goes on as in a pass of this adapter alone
         full = torch.ones(x_TI.shape, dtype=torch.uint8, device=x.device), 1.0
         mask, mean = keep_mask(x_TI, rate, generator) if rate > 0 else full
         masks.append(mask)
@@ -62,6 +63,7 @@ def grouped_low_rank_linear(
         mask: of `grouped_masks`.
         gate: [K, T, E], factors of the R rows of A_k x_k^T, R / E consecutive rows each; None: 1.
     """
+    # the caller has chosen the dtype; autocast would cast the factors again inside
     with torch.autocast(x.device.type, enabled=False):
         return _GroupedLowRankLinear.apply(x, A, B, gate, (*frozen, mask), _scale(scales, x))
 
@@ -85,6 +87,7 @@ def add_grouped_low_rank(
 
 def _scale(scales: Sequence[float], x: Tensor) -> float | Tensor:
     """Return the scale of all adapters, or [K, 1, 1] if they differ."""
+    # a number can be alpha of the product's kernel, as for one adapter: same rounding, no tensor
     if all(scale == scales[0] for scale in scales):
         return scales[0]
     return torch.tensor(scales, dtype=x.dtype, device=x.device).view(-1, 1, 1)

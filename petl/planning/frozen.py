@@ -89,6 +89,7 @@ def frozen_plan(
     rows, positions = (sum(column) for column in zip(*sizes, strict=True))
     size = size_of(form, rows, positions)
     reason, remedy = _reason(splits, settings, prefix, part.called, size)
+    # both are counts of the longest rows: the ratio is taken for that of any step (assumption)
     saved = part.operations / max(1, measured.operations)
     return FrozenPlan(prefix.k, len(prefix.blocks), size, saved, reason, remedy)
 
@@ -117,6 +118,7 @@ def _reason(
     setting = layer_drop(prefix.body.config)
     if setting:
         return f"the model's config has {setting}", False
+    # a store that is there is not known: its name needs weights, and a plan has no values
     if size + MARGIN > free_bytes(folder()):
         return f"the disk of {folder()} has {megabytes(free_bytes(folder()))} free", False
     if settings.cache_frozen is True:

@@ -70,6 +70,7 @@ def _cache(
     except UnsupportedError as error:
         raise _NothingFrozen(str(error)) from error
     try:
+        # the precision of training: it is part of a store's name, and of what the blocks compute
         with accelerator.autocast():
             wanted = find(cache, splits, settings)
             # one decision for all processes: the disk fills while the first of them writes
@@ -79,6 +80,7 @@ def _cache(
             _say(cache, wanted)
             for each in wanted:
                 cache.open(each)
+    # KeyboardInterrupt too: a model that outlives the run must not keep swapped blocks
     except BaseException:
         cache.close()
         raise

@@ -92,6 +92,7 @@ class GroupedLowRank(GroupedLayer):
         A, B, scales, gate = update
         own = x if y is not None else x.to(product_dtype(x))
         mask, means = grouped_masks(own, self.rates(), self.generators)
+        # the scaling of dropout: the mask holds 0 and 1, and its mean is not quite 1 - p on a CPU
         scales = [scale / mean for scale, mean in zip(scales, means, strict=True)]
         if frozen is not None:
             out = grouped_low_rank_linear(own, frozen, A, B, scales, mask, gate)
@@ -224,6 +225,7 @@ def each_alone(
     y = layer.base_layer(x, *args, **kwargs)
     x = x if captured is None else captured.pop()
     K, outputs = len(adapters), []
+    # equal chunks: batches with fewer rows were filled up to N
     for adapter, generator, *own in zip(adapters, generators, x.chunk(K), y.chunk(K), strict=True):
         with drawing_from(generator):
             outputs.append(adapter(*own))

@@ -30,6 +30,7 @@ class Stack:
         for p, slot, part in zip(parameters, self.leaf.data, self._parts, strict=True):
             slot[part].copy_(p.data)
             if p.shape == slot.shape:
+                # the same Parameter, as optimizers hold it; nobody else may set `.data`
                 p.data = slot
             else:  # a view of a part would not be contiguous, as fused optimizers need it
                 self._apart.append((slot[part], p))
@@ -49,6 +50,7 @@ class Stack:
             return
         for p, slot, part in zip(self.parameters, grad.contiguous(), self._parts, strict=True):
             own = slot if p.shape == slot.shape else slot[part].contiguous()
+            # a view, and safe to add to: the leaf no longer holds this gradient
             p.grad = own if p.grad is None else p.grad.add_(own)
 
     def release(self) -> None:

@@ -73,6 +73,7 @@ def state_of(hosts: Iterable[nn.Module], names: Iterable[str]) -> State | None:
                     continue
                 if type(tensor) not in (nn.Parameter, Tensor) or tensor.is_inference():
                     return None
+                # `p.data = x` changes the first, a write the second, `p.data.copy_(x)` neither
                 state.append((tensor.data_ptr(), tensor._version))
     return state
 

@@ -22,6 +22,7 @@ class GroupedIncrelora(GroupedFactors):
         return stacked_factors(self.current)
 
     def finish(self, y: Tensor, x: Tensor, update: Update) -> Tensor:
+        # let go here: they hold the graph of the pass
         factors, self.current = self.current, []
         if not any(adapter.is_scored for adapter in self.adapters):
             return y

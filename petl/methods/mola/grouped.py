@@ -44,6 +44,7 @@ class GroupedMola(GroupedLowRank):
             logit_KET = torch.bmm(self.router.leaf.float(), x.float().mT)
         # the tokens of all adapters as rows, whose memory layout is [E, K T]
         logit_RE = logit_KET.transpose(0, 1).flatten(1).t()
+        # equal in all: `grouped` of the adapter makes this layer only then
         chosen = top_k_gates(logit_RE, self.adapters[0].config.top_k)
         gate, picked, prob = (each.view(K, T, -1) for each in chosen)
         self.routed = picked, prob
@@ -53,5 +54,6 @@ class GroupedMola(GroupedLowRank):
         assert self.routed is not None
         rows, self.routed = zip(self.adapters, *self.routed, strict=True), None
         for adapter, picked_TE, prob_TE in rows:
+            # y is of all adapters, but unchanged: backward gives each term to its own router
             y = adapter.balanced(y, picked_TE=picked_TE, prob_TE=prob_TE)
         return y

@@ -103,6 +103,7 @@ def _joined(name: str, values: Sequence[Any], rows: int, pad: int) -> Any:
         width, fill = max(shape[0] for shape in widths), pad if name.endswith("input_ids") else 0
         # on the right, whatever the side of the tokenizer: positions of the rest stay as they are
         values = [F.pad(value, (0, width - value.shape[1]), value=fill) for value in values]
+    # a real row: one that is all padding could give NaN in the softmax of attention
     filled = [torch.cat([v, v[:1].expand(rows - len(v), *v.shape[1:])]) for v in values]
     return torch.cat(filled)
 

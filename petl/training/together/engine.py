@@ -108,6 +108,7 @@ class Passes:
 
     def backward(self, lanes: Sequence[Lane]) -> list[None]:
         """Add the gradients of each lane's loss."""
+        # a run with a loss asks for nothing else next, so `lanes` has all members of each group
         losses = {self._losses[lane]: request_of(lane) for lane in lanes}
         for members, group in self.groups.items():
             group.backward([losses[member] for member in members])

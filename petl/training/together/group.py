@@ -261,6 +261,7 @@ def build(members: Sequence[Member]) -> tuple[nn.Module, list[Stack]]:
     lead.train(members[0].base.training)
     # the members' own run in their place, with their own inputs
     for hooks in (lead._forward_pre_hooks, lead._forward_hooks):
+        # deepcopy has copied these dicts, so the member's model keeps its hooks
         hooks.clear()
     stacks: list[Stack] = []
     generators = [member.generator for member in members]

@@ -243,6 +243,7 @@ class _Running:
         self.lifecycle.after_step(self.steps, self.optimizer)
         self.optimizer.zero_grad()
         every = settings.eval_steps
+        # the last weights too, or they could not be the best
         if every is not None and (self.steps % every == 0 or self.steps == self.total):
             self.score()
 

@@ -41,6 +41,7 @@ class Lane:
         self.answer: Any = None
         self.random: RngState | None = None
         self.device = torch.device("cpu")
+        # keeps a release that comes before the lane waits, which a Condition would lose
         self.go = threading.Semaphore(0)
         self._kept: tuple[Any, ...] | None = None
 
