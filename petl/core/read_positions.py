@@ -277,9 +277,8 @@ def _positions(base: Any, kwargs: Mapping[str, Any]) -> Tensor | str | None:
 
 @contextmanager
 def _read(block: Any, positions: Tensor | str | None) -> Generator[None]:
-    """Compute a block at these positions in the `with` block, and in its backward pass."""
-    # checkpointing recomputes the block in backward; any other call of it computes all positions
-    block.positions, block.recomputed = positions, positions
+    """Compute a block at these positions in the `with` block; any other call computes all."""
+    block.positions = positions
     try:
         yield
     finally:
@@ -291,16 +290,24 @@ class _Block(SwappedClass):
 
     Attributes:
         positions: those to compute, [B, P] or "first"; None: all.
-        recomputed: the same of the last pass, for checkpointing.
     """
 
     positions: Tensor | str | None = None
-    recomputed: Tensor | str | None = None
 
-    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # of backward, which recomputes; -1 outside of it
-        in_backward = torch._C._current_graph_task_id() != -1
-        positions = self.recomputed if in_backward else self.positions
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.positions is not None:
+            # an argument: checkpointing, which computes the block again, keeps it with the others
+            kwargs["read_positions"] = self.positions
+        return super().__call__(*args, **kwargs)
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        *args: Any,
+        read_positions: Tensor | str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        positions = read_positions
         if positions is None or not _has_known_arguments(args, kwargs):
             return super().forward(hidden_states, *args, **kwargs)
         B, T, _ = hidden_states.shape

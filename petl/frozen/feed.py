@@ -61,10 +61,10 @@ class Feed:
         self.autocast = ""  # of the states in the stores
         self.called: Mapping[str, nn.Module] = {}
         self.modules = list[nn.Module]()
-        self.weights: tuple[int, ...] = ()
-        self.wrong: tuple[int, ...] = ()
+        self.weights: tuple[Any, ...] = ()
+        self.wrong: tuple[Any, ...] = ()
         self.is_unchanged: Callable[[], bool] = lambda: False
-        self.depth = 0  # a tuner and the base model in it may both be the body
+        self.inside = list[nn.Module]()  # a tuner and the base model in it may both be the body
         # a tuner calls the `forward` of its model, past the hooks of that model
         bodies: list[nn.Module] = [prefix.body]
         if prefix.body is prefix.base and model is not prefix.base:
@@ -88,7 +88,9 @@ class Feed:
             hook.remove()
         for block in self.prefix.own:
             restore_class(block, FedBlock)
-            block.__dict__.pop(FEED, None)
+            # else a class before it stays, and the block runs: no pass has states any more
+            if not isinstance(block, FedBlock):
+                block.__dict__.pop(FEED, None)
 
     def returned(self, states: Tensor) -> Any:
         """Return states in the form of a block's output."""
@@ -110,11 +112,15 @@ class Feed:
         # the others by name: an adapter takes the place of the module that it is for
         return inside + [body.get_submodule(name) for name in self.called]
 
-    def _written(self) -> tuple[int, ...]:
-        """Return how often each weight was changed in place."""
+    def _written(self) -> tuple[Any, ...]:
+        """Return what changes when a weight is written or replaced; None for one that trains."""
         weights = (p for module in self.modules for p in module._parameters.values())
-        # torch counts writes in place, but not those through `.data`; -1: a weight that trains
-        return tuple(-1 if p.requires_grad else p._version for p in weights if p is not None)
+        # torch counts writes in place, but not those through `.data`, which may change the memory
+        return tuple(
+            None if p.requires_grad else (p._version, p.data_ptr(), p.dtype)
+            for p in weights
+            if p is not None
+        )
 
     def has_changed(self) -> bool:
         """Return True if the prefix is no longer the one of the stores."""
@@ -124,7 +130,7 @@ class Feed:
         if written == self.weights:
             return False
         # DDP writes the same values again: they are compared, once
-        if -1 in written or written == self.wrong or not self.is_unchanged():
+        if None in written or written == self.wrong or not self.is_unchanged():
             self.wrong = written
             return True
         self.weights = written
@@ -133,9 +139,12 @@ class Feed:
     # Around a pass of the body
 
     def _enter(self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.depth += 1
+        # torch calls `_leave` after an exception, but not after Ctrl-C: that pass is over
+        if body in self.inside:
+            self.inside, self.states = [], None
+        self.inside.append(body)
         # a traced pass runs all blocks: a look-up reads values on the host, which no graph can hold
-        if self.depth > 1 or torch.compiler.is_compiling():
+        if len(self.inside) > 1 or torch.compiler.is_compiling():
             return None
         given = arguments_of(self.prefix.body, args, kwargs)
         rows = rows_of(given, packs=getattr(self.prefix.base, "petl_packs", False))
@@ -156,9 +165,9 @@ class Feed:
         # no key-value cache: it would lack the blocks that do not run
         return (args, {**kwargs, "use_cache": False}) if self._takes_cache(given) else None
 
-    def _leave(self, *_: Any) -> None:
-        self.depth = max(0, self.depth - 1)
-        if not self.depth:
+    def _leave(self, body: nn.Module, *_: Any) -> None:
+        self.inside = [each for each in self.inside if each is not body]
+        if not self.inside:
             self.states = None
 
     def _takes_cache(self, given: Mapping[str, Any]) -> bool:

@@ -106,7 +106,7 @@ class Prober:
             pass
         finally:
             self.feed.watcher = None
-            self.feed.depth = 0
+            self.feed.inside = []
 
     def inspect(self, batch: Batch, *, without_dropout: bool) -> tuple[Form, list[str]]:
         """Return the form of the prefix's output, and the dropouts that a store leaves out.
@@ -139,6 +139,7 @@ class Prober:
                     f"dropout is on below block {self.prefix.k}: {left_out[0]}"
                     + (f" and {len(left_out) - 1} more" if len(left_out) > 1 else "")
                 )
+            self._refuse_batch_norms()
             if self._is_random(batch, output):
                 if not without_dropout:
                     raise UnsupportedError(
@@ -162,13 +163,22 @@ class Prober:
                 where = ".".join(filter(None, (name, trained[0])))
                 raise UnsupportedError(f"{where}, which is trained, is read before the blocks")
 
+    def _refuse_batch_norms(self) -> None:
+        for name, module in self._modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                raise UnsupportedError(
+                    f"{name} is a {type(module).__name__}, which in training reads the whole batch"
+                )
+
     def _is_random(self, batch: Batch, output: Any) -> bool:
         devices = [self.device] if self.device.type == "cuda" else []
         state = np.random.get_state()  # some models draw their masks with numpy
-        with torch.random.fork_rng(devices=devices):
-            self.model.train()
-            again = self.output(batch)[1]
-        np.random.set_state(state)
+        try:
+            with torch.random.fork_rng(devices=devices):
+                self.model.train()
+                again = self.output(batch)[1]
+        finally:
+            np.random.set_state(state)
         # bits can be compared: batch and kernels are the same (assumption: these are deterministic)
         return not torch.equal(_first(again), _first(output))
 
@@ -193,10 +203,21 @@ class Prober:
             0 if tokens else states.shape[1],
         )
 
+    def _modules(self) -> list[tuple[str, nn.Module]]:
+        """Return the modules that the prefix may run, by name: some rows choose other experts."""
+        inside = (
+            (f"blocks.{i}.{name}", module)
+            for i, block in enumerate(self.prefix.own)
+            for name, module in block.named_modules()
+        )
+        known = {module for block in self.prefix.own for module in block.modules()}
+        before = ((name, module) for name, module in self.called.items() if module not in known)
+        return [*before, *inside]
+
     def digest(self) -> str:
         """Return a name for all that the output of the prefix depends on, rows aside."""
         weights = hashlib.sha256()
-        for name, module in self.called.items():
+        for name, module in self._modules():
             # below the swaps: an open cache must not change the digest
             kind = original_class(module)
             weights.update(f"{name} {kind.__module__}.{kind.__qualname__}".encode())

@@ -170,6 +170,28 @@ def test_checkpointing_recomputes_the_same_positions(family: str, reentrant: boo
     assert_same(run(model, batch), run(plain, batch))
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_of_two_passes_recomputes_each_at_its_own_positions(reentrant: bool) -> None:
+    plain = with_lora(build("Llama"))
+    model = copy.deepcopy(plain)
+    base: Any = model.get_base_model()
+    first = padded(base, batch_of("Llama"))
+    pad = base.config.pad_token_id
+    second = {**first, "input_ids": first["input_ids"].clone()}
+    # the last token of each row is another one than in the first pass
+    second["input_ids"][:, 2:] = pad
+    second["attention_mask"] = second["input_ids"].ne(pad).long()
+    assert skip_unread(model) is None
+    base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    found = []
+    for each in (plain.train(), model.train()):
+        (each(**first).loss + each(**second).loss).backward()
+        found.append({n: p.grad for n, p in each.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", ["Bert", "Llama"])
 def test_evaluation_in_bfloat16_computes_less_and_the_same(family: str) -> None:
     plain = with_lora(build(family)).eval()

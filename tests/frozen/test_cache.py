@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 import petl
 from petl import testing
+from petl.core.layers.class_swap import SwappedClass, swap_class
 from petl.errors import UnsupportedError
 from petl.frozen.prefix import find_prefix
 
@@ -267,6 +268,58 @@ def test_blocks_that_change_are_not_skipped(tmp_path):
         assert (cache.hits, cache.misses) == (1, 2)
         with pytest.raises(petl.InputError, match="have changed since a store was opened"):
             cache.fill(examples()[:3], collate)
+
+
+def test_a_pass_after_an_interrupted_one_has_its_own_states(tmp_path):
+    model = upper()
+    model.eval()
+    rows = examples()
+    first, second = collate(rows[:2]), collate(rows[2:4])
+    expected = model(**second).logits
+    with petl.cache_frozen(model, tmp_path) as cache:
+        cache.fill(rows, collate)
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        hook = cache.prefix.blocks[-1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**first)
+        hook.remove()
+        real = second["attention_mask"].bool()
+        torch.testing.assert_close(model(**second).logits[real], expected[real], **NEAR)
+        assert cache.hits == 2
+
+
+def test_blocks_whose_class_was_changed_again_run_after_closing(tmp_path):
+    model, rows = upper().eval(), examples()
+    expected = model(**collate(rows)).logits
+    cache = petl.cache_frozen(model, tmp_path)
+    cache.fill(rows, collate)
+    swap_class(cache.prefix.blocks[0], SwappedClass)
+    cache.close()
+    assert torch.equal(model(**collate(rows)).logits, expected)
+
+
+def test_weights_that_no_row_has_used_yet_belong_to_the_store(tmp_path):
+    for seed in (0, 1):
+        model, rows = upper().eval(), examples()
+        torch.manual_seed(seed)
+        # as an expert that a router has not chosen
+        find_prefix(model).blocks[0].mlp.spare = nn.Linear(2, 2).requires_grad_(False)
+        with petl.cache_frozen(model, tmp_path) as cache:
+            assert not cache.fill(rows, collate)
+
+
+def test_a_weight_that_was_exchanged_is_seen(tmp_path):
+    model, rows = upper().eval(), examples()
+    with petl.cache_frozen(model, tmp_path) as cache:
+        cache.fill(rows, collate)
+        weight = cache.prefix.blocks[0].mlp.up_proj.weight
+        weight.data = weight.data + 1
+        model(**collate(rows))
+        assert cache.misses == 1
+        assert "have changed" in cache.reason
 
 
 def test_a_saved_adapter_is_that_of_a_model_without_a_store(tmp_path):

@@ -183,7 +183,8 @@ class _Running:
         seed = int(job.train.get("seed", 0))
         # the initial values of a job do not depend on the jobs before it
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            # not `torch.manual_seed`, which seeds a GPU's generator too: the base draws from it
+            torch.default_generator.manual_seed(seed)
             self.model = wrap(share_weights(base), job.method, **job.fields)
             self.settings = job.settings(self.model.active_peft_config)
         # does nothing for other methods
