@@ -32,9 +32,11 @@ def refusal(cache: Any) -> str:
     layers = getattr(cache, "layers", None)
     if not isinstance(cache, Cache) or layers is None:
         return f"its cache is a {type(cache).__name__}"
+    # none before the first pass in some caches: the engine asks again behind the prefill
     for layer in layers:
         if not layer.is_croppable or isinstance(layer, OTHER_STATES):
             return f"its cache has a {type(layer).__name__}, which keeps more than keys and values"
+        # `compact` reads the length off the shape, which in static layers is the capacity
         if hasattr(layer, "keys") and not isinstance(layer, DynamicLayer):
             return f"its cache has a {type(layer).__name__}, which has a fixed size"
     return ""

@@ -47,6 +47,7 @@ def verify(model: Any, *, tokens: int = 32, cache_length: int = 32) -> float:
     found, largest = _differences(model, base, cache_length, tokens)
     bits = torch.finfo(base.dtype).eps
     allowed = LARGEST if bits < 1e-5 else STEPS * bits * largest
+    # not `>`: NaN is to be refused, too
     if not found <= allowed:
         raise UnsupportedError(
             f"{type(base).__name__} cannot be decoded with drafts: logits of a pass over {tokens} "

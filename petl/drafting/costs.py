@@ -27,6 +27,7 @@ class Costs:
         seconds: by number of tokens; 1 is among them.
     """
 
+    # kept for the whole process: a measurement while decoding takes 28 passes and a prefill
     _measured: dict[tuple[Any, ...], "Costs"] = {}
 
     def __init__(self, seconds: Mapping[int, float]) -> None:
@@ -136,6 +137,7 @@ def _seconds(
     cache = model(input_ids=ids[:, :cache_length], use_cache=True)[name]
     times: dict[int, list[float]] = {n: [] for n in counts}
     with nullcontext() if packed is None else packed_classes(model):
+        # all counts in each round: a busy moment of the machine hits them alike
         for number in range(rounds + 1):
             for n in counts:
                 copies = nullcontext() if packed is None or n == 1 else packed.active()
@@ -144,6 +146,7 @@ def _seconds(
                 with copies:
                     model(input_ids=tokens, use_cache=True, **{name: cache})
                 taken = _now(model.device) - start
+                # not timed: the value for one token stands for plain decoding, which crops nothing
                 compact(cache, [], n)
                 if number:  # the first round warms up
                     times[n].append(taken)
@@ -151,6 +154,7 @@ def _seconds(
 
 
 def _now(device: torch.device) -> float:
+    # a call returns before its kernels have run; other accelerators are not waited for
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -182,8 +182,10 @@ def _check(nodes: Any, rows: Any, pack: Any, config: GenerationConfig) -> None:
 def plain_reason(model: Any, ids: Tensor, config: GenerationConfig, kwargs: Any) -> str:
     """Return why a call of `generate` is decoded plainly; "" if it need not be."""
     mode = config.get_generation_mode()
+    # greedy search is `_sample` as well, with do_sample=False
     if GENERATION_MODES_MAPPING[mode] != "_sample":
         return f"{mode.value} keeps several texts"
+    # rows would accept paths of unlike lengths, and a cache has one length for all
     if len(ids) != 1:
         return f"{len(ids)} rows are decoded together; pass rows='sequential' for one at a time"
     if is_encoder_decoder(model):
@@ -206,6 +208,7 @@ def _plain(given: Given, stream: Any, kwargs: dict[str, Any]) -> Any:
     if "/" in method:
         raise UnsupportedError(f"{mode.value} is not part of transformers any more: see {method}")
     if stream is not None:
+        # `generate` itself hands the prompt to a streamer, `_sample` only what follows
         stream.put(given.ids.cpu())
         kwargs = {**kwargs, "streamer": stream}
     return getattr(given.model, method)(
@@ -239,6 +242,7 @@ def _each_row(
             f"rows='sequential' begins with the prompts, and {name} has {known} tokens"
         )
     answers = []
+    # in sampling, rows draw in another order than in a batch: other tokens, the same law
     for i in range(len(ids)):
         own = {key: _row(value, i, len(ids)) for key, value in kwargs.items()}
         own[name] = copy.deepcopy(kwargs[name])  # empty
@@ -289,6 +293,7 @@ class Decoding:
         """Split criteria into those that need the last token and the length, and others."""
         self.limit, self.ends, self.others = None, set(), StoppingCriteriaList()
         for each in self.given.criteria:
+            # exact types: a subclass may decide otherwise; these two need no tensor of all ids
             if type(each) is MaxLengthCriteria:
                 known = [n for n in (self.limit, each.max_length) if n is not None]
                 self.limit = min(known)
@@ -309,6 +314,7 @@ class Decoding:
         with ExitStack() as stack:
             stack.enter_context(self.passes.capturing(states=needs is not None and needs.last))
             has_ended = self._begin()
+            # behind the prefill, as in transformers: it changes how experts are computed
             stack.enter_context(self.given.model._optimize_model_for_decode())
             stack.enter_context(self.packing.classes())
             while not has_ended:
@@ -331,6 +337,7 @@ class Decoding:
         if self.drafter is not None:
             needs = self.drafter.needs
             self.drafter.costs = self.costs
+            # a copy, as our list grows in place; `Root` shares it, for rounds of constant cost
             self.drafter.start(self.tokens[:], self.passes.states if needs.prompt else None)
         _, has_ended = self._walk([{}], logits[-1:])
         return has_ended
@@ -375,11 +382,13 @@ class Decoding:
         padded = count
         if count > 1 and self.costs is not None and self.passes.has_room(self.costs.padded(count)):
             padded = self.costs.padded(count)
+        # a root alone takes the plain weights: faster, and rounded as in plain decoding
         copies = self.packing.active() if padded > 1 else nullcontext()
         root = self.tokens[-1]
         with copies:
             logits = self.passes.run(self._all_ids(), tokens, parents, padded)
         path, has_ended = self._walk(tree.children(tokens, parents), logits)
+        # also at the end: a cache that is returned holds all ids but the last, as in `generate`
         self.passes.keep(path, padded)
         self.state_row = path[-1]
         # after the walk, which may raise in a criterion
@@ -418,6 +427,7 @@ class Decoding:
         while True:
             node = path[-1]
             token = self._chosen(logits[node]) if likeliest is None else likeliest[node]
+            # the last token is never entered, even if it was drafted: the cache lacks it
             if self._emit(token):
                 return path, True
             child = children[node].get(token)
@@ -428,6 +438,7 @@ class Decoding:
     def _chosen(self, logits: Tensor) -> int:
         """Return the token that plain decoding takes for these logits, [V]."""
         ids: Any = self._all_ids()
+        # a copy, since processors may write in place; float32, as plain decoding draws from
         row = logits[None].to(copy=True, dtype=torch.float32, device=ids.device)
         scores = self.given.processors(ids, row)
         if self.logits is not None:

@@ -60,6 +60,7 @@ def write(
         save_file(
             {key: t.detach().cpu().contiguous() for key, t in tensors.items()}, target / WEIGHTS
         )
+    # last, so that a folder with a config has its tensors
     write_config(target, config)
 
 
@@ -93,11 +94,13 @@ def load_drafter(folder: str | Path, model: Any) -> Drafter:
     source = Path(folder)
     config = read(source)
     size = vocabulary_of(model)
+    # the size is enough: with another model of that size drafts are worse, answers the same
     if config["vocabulary"] not in (0, size):
         raise InputError(
             f"the drafter in {source} has a vocabulary of {config['vocabulary']} tokens and "
             f"{type(model).__name__} one of {size}: it belongs to another model"
         )
+    # Any: `restore` is no part of `Drafter`; a class that can be saved brings its own
     found: Any = drafter(config["name"], model=model, **config["fields"])
     tensors = read_file(source / WEIGHTS)[1] if (source / WEIGHTS).is_file() else {}
     found.restore(config, tensors)
@@ -112,4 +115,5 @@ def vocabulary_of(model: Any) -> int:
     """
     if model is None:
         raise InputError(f"model={model}: this drafter needs the model that it drafts for")
+    # not the tokenizer's number: heads are often filled up to a round number of rows
     return model.config.get_text_config().vocab_size

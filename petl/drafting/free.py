@@ -36,6 +36,7 @@ class Free(Drafter):
         """
         super().__init__()
         lookup, recycling = (
+            # no name is a field of both, or one value would go to two drafters
             {name: value for name, value in fields.items() if name in fields_of(part)}
             for part in PARTS
         )
@@ -72,6 +73,7 @@ class Free(Drafter):
         root = Path(folder)
         self.recycling.save(root)
         config = files.read(root)
+        # overwrites the config, which is why it was read; `lookup` has no tensors
         self.lookup.save(root)
         fields = {**files.read(root)["fields"], **config["fields"]}
         own: files.DrafterConfig = {**config, "name": self.name, "fields": fields}

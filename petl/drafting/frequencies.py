@@ -18,6 +18,7 @@ class Frequencies:
     def add(self, depth: int, rank: int | None) -> None:
         """Count a position: the true token's rank; None: it was not among the guesses."""
         if depth < len(self.counts):
+            # the total tends to 1 / (1 - DECAY) = 100, so that a text's last 100 positions rule
             self.totals[depth] = DECAY * self.totals[depth] + 1
             row = [DECAY * count for count in self.counts[depth]]
             if rank is not None and rank < len(row):
@@ -26,6 +27,7 @@ class Frequencies:
 
     def table(self) -> list[list[float]]:
         """Return the frequencies by depth, then rank."""
+        # a row sums to less than 1: the rest is positions at which no guess was right
         return [
             [count / total for count in row]
             for row, total in zip(self.counts, self.totals, strict=True)

@@ -91,6 +91,7 @@ class Lookup(Drafter):
         for n in range(min(self.max_ngram, len(ids)), self.min_ngram - 1, -1):
             place = self.places.get((*ids[len(ids) - n :],))
             if place is not None:
+                # close to the end it is short: a loop in the text is not unrolled
                 return list(ids[place : place + most])
         return []
 

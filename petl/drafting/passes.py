@@ -24,6 +24,7 @@ TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
 def _reads_previous_token(module: nn.Module) -> bool:
     """Return True for an adapter with a router that reads the token before each one."""
+    # in a pass it takes the node before for the previous token; in a tree that may be a sibling
     shared = module.info.shared if isinstance(module, Adapter) else None
     return bool(getattr(shared, "reads_previous_token", False))
 
@@ -78,6 +79,7 @@ class Passes:
 
     def _capture(self, module: Any, args: Any, output: Any) -> None:
         if not self.is_paused:
+            # the last hidden state is first in tuples and outputs alike, [1, N, H]
             self.states = output[0][0]
 
     @contextmanager
@@ -101,12 +103,14 @@ class Passes:
         """Return why drafts are not possible after the pass over `length` tokens; "": they are."""
         reason = refusal(self.cache)
         known = 0 if reason else self.cache.get_seq_length()
+        # embeddings and virtual tokens of a prompt have entries but no ids: L would not fit S
         if not reason and known != length:
             reason = f"its cache has {known} entries for {length} tokens"
         return reason
 
     def has_room(self, count: int) -> bool:
         """Return True if there are positions for a pass over `count` tokens."""
+        # entries, not positions, are counted: a tree is less deep than long, so this is cautious
         return self.limit is None or self.cache.get_seq_length() + count <= self.limit
 
     def run(self, ids: Tensor, tokens: Sequence[int], parents: Sequence[int], count: int) -> Tensor:
@@ -143,6 +147,7 @@ class Passes:
             depth = tree.depths(parents)[1:]
             # those that fill it up may not exceed the model's positions
             depth += [max(depth, default=0)] * fill
+            # [1, L], or [axes, 1, L] in models with images; text moves along all axes alike
             added = positions.new_tensor(depth).expand(*positions.shape[:-1], -1)
             kwargs["position_ids"] = torch.cat([positions, positions[..., -1:] + added], -1)
         for name in TYPES:
@@ -153,12 +158,14 @@ class Passes:
                 )
         mask = kwargs.get("attention_mask")
         if not tree.is_chain(parents):
+            # the mask is [1, S + 1], with the root, which `tree_mask` counts among the nodes
             past = self.cache.get_seq_length() if mask is None else mask[0, :-1]
             # a node that fills up sees the root only
             filled = [*parents, *[0] * fill]
             device = self.model.device
             kwargs["attention_mask"] = tree.tree_mask(filled, past, self.model.dtype, device)
         elif mask is not None:
+            # a chain is causal as it is: those that fill up come last, where no draft sees them
             kwargs["attention_mask"] = pad(mask, (0, count - 1), value=1)
 
     def keep(self, path: Sequence[int], count: int) -> None:
@@ -174,6 +181,7 @@ class Passes:
 
     def _update(self, outputs: Any, tokens: int) -> None:
         """Take over the cache, and extend masks and positions by new tokens."""
+        # token types get copies of the last `tokens` entries; later passes read the very last only
         self.kwargs = self.model._update_model_kwargs_for_generation(
             outputs, self.kwargs, num_new_tokens=tokens
         )

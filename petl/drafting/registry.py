@@ -168,9 +168,11 @@ def fields_of(name: str) -> dict[str, Any]:
     Raises:
         UnknownNameError: there is no such drafter.
     """
+    # the constructor is the only list of fields; `drafter` checks and `free` divides by it
     cls: Any = choose(DRAFTERS, name, "drafter")
     parameters = inspect.signature(cls.__init__).parameters.values()
     own = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    # such a class takes `**fields`, of which the signature has no names
     for part in cls.parts:
         own |= fields_of(part)
     return own

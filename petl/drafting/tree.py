@@ -95,6 +95,7 @@ def selected(
 def ancestors(parents: Sequence[int]) -> Tensor:
     """Return True where a node attends to another: its ancestors and itself, [N, N] bool."""
     seen = torch.eye(len(parents) + 1, dtype=torch.bool)
+    # parents have smaller numbers: their rows are complete when children read them
     for i, parent in enumerate(parents, start=1):
         seen[i] |= seen[parent]
     return seen
@@ -115,6 +116,7 @@ def tree_mask(
     if isinstance(past, int):
         past = torch.ones(past, dtype=torch.bool, device=device)
     allowed = torch.cat([past.bool().expand(len(nodes), -1), nodes], 1)
+    # finite, as in transformers: a row of -inf alone gives NaN, though here each node sees itself
     lowest = torch.finfo(dtype).min
     mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
     return mask.masked_fill_(~allowed, lowest)[None, None]
@@ -140,6 +142,7 @@ def plan(frequencies: Sequence[Sequence[float]], nodes: int) -> list[Path]:
             for rank, frequency in enumerate(frequencies[len(parent)]):
                 if product * frequency > 0:
                     path = (*parent, rank)
+                    # of equal products shorter paths, then lower ranks: one table, one plan
                     heapq.heappush(ready, (-product * frequency, len(path), path))
 
     add((), 1.0)
@@ -173,6 +176,7 @@ def best(
         most: number of drafts at most.
     """
     paths = plan(frequencies, most)
+    # `plan` takes paths by falling product: its first n are the best tree of n drafts
     gains = [tau(frequencies, [path]) - 1 for path in paths]
     return paths[: best_count(gains, costs, drafting)]
 
@@ -186,6 +190,7 @@ def best_count(gains: Sequence[float], costs: "Costs", drafting: float = 0.0) ->
         drafting: cost of making the drafts, in passes over one token.
     """
     count, total, highest = 0, 1.0, 1.0  # without drafts: a token for the cost of one pass
+    # to the end: costs rise in steps, so the rate may fall and rise again
     for i, gain in enumerate(gains, start=1):
         total += gain
         rate = total / (costs.ratio(i + 1) + drafting)

@@ -32,6 +32,7 @@ class PackedLinear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `x W^T + b`, [..., O], for x [..., I] and W [O, I], by an active packed copy."""
+    # a compiled graph would keep the choice that was right when it was traced
     copies = None if torch.compiler.is_compiling() else getattr(_local, "weights", None)
     if copies is not None and x.numel() > x.shape[-1] and x.dtype == torch.float32:
         is_plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
@@ -68,6 +69,7 @@ class _Copy(NamedTuple):
 def _state(weight: Tensor) -> tuple[int, ...]:
     """Return what changes with the values of a weight: address, version, a sum of its bits."""
     # a change through `.data`, as in merging, leaves address and version as they are
+    # a sum wraps and misses permutations; it reads the weights once, and a hash takes longer
     bits = weight.detach().view(-1)
     total = bits.view(torch.int64 if len(bits) % 2 == 0 else torch.int32).sum()
     return weight.data_ptr(), weight._version, int(total)
