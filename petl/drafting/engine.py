@@ -99,7 +99,7 @@ def decode(  # noqa: PLR0913 - its keywords are those of `generate`
         generation_config: prepared by `generate`.
         drafter: guesses; a name stands for the registered one with its defaults; None: no drafts.
         nodes: the most drafts of a pass; None: as the drafter likes.
-        stats: is filled with counts.
+        stats: is filled with counts, except where rows are decoded plainly.
         stream: a streamer of transformers; `streamer` itself does not reach this function.
         rows: "sequential": decode several rows one after the other, with drafts.
         pack: use packed copies of float32 weights on x86 CPUs (`petl.ops.packed`); "auto": after
@@ -120,7 +120,9 @@ def decode(  # noqa: PLR0913 - its keywords are those of `generate`
     _check(nodes, rows, pack, generation_config)
     if isinstance(drafter, str):
         drafter = build(drafter, model=model)
-    if len(input_ids) > 1 and rows == "sequential" and generation_config.num_beams == 1:
+    # the rows one after the other, if each of them could be drafted alone
+    is_sequential = len(input_ids) > 1 and rows == "sequential"
+    if is_sequential and not plain_reason(model, input_ids[:1], generation_config, model_kwargs):
         own = locals().copy()
         shared = ("drafter", "nodes", "stats", "pack", "costs", "clock", "switch")
         return _each_row(
@@ -244,7 +246,7 @@ def _each_row(
     answers = []
     # in sampling, rows draw in another order than in a batch: other tokens, the same law
     for i in range(len(ids)):
-        own = {key: _row(value, i, len(ids)) for key, value in kwargs.items()}
+        own = {key: _row(key, value, i, len(ids)) for key, value in kwargs.items()}
         own[name] = copy.deepcopy(kwargs[name])  # empty
         # shallow copies: some criteria remember how far they have read
         processors, criteria = (type(each)(map(copy.copy, each)) for each in lists)
@@ -257,7 +259,10 @@ def _each_row(
     return found
 
 
-def _row(value: Any, i: int, rows: int) -> Any:
+def _row(name: str, value: Any, i: int, rows: int) -> Any:
+    # [3, rows, L] in models with positions in an image; all others have the rows first
+    if name == "position_ids" and isinstance(value, Tensor) and value.dim() == 3:
+        return value[:, i : i + 1]
     if isinstance(value, Tensor) and value.dim() and len(value) == rows:
         return value[i : i + 1]
     return value[i : i + 1] if isinstance(value, list) and len(value) == rows else value
@@ -312,7 +317,8 @@ class Decoding:
             self.stream.put(self.given.ids.cpu())
         needs = None if self.drafter is None else self.drafter.needs
         with ExitStack() as stack:
-            stack.enter_context(self.passes.capturing(states=needs is not None and needs.last))
+            reads_states = needs is not None and (needs.last or needs.prompt)
+            stack.enter_context(self.passes.capturing(states=reads_states))
             has_ended = self._begin()
             # behind the prefill, as in transformers: it changes how experts are computed
             stack.enter_context(self.given.model._optimize_model_for_decode())
@@ -368,7 +374,10 @@ class Decoding:
         if budget is not None:
             tokens, parents = tokens[:budget], parents[:budget]
         # a draft behind the last token that there is room for cannot be used
-        room = None if self.limit is None else self.limit - len(self.tokens) - 1
+        # nor one at a position that the model has not; the root is at len(self.tokens) - 1
+        limits = (self.limit, None if self.passes.limit is None else self.passes.limit + 1)
+        rooms = [limit - len(self.tokens) - 1 for limit in limits if limit is not None]
+        room = max(0, min(rooms)) if rooms else None
         if room is not None and len(tokens) > room:
             keep = [i for i, d in enumerate(tree.depths(parents)) if 0 < d <= room]
             tokens, parents = tree.selected(tokens, parents, keep)

@@ -100,8 +100,7 @@ def load_drafter(folder: str | Path, model: Any) -> Drafter:
             f"the drafter in {source} has a vocabulary of {config['vocabulary']} tokens and "
             f"{type(model).__name__} one of {size}: it belongs to another model"
         )
-    # Any: `restore` is no part of `Drafter`; a class that can be saved brings its own
-    found: Any = drafter(config["name"], model=model, **config["fields"])
+    found = drafter(config["name"], model=model, **config["fields"])
     tensors = read_file(source / WEIGHTS)[1] if (source / WEIGHTS).is_file() else {}
     found.restore(config, tensors)
     return found

@@ -69,7 +69,10 @@ class Free(Drafter):
         self.recycling.observe(seen)
 
     def save(self, folder: str | Path) -> None:
-        """Write the table of `recycling`, and the fields and frequencies of both."""
+        """Write the table and frequencies of `recycling`, and the fields of both.
+
+        `lookup` counts anew in each process.
+        """
         root = Path(folder)
         self.recycling.save(root)
         config = files.read(root)

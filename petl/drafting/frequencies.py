@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from petl.drafting.tree import Path
+from petl.errors import InputError
 
 DECAY = 0.99  # weight of earlier rounds, per round
 PRIOR_ROUNDS = 10.0  # weight of the frequencies before the first round; assumption
@@ -34,7 +35,19 @@ class Frequencies:
         ]
 
     def restore(self, table: Sequence[Sequence[float]]) -> None:
-        """Begin again with these frequencies, with the weight of a prior."""
+        """Begin again with these frequencies, with the weight of a prior.
+
+        Raises:
+            InputError: they are no numbers from 0 to 1, or of other depths and ranks.
+        """
+        shape = [len(row) for row in self.counts]
+        values = [value for row in table for value in row]
+        if [len(row) for row in table] != shape or not all(0 <= value <= 1 for value in values):
+            raise InputError(
+                f"the drafter's frequencies have {[len(row) for row in table]} ranks by depth, or "
+                f"values outside of 0 to 1; its fields ask for {shape}: draft anew, or mend "
+                "drafter_config.json"
+            )
         self.__init__(table)
 
 

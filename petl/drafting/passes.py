@@ -29,6 +29,15 @@ def _reads_previous_token(module: nn.Module) -> bool:
     return bool(getattr(shared, "reads_previous_token", False))
 
 
+def has_position_table(model: nn.Module) -> bool:
+    """Return True if a model looks positions up, and so has none beyond its maximum."""
+    # wpe: of GPT-2 and kin; rotary embeddings go on behind the length of training
+    return any(
+        isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe"))
+        for name, module in model.named_modules()
+    )
+
+
 class Passes:
     """The passes of a model over one row, and its cache.
 
@@ -42,7 +51,7 @@ class Passes:
         self.cache_name = cache_argument(model)
         self.states: Tensor | None = None
         self.is_paused = False
-        self.limit = max_positions(model)
+        self.limit = max_positions(model) if has_position_table(model) else None
         self.has_keep = model._supports_logits_to_keep()
         self.chains_only = (
             model.config._attn_implementation not in MASKED

@@ -92,7 +92,8 @@ class Recycling(Drafter):
         self.pairs: OrderedDict[tuple[int, int], dict[int, int]] = OrderedDict()
         prior = (*RANKS, *[RANKS[-1]] * k)[:k]
         longest = depth if self.template is None else max(map(len, self.template), default=0)
-        self.frequencies = Frequencies([prior] * longest)
+        self.known = [list(prior)] * longest  # frequencies that a prompt begins with, if not kept
+        self.frequencies = Frequencies(self.known)
         self.planned: list[tree.Path] = []
         self._begin()
 
@@ -108,7 +109,7 @@ class Recycling(Drafter):
             assert self.first is not None
             self.table.copy_(self.first)
             self.pairs.clear()
-            self.frequencies = Frequencies([(*RANKS, *[RANKS[-1]] * self.k)[: self.k]] * self.depth)
+            self.frequencies = Frequencies(self.known)
         if self.prompt:
             table = self.table.numpy()  # shares its memory
             for token, follower in pairwise(ids):
@@ -227,7 +228,8 @@ class Recycling(Drafter):
         self._take(tensors.get("table"), "the saved drafter")
         if not self.keep:
             self.first = self.table.clone()
-        self.frequencies.restore(config["frequencies"])
+        self.frequencies.restore(config["frequencies"] or self.known)
+        self.known = self.frequencies.table()
 
     def _take(self, table: Tensor | None, source: str) -> None:
         shape = (self.vocabulary, self.k)

@@ -134,6 +134,14 @@ class Drafter(nn.Module):
         """Write the drafter to a folder, from which `petl.load_drafter` reads it."""
         raise UnsupportedError(f"{self.name or type(self).__name__} has nothing to save")
 
+    def restore(self, config: Any, tensors: dict[str, Tensor]) -> None:
+        """Take over what `save` has written besides the fields; nothing here.
+
+        Args:
+            config: of drafter_config.json.
+            tensors: of drafter_model.safetensors.
+        """
+
 
 DRAFTERS: dict[str, type[Drafter]] = {}
 

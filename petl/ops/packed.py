@@ -71,7 +71,9 @@ def _state(weight: Tensor) -> tuple[int, ...]:
     # a change through `.data`, as in merging, leaves address and version as they are
     # a sum wraps and misses permutations; it reads the weights once, and a hash takes longer
     bits = weight.detach().view(-1)
-    total = bits.view(torch.int64 if len(bits) % 2 == 0 else torch.int32).sum()
+    # two values at a time, where memory is aligned for it
+    is_even = len(bits) % 2 == 0 and bits.storage_offset() % 2 == 0
+    total = bits.view(torch.int64 if is_even else torch.int32).sum()
     return weight.data_ptr(), weight._version, int(total)
 
 

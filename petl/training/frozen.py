@@ -64,8 +64,9 @@ def _cache(
             "--together"
         )
     try:
-        if not find_prefix(model).k:  # the usual case, which needs no cache to find out
-            raise _NothingFrozen("no block is frozen below all others")
+        prefix = find_prefix(model)
+        if not prefix.k:  # the usual case, which needs no cache to find out
+            raise _NothingFrozen(f"no block is frozen below all others: {prefix.reason}")
         cache = cache_frozen(model, without_dropout=settings.cache_frozen is True)
     except UnsupportedError as error:
         raise _NothingFrozen(str(error)) from error

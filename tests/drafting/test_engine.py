@@ -284,6 +284,29 @@ def test_rows_are_decoded_plainly_or_one_after_the_other():
     assert stats.answers == 2
 
 
+def test_rows_that_cannot_be_drafted_alone_are_decoded_together():
+    model, ids = testing.tiny_llama(), torch.cat([prompt(14), prompt(15)])
+    own = {"use_cache": False, "do_sample": False}
+    plain, _ = generated(model, ids, **own)
+    more = {"drafter": Random(), "rows": "sequential"}
+    with pytest.warns(UserWarning, match="without drafts: 2 rows are decoded together"):
+        found, _ = generated(model, ids, **own, custom_generate=decode, **more)
+    assert torch.equal(found, plain)
+
+
+def test_no_draft_is_at_a_position_that_the_model_has_not():
+    model = testing.tiny_gpt2()
+    length = model.config.n_positions - 4
+    ids = prompt(17, length)
+    own = {"max_new_tokens": 4, "do_sample": False}
+    plain, _ = generated(model, ids, **own)
+    guess = Fixed([5, 6, 7, 8, 9, 10], [0, 1, 2, 3, 4, 5])
+    # another limit than that of the positions
+    more = {"max_new_tokens": 20, "eos_token_id": plain[0, -1].item()}
+    found, _ = generated(model, ids, **{**own, **more}, custom_generate=decode, drafter=guess)
+    assert torch.equal(found, plain[:, : found.shape[1]])
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
