@@ -8,16 +8,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import Cache
-from transformers.cache_utils import (
-    DynamicIndexedLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionCacheLayerMixin,
-)
+import transformers
+from transformers import Cache, cache_utils
+from transformers.cache_utils import DynamicLayer
 
-# layers of a cache that keep more than the keys and values of all tokens
-OTHER_STATES = (DynamicSlidingWindowLayer, DynamicIndexedLayer, LinearAttentionCacheLayerMixin)
+# layers of a cache that keep more than the keys and values of all tokens; some are new in 5.24
+OTHER_STATES = tuple(
+    getattr(cache_utils, name)
+    for name in (
+        "DynamicSlidingWindowLayer",
+        "DynamicIndexedLayer",
+        "LinearAttentionCacheLayerMixin",
+    )
+    if hasattr(cache_utils, name)
+)
 
 
 def cache_argument(model: Any) -> str:
@@ -34,6 +38,11 @@ def refusal(cache: Any) -> str:
         return f"its cache is a {type(cache).__name__}"
     # none before the first pass in some caches: the engine asks again behind the prefill
     for layer in layers:
+        if not hasattr(layer, "is_croppable"):
+            return (
+                f"transformers {transformers.__version__} has caches that are not cropped by a "
+                "number of tokens; 5.24 has"
+            )
         if not layer.is_croppable or isinstance(layer, OTHER_STATES):
             return f"its cache has a {type(layer).__name__}, which keeps more than keys and values"
         # `compact` reads the length off the shape, which in static layers is the capacity

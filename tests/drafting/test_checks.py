@@ -7,11 +7,12 @@ import torch
 from contract_cases import OWN, adaptable, adopted, own
 from draft_fixtures import PAD, Oracle, Random, prompt, tiny_qwen
 from torch import nn
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 import petl
 from petl import testing
 from petl.drafting import Stats, decode, drafter, rounding, shortfalls, verify
+from petl.drafting.cache import refusal
 from petl.errors import InputError, UnsupportedError
 
 PLAIN = {"max_new_tokens": 16, "pad_token_id": PAD, "use_cache": True}
@@ -163,3 +164,9 @@ def test_shortfalls_are_zero_for_greedy_answers_and_larger_for_others():
     assert float(shortfalls(model, found, 6)[6]) > 1e-3
     with pytest.raises(InputError, match="start=22 is not from 1 to 21"):
         shortfalls(model, found, 22)
+
+
+def test_caches_of_older_transformers_are_not_drafted_on():
+    cache = DynamicCache()
+    cache.layers = [object()]  # as before 5.24: it does not say whether it can be cropped
+    assert "are not cropped by a number of tokens" in refusal(cache)
