@@ -100,9 +100,9 @@ def wrapped(run: Run, splits: Splits, processor: Any) -> PeftModel:
         load_start(model, task, settings)
     if config.loss is not None:
         attach(model, config.loss)
+    check_model(model, settings)
     if compute_less(model, settings):
         logger.info("the last block is computed only at the position that the head reads")
-    check_model(model, settings)
     return model
 
 

@@ -155,7 +155,8 @@ def skip_unread(model: PeftModel) -> str | None:
         return reason
     path = next(iter(_last_blocks(base)))
     block: Any = base.get_submodule(path)
-    swap_class(block.get_submodule(_form(block).attention), _Attention)
+    block.form = _form(block)  # kept: FSDP2 puts a class of its own before the others
+    swap_class(block.get_submodule(block.form.attention), _Attention)
     swap_class(block, _Block)
     base.last_block = path
     swap_class(base, _Classifier)
@@ -258,7 +259,24 @@ def _may_skip(base: Any, block: nn.Module, kwargs: Mapping[str, Any]) -> bool:
         asked = kwargs.get(name)
         if asked or (asked is None and getattr(base.config, name, False)):
             return False
-    return all(has_no_hooks(module) for module in block.modules())
+    return not any(_is_observed(module) for module in block.modules())
+
+
+def _is_observed(module: nn.Module) -> bool:
+    """Return True if a call of a module runs more than its class's `forward`, FSDP2's hooks aside.
+
+    Those gather and free weights, at whatever positions the module computes.
+    """
+    if has_no_hooks(module):
+        return False
+    hooks = (
+        *module._forward_hooks.values(),
+        *module._forward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+        *module._backward_pre_hooks.values(),
+    )
+    own = [hook for hook in hooks if not hook.__module__.startswith("torch.distributed.fsdp")]
+    return bool(own) or "forward" in module.__dict__ or not hooks
 
 
 def _positions(base: Any, kwargs: Mapping[str, Any]) -> Tensor | str | None:
@@ -289,9 +307,11 @@ class _Block(SwappedClass):
     """Mixin for the last block.
 
     Attributes:
+        form: its kind.
         positions: those to compute, [B, P] or "first"; None: all.
     """
 
+    form: Form
     positions: Tensor | str | None = None
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -313,7 +333,7 @@ class _Block(SwappedClass):
         B, T, _ = hidden_states.shape
         if isinstance(positions, str):
             positions = torch.zeros(B, 1, dtype=torch.long, device=hidden_states.device)
-        form = _form(self)
+        form = self.form
         attention = self.get_submodule(form.attention)
         # at all positions, for keys and values; the block repeats it for those that are read
         states = (

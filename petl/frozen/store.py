@@ -68,9 +68,10 @@ class Store:
     def __init__(self, folder: Path) -> None:
         about = read_json(folder / ABOUT)
         self.folder, self.form = folder, Form(**about["form"])
-        self.offsets = np.load(folder / OFFSETS, mmap_mode="r", allow_pickle=False)
-        self.keys = np.load(folder / KEYS, mmap_mode="r", allow_pickle=False)
-        self.rows = np.load(folder / ROWS, mmap_mode="r", allow_pickle=False)
+        # it refuses arrays of objects, which would be unpickled
+        self.offsets = np.lib.format.open_memmap(folder / OFFSETS, mode="r")
+        self.keys = np.lib.format.open_memmap(folder / KEYS, mode="r")
+        self.rows = np.lib.format.open_memmap(folder / ROWS, mode="r")
         shape = (int(self.offsets[-1]), *self.form.tail)
         size = prod(shape)
         if (folder / STATES).stat().st_size != size * self.form.torch_dtype.itemsize:

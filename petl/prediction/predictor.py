@@ -14,6 +14,7 @@ from peft import PeftModel
 
 from petl.core.distributed import shared_out
 from petl.core.progress import Shown
+from petl.core.read_positions import skip_unread
 from petl.core.switching.lora import fuse_lora
 from petl.data.base import encode
 from petl.data.batch_sampler import chunks
@@ -73,6 +74,8 @@ class Predictor:
         model = saved.model()
         if train is not None and train.fuse_lora:  # the same kernels as in training
             fuse_lora(model)
+        if train is not None and train.skip_unread:
+            skip_unread(model)
         default = 64 if train is None else train.eval_batch_size
         most = max_new_tokens or task.generate or NEW_TOKENS
         size = batch_size or default

@@ -64,9 +64,8 @@ def _cache(
             "--together"
         )
     try:
-        prefix = find_prefix(model)
-        if not prefix.k:  # the usual case, which needs no cache to find out
-            raise _NothingFrozen(f"no block is frozen below all others: {prefix.reason}")
+        if settings.cache_frozen == "auto" and not find_prefix(model).k:
+            raise _NothingFrozen("no block is frozen below all others")  # as usual
         cache = cache_frozen(model, without_dropout=settings.cache_frozen is True)
     except UnsupportedError as error:
         raise _NothingFrozen(str(error)) from error
