@@ -19,6 +19,7 @@ from petl.core.compat import SEQ_CLS_HEAD_NAMES
 from petl.core.compressed import stored_shapes
 from petl.core.loading import load
 from petl.core.progress import Pass
+from petl.core.read_positions import skip_unread
 from petl.core.switching.lora import fuse_lora
 from petl.data.base import RawData, data_source, read_data
 from petl.data.batch_sampler import chunks
@@ -271,6 +272,8 @@ def score(saved: Saved, kept: Path | None = None) -> dict[str, float]:
     if settings.fuse_lora:  # the same kernels as in training, or scores differ by rounding
         fuse_lora(model)
     losses.attach(model, config.loss)  # for its metrics
+    if settings.skip_unread:  # after losses, which may read all positions
+        skip_unread(model)
     return score_model(model, splits, accelerator, settings.eval_batch_size, kept=kept)
 
 
