@@ -7,8 +7,7 @@ whenever it is filled.
 
 import hashlib
 import logging
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from petl.core.layers.class_swap import original_class
+from petl.core.model.modes import evaluation_mode
 from petl.core.progress import Pass
 from petl.errors import InputError, UnsupportedError
 from petl.frozen.feed import Feed, autocast_of
@@ -123,8 +123,7 @@ class Prober:
 
         # families differ in what runs before block 0, so this is seen from a pass, not from names
         hooks = [module.register_forward_pre_hook(note) for module in names]
-        with modes_kept(self.model):
-            self.model.eval()
+        with evaluation_mode(self.model):
             try:
                 rows, output = self.output(batch)
             finally:
@@ -251,17 +250,6 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-@contextmanager
-def modes_kept(model: nn.Module) -> Generator[None]:
-    """Restore the mode of each module, training or evaluation, at the end of the block."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 class Contents:
     """The rows of a store to be: their keys, and the order in which they are computed.
 
@@ -275,8 +263,8 @@ class Contents:
         found: dict[bytes, tuple[int, int]] = {}
         widths = set[tuple[int, ...]]()
         shown = Pass(f"reading {len(rows):,} rows", len(rows), unit="rows", quiet=True)
-        with modes_kept(prober.model), shown:
-            prober.model.eval()  # in training, some models change their inputs at random
+        # in training, some models change their inputs at random
+        with evaluation_mode(prober.model), shown:
             for start in range(0, len(rows), CHUNK):
                 numbers = range(start, min(start + CHUNK, len(rows)))
                 batch = prober.rows(self.batch(numbers))
@@ -318,8 +306,7 @@ class Contents:
             len(self.order),
             unit="rows",
         )
-        with modes_kept(self.prober.model), shown:
-            self.prober.model.eval()
+        with evaluation_mode(self.prober.model), shown:
             while start < len(self.order):
                 count = max(1, POSITIONS // max(1, positions[start]))
                 part = slice(start, start + count)

@@ -71,7 +71,7 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
 
     Raises:
         InputError: an unknown name, a value of another type or out of range, no method or one that
-            petl's loop cannot train, a module of `imports` that cannot be imported.
+            `petl train` cannot train, a module of `imports` that cannot be imported.
     """
     # Hydra refuses unknown keys, except those added with a plus
     for key in cfg:
