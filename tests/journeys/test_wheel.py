@@ -259,7 +259,9 @@ def test_a_sweep_and_a_study(installed):
     assert "best setting (of 2)" in installed.petl("train", "-m", "+method=lora,wide", *words)
     study = ["study", "studied", "--methods", "lora,wide", "--seeds", "0", *SETTINGS]
     installed.petl(*study, "train.steps=2")
-    assert "wide" in (installed.folder / "studied" / "results.md").read_text()
+    table = (installed.folder / "studied" / "results.md").read_text()
+    assert "| lora |" in table and "| mola |" in table  # wide is mola with more experts
+    assert (installed.folder / "studied" / "runs" / "wide" / "seed-0" / "scores.json").is_file()
 
 
 def test_batch_sizes_and_buckets(installed):
