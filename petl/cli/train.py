@@ -16,6 +16,7 @@ from petl.config.command_line import CONFIG, config_dir
 from petl.core.registry import is_computed
 from petl.distributed.launch import on_device, shard, start
 from petl.distributed.processes import current_lane
+from petl.errors import InputError
 from petl.losses import attach
 from petl.models.loading import load_base, load_processor
 from petl.reports.run_report import print_summary, write_report
@@ -46,6 +47,11 @@ def train(cfg: DictConfig) -> float:
     """Train one adapter; return the score that a search optimizes."""
     config = read_config(cfg)
     settings = config.train
+    if settings.together > 1 and current_lane() is None:
+        raise InputError(
+            f"train.together={settings.together}, and this command makes one run; it is for sweeps "
+            "(petl train -m); runs of a study train together by petl study --together"
+        )
     accelerator = start(settings.seed, config.precision, config.launch)
     run = Run(config, accelerator)
     data = config.data.read()

@@ -224,7 +224,8 @@ class StopRequest:
 
 LOCK = ".lock"
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-_held: dict[Path, int] = {}  # descriptors: closing any one of the file ends a POSIX lock
+# descriptors (closing any one of the file ends a POSIX lock), and the lanes of the runs
+_held: dict[Path, tuple[int, Any]] = {}
 
 
 def claim(run: Path) -> None:
@@ -248,7 +249,7 @@ def try_claim(folder: Path) -> str:
     file = folder.resolve() / LOCK
     # a second lock of the same process would succeed, and closing it would end the first
     if file in _held:
-        return ""
+        return "" if _held[file][1] is current_lane() else "another run of this process"
     # not truncated when opened: the holder's description must stay readable
     opened = open_regular(file, os.O_RDWR | os.O_CREAT | NO_FOLLOW)
     if os.fstat(opened).st_nlink > 1:  # a hard link: writing would change the other file
@@ -258,7 +259,7 @@ def try_claim(folder: Path) -> str:
         noted = os.pread(opened, 4096, 0)
         os.close(opened)
         return _describe(noted)
-    _held[file] = opened
+    _held[file] = opened, current_lane()
     since = datetime.now().astimezone().isoformat(timespec="seconds")
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
     os.ftruncate(opened, 0)
@@ -268,15 +269,15 @@ def try_claim(folder: Path) -> str:
 
 def release(run: Path) -> None:
     """Unlock the folder."""
-    opened = _held.pop(run.resolve() / LOCK, None)
-    if opened is not None:
-        os.close(opened)
+    held = _held.pop(run.resolve() / LOCK, None)
+    if held is not None:
+        os.close(held[0])
 
 
 def release_all() -> None:
-    """Unlock every folder that this process has locked."""
-    while _held:
-        os.close(_held.popitem()[1])
+    """Unlock every folder that this process has locked; in a lane, those of its run."""
+    for file in [file for file, (_, lane) in _held.items() if lane is current_lane()]:
+        os.close(_held.pop(file)[0])
 
 
 def _lock(opened: int, run: Path) -> bool:

@@ -22,7 +22,7 @@ FREE = {
     *("resume", "other_base", "run", "output", "save_steps", "keep_checkpoints"),
     *("num_workers", "eval_batch_size", "linear_probe", "score_before", "test", "log_steps"),
     *("resume_schedule", "init_head"),
-    *("loss_segment", "skip_unread"),  # up to rounding, and to dropout's draws
+    *("loss_segment", "skip_unread", "together"),  # up to rounding, and to dropout's draws
 }
 # settings in which a run that is trained further may differ from its earlier part
 LENGTH = {"train.steps", "train.epochs", "train.early_stopping"}

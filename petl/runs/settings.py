@@ -155,6 +155,11 @@ class TrainConfig:
 
     Auto: 2048 where the head is frozen.
     """
+    together: int = setting(1, integer(1))
+    """Runs of a sweep that train in one pass over one base. An integer from 1.
+
+    Each is the run that it would be alone, up to rounding and to the dropout of the base model.
+    """
     num_workers: int = setting(0, integer(0))
     """Data loader processes; 0: the training process makes batches. An integer from 0."""
 

@@ -28,6 +28,7 @@ from petl.runs.records import read_results
 from petl.runs.resume import finished_run, identity, identity_of
 from petl.runs.run_config import read_config
 from petl.sweeps.launched_jobs import Watch, Worker, is_launched
+from petl.sweeps.together_launcher import launch_together
 from petl.tasks import TASKS
 
 RESULTS = "optimization_results.yaml"  # written by the Optuna sweeper
@@ -54,14 +55,17 @@ class Closing(Callback):
         self.__dict__ = state | {"in_worker": True}
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Check the settings of an Optuna search, and schedule the report."""
+        """Check the settings of the sweep, choose its launcher, and schedule the report."""
         HydraConfig.instance().set_config(config)  # Hydra unsets it between runs
-        if is_optuna():
-            try:
+        try:
+            if is_optuna():
                 check(config)
-            except InputError as error:
-                raise app.Passing(error) from error  # Hydra ignores an Exception of a callback
-            quieten_optuna()
+                quieten_optuna()
+            together = config.train.together  # not checked yet: each run does that
+            if isinstance(together, int) and together > 1:
+                launch_together(config)
+        except InputError as error:
+            raise app.Passing(error) from error  # Hydra ignores an Exception of a callback
         if is_launched(config):
             watch = Watch(config)
             app.closing.append(lambda: self.jobs.extend(job["overrides"] for job in watch.stop()))

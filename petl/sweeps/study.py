@@ -73,7 +73,7 @@ class Runs(TypedDict):
 
     Attributes:
         together: runs at a time.
-        runs: of each, `overrides` of `petl train`, its `folder` and the file of its `log`.
+        runs: of each, `overrides` of `petl train` and the file of its `log`.
     """
 
     together: int
@@ -212,7 +212,12 @@ class Study:
             jobs = [self._tuning(contender, rate) for rate in self.rates]
             jobs += [self._final(contender, seed, None) for seed in self.seeds]
             # one job is enough: the others differ from it in valid numbers only
-            read_config(compose(jobs[-1].overrides))
+            config = read_config(compose(jobs[-1].overrides))
+            if config.train.together > 1:
+                raise InputError(
+                    f"train.together={config.train.together} is for sweeps; use --together "
+                    f"{config.train.together}"
+                )
             for job in jobs:
                 existing = identity_of(job.folder)
                 if existing is not None:
@@ -261,10 +266,7 @@ class Study:
         """
         if self.together == 1:
             return [self._train(job) for job in jobs]
-        described = [
-            {"overrides": job.overrides, "folder": str(job.folder), "log": str(job.log)}
-            for job in jobs
-        ]
+        described = [{"overrides": job.overrides, "log": str(job.log)} for job in jobs]
         runs = as_json(Runs(together=self.together, runs=described))
         seconds = self._start(jobs[0], [*TOGETHER, *config_dir_words()], runs)
         return [(job, seconds) for job in jobs]

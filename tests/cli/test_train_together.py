@@ -49,7 +49,7 @@ def together(jobs: dict[Path, list[str]], width: int, stop_at: int | None = None
         return answers
 
     waiting = Lanes(width, perform, KINDS, LaneEngine)
-    waiting.run([partial(make, words, str(run), f"{run}.log") for run, words in jobs.items()])
+    waiting.run([partial(make, words, f"{run}.log") for run, words in jobs.items()])
     return sizes
 
 

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import re
-import runpy
 import shlex
 import signal
 import subprocess
@@ -20,7 +19,6 @@ from omegaconf import OmegaConf
 from training_fixtures import ROOT, command_after
 
 import petl
-from petl.cli import app
 from petl.config.command_line import config_dir
 from petl.config.compose import compose, explain
 from petl.runs.resume import flat
@@ -160,24 +158,6 @@ def test_without_validation_scores_no_setting_is_named(tmp_path):
 def test_optuna_without_its_plugin_is_refused_with_the_extra():
     error = MissingConfigException("", missing_cfg_file="hydra/sweeper/optuna", options=["basic"])
     assert explain(error, []) == "Optuna is not installed; run: pip install 'petl-peft[sweep]'"
-
-
-@pytest.fixture
-def program(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words, status=0):
-        app.closing.clear()
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *words])
-        with pytest.raises(SystemExit) as left:
-            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-        err = capfd.readouterr().err
-        assert left.value.code == status, err
-        return err
-
-    yield run
-    app.closing.clear()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 HELD_OUT = ["train.eval_steps=4", "train.test=false"]

@@ -1,7 +1,8 @@
 """The engine of a run that trains together with others: its passes are those of all of them."""
 
 import logging
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,15 +11,39 @@ from torch import Tensor
 
 from petl.core.layers.grouped import drawing_from
 from petl.distributed.launch import Engine
-from petl.distributed.processes import current_lane
+from petl.distributed.processes import ASKS, current_lane
 from petl.errors import InputError, UnsupportedError
 from petl.training.together.batches import check_loss, room_for
 from petl.training.together.group import AdapterGroup, Member, check_alike
-from petl.training.together.lanes import Lane
+from petl.training.together.lanes import Lane, Lanes
 
 FORWARD, BACKWARD = "forward", "backward"
 KINDS = (BACKWARD, FORWARD)  # a run that has a loss frees its activations first
 logger = logging.getLogger(__name__)
+
+
+def run_in_lanes(width: int, jobs: Sequence[Callable[[], None]]) -> int:
+    """Make runs of `petl train`, at most `width` at a time, whose adapters train together.
+
+    SIGINT and SIGTERM end each of them after its step.
+
+    Args:
+        jobs: the runs; each handles its own errors.
+
+    Returns:
+        The signal that ended them, or 0.
+    """
+    lanes = Lanes(min(width, len(jobs)), Passes().perform, KINDS, LaneEngine)
+    # a run in a thread gets no signals
+    before = {
+        number: signal.signal(number, lambda number, _: lanes.stop(number)) for number in ASKS
+    }
+    try:
+        lanes.run(jobs)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return lanes.asked_to_stop
 
 
 class LaneEngine(Engine):

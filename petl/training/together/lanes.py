@@ -4,7 +4,7 @@ Each run is the code of `petl train`, unchanged: it loads, scores, trains, saves
 its training loop would call the model, its engine (`engine.py`) asks for a pass and waits. When no
 run can go on without one, the pass of all of them is made, and they go on one after the other. A
 run works alone, so what a process has once is exchanged when another run's turn comes: states of
-random number generators, standard streams, the command line.
+random number generators, standard streams, the command line and what Hydra knows of it.
 """
 
 import sys
@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from torch import Tensor, nn
 
 from petl.distributed.launch import Engine
@@ -64,14 +65,14 @@ class Lane:
     def leave(self) -> None:
         """Keep what the process has once."""
         self.random = rng_state(self.device)
-        self._kept = sys.stdout, sys.stderr, list(sys.argv)
+        self._kept = process_state()
 
     def enter(self) -> None:
         """Restore what `leave` has kept."""
         assert self.random is not None
         assert self._kept is not None
         set_rng(self.random, self.device)
-        sys.stdout, sys.stderr, sys.argv[:] = self._kept
+        set_process_state(self._kept)
 
 
 class Lanes:
@@ -96,11 +97,16 @@ class Lanes:
         self.bases: dict[str, nn.Parameter] = {}  # see `share_base`
         self.asked_to_stop = 0
         self._finished = threading.Event()
+        self._error: BaseException | None = None
 
     def run(self, jobs: Sequence[Callable[[], None]]) -> None:
-        """Make all runs; each job handles its own errors. Returns after the last of them."""
+        """Make all runs; each job handles its own errors. Returns after the last of them.
+
+        Raises:
+            BaseException: the first that a job did not handle, after the other jobs.
+        """
         waiting = deque(jobs)
-        streams = sys.stdout, sys.stderr, list(sys.argv)
+        self._state = process_state()
         threads = [
             threading.Thread(target=self._work, args=(lane, waiting), daemon=True)
             for lane in self.lanes
@@ -113,7 +119,9 @@ class Lanes:
         # they have nothing left to do
         for thread in threads:
             thread.join()
-        sys.stdout, sys.stderr, sys.argv[:] = streams
+        set_process_state(self._state)
+        if self._error is not None:
+            raise self._error
 
     def stop(self, number: int) -> None:
         """Ask all runs to stop after their step, and start no others."""
@@ -124,7 +132,11 @@ class Lanes:
         lane.go.acquire()
         enter_lane(lane)
         while waiting and not self.asked_to_stop:
-            waiting.popleft()()
+            set_process_state(self._state)
+            try:
+                waiting.popleft()()
+            except BaseException as error:  # the others would wait for this lane
+                self._error = self._error or error
             lane.device = torch.device("cpu")
         lane.state = DONE
         self.hand_over(lane)
@@ -163,6 +175,16 @@ class Lanes:
 def _kind(lane: Lane) -> str:
     assert lane.request is not None
     return lane.request[0]
+
+
+def process_state() -> tuple[Any, ...]:
+    """Return what a process has once, and each run sets: streams, command line, Hydra's config."""
+    return sys.stdout, sys.stderr, list(sys.argv), HydraConfig.instance().cfg
+
+
+def set_process_state(state: tuple[Any, ...]) -> None:
+    """Restore what `process_state` returned."""
+    sys.stdout, sys.stderr, sys.argv[:], HydraConfig.instance().cfg = state
 
 
 def share_base(base: Any) -> Any:
