@@ -365,6 +365,7 @@ class PolyhistorAdapter(SubLayerAdapter):
     recommended="a row of the batch names its task; a further task costs one embedding",
     paper="Liu et al. 2022, Polyhistor: Parameter-Efficient Multi-Task Adaptation for Dense Vision "
     "Tasks, NeurIPS, arXiv:2210.03265",
+    lr=1e-4,  # a step moves each generated weight by up to code_dim steps of a generator's weight
 )
 class PolyhistorModel(TaskTuner, SubLayerTuner):
     """Tuner of `PolyhistorConfig`."""
