@@ -24,7 +24,6 @@ from typing import Any, TypedDict
 
 from petl.config.command_line import config_dir_words
 from petl.config.compose import compose
-from petl.config.schema import plain
 from petl.errors import InputError, RunStopped
 from petl.files.disk import append_to, as_json, write_atomic
 from petl.files.read import read_json
@@ -33,7 +32,6 @@ from petl.reports.formatting import duration
 from petl.runs.records import is_finished, read_results
 from petl.runs.resume import differences, identity, identity_of
 from petl.runs.run_config import read_config
-from petl.runs.settings import with_inner
 
 TRAIN = (sys.executable, "-m", "petl", "train")  # this interpreter, whatever PATH has
 TOGETHER = (sys.executable, "-m", "petl.cli.train_together")
@@ -303,8 +301,7 @@ def refuse_other(job: Job, existing: Mapping[str, Any]) -> None:
 
     The learning rate may differ: it depends on the scores of the tuning runs.
     """
-    settings = plain(compose(job.overrides))
-    now = identity({**settings, "method": with_inner(settings["method"])})
+    now = identity(read_config(compose(job.overrides)).resolved)
     others = differences(existing, {**now, "train.lr": existing.get("train.lr")})
     if others:
         raise InputError(

@@ -145,6 +145,16 @@ def test_a_folder_of_another_study_is_refused(tiny, tmp_path, made):
         other.run()
 
 
+def test_a_study_of_several_data_sets_resumes(tiny, tmp_path, made):
+    rows = f"train:{tiny.folder}/train.csv,test:{tiny.folder}/test.csv,max_length:16"
+    sets = f"data.sets={{one:{{data:files,{rows}}},two:{{data:files,{rows}}}}}"
+    words = [*tiny.steady[:2], "data=tasks", sets, "train.steps=2", "train.linear_probe=false"]
+    several = {"contenders": [Contender("lora")], "rates": [1e-3], "overrides": words}
+    small(tiny, tmp_path, **several, seeds=[0]).run()
+    small(tiny, tmp_path, **several, seeds=[0, 1]).run()
+    assert made == ["runs/lora/seed-0", "runs/lora/seed-1"]
+
+
 def test_each_run_of_a_study_is_a_process_of_petl_train(tiny, tmp_path, monkeypatch):
     job = Job(tmp_path / "it's here" / "run", [])
     found = Study(tmp_path, [Contender("lora")], [0], [1e-3])
