@@ -104,9 +104,9 @@ class Estimate:
         return None
 
     def _options(self) -> Iterator[tuple[int, int]]:
-        rows = self.rows
+        rows, most = self.rows, max(self.seeds, MAX_SEEDS)
         while rows <= MAX_ROWS:
-            yield from ((seeds, rows) for seeds in range(self.seeds, MAX_SEEDS + 1))
+            yield from ((seeds, rows) for seeds in range(self.seeds, most + 1))
             rows *= 2
 
 

@@ -123,9 +123,18 @@ def test_predicted_width_is_that_of_more_seeds():
     known = estimate(simulated(rng, seeds=400, rows=400, **spread))
     variance = 0.05**2 / 20 + 0.2**2 / 400 + 0.2**2 / (20 * 400)
     assert known.predicted_half_width(20, 400) == pytest.approx(half_width(variance, 19), rel=0.12)
-    seeds, rows = known.enough(known.predicted_half_width(500, 400) * 1.5)
-    assert known.predicted_half_width(seeds, rows) <= known.predicted_half_width(500, 400) * 1.5
-    assert known.enough(0.0) is None
+
+
+def test_enough_is_the_smallest_number_of_seeds_then_of_rows():
+    found = Estimate({"0": 0.01, "1": 0.03, "2": -0.01, "3": 0.0}, 1000, 0.2, 0.1)
+    half = found.predicted_half_width(9, 1000)
+    assert found.enough(half) == (9, 1000)
+    assert found.predicted_half_width(8, 1000) > half
+    rows_matter = Estimate({"0": 0.01, "1": 0.011}, 1000, 2.0, 0.1)
+    seeds, rows = rows_matter.enough(0.02)
+    assert rows == 4000
+    assert rows_matter.predicted_half_width(seeds, rows) <= 0.02
+    assert found.enough(0.0) is None
 
 
 # The rule
