@@ -122,8 +122,9 @@ SHARING = Claim(
     title="MoS equals LoRA with an eighth of the parameters; each of its four parts helps",
     paper="Wang et al. 2025, arXiv:2410.00938",
     paper_says="Llama-2-7B, instruction tuning: MoS saves about eight times the parameters of "
-    "LoRA at equal scores, and without any one of its parts (subset selection, pair "
-    "dissociation, vector sharding, shard privatization) the average score is lower.",
+    "LoRA at about equal scores; without pair dissociation, vector sharding or shard "
+    "privatization its average score is lower, and subset selection is what makes sharing better "
+    "than LoRA with as many parameters.",
     statements=(
         Statement("MoS equals LoRA with eight times its parameters", "equals", MOS, LORA_16),
         Statement("MoS beats LoRA with as many parameters", "beats", MOS, LORA_2),

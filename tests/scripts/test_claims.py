@@ -131,9 +131,9 @@ def test_enough_is_the_smallest_number_of_seeds_then_of_rows():
     assert found.enough(half) == (9, 1000)
     assert found.predicted_half_width(8, 1000) > half
     rows_matter = Estimate({"0": 0.01, "1": 0.011}, 1000, 2.0, 0.1)
-    seeds, rows = rows_matter.enough(0.02)
-    assert rows == 4000
-    assert rows_matter.predicted_half_width(seeds, rows) <= 0.02
+    seeds, rows = rows_matter.enough(0.025)
+    assert rows == 8000  # at 4,000 rows no number of seeds has it
+    assert rows_matter.predicted_half_width(seeds, rows) <= 0.025
     assert found.enough(0.0) is None
 
 
