@@ -32,7 +32,7 @@ PLAIN = (
     "train.score_before=false",
 )
 TOLERANCE = 1e-9
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("petl.claims")  # below petl, whose messages the command prints
 
 
 def study_of(
