@@ -52,7 +52,7 @@ def draw(claim: Claim, result: Result, file: Path) -> None:
             left = -POINTS * statement.margin if statement.kind == "equals" else 0
             axes.barh(place, POINTS * statement.margin - left, 0.7, left, color="0.92", zorder=0)
             axes.hlines(place, low, high, linewidth=2)
-            axes.plot(POINTS * estimate.mean, place, "o")
+            axes.plot(POINTS * estimate.mean, place, "o", color="C0")
             axes.annotate(
                 judged(claim, result, i).word,
                 (high, place),
