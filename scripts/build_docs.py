@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, CONFIGS = ROOT / "docs", ROOT / "configs"
 MARKS = re.compile(r"(<!-- generated: ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
-SCRIPTS = ("bench", "chaos", "sizes")  # of a checkout
+SCRIPTS = ("bench", "chaos", "claims", "sizes")  # of a checkout
 # groups that a run has only if they are added with a plus
 ADDED = ("launch", "loss", "ranks", "search")
 # files of groups whose settings are all listed
@@ -217,6 +217,13 @@ def extras(which: str) -> str:
     return table(["recipe", "is", "paper"], rows)
 
 
+def claims(method: str) -> str:
+    """What the papers claim and how it was tried; with a method, the verdicts for its page."""
+    from claims.page import page, quoted
+
+    return quoted(method) if method else page()
+
+
 # Parts about commands
 
 
@@ -395,6 +402,7 @@ PARTS: dict[str, Callable[[str], str]] = {
     "source": source,
     "methods": methods,
     "extras": extras,
+    "claims": claims,
     "commands": commands,
     "scripts": scripts,
     "settings": settings,

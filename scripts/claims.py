@@ -1,0 +1,94 @@
+"""What the papers claim, tried on real data: one command a claim.
+
+    python scripts/claims.py mola                      # one claim; resumes where it was stopped
+    python scripts/claims.py mola increlora --jobs 2   # several, in this order
+    python scripts/claims.py --list                    # the claims
+    python scripts/claims.py --publish runs/claims     # results of a folder into the pages
+
+Trains the contenders of a claim: the learning rate of each is chosen on validation rows from the
+same grid, then each is trained with five seeds and scored on the test rows. FOLDER/NAME.json has
+what was measured; docs/claims.md shows it after `--publish` and `scripts/build_docs.py refresh`.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
+
+from claims.catalog import CLAIMS
+from claims.page import listing, summary
+from claims.pictures import publish
+from claims.results import PUBLISHED
+from claims.running import try_claim
+
+from petl.cli import app
+from petl.cli.arguments import folder_to_write
+from petl.cli.studies import JOBS
+from petl.errors import InputError, did_you_mean
+from petl.reports.formatting import echo
+
+ASSETS = Path(__file__).resolve().parents[1] / "docs/assets/claims"
+
+
+def main() -> int:
+    """Run the command; return its exit status."""
+    arguments = parser().parse_args()
+    app.log_to_stderr()
+    return app.reported(lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Try the claims, list them, or publish results."""
+    for name in arguments.names:
+        if name not in CLAIMS:
+            raise InputError(
+                f"no claim {name!r}{did_you_mean(name, CLAIMS)}: use some of {', '.join(CLAIMS)}"
+            )
+    if arguments.list:
+        listing().print()
+    elif arguments.publish:
+        for name in publish(arguments.publish, PUBLISHED, ASSETS):
+            echo(f"published: {name}")
+        echo("to update the pages: python scripts/build_docs.py refresh")
+    elif not arguments.names:
+        raise InputError(f"no claim is given: use some of {', '.join(CLAIMS)}, or --list")
+    for name in arguments.names:
+        options = f" --jobs {arguments.jobs}" if arguments.jobs > 1 else ""
+        command = shlex.join(["python", "scripts/claims.py", name]) + options
+        folder = arguments.folder.absolute()
+        result = try_claim(CLAIMS[name], folder, command, arguments.jobs, arguments.together)
+        summary(CLAIMS[name], result).print(CLAIMS[name].title)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    command_line = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = command_line.add_argument
+    add("names", metavar="NAME", nargs="*", help=", ".join(CLAIMS))
+    add(
+        "--folder",
+        type=folder_to_write,
+        default="runs/claims",
+        metavar="FOLDER",
+        help="of the runs, new or to be resumed (%(default)s)",
+    )
+    add("--jobs", type=JOBS, default=1, metavar="N", help="number of runs at a time (1)")
+    add(
+        "--together",
+        type=JOBS,
+        default=1,
+        metavar="N",
+        help="runs of a contender that train in one pass over one base (1: each alone)",
+    )
+    add("--list", action="store_true", help="list the claims, and what is left to try")
+    add("--publish", type=Path, metavar="FOLDER", help="copy results of a folder, draw pictures")
+    return command_line
+
+
+if __name__ == "__main__":
+    sys.exit(main())

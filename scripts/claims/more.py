@@ -1,0 +1,112 @@
+"""Further claims on WordNet verbs: adapters, CorDA's start, and methods that were added later."""
+
+from dataclasses import replace
+
+from claims.claim import Claim, Shown, Statement
+from claims.verbs import EVEN, ONE_TASK, VERBS
+
+# Compacter and adapters: width 22 gives an adapter as many parameters as LoRA of rank 5
+COMPACTER = "compacter method.reduction_factor=16"
+SEQUENTIAL = "adapter method.r=22"
+PARALLEL = "adapter method.r=22 method.placement=parallel"
+LORA_5 = "lora method.r=5"
+
+ADAPTERS = Claim(
+    name="compacter",
+    title="Compacter equals adapters with under 0.1 % of the parameters; LoRA and parallel "
+    "adapters are better than sequential ones",
+    paper="Karimi Mahabadi et al. 2021, arXiv:2106.04647; Hu et al. 2022, arXiv:2106.09685; He et "
+    "al. 2022, arXiv:2110.04366",
+    paper_says="T5-base on GLUE: Compacter with 0.07 % of the parameters is as good as adapters "
+    "with 0.8 %. LoRA's paper has it above adapters of equal size; a unified view of both finds "
+    "parallel adapters better than sequential ones.",
+    statements=(
+        Statement(
+            "Compacter equals adapters with many times its parameters",
+            "equals",
+            COMPACTER,
+            SEQUENTIAL,
+        ),
+        Statement("LoRA beats adapters of equal size", "beats", LORA_5, SEQUENTIAL),
+        Statement("parallel adapters beat sequential ones", "beats", PARALLEL, SEQUENTIAL),
+    ),
+    setting=VERBS,
+    labels={
+        COMPACTER: "Compacter, width 24",
+        SEQUENTIAL: "adapters, width 22",
+        PARALLEL: "parallel adapters, width 22",
+        LORA_5: "LoRA, rank 5",
+    },
+    pages=("compacter", "adapter"),
+    limits=(
+        ONE_TASK,
+        "Layer norms are frozen for all; the published runs of Compacter train them, which alone "
+        "would exceed 0.1 % with this model.",
+    ),
+)
+
+# CorDA's instruction mode against other starts, after a quarter of the steps and after all
+CORDA, PISSA, LORA_8 = "corda", "lora method.init_lora_weights=pissa", "lora"
+BRIEF = replace(
+    VERBS,
+    name="verbs-brief",
+    title=VERBS.title.replace("two passes", "half a pass, a quarter of the other trials,"),
+    overrides=tuple(
+        "train.epochs=0.5" if word == "train.epochs=2" else word for word in VERBS.overrides
+    ),
+)
+
+START = Claim(
+    name="corda",
+    title="CorDA in instruction mode learns faster than LoRA and PiSSA",
+    paper="Yang et al. 2024, arXiv:2406.05223",
+    paper_says="Llama-2-7B, rank 128: started from components that are oriented by samples of the "
+    "task, CorDA has lower losses early in training and higher scores at its end than LoRA and "
+    "PiSSA (GSM8k: 53.5 %, PiSSA 51.6 %, in the example that PEFT publishes).",
+    statements=(
+        Statement("early in training, CorDA beats LoRA", "beats", CORDA, LORA_8),
+        Statement("early in training, CorDA beats PiSSA", "beats", CORDA, PISSA),
+    ),
+    setting=BRIEF,
+    labels={CORDA: "CorDA, instruction mode", LORA_8: "LoRA", PISSA: "PiSSA"},
+    pages=("corda",),
+    limits=(
+        ONE_TASK,
+        "Rank 8 instead of 128, and the score after 47 steps instead of a curve of losses.",
+    ),
+)
+
+# Methods that were added later
+PREGATED = f"{EVEN} method.router_type=pregated"
+DSEE, PRUNED = "dsee", "dsee method.target_prune_ratio=0.2 method.prune_step=0.33"
+SHERL, LORA = "sherl method.reduction_factor=4", "lora"
+
+LATER = Claim(
+    name="later",
+    title="Methods that were added later: pre-gated routers, DSEE, SHERL",
+    paper="Cai et al. 2024 (Read-ME), arXiv:2410.19123; Chen et al. 2023 (DSEE), "
+    "arXiv:2111.00160; Diao et al. 2024 (SHERL), arXiv:2407.07523",
+    paper_says="Read-ME: a router that decides before the first layer costs no quality. DSEE: a "
+    "low-rank update with free entries keeps its score when base weights are pruned by it. SHERL: "
+    "without a backward pass through the frozen blocks, scores are comparable with those of "
+    "methods that need it.",
+    statements=(
+        Statement("a pre-gated router equals linear routers", "equals", PREGATED, EVEN),
+        Statement(
+            "DSEE with 20 % of the target weights pruned equals DSEE", "equals", PRUNED, DSEE
+        ),
+        Statement("SHERL equals LoRA", "equals", SHERL, LORA),
+    ),
+    setting=VERBS,
+    labels={
+        PREGATED: "MoLA, pre-gated router",
+        EVEN: "MoLA, linear routers",
+        DSEE: "DSEE",
+        PRUNED: "DSEE, 20 % pruned",
+        SHERL: "SHERL",
+        LORA: "LoRA, rank 8",
+    },
+    pages=("mola", "dsee", "sherl"),
+    shown=(Shown("Load of the experts, pre-gated router", PREGATED, "expert_load"),),
+    limits=(ONE_TASK,),
+)

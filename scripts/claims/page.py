@@ -1,0 +1,203 @@
+"""The page of the claims, and the part of a method's page that quotes its verdicts."""
+
+from collections.abc import Iterator, Sequence
+
+from claims.catalog import CLAIMS, UNTRIED
+from claims.claim import Claim, Statement
+from claims.results import Map, Result, Scored, read_published
+from claims.verdicts import NOT_YET, Verdict, verdict
+from petl.reports.formatting import Table, duration, mean_text, number, seeds_text, size
+
+METRIC = "accuracy"
+NOT_TRIED = "not tried yet"
+POINTS = 100  # of one
+
+
+# A statement in words
+
+
+def judged(claim: Claim, result: Result | None, number: int) -> Verdict:
+    """Return the verdict of a statement; of an unfinished one, how many of its seeds are there."""
+    if result is None or str(number) not in result.estimates:
+        return Verdict(NOT_TRIED if result is None else NOT_YET)
+    estimate = result.estimates[str(number)]
+    if not result.is_complete(number):
+        return Verdict(NOT_YET, f"{estimate.seeds} of {len(result.seeds)} seeds")
+    return verdict(claim.statements[number], estimate)
+
+
+def difference(result: Result | None, number: int) -> str:
+    """Return the difference of a statement in points with its interval; "" without its runs."""
+    if result is None or not result.is_complete(number):
+        return ""
+    estimate = result.estimates[str(number)]
+    low, high = estimate.interval()
+    return f"{POINTS * estimate.mean:+.2f} ({POINTS * low:+.2f} to {POINTS * high:+.2f})"
+
+
+def rule(statement: Statement) -> str:
+    """Return what the statement asks of the difference."""
+    margin = f"{POINTS * statement.margin:g}"
+    return f"within ±{margin}" if statement.kind == "equals" else f"above 0 (matters: {margin})"
+
+
+def summary(claim: Claim, result: Result | None) -> Table:
+    """Return the verdicts of a claim as a table."""
+    rows = []
+    for i, statement in enumerate(claim.statements):
+        found = judged(claim, result, i)
+        row = [statement.says, found.word, difference(result, i), rule(statement), found.takes]
+        rows.append(row)
+    columns = ["statement", "verdict", "difference (points)", "asked for", "what it would take"]
+    return Table(columns, rows)
+
+
+def listing() -> Table:
+    """Return all claims with their verdicts, and those that are left."""
+    published = read_published()
+    rows = [
+        [claim.name, row[0], row[1], row[2]]
+        for claim in CLAIMS.values()
+        for row in summary(claim, published.get(claim.name)).rows
+    ]
+    rows += [[each.name, each.title, NOT_TRIED, ""] for each in UNTRIED]
+    return Table(["claim", "statement", "verdict", "difference (points)"], rows)
+
+
+# The page
+
+
+def page() -> str:
+    """Return the generated part of docs/claims.md."""
+    published = read_published()
+    parts = ["## The verdicts", verdicts(published)]
+    for claim in CLAIMS.values():
+        parts += section(claim, published.get(claim.name))
+    left = Table(
+        ["claim", "paper", "what it takes"],
+        [[each.title, each.paper, each.takes] for each in UNTRIED],
+    )
+    return "\n\n".join([*parts, "## Not tried yet", left.markdown()])
+
+
+def verdicts(published: dict[str, Result]) -> str:
+    """Return the table of all verdicts in markdown."""
+    lines = [
+        "| claim | statement | verdict | difference in points, 95 % |",
+        "| --- | --- | --- | --- |",
+    ]
+    for claim in CLAIMS.values():
+        rows = summary(claim, published.get(claim.name)).rows
+        lines += [f"| [{claim.name}](#{claim.name}) | {' | '.join(row[:3])} |" for row in rows]
+    return "\n".join(lines)
+
+
+def section(claim: Claim, result: Result | None) -> Iterator[str]:
+    """Yield the paragraphs of a claim."""
+    yield f"## {claim.name}"
+    yield f"**{claim.title}.**"
+    yield f"The paper ({claim.paper}): {claim.paper_says}"
+    yield f"The task: {claim.setting.title}."
+    if result is None:
+        yield f"{NOT_TRIED.capitalize()}: `python scripts/claims.py {claim.name}`, {cost(claim)}."
+    elif any(result.is_complete(i) for i in range(len(claim.statements))):
+        yield f"![Intervals of the differences](assets/claims/{claim.name}.svg)"
+    yield summary(claim, result).markdown()
+    if result is not None and result.contenders:
+        yield contenders(claim, result).markdown()
+        yield from (table for each in result.maps for table in heat_map(each))
+    limits = [*at_the_edge(claim, result), *claim.limits]
+    yield "\n".join(["What this does not cover:\n", *(f"- {each}" for each in limits)])
+    if result is not None and result.environment:
+        yield "\n".join(f"- {key}: {value}" for key, value in circumstances(result))
+
+
+def cost(claim: Claim) -> str:
+    """Return the number of runs of a claim that shares none with another."""
+    setting, count = claim.setting, len(claim.contenders)
+    tuning = count * len(setting.rates) if len(setting.rates) > 1 else 0
+    return f"{tuning} runs that choose learning rates and {count * len(setting.seeds)} that count"
+
+
+def contenders(claim: Claim, result: Result) -> Table:
+    """Return scores, learning rates and sizes of the contenders that have finished runs."""
+    rows = []
+    for words, label in claim.labels.items():
+        found = result.contenders.get(words)
+        if found is not None:
+            rows.append([label, *cells(found, len(result.seeds))])
+    columns = ["contender", "test accuracy", "learning rate", "parameters", "file", "CPU time"]
+    return Table(columns, rows)
+
+
+def cells(found: Scored, planned: int) -> list[str]:
+    """Return the cells of a contender."""
+    scores = mean_text(METRIC, list(found.scores.values()))
+    if len(found.scores) < planned:
+        scores += f" ({len(found.scores)} of {planned} seeds)"
+    file, time = size(found.bytes), duration(found.cpu_seconds)
+    return [scores, number(found.rate), f"{found.parameters:,}", file, time]
+
+
+def at_the_edge(claim: Claim, result: Result | None) -> list[str]:
+    """Return a sentence on learning rates at an edge of the grid, where a better one may lie."""
+    if result is None:
+        return []
+    grid = claim.setting.rates
+    edge = [
+        f"{claim.labels[words]} ({number(found.rate)})"
+        for words, found in result.contenders.items()
+        if len(grid) > 1 and found.rate in (min(grid), max(grid))
+    ]
+    if not edge:
+        return []
+    listed = ", ".join(edge)
+    return [f"Learning rates at an edge of the grid, beyond which a better one may lie: {listed}."]
+
+
+def heat_map(found: Map) -> list[str]:
+    """Return title and table of a heat map."""
+    rows = [
+        [name, *("" if value is None else number(value, 3) for value in row)]
+        for name, row in zip(found.rows, found.cells, strict=True)
+    ]
+    title = f"{found.title}: {found.unit}, by layer from 0. {found.meaning}".rstrip()
+    return [title, Table(["", *found.columns], rows).markdown()]
+
+
+def circumstances(result: Result) -> list[tuple[str, str]]:
+    """Return command, settings, seeds, machine, versions and time, by label."""
+    given = result.environment
+    packages = ", ".join(f"{name} {version}" for name, version in given["packages"].items())
+    return [
+        ("command", f"`{given['command']}`"),
+        ("settings", f"`{' '.join(result.settings)}`"),
+        ("seeds", seeds_text(result.seeds)),
+        ("machine", "; ".join(given["machines"])),
+        ("commit", ", ".join(given["commits"])),
+        ("packages", packages),
+        ("measured", f"{given['runs']} runs, {given['started'][0]} to {given['started'][1]}"),
+    ]
+
+
+# Pages of the methods
+
+
+def quoted(method: str) -> str:
+    """Return the verdicts of the claims about a method, for its page.
+
+    Raises:
+        KeyError: there is no claim about it.
+    """
+    published = read_published()
+    claims = [claim for claim in CLAIMS.values() if method in claim.pages]
+    if not claims:
+        raise KeyError(f"no claim is about {method}")
+    rows: list[Sequence[str]] = []
+    for claim in claims:
+        rows += [row[:3] for row in summary(claim, published.get(claim.name)).rows]
+    links = ", ".join(f"[{claim.name}](../claims.md#{claim.name})" for claim in claims)
+    columns = ["statement", "verdict", "difference in points, 95 %"]
+    return (
+        f"{Table(columns, [list(row) for row in rows]).markdown()}\n\nHow they were tried: {links}."
+    )

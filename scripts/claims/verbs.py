@@ -1,0 +1,232 @@
+"""The claims that are tried on definitions of WordNet verbs, with MiniLM."""
+
+from claims.claim import Claim, Setting, Shown, Statement
+
+# of the 13,767 definitions that petl has: most are test rows, which tell more than training rows
+# when small differences are compared
+VERBS = Setting(
+    name="verbs",
+    title="WordNet verb definitions in 15 classes, MiniLM (22.7 M parameters): 3,000 rows for "
+    "training, 1,000 for validation, 8,000 for the test; two passes in batches of 32",
+    overrides=(
+        "model=minilm",
+        "data=wordnet",
+        "data.train_rows=4000",
+        "data.test_rows=8000",
+        "train.validation_share=0.25",
+        "train.epochs=2",
+        "train.buckets=auto",
+    ),
+)
+ONE_TASK = (
+    "One encoder and one task of short English texts: a large decoder, long texts or another "
+    "kind of task may give another verdict."
+)
+
+# MoLA. With 6 layers the published patterns have unequal sums (2468: 28 experts, 8642: 32), so the
+# numbers of each layer are resampled to a sum of 30 for all three.
+HIGH = "mola method.num_experts=[2,3,4,6,7,8]"
+EVEN = "mola method.num_experts=5"
+LOW = "mola method.num_experts=[8,7,6,4,3,2]"
+RECURRENT = (
+    "mola method.num_experts=[2,3,4,6,7,8] method.router_type=recurrent method.router_hidden_size=8"
+)
+
+MOLA = Claim(
+    name="mola",
+    title="MoLA: more experts in the higher layers are better; so is a recurrent router",
+    paper="Gao et al. 2025, arXiv:2402.08562; the router: Qiu et al. 2025 (RMoE), arXiv:2408.06793",
+    paper_says="Llama-2-7B, six tasks, 32 layers: with equal numbers of parameters the average "
+    "accuracy is 84.6 % for 2468, 84.3 % for 5555 and 83.6 % for 8642 (means of the paper's "
+    "columns). RMoE: a router with a state that is passed from layer to layer beats linear "
+    "routers in pre-training.",
+    statements=(
+        Statement(
+            "more experts in the higher layers beat the same number spread evenly",
+            "beats",
+            HIGH,
+            EVEN,
+        ),
+        Statement(
+            "more experts in the higher layers beat the same number put low", "beats", HIGH, LOW
+        ),
+        Statement("a recurrent router beats linear ones", "beats", RECURRENT, HIGH),
+    ),
+    setting=VERBS,
+    labels={
+        HIGH: "high: 2, 3, 4, 6, 7, 8 experts",
+        EVEN: "even: 5 in each layer",
+        LOW: "low: 8, 7, 6, 4, 3, 2 experts",
+        RECURRENT: "high, recurrent router",
+    },
+    pages=("mola",),
+    shown=(
+        Shown("Load of the experts, linear routers", HIGH, "expert_load"),
+        Shown("Load of the experts, recurrent router", RECURRENT, "expert_load"),
+    ),
+    limits=(
+        ONE_TASK,
+        "Six layers instead of 32: 2468 and 8642 are resampled to six numbers, with 30 experts in "
+        "all three models.",
+        "The recurrent router has width 8, with which the adapter has about as many parameters as "
+        "with linear ones; the published one is wider.",
+        "How far the routers of different modules, or of different seeds, agree is not measured: "
+        "a run does not save the choices of single tokens.",
+    ),
+)
+
+# IncreLoRA
+LORA_2 = "lora method.r=2"
+INCRELORA = "increlora method.target_r=2 method.parameter_budget=82944"
+ADALORA = "adalora method.init_r=3 method.target_r=2"
+
+INCRE = Claim(
+    name="increlora",
+    title="IncreLoRA is better than LoRA and AdaLoRA at a small budget",
+    paper="Zhang et al. 2023, arXiv:2308.12043",
+    paper_says="DeBERTaV3-base on GLUE: with small budgets (an average rank of 2, 0.3 M "
+    "parameters) IncreLoRA has higher scores than LoRA and AdaLoRA, most clearly on small data "
+    "sets such as RTE.",
+    statements=(
+        Statement("IncreLoRA beats LoRA of rank 2", "beats", INCRELORA, LORA_2),
+        Statement("IncreLoRA beats AdaLoRA of rank 2", "beats", INCRELORA, ADALORA),
+    ),
+    setting=VERBS,
+    labels={
+        INCRELORA: "IncreLoRA, average rank 2",
+        LORA_2: "LoRA, rank 2",
+        ADALORA: "AdaLoRA, rank 3 pruned to 2",
+    },
+    pages=("increlora",),
+    shown=(Shown("Where IncreLoRA puts its ranks", INCRELORA, "ranks"),),
+    limits=(
+        ONE_TASK,
+        "188 steps: growth ends after 35 % of them. The paper trains for thousands of steps.",
+        "AdaLoRA trains with rank 3 until its ranks are pruned, as its paper proposes (1.5 times "
+        "the final rank); its number of parameters is that before pruning.",
+    ),
+)
+
+# MoS
+LORA_16 = "lora method.r=16"
+MOS = "mos method.equivalent_rank=2 method.r=4"
+MOS_PARTS = {
+    "subset selection": f"{MOS} method.subset_selection=false",
+    "pair dissociation": f"{MOS} method.pair_dissociation=false",
+    "vector sharding": f"{MOS} method.shards_per_vector=1",
+    "shard privatization": f"{MOS} method.private_rank=0",
+}
+
+SHARING = Claim(
+    name="mos",
+    title="MoS equals LoRA with an eighth of the parameters; each of its four parts helps",
+    paper="Wang et al. 2025, arXiv:2410.00938",
+    paper_says="Llama-2-7B, instruction tuning: MoS saves about eight times the parameters of "
+    "LoRA at about equal scores; without pair dissociation, vector sharding or shard "
+    "privatization its average score is lower, and subset selection is what makes sharing better "
+    "than LoRA with as many parameters.",
+    statements=(
+        Statement("MoS equals LoRA with eight times its parameters", "equals", MOS, LORA_16),
+        Statement("MoS beats LoRA with as many parameters", "beats", MOS, LORA_2),
+        *(
+            Statement(f"MoS beats MoS without {part}", "beats", MOS, words)
+            for part, words in MOS_PARTS.items()
+        ),
+    ),
+    setting=VERBS,
+    labels={
+        MOS: "MoS, parameters of rank 2",
+        LORA_16: "LoRA, rank 16",
+        LORA_2: "LoRA, rank 2",
+        **{words: f"MoS without {part}" for part, words in MOS_PARTS.items()},
+    },
+    pages=("mos",),
+    limits=(
+        ONE_TASK,
+        "Six layers share the pools; in the paper 32 do, so that each shares with more. With six, "
+        "an equivalent rank of 2 and a private rank of 1, the rank of a layer is 7 at most; here "
+        "it is 4, twice the equivalent rank.",
+    ),
+)
+
+# Binary. AdaptFormer of width 32 has 12,288 bytes in 1 bit for every 384 x 32 x 2 x 4 of them in
+# 32 bits; at equal bytes the width falls as the bits rise.
+FULL = "adaptformer method.r=32"
+ONE_BIT = "binary +method.r=32 method.bits=1"
+EQUAL_BYTES = {
+    2: "binary +method.r=16 method.bits=2",
+    4: "binary +method.r=8 method.bits=4",
+    8: "binary +method.r=4 method.bits=8",
+}
+NARROW = "adaptformer method.r=1"
+
+BITS = Claim(
+    name="binary",
+    title="1-bit adapters equal full precision, and at equal bytes are the best choice",
+    paper="Jie et al. 2023, arXiv:2307.16867",
+    paper_says="ViT-B/16 on VTAB-1k: adapters whose weights have 1 bit lose nothing against 32 "
+    "bits, and of adapters with equal bytes the widest one, with 1 bit, is the best.",
+    statements=(
+        Statement("1 bit equals 32 bits at equal width", "equals", ONE_BIT, FULL),
+        Statement("1 bit beats 32 bits at equal bytes", "beats", ONE_BIT, NARROW),
+        *(
+            Statement(f"1 bit beats {bits} bits at equal bytes", "beats", ONE_BIT, words)
+            for bits, words in EQUAL_BYTES.items()
+        ),
+    ),
+    setting=VERBS,
+    labels={
+        ONE_BIT: "1 bit, width 32",
+        FULL: "32 bits, width 32",
+        NARROW: "32 bits, width 1",
+        **{w: f"{bits} bits, width {32 // bits}" for bits, w in EQUAL_BYTES.items()},
+    },
+    pages=("binary",),
+    limits=(
+        ONE_TASK,
+        "AdaptFormer beside the feed-forward networks of MiniLM. Files include the head of 5,775 "
+        "weights in 32 bits, which is the same for all.",
+    ),
+)
+
+# Sparse
+SPARSE_2, SPARSE_16 = "sparse method.r=2", "sparse method.r=16"
+SM3 = f"{SPARSE_16} method.selection_algorithm=sm3"
+FIXED = f"{SPARSE_16} method.selection_algorithm=none"
+
+SPARSE = Claim(
+    name="sparse",
+    title="Sparse fine-tuning is better than LoRA at equal parameters, more so with more of them",
+    paper="Ansell et al. 2024, arXiv:2401.16405",
+    paper_says="Llama-2, instruction tuning at budgets of LoRA ranks 8 to 64: sparse fine-tuning "
+    "whose indices move by accumulated gradients (rigl) is mostly above LoRA; by the momenta of "
+    "SM3 it comes close, with less memory.",
+    statements=(
+        Statement("sparse beats LoRA at the parameters of rank 16", "beats", SPARSE_16, LORA_16),
+        Statement("sparse beats LoRA at the parameters of rank 2", "beats", SPARSE_2, LORA_2),
+        Statement(
+            "its gain is larger at rank 16 than at rank 2",
+            "beats",
+            SPARSE_16,
+            LORA_16,
+            than=(SPARSE_2, LORA_2),
+        ),
+        Statement("moving indices beat fixed random ones", "beats", SPARSE_16, FIXED),
+        Statement("growth by gradients (rigl) beats growth by sm3", "beats", SPARSE_16, SM3),
+    ),
+    setting=VERBS,
+    labels={
+        SPARSE_16: "sparse, rigl, parameters of rank 16",
+        LORA_16: "LoRA, rank 16",
+        SPARSE_2: "sparse, rigl, parameters of rank 2",
+        LORA_2: "LoRA, rank 2",
+        FIXED: "sparse, fixed indices, rank 16",
+        SM3: "sparse, sm3, rank 16",
+    },
+    pages=("sparse",),
+    limits=(
+        ONE_TASK,
+        "188 steps with a selection every 20: the indices move eight times. The grid of rates is "
+        "that of all contenders; sm3 has an optimizer of its own, for which it may be too low.",
+    ),
+)

@@ -1,0 +1,347 @@
+"""Claims: the interval and the rule of verdicts, a whole claim on a tiny model, and its pages."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from claims import page, pictures, results, running
+from claims.catalog import CLAIMS, UNTRIED
+from claims.claim import Claim, Setting, Shown, Statement
+from claims.intervals import Estimate, estimate, half_width
+from claims.verdicts import FAILS, HOLDS, OPEN, needed_half_width, verdict, word_of
+from training_fixtures import main
+
+from petl.config.compose import compose
+from petl.errors import InputError, RunStopped
+from petl.runs.records import read_results
+from petl.sweeps.study import Study
+
+pytest_plugins = ["training_fixtures"]
+
+
+# The interval
+
+
+def simulated(rng, *, seeds, rows, mean, seed_sd, example_sd, rest_sd):
+    """Differences of the two-way model, by seed."""
+    of_example = rng.normal(0, example_sd, rows)
+    return {
+        s: mean + rng.normal(0, seed_sd) + of_example + rng.normal(0, rest_sd, rows)
+        for s in range(seeds)
+    }
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),  # of Student's t at 97.5 %, from printed tables
+    [(1, 12.706), (2, 4.303), (4, 2.776), (7, 2.365), (10, 2.228), (30, 2.042)],
+)
+def test_half_width_uses_the_published_quantile(freedom, quantile):
+    assert half_width(4.0, freedom) == pytest.approx(2 * quantile, abs=2e-3)
+
+
+def test_with_equal_examples_it_is_the_paired_t_interval_over_seeds():
+    # no example differs from another, so that only the seeds vary
+    of_seed = [0.010, 0.022, 0.016, 0.004, 0.018]
+    found = estimate({s: np.full(50, value) for s, value in enumerate(of_seed)})
+    mean = sum(of_seed) / 5
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in of_seed) / 4)
+    half = 2.776 * deviation / math.sqrt(5)
+    assert found.interval() == pytest.approx((mean - half, mean + half), abs=1e-5)
+
+
+def test_with_equal_seeds_it_is_the_interval_over_examples():
+    # McNemar's normal interval: 30 examples gained, 18 lost, of 400
+    D = np.array([1.0] * 30 + [-1.0] * 18 + [0.0] * 352)
+    found = estimate(dict.fromkeys(range(5), D))
+    assert found.mean == pytest.approx(12 / 400)
+    error = math.sqrt((48 / 400 - (12 / 400) ** 2) / 400)
+    low, high = found.interval()
+    assert (high - low) / 2 == pytest.approx(1.966 * error, rel=3e-3)  # t of 399 degrees
+
+
+def test_mean_squares_are_those_of_a_loop():
+    rng = np.random.default_rng(0)
+    D = {s: rng.choice([-1.0, 0.0, 1.0], 7) for s in range(3)}
+    found = estimate(D)
+    S, N = 3, 7
+    grand = sum(D[s][n] for s in range(S) for n in range(N)) / (S * N)
+    row = [sum(D[s]) / N for s in range(S)]
+    column = [sum(D[s][n] for s in range(S)) / S for n in range(N)]
+    seeds = N * sum((r - grand) ** 2 for r in row) / (S - 1)
+    examples = S * sum((c - grand) ** 2 for c in column) / (N - 1)
+    rest = sum((D[s][n] - row[s] - column[n] + grand) ** 2 for s in range(S) for n in range(N)) / (
+        (S - 1) * (N - 1)
+    )
+    assert found.mean == pytest.approx(grand)
+    assert found.seed_square == pytest.approx(seeds)
+    assert found.example_square == pytest.approx(examples)
+    assert found.rest_square == pytest.approx(rest)
+
+
+@pytest.mark.parametrize(
+    "spread",
+    [
+        {"seed_sd": 0.05, "example_sd": 0.3, "rest_sd": 0.3},
+        {"seed_sd": 0.0, "example_sd": 0.5, "rest_sd": 0.2},
+        {"seed_sd": 0.1, "example_sd": 0.0, "rest_sd": 0.4},
+    ],
+)
+def test_intervals_cover_the_true_mean_as_often_as_they_say(spread):
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(600):
+        D = simulated(rng, seeds=5, rows=150, mean=0.02, **spread)
+        low, high = estimate(D).interval()
+        hits += low <= 0.02 <= high
+    # three standard errors of 600 draws at 95 %; the interval may be a little wide, never narrow
+    assert hits / 600 > 0.95 - 3 * math.sqrt(0.95 * 0.05 / 600)
+
+
+def test_an_interval_over_seeds_alone_would_be_too_narrow():
+    # why examples count: without their variance the same draws are covered far less often
+    rng = np.random.default_rng(2)
+    hits = 0
+    for _ in range(300):
+        D = simulated(rng, seeds=5, rows=150, mean=0, seed_sd=0.0, example_sd=0.5, rest_sd=0.2)
+        means = [d.mean() for d in D.values()]
+        half = half_width(np.var(means, ddof=1) / 5, 4)
+        hits += abs(np.mean(means)) <= half
+    assert hits / 300 < 0.8
+
+
+def test_one_seed_has_no_interval():
+    with pytest.raises(ValueError, match="1 seeds and 4 examples"):
+        estimate({0: np.zeros(4)})
+
+
+def test_predicted_width_is_that_of_more_seeds():
+    # the mean width at 20 seeds, predicted from many seeds at once
+    rng = np.random.default_rng(3)
+    spread = {"mean": 0.0, "seed_sd": 0.05, "example_sd": 0.2, "rest_sd": 0.2}
+    known = estimate(simulated(rng, seeds=400, rows=400, **spread))
+    variance = 0.05**2 / 20 + 0.2**2 / 400 + 0.2**2 / (20 * 400)
+    assert known.predicted_half_width(20, 400) == pytest.approx(half_width(variance, 19), rel=0.12)
+
+
+def test_enough_is_the_smallest_number_of_seeds_then_of_rows():
+    found = Estimate({"0": 0.01, "1": 0.03, "2": -0.01, "3": 0.0}, 1000, 0.2, 0.1)
+    half = found.predicted_half_width(9, 1000)
+    assert found.enough(half) == (9, 1000)
+    assert found.predicted_half_width(8, 1000) > half
+    rows_matter = Estimate({"0": 0.01, "1": 0.011}, 1000, 2.0, 0.1)
+    seeds, rows = rows_matter.enough(0.025)
+    assert rows == 8000  # at 4,000 rows no number of seeds has it
+    assert rows_matter.predicted_half_width(seeds, rows) <= 0.025
+    assert found.enough(0.0) is None
+
+
+# The rule
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high", "word"),
+    [
+        ("beats", 0.001, 0.03, HOLDS),
+        ("beats", 0.001, 0.004, HOLDS),  # small, and real
+        ("beats", -0.004, 0.009, FAILS),  # an advantage of a point is excluded
+        ("beats", -0.03, -0.01, FAILS),
+        ("beats", -0.004, 0.012, OPEN),
+        ("equals", -0.009, 0.004, HOLDS),
+        ("equals", -0.03, -0.01, FAILS),
+        ("equals", 0.011, 0.03, FAILS),
+        ("equals", -0.012, 0.004, OPEN),
+        ("equals", -0.012, 0.02, OPEN),
+    ],
+)
+def test_an_interval_has_one_verdict(kind, low, high, word):
+    assert word_of(kind, low, high, 0.01) == word
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="beats, equals"):
+        word_of("is", 0, 1, 0.01)
+
+
+@pytest.mark.parametrize(("mean", "word"), [(0.05, HOLDS), (-0.05, FAILS)])
+def test_a_known_effect_gets_its_verdict(mean, word):
+    rng = np.random.default_rng(4)
+    D = simulated(rng, seeds=5, rows=2000, mean=mean, seed_sd=0.005, example_sd=0.3, rest_sd=0.3)
+    assert verdict(Statement("", "beats", "a", "b"), estimate(D)).word == word
+
+
+def test_what_cannot_be_told_has_what_it_would_take():
+    statement = Statement("", "beats", "a", "b")
+    wide = Estimate({"0": 0.01, "1": 0.03, "2": -0.01}, 1000, 0.2, 0.1)
+    found = verdict(statement, wide)
+    assert found.word == OPEN
+    assert found.takes.startswith("about ")
+    assert needed_half_width("beats", 0.002, 0.01) == pytest.approx(0.008)
+    assert needed_half_width("equals", 0.008, 0.01) == pytest.approx(0.002)
+    near = Estimate({"0": 0.0, "1": 0.02, "2": 0.01}, 1000, 0.2, 0.1)  # on the border
+    assert "too near" in verdict(dataclasses.replace(statement, kind="equals"), near).takes
+
+
+# A whole claim
+
+
+WIDE, THIN, MIXED = "lora method.r=4", "lora method.r=1", "mola method.num_experts=2 method.r=2"
+
+
+@pytest.fixture
+def claim(tiny) -> Claim:
+    """A claim of three statements on a tiny model."""
+    setting = Setting("tiny", "a tiny task", tuple(tiny.steady), (1e-3, 1e-2), (0, 1))
+    return Claim(
+        name="tiny",
+        title="a rank of 4 is better",
+        paper="none",
+        paper_says="nothing.",
+        statements=(
+            Statement("rank 4 beats rank 1", "beats", WIDE, THIN),
+            Statement("rank 4 equals rank 1", "equals", WIDE, THIN, margin=0.5),
+            Statement("the gain of MoLA is larger", "beats", MIXED, THIN, than=(WIDE, THIN)),
+        ),
+        setting=setting,
+        labels={WIDE: "rank 4", THIN: "rank 1", MIXED: "mixture"},
+        pages=("lora",),
+        shown=(Shown("the load", MIXED, "expert_load"),),
+        limits=("It is tiny.",),
+    )
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[str]:
+    """Folders of the runs that were made, in this process instead of one of their own."""
+    folders = []
+
+    def make(self, job):
+        folders.append(str(job.folder.relative_to(self.folder)))
+        job.folder.parent.mkdir(parents=True, exist_ok=True)
+        job.log.write_text("")
+        main()(compose(job.overrides))
+        return job, 0.0
+
+    monkeypatch.setattr(Study, "_train", make)
+    return folders
+
+
+def test_a_claim_is_tried_written_and_resumed(claim, tmp_path, made, monkeypatch):
+    found = running.try_claim(claim, tmp_path, "the command")
+    assert len(made) == 3 * (2 + 2)  # each of three contenders: two rates, two seeds
+    written = results.read(tmp_path / "tiny.json")
+    assert written == found
+
+    # the differences are those of the scores in the folders of the runs
+    for seed in (0, 1):
+        score = {
+            name: read_results(tmp_path / "tiny/runs" / name / f"seed-{seed}")["after"]["accuracy"]
+            for name in ("lora-r-4", "lora-r-1", "mola-num_experts-2-r-2")
+        }
+        wide, thin, mixed = score.values()
+        assert found.estimates["0"].differences[str(seed)] == pytest.approx(wide - thin)
+        assert found.estimates["2"].differences[str(seed)] == pytest.approx(mixed - wide)
+        assert found.contenders[WIDE].scores[str(seed)] == wide
+    tried = json.loads((tmp_path / "tiny/rates.json").read_text())
+    assert found.contenders[THIN].rate == tried["lora r=1"]["taken"]
+    assert found.contenders[WIDE].parameters == 4 * found.contenders[THIN].parameters
+    assert found.maps[0].title == "the load"
+    assert found.environment["command"] == "the command"
+    assert found.environment["runs"] == 6
+
+    # finished runs are kept
+    made.clear()
+    assert running.try_claim(claim, tmp_path, "the command") == found
+    assert made == []
+
+    # the page has the numbers of the file, the picture its verdicts
+    monkeypatch.setattr(page, "CLAIMS", {"tiny": claim})
+    monkeypatch.setattr(pictures, "CLAIMS", {"tiny": claim})
+    shown = tmp_path / "published"
+    assert pictures.publish(tmp_path, shown, tmp_path / "assets") == ["tiny"]
+    monkeypatch.setattr(page, "read_published", lambda: results.read_published(shown))
+    text = page.page()
+    mean = found.estimates["0"].mean
+    assert f"{100 * mean:+.2f} (" in text
+    assert "It is tiny." in text
+    assert "`the command`" in text
+    assert "the load" in text
+    words = [page.judged(claim, found, i).word for i in range(3)]
+    picture = (tmp_path / "assets/tiny.svg").read_text()
+    assert all(word in picture for word in words)
+    assert words[1] in page.quoted("lora")
+    with pytest.raises(KeyError, match="no claim is about mos"):
+        page.quoted("mos")
+
+
+def test_a_claim_with_some_of_its_seeds_has_no_verdict(claim, tmp_path, made, monkeypatch):
+    real = Study._train
+
+    def fail(self, job):
+        if job.folder.name == "seed-1":
+            return job, 0.0  # as a run that ended without scores
+        return real(self, job)
+
+    monkeypatch.setattr(Study, "_train", fail)
+    with pytest.raises(RunStopped, match="tiny: lora r=4: 1 runs failed"):
+        running.try_claim(claim, tmp_path, "the command")
+    found = results.read(tmp_path / "tiny.json")
+    assert set(found.contenders) == {WIDE, THIN, MIXED}  # the others are trained all the same
+    assert found.estimates == {}
+    monkeypatch.setattr(page, "CLAIMS", {"tiny": claim})
+    assert {row[1] for row in page.summary(claim, found).rows} == {"not finished"}
+    assert "(1 of 2 seeds)" in "\n".join(page.section(claim, found))
+
+
+def test_predictions_that_do_not_give_the_score_are_refused(claim, tmp_path, made):
+    running.try_claim(claim, tmp_path, "")
+    file = tmp_path / "tiny/runs/lora-r-4/seed-0/predictions.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        line["prediction"] = "no class"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(InputError, match="has not the accuracy"):
+        running.measure(claim, tmp_path, "")
+
+
+# The claims that are described
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_every_claim_can_be_tried(name, tmp_path):
+    claim = CLAIMS[name]
+    assert claim.name == name
+    assert set(claim.labels) == {contender.words for contender in claim.contenders}
+    assert len(claim.setting.seeds) >= 5
+    for contender in claim.contenders:
+        # settings that `petl train` does not have are refused here
+        running.study_of(claim, contender, tmp_path)._check()
+    assert {shown.words for shown in claim.shown} <= set(claim.labels)
+
+
+def test_the_mixtures_of_the_claim_have_equal_numbers_of_experts():
+    from claims.verbs import EVEN, HIGH, LOW
+
+    from petl.methods.mola import experts_by_layer
+
+    patterns = [words.split("num_experts=")[1] for words in (HIGH, EVEN, LOW)]
+    sums = {sum(experts_by_layer(json.loads(text), 6)) for text in patterns}
+    assert sums == {30}
+
+
+def test_published_results_are_of_claims_and_have_their_pictures():
+    docs = pictures.Path(__file__).parents[2] / "docs"
+    for name, result in results.read_published().items():
+        claim = CLAIMS[name]
+        assert set(result.contenders) <= set(claim.labels)
+        assert result.seeds == list(claim.setting.seeds)
+        if any(result.is_complete(i) for i in range(len(claim.statements))):
+            assert (docs / f"assets/claims/{name}.svg").is_file()
+
+
+def test_the_page_says_what_is_left():
+    text = page.page()
+    for each in UNTRIED:
+        assert each.takes.split(";")[0][:40] in text
+    assert page.listing().rows[0][0] == "mola"
