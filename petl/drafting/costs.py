@@ -113,7 +113,7 @@ def _key(model: Any) -> tuple[Any, ...]:
     parameters = sum(p.numel() for p in model.parameters())
     config = model.config.get_text_config()
     shape = (type(model).__name__, parameters, config.num_hidden_layers, config.vocab_size)
-    state = (len(layers), *sorted(map(str, adapters)))
+    state = (config._attn_implementation, len(layers), *sorted(map(str, adapters)))
     return (*shape, model.dtype, str(model.device), torch.get_num_threads(), *state)
 
 
@@ -154,7 +154,7 @@ def _seconds(
 
 
 def _now(device: torch.device) -> float:
-    # a call returns before its kernels have run; other accelerators are not waited for
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    # on an accelerator (CUDA, MPS, XPU, ...) a call returns before its kernels have run
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
