@@ -259,17 +259,10 @@ class Decoding:
         budget = self.settings.nodes
         state = None if self.passes.states is None else self.passes.states[self.state_row]
         draft = drafter.draft(Root(self.tokens, state), budget)
-        tokens, parents = draft.tokens.tolist(), draft.parents.tolist()
-        tree.check_draft(tokens, parents, self.vocabulary)
-        if budget is not None:
-            tokens, parents = tokens[:budget], parents[:budget]
-        room = self._room()
-        if room is not None and len(tokens) > room:
-            keep = [i for i, d in enumerate(tree.depths(parents)) if 0 < d <= room]
-            tokens, parents = tree.selected(tokens, parents, keep)
-        if self.passes.chains_only and not tree.is_chain(parents):
-            tokens, parents = tree.selected(tokens, parents, tree.first_chain(parents))
-        return tokens, parents
+        chains_only = self.passes.chains_only
+        return tree.fitted(
+            draft, self.vocabulary, budget=budget, depth=self._room(), chains_only=chains_only
+        )
 
     def _room(self) -> int | None:
         """Return how deep drafts may be; None without a limit."""
