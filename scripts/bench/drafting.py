@@ -181,6 +181,8 @@ def _records(
     unguessable = Timed(model, base, plan.tokens, [free], temperature=TEMPERATURE)
     for ids in prompts.of("random"):
         unguessable.add("random", ids)
+    unguessable.close()
+    timed.close()
     records = []
     for row in rows:
         own = timed.facts(row, plain_base)
@@ -190,14 +192,13 @@ def _records(
             own["drafter MB"] = sum(t.nbytes for t in row.drafter.state_dict().values()) / 1e6
         own |= facts if row.name == NONE else {}
         records.append(timed.record(shape, row, own))
-    renamed = Answerer(RANDOM, {})
     own = {"speed": 1 / Spread.of(unguessable.ratios["free"]).median}
     own |= {"goal speed": GOALS[RANDOM, dtype]} if plan.model else {}
     records.append(
         Record(
             "drafting",
             shape,
-            renamed.name,
+            RANDOM,
             ratios={"time / plain": Spread.of(unguessable.ratios["free"])},
             counts={"unequal answers": unguessable.unequal["free"]},
             facts=own,
@@ -237,10 +238,14 @@ class Timed:
         self.failed: dict[str, str] = {}
         self.seconds: dict[str, list[float]] = {name: [] for name in ("plain", *names)}
         self.count = 0
-        base.register_forward_hook(self._counted)
+        self._hook = base.register_forward_hook(self._counted)
 
     def _counted(self, *_: Any) -> None:
         self.count += 1
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        self._hook.remove()
 
     def add(self, kind: str, ids: list[int]) -> None:
         """Answer a prompt in all ways."""
