@@ -6,6 +6,7 @@
     python scripts/bench.py --model smollm2 --shape ""       # a model of configs/model
     python scripts/bench.py --check bench.json               # exit status 1 if a value has grown
     python scripts/bench.py --import mypackage.mymethod --methods mymethod  # a method of your own
+    python scripts/bench.py --sections drafting             # drafts; --quick: on a tiny model
     python scripts/bench.py --read bench.json --page docs/performance.md  # update its tables
 
 The lower bound is the step of the frozen backbone, without any adapter. Times are processor time of
