@@ -6,6 +6,7 @@
     python scripts/bench.py --model smollm2 --shape ""       # a model of configs/model
     python scripts/bench.py --check bench.json               # exit status 1 if a value has grown
     python scripts/bench.py --import mypackage.mymethod --methods mymethod  # a method of your own
+    python scripts/bench.py --sections drafting             # drafts; --quick: on a tiny model
     python scripts/bench.py --read bench.json --page docs/performance.md  # update its tables
 
 The lower bound is the step of the frozen backbone, without any adapter. Times are processor time of
@@ -18,11 +19,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
 
 from bench.contenders import IMPORTS, import_methods
+from bench.drafting import FIELDS, QUICK, Plan
 from bench.isolated import quieten
 from bench.page import filled
 from bench.records import MARGIN, Result, regressions
@@ -31,6 +34,13 @@ from bench.run import SECTIONS, USUAL, Settings, run
 
 from petl.cli import app
 from petl.cli.arguments import COUNT, file_to_read, file_to_write, number
+from petl.errors import InputError
+
+DRAFTING = (
+    "of section `drafting`: model, prompts (of each kind), tokens, dtypes, states (base, lora, "
+    "merged, mola, adapter), steps (of training an adapter), drafters (folders), METHOD=RUN "
+    "(finished runs)"
+)
 
 
 def main() -> int:
@@ -65,10 +75,33 @@ def measure(arguments: argparse.Namespace) -> Result:
             device=arguments.device,
             threads=arguments.threads,
             peers=arguments.peers,
+            drafts=plan_of(arguments),
         ),
         progress=lambda line: print(line, file=sys.stderr, flush=True),
         save=lambda result: result.write(arguments.out),  # after each section: later ones may fail
     )
+
+
+def plan_of(arguments: argparse.Namespace) -> Plan:
+    """Return what section `drafting` measures.
+
+    Raises:
+        InputError: a word has no known name, or a value that is no number.
+    """
+    found = QUICK if arguments.quick else Plan()
+    for word in arguments.drafting.split():
+        name, _, value = word.partition("=")
+        if name in ("prompts", "tokens", "steps") and value.isdigit() and int(value) > 0:
+            found = replace(found, **{name: int(value)})
+        elif name in ("dtypes", "states", "drafters") and value:
+            found = replace(found, **{name: words(value)})
+        elif name == "model" and value:
+            found = replace(found, model=value)
+        elif name in FIELDS and value:
+            found = replace(found, runs={**found.runs, name: value})
+        else:
+            raise InputError(f"--drafting has {word!r}; see scripts/bench/drafting.py, `Plan`")
+    return found
 
 
 def join(files: Sequence[Path]) -> Result:
@@ -129,6 +162,8 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="cpu or cuda")
     add("--threads", type=COUNT, default=1, metavar="N", help="of the processor (1)")
     add("--peers", default="", metavar="PYTHON", help="an environment with `adapters`")
+    add("--drafting", default="", metavar="'KEY=VALUE ...'", help=DRAFTING)
+    add("--quick", action="store_true", help="section drafting on a tiny model, for a test")
     add("--out", type=file_to_write, default="bench.json", metavar="FILE", help="result to write")
     add(
         "--read",

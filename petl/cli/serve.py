@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from petl.serving.served import Served
 
 API_KEY = "PETL_API_KEY"  # environment variable; words of a command are seen by all users
+NO_DRAFTS = "none"  # the value of --drafter for plain decoding
 LOCAL = ("127.0.0.1", "localhost", "::1")
 logger = logging.getLogger("petl")
 
@@ -72,6 +73,13 @@ def add_parsers(add: Add) -> None:
         help="read the turn of a chat as plain text, without the chat template (default: for runs "
         "that have learned from plain text, and models without a template)",
     )
+    command.add_argument(
+        "--drafter",
+        choices=("free", NO_DRAFTS),
+        default="free",
+        help="what guesses tokens ahead while one answer is computed alone, for the same answer in "
+        "less time: free (copies and recycles tokens), or none (default: free)",
+    )
     add_trust(command)
 
 
@@ -88,7 +96,12 @@ def serve(arguments: argparse.Namespace) -> None:
 
     runs = named_runs(arguments.runs)
     bound = app.bind(arguments.host, arguments.port)  # before the models, which take longer
-    served = load_served(runs, plain=arguments.plain, trust_remote_code=arguments.trust_remote_code)
+    served = load_served(
+        runs,
+        plain=arguments.plain,
+        trust_remote_code=arguments.trust_remote_code,
+        drafter=None if arguments.drafter == NO_DRAFTS else arguments.drafter,
+    )
     # here, below the messages of loading, where it is seen
     if arguments.host not in LOCAL and arguments.api_key is None:
         logger.warning("anyone who reaches %s can use the models: see --api-key", arguments.host)

@@ -15,11 +15,14 @@ from petl.errors import InputError, printable
 
 if TYPE_CHECKING:
     from petl.drafting import Stats
-    from petl.inference.language_model import LanguageModel
+    from petl.inference.language_model import LanguageModel, Prompt
+    from petl.inference.prompts import Question
     from petl.inference.sampling import Answer, Sampling
 
 logger = logging.getLogger("petl")
 
+
+BATCH = 8  # prompts of a file at a time
 
 # Arguments
 
@@ -45,13 +48,17 @@ def add_parsers(add: Add) -> None:
         "--base", action="store_true", help="also answer with the base model, without an adapter"
     )
     generate.add_argument(
-        "--batch-size", metavar="N", type=COUNT, default=8, help="prompts at a time (default: 8)"
+        "--batch-size",
+        metavar="N",
+        type=COUNT,
+        help=f"prompts at a time (default: {BATCH}; 1 with --drafter, --stats or --prompt-lookup)",
     )
     _add_sampling(generate)
     generate.add_argument(
         "--check",
         action="store_true",
-        help="first test that passes over several tokens give what single ones give",
+        help="first test that passes over several tokens give what single ones give, and that an "
+        "answer to the first prompt is what drafts promise",
     )
     generate.add_argument(
         "--stats", action="store_true", help="print what drafts saved; one prompt at a time"
@@ -193,30 +200,57 @@ def generate(arguments: argparse.Namespace) -> None:
         check_format("--out", arguments.out)  # before the model is loaded
     sampling = sampling_of(arguments)
     model = load(arguments)
+    batch_size = _batch_size(arguments)
     # the last name is that of the base model, see `LanguageModel.names`
     names = [*model.adapters] or [model.names[-1]]
     if arguments.base and model.adapters:
         names.append(model.names[-1])
-    if arguments.check:
-        _check_drafts(model, names)
     if arguments.drafter != "auto":
         _ = model.drafter  # one that cannot be used is refused before the first answer
+    if arguments.check:
+        _check_drafts(model, names, next(_questions(arguments, model)).prompt, arguments.system)
     if arguments.file is None and arguments.out is None:
         stats = _print_answers(arguments, model, sampling, names)
     else:
-        stats = _write_answers(arguments, model, sampling, names)
+        stats = _write_answers(arguments, model, sampling, names, batch_size)
     if arguments.stats:
         _tell_stats(model, stats)
 
 
-def _check_drafts(model: "LanguageModel", names: list[str]) -> None:
-    """Log how far passes over several tokens differ from single ones, with each adapter."""
-    from petl.drafting import PROMISE, verify
+def _batch_size(arguments: argparse.Namespace) -> int:
+    """Return how many prompts of a file, or with --out, are answered together.
 
+    Raises:
+        InputError: several are asked for with a setting that is for one at a time.
+    """
+    single = {
+        "--stats": arguments.stats,
+        f"--drafter {arguments.drafter}": arguments.drafter not in ("auto", "none"),
+        "--prompt-lookup": arguments.prompt_lookup is not None,
+    }
+    reason = next((name for name, is_given in single.items() if is_given), "")
+    if reason and (arguments.batch_size or 1) > 1:
+        raise InputError(
+            f"--batch-size={arguments.batch_size} with {reason}, which is for one prompt at a "
+            "time: leave out one of them"
+        )
+    return 1 if reason else arguments.batch_size or BATCH
+
+
+def _check_drafts(
+    model: "LanguageModel", names: list[str], prompt: "Prompt", system: str | None
+) -> None:
+    """Check passes over several tokens, and an answer with drafts, with each adapter."""
+    from petl.drafting import PROMISE, check_answer, verify
+
+    ids = model.encode(prompt, system)
     for name in names:
         with model.using(name):
             gap = verify(model.model)
-        logger.info("%s: logits with drafts differ by at most %.1e", _title(model, name), gap)
+            below = check_answer(model.model, ids, model.drafter or "free")
+        title = _title(model, name)
+        logger.info("%s: logits with drafts differ by at most %.1e", title, gap)
+        logger.info("%s: tokens of an answer are at most %.1e below the best", title, below)
     logger.info(PROMISE)
 
 
@@ -262,7 +296,9 @@ def _print_answers(
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
-    return [sys.stdin.read() if prompt == "-" else prompt for prompt in arguments.prompt]
+    # kept: standard input can be read once only
+    arguments.prompt = [sys.stdin.read() if each == "-" else each for each in arguments.prompt]
+    return arguments.prompt
 
 
 def _title(model: "LanguageModel", name: str) -> str:
@@ -270,7 +306,11 @@ def _title(model: "LanguageModel", name: str) -> str:
 
 
 def _write_answers(
-    arguments: argparse.Namespace, model: "LanguageModel", sampling: "Sampling", names: list[str]
+    arguments: argparse.Namespace,
+    model: "LanguageModel",
+    sampling: "Sampling",
+    names: list[str],
+    batch_size: int,
 ) -> "Stats":
     """Write the answers as JSON lines, to `--out` or to standard output."""
     from petl.core.progress import Pass
@@ -278,24 +318,16 @@ def _write_answers(
     from petl.inference import prompts
     from petl.prediction.tables import as_line, new_table
 
-    if arguments.file is None:
-        # as rows of a file with the column prompt
-        questions: Iterator[Any] = (prompts.Question({"prompt": p}, p) for p in _prompts(arguments))
-    else:
-        questions = prompts.read_prompts(arguments.file, model, system=arguments.system)
     of = "the prompts" if arguments.file is None else printable(arguments.file)
     stats = Stats()
-    # drafts, as transformers' prompt lookup, are for one prompt at a time
-    drafts = arguments.stats or arguments.drafter not in ("auto", "none")
-    is_single = sampling.prompt_lookup is not None or drafts
     shown = Pass(f"answering {of}", None, unit="answers", prints=arguments.out is None)
     answers = prompts.answered(
         model,
-        questions,
+        _questions(arguments, model),
         sampling,
         names=names,
         system=arguments.system,
-        batch_size=1 if is_single else arguments.batch_size,
+        batch_size=batch_size,
         stats=stats,
         count=shown.advance,
     )
@@ -311,6 +343,16 @@ def _write_answers(
             table.write([record])
     logger.info("%d answers in %s", shown.done, arguments.out)
     return stats
+
+
+def _questions(arguments: argparse.Namespace, model: "LanguageModel") -> Iterator["Question"]:
+    """The prompts with the rows that they are from: those of the file, or of --prompt."""
+    from petl.inference.prompts import Question, read_prompts
+
+    if arguments.file is not None:
+        return read_prompts(arguments.file, model, system=arguments.system)
+    # as rows of a file with the column prompt
+    return (Question({"prompt": prompt}, prompt) for prompt in _prompts(arguments))
 
 
 def _record(row: Mapping[str, Any], found: Mapping[str, "Answer"]) -> dict[str, Any]:

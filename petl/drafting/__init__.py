@@ -11,7 +11,7 @@ the text before it, and the answer may be another, equally good one.
 from importlib import import_module
 from pkgutil import iter_modules
 
-from petl.drafting.checks import PROMISE, rounding, shortfalls, verify, why_plain
+from petl.drafting.checks import PROMISE, check_answer, rounding, shortfalls, verify, why_plain
 from petl.drafting.costs import Costs
 from petl.drafting.engine import Stats, decode
 from petl.drafting.folder import load_drafter
@@ -37,6 +37,7 @@ __all__ = [
     "Seen",
     "Stats",
     "best",
+    "check_answer",
     "decode",
     "drafter",
     "list_drafters",

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import Cache, cache_utils
 from transformers.cache_utils import DynamicLayer
 
@@ -59,15 +60,19 @@ def compact(cache: Cache, path: Sequence[int], count: int) -> None:
         path: numbers of the accepted nodes in order; the root, 0, is the first.
         count: number of tokens of the pass, with those that only pad it.
     """
-    if any(node != i for i, node in enumerate(path)):
+    moved = next((i for i, node in enumerate(path) if node != i), None)
+    if moved is not None:
         layers: list[Any] = cache.layers
+        index: dict[torch.device, Tensor] = {}  # one transfer for each device, not for each layer
         for layer in layers:
             if getattr(layer, "is_initialized", False):
+                device = layer.keys.device
+                if device not in index:
+                    index[device] = torch.tensor(path[moved:], device=device)
                 start = layer.keys.shape[2] - count  # of [1, heads, S, width]
-                index = torch.tensor([start + node for node in path], device=layer.keys.device)
-                place = slice(start, start + len(path))
-                # index_select copies, so that no entry is overwritten before it is read
-                layer.keys[:, :, place] = layer.keys.index_select(2, index)
-                layer.values[:, :, place] = layer.values.index_select(2, index)
+                for states in (layer.keys, layer.values):
+                    nodes = states[:, :, start:]
+                    # index_select copies, so that no entry is overwritten before it is read
+                    nodes[:, :, moved : len(path)] = nodes.index_select(2, index[device])
     if count > len(path):  # crop takes negative numbers
         cache.crop(len(path) - count)

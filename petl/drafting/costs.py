@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -85,6 +85,7 @@ class Costs:
         counts: Sequence[int] = COUNTS,
         rounds: int = 5,
         packed: PackedWeights | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> "Costs":
         """Measure the passes of a decoder; kept per model shape, dtype, device, threads, adapters.
 
@@ -94,11 +95,14 @@ class Costs:
             counts: numbers of tokens of a pass.
             rounds: of which the median is taken; the passes alternate.
             packed: copies of weights, for passes over more than one token.
+            clock: seconds now.
         """
-        key = (*_key(model), cache_length, tuple(counts), packed is not None)
+        key = (*_key(model), cache_length, tuple(counts), packed is not None, clock)
         if key not in cls._measured:
             with evaluation_mode(model), torch.no_grad():
-                cls._measured[key] = cls(_seconds(model, cache_length, counts, rounds, packed))
+                cls._measured[key] = cls(
+                    _seconds(model, cache_length, counts, rounds, packed, clock)
+                )
         return cls._measured[key]
 
 
@@ -113,7 +117,7 @@ def _key(model: Any) -> tuple[Any, ...]:
     parameters = sum(p.numel() for p in model.parameters())
     config = model.config.get_text_config()
     shape = (type(model).__name__, parameters, config.num_hidden_layers, config.vocab_size)
-    state = (len(layers), *sorted(map(str, adapters)))
+    state = (config._attn_implementation, len(layers), *sorted(map(str, adapters)))
     return (*shape, model.dtype, str(model.device), torch.get_num_threads(), *state)
 
 
@@ -123,6 +127,7 @@ def _seconds(
     counts: Sequence[int],
     rounds: int,
     packed: PackedWeights | None,
+    clock: Callable[[], float],
 ) -> dict[int, float]:
     limit = max_positions(model)
     if limit is not None:
@@ -142,10 +147,10 @@ def _seconds(
             for n in counts:
                 copies = nullcontext() if packed is None or n == 1 else packed.active()
                 tokens = ids[:, cache_length : cache_length + n]
-                start = _now(model.device)
+                start = _now(clock, model.device)
                 with copies:
                     model(input_ids=tokens, use_cache=True, **{name: cache})
-                taken = _now(model.device) - start
+                taken = _now(clock, model.device) - start
                 # not timed: the value for one token stands for plain decoding, which crops nothing
                 compact(cache, [], n)
                 if number:  # the first round warms up
@@ -153,8 +158,8 @@ def _seconds(
     return {n: statistics.median(values) for n, values in times.items()}
 
 
-def _now(device: torch.device) -> float:
-    # a call returns before its kernels have run; other accelerators are not waited for
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def _now(clock: Callable[[], float], device: torch.device) -> float:
+    # on an accelerator (CUDA, MPS, XPU, ...) a call returns before its kernels have run
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return clock()

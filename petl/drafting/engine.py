@@ -7,7 +7,6 @@ sampling, each token is one draw as in plain sampling, with the same generator i
 Shapes: L tokens of prompt and answer, N nodes of a pass, V tokens of the vocabulary, H width.
 """
 
-import copy
 import time
 import warnings
 from collections.abc import Callable
@@ -25,19 +24,25 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.generation import GenerateDecoderOnlyOutput
-from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerationMode
 
-from petl.core.distributed import is_sharded
-from petl.core.layers.context import is_encoder_decoder
 from petl.drafting import tree
-from petl.drafting.cache import cache_argument, refusal
+from petl.drafting.cache import cache_argument
+from petl.drafting.calls import (
+    Given,
+    check_arguments,
+    check_rows,
+    each_row,
+    plain_reason,
+    plainly,
+    reason_of_row,
+    stacked,
+)
 from petl.drafting.costs import QUICK, Costs
 from petl.drafting.packing import Packing
 from petl.drafting.passes import Passes
-from petl.drafting.policy import Switch
+from petl.drafting.policy import Switch, switch_of
 from petl.drafting.registry import Drafter, Root, Seen
 from petl.drafting.registry import drafter as build
-from petl.errors import InputError, UnsupportedError
 
 Tokens = list[int]
 
@@ -117,41 +122,26 @@ def decode(  # noqa: PLR0913 - its keywords are those of `generate`
         InputError: a draft is no tree or has unknown tokens, or an argument is out of range.
         UnsupportedError: `pack=True` on a machine or model without packed weights.
     """
-    _check(nodes, rows, pack, generation_config)
+    check_arguments(nodes, rows, pack, generation_config)
     if isinstance(drafter, str):
         drafter = build(drafter, model=model)
-    # the rows one after the other, if each of them could be drafted alone
-    is_sequential = len(input_ids) > 1 and rows == "sequential"
-    if is_sequential and not plain_reason(model, input_ids[:1], generation_config, model_kwargs):
-        own = locals().copy()
-        shared = ("drafter", "nodes", "stats", "pack", "costs", "clock", "switch")
-        return _each_row(
-            model,
-            input_ids,
-            (logits_processor, stopping_criteria),
-            generation_config,
-            {**model_kwargs, **{name: own[name] for name in shared}},
-            stream,
-        )
     given = Given(model, input_ids, logits_processor, stopping_criteria, generation_config)
-    reason = plain_reason(model, input_ids, generation_config, model_kwargs)
+    settings = Settings(drafter, nodes, pack, costs, clock, switch)
+    stats = stats or Stats()
+    # the rows one after the other, if each of them could be drafted alone
+    if len(input_ids) > 1 and rows == "sequential" and not reason_of_row(given, model_kwargs):
+        check_rows(given, model_kwargs, stream)
+        answers = [
+            Decoding(row, kwargs, settings, stats, None).run()[0]
+            for row, kwargs in each_row(given, model_kwargs)
+        ]
+        return stacked(answers, generation_config)
+    reason = plain_reason(given, model_kwargs)
     if drafter is not None and reason:
         warnings.warn(f"decoding without drafts: {reason}", stacklevel=2)
     if reason:
-        return _plain(given, stream, model_kwargs)
-    settings = Settings(drafter, nodes, pack, costs, clock, switch)
-    return Decoding(given, model_kwargs, settings, stats or Stats(), stream).run()
-
-
-@dataclass
-class Given:
-    """What `generate` prepares."""
-
-    model: Any
-    ids: Tensor
-    processors: LogitsProcessorList
-    criteria: StoppingCriteriaList
-    config: GenerationConfig
+        return plainly(given, stream, model_kwargs)
+    return Decoding(given, model_kwargs, settings, stats, stream).run()
 
 
 @dataclass
@@ -164,108 +154,6 @@ class Settings:
     costs: Costs | None
     clock: Callable[[], float]
     switch: bool
-
-
-def _check(nodes: Any, rows: Any, pack: Any, config: GenerationConfig) -> None:
-    if nodes is not None and (isinstance(nodes, bool) or not isinstance(nodes, int) or nodes < 0):
-        raise InputError(f"nodes={nodes!r} is no number of drafts: None, or 0 and more")
-    if rows not in (None, "sequential"):
-        raise InputError(f"rows={rows!r} is neither None nor 'sequential'")
-    if pack not in (True, False, "auto"):
-        raise InputError(f"pack={pack!r} is none of True, False, 'auto'")
-    if config.get_generation_mode() == GenerationMode.ASSISTED_GENERATION:
-        raise InputError(
-            f"prompt_lookup_num_tokens={config.prompt_lookup_num_tokens} and "
-            f"assistant_early_exit={config.assistant_early_exit} draft as well; leave them out, or "
-            "leave out custom_generate"
-        )
-
-
-def plain_reason(model: Any, ids: Tensor, config: GenerationConfig, kwargs: Any) -> str:
-    """Return why a call of `generate` is decoded plainly; "" if it need not be."""
-    mode = config.get_generation_mode()
-    # greedy search is `_sample` as well, with do_sample=False
-    if GENERATION_MODES_MAPPING[mode] != "_sample":
-        return f"{mode.value} keeps several texts"
-    # rows would accept paths of unlike lengths, and a cache has one length for all
-    if len(ids) != 1:
-        return f"{len(ids)} rows are decoded together; pass rows='sequential' for one at a time"
-    if is_encoder_decoder(model):
-        return f"{type(model).__name__} is an encoder-decoder"
-    if is_sharded(model):
-        return "the weights are sharded over processes, which must make the same passes"
-    if not kwargs.get("use_cache", True):
-        return "use_cache=False"
-    if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
-        return "attentions or hidden states are asked for"
-    if config.prefill_chunk_size is not None:
-        return f"prefill_chunk_size={config.prefill_chunk_size}"
-    return refusal(kwargs.get(cache_argument(model)))
-
-
-def _plain(given: Given, stream: Any, kwargs: dict[str, Any]) -> Any:
-    """Decode as `generate` does without `custom_generate`."""
-    mode = given.config.get_generation_mode()
-    method = GENERATION_MODES_MAPPING[mode]
-    if "/" in method:
-        raise UnsupportedError(f"{mode.value} is not part of transformers any more: see {method}")
-    if stream is not None:
-        # `generate` itself hands the prompt to a streamer, `_sample` only what follows
-        stream.put(given.ids.cpu())
-        kwargs = {**kwargs, "streamer": stream}
-    return getattr(given.model, method)(
-        given.ids,
-        logits_processor=given.processors,
-        stopping_criteria=given.criteria,
-        generation_config=given.config,
-        synced_gpus=is_sharded(given.model),
-        **kwargs,
-    )
-
-
-def _each_row(
-    model: Any,
-    ids: Tensor,
-    lists: tuple[Any, Any],
-    config: GenerationConfig,
-    kwargs: dict[str, Any],
-    stream: Any,
-) -> Tensor:
-    """Decode rows one after the other, [rows, longest], padded as by `generate`."""
-    if stream is not None or config.return_dict_in_generate:
-        raise InputError(
-            f"rows='sequential' returns ids only: leave out stream={stream} and "
-            f"return_dict_in_generate={config.return_dict_in_generate}"
-        )
-    name = cache_argument(model)
-    known = kwargs[name].get_seq_length()
-    if known > 0:
-        raise InputError(
-            f"rows='sequential' begins with the prompts, and {name} has {known} tokens"
-        )
-    answers = []
-    # in sampling, rows draw in another order than in a batch: other tokens, the same law
-    for i in range(len(ids)):
-        own = {key: _row(key, value, i, len(ids)) for key, value in kwargs.items()}
-        own[name] = copy.deepcopy(kwargs[name])  # empty
-        # shallow copies: some criteria remember how far they have read
-        processors, criteria = (type(each)(map(copy.copy, each)) for each in lists)
-        answers.append(decode(model, ids[i : i + 1], processors, criteria, config, **own)[0])
-    longest = max(map(len, answers))
-    pad = config._pad_token_tensor
-    found = ids.new_full((len(ids), longest), 0 if pad is None else int(pad))
-    for row, answer in zip(found, answers, strict=True):
-        row[: len(answer)] = answer
-    return found
-
-
-def _row(name: str, value: Any, i: int, rows: int) -> Any:
-    # [3, rows, L] in models with positions in an image; all others have the rows first
-    if name == "position_ids" and isinstance(value, Tensor) and value.dim() == 3:
-        return value[:, i : i + 1]
-    if isinstance(value, Tensor) and value.dim() and len(value) == rows:
-        return value[i : i + 1]
-    return value[i : i + 1] if isinstance(value, list) and len(value) == rows else value
 
 
 class Decoding:
@@ -281,8 +169,10 @@ class Decoding:
         self.tokens: Tokens = given.ids[0].tolist()
         self.passes = Passes(given.model, kwargs)
         self.packing = Packing(given.model, settings.pack)
-        self.switch = Switch(enabled=settings.switch and self.drafter is not None)
-        self.costs = settings.costs
+        has_switch = settings.switch and self.drafter is not None
+        self.switch = switch_of(self.drafter) if has_switch else Switch(enabled=False)
+        known = None if self.drafter is None else self.drafter.costs  # of an earlier call
+        self.costs = known if settings.costs is None else settings.costs
         config = given.config
         self.samples = bool(config.do_sample)
         keeps = bool(config.return_dict_in_generate)
@@ -369,21 +259,18 @@ class Decoding:
         budget = self.settings.nodes
         state = None if self.passes.states is None else self.passes.states[self.state_row]
         draft = drafter.draft(Root(self.tokens, state), budget)
-        tokens, parents = draft.tokens.tolist(), draft.parents.tolist()
-        tree.check_draft(tokens, parents, self.vocabulary)
-        if budget is not None:
-            tokens, parents = tokens[:budget], parents[:budget]
-        # a draft behind the last token that there is room for cannot be used
-        # nor one at a position that the model has not; the root is at len(self.tokens) - 1
+        chains_only = self.passes.chains_only
+        return tree.fitted(
+            draft, self.vocabulary, budget=budget, depth=self._room(), chains_only=chains_only
+        )
+
+    def _room(self) -> int | None:
+        """Return how deep drafts may be; None without a limit."""
+        # the root is at len(self.tokens) - 1: the last token of the answer cannot be a draft, nor
+        # one at a position that the model does not have
         limits = (self.limit, None if self.passes.limit is None else self.passes.limit + 1)
         rooms = [limit - len(self.tokens) - 1 for limit in limits if limit is not None]
-        room = max(0, min(rooms)) if rooms else None
-        if room is not None and len(tokens) > room:
-            keep = [i for i, d in enumerate(tree.depths(parents)) if 0 < d <= room]
-            tokens, parents = tree.selected(tokens, parents, keep)
-        if self.passes.chains_only and not tree.is_chain(parents):
-            tokens, parents = tree.selected(tokens, parents, tree.first_chain(parents))
-        return tokens, parents
+        return max(0, min(rooms)) if rooms else None
 
     def _verify(self, tokens: Tokens, parents: Tokens) -> bool:
         """Compute root and drafts in one pass, and take over what is right."""
@@ -405,13 +292,12 @@ class Decoding:
         self.stats.drafted += len(tokens)
         self.stats.accepted += len(path) - 1
         if self.drafter is not None and self.switch.is_on:
-            device = logits.device
             needs = self.drafter.needs
             # not in plain rounds: the drafter has guessed nothing there
             self.drafter.observe(
                 Seen(
-                    torch.tensor([root, *tokens], device=device),
-                    torch.tensor(parents, dtype=torch.long, device=device),
+                    torch.tensor([root, *tokens]),
+                    torch.tensor(parents, dtype=torch.long),
                     logits if needs.logits else None,
                     self.passes.states if needs.last else None,
                     path,

@@ -22,6 +22,9 @@ class Free(Drafter):
     """The chain of `lookup`, if there is one, and the tree of `recycling`, from one root.
 
     Equal beginnings are merged, and the budget goes to the chain first.
+
+    Attributes:
+        copied: number of nodes of the last draft that are the chain's; they come first.
     """
 
     needs = Needs(logits=True)
@@ -42,6 +45,7 @@ class Free(Drafter):
         )
         self.lookup = Lookup(model, **lookup)
         self.recycling = Recycling(model, **recycling)
+        self.copied = 0
         self.is_planned = fields.get("nodes", "auto") == "auto" and fields.get("template") is None
 
     def start(self, ids: Sequence[int], states: Tensor | None) -> None:
@@ -59,6 +63,7 @@ class Free(Drafter):
         if self.is_planned:
             count = max(len(chain.tokens), best_count(chances, self.costs or TYPICAL))
         count = count if budget is None else min(count, budget)
+        self.copied = min(count, len(chain.tokens))
         chance = merged.probabilities
         assert chance is not None
         return Draft(merged.tokens[:count], merged.parents[:count], chance[:count])

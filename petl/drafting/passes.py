@@ -3,6 +3,7 @@
 Shapes: L tokens of prompt and answer, N nodes of a pass, V tokens of the vocabulary, H width.
 """
 
+import inspect
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -38,6 +39,18 @@ def has_position_table(model: nn.Module) -> bool:
     )
 
 
+def takes_trees(model: Any) -> bool:
+    """Return True if a model can compute a tree of tokens in one pass.
+
+    Its attention then takes any mask, it takes positions, and no adapter reads the previous token.
+    """
+    return (
+        model.config._attn_implementation in MASKED
+        and "position_ids" in inspect.signature(model.forward).parameters
+        and not any(map(_reads_previous_token, model.modules()))
+    )
+
+
 class Passes:
     """The passes of a model over one row, and its cache.
 
@@ -53,11 +66,8 @@ class Passes:
         self.is_paused = False
         self.limit = max_positions(model) if has_position_table(model) else None
         self.has_keep = model._supports_logits_to_keep()
-        self.chains_only = (
-            model.config._attn_implementation not in MASKED
-            or kwargs.get("position_ids") is None  # positions are taken from the number of tokens
-            or any(map(_reads_previous_token, model.modules()))
-        )
+        # without position_ids, positions are taken from the number of tokens
+        self.chains_only = kwargs.get("position_ids") is None or not takes_trees(model)
 
     @property
     def cache(self) -> Cache:

@@ -1,5 +1,8 @@
 """Whether to draft at all: the clock decides, so that drafting is not slower than doing without."""
 
+from typing import Any
+from weakref import WeakKeyDictionary
+
 WINDOW = 64  # rounds with drafts that are compared with plain decoding
 REST = 128  # tokens of plain decoding after a window that was slower
 
@@ -41,3 +44,11 @@ class Switch:
         if self.rested >= REST:
             self.is_on = True
             self._begin()
+
+
+_known: WeakKeyDictionary[Any, Switch] = WeakKeyDictionary()
+
+
+def switch_of(drafter: Any) -> Switch:
+    """Return the switch of a drafter, which goes on over calls: short answers add up to windows."""
+    return _known.setdefault(drafter, Switch())

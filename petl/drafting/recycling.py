@@ -29,6 +29,7 @@ from petl.files.tensor_file import read_file
 RANKS = (0.474, 0.083, 0.039, 0.022, 0.015, 0.011, 0.009, 0.007)
 REPLAN = 8  # rounds
 UNKNOWN = -1
+TIES = 8  # logits beyond the k-th that are compared with it before all are
 
 
 @register("recycling")
@@ -278,16 +279,16 @@ def most_likely(logits: Tensor, k: int) -> Tensor:
 
     Of equal logits the lower token comes first.
     """
-    # one more shows a tie at the border, common in 16 bits; topk orders ties as it likes
-    more = min(k + 1, logits.shape[1])
+    # more than k, as topk orders ties as it likes, which are common in 16 bits
+    more = min(k + TIES, logits.shape[1])
     values, index = (t.cpu() for t in logits.topk(more, dim=-1))
     values = values.float()
     index, order = index.sort(-1)  # by token, then stably by logit
     values, again = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
     index = index.gather(-1, again)
-    if more > k:
+    if more < logits.shape[1]:
         # topk may have left out a lower token that is equal to the last one
-        for i in (values[:, k - 1] == values[:, k]).nonzero()[:, 0].tolist():
+        for i in (values[:, k - 1] == values[:, -1]).nonzero()[:, 0].tolist():
             last = values[i, k - 1].to(logits.dtype).to(logits.device)
             above = index[i][values[i] > values[i, k - 1]]
             equal = (logits[i] == last).nonzero()[: k - len(above), 0].cpu()

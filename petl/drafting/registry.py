@@ -63,7 +63,7 @@ class Draft(NamedTuple):
     """Guessed tokens as a tree.
 
     Attributes:
-        tokens: u_1 to u_n, long [n].
+        tokens: u_1 to u_n, long [n]; on the CPU, reading them waits for no device.
         parents: of each, long [n]: 0 is the root, i is u_i.
         probabilities: of each, if its parent is right, float [n]; None if not known.
     """
@@ -77,8 +77,8 @@ class Seen(NamedTuple):
     """What a pass has computed, without nodes that only pad it.
 
     Attributes:
-        tokens: of all nodes, the root first, long [N].
-        parents: of the drafts, long [N - 1].
+        tokens: of all nodes, the root first, long [N], on the CPU.
+        parents: of the drafts, long [N - 1], on the CPU.
         logits: [N, V]; None unless `Needs.logits`.
         states: outputs of the final norm, [N, H]; None unless `Needs.last`.
         path: numbers of the accepted nodes, 0 first.
@@ -98,7 +98,8 @@ class Drafter(nn.Module):
         name: in the registry; empty if it was not registered.
         parts: names of other drafters whose fields it takes besides its own.
         needs: what it reads of the model.
-        costs: of a pass of the model that it drafts for, once they are known; `decode` sets them.
+        costs: of a pass of the model that it drafts for, once they are known; `decode` sets them,
+            and takes them in later calls without costs.
     """
 
     name: ClassVar[str] = ""

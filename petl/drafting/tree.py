@@ -16,6 +16,7 @@ from petl.errors import InputError
 
 if TYPE_CHECKING:
     from petl.drafting.costs import Costs
+    from petl.drafting.registry import Draft
 
 Path = tuple[int, ...]
 
@@ -90,6 +91,33 @@ def selected(
     """
     number = {0: 0} | {node: i for i, node in enumerate(keep, start=1)}
     return [tokens[i - 1] for i in keep], [number[parents[i - 1]] for i in keep]
+
+
+def fitted(
+    draft: "Draft", vocabulary: int, *, budget: int | None, depth: int | None, chains_only: bool
+) -> tuple[list[int], list[int]]:
+    """Return tokens and parents of the drafts that can be verified.
+
+    Args:
+        draft: of a drafter.
+        vocabulary: number of tokens of the model.
+        budget: number of drafts at most; None: no limit.
+        depth: how deep they may be; None: no limit.
+        chains_only: keep the first children only.
+
+    Raises:
+        InputError: the draft is no tree, or has unknown tokens.
+    """
+    tokens, parents = draft.tokens.tolist(), draft.parents.tolist()
+    check_draft(tokens, parents, vocabulary)
+    if budget is not None:
+        tokens, parents = tokens[:budget], parents[:budget]
+    if depth is not None and len(tokens) > depth:
+        keep = [i for i, d in enumerate(depths(parents)) if 0 < d <= depth]
+        tokens, parents = selected(tokens, parents, keep)
+    if chains_only and not is_chain(parents):
+        tokens, parents = selected(tokens, parents, first_chain(parents))
+    return tokens, parents
 
 
 def ancestors(parents: Sequence[int]) -> Tensor:

@@ -14,8 +14,10 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from petl.core.serving.mixed_batch import AdapterRows
+from petl.drafting.checks import why_plain
 from petl.inference.language_model import BASE, LanguageModel
 from petl.serving import kv_cache
+from petl.serving.drafts import Drafts
 from petl.serving.request import Request
 from petl.tasks.base import pad_id
 from petl.training.generation import padded
@@ -31,7 +33,17 @@ class Passes:
         count: number of passes so far.
     """
 
-    def __init__(self, model: LanguageModel, adapter: str | None) -> None:
+    def __init__(
+        self, model: LanguageModel, adapter: str | None, *, drafter: str | None = None
+    ) -> None:
+        """Prepare passes of a model.
+
+        Args:
+            model: with its adapters.
+            adapter: the one adapter of all rows; None: each row has its own.
+            drafter: what guesses tokens of a row that is alone, as of `petl.drafting.drafter`, if
+                the model can verify guesses; None: nothing.
+        """
         self.model, self.adapter = model, adapter
         self.count = 0
         self.mergeable = kv_cache.holds_only_keys_and_values(model.base.config)
@@ -39,8 +51,9 @@ class Passes:
         # renamed in transformers 5.24
         self.cache_argument = "cache" if "cache" in accepted else "past_key_values"
         self.takes_positions = "position_ids" in accepted
-        # only the last position: the logits of a long prompt would take much memory
-        self.options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self.has_keep = "logits_to_keep" in accepted
+        can_draft = drafter is not None and self.mergeable and not why_plain(model.base)
+        self.drafts = Drafts(model.base, str(drafter)) if can_draft else None
 
     def new_cache(self) -> DynamicCache:
         """An empty cache for these passes."""
@@ -56,19 +69,43 @@ class Passes:
             mask: 0 at padding, [B, T], with the tokens in the cache.
             names: the adapter of each row.
         """
+        # positions count the row's own tokens, without the padding on its left
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        # only the last position: the logits of a long prompt would take much memory
+        return self.logits(ids, mask, positions, cache, names, keep=1)[:, -1]
+
+    def logits(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        cache: DynamicCache,
+        names: AdapterRows,
+        *,
+        keep: int,
+    ) -> Tensor:
+        """Return the logits after the last `keep` tokens, [B, keep, V].
+
+        Args:
+            ids: the tokens that are not in the cache, [B, Q].
+            mask: 0 at padding, [B, T]; or the mask of a tree, [B, 1, Q, T].
+            positions: of the tokens, [B, Q].
+            names: the adapter of each row.
+        """
         inputs = {"input_ids": ids, "attention_mask": mask, self.cache_argument: cache}
         if self.takes_positions:
-            # positions count the row's own tokens, without the padding on its left
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            inputs["position_ids"] = positions[:, -ids.shape[1] :]
+            inputs["position_ids"] = positions
+        if self.has_keep:
+            inputs["logits_to_keep"] = keep
         if self.adapter is None:
             inputs["adapter_names"] = names
         self.count += 1
         model: Any = self.model.model
-        with torch.no_grad(), self._active():
-            return model(**inputs, use_cache=True, **self.options).logits[:, -1]
+        with torch.no_grad(), self.active():
+            return model(**inputs, use_cache=True).logits[:, -keep:]
 
-    def _active(self) -> AbstractContextManager[None]:
+    def active(self) -> AbstractContextManager[None]:
+        """Activate the adapter inside the block, if all rows have the same one."""
         return nullcontext() if self.adapter is None else self.model.using(self.adapter)
 
 
@@ -118,6 +155,14 @@ class Batch:
         self._rename()
 
     def step(self) -> None:
+        """Compute the next token of all rows in one pass, and drafts if there is one row."""
+        drafts = self.passes.drafts
+        if drafts is not None and len(self.requests) == 1:
+            drafts.step(self)
+        else:
+            self.plain_step()
+
+    def plain_step(self) -> None:
         """Compute the next token of all rows in one pass."""
         self.mask = pad(self.mask, (0, 1), value=1)  # for the tokens of `self.last`
         self._pass(torch.tensor(self.last, device=self.device)[:, None])

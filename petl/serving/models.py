@@ -18,7 +18,7 @@ from petl.core.switching.lora import fuse_lora
 from petl.errors import InputError
 from petl.export.saved_adapter import Saved
 from petl.files.paths import path_of
-from petl.inference.language_model import BASE
+from petl.inference.language_model import BASE, LanguageModel
 from petl.inference.loading import (
     find_model,
     load_writer,
@@ -62,6 +62,7 @@ def load_served(
     plain: bool | None = None,
     trust_remote_code: bool = False,
     other_base: str = "refuse",
+    drafter: str | None = "free",
 ) -> dict[str, Served]:
     """Load one base model with all adapters, and return what requests can choose, by name.
 
@@ -71,6 +72,8 @@ def load_served(
         runs: folders of runs, of adapters, or of a plain model, by name.
         plain: as of `load_language_model`.
         other_base: as of `petl.load`.
+        drafter: guesses tokens of a request that is decoded alone, as of `petl.drafting.drafter`;
+            None: nothing does.
 
     Raises:
         InputError: there is no such run, the base models differ, or one is no decoder of text.
@@ -98,7 +101,7 @@ def load_served(
     base_name = str(settings["name"]) if saved else first_name
     if base_name in saved:
         raise InputError(f"{base_name!r} is the name of the base model: give the run another name")
-    loader = Loader(base, tokenizer, max_positions(base), plain)
+    loader = Loader(base, tokenizer, max_positions(base), plain, drafter)
     served = loader.adapters(saved, other_base)
     return {base_name: loader.base_model(base_name, first, served), **served}
 
@@ -135,6 +138,7 @@ class Loader:
     tokenizer: PreTrainedTokenizerBase
     positions: int | None
     plain: bool | None
+    drafter: str | None = None
 
     def adapters(self, saved: Mapping[str, Saved], other_base: str) -> dict[str, Served]:
         """Load adapters; those of one method on the same model."""
@@ -167,13 +171,13 @@ class Loader:
         if reason and len(group) > 1:
             logger.info("adapters of %s run one after the other: %s", ", ".join(group), reason)
         # None: each row its own
-        shared = None if reason else Lane(Passes(next(iter(languages.values())), None))
+        shared = None if reason else self._lane(next(iter(languages.values())), None)
         return {
             name: Served(
                 name,
                 language,
                 names[name],
-                shared or Lane(Passes(language, names[name])),
+                shared or self._lane(language, names[name]),
                 self.positions,
                 paths[name],
             )
@@ -195,7 +199,10 @@ class Loader:
         plain = bool(self.plain)  # not as an adapter has learned it
         language = reading_as_trained(model, self.tokenizer, found, {}, plain=plain)
         language = replace(language, system=None)  # that of an adapter's training
-        return Served(name, language, BASE, lane or Lane(Passes(language, BASE)), self.positions)
+        return Served(name, language, BASE, lane or self._lane(language, BASE), self.positions)
+
+    def _lane(self, language: LanguageModel, adapter: str | None) -> Lane:
+        return Lane(Passes(language, adapter, drafter=self.drafter))
 
 
 def sharing_tensors(model: PreTrainedModel) -> PreTrainedModel:

@@ -24,6 +24,7 @@ TITLES = {
     "merge": "merged tokens, relative to all tokens",
     "unet": "tuners of skip connections, relative to LoRA of rank 8 on attention",
     "frozen": "training step with the frozen blocks from a store",
+    "drafting": "answers with drafts, relative to plain decoding",
     "start-up": "start of a process",
 }
 ITSELF = "floor"  # the row that times the lower bound against itself
@@ -47,6 +48,7 @@ LABELS = {
     "B / position": "bytes on disk per position",
     "goal kernels": "goal: kernel launches",
     "goal base": "goal: time / base",
+    "goal speed": "goal: speed",
     "goal plain": "goal: time / plain merging",
     "goal saved": "goal: saved / inner",
     "step / inner": "training step / inner method's",
@@ -72,6 +74,7 @@ GOALS = {  # and the values they bound
     "goal base": "time / base",
     "goal plain": "time / plain merging",
     "goal saved": "saved / inner",
+    "goal speed": "speed",
 }
 FAIL, NOISY = "FAIL", "NOISY"
 MAIN = ("petl", "torch", "transformers", "peft")  # packages that fit into a line

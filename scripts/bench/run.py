@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from bench import (
     compiled,
+    drafting,
     files,
     frozen,
     generate,
@@ -38,7 +39,7 @@ from petl.runs.environment import (
 
 SECTIONS = (
     "step", "small", "bf16", "file", "peak", "generate", "dist", "serve", "many", "scale",
-    "compile", "merge", "unet", "frozen", "together", "start-up", "peers",
+    "compile", "merge", "unet", "frozen", "together", "drafting", "start-up", "peers",
 )  # fmt: skip
 USUAL = ("step", "file", "peak", "generate", "start-up")  # the default of `--sections`
 
@@ -54,6 +55,7 @@ class Settings:
         rounds: timed rounds of a step.
         threads: of the processor; times are comparable with one thread only.
         peers: the python of an environment with the `adapters` package; "": skip it.
+        drafts: what section `drafting` measures.
     """
 
     suite: str = "quick"
@@ -65,6 +67,7 @@ class Settings:
     device: str = "cpu"
     threads: int = 1
     peers: str = ""
+    drafts: drafting.Plan = field(default_factory=drafting.Plan)
 
 
 def run(
@@ -109,6 +112,7 @@ ONCE = (
     "compile",
     "merge",
     "unet",
+    "drafting",
     "start-up",
 )  # sections that measure the first shape only
 
@@ -139,6 +143,7 @@ def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
         ),
         "start-up": lambda shape: start_up.measure(),
         "peers": lambda shape: peers.measure(shape, rounds, settings.peers),
+        "drafting": lambda shape: drafting.measure(settings.drafts),
         "together": lambda shape: together.measure(rows, shape, rounds),
     }
 

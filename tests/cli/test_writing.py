@@ -111,6 +111,7 @@ def test_generate_prints_the_same_answer_with_drafts_and_what_they_saved(command
         assert (status, out) == (0, plain)
         assert re.search(r"\d+ tokens in \d+ passes after the prompts: \d\.\d\d tokens a pass", err)
         assert "logits with drafts differ by at most" in err
+        assert "tokens of an answer are at most 0.0e+00 below the best" in err
         assert "Every token is the one the model chose for exactly the text before it." in err
 
 
@@ -121,6 +122,15 @@ def test_generate_answers_a_file_one_by_one_with_a_named_drafter(command, writer
     status, out, err = command(*words, "--drafter", "free", "--stats")
     assert (status, out) == (0, plain)
     assert "20 tokens in" in err
+
+
+def test_generate_refuses_several_prompts_at_a_time_with_drafts(command, writers):
+    words = ["generate", writers.folder / "lora", "--prompt", "Hi", "--batch-size", "4"]
+    for more in (["--drafter", "free"], ["--stats"], ["--prompt-lookup", "3"]):
+        status, out, err = command(*words, *more)
+        assert (status, out) == (2, "")
+        assert f"--batch-size=4 with {more[0]}" in err
+        assert "is for one prompt at a time: leave out one of them" in err
 
 
 def test_generate_refuses_a_drafter_that_is_not_there(command, writers, tmp_path):

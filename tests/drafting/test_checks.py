@@ -11,12 +11,20 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 import petl
 from petl import testing
-from petl.drafting import Stats, decode, drafter, rounding, shortfalls, verify
+from petl.drafting import Stats, check_answer, decode, drafter, rounding, shortfalls, verify
 from petl.drafting.cache import refusal
+from petl.drafting.engine import Decoding
 from petl.errors import InputError, UnsupportedError
 
 PLAIN = {"max_new_tokens": 16, "pad_token_id": PAD, "use_cache": True}
-METHODS = [name for name in adaptable("llama") if name != "dkvb"]  # a classification head
+METHODS = [name for name in adaptable("llama") if name != "dkvb"]
+# methods that no decoder has, and the words by which petl.wrap refuses one
+REFUSED = {
+    "dkvb": "needs calibration data",  # a classification head, whose model generates nothing
+    "pyra": "pyra merges tokens of .*, and not of LlamaForCausalLM",
+    "scedit": "LlamaForCausalLM has no mid_block",
+    "vl_pet": "'vl_pet' adapts encoder-decoders",
+}
 
 
 def generated(model, seed, **settings):
@@ -29,7 +37,8 @@ def assert_lossless(model, seed=1, *, decoys=True):
     for sampling in ({"do_sample": False}, {"do_sample": True}):
         plain = generated(model, seed, **sampling)
         right = Stats()
-        for guess in (Oracle(plain, 3, decoys=decoys), Random()):
+        free = drafter("free", model=model, min_ngram=1)
+        for guess in (Oracle(plain, 3, decoys=decoys), Random(), free):
             more = {"custom_generate": decode, "drafter": guess, "pack": True, "stats": right}
             assert torch.equal(generated(model, seed, **sampling, **more), plain)
         assert right.accepted > 0
@@ -48,6 +57,17 @@ def test_every_method_is_decoded_as_without_drafts(name):
         assert torch.equal(assert_lossless(model), adapted)
         model.unmerge_adapter()
         assert torch.equal(assert_lossless(model), adapted)
+
+
+def test_the_others_are_refused_for_decoders_by_name():
+    # a new method is in one of the two lists
+    assert sorted([*METHODS, *REFUSED]) == sorted(petl.list_methods())
+    for name, words in REFUSED.items():
+        with pytest.raises(ValueError, match=words):
+            petl.wrap(testing.tiny_llama(), name, task_type="CAUSAL_LM")
+    # it looks along the tokens
+    with pytest.raises(InputError, match="block='conformer' reads future tokens"):
+        petl.wrap(testing.tiny_llama(), "adapter", task_type="CAUSAL_LM", block="conformer")
 
 
 @pytest.mark.parametrize("name", ["lora", "mola", "adapter", "mos"])
@@ -125,6 +145,28 @@ def test_a_model_that_looks_along_the_tokens_is_refused_with_the_difference():
         verify(model)
 
 
+class ForgetsTheMask(nn.Module):
+    """A decoder layer that lets each token attend to all before it, whatever the mask."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        if attention_mask is not None:
+            count, total = attention_mask.shape[-2:]
+            seen = torch.ones(count, total, dtype=torch.bool).tril(total - count)
+            attention_mask = torch.zeros(seen.shape).masked_fill(~seen, -1e9)[None, None]
+        return self.layer(hidden_states, attention_mask=attention_mask, **kwargs)
+
+
+def test_a_model_that_computes_chains_only_is_refused_for_its_trees():
+    model = tiny_qwen()
+    model.model.layers[1] = ForgetsTheMask(model.model.layers[1])
+    with pytest.raises(UnsupportedError, match="a pass over a tree of 32 tokens differ"):
+        verify(model)
+
+
 def sliding():
     config = MistralConfig(
         vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, sliding_window=8,
@@ -164,6 +206,27 @@ def test_shortfalls_are_zero_for_greedy_answers_and_larger_for_others():
     assert float(shortfalls(model, found, 6)[6]) > 1e-3
     with pytest.raises(InputError, match="start=22 is not from 1 to 21"):
         shortfalls(model, found, 22)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_answer_is_checked_by_what_is_promised(dtype, monkeypatch):
+    model = testing.tiny_llama().to(dtype)
+    ids = prompt(5)[0].tolist()
+    for name in ("free", "lookup"):
+        assert check_answer(model, ids, name, tokens=24) <= 2 * rounding(model)
+
+    def forged(self, node_logits):
+        return int(node_logits.argmin())
+
+    # as for an engine that takes tokens which the model has not chosen
+    monkeypatch.setattr(Decoding, "_chosen", forged)
+    monkeypatch.setattr(Decoding, "_walk", _walk_by_choice)
+    with pytest.raises(UnsupportedError, match=r"with drafts, (token 0|the logit)"):
+        check_answer(model, ids, tokens=24)
+
+
+def _walk_by_choice(self, children, logits):
+    return [0], self._emit(self._chosen(logits[0]))
 
 
 def test_caches_of_older_transformers_are_not_drafted_on():

@@ -108,3 +108,14 @@ def test_decoding_stops_to_draft_while_it_is_slower(seconds, switch, rounds):
     assert len(guess.roots) == rounds
     assert len(guess.seen) == rounds
     assert stats.seconds == pytest.approx(seconds * rounds)
+
+
+def test_windows_go_on_over_short_answers():
+    model, ids, clock = testing.tiny_llama(), prompt(), Clock()
+    settings = {"max_new_tokens": 41, "pad_token_id": PAD, "use_cache": True, "do_sample": False}
+    plain = model.generate(ids, **settings)
+    guess = Slow(plain, clock, 2.1)
+    more = {"drafter": guess, "clock": clock, "costs": Costs({1: 1.0})}
+    for _ in range(5):  # 20 rounds each, until 64 were too slow
+        assert torch.equal(model.generate(ids, **settings, custom_generate=decode, **more), plain)
+    assert len(guess.roots) == 64
