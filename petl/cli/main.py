@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from petl.cli import deltas, hub, predictions, serve, squeeze, studies, writing
+from petl.cli import deltas, drafts, hub, predictions, serve, squeeze, studies, writing
 from petl.cli.arguments import add_out, add_run, folder_to_write, number
 from petl.errors import printable
 from petl.imports.collector import rare_collections
@@ -87,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     predictions.add_parsers(add)
     writing.add_parsers(add)
     serve.add_parsers(add)
+    _add_config_dir(drafts.add_parsers(add))
     merge = add("merge", "merge an adapter into its base model", MERGE)
     add_run(merge)
     _add_checked_out(merge)
@@ -298,7 +299,7 @@ def run(words: Sequence[str]) -> int:
 
     arguments.argv = [*words]  # for a command that starts processes
     # each module lists its functions by the words of the command line
-    modules = (commands, hub, studies, predictions, writing, deltas, squeeze, serve)
+    modules = (commands, hub, studies, predictions, writing, deltas, squeeze, serve, drafts)
     functions = {name: call for module in modules for name, call in module.COMMANDS.items()}
     name = arguments.command
     with rare_collections():  # a command imports what it needs

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from petl.drafting.registry import Drafter
 from petl.errors import InputError, UnsupportedError
 
 WARMUP = 30  # steps
+TARGETS = ("hard", "soft")
 DECAY = 0.01  # of matrices
 HELD_OUT = 10  # of as many answers the last is not trained on, for rank frequencies
 
@@ -31,6 +33,9 @@ class Trained(Protocol):
     def count(self, answers: Answers) -> None:
         """Count rank frequencies on answers."""
 
+    def save(self, folder: str | Path, tokenizer: Any = None) -> None:
+        """Write the drafter to a folder, with the hash of its tokenizer."""
+
 
 def fit(
     drafter: Drafter,
@@ -39,7 +44,7 @@ def fit(
     epochs: int = 4,
     lr: float = 1e-3,
     batch: int = 128,
-    target: Literal["hard", "soft"] = "hard",
+    target: str = "hard",
     seed: int = 0,
 ) -> float:
     """Train a drafter, in float32, and count its rank frequencies.
@@ -125,7 +130,7 @@ def factor(step: int, steps: int) -> float:
 def _check(
     drafter: Drafter, answers: Answers, epochs: int, lr: float, batch: int, target: str
 ) -> None:
-    if not isinstance(drafter, cast(Any, Trained)):
+    if not isinstance(drafter, Trained):
         name = drafter.name or type(drafter).__name__
         raise UnsupportedError(f"{name} has nothing to train; hydra has")
     if epochs < 0:
@@ -134,7 +139,7 @@ def _check(
         raise InputError(f"lr={lr} is not above 0")
     if batch < 1:
         raise InputError(f"batch={batch} is not 1 or more")
-    if target not in ("hard", "soft"):
-        raise InputError(f"target={target!r} is neither 'hard' nor 'soft'")
+    if target not in TARGETS:
+        raise InputError(f"target={target!r} is none of {', '.join(TARGETS)}")
     if not len(answers) or not len(answers.positions):
         raise InputError("no answer has two tokens: there is nothing to learn from them")

@@ -50,7 +50,7 @@ def test_each_position_is_in_one_batch_of_an_epoch(model, written, prefix):
         ({"lr": 0.0}, "lr=0.0 is not above 0"),
         ({"lr": math.nan}, "lr=nan is not above 0"),
         ({"batch": 0}, "batch=0 is not 1 or more"),
-        ({"target": "firm"}, "target='firm' is neither 'hard' nor 'soft'"),
+        ({"target": "firm"}, "target='firm' is none of hard, soft"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(model, written, settings, message):
