@@ -186,6 +186,11 @@ def merge(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     """Write an adapter in another format, and print how the outputs compare."""
+    if arguments.format == "vllm":  # of a drafter, whose model is another folder
+        from petl.cli.drafts import export_drafter
+
+        export_drafter(arguments)
+        return
     from petl.reports.differences import print_written
 
     write, name, use = _export_format(arguments.format)
