@@ -29,7 +29,7 @@ def command(capsys):
 @pytest.mark.parametrize("task", ["causal_lm", "chat"])
 def test_a_run_gets_a_drafter_from_its_training_examples(task_runs, command, task):
     run = task_runs(task).path
-    words = [*QUICK, "draft.prompt_tokens=3", "drafter.kind=parallel", "drafter.draft_vocab=20"]
+    words = [*QUICK, "draft.prompt_tokens=3", "drafter.kind=parallel", "drafter.draft_vocab=12"]
     status, out, err = command("draft", run, "+drafter=hydra", *words)
     assert status == 0, err
     try:
@@ -47,7 +47,7 @@ def test_a_run_gets_a_drafter_from_its_training_examples(task_runs, command, tas
         assert status == 0, err
         assert "--speculative-config" in out
         assert f"petl merge {run} MODEL" in out
-        assert load_file(medusa / "model.safetensors")["lm_heads.0.weight"].shape[0] == 20
+        assert load_file(medusa / "model.safetensors")["lm_heads.0.weight"].shape[0] == 12
         status, _, err = command("export", run / "drafter", medusa, "--vllm", "--tolerance", "1")
         assert (status, "--tolerance and --other-base are for adapters" in err) == (2, True)
         status, _, err = command("export", run, run.parent / "other", "--vllm")
