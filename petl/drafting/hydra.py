@@ -110,14 +110,14 @@ class Hydra(Heads):
         if self.reader is not None:
             self.reader.clear()
             if states is not None:
-                self.state = self.reader.read(states.to(self.dtype), 0)[-1]
+                self.state = self._read(states, 0)[-1]
 
     @torch.no_grad()
     def draft(self, root: Root, budget: int | None) -> Draft:
         """Return the planned tree: one batched call of a head for each level."""
         self._count(root.ids)
         self.length, self.guesses = len(root.ids), []
-        carry = self._first(root)[None].to(self.dtype)
+        carry = self._first(root)[None].to(self.index.device, self.dtype)
         tokens = torch.tensor([root.ids[-1]], device=carry.device)
         self.levels = self._plan(budget)
         found = [tokens[:0]]
@@ -139,7 +139,7 @@ class Hydra(Heads):
         # while drafting rests it reads nothing; of what came, the last state is known
         known = len(root.ids) - 1
         if self.reader.known != known:
-            self.state = self.reader.read(root.state[None].to(self.dtype), known - 1)[-1]
+            self.state = self._read(root.state[None], known - 1)[-1]
         return self.state
 
     @torch.no_grad()
@@ -147,8 +147,12 @@ class Hydra(Heads):
         """Let the prefix layer read the accepted nodes."""
         if self.reader is not None:
             assert seen.states is not None
-            states = seen.states[seen.path].to(self.dtype)
-            self.state = self.reader.read(states, self.length - 1)[-1]
+            self.state = self._read(seen.states[seen.path], self.length - 1)[-1]
+
+    def _read(self, states: Tensor, first: int) -> Tensor:
+        """Let the prefix layer read states from token number `first` on; return its outputs."""
+        assert self.reader is not None
+        return self.reader.read(states.to(self.index.device, self.dtype), first)
 
     def _plan(self, budget: int | None) -> Levels:
         if budget == 0:

@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from petl.config.schema import plain, read_fields
 from petl.core.parameters import max_positions
+from petl.distributed.launch import number_of_processes
 from petl.drafting import Drafter, Stats, answers, decode, fit, load_drafter
 from petl.drafting import drafter as build
 from petl.drafting.ahead import LookupFirst
@@ -102,6 +103,11 @@ def train_drafter(run: str | Path, cfg: Any, *, trust_remote_code: bool = False)
     composed = plain(cfg)
     settings = read_fields(DraftSettings, composed["draft"], "draft")
     name, fields = _chosen(composed)
+    if number_of_processes() > 1:
+        raise UnsupportedError(
+            f"petl draft is one process, and here are {number_of_processes()}: start it without a "
+            "launcher"
+        )
     found = find_model(run, trust_remote_code=trust_remote_code)
     language = load_language_model(run, drafting="none", trust_remote_code=trust_remote_code)
     reason = why_plain(language.base)

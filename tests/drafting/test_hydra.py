@@ -8,6 +8,7 @@ import torch
 from draft_fixtures import DECODERS, PAD, VOCABULARY, prompt
 from torch.nn.functional import silu
 
+import petl
 from petl import testing
 from petl.drafting import Costs, Root, Stats, answers, decode, drafter, fit
 from petl.errors import InputError, UnsupportedError
@@ -150,6 +151,30 @@ def test_the_start_depends_on_the_seed_alone(model):
     again, other = (drafter("hydra", model=model, prefix=True, seed=s).state_dict() for s in (0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["cell.in_weight"], other["cell.in_weight"])
+
+
+def test_an_adapted_head_is_read_with_its_adapter():
+    adapted = petl.wrap(testing.tiny_llama(), "lora", target_modules=["lm_head", "embed_tokens"])
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    guess = drafter("hydra", model=adapted, kind="sequential", draft_vocab=30)
+    h, after = random_inputs(5, 2)
+    found = guess.head_logits(h, after)
+    base = adapted.get_base_model()
+    assert torch.allclose(found, base.lm_head(h)[:, :30], atol=1e-5)
+    plain = base.lm_head.get_base_layer()(h)[:, :30]
+    assert not torch.allclose(found, plain, atol=1e-2)
+    # the second token's embedding, adapter included
+    guess.blocks[1][0].res_weight.data[:, 128:] = torch.eye(64)
+    expected = base.lm_head(h + base.model.embed_tokens(after[:, 1]))[:, :30]
+    found = guess.head_logits(h, after)
+    assert torch.allclose(found, expected, atol=1e-4)
+    found.sum().backward()
+    assert all(p.grad is None for p in adapted.parameters())
+    with pytest.raises(UnsupportedError, match="whose rows cannot be read; merge its adapter"):
+        drafter("hydra", model=adapted, own_head=True)
 
 
 # Check 2: gradients, and one seed
