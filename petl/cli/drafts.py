@@ -4,7 +4,6 @@ Imports what `petl.cli.main` may import; the function imports its modules when i
 """
 
 import argparse
-from pathlib import Path
 
 from petl.cli.arguments import Add, add_run
 
@@ -54,34 +53,6 @@ def draft(arguments: argparse.Namespace) -> None:
             f"{trained.behind_lookup.tokens_per_pass:.2f}"
         )
     echo(f"written: {trained.folder}; used by petl generate and petl chat")
-
-
-def export_drafter(arguments: argparse.Namespace) -> None:
-    """Write the heads of a drafter for vLLM, and print how they are used.
-
-    Raises:
-        InputError: RUN is no folder of a drafter in that of its model.
-    """
-    from petl.drafting.folder import load_drafter, read
-    from petl.errors import InputError
-    from petl.export.medusa import export_medusa, serving_line
-    from petl.inference.loading import load_language_model
-    from petl.reports.formatting import echo
-
-    folder, out = Path(arguments.run).absolute(), Path(arguments.out)
-    heads = read(folder)["fields"].get("heads", 0)
-    if arguments.tolerance is not None or arguments.other_base:
-        raise InputError(
-            "--tolerance and --other-base are for adapters; leave them out with --vllm"
-        )
-    language = load_language_model(
-        folder.parent, drafting="none", trust_remote_code=arguments.trust_remote_code
-    )
-    export_medusa(load_drafter(folder, language.base, language.tokenizer), out)
-    echo(f"Medusa heads: {out}")
-    echo(serving_line(out, heads))
-    if language.adapters:
-        echo(f"MODEL is the merged model: petl merge {Path(arguments.run).parent} MODEL")
 
 
 COMMANDS = {"draft": draft}

@@ -116,8 +116,10 @@ def answers(
         UnsupportedError: the model is no decoder that can be decoded with drafts.
     """
     _check(model, prompts, tokens, batch_size)
+    # of similar length together: little padding, and the most memory is needed first
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     rows: dict[int, Tensor] = {}
+    # the cache may be off in the config of a model in training
     settings = {"do_sample": False, **generation, "max_new_tokens": tokens, "use_cache": True}
     with (
         evaluation_mode(model),
@@ -154,7 +156,8 @@ def _check(model: Any, prompts: Sequence[Sequence[int]], tokens: int, batch_size
         if value < 1:
             raise InputError(f"{name}={value} is not 1 or more")
     if not prompts:
-        raise InputError("there are no prompts to answer")
+        raise InputError(f"prompts={prompts!r}: there are no prompts to answer")
+    # None: rotary positions of any number
     limit = max_positions(base)
     for i, prompt in enumerate(prompts):
         if not len(prompt):
@@ -209,8 +212,10 @@ def _states(model: Any, rows: Sequence[Tensor]) -> Tensor:
         evaluation_mode(model),
         Pass("computing the states", len(rows), unit="answers", quiet=True) as shown,
     ):
+        # row by row: padding would change rounding, and long rows need little besides their states
         for row in rows:
             outputs = body(input_ids=row[None].to(base.device), use_cache=False)
+            # the first output is that of the final norm
             found.append(outputs[0][0].to(dtype).cpu())
             shown.advance()
     return torch.cat(found)

@@ -75,6 +75,7 @@ def fit(
     trained.prepare(answers)
     numbers = range(len(answers))
     held = [i for i in numbers if i % HELD_OUT == HELD_OUT - 1]
+    # frequencies of answers that were learned by heart would promise too much
     rest = answers.rows([i for i in numbers if i not in held]) if held else answers
     if not len(rest.positions):  # only the answers held out are long enough
         rest, held = answers, []
@@ -90,6 +91,7 @@ def _train(
     drafter: Any, answers: Answers, epochs: int, lr: float, batch: int, target: str, seed: int
 ) -> None:
     parameters = list(drafter.parameters())
+    # biases and the vector of the norm do not decay
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": DECAY},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -110,7 +112,7 @@ def _train(
                 optimizer.step()
                 schedule.step()
             shown.advance()
-    optimizer.zero_grad()
+    optimizer.zero_grad()  # gradients take as much memory as the heads
 
 
 def factor(step: int, steps: int) -> float:
@@ -120,6 +122,7 @@ def factor(step: int, steps: int) -> float:
         step: number, from 0.
         steps: in total.
     """
+    # a short training would not reach its rate otherwise
     warmup = min(WARMUP, steps // 2)
     if step < warmup:
         return (step + 1) / warmup
@@ -142,4 +145,6 @@ def _check(
     if target not in TARGETS:
         raise InputError(f"target={target!r} is none of {', '.join(TARGETS)}")
     if not len(answers) or not len(answers.positions):
-        raise InputError("no answer has two tokens: there is nothing to learn from them")
+        raise InputError(
+            f"none of {len(answers)} answers has two tokens: there is nothing to learn from them"
+        )

@@ -105,6 +105,7 @@ class Heads(Drafter):
         self.fields = fields
         self.ends = Ends(model)
         self.kind, self.heads, self.own_head = fields["kind"], fields["heads"], fields["own_head"]
+        # on the CPU, so that all devices begin alike; the caller's random state stays as it is
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(fields["seed"])
             self._build(fields["layers"])
@@ -168,7 +169,7 @@ class Heads(Drafter):
 
     def enter(self, carry: Tensor, tokens: Tensor) -> Tensor:
         """Return what is carried on after one more token: a state, or states and embeddings."""
-        if self.kind == "parallel":
+        if self.kind == "parallel":  # reads the state only
             return carry
         embedding = self.ends.embed(tokens).to(carry)
         if self.kind == "sequential":

@@ -19,6 +19,7 @@ def hashes_of(model: Any) -> dict[str, str]:
     samples, rounded to bfloat16: see petl.core.fingerprint.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # adapters that do not compute have no part in what the model writes
     active, inactive = _adapters(base)
     ends = {
         id(parameter)

@@ -65,6 +65,7 @@ def guesses(heads: Heads, answers: Answers, states: Tensor, positions: Tensor) -
         states: that the heads read, see `states_of`.
         positions: of `answers.positions`.
     """
+    # one row of what is carried for each position; each head adds the next token to it
     carry = states[positions].to(heads.dtype)
     last = len(answers.ids) - 1
     ends = answers.ends[positions]
@@ -131,6 +132,7 @@ def frequencies(
     states = states_of(heads, answers, answers.positions)
     for part in answers.positions.split(CHUNK):
         for i, guess in enumerate(guesses(heads, answers, states, part)):
+            # a token outside of D has no rank, and counts as a miss
             top = guess.logits.topk(ranks).indices
             right = (top == guess.places[:, None]) & (guess.places != UNKNOWN)[:, None]
             hits[i] += right.sum(0).cpu()

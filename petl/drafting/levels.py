@@ -54,6 +54,7 @@ class Levels(list[Level]):
         first = 0  # the number of its first node
         for depth in range(1, max(map(len, paths), default=0) + 1):
             here = [path for path in paths if len(path) == depth]
+            # several nodes may have one parent, whose head is computed once
             above = sorted({before[path[:-1]] for path in here})
             row_of = {place: row for row, place in enumerate(above)}
             rows = [row_of[before[path[:-1]]] for path in here]

@@ -14,10 +14,10 @@ from petl.core.parameters import max_positions
 from petl.distributed.launch import number_of_processes
 from petl.drafting import Drafter, Stats, answers, decode, fit, load_drafter
 from petl.drafting import drafter as build
-from petl.drafting.ahead import LookupFirst
 from petl.drafting.checks import why_plain
 from petl.drafting.fit import TARGETS, Trained
 from petl.drafting.folder import read
+from petl.drafting.lookup import LookupFirst
 from petl.errors import InputError, UnsupportedError
 from petl.export.saved_adapter import Saved
 from petl.files.disk import atomic_folder
@@ -102,6 +102,7 @@ def train_drafter(run: str | Path, cfg: Any, *, trust_remote_code: bool = False)
     """
     composed = plain(cfg)
     settings = read_fields(DraftSettings, composed["draft"], "draft")
+    # all settings before the model, which takes longest to load
     name, fields = _chosen(composed)
     if number_of_processes() > 1:
         raise UnsupportedError(
@@ -119,6 +120,7 @@ def train_drafter(run: str | Path, cfg: Any, *, trust_remote_code: bool = False)
         raise InputError(f"drafter {name!r} has nothing to train; hydra has")
     prompts, measured = _prompts(language, found, settings)
     generation = _generation(language, settings.temperature)
+    # the first name is the adapter's, or the base model's if there is none
     with language.using(language.names[0]):
         made = answers(
             language.model,
@@ -137,8 +139,10 @@ def train_drafter(run: str | Path, cfg: Any, *, trust_remote_code: bool = False)
             seed=settings.seed,
         )
         folder = Path(run) / FOLDER
+        # an earlier drafter stays until this one is complete
         with atomic_folder(folder) as draft:
             drafter.save(draft, language.tokenizer)
+            # as it will be used, in the dtype of the model
             saved = load_drafter(draft, language.base, language.tokenizer)
             generation["max_new_tokens"] = settings.tokens
             alone, behind = (
@@ -157,7 +161,7 @@ def _chosen(composed: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return name and fields of the drafter that a configuration chooses."""
     fields = composed.get("drafter")
     if not isinstance(fields, Mapping) or "name" not in fields:
-        raise InputError("no drafter is chosen: add +drafter=hydra")
+        raise InputError(f"drafter={fields!r}: no drafter is chosen: add +drafter=hydra")
     return str(fields["name"]), {key: v for key, v in fields.items() if key != "name"}
 
 
@@ -209,7 +213,11 @@ def _prompts(
     elif isinstance(found, Saved) and found.run is not None:
         chosen = _training_prompts(language, found, settings, draw)
     else:
-        raise InputError("without a run there are no training examples: set draft.file=FILE")
+        raise InputError(
+            f"draft.file={settings.file}: without a run there are no training examples, so name a "
+            "file of prompts"
+        )
+    # a prompt that is cut is another question: too long ones are left out
     limit = max_positions(language.base)
     room = None if limit is None else limit - settings.tokens
     fits = [ids for ids in chosen if ids and (room is None or len(ids) <= room)]
@@ -250,6 +258,7 @@ def _beginnings(
     """Return pieces of `length` tokens of plain texts, from random places."""
     texts: dict[int, list[int]] = {}
     found: list[list[int]] = []
+    # a book may be one row: rows are drawn with repetition, each time at another place
     for i in (draw.randrange(len(rows)) for _ in range(wanted)):
         if i not in texts:
             texts[i] = tokenizer(rows[i]["text"], verbose=False)["input_ids"]

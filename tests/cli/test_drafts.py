@@ -49,7 +49,7 @@ def test_a_run_gets_a_drafter_from_its_training_examples(task_runs, command, tas
         assert f"petl merge {run} MODEL" in out
         assert load_file(medusa / "model.safetensors")["lm_heads.0.weight"].shape[0] == 12
         status, _, err = command("export", run / "drafter", medusa, "--vllm", "--tolerance", "1")
-        assert (status, "--tolerance and --other-base are for adapters" in err) == (2, True)
+        assert (status, "--tolerance 1.0 is for adapters" in err) == (2, True)
         status, _, err = command("export", run, run.parent / "other", "--vllm")
         assert (status, "has no drafter_config.json" in err) == (2, True)
         remove(medusa)

@@ -8,7 +8,7 @@ from writer_fixtures import PROMPTS
 
 from petl.config.compose import compose
 from petl.drafting import Stats
-from petl.drafting.ahead import LookupFirst
+from petl.drafting.lookup import LookupFirst
 from petl.errors import InputError, UnsupportedError
 from petl.files.disk import remove
 from petl.inference.draft_training import DraftSettings, train_drafter
@@ -109,7 +109,7 @@ def test_lookup_comes_first_and_the_heads_go_on_behind_it():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "without a run there are no training examples: set draft.file=FILE"),
+        ([], "draft.file=None: without a run there are no training examples"),
         (["draft.file=none.jsonl"], "none.jsonl"),
         (["drafter.heads=9", "draft.file=x"], "heads=9 is no integer from 1 to 8"),
         (["draft.tokens=0"], "draft.tokens=0 is not 1 or more"),
