@@ -29,7 +29,7 @@ DOCS, CONFIGS = ROOT / "docs", ROOT / "configs"
 MARKS = re.compile(r"(<!-- generated: ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 SCRIPTS = ("bench", "chaos", "claims", "sizes")  # of a checkout
 # groups that a run has only if they are added with a plus
-ADDED = ("launch", "loss", "ranks", "search")
+ADDED = ("drafter", "launch", "loss", "ranks", "search")
 # files of groups whose settings are all listed
 FULL = ("files", "hub", "wandb", "density", "distill")
 SETTING = re.compile(r"^(?P<indent> *)(?P<key>[\w.+/]+):(?P<value> [^#]*?)?(?: *# ?(?P<note>.*))?$")
@@ -312,9 +312,9 @@ def scripts(_: str) -> str:
 
 
 def settings(group: str) -> str:
-    """The settings of configs/train.yaml (`train`), or of the files of a group."""
-    if group == "train":
-        return _tables(CONFIGS / "train.yaml", "", under="train")
+    """The settings of a file such as configs/train.yaml (`train`), or of the files of a group."""
+    if (CONFIGS / f"{group}.yaml").is_file():
+        return _tables(CONFIGS / f"{group}.yaml", "", under=group)
     parts = []
     for path in sorted((CONFIGS / group).glob("*.yaml")):
         plus = "+" if group in ADDED else ""

@@ -186,6 +186,13 @@ def merge(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     """Write an adapter in another format, and print how the outputs compare."""
+    if arguments.format == "vllm":  # of a drafter, whose model is another folder
+        from petl.inference.draft_export import export_drafter
+
+        given = {name: getattr(arguments, name) for name in ("tolerance", "trust_remote_code")}
+        for line in export_drafter(arguments.run, Path(arguments.out), **given):
+            echo(line)
+        return
     from petl.reports.differences import print_written
 
     write, name, use = _export_format(arguments.format)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from petl.cli import deltas, hub, predictions, serve, squeeze, studies, writing
+from petl.cli import deltas, drafts, hub, predictions, serve, squeeze, studies, writing
 from petl.cli.arguments import add_out, add_run, folder_to_write, number
 from petl.errors import printable
 from petl.imports.collector import rare_collections
@@ -87,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     predictions.add_parsers(add)
     writing.add_parsers(add)
     serve.add_parsers(add)
+    _add_config_dir(drafts.add_parsers(add))
     merge = add("merge", "merge an adapter into its base model", MERGE)
     add_run(merge)
     _add_checked_out(merge)
@@ -95,7 +96,9 @@ def parser() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16"),
         help="dtype of the merged model (default: that of the base; bfloat16 rounds the sum)",
     )
-    export = add("export", "convert an adapter: plain LoRA, small model, GGUF, ONNX", EXPORT)
+    export = add(
+        "export", "convert an adapter (LoRA, small model, GGUF, ONNX) or a drafter", EXPORT
+    )
     add_run(export)
     _add_checked_out(export)
     formats = export.add_mutually_exclusive_group(required=True)
@@ -225,6 +228,7 @@ FORMATS = {
     "lora": "a plain LoRA, for PEFT and serving engines",
     "small": "the plain small model of PELA (method pela), with low-rank layers",
     "gguf": f"an adapter for llama.cpp ({install_hint('gguf')})",
+    "vllm": "parallel heads of a drafter, RUN/drafter, as a Medusa model for vLLM",
     "onnx": f"the merged model with its head, for ONNX runtime ({install_hint('onnx')})",
 }
 EXPORT = """\
@@ -237,6 +241,8 @@ weight is factored by a full SVD. For a language model, the commands by which vL
 the LoRA are printed, or why they cannot; `petl serve` serves the adapters of every method.
 --small writes the model that PELA (method pela) makes smaller: two thin layers in place of each
 adapted one, and ranks.json; petl.methods.pela.load, or the code in docs/methods/pela.md, loads it.
+--vllm writes the parallel heads of a drafter (petl draft RUN +drafter=hydra drafter.kind=parallel)
+as vLLM's Medusa model, which drafts beside the merged model. Give RUN/drafter in place of RUN.
 --gguf writes this LoRA of a decoder as OUT/adapter.gguf, for llama.cpp's --lora.
 --onnx merges the adapter of a classifier, or of an embedding model (task_type=FEATURE_EXTRACTION),
 and writes OUT/model.onnx in float32 with config and tokenizer."""
@@ -298,7 +304,7 @@ def run(words: Sequence[str]) -> int:
 
     arguments.argv = [*words]  # for a command that starts processes
     # each module lists its functions by the words of the command line
-    modules = (commands, hub, studies, predictions, writing, deltas, squeeze, serve)
+    modules = (commands, hub, studies, predictions, writing, deltas, squeeze, serve, drafts)
     functions = {name: call for module in modules for name, call in module.COMMANDS.items()}
     name = arguments.command
     with rare_collections():  # a command imports what it needs

@@ -147,7 +147,8 @@ def how_to_resume_sweep() -> str:
 CONFIG = "train"  # the file in `config_dir`, without its suffix
 IN_WORKING_DIR = "configs"  # the folder of the user's own configurations
 DEFAULT_GROUPS = ("model", "data", "tracker")  # in the defaults list of train.yaml
-NOT_GROUPS = {"sweep", "hydra"}  # what W&B reads, and settings of Hydra itself
+# what W&B reads, settings of Hydra itself, and what petl draft trains
+NOT_GROUPS = {"sweep", "hydra", "drafter"}
 
 
 _added: list[Path] = []  # the folders of `--config-dir`

@@ -5,6 +5,7 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import yaml
@@ -41,11 +42,15 @@ from petl.imports.peft_hook import failure, import_modules
 
 # the extra with each launcher of Hydra, by the first word of its name (submitit_slurm)
 LAUNCHERS = {"submitit": "cluster", "joblib": "cluster", "ray": "ray"}
+OWN_GROUPS = {"draft": ("drafter",)}  # of configurations that are no runs
 HYDRAS = (HydraException, OmegaConfBaseException, yaml.YAMLError)  # the last: a broken file
 
 
-def compose(overrides: Sequence[str]) -> DictConfig:
+def compose(overrides: Sequence[str], config: str = CONFIG) -> DictConfig:
     """Return the configuration that `petl train` has with these overrides.
+
+    Args:
+        config: the file that they change; "draft" is that of `petl draft`.
 
     Raises:
         InputError: Hydra cannot compose it.
@@ -55,9 +60,9 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     search_users_dirs()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return hydra_compose(CONFIG, with_quoted_templates(overrides))
+            return hydra_compose(config, with_quoted_templates(overrides))
     except Exception as error:  # for some values Hydra raises a ValueError or an OSError
-        raise InputError(explain(error, overrides)) from error
+        raise InputError(explain(error, overrides, config)) from error
 
 
 def is_refusal(error: Exception) -> bool:
@@ -70,7 +75,7 @@ def is_refusal(error: Exception) -> bool:
     return next((p for p in reversed(packages) if p in ("hydra", "petl")), "") == "hydra"
 
 
-def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
+def explain(error: Exception, overrides: Sequence[str] | None = None, config: str = CONFIG) -> str:
     """Describe in one sentence what was wrong on the command line and what is allowed."""
     overrides = sys.argv[1:] if overrides is None else overrides
     # Hydra wraps some errors in exceptions without message
@@ -91,7 +96,7 @@ def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
         )
     unknown = re.match(r"Could not override '(?P<key>[^']+)'", str(error))
     if unknown and isinstance(error, ConfigCompositionException):
-        return explain_key(unknown["key"], overrides)
+        return explain_key(unknown["key"], overrides, config)
     if not isinstance(error, HYDRAS):
         return explain_override(error, overrides)
     return " ".join(str(error).split())
@@ -155,16 +160,17 @@ def raw(group: str, name: str) -> DictConfig:
     return loaded
 
 
-def explain_key(key: str, overrides: Sequence[str]) -> str:
+def explain_key(key: str, overrides: Sequence[str], config: str = CONFIG) -> str:
     """Explain why a setting cannot be overridden."""
     if key in RENAMED:
         return str(unknown_setting(key, {}))
-    if key in groups() and plus(key):
+    if key in (*groups(), *OWN_GROUPS.get(config, ())) and plus(key):
         return f"the {key} is added with a plus: write +{key}=NAME instead of {key}=NAME"
     group, _, name = key.rpartition(".")
     chosen = choices(overrides)
     try:
-        composed = compose([] if chosen == [*overrides] else chosen)  # not the same once more
+        # not the same once more
+        composed = compose([] if chosen == [*overrides] else chosen, config)
         if group == "method" and "method" in composed:
             return explain_field(key, composed.method, overrides)
     except InputError as error:  # the choice of a group is wrong as well: report that first
@@ -231,7 +237,7 @@ def imports_in(overrides: Sequence[str]) -> Any:
 
 def choices(overrides: Sequence[str]) -> list[str]:
     """Return the overrides that choose a configuration from a group; of a sweep, the first."""
-    known = groups()
+    known = {*groups(), *chain(*OWN_GROUPS.values())}
     return [f"{key}={value}" for key, value in pairs(overrides) if key.lstrip("+") in known]
 
 

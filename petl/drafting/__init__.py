@@ -11,9 +11,11 @@ the text before it, and the answer may be another, equally good one.
 from importlib import import_module
 from pkgutil import iter_modules
 
+from petl.drafting.answers import Answers, answers
 from petl.drafting.checks import PROMISE, check_answer, rounding, shortfalls, verify, why_plain
 from petl.drafting.costs import Costs
 from petl.drafting.engine import Stats, decode
+from petl.drafting.fit import fit
 from petl.drafting.folder import load_drafter
 from petl.drafting.registry import (
     Draft,
@@ -29,6 +31,7 @@ from petl.drafting.tree import best, plan, tau
 
 __all__ = [
     "PROMISE",
+    "Answers",
     "Costs",
     "Draft",
     "Drafter",
@@ -36,10 +39,12 @@ __all__ = [
     "Root",
     "Seen",
     "Stats",
+    "answers",
     "best",
     "check_answer",
     "decode",
     "drafter",
+    "fit",
     "list_drafters",
     "load_drafter",
     "plan",

@@ -1,18 +1,22 @@
 """The folder of a saved drafter: its config, its tensors, and a page that describes it."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from petl.drafting.identity import hash_of_tokenizer, hashes_of
 from petl.drafting.registry import Drafter, drafter
 from petl.errors import InputError
 from petl.files.disk import write_json
 from petl.files.read import read_json
 from petl.files.tensor_file import read_file
 
+logger = logging.getLogger(__name__)
 CONFIG, WEIGHTS = "drafter_config.json", "drafter_model.safetensors"
 
 
@@ -42,6 +46,7 @@ def write(
     fields: Mapping[str, Any],
     *,
     vocabulary: int = 0,
+    hashes: Mapping[str, str] | None = None,
     frequencies: Sequence[Sequence[float]] = (),
     tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -52,7 +57,7 @@ def write(
         "name": name,
         "fields": dict(fields),
         "vocabulary": vocabulary,
-        "hashes": {},
+        "hashes": dict(hashes or {}),
         "frequencies": [[*row] for row in frequencies],
         "calibration": [],
     }
@@ -80,30 +85,66 @@ def read(folder: Path) -> DrafterConfig:
     return read_json(folder / CONFIG, DrafterConfig)
 
 
-def load_drafter(folder: str | Path, model: Any) -> Drafter:
+def load_drafter(folder: str | Path, model: Any, tokenizer: Any = None) -> Drafter:
     """Load a saved drafter for a model.
+
+    With another adapter than it was trained for, it decodes correctly but slower: a warning says
+    so.
 
     Args:
         folder: with drafter_config.json, such as RUN/drafter.
-        model: that it will draft for.
+        model: that it will draft for, with its adapters.
+        tokenizer: of the model, to be compared with that of the training; None: it is not.
 
     Raises:
-        InputError: there is no drafter, its files are damaged, or it has another vocabulary than
-            the model.
+        InputError: there is no drafter, its files are damaged, or it belongs to another base model
+            or tokenizer.
     """
     source = Path(folder)
     config = read(source)
     size = vocabulary_of(model)
-    # the size is enough: with another model of that size drafts are worse, answers the same
+    # the size is enough where there are no hashes: drafts are worse, answers the same
     if config["vocabulary"] not in (0, size):
         raise InputError(
             f"the drafter in {source} has a vocabulary of {config['vocabulary']} tokens and "
             f"{type(model).__name__} one of {size}: it belongs to another model"
         )
-    found = drafter(config["name"], model=model, **config["fields"])
+    _check_hashes(source, config["hashes"], model, tokenizer)
+    with named(source / CONFIG):
+        found = drafter(config["name"], model=model, **config["fields"])
     tensors = read_file(source / WEIGHTS)[1] if (source / WEIGHTS).is_file() else {}
-    found.restore(config, tensors)
+    with named(source):
+        found.restore(config, tensors)
     return found
+
+
+def _check_hashes(source: Path, saved: Mapping[str, str], model: Any, tokenizer: Any) -> None:
+    """Refuse another base model or tokenizer; warn of another adapter."""
+    present = hashes_of(model) if saved else {}
+    if "tokenizer" in saved and tokenizer is not None:
+        present["tokenizer"] = hash_of_tokenizer(tokenizer)
+    others = [name for name in present if name in saved and saved[name] != present[name]]
+    for name, what in (("base", "base model"), ("tokenizer", "tokenizer")):
+        if name in others:
+            raise InputError(
+                f"the drafter in {source} was trained for another {what}: train one for this model "
+                "with petl draft, or decode with --drafter free"
+            )
+    if "adapter" in others:
+        logger.warning(
+            "the drafter in %s was trained for another adapter: it decodes correctly, but slower "
+            "than with its own; train one for this adapter with petl draft",
+            source,
+        )
+
+
+@contextmanager
+def named(place: Path) -> Generator[None]:
+    """Add the place that they are from to errors about the content of files."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
 
 
 def vocabulary_of(model: Any) -> int:

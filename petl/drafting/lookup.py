@@ -15,7 +15,7 @@ from torch import Tensor
 from petl.drafting import folder as files
 from petl.drafting.costs import TYPICAL
 from petl.drafting.frequencies import Frequencies
-from petl.drafting.registry import Draft, Drafter, Root, register
+from petl.drafting.registry import Draft, Drafter, Root, Seen, register
 from petl.drafting.tree import best_count
 from petl.errors import InputError
 
@@ -121,3 +121,35 @@ class Lookup(Drafter):
     def restore(self, config: files.DrafterConfig, tensors: dict[str, Tensor]) -> None:
         """Take over what `save` has written besides the fields."""
         self.frequencies.restore(config["frequencies"] or PRIOR)
+
+
+class LookupFirst(Drafter):
+    """Drafts the chain of `lookup` where there is one, else the tree of another drafter."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        """Put lookup in front.
+
+        Args:
+            drafter: that drafts where nothing can be copied.
+        """
+        super().__init__()
+        self.lookup, self.drafter, self.needs = Lookup(), drafter, drafter.needs
+
+    def start(self, ids: Sequence[int], states: Tensor | None) -> None:
+        """Begin a row in both."""
+        for part in (self.lookup, self.drafter):
+            part.costs = self.costs
+            part.start(ids, states)
+
+    def draft(self, root: Root, budget: int | None) -> Draft:
+        """Return the chain, or the tree if there is none."""
+        self.lookup.costs = self.drafter.costs = self.costs
+        chain = self.lookup.draft(root, budget)
+        # also where it drafts nothing: it learns what came, and up to where it has read
+        tree = self.drafter.draft(root, 0 if len(chain.tokens) else budget)
+        return chain if len(chain.tokens) else tree
+
+    def observe(self, seen: Seen) -> None:
+        """Learn in both."""
+        self.lookup.observe(seen)
+        self.drafter.observe(seen)

@@ -82,7 +82,7 @@ class Recycling(Drafter):
         _check(k, nodes, depth, order, entries)
         self.k, self.nodes, self.depth, self.order = k, nodes, depth, order
         self.entries, self.prompt, self.keep = entries, prompt, keep
-        self.template = None if template is None else _paths(template, k)
+        self.template = None if template is None else tree.template_paths(template, k)
         self.vocabulary = files.vocabulary_of(model)
         # 4 V k bytes: 1.6 MB for 50,000 tokens and k = 8; on the CPU, where the tree is built
         empty = torch.full((self.vocabulary, k), UNKNOWN, dtype=torch.int32)
@@ -254,24 +254,6 @@ def _check(k: int, nodes: Any, depth: int, order: int, entries: int) -> None:
         raise InputError(f"nodes={nodes} is neither 'auto' nor 1 or more")
     if order not in (2, 3):
         raise InputError(f"order={order} is neither 2 nor 3")
-
-
-def _paths(template: Sequence[Sequence[int]], k: int) -> list[tree.Path]:
-    """Return the paths of a template, parents before children.
-
-    Raises:
-        InputError: a rank is not below k, or a path lacks its beginning.
-    """
-    paths = [*dict.fromkeys((*path,) for path in template)]
-    known = {(), *paths}
-    for path in sorted(paths, key=len):
-        if not path or not all(0 <= rank < k for rank in path):
-            raise InputError(f"template has the path {path}: ranks are from 0 to k - 1 = {k - 1}")
-        if path[:-1] not in known:
-            raise InputError(f"template has the path {path}, but not {path[:-1]}, its beginning")
-    place = {path: i for i, path in enumerate(paths)}
-    in_order = all(place.get(path[:-1], -1) < place[path] for path in paths)
-    return paths if in_order else sorted(paths, key=len)
 
 
 def most_likely(logits: Tensor, k: int) -> Tensor:

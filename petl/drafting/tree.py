@@ -225,3 +225,30 @@ def best_count(gains: Sequence[float], costs: "Costs", drafting: float = 0.0) ->
         if rate > highest:
             count, highest = i, rate
     return count
+
+
+def template_paths(template: Sequence[Sequence[int]], k: int) -> list[Path]:
+    """Return the paths of a template, parents before children.
+
+    Args:
+        template: paths of ranks.
+        k: number of ranks.
+
+    Raises:
+        InputError: a rank is not below k, or a path lacks its beginning.
+    """
+    try:
+        paths = [*dict.fromkeys((*path,) for path in template)]
+    except TypeError as error:
+        raise InputError(
+            f"template={template!r} is no list of paths of ranks such as [[0], [1], [0, 0]]"
+        ) from error
+    known = {(), *paths}
+    for path in sorted(paths, key=len):
+        if not path or not all(isinstance(rank, int) and 0 <= rank < k for rank in path):
+            raise InputError(f"template has the path {path}: ranks are from 0 to k - 1 = {k - 1}")
+        if path[:-1] not in known:
+            raise InputError(f"template has the path {path}, but not {path[:-1]}, its beginning")
+    place = {path: i for i, path in enumerate(paths)}
+    in_order = all(place.get(path[:-1], -1) < place[path] for path in paths)
+    return paths if in_order else sorted(paths, key=len)

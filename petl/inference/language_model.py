@@ -14,7 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from petl.core.parameters import max_positions
 from petl.drafting.checks import why_plain
 from petl.drafting.engine import Stats, decode
+from petl.drafting.fit import Trained
 from petl.drafting.folder import CONFIG, load_drafter
+from petl.drafting.lookup import LookupFirst
 from petl.drafting.registry import Drafter, drafter
 from petl.errors import (
     InputError,
@@ -44,7 +46,8 @@ class LanguageModel:
         prefix: put before each text of an encoder-decoder, as in training.
         columns: the settings under `data` of the run that name the columns of rows.
         drafting: what guesses tokens of single answers ahead (petl.drafting): "auto" is the run's
-            own drafter if there is one, else "free"; "none"; or the folder of a drafter.
+            own drafter if there is one (a trained one behind "lookup"), else "free"; "none"; or the
+            folder of a drafter.
     """
 
     model: PeftModel | PreTrainedModel
@@ -72,10 +75,12 @@ class LanguageModel:
             raise UnsupportedError(reason)
         own = Path(next(iter(self.adapters.values()), "")) / "drafter"
         if self.drafting == "auto" and self.adapters and (own / CONFIG).is_file():
-            return load_drafter(own, self.base)
+            found = load_drafter(own, self.base, self.tokenizer)
+            # `free` copies by itself, and a drafter without training is what was asked for
+            return LookupFirst(found) if isinstance(found, Trained) else found
         if self.drafting in ("auto", "free"):
             return drafter("free", model=self.base)
-        return load_drafter(self.drafting, self.base)
+        return load_drafter(self.drafting, self.base, self.tokenizer)
 
     @property
     def base(self) -> PreTrainedModel:

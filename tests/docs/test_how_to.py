@@ -178,9 +178,10 @@ def test_other_trainers_of_trl(name, tmp_path, monkeypatch):
     assert left["trainer"].state.global_step == 2
 
 
-def test_faster_answers(monkeypatch):
+def test_faster_answers(monkeypatch, tmp_path):
     from petl.drafting import registry
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "DRAFTERS", {**registry.DRAFTERS})
     model = testing.tiny_llama(2)
     ids = torch.arange(5, 15)[None]
@@ -190,6 +191,9 @@ def test_faster_answers(monkeypatch):
         code("faster-answers", "Stats()"), model=model, inputs={"input_ids": ids, **settings}
     )
     assert left["stats"].tokens == 20
+    trained = run(code("faster-answers", "drafting.fit"), model=model, inputs={"input_ids": ids})
+    more = {"custom_generate": petl.drafting.decode, "drafter": trained["heads"]}
+    assert torch.equal(model.generate(ids, **settings, **more), plain)
     run(code("faster-answers", "class Again"))
     again = petl.drafting.drafter("again", times=3)
     found = model.generate(ids, **settings, custom_generate=petl.drafting.decode, drafter=again)
