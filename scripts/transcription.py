@@ -45,11 +45,11 @@ from petl.tasks.media_files import Wave, read_audio
 
 WINDOW, OWN_WINDOW = 3, 30  # seconds
 SHORTEST = 0.6  # seconds
-HELD_OUT = (30, 60)  # validation and test clips
+HELD_OUT = (24, 40)  # validation and test clips
 VERSIONS = 2  # of each training clip, with different noise
 VOICES, AMPLITUDE = 3, 0.5  # of the noise; the amplitude relative to that of the clip
 NEW_TOKENS = 24  # of an answer
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-3, 3e-3)
 VL_PET: dict[str, Any] = {  # the start of configs/method/vl_pet.yaml, which is the base model
     "r": 32,
     "init_weights": "zero_up",
@@ -85,9 +85,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add_arguments(made, RATES)
     made.add_argument("sounds", help="where the packages were unpacked")
-    made.add_argument("--clips", type=COUNT, default=200, help="English clips; default: 200")
+    made.add_argument("--clips", type=COUNT, default=120, help="English clips; default: 120")
     made.add_argument("--steps", type=COUNT, default=40, help="of a run; default: 40")
-    made.add_argument("--batch", type=COUNT, default=8, help="clips of a step; default: 8")
+    made.add_argument("--batch", type=COUNT, default=4, help="clips of a step; default: 4")
     return made
 
 

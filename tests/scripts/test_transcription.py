@@ -14,6 +14,8 @@ from transcription import Split
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 from whisper_tiny import END, START
 
+import petl
+
 SIZES = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 8, "max_source_positions": 10}
 SIZES |= {"encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
 HEADS = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
@@ -153,3 +155,16 @@ def test_lora_gets_the_largest_rank_within_the_parameters_of_vl_pet(small, monke
     r = lora.peft_config["default"].r
     used, budget = transcription.count(lora), transcription.count(vl_pet)
     assert used <= budget < used * (r + 1) / r
+
+
+@torch.no_grad()
+def test_vl_pet_starts_at_whisper(small, split):
+    before = small(**transcription.batch_of(split, [0, 1, 2])).logits
+    model = petl.wrap(small, "vl_pet", **transcription.VL_PET).eval()
+    assert torch.equal(model(**transcription.batch_of(split, [0, 1, 2])).logits, before)
+    # attention and MLP of the encoder's block, and the values of the decoder's
+    assert (
+        len({name.split(".petl_")[0] for name, _ in model.named_parameters() if "petl_" in name})
+        == 3
+    )
+    model.unload()
