@@ -95,9 +95,9 @@ def measure(arguments: argparse.Namespace) -> None:
     """Write the references that the folder lacks, then compare the methods."""
     settings = vars(arguments).copy()
     folder, sounds = settings.pop("folder"), settings.pop("sounds")
-    folder.mkdir(parents=True, exist_ok=True)
     source = Speech(name="speech", source="speech", task="audio_classification", path=sounds)
     clips = english(source, arguments.clips)
+    folder.mkdir(parents=True, exist_ok=True)
     references = read_or_write(folder / "references.json", clips)
     splits = noisy(clips, references, source)
     base = whisper_tiny.load(WINDOW)
