@@ -45,9 +45,9 @@ logger = logging.getLogger(__name__)
 def train(cfg: DictConfig) -> float:
     """Train one adapter; return the score that a search optimizes."""
     config = read_config(cfg)
-    settings = config.train
-    accelerator = start(settings.seed, config.precision, config.launch)
+    accelerator = start(config.train.seed, config.precision, config.launch)
     run = Run(config, accelerator)
+    settings = run.config.train  # a run that is resumed keeps its defaults
     data = config.data.read()
     processor = load_processor(config.model, data.task)
     splits = encode_splits(data, processor, settings, accelerator, config.data.repeats)
