@@ -25,7 +25,7 @@ from petl.runs.run_folder import Run
 from petl.training.dataloader import Splits, encode_splits
 from petl.training.evaluate import score
 from petl.training.frozen import cached_blocks, report
-from petl.training.linear_probe import linear_probe
+from petl.training.linear_probe import Untrained, linear_probe
 from petl.training.loop import fit
 from petl.training.lr_finder import find_lr
 from petl.training.ranks import ranks_by_importance
@@ -57,9 +57,11 @@ def train(cfg: DictConfig) -> float:
 
     frozen = cached_blocks(model, splits, settings, accelerator)
     test = partial(score, model, splits, accelerator, settings.eval_batch_size)
-    probe = partial(linear_probe, model, splits, settings, accelerator)
+    untrained = Untrained()
+    probe = partial(linear_probe, model, splits, settings, accelerator, untrained)
     run.score("linear_probe", probe, "linear probe")
-    before_training(run, model, splits, partial(test, when="before training"))
+    before = partial(test, when="before training", known=untrained.scores_of)
+    before_training(run, model, splits, before)
     if settings.find_lr:
         # the same settings, with the learning rate that was found
         settings = find_lr(model, splits, settings, accelerator, run)

@@ -86,6 +86,14 @@ def test_a_new_head_is_also_trained_alone_and_saved(run):
     assert bool(heads) == (task in HEADS)
 
 
+def test_the_scores_before_training_are_those_without_a_linear_probe(run, tmp_path):
+    finished, task, words = run
+    if task not in HEADS:
+        pytest.skip("no head that could be trained alone")
+    alone = train([*words, "train.linear_probe=false", "train.steps=4"], tmp_path / "alone")
+    assert alone.scores["before"] == finished.scores["before"]
+
+
 def test_eval_gives_the_scores_of_the_run(run):
     finished, _, _ = run
     again = saved_adapter.score(saved_adapter.find(finished.path))
