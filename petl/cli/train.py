@@ -104,7 +104,7 @@ def wrapped(run: Run, splits: Splits, processor: Any) -> PeftModel:
         attach(model, config.loss)
     check_model(model, settings)
     if compute_less(model, settings):
-        logger.info("the last block is computed only at the position that the head reads")
+        logger.info("positions that nothing reads are left out (train.skip_unread)")
     return model
 
 

@@ -144,11 +144,12 @@ class TrainConfig:
     recompute_mlp: bool = setting(False, one_of(True, False))
     """Activation recomputation in MLP blocks: stores half the activations. One of true, false."""
     skip_unread: bool = setting(True, one_of(True, False))
-    """Compute the last block of a classifier only at the position that its head reads. One of true,
-    false.
+    """Leave out positions that nothing reads: in the last block, and in the head of a language
+    model. One of true, false.
 
-    The result is the same up to rounding; dropout in that block draws other masks. Models, methods
-    and losses that read more positions are left alone.
+    A classifier reads one position of its last block; the loss of a language model reads those that
+    predict a token with a label. The result is the same up to rounding; dropout in that block draws
+    other masks. Models, methods and losses that read more positions are left alone.
     """
     loss_segment: int | str | None = setting("auto", AUTO_OR_COUNT.or_null())
     """Positions whose logits exist at a time in training (causal LM); null: all. Auto or an integer

@@ -292,9 +292,8 @@ def one_pass(
     shown = Shown(loaded, what or "validation", len(batches), quiet=what is None)
     for positions, batch in zip(batches, shown, strict=True):
         batch = to_device(batch, device)
-        inputs = {name: tensor for name, tensor in batch.items() if name not in task.label_columns}
         with accelerator.autocast():
-            outputs = model(**inputs)  # without labels: `score` computes the loss
+            outputs = task.outputs(model, batch)  # without labels: `score` computes the loss
         values = None
         if predictions is not None:
             values = task.predict(outputs, batch)
