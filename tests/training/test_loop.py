@@ -509,8 +509,9 @@ def test_each_pass_of_a_run_has_a_line(tiny, tmp_path, petl_log):
     for begin in (
         "calibrating the initial values of the adapter: 4 batches",
         "linear probe: features of 45 examples: 1 batch",
+        "linear probe: features of 20 examples: 1 batch",
         "linear probe: training the head: 24 steps",
-        "scoring 20 test examples before training: 1 batch",
+        "before training: scored in the pass of the linear probe",
         "range test, learning rates from 1e-06 to 1: 10 steps",
         "training: 4 steps, metrics every step (train.log_steps)",
         "scoring 20 test examples after training: 1 batch",
