@@ -55,7 +55,8 @@ def skip_unread(model: PeftModel) -> str | None:
     if extra_losses(model):
         return "an extra loss reads all positions"
     reason = _refusal_of_tuner(model)
-    if is_causal(base):
+    has_logits = isinstance(base, PreTrainedModel) and base.get_output_embeddings() is not None
+    if has_logits and is_causal(base):  # logits over a vocabulary
         return read_labelled(base, reason)
     reason = reason or _refusal(base)
     if reason is None:
