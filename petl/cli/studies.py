@@ -101,7 +101,7 @@ Estimate how much padding length buckets save on a data set, and write their edg
   petl buckets buckets.yaml model=smollm2 data=reasoning train.buckets=30 train.max_tokens=4096
 
 SETTINGs are those of `petl train`; no method is needed. Without train.max_tokens, each step has
-train.batch_size examples. The default of train.buckets is 30 here."""
+train.batch_size examples. train.buckets=null counts as auto here."""
 
 CONFIGS = """\
 List the folders and names of configurations, or print the file of one, to start your own from it:

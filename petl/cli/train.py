@@ -26,7 +26,7 @@ from petl.runs.run_folder import Run
 from petl.training.dataloader import Splits, encode_splits
 from petl.training.evaluate import score
 from petl.training.frozen import cached_blocks, report
-from petl.training.linear_probe import linear_probe
+from petl.training.linear_probe import Untrained, linear_probe
 from petl.training.loop import fit
 from petl.training.lr_finder import find_lr
 from petl.training.ranks import ranks_by_importance
@@ -46,14 +46,14 @@ logger = logging.getLogger(__name__)
 def train(cfg: DictConfig) -> float:
     """Train one adapter; return the score that a search optimizes."""
     config = read_config(cfg)
-    settings = config.train
-    if settings.together > 1 and current_lane() is None:
+    if config.train.together > 1 and current_lane() is None:
         raise InputError(
-            f"train.together={settings.together}, and this command makes one run; it is for sweeps "
-            "(petl train -m); runs of a study train together by petl study --together"
+            f"train.together={config.train.together}, and this command makes one run; it is for "
+            "sweeps (petl train -m); runs of a study train together by petl study --together"
         )
-    accelerator = start(settings.seed, config.precision, config.launch)
+    accelerator = start(config.train.seed, config.precision, config.launch)
     run = Run(config, accelerator)
+    settings = run.config.train  # a run that is resumed keeps its defaults
     data = config.data.read()
     processor = load_processor(config.model, data.task)
     splits = encode_splits(data, processor, settings, accelerator, config.data.repeats)
@@ -63,9 +63,11 @@ def train(cfg: DictConfig) -> float:
 
     frozen = cached_blocks(model, splits, settings, accelerator)
     test = partial(score, model, splits, accelerator, settings.eval_batch_size)
-    probe = partial(linear_probe, model, splits, settings, accelerator)
+    untrained = Untrained()
+    probe = partial(linear_probe, model, splits, settings, accelerator, untrained)
     run.score("linear_probe", probe, "linear probe")
-    before_training(run, model, splits, partial(test, when="before training"))
+    before = partial(test, when="before training", known=untrained.scores_of)
+    before_training(run, model, splits, before)
     if settings.find_lr:
         # the same settings, with the learning rate that was found
         settings = find_lr(model, splits, settings, accelerator, run)
@@ -108,7 +110,7 @@ def wrapped(run: Run, splits: Splits, processor: Any) -> PeftModel:
         attach(model, config.loss)
     check_model(model, settings)
     if compute_less(model, settings):
-        logger.info("the last block is computed only at the position that the head reads")
+        logger.info("positions that nothing reads are left out (train.skip_unread)")
     return model
 
 

@@ -172,6 +172,11 @@ class _SummedLoss(torch.autograd.Function):
 IGNORED = -1  # labels of positions that are left out, within this module
 
 
+def shifted(labels: Tensor, ignore: int = -100) -> Tensor:
+    """Return the label that each position predicts, [..., T]: that of the next token."""
+    return F.pad(labels, (0, 1), value=ignore)[..., 1:]
+
+
 def labelled(labels: Tensor) -> Tensor | None:
     """Return the indices of positions with a label, or None if all have one.
 

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -30,7 +30,6 @@ from petl.distributed.launch import alone, number_of_processes, on_device, start
 from petl.errors import InputError
 from petl.models.loading import load_base, load_processor
 from petl.planning.batch_search import MEMORY_FRACTION, Trials, largest, limited_memory, restored
-from petl.planning.cost import BUCKETS
 from petl.planning.memory import optimizer_bytes, weight_bytes
 from petl.planning.plan import model_on_shapes, storage_of
 from petl.runs.environment import device_name
@@ -48,6 +47,7 @@ from petl.training.evaluate import for_training
 from petl.training.optimizer import make_engine, make_optimizer
 from petl.training.wrapping import check_model, sized_fields, wrap_arguments, wrap_for_run
 
+BUCKETS = 30  # of a search where train.buckets is null or auto
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 Fits = Callable[[Batch], bool]
 
@@ -87,7 +87,8 @@ def find(cfg: DictConfig, memory: int | None = None) -> dict[str, Any]:
         accelerator = start(settings.seed, config.precision)
     data = config.data.read()
     refuse_stream(data.train, "a search for batch sizes")  # its lengths are unknown
-    splits = encode_splits(data, load_processor(config.model, data.task), settings, accelerator)
+    unsorted = replace(settings, buckets=None)  # sorted below
+    splits = encode_splits(data, load_processor(config.model, data.task), unsorted, accelerator)
     device = accelerator.device
     is_tried = memory is None and device.type == "cuda"
     if memory is None:

@@ -9,7 +9,6 @@ from petl.data.base import as_dataset, read_data
 from petl.data.batch_sampler import chunks, permutation
 from petl.data.buckets import Ints, padding_fraction
 from petl.models.loading import load_processor
-from petl.planning.cost import BUCKETS
 from petl.runs.settings import TrainConfig, read_train
 from petl.training.dataloader import buckets_of, row_lengths
 
@@ -35,8 +34,8 @@ def describe(lengths: Ints, settings: TrainConfig) -> dict[str, Any]:
     in tokens, number of rows and batch size); `steps` and `padding` (fraction of the positions that
     one process computes in the first epoch), each `before` (without buckets) and `after`.
     """
-    if not settings.bucketed:
-        settings = replace(settings, buckets=BUCKETS)
+    if settings.buckets is None and settings.batch_sizes is None:
+        settings = replace(settings, buckets="auto")
     # where auto makes none, one for all lengths
     buckets = buckets_of(lengths, settings) or buckets_of(lengths, replace(settings, buckets=1))
     assert buckets is not None

@@ -13,7 +13,6 @@ from petl.runs.settings import TrainConfig
 from petl.training.dataloader import Splits, buckets_of
 
 # assumptions: what makes a setting worth a line
-BUCKETS = 30  # of an estimate or a search where train.buckets is null or auto
 MUCH_PADDING = 0.2  # of the positions
 MUCH_FASTER = 0.8  # of the time of matrix products
 MUCH_SCORING = 0.25  # of the time of the steps
@@ -96,7 +95,8 @@ def advice(
     order = splits.sampler(settings)
     padding = padding_fraction(lengths, order.global_batches()) if len(lengths) else 0.0
     # a mixture decides which rows a step has, so that they cannot be of similar length
-    may_bucket = splits.task.reads_text and splits.mixture is None and not settings.bucketed
+    is_free = settings.buckets is None and settings.batch_sizes is None
+    may_bucket = is_free and splits.task.reads_text and splits.mixture is None
     if padding > MUCH_PADDING and may_bucket:
         buckets = buckets_of(lengths, replace(settings, buckets="auto"))
         if buckets is not None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from petl.config.command_line import in_sweep
+from petl.config.command_line import in_sweep, is_given
 from petl.config.schema import RENAMED, flat
 from petl.distributed.processes import LOCK, claim, release, try_claim
 from petl.errors import InputError, JobSkipped
@@ -42,6 +42,8 @@ LATER_FIELDS = {
     "method.gate_rank": None,
     "method.identity_gate": True,
 }
+# settings under `train` with another default than in older runs: that of now, and theirs
+OLDER_DEFAULTS = {"buckets": ("auto", None)}
 # before the name of a setting of one of several data sets, which is that of a single one
 SET = re.compile(r"^data\.sets\..+\.")
 NOT_RESUMABLE = "the method changes while it trains, and PEFT keeps these changes in memory only"
@@ -93,6 +95,42 @@ def stored_identity(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the identity in the state.json of a checkpoint, with the present names of settings."""
     stored = {RENAMED.get(key, key): value for key, value in state["identity"].items()}
     return {k: v for k, v in stored.items() if k.removeprefix("train.") not in FREE}
+
+
+def as_begun(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity `now` with the defaults that were in effect when the run `then` began.
+
+    These stay if the command names another value, and in a sweep, whose runs are compared.
+    """
+    begun = dict(now)
+    for name, (default, older) in OLDER_DEFAULTS.items():
+        key = f"train.{name}"
+        is_default = now.get(key) == default and not (in_sweep() or is_given(key))
+        if is_default and then.get(key) == older:
+            del begun[key]
+            begun |= {key: older} if key in then else {}
+    return begun
+
+
+def is_same(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> bool:
+    """Return True if a run (`then`) is one with these settings (`now`), defaults as it began."""
+    return then is not None and then == as_begun(then, now)
+
+
+def defaults_of(checkpoint: Path, now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings under `train` that a run which resumes from a checkpoint keeps from it.
+
+    They are those whose default was another one when the run began.
+    """
+    begun = as_begun(stored_identity(read_state(checkpoint)), now)
+    kept = {
+        name: older
+        for name, (_, older) in OLDER_DEFAULTS.items()
+        if begun.get(f"train.{name}") != now.get(f"train.{name}")
+    }
+    for name, value in kept.items():
+        logger.info("train.%s=%s, the default when the run of %s began", name, value, checkpoint)
+    return kept
 
 
 def lengthens(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -155,7 +193,7 @@ def may_start_in(folder: Path, settings: TrainConfig, now: Mapping[str, Any]) ->
         return False
     if not any(path.name != LOCK for path in folder.iterdir()):
         return True
-    return settings.resume == "auto" and identity_of(folder) == now
+    return settings.resume == "auto" and is_same(identity_of(folder), now)
 
 
 def exists_already(folder: Path) -> InputError:
@@ -201,6 +239,7 @@ def find_checkpoint(settings: TrainConfig, now: Mapping[str, Any], prefix: str) 
             f"{error}; name another checkpoint, or the run, which resumes from its latest "
             "complete one"
         ) from error
+    now = as_begun(stored, now)
     others = differences(stored, now)
     if others and not lengthens(stored, now):
         raise InputError(
@@ -255,9 +294,9 @@ def is_unfinished(run: Path, now: Mapping[str, Any]) -> bool:
     """
     config = identity_of(run)
     if config is None or not is_finished(run):
-        return config == now
-    newest = latest_complete(run) if lengthens(config, now) else None
-    return newest is not None and stored_identity(read_state(newest)) == now
+        return is_same(config, now)
+    newest = latest_complete(run) if lengthens(config, as_begun(config, now)) else None
+    return newest is not None and is_same(stored_identity(read_state(newest)), now)
 
 
 def latest_complete(run: Path) -> Path | None:
@@ -329,7 +368,7 @@ def refuse_finished(run: Path, now: Mapping[str, Any]) -> None:
         raise InputError(
             f"{error}; if the run was not finished, delete the file: its scores are computed again"
         ) from error
-    if finished and identity_of(run) == now:
+    if finished and is_same(identity_of(run), now):
         raise InputError(
             f"{run} is finished, so it cannot be resumed; its adapter is in {run / ADAPTER}; to "
             "train it further, set a larger train.steps or train.epochs"

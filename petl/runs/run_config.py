@@ -65,6 +65,11 @@ class RunConfig:
         """The autocast precision, "no" or "bf16"."""
         return self.train.computes_in(self.model.dtype)
 
+    def with_train(self, **values: Any) -> "RunConfig":
+        """Return these settings with others under `train`."""
+        resolved = {**self.resolved, "train": {**self.resolved["train"], **values}}
+        return replace(self, train=replace(self.train, **values), resolved=resolved)
+
 
 def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     """Check all settings of a run; no data or model is read.
@@ -270,9 +275,9 @@ def check_sampling(train: TrainConfig, data: Mapping[str, Any]) -> None:
     """Raise InputError for buckets of lengths where tasks are sampled at a temperature."""
     if train.bucketed and data.get("sampling") == "temperature":
         raise InputError(
-            f"train.buckets={train.buckets} and train.batch_sizes make steps of rows of similar "
-            "length, each row once an epoch, and data.sampling=temperature repeats rows: leave one "
-            "of them out"
+            f"train.buckets={train.buckets}, train.max_tokens={train.max_tokens} and "
+            "train.batch_sizes make steps of rows of similar length, each row once an epoch, and "
+            "data.sampling=temperature repeats rows: leave one of them out"
         )
 
 

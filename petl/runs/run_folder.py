@@ -72,6 +72,7 @@ from petl.runs.records import (
 from petl.runs.resume import (
     CHECKPOINTS,
     choose_checkpoint,
+    defaults_of,
     exists_already,
     identity,
     may_start_in,
@@ -169,23 +170,30 @@ class Run:
         self.config, self.accelerator = config, accelerator
         # names may have a slash, as repositories on the Hub do
         self.prefix = re.sub(r"[^\w.-]+", "-", "-".join(names_of(config.resolved)))
-        self.identity = identity(config.resolved)
         self.timer = PhaseTimer(accelerator.device)
         self.ranks: dict[str, Any] | None = None
         has_tracker = config.tracker is not None and accelerator.is_main_process
         self.tracker = make_tracker(config.tracker) if has_tracker else None
         # one process looks at the disk, the others get its result or its error
         self.resume: Path | None
-        self.resume, self.was_finished = on_main(accelerator, self._choose)
+        self.resume, self.was_finished, older = on_main(accelerator, self._choose)
+        self.config = config.with_train(**older)
         self.path = Path(config.train.run or config.train.output)
+        self.identity = identity(self.config.resolved)
         if self.resume:
             # RUN/checkpoints/STEP
             self.path = self.resume.parent.parent
 
-    def _choose(self) -> tuple[Path | None, bool]:
-        """Return the checkpoint, and True if its run is finished and will be trained further."""
-        found = choose_checkpoint(self.config.train, self.identity, self.prefix)
-        return found, found is not None and is_finished(found.parent.parent)
+    def _choose(self) -> tuple[Path | None, bool, dict[str, Any]]:
+        """Return the checkpoint, True if its run is finished and will be trained further, defaults.
+
+        The last are settings under `train` that the run keeps from its beginning.
+        """
+        now = identity(self.config.resolved)
+        found = choose_checkpoint(self.config.train, now, self.prefix)
+        if found is None:
+            return None, False, {}
+        return found, is_finished(found.parent.parent), defaults_of(found, now)
 
     @property
     def checkpoints(self) -> Path:

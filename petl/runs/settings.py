@@ -66,13 +66,14 @@ class TrainConfig:
 
     A smaller value than a process's part of batch_size means gradient accumulation.
     """
-    buckets: int | str | None = setting(None, AUTO_OR_COUNT.or_null())
+    buckets: int | str | None = setting("auto", AUTO_OR_COUNT.or_null())
     """Length-bucketed batching: about how many lengths to sort examples into, or auto. Auto or an
     integer from 1, or null.
 
     Each step holds examples of similar length, which reduces padding. Auto: the fewest that leave
     at most 2 % more positions than the best number, with 3 steps each or more; none where that
-    saves nothing.
+    saves nothing, and where rows are packed, streamed, ordered by class or sampled at a
+    temperature. Null: none.
     """
     max_tokens: int | None = setting(None, integer(1).or_null())
     """With buckets, instead of batch_size: maximum tokens per step, padded. An integer from 1, or
@@ -143,11 +144,12 @@ class TrainConfig:
     recompute_mlp: bool = setting(False, one_of(True, False))
     """Activation recomputation in MLP blocks: stores half the activations. One of true, false."""
     skip_unread: bool = setting(True, one_of(True, False))
-    """Compute the last block of a classifier only at the position that its head reads. One of true,
-    false.
+    """Leave out positions that nothing reads: in the last block, and in the head of a language
+    model. One of true, false.
 
-    The result is the same up to rounding; dropout in that block draws other masks. Models, methods
-    and losses that read more positions are left alone.
+    A classifier reads one position of its last block; the loss of a language model reads those that
+    predict a token with a label. The result is the same up to rounding; dropout in that block draws
+    other masks. Models, methods and losses that read more positions are left alone.
     """
     loss_segment: int | str | None = setting("auto", AUTO_OR_COUNT.or_null())
     """Positions whose logits exist at a time in training (causal LM); null: all. Auto or an integer
@@ -272,15 +274,15 @@ class TrainConfig:
             )
 
     def _check_buckets(self) -> None:
-        if self.batch_sizes is not None and self.buckets is not None:
+        if self.batch_sizes is not None and isinstance(self.buckets, int):
             raise InputError(
                 f"train.buckets={self.buckets} and train.batch_sizes both define buckets; "
                 "leave one of them out"
             )
         if self.max_tokens is not None and self.buckets is None:
             raise InputError(
-                f"train.max_tokens={self.max_tokens} needs train.buckets: the number of lengths "
-                "to sort examples into, such as 30"
+                f"train.max_tokens={self.max_tokens} needs train.buckets: auto, or the number of "
+                "lengths to sort examples into, such as 30"
             )
         if self.quadratic is not None and self.max_tokens is None:
             raise InputError(
@@ -297,8 +299,9 @@ class TrainConfig:
 
     @property
     def bucketed(self) -> bool:
-        """True if the examples of a step are of similar length."""
-        return self.buckets is not None or self.batch_sizes is not None
+        """True if the examples of a step must be of similar length; with auto alone they may be."""
+        given = (self.batch_sizes, self.max_tokens)
+        return isinstance(self.buckets, int) or any(value is not None for value in given)
 
     @property
     def validation_fraction(self) -> float:
@@ -342,8 +345,8 @@ class TrainConfig:
             )
         if self.bucketed:
             raise InputError(
-                "data.order=by_class orders rows by class, and train.buckets and train.batch_sizes "
-                "by length: leave one of them out"
+                "data.order=by_class orders rows by class, and train.buckets, train.max_tokens and "
+                "train.batch_sizes by length: leave one of them out"
             )
         if self.eval_steps is not None:
             raise InputError(

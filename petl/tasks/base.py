@@ -240,6 +240,10 @@ class Task(ABC):
     def items(self, batch: dict[str, Tensor]) -> int:
         """Number of terms that the model's loss averages over. The batch must be on the CPU."""
 
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Any:
+        """A model's outputs for a batch without its labels, as `score` and `predict` take them."""
+        return model(**{k: value for k, value in batch.items() if k not in self.label_columns})
+
     @abstractmethod
     def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
         """Sums over the batch, [S], on the model's device, to be added over batches and processes.
@@ -385,6 +389,24 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
         ).view(target.shape)
         loss += losses.to(dtype).sum(1)
     return torch.stack([(labels != IGNORED).sum(1).to(dtype), loss], 1)
+
+
+def summed_loss_at(wanted: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """The result of `summed_loss` from the logits of the wanted positions.
+
+    Args:
+        wanted: positions, [B, T] bool, N in all.
+        logits: [N, V].
+        labels: that each position predicts, [B, T]; those of other positions do not count.
+    """
+    loss = torch.zeros(labels.shape, dtype=sums_dtype(logits.device), device=logits.device)
+    targets, losses = labels[wanted], []
+    for start in range(0, max(1, len(targets)), CHUNK):
+        part = slice(start, start + CHUNK)
+        losses.append(F.cross_entropy(logits[part].float(), targets[part], reduction="none"))
+    # in place, and not added row by row in an order that differs from run to run on GPUs
+    loss[wanted] = torch.cat(losses).to(loss.dtype)
+    return torch.stack([wanted.sum(1).to(loss.dtype), loss.sum(1)], 1)
 
 
 def mean_losses(

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from petl.ops.segmented_loss import shifted
 from petl.tasks.base import (
     IGNORED,
     Columns,
@@ -23,6 +24,7 @@ from petl.tasks.base import (
     perplexity,
     source_numbers,
     summed_loss,
+    summed_loss_at,
 )
 from petl.tasks.chat import encode_chat, last_answer, question
 from petl.tasks.packing import batch_of_blocks, isolate_packed_texts, pack
@@ -152,8 +154,20 @@ class CausalLM(Task):
             return [question(tokenizer, chat) for chat in rows["messages"]]
         return tokenizer(rows["text"], verbose=False)["input_ids"]
 
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Any:
+        """As of any task; with `train.skip_unread`, logits of predicted tokens alone."""
+        # of a model of petl.core.labelled_positions; a PeftModel passes the name on to it
+        logits_at = getattr(model, "logits_at", None)
+        if logits_at is None:
+            return super().outputs(model, batch)
+        with logits_at(batch["labels"]) as wanted:
+            outputs = super().outputs(model, batch)
+        return outputs if wanted is None else Labelled(outputs.logits[0], wanted)
+
     def predict(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
         """Number of predicted tokens and their summed loss in nats of each row: [B, 2]."""
+        if isinstance(outputs, Labelled):
+            return summed_loss_at(outputs.wanted, outputs.logits, shifted(batch["labels"]))
         # methods that prepend virtual tokens have more logits than labels
         logits = outputs.logits[:, -batch["labels"].shape[1] : -1]
         return summed_loss(logits, batch["labels"][:, 1:])
@@ -167,6 +181,18 @@ class CausalLM(Task):
     def summarize(self, total: Tensor) -> dict[str, float]:
         """Loss in nats per token, perplexity, and the number of predicted tokens."""
         return perplexity(total)
+
+
+class Labelled(NamedTuple):
+    """Logits of the positions that predict a token with a label.
+
+    Attributes:
+        logits: [N, V].
+        wanted: the positions, [B, T] bool, N in all.
+    """
+
+    logits: Tensor
+    wanted: Tensor
 
 
 def end_text(ids: list[int], eos: int | None) -> list[int]:

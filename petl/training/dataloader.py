@@ -130,16 +130,18 @@ def encode_splits(
     train, validation = hold_out(train, settings.validation_fraction, task.group)
     warn_about_labels(task, {"training": train, "validation": validation, "test": test})
     multiple = 1 if accelerator.device.type == "cpu" else 8  # tensor cores need multiples of 8
-    buckets = buckets_of(row_lengths(task, train), settings) if settings.bucketed else None
-    if settings.buckets == "auto":
-        logger.info(
-            "train.buckets=auto: %s", "none" if buckets is None else f"{len(buckets.rows)} buckets"
-        )
     collate = task.collate(processor, multiple)
     stages = None if repeats is None else class_stream(task, train, settings, repeats)
     mixture = None
     if data.temperature is not None:
         mixture = TaskMixture.of_temperature(train[IDS], len(task.tasks), data.temperature)
+    # an order by class or by task, and packed rows, have steps of their own
+    free = stages is None and mixture is None and not task.packs
+    may_sort = free if settings.buckets == "auto" else settings.buckets is not None
+    sorts = settings.bucketed or may_sort
+    buckets = buckets_of(row_lengths(task, train), settings) if sorts else None
+    if buckets is not None and not settings.bucketed:
+        logger.info("train.buckets=auto: %d buckets", len(buckets.rows))
     splits = Splits(
         task,
         collate,
@@ -171,9 +173,10 @@ def stream_splits(
         )
     if settings.bucketed or settings.validation_share is not None:
         raise InputError(
-            f"train.buckets={settings.buckets}, train.batch_sizes={settings.batch_sizes} and "
+            f"train.buckets={settings.buckets}, train.max_tokens={settings.max_tokens}, "
+            f"train.batch_sizes={settings.batch_sizes} and "
             f"train.validation_share={settings.validation_share} need the lengths or number of all "
-            "rows, which data.streaming=true leaves unknown: leave them null; data.held_rows sets "
+            "rows, which data.streaming=true leaves unknown: leave them out; data.held_rows sets "
             "the number of validation rows"
         )
     task, stream = data.task, data.train

@@ -8,7 +8,7 @@ Generated answers are scored by exact match and ROUGE.
 import json
 import logging
 import math
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,6 +128,7 @@ def score(
     *,
     when: str = "",
     kept: Path | None = None,
+    known: Callable[[PeftModel, Task, Accelerator], dict[str, float] | None] | None = None,
 ) -> dict[str, float]:
     """Return the task's scores over the test rows, with those of generated answers if it generates.
 
@@ -136,6 +137,7 @@ def score(
     Args:
         when: of the run this is, such as "before training", for the display of the progress.
         kept: the file that the predictions are written to, of each row; None: they are not kept.
+        known: returns the task's scores if another pass has computed them; None: it has not.
 
     Raises:
         RunStopped: the outputs are not finite; the message names the first such tensor.
@@ -143,7 +145,9 @@ def score(
     what = f"scoring {len(splits.test):,} test examples {when}".rstrip()
     predictions = Predictions()
     collected = predictions if kept else None
-    scores = evaluate(model, splits, splits.test, accelerator, batch_size, collected, what)
+    scores = known(model, splits.task, accelerator) if known and kept is None else None
+    if scores is None:
+        scores = evaluate(model, splits, splits.test, accelerator, batch_size, collected, what)
     refuse_not_finite(scores, model, splits, accelerator, batch_size)
     if splits.task.generate is not None:
         scores |= score_answers(model, splits, accelerator, batch_size, predictions, when=when)
@@ -288,9 +292,8 @@ def one_pass(
     shown = Shown(loaded, what or "validation", len(batches), quiet=what is None)
     for positions, batch in zip(batches, shown, strict=True):
         batch = to_device(batch, device)
-        inputs = {name: tensor for name, tensor in batch.items() if name not in task.label_columns}
         with accelerator.autocast():
-            outputs = model(**inputs)  # without labels: `score` computes the loss
+            outputs = task.outputs(model, batch)  # without labels: `score` computes the loss
         values = None
         if predictions is not None:
             values = task.predict(outputs, batch)

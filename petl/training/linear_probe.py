@@ -2,6 +2,7 @@
 
 The features, which are the inputs of the model's head, are computed once in evaluation mode. A copy
 of the head is trained on them for as many steps as the run, at the best of a few learning rates.
+The same pass over the test rows scores the frozen model (`Untrained`).
 
 Shapes: N rows, B rows of a batch, T tokens, H features.
 """
@@ -10,7 +11,7 @@ import copy
 import logging
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -38,13 +39,79 @@ LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 logger = logging.getLogger(__name__)
 
 
+@dataclass
+class Untrained:
+    """The frozen model's scores on the test rows, of the pass that computed the head's inputs.
+
+    Attributes:
+        scores: None before such a pass.
+        parts: results of `Task.score`, batch by batch.
+        inputs: the first batch of this process, without labels.
+        logits: the frozen model's for this batch.
+    """
+
+    scores: dict[str, float] | None = None
+    parts: list[Tensor] = field(default_factory=list)
+    inputs: Batch = field(default_factory=dict)
+    logits: Tensor | None = None
+
+    def add(self, task: Task, batch: Batch, logits: Tensor, rows: int) -> None:
+        """Score the first `rows` of a batch, those that no other process scores."""
+        if self.logits is None:
+            self.inputs = {k: v for k, v in batch.items() if k not in task.label_columns}
+            self.logits = logits
+        # values of rows, which a surplus row has twice, are put in order by `end`
+        count = len(logits) if task.by_row else rows
+        scored = {name: values[:count] for name, values in batch.items()}
+        self.parts.append(task.score(task.outputs_from_logits(logits[:count]), scored))
+
+    def end(self, task: Task, rows: Dataset, order: list[int], accelerator: Accelerator) -> None:
+        """Make the scores of what was added, by all processes."""
+        if task.by_row:
+            values = accelerator.gather(torch.cat(self.parts))
+            in_place = in_order(values, order, accelerator.num_processes)
+            self.scores = task.summarize_rows(in_place, rows)
+        else:
+            total = accelerator.reduce(torch.stack(self.parts).sum(0), reduction="sum")
+            self.scores = task.summarize(total)
+
+    @torch.no_grad()
+    def scores_of(
+        self, model: nn.Module, task: Task, accelerator: Accelerator
+    ) -> dict[str, float] | None:
+        """Return the scores if `model` computes what the frozen one did; None if they are unknown.
+
+        One batch tells: an adapter that has a part in the outputs changes those of any batch. All
+        processes call it.
+        """
+        if self.scores is None:
+            return None
+        was_training = model.training
+        model.eval()
+        with accelerator.autocast():
+            logits = task.head_logits(model(**self.inputs))
+        model.train(was_training)
+        assert self.logits is not None
+        if not agree(torch.equal(logits, self.logits), accelerator):
+            return None
+        logger.info("before training: scored in the pass of the linear probe")
+        return self.scores
+
+
 def linear_probe(
-    model: PeftModel, splits: Splits, settings: TrainConfig, accelerator: Accelerator
+    model: PeftModel,
+    splits: Splits,
+    settings: TrainConfig,
+    accelerator: Accelerator,
+    untrained: Untrained | None = None,
 ) -> dict[str, float] | None:
     """Return test scores of the head trained alone; None, with the reason logged, if impossible.
 
     Call it before the adapter is trained. The learning rate is chosen on rows held out from train;
     test is scored once. The model and the random states do not change.
+
+    Args:
+        untrained: gets the scores of the frozen model.
     """
     if not splits.task.new_head or not settings.linear_probe:
         return None
@@ -61,9 +128,14 @@ def linear_probe(
         return None
     # if the method takes initial values from base weights, the frozen model is base and adapter
     base_is_pretrained = keeps_base(model.active_peft_config)
+    size = settings.eval_batch_size
     with model.disable_adapter() if base_is_pretrained else nullcontext():
-        train = features(base, head, splits, splits.train, accelerator)
-        test = features(base, head, splits, splits.test, accelerator) if train else None
+        train = features(base, head, splits, splits.train, accelerator, size)
+        # rows of several tasks are scored by task, in passes of their own; an adapter that was
+        # trained before may differ from the frozen model in few rows
+        known = not splits.task.tasks and settings.init_from is None
+        found = untrained if known else None
+        test = train and features(base, head, splits, splits.test, accelerator, size, found)
     if train is None or test is None:
         return None
     original = head.original_module if isinstance(head, ModulesToSaveWrapper) else head
@@ -110,20 +182,29 @@ def find_head(base: nn.Module) -> nn.Module | None:
 
 @torch.no_grad()
 def features(
-    base: nn.Module, head: nn.Module, splits: Splits, rows: Dataset, accelerator: Accelerator
+    base: nn.Module,
+    head: nn.Module,
+    splits: Splits,
+    rows: Dataset,
+    accelerator: Accelerator,
+    batch_size: int = ROWS,
+    untrained: Untrained | None = None,
 ) -> Features | None:
     """Return the inputs of the head for each row; None, with the reason logged, if impossible.
 
     The head has to compute the model's logits from one vector per row, or per token.
+
+    Args:
+        batch_size: rows of a forward pass of a process.
+        untrained: gets the scores of the model on the rows, computed as `evaluate` does.
     """
     processes, device, task = accelerator.num_processes, accelerator.device, splits.task
     order = longest_first(task.lengths(rows))
     # token features of all batches get one width, that of the longest row
     width = task.width(splits.collate([rows[order[0]]]))
     # every process computes equally many rows; `in_order` drops the surplus
-    mine = [order[i % len(order)] for i in range(accelerator.process_index, len(order), processes)]
-    each = -(-len(order) // processes)
-    parts = chunks(mine + order[: each - len(mine)], ROWS)
+    own = order[accelerator.process_index :: processes]
+    parts = chunks(own + order[: -(-len(order) // processes) - len(own)], batch_size)
     inputs_of_head: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, inputs: inputs_of_head.append(inputs[0]))
     base.eval()  # features without dropout
@@ -132,17 +213,18 @@ def features(
     labels: dict[str, list[Tensor]] = {name: [] for name in task.label_columns}
     try:
         loaded = load(rows, splits.collate, parts, device, workers=0)
-        for batch in Shown(loaded, f"linear probe: features of {len(rows):,} examples", len(parts)):
-            batch = to_device(batch, device)
-            for name in task.label_columns:
-                # without labels the model computes no loss of its own
-                labels[name].append(padded_to(batch.pop(name), width, IGNORED))
+        for given in Shown(loaded, f"linear probe: features of {len(rows):,} examples", len(parts)):
+            batch = to_device(given, device)
+            # without labels the model computes no loss of its own
+            inputs = {name: batch[name] for name in batch if name not in labels}
+            for name, values in labels.items():
+                values.append(padded_to(batch[name], width, IGNORED))
             inputs_of_head.clear()
             with accelerator.autocast():
-                logits = task.head_logits(base(**batch))
+                logits = task.head_logits(base(**inputs))
                 by_token = logits.dim() == 3
                 if by_token:
-                    masks.append(padded_to(batch["attention_mask"], width, 0))
+                    masks.append(padded_to(inputs["attention_mask"], width, 0))
                 read = inputs_of_head[0]
                 vectors.append(read if by_token else one_vector(head, read, logits))
                 if len(vectors) == 1:  # the first batch has the longest rows
@@ -151,14 +233,18 @@ def features(
                         return None
                 if by_token:
                     vectors[-1] = padded_to(vectors[-1], width, 0)
+            if untrained is not None:
+                untrained.add(task, batch, logits, len(own) - (len(vectors) - 1) * batch_size)
     finally:
         hook.remove()
+
+    if untrained is not None:
+        untrained.end(task, rows, order, accelerator)
+    labels |= {"attention_mask": masks} if masks else {}
 
     def gather(parts: list[Tensor]) -> Tensor:
         return in_order(accelerator.gather(torch.cat(parts)), order, processes)
 
-    if masks:
-        labels["attention_mask"] = masks
     x = gather([part.float() for part in vectors])
     return Features(x, {name: gather(parts) for name, parts in labels.items()}, rows)
 
@@ -212,8 +298,12 @@ def reproduces(head: nn.Module, vectors: Tensor, logits: Tensor, accelerator: Ac
     same = recomputed.shape == logits.shape and torch.allclose(
         recomputed.float(), logits.float(), rtol=tolerance, atol=tolerance
     )
-    # one process that disagrees is enough to give up, in all of them
-    votes = torch.tensor(float(same), device=logits.device)
+    return agree(same, accelerator)
+
+
+def agree(vote: bool, accelerator: Accelerator) -> bool:
+    """Return True if the votes of all processes are True; all must call it."""
+    votes = torch.tensor(float(vote), device=accelerator.device)
     return int(accelerator.reduce(votes, reduction="sum")) == accelerator.num_processes
 
 

@@ -155,7 +155,7 @@ def compute_less(model: PeftModel, settings: TrainConfig) -> bool:
         return False
     reason = skip_unread(model)
     if reason is not None:
-        logger.debug("the last block is computed at all positions: %s", reason)
+        logger.debug("all positions are computed: %s", reason)
     return reason is None
 
 

@@ -1,4 +1,6 @@
-"""Section `frozen`: a training step that reads its frozen blocks from a store.
+"""Section `frozen`: a training step that leaves out what need not be computed.
+
+It reads its frozen blocks from a store, or computes the labelled positions of a decoder alone.
 
 LoRA is in the last blocks alone, at a rank that keeps the number of parameters. Its step is timed
 relative to the lower bound, without a store and from one. Filling a store is one forward pass of
@@ -21,6 +23,7 @@ from bench.clocks import Step, in_turn
 from bench.records import Record
 from bench.shapes import Bench, Shape
 from bench.step import floor_of
+from petl.core.read_positions import skip_unread
 from petl.core.spec.blocks import last_blocks
 
 TOPS = ("top:0.33", "top:0.25", "top:1")
@@ -40,6 +43,8 @@ VIT: dict[str, Any] = {
     "attention_probs_dropout_prob": 0.0,
 }
 IMAGES = 8  # of a batch
+LABELLED = 0.2  # fraction of the positions of a decoder that have a label
+GOAL_LABELLED = 0.93
 
 
 @dataclass(frozen=True)
@@ -59,19 +64,18 @@ class Subject:
 def measure(shape: Shape, rounds: int) -> list[Record]:
     """Return a record for each share of the blocks of a text model."""
     bench = Bench(shape)
-    return _records(
-        Subject(
-            shape.name,
-            str(shape),
-            shape.layers,
-            bench.twin,
-            bench.batch,
-            floor_of(bench)[0],
-            shape.task_type,
-            shape.device,
-        ),
-        rounds,
+    subject = Subject(
+        shape.name,
+        str(shape),
+        shape.layers,
+        bench.twin,
+        bench.batch,
+        floor_of(bench)[0],
+        shape.task_type,
+        shape.device,
     )
+    found = _records(subject, rounds)
+    return [*found, _labelled(subject, rounds)] if shape.is_decoder else found
 
 
 def measure_images(rounds: int, **settings: Any) -> list[Record]:
@@ -135,6 +139,38 @@ def _record(subject: Subject, top: str, count: int, rounds: int) -> Record:
             **({} if goal is None else {"goal": goal}),
             "B / position": kind * int(cache.prefix.body.config.hidden_size),
         },
+    )
+
+
+def _labelled(subject: Subject, rounds: int) -> Record:
+    """LoRA in all blocks, where few positions have a label; the lower bound has all of them."""
+    plain, head, both = (_upper(subject, "top:1.0", subject.blocks) for _ in range(3))
+    petl.segment_loss(head)
+    petl.segment_loss(both)
+    reason = skip_unread(both)
+    assert reason is None, reason
+    assert both.get_base_model().last_block is not None
+    labels = subject.batch["labels"]
+    # as many in each row, at other places
+    order = torch.rand(labels.shape, generator=torch.Generator().manual_seed(0)).argsort(1)
+    chosen = (order < round(LABELLED * labels.shape[1])).to(labels.device)
+    batch = {**subject.batch, "labels": labels.masked_fill(~chosen, -100)}
+    steps = {
+        "plain": _training(plain, batch),
+        "head": _training(head, batch),
+        "both": _training(both, batch),
+    }
+    times = in_turn(subject.floor, steps, rounds=rounds, warm_up=1, device=subject.device)
+    return Record(
+        "frozen",
+        subject.shape,
+        f"lora, {LABELLED:.0%} of the positions labelled",
+        ratios={
+            "time / floor": times.over_floor("both"),
+            "head alone / floor": times.over_floor("head"),
+            "all positions / floor": times.over_floor("plain"),
+        },
+        facts={"goal": GOAL_LABELLED} if subject.name == "llama" else {},
     )
 
 

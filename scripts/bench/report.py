@@ -23,7 +23,7 @@ TITLES = {
     "compile": "training step with torch.compile, relative to without",
     "merge": "merged tokens, relative to all tokens",
     "unet": "tuners of skip connections, relative to LoRA of rank 8 on attention",
-    "frozen": "training step with the frozen blocks from a store",
+    "frozen": "training step without what need not be computed",
     "drafting": "answers with drafts, relative to plain decoding",
     "start-up": "start of a process",
 }
@@ -45,6 +45,8 @@ LABELS = {
     "goal kept / LoRA": "goal: saved activations",
     "kernels / layer": "kernel launches per adapted layer",
     "without a store / floor": "without a store / lower bound",
+    "head alone / floor": "last block at all positions / lower bound",
+    "all positions / floor": "head too / lower bound",
     "B / position": "bytes on disk per position",
     "goal kernels": "goal: kernel launches",
     "goal base": "goal: time / base",

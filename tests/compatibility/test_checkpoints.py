@@ -7,10 +7,16 @@ only added to (`scripts/make_compatibility_fixtures.py`).
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import compatibility_runs
 import pytest
-from training_fixtures import Finished, train
+from training_fixtures import Finished, train, train_until_killed
+
+from petl.errors import InputError
+from petl.runs import resume as resume_rules
+from petl.runs import run_folder
+from petl.runs.resume import identity
 
 # Relative. Not bitwise: the steps after the checkpoint round otherwise on other processors, by up
 # to 6e-7 with AVX2 or no vector instructions in place of AVX-512.
@@ -58,6 +64,40 @@ def test_a_stopped_run_resumes_to_the_recorded_losses(workdir, name):
 def test_auto_finds_an_old_run_by_its_config(workdir):
     """`auto` compares config.yaml with the command; if they differ, it starts a new run."""
     assert_recorded_losses(resume("mola", "auto"), "mola")
+
+
+@pytest.mark.parametrize("has_field", [True, False], ids=["null", "absent"])
+@pytest.mark.parametrize("checkpoint", ["run", "auto"])
+def test_a_run_from_before_buckets_were_the_default_keeps_its_batches(
+    workdir, monkeypatch, checkpoint, has_field
+):
+    common = [*compatibility_runs.COMMON, "+method=lora", "train.batch_size=4"]
+    older = [*common, "train.buckets=null"]
+    plain, present = train(older, Path("plain")), train(common, Path("present"))
+    losses = [line["loss"] for line in plain.metrics]
+    assert losses != [line["loss"] for line in present.metrics], "the batches are the same anyway"
+    with monkeypatch.context() as patch:
+        if not has_field:  # neither in the checkpoints nor in the configuration
+            patch.setattr(run_folder, "identity", lambda given: without_buckets(identity(given)))
+        train_until_killed(older, Path("run"), compatibility_runs.KILLED)
+    config = Path("run/config.yaml")
+    if not has_field:
+        config.write_text(config.read_text().replace("  buckets: null\n", ""))
+    resumed = train([*common, f"train.resume={checkpoint}"], Path("run"))
+    assert [line["loss"] for line in resumed.metrics] == losses
+    assert "  buckets: null\n" in config.read_text()
+
+
+def without_buckets(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != "train.buckets"}
+
+
+def test_the_number_of_buckets_that_a_command_names_is_that_of_the_run(workdir, monkeypatch):
+    monkeypatch.setattr(resume_rules, "is_given", lambda name: name == "train.buckets")
+    common = [*compatibility_runs.COMMON, "+method=lora"]
+    train_until_killed([*common, "train.buckets=null"], Path("run"), compatibility_runs.KILLED)
+    with pytest.raises(InputError, match=r"train\.buckets=None there, 'auto' here"):
+        train([*common, "train.buckets=auto", "train.resume=run"], Path("run"))
 
 
 def test_resuming_with_another_setting_is_refused(workdir):

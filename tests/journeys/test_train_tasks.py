@@ -10,6 +10,7 @@ from training_fixtures import train
 from transformers import AutoTokenizer
 
 from petl.config.compose import compose
+from petl.core import labelled_positions
 from petl.errors import InputError
 from petl.export import saved_adapter
 from petl.export.lora import export_lora
@@ -84,6 +85,27 @@ def test_a_new_head_is_also_trained_alone_and_saved(run):
         assert set(alone) == EXPECTED[task] | {"lr"}
     heads = [key for key in finished.adapter if "classifier" in key or "qa_outputs" in key]
     assert bool(heads) == (task in HEADS)
+
+
+def test_the_scores_before_training_are_those_without_a_linear_probe(run, tmp_path):
+    finished, task, words = run
+    if task not in HEADS:
+        pytest.skip("no head that could be trained alone")
+    alone = train([*words, "train.linear_probe=false", "train.steps=4"], tmp_path / "alone")
+    assert alone.scores["before"] == finished.scores["before"]
+
+
+def test_a_language_model_trains_alike_if_it_computes_all_positions(run, tmp_path, monkeypatch):
+    finished, task, words = run
+    if task != "causal_lm":
+        pytest.skip("no positions without a label")
+    reader = labelled_positions._LabelReader
+    monkeypatch.setattr(reader, "forward", None)  # not used
+    plain = train([*words, "train.skip_unread=false"], tmp_path / "plain")
+    for when in ("before", "after"):
+        assert finished.scores[when] == pytest.approx(plain.scores[when], rel=1e-4)
+    losses = [[m["loss"] for m in each.metrics if "loss" in m] for each in (finished, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_eval_gives_the_scores_of_the_run(run):

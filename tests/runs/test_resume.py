@@ -89,6 +89,7 @@ def assert_equal_runs(one: Finished, other: Finished) -> None:
         ["+method=lora", "model.dtype=bfloat16"],
         ["+method=lora", "train.micro_batch_size=3", "train.num_workers=1"],
         ["+method=lora", "train.buckets=3", "train.max_tokens=64", "train.micro_batch_size=2"],
+        ["+method=lora", "train.buckets=null"],
         ["+method=lora", "train.batch_sizes={6: 9, 16: 5}"],
         ["+method=lora", "train.eval_steps=4", "train.loraplus_ratio=4"],
         ["+method=binary", "method.inner=lora", "train.eval_steps=4"],  # the result is packed

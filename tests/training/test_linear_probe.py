@@ -1,5 +1,7 @@
 """The score that an adapter has to beat."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -18,8 +20,10 @@ from petl.data.base import read_data
 from petl.distributed.launch import start
 from petl.models.loading import load_base, load_tokenizer
 from petl.runs.run_config import read_config
+from petl.training import evaluate as evaluation
 from petl.training.dataloader import encode_splits
-from petl.training.linear_probe import features, find_head, in_order, linear_probe
+from petl.training.evaluate import evaluate, score
+from petl.training.linear_probe import Untrained, features, find_head, in_order, linear_probe
 
 pytest_plugins = ["training_fixtures"]
 
@@ -132,6 +136,46 @@ def test_it_measures_the_frozen_model_not_the_adapted_one(parts):
         if "lora_B" in name:
             nn.init.normal_(parameter)
     assert linear_probe(model, splits, settings, accelerator) == expected
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_its_pass_scores_the_untrained_model(parts, monkeypatch, precision):
+    model, splits, settings, _ = parts
+    accelerator = start(settings.seed, precision)
+    untrained = Untrained()
+    size = settings.eval_batch_size
+    expected = evaluate(model, splits, splits.test, accelerator, size)
+    linear_probe(model, splits, settings, accelerator, untrained)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", None)  # no other pass is made
+        found = score(model, splits, accelerator, size, known=untrained.scores_of)
+    assert found == expected
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    assert untrained.scores_of(model, splits.task, accelerator) is None
+    assert score(model, splits, accelerator, size, known=untrained.scores_of) != expected
+
+
+def test_a_row_that_several_processes_compute_is_scored_once(parts):
+    _, splits, _, accelerator = parts
+    batch = splits.collate([splits.test[i] for i in (0, 1, 2)])
+    logits = torch.randn(3, 3)
+    untrained = Untrained()
+    untrained.add(splits.task, batch, logits, 2)  # the third one is another process's
+    untrained.add(splits.task, batch, logits, 0)
+    untrained.end(splits.task, splits.test, [], accelerator)
+    assert untrained.scores["rows"] == 2
+    losses = torch.nn.functional.cross_entropy(logits[:2], batch["labels"][:2])
+    assert untrained.scores["loss"] == pytest.approx(float(losses), rel=1e-6)
+
+
+def test_an_adapter_that_was_trained_before_is_scored_itself(parts):
+    model, splits, settings, accelerator = parts
+    untrained = Untrained()
+    settings = replace(settings, init_from="runs/earlier")
+    linear_probe(model, splits, settings, accelerator, untrained)
+    assert untrained.scores is None
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])

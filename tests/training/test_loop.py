@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from training_fixtures import Finished, train
@@ -18,8 +19,10 @@ from petl.data.base import read_data
 from petl.errors import InputError, RunStopped
 from petl.models.loading import load_base, load_tokenizer
 from petl.runs.checkpoint import verify
+from petl.runs.run_config import read_config
 from petl.runs.settings import TrainConfig
 from petl.tasks import CausalLM, Classification
+from petl.training.dataloader import encode_splits
 
 pytest_plugins = ["training_fixtures"]
 
@@ -38,7 +41,7 @@ SPLIT = {"atol": 5e-5, "rtol": 1e-3}
 
 
 def test_the_loop_does_what_a_loop_written_by_hand_does(tiny, tmp_path):
-    common = [*tiny.steady, "+method=lora", "train.steps=9", "train.warmup=3"]
+    common = [*tiny.steady, "+method=lora", "train.steps=9", "train.warmup=3", "train.buckets=null"]
     run = train(common, tmp_path / "run")
 
     cfg = compose(common)
@@ -100,7 +103,8 @@ def test_micro_batches_of_any_size_train_like_the_whole_batch(tiny, tmp_path, ta
 def test_steps_of_similar_rows_pad_less_and_may_be_cut_as_well(tiny, tmp_path, settings):
     common = [*tiny.complete, "+method=lora", "train.steps=8", "train.log_steps=1"]
     bucketed = [*common, *settings]
-    plain, whole = train(common, tmp_path / "plain"), train(bucketed, tmp_path / "whole")
+    plain = train([*common, "train.buckets=null"], tmp_path / "plain")
+    whole = train(bucketed, tmp_path / "whole")
     cut = train([*bucketed, "train.micro_batch_size=3"], tmp_path / "cut")
     assert_same(whole, cut, **SPLIT)
     assert cut.scores["padding"] <= whole.scores["padding"] < plain.scores["padding"] / 2
@@ -195,6 +199,7 @@ def test_only_the_adapter_and_the_head_change(tiny, tmp_path):
 
 def test_training_lowers_the_loss_and_raises_the_score(tiny, tmp_path):
     fast = ["train.steps=60", "train.lr=1e-2", "train.head_lr=5e-2"]
+    fast.append("train.buckets=null")  # a random model of fifty rows needs mixed steps to learn
     run = train([*tiny.steady, "+method=lora", *fast], tmp_path / "run")
     assert run.metrics[-1]["loss"] < 0.85 * run.metrics[0]["loss"]
     assert run.scores["after"]["accuracy"] > run.scores["before"]["accuracy"] + 0.2
@@ -504,8 +509,9 @@ def test_each_pass_of_a_run_has_a_line(tiny, tmp_path, petl_log):
     for begin in (
         "calibrating the initial values of the adapter: 4 batches",
         "linear probe: features of 45 examples: 1 batch",
+        "linear probe: features of 20 examples: 1 batch",
         "linear probe: training the head: 24 steps",
-        "scoring 20 test examples before training: 1 batch",
+        "before training: scored in the pass of the linear probe",
         "range test, learning rates from 1e-06 to 1: 10 steps",
         "training: 4 steps, metrics every step (train.log_steps)",
         "scoring 20 test examples after training: 1 batch",
@@ -520,3 +526,26 @@ def test_a_short_run_has_a_curve(tiny, tmp_path, steps, points):
     assert len(run.metrics) == points
     assert "before" not in run.scores
     assert TrainConfig().log_interval(10_000) == 10
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "sorts"),
+    [
+        ("classify", [], True),
+        ("complete", [], True),
+        ("complete", ["data.pack=true"], False),
+        ("classify", ["data.order=by_class", "train.steps=null"], False),
+    ],
+    ids=["texts", "language model", "packed", "class by class"],
+)
+def test_rows_of_similar_length_share_a_step_by_default_where_they_can(tiny, kind, words, sorts):
+    cfg = compose([*getattr(tiny, kind), "+method=lora", "train.batch_size=4", *words])
+    config = read_config(cfg)
+    splits = encode_splits(
+        config.data.read(),
+        load_tokenizer(cfg.model),
+        config.train,
+        Accelerator(cpu=True),
+        config.data.repeats,
+    )
+    assert (splits.buckets is not None) is sorts

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -30,7 +29,14 @@ from petl.core.layers.context import ForwardContext
 from petl.core.parameters import check_module
 from petl.errors import InputError, UnsupportedError
 from petl.ops.low_rank import WEIGHT_TYPES, has_no_hooks
-from petl.ops.segmented_loss import AnyHead, Head, LinearHead, mean_loss, require_tokens
+from petl.ops.segmented_loss import (
+    AnyHead,
+    Head,
+    LinearHead,
+    mean_loss,
+    require_tokens,
+    shifted,
+)
 
 TOKENS = 2048  # positions of a segment: 1 GB of float32 logits for 128,256 entries
 
@@ -71,6 +77,14 @@ def keep_logits(base: nn.Module) -> None:
 
 def refusal(base: nn.Module) -> str | None:
     """Return why the loss of a model cannot be computed in segments, or None if it can."""
+    reason = refusal_of_loss(base)
+    if reason is None and "logits_to_keep" not in _forward_of(base).parameters:
+        return "its forward has no argument logits_to_keep"
+    return reason
+
+
+def refusal_of_loss(base: nn.Module) -> str | None:
+    """Return why a model is no causal LM with the standard loss of next tokens; None if it is."""
     if not isinstance(base, PreTrainedModel):
         return "it is not a model of transformers"
     if base.config.is_encoder_decoder or base.get_output_embeddings() is None:
@@ -83,9 +97,11 @@ def refusal(base: nn.Module) -> str | None:
         or "loss_function" not in forward.__code__.co_names
     ):
         return f"its loss (loss_type={base.loss_type!r}) is not that of next tokens"
-    if "logits_to_keep" not in inspect.signature(forward).parameters:
-        return "its forward has no argument logits_to_keep"
     return None
+
+
+def _forward_of(base: nn.Module) -> inspect.Signature:
+    return inspect.signature(inspect.unwrap(_original(base).forward))
 
 
 def has_frozen_head(base: Any) -> bool:
@@ -116,7 +132,7 @@ class _SegmentedLoss(SwappedClass):
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = super().forward
-        if not _applies(self, kwargs):
+        if not is_segmented(self, kwargs):
             return own(*args, **kwargs)
         decoder, outputs = self.get_decoder(), []
         # the model passes only logits to its loss function: hidden states come from the hook
@@ -137,13 +153,17 @@ class _SegmentedLoss(SwappedClass):
         return output
 
 
-def _applies(model: Any, kwargs: dict[str, Any]) -> bool:
+def is_segmented(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Return True if a forward with these arguments computes its loss in segments."""
+    return getattr(model, "loss_segment", None) is not None and is_training(model, kwargs)
+
+
+def is_training(model: Any, kwargs: dict[str, Any]) -> bool:
     """Return True for a training forward with labels that returns a dictionary."""
     chosen = kwargs.get("return_dict")  # PEFT passes None
     as_tuple = chosen is False or (chosen is None and not model.config.return_dict)
     return (
-        model.loss_segment is not None
-        and model.training
+        model.training
         and torch.is_grad_enabled()
         and kwargs.get("labels") is not None
         # the caller asks for logits of certain positions
@@ -164,8 +184,8 @@ def _loss(
     output = outputs[-1]
     # last_hidden_state comes first in every decoder's output
     hidden = output[0]
-    if shift_labels is None:  # position t predicts token t + 1
-        shift_labels = F.pad(given["labels"], (0, 1), value=ignore)[..., 1:]
+    if shift_labels is None:
+        shift_labels = shifted(given["labels"], ignore)
     if hidden.shape[:-1] != shift_labels.shape:
         raise InputError(
             f"labels of shape {tuple(shift_labels.shape)} do not fit hidden states of shape "

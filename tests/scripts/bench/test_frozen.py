@@ -13,10 +13,16 @@ def test_upper_blocks_are_measured_with_and_without_a_store():
     small = {"hidden": 32, "heads": 2, "kv_heads": 1, "ff": 48, "layers": 3, "vocabulary": 64}
     found = measure(replace(LLAMA, **small, rows=2, length=6), 2)
     # a third and a quarter of three blocks are one, and so is top:1
-    (record,) = found
+    record, labelled = found
     assert record.row == "lora in the last 1 of 3"
     assert set(record.ratios) == {"time / floor", "without a store / floor"}
     assert record.facts["B / position"] == 4 * 32
+    assert labelled.row == "lora, 20% of the positions labelled"
+    assert set(labelled.ratios) == {
+        "time / floor",
+        "head alone / floor",
+        "all positions / floor",
+    }
     (table,) = tables(Result({}, found)).values()
     assert table.rows[0][0] == "lora in the last 1 of 3"
 
