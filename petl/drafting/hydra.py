@@ -129,7 +129,7 @@ class Hydra(Heads):
             tokens, carry = top[level.rows, level.ranks], carry[level.rows]
             found.append(tokens)
         chances = path_probabilities(self.frequencies.table(), self.levels.paths)
-        return Draft(torch.cat(found), self.levels.parents, torch.tensor(chances))
+        return Draft(torch.cat(found).cpu(), self.levels.parents, torch.tensor(chances))
 
     def _first(self, root: Root) -> Tensor:
         """Return the state that the heads read, [H]."""
