@@ -4,6 +4,7 @@
     python scripts/bench.py --sections step,dist --methods mola,mos --shape minilm
     python scripts/bench.py --sections all --peers ENV/bin/python  # ENV has the adapters package
     python scripts/bench.py --model smollm2 --shape ""       # a model of configs/model
+    python scripts/bench.py --sections job --tune            # whole jobs beside Trainer; resumable
     python scripts/bench.py --check bench.json               # exit status 1 if a value has grown
     python scripts/bench.py --import mypackage.mymethod --methods mymethod  # a method of your own
     python scripts/bench.py --read bench.json --page docs/performance.md  # update its tables
@@ -19,18 +20,31 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
 
 from bench.contenders import IMPORTS, import_methods
 from bench.isolated import quieten
+from bench.jobs.definitions import JOBS
+from bench.jobs.runs import Settings as JobSettings
 from bench.page import filled
 from bench.records import MARGIN, Result, regressions
 from bench.report import circumstances, remarks, tables
 from bench.run import SECTIONS, USUAL, Settings, run
 
 from petl.cli import app
-from petl.cli.arguments import COUNT, file_to_read, file_to_write, number
+from petl.cli.arguments import (
+    COUNT,
+    POSITIVE,
+    SEED,
+    each,
+    file_to_read,
+    file_to_write,
+    folder_to_write,
+    number,
+    some_of,
+)
 
 
 def main() -> int:
@@ -65,9 +79,25 @@ def measure(arguments: argparse.Namespace) -> Result:
             device=arguments.device,
             threads=arguments.threads,
             peers=arguments.peers,
+            jobs=job_settings(arguments),
         ),
         progress=lambda line: print(line, file=sys.stderr, flush=True),
         save=lambda result: result.write(arguments.out),  # after each section: later ones may fail
+    )
+
+
+def job_settings(arguments: argparse.Namespace) -> JobSettings:
+    """Return the settings of section `job`."""
+    return JobSettings(
+        folder=arguments.job_folder,
+        names=arguments.jobs,
+        variants=[name.strip() for name in arguments.variants.split(";") if name.strip()],
+        seeds=arguments.seeds,
+        rates=arguments.rates,
+        head_rates=arguments.head_rates,
+        tunes=arguments.tune,
+        quick=arguments.quick,
+        report=arguments.finished,
     )
 
 
@@ -129,6 +159,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="cpu or cuda")
     add("--threads", type=COUNT, default=1, metavar="N", help="of the processor (1)")
     add("--peers", default="", metavar="PYTHON", help="an environment with `adapters`")
+    add_job_arguments(command_line.add_argument_group("section job"))
     add("--out", type=file_to_write, default="bench.json", metavar="FILE", help="result to write")
     add(
         "--read",
@@ -148,6 +179,22 @@ def parser() -> argparse.ArgumentParser:
     add("--check", type=file_to_read, metavar="OLD", help="compare with an earlier result")
     add("--margin", type=number(float, 0), default=MARGIN, help=f"allowed growth ({MARGIN})")
     return command_line
+
+
+def add_job_arguments(group: Any) -> None:
+    """Add the arguments of section `job`."""
+    add, default = group.add_argument, JobSettings()
+    add("--jobs", type=some_of(JOBS), default=list(JOBS), metavar="A,B", help=", ".join(JOBS))
+    add("--job-folder", type=folder_to_write, default=default.folder, metavar="FOLDER",
+        help=f"of its runs, to be resumed ({default.folder})")  # fmt: skip
+    add("--variants", default="", metavar="'A; B'", help="rows of its table; default: all")
+    add("--seeds", type=each(SEED), default=list(default.seeds), metavar="S,S", help="(0)")
+    add("--tune", action="store_true", help="choose learning rates on validation rows, draw curves")
+    add("--rates", type=each(POSITIVE), default=list(default.rates), metavar="R,R", help="to try")
+    add("--head-rates", type=each(POSITIVE), default=list(default.head_rates), metavar="R,R",
+        help="of a new head, to try")  # fmt: skip
+    add("--quick", action="store_true", help="few rows: tries the section, measures nothing")
+    add("--finished", action="store_true", help="measure nothing: the runs that are finished")
 
 
 if __name__ == "__main__":

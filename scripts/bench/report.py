@@ -25,6 +25,7 @@ TITLES = {
     "unet": "tuners of skip connections, relative to LoRA of rank 8 on attention",
     "frozen": "training step with the frozen blocks from a store",
     "start-up": "start of a process",
+    "job": "whole jobs, one process each",
 }
 ITSELF = "floor"  # the row that times the lower bound against itself
 BOUND = "frozen-backbone lower bound"
@@ -72,6 +73,11 @@ GOALS = {  # and the values they bound
     "goal base": "time / base",
     "goal plain": "time / plain merging",
     "goal saved": "saved / inner",
+    **{
+        f"goal {part} / {base}": f"{part} / {base}"
+        for part in ("training", "job")
+        for base in ("Trainer", "Trainer, by length")
+    },
 }
 FAIL, NOISY = "FAIL", "NOISY"
 MAIN = ("petl", "torch", "transformers", "peft")  # packages that fit into a line

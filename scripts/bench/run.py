@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from bench import (
     unet,
 )
 from bench.contenders import contenders
+from bench.jobs import section as whole_jobs
+from bench.jobs.runs import Settings as JobSettings
 from bench.records import Record, Result
 from bench.shapes import Shape, hydra_shape, on_device, suite
 from bench.step import Steps
@@ -38,7 +40,7 @@ from petl.runs.environment import (
 
 SECTIONS = (
     "step", "small", "bf16", "file", "peak", "generate", "dist", "serve", "many", "scale",
-    "compile", "merge", "unet", "frozen", "together", "start-up", "peers",
+    "compile", "merge", "unet", "frozen", "together", "start-up", "job", "peers",
 )  # fmt: skip
 USUAL = ("step", "file", "peak", "generate", "start-up")  # the default of `--sections`
 
@@ -54,6 +56,7 @@ class Settings:
         rounds: timed rounds of a step.
         threads: of the processor; times are comparable with one thread only.
         peers: the python of an environment with the `adapters` package; "": skip it.
+        jobs: of section `job`.
     """
 
     suite: str = "quick"
@@ -65,6 +68,7 @@ class Settings:
     device: str = "cpu"
     threads: int = 1
     peers: str = ""
+    jobs: JobSettings = field(default_factory=JobSettings)
 
 
 def run(
@@ -89,7 +93,7 @@ def run(
         raise InputError(f"device {settings.device!r}: torch finds no GPU on this machine; use cpu")
     shapes = suite(settings.suite, list(settings.shapes), settings.device)
     shapes += [on_device(hydra_shape(name), settings.device) for name in settings.models]
-    measures = _measures(settings)
+    measures = _measures(settings, progress)
     torch.set_num_threads(settings.threads)
     environment = describe(settings)
     records: list[Record] = []
@@ -110,10 +114,13 @@ ONCE = (
     "merge",
     "unet",
     "start-up",
+    "job",
 )  # sections that measure the first shape only
 
 
-def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
+def _measures(
+    settings: Settings, progress: Callable[[str], Any]
+) -> dict[str, Callable[[Shape], list[Record]]]:
     rows = [row for row in contenders(settings.rows) if not row.elsewhere]
     rounds = settings.rounds
     fewer = max(3, rounds // 2)
@@ -138,6 +145,7 @@ def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
             + frozen.measure(shape, rounds)
         ),
         "start-up": lambda shape: start_up.measure(),
+        "job": lambda shape: whole_jobs.measure(settings.jobs, progress),
         "peers": lambda shape: peers.measure(shape, rounds, settings.peers),
         "together": lambda shape: together.measure(rows, shape, rounds),
     }
