@@ -27,11 +27,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.p
 from bench.contenders import IMPORTS, import_methods
 from bench.isolated import quieten
 from bench.jobs.definitions import JOBS
-from bench.jobs.runs import Settings as JobSettings
+from bench.jobs.definitions import Settings as JobSettings
 from bench.page import filled
 from bench.records import MARGIN, Result, regressions
 from bench.report import circumstances, remarks, tables
-from bench.run import SECTIONS, USUAL, Settings, run
+from bench.run import LONG, SECTIONS, USUAL, Settings, run
 
 from petl.cli import app
 from petl.cli.arguments import (
@@ -67,7 +67,8 @@ def measure(arguments: argparse.Namespace) -> Result:
     if arguments.imports:
         os.environ[IMPORTS] = ",".join(arguments.imports)
         import_methods()
-    sections = SECTIONS if arguments.sections == "all" else words(arguments.sections)
+    every = [section for section in SECTIONS if section != LONG]
+    sections = every if arguments.sections == "all" else words(arguments.sections)
     return run(
         Settings(
             suite=arguments.suite,
@@ -144,7 +145,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add = command_line.add_argument
     add("--suite", choices=("quick", "full"), default="quick", help="models of 6 or 30 layers")
-    add("--sections", default=",".join(USUAL), metavar="A,B", help=f"{', '.join(SECTIONS)}, or all")
+    sections = f"{', '.join(SECTIONS)}; all: without {LONG}, which takes hours"
+    add("--sections", default=",".join(USUAL), metavar="A,B", help=sections)
     add("--shape", default="llama,minilm", metavar="A,B")
     add(
         "--model",

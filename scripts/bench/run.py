@@ -25,8 +25,7 @@ from bench import (
     unet,
 )
 from bench.contenders import contenders
-from bench.jobs import section as whole_jobs
-from bench.jobs.runs import Settings as JobSettings
+from bench.jobs.definitions import Settings as JobSettings
 from bench.records import Record, Result
 from bench.shapes import Shape, hydra_shape, on_device, suite
 from bench.step import Steps
@@ -42,6 +41,7 @@ SECTIONS = (
     "step", "small", "bf16", "file", "peak", "generate", "dist", "serve", "many", "scale",
     "compile", "merge", "unet", "frozen", "together", "start-up", "job", "peers",
 )  # fmt: skip
+LONG = "job"  # hours: not in `--sections all`
 USUAL = ("step", "file", "peak", "generate", "start-up")  # the default of `--sections`
 
 
@@ -145,10 +145,17 @@ def _measures(
             + frozen.measure(shape, rounds)
         ),
         "start-up": lambda shape: start_up.measure(),
-        "job": lambda shape: whole_jobs.measure(settings.jobs, progress),
+        "job": lambda shape: _whole_jobs(settings.jobs, progress),
         "peers": lambda shape: peers.measure(shape, rounds, settings.peers),
         "together": lambda shape: together.measure(rows, shape, rounds),
     }
+
+
+def _whole_jobs(settings: JobSettings, progress: Callable[[str], Any]) -> list[Record]:
+    # other sections do not wait for what it imports
+    from bench.jobs.section import measure
+
+    return measure(settings, progress)
 
 
 def describe(settings: Settings) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The jobs, and the variants that each of them is done by."""
+"""The jobs, the variants that each of them is done by, and the settings of the section.
+
+Imports nothing heavy: other sections of the benchmark load this module too.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from petl.errors import InputError
-from petl.models import smollm2
 
 RANK = 8  # of LoRA in all blocks; in fewer blocks it is larger, at equal parameters
 PLAIN, GROUPED = "Trainer", "Trainer, by length"  # what the others are relative to
@@ -163,6 +165,32 @@ GOALS: dict[tuple[str, str], dict[str, float]] = {
 }
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What the section measures.
+
+    Attributes:
+        folder: of all results.
+        names: of jobs.
+        variants: names of variants; empty: all.
+        seeds: of the timed runs.
+        rates, head_rates: the grid, from which `tunes` chooses for each arm.
+        tunes: choose rates before the timed runs, and draw curves.
+        quick: few rows, for tests.
+        report: measure nothing; use the runs that are finished.
+    """
+
+    folder: Path = Path("runs/jobs")
+    names: Sequence[str] = tuple(JOBS)
+    variants: Sequence[str] = ()
+    seeds: Sequence[int] = (0,)
+    rates: Sequence[float] = (1e-3, 3e-3)
+    head_rates: Sequence[float] = (3e-3, 1e-2)
+    tunes: bool = False
+    quick: bool = False
+    report: bool = False
+
+
 def jobs(names: Sequence[str]) -> list[Job]:
     """Return the jobs of these names.
 
@@ -182,6 +210,8 @@ def model_words(job: Job, folder: Path) -> list[str]:
         InputError: a package is missing.
     """
     if job.name == "decoder":
+        from petl.models import smollm2
+
         return ["model=path", f"model.path='{smollm2.folder()}'"]
     if job.name == "vit":
         # imports nothing that is not loaded already, but is a script

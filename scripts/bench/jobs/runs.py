@@ -5,18 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from bench.jobs.data import export
-from bench.jobs.definitions import JOBS, Job, Variant
+from bench.jobs.definitions import JOBS, Job, Settings, Variant
 from petl.errors import InputError, RunStopped
 from petl.files.disk import as_json, write_atomic
 from petl.files.paths import cache_folder
 from petl.files.read import read_json
+from petl.runs.environment import git_revision
 from petl.runs.records import read_results
 from petl.sweeps.study import slug
 
@@ -24,32 +25,6 @@ ROOT = Path(__file__).parents[3]
 POINTS = 8  # evaluations of a run that holds rows out, as in trainer_job.py
 TUNING_SEED = 0
 Rates = tuple[float, float]  # of the adapter, and of the head
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the section measures.
-
-    Attributes:
-        folder: of all results.
-        names: of jobs.
-        variants: names of variants; empty: all.
-        seeds: of the timed runs.
-        rates, head_rates: the grid, from which `tunes` chooses for each arm.
-        tunes: choose rates before the timed runs, and draw curves.
-        quick: few rows, for tests.
-        report: measure nothing; use the runs that are finished.
-    """
-
-    folder: Path = Path("runs/jobs")
-    names: Sequence[str] = tuple(JOBS)
-    variants: Sequence[str] = ()
-    seeds: Sequence[int] = (0,)
-    rates: Sequence[float] = (1e-3, 3e-3)
-    head_rates: Sequence[float] = (3e-3, 1e-2)
-    tunes: bool = False
-    quick: bool = False
-    report: bool = False
 
 
 @dataclass(frozen=True)
@@ -222,6 +197,7 @@ class Runner:
                 "steps": results["steps"],
                 "rates": list(rates),
                 "threads": self.threads,
+                "git": git_revision(ROOT),
             }
 
     def _words(self, variant: Variant, rates: Rates, seed: int | None, run: Path) -> list[str]:

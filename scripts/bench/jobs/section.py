@@ -1,19 +1,21 @@
 """The records of section `job`: times of whole jobs relative to Trainer's, with their goals."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from bench.clocks import Spread
-from bench.jobs.definitions import GOALS, GROUPED, PLAIN, SFT, Variant, jobs
+from bench.jobs.definitions import GOALS, GROUPED, PLAIN, SFT, Settings, Variant, jobs
 from bench.jobs.figure import draw
-from bench.jobs.runs import Runner, Settings
+from bench.jobs.runs import ROOT, Runner
 from bench.records import Record
+from petl.runs.environment import git_revision
 
 PARTS = ("training", "job")
 BASES = (PLAIN, GROUPED)
+Results = dict[int, dict[str, Any]]  # of a variant, by seed
 
 
 def measure(settings: Settings, progress: Callable[[str], Any]) -> list[Record]:
@@ -31,6 +33,7 @@ def measure(settings: Settings, progress: Callable[[str], Any]) -> list[Record]:
             run(runner)
         if job.name == "decoder" and SFT not in [variant.name for variant in job.variants]:
             progress(f"job: {SFT} is left out: trl is not installed (pip install trl)")
+        say_revisions(runner)
         records += records_of(runner)
         curves = curves_of(runner)
         if curves:
@@ -64,34 +67,45 @@ def records_of(runner: Runner) -> list[Record]:
             shape,
             variant.name,
             is_own=variant.is_petl,
-            ratios={name: spread for base in BASES for name, spread in _ratios(results, base, by_name)},
+            ratios=ratios(results, by_name),
             facts=facts(runner, variant, list(results.values())),
             note="" if variant.arm in runner.tuned else "rates not tuned",
         )
         for variant, results in found.items()
         if results
-    ]  # fmt: skip
+    ]
 
 
-def results_of(runner: Runner, variant: Variant) -> dict[int, dict[str, Any]]:
+def say_revisions(runner: Runner) -> None:
+    """Say which finished runs were not done by this version: they are not done again."""
+    now = git_revision(ROOT)
+    found = {r.get("git") for v in runner.variants for r in results_of(runner, v).values()}
+    others = sorted(str(revision) for revision in found - {now})
+    if others:
+        runner.progress(
+            f"job: {runner.job.name} has runs of {', '.join(others)}, and this is {now}: another "
+            "--job-folder measures anew"
+        )
+
+
+def results_of(runner: Runner, variant: Variant) -> Results:
     """Return the finished timed runs of a variant by seed."""
     rates = runner.rates_of(variant)
     known = {seed: runner.result(variant, rates, seed) for seed in runner.settings.seeds}
     return {seed: result for seed, result in known.items() if result is not None}
 
 
-def _ratios(
-    results: dict[int, dict[str, Any]], base: str, by_name: dict[str, dict[int, dict[str, Any]]]
-) -> list[tuple[str, Spread]]:
-    """Ratios to a variant of Trainer, of the same seeds."""
-    others = by_name.get(base, {})
-    common = [seed for seed in results if seed in others]
-    if not common or others is results:
-        return []
-    return [
-        (f"{part} / {base}", Spread.of([results[s][part] / others[s][part] for s in common]))
-        for part in PARTS
-    ]
+def ratios(results: Results, by_name: Mapping[str, Results]) -> dict[str, Spread]:
+    """Return the ratios of times to those of each variant of Trainer, of the same seeds."""
+    found = {}
+    for base in BASES:
+        others = by_name.get(base, {})
+        common = [seed for seed in results if seed in others]
+        if common and others is not results:
+            for part in PARTS:
+                values = [results[seed][part] / others[seed][part] for seed in common]
+                found[f"{part} / {base}"] = Spread.of(values)
+    return found
 
 
 def facts(runner: Runner, variant: Variant, results: list[dict[str, Any]]) -> dict[str, float]:
