@@ -6,7 +6,8 @@
 LoRA in all blocks, the upper half, third and sixth, and the last one, with the frozen blocks run in
 each step and read from a store, and SHERL: at one number of parameters, each with the learning rate
 that scores best on validation rows, over several seeds. It is a `petl study`, whose page is
-FOLDER/index.html; the table and the figure add the time. Settings of `petl train` may follow.
+FOLDER/index.html; the table and the figure add the time. The seconds are those of training: filling
+a store comes before it, once for all runs that share it. Settings of `petl train` may follow.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from petl.errors import InputError
 from petl.models.sources import read_source
 from petl.reports.comparison import compare
 from petl.reports.comparison_report import write_page
-from petl.reports.formatting import Table, mean_text
+from petl.reports.formatting import Table, is_percentage, mean_text
 from petl.runs.records import is_finished, read_results
 from petl.sweeps.study import Contender, Study, slug
 
@@ -61,6 +62,7 @@ class Row:
 
     placement: Placement
     metric: str
+    higher_is_better: bool
     lr: float
     parameters: int
     scores: Sequence[float]
@@ -118,11 +120,8 @@ def blocks_of(settings: Sequence[str]) -> int:
 
 def placements(blocks: int) -> list[Placement]:
     """Return the placements for a model with this many blocks; equal ones once."""
-    named: dict[int, str] = {}
-    for share in SHARES:
-        named.setdefault(len(last_blocks(share, blocks)), share)
     found = [Placement(ALL, RUN, "lora")]
-    for count in named:
+    for count in dict.fromkeys(len(last_blocks(share, blocks)) for share in SHARES):
         where = f"lora method.layers_to_transform=top:{count}"
         name = "last block" if count == 1 else f"last {count} of {blocks} blocks"
         found.append(Placement(name, READ, f"{where} train.cache_frozen=true"))
@@ -148,6 +147,7 @@ def _row(placement: Placement, results: Sequence[dict[str, Any]]) -> Row:
     return Row(
         placement,
         metric,
+        first["higher_is_better"],
         first["lr"],
         first["adapter_parameters"],
         [result["after"][metric] for result in results],
@@ -187,13 +187,14 @@ def filled(page: str, block: str) -> str:
 
 
 def front(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows that none beats in both score and time, the fastest first.
+    """Return the rows that none beats in both score and time, the fastest first."""
 
-    The score must be one of which higher is better.
-    """
+    def quality(row: Row) -> float:
+        return row.score if row.higher_is_better else -row.score
+
     best: list[Row] = []
-    for row in sorted(rows, key=lambda row: (row.median, -row.score)):
-        if not best or row.score > best[-1].score:
+    for row in sorted(rows, key=lambda row: (row.median, -quality(row))):
+        if not best or quality(row) > quality(best[-1]):
             best.append(row)
     return best
 
@@ -203,14 +204,16 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
+    metric = rows[0].metric
+    factor, unit = (100, " (%)") if is_percentage(metric) else (1, "")
     # without a salt and a date of its own, the same runs give the same file
     with mpl.rc_context({"svg.hashsalt": "placements", "svg.fonttype": "none"}):
         figure = Figure(figsize=(7.2, 4.2), layout="constrained")
         axes = figure.subplots()
         for kind, marker in ((RUN, "s"), (READ, "o")):
             own = [row for row in rows if row.placement.kind == kind]
-            spread = [statistics.stdev(r.scores) * 100 if len(r.scores) > 1 else 0 for r in own]
-            scores = [row.score * 100 for row in own]
+            spread = [statistics.stdev(r.scores) * factor if len(r.scores) > 1 else 0 for r in own]
+            scores = [row.score * factor for row in own]
             seconds = [row.median for row in own]
             axes.errorbar(seconds, scores, yerr=spread, fmt=marker, capsize=2, label=kind)
             for row, x, y in zip(own, seconds, scores, strict=True):
@@ -219,13 +222,13 @@ def draw(rows: Sequence[Row], file: Path) -> None:
                 )
         best = front(rows)
         axes.step(
-            [row.median for row in best], [row.score * 100 for row in best],
+            [row.median for row in best], [row.score * factor for row in best],
             where="post", color="0.6", zorder=0,
         )  # fmt: skip
         axes.set(
             xscale="log",
             xlabel="processor seconds of training, median over seeds",
-            ylabel=f"test {rows[0].metric} (%), mean over seeds",
+            ylabel=f"test {metric}{unit}, mean over seeds",
         )
         axes.grid(color="0.9")
         axes.set_axisbelow(True)

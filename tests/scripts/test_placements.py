@@ -1,6 +1,7 @@
 """The study of placements: its contenders, and the table and figure of finished runs."""
 
 import json
+from dataclasses import replace
 
 import placements
 import pytest
@@ -82,7 +83,7 @@ def test_the_table_has_means_over_finished_seeds_and_times_relative_to_all_block
 def test_the_front_leaves_out_what_is_slower_and_no_better(tmp_path):
     def row(name, score, seconds, kind=RUN):
         placement = Placement(name, kind, name)
-        return Row(placement, "accuracy", 1e-3, 10, [score], [seconds])
+        return Row(placement, "accuracy", True, 1e-3, 10, [score], [seconds])
 
     rows = [
         row("best", 0.6, 90),
@@ -92,6 +93,8 @@ def test_the_front_leaves_out_what_is_slower_and_no_better(tmp_path):
         row("fast", 0.4, 10, READ),
     ]
     assert [each.placement.name for each in front(rows)] == ["fast", "same", "best"]
+    losses = [replace(each, higher_is_better=False) for each in rows]
+    assert [each.placement.name for each in front(losses)] == ["fast"]
     file = tmp_path / "figure.svg"
     draw(rows, file)
     text = file.read_text()
