@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +27,16 @@ ROOT = Path(__file__).parents[3]
 POINTS = 8  # evaluations of a run that holds rows out, as in trainer_job.py
 TUNING_SEED = 0
 Rates = tuple[float, float]  # of the adapter, and of the head
+
+
+@contextmanager
+def terminable() -> Generator[None]:
+    """In the block, SIGTERM raises SystemExit, as Ctrl-C raises KeyboardInterrupt."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(frozen=True)
@@ -243,7 +255,7 @@ class Runner:
             "PETL_CACHE": str(self.cache),
         }
         log = self.folder / "last.log"
-        with log.open("wb") as opened:
+        with log.open("wb") as opened, terminable():
             # -P: the folder of the module is no place for imports
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", module],
@@ -258,7 +270,7 @@ class Runner:
             process.stdin.close()
             try:
                 _, status, usage = os.wait4(process.pid, 0)
-            except BaseException:  # Ctrl-C: the run must not stay behind
+            except BaseException:  # the run must not stay behind
                 process.kill()
                 process.wait()
                 raise

@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -178,6 +179,19 @@ def test_a_failing_run_names_its_log(job, tmp_path):
     runner.folder.mkdir(parents=True)
     with pytest.raises(RunStopped, match=r"no_such_module .*last\.log"):
         runner._process("bench.jobs.no_such_module", {})
+
+
+def test_a_stopped_benchmark_stops_its_run(job, tmp_path, monkeypatch):
+    pid = tmp_path / "pid"
+    code = f"import os, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\n"
+    (tmp_path / "sleepy.py").write_text(f"{code}os.kill(os.getppid(), 15)\ntime.sleep(60)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    runner = Runner(job, settings(tmp_path), 1, lambda line: None)
+    runner.folder.mkdir(parents=True)
+    with pytest.raises(SystemExit, match="143"):
+        runner._process("sleepy", {})
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 def test_goals_are_of_variants_and_ratios_that_there_are():
