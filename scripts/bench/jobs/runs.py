@@ -89,13 +89,8 @@ class Runner:
     def file(self, variant: Variant, rates: Rates, seed: int | None) -> Path:
         """The file of a run; seed None: of the run that holds rows out."""
         kind, number = ("tune", TUNING_SEED) if seed is None else ("final", seed)
-        return (
-            self.folder
-            / kind
-            / slug(variant.name)
-            / slug("{:g}-{:g}".format(*rates))
-            / (f"{number}.json")
-        )
+        place = self.folder / kind / slug(variant.name) / slug("{:g}-{:g}".format(*rates))
+        return place / f"{number}.json"
 
     def result(self, variant: Variant, rates: Rates, seed: int | None) -> dict[str, Any] | None:
         """The result of a run, or None."""
@@ -112,25 +107,29 @@ class Runner:
         if known is not None:
             return known
         what = "held-out rows" if seed is None else f"seed {seed}"
-        self.progress(f"job: {self.job.name}, {variant.name}, {what}, rates {rates[0]:g} "
-                      f"{rates[1]:g}")  # fmt: skip
+        lr, head = rates
+        self.progress(f"job: {self.job.name}, {variant.name}, {what}, rates {lr:g}, {head:g}")
+        if variant.store == "fills":
+            shutil.rmtree(self.frozen, ignore_errors=True)
         while True:
-            before = self.stores(variant)
+            before = self.stores()
             result = self._run(variant, rates, seed)
             # a run that reads the store has computed it, if it was not there: once more
-            if variant.store != "reads" or before == self.stores(variant):
+            if variant.store != "reads" or before == self.stores():
                 break
         file = self.file(variant, rates, seed)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, as_json(result))
         return result
 
-    def stores(self, variant: Variant) -> list[str]:
-        """Names of the stores that exist; a variant that fills them begins without any."""
-        frozen = self.cache / "frozen"
-        if variant.store == "fills" and frozen.is_dir():
-            shutil.rmtree(frozen)
-        return sorted(path.parent.parent.name for path in frozen.glob("*/*/store.json"))
+    def stores(self) -> list[str]:
+        """Names of the stores that exist."""
+        return sorted(path.parent.parent.name for path in self.frozen.glob("*/*/store.json"))
+
+    @property
+    def frozen(self) -> Path:
+        """The folder of the stores."""
+        return self.cache / "frozen"
 
     @property
     def cache(self) -> Path:
