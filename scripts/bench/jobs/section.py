@@ -68,12 +68,21 @@ def records_of(runner: Runner) -> list[Record]:
             variant.name,
             is_own=variant.is_petl,
             ratios=ratios(results, by_name),
-            facts=facts(runner, variant, list(results.values())),
+            facts={
+                **goals(runner, variant, ratios(results, by_name)),
+                **facts(runner, list(results.values())),
+            },
             note="" if variant.arm in runner.tuned else "rates not tuned",
         )
         for variant, results in found.items()
         if results
     ]
+
+
+def goals(runner: Runner, variant: Variant, measured: Mapping[str, Spread]) -> dict[str, float]:
+    """Return the goals of the ratios that are measured; few rows have none."""
+    own = {} if runner.settings.quick else GOALS.get((runner.job.name, variant.name), {})
+    return {f"goal {name}": goal for name, goal in own.items() if name in measured}
 
 
 def say_revisions(runner: Runner) -> None:
@@ -108,15 +117,13 @@ def ratios(results: Results, by_name: Mapping[str, Results]) -> dict[str, Spread
     return found
 
 
-def facts(runner: Runner, variant: Variant, results: list[dict[str, Any]]) -> dict[str, float]:
-    """Return goals, medians of times, the largest memory and the scores of a variant."""
+def facts(runner: Runner, results: list[dict[str, Any]]) -> dict[str, float]:
+    """Return medians of times, the largest memory and the scores of a variant."""
     metric = runner.about["metric"]
     scores = [result["scores"][metric] for result in results]
     factor = 100 if metric == "accuracy" else 1
     name = f"{metric} %" if metric == "accuracy" else metric
-    goals = {} if runner.settings.quick else GOALS.get((runner.job.name, variant.name), {})
     return {
-        **{f"goal {name}": goal for name, goal in goals.items()},
         **{f"{part} s": statistics.median(r[part] for r in results) for part in PARTS},
         "peak RSS MB": max(result["peak"] for result in results) / 1e6,
         name: factor * statistics.mean(scores),

@@ -107,6 +107,8 @@ def test_a_job_is_done_by_turns_and_no_run_is_repeated(job, here, tmp_path):
     report = section.measure(replace(chosen, report=True, seeds=(0, 1)), lines.append)
     assert [record.facts["seeds"] for record in report] == [1] * 4
     assert len(here) == total
+    some = replace(chosen, report=True, variants=names[1:])  # without what a goal is relative to
+    assert "goal job / Trainer" not in section.measure(some, lines.append)[1].facts
     (table,) = tables(Result({}, found)).values()
     assert "goal training / Trainer, by length" not in table.columns  # those rows have none
     assert table.columns[table.columns.index("job / Trainer") + 1] == "goal job / Trainer"
