@@ -26,6 +26,7 @@ TITLES = {
     "frozen": "training step without what need not be computed",
     "drafting": "answers with drafts, relative to plain decoding",
     "start-up": "start of a process",
+    "job": "whole jobs, one process each",
 }
 ITSELF = "floor"  # the row that times the lower bound against itself
 BOUND = "frozen-backbone lower bound"
@@ -77,6 +78,11 @@ GOALS = {  # and the values they bound
     "goal plain": "time / plain merging",
     "goal saved": "saved / inner",
     "goal speed": "speed",
+    **{
+        f"goal {part} / {base}": f"{part} / {base}"
+        for part in ("training", "job")
+        for base in ("Trainer", "Trainer, by length")
+    },
 }
 FAIL, NOISY = "FAIL", "NOISY"
 MAIN = ("petl", "torch", "transformers", "peft")  # packages that fit into a line

@@ -26,6 +26,7 @@ from bench import (
     unet,
 )
 from bench.contenders import contenders
+from bench.jobs.definitions import Settings as JobSettings
 from bench.records import Record, Result
 from bench.shapes import Shape, hydra_shape, on_device, suite
 from bench.step import Steps
@@ -39,8 +40,9 @@ from petl.runs.environment import (
 
 SECTIONS = (
     "step", "small", "bf16", "file", "peak", "generate", "dist", "serve", "many", "scale",
-    "compile", "merge", "unet", "frozen", "together", "drafting", "start-up", "peers",
+    "compile", "merge", "unet", "frozen", "together", "drafting", "start-up", "job", "peers",
 )  # fmt: skip
+LONG = "job"  # hours: not in `--sections all`
 USUAL = ("step", "file", "peak", "generate", "start-up")  # the default of `--sections`
 
 
@@ -56,6 +58,7 @@ class Settings:
         threads: of the processor; times are comparable with one thread only.
         peers: the python of an environment with the `adapters` package; "": skip it.
         drafts: what section `drafting` measures.
+        jobs: of section `job`.
     """
 
     suite: str = "quick"
@@ -68,6 +71,7 @@ class Settings:
     threads: int = 1
     peers: str = ""
     drafts: drafting.Plan = field(default_factory=drafting.Plan)
+    jobs: JobSettings = field(default_factory=JobSettings)
 
 
 def run(
@@ -92,7 +96,7 @@ def run(
         raise InputError(f"device {settings.device!r}: torch finds no GPU on this machine; use cpu")
     shapes = suite(settings.suite, list(settings.shapes), settings.device)
     shapes += [on_device(hydra_shape(name), settings.device) for name in settings.models]
-    measures = _measures(settings)
+    measures = _measures(settings, progress)
     torch.set_num_threads(settings.threads)
     environment = describe(settings)
     records: list[Record] = []
@@ -114,10 +118,13 @@ ONCE = (
     "unet",
     "drafting",
     "start-up",
+    "job",
 )  # sections that measure the first shape only
 
 
-def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
+def _measures(
+    settings: Settings, progress: Callable[[str], Any]
+) -> dict[str, Callable[[Shape], list[Record]]]:
     rows = [row for row in contenders(settings.rows) if not row.elsewhere]
     rounds = settings.rounds
     fewer = max(3, rounds // 2)
@@ -142,10 +149,18 @@ def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
             + frozen.measure(shape, rounds)
         ),
         "start-up": lambda shape: start_up.measure(),
+        "job": lambda shape: _whole_jobs(settings.jobs, progress),
         "peers": lambda shape: peers.measure(shape, rounds, settings.peers),
         "drafting": lambda shape: drafting.measure(settings.drafts),
         "together": lambda shape: together.measure(rows, shape, rounds),
     }
+
+
+def _whole_jobs(settings: JobSettings, progress: Callable[[str], Any]) -> list[Record]:
+    # other sections do not wait for what it imports
+    from bench.jobs.section import measure
+
+    return measure(settings, progress)
 
 
 def describe(settings: Settings) -> dict[str, Any]:

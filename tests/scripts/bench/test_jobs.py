@@ -1,0 +1,230 @@
+"""Whole jobs: the section with tiny models in this process, its records, rates and curves."""
+
+import ast
+import io
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from bench.jobs import child, definitions, petl_job, section, trainer_job
+from bench.jobs.child import Clock, peak
+from bench.jobs.definitions import GOALS, GROUPED, JOBS, PLAIN, Job, Settings
+from bench.jobs.runs import Runner
+from bench.records import Result
+from bench.report import GOALS as BOUNDED
+from bench.report import tables
+from datasets import load_from_disk
+from safetensors.torch import load_file
+from training_fixtures import train
+
+import petl
+from petl.errors import RunStopped
+from petl.runs.resume import ADAPTER
+
+pytest_plugins = ["training_fixtures"]
+
+MODULES = {"bench.jobs.petl_job": petl_job, "bench.jobs.trainer_job": trainer_job}
+UPPER = ("petl, fast, fills the store", "petl, fast, reads the store")
+
+
+@pytest.fixture
+def job(tiny, monkeypatch):
+    """A job of two blocks and a classifier, in place of the quickstart."""
+    words = [word for word in tiny.classify if not word.startswith(("train.steps", "train.linear"))]
+    made = Job("quickstart", "tiny", (*words, "train.epochs=2"), (), blocks=2, upper=1)
+    monkeypatch.setitem(definitions.JOBS, "quickstart", made)
+    return made
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    """Run the modules of processes in this one, and count them."""
+    started = []
+
+    def process(runner, module, request):
+        started.append(module)
+        monkeypatch.setenv("PETL_CACHE", str(runner.cache))
+        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request)))
+        monkeypatch.setattr(sys, "argv", ["petl"])
+        command, loop = petl_job_targets()
+        fit, evaluate = command.fit, loop.evaluate
+        try:
+            status = MODULES[module].main()
+        except SystemExit as ended:  # of `petl train`
+            status = ended.code
+        finally:
+            command.fit, loop.evaluate = fit, evaluate
+        assert not status
+        return 12.0
+
+    monkeypatch.setattr(Runner, "_process", process)
+    return started
+
+
+def petl_job_targets():
+    from petl.cli import train as command
+    from petl.training.loop import Loop
+
+    return command, Loop
+
+
+def settings(folder, **more):
+    return Settings(folder=folder, names=("quickstart",), rates=(1e-3, 1e-2), **more)
+
+
+def test_a_job_is_done_by_turns_and_no_run_is_repeated(job, here, tmp_path):
+    lines, names = [], [PLAIN, GROUPED, *UPPER]
+    chosen = settings(tmp_path, tunes=True, head_rates=(1e-2,), variants=names)
+    found = section.measure(chosen, lines.append)
+    assert [record.row for record in found] == names
+    # two rates for each of two arms, one of which fills the store first; a timed run of each
+    # variant; the curves of the two that choose no rates
+    total = 2 * 2 + 1 + 4 + 2
+    assert len(here) == total
+    assert len(lines) == total - 1
+
+    rows = {record.row: record for record in found}
+    assert set(rows[PLAIN].ratios) == {f"training / {GROUPED}", f"job / {GROUPED}"}
+    fast = rows[UPPER[0]]
+    assert set(fast.ratios) == {f"{p} / {b}" for p in ("training", "job") for b in (PLAIN, GROUPED)}
+    assert fast.ratios[f"job / {PLAIN}"].median == 1  # 12 seconds each
+    assert fast.facts["job s"] == 12
+    assert fast.facts["goal job / Trainer"] == 0.22
+    assert 0 <= fast.facts["accuracy %"] <= 100
+    assert not fast.note
+
+    rates = json.loads((tmp_path / "quickstart" / "rates.json").read_text())
+    assert set(rates) == {"Trainer", "petl, upper blocks"}
+    for entry in rates.values():
+        best = max(entry["validation"].values(), key=lambda s: (s["accuracy"], -s["loss"]))
+        assert entry["validation"]["{:g}, {:g}".format(*entry["taken"])] == best
+    assert "petl, fast, reads the store" in (tmp_path / "quickstart" / "curves.svg").read_text()
+
+    assert section.measure(chosen, lines.append) == found
+    report = section.measure(replace(chosen, report=True, seeds=(0, 1)), lines.append)
+    assert [record.facts["seeds"] for record in report] == [1] * 4
+    assert len(here) == total
+    some = replace(chosen, report=True, variants=names[1:])  # without what a goal is relative to
+    assert "goal job / Trainer" not in section.measure(some, lines.append)[1].facts
+    (table,) = tables(Result({}, found)).values()
+    assert "goal training / Trainer, by length" not in table.columns  # those rows have none
+    assert table.columns[table.columns.index("job / Trainer") + 1] == "goal job / Trainer"
+
+
+def test_variants_share_rows_and_the_places_of_their_adapters(job, here, tmp_path):
+    runner = Runner(job, settings(tmp_path), 1, lambda line: None)
+    runner.prepare()
+    data = tmp_path / "quickstart" / "data"
+    parts = {name: load_from_disk(str(data / name)) for name in ("train", "rest", "validation")}
+    texts = {name: {tuple(row["input_ids"]) for row in part} for name, part in parts.items()}
+    assert len(parts["rest"]) + len(parts["validation"]) == len(parts["train"]) == 50
+    assert texts["rest"] | texts["validation"] == texts["train"]
+
+    kept = {}
+    real = trainer_job.trainer_of
+
+    def kept_trainer(*args):
+        kept["trainer"] = real(*args)
+        return kept["trainer"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_job, "trainer_of", kept_trainer)
+        runner.run(job.variants[0], (1e-3, 1e-2), 0)
+    trained = {n.replace(".default", "") for n, p in kept["trainer"].model.named_parameters()
+               if p.requires_grad}  # fmt: skip
+    groups = kept["trainer"].optimizer.param_groups
+    assert {group["initial_lr"] for group in groups} == {1e-3, 1e-2}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.01}
+
+    run = tmp_path / "run"
+    words = runner._words(job.variants[2], (1e-3, 1e-2), 0, run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PETL_CACHE", str(runner.cache))
+        train([word for word in words if not word.startswith("train.run=")], run)
+    names = load_file(run / ADAPTER / "adapter_model.safetensors")
+    own = {name.replace(".modules_to_save", "") for name in names}
+    assert own == {name.replace(".modules_to_save", "") for name in trained}
+
+
+def test_stored_states_are_read_by_the_variant_that_reads_and_absent_for_the_one_that_fills(
+    job, here, tmp_path
+):
+    runner = Runner(job, settings(tmp_path), 1, lambda line: None)
+    runner.prepare()
+    variants = {variant.name: variant for variant in job.variants}
+    fills, reads = (variants[name] for name in UPPER)
+    frozen = runner.cache / "frozen"
+    runner.run(reads, (1e-3, 1e-2), 0)
+    assert len(here) == 2  # the first has computed what the second has read
+    stores = sorted(path.name for path in frozen.iterdir())
+    assert stores
+    (frozen / "other").mkdir()
+    runner.run(fills, (1e-3, 1e-2), 0)
+    assert sorted(path.name for path in frozen.iterdir()) == stores  # made again
+    runner.run(reads, (1e-2, 1e-2), 0)
+    assert len(here) == 4
+
+
+def test_what_does_not_exist_is_refused(job, tmp_path):
+    with pytest.raises(petl.InputError, match="no job 'cooking'"):
+        section.measure(replace(settings(tmp_path), names=("cooking",)), lambda line: None)
+    runner = Runner(job, settings(tmp_path, variants=("Trainer, by luck",)), 1, lambda line: None)
+    with pytest.raises(petl.InputError, match="no variant 'Trainer, by luck'"):
+        _ = runner.variants
+
+
+def test_a_failing_run_names_its_log(job, tmp_path):
+    runner = Runner(job, settings(tmp_path), 1, lambda line: None)
+    runner.folder.mkdir(parents=True)
+    with pytest.raises(RunStopped, match=r"no_such_module .*last\.log"):
+        runner._process("bench.jobs.no_such_module", {})
+
+
+def test_a_stopped_benchmark_stops_its_run(job, tmp_path, monkeypatch):
+    pid = tmp_path / "pid"
+    code = f"import os, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\n"
+    (tmp_path / "sleepy.py").write_text(f"{code}os.kill(os.getppid(), 15)\ntime.sleep(60)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    runner = Runner(job, settings(tmp_path), 1, lambda line: None)
+    runner.folder.mkdir(parents=True)
+    with pytest.raises(SystemExit, match="143"):
+        runner._process("sleepy", {})
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_goals_are_of_variants_and_ratios_that_there_are():
+    for (name, row), goals in GOALS.items():
+        assert row in [variant.name for variant in JOBS[name].variants]
+        assert all(BOUNDED[f"goal {ratio}"] == ratio for ratio in goals)
+
+
+def test_upper_blocks_have_the_parameters_of_all():
+    for job in JOBS.values():
+        fast = job.variants[-1].words
+        rank = next(int(word.removeprefix("method.r=")) for word in fast if "method.r=" in word)
+        assert rank * job.upper == definitions.RANK * job.blocks
+
+
+def test_evaluations_do_not_count_in_the_seconds_of_a_curve(monkeypatch):
+    now = iter([5.0, 9.0])  # the ends of two evaluations, which began at 3 and 8
+    monkeypatch.setattr("bench.jobs.child.time.process_time", lambda: next(now))
+    clock = Clock()
+    clock.note(3.0, 10, {"accuracy": 0.5})
+    clock.note(8.0, 20, {"accuracy": 0.6})
+    assert [point["seconds"] for point in clock.points] == [3.0, 6.0]
+    assert clock.evaluating == 3.0
+    assert peak() > 1e7
+
+
+def test_the_process_of_trainer_imports_nothing_of_petl():
+    for module, own in ((trainer_job, {"bench"}), (child, set())):
+        tree = ast.parse(Path(module.__file__).read_text())
+        froms = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        names = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+        roots = {name.split(".")[0] for name in (*froms, *names)}
+        assert roots.isdisjoint({"petl", "bench"} - own)
+        assert {name for name in froms if name.startswith("bench")} <= {"bench.jobs.child"}
