@@ -35,31 +35,27 @@ class Form(NamedTuple):
         norm: name of the norm before the attention; None: it reads the block's input.
         projections: names of the layers of queries, keys and values.
         output: name of the attention's own output projection; None: it has none.
-        names: by path of a part, the names that its forward reads.
+        names: by path of a part, the names that its forward reads, separated by spaces.
     """
 
     attention: str
     norm: str | None
     projections: tuple[str, str, str]
     output: str | None
-    names: Mapping[str, frozenset[str]]
-
-
-def _names(words: str) -> frozenset[str]:
-    return frozenset(words.split())
+    names: Mapping[str, str]
 
 
 # names that have no part in a pass without a cache, and of the window that the mask has as well
-UNUSED = _names(
+UNUSED = (
     "update layer_idx isinstance EncoderDecoderCache self_attention_cache sliding_window getattr"
 )
-ATTEND = _names(
+ATTEND = (
     "shape view transpose ALL_ATTENTION_FUNCTIONS get_interface config _attn_implementation "
     "eager_attention_forward training scaling reshape contiguous"
 )
-BERT_OUTPUT = _names("dense dropout LayerNorm")
+BERT_OUTPUT = "dense dropout LayerNorm"
 QKV = ("q_proj", "k_proj", "v_proj")
-HEADS = _names("q_proj k_proj v_proj o_proj head_dim attention_dropout")
+HEADS = "q_proj k_proj v_proj o_proj head_dim attention_dropout"
 FORMS = (
     # BERT, RoBERTa, ELECTRA
     Form(
@@ -68,14 +64,14 @@ FORMS = (
         ("query", "key", "value"),
         None,
         {
-            "": _names(
+            "": (
                 "attention is_decoder hasattr ValueError crossattention apply_chunking_to_forward "
                 "feed_forward_chunk chunk_size_feed_forward seq_len_dim"
             ),
-            "attention": _names("is_cross_attention self output"),
-            "attention.self": ATTEND | _names("query key value attention_head_size dropout p"),
+            "attention": "is_cross_attention self output",
+            "attention.self": f"{ATTEND} query key value attention_head_size dropout p",
             "attention.output": BERT_OUTPUT,
-            "intermediate": _names("dense intermediate_act_fn"),
+            "intermediate": "dense intermediate_act_fn",
             "output": BERT_OUTPUT,
         },
     ),
@@ -86,9 +82,9 @@ FORMS = (
         ("q_lin", "k_lin", "v_lin"),
         "out_lin",
         {
-            "": _names("attention sa_layer_norm ffn output_layer_norm"),
-            "attention": ATTEND | _names("q_lin k_lin v_lin out_lin attention_head_size dropout p"),
-            "ffn": _names("apply_chunking_to_forward ff_chunk chunk_size_feed_forward seq_len_dim"),
+            "": "attention sa_layer_norm ffn output_layer_norm",
+            "attention": f"{ATTEND} q_lin k_lin v_lin out_lin attention_head_size dropout p",
+            "ffn": "apply_chunking_to_forward ff_chunk chunk_size_feed_forward seq_len_dim",
         },
     ),
     # ViT, DeiT
@@ -98,9 +94,9 @@ FORMS = (
         QKV,
         "o_proj",
         {
-            "": _names("layernorm_before attention dropout layernorm_after mlp"),
-            "attention": ATTEND | HEADS,
-            "mlp": _names("fc1 activation_fn fc2"),
+            "": "layernorm_before attention dropout layernorm_after mlp",
+            "attention": f"{ATTEND} {HEADS}",
+            "mlp": "fc1 activation_fn fc2",
         },
     ),
     # Llama, Mistral, Qwen2, Gemma
@@ -110,9 +106,9 @@ FORMS = (
         QKV,
         "o_proj",
         {
-            "": _names("input_layernorm self_attn post_attention_layernorm mlp"),
-            "self_attn": ATTEND | HEADS | {"apply_rotary_pos_emb"},
-            "mlp": _names("down_proj act_fn gate_proj up_proj"),
+            "": "input_layernorm self_attn post_attention_layernorm mlp",
+            "self_attn": f"{ATTEND} {HEADS} apply_rotary_pos_emb",
+            "mlp": "down_proj act_fn gate_proj up_proj",
         },
     ),
 )
@@ -163,7 +159,7 @@ def _has_form(block: Any, form: Form) -> bool:
         except AttributeError:  # no such part
             return False
         # equal, not a subset: a family that reads one more name does what is not repeated here
-        if code is None or frozenset(code.co_names) - UNUSED != names:
+        if code is None or set(code.co_names) - set(UNUSED.split()) != set(names.split()):
             return False
     return True
 

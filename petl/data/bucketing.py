@@ -5,8 +5,8 @@ arXiv:2503.05931. Two departures: the paper reads rows from a stream, while here
 so that the batches of an epoch are made first and then permuted, and no bucket runs empty; and an
 output that is unusually long for its input is not dropped, it only does not count for the edges.
 
-petl's own loop uses `Buckets` (petl/data/buckets.py), which have the same number of steps in every
-epoch and full steps where possible. In this sampler the last batch of each bucket is short.
+petl's own loop uses `Buckets` (petl/data/batch_sampler.py), which have the same number of steps in
+every epoch and full steps where possible. In this sampler the last batch of each bucket is short.
 """
 
 import hashlib
@@ -17,8 +17,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
-from petl.data.batch_sampler import epoch_generator, random_permutation
-from petl.data.buckets import Ints, bucket_edges, effective, fill, padding_fraction, split_by
+from petl.data.batch_sampler import (
+    Ints,
+    effective,
+    epoch_generator,
+    padding_fraction,
+    random_permutation,
+    split_by,
+)
 from petl.errors import InputError
 
 
@@ -314,3 +320,37 @@ def sizes_of_buckets(batch_sizes: int | Sequence[int], count: int) -> list[int]:
         raise InputError(f"{len(sizes)} batch_sizes for {count} buckets: give one for each")
     check(**{f"batch_sizes[{i}]": size for i, size in enumerate(sizes)})
     return sizes
+
+
+def bucket_edges(lengths: ArrayLike, n_buckets: int) -> list[int]:
+    """The longest length of each bucket but the last; at most `n_buckets - 1`, some repeated.
+
+    Walking up the sorted lengths, a bucket ends where its sum exceeds `1 / n_buckets` of the total.
+    """
+    # searching the cumulative sum replaces a loop over all rows
+    rising = np.sort(np.asarray(lengths))
+    sums = np.cumsum(rising, dtype=np.int64)
+    edges: list[int] = []
+    base, tokens = 0, sums[-1] / n_buckets
+    while (end := int(np.searchsorted(sums, base + tokens, side="right"))) < len(rising):
+        edges.append(int(rising[end]))
+        base = int(sums[end])
+    return edges
+
+
+def fill(lengths: Ints, budget: float) -> list[int]:
+    """End positions of batches of the rows in this order.
+
+    A batch takes rows while number of rows * longest length <= `budget`; a row that is longer than
+    the budget is a batch of its own.
+    """
+    stops: list[int] = []
+    # no batch has more rows than the budget holds of the shortest row
+    start, max_rows = 0, max(1, int(budget // lengths.min()))
+    while start < len(lengths):
+        # padded size of the batch after each further row
+        longest = np.maximum.accumulate(lengths[start : start + max_rows])
+        padded = longest * np.arange(1, len(longest) + 1)
+        start += max(1, int(np.searchsorted(padded, budget, side="right")))
+        stops.append(start)
+    return stops

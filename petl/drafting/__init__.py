@@ -12,7 +12,8 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from petl.drafting.answers import Answers, answers
-from petl.drafting.checks import PROMISE, check_answer, rounding, shortfalls, verify, why_plain
+from petl.drafting.calls import why_plain
+from petl.drafting.checks import PROMISE, check_answer, rounding, shortfalls, verify
 from petl.drafting.costs import Costs
 from petl.drafting.engine import Stats, decode
 from petl.drafting.fit import fit

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from petl.core.model.modes import evaluation_mode
 from petl.core.parameters import max_positions
 from petl.core.progress import Pass
-from petl.drafting.checks import why_plain
+from petl.drafting.calls import why_plain
 from petl.errors import InputError, UnsupportedError
 
 

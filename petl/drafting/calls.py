@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerationMode
 
 from petl.core.distributed import is_sharded
@@ -156,3 +156,20 @@ def stacked(answers: Sequence[Tensor], config: GenerationConfig) -> Tensor:
     for row, answer in zip(found, answers, strict=True):
         row[: len(answer)] = answer
     return found
+
+
+def why_plain(model: Any) -> str:
+    """Return why a model is decoded without drafts; "" if drafts are possible.
+
+    It is read from the class and the config; `verify` runs the model.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = type(base).__name__
+    if not (hasattr(base, "can_generate") and base.can_generate()):
+        return f"{name} does not generate text, so there is nothing to draft"
+    if is_encoder_decoder(base):
+        return f"{name} is an encoder-decoder, which is decoded without drafts"
+    if is_sharded(base):
+        return f"{name} is sharded over processes, which must make the same passes"
+    reason = refusal(DynamicCache(config=base.config))
+    return reason and f"{name} cannot be decoded with drafts: {reason}; use --drafter none"

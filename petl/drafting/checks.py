@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from petl.core.distributed import is_sharded
-from petl.core.layers.context import is_encoder_decoder
 from petl.core.model.modes import evaluation_mode
 from petl.core.parameters import max_positions
 from petl.drafting import tree
-from petl.drafting.cache import cache_argument, compact, refusal
+from petl.drafting.cache import cache_argument, compact
+from petl.drafting.calls import why_plain
 from petl.drafting.engine import decode
 from petl.drafting.passes import takes_trees
 from petl.drafting.registry import Drafter
@@ -166,23 +164,6 @@ def shortfalls(model: Any, ids: Tensor, start: int) -> Tensor:
         logits = model(input_ids=ids).logits[0, start - 1 : -1].float()
     own = logits.gather(-1, ids[0, start:, None])[:, 0]
     return logits.amax(-1) - own
-
-
-def why_plain(model: Any) -> str:
-    """Return why a model is decoded without drafts; "" if drafts are possible.
-
-    It is read from the class and the config; `verify` runs the model.
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    name = type(base).__name__
-    if not (hasattr(base, "can_generate") and base.can_generate()):
-        return f"{name} does not generate text, so there is nothing to draft"
-    if is_encoder_decoder(base):
-        return f"{name} is an encoder-decoder, which is decoded without drafts"
-    if is_sharded(base):
-        return f"{name} is sharded over processes, which must make the same passes"
-    reason = refusal(DynamicCache(config=base.config))
-    return reason and f"{name} cannot be decoded with drafts: {reason}; use --drafter none"
 
 
 def _decoder(model: Any) -> Any:

@@ -1,40 +1,19 @@
 """Training of a drafter on answers that its model has written."""
 
 import math
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from petl.core.progress import Pass
 from petl.drafting.answers import Answers
-from petl.drafting.registry import Drafter
+from petl.drafting.registry import Drafter, Trained
 from petl.errors import InputError, UnsupportedError
 
 WARMUP = 30  # steps
 TARGETS = ("hard", "soft")
 DECAY = 0.01  # of matrices
 HELD_OUT = 10  # of as many answers the last is not trained on, for rank frequencies
-
-
-@runtime_checkable
-class Trained(Protocol):
-    """A drafter with weights that are fitted to answers."""
-
-    def prepare(self, answers: Answers) -> None:
-        """Take what does not train from answers."""
-
-    def batches(self, answers: Answers, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Yield positions of answers in random order, about `size` at a time."""
-        ...
-
-    def count(self, answers: Answers) -> None:
-        """Count rank frequencies on answers."""
-
-    def save(self, folder: str | Path, tokenizer: Any = None) -> None:
-        """Write the drafter to a folder, with the hash of its tokenizer."""
 
 
 def fit(

@@ -5,17 +5,22 @@ never in its state dict. Shapes: N nodes of a pass (the root, then the drafts), 
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import (
+    Any,
+    ClassVar,
+    NamedTuple,
+    Protocol,
+    TypeVar,
+    runtime_checkable,
+)
 
+import torch
 from torch import Tensor, nn
 
 from petl.errors import UnknownNameError, UnsupportedError, choose, did_you_mean
-
-if TYPE_CHECKING:
-    from petl.drafting.costs import Costs
 
 DrafterClass = TypeVar("DrafterClass", bound=type["Drafter"])
 
@@ -98,14 +103,14 @@ class Drafter(nn.Module):
         name: in the registry; empty if it was not registered.
         parts: names of other drafters whose fields it takes besides its own.
         needs: what it reads of the model.
-        costs: of a pass of the model that it drafts for, once they are known; `decode` sets them,
-            and takes them in later calls without costs.
+        costs: `petl.drafting.Costs` of the model that it drafts for, once they are known; `decode`
+            sets them, and takes them in later calls without costs.
     """
 
     name: ClassVar[str] = ""
     parts: ClassVar[tuple[str, ...]] = ()
     needs: Needs = Needs()
-    costs: "Costs | None" = None
+    costs: Any = None
 
     def start(self, ids: Sequence[int], states: Tensor | None) -> None:
         """Begin a row, after the pass over its prompt.
@@ -145,6 +150,24 @@ class Drafter(nn.Module):
 
 
 DRAFTERS: dict[str, type[Drafter]] = {}
+
+
+@runtime_checkable
+class Trained(Protocol):
+    """A drafter with weights that are fitted to `petl.drafting.Answers`."""
+
+    def prepare(self, answers: Any) -> None:
+        """Take what does not train from answers."""
+
+    def batches(self, answers: Any, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """Yield positions of answers in random order, about `size` at a time."""
+        ...
+
+    def count(self, answers: Any) -> None:
+        """Count rank frequencies on answers."""
+
+    def save(self, folder: str | Path, tokenizer: Any = None) -> None:
+        """Write the drafter to a folder, with the hash of its tokenizer."""
 
 
 def register(name: str) -> Callable[[DrafterClass], DrafterClass]:

@@ -14,10 +14,11 @@ from petl.core.parameters import max_positions
 from petl.distributed.launch import number_of_processes
 from petl.drafting import Drafter, Stats, answers, decode, fit, load_drafter
 from petl.drafting import drafter as build
-from petl.drafting.checks import why_plain
-from petl.drafting.fit import TARGETS, Trained
+from petl.drafting.calls import why_plain
+from petl.drafting.fit import TARGETS
 from petl.drafting.folder import read
 from petl.drafting.lookup import LookupFirst
+from petl.drafting.registry import Trained
 from petl.errors import InputError, UnsupportedError
 from petl.export.saved_adapter import Saved
 from petl.files.disk import atomic_folder

@@ -12,12 +12,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from petl.core.parameters import max_positions
-from petl.drafting.checks import why_plain
+from petl.drafting.calls import why_plain
 from petl.drafting.engine import Stats, decode
-from petl.drafting.fit import Trained
 from petl.drafting.folder import CONFIG, load_drafter
 from petl.drafting.lookup import LookupFirst
-from petl.drafting.registry import Drafter, drafter
+from petl.drafting.registry import Drafter, Trained, drafter
 from petl.errors import (
     InputError,
     UnknownNameError,

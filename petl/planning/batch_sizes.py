@@ -24,8 +24,8 @@ from petl.core.parameters import trainable
 from petl.core.progress import Shown
 from petl.core.registry import build_config
 from petl.data.base import refuse_stream
-from petl.data.bucketing import distinct
-from petl.data.buckets import Buckets, Ints, bucket_edges, split_by
+from petl.data.batch_sampler import Buckets, Ints, split_by
+from petl.data.bucketing import bucket_edges, distinct
 from petl.distributed.launch import alone, number_of_processes, on_device, start
 from petl.errors import InputError
 from petl.models.loading import load_base, load_processor

@@ -6,8 +6,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from petl.data.base import as_dataset, read_data
-from petl.data.batch_sampler import chunks, permutation
-from petl.data.buckets import Ints, padding_fraction
+from petl.data.batch_sampler import Ints, chunks, padding_fraction, permutation
 from petl.models.loading import load_processor
 from petl.runs.settings import TrainConfig, read_train
 from petl.training.dataloader import buckets_of, row_lengths

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from petl.core.dry_run import PassMemory
-from petl.data.buckets import Ints, padding_fraction
+from petl.data.batch_sampler import Ints, padding_fraction
 from petl.planning.memory import Memory
 from petl.runs.settings import TrainConfig
 from petl.training.dataloader import Splits, buckets_of

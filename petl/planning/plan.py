@@ -23,7 +23,7 @@ from petl.core.refusals import lora_refusal, merge_refusal
 from petl.core.registry import build_config, on_shapes, refusal, without_data
 from petl.core.spec.method import modifies_base_weights
 from petl.data.base import refuse_stream
-from petl.data.buckets import padding_fraction
+from petl.data.batch_sampler import padding_fraction
 from petl.distributed.launch import FSDP, alone, number_of_processes, refuse_fsdp, start
 from petl.models.loading import dense_modules, load_base, load_processor
 from petl.models.quantization import quantized_layers

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from petl.core.serving.mixed_batch import AdapterRows
-from petl.drafting.checks import why_plain
+from petl.drafting.calls import why_plain
 from petl.inference.language_model import BASE, LanguageModel
 from petl.serving import kv_cache
 from petl.serving.drafts import Drafts

@@ -22,7 +22,6 @@ from petl.drafting.policy import switch_of
 from petl.drafting.registry import Root, Seen, drafter
 
 if TYPE_CHECKING:
-    from petl.serving.batch import Batch
     from petl.serving.request import Request
 
 
@@ -40,8 +39,8 @@ class Drafts:
         self.request: Request | None = None
         self.ids: list[int] = []  # of prompt and answer
 
-    def step(self, batch: "Batch") -> None:
-        """Compute the next tokens of a batch of one row."""
+    def step(self, batch: Any) -> None:
+        """Compute the next tokens of a `Batch` (petl/serving/batch.py) of one row."""
         (request,) = batch.requests
         if not self.switch.is_on:
             batch.plain_step()
@@ -69,7 +68,7 @@ class Drafts:
         self.drafter.start(self.ids[:-1], None)
 
     def _verify(
-        self, batch: "Batch", request: "Request", tokens: list[int], parents: list[int]
+        self, batch: Any, request: "Request", tokens: list[int], parents: list[int]
     ) -> None:
         """Compute root and drafts in one pass, and hand the request the tokens that are right."""
         nodes = [self.ids[-1], *tokens]
@@ -105,7 +104,7 @@ class Drafts:
         batch.mask = pad(batch.mask, (0, len(path) - 1), value=1)
         batch.last = [token]
 
-    def _logits(self, batch: "Batch", nodes: list[int], parents: list[int]) -> Tensor:
+    def _logits(self, batch: Any, nodes: list[int], parents: list[int]) -> Tensor:
         """Return the logits of all nodes, [N, V]."""
         device, count = batch.device, len(nodes)
         ids = torch.tensor([nodes], device=device)
@@ -124,7 +123,7 @@ class Drafts:
                 0
             ]
 
-    def _costs(self, batch: "Batch") -> Costs:
+    def _costs(self, batch: Any) -> Costs:
         """Return the costs of a pass; they are measured once, while the request waits."""
         with batch.passes.active():
             costs = Costs.measure(

@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from petl.data.base import Stream, refuse_stream
-from petl.data.batch_sampler import SequentialStepSampler, StepSampler, permutation
-from petl.data.buckets import Buckets, Ints
+from petl.data.batch_sampler import Buckets, Ints, SequentialStepSampler, StepSampler, permutation
 from petl.data.class_stream import ClassStream
 from petl.data.streaming import StreamedRows
 from petl.data.task_mixture import TaskMixture

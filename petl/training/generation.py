@@ -61,7 +61,7 @@ def free_drafts(model: PeftModel) -> dict[str, Any]:
     scores are those of plain decoding.
     """
     # imported only where rows are generated
-    from petl.drafting.checks import why_plain
+    from petl.drafting.calls import why_plain
     from petl.drafting.engine import decode
     from petl.drafting.registry import drafter
 

@@ -6,8 +6,7 @@ from itertools import chain, islice
 import numpy as np
 import pytest
 
-from petl.data.batch_sampler import SequentialStepSampler, StepSampler
-from petl.data.buckets import Buckets
+from petl.data.batch_sampler import Buckets, SequentialStepSampler, StepSampler
 
 
 def steps_of(plan: StepSampler) -> list[list[list[int]]]:

@@ -10,7 +10,8 @@ from accelerate.data_loader import BatchSamplerShard
 from torch import distributed
 
 from petl.data import BucketBatchSampler
-from petl.data.buckets import Buckets, bucket_edges, fill, padding_fraction
+from petl.data.batch_sampler import Buckets, padding_fraction
+from petl.data.bucketing import bucket_edges, fill
 from petl.errors import InputError
 from petl.planning.bucket_estimate import describe
 from petl.runs.settings import TrainConfig
