@@ -49,6 +49,7 @@ def fit(
     """
     _check(drafter, answers, epochs, lr, batch, target)
     trained: Any = drafter
+    # in 16 bits the steps of AdamW would be rounded away
     trained.float()
     answers = answers.to(next(trained.parameters()).device)
     trained.prepare(answers)

@@ -114,6 +114,7 @@ class Heads(Drafter):
         self.reader = None if self.prefix is None else Prefix(self.prefix, self.ends.model)
         size = min(fields["draft_vocab"], self.ends.vocabulary)
         self.register_buffer("vocab", torch.zeros(size, dtype=torch.int32))
+        # not saved: made of `vocab` in `set_vocab`
         self.register_buffer("index", torch.zeros(size, dtype=torch.long), persistent=False)
         place = torch.zeros(self.ends.vocabulary, dtype=torch.long)
         self.register_buffer("place", place, persistent=False)
@@ -140,7 +141,7 @@ class Heads(Drafter):
         self.index.copy_(self.vocab)
         self.place.fill_(UNKNOWN)
         self.place[self.index] = torch.arange(len(self.index), device=self.index.device)
-        if self.own_head:
+        if self.own_head:  # copies, which train
             rows = self.ends.rows(self.index).to(self.dtype)
             self.lm_heads = nn.ParameterList(rows.clone() for _ in range(self.heads))
 

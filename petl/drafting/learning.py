@@ -47,6 +47,7 @@ def batches(
         order = torch.randperm(len(positions), generator=generator).to(positions.device)
         yield from positions[order].split(size)
         return
+    # the prefix layer reads a row up to its last position, whatever positions are asked for
     rows = [row for row in positions.split(answers.counts) if len(row)]
     batch: list[Tensor] = []
     for i in torch.randperm(len(rows), generator=generator).tolist():
@@ -105,7 +106,7 @@ def loss(
         for i, guess in enumerate(guesses(heads, answers, states, part)):
             known = guess.places != UNKNOWN
             goal: Tensor = guess.places.clamp(min=0)
-            if target == "soft":
+            if target == "soft":  # what the model's own head says there, restricted to D
                 before = answers.states[guess.before].to(heads.dtype)
                 goal = heads.ends.logits(before, heads.index).softmax(-1)
             errors = cross_entropy(guess.logits, goal, reduction="none")

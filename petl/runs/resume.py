@@ -107,6 +107,7 @@ def as_begun(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
         key = f"train.{name}"
         is_default = now.get(key) == default and not (in_sweep() or is_given(key))
         if is_default and then.get(key) == older:
+            # absent, as in runs from before the setting, is not the same as null
             del begun[key]
             begun |= {key: older} if key in then else {}
     return begun

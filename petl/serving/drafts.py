@@ -77,6 +77,7 @@ class Drafts:
         children = tree.children(tokens, parents)
         likeliest = logits.argmax(-1).tolist()
         path: list[int] = [0]
+        # the choices of plain decoding, until one of them was not drafted or ends the answer
         while True:
             node = path[-1]
             token = request.advance(likeliest[node], logits[node])
@@ -100,6 +101,7 @@ class Drafts:
             batch.clear()
             self.request = None
             return
+        # without the keys and values of drafts that were wrong
         compact(batch.cache, path, len(nodes))
         batch.mask = pad(batch.mask, (0, len(path) - 1), value=1)
         batch.last = [token]

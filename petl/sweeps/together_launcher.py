@@ -106,6 +106,7 @@ class TogetherLauncher(Launcher):
             job.status = JobStatus.FAILED
             job.return_value = error.error if isinstance(error, app.Passing) else error
         worker.end(job)
+        # on the terminal again: `end` has restored the streams
         logger.info("job %d %s", number, worker.job["result"])
         self.context.callbacks.on_job_end(config=config, config_name=None, job_return=job)
         results[number] = job
