@@ -21,7 +21,7 @@ from petl.losses import attach
 from petl.models.loading import load_base, load_processor
 from petl.reports.run_report import print_summary, write_report
 from petl.runs.records import PREDICTIONS
-from petl.runs.run_config import read_config
+from petl.runs.run_config import RunConfig, read_config
 from petl.runs.run_folder import Run
 from petl.training.dataloader import Splits, encode_splits
 from petl.training.evaluate import score
@@ -45,12 +45,7 @@ logger = logging.getLogger(__name__)
 @app.job
 def train(cfg: DictConfig) -> float:
     """Train one adapter; return the score that a search optimizes."""
-    config = read_config(cfg)
-    if config.train.together > 1 and current_lane() is None:
-        raise InputError(
-            f"train.together={config.train.together}, and this command makes one run; it is for "
-            "sweeps (petl train -m); runs of a study train together by petl study --together"
-        )
+    config = checked(cfg)
     accelerator = start(config.train.seed, config.precision, config.launch)
     run = Run(config, accelerator)
     settings = run.config.train  # a run that is resumed keeps its defaults
@@ -63,11 +58,7 @@ def train(cfg: DictConfig) -> float:
 
     frozen = cached_blocks(model, splits, settings, accelerator)
     test = partial(score, model, splits, accelerator, settings.eval_batch_size)
-    untrained = Untrained()
-    probe = partial(linear_probe, model, splits, settings, accelerator, untrained)
-    run.score("linear_probe", probe, "linear probe")
-    before = partial(test, when="before training", known=untrained.scores_of)
-    before_training(run, model, splits, before)
+    before_training(run, model, splits, test)
     if settings.find_lr:
         # the same settings, with the learning rate that was found
         settings = find_lr(model, splits, settings, accelerator, run)
@@ -82,15 +73,35 @@ def train(cfg: DictConfig) -> float:
     return run.scores.objective
 
 
+def checked(cfg: DictConfig) -> RunConfig:
+    """Return the checked settings of a run.
+
+    Raises:
+        InputError: a setting is wrong, or is one of a sweep.
+    """
+    config = read_config(cfg)
+    if config.train.together > 1 and current_lane() is None:
+        raise InputError(
+            f"train.together={config.train.together}, and this command makes one run; it is for "
+            "sweeps (petl train -m); runs of a study train together by petl study --together"
+        )
+    return config
+
+
 def before_training(run: Run, model: PeftModel, splits: Splits, test: Callable[..., Any]) -> None:
-    """Score the model, without an adapter that calibration has made, whose strength is set then."""
+    """Score the head alone and the model; then set the strength of a computed adapter."""
+    settings, untrained = run.config.train, Untrained()
+    probe = partial(linear_probe, model, splits, settings, run.accelerator, untrained)
+    run.score("linear_probe", probe, "linear probe")
     config: Any = model.active_peft_config
+    # without an adapter that calibration has made
     with model.disable_adapter() if is_computed(config) else nullcontext():
-        run.score_before(test, splits.task)
+        before = partial(test, when="before training", known=untrained.scores_of)
+        run.score_before(before, splits.task)
     if getattr(config, "of_demonstrations", False):
         from petl.training.strengths import set_strength
 
-        set_strength(model, splits, run.config.train, run.accelerator, run)
+        set_strength(model, splits, settings, run.accelerator, run)
 
 
 def wrapped(run: Run, splits: Splits, processor: Any) -> PeftModel:

@@ -25,6 +25,7 @@ Ints = NDArray[Any]  # of integers
 # assumptions of `Buckets.of_best_count`
 WORTHWHILE = 0.02  # of the positions, for which rows are sorted more finely
 MIN_STEPS = 3  # steps of a bucket in an epoch, over which its rows are shuffled
+ENOUGH_STEPS = 16  # of an epoch; of fewer rows a step should have all kinds that there are
 MAX_BUCKETS = 64  # beyond which next to nothing is padding
 
 

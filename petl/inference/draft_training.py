@@ -21,7 +21,7 @@ from petl.drafting.lookup import LookupFirst
 from petl.drafting.registry import Trained
 from petl.errors import InputError, UnsupportedError
 from petl.export.saved_adapter import Saved
-from petl.files.disk import atomic_folder
+from petl.files.disk import atomic_folder, write_atomic
 from petl.inference.language_model import LanguageModel
 from petl.inference.loading import find_model, load_language_model
 from petl.inference.prompts import read_prompts
@@ -154,7 +154,7 @@ def train_drafter(run: str | Path, cfg: Any, *, trust_remote_code: bool = False)
                 folder, len(made), len(made.ids) - sum(made.starts), loss,
                 read(draft)["frequencies"], alone, behind,
             )  # fmt: skip
-            (draft / CARD).write_text(card(name, fields, settings, result))
+            write_atomic(draft / CARD, card(name, fields, settings, result))
     return result
 
 

@@ -273,11 +273,10 @@ def check_machine(train: TrainConfig) -> None:
 
 def check_sampling(train: TrainConfig, data: Mapping[str, Any]) -> None:
     """Raise InputError for buckets of lengths where tasks are sampled at a temperature."""
-    if train.bucketed and data.get("sampling") == "temperature":
+    if train.bucket_settings and data.get("sampling") == "temperature":
         raise InputError(
-            f"train.buckets={train.buckets}, train.max_tokens={train.max_tokens} and "
-            "train.batch_sizes make steps of rows of similar length, each row once an epoch, and "
-            "data.sampling=temperature repeats rows: leave one of them out"
+            f"{train.bucket_settings} makes steps of rows of similar length, each row once an "
+            "epoch, and data.sampling=temperature repeats rows: leave one of them out"
         )
 
 

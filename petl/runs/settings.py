@@ -72,8 +72,8 @@ class TrainConfig:
 
     Each step holds examples of similar length, which reduces padding. Auto: the fewest that leave
     at most 2 % more positions than the best number, with 3 steps each or more; none where that
-    saves nothing, and where rows are packed, streamed, ordered by class or sampled at a
-    temperature. Null: none.
+    saves nothing, where an epoch has fewer than 16 steps, and where rows are packed, streamed,
+    ordered by class or sampled at a temperature. Null: none.
     """
     max_tokens: int | None = setting(None, integer(1).or_null())
     """With buckets, instead of batch_size: maximum tokens per step, padded. An integer from 1, or
@@ -298,10 +298,14 @@ class TrainConfig:
         return 2, "AdamW's two moments"
 
     @property
-    def bucketed(self) -> bool:
-        """True if the examples of a step must be of similar length; with auto alone they may be."""
-        given = (self.batch_sizes, self.max_tokens)
-        return isinstance(self.buckets, int) or any(value is not None for value in given)
+    def bucket_settings(self) -> str:
+        """The settings for which the examples of a step must be of similar length; "" without any.
+
+        With train.buckets=auto alone they may be.
+        """
+        given = {name: getattr(self, name) for name in ("buckets", "max_tokens", "batch_sizes")}
+        chosen = {name: value for name, value in given.items() if value not in (None, "auto")}
+        return " and ".join(f"train.{name}={value}" for name, value in chosen.items())
 
     @property
     def validation_fraction(self) -> float:
@@ -343,10 +347,10 @@ class TrainConfig:
                 f"train.epochs={self.epochs:g} has no effect with data.order=by_class, which is "
                 "passed once: set data.stream_repeats, the passes over the rows of each class"
             )
-        if self.bucketed:
+        if self.bucket_settings:
             raise InputError(
-                "data.order=by_class orders rows by class, and train.buckets, train.max_tokens and "
-                "train.batch_sizes by length: leave one of them out"
+                f"data.order=by_class orders rows by class, and {self.bucket_settings} by length: "
+                "leave one of them out"
             )
         if self.eval_steps is not None:
             raise InputError(

@@ -20,7 +20,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from petl.data.base import Stream, refuse_stream
-from petl.data.batch_sampler import Buckets, Ints, SequentialStepSampler, StepSampler, permutation
+from petl.data.batch_sampler import (
+    ENOUGH_STEPS,
+    Buckets,
+    Ints,
+    SequentialStepSampler,
+    StepSampler,
+    permutation,
+)
 from petl.data.class_stream import ClassStream
 from petl.data.streaming import StreamedRows
 from petl.data.task_mixture import TaskMixture
@@ -137,9 +144,9 @@ def encode_splits(
     # an order by class or by task, and packed rows, have steps of their own
     free = stages is None and mixture is None and not task.packs
     may_sort = free if settings.buckets == "auto" else settings.buckets is not None
-    sorts = settings.bucketed or may_sort
+    sorts = settings.bucket_settings or may_sort
     buckets = buckets_of(row_lengths(task, train), settings) if sorts else None
-    if buckets is not None and not settings.bucketed:
+    if buckets is not None and not settings.bucket_settings:
         logger.info("train.buckets=auto: %d buckets", len(buckets.rows))
     splits = Splits(
         task,
@@ -170,13 +177,13 @@ def stream_splits(
             "data.streaming=true leaves the number of rows unknown: set train.steps=N in place of "
             f"train.epochs={settings.epochs:g}"
         )
-    if settings.bucketed or settings.validation_share is not None:
+    share = settings.validation_share
+    given = settings.bucket_settings or (share is not None and f"train.validation_share={share}")
+    if given:
         raise InputError(
-            f"train.buckets={settings.buckets}, train.max_tokens={settings.max_tokens}, "
-            f"train.batch_sizes={settings.batch_sizes} and "
-            f"train.validation_share={settings.validation_share} need the lengths or number of all "
-            "rows, which data.streaming=true leaves unknown: leave them out; data.held_rows sets "
-            "the number of validation rows"
+            f"{given} needs the lengths or the number of all rows, which "
+            "data.streaming=true leaves unknown: leave it out; data.held_rows sets the number of "
+            "validation rows"
         )
     task, stream = data.task, data.train
     if settings.num_workers > 1 and not task.one_for_one:
@@ -225,17 +232,20 @@ def numbered(rows: Dataset) -> Dataset:
 def buckets_of(lengths: Ints, settings: TrainConfig) -> Buckets | None:
     """Return the buckets that `train.buckets` or `train.batch_sizes` makes of these lengths.
 
-    None if `train.buckets=auto` would save no padding and there is no `train.max_tokens`.
+    None if `train.buckets=auto` would save no padding, or an epoch has few steps, and there is no
+    `train.max_tokens`.
 
     Raises:
         InputError: a row too long for them.
     """
     if settings.batch_sizes is not None:
         return Buckets.of_batch_sizes(lengths, settings.batch_sizes)
-    assert settings.buckets is not None, "callers check settings.bucketed"
+    assert settings.buckets is not None, "callers check it"
     limits = settings.batch_size, settings.max_tokens, settings.quadratic
     if settings.buckets != "auto":
         return Buckets.of_equal_tokens(lengths, int(settings.buckets), *limits)
+    if settings.max_tokens is None and len(lengths) < ENOUGH_STEPS * settings.batch_size:
+        return None
     buckets = Buckets.of_best_count(lengths, *limits)
     # a single one sorts nothing: the order of a run without buckets
     return None if len(buckets.rows) == 1 and settings.max_tokens is None else buckets

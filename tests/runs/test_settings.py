@@ -81,7 +81,6 @@ def test_a_field_is_documented_as_in_the_yaml_with_its_allowed_values(field):
         ("early_stopping", 3, "needs train.eval_steps"),
         ("validation_share", 0.2, "needs train.eval_steps"),
         ("buckets", 0, "an integer from 1, or null"),
-        ("max_tokens", 100, "needs train.buckets"),
         ("quadratic", 100, "needs train.max_tokens"),
         ("quadratic", 0.5, "a number from 1"),
         ("batch_sizes", {16: 0}, "a file of `petl batch-sizes`"),
@@ -97,6 +96,11 @@ def test_a_value_out_of_range_is_refused_with_what_is_allowed(name, value, allow
     with pytest.raises(InputError, match=rf"train\.{name}") as refusal:
         read_config(cfg)
     assert allowed in str(refusal.value)
+
+
+def test_a_limit_of_tokens_needs_buckets():
+    with pytest.raises(InputError, match=r"train\.max_tokens=100 needs train\.buckets"):
+        read_config(compose(["+method=lora", "train.buckets=null", "train.max_tokens=100"]))
 
 
 def test_batch_sizes_come_from_a_file_or_as_a_run_has_kept_them(tmp_path):

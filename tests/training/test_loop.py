@@ -532,14 +532,15 @@ def test_a_short_run_has_a_curve(tiny, tmp_path, steps, points):
     ("kind", "words", "sorts"),
     [
         ("classify", [], True),
+        ("classify", ["train.batch_size=8"], False),
         ("complete", [], True),
         ("complete", ["data.pack=true"], False),
         ("classify", ["data.order=by_class", "train.steps=null"], False),
     ],
-    ids=["texts", "language model", "packed", "class by class"],
+    ids=["texts", "few steps", "language model", "packed", "class by class"],
 )
 def test_rows_of_similar_length_share_a_step_by_default_where_they_can(tiny, kind, words, sorts):
-    cfg = compose([*getattr(tiny, kind), "+method=lora", "train.batch_size=4", *words])
+    cfg = compose([*getattr(tiny, kind), "+method=lora", "train.batch_size=2", *words])
     config = read_config(cfg)
     splits = encode_splits(
         config.data.read(),
