@@ -81,13 +81,16 @@ def page() -> str:
 
 
 def verdicts(published: dict[str, Result]) -> str:
-    """Return the table of all verdicts in markdown."""
+    """Return the table of the verdicts in markdown."""
     lines = [
         "| claim | statement | verdict | difference in points, 95 % |",
         "| --- | --- | --- | --- |",
     ]
-    for claim in CLAIMS.values():
-        rows = summary(claim, published.get(claim.name)).rows
+    tried = [claim for claim in CLAIMS.values() if claim.name in published]
+    if not tried:
+        return "No claim has been tried yet; what follows is how each will be."
+    for claim in tried:
+        rows = summary(claim, published[claim.name]).rows
         lines += [f"| [{claim.name}](#{claim.name}) | {' | '.join(row[:3])} |" for row in rows]
     return "\n".join(lines)
 
@@ -100,9 +103,11 @@ def section(claim: Claim, result: Result | None) -> Iterator[str]:
     yield f"The task: {claim.setting.title}."
     if result is None:
         yield f"{NOT_TRIED.capitalize()}: `python scripts/claims.py {claim.name}`, {cost(claim)}."
+        yield "\n".join(f"- {each.says}" for each in claim.statements)
     elif any(result.is_complete(i) for i in range(len(claim.statements))):
         yield f"![Intervals of the differences](assets/claims/{claim.name}.svg)"
-    yield summary(claim, result).markdown()
+    if result is not None:
+        yield summary(claim, result).markdown()
     if result is not None and result.contenders:
         yield contenders(claim, result).markdown()
         yield from (table for each in result.maps for table in heat_map(each))
@@ -184,7 +189,7 @@ def circumstances(result: Result) -> list[tuple[str, str]]:
 
 
 def quoted(method: str) -> str:
-    """Return the verdicts of the claims about a method, for its page.
+    """Return the verdicts of the statements about a method, for its page.
 
     Raises:
         KeyError: there is no claim about it.
@@ -193,11 +198,19 @@ def quoted(method: str) -> str:
     claims = [claim for claim in CLAIMS.values() if method in claim.pages]
     if not claims:
         raise KeyError(f"no claim is about {method}")
+    links = ", ".join(f"[{claim.name}](../claims.md#{claim.name})" for claim in claims)
     rows: list[Sequence[str]] = []
     for claim in claims:
-        rows += [row[:3] for row in summary(claim, published.get(claim.name)).rows]
-    links = ", ".join(f"[{claim.name}](../claims.md#{claim.name})" for claim in claims)
+        if claim.name in published:
+            found = zip(claim.statements, summary(claim, published[claim.name]).rows, strict=True)
+            rows += [row[:3] for statement, row in found if method in methods_of(statement)]
+    if not rows:
+        return f"Not tried yet. What will be, and how: {links}."
     columns = ["statement", "verdict", "difference in points, 95 %"]
-    return (
-        f"{Table(columns, [list(row) for row in rows]).markdown()}\n\nHow they were tried: {links}."
-    )
+    table = Table(columns, [list(row) for row in rows])
+    return f"{table.markdown()}\n\nHow they were tried: {links}."
+
+
+def methods_of(statement: Statement) -> set[str]:
+    """Return the methods that a statement compares."""
+    return {words.split()[0] for words, _ in statement.signs}
