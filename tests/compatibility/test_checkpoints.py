@@ -71,7 +71,7 @@ def test_auto_finds_an_old_run_by_its_config(workdir):
 def test_a_run_from_before_buckets_were_the_default_keeps_its_batches(
     workdir, monkeypatch, checkpoint, has_field
 ):
-    common = [*compatibility_runs.COMMON, "+method=lora", "train.batch_size=4"]
+    common = [*compatibility_runs.COMMON, "+method=lora", "train.batch_size=2"]
     older = [*common, "train.buckets=null"]
     plain, present = train(older, Path("plain")), train(common, Path("present"))
     losses = [line["loss"] for line in plain.metrics]
