@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from matrix_rows import Rows
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 import petl
@@ -58,20 +58,6 @@ def batch_of(share: float = 0.2) -> dict[str, Tensor]:
     chosen[0, 5] = True
     labels = ids.masked_fill(~chosen | (mask == 0), -100)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-class Rows(TorchDispatchMode):
-    """Sums the rows of all matrix products of a pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.addmm, torch.ops.aten.mm):
-            matrix = args[1] if func.overloadpacket is torch.ops.aten.addmm else args[0]
-            self.total += matrix.shape[0]
-        return func(*args, **(kwargs or {}))
 
 
 def step(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor], int]:

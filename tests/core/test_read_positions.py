@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from matrix_rows import Rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import petl
 from petl.core.read_positions import FIRST, skip_unread
@@ -82,20 +82,6 @@ def with_lora(base: Any) -> PeftModel:
     for parameter in model.parameters():
         parameter.requires_grad_(True)  # gradients of all weights are compared
     return model.train()
-
-
-class Rows(TorchDispatchMode):
-    """Sums the rows of all matrix products of a pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.addmm, torch.ops.aten.mm):
-            matrix = args[1] if func.overloadpacket is torch.ops.aten.addmm else args[0]
-            self.total += matrix.shape[0]
-        return func(*args, **(kwargs or {}))
 
 
 def run(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor], int]:
