@@ -47,11 +47,13 @@ class Placement:
 
     Attributes:
         name: which blocks have adapters.
+        label: the number of these blocks, or the method, in the figure.
         kind: `RUN` or `READ`: how the frozen blocks below are computed.
         words: of the contender.
     """
 
     name: str
+    label: str
     kind: str
     words: str
 
@@ -120,13 +122,13 @@ def blocks_of(settings: Sequence[str]) -> int:
 
 def placements(blocks: int) -> list[Placement]:
     """Return the placements for a model with this many blocks; equal ones once."""
-    found = [Placement(ALL, RUN, "lora")]
+    found = [Placement(ALL, str(blocks), RUN, "lora")]
     for count in dict.fromkeys(len(last_blocks(share, blocks)) for share in SHARES):
         where = f"lora method.layers_to_transform=top:{count}"
         name = "last block" if count == 1 else f"last {count} of {blocks} blocks"
-        found.append(Placement(name, READ, f"{where} train.cache_frozen=true"))
-        found.append(Placement(name, RUN, f"{where} train.cache_frozen=false"))
-    return [*found, Placement(SIDE, RUN, "sherl")]
+        found.append(Placement(name, str(count), READ, f"{where} train.cache_frozen=true"))
+        found.append(Placement(name, str(count), RUN, f"{where} train.cache_frozen=false"))
+    return [*found, Placement(SIDE, SIDE, RUN, "sherl")]
 
 
 def rows_of(study: Study, given: Sequence[Placement]) -> list[Row]:
@@ -218,21 +220,24 @@ def draw(rows: Sequence[Row], file: Path) -> None:
             axes.errorbar(seconds, scores, yerr=spread, fmt=marker, capsize=2, label=kind)
             for row, x, y in zip(own, seconds, scores, strict=True):
                 axes.annotate(
-                    row.placement.name, (x, y), (5, 5), textcoords="offset points", fontsize=8
+                    row.placement.label, (x, y), (5, 5), textcoords="offset points", fontsize=9
                 )
         best = front(rows)
         axes.step(
             [row.median for row in best], [row.score * factor for row in best],
             where="post", color="0.6", zorder=0,
         )  # fmt: skip
+        axes.set_xscale("log", subs=(1, 2, 5))
+        for axis_of in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            axis_of("{x:g}")
         axes.set(
-            xscale="log",
             xlabel="processor seconds of training, median over seeds",
             ylabel=f"test {metric}{unit}, mean over seeds",
         )
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
-        axes.legend(fontsize=8, frameon=False)
+        title = "numbers: blocks with adapters; those below:"
+        axes.legend(title=title, title_fontsize=8, fontsize=8, frameon=False)
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 

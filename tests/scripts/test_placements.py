@@ -82,7 +82,7 @@ def test_the_table_has_means_over_finished_seeds_and_times_relative_to_all_block
 
 def test_the_front_leaves_out_what_is_slower_and_no_better(tmp_path):
     def row(name, score, seconds, kind=RUN):
-        placement = Placement(name, kind, name)
+        placement = Placement(name, name, kind, name)
         return Row(placement, "accuracy", True, 1e-3, 10, [score], [seconds])
 
     rows = [
