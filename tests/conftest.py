@@ -1,11 +1,12 @@
 """Fixtures of all tests: one thread, no network, fixed seeds, restored signal handlers and log."""
 
+import gc
 import logging
 import os
 import random
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 os.environ.setdefault(
     "OMP_WAIT_POLICY", "PASSIVE"
@@ -35,9 +36,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    # tests start hundreds of processes: petl is compiled by the first of them, not by each
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
+    gc.disable()  # until the tests are collected: little of what is imported becomes garbage
     warm_python.begin()
     if config.option.device == standin.NAME:
         standin.register()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Leave modules and tests out of later collections, which would visit millions of objects."""
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_unconfigure() -> None:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from textwrap import fill
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 from xml.sax.saxutils import escape
 
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, Template
 
 from petl.core.model.bars import BAR_COLORS, Bars, add_bars
 from petl.core.model.heat_map import cell_text
@@ -40,21 +41,31 @@ def render_page(
         about: a line below the title.
         links: addresses by name, below that; see `address`.
     """
-    # autoescape: names and messages of users may contain HTML
-    environment = Environment(
-        loader=FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"number": number, "cell": cell_text}
-    blocks: Any = environment.get_template("page.html").module
+    blocks: Any = _environment().get_template("page.html").module
     page = blocks.page(
         title=title,
         about=about,
         links=links or {},
         style=(ASSETS / "style.css").read_text(),
         script=(ASSETS / "page.js").read_text(),
-        inner=environment.from_string(body).render(title=title, blocks=blocks, **values),
+        inner=_template(body).render(title=title, blocks=blocks, **values),
     )
     return printable(page)  # among others, characters that UTF-8 cannot encode
+
+
+@cache
+def _environment() -> Environment:
+    # autoescape: names and messages of users may contain HTML
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": number, "cell": cell_text}
+    return environment
+
+
+@cache  # compiling the template of a run takes longer than rendering it
+def _template(body: str) -> Template:
+    return _environment().from_string(body)
 
 
 def address(file: Path, folder: Path, *, back: str = "") -> str:

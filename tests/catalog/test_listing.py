@@ -28,10 +28,16 @@ def without_versions(tables: list[dict]) -> list[dict]:
     return [{**table, "title": table["title"].partition("; PEFT")[0]} for table in tables]
 
 
-def test_the_committed_listing_equals_what_the_code_computes():
+@pytest.fixture(scope="module")
+def computed() -> list[listing.Table]:
+    """The tables as the code computes them."""
+    return listing.compute_tables()
+
+
+def test_the_committed_listing_equals_what_the_code_computes(computed):
     kept = json.loads(listing.CACHE.read_text())
     assert kept["made_of"] == listing.fingerprint(), "run: python scripts/support.py"
-    found = json.loads(json.dumps([asdict(table) for table in listing.compute_tables()]))
+    found = json.loads(json.dumps([asdict(table) for table in computed]))
     assert without_versions(kept["tables"]) == without_versions(found), (
         "run: python scripts/support.py"
     )
@@ -84,8 +90,8 @@ def test_an_added_method_makes_the_cache_out_of_date(tmp_path, monkeypatch):
     assert listing.fingerprint() != before
 
 
-def test_methods_are_grouped_by_need_and_each_need_recommends_one_at_most():
-    methods, *_, recommended = listing.compute_tables()
+def test_methods_are_grouped_by_need_and_each_need_recommends_one_at_most(computed):
+    methods, *_, recommended = computed
     needs = [row[2] for row in methods.rows]
     assert methods.rows[0][0] == "lora"
     assert list(dict.fromkeys(needs)) == [need for need, _ in groupby(needs)]  # each in one piece

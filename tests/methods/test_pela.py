@@ -1,13 +1,14 @@
 """PELA: factors of the SVD, perturbation term, exported model; against numpy and loops."""
 
 import json
+import os
 import subprocess
-import sys
 from math import floor
 
 import numpy as np
 import pytest
 import torch
+import warm_python
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -343,7 +344,8 @@ def test_stock_code_loads_the_small_model(name, tmp_path):
     save_file(batch, tmp_path / "batch.safetensors")
     (tmp_path / "stock.py").write_text(STOCK.format(code=code.partition("```")[0]))
     arguments = ["stock.py", "batch.safetensors", "logits.safetensors"]
-    subprocess.run([sys.executable, *arguments], cwd=tmp_path, check=True, capture_output=True)
+    line, environment = [warm_python.python(), *arguments], {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(line, cwd=tmp_path, env=environment, check=True, capture_output=True)
     found = load_file(tmp_path / "logits.safetensors")["logits"]
     assert torch.equal(found, small(**batch).logits)
 

@@ -304,15 +304,23 @@ def test_kill_minus_nine_in_mid_run_then_resume_equals_the_uninterrupted_run(tin
     assert_equal_runs(straight, Finished(tmp_path / "killed"))
 
 
-@pytest.fixture
-def stopped(tiny, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def killed(tiny, tmp_path_factory):
     """A run killed at step 8, with checkpoints at 3 and 6, and its overrides."""
     common = [*tiny.classify, *COURSE, "+method=lora"]
-    with monkeypatch.context() as patch:
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    with pytest.MonkeyPatch.context() as patch:
         kill_at(patch, 8)
         with pytest.raises(Killed):
-            train(common, tmp_path / "run")
-    return tmp_path / "run", common
+            train(common, folder)
+    return folder, common
+
+
+@pytest.fixture
+def stopped(killed, tmp_path):
+    """A copy of the killed run, and its overrides."""
+    folder, common = killed
+    return shutil.copytree(folder, tmp_path / "run"), common
 
 
 def resume(stopped, *changes):
