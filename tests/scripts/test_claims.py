@@ -235,6 +235,13 @@ def test_a_claim_is_tried_written_and_resumed(claim, tmp_path, made, monkeypatch
     assert found.environment["command"] == "the command"
     assert found.environment["runs"] == 6
 
+    # a file of a time before other measures is read
+    older = json.loads((tmp_path / "tiny.json").read_text())
+    for each in older["contenders"].values():
+        assert each.pop("measured") == {}
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    assert results.read(tmp_path / "older.json") == found
+
     # finished runs are kept
     made.clear()
     assert running.try_claim(claim, tmp_path, "the command") == found
