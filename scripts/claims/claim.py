@@ -87,7 +87,8 @@ class Setting:
         name: of the folder, which claims with the same setting share, so that a contender of
             several claims is trained once.
         title: the task in words.
-        overrides: settings of `petl train`; {data} stands for the folder of the files.
+        overrides: settings of `petl train`; in them and in the words of contenders, {data} stands
+            for the folder of the files.
         rates: learning rates to choose from on validation examples, the same for all contenders.
         seeds: of the runs that are compared.
         limits: sentences on what no trial with this setting covers.
@@ -133,6 +134,10 @@ class Claim:
     pages: tuple[str, ...]
     shown: tuple[Shown, ...] = ()
     limits: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.edited and self.setting.also_on:
+            raise ValueError(f"{self.name}: edited adapters are scored on the test rows alone")
 
     @property
     def contenders(self) -> list[Contender]:

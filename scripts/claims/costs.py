@@ -42,31 +42,21 @@ LENGTHS = Claim(
 
 # Density. Values of a GELU are never exactly 0: a neuron counts as active above the threshold.
 COUNTED = "lora +loss=density loss.threshold=0.01"
-DENSE, SPARSE = (
-    f"{COUNTED} loss.weight=0.0",
-    {eps: f"{COUNTED} loss.eps={eps}" for eps in ("1e-7", "1e-3")},
-)
+DENSE = f"{COUNTED} loss.weight=0.0"
+SPARSE = {eps: f"{COUNTED} loss.eps={eps}" for eps in ("1e-7", "1e-3")}
 
 DENSITIES = Claim(
     name="density",
     title="The density loss halves the density of activations at no loss of score",
     paper="Runwal et al. 2025, arXiv:2402.01911",
-    paper_says="Adapters of RoBERTa and BERT with GELU, and of T5 with ReLU, on GLUE and question "
-    "answering: a loss on the density of the MLPs' activations lowers it by half and more at "
-    "comparable scores; with ReLU most, by up to nine tenths.",
+    paper_says="Against the same adapters without the loss, density falls by up to 45 % in "
+    "RoBERTa-large (GELU) on GLUE, and by 53 % in the encoder and 91 % in the decoder of "
+    "Flan-T5-XXL (ReLU) on SQuAD, at comparable scores.",
     statements=tuple(
         statement
         for eps, words in SPARSE.items()
         for statement in (
-            Statement(
-                f"eps={eps}: at most half as many active neurons",
-                "share",
-                words,
-                DENSE,
-                None,
-                0.5,
-                DENSITY,
-            ),
+            at_most(0.5, DENSITY, f"eps={eps}: at most half as many active neurons", words, DENSE),
             Statement(f"eps={eps}: the score does not fall", "equals", words, DENSE),
         )
     ),

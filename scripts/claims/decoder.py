@@ -19,7 +19,10 @@ MARGIN = 0.02  # nats per token: 2 % of the perplexity
 
 # Forgetting
 RANK = "method.r=16 method.lora_alpha=16"
-CORDA = f"corda {RANK} method.corda_method=kpm +data@method.calibration_data.data=hamlet"
+CORDA = (
+    f"corda {RANK} method.corda_method=kpm +data@method.calibration_data.data=hamlet "
+    "method.factors_cache={data}/factors"  # all runs have the same calibration and the same start
+)
 LORA = f"lora {RANK}"
 PISSA = f"{LORA} method.init_lora_weights=pissa_niter_16"
 UNTRAINED = "lora train.steps=1 train.warmup=1e12"  # a step of 1e-12 of the rate: the base model

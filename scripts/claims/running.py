@@ -4,6 +4,7 @@ import logging
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +39,32 @@ PLAIN = (
 logger = logging.getLogger("petl.claims")  # below petl, whose messages the command prints
 
 
+@dataclass(frozen=True)
+class Placed(Contender):
+    """A contender whose words may have {data}.
+
+    Attributes:
+        data: the folder of the files of the claim's data.
+    """
+
+    data: Path
+
+    @property
+    def overrides(self) -> list[str]:
+        return settings_in(self.data, super().overrides)
+
+
 def study_of(
     claim: Claim, contender: Contender, folder: Path, jobs: int = 1, together: int = 1
 ) -> Study:
     """Return the study that trains one contender of a claim."""
-    setting = claim.setting
+    setting, data = claim.setting, data_folder(claim, folder)
     return Study(
         folder=folder / setting.name,
-        contenders=[contender],
+        contenders=[Placed(contender.words, data)],
         seeds=list(setting.seeds),
         rates=list(setting.rates),
-        overrides=[*settings_in(data_folder(claim, folder), setting.overrides), *PLAIN],
+        overrides=[*settings_in(data, setting.overrides), *PLAIN],
         jobs=jobs,
         together=together,
     )
@@ -73,13 +89,20 @@ def prepare(claim: Claim, folder: Path) -> None:
 
 
 def score_also(claim: Claim, contender: Contender, folder: Path) -> None:
-    """Score the finished runs of a contender on the further files of the setting."""
-    for run in finished(claim, contender, folder).values():
-        for name in claim.setting.also_on:
-            file = data_folder(claim, folder) / f"{name}.jsonl"
-            out = run / also_folder(name)
-            if not (out / SCORES).exists():  # written last
-                evaluate_saved(find(run), [str(file)], [], out)
+    """Score the trained runs of a contender on the further files of the setting."""
+    place = folder_of(claim, contender, folder)
+    for run in (place / f"seed-{seed}" for seed in claim.setting.seeds):
+        if is_finished(run):
+            for name in missing(claim, run):
+                file = data_folder(claim, folder) / f"{name}.jsonl"
+                evaluate_saved(find(run), [str(file)], [], run / also_folder(name))
+
+
+def missing(claim: Claim, run: Path) -> list[str]:
+    """Return the further files that a run has not been scored on."""
+    # scores.json is written last
+    names = claim.setting.also_on
+    return [name for name in names if not (run / also_folder(name) / SCORES).exists()]
 
 
 def try_claim(claim: Claim, folder: Path, command: str, jobs: int = 1, together: int = 1) -> Result:
@@ -102,9 +125,9 @@ def try_claim(claim: Claim, folder: Path, command: str, jobs: int = 1, together:
                 edit_all(claim, contender, folder)
             else:
                 study_of(claim, contender, folder, jobs, together).run()
-                score_also(claim, contender, folder)
         except RunStopped as error:
             failed.append(f"{contender.name}: {error}")
+        score_also(claim, contender, folder)
         measure(claim, folder, command).write(folder)
     if failed:
         raise RunStopped(f"{claim.name}: {'; '.join(failed)}", status=1)
@@ -125,7 +148,10 @@ def edit_all(claim: Claim, contender: Contender, folder: Path) -> None:
 
 
 def measure(claim: Claim, folder: Path, command: str) -> Result:
-    """Return what the finished runs of a claim show; trains nothing."""
+    """Return what the finished runs of a claim show; trains nothing.
+
+    Measures that take a pass over rows, such as that of routers, are computed once for each run.
+    """
     runs = {c.words: finished(claim, c, folder) for c in (*claim.trained, *claim.edited)}
     found = {c.words: runs[c.words] for c in claim.contenders if runs[c.words]}
     values = {
@@ -160,10 +186,15 @@ def measure(claim: Claim, folder: Path, command: str) -> Result:
 
 
 def finished(claim: Claim, contender: Contender, folder: Path) -> dict[int, Path]:
-    """Return the folders of a contender's finished runs, or edited adapters, by seed."""
+    """Return the folders of a contender's finished runs, or edited adapters, by seed.
+
+    A run is finished when it is scored on the further files of the setting as well.
+    """
     place = folder_of(claim, contender, folder)
     found = {seed: place / f"seed-{seed}" for seed in claim.setting.seeds}
-    return {seed: run for seed, run in found.items() if is_finished(run)}
+    return {
+        seed: run for seed, run in found.items() if is_finished(run) and not missing(claim, run)
+    }
 
 
 def folder_of(claim: Claim, contender: Contender, folder: Path) -> Path:

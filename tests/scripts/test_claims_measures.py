@@ -142,7 +142,24 @@ def test_edited_adapters_are_scored_beside_their_origin(tiny, tmp_path, made):
     assert files == {file: file.stat().st_mtime_ns for file in edited.rglob("*")}
 
 
+def test_edited_adapters_are_not_scored_on_further_files():
+    setting = Setting("tiny", "", (), also_on=("others",))
+    with pytest.raises(ValueError, match="on the test rows alone"):
+        tiny_claim(setting, Statement("", "equals", PRUNED, LORA))
+
+
 # Losses, also on other files
+
+
+def test_words_of_settings_and_contenders_name_the_folder_of_the_data(tmp_path):
+    words = "lora method.r={data}/a"
+    claim = tiny_claim(
+        Setting("tiny", "", ("data.train={data}/b",)), Statement("", "equals", words, LORA)
+    )
+    study = running.study_of(claim, claim.trained[0], tmp_path)
+    assert study.contenders[0].overrides == ["+method=lora", f"method.r={tmp_path}/tiny/data/a"]
+    assert study.overrides[0] == f"data.train={tmp_path}/tiny/data/b"
+    assert study.contenders[0].name == claim.trained[0].name
 
 
 def test_losses_on_the_test_rows_and_on_other_files_are_those_of_the_predictions(
@@ -186,6 +203,11 @@ def test_losses_on_the_test_rows_and_on_other_files_are_those_of_the_predictions
     gap = found.estimates["0"].mean
     mean = {w: np.mean(list(found.contenders[w].scores.values())) for w in (LORA, thin)}
     assert gap == pytest.approx(mean[thin] - mean[LORA])
+
+    # a run that was stopped before it was scored on the other file is finished by the same command
+    (run / "eval-others/scores.json").unlink()
+    assert list(running.finished(claim, claim.trained[1], tmp_path)) == [0]
+    assert running.try_claim(claim, tmp_path, "the command") == found
 
     text = "\n".join(page.section(claim, found))
     assert "| loss on others | processor time |" in text
