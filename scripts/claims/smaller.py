@@ -136,8 +136,8 @@ COMPRESS = Claim(
     limits=(
         "One adapter of 0.3 M parameters, trained for two passes; the papers' claims are strongest "
         "for models of billions.",
-        "Times are those of the bits of a value, of which 16 are counted before; files of the table "
-        "have 32, and a head that is stored in full.",
+        "Times are those of the bits of a value, 16 before; files of the table have 32 before, and "
+        "a head that is stored in full.",
         "The magnitude of ComPEFT is chosen among four on validation rows, the searched divisor "
         "by the outputs on 50 train rows.",
         "A seed has one random mask, the same for all divisors; only B of LoRA is pruned.",
