@@ -1,6 +1,6 @@
 """All claims, in the order in which a user would ask for them."""
 
-from claims import more, verbs
+from claims import costs, decoder, more, smaller, verbs
 from claims.claim import Claim
 from claims.untried import UNTRIED
 
@@ -8,6 +8,7 @@ CLAIMS: dict[str, Claim] = {
     claim.name: claim
     for claim in (
         verbs.MOLA,
+        verbs.ROUTERS,
         verbs.INCRE,
         verbs.SHARING,
         verbs.BITS,
@@ -15,6 +16,13 @@ CLAIMS: dict[str, Claim] = {
         more.ADAPTERS,
         more.START,
         more.LATER,
+        smaller.MASKS,
+        smaller.COMPRESS,
+        costs.LENGTHS,
+        costs.DENSITIES,
+        costs.RANKS,
+        decoder.FORGETTING,
+        decoder.PACKING,
     )
 }
 

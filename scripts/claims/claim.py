@@ -1,12 +1,21 @@
-"""Claims: what a paper says, the contenders that try it, and the data, as descriptions."""
+"""Claims: what a paper says, the contenders that try it, and the data, as descriptions.
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+A contender is given by words: those of a method and settings of `petl train`, as
+`petl.sweeps.study.Contender` takes them. An edited contender is what `claims.edits` makes of a
+trained one: "lora | prune drop=0.9 q=dare".
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from claims.measures import ACCURACY, Measure
 from petl.sweeps.study import Contender
 
 MARGIN = 0.01  # of accuracy: smaller differences are no reason to choose a method
+EDIT = " | "
 
 
 @dataclass(frozen=True)
@@ -15,27 +24,44 @@ class Statement:
 
     Attributes:
         says: the statement in one line.
-        kind: "beats": the first has the higher score; "equals": their scores differ by less than
-            the margin.
-        first: words of a contender, see `petl.sweeps.study.Contender`.
+        kind: "beats": the first is better; "equals": they differ by less than the margin; "share":
+            the first has at most a share of the second, for measures that are compared by ratio.
+        first: words of a contender.
         second: words of the contender that it is compared with.
         than: two contenders whose difference is subtracted: the statement is about how much larger
             the difference of `first` and `second` is than theirs.
-        margin: the difference in the score from which on it matters; chosen before the runs.
+        margin: the difference in the measure from which on it matters, or the share; chosen before
+            the runs.
+        measure: what is compared.
     """
 
     says: str
-    kind: Literal["beats", "equals"]
+    kind: Literal["beats", "equals", "share"]
     first: str
     second: str
     than: tuple[str, str] | None = None
     margin: float = MARGIN
+    measure: Measure = ACCURACY
+
+    def __post_init__(self) -> None:
+        if (self.kind == "share") != self.measure.ratio:
+            raise ValueError(f"kind={self.kind!r} does not fit the measure {self.measure.name}")
+
+    @property
+    def border(self) -> float:
+        """The margin on the scale on which the measure is compared."""
+        return math.log(self.margin) if self.measure.ratio else self.margin
 
     @property
     def signs(self) -> list[tuple[str, int]]:
         """The contenders with the signs of their scores in the difference."""
         found = [(self.first, 1), (self.second, -1)]
         return found if self.than is None else [*found, (self.than[0], -1), (self.than[1], 1)]
+
+
+def at_most(share: float, measure: Measure, says: str, first: str, second: str) -> Statement:
+    """Return the statement that a contender has at most a share of a measure of another."""
+    return Statement(says, "share", first, second, margin=share, measure=measure)
 
 
 @dataclass(frozen=True)
@@ -61,9 +87,14 @@ class Setting:
         name: of the folder, which claims with the same setting share, so that a contender of
             several claims is trained once.
         title: the task in words.
-        overrides: settings of `petl train`.
+        overrides: settings of `petl train`; in them and in the words of contenders, {data} stands
+            for the folder of the files.
         rates: learning rates to choose from on validation examples, the same for all contenders.
         seeds: of the runs that are compared.
+        limits: sentences on what no trial with this setting covers.
+        write_files: writes the files of the data to a new folder; None: there are none.
+        also_on: files whose rows each finished run is scored on too, by name; see
+            `claims.measures.loss_on`.
     """
 
     name: str
@@ -71,6 +102,9 @@ class Setting:
     overrides: tuple[str, ...]
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    limits: tuple[str, ...] = ()
+    write_files: Callable[[Path], None] | None = None
+    also_on: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +121,7 @@ class Claim:
         labels: names of the contenders in tables, by their words; all of them have one.
         pages: methods whose pages quote the verdicts.
         shown: heat maps.
-        limits: sentences on what the trial does not cover.
+        limits: sentences on what the trial does not cover, beside those of the setting.
     """
 
     name: str
@@ -99,12 +133,32 @@ class Claim:
     labels: dict[str, str]
     pages: tuple[str, ...]
     shown: tuple[Shown, ...] = ()
-    limits: tuple[str, ...] = field(default=())
+    limits: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.edited and self.setting.also_on:
+            raise ValueError(f"{self.name}: edited adapters are scored on the test rows alone")
 
     @property
     def contenders(self) -> list[Contender]:
-        """The contenders in the order in which the statements name them."""
+        """All contenders in the order in which the statements name them."""
         return [Contender(words) for words in dict.fromkeys(self._named())]
+
+    @property
+    def trained(self) -> list[Contender]:
+        """The contenders that are trained, and those that the edited ones are made of."""
+        words = dict.fromkeys(each.words.split(EDIT)[0] for each in self.contenders)
+        return [Contender(each) for each in words]
+
+    @property
+    def edited(self) -> list[Contender]:
+        """The contenders that are made of trained ones."""
+        return [each for each in self.contenders if EDIT in each.words]
+
+    @property
+    def measures(self) -> list[Measure]:
+        """What the statements compare, each once."""
+        return list({each.measure.name: each.measure for each in self.statements}.values())
 
     def _named(self) -> Iterator[str]:
         for statement in self.statements:

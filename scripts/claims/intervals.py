@@ -13,7 +13,8 @@ with independent terms: the two-way model of random effects with one observation
 
 with the mean squares of the analysis of variance, and its degrees of freedom follow Satterthwaite
 (1946). An interval over seeds alone would leave out that another test set gives another mean, and
-one over examples alone that another seed does.
+one over examples alone that another seed does. A measure of whole runs, such as seconds, has N = 1:
+what is left is the t interval over seeds.
 """
 
 import math
@@ -34,7 +35,7 @@ class Estimate:
 
     Attributes:
         differences: by seed, the mean over the test examples; at least two.
-        rows: number of test examples N.
+        rows: number of test examples N; 1 for a measure of whole runs.
         example_square: mean square of the examples.
         rest_square: mean square of what is left.
     """
@@ -70,11 +71,10 @@ class Estimate:
     def freedom(self) -> float:
         """Degrees of freedom of the variance; infinite if all differences are equal."""
         S, N = self.seeds, self.rows
-        squares = (
-            self.seed_square**2 / (S - 1)
-            + self.example_square**2 / (N - 1)
-            + self.rest_square**2 / ((S - 1) * (N - 1))
-        )
+        squares = self.seed_square**2 / (S - 1)
+        if N > 1:
+            squares += self.example_square**2 / (N - 1)
+            squares += self.rest_square**2 / ((S - 1) * (N - 1))
         return (self.variance * S * N) ** 2 / squares if squares else math.inf
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
@@ -96,7 +96,8 @@ class Estimate:
     def enough(self, half: float) -> tuple[int, int] | None:
         """Return the seeds and test rows with which the half width is at most `half`.
 
-        More seeds first, then more rows; None if `MAX_SEEDS` and `MAX_ROWS` are not enough.
+        More seeds first, then more rows, unless whole runs are measured; None if `MAX_SEEDS` and
+        `MAX_ROWS` are not enough.
         """
         for seeds, rows in self._options():
             if self.predicted_half_width(seeds, rows) <= half:
@@ -107,6 +108,8 @@ class Estimate:
         rows, most = self.rows, max(self.seeds, MAX_SEEDS)
         while rows <= MAX_ROWS:
             yield from ((seeds, rows) for seeds in range(self.seeds, most + 1))
+            if rows == 1:
+                return
             rows *= 2
 
 
@@ -116,20 +119,20 @@ def half_width(variance: float, freedom: float, level: float = LEVEL) -> float:
 
 
 def estimate(differences: Mapping[int, np.ndarray]) -> Estimate:
-    """Return the estimate for the differences [N] of each seed, at least two of each.
+    """Return the estimate for the differences [N] of each of at least two seeds.
 
     Raises:
-        ValueError: fewer than two seeds or examples.
+        ValueError: fewer than two seeds.
     """
     D = np.stack([differences[seed] for seed in sorted(differences)]).astype(float)
     S, N = D.shape
-    if S < 2 or N < 2:
-        raise ValueError(f"{S} seeds and {N} examples: an interval needs at least 2 of each")
+    if S < 2:
+        raise ValueError(f"{S} seeds and {N} examples: an interval needs at least 2 seeds")
     by_seed, by_example = D.mean(axis=1), D.mean(axis=0)
     rest = D - by_seed[:, None] - by_example[None, :] + D.mean()
     return Estimate(
         {str(seed): float(mean) for seed, mean in zip(sorted(differences), by_seed, strict=True)},
         N,
-        S * float(by_example.var(ddof=1)),
-        float((rest**2).sum()) / ((S - 1) * (N - 1)),
+        S * float(by_example.var(ddof=1)) if N > 1 else 0.0,
+        float((rest**2).sum()) / ((S - 1) * (N - 1)) if N > 1 else 0.0,
     )

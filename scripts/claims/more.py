@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from claims.claim import Claim, Shown, Statement
-from claims.verbs import EVEN, ONE_TASK, VERBS
+from claims.verbs import EVEN, VERBS
 
 # Compacter and adapters: width 22 gives an adapter as many parameters as LoRA of rank 5
 COMPACTER = "compacter method.reduction_factor=16"
@@ -39,7 +39,6 @@ ADAPTERS = Claim(
     },
     pages=("compacter", "adapter"),
     limits=(
-        ONE_TASK,
         "Layer norms are frozen for all; the published runs of Compacter train them, which alone "
         "would exceed 0.1 % with this model.",
     ),
@@ -70,10 +69,7 @@ START = Claim(
     setting=BRIEF,
     labels={CORDA: "CorDA, instruction mode", LORA_8: "LoRA", PISSA: "PiSSA"},
     pages=("corda",),
-    limits=(
-        ONE_TASK,
-        "Rank 8 instead of 128, and the score after 47 steps instead of a curve of losses.",
-    ),
+    limits=("Rank 8 instead of 128, and the score after 47 steps instead of a curve of losses.",),
 )
 
 # Methods that were added later
@@ -108,5 +104,4 @@ LATER = Claim(
     },
     pages=("mola", "dsee", "sherl"),
     shown=(Shown("Load of the experts, pre-gated router", PREGATED, "expert_load"),),
-    limits=(ONE_TASK,),
 )

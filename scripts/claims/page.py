@@ -1,16 +1,16 @@
 """The page of the claims, and the part of a method's page that quotes its verdicts."""
 
 from collections.abc import Iterator, Sequence
+from statistics import fmean
 
 from claims.catalog import CLAIMS, UNTRIED
 from claims.claim import Claim, Statement
+from claims.measures import ACCURACY, Measure
 from claims.results import Map, Result, Scored, read_published
 from claims.verdicts import NOT_YET, Verdict, verdict
 from petl.reports.formatting import Table, duration, mean_text, number, seeds_text, size
 
-METRIC = "accuracy"
 NOT_TRIED = "not tried yet"
-POINTS = 100  # of one
 
 
 # A statement in words
@@ -26,19 +26,27 @@ def judged(claim: Claim, result: Result | None, number: int) -> Verdict:
     return verdict(claim.statements[number], estimate)
 
 
-def difference(result: Result | None, number: int) -> str:
-    """Return the difference of a statement in points with its interval; "" without its runs."""
+def difference(claim: Claim, result: Result | None, number: int) -> str:
+    """Return the difference of a statement with its interval; "" without its runs.
+
+    In points of accuracy; other measures have their unit.
+    """
     if result is None or not result.is_complete(number):
         return ""
-    estimate = result.estimates[str(number)]
-    low, high = estimate.interval()
-    return f"{POINTS * estimate.mean:+.2f} ({POINTS * low:+.2f} to {POINTS * high:+.2f})"
+    return claim.statements[number].measure.text(result.estimates[str(number)])
 
 
 def rule(statement: Statement) -> str:
     """Return what the statement asks of the difference."""
-    margin = f"{POINTS * statement.margin:g}"
-    return f"within ±{margin}" if statement.kind == "equals" else f"above 0 (matters: {margin})"
+    measure = statement.measure
+    if statement.kind == "share":
+        return f"{measure.title}: below {statement.margin:g} times"
+    name = "" if measure is ACCURACY else f"{measure.title}: "
+    margin = f"{measure.scale * statement.margin:g}"
+    if statement.kind == "equals":
+        return f"{name}within ±{margin}"
+    side = "below" if measure.lower else "above"
+    return f"{name}{side} 0 (matters: {margin})"
 
 
 def summary(claim: Claim, result: Result | None) -> Table:
@@ -46,10 +54,16 @@ def summary(claim: Claim, result: Result | None) -> Table:
     rows = []
     for i, statement in enumerate(claim.statements):
         found = judged(claim, result, i)
-        row = [statement.says, found.word, difference(result, i), rule(statement), found.takes]
+        row = [
+            statement.says,
+            found.word,
+            difference(claim, result, i),
+            rule(statement),
+            found.takes,
+        ]
         rows.append(row)
-    columns = ["statement", "verdict", "difference (points)", "asked for", "what it would take"]
-    return Table(columns, rows)
+    unit = "difference (points)" if claim.measures == [ACCURACY] else "difference"
+    return Table(["statement", "verdict", unit, "asked for", "what it would take"], rows)
 
 
 def listing() -> Table:
@@ -61,7 +75,7 @@ def listing() -> Table:
         for row in summary(claim, published.get(claim.name)).rows
     ]
     rows += [[each.name, each.title, NOT_TRIED, ""] for each in UNTRIED]
-    return Table(["claim", "statement", "verdict", "difference (points)"], rows)
+    return Table(["claim", "statement", "verdict", "difference (points, or as named)"], rows)
 
 
 # The page
@@ -83,7 +97,7 @@ def page() -> str:
 def verdicts(published: dict[str, Result]) -> str:
     """Return the table of the verdicts in markdown."""
     lines = [
-        "| claim | statement | verdict | difference in points, 95 % |",
+        "| claim | statement | verdict | difference, 95 %: in points or as named |",
         "| --- | --- | --- | --- |",
     ]
     tried = [claim for claim in CLAIMS.values() if claim.name in published]
@@ -111,7 +125,7 @@ def section(claim: Claim, result: Result | None) -> Iterator[str]:
     if result is not None and result.contenders:
         yield contenders(claim, result).markdown()
         yield from (table for each in result.maps for table in heat_map(each))
-    limits = [*at_the_edge(claim, result), *claim.limits]
+    limits = [*at_the_edge(claim, result), *claim.setting.limits, *claim.limits]
     yield "\n".join(["What this does not cover:\n", *(f"- {each}" for each in limits)])
     if result is not None and result.environment:
         yield "\n".join(f"- {key}: {value}" for key, value in circumstances(result))
@@ -119,9 +133,10 @@ def section(claim: Claim, result: Result | None) -> Iterator[str]:
 
 def cost(claim: Claim) -> str:
     """Return the number of runs of a claim that shares none with another."""
-    setting, count = claim.setting, len(claim.contenders)
+    setting, count, edited = claim.setting, len(claim.trained), len(claim.edited)
     tuning = count * len(setting.rates) if len(setting.rates) > 1 else 0
-    return f"{tuning} runs that choose learning rates and {count * len(setting.seeds)} that count"
+    runs = f"{tuning} runs that choose learning rates and {count * len(setting.seeds)} that count"
+    return f"{runs}, {edited * len(setting.seeds)} edits of them" if edited else runs
 
 
 def contenders(claim: Claim, result: Result) -> Table:
@@ -130,18 +145,28 @@ def contenders(claim: Claim, result: Result) -> Table:
     for words, label in claim.labels.items():
         found = result.contenders.get(words)
         if found is not None:
-            rows.append([label, *cells(found, len(result.seeds))])
-    columns = ["contender", "test accuracy", "learning rate", "parameters", "file", "CPU time"]
-    return Table(columns, rows)
+            rows.append([label, *cells(claim, found, len(result.seeds))])
+    main, *others = claim.measures
+    others = [each.title for each in others]
+    columns = ["learning rate", "parameters", "file", "CPU time"]
+    return Table(["contender", main.title, *others, *columns], rows)
 
 
-def cells(found: Scored, planned: int) -> list[str]:
+def cells(claim: Claim, found: Scored, planned: int) -> list[str]:
     """Return the cells of a contender."""
-    scores = mean_text(METRIC, list(found.scores.values()))
+    main, *others = claim.measures
+    scores = mean_of(main, found.scores)
     if len(found.scores) < planned:
         scores += f" ({len(found.scores)} of {planned} seeds)"
+    more = [mean_of(each, found.measured[each.name]) for each in others]
     file, time = size(found.bytes), duration(found.cpu_seconds)
-    return [scores, number(found.rate), f"{found.parameters:,}", file, time]
+    return [scores, *more, number(found.rate), f"{found.parameters:,}", file, time]
+
+
+def mean_of(measure: Measure, values: dict[str, float]) -> str:
+    """Return the mean over seeds; of accuracies with the standard deviation."""
+    found = list(values.values())
+    return mean_text(measure.name, found) if measure is ACCURACY else measure.show(fmean(found))
 
 
 def at_the_edge(claim: Claim, result: Result | None) -> list[str]:
@@ -206,11 +231,13 @@ def quoted(method: str) -> str:
             rows += [row[:3] for statement, row in found if method in methods_of(statement)]
     if not rows:
         return f"Not tried yet. What will be, and how: {links}."
-    columns = ["statement", "verdict", "difference in points, 95 %"]
+    columns = ["statement", "verdict", "difference, 95 %: in points or as named"]
     table = Table(columns, [list(row) for row in rows])
     return f"{table.markdown()}\n\nHow they were tried: {links}."
 
 
 def methods_of(statement: Statement) -> set[str]:
-    """Return the methods that a statement compares."""
-    return {words.split()[0] for words, _ in statement.signs}
+    """Return the methods that a statement compares, and their extra losses."""
+    words = [each.split() for each, _ in statement.signs]
+    losses = {w.removeprefix("+loss=") for each in words for w in each if w.startswith("+loss=")}
+    return {each[0] for each in words} | losses

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 from claims.catalog import CLAIMS
-from claims.claim import Claim
-from claims.page import POINTS, judged
+from claims.claim import Claim, Statement
+from claims.page import judged
 from claims.results import Result, read
 from petl.errors import InputError
 
@@ -42,29 +43,54 @@ def draw(claim: Claim, result: Result, file: Path) -> None:
     from matplotlib.figure import Figure
 
     done = [i for i in range(len(claim.statements)) if result.is_complete(i)]
+    panels = [
+        [i for i in reversed(done) if claim.statements[i].measure is measure]
+        for measure in claim.measures
+    ]
+    panels = [numbers for numbers in panels if numbers]
+    heights = [0.5 + 0.62 * len(numbers) for numbers in panels]
     # without a salt and a date of its own, the same results give the same file
     with mpl.rc_context({"svg.hashsalt": claim.name, "svg.fonttype": "none"}):
-        figure = Figure(figsize=(7.6, 1.1 + 0.62 * len(done)), layout="constrained")
-        axes = figure.subplots()
-        for place, i in enumerate(reversed(done)):
-            estimate, statement = result.estimates[str(i)], claim.statements[i]
-            low, high = (POINTS * limit for limit in estimate.interval())
-            left = -POINTS * statement.margin if statement.kind == "equals" else 0
-            axes.barh(place, POINTS * statement.margin - left, 0.7, left, color="0.92", zorder=0)
-            axes.hlines(place, low, high, linewidth=2)
-            axes.plot(POINTS * estimate.mean, place, "o", color="C0")
-            axes.annotate(
-                judged(claim, result, i).word,
-                (high, place),
-                (6, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-            )
-        axes.axvline(0, color="0.5", linewidth=0.8)
-        says = [fill(claim.statements[i].says, WIDTH) for i in reversed(done)]
-        axes.set_yticks(range(len(done)), says, fontsize=8)
-        axes.margins(x=0.18)
-        axes.set_xlabel("difference in test accuracy (points), 95 % interval; gray: the margin")
-        axes.spines[["top", "right"]].set_visible(False)
+        figure = Figure(figsize=(7.6, 0.6 + sum(heights)), layout="constrained")
+        for axes, numbers in zip(
+            figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0],
+            panels,
+            strict=True,
+        ):
+            draw_panel(claim, result, numbers, axes)
         figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+def draw_panel(claim: Claim, result: Result, numbers: list[int], axes: Any) -> None:
+    """Draw the intervals of statements about one measure, from the bottom."""
+    measure = claim.statements[numbers[0]].measure
+    for place, i in enumerate(numbers):
+        estimate, statement = result.estimates[str(i)], claim.statements[i]
+        low, high = sorted(map(measure.shown, estimate.interval()))
+        edges = sorted(map(measure.shown, margins(statement)))
+        axes.barh(place, edges[1] - edges[0], 0.7, edges[0], color="0.92", zorder=0)
+        axes.hlines(place, low, high, linewidth=2)
+        axes.plot(measure.shown(estimate.mean), place, "o", color="C0")
+        axes.annotate(
+            judged(claim, result, i).word,
+            (high, place),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    axes.axvline(measure.shown(0), color="0.5", linewidth=0.8)
+    says = [fill(claim.statements[i].says, WIDTH) for i in numbers]
+    axes.set_yticks(range(len(numbers)), says, fontsize=8)
+    axes.margins(x=0.18)
+    unit = f" in {measure.unit}" if measure.unit else ""
+    what = "ratio" if measure.ratio else f"difference{unit}"
+    axes.set_xlabel(f"{measure.title}: {what}, 95 % interval; gray: the margin", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def margins(statement: Statement) -> tuple[float, float]:
+    """Return the two ends of the margin of a statement, on the scale that is compared."""
+    if statement.kind == "share":
+        return statement.border, 0
+    return (-statement.border if statement.kind == "equals" else 0), statement.border

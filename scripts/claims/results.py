@@ -20,12 +20,13 @@ class Scored:
     """The finished runs of a contender.
 
     Attributes:
-        scores: test accuracy by seed.
-        rate: the chosen learning rate.
+        scores: of the first measure of the claim by seed, such as the test accuracy.
+        rate: the chosen learning rate; of an edited adapter, that of its training, as the next two.
         validation: the validation score of each learning rate.
         parameters: of the adapter, without the head.
         bytes: of the adapter's file, with the head.
-        cpu_seconds: processor seconds of training, the mean over seeds.
+        cpu_seconds: processor seconds of training, or of the edit alone, the mean over seeds.
+        measured: the other measures by name and seed.
     """
 
     scores: dict[str, float]
@@ -34,6 +35,7 @@ class Scored:
     parameters: int
     bytes: int
     cpu_seconds: float
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,27 @@
-"""Train the contenders of a claim, and compare their predictions example by example."""
+"""Train the contenders of a claim, edit them, and compare them example by example."""
 
 import logging
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sizes.score import Scorer
 
-from claims.claim import Claim, Shown, Statement
+from claims.claim import EDIT, Claim, Shown, Statement
+from claims.edits import edit
 from claims.intervals import Estimate, estimate
+from claims.measures import also_folder, scores
 from claims.results import Map, Result, Scored
-from petl.errors import InputError, RunStopped
-from petl.files.read import iterate_json_lines
+from petl.deltas.adapters import new_folder
+from petl.errors import RunStopped
+from petl.export.saved_adapter import find
+from petl.prediction.evaluation import evaluate_saved
 from petl.runs.records import (
-    PREDICTIONS,
+    SCORES,
     is_finished,
     read_environment,
     read_heat_maps,
@@ -23,7 +29,6 @@ from petl.runs.records import (
 )
 from petl.sweeps.study import AT_THE_END, Contender, Study, slug
 
-METRIC = "accuracy"
 # the test rows are scored once, after training; validation rows are held out in all runs alike, so
 # that the runs that choose a learning rate and those that are compared have the same training rows
 PLAIN = (
@@ -31,24 +36,73 @@ PLAIN = (
     "train.linear_probe=false",
     "train.score_before=false",
 )
-TOLERANCE = 1e-9
 logger = logging.getLogger("petl.claims")  # below petl, whose messages the command prints
+
+
+@dataclass(frozen=True)
+class Placed(Contender):
+    """A contender whose words may have {data}.
+
+    Attributes:
+        data: the folder of the files of the claim's data.
+    """
+
+    data: Path
+
+    @property
+    def overrides(self) -> list[str]:
+        return settings_in(self.data, super().overrides)
 
 
 def study_of(
     claim: Claim, contender: Contender, folder: Path, jobs: int = 1, together: int = 1
 ) -> Study:
     """Return the study that trains one contender of a claim."""
-    setting = claim.setting
+    setting, data = claim.setting, data_folder(claim, folder)
     return Study(
         folder=folder / setting.name,
-        contenders=[contender],
+        contenders=[Placed(contender.words, data)],
         seeds=list(setting.seeds),
         rates=list(setting.rates),
-        overrides=[*setting.overrides, *PLAIN],
+        overrides=[*settings_in(data, setting.overrides), *PLAIN],
         jobs=jobs,
         together=together,
     )
+
+
+def data_folder(claim: Claim, folder: Path) -> Path:
+    """Return the folder of the files of a claim's data."""
+    return folder / claim.setting.name / "data"
+
+
+def settings_in(data: Path, overrides: Sequence[str]) -> list[str]:
+    """Return settings of `petl train` with the folder of the data in place of {data}."""
+    return [word.replace("{data}", str(data)) for word in overrides]
+
+
+def prepare(claim: Claim, folder: Path) -> None:
+    """Write the files of a claim's data, unless they are there."""
+    data = data_folder(claim, folder)
+    if claim.setting.write_files and not data.exists():
+        with new_folder(data) as draft:
+            claim.setting.write_files(draft)
+
+
+def score_also(claim: Claim, contender: Contender, folder: Path) -> None:
+    """Score the trained runs of a contender on the further files of the setting."""
+    place = folder_of(claim, contender, folder)
+    for run in (place / f"seed-{seed}" for seed in claim.setting.seeds):
+        if is_finished(run):
+            for name in missing(claim, run):
+                file = data_folder(claim, folder) / f"{name}.jsonl"
+                evaluate_saved(find(run), [str(file)], [], run / also_folder(name))
+
+
+def missing(claim: Claim, run: Path) -> list[str]:
+    """Return the further files that a run has not been scored on."""
+    # scores.json is written last
+    names = claim.setting.also_on
+    return [name for name in names if not (run / also_folder(name) / SCORES).exists()]
 
 
 def try_claim(claim: Claim, folder: Path, command: str, jobs: int = 1, together: int = 1) -> Result:
@@ -62,91 +116,136 @@ def try_claim(claim: Claim, folder: Path, command: str, jobs: int = 1, together:
         RunStopped: runs failed; the other contenders are trained all the same.
     """
     failed = []
-    for number, contender in enumerate(claim.contenders, start=1):
-        logger.info("%s [%d/%d]: %s", claim.name, number, len(claim.contenders), contender.name)
+    prepare(claim, folder)
+    contenders = [*claim.trained, *claim.edited]
+    for number, contender in enumerate(contenders, start=1):
+        logger.info("%s [%d/%d]: %s", claim.name, number, len(contenders), contender.name)
         try:
-            study_of(claim, contender, folder, jobs, together).run()
+            if EDIT in contender.words:
+                edit_all(claim, contender, folder)
+            else:
+                study_of(claim, contender, folder, jobs, together).run()
         except RunStopped as error:
             failed.append(f"{contender.name}: {error}")
+        score_also(claim, contender, folder)
         measure(claim, folder, command).write(folder)
     if failed:
         raise RunStopped(f"{claim.name}: {'; '.join(failed)}", status=1)
     return measure(claim, folder, command)
 
 
+def edit_all(claim: Claim, contender: Contender, folder: Path) -> None:
+    """Edit the adapters of the finished runs that a contender is made of, and score them."""
+    words, change = contender.words.split(EDIT)
+    done = finished(claim, contender, folder)
+    trained = finished(claim, Contender(words), folder)
+    due = {seed: run for seed, run in trained.items() if seed not in done}
+    if not due:
+        return
+    scorer = Scorer(next(iter(due.values())))  # one base model for all seeds
+    for seed, run in due.items():
+        edit(change, run, seed, scorer, folder_of(claim, contender, folder) / f"seed-{seed}")
+
+
 def measure(claim: Claim, folder: Path, command: str) -> Result:
-    """Return what the finished runs of a claim show; trains nothing."""
-    runs = {c.words: finished(claim, c, folder) for c in claim.contenders}
-    found = {words: of_seeds for words, of_seeds in runs.items() if of_seeds}
-    right = {
-        words: {seed: correct(run) for seed, run in of_seeds.items()}
-        for words, of_seeds in found.items()
+    """Return what the finished runs of a claim show; trains nothing.
+
+    Measures that take a pass over rows, such as that of routers, are computed once for each run.
+    """
+    runs = {c.words: finished(claim, c, folder) for c in (*claim.trained, *claim.edited)}
+    found = {c.words: runs[c.words] for c in claim.contenders if runs[c.words]}
+    values = {
+        each.name: {
+            words: {seed: each.values(run) for seed, run in of_seeds.items()}
+            for words, of_seeds in found.items()
+        }
+        for each in claim.measures
     }
     estimates = {
         str(i): compared
         for i, statement in enumerate(claim.statements)
-        if (compared := difference(statement, right)) is not None
+        if (compared := difference(statement, values[statement.measure.name])) is not None
     }
+    means = {
+        name: {w: {str(s): float(v.mean()) for s, v in by.items()} for w, by in of_words.items()}
+        for name, of_words in values.items()
+    }
+    trained = [run for c in claim.trained for run in runs[c.words].values()]
     return Result(
         claim.name,
         [*claim.setting.overrides, *PLAIN],
         list(claim.setting.seeds),
-        {words: scored(claim, words, of_seeds, folder) for words, of_seeds in found.items()},
+        {
+            words: scored(claim, Contender(words), of_seeds, folder, means)
+            for words, of_seeds in found.items()
+        },
         estimates,
         [each for shown in claim.shown if (each := averaged(shown, found.get(shown.words, {})))],
-        circumstances([run for of_seeds in found.values() for run in of_seeds.values()], command),
+        circumstances(trained, command),
     )
 
 
 def finished(claim: Claim, contender: Contender, folder: Path) -> dict[int, Path]:
-    """Return the finished runs of a contender by seed."""
-    runs = folder / claim.setting.name / "runs" / slug(contender.name)
-    found = {seed: runs / f"seed-{seed}" for seed in claim.setting.seeds}
-    return {seed: run for seed, run in found.items() if is_finished(run)}
+    """Return the folders of a contender's finished runs, or edited adapters, by seed.
 
-
-def correct(run: Path) -> np.ndarray:
-    """Return for each test example [N], in the order of the rows, 1 if the prediction is right.
-
-    Raises:
-        InputError: the predictions do not give the accuracy of scores.json.
+    A run is finished when it is scored on the further files of the setting as well.
     """
-    lines = sorted(iterate_json_lines(run / PREDICTIONS), key=lambda line: line["row"])
-    right = np.array([line["prediction"] == line["label"] for line in lines], dtype=float)
-    score = read_results(run)["after"][METRIC]
-    if not len(right) or abs(right.mean() - score) > TOLERANCE:
-        raise InputError(
-            f"{run / PREDICTIONS} has not the accuracy of scores.json ({score}): remove the "
-            "folder of the run, and start the same command again"
-        )
-    return right
+    place = folder_of(claim, contender, folder)
+    found = {seed: place / f"seed-{seed}" for seed in claim.setting.seeds}
+    return {
+        seed: run for seed, run in found.items() if is_finished(run) and not missing(claim, run)
+    }
 
 
-def difference(statement: Statement, right: dict[str, dict[int, np.ndarray]]) -> Estimate | None:
+def folder_of(claim: Claim, contender: Contender, folder: Path) -> Path:
+    """Return the folder of a contender's runs, or edited adapters."""
+    kind = "edited" if EDIT in contender.words else "runs"
+    return folder / claim.setting.name / kind / slug(contender.name)
+
+
+def difference(statement: Statement, values: dict[str, dict[int, np.ndarray]]) -> Estimate | None:
     """Return the estimate of a statement over the seeds that all its contenders have.
 
     None with fewer than two such seeds.
+
+    Args:
+        values: of the statement's measure, by contender and seed.
     """
-    signs = statement.signs
-    seeds = set.intersection(*(set(right.get(words, {})) for words, _ in signs))
+    signs, compared = statement.signs, statement.measure.compared
+    seeds = set.intersection(*(set(values.get(words, {})) for words, _ in signs))
     if len(seeds) < 2:
         return None
-    return estimate({s: np.sum([sign * right[w][s] for w, sign in signs], axis=0) for s in seeds})
+    return estimate(
+        {s: np.sum([sign * compared(values[w][s]) for w, sign in signs], axis=0) for s in seeds}
+    )
 
 
-def scored(claim: Claim, words: str, runs: dict[int, Path], folder: Path) -> Scored:
-    """Return scores, learning rate and sizes of a contender with finished runs."""
-    results = {seed: read_results(run) for seed, run in runs.items()}
-    contender = Contender(words)
-    first = next(iter(results.values()))
-    tried = study_of(claim, contender, folder).tried.get(contender.name)
+def scored(
+    claim: Claim,
+    contender: Contender,
+    runs: dict[int, Path],
+    folder: Path,
+    means: dict[str, dict[str, dict[str, float]]],
+) -> Scored:
+    """Return scores, learning rate and sizes of a contender with finished runs.
+
+    Args:
+        means: the mean value of each run, by measure, contender and seed.
+    """
+    results = [scores(run) for run in runs.values()]
+    trained = Contender(contender.words.split(EDIT)[0])
+    of_training = next(iter(finished(claim, trained, folder).values()))
+    first = read_results(of_training)
+    tried = study_of(claim, trained, folder).tried.get(trained.name)
+    main, *others = claim.measures
     return Scored(
-        {str(seed): result["after"][METRIC] for seed, result in results.items()},
+        means[main.name][contender.words],
         first["lr"] if tried is None else tried["taken"],  # a single rate is not tuned
         {} if tried is None else tried["validation"],
-        max(result["adapter_parameters"] for result in results.values()),
-        max(result["adapter_bytes"] for result in results.values()),
-        statistics.fmean(result["cpu_seconds"] for result in results.values()),
+        max(result.get("adapter_parameters", first["adapter_parameters"]) for result in results),
+        max(result["adapter_bytes"] for result in results),
+        statistics.fmean(result["cpu_seconds"] for result in results),
+        {each.name: means[each.name][contender.words] for each in others},
     )
 
 

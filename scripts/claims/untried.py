@@ -4,13 +4,6 @@ from claims.claim import Untried
 
 UNTRIED = (
     Untried(
-        "routers",
-        "MoLA: how far routers agree",
-        "Gao et al. 2025, arXiv:2402.08562",
-        "a pass over the test rows that notes the experts of each token, and a measure that does "
-        "not depend on their order",
-    ),
-    Untried(
         "placements",
         "adapters: placements and residual connections of the audio study",
         "Cappellazzo et al. 2024, arXiv:2312.03694",
@@ -18,34 +11,27 @@ UNTRIED = (
         "5,000 labeled clips; the packaged recordings are some 2,800 clips in five languages",
     ),
     Untried(
-        "forgetting",
-        "CorDA in knowledge-preserving mode forgets less than LoRA and PiSSA",
-        "Yang et al. 2024, arXiv:2406.05223",
-        "a decoder (SmolLM2-135M), a score on the knowledge to preserve before and after training "
-        "on another task, and hours of processor time for five seeds of three contenders",
+        "density-relu",
+        "the density loss with ReLU and SwiGLU, and what a CPU gains from it",
+        "Runwal et al. 2025, arXiv:2402.01911",
+        "a packaged pretrained model with ReLU, hours of a decoder for SwiGLU, and a product that "
+        "skips zeros, which torch does not have",
     ),
     Untried(
-        "density",
-        "the density loss halves the density of activations at no loss of score, and a CPU gains",
-        "Runwal et al. 2025, arXiv:2402.01911",
-        "a comparison of densities beside that of scores, a packaged pretrained model with ReLU "
-        "(GELU is never exactly 0, so that the threshold decides the density), and a product that "
-        "skips zeros",
+        "combined",
+        "TIES is better than averaging on two and on four tasks; one adapter for several tasks "
+        "equals one for each",
+        "Yadav et al. 2023 (TIES), arXiv:2306.01708; Sung et al. 2022 (VL-Adapter), "
+        "arXiv:2112.06825",
+        "contenders that are made of the runs of several tasks, and a measure over the rows of all "
+        "of them; the page of results has three seeds of two tasks",
     ),
     Untried(
         "parts",
-        "PST, PELA and distillation, Polyhistor, PYRA, DKVB, VL-PET, SCEdit, ICV: what their "
-        "papers name",
+        "Polyhistor, PYRA at a third of the time, DKVB, VL-PET, SCEdit, ICV: their claims",
         "the papers on their pages",
-        "a description each; the first four run on the packaged data, PYRA and DKVB need the small "
+        "a description each; Polyhistor runs on the packaged data, PYRA and DKVB need the small "
         "ViT and the stream of classes of the results page, VL-PET and SCEdit pretrained models "
         "that no package has; the page of results has three seeds of several",
-    ),
-    Untried(
-        "lengths",
-        "length buckets, packing and the segmented loss save the time and memory that they promise",
-        "no paper: promises of these pages",
-        "an idle machine, since seconds are compared, and texts of very different lengths; "
-        "scripts/bench.py measures single steps",
     ),
 )

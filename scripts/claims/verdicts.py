@@ -7,7 +7,9 @@ With an interval (low, high) of the mean difference and a margin chosen before t
     equals   holds            -margin < low and high < margin: the two one-sided tests of
                               equivalence (Schuirmann 1987), here at 2.5 % each
              does not hold    high <= -margin or low >= margin
-    both     cannot be told   otherwise
+    share    holds            high < border, the logarithm of the share
+             does not hold    low > border
+    all      cannot be told   otherwise
 
 With low > 0, "beats" holds even if high is below the margin: the advantage is real, and small.
 """
@@ -35,7 +37,7 @@ class Verdict:
 
 
 def word_of(kind: str, low: float, high: float, margin: float) -> str:
-    """Return the word for an interval.
+    """Return the word for an interval; `margin` as of `Statement.border`.
 
     Raises:
         ValueError: an unknown kind.
@@ -46,18 +48,20 @@ def word_of(kind: str, low: float, high: float, margin: float) -> str:
         if -margin < low and high < margin:
             return HOLDS
         return FAILS if high <= -margin or low >= margin else OPEN
-    raise ValueError(f"kind={kind!r} is not one of beats, equals")
+    if kind == "share":
+        return HOLDS if high < margin else FAILS if low > margin else OPEN
+    raise ValueError(f"kind={kind!r} is not one of beats, equals, share")
 
 
 def verdict(statement: Statement, estimate: Estimate) -> Verdict:
     """Return the verdict of a statement for an estimate with all of its runs."""
-    word = word_of(statement.kind, *estimate.interval(), statement.margin)
+    word = word_of(statement.kind, *estimate.interval(), statement.border)
     return Verdict(word, takes(statement, estimate) if word == OPEN else "")
 
 
 def takes(statement: Statement, estimate: Estimate) -> str:
     """Return what it would take to tell, if the true difference is the one that was measured."""
-    half = needed_half_width(statement.kind, estimate.mean, statement.margin)
+    half = needed_half_width(statement.kind, estimate.mean, statement.border)
     enough = estimate.enough(half)
     if enough is None:
         return "the difference lies too near the border of the margin for more runs to tell"
@@ -70,4 +74,4 @@ def needed_half_width(kind: str, mean: float, margin: float) -> float:
     """Return the half width at which an interval around `mean` gives a verdict."""
     if kind == "beats":  # the nearer of the two verdicts: above 0, or below the margin
         return max(mean, margin - mean)
-    return abs(margin - abs(mean))
+    return abs(margin - (mean if kind == "share" else abs(mean)))

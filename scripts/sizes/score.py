@@ -13,7 +13,7 @@ from petl.deltas.adapters import Material, read, write_state
 from petl.deltas.measured import restore, splits_of
 from petl.distributed.launch import start
 from petl.export.saved_adapter import find
-from petl.training.evaluate import evaluate
+from petl.training.evaluate import score
 
 
 class Scorer:
@@ -35,12 +35,20 @@ class Scorer:
 
     def score(self, adapter: Path) -> float:
         """Return the metric of the task with the adapter in a folder."""
+        return self.scores(adapter)[self.metric]
+
+    def scores(self, adapter: Path, kept: Path | None = None) -> dict[str, float]:
+        """Return all scores of the task with the adapter in a folder.
+
+        Args:
+            kept: the file that the predictions are written to; None: they are not kept.
+        """
         model = load(self.base, adapter).eval()
         if self.fuse_lora:  # the kernels of training: else scores differ by rounding
             fuse_lora(model)
-        found = evaluate(model, self.splits, self.splits.test, self.accelerator, self.batch_size)
+        found = score(model, self.splits, self.accelerator, self.batch_size, kept=kept)
         restore(model)
-        return found[self.metric]
+        return found
 
     def score_with_head(self, adapter: Path, other: Path) -> float:
         """Return the metric of the task with an adapter and the trained head of another one."""

