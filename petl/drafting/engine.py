@@ -248,7 +248,7 @@ class Decoding:
         began = clock()
         tokens, parents = self._draft(self.drafter)
         has_ended = self._verify(tokens, parents)
-        self.switch.add(len(self.tokens) - length, clock() - began)
+        self.switch.add(len(self.tokens) - length, clock() - began, len(tokens))
         # measuring, at the first judgement only, is not part of a round
         if self.switch.is_due and not has_ended:
             self.switch.judge(self._measured().seconds[1])

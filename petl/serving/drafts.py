@@ -58,7 +58,7 @@ class Drafts:
             draft, self.vocabulary, budget=None, depth=depth, chains_only=self.chains_only
         )
         self._verify(batch, request, tokens, parents)
-        self.switch.add(request.tokens - written, time.perf_counter() - began)
+        self.switch.add(request.tokens - written, time.perf_counter() - began, len(tokens))
         if self.switch.is_due:
             self.switch.judge(self._costs(batch).seconds[1])
 

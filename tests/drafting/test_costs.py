@@ -48,9 +48,9 @@ def test_costs_are_measured_once_and_leave_the_model_and_random_state_alone(fami
 def test_the_switch_goes_off_after_a_slow_window_and_on_again_after_a_rest():
     switch = Switch()
     for _ in range(WINDOW - 1):
-        switch.add(2, 2.1)
+        switch.add(2, 2.1, 1)
         assert not switch.is_due
-    switch.add(2, 2.1)
+    switch.add(2, 2.1, 1)
     assert switch.is_due
     switch.judge(1.0)
     assert not switch.is_on
@@ -60,10 +60,47 @@ def test_the_switch_goes_off_after_a_slow_window_and_on_again_after_a_rest():
     assert switch.is_on
     assert not switch.is_due
     for _ in range(WINDOW):
-        switch.add(2, 1.9)
+        switch.add(2, 1.9, 1)
     switch.judge(1.0)
     assert switch.is_on
     assert not switch.is_due
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_passes_without_a_right_draft_end_in_rests_that_double(enabled):
+    switch, rounds = Switch(enabled=enabled), []  # True: with drafts
+    for _ in range(400):
+        rounds.append(switch.is_on)
+        # the seconds are those of a drafter that is fast: the clock has no part in it
+        switch.add(1, 0.0, 3) if switch.is_on else switch.rest(1)
+    lengths = [(8, 8), (8, 16), (8, 32), (8, 64), (8, 128), (8, 104)]
+    expected = [kind for on, off in lengths for kind in (True,) * on + (False,) * off]
+    assert rounds == (expected if enabled else [True] * 400)
+
+
+def test_rounds_without_guesses_are_no_misses_and_a_right_draft_begins_anew():
+    switch = Switch()
+    for _ in range(100):
+        switch.add(1, 0.0, 0)
+    for _ in range(7):
+        switch.add(1, 0.0, 3)
+    switch.add(2, 0.0, 3)
+    for _ in range(7):
+        switch.add(1, 0.0, 3)
+    assert switch.is_on
+    switch.add(1, 0.0, 3)
+    assert not switch.is_on
+    switch.rest(8)
+    for _ in range(8):
+        switch.add(1, 0.0, 3)
+    switch.rest(16)
+    switch.add(2, 0.0, 3)
+    for _ in range(8):
+        switch.add(1, 0.0, 3)
+    switch.rest(7)
+    assert not switch.is_on
+    switch.rest(1)  # of 8 again, not of 32
+    assert switch.is_on
 
 
 class Clock:
