@@ -1,7 +1,7 @@
 """Times of answers with drafts, prompt by prompt, as records of section `drafting`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from sys import getsizeof
 from typing import Any
 
@@ -24,11 +24,10 @@ class Answerer:
     """
 
     name: str
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     drafter: Drafter | None = None
     memory: int = 0
     is_own: bool = True
-    counts_passes: bool = True
 
 
 def size_of(drafter: Drafter) -> int:
@@ -174,9 +173,8 @@ def record(
     after_prompt = (tokens - 1) * len(mine)
     passes = sum(values["passes"] for _, values in mine)
     counts: dict[str, float] = {"unequal answers": sum(not v["equal"] for _, v in mine)}
-    if row.counts_passes:
-        own["tokens / pass"] = after_prompt / passes
-        counts["passes / token"] = passes / after_prompt
+    own["tokens / pass"] = after_prompt / passes
+    counts["passes / token"] = passes / after_prompt
     own["memory MB"] = max(values["bytes"] for _, values in mine) / 1e6
     return Record(
         "drafting",

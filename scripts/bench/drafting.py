@@ -35,7 +35,7 @@ COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)  # tokens of the passes that are timed
 PARTS = ("lookup", "recycling")  # of "free", measured alone on the base model
 NONE, FREE, RANDOM_TEXT = "no drafts", "free", "free, random text"
 HEADS = "lookup, else trained heads"
-THEIR_LOOKUP, THEIR_EXIT = "transformers' prompt lookup", "transformers' early exit"
+THEIRS = "transformers' prompt lookup"
 GOALS: dict[tuple[str, str], float] = {  # of the speed: row, dtype
     (NONE, "float32"): 1.0,
     (NONE, "bfloat16"): 1.0,
@@ -251,15 +251,10 @@ class State:
         """Return the ways to answer, transformers' own drafts included."""
         common = {"custom_generate": decode, "clock": time.process_time, "costs": costs}
         common["pack"] = bool(packed)
-        rows = [replace(self._named(NONE), arguments=common)]
+        rows = [replace(Answerer(NONE), arguments=common)]
         for row in self.rows[1:]:
             if not row.is_own:
-                layers = inner.config.get_text_config().num_hidden_layers
-                more: dict[str, Any] = {
-                    THEIR_LOOKUP: {"prompt_lookup_num_tokens": 10},
-                    THEIR_EXIT: {"assistant_early_exit": max(1, layers // 5)},
-                }[row.name]
-                rows.append(replace(row, arguments=more))
+                rows.append(replace(row, arguments={"prompt_lookup_num_tokens": 10}))
                 continue
             own = self._drafter(row.name, model)
             arguments = {**common, "drafter": own}
@@ -302,15 +297,7 @@ class State:
         """The rows of the table, without what they need to answer."""
         names = [NONE, *(PARTS if self.state == "base" else ()), FREE]
         names += [*([HEADS] if self.plan.heads else ()), *self.plan.drafters]
-        theirs = [THEIR_LOOKUP, *([THEIR_EXIT] if self.state == "base" else ())]
-        return [self._named(name) for name in names] + [
-            # drafts of the early exit are passes of the same model
-            Answerer(name, {}, is_own=False, counts_passes=name == THEIR_LOOKUP)
-            for name in theirs
-        ]
-
-    def _named(self, name: str) -> Answerer:
-        return Answerer(name, {})
+        return [*map(Answerer, names), Answerer(THEIRS, is_own=False)]
 
     def records(self, plain_base: float) -> list[Record]:
         """Return the records of what is finished."""
@@ -329,7 +316,7 @@ class State:
             if content["kind"] == "random"
         ]
         if drawn:
-            row, facts = self._named(RANDOM_TEXT), self._goal(RANDOM_TEXT)
+            row, facts = Answerer(RANDOM_TEXT), self._goal(RANDOM_TEXT)
             records.append(record(self.name, row, drawn, tokens, plain_base, facts))
         return records
 
