@@ -153,7 +153,7 @@ class State:
     """A base or adapted model in a dtype, and the answers to prompts that it has given.
 
     Drafters learn while they decode. So they are saved after each prompt, and a run that goes on
-    begins with them as they were.
+    begins with their tables and frequencies (the latter with the weight of a prior).
     """
 
     def __init__(
