@@ -1,5 +1,6 @@
 """Training of a drafter for a saved model: prompts, answers, heads, and what they save."""
 
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from petl.tasks.chat import last_answer
 
 FOLDER = "drafter"  # in that of a run or an adapter
 CARD = "README.md"
+FEW = 2000  # tokens of all answers; assumption: with 8,700 heads were right 4 times in 10
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,14 @@ def _fitted(
     measured: Sequence[Sequence[int]],
 ) -> DraftResult:
     """Train a drafter on answers, measure it on further prompts, and write RUN/drafter."""
+    tokens = len(made.ids) - sum(made.starts)
+    if tokens < FEW:
+        logger.warning(
+            "the %d answers have %s tokens, %.3g each: heads learn little from fewer than %s. To "
+            "have more, raise draft.answers, or name prompts with longer answers by draft.file. "
+            "Answers that short leave little to draft, and --drafter free needs no training",
+            len(made), f"{tokens:,}", tokens / len(made), f"{FEW:,}",
+        )  # fmt: skip
     loss = fit(
         drafter,
         made,
@@ -168,7 +179,7 @@ def _fitted(
             _measured(language, each, measured, generation) for each in (saved, LookupFirst(saved))
         )
         result = DraftResult(
-            folder, len(made), len(made.ids) - sum(made.starts), loss,
+            folder, len(made), tokens, loss,
             read(draft)["frequencies"], alone, behind,
         )  # fmt: skip
         write_atomic(draft / CARD, card(drafter.name, fields, settings, result))

@@ -77,12 +77,15 @@ def test_a_drafter_is_trained_written_and_used_behind_lookup(writers, file):
         remove(folder / "drafter")
 
 
-def test_fewer_prompts_than_wanted_are_divided(writers, file, tmp_path):
+def test_fewer_prompts_than_wanted_are_divided(writers, file, caplog):
     folder = writers.folder / "mola"
     try:
         words = ["draft.measured=2", f"draft.file={file}", "draft.temperature=0.7"]
         result = train_drafter(folder, settings(*words))
         assert (result.answers, result.alone.answers) == (13, 2)
+        said = f"the 13 answers have {result.tokens} tokens"
+        assert said in caplog.text
+        assert "raise draft.answers" in caplog.text
     finally:
         remove(folder / "drafter")
 
