@@ -52,8 +52,8 @@ from petl.errors import InputError
 
 DRAFTING = (
     "of section `drafting`: model, prompts (of each kind), tokens, dtypes, states (base, lora, "
-    "merged, mola, adapter), steps (of training an adapter), drafters (folders), METHOD=RUN "
-    "(finished runs)"
+    "merged, mola, adapter), steps (of training an adapter), heads (answers that draft heads are "
+    "trained on), drafters (folders), METHOD=RUN (finished runs), folder (of answered prompts)"
 )
 
 
@@ -104,15 +104,19 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     Raises:
         InputError: a word has no known name, or a value that is no number.
     """
-    found = QUICK if arguments.quick else Plan()
+    found = replace(QUICK if arguments.quick else Plan(), report=arguments.finished)
     for word in arguments.drafting.split():
         name, _, value = word.partition("=")
         if name in ("prompts", "tokens", "steps") and value.isdigit() and int(value) > 0:
             found = replace(found, **{name: int(value)})
         elif name in ("dtypes", "states", "drafters") and value:
             found = replace(found, **{name: words(value)})
+        elif name == "heads" and value.isdigit():
+            found = replace(found, heads=int(value))
         elif name == "model" and value:
             found = replace(found, model=value)
+        elif name == "folder" and value:
+            found = replace(found, folder=Path(value))
         elif name in FIELDS and value:
             found = replace(found, runs={**found.runs, name: value})
         else:

@@ -3,15 +3,18 @@
 Shapes: T tokens of all rows, L of one row, H width, P positions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from petl.core.distributed import is_sharded, made_by, num_processes, number, shared_out
 from petl.core.model.modes import evaluation_mode
 from petl.core.parameters import max_positions
 from petl.core.progress import Pass
@@ -99,13 +102,17 @@ def answers(
 ) -> Answers:
     """Let an adapted model answer prompts, and keep its states.
 
+    Several processes (`torchrun`, a `Trainer` under it) call this together, with the same prompts:
+    each answers its share, and all of them return the rows that one process would return.
+
     Args:
         model: a decoder with its adapters, in the dtype in which it will be used: rounding to 16
             bits changes some tokens.
         prompts: ids of each.
         tokens: of an answer at most.
         batch_size: prompts that are answered at a time.
-        generation: further arguments of `generate`; without them answers are greedy.
+        generation: further arguments of `generate`; without them answers are greedy. Sampled ones
+            depend on torch's random state, of which one number is drawn.
 
     Returns:
         The rows in the order of the prompts, on the CPU; the states are in the model's dtype if
@@ -113,52 +120,82 @@ def answers(
 
     Raises:
         InputError: there is no prompt, one is empty or too long, or a number is out of range.
-        UnsupportedError: the model is no decoder that can be decoded with drafts.
+        UnsupportedError: the model is no decoder that can be decoded with drafts, or it is sharded.
     """
+    _check_model(model)
     _check(model, prompts, tokens, batch_size)
     # of similar length together: little padding, and the most memory is needed first
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    rows: dict[int, Tensor] = {}
+    # the batches of one process, whoever answers them: padding would change rounding
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     # the cache may be off in the config of a model in training
     settings = {"do_sample": False, **generation, "max_new_tokens": tokens, "use_cache": True}
+    seed = made_by(0, lambda: int(torch.randint(2**31, ()))) if settings["do_sample"] else None
+    own = sum(map(len, batches[number() :: num_processes()]))
     with (
         evaluation_mode(model),
-        Pass("writing answers", len(order), unit="answers", quiet=True) as shown,
+        Pass("writing answers", own, unit="answers", quiet=True) as shown,
     ):
-        for begin in range(0, len(order), batch_size):
-            part = order[begin : begin + batch_size]
-            for i, row in zip(
-                part, _written(model, [prompts[i] for i in part], settings), strict=True
-            ):
-                rows[i] = row
-                shown.advance()
-    whole = [rows[i] for i in range(len(prompts))]
+
+        def answered(place: int) -> list[tuple[Tensor, Tensor]]:
+            part = [prompts[i] for i in batches[place]]
+            with _seeded(model, None if seed is None else seed + place):
+                written = _written(model, part, settings)
+            rows = [(row, _states(model, row)) for row in written]
+            shown.advance(len(rows))
+            return rows
+
+        found = shared_out([partial(answered, place) for place in range(len(batches))])
+    by_prompt = dict(zip(order, chain.from_iterable(found), strict=True))
+    whole, states = zip(*(by_prompt[i] for i in range(len(prompts))), strict=True)
     return Answers(
-        torch.cat(whole),
-        _states(model, whole),
-        tuple(map(len, whole)),
-        tuple(map(len, prompts)),
+        torch.cat(whole), torch.cat(states), tuple(map(len, whole)), tuple(map(len, prompts))
     )
 
 
-def _check(model: Any, prompts: Sequence[Sequence[int]], tokens: int, batch_size: int) -> None:
+@contextmanager
+def _seeded(model: Any, seed: int | None) -> Generator[None]:
+    """Draw from a seed inside the block, and leave the random state as it was; None: nothing."""
+    if seed is None:
+        yield
+        return
+    device = model.device
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(seed)
+        yield
+
+
+def _check_model(model: Any) -> None:
     base = _base(model)
     reason = why_plain(base)
     if reason:
         raise UnsupportedError(reason)
+    if base.base_model is base:
+        raise UnsupportedError(
+            f"{type(base).__name__} has no body apart from its head, whose states a drafter reads"
+        )
+    if num_processes() > 1 and is_sharded(base):
+        raise UnsupportedError(
+            f"the weights of {type(base).__name__} are sharded over {num_processes()} processes, "
+            "which answer different prompts: use a merged base, or one that each process has as a "
+            "whole"
+        )
     config = getattr(model, "active_peft_config", None)
     if config is not None and config.is_prompt_learning:
         raise UnsupportedError(
             f"{config.peft_type} puts virtual tokens before the prompt, and is decoded without "
             "drafts: there is nothing to train a drafter for"
         )
+
+
+def _check(model: Any, prompts: Sequence[Sequence[int]], tokens: int, batch_size: int) -> None:
     for name, value in (("tokens", tokens), ("batch_size", batch_size)):
         if value < 1:
             raise InputError(f"{name}={value} is not 1 or more")
     if not prompts:
         raise InputError(f"prompts={prompts!r}: there are no prompts to answer")
     # None: rotary positions of any number
-    limit = max_positions(base)
+    limit = max_positions(_base(model))
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise InputError(f"prompt {i} is empty")
@@ -198,24 +235,11 @@ def _written(
     return rows
 
 
-def _states(model: Any, rows: Sequence[Tensor]) -> Tensor:
-    """Return the outputs of the final norm of all rows, 16 bits, [T, H]."""
+def _states(model: Any, row: Tensor) -> Tensor:
+    """Return the outputs of the final norm of a row, [L, H], 16 bits."""
     base = _base(model)
-    body = base.base_model
-    if body is base:
-        raise UnsupportedError(
-            f"{type(base).__name__} has no body apart from its head, whose states a drafter reads"
-        )
     dtype = base.dtype if base.dtype.itemsize == 2 else torch.bfloat16
-    found = []
-    with (
-        evaluation_mode(model),
-        Pass("computing the states", len(rows), unit="answers", quiet=True) as shown,
-    ):
-        # row by row: padding would change rounding, and long rows need little besides their states
-        for row in rows:
-            outputs = body(input_ids=row[None].to(base.device), use_cache=False)
-            # the first output is that of the final norm
-            found.append(outputs[0][0].to(dtype).cpu())
-            shown.advance()
-    return torch.cat(found)
+    # row by row: padding would change rounding, and long rows need little besides their states
+    outputs = base.base_model(input_ids=row[None].to(base.device), use_cache=False)
+    # the first output is that of the final norm
+    return outputs[0][0].to(dtype).cpu()

@@ -37,7 +37,7 @@ from petl.drafting.calls import (
     reason_of_row,
     stacked,
 )
-from petl.drafting.costs import QUICK, Costs
+from petl.drafting.costs import QUICK, TYPICAL, Costs
 from petl.drafting.packing import Packing
 from petl.drafting.passes import Passes
 from petl.drafting.policy import Switch, switch_of
@@ -248,7 +248,8 @@ class Decoding:
         began = clock()
         tokens, parents = self._draft(self.drafter)
         has_ended = self._verify(tokens, parents)
-        self.switch.add(len(self.tokens) - length, clock() - began)
+        cost = (self.costs or TYPICAL).ratio(len(tokens) + 1) - 1
+        self.switch.add(len(self.tokens) - length, clock() - began, cost)
         # measuring, at the first judgement only, is not part of a round
         if self.switch.is_due and not has_ended:
             self.switch.judge(self._measured().seconds[1])

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from petl.drafting import tree
 from petl.drafting.cache import compact
-from petl.drafting.costs import QUICK, Costs
+from petl.drafting.costs import QUICK, TYPICAL, Costs
 from petl.drafting.packing import Packing
 from petl.drafting.passes import takes_trees
 from petl.drafting.policy import switch_of
@@ -58,7 +58,8 @@ class Drafts:
             draft, self.vocabulary, budget=None, depth=depth, chains_only=self.chains_only
         )
         self._verify(batch, request, tokens, parents)
-        self.switch.add(request.tokens - written, time.perf_counter() - began)
+        cost = (self.drafter.costs or TYPICAL).ratio(len(tokens) + 1) - 1
+        self.switch.add(request.tokens - written, time.perf_counter() - began, cost)
         if self.switch.is_due:
             self.switch.judge(self._costs(batch).seconds[1])
 

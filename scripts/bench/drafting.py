@@ -4,35 +4,45 @@ Four kinds of prompts: word problems (reasoning-gym), and Hamlet to continue, co
 Plain decoding and each drafter answer them in turn, prompt by prompt, in one process, so that the
 load of the machine hits both parts of a ratio. Decoding is greedy, and answers are compared. One
 more row samples after random ids at a high temperature: text that no drafter can guess.
+Each answered prompt is a file, and is not answered again by a later run.
 """
 
 import copy
+import hashlib
+import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import petl
-from bench.clocks import Spread, in_turn
-from bench.draft_prompts import KINDS, Prompts, blocks, pretrained, tiny
+from bench.draft_prompts import KINDS, RANDOM, Prompts, blocks, pretrained, tiny
+from bench.draft_times import Answerer, plain_seconds, record, timed
+from bench.kept import Content, keep, kept
 from bench.records import Record
-from petl.drafting import Costs, Drafter, decode, drafter, load_drafter
+from petl.drafting import Costs, answers, decode, drafter, fit, load_drafter
+from petl.drafting.lookup import LookupFirst
 from petl.errors import InputError
 from petl.ops.packed import is_supported, packable, packed_weights
+from petl.runs.environment import git_revision
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)  # tokens of the passes that are timed
-OURS = ("lookup", "recycling", "free")
-NONE, RANDOM = "no drafts", "free, random text"
-THEIR_LOOKUP, THEIR_EXIT = "transformers' prompt lookup", "transformers' early exit"
+PARTS = ("lookup", "recycling")  # of "free", measured alone on the base model
+NONE, FREE, RANDOM_TEXT = "no drafts", "free", "free, random text"
+HEADS = "lookup, else trained heads"
+THEIRS = "transformers' prompt lookup"
 GOALS: dict[tuple[str, str], float] = {  # of the speed: row, dtype
     (NONE, "float32"): 1.0,
     (NONE, "bfloat16"): 1.0,
-    (RANDOM, "float32"): 0.97,
-    (RANDOM, "bfloat16"): 0.97,
-    ("free", "float32"): 1.35,
-    ("free", "bfloat16"): 1.4,
+    (RANDOM_TEXT, "float32"): 0.97,
+    (RANDOM_TEXT, "bfloat16"): 0.97,
+    (FREE, "float32"): 1.35,
+    (FREE, "bfloat16"): 1.4,
 }
 # of the adapted models, trained a little: their answers are to differ from the base model's
 FIELDS: dict[str, dict[str, Any]] = {
@@ -56,8 +66,11 @@ class Plan:
         dtypes: of the model.
         states: "base", a method of `FIELDS`, or `MERGED`.
         steps: of training an adapter.
+        heads: answers that draft heads are trained on, for each state; 0: no heads.
         runs: finished runs, whose adapters are taken in place of those of these states.
-        drafters: folders of saved drafters, each a row of the base model's tables.
+        drafters: folders of saved drafters, each a row behind lookup.
+        folder: of the answered prompts, to be resumed.
+        report: measure nothing: what is finished.
     """
 
     model: str = "smollm2"
@@ -66,8 +79,11 @@ class Plan:
     dtypes: Sequence[str] = ("float32", "bfloat16")
     states: Sequence[str] = ("base", "lora", MERGED, "mola", "adapter")
     steps: int = 8
+    heads: int = 80
     runs: Mapping[str, str] = field(default_factory=dict)
     drafters: Sequence[str] = ()
+    folder: Path = Path("runs/drafting")
+    report: bool = False
 
     def __post_init__(self) -> None:
         for state in self.states:
@@ -76,40 +92,42 @@ class Plan:
                 raise InputError(f"the section drafting has no state {state!r}; it has {known}")
 
 
-QUICK = Plan(model="", prompts=1, tokens=12, states=("base", "lora"), steps=1)
+QUICK = Plan(model="", prompts=1, tokens=12, states=("base", "lora"), steps=1, heads=8)
 
 
-@dataclass(frozen=True)
-class Answerer:
-    """A way to answer: arguments of `generate` beside the common ones, and its drafter."""
-
-    name: str
-    arguments: Mapping[str, Any]
-    drafter: Drafter | None = None
-    is_own: bool = True
-    counts_passes: bool = True
-
-
-def measure(plan: Plan) -> list[Record]:
-    """Return a record for each row of each dtype and state."""
+def measure(plan: Plan, progress: Callable[[str], Any] = lambda line: None) -> list[Record]:
+    """Return a record for each row of each dtype and state; what is finished is not repeated."""
     records: list[Record] = []
     for dtype in plan.dtypes:
-        base, prompts = (tiny if not plan.model else pretrained)(
-            plan.model, plan.prompts, getattr(torch, dtype)
-        )
-        plain = 0.0  # seconds of a token of the base model
+        loaded = Loaded(plan, dtype)
+        plain_base = 0.0  # seconds of a token of the base model
         for state in plan.states:
-            began = time.process_time()
-            model = base if state == "base" else adapted(base, state, plan, prompts)
-            spent = time.process_time() - began
-            found, seconds = _records(model.eval(), state, dtype, plan, prompts, plain, spent)
-            plain = seconds if state == "base" else plain
-            records += found
+            own = State(plan, loaded, state, progress)
+            if not plan.report:
+                own.measure()
+            if own.greedy and state == "base":
+                plain_base = plain_seconds(own.greedy, plan.tokens)
+            records += own.records(0.0 if state == "base" else plain_base)
     return records
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A base model and its prompts, loaded when a state needs them."""
+
+    plan: Plan
+    dtype: str
+
+    @cached_property
+    def both(self) -> tuple[Any, Prompts]:
+        """The model and the prompts."""
+        load = pretrained if self.plan.model else tiny
+        plan = self.plan
+        return load(plan.model, plan.prompts, getattr(torch, self.dtype), plan.heads)
+
+
 def adapted(base: Any, state: str, plan: Plan, prompts: Prompts) -> Any:
-    """Return a copy of a model with an adapter of this state, trained a little or from its run."""
+    """Return a model with an adapter of this state, trained a little or from its run."""
     method = "lora" if state == MERGED else state
     model: Any = copy.deepcopy(base)
     if method in plan.runs:
@@ -131,195 +149,177 @@ def adapted(base: Any, state: str, plan: Plan, prompts: Prompts) -> Any:
     return model
 
 
-def answerers(model: Any, base: Any, plan: Plan, costs: Costs, *, pack: bool) -> list[Answerer]:
-    """Return the rows of a model, transformers' own drafts included."""
-    common = {"custom_generate": decode, "clock": time.process_time, "costs": costs}
-    common["pack"] = pack
-    rows = [Answerer(NONE, common)]
-    for name in (*OURS, *plan.drafters):
-        is_folder = name in plan.drafters
-        own = load_drafter(name, model) if is_folder else drafter(name, model=model)
-        rows.append(Answerer(name, {**common, "drafter": own}, own))
-    layers = base.config.get_text_config().num_hidden_layers
-    theirs = {THEIR_LOOKUP: {"prompt_lookup_num_tokens": 10}}
-    if model is base:  # it takes the same passes with adapters
-        theirs[THEIR_EXIT] = {"assistant_early_exit": max(1, layers // 5)}
-    rows += [
-        # drafts of the early exit are passes of the same model
-        Answerer(name, more, is_own=False, counts_passes=name == THEIR_LOOKUP)
-        for name, more in theirs.items()
-    ]
-    return rows
+class State:
+    """A base or adapted model in a dtype, and the answers to prompts that it has given.
 
-
-def _records(
-    model: Any,
-    state: str,
-    dtype: str,
-    plan: Plan,
-    prompts: Prompts,
-    plain_base: float,
-    training: float,
-) -> tuple[list[Record], float]:
-    """Return the records of a state, and the seconds of a token of plain decoding."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    pack = is_supported() and bool(packable(base))
-    copies = packed_weights(base) if pack else None
-    if copies is not None:
-        copies.update(base)
-    costs = Costs.measure(base, counts=COUNTS, rounds=3, packed=copies, clock=time.process_time)
-    rows = answerers(model, base, plan, costs, pack=pack)
-    shape = f"{plan.model or 'tiny'}, {state}, {dtype}"
-    facts = {f"c({n})": costs.ratio(n) for n in (4, 8, 16)}
-    facts |= {"packed MB": 0.0 if copies is None else copies.nbytes / 1e6}
-    facts |= {} if state == "base" else {"training s": training}
-    free = next(row for row in rows if row.name == "free")
-    timed = Timed(model, base, plan.tokens, rows)
-    for kind in KINDS:
-        for ids in prompts.of(kind):
-            timed.add(kind, ids)
-    unguessable = Timed(model, base, plan.tokens, [free], temperature=TEMPERATURE)
-    for ids in prompts.of("random"):
-        unguessable.add("random", ids)
-    unguessable.close()
-    timed.close()
-    records = []
-    for row in rows:
-        own = timed.facts(row, plain_base)
-        goal = GOALS.get((row.name, dtype))
-        own |= {} if goal is None or not plan.model else {"goal speed": goal}
-        if row.drafter is not None:
-            own["drafter MB"] = sum(t.nbytes for t in row.drafter.state_dict().values()) / 1e6
-        own |= facts if row.name == NONE else {}
-        records.append(timed.record(shape, row, own))
-    own = {"speed": 1 / Spread.of(unguessable.ratios["free"]).median}
-    own |= {"goal speed": GOALS[RANDOM, dtype]} if plan.model else {}
-    records.append(
-        Record(
-            "drafting",
-            shape,
-            RANDOM,
-            ratios={"time / plain": Spread.of(unguessable.ratios["free"])},
-            counts={"unequal answers": unguessable.unequal["free"]},
-            facts=own,
-        )
-    )
-    return records, timed.plain_seconds()
-
-
-class Timed:
-    """Answers of plain decoding and of others to the same prompts, in turn.
-
-    Attributes:
-        ratios: time over plain decoding, of each prompt, by row.
-        unequal: number of answers that are not those of plain decoding, by row.
+    Drafters learn while they decode. So they are saved after each prompt, and a run that goes on
+    begins with their tables and frequencies (the latter with the weight of a prior).
     """
 
     def __init__(
-        self,
-        model: Any,
-        base: Any,
-        tokens: int,
-        rows: Sequence[Answerer],
-        *,
-        temperature: float | None = None,
+        self, plan: Plan, loaded: Loaded, state: str, progress: Callable[[str], Any]
     ) -> None:
-        self.model, self.tokens, self.rows = model, tokens, rows
-        self.settings: dict[str, Any] = {
-            "max_new_tokens": tokens, "min_new_tokens": tokens, "use_cache": True, "num_beams": 1,
-            "do_sample": temperature is not None, "temperature": temperature, "pad_token_id": 0,
-            "repetition_penalty": 1.0,
+        self.plan, self.loaded, self.state, self.progress = plan, loaded, state, progress
+        self.name = f"{plan.model or 'tiny'}, {state}, {loaded.dtype}"
+        settings = {
+            "prompts": plan.prompts, "tokens": plan.tokens, "steps": plan.steps,
+            "heads": plan.heads, "run": plan.runs.get("lora" if state == MERGED else state),
+            "drafters": list(plan.drafters),
         }  # fmt: skip
-        names = [row.name for row in rows]
-        self.ratios: dict[str, list[float]] = {name: [] for name in names}
-        self.by_kind: dict[str, dict[str, list[float]]] = {name: {} for name in names}
-        self.unequal = dict.fromkeys(names, 0)
-        self.passes = dict.fromkeys(names, 0)
-        self.failed: dict[str, str] = {}
-        self.seconds: dict[str, list[float]] = {name: [] for name in ("plain", *names)}
-        self.count = 0
-        self._hook = base.register_forward_hook(self._counted)
-
-    def _counted(self, *_: Any) -> None:
-        self.count += 1
-
-    def close(self) -> None:
-        """Leave the model as it was."""
-        self._hook.remove()
-
-    def add(self, kind: str, ids: list[int]) -> None:
-        """Answer a prompt in all ways."""
-        prompt = torch.tensor([ids])
-        answers: dict[str, Any] = {}
-
-        def step(name: str, more: Mapping[str, Any]) -> Callable[[], None]:
-            def run() -> None:
-                before = self.count
-                torch.manual_seed(0)
-                answers[name] = self.model.generate(
-                    input_ids=prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    **{**self.settings, **more},
-                )
-                if name in self.passes:
-                    self.passes[name] += self.count - before - 1  # not that over the prompt
-
-            return run
-
-        steps = {
-            row.name: step(row.name, row.arguments)
-            for row in self.rows
-            if row.name not in self.failed
+        key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+        self.folder = plan.folder / f"{self.name.replace(', ', '-')}-{key}"
+        counts = dict.fromkeys(KINDS, plan.prompts) | {"random": RANDOM * plan.prompts}
+        # kinds by turns, as in use
+        order = [(i, kind) for kind, count in counts.items() for i in range(count)]
+        order.sort(key=lambda pair: (pair[1] == "random", pair[0]))
+        self.files = {
+            (kind, i): self.folder / f"{n:03}-{kind}.json" for n, (i, kind) in enumerate(order)
         }
-        with torch.no_grad():
-            for row in self.rows:
-                if not row.is_own and row.name in steps and not self.seconds[row.name]:
-                    self._try(row.name, steps)
-            times = in_turn(step("plain", {}), steps, rounds=1, warm_up=0, device="cpu")
-        for name in steps:
-            (own,), (floor,) = times.candidate[name], times.floor[name]
-            self.seconds[name].append(own)
-            self.seconds["plain"].append(floor)
-            self.ratios[name].append(own / floor)
-            self.by_kind[name].setdefault(kind, []).append(own / floor)
-            self.unequal[name] += int(not torch.equal(answers[name], answers["plain"]))
 
-    def _try(self, name: str, steps: dict[str, Callable[[], None]]) -> None:
-        """Run transformers' own drafts once: they may not serve a model."""
-        try:
-            steps[name]()
-        except (ValueError, NotImplementedError, RuntimeError, AttributeError, TypeError) as error:
-            self.failed[name] = f"{type(error).__name__}: {error}"
-            del steps[name]
-        self.passes[name] = 0
+    # What is finished
 
-    def plain_seconds(self) -> float:
-        """Return the mean seconds of a token of plain decoding."""
-        return sum(self.seconds["plain"]) / len(self.seconds["plain"]) / self.tokens
+    @cached_property
+    def about(self) -> Content | None:
+        """What was measured before the first prompt."""
+        return kept(self.folder / "about.json")
 
-    def facts(self, row: Answerer, plain_base: float) -> dict[str, float]:
-        """Return the speeds of a row: over plain decoding, and over the base model's."""
-        if row.name in self.failed:
-            return {}
-        kinds = self.by_kind[row.name]
-        speeds = {kind: len(values) / sum(values) for kind, values in kinds.items()}
-        found = {"speed": sum(speeds.values()) / len(speeds), **speeds}
-        if plain_base:
-            own = sum(self.seconds[row.name]) / len(self.seconds[row.name]) / self.tokens
-            found["speed / plain base"] = plain_base / own
-        return found
+    @property
+    def finished(self) -> list[Content]:
+        """The prompts that were answered."""
+        return [content for file in self.files.values() if (content := kept(file))]
 
-    def record(self, shape: str, row: Answerer, facts: Mapping[str, float]) -> Record:
-        """Return the record of a row."""
-        if row.name in self.failed:
-            why = self.failed[row.name]
-            return Record("drafting", shape, row.name, failed=why, is_own=row.is_own)
-        answers = len(self.ratios[row.name])
-        counts: dict[str, float] = {"unequal answers": self.unequal[row.name]}
-        if row.counts_passes:
-            after_prompt = (self.tokens - 1) * answers
-            facts = {**facts, "tokens / pass": after_prompt / self.passes[row.name]}
-            counts["passes / token"] = self.passes[row.name] / after_prompt
-        ratios = {"time / plain": Spread.of(self.ratios[row.name])}
-        values: dict[str, Any] = {"ratios": ratios, "counts": counts, "facts": facts}
-        return Record("drafting", shape, row.name, is_own=row.is_own, **values)
+    @property
+    def greedy(self) -> list[Content]:
+        """Those of them that were answered greedily."""
+        return [content for content in self.finished if content["kind"] != "random"]
+
+    # Measuring
+
+    def measure(self) -> None:
+        """Answer the prompts that are not answered yet."""
+        left = {key: file for key, file in self.files.items() if not file.is_file()}
+        if not left:
+            return
+        self.progress(f"drafting: {self.name}, {len(left)} of {len(self.files)} prompts")
+        base, prompts = self.loaded.both
+        began = time.process_time()
+        model = base if self.state == "base" else adapted(base, self.state, self.plan, prompts)
+        training = time.process_time() - began
+        model.eval()
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        pack = is_supported() and bool(packable(inner))
+        copies = packed_weights(inner) if pack else None
+        if copies is not None:
+            copies.update(inner)
+        about = keep(
+            self.folder / "about.json", lambda: self._about(model, inner, copies, training)
+        )
+        costs = Costs({int(n): seconds for n, seconds in about["seconds"].items()})
+        rows = self._rows(model, inner, costs, 0 if copies is None else copies.nbytes)
+        tokens = self.plan.tokens
+        for (kind, i), file in left.items():
+            self.progress(f"drafting: {self.name}, {kind} {i + 1}")
+            own = [row for row in rows if row.name == FREE] if kind == "random" else rows
+            temperature = TEMPERATURE if kind == "random" else None
+            ids = prompts.of(kind)[i]
+            # another seed for each prompt: the drafter learns
+            found = timed(model, inner, ids, own, tokens, seed=i, temperature=temperature)
+            self._save(rows)
+            keep(file, lambda kind=kind, found=found: {"kind": kind, "rows": found})
+            self._tidy()
+
+    def _about(self, model: Any, inner: Any, copies: Any, training: float) -> Content:
+        """Measure passes, and train heads."""
+        clock = time.process_time
+        costs = Costs.measure(inner, counts=COUNTS, rounds=3, packed=copies, clock=clock)
+        facts = {f"c({n})": costs.ratio(n) for n in (4, 8, 16)}
+        facts |= {} if self.state == "base" else {"training s": training}
+        if self.plan.heads:
+            began = clock()
+            others = self.loaded.both[1].others
+            heads = drafter("hydra", model=inner)
+            fit(heads, answers(model, others, tokens=self.plan.tokens, pad_token_id=0))
+            facts["heads' training s"] = clock() - began
+            heads.save(self.folder / "heads")
+        return {
+            "facts": facts,
+            "seconds": costs.seconds,
+            "git": git_revision(Path(__file__).parent),
+        }
+
+    def _rows(self, model: Any, inner: Any, costs: Costs, packed: int) -> list[Answerer]:
+        """Return the ways to answer, transformers' own drafts included."""
+        common = {"custom_generate": decode, "clock": time.process_time, "costs": costs}
+        common["pack"] = bool(packed)
+        rows = [replace(Answerer(NONE), arguments=common)]
+        for row in self.rows[1:]:
+            if not row.is_own:
+                rows.append(replace(row, arguments={"prompt_lookup_num_tokens": 10}))
+                continue
+            own = self._drafter(row.name, model)
+            arguments = {**common, "drafter": own}
+            rows.append(replace(row, arguments=arguments, drafter=own, memory=packed))
+        return rows
+
+    def _drafter(self, name: str, model: Any) -> Any:
+        """Return the drafter of a row, as it was after the last prompt."""
+        saved = self._place(len(self.finished)) / self._slug(name)
+        if name == FREE or name in PARTS:
+            return load_drafter(saved, model) if saved.is_dir() else drafter(name, model=model)
+        source = saved if saved.is_dir() else self.folder / "heads" if name == HEADS else name
+        return LookupFirst(load_drafter(source, model))
+
+    def _save(self, rows: Sequence[Answerer]) -> None:
+        place = self._place(len(self.finished) + 1)
+        shutil.rmtree(place, ignore_errors=True)  # of a run that was ended in between
+        for row in rows:
+            own: Any = row.drafter
+            if own is not None:
+                inner = own.drafter if isinstance(own, LookupFirst) else own
+                inner.save(place / self._slug(row.name))
+
+    def _tidy(self) -> None:
+        count = len(self.finished)
+        for place in self.folder.glob("drafters-*"):
+            if place != self._place(count):
+                shutil.rmtree(place)
+
+    def _place(self, count: int) -> Path:
+        return self.folder / f"drafters-{count}"
+
+    def _slug(self, name: str) -> str:
+        return str([row.name for row in self.rows].index(name))
+
+    # Records
+
+    @property
+    def rows(self) -> list[Answerer]:
+        """The rows of the table, without what they need to answer."""
+        names = [NONE, *(PARTS if self.state == "base" else ()), FREE]
+        names += [*([HEADS] if self.plan.heads else ()), *self.plan.drafters]
+        return [*map(Answerer, names), Answerer(THEIRS, is_own=False)]
+
+    def records(self, plain_base: float) -> list[Record]:
+        """Return the records of what is finished."""
+        found = self.finished
+        if self.about is None or not self.greedy:
+            return []
+        records = []
+        tokens = self.plan.tokens
+        for row in self.rows:
+            facts = self.about["facts"] if row.name == NONE else {}
+            facts = {**self._goal(row.name), **facts}
+            records.append(record(self.name, row, self.greedy, tokens, plain_base, facts))
+        drawn = [
+            {**content, "rows": {RANDOM_TEXT: content["rows"][FREE]}}
+            for content in found
+            if content["kind"] == "random"
+        ]
+        if drawn:
+            row, facts = Answerer(RANDOM_TEXT), self._goal(RANDOM_TEXT)
+            records.append(record(self.name, row, drawn, tokens, plain_base, facts))
+        return records
+
+    def _goal(self, row: str) -> dict[str, float]:
+        goal = GOALS.get((row, self.loaded.dtype)) if self.plan.model else None
+        return {} if goal is None else {"goal speed": goal}

@@ -151,7 +151,7 @@ def _measures(
         "start-up": lambda shape: start_up.measure(),
         "job": lambda shape: _whole_jobs(settings.jobs, progress),
         "peers": lambda shape: peers.measure(shape, rounds, settings.peers),
-        "drafting": lambda shape: drafting.measure(settings.drafts),
+        "drafting": lambda shape: drafting.measure(settings.drafts, progress),
         "together": lambda shape: together.measure(rows, shape, rounds),
     }
 

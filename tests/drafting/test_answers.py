@@ -88,3 +88,65 @@ def test_prompts_that_cannot_be_answered_are_refused(prompts, settings, message)
 def test_models_that_cannot_be_decoded_with_drafts_are_refused():
     with pytest.raises(UnsupportedError, match="T5ForConditionalGeneration is an encoder-decoder"):
         answers(testing.tiny_t5(), PROMPTS)
+
+
+def written_by_a_process(settings):
+    """Return the rows of this process's model, and a number drawn afterwards."""
+    torch.manual_seed(3 + torch.distributed.get_rank() if torch.distributed.is_initialized() else 3)
+    found = answers(testing.tiny_llama(), PROMPTS, **SIZES, **settings)
+    return found.ids, found.states, found.lengths, found.starts
+
+
+SIZES = {"tokens": 6, "batch_size": 2, "pad_token_id": PAD}  # four batches
+
+
+@pytest.mark.parametrize(
+    "settings", [{"eos_token_id": [5, 9, 23]}, {"do_sample": True, "temperature": 1.5}]
+)
+def test_two_processes_write_the_rows_of_one(settings):
+    ids, states, *numbers = written_by_a_process(settings)
+    for own_ids, own_states, *own in testing.in_processes(2, written_by_a_process, settings):
+        assert torch.equal(own_ids, ids)
+        assert torch.equal(own_states, states)
+        assert own == numbers
+
+
+def rows_answered_by_a_process():
+    """Return the number of prompts that this process's model has seen."""
+    model, seen = testing.tiny_llama(), []
+    generate = model.generate
+    model.generate = lambda **inputs: (seen.append(len(inputs["input_ids"])), generate(**inputs))[1]
+    found = answers(model, PROMPTS, **SIZES)
+    return torch.distributed.get_world_size(), sum(seen), len(found)
+
+
+def test_each_process_answers_its_share():
+    # batches of 2, 2, 2, 1 prompts, by turns
+    assert testing.in_processes(2, rows_answered_by_a_process) == [(2, 4, 7), (2, 3, 7)]
+
+
+def refused_by_a_process():
+    """Return the message about prompts that generate refuses in one process only."""
+    model = testing.tiny_llama()
+    if torch.distributed.get_rank() == 1:
+        model.generate = fail
+    with pytest.raises(InputError) as caught:
+        answers(model, PROMPTS, **SIZES)
+    return str(caught.value)
+
+
+def fail(**inputs):
+    raise InputError("refused here")
+
+
+def test_an_error_of_one_process_is_raised_in_all():
+    assert testing.in_processes(2, refused_by_a_process) == ["refused here"] * 2
+
+
+def test_sampled_answers_draw_one_number_and_no_more():
+    torch.manual_seed(1)
+    torch.randint(2**31, ())
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    answers(testing.tiny_llama(), PROMPTS, **SIZES, do_sample=True)
+    assert torch.equal(torch.rand(3), expected)

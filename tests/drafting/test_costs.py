@@ -48,9 +48,9 @@ def test_costs_are_measured_once_and_leave_the_model_and_random_state_alone(fami
 def test_the_switch_goes_off_after_a_slow_window_and_on_again_after_a_rest():
     switch = Switch()
     for _ in range(WINDOW - 1):
-        switch.add(2, 2.1)
+        switch.add(2, 2.1, 1)
         assert not switch.is_due
-    switch.add(2, 2.1)
+    switch.add(2, 2.1, 1)
     assert switch.is_due
     switch.judge(1.0)
     assert not switch.is_on
@@ -60,10 +60,61 @@ def test_the_switch_goes_off_after_a_slow_window_and_on_again_after_a_rest():
     assert switch.is_on
     assert not switch.is_due
     for _ in range(WINDOW):
-        switch.add(2, 1.9)
+        switch.add(2, 1.9, 1)
     switch.judge(1.0)
     assert switch.is_on
     assert not switch.is_due
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_one_pass_is_lost_to_wrong_drafts_then_half_of_that_after_rests_that_double(enabled):
+    switch, rounds = Switch(enabled=enabled), []  # True: with drafts
+    for _ in range(400):
+        rounds.append(switch.is_on)
+        # the seconds are those of a drafter that is fast: the clock has no part in it
+        switch.add(1, 0.0, 0.125) if switch.is_on else switch.rest(1)
+    # 8, 4, 2, 1 rounds lose a whole, a half, a quarter, an eighth of a pass; then one round tries
+    lengths = [(8, 8), (4, 16), (2, 32), (1, 64), (1, 128), (1, 128), (1, 6)]
+    expected = [kind for on, off in lengths for kind in (True,) * on + (False,) * off]
+    assert rounds == (expected if enabled else [True] * 400)
+
+
+def test_rounds_that_cost_nothing_lose_nothing_and_a_right_draft_begins_anew():
+    switch = Switch()
+    for _ in range(60):  # the drafter has no guess
+        switch.add(1, 0.0, 0.0)
+    for _ in range(2):
+        for _ in range(7):
+            switch.add(1, 0.0, 0.125)
+        assert switch.is_on
+        switch.add(2, 0.0, 0.125)
+    for _ in range(8):
+        switch.add(1, 0.0, 0.125)
+    assert not switch.is_on
+    switch.rest(8)
+    assert switch.is_on
+    switch.add(2, 0.0, 0.125)  # so a pass and 8 tokens again, not a half and 16
+    for _ in range(8):
+        assert switch.is_on
+        switch.add(1, 0.0, 0.125)
+    switch.rest(7)
+    assert not switch.is_on
+    switch.rest(1)
+    assert switch.is_on
+
+
+@pytest.mark.parametrize("seconds", [{1: 1.0, 4: 1.0}, {1: 1.0, 4: 1.125}])
+def test_wrong_drafts_rest_by_the_costs_of_their_passes(seconds):
+    model, ids, stats = testing.tiny_llama(), prompt(), Stats()
+    settings = {"max_new_tokens": 51, "pad_token_id": PAD, "use_cache": True, "do_sample": False}
+    plain = model.generate(ids, **settings)
+    wrong = Oracle((plain + 1) % model.config.vocab_size, 3)
+    more = {"drafter": wrong, "clock": Clock(), "costs": Costs(seconds)}
+    found = model.generate(ids, **settings, custom_generate=decode, stats=stats, **more)
+    assert torch.equal(found, plain)
+    assert stats.passes == 50
+    # of 50 rounds after the first token: 8 drafted, 8 plain, 4 drafted, 16 plain, 2 drafted, 12
+    assert len(wrong.roots) == (50 if seconds[4] == 1.0 else 14)
 
 
 class Clock:

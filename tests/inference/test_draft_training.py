@@ -1,11 +1,13 @@
 """Training of drafters from settings: prompts, the folder, and what is refused."""
 
 import json
+from shutil import copytree
 
 import pytest
 import torch
 from writer_fixtures import PROMPTS
 
+from petl import testing
 from petl.config.compose import compose
 from petl.drafting import Stats
 from petl.drafting.lookup import LookupFirst
@@ -75,20 +77,43 @@ def test_a_drafter_is_trained_written_and_used_behind_lookup(writers, file):
         remove(folder / "drafter")
 
 
-def test_fewer_prompts_than_wanted_are_divided(writers, file, tmp_path):
+def test_fewer_prompts_than_wanted_are_divided(writers, file, caplog):
     folder = writers.folder / "mola"
     try:
         words = ["draft.measured=2", f"draft.file={file}", "draft.temperature=0.7"]
         result = train_drafter(folder, settings(*words))
         assert (result.answers, result.alone.answers) == (13, 2)
+        said = f"the 13 answers have {result.tokens} tokens"
+        assert said in caplog.text
+        assert "raise draft.answers" in caplog.text
     finally:
         remove(folder / "drafter")
+
+
+def train_in_a_process(folder, words):
+    """Train a drafter in one of several processes, and return what it was told."""
+    result = train_drafter(folder, settings(*words))
+    return torch.distributed.get_world_size(), result
+
+
+def test_two_processes_write_the_drafter_of_one(writers, file, tmp_path):
+    words = ["draft.measured=2", f"draft.file={file}", "draft.batch_size=4"]
+    for name in ("one", "two"):
+        copytree(writers.folder / "lora", tmp_path / name)
+    alone = train_drafter(tmp_path / "one", settings(*words))
+    results = testing.in_processes(2, train_in_a_process, tmp_path / "two", words)
+    assert [size for size, _ in results] == [2, 2]
+    for _, result in results:
+        assert result.loss == alone.loss
+        assert result.frequencies == alone.frequencies
+    for name in ("drafter_config.json", "drafter_model.safetensors"):
+        one, two = (tmp_path / place / "drafter" / name for place in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
 
 
 def test_lookup_comes_first_and_the_heads_go_on_behind_it():
     from draft_fixtures import PAD, prompt
 
-    from petl import testing
     from petl.drafting import Root, decode, drafter
 
     model, ids = testing.tiny_llama(), prompt(1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
-from petl.drafting.policy import WINDOW
+from petl.drafting.policy import REST, WINDOW
 from petl.inference.language_model import BASE, LanguageModel
 from petl.inference.sampling import Sampling
 from petl.serving.batch import Passes
@@ -53,6 +53,8 @@ def test_single_requests_get_the_pieces_that_they_get_without_drafts(
     stops = [(), (), ("e", "a")]
     for shared in (None, adapter):  # each row its own adapter, or one for all
         lanes = [Lane(Passes(model, shared, drafter=name)) for name in (None, "free")]
+        # of random weights drafts are rarely right, and would rest
+        lanes[1].passes.drafts.switch.enabled = False
         plain, drafted = (
             written(
                 lane,
@@ -105,7 +107,7 @@ def test_drafts_that_are_too_slow_rest(writers):
     expected = written(Lane(Passes(model, BASE)), [request(model, TEXTS[0], BASE)])
     assert written(lane, [request(model, TEXTS[0], BASE)]) == expected
     assert not switch.is_on
-    assert switch.rested > 0
+    assert 0 < switch.left < REST
 
 
 def test_models_that_cannot_be_verified_are_decoded_without_drafts(writers):

@@ -15,10 +15,10 @@ from typing import Any
 
 from bench.jobs.data import export
 from bench.jobs.definitions import JOBS, Job, Settings, Variant
+from bench.kept import keep, kept
 from petl.errors import InputError, RunStopped
 from petl.files.disk import as_json, write_atomic
 from petl.files.paths import cache_folder
-from petl.files.read import read_json
 from petl.runs.environment import git_revision
 from petl.runs.records import read_results
 from petl.sweeps.study import slug
@@ -94,8 +94,7 @@ class Runner:
 
     def result(self, variant: Variant, rates: Rates, seed: int | None) -> dict[str, Any] | None:
         """The result of a run, or None."""
-        file = self.file(variant, rates, seed)
-        return read_json(file, dict[str, Any]) if file.is_file() else None
+        return kept(self.file(variant, rates, seed))
 
     def run(self, variant: Variant, rates: Rates, seed: int | None) -> dict[str, Any]:
         """Return the result of a run, done now unless it is known.
@@ -103,9 +102,9 @@ class Runner:
         Raises:
             RunStopped: it failed.
         """
-        known = self.result(variant, rates, seed)
-        if known is not None:
-            return known
+        return keep(self.file(variant, rates, seed), lambda: self._measured(variant, rates, seed))
+
+    def _measured(self, variant: Variant, rates: Rates, seed: int | None) -> dict[str, Any]:
         what = "held-out rows" if seed is None else f"seed {seed}"
         lr, head = rates
         self.progress(f"job: {self.job.name}, {variant.name}, {what}, rates {lr:g}, {head:g}")
@@ -116,11 +115,7 @@ class Runner:
             result = self._run(variant, rates, seed)
             # a run that reads the store has computed it, if it was not there: once more
             if variant.store != "reads" or before == self.stores():
-                break
-        file = self.file(variant, rates, seed)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, as_json(result))
-        return result
+                return result
 
     def stores(self) -> list[str]:
         """Names of the stores that exist."""
@@ -168,8 +163,7 @@ class Runner:
     @property
     def tuned(self) -> dict[str, Any]:
         """The content of rates.json."""
-        file = self.folder / "rates.json"
-        return read_json(file, dict[str, Any]) if file.is_file() else {}
+        return kept(self.folder / "rates.json") or {}
 
     def rates_of(self, variant: Variant) -> Rates:
         """The chosen rates of a variant; those of petl's configuration without `--tune`."""

@@ -7,30 +7,45 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
-from bench.drafting import OURS, QUICK, RANDOM, THEIR_EXIT, THEIR_LOOKUP, Plan, measure
+from bench import drafting
+from bench.drafting import (
+    FREE,
+    HEADS,
+    NONE,
+    PARTS,
+    QUICK,
+    RANDOM_TEXT,
+    THEIRS,
+    Plan,
+    measure,
+)  # fmt: skip
 from bench.records import Result, regressions
 from bench.report import tables
 
 from petl.errors import InputError
 
+TINY = replace(QUICK, dtypes=("float32",), tokens=8)
 SCRIPT = Path(__file__).parents[3] / "scripts" / "bench.py"
 
 
-def test_rows_have_times_passes_and_equal_answers():
-    found = measure(replace(QUICK, dtypes=("float32",), tokens=8))
+def test_rows_have_times_passes_memory_and_equal_answers(tmp_path):
+    found = measure(replace(TINY, folder=tmp_path))
     shapes = {record.shape for record in found}
     assert shapes == {"tiny, base, float32", "tiny, lora, float32"}
     base = {record.row: record for record in found if "base" in record.shape}
-    assert [*base] == ["no drafts", *OURS, THEIR_LOOKUP, THEIR_EXIT, RANDOM]
+    assert [*base] == [NONE, *PARTS, FREE, HEADS, THEIRS, RANDOM_TEXT]
     for record in found:
         assert not record.failed
         # float32: each answer is that of plain decoding
         assert record.counts["unequal answers"] == 0
         assert record.facts["speed"] > 0
-    assert base["no drafts"].counts["passes / token"] == 1
-    assert base["free"].counts["passes / token"] <= 1
-    assert {"c(4)", "c(8)", "c(16)"} <= base["no drafts"].facts.keys()
-    adapted = next(r for r in found if "lora" in r.shape and r.row == "free")
+    assert base[NONE].counts["passes / token"] == 1
+    assert base[FREE].counts["passes / token"] <= 1
+    assert {"c(4)", "c(8)", "c(16)", "heads' training s"} <= base[NONE].facts.keys()
+    assert base[NONE].facts["memory MB"] == base[THEIRS].facts["memory MB"] == 0
+    # packed weights, and the heads
+    assert base[HEADS].facts["memory MB"] > base["lookup"].facts["memory MB"] >= 0
+    adapted = next(r for r in found if "lora" in r.shape and r.row == FREE)
     assert adapted.facts["speed / plain base"] > 0
     assert len(tables(Result({}, found))) == 2
     # more passes than before are a regression
@@ -38,19 +53,70 @@ def test_rows_have_times_passes_and_equal_answers():
     assert "passes / token" in " ".join(regressions(Result({}, found), Result({}, worse)))
 
 
+class Ended(Exception):
+    """In place of a signal."""
+
+
+def test_a_run_that_was_ended_goes_on_behind_its_last_prompt(tmp_path, monkeypatch):
+    plan = replace(TINY, states=("base",), prompts=2)
+    whole = measure(replace(plan, folder=tmp_path / "whole"))
+    said = []
+
+    def end(line):
+        said.append(line)
+        if line.endswith("copy 1"):
+            raise Ended
+
+    parts = replace(plan, folder=tmp_path / "parts")
+    with pytest.raises(Ended):
+        measure(parts, end)
+    finished = {path: path.read_bytes() for path in parts.folder.rglob("*.json")}
+    names = [path.name for path in finished if path.parent.parent == parts.folder]
+    assert sorted(names) == ["000-puzzle.json", "001-play.json", "about.json"]
+    # what is finished is reported without a model
+    report = measure(replace(parts, report=True))
+    assert [record.row for record in report] == [NONE, *PARTS, FREE, HEADS, THEIRS]
+    again, loaded = [], []
+    load = drafting.load_drafter
+    monkeypatch.setattr(
+        drafting, "load_drafter", lambda f, model: loaded.append(f) or load(f, model)
+    )
+    resumed = measure(parts, again.append)
+    assert [line.rpartition(", ")[2] for line in again[1:3]] == ["copy 1", "explain 1"]
+    for path, content in finished.items():
+        if path.parent.parent == parts.folder:
+            assert path.read_bytes() == content
+    # each drafter has gone on with what it had learned from two prompts
+    assert {place.parent.name for place in loaded} == {"drafters-2"}
+    assert len(loaded) == len([*PARTS, FREE, HEADS])
+    assert [(r.row, r.counts["unequal answers"]) for r in resumed] == [
+        (r.row, r.counts["unequal answers"]) for r in whole
+    ]
+    (left,) = parts.folder.glob("*/drafters-*")
+    assert left.name == "drafters-12"
+    nothing = []
+    assert measure(parts, nothing.append) == resumed
+    assert not nothing
+
+
+def arguments(words, *, quick=False, finished=False):
+    return Namespace(drafting=words, quick=quick, finished=finished)
+
+
 def test_words_of_the_plan(bench):
-    words = "prompts=2 tokens=9 dtypes=bfloat16 states=base,merged lora=runs/x model=qwen"
-    plan = bench.plan_of(Namespace(quick=False, drafting=words))
+    words = "prompts=2 tokens=9 dtypes=bfloat16 states=base,merged lora=runs/x model=qwen heads=0 "
+    plan = bench.plan_of(arguments(words + "folder=here"))
     assert plan == Plan(
         model="qwen", prompts=2, tokens=9, dtypes=["bfloat16"], states=["base", "merged"],
-        runs={"lora": "runs/x"},
+        runs={"lora": "runs/x"}, heads=0, folder=Path("here"),
     )  # fmt: skip
-    assert bench.plan_of(Namespace(quick=True, drafting="")) == QUICK
+    assert bench.plan_of(arguments("", quick=True)) == QUICK
+    assert bench.plan_of(arguments("", finished=True)).report
     for wrong in ("prompts=many", "speed=2", "tokens=0"):
         with pytest.raises(InputError, match=f"--drafting has '{wrong}'"):
-            bench.plan_of(Namespace(quick=False, drafting=wrong))
+            bench.plan_of(arguments(wrong))
     with pytest.raises(InputError, match="no state 'vera'; it has base, merged"):
-        bench.plan_of(Namespace(quick=False, drafting="states=vera"))
+        bench.plan_of(arguments("states=vera"))
 
 
 @pytest.fixture
