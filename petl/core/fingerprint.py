@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from petl.core.adapter_file import PREFIX, WEIGHTS
 from petl.core.compat import BaseTunerLayer, ModulesToSaveWrapper
 from petl.core.layers.class_swap import SwappedClass, swap_class
+from petl.core.switching.tuner import only_visible
 from petl.errors import InputError
 from petl.files.disk import as_json, write_atomic
 from petl.files.read import read_json
@@ -244,7 +245,8 @@ class FingerprintedModel(SwappedClass, PeftModel):
         for name in selected_adapters or self.peft_config:
             # where PEFT saves them
             folder = Path(save_directory) / ("" if name == "default" else name)
-            write(folder, self._fingerprint_for(name))
+            with only_visible(self, {name}):
+                write(folder, self._fingerprint_for(name))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; another one may get its name."""
