@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from petl.core.adapter_file import PREFIX, WEIGHTS
 from petl.core.compat import BaseTunerLayer, ModulesToSaveWrapper
 from petl.core.layers.class_swap import SwappedClass, swap_class
-from petl.core.switching.tuner import only_visible
+from petl.core.switching.model import only_visible
 from petl.errors import InputError
 from petl.files.disk import as_json, write_atomic
 from petl.files.read import read_json
