@@ -10,10 +10,10 @@ from petl.core.layers.class_swap import convert_module_dicts
 from petl.core.layers.fused_lora import fuse_layers
 from petl.core.parameters import check_module
 from petl.core.serving.mixed_batch import is_generation_call
-from petl.core.switching.model import enable_switching
 from petl.core.switching.tuner import (
     SwitchingTuner,
     adapter_dicts_of,
+    enable_switching,
     is_trainable,
     outside_adapter_dicts,
 )

@@ -20,7 +20,7 @@ from petl.core.layers.class_swap import AdapterDict
 from petl.core.layers.fused_lora import FusedLoraLinear
 from petl.core.serving.mixed_batch import AdapterRows
 from petl.core.switching.lora import SwitchingLora
-from petl.core.switching.model import SwitchingModel
+from petl.core.switching.tuner import SwitchingModel
 from petl.testing import Case
 
 CASES = {
