@@ -21,7 +21,7 @@ import hashlib
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from petl.core.adapter_file import PREFIX, WEIGHTS
 from petl.core.compat import BaseTunerLayer, ModulesToSaveWrapper
-from petl.core.layers.class_swap import SwappedClass, swap_class
+from petl.core.layers.class_swap import AdapterDict, SwappedClass, swap_class
 from petl.errors import InputError
 from petl.files.disk import as_json, write_atomic
 from petl.files.read import read_json
@@ -260,11 +260,19 @@ class FingerprintedModel(SwappedClass, PeftModel):
         is_head = getattr(self.peft_config[adapter_name], "replaces_head", False)
         saved = tuple(
             f"{path}."
-            for path, module in self.get_base_model().named_modules()
+            for path, module in _outside_adapters(self.get_base_model())
             if (isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save)
             or (is_head and isinstance(module, BaseTunerLayer))
         )
         return {name: digest for name, digest in digests.items() if not name.startswith(saved)}
+
+
+def _outside_adapters(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a model with their paths, without those of its adapters, idle or not."""
+    yield path, module
+    for name, child in module.named_children():
+        if not isinstance(child, AdapterDict):
+            yield from _outside_adapters(child, f"{path}.{name}" if path else name)
 
 
 def known_fingerprint(model: nn.Module) -> Fingerprint:

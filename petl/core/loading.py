@@ -1,7 +1,6 @@
 """Load a saved adapter strictly: raise on missing or unexpected tensors."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from petl.core.parameters import check_module
 from petl.core.registry import refusal, refuse_quantized, refuse_uncalled
 from petl.core.skeleton import check_tables, expected_tensors
 from petl.core.spec.checks import check_adapter_name
-from petl.core.switching.tuner import SwitchingTuner, apply_peft_fixes, enable_switching
+from petl.core.switching.fixes import apply_peft_fixes
+from petl.core.switching.tuner import enable_switching, only_visible
 from petl.errors import InputError, first_line
 from petl.files import hub
 from petl.files.tensor_file import Shapes, check_shapes, read_shapes
@@ -46,7 +46,10 @@ def load(
         is_trainable: leave its parameters trainable.
         other_base: if the weights of `base` differ from those that the adapter was trained on,
             "warn", "refuse", or "allow" it; needs the fingerprint that petl saves with adapters.
-        kwargs: further arguments of `PeftModel.from_pretrained`, or of `load_adapter`.
+        kwargs: further arguments of `PeftModel.from_pretrained`, or of `load_adapter`. With
+            `low_cpu_mem_usage=True`, tensors of a base on the CPU stay memory-mapped from the file
+            until they are written: no memory of the process's own, and the file must not be
+            overwritten in place meanwhile.
 
     Raises:
         InputError: there is no adapter, its method is unknown, the base contains adapters but is
@@ -137,13 +140,10 @@ def _add(
     kwargs: Mapping[str, Any],
 ) -> PeftModel:
     """Add an adapter to `model`; if that fails, remove it again and raise."""
-    tuner, was_training = model.base_model, model.training
-    others_hidden = (
-        # PEFT's load walks over all adapters: hidden ones keep the time of a load constant
-        tuner.only_visible({adapter_name}) if isinstance(tuner, SwitchingTuner) else nullcontext()
-    )
+    was_training = model.training
     try:
-        with others_hidden, without_noise():
+        # PEFT's load walks over all adapters: hidden ones keep the time of a load constant
+        with only_visible(model, {adapter_name}), without_noise():
             model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **kwargs)
     except Exception:
         if adapter_name in model.peft_config:

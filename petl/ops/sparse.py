@@ -24,8 +24,11 @@ MAX_BLOCKS = 16
 # where half precision has tensor cores.
 SAMPLED_BELOW = {("cpu", False): 0.2, ("cpu", True): 0.03, ("cuda", False): 0.02}
 
-# rows per call of a sampled product, which makes a transposed copy of them: it should fit a cache
+# rows per call of a sampled product, of which transposed copies are made: they should fit a cache
 SAMPLED_ROWS = 256
+
+# PyTorch's library of vectorized kernels for x86
+HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
 
 _writing = threading.Lock()  # during a product, the weight has other values
 
@@ -222,7 +225,9 @@ def products_at(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
     if _sampling_pays(left, index, P * Q):
         sums = _csr(index, left.new_zeros(len(index), dtype=dtype), P, Q)
         for l, r in zip(left.split(SAMPLED_ROWS), right.split(SAMPLED_ROWS), strict=True):
-            sums = torch.sparse.sampled_addmm(sums, l.to(dtype).t(), r.to(dtype))
+            # inner products of columns: a CPU needs both factors transposed in memory
+            l, r = _transposed(l.to(dtype)), _transposed(r.to(dtype))
+            sums = torch.sparse.sampled_addmm(sums, l, r.t())
         return sums.values()
     out = left.new_zeros(len(index), dtype=dtype)
     for start, stop in row_blocks(P, Q):
@@ -230,6 +235,19 @@ def products_at(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
         block = (left[:, start:stop].t() @ right).view(-1)
         out = torch.where(inside, block.index_select(0, local).to(dtype), out)
     return out
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """Return `x^T`, [I, T], for x [T, I]; contiguous on a CPU.
+
+    A shuffle of T groups of I channels is a transposition. Its kernel for channels-last memory uses
+    vector instructions, unlike that of a copy: it takes 0.2 to 0.5 of the time (measured).
+    """
+    T, I = x.shape
+    if x.device.type != "cpu" or T == 0 or not HAS_FBGEMM:
+        return x.t()
+    pixel = x.reshape(1, 1, 1, T * I).permute(0, 3, 1, 2)
+    return nn.functional.channel_shuffle(pixel, T).view(I, T)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -95,16 +95,19 @@ def _mixed(
 
 
 def _moves(model: Any, names: Sequence[str]) -> dict[str, float]:
-    """Milliseconds of switching adapters, disabling and enabling them, and loading one."""
+    """Milliseconds of switching adapters, disabling and enabling them, loading and saving one."""
     others = iter([names[-1], names[0]] * 2)
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder, selected_adapters=["default"])
         load = seconds(lambda: petl.load(model, Path(folder), adapter_name="loaded"), "cpu")
+        last = [names[-1]]
+        save = milliseconds(lambda: model.save_pretrained(folder, selected_adapters=last), "cpu")
     model.delete_adapter("loaded")
     return {
         "switch ms": milliseconds(lambda: model.set_adapter(next(others)), "cpu"),
         "disable ms": milliseconds(lambda: _disable_and_enable(model), "cpu"),
         "load ms": 1000 * load,
+        "save ms": save,
     }
 
 

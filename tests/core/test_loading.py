@@ -11,6 +11,7 @@ import petl
 from petl import testing
 from petl.testing import Case
 
+MAPS = Path("/proc/self/maps")
 CASE = Case("mola", "bert")  # a head is saved with it
 
 
@@ -35,6 +36,46 @@ def test_loaded_tensors_equal_the_saved_ones(saved):
     assert torch.equal(testing.logits(loaded, batch), testing.logits(model, batch))
     assert not testing.trainable(loaded)
     assert testing.trainable(petl.load(CASE.base(), saved, is_trainable=True))
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="lists the mappings of a process, on Linux")
+def test_tensors_of_low_memory_stay_in_the_file_until_they_are_written(saved):
+    file = saved / "adapter_model.safetensors"
+    expected, before = load_file(file), file.read_bytes()
+    loaded = petl.load(CASE.base(), saved, low_cpu_mem_usage=True)
+    own = {n: p for n, p in loaded.named_parameters() if "petl_mola_adapters" in n}
+    assert own
+    assert all(path_mapped_at(p.data_ptr()) == str(file) for p in own.values())
+    assert not any(
+        path_mapped_at(p.data_ptr()) == str(file)
+        for n, p in petl.load(CASE.base(), saved).named_parameters()
+        if "petl_mola_adapters" in n
+    )
+    batch = CASE.batch()
+    # up to rounding: tensors in a file have another alignment, and products other kernels
+    torch.testing.assert_close(
+        testing.logits(loaded, batch), testing.logits(petl.load(CASE.base(), saved), batch)
+    )
+    # saved over its own file, then changed
+    loaded.save_pretrained(saved)
+    assert file.read_bytes() == before
+    for name, parameter in own.items():
+        key = name.replace(".default", "")
+        assert torch.equal(parameter, expected[key])
+        with torch.no_grad():
+            parameter.add_(1)
+        assert torch.equal(parameter, expected[key] + 1)
+    assert file.read_bytes() == before
+
+
+def path_mapped_at(address: int) -> str:
+    """Return the path of the file that is mapped at an address of this process, or ""."""
+    for line in MAPS.read_text().splitlines():
+        span, _, _, _, _, *path = line.split(maxsplit=5)
+        start, end = (int(part, 16) for part in span.split("-"))
+        if start <= address < end:
+            return path[0] if path else ""
+    return ""
 
 
 def test_a_head_that_the_file_lacks_is_an_error(saved):

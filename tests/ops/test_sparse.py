@@ -57,6 +57,21 @@ def test_products_at_positions_equal_the_dense_product(way, dtype, count):
     )
 
 
+@pytest.mark.parametrize("vectorized", [True, False])
+def test_products_of_several_chunks_do_not_depend_on_the_memory_of_the_factors(
+    way, monkeypatch, vectorized
+):
+    monkeypatch.setattr(sparse, "HAS_FBGEMM", vectorized and sparse.HAS_FBGEMM)
+    index = positions(30)
+    # transposed in memory, and columns of a wider tensor
+    left, right = torch.randn(P, T).t(), torch.randn(T, 2 * Q)[:, 1::2]
+    expected = [
+        sum(float(left[t, at // Q]) * float(right[t, at % Q]) for t in range(T))
+        for at in index.tolist()
+    ]
+    torch.testing.assert_close(products_at(left, right, index), torch.tensor(expected))
+
+
 def test_products_over_no_token_are_zero(way):
     left, right = torch.randn(0, P), torch.randn(0, Q)
     assert torch.equal(products_at(left, right, positions(9)), torch.zeros(9))

@@ -7,7 +7,8 @@ still finds all of them, so forward passes work at any time, in other threads to
 """
 
 from collections.abc import Collection, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cached_property
 from threading import RLock
 from typing import Any, Self, cast
@@ -20,7 +21,6 @@ from petl.core.compat import (
     BaseTuner,
     BaseTunerLayer,
     ModulesToSaveWrapper,
-    freeze_ranks,
 )
 from petl.core.layers.class_swap import AdapterDict, SwappedClass, convert_module_dicts, swap_class
 from petl.core.layers.layer import AdapterLayer
@@ -30,8 +30,11 @@ from petl.core.serving.mixed_batch import AdapterRows
 from petl.core.spec.checks import check_adapter_name
 from petl.core.switching.kept_rows import KeptRows
 from petl.core.switching.norms import TrainedNorm
-from petl.errors import UnsupportedError
 
+# a model, and those adapters that its `peft_config` lists while this thread saves one of them
+_LISTED: ContextVar[tuple[nn.Module | None, Collection[str]]] = ContextVar(
+    "_LISTED", default=(None, ())
+)
 # one thread hides entries at a time; one lock for all tuners, since a lock cannot be copied or
 # pickled with its tuner
 LOCK = RLock()
@@ -281,13 +284,22 @@ def layers_of(model: nn.Module) -> Iterator[AdapterLayer]:
 class SwitchingModel(SwappedClass, PeftModel):
     """Mixin for the class of a PeftModel that has a `SwitchingTuner`.
 
-    PEFT's `disable_adapter` checks the status of all adapters first, and its `load_adapter` lists
-    the tensors of all of them several times.
+    PEFT's `disable_adapter` checks the status of all adapters first, its `load_adapter` lists the
+    tensors of all of them several times, and its `save_pretrained` also compares the name of each
+    tensor with that of each adapter.
     """
 
     @property
     def _tuner(self) -> SwitchingTuner:
         return cast(SwitchingTuner, self.base_model)
+
+    # with PEFT's setter
+    @PeftModel.peft_config.getter
+    def peft_config(self) -> dict[str, Any]:
+        """The config of each adapter, by name."""
+        configs = self._tuner.peft_config
+        model, names = _LISTED.get()
+        return {name: configs[name] for name in names} if model is self else configs
 
     @contextmanager
     def disable_adapter(self) -> Generator[None]:
@@ -299,6 +311,71 @@ class SwitchingModel(SwappedClass, PeftModel):
         """Load a trained adapter in addition to those present; see `PeftModel.load_adapter`."""
         with self._tuner.only_visible({adapter_name}):
             return super().load_adapter(model_id, adapter_name, *args, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save these adapters, or all; see `PeftModel.save_pretrained`."""
+        start, known = path_initial_model_for_weight_conversion, self.peft_config
+        names = list(known) if selected_adapters is None else selected_adapters
+        # PEFT names the unknown adapter; from a state dict of the caller it takes out the others by
+        # their names; and a conversion adds an adapter
+        if not known.keys() >= set(names) or kwargs.get("state_dict") is not None or start:
+            super().save_pretrained(
+                save_directory,
+                safe_serialization,
+                selected_adapters,
+                save_embedding_layers,
+                is_main_process,
+                start,
+                **kwargs,
+            )
+            return
+        for name in names:
+            with self._tuner.only_visible({name}), self._listing(name):
+                super().save_pretrained(
+                    save_directory,
+                    safe_serialization,
+                    [name],
+                    save_embedding_layers,
+                    is_main_process,
+                    **kwargs,
+                )
+
+    @contextmanager
+    def _listing(self, adapter_name: str) -> Generator[None]:
+        """List, in the block, this adapter, the active ones, and those that cannot be hidden.
+
+        Only for this thread: others may compute with any adapter meanwhile.
+        """
+        # PEFT has adapters of embeddings in dicts of bare parameters
+        visible = {
+            name
+            for module in outside_adapter_dicts(self)
+            if isinstance(module, nn.ModuleDict | nn.ParameterDict)
+            and not isinstance(module, AdapterDict)
+            for name in module
+        }
+        visible |= {adapter_name, *self.active_adapters}
+        names = [name for name in self.peft_config if name in visible]
+        token = _LISTED.set((self, names))
+        try:
+            yield
+        finally:
+            _LISTED.reset(token)
+
+
+def only_visible(model: PeftModel, names: Collection[str]) -> AbstractContextManager[None]:
+    """Return a context in which a `SwitchingTuner` hides all other adapters; other tuners: none."""
+    tuner = model.base_model
+    return tuner.only_visible(names) if isinstance(tuner, SwitchingTuner) else nullcontext()
 
 
 def enable_switching(model: PeftModel) -> None:
@@ -313,61 +390,3 @@ def enable_switching(model: PeftModel) -> None:
         model.register_forward_pre_hook(pass_task_ids, with_kwargs=True)
         # not for the base model: the tuner reads them in `_enable_peft_forward_hooks`
         model.special_peft_forward_args |= {ARGUMENT, PASSED}
-
-
-class NotCombined:
-    """Replacement of `add_weighted_adapter` of a tuner whose result would be another update."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        raise UnsupportedError(f"add_weighted_adapter is not possible: {self.reason}")
-
-
-class NoMixedBatches:
-    """Replacement of a tuner's forward hooks that raises on `adapter_names`."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-
-    @contextmanager
-    def __call__(self, *args: Any, **kwargs: Any) -> Generator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise UnsupportedError(f"adapter_names is not possible: {self.reason}")
-        yield
-
-
-def refuse_mixed_batches(model: PeftModel, reason: str) -> None:
-    """Make `model` raise UnsupportedError for `adapter_names`, which its tuner would ignore."""
-    tuner: Any = model.base_model
-    # an instance attribute, which shadows the tuner's method
-    tuner._enable_peft_forward_hooks = NoMixedBatches(reason)
-
-
-def apply_peft_fixes(model: PeftModel, adapter_name: str, not_mixed: str) -> None:
-    """Apply three fixes for PEFT to a model that it has wrapped or loaded.
-
-    Freeze AdaLoRA's rank counters, raise on `adapter_names` where the tuner ignores it, and on
-    `add_weighted_adapter` where it computes another sum.
-
-    Args:
-        not_mixed: why the method of the adapter lacks the capability "mixed"; "": it has it.
-    """
-    freeze_ranks(model.base_model)
-    if not_mixed:
-        refuse_mixed_batches(model, not_mixed)
-    reason = _not_combined(model.peft_config[adapter_name])
-    if reason:
-        tuner: Any = model.base_model
-        # an instance attribute, as that of `refuse_mixed_batches`
-        tuner.add_weighted_adapter = NotCombined(reason)
-
-
-def _not_combined(config: Any) -> str:
-    """Return why PEFT's LoRA cannot add adapters of this config; "": it can."""
-    if getattr(config, "use_rslora", False):
-        return "PEFT scales the sum of rsLoRA adapters by the root of its rank once more"
-    if getattr(config, "use_dora", False):
-        return "PEFT ignores the magnitudes of DoRA, and a sum of DoRA's updates is no DoRA"
-    return ""

@@ -4,9 +4,11 @@ import copy
 import cProfile
 import random
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import delete_adapter, set_adapter, set_requires_grad
 
 import petl
@@ -75,6 +77,7 @@ def costs(case, size, folder):
         "delete the active": lambda: model.delete_adapter("new"),
         "load": lambda: petl.load(model, saved, adapter_name="loaded"),
         "load as PEFT does": lambda: model.load_adapter(str(saved), "again"),
+        "save": lambda: model.save_pretrained(folder / "one", selected_adapters=["a0"]),
     }
     if case.method != "dora":  # which PEFT refuses to mix
         deeds["mix"] = lambda: model(**batch, adapter_names=names)
@@ -86,6 +89,43 @@ def costs(case, size, folder):
 def within_disable(model):
     with model.disable_adapter():
         pass
+
+
+EMBEDDED = Case("lora", "llama", {"target_modules": ["q_proj", "embed_tokens"]})
+
+
+@pytest.mark.parametrize("case", [*HOSTED.values(), EMBEDDED], ids=[*HOSTED, "lora of embeddings"])
+def test_a_saved_adapter_is_the_file_that_peft_writes(case, tmp_path):
+    model = testing.stir(case.wrap(adapter_name="a0"), "a0")
+    petl.fuse_lora(model)
+    model.add_adapter("a1", case.config())
+    model.add_adapter("a2", case.config())
+    model.set_adapter("a2")
+    model.save_pretrained(tmp_path / "one", selected_adapters=["a1"], save_embedding_layers=False)
+    model.save_pretrained(tmp_path / "all", save_embedding_layers=False)
+    PeftModel.save_pretrained(model, str(tmp_path / "peft"), save_embedding_layers=False)
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        for name in model.peft_config:
+            expected = (tmp_path / "peft" / name / file).read_bytes()
+            assert (tmp_path / "all" / name / file).read_bytes() == expected
+        expected = (tmp_path / "peft" / "a1" / file).read_bytes()
+        assert (tmp_path / "one" / "a1" / file).read_bytes() == expected
+    assert sorted(f.name for f in (tmp_path / "one").iterdir() if f.is_dir()) == ["a1"]
+
+
+def test_another_thread_sees_all_adapters_while_one_is_saved():
+    _, model = crowd("mola", 3)
+    with model._listing("a1"), ThreadPoolExecutor(1) as pool:
+        assert list(model.peft_config) == ["a0", "a1"]  # a0 is active
+        assert list(pool.submit(lambda: model.peft_config).result()) == ["a0", "a1", "a2"]
+    assert list(model.peft_config) == ["a0", "a1", "a2"]
+
+
+def test_an_adapter_that_is_not_there_is_not_saved(tmp_path):
+    _, model = crowd("mola", 2)
+    with pytest.raises(ValueError, match="selected_adapters"):
+        model.save_pretrained(tmp_path, selected_adapters=["a1", "stranger"])
+    assert not list(tmp_path.iterdir())
 
 
 class Peft:

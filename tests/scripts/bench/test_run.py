@@ -155,7 +155,7 @@ def test_the_many_section_adds_adapters_and_wraps_many_modules(monkeypatch):
     assert three.counts["B each"] == 2 * 8 * per_linear * 4
     assert "B each" not in one.counts
     assert set(three.ratios) == {"mixed / one, 16 x 8", "mixed / one, 64 x 1"}
-    assert {"switch ms", "disable ms", "load ms", "add ms"} <= set(three.facts)
+    assert {"switch ms", "disable ms", "load ms", "save ms", "add ms"} <= set(three.facts)
     assert {"wrap s", "wrap exponent", "write exponent"} <= set(found["lora"].facts)
 
 
