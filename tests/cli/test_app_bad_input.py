@@ -88,7 +88,7 @@ VALUES = [
     (["train.batch_size=0"], "train.batch_size=0 is not an integer from 1"),
     (["train.steps=2.5"], "train.steps=2.5 is not of type int"),
     (["train.schedule=liner"], "train.schedule='liner' is not one of linear, cosine, constant"),
-    (["train.precision=fp16"], "train.precision='fp16' is not one of no, bf16"),
+    (["train.precision=fp16"], "train.precision='fp16' is not one of no, bf16, auto"),
     (["train.early_stopping=2"], "needs train.eval_steps"),
     (["train.warmup=500"], "train.warmup=500 is 500 steps, and the run has only 4"),
     (["train.loraplus_ratio=4", "+method=ia3"], "tensors named lora_B"),
