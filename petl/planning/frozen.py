@@ -16,7 +16,7 @@ from petl.frozen.cache import FOLDER, prefix_of
 from petl.frozen.prefix import dropouts, layer_drop
 from petl.frozen.store import MARGIN, Form, free_bytes, size_of
 from petl.planning.cost import megabytes
-from petl.planning.memory import heaviest_pass
+from petl.planning.memory import heaviest_batch
 from petl.runs.settings import TrainConfig
 from petl.training.dataloader import Splits, row_lengths
 from petl.training.frozen import PAYS, parts_of
@@ -52,8 +52,7 @@ class FrozenPlan:
         size, saved = megabytes(self.bytes), f"{100 * self.saved:.0f} % fewer operations in a step"
         if not self.reason:
             return f"{self.which}, computed once (train.cache_frozen): {size} on disk, {saved}"
-        more = f"; train.cache_frozen=true keeps it: {saved}" if self.remedy else ""
-        return f"{self.which}, whose output ({size}) is not kept: {self.reason}{more}"
+        return f"{self.which}, whose output ({size}) is not kept: {self.reason}"
 
 
 def frozen_plan(
@@ -67,18 +66,18 @@ def frozen_plan(
 ) -> FrozenPlan | None:
     """Return the plan of a run's frozen blocks; None if there are none or no pass can be planned.
 
-    Call it inside `without_values`.
+    With train.cache_frozen=false, as with auto. Call it inside `without_values`.
 
     Args:
         measured: a training pass over the longest rows.
     """
-    if settings.cache_frozen is False or settings.steps == 0 or measured is None:
+    if settings.steps == 0 or measured is None:
         return None
     try:
         prefix = prefix_of(model)
     except UnsupportedError:
         return None
-    batch = splits.collate(list(splits.known.select(heaviest_pass(splits, settings)[0])))
+    batch = heaviest_batch(splits, settings)
     part = part_of_pass(model, batch, device, prefix.own[-1], bf16=bf16)
     if part is None:
         return None

@@ -71,7 +71,6 @@ def test_dropout_below_the_first_trained_block_is_planned_as_a_reason(tiny):
     words = ["+method=lora", "method.layers_to_transform=top:1", "train.steps=14"]
     planned = plan_run(compose([*tiny.classify, *words])).frozen
     assert planned.reason == "they have dropout, such as bert.embeddings.dropout (0.1)"
-    assert "train.cache_frozen=true keeps it" in str(planned)
     planned = plan_run(compose([*tiny.classify, *words, "train.cache_frozen=true"])).frozen
     assert planned.reason == ""
 
