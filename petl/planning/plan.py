@@ -180,8 +180,9 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     if settings.cache_frozen is False:
         frozen = None
     if seconds is not None and frozen is not None and not frozen.reason:
-        # what a step saves is computed once for each example
-        left = 1 - frozen.saved * (1 - 1 / max(1.0, length.epochs))
+        # what a step saves is computed once for each example, unless it is there
+        computed = 1 / max(1.0, length.epochs) if frozen.missing else 0.0
+        left = 1 - frozen.saved * (1 - computed)
         seconds = replace(seconds, steps=seconds.steps * left)
     return RunPlan(
         names=tuple(names_of(run.resolved)),

@@ -144,7 +144,7 @@ def _precision(counted: Counted) -> Iterator[Saving]:
 
 def _cache(counted: Counted) -> Iterator[Saving]:
     frozen = counted.frozen
-    if frozen is None or counted.passes < PAYS:
+    if frozen is None or not pays(frozen, counted):
         return
     saves = kept(frozen.saved, frozen)
     if frozen.reason and frozen.remedy:
@@ -304,20 +304,29 @@ def upper_blocks(counted: Counted, fields: Mapping[str, Any]) -> list[Saving]:
     except (InputError, UnsupportedError):  # the method, or the model, has no upper blocks
         return []
     setting, operations = f"method.layers_to_transform={UPPER}", float(then.operations)
-    caches = frozen is not None and (not frozen.reason or frozen.remedy) and counted.passes >= PAYS
-    if frozen is not None and caches:
+    keeps = frozen is not None and (not frozen.reason or frozen.remedy) and pays(frozen, counted)
+    if frozen is not None and keeps:
         setting += " train.cache_frozen=true" if frozen.reason else ""
         operations *= 1 - frozen.saved
     fewer = 1 - operations / now.operations
     if fewer <= NOTABLE:
         return []
     saves = f"{percent(fewer)} {OPERATIONS}"
-    if frozen is not None and caches:
+    if frozen is not None and keeps:
         saves = kept(fewer, frozen)
     return [Saving(setting, saves, "another adapter: tune its rate")]
 
 
 def kept(saved: float, frozen: FrozenPlan) -> str:
     """Describe a fraction of operations that is saved by a store of the output of frozen blocks."""
-    size = megabytes(frozen.bytes)
-    return f"{percent(saved)} {OPERATIONS} after the first epoch, for {size} on disk"
+    if not frozen.missing:
+        return f"{percent(saved)} {OPERATIONS}, from the store that is there"
+    return (
+        f"{percent(saved)} {OPERATIONS} after the first epoch, for {megabytes(frozen.missing)} on "
+        "disk"
+    )
+
+
+def pays(frozen: FrozenPlan, counted: Counted) -> bool:
+    """Return True if a run reads its rows often enough to keep the output of its frozen blocks."""
+    return counted.passes >= PAYS or not frozen.missing
