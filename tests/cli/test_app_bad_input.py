@@ -77,6 +77,7 @@ NAMES = [
     (["+method=lora", "train=7"], "train=7 is not a group of settings"),
     (["+method=lora", "~train"], "the group train is not a group of settings"),
     ([f"+method={'a' * 5000}"], "...[4,923 characters]...aaaa"),
+    (["+method=lora", "hydra.run.dir=abc"], "hydra.run.dir=abc has no effect on a run: set train"),
     (["+method=lora", f"{'a' * 5000}=1"], "File name too long"),
     (["+method=lora", f"train.steps={'1' * 5000}"], "Exceeds the limit (4300 digits)"),
     (["+method=lora", f"train.betas={'[' * 300}{']' * 300}"], "nested too deeply"),
