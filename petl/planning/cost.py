@@ -94,8 +94,3 @@ def products_per_second(
         float(torch.mm(x, W)[0, 0])
         count += 1
     return 2 * len(x) * I * O * count / (time.perf_counter() - start)
-
-
-def megabytes(count: int) -> str:
-    """Format a number of bytes of an estimate."""
-    return f"{count / 1e6:,.0f} MB"

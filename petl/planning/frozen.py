@@ -16,8 +16,7 @@ from petl.files.paths import cache_folder
 from petl.frozen.cache import FOLDER, missing_rows, prefix_of
 from petl.frozen.prefix import dropouts, layer_drop
 from petl.frozen.store import MARGIN, Form, free_bytes, size_of
-from petl.planning.cost import megabytes
-from petl.planning.memory import heaviest_batch
+from petl.planning.memory import heaviest_batch, megabytes
 from petl.runs.settings import TrainConfig
 from petl.training.dataloader import Splits, batched, row_lengths
 from petl.training.frozen import PAYS, parts_of

@@ -208,3 +208,8 @@ def base_layer(module: nn.Module) -> nn.Module:
 def unique(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return the tensors without repetitions: tied weights are stored once."""
     return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def megabytes(count: int) -> str:
+    """Format a number of bytes of an estimate."""
+    return f"{count / 1e6:,.0f} MB"

@@ -17,9 +17,9 @@ from petl.core.read_positions import skip_unread
 from petl.data.batch_sampler import padding_fraction
 from petl.distributed.precision import bf16_units
 from petl.errors import InputError, UnsupportedError
-from petl.planning.cost import Time, megabytes, operations_of
+from petl.planning.cost import Time, operations_of
 from petl.planning.frozen import FrozenPlan, frozen_plan
-from petl.planning.memory import Memory, heaviest_batch
+from petl.planning.memory import Memory, heaviest_batch, megabytes
 from petl.planning.shapes import model_on_shapes
 from petl.runs.run_config import RunConfig
 from petl.runs.settings import TrainConfig
@@ -240,6 +240,7 @@ def savings_of_passes(model: PeftModel, counted: Counted) -> list[Saving]:
             found.append(
                 Saving("train.skip_unread=true", f"{percent(fewer)} {OPERATIONS}", ROUNDING)
             )
+        # what follows is measured on the model as it is now
         now = then
     if not settings.recompute_mlp and is_large(counted.memory):
         try:
@@ -266,11 +267,13 @@ def _together(model: PeftModel, counted: Counted) -> Iterator[Saving]:
     # such runs have no store
     if settings.together > 1 or caches or not counted.splits.task.reads_text or not steps:
         return
+    # padding is computed as well
     tokens = counted.positions / steps
     room = int(TOKENS // max(1.0, tokens))
     if room < 2:
         return
     try:
+        # refuses adapters without a form for the rows of several
         Member(model)
     except UnsupportedError:
         return
