@@ -5,17 +5,7 @@ The same as `petl train`, from a checkout; the run itself is petl/cli/train.py.
 
 import sys
 
-from petl.config.command_line import read_words
-from petl.imports.collector import rare_collections
+from petl.cli.main import main
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    if read_words(words):
-        from petl.cli.main import main as petl
-
-        sys.exit(petl(["train", *words]))
-    with rare_collections():
-        # imports torch, for which the help does not wait
-        from petl.cli.train import main
-
-    main(words)
+    sys.exit(main(["train", *sys.argv[1:]]))

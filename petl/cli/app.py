@@ -204,7 +204,7 @@ def entry(main: Callable[[], Any]) -> NoReturn:
     with tempfile.TemporaryDirectory() as unused:
         if not is_first():  # only the first process writes Hydra's record of a sweep
             sys.argv.append(f"hydra.sweep.dir={unused}")
-        status = reported(main)  # of a sweep, after all of its runs
+        status = reported(lambda: refuse_run_dir() or main())  # of a sweep, after all of its runs
         if status < SIGNALLED:
             for callback in closing:
                 callback()
@@ -213,6 +213,16 @@ def entry(main: Callable[[], Any]) -> NoReturn:
     else:  # the error is printed: a launcher that now terminates all processes need not add to it
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(status)
+
+
+def refuse_run_dir() -> None:
+    """Raise InputError if the command sets hydra.run.dir, which would be an empty folder."""
+    for word in sys.argv[1:]:
+        if word.lstrip("+").startswith("hydra.run.dir="):
+            raise InputError(
+                f"{word} has no effect on a run: set train.run=FOLDER, or train.output=FOLDER for "
+                "the folder of all runs"
+            )
 
 
 def job(main: Callable[[DictConfig], float]) -> Callable[[DictConfig], float]:

@@ -101,9 +101,13 @@ def plan(arguments: argparse.Namespace) -> None:
         echo("from the matrix products, at the speed that this machine has now")
     if planned.frozen is not None:
         echo(f"frozen: {planned.frozen}")
-    for setting in planned.cheaper:
-        echo(f"cheaper: {setting}")
+    if planned.precision:
+        echo(f"precision: {planned.precision}")
     echo()
+    if planned.cheaper:
+        rows = [(saving.setting, saving.saves, saving.result) for saving in planned.cheaper]
+        print_table(("cheaper with", "saves", "result"), rows)
+        echo()
     print_table(("this adapter supports", ""), planned.supports.items())
     for note in planned.notes:
         echo(f"note: {note}")

@@ -48,7 +48,8 @@ def train(cfg: DictConfig) -> float:
     config = checked(cfg)
     accelerator = start(config.train.seed, config.precision, config.launch)
     run = Run(config, accelerator)
-    settings = run.config.train  # a run that is resumed keeps its defaults
+    # a run that is resumed keeps its defaults, and its precision
+    settings, accelerator = run.config.train, run.accelerator
     data = config.data.read()
     processor = load_processor(config.model, data.task)
     splits = encode_splits(data, processor, settings, accelerator, config.data.repeats)

@@ -5,6 +5,11 @@ that predict a labelled token, and the loss is the model's own over them. In Lla
 last block computes queries, output projection and MLP at these positions
 (petl/core/block_positions.py). Loss and gradients are the model's own up to rounding.
 
+The number of these positions is the shape of what is computed, so the host has to know it: on a GPU
+a pass waits, before its first block, for the labels that it was given and for the step before. The
+collator knows the number too, but the loss, segmented or the model's own, gets labels alone, from
+any loop: what is chosen beforehand would have to pass through model, PEFT and DDP unchanged.
+
 Shapes: B rows, T tokens, H width of the hidden states, N labelled positions of the batch, P of the
 row that has most, V entries of the vocabulary.
 """

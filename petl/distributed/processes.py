@@ -110,6 +110,13 @@ def report_key() -> str:
     return _jobs[-1] if _jobs else "petl/reported"
 
 
+def refuse_processes(reason: str) -> None:
+    """Raise InputError, with the reason, if a launcher such as torchrun has started several."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise InputError(f"WORLD_SIZE={processes}: {reason}")
+
+
 def is_first() -> bool:
     """Return True in the process of rank 0."""
     return _rank() == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 
@@ -16,9 +17,19 @@ from petl.core.parameters import check_module
 from petl.errors import InputError, UnsupportedError
 from petl.files.paths import cache_folder
 from petl.frozen.feed import FedBlock, Feed, autocast_of
-from petl.frozen.fill import Collate, Contents, Prober
+from petl.frozen.fill import Collate, Contents, Prober, ingredients
 from petl.frozen.prefix import Prefix, find_prefix
-from petl.frozen.store import CONTENT, Form, Store, exists, locked, name_of, size_of, write
+from petl.frozen.store import (
+    CONTENT,
+    Form,
+    Store,
+    exists,
+    locked,
+    name_of,
+    present,
+    size_of,
+    write,
+)
 
 FOLDER = "frozen"  # of stores, in the cache folder of petl
 logger = logging.getLogger(__name__)
@@ -189,7 +200,40 @@ class Wanted:
         """Compute it; its folder is locked."""
         contents, form = self.contents, self.form
         positions = contents.positions(form)
-        write(self.folder, form, contents.keys, positions, contents.states(form))
+        write(
+            *(self.folder, form, contents.keys, positions, contents.states(form)),
+            computation=contents.prober.computation,
+            rows=contents.digest,
+        )
+
+
+def missing_rows(
+    model: nn.Module,
+    parts: Sequence[Sequence[Any]],
+    collate: Collate,
+    *,
+    precision: str,
+    device: torch.device,
+) -> list[bool]:
+    """Return, for each part of the rows of a run, True if no store in petl's cache has it.
+
+    The values of weights are not compared: those of `model` are not read, and may be absent.
+
+    Args:
+        model: on any device; its frozen blocks are as `prefix_of` finds them.
+        precision: dtype of autocast; "": none.
+        device: of the run.
+    """
+    prefix = prefix_of(model)
+    there = present(cache_folder() / FOLDER, name_of(*ingredients(prefix, precision, device)))
+    if not there:  # as ever: rows need not be read
+        return [True] * len(parts)
+    feed = Feed(model, prefix)
+    try:
+        prober = Prober(model, feed, device=torch.device("cpu"))
+        return [Contents(prober, rows, collate).digest not in there for rows in parts]
+    finally:
+        feed.close()
 
 
 def cache_frozen(

@@ -21,7 +21,7 @@ from petl.core.progress import Pass
 from petl.errors import InputError, UnsupportedError
 from petl.frozen.feed import Feed, autocast_of
 from petl.frozen.keys import Rows
-from petl.frozen.prefix import dropouts, layer_drop
+from petl.frozen.prefix import Prefix, dropouts, layer_drop
 from petl.frozen.store import Form, name_of
 
 POSITIONS = 2048  # of a batch: enough for large products, little memory
@@ -50,10 +50,15 @@ class Prober:
         called: the modules that were called up to the end of the prefix, by name in the body.
     """
 
-    def __init__(self, model: nn.Module, feed: Feed) -> None:
+    def __init__(self, model: nn.Module, feed: Feed, device: torch.device | None = None) -> None:
+        """Keep the arguments.
+
+        Args:
+            device: of the inputs; None: that of the model.
+        """
         self.model, self.feed, self.prefix = model, feed, feed.prefix
         self.called: dict[str, nn.Module] = {}
-        self.device = next(feed.prefix.body.parameters()).device
+        self.device = device or next(feed.prefix.body.parameters()).device
 
     def rows(self, batch: Batch) -> Rows:
         """Return the rows of a batch; nothing is computed.
@@ -225,25 +230,40 @@ class Prober:
                 weights.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 flat = tensor.detach().cpu().contiguous().flatten()
                 weights.update(flat.view(torch.uint8).numpy())
-        config = self.prefix.body.config
-        kept = {
-            name: value
-            for name, value in config.to_dict().items()
-            if name not in OTHER and "dropout" not in name
-        }
-        attention = str(config._attn_implementation)
-        precision = autocast_of(self.prefix.body)
-        return name_of(
-            weights.hexdigest(),
-            repr(sorted(kept.items(), key=lambda item: item[0])),
-            self.prefix.path,
-            self.prefix.k,
-            attention,
-            precision,
-            self.device.type,
-            # its code is what blocks compute; torch's version, left out, changes rounding alone
-            transformers.__version__,
-        )
+        return name_of(weights.hexdigest(), *ingredients(self.prefix, self._precision, self.device))
+
+    @property
+    def computation(self) -> str:
+        """A name for what the prefix computes with its weights, whatever their values."""
+        return name_of(*ingredients(self.prefix, self._precision, self.device))
+
+    @property
+    def _precision(self) -> str:
+        return autocast_of(self.prefix.body)
+
+
+def ingredients(prefix: Prefix, precision: str, device: torch.device) -> list[object]:
+    """Return what the output of a prefix depends on, besides its weights and the rows.
+
+    Args:
+        precision: dtype of autocast; "": none.
+    """
+    config = prefix.body.config
+    kept = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in OTHER and "dropout" not in name
+    }
+    return [
+        repr(sorted(kept.items(), key=lambda item: item[0])),
+        prefix.path,
+        prefix.k,
+        str(config._attn_implementation),
+        precision,
+        device.type,
+        # its code is what blocks compute; torch's version, left out, changes rounding alone
+        transformers.__version__,
+    ]
 
 
 def _first(output: Any) -> Tensor:

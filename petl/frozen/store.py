@@ -118,12 +118,31 @@ def exists(folder: Path) -> bool:
     return (folder / CONTENT / ABOUT).is_file()
 
 
+def present(folder: Path, computation: str) -> set[str]:
+    """Return the names of the rows of all complete stores of blocks that compute alike.
+
+    The values of their weights are not compared: those who ask have none.
+
+    Args:
+        folder: of stores.
+        computation: as `Prober.computation`.
+    """
+    found = (read_json(file) for file in folder.glob(f"*/{CONTENT}/{ABOUT}"))
+    return {about["rows"] for about in found if about.get("computation") == computation}
+
+
 def write(
-    folder: Path, form: Form, keys: Sequence[bytes], lengths: Sequence[int], parts: Iterable[Tensor]
+    folder: Path,
+    form: Form,
+    keys: Sequence[bytes],
+    lengths: Sequence[int],
+    parts: Iterable[Tensor],
+    **about: str,
 ) -> None:
     """Write a store; `folder` is locked.
 
     Args:
+        about: further entries of store.json: `computation` and `rows`, by which `present` finds it.
         keys: of the rows, in the order in which their states come.
         lengths: positions of each row.
         parts: states of each row, [T, ...].
@@ -146,7 +165,7 @@ def write(
         ):
             with create(draft / name) as opened:
                 np.save(opened, array, allow_pickle=False)
-        write_json(draft / ABOUT, {"format": FORMAT, "form": asdict(form)})
+        write_json(draft / ABOUT, {"format": FORMAT, "form": asdict(form), **about})
 
 
 def size_of(form: Form, rows: int, positions: int) -> int:

@@ -31,7 +31,7 @@ from petl.errors import InputError
 from petl.models.loading import load_base, load_processor
 from petl.planning.batch_search import MEMORY_FRACTION, Trials, largest, limited_memory, restored
 from petl.planning.memory import optimizer_bytes, weight_bytes
-from petl.planning.plan import model_on_shapes, storage_of
+from petl.planning.shapes import model_on_shapes, storage_of
 from petl.runs.environment import device_name
 from petl.runs.run_config import RunConfig, read_config
 from petl.runs.settings import TrainConfig

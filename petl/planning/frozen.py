@@ -8,17 +8,17 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from petl.core.dry_run import PassMemory, part_of_pass
 from petl.errors import UnsupportedError
 from petl.files.paths import cache_folder
-from petl.frozen.cache import FOLDER, prefix_of
+from petl.frozen.cache import FOLDER, missing_rows, prefix_of
 from petl.frozen.prefix import dropouts, layer_drop
 from petl.frozen.store import MARGIN, Form, free_bytes, size_of
-from petl.planning.cost import megabytes
-from petl.planning.memory import heaviest_pass
+from petl.planning.memory import heaviest_batch, megabytes
 from petl.runs.settings import TrainConfig
-from petl.training.dataloader import Splits, row_lengths
+from petl.training.dataloader import Splits, batched, row_lengths
 from petl.training.frozen import PAYS, parts_of
 
 
@@ -30,6 +30,8 @@ class FrozenPlan:
         k: how many there are.
         blocks: of the model, all of them.
         bytes: of their output for the train, validation and test rows, repeated rows included.
+        missing: those of them that are in no store yet. A store counts if its blocks compute alike
+            and its rows are these; the values of weights are not compared.
         saved: fraction of the operations of a step that their output saves.
         reason: why the run does not keep it; "" if it does.
         remedy: True if train.cache_frozen=true would.
@@ -38,6 +40,7 @@ class FrozenPlan:
     k: int
     blocks: int
     bytes: int
+    missing: int
     saved: float
     reason: str
     remedy: bool
@@ -50,10 +53,12 @@ class FrozenPlan:
 
     def __str__(self) -> str:
         size, saved = megabytes(self.bytes), f"{100 * self.saved:.0f} % fewer operations in a step"
+        if not self.reason and not self.missing:
+            return f"{self.which}, in a store on disk ({size}), if it is of these weights: {saved}"
         if not self.reason:
-            return f"{self.which}, computed once (train.cache_frozen): {size} on disk, {saved}"
-        more = f"; train.cache_frozen=true keeps it: {saved}" if self.remedy else ""
-        return f"{self.which}, whose output ({size}) is not kept: {self.reason}{more}"
+            new = f" ({megabytes(self.missing)} of it new)" if self.missing < self.bytes else ""
+            return f"{self.which}, computed once (train.cache_frozen): {size} on disk{new}, {saved}"
+        return f"{self.which}, whose output ({size}) is not kept: {self.reason}"
 
 
 def frozen_plan(
@@ -67,31 +72,46 @@ def frozen_plan(
 ) -> FrozenPlan | None:
     """Return the plan of a run's frozen blocks; None if there are none or no pass can be planned.
 
-    Call it inside `without_values`.
+    With train.cache_frozen=false, as with auto. Call it inside `without_values`.
 
     Args:
         measured: a training pass over the longest rows.
     """
-    if settings.cache_frozen is False or settings.steps == 0 or measured is None:
+    if settings.steps == 0 or measured is None:
         return None
     try:
         prefix = prefix_of(model)
     except UnsupportedError:
         return None
-    batch = splits.collate(list(splits.known.select(heaviest_pass(splits, settings)[0])))
+    batch = heaviest_batch(splits, settings)
     part = part_of_pass(model, batch, device, prefix.own[-1], bf16=bf16)
     if part is None:
         return None
     form = form_of(part.output)
     if form is None:
         return None
-    sizes = [positions_of(rows, splits, form) for rows in parts_of(splits, settings)]
-    rows, positions = (sum(column) for column in zip(*sizes, strict=True))
-    size = size_of(form, rows, positions)
-    reason, remedy = _reason(splits, settings, prefix, part.called, size)
+    parts = parts_of(splits, settings)
+    sizes = [size_of(form, *positions_of(rows, splits, form)) for rows in parts]
+    new = _missing(model, parts, splits, device, bf16=bf16)
+    missing = sum(size for size, is_new in zip(sizes, new, strict=True) if is_new)
+    reason, remedy = _reason(splits, settings, prefix, part.called, missing)
     # both are counts of the longest rows: the ratio is taken for that of any step (assumption)
     saved = part.operations / max(1, measured.operations)
-    return FrozenPlan(prefix.k, len(prefix.blocks), size, saved, reason, remedy)
+    return FrozenPlan(prefix.k, len(prefix.blocks), sum(sizes), missing, saved, reason, remedy)
+
+
+def _missing(
+    model: PeftModel, parts: list[Dataset], splits: Splits, device: torch.device, *, bf16: bool
+) -> list[bool]:
+    """Return, for each part of the rows, True if a run has to compute its store."""
+    rows = [part.select_columns(batched(part)) for part in parts]
+    try:
+        with unset_fake_temporarily():  # rows are told apart by their values
+            precision = "bfloat16" if bf16 else ""
+            return missing_rows(model, rows, splits.collate, precision=precision, device=device)
+    except (RuntimeError, NotImplementedError, TypeError, UnsupportedError):
+        # what runs before the blocks needs weights, or rows cannot be told apart
+        return [True] * len(parts)
 
 
 def form_of(output: Any) -> Form | None:
@@ -112,14 +132,13 @@ def positions_of(rows: Dataset, splits: Splits, form: Form) -> tuple[int, int]:
 
 
 def _reason(
-    splits: Splits, settings: TrainConfig, prefix: Any, called: Any, size: int
+    splits: Splits, settings: TrainConfig, prefix: Any, called: Any, missing: int
 ) -> tuple[str, bool]:
     """Return why the output is not kept, and whether train.cache_frozen=true would keep it."""
     setting = layer_drop(prefix.body.config)
     if setting:
         return f"the model's config has {setting}", False
-    # a store that is there is not known: its name needs weights, and a plan has no values
-    if size + MARGIN > free_bytes(folder()):
+    if missing and missing + MARGIN > free_bytes(folder()):
         return f"the disk of {folder()} has {megabytes(free_bytes(folder()))} free", False
     if settings.cache_frozen is True:
         return "", False
@@ -129,7 +148,7 @@ def _reason(
         return f"they have dropout, such as {name}", True
     sampler = splits.sampler(settings)
     passes = sampler.steps / sampler.steps_per_epoch
-    if passes < PAYS:
+    if missing and passes < PAYS:
         return f"the run reads its examples {passes:.2g} times", True
     return "", False
 

@@ -19,7 +19,7 @@ from petl.distributed.launch import parts
 from petl.errors import UnsupportedError
 from petl.models.quantization import quantized_bytes
 from petl.runs.settings import TrainConfig
-from petl.training.dataloader import Splits, longest_first
+from petl.training.dataloader import Batch, Splits, longest_first
 
 PARTS_AT_ONCE = 2  # gathered blocks of FSDP2: one computes while the next one is prefetched
 
@@ -101,7 +101,7 @@ def memory_of(
     Call it inside `without_values` and `for_training`.
     """
     longest, accumulates = heaviest_pass(splits, settings, storage.processes)
-    batch = splits.collate(list(splits.known.select(longest)))
+    batch = heaviest_batch(splits, settings, storage.processes)
     trained = [parameter for _, parameter in trainable(model)]
     weights, unfolded = weight_bytes(model, storage)
     bf16 = settings.computes_in(dtype) == "bf16"
@@ -155,6 +155,12 @@ def heaviest_pass(
     return longest, rows < local
 
 
+def heaviest_batch(splits: Splits, settings: TrainConfig, processes: int = 1) -> Batch:
+    """Return the batch of the largest pass on a process."""
+    rows, _ = heaviest_pass(splits, settings, processes)
+    return splits.collate(list(splits.known.select(rows)))
+
+
 def weight_bytes(model: PeftModel, storage: Storage) -> tuple[int, int]:
     """Return the bytes of parameters and buffers on one process, and of the unfolded weights."""
     base = model.get_base_model()
@@ -202,3 +208,8 @@ def base_layer(module: nn.Module) -> nn.Module:
 def unique(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return the tensors without repetitions: tied weights are stored once."""
     return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def megabytes(count: int) -> str:
+    """Format a number of bytes of an estimate."""
+    return f"{count / 1e6:,.0f} MB"

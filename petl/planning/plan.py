@@ -4,44 +4,38 @@ Everything follows from tensor shapes: the model is built on the meta device and
 training pass runs without data (see `petl.core.dry_run`).
 """
 
-import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
 from omegaconf import DictConfig
-from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel
+from peft import PeftModel
 
-from petl import losses
 from petl.core.adapter_file import safetensors_bytes, saved_shapes
 from petl.core.dry_run import takes_mixed_batches, without_values
 from petl.core.model.heat_map import role_of
 from petl.core.parameters import trainable
 from petl.core.refusals import lora_refusal, merge_refusal
-from petl.core.registry import build_config, on_shapes, refusal, without_data
+from petl.core.registry import build_config, refusal
 from petl.core.spec.method import modifies_base_weights
 from petl.data.base import refuse_stream
 from petl.data.batch_sampler import padding_fraction
-from petl.distributed.launch import FSDP, alone, number_of_processes, refuse_fsdp, start
-from petl.models.loading import dense_modules, load_base, load_processor
-from petl.models.quantization import quantized_layers
-from petl.planning.cost import Time, advice, time_of
+from petl.distributed.launch import alone, start
+from petl.distributed.precision import described
+from petl.models.loading import load_base, load_processor
+from petl.planning.cost import Time, time_of
 from petl.planning.frozen import FrozenPlan, frozen_plan
-from petl.planning.memory import Memory, Storage, base_layer, memory_of
+from petl.planning.memory import Memory, base_layer, memory_of
+from petl.planning.savings import Counted, Saving, savings, savings_of_passes, upper_blocks
+from petl.planning.shapes import model_on_shapes, storage_of
 from petl.ranks.targets import rank_targets
-from petl.runs.run_config import RunConfig, names_of, read_config
+from petl.runs.run_config import names_of, read_config
 from petl.runs.settings import TrainConfig
-from petl.tasks.base import Task
 from petl.training.dataloader import Splits, encode_splits, row_lengths
 from petl.training.evaluate import for_training
 from petl.training.optimizer import head_names, peak_lr
 from petl.training.wrapping import (
-    apply_memory_options,
-    compute_less,
     sized_fields,
-    train_new_modules,
 )
 
 DEFAULT = "by default"  # the pattern of a method with target_modules=null
@@ -113,7 +107,8 @@ class RunPlan:
     supports: dict[str, str]  # by capability, "yes" or "no" with the reason
     notes: list[str]  # sentences
     time: Time | None = None  # None: unknown
-    cheaper: list[str] = field(default_factory=list)  # settings, each with what it saves
+    cheaper: list[Saving] = field(default_factory=list)
+    precision: str = ""  # of matrix products, in words; "": float32, as by default
     frozen: FrozenPlan | None = None  # blocks below the first trained one; None: there are none
 
 
@@ -162,6 +157,9 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     )  # saved as the difference of two updates: twice the rank
     saved = saved_shapes(model, rank_factor=2 if doubles else 1)
     targets = targets_of(model, fields.get("target_modules"))
+    length = length_of(splits, settings)
+    # tokens of padding are computed as well
+    positions = (length.amount / (1 - length.padding), scored_positions(splits, settings))
     # from here on tensors have shapes on the run's device instead of the meta device
     with without_values(model, accelerator.device):
         with for_training(model, settings):
@@ -170,16 +168,22 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         bf16 = settings.computes_in(run.model.dtype) == "bf16"
         frozen = frozen_plan(model, splits, settings, memory.pass_, accelerator.device, bf16=bf16)
         capabilities = supports(model)
-    length = length_of(splits, settings)
+        counted = Counted(
+            *(run, splits, memory, frozen),
+            *(*positions, length.epochs, accelerator.device, storage.processes),
+        )
+        with for_training(model, settings):
+            of_passes = savings_of_passes(model, counted)
     shape = next(t.shape for t in (*targets, LAST) if len(t.shape) == 2)
-    # tokens of padding are computed as well
-    positions = (length.amount / (1 - length.padding), scored_positions(splits, settings))
-    seconds = time_of(memory, *positions, shape, accelerator.device)
+    seconds = time_of(memory, *positions, shape, accelerator.device, bf16=bf16)
+    counted = replace(counted, seconds=seconds)
+    if settings.cache_frozen is False:
+        frozen = None
     if seconds is not None and frozen is not None and not frozen.reason:
-        # what a step saves is computed once for each example
-        left = 1 - frozen.saved * (1 - 1 / max(1.0, length.epochs))
+        # what a step saves is computed once for each example, unless it is there
+        computed = 1 / max(1.0, length.epochs) if frozen.missing else 0.0
+        left = 1 - frozen.saved * (1 - computed)
         seconds = replace(seconds, steps=seconds.steps * left)
-    lengths = row_lengths(splits.task, splits.known)
     return RunPlan(
         names=tuple(names_of(run.resolved)),
         targets=targets,
@@ -189,58 +193,13 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         file_bytes=safetensors_bytes(saved),
         length=length,
         time=seconds,
+        precision=described(run.precision) if settings.precision != "no" else "",
         frozen=frozen,
-        cheaper=advice(memory, seconds, lengths, splits, settings),
+        cheaper=savings(counted, [*upper_blocks(counted, fields), *of_passes]),
         supports=capabilities,
         memory=memory,
         notes=notes,
     )
-
-
-def model_on_shapes(
-    run: RunConfig, task: Task, fields: Mapping[str, Any]
-) -> tuple[PeftModel, list[str]]:
-    """Return the wrapped model of a run without weights, and notes about it.
-
-    Args:
-        fields: those of the method, from `sized_fields`.
-    """
-    planned, notes = without_data(fields)  # an initialization from data needs the data
-
-    def build() -> PreTrainedModel:
-        return load_base(run.model, task, meta=True)
-
-    with warnings.catch_warnings(record=True) as caught:
-        model = on_shapes(build, train_new_modules(planned, build()))
-    apply_memory_options(model, run.train)
-    losses.attach(model, run.loss)
-    compute_less(model, run.train)
-    for _, parameter in trainable(model):
-        parameter.data = parameter.data.float()  # as `make_optimizer` does
-    # deprecation warnings are for developers of petl
-    notes += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
-    return model, notes
-
-
-def storage_of(run: RunConfig, task: Task, config: PeftConfig) -> Storage:
-    """Return how the weights of a run are stored; the number of processes is WORLD_SIZE.
-
-    FSDP2 is planned for at least two processes.
-
-    Raises:
-        UnsupportedError: FSDP2 does not train this method on such weights.
-    """
-    kind, launch = run.model.quantization, run.launch
-    if isinstance(launch, FSDP):
-        refuse_fsdp(config, kind)
-    processes, paths = number_of_processes(), []
-    if kind is not None:
-        base = load_base(run.model, task, meta=True)
-        paths = quantized_layers(base, kind, dense_modules(base, task))
-    quantized = {path: str(kind) for path in paths}
-    if isinstance(launch, FSDP):
-        return Storage(quantized, max(2, processes), True, launch.reshard_after_forward)
-    return Storage(quantized, processes)
 
 
 # Targets and parameters

@@ -44,6 +44,7 @@ LATER_FIELDS = {
 }
 # settings under `train` with another default than in older runs: that of now, and theirs
 OLDER_DEFAULTS = {"buckets": ("auto", None)}
+PRECISION, AUTO = "train.precision", "auto"
 # before the name of a setting of one of several data sets, which is that of a single one
 SET = re.compile(r"^data\.sets\..+\.")
 NOT_RESUMABLE = "the method changes while it trains, and PEFT keeps these changes in memory only"
@@ -102,7 +103,7 @@ def as_begun(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
 
     These stay if the command names another value, and in a sweep, whose runs are compared.
     """
-    begun = dict(now)
+    begun = as_chosen(then, now)
     for name, (default, older) in OLDER_DEFAULTS.items():
         key = f"train.{name}"
         is_default = now.get(key) == default and not (in_sweep() or is_given(key))
@@ -113,6 +114,16 @@ def as_begun(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     return begun
 
 
+def as_chosen(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity `now` with what `train.precision=auto` was for the run `then`.
+
+    So a run or a job of a sweep is the same on a machine for which auto is another precision.
+    """
+    if now.get(PRECISION) == AUTO and PRECISION in then:
+        return {**now, PRECISION: then[PRECISION]}
+    return dict(now)
+
+
 def is_same(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> bool:
     """Return True if a run (`then`) is one with these settings (`now`), defaults as it began."""
     return then is not None and then == as_begun(then, now)
@@ -121,7 +132,7 @@ def is_same(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> bool:
 def defaults_of(checkpoint: Path, now: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings under `train` that a run which resumes from a checkpoint keeps from it.
 
-    They are those whose default was another one when the run began.
+    They are those whose default was another one when the run began, and what auto was for it.
     """
     begun = as_begun(stored_identity(read_state(checkpoint)), now)
     kept = {
@@ -131,6 +142,8 @@ def defaults_of(checkpoint: Path, now: Mapping[str, Any]) -> dict[str, Any]:
     }
     for name, value in kept.items():
         logger.info("train.%s=%s, the default when the run of %s began", name, value, checkpoint)
+    if now.get(PRECISION) == AUTO:
+        kept["precision"] = begun[PRECISION]
     return kept
 
 
@@ -328,7 +341,8 @@ def finished_run(output: str, now: Mapping[str, Any]) -> Path | None:
     """
     for file in sorted(Path(output).glob(f"*/{SCORES}"), reverse=True):
         try:
-            if is_finished(file.parent) and identity_of(file.parent) == now:
+            then = identity_of(file.parent) if is_finished(file.parent) else None
+            if then is not None and then == as_chosen(then, now):
                 return file.parent
         except InputError as error:
             logger.warning("skipping %s: %s", file.parent, error)

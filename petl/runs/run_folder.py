@@ -37,7 +37,8 @@ from petl.core.fingerprint import check_saved
 from petl.core.lifecycle import lifecycle
 from petl.core.parameters import adapter_parameters
 from petl.core.spec.method import modifies_base_weights
-from petl.distributed.launch import gathered
+from petl.distributed.launch import gathered, start
+from petl.distributed.precision import described
 from petl.distributed.processes import claim
 from petl.errors import InputError
 from petl.files.disk import (
@@ -70,6 +71,7 @@ from petl.runs.records import (
     read_scores,
 )
 from petl.runs.resume import (
+    AUTO,
     CHECKPOINTS,
     choose_checkpoint,
     defaults_of,
@@ -176,8 +178,11 @@ class Run:
         self.tracker = make_tracker(config.tracker) if has_tracker else None
         # one process looks at the disk, the others get its result or its error
         self.resume: Path | None
-        self.resume, self.was_finished, older = on_main(accelerator, self._choose)
-        self.config = config.with_train(**older)
+        self._asked = identity(config.resolved)
+        self.resume, self.was_finished, begun = on_main(accelerator, self._choose)
+        self.config = config.with_train(**begun)
+        if self.config.precision != config.precision:  # that of the run, not of this machine
+            self.accelerator = start(config.train.seed, self.config.precision, config.launch)
         self.path = Path(config.train.run or config.train.output)
         self.identity = identity(self.config.resolved)
         if self.resume:
@@ -185,15 +190,16 @@ class Run:
             self.path = self.resume.parent.parent
 
     def _choose(self) -> tuple[Path | None, bool, dict[str, Any]]:
-        """Return the checkpoint, True if its run is finished and will be trained further, defaults.
+        """Return the checkpoint, True if its run is finished and will be trained further, settings.
 
-        The last are settings under `train` that the run keeps from its beginning.
+        The last are those under `train` that the run keeps from its beginning, and what auto is.
         """
-        now = identity(self.config.resolved)
-        found = choose_checkpoint(self.config.train, now, self.prefix)
-        if found is None:
-            return None, False, {}
-        return found, is_finished(found.parent.parent), defaults_of(found, now)
+        found = choose_checkpoint(self.config.train, self._asked, self.prefix)
+        begun = {} if found is None else defaults_of(found, self._asked)
+        if self.config.train.precision == AUTO:
+            begun = {"precision": self.config.precision, **begun}
+            logger.info("train.precision=auto: %s", described(begun["precision"]))
+        return found, found is not None and is_finished(found.parent.parent), begun
 
     @property
     def checkpoints(self) -> Path:
@@ -234,7 +240,7 @@ class Run:
         check_free_space(self.path, room_for(model, settings))
         with stop_when_full(self.path):
             if not self.resume:
-                self.path = new_folder(settings, self.identity, self.prefix)
+                self.path = new_folder(settings, self._asked, self.prefix)
                 self._write_start(model)
             clean(self.checkpoints)  # safe: this process holds the lock
             self.environment = describe_environment(self.accelerator, settings.seed)

@@ -21,6 +21,7 @@ from petl.config.schema import (
 )
 from petl.core.registry import build_config, method
 from petl.core.spec.method import LR
+from petl.distributed.precision import automatic
 from petl.errors import InputError
 from petl.files.paths import file_of, why_impossible
 from petl.files.read import read_yaml
@@ -127,8 +128,12 @@ class TrainConfig:
     warmup: float = setting(0.06, real(0))
     """Warm-up: a fraction of all steps if below 1, else a number of steps. A number from 0."""
 
-    precision: str = setting("no", one_of("no", "bf16"))
-    """Autocast: bf16 for matrix products in bfloat16, or no. One of no, bf16."""
+    precision: str = setting("no", one_of("no", "bf16", "auto"))
+    """Autocast: bf16 for matrix products in bfloat16, no, or auto. One of no, bf16, auto.
+
+    Auto: bf16 where the device computes such products in hardware, else no. A run keeps what it
+    began with, also when it is resumed on another machine.
+    """
     gradient_checkpointing: bool | str = setting(False, one_of(False, True, "reentrant"))
     """Recompute activations of each block; reentrant: the old variant. One of false, true,
     reentrant."""
@@ -381,9 +386,12 @@ class TrainConfig:
     def computes_in(self, dtype: str) -> str:
         """Return the autocast precision, "no" or "bf16", for a model of this dtype.
 
-        A bfloat16 model trains with a float32 adapter and head, which needs autocast.
+        A bfloat16 model trains with a float32 adapter and head, which needs autocast. Auto is what
+        suits this machine.
         """
-        return "bf16" if dtype == "bfloat16" else self.precision
+        if dtype == "bfloat16":
+            return "bf16"
+        return automatic() if self.precision == "auto" else self.precision
 
 
 def read_train(cfg: DictConfig | Mapping[str, Any]) -> TrainConfig:

@@ -5,7 +5,6 @@ Hydra calls `Closing`, see `hydra.callbacks` in configs/train.yaml.
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from omegaconf import DictConfig
 from petl.cli import app
 from petl.config.command_line import is_optuna
 from petl.config.compose import compose
+from petl.distributed.processes import refuse_processes
 from petl.errors import InputError, RunStopped
 from petl.reports.entries import SEED, mean_quality, quality_of, validation_of
 from petl.reports.formatting import mean_text, sample_size, seeds_text
@@ -144,12 +144,10 @@ def check(config: DictConfig) -> None:
             f"hydra.sweeper.direction={direction} would search for the worst {task.metric} of "
             f"{task.name}; set hydra.sweeper.direction={wanted}"
         )
-    processes = os.environ.get("WORLD_SIZE", "1")  # as torchrun sets it
-    if processes != "1":
-        raise InputError(
-            f"WORLD_SIZE={processes}: Optuna would propose different values to each process; run "
-            "the search with one process, and start it in several shells for several workers"
-        )
+    refuse_processes(
+        "Optuna would propose different values to each process; run the search with one process, "
+        "and start it in several shells for several workers"
+    )
 
 
 def quieten_optuna() -> None:

@@ -30,7 +30,7 @@ from petl.files.read import read_json
 from petl.reports.entries import quality_of, validation_of
 from petl.reports.formatting import duration
 from petl.runs.records import is_finished, read_results
-from petl.runs.resume import differences, identity, identity_of
+from petl.runs.resume import as_chosen, differences, identity, identity_of
 from petl.runs.run_config import read_config
 
 TRAIN = (sys.executable, "-m", "petl", "train")  # this interpreter, whatever PATH has
@@ -301,7 +301,7 @@ def refuse_other(job: Job, existing: Mapping[str, Any]) -> None:
 
     The learning rate may differ: it depends on the scores of the tuning runs.
     """
-    now = identity(read_config(compose(job.overrides)).resolved)
+    now = as_chosen(existing, identity(read_config(compose(job.overrides)).resolved))
     others = differences(existing, {**now, "train.lr": existing.get("train.lr")})
     if others:
         raise InputError(

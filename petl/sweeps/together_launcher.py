@@ -5,7 +5,6 @@ log in SWEEP/jobs, as one that another launcher starts in a process of its own.
 """
 
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from petl.cli import app
 from petl.config.command_line import how_to_resume_sweep, is_optuna
+from petl.distributed.processes import refuse_processes
 from petl.errors import InputError, RunStopped
 from petl.sweeps.launched_jobs import BASIC, Worker, folder_of
 
@@ -40,12 +40,9 @@ def launch_together(config: DictConfig) -> None:
             f"train.together={together} trains runs in this process, and hydra.launcher starts "
             f"others ({launcher}); leave one of them out"
         )
-    processes = os.environ.get("WORLD_SIZE", "1")  # as torchrun sets it
-    if processes != "1":
-        raise InputError(
-            f"WORLD_SIZE={processes}: train.together={together} needs one process; start the sweep "
-            "without torchrun"
-        )
+    refuse_processes(
+        f"train.together={together} needs one process; start the sweep without torchrun"
+    )
     if is_optuna() and config.hydra.sweeper.n_jobs < together:
         raise InputError(
             f"train.together={together}, but Optuna proposes "

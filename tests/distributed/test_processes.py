@@ -266,3 +266,15 @@ def test_what_fails_on_the_main_process_fails():
     with pytest.raises(InputError, match="no room"):
         on_main(alone(), refuse)
     assert on_main(alone(), lambda: 5) == 5
+
+
+@pytest.mark.parametrize("count", [None, "1", "2"])
+def test_what_needs_one_process_is_refused_with_several(monkeypatch, count):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if count:
+        monkeypatch.setenv("WORLD_SIZE", count)
+    if count != "2":
+        processes.refuse_processes("a search needs one process")
+        return
+    with pytest.raises(InputError, match=r"^WORLD_SIZE=2: a search needs one process$"):
+        processes.refuse_processes("a search needs one process")

@@ -71,9 +71,30 @@ def test_dropout_below_the_first_trained_block_is_planned_as_a_reason(tiny):
     words = ["+method=lora", "method.layers_to_transform=top:1", "train.steps=14"]
     planned = plan_run(compose([*tiny.classify, *words])).frozen
     assert planned.reason == "they have dropout, such as bert.embeddings.dropout (0.1)"
-    assert "train.cache_frozen=true keeps it" in str(planned)
     planned = plan_run(compose([*tiny.classify, *words, "train.cache_frozen=true"])).frozen
     assert planned.reason == ""
+
+
+def test_a_store_that_is_there_needs_no_space(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("PETL_CACHE", str(tmp_path / "cache"))
+    words = ["+method=lora", "method.layers_to_transform=top:1", "train.steps=14"]
+    before = plan(tiny, *words).frozen
+    assert before.missing == before.bytes > 0
+    train([*tiny.steady, *words], tmp_path / "run")
+    # whatever the rate, the seed or the method: the store has the same name
+    others = ["+method=mola", *words[1:], "train.lr=0.1", "train.seed=3"]
+    monkeypatch.setattr("petl.planning.frozen.free_bytes", lambda _: 0)
+    after = plan(tiny, *others)
+    assert (after.frozen.missing, after.frozen.reason) == (0, "")
+    assert "in a store on disk" in str(after.frozen)
+    # other rows, another precision, another kernel
+    for change in ("data.max_length=5", "train.precision=bf16", "model.attn=eager"):
+        changed = plan(tiny, *words, change).frozen
+        assert changed.missing > 0, change
+        assert "has 0 MB free" in changed.reason
+    # the test rows are those of the run, the train rows are not
+    fewer = plan(tiny, *words, "data.train_rows=30").frozen
+    assert 0 < fewer.missing < fewer.bytes
 
 
 def small_splits(tiny):

@@ -69,7 +69,7 @@ def test_a_field_is_documented_as_in_the_yaml_with_its_allowed_values(field):
         ("lr", float("nan"), "a number above 0"),
         ("lr", float("inf"), "a number above 0"),
         ("schedule", "liner", "one of linear, cosine, constant"),
-        ("precision", "fp16", "one of no, bf16"),
+        ("precision", "fp16", "one of no, bf16, auto"),
         ("gradient_checkpointing", "yes", "one of false, true, reentrant"),
         ("betas", [0.9], "two numbers"),
         ("betas", [0.9, 1.0], "two numbers"),

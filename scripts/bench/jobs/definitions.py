@@ -52,7 +52,7 @@ class Job:
         quick: words after these, for a run in seconds.
         blocks: of the model.
         upper: blocks that the fast variant adapts, about a third.
-        bf16: True where products in bfloat16 pay.
+        bf16: True where its products are large enough to gain from bfloat16.
         by_length: True if rows have different lengths.
         has_head: True if a new head trains, at a rate of its own.
     """
@@ -84,7 +84,7 @@ class Job:
         return found
 
     def _of_petl(self) -> list[Variant]:
-        precision = ("train.precision=bf16",) if self.bf16 else ()
+        precision = ("train.precision=auto",) if self.bf16 else ()
         rank = RANK * self.blocks // self.upper
         fast = (
             *precision,
