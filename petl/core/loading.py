@@ -17,8 +17,7 @@ from petl.core.parameters import check_module
 from petl.core.registry import refusal, refuse_quantized, refuse_uncalled
 from petl.core.skeleton import check_tables, expected_tensors
 from petl.core.spec.checks import check_adapter_name
-from petl.core.switching.fixes import apply_peft_fixes
-from petl.core.switching.tuner import enable_switching, only_visible
+from petl.core.switching.tuner import apply_peft_fixes, enable_switching, only_visible
 from petl.errors import InputError, first_line
 from petl.files import hub
 from petl.files.tensor_file import Shapes, check_shapes, read_shapes

@@ -39,8 +39,7 @@ from petl.core.spec.method import (
     modifies_base_weights,
     require_effect,
 )
-from petl.core.switching.fixes import apply_peft_fixes
-from petl.core.switching.tuner import enable_switching
+from petl.core.switching.tuner import apply_peft_fixes, enable_switching
 from petl.errors import (
     InputError,
     UnknownNameError,

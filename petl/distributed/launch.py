@@ -33,7 +33,7 @@ from petl.core.distributed import is_sharded, to_full, to_shards
 from petl.core.model.structure import blocks
 from petl.core.parameters import quantization_of, trainable
 from petl.core.registry import refusal
-from petl.distributed.precision import check_precision
+from petl.distributed.precision import check_bf16
 from petl.errors import InputError, UnsupportedError, choose
 from petl.imports.extras import need_extra
 
@@ -193,7 +193,8 @@ def make_accelerator(launch: Launch, precision: str) -> Accelerator:
     On a machine without accelerator several processes train on the CPU over gloo. This needs
     `cpu=True`: Accelerate would otherwise start without a process group.
     """
-    check_precision(precision)
+    if precision == "bf16":
+        check_bf16()
     # a process may run many jobs of a sweep: the settings change, the process group stays
     AcceleratorState._reset_state()
     GradientState._reset_state()

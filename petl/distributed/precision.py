@@ -49,10 +49,10 @@ def described(precision: str) -> str:
     return f"bf16 ({has}{'' if units else ', and emulates them, which is slow'})"
 
 
-def check_precision(precision: str) -> None:
-    """Raise InputError if the device of this machine cannot compute in this precision."""
-    if precision == "bf16" and not is_bf16_available(ignore_tpu=True):
+def check_bf16() -> None:
+    """Raise InputError if the device of this machine cannot compute in bfloat16."""
+    if not is_bf16_available(ignore_tpu=True):
         raise InputError(
-            f"train.precision={precision} is not possible on {device_of_run().type}, whose torch "
-            "has no bfloat16: use another machine, or start a run with train.precision=no"
+            f"train.precision=bf16 is not possible on {device_of_run().type}, whose torch has no "
+            "bfloat16: use another machine, or start a run with train.precision=no"
         )

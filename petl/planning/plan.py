@@ -4,6 +4,7 @@ Everything follows from tensor shapes: the model is built on the meta device and
 training pass runs without data (see `petl.core.dry_run`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -22,11 +23,22 @@ from petl.data.base import refuse_stream
 from petl.data.batch_sampler import padding_fraction
 from petl.distributed.launch import alone, start
 from petl.distributed.precision import described
+from petl.errors import InputError, UnsupportedError
 from petl.models.loading import load_base, load_processor
 from petl.planning.cost import Time, time_of
 from petl.planning.frozen import FrozenPlan, frozen_plan
 from petl.planning.memory import Memory, base_layer, memory_of
-from petl.planning.savings import Counted, Saving, savings, savings_of_passes, upper_blocks
+from petl.planning.savings import (
+    NOTABLE,
+    OPERATIONS,
+    Counted,
+    Saving,
+    kept,
+    pays,
+    percent,
+    savings,
+    savings_of_passes,
+)
 from petl.planning.shapes import model_on_shapes, storage_of
 from petl.ranks.targets import rank_targets
 from petl.runs.run_config import names_of, read_config
@@ -38,6 +50,7 @@ from petl.training.wrapping import (
     sized_fields,
 )
 
+UPPER = "top:0.33"  # the blocks with adapters of a cheaper run
 DEFAULT = "by default"  # the pattern of a method with target_modules=null
 
 
@@ -200,6 +213,41 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         memory=memory,
         notes=notes,
     )
+
+
+def upper_blocks(counted: Counted, fields: Mapping[str, Any]) -> list[Saving]:
+    """Return what adapters in the upper blocks alone would save.
+
+    Args:
+        fields: of the method.
+    """
+    now, splits, settings = counted.memory.pass_, counted.splits, counted.settings
+    if now is None or counted.frozen is not None or counted.run.ranks is not None:
+        return []
+    if fields.get("layers_to_transform", 0) is not None:  # there is no such field, or it is set
+        return []
+    bf16 = counted.run.precision == "bf16"
+    try:
+        model, _ = model_on_shapes(
+            counted.run, splits.task, {**fields, "layers_to_transform": UPPER}
+        )
+        with without_values(model, counted.device), for_training(model, settings):
+            then = counted.pass_of(model)
+            frozen = frozen_plan(model, splits, settings, then, counted.device, bf16=bf16)
+    except (InputError, UnsupportedError):  # the method, or the model, has no upper blocks
+        return []
+    setting, operations = f"method.layers_to_transform={UPPER}", float(then.operations)
+    keeps = frozen is not None and (not frozen.reason or frozen.remedy) and pays(frozen, counted)
+    if frozen is not None and keeps:
+        setting += " train.cache_frozen=true" if frozen.reason else ""
+        operations *= 1 - frozen.saved
+    fewer = 1 - operations / now.operations
+    if fewer <= NOTABLE:
+        return []
+    saves = f"{percent(fewer)} {OPERATIONS}"
+    if frozen is not None and keeps:
+        saves = kept(fewer, frozen)
+    return [Saving(setting, saves, "another adapter: tune its rate")]
 
 
 # Targets and parameters

@@ -4,27 +4,24 @@ Savings are counts of the plan: operations and bytes of a pass on shapes, length
 products timed on this machine. What this run has already, or would gain nothing from, is left out.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from peft import PeftModel
 
-from petl.core.dry_run import PassMemory, pass_memory, without_values
+from petl.core.dry_run import PassMemory, pass_memory
 from petl.core.layers.recompute import recompute_mlp
 from petl.core.read_positions import skip_unread
 from petl.data.batch_sampler import padding_fraction
 from petl.distributed.precision import bf16_units
-from petl.errors import InputError, UnsupportedError
+from petl.errors import UnsupportedError
 from petl.planning.cost import Time, operations_of
-from petl.planning.frozen import FrozenPlan, frozen_plan
+from petl.planning.frozen import FrozenPlan
 from petl.planning.memory import Memory, heaviest_batch, megabytes
-from petl.planning.shapes import model_on_shapes
 from petl.runs.run_config import RunConfig
 from petl.runs.settings import TrainConfig
 from petl.training.dataloader import Splits, buckets_of, row_lengths
-from petl.training.evaluate import for_training
 from petl.training.frozen import PAYS
 from petl.training.together.batches import TOKENS
 from petl.training.together.group import Member
@@ -35,7 +32,6 @@ MUCH_FASTER = 0.8  # of the time of matrix products
 MUCH_SCORING = 0.25  # of the operations of the steps
 MUCH_OF_A_PASS = 0.5  # of the memory of a step
 NOTABLE = 0.05  # of operations or bytes
-UPPER = "top:0.33"  # blocks with adapters
 
 ROUNDING, NONE = "same up to rounding", "same"  # what becomes of the result
 OPERATIONS = "of the operations of a step"
@@ -90,7 +86,7 @@ def savings(counted: Counted, of_passes: list[Saving]) -> list[Saving]:
     """Return the savings of a run.
 
     Args:
-        of_passes: those of `savings_of_passes` and `upper_blocks`.
+        of_passes: those of other passes of the model.
     """
     return [
         *_buckets(counted),
@@ -283,41 +279,6 @@ def _together(model: PeftModel, counted: Counted) -> Iterator[Saving]:
         f"small, over one base of {megabytes(counted.memory.weights)}",
         ROUNDING,
     )
-
-
-def upper_blocks(counted: Counted, fields: Mapping[str, Any]) -> list[Saving]:
-    """Return what adapters in the upper blocks alone would save.
-
-    Args:
-        fields: of the method.
-    """
-    now, splits, settings = counted.memory.pass_, counted.splits, counted.settings
-    if now is None or counted.frozen is not None or counted.run.ranks is not None:
-        return []
-    if fields.get("layers_to_transform", 0) is not None:  # there is no such field, or it is set
-        return []
-    bf16 = counted.run.precision == "bf16"
-    try:
-        model, _ = model_on_shapes(
-            counted.run, splits.task, {**fields, "layers_to_transform": UPPER}
-        )
-        with without_values(model, counted.device), for_training(model, settings):
-            then = counted.pass_of(model)
-            frozen = frozen_plan(model, splits, settings, then, counted.device, bf16=bf16)
-    except (InputError, UnsupportedError):  # the method, or the model, has no upper blocks
-        return []
-    setting, operations = f"method.layers_to_transform={UPPER}", float(then.operations)
-    keeps = frozen is not None and (not frozen.reason or frozen.remedy) and pays(frozen, counted)
-    if frozen is not None and keeps:
-        setting += " train.cache_frozen=true" if frozen.reason else ""
-        operations *= 1 - frozen.saved
-    fewer = 1 - operations / now.operations
-    if fewer <= NOTABLE:
-        return []
-    saves = f"{percent(fewer)} {OPERATIONS}"
-    if frozen is not None and keeps:
-        saves = kept(fewer, frozen)
-    return [Saving(setting, saves, "another adapter: tune its rate")]
 
 
 def kept(saved: float, frozen: FrozenPlan) -> str:

@@ -21,6 +21,7 @@ from petl.core.compat import (
     BaseTuner,
     BaseTunerLayer,
     ModulesToSaveWrapper,
+    freeze_ranks,
 )
 from petl.core.layers.class_swap import AdapterDict, SwappedClass, convert_module_dicts, swap_class
 from petl.core.layers.layer import AdapterLayer
@@ -30,6 +31,7 @@ from petl.core.serving.mixed_batch import AdapterRows
 from petl.core.spec.checks import check_adapter_name
 from petl.core.switching.kept_rows import KeptRows
 from petl.core.switching.norms import TrainedNorm
+from petl.errors import UnsupportedError
 
 # a model, and those adapters that its `peft_config` lists while this thread saves one of them
 _LISTED: ContextVar[tuple[nn.Module | None, Collection[str]]] = ContextVar(
@@ -390,3 +392,61 @@ def enable_switching(model: PeftModel) -> None:
         model.register_forward_pre_hook(pass_task_ids, with_kwargs=True)
         # not for the base model: the tuner reads them in `_enable_peft_forward_hooks`
         model.special_peft_forward_args |= {ARGUMENT, PASSED}
+
+
+class NotCombined:
+    """Replacement of `add_weighted_adapter` of a tuner whose result would be another update."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise UnsupportedError(f"add_weighted_adapter is not possible: {self.reason}")
+
+
+class NoMixedBatches:
+    """Replacement of a tuner's forward hooks that raises on `adapter_names`."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    @contextmanager
+    def __call__(self, *args: Any, **kwargs: Any) -> Generator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise UnsupportedError(f"adapter_names is not possible: {self.reason}")
+        yield
+
+
+def refuse_mixed_batches(model: PeftModel, reason: str) -> None:
+    """Make `model` raise UnsupportedError for `adapter_names`, which its tuner would ignore."""
+    tuner: Any = model.base_model
+    # an instance attribute, which shadows the tuner's method
+    tuner._enable_peft_forward_hooks = NoMixedBatches(reason)
+
+
+def apply_peft_fixes(model: PeftModel, adapter_name: str, not_mixed: str) -> None:
+    """Apply three fixes for PEFT to a model that it has wrapped or loaded.
+
+    Freeze AdaLoRA's rank counters, raise on `adapter_names` where the tuner ignores it, and on
+    `add_weighted_adapter` where it computes another sum.
+
+    Args:
+        not_mixed: why the method of the adapter lacks the capability "mixed"; "": it has it.
+    """
+    freeze_ranks(model.base_model)
+    if not_mixed:
+        refuse_mixed_batches(model, not_mixed)
+    reason = _not_combined(model.peft_config[adapter_name])
+    if reason:
+        tuner: Any = model.base_model
+        # an instance attribute, as that of `refuse_mixed_batches`
+        tuner.add_weighted_adapter = NotCombined(reason)
+
+
+def _not_combined(config: Any) -> str:
+    """Return why PEFT's LoRA cannot add adapters of this config; "": it can."""
+    if getattr(config, "use_rslora", False):
+        return "PEFT scales the sum of rsLoRA adapters by the root of its rank once more"
+    if getattr(config, "use_dora", False):
+        return "PEFT ignores the magnitudes of DoRA, and a sum of DoRA's updates is no DoRA"
+    return ""
