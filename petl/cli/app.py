@@ -201,10 +201,15 @@ def entry(main: Callable[[], Any]) -> NoReturn:
     log_conflicts()
     signal.signal(signal.SIGTERM, _terminate)
     end_with_launcher()
+
+    def program() -> Any:
+        refuse_run_dir()
+        return main()
+
     with tempfile.TemporaryDirectory() as unused:
         if not is_first():  # only the first process writes Hydra's record of a sweep
             sys.argv.append(f"hydra.sweep.dir={unused}")
-        status = reported(lambda: refuse_run_dir() or main())  # of a sweep, after all of its runs
+        status = reported(program)  # of a sweep, after all of its runs
         if status < SIGNALLED:
             for callback in closing:
                 callback()

@@ -9,9 +9,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 LOSS = 1.0  # passes over one token that drafts in a row, none of them right, may cost
-SHORT = (
-    8  # tokens of the rest after it; the next one, with half the loss before it, is twice as long
-)
+# tokens of the rest after it; the next one, with half the loss before it, is twice as long
+SHORT = 8
 WINDOW = 64  # rounds that are compared with plain decoding
 REST = 128  # tokens of plain decoding after a window that was slower
 
