@@ -17,6 +17,7 @@ class Interrupting:
             os.kill(os.getpid(), signal.SIGINT)
         return None
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a program in the background ignores it
 sys.meta_path.insert(0, Interrupting())
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -8,7 +8,7 @@ still finds all of them, so forward passes work at any time, in other threads to
 
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from contextvars import ContextVar
+from copy import copy
 from functools import cached_property
 from threading import RLock
 from typing import Any, Self, cast
@@ -33,10 +33,6 @@ from petl.core.switching.kept_rows import KeptRows
 from petl.core.switching.norms import TrainedNorm
 from petl.errors import UnsupportedError
 
-# a model, and those adapters that its `peft_config` lists while this thread saves one of them
-_LISTED: ContextVar[tuple[nn.Module | None, Collection[str]]] = ContextVar(
-    "_LISTED", default=(None, ())
-)
 # one thread hides entries at a time; one lock for all tuners, since a lock cannot be copied or
 # pickled with its tuner
 LOCK = RLock()
@@ -295,14 +291,6 @@ class SwitchingModel(SwappedClass, PeftModel):
     def _tuner(self) -> SwitchingTuner:
         return cast(SwitchingTuner, self.base_model)
 
-    # with PEFT's setter
-    @PeftModel.peft_config.getter
-    def peft_config(self) -> dict[str, Any]:
-        """The config of each adapter, by name."""
-        configs = self._tuner.peft_config
-        model, names = _LISTED.get()
-        return {name: configs[name] for name in names} if model is self else configs
-
     @contextmanager
     def disable_adapter(self) -> Generator[None]:
         """Disable all adapters in the block; the model computes as its base model."""
@@ -341,8 +329,8 @@ class SwitchingModel(SwappedClass, PeftModel):
             )
             return
         for name in names:
-            with self._tuner.only_visible({name}), self._listing(name):
-                super().save_pretrained(
+            with self._tuner.only_visible({name}):
+                super(SwitchingModel, self._listing(name)).save_pretrained(
                     save_directory,
                     safe_serialization,
                     [name],
@@ -351,11 +339,11 @@ class SwitchingModel(SwappedClass, PeftModel):
                     **kwargs,
                 )
 
-    @contextmanager
-    def _listing(self, adapter_name: str) -> Generator[None]:
-        """List, in the block, this adapter, the active ones, and those that cannot be hidden.
+    def _listing(self, adapter_name: str) -> Self:
+        """Return a view of this model that lists this adapter, the active ones, and a few more.
 
-        Only for this thread: others may compute with any adapter meanwhile.
+        These cannot be hidden. Modules are shared; the model itself is not changed, since other
+        threads may compute with any adapter meanwhile.
         """
         # PEFT has adapters of embeddings in dicts of bare parameters
         visible = {
@@ -366,12 +354,12 @@ class SwitchingModel(SwappedClass, PeftModel):
             for name in module
         }
         visible |= {adapter_name, *self.active_adapters}
-        names = [name for name in self.peft_config if name in visible]
-        token = _LISTED.set((self, names))
-        try:
-            yield
-        finally:
-            _LISTED.reset(token)
+        tuner, view = copy(self._tuner), copy(self)
+        tuner.peft_config = {
+            name: config for name, config in self.peft_config.items() if name in visible
+        }
+        view._modules = {**self._modules, "base_model": tuner}
+        return view
 
 
 def only_visible(model: PeftModel, names: Collection[str]) -> AbstractContextManager[None]:
