@@ -201,7 +201,11 @@ class Wanted:
         contents, form = self.contents, self.form
         positions = contents.positions(form)
         write(
-            *(self.folder, form, contents.keys, positions, contents.states(form)),
+            self.folder,
+            form,
+            contents.keys,
+            positions,
+            contents.states(form),
             computation=contents.prober.computation,
             rows=contents.digest,
         )

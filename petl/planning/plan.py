@@ -178,12 +178,18 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         with for_training(model, settings):
             device, dtype = accelerator.device, run.model.dtype
             memory = memory_of(model, splits, settings, dtype, device, storage)
-        bf16 = settings.computes_in(run.model.dtype) == "bf16"
+        bf16 = run.precision == "bf16"
         frozen = frozen_plan(model, splits, settings, memory.pass_, accelerator.device, bf16=bf16)
         capabilities = supports(model)
         counted = Counted(
-            *(run, splits, memory, frozen),
-            *(*positions, length.epochs, accelerator.device, storage.processes),
+            run,
+            splits,
+            memory,
+            frozen,
+            *positions,
+            passes=length.epochs,
+            device=accelerator.device,
+            processes=storage.processes,
         )
         with for_training(model, settings):
             of_passes = savings_of_passes(model, counted)
