@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 from collections.abc import Generator, Iterator
+from tempfile import TemporaryDirectory
 
 os.environ.setdefault(
     "OMP_WAIT_POLICY", "PASSIVE"
@@ -40,6 +41,10 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
     gc.disable()  # until the tests are collected: little of what is imported becomes garbage
+    # read when Trackio is imported, which any test may do
+    store = TemporaryDirectory(prefix="trackio-")
+    config.add_cleanup(store.cleanup)
+    os.environ["TRACKIO_DIR"] = store.name
     warm_python.begin()
     if config.option.device == standin.NAME:
         standin.register()

@@ -33,7 +33,6 @@ def _local(monkeypatch, tmp_path):
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
-        "TRACKIO_DIR": str(tmp_path / "trackio"),
         "DO_NOT_TRACK": "1",
     }.items():
         monkeypatch.setenv(name, value)

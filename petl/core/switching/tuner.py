@@ -8,7 +8,6 @@ still finds all of them, so forward passes work at any time, in other threads to
 
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from copy import copy
 from functools import cached_property
 from threading import RLock
 from typing import Any, Self, cast
@@ -354,12 +353,23 @@ class SwitchingModel(SwappedClass, PeftModel):
             for name in module
         }
         visible |= {adapter_name, *self.active_adapters}
-        tuner, view = copy(self._tuner), copy(self)
+        tuner, view = _view(self._tuner), _view(self)
         tuner.peft_config = {
             name: config for name, config in self.peft_config.items() if name in visible
         }
         view._modules = {**self._modules, "base_model": tuner}
         return view
+
+
+def _view(module: Any) -> Any:
+    """Return a second object with the attributes of a module; setting one leaves the module as is.
+
+    `copy` would make it by the class, and that of a module sharded by `fully_shard` calls
+    `__init__`.
+    """
+    view = object.__new__(type(module))
+    vars(view).update(vars(module))
+    return view
 
 
 def only_visible(model: PeftModel, names: Collection[str]) -> AbstractContextManager[None]:
