@@ -22,6 +22,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
 
+from bench.jobs.figure import seconds_axis
+
 from petl.cli import app
 from petl.cli.arguments import POSITIVE, SEED, each, file_to_read, file_to_write, folder_to_write
 from petl.config.compose import compose
@@ -227,9 +229,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
             [row.median for row in best], [row.score * factor for row in best],
             where="post", color="0.6", zorder=0,
         )  # fmt: skip
-        axes.set_xscale("log", subs=(1, 2, 5))
-        for axis_of in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-            axis_of("{x:g}")
+        seconds_axis(axes)
         axes.set(
             xlabel="processor seconds of training, median over seeds",
             ylabel=f"test {metric}{unit}, mean over seeds",

@@ -36,13 +36,12 @@ def add_parsers(add: Add) -> argparse.ArgumentParser:
 def draft(arguments: argparse.Namespace) -> None:
     """Train a drafter, and print what it gives."""
     from petl.config.compose import compose
-    from petl.distributed.processes import should_report
     from petl.inference.draft_training import train_drafter
     from petl.reports.formatting import echo, print_table
 
     cfg = compose(arguments.overrides, "draft")
     trained = train_drafter(arguments.run, cfg, trust_remote_code=arguments.trust_remote_code)
-    if not should_report():  # another process prints it
+    if trained is None:  # the first process has it
         return
     rows = [
         (i, *(f"{value:.3f}" for value in row[:3]), f"{sum(row):.3f}")

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from petl.config.schema import plain, read_fields
-from petl.core.distributed import made_by
+from petl.core.distributed import number
 from petl.core.parameters import max_positions
 from petl.distributed.launch import number_of_processes, start
 from petl.drafting import Answers, Drafter, Stats, answers, decode, fit, load_drafter
@@ -93,7 +93,9 @@ class DraftResult(NamedTuple):
     behind_lookup: Stats
 
 
-def train_drafter(run: str | Path, cfg: Any, *, trust_remote_code: bool = False) -> DraftResult:
+def train_drafter(
+    run: str | Path, cfg: Any, *, trust_remote_code: bool = False
+) -> DraftResult | None:
     """Train the drafter that a configuration names for a model, and write RUN/drafter.
 
     Several processes (`torchrun`) share the prompts; the first of them trains and writes.
@@ -101,6 +103,9 @@ def train_drafter(run: str | Path, cfg: Any, *, trust_remote_code: bool = False)
     Args:
         run: folder of a run, of an adapter, or of a model, such as a merged one.
         cfg: composed from configs/draft.yaml.
+
+    Returns:
+        None in all processes but the first.
 
     Raises:
         InputError: a setting cannot be used, there are no prompts, or the run has no model that
@@ -133,10 +138,9 @@ def train_drafter(run: str | Path, cfg: Any, *, trust_remote_code: bool = False)
             batch_size=settings.batch_size,
             **generation,
         )
-        # small heads: one process trains them while the others wait
-        return made_by(
-            0, lambda: _fitted(Path(run), language, drafter, made, fields, settings, measured)
-        )
+        if number() > 0:
+            return None  # at once: a process group does not wait for ever
+        return _fitted(Path(run), language, drafter, made, fields, settings, measured)
 
 
 def _fitted(

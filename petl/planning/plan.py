@@ -41,14 +41,13 @@ from petl.planning.savings import (
 )
 from petl.planning.shapes import model_on_shapes, storage_of
 from petl.ranks.targets import rank_targets
-from petl.runs.run_config import names_of, read_config
+from petl.runs.run_config import RunConfig, names_of, read_config
 from petl.runs.settings import TrainConfig
+from petl.tasks.base import Task
 from petl.training.dataloader import Splits, encode_splits, row_lengths
 from petl.training.evaluate import for_training
 from petl.training.optimizer import head_names, peak_lr
-from petl.training.wrapping import (
-    sized_fields,
-)
+from petl.training.wrapping import sized_fields
 
 UPPER = "top:0.33"  # the blocks with adapters of a cheaper run
 DEFAULT = "by default"  # the pattern of a method with target_modules=null
@@ -132,7 +131,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         InputError: an error that would stop the run before training.
     """
     run = read_config(cfg)
-    settings, launch = run.train, run.launch
+    settings = run.train
     with alone():  # a plan is made by one process
         accelerator = start(settings.seed, run.precision)
     data = run.data.read()
@@ -141,34 +140,11 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     splits = encode_splits(data, processor, settings, accelerator, run.data.repeats)
     fields = sized_fields(run, data.task, splits.sampler(settings).steps)
     model, notes = model_on_shapes(run, data.task, fields)
-    if run.ranks is not None:
-        spread = rank_targets(
-            run.ranks, partial(load_base, run.model, data.task, meta=True), fields
-        )
-        notes.append(
-            f"the ranks of blocks come from data (ranks={run.ranks.name}), with the mean "
-            f"{spread.mean}; sizes and memory are those of rank {spread.mean} everywhere"
-        )
-    tuner = type(model.base_model)
-    if hasattr(tuner, "update_and_allocate") and getattr(tuner, "moves_entries", True):
-        notes.append(
-            "this method changes its size during training; the adapter file is that of the start"
-        )
     config = build_config(**fields)
     storage = storage_of(run, data.task, config)
-    if storage.processes > 1:
-        notes.append(
-            f"memory of one process of {storage.processes}; for N processes run "
-            "`WORLD_SIZE=N petl plan ...`"
-        )
-    if launch.name == "deepspeed":
-        notes.append(
-            "memory includes the complete optimizer state, which DeepSpeed shards across processes"
-        )
-    doubles = modifies_base_weights(
-        config
-    )  # saved as the difference of two updates: twice the rank
-    saved = saved_shapes(model, rank_factor=2 if doubles else 1)
+    notes += notes_of(run, data.task, fields, model, storage.processes)
+    # saved as the difference of two updates: twice the rank
+    saved = saved_shapes(model, rank_factor=2 if modifies_base_weights(config) else 1)
     targets = targets_of(model, fields.get("target_modules"))
     length = length_of(splits, settings)
     # tokens of padding are computed as well
@@ -199,10 +175,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     if settings.cache_frozen is False:
         frozen = None
     if seconds is not None and frozen is not None and not frozen.reason:
-        # what a step saves is computed once for each example, unless it is there
-        computed = 1 / max(1.0, length.epochs) if frozen.missing else 0.0
-        left = 1 - frozen.saved * (1 - computed)
-        seconds = replace(seconds, steps=seconds.steps * left)
+        seconds = replace(seconds, steps=seconds.steps * share_left(frozen, length.epochs))
     return RunPlan(
         names=tuple(names_of(run.resolved)),
         targets=targets,
@@ -219,6 +192,46 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         memory=memory,
         notes=notes,
     )
+
+
+def notes_of(
+    run: RunConfig, task: Task, fields: Mapping[str, Any], model: PeftModel, processes: int
+) -> list[str]:
+    """Return what a reader of the plan must know of its numbers.
+
+    Args:
+        fields: of the method.
+        processes: that the run is planned for.
+    """
+    notes = []
+    if run.ranks is not None:
+        spread = rank_targets(run.ranks, partial(load_base, run.model, task, meta=True), fields)
+        notes.append(
+            f"the ranks of blocks come from data (ranks={run.ranks.name}), with the mean "
+            f"{spread.mean}; sizes and memory are those of rank {spread.mean} everywhere"
+        )
+    tuner = type(model.base_model)
+    if hasattr(tuner, "update_and_allocate") and getattr(tuner, "moves_entries", True):
+        notes.append(
+            "this method changes its size during training; the adapter file is that of the start"
+        )
+    if processes > 1:
+        notes.append(
+            f"memory of one process of {processes}; for N processes run `WORLD_SIZE=N petl plan "
+            "...`"
+        )
+    if run.launch.name == "deepspeed":
+        notes.append(
+            "memory includes the complete optimizer state, which DeepSpeed shards across processes"
+        )
+    return notes
+
+
+def share_left(frozen: FrozenPlan, epochs: float) -> float:
+    """Return the share of a run's operations that is left when the frozen states are stored."""
+    # what a step saves is computed once for each example, unless it is there
+    computed = 1 / max(1.0, epochs) if frozen.missing else 0.0
+    return 1 - frozen.saved * (1 - computed)
 
 
 def upper_blocks(counted: Counted, fields: Mapping[str, Any]) -> list[Saving]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.jobs.definitions import PLAIN
 
@@ -26,9 +27,9 @@ def draw(title: str, metric: str, curves: Mapping[str, Curve], file: Path) -> No
             scores = [score * (100 if is_share else 1) for _, score in curve]
             style = ":" if name.startswith(PLAIN) else "-"
             axes.plot([x for x, _ in curve], scores, style, marker="o", markersize=3, label=name)
+        seconds_axis(axes)
         axes.set(
             title=title,
-            xscale="log",
             xlabel="processor seconds since the start of the process, without evaluations",
             ylabel=f"validation {metric}{' (%)' if is_share else ''}",
         )
@@ -36,3 +37,10 @@ def draw(title: str, metric: str, curves: Mapping[str, Curve], file: Path) -> No
         axes.set_axisbelow(True)
         axes.legend(fontsize=8, frameon=False)
         figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+def seconds_axis(axes: Any) -> None:
+    """Make the x axis of a matplotlib figure logarithmic, with plain numbers."""
+    axes.set_xscale("log", subs=(1, 2, 5))
+    for set_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        set_formatter("{x:g}")
