@@ -6,13 +6,13 @@
 LoRA in all blocks, the upper half, third and sixth, and the last one, with the frozen blocks run in
 each step and read from a store, and SHERL: at one number of parameters, each with the learning rate
 that scores best on validation rows, over several seeds. It is a `petl study`, whose page is
-FOLDER/index.html; the table and the figure add the time. The seconds are those of training: filling
-a store comes before it, once for all runs that share it. Settings of `petl train` may follow.
+FOLDER/index.html; the table, which goes between the marks of the folder's name in a page, and the
+figure add the time. The seconds are those of training: filling a store comes before it, once for
+all runs that share it. Settings of `petl train` may follow.
 """
 
 import argparse
 import os
-import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -23,6 +23,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
 
 from bench.jobs.figure import seconds_axis
+from page_marks import filled
 
 from petl.cli import app
 from petl.cli.arguments import POSITIVE, SEED, each, file_to_read, file_to_write, folder_to_write
@@ -39,7 +40,6 @@ from petl.sweeps.study import Contender, Study, slug
 SHARES = ("top:0.5", "top:0.33", "top:0.17", "top:1")
 BUDGET = 331_776  # parameters of LoRA at rank 8 in all blocks of MiniLM
 SETTINGS = ("train.buckets=auto", "train.score_before=false", f"train.budget={BUDGET}")
-MARKS = re.compile(r"(<!-- placements -->\n).*?(<!-- end -->)", re.DOTALL)
 ALL, RUN, READ, SIDE = "all blocks", "blocks run", "from the store", "sherl"
 
 
@@ -111,7 +111,9 @@ def work(arguments: argparse.Namespace) -> None:
     if not rows:
         raise InputError(f"{study.folder} has no finished run: run the study without --page first")
     if arguments.page:
-        arguments.page.write_text(filled(arguments.page.read_text(), table(rows).markdown()))
+        block = table(rows).markdown()
+        text = filled(arguments.page.read_text(), study.folder.name, block)
+        arguments.page.write_text(text)
     if arguments.figure:
         draw(rows, arguments.figure)
 
@@ -177,17 +179,6 @@ def table(rows: Sequence[Row]) -> Table:
         for row in rows
     ]
     return Table(columns, lines)
-
-
-def filled(page: str, block: str) -> str:
-    """Return a page with a table between its marks.
-
-    Raises:
-        InputError: there are no marks.
-    """
-    if not MARKS.search(page):
-        raise InputError("the page has no '<!-- placements -->' with '<!-- end -->' after it")
-    return MARKS.sub(lambda match: f"{match[1]}\n{block}\n\n{match[2]}", page)
 
 
 def front(rows: Sequence[Row]) -> list[Row]:

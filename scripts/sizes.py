@@ -17,10 +17,11 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
 
+from page_marks import filled
 from sizes.cells import cells, is_measured, measure
 from sizes.data import prepare
 from sizes.records import read_all
-from sizes.report import draw, filled, markdown
+from sizes.report import draw, markdown
 from sizes.score import Scorer
 from sizes.train import LORA, run_of, studies
 
@@ -54,7 +55,7 @@ def report(arguments: argparse.Namespace) -> None:
     if arguments.report:
         print(block)
     if arguments.page:
-        arguments.page.write_text(filled(arguments.page.read_text(), block))
+        arguments.page.write_text(filled(arguments.page.read_text(), "sizes", block))
     if arguments.figure:
         draw(records, arguments.figure)
 

@@ -1,11 +1,9 @@
 """The tables of the study in markdown, and their place in a page."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from petl.errors import InputError
 from petl.reports.formatting import Table, seeds_text, size
 from sizes.cells import CODES, PAIRS, SEPARATE
 from sizes.data import TEST_ROWS, TRAIN_ROWS
@@ -15,7 +13,6 @@ from sizes.remarks import remarks
 from sizes.rows import Row, front, points, rows_of, verdict
 from sizes.train import LORA, SETTINGS
 
-MARKS = re.compile(r"(<!-- sizes -->\n).*?(<!-- end -->)", re.DOTALL)
 ONE_TASK = ("trained", "compress", "prune")
 COMMAND = "python scripts/sizes.py runs/sizes --wordnet WORDNET"
 
@@ -31,17 +28,6 @@ def markdown(records: Sequence[Record], missing: int = 0) -> str:
     where = "\n".join(f"- {key}: {value}" for key, value in circumstances(records).items())
     note = [f"Not complete: {missing} adapters are not measured yet."] if missing else []
     return "\n\n".join([*note, *parts, f"### What the tables show\n\n{said}", where])
-
-
-def filled(page: str, block: str) -> str:
-    """Return a page with a block between its marks.
-
-    Raises:
-        InputError: there are no marks.
-    """
-    if not MARKS.search(page):
-        raise InputError("the page has no '<!-- sizes -->' with '<!-- end -->' after it")
-    return MARKS.sub(lambda match: f"{match[1]}\n{block}\n\n{match[2]}", page)
 
 
 def tables(records: Sequence[Record]) -> dict[str, Table]:

@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import placements
 import pytest
-from placements import READ, RUN, Placement, Row, draw, filled, front, rows_of, table
+from placements import READ, RUN, Placement, Row, draw, front, rows_of, table
 
-import petl
 from petl.sweeps.study import Contender, Study, slug
 
 
@@ -72,12 +71,6 @@ def test_the_table_has_means_over_finished_seeds_and_times_relative_to_all_block
     assert first[2:4] == ["59.0 ± 1.4 %", "2"]
     assert second == ["last 2 of 6 blocks", READ, "56.0 ± 1.4 %", "2", "0.001", "331,776", "31.0",
                       "0.34"]  # fmt: skip
-    page = "Before.\n<!-- placements -->\nold\n<!-- end -->\nAfter.\n"
-    text = filled(page, table(rows).markdown())
-    assert "old" not in text
-    assert "| last 2 of 6 blocks | from the store |" in text
-    with pytest.raises(petl.InputError, match="<!-- placements -->"):
-        filled("no marks", "")
 
 
 def test_the_front_leaves_out_what_is_slower_and_no_better(tmp_path):
