@@ -15,6 +15,7 @@ Needs `pip install -e '.[docs]'`; refresh and check do without it.
 """
 
 import argparse
+import json
 import os
 import re
 import runpy
@@ -427,13 +428,18 @@ def filled(text: str, made: dict[str, str]) -> str:
 
 
 def pages() -> dict[Path, tuple[str, str]]:
-    """By page, its text and what the text should be."""
+    """By page, its text and what the text should be; also of the verdicts in `petl methods`."""
+    from claims.page import listed
+
+    from petl.catalog import verdicts
+
     made: dict[str, str] = {}
     found = {}
     for path in sorted(DOCS.rglob("*.md")):
         text = path.read_text()
         if MARKS.search(text):
             found[path] = (text, filled(text, made))
+    found[verdicts.FILE] = (verdicts.FILE.read_text(), json.dumps(listed(), indent=1) + "\n")
     return found
 
 

@@ -11,6 +11,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from petl.catalog.verdicts import tried
 from petl.config.command_line import config_dir, config_file, options_of
 from petl.files.disk import write_atomic
 from petl.imports.peft_hook import plugins
@@ -36,7 +37,7 @@ class Table:
 
 
 def listing() -> list[Table]:
-    """Return the tables of methods, losses and recipes, from the cache if it is up to date.
+    """Return the tables that `petl methods` prints, from the cache if it is up to date.
 
     Methods of other packages are counted each time, and the user's own recipes are added.
     """
@@ -52,7 +53,8 @@ def listing() -> list[Table]:
         )
         tables = compute_tables()
     tables = with_foreign(tables) if plugins() else tables
-    return with_own_recipes(tables) if users_recipes() else tables
+    tables = with_own_recipes(tables) if users_recipes() else tables
+    return [*tables[:-1], _tried(), tables[-1]]
 
 
 def users_recipes() -> list[str]:
@@ -177,6 +179,15 @@ def _recommended() -> Table:
     entries = [method(name) for name in sorted(BUILT_IN, key=_by_need)]
     rows = [[e.need, e.name, e.recommended] for e in entries if e.recommended]
     return Table("recommended, by what you need", ["for", "method", "why"], rows)
+
+
+def _tried() -> Table:
+    rows = [[each.verdict, each.claim, each.statement, each.difference] for each in tried()]
+    return Table(
+        "claims of papers, tried on small models and real data (docs/claims.md)",
+        ["verdict", "claim", "statement", "difference, 95 %"],
+        rows,
+    )
 
 
 def _losses() -> Table:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from petl.catalog.fields import Field, as_yaml, describe_inner_fields, fields_of
+from petl.catalog.verdicts import verdict_lines
 from petl.config.command_line import config_file, preset_of, shown_path
 from petl.config.recipes import Recipe, list_recipes, paper_of, parts_of, recipe
 from petl.core.registry import METHODS
@@ -84,6 +85,7 @@ def _page_of_method(entry: Method) -> Page:
             f"implemented by: {entry.by}",
             *lines_of(name),
             f"default learning rate (train.lr): {entry.lr:g}",
+            *verdict_lines(name),
             *_usage(entry),
         ],
         # a method of another package may have no YAML yet
@@ -112,6 +114,7 @@ def _page_of_loss(entry: Loss) -> Page:
         entry.paper,
         [
             "an extra loss, for any method",
+            *verdict_lines(name),
             f"usage: petl train +method=NAME +loss={name} loss.FIELD=VALUE,",
             f'  or petl.wrap(model, "{name}", method="lora", method_config={{"r": 8}}, ...),',
             "  or, for an existing PeftModel,",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from statistics import fmean
+from typing import Any
 
 from claims.catalog import CLAIMS, UNTRIED
 from claims.claim import Claim, Statement
@@ -234,6 +235,26 @@ def quoted(method: str) -> str:
     columns = ["statement", "verdict", "difference, 95 %: in points or as named"]
     table = Table(columns, [list(row) for row in rows])
     return f"{table.markdown()}\n\nHow they were tried: {links}."
+
+
+def listed() -> list[dict[str, Any]]:
+    """Return the verdicts that `petl methods` lists, as in petl/catalog/verdicts.json."""
+    published = read_published()
+    return [
+        {
+            "claim": claim.name,
+            "methods": sorted(methods_of(statement) & {*claim.pages}),
+            "statement": said,
+            "verdict": word,
+            "difference": f"{found} points" if statement.measure is ACCURACY else found,
+        }
+        for claim in CLAIMS.values()
+        if claim.name in published
+        for statement, (said, word, found, *_) in zip(
+            claim.statements, summary(claim, published[claim.name]).rows, strict=True
+        )
+        if word != NOT_YET
+    ]
 
 
 def methods_of(statement: Statement) -> set[str]:

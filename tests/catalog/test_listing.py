@@ -11,7 +11,8 @@ import pytest
 from fresh_python import SLOW, fresh
 
 import petl
-from petl.catalog import listing
+from petl.catalog import listing, verdicts
+from petl.catalog.method_page import page_of
 from petl.config import command_line
 from petl.config.command_line import config_dir
 
@@ -111,3 +112,25 @@ def test_methods_are_grouped_by_need_and_each_need_recommends_one_at_most(comput
 )
 def test_a_paper_is_named_without_its_title(paper, short):
     assert listing.short_paper(paper) == short
+
+
+def test_verdicts_on_claims_are_listed_and_shown_with_their_methods(tmp_path, monkeypatch):
+    row = {
+        "claim": "sharing",
+        "methods": ["mos"],
+        "statement": "MoS equals LoRA",
+        "verdict": "holds",
+        "difference": "+0.10 (-0.30 to +0.50) points",
+    }
+    other = {**row, "claim": "buckets", "methods": [], "statement": "buckets save time"}
+    file = tmp_path / "verdicts.json"
+    file.write_text(json.dumps([row, other]))
+    monkeypatch.setattr(verdicts, "FILE", file)
+    (table,) = [table for table in listing.listing() if "claims" in table.title]
+    assert table.rows == [
+        ["holds", "sharing", "MoS equals LoRA", "+0.10 (-0.30 to +0.50) points"],
+        ["holds", "buckets", "buckets save time", "+0.10 (-0.30 to +0.50) points"],
+    ]
+    said = "tried: MoS equals LoRA: holds, +0.10 (-0.30 to +0.50) points"
+    assert [fact for fact in page_of("mos").facts if fact.startswith("tried")] == [said]
+    assert not [fact for fact in page_of("lora").facts if fact.startswith("tried")]
