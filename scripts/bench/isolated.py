@@ -122,10 +122,15 @@ def resident() -> int:
         raise UnsupportedError(
             f"{RESET} does not exist: the peak memory of a process can be measured on Linux only"
         )
-    ctypes.CDLL(None).malloc_trim(
-        0
-    )  # or steps would reuse memory that was freed while the model was built
+    # or steps would reuse memory that was freed while the model was built
+    ctypes.CDLL(None).malloc_trim(0)
     return _status("VmRSS")
+
+
+def own_memory() -> int:
+    """Return the memory of this process in bytes that is mapped from no file."""
+    resident()
+    return _status("RssAnon")
 
 
 def _status(field: str) -> int:

@@ -14,7 +14,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 import petl
 from bench.clocks import Spread, in_turn, milliseconds, seconds, uncollected
 from bench.contenders import Contender
-from bench.isolated import resident
+from bench.isolated import own_memory, resident
 from bench.records import Record
 from bench.scale import exponent
 from bench.serve import bytes_of, forward, served
@@ -28,6 +28,7 @@ HOSTED = (
     "lora", "increlora", "mos", "mola 8/2", "adapter 48", "compacter 48", "binary on lora",
     "sparse 1 %",
 )  # fmt: skip
+MAPPED = "mola 8/2"  # a thousand are more than ROOM, unless their tensors stay in the files
 BATCHES = ((16, 8), (64, 1))  # number of rows, and tokens per row
 
 MODULES = (140, 280, 560, 1120)  # adapted modules: small blocks with seven linear layers each
@@ -36,9 +37,12 @@ TINY = {"hidden": 64, "heads": 4, "kv_heads": 2, "ff": 96, "vocabulary": 512}
 
 def adapters(rows: Sequence[Contender], shape: Shape, rounds: int) -> list[Record]:
     """Return records of the cost of each further adapter, and of using one among many."""
-    return [
-        record for row in rows if row.name in HOSTED for record in _adapters(row, shape, rounds)
-    ]
+    records = []
+    for row in (row for row in rows if row.name in HOSTED):
+        records += _adapters(row, shape, rounds)
+        if row.name == MAPPED:
+            records.append(_mapped(row, shape))
+    return records
 
 
 def _adapters(row: Contender, shape: Shape, rounds: int) -> list[Record]:
@@ -77,6 +81,26 @@ def _adapters(row: Contender, shape: Shape, rounds: int) -> list[Record]:
             )
         )
     return records
+
+
+def _mapped(row: Contender, shape: Shape) -> Record:
+    """Return the record of as many adapters as there may be, mapped from files."""
+    bench, count = Bench(replace(shape, layers=LAYERS)), COUNTS[-1]
+    model = served(row.fitting(LAYERS), bench)
+    gc.collect()
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        own, all_of_it, times = own_memory(), resident(), []
+        for i in range(1, count):
+            add = {"adapter_name": f"a{i}", "low_cpu_mem_usage": True}
+            times.append(seconds(lambda add=add: petl.load(model, Path(folder), **add), "cpu"))
+        facts = {
+            "resident B each": (resident() - all_of_it) / (count - 1),
+            "own B each": (own_memory() - own) / (count - 1),
+            "load ms": 1000 * statistics.fmean(times[-10:]),
+        }
+    title = f"{shape.name}, {LAYERS} layers"
+    return Record("many", title, f"{row.name}, {count}, mapped", is_own=row.is_own, facts=facts)
 
 
 def _mixed(

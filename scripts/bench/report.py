@@ -68,6 +68,7 @@ LABELS = {
     "collectives": "collective operations per step",
     "B each": "bytes per adapter",
     "resident B each": "resident bytes (RSS) per adapter",
+    "own B each": "of these, mapped from no file (RssAnon)",
 }
 GOALS = {  # and the values they bound
     "goal": "time / floor",

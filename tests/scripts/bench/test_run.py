@@ -159,6 +159,15 @@ def test_the_many_section_adds_adapters_and_wraps_many_modules(monkeypatch):
     assert {"wrap s", "wrap exponent", "write exponent"} <= set(found["lora"].facts)
 
 
+def test_mapped_adapters_take_little_memory_of_the_process_itself(monkeypatch):
+    monkeypatch.setattr(many, "COUNTS", (1, 41))
+    monkeypatch.setattr(many, "MODULES", (14,))
+    found = {r.row: r for r in records("many", "mola")}
+    mapped = found["mola 8/2, 41, mapped"].facts
+    assert 0 <= mapped["own B each"] < mapped["resident B each"]
+    assert mapped["load ms"] > 0
+
+
 def test_adapters_that_take_too_long_or_too_much_memory_are_skipped(monkeypatch):
     monkeypatch.setattr(many, "COUNTS", (1, 3))
     monkeypatch.setattr(many, "MODULES", (14, 28))
