@@ -97,9 +97,11 @@ class Job:
         found = []
         if self.by_length:
             found.append(Variant("petl, no buckets", arm, ("train.buckets=null",)))
+        found.append(Variant("petl", arm, tunes=True))
+        if self.bf16:
+            found.append(Variant("petl, bf16", arm, precision))
         return [
             *found,
-            Variant("petl", arm, tunes=True),
             Variant("petl, scored after alone", arm, AFTER),
             Variant("petl, fast, fills the store", upper, fast, store="fills"),
             Variant("petl, fast, reads the store", upper, fast, store="reads", tunes=True),
