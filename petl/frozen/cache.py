@@ -83,17 +83,17 @@ class FrozenCache:
     @property
     def hits(self) -> int:
         """Passes of the model whose frozen blocks did not run."""
-        return self._feed.hits
+        return self._feed.passes.hits
 
     @property
     def misses(self) -> int:
         """Passes since the first `fill` whose frozen blocks ran."""
-        return self._feed.misses
+        return self._feed.passes.misses
 
     @property
     def reason(self) -> str:
         """Why the last such pass ran them."""
-        return self._feed.reason
+        return self._feed.passes.reason
 
     def find(self, rows: Sequence[Any], collate: Collate) -> "Wanted":
         """Return the store that these rows need, which may not be there yet.

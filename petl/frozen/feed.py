@@ -8,6 +8,7 @@ front of the model's body look its rows up.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,15 +41,33 @@ class FedBlock(SwappedClass):
         return feed.returned(args[0] if args else kwargs["hidden_states"])
 
 
+@dataclass
+class Passes:
+    """Passes of a model, and of its copies.
+
+    Attributes:
+        hits, misses: that were and were not from a store.
+        reason: of the last miss.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    reason: str = ""
+
+    def __deepcopy__(self, _: object) -> "Passes":
+        return self
+
+
 class Feed:
     """The hooks of a model and the swapped classes of its blocks.
+
+    `copy.deepcopy` of the model gives the copy a feed of its own, with the same stores.
 
     Attributes:
         stores: that are looked up, in this order.
         states: those of the pass that runs, [B, T, ...]; None: its blocks run.
         watcher: called with the rows of each pass, in place of looking them up.
-        hits, misses: passes that were and were not from a store.
-        reason: of the last miss.
+        passes: that looked their rows up.
         is_unchanged: compares the weights of the prefix with those of the stores.
     """
 
@@ -56,8 +75,7 @@ class Feed:
         self.prefix, self.stores = prefix, list[Store]()
         self.states: Tensor | None = None
         self.watcher: Callable[[Rows], None] | None = None
-        self.hits = self.misses = 0
-        self.reason = ""
+        self.passes = Passes()
         self.autocast = ""  # of the states in the stores
         self.called: Mapping[str, nn.Module] = {}
         self.modules = list[nn.Module]()
@@ -158,10 +176,10 @@ class Feed:
         if not reason:
             self.states = self._look_up(rows, _device_of(given))
         if self.states is None:
-            self.reason = reason or "rows that are in no store"
-            self.misses += 1
+            self.passes.reason = reason or "rows that are in no store"
+            self.passes.misses += 1
             return None
-        self.hits += 1
+        self.passes.hits += 1
         # no key-value cache: it would lack the blocks that do not run
         return (args, {**kwargs, "use_cache": False}) if self._takes_cache(given) else None
 
@@ -203,6 +221,12 @@ class Feed:
         if len(states) < len(found) or not states:
             return None
         return gathered(states, rows, self.prefix.blocks, device)
+
+
+def feed_of(model: nn.Module) -> Feed | None:
+    """Return the feed of a model's frozen blocks; None if they run in each pass."""
+    fed = (module for module in model.modules() if isinstance(module, FedBlock))
+    return next((block.__dict__[FEED] for block in fed), None)
 
 
 def gathered(

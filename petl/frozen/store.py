@@ -85,6 +85,9 @@ class Store:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def __deepcopy__(self, _: object) -> "Store":
+        return self  # a copy of a model reads the same files
+
     def find(self, keys: Sequence[bytes]) -> np.ndarray:
         """Return the row of each key, -1 for one that the store has not."""
         # numpy drops zero bytes at the end of such strings: no loss, as all keys have one length

@@ -8,7 +8,6 @@ from peft import PeftModel
 
 from petl.core.distributed import made_by
 from petl.data.streaming import StreamedRows
-from petl.distributed.processes import current_lane
 from petl.errors import InputError, UnsupportedError
 from petl.frozen.cache import FrozenCache, Wanted, cache_frozen
 from petl.frozen.prefix import find_prefix
@@ -58,11 +57,6 @@ def _cache(
         raise _NothingFrozen(f"train.steps={settings.steps} trains nothing")
     if isinstance(splits.train, StreamedRows):
         raise InputError("the training examples are a stream (data.streaming=true)")
-    if current_lane() is not None:
-        raise InputError(
-            "the passes of runs that train together have copies of the blocks; study without "
-            "--together"
-        )
     try:
         if settings.cache_frozen == "auto" and not find_prefix(model).k:
             raise _NothingFrozen("no block is frozen below all others")  # as usual

@@ -1,6 +1,7 @@
 """Runs whose adapters train in one pass, compared with the same runs one by one."""
 
 import json
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -95,6 +96,34 @@ def test_runs_in_one_pass_are_those_of_their_own_processes(tiny, tmp_path):
         log = tmp_path / "together" / f"{name}.log"
         assert (tmp_path / "together" / name / "scores.json").exists(), log.read_text()
         assert "adapted" in log.read_text()
+        alone = tmp_path / "alone" / name
+        main()(compose(overrides_of(tiny, alone, words)))
+        assert_equal_runs(tmp_path / "together" / name, alone)
+
+
+def test_passes_of_runs_with_stored_blocks_read_the_rows_of_all_of_them(
+    tiny, tmp_path, monkeypatch, petl_log
+):
+    """Two runs with stores, in one pass, and one that computes its blocks, in another."""
+    monkeypatch.setenv("PETL_CACHE", str(tmp_path / "cache"))
+    upper = ["method.layers_to_transform=top:1", "train.steps=14"]  # two epochs
+    settings = {
+        "a": [*upper, "train.seed=0"],
+        "b": [*upper, "train.seed=1", "train.lr=3e-3", "train.validation_share=0.3"],
+        "c": [*upper, "train.cache_frozen=false"],
+    }
+    jobs = {
+        tmp_path / "together" / name: overrides_of(tiny, tmp_path / "together" / name, words)
+        for name, words in settings.items()
+    }
+    (tmp_path / "together").mkdir()
+    assert together(jobs, 3) == [3] * 14
+    counts = re.findall(r"(\d+) of (\d+) passes skipped the frozen blocks", petl_log.text)
+    assert len(counts) == 2
+    assert all(hits == total for hits, total in counts)
+    # those of all runs, and the evaluations of one: before, at every other step, after
+    assert max(int(hits) for hits, _ in counts) >= 14 + 1 + 7 + 1
+    for name, words in settings.items():
         alone = tmp_path / "alone" / name
         main()(compose(overrides_of(tiny, alone, words)))
         assert_equal_runs(tmp_path / "together" / name, alone)

@@ -30,6 +30,7 @@ from petl.core.registry import method_of
 from petl.core.switching.lora import SwitchingLora
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnsupportedError
+from petl.frozen.feed import feed_of
 from petl.training.together.batches import (
     MASKS,
     Batch,
@@ -234,6 +235,12 @@ def check_alike(first: Member, other: Member) -> None:
             f"adapters that train together are on the same modules, and {differing[0]} is adapted "
             "by one of two only"
         )
+    fed = [feed_of(member.base) is not None for member in (first, other)]
+    if fed[0] != fed[1]:
+        raise InputError(
+            "one of two adapters reads the output of its frozen blocks from a store, and the other "
+            "computes it: adapters that train together do the same"
+        )
     weights, others = (base_weights(member) for member in (first, other))
     # the same objects, not equal values: the pass reads those of the first member
     foreign = next((name for name, weight in weights.items() if others[name] is not weight), None)
@@ -263,6 +270,11 @@ def build(members: Sequence[Member]) -> tuple[nn.Module, list[Stack]]:
     for hooks in (lead._forward_pre_hooks, lead._forward_hooks):
         # deepcopy has copied these dicts, so the member's model keeps its hooks
         hooks.clear()
+    feed = feed_of(lead)
+    if feed is not None:  # each member may have rows of its own
+        feeds: list[Any] = [feed_of(member.base) for member in members]
+        stores = {store.folder: store for each in feeds for store in each.stores}
+        feed.stores = list(stores.values())
     stacks: list[Stack] = []
     generators = [member.generator for member in members]
     for path in members[0].adapted:
