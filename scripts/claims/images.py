@@ -33,7 +33,7 @@ MERGED = f"{PYRA} method.reactivate=false"
 
 MERGING = Claim(
     name="pyra",
-    title="PYRA with the high schedule keeps the accuracy at a third of the time",
+    title="PYRA with the high schedule keeps the accuracy in half of the time",
     paper="Xiong et al. 2024, arXiv:2403.09192",
     paper_says="ViT-B and ViT-L on VTAB-1k, 1,000 images a task, with LoRA: the high schedule runs "
     "more than three times as fast as all tokens, with a higher accuracy than a smaller model of "

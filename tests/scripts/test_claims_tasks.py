@@ -207,7 +207,7 @@ def by_hand(folders, base, combine, scale):
         found[task] = []
         for line in lines:
             ids = tokenizer(line["text"], return_tensors="pt")["input_ids"]
-            of_class = model(input_ids=ids).logits[0].log_softmax(-1)
+            of_class = model(input_ids=ids).logits[0].detach().log_softmax(-1)
             names = [labels[str(i)] for i in range(len(labels))]
             loss = -float(of_class[names.index(line["label"])])
             found[task].append((names[int(of_class.argmax())], loss))
