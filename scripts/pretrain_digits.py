@@ -13,7 +13,9 @@ are new. Does nothing if the folder has a model.
 import argparse
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
 
@@ -26,6 +28,7 @@ from petl.config.compose import compose
 from petl.data.base import encode
 from petl.models.loading import load_base, load_processor
 from petl.runs.run_config import read_config
+from petl.tasks.base import Row, Task
 
 CLASSES = 5  # the digits below this one
 BATCH, RATE = 32, 1e-3
@@ -55,19 +58,31 @@ def pretrain(folder: Path, epochs: int, rows: int | None = None) -> None:
         print(f"{folder} has a model; nothing to do")
         return
     config = read_config(compose(["+method=lora", "model=vit_random", "data=digits"]))
-    settings = config.resolved["model"]
     data = config.data.read()
-    processor = load_processor(settings, data.task)
     known = [row for row in data.train if row["label"] < CLASSES][:rows]
-    encoded = encode(data.task, processor, known)
+    right = write_model(folder, config.resolved["model"], data.task, known, epochs)
+    print(f"{folder}: {len(known)} images of {CLASSES} classes, {right:.1%} of them right")
+
+
+def write_model(
+    folder: Path, settings: Mapping[str, Any], task: Task, rows: Sequence[Row], epochs: int
+) -> float:
+    """Train a model on rows and write it with its processor; return the last epoch's accuracy.
+
+    Args:
+        settings: of `model`.
+        rows: as the task reads them.
+    """
+    processor = load_processor(settings, task)
+    encoded = encode(task, processor, rows)
     pixels = torch.stack([torch.as_tensor(row["pixel_values"]) for row in encoded]).float()
     labels = torch.tensor([row["labels"] for row in encoded])
     torch.manual_seed(0)
-    model = load_base(settings, data.task, processor=processor)
+    model = load_base(settings, task, processor=processor)
     right = train(model, pixels, labels, epochs)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    print(f"{folder}: {len(labels)} images of {CLASSES} classes, {right:.1%} of them right")
+    return right
 
 
 def train(model: nn.Module, pixels: Tensor, labels: Tensor, epochs: int) -> float:

@@ -1,6 +1,6 @@
 """All claims, in the order in which a user would ask for them."""
 
-from claims import costs, decoder, more, smaller, verbs
+from claims import costs, decoder, images, more, smaller, tasks, verbs
 from claims.claim import Claim
 from claims.untried import UNTRIED
 
@@ -23,6 +23,9 @@ CLAIMS: dict[str, Claim] = {
         costs.RANKS,
         decoder.FORGETTING,
         decoder.PACKING,
+        tasks.COMBINED,
+        tasks.SHARED,
+        images.MERGING,
     )
 }
 

@@ -2,12 +2,13 @@
 
 A contender is given by words: those of a method and settings of `petl train`, as
 `petl.sweeps.study.Contender` takes them. An edited contender is what `claims.edits` makes of a
-trained one: "lora | prune drop=0.9 q=dare".
+trained one: "lora | prune drop=0.9 q=dare". One of several trained ones, each of another task, is
+what `claims.several` makes of them: "lora on=verbs + lora on=reviews | own".
 """
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,12 @@ from claims.measures import ACCURACY, Measure
 from petl.sweeps.study import Contender
 
 MARGIN = 0.01  # of accuracy: smaller differences are no reason to choose a method
-EDIT = " | "
+EDIT, AND = " | ", " + "
+
+
+def made_of(words: str) -> list[str]:
+    """Return the words of the trained contenders that one is made of: of a trained one, its own."""
+    return words.partition(EDIT)[0].split(AND)
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,8 @@ class Setting:
         write_files: writes the files of the data to a new folder; None: there are none.
         also_on: files whose rows each finished run is scored on too, by name; see
             `claims.measures.loss_on`.
+        stands_for: settings of `petl train` that a word of a contender stands for, such as
+            "on=verbs" for the data of a task.
     """
 
     name: str
@@ -105,6 +113,7 @@ class Setting:
     limits: tuple[str, ...] = ()
     write_files: Callable[[Path], None] | None = None
     also_on: tuple[str, ...] = ()
+    stands_for: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,6 +131,7 @@ class Claim:
         pages: methods whose pages quote the verdicts.
         shown: heat maps.
         limits: sentences on what the trial does not cover, beside those of the setting.
+        beside: words of contenders that no statement compares and that the table shows.
     """
 
     name: str
@@ -134,6 +144,7 @@ class Claim:
     pages: tuple[str, ...]
     shown: tuple[Shown, ...] = ()
     limits: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.edited and self.setting.also_on:
@@ -141,13 +152,13 @@ class Claim:
 
     @property
     def contenders(self) -> list[Contender]:
-        """All contenders in the order in which the statements name them."""
+        """All contenders in the order in which the statements name them, then those beside."""
         return [Contender(words) for words in dict.fromkeys(self._named())]
 
     @property
     def trained(self) -> list[Contender]:
         """The contenders that are trained, and those that the edited ones are made of."""
-        words = dict.fromkeys(each.words.split(EDIT)[0] for each in self.contenders)
+        words = dict.fromkeys(part for each in self.contenders for part in made_of(each.words))
         return [Contender(each) for each in words]
 
     @property
@@ -164,6 +175,7 @@ class Claim:
         for statement in self.statements:
             for words, _ in statement.signs:
                 yield words
+        yield from self.beside
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ entries; the adapter itself is not kept.
 
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sizes.divisors import KINDS, divisors
@@ -27,18 +28,24 @@ Settings = dict[str, str]
 SCOPES = ("global", "tensor")
 
 
-def parsed(words: str) -> tuple[str, Settings]:
+def parsed(
+    words: str, known: Mapping[str, Mapping[str, Sequence[str]]] | None = None
+) -> tuple[str, Settings]:
     """Return the kind of an edit and its settings.
+
+    Args:
+        known: the values of each setting by kind, none: any; None: of `EDITS`.
 
     Raises:
         InputError: there is no such kind, or its settings are others.
     """
+    kinds = {name: own for name, (_, own) in EDITS.items()} if known is None else known
     kind, *given = words.split()
     settings = dict(word.split("=", 1) for word in given)
-    if kind not in EDITS or settings.keys() != EDITS[kind][1].keys():
-        known = "; ".join(" ".join([name, *keys]) for name, (_, keys) in EDITS.items())
-        raise InputError(f"{words!r} is not an edit; known, with their settings: {known}")
-    for name, allowed in EDITS[kind][1].items():
+    if kind not in kinds or settings.keys() != kinds[kind].keys():
+        named = "; ".join(" ".join([name, *keys]) for name, keys in kinds.items())
+        raise InputError(f"{words!r} is not an edit; known, with their settings: {named}")
+    for name, allowed in kinds[kind].items():
         if allowed and settings[name] not in allowed:
             raise InputError(f"{name}={settings[name]} is not one of {', '.join(allowed)}")
     return kind, settings

@@ -161,7 +161,8 @@ def cells(claim: Claim, found: Scored, planned: int) -> list[str]:
         scores += f" ({len(found.scores)} of {planned} seeds)"
     more = [mean_of(each, found.measured[each.name]) for each in others]
     file, time = size(found.bytes), duration(found.cpu_seconds)
-    return [scores, *more, number(found.rate), f"{found.parameters:,}", file, time]
+    rate = "of each" if found.rate is None else number(found.rate)
+    return [scores, *more, rate, f"{found.parameters:,}", file, time]
 
 
 def mean_of(measure: Measure, values: dict[str, float]) -> str:

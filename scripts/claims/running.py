@@ -3,19 +3,21 @@
 import logging
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sizes.score import Scorer
 
-from claims.claim import EDIT, Claim, Shown, Statement
+from claims.claim import AND, EDIT, Claim, Shown, Statement, made_of
 from claims.edits import edit
 from claims.intervals import Estimate, estimate
 from claims.measures import also_folder, scores
 from claims.results import Map, Result, Scored
+from claims.several import Tasks, assemble
 from petl.deltas.adapters import new_folder
 from petl.errors import RunStopped
 from petl.export.saved_adapter import find
@@ -41,17 +43,20 @@ logger = logging.getLogger("petl.claims")  # below petl, whose messages the comm
 
 @dataclass(frozen=True)
 class Placed(Contender):
-    """A contender whose words may have {data}.
+    """A contender whose words may have {data}, or stand for settings.
 
     Attributes:
         data: the folder of the files of the claim's data.
+        stands_for: as of `Setting`.
     """
 
     data: Path
+    stands_for: Mapping[str, Sequence[str]] = field(default_factory=dict, compare=False)
 
     @property
     def overrides(self) -> list[str]:
-        return settings_in(self.data, super().overrides)
+        words = (self.stands_for.get(word, (word,)) for word in super().overrides)
+        return settings_in(self.data, [*chain.from_iterable(words)])
 
 
 def study_of(
@@ -61,7 +66,7 @@ def study_of(
     setting, data = claim.setting, data_folder(claim, folder)
     return Study(
         folder=folder / setting.name,
-        contenders=[Placed(contender.words, data)],
+        contenders=[Placed(contender.words, data, setting.stands_for)],
         seeds=list(setting.seeds),
         rates=list(setting.rates),
         overrides=[*settings_in(data, setting.overrides), *PLAIN],
@@ -136,15 +141,22 @@ def try_claim(claim: Claim, folder: Path, command: str, jobs: int = 1, together:
 
 def edit_all(claim: Claim, contender: Contender, folder: Path) -> None:
     """Edit the adapters of the finished runs that a contender is made of, and score them."""
-    words, change = contender.words.split(EDIT)
+    change, of = contender.words.partition(EDIT)[2], made_of(contender.words)
     done = finished(claim, contender, folder)
-    trained = finished(claim, Contender(words), folder)
-    due = {seed: run for seed, run in trained.items() if seed not in done}
-    if not due:
+    trained = [finished(claim, Contender(words), folder) for words in of]
+    ready = sorted(set.intersection(*map(set, trained)) - set(done))
+    if not ready:
         return
-    scorer = Scorer(next(iter(due.values())))  # one base model for all seeds
-    for seed, run in due.items():
-        edit(change, run, seed, scorer, folder_of(claim, contender, folder) / f"seed-{seed}")
+    place = folder_of(claim, contender, folder)
+    if AND in contender.words:
+        tasks = Tasks([each[ready[0]] for each in trained], of)  # one base of a task for all seeds
+        for seed in ready:
+            assemble(change, [each[seed] for each in trained], tasks, place / f"seed-{seed}")
+        return
+    (runs,) = trained
+    scorer = Scorer(runs[ready[0]])  # one base model for all seeds
+    for seed in ready:
+        edit(change, runs[seed], seed, scorer, place / f"seed-{seed}")
 
 
 def measure(claim: Claim, folder: Path, command: str) -> Result:
@@ -233,15 +245,21 @@ def scored(
         means: the mean value of each run, by measure, contender and seed.
     """
     results = [scores(run) for run in runs.values()]
-    trained = Contender(contender.words.split(EDIT)[0])
+    trained, *more = [Contender(words) for words in made_of(contender.words)]
     of_training = next(iter(finished(claim, trained, folder).values()))
     first = read_results(of_training)
     tried = study_of(claim, trained, folder).tried.get(trained.name)
+    if more:  # each has a rate of its own, in its row of the table
+        rate, validation = None, {}
+    elif tried is None:  # a single rate is not tuned
+        rate, validation = first["lr"], {}
+    else:
+        rate, validation = tried["taken"], tried["validation"]
     main, *others = claim.measures
     return Scored(
         means[main.name][contender.words],
-        first["lr"] if tried is None else tried["taken"],  # a single rate is not tuned
-        {} if tried is None else tried["validation"],
+        rate,
+        validation,
         max(result.get("adapter_parameters", first["adapter_parameters"]) for result in results),
         max(result["adapter_bytes"] for result in results),
         statistics.fmean(result["cpu_seconds"] for result in results),

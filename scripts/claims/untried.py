@@ -18,20 +18,11 @@ UNTRIED = (
         "skips zeros, which torch does not have",
     ),
     Untried(
-        "combined",
-        "TIES is better than averaging on two and on four tasks; one adapter for several tasks "
-        "equals one for each",
-        "Yadav et al. 2023 (TIES), arXiv:2306.01708; Sung et al. 2022 (VL-Adapter), "
-        "arXiv:2112.06825",
-        "contenders that are made of the runs of several tasks, and a measure over the rows of all "
-        "of them; the page of results has three seeds of two tasks",
-    ),
-    Untried(
         "parts",
-        "Polyhistor, PYRA at a third of the time, DKVB, VL-PET, SCEdit, ICV: their claims",
+        "DKVB, VL-PET, SCEdit, ICV: their claims",
         "the papers on their pages",
-        "a description each; Polyhistor runs on the packaged data, PYRA and DKVB need the small "
-        "ViT and the stream of classes of the results page, VL-PET and SCEdit pretrained models "
-        "that no package has; the page of results has three seeds of several",
+        "a description each; DKVB needs the stream of classes of the results page, VL-PET and "
+        "SCEdit pretrained models that no package has; the page of results has three seeds of "
+        "several",
     ),
 )

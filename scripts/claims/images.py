@@ -1,0 +1,58 @@
+"""Claims on images: merging tokens of a ViT while an adapter trains."""
+
+from claims.claim import Claim, Setting, Statement, at_most
+from claims.fashion import write_images
+from claims.measures import SECONDS
+
+FASHION = Setting(
+    name="fashion",
+    title="Fashion-MNIST with a ViT of 12 blocks of width 96 and 197 tokens (1 M parameters), "
+    "pretrained by the command on 8,000 images of five of the ten classes: 1,200 images of all "
+    "classes for training, 400 for validation, 10,000 for the test; four passes in batches of 32",
+    overrides=(
+        "model=path",
+        "model.path={data}/vit",
+        "data=image_folder",
+        "data.train={data}/train",
+        "data.test={data}/test",
+        "train.validation_share=0.25",
+        "train.epochs=4",
+        "train.batch_size=32",
+    ),
+    rates=(1e-3, 3e-3, 1e-2),
+    limits=(
+        "One narrow ViT that has seen 8,000 gray images: a wide one that has seen a million may "
+        "give another verdict.",
+        "The images are those of the Debian package dataset-fashion-mnist.",
+    ),
+    write_files=write_images,
+)
+LORA = "lora"
+PYRA = "pyra method.inner=lora"  # the high schedule is the default
+MERGED = f"{PYRA} method.reactivate=false"
+
+MERGING = Claim(
+    name="pyra",
+    title="PYRA with the high schedule keeps the accuracy in half of the time",
+    paper="Xiong et al. 2024, arXiv:2403.09192",
+    paper_says="ViT-B and ViT-L on VTAB-1k, 1,000 images a task, with LoRA: the high schedule runs "
+    "more than three times as fast as all tokens, with a higher accuracy than a smaller model of "
+    "that speed and than token merging without training (ToMe); the low schedule loses nothing.",
+    statements=(
+        Statement("LoRA with PYRA equals LoRA with all tokens", "equals", PYRA, LORA),
+        Statement("PYRA beats merging without its vectors", "beats", PYRA, MERGED),
+        at_most(0.5, SECONDS, "training takes at most half of the time", PYRA, LORA),
+    ),
+    setting=FASHION,
+    labels={
+        LORA: "LoRA, all tokens",
+        PYRA: "LoRA with PYRA, high schedule",
+        MERGED: "LoRA with merging alone, high schedule",
+    },
+    pages=("pyra",),
+    limits=(
+        "The high schedule merges to 5 of 197 tokens. The low one and a smaller model are not "
+        "tried; time is the processor time of training, where matching takes its share of a "
+        "narrow model.",
+    ),
+)

@@ -1,0 +1,92 @@
+"""The claim on merged tokens: its files, its pretrained ViT, and a trial with few images."""
+
+import gzip
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from claims import fashion, page, running
+from claims.images import LORA, MERGED, MERGING, PYRA
+from PIL import Image
+from transformers import AutoModelForImageClassification
+
+from petl.errors import InputError
+
+pytest_plugins = ["training_fixtures", "claims_fixtures"]
+
+TRAIN, TEST = 60, 20
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package with few random images, and limits that fit it."""
+    folder = tmp_path / "package"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for part, count in (("train", TRAIN), ("t10k", TEST)):
+        pixels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = np.arange(count, dtype=np.uint8) % 10
+        for name, values in (("images-idx3", pixels), ("labels-idx1", labels)):
+            sizes = b"".join(size.to_bytes(4, "big") for size in values.shape)
+            content = bytes((0, 0, 8, values.ndim)) + sizes + values.tobytes()
+            (folder / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
+    monkeypatch.setenv(fashion.VARIABLE, str(folder))
+    for name, value in (("TRAIN_ROWS", 40), ("PRETRAIN_ROWS", 8), ("EPOCHS", 1)):
+        monkeypatch.setattr(fashion, name, value)
+    return folder
+
+
+def test_train_images_are_not_those_of_the_pretrained_model(package, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        fashion, "write_model", lambda folder, settings, task, rows, epochs: seen.update(rows=rows)
+    )
+    fashion.write_images(tmp_path / "data")
+    pixels, labels = fashion.read("train")
+    files = sorted((tmp_path / "data/train").rglob("*.png"))
+    assert len(files) == 40
+    for file in files:
+        i = int(file.stem)
+        assert file.parent.name == str(labels[i])
+        assert np.array_equal(np.asarray(Image.open(file)), pixels[i])
+    assert len([*(tmp_path / "data/test").rglob("*.png")]) == TEST
+    trained_on = {pixels[int(file.stem)].tobytes() for file in files}
+    assert len(seen["rows"]) == 8
+    for row in seen["rows"]:
+        image = np.array(row["pixels"], np.uint8)
+        assert image.tobytes() not in trained_on
+        (i,) = [k for k in range(TRAIN) if np.array_equal(pixels[k], image)]
+        assert row["label"] == labels[i] < 5
+
+
+def test_the_claim_is_tried_from_pretraining_to_verdicts(package, tmp_path, made):
+    short = ("train.epochs=null", "train.steps=2", "train.batch_size=4")
+    setting = replace(MERGING.setting, rates=(1e-3,), seeds=(0, 1))
+    setting = replace(setting, overrides=(*setting.overrides, *short))
+    claim = replace(MERGING, setting=setting)
+    found = running.try_claim(claim, tmp_path, "the command")
+    assert len(made) == 6
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "fashion/data/vit")
+    assert model.config.num_labels == 5
+    assert model.config.num_hidden_layers == 12
+    assert model.vit.embeddings.position_embeddings.shape[1] == 197
+    width, removed = 96, 197 - 5  # tokens that are left after the published schedule
+    more = found.contenders[PYRA].parameters - found.contenders[LORA].parameters
+    assert more == removed + 12 * 3 * width
+    assert found.contenders[MERGED].parameters == found.contenders[LORA].parameters
+    assert all(found.is_complete(i) for i in range(3))
+    assert "not tried" not in "".join(row[1] for row in page.summary(claim, found).rows)
+    made.clear()
+    assert running.try_claim(claim, tmp_path, "the command") == found
+    assert made == []
+
+
+def test_missing_and_damaged_images_are_refused(package, tmp_path, monkeypatch):
+    file = package / "t10k-labels-idx1-ubyte.gz"
+    file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes())[:-1]))
+    with pytest.raises(InputError, match="has 19 values, not 20"):
+        fashion.read("t10k")
+    monkeypatch.setenv(fashion.VARIABLE, str(tmp_path / "none"))
+    with pytest.raises(InputError, match="has no Fashion-MNIST; run: apt-get install dataset"):
+        fashion.folder_of_images()
+    assert not fashion.is_installed()
