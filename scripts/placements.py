@@ -85,7 +85,7 @@ class Row:
 
 def main() -> int:
     """Run the command; return its exit status."""
-    arguments = parser().parse_args()
+    arguments = parser().parse_intermixed_args()
     app.log_to_stderr()
     return app.reported(lambda: work(arguments))
 
