@@ -32,6 +32,7 @@ except ImportError:  # Windows has no such locks
 
 PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 ENDINGS = {signal.SIGINT, signal.SIGTERM}
+NAMES_SENDER = hasattr(signal, "sigwaitinfo")  # macOS does not
 WORKER_DIED = re.compile(r"DataLoader worker \(pid.* (killed|exited unexpectedly)")
 PEER_DIED = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe"  # of gloo
@@ -57,7 +58,7 @@ def ignore_foreign_signals(worker: int) -> None:
     Ctrl-C, torchrun and schedulers send them to whole process groups, but a run that has been asked
     to stop needs its workers until the end of its step.
     """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS does not name the sender of a signal
+    if not NAMES_SENDER:
         return
     owner = os.getppid()  # the training process
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
@@ -68,6 +69,23 @@ def ignore_foreign_signals(worker: int) -> None:
         os._exit(0)
 
     threading.Thread(target=wait_for_owner, daemon=True).start()
+
+
+@contextmanager
+def endings_blocked() -> Generator[None]:
+    """Hold back SIGINT and SIGTERM in this thread, and in processes that it forks, from the start.
+
+    `ignore_foreign_signals` would be too late for threads that libraries start again in a forked
+    process, as W&B does: the signal would reach those, and end the worker.
+    """
+    if not NAMES_SENDER:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from petl.data.batch_sampler import (
 from petl.data.class_stream import ClassStream
 from petl.data.streaming import StreamedRows
 from petl.data.task_mixture import TaskMixture
-from petl.distributed.processes import ignore_foreign_signals
+from petl.distributed.processes import endings_blocked, ignore_foreign_signals
 from petl.errors import InputError
 from petl.runs.settings import TrainConfig
 from petl.tasks.base import NON_INPUT_PREFIX, Task
@@ -311,7 +311,9 @@ def load(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # the default one is that of the dropout masks
     )
-    return without_worker_traceback(iter(loader))
+    with endings_blocked():
+        batches_of_workers = iter(loader)  # forks them
+    return without_worker_traceback(batches_of_workers)
 
 
 def without_worker_traceback(batches: Iterator[Batch]) -> Iterator[Batch]:

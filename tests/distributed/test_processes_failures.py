@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 
 import psutil
@@ -24,6 +25,17 @@ def collate(rows):
     return {"labels": torch.tensor([row["number"] for row in rows])}
 
 
+threads = []  # names of those that start in a forked process
+
+
+def start_threads():
+    for name in threads:
+        threading.Thread(target=time.sleep, args=(60,), daemon=True, name=name).start()
+
+
+os.register_at_fork(after_in_child=start_threads)
+
+
 @pytest.fixture
 def loading():
     """The batches of one worker, and its process."""
@@ -35,7 +47,15 @@ def loading():
     return batches, worker
 
 
+@pytest.fixture(params=[False, True], ids=["", "with a thread"])
+def with_a_thread(request, monkeypatch):
+    """Libraries such as W&B start their threads again in forked processes, before the worker's."""
+    if request.param:
+        monkeypatch.setattr(f"{__name__}.threads", ["of a library"])
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.usefixtures("with_a_thread")
 def test_a_signal_to_everyone_leaves_a_worker_at_its_work(loading, number):
     batches, worker = loading
     sender = FORK.Process(target=os.kill, args=(worker.pid, number))  # not the run itself
