@@ -1,6 +1,6 @@
 """All claims, in the order in which a user would ask for them."""
 
-from claims import costs, decoder, images, more, smaller, tasks, verbs
+from claims import audio, costs, decoder, images, more, smaller, tasks, verbs
 from claims.claim import Claim
 from claims.untried import UNTRIED
 
@@ -26,6 +26,7 @@ CLAIMS: dict[str, Claim] = {
         tasks.COMBINED,
         tasks.SHARED,
         images.MERGING,
+        audio.PLACEMENTS,
     )
 }
 

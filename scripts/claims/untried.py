@@ -4,13 +4,6 @@ from claims.claim import Untried
 
 UNTRIED = (
     Untried(
-        "placements",
-        "adapters: placements and residual connections of the audio study",
-        "Cappellazzo et al. 2024, arXiv:2312.03694",
-        "a pretrained audio model, of which the packages have Whisper tiny alone, and about "
-        "5,000 labeled clips; the packaged recordings are some 2,800 clips in five languages",
-    ),
-    Untried(
         "density-relu",
         "the density loss with ReLU and SwiGLU, and what a CPU gains from it",
         "Runwal et al. 2025, arXiv:2402.01911",

@@ -7,11 +7,13 @@ import math
 import numpy as np
 import pytest
 from claims import (
+    audio,
     edits,
     fashion,
     images,
     page,
     pictures,
+    prompts,
     results,
     running,
     several,
@@ -327,6 +329,8 @@ def test_every_claim_can_be_tried(name, tmp_path, monkeypatch):
             pytest.skip("its images are in the Debian package dataset-fashion-mnist")
         for limit, value in (("TEST_ROWS", 20), ("PRETRAIN_ROWS", 8), ("EPOCHS", 1)):
             monkeypatch.setattr(fashion, limit, value)  # the rest is that of a trial
+    if claim.setting is audio.PROMPTS and not prompts.is_installed():
+        pytest.skip("its clips are in Debian packages, and Whisper is in one of PyPI")
     running.prepare(claim, tmp_path)
     for contender in claim.trained:
         # settings that `petl train` does not have are refused here
