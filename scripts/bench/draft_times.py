@@ -1,7 +1,9 @@
 """Times of answers with drafts, prompt by prompt, as records of section `drafting`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from sys import getsizeof
 from typing import Any
 
@@ -41,6 +43,60 @@ def size_of(drafter: Drafter) -> int:
     return size
 
 
+@dataclass
+class Trials:
+    """Answers to one prompt and the passes they took, by the name of the way.
+
+    Attributes:
+        model: with its adapters.
+        ids: of the prompt.
+        settings: arguments of `generate` common to all ways.
+        seed: of the random numbers of each answer.
+    """
+
+    model: Any
+    ids: Sequence[int]
+    settings: Mapping[str, Any]
+    seed: int
+    answers: dict[str, torch.Tensor] = field(default_factory=dict)
+    passes: dict[str, int] = field(default_factory=dict)
+    _count: int = 0
+
+    def answer(self, name: str, more: Mapping[str, Any]) -> None:
+        """Answer in one way, with its own arguments of `generate`."""
+        prompt = torch.tensor([list(self.ids)])
+        arguments = {**self.settings, **more}
+        before = self._count
+        torch.manual_seed(self.seed)
+        self.answers[name] = self.model.generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), **arguments
+        )
+        self.passes[name] = self._count - before - 1  # not that over the prompt
+
+    @contextmanager
+    def counted(self, base: Any) -> Iterator[None]:
+        """Count the passes of the model of transformers; without gradients."""
+
+        def count(*_: Any) -> None:
+            self._count += 1
+
+        hook = base.register_forward_hook(count)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            hook.remove()
+
+    def refusal(self, row: Answerer) -> str:
+        """Return why transformers refuses to draft in this way, "" if it does not."""
+        short = {"max_new_tokens": 2, "min_new_tokens": 2}
+        try:
+            self.answer(row.name, {**row.arguments, **short})
+        except (ValueError, NotImplementedError, RuntimeError, AttributeError, TypeError) as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+
 def timed(
     model: Any,
     base: Any,
@@ -66,71 +122,34 @@ def timed(
         By row: seconds, those of plain decoding, passes after that over the prompt, bytes, and if
         the answer was that of plain decoding; or why transformers refused to draft.
     """
-    prompt = torch.tensor([list(ids)])
     settings: dict[str, Any] = {
         "max_new_tokens": tokens, "min_new_tokens": tokens, "use_cache": True, "num_beams": 1,
         "do_sample": temperature is not None, "temperature": temperature, "pad_token_id": 0,
         "repetition_penalty": 1.0,
     }  # fmt: skip
-    answers: dict[str, Any] = {}
-    passes: dict[str, int] = {}
-    failed: dict[str, str] = {}
-    count = 0
-
-    def counted(*_: Any) -> None:
-        nonlocal count
-        count += 1
-
-    def step(name: str, more: Mapping[str, Any]) -> Callable[[], None]:
-        def run() -> None:
-            before = count
-            torch.manual_seed(seed)
-            answers[name] = model.generate(
-                input_ids=prompt, attention_mask=torch.ones_like(prompt), **{**settings, **more}
-            )
-            passes[name] = count - before - 1  # not that over the prompt
-
-        return run
-
-    steps = {row.name: step(row.name, row.arguments) for row in rows}
-    hook = base.register_forward_hook(counted)
-    try:
-        with torch.no_grad():
-            for row in rows:
-                if not row.is_own:
-                    _try(row, steps, failed, {"max_new_tokens": 2, "min_new_tokens": 2}, step)
-            times = in_turn(step("plain", {}), steps, rounds=1, warm_up=0, device="cpu")
-    finally:
-        hook.remove()
-    found: Content = {}
+    trials = Trials(model, ids, settings, seed)
+    with trials.counted(base):
+        refused = {row.name: trials.refusal(row) for row in rows if not row.is_own}
+        ways = {
+            row.name: partial(trials.answer, row.name, row.arguments)
+            for row in rows
+            if not refused.get(row.name)
+        }
+        plain = partial(trials.answer, "plain", {})
+        times = in_turn(plain, ways, rounds=1, warm_up=0, device="cpu")
+    found: Content = {name: {"failed": reason} for name, reason in refused.items() if reason}
     for row in rows:
-        if row.name in failed:
-            found[row.name] = {"failed": failed[row.name]}
+        if row.name not in ways:
             continue
         (own,), (floor,) = times.candidate[row.name], times.floor[row.name]
         found[row.name] = {
             "seconds": own,
             "plain": floor,
-            "passes": passes[row.name],
+            "passes": trials.passes[row.name],
             "bytes": row.memory + (0 if row.drafter is None else size_of(row.drafter)),
-            "equal": torch.equal(answers[row.name], answers["plain"]),
+            "equal": torch.equal(trials.answers[row.name], trials.answers["plain"]),
         }
     return found
-
-
-def _try(
-    row: Answerer,
-    steps: dict[str, Callable[[], None]],
-    failed: dict[str, str],
-    short: Mapping[str, Any],
-    step: Callable[[str, Mapping[str, Any]], Callable[[], None]],
-) -> None:
-    """Run transformers' own drafts briefly: they may not serve a model."""
-    try:
-        step(row.name, {**row.arguments, **short})()
-    except (ValueError, NotImplementedError, RuntimeError, AttributeError, TypeError) as error:
-        failed[row.name] = f"{type(error).__name__}: {error}"
-        del steps[row.name]
 
 
 def plain_seconds(found: Sequence[Content], tokens: int) -> float:
