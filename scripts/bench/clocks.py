@@ -110,15 +110,21 @@ def in_turn(
 
 @contextmanager
 def uncollected() -> Generator[None]:
-    """Disable garbage collection in the block; objects from before are excluded from it."""
+    """Disable garbage collection in the block; objects from before are excluded from it.
+
+    What the caller has frozen stays so: Python can only unfreeze all objects.
+    """
     collects = gc.isenabled()
+    freezes = gc.get_freeze_count() == 0
     gc.collect()
-    gc.freeze()
+    if freezes:
+        gc.freeze()
     gc.disable()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if freezes:
+            gc.unfreeze()
         if collects:
             gc.enable()
 

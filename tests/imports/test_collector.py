@@ -13,9 +13,10 @@ OWN = gc.get_threshold()
 
 
 @pytest.fixture(autouse=True)
-def _unfrozen() -> Iterator[None]:
+def _frozen_again() -> Iterator[None]:
+    """Leave what is imported out of the collections of later tests, as before these."""
     yield
-    gc.unfreeze()
+    gc.freeze()
 
 
 def test_full_collections_skip_what_the_block_made() -> None:

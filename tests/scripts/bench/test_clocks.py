@@ -1,7 +1,9 @@
 """Times are taken by turns; what is made of them."""
 
+import gc
+
 import pytest
-from bench.clocks import Spread, Times, in_turn
+from bench.clocks import Spread, Times, in_turn, uncollected
 
 
 def test_the_floor_runs_before_every_second_candidate():
@@ -25,3 +27,19 @@ def test_ratios_are_of_each_round():
 )
 def test_a_floor_that_is_not_steady_is_noisy(spread, noisy):
     assert Spread(*spread).is_noisy == noisy
+
+
+def test_what_was_frozen_before_is_frozen_after():
+    frozen = gc.get_freeze_count()
+    gc.freeze()
+    try:
+        with uncollected():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > frozen
+        gc.unfreeze()
+        with uncollected():
+            assert gc.get_freeze_count() > 0
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.freeze()
