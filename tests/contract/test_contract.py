@@ -4,18 +4,18 @@ from dataclasses import replace
 
 import pytest
 import standin
-from contract_cases import ADOPTED_CASES, OWN_CASES
+from contract_cases import ADOPTED_CASES, OWN_CASES, promises
 
 from petl import testing
 from petl.testing import Case
 
 
-@pytest.mark.parametrize(("case", "check"), testing.params(OWN_CASES))
+@pytest.mark.parametrize(("case", "check"), promises(OWN_CASES))
 def test_own_method_keeps_its_promise(case, check, device):
     hold(case, check, device)
 
 
-@pytest.mark.parametrize(("case", "check"), testing.params(ADOPTED_CASES))
+@pytest.mark.parametrize(("case", "check"), promises(ADOPTED_CASES))
 def test_adopted_method_keeps_its_promise(case, check, device):
     hold(case, check, device)
 

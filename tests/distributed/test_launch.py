@@ -24,6 +24,7 @@ DDP, FSDP2, ZERO = (SimpleNamespace(num_processes=2, is_fsdp2=is_it) for is_it i
 ZERO.deepspeed_engine_wrapped = None
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "method",
     [

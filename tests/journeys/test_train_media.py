@@ -47,6 +47,7 @@ def check(overrides, folder):
     return run
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("fields", AUDIO)
 @pytest.mark.parametrize("model", [AST, WHISPER], ids=["ast", "whisper"])
 def test_the_configurations_of_the_audio_study_train_and_load_again(

@@ -119,6 +119,7 @@ FORMS = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("case", "check"),
     [

@@ -471,6 +471,7 @@ CASES = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("case", "check"),
     [(case, check) for case in CASES for check in testing.checks(case, slow=False)],

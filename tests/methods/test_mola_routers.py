@@ -319,6 +319,7 @@ RECURRENT_CASES = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("case", "check"),
     [(case, check) for case in RECURRENT_CASES for check in testing.checks(case, slow=False)],

@@ -155,6 +155,7 @@ def test_a_study_of_several_data_sets_resumes(tiny, tmp_path, made):
     assert made == ["runs/lora/seed-0", "runs/lora/seed-1"]
 
 
+@pytest.mark.thorough
 def test_each_run_of_a_study_is_a_process_of_petl_train(tiny, tmp_path, monkeypatch):
     job = Job(tmp_path / "it's here" / "run", [])
     found = Study(tmp_path, [Contender("lora")], [0], [1e-3])

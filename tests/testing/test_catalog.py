@@ -24,6 +24,7 @@ LLAMA = Case("mola", "llama")
 RECURRENT = Case("mola", "llama", {"router_type": "recurrent"})
 
 
+@pytest.mark.thorough
 def test_methods_outside_petl_pass_in_a_project_of_their_own():
     """Additive methods with and without shared tensors; no method of petl is both."""
     command = [

@@ -36,6 +36,7 @@ def server(monkeypatch):
         wandb.teardown()
 
 
+@pytest.mark.thorough
 def test_an_online_run_resumes_under_its_id_and_the_server_gets_each_value_once(
     tiny, tmp_path, server, capsys
 ):
@@ -56,6 +57,7 @@ def test_an_online_run_resumes_under_its_id_and_the_server_gets_each_value_once(
     assert closing == f"on W&B: {server.address}/{ENTITY}/{PROJECT}/runs/{name}"
 
 
+@pytest.mark.thorough
 def test_a_run_ends_without_its_server_and_prints_the_upload_command(
     tiny, tmp_path, server, monkeypatch, capsys, petl_log
 ):

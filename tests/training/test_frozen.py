@@ -93,6 +93,7 @@ def test_packed_rows_are_rows_like_others(tiny, tmp_path, cache, petl_log):
     assert_same_course(packed, plain, atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_two_processes_read_one_store(tiny, tmp_path, cache):
     common = [*tiny.steady, *TOP, "train.save_steps=null"]
     one = train(common, tmp_path / "one")
