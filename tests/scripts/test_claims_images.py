@@ -59,6 +59,7 @@ def test_train_images_are_not_those_of_the_pretrained_model(package, tmp_path, m
         assert row["label"] == labels[i] < 5
 
 
+@pytest.mark.thorough
 def test_the_claim_is_tried_from_pretraining_to_verdicts(package, tmp_path, made):
     short = ("train.epochs=null", "train.steps=2", "train.batch_size=4")
     setting = replace(MERGING.setting, rates=(1e-3,), seeds=(0, 1))

@@ -88,6 +88,7 @@ def claim(tiny) -> Claim:
     )
 
 
+@pytest.mark.thorough
 def test_adapters_of_tasks_are_combined_scored_and_compared(claim, tiny, tmp_path, made):
     found = running.try_claim(claim, tmp_path, "the command")
     runs = {task: f"lora-on-{task}-r-4" for task in WORDS}

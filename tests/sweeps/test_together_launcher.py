@@ -40,6 +40,7 @@ def folders(folder):
     return found
 
 
+@pytest.mark.thorough
 def test_each_run_is_the_one_that_it_would_be_alone(program, tiny, tmp_path, sizes):
     said = program(*GRID, *tiny.steady, *HELD_OUT)
     runs = folders(tmp_path)
@@ -72,6 +73,7 @@ def test_a_run_that_fails_ends_no_other_and_finished_ones_are_skipped(program, t
     assert "best setting (of 2): " in said
 
 
+@pytest.mark.thorough
 def test_a_terminated_sweep_resumes(program, tiny, tmp_path, monkeypatch):
     words = [*GRID, *tiny.steady, *HELD_OUT, "train.resume=auto"]
 
