@@ -45,7 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
     store = TemporaryDirectory(prefix="trackio-")
     config.add_cleanup(store.cleanup)
     os.environ["TRACKIO_DIR"] = store.name
-    os.fsync = lambda handle: None  # of this process: no test turns the power off
+    # the files of this process need not survive a power failure, and the disk is slow
+    os.fsync = lambda handle: None
     warm_python.begin()
     if config.option.device == standin.NAME:
         standin.register()

@@ -16,7 +16,7 @@ def test_own_method_keeps_its_promise(case, check, device):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("case", "check"), promises(ADOPTED_CASES))
+@pytest.mark.parametrize(("case", "check"), testing.params(ADOPTED_CASES))
 def test_adopted_method_keeps_its_promise(case, check, device):
     hold(case, check, device)
 
