@@ -52,7 +52,7 @@ class Job:
         quick: words after these, for a run in seconds.
         blocks: of the model.
         upper: blocks that the fast variant adapts, about a third.
-        bf16: True where its products are large enough to gain from bfloat16.
+        bf16: True where its products are large enough to gain from bfloat16; `petl, fast` uses it.
         by_length: True if rows have different lengths.
         has_head: True if a new head trains, at a rate of its own.
     """
@@ -77,17 +77,16 @@ class Job:
         found = [Variant(PLAIN, arm, tunes=not grouped)]
         if grouped:
             found.append(Variant(GROUPED, arm, grouped=True, tunes=True))
-        if self.bf16:
-            found.append(Variant(f"{PLAIN}, by length, bf16", arm, grouped=True, bf16=True))
+        found.append(Variant(f"{found[-1].name}, bf16", arm, grouped=grouped, bf16=True))
         if self.name == "decoder" and find_spec("trl") is not None:
             found.append(Variant(SFT, arm, grouped=True, sft=True))
         return found
 
     def _of_petl(self) -> list[Variant]:
-        precision = ("train.precision=auto",) if self.bf16 else ()
+        precision = ("train.precision=auto",)
         rank = RANK * self.blocks // self.upper
         fast = (
-            *precision,
+            *(precision if self.bf16 else ()),
             f"method.layers_to_transform=top:{self.upper}",
             f"method.r={rank}",
             f"method.lora_alpha={2 * rank}",  # the scale of all blocks
@@ -97,11 +96,10 @@ class Job:
         found = []
         if self.by_length:
             found.append(Variant("petl, no buckets", arm, ("train.buckets=null",)))
-        found.append(Variant("petl", arm, tunes=True))
-        if self.bf16:
-            found.append(Variant("petl, bf16", arm, precision))
         return [
             *found,
+            Variant("petl", arm, tunes=True),
+            Variant("petl, bf16", arm, precision),
             Variant("petl, scored after alone", arm, AFTER),
             Variant("petl, fast, fills the store", upper, fast, store="fills"),
             Variant("petl, fast, reads the store", upper, fast, store="reads", tunes=True),
