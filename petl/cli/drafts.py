@@ -9,12 +9,14 @@ from petl.cli.arguments import Add, add_run
 
 DRAFT = """\
 Train a drafter for the model of a run, and write it to RUN/drafter, where petl generate finds it.
-The model answers prompts of its training examples; small heads learn to guess these answers ahead.
+The model answers prompts of its training examples; small heads learn to guess these answers ahead,
+or a table of likely next tokens is filled.
 Answers stay what they are, and come in fewer passes of the model.
 
   petl draft runs/mine +drafter=hydra
   petl draft runs/mine +drafter=hydra drafter.heads=4 draft.answers=500 draft.tokens=256
   petl draft runs/mine/adapter +drafter=hydra draft.file=prompts.jsonl
+  petl draft runs/mine +drafter=recycling      fill the table of a drafter that has no weights
 
 SETTINGs are those of configs/draft.yaml and configs/drafter. The folder of an adapter or a merged
 model has no training examples: draft.file names prompts. An earlier RUN/drafter is replaced."""
@@ -47,8 +49,9 @@ def draft(arguments: argparse.Namespace) -> None:
         (i, *(f"{value:.3f}" for value in row[:3]), f"{sum(row):.3f}")
         for i, row in enumerate(trained.frequencies, start=1)
     ]
-    print_table(("head", ">rank 1", ">2", ">3", ">any"), rows)
-    echo(f"\n{trained.answers} answers of {trained.tokens:,} tokens, loss {trained.loss:.3f}")
+    print_table(("depth" if trained.loss is None else "head", ">rank 1", ">2", ">3", ">any"), rows)
+    loss = "" if trained.loss is None else f", loss {trained.loss:.3f}"
+    echo(f"\n{trained.answers} answers of {trained.tokens:,} tokens{loss}")
     if trained.alone.passes:
         echo(
             f"tokens per pass on other prompts: {trained.alone.tokens_per_pass:.2f}, behind lookup "

@@ -169,13 +169,17 @@ def load(arguments: argparse.Namespace) -> "LanguageModel":
     names = [name for name, _ in arguments.adapter]
     if len({*names}) < len(names):
         raise InputError(f"--adapter names {max(names, key=names.count)!r} twice")
-    return load_language_model(
+    model = load_language_model(
         arguments.run,
         dict(arguments.adapter),
         plain=arguments.plain,
         trust_remote_code=arguments.trust_remote_code,
         drafting=arguments.drafter,
     )
+    if arguments.drafter != "auto":
+        with model.using(model.names[0]):
+            _ = model.drafter  # one that cannot be used is refused before the first answer
+    return model
 
 
 def sampling_of(arguments: argparse.Namespace) -> "Sampling":
@@ -199,14 +203,12 @@ def generate(arguments: argparse.Namespace) -> None:
 
         check_format("--out", arguments.out)  # before the model is loaded
     sampling = sampling_of(arguments)
-    model = load(arguments)
     batch_size = _batch_size(arguments)
+    model = load(arguments)
     # the last name is that of the base model, see `LanguageModel.names`
     names = [*model.adapters] or [model.names[-1]]
     if arguments.base and model.adapters:
         names.append(model.names[-1])
-    if arguments.drafter != "auto":
-        _ = model.drafter  # one that cannot be used is refused before the first answer
     if arguments.check:
         _check_drafts(model, names, next(_questions(arguments, model)).prompt, arguments.system)
     if arguments.file is None and arguments.out is None:

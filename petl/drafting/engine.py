@@ -38,11 +38,13 @@ from petl.drafting.calls import (
     stacked,
 )
 from petl.drafting.costs import QUICK, TYPICAL, Costs
+from petl.drafting.folder import check_vocabulary
 from petl.drafting.packing import Packing
 from petl.drafting.passes import Passes
 from petl.drafting.policy import Switch, switch_of
 from petl.drafting.registry import Drafter, Root, Seen
 from petl.drafting.registry import drafter as build
+from petl.errors import InputError
 
 Tokens = list[int]
 
@@ -94,7 +96,9 @@ def decode(  # noqa: PLR0913 - its keywords are those of `generate`
     """Generate with drafts: `model.generate(..., custom_generate=decode, drafter=...)`.
 
     transformers prepares the arguments up to `generation_config`. More than one row, beams and
-    models whose cache cannot be cropped are decoded plainly, with one warning.
+    models whose cache cannot be cropped are decoded plainly, with one warning. transformers does
+    not hand `tokenizer` and `assistant_model` to a function: in place of `stop_strings` pass
+    `stopping_criteria=[StopStringCriteria(tokenizer, [...])]`; an assistant is not used.
 
     Args:
         model: the model of transformers, with its adapters.
@@ -119,12 +123,22 @@ def decode(  # noqa: PLR0913 - its keywords are those of `generate`
         logits and cache.
 
     Raises:
-        InputError: a draft is no tree or has unknown tokens, or an argument is out of range.
+        InputError: a draft is no tree or has unknown tokens, the drafter was made for a vocabulary
+            of another size, or an argument is out of range.
         UnsupportedError: `pack=True` on a machine or model without packed weights.
     """
     check_arguments(nodes, rows, pack, generation_config)
     if isinstance(drafter, str):
         drafter = build(drafter, model=model)
+    for name, value, kind in (
+        ("drafter", drafter, Drafter),
+        ("stats", stats, Stats),
+        ("costs", costs, Costs),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise InputError(f"{name}={value!r} is no petl.drafting.{kind.__name__}")
+    if drafter is not None:
+        check_vocabulary(drafter.name or type(drafter).__name__, drafter.vocabulary, model)
     given = Given(model, input_ids, logits_processor, stopping_criteria, generation_config)
     settings = Settings(drafter, nodes, pack, costs, clock, switch)
     stats = stats or Stats()

@@ -12,12 +12,13 @@ from torch import Tensor
 from petl.drafting.identity import hash_of_tokenizer, hashes_of
 from petl.drafting.registry import Drafter, drafter
 from petl.errors import InputError
-from petl.files.disk import write_json
+from petl.files.disk import check_links, write_json
 from petl.files.read import read_json
 from petl.files.tensor_file import read_file
 
 logger = logging.getLogger(__name__)
 CONFIG, WEIGHTS = "drafter_config.json", "drafter_model.safetensors"
+PATHS = ("table",)  # fields that name folders
 
 
 class DrafterConfig(TypedDict):
@@ -88,8 +89,8 @@ def read(folder: Path) -> DrafterConfig:
 def load_drafter(folder: str | Path, model: Any, tokenizer: Any = None) -> Drafter:
     """Load a saved drafter for a model.
 
-    With another adapter than it was trained for, it decodes correctly but slower: a warning says
-    so.
+    With other weights than it was trained for, such as another adapter, it decodes correctly but
+    slower: a warning says so.
 
     Args:
         folder: with drafter_config.json, such as RUN/drafter.
@@ -102,15 +103,17 @@ def load_drafter(folder: str | Path, model: Any, tokenizer: Any = None) -> Draft
     """
     source = Path(folder)
     config = read(source)
-    size = vocabulary_of(model)
+    check_links(source)
     # the size is enough where there are no hashes: drafts are worse, answers the same
-    if config["vocabulary"] not in (0, size):
-        raise InputError(
-            f"the drafter in {source} has a vocabulary of {config['vocabulary']} tokens and "
-            f"{type(model).__name__} one of {size}: it belongs to another model"
-        )
+    check_vocabulary(f"the drafter in {source}", config["vocabulary"], model)
     _check_hashes(source, config["hashes"], model, tokenizer)
     with named(source / CONFIG):
+        paths = [name for name in PATHS if config["fields"].get(name) is not None]
+        if paths:
+            raise InputError(
+                f"the field {paths[0]} names a folder, {config['fields'][paths[0]]!r}, which a "
+                "saved drafter may not read: its tensors are in its own folder; remove the field"
+            )
         found = drafter(config["name"], model=model, **config["fields"])
     tensors = read_file(source / WEIGHTS)[1] if (source / WEIGHTS).is_file() else {}
     with named(source):
@@ -118,8 +121,18 @@ def load_drafter(folder: str | Path, model: Any, tokenizer: Any = None) -> Draft
     return found
 
 
+def check_vocabulary(what: str, size: int, model: Any) -> None:
+    """Raise InputError unless a drafter of a vocabulary of this size, 0: any, fits a model."""
+    own = vocabulary_of(model)
+    if size not in (0, own):
+        raise InputError(
+            f"{what} has a vocabulary of {size} tokens and {type(model).__name__} one of {own}: "
+            "it belongs to another model"
+        )
+
+
 def _check_hashes(source: Path, saved: Mapping[str, str], model: Any, tokenizer: Any) -> None:
-    """Refuse another base model or tokenizer; warn of another adapter."""
+    """Refuse another embedding, head or tokenizer; warn of other weights between them."""
     present = hashes_of(model) if saved else {}
     if "tokenizer" in saved and tokenizer is not None:
         present["tokenizer"] = hash_of_tokenizer(tokenizer)
@@ -132,8 +145,9 @@ def _check_hashes(source: Path, saved: Mapping[str, str], model: Any, tokenizer:
             )
     if "adapter" in others:
         logger.warning(
-            "the drafter in %s was trained for another adapter: it decodes correctly, but slower "
-            "than with its own; train one for this adapter with petl draft",
+            "the drafter in %s was trained for other weights (another adapter, or one that is "
+            "merged now): it decodes correctly, but perhaps slower; train one for these with petl "
+            "draft",
             source,
         )
 

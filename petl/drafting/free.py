@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from petl.drafting import folder as files
+from petl.drafting.answers import Answers
 from petl.drafting.costs import TYPICAL
 from petl.drafting.lookup import Lookup
 from petl.drafting.recycling import Recycling
@@ -45,6 +46,7 @@ class Free(Drafter):
         )
         self.lookup = Lookup(model, **lookup)
         self.recycling = Recycling(model, **recycling)
+        self.vocabulary = self.recycling.vocabulary
         self.copied = 0
         self.is_planned = fields.get("nodes", "auto") == "auto" and fields.get("template") is None
 
@@ -73,19 +75,23 @@ class Free(Drafter):
         self.lookup.observe(seen)
         self.recycling.observe(seen)
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, tokenizer: Any = None) -> None:
         """Write the table and frequencies of `recycling`, and the fields of both.
 
         `lookup` counts anew in each process.
         """
         root = Path(folder)
-        self.recycling.save(root)
+        self.recycling.save(root, tokenizer)
         config = files.read(root)
         # overwrites the config, which is why it was read; `lookup` has no tensors
         self.lookup.save(root)
         fields = {**files.read(root)["fields"], **config["fields"]}
         own: files.DrafterConfig = {**config, "name": self.name, "fields": fields}
         files.write_config(root, own)
+
+    def fill(self, answers: Answers, model: Any) -> None:
+        """Learn from answers of a model, see `Recycling.fill`."""
+        self.recycling.fill(answers, model)
 
     def restore(self, config: files.DrafterConfig, tensors: dict[str, Tensor]) -> None:
         """Take over what `save` has written besides the fields."""

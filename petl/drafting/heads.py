@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
 from petl.drafting.ends import Ends
+from petl.drafting.fields import check_bool, check_integer
 from petl.drafting.prefix import Prefix, prefix_layer
 from petl.drafting.registry import Drafter
 from petl.errors import InputError
@@ -104,6 +105,7 @@ class Heads(Drafter):
         check_fields(fields)
         self.fields = fields
         self.ends = Ends(model)
+        self.vocabulary = self.ends.vocabulary
         self.kind, self.heads, self.own_head = fields["kind"], fields["heads"], fields["own_head"]
         # on the CPU, so that all devices begin alike; the caller's random state stays as it is
         with torch.random.fork_rng(devices=[]):
@@ -191,14 +193,9 @@ def check_fields(fields: dict[str, Any]) -> None:
         raise InputError(f"kind={fields['kind']!r} is none of {', '.join(KINDS)}")
     limits = {"heads": (1, MOST), "layers": (1, MOST), "draft_vocab": (1, None), "seed": (0, LAST)}
     for name, (low, high) in limits.items():
-        value = fields[name]
-        is_number = isinstance(value, int) and not isinstance(value, bool)
-        if not is_number or value < low or (high is not None and value > high):
-            allowed = f"{low} or more" if high is None else f"from {low} to {high}"
-            raise InputError(f"{name}={value!r} is no integer {allowed}")
+        check_integer(name, fields[name], low, high)
     for name in ("prefix", "own_head"):
-        if not isinstance(fields[name], bool):
-            raise InputError(f"{name}={fields[name]!r} is neither True nor False")
+        check_bool(name, fields[name])
     if fields["kind"] == "recurrent" and fields["layers"] > 1:
         raise InputError(
             f"layers={fields['layers']}: the recurrent kind has one cell; set layers=1, or "

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from petl.drafting import folder as files
 from petl.drafting.costs import TYPICAL
+from petl.drafting.fields import check_count, check_integer
 from petl.drafting.frequencies import Frequencies
 from petl.drafting.registry import Draft, Drafter, Root, Seen, register
 from petl.drafting.tree import best_count
-from petl.errors import InputError
 
 LONGEST = 15  # drafts of length="auto"
+MOST_NGRAM, MOST_COPIED = 32, 1024  # of `max_ngram` and `length`
 # that a copied token is right, given those before it; assumption, corrected while decoding
 PRIOR = [[0.5], [0.7], [0.75], *([[0.8]] * (LONGEST - 3))]
 
@@ -43,19 +44,18 @@ class Lookup(Drafter):
 
         Args:
             model: of any kind, or None.
-            max_ngram: tokens that must occur before, at first.
+            max_ngram: tokens that must occur before, at first; up to 32.
             min_ngram: tokens that must occur before, at least.
-            length: of the chain; "auto": by how often copied tokens were right, and what a pass
-                over them costs.
+            length: of the chain, up to 1024; "auto": by how often copied tokens were right, and
+                what a pass over them costs.
 
         Raises:
             InputError: a value is out of range.
         """
         super().__init__()
-        if not 1 <= min_ngram <= max_ngram:
-            raise InputError(f"min_ngram={min_ngram} is not from 1 to max_ngram={max_ngram}")
-        if length != "auto" and length < 1:
-            raise InputError(f"length={length} is neither 'auto' nor 1 or more")
+        check_integer("max_ngram", max_ngram, 1, MOST_NGRAM)
+        check_integer("min_ngram", min_ngram, 1, max_ngram)
+        check_count("length", length, MOST_COPIED)
         self.max_ngram, self.min_ngram, self.length = max_ngram, min_ngram, length
         self.frequencies = Frequencies(PRIOR)
         self._clear()
@@ -113,7 +113,7 @@ class Lookup(Drafter):
             if guessed != true:
                 break
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, tokenizer: Any = None) -> None:
         """Write the fields and the frequencies."""
         fields = {"max_ngram": self.max_ngram, "min_ngram": self.min_ngram, "length": self.length}
         files.write(folder, self.name, fields, frequencies=self.frequencies.table())
@@ -134,6 +134,7 @@ class LookupFirst(Drafter):
         """
         super().__init__()
         self.lookup, self.drafter, self.needs = Lookup(), drafter, drafter.needs
+        self.vocabulary = drafter.vocabulary
 
     def start(self, ids: Sequence[int], states: Tensor | None) -> None:
         """Begin a row in both."""

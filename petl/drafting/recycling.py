@@ -9,7 +9,7 @@ arXiv:2407.12021). Shapes: V tokens of the vocabulary, N nodes of a pass.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +19,11 @@ from torch import Tensor
 
 from petl.drafting import folder as files
 from petl.drafting import tree
+from petl.drafting.answers import Answers
 from petl.drafting.costs import TYPICAL
+from petl.drafting.fields import check_bool, check_count, check_integer
 from petl.drafting.frequencies import Frequencies, path_probabilities
+from petl.drafting.identity import hash_of_tokenizer
 from petl.drafting.registry import Draft, Drafter, Needs, Root, Seen, register
 from petl.errors import InputError
 from petl.files.tensor_file import read_file
@@ -29,6 +32,8 @@ from petl.files.tensor_file import read_file
 RANKS = (0.474, 0.083, 0.039, 0.022, 0.015, 0.011, 0.009, 0.007)
 REPLAN = 8  # rounds
 UNKNOWN = -1
+MOST_RANKS, MOST_NODES, DEEPEST = 128, 1024, 64  # of `k`, `nodes` and `depth`
+CHUNK = 256  # tokens whose logits exist at a time
 TIES = 8  # logits beyond the k-th that are compared with it before all are
 
 
@@ -61,9 +66,9 @@ class Recycling(Drafter):
 
         Args:
             model: that it drafts for.
-            k: tokens of a row.
-            nodes: drafts of a pass; "auto": as many as pay.
-            depth: of the tree at most.
+            k: tokens of a row, up to 128.
+            nodes: drafts of a pass, up to 1024; "auto": as many as pay.
+            depth: of the tree at most, up to 64.
             order: 2: by the last token; 3: by the last two, where they occurred.
             entries: pairs of tokens that order 3 keeps; the oldest go.
             template: paths of ranks, in place of planned ones.
@@ -79,7 +84,7 @@ class Recycling(Drafter):
             "k": k, "nodes": nodes, "depth": depth, "order": order, "entries": entries,
             "template": template, "prompt": prompt, "keep": keep,
         }  # fmt: skip
-        _check(k, nodes, depth, order, entries)
+        _check(self.fields)
         self.k, self.nodes, self.depth, self.order = k, nodes, depth, order
         self.entries, self.prompt, self.keep = entries, prompt, keep
         self.template = None if template is None else tree.template_paths(template, k)
@@ -211,15 +216,61 @@ class Recycling(Drafter):
             if len(self.pairs) > self.entries:
                 self.pairs.popitem(last=False)
 
+    @torch.no_grad()
+    def fill(self, answers: Answers, model: Any) -> None:
+        """Learn from answers of a model as decoding them with drafts would teach it.
+
+        Each round takes the true tokens as far as the table has them; their rows are then those of
+        the model's logits there, from the states that were kept in 16 bits.
+
+        Args:
+            answers: of the model, whose states are its own.
+            model: of transformers, whose head gives the logits.
+        """
+        head = model.get_output_embeddings()
+        weight = next(head.parameters())
+        for i in range(len(answers)):
+            ids, start = answers.ids[answers.row(i)].tolist(), answers.starts[i]
+            self.start(ids[:start], None)
+            table = self.table.numpy()  # shares its memory
+            # behind the first token of the answer, which comes with the prompt
+            states = answers.states[answers.row(i)][start:]
+            likely = torch.cat([
+                most_likely(head(part.to(weight)), min(self.k, self.vocabulary))
+                for part in states.split(CHUNK)
+            ])  # fmt: skip
+            root = start
+            while root < len(ids) - 1:
+                right = self._right(ids, root)
+                # not the last one: no pass computes what would follow
+                for place in range(root, min(root + right + 1, len(ids) - 1)):
+                    table[ids[place], : likely.shape[1]] = likely[place - start].numpy()
+                for place in range(root + 1, min(root + right + 2, len(ids))):
+                    self._count_pair((ids[place - 2], ids[place - 1]), ids[place])
+                root += right + 1
+
+    def _right(self, ids: Sequence[int], root: int) -> int:
+        """Return how many tokens behind a root the table has in turn, and count their ranks."""
+        for depth in range(len(self.known)):
+            place = root + depth
+            if place + 1 >= len(ids):
+                return depth
+            row, token = self._row(ids[place - 1], ids[place]), ids[place + 1]
+            self.frequencies.add(depth, row.index(token) if token in row else None)
+            if token not in row:
+                return depth
+        return len(self.known)
+
     # Files
 
-    def save(self, folder: str | Path) -> None:
-        """Write the table, the fields and the frequencies."""
+    def save(self, folder: str | Path, tokenizer: Any = None) -> None:
+        """Write the table, the fields and the frequencies, with the hash of a tokenizer."""
         files.write(
             folder,
             self.name,
             self.fields,
             vocabulary=self.vocabulary,
+            hashes={} if tokenizer is None else {"tokenizer": hash_of_tokenizer(tokenizer)},
             frequencies=self.frequencies.table(),
             tensors={"table": self.table},
         )
@@ -246,14 +297,14 @@ class Recycling(Drafter):
         self.table.copy_(table)
 
 
-def _check(k: int, nodes: Any, depth: int, order: int, entries: int) -> None:
-    for name, value in (("k", k), ("depth", depth), ("entries", entries)):
-        if value < 1:
-            raise InputError(f"{name}={value} is not 1 or more")
-    if nodes != "auto" and nodes < 1:
-        raise InputError(f"nodes={nodes} is neither 'auto' nor 1 or more")
-    if order not in (2, 3):
-        raise InputError(f"order={order} is neither 2 nor 3")
+def _check(fields: Mapping[str, Any]) -> None:
+    """Raise InputError for a field of another type or out of range."""
+    limits = {"k": (1, MOST_RANKS), "depth": (1, DEEPEST), "entries": (1, None), "order": (2, 3)}
+    for name, (low, high) in limits.items():
+        check_integer(name, fields[name], low, high)
+    check_count("nodes", fields["nodes"], MOST_NODES)
+    for name in ("prompt", "keep"):
+        check_bool(name, fields[name])
 
 
 def most_likely(logits: Tensor, k: int) -> Tensor:

@@ -103,6 +103,7 @@ class Drafter(nn.Module):
         name: in the registry; empty if it was not registered.
         parts: names of other drafters whose fields it takes besides its own.
         needs: what it reads of the model.
+        vocabulary: number of tokens of the model that it was made for; 0: any.
         costs: `petl.drafting.Costs` of the model that it drafts for, once they are known; `decode`
             sets them, and takes them in later calls without costs.
     """
@@ -110,6 +111,7 @@ class Drafter(nn.Module):
     name: ClassVar[str] = ""
     parts: ClassVar[tuple[str, ...]] = ()
     needs: Needs = Needs()
+    vocabulary: int = 0
     costs: Any = None
 
     def start(self, ids: Sequence[int], states: Tensor | None) -> None:
@@ -136,8 +138,13 @@ class Drafter(nn.Module):
         """Return the training loss on answers of the model, a scalar."""
         raise UnsupportedError(f"{self.name or type(self).__name__} has nothing to train")
 
-    def save(self, folder: str | Path) -> None:
-        """Write the drafter to a folder, from which `petl.load_drafter` reads it."""
+    def save(self, folder: str | Path, tokenizer: Any = None) -> None:
+        """Write the drafter to a folder, from which `petl.load_drafter` reads it.
+
+        Args:
+            folder: is created.
+            tokenizer: of the model, whose hash is kept by drafters that know its tokens.
+        """
         raise UnsupportedError(f"{self.name or type(self).__name__} has nothing to save")
 
     def restore(self, config: Any, tensors: dict[str, Tensor]) -> None:
@@ -166,8 +173,13 @@ class Trained(Protocol):
     def count(self, answers: Any) -> None:
         """Count rank frequencies on answers."""
 
-    def save(self, folder: str | Path, tokenizer: Any = None) -> None:
-        """Write the drafter to a folder, with the hash of its tokenizer."""
+
+@runtime_checkable
+class Filled(Protocol):
+    """A drafter whose table is filled by decoding, or from `petl.drafting.Answers`."""
+
+    def fill(self, answers: Any, model: Any) -> None:
+        """Learn from answers of a model."""
 
 
 def register(name: str) -> Callable[[DrafterClass], DrafterClass]:
@@ -192,6 +204,11 @@ def register(name: str) -> Callable[[DrafterClass], DrafterClass]:
 def list_drafters() -> list[str]:
     """Return the names of all drafters, sorted."""
     return sorted(DRAFTERS)
+
+
+def untrained() -> list[str]:
+    """Return the names of the drafters that need no training, sorted."""
+    return sorted(name for name, cls in DRAFTERS.items() if not issubclass(cls, Trained))
 
 
 def fields_of(name: str) -> dict[str, Any]:

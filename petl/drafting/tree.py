@@ -108,6 +108,12 @@ def fitted(
     Raises:
         InputError: the draft is no tree, or has unknown tokens.
     """
+    for name, tensor in (("tokens", draft.tokens), ("parents", draft.parents)):
+        if tensor.dim() != 1 or tensor.is_floating_point():
+            raise InputError(
+                f"the {name} of a draft are {tensor.dtype} {list(tensor.shape)}: integers, one "
+                "for each draft"
+            )
     tokens, parents = draft.tokens.tolist(), draft.parents.tolist()
     check_draft(tokens, parents, vocabulary)
     if budget is not None:
@@ -245,7 +251,8 @@ def template_paths(template: Sequence[Sequence[int]], k: int) -> list[Path]:
         ) from error
     known = {(), *paths}
     for path in sorted(paths, key=len):
-        if not path or not all(isinstance(rank, int) and 0 <= rank < k for rank in path):
+        # exactly: True would count as 1
+        if not path or not all(type(rank) is int and 0 <= rank < k for rank in path):
             raise InputError(f"template has the path {path}: ranks are from 0 to k - 1 = {k - 1}")
         if path[:-1] not in known:
             raise InputError(f"template has the path {path}, but not {path[:-1]}, its beginning")

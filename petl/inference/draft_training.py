@@ -1,6 +1,7 @@
-"""Training of a drafter for a saved model: prompts, answers, heads, and what they save."""
+"""Training of a drafter for a saved model: prompts, answers, heads or a table, the saved folder."""
 
 import logging
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,19 +21,19 @@ from petl.drafting.calls import why_plain
 from petl.drafting.fit import TARGETS
 from petl.drafting.folder import read
 from petl.drafting.lookup import LookupFirst
-from petl.drafting.registry import Trained
+from petl.drafting.registry import Filled, Trained
 from petl.errors import InputError, UnsupportedError
 from petl.export.saved_adapter import Saved
 from petl.files.disk import atomic_folder, write_atomic
 from petl.inference.language_model import LanguageModel
-from petl.inference.loading import find_model, load_language_model
+from petl.inference.loading import DRAFTER, find_model, load_language_model
 from petl.inference.prompts import read_prompts
 from petl.tasks.base import pad_id
 from petl.tasks.causal_lm import CausalLM
 from petl.tasks.chat import last_answer
 
-FOLDER = "drafter"  # in that of a run or an adapter
 CARD = "README.md"
+SOURCES = ("decode", "answers")  # of the table of a drafter without weights
 FEW = 2000  # tokens of all answers; assumption: with 8,700 heads were right 4 times in 10
 logger = logging.getLogger(__name__)
 
@@ -55,19 +56,22 @@ class DraftSettings:
     lr: float = 1e-3
     batch: int = 128
     target: str = "hard"
+    source: str | None = None
     measured: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.source not in (None, *SOURCES):
+            raise InputError(f"draft.source={self.source!r} is none of {', '.join(SOURCES)}, null")
         for name in ("answers", "tokens", "prompt_tokens", "batch_size", "epochs", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"draft.{name}={getattr(self, name)} is not 1 or more")
         for name in ("measured", "seed", "temperature"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"draft.{name}={getattr(self, name)} is not 0 or more")
         if self.target not in TARGETS:
             raise InputError(f"draft.target={self.target!r} is none of {', '.join(TARGETS)}")
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise InputError(f"draft.lr={self.lr} is not above 0")
 
 
@@ -78,8 +82,8 @@ class DraftResult(NamedTuple):
         folder: of its files.
         answers: number of them.
         tokens: of the answers.
-        loss: at the end, over all answers.
-        frequencies: rank frequencies by head, then rank.
+        loss: of heads at the end, over all answers; None: a table was filled.
+        frequencies: rank frequencies by head or depth, then rank.
         alone, behind_lookup: counts of decoding the measured prompts, without and with `lookup` in
             front, as `--drafter auto` has it.
     """
@@ -87,7 +91,7 @@ class DraftResult(NamedTuple):
     folder: Path
     answers: int
     tokens: int
-    loss: float
+    loss: float | None
     frequencies: list[list[float]]
     alone: Stats
     behind_lookup: Stats
@@ -125,12 +129,17 @@ def train_drafter(
         raise UnsupportedError(reason)
     # before the answers, which take minutes
     drafter = build(name, model=language.base, **fields)
-    if not isinstance(drafter, Trained):
-        raise InputError(f"drafter {name!r} has nothing to train; hydra has")
+    if not isinstance(drafter, Trained | Filled):
+        raise InputError(f"drafter {name!r} has nothing to train; hydra and recycling have")
+    source = _source(drafter, settings)
     prompts, measured = _prompts(language, found, settings)
     generation = _generation(language, settings.temperature)
     # the first name is the adapter's, or the base model's if there is none
     with language.using(language.names[0]):
+        if source == "decode":
+            stats = _decoded(language, drafter, prompts, settings)
+            return _written(Path(run), language, drafter, (stats.answers, stats.tokens, None),
+                            fields, settings, measured)  # fmt: skip
         made = answers(
             language.model,
             prompts,
@@ -140,20 +149,40 @@ def train_drafter(
         )
         if number() > 0:
             return None  # at once: a process group does not wait for ever
-        return _fitted(Path(run), language, drafter, made, fields, settings, measured)
+        tokens, loss = len(made.ids) - sum(made.starts), None
+        if isinstance(drafter, Trained):
+            loss = _fitted(drafter, made, tokens, settings)
+        else:
+            drafter.fill(made, language.base)
+        given = (len(made), tokens, loss)
+        return _written(Path(run), language, drafter, given, fields, settings, measured)
 
 
-def _fitted(
-    run: Path,
-    language: LanguageModel,
-    drafter: Drafter,
-    made: Answers,
-    fields: Mapping[str, Any],
-    settings: DraftSettings,
-    measured: Sequence[Sequence[int]],
-) -> DraftResult:
-    """Train a drafter on answers, measure it on further prompts, and write RUN/drafter."""
-    tokens = len(made.ids) - sum(made.starts)
+def _source(drafter: Drafter, settings: DraftSettings) -> str:
+    """Return what a drafter learns from: `SOURCES`.
+
+    Raises:
+        InputError: heads cannot learn while they decode, nor can several processes fill one table
+            so.
+    """
+    if isinstance(drafter, Trained):
+        if settings.source == "decode":
+            raise InputError(
+                f"draft.source=decode: the heads of {drafter.name} are trained on answers; leave "
+                "it out"
+            )
+        return "answers"
+    source = settings.source or SOURCES[0]
+    if source == "decode" and number_of_processes() > 1:
+        raise InputError(
+            f"draft.source=decode: {number_of_processes()} processes share the answers of "
+            "draft.source=answers only; set it, or start one process"
+        )
+    return source
+
+
+def _fitted(drafter: Drafter, made: Answers, tokens: int, settings: DraftSettings) -> float:
+    """Train heads on answers, and return the loss at the end."""
     if tokens < FEW:
         logger.warning(
             "the %d answers have %s tokens, %.3g each: heads learn little from fewer than %s. To "
@@ -161,7 +190,7 @@ def _fitted(
             "Answers that short leave little to draft, and --drafter free needs no training",
             len(made), f"{tokens:,}", tokens / len(made), f"{FEW:,}",
         )  # fmt: skip
-    loss = fit(
+    return fit(
         drafter,
         made,
         epochs=settings.epochs,
@@ -170,22 +199,33 @@ def _fitted(
         target=settings.target,
         seed=settings.seed,
     )
-    folder = run / FOLDER
-    trained: Any = drafter
+
+
+def _written(
+    run: Path,
+    language: LanguageModel,
+    drafter: Drafter,
+    given: tuple[int, int, float | None],
+    fields: Mapping[str, Any],
+    settings: DraftSettings,
+    measured: Sequence[Sequence[int]],
+) -> DraftResult:
+    """Write a drafter to RUN/drafter with what it gives on further prompts.
+
+    Args:
+        given: number of answers, their tokens, and the loss.
+    """
+    folder = run / DRAFTER
     # an earlier drafter stays until this one is complete
     with atomic_folder(folder) as draft:
-        trained.save(draft, language.tokenizer)
-        # as it will be used, in the dtype of the model
-        saved = load_drafter(draft, language.base, language.tokenizer)
-        generation = _generation(language, settings.temperature)
-        generation["max_new_tokens"] = settings.tokens
+        drafter.save(draft, language.tokenizer)
+        # as it will be used, in the dtype of the model; one for each, since tables go on learning
+        saved = [load_drafter(draft, language.base, language.tokenizer) for _ in range(2)]
         alone, behind = (
-            _measured(language, each, measured, generation) for each in (saved, LookupFirst(saved))
+            _decoded(language, each, measured, settings)
+            for each in (saved[0], LookupFirst(saved[1]))
         )
-        result = DraftResult(
-            folder, len(made), tokens, loss,
-            read(draft)["frequencies"], alone, behind,
-        )  # fmt: skip
+        result = DraftResult(folder, *given, read(draft)["frequencies"], alone, behind)
         write_atomic(draft / CARD, card(drafter.name, fields, settings, result))
     return result
 
@@ -210,21 +250,22 @@ def _generation(language: LanguageModel, temperature: float) -> dict[str, Any]:
     }
 
 
-def _measured(
+def _decoded(
     language: LanguageModel,
     drafter: Drafter,
     prompts: Sequence[Sequence[int]],
-    generation: Mapping[str, Any],
+    settings: DraftSettings,
 ) -> Stats:
     """Return the counts of decoding prompts one after the other."""
     stats = Stats()
     writer: Any = language.model
+    generation = _generation(language, settings.temperature)
+    # the switch would hide how many tokens a pass gives
+    drafts = {"custom_generate": decode, "drafter": drafter, "stats": stats, "switch": False}
     for prompt in prompts:
         ids = torch.tensor([prompt], device=language.base.device)
-        # the switch would hide how many tokens a pass gives
-        drafts = {"custom_generate": decode, "drafter": drafter, "stats": stats, "switch": False}
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        writer.generate(**inputs, **generation, **drafts)
+        writer.generate(**inputs, **generation, **drafts, max_new_tokens=settings.tokens)
     return stats
 
 
@@ -318,32 +359,48 @@ def card(name: str, fields: Mapping[str, Any], settings: DraftSettings, result: 
         if result.alone.passes
         else "Its tokens per pass were not measured."
     )
-    return CARD_TEXT.format(
-        name=name, own=own, answers=result.answers, tokens=f"{result.tokens:,}",
-        epochs=settings.epochs, loss=f"{result.loss:.3f}", found=found, rows="\n".join(rows),
-    )  # fmt: skip
+    kind = TABLE if result.loss is None else HEADS
+    trained = kind["trained"].format(
+        answers=result.answers, tokens=result.tokens, epochs=settings.epochs, loss=result.loss
+    )
+    words = {**kind, "trained": trained, "name": name, "own": own, "found": found}
+    return CARD_TEXT.format(**words, rows="\n".join(rows))
 
 
+HEADS = {
+    "what": "Heads",
+    "trained": "Trained on {answers} answers of that model, {tokens:,} tokens, for {epochs} "
+    "epochs; loss {loss:.3f}.",
+    "which": "a head's most likely, second, third, or one of its kept ranks, given the tokens "
+    "before it,\nin answers that were held out (of ten or more)",
+    "unit": "head",
+}
+TABLE = {
+    "what": "The table",
+    "trained": "Filled with {answers} answers of that model, {tokens:,} tokens.",
+    "which": "the first, second, third, or any of a row of the table, given the tokens before it,\n"
+    "while the table was filled",
+    "unit": "depth",
+}
 CARD_TEXT = """\
 # Drafter
 
-Heads of the drafter `{name}` ({own}) of petl. They guess tokens ahead of one model with one
+{what} of the drafter `{name}` ({own}) of petl. It guesses tokens ahead of one model with one
 adapter, which verifies the guesses: answers stay what they are, and come in fewer passes.
 
-Trained on {answers} answers of that model, {tokens} tokens, for {epochs} epochs; loss {loss}.
+{trained}
 {found}
 
-How often the true token was a head's most likely, second, third, or one of its kept ranks, given
-the tokens before it, in answers that were held out (of ten or more):
+How often the true token was {which}:
 
-| head | 1 | 2 | 3 | any |
+| {unit} | 1 | 2 | 3 | any |
 | --- | --- | --- | --- | --- |
 {rows}
 
 `petl generate` finds it in the folder of the run. In code:
 
 ```python
-drafter = petl.load_drafter("drafter", model)
+drafter = petl.load_drafter("drafter", model, tokenizer)
 model.generate(**inputs, custom_generate=petl.drafting.decode, drafter=drafter)
 ```
 """

@@ -11,12 +11,13 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
+from petl.core.model.modes import has_enabled_adapter
 from petl.core.parameters import max_positions
 from petl.drafting.calls import why_plain
 from petl.drafting.engine import Stats, decode
-from petl.drafting.folder import CONFIG, load_drafter
+from petl.drafting.folder import load_drafter
 from petl.drafting.lookup import LookupFirst
-from petl.drafting.registry import Drafter, Trained, drafter
+from petl.drafting.registry import Drafter, drafter, untrained
 from petl.errors import (
     InputError,
     UnknownNameError,
@@ -31,6 +32,7 @@ from petl.training.generation import as_list, padded
 
 BASE = "base"  # the name of the model without an adapter
 NO_DRAFTS = "none"  # the value of `drafting` for plain decoding
+COPYING = ("free", "lookup")  # drafters that copy text by themselves
 Prompt = str | list[Message]
 
 
@@ -44,9 +46,11 @@ class LanguageModel:
         system: the system prompt of chats that have none, as in training.
         prefix: put before each text of an encoder-decoder, as in training.
         columns: the settings under `data` of the run that name the columns of rows.
-        drafting: what guesses tokens of single answers ahead (petl.drafting): "auto" is the run's
-            own drafter if there is one (a trained one behind "lookup"), else "free"; "none"; or the
-            folder of a drafter.
+        drafting: what guesses tokens of single answers ahead (petl.drafting): "auto" is
+            `own_drafter` for the first adapter, behind "lookup", and else "free"; "none"; a drafter
+            without training; or the folder of a drafter.
+        own_drafter: folder of the drafter that was trained for the first adapter, or for the model
+            if it is a plain one.
     """
 
     model: PeftModel | PreTrainedModel
@@ -58,28 +62,56 @@ class LanguageModel:
     prefix: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
     drafting: str = "auto"
+    own_drafter: str | None = None
 
-    @cached_property
+    @property
     def drafter(self) -> Drafter | None:
-        """What guesses tokens of single answers ahead; None: they are decoded plainly.
+        """What guesses tokens of the active adapter's single answers; None: they are plain.
 
         Raises:
             InputError: there is no drafter in the folder, it belongs to another model, or the model
                 cannot be decoded with drafts, and `drafting` is not "auto".
         """
+        has_own = self.drafting == "auto" and self.own_drafter is not None
+        # heads that one adapter's answers have trained guess little of what another one writes
+        return self._free if has_own and not self._writes_first else self._chosen
+
+    @cached_property
+    def _free(self) -> Drafter | None:
+        """The drafter without training; None if the model cannot be decoded with drafts."""
+        return None if why_plain(self.base) else drafter("free", model=self.base)
+
+    @cached_property
+    def _chosen(self) -> Drafter | None:
+        """The drafter of `drafting`."""
         reason = why_plain(self.base)
         if self.drafting == NO_DRAFTS or (reason and self.drafting == "auto"):
             return None
         if reason:
             raise UnsupportedError(reason)
-        own = Path(next(iter(self.adapters.values()), "")) / "drafter"
-        if self.drafting == "auto" and self.adapters and (own / CONFIG).is_file():
-            found = load_drafter(own, self.base, self.tokenizer)
-            # `free` copies by itself, and a drafter without training is what was asked for
-            return LookupFirst(found) if isinstance(found, Trained) else found
-        if self.drafting in ("auto", "free"):
-            return drafter("free", model=self.base)
+        if self.drafting == "auto" and self.own_drafter is None:
+            return self._free
+        if self.drafting == "auto":
+            found = load_drafter(str(self.own_drafter), self.base, self.tokenizer)
+            return found if found.name in COPYING else LookupFirst(found)
+        known = untrained()
+        if self.drafting in known:
+            return drafter(self.drafting, model=self.base)
+        if not Path(self.drafting).exists():
+            known = [*known, "auto", NO_DRAFTS]
+            raise UnknownNameError(
+                f"{self.drafting!r} is neither the folder of a drafter nor the name of one"
+                + did_you_mean(self.drafting, known)
+            )
         return load_drafter(self.drafting, self.base, self.tokenizer)
+
+    @property
+    def _writes_first(self) -> bool:
+        """True if the first adapter, or the plain model, is what writes now."""
+        model: Any = self.model
+        if not isinstance(model, PeftModel):
+            return True
+        return model.active_adapters == [self.names[0]] and has_enabled_adapter(model)
 
     @property
     def base(self) -> PreTrainedModel:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from petl.core.loading import load
 from petl.core.switching.lora import fuse_lora
+from petl.drafting.folder import CONFIG
 from petl.errors import InputError, UnsupportedError
 from petl.export.saved_adapter import Saved, device, find, model_in
 from petl.files.disk import check_links
@@ -22,6 +23,7 @@ from petl.tasks.seq2seq import Seq2Seq
 from petl.tasks.task_file import read_task
 
 DEFAULT = "default"  # the name of the first adapter
+DRAFTER = "drafter"  # in the folder of a run, an adapter or a model
 WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # ends of names of classes
 NO_COLUMNS = ("pack", "generate")  # settings of training only, which do not suit all prompts
 
@@ -66,7 +68,14 @@ def load_language_model(
     fuse_lora(model)  # as in training, and a switch takes the same time with many adapters
     names = {**({DEFAULT: str(run)} if first else {}), **(others or {})}
     language = reading_as_trained(model.eval(), tokenizer, found, names, plain=plain)
-    return replace(language, drafting=drafting)
+    return replace(language, drafting=drafting, own_drafter=_own_drafter(Path(run), found))
+
+
+def _own_drafter(folder: Path, found: Saved | Mapping[str, Any]) -> str | None:
+    """Return the folder of a model's drafter, beside it or in the run of its adapter."""
+    run = found.run if isinstance(found, Saved) else None
+    places = [place / DRAFTER for place in (folder, run) if place is not None]
+    return next((str(place) for place in places if (place / CONFIG).is_file()), None)
 
 
 def refuse_tasks(saved: Saved) -> None:

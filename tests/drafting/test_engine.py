@@ -5,10 +5,17 @@ import math
 import pytest
 import torch
 from draft_fixtures import DECODERS, PAD, VOCABULARY, Fixed, Oracle, Random, Wrong, chain, prompt
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from tiny_tokenizers import byte_tokenizer
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 from petl import testing
-from petl.drafting import Costs, Drafter, Needs, Stats, decode, drafter, shortfalls
+from petl.drafting import Costs, Draft, Drafter, Needs, Stats, decode, drafter, shortfalls
 from petl.drafting.checks import rounding
 from petl.drafting.engine import Decoding
 from petl.errors import InputError, UnsupportedError
@@ -38,6 +45,8 @@ DRAFTERS = {
     "recycling": lambda model, text: drafter("recycling", model=model),
     "recycling-3": lambda model, text: drafter("recycling", model=model, order=3, nodes=5),
     "free": lambda model, text: drafter("free", model=model, min_ngram=1),
+    # heads without training repeat the model's own guess
+    "hydra": lambda model, text: drafter("hydra", model=model, draft_vocab=50),
 }
 
 
@@ -337,6 +346,22 @@ def test_an_encoder_decoder_is_decoded_plainly():
     assert torch.equal(found, plain)
 
 
+def test_stop_strings_are_a_criterion():
+    """transformers hands no tokenizer to a function; what it would make of one is passed."""
+    model, tokenizer = testing.tiny_llama(vocabulary=260), byte_tokenizer()
+    (plain,) = generated(model, prompt(), max_new_tokens=40)[:1]
+    text = tokenizer.decode(plain[0, 6:])
+    stops = [text[9:11], text[20:22]]
+    expected, _ = generated(model, prompt(), stop_strings=stops, tokenizer=tokenizer)
+    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, stops)])
+    guess = Oracle(plain, 3)
+    found, _ = generated(
+        model, prompt(), stopping_criteria=criteria, custom_generate=decode, drafter=guess
+    )
+    assert torch.equal(found, expected)
+    assert found.shape[1] < plain.shape[1]
+
+
 # Refusals
 
 
@@ -364,11 +389,39 @@ def test_drafts_that_are_no_tree_are_refused(tokens, parents, message):
         ({"pack": "yes"}, "pack='yes' is none of"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3 and .* draft as well"),
         ({"drafter": "lokup"}, "no drafter 'lokup'; did you mean 'lookup'"),
+        ({"drafter": 5}, "drafter=5 is no petl.drafting.Drafter"),
+        ({"costs": {1: 1.0}}, r"costs=\{1: 1.0\} is no petl.drafting.Costs"),
+        ({"stats": 3}, "stats=3 is no petl.drafting.Stats"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         generated(testing.tiny_llama(), prompt(), custom_generate=decode, **settings)
+
+
+@pytest.mark.parametrize("name", ["recycling", "free", "hydra"])
+@pytest.mark.parametrize("size", [90, 100])
+def test_a_drafter_of_another_vocabulary_is_refused(name, size):
+    guess = drafter(name, model=testing.tiny_llama(vocabulary=size))
+    with pytest.raises(InputError, match=f"{name} has a vocabulary of {size} tokens and .* 96"):
+        generated(testing.tiny_llama(), prompt(), custom_generate=decode, drafter=guess)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "parents", "message"),
+    [
+        (torch.tensor([5.0]), torch.tensor([0]), r"tokens of a draft are torch.float32 \[1\]"),
+        (torch.tensor([[5]]), torch.tensor([0]), r"tokens of a draft are torch.int64 \[1, 1\]"),
+        (torch.tensor([5]), torch.tensor(0), r"parents of a draft are torch.int64 \[\]"),
+    ],
+)
+def test_drafts_that_are_no_lists_of_integers_are_refused(tokens, parents, message):
+    class Given(Fixed):
+        def draft(self, root, budget):
+            return Draft(tokens, parents)
+
+    with pytest.raises(InputError, match=message):
+        generated(testing.tiny_llama(), prompt(), custom_generate=decode, drafter=Given([5], [0]))
 
 
 def test_packing_is_refused_where_nothing_can_be_packed():

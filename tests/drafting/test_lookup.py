@@ -74,10 +74,14 @@ def test_the_length_follows_what_was_right_and_what_a_pass_costs():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"min_ngram": 0}, {"min_ngram": 4}, {"length": 0}, {"max_ngram": 1}]
-)
+    "fields",
+    [
+        {"min_ngram": 0}, {"min_ngram": 4}, {"length": 0}, {"max_ngram": 1},
+        {"max_ngram": 10**9}, {"max_ngram": "a"}, {"length": "x"}, {"length": None},
+    ],
+)  # fmt: skip
 def test_fields_out_of_range_are_refused(fields):
-    with pytest.raises(InputError, match="is n"):
+    with pytest.raises(InputError, match="is no integer"):
         drafter("lookup", **fields)
 
 

@@ -1,5 +1,6 @@
 """Token recycling: the table, the tree, what is accepted, and the saved form."""
 
+import json
 import math
 from itertools import pairwise
 
@@ -9,7 +10,7 @@ from draft_fixtures import PAD, VOCABULARY, prompt
 from safetensors.torch import load_file, save_file
 
 from petl import testing
-from petl.drafting import Root, Seen, Stats, decode, drafter, load_drafter
+from petl.drafting import Root, Seen, Stats, answers, decode, drafter, load_drafter
 from petl.drafting.recycling import most_likely
 from petl.errors import InputError
 
@@ -159,6 +160,36 @@ def test_without_keep_the_drafts_depend_on_the_prompt_only(model):
     assert drafts[2] != drafts[3]
 
 
+def test_a_table_is_filled_from_answers(model):
+    prompts = [prompt(i)[0].tolist() for i in range(4)]
+    made = answers(model, prompts, tokens=20, batch_size=1, pad_token_id=PAD)
+    filled = drafter("recycling", model=model, k=4, prompt=False)
+    filled.fill(made, model)
+    # each token of an answer but the last has the likeliest ones after its last occurrence, and a
+    # true token that its row has by then is a hit at depth 0, or deeper behind other hits
+    expected, hits, depth, deepest = {}, [], 0, 6
+    for i in range(4):
+        ids, states = made.ids[made.row(i)].tolist(), made.states[made.row(i)].float()
+        depth, pending = 0, {}
+        for place in range(made.starts[i], len(ids) - 1):
+            # a round takes the rows of the table as it was before it
+            is_hit = ids[place + 1] in expected.get(ids[place], [])
+            hits.append((depth, is_hit))
+            with torch.no_grad():
+                pending[ids[place]] = model.lm_head(states[place]).topk(4).indices.tolist()
+            depth = depth + 1 if is_hit and depth + 1 < deepest else 0
+            if depth == 0:
+                expected |= pending
+                pending = {}
+        expected |= pending
+    assert {t: row for t, row in enumerate(filled.table.tolist()) if row[0] >= 0} == expected
+    # frequencies: a prior of 10 rounds, and then each round weighs 0.99 of the next
+    count, total = sum((0.474, 0.083, 0.039, 0.022)) * 10, 10.0
+    for _, is_hit in (each for each in hits if each[0] == 0):
+        count, total = 0.99 * count + is_hit, 0.99 * total + 1
+    assert sum(filled.frequencies.table()[0]) == pytest.approx(count / total)
+
+
 @pytest.mark.parametrize("name", ["recycling", "free"])
 def test_a_saved_drafter_drafts_the_same(name, model, tmp_path):
     guess = drafter(name, model=model, nodes=7)
@@ -174,6 +205,34 @@ def test_a_saved_drafter_drafts_the_same(name, model, tmp_path):
             drafts.append(each.draft(Root(root), None))
         assert torch.equal(drafts[0].tokens, drafts[1].tokens)
         assert torch.equal(drafts[0].parents, drafts[1].parents)
+
+
+@pytest.mark.parametrize("name", ["recycling", "free"])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"k": "8"}, "k='8' is no integer"),
+        ({"depth": 10**9}, "depth=1000000000 is no integer from 1 to 64"),
+        ({"table": "/home"}, "the field table names a folder, '/home'"),
+        ({"table": 3}, "the field table names a folder, 3"),
+    ],
+)
+def test_fields_of_a_folder_are_checked(name, fields, message, model, tmp_path):
+    drafter(name, model=model).save(tmp_path)
+    file = tmp_path / "drafter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"fields": config["fields"] | fields}))
+    with pytest.raises(InputError, match=message):
+        load_drafter(tmp_path, model)
+
+
+def test_a_table_from_outside_of_the_folder_is_refused(model, tmp_path):
+    drafter("recycling", model=model).save(tmp_path / "own")
+    weights = tmp_path / "own" / "drafter_model.safetensors"
+    weights.rename(tmp_path / "table")
+    weights.symlink_to(tmp_path / "table")
+    with pytest.raises(InputError, match=r"is a link to .*table, outside of"):
+        load_drafter(tmp_path / "own", model)
 
 
 def test_what_does_not_fit_the_model_is_refused(model, tmp_path):
@@ -196,10 +255,17 @@ def test_what_does_not_fit_the_model_is_refused(model, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"k": 0}, "k=0 is not 1 or more"),
-        ({"nodes": 0}, "nodes=0 is neither 'auto' nor 1 or more"),
-        ({"depth": 0}, "depth=0 is not 1 or more"),
-        ({"order": 4}, "order=4 is neither 2 nor 3"),
+        ({"k": 0}, "k=0 is no integer from 1 to 128"),
+        ({"k": 10**12}, "k=1000000000000 is no integer from 1 to 128"),
+        ({"k": "8"}, "k='8' is no integer"),
+        ({"k": 2.5}, "k=2.5 is no integer"),
+        ({"nodes": 0}, "nodes=0 is no integer from 1 to 1024, and not 'auto'"),
+        ({"nodes": "x"}, "nodes='x' is no integer"),
+        ({"depth": 10**9}, "depth=1000000000 is no integer from 1 to 64"),
+        ({"order": 4}, "order=4 is no integer from 2 to 3"),
+        ({"entries": "a"}, "entries='a' is no integer 1 or more"),
+        ({"keep": "no"}, "keep='no' is neither True nor False"),
+        ({"template": [[True]]}, "ranks are from 0"),
         ({"template": [(8,)]}, r"path \(8,\): ranks are from 0 to k - 1 = 7"),
         ({"template": [(0, 1)]}, r"path \(0, 1\), but not \(0,\), its beginning"),
         ({"dept": 3}, "drafter 'recycling' has no field 'dept'; did you mean 'depth'"),

@@ -5,6 +5,7 @@ from shutil import copytree
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from writer_fixtures import PROMPTS
 
 from petl import testing
@@ -75,6 +76,45 @@ def test_a_drafter_is_trained_written_and_used_behind_lookup(writers, file):
         assert (result.folder / "drafter_model.safetensors").read_bytes() == before
     finally:
         remove(folder / "drafter")
+
+
+@pytest.mark.parametrize("source", ["decode", "answers"])
+def test_a_table_is_filled_and_used_behind_lookup(writers, file, source):
+    folder = writers.folder / "lora"
+    words = ["drafter.k=4", "draft.answers=11", "draft.measured=3", "draft.tokens=20"]
+    words += [f"draft.file={file}", f"draft.source={source}"]
+    try:
+        result = train_drafter(folder, compose(["+drafter=recycling", *words], "draft"))
+        assert result.loss is None
+        assert result.answers == 11
+        config = json.loads((result.folder / "drafter_config.json").read_text())
+        assert config["fields"]["k"] == 4
+        assert {*config["hashes"]} == {"tokenizer"}
+        assert config["frequencies"] == result.frequencies
+        table = load_file(result.folder / "drafter_model.safetensors")["table"]
+        assert table.shape == (260, 4)
+        assert (table >= 0).any()
+        page = (result.folder / "README.md").read_text()
+        assert f"Filled with 11 answers of that model, {result.tokens} tokens." in page
+        assert "| depth | 1 |" in page
+        model, plain = writers.load("lora"), load_language_model(folder, drafting="none")
+        assert torch.equal(model.drafter.drafter.table, table)
+        for prompt in PROMPTS:
+            found = []
+            for one in (model, plain):
+                with one.using("default"):
+                    found += one.answer([one.encode(prompt)], Sampling(max_new_tokens=40))
+            assert found[0] == found[1]
+    finally:
+        remove(folder / "drafter")
+
+
+def test_the_source_is_that_of_tables(writers, file):
+    words = [f"draft.file={file}", "draft.source=decode"]
+    with pytest.raises(InputError, match=r"the heads of hydra are trained on answers"):
+        train_drafter(writers.folder / "lora", settings(*words))
+    with pytest.raises(InputError, match=r"draft.source='texts' is none of decode, answers, null"):
+        train_drafter(writers.folder / "lora", settings("draft.source=texts"))
 
 
 def test_fewer_prompts_than_wanted_are_divided(writers, file, caplog):

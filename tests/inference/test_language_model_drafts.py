@@ -6,6 +6,7 @@ from writer_fixtures import PROMPTS
 
 from petl.drafting import Stats, drafter
 from petl.errors import InputError, UnsupportedError
+from petl.files.disk import remove
 from petl.inference.loading import load_language_model
 from petl.inference.sampling import Sampling
 
@@ -64,6 +65,8 @@ def test_a_drafter_that_cannot_be_used_is_refused(writers, tmp_path):
         _ = load_language_model(writers.folder / "t5-lora", drafting="free").drafter
     with pytest.raises(InputError, match="give the folder of a drafter"):
         _ = load_language_model(writers.folder / "lora", drafting=str(tmp_path)).drafter
+    with pytest.raises(InputError, match=r"'fre' is neither .*; did you mean 'free'"):
+        _ = load_language_model(writers.folder / "lora", drafting="fre").drafter
 
 
 def test_a_saved_drafter_is_taken_from_its_folder_and_from_that_of_the_run(writers, tmp_path):
@@ -71,12 +74,28 @@ def test_a_saved_drafter_is_taken_from_its_folder_and_from_that_of_the_run(write
     drafter("recycling", model=base, nodes=3).save(tmp_path)
     given = load_language_model(writers.folder / "lora", drafting=str(tmp_path))
     assert (given.drafter.name, given.drafter.nodes) == ("recycling", 3)
+    assert load_language_model(writers.folder / "lora", drafting="lookup").drafter.name == "lookup"
     own = writers.folder / "lora" / "drafter"
-    drafter("lookup", length=4).save(own)
+    drafter("recycling", model=base, nodes=5).save(own)
     try:
-        assert writers.load("lora").drafter.length == 4
+        model = writers.load("lora", second="other")
+        with model.using("default"):
+            assert model.drafter.drafter.nodes == 5  # behind lookup
+            assert model.drafter is model.drafter
+        # it was trained for the first adapter
+        for name in ("second", "base"):
+            with model.using(name):
+                assert model.drafter.name == "free"
         assert load_language_model(writers.folder / "lora", drafting="free").drafter.name == "free"
     finally:
-        for file in own.iterdir():
-            file.unlink()
-        own.rmdir()
+        remove(own)
+
+
+def test_a_plain_model_has_a_drafter_of_its_own(writers):
+    own = writers.folder / "llama" / "drafter"
+    drafter("recycling", model=writers.load("llama").base, nodes=5).save(own)
+    try:
+        assert writers.load("llama").drafter.drafter.nodes == 5
+        assert writers.load("lora").drafter.name == "free"
+    finally:
+        remove(own)
