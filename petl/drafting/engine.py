@@ -58,7 +58,7 @@ class Stats:
         passes: after those over the prompts.
         drafted: tokens that were guessed and verified.
         accepted: those of them that were right.
-        seconds: from the first pass over a prompt to the last token.
+        seconds: from the first token of an answer to the last, without measuring costs.
         answers: number of rows.
     """
 
@@ -195,6 +195,7 @@ class Decoding:
         self._sort_criteria()
         is_simple = not (given.processors or self.samples or keeps)
         self.is_argmax = is_simple  # the tokens are those of the largest logits
+        self.measuring = 0.0  # seconds
         self.state_row = -1  # of the states of the last pass: that which chose the root
         self.vocabulary = given.model.config.get_text_config().vocab_size
 
@@ -216,7 +217,7 @@ class Decoding:
     @torch.no_grad()
     def run(self) -> Any:
         """Decode until a criterion ends the answer, and return what `generate` returns."""
-        clock, began, length = self.settings.clock, self.settings.clock(), len(self.tokens)
+        clock, length = self.settings.clock, len(self.tokens)
         if self.stream is not None:
             self.stream.put(self.given.ids.cpu())
         needs = None if self.drafter is None else self.drafter.needs
@@ -224,6 +225,7 @@ class Decoding:
             reads_states = needs is not None and (needs.last or needs.prompt)
             stack.enter_context(self.passes.capturing(states=reads_states))
             has_ended = self._begin()
+            began = clock()
             # behind the prefill, as in transformers: it changes how experts are computed
             stack.enter_context(self.given.model._optimize_model_for_decode())
             stack.enter_context(self.packing.classes())
@@ -233,7 +235,7 @@ class Decoding:
             self.stream.end()
         self.stats.tokens += len(self.tokens) - length
         self.stats.answers += 1
-        self.stats.seconds += clock() - began
+        self.stats.seconds += clock() - began - self.measuring
         return self._result()
 
     def _begin(self) -> bool:
@@ -383,10 +385,12 @@ class Decoding:
     def _measured(self) -> Costs:
         """Return the costs of a pass, measured once if they were not given."""
         if self.costs is None:
+            began = self.settings.clock()
             with self.passes.paused():
                 self.costs = Costs.measure(
                     self.model, counts=QUICK, rounds=3, packed=self.packing.weights
                 )
+            self.measuring += self.settings.clock() - began
             if self.drafter is not None:
                 self.drafter.costs = self.costs
         return self.costs
