@@ -43,7 +43,12 @@ GOALS: dict[tuple[str, str], float] = {  # of the speed: row, dtype
     (RANDOM_TEXT, "bfloat16"): 0.97,
     (FREE, "float32"): 1.35,
     (FREE, "bfloat16"): 1.4,
+    (HEADS, "float32"): 1.6,
+    (HEADS, "bfloat16"): 1.6,
 }
+MANY = 160  # answers that heads are trained on, with which the goal of HEADS is
+GOALS_OF_MANY = {"float32": 2.0, "bfloat16": 1.8}
+GOAL_OF_MOLA = 1.0  # of FREE with MoLA, which does not merge: over the base model's plain decoding
 # of the adapted models, trained a little: their answers are to differ from the base model's
 FIELDS: dict[str, dict[str, Any]] = {
     "lora": {"r": 8, "lora_alpha": 16, "target_modules": "block-linear"},
@@ -321,5 +326,13 @@ class State:
         return records
 
     def _goal(self, row: str) -> dict[str, float]:
-        goal = GOALS.get((row, self.loaded.dtype)) if self.plan.model else None
-        return {} if goal is None else {"goal speed": goal}
+        if not self.plan.model:  # a tiny one, for tests
+            return {}
+        dtype = self.loaded.dtype
+        goal = GOALS.get((row, dtype))
+        if row == HEADS and self.plan.heads >= MANY:
+            goal = GOALS_OF_MANY[dtype]
+        found = {} if goal is None else {"goal speed": goal}
+        if row == FREE and self.state == "mola":
+            found["goal speed / plain base"] = GOAL_OF_MOLA
+        return found

@@ -191,7 +191,8 @@ def test_faster_answers(monkeypatch, tmp_path):
         code("faster-answers", "Stats()"), model=model, inputs={"input_ids": ids, **settings}
     )
     assert left["stats"].tokens == 20
-    trained = run(code("faster-answers", "drafting.fit"), model=model, inputs={"input_ids": ids})
+    given = {"model": model, "inputs": {"input_ids": ids}, "tokenizer": byte_tokenizer()}
+    trained = run(code("faster-answers", "drafting.fit"), **given)
     more = {"custom_generate": petl.drafting.decode, "drafter": trained["heads"]}
     assert torch.equal(model.generate(ids, **settings, **more), plain)
     run(code("faster-answers", "class Again"))
