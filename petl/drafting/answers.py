@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from petl.core.distributed import is_sharded, made_by, num_processes, number, shared_out
+from petl.core.distributed import made_by, num_processes, number, shared_out
 from petl.core.model.modes import evaluation_mode
 from petl.core.parameters import max_positions
 from petl.core.progress import Pass
@@ -173,12 +173,6 @@ def _check_model(model: Any) -> None:
     if base.base_model is base:
         raise UnsupportedError(
             f"{type(base).__name__} has no body apart from its head, whose states a drafter reads"
-        )
-    if num_processes() > 1 and is_sharded(base):
-        raise UnsupportedError(
-            f"the weights of {type(base).__name__} are sharded over {num_processes()} processes, "
-            "which answer different prompts: use a merged base, or one that each process has as a "
-            "whole"
         )
     config = getattr(model, "active_peft_config", None)
     if config is not None and config.is_prompt_learning:

@@ -170,6 +170,9 @@ def why_plain(model: Any) -> str:
     if is_encoder_decoder(base):
         return f"{name} is an encoder-decoder, which is decoded without drafts"
     if is_sharded(base):
-        return f"{name} is sharded over processes, which must make the same passes"
+        return (
+            f"{name} is sharded over processes, which must make the same passes: use a merged "
+            "base, or one that each process has as a whole"
+        )
     reason = refusal(DynamicCache(config=base.config))
     return reason and f"{name} cannot be decoded with drafts: {reason}; use --drafter none"

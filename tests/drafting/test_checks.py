@@ -4,14 +4,27 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from contract_cases import OWN, adaptable, adopted, own
 from draft_fixtures import PAD, Oracle, Random, prompt, tiny_qwen
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 import petl
 from petl import testing
-from petl.drafting import Stats, check_answer, decode, drafter, rounding, shortfalls, verify
+from petl.drafting import (
+    Stats,
+    answers,
+    check_answer,
+    decode,
+    drafter,
+    rounding,
+    shortfalls,
+    verify,
+    why_plain,
+)
 from petl.drafting.cache import refusal
 from petl.drafting.engine import Decoding
 from petl.errors import InputError, UnsupportedError
@@ -38,7 +51,9 @@ def assert_lossless(model, seed=1, *, decoys=True):
         plain = generated(model, seed, **sampling)
         right = Stats()
         free = drafter("free", model=model, min_ngram=1)
-        for guess in (Oracle(plain, 3, decoys=decoys), Random(), free):
+        # heads read the states of the adapted model
+        other = Random() if sampling["do_sample"] else drafter("hydra", model=model, heads=2)
+        for guess in (Oracle(plain, 3, decoys=decoys), other, free):
             more = {"custom_generate": decode, "drafter": guess, "pack": True, "stats": right}
             assert torch.equal(generated(model, seed, **sampling, **more), plain)
         assert right.accepted > 0
@@ -68,6 +83,31 @@ def test_the_others_are_refused_for_decoders_by_name():
     # it looks along the tokens
     with pytest.raises(InputError, match="block='conformer' reads future tokens"):
         petl.wrap(testing.tiny_llama(), "adapter", task_type="CAUSAL_LM", block="conformer")
+
+
+def _of_sharded_weights():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = testing.tiny_llama()
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    found = [why_plain(model)]
+    for refused in (
+        lambda: drafter("hydra", model=model),
+        lambda: answers(model, [[5, 6]], tokens=2),
+    ):
+        with pytest.raises(UnsupportedError) as error:
+            refused()
+        found.append(str(error.value))
+    return found
+
+
+@pytest.mark.thorough
+def test_sharded_weights_are_refused():
+    for plain, heads, training in testing.in_processes(2, _of_sharded_weights):
+        assert "LlamaForCausalLM is sharded over processes" in plain
+        assert training == plain
+        assert "LlamaForCausalLM are sharded over processes, and a drafter reads" in heads
 
 
 @pytest.mark.parametrize("name", ["lora", "mola", "adapter", "mos"])
