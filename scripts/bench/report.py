@@ -52,6 +52,10 @@ LABELS = {
     "goal kernels": "goal: kernel launches",
     "goal base": "goal: time / base",
     "goal speed": "goal: speed",
+    "goal 8 adapters": "goal: 8 adapters",
+    "goal 64 adapters": "goal: 64 adapters",
+    "peak / parts": "peak memory / base, adapters and passes of each",
+    "goal peak": "goal: peak memory",
     "goal plain": "goal: time / plain merging",
     "goal saved": "goal: saved / inner",
     "step / inner": "training step / inner method's",
@@ -79,6 +83,9 @@ GOALS = {  # and the values they bound
     "goal plain": "time / plain merging",
     "goal saved": "saved / inner",
     "goal speed": "speed",
+    "goal 8 adapters": "8 adapters",
+    "goal 64 adapters": "64 adapters",
+    "goal peak": "peak / parts",
     **{
         f"goal {part} / {base}": f"{part} / {base}"
         for part in ("training", "job")

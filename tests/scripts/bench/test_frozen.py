@@ -1,23 +1,26 @@
-"""The section of frozen blocks: the same model with and without a store."""
+"""The section of frozen blocks: with and without a store, and with what is read alone."""
 
 from dataclasses import replace
 
 import pytest
-from bench.frozen import measure, measure_images
+from bench.frozen import CLS, FEW, GOALS, LABELLED, _classifier, measure, measure_images
 from bench.records import Result
 from bench.report import tables
-from bench.shapes import LLAMA
+from bench.shapes import LLAMA, MINILM
+
+SMALL = {"hidden": 32, "heads": 2, "ff": 48, "layers": 3, "vocabulary": 64, "rows": 2}
 
 
 def test_upper_blocks_are_measured_with_and_without_a_store():
-    small = {"hidden": 32, "heads": 2, "kv_heads": 1, "ff": 48, "layers": 3, "vocabulary": 64}
-    found = measure(replace(LLAMA, **small, rows=2, length=6), 2)
+    found = measure(replace(LLAMA, **SMALL, kv_heads=1, length=10), 2)
     # a third and a quarter of three blocks are one, and so is top:1
-    record, labelled = found
+    record, few, labelled = found
     assert record.row == "lora in the last 1 of 3"
-    assert set(record.ratios) == {"time / floor", "without a store / floor"}
-    assert record.facts["B / position"] == 4 * 32
-    assert labelled.row == "lora, 20% of the positions labelled"
+    assert few.row == f"lora in the last 1 of 3, {FEW}"
+    assert labelled.row == f"lora, {FEW}"
+    for each in (record, few):
+        assert set(each.ratios) == {"time / floor", "without a store / floor"}
+        assert each.facts["B / position"] == 4 * 32
     assert set(labelled.ratios) == {
         "time / floor",
         "head alone / floor",
@@ -25,12 +28,41 @@ def test_upper_blocks_are_measured_with_and_without_a_store():
     }
     (table,) = tables(Result({}, found)).values()
     assert table.rows[0][0] == "lora in the last 1 of 3"
+    assert f"{LABELLED:.0%} of" in FEW
+
+
+def test_an_encoder_is_also_measured_as_a_classifier_that_reads_one_position():
+    shape = replace(MINILM, **{**SMALL, "layers": 6}, kv_heads=2, length=6)
+    found = measure(shape, 1)
+    parts = [f"lora in the last {count} of 6" for count in (2, 1)]
+    assert [record.row for record in found] == [*parts, *(f"{part}, {CLS}" for part in parts)]
+    goals = [record.facts["goal"] for record in found]
+    assert goals == [0.40, 0.21, 0.28, 0.09]
+    # another lower bound, so another table
+    assert len(tables(Result({}, found))) == 2
+
+
+def test_the_lower_bound_of_a_classifier_has_one_label_a_row_and_trains_nothing():
+    subject = _classifier(replace(MINILM, **SMALL, kv_heads=2, length=6))
+    assert subject.batch["labels"].shape == (2,)
+    model = subject.twin()
+    assert not [p for p in model.parameters() if p.requires_grad]
+    assert model(**subject.batch).logits.shape == (2, 15)
+    subject.floor()  # would fail if nothing required a gradient
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_images_have_a_row_for_each_share():
     found = measure_images(1, num_hidden_layers=6, hidden_size=32, image_size=32, patch_size=8)
-    assert [record.row for record in found] == [
-        "lora in the last 2 of 6",
-        "lora in the last 1 of 6",
+    assert [(record.row, record.facts.get("goal")) for record in found] == [
+        ("lora in the last 2 of 6", 0.41),
+        ("lora in the last 1 of 6", None),
+        (f"lora in the last 2 of 6, {CLS}", 0.33),
+        (f"lora in the last 1 of 6, {CLS}", None),
     ]
+
+
+def test_goals_are_lower_where_less_is_computed():
+    for (name, top, reads), goal in GOALS.items():
+        if reads:
+            assert goal < GOALS[name, top, ""]

@@ -1,5 +1,6 @@
 """The benchmark on shapes that take milliseconds; no time is asserted."""
 
+import copy
 import json
 import math
 import sys
@@ -8,7 +9,8 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
-from bench import many, shapes
+from bench import many, serve, shapes
+from bench.clocks import Spread
 from bench.contenders import CONTENDERS, IMPORTS, LORA, contenders, import_methods
 from bench.files import information
 from bench.records import Result
@@ -80,11 +82,44 @@ def test_the_serve_section_decodes_and_reads_with_several_adapters(monkeypatch):
     found = records("serve", "lora", "adapter")
     rows = [LORA, "lora", "adapter 48"]
     assert [r.row for r in found] == [row for row in rows for _ in range(2)]
-    assert set(found[0].ratios) == {"1 adapters", "17 adapters"}  # of 64 rows
+    assert set(found[0].ratios) == {"1 adapters", "17 adapters"}  # of 64 rows, PEFT's
+    assert set(found[2].ratios) == {"1 adapters", "17 adapters", "17 adapters, first call"}
     assert set(found[1].ratios) == {"1 adapters"}  # of 16
     assert {r.shape for r in records("serve", "lora", shape="minilm")} == {
         "minilm, 16 prompts of 64 tokens"  # an encoder decodes nothing
     }
+
+
+def test_calls_after_the_first_find_their_adapters_stacked(monkeypatch):
+    monkeypatch.setattr("bench.serve.NEW", 2)
+    bench = Bench(replace(TINY_LLAMA, rows=3, length=1))
+    model = serve.served(contender("lora"), bench)
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    model.eval()
+    call = serve.decoding(model, bench, adapter_names=["default", "other", "default"])
+    steps = serve.first_call(model, call)
+    assert list(steps) == ["forget", "first"]
+    kept = model.base_model.kept_rows
+    call()
+    rows = kept.rows
+    call()
+    assert kept.rows is rows is not None
+    steps["forget"]()
+    assert kept.rows is None
+    steps["first"]()
+    assert kept.rows == rows
+    assert kept.rows is not rows
+
+
+def test_goals_of_decoding_are_for_64_adapters():
+    ratios = {"64 adapters": Spread.of([1.0])}
+    decoding, reading = (replace(TINY_LLAMA, length=length) for length in (1, 64))
+    goals = {name: serve.goals(contender(name), decoding, ratios) for name in serve.SERVED}
+    assert goals["lora"] == {"goal 64 adapters": 1.3}
+    assert goals["mola 8/2"] == {"goal 64 adapters": 2.0}
+    assert goals[LORA] == goals["sparse 1 %"] == {}
+    assert serve.goals(contender("lora"), reading, ratios) == {}
+    assert serve.goals(contender("lora"), decoding, {}) == {}
 
 
 def test_the_scale_section_gives_exponents(monkeypatch):
