@@ -15,7 +15,7 @@ from petl.core.distributed import is_sharded
 from petl.core.lifecycle import extra_losses
 from petl.core.parameters import check_module
 from petl.errors import InputError, UnsupportedError
-from petl.files.paths import cache_folder
+from petl.files.paths import cache_folder, path_of
 from petl.frozen.feed import FedBlock, Feed, autocast_of
 from petl.frozen.fill import Collate, Contents, Prober, ingredients
 from petl.frozen.prefix import Prefix, find_prefix
@@ -105,7 +105,7 @@ class FrozenCache:
             collate: makes a batch, a dict of tensors that the model takes, of a list of examples.
 
         Raises:
-            InputError: there are no rows.
+            InputError: there are no rows, or `collate` does not make dicts of them.
             UnsupportedError: the output of the frozen blocks is not a fixed function of a row: the
                 message says why.
         """
@@ -266,7 +266,24 @@ def cache_frozen(
     Raises:
         UnsupportedError: no block is frozen below the first trained one, or the model has no
             single list of blocks, is quantized or sharded.
+        InputError: `folder` is no folder, nor a path where one could be made.
     """
     check_module(model, "petl.cache_frozen")
-    where = cache_folder() / FOLDER if folder is None else Path(folder)
+    where = cache_folder() / FOLDER if folder is None else folder_of(folder)
     return FrozenCache(model, where, without_dropout=without_dropout)
+
+
+def folder_of(folder: object) -> Path:
+    """Return the path of a folder of stores, which need not be there yet."""
+    if not isinstance(folder, str | Path):
+        raise InputError(
+            f"folder={folder!r} of petl.cache_frozen is not a path: give the folder of the stores"
+        )
+    path = path_of("folder", str(folder))
+    file = next((each for each in (path, *path.parents) if each.exists()), path)
+    if file.exists() and not file.is_dir():
+        raise InputError(
+            f"folder={folder} of petl.cache_frozen: {file} is a file, so no store can be below it; "
+            "give a folder, which need not be there yet"
+        )
+    return path

@@ -303,11 +303,21 @@ class Contents:
         self.order = [number for _, (_, number) in ordered]
 
     def batch(self, numbers: Sequence[int]) -> Batch:
-        """Return the collated rows at these positions."""
+        """Return the collated rows at these positions.
+
+        Raises:
+            InputError: it is not a dict.
+        """
         # a data set reads several rows at once
         at_once = getattr(self.rows, "__getitems__", None)
         rows = at_once(list(numbers)) if at_once else [self.rows[number] for number in numbers]
-        return self.collate(rows)
+        batch = self.collate(rows)
+        if not isinstance(batch, Mapping):
+            raise InputError(
+                f"collate returned {type(batch).__name__} for {len(rows)} rows: let it return a "
+                "dict of the model's inputs, such as input_ids and attention_mask"
+            )
+        return batch
 
     @property
     def digest(self) -> str:

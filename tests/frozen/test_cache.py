@@ -434,6 +434,25 @@ def test_rows_that_change_each_time_are_refused(tmp_path):
     assert not list(tmp_path.glob("*/content"))
 
 
+def test_a_collate_that_returns_no_dict_is_refused(tmp_path):
+    with petl.cache_frozen(upper(), tmp_path) as cache:
+        with pytest.raises(petl.InputError, match=r"collate returned list for \d+ rows.*dict"):
+            cache.fill(examples(), lambda rows: [row["input_ids"] for row in rows])
+        assert not cache.fill(examples(), collate)  # nothing of it is left
+
+
+def test_a_file_is_no_folder_of_stores(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for folder in (file, file / "below", str(file)):
+        with pytest.raises(petl.InputError, match=f"{file} is a file"):
+            petl.cache_frozen(upper(), folder)
+    for folder in (5, ""):
+        with pytest.raises(petl.InputError, match=f"folder={folder!r}"):
+            petl.cache_frozen(upper(), folder)
+    petl.cache_frozen(upper(), tmp_path / "new" / "one").close()
+
+
 def test_a_model_has_one_cache_at_a_time(tmp_path):
     model = upper()
     with (

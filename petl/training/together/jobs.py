@@ -8,13 +8,15 @@ the adapter that a training of its own would have made.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
+from petl.config.schema import read_fields
 from petl.core.lifecycle import lifecycle
 from petl.core.parameters import check_module
 from petl.core.registry import method_of, wrap
@@ -22,7 +24,7 @@ from petl.core.switching.lora import fuse_lora
 from petl.errors import InputError, did_you_mean
 from petl.runs.settings import TrainConfig
 from petl.training.optimizer import fraction_of_peak, make_optimizer, set_lr
-from petl.training.together.batches import Batch, room_for
+from petl.training.together.batches import LABELS, Batch, room_for
 from petl.training.together.group import AdapterGroup, Member, share_weights
 
 # settings of `petl train` that a job has; the others are about data, evaluation and run folders
@@ -67,27 +69,65 @@ class Job:
         """Return the checked settings, with the method's learning rate if none is given.
 
         Raises:
-            InputError: a setting that a job does not have, or no number of steps.
+            InputError: as `checked`.
         """
-        for name in self.train:
+        settings, entry = self.checked(), method_of(config)
+        if entry is None or self.train.get("lr") is not None:
+            return settings
+        return replace(settings, lr=entry.default_lr(dict(self.fields)))
+
+    def checked(self) -> TrainConfig:
+        """Return the settings, without a method's learning rate, after a check of all fields.
+
+        Raises:
+            InputError: a value of another type or out of range, a setting that a job does not have,
+                or no number of steps.
+        """
+        self._check_types()
+        for name, value in self.train.items():
             if name not in SETTINGS:
                 raise InputError(f"a job has no setting {name!r}" + did_you_mean(name, SETTINGS))
-        if not self.train.get("steps"):
+            if isinstance(value, str) and name != "schedule":  # a command line's words are read
+                raise InputError(f"train.{name}={value!r} is a string: give the number itself")
+        # numbers of NumPy, as its ranges of rates have them
+        given = {k: v.item() if isinstance(v, np.generic) else v for k, v in self.train.items()}
+        steps = given.get("steps")
+        if not is_count(steps):
             raise InputError(
-                f"steps={self.train.get('steps')} is no number of optimizer steps: set "
-                "train={'steps': 100} or another number from 1"
+                f"steps={steps!r} is no number of optimizer steps: set train={{'steps': 100}} or "
+                "another integer from 1"
             )
-        scored = "eval_steps" in self.train
-        if scored != (self.evaluate is not None):
+        if (given.get("eval_steps") is None) != (self.evaluate is None):
             raise InputError(
-                f"eval_steps={self.train.get('eval_steps')} and evaluate={self.evaluate!r} need "
+                f"eval_steps={given.get('eval_steps')} and evaluate={self.evaluate!r} need "
                 "each other: the steps between two scores, and the function that returns one"
             )
-        entry = method_of(config)
-        given: dict[str, Any] = dict(self.train)
-        if entry is not None:
-            given.setdefault("lr", entry.default_lr(dict(self.fields)))
-        return TrainConfig(**given)
+        settings = read_fields(TrainConfig, given, "train")
+        settings.warmup_steps(settings.steps or 0)
+        return settings
+
+    def _check_types(self) -> None:
+        for name in ("train", "fields"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping):
+                raise InputError(
+                    f"{name}={value!r} of a job is not a dict: give {name}={{NAME: VALUE}}"
+                )
+        if isinstance(self.batches, Mapping):
+            raise InputError(
+                f"batches of a job is a dict of {', '.join(map(str, self.batches))}, which is one "
+                "batch: give a list of batches, batches=[batch]"
+            )
+        if isinstance(self.batches, str | Tensor) or not isinstance(self.batches, Iterable):
+            raise InputError(
+                f"batches of a job is of type {type(self.batches).__name__}: give a list of "
+                "batches, or a DataLoader"
+            )
+        if self.evaluate is not None and not callable(self.evaluate):
+            raise InputError(
+                f"evaluate={self.evaluate!r} of a job is no function: give one that takes a model "
+                "and returns its score"
+            )
 
 
 @dataclass
@@ -141,10 +181,11 @@ def train_together(
             f"petl.train_together needs the base model, and got {type(model).__name__}: each job "
             "makes an adapter of its own"
         )
-    if not jobs:
-        raise InputError(f"petl.train_together got jobs={jobs!r}: give it at least one petl.Job")
-    if together is not None and together < 1:
-        raise InputError(f"together={together} is not a number of adapters from 1")
+    check_jobs(jobs)
+    if together is not None and not is_count(together):
+        raise InputError(
+            f"together={together!r} is not a number of adapters: give an integer from 1, or None"
+        )
     group, waiting, live = AdapterGroup(), deque(enumerate(jobs)), dict[int, _Running]()
     finished: dict[int, Trained] = {}
     while waiting or live:
@@ -158,6 +199,29 @@ def train_together(
                 group.leave(running.member)
                 finished[number] = live.pop(number).end()
     return [finished[number] for number in range(len(jobs))]
+
+
+def check_jobs(jobs: object) -> None:
+    """Raise InputError unless these are jobs with right settings: before the first one trains."""
+    if isinstance(jobs, Job):
+        raise InputError("petl.train_together got one petl.Job: give it a list of jobs, [job]")
+    if not isinstance(jobs, Sequence) or not jobs or isinstance(jobs, str):
+        shown = repr(jobs) if isinstance(jobs, Sequence) else type(jobs).__name__
+        raise InputError(
+            f"petl.train_together got jobs={shown}: give it a list of at least one petl.Job"
+        )
+    for number, job in enumerate(jobs):
+        if not isinstance(job, Job):
+            raise InputError(
+                f"jobs[{number}] is of type {type(job).__name__}: make it a petl.Job(method, "
+                "batches, train)"
+            )
+        job.checked()
+
+
+def is_count(value: object) -> bool:
+    """Return True for an integer from 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def slots(live: "Sequence[_Running]") -> int:
@@ -174,13 +238,27 @@ def step(group: AdapterGroup, live: "Sequence[_Running]") -> None:
         running.step(loss.detach())
 
 
+def check_batch(batch: object) -> None:
+    """Raise InputError unless this is a dict of inputs with labels."""
+    if not isinstance(batch, Mapping):
+        raise InputError(
+            f"a batch of a job is of type {type(batch).__name__}: make it a dict of the model's "
+            "inputs, with labels"
+        )
+    if not any(name in batch for name in LABELS):
+        raise InputError(
+            f"a batch of a job has {', '.join(map(str, batch))} and no labels, so it has no loss: "
+            "add its labels"
+        )
+
+
 class _Running:
     """A job that trains."""
 
     def __init__(self, base: nn.Module, job: Job) -> None:
         self.job = job
         device = next(base.parameters()).device
-        seed = int(job.train.get("seed", 0))
+        seed = job.checked().seed
         # the initial values of a job do not depend on the jobs before it
         with torch.random.fork_rng(devices=[]):
             # not `torch.manual_seed`, which seeds a GPU's generator too: the base draws from it
@@ -218,6 +296,7 @@ class _Running:
         """Return the batch of the next step, without taking it."""
         if self._next is None:
             self._next = next(self._batches)
+            check_batch(self._next)
         return self._next
 
     def take(self) -> Batch:

@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -258,14 +259,82 @@ def test_jobs_of_two_methods_or_on_other_modules_are_refused():
     ("train", "part"),
     [
         ({}, "no number of optimizer steps"),
+        ({"steps": 1.5}, r"steps=1\.5 is no number .* integer from 1"),
+        ({"steps": True}, "steps=True is no number"),
+        ({"steps": 0}, "steps=0 is no number"),
+        ({"steps": -1}, "steps=-1 is no number"),
+        ({"steps": "3"}, "train.steps='3' is a string"),
         ({"steps": 1, "batch_size": 2}, "no setting 'batch_size'"),
         ({"steps": 1, "eval_steps": 1}, "need each other"),
+        ({"steps": 1, "seed": 0.5}, r"train\.seed=0\.5 is not of type int"),
+        ({"steps": 1, "seed": -1}, r"train\.seed=-1 is not an integer from 0"),
+        ({"steps": 1, "lr": True}, r"train\.lr=True is not of type float"),
+        ({"steps": 1, "lr": 0}, r"train\.lr=0.0 is not a number above 0"),
+        ({"steps": 1, "lr": float("nan")}, r"train\.lr=nan is not a number above 0"),
+        ({"steps": 1, "betas": 0.9}, r"train\.betas=0\.9 is not of type list"),
+        ({"steps": 1, "schedule": "step"}, r"train\.schedule='step' is not one of linear"),
+        ({"steps": 2, "warmup": 2}, r"train\.warmup=2 is 2 steps"),
+        ({"steps": 1, "early_stopping": 1}, r"train\.early_stopping=1 needs train\.eval_steps"),
+        ([("steps", 1)], "is not a dict"),
     ],
 )
 def test_wrong_settings_of_a_job_are_refused(train, part):
     job = petl.Job("lora", [class_batch(2, 0)], train, {"task_type": "SEQ_CLS"})
     with pytest.raises(petl.InputError, match=part):
         petl.train_together(tiny_bert(), [job])
+
+
+@pytest.mark.parametrize(
+    ("changed", "part"),
+    [
+        ({"batches": class_batch(2, 0)}, "is a dict of input_ids, .* which is one batch"),
+        ({"batches": 3}, "batches of a job is of type int"),
+        ({"batches": "rows"}, "batches of a job is of type str"),
+        ({"batches": [[1, 2]]}, "a batch of a job is of type list"),
+        ({"batches": [{"input_ids": torch.ones(1, 2)}]}, "a batch of a job has input_ids and no"),
+        ({"batches": []}, "have ended after 0 of 1 steps"),
+        ({"fields": 8}, "fields=8 of a job is not a dict"),
+        ({"train": {"steps": 1, "eval_steps": 1}, "evaluate": 0.5}, "evaluate=0.5 .* no function"),
+    ],
+)
+def test_wrong_values_of_a_job_are_refused(changed, part):
+    given = {"batches": [class_batch(2, 0)], "train": {"steps": 1}, **changed}
+    with pytest.raises(petl.InputError, match=part):
+        petl.train_together(tiny_bert(), [petl.Job("lora", **given)])
+
+
+@pytest.mark.parametrize("together", ["a", 0, True, 1.5])
+def test_a_number_of_adapters_is_an_integer_from_1(together):
+    job = petl.Job("lora", [class_batch(2, 0)], {"steps": 1}, {"task_type": "SEQ_CLS"})
+    with pytest.raises(petl.InputError, match=f"together={together!r} is not a number of adapters"):
+        petl.train_together(tiny_bert(), [job], together=together)
+
+
+def test_jobs_are_a_list_of_jobs_that_is_checked_before_anything_trains(monkeypatch):
+    job = petl.Job("lora", [class_batch(2, 0)], {"steps": 1}, {"task_type": "SEQ_CLS"})
+    wrong = petl.Job("lora", [class_batch(2, 0)], {"steps": 1.5})
+    monkeypatch.setattr("petl.training.together.jobs.wrap", None)  # would be called to train
+    for jobs, part in (
+        (job, r"got one petl\.Job: give it a list of jobs, \[job\]"),
+        ([], r"jobs=\[\]"),
+        (iter([job]), "jobs=list_iterator"),
+        ([job, {"steps": 1}], r"jobs\[1\] is of type dict"),
+        ([job, wrong], r"steps=1\.5"),
+    ):
+        with pytest.raises(petl.InputError, match=part):
+            petl.train_together(tiny_bert(), jobs)
+
+
+def test_settings_may_be_numbers_of_numpy_and_null_is_the_default():
+    given = {"steps": np.int64(2), "lr": np.float64(1e-3), "betas": (0.9, 0.95), "seed": None}
+    job = petl.Job("lora", [class_batch(2, 0)], given, {"task_type": "SEQ_CLS"})
+    (trained,) = petl.train_together(tiny_bert(), [job])
+    assert trained.steps == 2
+    settings = job.settings(trained.model.active_peft_config)
+    assert (settings.lr, settings.betas, settings.seed) == (1e-3, [0.9, 0.95], 0)
+    job.train = {"steps": 2, "lr": None}
+    settings = job.settings(trained.model.active_peft_config)
+    assert settings.lr == petl.method("lora").default_lr({})
 
 
 def test_packed_rows_are_refused():
