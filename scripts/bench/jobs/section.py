@@ -8,7 +8,7 @@ import torch
 
 from bench.clocks import Spread
 from bench.jobs.definitions import GOALS, GROUPED, PLAIN, SFT, Settings, Variant, jobs
-from bench.jobs.figure import draw
+from bench.jobs.figure import Curve, draw
 from bench.jobs.runs import ROOT, Runner
 from bench.records import Record
 from petl.runs.environment import git_revision
@@ -34,8 +34,8 @@ def measure(settings: Settings, progress: Callable[[str], Any]) -> list[Record]:
         if job.name == "decoder" and SFT not in [variant.name for variant in job.variants]:
             progress(f"job: {SFT} is left out: trl is not installed (pip install trl)")
         say_revisions(runner)
-        records += records_of(runner)
         curves = curves_of(runner)
+        records += records_of(runner, curves)
         if curves:
             draw(job.title, runner.about["metric"], curves, runner.folder / "curves.svg")
     return records
@@ -55,8 +55,9 @@ def run(runner: Runner) -> None:
             runner.run(variant, runner.rates_of(variant), None)
 
 
-def records_of(runner: Runner) -> list[Record]:
+def records_of(runner: Runner, curves: Mapping[str, Curve]) -> list[Record]:
     """Return the record of each variant that has a finished run."""
+    reached = seconds_to_score(curves, runner.about["metric"])
     found = {variant: results_of(runner, variant) for variant in runner.variants}
     by_name = {variant.name: results for variant, results in found.items()}
     rows = runner.about["rows"]
@@ -71,6 +72,8 @@ def records_of(runner: Runner) -> list[Record]:
             facts={
                 **goals(runner, variant, ratios(results, by_name)),
                 **facts(runner, list(results.values())),
+                **reached.get(variant.name, {}),
+                **chosen_rates(runner, variant),
             },
             note="" if variant.arm in runner.tuned else "rates not tuned",
         )
@@ -132,7 +135,33 @@ def facts(runner: Runner, results: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def curves_of(runner: Runner) -> dict[str, list[tuple[float, float]]]:
+def chosen_rates(runner: Runner, variant: Variant) -> dict[str, float]:
+    """Return the learning rates of a variant, if they were chosen."""
+    if variant.arm not in runner.tuned:
+        return {}
+    lr, head_lr = runner.rates_of(variant)
+    return {"rate": lr, **({"head rate": head_lr} if runner.job.has_head else {})}
+
+
+def seconds_to_score(curves: Mapping[str, Curve], metric: str) -> dict[str, dict[str, float]]:
+    """Return by variant the processor seconds to a validation score, if it is reached.
+
+    The score is the best one that each variant with adapters in all blocks reaches.
+    """
+    sign = 1 if metric == "accuracy" else -1
+    best = [max(sign * score for _, score in c) for name, c in curves.items() if "fast" not in name]
+    if not best:
+        return {}
+    least = min(best)
+    title = f"s to {100 * least:.1f} %" if metric == "accuracy" else f"s to {metric} {-least:.2f}"
+    found = {}
+    for name, curve in curves.items():
+        first = next((seconds for seconds, score in curve if sign * score >= least), None)
+        found[name] = {} if first is None else {title: first}
+    return found
+
+
+def curves_of(runner: Runner) -> dict[str, Curve]:
     """Return processor seconds and validation scores of each variant at its rates."""
     found = {}
     for variant in runner.variants:

@@ -114,6 +114,22 @@ def test_a_job_is_done_by_turns_and_no_run_is_repeated(job, here, tmp_path):
     assert table.columns[table.columns.index("job / Trainer") + 1] == "goal job / Trainer"
 
 
+def test_the_seconds_are_those_to_a_score_that_all_reach():
+    curves = {
+        "Trainer": [(10, 0.40), (20, 0.55), (30, 0.50)],
+        "petl": [(5, 0.52), (15, 0.54), (25, 0.56)],
+        "petl, fast, fills the store": [(1, 0.30), (2, 0.50)],
+    }
+    # the best of Trainer is the lower one of the two with all blocks
+    assert section.seconds_to_score(curves, "accuracy") == {
+        "Trainer": {"s to 55.0 %": 20}, "petl": {"s to 55.0 %": 25},
+        "petl, fast, fills the store": {},
+    }  # fmt: skip
+    losses = {name: [(s, 2 - score) for s, score in curve] for name, curve in curves.items()}
+    assert section.seconds_to_score(losses, "loss")["petl"] == {"s to loss 1.45": 25}
+    assert section.seconds_to_score({}, "loss") == {}
+
+
 def test_variants_share_rows_and_the_places_of_their_adapters(job, here, tmp_path):
     runner = Runner(job, settings(tmp_path), 1, lambda line: None)
     runner.prepare()
