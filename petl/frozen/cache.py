@@ -247,7 +247,7 @@ def cache_frozen(
 
     Where nothing trains below block k, blocks 0 to k-1 are a fixed function of a row:
 
-    >>> cache = petl.cache_frozen(model, "frozen")  # after petl.wrap, before torch.compile
+    >>> cache = petl.cache_frozen(model, "frozen")  # after petl.wrap
     >>> cache.fill(train_rows, collate)  # computes these rows, or finds them in the folder
     >>> ...  # train in any loop, or by Trainer
     >>> cache.close()
@@ -256,6 +256,9 @@ def cache_frozen(
     those with new rows, with a key-value cache (generation) or with hidden states or attentions as
     outputs. Results equal those without a store up to rounding, since the kernels of a product
     depend on the size of a batch; runs that read one store are equal to the digit.
+
+    A model may be compiled after that, without fullgraph: the look-up of a batch's rows is outside
+    of the graphs, of which a pass from the store has only those above the frozen blocks.
 
     Args:
         model: with adapters in its upper blocks, or none; on its device.

@@ -23,6 +23,10 @@ from petl.frozen.store import Store
 
 FEED = "petl_feed"  # attribute of a block of the prefix
 logger = logging.getLogger(__name__)
+# a look-up reads values on the host, so a compiled model breaks its graph there
+_outside_graphs = torch.compiler.disable(
+    reason="petl.cache_frozen looks up the rows of a batch: compile without fullgraph, or close it"
+)
 
 
 class FedBlock(SwappedClass):
@@ -156,12 +160,13 @@ class Feed:
 
     # Around a pass of the body
 
+    @_outside_graphs
     def _enter(self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # torch calls `_leave` after an exception, but not after Ctrl-C: that pass is over
         if body in self.inside:
             self.inside, self.states = [], None
         self.inside.append(body)
-        # a traced pass runs all blocks: a look-up reads values on the host, which no graph can hold
+        # an exported pass runs all blocks: its inputs have no values
         if len(self.inside) > 1 or torch.compiler.is_compiling():
             return None
         given = arguments_of(self.prefix.body, args, kwargs)
@@ -183,6 +188,7 @@ class Feed:
         # no key-value cache: it would lack the blocks that do not run
         return (args, {**kwargs, "use_cache": False}) if self._takes_cache(given) else None
 
+    @_outside_graphs
     def _leave(self, body: nn.Module, *_: Any) -> None:
         self.inside = [each for each in self.inside if each is not body]
         if not self.inside:

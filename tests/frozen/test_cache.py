@@ -74,6 +74,10 @@ def model_name(model):
     return model.get_base_model().config.model_type
 
 
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -451,6 +455,40 @@ def test_a_file_is_no_folder_of_stores(tmp_path):
         with pytest.raises(petl.InputError, match=f"folder={folder!r}"):
             petl.cache_frozen(upper(), folder)
     petl.cache_frozen(upper(), tmp_path / "new" / "one").close()
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_compiled_model_reads_the_store(name, tmp_path):
+    rows, passes = examples(name), []
+    new = {key: value.flip(0) if key == "input_ids" else value for key, value in rows[0].items()}
+    # twice the same width, and one that is in no store
+    batches = [collate(rows[:3]), collate(rows[3:6]), collate(rows[:3]), collate([rows[1], new])]
+    for is_compiled in (False, True):
+        torch._dynamo.reset()
+        model = upper(name).train()
+        with petl.cache_frozen(model, tmp_path) as cache:
+            cache.fill(rows, collate)
+            called = torch.compile(model, backend="eager") if is_compiled else model
+            passes.append([])
+            for batch in batches:
+                model.zero_grad()
+                loss = called(**batch).loss
+                loss.backward()
+                passes[-1].append([loss.detach(), *(p.grad for p in trained(model))])
+            assert (cache.hits, cache.misses) == (3, 1)
+            assert cache.reason == "rows that are in no store"
+    for eager, compiled in zip(*passes, strict=True):
+        for one, other in zip(eager, compiled, strict=True):
+            torch.testing.assert_close(other, one, **NEAR)
+
+
+def test_a_graph_of_a_whole_model_has_no_place_for_a_look_up(tmp_path):
+    model = upper()
+    batch = collate(examples()[:2])
+    with petl.cache_frozen(model, tmp_path) as cache:
+        cache.fill(examples(), collate)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="compile without fullgraph"):
+            torch.compile(model, backend="eager", fullgraph=True)(**batch)
 
 
 def test_a_model_has_one_cache_at_a_time(tmp_path):
