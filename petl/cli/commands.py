@@ -97,6 +97,8 @@ def plan(arguments: argparse.Namespace) -> None:
     echo(f"{length.amount:,} {length.unit}{padding}")
     if planned.time is not None:
         echo(f"time: about {duration(planned.time.steps)} for the steps,", end=" ")
+        if planned.time.filling:
+            echo(f"{duration(planned.time.filling)} for the store,", end=" ")
         echo(f"{duration(planned.time.scoring)} for each evaluation of the test examples;", end=" ")
         echo("from the matrix products, at the speed that this machine has now")
     if planned.frozen is not None:

@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,12 +21,29 @@ class Time:
         scoring: of one evaluation of the test examples.
         speed: measured operations per second, in float32.
         speed_bf16: the same in bfloat16.
+        filling: of the pass of the frozen blocks over the examples whose output is kept.
     """
 
     steps: float
     scoring: float
     speed: float
     speed_bf16: float
+    filling: float = 0.0
+
+
+class Stored(NamedTuple):
+    """The output of frozen blocks that a run reads from a store.
+
+    Attributes:
+        saved: fraction of the operations of a training pass that these blocks take.
+        filled: positions for which it is computed before training.
+    """
+
+    saved: float
+    filled: float
+
+
+NOTHING = Stored(0.0, 0.0)
 
 
 def time_of(
@@ -37,6 +54,7 @@ def time_of(
     device: torch.device,
     *,
     bf16: bool = False,
+    stored: Stored = NOTHING,
 ) -> Time | None:
     """Return the estimated time of a run; None if no pass could be planned.
 
@@ -47,29 +65,41 @@ def time_of(
         shape: [O, I] of the weight whose products are measured.
         device: that of the run.
         bf16: its products are in bfloat16.
+        stored: what the run reads from a store.
     """
     if memory.pass_ is None:
         return None
     rows = positions_of(memory.rows, memory.tokens)
     speed = products_per_second(rows, shape, device)
     speed_bf16 = products_per_second(rows, shape, device, torch.bfloat16)
-    each, forward = operations_of(memory)
+    each, forward = operations_of(memory, stored.saved)
     own = speed_bf16 if bf16 else speed
-    return Time(positions * each / own, scored * forward / own, speed, speed_bf16)
+    frozen = operations_of(memory)[0] * stored.saved
+    return Time(
+        steps=positions * each / own,
+        scoring=scored * forward / own,
+        speed=speed,
+        speed_bf16=speed_bf16,
+        filling=stored.filled * frozen / own,
+    )
 
 
-def operations_of(memory: Memory) -> tuple[float, float]:
+def operations_of(memory: Memory, saved: float = 0.0) -> tuple[float, float]:
     """Return the operations of a position in a training pass, and in a forward pass alone.
 
     Args:
         memory: its training pass is known.
+        saved: as in `Stored`. Evaluations read the store too.
     """
     assert memory.pass_ is not None
     each = memory.pass_.operations / positions_of(memory.rows, memory.tokens)
-    if memory.scoring is None:
-        return each, each / GROWTH
-    at_once = positions_of(memory.scoring_rows, memory.scoring_tokens)
-    return each, memory.scoring.operations / at_once
+    forward = each / GROWTH
+    if memory.scoring is not None:
+        at_once = positions_of(memory.scoring_rows, memory.scoring_tokens)
+        forward = memory.scoring.operations / at_once
+    # frozen blocks have no backward pass: the same operations in both
+    # not below 0, as a batch of shorter rows may be of fewer operations a position (assumption)
+    return each * (1 - saved), max(0.0, forward - each * saved)
 
 
 def positions_of(rows: int, tokens: int | None) -> int:

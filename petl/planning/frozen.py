@@ -32,6 +32,7 @@ class FrozenPlan:
         bytes: of their output for the train, validation and test rows, repeated rows included.
         missing: those of them that are in no store yet. A store counts if its blocks compute alike
             and its rows are these; the values of weights are not compared.
+        unfilled: positions of the rows that are in no store yet: tokens, images or clips.
         saved: fraction of the operations of a step that their output saves.
         reason: why the run does not keep it; "" if it does.
         remedy: True if train.cache_frozen=true would.
@@ -41,6 +42,7 @@ class FrozenPlan:
     blocks: int
     bytes: int
     missing: int
+    unfilled: int
     saved: float
     reason: str
     remedy: bool
@@ -91,13 +93,23 @@ def frozen_plan(
     if form is None:
         return None
     parts = parts_of(splits, settings)
-    sizes = [size_of(form, *positions_of(rows, splits, form)) for rows in parts]
+    positions = [positions_of(rows, splits, form) for rows in parts]
+    sizes = [size_of(form, *each) for each in positions]
     new = _missing(model, parts, splits, device, bf16=bf16)
     missing = sum(size for size, is_new in zip(sizes, new, strict=True) if is_new)
+    # an image or clip counts once, as in the length of a run
+    reads_text = splits.task.reads_text
+    unfilled = sum(
+        (tokens if reads_text else count)
+        for (count, tokens), is_new in zip(positions, new, strict=True)
+        if is_new
+    )
     reason, remedy = _reason(splits, settings, prefix, part.called, missing)
     # both are counts of the longest rows: the ratio is taken for that of any step (assumption)
     saved = part.operations / max(1, measured.operations)
-    return FrozenPlan(prefix.k, len(prefix.blocks), sum(sizes), missing, saved, reason, remedy)
+    return FrozenPlan(
+        prefix.k, len(prefix.blocks), sum(sizes), missing, unfilled, saved, reason, remedy
+    )
 
 
 def _missing(

@@ -170,12 +170,12 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         with for_training(model, settings):
             of_passes = savings_of_passes(model, counted)
     shape = next(t.shape for t in (*targets, LAST) if len(t.shape) == 2)
-    seconds = time_of(memory, *positions, shape, accelerator.device, bf16=bf16)
+    seconds = time_of(
+        memory, *positions, shape, accelerator.device, bf16=bf16, stored=counted.stored
+    )
     counted = replace(counted, seconds=seconds)
     if settings.cache_frozen is False:
         frozen = None
-    if seconds is not None and frozen is not None and not frozen.reason:
-        seconds = replace(seconds, steps=seconds.steps * share_left(frozen, length.epochs))
     return RunPlan(
         names=tuple(names_of(run.resolved)),
         targets=targets,
@@ -225,13 +225,6 @@ def notes_of(
             "memory includes the complete optimizer state, which DeepSpeed shards across processes"
         )
     return notes
-
-
-def share_left(frozen: FrozenPlan, epochs: float) -> float:
-    """Return the share of a run's operations that is left when the frozen states are stored."""
-    # what a step saves is computed once for each example, unless it is there
-    computed = 1 / max(1.0, epochs) if frozen.missing else 0.0
-    return 1 - frozen.saved * (1 - computed)
 
 
 def upper_blocks(counted: Counted, fields: Mapping[str, Any]) -> list[Saving]:

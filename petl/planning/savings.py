@@ -16,7 +16,7 @@ from petl.core.read_positions import skip_unread
 from petl.data.batch_sampler import padding_fraction
 from petl.distributed.precision import bf16_units
 from petl.errors import UnsupportedError
-from petl.planning.cost import Time, operations_of
+from petl.planning.cost import NOTHING, Stored, Time, operations_of
 from petl.planning.frozen import FrozenPlan
 from petl.planning.memory import Memory, heaviest_batch, megabytes
 from petl.runs.run_config import RunConfig
@@ -75,6 +75,14 @@ class Counted:
     def settings(self) -> TrainConfig:
         """The settings under `train`."""
         return self.run.train
+
+    @property
+    def stored(self) -> Stored:
+        """What the run reads from a store."""
+        frozen = self.frozen
+        if frozen is None or frozen.reason or self.settings.cache_frozen is False:
+            return NOTHING
+        return Stored(frozen.saved, frozen.unfilled)
 
     def pass_of(self, model: PeftModel) -> PassMemory:
         """Return the largest pass of a model, on shapes."""
@@ -182,7 +190,7 @@ def _scoring(counted: Counted) -> Iterator[Saving]:
     settings, task, splits = counted.settings, counted.splits.task, counted.splits
     if counted.memory.pass_ is None or not settings.test:
         return
-    each, forward = operations_of(counted.memory)
+    each, forward = operations_of(counted.memory, counted.stored.saved)
     steps = max(counted.positions * each, 1.0)
     probes = settings.linear_probe and task.new_head
     rows, positions, off = [f"{len(splits.test):,} test"], counted.scored, []
@@ -198,14 +206,14 @@ def _scoring(counted: Counted) -> Iterator[Saving]:
         yield Saving(
             " ".join(off),
             f"the pass over {' and '.join(rows)} rows before training{answers}: "
-            f"{percent(saved)} of the operations of all steps",
+            f"{share_of(saved)} the operations of all steps",
             "no scores to compare with",
         )
     share = forward * counted.scored / steps
     if share > MUCH_SCORING:
         yield Saving(
             "test_rows:N of sets" if task.scores_by_task else "data.test_rows=N",
-            f"each evaluation of the {len(splits.test):,} test rows takes {percent(share)} of the "
+            f"each evaluation of the {len(splits.test):,} test rows takes {share_of(share)} the "
             "operations of all steps",
             "scores of fewer rows",
         )
@@ -214,6 +222,13 @@ def _scoring(counted: Counted) -> Iterator[Saving]:
 def percent(fraction: float) -> str:
     """Format a fraction."""
     return f"{100 * fraction:.0f} %"
+
+
+def share_of(fraction: float) -> str:
+    """Format a fraction that may be above 1, in front of what it is of."""
+    if fraction <= 1:
+        return f"{percent(fraction)} of"
+    return f"{fraction:.1f} times" if fraction < 10 else f"{fraction:,.0f} times"
 
 
 # Passes of the model with another setting

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -9,7 +10,7 @@ from training_fixtures import Tiny
 
 from petl.config.compose import compose
 from petl.core.dry_run import PassMemory, pass_memory
-from petl.planning.cost import Time, products_per_second, time_of
+from petl.planning.cost import Stored, Time, products_per_second, time_of
 from petl.planning.memory import Memory
 from petl.planning.plan import plan_run
 
@@ -61,6 +62,17 @@ def test_time_follows_from_operations_per_position(monkeypatch):
     assert time_of(replace(MEMORY, pass_=None), 200, 12, (2, 2), CPU) is None
 
 
+def test_a_store_leaves_the_upper_blocks_and_is_filled_once(monkeypatch):
+    monkeypatch.setattr("petl.planning.cost.products_per_second", lambda *_: 60.0)
+    # frozen blocks take 6 of the 30 operations of a token in training, and of the 10 in scoring
+    stored = time_of(MEMORY, 200, 12, (2, 2), CPU, stored=Stored(0.2, 50))
+    assert stored == Time(
+        steps=200 * 24 / 60, scoring=12 * 4 / 60, speed=60.0, speed_bf16=60.0, filling=50 * 6 / 60
+    )
+    # without more work than there is
+    assert time_of(MEMORY, 200, 12, (2, 2), CPU, stored=Stored(0.5, 0)).scoring == 0
+
+
 def test_time_is_that_of_products_in_the_precision_of_the_run(monkeypatch):
     def speed(rows, shape, device, dtype=torch.float32):
         return 60.0 if dtype == torch.float32 else 120.0
@@ -77,6 +89,30 @@ def test_the_speed_of_products_is_measured():
 def test_an_evaluation_needs_weights_optimizer_and_a_forward_pass():
     assert MEMORY.scoring_total == 100 + 10 + 300
     assert replace(MEMORY, scoring=None).scoring_total is None
+
+
+def test_the_time_of_a_plan_with_a_store_is_that_of_its_parts(tiny: Tiny, monkeypatch):
+    monkeypatch.setattr("petl.planning.cost.products_per_second", lambda *_: 1.0)
+    # fewer steps than an epoch has: the store is filled for all rows nevertheless
+    words = ["+method=lora", "method.layers_to_transform=top:1", "train.steps=2"]
+    off, on = (
+        plan_run(compose([*tiny.steady, *words, f"train.cache_frozen={value}"]))
+        for value in ("false", "true")
+    )
+    frozen, memory = on.frozen, on.memory
+    each = memory.pass_.operations / (memory.rows * memory.tokens)
+    assert frozen.missing == frozen.bytes
+    # a position has 32 values in float32; a row a key, an offset and a number
+    rows = on.length.rows + 20
+    assert frozen.unfilled == (frozen.bytes - rows * (16 + 8 + 8)) / (4 * 32)
+    assert off.time.filling == 0
+    assert on.time.filling == pytest.approx(frozen.unfilled * each * frozen.saved)
+    assert on.time.filling > on.time.steps
+    assert on.time.steps == pytest.approx(off.time.steps * (1 - frozen.saved))
+    scored = off.time.scoring / (
+        memory.scoring.operations / memory.scoring_rows / memory.scoring_tokens
+    )
+    assert off.time.scoring - on.time.scoring == pytest.approx(scored * each * frozen.saved)
 
 
 def test_a_plan_has_times_of_steps_and_evaluations(tiny: Tiny):

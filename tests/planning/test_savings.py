@@ -1,6 +1,7 @@
 """Settings that a plan proposes, and what they would save."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from petl.config.compose import compose
 from petl.core.dry_run import PassMemory
 from petl.planning import savings as of
 from petl.planning.cost import Time
+from petl.planning.frozen import FrozenPlan
 from petl.planning.memory import Memory
 from petl.planning.plan import RunPlan, plan_run
 from petl.planning.savings import Counted, savings
@@ -122,6 +124,31 @@ def test_passes_before_training_are_proposed_to_be_left_out_with_their_operation
     assert "takes 50 % of" in many["data.test_rows=N"].saves
     without = savings(counted(scored=600.0, train={"test": False, "eval_steps": 1}), [])
     assert "data.test_rows=N" not in by_setting(without)
+
+
+def test_what_takes_longer_than_all_steps_is_no_percentage():
+    # 10 operations of a forward pass, 30 of a step
+    found = by_setting(savings(counted(positions=2.0, scored=6.0), []))
+    both = "train.linear_probe=false train.score_before=false"
+    assert "before training: 68 times the operations of all steps" in found[both].saves
+    assert "takes 100 % of the operations of all steps" in found["data.test_rows=N"].saves
+    found = by_setting(savings(counted(positions=2.0, scored=9.0), []))
+    assert "takes 1.5 times the operations of all steps" in found["data.test_rows=N"].saves
+
+
+def test_passes_that_read_a_store_are_those_of_the_upper_blocks():
+    frozen = FrozenPlan(1, 2, 100, 0, 0, saved=0.2, reason="", remedy=False)
+    stored = counted(frozen=frozen)
+    # 24 operations a position of a step, 4 of a forward pass
+    found = by_setting(savings(stored, []))
+    share = 100 * 406 * 4 / (400 * 24)
+    both = "train.linear_probe=false train.score_before=false"
+    assert f"before training: {share:.0f} % of" in found[both].saves
+    for unused in (
+        counted(frozen=replace(frozen, reason="they have dropout")),
+        counted(frozen=frozen, train={"cache_frozen": False}),
+    ):
+        assert "before training: 34 % of" in by_setting(savings(unused, []))[both].saves
 
 
 def test_a_plan_says_what_a_setting_leaves_and_the_plan_with_it_has_that(tiny: Tiny):
