@@ -61,12 +61,13 @@ class FrozenCache:
 
     def __init__(self, model: nn.Module, folder: Path, *, without_dropout: bool) -> None:
         self.model, self.folder, self.without_dropout = model, folder, without_dropout
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        kind = type(base).__name__
+        if is_sharded(model):  # first: its hooks would be named as the reason
+            raise UnsupportedError(f"{kind} is sharded over processes: no process has its weights")
         self.prefix = prefix_of(model)
-        kind = type(self.prefix.base).__name__
         if any(isinstance(block, FedBlock) for block in self.prefix.blocks):
             raise UnsupportedError(f"blocks of {kind} are cached already: close that cache first")
-        if is_sharded(model):
-            raise UnsupportedError(f"{kind} is sharded over processes: no process has its weights")
         self.left_out: list[str] = []
         # from here on the model is changed: what may refuse stands above
         self._feed = Feed(model, self.prefix)

@@ -1,6 +1,7 @@
 """Head, loss and last block of causal LMs at labelled positions, against the plain model."""
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -178,6 +179,29 @@ def test_labels_that_are_shifted_already_and_the_items_of_a_step_are_the_callers
     expected = step(model, batch)
     assert skip_unread(model) is None
     assert_same(step(model, batch), expected)
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("items", [None, 31])
+def test_a_batch_without_any_label_is_that_of_the_plain_model(
+    items: int | None, segmented: bool
+) -> None:
+    plain = wrapped(built("llama"))
+    batch: dict[str, Any] = batch_of()
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    if items is not None:
+        batch["num_items_in_batch"] = torch.tensor(items)
+    model = copy.deepcopy(plain)
+    if segmented:
+        petl.segment_loss(model)
+    assert skip_unread(model) is None
+    expected, found = step(plain, batch), step(model, batch)
+    # a mean over no labels; a sum over none of them, divided by the items of a step
+    assert math.isnan(expected[0]) if items is None else expected[0] == 0
+    torch.testing.assert_close(found[0], expected[0], equal_nan=True)
+    assert found[1].keys() == expected[1].keys()
+    assert all(torch.equal(grad, expected[1][name]) for name, grad in found[1].items())
+    assert found[2] < expected[2]
 
 
 def test_a_head_that_is_adapted_and_rows_with_an_adapter_each() -> None:

@@ -5,6 +5,8 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
 
 import petl
@@ -371,6 +373,38 @@ def test_a_prefix_without_frozen_blocks_is_refused(tmp_path):
         petl.cache_frozen(lossy, tmp_path)
     with pytest.raises(UnsupportedError, match="no single list of blocks"):
         petl.cache_frozen(nn.Sequential(nn.Linear(3, 3)), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["torchao", "4bit"])
+def test_a_quantized_base_is_refused_and_left_as_it_is(kind, tmp_path):
+    model = upper()
+    base = model.get_base_model()
+    # what transformers sets when it loads quantized weights
+    setattr(
+        base, *(("is_loaded_in_4bit", True) if kind == "4bit" else ("quantization_method", kind))
+    )
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(UnsupportedError, match=rf"quantized \({kind}\), .* no digest"):
+        petl.cache_frozen(model, tmp_path)
+    assert [type(module) for module in model.modules()] == classes
+
+
+def test_a_base_that_is_sharded_over_processes_is_refused(tmp_path):
+    for said in testing.in_processes(2, refused_when_sharded, str(tmp_path)):
+        assert said == "LlamaForCausalLM is sharded over processes: no process has its weights"
+    assert not list(tmp_path.iterdir())
+
+
+def refused_when_sharded(folder):
+    """The message in a process of two that share the weights."""
+    model = upper()
+    mesh = init_device_mesh("cpu", (2,))
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(UnsupportedError) as raised:
+        petl.cache_frozen(model, folder)
+    return str(raised.value)
 
 
 def test_embeddings_that_train_are_refused_also_as_a_tied_head(tmp_path):
