@@ -5,9 +5,10 @@
     python scripts/claims.py --list                    # the claims
     python scripts/claims.py --publish runs/claims     # results of a folder into the pages
 
-Trains the contenders of a claim: the learning rate of each is chosen on validation rows from the
-same grid, then each is trained with five seeds and scored on the test rows. FOLDER/NAME.json has
-what was measured; docs/claims.md shows it after `--publish` and `scripts/build_docs.py refresh`.
+Trains the contenders of a claim: the learning rate of each is chosen on validation rows, from the
+same rates outward, then each is trained with five seeds and scored on the test rows.
+FOLDER/NAME.json has what was measured; docs/claims.md shows it after `--publish` and
+`scripts/build_docs.py refresh`.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
     tune/NAME/lr-RATE/   runs that score learning rates on validation examples, not on the test set
     runs/NAME/seed-S/    runs with the best learning rate of each method, scored on the test set
+    replaced/NAME/       runs with a learning rate that was the best one of fewer rates
     *.log                next to each run: its output
     rates.json           the validation score of each learning rate, and the chosen one
 
@@ -12,6 +13,7 @@ study.
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -36,8 +38,10 @@ from petl.runs.run_config import read_config
 TRAIN = (sys.executable, "-m", "petl", "train")  # this interpreter, whatever PATH has
 TOGETHER = (sys.executable, "-m", "petl.cli.train_together")
 RATES = "rates.json"
+REPLACED = "replaced"
 AT_THE_END = 10**9  # as train.eval_steps: evaluate after the last step only
 TUNING_SEED = 0
+FIRST = 3  # learning rates that a search outward begins with
 logger = logging.getLogger(__name__)
 
 
@@ -104,6 +108,8 @@ class Study:
         contenders: the methods, at least one.
         rates: learning rates to choose from. One: used for all runs. Empty: each run uses the
             default of its method.
+        outward: begin with the middle `FIRST` of the rates, which are in ascending order; then try
+            the next one outward, while the best one is at an end of those that were tried.
         overrides: settings of `petl train` for every run.
         jobs: number of runs at a time, or of processes if several runs are in one.
         together: number of runs of one method that train in one pass over one base; 1: each run is
@@ -117,6 +123,7 @@ class Study:
     overrides: list[str] = field(default_factory=list)
     jobs: int = 1
     together: int = 1
+    outward: bool = False
 
     def run(self) -> None:
         """Train every run that is not finished.
@@ -127,8 +134,10 @@ class Study:
         """
         self._check()
         if len(self.rates) > 1:
-            self._train_all([self._tuning(c, rate) for c in self.contenders for rate in self.rates])
+            self._tune()
         chosen = {contender: self.best_rate(contender) for contender in self.contenders}
+        for contender, rate in chosen.items():
+            self._replace(contender, rate)
         failed = self._train_all(
             [self._final(c, seed, rate) for c, rate in chosen.items() for seed in self.seeds]
         )
@@ -186,6 +195,44 @@ class Study:
         known = self.tried | {contender.name: {"validation": scores, "taken": best}}
         write_atomic(self.folder / RATES, as_json(known))
         return best
+
+    def _tune(self) -> None:
+        """Score learning rates: all of them, or from the middle outward."""
+        tried = {contender: self._first_rates(contender) for contender in self.contenders}
+        due = [(c, rate) for c, rates in tried.items() for rate in rates]
+        while due:
+            self._train_all([self._tuning(contender, rate) for contender, rate in due])
+            found = [(c, self._next_rate(self.best_rate(c), rates)) for c, rates in tried.items()]
+            due = [(contender, rate) for contender, rate in found if rate is not None]
+            for contender, rate in due:
+                tried[contender].append(rate)
+
+    def _first_rates(self, contender: Contender) -> list[float]:
+        """Return the rates that are tried whatever their scores are, and those tried before."""
+        skipped = max(0, len(self.rates) - FIRST) // 2 if self.outward else 0
+        first = self.rates[skipped : len(self.rates) - skipped]
+        known = [r for r in self.rates if is_finished(self._tuning(contender, r).folder)]
+        return [rate for rate in self.rates if rate in {*first, *known}]
+
+    def _next_rate(self, best: float | None, tried: Sequence[float]) -> float | None:
+        """Return the rate beyond the best one if that is at an end of those tried; else None."""
+        if best == max(tried):
+            return next((rate for rate in self.rates if rate > max(tried)), None)
+        if best == min(tried):
+            return next((rate for rate in reversed(self.rates) if rate < min(tried)), None)
+        return None
+
+    def _replace(self, contender: Contender, rate: float | None) -> None:
+        """Move runs with another learning rate than the chosen one to the folder `replaced`."""
+        for folder in (self._final(contender, seed, rate).folder for seed in self.seeds):
+            used = (identity_of(folder) or {}).get("train.lr")
+            if rate is None or used is None or used == float(f"{rate:g}"):
+                continue
+            place = self.folder / REPLACED / folder.parent.name / f"{folder.name}-lr-{used:g}"
+            logger.info("%s had lr=%g, now %g: it is trained again", folder, used, rate)
+            shutil.rmtree(place, ignore_errors=True)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(place)
 
     @property
     def tried(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Claims on sounds: placements, residual connections and the conformer block of the audio study."""
 
-from claims.claim import Claim, Setting, Statement
+from claims.claim import Claim, Setting, Statement, around
 from claims.prompts import write_prompts
 
 PROMPTS = Setting(
@@ -20,7 +20,7 @@ PROMPTS = Setting(
         "train.epochs=2",
         "train.batch_size=16",
     ),
-    rates=(1e-3, 3e-3, 1e-2),
+    rates=around(3e-3),
     limits=(
         "One small encoder that was trained to write English, few clips and 94 steps: a larger "
         "model of any sounds, or its usual benchmarks, may give another verdict.",

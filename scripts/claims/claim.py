@@ -17,6 +17,8 @@ from petl.sweeps.study import Contender
 
 MARGIN = 0.01  # of accuracy: smaller differences are no reason to choose a method
 EDIT, AND = " | ", " + "
+LADDER = tuple(float(f"{digit}e{power}") for power in range(-7, 1) for digit in (1, 3))  # rates
+BEYOND = 3  # rates on each side of the middle one: the first is tried at once, two if need be
 
 
 def made_of(words: str) -> list[str]:
@@ -85,6 +87,12 @@ class Shown:
     heat_map: str
 
 
+def around(rate: float) -> tuple[float, ...]:
+    """Return the learning rates of a search that begins around one of `LADDER`, in order."""
+    middle = LADDER.index(rate)
+    return LADDER[middle - BEYOND : middle + BEYOND + 1]
+
+
 @dataclass(frozen=True)
 class Setting:
     """The data and settings of all runs of a claim.
@@ -95,7 +103,8 @@ class Setting:
         title: the task in words.
         overrides: settings of `petl train`; in them and in the words of contenders, {data} stands
             for the folder of the files.
-        rates: learning rates to choose from on validation examples, the same for all contenders.
+        rates: learning rates to choose from on validation examples, the same for all contenders:
+            the middle three, and those beyond them while the best one is at an end.
         seeds: of the runs that are compared.
         limits: sentences on what no trial with this setting covers.
         write_files: writes the files of the data to a new folder; None: there are none.
@@ -108,7 +117,7 @@ class Setting:
     name: str
     title: str
     overrides: tuple[str, ...]
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    rates: tuple[float, ...] = around(1e-3)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     limits: tuple[str, ...] = ()
     write_files: Callable[[Path], None] | None = None

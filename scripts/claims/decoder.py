@@ -1,6 +1,6 @@
 """Claims on a decoder: what it forgets, and what packing and segments of the loss save."""
 
-from claims.claim import Claim, Setting, Statement
+from claims.claim import Claim, Setting, Statement, around
 from claims.measures import LOSS, MEMORY, RUN_LOSS, SECONDS, loss_on
 from claims.texts import write_texts, write_verbs
 
@@ -83,7 +83,7 @@ FORGETTING = Claim(
             "train.batch_size=16",
             "train.buckets=auto",
         ),
-        rates=(1e-4, 3e-4, 1e-3),
+        rates=around(3e-4),
         limits=(ONE_DECODER,),
         write_files=write_texts,
         also_on=("hamlet", "reviews"),

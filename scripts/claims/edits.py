@@ -4,7 +4,7 @@
     "prune drop=0.9 q=searched"                        q: dare, closed, analytic or searched
 
 The folder of an edited adapter has predictions.jsonl, as a run has, and a scores.json with fewer
-entries; the adapter itself is not kept.
+entries; the adapter itself is not kept. "made_of" in it identifies the weights that were edited.
 """
 
 import tempfile
@@ -21,11 +21,12 @@ from petl.deltas.adapters import pruned, read, write_compressed, write_pruned
 from petl.deltas.measured import compress_best
 from petl.errors import InputError
 from petl.export.saved_adapter import find
-from petl.files.disk import as_json, write_atomic
+from petl.files.disk import as_json, sha256, write_atomic
 from petl.runs.records import ADAPTER, PREDICTIONS, SCORES
 
 Settings = dict[str, str]
 SCOPES = ("global", "tensor")
+MADE_OF = "made_of"  # in scores.json
 
 
 def parsed(
@@ -72,7 +73,13 @@ def edit(words: str, run: Path, seed: int, scorer: Scorer, out: Path) -> None:
         after = scorer.scores(adapter, kept=out / PREDICTIONS)
         size = (compressed_file(adapter) or weights_file(adapter)).stat().st_size
     found = {"after": after, "cpu_seconds": seconds, "adapter_bytes": size, "edit": facts}
+    found[MADE_OF] = origin([run])
     write_atomic(out / SCORES, as_json(found, in_order=True))  # last: it says that all is done
+
+
+def origin(runs: Sequence[Path]) -> list[str]:
+    """Return the SHA-256 of the weights of finished runs: it changes if one is trained again."""
+    return [sha256(weights_file(run / ADAPTER)) for run in runs]
 
 
 def compress(run: Path, out: Path, seed: int, settings: Settings) -> Settings:

@@ -1,6 +1,6 @@
 """Claims on images: merging tokens of a ViT while an adapter trains."""
 
-from claims.claim import Claim, Setting, Statement, at_most
+from claims.claim import Claim, Setting, Statement, around, at_most
 from claims.fashion import write_images
 from claims.measures import SECONDS
 
@@ -19,7 +19,7 @@ FASHION = Setting(
         "train.epochs=4",
         "train.batch_size=32",
     ),
-    rates=(1e-3, 3e-3, 1e-2),
+    rates=around(3e-3),
     limits=(
         "One narrow ViT that has seen 8,000 gray images: a wide one that has seen a million may "
         "give another verdict.",

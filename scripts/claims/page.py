@@ -5,11 +5,12 @@ from statistics import fmean
 from typing import Any
 
 from claims.catalog import CLAIMS, UNTRIED
-from claims.claim import Claim, Statement
+from claims.claim import EDIT, Claim, Statement
 from claims.measures import ACCURACY, Measure
 from claims.results import Map, Result, Scored, read_published
 from claims.verdicts import NOT_YET, Verdict, verdict
 from petl.reports.formatting import Table, duration, mean_text, number, seeds_text, size
+from petl.sweeps.study import FIRST
 
 NOT_TRIED = "not tried yet"
 
@@ -135,8 +136,9 @@ def section(claim: Claim, result: Result | None) -> Iterator[str]:
 def cost(claim: Claim) -> str:
     """Return the number of runs of a claim that shares none with another."""
     setting, count, edited = claim.setting, len(claim.trained), len(claim.edited)
-    tuning = count * len(setting.rates) if len(setting.rates) > 1 else 0
-    runs = f"{tuning} runs that choose learning rates and {count * len(setting.seeds)} that count"
+    tuning = count * min(FIRST, len(setting.rates)) if len(setting.rates) > 1 else 0
+    runs = f"{tuning} or more runs that choose learning rates and " if tuning else ""
+    runs += f"{count * len(setting.seeds)} that count"
     return f"{runs}, {edited * len(setting.seeds)} edits of them" if edited else runs
 
 
@@ -172,19 +174,16 @@ def mean_of(measure: Measure, values: dict[str, float]) -> str:
 
 
 def at_the_edge(claim: Claim, result: Result | None) -> list[str]:
-    """Return a sentence on learning rates at an edge of the grid, where a better one may lie."""
-    if result is None:
-        return []
-    grid = claim.setting.rates
-    edge = [
-        f"{claim.labels[words]} ({number(found.rate)})"
-        for words, found in result.contenders.items()
-        if len(grid) > 1 and found.rate in (min(grid), max(grid))
-    ]
+    """Return a sentence on learning rates at an end of those tried, where a better one may lie."""
+    edge = []
+    for words, found in result.contenders.items() if result else ():
+        tried = [float(rate) for rate in found.validation]
+        if EDIT not in words and len(tried) > 1 and found.rate in (min(tried), max(tried)):
+            edge.append(f"{claim.labels[words]} ({number(found.rate)})")
     if not edge:
         return []
-    listed = ", ".join(edge)
-    return [f"Learning rates at an edge of the grid, beyond which a better one may lie: {listed}."]
+    said = "Learning rates at an end of those that were tried, beyond which a better one may lie"
+    return [f"{said}: {', '.join(edge)}."]
 
 
 def heat_map(found: Map) -> list[str]:

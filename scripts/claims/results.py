@@ -21,8 +21,8 @@ class Scored:
 
     Attributes:
         scores: of the first measure of the claim by seed, such as the test accuracy.
-        rate: the chosen learning rate; of an edited adapter, that of its training, as the next two;
-            None: it is made of several, each with its own.
+        rate: the learning rate of the runs; of an edited adapter, that of its training, as the
+            next two; None: it is made of several, each with its own.
         validation: the validation score of each learning rate.
         parameters: of the adapter, without the head.
         bytes: of the adapter's file, with the head.

@@ -13,7 +13,7 @@ import numpy as np
 from sizes.score import Scorer
 
 from claims.claim import AND, EDIT, Claim, Shown, Statement, made_of
-from claims.edits import edit
+from claims.edits import MADE_OF, edit, origin
 from claims.intervals import Estimate, estimate
 from claims.measures import also_folder, scores
 from claims.results import Map, Result, Scored
@@ -72,6 +72,7 @@ def study_of(
         overrides=[*settings_in(data, setting.overrides), *PLAIN],
         jobs=jobs,
         together=together,
+        outward=True,
     )
 
 
@@ -200,12 +201,20 @@ def measure(claim: Claim, folder: Path, command: str) -> Result:
 def finished(claim: Claim, contender: Contender, folder: Path) -> dict[int, Path]:
     """Return the folders of a contender's finished runs, or edited adapters, by seed.
 
-    A run is finished when it is scored on the further files of the setting as well.
+    A run is finished when it is scored on the further files of the setting as well, an edited
+    adapter when it is made of the runs that are there now.
     """
     place = folder_of(claim, contender, folder)
     found = {seed: place / f"seed-{seed}" for seed in claim.setting.seeds}
+    done = {s: run for s, run in found.items() if is_finished(run) and not missing(claim, run)}
+    if EDIT not in contender.words:
+        return done
+    runs = [finished(claim, Contender(words), folder) for words in made_of(contender.words)]
     return {
-        seed: run for seed, run in found.items() if is_finished(run) and not missing(claim, run)
+        seed: made
+        for seed, made in done.items()
+        if all(seed in of_part for of_part in runs)
+        and scores(made).get(MADE_OF) == origin([of_part[seed] for of_part in runs])
     }
 
 
@@ -249,17 +258,11 @@ def scored(
     of_training = next(iter(finished(claim, trained, folder).values()))
     first = read_results(of_training)
     tried = study_of(claim, trained, folder).tried.get(trained.name)
-    if more:  # each has a rate of its own, in its row of the table
-        rate, validation = None, {}
-    elif tried is None:  # a single rate is not tuned
-        rate, validation = first["lr"], {}
-    else:
-        rate, validation = tried["taken"], tried["validation"]
     main, *others = claim.measures
     return Scored(
         means[main.name][contender.words],
-        rate,
-        validation,
+        None if more else first["lr"],  # each part has a rate of its own, in its row of the table
+        tried["validation"] if tried and not more else {},  # a single rate is not tuned
         max(result.get("adapter_parameters", first["adapter_parameters"]) for result in results),
         max(result["adapter_bytes"] for result in results),
         statistics.fmean(result["cpu_seconds"] for result in results),

@@ -23,7 +23,7 @@ from peft import LoraConfig
 from sizes.score import Scorer
 from torch import Tensor
 
-from claims.edits import parsed
+from claims.edits import MADE_OF, origin, parsed
 from claims.measures import scores
 from petl.core.adapter_folder import weights_file
 from petl.deltas.adapters import copy_others, new_folder
@@ -129,7 +129,8 @@ def assemble(words: str, runs: Sequence[Path], tasks: Tasks, out: Path) -> None:
         found = [(scores(run)["after"], predictions(run)) for run in runs]
         facts = [scores(run) for run in runs]
         keys = ("cpu_seconds", "adapter_bytes", "adapter_parameters")
-        write(tasks, found, {key: sum(each[key] for each in facts) for key in keys}, out)
+        sums = {key: sum(each[key] for each in facts) for key in keys}
+        write(tasks, found, {**sums, MADE_OF: origin(runs)}, out)
         return
     start = time.process_time()
     combined = Combination.of(runs, kind, float(settings.get("density", 1)))
@@ -150,6 +151,7 @@ def assemble(words: str, runs: Sequence[Path], tasks: Tasks, out: Path) -> None:
         "adapter_bytes": size,
         "adapter_parameters": sum(t.numel() for t in combined.factors.values()),
         "edit": {"scale": scale, "validation": validated, "lost": combined.lost},
+        MADE_OF: origin(runs),
     }
     write(tasks, found, facts, out)
 

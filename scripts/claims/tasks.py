@@ -1,6 +1,6 @@
 """Claims on several tasks: adapters that are combined, and one adapter for all of them."""
 
-from claims.claim import AND, EDIT, Claim, Setting, Statement
+from claims.claim import AND, EDIT, Claim, Setting, Statement, around
 from claims.task_files import TASKS, write_tasks
 
 LENGTH = 32  # tokens
@@ -40,7 +40,7 @@ FOUR = Setting(
         "train.epochs=2",
         "train.buckets=auto",
     ),
-    rates=(1e-4, 3e-4, 1e-3, 3e-3),
+    rates=around(1e-3),
     limits=(
         "One encoder and four tasks of English texts, each with a head of its own, which is never "
         "combined: a larger model, or tasks that are answered in words, may give another verdict.",

@@ -311,6 +311,18 @@ def test_predictions_that_do_not_give_the_score_are_refused(claim, tmp_path, mad
         running.measure(claim, tmp_path, "")
 
 
+def test_the_page_names_contenders_whose_best_rate_is_at_an_end_of_those_tried(claim):
+    def ran(rate, *tried):
+        validation = {f"{each:g}": 0.5 for each in tried}
+        return results.Scored({"0": 0.5}, rate, validation, 1, 1, 1.0)
+
+    contenders = {WIDE: ran(1e-2, 1e-3, 3e-3, 1e-2), THIN: ran(3e-3, 1e-3, 3e-3, 1e-2)}
+    found = results.Result("tiny", [], [0, 1], contenders)
+    (said,) = page.at_the_edge(claim, found)
+    assert said.endswith("a better one may lie: rank 4 (0.01).")
+    assert page.at_the_edge(claim, None) == []
+
+
 # The claims that are described
 
 

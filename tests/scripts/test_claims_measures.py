@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from shutil import rmtree
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from claims.verdicts import FAILS, HOLDS, OPEN, needed_half_width, verdict
 import petl
 from petl.errors import InputError
 from petl.export.saved_adapter import find
+from petl.files.disk import sha256
 from petl.files.read import read_json_lines
 from petl.methods.mola import MolaAdapter
 from petl.runs.records import read_results
@@ -140,6 +142,17 @@ def test_edited_adapters_are_scored_beside_their_origin(tiny, tmp_path, made):
     files = {file: file.stat().st_mtime_ns for file in edited.rglob("*")}
     assert running.try_claim(claim, tmp_path, "the command") == found
     assert files == {file: file.stat().st_mtime_ns for file in edited.rglob("*")}
+
+    # with another run, they are made again
+    rmtree(run)
+    again = replace(claim, setting=replace(setting, rates=(1e-3,)))
+    changed = running.try_claim(again, tmp_path, "the command")
+    assert len(made) == 4  # seed 0 has another learning rate now, seed 1 is missing
+    assert changed.contenders[PRUNED].rate == 1e-3
+    assert json.loads((folder / "seed-0/scores.json").read_text())["made_of"] == [
+        sha256(tmp_path / "tiny/runs/lora-r-2/seed-0/adapter/adapter_model.safetensors")
+    ]
+    assert changed.contenders[PRUNED].scores != found.contenders[PRUNED].scores
 
 
 def test_edited_adapters_are_not_scored_on_further_files():

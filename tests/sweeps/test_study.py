@@ -130,6 +130,65 @@ def test_of_equal_learning_rates_the_one_with_the_lower_loss_is_chosen(tmp_path)
     assert found.best_rate(found.contenders[0]) == 1e-3  # of equal losses the lower rate
 
 
+RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+
+
+@pytest.fixture
+def scored(monkeypatch) -> dict[float, float | None]:
+    """Validation scores by learning rate, which runs get without training; None: they fail."""
+    table: dict[float, float | None] = {}
+
+    def score(self: Study, job: Job) -> tuple[Job, float]:
+        given = dict(word.split("=", 1) for word in job.overrides)
+        rate = float(given["train.lr"])
+        if table[rate] is not None:
+            write_run(job.folder, table[rate], *job.overrides, validation=table[rate], lr=rate)
+        return job, 0.0
+
+    monkeypatch.setattr(Study, "_train", score)
+    return table
+
+
+@pytest.mark.parametrize(
+    ("scores", "tried", "taken"),
+    [
+        ([0.1, 0.2, 0.3, 0.4, 0.3, 0.2, 0.1], RATES[2:5], 3e-3),  # interior at once
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.2, 0.1], RATES[2:6], 1e-2),  # it falls beyond
+        ([0.1, 0.2, 0.3, 0.4, 0.5, None, 0.9], RATES[2:6], 1e-2),  # it fails beyond
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], RATES[2:], 1e-1),  # at the end of all
+        ([0.2, 0.4, 0.3, 0.2, 0.1, 0.1, 0.1], RATES[:5], 3e-4),
+    ],
+)
+def test_rates_are_tried_outward_while_the_best_is_at_an_end(
+    tiny, tmp_path, scored, scores, tried, taken
+):
+    scored.update(zip(RATES, scores, strict=True))
+    one = {"contenders": [Contender("lora")], "rates": RATES, "seeds": [0]}
+    small(tiny, tmp_path, **one, outward=True).run()
+    found = json.loads((tmp_path / "rates.json").read_text())["lora"]
+    finished = {f"{rate:g}" for rate in tried if scored[rate] is not None}
+    assert found["validation"].keys() == finished
+    assert found["taken"] == taken
+    assert json.loads((tmp_path / "runs/lora/seed-0/scores.json").read_text())["lr"] == taken
+
+
+def test_a_rate_that_was_tried_before_counts_and_runs_with_another_one_are_replaced(
+    tiny, tmp_path, scored
+):
+    scored.update(zip(RATES, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.2], strict=True))
+    one = {"contenders": [Contender("lora")], "seeds": [0, 1]}
+    small(tiny, tmp_path, **one, rates=RATES[1:5]).run()
+    folder = tmp_path / "runs/lora"
+    assert json.loads((folder / "seed-1/scores.json").read_text())["lr"] == 1e-2
+    small(tiny, tmp_path, **one, rates=RATES, outward=True).run()
+    found = json.loads((tmp_path / "rates.json").read_text())["lora"]
+    assert found["validation"].keys() == {f"{rate:g}" for rate in RATES[1:]}
+    for seed in (0, 1):
+        assert json.loads((folder / f"seed-{seed}/scores.json").read_text())["lr"] == 3e-2
+        before = tmp_path / f"replaced/lora/seed-{seed}-lr-0.01/scores.json"
+        assert json.loads(before.read_text())["lr"] == 1e-2
+
+
 @pytest.mark.parametrize("changes", [{"seeds": [0, 1, 0]}, {"rates": [1e-3, 1e-3]}])
 def test_a_seed_or_learning_rate_that_is_given_twice_is_refused(tiny, tmp_path, made, changes):
     with pytest.raises(InputError, match="has a value twice"):
