@@ -61,6 +61,14 @@ class Statement:
         return math.log(self.margin) if self.measure.ratio else self.margin
 
     @property
+    def key(self) -> str:
+        """What is compared, by which files of results name their estimates."""
+        first, second = self.first, self.second
+        if self.than is not None:
+            first, second = f"({first} minus {second})", f"({self.than[0]} minus {self.than[1]})"
+        return f"{self.measure.name}: {first} minus {second}"
+
+    @property
     def signs(self) -> list[tuple[str, int]]:
         """The contenders with the signs of their scores in the difference."""
         found = [(self.first, 1), (self.second, -1)]

@@ -18,24 +18,24 @@ NOT_TRIED = "not tried yet"
 # A statement in words
 
 
-def judged(claim: Claim, result: Result | None, number: int) -> Verdict:
+def judged(statement: Statement, result: Result | None) -> Verdict:
     """Return the verdict of a statement; of an unfinished one, how many of its seeds are there."""
-    if result is None or str(number) not in result.estimates:
+    if result is None or statement.key not in result.estimates:
         return Verdict(NOT_TRIED if result is None else NOT_YET)
-    estimate = result.estimates[str(number)]
-    if not result.is_complete(number):
+    estimate = result.estimates[statement.key]
+    if not result.is_complete(statement):
         return Verdict(NOT_YET, f"{estimate.seeds} of {len(result.seeds)} seeds")
-    return verdict(claim.statements[number], estimate)
+    return verdict(statement, estimate)
 
 
-def difference(claim: Claim, result: Result | None, number: int) -> str:
+def difference(statement: Statement, result: Result | None) -> str:
     """Return the difference of a statement with its interval; "" without its runs.
 
     In points of accuracy; other measures have their unit.
     """
-    if result is None or not result.is_complete(number):
+    if result is None or not result.is_complete(statement):
         return ""
-    return claim.statements[number].measure.text(result.estimates[str(number)])
+    return statement.measure.text(result.estimates[statement.key])
 
 
 def rule(statement: Statement) -> str:
@@ -52,14 +52,20 @@ def rule(statement: Statement) -> str:
 
 
 def summary(claim: Claim, result: Result | None) -> Table:
-    """Return the verdicts of a claim as a table."""
+    """Return the verdicts of a claim as a table.
+
+    Raises:
+        InputError: the results have other comparisons than the claim.
+    """
+    if result is not None:
+        result.refuse_unknown(claim)
     rows = []
-    for i, statement in enumerate(claim.statements):
-        found = judged(claim, result, i)
+    for statement in claim.statements:
+        found = judged(statement, result)
         row = [
             statement.says,
             found.word,
-            difference(claim, result, i),
+            difference(statement, result),
             rule(statement),
             found.takes,
         ]
@@ -120,7 +126,7 @@ def section(claim: Claim, result: Result | None) -> Iterator[str]:
     if result is None:
         yield f"{NOT_TRIED.capitalize()}: `python scripts/claims.py {claim.name}`, {cost(claim)}."
         yield "\n".join(f"- {each.says}" for each in claim.statements)
-    elif any(result.is_complete(i) for i in range(len(claim.statements))):
+    elif any(map(result.is_complete, claim.statements)):
         yield f"![Intervals of the differences](assets/claims/{claim.name}.svg)"
     if result is not None:
         yield summary(claim, result).markdown()

@@ -22,7 +22,7 @@ def publish(folder: Path, results: Path, assets: Path) -> list[str]:
         assets: folder of the pictures.
 
     Raises:
-        InputError: the folder has no results.
+        InputError: the folder has no results, or those of other comparisons.
     """
     found = [(folder / f"{name}.json", claim) for name, claim in CLAIMS.items()]
     found = [(file, claim) for file, claim in found if file.exists()]
@@ -30,8 +30,9 @@ def publish(folder: Path, results: Path, assets: Path) -> list[str]:
         raise InputError(f"{folder} has no results of claims ({', '.join(CLAIMS)}): try one first")
     for file, claim in found:
         result = read(file)
+        result.refuse_unknown(claim)
         result.write(results)
-        if any(result.is_complete(i) for i in range(len(claim.statements))):
+        if any(map(result.is_complete, claim.statements)):
             assets.mkdir(parents=True, exist_ok=True)
             draw(claim, result, assets / f"{claim.name}.svg")
     return [claim.name for _, claim in found]
@@ -42,37 +43,34 @@ def draw(claim: Claim, result: Result, file: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    done = [i for i in range(len(claim.statements)) if result.is_complete(i)]
-    panels = [
-        [i for i in reversed(done) if claim.statements[i].measure is measure]
-        for measure in claim.measures
-    ]
-    panels = [numbers for numbers in panels if numbers]
-    heights = [0.5 + 0.62 * len(numbers) for numbers in panels]
+    done = [each for each in reversed(claim.statements) if result.is_complete(each)]
+    panels = [[each for each in done if each.measure is measure] for measure in claim.measures]
+    panels = [statements for statements in panels if statements]
+    heights = [0.5 + 0.62 * len(statements) for statements in panels]
     # without a salt and a date of its own, the same results give the same file
     with mpl.rc_context({"svg.hashsalt": claim.name, "svg.fonttype": "none"}):
         figure = Figure(figsize=(7.6, 0.6 + sum(heights)), layout="constrained")
-        for axes, numbers in zip(
+        for axes, statements in zip(
             figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0],
             panels,
             strict=True,
         ):
-            draw_panel(claim, result, numbers, axes)
+            draw_panel(result, statements, axes)
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
-def draw_panel(claim: Claim, result: Result, numbers: list[int], axes: Any) -> None:
+def draw_panel(result: Result, statements: list[Statement], axes: Any) -> None:
     """Draw the intervals of statements about one measure, from the bottom."""
-    measure = claim.statements[numbers[0]].measure
-    for place, i in enumerate(numbers):
-        estimate, statement = result.estimates[str(i)], claim.statements[i]
+    measure = statements[0].measure
+    for place, statement in enumerate(statements):
+        estimate = result.estimates[statement.key]
         low, high = sorted(map(measure.shown, estimate.interval()))
         edges = sorted(map(measure.shown, margins(statement)))
         axes.barh(place, edges[1] - edges[0], 0.7, edges[0], color="0.92", zorder=0)
         axes.hlines(place, low, high, linewidth=2)
         axes.plot(measure.shown(estimate.mean), place, "o", color="C0")
         axes.annotate(
-            judged(claim, result, i).word,
+            judged(statement, result).word,
             (high, place),
             (6, 0),
             textcoords="offset points",
@@ -80,8 +78,8 @@ def draw_panel(claim: Claim, result: Result, numbers: list[int], axes: Any) -> N
             fontsize=8,
         )
     axes.axvline(measure.shown(0), color="0.5", linewidth=0.8)
-    says = [fill(claim.statements[i].says, WIDTH) for i in numbers]
-    axes.set_yticks(range(len(numbers)), says, fontsize=8)
+    says = [fill(statement.says, WIDTH) for statement in statements]
+    axes.set_yticks(range(len(statements)), says, fontsize=8)
     axes.margins(x=0.18)
     unit = f" in {measure.unit}" if measure.unit else ""
     what = "ratio" if measure.ratio else f"difference{unit}"

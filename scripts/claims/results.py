@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from claims.claim import Claim, Statement
 from claims.intervals import Estimate
+from petl.errors import InputError
 from petl.files.disk import as_json, write_atomic
 from petl.files.read import read_json
 
@@ -60,8 +62,8 @@ class Result:
         settings: of all runs, as overrides of `petl train`.
         seeds: planned for each contender.
         contenders: by words; without those that have no finished run.
-        estimates: by number of the statement, from 0; a statement of which fewer than two seeds are
-            finished has none.
+        estimates: by `Statement.key`; a statement of which fewer than two seeds are finished has
+            none.
         maps: the heat maps.
         environment: command, machine, packages, commits and times of the runs.
     """
@@ -74,10 +76,19 @@ class Result:
     maps: list[Map] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
 
-    def is_complete(self, statement: int) -> bool:
+    def is_complete(self, statement: Statement) -> bool:
         """Return True if a statement has all of its seeds."""
-        found = self.estimates.get(str(statement))
+        found = self.estimates.get(statement.key)
         return found is not None and found.seeds == len(self.seeds)
+
+    def refuse_unknown(self, claim: Claim) -> None:
+        """Raise InputError for an estimate of a comparison that the claim does not make."""
+        unknown = sorted(self.estimates.keys() - {each.key for each in claim.statements})
+        if unknown:
+            raise InputError(
+                f"the results of {claim.name} have an estimate of {unknown[0]!r}, which the claim "
+                f"does not compare: write them again with python scripts/claims.py {claim.name}"
+            )
 
     def write(self, folder: Path) -> None:
         """Write the file of the claim in a folder."""

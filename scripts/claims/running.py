@@ -175,8 +175,8 @@ def measure(claim: Claim, folder: Path, command: str) -> Result:
         for each in claim.measures
     }
     estimates = {
-        str(i): compared
-        for i, statement in enumerate(claim.statements)
+        statement.key: compared
+        for statement in claim.statements
         if (compared := difference(statement, values[statement.measure.name])) is not None
     }
     means = {

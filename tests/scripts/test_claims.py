@@ -233,14 +233,15 @@ def test_a_claim_is_tried_written_and_resumed(claim, tmp_path, made, monkeypatch
     assert written == found
 
     # the differences are those of the scores in the folders of the runs
+    rank, gain = (found.estimates[claim.statements[i].key] for i in (0, 2))
     for seed in (0, 1):
         score = {
             name: read_results(tmp_path / "tiny/runs" / name / f"seed-{seed}")["after"]["accuracy"]
             for name in ("lora-r-4", "lora-r-1", "mola-num_experts-2-r-2")
         }
         wide, thin, mixed = score.values()
-        assert found.estimates["0"].differences[str(seed)] == pytest.approx(wide - thin)
-        assert found.estimates["2"].differences[str(seed)] == pytest.approx(mixed - wide)
+        assert rank.differences[str(seed)] == pytest.approx(wide - thin)
+        assert gain.differences[str(seed)] == pytest.approx(mixed - wide)
         assert found.contenders[WIDE].scores[str(seed)] == wide
     tried = json.loads((tmp_path / "tiny/rates.json").read_text())
     assert found.contenders[THIN].rate == tried["lora r=1"]["taken"]
@@ -268,17 +269,35 @@ def test_a_claim_is_tried_written_and_resumed(claim, tmp_path, made, monkeypatch
     assert pictures.publish(tmp_path, shown, tmp_path / "assets") == ["tiny"]
     monkeypatch.setattr(page, "read_published", lambda: results.read_published(shown))
     text = page.page()
-    mean = found.estimates["0"].mean
+    mean = rank.mean
     assert f"{100 * mean:+.2f} (" in text
     assert "It is tiny." in text
     assert "`the command`" in text
     assert "the load" in text
-    words = [page.judged(claim, found, i).word for i in range(3)]
+    words = [page.judged(each, found).word for each in claim.statements]
     picture = (tmp_path / "assets/tiny.svg").read_text()
     assert all(word in picture for word in words)
     assert words[1] in page.quoted("lora")
     with pytest.raises(KeyError, match="no claim is about mos"):
         page.quoted("mos")
+
+
+def test_results_of_other_comparisons_are_refused(claim, tmp_path, monkeypatch):
+    found = estimate({seed: np.array([0.0, 1.0]) for seed in (0, 1)})
+    of_key = {
+        f"accuracy: {WIDE} minus {THIN}": found,
+        f"accuracy: ({MIXED} minus {THIN}) minus ({WIDE} minus {THIN})": found,
+    }
+    known = results.Result("tiny", [], [0, 1], estimates=of_key)
+    assert [row[1] for row in page.summary(claim, known).rows] == [OPEN, OPEN, OPEN]
+    other = dataclasses.replace(known, estimates={"0": found})  # as files once had it
+    with pytest.raises(InputError, match="estimate of '0', .* python scripts/claims.py tiny"):
+        page.summary(claim, other)
+    other.write(tmp_path)
+    monkeypatch.setattr(pictures, "CLAIMS", {"tiny": claim})
+    with pytest.raises(InputError, match="estimate of '0'"):
+        pictures.publish(tmp_path, tmp_path / "published", tmp_path)
+    assert not (tmp_path / "published").exists()
 
 
 def test_a_claim_with_some_of_its_seeds_has_no_verdict(claim, tmp_path, made, monkeypatch):
@@ -369,7 +388,8 @@ def test_published_results_are_of_claims_and_have_their_pictures():
         claim = CLAIMS[name]
         assert set(result.contenders) <= set(claim.labels)
         assert result.seeds == list(claim.setting.seeds)
-        if any(result.is_complete(i) for i in range(len(claim.statements))):
+        result.refuse_unknown(claim)
+        if any(map(result.is_complete, claim.statements)):
             assert (docs / f"assets/claims/{name}.svg").is_file()
 
 

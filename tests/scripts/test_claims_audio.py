@@ -105,7 +105,7 @@ def test_the_claim_is_tried_from_files_to_verdicts(package, tmp_path, made, monk
     )
     linears = 4 * (width + width) + 2 * (width + SMALL["encoder_ffn_dim"])
     assert found.contenders[LORA].parameters == layers * 2 * linears
-    assert all(found.is_complete(i) for i in range(len(claim.statements)))
+    assert all(map(found.is_complete, claim.statements))
     assert "not tried" not in "".join(row[1] for row in page.summary(claim, found).rows)
 
 

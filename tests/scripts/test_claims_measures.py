@@ -129,7 +129,7 @@ def test_edited_adapters_are_scored_beside_their_origin(tiny, tmp_path, made):
         scores = petl.evaluate(thin, tiny.folder / "test.csv")
         assert found.contenders[PRUNED].scores[str(seed)] == pytest.approx(scores["accuracy"])
         gap = scores["accuracy"] - read_results(run)["after"]["accuracy"]
-        assert found.estimates["1"].differences[str(seed)] == pytest.approx(gap)
+        assert found.estimates[claim.statements[1].key].differences[str(seed)] == pytest.approx(gap)
     assert found.contenders[COMPRESSED].bytes < found.contenders[LORA].bytes
     assert found.contenders[COMPRESSED].rate == found.contenders[LORA].rate == 3e-2
     edited = tmp_path / "tiny/edited"
@@ -213,7 +213,7 @@ def test_losses_on_the_test_rows_and_on_other_files_are_those_of_the_predictions
             assert again == pytest.approx(sum(losses) / len(losses), rel=1e-4)
             seconds = found.contenders[words].measured["cpu_seconds"][seed]
             assert seconds == read_results(run)["cpu_seconds"]
-    gap = found.estimates["0"].mean
+    gap = found.estimates[claim.statements[0].key].mean
     mean = {w: np.mean(list(found.contenders[w].scores.values())) for w in (LORA, thin)}
     assert gap == pytest.approx(mean[thin] - mean[LORA])
 

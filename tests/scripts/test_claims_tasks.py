@@ -129,7 +129,7 @@ def test_adapters_of_tasks_are_combined_scored_and_compared(claim, tiny, tmp_pat
         assert [line["label"] for line in separate] == [line["label"] for line in together]
         assert [line["text"] for line in separate] == [line["text"] for line in together]
         gap = read_results(joint)["after"]["accuracy"] - sum(after) / 2
-        assert found.estimates["1"].differences[str(seed)] == pytest.approx(gap)
+        assert found.estimates[claim.statements[1].key].differences[str(seed)] == pytest.approx(gap)
     one = found.contenders[WORDS["kinds"]]
     assert found.contenders[OWN].parameters == 2 * one.parameters
     assert found.contenders[OWN].rate is None
