@@ -32,8 +32,9 @@ class Statement:
 
     Attributes:
         says: the statement in one line.
-        kind: "beats": the first is better; "equals": they differ by less than the margin; "share":
-            the first has at most a share of the second, for measures that are compared by ratio.
+        kind: "beats": the first is better; "equals": they differ by less than the margin;
+            "no_worse": the first is not worse by the margin; "share": the first has at most a share
+            of the second, for measures that are compared by ratio.
         first: words of a contender.
         second: words of the contender that it is compared with.
         than: two contenders whose difference is subtracted: the statement is about how much larger
@@ -44,7 +45,7 @@ class Statement:
     """
 
     says: str
-    kind: Literal["beats", "equals", "share"]
+    kind: Literal["beats", "equals", "no_worse", "share"]
     first: str
     second: str
     than: tuple[str, str] | None = None

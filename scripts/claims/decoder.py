@@ -62,7 +62,7 @@ FORGETTING = Claim(
         ),
         Statement(
             "CorDA learns the task as well as LoRA",
-            "equals",
+            "no_worse",
             CORDA,
             LORA,
             margin=MARGIN,

@@ -13,7 +13,7 @@ LORA_5 = "lora method.r=5"
 
 ADAPTERS = Claim(
     name="compacter",
-    title="Compacter equals adapters with under 0.1 % of the parameters; LoRA and parallel "
+    title="Compacter is as good as adapters with under 0.1 % of the parameters; LoRA and parallel "
     "adapters are better than sequential ones",
     paper="Karimi Mahabadi et al. 2021, arXiv:2106.04647; Hu et al. 2022, arXiv:2106.09685; He et "
     "al. 2022, arXiv:2110.04366",
@@ -22,8 +22,8 @@ ADAPTERS = Claim(
     "parallel adapters better than sequential ones.",
     statements=(
         Statement(
-            "Compacter equals adapters with many times its parameters",
-            "equals",
+            "Compacter is no worse than adapters with many times its parameters",
+            "no_worse",
             COMPACTER,
             SEQUENTIAL,
         ),
@@ -87,11 +87,14 @@ LATER = Claim(
     "without a backward pass through the frozen blocks, scores are comparable with those of "
     "methods that need it.",
     statements=(
-        Statement("a pre-gated router equals linear routers", "equals", PREGATED, EVEN),
+        Statement("a pre-gated router is no worse than linear ones", "no_worse", PREGATED, EVEN),
         Statement(
-            "DSEE with 20 % of the target weights pruned equals DSEE", "equals", PRUNED, DSEE
+            "DSEE with 20 % of the target weights pruned is no worse than DSEE",
+            "no_worse",
+            PRUNED,
+            DSEE,
         ),
-        Statement("SHERL equals LoRA", "equals", SHERL, LORA),
+        Statement("SHERL is no worse than LoRA", "no_worse", SHERL, LORA),
     ),
     setting=VERBS,
     labels={

@@ -48,6 +48,8 @@ def rule(statement: Statement) -> str:
     if statement.kind == "equals":
         return f"{name}within ±{margin}"
     side = "below" if measure.lower else "above"
+    if statement.kind == "no_worse":
+        return f"{name}{side} {'+' if measure.lower else '-'}{margin}"
     return f"{name}{side} 0 (matters: {margin})"
 
 

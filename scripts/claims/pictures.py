@@ -91,4 +91,5 @@ def margins(statement: Statement) -> tuple[float, float]:
     """Return the two ends of the margin of a statement, on the scale that is compared."""
     if statement.kind == "share":
         return statement.border, 0
-    return (-statement.border if statement.kind == "equals" else 0), statement.border
+    low = 0 if statement.kind == "beats" else -statement.border
+    return low, 0 if statement.kind == "no_worse" else statement.border

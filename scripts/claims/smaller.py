@@ -36,19 +36,25 @@ MASKS = Claim(
     "one, scores about as well.",
     statements=(
         *(
-            Statement(f"PST at sparsity {s:g} equals dense PST", "equals", w, DENSE_PST)
+            Statement(f"PST at sparsity {s:g} is no worse than dense PST", "no_worse", w, DENSE_PST)
             for s, w in PST.items()
         ),
         Statement("at 0.9, PST beats pruning by magnitude", "beats", PST[0.9], BY_MAGNITUDE),
         *(
             Statement(
-                f"DSEE at sparsity {s:g} equals DSEE without pruning", "equals", w, DENSE_DSEE
+                f"DSEE at sparsity {s:g} is no worse than DSEE without pruning",
+                "no_worse",
+                w,
+                DENSE_DSEE,
             )
             for s, w in DSEE.items()
         ),
         Statement("PELA with distillation beats PELA without", "beats", DISTILLED, PELA),
         Statement(
-            "PELA with distillation equals LoRA on the whole model", "equals", DISTILLED, LORA
+            "PELA with distillation is no worse than LoRA on the whole model",
+            "no_worse",
+            DISTILLED,
+            LORA,
         ),
     ),
     setting=LOW,
@@ -98,14 +104,17 @@ COMPRESS = Claim(
     statements=(
         *(
             Statement(
-                f"{TIMES[density]} times smaller ({PLACES[scope]}) equals LoRA", "equals", w, LORA
+                f"{TIMES[density]} times smaller ({PLACES[scope]}) is no worse than LoRA",
+                "no_worse",
+                w,
+                LORA,
             )
             for (density, scope), w in COMPRESSED.items()
         ),
         *(
             Statement(
-                f"without {100 * drop:g} % of the values, DARE equals LoRA",
-                "equals",
+                f"without {100 * drop:g} % of the values, DARE is no worse than LoRA",
+                "no_worse",
                 PRUNED[drop, "dare"],
                 LORA,
             )

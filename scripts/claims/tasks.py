@@ -133,7 +133,7 @@ EACH = combined(TASKS, OWN)
 
 SHARED = Claim(
     name="joint",
-    title="One adapter for several tasks equals one adapter for each task",
+    title="One adapter for several tasks is as good as one adapter for each task",
     paper="Sung et al. 2022 (VL-Adapter), arXiv:2112.06825; Liu et al. 2022 (Polyhistor), "
     "arXiv:2210.03265",
     paper_says="VL-Adapter: adapters that four tasks of images and texts share, with 4.2 % of the "
@@ -141,9 +141,21 @@ SHARED = Claim(
     "one hypernetwork that writes the adapters of all tasks is competitive with methods of ten "
     "times its trained parameters.",
     statements=(
-        Statement("one LoRA of rank 8 for all equals a LoRA of rank 8 each", "equals", JOINT, EACH),
-        Statement("one LoRA with as many parameters in all equals them", "equals", JOINT_32, EACH),
-        Statement("one Polyhistor for all equals a LoRA each", "equals", POLYHISTOR, EACH),
+        Statement(
+            "one LoRA of rank 8 for all is no worse than a LoRA of rank 8 each",
+            "no_worse",
+            JOINT,
+            EACH,
+        ),
+        Statement(
+            "one LoRA with as many parameters in all is no worse than them",
+            "no_worse",
+            JOINT_32,
+            EACH,
+        ),
+        Statement(
+            "one Polyhistor for all is no worse than a LoRA each", "no_worse", POLYHISTOR, EACH
+        ),
     ),
     setting=FOUR,
     labels={

@@ -151,14 +151,16 @@ MOS_PARTS = {
 
 SHARING = Claim(
     name="mos",
-    title="MoS equals LoRA with an eighth of the parameters; each of its four parts helps",
+    title="MoS is no worse than LoRA with an eighth of the parameters; each of its four parts helps",
     paper="Wang et al. 2025, arXiv:2410.00938",
     paper_says="Llama-2-7B, instruction tuning: MoS saves about eight times the parameters of "
     "LoRA at about equal scores; without pair dissociation, vector sharding or shard "
     "privatization its average score is lower, and subset selection is what makes sharing better "
     "than LoRA with as many parameters.",
     statements=(
-        Statement("MoS equals LoRA with eight times its parameters", "equals", MOS, LORA_16),
+        Statement(
+            "MoS is no worse than LoRA with eight times its parameters", "no_worse", MOS, LORA_16
+        ),
         Statement("MoS beats LoRA with as many parameters", "beats", MOS, LORA_2),
         *(
             Statement(f"MoS beats MoS without {part}", "beats", MOS, words)
@@ -193,12 +195,12 @@ NARROW = "adaptformer method.r=1"
 
 BITS = Claim(
     name="binary",
-    title="1-bit adapters equal full precision, and at equal bytes are the best choice",
+    title="1-bit adapters lose nothing against full precision, and at equal bytes are the best choice",
     paper="Jie et al. 2023, arXiv:2307.16867",
     paper_says="ViT-B/16 on VTAB-1k: adapters whose weights have 1 bit lose nothing against 32 "
     "bits, and of adapters with equal bytes the widest one, with 1 bit, is the best.",
     statements=(
-        Statement("1 bit equals 32 bits at equal width", "equals", ONE_BIT, FULL),
+        Statement("1 bit is no worse than 32 bits at equal width", "no_worse", ONE_BIT, FULL),
         Statement("1 bit beats 32 bits at equal bytes", "beats", ONE_BIT, NARROW),
         *(
             Statement(f"1 bit beats {bits} bits at equal bytes", "beats", ONE_BIT, words)

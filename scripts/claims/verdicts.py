@@ -2,14 +2,16 @@
 
 With an interval (low, high) of the mean difference and a margin chosen before the runs:
 
-    beats    holds            low > 0
-             does not hold    high < margin: an advantage that matters is excluded
-    equals   holds            -margin < low and high < margin: the two one-sided tests of
-                              equivalence (Schuirmann 1987), here at 2.5 % each
-             does not hold    high <= -margin or low >= margin
-    share    holds            high < border, the logarithm of the share
-             does not hold    low > border
-    all      cannot be told   otherwise
+    beats     holds            low > 0
+              does not hold    high < margin: an advantage that matters is excluded
+    equals    holds            -margin < low and high < margin: the two one-sided tests of
+                               equivalence (Schuirmann 1987), here at 2.5 % each
+              does not hold    high <= -margin or low >= margin
+    no_worse  holds            low > -margin: the first of these two tests, non-inferiority
+              does not hold    high < -margin
+    share     holds            high < border, the logarithm of the share
+              does not hold    low > border
+    all       cannot be told   otherwise
 
 With low > 0, "beats" holds even if high is below the margin: the advantage is real, and small.
 """
@@ -48,9 +50,11 @@ def word_of(kind: str, low: float, high: float, margin: float) -> str:
         if -margin < low and high < margin:
             return HOLDS
         return FAILS if high <= -margin or low >= margin else OPEN
+    if kind == "no_worse":
+        return HOLDS if low > -margin else FAILS if high < -margin else OPEN
     if kind == "share":
         return HOLDS if high < margin else FAILS if low > margin else OPEN
-    raise ValueError(f"kind={kind!r} is not one of beats, equals, share")
+    raise ValueError(f"kind={kind!r} is not one of beats, equals, no_worse, share")
 
 
 def verdict(statement: Statement, estimate: Estimate) -> Verdict:
@@ -74,4 +78,6 @@ def needed_half_width(kind: str, mean: float, margin: float) -> float:
     """Return the half width at which an interval around `mean` gives a verdict."""
     if kind == "beats":  # the nearer of the two verdicts: above 0, or below the margin
         return max(mean, margin - mean)
+    if kind == "no_worse":
+        return abs(mean + margin)
     return abs(margin - (mean if kind == "share" else abs(mean)))

@@ -165,6 +165,10 @@ def test_enough_is_the_smallest_number_of_seeds_then_of_rows():
         ("equals", 0.011, 0.03, FAILS),
         ("equals", -0.012, 0.004, OPEN),
         ("equals", -0.012, 0.02, OPEN),
+        ("no_worse", -0.009, 0.04, HOLDS),  # a gain is no loss
+        ("no_worse", 0.02, 0.04, HOLDS),
+        ("no_worse", -0.03, -0.011, FAILS),
+        ("no_worse", -0.03, -0.009, OPEN),
         ("share", -0.4, 0.005, HOLDS),  # the border is a logarithm
         ("share", 0.011, 0.4, FAILS),
         ("share", -0.4, 0.4, OPEN),
@@ -194,6 +198,8 @@ def test_what_cannot_be_told_has_what_it_would_take():
     assert found.takes.startswith("about ")
     assert needed_half_width("beats", 0.002, 0.01) == pytest.approx(0.008)
     assert needed_half_width("equals", 0.008, 0.01) == pytest.approx(0.002)
+    assert needed_half_width("no_worse", 0.004, 0.01) == pytest.approx(0.014)
+    assert needed_half_width("no_worse", -0.016, 0.01) == pytest.approx(0.006)
     near = Estimate({"0": 0.0, "1": 0.02, "2": 0.01}, 1000, 0.2, 0.1)  # on the border
     assert "too near" in verdict(dataclasses.replace(statement, kind="equals"), near).takes
 

@@ -96,7 +96,7 @@ def test_the_claim_is_tried_from_files_to_verdicts(package, tmp_path, made, monk
     setting = replace(PLACEMENTS.setting, rates=(1e-3,), seeds=(0, 1))
     setting = replace(setting, overrides=(*setting.overrides, *short))
     # the two contenders whose sizes have to be equal
-    claim = replace(PLACEMENTS, setting=setting, statements=PLACEMENTS.statements[3:])
+    claim = replace(PLACEMENTS, setting=setting, statements=PLACEMENTS.statements[2:])
     found = running.try_claim(claim, tmp_path, "the command")
     assert len(made) == 4
     width, layers, kernel = SMALL["d_model"], SMALL["encoder_layers"], 31

@@ -12,7 +12,7 @@ from claims import edits, page, routers, running
 from claims.claim import Claim, Setting, Statement, at_most
 from claims.intervals import estimate
 from claims.measures import ACCURACY, LOSS, SECONDS, Measure, loss_on
-from claims.pictures import draw
+from claims.pictures import draw, margins
 from claims.routers import BLOCK
 from claims.verdicts import FAILS, HOLDS, OPEN, needed_half_width, verdict
 
@@ -93,6 +93,10 @@ def test_of_losses_the_lower_is_better():
     assert LOSS.text(found).startswith("-0.10")  # the loss of the first, less that of the second
     assert LOSS.text(found).endswith("nats")
     assert page.rule(statement) == "test loss: below 0 (matters: 0.01)"
+    same = replace(statement, kind="no_worse")
+    assert page.rule(same) == "test loss: below +0.01"
+    assert page.rule(replace(same, measure=ACCURACY)) == "above -1"
+    assert margins(same) == (-0.01, 0)
 
 
 # Edited adapters
