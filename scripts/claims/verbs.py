@@ -151,7 +151,8 @@ MOS_PARTS = {
 
 SHARING = Claim(
     name="mos",
-    title="MoS is no worse than LoRA with an eighth of the parameters; each of its four parts helps",
+    title="MoS with an eighth of the parameters loses nothing against LoRA; each of its four parts "
+    "helps",
     paper="Wang et al. 2025, arXiv:2410.00938",
     paper_says="Llama-2-7B, instruction tuning: MoS saves about eight times the parameters of "
     "LoRA at about equal scores; without pair dissociation, vector sharding or shard "
@@ -183,19 +184,20 @@ SHARING = Claim(
 )
 
 # Binary. AdaptFormer of width 32 has 12,288 bytes in 1 bit for every 384 x 32 x 2 x 4 of them in
-# 32 bits; at equal bytes the width falls as the bits rise.
-FULL = "adaptformer method.r=32"
+# 32 bits; at equal bytes the width falls as the bits rise. Scale, dropout and start are those of
+# `binary`, so that the bits are all that differs.
+WHOLE = "adaptformer method.scaling=1.0 method.bneck_dropout=0.1 method.init_weights=binary"
+FULL, NARROW = f"{WHOLE} method.r=32", f"{WHOLE} method.r=1"
 ONE_BIT = "binary +method.r=32 method.bits=1"
 EQUAL_BYTES = {
     2: "binary +method.r=16 method.bits=2",
     4: "binary +method.r=8 method.bits=4",
     8: "binary +method.r=4 method.bits=8",
 }
-NARROW = "adaptformer method.r=1"
 
 BITS = Claim(
     name="binary",
-    title="1-bit adapters lose nothing against full precision, and at equal bytes are the best choice",
+    title="1-bit adapters lose nothing to full precision, and at equal bytes are the best choice",
     paper="Jie et al. 2023, arXiv:2307.16867",
     paper_says="ViT-B/16 on VTAB-1k: adapters whose weights have 1 bit lose nothing against 32 "
     "bits, and of adapters with equal bytes the widest one, with 1 bit, is the best.",
@@ -216,8 +218,9 @@ BITS = Claim(
     },
     pages=("binary",),
     limits=(
-        "AdaptFormer beside the feed-forward networks of MiniLM. Files include the head of 5,775 "
-        "weights in 32 bits, which is the same for all.",
+        "AdaptFormer beside the feed-forward networks of MiniLM, in 32 bits with the scale, the "
+        "dropout and the start that it has in fewer. Files include the head of 5,775 weights in 32 "
+        "bits, which is the same for all.",
     ),
 )
 

