@@ -47,7 +47,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Contender:
-    """A method with settings of its own: `words` is for example "binary method.inner=lora"."""
+    """A method with settings of its own: `words` is for example "binary method.inner=lora".
+
+    {seed} in them stands for the seed of the run: "sparse method.init_seed={seed}".
+    """
 
     words: str
 
@@ -151,22 +154,23 @@ class Study:
 
     def _tuning(self, contender: Contender, rate: float) -> Job:
         # one evaluation on validation examples, and none on the test set
-        steps = [f"train.eval_steps={AT_THE_END}", "train.test=false", f"train.seed={TUNING_SEED}"]
+        steps = [f"train.eval_steps={AT_THE_END}", "train.test=false"]
         folder = self.folder / "tune" / slug(contender.name) / f"lr-{rate:g}"
-        return self._job(folder, contender, [*steps, f"train.lr={rate:g}"])
+        return self._job(folder, contender, TUNING_SEED, [*steps, f"train.lr={rate:g}"])
 
     def _final(self, contender: Contender, seed: int, rate: float | None) -> Job:
         folder = self.folder / "runs" / slug(contender.name) / f"seed-{seed}"
         first = contender is self.contenders[0]  # the linear probe is the same for all methods
         probe = [] if first else ["train.linear_probe=false"]
         lr = [] if rate is None else [f"train.lr={rate:g}"]
-        return self._job(folder, contender, [*probe, f"train.seed={seed}", *lr])
+        return self._job(folder, contender, seed, [*probe, *lr])
 
-    def _job(self, folder: Path, contender: Contender, more: Sequence[str]) -> Job:
+    def _job(self, folder: Path, contender: Contender, seed: int, more: Sequence[str]) -> Job:
         # Hydra parses the value: quotes protect commas, spaces and equals signs
         quoted = str(folder).replace("'", r"\'")
         location = [f"train.run='{quoted}'", "train.resume=auto", "train.keep_checkpoints=1"]
-        return Job(folder, [*contender.overrides, *self.overrides, *more, *location])
+        own = [word.replace("{seed}", str(seed)) for word in contender.overrides]
+        return Job(folder, [*own, *self.overrides, f"train.seed={seed}", *more, *location])
 
     def best_rate(self, contender: Contender) -> float | None:
         """Return the learning rate with the best validation score, and save it in rates.json.

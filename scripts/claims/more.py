@@ -74,7 +74,8 @@ START = Claim(
 
 # Methods that were added later
 PREGATED = f"{EVEN} method.router_type=pregated"
-DSEE, PRUNED = "dsee", "dsee method.target_prune_ratio=0.2 method.prune_step=0.33"
+DSEE = "dsee method.init_seed={seed}"  # of the places of its entries
+PRUNED = f"{DSEE} method.target_prune_ratio=0.2 method.prune_step=0.33"
 SHERL, LORA = "sherl method.reduction_factor=4", "lora"
 
 LATER = Claim(

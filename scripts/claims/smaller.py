@@ -14,10 +14,10 @@ DENSE_PST = "pst method.final_sparsity=0"
 PST = {share: f"pst method.final_sparsity={share:g}" for share in SHARES}
 BY_MAGNITUDE = f"{PST[0.9]} method.alpha1=0 method.alpha2=0"
 # all linear layers of the blocks are pruned: queries and values by the update, others by magnitude
-DENSE_DSEE = "dsee"
+DENSE_DSEE = "dsee method.init_seed={seed}"
 OTHERS = "method.prune_modules=[key,output.dense,intermediate.dense] method.prune_step=0.33"
 DSEE = {
-    share: f"dsee method.target_prune_ratio={share:g} method.prune_ratio={share:g} {OTHERS}"
+    share: f"{DENSE_DSEE} method.target_prune_ratio={share:g} method.prune_ratio={share:g} {OTHERS}"
     for share in SHARES
 }
 PELA = "pela"

@@ -141,7 +141,7 @@ INCRE = Claim(
 
 # MoS
 LORA_16 = "lora method.r=16"
-MOS = "mos method.equivalent_rank=2 method.r=4"
+MOS = "mos method.equivalent_rank=2 method.r=4 method.seed={seed}"  # five seeds are five draws
 MOS_PARTS = {
     "subset selection": f"{MOS} method.subset_selection=false",
     "pair dissociation": f"{MOS} method.pair_dissociation=false",
@@ -225,7 +225,8 @@ BITS = Claim(
 )
 
 # Sparse
-SPARSE_2, SPARSE_16 = "sparse method.r=2", "sparse method.r=16"
+DRAWN = "method.init_seed={seed}"  # five seeds begin with five random sets
+SPARSE_2, SPARSE_16 = f"sparse method.r=2 {DRAWN}", f"sparse method.r=16 {DRAWN}"
 SM3 = f"{SPARSE_16} method.selection_algorithm=sm3"
 FIXED = f"{SPARSE_16} method.selection_algorithm=none"
 

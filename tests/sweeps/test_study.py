@@ -108,6 +108,20 @@ def test_without_rates_each_method_has_its_default(tiny, tmp_path, made):
     assert config.train.lr == petl.method("compacter").lr
 
 
+def test_the_seed_of_a_run_can_be_that_of_its_method(tiny, tmp_path, made):
+    words = "sparse method.r=1 method.selection_algorithm=none method.init_seed={seed}"
+    found = small(tiny, tmp_path, contenders=[Contender(words)], seeds=[0, 3])
+    found.run()
+    seeds = {
+        name: OmegaConf.load(tmp_path / name / "config.yaml").method.init_seed for name in made
+    }
+    folder = "sparse-r-1-selection_algorithm-none-init_seed-seed-"
+    assert seeds == {
+        **{f"tune/{folder}/lr-{rate:g}": 0 for rate in found.rates},
+        **{f"runs/{folder}/seed-{seed}": seed for seed in (0, 3)},
+    }
+
+
 def test_bad_settings_stop_a_study_before_any_run(tiny, tmp_path, made):
     for words, message in (
         ("mloa", "no method 'mloa'"),
@@ -218,7 +232,7 @@ def test_a_study_of_several_data_sets_resumes(tiny, tmp_path, made):
 def test_each_run_of_a_study_is_a_process_of_petl_train(tiny, tmp_path, monkeypatch):
     job = Job(tmp_path / "it's here" / "run", [])
     found = Study(tmp_path, [Contender("lora")], [0], [1e-3])
-    quoted = found._job(job.folder, Contender("lora"), []).overrides
+    quoted = found._job(job.folder, Contender("lora"), 0, []).overrides
     assert compose(quoted).train.run == str(job.folder)
     monkeypatch.setattr(sys, "executable", warm_python.python())
     found._train(Job(job.folder, ["+method=mloa"]))
