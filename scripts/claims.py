@@ -23,7 +23,7 @@ from claims.catalog import CLAIMS
 from claims.page import listing, summary
 from claims.pictures import publish
 from claims.results import PUBLISHED
-from claims.running import try_claim
+from claims.running import refuse_at_a_time, try_claim
 
 from petl.cli import app
 from petl.cli.arguments import folder_to_write
@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise InputError(
                 f"no claim {name!r}{did_you_mean(name, CLAIMS)}: use some of {', '.join(CLAIMS)}"
             )
+    claims = [CLAIMS[name] for name in arguments.names]
     if arguments.list:
         listing().print()
     elif arguments.publish:
@@ -56,12 +57,14 @@ def run(arguments: argparse.Namespace) -> None:
         echo("to update the pages: python scripts/build_docs.py refresh")
     elif not arguments.names:
         raise InputError(f"no claim is given: use some of {', '.join(CLAIMS)}, or --list")
-    for name in arguments.names:
-        options = f" --jobs {arguments.jobs}" if arguments.jobs > 1 else ""
-        command = shlex.join(["python", "scripts/claims.py", name]) + options
-        folder = arguments.folder.absolute()
-        result = try_claim(CLAIMS[name], folder, command, arguments.jobs, arguments.together)
-        summary(CLAIMS[name], result).print(CLAIMS[name].title)
+    for claim in claims:  # before the first of them is trained
+        refuse_at_a_time(claim, together=arguments.together)
+    for claim in claims:
+        jobs = 1 if claim.alone else arguments.jobs
+        options = f" --jobs {jobs}" if jobs > 1 else ""
+        command = shlex.join(["python", "scripts/claims.py", claim.name]) + options
+        result = try_claim(claim, arguments.folder.absolute(), command, jobs, arguments.together)
+        summary(claim, result).print(claim.title)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -78,7 +81,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="of the runs, new or to be resumed (%(default)s)",
     )
-    add("--jobs", type=JOBS, default=1, metavar="N", help="number of runs at a time (1)")
+    add(
+        "--jobs",
+        type=JOBS,
+        default=1,
+        metavar="N",
+        help="number of runs at a time (1; always 1 if a claim is about time or memory)",
+    )
     add(
         "--together",
         type=JOBS,

@@ -142,7 +142,8 @@ class Study:
         for contender, rate in chosen.items():
             self._replace(contender, rate)
         failed = self._train_all(
-            [self._final(c, seed, rate) for c, rate in chosen.items() for seed in self.seeds]
+            # seed by seed, so that a load of the machine that changes slowly meets all contenders
+            [self._final(c, seed, rate) for seed in self.seeds for c, rate in chosen.items()]
         )
         if failed:
             logs = ", ".join(str(job.log) for job in failed)

@@ -189,6 +189,20 @@ class Claim:
         """What the statements compare, each once."""
         return list({each.measure.name: each.measure for each in self.statements}.values())
 
+    @property
+    def alone(self) -> bool:
+        """True if runs have to train one at a time, for what a statement compares."""
+        return any(each.alone for each in self.measures)
+
+    @property
+    def groups(self) -> list[list[Contender]]:
+        """The contenders in the order of their making: those of a group are trained seed by seed.
+
+        All of them if runs are timed; else each is finished before the next one.
+        """
+        trained = [self.trained] if self.alone else [[each] for each in self.trained]
+        return [*trained, *([each] for each in self.edited)]
+
     def _named(self) -> Iterator[str]:
         for statement in self.statements:
             for words, _ in statement.signs:

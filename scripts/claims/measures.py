@@ -36,6 +36,7 @@ class Measure:
         scale: of differences in this unit, such as 100 for points.
         lower: lower values are better.
         ratio: contenders are compared by their ratio; all values are above 0.
+        alone: of a process with one run, such as its seconds; other runs at a time would change it.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Measure:
     scale: float = 1
     lower: bool = False
     ratio: bool = False
+    alone: bool = False
 
     def compared(self, values: np.ndarray) -> np.ndarray:
         """Return values as they are compared: logarithms, or such that higher is better."""
@@ -136,13 +138,16 @@ def nats(value: float) -> str:
 
 
 ACCURACY = Measure("accuracy", "test accuracy", correct, share, "points", POINTS)
-SECONDS = Measure("cpu_seconds", "processor time", entry("cpu_seconds"), duration, ratio=True)
+SECONDS = Measure(
+    "cpu_seconds", "processor time", entry("cpu_seconds"), duration, ratio=True, alone=True
+)
 MEMORY = Measure(
     "peak_rss_bytes",
     "peak memory",
     entry("peak_rss_bytes"),
     lambda value: size(round(value)),
     ratio=True,
+    alone=True,
 )
 DENSITY = Measure("density", "active neurons", entry("after", "density"), share, ratio=True)
 RUN_LOSS = Measure("run_loss", "test loss", entry("after", "loss"), nats, "nats", lower=True)

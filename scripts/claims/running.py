@@ -19,7 +19,7 @@ from claims.measures import also_folder, scores
 from claims.results import Map, Result, Scored
 from claims.several import Tasks, assemble
 from petl.deltas.adapters import new_folder
-from petl.errors import RunStopped
+from petl.errors import InputError, RunStopped
 from petl.export.saved_adapter import find
 from petl.prediction.evaluation import evaluate_saved
 from petl.runs.records import (
@@ -60,13 +60,13 @@ class Placed(Contender):
 
 
 def study_of(
-    claim: Claim, contender: Contender, folder: Path, jobs: int = 1, together: int = 1
+    claim: Claim, contenders: Sequence[Contender], folder: Path, jobs: int = 1, together: int = 1
 ) -> Study:
-    """Return the study that trains one contender of a claim."""
+    """Return the study that trains contenders of a claim."""
     setting, data = claim.setting, data_folder(claim, folder)
     return Study(
         folder=folder / setting.name,
-        contenders=[Placed(contender.words, data, setting.stands_for)],
+        contenders=[Placed(each.words, data, setting.stands_for) for each in contenders],
         seeds=list(setting.seeds),
         rates=list(setting.rates),
         overrides=[*settings_in(data, setting.overrides), *PLAIN],
@@ -119,25 +119,37 @@ def try_claim(claim: Claim, folder: Path, command: str, jobs: int = 1, together:
         command: how the trial was started, for the file.
 
     Raises:
+        InputError: several runs at a time, for statements about time or memory.
         RunStopped: runs failed; the other contenders are trained all the same.
     """
+    refuse_at_a_time(claim, jobs, together)
     failed = []
     prepare(claim, folder)
-    contenders = [*claim.trained, *claim.edited]
-    for number, contender in enumerate(contenders, start=1):
-        logger.info("%s [%d/%d]: %s", claim.name, number, len(contenders), contender.name)
+    for number, group in enumerate(claim.groups, start=1):
+        names = ", ".join(each.name for each in group)
+        logger.info("%s [%d/%d]: %s", claim.name, number, len(claim.groups), names)
         try:
-            if EDIT in contender.words:
-                edit_all(claim, contender, folder)
+            if EDIT in group[0].words:
+                edit_all(claim, group[0], folder)
             else:
-                study_of(claim, contender, folder, jobs, together).run()
+                study_of(claim, group, folder, jobs, together).run()
         except RunStopped as error:
-            failed.append(f"{contender.name}: {error}")
-        score_also(claim, contender, folder)
+            failed.append(f"{names}: {error}")
+        for contender in group:
+            score_also(claim, contender, folder)
         measure(claim, folder, command).write(folder)
     if failed:
         raise RunStopped(f"{claim.name}: {'; '.join(failed)}", status=1)
     return measure(claim, folder, command)
+
+
+def refuse_at_a_time(claim: Claim, jobs: int = 1, together: int = 1) -> None:
+    """Raise InputError for several runs at a time in a claim about their time or memory."""
+    if claim.alone and (jobs > 1 or together > 1):
+        raise InputError(
+            f"{claim.name} compares time or memory of runs, which have to train one at a time: use "
+            f"--jobs 1 --together 1 (now {jobs} and {together})"
+        )
 
 
 def edit_all(claim: Claim, contender: Contender, folder: Path) -> None:
@@ -257,7 +269,7 @@ def scored(
     trained, *more = [Contender(words) for words in made_of(contender.words)]
     of_training = next(iter(finished(claim, trained, folder).values()))
     first = read_results(of_training)
-    tried = study_of(claim, trained, folder).tried.get(trained.name)
+    tried = study_of(claim, [trained], folder).tried.get(trained.name)
     main, *others = claim.measures
     return Scored(
         means[main.name][contender.words],

@@ -378,7 +378,7 @@ def test_every_claim_can_be_tried(name, tmp_path, monkeypatch):
     running.prepare(claim, tmp_path)
     for contender in claim.trained:
         # settings that `petl train` does not have are refused here
-        running.study_of(claim, contender, tmp_path)._check()
+        running.study_of(claim, [contender], tmp_path)._check()
     for contender in claim.edited:
         kinds = several.KINDS if AND in contender.words else None
         edits.parsed(contender.words.partition(EDIT)[2], kinds)

@@ -173,7 +173,7 @@ def test_words_of_settings_and_contenders_name_the_folder_of_the_data(tmp_path):
     claim = tiny_claim(
         Setting("tiny", "", ("data.train={data}/b",)), Statement("", "equals", words, LORA)
     )
-    study = running.study_of(claim, claim.trained[0], tmp_path)
+    study = running.study_of(claim, claim.trained, tmp_path)
     assert study.contenders[0].overrides == ["+method=lora", f"method.r={tmp_path}/tiny/data/a"]
     assert study.overrides[0] == f"data.train={tmp_path}/tiny/data/b"
     assert study.contenders[0].name == claim.trained[0].name
@@ -205,7 +205,12 @@ def test_losses_on_the_test_rows_and_on_other_files_are_those_of_the_predictions
         Statement("also elsewhere", "beats", LORA, thin, margin=0.1, measure=other),
         at_most(2, SECONDS, "at most twice the time", LORA, thin),
     )
+    for given in ({"jobs": 2}, {"together": 2}):
+        with pytest.raises(InputError, match="tiny compares time or memory of runs"):
+            running.try_claim(claim, tmp_path, "the command", **given)
     found = running.try_claim(claim, tmp_path, "the command")
+    # timed: the contenders take turns
+    assert made == [f"runs/lora-r-{r}/seed-{seed}" for seed in (0, 1) for r in (2, 1)]
     for words in (LORA, thin):
         for seed in ("0", "1"):
             run = tmp_path / "texts/runs" / words.replace(" method.r=", "-r-") / f"seed-{seed}"
@@ -260,7 +265,7 @@ def test_choices_are_the_largest_products_with_the_router(tiny, tmp_path, made):
         setting, Statement("more", "beats", words, f"{words} method.top_k=1", measure=measure)
     )
     claim = replace(claim, setting=replace(setting, seeds=(0,)))
-    running.study_of(claim, claim.contenders[0], tmp_path).run()
+    running.study_of(claim, claim.contenders[:1], tmp_path).run()
     run = tmp_path / "tiny/runs/mola-num_experts-4-r-2/seed-0"
 
     # from the inputs of the layers, for one row at a time, in the order of the pass

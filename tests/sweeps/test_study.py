@@ -49,7 +49,7 @@ def test_each_method_is_tuned_and_then_run_with_every_seed(tiny, tmp_path, made)
     assert made == [
         *("tune/lora/lr-1e-05", "tune/lora/lr-0.01"),
         *("tune/lora-r-2/lr-1e-05", "tune/lora-r-2/lr-0.01"),
-        *("runs/lora/seed-0", "runs/lora/seed-1", "runs/lora-r-2/seed-0", "runs/lora-r-2/seed-1"),
+        *("runs/lora/seed-0", "runs/lora-r-2/seed-0", "runs/lora/seed-1", "runs/lora-r-2/seed-1"),
     ]
     rates = json.loads((tmp_path / "rates.json").read_text())
     for contender in found.contenders:
