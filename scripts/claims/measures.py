@@ -16,7 +16,7 @@ from claims.intervals import Estimate
 from petl.errors import InputError
 from petl.files.read import iterate_json_lines, read_json
 from petl.reports.formatting import duration, number, size
-from petl.runs.records import PREDICTIONS, SCORES
+from petl.runs.records import METRICS, PREDICTIONS, SCORES, read_log
 
 METRIC = "accuracy"
 TOLERANCE = 1e-9
@@ -120,6 +120,21 @@ def loss_on(name: str, title: str) -> "Measure":
     """Return the measure of the loss on the rows of a file of `Setting.also_on`."""
     values = losses(f"{also_folder(name)}/{PREDICTIONS}")
     return Measure(f"loss_{name}", title, values, nats, "nats", lower=True)
+
+
+def validation_losses(folder: Path) -> dict[int, float]:
+    """Return the loss on the validation rows by step of a run; empty for an edited adapter."""
+    log = read_log(folder / METRICS) if (folder / METRICS).exists() else []
+    return {each["step"]: each["validation"]["loss"] for each in log if "validation" in each}
+
+
+def loss_at(step: int, title: str) -> "Measure":
+    """Return the measure of the loss on the validation rows after a step, one value of a run."""
+
+    def read(folder: Path) -> np.ndarray:
+        return np.array([validation_losses(folder)[step]])
+
+    return Measure(f"validation_loss_{step}", title, read, nats, "nats", lower=True)
 
 
 def also_folder(name: str) -> str:

@@ -130,6 +130,8 @@ def section(claim: Claim, result: Result | None) -> Iterator[str]:
         yield "\n".join(f"- {each.says}" for each in claim.statements)
     elif any(map(result.is_complete, claim.statements)):
         yield f"![Intervals of the differences](assets/claims/{claim.name}.svg)"
+    if result is not None and result.curves:
+        yield f"![Validation losses by step](assets/claims/{claim.name}-curves.svg)"
     if result is not None:
         yield summary(claim, result).markdown()
     if result is not None and result.contenders:

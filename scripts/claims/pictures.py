@@ -1,6 +1,7 @@
 """Pictures of the intervals, and how results become those that the pages show."""
 
 from pathlib import Path
+from statistics import fmean
 from textwrap import fill
 from typing import Any
 
@@ -35,28 +36,51 @@ def publish(folder: Path, results: Path, assets: Path) -> list[str]:
         if any(map(result.is_complete, claim.statements)):
             assets.mkdir(parents=True, exist_ok=True)
             draw(claim, result, assets / f"{claim.name}.svg")
+        if result.curves:
+            assets.mkdir(parents=True, exist_ok=True)
+            draw_curves(claim, result, assets / f"{claim.name}-curves.svg")
     return [claim.name for _, claim in found]
+
+
+def draw_curves(claim: Claim, result: Result, file: Path) -> None:
+    """Draw the validation losses of the contenders, mean and range over seeds, as an SVG file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for words, curve in result.curves.items():
+        steps = [int(step) for step in curve]
+        axes.plot(steps, [fmean(losses) for losses in curve.values()], label=claim.labels[words])
+        lowest, highest = ([end(losses) for losses in curve.values()] for end in (min, max))
+        axes.fill_between(steps, lowest, highest, alpha=0.2, linewidth=0)
+    axes.set_xlabel("steps", fontsize=8)
+    axes.set_ylabel("validation loss, nats: mean and range over seeds", fontsize=8)
+    axes.legend(fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, claim, file)
+
+
+def save(figure: Any, claim: Claim, file: Path) -> None:
+    """Write a figure as an SVG file that is the same for the same results."""
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.hashsalt": claim.name, "svg.fonttype": "none"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
 
 
 def draw(claim: Claim, result: Result, file: Path) -> None:
     """Draw the intervals of the finished statements of a claim as an SVG file."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
     done = [each for each in reversed(claim.statements) if result.is_complete(each)]
     panels = [[each for each in done if each.measure is measure] for measure in claim.measures]
     panels = [statements for statements in panels if statements]
     heights = [0.5 + 0.62 * len(statements) for statements in panels]
-    # without a salt and a date of its own, the same results give the same file
-    with mpl.rc_context({"svg.hashsalt": claim.name, "svg.fonttype": "none"}):
-        figure = Figure(figsize=(7.6, 0.6 + sum(heights)), layout="constrained")
-        for axes, statements in zip(
-            figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0],
-            panels,
-            strict=True,
-        ):
-            draw_panel(result, statements, axes)
-        figure.savefig(file, format="svg", metadata={"Date": None})
+    figure = Figure(figsize=(7.6, 0.6 + sum(heights)), layout="constrained")
+    column = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
+    for axes, statements in zip(column, panels, strict=True):
+        draw_panel(result, statements, axes)
+    save(figure, claim, file)
 
 
 def draw_panel(result: Result, statements: list[Statement], axes: Any) -> None:

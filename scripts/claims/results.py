@@ -66,6 +66,8 @@ class Result:
             none.
         maps: the heat maps.
         environment: command, machine, packages, commits and times of the runs.
+        curves: the validation losses of each contender by step, one for each seed; of settings that
+            evaluate more than once.
     """
 
     claim: str
@@ -75,6 +77,7 @@ class Result:
     estimates: dict[str, Estimate] = field(default_factory=dict)
     maps: list[Map] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     def is_complete(self, statement: Statement) -> bool:
         """Return True if a statement has all of its seeds."""

@@ -15,7 +15,7 @@ from sizes.score import Scorer
 from claims.claim import AND, EDIT, Claim, Shown, Statement, made_of
 from claims.edits import MADE_OF, edit, origin
 from claims.intervals import Estimate, estimate
-from claims.measures import also_folder, scores
+from claims.measures import also_folder, scores, validation_losses
 from claims.results import Map, Result, Scored
 from claims.several import Tasks, assemble
 from petl.deltas.adapters import new_folder
@@ -69,7 +69,7 @@ def study_of(
         contenders=[Placed(each.words, data, setting.stands_for) for each in contenders],
         seeds=list(setting.seeds),
         rates=list(setting.rates),
-        overrides=[*settings_in(data, setting.overrides), *PLAIN],
+        overrides=[*PLAIN, *settings_in(data, setting.overrides)],
         jobs=jobs,
         together=together,
         outward=True,
@@ -198,7 +198,7 @@ def measure(claim: Claim, folder: Path, command: str) -> Result:
     trained = [run for c in claim.trained for run in runs[c.words].values()]
     return Result(
         claim.name,
-        [*claim.setting.overrides, *PLAIN],
+        [*PLAIN, *claim.setting.overrides],
         list(claim.setting.seeds),
         {
             words: scored(claim, Contender(words), of_seeds, folder, means)
@@ -207,7 +207,19 @@ def measure(claim: Claim, folder: Path, command: str) -> Result:
         estimates,
         [each for shown in claim.shown if (each := averaged(shown, found.get(shown.words, {})))],
         circumstances(trained, command),
+        {
+            words: curve
+            for words, of_seeds in found.items()
+            if len(curve := curve_of(of_seeds.values())) > 1
+        },
     )
+
+
+def curve_of(runs: Iterable[Path]) -> dict[str, list[float]]:
+    """Return the validation losses of runs by the steps at which all of them have one."""
+    losses = [validation_losses(run) for run in runs]
+    steps = sorted(set.intersection(*(set(each) for each in losses)))
+    return {str(step): [each[step] for each in losses] for step in steps}
 
 
 def finished(claim: Claim, contender: Contender, folder: Path) -> dict[int, Path]:

@@ -8,11 +8,11 @@ from shutil import rmtree
 import numpy as np
 import pytest
 import torch
-from claims import edits, page, routers, running
+from claims import edits, page, results, routers, running
 from claims.claim import Claim, Setting, Statement, at_most
 from claims.intervals import estimate
-from claims.measures import ACCURACY, LOSS, SECONDS, Measure, loss_on
-from claims.pictures import draw, margins
+from claims.measures import ACCURACY, LOSS, SECONDS, Measure, loss_at, loss_on
+from claims.pictures import draw, draw_curves, margins
 from claims.routers import BLOCK
 from claims.verdicts import FAILS, HOLDS, OPEN, needed_half_width, verdict
 
@@ -238,6 +238,27 @@ def test_losses_on_the_test_rows_and_on_other_files_are_those_of_the_predictions
     draw(claim, found, tmp_path / "tiny.svg")
     picture = (tmp_path / "tiny.svg").read_text()
     assert all(word in picture for word in ("difference in nats", "processor time: ratio"))
+
+
+def test_losses_over_time_are_those_of_the_log_and_have_a_picture(tiny, tmp_path, made):
+    validated = ("train.validation_share=0.3", "train.eval_steps=2", "train.steps=6")
+    words = tuple(word for word in tiny.steady if not word.startswith("train.steps="))
+    setting = Setting("tiny", "a tiny task", (*words, *validated), (1e-2,), (0, 1))
+    thin, early = "lora method.r=1", loss_at(2, "early loss")
+    claim = tiny_claim(setting, Statement("early", "beats", LORA, thin, margin=0.1, measure=early))
+    found = running.try_claim(claim, tmp_path, "the command")
+    for words in (LORA, thin):
+        folder = tmp_path / "tiny/runs" / words.replace(" method.r=", "-r-")
+        for number, seed in enumerate(("0", "1")):
+            log = read_json_lines(folder / f"seed-{seed}/metrics.jsonl")
+            losses = {e["step"]: e["validation"]["loss"] for e in log if "validation" in e}
+            assert found.contenders[words].scores[seed] == losses[2]
+            curve = {step: values[number] for step, values in found.curves[words].items()}
+            assert curve == {str(step): losses[step] for step in (2, 4, 6)}
+    assert results.read(tmp_path / "tiny.json") == found
+    assert "assets/claims/tiny-curves.svg" in "\n".join(page.section(claim, found))
+    draw_curves(claim, found, tmp_path / "tiny.svg")
+    assert claim.labels[thin].strip("<>") in (tmp_path / "tiny.svg").read_text()
 
 
 # Routers
