@@ -110,7 +110,7 @@ class Study:
     Attributes:
         contenders: the methods, at least one.
         rates: learning rates to choose from. One: used for all runs. Empty: each run uses the
-            default of its method.
+            default of its method. A contender whose words have train.lr keeps that rate.
         outward: begin with the middle `FIRST` of the rates, which are in ascending order; then try
             the next one outward, while the best one is at an end of those that were tried.
         overrides: settings of `petl train` for every run.
@@ -136,8 +136,7 @@ class Study:
             RunStopped: final runs failed, or all tuning runs of a method; the message has the logs.
         """
         self._check()
-        if len(self.rates) > 1:
-            self._tune()
+        self._tune()
         chosen = {contender: self.best_rate(contender) for contender in self.contenders}
         for contender, rate in chosen.items():
             self._replace(contender, rate)
@@ -176,14 +175,15 @@ class Study:
     def best_rate(self, contender: Contender) -> float | None:
         """Return the learning rate with the best validation score, and save it in rates.json.
 
-        None if there are no learning rates to choose from.
+        None if there are no learning rates to choose from, as with a rate in the words.
 
         Raises:
             RunStopped: no run of a learning rate finished.
         """
-        if len(self.rates) < 2:
-            return next(iter(self.rates), None)
-        jobs = {rate: self._tuning(contender, rate) for rate in self.rates}
+        rates = self._rates(contender)
+        if len(rates) < 2:
+            return next(iter(rates), None)
+        jobs = {rate: self._tuning(contender, rate) for rate in rates}
         results = {rate: job.scores for rate, job in jobs.items() if is_finished(job.folder)}
         if not results:
             logs = ", ".join(str(job.log) for job in jobs.values())
@@ -203,7 +203,8 @@ class Study:
 
     def _tune(self) -> None:
         """Score learning rates: all of them, or from the middle outward."""
-        tried = {contender: self._first_rates(contender) for contender in self.contenders}
+        tuned = [contender for contender in self.contenders if len(self._rates(contender)) > 1]
+        tried = {contender: self._first_rates(contender) for contender in tuned}
         due = [(c, rate) for c, rates in tried.items() for rate in rates]
         while due:
             self._train_all([self._tuning(contender, rate) for contender, rate in due])
@@ -211,6 +212,11 @@ class Study:
             due = [(contender, rate) for contender, rate in found if rate is not None]
             for contender, rate in due:
                 tried[contender].append(rate)
+
+    def _rates(self, contender: Contender) -> list[float]:
+        """Return the rates to choose from for a contender."""
+        fixed = any(word.startswith("train.lr=") for word in contender.overrides)
+        return [] if fixed else self.rates
 
     def _first_rates(self, contender: Contender) -> list[float]:
         """Return the rates that are tried whatever their scores are, and those tried before."""
@@ -259,7 +265,7 @@ class Study:
             if len(set(values)) < len(values):
                 raise InputError(f"{name}={','.join(map(str, values))} has a value twice")
         for contender in self.contenders:
-            jobs = [self._tuning(contender, rate) for rate in self.rates]
+            jobs = [self._tuning(contender, rate) for rate in self._rates(contender)]
             jobs += [self._final(contender, seed, None) for seed in self.seeds]
             # one job is enough: the others differ from it in valid numbers only
             config = read_config(compose(jobs[-1].overrides))

@@ -150,6 +150,8 @@ class Claim:
         shown: heat maps.
         limits: sentences on what the trial does not cover, beside those of the setting.
         beside: words of contenders that no statement compares and that the table shows.
+        since: words of the contender from which the table counts all measures but the first, such
+            as the untrained model; "": it does not.
     """
 
     name: str
@@ -163,6 +165,7 @@ class Claim:
     shown: tuple[Shown, ...] = ()
     limits: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    since: str = ""
 
     def __post_init__(self) -> None:
         if self.edited and self.setting.also_on:

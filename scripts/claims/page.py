@@ -136,6 +136,8 @@ def section(claim: Claim, result: Result | None) -> Iterator[str]:
         yield summary(claim, result).markdown()
     if result is not None and result.contenders:
         yield contenders(claim, result).markdown()
+        if claim.since:
+            yield f"In brackets: the difference from {claim.labels[claim.since]!r}."
         yield from (table for each in result.maps for table in heat_map(each))
     limits = [*at_the_edge(claim, result), *claim.setting.limits, *claim.limits]
     yield "\n".join(["What this does not cover:\n", *(f"- {each}" for each in limits)])
@@ -158,20 +160,25 @@ def contenders(claim: Claim, result: Result) -> Table:
     for words, label in claim.labels.items():
         found = result.contenders.get(words)
         if found is not None:
-            rows.append([label, *cells(claim, found, len(result.seeds))])
+            rows.append([label, *cells(claim, found, result)])
     main, *others = claim.measures
     others = [each.title for each in others]
     columns = ["learning rate", "parameters", "file", "CPU time"]
     return Table(["contender", main.title, *others, *columns], rows)
 
 
-def cells(claim: Claim, found: Scored, planned: int) -> list[str]:
+def cells(claim: Claim, found: Scored, result: Result) -> list[str]:
     """Return the cells of a contender."""
     main, *others = claim.measures
-    scores = mean_of(main, found.scores)
+    scores, planned = mean_of(main, found.scores), len(result.seeds)
     if len(found.scores) < planned:
         scores += f" ({len(found.scores)} of {planned} seeds)"
     more = [mean_of(each, found.measured[each.name]) for each in others]
+    since = result.contenders.get(claim.since)
+    if since is not None and since is not found:
+        pairs = [(found.measured[each.name], since.measured[each.name]) for each in others]
+        rises = [fmean(now.values()) - fmean(then.values()) for now, then in pairs]
+        more = [f"{cell} ({rise:+.3f})" for cell, rise in zip(more, rises, strict=True)]
     file, time = size(found.bytes), duration(found.cpu_seconds)
     rate = "of each" if found.rate is None else number(found.rate)
     return [scores, *more, rate, f"{found.parameters:,}", file, time]

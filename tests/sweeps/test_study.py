@@ -122,6 +122,17 @@ def test_the_seed_of_a_run_can_be_that_of_its_method(tiny, tmp_path, made):
     }
 
 
+def test_a_method_with_a_rate_of_its_own_keeps_it(tiny, tmp_path, made):
+    contenders = [Contender("lora train.lr=2e-3"), Contender("lora")]
+    found = small(tiny, tmp_path, contenders=contenders, seeds=[0])
+    found.run()
+    kept, chosen = "runs/lora-train.lr-2e-3/seed-0", "runs/lora/seed-0"
+    assert made == ["tune/lora/lr-1e-05", "tune/lora/lr-0.01", kept, chosen]
+    rates = [OmegaConf.load(tmp_path / name / "config.yaml").train.lr for name in (kept, chosen)]
+    assert rates == [2e-3, found.tried["lora"]["taken"]]
+    assert found.tried.keys() == {"lora"}
+
+
 def test_bad_settings_stop_a_study_before_any_run(tiny, tmp_path, made):
     for words, message in (
         ("mloa", "no method 'mloa'"),
