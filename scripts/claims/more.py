@@ -98,7 +98,11 @@ START = Claim(
 PREGATED = f"{EVEN} method.router_type=pregated"
 DSEE = "dsee method.init_seed={seed}"  # of the places of its entries
 PRUNED = f"{DSEE} method.target_prune_ratio=0.2 method.prune_step=0.33"
+# SHERL has 370,850 parameters; rank 53 in one block has 366,336. Neither LoRA of the last block has a
+# backward pass below it: what they are worth is what SHERL has to exceed.
 SHERL, LORA = "sherl method.reduction_factor=4", "lora"
+LAST = "lora method.layers_to_transform=[5]"
+LAST_53 = f"{LAST} method.r=53 method.lora_alpha=106"
 
 LATER = Claim(
     name="later",
@@ -118,6 +122,8 @@ LATER = Claim(
             DSEE,
         ),
         Statement("SHERL is no worse than LoRA", "no_worse", SHERL, LORA),
+        Statement("SHERL beats LoRA in the last block", "beats", SHERL, LAST),
+        Statement("SHERL beats LoRA of equal size in the last block", "beats", SHERL, LAST_53),
     ),
     setting=VERBS,
     labels={
@@ -127,6 +133,8 @@ LATER = Claim(
         PRUNED: "DSEE, 20 % pruned",
         SHERL: "SHERL",
         LORA: "LoRA, rank 8",
+        LAST: "LoRA, rank 8, last block",
+        LAST_53: "LoRA, rank 53, last block",
     },
     pages=("mola", "dsee", "sherl"),
     shown=(Shown("Load of the experts, pre-gated router", PREGATED, "expert_load"),),
