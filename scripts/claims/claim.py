@@ -42,6 +42,8 @@ class Statement:
         margin: the difference in the measure from which on it matters, or the share; chosen before
             the runs.
         measure: what is compared.
+        paper: the difference that the paper reports, on its models and tasks, in points of accuracy
+            or as a ratio; None: it has none in these terms.
     """
 
     says: str
@@ -51,6 +53,7 @@ class Statement:
     than: tuple[str, str] | None = None
     margin: float = MARGIN
     measure: Measure = ACCURACY
+    paper: float | None = None
 
     def __post_init__(self) -> None:
         if (self.kind == "share") != self.measure.ratio:
@@ -76,9 +79,11 @@ class Statement:
         return found if self.than is None else [*found, (self.than[0], -1), (self.than[1], 1)]
 
 
-def at_most(share: float, measure: Measure, says: str, first: str, second: str) -> Statement:
+def at_most(
+    share: float, measure: Measure, says: str, first: str, second: str, paper: float | None = None
+) -> Statement:
     """Return the statement that a contender has at most a share of a measure of another."""
-    return Statement(says, "share", first, second, margin=share, measure=measure)
+    return Statement(says, "share", first, second, margin=share, measure=measure, paper=paper)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from petl.reports.formatting import Table, duration, mean_text, number, seeds_te
 from petl.sweeps.study import FIRST
 
 NOT_TRIED = "not tried yet"
+PAPER = "the paper's difference"  # column
 
 
 # A statement in words
@@ -38,6 +39,13 @@ def difference(statement: Statement, result: Result | None) -> str:
     return statement.measure.text(result.estimates[statement.key])
 
 
+def of_paper(statement: Statement) -> str:
+    """Return the difference that the paper reports; "" if it has none in the same terms."""
+    if statement.paper is None:
+        return ""
+    return f"{statement.paper:g} times" if statement.measure.ratio else f"{statement.paper:+g}"
+
+
 def rule(statement: Statement) -> str:
     """Return what the statement asks of the difference."""
     measure = statement.measure
@@ -61,19 +69,16 @@ def summary(claim: Claim, result: Result | None) -> Table:
     """
     if result is not None:
         result.refuse_unknown(claim)
+    quotes = any(each.paper is not None for each in claim.statements)
     rows = []
     for statement in claim.statements:
         found = judged(statement, result)
-        row = [
-            statement.says,
-            found.word,
-            difference(statement, result),
-            rule(statement),
-            found.takes,
-        ]
-        rows.append(row)
+        row = [statement.says, found.word, difference(statement, result)]
+        row += [of_paper(statement)] if quotes else []
+        rows.append([*row, rule(statement), found.takes])
     unit = "difference (points)" if claim.measures == [ACCURACY] else "difference"
-    return Table(["statement", "verdict", unit, "asked for", "what it would take"], rows)
+    columns = ["statement", "verdict", unit, *([PAPER] if quotes else [])]
+    return Table([*columns, "asked for", "what it would take"], rows)
 
 
 def listing() -> Table:

@@ -42,18 +42,23 @@ MOLA = Claim(
     paper_says="Llama-2-7B, six tasks, 32 layers: with equal numbers of parameters the average "
     "accuracy is 84.6 % for 2468, 84.3 % for 5555 and 83.6 % for 8642 (means of the paper's "
     "columns). RMoE: a router with a state that is passed from layer to layer beats linear "
-    "routers in pre-training.",
+    "routers in pre-training (0.91B parameters: 55.31 against 54.26 on average).",
     statements=(
         Statement(
             "more experts in the higher layers beat the same number spread evenly",
             "beats",
             HIGH,
             EVEN,
+            paper=0.28,
         ),
         Statement(
-            "more experts in the higher layers beat the same number put low", "beats", HIGH, LOW
+            "more experts in the higher layers beat the same number put low",
+            "beats",
+            HIGH,
+            LOW,
+            paper=0.98,
         ),
-        Statement("a recurrent router beats linear ones", "beats", RECURRENT, HIGH),
+        Statement("a recurrent router beats linear ones", "beats", RECURRENT, HIGH, paper=1.05),
     ),
     setting=VERBS,
     labels={
@@ -119,10 +124,10 @@ INCRE = Claim(
     paper="Zhang et al. 2023, arXiv:2308.12043",
     paper_says="DeBERTaV3-base on GLUE: with small budgets (an average rank of 2, 0.3 M "
     "parameters) IncreLoRA has higher scores than LoRA and AdaLoRA, most clearly on small data "
-    "sets such as RTE.",
+    "sets such as RTE (88.8 % against 86.0 % for LoRA; at 0.3 M 88.5 %, AdaLoRA 87.4 %).",
     statements=(
-        Statement("IncreLoRA beats LoRA of rank 2", "beats", INCRELORA, LORA_2),
-        Statement("IncreLoRA beats AdaLoRA of rank 2", "beats", INCRELORA, ADALORA),
+        Statement("IncreLoRA beats LoRA of rank 2", "beats", INCRELORA, LORA_2, paper=2.77),
+        Statement("IncreLoRA beats AdaLoRA of rank 2", "beats", INCRELORA, ADALORA, paper=1.16),
     ),
     setting=VERBS,
     labels={
@@ -150,6 +155,12 @@ MOS_PARTS = {
     "vector sharding": f"{MOS} method.shards_per_vector=1",
     "shard privatization": f"{MOS} method.private_rank=0",
 }
+GAINS = {  # in the paper: the first at 5 M parameters and rank 64, the others at 20 M
+    "subset selection": 1.79,
+    "pair dissociation": 1.09,
+    "vector sharding": 0.41,
+    "shard privatization": 1.09,
+}
 
 SHARING = Claim(
     name="mos",
@@ -158,15 +169,20 @@ SHARING = Claim(
     paper="Wang et al. 2025, arXiv:2410.00938",
     paper_says="Llama-2-7B, instruction tuning: MoS saves about eight times the parameters of "
     "LoRA at about equal scores; without pair dissociation, vector sharding or shard "
-    "privatization its average score is lower, and subset selection is what makes sharing better "
-    "than LoRA with as many parameters.",
+    "privatization its average score is 0.4 to 1.1 points lower, and subset selection (36.1, pure "
+    "sharing 34.3) is what makes sharing better than LoRA with as many parameters (MoS 36.4, LoRA "
+    "35.0; 37.0 with eight times as many).",
     statements=(
         Statement(
-            "MoS is no worse than LoRA with eight times its parameters", "no_worse", MOS, LORA_16
+            "MoS is no worse than LoRA with eight times its parameters",
+            "no_worse",
+            MOS,
+            LORA_16,
+            paper=-0.58,
         ),
-        Statement("MoS beats LoRA with as many parameters", "beats", MOS, LORA_2),
+        Statement("MoS beats LoRA with as many parameters", "beats", MOS, LORA_2, paper=1.41),
         *(
-            Statement(f"MoS beats MoS without {part}", "beats", MOS, words)
+            Statement(f"MoS beats MoS without {part}", "beats", MOS, words, paper=GAINS.get(part))
             for part, words in MOS_PARTS.items()
         ),
     ),

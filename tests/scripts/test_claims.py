@@ -23,8 +23,9 @@ from claims import (
     verbs,
 )
 from claims.catalog import CLAIMS, UNTRIED
-from claims.claim import AND, EDIT, Claim, Setting, Shown, Statement
+from claims.claim import AND, EDIT, Claim, Setting, Shown, Statement, at_most
 from claims.intervals import Estimate, estimate, half_width
+from claims.measures import SECONDS
 from claims.verdicts import FAILS, HOLDS, OPEN, needed_half_width, verdict, word_of
 from omegaconf import OmegaConf
 
@@ -293,6 +294,17 @@ def test_a_claim_is_tried_written_and_resumed(claim, tmp_path, made, monkeypatch
     assert words[1] in page.quoted("lora")
     with pytest.raises(KeyError, match="no claim is about mos"):
         page.quoted("mos")
+
+
+def test_the_difference_of_the_paper_is_shown_beside_the_measured_one(claim):
+    assert "the paper's difference" not in page.summary(claim, None).columns
+    first, *others = claim.statements
+    told = dataclasses.replace(first, paper=-0.5)
+    table = page.summary(dataclasses.replace(claim, statements=(told, *others)), None)
+    assert dict(zip(table.columns, table.rows[0], strict=True))["the paper's difference"] == "-0.5"
+    assert [row[3] for row in table.rows] == ["-0.5", "", ""]
+    half = at_most(0.5, SECONDS, "half", WIDE, THIN, paper=0.45)
+    assert page.of_paper(half) == "0.45 times"
 
 
 def test_results_of_other_comparisons_are_refused(claim, tmp_path, monkeypatch):
