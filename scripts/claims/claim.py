@@ -151,7 +151,8 @@ class Claim:
         statements: what is compared.
         setting: data and settings.
         labels: names of the contenders in tables, by their words; all of them have one.
-        pages: methods whose pages quote the verdicts.
+        pages: methods, and how-tos by their file, whose pages quote the verdicts: a method those of
+            the statements about it, a how-to all.
         shown: heat maps.
         limits: sentences on what the trial does not cover, beside those of the setting.
         beside: words of contenders that no statement compares and that the table shows.

@@ -180,6 +180,7 @@ PACKING = Claim(
         overrides=(
             *TEXTS,
             "data.train_rows=640",
+            "train.eval_batch_size=32",  # the peak memory is that of training
             "train.epochs=1",
         ),
         rates=(3e-4,),
@@ -193,7 +194,7 @@ PACKING = Claim(
         WHOLE: "all logits at once, all positions",
         SEGMENTED: "segments of 128 positions, all positions",
     },
-    pages=(),
+    pages=("buckets-and-packing",),
     limits=(
         "Time is the processor time of training on a machine with other work, memory the peak of "
         "the process, of which model and libraries are the larger part.",

@@ -78,7 +78,7 @@ def summary(claim: Claim, result: Result | None) -> Table:
         rows.append([*row, rule(statement), found.takes])
     unit = "difference (points)" if claim.measures == [ACCURACY] else "difference"
     columns = ["statement", "verdict", unit, *([PAPER] if quotes else [])]
-    return Table([*columns, "asked for", "what it would take"], rows)
+    return Table([*columns, "asked for", "what it would take, at even odds"], rows)
 
 
 def listing() -> Table:
@@ -236,22 +236,23 @@ def circumstances(result: Result) -> list[tuple[str, str]]:
 # Pages of the methods
 
 
-def quoted(method: str) -> str:
-    """Return the verdicts of the statements about a method, for its page.
+def quoted(name: str) -> str:
+    """Return the verdicts of the statements about a method, or of the claims of a how-to.
 
     Raises:
         KeyError: there is no claim about it.
     """
     published = read_published()
-    claims = [claim for claim in CLAIMS.values() if method in claim.pages]
+    claims = [claim for claim in CLAIMS.values() if name in claim.pages]
     if not claims:
-        raise KeyError(f"no claim is about {method}")
+        raise KeyError(f"no claim is about {name}")
     links = ", ".join(f"[{claim.name}](../claims.md#{claim.name})" for claim in claims)
     rows: list[Sequence[str]] = []
     for claim in claims:
         if claim.name in published:
             found = zip(claim.statements, summary(claim, published[claim.name]).rows, strict=True)
-            rows += [row[:3] for statement, row in found if method in methods_of(statement)]
+            about = set[str]().union(*map(methods_of, claim.statements))
+            rows += [row[:3] for s, row in found if name not in about or name in methods_of(s)]
     if not rows:
         return f"Not tried yet. What will be, and how: {links}."
     columns = ["statement", "verdict", "difference, 95 %: in points or as named"]

@@ -116,7 +116,7 @@ COMBINED = Claim(
         },
         **{words: f"LoRA, {NAMES[task]}" for task, words in SINGLE.items()},
     },
-    pages=(),
+    pages=("compress-and-combine",),
     limits=(
         "LoRA of rank 8; the updates of the weights are combined. That of TIES is cut to rank 128 "
         "by an SVD, sums are exact.",
@@ -165,7 +165,7 @@ SHARED = Claim(
         EACH: "a LoRA each, rank 8",
         **{words: f"LoRA, {NAMES[task]}" for task, words in SINGLE.items()},
     },
-    pages=("polyhistor",),
+    pages=("polyhistor", "train-on-several-tasks"),
     limits=(
         "Learning rates of one adapter are chosen for all tasks together, those of a LoRA each for "
         "each task. One adapter takes the steps of four; which train rows are held out for "

@@ -5,7 +5,8 @@ from claims.claim import Untried
 UNTRIED = (
     Untried(
         "density-relu",
-        "the density loss with ReLU and SwiGLU, and what a CPU gains from it",
+        "the density loss with ReLU (0.47 of the density in an encoder, 0.09 in a decoder) and "
+        "SwiGLU, and what a CPU gains from it",
         "Runwal et al. 2025, arXiv:2402.01911",
         "a packaged pretrained model with ReLU, hours of a decoder for SwiGLU, and a product that "
         "skips zeros, which torch does not have",

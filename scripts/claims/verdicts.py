@@ -64,7 +64,10 @@ def verdict(statement: Statement, estimate: Estimate) -> Verdict:
 
 
 def takes(statement: Statement, estimate: Estimate) -> str:
-    """Return what it would take to tell, if the true difference is the one that was measured."""
+    """Return what it would take to tell, if the true difference is the one that was measured.
+
+    The interval is then as wide as it may be: it gives a verdict in about one of two trials.
+    """
     half = needed_half_width(statement.kind, estimate.mean, statement.border)
     enough = estimate.enough(half)
     if enough is None:

@@ -234,7 +234,7 @@ def claim(tiny) -> Claim:
         ),
         setting=setting,
         labels={WIDE: "rank 4", THIN: "rank 1", MIXED: "mixture"},
-        pages=("lora",),
+        pages=("lora", "mola"),
         shown=(Shown("the load", MIXED, "expert_load"),),
         limits=("It is tiny.",),
     )
@@ -292,6 +292,10 @@ def test_a_claim_is_tried_written_and_resumed(claim, tmp_path, made, monkeypatch
     picture = (tmp_path / "assets/tiny.svg").read_text()
     assert all(word in picture for word in words)
     assert words[1] in page.quoted("lora")
+    with monkeypatch.context() as patch:  # a how-to quotes all statements
+        patch.setattr(page, "CLAIMS", {"tiny": dataclasses.replace(claim, pages=("resume",))})
+        assert all(each.says in page.quoted("resume") for each in claim.statements)
+    assert claim.statements[0].says not in page.quoted("mola")
     with pytest.raises(KeyError, match="no claim is about mos"):
         page.quoted("mos")
 
