@@ -179,7 +179,7 @@ def test_words_of_settings_and_contenders_name_the_folder_of_the_data(tmp_path):
     )
     study = running.study_of(claim, claim.trained, tmp_path)
     assert study.contenders[0].overrides == ["+method=lora", f"method.r={tmp_path}/tiny/data/a"]
-    assert study.overrides[0] == f"data.train={tmp_path}/tiny/data/b"
+    assert study.overrides == [*running.PLAIN, f"data.train={tmp_path}/tiny/data/b"]
     assert study.contenders[0].name == claim.trained[0].name
 
 
