@@ -38,7 +38,7 @@ from petl.drafting.calls import (
     stacked,
 )
 from petl.drafting.costs import QUICK, TYPICAL, Costs
-from petl.drafting.folder import check_vocabulary
+from petl.drafting.fields import check_vocabulary
 from petl.drafting.packing import Packing
 from petl.drafting.passes import Passes
 from petl.drafting.policy import Switch, switch_of

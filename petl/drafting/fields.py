@@ -1,4 +1,4 @@
-"""Checks of a drafter's fields, which may be those of a file that somebody else has written."""
+"""Checks of a drafter's fields and vocabulary, which may be those of somebody else's file."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from petl.errors import InputError
 
 def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
     """Raise InputError unless a field is an integer from `low` to `high`; None: no upper bound."""
+    # True is an int, too
     is_integer = isinstance(value, int) and not isinstance(value, bool)
     if not is_integer or value < low or (high is not None and value > high):
         allowed = f"{low} or more" if high is None else f"from {low} to {high}"
@@ -26,3 +27,25 @@ def check_bool(name: str, value: Any) -> None:
     """Raise InputError unless a field is True or False."""
     if not isinstance(value, bool):
         raise InputError(f"{name}={value!r} is neither True nor False")
+
+
+def vocabulary_of(model: Any) -> int:
+    """Return the number of tokens of a model.
+
+    Raises:
+        InputError: there is no model.
+    """
+    if model is None:
+        raise InputError(f"model={model}: this drafter needs the model that it drafts for")
+    # not the tokenizer's number: heads are often filled up to a round number of rows
+    return model.config.get_text_config().vocab_size
+
+
+def check_vocabulary(what: str, size: int, model: Any) -> None:
+    """Raise InputError unless a drafter of a vocabulary of this size, 0: any, fits a model."""
+    own = vocabulary_of(model)
+    if size not in (0, own):
+        raise InputError(
+            f"{what} has a vocabulary of {size} tokens and {type(model).__name__} one of {own}: "
+            "it belongs to another model"
+        )

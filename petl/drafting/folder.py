@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 from safetensors.torch import save_file
 from torch import Tensor
 
+from petl.drafting.fields import check_vocabulary
 from petl.drafting.identity import hash_of_tokenizer, hashes_of
 from petl.drafting.registry import Drafter, drafter
 from petl.errors import InputError
@@ -108,6 +109,7 @@ def load_drafter(folder: str | Path, model: Any, tokenizer: Any = None) -> Draft
     check_vocabulary(f"the drafter in {source}", config["vocabulary"], model)
     _check_hashes(source, config["hashes"], model, tokenizer)
     with named(source / CONFIG):
+        # a stranger's file names no file of the reader's
         paths = [name for name in PATHS if config["fields"].get(name) is not None]
         if paths:
             raise InputError(
@@ -119,16 +121,6 @@ def load_drafter(folder: str | Path, model: Any, tokenizer: Any = None) -> Draft
     with named(source):
         found.restore(config, tensors)
     return found
-
-
-def check_vocabulary(what: str, size: int, model: Any) -> None:
-    """Raise InputError unless a drafter of a vocabulary of this size, 0: any, fits a model."""
-    own = vocabulary_of(model)
-    if size not in (0, own):
-        raise InputError(
-            f"{what} has a vocabulary of {size} tokens and {type(model).__name__} one of {own}: "
-            "it belongs to another model"
-        )
 
 
 def _check_hashes(source: Path, saved: Mapping[str, str], model: Any, tokenizer: Any) -> None:
@@ -159,15 +151,3 @@ def named(place: Path) -> Generator[None]:
         yield
     except InputError as error:
         raise InputError(f"{place}: {error}") from error
-
-
-def vocabulary_of(model: Any) -> int:
-    """Return the number of tokens of a model.
-
-    Raises:
-        InputError: there is no model.
-    """
-    if model is None:
-        raise InputError(f"model={model}: this drafter needs the model that it drafts for")
-    # not the tokenizer's number: heads are often filled up to a round number of rows
-    return model.config.get_text_config().vocab_size

@@ -21,7 +21,7 @@ from petl.drafting import folder as files
 from petl.drafting import tree
 from petl.drafting.answers import Answers
 from petl.drafting.costs import TYPICAL
-from petl.drafting.fields import check_bool, check_count, check_integer
+from petl.drafting.fields import check_bool, check_count, check_integer, vocabulary_of
 from petl.drafting.frequencies import Frequencies, path_probabilities
 from petl.drafting.identity import hash_of_tokenizer
 from petl.drafting.registry import Draft, Drafter, Needs, Root, Seen, register
@@ -88,7 +88,7 @@ class Recycling(Drafter):
         self.k, self.nodes, self.depth, self.order = k, nodes, depth, order
         self.entries, self.prompt, self.keep = entries, prompt, keep
         self.template = None if template is None else tree.template_paths(template, k)
-        self.vocabulary = files.vocabulary_of(model)
+        self.vocabulary = vocabulary_of(model)
         # 4 V k bytes: 1.6 MB for 50,000 tokens and k = 8; on the CPU, where the tree is built
         empty = torch.full((self.vocabulary, k), UNKNOWN, dtype=torch.int32)
         self.register_buffer("table", empty)

@@ -108,6 +108,7 @@ def fitted(
     Raises:
         InputError: the draft is no tree, or has unknown tokens.
     """
+    # a drafter may be somebody else's: lists of lists would fail far from here
     for name, tensor in (("tokens", draft.tokens), ("parents", draft.parents)):
         if tensor.dim() != 1 or tensor.is_floating_point():
             raise InputError(

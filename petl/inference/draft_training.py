@@ -136,6 +136,7 @@ def train_drafter(
     generation = _generation(language, settings.temperature)
     # the first name is the adapter's, or the base model's if there is none
     with language.using(language.names[0]):
+        # decoding teaches the table, so there is nothing to keep of the answers
         if source == "decode":
             stats = _decoded(language, drafter, prompts, settings)
             return _written(Path(run), language, drafter, (stats.answers, stats.tokens, None),

@@ -74,6 +74,7 @@ def load_language_model(
 def _own_drafter(folder: Path, found: Saved | Mapping[str, Any]) -> str | None:
     """Return the folder of a model's drafter, beside it or in the run of its adapter."""
     run = found.run if isinstance(found, Saved) else None
+    # the one beside the adapter first, as an adapter may have been copied out of its run
     places = [place / DRAFTER for place in (folder, run) if place is not None]
     return next((str(place) for place in places if (place / CONFIG).is_file()), None)
 

@@ -221,6 +221,7 @@ def check_jobs(jobs: object) -> None:
 
 def is_count(value: object) -> bool:
     """Return True for an integer from 1."""
+    # True is an int, too
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
