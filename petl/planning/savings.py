@@ -274,9 +274,7 @@ def savings_of_passes(model: PeftModel, counted: Counted) -> list[Saving]:
 def _together(model: PeftModel, counted: Counted) -> Iterator[Saving]:
     """Runs of a sweep in one pass, where the steps of one are small."""
     settings, steps = counted.settings, counted.splits.sampler(counted.settings).steps
-    caches = counted.frozen is not None and not counted.frozen.reason
-    # such runs have no store
-    if settings.together > 1 or caches or not counted.splits.task.reads_text or not steps:
+    if settings.together > 1 or not counted.splits.task.reads_text or not steps:
         return
     # padding is computed as well
     tokens = counted.positions / steps
