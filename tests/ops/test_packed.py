@@ -8,6 +8,7 @@ from torch import nn
 
 import petl
 from petl import testing
+from petl.core.compat import LoraLinear
 from petl.ops import packed
 from petl.ops.low_rank import is_frozen_linear, linear_with_low_rank, low_rank_linear, owns_output
 
@@ -125,6 +126,17 @@ def test_every_linear_layer_of_an_adapted_model_is_packed(calls):
         # 7 of each of 3 blocks, and the head
         assert len(calls) >= 22
         assert torch.allclose(found, plain, atol=1e-4)
+
+
+@torch.no_grad()
+def test_fused_lora_stays_fused_where_packed_copies_are_looked_for(monkeypatch):
+    model = petl.wrap(testing.tiny_llama(), "lora", task_type="CAUSAL_LM").eval()
+    petl.fuse_lora(model)
+    calls, forward = [], LoraLinear.forward
+    monkeypatch.setattr(LoraLinear, "forward", lambda *args: calls.append(1) or forward(*args))
+    with packed.packed_classes(model):
+        model(input_ids=torch.arange(3, 9)[None])
+    assert not calls  # PEFT's own, which takes four more passes over a layer's output
 
 
 def test_layers_that_cannot_be_packed_are_left_out():

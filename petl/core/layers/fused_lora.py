@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from petl.core.compat import LoraLinear
 from petl.core.serving.mixed_batch import AdapterRows
-from petl.ops.low_rank import LowRankRows, has_no_hooks, linear_with_low_rank, owns_output
+from petl.ops.low_rank import (
+    LINEAR,
+    LowRankRows,
+    has_no_hooks,
+    linear_with_low_rank,
+    owns_output,
+)
 
 
 class FusedLoraLinear(LoraLinear):
@@ -84,10 +90,11 @@ class FusedLoraLinear(LoraLinear):
 def _is_linear(side: nn.Module) -> bool:
     """Return True if a factor is an nn.Linear without hooks.
 
-    The method binary swaps the class of its factors; `original` is the class before.
+    The method binary swaps the class of its factors; `original` is the class before. Decoding with
+    packed weights swaps that of every nn.Linear.
     """
     cls = type(side)
-    return vars(cls).get("original", cls) is nn.Linear and has_no_hooks(side)
+    return vars(cls).get("original", cls) in LINEAR and has_no_hooks(side)
 
 
 def fuse_layers(model: nn.Module) -> int:
