@@ -109,7 +109,7 @@ def load_drafter(folder: str | Path, model: Any, tokenizer: Any = None) -> Draft
     check_vocabulary(f"the drafter in {source}", config["vocabulary"], model)
     _check_hashes(source, config["hashes"], model, tokenizer)
     with named(source / CONFIG):
-        # a stranger's file names no file of the reader's
+        # a path in a config from elsewhere could name any file of the user
         paths = [name for name in PATHS if config["fields"].get(name) is not None]
         if paths:
             raise InputError(
