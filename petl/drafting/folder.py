@@ -103,8 +103,8 @@ def load_drafter(folder: str | Path, model: Any, tokenizer: Any = None) -> Draft
             or tokenizer.
     """
     source = Path(folder)
-    config = read(source)
     check_links(source)
+    config = read(source)
     # the size is enough where there are no hashes: drafts are worse, answers the same
     check_vocabulary(f"the drafter in {source}", config["vocabulary"], model)
     _check_hashes(source, config["hashes"], model, tokenizer)

@@ -13,7 +13,6 @@ study.
 import logging
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ from typing import Any, TypedDict
 from petl.config.command_line import config_dir_words
 from petl.config.compose import compose
 from petl.errors import InputError, RunStopped
-from petl.files.disk import append_to, as_json, write_atomic
+from petl.files.disk import append_to, as_json, remove, write_atomic
 from petl.files.read import read_json
 from petl.reports.entries import quality_of, validation_of
 from petl.reports.formatting import duration
@@ -241,7 +240,7 @@ class Study:
                 continue
             place = self.folder / REPLACED / folder.parent.name / f"{folder.name}-lr-{used:g}"
             logger.info("%s had lr=%g, now %g: it is trained again", folder, used, rate)
-            shutil.rmtree(place, ignore_errors=True)
+            remove(place)
             place.parent.mkdir(parents=True, exist_ok=True)
             folder.rename(place)
 
