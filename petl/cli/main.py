@@ -7,12 +7,12 @@ torch and PEFT, which takes seconds; `petl.cli.commands` is imported once a comm
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from petl.cli import deltas, drafts, hub, predictions, serve, squeeze, studies, writing
 from petl.cli.arguments import add_out, add_run, folder_to_write, number
-from petl.errors import printable
+from petl.errors import did_you_mean, printable
 from petl.imports.collector import rare_collections
 from petl.imports.extras import install_hint
 from petl.version import __version__
@@ -26,13 +26,19 @@ an adapter alone is the one that its adapter_config.json names.
 
 
 class Parser(argparse.ArgumentParser):
-    """Shows a word that it refuses with control characters escaped: `runs/*` may contain any."""
+    """Shows a word that it refuses with control characters escaped: `runs/*` may contain any.
+
+    Attributes:
+        commands: the parsers of the sub-commands by name.
+    """
+
+    commands: Mapping[str, argparse.ArgumentParser] = {}
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(message))
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the parser of the `petl` command."""
     command_line = Parser(
         prog="petl",
@@ -44,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command_line.add_argument("--version", action="version", version=f"petl {__version__}")
     commands = command_line.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command_line.commands = commands.choices
 
     def add(name: str, summary: str, description: str) -> argparse.ArgumentParser:
         return commands.add_parser(
@@ -266,9 +273,14 @@ named and left out, and the exit status is then 1.
 To train and compare several methods with one command, see `petl study --help`."""
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The parsed command line; settings may stand on both sides of an option."""
     commands = parser()
+    if not argv:  # argparse would say that COMMAND is missing
+        commands.exit(2, commands.format_help())
+    word = argv[0]
+    if not word.startswith("-") and word not in commands.commands:  # it would list all of them
+        commands.error(f"no command {word!r}{did_you_mean(word, commands.commands)}")
     arguments, others = commands.parse_known_args(argv)
     # a word with a dash is a misspelt option; others belong to `overrides`, where there are any
     if others and (not hasattr(arguments, "overrides") or any(w.startswith("-") for w in others)):

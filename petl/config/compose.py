@@ -85,7 +85,7 @@ def explain(error: Exception, overrides: Sequence[str] | None = None, config: st
         return explain_missing_file(error.missing_cfg_file, error.options, overrides)
     if isinstance(error, OverrideParseException):
         if "=" not in error.override:
-            return f"{error.override!r} has no value: write {error.override}=VALUE"
+            return explain_word(error.override)
         return f"{error.override!r} cannot be read; put values with special characters in quotes"
     # Hydra has no error classes for these two
     twice = re.match(r"(?P<group>\w+) appears more than once", str(error))
@@ -100,6 +100,14 @@ def explain(error: Exception, overrides: Sequence[str] | None = None, config: st
     if not isinstance(error, HYDRAS):
         return explain_override(error, overrides)
     return " ".join(str(error).split())
+
+
+def explain_word(word: str) -> str:
+    """Explain a word without a value: the name of a configuration, or a setting."""
+    for group in sorted(groups()):
+        if word in options_of(group):
+            return f"{word!r} names a configuration: write {plus(group)}{group}={word}"
+    return f"{word!r} has no value: write {word}=VALUE"
 
 
 def explain_override(error: Exception, overrides: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from petl.data.validation import (
     read,
     require,
     shown,
+    similar,
     text,
 )
 from petl.errors import InputError
@@ -173,9 +174,19 @@ class NamedColumns(TaskColumns, ABC):
     def choose(self, present: Iterable[str], origin: str) -> list[str]:
         """Return all columns of this task; see `TaskColumns.choose`."""
         columns, names = self.columns(), list(present)
-        fits = {*columns} <= {*names}
-        hint = None if fits else fitting_task(names, self.settings.task)
+        missing = next((column for column in columns if column not in names), None)
+        hint = None
+        if missing is not None:
+            hint = fitting_task(names, self.settings.task) or self.naming(missing, names)
         return require(columns, names, origin, hint)
+
+    def naming(self, missing: str, names: list[str]) -> str:
+        """The end of the message about a missing column: a similar name, and its setting."""
+        hint = similar(missing, names) or "."
+        for setting in self.own_settings:  # a column of a template has none
+            if getattr(self.settings, setting) == missing:
+                return f"{hint} Name the column with data.{setting}=NAME"
+        return hint.removesuffix(".")
 
 
 class ClassLabelColumns(NamedColumns, ABC):

@@ -151,12 +151,16 @@ def require(
     for column in columns:
         if column not in names:
             listed = ", ".join(names) or "none"
-            if hint is None:
-                hint = did_you_mean(column, names) if len(names) > 1 else ""
-                # without a similar name it lists all, which `listed` does already
-                hint = hint if hint.startswith("; did") else ""
+            hint = similar(column, names) if hint is None else hint
             raise InputError(f"{origin} has no column {column!r}; available: {listed}{hint}")
     return list(dict.fromkeys(columns))
+
+
+def similar(column: str, names: Sequence[str]) -> str:
+    """The end of a message about a missing column: a similar name; "" if there is none."""
+    hint = did_you_mean(column, names) if len(names) > 1 else ""
+    # without a similar name it lists all, which the message does already
+    return hint if hint.startswith("; did") else ""
 
 
 def every(present: Iterable[str], origin: str) -> list[str]:

@@ -66,6 +66,8 @@ NAMES = [
     ),
     (["+method=mola", "train.lr=[1"], "'train.lr=[1' cannot be read"),
     (["+method=mola", "train.lr"], "'train.lr' has no value: write train.lr=VALUE"),
+    (["mola"], "'mola' names a configuration: write +method=mola"),
+    (["+method=mola", "smollm2"], "'smollm2' names a configuration: write model=smollm2"),
     (["+method=mola,lora"], "add --multirun"),
     (["+method=7"], "no method 7; available: "),
     (["+method=lora", "method=null"], "no method None; available: "),

@@ -454,3 +454,15 @@ def test_help_of_train_lists_groups_as_they_are_written_and_settings_with_their_
     shown = OmegaConf.create(text[text.index("train:\n") : text.index("\n\nBefore a run:")]).train
     assert shown == listed
     assert "# steps between checkpoints" in text
+
+
+def test_a_misspelt_command_has_the_closest_names(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main.main(["trian", "+method=mola"])
+    assert "no command 'trian'; did you mean 'train'" in capsys.readouterr().err
+
+
+def test_no_command_prints_the_help(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main.main([])
+    assert main.parser().format_help() == capsys.readouterr().err

@@ -95,7 +95,8 @@ def test_json_strings_may_hold_line_separators(tmp_path):
         (
             "a.csv",
             "text,lable\na,x\n",
-            r"no column 'label'; available: text, lable; did you mean 'lable'",
+            r"no column 'label'; available: text, lable; did you mean 'lable'\? "
+            r"Name the column with data\.label=NAME",
         ),
         ("a.csv", "text,label\n", r"a\.csv has no rows"),
         ("a.csv", "", r"a\.csv has no rows"),
