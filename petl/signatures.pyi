@@ -1696,7 +1696,7 @@ def wrap(
     temperature: float = 1.0,
     layers: list[int] | None = None,
 ) -> PeftModel:
-    """The distance of the blocks' outputs, or of the logits, to those without the adapter."""
+    """Keeps the blocks' outputs, or the logits, near those without the adapter."""
 
 @overload
 def wrap(

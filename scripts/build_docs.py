@@ -22,6 +22,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def own_methods() -> list[str]:
     import petl
     from petl.methods import BUILT_IN
 
-    return ["lora", *(name for name in BUILT_IN if petl.method(name).own)]
+    return ["lora", *(name for name in BUILT_IN if petl.method(name).by == "petl")]
 
 
 def add_missing_pages() -> None:
@@ -212,7 +213,7 @@ def extras(which: str) -> str:
             (f"[`+loss={n}`]({n}.md)", cell(e.summary), arxiv(cell(e.paper)))
             for n, e in sorted(LOSSES.items())
         ]
-        return table(["loss", "lowers", "paper"], rows)
+        return table(["loss", "effect", "paper"], rows)
     found = [recipe(name) for name in list_recipes()]
     rows = [(f"`+method={r.name}`", cell(parts_of(r)), arxiv(cell(paper_of(r)))) for r in found]
     return table(["recipe", "is", "paper"], rows)
@@ -345,7 +346,9 @@ def _tables(path: Path, prefix: str, *, under: str = "", full: bool = True) -> s
     """
     parts: list[str] = []
     for prose, rows in _sections(_lines(path, under), under):
-        shown = [row for row in rows if full or row[2]]
+        # what a configuration is called, and read by, is no setting unless a comment says so
+        fixed = [row for row in rows if row[0] in ("name", "source") and not row[2]]
+        shown = [row for row in rows if (full and row not in fixed) or row[2]]
         if len(shown) == 1 and not shown[0][2]:  # what explains it stands above it
             shown, prose = [[*shown[0][:2], _text(prose)]], []
         parts.append(_text(prose))
@@ -379,7 +382,7 @@ def _sections(lines: list[str], under: str) -> list[tuple[list[str], list[list[s
             if rows:
                 prose, rows = [], []
                 sections.append((prose, rows))
-            prose.append(bare.lstrip("#").strip())
+            prose.append(bare.lstrip("#").removeprefix(" ").rstrip())
         elif found := SETTING.match(line):
             depth = len(found["indent"]) // 2 - bool(under)
             place = [*place[:depth], found["key"]]
@@ -390,8 +393,13 @@ def _sections(lines: list[str], under: str) -> list[tuple[list[str], list[list[s
 
 
 def _text(lines: Iterable[str]) -> str:
-    """Comments as one paragraph."""
-    return " ".join(" ".join(lines).split()).replace("<", "&lt;")
+    """Comments as paragraphs; lines of them that are indented, as blocks of code."""
+    parts = []
+    for is_code, group in groupby(lines, lambda line: line.startswith("  ")):
+        words = [line.strip() for line in group]
+        code_block = "```bash\n" + "\n".join(words) + "\n```"
+        parts.append(code_block if is_code else " ".join(words).strip().replace("<", "&lt;"))
+    return "\n\n".join(filter(None, parts))
 
 
 # Pages

@@ -103,7 +103,7 @@ class DistillConfig(LossConfig):
 
 @register_loss(
     "distill",
-    summary="the distance of the blocks' outputs, or of the logits, to those without the adapter",
+    summary="keeps the blocks' outputs, or the logits, near those without the adapter",
     paper="Guo et al. 2024, PELA: Learning Parameter-Efficient Models with Low-Rank Approximation, "
     "CVPR, arXiv:2310.10700",
 )
