@@ -155,7 +155,7 @@ def test_preference_tuning(tmp_path, monkeypatch):
     torch.testing.assert_close(again(**batch).logits, left["model"].eval()(**batch).logits)
 
 
-@pytest.mark.parametrize("name", ["KTO", "GRPO", "Reward"])
+@pytest.mark.parametrize("name", ["SFT", "KTO", "GRPO", "Reward"])
 def test_other_trainers_of_trl(name, tmp_path, monkeypatch):
     pytest.importorskip("trl")
     monkeypatch.chdir(tmp_path)
@@ -164,6 +164,7 @@ def test_other_trainers_of_trl(name, tmp_path, monkeypatch):
     source = source.replace("num_generations=8", "max_completion_length=3")
     assert short in source
     rows = {
+        "examples": {"prompt": "what? ", "completion": "a fox"},
         "pairs": {"chosen": "a fox", "rejected": "no"},
         "marked": {"prompt": "what? ", "completion": "a fox", "label": True},
         "prompts": {"prompt": "what? "},
