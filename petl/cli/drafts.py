@@ -16,7 +16,7 @@ Answers stay what they are, and come in fewer passes of the model.
   petl draft runs/mine +drafter=hydra
   petl draft runs/mine +drafter=hydra drafter.heads=4 draft.answers=500 draft.tokens=256
   petl draft runs/mine/adapter +drafter=hydra draft.file=prompts.jsonl
-  petl draft runs/mine +drafter=recycling      fill the table of a drafter that has no weights
+  petl draft runs/mine +drafter=recycling    # fill the table of a drafter that has no weights
 
 SETTINGs are those of configs/draft.yaml and configs/drafter. The folder of an adapter or a merged
 model has no training examples: draft.file names prompts. An earlier RUN/drafter is replaced."""

@@ -30,8 +30,8 @@ Train one adapter and save it:  petl train +method=NAME [GROUP=NAME ...] [SETTIN
 
   petl train +method=mola
   petl train +method=lora model=smollm2 data=hamlet train.steps=60 method.r=4
-  petl train -m +method=lora,mola train.seed=0,1,2          one run for each combination
-  torchrun --nproc_per_node 2 -m petl train +method=mola    two processes, for instance two GPUs
+  petl train -m +method=lora,mola train.seed=0,1,2        # one run for each combination
+  torchrun --nproc_per_node 2 -m petl train +method=mola  # two processes, for instance two GPUs
 
 In a checkout, `python train.py` is the same.
 

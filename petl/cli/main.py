@@ -182,7 +182,7 @@ TRAIN = """\
 Train one adapter and save it. `petl train --help` lists the groups, their names and all settings.
 
   petl train +method=mola
-  petl train -m +method=lora,mola train.seed=0,1,2      one run for each combination
+  petl train -m +method=lora,mola train.seed=0,1,2      # one run for each combination
   torchrun --nproc_per_node 2 -m petl train +method=mola
 
 In a checkout, `python train.py` is the same."""
@@ -268,7 +268,7 @@ charts, and the tables in markdown. A run that is damaged, and a path without a 
 named and left out, and the exit status is then 1.
 
   petl compare runs --out page
-  petl compare runs/a runs/b --answers     which examples only one of them gets right
+  petl compare runs/a runs/b --answers    # which examples only one of them gets right
 
 To train and compare several methods with one command, see `petl study --help`."""
 

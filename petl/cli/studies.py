@@ -107,8 +107,8 @@ CONFIGS = """\
 List the folders and names of configurations, or print the file of one, to start your own from it:
 
   petl configs
-  petl configs method/mola > configs/method/wide.yaml    then: petl train +method=wide
-  petl configs sweep/lora > sweep.yaml                   then: wandb sweep sweep.yaml
+  petl configs method/mola > configs/method/wide.yaml    # then: petl train +method=wide
+  petl configs sweep/lora > sweep.yaml                   # then: wandb sweep sweep.yaml
 
 Your own are found in ./configs of the working directory, and in the folder of --config-dir. They
 replace those of petl of the same name; groups of your own, such as configs/experiment, are chosen

@@ -137,7 +137,7 @@ turns of the user in the model's chat template, or plain text to continue for mo
 
   petl generate RUN --prompt "What is MoLA?"
   petl generate RUN --file questions.jsonl --out answers.jsonl
-  petl generate RUN --adapter other=RUN2 --base --prompt "What is MoLA?"    answers side by side
+  petl generate RUN --adapter other=RUN2 --base --prompt "What is MoLA?"  # answers side by side
 
 Rows of a file have the columns that the run was trained on, or those of a known format (messages,
 prompt, instruction, text); answers need not be there. Answers come in the order of the file, as
