@@ -176,8 +176,8 @@ def check_writable(folder: Path) -> None:
             (Path(temporary) / "file").write_text("petl can write here\n")
     except OSError as error:
         raise InputError(
-            f"cannot write to {existing} ({error.strerror}); "
-            "choose another folder for the run with train.output=FOLDER"
+            f"cannot write to {existing} ({error.strerror}); choose another folder "
+            "(of a run: train.run=FOLDER, or train.output=FOLDER for the folders of all runs)"
         ) from error
 
 
@@ -188,7 +188,8 @@ def check_free_space(folder: Path, needed: int) -> None:
     if free < needed:
         raise InputError(
             f"{existing} has {free / 1e6:.0f} MB of free disk space, but the run may need "
-            f"{needed / 1e6:.0f} MB; free some, or choose another disk with train.output=FOLDER"
+            f"{needed / 1e6:.0f} MB; free some, or choose another disk "
+            "with train.run=FOLDER or train.output=FOLDER"
         )
 
 
