@@ -259,7 +259,7 @@ def described(parser: argparse.ArgumentParser) -> str:
     """A command: its description, and its arguments as a table."""
     text = (parser.description or "").strip()
     prose, _, example = text.partition("\n\n  ")
-    parts = [" ".join(prose.split("\n"))] if prose else []
+    parts = [" ".join(paragraph.split("\n")) for paragraph in prose.split("\n\n") if paragraph]
     if example:
         parts.append(_examples("  " + example))
     rows = []

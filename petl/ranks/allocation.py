@@ -34,7 +34,8 @@ def allocate(
     Args:
         importance: by block, at least 0, as `block_importance` returns it.
         mean: of the ranks, weighted by cost.
-        least, most: bounds of a rank; None: no upper bound.
+        least: smallest rank of a block, from 1.
+        most: largest rank of a block; None: no bound.
         power: 0 gives each block the mean.
         cost: parameters of one rank of each block; None: 1 each.
 
