@@ -130,25 +130,26 @@ def side_by_side(published: dict[str, Result]) -> Iterator[str]:
 
     Edited contenders and those without all of their seeds are left out.
     """
-    settings = {claim.setting.name: claim.setting for claim in CLAIMS.values()}
-    for setting in settings.values():
-        claims = [c for c in CLAIMS.values() if c.setting.name == setting.name]
+    titles = {claim.setting.name: claim.setting.title for claim in CLAIMS.values()}
+    for name, title in titles.items():
+        claims = [c for c in CLAIMS.values() if c.setting.name == name]
         claims = [c for c in claims if c.name in published and c.measures[0] is ACCURACY]
         if len(claims) < 2:
             continue
         found: dict[str, tuple[float, list[str]]] = {}
         for claim in claims:
-            for words, each in published[claim.name].contenders.items():
-                if EDIT not in words and len(each.scores) == len(setting.seeds):
+            result = published[claim.name]
+            for words, each in result.contenders.items():
+                if EDIT not in words and len(each.scores) == len(result.seeds):
                     score = mean_of(ACCURACY, each.scores)
                     row = [claim.labels[words], claim.name, score, *of_training(each)]
                     found.setdefault(words, (fmean(each.scores.values()), row))
         rows = [row for _, row in sorted(found.values(), key=lambda each: -each[0])]
-        yield f"## All contenders on {setting.name}, by score"
+        yield f"## All contenders on {name}, by score"
         yield (
-            f"The task: {setting.title}. All have the same rows and seeds, and learning rates that "
-            "are chosen alike: mean and standard deviation over the seeds. Whether two of them "
-            "differ is what the statements tell, which compare them row by row."
+            f"The task: {title}. All have the same rows, and learning rates that are chosen alike: "
+            "mean and standard deviation over the seeds of the claim. Whether two of them differ "
+            "is what the statements tell, which compare them row by row."
         )
         yield Table(["contender", "claim", ACCURACY.title, *OF_TRAINING], rows).markdown()
 
