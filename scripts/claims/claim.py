@@ -18,6 +18,7 @@ from petl.sweeps.study import Contender
 MARGIN = 0.01  # of accuracy: smaller differences are no reason to choose a method
 EDIT, AND = " | ", " + "
 LADDER = tuple(float(f"{digit}e{power}") for power in range(-7, 1) for digit in (1, 3))  # rates
+ONCE, TWICE = tuple(range(5)), tuple(range(10))  # seeds of a first and of a second look
 BEYOND = 3  # rates on each side of the middle one: the first is tried at once, two if need be
 
 
@@ -119,7 +120,8 @@ class Setting:
             for the folder of the files.
         rates: learning rates to choose from on validation examples, the same for all contenders:
             the middle three, and those beyond them while the best one is at an end.
-        seeds: of the runs that are compared.
+        seeds: of the runs that are compared: ONCE, or TWICE for a claim of which a statement could
+            not be told with ONCE.
         limits: sentences on what no trial with this setting covers.
         write_files: writes the files of the data to a new folder; None: there are none.
         also_on: files whose rows each finished run is scored on too, by name; see
@@ -132,7 +134,7 @@ class Setting:
     title: str
     overrides: tuple[str, ...]
     rates: tuple[float, ...] = around(1e-3)
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: tuple[int, ...] = ONCE
     limits: tuple[str, ...] = ()
     write_files: Callable[[Path], None] | None = None
     also_on: tuple[str, ...] = ()

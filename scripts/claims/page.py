@@ -14,6 +14,7 @@ from petl.sweeps.study import FIRST
 
 NOT_TRIED = "not tried yet"
 PAPER = "the paper's difference"  # column
+OF_TRAINING = ["learning rate", "parameters", "file", "CPU time"]  # columns
 
 
 # A statement in words
@@ -99,7 +100,7 @@ def listing() -> Table:
 def page() -> str:
     """Return the generated part of docs/claims.md."""
     published = read_published()
-    parts = ["## The verdicts", verdicts(published)]
+    parts = ["## The verdicts", verdicts(published), *side_by_side(published)]
     for claim in CLAIMS.values():
         parts += section(claim, published.get(claim.name))
     left = Table(
@@ -122,6 +123,35 @@ def verdicts(published: dict[str, Result]) -> str:
         rows = summary(claim, published[claim.name]).rows
         lines += [f"| [{claim.name}](#{claim.name}) | {' | '.join(row[:3])} |" for row in rows]
     return "\n".join(lines)
+
+
+def side_by_side(published: dict[str, Result]) -> Iterator[str]:
+    """Yield the paragraphs that compare the contenders of all claims with one setting.
+
+    Edited contenders and those without all of their seeds are left out.
+    """
+    titles = {claim.setting.name: claim.setting.title for claim in CLAIMS.values()}
+    for name, title in titles.items():
+        claims = [c for c in CLAIMS.values() if c.setting.name == name]
+        claims = [c for c in claims if c.name in published and c.measures[0] is ACCURACY]
+        if len(claims) < 2:
+            continue
+        found: dict[str, tuple[float, list[str]]] = {}
+        for claim in claims:
+            result = published[claim.name]
+            for words, each in result.contenders.items():
+                if EDIT not in words and len(each.scores) == len(result.seeds):
+                    score = mean_of(ACCURACY, each.scores)
+                    row = [claim.labels[words], claim.name, score, *of_training(each)]
+                    found.setdefault(words, (fmean(each.scores.values()), row))
+        rows = [row for _, row in sorted(found.values(), key=lambda each: -each[0])]
+        yield f"## All contenders on {name}, by score"
+        yield (
+            f"The task: {title}. All have the same rows, and learning rates that are chosen alike: "
+            "mean and standard deviation over the seeds of the claim. Whether two of them differ "
+            "is what the statements tell, which compare them row by row."
+        )
+        yield Table(["contender", "claim", ACCURACY.title, *OF_TRAINING], rows).markdown()
 
 
 def section(claim: Claim, result: Result | None) -> Iterator[str]:
@@ -168,8 +198,7 @@ def contenders(claim: Claim, result: Result) -> Table:
             rows.append([label, *cells(claim, found, result)])
     main, *others = claim.measures
     others = [each.title for each in others]
-    columns = ["learning rate", "parameters", "file", "CPU time"]
-    return Table(["contender", main.title, *others, *columns], rows)
+    return Table(["contender", main.title, *others, *OF_TRAINING], rows)
 
 
 def cells(claim: Claim, found: Scored, result: Result) -> list[str]:
@@ -184,9 +213,14 @@ def cells(claim: Claim, found: Scored, result: Result) -> list[str]:
         pairs = [(found.measured[each.name], since.measured[each.name]) for each in others]
         rises = [fmean(now.values()) - fmean(then.values()) for now, then in pairs]
         more = [f"{cell} ({rise:+.3f})" for cell, rise in zip(more, rises, strict=True)]
+    return [scores, *more, *of_training(found)]
+
+
+def of_training(found: Scored) -> list[str]:
+    """Return the cells of OF_TRAINING for a contender."""
     file, time = size(found.bytes), duration(found.cpu_seconds)
     rate = "of each" if found.rate is None else number(found.rate)
-    return [scores, *more, rate, f"{found.parameters:,}", file, time]
+    return [rate, f"{found.parameters:,}", file, time]
 
 
 def mean_of(measure: Measure, values: dict[str, float]) -> str:

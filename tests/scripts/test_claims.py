@@ -294,6 +294,28 @@ def test_the_difference_of_the_paper_is_shown_beside_the_measured_one(claim):
     assert page.of_paper(half) == "0.45 times"
 
 
+def test_contenders_of_claims_with_one_setting_are_in_one_table(claim, monkeypatch):
+    def of_scores(*values):
+        by_seed = {str(seed): value for seed, value in enumerate(values)}
+        return results.Scored(by_seed, 1e-3, {}, 10, 2000, 3.0)
+
+    edited = f"{THIN} | prune drop=0.9 q=dare"
+    found = {THIN: of_scores(0.4, 0.5), WIDE: of_scores(0.7, 0.5), edited: of_scores(0.9, 0.9)}
+    one = results.Result("tiny", [], [0, 1], found)
+    two = results.Result("more", [], [0, 1], {WIDE: found[WIDE], MIXED: of_scores(0.8)})
+    labels = {**claim.labels, WIDE: "as the second claim has it"}
+    claims = {"tiny": claim, "more": dataclasses.replace(claim, name="more", labels=labels)}
+    monkeypatch.setattr(page, "CLAIMS", claims)
+    assert list(page.side_by_side({"tiny": one})) == []
+    title, _, table = page.side_by_side({"tiny": one, "more": two})
+    assert title == f"## All contenders on {claim.setting.name}, by score"
+    # the best first, each once; without the unfinished and the edited one
+    assert [line.split(" | ")[:3] for line in table.splitlines()[2:]] == [
+        [f"| {claim.labels[WIDE]}", "tiny", "60.0 ± 14.1 %"],
+        [f"| {claim.labels[THIN]}", "tiny", "45.0 ± 7.1 %"],
+    ]
+
+
 def test_results_of_other_comparisons_are_refused(claim, tmp_path, monkeypatch):
     found = estimate({seed: np.array([0.0, 1.0]) for seed in (0, 1)})
     of_key = {
