@@ -30,6 +30,7 @@ def add_parsers(add: Add) -> argparse.ArgumentParser:
         "overrides",
         metavar="SETTING",
         nargs="*",
+        default=[],
         help="+drafter=NAME, drafter.FIELD=VALUE, draft.SETTING=VALUE",
     )
     return command

@@ -16,7 +16,9 @@ def add_parsers(add: Add) -> None:
     evaluate = add("eval", "evaluate a run's adapter on its test set, or on files", EVAL)
     add_run(evaluate)
     # files need --data here: without any, the test set is evaluated
-    evaluate.add_argument("overrides", metavar="data.SETTING", nargs="*", help="columns of files")
+    evaluate.add_argument(
+        "overrides", metavar="data.SETTING", nargs="*", default=[], help="columns of files"
+    )
     evaluate.add_argument(
         "--data",
         metavar="FILE",

@@ -67,7 +67,11 @@ def add_parsers(add: Add) -> list[argparse.ArgumentParser]:
     )
     for command in (study, sizes, buckets):
         command.add_argument(
-            "overrides", metavar="SETTING", nargs="*", help="settings of `petl train`"
+            "overrides",
+            metavar="SETTING",
+            nargs="*",
+            default=[],  # without it, argparse says that SETTING is required
+            help="settings of `petl train`",
         )
     return [study, sizes, buckets, configs]  # configs lists the names in that folder
 

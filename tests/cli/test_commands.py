@@ -466,3 +466,12 @@ def test_no_command_prints_the_help(capsys):
     with pytest.raises(SystemExit, match="2"):
         main.main([])
     assert main.parser().format_help() == capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "needed"), [("study", "FOLDER"), ("eval", "RUN"), ("draft", "RUN")]
+)
+def test_settings_are_not_called_required(command, needed, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main.main([command])
+    assert capsys.readouterr().err.endswith(f"arguments are required: {needed}\n")
