@@ -79,7 +79,7 @@ def summary(claim: Claim, result: Result | None) -> Table:
         rows.append([*row, rule(statement), found.takes])
     unit = "difference (points)" if claim.measures == [ACCURACY] else "difference"
     columns = ["statement", "verdict", unit, *([PAPER] if quotes else [])]
-    return Table([*columns, "asked for", "what it would take, at even odds"], rows)
+    return Table([*columns, "asked for", "would tell with a power of 0.5"], rows)
 
 
 def listing() -> Table:
@@ -100,7 +100,12 @@ def listing() -> Table:
 def page() -> str:
     """Return the generated part of docs/claims.md."""
     published = read_published()
-    parts = ["## The verdicts", verdicts(published), *side_by_side(published)]
+    parts = ["## The verdicts", verdicts(published)]
+    names = [name for name in CLAIMS if name not in published]
+    if names:
+        links = ", ".join(f"[{name}](#{name})" for name in names)
+        parts.append(f"{NOT_TRIED.capitalize()}, each with its experiment: {links}.")
+    parts += side_by_side(published)
     for claim in CLAIMS.values():
         parts += section(claim, published.get(claim.name))
     left = Table(
