@@ -37,6 +37,8 @@ def make_optimizer(
         parameter.data = parameter.data.float()
     is_adamr = settings.optimizer == "adamr"
     parts = groups(model, replace(settings, weight_decay=0.0) if is_adamr else settings)
+    first, second = settings.betas
+    parts = [{**part, "betas": (first, second)} for part in parts]
     # sparse fine-tuning needs SM3, whose accumulators select the entries that train
     own = None if lifecycle is None else lifecycle.make_optimizer(parts)
     if own is not None and is_adamr:
@@ -46,14 +48,13 @@ def make_optimizer(
         )
     if own is not None:
         return own
-    first, second = settings.betas
     if is_adamr:
         # not imported by runs with the default
         from petl.training.adamr import AdamR
 
         decay, norm = settings.delta_decay, settings.delta_norm
-        return AdamR(parts, settings.lr, (first, second), delta_decay=decay, delta_norm=norm)
-    return AdamW(parts, lr=settings.lr, betas=(first, second), fused=True)
+        return AdamR(parts, settings.lr, delta_decay=decay, delta_norm=norm)
+    return AdamW(parts, lr=settings.lr, fused=True)
 
 
 def groups(model: nn.Module, settings: TrainConfig) -> list[dict]:

@@ -17,16 +17,19 @@ class SparseSM3(Optimizer):
 
     Anil et al. 2019, "Memory-Efficient Adaptive Optimization", NeurIPS (arXiv:1901.11150), without
     momentum. For entry (i, j) with gradient g: `a = min(row_i, column_j) + g^2`, both accumulators
-    become the largest such a, and the entry changes by `-lr g / sqrt(a + eps)`. Other tensors, such
-    as a head, have one accumulator per index of each axis. Weight decay is decoupled. Under FSDP2
-    each process computes the complete update and applies its shard of it.
+    become the largest such a, and the entry changes by `-lr g / sqrt(a + eps)`. Weight decay is
+    decoupled. Under FSDP2 each process computes the complete update and applies its shard of it.
+
+    Other tensors, such as a head, are trained by AdamW. SM3 would hardly move them at the learning
+    rates of a head: it divides by a sum over all steps, of the largest gradient in row or column.
 
     Args:
         params: tensors or parameter groups, as for any optimizer.
         model: the model with the sparse adapters.
         lr: learning rate; the authors use 4e-4 to 2e-3.
         weight_decay: decay per step is `lr * weight_decay`, towards the base weight.
-        eps: added to the second moment, for numerical stability.
+        betas: decay rates of AdamW's moments.
+        eps: added to SM3's second moment, and to the root of AdamW's.
 
     Raises:
         InputError: there are no sparse adapters in `model`.
@@ -40,9 +43,11 @@ class SparseSM3(Optimizer):
         model: nn.Module,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "eps": eps})
+        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        super().__init__(params, defaults)
         found = [m for m in model.modules() if isinstance(m, SparseAdapter)]
         if not found:
             raise InputError(
@@ -60,10 +65,13 @@ class SparseSM3(Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     gradient = to_full(parameter.grad).float()  # complete under FSDP2
-                    second = self._accumulate(parameter, gradient)
+                    if parameter in self.adapters:
+                        second = self._accumulate(parameter, gradient)
+                        update = gradient / (second + group["eps"]).sqrt_()
+                    else:
+                        update = _adam(self.state[parameter], gradient, group)
                     # decoupled weight decay
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    update = gradient / (second + group["eps"]).sqrt_()
                     update = to_shards(update.to(parameter.dtype), parameter)
                     parameter.add_(update, alpha=-group["lr"])
         return loss
@@ -78,9 +86,7 @@ class SparseSM3(Optimizer):
         return state["row"], state["column"]
 
     def _accumulate(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
-        """Second moments of the entries, in the shape of `parameter`."""
-        if parameter not in self.adapters:
-            return _accumulate_dense(self.state[parameter], gradient)
+        """Second moments of the tuned entries of a weight, in their order."""
         adapter = self.adapters[parameter]
         row, column = self.accumulators(parameter)
         index, Q = adapter.indices.long(), adapter.stored_shape[1]
@@ -91,16 +97,18 @@ class SparseSM3(Optimizer):
         return second
 
 
-def _accumulate_dense(state: dict[str, Any], gradient: Tensor) -> Tensor:
-    """Second moments of a dense tensor, with one accumulator per index of each axis."""
-    second = gradient.square()
-    axes = range(second.dim())
-    if state:
-        old = [state[f"axis_{axis}"] for axis in axes]
-        second += torch.stack(torch.broadcast_tensors(*old)).amin(0) if axes else state["scalar"]
-    for axis in axes:
-        others = [other for other in axes if other != axis]
-        state[f"axis_{axis}"] = second.amax(others, keepdim=True) if others else second
-    if not axes:
-        state["scalar"] = second
-    return second
+def _adam(state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
+    """Update the moments of Adam, and return the step for a learning rate of 1.
+
+    torch's AdamW would keep shards of the moments under FSDP2, beside the whole state of SM3.
+    """
+    if "exp_avg" not in state:  # also that of a checkpoint from when SM3 trained these tensors
+        state.clear()
+        state.update(step=0, exp_avg=torch.zeros_like(gradient))
+        state["exp_avg_sq"] = torch.zeros_like(gradient)
+    state["step"] += 1
+    first, second = (1 - beta ** state["step"] for beta in group["betas"])
+    beta, beta_sq = group["betas"]
+    mean = state["exp_avg"].lerp_(gradient, 1 - beta)
+    square = state["exp_avg_sq"].lerp_(gradient.square(), 1 - beta_sq)
+    return (mean / first).div_((square / second).sqrt_().add_(group["eps"]))
