@@ -3,7 +3,8 @@
 claim.py        what a claim is: statements, contenders, data
 catalog.py      the claims, described in verbs.py, more.py, smaller.py, costs.py, densities.py,
                 decoder.py, tasks.py, images.py and audio.py; untried.py: those that are left
-measures.py     what is compared: accuracy, losses, time, memory, density; routers.py: agreement
+measures.py     what is compared: accuracy, losses, time, memory, density; routers.py: agreement;
+                neurons.py: neurons that a decoder needs
 intervals.py    a mean difference over seeds and test rows: its interval, what would narrow it
 verdicts.py     holds, does not hold, cannot be told
 running.py      trains the contenders by `petl.sweeps.study`, compares them example by example

@@ -165,12 +165,5 @@ MEMORY = Measure(
     alone=True,
 )
 DENSITY = Measure("density", "active neurons", entry("after", "density"), share, ratio=True)
-KEPT = Measure(
-    "neurons_at_ppl_1",
-    "neurons that 1 % more perplexity needs",
-    lambda folder: 1 - entry("after", "ppl_1_sparsity")(folder),
-    share,
-    ratio=True,
-)
 RUN_LOSS = Measure("run_loss", "test loss", entry("after", "loss"), nats, "nats", lower=True)
 LOSS = Measure("loss", "test loss", losses(PREDICTIONS), nats, "nats", lower=True)

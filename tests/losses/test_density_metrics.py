@@ -77,6 +77,13 @@ def test_a_report_logs_missing_metrics_once(petl_log):
     assert not petl_log.messages
 
 
+def test_a_report_is_without_the_search_if_the_config_says_so(petl_log):
+    term = dense(lora(llama("relu")), ppl_sparsity=False)
+    found = term.report([batch_of("llama-relu")])
+    assert found == {"density": term.measure([batch_of("llama-relu")])["density"]}
+    assert petl_log.messages == ["the metrics have no ppl_1_sparsity: ppl_sparsity=False"]
+
+
 def test_a_model_that_predicts_no_tokens_has_no_perplexity_to_report(petl_log):
     """With an untrained head every neuron could be left out: before and after would not compare."""
     model, batch = lora(MODELS["bert-gelu"][0]()), batch_of("bert-gelu")
