@@ -36,35 +36,29 @@ def without(counted: str) -> str:
 def falls(
     counted: str,
     sparse: dict[str, str],
-    share: float,
+    limit: float,
     *,
     name: str = "",
-    paper: bool = True,
+    paper: float | None = None,
     score: Measure = ACCURACY,
-    margin: float = MARGIN,
+    stays: str = "the score does not fall",
 ) -> list[Statement]:
-    """Return for each eps the statements that density falls to a share, and the score does not.
+    """Return for each eps the statements that density falls, and the score does not.
 
     Args:
+        limit: the share of the density that is left.
         name: of the model, before the eps.
-        paper: the share is the paper's.
-        score: what does not fall by `margin`.
+        paper: the share that the paper reports.
+        score: what is not worse, as `stays` says in words.
     """
     dense, found = without(counted), []
+    margin = MARGIN if score is ACCURACY else NATS
     for eps, words in sparse.items():
         says = f"{name}eps={eps}"
-        fewer = f"{says}: at most {share:g} times as many active neurons"
+        fewer = f"{says}: at most {limit:g} times as many active neurons"
         found += [
-            at_most(share, DENSITY, fewer, words, dense, paper=share if paper else None),
-            Statement(
-                f"{says}: the {'score' if score is ACCURACY else 'loss'} does not "
-                f"{'fall' if score is ACCURACY else 'rise'}",
-                "no_worse",
-                words,
-                dense,
-                margin=margin,
-                measure=score,
-            ),
+            at_most(limit, DENSITY, fewer, words, dense, paper=paper),
+            Statement(f"{says}: {stays}", "no_worse", words, dense, margin=margin, measure=score),
         ]
     return found
 
@@ -91,12 +85,13 @@ GELU = Claim(
     title="The density loss lowers the density of GELUs to 0.55 of it at no loss of score",
     paper=PAPER,
     paper_says=PAPER_SAYS,
-    statements=(*falls(COUNTED, SPARSE, SHARE),),
+    statements=(*falls(COUNTED, SPARSE, SHARE, paper=SHARE),),
     setting=VERBS,
     labels=labels(COUNTED, SPARSE),
     pages=("density",),
     limits=(
-        "One model with GELU; a neuron is active if its absolute value is above 0.01.",
+        "One model with GELU; a neuron is active if its absolute value is above 0.01. ReLU and "
+        "SwiGLU have claims of their own.",
         NO_GAIN,
     ),
 )
@@ -138,8 +133,8 @@ RELU = Claim(
     paper=PAPER,
     paper_says=PAPER_SAYS,
     statements=(
-        *falls(OF_RELU, SPARSE_RELU, SHARE_RELU, name="ReLU, "),
-        *falls(OF_GELU, SPARSE_GELU, SHARE, name="GELU, "),
+        *falls(OF_RELU, SPARSE_RELU, SHARE_RELU, name="ReLU, ", paper=SHARE_RELU),
+        *falls(OF_GELU, SPARSE_GELU, SHARE, name="GELU, ", paper=SHARE),
         Statement(
             f"eps={EPS}: density falls by a larger share with ReLU than with GELU",
             "share",
@@ -181,7 +176,13 @@ SWIGLU = Claim(
     paper=f"none on SwiGLU; the loss: {PAPER}",
     paper_says=PAPER_SAYS,
     statements=(
-        *falls(OF_GATES, SPARSE_GATES, SHARE, paper=False, score=LOSS, margin=NATS),
+        *falls(
+            OF_GATES,
+            SPARSE_GATES,
+            SHARE,
+            score=LOSS,
+            stays="the loss does not rise",
+        ),
         *(
             at_most(
                 SHARE,
@@ -217,8 +218,8 @@ SWIGLU = Claim(
     pages=("density",),
     limits=(
         "Exact zeros never occur with SiLU: a neuron is active if the absolute value of its gate "
-        "is above 0.1. Without values below it, the loss of the untrained model on such texts "
-        "rises by less than the margin.",
+        "is above 0.1. With smaller values set to 0, the loss of the untrained model on 60 such "
+        "texts was 0.012 nats higher, less than the margin.",
         "What perplexity needs is counted without a threshold (PPL-1 %: Luo et al. 2025, "
         "arXiv:2411.02335), by the product of gate and up projection, which the loss does not "
         "lower; on 32 test rows. Density is that of 256.",
