@@ -1678,6 +1678,7 @@ def wrap(
     mask_padding: bool = False,
     gradient_accumulation_steps: int = 1,
     threshold: float = 0.0,
+    ppl_sparsity: bool = True,
 ) -> PeftModel:
     """Lowers the fraction of active MLP neurons along with the task's loss."""
 

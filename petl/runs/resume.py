@@ -32,7 +32,7 @@ ADDED_LATER = (
     *("data.format", "data.system", "train.init_from", "method.rank_pattern"),
     *("data.order", "data.stream_repeats", "model.adapter"),
 )
-# fields that methods got later, with the values by which they compute what older runs did
+# fields that methods and losses got later, with the values by which they compute as older runs did
 LATER_FIELDS = {
     "method.router_layers": 1,
     "method.router_heads": 2,
@@ -41,6 +41,7 @@ LATER_FIELDS = {
     "method.gate": "none",
     "method.gate_rank": None,
     "method.identity_gate": True,
+    "loss.ppl_sparsity": True,
 }
 # settings under `train` with another default than in older runs: that of now, and theirs
 OLDER_DEFAULTS = {"buckets": ("auto", None)}

@@ -14,6 +14,7 @@ from bench import (
     drafting,
     files,
     frozen,
+    gathered,
     generate,
     isolated,
     many,
@@ -40,7 +41,8 @@ from petl.runs.environment import (
 
 SECTIONS = (
     "step", "small", "bf16", "file", "peak", "generate", "dist", "serve", "many", "scale",
-    "compile", "merge", "unet", "frozen", "together", "drafting", "start-up", "job", "peers",
+    "compile", "merge", "unet", "frozen", "together", "gathered", "drafting", "start-up", "job",
+    "peers",
 )  # fmt: skip
 LONG = "job"  # hours: not in `--sections all`
 USUAL = ("step", "file", "peak", "generate", "start-up")  # the default of `--sections`
@@ -116,6 +118,7 @@ ONCE = (
     "compile",
     "merge",
     "unet",
+    "gathered",
     "drafting",
     "start-up",
     "job",
@@ -143,6 +146,7 @@ def _measures(
         "compile": lambda shape: compiled.measure(rows, shape, rounds),
         "merge": lambda shape: merging.measure(rounds),
         "unet": lambda shape: unet.measure(rounds),
+        "gathered": lambda shape: gathered.measure(rounds),
         "frozen": lambda shape: (
             # once, beside the first shape
             (frozen.measure_images(rounds) if shape.name == settings.shapes[0] else [])

@@ -1,6 +1,6 @@
 """All claims, in the order in which a user would ask for them."""
 
-from claims import audio, costs, decoder, images, more, smaller, tasks, verbs
+from claims import audio, costs, decoder, densities, images, more, smaller, tasks, verbs
 from claims.claim import Claim
 from claims.untried import UNTRIED
 
@@ -19,7 +19,9 @@ CLAIMS: dict[str, Claim] = {
         smaller.MASKS,
         smaller.COMPRESS,
         costs.LENGTHS,
-        costs.DENSITIES,
+        densities.GELU,
+        densities.RELU,
+        densities.SWIGLU,
         costs.RANKS,
         decoder.FORGETTING,
         decoder.PACKING,

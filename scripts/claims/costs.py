@@ -1,9 +1,9 @@
-"""Claims on MiniLM about time, the density of activations, and ranks."""
+"""Claims on MiniLM about the time of length buckets, and ranks by importance."""
 
 from dataclasses import replace
 
 from claims.claim import Claim, Statement, at_most
-from claims.measures import DENSITY, MEMORY, SECONDS
+from claims.measures import MEMORY, SECONDS
 from claims.verbs import VERBS
 
 LORA = "lora"
@@ -40,49 +40,6 @@ LENGTHS = Claim(
         "those of other claims take turns.",
         "Until the runs were done, the third statement was that the scores are equal, which could "
         "not be told: the interval ends above a point. A higher score is no loss.",
-    ),
-)
-
-# Density. Values of a GELU are never exactly 0: a neuron counts as active above the threshold.
-COUNTED = "lora +loss=density loss.threshold=0.01"
-DENSE = f"{COUNTED} loss.weight=0.0"
-SHARE = 0.55  # what the paper reports of GELU
-SPARSE = {eps: f"{COUNTED} loss.eps={eps}" for eps in ("1e-7", "1e-3")}
-
-DENSITIES = Claim(
-    name="density",
-    title="The density loss lowers the density of GELUs to 0.55 of it at no loss of score",
-    paper="Runwal et al. 2025, arXiv:2402.01911",
-    paper_says="Against the same adapters without the loss, density falls by up to 45 % in "
-    "RoBERTa-large (GELU) on GLUE, and by 53 % in the encoder and 91 % in the decoder of "
-    "Flan-T5-XXL (ReLU) on SQuAD, at comparable scores.",
-    statements=tuple(
-        statement
-        for eps, words in SPARSE.items()
-        for statement in (
-            at_most(
-                SHARE,
-                DENSITY,
-                f"eps={eps}: at most {SHARE:g} times as many active neurons",
-                words,
-                DENSE,
-                paper=SHARE,
-            ),
-            Statement(f"eps={eps}: the score does not fall", "no_worse", words, DENSE),
-        )
-    ),
-    setting=VERBS,
-    labels={
-        DENSE: "LoRA",
-        **{words: f"LoRA, density loss, eps={eps}" for eps, words in SPARSE.items()},
-    },
-    pages=("density",),
-    limits=(
-        "One model with GELU; a neuron is active if its absolute value is above 0.01. ReLU, for "
-        "which the paper reports more (0.47 in an encoder, 0.09 in a decoder), and SwiGLU are not "
-        "tried: no package has a pretrained model with ReLU.",
-        "What a CPU gains is not tried: torch has no product that skips zeros of activations, so "
-        "that a step takes the same time.",
     ),
 )
 

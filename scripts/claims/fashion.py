@@ -1,13 +1,13 @@
-"""Fashion-MNIST as files, and a ViT that is pretrained on five of its ten classes.
+"""Fashion-MNIST as files, and ViTs that are pretrained on five of its ten classes.
 
 The images, 28 x 28 gray levels, are in the Debian package dataset-fashion-mnist (Xiao et al. 2017,
 arXiv:1708.07747). A position in the package's train images belongs to one part only: those that the
-ViT is pretrained on are not among the rows of `petl train`.
+ViTs are pretrained on are not among the rows of `petl train`.
 """
 
 import gzip
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +26,7 @@ TRAIN_ROWS, TEST_ROWS, PRETRAIN_ROWS = 1600, 10_000, 8000
 EPOCHS = 4  # of pretraining
 SEED = 13  # of the shuffle of the train images
 # 197 tokens in 12 blocks, as in the ViT-B that the published schedules are for
-MODEL = (
-    "model=vit_random",
-    "model.settings.num_hidden_layers=12",
-    "model.settings.image_size=28",
-    "model.settings.patch_size=2",
-)
+MODELS = {"vit": ("model.settings.num_hidden_layers=12", "model.settings.patch_size=2")}
 
 
 def folder_of_images() -> Path:
@@ -59,8 +54,12 @@ def is_installed() -> bool:
     return True
 
 
-def write_images(folder: Path) -> None:
-    """Write train/CLASS and test/CLASS with image files, and vit with the pretrained model.
+def write_images(folder: Path, models: Mapping[str, Sequence[str]] = MODELS) -> None:
+    """Write train/CLASS and test/CLASS with image files, and NAME with each pretrained model.
+
+    Args:
+        models: by name, settings of a ViT; all of them begin with the same random numbers, and see
+            the same images in the same order.
 
     Raises:
         InputError: the package or Pillow is missing.
@@ -73,8 +72,10 @@ def write_images(folder: Path) -> None:
     known = [i for i in order[TRAIN_ROWS:] if labels[i] < KNOWN][:PRETRAIN_ROWS]
     rows = [{"pixels": pixels[i].tolist(), "label": int(labels[i])} for i in known]
     task = ImageClassification(classes=[str(name) for name in range(KNOWN)])
-    settings = read_config(compose(["+method=lora", "data=digits", *MODEL])).resolved["model"]
-    write_model(folder / "vit", settings, task, rows, EPOCHS)
+    common = ("+method=lora", "data=digits", "model=vit_random", "model.settings.image_size=28")
+    for name, words in models.items():
+        settings = read_config(compose([*common, *words])).resolved["model"]
+        write_model(folder / name, settings, task, rows, EPOCHS)
 
 
 def read(part: str) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ FASHION = Setting(
     ),
     rates=around(3e-3),
     limits=(
-        "One narrow ViT that has seen 8,000 gray images: a wide one that has seen a million may "
+        "A narrow ViT that has seen 8,000 gray images: a wide one that has seen a million may "
         "give another verdict.",
         "The images are those of the Debian package dataset-fashion-mnist.",
     ),

@@ -4,12 +4,10 @@ from claims.claim import Untried
 
 UNTRIED = (
     Untried(
-        "density-relu",
-        "the density loss with ReLU (0.47 of the density in an encoder, 0.09 in a decoder) and "
-        "SwiGLU, and what a CPU gains from it",
+        "density-decoder",
+        "the density loss with ReLU in a decoder (0.09 of the density)",
         "Runwal et al. 2025, arXiv:2402.01911",
-        "a packaged pretrained model with ReLU, hours of a decoder for SwiGLU, and a product that "
-        "skips zeros, which torch does not have",
+        "a packaged pretrained decoder with ReLU, or hours of pretraining one",
     ),
     Untried(
         "parts",

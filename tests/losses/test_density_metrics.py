@@ -20,6 +20,7 @@ import petl
 from petl import testing
 from petl.errors import InputError
 from petl.export import saved_adapter
+from petl.runs.resume import identity
 from petl.tasks import CausalLM
 from petl.tasks.base import Pad, batch_of_texts
 from petl.training.evaluate import score
@@ -75,6 +76,19 @@ def test_a_report_logs_missing_metrics_once(petl_log):
     petl_log.clear()
     dense(lora(llama("silu")), threshold=0.05).report([batch_of("llama-silu")])
     assert not petl_log.messages
+
+
+def test_a_report_is_without_the_search_if_the_config_says_so(petl_log):
+    term = dense(lora(llama("relu")), ppl_sparsity=False)
+    found = term.report([batch_of("llama-relu")])
+    assert found == {"density": term.measure([batch_of("llama-relu")])["density"]}
+    assert petl_log.messages == ["the metrics have no ppl_1_sparsity: ppl_sparsity=False"]
+
+
+def test_a_run_from_before_the_search_could_be_left_out_resumes_with_it_alone():
+    older = {"loss": {"name": "density", "eps": 1e-7}}
+    assert identity({"loss": older["loss"] | {"ppl_sparsity": True}}) == identity(older)
+    assert identity({"loss": older["loss"] | {"ppl_sparsity": False}}) != identity(older)
 
 
 def test_a_model_that_predicts_no_tokens_has_no_perplexity_to_report(petl_log):

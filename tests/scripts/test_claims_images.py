@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from claims import fashion, page, running
 from claims.images import LORA, MERGED, MERGING, PYRA
+from claims_fixtures import TEST_IMAGES, TRAIN_IMAGES
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
@@ -14,29 +15,8 @@ from petl.errors import InputError
 
 pytest_plugins = ["training_fixtures", "claims_fixtures"]
 
-TRAIN, TEST = 60, 20
 
-
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """A package with few random images, and limits that fit it."""
-    folder = tmp_path / "package"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for part, count in (("train", TRAIN), ("t10k", TEST)):
-        pixels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        labels = np.arange(count, dtype=np.uint8) % 10
-        for name, values in (("images-idx3", pixels), ("labels-idx1", labels)):
-            sizes = b"".join(size.to_bytes(4, "big") for size in values.shape)
-            content = bytes((0, 0, 8, values.ndim)) + sizes + values.tobytes()
-            (folder / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
-    monkeypatch.setenv(fashion.VARIABLE, str(folder))
-    for name, value in (("TRAIN_ROWS", 40), ("PRETRAIN_ROWS", 8), ("EPOCHS", 1)):
-        monkeypatch.setattr(fashion, name, value)
-    return folder
-
-
-def test_train_images_are_not_those_of_the_pretrained_model(package, tmp_path, monkeypatch):
+def test_train_images_are_not_those_of_the_pretrained_model(images_package, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(
         fashion, "write_model", lambda folder, settings, task, rows, epochs: seen.update(rows=rows)
@@ -49,18 +29,18 @@ def test_train_images_are_not_those_of_the_pretrained_model(package, tmp_path, m
         i = int(file.stem)
         assert file.parent.name == str(labels[i])
         assert np.array_equal(np.asarray(Image.open(file)), pixels[i])
-    assert len([*(tmp_path / "data/test").rglob("*.png")]) == TEST
+    assert len([*(tmp_path / "data/test").rglob("*.png")]) == TEST_IMAGES
     trained_on = {pixels[int(file.stem)].tobytes() for file in files}
     assert len(seen["rows"]) == 8
     for row in seen["rows"]:
         image = np.array(row["pixels"], np.uint8)
         assert image.tobytes() not in trained_on
-        (i,) = [k for k in range(TRAIN) if np.array_equal(pixels[k], image)]
+        (i,) = [k for k in range(TRAIN_IMAGES) if np.array_equal(pixels[k], image)]
         assert row["label"] == labels[i] < 5
 
 
 @pytest.mark.thorough
-def test_the_claim_is_tried_from_pretraining_to_verdicts(package, tmp_path, made):
+def test_the_claim_is_tried_from_pretraining_to_verdicts(images_package, tmp_path, made):
     short = ("train.epochs=null", "train.steps=2", "train.batch_size=4")
     setting = replace(MERGING.setting, rates=(1e-3,), seeds=(0, 1))
     setting = replace(setting, overrides=(*setting.overrides, *short))
@@ -82,8 +62,8 @@ def test_the_claim_is_tried_from_pretraining_to_verdicts(package, tmp_path, made
     assert made == []
 
 
-def test_missing_and_damaged_images_are_refused(package, tmp_path, monkeypatch):
-    file = package / "t10k-labels-idx1-ubyte.gz"
+def test_missing_and_damaged_images_are_refused(images_package, tmp_path, monkeypatch):
+    file = images_package / "t10k-labels-idx1-ubyte.gz"
     file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes())[:-1]))
     with pytest.raises(InputError, match="has 19 values, not 20"):
         fashion.read("t10k")

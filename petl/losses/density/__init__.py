@@ -310,8 +310,8 @@ class ActivationDensity:
     def report(self, batches: Batches) -> dict[str, float]:
         """Density and PPL-1% sparsity, for the metrics of a run.
 
-        The sparsity is left out for a model that does not predict tokens, since it has no
-        perplexity, and for one whose MLP blocks have no down projections.
+        The sparsity is left out if the config says so, for a model that does not predict tokens,
+        since it has no perplexity, and for one whose MLP blocks have no down projections.
         """
         inputs = list(batches)
         found = self._measure(inputs, self.config.threshold)
@@ -333,6 +333,8 @@ class ActivationDensity:
 
     def _no_sparsity(self) -> str:
         """The reason why a report has no PPL-p% sparsity, or ""."""
+        if not self.config.ppl_sparsity:
+            return "ppl_sparsity=False"
         if not predicts_tokens(self.base):
             return f"{type(self.base).__name__} predicts no tokens, so it has no perplexity"
         return "" if has_down(self.base) else "no down projection is found in the MLP blocks"

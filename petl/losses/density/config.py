@@ -41,6 +41,11 @@ class ActivationDensityConfig(LossConfig):
     threshold: float = config_field(
         "threshold of the reported metrics, at least 0: active means |a| > threshold", 0.0, ge=0
     )
+    ppl_sparsity: bool = config_field(
+        "report the PPL-1% sparsity of models that predict tokens; its search takes some 20 passes "
+        "over 256 test rows",
+        True,
+    )
 
     def reads_blocks_alone(self) -> bool:
         return True

@@ -1,0 +1,44 @@
+"""How many neurons a finished run of a decoder needs: all but those that PPL-1 % leaves out.
+
+PPL-1 % (Luo et al. 2025, arXiv:2411.02335) leaves out the neurons with the smallest contributions
+to the outputs of their blocks, token by token, until the perplexity is 1 % higher.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from petl.data.batch_sampler import chunks
+from petl.deltas.measured import splits_of
+from petl.distributed.launch import start
+from petl.export.saved_adapter import device, find
+from petl.files.disk import write_json
+from petl.files.read import read_json
+from petl.losses.density import ActivationDensity, ActivationDensityConfig
+from petl.training.dataloader import longest_first, to_device
+
+ROWS = 32  # the first test rows: the search takes some 20 passes
+FILE = "neurons_at_ppl_1.json"
+
+
+def needed(run: Path) -> np.ndarray:
+    """Return the share of the neurons that a finished run needs, as [1].
+
+    The mean over blocks and tokens. It is computed once and kept in the folder of the run.
+    """
+    file = run / FILE
+    if not file.exists():
+        write_json(file, {"share": share_of(run)})
+    return np.array([read_json(file, dict[str, float])["share"]])
+
+
+def share_of(run: Path) -> float:
+    """Search the neurons that the first test rows need."""
+    saved = find(run)
+    settings = saved.run_config.train
+    splits = splits_of(saved, start(settings.seed, saved.run_config.precision))
+    rows = splits.test.select(range(min(ROWS, len(splits.test))))
+    parts = chunks(longest_first(splits.task.lengths(rows)), settings.eval_batch_size)
+    batches = [to_device(splits.collate(list(rows.select(part))), device()) for part in parts]
+    term = ActivationDensity(saved.model(), ActivationDensityConfig())
+    return term.ppl_sparsity(batches)["activation_ratio"]

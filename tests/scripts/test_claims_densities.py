@@ -1,0 +1,122 @@
+"""The claims on the density loss: what their contenders differ in, and trials of tiny size."""
+
+import math
+import shutil
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from claims import densities, page, running
+from claims.densities import GELU, RELU, SWIGLU
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+
+from petl.config.compose import compose
+from petl.export import saved_adapter
+
+pytest_plugins = ["training_fixtures", "claims_fixtures"]
+
+SEEDS = (0, 1)
+SHORT = ("train.epochs=null", "train.steps=2", "train.batch_size=4")
+
+
+def resolved(claim, words, folder):
+    (contender,) = (each for each in claim.contenders if each.words == words)
+    placed = running.Placed(contender.words, folder, claim.setting.stands_for)
+    overrides = running.settings_in(folder, claim.setting.overrides)
+    cfg: Any = OmegaConf.to_container(compose([*placed.overrides, *running.PLAIN, *overrides]))
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("claim", "counted", "sparse", "threshold"),
+    [
+        (GELU, densities.COUNTED, densities.SPARSE, 0.01),
+        (RELU, densities.OF_RELU, densities.SPARSE_RELU, 0.0),
+        (RELU, densities.OF_GELU, densities.SPARSE_GELU, 0.01),
+        (SWIGLU, densities.OF_GATES, densities.SPARSE_GATES, 0.1),
+    ],
+)
+def test_contenders_of_a_model_differ_in_weight_and_eps_alone(
+    claim, counted, sparse, threshold, tmp_path
+):
+    without = resolved(claim, densities.without(counted), tmp_path)
+    assert without["loss"]["weight"] == 0
+    for eps, words in sparse.items():
+        found = resolved(claim, words, tmp_path)
+        assert found["loss"] == without["loss"] | {"weight": 1.0, "eps": float(eps)}
+        assert found["loss"]["threshold"] == threshold
+        assert found | {"loss": None} == without | {"loss": None}
+    assert float(densities.EPS) in [float(eps) for eps in sparse]
+
+
+@pytest.mark.thorough
+def test_twins_are_pretrained_and_compared(images_package, tmp_path, made):
+    setting = replace(RELU.setting, rates=(1e-3,), seeds=SEEDS)
+    setting = replace(setting, overrides=(*setting.overrides, *SHORT))
+    claim = replace(RELU, setting=setting)
+    found = running.try_claim(claim, tmp_path, "the command")
+    assert len(made) == 6 * len(SEEDS)
+    data = running.data_folder(claim, tmp_path)
+    relu, gelu = (
+        AutoModelForImageClassification.from_pretrained(data / name).config.to_diff_dict()
+        for name in densities.ACTIVATIONS
+    )
+    assert (relu.pop("hidden_act"), gelu.pop("hidden_act")) == densities.ACTIVATIONS
+    assert relu == gelu
+    density = {}
+    for contender in claim.contenders:
+        run = running.folder_of(claim, contender, tmp_path)
+        after = [running.scores(run / f"seed-{seed}")["after"] for seed in SEEDS]
+        density[contender.words] = [each["density"] for each in after]
+        assert [*found.contenders[contender.words].scores.values()] == density[contender.words]
+        assert all(0 < value < 1 for value in density[contender.words])
+    # a ratio of ratios: what is left with ReLU over what is left with GELU
+    (twins,) = (each for each in claim.statements if each.than)
+    relu, relu_dense, gelu, gelu_dense = (density[words] for words, _ in twins.signs)
+    ratios = [(relu[i] / relu_dense[i]) / (gelu[i] / gelu_dense[i]) for i, _ in enumerate(SEEDS)]
+    estimate = found.estimates[twins.key]
+    assert estimate.mean == pytest.approx(sum(map(math.log, ratios)) / len(ratios))
+    assert all(map(found.is_complete, claim.statements))
+    text = "\n".join(page.section(claim, found))
+    assert "active neurons: below 1 times" in text
+
+
+@pytest.mark.thorough
+def test_gates_of_a_decoder_are_counted_beside_what_perplexity_needs(tiny, tmp_path, made):
+    own = f"{tiny.folder}/llama"
+
+    def write(folder):
+        # random MLPs that are large enough for the perplexity to need them
+        shutil.copytree(own, folder / "llama")
+        model = AutoModelForCausalLM.from_pretrained(own)
+        for name, weight in model.named_parameters():
+            if "mlp" in name:
+                weight.data.mul_(20)
+        model.save_pretrained(folder / "llama")
+
+    setting = replace(
+        SWIGLU.setting,
+        overrides=(*(w.replace(own, "{data}/llama") for w in tiny.complete), *SHORT),
+        rates=(1e-2,),
+        seeds=SEEDS,
+        write_files=write,
+    )
+    claim = replace(SWIGLU, setting=setting)
+    found = running.try_claim(claim, tmp_path, "the command")
+    assert len(made) == 3 * len(SEEDS)
+    for contender in claim.contenders:
+        row = found.contenders[contender.words]
+        for seed in SEEDS:
+            run = running.folder_of(claim, contender, tmp_path) / f"seed-{seed}"
+            after = running.scores(run)["after"]
+            assert row.scores[str(seed)] == after["density"]
+            assert "ppl_1_sparsity" not in after
+            assert 0 < row.measured["neurons_at_ppl_1"][str(seed)] <= 1
+    # a run whose loss reports the sparsity has it from `petl eval`, on the same 20 test rows
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("ppl_sparsity: false", "ppl_sparsity: true"))
+    reported = saved_adapter.score(saved_adapter.find(run))["ppl_1_sparsity"]
+    assert row.measured["neurons_at_ppl_1"][str(seed)] == pytest.approx(1 - reported)
+    assert all(map(found.is_complete, claim.statements))
+    assert "not tried" not in "".join(row[1] for row in page.summary(claim, found).rows)
