@@ -72,6 +72,15 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.config.option.device
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _compositions() -> Iterator[None]:
+    """Compose each choice of configurations once."""
+    from composed_once import composed_once  # after collection, which has imported Hydra and petl
+
+    with composed_once():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
