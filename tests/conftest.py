@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 from collections.abc import Generator, Iterator
+from functools import cache
 from tempfile import TemporaryDirectory
 
 os.environ.setdefault(
@@ -74,10 +75,15 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True, scope="session")
 def _compositions() -> Iterator[None]:
-    """Compose each choice of configurations once."""
-    from composed_once import composed_once  # after collection, which has imported Hydra and petl
+    """Compose each choice of configurations once, and compile each template once.
 
-    with composed_once():
+    PEFT compiles that of its model card whenever it saves.
+    """
+    from composed_once import composed_once  # after collection, which has imported Hydra and petl
+    from jinja2 import Environment
+
+    with composed_once(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Environment, "compile", cache(Environment.compile))
         yield
 
 

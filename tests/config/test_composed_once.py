@@ -17,7 +17,12 @@ WORDS = [
     ["+method=mola", "method.r=3", "train.steps=4"],
     ["train.lr=1e-3", "+method=deft", "model=path", "model.path=/some/where", "train.lr=2e-3"],
     ["data=files", "data.train=a.csv", "train.betas=[0.5,0.9]", "train.run='a b=c'"],
-    ["+method=lora", "train.lr=${train.head_lr}", "method.target_modules=[q,v]", "train.steps=null"],
+    [
+        "+method=lora",
+        "train.lr=${train.head_lr}",
+        "method.target_modules=[q,v]",
+        "train.steps=null",
+    ],
     ["+method=lora", "+method.new=1", "++train.steps=7", "~method.r", "tracker=wandb"],
     ["+method=lora", "+loss=density", "loss.weight=0.5"],
     ["hydra.job.name=x", "train.steps=2"],
