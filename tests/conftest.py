@@ -13,6 +13,8 @@ from tempfile import TemporaryDirectory
 os.environ.setdefault(
     "OMP_WAIT_POLICY", "PASSIVE"
 )  # else threads spin while they wait for each other
+# also of the processes that tests start; those of `warm_python` are for this number only
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
