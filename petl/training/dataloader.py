@@ -4,7 +4,6 @@ Splits are checked: it is warned about scores that say less than they seem to, a
 without rows.
 """
 
-import hashlib
 import logging
 import re
 from collections import Counter
@@ -355,23 +354,6 @@ def without_labels(batch: Batch) -> Batch:
     The mean loss over no label would be NaN, and stays NaN when it is multiplied by 0.
     """
     return {k: torch.zeros_like(v) if k == "labels" else v for k, v in batch.items()}
-
-
-def digest(rows: Dataset | StreamedRows) -> str:
-    """Hash the number of rows and a thousand of them; of a stream, the first hundred.
-
-    It tells a resumed run whether its training examples have changed.
-    """
-    if isinstance(rows, StreamedRows):
-        rows = rows.first_rows(100)
-    # evenly spaced, at most about two thousand
-    sample = rows.select(range(0, len(rows), max(1, len(rows) // 1000))).with_format("numpy")
-    hasher = hashlib.sha256(str(len(rows)).encode())
-    for row in sample.select_columns(batched(rows)):
-        for name, value in sorted(row.items()):
-            array = np.asarray(value)  # dtype and shape are hashed: bytes alone are ambiguous
-            hasher.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
-    return hasher.hexdigest()
 
 
 class FirstBatches:
