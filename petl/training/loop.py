@@ -55,6 +55,7 @@ from petl.training.dataloader import (
     Batch,
     FirstBatches,
     Splits,
+    digest,
     load,
     to_device,
     without_labels,
@@ -67,7 +68,6 @@ from petl.training.optimizer import (
     make_optimizer,
     set_lr,
 )
-from petl.training.row_digest import digest
 from petl.version import __version__
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,7 @@ from petl.data.streaming import StreamedRows, shuffled
 from petl.data.task_columns import ClassificationColumns
 from petl.errors import InputError
 from petl.tasks import CausalLM, Classification
-from petl.training.dataloader import load
-from petl.training.row_digest import digest
+from petl.training.dataloader import digest, load
 
 TOKENIZER = byte_tokenizer(pad_token="<unk>")
 

@@ -7,7 +7,7 @@ import pytest
 from datasets import Array2D, Dataset, Features, List, Value
 
 from petl.tasks.base import NON_INPUT_PREFIX
-from petl.training.row_digest import digest
+from petl.training.dataloader import digest
 
 LISTS = [[1, 2, 3], [], [4], [5, 6]]
 COLUMNS = {
