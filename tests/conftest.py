@@ -7,22 +7,24 @@ import random
 import signal
 import sys
 from collections.abc import Generator, Iterator
+from functools import cache
 from tempfile import TemporaryDirectory
 
 os.environ.setdefault(
     "OMP_WAIT_POLICY", "PASSIVE"
 )  # else threads spin while they wait for each other
+# also of the processes that tests start; those of `warm_python` are for this number only
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import numpy as np
 import pytest
-import standin
-import torch
 import warm_python
-from hydra.core.hydra_config import HydraConfig
 from hypothesis import HealthCheck, settings
+
+# PyTorch and the like are imported by the fixtures: the process that hands the tests to workers
+# needs none of them, and starts the workers seconds earlier
 
 # The default suite draws the same few examples each time; `--hypothesis-profile long` searches on.
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
@@ -36,7 +38,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(1)
     # tests start hundreds of processes: petl is compiled by the first of them, not by each
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
@@ -48,7 +49,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # the files of this process need not survive a power failure, and the disk is slow
     os.fsync = lambda handle: None
     warm_python.begin()
-    if config.option.device == standin.NAME:
+    if config.option.device == "standin":
+        import standin
+
         standin.register()
 
 
@@ -72,8 +75,27 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.config.option.device
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _once_per_process() -> Iterator[None]:
+    """Use one thread, compose each choice of configurations once, compile each template once.
+
+    PEFT compiles that of its model card whenever it saves.
+    """
+    import torch
+    from composed_once import composed_once
+    from jinja2 import Environment
+
+    torch.set_num_threads(1)
+    with composed_once(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Environment, "compile", cache(Environment.compile))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    import numpy as np
+    import torch
+
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
@@ -96,6 +118,8 @@ def _no_hydra_job() -> Iterator[None]:
 
 
 def _forget_sweep() -> None:
+    from hydra.core.hydra_config import HydraConfig
+
     HydraConfig.instance().cfg = None
     if "petl.cli.app" in sys.modules:
         sys.modules["petl.cli.app"].closing.clear()

@@ -4,9 +4,11 @@
 names the setting as the user wrote it (`data.test_share=often`).
 """
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
 from types import NoneType
 from typing import Any, TypeVar, get_args
 
@@ -105,8 +107,7 @@ def unknown_setting(key: str, known: Mapping[str, Any]) -> UnknownNameError:
 def typed(kind: type[Any], given: Mapping[str, Any], group: str) -> dict[str, Any]:
     """Convert values to the types of their fields: `"4"` for an int is 4, `4.5` is an error."""
     # OmegaConf converts and checks each value when it is assigned
-    schema, key = OmegaConf.structured(kind), ""
-    OmegaConf.set_readonly(schema, False)  # the schema of a frozen dataclass is read-only
+    schema, key = copy.deepcopy(structured(kind)), ""
     try:
         for key, value in given.items():
             schema[key] = value
@@ -123,6 +124,14 @@ def typed(kind: type[Any], given: Mapping[str, Any], group: str) -> dict[str, An
                 f"{LARGEST:,}"
             )
     return {key: container[key] for key in given}
+
+
+@cache  # reading the annotations takes ten times as long as copying the result
+def structured(kind: type[Any]) -> DictConfig:
+    """The fields of a dataclass with their types and defaults, as OmegaConf checks them."""
+    schema = OmegaConf.structured(kind)
+    OmegaConf.set_readonly(schema, False)  # the schema of a frozen dataclass is read-only
+    return schema
 
 
 # Bounds of a field

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from datetime import datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def describe_environment(accelerator: Accelerator, seed: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": package_versions(),
-        "git": git_revision(Path(__file__).parent),
+        "git": own_revision(),
     }
 
 
@@ -70,12 +71,19 @@ def package_versions() -> dict[str, str | None]:
     return {"petl": __version__, **{name: installed_version(name) for name in PACKAGES}}
 
 
+@cache
 def installed_version(package: str) -> str | None:
     """Return the version of an installed distribution, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+@cache  # the code of this process stays that of its start
+def own_revision() -> str | None:
+    """Return the `git_revision` of petl."""
+    return git_revision(Path(__file__).parent)
 
 
 def git_revision(folder: Path) -> str | None:

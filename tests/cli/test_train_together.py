@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_fixtures import main
+from training_fixtures import drawing_once, main
 
 from petl.cli.train_together import make
 from petl.config.compose import compose
@@ -50,7 +50,8 @@ def together(jobs: dict[Path, list[str]], width: int, stop_at: int | None = None
         return answers
 
     waiting = Lanes(width, perform, KINDS, LaneEngine)
-    waiting.run([partial(make, words, f"{run}.log") for run, words in jobs.items()])
+    with drawing_once():
+        waiting.run([partial(make, words, f"{run}.log") for run, words in jobs.items()])
     return sizes
 
 

@@ -1,6 +1,8 @@
 """Every method of the registry is decoded with drafts as without; what cannot be, is refused."""
 
 import copy
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -60,9 +62,18 @@ def assert_lossless(model, seed=1, *, decoys=True):
     return generated(model, seed, do_sample=False)
 
 
+TWO_BLOCKS = replace(testing.TINY_MODELS["llama"], build=partial(testing.tiny_llama, 2))
+
+
+def of_two_blocks(name):
+    """The contract's case of a method, on a Llama of two blocks."""
+    case = own(name, "llama") if name in OWN else adopted(name, "llama")
+    return replace(case, model=TWO_BLOCKS)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_decoded_as_without_drafts(name):
-    case = own(name, "llama") if name in OWN else adopted(name, "llama")
+    case = of_two_blocks(name)
     model = case.wrap_stirred()
     assert verify(model) < 1e-3
     adapted = assert_lossless(model)
@@ -112,7 +123,7 @@ def test_sharded_weights_are_refused():
 
 @pytest.mark.parametrize("name", ["lora", "mola", "adapter", "mos"])
 def test_adapters_that_are_switched_between_calls(name):
-    case = own(name, "llama") if name in OWN else adopted(name, "llama")
+    case = of_two_blocks(name)
     model = case.wrap()
     # its targets are resolved: PEFT's tuner does not know petl's names of groups
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
@@ -128,7 +139,7 @@ def test_adapters_that_are_switched_between_calls(name):
         assert torch.equal(generated(model, 1, do_sample=False, **more), texts[adapter])
     assert not torch.equal(texts["default"], texts["other"])
     with model.disable_adapter():
-        assert torch.equal(assert_lossless(model), generated(testing.tiny_llama(), 1))
+        assert torch.equal(assert_lossless(model), generated(case.base(), 1))
 
 
 @pytest.mark.parametrize(

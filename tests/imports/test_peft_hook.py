@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from fresh_python import SLOW, fresh
 
 import petl
@@ -96,7 +97,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.mark.parametrize("first", ORDERS.values(), ids=ORDERS)
 def test_peft_loads_an_adapter_of_petl_in_a_fresh_process(first, saved):
-    assert fresh(f"{first}\n{LOAD}", *saved) == "True\n[]\n"
+    code = f"import sys; assert 'peft' not in sys.modules\n{first}\n{LOAD}"
+    assert fresh(code, *saved, python=warm_python.without_peft()) == "True\n[]\n"
 
 
 # The finder, on a stand-in for PEFT

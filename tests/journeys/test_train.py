@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_fixtures import ROOT, Finished, main, train
+from training_fixtures import ROOT, Finished, drawing_once, main, train
 
 from petl.config.compose import compose
 
@@ -22,7 +22,7 @@ def program(tmp_path, monkeypatch, capfd):
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *words])
-        with pytest.raises(SystemExit) as left:
+        with drawing_once(), pytest.raises(SystemExit) as left:
             runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
         return left.value.code, *capfd.readouterr()
 

@@ -15,11 +15,12 @@ from petl.serving.request import AnswerText, Request
 
 pytest_plugins = ["writer_fixtures"]
 TEXTS = ["a b a b a b", "the cat and the dog and the cat and", "Hi"]
+TOKENS = 24
 CHOICES = {
-    "greedy": (Sampling(max_new_tokens=40), Choosing()),
-    "sampled": (Sampling(max_new_tokens=40, temperature=0.8, top_p=0.9), Choosing(seed=5)),
+    "greedy": (Sampling(max_new_tokens=TOKENS), Choosing()),
+    "sampled": (Sampling(max_new_tokens=TOKENS, temperature=0.8, top_p=0.9), Choosing(seed=5)),
     "penalty": (
-        Sampling(max_new_tokens=40, repetition_penalty=1.3),
+        Sampling(max_new_tokens=TOKENS, repetition_penalty=1.3),
         Choosing(frequency_penalty=0.4, logit_bias={7: 2.0}, top_logprobs=2),
     ),
 }
@@ -31,7 +32,7 @@ def request(model, text, adapter, choice="greedy", *, stop=()) -> Request:
     prompt = model.encode(text)
     chooser = Chooser(sampling, choosing, model.base.generation_config, prompt)
     text_of = AnswerText(model.tokenizer, stop)
-    return Request(prompt, adapter, chooser, text_of, model.ends, [].append, 40)
+    return Request(prompt, adapter, chooser, text_of, model.ends, [].append, TOKENS)
 
 
 def written(lane, requests):

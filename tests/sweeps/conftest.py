@@ -5,7 +5,7 @@ import signal
 import sys
 
 import pytest
-from training_fixtures import ROOT
+from training_fixtures import ROOT, drawing_once
 
 from petl.cli import app
 
@@ -18,7 +18,7 @@ def program(tmp_path, monkeypatch, capfd):
     def run(*words, status=0):
         app.closing.clear()
         monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *words])
-        with pytest.raises(SystemExit) as left:
+        with drawing_once(), pytest.raises(SystemExit) as left:
             runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
         err = capfd.readouterr().err
         assert left.value.code == status, err

@@ -18,7 +18,7 @@ from bench.report import GOALS as BOUNDED
 from bench.report import tables
 from datasets import load_from_disk
 from safetensors.torch import load_file
-from training_fixtures import train
+from training_fixtures import drawing_once, train
 
 import petl
 from petl.errors import RunStopped
@@ -52,7 +52,8 @@ def here(monkeypatch, tmp_path):
         command, loop = petl_job_targets()
         fit, evaluate = command.fit, loop.evaluate
         try:
-            status = MODULES[module].main()
+            with drawing_once():
+                status = MODULES[module].main()
         except SystemExit as ended:  # of `petl train`
             status = ended.code
         finally:
