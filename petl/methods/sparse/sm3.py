@@ -28,8 +28,8 @@ class SparseSM3(Optimizer):
         model: the model with the sparse adapters.
         lr: learning rate; the authors use 4e-4 to 2e-3.
         weight_decay: decay per step is `lr * weight_decay`, towards the base weight.
-        betas: decay rates of AdamW's moments.
         eps: added to SM3's second moment, and to the root of AdamW's.
+        betas: decay rates of AdamW's moments.
 
     Raises:
         InputError: there are no sparse adapters in `model`.
@@ -43,10 +43,10 @@ class SparseSM3(Optimizer):
         model: nn.Module,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
-        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        defaults = {"lr": lr, "weight_decay": weight_decay, "eps": eps, "betas": betas}
         super().__init__(params, defaults)
         found = [m for m in model.modules() if isinstance(m, SparseAdapter)]
         if not found:
@@ -107,8 +107,9 @@ def _adam(state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Ten
         state.update(step=0, exp_avg=torch.zeros_like(gradient))
         state["exp_avg_sq"] = torch.zeros_like(gradient)
     state["step"] += 1
-    first, second = (1 - beta ** state["step"] for beta in group["betas"])
-    beta, beta_sq = group["betas"]
-    mean = state["exp_avg"].lerp_(gradient, 1 - beta)
-    square = state["exp_avg_sq"].lerp_(gradient.square(), 1 - beta_sq)
-    return (mean / first).div_((square / second).sqrt_().add_(group["eps"]))
+    beta_1, beta_2 = group["betas"]
+    mean = state["exp_avg"].lerp_(gradient, 1 - beta_1) / (1 - beta_1 ** state["step"])
+    square = state["exp_avg_sq"].lerp_(gradient.square(), 1 - beta_2) / (
+        1 - beta_2 ** state["step"]
+    )
+    return mean.div_(square.sqrt_().add_(group["eps"]))
