@@ -12,7 +12,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 MAX_DEPTH = 32  # of nested values
 TOO_DEEP = f"it is nested more than {MAX_DEPTH} levels deep"
 MAX_INTEGER = 2**64  # exclusive: seeds may have 64 bits
+_KEYS, _NESTED = (str, int), (dict, list)  # `str | int` in a loop makes a union each time
 UNFINISHED = ".unfinished-"  # prefix of the names of temporary files and folders
 
 
@@ -105,20 +106,34 @@ def check_bounds(value: Any, depth: int = 0) -> None:
     Raises:
         ValueError: the reason, in one line.
     """
-    if depth > MAX_DEPTH:
-        raise ValueError(TOO_DEEP)
     if isinstance(value, dict):
-        for key, entry in value.items():
-            if not isinstance(key, str | int):
+        for key in value:
+            if not isinstance(key, _KEYS):
                 raise ValueError(f"the key {described(key)} is neither text nor an integer")
-            check_bounds(key, depth)
-            check_bounds(entry, depth + 1)
+            _check_leaf(key)
+        _check_entries(value.values(), depth)
     elif isinstance(value, list):
-        for entry in value:
+        _check_entries(value, depth)
+    else:
+        _check_leaf(value)
+
+
+def _check_entries(entries: Collection[Any], depth: int) -> None:
+    """Check the entries of a mapping or list."""
+    if entries and depth >= MAX_DEPTH:
+        raise ValueError(TOO_DEEP)
+    for entry in entries:
+        if isinstance(entry, _NESTED):
             check_bounds(entry, depth + 1)
-    elif isinstance(value, str):
+        elif not isinstance(entry, float):
+            _check_leaf(entry)
+
+
+def _check_leaf(value: Any) -> None:
+    """Check a value that is neither a mapping nor a list."""
+    if isinstance(value, str):
         try:
-            value.encode()
+            value.isascii() or value.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{described(value)} is not valid Unicode") from error
     elif isinstance(value, int) and abs(value) >= MAX_INTEGER:

@@ -144,7 +144,7 @@ def parse_json(text: str) -> Any:
         ValueError: the reason, in one line.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_mapping, parse_int=lambda x: int(_short(x)))
+        value = _decoder.decode(text)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"it is not JSON (line {error.lineno}, column {error.colno}: {error.msg})"
@@ -178,6 +178,10 @@ def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"{described(max(keys, key=keys.count))} is given twice")
     return mapping
+
+
+# json.loads would make one for each line of a file
+_decoder = json.JSONDecoder(object_pairs_hook=_mapping, parse_int=lambda x: int(_short(x)))
 
 
 # the C parser is 10 times as fast; it belongs to the wheels of PyYAML, and may lack in others

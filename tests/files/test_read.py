@@ -90,10 +90,13 @@ def test_any_text_is_parsed_or_refused_in_one_line(text):
         ('{"a": 1', "it is not JSON"),
         ("[" * 100_000, "more than 32 levels"),
         ("[" * 40 + "]" * 40, "more than 32 levels"),
+        ("[" * 33 + "1.5" + "]" * 33, "more than 32 levels"),
+        ('{"a":' * 33 + "1.5" + "}" * 33, "more than 32 levels"),
         ("9" * 5000, "an integer of 5,000 digits"),
         ("9" * 30, "more than 64 bits"),
         ('{"a": 1, "a": 2}', '"a" is given twice'),
         ('"\\ud800"', "not valid Unicode"),
+        ('{"\\ud800": 1.5}', "not valid Unicode"),
     ],
 )
 def test_json_without_bounds_is_refused(tmp_path, text, reason):
@@ -103,6 +106,16 @@ def test_json_without_bounds_is_refused(tmp_path, text, reason):
         read_json(file)
     assert reason in str(refused.value)
     assert str(file) in str(refused.value)
+
+
+@pytest.mark.parametrize("value", ["1.5", "true", "[]", '"é"'])
+def test_json_is_read_up_to_the_bound_of_its_depth(tmp_path, value):
+    file = tmp_path / "scores.json"
+    file.write_text('{"a":[' * 16 + value + "]}" * 16)
+    found = read_json(file)
+    for _ in range(16):
+        ((found,),) = found.values()
+    assert found == json.loads(value)
 
 
 LAUGHS = "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [{f'*a{i - 1},' * 9}]" for i in range(1, 9))])
