@@ -8,7 +8,7 @@
     python scripts/bench.py --check bench.json               # exit status 1 if a value has grown
     python scripts/bench.py --import mypackage.mymethod --methods mymethod  # a method of your own
     python scripts/bench.py --sections drafting             # drafts; --quick: on a tiny model
-    python scripts/bench.py --read bench.json --page docs/performance.md  # update its tables
+    python scripts/bench.py --read bench.json --page docs/performance/*.md  # update their tables
 
 The lower bound is the step of the frozen backbone, without any adapter. Times are processor time of
 one thread, alternating between lower bound and methods; nothing is downloaded. On a GPU (--device
@@ -212,10 +212,10 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--page",
         type=file_to_read,
-        action="append",
+        nargs="+",
         default=[],
         metavar="FILE",
-        help="update its tables",
+        help="update their tables",
     )
     add("--check", type=file_to_read, metavar="OLD", help="compare with an earlier result")
     add("--margin", type=number(float, 0), default=MARGIN, help=f"allowed growth ({MARGIN})")

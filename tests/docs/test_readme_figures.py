@@ -1,4 +1,4 @@
-"""The figures in README are those of the generated tables in docs/performance.md."""
+"""The figures in README are those of the generated tables of the performance pages."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PERFORMANCE = (ROOT / "docs" / "performance.md").read_text()
+STEPS = (ROOT / "docs" / "performance.md").read_text()
+WHOLE_JOBS = (ROOT / "docs" / "performance" / "jobs.md").read_text()
 QUICKSTART, DECODER = "MiniLM on WordNet verbs", "SmolLM2-135M on reasoning chats"
 # lines of README's table, and the rows of the quickstart's job
 JOBS = {
@@ -36,7 +37,7 @@ def test_the_table_of_jobs_is_that_of_the_benchmark(start):
     lines = table(README, "Processor time of the quickstart's whole job")
     assert len(lines) == len(JOBS)
     (shown,) = (cells for name, cells in lines.items() if name.startswith(start))
-    measured = table(PERFORMANCE, QUICKSTART)[JOBS[start]]
+    measured = table(WHOLE_JOBS, QUICKSTART)[JOBS[start]]
     assert median(shown["over plain Trainer"]) == median(measured["job / Trainer"])
     by_length = measured["job / Trainer, by length"] or "1"  # the row itself
     assert median(shown["over Trainer by length"]) == median(by_length)
@@ -46,21 +47,21 @@ def test_the_table_of_jobs_is_that_of_the_benchmark(start):
 
 def test_the_number_of_seeds_is_that_of_the_benchmark():
     assert "(three seeds, rates tuned alike" in README
-    measured = table(PERFORMANCE, QUICKSTART)
+    measured = table(WHOLE_JOBS, QUICKSTART)
     assert {measured[row]["seeds"] for row in JOBS.values()} == {"3"}
 
 
 def test_the_sentence_on_a_decoder_is_that_of_the_benchmark():
     number = r"(\d+\.\d+)"
     said = re.search(f"decoder's job takes {number} .* in {number} GB in place of {number}", README)
-    rows = table(PERFORMANCE, DECODER)
+    rows = table(WHOLE_JOBS, DECODER)
     assert float(said[1]) == median(rows["petl"]["job / Trainer, by length"])
     for number, row in ((said[2], "petl"), (said[3], "Trainer, by length")):
         assert number == f"{median(rows[row]['peak RSS MB']) / 1000:.1f}"
 
 
 def test_the_times_of_steps_are_those_of_the_summary():
-    rows = table(PERFORMANCE, "<!-- bench: summary -->")
+    rows = table(STEPS, "<!-- bench: summary -->")
     said = README[README.index("Time of a training step") :]
     for before, row in (
         ("LoRA", "lora"),
