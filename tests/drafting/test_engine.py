@@ -223,6 +223,19 @@ def test_a_drafter_sees_the_states_and_logits_of_its_nodes(decoys):
             assert torch.allclose(seen.states[node], whole.hidden_states[-1][0, -1], atol=1e-5)
 
 
+def test_passes_of_a_processor_are_not_taken_for_ours():
+    model, ids = testing.tiny_llama(), prompt(10)
+    own = {"do_sample": False, "guidance_scale": 1.5}  # its processor calls the model
+    plain, _ = generated(model, ids, **own)
+    oracle = Oracle(plain, 3)
+    found, _ = generated(model, ids, **own, custom_generate=decode, drafter=oracle, switch=False)
+    assert torch.equal(found, plain)
+    for text, state in oracle.roots:
+        with torch.no_grad():
+            alone = model.model(torch.tensor([text[:-1]])).last_hidden_state[0, -1]
+        assert torch.allclose(state, alone, atol=1e-5)
+
+
 def test_a_drafter_gets_the_states_of_the_prompt_if_it_asks():
     class Reads(Drafter):
         needs = Needs(last=True, prompt=True)
