@@ -306,6 +306,27 @@ def test_rows_are_decoded_plainly_or_one_after_the_other():
     assert stats.answers == 2
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"guidance_scale": 1.5},
+        {"encoder_repetition_penalty": 1.5},
+        {"prefix_allowed_tokens_fn": lambda row, ids: [20 + row, 30 + row]},
+    ],
+)
+def test_processors_that_hold_all_rows_are_refused_one_after_the_other(settings):
+    model, ids = testing.tiny_llama(), torch.cat([prompt(14), prompt(15)])
+    more = {"drafter": Random(), "rows": "sequential"}
+    with pytest.raises(InputError, match="takes no .*LogitsProcessor, which holds all rows"):
+        generated(model, ids, do_sample=False, **settings, custom_generate=decode, **more)
+    # one prompt alone
+    plain, _ = generated(model, ids[:1], do_sample=False, **settings)
+    found, _ = generated(
+        model, ids[:1], do_sample=False, **settings, custom_generate=decode, **more
+    )
+    assert torch.equal(found, plain)
+
+
 def test_rows_that_cannot_be_drafted_alone_are_decoded_together():
     model, ids = testing.tiny_llama(), torch.cat([prompt(14), prompt(15)])
     own = {"use_cache": False, "do_sample": False}
