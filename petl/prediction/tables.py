@@ -59,7 +59,7 @@ class Delimited(RowWriter):
         # the csv module ends lines itself
         self.text = TextIOWrapper(opened, encoding="utf-8", newline="", write_through=True)
         # Python 3.11 quotes \r and \n only if they are in the terminator, which is cut to \n then
-        lines = SimpleNamespace(
+        lines: Any = SimpleNamespace(
             write=lambda line: self.text.write(line.removesuffix("\r\n") + "\n")
         )
         self.writer = csv.writer(lines, delimiter=delimiter, lineterminator="\r\n")

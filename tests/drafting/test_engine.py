@@ -317,7 +317,7 @@ def test_rows_are_decoded_plainly_or_one_after_the_other():
 def test_processors_that_hold_all_rows_are_refused_one_after_the_other(settings):
     model, ids = testing.tiny_llama(), torch.cat([prompt(14), prompt(15)])
     more = {"drafter": Random(), "rows": "sequential"}
-    with pytest.raises(InputError, match="takes no .*LogitsProcessor, which holds all rows"):
+    with pytest.raises(InputError, match=r"takes no .*LogitsProcessor, which holds all rows"):
         generated(model, ids, do_sample=False, **settings, custom_generate=decode, **more)
     # one prompt alone
     plain, _ = generated(model, ids[:1], do_sample=False, **settings)
