@@ -42,10 +42,13 @@ def has_position_table(model: nn.Module) -> bool:
 def takes_trees(model: Any) -> bool:
     """Return True if a model can compute a tree of tokens in one pass.
 
-    Its attention then takes any mask, it takes positions, and no adapter reads the previous token.
+    Its attention then takes any mask, it takes positions, no bias or window of its attention goes
+    by places in the cache (ALiBi of Falcon, GPT-Neo), and no adapter reads the previous token.
     """
     return (
         model.config._attn_implementation in MASKED
+        and not getattr(model.config, "alibi", False)
+        and "local" not in getattr(model.config, "attention_layers", ())
         and "position_ids" in inspect.signature(model.forward).parameters
         and not any(map(_reads_previous_token, model.modules()))
     )

@@ -7,6 +7,10 @@ import torch
 from draft_fixtures import DECODERS, PAD, VOCABULARY, Fixed, Oracle, Random, Wrong, chain, prompt
 from tiny_tokenizers import byte_tokenizer
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -15,7 +19,7 @@ from transformers import (
 )
 
 from petl import testing
-from petl.drafting import Costs, Draft, Drafter, Needs, Stats, decode, drafter, shortfalls
+from petl.drafting import Costs, Draft, Drafter, Needs, Stats, decode, drafter, shortfalls, verify
 from petl.drafting.checks import rounding
 from petl.drafting.engine import Decoding
 from petl.errors import InputError, UnsupportedError
@@ -335,6 +339,37 @@ def test_rows_that_cannot_be_drafted_alone_are_decoded_together():
     with pytest.warns(UserWarning, match="without drafts: 2 rows are decoded together"):
         found, _ = generated(model, ids, **own, custom_generate=decode, **more)
     assert torch.equal(found, plain)
+
+
+def falcon_alibi():
+    """A decoder whose attention has a bias by the place of a token in the cache."""
+    return FalconForCausalLM(FalconConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        alibi=True, multi_query=False, initializer_range=0.3, bos_token_id=1, eos_token_id=None,
+    ))  # fmt: skip
+
+
+def gpt_neo():
+    """A decoder with a layer that attends to the last four places of the cache."""
+    return GPTNeoForCausalLM(GPTNeoConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4, window_size=4,
+        attention_types=[[["global", "local"], 1]], max_position_embeddings=64,
+        initializer_range=0.3, bos_token_id=1, eos_token_id=None,
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [falcon_alibi, gpt_neo])
+def test_attention_by_places_in_the_cache_gets_chains(make):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = make().eval()
+    ids = prompt(18)
+    plain, _ = generated(model, ids, do_sample=True)
+    for guess in (Oracle(plain, 3), Oracle(plain, 2, decoys=True), Random()):
+        more = {"drafter": guess, "switch": False, "custom_generate": decode}
+        found, _ = generated(model, ids, do_sample=True, **more)
+        assert torch.equal(found, plain)
+    assert verify(model) < 1e-3
 
 
 def test_no_draft_is_at_a_position_that_the_model_has_not():
