@@ -77,6 +77,8 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise RunStopped("the server is stopping")
+            # of a client that has gone nobody waits; it leaves no place to others otherwise
+            self._waiting = deque(job for job in self._waiting if not job[1].cancelled.is_set())
             if len(self._waiting) + len(jobs) > self.max_waiting:
                 raise Busy(
                     f"{len(self._waiting)} requests are waiting and {len(jobs)} more came, of "
