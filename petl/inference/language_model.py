@@ -229,7 +229,7 @@ class LanguageModel:
         if write is not None:
             # generate itself keeps `streamer` from a function that it calls
             name = "stream" if drafts else "streamer"
-            arguments[name] = TextStream(self.tokenizer, write, sampling.stop)
+            arguments[name] = TextStream(self.tokenizer, write, sampling.stop, self.ends)
         writer: Any = self.model  # of transformers or PEFT, whose types differ
         try:
             generated = writer.generate(
