@@ -9,13 +9,30 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    GenerationConfig,
+    LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,
+    StoppingCriteriaList,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerationMode
 
 from petl.core.distributed import is_sharded
 from petl.core.layers.context import is_encoder_decoder
 from petl.drafting.cache import cache_argument, refusal
 from petl.errors import InputError, UnsupportedError
+
+# processors that hold the prompts of all rows, a cache of theirs, or take the number of the row
+OF_ALL_ROWS = (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 
 @dataclass(frozen=True)
@@ -114,6 +131,12 @@ def check_rows(given: Given, kwargs: dict[str, Any], stream: Any) -> None:
         raise InputError(
             f"rows='sequential' returns ids only: leave out stream={stream} and "
             f"return_dict_in_generate={given.config.return_dict_in_generate}"
+        )
+    shared = next((each for each in given.processors if isinstance(each, OF_ALL_ROWS)), None)
+    if shared is not None:
+        raise InputError(
+            f"rows='sequential' takes no {type(shared).__name__}, which holds all rows together: "
+            "leave out rows, or give the prompts one by one"
         )
     name = cache_argument(given.model)
     known = kwargs[name].get_seq_length()

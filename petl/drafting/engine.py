@@ -386,10 +386,9 @@ class Decoding:
         """Return the costs of a pass, measured once if they were not given."""
         if self.costs is None:
             began = self.settings.clock()
-            with self.passes.paused():
-                self.costs = Costs.measure(
-                    self.model, counts=QUICK, rounds=3, packed=self.packing.weights
-                )
+            self.costs = Costs.measure(
+                self.model, counts=QUICK, rounds=3, packed=self.packing.weights
+            )
             self.measuring += self.settings.clock() - began
             if self.drafter is not None:
                 self.drafter.costs = self.costs

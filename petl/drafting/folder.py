@@ -11,7 +11,7 @@ from torch import Tensor
 
 from petl.drafting.fields import check_vocabulary
 from petl.drafting.identity import hash_of_tokenizer, hashes_of
-from petl.drafting.registry import Drafter, drafter
+from petl.drafting.registry import Drafter, of_fields
 from petl.errors import InputError
 from petl.files.disk import check_links, write_json
 from petl.files.read import read_json
@@ -116,7 +116,7 @@ def load_drafter(folder: str | Path, model: Any, tokenizer: Any = None) -> Draft
                 f"the field {paths[0]} names a folder, {config['fields'][paths[0]]!r}, which a "
                 "saved drafter may not read: its tensors are in its own folder; remove the field"
             )
-        found = drafter(config["name"], model=model, **config["fields"])
+        found = of_fields(config["name"], model, config["fields"])
     tensors = read_file(source / WEIGHTS)[1] if (source / WEIGHTS).is_file() else {}
     with named(source):
         found.restore(config, tensors)

@@ -42,10 +42,13 @@ def has_position_table(model: nn.Module) -> bool:
 def takes_trees(model: Any) -> bool:
     """Return True if a model can compute a tree of tokens in one pass.
 
-    Its attention then takes any mask, it takes positions, and no adapter reads the previous token.
+    Its attention then takes any mask, it takes positions, no bias or window of its attention goes
+    by places in the cache (ALiBi of Falcon, GPT-Neo), and no adapter reads the previous token.
     """
     return (
         model.config._attn_implementation in MASKED
+        and not getattr(model.config, "alibi", False)
+        and "local" not in getattr(model.config, "attention_layers", ())
         and "position_ids" in inspect.signature(model.forward).parameters
         and not any(map(_reads_previous_token, model.modules()))
     )
@@ -63,7 +66,7 @@ class Passes:
         self.model, self.kwargs = model, kwargs
         self.cache_name = cache_argument(model)
         self.states: Tensor | None = None
-        self.is_paused = False
+        self.is_own = False  # inside a pass of ours: processors and measurements make others
         self.limit = max_positions(model) if has_position_table(model) else None
         self.has_keep = model._supports_logits_to_keep()
         # without position_ids, positions are taken from the number of tokens
@@ -97,24 +100,25 @@ class Passes:
             handle.remove()
 
     def _capture(self, module: Any, args: Any, output: Any) -> None:
-        if not self.is_paused:
+        if self.is_own:
             # the last hidden state is first in tuples and outputs alike, [1, N, H]
             self.states = output[0][0]
 
     @contextmanager
-    def paused(self) -> Generator[None]:
-        """Keep the states of the last pass inside the block, whatever runs."""
-        self.is_paused = True
+    def _own(self) -> Generator[None]:
+        """Capture the states of the pass inside the block, if states are captured."""
+        self.is_own = True
         try:
             yield
         finally:
-            self.is_paused = False
+            self.is_own = False
 
     def prefill(self, ids: Tensor, config: GenerationConfig) -> Tensor:
         """Compute the prompt, and return the logits of its last tokens, [1 or L, V]."""
-        outputs = self.model._prefill(
-            ids, config, self.kwargs, is_first_iteration=not config.is_assistant
-        )
+        with self._own():
+            outputs = self.model._prefill(
+                ids, config, self.kwargs, is_first_iteration=not config.is_assistant
+            )
         self._update(outputs, 1)
         return outputs.logits[0]
 
@@ -151,7 +155,8 @@ class Passes:
         inputs = self.model.prepare_inputs_for_generation(
             ids, next_sequence_length=count if kwargs["use_cache"] else None, **kwargs
         )
-        outputs = self.model(**inputs, return_dict=True)
+        with self._own():
+            outputs = self.model(**inputs, return_dict=True)
         self.kwargs[self.cache_name] = outputs[self.cache_name]
         self.outputs = outputs
         if self.states is not None:

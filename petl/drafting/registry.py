@@ -5,7 +5,7 @@ never in its state dict. Shapes: N nodes of a pass (the root, then the drafts), 
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import (
@@ -240,6 +240,11 @@ def drafter(name: str, *, model: Any = None, **fields: Any) -> Drafter:
             the closest matches.
         InputError: a value is out of range, or the drafter needs a model.
     """
+    return of_fields(name, model, fields)
+
+
+def of_fields(name: str, model: Any, fields: Mapping[str, Any]) -> Drafter:
+    """Build a drafter of fields with any names, such as those of a file; see `drafter`."""
     known = fields_of(name)
     for field in fields:
         if field not in known:

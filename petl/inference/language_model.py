@@ -1,5 +1,6 @@
 """A language model with adapters, one of which writes at a time."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -229,7 +230,7 @@ class LanguageModel:
         if write is not None:
             # generate itself keeps `streamer` from a function that it calls
             name = "stream" if drafts else "streamer"
-            arguments[name] = TextStream(self.tokenizer, write, sampling.stop)
+            arguments[name] = TextStream(self.tokenizer, write, sampling.stop, self.ends)
         writer: Any = self.model  # of transformers or PEFT, whose types differ
         try:
             generated = writer.generate(
@@ -250,12 +251,21 @@ class LanguageModel:
     def _answer_of(self, ids: list[int], stop: Sequence[str], is_interrupted: bool) -> Answer:
         """The answer in generated tokens, which may have padding after its end token."""
         ended = next((i for i, token in enumerate(ids) if token in self.ends), None)
-        text = str(self.tokenizer.decode(ids[:ended], skip_special_tokens=True))
+
+        def text_of(count: int | None) -> str:
+            return str(self.tokenizer.decode(ids[:count], skip_special_tokens=True))
+
+        text, tokens = text_of(ended), len(ids) if ended is None else ended + 1
         cut = before_stop(text, stop)
-        tokens = len(ids) if ended is None else ended + 1
-        if ended is None and cut is None:
+        if cut is not None:
+            # behind the stop text a row of a batch is padded, perhaps with end tokens
+            tokens = 1 + bisect_left(
+                range(1, tokens), True, key=lambda n: before_stop(text_of(n), stop) is not None
+            )
+            return Answer(cut, tokens, "stop")
+        if ended is None:
             return Answer(text, tokens, "interrupted" if is_interrupted else "length")
-        return Answer(text if cut is None else cut, tokens, "stop")
+        return Answer(text, tokens, "stop")
 
     def _room(self, prompts: Sequence[Sequence[int]]) -> int | None:
         """The number of tokens that fit behind the longest prompt; None without a limit."""

@@ -149,10 +149,17 @@ class TextStream(TextStreamer):
         tokenizer: PreTrainedTokenizerBase,
         write: Callable[[str], object],
         stop: Sequence[str],
+        ends: Sequence[int] = (),
     ) -> None:
+        """Take the tokens `ends` as without text: not all end tokens are special ones."""
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.write, self.stop = write, stop
+        self.write, self.stop, self.ends = write, stop, torch.tensor(ends, dtype=torch.long)
         self.held, self.has_ended = "", False
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, then tokens of the answer."""
+        is_prompt = self.next_tokens_are_prompt
+        super().put(value if is_prompt else value[~torch.isin(value, self.ends)])
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Write a piece, except for its end where that may be the beginning of a stop text."""

@@ -19,6 +19,7 @@ from petl.core.switching.lora import fuse_lora
 from petl.data.base import encode
 from petl.data.batch_sampler import chunks
 from petl.distributed.launch import start
+from petl.errors import InputError
 from petl.export.saved_adapter import Saved, find
 from petl.tasks.base import Columns, Prediction, Row, Task
 from petl.tasks.row_tasks import COLUMN
@@ -37,6 +38,9 @@ class Predictor:
         batch_size: rows of a batch.
         max_new_tokens: maximum length of a generated answer.
         columns: the run's settings under `data`.
+
+    Raises:
+        InputError: a number is below 1.
     """
 
     model: PeftModel
@@ -46,6 +50,11 @@ class Predictor:
     batch_size: int
     max_new_tokens: int
     columns: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} is not 1 or more")
 
     @classmethod
     def load(
@@ -77,8 +86,9 @@ class Predictor:
         if train is not None and train.skip_unread:
             skip_unread(model)
         default = 64 if train is None else train.eval_batch_size
-        most = max_new_tokens or task.generate or NEW_TOKENS
-        size = batch_size or default
+        # not by `or`: 0 is refused and no default
+        most = task.generate or NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        size = default if batch_size is None else batch_size
         return cls(model, task, saved.processor(), accelerator, size, most, saved.columns)
 
     @property

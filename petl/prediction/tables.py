@@ -10,6 +10,7 @@ from decimal import Decimal
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -57,11 +58,12 @@ class Delimited(RowWriter):
         super().__init__(opened)
         # the csv module ends lines itself
         self.text = TextIOWrapper(opened, encoding="utf-8", newline="", write_through=True)
-        self.writer, self.columns = (
-            # the default of the csv module is \r\n
-            csv.writer(self.text, delimiter=delimiter, lineterminator="\n"),
-            None,
+        # Python 3.11 quotes \r and \n only if they are in the terminator, which is cut to \n then
+        lines: Any = SimpleNamespace(
+            write=lambda line: self.text.write(line.removesuffix("\r\n") + "\n")
         )
+        self.writer = csv.writer(lines, delimiter=delimiter, lineterminator="\r\n")
+        self.columns: list[str] | None = None
 
     def write(self, rows: Sequence[Row]) -> None:
         """Append rows."""
@@ -168,7 +170,8 @@ def refuse_new(rows: Sequence[Row], columns: Sequence[str]) -> None:
 
 def cell(value: Any) -> Any:
     """A value as a field of a csv file."""
-    return as_json(value) if isinstance(value, list | Mapping) else value
+    # of bytes, csv would write Python's b'...'; they are refused as in JSON lines
+    return as_json(value) if isinstance(value, list | Mapping | bytes) else value
 
 
 def as_json(value: Any) -> str:

@@ -49,7 +49,8 @@ class Drafts:
             return
         written = request.tokens
         began = time.perf_counter()
-        if request is not self.request:
+        # while others shared the batch, tokens came that are not recorded here
+        if request is not self.request or len(self.ids) < len(request.prompt) + request.tokens:
             self._begin(request)
         draft = self.drafter.draft(Root(self.ids), None)
         # the last token of the answer cannot be a draft: the cache would have it

@@ -9,8 +9,8 @@ from petl.errors import RunStopped
 from petl.serving.batch import Batch, Passes
 from petl.serving.request import Request
 
-# of all prompts that one pass reads, unless a single one is longer: a pass delays running answers
-# (assumption)
+# of all prompts that one pass reads, padded, unless a single one is longer: a pass delays running
+# answers (assumption)
 PROMPT_TOKENS = 4096
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,8 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise RunStopped("the server is stopping")
+            # of a client that has gone nobody waits; it leaves no place to others otherwise
+            self._waiting = deque(job for job in self._waiting if not job[1].cancelled.is_set())
             if len(self._waiting) + len(jobs) > self.max_waiting:
                 raise Busy(
                     f"{len(self._waiting)} requests are waiting and {len(jobs)} more came, of "
@@ -128,12 +130,13 @@ class Engine:
     def _admit(self) -> list[tuple[Lane, Request]]:
         """Take waiting requests, in order, for which there is room."""
         admitted: list[tuple[Lane, Request]] = []
-        room, tokens = self.max_batch - self.running, 0
+        room, longest = self.max_batch - self.running, 0
         while self._waiting and len(admitted) < room:
             lane, request = self._waiting[0]
             if not request.cancelled.is_set():  # nobody reads the answer of a cancelled one
-                tokens += len(request.prompt)
-                if admitted and tokens > PROMPT_TOKENS:
+                longest = max(longest, len(request.prompt))
+                # with the padding of shorter ones, which a pass computes as well
+                if admitted and longest * (len(admitted) + 1) > PROMPT_TOKENS:
                     break
                 admitted.append((lane, request))
             self._waiting.popleft()

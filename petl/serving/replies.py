@@ -92,7 +92,7 @@ class Reply:
         raise NotImplementedError
 
     def _token(self, found: LogProb) -> str:
-        return str(self.tokenizer.decode([found.token]))  # alone, part of a character is U+FFFD
+        return text_of(self.tokenizer, found.token)
 
 
 class ChatReply(Reply):
@@ -189,9 +189,16 @@ class CompletionReply(Reply):
         }
 
 
+def text_of(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """The text of a token inside of a text; a part of a character is U+FFFD."""
+    # behind itself, since some tokenizers leave out the space before the first word of a text
+    alone, twice = (str(tokenizer.decode([token] * count)) for count in (1, 2))
+    return twice.removeprefix(alone)
+
+
 def bytes_of(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
     """The bytes of a token in UTF-8, also of one that is a part of a character."""
-    text = str(tokenizer.decode([token]))
+    text = text_of(tokenizer, token)
     if UNFINISHED not in text:
         return text.encode()
     word = str(tokenizer.convert_ids_to_tokens(token))

@@ -7,6 +7,10 @@ import torch
 from draft_fixtures import DECODERS, PAD, VOCABULARY, Fixed, Oracle, Random, Wrong, chain, prompt
 from tiny_tokenizers import byte_tokenizer
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -15,7 +19,7 @@ from transformers import (
 )
 
 from petl import testing
-from petl.drafting import Costs, Draft, Drafter, Needs, Stats, decode, drafter, shortfalls
+from petl.drafting import Costs, Draft, Drafter, Needs, Stats, decode, drafter, shortfalls, verify
 from petl.drafting.checks import rounding
 from petl.drafting.engine import Decoding
 from petl.errors import InputError, UnsupportedError
@@ -223,6 +227,19 @@ def test_a_drafter_sees_the_states_and_logits_of_its_nodes(decoys):
             assert torch.allclose(seen.states[node], whole.hidden_states[-1][0, -1], atol=1e-5)
 
 
+def test_passes_of_a_processor_are_not_taken_for_ours():
+    model, ids = testing.tiny_llama(), prompt(10)
+    own = {"do_sample": False, "guidance_scale": 1.5}  # its processor calls the model
+    plain, _ = generated(model, ids, **own)
+    oracle = Oracle(plain, 3)
+    found, _ = generated(model, ids, **own, custom_generate=decode, drafter=oracle, switch=False)
+    assert torch.equal(found, plain)
+    for text, state in oracle.roots:
+        with torch.no_grad():
+            alone = model.model(torch.tensor([text[:-1]])).last_hidden_state[0, -1]
+        assert torch.allclose(state, alone, atol=1e-5)
+
+
 def test_a_drafter_gets_the_states_of_the_prompt_if_it_asks():
     class Reads(Drafter):
         needs = Needs(last=True, prompt=True)
@@ -293,6 +310,27 @@ def test_rows_are_decoded_plainly_or_one_after_the_other():
     assert stats.answers == 2
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"guidance_scale": 1.5},
+        {"encoder_repetition_penalty": 1.5},
+        {"prefix_allowed_tokens_fn": lambda row, ids: [20 + row, 30 + row]},
+    ],
+)
+def test_processors_that_hold_all_rows_are_refused_one_after_the_other(settings):
+    model, ids = testing.tiny_llama(), torch.cat([prompt(14), prompt(15)])
+    more = {"drafter": Random(), "rows": "sequential"}
+    with pytest.raises(InputError, match=r"takes no .*LogitsProcessor, which holds all rows"):
+        generated(model, ids, do_sample=False, **settings, custom_generate=decode, **more)
+    # one prompt alone
+    plain, _ = generated(model, ids[:1], do_sample=False, **settings)
+    found, _ = generated(
+        model, ids[:1], do_sample=False, **settings, custom_generate=decode, **more
+    )
+    assert torch.equal(found, plain)
+
+
 def test_rows_that_cannot_be_drafted_alone_are_decoded_together():
     model, ids = testing.tiny_llama(), torch.cat([prompt(14), prompt(15)])
     own = {"use_cache": False, "do_sample": False}
@@ -301,6 +339,37 @@ def test_rows_that_cannot_be_drafted_alone_are_decoded_together():
     with pytest.warns(UserWarning, match="without drafts: 2 rows are decoded together"):
         found, _ = generated(model, ids, **own, custom_generate=decode, **more)
     assert torch.equal(found, plain)
+
+
+def falcon_alibi():
+    """A decoder whose attention has a bias by the place of a token in the cache."""
+    return FalconForCausalLM(FalconConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        alibi=True, multi_query=False, initializer_range=0.3, bos_token_id=1, eos_token_id=None,
+    ))  # fmt: skip
+
+
+def gpt_neo():
+    """A decoder with a layer that attends to the last four places of the cache."""
+    return GPTNeoForCausalLM(GPTNeoConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4, window_size=4,
+        attention_types=[[["global", "local"], 1]], max_position_embeddings=64,
+        initializer_range=0.3, bos_token_id=1, eos_token_id=None,
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [falcon_alibi, gpt_neo])
+def test_attention_by_places_in_the_cache_gets_chains(make):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = make().eval()
+    ids = prompt(18)
+    plain, _ = generated(model, ids, do_sample=True)
+    for guess in (Oracle(plain, 3), Oracle(plain, 2, decoys=True), Random()):
+        more = {"drafter": guess, "switch": False, "custom_generate": decode}
+        found, _ = generated(model, ids, do_sample=True, **more)
+        assert torch.equal(found, plain)
+    assert verify(model) < 1e-3
 
 
 def test_no_draft_is_at_a_position_that_the_model_has_not():

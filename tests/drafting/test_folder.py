@@ -163,6 +163,8 @@ def test_damaged_tensors_are_refused(saved, model):
         ({"fields": {"heads": [1]}}, r"heads=\[1\] is no integer"),
         ({"fields": {"draft_vocab": 10**15}}, "has shape"),
         ({"fields": {"head": 3}}, "no field 'head'"),
+        ({"fields": {"model": 3}}, "no field 'model'"),
+        ({"fields": {"name": "free"}}, "no field 'name'"),
         ({"fields": {"template": [[["a"]]]}}, "template"),
         ({"fields": []}, "fields"),
         ({"frequencies": []}, "frequencies"),

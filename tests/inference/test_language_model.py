@@ -163,6 +163,32 @@ def test_an_answer_ends_at_the_end_token_and_says_so(writers):
     assert (answer.finish, answer.tokens, answer.text) == ("stop", 1, "")
 
 
+@pytest.mark.parametrize("lookup", [None, 5])
+def test_an_end_token_that_is_not_special_is_not_written(writers, lookup):
+    model = writers.load("lora")
+    with torch.no_grad(), model.using("default"):
+        ids = model.model.generate(torch.tensor([model.encode("Hi")]), max_new_tokens=12)
+    end = int(ids[0, -1])
+    vars(model)["ends"] = [3, end]
+    pieces: list[str] = []
+    sampling = Sampling(max_new_tokens=12, prompt_lookup=lookup)
+    (answer,) = model.answer([model.encode("Hi")], sampling, write=pieces.append)
+    assert answer.finish == "stop"
+    assert model.tokenizer.decode([end], skip_special_tokens=True)
+    assert "".join(pieces) == answer.text
+
+
+def test_padding_behind_a_stop_text_is_not_counted(writers):
+    model = writers.load("lora")
+    (whole,) = answers(model, "default", Sampling(max_new_tokens=30), ["Hi"])
+    sampling = Sampling(max_new_tokens=30, stop=(whole[4:7],))
+    with model.using("default"):
+        (alone,) = model.answer([model.encode("Hi")], sampling)
+        both = model.answer([model.encode("Hi"), model.encode("a b a b a")], sampling)
+    assert both[0] == alone
+    assert alone.tokens < both[1].tokens
+
+
 def test_the_end_token_of_the_template_ends_an_answer(writers):
     model = writers.load("lora")
     model.tokenizer.eos_token = "<s>"  # as of a base model that was trained on a chat template

@@ -41,6 +41,14 @@ def test_a_limit_of_a_call_is_not_that_of_the_next(kept_run):
     assert len(short["prediction"].split()) <= 1 < len(long["prediction"].split())
 
 
+@pytest.mark.parametrize("limit", [{"batch_size": 0}, {"batch_size": -1}, {"max_new_tokens": 0}])
+def test_limits_below_1_are_refused(kept_run, predictor, limit):
+    ((name, value),) = limit.items()
+    for run in (predictor, kept_run("regression").path):
+        with pytest.raises(InputError, match=f"{name}={value} is not 1 or more"):
+            petl.predict(run, [{"text": "the cat"}], **limit)
+
+
 def test_scores_of_rows_are_those_of_the_run(kept_run, families, tmp_path):
     run = kept_run("token_classification")
     rows = lines(families.folder / "test.jsonl")

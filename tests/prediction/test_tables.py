@@ -1,5 +1,6 @@
 """Tables that are written while their rows are made."""
 
+import csv
 import datetime
 import decimal
 import json
@@ -24,6 +25,16 @@ def test_csv_has_a_header_and_json_in_cells_that_are_no_text(tmp_path):
     text = write(tmp_path / "t.csv", rows[:1], rows[1:]).read_text()
     assert text == 'a,b,c\n"x, y",,"[""é"", 1]"\n"say ""no""",2.5,"{""k"": true}"\n'
     assert write(tmp_path / "t.tsv", [{"a": "x", "b": 1}]).read_text() == "a\tb\nx\t1\n"
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_line_breaks_of_any_kind_stay_in_their_cell(tmp_path, suffix):
+    rows = [{"a": "x\ry", "b": "1"}, {"a": "p\r\nq\n", "b": "\r"}, {"a": "", "b": "\r\n"}]
+    file = write(tmp_path / f"t{suffix}", rows[:1], rows[1:])
+    with file.open(newline="") as opened:
+        found = list(csv.DictReader(opened, delimiter="," if suffix == ".csv" else "\t"))
+    assert found == rows
+    assert file.read_bytes().splitlines(keepends=True)[0] in (b"a,b\n", b"a\tb\n")
 
 
 def test_json_lines_keep_dates_and_escape_what_a_terminal_obeys(tmp_path):
@@ -65,8 +76,9 @@ def test_values_that_a_format_cannot_hold_are_refused(tmp_path):
         write(tmp_path / "t.parquet", [{"a": 1}], [{"a": "x"}])
     with pytest.raises(InputError, match="columns of parquet have one type"):
         write(tmp_path / "t.parquet", [{"a": 1}, {"a": "x"}])
-    with pytest.raises(InputError, match=r"a bytes cannot be written as text; write to \.parquet"):
-        write(tmp_path / "t.jsonl", [{"a": b"x"}])
+    for suffix in (".jsonl", ".csv", ".tsv"):
+        with pytest.raises(InputError, match=r"a bytes cannot be written as text; write to \.parq"):
+            write(tmp_path / f"t{suffix}", [{"a": b"x"}])
     with pytest.raises(InputError, match=r"--out=t\.xls is not in a supported format"):
         check_format("--out", tmp_path.__class__("t.xls"))
     assert list(tmp_path.iterdir()) == []

@@ -70,13 +70,19 @@ def test_single_requests_get_the_pieces_that_they_get_without_drafts(
         assert lanes[1].passes.count < lanes[0].passes.count
 
 
-def test_requests_that_join_and_leave_change_no_answer(writers):
+@pytest.mark.parametrize("choice", ["greedy", "sampled"])
+@pytest.mark.parametrize("rests", [True, False])
+def test_requests_that_join_and_leave_change_no_answer(writers, rests, choice):
     model = writers.load("lora")
 
     def staggered(drafter):
         lane = Lane(Passes(model, None, drafter=drafter))
+        if drafter is not None:
+            # a rest would begin the drafter's text again
+            lane.passes.drafts.switch.enabled = rests
         requests = [
-            request(model, t, a) for t, a in zip(TEXTS, ["default", BASE, BASE], strict=True)
+            request(model, t, a, choice)
+            for t, a in zip(TEXTS, ["default", BASE, BASE], strict=True)
         ]
         requests[1].max_tokens = 4  # so that the first is alone twice
         joins = {0: requests[:1], 3: requests[1:2], 9: requests[2:]}

@@ -88,6 +88,27 @@ def test_long_prompts_are_read_in_several_passes(engine):
     assert lane.rows == [2, 3, 1]
 
 
+def test_the_padding_of_short_prompts_counts(engine):
+    lane = CountingLane()
+    # three rows of half the bound would be computed
+    jobs = [Job(2, 1), Job(2, PROMPT_TOKENS // 2), Job(2, 1)]
+    engine.submit([(lane, job) for job in jobs])
+    engine.start()
+    assert [job.end().finish for job in jobs] == ["stop"] * 3
+    assert lane.rows == [2, 3, 1]
+
+
+def test_a_request_that_was_cancelled_keeps_no_place_in_the_queue(engine):
+    lane, jobs = CountingLane(), [Job() for _ in range(10)]
+    engine.submit([(lane, job) for job in jobs])
+    with pytest.raises(Busy):
+        engine.submit([(lane, Job())])
+    for job in jobs[2:]:
+        job.cancelled.set()
+    engine.submit([(lane, Job()) for _ in range(8)])
+    assert engine.waiting == 10
+
+
 def test_a_request_that_was_cancelled_never_starts(engine):
     lane, gone, stays = CountingLane(), Job(), Job()
     gone.cancelled.set()

@@ -5,7 +5,8 @@ from tiny_tokenizers import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from petl.serving.replies import bytes_of
+from petl.serving.choice import LogProb
+from petl.serving.replies import Answer, CompletionReply, bytes_of
 
 TEXT = "a é€ 🙂\n"
 
@@ -24,6 +25,23 @@ def test_the_bytes_of_all_tokens_are_those_of_the_text(tokenizer):
     found = [bytes_of(tokenizer, token) for token in tokenizer(TEXT)["input_ids"]]
     assert len(found) > len(TEXT)  # some are parts of characters
     assert b"".join(found) == TEXT.encode()
+
+
+def test_the_space_before_a_word_belongs_to_its_token():
+    words = {"<unk>": 0, "▁a": 1, "▁cat": 2, "s": 3, "▁": 4}
+    own = Tokenizer(models.BPE(words, [], unk_token="<unk>"))
+    # as Llama's: the space before the first word of a text is left out
+    own.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ])  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own)
+    assert tokenizer.decode([1, 2, 3]) == "a cats"
+    assert b"".join(bytes_of(tokenizer, token) for token in (1, 2, 3, 4)) == b" a cats "
+    likely = [[LogProb(token, -1.0)] for token in (2, 3, 1)]
+    reply = CompletionReply("m", tokenizer).whole([Answer(" cats a", 3, likely)], 1)
+    found = reply["choices"][0]["logprobs"]
+    assert (found["tokens"], found["text_offset"]) == ([" cat", "s", " a"], [0, 4, 5])
 
 
 def test_a_token_that_is_no_bytes_has_those_of_its_text():
