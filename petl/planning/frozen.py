@@ -19,7 +19,7 @@ from petl.frozen.store import MARGIN, Form, free_bytes, size_of
 from petl.planning.memory import heaviest_batch, megabytes
 from petl.runs.settings import TrainConfig
 from petl.training.dataloader import Splits, batched, row_lengths
-from petl.training.frozen import PAYS, parts_of
+from petl.training.frozen import PAYS, parts_of, passes_of
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,7 @@ def _reason(
     left_out = dropouts(iter(own))
     if left_out:
         return f"they have dropout, such as {left_out[0]}", True
-    sampler = splits.sampler(settings)
-    passes = sampler.steps / sampler.steps_per_epoch
+    passes = passes_of(splits, settings)
     if missing and passes < PAYS:
         return f"the run reads its examples {passes:.2g} times", True
     return "", False
