@@ -21,7 +21,7 @@ from petl.core.progress import Pass
 from petl.errors import InputError, UnsupportedError
 from petl.frozen.feed import Feed, autocast_of
 from petl.frozen.keys import Rows
-from petl.frozen.prefix import Prefix, dropouts, layer_drop
+from petl.frozen.prefix import Prefix, dropouts, layer_drop, reason_before
 from petl.frozen.store import Form, name_of
 
 POSITIONS = 2048  # of a batch: enough for large products, little memory
@@ -135,7 +135,9 @@ class Prober:
                 for hook in hooks:
                     hook.remove()
             self.called = {name: module for module, name in called.items()}
-            self._refuse_trained()
+            reason = reason_before(self.prefix, self.called.items())
+            if reason:
+                raise UnsupportedError(reason)
             form = self._form(rows, output)
             left_out = dropouts(iter(self.called.items()))
             if left_out and not without_dropout:
@@ -159,13 +161,6 @@ class Prober:
             raise UnsupportedError(
                 f"the model's config has {setting}: training leaves out blocks at random"
             )
-
-    def _refuse_trained(self) -> None:
-        for name, module in self.called.items():
-            trained = [k for k, p in module.named_parameters(recurse=False) if p.requires_grad]
-            if trained:
-                where = ".".join(filter(None, (name, trained[0])))
-                raise UnsupportedError(f"{where}, which is trained, is read before the blocks")
 
     def _refuse_batch_norms(self) -> None:
         for name, module in self._modules():

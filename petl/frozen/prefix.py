@@ -1,7 +1,7 @@
 """The prefix of a model: its blocks below the lowest one that trains, and what runs before them."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,25 @@ def reason_to_run(block: nn.Module) -> str:
             return f"{where}is trained"
         if any(map(_observes, _hooks_of(module))):
             return f"{where}has a hook"
+    return ""
+
+
+def reason_before(prefix: Prefix, modules: Iterable[tuple[str, nn.Module]]) -> str:
+    """Return why the input of the blocks is no fixed function of a row; "" if it is.
+
+    Args:
+        modules: that were called up to the end of the prefix, by name.
+    """
+    inside = {module for block in prefix.own for module in block.modules()}
+    for name, module in modules:
+        # the tensors of an adapter may be in containers, which are never called
+        is_adapted = isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        if is_adapted and module not in inside:
+            return f"{name}, which has an adapter, is read before the blocks"
+        trained = [key for key, p in module.named_parameters(recurse=False) if p.requires_grad]
+        if trained:
+            where = ".".join(filter(None, (name, trained[0])))
+            return f"{where}, which is trained, is read before the blocks"
     return ""
 
 

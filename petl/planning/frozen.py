@@ -14,12 +14,12 @@ from petl.core.dry_run import PassMemory, part_of_pass
 from petl.errors import UnsupportedError
 from petl.files.paths import cache_folder
 from petl.frozen.cache import FOLDER, missing_rows, prefix_of
-from petl.frozen.prefix import dropouts, layer_drop
+from petl.frozen.prefix import dropouts, layer_drop, reason_before
 from petl.frozen.store import MARGIN, Form, free_bytes, size_of
 from petl.planning.memory import heaviest_batch, megabytes
 from petl.runs.settings import TrainConfig
 from petl.training.dataloader import Splits, batched, row_lengths
-from petl.training.frozen import PAYS, parts_of
+from petl.training.frozen import PAYS, parts_of, passes_of
 
 
 @dataclass(frozen=True)
@@ -152,14 +152,16 @@ def _reason(
         return f"the model's config has {setting}", False
     if missing and missing + MARGIN > free_bytes(folder()):
         return f"the disk of {folder()} has {megabytes(free_bytes(folder()))} free", False
+    own = [(name.removeprefix("base_model.model."), module) for name, module in called.items()]
+    reason = reason_before(prefix, own)
+    if reason:
+        return reason, False
     if settings.cache_frozen is True:
         return "", False
-    left_out = dropouts(iter(called.items()))
+    left_out = dropouts(iter(own))
     if left_out:
-        name = left_out[0].removeprefix("base_model.model.")
-        return f"they have dropout, such as {name}", True
-    sampler = splits.sampler(settings)
-    passes = sampler.steps / sampler.steps_per_epoch
+        return f"they have dropout, such as {left_out[0]}", True
+    passes = passes_of(splits, settings)
     if missing and passes < PAYS:
         return f"the run reads its examples {passes:.2g} times", True
     return "", False

@@ -14,6 +14,7 @@ from peft import PeftModel
 
 from petl.core.adapter_file import safetensors_bytes, saved_shapes
 from petl.core.dry_run import takes_mixed_batches, without_values
+from petl.core.lifecycle import lifecycle
 from petl.core.model.heat_map import role_of
 from petl.core.parameters import trainable
 from petl.core.refusals import lora_refusal, merge_refusal
@@ -46,6 +47,7 @@ from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task
 from petl.training.dataloader import Splits, encode_splits, row_lengths
 from petl.training.evaluate import for_training
+from petl.training.frozen import passes_of
 from petl.training.optimizer import head_names, peak_lr
 from petl.training.wrapping import sized_fields
 
@@ -282,12 +284,14 @@ def targets_of(model: PeftModel, patterns: Any) -> list[Target]:
 def groups_of(model: PeftModel, settings: TrainConfig) -> list[Group]:
     """Group the trainable tensors by role and peak learning rate."""
     sizes_of: dict[tuple[str, float], list[int]] = {}
-    heads = head_names(model)
+    heads, life = head_names(model), lifecycle(model)
     for name, parameter in trainable(model):
         # PEFT trains complete copies of heads and norms as `modules_to_save`
         backbone = "norm" if "modules_to_save" in name.split(".") else "adapter"
         role = "head" if name in heads else backbone
-        sizes_of.setdefault((role, peak_lr(name, settings, heads)), []).append(parameter.numel())
+        own = life.learning_rate_of(name)  # that of the method, if it sets one
+        peak = peak_lr(name, settings, heads) if own is None else own
+        sizes_of.setdefault((role, peak), []).append(parameter.numel())
     return [
         Group(role, len(sizes), sum(sizes), lr) for (role, lr), sizes in sorted(sizes_of.items())
     ]
@@ -299,17 +303,19 @@ def groups_of(model: PeftModel, settings: TrainConfig) -> list[Group]:
 def length_of(splits: Splits, settings: TrainConfig) -> Length:
     """Return the length of a run: examples, steps, amount of data, padding."""
     plan, lengths = splits.sampler(settings), row_lengths(splits.task, splits.known)
-    passes, rest = divmod(plan.steps, plan.steps_per_epoch)
-    amount = passes * int(lengths.sum())  # complete epochs read every row once
-    if rest:  # the last epoch is incomplete: its rows depend on its permutation
-        last = splits.sampler(settings, done=plan.steps - rest)
-        amount += sum(int(lengths[batch].sum()) for batch in last.global_batches())
+    passes = plan.steps // plan.steps_per_epoch  # complete epochs read every row once
+    if splits.mixture is not None or splits.stages is not None:  # some more often
+        passes = 0
+    amount = passes * int(lengths.sum())
+    # of an incomplete epoch: its rows depend on its permutation
+    rest = splits.sampler(settings, done=passes * plan.steps_per_epoch)
+    amount += sum(int(lengths[batch].sum()) for batch in rest.global_batches())
     first = replace(plan, steps=min(plan.steps, plan.steps_per_epoch))
     return Length(
         rows=len(lengths),
         steps=plan.steps,
         warmup=settings.warmup_steps(plan.steps),
-        epochs=plan.steps / plan.steps_per_epoch,
+        epochs=passes_of(splits, settings),
         amount=amount,
         unit=splits.task.unit,
         padding=padding_fraction(lengths, first),

@@ -1,6 +1,7 @@
 """The largest size of a method within a number of parameters: `train.budget`."""
 
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -21,7 +22,7 @@ def within_budget(
     """Return `fields` at the largest size whose adapter has at most `budget` parameters.
 
     The method chooses which fields change (`MethodConfig.sized`): for most, `r`, and `lora_alpha`
-    in proportion to it.
+    (`alpha` of LoHa and LoKr) in proportion to it.
 
     Args:
         fields: of the method, its name included.
@@ -91,7 +92,8 @@ def resized(fields: Mapping[str, Any], size: int) -> dict[str, Any]:
 def largest(count: Callable[[int], int | None], budget: int) -> int:
     """Return the largest size from 1 whose count, which grows with it, is at most `budget`.
 
-    Counts are nearly linear in the size, so the next size to try is a linear extrapolation.
+    Counts are nearly linear in the size, so the next size to try is a linear extrapolation. Of
+    sizes with equal counts, as those of LoKr from full matrices on, it is the smallest.
     """
     low, at_low, high = 1, count(1) or 0, None
     slope = max(1, (count(2) or 2 * at_low) - at_low)
@@ -100,9 +102,11 @@ def largest(count: Callable[[int], int | None], budget: int) -> int:
         if high is not None and size >= high:
             size = (low + high) // 2
         parameters = count(size)
-        if parameters is None or parameters > budget:
+        if parameters is None or parameters > budget or parameters == at_low:
             high = size
         else:
             slope = max(1, (parameters - at_low) // (size - low))
             low, at_low = size, parameters
+    if low > 1 and count(low - 1) == at_low:
+        return bisect_left(range(low), at_low, lo=1, key=lambda size: count(size) or 0)
     return low

@@ -98,8 +98,7 @@ def parts_of(splits: Splits, settings: TrainConfig) -> list[Dataset]:
 def why_not(wanted: list[Wanted], splits: Splits, settings: TrainConfig) -> str:
     """Return why stores that could be made are not; "" if they are."""
     missing = sum(each.bytes for each in wanted if not each.is_there)
-    sampler = splits.sampler(settings)
-    passes = sampler.steps / sampler.steps_per_epoch
+    passes = passes_of(splits, settings)
     if missing and passes < PAYS and settings.cache_frozen == "auto":
         return f"the run reads its examples {passes:.2g} times, and computing them costs as much"
     try:
@@ -107,6 +106,14 @@ def why_not(wanted: list[Wanted], splits: Splits, settings: TrainConfig) -> str:
     except InputError as error:
         return str(error)
     return ""
+
+
+def passes_of(splits: Splits, settings: TrainConfig) -> float:
+    """Return how often a run reads its train rows."""
+    sampler = splits.sampler(settings)
+    # a stream of classes is one epoch, which reads each row several times
+    repeats = 1 if splits.stages is None else splits.stages.repeats
+    return repeats * sampler.steps / sampler.steps_per_epoch
 
 
 def _say(cache: FrozenCache, wanted: list[Wanted]) -> None:

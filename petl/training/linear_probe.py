@@ -351,9 +351,9 @@ class ProbeTrainer:
         """Return a copy of the head trained on some rows, by index, for the steps of the run."""
         head = copy.deepcopy(self.head).train()
         settings, data = self.settings, self.data
-        # a head has no pretrained value to stay near
+        # a head has no pretrained value to stay near, and no lora_B
         adamw = {"optimizer": "adamw", "delta_decay": 0.0, "delta_norm": "l2"}
-        optimizer = make_optimizer(head, replace(settings, **adamw))
+        optimizer = make_optimizer(head, replace(settings, **adamw, loraplus_ratio=None))
         for group in optimizer.param_groups:
             group["initial_lr"] = lr  # instead of train.lr and train.head_lr
         # as many steps as the run, with a warm-up of a sixteenth (assumption)

@@ -423,6 +423,24 @@ def test_embeddings_that_train_are_refused_also_as_a_tied_head(tmp_path):
             cache.fill(examples(), collate)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": r".*embed_tokens|.*layers\.2\..*q_proj", "layers_to_transform": None},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
+    ],
+    ids=["low-rank", "tokens"],
+)
+def test_adapters_of_the_embeddings_are_refused(tmp_path, fields):
+    """Their tensors are in containers, which no pass calls; a store would leave them untrained."""
+    model = upper(**fields)
+    with (
+        petl.cache_frozen(model, tmp_path) as cache,
+        pytest.raises(UnsupportedError, match=r"embed_tokens, which has an adapter, is read"),
+    ):
+        cache.fill(examples(), collate)
+
+
 def test_dropout_below_the_first_trained_block_is_refused_unless_it_may_be_left_out(tmp_path):
     model = upper("bert", layers_to_transform=[1])
     model.get_base_model().bert.embeddings.dropout.p = 0.1

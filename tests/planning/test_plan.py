@@ -10,6 +10,7 @@ from training_fixtures import Tiny, bert_config, llama_config, train
 from transformers import BertForSequenceClassification, LlamaForCausalLM
 
 import petl
+from petl import testing
 from petl.catalog.reference import count_trainable
 from petl.config.command_line import preset_of
 from petl.config.compose import compose
@@ -20,10 +21,10 @@ from petl.core.registry import needs_calibration, on_shapes
 from petl.core.spec.method import modifies_base_weights
 from petl.errors import InputError, UnsupportedError
 from petl.models.loading import load_processor
-from petl.planning.plan import RunPlan, plan_run
+from petl.planning.plan import RunPlan, groups_of, plan_run
 from petl.runs.checkpoint import save_adapter
 from petl.runs.run_config import read_config
-from petl.runs.settings import method_fields
+from petl.runs.settings import TrainConfig, method_fields
 
 pytest_plugins = ["training_fixtures"]
 
@@ -73,6 +74,15 @@ def test_dropout_below_the_first_trained_block_is_planned_as_a_reason(tiny):
     assert planned.reason == "they have dropout, such as bert.embeddings.dropout (0.1)"
     planned = plan_run(compose([*tiny.classify, *words, "train.cache_frozen=true"])).frozen
     assert planned.reason == ""
+
+
+def test_an_adapter_of_the_embeddings_is_planned_as_a_reason(tiny):
+    words = ["+method=lora", "method.layers_to_transform=top:1", "train.steps=14"]
+    planned = plan(tiny, *words, "+method.trainable_token_indices=[1,2]").frozen
+    assert planned.reason.endswith(
+        "word_embeddings, which has an adapter, is read before the blocks"
+    )
+    assert not planned.remedy
 
 
 def test_a_store_that_is_there_needs_no_space(tiny, tmp_path, monkeypatch):
@@ -158,6 +168,23 @@ def test_the_plan_equals_what_the_run_does(tiny, tmp_path):
     assert planned.length.amount == finished.scores["tokens"]
     assert 0.1 < planned.length.padding < 0.6
     assert planned.saved == sum(tensor.numel() for tensor in finished.adapter.values())
+
+
+def test_the_plan_of_a_stream_of_classes_counts_its_repeats(tiny, tmp_path):
+    words = ["+method=lora", "method.layers_to_transform=top:1", "train.steps=null"]
+    words += ["data.order=by_class", "data.stream_repeats=3"]
+    planned = plan(tiny, *words)
+    finished = train([*tiny.steady, *words], tmp_path / "run")
+    assert planned.length.steps == finished.scores["steps"]
+    assert planned.length.amount == finished.scores["tokens"]
+    assert planned.length.epochs == 3
+    assert planned.frozen.reason == ""  # the store is read three times
+
+
+def test_the_plan_has_the_rates_that_a_method_sets():
+    model = petl.wrap(testing.tiny_vit(), "pyra", schedule=[3, 0], vector_lr=1e-4)
+    planned = {(group.lr, group.parameters) for group in groups_of(model, TrainConfig(lr=1e-3))}
+    assert planned == {(1e-4, sum(p.numel() for p in model.parameters() if p.requires_grad))}
 
 
 def test_the_plan_has_the_steps_of_a_token_budget_and_their_padding(tiny, tmp_path):

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from training_fixtures import main
 
@@ -60,6 +61,23 @@ def test_each_run_is_the_one_that_it_would_be_alone(program, tiny, tmp_path, siz
             torch.testing.assert_close(tensor, weights[1][name], atol=2e-5, rtol=1e-4)
         told = json.loads((run / "environment.json").read_text())["command"]
         assert f"+method={method} train.lr={rate} " in told
+
+
+@pytest.mark.parametrize("words", ["train.precision=no,bf16", "train.precision=bf16,no"])
+def test_runs_of_two_precisions_are_those_that_they_would_be_alone(program, tiny, tmp_path, words):
+    program("-m", "+method=lora", words, "train.together=2", *tiny.steady, *HELD_OUT)
+    runs = [adapter.parent for adapter in tmp_path.glob("runs/*/adapter")]
+    assert len(runs) == 2
+    for run in runs:
+        precision = OmegaConf.load(run / "config.yaml").train.precision
+        alone = tmp_path / "alone" / precision
+        words = ["+method=lora", f"train.precision={precision}", *tiny.steady, *HELD_OUT]
+        main()(compose([*words, f"train.run={alone}"]))
+        weights = [
+            load_file(each / "adapter" / "adapter_model.safetensors") for each in (run, alone)
+        ]
+        for name, tensor in weights[0].items():
+            torch.testing.assert_close(tensor, weights[1][name], atol=2e-5, rtol=1e-4)
 
 
 def test_a_run_that_fails_ends_no_other_and_finished_ones_are_skipped(program, tiny, tmp_path):

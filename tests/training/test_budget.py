@@ -73,6 +73,30 @@ def test_the_budget_is_spent_but_for_less_than_a_rank(name):
     assert adapter_parameters(petl.wrap(base(), **without_data(above)[0])) > budget
 
 
+@pytest.mark.parametrize("budget", [9, 50, 5000])
+@pytest.mark.parametrize(
+    "count", [lambda n: min(5 * n, 60), lambda n: 3 * min(n, 700), lambda n: 4 * min(n, 2)]
+)
+def test_of_sizes_with_equal_counts_the_smallest_is_taken(count, budget):
+    tried: list[int] = []
+
+    def counted(size):
+        tried.append(size)
+        return count(size)
+
+    most = max(found for n in range(1, 20_000) if (found := count(n)) <= budget)
+    assert largest(counted, budget) == next(n for n in range(1, 20_000) if count(n) == most)
+    assert len(tried) < 60
+
+
+@pytest.mark.parametrize("name", ["loha", "lokr"])
+def test_the_scaling_of_loha_and_lokr_stays(name):
+    chosen = within_budget(fields(name), base, 5000)
+    assert chosen["r"] < 32  # from half the width of a factor on, LoKr's is a full matrix
+    before = fields(name)
+    assert chosen["alpha"] / chosen["r"] == before["alpha"] / before["r"]
+
+
 def test_reflections_of_hra_are_counted_in_pairs():
     pair = 2 * (6 * 32 + 48)  # a reflection has as many numbers as the input of its module
     chosen = within_budget(fields("hra"), base, 2 * 3 * pair + pair)  # two layers want 2 at once

@@ -118,6 +118,13 @@ def test_the_head_alone_does_about_as_well_as_logistic_regression(parts):
     assert found["accuracy"] >= expected - 0.15  # three test rows of twenty
 
 
+def test_a_rate_of_lora_b_is_none_of_the_head(parts):
+    model, splits, settings, accelerator = parts
+    plain = linear_probe(model, splits, settings, accelerator)
+    plus = linear_probe(model, splits, replace(settings, loraplus_ratio=4.0), accelerator)
+    assert plus == plain
+
+
 def test_the_model_and_the_random_state_stay_as_they_were(parts):
     model, splits, settings, accelerator = parts
     before = {name: p.clone() for name, p in model.named_parameters()}

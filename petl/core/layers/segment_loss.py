@@ -257,8 +257,12 @@ def _returning(module: nn.Module, output: Any) -> Generator[None]:
             module.__dict__["forward"] = before
 
 
-class _AfterProduct(TorchDispatchMode):
-    """Notes whether values are changed after the first matrix product in its block."""
+class _AroundProduct(TorchDispatchMode):
+    """Notes whether `hidden` is changed before a matrix product in its block, or the product after.
+
+    Args:
+        hidden: what the first product should get.
+    """
 
     # names of ATen operators, as autograd dispatches them
     PRODUCTS = ("mm", "addmm", "bmm", "linear", "addmv", "mv")
@@ -274,25 +278,34 @@ class _AfterProduct(TorchDispatchMode):
     )
     SAME_VALUES += ("detach", "expand", "unsqueeze", "squeeze", "clone", "select", "empty", "zeros")
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: Tensor) -> None:
         super().__init__()
+        self.same = [hidden]  # tensors of the same values
         self.products = 0
         self.changes = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        self.products += name in self.PRODUCTS
-        self.changes |= bool(self.products) and name not in (*self.PRODUCTS, *self.SAME_VALUES)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        is_same = any(given is known for given in args for known in self.same)
+        if name in self.PRODUCTS:
+            self.products += 1
+            self.changes |= not is_same
+        elif name not in self.SAME_VALUES:
+            self.changes |= bool(self.products)
+        elif is_same:
+            self.same.append(result)
+        return result
 
 
 @torch.no_grad()
 def _adds_to_logits(tail: Callable[[Tensor], Tensor], rows: Tensor) -> bool:
     """Return True if logits are more than one matrix product, found on one position."""
-    with _AfterProduct() as after:
-        tail(rows[:1].detach()[None])
+    hidden = rows[:1].detach()[None]
+    with _AroundProduct(hidden) as around:
+        tail(hidden)
     # more than one product: a low-rank head, or an adapter's
-    return after.changes or after.products != 1
+    return around.changes or around.products != 1
 
 
 def _leaves(logits: Tensor) -> list[Tensor]:

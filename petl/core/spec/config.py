@@ -249,13 +249,17 @@ class MethodConfig(PeftConfig):
 
 
 def in_proportion(config: Any, r: int) -> dict[str, Any]:
-    """Return this `r`, and the `lora_alpha` with which the scaling lora_alpha / r is unchanged."""
-    alpha = getattr(config, "lora_alpha", None)
-    if alpha is None or config.r is None:
+    """Return this `r`, and the `lora_alpha` with which the scaling lora_alpha / r is unchanged.
+
+    The field of PEFT's LoHa and LoKr is `alpha`.
+    """
+    names = (name for name in ("lora_alpha", "alpha") if getattr(config, name, None) is not None)
+    name = next(names, None)
+    if name is None or config.r is None:
         return {"r": r}
     # an integer where possible, as PEFT annotates it
-    scaled = alpha * r / config.r
-    return {"r": r, "lora_alpha": int(scaled) if scaled == int(scaled) else scaled}
+    scaled = getattr(config, name) * r / config.r
+    return {"r": r, name: int(scaled) if scaled == int(scaled) else scaled}
 
 
 def require(condition: bool, message: str) -> None:

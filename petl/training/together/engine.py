@@ -13,6 +13,7 @@ from petl.core.layers.grouped import drawing_from
 from petl.distributed.launch import Engine
 from petl.distributed.processes import ASKS, current_lane
 from petl.errors import InputError, UnsupportedError
+from petl.frozen.feed import autocast_of
 from petl.training.together.batches import check_loss, room_for
 from petl.training.together.group import AdapterGroup, Member, check_alike
 from petl.training.together.lanes import Lane, Lanes
@@ -74,6 +75,7 @@ class LaneEngine(Engine):
                 logger.warning("this run trains alone: %s", error)
                 self.member, self.wrapped = None, super().wrap()
                 return self.wrapped(**batch)
+        self.member.precision = autocast_of(self.member.base)
         return SimpleNamespace(loss=self.lane.ask(FORWARD, (self.member, batch)))
 
     def backward(self, loss: Tensor) -> None:
@@ -124,7 +126,8 @@ class Passes:
         for members, group in self.groups.items():
             for member in members:
                 copy_state(lane_of[member], member)
-            with drawing_from(self._generator):
+            # the thread is one of the lanes, in the precision of its own run
+            with drawing_from(self._generator), autocast(members[0], lanes[0].device):
                 own = group.losses([batches[member] for member in members])
             losses |= dict(zip(members, own, strict=True))
             for member in members:
@@ -171,11 +174,20 @@ def request_of(lane: Lane) -> Any:
 
 def alike(one: Member, other: Member) -> bool:
     """Return True if two adapters can be in one group."""
+    if one.precision != other.precision:
+        return False
     try:
         check_alike(one, other)
     except InputError:
         return False
     return True
+
+
+def autocast(member: Member, device: torch.device) -> torch.autocast:
+    """Return the context of a pass in the precision of a member's run."""
+    if not member.precision:
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, getattr(torch, member.precision))
 
 
 # A member draws its dropout from the random numbers of its run

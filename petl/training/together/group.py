@@ -64,7 +64,10 @@ class Member:
         base: the transformers model inside.
         adapted: by path in `base`, the layers and heads with trained tensors.
         trained: the trained tensors.
+        precision: dtype of autocast of its run; "": none. Set where runs differ.
     """
+
+    precision = ""
 
     def __init__(self, model: PeftModel, generator: torch.Generator | None = None) -> None:
         refuse(model)

@@ -6,6 +6,7 @@ norm, learning rate, schedule, early stopping, head, order of rows and random nu
 the adapter that a training of its own would have made.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -139,7 +140,7 @@ class Trained:
             save it, or copy the model, before merging the adapter.
         losses: the loss of each step, before the optimizer changed the weights.
         steps: the steps that were made, fewer than asked for after early stopping.
-        score: the best score; None without evaluation.
+        score: the best score; None without evaluation, or if every score was NaN.
         best_step: the step after which it was reached.
     """
 
@@ -335,7 +336,8 @@ class _Running:
         with torch.no_grad():
             score = float(self.job.evaluate(self.model))
         self.model.train()
-        if self.best is None or score > self.best[0]:
+        # NaN, as of a correlation with a constant, is the worst: no score is above it
+        if not math.isnan(score) and (self.best is None or score > self.best[0]):
             self.stale = 0
             self.best = score, self.steps, [p.detach().clone() for p in self.member.trained]
         else:

@@ -4,7 +4,8 @@ Each run is the code of `petl train`, unchanged: it loads, scores, trains, saves
 its training loop would call the model, its engine (`engine.py`) asks for a pass and waits. When no
 run can go on without one, the pass of all of them is made, and they go on one after the other. A
 run works alone, so what a process has once is exchanged when another run's turn comes: states of
-random number generators, standard streams, the command line and what Hydra knows of it.
+random number generators, standard streams, the command line, what Hydra knows of it, and what
+accelerate knows of the run.
 """
 
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from hydra.core.hydra_config import HydraConfig
 from torch import Tensor, nn
 
@@ -178,13 +180,20 @@ def _kind(lane: Lane) -> str:
 
 
 def process_state() -> tuple[Any, ...]:
-    """Return what a process has once, and each run sets: streams, command line, Hydra's config."""
-    return sys.stdout, sys.stderr, list(sys.argv), HydraConfig.instance().cfg
+    """Return what a process has once, and each run sets.
+
+    That is streams, command line, Hydra's config, and the state of accelerate with the precision.
+    """
+    accelerate = dict(AcceleratorState._shared_state)
+    return sys.stdout, sys.stderr, list(sys.argv), HydraConfig.instance().cfg, accelerate
 
 
 def set_process_state(state: tuple[Any, ...]) -> None:
     """Restore what `process_state` returned."""
-    sys.stdout, sys.stderr, sys.argv[:], HydraConfig.instance().cfg = state
+    sys.stdout, sys.stderr, sys.argv[:], HydraConfig.instance().cfg, accelerate = state
+    # in place: every Accelerator has this dict
+    AcceleratorState._shared_state.clear()
+    AcceleratorState._shared_state.update(accelerate)
 
 
 def share_base(base: Any) -> Any:

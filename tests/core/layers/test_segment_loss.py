@@ -27,6 +27,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import petl
 from petl import testing
@@ -40,6 +41,20 @@ SMALL |= {"num_attention_heads": 4, "bos_token_id": 0, "eos_token_id": 1, "pad_t
 GROUPED = {**SMALL, "num_key_value_heads": 2}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 ROUTED = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+
+
+class DividedForCausalLM(LlamaForCausalLM):
+    """A Llama whose head gets a fourth of the hidden states, as that of MiniCPM3 gets a part."""
+
+    def forward(self, input_ids=None, labels=None, logits_to_keep=0, **kwargs):
+        hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state / 4
+        logits, loss = self.lm_head(hidden[:, -logits_to_keep:]), None
+        if labels is not None:
+            vocab = self.config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig(**GROUPED)),
     "tied": (LlamaForCausalLM, LlamaConfig(**GROUPED, tie_word_embeddings=True)),
@@ -52,6 +67,7 @@ MODELS = {
         Gemma2Config(**GROUPED, head_dim=8, final_logit_softcapping=3.0),
     ),
     "scale": (CohereForCausalLM, CohereConfig(**GROUPED, logit_scale=0.3)),
+    "divided": (DividedForCausalLM, LlamaConfig(**GROUPED)),
     "bias": (PhiForCausalLM, PhiConfig(**SMALL, resid_pdrop=0.0)),
     "router": (MixtralForCausalLM, MixtralConfig(**GROUPED, **ROUTED)),
 }

@@ -1,6 +1,7 @@
 """`petl.train_together`, compared with a training of its own for each adapter."""
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -194,6 +195,17 @@ def test_early_stopping_and_best_weights_are_of_each_adapter():
     assert (second.steps, second.score, second.best_step) == (12, 6, 12)
     now = [p for p in first.model.parameters() if p.requires_grad]
     assert all(torch.equal(a, b) for a, b in zip(now, seen["weights"], strict=True))
+
+
+def test_a_score_that_is_undefined_is_the_worst():
+    scores = [[math.nan, 1.0, 0.5], [math.nan] * 3, [1.0, math.nan, 2.0]]
+    train = {"steps": 6, "lr": 1e-3, "eval_steps": 2}
+    jobs = [
+        petl.Job("lora", [class_batch(3, 0)], train, {"task_type": "SEQ_CLS"}, evaluate)
+        for evaluate in (lambda _, rest=rest: next(rest) for rest in map(iter, scores))
+    ]
+    found = petl.train_together(tiny_bert(), jobs, together=3)
+    assert [(one.score, one.best_step) for one in found] == [(1.0, 4), (None, None), (2.0, 6)]
 
 
 def test_a_trained_adapter_saves_and_loads_alone(tmp_path):
