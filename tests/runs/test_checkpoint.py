@@ -151,6 +151,15 @@ def test_a_manifest_names_no_file_outside(checkpoint):
         verify(checkpoint)
 
 
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "x/" * 3000])
+def test_a_manifest_with_a_name_that_no_file_can_have_is_refused(checkpoint, name):
+    (checkpoint / "manifest.json").write_text(
+        json.dumps({"files": {name: {"bytes": 1, "sha256": "x"}}})
+    )
+    with pytest.raises(InputError, match=r"manifest\.json names a file that cannot be"):
+        verify(checkpoint)
+
+
 def draw():
     return torch.rand(3).tolist(), random.random(), np.random.rand(3).tolist(), random.gauss(0, 1)
 
