@@ -7,6 +7,7 @@ import argparse
 import errno
 import functools
 import logging
+import math
 import os
 import signal
 import sys
@@ -23,6 +24,7 @@ from petl.config.command_line import (
     add_config_dir,
     how_to_resume,
     in_sweep,
+    is_optuna,
     log_conflicts,
     search_users_dirs,
     with_quoted_templates,
@@ -242,11 +244,7 @@ def job(main: Callable[[DictConfig], float]) -> Callable[[DictConfig], float]:
     def run_job(cfg: DictConfig) -> float:
         begin_job()
         try:
-            with explain_process_failures():
-                return main(cfg)
-        except JobSkipped as skipped:
-            logging.getLogger("petl").info("%s", skipped)
-            return skipped.objective
+            return _objective(main, cfg)
         except (InputError, RunStopped) as error:
             is_signal = isinstance(error, RunStopped) and error.status > SIGNALLED
             if is_signal or not in_sweep():
@@ -257,6 +255,23 @@ def job(main: Callable[[DictConfig], float]) -> Callable[[DictConfig], float]:
             release_all()
 
     return run_job
+
+
+def _objective(main: Callable[[DictConfig], float], cfg: DictConfig) -> float:
+    """Return the objective of a run, also of one that is skipped.
+
+    Raises:
+        RunStopped: Optuna would get NaN, at which its sweeper ends the search by a ValueError.
+    """
+    try:
+        with explain_process_failures():
+            objective = main(cfg)
+    except JobSkipped as skipped:
+        logging.getLogger("petl").info("%s", skipped)
+        objective = skipped.objective
+    if in_sweep() and is_optuna() and math.isnan(objective):
+        raise RunStopped("this trial has no score, and counts as failed")
+    return objective
 
 
 def destroy_process_group() -> None:

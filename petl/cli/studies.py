@@ -153,7 +153,7 @@ def study(arguments: argparse.Namespace) -> None:
 
 def batch_sizes(arguments: argparse.Namespace) -> None:
     """Find the batch sizes of a run, print them, and write them to a file."""
-    from petl.config.command_line import config_dir_words, in_shell
+    from petl.config.command_line import config_dir_words, in_shell, word_of
     from petl.config.compose import compose
     from petl.planning.batch_sizes import bytes_of, find
     from petl.reports.formatting import echo, print_table
@@ -162,7 +162,7 @@ def batch_sizes(arguments: argparse.Namespace) -> None:
     result = find(compose(settings), None if memory is None else bytes_of(memory))
     # the buckets of the file replace train.buckets
     kept = [word for word in settings if not word.startswith("train.buckets=")]
-    line = in_shell([*config_dir_words(), *kept, f"train.batch_sizes={file}"])
+    line = in_shell([*config_dir_words(), *kept, word_of("train.batch_sizes", file)])
     _write_yaml(file, {**result, "command": line})  # how to train with them
     keys = ("longest", "rows", "batch_size", "tokens")
     rows = [[f"{bucket[key]:,}" for key in keys] for bucket in result["buckets"]]

@@ -17,6 +17,7 @@ from typing import Any
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -42,7 +43,29 @@ def command(**settings: object) -> str:
     folder = config_dir_option(sys.argv[1:])
     if HydraConfig.initialized() and folder is not None:  # an option, and no override
         kept = ["--config-dir", folder, *kept]
-    return in_shell([*kept, *(f"train.{name}={value}" for name, value in settings.items())])
+    chosen = [word_of(f"train.{name}", value) for name, value in settings.items()]
+    return in_shell([*kept, *chosen])
+
+
+def word_of(key: str, value: object) -> str:
+    """Return KEY=VALUE as Hydra reads it, in quotes if it would read the plain text otherwise."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    word = f"{key}={value}"
+    try:
+        is_plain = OverridesParser.create().parse_override(word).value() == str(value)
+        is_plain &= "${" not in word
+    except HydraException:  # letters such as é, brackets, equals signs
+        is_plain = False
+    return word if is_plain else f"{key}={quoted(str(value))}"
+
+
+def quoted(text: str) -> str:
+    """Return a text in quotes for a command line of Hydra, which reads it as it is."""
+    # of backslashes, Hydra reads those before a quote as escapes
+    text = re.sub(r"(\\*)'", lambda found: found[1] * 2 + r"\'", text)
+    text = re.sub(r"\\+$", lambda found: found[0] * 2, text)
+    return "'" + text.replace("${", r"\${") + "'"
 
 
 def is_given(name: str) -> bool:

@@ -113,7 +113,8 @@ def explain_word(word: str) -> str:
 def explain_override(error: Exception, overrides: Sequence[str]) -> str:
     """Explain an error that is not of Hydra's classes: a value that its code does not expect."""
     parse, known = OverridesParser.create().parse_override, groups()
-    for word in overrides:
+    # without options such as -m, and their values
+    for word in (word for word in overrides if "=" in word and not word.startswith("-")):
         try:
             override = parse(word)
             key, value = override.key_or_group, override.value()

@@ -13,7 +13,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Collection, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,8 +46,10 @@ def atomic_folder(target: Path, *, manifest: bool = False) -> Generator[Path]:
     """
     # in the same folder, since a rename is atomic only within a file system
     draft = target.parent / f"{UNFINISHED}{target.name}"
+    old = target.parent / f"{UNFINISHED}old-{target.name}"
     try:
-        remove(draft)  # left by a run that was killed
+        for path in (draft, old):
+            remove(path)  # left by a run that was killed
         draft.mkdir(parents=True)
         yield draft
         if manifest:
@@ -55,9 +57,12 @@ def atomic_folder(target: Path, *, manifest: bool = False) -> Generator[Path]:
         # flushed before the rename: else a power failure may leave empty files
         for path in (*draft.rglob("*"), draft):
             flush(path)
-        remove(target)  # a damaged checkpoint of the same step
+        # not removed in its place, file by file; there may be a damaged checkpoint of the same step
+        with suppress(FileNotFoundError):
+            target.rename(old)
         draft.rename(target)
         flush(target.parent)
+        remove(old)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise cannot_write(target, error, target.parent) from error

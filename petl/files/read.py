@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from numbers import Real
@@ -175,9 +176,13 @@ def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make a mapping of the entries of a JSON object."""
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{described(max(keys, key=keys.count))} is given twice")
+        raise _given_twice(key for key, _ in pairs)
     return mapping
+
+
+def _given_twice(keys: Iterable[str]) -> ValueError:
+    # a count for each key in turn would take hours for a file of a million keys
+    return ValueError(f"{described(Counter(keys).most_common(1)[0][0])} is given twice")
 
 
 # json.loads would make one for each line of a file
@@ -203,8 +208,7 @@ class _Loader(_SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         mapping = super().construct_mapping(node, deep)
         if len(mapping) < len(node.value):
-            keys = [str(key.value) for key, _ in node.value]
-            raise ValueError(f"{described(max(keys, key=keys.count))} is given twice")
+            raise _given_twice(str(key.value) for key, _ in node.value)
         return mapping
 
 

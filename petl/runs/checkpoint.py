@@ -43,6 +43,7 @@ from petl.files.disk import (
     sha256,
     write_json,
 )
+from petl.files.paths import why_impossible
 from petl.files.read import mismatch, parse_json, read_json
 from petl.runs.records import METRICS, read_log
 from petl.runs.settings import TrainConfig
@@ -173,6 +174,9 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     for name, file in files.items():
         path, size, digest = checkpoint / name, file["bytes"], file["sha256"]
         # the manifest may come from a stranger: no file outside is read
+        reason = why_impossible(str(path))
+        if reason:
+            raise InputError(f"{checkpoint / MANIFEST} names a file that cannot be: {reason}")
         if not path.resolve().is_relative_to(checkpoint.resolve()):
             raise InputError(f"{checkpoint / MANIFEST} names {path}, which is outside the folder")
         if not path.is_file():

@@ -87,8 +87,13 @@ def own_revision() -> str | None:
 
 
 def git_revision(folder: Path) -> str | None:
-    """Return the commit of the repository of `folder`, with "+" if files differ, or None."""
+    """Return the commit of the repository of `folder`, with "+" if files differ, or None.
+
+    None also if the repository has no file of the folder.
+    """
     try:
+        # else it may be that of a project around an environment in which petl is installed
+        git(folder, "ls-files", "--error-unmatch", ".")
         # untracked files do not count as a difference
         revision = git(folder, "rev-parse", "HEAD")
         return revision + ("+" if git(folder, "status", "--porcelain", "-uno") else "")

@@ -232,13 +232,19 @@ def find_checkpoint(settings: TrainConfig, now: Mapping[str, Any], prefix: str) 
     if settings.resume == "auto":
         return latest(settings, now, prefix)
     path = Path(settings.resume)
-    if path.is_symlink():  # the run of a checkpoint is found by its parents
+    # the run of a checkpoint is found by its parents, which a path such as ../step-000100 lacks
+    if path.is_symlink() or (is_checkpoint(path) and path.parent.name != CHECKPOINTS):
         path = path.resolve()
     if not path.is_dir():
         raise InputError(
             f"train.resume={path} is not a directory; name a run, a checkpoint, or auto"
         )
     found = path if is_checkpoint(path) else latest_complete(path)
+    if found == path and path.parent.name != CHECKPOINTS:
+        raise InputError(
+            f"train.resume={path} is a checkpoint outside of RUN/{CHECKPOINTS}, and a run that "
+            f"resumes writes to RUN: put it there, or start from train.init_from={path / ADAPTER}"
+        )
     if found is None:
         raise InputError(
             f"train.resume={path} has no complete checkpoint; leave it out to start from step 0, "
@@ -267,6 +273,8 @@ def find_checkpoint(settings: TrainConfig, now: Mapping[str, Any], prefix: str) 
 
 def is_checkpoint(path: Path) -> bool:
     """Return True if a folder is a checkpoint, complete or damaged, and not a run."""
+    if (path / CHECKPOINTS).is_dir():  # a run, whatever its name
+        return False
     return (path / MANIFEST).exists() or path.name.startswith("step-")
 
 

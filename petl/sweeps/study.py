@@ -23,7 +23,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypedDict
 
-from petl.config.command_line import config_dir_words
+from petl.config.command_line import config_dir_words, quoted
 from petl.config.compose import compose
 from petl.errors import InputError, RunStopped
 from petl.files.disk import append_to, as_json, remove, write_atomic
@@ -166,8 +166,8 @@ class Study:
 
     def _job(self, folder: Path, contender: Contender, seed: int, more: Sequence[str]) -> Job:
         # Hydra parses the value: quotes protect commas, spaces and equals signs
-        quoted = str(folder).replace("'", r"\'")
-        location = [f"train.run='{quoted}'", "train.resume=auto", "train.keep_checkpoints=1"]
+        location = [f"train.run={quoted(str(folder))}", "train.resume=auto"]
+        location.append("train.keep_checkpoints=1")
         own = [word.replace("{seed}", str(seed)) for word in contender.overrides]
         return Job(folder, [*own, *self.overrides, f"train.seed={seed}", *more, *location])
 

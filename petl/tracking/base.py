@@ -1,9 +1,14 @@
 """The interface of trackers, and the tracker that records nothing."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from petl.errors import first_line
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,15 @@ class Tracker:
 
     A run calls `begin`, then `rewind` if it resumes from a checkpoint, then `log` repeatedly, and
     finally `end`, or `fail` if training stopped early.
+
+    Attributes:
+        lost: True once the service has failed: the run goes on, and its folder has all that the
+            service did not get.
     """
+
+    config: Any  # the settings; a subclass has its own kind
+    folder: Path
+    lost = False
 
     def begin(self, run: Path, config: Mapping[str, Any]) -> None:
         """Start or resume recording the run in this folder.
@@ -85,6 +98,28 @@ class Tracker:
     def closing(self) -> str:
         """A line for the end of a run's output that says where to view the record; "" for none."""
         return ""
+
+    def _send(self, action: Callable[[], Any]) -> None:
+        if self.lost:  # each further call might wait for a timeout
+            return
+        try:
+            action()
+        except Exception as error:  # a run must not end since its tracker does
+            self._lose(error)
+
+    def _lose(self, error: Exception) -> None:
+        self.lost = True
+        logger.warning(
+            "tracker=%s failed (%s) and gets nothing more; the run goes on, and %s has it all",
+            self.config.name,
+            reason(error),
+            self.folder,
+        )
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error's message; its class if it has none."""
+    return first_line(error) or type(error).__name__
 
 
 def named(record: Mapping[str, Any], group: str = "") -> dict[str, Any]:

@@ -5,15 +5,15 @@ from a checkpoint continues it, where the service allows it.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
 from petl.config.schema import flat
-from petl.errors import InputError, first_line
+from petl.errors import InputError
 from petl.files.read import read_json, read_json_lines
-from petl.tracking.base import Table, Tracker, TrackerConfig, metrics_of
+from petl.tracking.base import Table, Tracker, TrackerConfig, metrics_of, reason
 from petl.tracking.services import SERVICES, Service, service_of
 
 ID_FILE = "tracker.json"  # in the run's folder
@@ -39,15 +39,13 @@ class ServiceConfig(TrackerConfig):
 
 
 class ServiceTracker(Tracker):
-    """Record a run by a tracker of Accelerate.
+    """Record a run by a tracker of Accelerate."""
 
-    A service that fails while a run trains is given up: the run goes on, and its folder has all
-    that the service did not get.
-    """
+    config: ServiceConfig
 
     def __init__(self, config: ServiceConfig) -> None:
         self.config, self.service = config, service_of(config.name)
-        self.step, self.lost = 0, False
+        self.step = 0
         self.sent: set[tuple[Any, ...]] = set()  # records that the service has from before
 
     def begin(self, run: Path, config: Mapping[str, Any]) -> None:
@@ -126,20 +124,6 @@ class ServiceTracker(Tracker):
         self._send(lambda: self.service.failed(self.tracker.tracker))
         self._send(self.tracker.finish)
 
-    def _send(self, action: Callable[[], Any]) -> None:
-        if self.lost:  # each further call might wait for a timeout
-            return
-        try:
-            action()
-        except Exception as error:  # a run must not end since its tracker does
-            self.lost = True
-            logger.warning(
-                "tracker=%s failed (%s) and gets nothing more; the run goes on, and %s has it all",
-                self.config.name,
-                reason(error),
-                self.folder,
-            )
-
     def closing(self) -> str:
         """How to view the run."""
         return "" if self.lost else self.service.closing(self.config.project, self.folder)
@@ -154,11 +138,6 @@ def accelerates(
     tracker_cls: Any = LOGGER_TYPE_TO_CLASS[service.key or config.name]
     place = {"logging_dir": str(run)} if tracker_cls.requires_logging_directory else {}
     return tracker_cls(config.project, **(place | arguments))
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error's message; its class if it has none."""
-    return first_line(error) or type(error).__name__
 
 
 def key_of(record: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -55,6 +55,8 @@ class WandbConfig(TrackerConfig):
 class WandbTracker(Tracker):
     """Record a run on W&B."""
 
+    config: WandbConfig
+
     def __init__(self, config: WandbConfig) -> None:
         self.config = config
 
@@ -72,10 +74,10 @@ class WandbTracker(Tracker):
             write_atomic,
         )
 
-        mode, reason = choose_mode(self.config)
-        id_file, settings = run / ID_FILE, self.config
+        id_file, settings, self.folder = run / ID_FILE, self.config, run
         known = read_json(id_file, Id)["id"] if id_file.exists() else None
         try:
+            mode, reason = choose_mode(settings)
             self.run = wandb.init(
                 project=settings.project,
                 entity=settings.entity,
@@ -114,6 +116,9 @@ class WandbTracker(Tracker):
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Log the metrics of a step, unless W&B has a later one."""
+        self._send(lambda: self._log(record))
+
+    def _log(self, record: Mapping[str, Any]) -> None:
         if record["step"] >= self.run.step:  # a resumed run repeats steps that W&B has recorded
             self.run.log(metrics_of(record), step=record["step"])
 
@@ -125,6 +130,16 @@ class WandbTracker(Tracker):
         tables: Mapping[str, Table],
     ) -> None:
         """Log plots, scores and tables, and the adapter if configured."""
+        self._send(lambda: self._log_results(scores, plots, adapter, tables))
+        self._finish(0)
+
+    def _log_results(
+        self,
+        scores: Mapping[str, Any],
+        plots: Sequence[Path],
+        adapter: Path,
+        tables: Mapping[str, Table],
+    ) -> None:
         import wandb
 
         images = {f"pictures/{path.stem}": wandb.Image(str(path)) for path in plots}
@@ -137,7 +152,6 @@ class WandbTracker(Tracker):
             artifact = wandb.Artifact(name, type="model", metadata=dict(scores))
             artifact.add_dir(str(adapter))
             self.run.log_artifact(artifact)
-        self._finish(0)
 
     def _log_tables(self, tables: Mapping[str, Table]) -> None:
         import wandb
@@ -163,6 +177,10 @@ class WandbTracker(Tracker):
             self.is_sent = False
             seconds = self.config.finish_timeout
             logger.warning("W&B did not receive the complete run within %g s", seconds)
+        except Exception as error:  # its process was killed
+            self.is_sent = False
+            if not self.lost:
+                self._lose(error)
 
     def closing(self) -> str:
         """The address of the run, or the command that uploads it."""

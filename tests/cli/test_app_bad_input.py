@@ -8,7 +8,7 @@ import pytest
 from training_fixtures import ROOT, command_line
 
 from petl.cli import app
-from petl.config.compose import compose
+from petl.config.compose import compose, explain
 from petl.data.files import Files
 from petl.errors import InputError, RunStopped
 
@@ -229,3 +229,13 @@ def test_compose_explains_errors_in_other_commands():
     with pytest.raises(InputError, match=r"no setting train\.lrr; did you mean 'lr'"):
         compose(["+method=mola", "train.lrr=1"])
     assert compose(["+method=mola", "method.r=3"]).method.r == 3
+
+
+def test_an_option_before_a_wrong_value_is_not_blamed():
+    word = f"train.steps={'9' * 5000}"
+    with pytest.raises(InputError, match="cannot be read: Exceeds the limit") as refused:
+        compose([word])
+    options = ["-m", "--config-dir", "mine", "--config-dir=mine"]
+    assert explain(refused.value.__cause__, [*options, word]) == explain(
+        refused.value.__cause__, [word]
+    )

@@ -1,10 +1,11 @@
 """Commands as they were started, and templates in settings, which Hydra would read otherwise."""
 
+import shlex
 import sys
 
 import pytest
 
-from petl.config.command_line import in_shell, with_quoted_templates
+from petl.config.command_line import command, in_shell, with_quoted_templates
 from petl.config.compose import compose
 
 
@@ -40,3 +41,23 @@ def test_a_template_is_read_as_it_was_typed(template):
 )
 def test_other_words_are_left_as_they_are(word):
     assert with_quoted_templates([word]) == [word]
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "runs/one",
+        "läufe/日本",
+        "my runs (2)",
+        "~/runs",
+        "a=b,c",
+        "l'été\\'s",
+        "[x]#1",
+        "${HOME}/1",
+        "7",
+    ],
+)
+def test_the_command_that_resumes_names_the_checkpoint_whatever_its_path(monkeypatch, folder):
+    monkeypatch.setattr(sys, "argv", ["petl", "+method=lora", "train.resume=other"])
+    *_, word = shlex.split(command(resume=folder))
+    assert str(compose([word]).train.resume) == folder

@@ -83,6 +83,9 @@ def test_any_text_is_parsed_or_refused_in_one_line(text):
         assert "\n" not in error
 
 
+MANY_KEYS = ", ".join(f'"k{i}": 1' for i in (*range(20_000), 0))  # the first is repeated
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -95,6 +98,7 @@ def test_any_text_is_parsed_or_refused_in_one_line(text):
         ("9" * 5000, "an integer of 5,000 digits"),
         ("9" * 30, "more than 64 bits"),
         ('{"a": 1, "a": 2}', '"a" is given twice'),
+        (f"{{{MANY_KEYS}}}", '"k0" is given twice'),
         ('"\\ud800"', "not valid Unicode"),
         ('{"\\ud800": 1.5}', "not valid Unicode"),
     ],
@@ -132,6 +136,7 @@ LAUGHS = "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [{f'*a{i - 1},' * 9}]" for i 
         ("- " * 100 + "a", "more than 32 levels"),
         ("[" * 100_000, "exceeded maximum nesting depth"),  # the C parser's own bound
         ("a: 1\na: 2", '"a" is given twice'),
+        (f"{{{MANY_KEYS}}}", '"k0" is given twice'),
         ("[a]: 1", "found unhashable key"),
         ("1.5: a", "the key 1.5 is neither text nor an integer"),
         ("a: " + "9" * 5000, "an integer of 5,000 digits"),

@@ -4,6 +4,7 @@ import json
 import random
 import resource
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,6 +152,15 @@ def test_a_manifest_names_no_file_outside(checkpoint):
         verify(checkpoint)
 
 
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "x/" * 3000])
+def test_a_manifest_with_a_name_that_no_file_can_have_is_refused(checkpoint, name):
+    (checkpoint / "manifest.json").write_text(
+        json.dumps({"files": {name: {"bytes": 1, "sha256": "x"}}})
+    )
+    with pytest.raises(InputError, match=r"manifest\.json names a file that cannot be"):
+        verify(checkpoint)
+
+
 def draw():
     return torch.rand(3).tolist(), random.random(), np.random.rand(3).tolist(), random.gauss(0, 1)
 
@@ -245,6 +255,27 @@ def test_nothing_bears_its_final_name_before_it_is_complete(tmp_path):
         "bytes": 9,
         "sha256": "07630777646b9ad0ad5940c20f7703e5ba431d90dc8f191af6916bffca3e859c",
     }
+
+
+def test_a_kill_while_a_folder_is_replaced_leaves_no_part_of_the_old_one(tmp_path, monkeypatch):
+    class Killed(BaseException): ...
+
+    def killed_after_one_file(folder, **_):
+        for path in sorted(Path(folder).rglob("*"))[:1]:
+            path.unlink()
+            raise Killed
+
+    for name in "ab":
+        (tmp_path / "adapter").mkdir(exist_ok=True)
+        (tmp_path / "adapter" / name).write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed_after_one_file)
+        with pytest.raises(Killed), atomic_folder(tmp_path / "adapter") as folder:
+            (folder / "c").write_text("new")
+    assert {path.name for path in tmp_path.glob("adapter/*")} == {"c"}
+    with atomic_folder(tmp_path / "adapter") as folder:
+        (folder / "d").write_text("newer")
+    assert [path.name for path in tmp_path.rglob("*")] == ["adapter", "d"]
 
 
 def test_a_damaged_checkpoint_of_the_same_step_is_replaced(trained, checkpoint):

@@ -1,11 +1,13 @@
-"""Time by phase."""
+"""Time by phase, and the revision of the code."""
 
+import re
+import subprocess
 from itertools import accumulate
 
 import pytest
 import torch
 
-from petl.runs.environment import PhaseTimer
+from petl.runs.environment import PhaseTimer, git_revision
 
 
 def test_a_phase_lasts_from_the_previous_mark_to_its_own(monkeypatch):
@@ -47,3 +49,22 @@ def test_on_cuda_events_are_timed_and_synchronized_only_in_totals(monkeypatch):
     assert not waits
     assert timer.totals() == pytest.approx({"forward": 0.03, "backward": 0.02})
     assert len(waits) == 1
+
+
+def test_the_revision_is_that_of_a_repository_that_has_the_files(tmp_path):
+    def git(*words):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True)
+
+    package = tmp_path / ".venv" / "petl"
+    package.mkdir(parents=True)
+    (package / "file.py").write_text("")
+    git("init")
+    assert git_revision(package) is None
+    author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    git(*author, "commit", "--allow-empty", "-m", "of a project around the environment")
+    assert git_revision(package) is None
+    git("add", ".venv/petl/file.py")
+    git(*author, "commit", "-m", "with the package")
+    assert re.fullmatch(r"[0-9a-f]{40}", git_revision(package))
+    (package / "file.py").write_text("changed")
+    assert git_revision(package).endswith("+")

@@ -30,11 +30,13 @@ from transformers import BertForSequenceClassification
 import petl
 from petl.config.compose import compose
 from petl.core.fingerprint import read as read_fingerprint
-from petl.distributed.processes import explain_process_failures
+from petl.distributed.processes import explain_process_failures, release
 from petl.errors import InputError, RunStopped
 from petl.runs import checkpoint, run_folder
-from petl.runs.resume import identity
+from petl.runs.resume import find_checkpoint, identity
+from petl.runs.run_config import read_config
 from petl.runs.run_folder import Run
+from petl.runs.settings import TrainConfig
 from petl.tasks import Classification
 from petl.testing import in_fresh_process
 from petl.training import loop
@@ -335,6 +337,24 @@ def test_a_run_or_one_of_its_checkpoints_can_be_named(stopped, tmp_path):
     copy = tmp_path / "copy"
     second = train([*common, f"train.resume={copy}/checkpoints/step-000003"], copy)
     assert_equal_runs(first, second)
+
+
+def test_a_checkpoint_can_be_named_by_a_path_that_does_not_name_its_run(stopped, monkeypatch):
+    run, common = stopped
+    now = identity(read_config(compose(common)).resolved)
+    for here, path in (("", "step-000003"), ("", "./step-000003"), ("step-000003", ".")):
+        monkeypatch.chdir(run / "checkpoints" / here)
+        assert find_checkpoint(TrainConfig(resume=path), now, "") == run / "checkpoints/step-000003"
+    release(run)
+    assert not list(run.glob("checkpoints/**/.lock"))
+
+
+def test_a_checkpoint_outside_of_a_run_is_refused(stopped, tmp_path):
+    copy = tmp_path / "kept" / "copies" / "step-000003"
+    shutil.copytree(stopped[0] / "checkpoints" / "step-000003", copy)
+    with pytest.raises(InputError, match=r"is a checkpoint outside of RUN/checkpoints"):
+        resume(stopped, f"train.resume={copy}")
+    assert not (tmp_path / "kept" / ".lock").exists()
 
 
 def test_the_log_is_that_of_the_run_that_goes_on_whatever_happened_in_between(

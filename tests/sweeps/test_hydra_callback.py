@@ -21,6 +21,8 @@ from training_fixtures import ROOT, command_after
 import petl
 from petl.config.command_line import config_dir
 from petl.config.compose import compose, explain
+from petl.errors import JobSkipped
+from petl.runs import resume
 from petl.runs.resume import flat
 from petl.runs.run_config import read_config
 from petl.sweeps.hydra_callback import best_setting_lines
@@ -256,6 +258,29 @@ def test_a_search_without_a_finished_run_ends_in_one_line(program, tiny):
     err = program(*words, status=1)
     assert " trials finished; see the errors above" in err
     assert "Traceback" not in err
+
+
+def test_a_trial_that_another_worker_has_does_not_end_the_search(
+    program, tiny, tmp_path, monkeypatch
+):
+    optuna = pytest.importorskip("optuna")
+    taken = []
+
+    def take_job(output, now):
+        taken.append(now)
+        if len(taken) == 1:
+            raise JobSkipped("skipped: process 1, works on this job")
+
+    monkeypatch.setattr(resume, "take_job", take_job)
+    words = [*tiny.classify, "+search=lora", "train.eval_steps=4", "hydra.sweeper.n_trials=2"]
+    err = program(*words)
+    assert "skipped: process 1, works on this job" in err
+    assert "Traceback" not in err
+    study, (score,) = (
+        optuna.load_study("lora", f"sqlite:///{tmp_path}/search.db"),
+        runs_in(tmp_path).values(),
+    )
+    assert [trial.value for trial in study.trials] == [None, score]
 
 
 def test_a_search_in_the_wrong_direction_or_with_several_processes_is_refused(

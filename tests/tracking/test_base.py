@@ -266,3 +266,33 @@ def test_the_yaml_of_each_tracker_lists_its_settings_with_their_defaults(monkeyp
 
 def test_an_address_without_server_is_not_reachable():
     assert not to_wandb.is_reachable("http://127.0.0.1:9")
+
+
+def test_a_key_of_wandb_that_cannot_be_one_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "abc")
+    tracker = make_tracker(WandbConfig("wandb"))
+    with pytest.raises(InputError, match=r"W&B refuses the run: .*40\+ characters"):
+        tracker.begin(tmp_path, {})
+
+
+class Dead:
+    """A W&B run whose process was killed."""
+
+    step, url, dir = 0, "https://wandb.example/run", "kept/wandb/run-1/files"
+
+    def log(self, *_, **__):
+        raise ConnectionResetError("Connection lost")
+
+    def finish(self, exit_code):
+        self.log()
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_run_goes_on_if_the_process_of_wandb_dies(tmp_path, petl_log, ends):
+    tracker = make_tracker(WandbConfig("wandb"))
+    tracker.run, tracker.folder, tracker.is_sent = Dead(), tmp_path, True
+    tracker.log({"step": 1, "loss": 0.5})
+    tracker.log({"step": 2, "loss": 0.5})
+    tracker.end({"objective": 1.0}, [], tmp_path, {}) if ends else tracker.fail()
+    assert petl_log.text.count("tracker=wandb failed (Connection lost) and gets nothing more") == 1
+    assert tracker.closing() == "to upload the run to W&B: wandb sync kept/wandb/run-1"
