@@ -23,7 +23,7 @@ class _Watch(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, A, B)
         ctx.scale = scale
-        return y.view_as(y)
+        return y.detach()  # no view, as in `_LowRankLinear`
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]

@@ -52,7 +52,8 @@ class _TimesFactored(torch.autograd.Function):
         u = _down(x, left)
         z = _mixed(u, rule)
         ctx.save_for_backward(x, rule, left, right, u, z)
-        return _up(z, right, bias, residual).view(*x.shape[:-1], -1)
+        y = _up(z, right, bias, residual).view(*x.shape[:-1], -1)
+        return y.detach()  # no view, as in `_LowRankLinear`
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]

@@ -140,7 +140,8 @@ class _SparseLinear(torch.autograd.Function):
         ctx.save_for_backward(x, values, weight)
         # not in save_for_backward, which checks versions: DDP rewrites buffers before each forward
         ctx.support, ctx.products = support, products
-        return linear_forward(x, weight, bias, values, support)
+        # no view, as in `_LowRankLinear`
+        return linear_forward(x, weight, bias, values, support).detach()
 
     @staticmethod
     @once_differentiable
