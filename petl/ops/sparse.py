@@ -70,6 +70,7 @@ def _is_writable(weight: Tensor) -> bool:
     """Return True if `weight` may be changed for a moment: a dense tensor of this process alone."""
     return (
         type(weight) in (Tensor, nn.Parameter)
+        and not torch.jit.is_tracing()  # a trace writes through `data`, but may not restore
         and weight.is_contiguous()
         and (weight.device.type != "cpu" or not weight.is_shared())
         and (not weight.is_inference() or torch.is_inference_mode_enabled())
