@@ -1,7 +1,7 @@
 """Folders of compressed adapters (`petl.deltas`), which are expanded to be loaded."""
 
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,23 @@ def compressed_file(path: str | Path, **where: Any) -> Path | None:
     return None
 
 
-def expanded(config: PeftConfig, file: Path) -> dict[str, Tensor]:
+def expanded(
+    config: PeftConfig, file: Path, check: Callable[[Shapes, Path], Any] | None = None
+) -> dict[str, Tensor]:
     """Read a compressed adapter's tensors, by name.
+
+    Args:
+        config: of the adapter.
+        file: of the compressed tensors.
+        check: called with dtypes and shapes by name, and the file, before tensors are allocated; a
+            small file may name large ones.
 
     Raises:
         InputError: the file is damaged.
     """
     found = Ternary.load(file)
+    if check is not None:
+        check(_shapes_in(found), file)
     # the reference from which differences were taken when the adapter was compressed
     ones = {name: torch.ones(shape) for name, (_, shape) in found.shapes.items()}
     return found.dense(ones if starts_at_one(config) else None)
@@ -75,7 +85,10 @@ def stored_shapes(folder: Path) -> Shapes:
     file = compressed_file(folder)
     if file is None:
         return read_shapes(folder / WEIGHTS)
-    found = Ternary.load(file)
+    return _shapes_in(Ternary.load(file))
+
+
+def _shapes_in(found: Ternary) -> Shapes:
     # from the metadata: nothing is expanded to know shapes
     return {**found.shapes, **{name: (t.dtype, t.shape) for name, t in found.others.items()}}
 
@@ -91,11 +104,15 @@ def copy_weights(folder: Path, target: Path) -> None:
 
 @contextmanager
 def plain_folder(
-    path: str | Path, config: PeftConfig, where: Mapping[str, Any]
+    path: str | Path,
+    config: PeftConfig,
+    where: Mapping[str, Any],
+    check: Callable[[Shapes, Path], Any],
 ) -> Generator[tuple[str | Path, dict[str, Any]]]:
     """Yield the folder or repository of a plain adapter, and `where` in it its files are.
 
-    For a compressed adapter, that is a temporary folder with its expanded weights.
+    For a compressed adapter, that is a temporary folder with its expanded weights; `check` is as of
+    `expanded`.
     """
     file = compressed_file(path, **where)
     if file is None:
@@ -103,6 +120,6 @@ def plain_folder(
         return
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
-        save_file(expanded(config, file), Path(folder) / WEIGHTS, {"format": "pt"})
+        save_file(expanded(config, file, check), Path(folder) / WEIGHTS, {"format": "pt"})
         # a revision or a subfolder would be looked up inside the temporary folder
         yield folder, {key: value for key, value in where.items() if key not in ON_THE_HUB}

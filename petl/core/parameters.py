@@ -39,13 +39,15 @@ def adapter_parameters(model: PeftModel) -> int:
 
 
 def shared_weights(model: nn.Module) -> dict[str, str]:
-    """Return, for each module with a tied weight, the name of another module that has it too."""
+    """Return, for each module with a tied weight, the name of another place that has it too."""
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        # its own: adapted layers pass on that of their base layer
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(id(weight), []).append(name)
+    for path, module in model.named_modules():
+        # children in all places: one module may stand in several, of which one has an adapter
+        for name, child in module._modules.items():
+            # its own: adapted layers pass on that of their base layer
+            weight = None if child is None else child._parameters.get("weight")
+            if weight is not None:
+                owners.setdefault(id(weight), []).append(f"{path}.{name}" if path else name)
     return {
         name: names[0] if name != names[0] else names[1]
         for names in owners.values()

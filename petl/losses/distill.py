@@ -375,8 +375,8 @@ class _AddSlope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, slope: Tensor, factor: Tensor) -> Tensor:
         ctx.slope, ctx.factor = slope, factor
-        # a new tensor, so that autograd calls this node's backward
-        return y.view_as(y)
+        # a new tensor, so that autograd calls this node's backward; no view: models may change it
+        return y.detach()
 
     @staticmethod
     @once_differentiable

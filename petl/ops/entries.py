@@ -129,7 +129,7 @@ class _UpdatedLinear(torch.autograd.Function):
         # not in save_for_backward, which checks versions: DDP rewrites buffers before each forward
         ctx.packed, ctx.shape, ctx.dtype = frozen.packed, x.shape, x.dtype
         ctx.at = None if update is None else update[3:]
-        return y
+        return y.detach()  # no view, as in `_LowRankLinear`
 
     @staticmethod
     @once_differentiable

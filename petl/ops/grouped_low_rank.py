@@ -119,7 +119,7 @@ class _GroupedLowRankLinear(torch.autograd.Function):
             y.baddbmm_(gated_KRT.mT, B.to(x.dtype).mT, alpha=scale)
         ctx.save_for_backward(x, A, B, gate, weight, mask, h_KRT)
         ctx.scale = scale
-        return y
+        return y.detach()  # no view, as in `_LowRankLinear`
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]

@@ -23,7 +23,7 @@ class _Watch(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, A, B)
         ctx.scale = scale
-        return y.view_as(y)
+        return y.detach()  # no view, as in `_LowRankLinear`
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
@@ -55,7 +55,7 @@ def update_score(
     """
     dtype = torch.promote_types(A.dtype, torch.float32)
     with torch.autocast(grad.device.type, enabled=False):
-        g_TO, x_TI = grad.flatten(0, -2), x.flatten(0, -2).to(dtype)
+        g_TO, x_TI = (t.reshape(-1, t.shape[-1]) for t in (grad, x.to(dtype)))
         rows = max(1, block_bytes // (x_TI.shape[1] * dtype.itemsize))
         A, B = A.to(dtype), B.to(dtype)
         # the 1-norm of the product's entries, block by block

@@ -35,7 +35,8 @@ def times_factored(
     """
     if torch.is_grad_enabled() and left.dim() == 3:
         return _TimesFactored.apply(x, rule, left, right, bias, residual)
-    return _up(_mixed(_down(x, left), rule), right, bias, residual).view(*x.shape[:-1], -1)
+    y = _up(_mixed(_down(x, left), rule), right, bias, residual)
+    return y.view(*x.shape[:-1], y.shape[-1])  # not -1, which no rows would leave open
 
 
 class _TimesFactored(torch.autograd.Function):
@@ -52,7 +53,9 @@ class _TimesFactored(torch.autograd.Function):
         u = _down(x, left)
         z = _mixed(u, rule)
         ctx.save_for_backward(x, rule, left, right, u, z)
-        return _up(z, right, bias, residual).view(*x.shape[:-1], -1)
+        y = _up(z, right, bias, residual)
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        return y.detach()  # no view, as in `_LowRankLinear`
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
@@ -125,4 +128,4 @@ def times_full(x: Tensor, rule: Tensor, weight: Tensor) -> Tensor:
         z = u @ rule.transpose(0, 1).reshape(N, N * N)  # [(j, T), (n, c)]
         z = z.view(rows, -1, N, N).permute(2, 0, 1, 3).reshape(N * rows, -1)  # [(n, j), (T, c)]
         out = z.t() @ weight.reshape(N * rows, columns)
-    return out.reshape(*x.shape[:-1], -1)
+    return out.reshape(*x.shape[:-1], N * columns)

@@ -232,7 +232,8 @@ class _LowRankLinear(torch.autograd.Function):
         y_TO.addmm_(_gated(h_RT, gate).t(), B.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(x, A, B, gate, weight, mask, h_RT)
         ctx.scale = scale
-        return y_TO.view(*x.shape[:-1], len(weight))
+        # detached: autograd forbids to change a view that was made here in place, and models do
+        return y_TO.view(*x.shape[:-1], len(weight)).detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]

@@ -166,7 +166,8 @@ class _PrunedLinear(torch.autograd.Function):
         weight, bias, masked, packed = frozen
         ctx.save_for_backward(x, weight, packed, *factors)
         ctx.scales = scales
-        return F.linear(x, masked, None if bias is None else bias.to(x.dtype))
+        y = F.linear(x, masked, None if bias is None else bias.to(x.dtype))
+        return y.detach()  # no view, as in `_LowRankLinear`
 
     @staticmethod
     @once_differentiable

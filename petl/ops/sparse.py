@@ -70,6 +70,7 @@ def _is_writable(weight: Tensor) -> bool:
     """Return True if `weight` may be changed for a moment: a dense tensor of this process alone."""
     return (
         type(weight) in (Tensor, nn.Parameter)
+        and not torch.jit.is_tracing()  # a trace writes through `data`, but may not restore
         and weight.is_contiguous()
         and (weight.device.type != "cpu" or not weight.is_shared())
         and (not weight.is_inference() or torch.is_inference_mode_enabled())
@@ -140,7 +141,8 @@ class _SparseLinear(torch.autograd.Function):
         ctx.save_for_backward(x, values, weight)
         # not in save_for_backward, which checks versions: DDP rewrites buffers before each forward
         ctx.support, ctx.products = support, products
-        return linear_forward(x, weight, bias, values, support)
+        # no view, as in `_LowRankLinear`
+        return linear_forward(x, weight, bias, values, support).detach()
 
     @staticmethod
     @once_differentiable

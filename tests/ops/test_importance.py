@@ -79,3 +79,8 @@ def test_smoothing_follows_its_definition_and_skips_what_is_not_finite():
         assert ema[:, 1].tolist() == pytest.approx(U)
     for bad in (torch.inf, torch.nan):
         assert torch.equal(smooth(torch.tensor([1.0, bad]), ema, 0.8, 0.6), ema)
+
+
+def test_a_single_vector_has_the_score_of_a_batch_of_one():
+    grad, x, A, B = torch.randn(5), torch.randn(4), torch.randn(2, 4), torch.randn(5, 2)
+    assert torch.equal(update_score(grad, x, A, B), update_score(grad[None], x[None], A, B))

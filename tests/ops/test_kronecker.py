@@ -102,3 +102,16 @@ def test_stacked_sums_are_computed_independently(plus):
         for term in (bias, beside):
             expected = expected if term is None else expected + term[g]
         torch.testing.assert_close(found[g], expected)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_batch_without_rows_gives_none(grad):
+    rule, left, right = torch.randn(2, 2, 2), torch.randn(2, 3, 1), torch.randn(2, 1, 5)
+    with torch.set_grad_enabled(grad):
+        for tokens in ((0,), (0, 3), (2, 0)):
+            x = torch.randn(*tokens, 6, requires_grad=grad)
+            y = times_factored(x, rule, left, right)
+            assert y.shape == times_full(x, rule, left @ right).shape == (*tokens, 10)
+    if grad:
+        y.sum().backward()
+        assert x.grad.shape == x.shape

@@ -211,3 +211,16 @@ def test_shapes_alone_are_enough_for_a_dry_run():
         y.sum().backward()
         assert y.shape == (2, 3, P)
         assert (x.grad.shape, values.grad.shape) == (x.shape, values.shape)
+
+
+def test_a_traced_layer_leaves_the_weight_as_it_is():
+    layer = torch.nn.Linear(Q, P).requires_grad_(False)
+    layer.values = torch.nn.Parameter(torch.randn(5))
+    support, x = Support(positions(5)), torch.randn(3, Q)
+    layer.forward = lambda x: sparse_linear(x, layer.weight, layer.bias, layer.values, support)
+    before = layer.weight.clone()
+    with torch.no_grad():
+        expected = layer(x)
+        traced = torch.jit.trace(layer, x, check_trace=False)
+    torch.testing.assert_close(traced(x), expected)  # with gradients
+    assert torch.equal(layer.weight, before)

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import petl
-from petl import testing
+from petl import deltas, testing
 from petl.core.adapter_folder import read_config
 from petl.core.model import patterns
 from petl.core.registry import METHODS
+from petl.ops.ternary import FILE
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OWN = sorted(name for name in adaptable("llama") if METHODS[name].own)
@@ -190,6 +191,20 @@ def test_sizes_that_the_file_does_not_justify_are_refused_before_they_are_alloca
     else:
         set_fields(folder, **{sizes.get(name, "r"): value})
     assert_refused(folder, ".")
+
+
+def test_a_compressed_file_of_another_size_is_refused_before_it_is_expanded(
+    copied, tmp_path, monkeypatch
+):
+    """A file of kilobytes may name a tensor of terabytes."""
+    deltas.compress_adapter(copied("lora"), tmp_path / "small")
+    found = deltas.Ternary.load(tmp_path / "small" / FILE)
+    name = list(found.shapes)[-1]  # so that positions in tau stay right
+    found.shapes[name] = torch.float32, torch.Size([2**39])
+    found.save(tmp_path / "small" / FILE)
+    monkeypatch.setattr(deltas.Ternary, "dense", lambda *_: pytest.fail("it was expanded"))
+    with pytest.raises(petl.InputError, match=rf"{FILE} does not fit the model: .*549755813888"):
+        petl.load(testing.tiny_llama(), tmp_path / "small")
 
 
 WRONG = ["x", "", -1, 1.5, True, None, [], {}, [[]], {"a": {}}, [1], float("nan"), 10**30, ["\0"]]

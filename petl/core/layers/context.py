@@ -359,7 +359,7 @@ class _AddGradient(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, term: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(scale)
         ctx.dtype = term.dtype
-        return y.view_as(y)
+        return y.detach()  # no view: models may change it in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # ty: ignore[incompatible-method-override]

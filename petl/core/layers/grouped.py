@@ -99,7 +99,7 @@ class GroupedLowRank(GroupedLayer):
         else:  # quantized, Conv1D, or with hooks
             assert y is not None
             out = add_grouped_low_rank(by_adapter(y, K), own, A, B, scales, mask, gate)
-        return self.finish(out, x, update).view(*tokens, -1)
+        return self.finish(out, x, update).view(*tokens, out.shape[-1])
 
 
 class GroupedLora(GroupedLowRank):

@@ -115,8 +115,8 @@ class _CountInLoss(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(a)
         ctx.layer, ctx.eps, ctx.mask, ctx.tally = layer, eps, mask, tally
-        # a new tensor, so that autograd calls this node's backward
-        return a.view_as(a)
+        # a new tensor, so that autograd calls this node's backward; no view: models may change it
+        return a.detach()
 
     @staticmethod
     @once_differentiable

@@ -159,7 +159,7 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, leaves: list[Tensor], *gates: Tensor) -> Tensor:
         ctx.leaves = leaves
-        return x.view_as(x)
+        return x.detach()  # no view: models may change it in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]

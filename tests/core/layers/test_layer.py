@@ -267,3 +267,62 @@ def test_submodules_of_a_layer_are_its_base_and_one_container():
     layer = next(iter(testing.tuner_layers(model).values()))
     assert dict(layer.named_children()).keys() == {"base_layer", "petl_mola_adapters"}
     assert set(layer.adapters) == {"x"}
+
+
+class InPlaceBlock(nn.Module):
+    """Changes what its layers return, as Falcon's blocks do, in place or not."""
+
+    in_place = True
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        h = self.up(x)
+        h = h.relu_() if self.in_place else h.relu()
+        y = self.down(h)
+        if not self.in_place:
+            return y + x
+        y += x
+        return y
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        ("lora", {}),
+        ("mola", {"num_experts": 2, "top_k": 1}),
+        ("mos", {"r": 4, "equivalent_rank": 4}),
+        ("increlora", {}),
+        ("compacter", {"r": 4}),
+        ("dsee", {"r": 2}),
+        ("pst", {"r": 2}),
+        ("sparse", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_model_may_change_outputs_of_layers_in_place(method, fields):
+    base = nn.Module()
+    base.blocks = nn.ModuleList([InPlaceBlock(), InPlaceBlock()])
+    base.forward = lambda x: base.blocks[1](base.blocks[0](x))
+    model = petl.wrap(base, method, target_modules=["up", "down"], **fields)
+    if method == "lora":
+        petl.fuse_lora(model)
+    for parameter in trainable(model):
+        nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(2, 3, 16)
+    found = []
+    for in_place in (True, False):
+        for block in model.base_model.model.blocks:
+            block.in_place = in_place
+        model.zero_grad()
+        model.base_model.model(x).square().sum().backward()
+        found.append([p.grad.clone() for p in trainable(model) if p.grad is not None])
+    assert found[0]
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def trainable(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from torch import nn
 
 import petl
 from petl.errors import UnsupportedError
@@ -107,6 +108,27 @@ def test_a_tied_weight_is_not_merged_into(name):
         ):
             merge()
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_layer_that_also_stands_elsewhere_is_not_merged_into():
+    base: Any = nn.Module()
+    base.first = base.second = nn.Linear(16, 16)  # PEFT adapts it in the first place only
+    base.forward = lambda x: base.second(base.first(x))
+    model = stir(petl.wrap(base, "sparse", target_modules=["first"]))
+    before = base.second.weight.clone()
+    with pytest.raises(UnsupportedError, match="first shares its weight with second"):
+        model.merge_and_unload()
+    assert torch.equal(base.second.weight, before)
+
+
+def test_a_block_that_runs_twice_is_merged():
+    base: Any = nn.Module()
+    base.blocks = nn.ModuleList([nn.Sequential(nn.Linear(16, 16))] * 2)
+    base.forward = lambda x: base.blocks[1](base.blocks[0](x))
+    model = stir(petl.wrap(base, "sparse", target_modules=["blocks.0.0"])).eval()
+    x = torch.randn(3, 16)
+    expected = model.base_model.model(x)
+    assert_close(model.merge_and_unload()(x), expected, 1e-5, "outputs before and after merging")
 
 
 def test_the_conversion_of_a_corda_adapter_is_refused(tmp_path):
