@@ -359,6 +359,15 @@ def test_values_out_of_range_raise(fields, message):
         petl.wrap(testing.tiny_llama(), "sherl", **fields)
 
 
+def test_an_encoder_shorter_than_the_blocks_that_are_read_raises():
+    config = testing.tiny_t5().config
+    config.num_layers, config.num_decoder_layers = 2, 4
+    message = r"side_layers=\[2\] has no block of the encoder, which has 2; .* encoder_memory=false"
+    with pytest.raises(InputError, match=message):
+        petl.wrap(T5ForConditionalGeneration(config), "sherl", side_layers=[2])
+    petl.wrap(T5ForConditionalGeneration(config), "sherl", side_layers=[2], encoder_memory=False)
+
+
 def test_models_that_do_not_fit_raise(tmp_path):
     with pytest.raises(InputError, match="has no norm behind its blocks"):
         petl.wrap(testing.tiny_bert(), "sherl", train_final_norm=True)
