@@ -80,6 +80,16 @@ class PstConfig(MethodConfig):
         "false: all tensors start with small random values, for tests", True
     )
 
+    def __post_init__(self) -> None:
+        # the length that a trainer has set, which is not that of a further training
+        self.set_by_trainer: int | None = None
+        super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types, without a length that a trainer has set."""
+        is_chosen = self.total_step != self.set_by_trainer
+        return {**super().to_dict(), "total_step": self.total_step if is_chosen else None}
+
     def check(self) -> None:
         """Raise InputError if the two warm-ups take more than the run."""
         first, last = self.initial_warmup, self.final_warmup
@@ -148,8 +158,8 @@ class PstModel(MethodTuner):
             InputError: the length is unknown.
         """
         for _, config, layers in self._trained():
-            if config.total_step is None:
-                config.total_step = total_steps
+            if config.total_step == config.set_by_trainer and total_steps is not None:
+                config.total_step = config.set_by_trainer = total_steps
             config.check_total()
             for _, adapter in layers if start_step == 0 else ():
                 adapter.begin()
