@@ -21,7 +21,7 @@ the head trains.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,7 +142,8 @@ class PstModel(MethodTuner):
         active = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for layer in layers_of(self.model):
             for _, adapter in layer.pick([n for n in layer.adapters if n not in active]):
-                cast(PstAdapter, adapter)._dense = None
+                if isinstance(adapter, PstAdapter):  # pyra has adapters beside those of its inner
+                    adapter._dense = None
 
     def attach_optimizer(
         self,
@@ -254,9 +255,10 @@ class PstModel(MethodTuner):
         """Yield name, config, and layers with their adapters, of each active adapter."""
         for name in self.active_adapters:
             layers = [
-                (layer, cast(PstAdapter, adapter))
+                (layer, adapter)
                 for layer in layers_of(self.model)
                 for _, adapter in layer.pick([name])
+                if isinstance(adapter, PstAdapter)
             ]
             yield name, self.peft_config[name], layers
 
