@@ -221,6 +221,16 @@ def test_disabled_and_several_adapters():
     assert torch.equal(testing.logits(model, batch), one)
 
 
+def test_unloading_restores_a_norm_that_trained():
+    tiny = testing.TINY_MODELS["llama"]
+    batch = tiny.batch()
+    model = petl.wrap(tiny.base(), "sherl", train_final_norm=True).eval()
+    testing.stir(model)
+    assert not torch.equal(model.base_model.model.model.norm.weight, tiny.base().model.norm.weight)
+    plain = model.unload()
+    assert torch.equal(testing.logits(plain, batch), testing.logits(tiny.base(), batch))
+
+
 @torch.no_grad()
 def test_adapters_with_other_plans_share_the_block_that_holds_them():
     family = FAMILIES["t5"]

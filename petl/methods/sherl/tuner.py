@@ -12,6 +12,7 @@ from petl.core.model.heat_map import HeatMap, finite
 from petl.core.model.structure import block_widths, final_norm, norm_kind
 from petl.core.registry import register
 from petl.core.spec.config import require
+from petl.core.switching.norms import original_norms
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError
 from petl.methods.sherl.adapter import SIZES, SherlAdapter
@@ -122,6 +123,11 @@ class SherlModel(MethodTuner):
                 "time feeds the late blocks; activate one of them"
             )
         super().set_adapter(adapter_name, inference_mode)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        """Remove the adapters, and with them a norm that trained beside them."""
+        with original_norms(self.model):
+            return super()._unload_and_optionally_merge(*args, **kwargs)
 
     @torch.no_grad()
     def heat_maps(self) -> list[HeatMap]:
