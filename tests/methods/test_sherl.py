@@ -378,6 +378,15 @@ def test_an_encoder_shorter_than_the_blocks_that_are_read_raises():
     petl.wrap(T5ForConditionalGeneration(config), "sherl", side_layers=[2], encoder_memory=False)
 
 
+def test_models_that_leave_out_blocks_are_refused_for_training(tmp_path):
+    petl.wrap(FAMILIES["bart"].build(), "sherl").save_pretrained(tmp_path)
+    model = FAMILIES["bart"].build()
+    model.config.decoder_layerdrop = 0.5
+    with pytest.raises(InputError, match=r"has decoder_layerdrop=0\.5: in training it leaves out"):
+        petl.wrap(model, "sherl")
+    petl.load(model, tmp_path)  # in evaluation all blocks run
+
+
 def test_models_that_do_not_fit_raise(tmp_path):
     with pytest.raises(InputError, match="has no norm behind its blocks"):
         petl.wrap(testing.tiny_bert(), "sherl", train_final_norm=True)
