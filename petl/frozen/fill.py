@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from petl.core.layers.class_swap import original_class
 from petl.core.model.modes import evaluation_mode
+from petl.core.model.structure import layer_drop
 from petl.core.progress import Pass
 from petl.errors import InputError, UnsupportedError
 from petl.frozen.feed import Feed, autocast_of
 from petl.frozen.keys import Rows
-from petl.frozen.prefix import Prefix, dropouts, layer_drop, reason_before
+from petl.frozen.prefix import Prefix, dropouts, reason_before
 from petl.frozen.store import Form, name_of
 
 POSITIONS = 2048  # of a batch: enough for large products, little memory

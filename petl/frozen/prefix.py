@@ -1,6 +1,5 @@
 """The prefix of a model: its blocks below the lowest one that trains, and what runs before them."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -148,13 +147,6 @@ def _hooks_of(module: nn.Module) -> Iterator[Callable[..., Any]]:
 
 def _observes(hook: Callable[..., Any]) -> bool:
     return getattr(hook, "__module__", "") != CAPTURING
-
-
-def layer_drop(config: Any) -> str:
-    """Return the setting of a config that drops blocks in training, with its value; "" if none."""
-    fields = config.to_dict() if hasattr(config, "to_dict") else {}
-    found = (f"{k}={v}" for k, v in fields.items() if re.fullmatch(r".*layer_?drop", k) and v)
-    return next(found, "")
 
 
 def dropouts(modules: Iterator[tuple[str, nn.Module]]) -> list[str]:

@@ -217,7 +217,7 @@ class CompacterAdapter(SubLayerAdapter):
         return self.network(h, addend=y) if y.dtype == torch.float32 else super().added(y, h)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        device, maps = self.rule("down").device, []
+        device, maps = next(self.parameters()).device, []
         for side, width in (("down", self.width), ("up", self.bottleneck)):
             zero = self.project(side, torch.zeros(1, width, device=device))
             # minus the bias, which the zero vector is mapped to

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from petl.core.dry_run import PassMemory, part_of_pass
+from petl.core.model.structure import layer_drop
 from petl.errors import UnsupportedError
 from petl.files.paths import cache_folder
 from petl.frozen.cache import FOLDER, missing_rows, prefix_of
-from petl.frozen.prefix import dropouts, layer_drop, reason_before
+from petl.frozen.prefix import dropouts, reason_before
 from petl.frozen.store import MARGIN, Form, free_bytes, size_of
 from petl.planning.memory import heaviest_batch, megabytes
 from petl.runs.settings import TrainConfig

@@ -365,6 +365,19 @@ def test_head_is_quantized_without_bias_and_the_base_is_unchanged(tmp_path):
     assert torch.equal(resumed.base_model.model.classifier.weight, latent)
 
 
+def test_an_adapter_with_the_name_of_a_deleted_one_saves_its_own_head(tmp_path):
+    fields = {"inner": "lora", "r": 4, "task_type": "SEQ_CLS"}
+    model = petl.wrap(tiny_bert(), "binary", head_bits=1, **fields)
+    plain = petl.build_config("binary", **fields)
+    model.add_adapter("other", plain)
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("default", plain)
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    head = {key for key in load_file(tmp_path / WEIGHTS) if "classifier" in key}
+    assert head == {f"base_model.model.classifier.{name}" for name in ("weight", "bias")}
+
+
 def test_merging_turns_the_head_into_a_plain_layer():
     batch = TINY_MODELS["bert"].batch()
     model = petl.wrap(

@@ -276,6 +276,18 @@ def test_a_frozen_rule_does_not_train(tmp_path):
     assert torch.equal(shared(again).rule, shared(frozen).rule)
 
 
+@pytest.mark.parametrize("fields", [{}, {"projection": "lowrank", "phm_rank": 2}])
+def test_the_heat_map_shows_the_norm_of_the_projections(fields):
+    model = stir(wrapped("bert", r=8, **fields))
+    (shown,) = petl.lifecycle(model).heat_maps()
+    numbers = sorted(cell for row in shown.cells for cell in row if cell is not None)
+    expected = []
+    for adapter in adapters(model).values():
+        product = dense(model, adapter, "down") @ dense(model, adapter, "up")
+        expected.append(float(product.detach().norm()) / K**0.5)
+    assert numbers == pytest.approx(sorted(expected), rel=1e-4)
+
+
 def test_each_adapter_has_its_own_rule():
     family, batch = FAMILIES["bert"], FAMILIES["bert"].batch()
     model = stir(wrapped("bert"))

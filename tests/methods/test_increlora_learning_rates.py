@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from increlora_fixtures import STEPS, backward, layers, trained, wrap
+from increlora_fixtures import STEPS, backward, layers, train, trained, wrap
 from torch import Tensor, nn
 
 import petl
+from petl.testing import tiny_llama
 
 
 def lr_fraction(step: int, end: int, warmup: int) -> float:
@@ -122,6 +123,24 @@ def test_each_new_component_trains_like_under_an_adamw_of_its_own():
     assert late > 20
     assert len(optimizer.param_groups) == 1
     assert all(a is b for a, b in zip(trained(model), objects, strict=True))
+
+
+def test_a_further_training_moves_the_components_of_an_earlier_one(tmp_path):
+    model = wrap(total_step=None, restart_warmup=True)
+    optimizer = torch.optim.SGD(trained(model), lr=0.5)
+    petl.lifecycle(model).attach_optimizer(optimizer, total_steps=STEPS)
+    train(model, range(1, STEPS + 1), optimizer)
+    assert max(int(layer.steps.max()) for layer in layers(model).values()) > 3
+    model.save_pretrained(tmp_path)
+    # shorter than the first training, after whose end no component was added
+    again = petl.load(tiny_llama(2), tmp_path, is_trainable=True).train()
+    optimizer = torch.optim.SGD(trained(again), lr=0.5)
+    petl.lifecycle(again).attach_optimizer(optimizer, total_steps=2)
+    kept = {key: components(layer) for key, layer in layers(again).items()}
+    train(again, range(1, 2), optimizer)
+    for key, layer in layers(again).items():
+        for before, after in zip(kept[key], components(layer), strict=True):
+            assert not torch.equal(before[2], after[2]), (key, *before[:2])
 
 
 def test_inactive_rows_do_not_decay():

@@ -495,6 +495,27 @@ def test_length_of_the_run_must_be_known_and_is_taken_from_the_trainer():
     assert model.active_peft_config.total_step == 17
 
 
+def test_a_further_training_has_its_own_length(tmp_path):
+    def attached(model: PeftModel, steps: int) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
+        lifecycle(model).attach_optimizer(optimizer, total_steps=steps)
+        return optimizer
+
+    model = Case("pst", "llama").wrap()
+    for steps in (4, 100):
+        lifecycle(model).after_step(4, attached(model, steps))
+        share = sparsity_after(4, PstConfig(total_step=steps))
+        assert [a.pruned for a in adapters(model)] == [int(a.size * share) for a in adapters(model)]
+    # the length of a finished training is not that of the next one; one that was chosen is
+    model.save_pretrained(tmp_path)
+    again = petl.load(Case("pst", "llama").base(), tmp_path, is_trainable=True)
+    attached(again, 50)
+    assert again.active_peft_config.total_step == 50
+    chosen = petl.wrap(Case("pst", "llama").base(), "pst", total_step=8)
+    attached(chosen, 50)
+    assert chosen.active_peft_config.to_dict()["total_step"] == 8
+
+
 def test_targets_that_are_no_linear_layers_are_refused():
     with pytest.raises(InputError, match="not a linear layer"):
         petl.wrap(Case("pst", "llama").base(), "pst", target_modules=["input_layernorm"])

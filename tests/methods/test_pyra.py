@@ -366,6 +366,36 @@ def test_an_inner_method_is_switched_counted_and_saved_with_it(inner, fields, tm
     assert type(plain.vit.layers[0].attention) is type(vit().vit.layers[0].attention)
 
 
+@pytest.mark.parametrize(
+    ("inner", "fields"),
+    [
+        ("pst", {"total_step": 2, "initial_warmup": 0.0, "final_warmup": 0.0}),
+        ("sparse", {"total_step": 2, "reselection_steps": 2, "selection_accumulation_steps": 1}),
+        ("dsee", {"target_prune_ratio": 0.5, "prune_step": 1}),
+    ],
+)
+def test_an_inner_method_that_changes_while_it_trains_does_so_beside_it(inner, fields, tmp_path):
+    both = {"inner": inner, "schedule": [4, 2, 0], **fields}
+    model, batch = petl.wrap(vit(), "pyra", **both).train(), inputs(vit())
+    optimizer = torch.optim.AdamW(testing.trainable(model).values(), lr=0.01)
+    lifecycle = petl.lifecycle(model)
+    lifecycle.attach_optimizer(optimizer, total_steps=2)
+    before = {k: t.clone() for k, t in model.state_dict().items() if not t.is_floating_point()}
+    for step in (1, 2):
+        model(**batch).logits.square().mean().backward()
+        optimizer.step()
+        lifecycle.after_step(step, optimizer)
+        optimizer.zero_grad()
+    # pruned entries, positions or masks
+    assert any(not torch.equal(t, before[k]) for k, t in model.state_dict().items() if k in before)
+    first = model.eval()(**batch).logits
+    model.add_adapter("second", petl.build_config("pyra", **both))
+    model.set_adapter("second")
+    model.set_adapter("default")
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    torch.testing.assert_close(petl.load(vit(), tmp_path)(**batch).logits, first)
+
+
 def test_keys_are_those_of_the_inner_adapter():
     """With a LoRA on the key projection, the adapted keys decide what is merged."""
     fields = {"inner": "lora", "r": 4, "target_modules": ["k_proj"], "schedule": [6, 0, 0]}

@@ -221,6 +221,16 @@ def test_disabled_and_several_adapters():
     assert torch.equal(testing.logits(model, batch), one)
 
 
+def test_unloading_restores_a_norm_that_trained():
+    tiny = testing.TINY_MODELS["llama"]
+    batch = tiny.batch()
+    model = petl.wrap(tiny.base(), "sherl", train_final_norm=True).eval()
+    testing.stir(model)
+    assert not torch.equal(model.base_model.model.model.norm.weight, tiny.base().model.norm.weight)
+    plain = model.unload()
+    assert torch.equal(testing.logits(plain, batch), testing.logits(tiny.base(), batch))
+
+
 @torch.no_grad()
 def test_adapters_with_other_plans_share_the_block_that_holds_them():
     family = FAMILIES["t5"]
@@ -357,6 +367,24 @@ def test_the_heat_map_of_an_encoder_decoder_has_a_row_for_each_side_network():
 def test_values_out_of_range_raise(fields, message):
     with pytest.raises(InputError, match=message):
         petl.wrap(testing.tiny_llama(), "sherl", **fields)
+
+
+def test_an_encoder_shorter_than_the_blocks_that_are_read_raises():
+    config = testing.tiny_t5().config
+    config.num_layers, config.num_decoder_layers = 2, 4
+    message = r"side_layers=\[2\] has no block of the encoder, which has 2; .* encoder_memory=false"
+    with pytest.raises(InputError, match=message):
+        petl.wrap(T5ForConditionalGeneration(config), "sherl", side_layers=[2])
+    petl.wrap(T5ForConditionalGeneration(config), "sherl", side_layers=[2], encoder_memory=False)
+
+
+def test_models_that_leave_out_blocks_are_refused_for_training(tmp_path):
+    petl.wrap(FAMILIES["bart"].build(), "sherl").save_pretrained(tmp_path)
+    model = FAMILIES["bart"].build()
+    model.config.decoder_layerdrop = 0.5
+    with pytest.raises(InputError, match=r"has decoder_layerdrop=0\.5: in training it leaves out"):
+        petl.wrap(model, "sherl")
+    petl.load(model, tmp_path)  # in evaluation all blocks run
 
 
 def test_models_that_do_not_fit_raise(tmp_path):

@@ -182,6 +182,13 @@ def stacks(model: nn.Module) -> dict[str, list[str]]:
     return dict(sorted(found.items(), key=lambda item: model.get_submodule(item[0]) in inside))
 
 
+def layer_drop(config: Any) -> str:
+    """Return the setting of a config that drops blocks in training, with its value; "" if none."""
+    fields = config.to_dict() if hasattr(config, "to_dict") else {}
+    found = (f"{k}={v}" for k, v in fields.items() if re.fullmatch(r".*layer_?drop", k) and v)
+    return next(found, "")
+
+
 def final_norm(model: nn.Module, stack: str) -> str | None:
     """Return the norm behind the list of blocks at path `stack`, or None if there is none."""
     owner, _, name = stack.rpartition(".")

@@ -1,9 +1,11 @@
-"""Trained norms in mixed batches: PEFT computes linear layers by row, but no norms."""
+"""Trained norms: in mixed batches, where PEFT computes linear layers by row, and on unloading."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from petl.core.compat import ModulesToSaveWrapper
 from petl.core.layers.class_swap import SwappedClass
@@ -30,3 +32,16 @@ class TrainedNorm(SwappedClass, ModulesToSaveWrapper):
                 norm = self.modules_to_save[name]
                 out = out.index_copy(0, rows, norm(x.index_select(0, rows)).to(out.dtype))
         return out
+
+
+@contextmanager
+def original_norms(model: nn.Module) -> Generator[None]:
+    """Context in which adapters are removed from `model`; then its norms are the original ones.
+
+    PEFT would leave the trained norms in the model, as it does with heads.
+    """
+    trained = [(n, m) for n, m in model.named_modules() if isinstance(m, TrainedNorm)]
+    yield
+    for path, norm in trained:
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, norm.original_module)

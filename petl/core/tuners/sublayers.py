@@ -39,7 +39,7 @@ from petl.core.serving.mixed_batch import BatchedAdapter
 from petl.core.serving.stacked_adapter import stacked
 from petl.core.spec.checks import check_rank, rank_of
 from petl.core.spec.config import MethodConfig, bounds_of, config_field, require
-from petl.core.switching.norms import TrainedNorm
+from petl.core.switching.norms import original_norms
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, did_you_mean
 
@@ -337,16 +337,9 @@ class SubLayerTuner(MethodTuner):
         return sources
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        """Remove the adapters, and with them norms that trained beside them.
-
-        PEFT would leave the trained norms in the model, as it does with heads.
-        """
-        trained = [(n, m) for n, m in self.model.named_modules() if isinstance(m, TrainedNorm)]
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for path, norm in trained:
-            owner, _, name = path.rpartition(".")
-            setattr(model.get_submodule(owner), name, norm.original_module)
-        return model
+        """Remove the adapters, and with them norms that trained beside them."""
+        with original_norms(self.model):
+            return super()._unload_and_optionally_merge(*args, **kwargs)
 
     @torch.no_grad()
     def heat_maps(self) -> list[HeatMap]:

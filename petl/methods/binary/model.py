@@ -32,7 +32,7 @@ from petl.methods.binary.config import (
     config_of,
     inner_method,
 )
-from petl.methods.binary.head import find_head, prepare_head
+from petl.methods.binary.head import QuantizedHead, find_head, prepare_head
 from petl.methods.binary.quantized_weights import (
     Quantized,
     QuantizedWeight,
@@ -246,6 +246,9 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
         super().delete_adapter(adapter_name)
         for quantized in self.quantizer.quantized_weights.pop(adapter_name, []):
             del quantized.owner.__dict__["quantized_weights"][quantized.name]
+        for module in self.model.modules():
+            if isinstance(module, QuantizedHead):
+                module.low_bit.discard(adapter_name)  # a later adapter may have the name
 
     # Files
 

@@ -139,7 +139,8 @@ class DseeModel(MethodTuner):
         active = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for layer in layers_of(self.model):
             for _, adapter in layer.pick([n for n in layer.adapters if n not in active]):
-                cast(DseeAdapter, adapter).forget()
+                if isinstance(adapter, DseeAdapter):  # pyra has adapters beside those of its inner
+                    adapter.forget()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter."""
@@ -308,9 +309,10 @@ class DseeModel(MethodTuner):
     def _placed(self, name: str) -> dict[str, tuple[AdapterLayer, DseeAdapter]]:
         """Return layer and adapter by path, of the adapter called `name`."""
         return {
-            cast(DseeAdapter, adapter).info.key: (layer, cast(DseeAdapter, adapter))
+            adapter.info.key: (layer, adapter)
             for layer in layers_of(self.model)
             for _, adapter in layer.pick([name])
+            if isinstance(adapter, DseeAdapter)
         }
 
     # Files
@@ -329,9 +331,10 @@ class DseeModel(MethodTuner):
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         adapters = [
-            cast(DseeAdapter, a)
+            a
             for layer in layers_of(model)
             for _, a in layer.pick([adapter_name])
+            if isinstance(a, DseeAdapter)
         ]
         # a plan, on the meta device, is about the file at the end of the run
         will_prune = config.prune_step is not None

@@ -296,6 +296,10 @@ class IncreloraModel(MethodTuner):
         config, growth = adapters[0].config, adapters[0].growth
         total = config.total_step or total_steps
         self.begin_step(start_step + first)
+        if start_step == 0:
+            # steps of an earlier training are none of this one, in which its components are initial
+            for adapter in adapters:
+                adapter.steps.clamp_(max=0)
         # otherwise the warning was logged on wrapping
         if growth.is_open and total is not None and config.total_step is None:
             warn_if_too_short(config, len(adapters), total)

@@ -21,7 +21,7 @@ the head trains.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +80,16 @@ class PstConfig(MethodConfig):
         "false: all tensors start with small random values, for tests", True
     )
 
+    def __post_init__(self) -> None:
+        # the length that a trainer has set, which is not that of a further training
+        self.set_by_trainer: int | None = None
+        super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types, without a length that a trainer has set."""
+        is_chosen = self.total_step != self.set_by_trainer
+        return {**super().to_dict(), "total_step": self.total_step if is_chosen else None}
+
     def check(self) -> None:
         """Raise InputError if the two warm-ups take more than the run."""
         first, last = self.initial_warmup, self.final_warmup
@@ -132,7 +142,8 @@ class PstModel(MethodTuner):
         active = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for layer in layers_of(self.model):
             for _, adapter in layer.pick([n for n in layer.adapters if n not in active]):
-                cast(PstAdapter, adapter)._dense = None
+                if isinstance(adapter, PstAdapter):  # pyra has adapters beside those of its inner
+                    adapter._dense = None
 
     def attach_optimizer(
         self,
@@ -148,8 +159,8 @@ class PstModel(MethodTuner):
             InputError: the length is unknown.
         """
         for _, config, layers in self._trained():
-            if config.total_step is None:
-                config.total_step = total_steps
+            if config.total_step == config.set_by_trainer and total_steps is not None:
+                config.total_step = config.set_by_trainer = total_steps
             config.check_total()
             for _, adapter in layers if start_step == 0 else ():
                 adapter.begin()
@@ -244,9 +255,10 @@ class PstModel(MethodTuner):
         """Yield name, config, and layers with their adapters, of each active adapter."""
         for name in self.active_adapters:
             layers = [
-                (layer, cast(PstAdapter, adapter))
+                (layer, adapter)
                 for layer in layers_of(self.model)
                 for _, adapter in layer.pick([name])
+                if isinstance(adapter, PstAdapter)
             ]
             yield name, self.peft_config[name], layers
 

@@ -106,4 +106,9 @@ def plan_of(config: SherlConfig, model: nn.Module) -> Plan:
     )
     if reads_encoder:
         sides.append([i for i in range(end) if given is None or i in given])
+        require(
+            bool(sides[1]),
+            f"side_layers={given} has no block of the encoder, which has {end}; add one, or set "
+            "encoder_memory=false",
+        )
     return Plan([main, *encoders], late, sides)

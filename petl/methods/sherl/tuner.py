@@ -9,9 +9,10 @@ from torch import nn
 from petl.core.layers.block import place_of_argument
 from petl.core.layers.layer import LayerShape
 from petl.core.model.heat_map import HeatMap, finite
-from petl.core.model.structure import block_widths, final_norm, norm_kind
+from petl.core.model.structure import block_widths, final_norm, layer_drop, norm_kind
 from petl.core.registry import register
 from petl.core.spec.config import require
+from petl.core.switching.norms import original_norms
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError
 from petl.methods.sherl.adapter import SIZES, SherlAdapter
@@ -80,9 +81,21 @@ class SherlModel(MethodTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Inject the adapter, and register the hooks of its hosts unless they are there."""
+        """Inject the adapter, and register the hooks of its hosts unless they are there.
+
+        Raises:
+            InputError: the adapter would train, and the model leaves out blocks while it trains.
+        """
+        config: Any = self.peft_config[adapter_name]
+        drop = layer_drop(getattr(model, "config", None))
+        is_dry_run = next(model.parameters()).is_meta  # before a file is loaded, too
+        require(
+            config.inference_mode or is_dry_run or not drop,
+            f"the config of {type(model).__name__} has {drop}: in training it leaves out blocks at "
+            "random, whose outputs the side network reads; set it to 0 in model.config",
+        )
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        plan = plan_of(cast(Any, self.peft_config[adapter_name]), model)
+        plan = plan_of(config, model)
         # by their hosts, the adapters that share hooks; a name may have been of a deleted adapter
         known: dict[tuple[str, ...], set[str]] = self.__dict__.setdefault("served", {})
         for names in known.values():
@@ -122,6 +135,11 @@ class SherlModel(MethodTuner):
                 "time feeds the late blocks; activate one of them"
             )
         super().set_adapter(adapter_name, inference_mode)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        """Remove the adapters, and with them a norm that trained beside them."""
+        with original_norms(self.model):
+            return super()._unload_and_optionally_merge(*args, **kwargs)
 
     @torch.no_grad()
     def heat_maps(self) -> list[HeatMap]:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
+from petl.core.layers.block import BlockAdapters
 from petl.core.layers.layer import LayerShape
 from petl.core.spec.checks import rank_of
 from petl.core.spec.config import require
@@ -79,6 +80,8 @@ def base_size(module: nn.Module, seen: set[int]) -> int:
     Args:
         seen: ids of the parameters counted so far, to which it adds.
     """
+    if isinstance(module, BlockAdapters):  # its block, around it, is counted without it
+        return 0
     if isinstance(module, BaseTunerLayer):
         return base_size(module.get_base_layer(), seen)
     if isinstance(module, AuxiliaryTrainingWrapper):
