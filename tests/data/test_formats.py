@@ -352,6 +352,15 @@ def test_a_value_of_another_type_in_alpacas_columns_is_named(tmp_path, row, mess
         read(write(tmp_path, [{"output": "3", **row}] * 2))
 
 
+def test_the_braces_of_a_system_prompt_are_checked_before_any_row(tmp_path):
+    file = write(tmp_path, [{"messages": PAIR}])
+    for prompt in ("Smile :}", "Smile :{"):
+        with pytest.raises(InputError, match=r"data\.system=Smile :. has a single brace"):
+            read(file, system=prompt)
+    raw = read(file, system="Answer {{so}}.\\nBe brief.")
+    assert {turns[0]["content"] for turns in messages(raw)} == {"Answer {so}.\nBe brief."}
+
+
 def test_a_system_prompt_is_put_before_conversations_without_one(tmp_path):
     rows = [
         {"messages": PAIR, "topic": "sums", "tools": [FUNCTION]},
