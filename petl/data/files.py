@@ -335,6 +335,7 @@ def read_parquet(path: Path, choose: Choose) -> Table:
     try:
         with pq.ParquetFile(path) as file:
             columns = choose(file.schema_arrow.names, str(path))
+            refuse_repeated(columns, file.schema_arrow.names, path)
             # only the columns that the task reads are decompressed
             for batch in file.iter_batches(BATCH, columns=columns):
                 for row in batch.to_pylist():

@@ -152,6 +152,17 @@ def test_parquet_without_the_column_lists_the_available_columns(tmp_path):
         read(tmp_path / "a.parquet")
 
 
+def test_a_parquet_column_that_is_read_must_not_be_there_twice(tmp_path):
+    columns = {"text": ["a", "b"], "label": [0, 1], "id": [3, 4]}
+    for twice in ("text", "id"):
+        names = [*columns, twice]
+        table = pa.Table.from_arrays([pa.array(columns[name]) for name in names], names=names)
+        pq.write_table(table, tmp_path / f"{twice}.parquet")
+    with pytest.raises(InputError, match="has 2 columns named 'text': rename all but one"):
+        read(tmp_path / "text.parquet")
+    assert len(read(tmp_path / "id.parquet", test_share=0.5).train) == 1
+
+
 def test_missing_parquet_integers_are_missing_labels(tmp_path):
     pq.write_table(pa.table({"text": ["a", "b"], "label": [1.0, None]}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match="row 2: label is missing"):
