@@ -24,6 +24,7 @@ from transformers import (
 import petl
 from petl.core import fingerprint
 from petl.errors import InputError, RunStopped, UnsupportedError
+from petl.export.checked_folder import compare, outputs
 from petl.export.lora import export_lora
 from petl.export.merge import merge
 from petl.export.saved_adapter import find, score
@@ -142,6 +143,19 @@ def test_a_run_on_images_without_its_data_is_compared_on_noise(pictures, tmp_pat
     assert torch.equal(again[-1]["pixel_values"], batches[-1]["pixel_values"])
     written = merge(saved, tmp_path / "out", None)
     assert written.difference.relative < 1e-5 < written.difference.effect
+
+
+def test_padding_counts_as_no_token_with_the_same_highest_logit():
+    def model(sign):
+        return lambda input_ids, **_: {"logits": sign * torch.eye(4)[input_ids]}
+
+    # two tokens and two of padding, then four tokens
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    batch = {"input_ids": torch.tensor([[1, 2, 0, 0], [3, 2, 1, 1]]), "attention_mask": mask}
+    given, other = (outputs(model(sign), [batch], "a model") for sign in (1, -1))
+    assert compare(given, other, 0.0).same == 0
+    assert compare(given, given, 0.0).same == 1
+    assert compare(given, other, 0.0).relative == 2  # |x - (-x)| / |x|
 
 
 def test_a_bf16_base_merges_within_its_own_tolerance_and_exactly_in_float32(tiny, tmp_path):
