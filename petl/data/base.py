@@ -217,12 +217,16 @@ def train_test_split(rows: list[T], source: Source) -> tuple[list[T], list[T]]:
     that they do not depend on the number of training rows.
 
     Raises:
-        InputError: fewer rows than are asked for.
+        InputError: fewer rows than are asked for, or none to train on.
     """
     # test rows first: a change of train_rows then leaves them as they are
     order = [rows[i] for i in shuffled(len(rows), source.seed)]
     test_rows = len(rows) // 5 if source.test_rows is None else source.test_rows
     test = limited(order, test_rows, "test_rows")
+    if len(test) == len(order):
+        raise InputError(
+            f"data.test_rows={test_rows} leaves none of the {len(order)} rows to train on"
+        )
     return limited(order[test_rows:], source.train_rows, "train_rows"), test
 
 

@@ -156,6 +156,8 @@ def system_turn(value: Any) -> list[Message]:
 
 def past_turns(value: Any) -> list[Message]:
     """The turns of earlier questions and answers, a list of pairs."""
+    if not isinstance(value or [], list | tuple):
+        raise ValueError(f"is {shown(value)}, not a list of questions with their answers")
     turns: list[Message] = []
     for pair in value or []:
         if not isinstance(pair, list | tuple) or len(pair) != 2:

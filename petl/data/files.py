@@ -238,14 +238,14 @@ def not_utf8(path: Path) -> InputError:
 
 def read_delimited(path: Path, choose: Choose, delimiter: str) -> Table:
     """Rows of a csv or tsv file, numbered by the line they begin on."""
-    with any_field_size(), lines_of(path, newline="") as lines:
+    with lines_of(path, newline="") as lines:
         # strict: malformed quotes are errors
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         header, columns = None, []
         while True:
             line = reader.line_num + 1  # a quoted field may span several lines
             try:
-                fields = next(reader, None)
+                fields = next_of_any_size(reader)
             except csv.Error as error:
                 raise InputError(f"{path}, line {line}: {error}; check its quotes") from error
             if fields is None:
@@ -275,12 +275,12 @@ def refuse_repeated(columns: Sequence[str], header: Sequence[str], path: Path) -
             )
 
 
-@contextmanager
-def any_field_size() -> Generator[None]:
-    """Inside the block, the csv module reads fields of any length (its default limit is 128 KB)."""
+def next_of_any_size(reader: Iterator[list[str]]) -> list[str] | None:
+    """The next row of a csv reader, with fields of any length; None at the end."""
+    # the module's limit (128 KB by default) holds for all readers, others of ours among them
     before = csv.field_size_limit(sys.maxsize)
     try:
-        yield
+        return next(reader, None)
     finally:
         csv.field_size_limit(before)
 
@@ -335,6 +335,7 @@ def read_parquet(path: Path, choose: Choose) -> Table:
     try:
         with pq.ParquetFile(path) as file:
             columns = choose(file.schema_arrow.names, str(path))
+            refuse_repeated(columns, file.schema_arrow.names, path)
             # only the columns that the task reads are decompressed
             for batch in file.iter_batches(BATCH, columns=columns):
                 for row in batch.to_pylist():

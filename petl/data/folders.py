@@ -220,7 +220,7 @@ def labeled_files(setting: str, name: str, suffixes: Sequence[str]) -> list[Labe
     files: list[LabeledFile] = []
     skipped = 0
     for place in inside:
-        present = [p for p in place.rglob("*") if p.is_file() and not p.name.startswith(".")]
+        present = visible_files(place)
         matching = [p for p in present if p.suffix.lower() in suffixes]
         if not matching:
             raise InputError(
@@ -234,6 +234,16 @@ def labeled_files(setting: str, name: str, suffixes: Sequence[str]) -> list[Labe
     if skipped:
         logger.info("%s=%s: skipping %d files of other types", setting, name, skipped)
     return files
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """The files in a folder, at any depth, except hidden ones and those in hidden folders."""
+    # such as macOS' "._a.png", which is no image, and copies in .ipynb_checkpoints
+    return [
+        file
+        for file in folder.rglob("*")
+        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(folder).parts)
+    ]
 
 
 def split(files: Sequence[LabeledFile], classes: list[str]) -> Dataset:

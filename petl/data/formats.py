@@ -70,7 +70,8 @@ def alpaca(row: Row) -> list[Message]:
     """Instruction and input are one turn, with a line break between them if both are given."""
     # Alpaca's input is "" for instructions that need none
     given = read(row, "input", passage) if row.get("input") else ""
-    asked = text("\n".join(part for part in (row["instruction"] or "", given) if part.strip()))
+    instruction = read(row, "instruction", passage) if row["instruction"] is not None else ""
+    asked = text("\n".join(part for part in (instruction, given) if part.strip()))
     # absent from rows to predict, of which only the question is needed
     answer = side(read(row, "output", text), "assistant") if "output" in row else []
     past = read(row, "history", past_turns) if "history" in row else []

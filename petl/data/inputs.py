@@ -9,7 +9,7 @@ from typing import Any
 
 from petl.config.schema import read_fields
 from petl.data.files import READERS, Files, located_rows, suffix_of
-from petl.data.folders import IMAGES, SOUNDS, labeled_files
+from petl.data.folders import IMAGES, SOUNDS, labeled_files, visible_files
 from petl.data.multitask_columns import MultitaskColumns
 from petl.data.tabular import TASK_COLUMNS, columns_of
 from petl.data.task_columns import ClassLabelColumns, TaskColumns
@@ -180,7 +180,7 @@ def media(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     Raises:
         InputError: there is none.
     """
-    found = [p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file()]
+    found = [file for file in visible_files(folder) if file.suffix.lower() in suffixes]
     if not found:
         raise InputError(f"{folder} has no file of the types {', '.join(suffixes)}")
     # rglob yields files in the order of the file system, which differs between machines

@@ -69,9 +69,7 @@ class QuestionAnsweringColumns(NamedColumns):
         if isinstance(value, str):
             return [(value, start)]
         if isinstance(value, list) and all(isinstance(answer, str) for answer in value):
-            # None: the answer is searched in the context
-            starts = start if isinstance(start, list) else [None] * len(value)
-            return list(zip(value, starts, strict=True))
+            return pairs(value, starts_of(start, len(value)))
         if isinstance(value, Mapping):
             starts = value.get("answer_start")
             texts = value.get("text")
@@ -79,7 +77,7 @@ class QuestionAnsweringColumns(NamedColumns):
                 raise ValueError(
                     f"is {shown(value)}, not an object with the lists text and answer_start"
                 )
-            return list(zip(texts, starts, strict=True))
+            return pairs(texts, starts)
         if isinstance(value, list) and all(isinstance(answer, Mapping) for answer in value):
             return [(answer.get("text"), answer.get("answer_start")) for answer in value]
         raise ValueError(
@@ -106,3 +104,23 @@ class QuestionAnsweringColumns(NamedColumns):
         if start < 0 or context[start : start + len(answer)] != answer:
             raise ValueError(f"is {shown(answer)}, which is not in the context at position {start}")
         return answer, start
+
+
+def starts_of(value: Any, count: int) -> list[Any]:
+    """The starts of a list of `count` answers, in a column of their own."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = parse_json(value)
+    if value is None or value == "":  # the answers are searched in the context
+        return [None] * count
+    return value if isinstance(value, list) else [value]
+
+
+def pairs(texts: list[Any], starts: list[Any]) -> list[tuple[Any, Any]]:
+    """Answers with their starts.
+
+    Raises:
+        ValueError: they are not as many.
+    """
+    if len(texts) != len(starts):
+        raise ValueError(f"has {len(texts)} answers, but there are {len(starts)} starts")
+    return list(zip(texts, starts, strict=True))

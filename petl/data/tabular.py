@@ -27,7 +27,7 @@ from petl.data.task_columns import (
     TokenClassificationColumns,
     with_row_tasks,
 )
-from petl.data.templates import check_template
+from petl.data.templates import check_braces, check_template
 from petl.data.validation import LazySourceRows, Row, SourceRows
 from petl.errors import InputError
 from petl.tasks.base import Task
@@ -77,6 +77,8 @@ class Tabular(ColumnSettings, ABC):
         check_minimum("stride", self.stride, 0)
         for key in ("text", "text_pair", "target", "prompt", "answer"):
             check_template(f"data.{key}", getattr(self, key))
+        if self.system is not None:  # a text, which need not have a column
+            check_braces("data.system", self.system)
         self.refuse_unused_settings()
         self.check_row_tasks()
         _ = self.task_columns  # created here to check the settings

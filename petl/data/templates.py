@@ -22,18 +22,27 @@ def is_template(value: str) -> bool:
     return "{" in value
 
 
+def reads_columns(value: str) -> bool:
+    """Return True if a text that is filled reads columns."""
+    return any(part["column"] for part in PART.finditer(value))
+
+
 def check_template(setting: str, value: str | None) -> None:
     """Raise InputError unless the setting is null, a column or a template with a column."""
     if value is None or not is_template(value):
         return
-    parts = list(PART.finditer(value))
-    if any(part.group() in ("{", "}") for part in parts):
-        raise InputError(
-            f"{setting}={value} has a single brace: columns are {{name}}, braces {{{{ and }}}}"
-        )
+    check_braces(setting, value)
     if not columns_of(value):
         raise InputError(
             f"{setting}={value} names no column: write {{name}} where its text belongs"
+        )
+
+
+def check_braces(setting: str, value: str) -> None:
+    """Raise InputError if a text that is filled has a single brace."""
+    if any(part.group() in ("{", "}") for part in PART.finditer(value)):
+        raise InputError(
+            f"{setting}={value} has a single brace: columns are {{name}}, braces {{{{ and }}}}"
         )
 
 

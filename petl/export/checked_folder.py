@@ -63,7 +63,7 @@ class Written:
 def outputs(
     model: Callable[..., Any], batches: Iterable[dict[str, Tensor]], of: str
 ) -> list[Tensor]:
-    """Return the logits of each batch in float32: classes on the last axis, 0 for padding.
+    """Return the logits of each batch in float32, without padding: classes on the last axis.
 
     Of a model without head, the mean over the tokens.
 
@@ -85,8 +85,8 @@ def _logits(output: Any, batch: dict[str, Tensor]) -> Tensor:
     if logits.dim() != 3:
         return logits
     # outputs at padding are undefined: kernels may compute anything there
-    mask = batch["labels"] != IGNORED if "labels" in batch else batch["attention_mask"]
-    return logits * mask[..., None]
+    mask = batch["labels"] != IGNORED if "labels" in batch else batch["attention_mask"] == 1
+    return logits[mask]
 
 
 def mean_pooled(hidden: Tensor, attention_mask: Tensor) -> Tensor:

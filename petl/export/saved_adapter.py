@@ -43,6 +43,7 @@ from petl.tasks.base import Task
 from petl.tasks.causal_lm import CausalLM
 from petl.tasks.classification import Classification
 from petl.tasks.embedding import Embedding
+from petl.tasks.media import MediaTask
 from petl.tasks.question_answering import QuestionAnswering
 from petl.tasks.regression import Regression
 from petl.tasks.seq2seq import Seq2Seq
@@ -109,7 +110,7 @@ class Saved:
         try:
             return self.data
         except InputError as error:
-            logger.warning("comparing on random tokens: %s", error)
+            logger.warning("comparing on random inputs: %s", error)
             return None
 
     @cached_property
@@ -221,14 +222,18 @@ class Saved:
         return load_processor(self.settings["model"], self.task)
 
     def batches(self) -> list[Batch]:
-        """Model inputs to compare outputs on: test examples, or random tokens without data."""
+        """Model inputs to compare outputs on: test examples, or random ones without data."""
         processor, data = self.processor(), self.data_if_any
         if data is None:
-            draw = torch.Generator().manual_seed(0)  # the same tokens before and after an export
-            ids = torch.randint(len(processor), (ROWS, TOKENS), generator=draw)
+            draw = torch.Generator().manual_seed(0)  # the same inputs before and after an export
+            if isinstance(self.task, MediaTask):
+                rows = self.task.random_rows(processor, ROWS, draw)
+            else:
+                ids = torch.randint(len(processor), (ROWS, TOKENS), generator=draw)
+                rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             batches = [
-                {"input_ids": part, "attention_mask": torch.ones_like(part)}
-                for part in ids.split(BATCH)
+                {name: values[start : start + BATCH] for name, values in rows.items()}
+                for start in range(0, ROWS, BATCH)
             ]
             if not self.task.label_columns:  # the model needs them as decoder inputs
                 batches = [{**batch, "labels": batch["input_ids"]} for batch in batches]

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from petl.core.loading import load
 from petl.core.switching.lora import fuse_lora
+from petl.data.templates import fill, reads_columns
 from petl.drafting.folder import CONFIG
 from petl.errors import InputError, UnsupportedError
 from petl.export.saved_adapter import Saved, device, find, model_in
@@ -138,7 +139,8 @@ def reading_as_trained(
         str(model_settings(found)["name"]),
         is_chat,
         adapters=adapters,
-        system=system if system and "{" not in system else None,  # of a template, rows have parts
+        # as in training; rows have the parts of a template
+        system=fill(system, {}) if system and not reads_columns(system) else None,
         prefix=learned.prefix if isinstance(learned, Seq2Seq) else "",
         columns={key: value for key, value in data.items() if key not in NO_COLUMNS},
     )

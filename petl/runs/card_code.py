@@ -40,10 +40,7 @@ with torch.no_grad():
     tokens = model(**inputs).last_hidden_state
 print(tokens.mean(1))  # of one text; of several, leave padding out""",
     "token_classification": f"""\
-words = {TEXT}.split()
-inputs = tokenizer(
-    words, is_split_into_words=True, truncation=True, max_length={{max_length}}, return_tensors="pt"
-)
+inputs = {{encode}}
 {LOGITS}
 tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
 print([(token, classes[int(label)]) for token, label in zip(tokens, logits[0].argmax(-1))])""",

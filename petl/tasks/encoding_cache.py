@@ -19,6 +19,10 @@ from transformers import PreTrainedTokenizerBase
 from petl.core.progress import Pass
 from petl.files.paths import cache_folder
 
+# attributes that the backend does not have, or that it gets with each call; the last of translation
+OUTSIDE_BACKEND = (
+    *("truncation_side", "model_input_names", "split_special_tokens", "src_lang", "tgt_lang"),
+)
 FORMAT = 3  # increment when the meaning of encoded rows changes
 logger = logging.getLogger(__name__)
 
@@ -106,6 +110,7 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
         "class": type(tokenizer).__qualname__,
         "special": tokenizer.special_tokens_map,
         "template": tokenizer.chat_template,
+        **{name: getattr(tokenizer, name, None) for name in OUTSIDE_BACKEND},
     }
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # a slow tokenizer has no serialized backend

@@ -81,6 +81,17 @@ class MediaTask(SingleLabelTask, ABC):
         """Pad or truncate `array` to the length of `full`, if the task can."""
         return array
 
+    def random_rows(self, processor: Any, count: int, draw: torch.Generator) -> dict[str, Tensor]:
+        """Model inputs of noise, [count, ...] each; masks are those of the largest input."""
+        largest = self.process(processor, self.largest(processor))
+        full = {name: torch.from_numpy(array) for name, array in largest.items()}
+        return {
+            name: torch.randn(count, *array.shape, generator=draw)
+            if array.is_floating_point()
+            else array.expand(count, *array.shape)
+            for name, array in full.items()
+        }
+
     def encode(self, processor: Any, split: Dataset) -> Dataset:
         """Encode rows as in `Task`; they are read as numpy arrays."""
         return super().encode(processor, split).with_format("numpy")

@@ -285,7 +285,10 @@ def point(
     """The first and last token of the first answer, or (null, null) if the window lacks it."""
     if not answers:
         return null, null
-    start, end = starts[0], starts[0] + len(answers[0])
+    # spaces at its ends belong to no token, or to one of the next word
+    answer = answers[0].strip()
+    start = starts[0] + answers[0].index(answer)
+    end = start + len(answer)
     # tokens of the context with at least one character
     inside = [i for i, span in enumerate(offsets) if span != OUTSIDE and span[0] < span[1]]
     # a part of the answer is outside of the window: as if it had none

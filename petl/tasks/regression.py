@@ -77,6 +77,9 @@ class Regression(TextTask):
 
 def correlation(x: Tensor, y: Tensor) -> float:
     """Pearson's correlation of two columns, [N] each; 0 if one of them is constant."""
+    # before the means are subtracted, which leaves a rounding error of each value of a constant
+    if any(each.unique().numel() < 2 for each in (x, y)):
+        return 0.0
     x, y = x - x.mean(), y - y.mean()
     spread = x.norm() * y.norm()
     return (x @ y / spread).item() if spread > 0 else 0.0

@@ -12,6 +12,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from petl.core.distributed import is_sharded
+from petl.core.parameters import max_positions
+from petl.errors import InputError
 from petl.tasks.base import pad_id
 from petl.tasks.row_tasks import IDS
 
@@ -27,9 +29,15 @@ def written(
     """Return the text that a model in evaluation mode writes after each prompt, greedily.
 
     Args:
+        max_new_tokens: of an answer; fewer where the longest prompt leaves fewer positions.
         task_ids: the task of each prompt, for a method that serves several.
+
+    Raises:
+        InputError: the model has a table of positions, and a prompt leaves none for an answer.
     """
     base: Any = model.get_base_model()
+    longest = 0 if is_pair(model) else max(map(len, prompts))
+    max_new_tokens = min(max_new_tokens, positions_behind(base, longest) or max_new_tokens)
     inputs = padded(prompts, pad_id(tokenizer), on_left=not is_pair(model))
     # chat models end a turn by a token of their generation config, not by the tokenizer's
     ends = {tokenizer.eos_token_id, *as_list(base.generation_config.eos_token_id)} - {None}
@@ -49,6 +57,24 @@ def written(
     # a decoder returns the prompt as well
     new = generated if is_pair(model) else generated[:, inputs["input_ids"].shape[1] :]
     return tokenizer.batch_decode(new, skip_special_tokens=True)
+
+
+def positions_behind(base: Any, longest: int) -> int | None:
+    """Return how many tokens a model has positions for behind a prompt; None without a limit.
+
+    Raises:
+        InputError: there are none.
+    """
+    # imported only where rows are generated
+    from petl.drafting.passes import has_position_table
+
+    limit = max_positions(base) if has_position_table(base) else None
+    if limit is not None and limit <= longest:
+        raise InputError(
+            f"a prompt has {longest:,} tokens, and the model has {limit:,} positions, for prompt "
+            "and answer together: shorten it"
+        )
+    return None if limit is None else limit - longest
 
 
 _drafters: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by base model

@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 from types import SimpleNamespace
@@ -7,7 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from petl.data.base import read_data
+from petl.data.files import located_rows
 from petl.data.task_columns import in_order
+from petl.data.validation import every
 from petl.errors import InputError, UnknownNameError
 
 
@@ -69,6 +72,16 @@ def test_a_field_longer_than_the_csv_module_allows_is_read(tmp_path):
     long = "x" * 200_000
     raw = read(write(tmp_path, "a.csv", f"text,label\n{long},a\nb,b\n"), test_share=0.5)
     assert max(len(text) for s in (raw.train, raw.test) for text in s["text"]) == 200_000
+
+
+def test_a_csv_file_of_long_fields_is_read_beside_others(tmp_path):
+    limit = csv.field_size_limit()
+    short = write(tmp_path, "short.csv", "text,label\na,x\nb,y\n")
+    long = write(tmp_path, "long.csv", f"text,label\n{'x' * 200_000},a\n" * 2)
+    first, second = (located_rows("data.train", [str(file)], every) for file in (short, long))
+    next(first), next(second)
+    assert csv.field_size_limit() == limit  # that of other code
+    assert len([*first, *second]) == 3
 
 
 def test_json_strings_may_hold_line_separators(tmp_path):
@@ -137,6 +150,17 @@ def test_parquet_without_the_column_lists_the_available_columns(tmp_path):
     pq.write_table(pa.table({"sentence": ["a"], "label": [1]}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match="no column 'text'; available: sentence, label"):
         read(tmp_path / "a.parquet")
+
+
+def test_a_parquet_column_that_is_read_must_not_be_there_twice(tmp_path):
+    columns = {"text": ["a", "b"], "label": [0, 1], "id": [3, 4]}
+    for twice in ("text", "id"):
+        names = [*columns, twice]
+        table = pa.Table.from_arrays([pa.array(columns[name]) for name in names], names=names)
+        pq.write_table(table, tmp_path / f"{twice}.parquet")
+    with pytest.raises(InputError, match="has 2 columns named 'text': rename all but one"):
+        read(tmp_path / "text.parquet")
+    assert len(read(tmp_path / "id.parquet", test_share=0.5).train) == 1
 
 
 def test_missing_parquet_integers_are_missing_labels(tmp_path):

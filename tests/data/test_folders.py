@@ -101,6 +101,12 @@ def test_an_invalid_setting_is_named(settings, message):
         read_data(settings)
 
 
+def test_a_split_that_leaves_no_row_to_train_on_is_refused():
+    with pytest.raises(InputError, match=r"data\.test_rows=1797 leaves none of the 1797 rows"):
+        read_data({**DIGITS, "test_rows": 1797})
+    assert len(read_data({**DIGITS, "test_rows": 1796}).train) == 1
+
+
 def test_digits_are_scikit_learns(tmp_path):
     data = read_data({**DIGITS, "test_rows": 360})
     assert (len(data.train), len(data.test)) == (1437, 360)

@@ -335,6 +335,32 @@ def test_an_encoder_decoder_reads_formats_with_one_question_and_one_answer(tmp_p
         read(write(tmp_path, [{"messages": [*PAIR, *PAIR]}]), "seq2seq")
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"instruction": 5}, "line 1: instruction is 5, not text"),
+        ({"instruction": ["Add."]}, r"line 1: instruction is \['Add.'\], not text"),
+        ({"instruction": "Add.", "history": 5}, "line 1: history is 5, not a list of questions"),
+        (
+            {"instruction": "Add.", "history": {"a": "b"}},
+            "line 1: history is {'a': 'b'}, not a list",
+        ),
+    ],
+)
+def test_a_value_of_another_type_in_alpacas_columns_is_named(tmp_path, row, message):
+    with pytest.raises(InputError, match=message):
+        read(write(tmp_path, [{"output": "3", **row}] * 2))
+
+
+def test_the_braces_of_a_system_prompt_are_checked_before_any_row(tmp_path):
+    file = write(tmp_path, [{"messages": PAIR}])
+    for prompt in ("Smile :}", "Smile :{"):
+        with pytest.raises(InputError, match=r"data\.system=Smile :. has a single brace"):
+            read(file, system=prompt)
+    raw = read(file, system="Answer {{so}}.\\nBe brief.")
+    assert {turns[0]["content"] for turns in messages(raw)} == {"Answer {so}.\nBe brief."}
+
+
 def test_a_system_prompt_is_put_before_conversations_without_one(tmp_path):
     rows = [
         {"messages": PAIR, "topic": "sums", "tools": [FUNCTION]},

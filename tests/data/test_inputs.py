@@ -82,6 +82,10 @@ def test_images_are_files_those_of_a_folder_or_those_of_a_table(tmp_path):
     files = [str(tmp_path / "in" / name) for name in ("a/1.png", "b/2.png")]
     assert [row for _, row in media(tmp_path, "in")] == [{"path": file} for file in files]
     assert media(tmp_path, "in/a/1.png") == [({"path": files[0]}, {"path": files[0]})]
+    for hidden in ("a/._1.png", "a/.ipynb_checkpoints/1.png"):  # of macOS, of Jupyter
+        (tmp_path / "in" / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / hidden).write_bytes(b"")
+    assert [row for _, row in media(tmp_path, "in")] == [{"path": file} for file in files]
     labeled = media(tmp_path, "in", labels=True)
     assert [(row["path"], row["label"]) for _, row in labeled] == [(files[0], 0), (files[1], 1)]
     assert len({row["sha256"] for _, row in labeled}) == 2

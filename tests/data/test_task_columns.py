@@ -116,6 +116,29 @@ def test_the_start_of_an_answer_may_be_in_another_column(tmp_path):
     assert raw.train["starts"][0] == [17]
 
 
+def test_starts_in_another_column_are_those_of_a_list_of_answers(tmp_path):
+    asked = {"question": "who?", "context": "Bob saw Bob and Ann"}
+    for answers, starts, expected in [
+        (["Bob"], 8, [8]),  # one of several places, which a search would not tell
+        (["Bob", "Ann"], [8, 16], [8, 16]),
+        ('["Bob", "Ann"]', "[8, 16]", [8, 16]),
+        ('["Bob"]', "8", [8]),
+        (["Ann"], None, [16]),
+        ([], None, []),
+    ]:
+        rows = [{**asked, "answers": answers, "at": starts}]
+        assert (
+            read(tmp_path, rows, "question_answering", answer_start="at").train["starts"][0]
+            == expected
+        )
+    rows = [{**asked, "answers": ["Bob", "Ann"], "at": 8}]
+    with pytest.raises(InputError, match="answers has 2 answers, but there are 1 starts"):
+        read(tmp_path, rows, "question_answering", answer_start="at")
+    rows = [{**asked, "answers": {"text": ["Bob"], "answer_start": [0, 8]}}]
+    with pytest.raises(InputError, match="answers has 1 answers, but there are 2 starts"):
+        read(tmp_path, rows, "question_answering")
+
+
 def test_questions_and_answers_become_conversations(tmp_path):
     rows = [{"q": "how?", "a": "so"}]
     raw = read(tmp_path, rows, "causal_lm", prompt="q", answer="a", generate=8)

@@ -14,6 +14,7 @@ from export_fixtures import (
     save_stirred,
     tokens,
 )
+from media_fixtures import VIT, images
 from training_fixtures import replace_weights, train
 from transformers import (
     AutoModelForSequenceClassification,
@@ -23,13 +24,14 @@ from transformers import (
 import petl
 from petl.core import fingerprint
 from petl.errors import InputError, RunStopped, UnsupportedError
+from petl.export.checked_folder import compare, outputs
 from petl.export.lora import export_lora
 from petl.export.merge import merge
 from petl.export.saved_adapter import find, score
 from petl.models.loading import load_base
 from petl.tasks import CausalLM
 
-pytest_plugins = ["export_fixtures", "training_fixtures"]
+pytest_plugins = ["export_fixtures", "media_fixtures", "training_fixtures"]
 pytestmark = pytest.mark.usefixtures("pair_method")
 
 
@@ -127,6 +129,33 @@ def test_a_run_without_its_data_is_compared_on_random_tokens(tiny, tmp_path, cap
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     ids = tokens()
     close(logits(plain, ids), logits(adapted(run.path), ids))
+
+
+def test_a_run_on_images_without_its_data_is_compared_on_noise(pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("PETL_CACHE", str(tmp_path / "cache"))
+    data = shutil.copytree(pictures, tmp_path / "pictures")
+    train([*VIT, *images(data), "+method=lora"], tmp_path / "run")
+    shutil.rmtree(data)
+    saved = find(tmp_path / "run")
+    batches = saved.batches()
+    assert [batch["pixel_values"].shape for batch in batches] == [(8, 3, 16, 16)] * 4
+    again = saved.batches()  # the same after an export
+    assert torch.equal(again[-1]["pixel_values"], batches[-1]["pixel_values"])
+    written = merge(saved, tmp_path / "out", None)
+    assert written.difference.relative < 1e-5 < written.difference.effect
+
+
+def test_padding_counts_as_no_token_with_the_same_highest_logit():
+    def model(sign):
+        return lambda input_ids, **_: {"logits": sign * torch.eye(4)[input_ids]}
+
+    # two tokens and two of padding, then four tokens
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    batch = {"input_ids": torch.tensor([[1, 2, 0, 0], [3, 2, 1, 1]]), "attention_mask": mask}
+    given, other = (outputs(model(sign), [batch], "a model") for sign in (1, -1))
+    assert compare(given, other, 0.0).same == 0
+    assert compare(given, given, 0.0).same == 1
+    assert compare(given, other, 0.0).relative == 2  # |x - (-x)| / |x|
 
 
 def test_a_bf16_base_merges_within_its_own_tolerance_and_exactly_in_float32(tiny, tmp_path):

@@ -91,14 +91,14 @@ def test_an_adapter_reads_prompts_as_it_has_learned(writers, tmp_path):
 
 
 def test_a_run_reads_the_columns_and_system_prompt_that_it_has_learned_from(families, tmp_path):
-    words = ["+method=lora", "data.system=very old", "train.steps=1", "train.eval_steps=null"]
+    words = ["+method=lora", r"data.system=very\nold", "train.steps=1", "train.eval_steps=null"]
     quick = ["train.validation_share=null", "train.linear_probe=false"]
     run = train([*families("causal_lm", *words, *quick)], tmp_path / "run")
     model = load_language_model(run.path)
-    assert (model.is_chat, model.system) == (True, "very old")
+    assert (model.is_chat, model.system) == (True, "very\nold")
     found = list(read_prompts(str(families.folder / "test.jsonl"), model))
     for question in found:
-        turns = [("system", "very old"), ("user", question.row["text"])]
+        turns = [("system", "very\nold"), ("user", question.row["text"])]
         assert [(turn["role"], turn["content"]) for turn in question.prompt] == turns
         assert model.encode(question.row["text"]) == model.encode(question.prompt)
     found = list(read_prompts(str(families.folder / "test.jsonl"), model, system="new"))

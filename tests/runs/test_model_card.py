@@ -8,13 +8,14 @@ from hub_server import OWNER
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from task_runs import executed
+from tiny_tokenizers import word_tokenizer
 from training_fixtures import train
 
 from petl.files.hub import OnHub, origin_of
 from petl.models.sources import read_source
-from petl.runs.card_code import LOCAL_BASE, placed
+from petl.runs.card_code import LOCAL_BASE, TEXT, Usage, placed
 from petl.runs.model_card import Described, known_base, model_card, without_folders
-from petl.tasks import CausalLM, Classification
+from petl.tasks import CausalLM, Classification, TokenClassification
 
 pytest_plugins = ["export_fixtures", "hub_server", "training_fixtures"]
 
@@ -103,6 +104,16 @@ def test_a_folder_in_the_cache_of_the_hub_has_a_name(tmp_path):
     folder = tmp_path / "models--ada--base" / "snapshots" / "abc"
     assert origin_of(folder) == OnHub("ada/base", "abc")
     assert origin_of(tmp_path) is None
+
+
+def test_the_code_for_tags_reads_tokens_as_the_training_did():
+    task = TokenClassification(classes=["O", "B"], max_length=64)
+    usage = Usage(task, read_source({"name": "minilm", "source": "minilm"}), None, "petl.load")
+    names = {"tokenizer": word_tokenizer("this", "text.")}
+    exec(usage.prediction.split("with torch")[0], names)
+    words = TEXT.strip('"').split()
+    encoded = task.encode_rows(names["tokenizer"], {"tokens": [words]})
+    assert names["inputs"]["input_ids"].tolist() == encoded["input_ids"]
 
 
 def test_the_adapters_place_in_the_code_can_be_set():

@@ -52,6 +52,17 @@ def test_a_change_of_any_dependency_encodes_the_rows_again(tokenizer):
     assert len(encoded[1]["input_ids"]) == 1
 
 
+def test_attributes_of_the_tokenizer_beside_its_backend_are_dependencies(tokenizer):
+    task, pair = Counting(classes=["x", "y"], max_length=2), {**SPLIT, "text_pair": ["a", "b", "c"]}
+    assert task.encode(tokenizer, Dataset.from_dict(SPLIT))[0] != {}
+    tokenizer.truncation_side = "left"
+    encoded = task.encode(tokenizer, Dataset.from_dict(SPLIT))
+    assert tokenizer.decode(encoded[1]["input_ids"]) == "fg"
+    assert "token_type_ids" not in task.encode(tokenizer, Dataset.from_dict(pair)).column_names
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    assert "token_type_ids" in task.encode(tokenizer, Dataset.from_dict(pair)).column_names
+
+
 def test_a_selection_is_identified_by_its_rows(tokenizer):
     task = Counting(classes=["x", "y"])
     split = Dataset.from_dict(SPLIT)

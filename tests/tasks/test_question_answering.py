@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from tiny_tokenizers import word_tokenizer
 
 from petl.errors import InputError
 from petl.tasks import QuestionAnswering
@@ -90,6 +91,17 @@ def test_the_best_span_is_ordered_and_within_the_maximum_length():
         sure, text, *_ = best_span(starts, ends, offsets, context, 3)
         assert text == context[s - 2 : e - 1]
         assert sure == pytest.approx(float(starts[s] + ends[e]))
+
+
+def test_spaces_around_an_answer_are_no_part_of_its_label(task):
+    tokenizer = word_tokenizer("is", "in", "Paris")
+    context = "Paris is in Paris "
+    for answer, start, expected in [(" in ", 8, " in"), ("Paris ", 12, " Paris")]:
+        columns = {"answers": [[answer]], "starts": [[start]], "number": [0]}
+        rows = {"question": ["a"], "context": [context], **columns}
+        encoded = task.encode_rows(tokenizer, rows)
+        (first,), (last,) = encoded["start_positions"], encoded["end_positions"]
+        assert tokenizer.decode(encoded["input_ids"][0][first : last + 1]) == expected
 
 
 def test_padding_is_excluded_from_the_loss(task, tokenizer):

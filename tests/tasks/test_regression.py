@@ -27,6 +27,10 @@ def test_a_correlation_with_a_constant_is_zero():
     values = torch.tensor([[1.0, 2.0], [1.0, 3.0]])
     scores = Regression().summarize_rows(values, NONE)
     assert (scores["pearson"], scores["spearman"], scores["mse"]) == (0, 0, 2.5)
+    # numbers whose mean is rounded: what is left of each is not 0
+    values = torch.tensor([[0.1, 0.7]], dtype=torch.float64).expand(9, 2)
+    scores = Regression().summarize_rows(values, NONE)
+    assert (scores["pearson"], scores["spearman"]) == (0, 0)
 
 
 def test_labels_are_floats_in_a_batch(tokenizer):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny_tokenizers import CHATML, byte_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import petl
 from petl import testing
@@ -13,6 +14,7 @@ from petl.config.compose import compose
 from petl.data.base import read_data
 from petl.distributed.launch import start
 from petl.drafting import engine
+from petl.errors import InputError
 from petl.models.loading import load_base, load_processor
 from petl.runs.run_config import read_config
 from petl.tasks import CausalLM
@@ -92,6 +94,19 @@ def test_prompts_are_padded_where_nothing_is_written():
     assert left["input_ids"].tolist() == [[5, 6, 7], [0, 0, 8]]
     assert left["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
     assert padded([[5, 6, 7], [8]], 0, on_left=False)["input_ids"][1].tolist() == [8, 0, 0]
+
+
+def test_answers_end_where_a_table_of_positions_ends():
+    tokenizer = byte_tokenizer(pad_token="<|im_end|>")
+    config = GPT2Config(vocab_size=260, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    base = GPT2LMHeadModel(config)
+    base.generation_config.eos_token_id = None
+    model = petl.wrap(base, "lora", r=2, task_type="CAUSAL_LM", target_modules=["c_attn"]).eval()
+    long = [65 + i for i in range(12)]
+    longer = generation.written(model, tokenizer, [long, long[:3]], 10)
+    assert longer == generation.written(model, tokenizer, [long, long[:3]], 4)
+    with pytest.raises(InputError, match="a prompt has 16 tokens, and the model has 16 positions"):
+        generation.written(model, tokenizer, [long[:3], [*long, *long[:4]]], 10)
 
 
 def test_a_single_row_is_written_with_drafts_in_float32_and_as_without(monkeypatch):
