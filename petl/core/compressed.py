@@ -1,5 +1,6 @@
 """Folders of compressed adapters (`petl.deltas`), which are expanded to be loaded."""
 
+import re
 import tempfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,6 +20,22 @@ from petl.core.adapter_folder import ON_THE_HUB, read_config
 from petl.files.disk import copy_file
 from petl.files.tensor_file import Shapes, read_shapes
 from petl.ops.ternary import FILE, Ternary
+
+# tensors of PEFT's methods that are no differences from 0: norms of weights, factors that start at
+# 1, random matrices that stay as they are, rows of an embedding
+WHOLE = re.compile(
+    r"\.(lora_magnitude_vector|delora_w_norm|boft_s|(p?vera|randlora)_[AB]|trainable_tokens_delta)$"
+)
+
+
+def is_whole(name: str) -> bool:
+    """Return True for a tensor of an adapter's file that is a weight, not what training added.
+
+    Those of `modules_to_save` are, trained biases of the base model, and embeddings.
+    """
+    own = tuple(PEFT_TYPE_TO_PREFIX_MAPPING.values())
+    of_base = not any(part.startswith(own) for part in name.split("."))
+    return bool(WHOLE.search(name)) or (of_base and name.endswith((".weight", ".bias")))
 
 
 def type_of(config: PeftConfig | PeftModel) -> str:

@@ -12,6 +12,7 @@ import petl
 from petl import deltas, testing
 from petl.deltas.adapters import pruned_names, read
 from petl.ops.ternary import FILE
+from petl.search import levels_of
 
 WEIGHTS = "adapter_model.safetensors"
 FIELDS = {
@@ -98,6 +99,41 @@ def test_heads_are_not_coded(tmp_path):
     assert not [name for name in found.kept if "lm_head" in name or "layers.0" in name]
     state = load_file(tmp_path / "whole" / WEIGHTS)
     assert all(torch.equal(tensor, state[name]) for name, tensor in found.others.items())
+
+
+@pytest.mark.parametrize(
+    ("build", "method", "fields", "ending", "count"),
+    [
+        (testing.tiny_llama, "dora", {}, ".lora_magnitude_vector", 6),
+        (testing.tiny_llama, "boft", {"target_modules": ["q_proj"]}, ".boft_s", 3),
+        (testing.tiny_llama, "vera", {"target_modules": ["q_proj"]}, "base_model.vera_", 2),
+        (testing.tiny_llama, "lora", {"trainable_token_indices": [5, 6]}, "trainable_tokens", 1),
+        (testing.tiny_bert, "lora", {"bias": "all"}, ".bias", 19),
+    ],
+)
+def test_weights_in_an_adapter_file_stay_as_they_are(
+    build, method, fields, ending, count, tmp_path
+):
+    for seed in range(2):
+        model = testing.stir(petl.wrap(build(), method, **fields), seed=seed)
+        model.save_pretrained(tmp_path / str(seed))
+    first = load_file(tmp_path / "0" / WEIGHTS)
+    whole = {name for name in first if ending in name and "lora_B" not in name}
+    assert len(whole) == count
+    found = deltas.compress_adapter(tmp_path / "0", tmp_path / "small", density=0.3)
+    deltas.prune_adapter(tmp_path / "0", tmp_path / "thin", 0.5)
+    folders = [tmp_path / "0", tmp_path / "1"]
+    deltas.combine_adapters(folders, tmp_path / "both", "linear")
+    for state in (
+        found.others,
+        load_file(tmp_path / "thin" / WEIGHTS),
+        load_file(tmp_path / "both" / WEIGHTS),
+    ):
+        assert all(torch.equal(state[name], first[name]) for name in whole)
+    changed = load_file(tmp_path / "both" / WEIGHTS)
+    assert all(not torch.equal(changed[name], first[name]) for name in first.keys() - whole)
+    units = levels_of(model, "density")
+    assert not [name for unit in units for name in unit.tensors[0] if ending in f"{name}."]
 
 
 def test_a_file_for_another_model_is_refused(folders, tmp_path):
