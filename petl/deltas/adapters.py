@@ -44,6 +44,8 @@ CARD = "README.md"
 FRONT_MATTER = re.compile(r"---\n(.*?)^---\n", re.DOTALL | re.MULTILINE)
 RESULTS = ("metrics", "model-index")  # fields of a card with scores of the adapter
 SAME = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "scaling")
+SAME += ("use_dora", "bias")  # their complete weights are not compared
+SAME += ("random_loc_seed", "projection_prng_key")  # of what FourierFT and VeRA do not save
 
 
 @dataclass(frozen=True)
@@ -305,7 +307,9 @@ def pruned(
     start = {name: 0.0 if reference is None else reference[name] for name in chosen}
     delta = {name: material.state[name] - start[name] for name in chosen}
     found = prune(delta, drop, q=q, seed=seed)
-    return {**material.state, **{name: found[name] + start[name] for name in chosen}}
+    # the difference from a float32 reference is wider than the tensor
+    changed = {n: (found[n] + start[n]).to(material.state[n].dtype) for n in chosen}
+    return {**material.state, **changed}
 
 
 def count_kept(material: Material, state: State, names: Iterable[str]) -> int:

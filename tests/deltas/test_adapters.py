@@ -136,6 +136,25 @@ def test_weights_in_an_adapter_file_stay_as_they_are(
     assert not [name for unit in units for name in unit.tensors[0] if ending in f"{name}."]
 
 
+@pytest.mark.parametrize(
+    ("method", "one", "other"),
+    [
+        ("lora", {}, {"use_dora": True}),
+        ("lora", {"use_dora": True}, {}),
+        ("lora", {"bias": "all"}, {}),
+        ("vera", {"save_projection": False}, {"projection_prng_key": 5, "save_projection": False}),
+        ("fourierft", {}, {"random_loc_seed": 5}),
+    ],
+)
+def test_tensors_that_mean_something_else_are_not_combined(method, one, other, tmp_path):
+    for name, fields in (("a", one), ("b", other)):
+        model = petl.wrap(testing.tiny_llama(2), method, target_modules=["q_proj"], **fields)
+        testing.stir(model).save_pretrained(tmp_path / name)
+    key = next(iter(other or one))
+    with pytest.raises(petl.InputError, match=f"a has {key}=.* and .*b "):
+        deltas.combine_adapters([tmp_path / "a", tmp_path / "b"], tmp_path / "out", "linear")
+
+
 def test_a_file_for_another_model_is_refused(folders, tmp_path):
     deltas.compress_adapter(folders("lora"), tmp_path / "small")
     with pytest.raises(petl.InputError, match="fit"):
@@ -178,6 +197,18 @@ def test_ia3_is_pruned_around_one(folders, tmp_path):
         moved = tensor != 1
         torch.testing.assert_close(tensor[moved] - 1, 2 * (before[name][moved] - 1))
     assert pruned_names(read(folders("sparse")))
+
+
+def test_a_pruned_adapter_keeps_its_dtypes(tmp_path):
+    model = testing.stir(petl.wrap(testing.tiny_llama(2), "ia3")).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    found = deltas.prune_adapter(tmp_path / "half", tmp_path / "out", 0.5)
+    before = load_file(tmp_path / "half" / WEIGHTS)
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    for name, tensor in found.items():
+        moved = tensor != 1
+        expected = 2 * (before[name].float()[moved] - 1) + 1
+        assert torch.equal(tensor[moved], expected.bfloat16())
 
 
 def test_an_expanded_folder_is_no_compressed_one(folders, tmp_path):
