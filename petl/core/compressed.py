@@ -2,7 +2,7 @@
 
 import re
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,10 +78,15 @@ def expanded(config: PeftConfig, file: Path) -> dict[str, Tensor]:
     Raises:
         InputError: the file is damaged.
     """
-    found = Ternary.load(file)
+    return dense(config, Ternary.load(file))
+
+
+def dense(config: PeftConfig, found: Ternary) -> dict[str, Tensor]:
+    """Return a compressed adapter's tensors, by name."""
+    if not starts_at_one(config):
+        return found.dense()
     # the reference from which differences were taken when the adapter was compressed
-    ones = {name: torch.ones(shape) for name, (_, shape) in found.shapes.items()}
-    return found.dense(ones if starts_at_one(config) else None)
+    return found.dense({name: torch.ones(shape) for name, (_, shape) in found.shapes.items()})
 
 
 def stored_shapes(folder: Path) -> Shapes:
@@ -93,8 +98,11 @@ def stored_shapes(folder: Path) -> Shapes:
     file = compressed_file(folder)
     if file is None:
         return read_shapes(folder / WEIGHTS)
-    found = Ternary.load(file)
-    # from the metadata: nothing is expanded to know shapes
+    return shapes_of(Ternary.load(file))
+
+
+def shapes_of(found: Ternary) -> Shapes:
+    """Return dtype and shape of a compressed adapter's tensors, by name; nothing is expanded."""
     return {**found.shapes, **{name: (t.dtype, t.shape) for name, t in found.others.items()}}
 
 
@@ -109,18 +117,30 @@ def copy_weights(folder: Path, target: Path) -> None:
 
 @contextmanager
 def plain_folder(
-    path: str | Path, config: PeftConfig, where: Mapping[str, Any]
+    path: str | Path,
+    config: PeftConfig,
+    where: Mapping[str, Any],
+    check: Callable[[Shapes, str], object],
 ) -> Generator[tuple[str | Path, dict[str, Any]]]:
     """Yield the folder or repository of a plain adapter, and `where` in it its files are.
 
     For a compressed adapter, that is a temporary folder with its expanded weights.
+
+    Args:
+        path: the folder or repository.
+        config: of the adapter.
+        where: arguments of `ON_THE_HUB`, and others that are passed on.
+        check: called with the shapes of a compressed adapter and the name of its file before any
+            tensor is allocated; raises if they do not fit.
     """
     file = compressed_file(path, **where)
     if file is None:
         yield path, dict(where)
         return
+    found = Ternary.load(file)
+    check(shapes_of(found), str(file))
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
-        save_file(expanded(config, file), Path(folder) / WEIGHTS, {"format": "pt"})
+        save_file(dense(config, found), Path(folder) / WEIGHTS, {"format": "pt"})
         # a revision or a subfolder would be looked up inside the temporary folder
         yield folder, {key: value for key, value in where.items() if key not in ON_THE_HUB}

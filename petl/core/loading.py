@@ -1,6 +1,7 @@
 """Load a saved adapter strictly: raise on missing or unexpected tensors."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from petl.core.fingerprint import read as read_fingerprint
 from petl.core.model.patterns import check_patterns
 from petl.core.parameters import check_module
 from petl.core.registry import refusal, refuse_quantized, refuse_uncalled
-from petl.core.skeleton import check_tables, expected_tensors
+from petl.core.skeleton import Expected, check_tables, expected_tensors
 from petl.core.spec.checks import check_adapter_name
 from petl.core.switching.tuner import apply_peft_fixes, enable_switching, only_visible
 from petl.errors import InputError, first_line
@@ -79,7 +80,8 @@ def load(
     # before wrapping: of a wrapped model only a remembered fingerprint is known
     present, trained_on = known_fingerprint(base), read_fingerprint(path, **where)
     insist = "--other-base (petl.load: other_base='warn')"
-    with plain_folder(path, config, kwargs) as (source, kwargs):
+    fits = partial(check_header, base, config)
+    with plain_folder(path, config, kwargs, fits) as (source, kwargs):
         where = {key: kwargs[key] for key in ON_THE_HUB if key in kwargs}
         found = check_file(base, config, adapter_files(source, config, **where))
         action = f"loading {path}"
@@ -171,14 +173,38 @@ def check_file(
             or takes too long to match.
     """
     found = read_shapes(file)
+    expected = check_header(model, config, found, str(file), left_out)
+    # index tensors: their values, not only their shapes, must fit, so they are read
+    check_tables(expected, config, read_weights(file))
+    return found
+
+
+def check_header(
+    model: nn.Module,
+    config: PeftConfig,
+    found: Shapes,
+    what: str,
+    left_out: tuple[str, ...] = (),
+) -> Expected:
+    """Compare names and shapes of an adapter file with what model and config require.
+
+    Args:
+        found: dtype and shape of the tensors in the file, by name.
+        what: the file, for the message.
+        left_out: as of `check_file`.
+
+    Returns:
+        What they require.
+
+    Raises:
+        InputError: as of `check_file`.
+    """
     # before `expected_tensors`, which matches them against every module name
     check_patterns(config, (name for name, _ in model.named_modules()))
     expected = expected_tensors(model, config)
     compared, required = without(found, left_out), without(expected.required, left_out)
-    check_shapes(compared, required, expected.optional, expected.free_dims, str(file))
-    # index tensors: their values, not only their shapes, must fit, so they are read
-    check_tables(expected, config, read_weights(file))
-    return found
+    check_shapes(compared, required, expected.optional, expected.free_dims, what)
+    return expected
 
 
 def without(shapes: Shapes, prefixes: tuple[str, ...]) -> Shapes:
