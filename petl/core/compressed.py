@@ -1,5 +1,6 @@
 """Folders of compressed adapters (`petl.deltas`), which are expanded to be loaded."""
 
+import re
 import tempfile
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,6 +20,22 @@ from petl.core.adapter_folder import ON_THE_HUB, read_config
 from petl.files.disk import copy_file
 from petl.files.tensor_file import Shapes, read_shapes
 from petl.ops.ternary import FILE, Ternary
+
+# tensors of PEFT's methods that are no differences from 0: norms of weights, factors that start at
+# 1, random matrices that stay as they are, rows of an embedding
+WHOLE = re.compile(
+    r"\.(lora_magnitude_vector|delora_w_norm|boft_s|(p?vera|randlora)_[AB]|trainable_tokens_delta)$"
+)
+
+
+def is_whole(name: str) -> bool:
+    """Return True for a tensor of an adapter's file that is a weight, not what training added.
+
+    Those of `modules_to_save` are, trained biases of the base model, and embeddings.
+    """
+    own = tuple(PEFT_TYPE_TO_PREFIX_MAPPING.values())
+    of_base = not any(part.startswith(own) for part in name.split("."))
+    return bool(WHOLE.search(name)) or (of_base and name.endswith((".weight", ".bias")))
 
 
 def type_of(config: PeftConfig | PeftModel) -> str:
@@ -54,26 +72,21 @@ def compressed_file(path: str | Path, **where: Any) -> Path | None:
     return None
 
 
-def expanded(
-    config: PeftConfig, file: Path, check: Callable[[Shapes, Path], Any] | None = None
-) -> dict[str, Tensor]:
+def expanded(config: PeftConfig, file: Path) -> dict[str, Tensor]:
     """Read a compressed adapter's tensors, by name.
-
-    Args:
-        config: of the adapter.
-        file: of the compressed tensors.
-        check: called with dtypes and shapes by name, and the file, before tensors are allocated; a
-            small file may name large ones.
 
     Raises:
         InputError: the file is damaged.
     """
-    found = Ternary.load(file)
-    if check is not None:
-        check(_shapes_in(found), file)
+    return dense(config, Ternary.load(file))
+
+
+def dense(config: PeftConfig, found: Ternary) -> dict[str, Tensor]:
+    """Return a compressed adapter's tensors, by name."""
+    if not starts_at_one(config):
+        return found.dense()
     # the reference from which differences were taken when the adapter was compressed
-    ones = {name: torch.ones(shape) for name, (_, shape) in found.shapes.items()}
-    return found.dense(ones if starts_at_one(config) else None)
+    return found.dense({name: torch.ones(shape) for name, (_, shape) in found.shapes.items()})
 
 
 def stored_shapes(folder: Path) -> Shapes:
@@ -85,11 +98,11 @@ def stored_shapes(folder: Path) -> Shapes:
     file = compressed_file(folder)
     if file is None:
         return read_shapes(folder / WEIGHTS)
-    return _shapes_in(Ternary.load(file))
+    return shapes_of(Ternary.load(file))
 
 
-def _shapes_in(found: Ternary) -> Shapes:
-    # from the metadata: nothing is expanded to know shapes
+def shapes_of(found: Ternary) -> Shapes:
+    """Return dtype and shape of a compressed adapter's tensors, by name; nothing is expanded."""
     return {**found.shapes, **{name: (t.dtype, t.shape) for name, t in found.others.items()}}
 
 
@@ -107,19 +120,27 @@ def plain_folder(
     path: str | Path,
     config: PeftConfig,
     where: Mapping[str, Any],
-    check: Callable[[Shapes, Path], Any],
+    check: Callable[[Shapes, str], object],
 ) -> Generator[tuple[str | Path, dict[str, Any]]]:
     """Yield the folder or repository of a plain adapter, and `where` in it its files are.
 
-    For a compressed adapter, that is a temporary folder with its expanded weights; `check` is as of
-    `expanded`.
+    For a compressed adapter, that is a temporary folder with its expanded weights.
+
+    Args:
+        path: the folder or repository.
+        config: of the adapter.
+        where: arguments of `ON_THE_HUB`, and others that are passed on.
+        check: called with the shapes of a compressed adapter and the name of its file before any
+            tensor is allocated; raises if they do not fit.
     """
     file = compressed_file(path, **where)
     if file is None:
         yield path, dict(where)
         return
+    found = Ternary.load(file)
+    check(shapes_of(found), str(file))
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
-        save_file(expanded(config, file, check), Path(folder) / WEIGHTS, {"format": "pt"})
+        save_file(dense(config, found), Path(folder) / WEIGHTS, {"format": "pt"})
         # a revision or a subfolder would be looked up inside the temporary folder
         yield folder, {key: value for key, value in where.items() if key not in ON_THE_HUB}

@@ -80,8 +80,8 @@ def load(
     # before wrapping: of a wrapped model only a remembered fingerprint is known
     present, trained_on = known_fingerprint(base), read_fingerprint(path, **where)
     insist = "--other-base (petl.load: other_base='warn')"
-    check = partial(_check_shapes, base, config)
-    with plain_folder(path, config, kwargs, check) as (source, kwargs):
+    fits = partial(check_header, base, config)
+    with plain_folder(path, config, kwargs, fits) as (source, kwargs):
         where = {key: kwargs[key] for key in ON_THE_HUB if key in kwargs}
         found = check_file(base, config, adapter_files(source, config, **where))
         action = f"loading {path}"
@@ -173,25 +173,37 @@ def check_file(
             or takes too long to match.
     """
     found = read_shapes(file)
-    expected = _check_shapes(model, config, found, file, left_out)
+    expected = check_header(model, config, found, str(file), left_out)
     # index tensors: their values, not only their shapes, must fit, so they are read
     check_tables(expected, config, read_weights(file))
     return found
 
 
-def _check_shapes(
+def check_header(
     model: nn.Module,
     config: PeftConfig,
     found: Shapes,
-    file: Path,
+    what: str,
     left_out: tuple[str, ...] = (),
 ) -> Expected:
-    """Raise InputError unless model and config require tensors of these shapes; return those."""
+    """Compare names and shapes of an adapter file with what model and config require.
+
+    Args:
+        found: dtype and shape of the tensors in the file, by name.
+        what: the file, for the message.
+        left_out: as of `check_file`.
+
+    Returns:
+        What they require.
+
+    Raises:
+        InputError: as of `check_file`.
+    """
     # before `expected_tensors`, which matches them against every module name
     check_patterns(config, (name for name, _ in model.named_modules()))
     expected = expected_tensors(model, config)
     compared, required = without(found, left_out), without(expected.required, left_out)
-    check_shapes(compared, required, expected.optional, expected.free_dims, str(file))
+    check_shapes(compared, required, expected.optional, expected.free_dims, what)
     return expected
 
 

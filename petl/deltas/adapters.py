@@ -1,7 +1,8 @@
 """Adapter folders as states: compress one, expand it, prune it, combine several.
 
-What `modules_to_save` holds (heads) are full weights, not deltas: they are never changed. IA3's
-factors start at 1, all other tensors are taken as differences from 0.
+What `modules_to_save` holds (heads) are full weights, not deltas, and so are DoRA's magnitudes and
+the like (`is_whole`): they are never changed. IA3's factors start at 1, all other tensors are taken
+as differences from 0.
 """
 
 import json
@@ -19,7 +20,14 @@ from torch import Tensor
 
 from petl.core.adapter_file import WEIGHTS
 from petl.core.adapter_folder import read_config, read_weights, weights_file
-from petl.core.compressed import compressed_file, copy_weights, expanded, starts_at_one, type_of
+from petl.core.compressed import (
+    compressed_file,
+    copy_weights,
+    expanded,
+    is_whole,
+    starts_at_one,
+    type_of,
+)
 from petl.deltas.combine import combine
 from petl.deltas.compress import Setting, compress_each
 from petl.deltas.prune import Q, prune
@@ -36,6 +44,8 @@ CARD = "README.md"
 FRONT_MATTER = re.compile(r"---\n(.*?)^---\n", re.DOTALL | re.MULTILINE)
 RESULTS = ("metrics", "model-index")  # fields of a card with scores of the adapter
 SAME = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "scaling")
+SAME += ("use_dora", "bias")  # their complete weights are not compared
+SAME += ("random_loc_seed", "projection_prng_key")  # of what FourierFT and VeRA do not save
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,8 @@ def read(folder: str | Path) -> Material:
     heads = getattr(config, "modules_to_save", None) or ()
     # a complete part of the dotted name, not "score" in "scorer"
     exclude = tuple(rf"(^|\.){re.escape(head)}(\.|$)" for head in heads)
+    whole = "|".join(map(re.escape, filter(is_whole, state)))
+    exclude += (f"^({whole})$",) if whole else ()
     return Material(folder, config, state, exclude)
 
 
@@ -295,7 +307,9 @@ def pruned(
     start = {name: 0.0 if reference is None else reference[name] for name in chosen}
     delta = {name: material.state[name] - start[name] for name in chosen}
     found = prune(delta, drop, q=q, seed=seed)
-    return {**material.state, **{name: found[name] + start[name] for name in chosen}}
+    # the difference from a float32 reference is wider than the tensor
+    changed = {n: (found[n] + start[n]).to(material.state[n].dtype) for n in chosen}
+    return {**material.state, **changed}
 
 
 def count_kept(material: Material, state: State, names: Iterable[str]) -> int:

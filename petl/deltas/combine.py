@@ -9,6 +9,7 @@ authors' trims all tensors together and gives undecided signs to the majority. `
 is trimmed together, and undecided signs follow the authors.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -81,6 +82,8 @@ def combine(  # noqa: PLR0913
     weights = [1.0] * len(states) if weights is None else list(weights)
     if len(weights) != len(states):
         raise InputError(f"weights={shown(weights)} are {len(weights)}, for {len(states)} states")
+    if not all(map(math.isfinite, weights)):
+        raise InputError(f"weights={shown(weights)} are not finite numbers")
     first, names = states[0], check_alike(states, exclude)
     check_reference(names, first, reference)
     combined: dict[str, Tensor] = {}
@@ -91,7 +94,7 @@ def combine(  # noqa: PLR0913
             for i, own in enumerate(parts):
                 for k, name in enumerate(group):
                     # `i` in the seed: states lose different entries
-                    kept = mask(f"{seed} {i} {name}", own[k].shape, 1 - density)
+                    kept = mask(f"{seed} {i} {name}", own[k].shape, 1 - density).to(own[k].device)
                     own[k] = own[k] * kept / divisor_of(q, name, 1 - density)
         taus = [torch.cat(own) for own in parts]
         if method in ("magnitude_prune", "ties"):

@@ -135,8 +135,8 @@ def compress_groups(
                 sigma,
                 scales[i],
                 # empty tensors have no entries, so positions are those in all of tau
-                torch.cat(chosen).nonzero().squeeze(1).numpy(),
-                torch.cat(signs).numpy(),
+                torch.cat(chosen).nonzero().squeeze(1).cpu().numpy(),
+                torch.cat(signs).cpu().numpy(),
                 {name: tensor for name, tensor in state.items() if name not in sigma},
                 {"density": density, "alpha": alpha, "scope": scope},
             )

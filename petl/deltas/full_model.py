@@ -10,6 +10,7 @@ from torch import Tensor
 
 from petl.core.progress import Shown
 from petl.deltas.prune import apply, extract, prune
+from petl.deltas.states import free_names
 from petl.errors import InputError, first_line
 from petl.export.checked_folder import draft_of, refuse_taken
 from petl.files.disk import check_links, copy_file
@@ -42,7 +43,7 @@ def prune_model(
     refuse_quantized(tuned, base)
     refuse_taken(out)
     excluded = list(exclude)
-    kept = changed = 0
+    kept = changed = chosen = 0
     with draft_of(out) as draft:
         for file in sorted(tuned.iterdir()):
             # config, tokenizer and the index, whose shards keep their names
@@ -57,10 +58,15 @@ def prune_model(
             # only the tensors of this shard
             theirs = read_some(places, own)
             delta = extract(own, theirs)
-            pruned = prune(delta, drop, exclude=excluded, **settings)
+            free = free_names(delta, excluded)
+            chosen += len(free)
+            # a shard may have excluded tensors alone
+            pruned = prune(delta, drop, exclude=excluded, **settings) if free else delta
             changed += sum(int((tensor != 0).sum()) for tensor in delta.values())
             kept += sum(int((tensor != 0).sum()) for tensor in pruned.values())
             save_file(apply(theirs, pruned), draft / file.name, metadata)
+        if not chosen:
+            raise InputError(f"{tuned} has no floating-point tensor that is not excluded")
     return kept, changed
 
 

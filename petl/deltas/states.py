@@ -40,22 +40,31 @@ def one_of(name: str, value: Any, options: Iterable[str]) -> str:
     return value
 
 
-def coded_names(state: State, exclude: Iterable[str] = ()) -> list[str]:
+def free_names(state: State, exclude: Iterable[str] = ()) -> list[str]:
     """Return the sorted names of floating-point tensors that no pattern of `exclude` is found in.
 
     Raises:
-        InputError: there is none, one of them has a value that is not finite, or a pattern is no
-            regular expression.
+        InputError: a pattern is no regular expression.
     """
     try:
         patterns = [re.compile(pattern) for pattern in exclude]
     except re.error as error:
         raise InputError(f"exclude={list(exclude)!r}: {error}") from error
-    names = [
+    return [
         name
         for name, tensor in sorted(state.items())
         if tensor.is_floating_point() and not any(p.search(name) for p in patterns)
     ]
+
+
+def coded_names(state: State, exclude: Iterable[str] = ()) -> list[str]:
+    """Return the names of `free_names`, checked.
+
+    Raises:
+        InputError: there is none, one of them has a value that is not finite, or a pattern is no
+            regular expression.
+    """
+    names = free_names(state, exclude)
     if not names:
         raise InputError(
             f"the state has no floating-point tensor that is not excluded, among {len(state)}"

@@ -27,8 +27,8 @@ from petl.deltas.adapters import (
 )
 from petl.deltas.combine import combine
 from petl.deltas.states import coded_names, one_of
-from petl.errors import InputError, UnsupportedError
-from petl.export.conversion import as_lora, ranked_config, save_lora
+from petl.errors import InputError, UnsupportedError, shown
+from petl.export.conversion import as_lora, ranked_config, refuse_more_than_factors, save_lora
 from petl.export.saved_adapter import find
 
 LEVELS = ("tensors", "update")
@@ -62,6 +62,10 @@ def update_of(folder: str | Path, *, trust_remote_code: bool = False) -> Update:
     if refusal:
         raise UnsupportedError(f"{folder}: {refusal}")
     model = saved.dense().model()
+    try:
+        refuse_more_than_factors(model)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{folder}: {error}") from error
     config, tensors = as_lora(model)
     pairs = {}
     for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
@@ -104,6 +108,8 @@ def combined_updates(
     """
     if len(updates) < 2:
         raise InputError(f"combining needs at least two adapters, and got {len(updates)}")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise InputError(f"rank={shown(rank)} is not an integer from 1")
     first = updates[0]
     names = list(dict.fromkeys(name for update in updates for name in update.pairs))
     check_shapes(updates, names)

@@ -40,12 +40,17 @@ def keep_ratios(
     if not importance:
         raise InputError("importance={} has no blocks; pass the result of block_importance")
     middle, kept = sum(importance.values()) / len(importance), 1 - sparsity
-    z = {key: 1 / (1 + math.exp(-a * gain * (S - middle))) for key, S in importance.items()}
+    z = {key: sigmoid(a * gain * (S - middle)) for key, S in importance.items()}
     mean, largest = sum(z.values()) / len(z), max(z.values())
     if largest > mean and largest / mean * kept >= 1:
         factor = mean * (1 / kept - 1) / (largest - mean) / MARGIN
         z = {key: mean + factor * (value - mean) for key, value in z.items()}
     return {key: value / mean * kept for key, value in z.items()}
+
+
+def sigmoid(x: float) -> float:
+    """Return the logistic function of x, without an overflow for any x."""
+    return math.exp(min(x, 0.0)) / (1 + math.exp(-abs(x)))
 
 
 def channel_scores(

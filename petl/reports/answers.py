@@ -117,7 +117,9 @@ def compare_answers(first: Path, second: Path, examples: int) -> Differences:
         rights = is_right(one), is_right(other)
         found.is_graded &= None not in rights
         # positive: the first run is better
-        gap = (badness_of(other) or 0.0) - (badness_of(one) or 0.0)
+        bad, good = badness_of(other) or 0.0, badness_of(one) or 0.0
+        # both may be infinite, whose difference is NaN
+        gap = 0.0 if bad == good else bad - good
         outcome = outcome_of(rights, gap)
         found.outcomes[outcome] += 1
         found.changed += one.get("prediction") != other.get("prediction")

@@ -106,8 +106,8 @@ def results(comparison: Comparison) -> Table:
         lowest, highest = entry.lrs[0], entry.lrs[-1]
         rates = f"{lowest:.3g}" + (f" to {highest:.3g}" if highest > lowest else "")
         row += [str(len(entry.runs)), rates]
-        row += [f"{entry.parameters:,}", size(entry.file_bytes), f"{entry.step_seconds:.3f}"]
-        row += [] if comparison.on_device else [f"{entry.step_cpu_seconds:.3f}"]
+        row += [f"{entry.parameters:,}", size(entry.file_bytes), of_step(entry.step_seconds)]
+        row += [] if comparison.on_device else [of_step(entry.step_cpu_seconds)]
         row += [size(entry.peak_bytes)]
         if baseline:
             gains = [] if entry is baseline else comparison.gains(entry)
@@ -131,6 +131,11 @@ def results(comparison: Comparison) -> Table:
     # an entry of several seeds has no single report to link to
     single = [(i, e.runs[0]) for i, e in enumerate(comparison.entries) if len(e.runs) == 1]
     return Table(columns, rows, {(i, 0): run.path / REPORT for i, run in single})
+
+
+def of_step(seconds: float | None) -> str:
+    """Format the seconds of a step; "" without steps."""
+    return "" if seconds is None else f"{seconds:.3f}"
 
 
 def limits_of(comparison: Comparison, entry: Entry) -> tuple[float, float] | None:
@@ -305,9 +310,13 @@ def charts_of(comparison: Comparison) -> dict[str, str]:
     for name, (title, x, costs) in costs_of(comparison).items():
         points = [
             # no error bar for a single seed
-            Point(entry.name, cost, factor * entry.mean, factor * (entry.spread or 0.0))
+            None
+            if cost is None
+            else Point(entry.name, cost, factor * entry.mean, factor * (entry.spread or 0.0))
             for entry, cost in zip(comparison.entries, costs, strict=True)
         ]
+        if not any(points):
+            continue
         charts[name] = cost_chart(
             points,
             title,
@@ -320,7 +329,7 @@ def charts_of(comparison: Comparison) -> dict[str, str]:
     return charts
 
 
-def costs_of(comparison: Comparison) -> dict[str, tuple[str, str, list[float]]]:
+def costs_of(comparison: Comparison) -> dict[str, tuple[str, str, Sequence[float | None]]]:
     """Return title, axis label and the entries' values of each cost, by file name."""
     entries = comparison.entries
     if comparison.on_device:

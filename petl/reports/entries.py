@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -133,14 +134,19 @@ class Entry:
         return max(run.scores["adapter_bytes"] for run in self.runs)
 
     @property
-    def step_seconds(self) -> float:
-        """Seconds per optimizer step; the median over seeds."""
-        return statistics.median(r.scores["seconds"] / r.scores["steps"] for r in self.runs)
+    def step_seconds(self) -> float | None:
+        """Seconds per optimizer step; the median over seeds; None without steps."""
+        return self._per_step("seconds")
 
     @property
-    def step_cpu_seconds(self) -> float:
-        """Processor seconds per optimizer step; the median over seeds."""
-        return statistics.median(r.scores["cpu_seconds"] / r.scores["steps"] for r in self.runs)
+    def step_cpu_seconds(self) -> float | None:
+        """Processor seconds per optimizer step; the median over seeds; None without steps."""
+        return self._per_step("cpu_seconds")
+
+    def _per_step(self, name: str) -> float | None:
+        # train.steps=0: what a method computes before training is the adapter
+        found = [r.scores[name] / r.scores["steps"] for r in self.runs if r.scores["steps"]]
+        return statistics.median(found) if found else None
 
     @property
     def peak_bytes(self) -> int:
@@ -199,16 +205,17 @@ def latest_of_each_seed(runs: Sequence[RunResult]) -> list[RunResult]:
 def unique_names(runs: Sequence[RunResult]) -> list[str]:
     """Return a name for each run: recipe or method, loss, and the settings that tell them apart."""
     short = [short_name(run) for run in runs]
-    names = []
+    names, longer = [], []
     for name, settings in zip(short, (run.settings for run in runs), strict=True):
         same = [runs[i].settings for i, other in enumerate(short) if other == name]
         keys = sorted({key for other in same for key in {*settings, *other} if key != SEED})
         differing = [key for key in keys if len({repr(other.get(key)) for other in same}) > 1]
-        # where only tuned settings differ, they tell the entries apart
-        named = [key for key in differing if key not in TUNED] or differing
-        words = _words(settings, named, same)
-        names.append(" ".join([name, *words]))
-    return names
+        named = [key for key in differing if key not in TUNED]
+        names.append(" ".join([name, *_words(settings, named, same)]))
+        longer.append(" ".join([name, *_words(settings, differing, same)]))
+    # entries in which only tuned settings differ are told apart by them
+    counts = Counter(names)
+    return [name if counts[name] == 1 else full for name, full in zip(names, longer, strict=True)]
 
 
 def _words(

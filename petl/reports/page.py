@@ -214,7 +214,7 @@ def bar_chart(values: Mapping[str, float], title: str, *, x: str, unit: str) -> 
 
 
 def cost_chart(
-    points: Sequence[Point],
+    points: Sequence[Point | None],
     title: str,
     *,
     x: str,
@@ -224,15 +224,18 @@ def cost_chart(
 ) -> str:
     """Draw scores against a cost, with a line through the best score at each cost; return SVG.
 
-    The markers are named by `cost_legend`.
+    The markers are named by `cost_legend`, by place: None is one that has no such cost.
     """
-    costs = [point.cost for point in points]
-    best = pareto_front(points, higher_is_better=higher_is_better)
+    known = [point for point in points if point is not None]
+    costs = [point.cost for point in known]
+    best = pareto_front(known, higher_is_better=higher_is_better)
     with _figure(HEIGHT) as figure:
         axes = figure.add_subplot()
         front_costs, front_scores = [p.cost for p in best], [p.score for p in best]
         axes.step(front_costs, front_scores, where="post", color="0.6", linestyle="--", zorder=1)
         for i, point in enumerate(points):
+            if point is None:
+                continue
             axes.errorbar(
                 point.cost,
                 point.score,
@@ -243,16 +246,17 @@ def cost_chart(
                 **_marker(i),
             )
         _finish(axes, title, x, y, maximum)
-        if max(costs) > LOG_RATIO * min(costs):
+        # a logarithmic axis has no place for 0
+        if max(costs) > LOG_RATIO * min(costs) > 0:
             axes.set_xscale("log")
             # not rounded to decades, which would leave much of the chart empty
             axes.set_xlim(min(costs) / 1.3, max(costs) * 1.3)
             set_log_ticks(axes.xaxis, max(costs) / min(costs))
         else:  # from 0, so that distances are proportional to costs
-            axes.update_datalim([(0, points[0].score)])
+            axes.update_datalim([(0, known[0].score)])
             axes.autoscale_view(scaley=False)
-        description = f"{title}: {', '.join(point.name for point in points)}"
-        return _svg(figure, description, lambda: [_spot(axes, point, x, y) for point in points])
+        description = f"{title}: {', '.join(point.name for point in known)}"
+        return _svg(figure, description, lambda: [_spot(axes, point, x, y) for point in known])
 
 
 class Mark(NamedTuple):

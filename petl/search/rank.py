@@ -15,6 +15,7 @@ from petl.core.compat import BaseTunerLayer
 from petl.core.compressed import type_of
 from petl.core.refusals import is_lora
 from petl.errors import UnsupportedError
+from petl.export.conversion import refuse_more_than_factors
 from petl.search.tensors import active_adapter, config_of
 from petl.search.units import Unit
 
@@ -36,21 +37,17 @@ def rank_of(model: nn.Module) -> list[Unit]:
         raise UnsupportedError(
             "use_dora=True scales the weight with its update, whose rank alone cannot be cut"
         )
+    refuse_more_than_factors(model, name)
     return [unit_of(path, layer, name) for path, layer in layers_of(model, name)]
 
 
 def layers_of(model: PeftModel, name: str) -> list[tuple[str, Any]]:
     """Return path and LoRA layer of the layers that an adapter is on."""
-    layers: list[tuple[str, Any]] = [
+    return [
         (path, layer)
         for path, layer in model.named_modules()
         if isinstance(layer, BaseTunerLayer) and name in getattr(layer, "r", {})
     ]
-    for path, layer in layers:
-        # convolutions and embeddings have factors of other shapes
-        if name not in layer.lora_A or type(layer.lora_A[name]) is not nn.Linear:
-            raise UnsupportedError(f"{path} is no linear layer, so its rank cannot be cut")
-    return layers
 
 
 def unit_of(path: str, layer: Any, name: str) -> Unit:

@@ -71,7 +71,9 @@ def squeeze(
     batches, source = calibration(splits, settings, accelerator)
     # after `start`, which chooses the device of the process
     feature = made(saved)
-    distance = METRICS[settings.metric](feature.model, batches)
+    # the reference in the precision of the candidates
+    with accelerator.autocast():
+        distance = METRICS[settings.metric](feature.model, batches)
     calibrated = f"{distance.total:,} positions of {source}"
     with swapped(feature.model, feature.units) as to, accelerator.autocast():
 

@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 from petl.core.adapter_file import trained_modules
 from petl.core.compat import BaseTunerLayer
-from petl.core.compressed import type_of
+from petl.core.compressed import is_whole, type_of
 from petl.errors import InputError, ModuleKindError
 
 
 @dataclass(frozen=True)
 class AdapterTensors:
-    """The tensors of an adapter without trained heads.
+    """The tensors of an adapter without full weights.
 
     Attributes:
         name: of the adapter.
         state: by name in the file.
         live: for each name in the file, the name in the model.
-        heads: names in the file of the tensors of `modules_to_save`.
+        heads: names in the file of the full weights: tensors of `modules_to_save` and the like.
     """
 
     name: str
@@ -53,10 +53,10 @@ def adapter_tensors(model: nn.Module) -> AdapterTensors:
     model, name = active_adapter(model)
     inside: dict[str, Tensor] = model.state_dict(keep_vars=True)
     named = {id(tensor): live for live, tensor in inside.items()}
-    heads = frozenset(trained_modules(model, name))
     entries: Mapping[str, Tensor] = get_peft_model_state_dict(
         model, state_dict=dict(inside), adapter_name=name, save_embedding_layers=False
     )
+    heads = frozenset({*trained_modules(model, name), *filter(is_whole, entries)})
     state = {k: t for k, t in entries.items() if k not in heads and t.is_floating_point()}
     for key, tensor in state.items():
         # a method that codes its tensors, or sums some, saves others than it computes with

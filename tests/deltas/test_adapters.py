@@ -12,6 +12,7 @@ import petl
 from petl import deltas, testing
 from petl.deltas.adapters import pruned_names, read
 from petl.ops.ternary import FILE
+from petl.search import levels_of
 
 WEIGHTS = "adapter_model.safetensors"
 FIELDS = {
@@ -100,6 +101,60 @@ def test_heads_are_not_coded(tmp_path):
     assert all(torch.equal(tensor, state[name]) for name, tensor in found.others.items())
 
 
+@pytest.mark.parametrize(
+    ("build", "method", "fields", "ending", "count"),
+    [
+        (testing.tiny_llama, "dora", {}, ".lora_magnitude_vector", 6),
+        (testing.tiny_llama, "boft", {"target_modules": ["q_proj"]}, ".boft_s", 3),
+        (testing.tiny_llama, "vera", {"target_modules": ["q_proj"]}, "base_model.vera_", 2),
+        (testing.tiny_llama, "lora", {"trainable_token_indices": [5, 6]}, "trainable_tokens", 1),
+        (testing.tiny_bert, "lora", {"bias": "all"}, ".bias", 19),
+    ],
+)
+def test_weights_in_an_adapter_file_stay_as_they_are(
+    build, method, fields, ending, count, tmp_path
+):
+    for seed in range(2):
+        model = testing.stir(petl.wrap(build(), method, **fields), seed=seed)
+        model.save_pretrained(tmp_path / str(seed))
+    first = load_file(tmp_path / "0" / WEIGHTS)
+    whole = {name for name in first if ending in name and "lora_B" not in name}
+    assert len(whole) == count
+    found = deltas.compress_adapter(tmp_path / "0", tmp_path / "small", density=0.3)
+    deltas.prune_adapter(tmp_path / "0", tmp_path / "thin", 0.5)
+    folders = [tmp_path / "0", tmp_path / "1"]
+    deltas.combine_adapters(folders, tmp_path / "both", "linear")
+    for state in (
+        found.others,
+        load_file(tmp_path / "thin" / WEIGHTS),
+        load_file(tmp_path / "both" / WEIGHTS),
+    ):
+        assert all(torch.equal(state[name], first[name]) for name in whole)
+    changed = load_file(tmp_path / "both" / WEIGHTS)
+    assert all(not torch.equal(changed[name], first[name]) for name in first.keys() - whole)
+    units = levels_of(model, "density")
+    assert not [name for unit in units for name in unit.tensors[0] if ending in f"{name}."]
+
+
+@pytest.mark.parametrize(
+    ("method", "one", "other"),
+    [
+        ("lora", {}, {"use_dora": True}),
+        ("lora", {"use_dora": True}, {}),
+        ("lora", {"bias": "all"}, {}),
+        ("vera", {"save_projection": False}, {"projection_prng_key": 5, "save_projection": False}),
+        ("fourierft", {}, {"random_loc_seed": 5}),
+    ],
+)
+def test_tensors_that_mean_something_else_are_not_combined(method, one, other, tmp_path):
+    for name, fields in (("a", one), ("b", other)):
+        model = petl.wrap(testing.tiny_llama(2), method, target_modules=["q_proj"], **fields)
+        testing.stir(model).save_pretrained(tmp_path / name)
+    key = next(iter(other or one))
+    with pytest.raises(petl.InputError, match=f"a has {key}=.* and .*b "):
+        deltas.combine_adapters([tmp_path / "a", tmp_path / "b"], tmp_path / "out", "linear")
+
+
 def test_a_file_for_another_model_is_refused(folders, tmp_path):
     deltas.compress_adapter(folders("lora"), tmp_path / "small")
     with pytest.raises(petl.InputError, match="fit"):
@@ -142,6 +197,18 @@ def test_ia3_is_pruned_around_one(folders, tmp_path):
         moved = tensor != 1
         torch.testing.assert_close(tensor[moved] - 1, 2 * (before[name][moved] - 1))
     assert pruned_names(read(folders("sparse")))
+
+
+def test_a_pruned_adapter_keeps_its_dtypes(tmp_path):
+    model = testing.stir(petl.wrap(testing.tiny_llama(2), "ia3")).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    found = deltas.prune_adapter(tmp_path / "half", tmp_path / "out", 0.5)
+    before = load_file(tmp_path / "half" / WEIGHTS)
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    for name, tensor in found.items():
+        moved = tensor != 1
+        expected = 2 * (before[name].float()[moved] - 1) + 1
+        assert torch.equal(tensor[moved], expected.bfloat16())
 
 
 def test_an_expanded_folder_is_no_compressed_one(folders, tmp_path):

@@ -93,6 +93,17 @@ def test_dare_has_a_mask_for_each_state():
     )
 
 
+@pytest.mark.parametrize("method", ["ties", "dare_linear"])
+def test_states_on_a_device_are_combined_there(method, device):
+    given = states(2)
+    moved = [{name: tensor.to(device) for name, tensor in state.items()} for state in given]
+    found = combine(moved, method, density=0.5)
+    expected = combine(given, method, density=0.5)
+    for name, tensor in found.items():
+        assert tensor.device.type == torch.device(device).type
+        torch.testing.assert_close(tensor.cpu(), expected[name])
+
+
 def test_a_reference_and_the_dtype_of_the_first():
     given = [{"w": torch.full((4,), x, dtype=torch.bfloat16)} for x in (1.5, 2.0)]
     found = combine(given, "linear", reference={"w": torch.ones(4)})
@@ -123,6 +134,7 @@ def test_what_is_excluded_may_have_another_shape_or_lack():
     [
         ({}, {"method": "mean"}, "method='mean'.*linear"),
         ({}, {"weights": [1]}, "weights"),
+        ({}, {"weights": [1, float("nan")]}, "weights=.*not finite numbers"),
         ({}, {"density": 0}, "density=0"),
         ({}, {"sign": "up"}, "sign='up'"),
         ({}, {"aggregate": "max"}, "aggregate='max'"),

@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import petl
 from petl import deltas
+from petl.deltas.full_model import prune_model
 
 P = 0.9
 
@@ -166,6 +168,30 @@ def test_of_several_scores_the_furthest_is_left_out():
     values = {0: 1.0, 1: 2.0, 2: 30.0}
     found = deltas.find_q(lambda q, seed: values[seed], P, grid=[0.5], seeds=(0, 1, 2))
     assert found.history == [(0.5, 1.5)]
+
+
+def test_a_shard_of_excluded_tensors_alone_stays_as_it_is(tmp_path):
+    torch.manual_seed(0)
+    tuned = {"a.weight": torch.randn(30, 4), "lm_head.weight": torch.randn(5, 4)}
+    base = {name: tensor + 0.1 for name, tensor in tuned.items()}
+    for folder in ("tuned", "base"):
+        (tmp_path / folder).mkdir()
+    for name, tensor in tuned.items():
+        save_file({name: tensor}, tmp_path / "tuned" / f"{name}.safetensors")
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    folders = [tmp_path / "tuned", tmp_path / "base", tmp_path / "out"]
+    kept, changed = prune_model(*folders, 0.5, exclude=["lm_head"])
+    assert changed == 140
+    assert 20 < kept < 140
+    head = load_file(tmp_path / "out" / "lm_head.weight.safetensors")["lm_head.weight"]
+    torch.testing.assert_close(head, tuned["lm_head.weight"])
+    delta = deltas.extract({"a.weight": tuned["a.weight"]}, {"a.weight": base["a.weight"]})
+    expected = base["a.weight"] + deltas.prune(delta, 0.5)["a.weight"]
+    found = load_file(tmp_path / "out" / "a.weight.safetensors")["a.weight"]
+    assert torch.equal(found, expected)
+    with pytest.raises(petl.InputError, match="no floating-point tensor that is not excluded"):
+        prune_model(*folders[:2], tmp_path / "none", 0.5, exclude=["weight"])
+    assert not (tmp_path / "none").exists()
 
 
 def test_extract_and_apply():

@@ -1,13 +1,16 @@
 """Combining adapters of different methods, ranks and targets by their updates."""
 
+import math
+
 import pytest
 import torch
 from training_fixtures import llama_config, write_model
 from transformers import LlamaForCausalLM
 
 import petl
-from petl import deltas, testing
+from petl import deltas, search, testing
 from petl.deltas.updates import combined_updates, cut, update_of
+from petl.errors import UnsupportedError
 
 KINDS = {
     "lora": ("lora", {"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "v_proj"]}),
@@ -125,6 +128,9 @@ def test_tensors_of_one_method(folders, tmp_path):
         (["lora", "nowhere"], {}, "nowhere"),
         (["lora", "mos"], {"level": "update", "weights": [1]}, "weights"),
         (["lora", "mos"], {"level": "update", "density": 2}, "density=2"),
+        (["lora", "mos"], {"level": "update", "weights": [1, math.inf]}, "weights=.*not finite"),
+        (["lora", "mos"], {"level": "update", "rank": 0}, "rank=0 is not an integer from 1"),
+        (["lora", "mos"], {"level": "update", "rank": -1}, "rank=-1 is not an integer from 1"),
     ],
 )
 def test_what_does_not_fit_is_refused(folders, tmp_path, names, arguments, reason):
@@ -142,3 +148,27 @@ def test_methods_that_are_no_update_of_weights_are_refused(folders, tmp_path):
         deltas.combine_adapters(
             [folders / "lora", tmp_path / "adapter"], tmp_path / "out", "linear", level="update"
         )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"use_dora": True},
+        {"bias": "all"},
+        {"lora_bias": True},
+        {"trainable_token_indices": [5]},
+        {"target_modules": ["embed_tokens"]},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+@pytest.mark.filterwarnings("ignore:.*(lora_bias|invalid shape|save_embedding_layers)")
+def test_a_lora_that_is_more_than_factors_is_refused(folders, tmp_path, fields):
+    fields = {"r": 3, "target_modules": ["q_proj"], **fields}
+    model = testing.stir(petl.wrap(base(folders), "lora", task_type="CAUSAL_LM", **fields))
+    model.save_pretrained(tmp_path / "more")
+    pair = [folders / "lora", tmp_path / "more"]
+    with pytest.raises(UnsupportedError, match=r"biases or tokens|is no linear layer, or its"):
+        deltas.combine_adapters(pair, tmp_path / "out", "linear", level="update")
+    with pytest.raises(UnsupportedError, match=r"biases or tokens|no linear layer|use_dora"):
+        search.levels_of(model, "rank")
+    assert not (tmp_path / "out").exists()

@@ -40,6 +40,13 @@ def test_without_sparsity_everything_stays():
     assert list(ratios.values()) == pytest.approx([1, 1])
 
 
+def test_importances_far_apart_have_ratios():
+    # mean squares of states with a few large values
+    ratios = keep_ratios({"a": 0.1, "b": 200.0}, 0.5)
+    assert ratios["b"] == pytest.approx(0.5 * (1 + 1 / 1.05))
+    assert sum(ratios.values()) == pytest.approx(1)
+
+
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, float("nan")])
 def test_a_sparsity_out_of_range_is_refused(sparsity):
     with pytest.raises(InputError, match="is not in"):

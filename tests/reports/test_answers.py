@@ -1,6 +1,7 @@
 """Where the predictions of two runs differ."""
 
 import json
+import math
 
 import pytest
 from comparable import write_run
@@ -101,6 +102,12 @@ def test_numbers_and_losses_are_compared_by_their_size(compared):
     found = compared(texts, [{**texts[0], "loss": 1.0, "tokens": 7}])
     assert dict(found.outcomes) == {"second": 1}
     assert found.tables().popitem()[1].rows == [["0", "t", "", "1.5", "1"]]
+
+
+def test_two_losses_that_are_not_finite_are_equal(compared):
+    lines = [{"row": i, "text": f"t{i}", "loss": loss} for i, loss in enumerate((math.inf, 1.0))]
+    found = compared(lines, [lines[0], {**lines[1], "loss": 2.0}])
+    assert dict(found.outcomes) == {"both": 1, "first": 1}
 
 
 def test_examples_that_one_run_has_dropped_are_counted(compared):

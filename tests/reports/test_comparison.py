@@ -193,6 +193,20 @@ def test_the_learning_rate_is_in_a_name_only_if_nothing_else_differs(tmp_path):
     assert names == {"lora train.lr=0.001", "lora train.lr=0.01"}
 
 
+def test_entries_have_different_names_where_rates_and_other_settings_differ(tmp_path):
+    for i, words in enumerate(("", "train.lr=0.01", "method.r=4", "method.r=4 train.lr=0.02")):
+        write_run(tmp_path / str(i), 0.5, "+method=lora", *words.split())
+    write_run(tmp_path / "other", 0.5, "+method=lora", "method.r=2")
+    names = sorted(entry.name for entry in only([tmp_path]).entries)
+    assert names == [
+        "lora r=2",
+        "lora r=4 train.lr=0.001",
+        "lora r=4 train.lr=0.02",
+        "lora r=8 train.lr=0.001",
+        "lora r=8 train.lr=0.01",
+    ]
+
+
 def test_nothing_to_compare_is_refused(tmp_path):
     with pytest.raises(InputError, match="no finished run in"):
         comparison.compare([tmp_path])

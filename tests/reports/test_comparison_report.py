@@ -108,6 +108,23 @@ def test_the_page_has_the_table_and_charts_and_needs_no_other_file(runs, tmp_pat
     assert charts[0].read_text() in text
 
 
+def test_a_run_without_training_has_no_time_of_a_step(tmp_path):
+    write_run(tmp_path / "lora", 0.5, "+method=lora")
+    write_run(tmp_path / "icv", 0.6, "+method=icv", steps=0, tokens=0, seconds=0.0, cpu_seconds=0.0)
+    compared = compare([tmp_path])
+    table = results(*compared)
+    times = {row[0]: row[table.columns.index("s/step") :][:2] for row in table.rows}
+    assert (times["icv"], times["lora"]) == (["", ""], ["0.500", "0.400"])
+    files = {file.name: file.read_text() for file in write_page(compared, tmp_path / "page")}
+    assert "lora\ntest accuracy" in files["step.svg"]
+    assert "icv" not in files["step.svg"]
+    assert "icv\ntest accuracy" in files["file.svg"]
+    alone = compare([tmp_path / "icv"])
+    names = [file.name for file in write_page(alone, tmp_path / "alone")]
+    assert "step.svg" not in names
+    assert "file.svg" in names
+
+
 def test_settings_that_differ_besides_the_method_are_reported(tmp_path):
     for i, method in enumerate(("lora", "mola")):
         after = {"accuracy": 0.5, "rows": 50.0}

@@ -98,6 +98,14 @@ def test_a_cost_chart_covers_its_points_on_either_scale(most_expensive):
     assert max(n for n in numbers(chart) if n != 300) == 100  # an error bar reaches 102
 
 
+@pytest.mark.filterwarnings("error", "ignore::ResourceWarning")
+def test_a_cost_chart_has_points_without_cost():
+    points = [Point("free", 0.0, 50.0, 0.0), None, Point("b", 300.0, 98.0, 0.0)]
+    chart = cost_chart(points, "Score", x="cost", y="accuracy", higher_is_better=True)
+    assert "<title>free\naccuracy: 50\ncost: 0</title>" in chart
+    assert "<title>b\naccuracy: 98\ncost: 300</title>" in chart
+
+
 # any warning fails it but that of a file which another test left open
 @pytest.mark.filterwarnings("error", "ignore::ResourceWarning")
 def test_the_legend_wraps_long_names():

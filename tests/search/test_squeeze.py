@@ -114,6 +114,16 @@ def test_ranks_become_a_lora_with_a_rank_for_each_layer(command, runs, tmp_path,
     assert outputs(tmp_path / "s").isfinite().all()
 
 
+def test_the_reference_has_the_precision_of_the_candidates(command, tiny, tmp_path):
+    words = [*tiny.steady, "train.steps=3", "train.lr=0.05", "train.precision=bf16"]
+    train([*words, "+method=lora"], tmp_path / "run")
+    words = ("squeeze", tmp_path / "run", "--what", "rank", *QUICK)
+    status, _, err = command(*words, "--bytes", "10MB", "--out", tmp_path / "s")
+    assert status == 0, err
+    # at full ranks the tensors are those of the adapter
+    assert record_of(tmp_path / "s")["even_fitness"] == 0
+
+
 def test_bits_are_those_of_the_pattern_in_the_config(command, runs, tmp_path):
     own = (runs / "binary/adapter" / WEIGHTS).stat().st_size
     status, _, err = command(

@@ -1,6 +1,7 @@
 """Adapter files of strangers: each fault is refused with one short message, by every way in."""
 
 import contextlib
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -164,6 +165,26 @@ def test_the_rank_of_increlora_is_not_negative(copied):
     key = next(key for key in load_file(folder / WEIGHTS) if key.endswith(".rank"))
     edit(folder, lambda tensors: tensors[key].fill_(-1))
     assert_refused(folder, "-1 of them active")
+
+
+@pytest.mark.parametrize("shape", [(2**38, 2), (2**39, 2**39, 0)])
+@pytest.mark.parametrize("name", ["lora", "ia3"])
+def test_sizes_in_a_compressed_file_are_compared_before_it_is_expanded(
+    name, shape, folders, tmp_path
+):
+    """The tensor would take two terabytes, or has none of more entries than an integer counts."""
+    found = deltas.compress_adapter(folders(name), tmp_path / "small")
+    last = list(found.shapes)[-1]
+    start = found.places[last][2].start
+    damaged = dataclasses.replace(
+        found,
+        shapes={**found.shapes, last: (torch.float32, torch.Size(shape))},
+        kept={**found.kept, last: 0},
+        positions=found.positions[:start],
+        signs=found.signs[:start],
+    )
+    damaged.save(tmp_path / "small" / FILE)
+    assert_refused(tmp_path / "small", r"small/ternary\.safetensors does not fit .* has shape")
 
 
 def test_one_short_message_for_any_number_of_tensors(copied):
