@@ -27,8 +27,8 @@ from petl.errors import (
     first_line,
 )
 from petl.inference.sampling import Answer, Sampling, StopEvent, StopTexts, TextStream, before_stop
-from petl.tasks.base import IGNORED, TOOLS, Message, pad_id
-from petl.tasks.chat import encode_chat, question
+from petl.tasks.base import TOOLS, Message, pad_id
+from petl.tasks.chat import end_of_turn, question
 from petl.training.generation import as_list, padded
 
 BASE = "base"  # the name of the model without an adapter
@@ -288,13 +288,3 @@ class LanguageModel:
 def message(role: str, content: str) -> Message:
     """One turn of a conversation."""
     return {"role": role, "content": content}
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token by which the chat template ends an answer; None if it has none."""
-    try:
-        ids, labels = encode_chat(tokenizer, [message("user", "a"), message("assistant", "b")])
-    except InputError:  # it takes other conversations only, such as those with a system prompt
-        return None
-    learned = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
-    return learned[-1] if learned and learned[-1] in tokenizer.all_special_ids else None
