@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from petl.core.model.modes import has_enabled_adapter
 from petl.core.parameters import max_positions
+from petl.core.spec.method import modifies_base_weights
 from petl.drafting.calls import why_plain
 from petl.drafting.engine import Stats, decode
 from petl.drafting.folder import load_drafter
@@ -146,9 +147,16 @@ class LanguageModel:
 
         Raises:
             UnknownNameError: there is no such adapter.
+            UnsupportedError: the base model was changed as an adapter was loaded.
         """
         if name not in self.names:
             raise UnknownNameError(f"no adapter {name!r}{did_you_mean(name, self.names)}")
+        configs = getattr(self.model, "peft_config", {}).values()
+        if name == BASE and any(map(modifies_base_weights, configs)):
+            raise UnsupportedError(
+                f"{self.name} has no base model beside an adapter that changes its weights "
+                "(init_lora_weights): load the base model alone"
+            )
         if not isinstance(self.model, PeftModel):
             yield
         elif name == BASE:
