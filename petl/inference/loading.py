@@ -63,14 +63,13 @@ def load_language_model(
         raise InputError(f"the adapter name {taken[0]!r} is taken; choose another one")
     for saved in (first | more).values():
         refuse_tasks(saved)
-    changing = [
-        name for name, saved in (first | more).items() if modifies_base_weights(saved.config)
-    ]
-    if changing and len(first | more) > 1:
+    given = first | more
+    changing = [name for name, saved in given.items() if modifies_base_weights(saved.config)]
+    if changing and len(given) > 1:
         raise InputError(
             f"the adapter {changing[0]!r} changes the base weights as it is loaded "
-            f"(init_lora_weights), which others need: give it alone, or petl serve, or save it with "
-            "path_initial_model_for_weight_conversion"
+            "(init_lora_weights), which others need: give it alone, take petl serve, or save it "
+            "with path_initial_model_for_weight_conversion"
         )
     model, tokenizer = load_writer(found, run)
     for name, saved in (first | more).items():
