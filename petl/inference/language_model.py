@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from petl.core.model.modes import has_enabled_adapter
 from petl.core.parameters import max_positions
+from petl.core.spec.method import modifies_base_weights
 from petl.drafting.calls import why_plain
 from petl.drafting.engine import Stats, decode
 from petl.drafting.folder import load_drafter
@@ -27,8 +28,8 @@ from petl.errors import (
     first_line,
 )
 from petl.inference.sampling import Answer, Sampling, StopEvent, StopTexts, TextStream, before_stop
-from petl.tasks.base import IGNORED, TOOLS, Message, pad_id
-from petl.tasks.chat import encode_chat, question
+from petl.tasks.base import TOOLS, Message, pad_id
+from petl.tasks.chat import end_of_turn, question
 from petl.training.generation import as_list, padded
 
 BASE = "base"  # the name of the model without an adapter
@@ -146,9 +147,16 @@ class LanguageModel:
 
         Raises:
             UnknownNameError: there is no such adapter.
+            UnsupportedError: the base model was changed as an adapter was loaded.
         """
         if name not in self.names:
             raise UnknownNameError(f"no adapter {name!r}{did_you_mean(name, self.names)}")
+        configs = getattr(self.model, "peft_config", {}).values()
+        if name == BASE and any(map(modifies_base_weights, configs)):
+            raise UnsupportedError(
+                f"{self.name} has no base model beside an adapter that changes its weights "
+                "(init_lora_weights): load the base model alone"
+            )
         if not isinstance(self.model, PeftModel):
             yield
         elif name == BASE:
@@ -288,13 +296,3 @@ class LanguageModel:
 def message(role: str, content: str) -> Message:
     """One turn of a conversation."""
     return {"role": role, "content": content}
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token by which the chat template ends an answer; None if it has none."""
-    try:
-        ids, labels = encode_chat(tokenizer, [message("user", "a"), message("assistant", "b")])
-    except InputError:  # it takes other conversations only, such as those with a system prompt
-        return None
-    learned = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
-    return learned[-1] if learned and learned[-1] in tokenizer.all_special_ids else None

@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from petl.core.loading import load
+from petl.core.spec.method import modifies_base_weights
 from petl.core.switching.lora import fuse_lora
 from petl.data.templates import fill, reads_columns
 from petl.drafting.folder import CONFIG
@@ -63,6 +64,14 @@ def load_language_model(
         raise InputError(f"the adapter name {taken[0]!r} is taken; choose another one")
     for saved in (first | more).values():
         refuse_tasks(saved)
+    given = first | more
+    changing = [name for name, saved in given.items() if modifies_base_weights(saved.config)]
+    if changing and len(given) > 1:
+        raise InputError(
+            f"the adapter {changing[0]!r} changes the base weights as it is loaded "
+            "(init_lora_weights), which others need: give it alone, take petl serve, or save it "
+            "with path_initial_model_for_weight_conversion"
+        )
     model, tokenizer = load_writer(found, run)
     for name, saved in (first | more).items():
         model = load(model, saved.adapter, adapter_name=name, other_base=other_base)

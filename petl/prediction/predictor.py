@@ -137,7 +137,10 @@ class Predictor:
                 asked = [prompts[i] for i in part]
                 names = self.task.tasks
                 ids = [names.index(rows[i][COLUMN]) for i in part] if names else None
-                texts = written(self.model, self.processor, asked, self.max_new_tokens, ids)
+                texts = written(
+                    self.model, self.processor, asked, self.max_new_tokens, ids,
+                    is_chat=getattr(self.task, "chat", False),
+                )  # fmt: skip
             found |= {i: {"prediction": text} for i, text in zip(part, texts, strict=True)}
         return found
 

@@ -13,11 +13,17 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from petl.inference.sampling import Sampling
@@ -87,14 +93,14 @@ class Chooser:
         self.max_tokens: int = arguments["max_new_tokens"]
         self.top_logprobs = choosing.top_logprobs
         self.ids = [*prompt]  # then of the answer too: the repetition penalty counts both
-        # of transformers' defaults, those that change a token
+        # what requests can set
         unset = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
         # a generation config has None for what it leaves at the default
         values = {name: getattr(defaults, name) or value for name, value in unset.items()}
         values |= arguments  # those of the request win
         self.samples = values["do_sample"] and values["temperature"] >= LOWEST_TEMPERATURE
         values["do_sample"] = self.samples
-        self.processors = processors(values, choosing, len(prompt))
+        self.processors = processors(values, choosing, defaults, len(prompt))
         self.is_argmax = not (self.processors or self.samples or self.top_logprobs is not None)
         # on the CPU, so that a seed gives the same numbers on every device
         self.random = torch.Generator()
@@ -134,9 +140,14 @@ class Chooser:
 
 
 def processors(
-    values: Mapping[str, Any], choosing: Choosing, prompt_length: int
+    values: Mapping[str, Any], choosing: Choosing, defaults: GenerationConfig, prompt_length: int
 ) -> LogitsProcessorList:
-    """The changes to the logits of a request, in the order of transformers' `generate`."""
+    """The changes to the logits of a request, in the order of transformers' `generate`.
+
+    Args:
+        values: of what requests can set.
+        defaults: have what only the model sets.
+    """
     found: list[LogitsProcessor] = []
     if choosing.logit_bias:
         found.append(
@@ -147,11 +158,39 @@ def processors(
     if choosing.presence_penalty or choosing.frequency_penalty:
         presence, frequency = choosing.presence_penalty, choosing.frequency_penalty
         found.append(OccurrencePenalty(presence, frequency, prompt_length))
+    found += _forbidding(defaults, prompt_length)
     if values["do_sample"]:
-        if values["temperature"] != 1:
-            found.append(TemperatureLogitsWarper(float(values["temperature"])))
-        if values["top_k"]:
-            found.append(TopKLogitsWarper(values["top_k"]))
-        if values["top_p"] < 1:
-            found.append(TopPLogitsWarper(values["top_p"]))
+        found += _cutting(values, defaults)
     return LogitsProcessorList(found)
+
+
+def _forbidding(defaults: GenerationConfig, prompt_length: int) -> list[LogitsProcessor]:
+    """The processors of tokens that a model's generation config forbids."""
+    found: list[LogitsProcessor] = []
+    if defaults.no_repeat_ngram_size:
+        found.append(NoRepeatNGramLogitsProcessor(defaults.no_repeat_ngram_size))
+    if defaults.bad_words_ids:
+        ends: Any = defaults.eos_token_id  # None and lists as well
+        found.append(NoBadWordsLogitsProcessor(defaults.bad_words_ids, ends))
+    if defaults.suppress_tokens:
+        found.append(SuppressTokensLogitsProcessor(defaults.suppress_tokens))
+    if defaults.begin_suppress_tokens:
+        tokens = defaults.begin_suppress_tokens
+        found.append(SuppressTokensAtBeginLogitsProcessor(tokens, prompt_length))
+    return found
+
+
+def _cutting(values: Mapping[str, Any], defaults: GenerationConfig) -> list[LogitsProcessor]:
+    """The processors of the distribution that tokens are drawn from."""
+    found: list[LogitsProcessor] = []
+    if values["temperature"] != 1:
+        found.append(TemperatureLogitsWarper(float(values["temperature"])))
+    if values["top_k"]:
+        found.append(TopKLogitsWarper(values["top_k"]))
+    if values["top_p"] < 1:
+        found.append(TopPLogitsWarper(values["top_p"]))
+    if defaults.min_p:
+        found.append(MinPLogitsWarper(defaults.min_p))
+    if defaults.typical_p and defaults.typical_p < 1:
+        found.append(TypicalLogitsWarper(defaults.typical_p))
+    return found

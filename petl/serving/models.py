@@ -14,6 +14,7 @@ from petl.core.loading import load
 from petl.core.parameters import max_positions
 from petl.core.progress import Shown
 from petl.core.registry import keeps_base, refusal
+from petl.core.spec.method import modifies_base_weights
 from petl.core.switching.lora import fuse_lora
 from petl.errors import InputError
 from petl.export.saved_adapter import Saved
@@ -66,7 +67,8 @@ def load_served(
 ) -> dict[str, Served]:
     """Load one base model with all adapters, and return what requests can choose, by name.
 
-    The base model is in memory once, also if the adapters belong to several methods.
+    The base model is in memory once, also if the adapters belong to several methods; and once more
+    for each adapter whose initialization changes its weights, such as PiSSA.
 
     Args:
         runs: folders of runs, of adapters, or of a plain model, by name.
@@ -142,17 +144,20 @@ class Loader:
 
     def adapters(self, saved: Mapping[str, Saved], other_base: str) -> dict[str, Served]:
         """Load adapters; those of one method on the same model."""
-        # a PEFT model takes adapters of one method only
+        # a PEFT model takes adapters of one method only; a base that one of them changes suits no
+        # other
         methods: dict[Any, dict[str, Saved]] = {}
         for name, each in saved.items():
-            methods.setdefault(each.config.peft_type, {})[name] = each
+            own = name if modifies_base_weights(each.config) else None
+            methods.setdefault((each.config.peft_type, own), {})[name] = each
         served: dict[str, Served] = {}
         for group in methods.values():
             served |= self._of_one_method(group, other_base)
         return {name: served[name] for name in saved}  # in the order of the command line
 
     def _of_one_method(self, group: Mapping[str, Saved], other_base: str) -> dict[str, Served]:
-        model: Any = sharing_tensors(self.base)
+        changes_base = any(modifies_base_weights(each.config) for each in group.values())
+        model: Any = copy.deepcopy(self.base) if changes_base else sharing_tensors(self.base)
         # names of requests may be any; those in a model become parts of the names of tensors
         names = {name: f"served{i}" for i, name in enumerate(group)}
         # of a list: the items of a dict have no length for the bar

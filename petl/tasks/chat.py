@@ -217,6 +217,17 @@ def question(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> lis
     return within_deadline(encoded, name_of(tokenizer))
 
 
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token by which the chat template ends an answer; None if it has none."""
+    said = (("user", "a"), ("assistant", "b"))
+    try:
+        ids, labels = encode_chat(tokenizer, [{"role": r, "content": text} for r, text in said])
+    except InputError:  # it takes other conversations only, such as those with a system prompt
+        return None
+    learned = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
+    return learned[-1] if learned and learned[-1] in tokenizer.all_special_ids else None
+
+
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any
 ) -> dict[str, Any]:

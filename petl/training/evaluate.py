@@ -367,7 +367,8 @@ def score_answers(
         batch = rows.select(part)
         with accelerator.autocast():
             prompts, of_part = list(batch[column]), ids and [ids[row] for row in part]
-            texts = written(model, tokenizer, prompts, task.generate or 1, of_part)
+            most, is_chat = task.generate or 1, getattr(task, "chat", False)
+            texts = written(model, tokenizer, prompts, most, of_part, is_chat=is_chat)
         if number >= len(own):  # a surplus batch, computed for the other processes
             continue
         for position, text, answer in zip(part, texts, batch["_answer"], strict=True):

@@ -15,6 +15,7 @@ from petl.core.distributed import is_sharded
 from petl.core.parameters import max_positions
 from petl.errors import InputError
 from petl.tasks.base import pad_id
+from petl.tasks.chat import end_of_turn
 from petl.tasks.row_tasks import IDS
 
 
@@ -25,12 +26,15 @@ def written(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     task_ids: Sequence[int] | None = None,
+    *,
+    is_chat: bool = False,
 ) -> list[str]:
     """Return the text that a model in evaluation mode writes after each prompt, greedily.
 
     Args:
         max_new_tokens: of an answer; fewer where the longest prompt leaves fewer positions.
         task_ids: the task of each prompt, for a method that serves several.
+        is_chat: prompts are turns of the chat template.
 
     Raises:
         InputError: the model has a table of positions, and a prompt leaves none for an answer.
@@ -40,7 +44,9 @@ def written(
     max_new_tokens = min(max_new_tokens, positions_behind(base, longest) or max_new_tokens)
     inputs = padded(prompts, pad_id(tokenizer), on_left=not is_pair(model))
     # chat models end a turn by a token of their generation config, not by the tokenizer's
-    ends = {tokenizer.eos_token_id, *as_list(base.generation_config.eos_token_id)} - {None}
+    ends = {tokenizer.eos_token_id, *as_list(base.generation_config.eos_token_id)}
+    # a base model that was trained on a chat template knows the template's token only
+    ends |= {end_of_turn(tokenizer)} if is_chat else set()
     more = {} if task_ids is None else {IDS: torch.tensor(task_ids)}
     if len(prompts) == 1 and task_ids is None:
         more = free_drafts(model)
@@ -50,7 +56,7 @@ def written(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
-        eos_token_id=sorted(ends),
+        eos_token_id=sorted(ends - {None}),
         pad_token_id=pad_id(tokenizer),
         synced_gpus=is_sharded(model),
     )

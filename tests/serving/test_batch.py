@@ -5,6 +5,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
@@ -12,6 +13,7 @@ from transformers import (
 )
 from writer_fixtures import adapt
 
+from petl.errors import InputError, UnsupportedError
 from petl.inference.language_model import BASE, LanguageModel
 from petl.inference.loading import load_language_model
 from petl.inference.sampling import Sampling
@@ -19,7 +21,7 @@ from petl.serving import kv_cache
 from petl.serving.batch import Batch, Passes
 from petl.serving.choice import Chooser, Choosing
 from petl.serving.engine import Lane
-from petl.serving.models import sharing_tensors
+from petl.serving.models import load_served, sharing_tensors
 from petl.serving.request import AnswerText, Request
 
 pytest_plugins = ["writer_fixtures"]
@@ -180,3 +182,31 @@ def test_models_of_several_methods_share_the_tensors_of_their_base(writers):
     assert other.model.layers[0].mlp is not base.model.layers[0].mlp
     ours, theirs = dict(base.named_parameters()), dict(other.named_parameters())
     assert all(ours[name] is theirs[name] for name in ours)
+
+
+def test_an_adapter_that_changes_the_base_weights_changes_no_other_answer(writers, tmp_path):
+    folders = {name: writers.folder / name for name in ("lora", "mola")}
+    folders["pissa"] = tmp_path / "pissa"
+    # not saved relative to its start, it changes the base weights again as it is loaded
+    llama = writers.folder / "llama"
+    own = {"init_lora_weights": "pissa"}
+    adapt(LlamaForCausalLM, llama, "lora", "CAUSAL_LM", folders["pissa"], 2, **own)
+    served = load_served({name: str(folder) for name, folder in folders.items()})
+    for name, folder in {**folders, "llama": llama}.items():
+        found = served[name]
+        own = request(found.language, "Hi", found.adapter, 12)
+        run_staggered(found.lane, [own])
+        model = load_language_model(folder)
+        expected = alone(model, request(model, "Hi", model.names[0], 12))
+        assert answer_of(own) == expected, name
+
+
+def test_an_adapter_that_changes_the_base_weights_writes_alone(writers, tmp_path):
+    own = {"init_lora_weights": "pissa"}
+    llama, pissa = writers.folder / "llama", tmp_path / "pissa"
+    adapt(LlamaForCausalLM, llama, "lora", "CAUSAL_LM", pissa, 2, **own)
+    with pytest.raises(InputError, match="'pissa' changes the base weights as it is loaded"):
+        writers.load("lora", pissa=str(pissa))
+    model = load_language_model(pissa)
+    with pytest.raises(UnsupportedError, match="no base model beside"), model.using(BASE):
+        pass

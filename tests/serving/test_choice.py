@@ -40,6 +40,33 @@ def test_settings_of_the_model_are_the_defaults():
 
 
 @pytest.mark.parametrize(
+    ("settings", "tokens"),
+    [
+        ({"no_repeat_ngram_size": 1}, [2, 1]),  # the prompt has 0 and 3
+        ({"bad_words_ids": [[3]]}, [2, 2]),
+        ({"suppress_tokens": [3, 2]}, [1, 1]),
+        ({"begin_suppress_tokens": [3]}, [2, 3]),
+    ],
+)
+def test_tokens_that_the_model_forbids_are_not_chosen(settings, tokens):
+    found = chooser(defaults=GenerationConfig(**settings), prompt=(0, 3))
+    assert not found.is_argmax
+    assert [found.choose(LOGITS)[0] for _ in tokens] == tokens
+
+
+def test_cuts_that_only_the_model_sets_hold_if_tokens_are_drawn():
+    chances = LOGITS.softmax(-1)
+    likely = {i for i, chance in enumerate(chances) if chance >= 0.1 * chances.max()}
+    sampled = Sampling(temperature=1.0)
+    assert likely == {1, 2, 3}
+    assert drawn(chooser(sampled, GenerationConfig(min_p=0.1), seed=1)) == likely
+    # the token whose surprise is closest to the mean one
+    mean = -(chances * chances.log()).sum()
+    typical = int((-chances.log() - mean).abs().argmin())
+    assert drawn(chooser(sampled, GenerationConfig(typical_p=0.01), seed=1)) == {typical}
+
+
+@pytest.mark.parametrize(
     ("sampling", "expected"),
     [
         (Sampling(temperature=2.0), {0, 1, 2, 3, 4}),

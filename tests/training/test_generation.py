@@ -125,6 +125,27 @@ def test_a_single_row_is_written_with_drafts_in_float32_and_as_without(monkeypat
     assert len(drafted) == 2
 
 
+@torch.no_grad()
+def test_an_answer_of_a_chat_ends_with_the_turn_of_its_template():
+    # as of a base model, which ends texts by another token
+    tokenizer = byte_tokenizer(pad_token="<unk>", eos_token="<s>", chat_template=CHATML)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    model = petl.wrap(testing.tiny_llama(vocabulary=260), "lora", task_type="CAUSAL_LM").eval()
+    prompt = [50, 60, 70, 80]
+    ids = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=8, eos_token_id=None)
+    answer = ids[0, len(prompt) :].tolist()
+    count = next(i for i in range(2, 8) if answer[i] not in answer[:i])
+    # the model writes the end of the turn in place of that token
+    end, rows = tokenizer.convert_tokens_to_ids("<|im_end|>"), model.get_output_embeddings().weight
+    rows[[end, answer[count]]] = rows[[answer[count], end]]
+    expected = tokenizer.decode(answer[:count])
+    for prompts in ([prompt], [prompt, prompt]):  # with drafts, and in a batch
+        for text in generation.written(model, tokenizer, prompts, 8, is_chat=True):
+            assert text == expected
+        for text in generation.written(model, tokenizer, prompts, 8):
+            assert len(text) > len(expected)
+
+
 def counting(decode, drafted):
     """`decode`, which keeps its drafters."""
 
