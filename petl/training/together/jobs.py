@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from petl.config.schema import read_fields
 from petl.core.lifecycle import lifecycle
 from petl.core.parameters import check_module
-from petl.core.registry import method_of, wrap
+from petl.core.registry import METHODS, build_config, keeps_base, method_of, wrap
 from petl.core.switching.lora import fuse_lora
-from petl.errors import InputError, did_you_mean
+from petl.errors import InputError, UnsupportedError, did_you_mean
 from petl.runs.settings import TrainConfig
 from petl.training.optimizer import fraction_of_peak, make_optimizer, set_lr
 from petl.training.together.batches import LABELS, Batch, room_for
@@ -218,6 +218,23 @@ def check_jobs(jobs: object) -> None:
                 "batches, train)"
             )
         job.checked()
+        refuse_changes(job)
+
+
+def refuse_changes(job: Job) -> None:
+    """Raise UnsupportedError for a job whose initial values change the weights of the base."""
+    config = job.method
+    if isinstance(config, str) and config in METHODS:
+        fields = {k: v for k, v in job.fields.items() if k not in ("adapter_name", "calibration")}
+        config = build_config(config, **fields)
+    if isinstance(config, PeftConfig) and not keeps_base(config):
+        start = getattr(config, "init_lora_weights", None)
+        which = f" with init_lora_weights={start}" if isinstance(start, str) else ""
+        raise UnsupportedError(
+            f"adapters of {type(config).__name__}{which} cannot train together: their initial "
+            "values are taken out of the base weights, which all jobs share; choose another "
+            "initialization, or train them one by one"
+        )
 
 
 def is_count(value: object) -> bool:

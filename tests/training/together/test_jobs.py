@@ -1,5 +1,6 @@
 """`petl.train_together`, compared with a training of its own for each adapter."""
 
+import copy
 import itertools
 import math
 from typing import Any
@@ -246,14 +247,20 @@ def test_without_a_number_small_steps_share_a_pass(monkeypatch):
         ("adapter", {"gate": "middle_y"}, "reads the mask"),
         ("adapter", {"block": "conformer"}, "statistics over the rows"),
         ("lora", {"lora_bias": True}, "not two plain factors"),
+        ("lora", {"bias": "all"}, "trains biases of the base"),
+        ("lora", {"init_lora_weights": "pissa"}, "taken out of the base weights, which all"),
+        ("corda", {}, "taken out of the base weights, which all"),
         ("mola", {"router_type": "recurrent", "num_experts": 4}, "router_type='recurrent'"),
         ("adapter", {"locations": ["block"], "placement": "parallel"}, "adapts a whole block"),
     ],
 )
 def test_what_cannot_train_together_is_refused_with_the_reason(method, fields, part):
     job = petl.Job(method, [class_batch(2, 0)], {"steps": 1}, {**fields, "task_type": "SEQ_CLS"})
+    base = tiny_bert()
+    before = copy.deepcopy(base.state_dict())
     with pytest.raises(UnsupportedError, match=part):
-        petl.train_together(tiny_bert(), [job])
+        petl.train_together(base, [job])
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
 
 
 def test_jobs_of_two_methods_or_on_other_modules_are_refused():
