@@ -14,7 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftConfig, PeftModel
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from torch import Tensor, nn
 
 from petl.config.schema import read_fields
@@ -295,7 +300,7 @@ class _Running:
         self.member = Member(self.model, torch.Generator(device).manual_seed(seed))
         self.steps = self.stale = 0
         self.losses: list[Tensor] = []
-        self.best: tuple[float, int, list[Tensor]] | None = None
+        self.best: tuple[float, int, dict[str, Tensor]] | None = None
         self._batches = self._endless()
         self._next: Batch | None = None
 
@@ -356,7 +361,11 @@ class _Running:
         # NaN, as of a correlation with a constant, is the worst: no score is above it
         if not math.isnan(score) and (self.best is None or score > self.best[0]):
             self.stale = 0
-            self.best = score, self.steps, [p.detach().clone() for p in self.member.trained]
+            # ranks too, which a method may change while it trains
+            with self.lifecycle.resumable():
+                state = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+            kept = {name: tensor.detach().clone() for name, tensor in state.items()}
+            self.best = score, self.steps, kept
         else:
             self.stale += 1
 
@@ -367,7 +376,6 @@ class _Running:
         self.model.eval()
         if self.best is None:
             return Trained(self.model, losses, self.steps)
-        score, best_step, weights = self.best
-        with torch.no_grad():
-            torch._foreach_copy_([p.data for p in self.member.trained], weights)
+        score, best_step, kept = self.best
+        set_peft_model_state_dict(self.model, kept)
         return Trained(self.model, losses, self.steps, score, best_step)
