@@ -111,11 +111,12 @@ def wrapped(run: Run, splits: Splits, processor: Any) -> PeftModel:
     settings = config.train
     arguments = wrap_arguments(config, splits, accelerator)
     base = on_device(load_base(config.model, task, processor=processor), accelerator)
-    if current_lane() is not None:
-        base = share_base(base)
     if config.ranks is not None:
         arguments |= ranks_by_importance(run, base, arguments, splits)
+    own = [*base.parameters()]
     model = wrap_for_run(base, arguments, settings)
+    if current_lane() is not None:
+        share_base(model.get_base_model(), own)
     if run.resume is None:  # a checkpoint brings its own weights
         load_start(model, task, settings)
     if config.loss is not None:

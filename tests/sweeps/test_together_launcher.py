@@ -63,19 +63,29 @@ def test_each_run_is_the_one_that_it_would_be_alone(program, tiny, tmp_path, siz
         assert f"+method={method} train.lr={rate} " in told
 
 
-@pytest.mark.parametrize("words", ["train.precision=no,bf16", "train.precision=bf16,no"])
-def test_runs_of_two_precisions_are_those_that_they_would_be_alone(program, tiny, tmp_path, words):
-    program("-m", "+method=lora", words, "train.together=2", *tiny.steady, *HELD_OUT)
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("train.precision", "no,bf16"),
+        ("train.precision", "bf16,no"),
+        # the second run changes weights of its base, before or while it trains
+        ("method.init_lora_weights", "true,pissa"),
+        ("method.bias", "none,all"),
+    ],
+)
+def test_runs_that_differ_are_those_that_they_would_be_alone(program, tiny, tmp_path, key, values):
+    program("-m", "+method=lora", f"++{key}={values}", "train.together=2", *tiny.steady, *HELD_OUT)
     runs = [adapter.parent for adapter in tmp_path.glob("runs/*/adapter")]
     assert len(runs) == 2
     for run in runs:
-        precision = OmegaConf.load(run / "config.yaml").train.precision
-        alone = tmp_path / "alone" / precision
-        words = ["+method=lora", f"train.precision={precision}", *tiny.steady, *HELD_OUT]
+        value = OmegaConf.select(OmegaConf.load(run / "config.yaml"), key)
+        alone = tmp_path / "alone" / str(value)
+        words = ["+method=lora", f"++{key}={value}", *tiny.steady, *HELD_OUT]
         main()(compose([*words, f"train.run={alone}"]))
         weights = [
             load_file(each / "adapter" / "adapter_model.safetensors") for each in (run, alone)
         ]
+        assert weights[0].keys() == weights[1].keys()
         for name, tensor in weights[0].items():
             torch.testing.assert_close(tensor, weights[1][name], atol=2e-5, rtol=1e-4)
 

@@ -75,8 +75,10 @@ class LaneEngine(Engine):
                 logger.warning("this run trains alone: %s", error)
                 self.member, self.wrapped = None, super().wrap()
                 return self.wrapped(**batch)
-        self.member.precision = autocast_of(self.member.base)
-        return SimpleNamespace(loss=self.lane.ask(FORWARD, (self.member, batch)))
+        member = self.member
+        assert member is not None, "without one, `wrapped` is not this function"
+        member.precision = autocast_of(member.base)
+        return SimpleNamespace(loss=self.lane.ask(FORWARD, (member, batch)))
 
     def backward(self, loss: Tensor) -> None:
         if self.member is None:

@@ -96,7 +96,9 @@ def refuse(model: PeftModel) -> None:
         reason = next((a.group_refusal for a in placed if a.group_refusal), None)
     elif type(tuner) not in (LoraModel, SwitchingLora):  # not subclasses, such as AdaLoRA
         reason = "of PEFT's tuners only LoRA has layers for rows of several adapters in training"
-    if extra_losses(model):
+    if getattr(model.active_peft_config, "bias", None) not in (None, "none"):
+        reason = "it trains biases of the base, of which a pass of several has one"
+    elif extra_losses(model):
         reason = "an extra loss observes one model, and the rows are of several"
     elif any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         reason = "gradient checkpointing would draw other dropout masks; train fewer at once"

@@ -14,15 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftConfig, PeftModel
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from torch import Tensor, nn
 
 from petl.config.schema import read_fields
 from petl.core.lifecycle import lifecycle
 from petl.core.parameters import check_module
-from petl.core.registry import method_of, wrap
+from petl.core.registry import METHODS, build_config, keeps_base, method_of, wrap
 from petl.core.switching.lora import fuse_lora
-from petl.errors import InputError, did_you_mean
+from petl.errors import InputError, UnsupportedError, did_you_mean
 from petl.runs.settings import TrainConfig
 from petl.training.optimizer import fraction_of_peak, make_optimizer, set_lr
 from petl.training.together.batches import LABELS, Batch, room_for
@@ -218,6 +223,23 @@ def check_jobs(jobs: object) -> None:
                 "batches, train)"
             )
         job.checked()
+        refuse_changes(job)
+
+
+def refuse_changes(job: Job) -> None:
+    """Raise UnsupportedError for a job whose initial values change the weights of the base."""
+    config = job.method
+    if isinstance(config, str) and config in METHODS:
+        fields = {k: v for k, v in job.fields.items() if k not in ("adapter_name", "calibration")}
+        config = build_config(config, **fields)
+    if isinstance(config, PeftConfig) and not keeps_base(config):
+        start = getattr(config, "init_lora_weights", None)
+        which = f" with init_lora_weights={start}" if isinstance(start, str) else ""
+        raise UnsupportedError(
+            f"adapters of {type(config).__name__}{which} cannot train together: their initial "
+            "values are taken out of the base weights, which all jobs share; choose another "
+            "initialization, or train them one by one"
+        )
 
 
 def is_count(value: object) -> bool:
@@ -278,7 +300,7 @@ class _Running:
         self.member = Member(self.model, torch.Generator(device).manual_seed(seed))
         self.steps = self.stale = 0
         self.losses: list[Tensor] = []
-        self.best: tuple[float, int, list[Tensor]] | None = None
+        self.best: tuple[float, int, dict[str, Tensor]] | None = None
         self._batches = self._endless()
         self._next: Batch | None = None
 
@@ -339,7 +361,11 @@ class _Running:
         # NaN, as of a correlation with a constant, is the worst: no score is above it
         if not math.isnan(score) and (self.best is None or score > self.best[0]):
             self.stale = 0
-            self.best = score, self.steps, [p.detach().clone() for p in self.member.trained]
+            # ranks too, which a method may change while it trains
+            with self.lifecycle.resumable():
+                state = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+            kept = {name: tensor.detach().clone() for name, tensor in state.items()}
+            self.best = score, self.steps, kept
         else:
             self.stale += 1
 
@@ -350,7 +376,6 @@ class _Running:
         self.model.eval()
         if self.best is None:
             return Trained(self.model, losses, self.steps)
-        score, best_step, weights = self.best
-        with torch.no_grad():
-            torch._foreach_copy_([p.data for p in self.member.trained], weights)
+        score, best_step, kept = self.best
+        set_peft_model_state_dict(self.model, kept)
         return Trained(self.model, losses, self.steps, score, best_step)

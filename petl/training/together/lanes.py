@@ -24,6 +24,7 @@ from petl.distributed.processes import current_lane, enter_lane, stop_threads
 from petl.runs.checkpoint import RngState, rng_state, set_rng
 
 READY, WAITING, DONE = "ready", "waiting", "done"
+WRAPPED = ("base_layer", "original_module")  # names of PEFT's for what an adapter wraps
 POLL = 0.5  # seconds after which the main thread looks for a signal
 
 
@@ -196,23 +197,27 @@ def set_process_state(state: tuple[Any, ...]) -> None:
     AcceleratorState._shared_state.update(accelerate)
 
 
-def share_base(base: Any) -> Any:
-    """Let a model that was loaded use the weights of an earlier one of these lanes, where equal.
+def share_base(base: nn.Module, own: Sequence[nn.Parameter]) -> None:
+    """Let a wrapped model use the frozen weights of an earlier one of these lanes, where equal.
 
-    A model on its own keeps its weights. New modules, such as a head that each run draws, differ.
+    Call it when the adapter has its initial values, which some methods take out of the weights.
+    Weights that train stay the run's own, as do new modules, such as a head that each run draws.
+
+    Args:
+        base: the transformers model.
+        own: its parameters before it was wrapped; an adapter may change others that are frozen.
     """
     lane = current_lane()
-    if lane is None:
-        return base
-    known = lane.lanes.bases
+    known, ids = lane.lanes.bases, {id(parameter) for parameter in own}
     for path, module in base.named_modules():
+        # adapters are on other modules in another run
+        place = ".".join(part for part in path.split(".") if part not in WRAPPED)
         for name, parameter in list(module._parameters.items()):
-            if parameter is None:
+            if parameter is None or parameter.requires_grad or id(parameter) not in ids:
                 continue
-            earlier = known.setdefault(f"{path}.{name}", parameter)
+            earlier = known.setdefault(f"{place}.{name}", parameter)
             if earlier is not parameter and _equal(earlier, parameter):
                 module._parameters[name] = earlier
-    return base
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

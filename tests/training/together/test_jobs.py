@@ -1,5 +1,6 @@
 """`petl.train_together`, compared with a training of its own for each adapter."""
 
+import copy
 import itertools
 import math
 from typing import Any
@@ -197,6 +198,26 @@ def test_early_stopping_and_best_weights_are_of_each_adapter():
     assert all(torch.equal(a, b) for a, b in zip(now, seen["weights"], strict=True))
 
 
+def test_the_best_weights_of_a_method_that_grows_have_their_ranks():
+    seen = []
+
+    def falling(model):
+        found = {n: b.clone() for n, b in model.named_buffers() if n.endswith(".rank")}
+        seen.append((found, model(**class_batch(4, 3)).logits))
+        return -len(seen)
+
+    fields = {"task_type": "SEQ_CLS", "tinit": 1, "deltaT": 1, "target_r": 3}
+    train = {"steps": 8, "lr": 1e-2, "eval_steps": 2}
+    job = petl.Job("increlora", [class_batch(3, 0)], train, fields, falling)
+    (trained,) = petl.train_together(tiny_bert(), [job])
+    (ranks, logits), (later, _) = seen[0], seen[-1]
+    assert trained.best_step == 2
+    assert sum(later.values()) > sum(ranks.values())
+    now = dict(trained.model.named_buffers())
+    assert all(torch.equal(now[name], rank) for name, rank in ranks.items())
+    assert torch.equal(trained.model(**class_batch(4, 3)).logits, logits)
+
+
 def test_a_score_that_is_undefined_is_the_worst():
     scores = [[math.nan, 1.0, 0.5], [math.nan] * 3, [1.0, math.nan, 2.0]]
     train = {"steps": 6, "lr": 1e-3, "eval_steps": 2}
@@ -246,14 +267,20 @@ def test_without_a_number_small_steps_share_a_pass(monkeypatch):
         ("adapter", {"gate": "middle_y"}, "reads the mask"),
         ("adapter", {"block": "conformer"}, "statistics over the rows"),
         ("lora", {"lora_bias": True}, "not two plain factors"),
+        ("lora", {"bias": "all"}, "trains biases of the base"),
+        ("lora", {"init_lora_weights": "pissa"}, "taken out of the base weights, which all"),
+        ("corda", {}, "taken out of the base weights, which all"),
         ("mola", {"router_type": "recurrent", "num_experts": 4}, "router_type='recurrent'"),
         ("adapter", {"locations": ["block"], "placement": "parallel"}, "adapts a whole block"),
     ],
 )
 def test_what_cannot_train_together_is_refused_with_the_reason(method, fields, part):
     job = petl.Job(method, [class_batch(2, 0)], {"steps": 1}, {**fields, "task_type": "SEQ_CLS"})
+    base = tiny_bert()
+    before = copy.deepcopy(base.state_dict())
     with pytest.raises(UnsupportedError, match=part):
-        petl.train_together(tiny_bert(), [job])
+        petl.train_together(base, [job])
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
 
 
 def test_jobs_of_two_methods_or_on_other_modules_are_refused():
