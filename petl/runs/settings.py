@@ -237,9 +237,8 @@ class TrainConfig:
         for name in ("output", "run", "resume", "init_from"):
             given = getattr(self, name)
             if given is not None and given.startswith("~"):  # in a YAML; a shell replaces it
-                raise InputError(
-                    f"train.{name}={given}: ~ is not replaced here; write {Path(given).expanduser()}"
-                )
+                home = Path(given).expanduser()
+                raise InputError(f"train.{name}={given}: ~ is not replaced here; write {home}")
         for dependent in ("early_stopping", "validation_share"):
             given = getattr(self, dependent)
             if given is not None and self.eval_steps is None:

@@ -351,6 +351,6 @@ def test_a_prompt_or_question_that_is_not_utf_8_is_refused(command, writers):
         status, _, err = command("generate", run, *words, *TEN, lines=[wrong])
         assert status == 2
         assert "error: the text is not UTF-8" in err
-    status, out, err = command("chat", run, *TEN, lines=[wrong, "/exit"])
+    status, _, err = command("chat", run, *TEN, lines=[wrong, "/exit"])
     assert status == 0
     assert err.count("the text is not UTF-8") == 1
