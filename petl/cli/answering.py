@@ -3,12 +3,12 @@
 import logging
 import signal
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from threading import Event
 from typing import TYPE_CHECKING
 
-from petl.errors import printable
+from petl.errors import InputError, printable
 
 if TYPE_CHECKING:
     from petl.inference.sampling import Answer
@@ -20,6 +20,20 @@ def show(text: str) -> None:
     """Print a piece of an answer at once, control characters escaped."""
     sys.stdout.write(printable(text))
     sys.stdout.flush()  # the text has no line break, which would flush it
+
+
+def text_of(read: Callable[[], str]) -> str:
+    """Return the text that `read` gets from the terminal, standard input or the command line.
+
+    Raises:
+        InputError: it is not UTF-8.
+    """
+    try:
+        text = read()
+        text.encode()  # in some locales a wrong byte is read as half a character
+    except UnicodeError as error:
+        raise InputError(f"the text is not UTF-8 ({error})") from error
+    return text
 
 
 def tell_if_cut(answer: "Answer") -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from petl.cli.answering import show, stopping, tell_if_cut
+from petl.cli.answering import show, stopping, tell_if_cut, text_of
 from petl.errors import InputError, choose
 from petl.files.disk import append_to
 from petl.inference.chat import Chat
@@ -49,11 +49,12 @@ def read() -> str:
 
     Raises:
         EOFError: there is none.
+        InputError: it is not UTF-8.
     """
-    lines = [input(PROMPT)]
+    lines = [text_of(lambda: input(PROMPT))]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
-        lines.append(input("  "))  # as wide as the prompt
+        lines.append(text_of(lambda: input("  ")))  # as wide as the prompt
     return "\n".join(lines)
 
 

@@ -287,8 +287,9 @@ def _answers(arguments: argparse.Namespace, runs: list["RunResult"]) -> "Differe
     if len(runs) != 2:
         raise InputError(f"--answers compares two runs, and here are {len(runs)}: name two")
     first, second = (run.path for run in runs)
-    # `find_runs` sorts by path
-    if Path(arguments.runs[0]) == second:
+    # `find_runs` sorts by path; a run may be named by a folder above it
+    named = Path(arguments.runs[0])
+    if second.is_relative_to(named) and not first.is_relative_to(named):
         first, second = second, first
     return compare_answers(first, second, arguments.examples)
 

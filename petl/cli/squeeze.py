@@ -95,7 +95,7 @@ def squeeze(arguments: argparse.Namespace) -> None:
     saved = find(arguments.run, trust_remote_code=arguments.trust_remote_code)
     own = weights_of(saved).stat().st_size
     size = arguments.bytes or int(arguments.share * own)
-    folder = saved.run or saved.adapter
+    folder = saved.run or saved.adapter.absolute()  # "." has no name
     out = arguments.out or folder.with_name(f"{folder.name}-{arguments.what}-{size}")
     settings = Settings(
         arguments.what,

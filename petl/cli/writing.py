@@ -7,9 +7,10 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from petl.cli.answering import show, tell_if_cut
+from petl.cli.answering import show, tell_if_cut, text_of
 from petl.cli.arguments import COUNT, SEED, Add, add_run, file_to_write, number
 from petl.errors import InputError, printable
 
@@ -300,7 +301,8 @@ def _print_answers(
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
     # kept: standard input can be read once only
-    arguments.prompt = [sys.stdin.read() if each == "-" else each for each in arguments.prompt]
+    readers = [sys.stdin.read if each == "-" else partial(str, each) for each in arguments.prompt]
+    arguments.prompt = [text_of(read) for read in readers]
     return arguments.prompt
 
 

@@ -298,7 +298,7 @@ def facts(it: Described) -> dict[str, str]:
         values["length"] = f"{scores['steps']:,} steps, {scores['tokens']:,} {scores['unit']}"
         values["learning rate"] = f"{scores['lr']:.3g}" + (
             f", of the head {scores['head_lr']:.3g}"
-            if it.task.new_head and scores["head_lr"]
+            if it.task.new_head and scores.get("head_lr")
             else ""
         )
         values["optimizer"] = adamr_text(train)

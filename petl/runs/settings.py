@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypedDict
 
 from omegaconf import DictConfig
@@ -233,6 +234,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         # the rule of each field first, then rules between fields
         check_rules(self, "train")
+        for name in ("output", "run", "resume", "init_from"):
+            given = getattr(self, name)
+            if given is not None and given.startswith("~"):  # in a YAML; a shell replaces it
+                home = Path(given).expanduser()
+                raise InputError(f"train.{name}={given}: ~ is not replaced here; write {home}")
         for dependent in ("early_stopping", "validation_share"):
             given = getattr(self, dependent)
             if given is not None and self.eval_steps is None:

@@ -343,3 +343,14 @@ def test_retry_repeats_a_text_without_template_until_it_is_forgotten(command, wr
     expected = f"{escaped(answer(load_language_model(writers.folder / 'plain'), 'Hi', 'base'))}\n"
     assert replies(out)[1:4] == [expected] * 3
     assert err.count("there is no question yet to answer with base") == 2
+
+
+def test_a_prompt_or_question_that_is_not_utf_8_is_refused(command, writers):
+    run, wrong = writers.folder / "lora", "caf\udce9"  # as Python reads the byte 0xe9
+    for words in (["--prompt", wrong], ["--prompt", "-"]):
+        status, _, err = command("generate", run, *words, *TEN, lines=[wrong])
+        assert status == 2
+        assert "error: the text is not UTF-8" in err
+    status, _, err = command("chat", run, *TEN, lines=[wrong, "/exit"])
+    assert status == 0
+    assert err.count("the text is not UTF-8") == 1

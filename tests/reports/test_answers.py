@@ -187,3 +187,14 @@ def test_real_runs_agree_with_their_scores(lora_run, mola_run):
         right = found.outcomes["both"] + found.outcomes[side]
         assert right / rows == pytest.approx(run.scores["after"]["accuracy"])
         assert len(found.examples[side]) == found.outcomes[side]
+
+
+def test_runs_keep_their_order_if_folders_above_them_are_named(tmp_path, capsys):
+    runs = [tmp_path / "second" / "seed-0", tmp_path / "first" / "seed-0"]
+    for run, method, predictions in zip(
+        runs, ("mola", "lora"), (("good", "bad"), ("bad", "bad")), strict=True
+    ):
+        write(write_run(run, 0.5, f"+method={method}"), labeled(*predictions))
+    _, expected, _ = command(capsys, *runs, "--answers")
+    _, out, _ = command(capsys, *(run.parent for run in runs), "--answers")
+    assert out == expected

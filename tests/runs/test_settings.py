@@ -209,3 +209,11 @@ def test_a_file_of_batch_sizes_with_other_content_is_refused(tmp_path, text):
     (tmp_path / "a.yaml").write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match=r"train\.batch_sizes: .*a\.yaml cannot be"):
         read_config(compose(["+method=lora", f"train.batch_sizes={tmp_path / 'a.yaml'}"]))
+
+
+@pytest.mark.parametrize("name", ["output", "run", "resume", "init_from"])
+def test_a_folder_of_the_home_directory_is_written_in_full(monkeypatch, name):
+    monkeypatch.setenv("HOME", "/home/ada")
+    with pytest.raises(InputError, match=rf"^train\.{name}=~/a: .* write /home/ada/a$"):
+        TrainConfig(**{name: "~/a"})
+    assert getattr(TrainConfig(**{name: "./~/a"}), name) == "./~/a"

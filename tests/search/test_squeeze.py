@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -250,3 +252,16 @@ def test_on_the_quickstart_adapter_found_densities_beat_even_ones(command, tmp_p
         budget = record["settings"]["bytes"]
         assert 0.98 * budget <= (out / FILE).stat().st_size <= budget
         assert record["search"]["history"][-1]["fitness"] < record["even_fitness"]
+
+
+def test_without_out_the_folder_is_beside_that_of_the_adapter(monkeypatch, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "weights").write_bytes(b"0123456789")
+    monkeypatch.chdir(tmp_path / "mine")
+    saved, outs = SimpleNamespace(run=None, adapter=Path()), []
+    monkeypatch.setattr("petl.export.saved_adapter.find", lambda *_, **__: saved)
+    monkeypatch.setattr("petl.search.squeeze.weights_of", lambda found: found.adapter / "weights")
+    monkeypatch.setattr("petl.search.squeeze.squeeze", lambda *words, **_: outs.append(words[3]))
+    monkeypatch.setattr("petl.reports.squeezed.print_squeezed", lambda *_: None)
+    assert main.main(["squeeze", ".", "--bytes", "5"]) == 0
+    assert outs == [tmp_path / "mine-density-5"]
