@@ -200,7 +200,9 @@ def times(x: Tensor, values: Tensor, support: Support, width: int) -> Tensor:
         csr = _csr(index, values.to(dtype), P, Q)
         # a CSR product needs the sparse factor on the left
         csr = csr.t().to_sparse_csr() if transposed else csr
-        return (csr @ flat.to(dtype).t()).t().to(x.dtype).reshape(*x.shape[:-1], width)
+        with torch.autocast(x.device.type, enabled=False):  # which would choose half precision
+            product = csr @ flat.to(dtype).t()
+        return product.t().to(x.dtype).reshape(*x.shape[:-1], width)
     out = flat.new_zeros(len(flat), width)
     for start, stop in row_blocks(P, Q):
         local, inside = _in_block(index, start * Q, stop * Q)

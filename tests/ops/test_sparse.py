@@ -224,3 +224,12 @@ def test_a_traced_layer_leaves_the_weight_as_it_is():
         traced = torch.jit.trace(layer, x, check_trace=False)
     torch.testing.assert_close(traced(x), expected)  # with gradients
     assert torch.equal(layer.weight, before)
+
+
+def test_an_update_is_added_under_autocast(way):
+    index, values = positions(5), torch.randn(5)
+    y, x = torch.randn(3, P), torch.randn(3, Q)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = add_sparse(y, x, values, Support(index))
+    expected = y + x @ written_out(index, values).t()
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0.02)

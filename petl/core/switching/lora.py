@@ -1,5 +1,7 @@
 """PEFT's LoRA with fused layers, and with switching that does not slow down with many adapters."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from peft import PeftModel
@@ -34,17 +36,26 @@ class SwitchingLora(SwitchingTuner, LoraModel):
             if isinstance(module, LoraLayer):
                 convert_module_dicts(module)
 
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:
         """Register PEFT's hooks for `adapter_names` while all adapters are hidden.
 
         PEFT looks for layers among all modules of the model.
         """
         names = kwargs.get("adapter_names")
         if names is None:
-            return super()._enable_peft_forward_hooks(*args, **kwargs)
+            with super()._enable_peft_forward_hooks(*args, **kwargs):
+                yield
+            return
         # one object for all layers, which cache in it for the whole call
         kwargs["adapter_names"] = self.rows_of(names, is_generation_call=is_generation_call(kwargs))
-        return self.entering(super()._enable_peft_forward_hooks(*args, **kwargs), ())
+        hooks = super()._enable_peft_forward_hooks(*args, **kwargs)
+        with self.only_visible(()):
+            hooks.__enter__()
+        try:
+            yield
+        finally:  # without the error, after which PEFT would leave its hooks in the model
+            hooks.__exit__(None, None, None)
 
 
 def fuse_lora(model: nn.Module) -> int:

@@ -29,7 +29,7 @@ from petl.core.model.targets import (
 )
 from petl.core.model.weight_changes import change_map
 from petl.core.serving.mixed_batch import AdapterRows, is_generation_call
-from petl.core.spec.checks import check_tensor_names
+from petl.core.spec.checks import check_adapter_name, check_tensor_names
 from petl.core.spec.config import MethodConfig
 from petl.core.switching.tuner import hosts_of, layers_of
 from petl.core.tuners.base import SharedStateTuner, check_loaded, watch
@@ -215,6 +215,10 @@ class MethodTuner(SharedStateTuner):
                     )
                 if hasattr(type(self), "update_and_allocate"):
                     watch(self)
+            except Exception:  # PEFT forgets the config of a refused adapter
+                if adapter_name in self.shared:
+                    del self.shared[adapter_name]
+                raise
             finally:
                 for capture in _captures(model):
                     capture.attach(model)
@@ -253,6 +257,8 @@ class MethodTuner(SharedStateTuner):
             pool = self.make_shared(config, shapes)
         if pool is not None:
             self.refuse_without_tuner("its layers share tensors, which the tuner has")
+            # here, before it becomes a name of a module; without shared tensors, with the injection
+            check_adapter_name(adapter_name, model, type(self))
             check_tensor_names(adapter_name, pool)
             self.shared[adapter_name] = pool  # `AdapterLayer.add` moves it to the device
         self._infos[adapter_name] = {

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from peft.utils.hotswap import hotswap_adapter
 
 import petl
 from petl import testing
@@ -98,6 +99,17 @@ def test_other_rows_scales_and_modes_forget_what_is_kept():
     generated(model)
     model.delete_adapter("c")
     assert kept.rows is None
+
+
+def test_a_hotswapped_adapter_is_seen(tmp_path):
+    model, other = model_of("lora"), model_of("lora")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(-2)  # its adapters alone are saved
+    other.save_pretrained(tmp_path, selected_adapters=["b"])
+    generated(model)
+    hotswap_adapter(model, str(tmp_path / "b"), "b")
+    torch.testing.assert_close(generated(model), one_by_one(model), atol=1e-4, rtol=1e-4)
 
 
 def test_nothing_is_kept_of_a_forward_pass_nor_in_copies():

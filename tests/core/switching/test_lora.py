@@ -274,6 +274,17 @@ def test_a_batch_for_an_adapter_that_is_not_there_is_refused_and_all_stay_in_sig
     assert list(model.state_dict()) == before
 
 
+def test_a_call_that_fails_leaves_no_hooks():
+    case = CASES["decoder"]
+    model = case.wrap_stirred().eval()
+    petl.fuse_lora(model)
+    batch = case.batch()
+    expected = testing.logits(model, batch)
+    with pytest.raises(ValueError, match="adapter_names"):
+        model(**batch, adapter_names=["default"])  # too few
+    assert torch.equal(testing.logits(model, batch), expected)
+
+
 def test_threads_that_serve_and_one_that_switches_do_not_disturb_one_another():
     case = CASES["decoder"]
     theirs, ours = pair(case, 4)

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import delete_adapter, set_adapter, set_requires_g
 
 import petl
 from petl import testing
-from petl.core.compat import BaseTunerLayer
+from petl.core.compat import BaseTuner, BaseTunerLayer
 from petl.core.switching.tuner import hosts_of, layers_of
 from petl.testing import Case
 
@@ -231,6 +231,26 @@ def test_after_a_refused_adapter_all_are_visible():
     with pytest.raises(ValueError, match="no_such_layer"):
         model.add_adapter("new", config)
     assert list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize("name", ["a.b", "__base__", "keys"])
+@pytest.mark.parametrize("method", ["mos", "compacter"])
+def test_a_refused_adapter_leaves_no_shared_tensors(method, name):
+    fields = {"mos": {"r": 2}}.get(method, {})
+    model = petl.wrap(testing.tiny_llama(), method, **fields)
+    before = set(model.state_dict())
+    with pytest.raises(petl.InputError, match=f"adapter_name={name!r}"):
+        model.add_adapter(name, petl.build_config(method, **fields))
+    assert set(model.state_dict()) == before
+
+
+def test_an_adapter_on_which_peft_fails_leaves_no_shared_tensors(monkeypatch):
+    model = petl.wrap(testing.tiny_llama(), "mos", r=2)
+    before = set(model.state_dict())
+    monkeypatch.setattr(BaseTuner, "inject_adapter", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.add_adapter("other", petl.build_config("mos", r=2))
+    assert set(model.state_dict()) == before
 
 
 def test_hosts_are_found_without_visiting_their_adapters():
