@@ -68,7 +68,7 @@ def initialize(model: nn.Module, config: Any, calibration: Any) -> Finish | None
     if calibration is None:
         raise no_calibration(data_driven_initialization(config))
     if init == "eva":  # PEFT would silently skip it
-        return partial(peft.initialize_lora_eva_weights, dataloader=calibration)
+        return partial(initialize_eva, calibration=calibration)
     if config.lora_ga_config is None:  # PEFT requires one
         config.lora_ga_config = peft.LoraGAConfig()
 
@@ -79,6 +79,12 @@ def initialize(model: nn.Module, config: Any, calibration: Any) -> Finish | None
     # stores gradients on the layers, which PEFT reads on injection
     peft.preprocess_loraga(model, config, backward_over_calibration)
     return None
+
+
+def initialize_eva(model: PeftModel, calibration: Any) -> None:
+    """Run EVA's initialization of a model that was just wrapped, and has one adapter."""
+    (name,) = model.peft_config  # PEFT's default is the name "default", whatever the adapter's is
+    peft.initialize_lora_eva_weights(model, dataloader=calibration, adapter_name=name)
 
 
 def loraplus_optimizer(

@@ -220,14 +220,15 @@ def calibration() -> list:
     return [testing.TINY_MODELS["llama"].batch(rows=8, seed=seed) for seed in range(6)]
 
 
-def test_eva_initializes_from_orthogonal_directions_of_the_inputs():
+@pytest.mark.parametrize("name", ["default", "task"])
+def test_eva_initializes_from_orthogonal_directions_of_the_inputs(name):
     base = testing.tiny_llama()
     fields = {"target_modules": ["q_proj"], "init_lora_weights": "eva", "r": 4}
-    model = petl.wrap(base, "lora", calibration=calibration(), **fields)
+    model = petl.wrap(base, "lora", calibration=calibration(), adapter_name=name, **fields)
     expected = testing.logits(testing.tiny_llama(), BATCH)
     assert testing.difference(testing.logits(model, BATCH), expected) <= 1e-6
     for layer in testing.tuner_layers(model).values():
-        A = layer.lora_A["default"].weight
+        A = layer.lora_A[name].weight
         gram = A @ A.T
         assert testing.difference(gram, torch.diag(gram.diagonal())) < 1e-4
         assert float(gram.diagonal().min()) > 0

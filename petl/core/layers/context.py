@@ -245,12 +245,16 @@ class ForwardContext:
             # Trainer passes the number of items of the whole step
             if kwargs.get("num_items_in_batch") is not None and self.scale is not None:
                 total = total * self.scale  # the loss is this micro-batch's fraction of the step's
-            output["loss"] = loss + total
+            output["loss"] = loss + total.to(loss.device)
         return output
 
     def total(self) -> Tensor:
         """Sum of the auxiliary terms of the last training forward, detached; 0 if none."""
-        return torch.stack(list(self.terms.values())).sum() if self.terms else torch.zeros(())
+        terms = list(self.terms.values())
+        # a model may be spread over devices
+        return (
+            torch.stack([t.to(terms[0].device) for t in terms]).sum() if terms else torch.zeros(())
+        )
 
     def record(self, key: str, term: Tensor, **series: Tensor) -> None:
         """Store the value of a term, and further series, of the module called `key`."""

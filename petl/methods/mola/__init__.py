@@ -434,6 +434,7 @@ class MolaModel(MethodTuner):
         if not picks:
             return {}
         loads = [busiest(picks_E) for picks_E in picks.values()]
+        loads = [load.to(loads[0].device) for load in loads]  # a model may be spread over devices
         return {"expert_load_max": float(torch.stack(loads).mean())}
 
     def heat_maps(self) -> list[HeatMap]:

@@ -111,6 +111,7 @@ class SparseAdapter(Adapter):
             and until they are chosen.
         first: what they will be chosen from, while the first update of an accumulation is computed.
         calls: training forwards of this layer in the current update, while accumulating.
+        starts_at_zero: False if the training began with values of an earlier one.
     """
 
     keep_float32 = True  # half precision would lose small updates of the values
@@ -129,6 +130,7 @@ class SparseAdapter(Adapter):
         self.candidates: Candidates | None = None
         self.first: FirstUpdate | None = None
         self.calls = 0
+        self.starts_at_zero = True
         self.unmerged: Tensor | None = None  # original entries of a merged base weight
         self.number = register_adapter(self)
 
@@ -280,6 +282,7 @@ class SparseAdapter(Adapter):
         self.step, self.calls, self.first = step, 0, None
         if step == 0:
             self.candidates = None
+            self.starts_at_zero = not bool(to_full(self.values.detach()).any())
 
     def end_step(self, step: int) -> None:
         """Record that update `step` is complete; drop the candidates if accumulation ends."""

@@ -56,6 +56,17 @@ class SparseSM3(Optimizer):
             )
         self.adapters = {adapter.values: adapter for adapter in found}
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned; torch would round the state to a tensor's dtype."""
+        super().load_state_dict(state_dict)
+        saved = state_dict["state"]
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        for number, tensor in zip(numbers, tensors, strict=True):
+            for name, value in saved.get(number, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[tensor][name] = value.to(tensor.device, copy=True)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient."""

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from petl.core.layers.context import ForwardContext, add_gradient
 
@@ -125,3 +126,17 @@ def test_evaluation_and_training_have_separate_states():
         assert not context.state
         context.state["h"] = torch.zeros(1)
     assert float(context.state["h"]) == 1
+
+
+def test_terms_of_layers_on_several_devices_are_added():
+    context = ForwardContext()
+    with FakeTensorMode():  # needs no device
+        layers = {place: torch.ones((), device=place) for place in ("xla:0", "xla:1")}
+        context.recording = True
+        for place, term in layers.items():
+            context.record(place, term)
+        loss = torch.ones((), device="xla:1")
+        output = context.end(nn.Linear(1, 1), (), {}, {"loss": loss})
+        total = context.total()
+    assert total.device == torch.device("xla:0")
+    assert output["loss"].device == torch.device("xla:1")
