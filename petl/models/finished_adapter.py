@@ -10,7 +10,7 @@ from pathlib import Path
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import PreTrainedModel
 
-from petl.core.adapter_file import PREFIX
+from petl.core.adapter_file import PREFIX, trained_modules
 from petl.core.adapter_folder import CONFIG, adapter_files, read_config, read_weights
 from petl.core.auto_classes import read_labels
 from petl.core.fingerprint import check_base, known_fingerprint
@@ -21,6 +21,7 @@ from petl.core.registry import method_of
 from petl.errors import InputError, UnsupportedError
 from petl.files.disk import check_links
 from petl.files.paths import path_of
+from petl.models.loading import head_keys, new_modules, outermost_modules
 from petl.tasks.base import Task
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def with_adapter(model: PreTrainedModel, given: str, task: Task) -> PreTrainedMo
         wrapped = load(model, folder, other_base="refuse")
         logger.info("model.adapter=%s: merged, with its task head", given)
     else:
-        wrapped = without_head(model, folder, config, given)
+        wrapped = without_head(model, folder, config, given, task)
         logger.info(
             "model.adapter=%s: merged without its task head, whose labels are others", given
         )
@@ -91,11 +92,15 @@ def with_adapter(model: PreTrainedModel, given: str, task: Task) -> PreTrainedMo
     return merged
 
 
-def without_head(model: PreTrainedModel, folder: Path, config: PeftConfig, given: str) -> PeftModel:
+def without_head(
+    model: PreTrainedModel, folder: Path, config: PeftConfig, given: str, task: Task
+) -> PeftModel:
     """Return the model with the adapter in a folder, but with its own task head."""
     config.inference_mode = True
     file = adapter_files(folder, config)
-    heads = tuple(f"{PREFIX}{name}." for name in model.petl_new_modules)  # ty: ignore[not-iterable]
+    # also a head that is not new: the base model may have one for as many labels
+    names = {*new_modules(model), *outermost_modules(model, head_keys(model, task))}
+    heads = tuple(f"{PREFIX}{name}." for name in names)
     found = check_file(model, config, file, left_out=heads)
     check_base(
         read_fingerprint(folder),
@@ -108,5 +113,7 @@ def without_head(model: PreTrainedModel, folder: Path, config: PeftConfig, given
     tensors = {k: v for k, v in read_weights(file).items() if not k.startswith(heads)}
     wrapped = get_peft_model(model, config)
     assert isinstance(wrapped, PeftModel)
+    # PEFT asks for all of `modules_to_save`: the copies of the model's own
+    tensors |= {k: v for k, v in trained_modules(wrapped).items() if k.startswith(heads)}
     set_peft_model_state_dict(wrapped, tensors)
     return wrapped
