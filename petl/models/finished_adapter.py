@@ -5,12 +5,13 @@ head comes with it if it is for the same labels.
 """
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import PreTrainedModel
 
-from petl.core.adapter_file import PREFIX
+from petl.core.adapter_file import PREFIX, trained_modules
 from petl.core.adapter_folder import CONFIG, adapter_files, read_config, read_weights
 from petl.core.auto_classes import read_labels
 from petl.core.fingerprint import check_base, known_fingerprint
@@ -63,13 +64,16 @@ def checked_config(given: str) -> PeftConfig:
     return config
 
 
-def with_adapter(model: PreTrainedModel, given: str, task: Task) -> PreTrainedModel:
+def with_adapter(
+    model: PreTrainedModel, given: str, task: Task, heads: Collection[str]
+) -> PreTrainedModel:
     """Return the model with the adapter that `model.adapter` names merged into it.
 
     Args:
         model: from `load_base`, with the weights that the adapter was trained on; changed in place.
         given: the value of the setting.
         task: of the run, whose labels decide on the adapter's head.
+        heads: modules of which the adapter's copies are left out if labels differ.
 
     Raises:
         InputError: the adapter is missing, damaged, or of another base model.
@@ -82,7 +86,7 @@ def with_adapter(model: PreTrainedModel, given: str, task: Task) -> PreTrainedMo
         wrapped = load(model, folder, other_base="refuse")
         logger.info("model.adapter=%s: merged, with its task head", given)
     else:
-        wrapped = without_head(model, folder, config, given)
+        wrapped = without_head(model, folder, config, given, heads)
         logger.info(
             "model.adapter=%s: merged without its task head, whose labels are others", given
         )
@@ -91,12 +95,14 @@ def with_adapter(model: PreTrainedModel, given: str, task: Task) -> PreTrainedMo
     return merged
 
 
-def without_head(model: PreTrainedModel, folder: Path, config: PeftConfig, given: str) -> PeftModel:
+def without_head(
+    model: PreTrainedModel, folder: Path, config: PeftConfig, given: str, heads: Collection[str]
+) -> PeftModel:
     """Return the model with the adapter in a folder, but with its own task head."""
     config.inference_mode = True
     file = adapter_files(folder, config)
-    heads = tuple(f"{PREFIX}{name}." for name in model.petl_new_modules)  # ty: ignore[not-iterable]
-    found = check_file(model, config, file, left_out=heads)
+    places = tuple(f"{PREFIX}{name}." for name in heads)
+    found = check_file(model, config, file, left_out=places)
     check_base(
         read_fingerprint(folder),
         known_fingerprint(model),
@@ -105,8 +111,10 @@ def without_head(model: PreTrainedModel, folder: Path, config: PeftConfig, given
         action=f"model.adapter={given}",
         insist="a run with the same labels",
     )
-    tensors = {k: v for k, v in read_weights(file).items() if not k.startswith(heads)}
+    tensors = {k: v for k, v in read_weights(file).items() if not k.startswith(places)}
     wrapped = get_peft_model(model, config)
     assert isinstance(wrapped, PeftModel)
+    # PEFT asks for all of `modules_to_save`: the copies of the model's own
+    tensors |= {k: v for k, v in trained_modules(wrapped).items() if k.startswith(places)}
     set_peft_model_state_dict(wrapped, tensors)
     return wrapped

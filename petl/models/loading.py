@@ -183,7 +183,9 @@ def load_base(
         from petl.models.finished_adapter import checked_config, with_adapter
 
         checked_config(source.adapter)  # shapes do not depend on it
-        model = model if meta else with_adapter(model, source.adapter, task)
+        # also a head that is not new: the base model may have one for as many labels
+        heads = {*new_modules(model), *outermost_modules(model, head_keys(model, task))}
+        model = model if meta else with_adapter(model, source.adapter, task, heads)
     task.adjust(model)
     if task.reads_text:
         check_length(model, task, source.name)

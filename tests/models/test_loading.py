@@ -24,6 +24,8 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+import petl
+from petl import testing
 from petl.errors import InputError
 from petl.files import hub
 from petl.models import smollm2
@@ -36,6 +38,8 @@ from petl.models.loading import (
 )
 from petl.models.sources import SOURCES
 from petl.tasks import AudioClassification, CausalLM, Classification
+from petl.tasks.base import write_labels
+from petl.training.wrapping import train_new_modules
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = {
@@ -382,3 +386,27 @@ def test_smollm2_is_converted_once_by_two_processes_and_answers(tmp_path, monkey
     for text in ("12.5 €", "naïve", "漢字", "🙂", "def f(x):\n\treturn x"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     model.save_pretrained(tmp_path / "again")  # refused for a model still marked as quantised
+
+
+@pytest.mark.parametrize("cls", [BertForSequenceClassification, BertForMaskedLM])
+def test_the_head_of_a_finished_adapter_for_other_labels_is_left_out(cls, tmp_path):
+    # the head of a base model for as many labels is not new
+    base = cls(BertConfig(**TINY, num_labels=3))
+    settings = saved(base, tmp_path / "model", pad_token="<unk>")
+    model = load_base(settings, THREE)
+    fields = train_new_modules({"name": "lora", "r": 2, "task_type": "SEQ_CLS"}, model)
+    adapted = testing.stir(petl.wrap(model, **fields))
+    adapted.save_pretrained(tmp_path / "adapter")
+    write_labels(tmp_path / "adapter", THREE.model_kwargs())
+    given = {**settings, "adapter": str(tmp_path / "adapter")}
+    query, own = "bert.encoder.layer.0.attention.self.query.weight", base.state_dict()
+    head = adapted.get_base_model().classifier.modules_to_save.default.weight
+    assert torch.equal(load_base(given, THREE).classifier.weight, head)
+    for names in (["car", "bus", "van"], ["car", "bus"]):
+        other = load_base(given, Classification(classes=names, max_length=8))
+        assert not torch.equal(other.get_parameter(query), own[query])
+        if "classifier.weight" in own and len(names) == 3:
+            assert torch.equal(other.classifier.weight, own["classifier.weight"])
+        else:  # new, as without the adapter
+            assert other.classifier.weight.shape == (len(names), TINY["hidden_size"])
+            assert "classifier" in new_modules(other)
