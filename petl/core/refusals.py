@@ -2,10 +2,13 @@
 
 from typing import Any
 
-from peft import AdaLoraModel, PeftConfig, PeftType
+from peft import AdaLoraModel, PeftConfig, PeftModel, PeftType
+from torch import nn
 
+from petl.core.compat import LoraLayer
 from petl.core.registry import method_of
 from petl.core.spec.method import Method
+from petl.errors import UnsupportedError
 
 
 def merge_refusal(config: PeftConfig) -> str | None:
@@ -52,3 +55,28 @@ def is_lora(config: PeftConfig) -> bool:
     AdaLoRA's config is a subclass, but its tensors are different, so the type is compared.
     """
     return config.peft_type == PeftType.LORA
+
+
+def refuse_more_than_factors(model: PeftModel, adapter_name: str = "default") -> None:
+    """Raise UnsupportedError if an adapter is more than the factors A and B of linear layers.
+
+    A DoRA is, for one, or a LoRA with trained biases.
+    """
+    config: Any = model.peft_config[adapter_name]
+    tokens = getattr(config, "trainable_token_indices", None)
+    if getattr(config, "bias", "none") != "none" or tokens:
+        raise UnsupportedError(
+            "the adapter trains biases or tokens besides its updates of weights, which two factors "
+            "a layer cannot hold"
+        )
+    for path, layer in model.named_modules() if is_lora(config) else ():
+        if not isinstance(layer, LoraLayer) or adapter_name not in layer.r:
+            continue
+        A = dict(layer.lora_A.items()).get(adapter_name)
+        more = layer.lora_variant.get(adapter_name) or layer.lora_bias.get(adapter_name)
+        # stacked experts have one A of all their ranks
+        if more or type(A) is not nn.Linear or len(A.weight) != layer.r[adapter_name]:
+            raise UnsupportedError(
+                f"{path} is no linear layer, or its update is not the product of two factors of "
+                f"rank {layer.r[adapter_name]} (DoRA, another variant, a bias, stacked experts)"
+            )

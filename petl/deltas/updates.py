@@ -16,7 +16,7 @@ from torch import Tensor
 
 from petl.core.adapter_file import PREFIX
 from petl.core.progress import Pass, Shown
-from petl.core.refusals import lora_refusal
+from petl.core.refusals import lora_refusal, refuse_more_than_factors
 from petl.deltas.adapters import (
     CARD,
     combine_tensors,
@@ -28,7 +28,7 @@ from petl.deltas.adapters import (
 from petl.deltas.combine import combine
 from petl.deltas.states import coded_names, one_of
 from petl.errors import InputError, UnsupportedError, shown
-from petl.export.conversion import as_lora, ranked_config, refuse_more_than_factors, save_lora
+from petl.export.conversion import as_lora, ranked_config, save_lora
 from petl.export.saved_adapter import find
 
 LEVELS = ("tensors", "update")

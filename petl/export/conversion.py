@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from petl.core import fingerprint
 from petl.core.adapter_file import PREFIX, WEIGHTS, trained_modules
 from petl.core.adapter_folder import CONFIG
-from petl.core.compat import BaseTunerLayer, LoraLayer, svd_factors
+from petl.core.compat import BaseTunerLayer, svd_factors
 from petl.core.compressed import copy_weights
 from petl.core.layers.layer import Adapter, AdapterLayer, Factors
 from petl.core.model.targets import matched_names
@@ -78,31 +78,6 @@ def write_lora(saved: Saved, folder: Path, *, other_base: str) -> tuple[PeftMode
         save_lora(*converted, folder)
     fingerprint.write(folder, fingerprint.read(saved.adapter))
     return PeftModel.from_pretrained(base, str(folder)).eval(), adapted
-
-
-def refuse_more_than_factors(model: PeftModel, adapter_name: str = "default") -> None:
-    """Raise UnsupportedError if an adapter is more than the factors A and B of linear layers.
-
-    A DoRA is, for one, or a LoRA with trained biases.
-    """
-    config: Any = model.peft_config[adapter_name]
-    tokens = getattr(config, "trainable_token_indices", None)
-    if getattr(config, "bias", "none") != "none" or tokens:
-        raise UnsupportedError(
-            "the adapter trains biases or tokens besides its updates of weights, which two factors "
-            "a layer cannot hold"
-        )
-    for path, layer in model.named_modules() if is_lora(config) else ():
-        if not isinstance(layer, LoraLayer) or adapter_name not in layer.r:
-            continue
-        A = dict(layer.lora_A.items()).get(adapter_name)
-        more = layer.lora_variant.get(adapter_name) or layer.lora_bias.get(adapter_name)
-        # stacked experts have one A of all their ranks
-        if more or type(A) is not nn.Linear or len(A.weight) != layer.r[adapter_name]:
-            raise UnsupportedError(
-                f"{path} is no linear layer, or its update is not the product of two factors of "
-                f"rank {layer.r[adapter_name]} (DoRA, another variant, a bias, stacked experts)"
-            )
 
 
 @torch.no_grad()

@@ -170,8 +170,8 @@ def learning_rates_tried(metric: str, tried: Mapping[str, Any]) -> Table:
     for name, entry in tried.items():
         scores = entry["validation"]
         cells = [score(metric, scores[rate]) if rate in scores else "failed" for rate in rates]
-        # exact: both numbers are from the same JSON file
-        stars = [" *" if float(rate) == entry["taken"] else "" for rate in rates]
+        # a study writes the rates that it has tried in six digits
+        stars = [" *" if rate == f"{entry['taken']:g}" else "" for rate in rates]
         rows.append([name, *(cell + star for cell, star in zip(cells, stars, strict=True))])
     return Table([f"validation {metric}, learning rate:", *rates], rows)
 

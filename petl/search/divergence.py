@@ -7,8 +7,10 @@ these classes is a lower bound of that of all. Shapes: B rows, T tokens, V class
 K = min(top, V).
 """
 
+from bisect import bisect_left
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -43,16 +45,24 @@ class Calibration:
 
     Attributes:
         counts: positions of each row of each batch.
+        total: positions, `most` at most.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        self.model, self.batches = model, list(batches)
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Batch], *, most: int | None = None
+    ) -> None:
+        self.model, given = model, list(batches)
         self.causal, self.reads_labels = is_causal(model), is_encoder_decoder(model)
-        self.counts = [self.labeled(batch).flatten(1).sum(1).tolist() for batch in self.batches]
-        self.total = sum(map(sum, self.counts))
+        counts = [self.labeled(batch).flatten(1).sum(1).tolist() for batch in given]
+        # of the batches only those that hold the first `most` positions
+        ends = [*accumulate(map(sum, counts))]
+        needed = len(ends) if most is None else bisect_left(ends, most) + 1
+        self.batches, self.counts = given[:needed], counts[:needed]
+        found = sum(map(sum, self.counts))
+        self.total = found if most is None else min(found, most)
         if self.total == 0:
             raise InputError(
-                f"none of the {len(self.batches)} calibration batches has a position with a label"
+                f"none of the {len(given)} calibration batches has a position with a label"
             )
 
     def labeled(self, batch: Batch) -> Tensor:
@@ -101,6 +111,7 @@ class Calibration:
         """Yield number, rows and count of positions of the batches that hold the first `tokens`."""
         if tokens < 1:
             raise InputError(f"tokens={tokens} is below 1, the minimum")
+        tokens = min(tokens, self.total)
         for number, (batch, counts) in enumerate(zip(self.batches, self.counts, strict=True)):
             if tokens <= 0:
                 return
@@ -117,18 +128,26 @@ class Calibration:
 class Divergence(Calibration):
     """The divergence of a model from itself as it was when this object was made."""
 
-    def __init__(self, model: nn.Module, batches: Iterable[Batch], top: int = TOP) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        top: int = TOP,
+        *,
+        most: int | None = None,
+    ) -> None:
         """Compute the reference.
 
         Args:
             model: a model with logits; its parameters may change later.
             batches: inputs with labels, on the model's device, in the order of calibration.
             top: number of classes of the reference that are kept apart.
+            most: positions that are used at most; later batches are not computed.
 
         Raises:
             InputError: no position has a label, or the outputs are no logits of classes.
         """
-        super().__init__(model, batches)
+        super().__init__(model, batches, most=most)
         if top < 1:
             raise InputError(f"top={top} is below 1, the minimum")
         with evaluating(model):

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from petl.core.compat import BaseTunerLayer
 from petl.core.compressed import type_of
-from petl.core.refusals import is_lora
+from petl.core.refusals import is_lora, refuse_more_than_factors
 from petl.errors import UnsupportedError
-from petl.export.conversion import refuse_more_than_factors
 from petl.search.tensors import active_adapter, config_of
 from petl.search.units import Unit
 

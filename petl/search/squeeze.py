@@ -73,7 +73,7 @@ def squeeze(
     feature = made(saved)
     # the reference in the precision of the candidates
     with accelerator.autocast():
-        distance = METRICS[settings.metric](feature.model, batches)
+        distance = METRICS[settings.metric](feature.model, batches, most=TOKENS)
     calibrated = f"{distance.total:,} positions of {source}"
     with swapped(feature.model, feature.units) as to, accelerator.autocast():
 

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from petl.errors import InputError
+from petl.errors import InputError, UnsupportedError
 from petl.search.evolve import check_state
 
 Levels = tuple[Mapping[str, Tensor], ...]
@@ -127,16 +127,26 @@ class Skip:
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.forward, self.on = forward, False
-        self.returns_tuple: bool | None = None  # unknown before the first call
+        # length of the tuple that the block returns, 0 for a tensor; unknown before the first call
+        self.returned: int | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the block returns, or its input in the same form."""
-        if self.on and self.returns_tuple is not None:
+        """Return what the block returns, or its input in the same form.
+
+        Raises:
+            UnsupportedError: the block returns more than hidden states.
+        """
+        if self.on and self.returned is not None:
+            if self.returned > 1:
+                raise UnsupportedError(
+                    f"a block that returns {self.returned} values cannot be skipped: the next ones "
+                    "read more of it than hidden states, as those of T5 do"
+                )
             hidden = args[0] if args else kwargs["hidden_states"]
-            return (hidden,) if self.returns_tuple else hidden
+            return (hidden,) if self.returned else hidden
         found = self.forward(*args, **kwargs)
         # classes of transformers return either; a block computed once tells which
-        self.returns_tuple = isinstance(found, tuple)
+        self.returned = len(found) if isinstance(found, tuple) else 0
         return self(*args, **kwargs) if self.on else found
 
 

@@ -8,7 +8,7 @@ from comparable import write_run
 
 from petl.cli import main
 from petl.reports.comparison import compare
-from petl.reports.comparison_report import results, summary, write_page
+from petl.reports.comparison_report import learning_rates_tried, results, summary, write_page
 
 
 @pytest.fixture
@@ -142,6 +142,13 @@ def test_the_learning_rates_of_a_study_are_listed_and_the_chosen_one_is_marked(r
     _, table, *_ = write_page(compare([runs]), tmp_path / "page", rates)
     assert "| lora | 62.5 % * | 50.0 % |" in table.read_text()
     assert "| mos | failed | 25.0 % * |" in table.read_text()
+
+
+def test_a_chosen_rate_of_many_digits_is_marked():
+    # as a study writes them
+    tried = {"validation": {"0.00123457": 0.5, "0.01": 0.25}, "taken": 0.00123456789}
+    table = learning_rates_tried("accuracy", {"lora": tried})
+    assert table.rows == [["lora", "50.0 % *", "25.0 %"]]
 
 
 def test_the_page_of_a_search_labels_its_scores_as_validation_scores(tmp_path):

@@ -80,6 +80,22 @@ def test_it_is_the_mean_over_the_first_labels_of_a_decoder(top):
         assert distance(tokens) == pytest.approx(sum(first) / len(first), rel=1e-4, abs=1e-8)
 
 
+def test_batches_behind_the_last_position_that_counts_are_not_computed():
+    model = wrapped(tiny_llama(2), "CAUSAL_LM").eval()
+    batches = [*token_batches(), *token_batches(1)]
+    whole = search.Divergence(model, batches)
+    first = sum(whole.counts[0])
+    for most, computed in ((1, 1), (first, 1), (first + 1, 2), (whole.total + 5, 4)):
+        distance = search.Divergence(model, batches, most=most)
+        assert (distance.total, len(distance.reference)) == (min(most, whole.total), computed)
+        loss = search.TaskLoss(model, batches, most=most)
+        assert (loss.total, len(loss.batches)) == (min(most, whole.total), computed)
+    part = search.Divergence(model, batches, most=first + 1)
+    change(model)
+    assert part(first) == whole(first)
+    assert part(1000) == whole(first + 1)
+
+
 def test_a_classifier_has_one_position_to_a_row():
     model, batches = wrapped(tiny_bert(), "SEQ_CLS").eval(), class_batches()
     (batch,) = batches

@@ -126,6 +126,14 @@ def test_the_reference_has_the_precision_of_the_candidates(command, tiny, tmp_pa
     assert record_of(tmp_path / "s")["even_fitness"] == 0
 
 
+def test_the_positions_that_decide_are_told(command, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "TOKENS", 4)
+    words = ("squeeze", runs / "lora", "--what", "rank", *QUICK)
+    status, out, err = command(*words, "--bytes", "10MB", "--out", tmp_path / "s")
+    assert status == 0, err
+    assert "on 4 positions of 10 validation rows" in out
+
+
 def test_bits_are_those_of_the_pattern_in_the_config(command, runs, tmp_path):
     own = (runs / "binary/adapter" / WEIGHTS).stat().st_size
     status, _, err = command(

@@ -5,7 +5,8 @@ import torch
 
 import petl
 from petl import search, testing
-from petl.testing.models import tiny_gpt2, tiny_llama
+from petl.errors import UnsupportedError
+from petl.testing.models import tiny_gpt2, tiny_llama, tiny_t5
 
 
 @pytest.fixture
@@ -105,6 +106,20 @@ def test_a_skipped_block_returns_its_input(build):
     assert torch.equal(logits(model), skipped)
     assert not torch.allclose(skipped, every)
     layers.insert(1, middle)
+
+
+def test_a_block_whose_further_outputs_are_read_is_not_skipped():
+    model = tiny_t5().eval()
+    batch = {"input_ids": IDS, "labels": IDS}
+    units = search.levels_of(model, "skip")
+    with torch.no_grad(), search.swapped(model, units) as to:
+        to([0] * len(units))
+        every = model(**batch).logits
+        to([1] + [0] * (len(units) - 1))
+        with pytest.raises(UnsupportedError, match="returns 3 values cannot be skipped"):
+            model(**batch)
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, every)
 
 
 def test_a_search_of_blocks_to_skip_swaps_skipped_and_run_ones():
