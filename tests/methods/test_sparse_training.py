@@ -142,6 +142,29 @@ def test_sm3_state_of_a_half_precision_head_is_restored_in_float32():
         assert torch.equal(moments[0][name], moments[1][name])
 
 
+# A further training
+
+
+def test_the_first_selection_of_a_further_training_exchanges_no_more_than_later_ones(tmp_path):
+    model = randomized(wrapped(initial_reselection_rate=0.2))
+    model.save_pretrained(tmp_path)
+    model = petl.load(testing.tiny_llama(), tmp_path, is_trainable=True)
+    before = {key: a.indices.clone() for key, a in adapters(model).items()}
+    optimizer = adamw(model)
+    petl.lifecycle(model).attach_optimizer(optimizer)
+    step_through(model, optimizer, [[b] for b in batches(2)])
+    # also if it is interrupted before that selection
+    model.save_pretrained(tmp_path)
+    again = petl.load(testing.tiny_llama(), tmp_path, is_trainable=True)
+    petl.lifecycle(again).load_state_dict(petl.lifecycle(model).state_dict())
+    optimizer = adamw(again)
+    petl.lifecycle(again).attach_optimizer(optimizer, 2)
+    step_through(again, optimizer, [[b] for b in batches(1)], first=3)
+    for key, adapter in adapters(again).items():
+        kept = torch.isin(adapter.indices, before[key]).sum()
+        assert len(before[key]) * 0.8 <= kept < len(before[key])
+
+
 # Processes and resuming
 
 

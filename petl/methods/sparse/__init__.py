@@ -226,7 +226,8 @@ class SparseModel(MethodTuner):
             if schedule.accumulates(config, step):
                 end_update(adapters)
             if schedule.selects(config, step):
-                fraction = schedule.exchange_fraction(config, step)
+                is_random = all(adapter.starts_at_zero for adapter in adapters)
+                fraction = schedule.exchange_fraction(config, step, is_random=is_random)
                 for adapter in adapters:
                     select(adapter, fraction, unwrapped)
             for adapter in adapters:
@@ -264,6 +265,8 @@ class SparseModel(MethodTuner):
             for key, adapter in self._adapters(name):
                 # equal for all adapters of a name
                 state[f"{name}.step"] = torch.tensor(adapter.step)
+                zero = state.get(f"{name}.starts_at_zero", torch.tensor(True))
+                state[f"{name}.starts_at_zero"] = zero & adapter.starts_at_zero
                 if adapter.candidates is not None:
                     fields = adapter.candidates.state()
                     state |= {f"{key}.{name}.{field}": value for field, value in fields.items()}
@@ -278,11 +281,14 @@ class SparseModel(MethodTuner):
         left = dict(state)
         for name in self.active_adapters:
             step = int(left.pop(f"{name}.step", torch.tensor(0)))
+            # absent from states of earlier versions
+            at_zero = bool(left.pop(f"{name}.starts_at_zero", torch.tensor(True)))
             for key, adapter in self._adapters(name):
                 keys = {f: f"{key}.{name}.{f}" for f in Candidates.FIELDS}
                 # empty: no accumulation was under way at the checkpoint
                 fields = {f: left.pop(k) for f, k in keys.items() if k in left}
                 adapter.step = step
+                adapter.starts_at_zero = at_zero
                 device = adapter.values.device
                 adapter.candidates = Candidates.from_state(fields, device) if fields else None
         # what remains belongs to modules that this model lacks

@@ -35,12 +35,17 @@ def _ends(config: Any, step: int) -> bool:
     return step % config.reselection_steps == config.selection_accumulation_steps
 
 
-def exchange_fraction(config: Any, step: int) -> float:
-    """The fraction of the weights that the selection after update `step` may exchange."""
+def exchange_fraction(config: Any, step: int, *, is_random: bool = True) -> float:
+    """The fraction of the weights that the selection after update `step` may exchange.
+
+    Args:
+        is_random: True if the training began with a random set; that of an earlier training, which
+            the first selection must not replace as a whole, is none.
+    """
     linear, progress = config.reselection_rate_policy == "linear", step / config.total_step
     full = linear if config.full_first_reselection is None else config.full_first_reselection
     # the first selection replaces a random set
-    if full and step == config.selection_accumulation_steps:
+    if full and is_random and step == config.selection_accumulation_steps:
         return 1.0
     left = 1 - progress if linear else (1 + math.cos(math.pi * progress)) / 2
     return config.initial_reselection_rate * left
