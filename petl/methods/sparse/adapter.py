@@ -111,7 +111,7 @@ class SparseAdapter(Adapter):
             and until they are chosen.
         first: what they will be chosen from, while the first update of an accumulation is computed.
         calls: training forwards of this layer in the current update, while accumulating.
-        starts_at_zero: False if the training began with values of an earlier one.
+        starts_at_zero: False if the training began with the values of a file of an earlier one.
     """
 
     keep_float32 = True  # half precision would lose small updates of the values
@@ -146,6 +146,11 @@ class SparseAdapter(Adapter):
         """Raise InputError unless the positions are entries of the weight, each at most once."""
         size = self.shape.in_features * self.shape.out_features
         check_index(f"{self.info.key}: indices", tensors["indices"], size, unique=True)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self.values.is_meta:
+            self.starts_at_zero = not bool(to_full(self.values.detach()).any())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
