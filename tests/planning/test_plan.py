@@ -170,7 +170,8 @@ def test_the_plan_equals_what_the_run_does(tiny, tmp_path):
     assert planned.saved == sum(tensor.numel() for tensor in finished.adapter.values())
 
 
-def test_the_plan_of_a_stream_of_classes_counts_its_repeats(tiny, tmp_path):
+def test_the_plan_of_a_stream_of_classes_counts_its_repeats(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("PETL_CACHE", str(tmp_path / "cache"))  # of the run's store
     words = ["+method=lora", "method.layers_to_transform=top:1", "train.steps=null"]
     words += ["data.order=by_class", "data.stream_repeats=3"]
     planned = plan(tiny, *words)

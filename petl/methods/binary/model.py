@@ -244,11 +244,13 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and its quantized weights."""
         super().delete_adapter(adapter_name)
-        for quantized in self.quantizer.quantized_weights.pop(adapter_name, []):
+        weights = self.quantizer.quantized_weights.pop(adapter_name, [])
+        for quantized in weights:
             del quantized.owner.__dict__["quantized_weights"][quantized.name]
-        for module in self.model.modules():
+        # a later adapter may have the name; all modules are looked at for a quantized head only
+        for module in self.model.modules() if any(each.head for each in weights) else ():
             if isinstance(module, QuantizedHead):
-                module.low_bit.discard(adapter_name)  # a later adapter may have the name
+                module.low_bit.discard(adapter_name)
 
     # Files
 

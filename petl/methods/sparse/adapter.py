@@ -287,7 +287,6 @@ class SparseAdapter(Adapter):
         self.step, self.calls, self.first = step, 0, None
         if step == 0:
             self.candidates = None
-            self.starts_at_zero = not bool(to_full(self.values.detach()).any())
 
     def end_step(self, step: int) -> None:
         """Record that update `step` is complete; drop the candidates if accumulation ends."""
