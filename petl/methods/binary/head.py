@@ -62,6 +62,11 @@ class QuantizedHead(ModulesToSaveWrapper):
             return {}
         return super().adapter_state_dict_load_map(adapter_name)
 
+    def delete_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Delete an adapter's head; a later adapter may have the name."""
+        super().delete_adapter(adapter_name, *args, **kwargs)
+        self.low_bit.discard(adapter_name)
+
     @torch.no_grad()
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The active head as a layer like the original one, with the quantized weights."""

@@ -32,7 +32,7 @@ from petl.methods.binary.config import (
     config_of,
     inner_method,
 )
-from petl.methods.binary.head import QuantizedHead, find_head, prepare_head
+from petl.methods.binary.head import find_head, prepare_head
 from petl.methods.binary.quantized_weights import (
     Quantized,
     QuantizedWeight,
@@ -244,13 +244,8 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and its quantized weights."""
         super().delete_adapter(adapter_name)
-        weights = self.quantizer.quantized_weights.pop(adapter_name, [])
-        for quantized in weights:
+        for quantized in self.quantizer.quantized_weights.pop(adapter_name, []):
             del quantized.owner.__dict__["quantized_weights"][quantized.name]
-        # a later adapter may have the name; all modules are looked at for a quantized head only
-        for module in self.model.modules() if any(each.head for each in weights) else ():
-            if isinstance(module, QuantizedHead):
-                module.low_bit.discard(adapter_name)
 
     # Files
 
