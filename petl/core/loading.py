@@ -18,6 +18,7 @@ from petl.core.parameters import check_module
 from petl.core.registry import refusal, refuse_quantized, refuse_uncalled
 from petl.core.skeleton import Expected, check_tables, expected_tensors
 from petl.core.spec.checks import check_adapter_name
+from petl.core.spec.method import modifies_base_weights
 from petl.core.switching.tuner import apply_peft_fixes, enable_switching, only_visible
 from petl.errors import InputError, first_line
 from petl.files import hub
@@ -53,7 +54,8 @@ def load(
 
     Raises:
         InputError: there is no adapter, its method is unknown, the base contains adapters but is
-            no PeftModel, the PeftModel has an adapter of that name or of another method, tensors
+            no PeftModel, the PeftModel has an adapter of that name or of another method, its
+            adapters or the new one change the base weights (PiSSA that was not converted), tensors
             are missing, unexpected or of another shape, a file could contain code, or `other_base`
             refuses the base. A PeftModel is unchanged then.
     """
@@ -130,6 +132,16 @@ def _check_addable(model: PeftModel, config: PeftConfig, adapter_name: str) -> N
         raise InputError(
             f"an adapter of type {type_of(config)} cannot be added to a model with adapters of "
             f"type {type_of(model)}; load it onto another copy of the model"
+        )
+    # whose base weights are not those that the other adapters were trained on
+    given = {**model.peft_config, adapter_name: config}
+    changing = next((name for name, each in given.items() if modifies_base_weights(each)), None)
+    if changing is not None:
+        start = getattr(given[changing], "init_lora_weights", None)
+        raise InputError(
+            f"the adapter {changing!r} has init_lora_weights={start!r}, which changes the base "
+            "weights, so that no other adapter fits beside it: load each onto a copy of the model "
+            "of its own, or save it with path_initial_model_for_weight_conversion"
         )
 
 

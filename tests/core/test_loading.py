@@ -214,6 +214,21 @@ def test_another_adapter_of_the_same_name_or_another_method_is_refused(saved, tm
         petl.load(model, other, adapter_name="second")
 
 
+@pytest.mark.parametrize("first", ["plain", "pissa"])
+def test_no_adapter_is_loaded_beside_one_that_changes_the_base_weights(first, tmp_path):
+    for name, start in (("plain", True), ("pissa", "pissa")):
+        fields = {"target_modules": ["q_proj"], "init_lora_weights": start}
+        Case("lora", "llama", fields).wrap_stirred().save_pretrained(tmp_path / name)
+    second = {"plain": "pissa", "pissa": "plain"}[first]
+    model = petl.load(testing.tiny_llama(), tmp_path / first, adapter_name=first)
+    batch = testing.TINY_MODELS["llama"].batch()
+    expected = testing.logits(model, batch)
+    with pytest.raises(petl.InputError, match="'pissa' has init_lora_weights='pissa', which chang"):
+        petl.load(model, tmp_path / second, adapter_name=second)
+    assert list(model.peft_config) == [first]
+    assert torch.equal(testing.logits(model, batch), expected)
+
+
 def test_further_adapters_of_peft_load_strictly(tmp_path):
     case = Case("lora", "llama", {"target_modules": ["q_proj"]})
     model, batch = case.wrap_stirred(), case.batch()
