@@ -21,7 +21,11 @@ from petl.files.paths import cache_folder
 
 # attributes that the backend does not have, or that it gets with each call; the last of translation
 OUTSIDE_BACKEND = (
-    *("truncation_side", "model_input_names", "split_special_tokens", "src_lang", "tgt_lang"),
+    "truncation_side",
+    "model_input_names",
+    "split_special_tokens",
+    "src_lang",
+    "tgt_lang",
 )
 FORMAT = 3  # increment when the meaning of encoded rows changes
 logger = logging.getLogger(__name__)

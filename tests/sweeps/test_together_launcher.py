@@ -41,6 +41,14 @@ def folders(folder):
     return found
 
 
+def assert_equal_adapters(one, other):
+    """The adapters of two runs have the same tensors, but for rounding."""
+    weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.thorough
 def test_each_run_is_the_one_that_it_would_be_alone(program, tiny, tmp_path, sizes):
     said = program(*GRID, *tiny.steady, *HELD_OUT)
@@ -53,12 +61,7 @@ def test_each_run_is_the_one_that_it_would_be_alone(program, tiny, tmp_path, siz
         alone = tmp_path / "alone" / run.name
         words = [f"+method={method}", f"train.lr={rate}", *tiny.steady, *HELD_OUT]
         main()(compose([*words, f"train.run={alone}"]))
-        weights = [
-            load_file(each / "adapter" / "adapter_model.safetensors") for each in (run, alone)
-        ]
-        assert weights[0].keys() == weights[1].keys()
-        for name, tensor in weights[0].items():
-            torch.testing.assert_close(tensor, weights[1][name], atol=2e-5, rtol=1e-4)
+        assert_equal_adapters(run, alone)
         told = json.loads((run / "environment.json").read_text())["command"]
         assert f"+method={method} train.lr={rate} " in told
 
@@ -82,12 +85,7 @@ def test_runs_that_differ_are_those_that_they_would_be_alone(program, tiny, tmp_
         alone = tmp_path / "alone" / str(value)
         words = ["+method=lora", f"++{key}={value}", *tiny.steady, *HELD_OUT]
         main()(compose([*words, f"train.run={alone}"]))
-        weights = [
-            load_file(each / "adapter" / "adapter_model.safetensors") for each in (run, alone)
-        ]
-        assert weights[0].keys() == weights[1].keys()
-        for name, tensor in weights[0].items():
-            torch.testing.assert_close(tensor, weights[1][name], atol=2e-5, rtol=1e-4)
+        assert_equal_adapters(run, alone)
 
 
 def test_a_run_that_fails_ends_no_other_and_finished_ones_are_skipped(program, tiny, tmp_path):
