@@ -161,7 +161,9 @@ def load_base(
         config = source.config()
         check_task_support(config, task, source.name)
         # before the model is built: the number of classes sets the size of the head
-        for key, value in task.model_kwargs().items():
+        known, settings_of_task = getattr(config, "id2label", None), task.model_kwargs()
+        other_labels = settings_of_task.get("id2label", known) != known
+        for key, value in settings_of_task.items():
             setattr(config, key, value)
         settings: dict[str, Any] = {
             "dtype": DTYPES[source.dtype],
@@ -172,7 +174,7 @@ def load_base(
         elif isinstance(source, RandomInit):
             model = random_model(task, config, source, settings)
         else:
-            model = pretrained_model(task, config, source, settings)
+            model = pretrained_model(task, config, source, settings, other_labels=other_labels)
     if "" in new_modules(model):
         raise InputError(
             f"model {source.name} has new parameters that belong to no submodule, which an adapter "
@@ -183,7 +185,7 @@ def load_base(
         from petl.models.finished_adapter import checked_config, with_adapter
 
         checked_config(source.adapter)  # shapes do not depend on it
-        # also a head that is not new: the base model may have one for as many labels
+        # also a head that is not new: the base model may have one for these labels
         heads = {*new_modules(model), *outermost_modules(model, head_keys(model, task))}
         model = model if meta else with_adapter(model, source.adapter, task, heads)
     task.adjust(model)
@@ -225,9 +227,18 @@ def random_model(
 
 
 def pretrained_model(
-    task: Task, config: PretrainedConfig, source: ModelSource, settings: dict[str, Any]
+    task: Task,
+    config: PretrainedConfig,
+    source: ModelSource,
+    settings: dict[str, Any],
+    *,
+    other_labels: bool,
 ) -> PreTrainedModel:
     """Load the pretrained model; the head of a classifier, and a pooler before it, may be new.
+
+    Args:
+        other_labels: the pretrained head, if there is one, is for other labels: it counts as new
+            even if they are as many.
 
     Raises:
         InputError: the weights belong to another type of model, are in a format that could contain
@@ -251,7 +262,8 @@ def pretrained_model(
     # a mismatch in the head is expected, in the body it means another model
     mismatched = {key for key, *_ in report["mismatched_keys"]}
     missing = set(report["missing_keys"]) | mismatched
-    in_body = sorted(missing - head_keys(model, task))
+    head = head_keys(model, task)
+    in_body = sorted(missing - head)
     # a new pooler is accepted; if more than half of the body is missing, it is another model
     allowed = len(model.state_dict()) // 2 if task.new_head else 0
     if mismatched.intersection(in_body) or len(in_body) > allowed:
@@ -259,7 +271,7 @@ def pretrained_model(
             f"the weights of model {source.name} do not match {type(model).__name__}: "
             f"{len(in_body)} tensors are missing or have another shape, such as {in_body[0]}"
         )
-    model.petl_new_modules = outermost_modules(model, missing)
+    model.petl_new_modules = outermost_modules(model, missing | head if other_labels else missing)
     if isinstance(source, Hub):  # now: a branch may move while the run trains
         model.petl_commit = source.on_hub().revision
     if getattr(model, "hf_quantizer", None) is not None:
@@ -306,7 +318,7 @@ def head_keys(model: PreTrainedModel, task: Task) -> set[str]:
 
 
 def new_modules(model: PreTrainedModel) -> list[str]:
-    """Modules of a model from `load_base` for which there are no pretrained weights.
+    """Modules of a model from `load_base` that have no pretrained weights for the task.
 
     An adapter has to train and save them completely (`modules_to_save`). With `meta` these are the
     modules of the head, since no weight file is read.

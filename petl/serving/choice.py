@@ -13,6 +13,8 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
@@ -167,11 +169,17 @@ def processors(
 def _forbidding(defaults: GenerationConfig, prompt_length: int) -> list[LogitsProcessor]:
     """The processors of tokens that a model's generation config forbids."""
     found: list[LogitsProcessor] = []
+    ends: Any = defaults.eos_token_id  # None and lists as well
     if defaults.no_repeat_ngram_size:
         found.append(NoRepeatNGramLogitsProcessor(defaults.no_repeat_ngram_size))
     if defaults.bad_words_ids:
-        ends: Any = defaults.eos_token_id  # None and lists as well
         found.append(NoBadWordsLogitsProcessor(defaults.bad_words_ids, ends))
+    if defaults.min_length and ends is not None:
+        found.append(MinLengthLogitsProcessor(defaults.min_length, ends))
+    if defaults.min_new_tokens and ends is not None:
+        found.append(
+            MinNewTokensLengthLogitsProcessor(prompt_length, defaults.min_new_tokens, ends)
+        )
     if defaults.suppress_tokens:
         found.append(SuppressTokensLogitsProcessor(defaults.suppress_tokens))
     if defaults.begin_suppress_tokens:

@@ -155,6 +155,24 @@ def test_a_head_for_other_classes_is_replaced(tmp_path):
     torch.testing.assert_close(model.bert.pooler.dense.weight, two.bert.pooler.dense.weight)
 
 
+@pytest.mark.parametrize(
+    ("names", "new"), [(["a", "b", "c"], []), (["x", "y", "z"], ["classifier"])]
+)
+def test_a_head_for_as_many_other_labels_is_trained_and_starts_from_its_weights(
+    tmp_path, names, new
+):
+    config = BertConfig(**TINY, id2label=dict(enumerate(["a", "b", "c"])))
+    three = BertForSequenceClassification(config)
+    task = Classification(classes=names, max_length=8)
+    model = load_base(saved(three, tmp_path, pad_token="<unk>"), task)
+    assert new_modules(model) == new
+    assert torch.equal(model.classifier.weight, three.classifier.weight)
+    # of a task for which PEFT knows no heads, as with images
+    fields = train_new_modules({"name": "lora", "r": 2, "task_type": None}, model)
+    trained = petl.wrap(model, **fields).get_base_model().classifier.weight.requires_grad
+    assert trained == bool(new)
+
+
 SOUNDS = AudioClassification(classes=["a", "b", "c"])
 TINY_WHISPER = {
     "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16,
@@ -390,7 +408,7 @@ def test_smollm2_is_converted_once_by_two_processes_and_answers(tmp_path, monkey
 
 @pytest.mark.parametrize("cls", [BertForSequenceClassification, BertForMaskedLM])
 def test_the_head_of_a_finished_adapter_for_other_labels_is_left_out(cls, tmp_path):
-    # the head of a base model for as many labels is not new
+    # a base model may have a head for as many labels
     base = cls(BertConfig(**TINY, num_labels=3))
     settings = saved(base, tmp_path / "model", pad_token="<unk>")
     model = load_base(settings, THREE)

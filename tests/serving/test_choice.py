@@ -46,6 +46,8 @@ def test_settings_of_the_model_are_the_defaults():
         ({"bad_words_ids": [[3]]}, [2, 2]),
         ({"suppress_tokens": [3, 2]}, [1, 1]),
         ({"begin_suppress_tokens": [3]}, [2, 3]),
+        ({"min_new_tokens": 1, "eos_token_id": 3}, [2, 3]),
+        ({"min_length": 3, "eos_token_id": [3]}, [2, 3]),  # with the two of the prompt
     ],
 )
 def test_tokens_that_the_model_forbids_are_not_chosen(settings, tokens):
