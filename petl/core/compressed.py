@@ -1,5 +1,6 @@
 """Folders of compressed adapters (`petl.deltas`), which are expanded to be loaded."""
 
+import math
 import re
 import tempfile
 from collections.abc import Callable, Generator, Mapping
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from petl.core.adapter_file import WEIGHTS
 from petl.core.adapter_folder import ON_THE_HUB, read_config
+from petl.core.parameters import check_memory
 from petl.files.disk import copy_file
 from petl.files.tensor_file import Shapes, read_shapes
 from petl.ops.ternary import FILE, Ternary
@@ -76,13 +78,23 @@ def expanded(config: PeftConfig, file: Path) -> dict[str, Tensor]:
     """Read a compressed adapter's tensors, by name.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: the file is damaged, or states more than the memory of this machine.
     """
     return dense(config, Ternary.load(file))
 
 
 def dense(config: PeftConfig, found: Ternary) -> dict[str, Tensor]:
-    """Return a compressed adapter's tensors, by name."""
+    """Return a compressed adapter's tensors, by name.
+
+    Raises:
+        InputError: they exceed the memory of this machine, as a short file can state.
+    """
+    # torch counts the other sizes of a tensor without entries too
+    size = sum(
+        dtype.itemsize * math.prod(max(length, 1) for length in shape)
+        for dtype, shape in found.shapes.values()
+    )
+    check_memory("a compressed adapter", size, "do not use it unless you know who wrote it")
     if not starts_at_one(config):
         return found.dense()
     # the reference from which differences were taken when the adapter was compressed

@@ -183,6 +183,16 @@ def requested_bytes(func: Any, args: Any, kwargs: Mapping[str, Any]) -> int:
     return math.prod(size) * dtype.itemsize
 
 
+def check_memory(what: str, needed: int, remedy: str) -> None:
+    """Raise InputError if `what` needs more bytes than the memory of this machine."""
+    total = psutil.virtual_memory().total
+    if needed > total:
+        raise InputError(
+            f"{what} needs at least {needed / 1e9:,.0f} GB, more than the {total / 1e9:,.0f} GB of "
+            f"memory of this machine: {remedy}"
+        )
+
+
 @contextmanager
 def within_memory(what: str, remedy: str) -> Generator[None]:
     """Inside the block, refuse tensors that exceed the memory of this machine.
@@ -190,12 +200,8 @@ def within_memory(what: str, remedy: str) -> Generator[None]:
     Raises:
         InputError: `what` has more bytes than the machine; those that do not fit are not allocated.
     """
-    total = psutil.virtual_memory().total
     try:
-        with LimitedBytes(total):
+        with LimitedBytes(psutil.virtual_memory().total):
             yield
     except LimitExceeded as error:
-        raise InputError(
-            f"{what} needs at least {error.args[0] / 1e9:,.0f} GB, more than the "
-            f"{total / 1e9:,.0f} GB of memory of this machine: {remedy}"
-        ) from error
+        check_memory(what, error.args[0], remedy)
