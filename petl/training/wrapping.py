@@ -7,7 +7,6 @@ strictly, by every tensor of the file. Only a task head may be new, if its label
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -19,12 +18,13 @@ from petl.core.adapter_file import PREFIX, trained_modules
 from petl.core.adapter_folder import adapter_files
 from petl.core.auto_classes import read_labels
 from petl.core.compat import SEQ_CLS_HEAD_NAMES, LoraModel
+from petl.core.compressed import plain_folder
 from petl.core.fingerprint import check_base, known_fingerprint
 from petl.core.fingerprint import read as read_fingerprint
 from petl.core.layers.recompute import recompute_mlp
 from petl.core.layers.segment_loss import TOKENS, has_frozen_head, refusal, segment_loss
 from petl.core.lifecycle import extra_losses
-from petl.core.loading import check_file
+from petl.core.loading import check_file, check_header
 from petl.core.progress import Shown
 from petl.core.read_positions import skip_unread
 from petl.core.registry import (
@@ -233,31 +233,37 @@ def load_start(model: PeftModel, task: Task, settings: TrainConfig) -> None:
     start = find_start(settings.init_from)
     config = model.active_peft_config
     # head and file are checked before a tensor is read: a refusal leaves the model as it was
-    file = adapter_files(start.place, config, **start.where)
-    new, reason = choose_head(start, file, model, task, settings.init_head)
-    check_file(model, config, file, left_out=new)
-    check_base(
-        read_fingerprint(start.place, **start.where),
-        known_fingerprint(model),
-        read_shapes(file),
-        other_base="warn" if settings.other_base else "refuse",
-        action=f"starting from {start.given}",
-        insist="train.other_base=true",
-    )
-    load_adapter(model, file.parent, left_out=new)
+
+    def fits(shapes: Shapes, file: str) -> None:
+        new, _ = choose_head(start, shapes, model, task, settings.init_head)
+        check_header(model, config, shapes, file, new)
+
+    with plain_folder(start.place, config, start.where, fits) as (place, where):
+        file = adapter_files(place, config, **where)
+        new, reason = choose_head(start, read_shapes(file), model, task, settings.init_head)
+        check_file(model, config, file, left_out=new)
+        check_base(
+            read_fingerprint(start.place, **start.where),
+            known_fingerprint(model),
+            read_shapes(file),
+            other_base="warn" if settings.other_base else "refuse",
+            action=f"starting from {start.given}",
+            insist="train.other_base=true",
+        )
+        load_adapter(model, file.parent, left_out=new)
     logger.info("starting from the adapter in %s; %s", start.place, reason)
 
 
 def choose_head(
-    start: Start, file: Path, model: PeftModel, task: Task, choice: str | None
+    start: Start, saved: Shapes, model: PeftModel, task: Task, choice: str | None
 ) -> tuple[tuple[str, ...], str]:
-    """Return prefixes of the tensors that are not read from the file, and a line that says why.
+    """Return prefixes of the tensors that are not read from a file, and a line that says why.
 
     Those are the tensors of a head that is new, or that this task does not have, and of other
     modules without pretrained weights that the file does not have.
 
     Args:
-        file: of the adapter's weights.
+        saved: the tensors of the file.
         choice: `train.init_head`.
 
     Raises:
@@ -265,7 +271,7 @@ def choose_head(
     """
     if getattr(model.active_peft_config, "replaces_head", False):
         return (), "the adapter takes the place of the task head"
-    saved, own = read_shapes(file), shapes_of(trained_modules(model))
+    own = shapes_of(trained_modules(model))
     there, here = heads_in(saved), heads_in(own)
     # a model class may add modules that its pretrained checkpoint lacks, not only a task head
     base: Any = model.get_base_model()

@@ -12,6 +12,7 @@ import petl
 from petl.config.compose import compose
 from petl.core.parameters import trainable
 from petl.core.registry import needs_calibration
+from petl.deltas import compress_adapter, expand
 from petl.errors import InputError
 from petl.planning.plan import plan_run
 from petl.planning.preview import preview
@@ -108,6 +109,15 @@ def test_every_method_starts_with_the_outputs_of_the_saved_adapter(tmp_path, nam
     loss = model.train()(**inputs(), labels=torch.tensor([0, 1, 2])).loss
     loss.backward()
     assert any(p.grad is not None and p.grad.abs().sum() for _, p in trainable(model))
+
+
+def test_a_compressed_adapter_is_trained_further_from_its_values(tmp_path):
+    saved(compose(["+method=lora"]).method, tmp_path / "saved")
+    compress_adapter(tmp_path / "saved", tmp_path / "small", density=0.5)
+    expand(tmp_path / "small", tmp_path / "plain")
+    model, plain = (started(tmp_path / name) for name in ("small", "plain"))
+    torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=0)
+    assert not torch.equal(logits(model), logits(started(tmp_path / "saved")))
 
 
 def test_what_is_trained_further_is_the_grown_ranks(tmp_path):
