@@ -139,7 +139,7 @@ def answers(
 
         def answered(place: int) -> list[tuple[Tensor, Tensor]]:
             part = [prompts[i] for i in batches[place]]
-            with _seeded(model, None if seed is None else seed + place):
+            with seeded(model, None if seed is None else seed + place):
                 written = _written(model, part, settings)
             rows = [(row, _states(model, row)) for row in written]
             shown.advance(len(rows))
@@ -154,7 +154,7 @@ def answers(
 
 
 @contextmanager
-def _seeded(model: Any, seed: int | None) -> Generator[None]:
+def seeded(model: Any, seed: int | None) -> Generator[None]:
     """Draw from a seed inside the block, and leave the random state as it was; None: nothing."""
     if seed is None:
         yield

@@ -17,6 +17,7 @@ from petl.core.parameters import max_positions
 from petl.distributed.launch import number_of_processes, start
 from petl.drafting import Answers, Drafter, Stats, answers, decode, fit, load_drafter
 from petl.drafting import drafter as build
+from petl.drafting.answers import seeded
 from petl.drafting.calls import why_plain
 from petl.drafting.fit import TARGETS
 from petl.drafting.folder import read
@@ -135,7 +136,7 @@ def train_drafter(
     prompts, measured = _prompts(language, found, settings)
     generation = _generation(language, settings.temperature)
     # the first name is the adapter's, or the base model's if there is none
-    with language.using(language.names[0]):
+    with seeded(language.base, settings.seed), language.using(language.names[0]):
         # decoding teaches the table, so there is nothing to keep of the answers
         if source == "decode":
             stats = _decoded(language, drafter, prompts, settings)

@@ -1,6 +1,6 @@
 """Claims on sounds: placements, residual connections and the conformer block of the audio study."""
 
-from claims.claim import Claim, Setting, Statement, around
+from claims.claim import BF16, IN_BF16, Claim, Setting, Statement, around
 from claims.prompts import write_prompts
 
 PROMPTS = Setting(
@@ -19,6 +19,7 @@ PROMPTS = Setting(
         "train.validation_share=0.25",
         "train.epochs=2",
         "train.batch_size=16",
+        BF16,
     ),
     rates=around(3e-3),
     limits=(
@@ -31,6 +32,7 @@ PROMPTS = Setting(
         "The class is read from the name of the file, and some names tell little. Sentences of the "
         "test are not trained on in any language; validation rows, which choose the learning "
         "rates, may be trained on in another one.",
+        IN_BF16,
     ),
     write_files=write_prompts,
 )

@@ -17,6 +17,11 @@ from petl.sweeps.study import Contender
 
 MARGIN = 0.01  # of accuracy: smaller differences are no reason to choose a method
 EDIT, AND = " | ", " + "
+BF16 = "train.precision=auto"  # of settings with long runs, and this is said of them
+IN_BF16 = (
+    "Products are in bfloat16 on a processor that computes them, as here (`train.precision=auto`), "
+    "and in 32 bits on others; weights and adapters are in 32 bits."
+)
 LADDER = tuple(float(f"{digit}e{power}") for power in range(-7, 1) for digit in (1, 3))  # rates
 ONCE, TWICE = tuple(range(5)), tuple(range(10))  # seeds of a first and of a second look
 BEYOND = 3  # rates on each side of the middle one: the first is tried at once, two if need be

@@ -1,6 +1,6 @@
 """Claims on a decoder: what it forgets, and what packing and segments of the loss save."""
 
-from claims.claim import Claim, Setting, Statement, around
+from claims.claim import BF16, IN_BF16, Claim, Setting, Statement, around
 from claims.measures import LOSS, MEMORY, RUN_LOSS, SECONDS, loss_on
 from claims.texts import LONGEST, write_texts, write_verbs
 
@@ -86,6 +86,7 @@ FORGETTING = Claim(
         "of 16. What is preserved: Hamlet (250 passages of two lines) and film reviews (250)",
         overrides=(
             *TEXTS,
+            BF16,
             f"data.max_length={LONGEST}",  # none is cut
             "data.train_rows=1000",
             "train.validation_share=0.1",
@@ -94,7 +95,7 @@ FORGETTING = Claim(
             "train.buckets=auto",
         ),
         rates=around(3e-4),
-        limits=(ONE_DECODER,),
+        limits=(ONE_DECODER, IN_BF16),
         write_files=write_texts,
         also_on=("hamlet", "reviews"),
     ),

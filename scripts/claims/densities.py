@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from claims.claim import MARGIN, Claim, Setting, Statement, around, at_most
+from claims.claim import BF16, IN_BF16, MARGIN, Claim, Setting, Statement, around, at_most
 from claims.decoder import MARGIN as NATS
 from claims.decoder import ONE_DECODER, TEXTS
 from claims.fashion import write_images
@@ -202,6 +202,7 @@ SWIGLU = Claim(
         "of 8",
         overrides=(
             *TEXTS,
+            BF16,
             f"data.max_length={LONGEST}",  # none is cut
             "data.train_rows=600",
             "data.test_rows=500",
@@ -211,7 +212,7 @@ SWIGLU = Claim(
             "train.buckets=auto",
         ),
         rates=around(3e-4),
-        limits=(ONE_DECODER,),
+        limits=(ONE_DECODER, IN_BF16),
         write_files=write_verbs,
     ),
     labels=labels(OF_GATES, SPARSE_GATES),
