@@ -39,7 +39,7 @@ from petl.runs.records import ADAPTER, PREDICTIONS, SCORES
 
 OWN = "own"
 METHODS = {"sum": "linear", "ties": "ties"}  # of `petl.deltas.combine`
-RANK = 128  # the largest of a layer of a combination that is not exact
+RANK = 384  # of a combination that is not a sum: all ranks of MiniLM, so that nothing is cut
 KINDS: Mapping[str, Mapping[str, Sequence[str]]] = {
     OWN: {},
     "sum": {"scale": ()},
