@@ -115,7 +115,8 @@ FORGETTING = Claim(
         "Rank 16 instead of 128, and 57 steps. CorDA is calibrated on 256 blocks of the first "
         "nine tenths of the play; the passages that are scored are of the last tenth.",
         "Losses in nats per token, of texts that the base model has not been trained on as such; "
-        "the paper scores answers to questions.",
+        "the paper scores answers to questions. The untrained model is tuned to chats: training on "
+        "one plain text lowers its loss on others, as at 3e-4 on Hamlet, which hides forgetting.",
     ),
 )
 
