@@ -81,5 +81,8 @@ PLACEMENTS = Claim(
         "LoRA of all linear layers stands for training of the whole model, which is not tried. "
         "Adapters are beside or after the feed-forward networks alone. Layer norms are frozen for "
         "all; the paper trains them.",
+        "The up projections start at 0. A sequential adapter without a residual connection then "
+        "passes nothing on, and a parallel one with it adds its input twice: both start far from "
+        "the pretrained model, and have 94 steps to return.",
     ),
 )
