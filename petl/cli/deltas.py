@@ -41,11 +41,11 @@ def add_parsers(add: Add) -> None:
     )
     prune.add_argument(
         "--q",
-        default="auto",
+        default="searched",
         type=_divisor,
         metavar="Q",
-        help="divisor of the others: auto (least expected error, default), dare (1 - P), searched, "
-        "or a number from 1 - P to 1",
+        help="divisor of the others: searched (the nearest outputs, default), dare (1 - P), auto "
+        "(least expected error of each layer), or a number from 1 - P to 1",
     )
     prune.add_argument(
         "--base",

@@ -80,10 +80,10 @@ MASKS = Claim(
 
 # Edits of finished LoRAs. In bits for each value of 16: 10.7 times smaller with half of the values
 # (no density of this code gives 8), 27 times with a tenth.
-ALPHAS = "alpha=1,2,4,fit"
+ALPHAS = {0.5: "1,2,4,fit", 0.1: "2,4,6,8,10,fit"}  # the best one is at no end
 COMPRESSED = {
-    (density, scope): f"lora | compress density={density:g} {ALPHAS} scope={scope}"
-    for density in (0.5, 0.1)
+    (density, scope): f"lora | compress density={density:g} alpha={alphas} scope={scope}"
+    for density, alphas in ALPHAS.items()
     for scope in ("global", "tensor")
 }
 TIMES = {0.5: "11", 0.1: "27"}
@@ -151,7 +151,7 @@ COMPRESS = Claim(
         "for models of billions.",
         "Times are those of the bits of a value, 16 before; files of the table have 32 before, and "
         "a head that is stored in full.",
-        "The magnitude of ComPEFT is chosen among four on validation rows, the searched divisor "
+        "The magnitude of ComPEFT is chosen among four or six on validation rows, the searched divisor "
         "by the outputs on 50 train rows.",
         "A seed has one random mask, the same for all divisors; only B of LoRA is pruned.",
     ),
