@@ -237,8 +237,8 @@ def pretrained_model(
     """Load the pretrained model; the head of a classifier, and a pooler before it, may be new.
 
     Args:
-        other_labels: the pretrained head, if there is one, is for other labels: it counts as new
-            even if they are as many.
+        other_labels: the pretrained head, if there is one, is for other labels: the layer that
+            scores them counts as new even if they are as many.
 
     Raises:
         InputError: the weights belong to another type of model, are in a format that could contain
@@ -271,7 +271,10 @@ def pretrained_model(
             f"the weights of model {source.name} do not match {type(model).__name__}: "
             f"{len(in_body)} tensors are missing or have another shape, such as {in_body[0]}"
         )
-    model.petl_new_modules = outermost_modules(model, missing | head if other_labels else missing)
+    if other_labels:
+        state = model.state_dict()
+        missing |= {key for key in head if state[key].shape[:1] == (config.num_labels,)}
+    model.petl_new_modules = outermost_modules(model, missing)
     if isinstance(source, Hub):  # now: a branch may move while the run trains
         model.petl_commit = source.on_hub().revision
     if getattr(model, "hf_quantizer", None) is not None:

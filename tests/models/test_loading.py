@@ -21,6 +21,7 @@ from transformers import (
     T5ForConditionalGeneration,
     WhisperConfig,
     WhisperFeatureExtractor,
+    WhisperForAudioClassification,
     WhisperForConditionalGeneration,
 )
 
@@ -194,6 +195,13 @@ def test_the_encoder_of_a_pretrained_whisper_classifies_under_a_new_head(tmp_pat
         pretrained = whisper.model.encoder.state_dict()
         for name, tensor in model.encoder.state_dict().items():
             assert torch.equal(tensor, pretrained[name])
+
+
+def test_of_a_pretrained_head_for_as_many_other_labels_the_scoring_layer_is_new(tmp_path):
+    config = WhisperConfig(**TINY_WHISPER, num_labels=3)
+    WhisperForAudioClassification(config).save_pretrained(tmp_path)
+    settings = {"name": "tiny", "source": "path", "path": str(tmp_path)}
+    assert new_modules(load_base(settings, SOUNDS)) == ["classifier"]  # not its projector
 
 
 def test_a_folder_without_the_models_processor_is_refused(tmp_path):
