@@ -22,7 +22,10 @@ COMMANDS = {
     ],
     "export RUN OUT --lora": [*LOADING, *COMPARED, "outputs of the LoRA"],
     "compress RUN OUT": ["compressing", *LOADING, *COMPARED, LOADING[0]],
-    "prune RUN OUT --drop 0.5": [*LOADING, "measuring outputs of layers", *LOADING, *COMPARED],
+    "prune RUN OUT --drop 0.5": [LOADING[0], "outputs of the changed adapter", *LOADING, *COMPARED],
+    "prune RUN OUT --drop 0.5 --q auto": [
+        *(*LOADING, "measuring outputs of layers", *LOADING, *COMPARED),
+    ],
     "combine RUN COPY --out OUT --level update --method ties": [
         *(*LOADING, "factoring the updates", *LOADING, "factoring the updates"),
         *("combining the updates", "factoring updates"),
