@@ -94,7 +94,7 @@ def dense(config: PeftConfig, found: Ternary) -> dict[str, Tensor]:
         dtype.itemsize * math.prod(max(length, 1) for length in shape)
         for dtype, shape in found.shapes.values()
     )
-    check_memory("a compressed adapter", size, "do not use it unless you know who wrote it")
+    check_memory("a compressed adapter", size, "if you trust it, use a larger machine")
     if not starts_at_one(config):
         return found.dense()
     # the reference from which differences were taken when the adapter was compressed

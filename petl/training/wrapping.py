@@ -240,12 +240,13 @@ def load_start(model: PeftModel, task: Task, settings: TrainConfig) -> None:
 
     with plain_folder(start.place, config, start.where, fits) as (place, where):
         file = adapter_files(place, config, **where)
-        new, reason = choose_head(start, read_shapes(file), model, task, settings.init_head)
+        shapes = read_shapes(file)
+        new, reason = choose_head(start, shapes, model, task, settings.init_head)
         check_file(model, config, file, left_out=new)
         check_base(
             read_fingerprint(start.place, **start.where),
             known_fingerprint(model),
-            read_shapes(file),
+            shapes,
             other_base="warn" if settings.other_base else "refuse",
             action=f"starting from {start.given}",
             insist="train.other_base=true",
