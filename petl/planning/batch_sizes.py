@@ -30,7 +30,7 @@ from petl.distributed.launch import alone, number_of_processes, on_device, start
 from petl.errors import InputError
 from petl.models.loading import load_base, load_processor
 from petl.planning.batch_search import MEMORY_FRACTION, Trials, largest, limited_memory, restored
-from petl.planning.memory import optimizer_bytes, weight_bytes
+from petl.planning.memory import optimizer_state, weight_bytes
 from petl.planning.shapes import model_on_shapes, storage_of
 from petl.runs.environment import device_name
 from petl.runs.run_config import RunConfig, read_config
@@ -238,11 +238,8 @@ def by_shapes(
     with without_values(model, device), for_training(model, config.train):
         copies = sum(tensor.nbytes for _, tensor in trainable(model))
         # what does not depend on the batch
-        fixed = (
-            sum(weight_bytes(model, storage))
-            + optimizer_bytes(model, config.train, storage)
-            + copies
-        )
+        state, _ = optimizer_state(model, config.train, storage)
+        fixed = sum(weight_bytes(model, storage)) + state + copies
         available = MEMORY_FRACTION * memory - fixed
 
         def fits(batch: Batch) -> bool:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from petl.core.compat import BaseTunerLayer
 from petl.core.dry_run import PassMemory, pass_memory
-from petl.core.parameters import trainable
+from petl.core.lifecycle import Lifecycle
+from petl.core.parameters import LiveBytes, trainable
 from petl.distributed.launch import parts
 from petl.errors import UnsupportedError
 from petl.models.quantization import quantized_bytes
@@ -120,9 +121,10 @@ def memory_of(
             model.train()
     except UnsupportedError as error:
         unknown = str(error)
+    optimizer, meaning = optimizer_state(model, settings, storage)
     return Memory(
         weights=weights,
-        optimizer=optimizer_bytes(model, settings, storage),
+        optimizer=optimizer,
         # FSDP2 keeps them unsharded until the last micro-batch of a step
         gradients=sum(p.nbytes for p in trained) if accumulates else 0,
         unfolded=unfolded,
@@ -133,7 +135,7 @@ def memory_of(
         scoring=scoring,
         scoring_rows=len(rows),
         scoring_tokens=None if tested is None else splits.task.width(tested),
-        optimizer_state=settings.optimizer_state[1],
+        optimizer_state=meaning,
     )
 
 
@@ -175,11 +177,32 @@ def weight_bytes(model: PeftModel, storage: Storage) -> tuple[int, int]:
     return stored, gathered_bytes(model, storage) if storage.sharded else dense
 
 
-def optimizer_bytes(model: PeftModel, settings: TrainConfig, storage: Storage) -> int:
-    """Return the bytes of the optimizer's state on one process."""
-    # float32 like the trainable parameters, see `make_optimizer`
-    tensors, _ = settings.optimizer_state
-    return tensors * sum(local_bytes(parameter, storage) for _, parameter in trainable(model))
+def optimizer_state(model: PeftModel, settings: TrainConfig, storage: Storage) -> tuple[int, str]:
+    """Return the bytes of the optimizer's state on one process, and what the state is.
+
+    Call it inside `without_values`.
+    """
+    trained = [parameter for _, parameter in trainable(model)]
+    own = Lifecycle(model).make_optimizer([{"params": trained, "lr": settings.lr}])
+    if own is None:
+        # float32 like the trainable parameters, see `make_optimizer`
+        tensors, meaning = settings.optimizer_state
+        return tensors * sum(local_bytes(parameter, storage) for parameter in trained), meaning
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    with LiveBytes():  # where `.item()` has a result
+        own.step()  # the first step allocates the state
+    own.zero_grad()
+    is_whole = getattr(own, "has_whole_state", False)
+    held = sum(
+        value.nbytes
+        if is_whole or value.shape != parameter.shape
+        else local_bytes(parameter, storage)  # a shard of the state for a shard of the parameter
+        for parameter, state in own.state.items()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    )
+    return held, f"state of {type(own).__name__}"
 
 
 def gathered_bytes(model: PeftModel, storage: Storage) -> int:

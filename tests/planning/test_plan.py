@@ -246,6 +246,30 @@ def test_weights_gradients_and_moments_take_four_bytes_per_value(tiny):
     assert plan(tiny, "+method=lora", "train.batch_size=8").memory.gradients == 0
 
 
+@pytest.mark.parametrize(
+    ("method", "tensors", "meaning"),
+    [
+        (["+method=dkvb"], 0, "state of SGD"),  # no momentum
+        # two moments; a counter of 4 bytes each for keys, values and so on is far below the rest
+        (["+method=dkvb", "method.optimizer=sparse_adam"], 2, "state of SparseAdam"),
+    ],
+)
+def test_the_optimizer_that_a_method_needs_is_planned(tiny, method, tensors, meaning):
+    planned = plan(tiny, *method)
+    trained = sum(group.parameters for group in planned.groups)
+    assert planned.memory.optimizer == pytest.approx(tensors * 4 * trained, rel=1e-3)
+    assert planned.memory.optimizer_state == meaning
+
+
+def test_sm3_has_two_vectors_for_each_weight_and_adamw_the_head(tiny):
+    words = ["+method=sparse", "method.selection_algorithm=sm3", "method.target_modules=[query]"]
+    alone = plan(tiny, *words)
+    layers = sum(target.modules for target in alone.targets)
+    # weights [32, 32], head [3, 32] with bias
+    assert alone.memory.optimizer == 4 * (layers * (32 + 32) + 2 * (32 * 3 + 3))
+    assert plan(tiny, *words, "+launch=fsdp").memory.optimizer == alone.memory.optimizer
+
+
 def test_bf16_base_halves_its_weights_but_not_the_adapter(tiny):
     whole, half = (plan(tiny, "+method=lora", f"model.dtype={d}") for d in ("float32", "bfloat16"))
     trained = 4 * sum(group.parameters for group in whole.groups)
