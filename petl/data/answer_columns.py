@@ -190,6 +190,22 @@ class CausalLMColumns(AnswerColumns):
             # a named format is known before any row: settings that contradict it fail at once
             self.check_found(self.named, "the file")
 
+    def restrict(self, task: CausalLM) -> None:
+        """Read rows of one kind only: the conversations or the plain texts of a trained task.
+
+        Raises:
+            InputError: settings name columns of the other kind.
+        """
+        self.formats = tuple(f for f in self.formats if (f.convert is not None) == task.chat)
+        if not self.formats:
+            assert self.named is not None, "each kind has a format that is recognized"
+            own = ("data.messages, or data.prompt and data.answer", "conversations")
+            name, kind = own if task.chat else ("data.text", "plain texts")
+            raise InputError(
+                f"the settings of columns are for {self.named.name} rows, but the adapter was "
+                f"trained on {kind}: give {name}"
+            )
+
     def own_format(self) -> Format | None:
         """Conversations, prompts with answers, or texts in columns that settings name."""
         settings = self.settings

@@ -220,10 +220,10 @@ class BucketBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         batches, _ = self._batches()
         start, self._start = self._start, 0  # the next epoch starts at its first batch
+        self._yielded = start
         for i in range(start, len(batches)):
             self._yielded = i + 1
             yield batches[i].tolist()
-        self._yielded = 0
 
     def __len__(self) -> int:
         """Number of batches of this epoch, over all processes."""

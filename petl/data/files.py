@@ -30,6 +30,7 @@ from petl.data.validation import (
     Row,
     SourceRows,
     every,
+    from_table,
     parse_json,
     shown,
 )
@@ -340,7 +341,7 @@ def read_parquet(path: Path, choose: Choose) -> Table:
             for batch in file.iter_batches(BATCH, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, row
+                    yield number, from_table(row)
     except InputError:
         raise
     except (pa.ArrowException, ValueError, OverflowError) as error:  # the latter two of values

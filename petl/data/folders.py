@@ -27,12 +27,11 @@ from petl.errors import InputError, did_you_mean
 from petl.files.paths import path_of
 from petl.imports.extras import optional
 from petl.tasks.base import Task
-from petl.tasks.media import AudioClassification, ImageClassification
+from petl.tasks.media import MIN_SECONDS, AudioClassification, ImageClassification
 
 LabeledFile = tuple[Path, str]  # a file and its class
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au")
-MIN_SECONDS = 0.05  # two windows of a spectrogram
 WAVE_HEADER = 44  # bytes
 logger = logging.getLogger(__name__)
 

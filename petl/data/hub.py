@@ -9,7 +9,7 @@ from datasets.exceptions import DatasetsError
 
 from petl.data.base import RawData
 from petl.data.tabular import Tabular
-from petl.data.validation import Choose, LazySourceRows, Row, SourceRows
+from petl.data.validation import Choose, LazySourceRows, Row, SourceRows, from_table
 from petl.errors import InputError, first_line
 from petl.files import hub
 
@@ -76,7 +76,7 @@ class Hub(Tabular):
             loaded = loaded.select_columns(choose(loaded.features, self.origin))
         for number, row in enumerate(loaded):
             columns = choose(row, self.origin)
-            yield f"{self.origin}, row {number}", {name: row[name] for name in columns}
+            yield f"{self.origin}, row {number}", from_table({name: row[name] for name in columns})
 
     def load(self, split: str, *, streaming: bool = False) -> Any:
         """Load one split with all columns: a Dataset, or with `streaming` an IterableDataset.

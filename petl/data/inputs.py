@@ -7,7 +7,10 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from petl.config.schema import read_fields
+from petl.data.answer_columns import CausalLMColumns
 from petl.data.files import READERS, Files, located_rows, suffix_of
 from petl.data.folders import IMAGES, SOUNDS, labeled_files, visible_files
 from petl.data.multitask_columns import MultitaskColumns
@@ -17,6 +20,7 @@ from petl.data.validation import Choose, LazySourceRows, Row, every, label, read
 from petl.errors import InputError, did_you_mean, shown
 from petl.files.paths import file_of, path_of
 from petl.tasks.base import Task
+from petl.tasks.causal_lm import CausalLM
 from petl.tasks.media import AudioClassification, MediaTask
 from petl.tasks.multitask import MultitaskClassification
 
@@ -62,6 +66,8 @@ def read_inputs(
         columns: TaskColumns = MultitaskColumns(source, task, labeled=labels)
     else:
         columns = columns_of(source, labeled=labels)
+    if isinstance(columns, CausalLMColumns) and isinstance(task, CausalLM):
+        columns.restrict(task)
 
     def choose(present: Iterable[str], origin: str) -> list[str]:
         found = list(present)
@@ -95,7 +101,12 @@ def located_in_memory(
             )
         origin = f"row {number}"
         choose(row, origin)
-        yield origin, dict(row)
+        yield origin, {name: plain(value) for name, value in row.items()}
+
+
+def plain(value: Any) -> Any:
+    """A value as Python's own type, if it is one of NumPy."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
 def media_inputs(

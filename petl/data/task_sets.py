@@ -54,6 +54,8 @@ def check_name(name: Any) -> None:
         raise InputError(
             f"data.sets has a task {name!r}: its name must be a text without {SEPARATOR!r}"
         )
+    if name == "mean":  # mean_accuracy is that of all tasks
+        raise InputError(f"data.sets has a task {name!r}, as the scores of all: name it otherwise")
 
 
 def settings_of(given: Any) -> dict[str, Any]:
@@ -188,6 +190,11 @@ def refuse(source: Source) -> None:
         raise InputError(
             f"data.streaming=true is not possible with data={SOURCE}, which mixes the rows of all "
             "sets: set streaming:false and train_rows:N"
+        )
+    if source.order is not None:
+        raise InputError(
+            f"data.order={source.order} is not possible with data={SOURCE}, which mixes the rows "
+            "of all sets: leave it out"
         )
     if getattr(source, "tasks", None):
         raise InputError(

@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -72,9 +73,10 @@ class SourceRows:
             InputError: rows are not valid; the message names the first and counts the others.
         """
         converted, errors = [], []
+        tables = isinstance(self.values, Dataset)
         for number, row in zip(self.numbers, self.values, strict=True):
             try:
-                converted.append(convert(row))
+                converted.append(convert(from_table(row) if tables else row))
             except ValueError as error:
                 errors.append((number, str(error)))
         if errors:
@@ -120,6 +122,21 @@ class LazySourceRows:
                 yield convert(row)
             except ValueError as error:
                 raise InputError(f"{location}: {error}") from error
+
+
+def from_table(row: Row) -> Row:
+    """A row of a table of Arrow, whose objects have all keys of any row, without those it lacks."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list):
+        sample = next((each for each in value if each is not None), None)  # all have one type
+        if isinstance(sample, dict | list):
+            return [_without_nulls(each) for each in value]
+    return value
 
 
 def read(row: Row, column: str, parse: Callable[[Any], T]) -> T:
@@ -221,7 +238,7 @@ def label(value: Any) -> str:
 def number(value: Any) -> float:
     """Convert a number, which is a string in a csv file, to a finite float."""
     # bool is an int in Python
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
+    if isinstance(value, str | int | float | Decimal) and not isinstance(value, bool):
         try:
             converted = float(value)
         except (ValueError, OverflowError):

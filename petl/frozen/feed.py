@@ -22,6 +22,7 @@ from petl.frozen.prefix import Prefix
 from petl.frozen.store import Store
 
 FEED = "petl_feed"  # attribute of a block of the prefix
+REPLICA = "_is_replica"  # of a copy that nn.DataParallel makes for a pass
 logger = logging.getLogger(__name__)
 # a look-up reads values on the host, so a compiled model breaks its graph there
 _outside_graphs = torch.compiler.disable(
@@ -37,7 +38,7 @@ class FedBlock(SwappedClass):
     # not `forward`: checkpointing of transformers and torch's hooks act in `__call__`
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         feed = self.__dict__[FEED]
-        if feed.states is None:
+        if feed.states is None or REPLICA in self.__dict__:
             return super().__call__(*args, **kwargs)
         # neither hooks nor checkpointing: there is nothing to compute or to compute again
         if self is feed.prefix.blocks[0]:
@@ -162,6 +163,10 @@ class Feed:
 
     @_outside_graphs
     def _enter(self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if REPLICA in body.__dict__:  # several at once, in threads that share this feed
+            self.passes.misses += 1
+            self.passes.reason = "nn.DataParallel runs copies of the model: start it with torchrun"
+            return None
         # torch calls `_leave` after an exception, but not after Ctrl-C: that pass is over
         if body in self.inside:
             self.inside, self.states = [], None

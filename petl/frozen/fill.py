@@ -22,7 +22,13 @@ from petl.core.progress import Pass
 from petl.errors import InputError, UnsupportedError
 from petl.frozen.feed import Feed, autocast_of
 from petl.frozen.keys import Rows
-from petl.frozen.prefix import Prefix, dropouts, reason_before
+from petl.frozen.prefix import (
+    Prefix,
+    counted_calls,
+    dropouts,
+    reason_before,
+    reason_of_repeats,
+)
 from petl.frozen.store import Form, name_of
 
 POSITIONS = 2048  # of a batch: enough for large products, little memory
@@ -139,6 +145,7 @@ class Prober:
             reason = reason_before(self.prefix, self.called.items())
             if reason:
                 raise UnsupportedError(reason)
+            self._refuse_repeats(batch)
             form = self._form(rows, output)
             left_out = dropouts(iter(self.called.items()))
             if left_out and not without_dropout:
@@ -162,6 +169,20 @@ class Prober:
             raise UnsupportedError(
                 f"the model's config has {setting}: training leaves out blocks at random"
             )
+
+    def _refuse_repeats(self, batch: Batch) -> None:
+        def end(*_: Any) -> None:
+            raise _Ended
+
+        hook = self.prefix.body.register_forward_hook(end)
+        try:
+            with counted_calls(self.prefix) as calls:
+                self._run(batch, lambda _: None)
+        finally:
+            hook.remove()
+        reason = reason_of_repeats(self.prefix, calls)
+        if reason:
+            raise UnsupportedError(reason)
 
     def _refuse_batch_norms(self) -> None:
         for name, module in self._modules():

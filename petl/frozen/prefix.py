@@ -1,6 +1,8 @@
 """The prefix of a model: its blocks below the lowest one that trains, and what runs before them."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +133,30 @@ def reason_before(prefix: Prefix, modules: Iterable[tuple[str, nn.Module]]) -> s
         if trained:
             where = ".".join(filter(None, (name, trained[0])))
             return f"{where}, which is trained, is read before the blocks"
+    return ""
+
+
+@contextmanager
+def counted_calls(prefix: Prefix) -> Generator[Counter[nn.Module]]:
+    """Count the calls of each block of the prefix while the context is open."""
+    calls: Counter[nn.Module] = Counter()
+
+    def count(block: nn.Module, _: Any) -> None:
+        calls[block] += 1
+
+    hooks = [block.register_forward_pre_hook(count) for block in dict.fromkeys(prefix.own)]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def reason_of_repeats(prefix: Prefix, calls: Counter[nn.Module]) -> str:
+    """Return which block ran more than once in a pass, as ALBERT's do; "" if none did."""
+    for i, block in enumerate(prefix.own):
+        if calls[block] > 1:
+            return f"block {i} runs {calls[block]} times in a pass, each time on another input"
     return ""
 
 

@@ -15,7 +15,7 @@ from petl.core.model.structure import layer_drop
 from petl.errors import UnsupportedError
 from petl.files.paths import cache_folder
 from petl.frozen.cache import FOLDER, missing_rows, prefix_of
-from petl.frozen.prefix import dropouts, reason_before
+from petl.frozen.prefix import counted_calls, dropouts, reason_before, reason_of_repeats
 from petl.frozen.store import MARGIN, Form, free_bytes, size_of
 from petl.planning.memory import heaviest_batch, megabytes
 from petl.runs.settings import TrainConfig
@@ -105,7 +105,12 @@ def frozen_plan(
         for (count, tokens), is_new in zip(positions, new, strict=True)
         if is_new
     )
-    reason, remedy = _reason(splits, settings, prefix, part.called, missing)
+    with counted_calls(prefix) as calls:
+        part_of_pass(model, batch, device, prefix.body, bf16=bf16)
+    repeats = reason_of_repeats(prefix, calls)
+    reason, remedy = (
+        (repeats, False) if repeats else _reason(splits, settings, prefix, part.called, missing)
+    )
     # both are counts of the longest rows: the ratio is taken for that of any step (assumption)
     saved = part.operations / max(1, measured.operations)
     return FrozenPlan(

@@ -8,7 +8,10 @@ from petl.errors import InputError, did_you_mean
 from petl.tasks.base import Task
 
 # settings of the task that name no column, and have the values of the run
-READING = ("labels", "generate", "pack", "stride", "max_answer_length", "max_target_length")
+READING = (
+    *("labels", "prefix", "generate", "pack", "stride"),
+    *("max_answer_length", "max_target_length"),
+)
 
 
 def data_settings(given: Mapping[str, Any], task: Task, words: Sequence[str]) -> dict[str, Any]:

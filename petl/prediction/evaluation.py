@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from petl import losses
 from petl.core.progress import Shown
+from petl.data.files import READERS, suffix_of
 from petl.data.inputs import read_inputs
 from petl.distributed.processes import is_first
 from petl.errors import InputError, printable
@@ -18,7 +19,7 @@ from petl.export.saved_adapter import score as score_on_test
 from petl.files.disk import as_json, check_writable, write_atomic
 from petl.prediction.columns import data_settings
 from petl.prediction.predictor import Predictor
-from petl.runs.records import PREDICTIONS, SCORES
+from petl.runs.records import EVALUATED, PREDICTIONS, SCORES
 from petl.tasks.base import Row
 from petl.training.dataloader import Splits, numbered
 from petl.training.evaluate import score
@@ -34,10 +35,19 @@ def folder_of(saved: Saved, names: Sequence[str]) -> Path | None:
     """
     if saved.run is None:
         return None
-    stems = [Path(name).name.partition(".")[0] for name in names] or ["test"]
+    if not names:
+        return saved.run / EVALUATED
     # joined names of many files may be too long: file systems take 255 bytes
-    name = re.sub(r"[^\w.-]+", "-", "-".join(stems))[:100]
-    return saved.run / f"eval-{name}"
+    name = re.sub(r"[^\w.-]+", "-", "-".join(map(stem_of, names)))[:100]
+    folder = saved.run / f"eval-{name}"
+    # another test.csv is not the test set of the run
+    return saved.run / f"{EVALUATED}-file" if folder.name == EVALUATED else folder
+
+
+def stem_of(name: str) -> str:
+    """The name of a file without its folder and the suffix of its format."""
+    file, suffix = Path(name).name, suffix_of(Path(name))
+    return file[: file.lower().rindex(suffix)] if suffix in READERS else file
 
 
 def evaluate_saved(

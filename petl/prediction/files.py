@@ -20,7 +20,7 @@ from petl.files.paths import path_of
 from petl.prediction.columns import data_settings
 from petl.prediction.predictor import Predictor, predicted
 from petl.prediction.tables import JsonLines, RowWriter, check_format, new_table
-from petl.tasks.base import Row
+from petl.tasks.base import Row, Task
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +49,24 @@ class Output:
                 raise InputError(f"--out={self.file} is the file that is read: name another one")
 
     @contextmanager
-    def opened(self, names: Sequence[str]) -> Generator[RowWriter]:
-        """The writer of the output."""
+    def opened(self, names: Sequence[str], task: Task) -> Generator[RowWriter]:
+        """The writer of the output.
+
+        Args:
+            names: of the inputs.
+            task: whose predictions are written.
+        """
         if self.file is None:
             yield JsonLines(sys.stdout.buffer)
             sys.stdout.buffer.flush()
             return
+        schema = schema_of(names)
+        for name in task.varied:  # a struct would have the keys of the first rows
+            kind = pa.map_(pa.string(), pa.float64())
+            schema = (schema or pa.schema([])).append(pa.field(f"{self.prefix}{name}", kind))
         with ExitStack() as stack:
             with self.reported():
-                writer = stack.enter_context(new_table(self.file, schema_of(names)))
+                writer = stack.enter_context(new_table(self.file, schema))
             # outside of `reported`: other files may fail in the block, such as those that are read
             yield writer
             with self.reported():
@@ -118,7 +127,7 @@ def predict_files(
     what = f"predicting {printable(', '.join(names))}"
     shown = Pass(what, None, unit="rows", prints=output.file is None)
     # the main process writes the rows of all
-    with shown, output.opened(names) if is_main else nullcontext() as writer:
+    with shown, output.opened(names, task) if is_main else nullcontext() as writer:
         for window in predicted(predictor, chained(first, rows), shown.advance):
             if writer is not None:
                 named = [output.named(raw, found) for raw, found in window]

@@ -5,9 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from petl.core.progress import Pass
 from petl.data.inputs import read_inputs
-from petl.errors import InputError, shown
+from petl.errors import InputError, first_line, shown
 from petl.export.saved_adapter import find
 from petl.prediction.columns import data_settings
 from petl.prediction.evaluation import evaluate_saved
@@ -109,12 +111,23 @@ def files_or_rows(data: Data) -> tuple[list[str], list[Mapping[str, Any]] | None
         raise InputError(f"data={shown(data)} is one mapping: give a list of rows, [{{...}}]")
     given: Any = data
     # iterating over a DataFrame gives the names of its columns
-    items = given.to_dict("records") if hasattr(given, "iterrows") else list(given)
+    items: list[Any] = records(given) if hasattr(given, "iterrows") else list(given)
     if not items:
         raise InputError("data has no rows")
     if all(isinstance(item, str | Path) for item in items):
         return [str(item) for item in items], None
     return [], items
+
+
+def records(table: Any) -> list[dict[str, Any]]:
+    """Return the rows of a pandas.DataFrame with Python's own values, None for missing ones."""
+    try:
+        return pa.Table.from_pandas(table, preserve_index=False).to_pylist()
+    except pa.ArrowException as error:  # such as numbers and texts in one column
+        raise InputError(
+            f"the DataFrame has a column of several types: {first_line(error)}; give its rows, as "
+            'data.to_dict("records")'
+        ) from error
 
 
 def words_of(columns: Mapping[str, str | None] | None) -> list[str]:

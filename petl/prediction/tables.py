@@ -92,9 +92,13 @@ class Parquet(RowWriter):
         if self.writer is None:
             self.writer = pq.ParquetWriter(self.opened, self.schema_of(rows))
         # the first rows have determined the columns for the whole file
-        refuse_new(rows, self.writer.schema.names)
+        schema = self.writer.schema
+        refuse_new(rows, schema.names)
+        for name in schema.names:  # pyarrow would leave out what a struct lacks
+            for row in rows:
+                refuse_new_keys(row.get(name), schema.field(name).type, name)
         try:
-            self.writer.write_table(pa.Table.from_pylist(list(rows), schema=self.writer.schema))
+            self.writer.write_table(pa.Table.from_pylist(list(rows), schema=schema))
         # OverflowError: an integer of more than 64 bits
         except (pa.ArrowException, OverflowError) as error:
             raise InputError(
@@ -166,6 +170,21 @@ def refuse_new(rows: Sequence[Row], columns: Sequence[str]) -> None:
     new = [name for name in columns_of(rows) if name not in columns]
     if new:
         raise InputError(f"a row has the column {new[0]!r}, which the first rows lack; {JSONL}")
+
+
+def refuse_new_keys(value: Any, kind: pa.DataType, column: str) -> None:
+    """Raise InputError if an object has a key that those of the first rows of a table lack."""
+    if pa.types.is_struct(kind) and isinstance(value, Mapping):
+        for key, inner in value.items():
+            if kind.get_field_index(key) < 0:
+                raise InputError(
+                    f"column {column!r} has an object with {key!r}, which those of the first rows "
+                    f"lack; {JSONL}"
+                )
+            refuse_new_keys(inner, kind.field(key).type, column)
+    if pa.types.is_list(kind) and isinstance(value, list):
+        for inner in value:
+            refuse_new_keys(inner, kind.value_type, column)
 
 
 def cell(value: Any) -> Any:

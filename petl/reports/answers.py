@@ -14,10 +14,9 @@ from petl.errors import InputError
 from petl.files.read import iterate_json_lines
 from petl.reports.formatting import Table, sign_test
 from petl.reports.predictions_section import NOT_INPUT, Line, badness_of, input_of, text_of
-from petl.runs.records import PREDICTIONS
+from petl.runs.records import EVALUATED, PREDICTIONS
 
 FIRST, SECOND, BOTH, NEITHER = "first", "second", "both", "neither"
-EVALUATED = "eval-test"  # folder in which `petl eval RUN` writes
 CLEAR = 0.05  # p-value below which a difference is called clear
 Lines = tuple[Mapping[str, Any], Mapping[str, Any]]  # of one example, from both runs
 

@@ -19,6 +19,7 @@ from petl.ops.scores import COUNTS, PROPORTIONS
 CONFIG, SCORES, REPORT = "config.yaml", "scores.json", "report.html"
 ADAPTER = "adapter"  # the folder of the adapter in that of a run
 ENVIRONMENT, METRICS = "environment.json", "metrics.jsonl"
+EVALUATED = "eval-test"  # folder in which `petl eval RUN` writes
 PREDICTIONS, BEFORE = "predictions.jsonl", "predictions_before.jsonl"  # of the test examples
 Evaluation = dict[str, Real]  # scores by name; a loss may be infinite
 

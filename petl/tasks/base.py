@@ -159,6 +159,11 @@ class Task(ABC):
         begin with `NON_INPUT_PREFIX`. Rows to predict have no labels, and then no encoded row has.
         """
 
+    @property
+    def varied(self) -> tuple[str, ...]:
+        """Names of predicted mappings from text to number whose keys differ between rows."""
+        return ()
+
     def features(self, processor: Any) -> Features | None:
         """Types and shapes of encoded rows; None: inferred by `datasets`."""
         return None

@@ -106,6 +106,11 @@ class SingleLabelTask(Task, ABC):
                 described = {"label": self.classes[label], **described, "loss": rounded(loss)}
             yield row["_number"], described
 
+    @property
+    def varied(self) -> tuple[str, ...]:
+        """See `Task.varied`."""
+        return ("probabilities",) if len(self.classes) > MAX_LISTED else ()
+
     def described_class(self, value: np.ndarray) -> Prediction:
         """The prediction of one row, from its probabilities, [C]."""
         best = int(value.argmax())

@@ -26,6 +26,7 @@ from petl.tasks.base import Columns, Row
 from petl.tasks.classification import SingleLabelTask
 from petl.tasks.media_files import gray_image, read_audio, read_image
 
+MIN_SECONDS = 0.05  # of a clip: two windows of a spectrogram
 Arrays = dict[str, np.ndarray]
 
 
@@ -186,7 +187,10 @@ class AudioClassification(MediaTask):
 
     def decode(self, processor: Any, rows: Columns, index: int) -> Any:
         """Read the audio file at the model's sampling rate."""
-        return read_audio(rows["path"][index], processor.sampling_rate, self.max_seconds)
+        wave = read_audio(rows["path"][index], processor.sampling_rate, self.max_seconds)
+        # some extractors of spectrograms fail on less than a window
+        least = round(MIN_SECONDS * processor.sampling_rate)
+        return np.pad(wave, (0, max(0, least - len(wave))))
 
     def process(self, processor: Any, media: Any) -> Arrays:
         """Apply the feature extractor."""

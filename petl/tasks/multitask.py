@@ -215,6 +215,11 @@ class MultitaskClassification(RowTasks, Classification):  # ty: ignore[lost-keyw
 
     # Predictions
 
+    @property
+    def varied(self) -> tuple[str, ...]:
+        """See `Task.varied`: each row has the classes of its task."""
+        return ("probabilities",)
+
     def predict(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
         """The probability of each class, [B, C]; 0 for those of other tasks."""
         return own_logits(outputs.logits, batch[IDS], self.starts).softmax(-1)

@@ -6,6 +6,7 @@ Scores are on texts: the best span of all windows is extracted from the context 
 the right answers as in SQuAD. Shapes: B windows, T tokens.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -120,9 +121,11 @@ class QuestionAnswering(Task):
                 )
             ]
             columns |= {key: [pair[i] for pair in points] for i, key in enumerate(POINTS)}
-        for key in ("number", "context", "answers"):
-            if key in rows:
-                columns[f"_{key}"] = [rows[key][row] for row in sources]
+        for key in ("number", "context"):
+            columns[f"_{key}"] = [rows[key][row] for row in sources]
+        if "answers" in rows:
+            # as text: of lists the first rows decide the type, and all of these may be empty
+            columns["_answers"] = [json.dumps(rows["answers"][row]) for row in sources]
         return columns
 
     def check_room(self, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> None:
@@ -214,7 +217,7 @@ class QuestionAnswering(Task):
         for value, row in zip(values, rows, strict=True):
             number, null, offsets = row["_number"], row["_null"], row["_offsets"]
             if "_answers" in row:
-                answers[number] = row["_answers"]
+                answers[number] = json.loads(row["_answers"])
             start, end = np.split(value, 2)
             span = best_span(start, end, offsets, row["_context"], self.max_answer_length)
             # spans compare by their logit first

@@ -235,7 +235,12 @@ def test_a_sampler_resumes_at_its_saved_state():
     again = BucketBatchSampler(SOME, **settings)
     again.load_state_dict(state)
     assert list(again) == list(stream)
-    assert len(list(again)) == len(again)  # the epoch after that is whole
+    # the state after a complete epoch: nothing of it is left
+    done = BucketBatchSampler(SOME, **settings)
+    done.load_state_dict(sampler.state_dict())
+    assert list(done) == []
+    for each in (again, done):
+        assert len(list(each)) == len(each)  # the epoch after that is whole
     with pytest.raises(InputError, match="other lengths or settings"):
         BucketBatchSampler(SOME, **{**settings, "seed": 4}).load_state_dict(state)
 

@@ -204,6 +204,25 @@ def test_calls_of_functions_reach_the_template_and_are_learned(tmp_path, row):
     assert answer.strip() == 'sum{"of": [1, 2]}'
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_functions_and_calls_have_only_their_own_keys_in_every_kind_of_file(tmp_path, name):
+    rows = []
+    for key in "ab":  # in a table each row has the keys of both
+        call = {"function": {"name": "f", "arguments": {key: [{key: 1}]}}}
+        turns = [ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        tool = {"type": "function", "function": {"name": "f", "parameters": {key: {"is": key}}}}
+        rows.append({"messages": turns, "tools": [tool]})
+    raw = read(write(tmp_path, rows, name))
+    found = sorted(
+        (json.dumps(chat.options), chat.turns[1]["tool_calls"][0]["function"]["arguments"])
+        for chat in (unpacked(row["messages"]) for row in raw.train)
+    )
+    assert found == [
+        (json.dumps({"tools": row["tools"]}), {key: [{key: 1}]})
+        for key, row in zip("ab", rows, strict=True)
+    ]
+
+
 @pytest.mark.parametrize(
     ("template", "lost"),
     [

@@ -59,6 +59,20 @@ def test_rows_with_labels_have_those_of_the_task(tmp_path):
     assert found == {"messages": PAIR}
 
 
+def test_an_adapter_reads_the_kind_of_rows_that_it_was_trained_on(tmp_path):
+    both, chat = {"text": "x", "prompt": "q"}, CausalLM(chat=True)
+    assert read(tmp_path, both, chat) == {"messages": PAIR[:1]}
+    assert read(tmp_path, both, CausalLM()) == {"text": "x"}
+    with pytest.raises(InputError, match="has no column 'messages'; available: text"):
+        read(tmp_path, {"text": "x"}, chat)
+    with pytest.raises(InputError, match="has no column 'text'; available: prompt"):
+        read(tmp_path, {"prompt": "q"}, CausalLM())
+    with pytest.raises(InputError, match=r"was trained on conversations: give data\.messages, or"):
+        read(tmp_path, {"a": "x"}, chat, text="a")
+    with pytest.raises(InputError, match=r"was trained on plain texts: give data\.text"):
+        read(tmp_path, {"a": "x"}, CausalLM(), messages="a")
+
+
 def test_files_are_read_as_they_are_needed(tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text("text\n" + "x\n" * 5 + "a,b\n")

@@ -7,7 +7,12 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 import petl
 from petl import testing
@@ -387,6 +392,51 @@ def test_a_quantized_base_is_refused_and_left_as_it_is(kind, tmp_path):
     with pytest.raises(UnsupportedError, match=rf"quantized \({kind}\), .* no digest"):
         petl.cache_frozen(model, tmp_path)
     assert [type(module) for module in model.modules()] == classes
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_blocks_that_run_several_times_in_a_pass_are_refused(groups, tmp_path):
+    sizes = {"vocab_size": 96, "embedding_size": 16, "hidden_size": 32, "intermediate_size": 48}
+    config = AlbertConfig(
+        **sizes, num_attention_heads=4, num_hidden_layers=4, num_hidden_groups=groups
+    )
+    model = AlbertForSequenceClassification(config).requires_grad_(False)
+    model.classifier.requires_grad_(True)
+    cache = petl.cache_frozen(model, tmp_path, without_dropout=True)
+    with pytest.raises(UnsupportedError, match=f"block 0 runs {4 // groups} times in a pass"):
+        cache.fill(examples(), collate)
+    cache.close()
+
+
+def test_a_block_that_is_in_the_list_twice_is_refused(tmp_path):
+    model = upper()
+    layers = model.get_base_model().model.layers
+    layers[1] = layers[0]
+    with (
+        petl.cache_frozen(model, tmp_path) as cache,
+        pytest.raises(UnsupportedError, match="block 0 runs 2 times in a pass"),
+    ):
+        cache.fill(examples(), collate)
+
+
+def test_copies_for_nn_data_parallel_run_their_blocks(tmp_path):
+    model = upper().eval()
+    batch = collate(examples()[:3])
+    expected = model(**batch).logits
+    with petl.cache_frozen(model, tmp_path) as cache:
+        cache.fill(examples(), collate)
+        # as torch.nn.parallel.replicate, on one device
+        copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+        for module, copied in copies.items():
+            for name, child in module.named_children():
+                setattr(copied, name, copies[child])
+            for name, parameter in module._parameters.items():
+                setattr(copied, name, None if parameter is None else parameter.view_as(parameter))
+        assert torch.equal(copies[model](**batch).logits, expected)
+        assert (cache.hits, cache.misses) == (0, 1)
+        assert "nn.DataParallel" in cache.reason
+        torch.testing.assert_close(model(**batch).logits, expected, **NEAR)
+        assert cache.hits == 1
 
 
 def test_a_base_that_is_sharded_over_processes_is_refused(tmp_path):

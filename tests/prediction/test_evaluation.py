@@ -7,6 +7,8 @@ import pytest
 from kept_runs import lines
 
 from petl.cli import main
+from petl.export.saved_adapter import find
+from petl.prediction.evaluation import folder_of
 from petl.runs.records import PREDICTIONS
 
 pytest_plugins = ["task_fixtures", "kept_runs"]
@@ -65,6 +67,16 @@ def test_the_test_set_is_written_as_well_and_columns_are_refused_without_files(k
     assert "data.text=review names columns of files: give them with --data" in (
         capsys.readouterr().err
     )
+
+
+def test_each_data_has_a_folder_of_its_own(kept_run):
+    saved = find(kept_run("regression").path)
+    names = ["a/r.de.csv", "r.fr.csv", "r.csv.gz", "R.JSONL", "x/test.csv", "some.folder"]
+    folders = [folder_of(saved, [name]).name for name in names]
+    assert folders == [
+        *("eval-r.de", "eval-r.fr", "eval-r", "eval-R", "eval-test-file", "eval-some.folder")
+    ]
+    assert folder_of(saved, []).name == "eval-test"
 
 
 def test_the_model_writes_as_much_as_is_asked_for(kept_run, families, tmp_path):

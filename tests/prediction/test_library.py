@@ -2,15 +2,19 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 from datasets import Dataset
 from kept_runs import lines
 
 import petl
+from petl.data.inputs import read_inputs
 from petl.errors import InputError
 from petl.export.saved_adapter import find
 from petl.prediction.files import Output, predict_files
+from petl.prediction.library import files_or_rows
+from petl.tasks import TASKS
 
 pytest_plugins = ["task_fixtures", "kept_runs"]
 
@@ -32,6 +36,34 @@ def test_rows_and_files_have_the_predictions_of_the_command(kept_run, predictor,
     assert [row["prediction"] for row in found] == pytest.approx(
         [row["prediction"] for row in lines(out)], abs=1e-4
     )
+
+
+def test_missing_values_and_lists_of_a_data_frame_are_those_of_a_file():
+    table = pd.DataFrame({"title": ["a", None], "n": [1.0, float("nan")], "words": [["x"], ["y"]]})
+    table.index = [7, 8]
+    names, rows = files_or_rows(table)
+    assert names == []
+    assert rows == [
+        {"title": "a", "n": 1.0, "words": ["x"]},
+        {"title": None, "n": None, "words": ["y"]},
+    ]
+    with pytest.raises(InputError, match=r"column of several types: .*to_dict"):
+        files_or_rows(pd.DataFrame({"a": ["x", 1]}))
+
+
+def test_values_of_numpy_are_read_as_pythons(predictor):
+    rows = [{"text": "the cat", "more": "x"}]
+    found = list(read_inputs([], predictor.task, {}, rows=rows, labels=False))
+    words = TASKS["token_classification"](classes=["O", "X"])
+    array = {"tokens": np.array(["a", "b"]), "score": np.float32(1.5)}
+    ((raw, row),) = read_inputs([], words, {}, rows=[array])
+    assert found[0][0] == rows[0]
+    assert (raw, row) == ({"tokens": ["a", "b"], "score": 1.5}, {"tokens": ["a", "b"]})
+    two = TASKS["classification"](classes=["0", "1"])
+    labeled = [{"text": "a", "label": np.int64(1)}]
+    assert [row for _, row in read_inputs([], two, {}, rows=labeled, labels=True)] == [
+        {"text": "a", "label": 1}
+    ]
 
 
 def test_a_limit_of_a_call_is_not_that_of_the_next(kept_run):

@@ -71,6 +71,14 @@ def test_a_column_that_the_first_rows_lack_is_named_and_no_file_is_left(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_key_that_the_objects_of_the_first_rows_lack_is_named(tmp_path):
+    first = {"a": [{"k": {"x": 1}}]}
+    with pytest.raises(InputError, match=r"column 'a' has an object with 'y', .* \.jsonl"):
+        write(tmp_path / "t.parquet", [first], [{"a": [{"k": {"x": 1, "y": 2}}]}])
+    assert list(tmp_path.iterdir()) == []
+    assert pq.read_table(write(tmp_path / "t.parquet", [first], [{"a": None}])).num_rows == 2
+
+
 def test_values_that_a_format_cannot_hold_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"the first rows have other types; write to a \.jsonl"):
         write(tmp_path / "t.parquet", [{"a": 1}], [{"a": "x"}])
