@@ -247,7 +247,7 @@ without petl. The conversion is exact if the update is a low-rank product; any o
 weight is factored by a full SVD. For a language model, the commands by which vLLM and SGLang serve
 the LoRA are printed, or why they cannot; `petl serve` serves the adapters of every method.
 --small writes the model that PELA (method pela) makes smaller: two thin layers in place of each
-adapted one, and ranks.json; petl.methods.pela.load, or the code in docs/methods/pela.md, loads it.
+adapted one, and ranks.json; petl.methods.pela.load, or the lines in OUT/README.md, loads it.
 --vllm writes the parallel heads of a drafter (petl draft RUN +drafter=hydra drafter.kind=parallel)
 as vLLM's Medusa model, which drafts beside the merged model. Give RUN/drafter in place of RUN.
 --gguf writes this LoRA of a decoder as OUT/adapter.gguf, for llama.cpp's --lora.

@@ -233,5 +233,7 @@ class AdapterModel(GatedTuner):
     ) -> dict[str, dict[str, Any]]:
         """Refuse the conformer block in decoders: its convolution would read future tokens."""
         if config.block == "conformer":
-            refuse_in_decoders(model, shapes, "block='conformer'", "block='bottleneck'")
+            # at the values of cross-attention it reads the outputs of the encoder
+            keys = [key for key in shapes if key not in self.values(config, model)]
+            refuse_in_decoders(model, keys, "block='conformer'", "block='bottleneck'")
         return super().layer_settings(config, model, shapes)

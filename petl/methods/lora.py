@@ -15,10 +15,11 @@ from typing import Any
 import peft
 from peft import PeftModel
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from petl.core.layers.layer import is_lora_b
+from petl.core.model.targets import resolve_targets
 from petl.core.parameters import check_module
 from petl.core.registry import adopt, no_calibration
 from petl.core.spec.method import Finish, modifies_base_weights
@@ -67,24 +68,47 @@ def initialize(model: nn.Module, config: Any, calibration: Any) -> Finish | None
         return None
     if calibration is None:
         raise no_calibration(data_driven_initialization(config))
+    if callable(calibration):
+        raise InputError(
+            f"calibration={calibration!r} is a function, and init_lora_weights={init!r} reads "
+            "batches: pass a list of them, or a DataLoader"
+        )
     if init == "eva":  # PEFT would silently skip it
         return partial(initialize_eva, calibration=calibration)
     if config.lora_ga_config is None:  # PEFT requires one
         config.lora_ga_config = peft.LoraGAConfig()
 
+    resolve_targets(config, model, words=("all-linear",))  # PEFT reads a word as an expression
+    device = next(model.parameters()).device
+
     def backward_over_calibration() -> None:  # LoRA-GA reads the accumulated gradients
+        batch = None
         for batch in calibration:
-            model(**batch).loss.backward()  # gradients accumulate over batches
+            on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            model(**on_device).loss.backward()  # gradients accumulate over batches
+        if batch is None:
+            raise no_batches(config)
 
     # stores gradients on the layers, which PEFT reads on injection
     peft.preprocess_loraga(model, config, backward_over_calibration)
     return None
 
 
+def no_batches(config: Any) -> InputError:
+    """Return the error for calibration data without a batch."""
+    return InputError(
+        f"calibration has no batches, and {data_driven_initialization(config)} reads them: pass a "
+        "list of batches or a DataLoader, which may have been read to its end already"
+    )
+
+
 def initialize_eva(model: PeftModel, calibration: Any) -> None:
     """Run EVA's initialization of a model that was just wrapped, and has one adapter."""
     (name,) = model.peft_config  # PEFT's default is the name "default", whatever the adapter's is
-    peft.initialize_lora_eva_weights(model, dataloader=calibration, adapter_name=name)
+    batches = calibration if hasattr(calibration, "__len__") else list(calibration)
+    if not len(batches):
+        raise no_batches(model.peft_config[name])
+    peft.initialize_lora_eva_weights(model, dataloader=batches, adapter_name=name)
 
 
 def loraplus_optimizer(
@@ -103,7 +127,8 @@ def loraplus_optimizer(
     this also works with petl's methods that have low-rank pairs.
 
     Args:
-        lr: learning rate of A and of all other parameters.
+        lr: learning rate of A and of all other matrices. Vectors, such as the bias of a head, have
+            that of B, as in PEFT; `train.loraplus_ratio` of `petl train` goes by names alone.
         opt_kwargs: further arguments of `optimizer_cls`.
     """
     check_module(model, "petl.loraplus_optimizer")

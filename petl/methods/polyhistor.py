@@ -419,7 +419,8 @@ def export_task(
     """Return one task as method `adapter`: its fields, and tensors by module path.
 
     `petl.wrap(base, "adapter", **fields)`, with the tensors copied into its adapters, computes what
-    the model computes for rows of the task.
+    the model computes for rows of the task. What trains in full beside the adapters, such as a head
+    and layer norms (`modules_to_save`), is not among the tensors: copy it from the model.
 
     Args:
         model: a PeftModel of this method.

@@ -43,7 +43,6 @@ def batches(count: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": batch, "labels": batch} for batch in ids]
 
 
-@pytest.mark.filterwarnings("ignore:no rank will grow")
 def test_the_hand_written_loop(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     left = run(code("own-loop", "petl.wrap"), base=testing.tiny_llama(2), batches=batches(4))

@@ -105,6 +105,18 @@ def test_a_model_that_predicts_no_tokens_has_no_perplexity_to_report(petl_log):
         model.activation_density.ppl_sparsity([{**batch, "labels": batch["labels"].float()}])
 
 
+def test_batches_without_a_label_count_for_nothing():
+    model, batch = lora(MODELS["llama-relu"][0]()), batch_of("llama-relu")
+    dense(model)
+    silent = {**batch_of("llama-relu", seed=4), "labels": torch.full_like(batch["labels"], -100)}
+    found = model.activation_density.ppl_sparsity([batch])
+    both = model.activation_density.ppl_sparsity([batch, silent])
+    assert both["ppl_dense"] == found["ppl_dense"]
+    for none in ([silent], []):
+        with pytest.raises(InputError, match="no token of the batches has a label"):
+            model.activation_density.ppl_sparsity(none)
+
+
 def effective(layer):
     """The weight [O, F] of a layer, including a LoRA update."""
     adapted = isinstance(layer, LoraLayer)

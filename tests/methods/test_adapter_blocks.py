@@ -174,6 +174,12 @@ def test_models_without_blocks_and_decoders_of_the_conformer_raise():
         petl.wrap(base, "adapter", **BESIDE)
     with pytest.raises(InputError, match=r"layers\.0 belongs to a decoder"):
         petl.wrap(FAMILIES["llama"].build(), "adapter", block="conformer", **BESIDE)
+    # any module of a decoder's block, also of an encoder-decoder and of a model without a head
+    query = "decoder.block.0.layer.0.SelfAttention.q"
+    headless = FAMILIES["llama"].build().model
+    for base, target in ((FAMILIES["t5"].build(), query), (headless, "q_proj")):
+        with pytest.raises(InputError, match=r"future tokens, and .*q.* belongs to a decoder"):
+            petl.wrap(base, "adapter", block="conformer", target_modules=[target])
     with pytest.raises(InputError, match="adapter_name='pick' is an attribute"):
         petl.wrap(FAMILIES["llama"].build(), "adapter", adapter_name="pick", **BESIDE)
 

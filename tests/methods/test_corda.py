@@ -260,7 +260,10 @@ class Idle(nn.Module):
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported by CorDA"),
         ({"target_modules": ["embed_tokens"]}, "embed_tokens is Embedding; CorDA supports"),
         ({"calibration": []}, "calibration has no batches"),
-        ({"base": quantized()}, "corda: decompose in float32/16, then quantize the residual"),
+        (
+            {"base": quantized()},
+            "CorDA needs full-precision weights; leave model.quantization unset",
+        ),
     ],
 )
 def test_unsupported_settings_raise(fields, message):

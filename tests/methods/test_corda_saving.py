@@ -222,10 +222,11 @@ def test_a_saved_state_loads_into_its_own_model_only(tmp_path):
         assert torch.equal(update(layer), update(layers(other)[key]))
     with pytest.raises(InputError, match="with other initial factors than this model's"):
         wrap(corda_method="kpm").load_adapter(tmp_path, "default")
-    plain = get_peft_model(tiny_llama(2), LoraConfig(r=R, target_modules=TARGETS))
-    plain.save_pretrained(tmp_path / "plain")
-    with pytest.raises(InputError, match="with other initial factors than this model's"):
-        other.load_adapter(tmp_path / "plain", "default")
+    for rank in (R, 1):  # of rank 1: shorter than the factors of this model
+        plain = get_peft_model(tiny_llama(2), LoraConfig(r=rank, target_modules=TARGETS))
+        plain.save_pretrained(tmp_path / "plain")
+        with pytest.raises(InputError, match="with other initial factors than this model's"):
+            other.load_adapter(tmp_path / "plain", "default")
 
 
 def test_trainer_resumes(tmp_path):

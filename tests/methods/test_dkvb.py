@@ -321,6 +321,16 @@ def test_only_the_first_batches_count_and_labels_are_not_read():
     assert not torch.equal(keys(batches, key_batches=2), keys(batches))
 
 
+def test_modes_are_as_before_the_keys_are_learned():
+    torch.manual_seed(12)
+    base = Plain(12, 3)
+    base.add_module("one", nn.Dropout(0.5).eval())
+    base.add_module("other", nn.Dropout(0.5).train())
+    base.eval().other.train()
+    petl.wrap(base, "dkvb", calibration=[{"x": torch.randn(8, 12)}], **SMALL)
+    assert (base.one.training, base.other.training) == (False, True)
+
+
 def test_padding_is_no_piece_of_a_head_that_runs_per_token():
     from transformers import LlamaConfig, LlamaForSequenceClassification
 

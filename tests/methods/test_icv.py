@@ -42,6 +42,20 @@ CONTRACT = {
 ZERO = {"train": True, "scale": "plain", "keep_norm": False}
 
 
+def test_many_linear_hosts_are_loaded_by_the_names_that_peft_shortens(tmp_path):
+    sizes = {"vocab_size": 96, "hidden_size": 16, "ffn_dim": 32, "word_embed_proj_dim": 16}
+    config = OPTConfig(
+        **sizes, num_hidden_layers=24, num_attention_heads=2, max_position_embeddings=64
+    )
+    torch.manual_seed(0)
+    base = OPTForCausalLM(config).eval()
+    model = wrapped(copy.deepcopy(base))
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(3, 9)[None]
+    loaded = petl.load(base, tmp_path)
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
 def texts(rows, seed, lengths=(4, 9)):
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.randint(*lengths, (rows,), generator=generator).tolist()

@@ -274,6 +274,27 @@ def test_bad_fields_are_input_errors(fields, message):
         petl.wrap(testing.tiny_llama(), "lora", **{"target_modules": TARGETS, **fields})
 
 
+@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+def test_calibration_without_a_batch_is_refused(init):
+    fields = {"target_modules": ["q_proj"], "init_lora_weights": init, "r": 4}
+    for none in ([], iter(())):
+        with pytest.raises(
+            petl.InputError, match=f"no batches, and init_lora_weights='{init}' reads"
+        ):
+            petl.wrap(testing.tiny_llama(), "lora", calibration=none, **fields)
+    with pytest.raises(petl.InputError, match="is a function, and init_lora_weights"):
+        petl.wrap(testing.tiny_llama(), "lora", calibration=lambda: None, **fields)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # of PEFT's own hooks
+def test_lora_ga_takes_all_linear_layers():
+    fields = {"target_modules": "all-linear", "init_lora_weights": "lora_ga", "r": 4}
+    model = petl.wrap(testing.tiny_llama(), "lora", calibration=calibration(), **fields)
+    layers = testing.tuner_layers(model)
+    assert {name.rpartition(".")[2] for name in layers} >= {"q_proj", "o_proj", "down_proj"}
+    assert all(layer.lora_B["default"].weight.any() for layer in layers.values())
+
+
 # Optimizers
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from petl.core.compat import BaseTunerLayer
 from petl.core.layers.context import counted_labels, num_processes
 from petl.core.layers.layer import AdapterLayer
+from petl.core.spec.config import require
 from petl.errors import InputError, UnsupportedError
 from petl.losses.density.tokens import inputs_of
 
@@ -122,6 +123,7 @@ class Search:
                 loss += self._loss(batch, inputs)
         flat = total(torch.stack([loss, *(k.double().cpu() for k in kept.values())])).tolist()
         fractions = {name: s / max(n, 1.0) for name, (s, n) in zip(kept, flat[1:], strict=True)}
+        require(flat[0][1] > 0, "no token of the batches has a label; pass batches with labels")
         return math.exp(flat[0][0] / flat[0][1]), fractions
 
     def _loss(self, batch: Batch, inputs: Batch) -> Tensor:
@@ -134,8 +136,9 @@ class Search:
             )
         loss = self.model(**batch).loss
         count = counted_labels(self.base, inputs["labels"], inputs).ne(-100).sum()
-        # the model's loss is a mean: weigh it by its labels
-        return torch.stack([loss.double() * count, count.double()]).cpu()
+        # the model's loss is a mean, which is NaN without labels: weigh it by their number
+        summed = loss.double() * count if count else torch.zeros_like(loss, dtype=torch.float64)
+        return torch.stack([summed, count.double()]).cpu()
 
     def _sum_over_tokens(self, name: str, inputs: Batch, values: Tensor) -> Tensor:
         """Sum of values [..., 1] over the rows that are tokens, and the number of tokens."""
@@ -266,7 +269,7 @@ class Layer:
     def begin(self) -> None:
         """Measure the norms of the dense outputs and both ends of the curve."""
         self.sizes = [self.matrix(a).float().norm(dim=1).clamp(min=1e-30) for a in self.held]
-        largest = max(float(self.strength(a).max()) for a in self.held) if self.held else 0.0
+        largest = max((float(self.strength(a).max()) for a in self.held if len(a)), default=0.0)
         end = float(total(torch.tensor(largest), largest=True)) * 1.001  # above every neuron
         self.curve = [(0.0, 0.0), (end, self.cett(end))]
 

@@ -16,7 +16,7 @@ from petl.methods.corda.config import CordaConfig
 from petl.methods.corda.decompose import Decomposer, LayerComponents
 from petl.ops.oriented import balanced, truncated
 
-QUANTIZED = "corda: decompose in float32/16, then quantize the residual"
+QUANTIZED = "CorDA needs full-precision weights; leave model.quantization unset"
 
 
 class InitialFactors(NamedTuple):

@@ -201,8 +201,8 @@ class CordaModel(LoraModel):
         )
         for key, tensor, dim, initial in halves(model, entries, adapter_name):
             rank = initial.shape[dim]
-            # the last `rank` components; min: a file of another rank must not fail here
-            second = tensor.narrow(dim, tensor.shape[dim] - min(rank, tensor.shape[dim]), rank)
+            size = min(rank, tensor.shape[dim])  # a file of another rank must not fail here
+            second = tensor.narrow(dim, tensor.shape[dim] - size, size)
             if tensor.shape[dim] != 2 * rank or not is_close(second.to(initial), initial):
                 raise InputError(
                     f"{key} was saved with other initial factors than this model's; load the file "

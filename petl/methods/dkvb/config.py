@@ -59,8 +59,9 @@ class DkvbConfig(MethodConfig):
         choices=("model", "mean"),
     )
     optimizer: str = config_field(
-        "sgd: plain, for a learning rate of about 0.3; sparse_adam: Adam that changes moments of "
-        "picked values only, about 1e-2",
+        "sgd: plain, with a learning rate of 0.3 by default, and of about 300 for one pass over a "
+        "stream of classes; sparse_adam: Adam that changes moments of picked values only, with one "
+        "of about 1e-2",
         "sgd",
         choices=("sgd", "sparse_adam"),
     )

@@ -14,6 +14,7 @@ from petl.core.distributed import gathered
 from petl.core.layers.context import as_2d
 from petl.core.layers.layer import LayerShape
 from petl.core.model.heat_map import HeatMap
+from petl.core.model.modes import evaluation_mode
 from petl.core.registry import no_calibration, register
 from petl.core.spec.config import require
 from petl.core.spec.method import Calibration
@@ -163,24 +164,23 @@ class DkvbModel(MethodTuner):
         self, calibration: Calibration, adapter: DkvbAdapter, name: str, limit: int
     ) -> list[Tensor]:
         """Return the pieces of each of the first `limit` batches, on the CPU, [n, C, d]."""
-        active, was_training = self.active_adapters, self.training
+        active = self.active_adapters
         self.set_adapter(name)
-        self.eval()
         batches: list[Tensor] = []
         try:
-            if callable(calibration):
-                adapter.collected = []
-                calibration()
-                batches = [pieces.cpu() for pieces in adapter.collected[:limit]]
-            else:
-                for batch in islice(iter(calibration), limit):
+            with evaluation_mode(self.model):
+                if callable(calibration):
                     adapter.collected = []
-                    self._run(batch)
-                    found = torch.cat(adapter.collected or [adapter.pieces(_nothing(adapter))])
-                    batches.append(_without_padding(found, batch).cpu())
+                    calibration()
+                    batches = [pieces.cpu() for pieces in adapter.collected[:limit]]
+                else:
+                    for batch in islice(iter(calibration), limit):
+                        adapter.collected = []
+                        self._run(batch)
+                        found = torch.cat(adapter.collected or [adapter.pieces(_nothing(adapter))])
+                        batches.append(_without_padding(found, batch).cpu())
         finally:
             adapter.collected = None
-            self.train(was_training)
             self.set_adapter(active)
         return batches
 

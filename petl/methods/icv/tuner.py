@@ -13,6 +13,7 @@ from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.model.modes import without_adapters
 from petl.core.model.structure import block_widths, find_sublayers
+from petl.core.model.targets import matched_names
 from petl.core.registry import no_calibration, register
 from petl.core.spec.config import require
 from petl.core.spec.method import Calibration, Finish
@@ -130,8 +131,9 @@ class IcvModel(MethodTuner):
         """
         check_model(model, config)
         found, given = hosts(config, model), config.target_modules
+        # PEFT shortens the names of many linear layers to what they have in common
         require(
-            given is None or set(given) == set(found),
+            given is None or set(found) in (set(given), set(matched_names(config, model))),
             f"target_modules={given} are not the modules {sorted(found)} that mode={config.mode!r} "
             f"and layers={config.layers} give in {type(model).__name__}; leave it null, or "
             "load the adapter onto a model of its kind",
