@@ -84,7 +84,7 @@ class RateStudy:
         tried = {
             n: {rate: scores(n, rate, self.seeds[0]) for rate in self.rates} for n in self.names
         }
-        best = {name: min(by, key=lambda rate: by[rate].validation) for name, by in tried.items()}
+        best = {name: lowest(by) for name, by in tried.items()}
         reached = {n: [scores(n, best[n], seed) for seed in self.seeds] for n in self.names}
         print(self.table(reached, best), self.rate_table(tried, best), sep="\n\n")
 
@@ -121,7 +121,8 @@ def lowest(tried: Mapping[float, Scores]) -> float:
 
 def mean_text(values: Sequence[float]) -> str:
     """Mean and standard deviation; one value alone."""
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    several = len(values) > 1 and all(map(math.isfinite, values))
+    deviation = f" ± {statistics.stdev(values):.4f}" if several else ""
     return f"{statistics.fmean(values):.4f}{deviation}"
 
 

@@ -31,7 +31,7 @@ from petl.cli.arguments import SEED, each, file_to_read, file_to_write, folder_t
 
 def main() -> int:
     """Run the command; return its exit status."""
-    arguments = parser().parse_args()
+    arguments = parser().parse_intermixed_args()
     app.log_to_stderr()
     reports = arguments.report or arguments.page or arguments.figure
     return app.reported(lambda: (report if reports else run)(arguments))

@@ -149,7 +149,12 @@ def _parsed(name: str, value: str) -> float | int | None:
 
 def retry(chat: Chat, rest: str) -> None:
     """Answer the last question again, such as with another adapter."""
-    answer(chat, chat.take_back())
+    turns, asked = [*chat.turns], chat.asked
+    try:
+        answer(chat, chat.take_back())
+    except BaseException:  # also Ctrl-C
+        chat.turns, chat.asked = turns, asked
+        raise
 
 
 def reset(chat: Chat, rest: str) -> None:
@@ -164,7 +169,10 @@ def save(chat: Chat, rest: str) -> None:
         raise InputError(f"{rest!r} is not the name of a .jsonl file: /save FILE.jsonl")
     if not chat.turns:
         raise InputError(f"there is nothing to save in {rest} yet")
-    file = Path(rest).expanduser()
+    try:
+        file = Path(rest).expanduser()
+    except RuntimeError as error:  # ~name of an unknown user
+        raise InputError(f"cannot write {rest}: {error}") from error
     system = [{"role": "system", "content": chat.system}] if chat.system else []
     # a format of data=files
     row = json.dumps({"messages": [*system, *chat.turns]}, ensure_ascii=False)

@@ -55,20 +55,20 @@ def train(cfg: DictConfig) -> float:
     splits = encode_splits(data, processor, settings, accelerator, config.data.repeats)
     model = wrapped(run, splits, processor)
     run.begin(model)
-    shard(model, accelerator)
-
-    frozen = cached_blocks(model, splits, settings, accelerator)
-    test = partial(score, model, splits, accelerator, settings.eval_batch_size)
-    before_training(run, model, splits, test)
-    if settings.find_lr:
-        # the same settings, with the learning rate that was found
-        settings = find_lr(model, splits, settings, accelerator, run)
-    state = fit(model, splits, settings, accelerator, run)
-    # before saving: it may compute what a loss saves with the adapter
-    after = run.measure(partial(test, when="after training", kept=run.path / PREDICTIONS))
-    report(frozen)
-    run.save(model, data.task)
-    run.finish(model, data.task, settings, state, after)
+    with run.tracked():
+        shard(model, accelerator)
+        frozen = cached_blocks(model, splits, settings, accelerator)
+        test = partial(score, model, splits, accelerator, settings.eval_batch_size)
+        before_training(run, model, splits, test)
+        if settings.find_lr:
+            # the same settings, with the learning rate that was found
+            settings = find_lr(model, splits, settings, accelerator, run)
+        state = fit(model, splits, settings, accelerator, run)
+        # before saving: it may compute what a loss saves with the adapter
+        after = run.measure(partial(test, when="after training", kept=run.path / PREDICTIONS))
+        report(frozen)
+        run.save(model, data.task)
+        run.finish(model, data.task, settings, state, after)
     write_report(run)
     print_summary(run)
     return run.scores.objective

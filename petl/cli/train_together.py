@@ -11,7 +11,7 @@ from pathlib import Path
 
 from petl.cli import app
 from petl.cli.train import train
-from petl.config.command_line import config_dir_words, search_users_dirs
+from petl.config.command_line import config_dir_words, read_words, search_users_dirs
 from petl.config.compose import compose
 from petl.sweeps.launched_jobs import open_text
 from petl.sweeps.study import Runs
@@ -20,6 +20,7 @@ from petl.training.together.engine import run_in_lanes
 
 def main() -> None:
     """Make the runs that standard input describes, each with a log of its own."""
+    read_words(sys.argv[1:])
     runs: Runs = json.load(sys.stdin)
     app.log_to_stderr()
     search_users_dirs()
@@ -31,7 +32,8 @@ def make(overrides: list[str], log: str) -> None:
     """Make one run, whose output goes to a file; an error ends it, and not the other runs."""
     with open_text(Path(log)) as opened:
         sys.stdout = sys.stderr = opened
-        sys.argv[:] = ["petl", "train", *config_dir_words(), *overrides]
+        # of `petl train`, as `petl.cli.train.main` leaves them: a run records its command
+        sys.argv[:] = ["petl", *config_dir_words(), *overrides]
         try:
             app.reported(lambda: train(compose(overrides)))
         except Exception:  # a bug: its traceback, as a run of its own prints it

@@ -76,7 +76,9 @@ class Cell(nn.Module):
 
     def output(self, state: Tensor) -> Tensor:
         """Return the normalized state, which the head of the model reads, [N, H]."""
-        return self.norm * state * (state.square().mean(-1, keepdim=True) + EPS).rsqrt()
+        # in float32: squares of float16 overflow above 255
+        size = (state.float().square().mean(-1, keepdim=True) + EPS).rsqrt()
+        return self.norm * state * size.to(state)
 
 
 class Heads(Drafter):

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from petl.core.distributed import made_by
 from petl.core.fingerprint import check_saved
@@ -88,9 +88,6 @@ class Callback(TrainerCallback, ExportableState):
     ) -> None:
         """Prepare the method, or restore its training state."""
         self._lifecycle = method_lifecycle = lifecycle(kwargs["model"])
-        # Trainer divides the task loss by it, which does not reach the auxiliary gradient
-        method_lifecycle.aux_weight = 1 / args.gradient_accumulation_steps
-        method_lifecycle.expect_micro_batches(args.gradient_accumulation_steps)
         # Trainer then multiplies the loss by the number of processes
         method_lifecycle.count_items_over(
             args.world_size if args.average_tokens_across_devices else 1
@@ -98,7 +95,9 @@ class Callback(TrainerCallback, ExportableState):
         self._training.enter_context(method_lifecycle.resumable())
         # a resumed run is already prepared
         if state.global_step == 0:
-            method_lifecycle.prepare(kwargs.get("train_dataloader") or [])
+            loader = kwargs.get("train_dataloader")
+            # not by its truth value: one of a stream has no length
+            method_lifecycle.prepare([] if loader is None else loader)
         else:
             self._restore(method_lifecycle, args, state)
         # after `_restore`, which needs the identifier in the checkpoint
@@ -109,6 +108,20 @@ class Callback(TrainerCallback, ExportableState):
             method_lifecycle.attach_optimizer(
                 kwargs["optimizer"], state.global_step, state.max_steps
             )
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Set the weight of the auxiliary gradient of each micro-batch of the step."""
+        assert self._lifecycle is not None, "on_train_begin made it"
+        count = micro_batches_of(args, state, kwargs.get("train_dataloader"))
+        # Trainer divides the task loss by it, which does not reach the auxiliary gradient
+        self._lifecycle.aux_weight = 1 / count
+        self._lifecycle.expect_micro_batches(count)
 
     def on_train_end(
         self,
@@ -275,3 +288,15 @@ def find_state(folders: list[Path], wanted: dict[str, str]) -> dict[str, Tensor]
                 f"cannot resume from {file} ({error}); choose another checkpoint"
             ) from error
     return None
+
+
+def micro_batches_of(args: TrainingArguments, state: TrainerState, loader: Any) -> int:
+    """Return the number of micro-batches of Trainer's coming step: the last one of an epoch has
+    those that are left.
+    """
+    usual = args.gradient_accumulation_steps
+    if not has_length(loader):
+        return usual
+    steps = -(-len(loader) // usual)  # of an epoch
+    is_last = state.global_step % steps == steps - 1
+    return len(loader) - usual * (steps - 1) if is_last else usual

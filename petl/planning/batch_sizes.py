@@ -83,6 +83,13 @@ def find(cfg: DictConfig, memory: int | None = None) -> dict[str, Any]:
     config = read_config(cfg)
     settings = config.train
     refuse_limits(settings)
+    for name in ("order", "temperature"):
+        value = getattr(config.data, name, None)
+        if value is not None:
+            raise InputError(
+                f"data.{name}={value} decides which rows a step has, so that buckets by length are "
+                f"not possible: a search for batch sizes is for a run without data.{name}"
+            )
     with alone():  # one process measures for all
         accelerator = start(settings.seed, config.precision)
     data = config.data.read()

@@ -109,9 +109,10 @@ def savings(counted: Counted, of_passes: list[Saving]) -> list[Saving]:
 def _buckets(counted: Counted) -> Iterator[Saving]:
     splits, settings = counted.splits, counted.settings
     lengths = row_lengths(splits.task, splits.known)
-    # a mixture decides which rows a step has, so that they cannot be of similar length
     is_free = settings.buckets is None and settings.batch_sizes is None
-    if not (is_free and splits.task.reads_text and splits.mixture is None and len(lengths)):
+    # these decide which rows a step has, so that they cannot be of similar length
+    is_free &= splits.mixture is None and splits.stages is None and not splits.task.packs
+    if not (is_free and splits.task.reads_text and len(lengths)):
         return
     padding = padding_fraction(lengths, splits.sampler(settings).global_batches())
     buckets = buckets_of(lengths, replace(settings, buckets="auto"))

@@ -5,8 +5,9 @@ import logging
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -191,10 +192,18 @@ def group_by_settings(runs: Sequence[RunResult]) -> list[Entry]:
     return [Entry(name, tuple(group)) for name, group in zip(names, ordered, strict=True)]
 
 
+def started(run: RunResult) -> float:
+    """Return when a run started, in seconds since 1970; 0 if that cannot be read."""
+    try:  # texts of machines in several time zones would not be in order
+        return datetime.fromisoformat(run.environment["started"]).timestamp()
+    except ValueError:
+        return 0.0
+
+
 def latest_of_each_seed(runs: Sequence[RunResult]) -> list[RunResult]:
     """Sort runs of the same settings by seed; of several with one seed keep the latest."""
     by_seed: dict[int, RunResult] = {}
-    for run in sorted(runs, key=lambda run: run.environment["started"]):
+    for run in sorted(runs, key=started):
         if run.seed in by_seed:
             earlier = by_seed[run.seed].path
             logger.info("%s is left out: %s has the same settings, later", earlier, run.path)
@@ -205,7 +214,7 @@ def latest_of_each_seed(runs: Sequence[RunResult]) -> list[RunResult]:
 def unique_names(runs: Sequence[RunResult]) -> list[str]:
     """Return a name for each run: recipe or method, loss, and the settings that tell them apart."""
     short = [short_name(run) for run in runs]
-    names, longer = [], []
+    names, longer, exact = [], [], []
     for name, settings in zip(short, (run.settings for run in runs), strict=True):
         same = [runs[i].settings for i, other in enumerate(short) if other == name]
         keys = sorted({key for other in same for key in {*settings, *other} if key != SEED})
@@ -213,27 +222,37 @@ def unique_names(runs: Sequence[RunResult]) -> list[str]:
         named = [key for key in differing if key not in TUNED]
         names.append(" ".join([name, *_words(settings, named, same)]))
         longer.append(" ".join([name, *_words(settings, differing, same)]))
-    # entries in which only tuned settings differ are told apart by them
-    counts = Counter(names)
-    return [name if counts[name] == 1 else full for name, full in zip(names, longer, strict=True)]
+        exact.append(" ".join([name, *_words(settings, differing, same, as_yaml)]))
+    # entries in which only tuned settings differ are told apart by them, then by more digits
+    for others in (longer, exact):
+        counts = Counter(names)
+        names = [n if counts[n] == 1 else other for n, other in zip(names, others, strict=True)]
+    return names
 
 
 def _words(
-    settings: Mapping[str, Any], named: Iterable[str], same: Sequence[Mapping[str, Any]]
+    settings: Mapping[str, Any],
+    named: Iterable[str],
+    same: Sequence[Mapping[str, Any]],
+    write: Callable[[Any], str] | None = None,
 ) -> list[str]:
     """Return the words for the settings `named`, which tell a run from those of `same`.
 
     Of `+ranks=cfsp`, settings that all runs with it share are left out. Of patterns for the same
     modules only the numbers are given, in the order of the modules' names.
+
+    Args:
+        write: formats a value; None: `short_value`.
     """
     words: dict[str, str] = {}
+    write = write or short_value
     for key in (key for key in named if key in settings):
         pattern = PATTERN.match(key)
         if pattern is not None:
             of_each = {tuple(k for k in sorted(s) if k.startswith(pattern[0])) for s in same}
             modules = of_each - {()}
             if len(modules) == 1:
-                numbers = [short_value(settings[k]) for k in modules.pop()]
+                numbers = [write(settings[k]) for k in modules.pop()]
                 words[pattern[0]] = f"{pattern[1]}={','.join(numbers)}"
                 continue
         elif key == "ranks.name":
@@ -241,7 +260,7 @@ def _words(
             continue
         elif key.startswith("ranks.") and len({repr(s[key]) for s in same if key in s}) == 1:
             continue
-        words[key] = f"{key.removeprefix('method.')}={short_value(settings[key])}"
+        words[key] = f"{key.removeprefix('method.')}={write(settings[key])}"
     return list(words.values())
 
 

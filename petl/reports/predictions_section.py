@@ -332,8 +332,7 @@ def examples_of(
             [f"{line['row']:,}", input_of(line), *(text_of(line.get(name)) for name in names)]
             for line in lines
         ]
-        if before:
-            # present: only a run with predictions has answers before training
+        if before and "prediction" in names:
             place = header.index(HEADERS["prediction"])
             header.insert(place, "before training")
             for line, row in zip(lines, rows, strict=True):

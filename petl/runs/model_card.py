@@ -81,8 +81,8 @@ ROUNDED = (
 # settings with text of the user, in which a slash divides no folders
 TEXTS = ("text", "text_pair", "target", "prompt", "answer", "system", "name")
 LISTED = 16  # entries of a field that are shown
-# up to the last slash or backslash of each word; it ends at a delimiter of a setting
-FOLDERS = re.compile(r"""[^\s=,:;"'()\[\]{}]*[/\\]""")
+# from the beginning of each word up to its last slash or backslash; delimiters of settings end it
+FOLDERS = re.compile(r"""(?<![^\s=,:;"'()\[\]{}])[^\s=,:;"'()\[\]{}]*[/\\]""")
 
 
 @dataclass(frozen=True)
@@ -351,7 +351,10 @@ def _command(it: Described) -> list[str]:
     Of a path, only its last part is shown.
     """
     # saved with the quoting of a shell
-    words = shlex.split(it.environment.get("command", ""))
+    try:
+        words = shlex.split(it.environment.get("command", ""))
+    except ValueError:  # such as an unbalanced quote
+        return []
     # petl train, or python train.py; other programs have no command to show
     starts = [i for i, word in enumerate(words) if PurePath(word).name in ("train", "train.py")]
     if not starts:

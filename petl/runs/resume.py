@@ -194,7 +194,7 @@ def choose_checkpoint(settings: TrainConfig, now: Mapping[str, Any], prefix: str
         check_writable(run)
         return checkpoint
     if given is not None and given.exists() and not may_start_in(given, settings, now):
-        raise exists_already(given)
+        raise exists_already(given, settings.resume)
     check_writable(given or Path(settings.output))
     return None
 
@@ -211,8 +211,13 @@ def may_start_in(folder: Path, settings: TrainConfig, now: Mapping[str, Any]) ->
     return settings.resume == "auto" and is_same(identity_of(folder), now)
 
 
-def exists_already(folder: Path) -> InputError:
+def exists_already(folder: Path, resume: str | None = None) -> InputError:
     """Return the error for a `train.run` folder that is not empty."""
+    if resume == "auto":
+        return InputError(
+            f"train.run={folder} exists already, and is no run with these settings; choose another "
+            f"folder, or train.resume={folder}, which tells what differs"
+        )
     return InputError(
         f"train.run={folder} exists already; choose another folder, "
         "or resume its run with train.resume=auto"
@@ -288,7 +293,7 @@ def latest(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path |
         folders = sorted(Path(settings.output).glob(f"{prefix}-*"), reverse=True)
     for folder in folders:
         try:
-            if not is_unfinished(folder, now):
+            if not is_unfinished(folder, now, is_named=settings.run is not None):
                 continue
             claim(folder)
         except InputError as error:
@@ -309,17 +314,22 @@ def latest(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path |
     return None
 
 
-def is_unfinished(run: Path, now: Mapping[str, Any]) -> bool:
+def is_unfinished(run: Path, now: Mapping[str, Any], *, is_named: bool = False) -> bool:
     """Return True if a run with these settings was begun in a folder, and is not finished.
 
     A finished run that is trained further keeps its configuration and its scores until the end of
     the longer run: checkpoints tell whether that was begun.
+
+    Args:
+        is_named: the longer run may begin here, in a finished one that `train.run` names.
     """
     config = identity_of(run)
     if config is None or not is_finished(run):
         return is_same(config, now)
     newest = latest_complete(run) if lengthens(config, as_begun(config, now)) else None
-    return newest is not None and is_same(stored_identity(read_state(newest)), now)
+    if newest is None:
+        return False
+    return is_named or is_same(stored_identity(read_state(newest)), now)
 
 
 def latest_complete(run: Path) -> Path | None:

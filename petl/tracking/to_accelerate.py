@@ -64,9 +64,13 @@ class ServiceTracker(Tracker):
             self.service.prepare(arguments)
             self.tracker = accelerates(self.service, self.config, run, arguments)
             self.tracker.start()
-            given = self.service.began(self.tracker.tracker, name)
-            if known is None:  # a service may refuse values that differ from those it has
-                self.tracker.store_init_configuration(flat(config))
+            try:
+                given = self.service.began(self.tracker.tracker, name)
+                if known is None:  # a service may refuse values that differ from those it has
+                    self.tracker.store_init_configuration(flat(config))
+            except BaseException:
+                self.fail()
+                raise
         except Exception as error:  # each service has errors of its own
             raise InputError(
                 f"tracker={self.config.name} refuses the run: {reason(error)}; tracker=none "

@@ -88,7 +88,7 @@ def fit(
     """
     if settings.steps == 0:  # calibration has made the final adapter
         return TrainState()
-    with for_training(model, settings), run.tracked():
+    with for_training(model, settings):
         return Loop(model, splits, settings, accelerator, run).run_to_end()
 
 

@@ -27,10 +27,12 @@ from petl.core.lifecycle import lifecycle
 from petl.core.model.heat_map import save_figure
 from petl.core.progress import Shown
 from petl.distributed.launch import gathered
-from petl.errors import RunStopped
+from petl.errors import InputError, RunStopped
 from petl.files.disk import UNFINISHED, as_json, remove, stop_when_full, write_atomic
+from petl.files.read import read_json
 from petl.runs.checkpoint import load_adapter, save_adapter
 from petl.runs.environment import PhaseTimer
+from petl.runs.records import SCORES
 from petl.runs.run_folder import Run
 from petl.runs.settings import TrainConfig
 from petl.training.dataloader import Splits, load
@@ -57,7 +59,10 @@ def find_lr(
     """
     if NOTE not in run.scores:
         run.timer.start()
-        test = run_test(model, splits, settings, accelerator, run)
+        if run.resume is None:
+            test = run_test(model, splits, settings, accelerator, run)
+        else:
+            test = earlier_test(settings, run.path)
         with stop_when_full(run.path):
             note = on_main(accelerator, lambda: conclude(test, settings, run.path))
         run.scores.add({NOTE: note})
@@ -114,6 +119,18 @@ def reach_of(steps: int) -> int:
 def lr_at(step: int, steps: int) -> float:
     """Return the adapter's learning rate at a step, from 1 to `steps`."""
     return LOW * (HIGH / LOW) ** ((step - 1) / (steps - 1))
+
+
+def earlier_test(settings: TrainConfig, run: Path) -> RangeTest:
+    """Return the range test of a run whose scores were lost; a checkpoint is no place for one."""
+    file = run / POINTS
+    if not file.exists():
+        raise InputError(
+            f"train.find_lr=true: the learning rate that {run} found is lost with {SCORES} and "
+            f"{file.name}; begin the run again in another folder"
+        )
+    points = read_json(file, dict[str, list[float]])
+    return RangeTest(points["rates"], points["losses"], reach_of(settings.find_lr_steps))
 
 
 # Running the test

@@ -1,17 +1,22 @@
 """Runs whose adapters train in one pass, compared with the same runs one by one."""
 
+import io
 import json
 import re
 import signal
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_fixtures import drawing_once, main
+from training_fixtures import ROOT, drawing_once, main
 
+from petl.cli import train_together
 from petl.cli.train_together import make
+from petl.config import command_line
+from petl.config.command_line import command, how_to_resume
 from petl.config.compose import compose
 from petl.training.together.engine import FORWARD, KINDS, LaneEngine, Passes
 from petl.training.together.lanes import Lanes
@@ -128,6 +133,31 @@ def test_passes_of_runs_with_stored_blocks_read_the_rows_of_all_of_them(
         alone = tmp_path / "alone" / name
         main()(compose(overrides_of(tiny, alone, words)))
         assert_equal_runs(tmp_path / "together" / name, alone)
+
+
+def test_the_folder_of_configurations_and_the_command_are_those_of_one_run(tmp_path, monkeypatch):
+    folder = tmp_path / "configs" / "method"
+    folder.mkdir(parents=True)
+    own = (ROOT / "configs" / "method" / "lora.yaml").read_text()
+    (folder / "lora.yaml").write_text(re.sub(r"(?m)^r: .*", "r: 2", own))
+    seen = []
+
+    def training(cfg):
+        seen.append((cfg.method.r, command(), how_to_resume("runs/x/checkpoints/step-3")))
+
+    monkeypatch.setattr(train_together, "train", training)
+    monkeypatch.setattr(command_line, "_added", [])
+    monkeypatch.setattr(sys, "argv", ["x", "--config-dir", str(tmp_path / "configs")])
+    runs = [{"overrides": ["+method=lora"], "log": str(tmp_path / "log")}]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"together": 1, "runs": runs})))
+    with monkeypatch.context() as patch:  # they are replaced by those of the run
+        patch.setattr(sys, "stdout", sys.stdout)
+        patch.setattr(sys, "stderr", sys.stderr)
+        train_together.main()
+    ((rank, started, resumed),) = seen
+    assert rank == 2
+    for words in (started, resumed):
+        assert f"petl train --config-dir {tmp_path / 'configs'} +method=lora" in words
 
 
 def test_a_stopped_group_resumes(tiny, tmp_path):

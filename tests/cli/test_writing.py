@@ -7,11 +7,13 @@ import os
 import re
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from petl.cli import main
-from petl.errors import UNPRINTABLE
+from petl.cli import chat_commands, main
+from petl.errors import UNPRINTABLE, InputError
+from petl.inference.chat import Chat
 from petl.inference.language_model import LanguageModel
 from petl.inference.loading import load_language_model
 from petl.inference.sampling import Sampling
@@ -198,6 +200,15 @@ def test_a_wrong_value_is_one_line(command, words, message, tmp_path, monkeypatc
     assert len(err.splitlines()) == 1
 
 
+def test_generate_never_replaces_the_file_of_prompts(command, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "Hi"}\n')
+    status, _, err = command("generate", "nowhere", "--file", file, "--out", file)
+    assert status == 2
+    assert f"--out={file} is the file that is read" in err
+    assert file.read_text() == '{"prompt": "Hi"}\n'
+
+
 # petl chat
 
 
@@ -252,6 +263,21 @@ def test_chat_commands_change_prompt_and_sampling(command, writers):
         assert message in err
     assert "/adapter [NAME]" in found[11]
     assert len(found) == 13  # the last line was not read
+
+
+def test_a_retry_that_fails_keeps_the_turns(monkeypatch):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    chat = Chat(SimpleNamespace(), Sampling(), "default", turns=[*turns])
+
+    def refusing(chat, text):
+        raise InputError("no base model beside an adapter")
+
+    monkeypatch.setattr(chat_commands, "answer", refusing)
+    with pytest.raises(InputError, match="no base model"):
+        chat_commands.retry(chat, "")
+    assert chat.turns == turns
+    with pytest.raises(InputError, match=r"cannot write ~nobody-here/x\.jsonl: Could not"):
+        chat_commands.save(chat, "~nobody-here/x.jsonl")
 
 
 def test_a_line_that_ends_with_a_backslash_goes_on(command, writers):

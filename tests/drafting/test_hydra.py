@@ -127,6 +127,17 @@ def test_counts_of_smollm2_are_those_of_the_method():
     assert sum(count(Block(H, 0)) for _ in range(3)) == 997_056
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_large_state_is_normalized_in_half_precision(dtype):
+    from petl.drafting.heads import Cell
+
+    state = torch.ones(2, 64)
+    state[0, 3] = 300.0  # its square is above the largest number of float16
+    expected = state / state.square().mean(-1, keepdim=True).sqrt()
+    found = Cell(64).to(dtype).output(state.to(dtype)).float()
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("prefix", [False, True])
 @pytest.mark.parametrize("kind", KINDS)

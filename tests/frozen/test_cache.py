@@ -435,7 +435,8 @@ def test_copies_for_nn_data_parallel_run_their_blocks(tmp_path):
         assert torch.equal(copies[model](**batch).logits, expected)
         assert (cache.hits, cache.misses) == (0, 1)
         assert "nn.DataParallel" in cache.reason
-        torch.testing.assert_close(model(**batch).logits, expected, **NEAR)
+        real = batch["attention_mask"].bool()  # those of padding are zeros in the store
+        torch.testing.assert_close(model(**batch).logits[real], expected[real], **NEAR)
         assert cache.hits == 1
 
 

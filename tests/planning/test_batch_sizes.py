@@ -161,6 +161,7 @@ def test_an_invalid_amount_of_memory_is_refused(text):
         ),
         (["train.buckets=2", "train.max_tokens=99"], MEMORY, "train.max_tokens=99 already limits"),
         (["train.batch_sizes={16: 4}"], MEMORY, "already limits the size of a pass"),
+        (["data.order=by_class"], MEMORY, "data.order=by_class decides which rows a step has"),
         ([], 100_000, r"not even one example of \d+ tokens fits"),
     ],
 )

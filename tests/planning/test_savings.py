@@ -38,7 +38,7 @@ MEMORY = Memory(
 class Texts:
     """Rows of given lengths, in steps of two."""
 
-    test, mixture = range(3), None
+    test, mixture, stages = range(3), None, None
 
     def __init__(self, lengths):
         self.known = lengths
@@ -47,6 +47,7 @@ class Texts:
             new_head=True,
             generate=None,
             scores_by_task=False,
+            packs=False,
             lengths=lambda rows: rows,
         )
 
@@ -83,6 +84,9 @@ def test_buckets_are_proposed_where_much_is_padding():
     # the same tokens: positions are tokens / (1 - padding)
     assert fewer == round(100 * (1 - (1 - 0.45) / (1 - after / 100)))
     assert "train.buckets=auto" not in by_setting(savings(counted(), []))
+    by_class = counted([10] * 20 + [100] * 20)
+    by_class.splits.stages = SimpleNamespace()  # the order of the rows is that of their classes
+    assert "train.buckets=auto" not in by_setting(savings(by_class, []))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Cards have metadata of the Hub and name no folder of the machine that trained."""
 
+import json
 import re
 
 import pytest
@@ -91,6 +92,15 @@ def test_of_a_path_only_the_last_part_is_shown():
     }
     for word, shown in words.items():
         assert without_folders(word) == shown
+
+
+def test_a_command_with_an_open_quote_is_left_out(lora_run):
+    source = read_source({"name": "minilm", "source": "minilm"})
+    known = json.loads((lora_run.path / "environment.json").read_text())
+    for command, is_shown in (("petl train a=b", True), ("petl train data.train='it", False)):
+        environment = {**known, "command": command}
+        it = Described(TASKS["minilm"], source, LoraConfig(), None, environment=environment)
+        assert ("petl train" in model_card(it)) == is_shown
 
 
 def test_the_command_keeps_names_on_the_hub_and_templates():

@@ -149,6 +149,16 @@ def test_a_stopped_run_may_be_made_longer_too(tiny, tmp_path, monkeypatch):
     assert lines(resumed) == lines(longer)
 
 
+def test_a_finished_run_that_is_named_goes_on_with_more_steps(tiny, copied, short):
+    words = [*tiny.classify, *CONSTANT, *COURSE, "train.resume=auto"]
+    with pytest.raises(InputError, match=r"is finished.*set a larger train\.steps"):
+        train([*words, "train.steps=6"], copied)
+    assert train([*words, "train.steps=9"], copied).scores["steps"] == 9
+    other = [*words, "train.steps=12", "train.lr=3e-5"]
+    with pytest.raises(InputError, match=r"no run with these settings; .* or train\.resume=.*run"):
+        train(other, copied)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -38,6 +38,18 @@ def test_other_seeds_train_with_the_rate_of_the_lowest_validation_loss(tmp_path,
     assert "| b | 4.0000 * | nan |" in printed
 
 
+def test_a_diverged_rate_is_not_chosen_though_it_is_tried_first(tmp_path, capsys):
+    losses = {0.2: math.nan, 0.1: 1.0}
+
+    def train(name, rate, seed):
+        return Scores(losses[rate], losses[rate], 1, 0.25)
+
+    RateStudy(tmp_path, ["a"], [0.2, 0.1], [0, 1]).run(train, {})
+    assert "| a | 1.0000 ± 0.0000 |" in capsys.readouterr().out
+    RateStudy(tmp_path / "none", ["a"], [0.2], [0, 1]).run(train, {})
+    assert "| a | nan | nan, nan |" in capsys.readouterr().out
+
+
 def test_kept_runs_are_not_trained_again(tmp_path, capsys):
     study_with(tmp_path, seeds=[5])
     tables = capsys.readouterr().out.partition("| method")[2]

@@ -255,6 +255,19 @@ def test_a_registered_tracker_is_used_and_its_failure_does_not_end_the_run(
     assert "tracker=mine failed (the line) and gets nothing more" in petl_log.text
 
 
+def test_an_error_before_the_first_step_closes_the_run(tiny, tmp_path, monkeypatch):
+    (tmp_path / "my_tracker.py").write_text(OWN)
+    (tmp_path / "configs" / "tracker").mkdir(parents=True)
+    own = "name: mine\nproject: verbs\n"
+    (tmp_path / "configs" / "tracker" / "mine.yaml").write_text(own)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = [*tiny.classify, "+method=lora", "imports=[my_tracker]", "tracker=mine"]
+    with pytest.raises(InputError, match=r"cache_frozen=true"):
+        train([*words, "train.cache_frozen=true"], tmp_path / "run")
+    monkeypatch.delitem(sys.modules, "my_tracker")
+    assert (tmp_path / "run" / "mine.txt").read_text().splitlines()[-1] == "finished"
+
+
 def test_tables_are_escaped_in_markdown():
     table = Table(["text", "n"], [["a | b\n<script>", 1]])
     assert table.markdown() == "| text | n |\n| --- | --- |\n| a \\| b &lt;script> | 1 |"

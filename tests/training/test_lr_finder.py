@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from contract_cases import adaptable
 from training_fixtures import launch, train
 
 import petl
+from petl.errors import InputError
 from petl.runs.settings import TrainConfig
 from petl.testing import tiny_llama
 from petl.training.lr_finder import (
@@ -148,6 +150,21 @@ def test_a_resumed_run_takes_the_learning_rate_from_its_scores(petl_log):
     found = find_lr(nothing, nothing, settings, nothing, run)
     assert (found.lr, found.head_lr) == (0.02, pytest.approx(0.1))
     assert "learning rate 0.02: a rule" in petl_log.text
+
+
+def test_a_resumed_run_whose_scores_were_deleted_finds_the_same_rate(tiny, tmp_path):
+    words = [*tiny.steady, "+method=lora", *SEARCH, "train.steps=4", "train.save_steps=2"]
+    run = train(words, tmp_path / "run")
+    rate = run.scores["find_lr"]
+    shutil.rmtree(run.path / "checkpoints" / "step-000004")
+    (run.path / "scores.json").unlink()
+    resume = [*words, f"train.resume={run.path}"]
+    assert train(resume, run.path).scores["find_lr"] == rate
+    shutil.rmtree(run.path / "checkpoints" / "step-000004")
+    (run.path / "scores.json").unlink()
+    (run.path / "lr_range.json").unlink()
+    with pytest.raises(InputError, match=r"is lost with scores\.json and lr_range\.json"):
+        train(resume, run.path)
 
 
 @pytest.mark.slow

@@ -369,12 +369,12 @@ def _what(location: str) -> str:
 def refuse_in_decoders(model: nn.Module, keys: Iterable[str], setting: str, instead: str) -> None:
     """Raise InputError for a target in a decoder, where `setting` would read future tokens."""
     causal = {sub.closing for sub in find_sublayers(model) if sub.causal}
-    causal |= {path for path, block in blocks(model) if is_causal(block)}
+    decoders = tuple(f"{path}." for path, block in blocks(model) if is_causal(block))
     # models of unknown structure are recognized by the name of their class
     decoder = re.search("ForCausalLM|LMHead", type(model).__name__)
     for key in keys:
         require(
-            key not in causal and not decoder,
+            key not in causal and not decoder and not f"{key}.".startswith(decoders),
             f"{setting} reads future tokens, and {key} belongs to a decoder; use {instead}, or "
             "leave the module out with exclude_modules",
         )

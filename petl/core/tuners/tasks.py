@@ -14,6 +14,10 @@ from petl.errors import InputError
 
 def check_tasks(tasks: Sequence[str]) -> None:
     """Raise InputError unless `tasks` are names, no two alike; `require_tasks` refuses none."""
+    require(
+        isinstance(tasks, Sequence),
+        f"tasks={tasks!r} has no order, which gives the ids of the tasks; give a list",
+    )
     for name in tasks:
         require(
             bool(name) and name.isprintable(),

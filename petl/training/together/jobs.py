@@ -168,7 +168,7 @@ def train_together(
 
     Args:
         model: the base, a model of transformers whose loss is known from its logits. Its modules
-            stay as they are.
+            stay as they are, and its parameters are frozen, as by `petl.wrap`.
         jobs: of one method (LoRA, rsLoRA, MoS, MoLA, adapter, Compacter, IncreLoRA) and on the same
             modules. Rates, schedules, seeds, alphas, dropouts and ranks may differ.
         together: the number of adapters in a pass. None: as many as have about 512 tokens in a
