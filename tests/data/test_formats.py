@@ -252,6 +252,16 @@ def learned_text(stored):
 PAST = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
+def test_a_last_answer_without_loss_is_no_answer_to_score(tmp_path):
+    silent = {"role": "assistant", "content": "c", "weight": 0}
+    raw = read(write(tmp_path, [{"messages": [*PAIR, PAST[0], silent]}]))
+    tokenizer = byte_tokenizer(pad_token="<unk>")
+    tokenizer.chat_template = CHATML
+    prompt, answer = last_answer(tokenizer, raw.train["messages"][0])
+    assert answer == "Yes?"
+    assert tokenizer.decode(prompt).endswith("assistant\n")
+
+
 @pytest.mark.parametrize(
     "row",
     [

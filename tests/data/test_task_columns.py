@@ -2,7 +2,10 @@
 
 import csv
 import json
+from decimal import Decimal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from petl.data.base import read_data
@@ -73,6 +76,17 @@ def test_pairs_of_texts_and_numbers_are_read(tmp_path):
         {"text": "one", "text_pair": "two", "label": 1.5},
         {"text": "three", "text_pair": "four", "label": -2.0},
     ]
+
+
+def test_decimal_numbers_of_parquet_are_read(tmp_path):
+    file = tmp_path / "rows.parquet"
+    scores = pa.array([Decimal("1.50"), Decimal("-2")], pa.decimal128(5, 2))
+    pq.write_table(pa.table({"text": ["a", "b"], "label": scores}), file)
+    raw = read_data(
+        {"name": "files", "source": "files", "train": str(file), "test": str(file)}
+        | {"task": "regression"}
+    )
+    assert sorted(raw.train["label"]) == [-2.0, 1.5]
 
 
 def test_words_and_tags_are_lists_or_strings_with_spaces(tmp_path):

@@ -133,6 +133,8 @@ def test_a_setting_of_a_set_that_comes_later_makes_no_other_run(folder):
             ["data.sets={a:wordnet,b:{data:reviews,streaming:true,test:reviews.csv}}"],
             "streaming:false and train_rows:N",
         ),
+        (["data.sets={a:wordnet,b:{data:reviews,order:by_class}}"], "data.order=by_class is not"),
+        (["data.sets={mean:wordnet,b:reviews}"], "a task 'mean', as the scores of all"),
         (
             ["data.sets={a:wordnet,b:{data:reviews,tasks:[x,y]}}"],
             r"data.tasks=\['x', 'y'\] divides the rows",

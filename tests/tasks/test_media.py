@@ -96,6 +96,18 @@ def test_spectrograms_are_the_output_of_the_extractor(clips, extractor, name, sh
     torch.testing.assert_close(made[name], expected)
 
 
+@pytest.mark.parametrize("samples", [1, 100])
+def test_a_clip_of_less_than_a_window_is_padded_with_silence(tmp_path, samples):
+    path = tmp_path / "click.wav"
+    wavfile.write(path, 16000, np.full(samples, 0.1, np.float32))
+    task, extractor = AudioClassification(classes=["x", "y"]), ASTFeatureExtractor(**AST)
+    made = batch(task, extractor, split([path], [0]))
+    wave = np.zeros(800, np.float32)  # 0.05 s
+    wave[:samples] = 0.1
+    expected = extractor([wave], sampling_rate=16000, return_tensors="pt")["input_values"]
+    torch.testing.assert_close(made["input_values"], expected)
+
+
 @pytest.mark.parametrize("masked", [True, False])
 def test_waves_are_padded_to_the_maximum_length(clips, masked):
     task = AudioClassification(classes=["x", "y"], max_seconds=0.25)

@@ -80,6 +80,13 @@ def test_the_answer_is_empty_if_all_windows_prefer_the_null_position(tokenizer):
     assert task.summarize_rows(values_of(encoded, task, null=1.0), encoded)["exact_match"] == 0.5
 
 
+def test_the_first_questions_may_all_be_without_an_answer(tokenizer, monkeypatch):
+    monkeypatch.setattr(QuestionAnswering, "encoded_at_once", 2)
+    task = QuestionAnswering(max_length=28, stride=8, unanswerable=True)
+    encoded = task.encode(tokenizer, rows("", "", "London"))
+    assert task.summarize_rows(values_of(encoded, task, null=1.0), encoded)["exact_match"] == 1
+
+
 def test_the_best_span_is_ordered_and_within_the_maximum_length():
     draw = torch.Generator().manual_seed(0)
     context = "abcdefghijkl"
