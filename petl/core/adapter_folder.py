@@ -22,6 +22,7 @@ from petl.files.tensor_file import check_finite
 CONFIG = "adapter_config.json"
 
 MEGATRON = "megatron.core"  # PEFT's default of the config field megatron_core
+MAX_BLOCKS = 1_000  # of a model with layer_replication; assumption: the deepest have some hundred
 # arguments of `PeftConfig.from_pretrained` that locate an adapter on the hub
 ON_THE_HUB = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
 # command that converts a pickle file to safetensors
@@ -41,8 +42,8 @@ def read_config(path: str | Path, **where: Any) -> PeftConfig:
 
     Raises:
         InputError: there is no adapter, its config cannot be read, has a value of the wrong type or
-            out of range, or makes PEFT read a file that could contain code, or its method is
-            unknown.
+            out of range, or makes PEFT read a file that could contain code or repeat blocks
+            thousands of times, or its method is unknown.
     """
     # checked before PEFT reads it, whose errors are hard to understand
     _check_config(config_file(path, **where))
@@ -57,6 +58,13 @@ def read_config(path: str | Path, **where: Any) -> PeftConfig:
         raise InputError(
             f"{path} has megatron_core={module!r}, a module that PEFT would import; allowed is "
             f"only {MEGATRON}"
+        )
+    replicas = getattr(config, "layer_replication", None) or ()
+    blocks = sum(max(end - start, 0) for start, end in replicas)
+    if blocks > MAX_BLOCKS:  # PEFT clones each
+        raise InputError(
+            f"{path} has layer_replication of {len(replicas)} ranges with {blocks:,} blocks; list "
+            f"at most {MAX_BLOCKS:,}"
         )
     start = getattr(config, "prompt_tuning_init_state_dict_path", None)
     if start and not start.endswith(".safetensors"):  # PEFT unpickles it when it creates prompts

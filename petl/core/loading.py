@@ -76,9 +76,7 @@ def load(
         _check_addable(base, config, adapter_name)
     else:
         check_adapter_name(adapter_name, base, tuner_of(config))
-    # both look at the modules that the config targets, and need no tensor of the adapter
     refuse_quantized(base, config)
-    refuse_uncalled(base.get_base_model() if isinstance(base, PeftModel) else base, config)
     # before wrapping: of a wrapped model only a remembered fingerprint is known
     present, trained_on = known_fingerprint(base), read_fingerprint(path, **where)
     insist = "--other-base (petl.load: other_base='warn')"
@@ -86,6 +84,8 @@ def load(
     with plain_folder(path, config, kwargs, fits) as (source, kwargs):
         where = {key: kwargs[key] for key in ON_THE_HUB if key in kwargs}
         found = check_file(base, config, adapter_files(source, config, **where))
+        # matches the patterns of the config, which are checked with the file
+        refuse_uncalled(base.get_base_model() if isinstance(base, PeftModel) else base, config)
         action = f"loading {path}"
         check_base(trained_on, present, found, other_base=other_base, action=action, insist=insist)
         # one that trains here is saved with the fingerprint of this base, others keep theirs
@@ -107,7 +107,7 @@ def load(
             raise InputError(
                 f"the adapter in {str(path)!r} does not fit the model: {first_line(error)}"
             ) from error
-    apply_peft_fixes(model, adapter_name, refusal(model.peft_config[adapter_name], "mixed"))
+    apply_peft_fixes(model, refusal(model.peft_config[adapter_name], "mixed"))
     enable_switching(model)
     remember_base(model, present, others)
     return model
@@ -163,7 +163,7 @@ def _add(
             model.delete_adapter(adapter_name)
         model.train(was_training)  # `load_adapter` sets evaluation mode
         raise
-    apply_peft_fixes(model, adapter_name, refusal(model.peft_config[adapter_name], "mixed"))
+    apply_peft_fixes(model, refusal(model.peft_config[adapter_name], "mixed"))
     return model
 
 

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from petl.core.compat import AuxiliaryTrainingWrapper
-from petl.errors import InputError
+from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
+from petl.errors import InputError, UnsupportedError
 
 Named = tuple[str, nn.Parameter]
 
@@ -54,6 +54,18 @@ def shared_weights(model: nn.Module) -> dict[str, str]:
         if len(names) > 1
         for name in names
     }
+
+
+def refuse_shared_targets(model: nn.Module) -> None:
+    """Raise UnsupportedError for an adapted layer that shares its weight with another."""
+    tied = shared_weights(model)
+    for path, layer in model.named_modules():
+        # PEFT only warns
+        if isinstance(layer, BaseTunerLayer) and f"{path}.base_layer" in tied:
+            raise UnsupportedError(
+                f"{path} shares its weight with {tied[f'{path}.base_layer']}, which merging would "
+                "change as well; keep the adapter, or untie the weights before training"
+            )
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

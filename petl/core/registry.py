@@ -293,7 +293,7 @@ def wrap(
         raise InputError(f"method {entry.name!r} on {type(model).__name__}: {reason}") from error
     if finish is not None:
         finish(wrapped)
-    apply_peft_fixes(wrapped, adapter_name, refusal(config, "mixed"))
+    apply_peft_fixes(wrapped, refusal(config, "mixed"))
     enable_switching(wrapped)
     remember_base(wrapped, digests)
     return wrapped
@@ -378,6 +378,12 @@ def _wrap_with_loss(
 ) -> PeftModel:
     """Wrap the model with the method in a loss's config, and add the loss."""
     entry = loss(config.name)
+    taken = config.method_config.keys() & {"model", "name"}
+    if taken:
+        raise InputError(
+            f"method_config has {' and '.join(sorted(taken))}, and takes only fields of method="
+            f"{config.method!r}; set method itself to name another one"
+        )
     entry.controller_cls.check(model, config)
     # both checks before wrapping: a refusal leaves the model unchanged
     chosen = method(config.method)

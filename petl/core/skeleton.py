@@ -24,7 +24,7 @@ from petl.files.tensor_file import Shapes
 
 
 class _Copier:
-    """Copies modules without values; what is used in two places is copied once.
+    """Copies modules without values, and their configs; what is used in two places is copied once.
 
     Parameters of a class of their own, such as quantized or sharded ones, are shared.
     """
@@ -47,6 +47,8 @@ class _Copier:
             # a method would otherwise add its hooks to the model itself
             if isinstance(value, dict):
                 value = type(value)() if "hooks" in name else copy.copy(value)
+            elif name == "config":  # PEFT writes into it: the number of replicated layers, ...
+                value = self.copies.setdefault(id(value), copy.copy(value))
             clone.__dict__[name] = value
         clone._parameters = {k: self.of_tensor(p) for k, p in module._parameters.items()}
         clone._buffers = {k: self.of_tensor(b) for k, b in module._buffers.items()}
@@ -72,8 +74,8 @@ class _Copier:
 def skeleton_of(model: nn.Module, device: str = "meta") -> Any:
     """Return a copy of a model without values, without adapters and without hooks.
 
-    It shares with the model all attributes that are neither modules nor tensors, so it is for
-    adding an adapter and looking at its tensors, not for running.
+    It shares with the model all attributes that are neither modules, tensors nor configs, so it is
+    for adding an adapter and looking at its tensors, not for running.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return _Copier(device).of_module(base)
@@ -105,7 +107,8 @@ CACHE = "_petl_expected_tensors"  # attribute of a PeftModel
 def expected_tensors(model: nn.Module, config: PeftConfig) -> Expected:
     """Add an adapter to a skeleton of a model, and return the tensors that its file must have.
 
-    A PeftModel keeps the result for the next adapter of an equal config: servers load hundreds.
+    A PeftModel keeps the result, if it takes no memory, for the next adapter of an equal config:
+    servers load hundreds.
 
     Args:
         model: the base model, or a PeftModel.
@@ -130,7 +133,8 @@ def expected_tensors(model: nn.Module, config: PeftConfig) -> Expected:
         if error.__cause__ is None or not on_meta:
             raise
         with torch.random.fork_rng(devices=[]):
-            expected = _inject(skeleton_of(model, "cpu"), config)
+            # not kept: copies of the model would copy its memory as well
+            return _inject(skeleton_of(model, "cpu"), config)
     if isinstance(model, PeftModel):
         setattr(model, CACHE, (key, expected))
     return expected
@@ -139,6 +143,8 @@ def expected_tensors(model: nn.Module, config: PeftConfig) -> Expected:
 def _inject(skeleton: Any, config: Any) -> Expected:
     if isinstance(getattr(config, "init_lora_weights", None), str):
         config.init_lora_weights = True  # others need values; shapes are the same
+    if hasattr(config, "prompt_tuning_init"):
+        config.prompt_tuning_init = "RANDOM"  # others need a tokenizer, or another file
     device = next(skeleton.parameters()).device
     try:
         # on meta, what a method creates takes no memory either

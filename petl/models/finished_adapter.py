@@ -17,6 +17,7 @@ from petl.core.auto_classes import read_labels
 from petl.core.fingerprint import check_base, known_fingerprint
 from petl.core.fingerprint import read as read_fingerprint
 from petl.core.loading import check_file, load
+from petl.core.parameters import refuse_shared_targets
 from petl.core.refusals import merge_refusal
 from petl.core.registry import method_of
 from petl.errors import InputError, UnsupportedError
@@ -77,6 +78,7 @@ def with_adapter(
 
     Raises:
         InputError: the adapter is missing, damaged, or of another base model.
+        UnsupportedError: it cannot be merged, or is on a weight that other modules share.
     """
     folder, config = folder_of(given), checked_config(given)
     extras = {name: value for name, value in vars(model).items() if name.startswith("petl_")}
@@ -90,6 +92,7 @@ def with_adapter(
         logger.info(
             "model.adapter=%s: merged without its task head, whose labels are others", given
         )
+    refuse_shared_targets(wrapped.get_base_model())
     merged = wrapped.merge_and_unload()
     vars(merged).update(extras)  # such as the modules without pretrained weights
     return merged

@@ -233,6 +233,13 @@ def test_a_config_of_a_loss_is_wrapped_with_its_method():
     assert extra_losses(seeded(config))
 
 
+@pytest.mark.parametrize("name", ["model", "name"])
+@pytest.mark.parametrize("loss", ["density", "distill"])
+def test_arguments_of_wrap_in_the_fields_of_a_method_are_refused(loss, name):
+    with pytest.raises(petl.InputError, match=f"method_config has {name}, .* of method='lora'"):
+        petl.wrap(testing.tiny_llama(), loss, method_config={name: "mola"})
+
+
 def test_fields_next_to_a_config_are_refused():
     with pytest.raises(petl.InputError, match="r, bias given next to a LoraConfig"):
         seeded(petl.get("lora")(), r=4, bias="all")

@@ -51,7 +51,7 @@ def test_a_run_with_a_quantized_base_trains_reloads_and_merges(tiny, tmp_path, p
 @pytest.mark.slow
 def test_a_method_that_needs_dense_weights_is_refused_before_training(tiny, tmp_path):
     common = [*tiny.steady, "+method=corda", "model.quantization=bnb_4bit", "method.r=2"]
-    with pytest.raises(InputError, match=r"quantised \(4bit\): corda: decompose"):
+    with pytest.raises(InputError, match=r"quantized \(4bit\): CorDA needs full-precision weights"):
         train(common, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

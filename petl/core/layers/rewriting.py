@@ -39,7 +39,8 @@ class RewritingAdapter(Adapter):
         return merged.t().contiguous() if transposed else merged
 
     def unmerge(self, weight: Tensor, *, transposed: bool) -> Tensor:
-        """Return the original weight, bit-exact."""
+        """Return the original weight, bit-exact unless the model was cast meanwhile."""
         original, self.unmerged = self.unmerged, None
         assert original is not None
+        original = original.to(weight)  # it does not move with the model
         return original.t() if transposed else original

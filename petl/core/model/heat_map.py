@@ -168,7 +168,7 @@ def draw(heat_map: HeatMap, path: Path) -> None:
     scale.ax.tick_params(labelsize=8)
     texts = [[cell_text(value) for value in row] for row in heat_map.cells]
     # a digit is about 0.6 of the font size wide; the longest number takes 0.8 of a cell
-    longest = max(len(text) for row in texts for text in row)
+    longest = max([1, *(len(text) for row in texts for text in row)])  # texts may all be empty
     points = min(MAX_POINTS, 0.8 * 72 * cell / (0.6 * longest))
     for y, row in enumerate(texts if points >= MIN_POINTS else ()):
         for x, text in enumerate(row):

@@ -9,16 +9,32 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from petl.errors import InputError, shown
 
 SECONDS = 5.0  # assumption: thousands of names take some milliseconds
 MAX_LENGTH = 10_000  # of a pattern; the longest in use have some hundred letters
-FIELDS = ("target_modules", "exclude_modules", "layers_pattern", "exclude_params")
-# repetition of a group, and references to one: these may take exponential time
-RISKY = re.compile(r"\)[*+{]|\\[1-9]|\(\?P=")
+# what PEFT makes of a pattern, matched against a complete name
+PATH, KEY = "%s", r"(.*\.)?(%s)"
+FORMS = {
+    "target_modules": PATH,
+    "exclude_modules": PATH,
+    "feedforward_modules": PATH,
+    "modules_to_save": r"(^|.*\.)%s($|\..*)",
+    "layers_pattern": r"(?:^|.*?\.)%s\.(?P<idx>\d+)\..*",
+    "exclude_params": ".*%s.*",
+    "rank_pattern": KEY,
+    "alpha_pattern": KEY,
+    "lambda_pattern": KEY,
+    "block_size_pattern": KEY,
+    "n_frequency_pattern": KEY,
+}
+# these may take exponential time: repetition of a group, also where spaces may stand before it
+# (verbose mode), and references to one
+RISKY = re.compile(r"\)[*+{]|\(\?[a-zA-Z]*x|\\[1-9]|\(\?P=")
+MAX_WAYS = 14  # to match a name: their base-2 logarithm
 MATCH = (
     "import json, re, sys\n"
     "patterns, names = json.load(sys.stdin)\n"
@@ -29,23 +45,19 @@ MATCH = (
 
 
 def patterns_of(config: Any) -> Iterator[tuple[str, str]]:
-    """Yield the regular expressions of a config, each with its field, as PEFT matches them."""
-    for field in FIELDS:
-        value = getattr(config, field, None)
-        # a list of targets holds names; other lists hold patterns
-        is_names = field in ("target_modules", "exclude_modules") and not isinstance(value, str)
-        for pattern in () if is_names or value is None else _as_list(value):
-            yield (
-                field,
-                f".*{pattern}.*" if field in ("layers_pattern", "exclude_params") else pattern,
-            )
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, field, None) or ():
-            yield field, rf"(.*\.)?({pattern})"
+    """Yield the patterns of a config, each with its field."""
+    for field, form in FORMS.items():
+        value = getattr(config, field, None) or ()
+        if isinstance(value, str):
+            yield field, value
+        elif form is not PATH:  # a list of these holds names
+            yield from ((field, pattern) for pattern in value)
 
 
-def _as_list(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
+def ways(pattern: str) -> int:
+    """Return the base-2 logarithm of about the number of ways to match a name, without `RISKY`."""
+    # a repetition ends at any of some 64 letters; a choice has two ways
+    return 6 * len(re.findall(r"[*+{]", pattern)) + len(re.findall(r"[?|]", pattern))
 
 
 def check_patterns(config: Any, names: Iterable[str]) -> None:
@@ -61,20 +73,23 @@ def check_patterns(config: Any, names: Iterable[str]) -> None:
             raise InputError(
                 f"{field} has a pattern of {len(pattern)} characters; at most {MAX_LENGTH} are read"
             )
+        expression = FORMS[field] % pattern
         try:
-            re.compile(pattern)
+            re.compile(expression)
         except (re.error, RecursionError, OverflowError) as error:
             raise InputError(
                 f"{field}={shown(pattern)} is not a regular expression: {error}"
             ) from error
-        # two repetitions take at most the cube of a name's length
-        if RISKY.search(pattern.removeprefix(r"(.*\.)?")) or len(re.findall(r"[*+{]", pattern)) > 2:
-            risky[pattern] = field
+        # the rule is a plain name, which takes no time whatever the form
+        many = ways(pattern) > 0 and ways(expression) > MAX_WAYS
+        if many or RISKY.search(expression):
+            risky[expression] = f"{field}={shown(pattern)}"
     if risky:
         _match_in_time(risky, list(names))
 
 
-def _match_in_time(patterns: dict[str, str], names: list[str]) -> None:
+def _match_in_time(patterns: Mapping[str, str], names: list[str]) -> None:
+    """Match expressions, each with how a message names it, in another process."""
     try:
         subprocess.run(
             [sys.executable, "-I", "-S", "-c", MATCH],
@@ -85,8 +100,7 @@ def _match_in_time(patterns: dict[str, str], names: list[str]) -> None:
             timeout=SECONDS,
         )
     except subprocess.TimeoutExpired as error:
-        pattern, field = next(iter(patterns.items()))
-        which = f"{field}={shown(pattern)}" if len(patterns) == 1 else f"{len(patterns)} patterns"
+        which = next(iter(patterns.values())) if len(patterns) == 1 else f"{len(patterns)} patterns"
         raise InputError(
             f"{which} took more than {SECONDS:.0f} s to match the names of {len(names)} modules; "
             "list the names of the modules instead"

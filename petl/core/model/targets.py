@@ -114,8 +114,12 @@ def expand_preset(word: str, model: nn.Module) -> list[str]:
     if word == "query-value":
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         # PEFT's default targets for LoRA by type of model
-        suffixes = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type or "")
-        matches = [n for n in names if n.endswith(tuple(f".{s}" for s in suffixes or USUAL_NAMES))]
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type or "")
+        if isinstance(known, str):  # a regular expression
+            matches = [name for name in names if re.fullmatch(known, name)]
+        else:
+            endings = tuple(f".{suffix}" for suffix in known or USUAL_NAMES)
+            matches = [name for name in names if name.endswith(endings)]
         if not matches:
             raise InputError(
                 f"target_modules='query-value' is not known for model_type={model_type!r}; "
@@ -144,6 +148,9 @@ def resolve_targets(config: Any, model: nn.Module, *, words: tuple[str, ...] = (
         preset = targets if targets in PRESETS else "block-linear"
         names = [n for n in expand_preset(preset, model) if in_layers(config, model, n)]
         config.target_modules = set(names)
+        # a name is also a suffix: "1" would match "0.1" of nested nn.Sequential
+        if not set(matched_names(config, model)) <= set(names):
+            config.target_modules = "|".join(map(re.escape, sorted(names)))
         if not names:
             raise InputError(
                 f"target_modules={targets!r} matches no module of {type(model).__name__}"

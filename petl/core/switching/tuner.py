@@ -6,6 +6,7 @@ of them N^2 times. Here idle adapters are hidden from that walk (see `AdapterDic
 still finds all of them, so forward passes work at any time, in other threads too.
 """
 
+import weakref
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
@@ -19,6 +20,7 @@ from petl.core.compat import (
     AuxiliaryTrainingWrapper,
     BaseTuner,
     BaseTunerLayer,
+    LoraModel,
     ModulesToSaveWrapper,
     freeze_ranks,
 )
@@ -392,14 +394,24 @@ def enable_switching(model: PeftModel) -> None:
         model.special_peft_forward_args |= {ARGUMENT, PASSED}
 
 
-class NotCombined:
-    """Replacement of `add_weighted_adapter` of a tuner whose result would be another update."""
+class CheckedSum:
+    """Replacement of `add_weighted_adapter` of LoRA tuners that raises if PEFT's sum is wrong."""
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
+    def __init__(self, tuner: LoraModel) -> None:
+        self.tuner = weakref.ref(tuner)  # a cycle would keep a deleted model in memory
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        raise UnsupportedError(f"add_weighted_adapter is not possible: {self.reason}")
+    def __reduce__(self) -> Any:
+        return type(self), (self.tuner(),)
+
+    def __call__(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        tuner: Any = self.tuner()
+        for name in adapters:
+            reason = _not_combined(tuner.peft_config.get(name))
+            if reason:
+                raise UnsupportedError(
+                    f"add_weighted_adapter is not possible with {name!r}: {reason}"
+                )
+        LoraModel.add_weighted_adapter(tuner, adapters, *args, **kwargs)
 
 
 class NoMixedBatches:
@@ -422,23 +434,23 @@ def refuse_mixed_batches(model: PeftModel, reason: str) -> None:
     tuner._enable_peft_forward_hooks = NoMixedBatches(reason)
 
 
-def apply_peft_fixes(model: PeftModel, adapter_name: str, not_mixed: str) -> None:
+def apply_peft_fixes(model: PeftModel, not_mixed: str) -> None:
     """Apply three fixes for PEFT to a model that it has wrapped or loaded.
 
     Freeze AdaLoRA's rank counters, raise on `adapter_names` where the tuner ignores it, and on
     `add_weighted_adapter` where it computes another sum.
 
     Args:
-        not_mixed: why the method of the adapter lacks the capability "mixed"; "": it has it.
+        not_mixed: why the method of its adapters lacks the capability "mixed"; "": it has it.
     """
     freeze_ranks(model.base_model)
     if not_mixed:
         refuse_mixed_batches(model, not_mixed)
-    reason = _not_combined(model.peft_config[adapter_name])
-    if reason:
-        tuner: Any = model.base_model
+    tuner: Any = model.base_model
+    # of PEFT's LoRA, not of its subclasses that replace the method
+    if getattr(type(tuner), "add_weighted_adapter", None) is LoraModel.add_weighted_adapter:
         # an instance attribute, as that of `refuse_mixed_batches`
-        tuner.add_weighted_adapter = NotCombined(reason)
+        tuner.add_weighted_adapter = CheckedSum(tuner)
 
 
 def _not_combined(config: Any) -> str:

@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from petl.core.compat import BaseTuner, BaseTunerLayer, drop_base_weights
+from petl.core.compat import BaseTuner, drop_base_weights
 from petl.core.layers.class_swap import AdapterDict
 from petl.core.layers.context import ForwardContext
 from petl.core.layers.layer import Adapter, AdapterLayer
-from petl.core.parameters import shared_weights
+from petl.core.parameters import refuse_shared_targets
 from petl.core.switching.tuner import SwitchingTuner
 from petl.errors import UnsupportedError
 from petl.files.tensor_file import check_finite, check_shapes
@@ -81,14 +81,7 @@ class ForwardContextTuner(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        tied = shared_weights(self.model)
-        for path, layer in self.model.named_modules():
-            # PEFT only warns
-            if isinstance(layer, BaseTunerLayer) and f"{path}.base_layer" in tied:
-                raise UnsupportedError(
-                    f"{path} shares its weight with {tied[f'{path}.base_layer']}, which merging "
-                    "would change as well; keep the adapter, or untie the weights before training"
-                )
+        refuse_shared_targets(self.model)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Raise UnsupportedError: a sum of adapters is in general none of the same kind."""

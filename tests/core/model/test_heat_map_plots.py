@@ -54,3 +54,10 @@ def test_numbers_of_a_map_are_short():
     ]
     large = [cell_text(v) for v in (3155, 9999.4, 12621, 999_600, 2e6, 3.2e9)]
     assert large == ["3155", "9999", "12.6k", "1M", "2M", "3.2G"]
+
+
+def test_a_map_without_any_value_is_drawn(tmp_path):
+    values, file = {f"blocks.{i}.first": float("nan") for i in range(3)}, tmp_path / "map.png"
+    (heat_map,) = of_layers(blocks(3), values, "map", "map", "norm")
+    draw(heat_map, file)
+    assert file.read_bytes().startswith(b"\x89PNG")

@@ -1,6 +1,8 @@
 """Target modules of a method: presets, patterns, layers, and errors with suggestions."""
 
+import json
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -365,3 +367,35 @@ def test_matched_names_equal_pefts_although_it_is_called_for_few(fields, monkeyp
     assert targets.matched_names(config, model) == expected != []
     if not isinstance(fields["target_modules"], str):
         assert len(asked) < len(names) / 2
+
+
+def test_a_wrong_pattern_for_layers_that_are_never_called_is_an_input_error(tmp_path):
+    get_peft_model(encoder(), LoraConfig(target_modules=["linear1"])).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": "("}))
+    with pytest.raises(petl.InputError, match=r"target_modules='\(' is not a regular expression"):
+        petl.load(encoder(), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["lora", "increlora"])
+def test_a_preset_reaches_no_module_whose_name_ends_as_one_of_its_own(method, tmp_path):
+    def nested():
+        return nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Linear(8, 8))
+
+    model = petl.wrap(nested(), method, target_modules="block-linear")
+    assert names_in(model) == {"0.0", "1"}
+    model.save_pretrained(tmp_path)
+    assert names_in(petl.load(nested(), tmp_path)) == {"0.0", "1"}
+
+
+def test_query_value_reads_pefts_regular_expressions():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = SimpleNamespace(model_type="gemma4")
+            self.language_model = testing.tiny_llama()
+            self.vision_tower = testing.tiny_llama()
+
+    found = targets.expand_preset("query-value", Model())
+    assert {name.split(".")[0] for name in found} == {"language_model"}
+    assert {name.split(".")[-1] for name in found} == {"q_proj", "v_proj"}

@@ -2,8 +2,11 @@
 
 import copy
 import cProfile
+import gc
+import pickle
 import random
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ import petl
 from petl import testing
 from petl.core.compat import BaseTuner, BaseTunerLayer
 from petl.core.switching.tuner import hosts_of, layers_of
+from petl.errors import UnsupportedError
 from petl.testing import Case
 
 METHODS = ["mos", "mola", "adapter"]  # with shared pools, with pools and routers, on blocks
@@ -259,3 +263,28 @@ def test_hosts_are_found_without_visiting_their_adapters():
     every = [module for module in tuner.model.modules() if isinstance(module, BaseTunerLayer)]
     assert list(layers_of(tuner.model)) == every
     assert set(hosts_of(tuner.model)) >= set(every)
+
+
+@pytest.mark.parametrize("name", ["rslora", "dora"])
+def test_a_sum_that_peft_computes_wrongly_is_refused_for_each_of_its_adapters(name):
+    fields = {"r": 2, "target_modules": ["q_proj"]}
+    model = petl.wrap(testing.tiny_llama(), name, **fields)
+    model.add_adapter("plain", petl.build_config("lora", **fields))
+    model.add_adapter("other", petl.build_config(name, **fields))
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        each.add_weighted_adapter(["plain"], [0.5], "less", "linear")
+        for wrong in ("default", "other"):
+            with pytest.raises(UnsupportedError, match=f"not possible with '{wrong}'"):
+                each.add_weighted_adapter(["plain", wrong], [1.0, 1.0], "sum", "linear")
+        assert list(each.peft_config) == ["default", "plain", "other", "less"]
+
+
+def test_a_model_is_freed_when_it_is_deleted():
+    model = petl.wrap(testing.tiny_llama(), "lora", target_modules=["q_proj"])
+    weight = weakref.ref(model.get_parameter("base_model.model.lm_head.weight"))
+    gc.disable()
+    try:
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
