@@ -242,6 +242,23 @@ def start(seed: int, precision: str, launch: Launch | None = None) -> Accelerato
     return make_accelerator(launch or Launch(), precision)
 
 
+@contextmanager
+def accelerate_restored() -> Generator[None]:
+    """Restore the state that all Accelerators of a process share, if there is one, after the block.
+
+    The precision and the accumulation of a caller's own would become those of the one made here.
+    """
+    shared = [state._shared_state for state in (AcceleratorState, GradientState)]
+    kept = [dict(state) for state in shared]
+    try:
+        yield
+    finally:
+        for state, values in zip(shared, kept, strict=True):
+            if values:
+                state.clear()
+                state.update(values)
+
+
 # Training
 
 

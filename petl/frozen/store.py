@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -130,8 +131,16 @@ def present(folder: Path, computation: str) -> set[str]:
         folder: of stores.
         computation: as `Prober.computation`.
     """
-    found = (read_json(file) for file in folder.glob(f"*/{CONTENT}/{ABOUT}"))
-    return {about["rows"] for about in found if about.get("computation") == computation}
+    rows = set[str]()
+    for file in folder.glob(f"*/{CONTENT}/{ABOUT}"):
+        try:
+            about = read_json(file, dict[str, Any])
+        except InputError as error:  # a run would make the store again
+            logger.warning("skipping a store: %s", error)
+            continue
+        if about.get("computation") == computation:
+            rows.add(about["rows"])
+    return rows
 
 
 def write(

@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import torch
 
 from petl.core.progress import Pass
 from petl.data.inputs import read_inputs
+from petl.distributed.launch import accelerate_restored
 from petl.errors import InputError, first_line, shown
 from petl.export.saved_adapter import find
 from petl.prediction.columns import data_settings
 from petl.prediction.evaluation import evaluate_saved
 from petl.prediction.predictor import Predictor, predicted
+from petl.runs.checkpoint import rng_state, set_rng
 
 Data = str | Path | Iterable[str | Path] | Iterable[Mapping[str, Any]]
 
@@ -92,15 +95,21 @@ def evaluate(
         InputError: there is no such run; a file, row, label or setting is wrong.
     """
     names, rows = ([], None) if data is None else files_or_rows(data)
-    return evaluate_saved(
-        find(run, trust_remote_code=trust_remote_code),
-        names,
-        words_of(columns),
-        None if out is None else Path(out),
-        rows=rows,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-    )
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    random_states = rng_state(device)
+    try:
+        with accelerate_restored():
+            return evaluate_saved(
+                find(run, trust_remote_code=trust_remote_code),
+                names,
+                words_of(columns),
+                None if out is None else Path(out),
+                rows=rows,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+            )
+    finally:
+        set_rng(random_states, device)  # those of the caller: the evaluation seeds them
 
 
 def files_or_rows(data: Data) -> tuple[list[str], list[Mapping[str, Any]] | None]:

@@ -18,7 +18,7 @@ from petl.core.read_positions import skip_unread
 from petl.core.switching.lora import fuse_lora
 from petl.data.base import encode
 from petl.data.batch_sampler import chunks
-from petl.distributed.launch import start
+from petl.distributed.launch import Launch, accelerate_restored, make_accelerator
 from petl.errors import InputError
 from petl.export.saved_adapter import Saved, find
 from petl.tasks.base import Columns, Prediction, Row, Task
@@ -38,6 +38,7 @@ class Predictor:
         batch_size: rows of a batch.
         max_new_tokens: maximum length of a generated answer.
         columns: the run's settings under `data`.
+        precision: "no" or "bf16", for autocast.
 
     Raises:
         InputError: a number is below 1.
@@ -50,6 +51,7 @@ class Predictor:
     batch_size: int
     max_new_tokens: int
     columns: Mapping[str, Any]
+    precision: str = "no"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens"):
@@ -71,7 +73,9 @@ class Predictor:
             run: its folder; this and the others as of `petl.predict`.
         """
         saved = find(run, trust_remote_code=trust_remote_code)
-        return cls.of(saved, batch_size, max_new_tokens)
+        # loading draws initial values, which the saved ones replace
+        with accelerate_restored(), torch.random.fork_rng(devices=[]):
+            return cls.of(saved, batch_size, max_new_tokens)
 
     @classmethod
     def of(
@@ -79,7 +83,7 @@ class Predictor:
     ) -> "Predictor":
         """Load the model of a saved adapter; limits that are None are those of its run."""
         task, train = saved.saved_task, saved.run_config.train if saved.run else None
-        accelerator = start(0, saved.precision)  # a seed, which prediction does not use
+        accelerator = make_accelerator(Launch(), saved.precision)
         model = saved.model()
         if train is not None and train.fuse_lora:  # the same kernels as in training
             fuse_lora(model)
@@ -89,7 +93,13 @@ class Predictor:
         # not by `or`: 0 is refused and no default
         most = task.generate or NEW_TOKENS if max_new_tokens is None else max_new_tokens
         size = default if batch_size is None else batch_size
-        return cls(model, task, saved.processor(), accelerator, size, most, saved.columns)
+        limits = (size, most, saved.columns, saved.precision)
+        return cls(model, task, saved.processor(), accelerator, *limits)
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the run; that of Accelerate is the one of its last Accelerator."""
+        device = self.accelerator.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16")
 
     @property
     def window(self) -> int:
@@ -119,7 +129,7 @@ class Predictor:
         values: dict[int, np.ndarray] = {}
         for part in shown(chunks(longest_first(lengths), self.batch_size), rows):
             batch = to_device(collate([encoded[i] for i in part]), self.accelerator.device)
-            with self.accelerator.autocast():
+            with self.autocast():
                 outputs = self.model(**batch)
             found = self.task.predict(outputs, batch).cpu().numpy()
             values |= dict(zip(part, found, strict=True))
@@ -133,7 +143,7 @@ class Predictor:
         order = [i for i in longest_first([len(prompt) for prompt in prompts]) if prompts[i]]
         found: dict[int, Prediction] = {}
         for part in shown(chunks(order, self.batch_size), rows):
-            with self.accelerator.autocast():
+            with self.autocast():
                 asked = [prompts[i] for i in part]
                 names = self.task.tasks
                 ids = [names.index(rows[i][COLUMN]) for i in part] if names else None

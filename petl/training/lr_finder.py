@@ -141,6 +141,7 @@ def run_test(
 ) -> RangeTest:
     """Train a copy of the adapter at rising learning rates."""
     each = replace(settings, log_steps=1)  # so that `fetch` returns one step
+    splits = replace(splits, stages=None)  # class by class, it would see the first ones alone
     if is_sharded(model):
         with restored(model, accelerator, run), for_training(model, settings):
             return RisingLoop(model, splits, each, accelerator, run).run_while_it_learns()

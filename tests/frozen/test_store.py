@@ -36,6 +36,14 @@ def test_rows_are_read_as_they_were_written(tmp_path, dtype):
     assert size_of(form, 3, 6) <= files <= size_of(form, 3, 6) + 1500  # headers
 
 
+def test_a_damaged_store_hides_no_others(tmp_path, petl_log):
+    for name, rows in (("one", "r1"), ("two", "r2")):
+        write(tmp_path / name, FORM, KEYS, LENGTHS, parts(), computation="c", rows=rows)
+    (tmp_path / "two" / CONTENT / "store.json").write_text('{"rows": ')
+    assert store.present(tmp_path, "c") == {"r1"}
+    assert "skipping a store" in petl_log.text
+
+
 def test_a_store_that_was_not_finished_is_absent(tmp_path):
     def broken():
         yield parts()[0]

@@ -1,10 +1,14 @@
 """`petl.predict` and `petl.evaluate`: files and rows, as the commands."""
 
 import json
+import random
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from kept_runs import lines
 
@@ -64,6 +68,25 @@ def test_values_of_numpy_are_read_as_pythons(predictor):
     assert [row for _, row in read_inputs([], two, {}, rows=labeled, labels=True)] == [
         {"text": "a", "label": 1}
     ]
+
+
+def test_the_accelerator_and_the_random_states_of_the_caller_stay(kept_run, families):
+    run = kept_run("regression")
+    for state in (AcceleratorState, GradientState):  # of other runs of this process
+        state._reset_state()
+    own = Accelerator(gradient_accumulation_steps=3, mixed_precision="bf16", cpu=True)
+    random_states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    row = [{"text": "the cat", "more": "x"}]
+    predictor = petl.Predictor.load(run.path)
+    (found,) = petl.predict(predictor, row)
+    petl.evaluate(run.path)
+    assert (own.gradient_accumulation_steps, own.mixed_precision) == (3, "bf16")
+    assert torch.equal(torch.get_rng_state(), random_states[0])
+    assert random.getstate() == random_states[1]
+    assert np.random.get_state()[1].tolist() == random_states[2]
+    for state in (AcceleratorState, GradientState):
+        state._reset_state()
+    assert petl.predict(run.path, row) == [found]  # in float32, as the run
 
 
 def test_a_limit_of_a_call_is_not_that_of_the_next(kept_run):

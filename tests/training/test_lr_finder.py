@@ -15,6 +15,7 @@ import petl
 from petl.errors import InputError
 from petl.runs.settings import TrainConfig
 from petl.testing import tiny_llama
+from petl.training import lr_finder
 from petl.training.lr_finder import (
     HIGH,
     LOW,
@@ -150,6 +151,21 @@ def test_a_resumed_run_takes_the_learning_rate_from_its_scores(petl_log):
     found = find_lr(nothing, nothing, settings, nothing, run)
     assert (found.lr, found.head_lr) == (0.02, pytest.approx(0.1))
     assert "learning rate 0.02: a rule" in petl_log.text
+
+
+def test_a_run_class_by_class_is_tested_on_all_of_them(tiny, tmp_path, monkeypatch):
+    seen, load = set(), lr_finder.load
+
+    def recorded(*args):
+        for batch in load(*args):
+            seen.update(batch["labels"].tolist())
+            yield batch
+
+    monkeypatch.setattr(lr_finder, "load", recorded)
+    words = ["data.order=by_class", "train.steps=null", "train.batch_size=4"]
+    words += ["train.find_lr=true", "train.find_lr_steps=10"]
+    train([*tiny.classify, "+method=lora", *words], tmp_path)
+    assert seen == {0, 1, 2}
 
 
 def test_a_resumed_run_whose_scores_were_deleted_finds_the_same_rate(tiny, tmp_path):
