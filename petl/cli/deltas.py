@@ -136,12 +136,13 @@ Write one adapter from several: their sum (linear), or the sum of what is left o
 by magnitude, by election of signs (ties), or at random (dare_linear, dare_ties).
 
   petl combine runs/verbs runs/nouns --out both --method ties --density 0.3
-  petl combine runs/lora runs/mola --out both --level update"""
+  petl combine runs/lora runs/mos --out both --level update"""
 
 
 def compress(arguments: argparse.Namespace) -> None:
     """Write a compressed adapter, and print what was kept and how the outputs compare."""
     from petl.core.adapter_folder import weights_file
+    from petl.core.compressed import compressed_file
     from petl.deltas.adapters import read, write_compressed
     from petl.deltas.measured import compress_best, difference_of
     from petl.export.checked_folder import refuse_taken
@@ -173,7 +174,8 @@ def compress(arguments: argparse.Namespace) -> None:
     echo(f"kept {kept:,} of {found.numel:,} values, {found.bits:.3f} bits each", end=" ")
     echo(f"(density {found.settings['density']:g}, alpha {found.settings['alpha']})")
     # of the weights alone: the other files are the same
-    before, after = weights_file(saved.adapter).stat().st_size, (out / FILE).stat().st_size
+    weights = compressed_file(saved.adapter) or weights_file(saved.adapter)
+    before, after = weights.stat().st_size, (out / FILE).stat().st_size
     echo(f"{size(before)} -> {size(after)} ({before / after:.1f} times smaller) in {out}")
     # with --scope global, the largest values may leave none to a tensor of small ones
     emptied = [name for name, count in found.kept.items() if not count]

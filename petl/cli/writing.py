@@ -52,7 +52,7 @@ def add_parsers(add: Add) -> None:
         "--batch-size",
         metavar="N",
         type=COUNT,
-        help=f"prompts at a time (default: {BATCH}; 1 with --drafter, --stats or --prompt-lookup)",
+        help=f"prompts at a time (default: {BATCH}; 1 with a drafter, --stats or --prompt-lookup)",
     )
     _add_sampling(generate)
     generate.add_argument(
@@ -129,7 +129,8 @@ PROMPT_LOOKUP = (
 
 DRAFTER = (
     "what guesses tokens ahead, for the same answer in less time: free (copies and recycles "
-    "tokens), none, the folder of a drafter, or auto, the run's own or else free (default: auto)"
+    "tokens), lookup or recycling (one of the two), none, the folder of a drafter, or auto, the "
+    "run's own or else free (default: auto)"
 )
 
 GENERATE = """\
@@ -200,9 +201,10 @@ def sampling_of(arguments: argparse.Namespace) -> "Sampling":
 def generate(arguments: argparse.Namespace) -> None:
     """Answer the prompts; print the answers, or write them to a file."""
     if arguments.out is not None:
-        from petl.prediction.tables import check_format
+        from petl.prediction.files import Output
 
-        check_format("--out", arguments.out)  # before the model is loaded
+        read = [] if arguments.file is None else [arguments.file]
+        Output(arguments.out).check(read)  # before the model is loaded
     sampling = sampling_of(arguments)
     batch_size = _batch_size(arguments)
     model = load(arguments)

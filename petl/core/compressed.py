@@ -24,9 +24,10 @@ from petl.files.tensor_file import Shapes, read_shapes
 from petl.ops.ternary import FILE, Ternary
 
 # tensors of PEFT's methods that are no differences from 0: norms of weights, factors that start at
-# 1, random matrices that stay as they are, rows of an embedding
+# another value, random matrices that stay as they are, rows of an embedding
 WHOLE = re.compile(
-    r"\.(lora_magnitude_vector|delora_w_norm|boft_s|(p?vera|randlora)_[AB]|trainable_tokens_delta)$"
+    r"\.(lora_magnitude_vector|delora_(w_norm|lambda)|boft_s|p?vera_([AB]|lambda_d)|"
+    r"randlora_([AB]|gamma)|trainable_tokens_delta)$"
 )
 
 
@@ -145,7 +146,7 @@ def plain_folder(
         check: called with the shapes of a compressed adapter and the name of its file before any
             tensor is allocated; raises if they do not fit.
     """
-    file = compressed_file(path, **where)
+    file = compressed_file(path, **{k: v for k, v in where.items() if k in ON_THE_HUB})
     if file is None:
         yield path, dict(where)
         return

@@ -32,6 +32,7 @@ def read_inputs(
     *,
     rows: Iterable[Mapping[str, Any]] | None = None,
     labels: bool = False,
+    any_kind: bool = False,
     setting: str = "FILE",
 ) -> Iterator[tuple[Row, Row]]:
     """Yield the rows of files, with all of their columns and as `task.encode_rows` reads them.
@@ -44,6 +45,8 @@ def read_inputs(
         settings: those under `data` of the run that the task is of, which name columns.
         labels: True if rows have labels, answers or targets; else these columns need not exist, and
             are absent from the task's rows. Of a conversation the last answer is then left out.
+        any_kind: True if both conversations and plain texts may be read, whichever of the two the
+            task learns.
         setting: that names the files, for messages.
 
     Raises:
@@ -66,7 +69,7 @@ def read_inputs(
         columns: TaskColumns = MultitaskColumns(source, task, labeled=labels)
     else:
         columns = columns_of(source, labeled=labels)
-    if isinstance(columns, CausalLMColumns) and isinstance(task, CausalLM):
+    if isinstance(columns, CausalLMColumns) and isinstance(task, CausalLM) and not any_kind:
         columns.restrict(task)
 
     def choose(present: Iterable[str], origin: str) -> list[str]:

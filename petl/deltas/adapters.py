@@ -17,6 +17,7 @@ import torch
 from peft import PeftConfig
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import CONFIG_NAME
 
 from petl.core.adapter_file import WEIGHTS
 from petl.core.adapter_folder import read_config, read_weights, weights_file
@@ -33,19 +34,31 @@ from petl.deltas.compress import Setting, compress_each
 from petl.deltas.prune import Q, prune
 from petl.deltas.states import coded_names
 from petl.errors import InputError
-from petl.export.checked_folder import draft_of, refuse_taken
+from petl.export.checked_folder import draft_of, refuse_changed_base, refuse_taken
 from petl.files.disk import check_links, copy_file, write_atomic
 from petl.files.read import parse_yaml, read_text, with_shape
 from petl.ops.ternary import FILE, State, Ternary
-from petl.runs.card_code import front_matter
+from petl.runs.card_code import BASE, front_matter
 
-FULL_WEIGHTS = {"LN_TUNING": "layer norms", "TRAINABLE_TOKENS": "rows of the embedding"}
+# what methods save that change weights in place
+FULL_WEIGHTS = {
+    "LN_TUNING": "full layer norms",
+    "TRAINABLE_TOKENS": "full rows of the embedding",
+    "PETL_PELA": "low-rank layers in place of the base's",
+}
 CARD = "README.md"
 FRONT_MATTER = re.compile(r"---\n(.*?)^---\n", re.DOTALL | re.MULTILINE)
 RESULTS = ("metrics", "model-index")  # fields of a card with scores of the adapter
+# fields that say what tensors mean: equal ones with another value are another update
 SAME = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "scaling")
+SAME += ("randlora_alpha", "psoft_alpha", "shadow_alpha", "regularization_alpha")
 SAME += ("use_dora", "bias")  # their complete weights are not compared
-SAME += ("random_loc_seed", "projection_prng_key")  # of what FourierFT and VeRA do not save
+# of what FourierFT, VeRA, TinyLoRA and Uni-LoRA do not save
+SAME += ("random_loc_seed", "projection_prng_key", "projection_seed", "proj_seed")
+# of bottlenecks, experts, vector banks, PST, SHERL, ICV, and the orthogonal methods OFT and HRA
+SAME += ("non_linearity", "act_fn", "placement", "top_k", "topk", "beta", "gate_temperature")
+SAME += ("strength", "scale", "mode", "keep_norm")
+SAME += ("coft", "use_cayley_neumann", "num_cayley_neumann_terms", "apply_GS")
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,7 @@ def read(folder: str | Path) -> Material:
     """
     folder = Path(folder)
     config = read_config(folder)
+    refuse_changed_base(folder, config)
     compressed = compressed_file(folder)
     if compressed is None:
         state = dict(read_weights(weights_file(folder)))
@@ -87,7 +101,10 @@ def read(folder: str | Path) -> Material:
         state = expanded(config, compressed)
     kind = type_of(config)
     if kind in FULL_WEIGHTS:
-        raise InputError(f"{folder}: {kind} saves full {FULL_WEIGHTS[kind]}, not what they changed")
+        raise InputError(
+            f"{folder}: {kind} saves {FULL_WEIGHTS[kind]}, not what they changed, so that there is "
+            "nothing to compress, prune or combine"
+        )
     # uint8 in an adapter file: signs packed by the method binary
     codes = [name for name, tensor in state.items() if tensor.dtype == torch.uint8]
     if codes:
@@ -203,12 +220,16 @@ def new_folder(out: Path) -> Generator[Path]:
 
 
 def copy_others(folder: Path, out: Path) -> None:
-    """Copy the files of an adapter folder but its weights."""
+    """Copy the files of an adapter folder but its weights, and the config of a random base."""
     check_links(folder)
-    # files only: subfolders hold no part of the adapter itself
+    # other subfolders hold no part of the adapter
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.name not in (WEIGHTS, FILE):
             copy_file(file, out / file.name)
+    base = Path(BASE, CONFIG_NAME)
+    if (folder / base).is_file():
+        (out / BASE).mkdir(exist_ok=True)
+        copy_file(folder / base, out / base)
 
 
 def amend_card(card: Path, *notes: str) -> None:
@@ -336,7 +357,6 @@ def combine_tensors(
     """
     first = materials[0]
     for other in materials[1:]:
-        # equal tensors with another scale are another update
         for key in ("peft_type", *SAME):
             one, two = (
                 type_of(m.config) if key == "peft_type" else getattr(m.config, key, None)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from petl.core.progress import Shown
 from petl.deltas.prune import apply, extract, prune
-from petl.deltas.states import free_names
+from petl.deltas.states import names_without
 from petl.errors import InputError, first_line
 from petl.export.checked_folder import draft_of, refuse_taken
 from petl.files.disk import check_links, copy_file
@@ -33,7 +33,8 @@ def prune_model(
         exclude: regular expressions of tensors that stay those of `tuned`.
 
     Returns:
-        The number of values that were changed by training and kept, and of all changed ones.
+        The number of values that were changed by training and kept, and of all changed ones, both
+        without excluded tensors.
 
     Raises:
         InputError: a folder has no safetensors files, they differ in tensors, or are quantized.
@@ -52,19 +53,20 @@ def prune_model(
         for file in Shown(files, "pruning", unit="files"):
             # one shard in memory; the base may be split in another way
             metadata, own = read_file(file)
-            missing = sorted(own.keys() - places.keys())
+            # excluded ones may be absent from the base, or of another shape there
+            free = {name: own[name] for name in names_without(own, excluded)}
+            missing = sorted(free.keys() - places.keys())
             if missing:
                 raise InputError(f"{base} has no tensor {missing[0]}, which {tuned} has")
             # only the tensors of this shard
-            theirs = read_some(places, own)
-            delta = extract(own, theirs)
-            free = free_names(delta, excluded)
-            chosen += len(free)
+            theirs = read_some(places, free)
+            delta = extract(free, theirs)
+            chosen += len(delta)
             # a shard may have excluded tensors alone
-            pruned = prune(delta, drop, exclude=excluded, **settings) if free else delta
+            pruned = prune(delta, drop, **settings) if delta else {}
             changed += sum(int((tensor != 0).sum()) for tensor in delta.values())
             kept += sum(int((tensor != 0).sum()) for tensor in pruned.values())
-            save_file(apply(theirs, pruned), draft / file.name, metadata)
+            save_file({**own, **apply(theirs, pruned)}, draft / file.name, metadata)
         if not chosen:
             raise InputError(f"{tuned} has no floating-point tensor that is not excluded")
     return kept, changed

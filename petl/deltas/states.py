@@ -46,15 +46,20 @@ def free_names(state: State, exclude: Iterable[str] = ()) -> list[str]:
     Raises:
         InputError: a pattern is no regular expression.
     """
+    return [name for name in names_without(state, exclude) if state[name].is_floating_point()]
+
+
+def names_without(names: Iterable[str], exclude: Iterable[str]) -> list[str]:
+    """Return the sorted names that no pattern of `exclude` is found in.
+
+    Raises:
+        InputError: a pattern is no regular expression.
+    """
     try:
         patterns = [re.compile(pattern) for pattern in exclude]
     except re.error as error:
         raise InputError(f"exclude={list(exclude)!r}: {error}") from error
-    return [
-        name
-        for name, tensor in sorted(state.items())
-        if tensor.is_floating_point() and not any(p.search(name) for p in patterns)
-    ]
+    return [name for name in sorted(names) if not any(p.search(name) for p in patterns)]
 
 
 def coded_names(state: State, exclude: Iterable[str] = ()) -> list[str]:

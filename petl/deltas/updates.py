@@ -28,6 +28,7 @@ from petl.deltas.adapters import (
 from petl.deltas.combine import combine
 from petl.deltas.states import coded_names, one_of
 from petl.errors import InputError, UnsupportedError, shown
+from petl.export.checked_folder import refuse_changed_base
 from petl.export.conversion import as_lora, ranked_config, save_lora
 from petl.export.saved_adapter import find
 
@@ -55,12 +56,13 @@ def update_of(folder: str | Path, *, trust_remote_code: bool = False) -> Update:
 
     Raises:
         InputError: there is no adapter, its base model cannot be loaded, or the method's update is
-            not a matrix per layer.
+            not a matrix per layer, added to the base weights.
     """
     saved = find(folder, trust_remote_code=trust_remote_code)
     refusal = lora_refusal(saved.config)
     if refusal:
         raise UnsupportedError(f"{folder}: {refusal}")
+    refuse_changed_base(saved.adapter, saved.config)
     model = saved.dense().model()
     try:
         refuse_more_than_factors(model)

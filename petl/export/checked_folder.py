@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import Tensor
@@ -20,7 +20,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from petl.core.compat import BaseTunerLayer
 from petl.core.progress import Shown
-from petl.errors import InputError, RunStopped
+from petl.core.spec.method import modifies_base_weights
+from petl.errors import InputError, RunStopped, UnsupportedError
 from petl.files.disk import write_atomic
 from petl.tasks.base import IGNORED
 
@@ -185,6 +186,17 @@ def unwrap_trained(model: PeftModel, *, keep: bool) -> None:
 
 
 # Writing
+
+
+def refuse_changed_base(folder: Path, config: PeftConfig) -> None:
+    """Raise UnsupportedError for tensors that are not what training added to the base model."""
+    if modifies_base_weights(config):
+        start = getattr(config, "init_lora_weights", None)
+        raise UnsupportedError(
+            f"{folder} has init_lora_weights={start!r}, which takes its start out of the base "
+            "weights, so that its tensors alone are not what training changed: save it with "
+            "path_initial_model_for_weight_conversion, or write a merged model with `petl merge`"
+        )
 
 
 def refuse_taken(out: Path) -> None:

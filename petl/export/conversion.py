@@ -25,7 +25,7 @@ from petl.core.model.targets import matched_names
 from petl.core.progress import Pass, Shown
 from petl.core.refusals import is_lora, lora_refusal, merge_refusal
 from petl.errors import UnsupportedError
-from petl.export.checked_folder import Reference, unwrap_trained
+from petl.export.checked_folder import Reference, refuse_changed_base, unwrap_trained
 from petl.export.saved_adapter import Saved
 from petl.files.disk import copy_file
 
@@ -65,6 +65,7 @@ def write_lora(saved: Saved, folder: Path, *, other_base: str) -> tuple[PeftMode
     refusal = lora_refusal(saved.config)
     if refusal:
         raise UnsupportedError(refusal)
+    refuse_changed_base(saved.adapter, saved.config)
     model = saved.model(other_base=other_base)
     adapted = Reference.of(model, saved.batches())
     # a LoRA is copied, and any other adapter converted

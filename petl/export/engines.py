@@ -4,7 +4,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import CONFIG_NAME
+
 from petl.core.adapter_folder import read_config
+from petl.runs.card_code import BASE
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes
 
@@ -17,7 +20,9 @@ def serving_lines(folder: Path) -> list[str]:
     config: Any = read_config(folder)
     if config.task_type != "CAUSAL_LM":
         return []
-    reason = refusal(config)
+    # beside an adapter, the config of a base that has no weights on disk
+    is_random = (folder / BASE / CONFIG_NAME).is_file()
+    reason = "its base model has random weights" if is_random else refusal(config)
     if reason:
         return [f"vLLM and SGLang cannot serve it: {reason}; `petl serve` and a merged model can"]
     base = shlex.quote(config.base_model_name_or_path)

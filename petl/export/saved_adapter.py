@@ -57,6 +57,7 @@ from petl.training.evaluate import score as score_model
 ROWS, BATCH, TOKENS = 32, 8, 16
 CLASSIFIERS = {"SEQ_CLS": Classification, "TOKEN_CLS": TokenClassification}  # by PEFT's type
 OTHERS = ("QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
+PAIRED = ("SEQ_CLS", "QUESTION_ANS")  # of them, those whose rows may have two texts
 logger = logging.getLogger(__name__)
 
 
@@ -229,8 +230,7 @@ class Saved:
             if isinstance(self.task, MediaTask):
                 rows = self.task.random_rows(processor, ROWS, draw)
             else:
-                ids = torch.randint(len(processor), (ROWS, TOKENS), generator=draw)
-                rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                rows = self._random_texts(processor, draw)
             batches = [
                 {name: values[start : start + BATCH] for name, values in rows.items()}
                 for start in range(0, ROWS, BATCH)
@@ -246,6 +246,24 @@ class Saved:
         dtype = DTYPES[self.settings["model"].get("dtype", "float32")]
         labels = self.task.label_columns
         return [to_device(as_inputs(batch, labels, dtype), device()) for batch in batches]
+
+    def _random_texts(self, tokenizer: Any, draw: torch.Generator) -> Batch:
+        """Rows of random tokens, with all inputs that texts of the task may have."""
+        source = read_source(self.settings["model"])
+        with loading(source):
+            config = source.config()
+        ids = torch.randint(len(tokenizer), (ROWS, TOKENS), generator=draw)
+        end, types = getattr(config, "eos_token_id", None), getattr(config, "type_vocab_size", 0)
+        # BART's classifier reads the last end token, and refuses rows with other numbers of them
+        if end in range(len(tokenizer)):
+            ids[ids == end] = (end + 1) % len(tokenizer)
+            ids[:, -1] = end
+        rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        # without them, an exported graph would take two texts for one
+        takes_types = types and "token_type_ids" in tokenizer.model_input_names
+        if takes_types and self.task.peft_task_type in PAIRED:
+            rows["token_type_ids"] = torch.randint(types, ids.shape, generator=draw)
+        return rows
 
 
 def device() -> torch.device:

@@ -13,10 +13,14 @@ from typing import TypedDict
 from petl.core import fingerprint
 from petl.core.adapter_folder import CONFIG, read_config, read_weights, weights_file
 from petl.core.auto_classes import read_labels
+from petl.core.compressed import compressed_file
 from petl.errors import InputError
 from petl.files.paths import LABELS
 from petl.files.read import read_json
 from petl.files.tensor_file import read_shapes
+from petl.methods.pela.export import RANKS
+from petl.ops.ternary import FILE as TERNARY
+from petl.ops.ternary import Ternary
 from petl.runs.card_code import BASE
 from petl.runs.model_card import README
 from petl.tasks.task_file import FILE as TASK
@@ -25,21 +29,28 @@ from petl.tasks.task_file import read_task
 MODEL = "config.json"  # a complete model has it, and no adapter_config.json
 INDEX = "model.safetensors.index.json"
 ADAPTERS = [
-    *(CONFIG, "adapter_model.safetensors", LABELS, TASK, fingerprint.FILE),
+    *(CONFIG, "adapter_model.safetensors", TERNARY, LABELS, TASK, fingerprint.FILE),
     f"{BASE}/{MODEL}",  # of a base model with random weights
 ]
-MODELS = [MODEL, "generation_config.json", "model.safetensors", INDEX]
+MODELS = [
+    *(MODEL, "generation_config.json", "model.safetensors", INDEX),
+    RANKS,  # of low-rank layers, as `petl export --small` writes them
+]
 BOTH = [
     *(README, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "normalizer.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "normalizer.json", "bpe.codes", "dict.txt"),
+    *("source.spm", "target.spm", "target_vocab.json", "vocab-src.json", "vocab-tgt.json"),
+    *("prophetnet.tokenizer", "entity_vocab.json", "byte_maps.json", "emoji.json"),
+    *("word_shape.json", "word_pronunciation.json"),
     *("chat_template.jinja", "chat_template.json"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
 ]
 # parts of the weights; sentencepiece's vocabularies; further chat templates
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 NAMED = re.compile(
-    r"(tokenizer|spiece|sentencepiece(\.bpe)?)\.model|additional_chat_templates/\w+\.jinja"
+    r"(tokenizer|spiece|spm(_char)?|sentencepiece(\.bpe)?)\.model|"
+    r"additional_chat_templates/\w+\.jinja"
 )
 
 
@@ -73,7 +84,10 @@ def check(folder: Path) -> str:
     """
     if (folder / CONFIG).is_file():
         read_config(folder)
-        read_weights(weights_file(folder))
+        if compressed_file(folder) is None:
+            read_weights(weights_file(folder))
+        if (folder / TERNARY).is_file():
+            Ternary.load(folder / TERNARY)
         read_labels(folder)
         read_task(folder)
         fingerprint.read(folder)
@@ -85,6 +99,8 @@ def check(folder: Path) -> str:
         if not (folder / name).is_file():
             raise InputError(f"{folder} has no {name}, and petl reads no other format of weights")
         read_shapes(folder / name)
+    if (folder / RANKS).is_file():
+        read_json(folder / RANKS, dict[str, dict[str, int]])
     return "model"
 
 

@@ -49,7 +49,7 @@ def read_prompts(
         task = CausalLM(**lengths)
     # no system prompt from the columns: `encode` adds the one that is given
     columns = {**model.columns, "system": None} if system is not None else model.columns
-    for row, read in read_inputs([file], task, columns, setting="--file"):
+    for row, read in read_inputs([file], task, columns, any_kind=True, setting="--file"):
         yield Question(row, read["messages"] if "messages" in read else read["text"])
 
 

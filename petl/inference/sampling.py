@@ -71,7 +71,8 @@ class Sampling:
             # neutral values, or transformers warns of those in the model's generation config
             given = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
         else:
-            given = {"do_sample": True, **chosen}
+            # 0: transformers would take 50 where neither of the two has a value
+            given = {"do_sample": True, "top_k": defaults.top_k or 0, **chosen}
         if self.repetition_penalty is not None:
             given["repetition_penalty"] = self.repetition_penalty
         if self.prompt_lookup is not None:

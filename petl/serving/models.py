@@ -113,9 +113,14 @@ def check_same_base(found: Mapping[str, Saved | Mapping[str, Any]]) -> None:
     bases = {name: base_of(model_settings(each)) for name, each in found.items()}
     first, *others = bases
     for name in others:
-        if bases[name] != bases[first]:
+        differing = [key for key in bases[name] if bases[name][key] != bases[first][key]]
+        if differing:
+            one, other = (
+                ", ".join(f"{key}={bases[each][key]}" for key in differing)
+                for each in (first, name)
+            )
             raise InputError(
-                f"{first!r} is on {bases[first][0]} and {name!r} on {bases[name][0]}: a server has "
+                f"{first!r} is on a base with {one} and {name!r} on one with {other}: a server has "
                 "one base model; start another one with --port"
             )
         # the same base model, but one of the two has no adapter
@@ -123,13 +128,14 @@ def check_same_base(found: Mapping[str, Saved | Mapping[str, Any]]) -> None:
             raise InputError(f"{name!r} and {first!r} are not both adapters; serve one of them")
 
 
-def base_of(settings: Mapping[str, Any]) -> tuple[str, Any, Any]:
-    """What identifies a base model: its place, revision and quantization."""
+def base_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies a base model: its place, revision and quantization, by name."""
     source = read_source(settings)
     place = source.where()
     # a folder may have several paths, for example by a link
     named = str(place.resolve()) if isinstance(place, Path) else str(place)
-    return named, settings.get("revision"), settings.get("quantization")
+    kept = {key: settings.get(key) for key in ("revision", "quantization")}
+    return {"model": named, **kept}
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,13 @@ def test_compress_writes_an_adapter_that_commands_read(command, runs, tmp_path):
         torch.testing.assert_close(tensor, expected[name])
 
 
+def test_a_compressed_adapter_is_compressed_again(command, runs, tmp_path):
+    for source, out in ((runs / "lora", tmp_path / "small"), (tmp_path / "small", tmp_path / "x")):
+        status, printed, err = command("compress", source, out, "--density", "0.2")
+        assert status == 0, err
+        assert "times smaller" in printed
+
+
 def test_a_changed_adapter_has_no_scores_of_the_adapter_before(command, runs, tmp_path):
     before = (runs / "lora/adapter/README.md").read_text()
     assert "model-index" in before

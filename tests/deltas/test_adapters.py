@@ -1,6 +1,9 @@
 """Adapter folders of any method: compressed, expanded, pruned."""
 
 import json
+import re
+import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from safetensors.torch import load_file
 import petl
 from petl import deltas, testing
 from petl.deltas.adapters import pruned_names, read
+from petl.errors import UnsupportedError
 from petl.ops.ternary import FILE
 from petl.search import levels_of
 
@@ -106,7 +110,9 @@ def test_heads_are_not_coded(tmp_path):
     [
         (testing.tiny_llama, "dora", {}, ".lora_magnitude_vector", 6),
         (testing.tiny_llama, "boft", {"target_modules": ["q_proj"]}, ".boft_s", 3),
-        (testing.tiny_llama, "vera", {"target_modules": ["q_proj"]}, "base_model.vera_", 2),
+        (testing.tiny_llama, "vera", {"target_modules": ["q_proj"]}, "vera_([AB]|lambda_d)", 5),
+        (testing.tiny_llama, "randlora", {"target_modules": ["q_proj"]}, "ra_([AB]|gamma)", 11),
+        (testing.tiny_llama, "delora", {"target_modules": ["q_proj"]}, "ra_(w_norm|lambda)", 6),
         (testing.tiny_llama, "lora", {"trainable_token_indices": [5, 6]}, "trainable_tokens", 1),
         (testing.tiny_bert, "lora", {"bias": "all"}, ".bias", 19),
     ],
@@ -118,7 +124,7 @@ def test_weights_in_an_adapter_file_stay_as_they_are(
         model = testing.stir(petl.wrap(build(), method, **fields), seed=seed)
         model.save_pretrained(tmp_path / str(seed))
     first = load_file(tmp_path / "0" / WEIGHTS)
-    whole = {name for name in first if ending in name and "lora_B" not in name}
+    whole = {name for name in first if re.search(ending, name) and ".lora_B" not in name}
     assert len(whole) == count
     found = deltas.compress_adapter(tmp_path / "0", tmp_path / "small", density=0.3)
     deltas.prune_adapter(tmp_path / "0", tmp_path / "thin", 0.5)
@@ -133,7 +139,7 @@ def test_weights_in_an_adapter_file_stay_as_they_are(
     changed = load_file(tmp_path / "both" / WEIGHTS)
     assert all(not torch.equal(changed[name], first[name]) for name in first.keys() - whole)
     units = levels_of(model, "density")
-    assert not [name for unit in units for name in unit.tensors[0] if ending in f"{name}."]
+    assert not [name for unit in units for name in unit.tensors[0] if re.search(ending, f"{name}.")]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +150,10 @@ def test_weights_in_an_adapter_file_stay_as_they_are(
         ("lora", {"bias": "all"}, {}),
         ("vera", {"save_projection": False}, {"projection_prng_key": 5, "save_projection": False}),
         ("fourierft", {}, {"random_loc_seed": 5}),
+        ("randlora", {}, {"randlora_alpha": 64}),
+        ("oft", {}, {"coft": True}),
+        ("hra", {"init_weights": False}, {"apply_GS": True, "init_weights": False}),
+        ("mola", {}, {"top_k": 1}),
     ],
 )
 def test_tensors_that_mean_something_else_are_not_combined(method, one, other, tmp_path):
@@ -162,12 +172,38 @@ def test_a_file_for_another_model_is_refused(folders, tmp_path):
 
 
 def test_packed_codes_and_full_weights_are_refused(tmp_path):
-    for name, fields in (("binary", {}), ("ln_tuning", {"target_modules": ["input_layernorm"]})):
+    norms = {"target_modules": ["input_layernorm"]}
+    for name, fields in (("binary", {}), ("ln_tuning", norms), ("pela", {})):
         model = petl.wrap(testing.tiny_llama(2), name, **fields)
         model.save_pretrained(tmp_path / name)
-        with pytest.raises(petl.InputError, match=r"packed codes|full layer norms"):
+        with pytest.raises(petl.InputError, match=r"packed codes|full layer norms|low-rank layers"):
             deltas.compress_adapter(tmp_path / name, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_what_was_taken_out_of_the_base_weights_is_refused_until_it_is_converted(tmp_path):
+    model = petl.wrap(testing.tiny_llama(2), "lora", init_lora_weights="pissa")
+    model.save_pretrained(tmp_path / "start")
+    testing.stir(model).save_pretrained(tmp_path / "pissa")
+    for write in (deltas.compress_adapter, partial(deltas.prune_adapter, drop=0.5)):
+        with pytest.raises(UnsupportedError, match="path_initial_model_for_weight_conversion"):
+            write(tmp_path / "pissa", tmp_path / "out")
+    model.save_pretrained(
+        tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    deltas.compress_adapter(tmp_path / "converted", tmp_path / "out")
+
+
+def test_the_config_of_a_random_base_is_kept(folders, tmp_path):
+    folder = shutil.copytree(folders("lora"), tmp_path / "lora")
+    (folder / "base").mkdir()
+    (folder / "base" / "config.json").write_text("{}")
+    deltas.compress_adapter(folder, tmp_path / "small")
+    deltas.prune_adapter(folder, tmp_path / "thin", 0.5)
+    deltas.combine_adapters([folder, folder], tmp_path / "both", "linear")
+    deltas.expand(tmp_path / "small", tmp_path / "plain")
+    for name in ("small", "thin", "both", "plain"):
+        assert (tmp_path / name / "base" / "config.json").is_file()
 
 
 def test_a_taken_folder_is_left_alone(folders, tmp_path):

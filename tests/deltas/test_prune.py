@@ -181,8 +181,7 @@ def test_a_shard_of_excluded_tensors_alone_stays_as_it_is(tmp_path):
     save_file(base, tmp_path / "base" / "model.safetensors")
     folders = [tmp_path / "tuned", tmp_path / "base", tmp_path / "out"]
     kept, changed = prune_model(*folders, 0.5, exclude=["lm_head"])
-    assert changed == 140
-    assert 20 < kept < 140
+    assert 0 < kept < changed == 120
     head = load_file(tmp_path / "out" / "lm_head.weight.safetensors")["lm_head.weight"]
     torch.testing.assert_close(head, tuned["lm_head.weight"])
     delta = deltas.extract({"a.weight": tuned["a.weight"]}, {"a.weight": base["a.weight"]})

@@ -3,12 +3,14 @@
 import pytest
 from hub_server import OWNER
 
+from petl import deltas
 from petl.cli import main
 from petl.errors import InputError, RunStopped
 from petl.export.download import pull
 from petl.export.saved_adapter import find
 from petl.export.upload import prepare, push
 from petl.files.hub import OnHub
+from petl.ops.ternary import FILE
 
 pytest_plugins = ["export_fixtures", "hub_server", "training_fixtures"]
 
@@ -34,6 +36,13 @@ def test_a_pushed_adapter_comes_back(repository, mola_run, tmp_path, monkeypatch
     assert {p.name for p in tmp_path.iterdir()} <= {"verbs", "hub"}
     assert not (tmp_path / "verbs" / ".cache").exists()
     assert find(tmp_path / "verbs").config.peft_type == "PETL_MOLA"
+
+
+def test_a_compressed_adapter_comes_back(mola_run, hub_server, tmp_path):
+    found = deltas.compress_adapter(mola_run.path / "adapter", tmp_path / "small")
+    push(prepare(tmp_path / "small", NAME, base=OnHub("ada/base")), NAME)
+    assert pull(NAME, tmp_path / "back").kind == "adapter"
+    assert deltas.Ternary.load(tmp_path / "back" / FILE).kept == found.kept
 
 
 def test_a_revision_is_one_commit(repository, tmp_path):

@@ -52,6 +52,14 @@ def test_a_lora_that_engines_compute_otherwise_is_named(tmp_path, fields, reason
     assert "petl serve" in line
 
 
+def test_a_base_of_random_weights_is_no_model_that_an_engine_loads(tmp_path):
+    folder = saved(tmp_path)
+    (folder / "base").mkdir()
+    (folder / "base" / "config.json").write_text("{}")
+    (line,) = serving_lines(folder)
+    assert "its base model has random weights" in line
+
+
 def test_other_tasks_have_no_lines(tmp_path):
     assert serving_lines(saved(tmp_path, task_type="SEQ_CLS")) == []
 

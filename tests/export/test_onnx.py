@@ -9,13 +9,14 @@ from export_fixtures import adapted, save_stirred
 from media_fixtures import AST, VIT, audio, images
 from run_page import blocks
 from tiny_tokenizers import byte_tokenizer
-from training_fixtures import bert_config, train, words
+from training_fixtures import bert_config, train, words, write_model
 from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    BertForSequenceClassification,
     BertModel,
 )
 
@@ -75,6 +76,24 @@ def test_a_classifier_runs_without_torch_at_any_size(classifier, lora_run, monke
         best = model(**inputs).logits.argmax(-1).tolist()
     assert eval(capsys.readouterr().out) == [labels[i] for i in best]
     assert not any(label.startswith("LABEL") for label in labels.values())
+
+
+def test_an_adapter_without_its_run_tells_two_texts_apart(tmp_path):
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    write_model(
+        tmp_path / "bert", BertForSequenceClassification, bert_config(), model_input_names=names
+    )
+    base = BertForSequenceClassification.from_pretrained(tmp_path / "bert")
+    saved = save_stirred(base, "lora", tmp_path / "adapter", task_type="SEQ_CLS")
+    export_onnx(find(saved), tmp_path / "onnx", None)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "onnx")
+    pair = tokenizer(["red cat"], ["green axe"], return_tensors="pt")
+    assert pair["token_type_ids"].any()
+    session, model = Session(tmp_path / "onnx" / FILE), adapted(saved)
+    assert sorted(given.name for given in session.session.get_inputs()) == sorted(names)
+    with torch.no_grad():
+        expected = model(**{name: t.to(model.device) for name, t in pair.items()}).logits.cpu()
+    torch.testing.assert_close(session(**pair)["logits"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_embedding_is_the_mean_over_the_tokens(tmp_path, monkeypatch, capsys):

@@ -5,10 +5,15 @@ import shutil
 
 import pytest
 import torch
+from export_fixtures import save_stirred
 from peft import AutoPeftModelForSequenceClassification
+from training_fixtures import bert_config, words, write_model
+from transformers import BartConfig, BartForSequenceClassification, BertForSequenceClassification
 
 from petl.errors import InputError
 from petl.export.saved_adapter import find, score
+from petl.tasks import Classification
+from petl.tasks.base import write_task
 
 pytest_plugins = ["export_fixtures", "training_fixtures"]
 pytestmark = pytest.mark.usefixtures("pair_method")
@@ -73,3 +78,33 @@ def test_without_its_run_an_adapter_keeps_the_names_of_its_labels(lora_run, tmp_
     assert find(folder).task.labels == ["beast", "color", "tool"]
     (folder / "labels.json").unlink()
     assert find(folder).task.labels == ["LABEL_0", "LABEL_1", "LABEL_2"]
+
+
+@pytest.mark.parametrize("kinds", [2, 0])
+def test_random_rows_have_the_token_types_of_pairs(kinds, tmp_path):
+    config = bert_config()
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    write_model(tmp_path / "bert", BertForSequenceClassification, config, model_input_names=names)
+    base = BertForSequenceClassification.from_pretrained(tmp_path / "bert")
+    saved = find(save_stirred(base, "lora", tmp_path / "adapter", task_type="SEQ_CLS"))
+    config.type_vocab_size = kinds  # 0: a model without types whose tokenizer has them
+    config.save_pretrained(tmp_path / "bert")
+    for batch in saved.batches():
+        assert [*batch] == names[: 3 if kinds else 2]
+        assert not kinds or set(batch["token_type_ids"].flatten().tolist()) == {0, 1}
+
+
+def test_random_rows_end_with_their_only_end_token(tmp_path):
+    # BART's classifier reads the last one, and refuses rows with other numbers of them
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(**sizes, **heads, vocab_size=len(words()), pad_token_id=0, eos_token_id=3)
+    write_model(tmp_path / "bart", BartForSequenceClassification, config)
+    base = BartForSequenceClassification.from_pretrained(tmp_path / "bart")
+    folder = save_stirred(base, "lora", tmp_path / "adapter", task_type="SEQ_CLS")
+    write_task(folder, Classification(classes=["a", "b", "c"], max_length=16))
+    saved = find(folder)
+    model = saved.model()
+    for batch in saved.batches():
+        assert (batch["input_ids"] == 3).sum(1).tolist() == [1] * len(batch["input_ids"])
+        assert torch.isfinite(model(**batch).logits).all()

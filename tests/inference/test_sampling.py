@@ -17,13 +17,24 @@ SAMPLED = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, max_new_t
 def test_the_models_generation_config_holds_unless_settings_are_given():
     assert Sampling().arguments(GREEDY)["do_sample"] is False
     assert Sampling().arguments(GREEDY)["max_new_tokens"] == 512
-    assert Sampling().arguments(SAMPLED) == {"do_sample": True, "max_new_tokens": 7, "num_beams": 1}
+    assert Sampling().arguments(SAMPLED) == {
+        "do_sample": True,
+        "top_k": 0,
+        "max_new_tokens": 7,
+        "num_beams": 1,
+    }
     given = Sampling(temperature=0.0, max_new_tokens=3).arguments(SAMPLED)
     assert (given["do_sample"], given["max_new_tokens"]) == (False, 3)
     given = Sampling(top_k=5, repetition_penalty=1.2, prompt_lookup=4).arguments(GREEDY)
     assert given["do_sample"] is True
     assert (given["top_k"], given["repetition_penalty"]) == (5, 1.2)
     assert given["prompt_lookup_num_tokens"] == 4
+
+
+def test_all_tokens_are_sampled_from_unless_model_or_settings_cut():
+    assert Sampling(temperature=1.0).arguments(GREEDY)["top_k"] == 0
+    assert Sampling(temperature=1.0).arguments(GenerationConfig(top_k=20))["top_k"] == 20
+    assert Sampling(top_k=5).arguments(GenerationConfig(top_k=20))["top_k"] == 5
 
 
 @pytest.mark.parametrize(

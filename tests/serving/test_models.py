@@ -4,7 +4,7 @@ import pytest
 
 from petl.errors import InputError
 from petl.inference.language_model import BASE
-from petl.serving.models import load_served, named_runs
+from petl.serving.models import check_same_base, load_served, named_runs
 
 pytest_plugins = ["writer_fixtures"]
 
@@ -70,3 +70,13 @@ def test_models_that_do_not_fit_are_refused(writers, names, message):
 def test_a_run_cannot_have_the_name_of_the_base_model(writers):
     with pytest.raises(InputError, match="'llama' is the name of the base model"):
         load_served({"llama": str(writers.folder / "lora")})
+
+
+@pytest.mark.parametrize(("setting", "value"), [("name", "o/m2"), ("revision", "v2")])
+def test_what_two_bases_differ_in_is_named(setting, value):
+    settings = {"name": "o/m", "source": "hub", "revision": "v1"}
+    with pytest.raises(InputError) as caught:
+        check_same_base({"a": settings, "b": {**settings, setting: value}})
+    shown = "model" if setting == "name" else setting
+    expected = f"with {shown}={settings[setting]} and 'b' on one with {shown}={value}: a server"
+    assert expected in str(caught.value)
