@@ -214,9 +214,11 @@ def may_start_in(folder: Path, settings: TrainConfig, now: Mapping[str, Any]) ->
 def exists_already(folder: Path, resume: str | None = None) -> InputError:
     """Return the error for a `train.run` folder that is not empty."""
     if resume == "auto":
+        is_run = (folder / CONFIG).exists()
+        other = f", or train.resume={folder}, which tells what differs" if is_run else ""
         return InputError(
-            f"train.run={folder} exists already, and is no run with these settings; choose another "
-            f"folder, or train.resume={folder}, which tells what differs"
+            f"train.run={folder} exists already; choose another folder{other}: it has no run with "
+            "these settings"
         )
     return InputError(
         f"train.run={folder} exists already; choose another folder, "

@@ -16,6 +16,7 @@ from petl.export.saved_adapter import find
 from petl.prediction.files import Output, predict_files
 from petl.prediction.predictor import predicted
 from petl.runs.records import PREDICTIONS
+from petl.tasks import Regression
 
 pytest_plugins = ["task_fixtures", "kept_runs"]
 # the columns of each task that tell rows apart, in input and predictions.jsonl
@@ -137,14 +138,14 @@ def test_rows_keep_their_order_and_few_of_them_are_in_memory(processes):
 
 def test_only_errors_of_writing_are_about_the_output(tmp_path, monkeypatch):
     output = Output(tmp_path / "out.jsonl")
-    with pytest.raises(OSError, match="of reading"), output.opened(["in.csv"]):
+    with pytest.raises(OSError, match="of reading"), output.opened(["in.csv"], Regression()):
         raise OSError("of reading")
     assert not output.file.exists()
     with pytest.raises(RunStopped, match=r"cannot write .*out\.jsonl: full"), output.reported():
         raise OSError(28, "full")
     (tmp_path / "file").touch()
     beneath = Output(tmp_path / "file" / "out.jsonl")
-    with pytest.raises(RunStopped, match="cannot write"), beneath.opened(["in.csv"]):
+    with pytest.raises(RunStopped, match="cannot write"), beneath.opened(["in.csv"], Regression()):
         pass
     with pytest.raises(BrokenPipeError), Output(None).reported():
         raise BrokenPipeError

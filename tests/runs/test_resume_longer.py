@@ -155,7 +155,7 @@ def test_a_finished_run_that_is_named_goes_on_with_more_steps(tiny, copied, shor
         train([*words, "train.steps=6"], copied)
     assert train([*words, "train.steps=9"], copied).scores["steps"] == 9
     other = [*words, "train.steps=12", "train.lr=3e-5"]
-    with pytest.raises(InputError, match=r"no run with these settings; .* or train\.resume=.*run"):
+    with pytest.raises(InputError, match=r"folder, or train\.resume=.*, which tells what differs"):
         train(other, copied)
 
 
