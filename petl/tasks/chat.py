@@ -183,11 +183,12 @@ def labels_from_prefixes(
 def last_answer(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message]
 ) -> tuple[list[int], str]:
-    """The prompt tokens of the last answer with a loss, and the text of that answer."""
+    """The prompt tokens of the last answer with a loss, if any has, and the text of that answer."""
     chat = unpacked(messages)
     turns, options = chat.turns, chat.options
     # later user turns, if any, are not part of the question
-    last = max(i for i, is_learned in enumerate(chat.learned) if is_learned)
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    last = max([i for i in answers if chat.learned[i]] or answers)
     checked_template(tokenizer, chat)
 
     def question_and_answer() -> tuple[list[int], str]:

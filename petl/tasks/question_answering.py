@@ -122,7 +122,8 @@ class QuestionAnswering(Task):
             ]
             columns |= {key: [pair[i] for pair in points] for i, key in enumerate(POINTS)}
         for key in ("number", "context"):
-            columns[f"_{key}"] = [rows[key][row] for row in sources]
+            if key in rows:
+                columns[f"_{key}"] = [rows[key][row] for row in sources]
         if "answers" in rows:
             # as text: of lists the first rows decide the type, and all of these may be empty
             columns["_answers"] = [json.dumps(rows["answers"][row]) for row in sources]

@@ -260,6 +260,8 @@ def test_a_last_answer_without_loss_is_no_answer_to_score(tmp_path):
     prompt, answer = last_answer(tokenizer, raw.train["messages"][0])
     assert answer == "Yes?"
     assert tokenizer.decode(prompt).endswith("assistant\n")
+    alone = read(write(tmp_path, [{"messages": [PAST[0], silent]}])).train["messages"][0]
+    assert last_answer(tokenizer, alone)[1] == "c"
 
 
 @pytest.mark.parametrize(
