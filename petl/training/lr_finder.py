@@ -124,12 +124,12 @@ def lr_at(step: int, steps: int) -> float:
 def earlier_test(settings: TrainConfig, run: Path) -> RangeTest:
     """Return the range test of a run whose scores were lost; a checkpoint is no place for one."""
     file = run / POINTS
-    if not file.exists():
+    points = read_json(file, dict[str, list[float]]) if file.exists() else {}
+    if not {"rates", "losses"} <= points.keys():
         raise InputError(
             f"train.find_lr=true: the learning rate that {run} found is lost with {SCORES} and "
             f"{file.name}; begin the run again in another folder"
         )
-    points = read_json(file, dict[str, list[float]])
     return RangeTest(points["rates"], points["losses"], reach_of(settings.find_lr_steps))
 
 

@@ -147,40 +147,36 @@ def test_a_loss_without_item_counts_is_divided_by_accumulation_steps(tmp_path):
         torch.testing.assert_close(moved, -LR * gradient, atol=1e-6, rtol=1e-4)
 
 
+def trained(folder, data, *, counts_items=True, **settings):
+    """The adapter of a MoLA after two steps of Trainer."""
+    model = wrapped("mola")
+    trainer = InOrder(
+        model,
+        arguments(folder, max_steps=2, **settings),
+        train_dataset=data,
+        callbacks=[petl.Callback()],
+        optimizers=plain_sgd(model),
+    )
+    trainer.model_accepts_loss_kwargs &= counts_items
+    trainer.train()
+    return get_peft_model_state_dict(model)
+
+
 def test_the_last_step_of_an_epoch_weights_what_is_left_of_it(tmp_path):
-    data = rows(8)  # two micro-batches, in one step
-    found = []
-    for accumulation in (2, 8):
-        model = wrapped("mola")
-        trainer = InOrder(
-            model,
-            arguments(tmp_path, max_steps=2, gradient_accumulation_steps=accumulation),
-            train_dataset=data,
-            callbacks=[petl.Callback()],
-            optimizers=plain_sgd(model),
-        )
-        trainer.model_accepts_loss_kwargs = False
-        trainer.train()
-        found.append(get_peft_model_state_dict(model))
-    for name, tensor in found[0].items():
-        torch.testing.assert_close(found[1][name], tensor)
+    # two micro-batches, in one step
+    expected, found = (
+        trained(tmp_path, rows(8), counts_items=False, gradient_accumulation_steps=accumulation)
+        for accumulation in (2, 8)
+    )
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor)
 
 
 def test_a_stream_without_a_length_is_trained(tmp_path):
-    found = []
-    for data in (rows(8), IterableDataset.from_generator(lambda: iter(rows(8)))):
-        model = wrapped("mola")
-        trainer = InOrder(
-            model,
-            arguments(tmp_path, max_steps=2),
-            train_dataset=data,
-            callbacks=[petl.Callback()],
-            optimizers=plain_sgd(model),
-        )
-        trainer.train()
-        found.append(get_peft_model_state_dict(model))
-    for name, tensor in found[0].items():
-        torch.testing.assert_close(found[1][name], tensor)
+    stream = IterableDataset.from_generator(lambda: iter(rows(8)))
+    expected, found = (trained(tmp_path, data) for data in (rows(8), stream))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor)
 
 
 def test_trainer_logs_the_auxiliary_loss_apart_from_the_task_loss(tmp_path):

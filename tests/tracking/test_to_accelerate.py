@@ -233,15 +233,20 @@ register_tracker_class(Mine)
 """
 
 
+def with_own_tracker(tiny, folder, monkeypatch):
+    """The words of a run that is recorded by a tracker of the user's own, in `folder`."""
+    (folder / "my_tracker.py").write_text(OWN)
+    (folder / "configs" / "tracker").mkdir(parents=True)
+    own = "name: mine\nproject: verbs\narguments: {colour: red}\n"
+    (folder / "configs" / "tracker" / "mine.yaml").write_text(own)
+    monkeypatch.syspath_prepend(str(folder))
+    return [*tiny.classify, "+method=lora", "imports=[my_tracker]", "tracker=mine"]
+
+
 def test_a_registered_tracker_is_used_and_its_failure_does_not_end_the_run(
     tiny, tmp_path, monkeypatch, petl_log
 ):
-    (tmp_path / "my_tracker.py").write_text(OWN)
-    (tmp_path / "configs" / "tracker").mkdir(parents=True)
-    own = "name: mine\nproject: verbs\narguments: {colour: red}\n"
-    (tmp_path / "configs" / "tracker" / "mine.yaml").write_text(own)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    words = [*tiny.classify, "+method=lora", "imports=[my_tracker]", "tracker=mine"]
+    words = with_own_tracker(tiny, tmp_path, monkeypatch)
     run = train([*words, "train.log_steps=1"], tmp_path / "run")
     monkeypatch.delitem(sys.modules, "my_tracker")
     lines = (run.path / "mine.txt").read_text().splitlines()
@@ -256,12 +261,7 @@ def test_a_registered_tracker_is_used_and_its_failure_does_not_end_the_run(
 
 
 def test_an_error_before_the_first_step_closes_the_run(tiny, tmp_path, monkeypatch):
-    (tmp_path / "my_tracker.py").write_text(OWN)
-    (tmp_path / "configs" / "tracker").mkdir(parents=True)
-    own = "name: mine\nproject: verbs\n"
-    (tmp_path / "configs" / "tracker" / "mine.yaml").write_text(own)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    words = [*tiny.classify, "+method=lora", "imports=[my_tracker]", "tracker=mine"]
+    words = with_own_tracker(tiny, tmp_path, monkeypatch)
     with pytest.raises(InputError, match=r"cache_frozen=true"):
         train([*words, "train.cache_frozen=true"], tmp_path / "run")
     monkeypatch.delitem(sys.modules, "my_tracker")
