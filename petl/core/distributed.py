@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from petl.errors import InputError
 
 T = TypeVar("T")
+REPLICA = "_is_replica"  # attribute of the copies that nn.DataParallel makes for a forward pass
 
 
 def num_processes() -> int:

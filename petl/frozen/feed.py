@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from petl.core.distributed import REPLICA
 from petl.core.layers.class_swap import SwappedClass, restore_class, swap_class
 from petl.core.layers.context import arguments_of_forward
 from petl.frozen.keys import Rows, arguments_of, rows_of
@@ -22,7 +23,6 @@ from petl.frozen.prefix import Prefix
 from petl.frozen.store import Store
 
 FEED = "petl_feed"  # attribute of a block of the prefix
-REPLICA = "_is_replica"  # of a copy that nn.DataParallel makes for a pass
 logger = logging.getLogger(__name__)
 # a look-up reads values on the host, so a compiled model breaks its graph there
 _outside_graphs = torch.compiler.disable(

@@ -225,7 +225,7 @@ class LanguageModel:
         longest = max(map(len, prompts))
         inputs = padded(prompts, pad_id(self.tokenizer), on_left=not self.is_encoder_decoder)
         arguments = sampling.arguments(self.base.generation_config)
-        room = self._room(prompts)
+        room = self.room(prompts)
         if room is not None:
             arguments["max_new_tokens"] = min(arguments["max_new_tokens"], room)
         start = 1 if self.is_encoder_decoder else longest  # of the answer, in what is generated
@@ -275,11 +275,14 @@ class LanguageModel:
             return Answer(text, tokens, "interrupted" if is_interrupted else "length")
         return Answer(text, tokens, "stop")
 
-    def _room(self, prompts: Sequence[Sequence[int]]) -> int | None:
-        """The number of tokens that fit behind the longest prompt; None without a limit."""
-        empty = [number for number, prompt in enumerate(prompts, start=1) if not prompt]
-        if empty:
-            raise InputError(f"prompt {empty[0]} is empty: it has no tokens")
+    def room(self, prompts: Sequence[Sequence[int]]) -> int | None:
+        """Return the number of tokens that fit behind the longest prompt; None without a limit.
+
+        Raises:
+            InputError: a prompt is empty or longer than the model allows.
+        """
+        if not all(prompts):
+            raise InputError("a prompt is empty: it has no tokens")
         limit, longest = max_positions(self.base), max(map(len, prompts))
         if limit is None:
             return None

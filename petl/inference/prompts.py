@@ -67,6 +67,22 @@ def lines(file: str) -> Iterator[Question]:
         raise InputError(f"--file={file} has no prompts")
 
 
+def check_prompts(
+    model: LanguageModel, questions: Iterable[Question], system: str | None = None
+) -> None:
+    """Raise InputError, with its number, for the first prompt that the model cannot answer.
+
+    Args:
+        system: as of `LanguageModel.encode`.
+    """
+    for number, question in enumerate(questions, start=1):
+        ids = model.encode(question.prompt, system)
+        try:
+            model.room([ids])
+        except InputError as error:
+            raise InputError(f"prompt {number:,}: {error}") from error
+
+
 def answered(  # noqa: PLR0913 - all by name
     model: LanguageModel,
     questions: Iterable[Question],

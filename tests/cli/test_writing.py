@@ -103,6 +103,16 @@ def test_generate_writes_rows_with_answers(command, writers, tmp_path):
         assert json.loads(line) == given
 
 
+def test_generate_checks_all_prompts_before_the_first_answer(command, writers, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    texts = [*["Hi"] * 200, "a" * 300]
+    file.write_text("".join(f"{json.dumps({'prompt': text})}\n" for text in texts))
+    words = ["generate", writers.folder / "lora", "--file", file, *TEN]
+    status, printed, err = command(*words)
+    assert (status, printed) == (2, "")
+    assert "prompt 201: a prompt has 3" in err
+
+
 def test_generate_prints_the_same_answer_with_drafts_and_what_they_saved(command, writers):
     words = ["generate", writers.folder / "lora", "--prompt", "a b a b a", *SAMPLED]
     status, plain, err = command(*words, "--drafter", "none", "--stats")

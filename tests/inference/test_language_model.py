@@ -213,5 +213,5 @@ def test_the_answer_stays_within_the_models_positions(writers):
     assert answer.tokens == POSITIONS - len(prompt)
     with pytest.raises(InputError, match=r"a prompt has \d+ tokens, and .* has 256 positions"):
         model.answer([model.encode("a" * 300)], SHORT)
-    with pytest.raises(InputError, match="prompt 1 is empty"):
+    with pytest.raises(InputError, match="a prompt is empty"):
         model.answer([[]], SHORT)

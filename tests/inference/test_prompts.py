@@ -6,7 +6,13 @@ import pytest
 from writer_fixtures import PROMPTS
 
 from petl.errors import InputError
-from petl.inference.prompts import BATCHES, Question, answered, read_prompts
+from petl.inference.prompts import (
+    BATCHES,
+    Question,
+    answered,
+    check_prompts,
+    read_prompts,
+)
 from petl.inference.sampling import Sampling
 
 pytest_plugins = ["writer_fixtures"]
@@ -50,6 +56,16 @@ def test_only_some_prompts_are_read_before_the_first_answer(writers):
 
     next(answered(model, endless(), Sampling(max_new_tokens=1), names=["default"], batch_size=1))
     assert len(read) == BATCHES
+
+
+def test_the_first_prompt_that_is_too_long_is_named(writers):
+    model = writers.load("lora")
+    questions = [Question({}, text) for text in ("Hi", "a" * 200, "a" * 300, "a" * 400)]
+    check_prompts(model, questions[:2])
+    with pytest.raises(InputError, match=r"^prompt 3: a prompt has 3\d\d tokens, .* shorten it"):
+        check_prompts(model, questions)
+    with pytest.raises(InputError, match=r"^prompt 1: a prompt has \d+ tokens"):
+        check_prompts(model, questions[:1], system="a" * 300)
 
 
 def test_lines_of_a_text_file_are_prompts(writers, tmp_path):

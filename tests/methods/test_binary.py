@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 import petl
 from petl.core.adapter_file import WEIGHTS
-from petl.errors import InputError, ModuleKindError, UnknownNameError, UnsupportedError
+from petl.errors import InputError, ModuleKindError, UnknownNameError
 from petl.methods.binary import quantized_weights
 from petl.testing.models import TINY_MODELS, tiny_bert, tiny_llama, tiny_vit
 
@@ -436,16 +436,6 @@ def test_bad_settings_raise(message):
     assert list(base.state_dict()) == list(tiny_llama().state_dict())
     assert all(p.requires_grad for p in base.parameters())
     assert not base._forward_pre_hooks
-
-
-def test_data_parallel_raises_because_it_bypasses_quantization():
-    for fields in (LORA, {"inner": "mola", "num_experts": 2}):
-        module = wrapped(**fields).base_model.model.model.layers[0].self_attn.q_proj
-        for part in module.modules():
-            if "quantized_weights" in part.__dict__:
-                replica = part._replicate_for_data_parallel()
-                with pytest.raises(UnsupportedError, match="torchrun"):
-                    replica(torch.zeros(1, 1, 64))
 
 
 def test_a_head_that_is_not_one_linear_layer_raises():

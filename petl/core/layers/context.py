@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.hooks import RemovableHandle
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from petl.core.distributed import num_processes, summed
+from petl.core.distributed import REPLICA, num_processes, summed
 from petl.core.layers.task_rows import TaskRows, take_task_ids
 from petl.errors import InputError, UnsupportedError
 
@@ -84,7 +84,7 @@ class ForwardContext:
         self.given_tasks: TaskRows | None = None
         self.rows: Sequence[int] | None = None
         self._once: dict[Any, Any] = {}
-        self._sharding_is_known = False  # see `refuse_fsdp1`
+        self._sharding_is_known = False  # see `refuse_wrapper`
         # one without and one with gradients, see `state`
         self._states: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})
 
@@ -210,12 +210,21 @@ class ForwardContext:
             labels = as_2d(kwargs.get("labels"))
             self.decoder_mask = None if labels is None else labels.ne(-100)
 
-    def refuse_fsdp1(self, model: nn.Module, args: Any) -> None:
-        """Forward pre-hook of the base model: raise UnsupportedError if FSDP1 has wrapped it.
+    def refuse_wrapper(self, model: nn.Module, args: Any) -> None:
+        """Forward pre-hook of the base model: raise UnsupportedError under a parallel wrapper.
 
+        nn.DataParallel runs a copy of the model for each GPU, which would share this context and
+        the adapters of the first GPU, and quantized weights would not be quantized. Under FSDP1,
         `save_pretrained` would find no tensors of the adapter, quantized weights would train
         unquantized, and methods that change their adapters would see shards only.
         """
+        if hasattr(model, REPLICA):
+            raise UnsupportedError(
+                "nn.DataParallel, which Trainer uses if it was started as one process and sees "
+                "several GPUs, cannot run methods of petl: its copies would share the adapters of "
+                "the first GPU; start one process per GPU with torchrun or accelerate launch, or "
+                "set CUDA_VISIBLE_DEVICES to one GPU"
+            )
         # an attribute that FSDP1 and FSDP2 both set on all modules
         if self._sharding_is_known or not hasattr(model, "_is_fsdp_managed_module"):
             return

@@ -60,7 +60,7 @@ class ForwardContextTuner(BaseTuner):
         # PEFT calls this hook once per tuner, before the first adapter is injected
         self.context = ForwardContext()
         self.hooks += [
-            model.register_forward_pre_hook(self.context.refuse_fsdp1),
+            model.register_forward_pre_hook(self.context.refuse_wrapper),
             model.register_forward_pre_hook(self.context.begin, with_kwargs=True),
             model.register_forward_hook(self.context.end, with_kwargs=True),
         ]

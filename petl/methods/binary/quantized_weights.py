@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from petl.core.layers.class_swap import SwappedClass, swap_class
 from petl.core.layers.context import ForwardContext, num_processes
 from petl.core.layers.layer import HALF
-from petl.errors import InputError, UnsupportedError
+from petl.errors import InputError
 from petl.ops.quantize import decode, decode_latent, encode, packed_bytes, quantize, quantize_each
 
 COMPUTING = (
@@ -208,11 +208,6 @@ def _computing(name: str) -> Callable[..., Any]:
     """Wrap the method `name` of the next class so that it reads quantized weights."""
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if "_is_replica" in self.__dict__:  # set by nn.DataParallel; replicas have no parameters
-            raise UnsupportedError(
-                f"nn.DataParallel would compute {type(self).original.__name__} with latent, not "
-                "quantized weights; start one process per GPU with torchrun or accelerate launch"
-            )
         quantizer = self.__dict__["quantizer"]
         quantizer.depth += 1  # methods may call one another
         try:

@@ -1,4 +1,4 @@
-"""Tuners without a PeftModel around them, as transformers injects adapters, and under FSDP1."""
+"""Tuners without a PeftModel around them, as transformers injects adapters; parallel wrappers."""
 
 import pytest
 import torch
@@ -12,10 +12,12 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import petl
 from petl import testing
+from petl.errors import UnsupportedError
 from petl.testing import TINY_MODELS
 
 BATCH = TINY_MODELS["llama"].batch()
 MOS = {"r": 4, "equivalent_rank": 2, "private_rank": 1}
+WRAPPED = [("adapter", {}), ("mos", MOS), ("binary", {"inner": "lora"})]  # by parallel wrappers
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +93,17 @@ def one_process():
     distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize(("name", "fields"), WRAPPED)
+def test_copies_of_nn_data_parallel_are_refused(name, fields):
+    base = petl.wrap(testing.tiny_llama(), name, **fields).get_base_model()
+    copied = base._replicate_for_data_parallel()
+    with pytest.raises(UnsupportedError, match="one process per GPU with torchrun"):
+        copied(**BATCH)
+    base(**BATCH)
+
+
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize(
-    ("name", "fields"), [("adapter", {}), ("mos", MOS), ("binary", {"inner": "lora"})]
-)
+@pytest.mark.parametrize(("name", "fields"), WRAPPED)
 @pytest.mark.filterwarnings("ignore")  # of torch, about FSDP1 itself
 def test_fsdp1_is_refused_at_the_first_forward_pass(name, fields, nested, one_process):
     model = petl.wrap(testing.tiny_llama(), name, **fields)
