@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from petl.core.layers.class_swap import original_class
@@ -105,10 +106,7 @@ class Prober:
         return seen[0], outputs[0]
 
     def _run(self, batch: Batch, watcher: Callable[[Rows], None]) -> None:
-        inputs = {
-            name: value.to(self.device) if isinstance(value, Tensor) else value
-            for name, value in batch.items()
-        }
+        inputs = send_to_device(dict(batch), self.device)
         self.feed.watcher = watcher
         try:
             with torch.no_grad():

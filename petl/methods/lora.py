@@ -13,9 +13,10 @@ from functools import partial
 from typing import Any
 
 import peft
+from accelerate.utils import send_to_device
 from peft import PeftModel
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from petl.core.layers.layer import is_lora_b
@@ -84,7 +85,7 @@ def initialize(model: nn.Module, config: Any, calibration: Any) -> Finish | None
     def backward_over_calibration() -> None:  # LoRA-GA reads the accumulated gradients
         batch = None
         for batch in calibration:
-            on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            on_device = send_to_device(dict(batch), device)
             model(**on_device).loss.backward()  # gradients accumulate over batches
         if batch is None:
             raise no_batches(config)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -85,7 +86,7 @@ def block_importance(
     device = next(base.parameters()).device
     with recorder.attached(), evaluation_mode(model), torch.no_grad():
         for batch in batches:
-            on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            on_device = send_to_device(dict(batch), device)
             recorder.masks.read_masks(base, on_device)
             model(**on_device)
             recorder.end_batch()

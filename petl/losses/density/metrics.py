@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from petl.losses.density.modules import ActivationSites, register_hooks
@@ -61,7 +62,7 @@ def on_device(batches: Iterable[Batch], model: nn.Module) -> Iterator[dict[str, 
     """Yield the batches with their tensors on the model's device."""
     device = next(model.parameters()).device
     for batch in batches:
-        yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        yield send_to_device(dict(batch), device)
 
 
 def predicts_tokens(model: Any) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -61,7 +62,7 @@ class CalibrationData:
     def forward(self, batch: Mapping[str, Any]) -> None:
         """Run the model on a batch, on the model's device."""
         device = next(self.model.parameters()).device
-        self.model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+        self.model(**send_to_device(dict(batch), device))
 
     def run(self) -> None:
         """Run one pass over all data."""

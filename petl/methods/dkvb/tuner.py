@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any, cast
 
 import torch
+from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -186,7 +187,7 @@ class DkvbModel(MethodTuner):
 
     def _run(self, batch: Mapping[str, Any]) -> None:
         device = next(self.model.parameters()).device
-        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        inputs = send_to_device(dict(batch), device)
         inputs.pop("labels", None)
         self.model(**inputs)
 
