@@ -372,7 +372,9 @@ class TrainConfig:
 
     def log_interval(self, total: int) -> int:
         """Return the steps between log lines of a run of `total` steps."""
-        return self.log_steps or min(MOST_LOG_STEPS, max(1, total // LOG_POINTS))
+        if self.log_steps is not None:
+            return min(self.log_steps, total)  # the last step has a line at any interval
+        return min(MOST_LOG_STEPS, max(1, total // LOG_POINTS))
 
     def warmup_steps(self, total: int) -> int:
         """Return the number of warm-up steps, out of `total` optimizer steps.

@@ -528,6 +528,12 @@ def test_a_short_run_has_a_curve(tiny, tmp_path, steps, points):
     assert TrainConfig().log_interval(10_000) == 10
 
 
+def test_log_steps_beyond_the_run_give_one_line(tiny, tmp_path):
+    words = ["train.steps=4", "train.log_steps=1000000000000", "train.score_before=false"]
+    run = train([*tiny.steady, "+method=lora", *words], tmp_path / "run")
+    assert [record["step"] for record in run.metrics] == [4]
+
+
 @pytest.mark.parametrize(
     ("kind", "words", "sorts"),
     [
