@@ -9,7 +9,6 @@ Shapes: N rows, B rows of a batch, T tokens, H features.
 
 import copy
 import logging
-import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -141,7 +140,7 @@ def linear_probe(
     original = head.original_module if isinstance(head, ModulesToSaveWrapper) else head
     # PEFT keeps the original head next to the trained copy
     head = copy.deepcopy(original).float().requires_grad_(True)
-    probe = ProbeTrainer(head, train, splits.task, settings)
+    probe = ProbeTrainer(head, train, splits.task, settings, splits.sampler(settings).steps)
     device = accelerator.device
     with torch.random.fork_rng(
         [device] if device.type == "cuda" else []
@@ -321,10 +320,13 @@ def head_scores(head: nn.Module, data: Features, task: Task) -> dict[str, float]
 
 
 class ProbeTrainer:
-    """Trains copies of a head on cached features."""
+    """Trains copies of a head on cached features, each for the steps of the run."""
 
-    def __init__(self, head: nn.Module, data: Features, task: Task, settings: TrainConfig) -> None:
-        self.head, self.data, self.task, self.settings = head, data, task, settings
+    def __init__(
+        self, head: nn.Module, data: Features, task: Task, settings: TrainConfig, steps: int
+    ) -> None:
+        self.head, self.data, self.task = head, data, task
+        self.settings, self.steps = settings, steps
 
     def train_at_best_lr(self) -> tuple[nn.Module, float]:
         """Train on all rows at the learning rate that is best on held-out ones; return both."""
@@ -335,20 +337,15 @@ class ProbeTrainer:
         # with a single row, train and validate on it
         remaining = order[len(held) :] if len(held) < count else order
         unseen = self.data.take(held)
-        each = self.steps(len(remaining))
-        total = len(LEARNING_RATES) * each + self.steps(count)
+        total = (len(LEARNING_RATES) + 1) * self.steps
         with Pass("linear probe: training the head", total, unit="steps") as shown:
             heads = {lr: self.train(remaining, lr, shown) for lr in LEARNING_RATES}
             scores = {lr: head_scores(head, unseen, self.task) for lr, head in heads.items()}
             best = max(LEARNING_RATES, key=lambda lr: self.task.quality(scores[lr]))
             return self.train(order, best, shown), best
 
-    def steps(self, rows: int) -> int:
-        """Return the steps of a training on this number of rows: as many as the run has."""
-        return self.settings.steps_of_run(math.ceil(rows / self.settings.batch_size))
-
     def train(self, rows: Tensor, lr: float, shown: Pass) -> nn.Module:
-        """Return a copy of the head trained on some rows, by index, for the steps of the run."""
+        """Return a copy of the head trained on some rows, by index."""
         head = copy.deepcopy(self.head).train()
         settings, data = self.settings, self.data
         # a head has no pretrained value to stay near, and no lora_B
@@ -357,7 +354,7 @@ class ProbeTrainer:
         for group in optimizer.param_groups:
             group["initial_lr"] = lr  # instead of train.lr and train.head_lr
         # as many steps as the run, with a warm-up of a sixteenth (assumption)
-        step, total = 0, self.steps(len(rows))
+        step, total = 0, self.steps
         while step < total:
             order = permutation(len(rows), settings.seed, step)
             for batch in rows[torch.tensor(order, device=rows.device)].split(settings.batch_size):

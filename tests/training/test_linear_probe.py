@@ -30,7 +30,12 @@ pytest_plugins = ["training_fixtures"]
 
 @pytest.fixture
 def parts(tiny):
-    cfg = compose([*tiny.classify, "+method=lora", "train.epochs=20", "train.steps=null"])
+    return parts_of(tiny)
+
+
+def parts_of(tiny, *words):
+    """The model, rows, settings and Accelerator of a run."""
+    cfg = compose([*tiny.classify, "+method=lora", "train.epochs=20", "train.steps=null", *words])
     cfg.train.linear_probe = True
     settings = read_config(cfg).train
     accelerator = start(settings.seed, settings.computes_in("float32"))
@@ -116,6 +121,16 @@ def test_the_head_alone_does_about_as_well_as_logistic_regression(parts):
     expected = reference.score(test.x.numpy(), test.labels["labels"].numpy())
     found = linear_probe(model, splits, settings, accelerator)
     assert found["accuracy"] >= expected - 0.15  # three test rows of twenty
+
+
+def test_the_head_has_the_steps_of_the_run_also_under_max_tokens(tiny, petl_log):
+    words = ["train.epochs=2", "train.buckets=auto", "train.max_tokens=50"]
+    model, splits, settings, accelerator = parts_of(tiny, *words)
+    steps = splits.sampler(settings).steps
+    assert steps > 2 * -(-len(splits.train) // settings.batch_size)
+    linear_probe(model, splits, settings, accelerator)
+    # at five learning rates, then at the best one
+    assert f"linear probe: training the head: {6 * steps} steps" in petl_log.messages
 
 
 def test_a_rate_of_lora_b_is_none_of_the_head(parts):
