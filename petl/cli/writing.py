@@ -326,7 +326,7 @@ def _write_answers(
     from petl.prediction.tables import as_line, new_table
 
     of = "the prompts" if arguments.file is None else printable(arguments.file)
-    # all of them, before hours of answers to those before a wrong one are lost
+    # before the first answer: an error in a later prompt would discard those before it
     prompts.check_prompts(model, _questions(arguments, model), arguments.system)
     stats = Stats()
     shown = Pass(f"answering {of}", None, unit="answers", prints=arguments.out is None)
