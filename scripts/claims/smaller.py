@@ -76,7 +76,7 @@ MASKS = Claim(
         "The distillation compares the outputs of the blocks alone, with weight 1; the paper "
         "also keeps each product near its weight.",
         "PST's first factors start from a standard normal distribution, as in the reference code: "
-        "above a rate of 0.0003 it does not learn, and below it dense PST stays under LoRA.",
+        "at rates of 0.001 and more it learned little or nothing. Dense PST is below LoRA here.",
         "One of the five runs of PELA without distillation learned less, which widens the interval "
         "of its comparison.",
     ),

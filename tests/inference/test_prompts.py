@@ -6,13 +6,7 @@ import pytest
 from writer_fixtures import PROMPTS
 
 from petl.errors import InputError
-from petl.inference.prompts import (
-    BATCHES,
-    Question,
-    answered,
-    check_prompts,
-    read_prompts,
-)
+from petl.inference.prompts import BATCHES, Question, answered, check_prompts, read_prompts
 from petl.inference.sampling import Sampling
 
 pytest_plugins = ["writer_fixtures"]
