@@ -80,11 +80,12 @@ context, or an answer.
   petl predict runs/mine new.jsonl data.text=review > predicted.jsonl
   petl predict runs/images folder --out predicted.csv
 
-Files are csv, tsv, json, jsonl or parquet; the suffix of --out names the format to write. Rows are
-read, predicted and written in windows, so that files may be larger than memory (json is read as a
-whole). data.SETTINGs name columns if they are others than in training. For images and sounds, FILE
-is one of them, a folder, or a table with the column path. With --processes, or under torchrun,
-several processes divide the rows; the output has the order of the input."""
+Files are csv, tsv, json, jsonl or parquet; the suffix of --out names the format to write. All rows
+are checked before the model is loaded, then read, predicted and written in windows, so that files
+may be larger than memory (json is read as a whole). data.SETTINGs name columns if they are others
+than in training. For images and sounds, FILE is one of them, a folder, or a table with the column
+path. With --processes, or under torchrun, several processes divide the rows; the output has the
+order of the input."""
 
 
 def predict(arguments: argparse.Namespace) -> None:

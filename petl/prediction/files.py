@@ -3,16 +3,15 @@
 import logging
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from petl.core.progress import Pass
+from petl.core.progress import Pass, Shown
 from petl.data.inputs import read_inputs
 from petl.errors import InputError, RunStopped, printable
 from petl.export.saved_adapter import Saved
@@ -109,7 +108,8 @@ def predict_files(
 ) -> int:
     """Predict the rows of files, write them in their order, and return their number.
 
-    Rows are read, predicted and written window by window: files may be larger than memory.
+    All rows are checked before the model is loaded. Then they are read again, predicted and written
+    window by window: files may be larger than memory.
 
     Args:
         settings: of columns, such as "data.text=review", in place of those of the run.
@@ -119,16 +119,16 @@ def predict_files(
     """
     output.check(names)
     task = saved.saved_task
-    rows = read_inputs(names, task, data_settings(saved.columns, task, settings))
-    first = next(rows, None)  # an error in it is raised before the model is loaded
+    columns, listed = data_settings(saved.columns, task, settings), printable(", ".join(names))
+    checked = Shown(read_inputs(names, task, columns), f"reading {listed}", unit="rows", quiet=True)
+    total = sum(1 for _ in checked)
     predictor = Predictor.of(saved, batch_size, max_new_tokens)
     is_main = predictor.accelerator.is_main_process
-    # without a number: files are read once, window by window
-    what = f"predicting {printable(', '.join(names))}"
-    shown = Pass(what, None, unit="rows", prints=output.file is None)
+    shown = Pass(f"predicting {listed}", total, unit="rows", prints=output.file is None)
     # the main process writes the rows of all
     with shown, output.opened(names, task) if is_main else nullcontext() as writer:
-        for window in predicted(predictor, chained(first, rows), shown.advance):
+        rows = read_inputs(names, task, columns)
+        for window in predicted(predictor, rows, shown.advance):
             if writer is not None:
                 named = [output.named(raw, found) for raw, found in window]
                 with output.reported():
@@ -136,13 +136,6 @@ def predict_files(
     seconds = max(time.monotonic() - shown.began, 1e-9)
     logger.info("predicted all %s rows, %.3g rows/s", f"{shown.done:,}", shown.done / seconds)
     return shown.done
-
-
-def chained(first: tuple[Row, Row] | None, rows: Iterator[tuple[Row, Row]]) -> Any:
-    """Yield a row that was read already, and then the others."""
-    if first is not None:  # None: the input has no rows
-        yield first
-    yield from rows
 
 
 def schema_of(names: Sequence[str]) -> pa.Schema | None:

@@ -64,8 +64,8 @@ def predict(
         )
     names, rows = files_or_rows(data)
     settings = data_settings(predictor.columns, predictor.task, words_of(columns))
-    inputs = read_inputs(names, predictor.task, settings, rows=rows, setting="data")
-    with Pass("predicting", None if rows is None else len(rows), unit="rows") as progress:
+    inputs = list(read_inputs(names, predictor.task, settings, rows=rows, setting="data"))
+    with Pass("predicting", len(inputs), unit="rows") as progress:
         windows = predicted(predictor, inputs, progress.advance)
         return [found for window in windows for _, found in window]
 

@@ -14,7 +14,7 @@ from petl.cli import main
 from petl.errors import InputError, RunStopped
 from petl.export.saved_adapter import find
 from petl.prediction.files import Output, predict_files
-from petl.prediction.predictor import predicted
+from petl.prediction.predictor import Predictor, predicted
 from petl.runs.records import PREDICTIONS
 from petl.tasks import Regression
 
@@ -177,6 +177,18 @@ def test_errors_are_one_line_and_nothing_is_written(
     assert err.splitlines()[-1].startswith("error: ")
     assert out == ""
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+@pytest.mark.parametrize("last", ['{"id": 7}', '{"text": '], ids=["no text", "damaged"])
+def test_a_wrong_last_row_is_reported_before_the_model_is_loaded(
+    kept_run, last, tmp_path, monkeypatch
+):
+    run, file = kept_run("regression"), tmp_path / "in.jsonl"
+    file.write_text('{"text": "the cat", "more": "x"}\n' * 3 + last)
+    monkeypatch.setattr(Predictor, "of", lambda *_: pytest.fail("the model is loaded"))
+    with pytest.raises(InputError, match=r"in\.jsonl.*line 4"):
+        predict(run, [file], tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_an_adapter_folder_alone_knows_its_task_and_the_output_may_be_a_pipe(
