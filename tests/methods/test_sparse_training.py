@@ -145,10 +145,14 @@ def test_sm3_state_of_a_half_precision_head_is_restored_in_float32():
 # A further training
 
 
-def test_the_first_selection_of_a_further_training_exchanges_no_more_than_later_ones(tmp_path):
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_the_first_selection_of_a_further_training_exchanges_no_more_than_later_ones(
+    is_loaded, tmp_path
+):
     model = randomized(wrapped(initial_reselection_rate=0.2))
-    model.save_pretrained(tmp_path)
-    model = petl.load(testing.tiny_llama(), tmp_path, is_trainable=True)
+    if is_loaded:  # else trained again in the same process
+        model.save_pretrained(tmp_path)
+        model = petl.load(testing.tiny_llama(), tmp_path, is_trainable=True)
     before = {key: a.indices.clone() for key, a in adapters(model).items()}
     optimizer = adamw(model)
     petl.lifecycle(model).attach_optimizer(optimizer)

@@ -111,7 +111,7 @@ class SparseAdapter(Adapter):
             and until they are chosen.
         first: what they will be chosen from, while the first update of an accumulation is computed.
         calls: training forwards of this layer in the current update, while accumulating.
-        starts_at_zero: False if the training began with the values of a file of an earlier one.
+        starts_at_zero: False if the training began with the values of an earlier one.
     """
 
     keep_float32 = True  # half precision would lose small updates of the values
@@ -150,7 +150,7 @@ class SparseAdapter(Adapter):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if not self.values.is_meta:
-            self.starts_at_zero = not bool(to_full(self.values.detach()).any())
+            self.starts_at_zero = self._is_zero()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -287,6 +287,10 @@ class SparseAdapter(Adapter):
         self.step, self.calls, self.first = step, 0, None
         if step == 0:
             self.candidates = None
+            self.starts_at_zero = self._is_zero()
+
+    def _is_zero(self) -> bool:
+        return not bool(to_full(self.values.detach()).any())
 
     def end_step(self, step: int) -> None:
         """Record that update `step` is complete; drop the candidates if accumulation ends."""
