@@ -28,7 +28,8 @@ class RewritingAdapter(Adapter):
         raise NotImplementedError(f"{type(self).__name__} has no new_weight")
 
     def change_of(self, weight: Tensor) -> Tensor:
-        weight = weight if self.unmerged is None else self.unmerged
+        if self.unmerged is not None:
+            weight = self.unmerged.to(weight)  # it does not move with the model
         return self.new_weight(weight) - weight
 
     def merge(self, weight: Tensor, *, transposed: bool) -> Tensor:
