@@ -61,7 +61,7 @@ class ColumnSettings(TextSource, ABC):
     prompt: str | None = None  # column or template of questions: conversations of one turn each
     answer: str | None = None  # column or template of the answers to them
     system: str | None = None  # system prompt of conversations without one
-    pack: bool = False  # join texts into blocks of max_length; no attention across texts
+    pack: bool = False  # several whole texts in a row of max_length; no attention across texts
     generate: int | None = (
         None  # maximum new tokens when answers of test rows are generated and scored
     )

@@ -27,7 +27,7 @@ OUTSIDE_BACKEND = (
     "src_lang",
     "tgt_lang",
 )
-FORMAT = 4  # increment when the meaning of encoded rows changes
+FORMAT = 5  # increment when the meaning of encoded rows changes
 logger = logging.getLogger(__name__)
 
 

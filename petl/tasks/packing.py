@@ -7,7 +7,8 @@ with either it attends across texts silently. Methods read the mask, so batches 
 `check_packed_texts_isolated` tests whether a model keeps the texts apart.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,24 +39,38 @@ class Block:
     positions: list[int]
 
 
-def pack(texts: Iterable[Sequence[int]], length: int) -> Iterator[Block]:
-    """Concatenate texts and cut them into blocks of `length` tokens; the last may be shorter."""
+def pack(texts: Iterable[Sequence[int]], length: int) -> list[Block]:
+    """Lay texts side by side in blocks of at most `length` tokens; only longer texts are cut.
+
+    The longest come first, each into the fullest block that has room for it: few blocks, and no
+    text loses its beginning, which costs more than padding (Ding et al. 2024, Fewer Truncations
+    Improve Language Modeling, arXiv:2404.10830).
+    """
+    pieces = [text[i : i + length] for text in texts for i in range(0, len(text), length)]
+    chosen: list[list[int]] = []  # numbers of the pieces of each block
+    rooms: list[tuple[int, int]] = []  # of the blocks that are not full: (room, block), sorted
+    for number in sorted(range(len(pieces)), key=lambda i: -len(pieces[i])):
+        size = len(pieces[number])
+        place = bisect_left(rooms, (size, 0))
+        room, block = rooms.pop(place) if place < len(rooms) else (length, len(chosen))
+        if block == len(chosen):
+            chosen.append([])
+        chosen[block].append(number)
+        if room > size:
+            insort(rooms, (room - size, block))
+    # in the order of the texts, as far as whole blocks can be
+    return [joined([pieces[i] for i in numbers]) for numbers in sorted(map(sorted, chosen))]
+
+
+def joined(pieces: Iterable[Sequence[int]]) -> Block:
+    """Return the block of texts and pieces of texts."""
     block = Block([], [], [])
-    for text in texts:
-        start = 0
-        while start < len(text):
-            # as much of the text as fits into the block
-            piece = text[start : start + length - len(block.ids)]
-            block.labels += [IGNORED if block.ids else piece[0], *piece[1:]]
-            block.ids += piece
-            # from 0 also for the second piece of a text: the first is in another row
-            block.positions += range(len(piece))
-            start += len(piece)
-            if len(block.ids) == length:
-                yield block
-                block = Block([], [], [])
-    if block.ids:
-        yield block
+    for piece in pieces:
+        block.labels += [IGNORED if block.ids else piece[0], *piece[1:]]
+        block.ids += piece
+        # from 0 also for the second piece of a text: the first is in another row
+        block.positions += range(len(piece))
+    return block
 
 
 def batch_of_blocks(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:

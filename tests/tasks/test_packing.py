@@ -1,5 +1,6 @@
 """Packed texts are independent of each other in attention, positions and loss."""
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -94,11 +95,36 @@ def test_loss_and_gradient_are_those_of_separate_rows(build):
 
 
 def test_positions_and_labels_restart_with_each_text():
-    first, second, third = pack([[1, 2, 3], [4, 5, 6, 7], [8, 9]], 4)
-    assert (first.ids, first.positions) == ([1, 2, 3, 4], [0, 1, 2, 0])
+    first, second, third = pack([[1, 2, 3], [4, 5, 6, 7], [8, 9], [10]], 4)
+    assert (first.ids, first.positions) == ([1, 2, 3, 10], [0, 1, 2, 0])
     assert first.labels == [1, 2, 3, IGNORED]  # nothing tells how the next text begins
-    assert (second.ids, second.positions) == ([5, 6, 7, 8], [0, 1, 2, 0])
-    assert (third.ids, third.positions) == ([9], [0])
+    assert (second.ids, second.positions) == ([4, 5, 6, 7], [0, 1, 2, 3])
+    assert (third.ids, third.positions) == ([8, 9], [0, 1])
+
+
+@pytest.mark.parametrize(("longest", "waste"), [(4, 0.02), (16, 0.1), (50, 0.1)])
+def test_only_texts_longer_than_a_block_are_cut_and_blocks_are_full(longest, waste):
+    pick, length, texts = random.Random(longest), 16, []
+    for _ in range(300):  # tokens that occur once: each tells its text and place
+        start = 100 * len(texts)
+        texts.append(list(range(start, start + pick.randint(1, longest))))
+    found = []
+    blocks = list(pack(texts, length))
+    for block in blocks:
+        for token, label, position in zip(block.ids, block.labels, block.positions, strict=True):
+            if position == 0:
+                found.append([])
+            found[-1].append(token)
+            assert label == (token if position or token == block.ids[0] else IGNORED)
+        # by the number of the first text
+        assert block.ids[0] == min(block.ids)
+    whole = [text for text in texts if len(text) <= length]
+    assert [text for text in whole if text not in found] == []
+    pieces = [text[at : at + length] for text in texts for at in range(0, len(text), length)]
+    assert sorted(found) == sorted(pieces)
+    sizes = sorted(len(block.ids) for block in blocks)
+    assert sizes[0] + sizes[1] > length >= sizes[-1]  # no two of them would fit into one
+    assert sum(sizes) >= (1 - waste) * length * len(blocks)
 
 
 def test_one_long_text_is_split_and_needs_no_positions():
@@ -109,14 +135,14 @@ def test_one_long_text_is_split_and_needs_no_positions():
 
 
 def test_padding_of_packed_rows_is_counted(tokenizer):
-    task = CausalLM(max_length=12, pack=True)
+    task = CausalLM(max_length=14, pack=True)
     texts = ["to be", "or not", "a question"]
     encoded = task.encode(tokenizer, Dataset.from_dict({"text": texts}))
     made = task.collate(tokenizer)(list(encoded))
-    assert made["position_ids"].shape == (2, 12)
-    assert task.positions(made) == 24
+    assert made["position_ids"].shape == (2, 13)  # the first two texts, and the third
+    assert task.positions(made) == 26
     assert task.count(made) == sum(len(text) + 1 for text in texts)
-    assert task.items(made) == task.count(made) - 4  # three begin, and one is cut at a border
+    assert task.items(made) == task.count(made) - 3  # the first token of each
 
 
 def test_flash_attention_gets_the_boundaries_of_texts():
