@@ -153,7 +153,7 @@ class Claim:
     Attributes:
         name: on the command line.
         title: the claim in one line.
-        paper: its source.
+        paper: its source; "" for what these pages promise.
         paper_says: the claim and the evidence of the source, in our words.
         statements: what is compared.
         setting: data and settings.

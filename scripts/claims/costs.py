@@ -20,7 +20,7 @@ SORTED, MIXED = "lora train.buckets=auto", "lora train.buckets=null"
 LENGTHS = Claim(
     name="lengths",
     title="Length buckets save the time of the padding at no loss of score",
-    paper="none: a promise of these pages",
+    paper="",
     paper_says="Batches of examples of similar length have little padding, which is more than "
     "half of the positions of this task without them; the order of the batches stays random, so "
     "that the score does not change.",

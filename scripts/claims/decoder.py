@@ -131,7 +131,7 @@ SEGMENTED = f"{PADDED} train.loss_segment=128 train.skip_unread=false"
 PACKING = Claim(
     name="packing",
     title="Packing saves the time of the padding, and a segmented loss the memory of the logits",
-    paper="none: promises of these pages",
+    paper="",
     paper_says="Texts of one row do not see each other, so that packing changes speed alone. "
     "Segments of the loss compute what the whole loss computes, with few logits at a time.",
     statements=(

@@ -163,7 +163,8 @@ def section(claim: Claim, result: Result | None) -> Iterator[str]:
     """Yield the paragraphs of a claim."""
     yield f"## {claim.name}"
     yield f"**{claim.title}.**"
-    yield f"The paper ({claim.paper}): {claim.paper_says}"
+    source = f"The paper ({claim.paper})" if claim.paper else "These pages"
+    yield f"{source}: {claim.paper_says}"
     yield f"The task: {claim.setting.title}."
     if result is None:
         yield f"{NOT_TRIED.capitalize()}: `python scripts/claims.py {claim.name}`, {cost(claim)}."
