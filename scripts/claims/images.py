@@ -30,6 +30,7 @@ FASHION = Setting(
 LORA = "lora"
 PYRA = "pyra method.inner=lora"  # the high schedule is the default
 MERGED = f"{PYRA} method.reactivate=false"
+ALIKE = f"{PYRA} train.lr=3e-3"  # the rate that was chosen for the other two
 
 MERGING = Claim(
     name="pyra",
@@ -41,6 +42,18 @@ MERGING = Claim(
     statements=(
         Statement("LoRA with PYRA is no worse than LoRA with all tokens", "no_worse", PYRA, LORA),
         Statement("PYRA beats merging without its vectors", "beats", PYRA, MERGED),
+        Statement(
+            "at the learning rate 3e-3 for all, LoRA with PYRA is no worse than LoRA with all tokens",
+            "no_worse",
+            ALIKE,
+            LORA,
+        ),
+        Statement(
+            "at the learning rate 3e-3 for all, PYRA beats merging without its vectors",
+            "beats",
+            ALIKE,
+            MERGED,
+        ),
         at_most(0.5, SECONDS, "training takes at most half of the time", PYRA, LORA),
     ),
     setting=FASHION,
@@ -48,11 +61,14 @@ MERGING = Claim(
         LORA: "LoRA, all tokens",
         PYRA: "LoRA with PYRA, high schedule",
         MERGED: "LoRA with merging alone, high schedule",
+        ALIKE: "LoRA with PYRA, high schedule, at 3e-3",
     },
     pages=("pyra",),
     limits=(
         "The high schedule merges to 5 of 197 tokens. The low one and a smaller model are not "
         "tried; time is the processor time of training, where matching takes its share of a "
         "narrow model.",
+        "400 validation images choose between rates with a standard error of 2.4 points: two "
+        "statements, which were added after the others had been seen, have one rate for all.",
     ),
 )
