@@ -284,10 +284,11 @@ class SparseAdapter(Adapter):
 
     def begin(self, step: int) -> None:
         """Start training after `step` updates; keeps the candidates of a resumed run."""
-        self.step, self.calls, self.first = step, 0, None
         if step == 0:
             self.candidates = None
-            self.starts_at_zero = self._is_zero()
+            if self.step:  # after an earlier training in this process
+                self.starts_at_zero = self._is_zero()
+        self.step, self.calls, self.first = step, 0, None
 
     def _is_zero(self) -> bool:
         return not bool(to_full(self.values.detach()).any())
