@@ -202,6 +202,7 @@ loop.Loop.step = refusing
 """
 
 
+@pytest.mark.thorough
 def test_an_error_of_the_second_process_alone_is_told_once_and_nothing_else(tiny, tmp_path):
     words = [*tiny.classify, "+method=lora", f"train.run={tmp_path}/two"]
     ran = launch(words, tmp_path, 2, code=REFUSE)
@@ -228,6 +229,7 @@ def errors_told(has_error):
     return answers
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("has_error", "told"),
     [

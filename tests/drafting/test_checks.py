@@ -33,6 +33,10 @@ from petl.errors import InputError, UnsupportedError
 
 PLAIN = {"max_new_tokens": 16, "pad_token_id": PAD, "use_cache": True}
 METHODS = [name for name in adaptable("llama") if name != "dkvb"]
+OWN_AND_OTHERS = [
+    pytest.param(name, marks=[] if name in (*OWN, "lora") else pytest.mark.thorough)
+    for name in METHODS
+]
 # methods that no decoder has, and the words by which petl.wrap refuses one
 REFUSED = {
     "dkvb": "needs calibration data",  # a classification head, whose model generates nothing
@@ -71,7 +75,7 @@ def of_two_blocks(name):
     return replace(case, model=TWO_BLOCKS)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OWN_AND_OTHERS)
 def test_every_method_is_decoded_as_without_drafts(name):
     case = of_two_blocks(name)
     model = case.wrap_stirred()

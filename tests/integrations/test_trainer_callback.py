@@ -347,6 +347,7 @@ def stop_and_resume(folder: Path) -> tuple[int, list[str], dict[str, Tensor]]:
     return torch.distributed.get_world_size(), differing(resumed, whole), whole
 
 
+@pytest.mark.thorough
 def test_processes_resume_from_the_state_of_the_main_process(tmp_path):
     (size, *differs, first), (_, *differs_there, second) = testing.in_processes(
         2, stop_and_resume, tmp_path

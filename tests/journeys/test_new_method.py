@@ -76,6 +76,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.thorough
 def test_one_command_writes_what_follows_and_the_tests_of_the_tree_pass(tree):
     before = content(tree)
     python(["scripts/support.py"], tree)

@@ -162,6 +162,7 @@ def test_a_stopped_run_goes_on_with_the_same_rows(sets, tmp_path):
     assert_same_course(resumed, straight, atol=0)
 
 
+@pytest.mark.thorough
 def test_two_processes_train_as_one_on_the_same_rows(sets, tmp_path):
     words = [*METHODS["polyhistor"], *sets, *MIXED, "train.linear_probe=false"]
     one = train(words, tmp_path / "one")

@@ -363,6 +363,7 @@ def gradients_of_one_process():
     return gradients(model), (measured, found), model.activation_density.report(one)
 
 
+@pytest.mark.thorough
 def test_two_processes_average_their_terms_and_agree_on_metrics():
     results = testing.in_processes(2, gradients_of_one_process)
     (first, (density, ppl), of_one), (second, others, of_none) = results

@@ -308,6 +308,7 @@ SPLITS = {
 }
 
 
+@pytest.mark.thorough
 def test_two_processes_equal_one_however_the_samples_are_split(tmp_path):
     expected = state(wrap(calibration=batches(8)))
     first, second = in_processes(2, _wrap_shares, str(tmp_path))

@@ -68,6 +68,7 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path, stop, score_wi
 # Processes
 
 
+@pytest.mark.thorough
 def test_processes_with_different_data_agree_on_ranks_and_every_bit():
     ranks = in_processes(2, _train_share)
     first, second = ranks

@@ -260,6 +260,7 @@ def started_by_one_process():
     return {key: a.low_A.detach() for key, a in adapters(model).items()}
 
 
+@pytest.mark.thorough
 def test_all_processes_have_the_same_factors(monkeypatch):
     one, other = testing.in_processes(2, started_by_one_process)
     for key, tensor in one.items():

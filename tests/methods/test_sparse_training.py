@@ -263,6 +263,7 @@ def train_a_share():
     return {key: (a.indices, a.values.detach()) for key, a in adapters(model).items()}
 
 
+@pytest.mark.thorough
 def test_two_processes_with_different_data_agree_and_equal_one_on_the_joined_batch():
     ranks = testing.in_processes(2, train_a_share)
     model = wrapped()

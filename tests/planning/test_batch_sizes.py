@@ -62,6 +62,7 @@ def test_the_command_writes_a_file_that_a_run_trains_with(tiny, tmp_path, capsys
         train(resumed, tmp_path / "other")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("task", ["steady", "complete"])
 def test_sizes_from_shapes_fit_into_the_memory_of_the_plan(tiny, task):
     common = [*getattr(tiny, task), "+method=mola"]
@@ -74,6 +75,7 @@ def test_sizes_from_shapes_fit_into_the_memory_of_the_plan(tiny, task):
         assert found["buckets"][0]["batch_size"] == expected
 
 
+@pytest.mark.thorough
 def test_sizes_are_global(tiny, monkeypatch):
     cfg = compose([*tiny.complete, "+method=lora", "train.buckets=1"])
     alone = find(cfg, MEMORY)

@@ -70,6 +70,7 @@ def test_quantized_weights_take_the_planned_bytes(tiny, task, kind, dtype):
     assert dense.unfolded == 0
 
 
+@pytest.mark.thorough
 def test_one_process_has_a_shard_of_the_planned_size(tiny):
     common = [*tiny.steady, "+method=lora"]
     planned = plan_run(compose([*common, SHARDED])).memory
@@ -101,6 +102,7 @@ def test_two_blocks_and_the_outer_parameters_are_gathered_together():
     assert weight_bytes(model, stays) == (kept, every)
 
 
+@pytest.mark.thorough
 def test_each_process_has_its_part_of_the_examples(tiny, monkeypatch):
     common = [*tiny.steady, "+method=lora", "train.batch_size=8"]
     alone = plan_run(compose(common))

@@ -47,6 +47,7 @@ def scores(folder, kept) -> dict[str, dict[str, float]]:
     return found
 
 
+@pytest.mark.thorough
 def test_two_processes_score_as_one(families, tmp_path, monkeypatch):
     monkeypatch.setenv("PETL_CACHE", str(tmp_path))
     monkeypatch.setenv("MASTER_ADDR", "localhost")  # both are put back after the test

@@ -103,6 +103,7 @@ def test_steps_count_the_same_each_time():
         assert count(step, model, bench.batch.values()) == count(step, model, bench.batch.values())
 
 
+@pytest.mark.thorough
 def test_no_method_of_petl_waits_for_a_value():
     bench = Bench(replace(TINY_LLAMA, layers=4))  # MoS draws its rows from four layers
     floor = floor_of(bench)[1].waits

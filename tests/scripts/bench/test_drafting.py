@@ -28,6 +28,7 @@ TINY = replace(QUICK, dtypes=("float32",), tokens=8)
 SCRIPT = Path(__file__).parents[3] / "scripts" / "bench.py"
 
 
+@pytest.mark.thorough
 def test_rows_have_times_passes_memory_and_equal_answers(tmp_path):
     found = measure(replace(TINY, folder=tmp_path))
     shapes = {record.shape for record in found}
@@ -57,6 +58,7 @@ class Ended(Exception):
     """In place of a signal."""
 
 
+@pytest.mark.thorough
 def test_a_run_that_was_ended_goes_on_behind_its_last_prompt(tmp_path, monkeypatch):
     plan = replace(TINY, states=("base",), prompts=2)
     whole = measure(replace(plan, folder=tmp_path / "whole"))

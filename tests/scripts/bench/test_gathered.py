@@ -44,6 +44,7 @@ def test_a_token_without_active_neurons_is_zero():
         assert torch.equal(product(x, rows), torch.stack([torch.zeros(4), 2 * rows[3]]))
 
 
+@pytest.mark.thorough
 def test_a_record_for_each_density_and_number_of_tokens():
     found = measure(2, [Down("tiny", 8, 20, 2)])
     assert [record.failed for record in found] == [""] * 2 * len(DENSITIES)

@@ -76,6 +76,7 @@ def settings(folder, **more):
     return Settings(folder=folder, names=("quickstart",), rates=(1e-3, 1e-2), **more)
 
 
+@pytest.mark.thorough
 def test_a_job_is_done_by_turns_and_no_run_is_repeated(job, here, tmp_path):
     lines, names = [], [PLAIN, GROUPED, *UPPER]
     chosen = settings(tmp_path, tunes=True, head_rates=(1e-2,), variants=names)

@@ -76,6 +76,7 @@ def test_the_file_section_counts_bytes_and_merges_what_merges():
     assert "merge ms" not in mola.facts
 
 
+@pytest.mark.thorough
 def test_the_serve_section_decodes_and_reads_with_several_adapters(monkeypatch):
     monkeypatch.setattr("bench.serve.COUNTS", (1, 17))
     monkeypatch.setattr("bench.serve.NEW", 2)
@@ -122,6 +123,7 @@ def test_goals_of_decoding_are_for_64_adapters():
     assert serve.goals(contender("lora"), decoding, {}) == {}
 
 
+@pytest.mark.thorough
 def test_the_scale_section_gives_exponents(monkeypatch):
     axes = (Axis("layers", (2, 4)), Axis("experts", (2, 8), {"num_experts": int}))
     monkeypatch.setattr("bench.scale.AXES", axes)
@@ -167,6 +169,7 @@ def test_the_generate_section_decodes_merged_and_not(monkeypatch):
     assert records("generate", "lora", shape="minilm") == []
 
 
+@pytest.mark.thorough
 def test_the_dist_section_runs_processes_and_threads():
     lora, compacter = records("dist", "compacter")
     assert (lora.row, compacter.row) == ("PEFT's lora", "compacter 48")

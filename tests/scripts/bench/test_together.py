@@ -27,6 +27,7 @@ def members_of(shape, count):
     return [Member(model.train()) for model in models]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shape", [TINY_LLAMA, TINY_MINILM], ids=lambda shape: shape.name)
 def test_each_size_has_a_row_with_its_goals(shape):
     found = measure([LORA, ADAPTER], shape, 1)
@@ -46,6 +47,7 @@ def test_each_size_has_a_row_with_its_goals(shape):
     assert table.columns[3:5] == ["8 adapters", "goal: 8 adapters"]
 
 
+@pytest.mark.thorough
 def test_large_batches_take_several_passes(monkeypatch):
     rooms = []
     monkeypatch.setattr(
