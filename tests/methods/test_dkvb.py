@@ -172,6 +172,7 @@ def update_a_part(start: Tensor, batches: Tensor) -> tuple[Tensor, Tensor]:
     return keys.keys, keys.counts
 
 
+@pytest.mark.thorough
 def test_two_processes_equal_one_on_the_joint_batch():
     torch.manual_seed(4)
     start, batches = 3 * torch.randn(2, 6, 3), torch.randn(3, 8, 2, 3)
