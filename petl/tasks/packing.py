@@ -42,9 +42,8 @@ class Block:
 def pack(texts: Iterable[Sequence[int]], length: int) -> list[Block]:
     """Lay texts side by side in blocks of at most `length` tokens; only longer texts are cut.
 
-    The longest come first, each into the fullest block that has room for it: few blocks, and no
-    text loses its beginning, which costs more than padding (Ding et al. 2024, Fewer Truncations
-    Improve Language Modeling, arXiv:2404.10830).
+    Best fit decreasing: the longest come first, each into the fullest block that has room for it
+    (Ding et al. 2024, Fewer Truncations Improve Language Modeling, arXiv:2404.10830).
     """
     pieces = [text[i : i + length] for text in texts for i in range(0, len(text), length)]
     chosen: list[list[int]] = []  # numbers of the pieces of each block

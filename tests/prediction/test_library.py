@@ -130,6 +130,13 @@ def test_wrong_data_are_refused(predictor, data, message):
         petl.predict(predictor, data)
 
 
+def test_a_wrong_last_row_is_reported_before_the_first_is_predicted(predictor, monkeypatch):
+    rows = [{"text": "the cat", "more": "x"}] * predictor.window + [{"more": "x"}]
+    monkeypatch.setattr(petl.Predictor, "predict", lambda *_: pytest.fail("rows are predicted"))
+    with pytest.raises(InputError, match=f"row {len(rows)} has no column 'text'"):
+        petl.predict(predictor, rows)
+
+
 def test_a_setting_that_names_no_column_is_refused(predictor):
     with pytest.raises(InputError, match="is not a setting of the columns of a file"):
         petl.predict(predictor, [{"text": "a", "more": "b"}], columns={"labels": "a"})

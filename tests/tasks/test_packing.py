@@ -108,8 +108,7 @@ def test_only_texts_longer_than_a_block_are_cut_and_blocks_are_full(longest, was
     for _ in range(300):  # tokens that occur once: each tells its text and place
         start = 100 * len(texts)
         texts.append(list(range(start, start + pick.randint(1, longest))))
-    found = []
-    blocks = list(pack(texts, length))
+    found, blocks = [], pack(texts, length)
     for block in blocks:
         for token, label, position in zip(block.ids, block.labels, block.positions, strict=True):
             if position == 0:
@@ -128,7 +127,7 @@ def test_only_texts_longer_than_a_block_are_cut_and_blocks_are_full(longest, was
 
 
 def test_one_long_text_is_split_and_needs_no_positions():
-    blocks = list(pack([list(range(1, 11))], 4))
+    blocks = pack([list(range(1, 11))], 4)
     assert [block.ids for block in blocks] == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
     assert all(block.labels == block.ids for block in blocks)
     assert set(batch(row(FIRST), row(SECOND))) == {"input_ids", "attention_mask", "labels"}
