@@ -17,7 +17,7 @@ from petl.core.registry import is_computed
 from petl.distributed.launch import on_device, shard, start
 from petl.distributed.processes import current_lane
 from petl.errors import InputError
-from petl.losses import attach
+from petl.core.losses import attach
 from petl.models.loading import load_base, load_processor
 from petl.reports.run_report import print_summary, write_report
 from petl.runs.records import PREDICTIONS

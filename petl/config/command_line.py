@@ -20,7 +20,7 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from petl.errors import InputError, did_you_mean
 from petl.files.paths import config_dir
@@ -289,6 +289,20 @@ def config_file(group: str, name: str) -> Path | None:
     # in the order of the search, so the first is the one that Hydra takes
     files = (folder / group / f"{name}.yaml" for folder in config_dirs())
     return next((file for file in files if file.is_file()), None)
+
+
+def raw(group: str, name: str) -> DictConfig:
+    """Load the YAML file of one configuration, with nothing composed.
+
+    Raises:
+        InputError: it holds no names with values.
+    """
+    file = config_file(group, name)
+    assert file is not None
+    loaded = OmegaConf.load(file)
+    if not isinstance(loaded, DictConfig):
+        raise InputError(f"{shown_path(file)} holds no names with values, such as `r: 8`")
+    return loaded
 
 
 def preset_of(name: str) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from petl.config.command_line import (
     options_of,
     plus,
     preset_of,
+    raw,
     search_users_dirs,
     shown_path,
     users_dir,
@@ -153,20 +154,6 @@ def explain_missing_file(
         if name in options_of(other):
             return f"no {kind} {name!r}; did you mean {plus(other)}{other}={name}?"
     return f"no {kind} {name!r}{did_you_mean(name, options or options_of(group))}"
-
-
-def raw(group: str, name: str) -> DictConfig:
-    """Load the YAML file of one configuration, with nothing composed.
-
-    Raises:
-        InputError: it holds no names with values.
-    """
-    file = config_file(group, name)
-    assert file is not None
-    loaded = OmegaConf.load(file)
-    if not isinstance(loaded, DictConfig):
-        raise InputError(f"{shown_path(file)} holds no names with values, such as `r: 8`")
-    return loaded
 
 
 def explain_key(key: str, overrides: Sequence[str], config: str = CONFIG) -> str:

@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 
 from datasets import Dataset
 
-from petl.config.command_line import options_of
-from petl.config.compose import raw
+from petl.config.command_line import options_of, raw
 from petl.config.schema import plain
 from petl.data.base import RawData, Source, data_source
 from petl.errors import InputError, choose

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from petl.config.schema import LARGEST, plain
+from petl.core.losses import read as read_loss
 from petl.core.refusals import adamr_refusal
 from petl.core.registry import build_config, is_computed, list_methods, method
 from petl.core.spec.method import LossConfig, Method
@@ -20,7 +21,6 @@ from petl.data.task_sets import SOURCE, with_sets
 from petl.distributed.launch import Launch, read_launch
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 from petl.imports.peft_hook import import_modules
-from petl.losses import read as read_loss
 from petl.models.sources import ModelSource, read_source
 from petl.ranks.settings import RanksConfig, read_ranks
 from petl.runs.init_from import check_model as check_start_model

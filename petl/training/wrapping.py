@@ -7,6 +7,7 @@ strictly, by every tensor of the file. Only a task head may be new, if its label
 
 import logging
 from collections.abc import Mapping
+from pkgutil import resolve_name
 from typing import Any
 
 from accelerate import Accelerator
@@ -181,10 +182,9 @@ def wrap_arguments(run: RunConfig, splits: Splits, accelerator: Accelerator) -> 
         rank_targets(run.ranks, build, fields)
     if not needs_calibration(config):
         return fields
-    if getattr(config, "of_demonstrations", False):
-        from petl.training.demonstrations import demonstrations
-
-        batches = demonstrations(config, run, splits)
+    source = getattr(config, "calibration_source", "")
+    if source:
+        batches = resolve_name(source)(config, run, splits)
     elif hasattr(config, "calibration_data"):
         batches = calibration_batches(config.calibration_data, run.model, splits)
     else:
