@@ -5,8 +5,8 @@ The same as `petl train`, from a checkout; the run itself is petl/cli/train.py.
 
 import sys
 
-from petl.config.command_line import read_words
-from petl.imports.collector import rare_collections
+from petl.system.imports.collector import rare_collections
+from petl.system.settings.command_line import read_words
 
 if __name__ == "__main__":
     words = sys.argv[1:]

@@ -13,40 +13,40 @@ nor torch by itself: a name of petl is imported when it is first asked for.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from petl.imports.peft_hook import refuse_mixed_install, register_with_peft
+from petl.system.imports.peft_hook import refuse_mixed_install, register_with_peft
 from petl.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from petl import core as core
     from petl import data as data
-    from petl import deltas as deltas
-    from petl import drafting as drafting
     from petl import errors as errors
-    from petl import losses as losses
     from petl import methods as methods
     from petl import ops as ops
-    from petl import ranks as ranks
-    from petl import search as search
+    from petl.adapters import deltas as deltas
+    from petl.adapters import search as search
     from petl.core.layers.layer import Adapter, AdapterLayer, Factors, LayerInfo, LayerShape
-    from petl.core.layers.recompute import recompute_mlp
-    from petl.core.layers.segment_loss import segment_loss
     from petl.core.lifecycle import Lifecycle, lifecycle
     from petl.core.loading import load
     from petl.core.registry import adopt, list_methods, method, register
     from petl.core.spec.config import MethodConfig
     from petl.core.spec.method import Method, list_losses
-    from petl.core.switching.lora import fuse_lora
     from petl.core.tuners.tuner import MethodTuner
-    from petl.drafting.folder import load_drafter
+    from petl.efficiency import drafting as drafting
+    from petl.efficiency.drafting.folder import load_drafter
+    from petl.efficiency.frozen.cache import cache_frozen
+    from petl.efficiency.fused_lora.switching import fuse_lora
+    from petl.efficiency.recompute import recompute_mlp
+    from petl.efficiency.segment_loss import segment_loss
     from petl.errors import InputError
-    from petl.frozen.cache import cache_frozen
-    from petl.integrations.trainer_callback import Callback
+    from petl.generation.prediction.library import evaluate, predict
+    from petl.generation.prediction.predictor import Predictor
+    from petl.methods import losses as losses
     from petl.methods.lora import lorafa_optimizer, loraplus_optimizer
     from petl.methods.sparse import SparseSM3
-    from petl.prediction.library import evaluate, predict
-    from petl.prediction.predictor import Predictor
     from petl.signatures import build_config, get, wrap  # of petl.core.registry, method by method
+    from petl.training import ranks as ranks
     from petl.training.adamr import AdamR
+    from petl.training.integrations.trainer_callback import Callback
     from petl.training.together.jobs import Job, Trained, train_together
 
 __all__ = [
@@ -88,26 +88,26 @@ __all__ = [
     "wrap",
 ]
 
-_PACKAGES = (
-    "core",
-    "data",
-    "deltas",
-    "drafting",
-    "errors",
-    "losses",
-    "methods",
-    "ops",
-    "ranks",
-    "search",
-)
+_PACKAGES = {  # public packages by name
+    "core": "petl.core",
+    "data": "petl.data",
+    "deltas": "petl.adapters.deltas",
+    "drafting": "petl.efficiency.drafting",
+    "errors": "petl.errors",
+    "losses": "petl.methods.losses",
+    "methods": "petl.methods",
+    "ops": "petl.ops",
+    "ranks": "petl.training.ranks",
+    "search": "petl.adapters.search",
+}
 _NAMES = {
-    "petl.frozen.cache": ("cache_frozen",),
-    "petl.integrations.trainer_callback": ("Callback",),
+    "petl.efficiency.frozen.cache": ("cache_frozen",),
+    "petl.training.integrations.trainer_callback": ("Callback",),
     "petl.core.layers.layer": ("Adapter", "AdapterLayer", "Factors", "LayerShape", "LayerInfo"),
     "petl.core.lifecycle": ("Lifecycle", "lifecycle"),
     "petl.core.loading": ("load",),
-    "petl.core.layers.recompute": ("recompute_mlp",),
-    "petl.core.layers.segment_loss": ("segment_loss",),
+    "petl.efficiency.recompute": ("recompute_mlp",),
+    "petl.efficiency.segment_loss": ("segment_loss",),
     "petl.core.spec.config": ("MethodConfig",),
     "petl.core.spec.method": ("Method", "list_losses"),
     "petl.core.registry": (
@@ -119,16 +119,16 @@ _NAMES = {
         "register",
         "wrap",
     ),
-    "petl.core.switching.lora": ("fuse_lora",),
+    "petl.efficiency.fused_lora.switching": ("fuse_lora",),
     "petl.core.tuners.tuner": ("MethodTuner",),
-    "petl.drafting.folder": ("load_drafter",),
+    "petl.efficiency.drafting.folder": ("load_drafter",),
     "petl.errors": ("InputError",),
     "petl.methods.lora": ("lorafa_optimizer", "loraplus_optimizer"),
     "petl.methods.sparse": ("SparseSM3",),
     "petl.training.adamr": ("AdamR",),
     "petl.training.together.jobs": ("Job", "Trained", "train_together"),
-    "petl.prediction.library": ("evaluate", "predict"),
-    "petl.prediction.predictor": ("Predictor",),
+    "petl.generation.prediction.library": ("evaluate", "predict"),
+    "petl.generation.prediction.predictor": ("Predictor",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -136,7 +136,7 @@ _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 def __getattr__(name: str) -> object:
     """A public name or a package of petl, imported on first use."""
     if name in _PACKAGES:
-        return import_module(f"petl.{name}")
+        return import_module(_PACKAGES[name])
     if name not in _HOMES:
         raise AttributeError(f"module 'petl' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOMES[name]), name)

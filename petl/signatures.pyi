@@ -15,8 +15,6 @@ from torch import nn
 
 from petl.core.spec.method import LossConfig
 from petl.core.spec.method import Calibration
-from petl.losses.density.config import ActivationDensityConfig
-from petl.losses.distill import DistillConfig
 from petl.methods.adapter import AdapterConfig
 from petl.methods.binary import BinaryConfig
 from petl.methods.compacter import CompacterConfig
@@ -25,6 +23,8 @@ from petl.methods.dkvb.config import DkvbConfig
 from petl.methods.dsee.config import DseeConfig
 from petl.methods.icv.config import IcvConfig
 from petl.methods.increlora.config import IncreloraConfig
+from petl.methods.losses.density.config import ActivationDensityConfig
+from petl.methods.losses.distill import DistillConfig
 from petl.methods.mola import MolaConfig
 from petl.methods.mos.config import MosConfig
 from petl.methods.pela.config import PelaConfig

@@ -36,7 +36,6 @@ from bench.records import MARGIN, Result, regressions
 from bench.report import circumstances, remarks, tables
 from bench.run import LONG, SECTIONS, USUAL, Settings, run
 
-from petl.cli import app
 from petl.cli.arguments import (
     COUNT,
     POSITIVE,
@@ -49,6 +48,7 @@ from petl.cli.arguments import (
     some_of,
 )
 from petl.errors import InputError
+from petl.training import program as app
 
 DRAFTING = (
     "of section `drafting`: model, prompts (of each kind), tokens, dtypes, states (base, lora, "

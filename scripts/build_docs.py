@@ -116,7 +116,7 @@ def add_missing_pages() -> None:
 def facts(name: str) -> str:
     """What the registry knows of a method: paper, use, learning rate, parameters, support."""
     import petl
-    from petl.catalog.reference import counted
+    from petl.cli.catalog.reference import counted
 
     entry, (count, model) = petl.method(name), counted(name)
     rows = [
@@ -135,8 +135,8 @@ def facts(name: str) -> str:
 
 def fields(name: str) -> str:
     """The fields of a method or loss: type, default, preset of the YAML, meaning."""
-    from petl.catalog.fields import fields_of
-    from petl.config.command_line import preset_of
+    from petl.experiments.reports.fields import fields_of
+    from petl.system.settings.command_line import preset_of
 
     rows = []
     for field in fields_of(name, preset_of(name)):
@@ -150,7 +150,7 @@ def fields(name: str) -> str:
 
 def support(name: str) -> str:
     """What a method works with, and why not with the rest."""
-    from petl.catalog.support import row
+    from petl.cli.catalog.support import row
     from petl.core.spec.capabilities import CAPABILITIES
 
     found = row(name)
@@ -180,7 +180,7 @@ def source(name: str) -> str:
 def methods(which: str) -> str:
     """A table of petl's own methods, or of PEFT's."""
     import petl
-    from petl.catalog.reference import REFERENCE, counted
+    from petl.cli.catalog.reference import REFERENCE, counted
     from petl.methods import BUILT_IN
 
     own = own_methods()
@@ -205,7 +205,7 @@ def methods(which: str) -> str:
 
 def extras(which: str) -> str:
     """A table of the extra losses, or of the recipes."""
-    from petl.config.recipes import list_recipes, paper_of, parts_of, recipe
+    from petl.cli.catalog.recipes import list_recipes, paper_of, parts_of, recipe
     from petl.core.spec.method import LOSSES
 
     if which == "losses":
@@ -439,7 +439,7 @@ def pages() -> dict[Path, tuple[str, str]]:
     """By page, its text and what the text should be; also of the verdicts in `petl methods`."""
     from claims.page import listed
 
-    from petl.catalog import verdicts
+    from petl.cli.catalog import verdicts
 
     made: dict[str, str] = {}
     found = {}

@@ -27,10 +27,10 @@ from pathlib import Path
 import psutil
 from safetensors.torch import load_file
 
-from petl.cli import app
 from petl.cli.arguments import COUNT, SEED, folder_to_write, number, some_of
-from petl.config.compose import compose
-from petl.runs.run_config import read_config
+from petl.training import program as app
+from petl.training.compose import compose
+from petl.training.runs.run_config import read_config
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 EVAL_STEPS = 10
@@ -366,7 +366,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def is_complete(checkpoint: Path) -> bool:
     """Return True if all files of a checkpoint match their checksums."""
     from petl.errors import InputError
-    from petl.runs.checkpoint import verify
+    from petl.training.runs.checkpoint import verify
 
     try:
         verify(checkpoint)

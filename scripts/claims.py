@@ -25,11 +25,11 @@ from claims.pictures import publish
 from claims.results import PUBLISHED
 from claims.running import refuse_at_a_time, try_claim
 
-from petl.cli import app
 from petl.cli.arguments import folder_to_write
 from petl.cli.studies import JOBS
 from petl.errors import InputError, did_you_mean
-from petl.reports.formatting import echo
+from petl.experiments.reports.formatting import echo
+from petl.training import program as app
 
 ASSETS = Path(__file__).resolve().parents[1] / "docs/assets/claims"
 

@@ -19,15 +19,15 @@ from pathlib import Path
 
 import yaml
 
-from petl.cli import app
-from petl.config.command_line import add_config_dir
-from petl.files.paths import method_preset
-from petl.ranks.allocation import pattern_of
-from petl.reports.comparison import compare
-from petl.reports.comparison_report import write_page
-from petl.runs.ranks_file import read_ranks
-from petl.runs.records import read_results
-from petl.sweeps.study import Contender, Study, slug
+from petl.experiments.reports.comparison import compare
+from petl.experiments.reports.comparison_report import write_page
+from petl.experiments.sweeps.study import Contender, Study, slug
+from petl.system.files.paths import method_preset
+from petl.system.settings.command_line import add_config_dir
+from petl.training import program as app
+from petl.training.ranks.allocation import pattern_of
+from petl.training.ranks.file import read_ranks
+from petl.training.runs.records import read_results
 
 R, ALPHA = 8, 16  # of LoRA with equal ranks
 

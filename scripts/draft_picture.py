@@ -13,12 +13,12 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from petl.cli import app
 from petl.cli.arguments import COUNT, file_to_write
-from petl.drafting import Stats, decode
-from petl.drafting.free import Free
-from petl.inference.language_model import LanguageModel
-from petl.inference.loading import load_language_model
+from petl.efficiency.drafting import Stats, decode
+from petl.efficiency.drafting.free import Free
+from petl.generation.inference.language_model import LanguageModel
+from petl.generation.inference.loading import load_language_model
+from petl.training import program as app
 
 MODEL, COPIED, RECYCLED = "model", "copied", "recycled"
 LABELS = {

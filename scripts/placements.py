@@ -25,17 +25,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.p
 from bench.jobs.figure import seconds_axis
 from page_marks import filled
 
-from petl.cli import app
 from petl.cli.arguments import POSITIVE, SEED, each, file_to_read, file_to_write, folder_to_write
-from petl.config.compose import compose
 from petl.core.spec.blocks import last_blocks
+from petl.data.models.sources import read_source
 from petl.errors import InputError
-from petl.models.sources import read_source
-from petl.reports.comparison import compare
-from petl.reports.comparison_report import write_page
-from petl.reports.formatting import Table, is_percentage, mean_text
-from petl.runs.records import is_finished, read_results
-from petl.sweeps.study import Contender, Study, slug
+from petl.experiments.reports.comparison import compare
+from petl.experiments.reports.comparison_report import write_page
+from petl.experiments.reports.formatting import Table, is_percentage, mean_text
+from petl.experiments.sweeps.study import Contender, Study, slug
+from petl.training import program as app
+from petl.training.compose import compose
+from petl.training.runs.records import is_finished, read_results
 
 SHARES = ("top:0.5", "top:0.33", "top:0.17", "top:1")
 BUDGET = 331_776  # parameters of LoRA at rank 8 in all blocks of MiniLM

@@ -22,13 +22,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.p
 import torch
 from torch import Tensor, nn
 
-from petl.cli import app
 from petl.cli.arguments import COUNT, folder_to_write
-from petl.config.compose import compose
 from petl.data.base import encode
-from petl.models.loading import load_base, load_processor
-from petl.runs.run_config import read_config
-from petl.tasks.base import Row, Task
+from petl.data.models.loading import load_base, load_processor
+from petl.data.tasks.base import Row, Task
+from petl.training import program as app
+from petl.training.compose import compose
+from petl.training.runs.run_config import read_config
 
 CLASSES = 5  # the digits below this one
 BATCH, RATE = 32, 1e-3

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from petl.cli.arguments import POSITIVE, SEED, each, folder_to_write
 from petl.errors import InputError
-from petl.files.disk import write_json
-from petl.files.read import read_json
+from petl.system.files.disk import write_json
+from petl.system.files.read import read_json
 
 
 @dataclass

@@ -25,8 +25,8 @@ from sizes.report import draw, markdown
 from sizes.score import Scorer
 from sizes.train import LORA, run_of, studies
 
-from petl.cli import app
 from petl.cli.arguments import SEED, each, file_to_read, file_to_write, folder_to_write
+from petl.training import program as app
 
 
 def main() -> int:

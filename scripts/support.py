@@ -4,8 +4,8 @@ from pathlib import Path
 
 import make_stubs
 
-from petl.catalog.listing import write_cache
-from petl.catalog.support import PAGE, page
+from petl.cli.catalog.listing import write_cache
+from petl.cli.catalog.support import PAGE, page
 
 if __name__ == "__main__":
     target = Path(__file__).parents[1] / PAGE

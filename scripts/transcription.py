@@ -35,13 +35,13 @@ from torch import Tensor, nn
 from whisper_tiny import END, START
 
 import petl
-from petl.cli import app
 from petl.cli.arguments import COUNT
 from petl.data.folders import Speech
-from petl.files.disk import write_json
-from petl.files.read import read_json
-from petl.tasks.base import IGNORED
-from petl.tasks.media_files import Wave, read_audio
+from petl.data.tasks.base import IGNORED
+from petl.data.tasks.media_files import Wave, read_audio
+from petl.system.files.disk import write_json
+from petl.system.files.read import read_json
+from petl.training import program as app
 
 WINDOW, OWN_WINDOW = 3, 30  # seconds
 SHORTEST = 0.6  # seconds

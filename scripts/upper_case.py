@@ -22,16 +22,16 @@ import torch
 from peft import PeftModel
 
 import petl
-from petl.cli import app
 from petl.cli.arguments import COUNT
-from petl.config.compose import compose
 from petl.data.base import as_dataset
+from petl.data.models.loading import load_base, load_processor
+from petl.data.tasks.chat import question
 from petl.methods import icv
-from petl.models.loading import load_base, load_processor
-from petl.runs.run_config import read_config
-from petl.tasks.chat import question
-from petl.training.demonstrations import Pairs
+from petl.methods.icv.demonstrations import Pairs
+from petl.training import program as app
+from petl.training.compose import compose
 from petl.training.generation import written
+from petl.training.runs.run_config import read_config
 
 STRENGTHS = (0.0, 0.05, 0.1, 0.2)
 DEMONSTRATIONS, NEW_TOKENS, BATCH = 32, 16, 8

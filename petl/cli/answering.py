@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from petl.errors import InputError, printable
 
 if TYPE_CHECKING:
-    from petl.inference.sampling import Answer
+    from petl.generation.inference.sampling import Answer
 
 logger = logging.getLogger("petl")
 

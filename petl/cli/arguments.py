@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from petl.errors import InputError, did_you_mean
-from petl.files.paths import file_of, path_of
+from petl.system.files.paths import file_of, path_of
 
 Number = TypeVar("Number", int, float)
 # a function that adds the parser of a command: name, summary, description

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from petl.cli.answering import show, stopping, tell_if_cut, text_of
 from petl.errors import InputError, choose
-from petl.files.disk import append_to
-from petl.inference.chat import Chat
-from petl.inference.sampling import SETTINGS
-from petl.reports.formatting import echo, print_table
+from petl.experiments.reports.formatting import echo, print_table
+from petl.generation.inference.chat import Chat
+from petl.generation.inference.sampling import SETTINGS
+from petl.system.files.disk import append_to
 
 PROMPT = "> "
 MARK = "/"  # begins a command

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from petl.config.compose import compose
 from petl.errors import InputError, RunStopped
-from petl.reports.formatting import duration, echo, print_table, size
+from petl.experiments.reports.formatting import duration, echo, print_table, size
+from petl.training.compose import compose
 
 if TYPE_CHECKING:
-    from petl.export.checked_folder import Written
-    from petl.export.saved_adapter import Saved
-    from petl.planning.memory import Memory
-    from petl.reports.answers import Differences
-    from petl.reports.entries import RunResult
+    from petl.adapters.export.checked_folder import Written
+    from petl.adapters.export.saved_adapter import Saved
+    from petl.experiments.planning.memory import Memory
+    from petl.experiments.reports.answers import Differences
+    from petl.experiments.reports.entries import RunResult
 
 logger = logging.getLogger("petl")
 
@@ -30,7 +30,7 @@ logger = logging.getLogger("petl")
 
 def methods(arguments: argparse.Namespace) -> None:
     """Print the tables of methods, losses and recipes."""
-    from petl.catalog.listing import listing
+    from petl.cli.catalog.listing import listing
 
     for table in listing():
         print_table(table.columns, table.rows, table.title)
@@ -42,7 +42,7 @@ def methods(arguments: argparse.Namespace) -> None:
 
 def show(arguments: argparse.Namespace) -> None:
     """Print the page of a method, loss or recipe, or one field of it."""
-    from petl.catalog.method_page import page_of
+    from petl.cli.catalog.method_page import page_of
 
     page = page_of(arguments.name)
     if arguments.field:
@@ -74,7 +74,7 @@ def show(arguments: argparse.Namespace) -> None:
 
 def plan(arguments: argparse.Namespace) -> None:
     """Print targets, parameters, memory, length and capabilities of a run."""
-    from petl.planning.plan import plan_run
+    from petl.experiments.planning.plan import plan_run
 
     planned = plan_run(compose(arguments.overrides))
     echo(" · ".join(planned.names), end="\n\n")
@@ -148,7 +148,7 @@ def print_memory(memory: "Memory") -> None:
 
 def data(arguments: argparse.Namespace) -> None:
     """Print sizes, labels and examples of the training data."""
-    from petl.planning import preview
+    from petl.experiments.planning import preview
 
     result = preview.preview(compose(arguments.overrides), arguments.examples)
     echo(result.title, end="\n\n")
@@ -168,15 +168,15 @@ def data(arguments: argparse.Namespace) -> None:
 
 def find_saved(arguments: argparse.Namespace) -> "Saved":
     """Return the adapter that is saved at RUN."""
-    from petl.export.saved_adapter import find
+    from petl.adapters.export.saved_adapter import find
 
     return find(arguments.run, trust_remote_code=arguments.trust_remote_code)
 
 
 def merge(arguments: argparse.Namespace) -> None:
     """Merge an adapter into its base model, and print how the outputs compare."""
-    from petl.export.merge import merge as write
-    from petl.reports.differences import print_written
+    from petl.adapters.export.merge import merge as write
+    from petl.experiments.reports.differences import print_written
 
     saved = find_saved(arguments)
     saved = saved.in_dtype(arguments.dtype) if arguments.dtype else saved
@@ -193,13 +193,13 @@ def merge(arguments: argparse.Namespace) -> None:
 def export(arguments: argparse.Namespace) -> None:
     """Write an adapter in another format, and print how the outputs compare."""
     if arguments.format == "vllm":  # of a drafter, whose model is another folder
-        from petl.inference.draft_export import export_drafter
+        from petl.generation.inference.draft_export import export_drafter
 
         given = {name: getattr(arguments, name) for name in ("tolerance", "trust_remote_code")}
         for line in export_drafter(arguments.run, Path(arguments.out), **given):
             echo(line)
         return
-    from petl.reports.differences import print_written
+    from petl.experiments.reports.differences import print_written
 
     write, name, use = _export_format(arguments.format)
     written = write(
@@ -219,19 +219,19 @@ def _export_format(
     """Return the function that writes a format, what it writes, and how that is used."""
     # gguf and onnx need extras: only the chosen format is imported
     if name == "gguf":
-        from petl.export.gguf import USE, export_gguf
+        from petl.adapters.export.gguf import USE, export_gguf
 
         return export_gguf, "GGUF adapter", lambda out: [USE.format(out=out)]
     if name == "onnx":
-        from petl.export.onnx import export_onnx
+        from petl.adapters.export.onnx import export_onnx
 
         return export_onnx, "ONNX model", lambda out: []
     if name == "small":
-        from petl.export.small import USE, export_small
+        from petl.adapters.export.small import USE, export_small
 
         return export_small, "small model", lambda out: [USE.format(out=out)]
-    from petl.export.engines import serving_lines
-    from petl.export.lora import export_lora
+    from petl.adapters.export.engines import serving_lines
+    from petl.adapters.export.lora import export_lora
 
     return export_lora, "plain LoRA", serving_lines
 
@@ -245,7 +245,7 @@ def _other_base(arguments: argparse.Namespace) -> str:
 
 def write_report(arguments: argparse.Namespace) -> None:
     """Write the report of a run, and print its path."""
-    from petl.reports.run_report import write_page
+    from petl.experiments.reports.run_report import write_page
 
     echo(write_page(Path(arguments.run)))
 
@@ -256,8 +256,8 @@ def compare(arguments: argparse.Namespace) -> None:
     Raises:
         RunStopped: at the end, if a run or folder was left out, with status 1.
     """
-    from petl.reports import comparison, comparison_report
-    from petl.reports.find_runs import find_runs
+    from petl.experiments.reports import comparison, comparison_report
+    from petl.experiments.reports.find_runs import find_runs
 
     found = find_runs(map(Path, arguments.runs))
     # before anything is printed, since it may refuse the runs
@@ -282,7 +282,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def _answers(arguments: argparse.Namespace, runs: list["RunResult"]) -> "Differences":
     """Compare the predictions of the two runs, in the order in which they were named."""
-    from petl.reports.answers import compare_answers
+    from petl.experiments.reports.answers import compare_answers
 
     if len(runs) != 2:
         raise InputError(f"--answers compares two runs, and here are {len(runs)}: name two")

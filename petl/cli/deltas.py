@@ -9,7 +9,7 @@ from pathlib import Path
 from petl.cli.arguments import COUNT, Add, add_out, add_run, add_trust, each, number
 
 FRACTION = number(float, 0, 1)
-# as in petl.deltas.combine, which imports torch
+# as in petl.adapters.deltas.combine, which imports torch
 METHODS = ("linear", "magnitude_prune", "ties", "dare_linear", "dare_ties")
 
 
@@ -141,15 +141,15 @@ by magnitude, by election of signs (ties), or at random (dare_linear, dare_ties)
 
 def compress(arguments: argparse.Namespace) -> None:
     """Write a compressed adapter, and print what was kept and how the outputs compare."""
+    from petl.adapters.deltas.adapters import read, write_compressed
+    from petl.adapters.deltas.measured import compress_best, difference_of
+    from petl.adapters.export.checked_folder import refuse_taken
+    from petl.adapters.export.saved_adapter import find
     from petl.core.adapter_folder import weights_file
     from petl.core.compressed import compressed_file
-    from petl.deltas.adapters import read, write_compressed
-    from petl.deltas.measured import compress_best, difference_of
-    from petl.export.checked_folder import refuse_taken
-    from petl.export.saved_adapter import find
+    from petl.experiments.reports.differences import print_difference
+    from petl.experiments.reports.formatting import echo, size
     from petl.ops.ternary import FILE
-    from petl.reports.differences import print_difference
-    from petl.reports.formatting import echo, size
 
     saved, out = (
         find(arguments.run, trust_remote_code=arguments.trust_remote_code),
@@ -187,15 +187,15 @@ def compress(arguments: argparse.Namespace) -> None:
 
 def prune(arguments: argparse.Namespace) -> None:
     """Write a pruned adapter or model, and print what was kept."""
-    from petl.deltas.adapters import count_kept, pruned, pruned_names, read, write_pruned
-    from petl.deltas.full_model import prune_model
-    from petl.deltas.measured import closed_divisors, difference_of, searched_divisor
-    from petl.deltas.prune import divisor_of
+    from petl.adapters.deltas.adapters import count_kept, pruned, pruned_names, read, write_pruned
+    from petl.adapters.deltas.full_model import prune_model
+    from petl.adapters.deltas.measured import closed_divisors, difference_of, searched_divisor
+    from petl.adapters.deltas.prune import divisor_of
+    from petl.adapters.export.checked_folder import refuse_taken
+    from petl.adapters.export.saved_adapter import find
     from petl.errors import InputError
-    from petl.export.checked_folder import refuse_taken
-    from petl.export.saved_adapter import find
-    from petl.reports.differences import print_difference
-    from petl.reports.formatting import echo
+    from petl.experiments.reports.differences import print_difference
+    from petl.experiments.reports.formatting import echo
 
     out, drop, q = Path(arguments.out), arguments.drop, arguments.q
     refuse_taken(out)  # before anything is loaded
@@ -241,10 +241,10 @@ def prune(arguments: argparse.Namespace) -> None:
 
 def combine(arguments: argparse.Namespace) -> None:
     """Write a combined adapter."""
-    from petl.deltas.updates import combine_adapters
-    from petl.export.checked_folder import refuse_taken
-    from petl.export.saved_adapter import find
-    from petl.reports.formatting import echo
+    from petl.adapters.deltas.updates import combine_adapters
+    from petl.adapters.export.checked_folder import refuse_taken
+    from petl.adapters.export.saved_adapter import find
+    from petl.experiments.reports.formatting import echo
 
     refuse_taken(Path(arguments.out))
     trusted = {"trust_remote_code": arguments.trust_remote_code}

@@ -38,9 +38,9 @@ def add_parsers(add: Add) -> argparse.ArgumentParser:
 
 def draft(arguments: argparse.Namespace) -> None:
     """Train a drafter, and print what it gives."""
-    from petl.config.compose import compose
-    from petl.inference.draft_training import train_drafter
-    from petl.reports.formatting import echo, print_table
+    from petl.experiments.reports.formatting import echo, print_table
+    from petl.generation.inference.draft_training import train_drafter
+    from petl.training.compose import compose
 
     cfg = compose(arguments.overrides, "draft")
     trained = train_drafter(arguments.run, cfg, trust_remote_code=arguments.trust_remote_code)

@@ -2,7 +2,7 @@
 
 import textwrap
 
-from petl.config.command_line import config_dir, groups, options_of, plus
+from petl.system.settings.command_line import config_dir, groups, options_of, plus
 
 WIDTH = 100
 GROUPS = (

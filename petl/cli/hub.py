@@ -63,9 +63,9 @@ and shapes of tensors, finite values. The folder appears once all of it was chec
 
 def push(arguments: argparse.Namespace) -> None:
     """List the files of a folder, and upload them."""
-    from petl.export import upload
-    from petl.files.hub import OnHub
-    from petl.reports.formatting import echo, print_table, size
+    from petl.adapters.export import upload
+    from petl.experiments.reports.formatting import echo, print_table, size
+    from petl.system.files.hub import OnHub
 
     # names of repositories have no @
     base = OnHub(*arguments.base.split("@", 1)) if arguments.base else None
@@ -104,8 +104,8 @@ def push(arguments: argparse.Namespace) -> None:
 
 def pull(arguments: argparse.Namespace) -> None:
     """Download a repository, and print its commit."""
-    from petl.export import download
-    from petl.reports.formatting import echo, size
+    from petl.adapters.export import download
+    from petl.experiments.reports.formatting import echo, size
 
     # as `git clone` names its folder
     folder = arguments.folder or Path(arguments.name.rpartition("/")[2])

@@ -13,8 +13,8 @@ from typing import NoReturn
 from petl.cli import deltas, drafts, hub, predictions, serve, squeeze, studies, writing
 from petl.cli.arguments import add_out, add_run, folder_to_write, number
 from petl.errors import did_you_mean, printable
-from petl.imports.collector import rare_collections
-from petl.imports.extras import install_hint
+from petl.system.imports.collector import rare_collections
+from petl.system.imports.extras import install_hint
 from petl.version import __version__
 
 EPILOG = """\
@@ -292,7 +292,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def train(words: Sequence[str]) -> int:
     """Train with these settings, and exit; or print the help of `petl train` and return 0."""
-    from petl.config.command_line import read_words
+    from petl.system.settings.command_line import read_words
 
     if read_words(words):
         from petl.cli.help import text
@@ -312,7 +312,8 @@ def run(words: Sequence[str]) -> int:
         return train(words[1:])
     arguments = parse(words)
     # imported after parsing, so that a misspelt word is reported at once
-    from petl.cli import app, commands
+    from petl.cli import commands
+    from petl.training import program as app
 
     arguments.argv = [*words]  # for a command that starts processes
     # each module lists its functions by the words of the command line

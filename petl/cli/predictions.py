@@ -92,14 +92,14 @@ def predict(arguments: argparse.Namespace) -> None:
     """Predict the rows of files and write them."""
     # each process runs this command again, without the option
     if (arguments.processes or 1) > 1:
-        from petl.prediction.processes import run_in_processes
+        from petl.generation.prediction.processes import run_in_processes
 
         run_in_processes(arguments.processes, without_processes(arguments.argv))
         return
-    from petl.distributed.processes import end_with_launcher
+    from petl.adapters.export.saved_adapter import find
     from petl.errors import InputError
-    from petl.export.saved_adapter import find
-    from petl.prediction.files import Output, predict_files
+    from petl.generation.prediction.files import Output, predict_files
+    from petl.system.processes import end_with_launcher
 
     # under torchrun: a process that outlives the launcher would keep its GPU
     end_with_launcher()
@@ -120,10 +120,10 @@ def predict(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Print the scores of a saved adapter on data, and write them with their analysis."""
-    from petl.distributed.processes import is_first
-    from petl.export.saved_adapter import find
-    from petl.prediction.evaluation import evaluate_saved, folder_of
-    from petl.reports.evaluation_report import print_evaluation, write_evaluation
+    from petl.adapters.export.saved_adapter import find
+    from petl.experiments.reports.evaluation_report import print_evaluation, write_evaluation
+    from petl.generation.prediction.evaluation import evaluate_saved, folder_of
+    from petl.system.processes import is_first
 
     saved = find(arguments.run, trust_remote_code=arguments.trust_remote_code)
     names, settings = split_words([*arguments.data, *arguments.overrides])

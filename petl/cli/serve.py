@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from petl.cli.arguments import Add, add_trust, number
 
 if TYPE_CHECKING:
-    from petl.serving.served import Served
+    from petl.generation.serving.served import Served
 
 API_KEY = "PETL_API_KEY"  # environment variable; words of a command are seen by all users
 NO_DRAFTS = "none"  # the value of --drafter for plain decoding
@@ -85,14 +85,14 @@ def add_parsers(add: Add) -> None:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Load the models and serve them until Ctrl-C."""
-    from petl.imports.extras import need_extra
+    from petl.system.imports.extras import need_extra
 
     for package in ("fastapi", "uvicorn"):
         need_extra("serve", package, "petl serve")
-    from petl.serving import app
-    from petl.serving.engine import Engine
-    from petl.serving.models import load_served, named_runs
-    from petl.serving.service import Service
+    from petl.generation.serving import app
+    from petl.generation.serving.engine import Engine
+    from petl.generation.serving.models import load_served, named_runs
+    from petl.generation.serving.service import Service
 
     runs = named_runs(arguments.runs)
     bound = app.bind(arguments.host, arguments.port)  # before the models, which take longer

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from petl.cli.arguments import COUNT, Add, add_run, number
 
-WHAT = ("density", "rank", "bits")  # as in petl.search.features, which imports torch
+WHAT = ("density", "rank", "bits")  # as in petl.adapters.search.features, which imports torch
 UNITS = {"": 1, "kb": 1000, "mb": 10**6, "gb": 10**9}
 
 SQUEEZE = """\
@@ -84,13 +84,13 @@ def add_parsers(add: Add) -> None:
 
 def squeeze(arguments: argparse.Namespace) -> None:
     """Search, write the adapter, and print how it compares with even levels."""
-    from petl.distributed.processes import is_first
-    from petl.export.saved_adapter import find
-    from petl.reports.squeezed import print_squeezed
-    from petl.search.features import FEATURES
-    from petl.search.records import Settings
-    from petl.search.squeeze import squeeze as search
-    from petl.search.squeeze import weights_of
+    from petl.adapters.export.saved_adapter import find
+    from petl.adapters.search.features import FEATURES
+    from petl.adapters.search.records import Settings
+    from petl.adapters.search.squeeze import squeeze as search
+    from petl.adapters.search.squeeze import weights_of
+    from petl.experiments.reports.squeezed import print_squeezed
+    from petl.system.processes import is_first
 
     saved = find(arguments.run, trust_remote_code=arguments.trust_remote_code)
     own = weights_of(saved).stat().st_size

@@ -123,9 +123,9 @@ petl's, so that only its further names are used, unless --config-dir names it.""
 def study(arguments: argparse.Namespace) -> None:
     """Run a study, and write its page, also when runs failed."""
     from petl.errors import InputError
-    from petl.reports.comparison import compare
-    from petl.reports.comparison_report import write_page
-    from petl.sweeps.study import Contender, Study
+    from petl.experiments.reports.comparison import compare
+    from petl.experiments.reports.comparison_report import write_page
+    from petl.experiments.sweeps.study import Contender, Study
 
     # without --methods, splitting "" gives an empty word
     words = [word for word in (*arguments.methods.split(","), *arguments.method) if word.strip()]
@@ -153,10 +153,10 @@ def study(arguments: argparse.Namespace) -> None:
 
 def batch_sizes(arguments: argparse.Namespace) -> None:
     """Find the batch sizes of a run, print them, and write them to a file."""
-    from petl.config.command_line import config_dir_words, in_shell, word_of
-    from petl.config.compose import compose
-    from petl.planning.batch_sizes import bytes_of, find
-    from petl.reports.formatting import echo, print_table
+    from petl.experiments.planning.batch_sizes import bytes_of, find
+    from petl.experiments.reports.formatting import echo, print_table
+    from petl.system.settings.command_line import config_dir_words, in_shell, word_of
+    from petl.training.compose import compose
 
     file, settings, memory = arguments.output, arguments.overrides, arguments.memory
     result = find(compose(settings), None if memory is None else bytes_of(memory))
@@ -173,9 +173,9 @@ def batch_sizes(arguments: argparse.Namespace) -> None:
 
 def buckets(arguments: argparse.Namespace) -> None:
     """Estimate the padding, print it, and write the buckets to a file."""
-    from petl.config.compose import compose
-    from petl.planning.bucket_estimate import estimate
-    from petl.reports.formatting import echo
+    from petl.experiments.planning.bucket_estimate import estimate
+    from petl.experiments.reports.formatting import echo
+    from petl.training.compose import compose
 
     result = estimate(compose(arguments.overrides))
     _write_yaml(arguments.file, result)
@@ -192,15 +192,15 @@ def buckets(arguments: argparse.Namespace) -> None:
 def _write_yaml(file: Path, content: dict[str, object]) -> None:
     from omegaconf import OmegaConf
 
-    from petl.files.disk import write_atomic
+    from petl.system.files.disk import write_atomic
 
     write_atomic(file, OmegaConf.to_yaml(OmegaConf.create(content)))
 
 
 def configs(arguments: argparse.Namespace) -> None:
     """Print the folders and names of configurations, or the file of one."""
-    from petl.config.command_line import config_dirs, file_named, groups, options_of, plus
-    from petl.reports.formatting import echo, print_table
+    from petl.experiments.reports.formatting import echo, print_table
+    from petl.system.settings.command_line import config_dirs, file_named, groups, options_of, plus
 
     if arguments.name is not None:
         echo(file_named(arguments.name).read_text(), end="")  # a file has its own last line break

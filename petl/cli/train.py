@@ -11,25 +11,25 @@ import hydra
 from omegaconf import DictConfig
 from peft import PeftModel
 
-from petl.cli import app
-from petl.config.command_line import CONFIG, config_dir
-from petl.core.registry import is_computed
-from petl.distributed.launch import on_device, shard, start
-from petl.distributed.processes import current_lane
-from petl.errors import InputError
 from petl.core.losses import attach
-from petl.models.loading import load_base, load_processor
-from petl.reports.run_report import print_summary, write_report
-from petl.runs.records import PREDICTIONS
-from petl.runs.run_config import RunConfig, read_config
-from petl.runs.run_folder import Run
+from petl.core.registry import is_computed
+from petl.data.models.loading import load_base, load_processor
+from petl.errors import InputError
+from petl.experiments.reports.run_report import print_summary, write_report
+from petl.system.processes import current_lane
+from petl.system.settings.command_line import CONFIG, config_dir
+from petl.training import program as app
 from petl.training.dataloader import Splits, encode_splits
+from petl.training.distributed.launch import on_device, shard, start
 from petl.training.evaluate import score
 from petl.training.frozen import cached_blocks, report
 from petl.training.linear_probe import Untrained, linear_probe
 from petl.training.loop import fit
 from petl.training.lr_finder import find_lr
-from petl.training.ranks import ranks_by_importance
+from petl.training.ranks.run import ranks_by_importance
+from petl.training.runs.records import PREDICTIONS
+from petl.training.runs.run_config import RunConfig, read_config
+from petl.training.runs.run_folder import Run
 from petl.training.together.lanes import share_base
 from petl.training.wrapping import (
     check_model,
@@ -100,7 +100,7 @@ def before_training(run: Run, model: PeftModel, splits: Splits, test: Callable[.
         before = partial(test, when="before training", known=untrained.scores_of)
         run.score_before(before, splits.task)
     if getattr(config, "of_demonstrations", False):
-        from petl.training.strengths import set_strength
+        from petl.methods.icv.run import set_strength
 
         set_strength(model, splits, settings, run.accelerator, run)
 

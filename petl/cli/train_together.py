@@ -9,12 +9,12 @@ import traceback
 from functools import partial
 from pathlib import Path
 
-from petl.cli import app
 from petl.cli.train import train
-from petl.config.command_line import config_dir_words, read_words, search_users_dirs
-from petl.config.compose import compose
-from petl.sweeps.launched_jobs import open_text
-from petl.sweeps.study import Runs
+from petl.experiments.sweeps.launched_jobs import open_text
+from petl.experiments.sweeps.study import Runs
+from petl.system.settings.command_line import config_dir_words, read_words, search_users_dirs
+from petl.training import program as app
+from petl.training.compose import compose
 from petl.training.together.engine import run_in_lanes
 
 

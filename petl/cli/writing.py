@@ -15,10 +15,10 @@ from petl.cli.arguments import COUNT, SEED, Add, add_run, file_to_write, number
 from petl.errors import InputError, printable
 
 if TYPE_CHECKING:
-    from petl.drafting import Stats
-    from petl.inference.language_model import LanguageModel, Prompt
-    from petl.inference.prompts import Question
-    from petl.inference.sampling import Answer, Sampling
+    from petl.efficiency.drafting import Stats
+    from petl.generation.inference.language_model import LanguageModel, Prompt
+    from petl.generation.inference.prompts import Question
+    from petl.generation.inference.sampling import Answer, Sampling
 
 logger = logging.getLogger("petl")
 
@@ -165,7 +165,7 @@ Settings of sampling are those of `petl generate`."""
 
 def load(arguments: argparse.Namespace) -> "LanguageModel":
     """Load the model of a command."""
-    from petl.inference.loading import load_language_model
+    from petl.generation.inference.loading import load_language_model
 
     # dict() would keep the last one without a message
     names = [name for name, _ in arguments.adapter]
@@ -188,7 +188,7 @@ def sampling_of(arguments: argparse.Namespace) -> "Sampling":
     """Return the settings of sampling of a command, and seed the random numbers."""
     from transformers import set_seed
 
-    from petl.inference.sampling import SETTINGS, Sampling
+    from petl.generation.inference.sampling import SETTINGS, Sampling
 
     set_seed(arguments.seed)
     given = {name: getattr(arguments, name) for name in SETTINGS}
@@ -201,7 +201,7 @@ def sampling_of(arguments: argparse.Namespace) -> "Sampling":
 def generate(arguments: argparse.Namespace) -> None:
     """Answer the prompts; print the answers, or write them to a file."""
     if arguments.out is not None:
-        from petl.prediction.files import Output
+        from petl.generation.prediction.files import Output
 
         read = [] if arguments.file is None else [arguments.file]
         Output(arguments.out).check(read)  # before the model is loaded
@@ -246,7 +246,7 @@ def _check_drafts(
     model: "LanguageModel", names: list[str], prompt: "Prompt", system: str | None
 ) -> None:
     """Check passes over several tokens, and an answer with drafts, with each adapter."""
-    from petl.drafting import PROMISE, check_answer, verify
+    from petl.efficiency.drafting import PROMISE, check_answer, verify
 
     ids = model.encode(prompt, system)
     for name in names:
@@ -261,7 +261,7 @@ def _check_drafts(
 
 def _tell_stats(model: "LanguageModel", stats: "Stats") -> None:
     """Log what drafts saved, against the passes of plain decoding at their measured time."""
-    from petl.drafting import Costs
+    from petl.efficiency.drafting import Costs
 
     if not stats.passes:
         logger.info("no answer was decoded with drafts")
@@ -285,7 +285,7 @@ def _print_answers(
     arguments: argparse.Namespace, model: "LanguageModel", sampling: "Sampling", names: list[str]
 ) -> "Stats":
     """Print the answers to `--prompt` while they are written; return what drafts did."""
-    from petl.drafting import Stats
+    from petl.efficiency.drafting import Stats
 
     stats = Stats()
     for prompt in _prompts(arguments):
@@ -320,10 +320,10 @@ def _write_answers(
     batch_size: int,
 ) -> "Stats":
     """Write the answers as JSON lines, to `--out` or to standard output."""
-    from petl.core.progress import Pass
-    from petl.drafting import Stats
-    from petl.inference import prompts
-    from petl.prediction.tables import as_line, new_table
+    from petl.efficiency.drafting import Stats
+    from petl.generation.inference import prompts
+    from petl.generation.prediction.tables import as_line, new_table
+    from petl.system.progress import Pass
 
     of = "the prompts" if arguments.file is None else printable(arguments.file)
     # before the first answer: an error in a later prompt would discard those before it
@@ -356,7 +356,7 @@ def _write_answers(
 
 def _questions(arguments: argparse.Namespace, model: "LanguageModel") -> Iterator["Question"]:
     """The prompts with the rows that they are from: those of the file, or of --prompt."""
-    from petl.inference.prompts import Question, read_prompts
+    from petl.generation.inference.prompts import Question, read_prompts
 
     if arguments.file is not None:
         return read_prompts(arguments.file, model, system=arguments.system)
@@ -377,7 +377,7 @@ def _record(row: Mapping[str, Any], found: Mapping[str, "Answer"]) -> dict[str, 
 def chat(arguments: argparse.Namespace) -> None:
     """Chat until the end of the input."""
     from petl.cli.chat_commands import run
-    from petl.inference.chat import Chat
+    from petl.generation.inference.chat import Chat
 
     sampling = sampling_of(arguments)
     model = load(arguments)

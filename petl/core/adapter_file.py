@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
-from petl.files.tensor_file import DTYPE_NAMES, Shapes
+from petl.system.files.tensor_file import DTYPE_NAMES, Shapes
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every key in an adapter file

@@ -16,8 +16,8 @@ from torch import Tensor
 from petl.core.compat import config_class
 from petl.core.spec.config import check_values
 from petl.errors import InputError, first_line, shown
-from petl.files.read import read_json
-from petl.files.tensor_file import check_finite
+from petl.system.files.read import read_json
+from petl.system.files.tensor_file import check_finite
 
 CONFIG = "adapter_config.json"
 

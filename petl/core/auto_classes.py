@@ -15,8 +15,8 @@ from transformers.utils import cached_file
 from petl.core.adapter_folder import ON_THE_HUB
 from petl.core.compat import AutoPeftClass
 from petl.errors import InputError
-from petl.files.paths import LABELS
-from petl.files.read import read_json
+from petl.system.files.paths import LABELS
+from petl.system.files.read import read_json
 
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 

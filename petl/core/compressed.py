@@ -19,9 +19,9 @@ from torch import Tensor
 from petl.core.adapter_file import WEIGHTS
 from petl.core.adapter_folder import ON_THE_HUB, read_config
 from petl.core.parameters import check_memory
-from petl.files.disk import copy_file
-from petl.files.tensor_file import Shapes, read_shapes
 from petl.ops.ternary import FILE, Ternary
+from petl.system.files.disk import copy_file
+from petl.system.files.tensor_file import Shapes, read_shapes
 
 # tensors of PEFT's methods that are no differences from 0: norms of weights, factors that start at
 # another value, random matrices that stay as they are, rows of an embedding

@@ -35,9 +35,9 @@ from petl.core.adapter_file import PREFIX, WEIGHTS
 from petl.core.compat import BaseTunerLayer, ModulesToSaveWrapper
 from petl.core.layers.class_swap import AdapterDict, SwappedClass, swap_class
 from petl.errors import InputError
-from petl.files.disk import as_json, write_atomic
-from petl.files.read import read_json
-from petl.files.tensor_file import read_shapes
+from petl.system.files.disk import as_json, write_atomic
+from petl.system.files.read import read_json
+from petl.system.files.tensor_file import read_shapes
 
 FILE = "base_fingerprint.json"
 CHOICES = ("warn", "refuse", "allow")  # what may be done about another base model

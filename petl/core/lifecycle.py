@@ -19,7 +19,7 @@ from petl.core.spec.method import LossConfig
 from petl.core.tuners.base import updated
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError
-from petl.files.disk import as_json, write_atomic
+from petl.system.files.disk import as_json, write_atomic
 
 
 class TrainingPart(Protocol):

@@ -21,8 +21,8 @@ from petl.core.spec.checks import check_adapter_name
 from petl.core.spec.method import modifies_base_weights
 from petl.core.switching.tuner import apply_peft_fixes, enable_switching, only_visible
 from petl.errors import InputError, first_line
-from petl.files import hub
-from petl.files.tensor_file import Shapes, check_shapes, read_shapes
+from petl.system.files import hub
+from petl.system.files.tensor_file import Shapes, check_shapes, read_shapes
 
 
 def load(

@@ -48,7 +48,7 @@ from petl.errors import (
     did_you_mean,
     first_line,
 )
-from petl.imports.peft_hook import failure
+from petl.system.imports.peft_hook import failure
 
 Tuner = TypeVar("Tuner", bound=type[Any])
 METHODS: dict[str, Method] = {}

@@ -20,7 +20,7 @@ from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, embedding
 from petl.core.layers.block import AdaptedBlock
 from petl.core.layers.class_swap import AdapterDict, original_class
 from petl.errors import InputError, first_line
-from petl.files.tensor_file import Shapes
+from petl.system.files.tensor_file import Shapes
 
 
 class _Copier:

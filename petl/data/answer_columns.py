@@ -18,12 +18,12 @@ from petl.data.formats import (
 )
 from petl.data.other_tasks import fitting_task
 from petl.data.task_columns import AnySourceRows, ColumnSettings, TaskColumns
+from petl.data.tasks.base import TOOLS, Message, Task
+from petl.data.tasks.causal_lm import CausalLM
+from petl.data.tasks.seq2seq import Seq2Seq
 from petl.data.templates import columns_of, fill, is_template, read_text
 from petl.data.validation import LazySourceRows, Row, passage, require, text
 from petl.errors import InputError, did_you_mean
-from petl.tasks.base import TOOLS, Message, Task
-from petl.tasks.causal_lm import CausalLM
-from petl.tasks.seq2seq import Seq2Seq
 
 logger = logging.getLogger(__name__)
 

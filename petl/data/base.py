@@ -10,9 +10,9 @@ import numpy as np
 from datasets import Dataset
 from omegaconf import DictConfig
 
-from petl.config.schema import plain, read_fields
+from petl.data.tasks.base import Task
 from petl.errors import InputError, choose
-from petl.tasks.base import Task
+from petl.system.settings.schema import plain, read_fields
 
 BY_CLASS = "by_class"  # value of data.order
 ENCODED_TOGETHER = 100  # rows of a call of `Task.encode_rows`; assumption

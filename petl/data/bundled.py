@@ -20,12 +20,12 @@ from petl.data.base import (
     shuffled,
     train_test_split,
 )
+from petl.data.tasks.causal_lm import CausalLM
+from petl.data.tasks.classification import Classification
+from petl.data.tasks.media import ImageClassification
 from petl.errors import InputError, UnknownNameError, did_you_mean
-from petl.files.paths import Package
-from petl.imports.extras import install_hint, optional
-from petl.tasks.causal_lm import CausalLM
-from petl.tasks.classification import Classification
-from petl.tasks.media import ImageClassification
+from petl.system.files.paths import Package
+from petl.system.imports.extras import install_hint, optional
 
 # The lexicographer files of verbs by ascending number, 29 to 43: lexnames(5WN).
 WORDNET_CLASSES = [

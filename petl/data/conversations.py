@@ -10,8 +10,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from petl.data.tasks.base import TOOLS, Message
 from petl.data.validation import parse_json, passage, shown, text
-from petl.tasks.base import TOOLS, Message
 
 # the words of OpenAI, ShareGPT and exports of chat programs; other roles stay as they are
 ROLES = {

@@ -35,7 +35,7 @@ from petl.data.validation import (
     shown,
 )
 from petl.errors import InputError, first_line
-from petl.files.paths import file_of, path_of
+from petl.system.files.paths import file_of, path_of
 
 Table = Iterator[tuple[int, dict[str, Any]]]  # numbered rows
 BATCH = 1000  # rows of a parquet file in memory at a time; assumption: small next to a model

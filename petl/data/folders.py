@@ -23,11 +23,11 @@ from petl.data.base import (
 )
 from petl.data.label_column import has_too_many_classes
 from petl.data.task_columns import in_order
+from petl.data.tasks.base import Task
+from petl.data.tasks.media import MIN_SECONDS, AudioClassification, ImageClassification
 from petl.errors import InputError, did_you_mean
-from petl.files.paths import path_of
-from petl.imports.extras import optional
-from petl.tasks.base import Task
-from petl.tasks.media import MIN_SECONDS, AudioClassification, ImageClassification
+from petl.system.files.paths import path_of
+from petl.system.imports.extras import optional
 
 LabeledFile = tuple[Path, str]  # a file and its class
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")

@@ -13,9 +13,9 @@ from petl.data.conversations import (
     system_turn,
     without_loss,
 )
+from petl.data.tasks.base import Message
 from petl.data.templates import columns_of, read_text
 from petl.data.validation import Row, passage, read, text
-from petl.tasks.base import Message
 
 
 @dataclass(frozen=True)

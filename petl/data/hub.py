@@ -11,7 +11,7 @@ from petl.data.base import RawData
 from petl.data.tabular import Tabular
 from petl.data.validation import Choose, LazySourceRows, Row, SourceRows, from_table
 from petl.errors import InputError, first_line
-from petl.files import hub
+from petl.system.files import hub
 
 
 @dataclass(kw_only=True)

@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from petl.config.schema import read_fields
 from petl.data.answer_columns import CausalLMColumns
 from petl.data.files import READERS, Files, located_rows, suffix_of
 from petl.data.folders import IMAGES, SOUNDS, labeled_files, visible_files
 from petl.data.multitask_columns import MultitaskColumns
 from petl.data.tabular import TASK_COLUMNS, columns_of
 from petl.data.task_columns import ClassLabelColumns, TaskColumns
+from petl.data.tasks.base import Task
+from petl.data.tasks.causal_lm import CausalLM
+from petl.data.tasks.media import AudioClassification, MediaTask
+from petl.data.tasks.multitask import MultitaskClassification
 from petl.data.validation import Choose, LazySourceRows, Row, every, label, read, require, text
 from petl.errors import InputError, did_you_mean, shown
-from petl.files.paths import file_of, path_of
-from petl.tasks.base import Task
-from petl.tasks.causal_lm import CausalLM
-from petl.tasks.media import AudioClassification, MediaTask
-from petl.tasks.multitask import MultitaskClassification
+from petl.system.files.paths import file_of, path_of
+from petl.system.settings.schema import read_fields
 
 
 def read_inputs(

@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 
 from petl.data.task_columns import ClassificationColumns, ColumnSettings, RowTaskColumns
+from petl.data.tasks.multitask import SEPARATOR, MultitaskClassification
+from petl.data.tasks.row_tasks import COLUMN
 from petl.data.templates import columns_of, read_text
 from petl.data.validation import Row, label, read, text
-from petl.tasks.multitask import SEPARATOR, MultitaskClassification
-from petl.tasks.row_tasks import COLUMN
 
 PAIR = "text_pair"  # column of second texts, unless `data.text_pair` names another
 

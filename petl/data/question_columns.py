@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from petl.data.task_columns import AnySourceRows, ColumnSettings, NamedColumns
+from petl.data.tasks.base import Task
+from petl.data.tasks.question_answering import QuestionAnswering
 from petl.data.validation import Row, parse_json, read, shown, text
-from petl.tasks.base import Task
-from petl.tasks.question_answering import QuestionAnswering
 
 JSON_PREFIXES = ('{"', "[{", '["', "[]")  # of answers in a csv file
 

@@ -23,8 +23,8 @@ from typing import Any
 from datasets import Dataset
 
 from petl.data.base import Stream, encode
+from petl.data.tasks.base import NON_INPUT_PREFIX, Task
 from petl.errors import InputError
-from petl.tasks.base import NON_INPUT_PREFIX, Task
 
 Row = dict[str, Any]
 

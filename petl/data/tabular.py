@@ -27,16 +27,16 @@ from petl.data.task_columns import (
     TokenClassificationColumns,
     with_row_tasks,
 )
+from petl.data.tasks.base import Task
+from petl.data.tasks.causal_lm import CausalLM
+from petl.data.tasks.classification import Classification
+from petl.data.tasks.question_answering import QuestionAnswering
+from petl.data.tasks.regression import Regression
+from petl.data.tasks.seq2seq import Seq2Seq
+from petl.data.tasks.token_classification import TokenClassification
 from petl.data.templates import check_braces, check_template
 from petl.data.validation import LazySourceRows, Row, SourceRows
 from petl.errors import InputError
-from petl.tasks.base import Task
-from petl.tasks.causal_lm import CausalLM
-from petl.tasks.classification import Classification
-from petl.tasks.question_answering import QuestionAnswering
-from petl.tasks.regression import Regression
-from petl.tasks.seq2seq import Seq2Seq
-from petl.tasks.token_classification import TokenClassification
 
 TASK_COLUMNS: dict[str, type[TaskColumns]] = {
     Classification.name: ClassificationColumns,

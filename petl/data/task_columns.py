@@ -10,6 +10,11 @@ from typing import Any, ClassVar
 from petl.data.base import TextSource
 from petl.data.label_column import refuse_class_per_row
 from petl.data.other_tasks import fitting_task
+from petl.data.tasks.base import Task
+from petl.data.tasks.classification import Classification
+from petl.data.tasks.regression import Regression
+from petl.data.tasks.row_tasks import COLUMN, of_tasks
+from petl.data.tasks.token_classification import TokenClassification
 from petl.data.templates import columns_of, read_text
 from petl.data.validation import (
     LazySourceRows,
@@ -26,11 +31,6 @@ from petl.data.validation import (
     text,
 )
 from petl.errors import InputError
-from petl.tasks.base import Task
-from petl.tasks.classification import Classification
-from petl.tasks.regression import Regression
-from petl.tasks.row_tasks import COLUMN, of_tasks
-from petl.tasks.token_classification import TokenClassification
 
 AnySourceRows = SourceRows | LazySourceRows
 

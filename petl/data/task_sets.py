@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 
 from datasets import Dataset
 
-from petl.config.command_line import options_of, raw
-from petl.config.schema import plain
 from petl.data.base import RawData, Source, data_source
+from petl.data.tasks.classification import Classification
+from petl.data.tasks.multitask import SEPARATOR, MultitaskClassification
+from petl.data.tasks.row_tasks import COLUMN
 from petl.errors import InputError, choose
-from petl.tasks.classification import Classification
-from petl.tasks.multitask import SEPARATOR, MultitaskClassification
-from petl.tasks.row_tasks import COLUMN
+from petl.system.settings.command_line import options_of, raw
+from petl.system.settings.schema import plain
 
 SOURCE = "tasks"  # `data.source`
 SAMPLINGS = ("size", "temperature")

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from datasets import Dataset
 
 from petl.errors import InputError, did_you_mean
-from petl.files.disk import check_bounds
+from petl.system.files.disk import check_bounds
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -186,7 +186,8 @@ def every(present: Iterable[str], origin: str) -> list[str]:
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON within the bounds of `petl.files.read`, in C and with the place of an error.
+    """Parse JSON within the bounds of `petl.system.files.read`, in C and with the place of an
+    error.
 
     Raises:
         json.JSONDecodeError: it is malformed.

@@ -1,6 +1,6 @@
 """Tuning methods, one module each. Importing this package imports and registers all of them.
 
-Methods of other packages are registered later: see petl/imports/peft_hook.py.
+Methods of other packages are registered later: see petl/system/imports/peft_hook.py.
 """
 
 from importlib import import_module

@@ -9,7 +9,7 @@ and for the projection v to values [N, T, O] of cross-attention, which reads the
 
     y1 = y + up act(down y + b) + c,    y' = scaling * g(x, y1) * y1,    v' = v + up act(down m)
 
-plus biases, with the gates g of `petl.core.tuners.gates`. All norms of the encoder train.
+plus biases, with the gates g of `petl.methods.families.gates`. All norms of the encoder train.
 
 The paper's adapters have several heads, whose outputs are concatenated before one up projection:
 the same function and the same start as one down projection, so there is no field for their number.
@@ -34,10 +34,10 @@ from petl.core.model.targets import in_layers, resolve_targets
 from petl.core.registry import register
 from petl.core.spec.checks import check_rank
 from petl.core.spec.config import MethodConfig, config_field, require
-from petl.core.tuners.gates import GATES, READING, GatedAdapter, GatedTuner
-from petl.core.tuners.sublayers import add_saved, check_activation
 from petl.errors import ModuleKindError
-from petl.ops.stacked import linear
+from petl.methods.families.gates import GATES, READING, GatedAdapter, GatedTuner
+from petl.methods.families.stacked import linear
+from petl.methods.families.sublayers import add_saved, check_activation
 
 logger = logging.getLogger(__name__)
 

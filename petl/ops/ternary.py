@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from petl.errors import InputError, shown
-from petl.files.read import parse_json, with_shape
-from petl.files.tensor_file import DTYPE_NAMES, DTYPES, check_finite, read_file
 from petl.ops import rice
+from petl.system.files.read import parse_json, with_shape
+from petl.system.files.tensor_file import DTYPE_NAMES, DTYPES, check_finite, read_file
 
 State = Mapping[str, Tensor]
 FILE = "ternary.safetensors"

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from petl.core.compat import BaseTunerLayer
-from petl.core.distributed import num_processes, number
 from petl.core.registry import build_config, method, needs_calibration, wrap
 from petl.core.spec.method import Method
+from petl.system.collectives import num_processes, number
 from petl.testing.models import OTHER_MODELS, TINY_MODELS, Batch, TinyModel
 
 

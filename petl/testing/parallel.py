@@ -14,13 +14,13 @@ from torch.optim import AdamW
 from petl.core.lifecycle import lifecycle
 from petl.core.model.structure import blocks
 from petl.core.registry import refusal
-from petl.distributed.launch import DeepSpeed, make_accelerator
 from petl.errors import UnsupportedError
 from petl.testing.case import Case, assert_close, trainable
 from petl.testing.catalog import check, on_llama
 from petl.testing.models import Batch
 from petl.testing.processes import in_processes
 from petl.testing.training import rows_of, train
+from petl.training.distributed.launch import DeepSpeed, make_accelerator
 from petl.training.optimizer import make_engine
 
 PROCESSES, STEPS, LR = 2, 3, 1e-3

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from petl.core.loading import load
-from petl.models.quantization import keep_gradients, quantization_config
+from petl.data.models.quantization import keep_gradients, quantization_config
 from petl.testing.case import Case, assert_close, difference, gradients, logits, stir, trainable
 from petl.testing.catalog import check, on_llama
 from petl.testing.training import assert_close_gradients, train

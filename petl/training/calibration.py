@@ -7,11 +7,11 @@ method.calibration_data.num_samples=256                   of the run's own train
 from collections.abc import Mapping
 from typing import Any
 
-from petl.config.schema import read_fields
 from petl.data.base import as_dataset, read_data
+from petl.data.models.loading import load_processor
+from petl.data.models.sources import ModelSource
 from petl.data.streaming import StreamedRows
-from petl.models.loading import load_processor
-from petl.models.sources import ModelSource
+from petl.system.settings.schema import read_fields
 from petl.training.calibration_data import CalibrationBatches, CalibrationData
 from petl.training.dataloader import Splits
 

@@ -32,14 +32,14 @@ from petl.data.batch_sampler import (
 from petl.data.class_stream import ClassStream
 from petl.data.streaming import StreamedRows
 from petl.data.task_mixture import TaskMixture
-from petl.distributed.processes import endings_blocked, ignore_foreign_signals
+from petl.data.tasks.base import NON_INPUT_PREFIX, Task
+from petl.data.tasks.classification import SingleLabelTask
+from petl.data.tasks.encoding_cache import encode_once
+from petl.data.tasks.regression import Regression
+from petl.data.tasks.row_tasks import IDS
 from petl.errors import InputError
-from petl.runs.settings import TrainConfig
-from petl.tasks.base import NON_INPUT_PREFIX, Task
-from petl.tasks.classification import SingleLabelTask
-from petl.tasks.encoding_cache import encode_once
-from petl.tasks.regression import Regression
-from petl.tasks.row_tasks import IDS
+from petl.system.processes import endings_blocked, ignore_foreign_signals
+from petl.training.runs.settings import TrainConfig
 
 logger = logging.getLogger(__name__)
 Batch = dict[str, Tensor]

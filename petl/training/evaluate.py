@@ -20,19 +20,19 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 
-from petl.core.distributed import gathered, is_sharded
 from petl.core.lifecycle import lifecycle
-from petl.core.progress import Pass, Shown
 from petl.data.batch_sampler import chunks
+from petl.data.tasks.base import NON_INPUT_PREFIX, Prediction, Row, Task, not_finite, rounded
+from petl.data.tasks.metrics import rouge
+from petl.data.tasks.row_tasks import IDS, named
 from petl.errors import RunStopped
-from petl.files.disk import atomic_file, stop_when_full
-from petl.runs.settings import TrainConfig
-from petl.tasks.base import NON_INPUT_PREFIX, Prediction, Row, Task, not_finite, rounded
-from petl.tasks.metrics import rouge
-from petl.tasks.row_tasks import IDS, named
+from petl.system.collectives import gathered, is_sharded
+from petl.system.files.disk import atomic_file, stop_when_full
+from petl.system.progress import Pass, Shown
 from petl.training.dataloader import Batch, Splits, load, longest_first, to_device
 from petl.training.generation import is_pair, written
 from petl.training.non_finite import first_not_finite
+from petl.training.runs.settings import TrainConfig
 
 SCORES = ("exact_match", "rouge1", "rouge2", "rougeL")
 logger = logging.getLogger(__name__)

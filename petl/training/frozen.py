@@ -6,14 +6,14 @@ from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
 
-from petl.core.distributed import made_by
 from petl.data.streaming import StreamedRows
+from petl.efficiency.frozen.cache import FrozenCache, Wanted, cache_frozen
+from petl.efficiency.frozen.prefix import find_prefix
+from petl.efficiency.frozen.store import check_space
 from petl.errors import InputError, UnsupportedError
-from petl.frozen.cache import FrozenCache, Wanted, cache_frozen
-from petl.frozen.prefix import find_prefix
-from petl.frozen.store import check_space
-from petl.runs.settings import TrainConfig
+from petl.system.collectives import made_by
 from petl.training.dataloader import Splits, batched
+from petl.training.runs.settings import TrainConfig
 
 PAYS = 1.5  # passes over the train rows; a store costs the frozen blocks of one
 FEW = 0.1  # fraction of the passes that may run all blocks without a warning (assumption)

@@ -11,12 +11,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from petl.core.distributed import is_sharded
 from petl.core.parameters import max_positions
+from petl.data.tasks.base import pad_id
+from petl.data.tasks.chat import end_of_turn
+from petl.data.tasks.row_tasks import IDS
 from petl.errors import InputError
-from petl.tasks.base import pad_id
-from petl.tasks.chat import end_of_turn
-from petl.tasks.row_tasks import IDS
+from petl.system.collectives import is_sharded
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def positions_behind(base: Any, longest: int) -> int | None:
         InputError: there are none.
     """
     # imported only where rows are generated
-    from petl.drafting.passes import has_position_table
+    from petl.efficiency.drafting.passes import has_position_table
 
     limit = max_positions(base) if has_position_table(base) else None
     if limit is not None and limit <= longest:
@@ -93,9 +93,9 @@ def free_drafts(model: PeftModel) -> dict[str, Any]:
     scores are those of plain decoding.
     """
     # imported only where rows are generated
-    from petl.drafting.calls import why_plain
-    from petl.drafting.engine import decode
-    from petl.drafting.registry import drafter
+    from petl.efficiency.drafting.calls import why_plain
+    from petl.efficiency.drafting.engine import decode
+    from petl.efficiency.drafting.registry import drafter
 
     base: Any = model.get_base_model()
     is_half = base.dtype != torch.float32 or torch.is_autocast_enabled(base.device.type)

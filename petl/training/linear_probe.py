@@ -20,16 +20,16 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from petl.core.distributed import is_sharded
-from petl.core.progress import Pass, Shown
 from petl.core.registry import keeps_base
 from petl.data.batch_sampler import chunks, permutation
 from petl.data.streaming import StreamedRows
-from petl.runs.settings import VALIDATION_FRACTION, TrainConfig
-from petl.tasks.base import IGNORED, Task, not_finite
+from petl.data.tasks.base import IGNORED, Task, not_finite
+from petl.system.collectives import is_sharded
+from petl.system.progress import Pass, Shown
 from petl.training.dataloader import SPLIT_SEED, Batch, Splits, load, longest_first, to_device
 from petl.training.evaluate import in_order
 from petl.training.optimizer import fraction_of_peak, make_optimizer, set_lr
+from petl.training.runs.settings import VALIDATION_FRACTION, TrainConfig
 
 HEAD_NAMES = ("classifier", "score", "qa_outputs")  # PEFT finds heads by these as well
 ROWS = 64  # per batch

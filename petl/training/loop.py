@@ -22,17 +22,35 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from petl.config.command_line import how_to_resume
-from petl.core.distributed import Counts, on_main
 from petl.core.lifecycle import lifecycle
-from petl.core.progress import ProgressBar
-from petl.distributed.launch import gathered, reshard
-from petl.distributed.processes import StopRequest
+from petl.data.tasks.base import not_finite
 from petl.errors import InputError, RunStopped
-from petl.files.disk import flush, stop_when_full
-from petl.files.tensor_file import read_shapes
-from petl.runs import checkpoint
-from petl.runs.checkpoint import (
+from petl.system.collectives import Counts, on_main
+from petl.system.files.disk import flush, stop_when_full
+from petl.system.files.tensor_file import read_shapes
+from petl.system.processes import StopRequest
+from petl.system.progress import ProgressBar
+from petl.system.settings.command_line import how_to_resume
+from petl.training.dataloader import (
+    Batch,
+    FirstBatches,
+    Splits,
+    digest,
+    load,
+    to_device,
+    without_labels,
+)
+from petl.training.distributed.launch import gathered, reshard
+from petl.training.evaluate import evaluate, for_training
+from petl.training.optimizer import (
+    all_finite,
+    fraction_of_peak,
+    make_engine,
+    make_optimizer,
+    set_lr,
+)
+from petl.training.runs import checkpoint
+from petl.training.runs.checkpoint import (
     LIFECYCLE,
     STATE,
     RngState,
@@ -46,28 +64,10 @@ from petl.runs.checkpoint import (
     step_folder,
     verify_best,
 )
-from petl.runs.records import METRICS
-from petl.runs.resume import NOT_RESUMABLE, lengthens, stored_identity
-from petl.runs.run_folder import Run
-from petl.runs.settings import TrainConfig
-from petl.tasks.base import not_finite
-from petl.training.dataloader import (
-    Batch,
-    FirstBatches,
-    Splits,
-    digest,
-    load,
-    to_device,
-    without_labels,
-)
-from petl.training.evaluate import evaluate, for_training
-from petl.training.optimizer import (
-    all_finite,
-    fraction_of_peak,
-    make_engine,
-    make_optimizer,
-    set_lr,
-)
+from petl.training.runs.records import METRICS
+from petl.training.runs.resume import NOT_RESUMABLE, lengthens, stored_identity
+from petl.training.runs.run_folder import Run
+from petl.training.runs.settings import TrainConfig
 from petl.version import __version__
 
 logger = logging.getLogger(__name__)

@@ -22,22 +22,22 @@ from typing import Any
 from accelerate import Accelerator
 from peft import PeftModel
 
-from petl.core.distributed import is_sharded, on_main
 from petl.core.lifecycle import lifecycle
 from petl.core.model.heat_map import save_figure
-from petl.core.progress import Shown
-from petl.distributed.launch import gathered
 from petl.errors import InputError, RunStopped
-from petl.files.disk import UNFINISHED, as_json, remove, stop_when_full, write_atomic
-from petl.files.read import read_json
-from petl.runs.checkpoint import load_adapter, save_adapter
-from petl.runs.environment import PhaseTimer
-from petl.runs.records import SCORES
-from petl.runs.run_folder import Run
-from petl.runs.settings import TrainConfig
+from petl.system.collectives import is_sharded, on_main
+from petl.system.files.disk import UNFINISHED, as_json, remove, stop_when_full, write_atomic
+from petl.system.files.read import read_json
+from petl.system.progress import Shown
 from petl.training.dataloader import Splits, load
+from petl.training.distributed.launch import gathered
 from petl.training.evaluate import for_training
 from petl.training.loop import Loop
+from petl.training.runs.checkpoint import load_adapter, save_adapter
+from petl.training.runs.environment import PhaseTimer
+from petl.training.runs.records import SCORES
+from petl.training.runs.run_folder import Run
+from petl.training.runs.settings import TrainConfig
 
 LOW, HIGH = 1e-6, 1.0  # learning rates of the adapter; assumption: the range of all methods
 # Measured on the quickstart's task: with 5, the learning rates of lora, mos, sparse, adapter,

@@ -14,10 +14,10 @@ from petl.core.layers.layer import is_lora_b
 from petl.core.lifecycle import Lifecycle
 from petl.core.parameters import is_norm, trainable
 from petl.core.registry import method_of
-from petl.distributed.launch import Engine, is_zero
-from petl.distributed.processes import current_lane
 from petl.errors import InputError
-from petl.runs.settings import TrainConfig
+from petl.system.processes import current_lane
+from petl.training.distributed.launch import Engine, is_zero
+from petl.training.runs.settings import TrainConfig
 
 
 def make_optimizer(
@@ -164,7 +164,7 @@ def make_engine(
     """Return the engine for the run's `launch`."""
     if is_zero(accelerator):
         # DeepSpeed is an optional package
-        from petl.distributed.deepspeed import ZeroEngine
+        from petl.training.distributed.deepspeed import ZeroEngine
 
         return ZeroEngine(model, optimizer, max_norm, accelerator)
     lane = current_lane()

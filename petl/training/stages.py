@@ -5,12 +5,12 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor
 
-from petl.core.distributed import on_main
-from petl.files.disk import stop_when_full
-from petl.runs.class_stream import Stage, read_stages, write_stages
-from petl.runs.run_folder import Run
+from petl.system.collectives import on_main
+from petl.system.files.disk import stop_when_full
 from petl.training.dataloader import Splits, longest_first
 from petl.training.evaluate import Part, one_pass
+from petl.training.runs.class_stream import Stage, read_stages, write_stages
+from petl.training.runs.run_folder import Run
 
 
 @torch.no_grad()

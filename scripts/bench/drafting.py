@@ -25,11 +25,11 @@ from bench.draft_prompts import KINDS, RANDOM, Prompts, blocks, pretrained, tiny
 from bench.draft_times import Answerer, plain_seconds, record, timed
 from bench.kept import Content, keep, kept
 from bench.records import Record
-from petl.drafting import Costs, answers, decode, drafter, fit, load_drafter
-from petl.drafting.lookup import LookupFirst
+from petl.efficiency.drafting import Costs, answers, decode, drafter, fit, load_drafter
+from petl.efficiency.drafting.lookup import LookupFirst
 from petl.errors import InputError
 from petl.ops.packed import is_supported, packable, packed_weights
-from petl.runs.environment import git_revision
+from petl.training.runs.environment import git_revision
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)  # tokens of the passes that are timed
 PARTS = ("lookup", "recycling")  # of "free", measured alone on the base model

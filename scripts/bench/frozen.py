@@ -25,8 +25,8 @@ from bench.clocks import Step, in_turn
 from bench.records import Record
 from bench.shapes import Bench, Shape, embeddings_of
 from bench.step import floor_of
-from petl.core.read_positions import skip_unread
 from petl.core.spec.blocks import last_blocks
+from petl.efficiency.skip_unread.read_positions import skip_unread
 
 TOPS = ("top:0.33", "top:0.25", "top:1")
 RANK = 8  # of all blocks; of half as many, twice the rank

@@ -25,8 +25,8 @@ from bench.records import Record
 from bench.shapes import Bench, Shape
 from bench.step import UNFIT, floor_of
 from petl.errors import UnsupportedError, first_line
-from petl.runs.settings import TrainConfig
 from petl.training.optimizer import make_optimizer
+from petl.training.runs.settings import TrainConfig
 
 STEPS = 3  # of which the memory is measured; the first allocates gradients
 AT_ONCE = 2  # processes that run in parallel while memory is measured; times are not

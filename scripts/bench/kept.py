@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from petl.files.disk import as_json, write_atomic
-from petl.files.read import read_json
+from petl.system.files.disk import as_json, write_atomic
+from petl.system.files.read import read_json
 
 Content = dict[str, Any]
 

@@ -24,7 +24,7 @@ from bench.report import (
     tables,
 )
 from petl.errors import InputError
-from petl.reports.formatting import Table
+from petl.experiments.reports.formatting import Table
 
 SUMMARY, SHORT = "summary", "short"
 FIRST = ("step / lower bound", "/ PEFT's LoRA", "adapter file (kB)")  # ends of column names

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.clocks import Spread
 from petl.errors import InputError
-from petl.files.disk import write_atomic
+from petl.system.files.disk import write_atomic
 
 FORMAT = 1  # of the file
 MARGIN = 0.10  # relative growth of a value that is no regression (assumption)

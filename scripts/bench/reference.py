@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from bench.shapes import Bench, gradient_to_embeddings
 from petl.core.layers.block import BlockAdapters, BlockCall, split_arguments
-from petl.core.layers.fused_lora import FusedLoraLinear
 from petl.core.layers.layer import Adapter, AdapterLayer
+from petl.efficiency.fused_lora.layer import FusedLoraLinear
 from petl.methods.mola.routes import gates_of
 from petl.ops.dropout import keep_mask
 from petl.ops.masks import unpack_mask

@@ -5,7 +5,7 @@ from typing import Any
 
 from bench.clocks import Spread
 from bench.records import Record, Result
-from petl.reports.formatting import Table
+from petl.experiments.reports.formatting import Table
 
 TITLES = {
     "step": "training step",

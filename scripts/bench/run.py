@@ -32,7 +32,7 @@ from bench.records import Record, Result
 from bench.shapes import Shape, hydra_shape, on_device, suite
 from bench.step import Steps
 from petl.errors import InputError
-from petl.runs.environment import (
+from petl.training.runs.environment import (
     device_name,
     git_revision,
     package_versions,

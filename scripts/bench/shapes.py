@@ -25,9 +25,9 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from petl.config.compose import compose
+from petl.data.models.sources import read_source
 from petl.errors import InputError
-from petl.models.sources import read_source
+from petl.training.compose import compose
 
 CLASSES = 15  # labels of the encoder's head, which sees every token
 

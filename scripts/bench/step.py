@@ -15,8 +15,8 @@ from bench.report import ITSELF
 from bench.shapes import Bench, Shape, embeddings_of, gradient_to_embeddings
 from petl.core.compat import BaseTunerLayer
 from petl.errors import UnsupportedError, first_line
-from petl.runs.settings import TrainConfig
 from petl.training.optimizer import make_optimizer
+from petl.training.runs.settings import TrainConfig
 
 GOALS = {"step": "{}", "bf16": "{} bf16"}  # keys of a row's goals by section, with the shape
 # errors of other people's methods, which fail their row only

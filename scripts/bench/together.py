@@ -17,8 +17,8 @@ from bench.contenders import Contender, add_noise
 from bench.records import Record
 from bench.shapes import Bench, Shape
 from petl.core.parameters import LiveBytes
-from petl.training.together.batches import room_for
-from petl.training.together.group import AdapterGroup, Member, share_weights
+from petl.efficiency.together.batches import room_for
+from petl.efficiency.together.group import AdapterGroup, Member, share_weights
 
 COUNTS = (2, 4, 8)  # adapters
 SIZES = ((1, 16), (1, 64), (4, 64))  # rows of an adapter, and tokens of a row

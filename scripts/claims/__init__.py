@@ -7,7 +7,7 @@ measures.py     what is compared: accuracy, losses, time, memory, density; route
                 neurons.py: neurons that a decoder needs
 intervals.py    a mean difference over seeds and test rows: its interval, what would narrow it
 verdicts.py     holds, does not hold, cannot be told
-running.py      trains the contenders by `petl.sweeps.study`, compares them example by example
+running.py      trains contenders by `petl.experiments.sweeps.study`, compares them by example
 edits.py        contenders that are made of finished adapters; several.py: of those of several tasks
 texts.py        files for a decoder; task_files.py: of several tasks; fashion.py: images, and ViTs
 results.py      what was measured, as files

@@ -1,9 +1,9 @@
 """Claims: what a paper says, the contenders that try it, and the data, as descriptions.
 
 A contender is given by words: those of a method and settings of `petl train`, as
-`petl.sweeps.study.Contender` takes them. An edited contender is what `claims.edits` makes of a
-trained one: "lora | prune drop=0.9 q=dare". One of several trained ones, each of another task, is
-what `claims.several` makes of them: "lora on=verbs + lora on=reviews | own".
+`petl.experiments.sweeps.study.Contender` takes them. An edited contender is what `claims.edits`
+makes of a trained one: "lora | prune drop=0.9 q=dare". One of several trained ones, each of another
+task, is what `claims.several` makes of them: "lora on=verbs + lora on=reviews | own".
 """
 
 import math
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from claims.measures import ACCURACY, Measure
-from petl.sweeps.study import Contender
+from petl.experiments.sweeps.study import Contender
 
 MARGIN = 0.01  # of accuracy: smaller differences are no reason to choose a method
 EDIT, AND = " | ", " + "

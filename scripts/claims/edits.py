@@ -15,14 +15,14 @@ from pathlib import Path
 from sizes.divisors import KINDS, divisors
 from sizes.score import Scorer
 
+from petl.adapters.deltas.adapters import pruned, read, write_compressed, write_pruned
+from petl.adapters.deltas.measured import compress_best
+from petl.adapters.export.saved_adapter import find
 from petl.core.adapter_folder import weights_file
 from petl.core.compressed import compressed_file
-from petl.deltas.adapters import pruned, read, write_compressed, write_pruned
-from petl.deltas.measured import compress_best
 from petl.errors import InputError
-from petl.export.saved_adapter import find
-from petl.files.disk import as_json, sha256, write_atomic
-from petl.runs.records import ADAPTER, PREDICTIONS, SCORES
+from petl.system.files.disk import as_json, sha256, write_atomic
+from petl.training.runs.records import ADAPTER, PREDICTIONS, SCORES
 
 Settings = dict[str, str]
 SCOPES = ("global", "tensor")

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 from pretrain_digits import write_model
 
-from petl.config.compose import compose
 from petl.data.base import shuffled
+from petl.data.tasks.media import ImageClassification
 from petl.errors import InputError
-from petl.imports.extras import optional
-from petl.runs.run_config import read_config
-from petl.tasks.media import ImageClassification
+from petl.system.imports.extras import optional
+from petl.training.compose import compose
+from petl.training.runs.run_config import read_config
 
 PLACE, VARIABLE = "/usr/share/datasets/fashion-mnist", "FASHION_MNIST"
 CLASSES, KNOWN = 10, 5  # of the images; those that the ViT is pretrained on are below KNOWN

@@ -14,9 +14,9 @@ import numpy as np
 
 from claims.intervals import Estimate
 from petl.errors import InputError
-from petl.files.read import iterate_json_lines, read_json
-from petl.reports.formatting import duration, number, size
-from petl.runs.records import METRICS, PREDICTIONS, SCORES, read_log
+from petl.experiments.reports.formatting import duration, number, size
+from petl.system.files.read import iterate_json_lines, read_json
+from petl.training.runs.records import METRICS, PREDICTIONS, SCORES, read_log
 
 METRIC = "accuracy"
 TOLERANCE = 1e-9

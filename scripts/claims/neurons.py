@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from petl.adapters.deltas.measured import splits_of
+from petl.adapters.export.saved_adapter import device, find
 from petl.data.batch_sampler import chunks
-from petl.deltas.measured import splits_of
-from petl.distributed.launch import start
-from petl.export.saved_adapter import device, find
-from petl.files.disk import write_json
-from petl.files.read import read_json
-from petl.losses.density import ActivationDensity, ActivationDensityConfig
+from petl.methods.losses.density import ActivationDensity, ActivationDensityConfig
+from petl.system.files.disk import write_json
+from petl.system.files.read import read_json
 from petl.training.dataloader import longest_first, to_device
+from petl.training.distributed.launch import start
 
 ROWS = 32  # the first test rows: the search takes some 20 passes
 FILE = "neurons_at_ppl_1.json"

@@ -9,8 +9,8 @@ from claims.claim import EDIT, Claim, Statement
 from claims.measures import ACCURACY, Measure
 from claims.results import Map, Result, Scored, read_published
 from claims.verdicts import NOT_YET, Verdict, verdict
-from petl.reports.formatting import Table, duration, mean_text, number, seeds_text, size
-from petl.sweeps.study import FIRST
+from petl.experiments.reports.formatting import Table, duration, mean_text, number, seeds_text, size
+from petl.experiments.sweeps.study import FIRST
 
 NOT_TRIED = "not tried yet"
 PAPER = "the paper's difference"  # column
@@ -301,7 +301,7 @@ def quoted(name: str) -> str:
 
 
 def listed() -> list[dict[str, Any]]:
-    """Return the verdicts that `petl methods` lists, as in petl/catalog/verdicts.json."""
+    """Return the verdicts that `petl methods` lists, as in petl/cli/catalog/verdicts.json."""
     published = read_published()
     return [
         {

@@ -11,8 +11,8 @@ from typing import Any
 from claims.claim import Claim, Statement
 from claims.intervals import Estimate
 from petl.errors import InputError
-from petl.files.disk import as_json, write_atomic
-from petl.files.read import read_json
+from petl.system.files.disk import as_json, write_atomic
+from petl.system.files.read import read_json
 
 PUBLISHED = Path(__file__).parent / "results"  # those that the pages show
 

@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from petl.adapters.deltas.measured import splits_of
+from petl.adapters.export.saved_adapter import as_inputs, device, find
 from petl.data.batch_sampler import chunks
-from petl.deltas.measured import splits_of
-from petl.distributed.launch import start
-from petl.export.saved_adapter import as_inputs, device, find
-from petl.files.disk import write_json
-from petl.files.read import read_json
+from petl.data.models.sources import DTYPES
 from petl.methods.mola import MolaAdapter
-from petl.models.sources import DTYPES
+from petl.system.files.disk import write_json
+from petl.system.files.read import read_json
 from petl.training.dataloader import longest_first, to_device
+from petl.training.distributed.launch import start
 
 ROWS = 1000  # the first test rows
 FILE = "router_agreement.json"

@@ -18,18 +18,18 @@ from claims.intervals import Estimate, estimate
 from claims.measures import also_folder, scores, validation_losses
 from claims.results import Map, Result, Scored
 from claims.several import Tasks, assemble
-from petl.deltas.adapters import new_folder
+from petl.adapters.deltas.adapters import new_folder
+from petl.adapters.export.saved_adapter import find
 from petl.errors import InputError, RunStopped
-from petl.export.saved_adapter import find
-from petl.prediction.evaluation import evaluate_saved
-from petl.runs.records import (
+from petl.experiments.sweeps.study import AT_THE_END, Contender, Study, slug
+from petl.generation.prediction.evaluation import evaluate_saved
+from petl.training.runs.records import (
     SCORES,
     is_finished,
     read_environment,
     read_heat_maps,
     read_results,
 )
-from petl.sweeps.study import AT_THE_END, Contender, Study, slug
 
 # the test rows are scored once, after training; validation rows are held out in all runs alike, so
 # that the runs that choose a learning rate and those that are compared have the same training rows

@@ -25,20 +25,20 @@ from torch import Tensor
 
 from claims.edits import MADE_OF, origin, parsed
 from claims.measures import scores
+from petl.adapters.deltas.adapters import copy_others, new_folder
+from petl.adapters.deltas.measured import scoring
+from petl.adapters.deltas.updates import Update, combined_updates, update_of
+from petl.adapters.export.conversion import save_lora
+from petl.adapters.export.saved_adapter import find
 from petl.core.adapter_folder import weights_file
-from petl.deltas.adapters import copy_others, new_folder
-from petl.deltas.measured import scoring
-from petl.deltas.updates import Update, combined_updates, update_of
 from petl.errors import InputError
-from petl.export.conversion import save_lora
-from petl.export.saved_adapter import find
-from petl.files.disk import as_json, write_atomic
-from petl.files.read import iterate_json_lines
-from petl.prediction.tables import as_line
-from petl.runs.records import ADAPTER, PREDICTIONS, SCORES
+from petl.generation.prediction.tables import as_line
+from petl.system.files.disk import as_json, write_atomic
+from petl.system.files.read import iterate_json_lines
+from petl.training.runs.records import ADAPTER, PREDICTIONS, SCORES
 
 OWN = "own"
-METHODS = {"sum": "linear", "ties": "ties"}  # of `petl.deltas.combine`
+METHODS = {"sum": "linear", "ties": "ties"}  # of `petl.adapters.deltas.combine`
 RANK = 384  # of a combination that is not a sum: all ranks of MiniLM, so that nothing is cut
 KINDS: Mapping[str, Mapping[str, Sequence[str]]] = {
     OWN: {},

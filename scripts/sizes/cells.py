@@ -14,13 +14,13 @@ from typing import Any
 from safetensors.torch import save_file
 from torch.nn.functional import cosine_similarity
 
+from petl.adapters.deltas import combine_adapters, compress_adapter
+from petl.adapters.deltas.adapters import count_kept, pruned, pruned_names, read, write_pruned
+from petl.adapters.export.saved_adapter import find
 from petl.core.adapter_folder import weights_file
 from petl.core.compressed import compressed_file
-from petl.deltas import combine_adapters, compress_adapter
-from petl.deltas.adapters import count_kept, pruned, pruned_names, read, write_pruned
-from petl.export.saved_adapter import find
-from petl.runs.resume import ADAPTER
-from petl.sweeps.study import Contender
+from petl.experiments.sweeps.study import Contender
+from petl.training.runs.resume import ADAPTER
 from sizes.divisors import KINDS, divisors
 from sizes.records import Record, environment, path
 from sizes.score import Scorer, heads

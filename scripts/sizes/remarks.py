@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterator, Sequence
 
-from petl.reports.formatting import size
+from petl.experiments.reports.formatting import size
 from sizes.cells import FACTORS, PAIRS, RANK, SEPARATE
 from sizes.divisors import ETAS
 from sizes.records import Record

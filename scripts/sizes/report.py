@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from petl.reports.formatting import Table, seeds_text, size
+from petl.experiments.reports.formatting import Table, seeds_text, size
 from sizes.cells import CODES, PAIRS, SEPARATE
 from sizes.data import TEST_ROWS, TRAIN_ROWS
 from sizes.divisors import KINDS

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from petl.reports.formatting import mean_text
+from petl.experiments.reports.formatting import mean_text
 from sizes.records import Record, by_key
 
 METRIC = "accuracy"  # of all tasks of the study

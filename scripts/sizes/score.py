@@ -7,12 +7,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from petl.adapters.deltas.adapters import Material, read, write_state
+from petl.adapters.deltas.measured import restore, splits_of
+from petl.adapters.export.saved_adapter import find
 from petl.core.loading import load
-from petl.core.switching.lora import fuse_lora
-from petl.deltas.adapters import Material, read, write_state
-from petl.deltas.measured import restore, splits_of
-from petl.distributed.launch import start
-from petl.export.saved_adapter import find
+from petl.efficiency.fused_lora.switching import fuse_lora
+from petl.training.distributed.launch import start
 from petl.training.evaluate import score
 
 

@@ -1,8 +1,8 @@
-"""The trained adapters of the study, by `petl.sweeps.study`: one process of `petl train` a run."""
+"""The trained adapters of the study: `petl.experiments.sweeps.study`, a `petl train` for each."""
 
 from pathlib import Path
 
-from petl.sweeps.study import Contender, Study, slug
+from petl.experiments.sweeps.study import Contender, Study, slug
 from sizes import data
 
 LORA, MOS, BINARY = "lora", "mos", "binary"

@@ -15,18 +15,18 @@ from safetensors.torch import save_file
 from training_fixtures import Finished, Tiny, train
 
 import petl
-from petl.catalog.fields import UNDOCUMENTED, fields_of
-from petl.catalog.listing import short_paper
-from petl.catalog.method_page import page_of
+from petl.adapters.export.checked_folder import Difference, Written
 from petl.cli import commands, main, studies
-from petl.config.command_line import config_dir, groups, plus, preset_of
-from petl.config.compose import compose
-from petl.config.recipes import list_recipes
-from petl.config.schema import plain
+from petl.cli.catalog.listing import short_paper
+from petl.cli.catalog.method_page import page_of
+from petl.cli.catalog.recipes import list_recipes
 from petl.core.spec.config import config_field
 from petl.core.spec.method import LOSSES, LossConfig, loss, register_loss
 from petl.errors import RunStopped
-from petl.export.checked_folder import Difference, Written
+from petl.experiments.reports.fields import UNDOCUMENTED, fields_of
+from petl.system.settings.command_line import config_dir, groups, plus, preset_of
+from petl.system.settings.schema import plain
+from petl.training.compose import compose
 
 pytest_plugins = ["training_fixtures"]
 
@@ -360,10 +360,10 @@ def test_another_base_has_to_be_asked_for(petl_command, run, tmp_path, monkeypat
         chosen.append(other_base)
         raise RunStopped("enough")
 
-    monkeypatch.setattr("petl.export.merge.merge", write)
+    monkeypatch.setattr("petl.adapters.export.merge.merge", write)
     formats = ("lora", "gguf", "onnx")
     for name in formats:
-        monkeypatch.setattr(f"petl.export.{name}.export_{name}", write)
+        monkeypatch.setattr(f"petl.adapters.export.{name}.export_{name}", write)
     for words in (["merge"], *(["export", f"--{name}"] for name in formats)):
         for option in ([], ["--other-base"]):
             petl_command(*words, *option, run.path, tmp_path / "out")
@@ -375,7 +375,7 @@ def test_export_writes_one_format_and_says_how_it_is_used(petl_command, run, tmp
         with pytest.raises(SystemExit):
             petl_command("export", *given, run.path, tmp_path / "out")
     written = Written(tmp_path / "out", 12, Difference(1e-7, 1e-6, 1.0, 0.5))
-    monkeypatch.setattr("petl.export.gguf.export_gguf", lambda *_, **__: written)
+    monkeypatch.setattr("petl.adapters.export.gguf.export_gguf", lambda *_, **__: written)
     status, out, _ = petl_command("export", "--gguf", run.path, tmp_path / "out")
     assert status == 0
     assert f"GGUF adapter in {tmp_path / 'out'}," in out
@@ -394,7 +394,7 @@ def test_a_difference_above_the_tolerance_has_status_1(petl_command, run, tmp_pa
     def differ(*arguments: object) -> None:
         raise RunStopped("the outputs differ")
 
-    monkeypatch.setattr("petl.export.merge.check", differ)
+    monkeypatch.setattr("petl.adapters.export.merge.check", differ)
     status, _, err = petl_command("merge", run.path, tmp_path / "out")
     assert (status, err.splitlines()[-1]) == (1, "the outputs differ")
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from training_fixtures import train
 from transformers import LlamaForCausalLM
 
-from petl import deltas
+from petl.adapters import deltas
 from petl.cli import main
 from petl.ops.ternary import FILE
 

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from petl.cli import main
-from petl.files.disk import remove
+from petl.system.files.disk import remove
 
 pytest_plugins = ["task_runs", "writer_fixtures"]
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from petl.cli import main
-from petl.core import progress
+from petl.system import progress
 
 pytest_plugins = ["training_fixtures", "export_fixtures"]
 LOADING = ["loading model path", "loading the adapter"]

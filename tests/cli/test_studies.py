@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 from training_fixtures import ROOT, Tiny
 
 from petl.cli.main import main
-from petl.sweeps import study
+from petl.experiments.sweeps import study
 
 pytest_plugins = ["training_fixtures"]
 
@@ -44,7 +44,9 @@ def test_a_study_whose_runs_fail_writes_the_page_of_the_others(
     tmp_path, monkeypatch, capsys, tiny: Tiny
 ):
     written = []
-    monkeypatch.setattr("petl.reports.comparison_report.write_page", lambda *_: written.append(1))
+    monkeypatch.setattr(
+        "petl.experiments.reports.comparison_report.write_page", lambda *_: written.append(1)
+    )
     monkeypatch.setattr(study, "TRAIN", ("false",))
     (tmp_path / "runs" / "lora" / "seed-0").mkdir(parents=True)
     words = ["study", str(tmp_path), "--methods", "lora", "--seeds", "0", *tiny.classify]

@@ -15,9 +15,9 @@ from training_fixtures import ROOT, drawing_once, main
 
 from petl.cli import train_together
 from petl.cli.train_together import make
-from petl.config import command_line
-from petl.config.command_line import command, how_to_resume
-from petl.config.compose import compose
+from petl.system.settings import command_line
+from petl.system.settings.command_line import command, how_to_resume
+from petl.training.compose import compose
 from petl.training.together.engine import FORWARD, KINDS, LaneEngine, Passes
 from petl.training.together.lanes import Lanes
 

@@ -13,10 +13,10 @@ import pytest
 
 from petl.cli import chat_commands, main
 from petl.errors import UNPRINTABLE, InputError
-from petl.inference.chat import Chat
-from petl.inference.language_model import LanguageModel
-from petl.inference.loading import load_language_model
-from petl.inference.sampling import Sampling
+from petl.generation.inference.chat import Chat
+from petl.generation.inference.language_model import LanguageModel
+from petl.generation.inference.loading import load_language_model
+from petl.generation.inference.sampling import Sampling
 
 pytest_plugins = ["writer_fixtures"]
 

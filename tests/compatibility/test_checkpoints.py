@@ -14,9 +14,9 @@ import pytest
 from training_fixtures import Finished, train, train_until_killed
 
 from petl.errors import InputError
-from petl.runs import resume as resume_rules
-from petl.runs import run_folder
-from petl.runs.resume import identity
+from petl.training.runs import resume as resume_rules
+from petl.training.runs import run_folder
+from petl.training.runs.resume import identity
 
 # Relative. Not bitwise: the steps after the checkpoint round otherwise on other processors, by up
 # to 6e-7 with AVX2 or no vector instructions in place of AVX-512.

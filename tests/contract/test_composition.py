@@ -10,15 +10,16 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import petl
-from petl import losses, testing
-from petl.config.command_line import preset_of
-from petl.config.compose import compose
+from petl import testing
 from petl.core.adapter_file import WEIGHTS
 from petl.core.registry import needs_calibration
 from petl.errors import InputError
-from petl.runs.run_config import read_config
-from petl.runs.settings import method_fields
+from petl.methods import losses
+from petl.system.settings.command_line import preset_of
 from petl.testing.training import train
+from petl.training.compose import compose
+from petl.training.runs.run_config import read_config
+from petl.training.runs.settings import method_fields
 
 STEPS, RATE = 10, 2e-2
 COMBINATIONS = ("alone", "density", "binary", "binary and density")

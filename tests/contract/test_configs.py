@@ -11,12 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 
 import petl
 from petl import testing
-from petl.config.schema import plain
 from petl.core.registry import needs_calibration
 from petl.core.spec.config import MethodConfig
 from petl.core.spec.method import WRAP_ONLY
-from petl.runs.run_config import read_config
-from petl.runs.settings import method_fields
+from petl.system.settings.schema import plain
+from petl.training.runs.run_config import read_config
+from petl.training.runs.settings import method_fields
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPE = "# @package _global_"  # how a file begins that composes a method and more

@@ -22,9 +22,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import petl
-from petl import losses, testing
-from petl.core.distributed import to_full
+from petl import testing
 from petl.core.model.structure import blocks
+from petl.methods import losses
+from petl.system.collectives import to_full
 from petl.testing import Case, TinyModel, tiny_llama
 from petl.testing.models import Batch, causal_batch
 from petl.testing.training import rows_of, train

@@ -16,8 +16,8 @@ from transformers import (
 import petl
 from petl import testing
 from petl.core.auto_classes import read_labels
-from petl.files.paths import LABELS
-from petl.tasks.base import write_labels
+from petl.data.tasks.base import write_labels
+from petl.system.files.paths import LABELS
 
 NAMES = {0: "fox", 1: "dog", 2: "owl"}
 FIELDS = {"num_labels": 3, "id2label": NAMES, "label2id": {v: k for k, v in NAMES.items()}}

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 import petl
 from petl.core.adapter_file import WEIGHTS
-from petl.runs.checkpoint import save_adapter
 from petl.testing import tiny_llama
 from petl.testing.case import assert_close, logits, stir
 from petl.testing.models import causal_batch
+from petl.training.runs.checkpoint import save_adapter
 
 TARGETS = ["q_proj", "lm_head"]
 METHODS: dict[str, dict[str, Any]] = {

@@ -261,14 +261,14 @@ def test_what_is_no_path_is_refused(path):
     "path", ["./nope", "/nope/x", "~/nope", "a/b/c", "nope/", "-1", "a..b", "a--b", "", "a" * 5000]
 )
 def test_a_folder_that_is_missing_is_not_asked_for_on_the_hub(monkeypatch, path):
-    monkeypatch.setattr("petl.files.hub.reachable", None)
+    monkeypatch.setattr("petl.system.files.hub.reachable", None)
     with pytest.raises(petl.InputError, match="is not the folder of an adapter"):
         petl.load(CASE.base(), path)
 
 
 def test_a_mistyped_folder_is_looked_up_once_while_the_hub_is_away(monkeypatch):
     asked = []
-    monkeypatch.setattr("petl.files.hub.reachable", lambda *args: bool(asked.append(args)))
+    monkeypatch.setattr("petl.system.files.hub.reachable", lambda *args: bool(asked.append(args)))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(petl.InputError, match="there is no folder 'runs/lora', the Hub does not"):
         petl.load(CASE.base(), "runs/lora")

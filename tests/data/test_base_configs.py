@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from petl.config.schema import read_fields
 from petl.data.base import SOURCES
+from petl.system.settings.schema import read_fields
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 # what the reader has to say

@@ -13,10 +13,10 @@ from petl.data import BucketBatchSampler
 from petl.data.batch_sampler import Buckets, padding_fraction
 from petl.data.bucketing import bucket_edges, fill
 from petl.errors import InputError
-from petl.planning.bucket_estimate import describe
-from petl.runs.settings import TrainConfig
+from petl.experiments.planning.bucket_estimate import describe
 from petl.testing.processes import in_processes
 from petl.training.dataloader import buckets_of
+from petl.training.runs.settings import TrainConfig
 
 LENGTHS = np.clip(np.random.default_rng(0).lognormal(4.5, 0.8, 20_000), 4, 1024).astype(int)
 SOME = LENGTHS[:500]

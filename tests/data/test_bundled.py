@@ -5,7 +5,7 @@ import pytest
 
 from petl.data.base import read_data
 from petl.errors import InputError
-from petl.files.paths import Package
+from petl.system.files.paths import Package
 
 HAMLET = {"name": "hamlet", "source": "hamlet", "task": "causal_lm", "max_length": 128}
 REASONING = {"name": "reasoning", "source": "reasoning", "task": "causal_lm", "max_length": 256}

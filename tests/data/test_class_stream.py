@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from petl.config.compose import compose
 from petl.data.batch_sampler import StepSampler
 from petl.data.class_stream import ClassStream
 from petl.errors import InputError
-from petl.runs.run_config import read_config
+from petl.training.compose import compose
+from petl.training.runs.run_config import read_config
 
 LABELS = np.array([2, 0, 0, 2, 1, 0, 2, 0, 0, 4])  # five rows of class 0, none of class 3
 

@@ -13,9 +13,9 @@ from tiny_tokenizers import CHATML, byte_tokenizer
 from petl.data.base import read_data
 from petl.data.formats import recognized
 from petl.data.other_tasks import ANSWERS
+from petl.data.tasks import IGNORED
+from petl.data.tasks.chat import encode_chat, last_answer, unpacked
 from petl.errors import InputError
-from petl.tasks import IGNORED
-from petl.tasks.chat import encode_chat, last_answer, unpacked
 
 SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]
 ASKED, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}

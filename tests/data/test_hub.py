@@ -7,7 +7,7 @@ from huggingface_hub import constants
 
 from petl.data.base import read_data
 from petl.errors import InputError
-from petl.files import hub
+from petl.system.files import hub
 
 
 def settings(name, **more):
@@ -129,7 +129,7 @@ def test_a_hub_that_does_not_answer_counts_as_no_network(monkeypatch):
     def refused(*_, **__):
         raise ConnectionError("connection refused")
 
-    monkeypatch.setattr("petl.files.hub.HfApi.repo_info", refused)
+    monkeypatch.setattr("petl.system.files.hub.HfApi.repo_info", refused)
     with pytest.raises(InputError, match=r"someone/something .* and the Hub does not answer"):
         read_data(settings("someone/something"))
     assert not constants.HF_HUB_OFFLINE

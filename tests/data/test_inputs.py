@@ -5,8 +5,15 @@ import json
 import pytest
 
 from petl.data.inputs import read_inputs
+from petl.data.tasks import (
+    TASKS,
+    CausalLM,
+    Classification,
+    Regression,
+    Seq2Seq,
+    TokenClassification,
+)
 from petl.errors import InputError
-from petl.tasks import TASKS, CausalLM, Classification, Regression, Seq2Seq, TokenClassification
 
 TWO = Classification(classes=["bad", "good"])
 WORDS = TokenClassification(classes=["O", "X"])

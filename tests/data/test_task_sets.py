@@ -5,11 +5,11 @@ import csv
 import pytest
 import yaml
 
-from petl.config.compose import compose
 from petl.data import read_data
 from petl.errors import InputError, UnknownNameError
-from petl.runs.resume import identity
-from petl.runs.run_config import read_config
+from petl.training.compose import compose
+from petl.training.runs.resume import identity
+from petl.training.runs.run_config import read_config
 
 VERBS = "verbs:{data:wordnet,train_rows:30,test_rows:20}"
 

@@ -179,7 +179,7 @@ def test_other_trainers_of_trl(name, tmp_path, monkeypatch):
 
 
 def test_faster_answers(monkeypatch, tmp_path):
-    from petl.drafting import registry
+    from petl.efficiency.drafting import registry
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "DRAFTERS", {**registry.DRAFTERS})

@@ -15,10 +15,10 @@ import pytest
 from comparable import write_run
 
 from petl.core.model.heat_map import HEAT_MAPS
-from petl.files.disk import as_json
-from petl.reports.comparison import compare
-from petl.reports.comparison_report import write_page as write_comparison
-from petl.reports.run_report import write_page
+from petl.experiments.reports.comparison import compare
+from petl.experiments.reports.comparison_report import write_page as write_comparison
+from petl.experiments.reports.run_report import write_page
+from petl.system.files.disk import as_json
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not on the PATH")

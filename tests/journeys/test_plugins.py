@@ -14,10 +14,10 @@ from omegaconf import OmegaConf
 from plugin_package import ROOT, environment, write_metadata, write_module
 from training_fixtures import Finished, Tiny
 
-from petl.config.command_line import command
+from petl.adapters.export.saved_adapter import find
 from petl.errors import InputError
-from petl.export.saved_adapter import find
-from petl.runs.resume import identity
+from petl.system.settings.command_line import command
+from petl.training.runs.resume import identity
 
 pytest_plugins = ["training_fixtures"]
 

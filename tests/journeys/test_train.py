@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from training_fixtures import ROOT, Finished, drawing_once, main, train
 
-from petl.config.compose import compose
+from petl.training.compose import compose
 
 pytest_plugins = ["training_fixtures"]
 

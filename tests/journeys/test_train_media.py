@@ -9,11 +9,11 @@ from task_runs import executed
 from training_fixtures import main, train
 
 import petl
-from petl.config.compose import compose
+from petl.adapters.export import saved_adapter
+from petl.adapters.export.merge import merge
 from petl.errors import InputError
-from petl.export import saved_adapter
-from petl.export.merge import merge
-from petl.planning.plan import plan_run
+from petl.experiments.planning.plan import plan_run
+from petl.training.compose import compose
 
 pytest_plugins = ["media_fixtures", "training_fixtures"]
 

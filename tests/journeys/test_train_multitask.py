@@ -18,10 +18,10 @@ from training_fixtures import (
 )
 
 import petl
+from petl.adapters.export.onnx import export_onnx
+from petl.adapters.export.saved_adapter import find
 from petl.cli.main import main
 from petl.errors import InputError, UnsupportedError
-from petl.export.onnx import export_onnx
-from petl.export.saved_adapter import find
 
 pytest_plugins = ["training_fixtures"]
 

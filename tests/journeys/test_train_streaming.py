@@ -5,11 +5,11 @@ import torch
 from task_fixtures import metrics_without_times, stop_run
 from training_fixtures import train
 
-from petl.config.compose import compose
+from petl.adapters.export import saved_adapter
 from petl.errors import InputError
-from petl.export import saved_adapter
-from petl.planning.plan import plan_run
-from petl.planning.preview import preview
+from petl.experiments.planning.plan import plan_run
+from petl.experiments.planning.preview import preview
+from petl.training.compose import compose
 
 pytest_plugins = ["task_fixtures"]
 

@@ -9,14 +9,14 @@ from task_fixtures import SETTINGS, metrics_without_times, stop_run
 from training_fixtures import train
 from transformers import AutoTokenizer
 
-from petl.config.compose import compose
-from petl.core import labelled_positions
+from petl.adapters.export import saved_adapter
+from petl.adapters.export.lora import export_lora
+from petl.adapters.export.merge import merge
+from petl.data.models.loading import load_base
+from petl.efficiency.skip_unread import labelled_positions
 from petl.errors import InputError
-from petl.export import saved_adapter
-from petl.export.lora import export_lora
-from petl.export.merge import merge
-from petl.models.loading import load_base
-from petl.planning.plan import plan_run
+from petl.experiments.planning.plan import plan_run
+from petl.training.compose import compose
 
 pytest_plugins = ["task_fixtures"]
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import petl
-from petl.catalog import reference
+from petl.cli.catalog import reference
 from petl.core.adapter_file import WEIGHTS, safetensors_bytes, saved_shapes
 from petl.errors import InputError
 from petl.testing.models import TINY_MODELS, tiny_llama

@@ -23,11 +23,11 @@ from petl.core.lifecycle import lifecycle
 from petl.errors import InputError, UnsupportedError
 from petl.methods.dsee import adapter as dsee_adapter
 from petl.ops.masks import pack_mask, unpack_mask
-from petl.runs.settings import TrainConfig
 from petl.testing import Case
 from petl.testing.case import gradients, logits, stir, trainable, tuner_layers
 from petl.testing.training import train
 from petl.training.optimizer import groups
+from petl.training.runs.settings import TrainConfig
 
 CONTRACT: dict[str, Any] = {"fields": {"r": 8, "num_sparse": 16}}
 PRUNES = {

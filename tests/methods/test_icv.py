@@ -12,12 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 import petl
 from petl import testing
-from petl.core.strengths import best_strength
 from petl.errors import InputError, UnknownNameError, UnsupportedError
 from petl.methods import icv
 from petl.methods.icv.config import hosts
 from petl.methods.icv.directions import last_states
-from petl.ops.steering import Steer, steered
+from petl.methods.icv.steering import Steer, steered
+from petl.methods.icv.strengths import best_strength
 from petl.testing import TINY_MODELS, logits
 from petl.testing.models import tiny_gpt2, tiny_llama, tiny_t5
 from petl.testing.training import train

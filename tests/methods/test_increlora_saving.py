@@ -9,8 +9,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import petl
+from petl.adapters.export.conversion import as_lora, save_lora
 from petl.errors import InputError
-from petl.export.conversion import as_lora, save_lora
 from petl.testing import tiny_llama
 
 

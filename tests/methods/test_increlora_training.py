@@ -14,12 +14,12 @@ from training_fixtures import train
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import petl
-from petl.config.compose import compose
 from petl.data.base import read_data
 from petl.data.batch_sampler import StepSampler
-from petl.models.loading import load_base, load_tokenizer
+from petl.data.models.loading import load_base, load_tokenizer
 from petl.testing import in_processes
 from petl.testing.models import causal_batch
+from petl.training.compose import compose
 
 pytest_plugins = ["training_fixtures"]
 

@@ -21,9 +21,9 @@ from torch.func import functional_call
 
 import petl
 from petl.errors import InputError
-from petl.runs.settings import TrainConfig
 from petl.testing.models import TINY_MODELS, tiny_llama
 from petl.training.optimizer import groups
+from petl.training.runs.settings import TrainConfig
 
 CONTRACT = {"fields": {"r": 3, "equivalent_rank": 3}}
 

@@ -16,8 +16,8 @@ from transformers import AutoConfig
 
 import petl
 from petl import testing
+from petl.adapters.export.small import CARD
 from petl.errors import InputError, ModuleKindError, UnsupportedError
-from petl.export.small import CARD
 from petl.methods import pela
 from petl.methods.pela.config import PelaConfig
 from petl.methods.pela.export import RANKS

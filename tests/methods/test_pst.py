@@ -24,11 +24,11 @@ from petl.methods.pst import PstConfig, PstModel
 from petl.methods.pst import adapter as pst_adapter
 from petl.methods.pst.schedule import sparsity_after
 from petl.ops.masks import pack_mask, unpack_mask
-from petl.runs.settings import TrainConfig
 from petl.testing import Case
 from petl.testing.case import gradients, logits, stir, trainable, tuner_layers
 from petl.testing.training import train
 from petl.training.optimizer import groups
+from petl.training.runs.settings import TrainConfig
 
 CONTRACT = {
     "fields": {

@@ -28,16 +28,16 @@ from transformers import (
 
 import petl
 from petl import testing
-from petl.core.dry_run import takes_mixed_batches
 from petl.core.refusals import lora_refusal, merge_refusal
 from petl.core.registry import refusal
 from petl.errors import InputError, UnsupportedError
+from petl.experiments.planning.dry_run import takes_mixed_batches
 from petl.methods.pyra import save_inner
 from petl.methods.pyra.config import plan_of
-from petl.ops.token_merging import match, merge
-from petl.runs.settings import TrainConfig
+from petl.methods.pyra.token_merging import match, merge
 from petl.testing.models import image_batch, tiny_llama, tiny_vit
 from petl.training.optimizer import groups
+from petl.training.runs.settings import TrainConfig
 
 CONTRACT = {
     "models": ("vit",),

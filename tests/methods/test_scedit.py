@@ -11,8 +11,8 @@ from torch import nn
 
 import petl
 from petl import testing
-from petl.catalog.method_page import page_of
-from petl.catalog.reference import build_for_diffusion, counted
+from petl.cli.catalog.method_page import page_of
+from petl.cli.catalog.reference import build_for_diffusion, counted
 from petl.core.layers.layer import LayerInfo, LayerShape
 from petl.methods.scedit import SceditAdapter, SceditConfig, skips_of
 from petl.testing.models import OTHER_MODELS, TinyUNet, noise_batch, tiny_unet
@@ -443,8 +443,8 @@ def test_a_feature_map_of_another_width_is_refused():
 def test_training_with_petls_loop_is_refused_with_the_reason():
     from hydra import compose, initialize_config_dir
 
-    from petl.config.command_line import config_dir
-    from petl.runs.run_config import read_config
+    from petl.system.settings.command_line import config_dir
+    from petl.training.runs.run_config import read_config
 
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = compose("train", overrides=["+method=scedit"])

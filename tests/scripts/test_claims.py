@@ -18,8 +18,8 @@ from claims.measures import SECONDS
 from claims.verdicts import FAILS, HOLDS, OPEN, needed_half_width, verdict, word_of
 
 from petl.errors import InputError, RunStopped
-from petl.runs.records import read_results
-from petl.sweeps.study import Study
+from petl.experiments.sweeps.study import Study
+from petl.training.runs.records import read_results
 
 pytest_plugins = ["training_fixtures", "claims_fixtures"]
 

@@ -11,8 +11,8 @@ from claims.densities import GELU, RELU, SWIGLU
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
-from petl.config.compose import compose
-from petl.export import saved_adapter
+from petl.adapters.export import saved_adapter
+from petl.training.compose import compose
 
 pytest_plugins = ["training_fixtures", "claims_fixtures"]
 

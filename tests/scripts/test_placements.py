@@ -7,7 +7,7 @@ import placements
 import pytest
 from placements import READ, RUN, Placement, Row, draw, front, rows_of, table
 
-from petl.sweeps.study import Contender, Study, slug
+from petl.experiments.sweeps.study import Contender, Study, slug
 
 
 def test_shares_of_the_blocks_that_are_equal_are_one_placement():

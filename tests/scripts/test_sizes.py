@@ -18,10 +18,10 @@ from sizes.score import Scorer
 from training_fixtures import train
 
 import petl
-from petl.deltas.adapters import read
-from petl.deltas.measured import train_batches
-from petl.export.saved_adapter import find
-from petl.runs.records import read_results
+from petl.adapters.deltas.adapters import read
+from petl.adapters.deltas.measured import train_batches
+from petl.adapters.export.saved_adapter import find
+from petl.training.runs.records import read_results
 
 pytest_plugins = ["training_fixtures"]
 

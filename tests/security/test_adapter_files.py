@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import petl
-from petl import deltas, testing
+from petl import testing
+from petl.adapters import deltas
 from petl.core.adapter_folder import read_config
 from petl.core.model import patterns
 from petl.core.registry import METHODS

@@ -17,16 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_run import STEP, seal, small_run
 
+from petl.adapters.export.saved_adapter import find, scores_of
 from petl.cli import main
-from petl.distributed.processes import release_all
 from petl.errors import InputError
-from petl.export.saved_adapter import find, scores_of
-from petl.files.read import parse_yaml
-from petl.reports import comparison_report, run_report
-from petl.reports.comparison import compare_runs
-from petl.reports.find_runs import find_runs
-from petl.runs.resume import choose_checkpoint, identity_of
-from petl.runs.settings import TrainConfig
+from petl.experiments.reports import comparison_report, run_report
+from petl.experiments.reports.comparison import compare_runs
+from petl.experiments.reports.find_runs import find_runs
+from petl.system.files.read import parse_yaml
+from petl.system.processes import release_all
+from petl.training.runs.resume import choose_checkpoint, identity_of
+from petl.training.runs.settings import TrainConfig
 
 READERS = {  # the commands that read a file
     "config.yaml": ("report", "compare", "eval", "auto"),

@@ -32,15 +32,15 @@ from transformers import LlamaForCausalLM
 from transformers import dynamic_module_utils as modules
 
 import petl
+from petl.adapters.export.saved_adapter import find, score
+from petl.data.models.loading import load_base
+from petl.data.tasks import Classification
+from petl.data.tasks.chat import encode_chat
 from petl.errors import InputError
-from petl.export.saved_adapter import find, score
-from petl.files.disk import atomic_folder
-from petl.models.loading import load_base
-from petl.runs.checkpoint import restore_optimizer, rng_state, step_folder, write
-from petl.runs.settings import TrainConfig
-from petl.tasks import Classification
-from petl.tasks.chat import encode_chat
+from petl.system.files.disk import atomic_folder
 from petl.training.optimizer import make_optimizer
+from petl.training.runs.checkpoint import restore_optimizer, rng_state, step_folder, write
+from petl.training.runs.settings import TrainConfig
 
 pytest_plugins = ["training_fixtures"]
 

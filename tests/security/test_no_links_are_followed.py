@@ -14,11 +14,15 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from training_fixtures import ROOT, train
 
+from petl.adapters.export.saved_adapter import find
 from petl.cli import main
-from petl.distributed.processes import LOCK, claim, release_all
+from petl.data.models.loading import save_processor
+from petl.data.tasks import Classification
 from petl.errors import InputError
-from petl.export.saved_adapter import find
-from petl.files.disk import (
+from petl.experiments.reports.comparison import compare
+from petl.experiments.reports.page import embed_png
+from petl.experiments.reports.run_report import write_page
+from petl.system.files.disk import (
     append_to,
     atomic_folder,
     check_links,
@@ -28,15 +32,11 @@ from petl.files.disk import (
     write_atomic,
     write_json,
 )
-from petl.models.loading import save_processor
-from petl.reports.comparison import compare
-from petl.reports.page import embed_png
-from petl.reports.run_report import write_page
-from petl.runs.checkpoint import METRICS, clean, prune, step_folder
-from petl.runs.resume import find_checkpoint, is_finished
-from petl.runs.run_folder import MetricsLog
-from petl.runs.settings import TrainConfig
-from petl.tasks import Classification
+from petl.system.processes import LOCK, claim, release_all
+from petl.training.runs.checkpoint import METRICS, clean, prune, step_folder
+from petl.training.runs.resume import find_checkpoint, is_finished
+from petl.training.runs.run_folder import MetricsLog
+from petl.training.runs.settings import TrainConfig
 
 pytest_plugins = ["training_fixtures"]
 pytestmark = pytest.mark.timeout(120)  # instead of a command that waits for a pipe

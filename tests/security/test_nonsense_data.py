@@ -17,7 +17,7 @@ from nonsense import answered
 from PIL import Image
 
 from petl.data.base import read_data
-from petl.tasks.media_files import read_audio, read_image
+from petl.data.tasks.media_files import read_audio, read_image
 
 ROWS = [{"text": f"text {i}", "label": "ab"[i % 2], "answers": [f"text {i}"]} for i in range(12)]
 TASKS = {

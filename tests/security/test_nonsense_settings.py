@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from nonsense import answered, values
 from training_fixtures import ROOT, tiny  # noqa: F401
 
-from petl.config.compose import compose, groups
-from petl.config.schema import flat, plain
 from petl.core.registry import METHODS, list_methods
 from petl.errors import InputError
-from petl.planning.plan import plan_run
-from petl.runs.run_config import read_config
+from petl.experiments.planning.plan import plan_run
+from petl.system.settings.schema import flat, plain
+from petl.training.compose import compose, groups
+from petl.training.runs.run_config import read_config
 
 SECONDS = 60  # of processor time for one example; it takes less than one
 GROUPS = sorted(groups() - {"search"})

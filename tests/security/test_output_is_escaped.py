@@ -19,17 +19,18 @@ from markdown_it import MarkdownIt
 from omegaconf import OmegaConf
 from peft import LoraConfig
 
-from petl.cli import app, main
+from petl.cli import main
+from petl.data.models.sources import Folder
+from petl.data.tasks import Classification
 from petl.errors import InputError, RunStopped, UnknownNameError, markdown, printable
-from petl.files.hub import OnHub
-from petl.models.sources import Folder
-from petl.reports import comparison, comparison_report
-from petl.reports.formatting import Table, echo, print_table
-from petl.reports.page import ASSETS
-from petl.reports.run_report import write_page
-from petl.runs.card_code import front_matter
-from petl.runs.model_card import Described, model_card
-from petl.tasks import Classification
+from petl.experiments.reports import comparison, comparison_report
+from petl.experiments.reports.formatting import Table, echo, print_table
+from petl.experiments.reports.page import ASSETS
+from petl.experiments.reports.run_report import write_page
+from petl.system.files.hub import OnHub
+from petl.training import program as app
+from petl.training.runs.card_code import front_matter
+from petl.training.runs.model_card import Described, model_card
 
 pytest_plugins = ["training_fixtures"]
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from petl.cli import app
-from petl.serving.gate import BODY_BYTES
+from petl.generation.serving.gate import BODY_BYTES
+from petl.training import program as app
 
 pytest_plugins = ["writer_fixtures", "server_fixtures"]
 

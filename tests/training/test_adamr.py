@@ -14,15 +14,15 @@ from torch.nn.parallel import DistributedDataParallel
 from training_fixtures import assert_same_course, stopped_before, train
 
 import petl
-from petl.config.compose import compose
-from petl.distributed.launch import DeepSpeed, gathered
 from petl.errors import InputError, UnsupportedError
-from petl.planning.plan import plan_run
-from petl.runs.run_config import check_adamr, read_config
-from petl.runs.settings import TrainConfig
+from petl.experiments.planning.plan import plan_run
 from petl.testing.processes import in_processes
 from petl.training import adamr
+from petl.training.compose import compose
+from petl.training.distributed.launch import DeepSpeed, gathered
 from petl.training.optimizer import make_optimizer
+from petl.training.runs.run_config import check_adamr, read_config
+from petl.training.runs.settings import TrainConfig
 
 pytest_plugins = ["training_fixtures"]
 

@@ -8,14 +8,14 @@ from training_fixtures import Tiny, llama_config, train
 from transformers import LlamaForCausalLM
 
 import petl
-from petl.config.command_line import preset_of
-from petl.config.compose import compose
 from petl.core.parameters import adapter_parameters, trainable
 from petl.core.registry import without_data
 from petl.errors import InputError
-from petl.planning.plan import plan_run
-from petl.runs.settings import method_fields
+from petl.experiments.planning.plan import plan_run
+from petl.system.settings.command_line import preset_of
 from petl.training.budget import largest, resized, within_budget
+from petl.training.compose import compose
+from petl.training.runs.settings import method_fields
 
 pytest_plugins = ["training_fixtures"]
 

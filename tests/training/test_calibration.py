@@ -8,12 +8,12 @@ import torch
 from datasets import Dataset
 from training_fixtures import train
 
-from petl.config.compose import compose
+from petl.data.models.loading import load_tokenizer
 from petl.errors import InputError
-from petl.models.loading import load_tokenizer
 from petl.training import calibration_data
 from petl.training.calibration import calibration_batches
 from petl.training.calibration_data import CalibrationBatches, CalibrationData
+from petl.training.compose import compose
 
 pytest_plugins = ["training_fixtures"]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import Array2D, Dataset, Features, List, Value
 
-from petl.tasks.base import NON_INPUT_PREFIX
+from petl.data.tasks.base import NON_INPUT_PREFIX
 from petl.training.dataloader import digest
 
 LISTS = [[1, 2, 3], [], [4], [5, 6]]

@@ -9,13 +9,13 @@ from task_fixtures import Families
 
 import petl
 from petl import testing
-from petl.config.compose import compose
 from petl.data.base import read_data
-from petl.distributed.launch import start
-from petl.models.loading import load_base, load_processor
-from petl.runs.run_config import read_config
+from petl.data.models.loading import load_base, load_processor
+from petl.training.compose import compose
 from petl.training.dataloader import encode_splits
+from petl.training.distributed.launch import start
 from petl.training.evaluate import score
+from petl.training.runs.run_config import read_config
 
 pytest_plugins = ["task_fixtures"]
 TASKS = ("question_answering", "regression", "causal_lm", "token_classification")

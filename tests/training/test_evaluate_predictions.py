@@ -3,7 +3,7 @@
 import pytest
 from kept_runs import lines
 
-from petl.runs.records import BEFORE, PREDICTIONS
+from petl.training.runs.records import BEFORE, PREDICTIONS
 
 pytest_plugins = ["task_fixtures", "kept_runs"]
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from training_fixtures import assert_same_course, launch, train, train_until_killed
 
+from petl.efficiency.frozen import store
 from petl.errors import InputError
-from petl.frozen import store
-from petl.runs.resume import identity
+from petl.training.runs.resume import identity
 
 pytest_plugins = ["training_fixtures"]
 

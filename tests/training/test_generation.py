@@ -10,19 +10,19 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import petl
 from petl import testing
-from petl.config.compose import compose
 from petl.data.base import read_data
-from petl.distributed.launch import start
-from petl.drafting import engine
+from petl.data.models.loading import load_base, load_processor
+from petl.data.tasks import CausalLM
+from petl.data.tasks.metrics import rouge
+from petl.efficiency.drafting import engine
 from petl.errors import InputError
-from petl.models.loading import load_base, load_processor
-from petl.runs.run_config import read_config
-from petl.tasks import CausalLM
-from petl.tasks.metrics import rouge
 from petl.training import generation
+from petl.training.compose import compose
 from petl.training.dataloader import encode_splits
+from petl.training.distributed.launch import start
 from petl.training.evaluate import score_answers
 from petl.training.generation import padded
+from petl.training.runs.run_config import read_config
 
 pytest_plugins = ["task_fixtures"]
 

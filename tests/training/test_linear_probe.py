@@ -15,15 +15,15 @@ from transformers import (
 )
 
 import petl
-from petl.config.compose import compose
 from petl.data.base import read_data
-from petl.distributed.launch import start
-from petl.models.loading import load_base, load_tokenizer
-from petl.runs.run_config import read_config
+from petl.data.models.loading import load_base, load_tokenizer
 from petl.training import evaluate as evaluation
+from petl.training.compose import compose
 from petl.training.dataloader import encode_splits
+from petl.training.distributed.launch import start
 from petl.training.evaluate import evaluate, score
 from petl.training.linear_probe import Untrained, features, find_head, in_order, linear_probe
+from petl.training.runs.run_config import read_config
 
 pytest_plugins = ["training_fixtures"]
 

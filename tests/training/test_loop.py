@@ -14,15 +14,15 @@ from training_fixtures import Finished, train
 from transformers import BertForSequenceClassification
 
 import petl
-from petl.config.compose import compose
 from petl.data.base import read_data
+from petl.data.models.loading import load_base, load_tokenizer
+from petl.data.tasks import CausalLM, Classification
 from petl.errors import InputError, RunStopped
-from petl.models.loading import load_base, load_tokenizer
-from petl.runs.checkpoint import verify
-from petl.runs.run_config import read_config
-from petl.runs.settings import TrainConfig
-from petl.tasks import CausalLM, Classification
+from petl.training.compose import compose
 from petl.training.dataloader import encode_splits
+from petl.training.runs.checkpoint import verify
+from petl.training.runs.run_config import read_config
+from petl.training.runs.settings import TrainConfig
 
 pytest_plugins = ["training_fixtures"]
 

@@ -13,7 +13,6 @@ from training_fixtures import launch, train
 
 import petl
 from petl.errors import InputError
-from petl.runs.settings import TrainConfig
 from petl.testing import tiny_llama
 from petl.training import lr_finder
 from petl.training.lr_finder import (
@@ -29,6 +28,7 @@ from petl.training.lr_finder import (
     smooth,
     with_shared_base,
 )
+from petl.training.runs.settings import TrainConfig
 
 pytest_plugins = ["training_fixtures"]
 

@@ -11,8 +11,8 @@ from transformers import BertForSequenceClassification, get_scheduler
 import petl
 from petl.core.parameters import trainable
 from petl.errors import InputError
-from petl.runs.settings import TrainConfig
 from petl.training.optimizer import all_finite, fraction_of_peak, groups, make_optimizer
+from petl.training.runs.settings import TrainConfig
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import pytest
 import torch
 from training_fixtures import train, train_until_killed
 
-from petl.config.compose import compose
 from petl.errors import InputError, UnsupportedError
-from petl.reports.run_report import write_page
-from petl.runs.run_config import read_config
+from petl.experiments.reports.run_report import write_page
+from petl.training.compose import compose
+from petl.training.runs.run_config import read_config
 from petl.training.stages import stage_of
 
 pytest_plugins = ["training_fixtures"]

@@ -9,19 +9,19 @@ from training_fixtures import bert_config, train
 from transformers import BertForSequenceClassification
 
 import petl
-from petl.config.compose import compose
+from petl.adapters.deltas import compress_adapter, expand
 from petl.core.parameters import trainable
 from petl.core.registry import needs_calibration
-from petl.deltas import compress_adapter, expand
+from petl.data.tasks import Classification
+from petl.data.tasks.base import write_labels
 from petl.errors import InputError
-from petl.planning.plan import plan_run
-from petl.planning.preview import preview
-from petl.runs.checkpoint import save_adapter
-from petl.runs.init_from import find_start, method_settings
-from petl.runs.run_config import read_config
-from petl.runs.settings import TrainConfig, method_fields
-from petl.tasks import Classification
-from petl.tasks.base import write_labels
+from petl.experiments.planning.plan import plan_run
+from petl.experiments.planning.preview import preview
+from petl.training.compose import compose
+from petl.training.runs.checkpoint import save_adapter
+from petl.training.runs.init_from import find_start, method_settings
+from petl.training.runs.run_config import read_config
+from petl.training.runs.settings import TrainConfig, method_fields
 from petl.training.wrapping import load_start, train_new_modules
 
 pytest_plugins = ["training_fixtures"]

@@ -25,9 +25,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.hooks import RemovableHandle
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from petl.core.distributed import REPLICA, num_processes, summed
 from petl.core.layers.task_rows import TaskRows, take_task_ids
 from petl.errors import InputError, UnsupportedError
+from petl.system.collectives import REPLICA, num_processes, summed
 
 T = TypeVar("T")
 TASKS = "tasks of rows"  # keys in `ForwardContext.state`

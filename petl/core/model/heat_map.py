@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from petl.core.model.targets import place
-from petl.files.disk import write_atomic
+from petl.system.files.disk import write_atomic
 
 HEAT_MAPS = "heat_maps.json"  # in the folder of a run
 # suffix and size of the units of large numbers, and from which number on they are used

@@ -12,7 +12,7 @@ from torch import nn
 from petl.core.compat import calls_past_hooks, tuner_class
 from petl.core.spec.config import check_bounds, config_field
 from petl.errors import InputError, UnknownNameError, UnsupportedError, choose, did_you_mean
-from petl.files.paths import method_preset
+from petl.system.files.paths import method_preset
 
 Calibration = Iterable[Any] | Callable[[], Any]
 Finish = Callable[[PeftModel], None]

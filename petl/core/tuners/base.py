@@ -21,7 +21,7 @@ from petl.core.layers.layer import Adapter, AdapterLayer
 from petl.core.parameters import refuse_shared_targets
 from petl.core.switching.tuner import SwitchingTuner
 from petl.errors import UnsupportedError
-from petl.files.tensor_file import check_finite, check_shapes
+from petl.system.files.tensor_file import check_finite, check_shapes
 
 logger = logging.getLogger(__name__)
 # of `add_weighted_adapter`, for all methods

@@ -61,7 +61,7 @@ class MethodTuner(SharedStateTuner):
         moves_entries: False if `update_and_allocate` leaves the trained entries in their places.
         by_position: True if an adapter changes each position by itself, and nothing counts the
             positions of a layer: the last block may then compute only those that are read, see
-            petl/core/read_positions.py.
+            petl/efficiency/skip_unread/read_positions.py.
         capture_cls: hook that captures the input of an adapter with a source, see `sources`.
         placed: by adapter name and module path, the adapters in the model's order.
     """

@@ -29,9 +29,9 @@ projection) would have zero deviation and never change, so it is initialized ran
 constant, as close to it as the authors' up projection is to zero.
 """
 
-from petl.core.inner import generated_class
 from petl.methods.binary.config import BinaryConfig, config_of
 from petl.methods.binary.model import BinaryModel, tuner_of
+from petl.methods.families.inner import generated_class
 
 __all__ = ["BinaryConfig", "BinaryModel", "config_of", "tuner_of"]
 

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from petl.core import inner as core_inner
 from petl.core.spec.config import check_bounds, check_values, config_field, require
 from petl.core.spec.method import Method
 from petl.errors import InputError
+from petl.methods.families import inner as core_inner
 from petl.ops.quantize import BITS
 
 DEFAULT_INNER = "adapter"

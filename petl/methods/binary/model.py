@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from petl.core.compat import BaseTunerLayer, adapter_weights
-from petl.core.inner import tuner_class_of, undo_injection
 from petl.core.layers.class_swap import swapped_class
 from petl.core.layers.conversion import set_refusal
 from petl.core.layers.layer import AdapterLayer
@@ -24,7 +23,6 @@ from petl.core.switching.tuner import SwitchingTuner
 from petl.core.tuners.base import ForwardContextTuner
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnsupportedError
-from petl.files.tensor_file import check_finite
 from petl.methods.binary.config import (
     DEFAULT_INNER,
     INNER_DEFAULTS,
@@ -41,7 +39,9 @@ from petl.methods.binary.quantized_weights import (
     swap_module,
 )
 from petl.methods.binary.stack import STACK, stack, unstack
+from petl.methods.families.inner import tuner_class_of, undo_injection
 from petl.ops.quantize import code_book, packed_bytes, unpack
+from petl.system.files.tensor_file import check_finite
 
 # of outputs at the start, for zeros become values of up to 0.002; checked by the contract tests
 START_TOLERANCE = 0.05

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from petl.errors import InputError
-from petl.files.disk import create
-from petl.files.read import parse_json
+from petl.system.files.disk import create
+from petl.system.files.read import parse_json
 
 logger = logging.getLogger(__name__)
 

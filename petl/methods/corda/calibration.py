@@ -18,7 +18,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from petl.core import distributed
 from petl.core.registry import no_calibration
 from petl.core.spec.method import Calibration
 from petl.errors import InputError
@@ -32,6 +31,7 @@ from petl.methods.corda.cache import (
 )
 from petl.methods.corda.config import CordaConfig
 from petl.methods.corda.covariance import Covariance, collect, leaders
+from petl.system import collectives as distributed
 
 logger = logging.getLogger(__name__)
 

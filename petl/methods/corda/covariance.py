@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from petl.core import distributed
 from petl.core.layers.context import as_2d, is_encoder_decoder
 from petl.core.layers.layer import shape_of
 from petl.core.model.modes import evaluation_mode
-from petl.ops.oriented import Damped
+from petl.methods.corda.oriented import Damped
+from petl.system import collectives as distributed
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,20 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from petl.core import distributed
-from petl.core.progress import Pass
 from petl.errors import InputError
 from petl.methods.corda.cache import Cache, Key
 from petl.methods.corda.calibration import Covariances, weight_of
 from petl.methods.corda.covariance import Covariance
-from petl.ops.oriented import Damped, Oriented, damped, log_compactness, oriented_svd, truncated
+from petl.methods.corda.oriented import (
+    Damped,
+    Oriented,
+    damped,
+    log_compactness,
+    oriented_svd,
+    truncated,
+)
+from petl.system import collectives as distributed
+from petl.system.progress import Pass
 
 FACTORS = ("spectrum", "U", "S", "Vt")  # tensors of a layer in a file of factors
 

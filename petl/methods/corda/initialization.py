@@ -14,7 +14,7 @@ from petl.errors import InputError, ModuleKindError, UnsupportedError
 from petl.methods.corda.calibration import Covariances, weight_of
 from petl.methods.corda.config import CordaConfig
 from petl.methods.corda.decompose import Decomposer, LayerComponents
-from petl.ops.oriented import balanced, truncated
+from petl.methods.corda.oriented import balanced, truncated
 
 QUANTIZED = "CorDA needs full-precision weights; leave model.quantization unset"
 

@@ -15,15 +15,15 @@ from transformers.pytorch_utils import Conv1D
 
 from petl.core.compat import BaseTunerLayer, add_method, drop_base_weights
 from petl.core.layers.conversion import set_refusal
-from petl.core.layers.fused_lora import fuse_layers
 from petl.core.model.heat_map import HeatMap, means, of_layers, role_of
 from petl.core.model.weight_changes import MEANING
 from petl.core.registry import adopt
 from petl.core.tuners.base import NOT_COMBINED
+from petl.efficiency.fused_lora.layer import fuse_layers
 from petl.errors import InputError, UnsupportedError
-from petl.files.tensor_file import check_finite
 from petl.methods.corda.config import CordaConfig
 from petl.methods.corda.initialization import QUANTIZED, InitialFactors, initialize
+from petl.system.files.tensor_file import check_finite
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ Shapes: n pieces of each codebook, C codebooks, K keys of each, d width of a key
 import torch
 from torch import Tensor
 
-from petl.core.distributed import gathered
 from petl.errors import InputError
+from petl.system.collectives import gathered
 
 EPSILON = torch.finfo(torch.float32).eps
 EPS = 1e-5  # e of the smoothed counts

@@ -11,7 +11,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from petl.core.distributed import gathered
 from petl.core.layers.context import as_2d
 from petl.core.layers.layer import LayerShape
 from petl.core.model.heat_map import HeatMap
@@ -32,6 +31,7 @@ from petl.methods.dkvb.config import (
 from petl.methods.dkvb.keys import Keys, nearest, start_keys, use_of
 from petl.methods.dkvb.optimizer import ADAM_LR, SGD_LR, check_optimizer, make_optimizer
 from petl.methods.dkvb.pooling import MeanCapture
+from petl.system.collectives import gathered
 
 logger = logging.getLogger(__name__)
 BINS = 16  # columns of the map of uses; assumption

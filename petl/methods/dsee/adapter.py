@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from petl.core.layers.layer import LayerInfo, LayerShape
-from petl.core.layers.rewriting import RewritingAdapter
 from petl.errors import InputError, UnsupportedError
-from petl.files.tensor_file import check_index, check_mask
-from petl.ops.entries import Frozen, Update, add_update, masked_weight, updated_linear
+from petl.methods.dsee.entries import Frozen, Update, add_update, masked_weight, updated_linear
+from petl.methods.families.rewriting import RewritingAdapter
 from petl.ops.low_rank import WEIGHT_TYPES, call_with_weight, is_frozen_linear, product_dtype
 from petl.ops.masks import all_kept, count_kept
+from petl.system.files.tensor_file import check_index, check_mask
 
 ALONE = (
     "dsee has pruned the weights of its layer, and a mask belongs to one adapter; activate one of "

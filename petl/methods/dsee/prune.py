@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
-from petl.core.distributed import num_processes, number, to_full
 from petl.core.layers.layer import AdapterLayer, LayerShape, weight_of
 from petl.core.model.structure import find_attention
 from petl.core.spec.config import require
 from petl.methods.dsee.adapter import DseeAdapter
-from petl.ops.entries import Update
+from petl.methods.dsee.entries import Update
 from petl.ops.masks import count_kept, pack_mask, prune_smallest, unpack_mask
 from petl.ops.positions import generator_of
+from petl.system.collectives import num_processes, number, to_full
 
 Placed = Mapping[str, tuple[AdapterLayer, DseeAdapter]]
 

@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from petl.core import distributed
 from petl.core.layers.layer import AdapterLayer, LayerShape
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.parameters import quantization_of
-from petl.core.progress import Pass
 from petl.core.registry import register
 from petl.core.switching.tuner import layers_of
 from petl.core.tuners.base import updated
@@ -26,10 +24,12 @@ from petl.errors import InputError, UnsupportedError
 from petl.methods.dsee.adapter import ALONE, DseeAdapter
 from petl.methods.dsee.config import DseeConfig, resolve_lists
 from petl.methods.dsee.prune import Heads, Pruning, heads_of, moves, sparsity
+from petl.methods.dsee.support import greedy_positions
 from petl.ops.masks import all_kept
 from petl.ops.positions import generator_of, random_positions
 from petl.ops.sparse import largest_entries
-from petl.ops.support import greedy_positions
+from petl.system import collectives as distributed
+from petl.system.progress import Pass
 
 logger = logging.getLogger(__name__)
 QUANTIZED = (

@@ -16,7 +16,7 @@ state of text s behind block l:
     x' = |x| unit(unit(x) + (1/m) sum_j w_j (1 + max(0, cos(x, -v_lj))) v_lj / |v_lj|)
 
 for the output x of the MLP of block l and the m active adapters j of strengths w_j. The formulas
-are in `petl.ops.steering`.
+are in `petl.methods.icv.steering`.
 
 Where we depart from the authors' code (shengliu66/ICV): the last block's state is read before the
 model's final norm, not behind it; the sign of a component is fixed, which an SVD leaves open; the
@@ -25,8 +25,8 @@ normalized where it is applied, so that their relative sizes have no effect (wit
 `mode="stream"`, `scale="plain"`, `keep_norm=False`, `layers` and `train` are additions.
 """
 
-from petl.core.strengths import choose_strength, scores_by_strength
 from petl.methods.icv.config import IcvConfig
+from petl.methods.icv.strengths import choose_strength, scores_by_strength
 from petl.methods.icv.tuner import IcvAdapter, IcvModel, calibrate
 
 __all__ = [

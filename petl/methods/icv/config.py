@@ -20,7 +20,7 @@ class IcvConfig(MethodConfig):
 
     ranks_refusal = "it has one vector per block, of no rank"
     of_demonstrations = True
-    calibration_source = "petl.training.demonstrations:demonstrations"
+    calibration_source = "petl.methods.icv.demonstrations:demonstrations"
 
     target_modules: set[str] | list[str] | str | None = config_field(
         "the modules whose outputs are shifted; null, as mode and layers determine them", None

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from petl.core import distributed
 from petl.core.model.modes import evaluation_mode
 from petl.core.spec.config import require
 from petl.errors import InputError
 from petl.methods.icv.config import IcvConfig, block_paths
-from petl.ops.steering import direction
+from petl.methods.icv.steering import direction
+from petl.system import collectives as distributed
 
 KEYS = tuple(
     f"{side}_{name}" for side in ("source", "target") for name in ("input_ids", "attention_mask")

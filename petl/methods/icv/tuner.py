@@ -8,7 +8,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from petl.core.distributed import to_full
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.model.modes import without_adapters
@@ -21,7 +20,8 @@ from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 from petl.methods.icv.config import IcvConfig, check_model, hosts
 from petl.methods.icv.directions import directions
-from petl.ops.steering import Steer, steered
+from petl.methods.icv.steering import Steer, steered
+from petl.system.collectives import to_full
 
 
 class IcvAdapter(Adapter):

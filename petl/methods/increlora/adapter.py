@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from petl.core.layers.layer import Adapter, Factors, LayerInfo, LayerShape
+from petl.methods.increlora.components import Pull, first_components
 from petl.methods.increlora.config import IncreloraConfig
 from petl.methods.increlora.grouped import GroupedIncrelora
-from petl.ops.components import Pull, first_components
-from petl.ops.importance import watch
+from petl.methods.increlora.importance import watch
+from petl.methods.increlora.orthogonality import gram_distances
 from petl.ops.low_rank import add_low_rank, linear_with_low_rank
-from petl.ops.orthogonality import gram_distances
 
 STD = 0.02  # initial standard deviation of A and B, as in the authors' code
 RESERVE = 1e-5  # weight of a reserve component, from the paper

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 from torch.utils.hooks import RemovableHandle
 
-from petl.core.distributed import to_local, to_shards
 from petl.errors import UnsupportedError
 from petl.methods.increlora.adapter import IncreloraAdapter
+from petl.system.collectives import to_local, to_shards
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from petl.core import distributed
 from petl.core.layers.layer import LayerShape
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.registry import register
@@ -16,10 +15,11 @@ from petl.core.tuners.base import updated
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError
 from petl.methods.increlora.adapter import Growth, IncreloraAdapter
+from petl.methods.increlora.allocation import grant
 from petl.methods.increlora.config import IncreloraConfig
+from petl.methods.increlora.importance import smooth
 from petl.methods.increlora.learning_rates import ComponentLearningRates
-from petl.ops.allocation import grant
-from petl.ops.importance import smooth
+from petl.system import collectives as distributed
 
 logger = logging.getLogger(__name__)
 

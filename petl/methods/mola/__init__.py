@@ -44,14 +44,7 @@ from petl.methods.mola.grouped import GroupedMola
 from petl.methods.mola.pregate import PreGate
 from petl.methods.mola.recurrent import Gru, next_state
 from petl.methods.mola.routes import ROUTER, Routes, gates_of, refuse_unroutable
-from petl.ops.low_rank import (
-    add_up,
-    frozen_weight_and_bias,
-    low_rank_linear,
-    product_dtype,
-    project_down,
-)
-from petl.ops.routing import (
+from petl.methods.mola.routing import (
     RoutedRows,
     balance_weights,
     busiest,
@@ -59,6 +52,13 @@ from petl.ops.routing import (
     float_linear,
     top_k_gates,
     uniform,
+)
+from petl.ops.low_rank import (
+    add_up,
+    frozen_weight_and_bias,
+    low_rank_linear,
+    product_dtype,
+    project_down,
 )
 
 SHAPES = {  # named expert counts of four groups of layers, from the lowest

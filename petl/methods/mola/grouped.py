@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from petl.core.layers.grouped import GroupedLowRank, Update
 from petl.core.layers.stack import Stack
-from petl.ops.routing import top_k_gates
+from petl.methods.mola.routing import top_k_gates
 
 
 class GroupedMola(GroupedLowRank):

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petl.errors import InputError
+from petl.methods.mola.routing import uniform
 from petl.methods.mola.tokens import Tokens
-from petl.ops.routing import uniform
 
 MATRICES = ("q", "k", "v", "o", "up", "down")  # of a block, [P, P] with a bias each
 EPS, BASE = 1e-6, 10_000.0  # of the norms, and of the rotary frequencies

@@ -21,8 +21,8 @@ from petl.core.model.modes import checkpoints_reentrantly
 from petl.core.model.targets import place
 from petl.errors import InputError, UnsupportedError
 from petl.methods.mola.pregate import PreGate
+from petl.methods.mola.routing import balance_weights, expert_sums, top_k_gates
 from petl.methods.mola.tokens import cache_in, cache_of, tokens_of
-from petl.ops.routing import balance_weights, expert_sums, top_k_gates
 
 ROUTES = "routes of tokens"  # key in `ForwardContext.passed_on`
 PRESENT = "router states of tokens"  # key in `ForwardContext.state`

@@ -105,7 +105,7 @@ def tokens_of(model: Any, given: Mapping[str, Any], past: int, *, reads_embeddin
         and cache_in(given) is None
         and (mask is None or getattr(model, "petl_packs", False))
     )
-    # each text of a packed row starts where positions do not go on, see petl/tasks/packing.py
+    # each text of a packed row starts where positions do not go on, see petl/data/tasks/packing.py
     starts_BT = F.pad(positions.diff(dim=1) != 1, (1, 0)) if is_packed else None
     return Tokens(
         ids,

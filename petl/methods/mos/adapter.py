@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from petl.core.layers.context import num_processes
 from petl.core.layers.layer import Adapter, Factors, LayerInfo, LayerShape
 from petl.errors import UnsupportedError
-from petl.files.tensor_file import check_index
 from petl.methods.mos.config import MosConfig
 from petl.methods.mos.draw import groups_of
+from petl.system.files.tensor_file import check_index
 
 
 class Pools(nn.Module):

@@ -22,9 +22,9 @@ from petl.core.model.targets import LINEAR_KINDS
 from petl.core.parameters import quantization_of
 from petl.core.spec.config import require
 from petl.errors import InputError, UnsupportedError, first_line
-from petl.files.disk import as_json, write_atomic
-from petl.files.read import read_json
 from petl.methods.pela.tuner import PelaAdapter, PelaModel
+from petl.system.files.disk import as_json, write_atomic
+from petl.system.files.read import read_json
 
 RANKS = "ranks.json"
 # of a module: dicts of hooks, which a copy does not take over

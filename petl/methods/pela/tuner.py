@@ -13,17 +13,17 @@ from torch._subclasses import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from petl.core import distributed
 from petl.core.layers.context import add_gradient
 from petl.core.layers.layer import Adapter, AdapterLayer, LayerInfo, LayerShape
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.model.targets import matched_names
-from petl.core.progress import Pass
 from petl.core.registry import register
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnsupportedError
 from petl.methods.pela.config import PelaConfig
 from petl.ops.low_rank import product_dtype
+from petl.system import collectives as distributed
+from petl.system.progress import Pass
 
 OVERSAMPLING, POWER_ITERATIONS = 10, 2  # of the randomized SVD
 NO_MERGE = (

@@ -4,7 +4,7 @@ Li, Luo, Tan, Wang, Huang, Li, Bai 2022, "Parameter-Efficient Sparsity for Large
 Fine-Tuning", IJCAI (arXiv:2205.11005). The score of a weight is its magnitude after the update plus
 a low-rank product plus a row and a column vector; the smallest scores are pruned in each layer, the
 same share everywhere, which rises over the run. The result is one sparse weight per layer. The
-arithmetic is in petl/ops/pruned.py.
+arithmetic is in petl/methods/pst/pruned.py.
 
     schedule.py    the share of weights to prune after each step
     adapter.py     factors, mask and products of a layer
@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from petl.core.distributed import to_full
 from petl.core.layers.layer import AdapterLayer, weight_of
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.registry import register
@@ -39,9 +38,10 @@ from petl.core.tuners.base import updated
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError
 from petl.methods.pst.adapter import ALONE, PstAdapter
+from petl.methods.pst.pruned import PruningFactors
 from petl.methods.pst.schedule import sparsity_after
 from petl.ops.masks import keep_largest, unpack_mask
-from petl.ops.pruned import PruningFactors
+from petl.system.collectives import to_full
 
 __all__ = ["PstAdapter", "PstConfig", "PstModel"]
 

@@ -13,15 +13,12 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from petl.core.layers.layer import LayerInfo, LayerShape
-from petl.core.layers.numbered import register_adapter
-from petl.core.layers.rewriting import RewritingAdapter
 from petl.core.spec.config import require
 from petl.errors import UnsupportedError
-from petl.files.tensor_file import check_mask
+from petl.methods.families.numbered import register_adapter
+from petl.methods.families.rewriting import RewritingAdapter
 from petl.methods.pst.compiled import compiled_linear
-from petl.ops.low_rank import WEIGHT_TYPES, call_with_weight, is_frozen_linear, product_dtype
-from petl.ops.masks import all_kept, count_kept, keep_largest, pack_mask
-from petl.ops.pruned import (
+from petl.methods.pst.pruned import (
     PruningFactors,
     Scales,
     differentiable_weight,
@@ -30,6 +27,9 @@ from petl.ops.pruned import (
     pruned_linear,
     pruning_scores,
 )
+from petl.ops.low_rank import WEIGHT_TYPES, call_with_weight, is_frozen_linear, product_dtype
+from petl.ops.masks import all_kept, count_kept, keep_largest, pack_mask
+from petl.system.files.tensor_file import check_mask
 
 ALONE = (
     "pst prunes the weight of its layer, and masks of several adapters do not add up; activate one "

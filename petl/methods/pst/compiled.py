@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from petl.core.layers.numbered import adapter_of
+from petl.methods.families.numbered import adapter_of
+from petl.methods.pst.pruned import PruningFactors, backward_pass
 from petl.ops.masks import all_kept, packed_size
-from petl.ops.pruned import PruningFactors, backward_pass
 
 
 @torch.library.custom_op("petl::pst_linear", mutates_args=())

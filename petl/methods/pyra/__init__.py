@@ -12,8 +12,8 @@ ViT But Faster", ICLR (arXiv:2210.09461). The adapted encoder is faster than the
 
 Shapes: N rows, T tokens, C width, R tokens that a block removes. After attention and its residual
 sum, the tokens v = x s (s: of how many tokens each is the mean) at R positions, S [N, R, C], are
-added to their partners D [N, R, C], which `petl.ops.token_merging` finds by the keys. Before that,
-with the block's two vectors a [R, 1] and b [1, C],
+added to their partners D [N, R, C], which `petl.methods.pyra.token_merging` finds by the keys.
+Before that, with the block's two vectors a [R, 1] and b [1, C],
 
     P = LayerNorm(S + D)    Wc = 2 sigmoid(a^T P)    Wt = 2 sigmoid(P b^T) - 1
     S <- S + (S Wc) Wt
@@ -30,7 +30,7 @@ learning rate of the vectors (the code chooses them by a name that none of them 
 from collections.abc import Callable
 from functools import partial
 
-from petl.core.inner import generated_class
+from petl.methods.families.inner import generated_class
 from petl.methods.pyra.config import ALONE, PyraConfig, config_of
 from petl.methods.pyra.inner_adapter import save_inner
 from petl.methods.pyra.tuner import PyraModel, tuner_of

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
 from petl.errors import InputError, UnsupportedError
 from petl.methods.pyra.blocks import KEYS
-from petl.ops.token_merging import match, merge
+from petl.methods.pyra.token_merging import match, merge
 
 SIZES = "petl_sizes"  # keyword of an adapted block: the sizes of its tokens
 MERGED_TOKENS = (

@@ -10,11 +10,11 @@ from peft.utils import PeftType
 from torch import nn
 from transformers import PreTrainedModel
 
-from petl.core import inner as core_inner
 from petl.core.model.structure import block_widths
 from petl.core.spec.config import MethodConfig, check_bounds, check_values, config_field, require
 from petl.core.spec.method import Method
 from petl.errors import ModuleKindError, UnsupportedError
+from petl.methods.families import inner as core_inner
 from petl.methods.pyra.blocks import check_form
 
 UNSUPPORTED_INNER = {  # by method, the reason that an error gives

@@ -10,7 +10,6 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from petl.core.inner import tuner_class_of, undo_injection
 from petl.core.layers.block import (
     BlockAdapters,
     adapters_of,
@@ -30,6 +29,7 @@ from petl.core.switching.tuner import SwitchingTuner
 from petl.core.tuners.base import ForwardContextTuner, check_loaded
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnsupportedError
+from petl.methods.families.inner import tuner_class_of, undo_injection
 from petl.methods.pyra.adapter import MERGED_TOKENS, ONE_ACTIVE, PyraAdapter
 from petl.methods.pyra.blocks import KeyedAttention
 from petl.methods.pyra.config import ALONE, PyraConfig, config_of, inner_method, plan_of

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from petl.core.distributed import gather_before_backward
 from petl.core.layers.block import (
     adapters_of,
     place_of_argument,
@@ -18,6 +17,7 @@ from petl.core.layers.block import (
 from petl.core.layers.context import ForwardContext
 from petl.errors import InputError
 from petl.methods.sherl.adapter import SherlAdapter
+from petl.system.collectives import gather_before_backward
 
 MEMORY = "encoder_hidden_states"  # the argument of decoder blocks
 

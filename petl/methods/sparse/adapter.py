@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from petl.core.distributed import num_processes, summed, to_full, to_shards
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
-from petl.core.layers.numbered import register_adapter
 from petl.errors import UnsupportedError
-from petl.files.tensor_file import check_index
+from petl.methods.families.numbered import register_adapter
 from petl.methods.sparse.compiled import compiled_linear
 from petl.methods.sparse.schedule import accumulates
 from petl.ops.low_rank import is_frozen_linear, product_dtype
@@ -29,6 +27,8 @@ from petl.ops.sparse import (
     products_at,
     sparse_linear,
 )
+from petl.system.collectives import num_processes, summed, to_full, to_shards
+from petl.system.files.tensor_file import check_index
 
 
 @dataclass

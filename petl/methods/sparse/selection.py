@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from petl.core.distributed import to_full
 from petl.core.layers.context import num_processes
 from petl.errors import InputError, UnsupportedError
 from petl.methods.sparse.adapter import SparseAdapter
 from petl.methods.sparse.sm3 import SparseSM3
 from petl.ops.positions import largest_outer
+from petl.system.collectives import to_full
 
 AVERAGED = (
     "reselection needs values whose gradients are averaged over processes; let FSDP2 shard them, "

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from petl.core.distributed import to_full, to_shards
 from petl.errors import InputError
 from petl.methods.sparse.adapter import SparseAdapter
+from petl.system.collectives import to_full, to_shards
 
 
 class SparseSM3(Optimizer):

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from petl.core.layers.grouped import drawing_from
-from petl.distributed.launch import Engine
-from petl.distributed.processes import ASKS, current_lane
+from petl.efficiency.frozen.feed import autocast_of
+from petl.efficiency.together.batches import check_loss, room_for
+from petl.efficiency.together.group import AdapterGroup, Member, check_alike
 from petl.errors import InputError, UnsupportedError
-from petl.frozen.feed import autocast_of
-from petl.training.together.batches import check_loss, room_for
-from petl.training.together.group import AdapterGroup, Member, check_alike
+from petl.system.processes import ASKS, current_lane
+from petl.training.distributed.launch import Engine
 from petl.training.together.lanes import Lane, Lanes
 
 FORWARD, BACKWARD = "forward", "backward"

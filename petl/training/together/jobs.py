@@ -22,16 +22,16 @@ from peft import (
 )
 from torch import Tensor, nn
 
-from petl.config.schema import read_fields
 from petl.core.lifecycle import lifecycle
 from petl.core.parameters import check_module
 from petl.core.registry import METHODS, build_config, keeps_base, method_of, wrap
-from petl.core.switching.lora import fuse_lora
+from petl.efficiency.fused_lora.switching import fuse_lora
+from petl.efficiency.together.batches import LABELS, Batch, room_for
+from petl.efficiency.together.group import AdapterGroup, Member, share_weights
 from petl.errors import InputError, UnsupportedError, did_you_mean
-from petl.runs.settings import TrainConfig
+from petl.system.settings.schema import read_fields
 from petl.training.optimizer import fraction_of_peak, make_optimizer, set_lr
-from petl.training.together.batches import LABELS, Batch, room_for
-from petl.training.together.group import AdapterGroup, Member, share_weights
+from petl.training.runs.settings import TrainConfig
 
 # settings of `petl train` that a job has; the others are about data, evaluation and run folders
 SETTINGS = (

@@ -19,9 +19,9 @@ from accelerate.state import AcceleratorState
 from hydra.core.hydra_config import HydraConfig
 from torch import Tensor, nn
 
-from petl.distributed.launch import Engine
-from petl.distributed.processes import current_lane, enter_lane, stop_threads
-from petl.runs.checkpoint import RngState, rng_state, set_rng
+from petl.system.processes import current_lane, enter_lane, stop_threads
+from petl.training.distributed.launch import Engine
+from petl.training.runs.checkpoint import RngState, rng_state, set_rng
 
 READY, WAITING, DONE = "ready", "waiting", "done"
 WRAPPED = ("base_layer", "original_module")  # names of PEFT's for what an adapter wraps

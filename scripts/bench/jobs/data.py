@@ -8,13 +8,13 @@ from typing import Any
 from accelerate import Accelerator
 
 from bench.jobs.definitions import Job, model_words
-from petl.config.compose import compose
 from petl.core.registry import wrap
-from petl.files.disk import atomic_folder
-from petl.files.read import read_json
-from petl.models.loading import load_base, load_processor
-from petl.runs.run_config import RunConfig, read_config
+from petl.data.models.loading import load_base, load_processor
+from petl.system.files.disk import atomic_folder
+from petl.system.files.read import read_json
+from petl.training.compose import compose
 from petl.training.dataloader import Splits, batched, encode_splits
+from petl.training.runs.run_config import RunConfig, read_config
 from petl.training.wrapping import sized_fields, train_new_modules
 
 SETTINGS = (

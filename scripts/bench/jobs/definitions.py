@@ -211,7 +211,7 @@ def model_words(job: Job, folder: Path) -> list[str]:
         InputError: a package is missing.
     """
     if job.name == "decoder":
-        from petl.models import smollm2
+        from petl.data.models import smollm2
 
         return ["model=path", f"model.path='{smollm2.folder()}'"]
     if job.name == "vit":

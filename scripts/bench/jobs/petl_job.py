@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.jobs.child import Clock
-from petl.imports.collector import rare_collections
+from petl.system.imports.collector import rare_collections
 
 
 def main() -> None:
@@ -18,8 +18,8 @@ def main() -> None:
     request = json.load(sys.stdin)
     with rare_collections():
         from petl.cli import train as command
-        from petl.runs.records import read_log
         from petl.training.loop import Loop
+        from petl.training.runs.records import read_log
     clock, fit, evaluate = Clock(), command.fit, Loop.evaluate
 
     def timed_fit(*arguments: Any) -> Any:

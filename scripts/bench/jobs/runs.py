@@ -17,11 +17,11 @@ from bench.jobs.data import export
 from bench.jobs.definitions import JOBS, Job, Settings, Variant
 from bench.kept import keep, kept
 from petl.errors import InputError, RunStopped
-from petl.files.disk import as_json, write_atomic
-from petl.files.paths import cache_folder
-from petl.runs.environment import git_revision
-from petl.runs.records import read_results
-from petl.sweeps.study import slug
+from petl.experiments.sweeps.study import slug
+from petl.system.files.disk import as_json, write_atomic
+from petl.system.files.paths import cache_folder
+from petl.training.runs.environment import git_revision
+from petl.training.runs.records import read_results
 
 ROOT = Path(__file__).parents[3]
 POINTS = 8  # evaluations of a run that holds rows out, as in trainer_job.py

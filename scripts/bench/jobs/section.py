@@ -11,7 +11,7 @@ from bench.jobs.definitions import GOALS, GROUPED, PLAIN, SFT, Settings, Variant
 from bench.jobs.figure import Curve, draw
 from bench.jobs.runs import ROOT, Runner
 from bench.records import Record
-from petl.runs.environment import git_revision
+from petl.training.runs.environment import git_revision
 
 PARTS = ("training", "job")
 BASES = (PLAIN, GROUPED)

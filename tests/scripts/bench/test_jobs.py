@@ -22,7 +22,7 @@ from training_fixtures import drawing_once, train
 
 import petl
 from petl.errors import RunStopped
-from petl.runs.resume import ADAPTER
+from petl.training.runs.resume import ADAPTER
 
 pytest_plugins = ["training_fixtures"]
 

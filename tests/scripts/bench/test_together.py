@@ -13,7 +13,7 @@ from bench.together import alone, grouped, measure, passes_of, peak_over_parts
 from tiny_shapes import TINY_LLAMA, TINY_MINILM
 
 import petl
-from petl.training.together.group import Member, share_weights
+from petl.efficiency.together.group import Member, share_weights
 
 LORA = next(row for row in CONTENDERS if row.name == "lora")
 ADAPTER = next(row for row in CONTENDERS if row.name == "adapter 48")

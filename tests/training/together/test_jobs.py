@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import petl
+from petl.efficiency.together.group import share_weights
 from petl.errors import UnsupportedError
 from petl.testing.models import (
     causal_batch,
@@ -22,7 +23,6 @@ from petl.testing.models import (
     tiny_t5,
     tiny_vit,
 )
-from petl.training.together.group import share_weights
 
 LORA = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.1}
 
@@ -244,7 +244,7 @@ def test_a_trained_adapter_saves_and_loads_alone(tmp_path):
 def test_without_a_number_small_steps_share_a_pass(monkeypatch):
     """About 512 tokens in a pass: 15 batches of 4 x 8 tokens, so all five jobs at once."""
     sizes = []
-    from petl.training.together.group import AdapterGroup
+    from petl.efficiency.together.group import AdapterGroup
 
     losses = AdapterGroup.losses
     monkeypatch.setattr(

@@ -2,7 +2,7 @@
 
 import sys
 
-from petl.distributed.launch import start
+from petl.training.distributed.launch import start
 from petl.training.together.lanes import process_state, set_process_state
 
 

@@ -1,0 +1,250 @@
+"""Write an exported model to a folder, if its outputs equal those of the adapted model.
+
+Everything is written to a draft first; the folder appears once all checks have passed.
+"""
+
+import tempfile
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from petl.core.compat import BaseTunerLayer
+from petl.core.spec.method import modifies_base_weights
+from petl.data.tasks.base import IGNORED
+from petl.errors import InputError, RunStopped, UnsupportedError
+from petl.system.files.disk import write_atomic
+from petl.system.progress import Shown
+
+# by dtype of the base model, the largest relative difference of the outputs (assumption; measured
+# differences of merged tiny models: below 1e-5 in float32, below 2e-2 in bfloat16)
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Difference between the outputs of two models.
+
+    Attributes:
+        relative: norm of the difference over the norm of the outputs.
+        largest: largest absolute difference of a logit.
+        same: fraction of the examples (of a language model: tokens) with the same highest logit.
+        effect: as `relative`, between the adapted model and the model without its adapter layers
+            (trained heads kept); `relative` has to be small compared with it.
+    """
+
+    relative: float
+    largest: float
+    same: float
+    effect: float
+
+
+@dataclass(frozen=True)
+class Written:
+    """A written folder, its size, and how the outputs of what it holds compare."""
+
+    folder: Path
+    bytes: int
+    difference: Difference
+
+
+# Comparing
+
+
+@torch.no_grad()
+def outputs(
+    model: Callable[..., Any], batches: Iterable[dict[str, Tensor]], of: str
+) -> list[Tensor]:
+    """Return the logits of each batch in float32, without padding: classes on the last axis.
+
+    Of a model without head, the mean over the tokens.
+
+    Args:
+        of: which model, for the display of the progress.
+    """
+    return [_logits(model(**batch), batch) for batch in Shown(batches, f"outputs of {of}")]
+
+
+def _logits(output: Any, batch: dict[str, Tensor]) -> Tensor:
+    if "sentence_embedding" in output:
+        return output["sentence_embedding"].float()
+    if "start_logits" in output:  # question answering: the classes are the tokens
+        mask = batch["attention_mask"][:, None]
+        return torch.stack([output["start_logits"], output["end_logits"]], 1).float() * mask
+    if "logits" not in output:  # a model without head
+        return mean_pooled(output["last_hidden_state"].float(), batch["attention_mask"])
+    logits = output["logits"].float()
+    if logits.dim() != 3:
+        return logits
+    # outputs at padding are undefined: kernels may compute anything there
+    mask = batch["labels"] != IGNORED if "labels" in batch else batch["attention_mask"] == 1
+    return logits[mask]
+
+
+def mean_pooled(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the mean over the tokens of each row, [B, H], from [B, T, H] and a mask [B, T]."""
+    mask = attention_mask[..., None].to(hidden.dtype)
+    return (hidden * mask).sum(1) / mask.sum(1)
+
+
+def adapted_outputs(
+    model: PeftModel, batches: list[dict[str, Tensor]]
+) -> tuple[list[Tensor], float]:
+    """Return the logits of the adapted model, and the relative norm of the adapter's effect."""
+    adapted = outputs(model, batches, "the adapted model")
+    # adapters of PEFT and of petl derive from this class
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:  # `disable_adapter` would disable the trained head as well
+        layer.enable_adapters(False)
+    without = outputs(model, batches, "the model without adapter")
+    for layer in layers:
+        layer.enable_adapters(True)
+    return adapted, _relative_distance(adapted, without)
+
+
+def compare(expected: list[Tensor], actual: list[Tensor], effect: float) -> Difference:
+    """Compare the outputs of two models; `effect` is that of `adapted_outputs`."""
+    pairs = list(zip(expected, actual, strict=True))
+    largest = max(float((e - a).abs().max()) for e, a in pairs)
+    same = torch.cat([(e.argmax(-1) == a.argmax(-1)).flatten() for e, a in pairs])
+    relative = _relative_distance(expected, actual)
+    return Difference(relative, largest, float(same.float().mean()), effect)
+
+
+def _relative_distance(expected: list[Tensor], actual: list[Tensor]) -> float:
+    parts = [(e - a).norm() for e, a in zip(expected, actual, strict=True)]
+    norm = torch.stack([e.norm() for e in expected]).norm()
+    return float(torch.stack(parts).norm() / norm)
+
+
+def check(difference: Difference, tolerance: float | None, dtype: torch.dtype, name: str) -> None:
+    """Raise RunStopped if outputs differ by more than the tolerance, or are not finite.
+
+    Args:
+        tolerance: the largest `difference.relative`; None: by `dtype`, that of the base model.
+        name: of the exported model, for the message.
+    """
+    allowed = TOLERANCE[dtype] if tolerance is None else tolerance
+    if not difference.relative <= allowed:  # not `>`, which is False for nan
+        raise RunStopped(
+            f"the outputs of the {name} differ by {difference.relative:.2e} of their norm, more "
+            f"than the tolerance of {allowed:.0e}, so nothing was written; the adapter itself "
+            f"changes them by {difference.effect:.2e}"
+        )
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Outputs of an adapted model, to compare those of the model that it is converted to.
+
+    Attributes:
+        batches: the inputs.
+        outputs: as of the function `outputs`.
+        effect: as of `Difference`.
+        dtype: of the base model.
+    """
+
+    batches: list[dict[str, Tensor]]
+    outputs: list[Tensor]
+    effect: float
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: PeftModel, batches: list[dict[str, Tensor]]) -> "Reference":
+        """Compute the outputs of an adapted model."""
+        return cls(batches, *adapted_outputs(model, batches), model.dtype)
+
+    def compare(self, model: Callable[..., Any], tolerance: float | None, name: str) -> Difference:
+        """Compare the outputs of another model, called `name` in the message, with these.
+
+        Raises:
+            RunStopped: they differ by more than `tolerance`; None: by the dtype of the base model.
+        """
+        difference = compare(self.outputs, outputs(model, self.batches, f"the {name}"), self.effect)
+        check(difference, tolerance, self.dtype, name)
+        return difference
+
+
+def unwrap_trained(model: PeftModel, *, keep: bool) -> None:
+    """Replace PEFT's wrappers of `modules_to_save` by the trained modules, or by the original ones.
+
+    PEFT does so when it unloads, but not for every tuner, nor for heads of several layers.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            trained = module.modules_to_save[module.active_adapters[0]]
+            model.set_submodule(name, trained if keep else module.original_module)
+
+
+# Writing
+
+
+def refuse_changed_base(folder: Path, config: PeftConfig) -> None:
+    """Raise UnsupportedError for tensors that are not what training added to the base model."""
+    if modifies_base_weights(config):
+        start = getattr(config, "init_lora_weights", None)
+        raise UnsupportedError(
+            f"{folder} has init_lora_weights={start!r}, which takes its start out of the base "
+            "weights, so that its tensors alone are not what training changed: save it with "
+            "path_initial_model_for_weight_conversion, or write a merged model with `petl merge`"
+        )
+
+
+def refuse_taken(out: Path) -> None:
+    """Raise InputError unless `out` does not exist or is an empty folder."""
+    is_link = out.is_symlink()  # a folder cannot be renamed to one
+    if out.is_dir() and not is_link and not any(out.iterdir()):
+        return
+    if out.exists() or is_link:
+        raise InputError(f"{out} already exists and is not an empty folder; choose another one")
+
+
+@contextmanager
+def draft_of(out: Path) -> Generator[Path]:
+    """Yield a draft folder that becomes `out` at the end of the block, unless it raises.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        # next to `out`: a rename does not work across file systems
+        with tempfile.TemporaryDirectory(prefix=".petl-", dir=out.absolute().parent) as place:
+            draft = Path(place) / "draft"
+            draft.mkdir()
+            yield draft
+            if out.is_dir():
+                out.rmdir()  # empty, see `refuse_taken`
+            draft.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {out}: {error}") from error
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files in a folder, in bytes."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Save a model as `save_pretrained` does, with its generation config as it is.
+
+    transformers refuses to save one with values that have no effect, such as a temperature without
+    sampling, which many published models have: petl has set its padding token, and only an
+    unchanged one is excepted.
+    """
+    if not model.can_generate():
+        model.save_pretrained(folder)
+        return
+    kept, model.generation_config = model.generation_config, GenerationConfig()
+    model.save_pretrained(folder)
+    model.generation_config = kept
+    write_atomic(folder / GENERATION_CONFIG_NAME, kept.to_json_string())

@@ -1,0 +1,190 @@
+"""Convert a saved adapter: to a plain LoRA on its base model, or merged into the base model.
+
+The factors of the LoRA are exact where the method has some, else an SVD. Shapes: I in, O out,
+R rank.
+"""
+
+import logging
+from pathlib import Path
+from statistics import mode
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from petl.adapters.export.checked_folder import Reference, refuse_changed_base, unwrap_trained
+from petl.adapters.export.saved_adapter import Saved
+from petl.core import fingerprint
+from petl.core.adapter_file import PREFIX, WEIGHTS, trained_modules
+from petl.core.adapter_folder import CONFIG
+from petl.core.compat import BaseTunerLayer, svd_factors
+from petl.core.compressed import copy_weights
+from petl.core.layers.layer import Adapter, AdapterLayer, Factors
+from petl.core.model.targets import matched_names
+from petl.core.refusals import is_lora, lora_refusal, merge_refusal
+from petl.errors import UnsupportedError
+from petl.system.files.disk import copy_file
+from petl.system.progress import Pass, Shown
+
+logger = logging.getLogger(__name__)
+
+
+def merged_model(saved: Saved, *, other_base: str) -> tuple[Any, Reference]:
+    """Return the base model with the adapter merged into it, and what its outputs should be.
+
+    Raises:
+        InputError: the method cannot merge, or `other_base` refuses the base.
+    """
+    refusal = merge_refusal(saved.config)
+    if refusal:
+        raise UnsupportedError(refusal)
+    if saved.is_quantized:
+        logger.warning(
+            "merging into the dequantized base model: re-quantizing would lose most of the update"
+        )
+        saved = saved.dense()
+    model = saved.model(other_base=other_base)
+    adapted = Reference.of(model, saved.batches())
+    unwrap_trained(model, keep=True)  # trained heads become part of the merged model
+    with Pass("merging the adapter", None, quiet=True):
+        return model.merge_and_unload(safe_merge=True), adapted  # safe: raises on nan
+
+
+def write_lora(saved: Saved, folder: Path, *, other_base: str) -> tuple[PeftModel, Reference]:
+    """Write a saved adapter as a plain LoRA into an existing folder, without comparing outputs.
+
+    Returns:
+        The LoRA on the base model, as PEFT loads it, and what its outputs should be.
+
+    Raises:
+        InputError: as of `export_lora`.
+    """
+    refusal = lora_refusal(saved.config)
+    if refusal:
+        raise UnsupportedError(refusal)
+    refuse_changed_base(saved.adapter, saved.config)
+    model = saved.model(other_base=other_base)
+    adapted = Reference.of(model, saved.batches())
+    # a LoRA is copied, and any other adapter converted
+    converted = None if is_lora(saved.config) else as_lora(model)
+    unwrap_trained(model, keep=False)  # the LoRA brings the trained copies
+    base: Any = model.unload()
+    if converted is None:
+        copy_file(saved.adapter / CONFIG, folder / CONFIG)
+        copy_weights(saved.adapter, folder)
+    else:
+        save_lora(*converted, folder)
+    fingerprint.write(folder, fingerprint.read(saved.adapter))
+    return PeftModel.from_pretrained(base, str(folder)).eval(), adapted
+
+
+@torch.no_grad()
+def as_lora(
+    model: PeftModel, adapter_name: str = "default"
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Return config and tensors, by saved key, of the LoRA that equals an adapter.
+
+    The tensors include the trained copies of `modules_to_save`.
+    """
+    layers = [(n, layer) for n, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
+    factors = {
+        name.removeprefix(PREFIX): factors_of(layer, adapter_name)
+        for name, layer in Shown(layers, "factoring the updates", unit="layers", quiet=True)
+    }
+    tensors = {}
+    for name, (A, B, _) in factors.items():  # the scale goes into the config as alpha / r
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = A
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = B
+    tensors |= trained_modules(model, adapter_name)
+    config = lora_config(model, factors, adapter_name)
+    return config, {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+
+
+def factors_of(layer: nn.Module, adapter_name: str) -> Factors:
+    """Return A [R, I], B [O, R] and the scale of one layer's update."""
+    if isinstance(layer, AdapterLayer):
+        (adapter,) = (adapter for _, adapter in layer.pick([adapter_name]))
+        assert isinstance(adapter, Adapter)
+        exact = adapter.factors()
+        if exact is not None:  # no SVD: exact and fast
+            return exact
+    A, B = svd_factors(layer, adapter_name)
+    # the columns of B have the singular values as their norms; below this bound, the tolerance of
+    # torch.linalg.matrix_rank, they are rounding errors
+    norm_R = B.float().norm(dim=0)
+    bound = norm_R.max() * torch.finfo(torch.float32).eps * max(*A.shape, *B.shape)
+    significant = norm_R > bound
+    if not significant.any():
+        significant[0] = True  # an update of zero becomes a LoRA of rank 1
+    return Factors(A[significant], B[:, significant], 1.0)
+
+
+def lora_config(model: PeftModel, factors: dict[str, Factors], adapter_name: str) -> LoraConfig:
+    """Return the config of a LoRA with these factors; patterns hold the ranks that differ."""
+    config: Any = model.peft_config[adapter_name]
+    ranks = {name: len(A) for name, (A, _, _) in factors.items()}
+    alphas = {name: scale * ranks[name] for name, (_, _, scale) in factors.items()}
+    rank, alpha = mode(ranks.values()), mode(alphas.values())  # the shortest patterns
+    layers: list[Any] = [model.get_base_model().get_submodule(name) for name in factors]
+    return LoraConfig(
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,  # PEFT saves it so; loading with is_trainable overrides it
+        target_modules=shortest_targets(model, list(factors)),
+        # PEFT may list heads twice
+        modules_to_save=list(dict.fromkeys(config.modules_to_save or [])) or None,
+        r=rank,
+        lora_alpha=as_integer(alpha),
+        rank_pattern=exceptions(ranks, rank),
+        alpha_pattern={name: as_integer(a) for name, a in exceptions(alphas, alpha).items()},
+        fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers),
+    )
+
+
+def ranked_config(template: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
+    """Return the config of a LoRA with these ranks, by layer, and a scale of 1."""
+    usual = mode(ranks.values())
+    patterns = exceptions(ranks, usual)
+    return LoraConfig(
+        task_type=template.task_type,
+        base_model_name_or_path=template.base_model_name_or_path,
+        revision=template.revision,
+        inference_mode=True,
+        target_modules=sorted(ranks),
+        modules_to_save=template.modules_to_save,
+        r=usual,
+        # alpha = r: a scale of 1, since B contains it
+        lora_alpha=usual,
+        rank_pattern=patterns,
+        alpha_pattern=dict(patterns),
+        fan_in_fan_out=template.fan_in_fan_out,
+    )
+
+
+def exceptions(values: dict[str, Any], usual: Any) -> dict[str, Any]:
+    """Return the entries that differ from `usual`, longest names first: the first match counts."""
+    names = sorted(values, key=lambda name: (-len(name), name))
+    return {name: values[name] for name in names if values[name] != usual}
+
+
+def as_integer(number: float) -> Any:
+    """Return an int where the value is integral: PEFT declares `lora_alpha` as int."""
+    return int(number) if float(number).is_integer() else number
+
+
+def shortest_targets(model: PeftModel, names: list[str]) -> list[str]:
+    """Return the last parts of `names` if they match exactly these modules, else `names`."""
+    suffixes = sorted({name.rpartition(".")[2] for name in names})
+    short = LoraConfig(target_modules=suffixes)
+    matched = matched_names(short, model.get_base_model())
+    return suffixes if sorted(matched) == sorted(names) else sorted(names)
+
+
+def save_lora(config: LoraConfig, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write an adapter folder in PEFT's format."""
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))

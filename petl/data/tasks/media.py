@@ -1,0 +1,230 @@
+"""Image and audio classification, with the model's image processor or feature extractor.
+
+All rows of a model have one shape: an image processor resizes images, and clips are padded to
+`max_seconds` if the feature extractor does not do so.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from datasets import Array2D, Array3D, Array4D, Dataset, Features, List, Value
+from torch import Tensor
+from transformers import (
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModelForAudioClassification,
+    AutoModelForImageClassification,
+)
+
+from petl.data.tasks.base import Columns, Row
+from petl.data.tasks.classification import SingleLabelTask
+from petl.data.tasks.media_files import gray_image, read_audio, read_image
+from petl.errors import InputError
+
+MIN_SECONDS = 0.05  # of a clip: two windows of a spectrogram
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass
+class MediaTask(SingleLabelTask, ABC):
+    """Files (`path`, and `sha256` of their content) with the number of their class (`label`)."""
+
+    peft_task_type: ClassVar[str | None] = None
+    reads_text: ClassVar[bool] = False
+    encoded_at_once: ClassVar[int] = 64  # images take more memory than tokens; assumption
+    shown: ClassVar[tuple[str, ...]] = ("path",)
+
+    @abstractmethod
+    def largest(self, processor: Any) -> Any:
+        """An empty input of the maximum size."""
+
+    @abstractmethod
+    def decode(self, processor: Any, rows: Columns, index: int) -> Any:
+        """Decode the file of row `index`."""
+
+    @abstractmethod
+    def process(self, processor: Any, media: Any) -> Arrays:
+        """The model's inputs for one decoded file, by name."""
+
+    def features(self, processor: Any) -> Features:
+        """Types and shapes, from the processor's output for the largest input."""
+        arrays = self.process(processor, self.largest(processor))
+        return Features({**{k: feature(v) for k, v in arrays.items()}, "labels": Value("int64")})
+
+    def encode_rows(self, processor: Any, rows: Columns) -> Columns:
+        """Decode and process files; all rows get the shapes of the largest input.
+
+        Raises:
+            InputError: a file cannot be read, or its shape differs.
+        """
+        # the shapes that all rows must have
+        largest = self.process(processor, self.largest(processor))
+        columns: Columns = {name: [] for name in largest}
+        for index in range(len(next(iter(rows.values())))):
+            arrays = self.process(processor, self.decode(processor, rows, index))
+            for name, full in largest.items():
+                padded = self.pad(arrays[name], full, processor)
+                if padded.shape != full.shape:
+                    raise InputError(
+                        f"{rows['path'][index]} becomes {name} of shape {list(padded.shape)}, but "
+                        f"others have {list(full.shape)}: the model's {type(processor).__name__} "
+                        "must resize all to one shape"
+                    )
+                columns[name].append(padded)
+        return columns | ({"labels": rows["label"]} if "label" in rows else {})
+
+    def pad(self, array: np.ndarray, full: np.ndarray, processor: Any) -> np.ndarray:
+        """Pad or truncate `array` to the length of `full`, if the task can."""
+        return array
+
+    def random_rows(self, processor: Any, count: int, draw: torch.Generator) -> dict[str, Tensor]:
+        """Model inputs of noise, [count, ...] each; masks are those of the largest input."""
+        largest = self.process(processor, self.largest(processor))
+        full = {name: torch.from_numpy(array) for name, array in largest.items()}
+        return {
+            name: torch.randn(count, *array.shape, generator=draw)
+            if array.is_floating_point()
+            else array.expand(count, *array.shape)
+            for name, array in full.items()
+        }
+
+    def encode(self, processor: Any, split: Dataset) -> Dataset:
+        """Encode rows as in `Task`; they are read as numpy arrays."""
+        return super().encode(processor, split).with_format("numpy")
+
+    def lengths(self, rows: Dataset) -> list[int]:
+        """1 for every row: all have one shape."""
+        return [1] * len(rows)
+
+    def untruncated(self) -> None:
+        """None: the task shows no tokens."""
+        return
+
+    def count(self, batch: dict[str, Tensor]) -> int:
+        """Number of rows."""
+        return len(batch["labels"])
+
+    def positions(self, batch: dict[str, Tensor]) -> int:
+        """Number of rows: there is no padding between rows."""
+        return self.count(batch)
+
+    def width(self, batch: dict[str, Tensor]) -> None:
+        """None: rows have no tokens."""
+        return
+
+    def collate(
+        self, processor: Any, multiple: int = 1
+    ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+        """A collate function that stacks arrays."""
+        return batch_of_arrays
+
+
+@dataclass
+class ImageClassification(MediaTask):
+    """Images in files, or as `pixels`: rows of gray levels from 0 to 255."""
+
+    name: ClassVar[str] = "image_classification"
+    unit: ClassVar[str] = "images"
+
+    @property
+    def auto_class(self) -> type[Any]:
+        return AutoModelForImageClassification
+
+    @property
+    def processor_class(self) -> type[Any]:
+        return AutoImageProcessor
+
+    def settings(self) -> dict[str, Any]:
+        """The task and the version of Pillow, which decodes the files."""
+        # decoders change between versions of Pillow
+        return {"task": self.name, "pillow": version("pillow")}
+
+    def largest(self, processor: Any) -> Any:
+        """A black image."""
+        return gray_image(np.zeros((48, 64)))  # any size, since the processor resizes it
+
+    def decode(self, processor: Any, rows: Columns, index: int) -> Any:
+        """Read the image file, or convert `pixels`."""
+        if "pixels" in rows:
+            return gray_image(rows["pixels"][index])
+        return read_image(rows["path"][index])
+
+    def process(self, processor: Any, media: Any) -> Arrays:
+        """Apply the image processor."""
+        return without_batch(processor(media, return_tensors="np"))
+
+
+@dataclass
+class AudioClassification(MediaTask):
+    """Audio files; clips longer than `max_seconds` are truncated."""
+
+    name: ClassVar[str] = "audio_classification"
+    unit: ClassVar[str] = "clips"
+
+    max_seconds: float = 10.0
+
+    @property
+    def auto_class(self) -> type[Any]:
+        return AutoModelForAudioClassification
+
+    @property
+    def processor_class(self) -> type[Any]:
+        return AutoFeatureExtractor
+
+    def settings(self) -> dict[str, Any]:
+        """The task, its maximum duration, and the version of SciPy, which resamples."""
+        return {"task": self.name, "max_seconds": self.max_seconds, "scipy": version("scipy")}
+
+    def largest(self, processor: Any) -> Any:
+        """Silence of `max_seconds`."""
+        # the duration decides the size of the spectrogram
+        return np.zeros(round(self.max_seconds * processor.sampling_rate), np.float32)
+
+    def decode(self, processor: Any, rows: Columns, index: int) -> Any:
+        """Read the audio file at the model's sampling rate."""
+        wave = read_audio(rows["path"][index], processor.sampling_rate, self.max_seconds)
+        # some extractors of spectrograms fail on less than a window
+        least = round(MIN_SECONDS * processor.sampling_rate)
+        return np.pad(wave, (0, max(0, least - len(wave))))
+
+    def process(self, processor: Any, media: Any) -> Arrays:
+        """Apply the feature extractor."""
+        inputs = processor(media, sampling_rate=processor.sampling_rate, return_tensors="np")
+        return without_batch(inputs)
+
+    def pad(self, array: np.ndarray, full: np.ndarray, processor: Any) -> np.ndarray:
+        """Pad or truncate the time axis, the first."""
+        missing = len(full) - len(array)
+        if missing <= 0:
+            return array[: len(full)]
+        # integers are the attention mask, floats the features
+        value = 0 if array.dtype.kind in "iu" else processor.padding_value
+        return np.pad(array, [(0, missing), *[(0, 0)] * (array.ndim - 1)], constant_values=value)
+
+
+def without_batch(inputs: Any) -> Arrays:
+    """Remove the batch dimension of a processor's output; float32 or int64."""
+    # a processor always returns a batch, here of one input
+    arrays = {name: np.asarray(value)[0] for name, value in inputs.items()}
+    return {
+        k: v.astype(np.int64 if v.dtype.kind in "iu" else np.float32) for k, v in arrays.items()
+    }
+
+
+def feature(array: np.ndarray) -> Any:
+    """The `datasets` type of a column of arrays with this shape and dtype."""
+    dtype = str(array.dtype)
+    if array.ndim == 1:
+        return List(Value(dtype), length=len(array))
+    # `datasets` has an array type for each number of dimensions
+    return {2: Array2D, 3: Array3D, 4: Array4D}[array.ndim](array.shape, dtype)
+
+
+def batch_of_arrays(rows: Sequence[Row]) -> dict[str, Tensor]:
+    """Collate rows: each column [B, ...], `labels` [B]."""
+    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}

@@ -1,0 +1,97 @@
+"""Rows of several tasks: each has the name of its own, which becomes an id for the model.
+
+The rows of a task kind, such as classification, then have the column `task`; encoded rows and
+batches have `task_ids`, for methods that serve several tasks, and scores are also given by task.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any, ClassVar
+
+import torch
+from datasets import Features, Value
+from torch import Tensor
+
+from petl.data.tasks.base import Columns, Row, Task
+from petl.data.tasks.scores import LOSSES
+from petl.errors import UnsupportedError
+
+COLUMN, IDS = "task", "task_ids"  # of rows, of encoded rows and batches
+
+
+class RowTasks(Task):
+    """Mixin before a kind of task whose rows belong to the tasks named by `tasks`."""
+
+    original: ClassVar[type[Task]]
+
+    def __reduce__(self) -> Any:
+        # the generated class cannot be imported by name
+        return _restored, (self.original, self.tasks, self.__dict__)
+
+    def encode_rows(self, processor: Any, rows: Columns, /) -> Columns:
+        """Encode rows without their task, and add the id of it to each encoded row."""
+        if self.packs:
+            raise UnsupportedError(
+                "data.pack=true joins texts of several tasks into one row; set data.pack=false"
+            )
+        ids = [self.tasks.index(name) for name in rows[COLUMN]]
+        rows = {name: values for name, values in rows.items() if name != COLUMN}
+        if self.one_for_one:
+            return {**super().encode_rows(processor, rows), IDS: ids}
+        # a kind that splits or drops rows passes numbers on: those of the places in this call
+        places = {**rows, "number": list(range(len(ids)))}
+        encoded = super().encode_rows(processor, places)
+        found = encoded.pop("_number")
+        if "number" in rows:
+            encoded["_number"] = [rows["number"][place] for place in found]
+        return {**encoded, IDS: [ids[place] for place in found]}
+
+    def prompts(self, processor: Any, rows: Columns, /) -> list[list[int]]:
+        return super().prompts(processor, {k: v for k, v in rows.items() if k != COLUMN})
+
+    def features(self, processor: Any) -> Features | None:
+        own = super().features(processor)
+        return None if own is None else Features({**own, IDS: Value("int64")})
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "tasks": list(self.tasks)}
+
+    def collate(
+        self, processor: Any, /, multiple: int = 1
+    ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+        """A collate function that adds `task_ids`, [B] int64."""
+        return partial(_batch, super().collate(processor, multiple))
+
+
+def _batch(
+    collate: Callable[[Sequence[Row]], dict[str, Tensor]], rows: Sequence[Row]
+) -> dict[str, Tensor]:
+    ids = torch.tensor([row[IDS] for row in rows])
+    return {**collate([{k: v for k, v in row.items() if k != IDS} for row in rows]), IDS: ids}
+
+
+@cache
+def _kind(original: type[Task], tasks: tuple[str, ...]) -> type[Any]:
+    shown = (*original.shown, COLUMN)
+    body = {"tasks": tasks, "original": original, "shown": shown, "__doc__": original.__doc__}
+    return type(original.__name__, (RowTasks, original), body)
+
+
+def _restored(original: type[Task], tasks: tuple[str, ...], values: dict[str, Any]) -> Any:
+    kind = _kind(original, tasks)
+    task = kind.__new__(kind)
+    vars(task).update(values)
+    return task
+
+
+def of_tasks(task: Task, names: Sequence[str]) -> Any:
+    """Return a copy of `task` whose rows belong to tasks of these names, in the order of ids."""
+    copied: Any = copy.copy(task)
+    copied.__class__ = _kind(type(task), tuple(names))
+    return copied
+
+
+def named(task: str, scores: dict[str, float], metric: str) -> dict[str, float]:
+    """Return metric and loss of one of several tasks, with its name before theirs."""
+    return {f"{task}_{name}": scores[name] for name in (metric, *LOSSES) if name in scores}

@@ -1,0 +1,165 @@
+"""What a pass over several tokens costs, relative to a pass over one; measured on this machine."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from petl.core.compat import BaseTunerLayer
+from petl.core.model.modes import evaluation_mode
+from petl.core.parameters import max_positions
+from petl.efficiency.drafting.cache import cache_argument, compact
+from petl.errors import InputError
+from petl.ops.packed import PackedWeights, packed_classes
+
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
+QUICK = (1, 2, 3, 4, 6, 8, 12)  # of a measurement while decoding
+
+
+class Costs:
+    """Seconds of a pass by its number of tokens, after a cache.
+
+    Attributes:
+        seconds: by number of tokens; 1 is among them.
+    """
+
+    # kept for the whole process: a measurement while decoding takes 28 passes and a prefill
+    _measured: dict[tuple[Any, ...], "Costs"] = {}
+
+    def __init__(self, seconds: Mapping[int, float]) -> None:
+        """Take measured or assumed seconds.
+
+        Raises:
+            InputError: there is no value for one token, or one is not above 0.
+        """
+        if 1 not in seconds or any(n < 1 or not value > 0 for n, value in seconds.items()):
+            raise InputError(
+                f"Costs({dict(seconds)}) needs seconds above 0 by number of tokens, 1 included"
+            )
+        self.seconds = {n: float(seconds[n]) for n in sorted(seconds)}
+
+    def __repr__(self) -> str:
+        ratios = ", ".join(f"{n}: {self.ratio(n):.2f}" for n in self.seconds)
+        return f"Costs({self.seconds[1]:.2e} s; {ratios})"
+
+    def ratio(self, n: int) -> float:
+        """Return c(n): the time of a pass over `n` tokens or more, the cheapest, over that of one.
+
+        Between measured numbers the time is linear, beyond them proportional.
+
+        Raises:
+            InputError: `n` is below 1.
+        """
+        if n < 1:
+            raise InputError(f"n={n} is no number of tokens of a pass: 1 or more")
+        own = self._seconds_of(n)
+        more = [value for count, value in self.seconds.items() if count > n]
+        return min([own, *more]) / self.seconds[1]
+
+    def padded(self, n: int) -> int:
+        """Return the cheapest number of tokens for a pass over at least `n`."""
+        own = self._seconds_of(n)
+        cheaper = {c: value for c, value in self.seconds.items() if c > n and value < own}
+        return min(cheaper, key=lambda count: cheaper[count], default=n)
+
+    def _seconds_of(self, n: int) -> float:
+        below = max(count for count in self.seconds if count <= n)
+        above = min((count for count in self.seconds if count >= n), default=None)
+        if above is None:
+            return self.seconds[below] * n / below
+        if above == below:
+            return self.seconds[n]
+        part = (n - below) / (above - below)
+        return self.seconds[below] + part * (self.seconds[above] - self.seconds[below])
+
+    @classmethod
+    def measure(
+        cls,
+        model: nn.Module,
+        cache_length: int = 200,
+        *,
+        counts: Sequence[int] = COUNTS,
+        rounds: int = 5,
+        packed: PackedWeights | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> "Costs":
+        """Measure the passes of a decoder; kept per model shape, dtype, device, threads, adapters.
+
+        Args:
+            model: a decoder, with its adapters or without.
+            cache_length: tokens in the cache; fewer if the model has fewer positions.
+            counts: numbers of tokens of a pass.
+            rounds: of which the median is taken; the passes alternate.
+            packed: copies of weights, for passes over more than one token.
+            clock: seconds now.
+        """
+        key = (*_key(model), cache_length, tuple(counts), packed is not None, clock)
+        if key not in cls._measured:
+            with evaluation_mode(model), torch.no_grad():
+                cls._measured[key] = cls(
+                    _seconds(model, cache_length, counts, rounds, packed, clock)
+                )
+        return cls._measured[key]
+
+
+# SmolLM2-135M in float32 with packed weights, one thread, 200 tokens in the cache; for plans before
+# a measurement
+TYPICAL = Costs({1: 1.0, 2: 1.29, 3: 1.1, 4: 1.1, 6: 1.08, 8: 1.27, 16: 1.56, 32: 2.2, 64: 3.5})
+
+
+def _key(model: Any) -> tuple[Any, ...]:
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    adapters = {(*m.active_adapters, m.disable_adapters, *m.merged_adapters) for m in layers}
+    parameters = sum(p.numel() for p in model.parameters())
+    config = model.config.get_text_config()
+    shape = (type(model).__name__, parameters, config.num_hidden_layers, config.vocab_size)
+    state = (config._attn_implementation, len(layers), *sorted(map(str, adapters)))
+    return (*shape, model.dtype, str(model.device), torch.get_num_threads(), *state)
+
+
+def _seconds(
+    model: Any,
+    cache_length: int,
+    counts: Sequence[int],
+    rounds: int,
+    packed: PackedWeights | None,
+    clock: Callable[[], float],
+) -> dict[int, float]:
+    limit = max_positions(model)
+    if limit is not None:
+        counts = [n for n in counts if n <= limit // 2]
+        cache_length = min(cache_length, limit - max(counts))
+    # of a generator of its own: measuring leaves the random state as it is
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    shape = (1, cache_length + max(counts))
+    ids = torch.randint(vocabulary, shape, generator=generator).to(model.device)
+    name = cache_argument(getattr(model, "get_base_model", lambda: model)())
+    cache = model(input_ids=ids[:, :cache_length], use_cache=True)[name]
+    times: dict[int, list[float]] = {n: [] for n in counts}
+    with nullcontext() if packed is None else packed_classes(model):
+        # all counts in each round: a busy moment of the machine hits them alike
+        for number in range(rounds + 1):
+            for n in counts:
+                copies = nullcontext() if packed is None or n == 1 else packed.active()
+                tokens = ids[:, cache_length : cache_length + n]
+                start = _now(clock, model.device)
+                with copies:
+                    model(input_ids=tokens, use_cache=True, **{name: cache})
+                taken = _now(clock, model.device) - start
+                # not timed: the value for one token stands for plain decoding, which crops nothing
+                compact(cache, [], n)
+                if number:  # the first round warms up
+                    times[n].append(taken)
+    return {n: statistics.median(values) for n, values in times.items()}
+
+
+def _now(clock: Callable[[], float], device: torch.device) -> float:
+    # on an accelerator (CUDA, MPS, XPU, ...) a call returns before its kernels have run
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return clock()

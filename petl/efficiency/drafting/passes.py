@@ -1,0 +1,212 @@
+"""Forward passes of one row while it is decoded: the prompt, then a root with its drafts.
+
+Shapes: L tokens of prompt and answer, N nodes of a pass, V tokens of the vocabulary, H width.
+"""
+
+import inspect
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import Cache, GenerationConfig
+
+from petl.core.layers.layer import Adapter
+from petl.core.parameters import max_positions
+from petl.efficiency.drafting import tree
+from petl.efficiency.drafting.cache import cache_argument, compact, refusal
+from petl.errors import UnsupportedError
+
+MASKED = ("sdpa", "eager")  # implementations of attention that take any mask
+TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+
+
+def _reads_previous_token(module: nn.Module) -> bool:
+    """Return True for an adapter with a router that reads the token before each one."""
+    # in a pass it takes the node before for the previous token; in a tree that may be a sibling
+    shared = module.info.shared if isinstance(module, Adapter) else None
+    return bool(getattr(shared, "reads_previous_token", False))
+
+
+def has_position_table(model: nn.Module) -> bool:
+    """Return True if a model looks positions up, and so has none beyond its maximum."""
+    # wpe: of GPT-2 and kin; rotary embeddings go on behind the length of training
+    return any(
+        isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe"))
+        for name, module in model.named_modules()
+    )
+
+
+def takes_trees(model: Any) -> bool:
+    """Return True if a model can compute a tree of tokens in one pass.
+
+    Its attention then takes any mask, it takes positions, no bias or window of its attention goes
+    by places in the cache (ALiBi of Falcon, GPT-Neo), and no adapter reads the previous token.
+    """
+    return (
+        model.config._attn_implementation in MASKED
+        and not getattr(model.config, "alibi", False)
+        and "local" not in getattr(model.config, "attention_layers", ())
+        and "position_ids" in inspect.signature(model.forward).parameters
+        and not any(map(_reads_previous_token, model.modules()))
+    )
+
+
+class Passes:
+    """The passes of a model over one row, and its cache.
+
+    Attributes:
+        chains_only: True if the model cannot compute a tree.
+        states: outputs of the final norm in the last pass, [N, H]; None unless they are captured.
+    """
+
+    def __init__(self, model: Any, kwargs: dict[str, Any]) -> None:
+        self.model, self.kwargs = model, kwargs
+        self.cache_name = cache_argument(model)
+        self.states: Tensor | None = None
+        self.is_own = False  # inside a pass of ours: processors and measurements make others
+        self.limit = max_positions(model) if has_position_table(model) else None
+        self.has_keep = model._supports_logits_to_keep()
+        # without position_ids, positions are taken from the number of tokens
+        self.chains_only = kwargs.get("position_ids") is None or not takes_trees(model)
+
+    @property
+    def cache(self) -> Cache:
+        """The cache."""
+        return self.kwargs[self.cache_name]
+
+    @contextmanager
+    def capturing(self, *, states: bool) -> Generator[None]:
+        """Keep the outputs of the final norm inside the block, if `states`.
+
+        Raises:
+            UnsupportedError: the model has no body apart from its head.
+        """
+        if not states:
+            yield
+            return
+        body = self.model.base_model
+        if body is self.model:
+            raise UnsupportedError(
+                f"{type(self.model).__name__} has no body apart from its head, whose states a "
+                "drafter could read; choose a drafter that reads tokens only"
+            )
+        handle = body.register_forward_hook(self._capture)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _capture(self, module: Any, args: Any, output: Any) -> None:
+        if self.is_own:
+            # the last hidden state is first in tuples and outputs alike, [1, N, H]
+            self.states = output[0][0]
+
+    @contextmanager
+    def _own(self) -> Generator[None]:
+        """Capture the states of the pass inside the block, if states are captured."""
+        self.is_own = True
+        try:
+            yield
+        finally:
+            self.is_own = False
+
+    def prefill(self, ids: Tensor, config: GenerationConfig) -> Tensor:
+        """Compute the prompt, and return the logits of its last tokens, [1 or L, V]."""
+        with self._own():
+            outputs = self.model._prefill(
+                ids, config, self.kwargs, is_first_iteration=not config.is_assistant
+            )
+        self._update(outputs, 1)
+        return outputs.logits[0]
+
+    def refusal(self, length: int) -> str:
+        """Return why drafts are not possible after the pass over `length` tokens; "": they are."""
+        reason = refusal(self.cache)
+        known = 0 if reason else self.cache.get_seq_length()
+        # embeddings and virtual tokens of a prompt have entries but no ids: L would not fit S
+        if not reason and known != length:
+            reason = f"its cache has {known} entries for {length} tokens"
+        return reason
+
+    def has_room(self, count: int) -> bool:
+        """Return True if there are positions for a pass over `count` tokens."""
+        # entries, not positions, are counted: a tree is less deep than long, so this is cautious
+        return self.limit is None or self.cache.get_seq_length() + count <= self.limit
+
+    def run(self, ids: Tensor, tokens: Sequence[int], parents: Sequence[int], count: int) -> Tensor:
+        """Compute a root and its drafts in one pass, and return their logits, [N, V].
+
+        Args:
+            ids: [1, L], of which the last is the root.
+            tokens: of the drafts.
+            parents: of the drafts.
+            count: number of tokens of the pass; those beyond root and drafts only fill it up.
+        """
+        kwargs, nodes = dict(self.kwargs), len(tokens) + 1
+        if count > 1:
+            extra = [*tokens, *[0] * (count - nodes)]
+            ids = torch.cat([ids, ids.new_tensor([extra])], 1)
+            self._extend(kwargs, parents, count)
+        if self.has_keep:
+            kwargs["logits_to_keep"] = count
+        inputs = self.model.prepare_inputs_for_generation(
+            ids, next_sequence_length=count if kwargs["use_cache"] else None, **kwargs
+        )
+        with self._own():
+            outputs = self.model(**inputs, return_dict=True)
+        self.kwargs[self.cache_name] = outputs[self.cache_name]
+        self.outputs = outputs
+        if self.states is not None:
+            self.states = self.states[:nodes]
+        return outputs.logits[0, -count:][:nodes]
+
+    def _extend(self, kwargs: dict[str, Any], parents: Sequence[int], count: int) -> None:
+        """Extend the inputs that have an entry per token by the drafts and what fills them up."""
+        fill = count - 1 - len(parents)
+        positions = kwargs.get("position_ids")
+        if positions is not None:
+            depth = tree.depths(parents)[1:]
+            # those that fill it up may not exceed the model's positions
+            depth += [max(depth, default=0)] * fill
+            # [1, L], or [axes, 1, L] in models with images; text moves along all axes alike
+            added = positions.new_tensor(depth).expand(*positions.shape[:-1], -1)
+            kwargs["position_ids"] = torch.cat([positions, positions[..., -1:] + added], -1)
+        for name in TYPES:
+            if kwargs.get(name) is not None:
+                last = kwargs[name][..., -1:]
+                kwargs[name] = torch.cat(
+                    [kwargs[name], last.expand(*last.shape[:-1], count - 1)], -1
+                )
+        mask = kwargs.get("attention_mask")
+        if not tree.is_chain(parents):
+            # the mask is [1, S + 1], with the root, which `tree_mask` counts among the nodes
+            past = self.cache.get_seq_length() if mask is None else mask[0, :-1]
+            # a node that fills up sees the root only
+            filled = [*parents, *[0] * fill]
+            device = self.model.device
+            kwargs["attention_mask"] = tree.tree_mask(filled, past, self.model.dtype, device)
+        elif mask is not None:
+            # a chain is causal as it is: those that fill up come last, where no draft sees them
+            kwargs["attention_mask"] = pad(mask, (0, count - 1), value=1)
+
+    def keep(self, path: Sequence[int], count: int) -> None:
+        """Keep the accepted nodes of the last pass, over `count` tokens, in the cache.
+
+        Args:
+            path: numbers of the nodes, 0 first.
+            count: as of `run`.
+        """
+        if count > 1:
+            compact(self.cache, path, count)
+        self._update(self.outputs, len(path))
+
+    def _update(self, outputs: Any, tokens: int) -> None:
+        """Take over the cache, and extend masks and positions by new tokens."""
+        # token types get copies of the last `tokens` entries; later passes read the very last only
+        self.kwargs = self.model._update_model_kwargs_for_generation(
+            outputs, self.kwargs, num_new_tokens=tokens
+        )
+        self.outputs = None

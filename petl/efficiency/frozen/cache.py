@@ -1,0 +1,293 @@
+"""`petl.cache_frozen`: the output of a model's frozen blocks, computed once for each row."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from petl.core.lifecycle import extra_losses
+from petl.core.parameters import check_module
+from petl.efficiency.frozen.feed import FedBlock, Feed, autocast_of
+from petl.efficiency.frozen.fill import Collate, Contents, Prober, ingredients
+from petl.efficiency.frozen.prefix import Prefix, find_prefix
+from petl.efficiency.frozen.store import (
+    CONTENT,
+    Form,
+    Store,
+    exists,
+    locked,
+    name_of,
+    present,
+    size_of,
+    write,
+)
+from petl.errors import InputError, UnsupportedError
+from petl.system.collectives import is_sharded
+from petl.system.files.paths import cache_folder, path_of
+
+FOLDER = "frozen"  # of stores, in the cache folder of petl
+logger = logging.getLogger(__name__)
+
+
+def prefix_of(model: nn.Module) -> Prefix:
+    """Return the frozen blocks of a model, one or more.
+
+    Raises:
+        UnsupportedError: there are none; or as `find_prefix`.
+    """
+    # a loss may compare or count what any block computes
+    for loss in extra_losses(model) if isinstance(model, PeftModel) else ():
+        raise UnsupportedError(f"the loss {loss.config.name!r} may read every block")
+    prefix = find_prefix(model)
+    if not prefix.k:
+        raise UnsupportedError(f"no block is frozen below all others: {prefix.reason}")
+    return prefix
+
+
+class FrozenCache:
+    """The outputs of the frozen blocks of one model, in a folder, by content.
+
+    Attributes:
+        k: number of frozen blocks: the blocks below the first that has a trained tensor, an
+            adapter or a hook.
+        left_out: dropout modules below block k, which a stored row does not get.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path, *, without_dropout: bool) -> None:
+        self.model, self.folder, self.without_dropout = model, folder, without_dropout
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        kind = type(base).__name__
+        if is_sharded(model):  # first: its hooks would be named as the reason
+            raise UnsupportedError(f"{kind} is sharded over processes: no process has its weights")
+        self.prefix = prefix_of(model)
+        if any(isinstance(block, FedBlock) for block in self.prefix.blocks):
+            raise UnsupportedError(f"blocks of {kind} are cached already: close that cache first")
+        self.left_out: list[str] = []
+        # from here on the model is changed: what may refuse stands above
+        self._feed = Feed(model, self.prefix)
+        self._prober = Prober(model, self._feed)
+        self._known = ""  # digest of the prefix, and the precision in which it was read
+        self._read: str | None = None
+        self._feed.is_unchanged = lambda: self._prober.digest() == self._known
+
+    @property
+    def k(self) -> int:
+        """Number of frozen blocks."""
+        return self.prefix.k
+
+    @property
+    def hits(self) -> int:
+        """Passes of the model whose frozen blocks did not run."""
+        return self._feed.passes.hits
+
+    @property
+    def misses(self) -> int:
+        """Passes since the first `fill` whose frozen blocks ran."""
+        return self._feed.passes.misses
+
+    @property
+    def reason(self) -> str:
+        """Why the last such pass ran them."""
+        return self._feed.passes.reason
+
+    def find(self, rows: Sequence[Any], collate: Collate) -> "Wanted":
+        """Return the store that these rows need, which may not be there yet.
+
+        Call it in the precision of training (inside of `torch.autocast`, if that uses it).
+
+        Args:
+            rows: examples, by index; a `datasets.Dataset`, or a list.
+            collate: makes a batch, a dict of tensors that the model takes, of a list of examples.
+
+        Raises:
+            InputError: there are no rows, or `collate` does not make dicts of them.
+            UnsupportedError: the output of the frozen blocks is not a fixed function of a row: the
+                message says why.
+        """
+        if not len(rows):
+            raise InputError(f"rows={rows!r} has no rows whose frozen blocks could be kept")
+        contents = Contents(self._prober, rows, collate)
+        # one row is enough (assumption): form, dropout and the modules called are those of all rows
+        form, self.left_out = self._prober.inspect(
+            contents.batch(contents.order[:1]), without_dropout=self.without_dropout
+        )
+        return Wanted(self.folder / name_of(self._digest(), contents.digest), form, contents)
+
+    def _digest(self) -> str:
+        """Return the digest of the prefix, which is read once: models may be large."""
+        precision = autocast_of(self.prefix.body)
+        if self._read == precision and not self._feed.has_changed():
+            return self._known
+        # rows have the same keys in stores of another prefix, so these must not be mixed
+        if self._feed.stores:
+            raise InputError(
+                f"the frozen blocks, or the precision {self._read or 'float32'!r}, have changed "
+                "since a store was opened: close this cache, and make another one"
+            )
+        self._known, self._read = self._prober.digest(), precision
+        self._feed.remember(self._prober.called)
+        return self._known
+
+    def fill(self, rows: Sequence[Any], collate: Collate) -> bool:
+        """Open the store of these rows; compute it first if it is not there.
+
+        Rows are computed in one order, whatever that of `rows`. Call it again for further rows,
+        such as those of an evaluation. Arguments are those of `find`.
+
+        Returns:
+            True if the store was there.
+
+        Raises:
+            UnsupportedError: as `find`.
+            InputError: the disk is too small, or rows differ each time that they are read.
+        """
+        return self.open(self.find(rows, collate))
+
+    def open(self, wanted: "Wanted") -> bool:
+        """Open a store that `find` returned; as `fill`."""
+        there = wanted.is_there
+        if not there:
+            with locked(wanted.folder):
+                there = wanted.is_there  # another process may have filled it in the meantime
+                if not there:
+                    wanted.write()
+        self._feed.autocast = self._read or ""
+        # from the file, by the process that wrote it too: first and later runs read the same bits
+        self._feed.stores.append(Store(wanted.folder / CONTENT))
+        return there
+
+    def close(self) -> None:
+        """Undo all changes to the model: its frozen blocks run in each pass."""
+        self._feed.close()
+
+    def __enter__(self) -> "FrozenCache":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The store of some rows: its folder, the form of its states, its rows."""
+
+    folder: Path
+    form: Form
+    contents: Contents
+
+    @property
+    def is_there(self) -> bool:
+        """True if it is complete."""
+        return exists(self.folder)
+
+    @property
+    def bytes(self) -> int:
+        """Its size on disk."""
+        positions = self.contents.positions(self.form)
+        return size_of(self.form, len(positions), sum(positions))
+
+    def write(self) -> None:
+        """Compute it; its folder is locked."""
+        contents, form = self.contents, self.form
+        positions = contents.positions(form)
+        write(
+            self.folder,
+            form,
+            contents.keys,
+            positions,
+            contents.states(form),
+            computation=contents.prober.computation,
+            rows=contents.digest,
+        )
+
+
+def missing_rows(
+    model: nn.Module,
+    parts: Sequence[Sequence[Any]],
+    collate: Collate,
+    *,
+    precision: str,
+    device: torch.device,
+) -> list[bool]:
+    """Return, for each part of the rows of a run, True if no store in petl's cache has it.
+
+    The values of weights are not compared: those of `model` are not read, and may be absent.
+
+    Args:
+        model: on any device; its frozen blocks are as `prefix_of` finds them.
+        precision: dtype of autocast; "": none.
+        device: of the run.
+    """
+    prefix = prefix_of(model)
+    there = present(cache_folder() / FOLDER, name_of(*ingredients(prefix, precision, device)))
+    if not there:  # as ever: rows need not be read
+        return [True] * len(parts)
+    feed = Feed(model, prefix)
+    try:
+        prober = Prober(model, feed, device=torch.device("cpu"))
+        return [Contents(prober, rows, collate).digest not in there for rows in parts]
+    finally:
+        feed.close()
+
+
+def cache_frozen(
+    model: nn.Module, folder: str | Path | None = None, *, without_dropout: bool = False
+) -> FrozenCache:
+    """Keep the output of the frozen blocks below the first trained one, and read it in all passes.
+
+    Where nothing trains below block k, blocks 0 to k-1 are a fixed function of a row:
+
+    >>> cache = petl.cache_frozen(model, "frozen")  # after petl.wrap
+    >>> cache.fill(train_rows, collate)  # computes these rows, or finds them in the folder
+    >>> ...  # train in any loop, or by Trainer
+    >>> cache.close()
+
+    A pass uses stored states if all its rows are there. Other passes run as they would without:
+    those with new rows, with a key-value cache (generation) or with hidden states or attentions as
+    outputs. Results equal those without a store up to rounding, since the kernels of a product
+    depend on the size of a batch; runs that read one store are equal to the digit.
+
+    A model may be compiled after that, without fullgraph: the look-up of a batch's rows is outside
+    of the graphs, of which a pass from the store has only those above the frozen blocks.
+
+    Args:
+        model: with adapters in its upper blocks, or none; on its device.
+        folder: of stores, each named by weights, config, k, precision and rows; null: the folder
+            "frozen" of petl's cache ($PETL_CACHE).
+        without_dropout: allow dropout below block k, which stored rows do not get.
+
+    Raises:
+        UnsupportedError: no block is frozen below the first trained one, or the model has no
+            single list of blocks, is quantized or sharded.
+        InputError: `folder` is no folder, nor a path where one could be made.
+    """
+    check_module(model, "petl.cache_frozen")
+    where = cache_folder() / FOLDER if folder is None else folder_of(folder)
+    return FrozenCache(model, where, without_dropout=without_dropout)
+
+
+def folder_of(folder: object) -> Path:
+    """Return the path of a folder of stores, which need not be there yet."""
+    if not isinstance(folder, str | Path):
+        raise InputError(
+            f"folder={folder!r} of petl.cache_frozen is not a path: give the folder of the stores"
+        )
+    path = path_of("folder", str(folder))
+    file = next((each for each in (path, *path.parents) if each.exists()), path)
+    if file.exists() and not file.is_dir():
+        raise InputError(
+            f"folder={folder} of petl.cache_frozen: {file} is a file, so no store can be below it; "
+            "give a folder, which need not be there yet"
+        )
+    return path

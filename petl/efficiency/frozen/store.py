@@ -1,0 +1,208 @@
+"""The file of a store: states of rows, unpadded and end to end, memory-mapped.
+
+A store is a folder, complete or absent, with states.bin (values of all rows [N, ...]), offsets.npy
+(row i has the values from offsets[i] to offsets[i + 1]), keys.npy (sorted, 16 bytes each), rows.npy
+(the row of each key) and store.json.
+"""
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from petl.efficiency.frozen.keys import KEY_BYTES
+from petl.errors import InputError
+from petl.system.files.disk import atomic_folder, create, write_json
+from petl.system.files.read import read_json
+from petl.system.processes import release, try_claim
+
+FORMAT = 1  # increment when files or the meaning of keys change
+STATES, ABOUT = "states.bin", "store.json"
+OFFSETS, KEYS, ROWS = "offsets.npy", "keys.npy", "rows.npy"
+CONTENT = "content"  # the folder that is complete or absent, next to the lock
+MARGIN = 64 * 2**20  # bytes that stay free on the disk
+WAIT = 0.2  # seconds between looks at a store that another process fills
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the last block of a prefix returns.
+
+    Attributes:
+        dtype: of the states, as torch names it without its prefix.
+        tail: shape of the states after rows and positions, such as [width].
+        outputs: length of the tuple that a block returns, the others None; 0: a tensor.
+        positions: of an image or clip; 0: as many as tokens.
+    """
+
+    dtype: str
+    tail: list[int]
+    outputs: int
+    positions: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of the states."""
+        return getattr(torch, self.dtype)
+
+    @property
+    def bytes_each(self) -> int:
+        """Bytes of one position."""
+        return prod(self.tail) * self.torch_dtype.itemsize
+
+
+class Store:
+    """A complete store, opened for reading."""
+
+    def __init__(self, folder: Path) -> None:
+        about = read_json(folder / ABOUT)
+        self.folder, self.form = folder, Form(**about["form"])
+        # it refuses arrays of objects, which would be unpickled
+        self.offsets = np.lib.format.open_memmap(folder / OFFSETS, mode="r")
+        self.keys = np.lib.format.open_memmap(folder / KEYS, mode="r")
+        self.rows = np.lib.format.open_memmap(folder / ROWS, mode="r")
+        shape = (int(self.offsets[-1]), *self.form.tail)
+        size = prod(shape)
+        if (folder / STATES).stat().st_size != size * self.form.torch_dtype.itemsize:
+            raise InputError(f"{folder / STATES} is damaged: delete the folder {folder}")
+        # read-only and shared by all processes that map it
+        # shared=False is MAP_PRIVATE: a write would copy the page and never reach the file
+        self.states = torch.from_file(
+            str(folder / STATES), shared=False, size=size, dtype=self.form.torch_dtype
+        ).view(shape)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __deepcopy__(self, _: object) -> "Store":
+        return self  # a copy of a model reads the same files
+
+    def find(self, keys: Sequence[bytes]) -> np.ndarray:
+        """Return the row of each key, -1 for one that the store has not."""
+        # numpy drops zero bytes at the end of such strings: no loss, as all keys have one length
+        wanted = np.array(keys, dtype=f"S{KEY_BYTES}")
+        at = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
+        return np.where(self.keys[at] == wanted, self.rows[at], -1)
+
+    def row(self, number: int) -> Tensor:
+        """Return the states of a row, [T, ...], a view of the file."""
+        return self.states[int(self.offsets[number]) : int(self.offsets[number + 1])]
+
+
+@contextmanager
+def locked(folder: Path) -> Generator[None]:
+    """Lock the folder of a store for this process, and wait for another one that has the lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    holder = try_claim(folder)
+    if holder:
+        logger.info("waiting for %s, which fills the store %s", holder, folder)
+    while holder:
+        time.sleep(WAIT)
+        holder = try_claim(folder)
+    try:
+        yield
+    finally:
+        release(folder)
+
+
+def exists(folder: Path) -> bool:
+    """Return True if the store is complete."""
+    return (folder / CONTENT / ABOUT).is_file()
+
+
+def present(folder: Path, computation: str) -> set[str]:
+    """Return the names of the rows of all complete stores of blocks that compute alike.
+
+    The values of their weights are not compared: those who ask have none.
+
+    Args:
+        folder: of stores.
+        computation: as `Prober.computation`.
+    """
+    rows = set[str]()
+    for file in folder.glob(f"*/{CONTENT}/{ABOUT}"):
+        try:
+            about = read_json(file, dict[str, Any])
+        except InputError as error:  # a run would make the store again
+            logger.warning("skipping a store: %s", error)
+            continue
+        if about.get("computation") == computation:
+            rows.add(about["rows"])
+    return rows
+
+
+def write(
+    folder: Path,
+    form: Form,
+    keys: Sequence[bytes],
+    lengths: Sequence[int],
+    parts: Iterable[Tensor],
+    **about: str,
+) -> None:
+    """Write a store; `folder` is locked.
+
+    Args:
+        about: further entries of store.json: `computation` and `rows`, by which `present` finds it.
+        keys: of the rows, in the order in which their states come.
+        lengths: positions of each row.
+        parts: states of each row, [T, ...].
+
+    Raises:
+        InputError: the disk is too small.
+        RunStopped: the disk is full after all, or not writable.
+    """
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    check_space(folder, size_of(form, len(keys), int(offsets[-1])))
+    order = np.argsort(np.array(keys, dtype=f"S{KEY_BYTES}"), kind="stable")
+    with atomic_folder(folder / CONTENT) as draft:
+        with create(draft / STATES) as opened:
+            for part in parts:
+                opened.write(part.contiguous().view(torch.uint8).numpy())
+        for name, array in (
+            (OFFSETS, offsets),
+            (KEYS, np.array(keys, dtype=f"S{KEY_BYTES}")[order]),
+            (ROWS, order.astype(np.int64)),
+        ):
+            with create(draft / name) as opened:
+                np.save(opened, array, allow_pickle=False)
+        write_json(draft / ABOUT, {"format": FORMAT, "form": asdict(form), **about})
+
+
+def size_of(form: Form, rows: int, positions: int) -> int:
+    """Return the bytes of a store."""
+    # 16: an int64 in offsets.npy and one in rows.npy
+    return positions * form.bytes_each + rows * (KEY_BYTES + 16)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise InputError if the disk of `folder` has not `needed` bytes, and some to spare."""
+    free = free_bytes(folder)
+    if free < needed + MARGIN:
+        raise InputError(
+            f"the outputs of the frozen blocks need {needed / 1e6:,.0f} MB, and the disk of "
+            f"{folder} has {free / 1e6:,.0f} MB free: free some, set PETL_CACHE to a folder on "
+            "another disk, or leave the blocks uncached (train.cache_frozen=false)"
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes of the disk of a folder, which need not exist."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def name_of(*ingredients: object) -> str:
+    """Return a name of 32 characters for all that a store depends on."""
+    return sha256(json.dumps([FORMAT, *ingredients], sort_keys=True).encode()).hexdigest()[:32]

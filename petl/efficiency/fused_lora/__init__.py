@@ -1,0 +1,1 @@
+"""LoRA layers in one fused kernel."""

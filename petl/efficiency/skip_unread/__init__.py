@@ -1,0 +1,1 @@
+"""Positions of the last block that nothing reads."""

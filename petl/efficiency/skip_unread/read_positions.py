@@ -1,0 +1,138 @@
+"""Positions that nothing reads: a classifier reads one of its last block, a causal LM the labelled.
+
+Which position a classifier reads is known for its class: the first ([CLS]), or the last token that
+is no padding. Its last block computes no others (petl/efficiency/skip_unread/block_positions.py);
+causal LMs are in petl/efficiency/skip_unread/labelled_positions.py.
+"""
+
+import inspect
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification
+
+from petl.core.compat import BaseTuner, ModulesToSaveWrapper
+from petl.core.layers.class_swap import SwappedClass, original_class, swap_class
+from petl.core.lifecycle import extra_losses
+from petl.core.tuners.base import ForwardContextTuner
+from petl.efficiency.skip_unread.block_positions import may_skip, prepare, read_at, refusal_of_block
+from petl.efficiency.skip_unread.labelled_positions import is_causal, read_labelled
+
+# Classifiers that read the first position, with the module that picks it and its class; None: the
+# model's own forward.
+FIRST: dict[str, tuple[str, str] | None] = {
+    "BertForSequenceClassification": ("bert.pooler", "BertPooler"),
+    "RobertaForSequenceClassification": ("classifier", "RobertaClassificationHead"),
+    "XLMRobertaForSequenceClassification": ("classifier", "XLMRobertaClassificationHead"),
+    "CamembertForSequenceClassification": ("classifier", "CamembertClassificationHead"),
+    "ElectraForSequenceClassification": ("classifier", "ElectraClassificationHead"),
+    "DistilBertForSequenceClassification": None,
+    "ViTForImageClassification": None,
+    "DeiTForImageClassification": None,
+}
+
+
+def skip_unread(model: PeftModel) -> str | None:
+    """Leave out positions that nothing reads.
+
+    A classifier computes its last block at the position that its head reads, and at no others. A
+    causal LM computes head and loss at the positions that have a label, and so does the last block
+    of Llama and its kin; logits of a training pass with labels are then None.
+
+    `petl train` does this with `train.skip_unread`. A pass runs as before if it asks for hidden
+    states or attentions, has a cache or an unknown mask, if a part of the block has hooks, and
+    under torch.compile. Gradients and checkpointing are as before.
+
+    Returns:
+        None if it does from now on, else why it cannot.
+    """
+    base: Any = model.get_base_model()
+    if extra_losses(model):
+        return "an extra loss reads all positions"
+    reason = _refusal_of_tuner(model)
+    has_logits = isinstance(base, PreTrainedModel) and base.get_output_embeddings() is not None
+    if has_logits and is_causal(base):  # logits over a vocabulary
+        return read_labelled(base, reason)
+    reason = reason or _refusal(base)
+    if reason is None:
+        base.last_block = prepare(base)
+        swap_class(base, _Classifier)
+    return reason
+
+
+def _refusal_of_tuner(model: PeftModel) -> str | None:
+    """Return why the adapters of a model may read all positions; None if they do not."""
+    tuner = model.base_model
+    # PEFT's tuners adapt single layers; what is not a tuner adds positions (prompts)
+    of_peft = isinstance(tuner, BaseTuner) and not isinstance(tuner, ForwardContextTuner)
+    if of_peft or getattr(type(tuner), "by_position", False):
+        return None
+    return f"{type(tuner).__name__} may read all positions"
+
+
+def _refusal(base: Any) -> str | None:
+    """Return why the last block of a classifier cannot be computed at one position, or None."""
+    if not isinstance(base, PreTrainedModel) or _position(base) is None:
+        return f"it is not known which positions the head of {type(base).__name__} reads"
+    return refusal_of_block(base)
+
+
+def _position(base: Any) -> str | None:
+    """Return the position that a classifier reads, "first" or "last"; None if it is not known."""
+    cls: Any = original_class(base)
+    if isinstance(base, GenericForSequenceClassification):
+        own = inspect.unwrap(cls.forward) is inspect.unwrap(
+            GenericForSequenceClassification.forward
+        )
+        return "last" if own and isinstance(_unwrapped(base.score), nn.Linear) else None
+    if cls.__name__ not in FIRST or not cls.__module__.startswith("transformers.models."):
+        return None
+    reader = FIRST[cls.__name__]
+    if reader is not None:
+        path, name = reader
+        module = _unwrapped(base.get_submodule(path))
+        # a head of another class may read all tokens
+        if type(module) is not getattr(sys.modules[cls.__module__], name, None):
+            return None
+    return "first"
+
+
+def _unwrapped(module: Any) -> nn.Module:
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
+class _Classifier(SwappedClass):
+    """Mixin for a classifier whose last block is a `_Block`.
+
+    Attributes:
+        last_block: path of that block.
+    """
+
+    last_block: str
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        block = self.get_submodule(self.last_block)
+        positions = _positions(self, kwargs) if may_skip(self, block, kwargs) else None
+        if isinstance(positions, Tensor):  # a decoder, which would fill a cache that nothing reads
+            kwargs = {"use_cache": False, **kwargs}
+        with read_at(block, positions):
+            return super().forward(*args, **kwargs)
+
+
+def _positions(base: Any, kwargs: Mapping[str, Any]) -> Tensor | str | None:
+    """Return the positions that are read, [B, P] int64, or "first"; None: they are not known."""
+    if _position(base) == "first":
+        return "first"
+    ids, pad = kwargs.get("input_ids"), base.config.get_text_config().pad_token_id
+    if ids is None:
+        return None
+    if pad is None:  # a single row; its last token
+        return torch.full((len(ids), 1), ids.shape[1] - 1, device=ids.device)
+    # as the model: the rightmost token that is no padding, the first if all are
+    order = torch.arange(ids.shape[1], device=ids.device)
+    return (order * (ids != pad)).argmax(-1, keepdim=True)

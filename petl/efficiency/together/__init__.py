@@ -1,0 +1,1 @@
+"""Several adapters of one method on one base, in one pass."""

@@ -1,0 +1,1 @@
+"""Before, across and after runs: plans, sweeps, comparisons, reports."""

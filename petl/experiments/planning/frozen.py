@@ -1,0 +1,178 @@
+"""What `train.cache_frozen` does in a planned run: the size of its store, and what it saves."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from petl.core.model.structure import layer_drop
+from petl.efficiency.frozen.cache import FOLDER, missing_rows, prefix_of
+from petl.efficiency.frozen.prefix import counted_calls, dropouts, reason_before, reason_of_repeats
+from petl.efficiency.frozen.store import MARGIN, Form, free_bytes, size_of
+from petl.errors import UnsupportedError
+from petl.experiments.planning.dry_run import PassMemory, part_of_pass
+from petl.experiments.planning.memory import heaviest_batch, megabytes
+from petl.system.files.paths import cache_folder
+from petl.training.dataloader import Splits, batched, row_lengths
+from petl.training.frozen import PAYS, parts_of, passes_of
+from petl.training.runs.settings import TrainConfig
+
+
+@dataclass(frozen=True)
+class FrozenPlan:
+    """The frozen blocks of a run below the first trained one.
+
+    Attributes:
+        k: how many there are.
+        blocks: of the model, all of them.
+        bytes: of their output for the train, validation and test rows, repeated rows included.
+        missing: those of them that are in no store yet. A store counts if its blocks compute alike
+            and its rows are these; the values of weights are not compared.
+        unfilled: positions of the rows that are in no store yet: tokens, images or clips.
+        saved: fraction of the operations of a step that their output saves.
+        reason: why the run does not keep it; "" if it does.
+        remedy: True if train.cache_frozen=true would.
+    """
+
+    k: int
+    blocks: int
+    bytes: int
+    missing: int
+    unfilled: int
+    saved: float
+    reason: str
+    remedy: bool
+
+    @property
+    def which(self) -> str:
+        """The blocks in words."""
+        blocks = "block 0" if self.k == 1 else f"blocks 0 to {self.k - 1}"
+        return f"{blocks} of {self.blocks}"
+
+    def __str__(self) -> str:
+        size, saved = megabytes(self.bytes), f"{100 * self.saved:.0f} % fewer operations in a step"
+        if not self.reason and not self.missing:
+            return f"{self.which}, in a store on disk ({size}), if it is of these weights: {saved}"
+        if not self.reason:
+            new = f" ({megabytes(self.missing)} of it new)" if self.missing < self.bytes else ""
+            return f"{self.which}, computed once (train.cache_frozen): {size} on disk{new}, {saved}"
+        return f"{self.which}, whose output ({size}) is not kept: {self.reason}"
+
+
+def frozen_plan(
+    model: PeftModel,
+    splits: Splits,
+    settings: TrainConfig,
+    measured: PassMemory | None,
+    device: torch.device,
+    *,
+    bf16: bool = False,
+) -> FrozenPlan | None:
+    """Return the plan of a run's frozen blocks; None if there are none or no pass can be planned.
+
+    With train.cache_frozen=false, as with auto. Call it inside `without_values`.
+
+    Args:
+        measured: a training pass over the longest rows.
+    """
+    if settings.steps == 0 or measured is None:
+        return None
+    try:
+        prefix = prefix_of(model)
+    except UnsupportedError:
+        return None
+    batch = heaviest_batch(splits, settings)
+    part = part_of_pass(model, batch, device, prefix.own[-1], bf16=bf16)
+    if part is None:
+        return None
+    form = form_of(part.output)
+    if form is None:
+        return None
+    parts = parts_of(splits, settings)
+    positions = [positions_of(rows, splits, form) for rows in parts]
+    sizes = [size_of(form, *each) for each in positions]
+    new = _missing(model, parts, splits, device, bf16=bf16)
+    missing = sum(size for size, is_new in zip(sizes, new, strict=True) if is_new)
+    # an image or clip counts once, as in the length of a run
+    reads_text = splits.task.reads_text
+    unfilled = sum(
+        (tokens if reads_text else count)
+        for (count, tokens), is_new in zip(positions, new, strict=True)
+        if is_new
+    )
+    with counted_calls(prefix) as calls:
+        part_of_pass(model, batch, device, prefix.body, bf16=bf16)
+    repeats = reason_of_repeats(prefix, calls)
+    reason, remedy = (
+        (repeats, False) if repeats else _reason(splits, settings, prefix, part.called, missing)
+    )
+    # both are counts of the longest rows: the ratio is taken for that of any step (assumption)
+    saved = part.operations / max(1, measured.operations)
+    return FrozenPlan(
+        prefix.k, len(prefix.blocks), sum(sizes), missing, unfilled, saved, reason, remedy
+    )
+
+
+def _missing(
+    model: PeftModel, parts: list[Dataset], splits: Splits, device: torch.device, *, bf16: bool
+) -> list[bool]:
+    """Return, for each part of the rows, True if a run has to compute its store."""
+    rows = [part.select_columns(batched(part)) for part in parts]
+    try:
+        with unset_fake_temporarily():  # rows are told apart by their values
+            precision = "bfloat16" if bf16 else ""
+            return missing_rows(model, rows, splits.collate, precision=precision, device=device)
+    except (RuntimeError, NotImplementedError, TypeError, UnsupportedError):
+        # what runs before the blocks needs weights, or rows cannot be told apart
+        return [True] * len(parts)
+
+
+def form_of(output: Any) -> Form | None:
+    """Return the form of a block's output; None if it hands on more than hidden states."""
+    others = output[1:] if isinstance(output, tuple) else ()
+    states = output[0] if isinstance(output, tuple) else output
+    if any(value is not None for value in others) or not isinstance(states, Tensor):
+        return None
+    dtype = str(states.dtype).removeprefix("torch.")
+    return Form(dtype, list(states.shape[2:]), 0, states.shape[1])
+
+
+def positions_of(rows: Dataset, splits: Splits, form: Form) -> tuple[int, int]:
+    """Return the number of rows, and of their positions."""
+    if splits.task.reads_text:
+        return len(rows), int(row_lengths(splits.task, rows).sum())
+    return len(rows), len(rows) * form.positions
+
+
+def _reason(
+    splits: Splits, settings: TrainConfig, prefix: Any, called: Any, missing: int
+) -> tuple[str, bool]:
+    """Return why the output is not kept, and whether train.cache_frozen=true would keep it."""
+    setting = layer_drop(prefix.body.config)
+    if setting:
+        return f"the model's config has {setting}", False
+    if missing and missing + MARGIN > free_bytes(folder()):
+        return f"the disk of {folder()} has {megabytes(free_bytes(folder()))} free", False
+    own = [(name.removeprefix("base_model.model."), module) for name, module in called.items()]
+    reason = reason_before(prefix, own)
+    if reason:
+        return reason, False
+    if settings.cache_frozen is True:
+        return "", False
+    left_out = dropouts(iter(own))
+    if left_out:
+        return f"they have dropout, such as {left_out[0]}", True
+    passes = passes_of(splits, settings)
+    if missing and passes < PAYS:
+        return f"the run reads its examples {passes:.2g} times", True
+    return "", False
+
+
+def folder() -> Path:
+    """Return the folder of stores."""
+    return cache_folder() / FOLDER

@@ -1,0 +1,65 @@
+"""The wrapped model of a run without weights, and how a run would store them."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
+
+from petl.core.parameters import trainable
+from petl.core.registry import on_shapes, without_data
+from petl.data.models.loading import dense_modules, load_base
+from petl.data.models.quantization import quantized_layers
+from petl.data.tasks.base import Task
+from petl.experiments.planning.memory import Storage
+from petl.methods import losses
+from petl.training.distributed.launch import FSDP, number_of_processes, refuse_fsdp
+from petl.training.runs.run_config import RunConfig
+from petl.training.wrapping import apply_memory_options, compute_less, train_new_modules
+
+
+def model_on_shapes(
+    run: RunConfig, task: Task, fields: Mapping[str, Any]
+) -> tuple[PeftModel, list[str]]:
+    """Return the wrapped model of a run without weights, and notes about it.
+
+    Args:
+        fields: those of the method, from `sized_fields`.
+    """
+    planned, notes = without_data(fields)  # an initialization from data needs the data
+
+    def build() -> PreTrainedModel:
+        return load_base(run.model, task, meta=True)
+
+    with warnings.catch_warnings(record=True) as caught:
+        model = on_shapes(build, train_new_modules(planned, build()))
+    apply_memory_options(model, run.train)
+    losses.attach(model, run.loss)
+    compute_less(model, run.train)
+    for _, parameter in trainable(model):
+        parameter.data = parameter.data.float()  # as `make_optimizer` does
+    # deprecation warnings are for developers of petl
+    notes += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
+    return model, notes
+
+
+def storage_of(run: RunConfig, task: Task, config: PeftConfig) -> Storage:
+    """Return how the weights of a run are stored; the number of processes is WORLD_SIZE.
+
+    FSDP2 is planned for at least two processes.
+
+    Raises:
+        UnsupportedError: FSDP2 does not train this method on such weights.
+    """
+    kind, launch = run.model.quantization, run.launch
+    if isinstance(launch, FSDP):
+        refuse_fsdp(config, kind)
+    processes, paths = number_of_processes(), []
+    if kind is not None:
+        base = load_base(run.model, task, meta=True)
+        paths = quantized_layers(base, kind, dense_modules(base, task))
+    quantized = {path: str(kind) for path in paths}
+    if isinstance(launch, FSDP):
+        return Storage(quantized, max(2, processes), True, launch.reshard_after_forward)
+    return Storage(quantized, processes)

@@ -1,0 +1,414 @@
+"""The report of a comparison: an HTML page, its tables in markdown, charts of score and cost."""
+
+import logging
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from petl.errors import markdown as escaped
+from petl.experiments.reports.answers import ANSWERS, Differences
+from petl.experiments.reports.comparison import Comparison, Entry
+from petl.experiments.reports.formatting import (
+    Table,
+    interval,
+    interval_text,
+    is_percentage,
+    mean_text,
+    sample_size,
+    score,
+    seeds_text,
+    size,
+)
+from petl.experiments.reports.page import Point, address, cost_chart, cost_legend, render_page
+from petl.system.files.disk import write_atomic
+from petl.training.runs.records import REPORT
+
+HTML, MARKDOWN = "index.html", "results.md"
+MIN_SEEDS = 3  # below this, the sentences do not rank the entries (assumption)
+logger = logging.getLogger(__name__)
+
+
+def write_page(
+    comparisons: Sequence[Comparison],
+    folder: Path,
+    learning_rates: Mapping[str, Any] | None = None,
+    answers: Differences | None = None,
+) -> list[Path]:
+    """Write index.html, results.md and the charts as SVG files; return the files.
+
+    Each comparison is a section.
+
+    Args:
+        learning_rates: the content of a study's rates.json, see `petl.experiments.sweeps.study`.
+        answers: where the predictions of two runs differ, for a last section of the page.
+    """
+    # not a draft: a comparison is often written again into the same folder
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = [tables_of(each, learning_rates) for each in comparisons]
+    texts = [markdown(*section) for section in zip(comparisons, tables, strict=True)]
+    if len(comparisons) > 1:
+        titles = (title_of(each) for each in comparisons)
+        texts = [
+            f"## {escaped(title)}\n\n{text}" for title, text in zip(titles, texts, strict=True)
+        ]
+    charts = [charts_of(each) for each in comparisons]
+    write_atomic(folder / MARKDOWN, "\n".join(texts))
+    write_atomic(folder / HTML, html(comparisons, tables, charts, folder, answers))
+    written = [folder / HTML, folder / MARKDOWN]
+    for i, drawn in enumerate(charts, start=1):
+        # files are numbered only if their names would collide
+        number = f"-{i}" if len(comparisons) > 1 else ""
+        for name, chart in drawn.items():
+            written.append(folder / f"{name}{number}.svg")
+            write_atomic(written[-1], chart)
+    logger.info("written: %s", ", ".join(map(str, written)))
+    return written
+
+
+def title_of(comparison: Comparison) -> str:
+    """Return the heading of a section: data set, what tells its examples from others', models."""
+    models = dict.fromkeys(run.settings["model.name"] for run in comparison.runs)
+    examples = f" ({comparison.examples})" if comparison.examples else ""
+    return f"{comparison.topic}{examples} on {', '.join(models)}"
+
+
+def tables_of(comparison: Comparison, learning_rates: Mapping[str, Any] | None) -> dict[str, Table]:
+    """Return the tables of a section by heading."""
+    tables = {"Results": results(comparison), "Each seed": each_seed(comparison)}
+    if learning_rates:
+        heading = "Learning rates (one seed each: no spread is known)"
+        tables[heading] = learning_rates_tried(comparison.metric, learning_rates)
+    return tables
+
+
+# The tables
+
+
+def results(comparison: Comparison) -> Table:
+    """Return a table with one row for each entry, the best first."""
+    baseline = comparison.baseline
+    counted = sample_size(comparison.runs[0].evaluation)
+    columns = ["method", f"{comparison.split} {comparison.metric}" + (counted and f", {counted}")]
+    has_interval = limits_of(comparison, comparison.entries[0]) is not None
+    columns += ["95 % interval"] if has_interval else []
+    columns += ["seeds", "learning rate", "parameters", "adapter file", "s/step"]
+    # columns here and cells below must stay in the same order
+    columns += [] if comparison.on_device else ["CPU s/step"]
+    columns += ["peak memory"]
+    columns += [f"vs {baseline.name}", "by seed"] if baseline else []
+    rows = []
+    for entry in comparison.entries:
+        row = [entry.name, mean_text(comparison.metric, entry.scores)]
+        limits = limits_of(comparison, entry)
+        row += [interval_text(limits)] if limits else []
+        # seeds differ in the rate with train.find_lr
+        lowest, highest = entry.lrs[0], entry.lrs[-1]
+        rates = f"{lowest:.3g}" + (f" to {highest:.3g}" if highest > lowest else "")
+        row += [str(len(entry.runs)), rates]
+        row += [f"{entry.parameters:,}", size(entry.file_bytes), of_step(entry.step_seconds)]
+        row += [] if comparison.on_device else [of_step(entry.step_cpu_seconds)]
+        row += [size(entry.peak_bytes)]
+        if baseline:
+            gains = [] if entry is baseline else comparison.gains(entry)
+            # empty: the baseline itself, or no seed in common
+            difference = mean_gain(comparison, gains) if gains else ""
+            row += [difference, comparison.verdict(entry)]
+        rows.append(row)
+    for name, label in (
+        ("linear_probe", "linear probe (head only, frozen backbone)"),
+        ("before", "before training"),
+    ):
+        references = comparison.reference(name)
+        for model, scores in references.items():
+            of_model = f"{label}, {model}" if len(references) > 1 else label
+            # before training, only the random initialization of a head differs between seeds
+            values = scores if name != "before" else [statistics.fmean(scores)]
+            cells = [of_model, mean_text(comparison.metric, values), *[""] * (len(columns) - 2)]
+            # references have no cost of their own
+            cells[columns.index("seeds")] = str(len(scores))
+            rows.append(cells)
+    # an entry of several seeds has no single report to link to
+    single = [(i, e.runs[0]) for i, e in enumerate(comparison.entries) if len(e.runs) == 1]
+    return Table(columns, rows, {(i, 0): run.path / REPORT for i, run in single})
+
+
+def of_step(seconds: float | None) -> str:
+    """Format the seconds of a step; "" without steps."""
+    return "" if seconds is None else f"{seconds:.3f}"
+
+
+def limits_of(comparison: Comparison, entry: Entry) -> tuple[float, float] | None:
+    """Return Wilson's interval of the mean score of an entry; None without one."""
+    # every run was scored on the same number of examples
+    return interval(comparison.metric, entry.mean, entry.runs[0].evaluation)
+
+
+def each_seed(comparison: Comparison) -> Table:
+    """Return a table with the score of every run, one column for each seed."""
+    seeds = sorted({run.seed for run in comparison.runs})
+    rows, reports = [], {}
+    for i, entry in enumerate(comparison.entries):
+        by_seed = {run.seed: run for run in entry.runs}
+        cells = [score(comparison.metric, by_seed[s].score) if s in by_seed else "" for s in seeds]
+        rows.append([entry.name, *cells])
+        # column 0 is the name
+        found = ((j, by_seed[seed]) for j, seed in enumerate(seeds, start=1) if seed in by_seed)
+        reports |= {(i, j): run.path / REPORT for j, run in found}
+    return Table(["method", *(f"seed {seed}" for seed in seeds)], rows, reports)
+
+
+def learning_rates_tried(metric: str, tried: Mapping[str, Any]) -> Table:
+    """Return a table of the validation score at each learning rate; a star marks the chosen one.
+
+    Args:
+        tried: the content of a study's rates.json.
+    """
+    # JSON keys are strings, sorted here as numbers
+    rates = sorted({rate for entry in tried.values() for rate in entry["validation"]}, key=float)
+    rows = []
+    for name, entry in tried.items():
+        scores = entry["validation"]
+        cells = [score(metric, scores[rate]) if rate in scores else "failed" for rate in rates]
+        # a study writes the rates that it has tried in six digits
+        stars = [" *" if rate == f"{entry['taken']:g}" else "" for rate in rates]
+        rows.append([name, *(cell + star for cell, star in zip(cells, stars, strict=True))])
+    return Table([f"validation {metric}, learning rate:", *rates], rows)
+
+
+def mean_gain(comparison: Comparison, gains: Sequence[float]) -> str:
+    """Format the mean of differences, and the smallest and largest: "+9.0 (+8.0 to +10.0)"."""
+    # percentage points: the unit stands in the column of scores
+    factor = 100 if is_percentage(comparison.metric) else 1
+    digits = 1 if factor == 100 else 3
+    mean, low, high = (
+        f"{factor * g:+.{digits}f}" for g in (statistics.fmean(gains), min(gains), max(gains))
+    )
+    return f"{mean} ({low} to {high})" if len(gains) > 1 else mean
+
+
+# The sentences
+
+
+def summary(comparison: Comparison) -> list[str]:
+    """Return sentences on which entries differ from the baseline, and on what limits that."""
+    sentences = [*ranking(comparison), *about_seeds(comparison)]
+    confounders = comparison.confounders()
+    if confounders:
+        sentences.append(f"These runs also differ in other settings: {'; '.join(confounders)}.")
+    devices = dict.fromkeys(run.device for run in comparison.runs)
+    if len(devices) > 1:
+        sentences.append(f"Times and memory are those of different devices: {'; '.join(devices)}.")
+    if comparison.examples:
+        sentences.append(
+            f"Scored on these examples only: {comparison.examples}. Scores on other examples are "
+            "in sections of their own, since they cannot be compared with these."
+        )
+    if comparison.unscored:
+        sentences.append(f"Runs left out because they have no test scores: {comparison.unscored}.")
+    if limits_of(comparison, comparison.entries[0]) is not None:
+        sentences.append(
+            "The 95 % interval is Wilson's, for the choice of the "
+            f"{comparison.split} examples, however many seeds there are; it does not contain the "
+            "spread over seeds."
+        )
+    return sentences
+
+
+def ranking(comparison: Comparison) -> list[str]:
+    """Return sentences on which entries are better than the baseline in the seeds of both."""
+    baseline = comparison.baseline
+    if baseline is None:
+        return []
+    others = [(e.name, comparison.gains(e)) for e in comparison.entries if e is not baseline]
+    if not others:
+        return []
+    # the weakest comparison decides, since all stand in one list
+    if min(len(gains) for _, gains in others) < MIN_SEEDS:
+        return [
+            f"Fewer than {MIN_SEEDS} seeds that a method shares with {baseline.name}: too few to "
+            "rank these methods."
+        ]
+    groups: dict[str, list[str]] = {}
+    for name, gains in others:
+        if not any(gains):
+            text = f"equal to {baseline.name} in every seed"
+        elif min(gains) > 0 or max(gains) < 0:
+            text = f"{'better' if gains[0] > 0 else 'worse'} than {baseline.name} in every seed"
+        else:
+            text = f"no clear difference to {baseline.name} (the seeds disagree)"
+        # methods with the same outcome share a sentence
+        groups.setdefault(text, []).append(name)
+    return [f"{', '.join(names)}: {text}." for text, names in groups.items()]
+
+
+def about_seeds(comparison: Comparison) -> list[str]:
+    """Return sentences on what ± means, where it is unknown, and on seeds that differ."""
+    entries, sentences = comparison.entries, []
+    single = [entry.name for entry in entries if len(entry.runs) == 1]
+    # otherwise no cell has a ±
+    if len(single) < len(entries):
+        sentences.append("± is the standard deviation over the seeds of a method.")
+    if single:
+        sentences.append(f"1 seed: no spread is known of {', '.join(single)}.")
+    by_seeds: dict[str, list[str]] = {}
+    for entry in entries:
+        by_seeds.setdefault(seeds_text(entry.seeds), []).append(entry.name)
+    if len(by_seeds) > 1:
+        which = "; ".join(f"{', '.join(names)}: {seeds}" for seeds, names in by_seeds.items())
+        sentences.append(
+            f"The seeds differ ({which}), so the means are over different seeds; differences are "
+            "over the seeds that both have."
+        )
+    return sentences
+
+
+def circumstances(comparison: Comparison) -> dict[str, str]:
+    """Return model, data, machine and versions of the runs, by label."""
+    runs, first = comparison.runs, comparison.runs[0]
+    environments = [run.environment for run in runs]
+    started = sorted(environment["started"] for environment in environments)
+    versions = {e["packages"].get("petl"): None for e in environments}
+    revisions = {e["git"]: None for e in environments}
+    # dicts and `dict.fromkeys` remove repetitions and keep the order
+    machine = " · ".join(dict.fromkeys(run.device for run in runs))
+    cores = f", {first.environment['cores']} cores" if not comparison.on_device else ""
+    threads = sorted({e["threads"] for e in environments})
+    unit = "thread" if threads == [1] else "threads"
+    counted = sample_size(first.evaluation)  # the same for all runs
+    packages = ("torch", "transformers", "peft")
+    return {
+        "model": first.settings["model.name"],
+        "data": f"{comparison.topic}, {comparison.split} examples" + (counted and f": {counted}"),
+        "machine": f"{machine}{cores}, {', '.join(map(str, threads))} {unit} per run",
+        "started": started[0] if len(started) == 1 else f"{started[0]} to {started[-1]}",
+        "petl": ", ".join(f"{v}" for v in versions) + " at " + ", ".join(map(str, revisions)),
+        "packages": ", ".join(f"{p} {first.environment['packages'][p]}" for p in packages),
+        "example command": first.environment["command"],
+    }
+
+
+# The files
+
+
+def markdown(comparison: Comparison, tables: Mapping[str, Table]) -> str:
+    """Return the tables, the sentences and the circumstances in markdown."""
+    # the sentences follow the table of results, as on the page
+    first, *others = (table.markdown() for table in tables.values())
+    sentences = "\n".join(f"- {escaped(sentence)}" for sentence in summary(comparison))
+    rest = "\n".join(
+        f"- {name}: {escaped(text)}" for name, text in circumstances(comparison).items()
+    )
+    return "\n\n".join([first, sentences, *others, rest]) + "\n"
+
+
+def charts_of(comparison: Comparison) -> dict[str, str]:
+    """Return charts of the score against each cost, and their legend, as SVG by file name."""
+    factor = 100 if is_percentage(comparison.metric) else 1
+    label = f"{comparison.split} {comparison.metric}" + (" (%)" if factor == 100 else "")
+    charts = {}
+    for name, (title, x, costs) in costs_of(comparison).items():
+        points = [
+            # no error bar for a single seed
+            None
+            if cost is None
+            else Point(entry.name, cost, factor * entry.mean, factor * (entry.spread or 0.0))
+            for entry, cost in zip(comparison.entries, costs, strict=True)
+        ]
+        if not any(points):
+            continue
+        charts[name] = cost_chart(
+            points,
+            title,
+            x=x,
+            y=label,
+            higher_is_better=comparison.higher_is_better,
+            maximum=100.0 if factor == 100 else None,
+        )
+    charts["legend"] = cost_legend([entry.name for entry in comparison.entries])
+    return charts
+
+
+def costs_of(comparison: Comparison) -> dict[str, tuple[str, str, Sequence[float | None]]]:
+    """Return title, axis label and the entries' values of each cost, by file name."""
+    entries = comparison.entries
+    if comparison.on_device:
+        step = "seconds per step", [entry.step_seconds for entry in entries]
+    else:  # processor time: other processes on the machine change it little
+        step = "CPU seconds per step", [entry.step_cpu_seconds for entry in entries]
+    return {
+        "parameters": (
+            "Score and adapter size",
+            "adapter parameters (thousands)",
+            [entry.parameters / 1e3 for entry in entries],
+        ),
+        "file": (
+            "Score and file size",
+            "adapter file (MB)",
+            [entry.file_bytes / 1e6 for entry in entries],
+        ),
+        "step": ("Score and step time", *step),
+        "memory": (
+            "Score and peak memory",
+            "peak memory (MB)",
+            [entry.peak_bytes / 1e6 for entry in entries],
+        ),
+    }
+
+
+def html(
+    comparisons: Sequence[Comparison],
+    tables: Sequence[Mapping[str, Table]],
+    charts: Sequence[Mapping[str, str]],
+    folder: Path,
+    answers: Differences | None = None,
+) -> str:
+    """Return the page for a folder; it loads no other file, and links to the runs' reports."""
+    titles = [title_of(each) for each in comparisons]
+    sections = [
+        {
+            "title": title if len(titles) > 1 else "",
+            # a single section needs no heading below the page's title
+            "tables": [(name, table, _links(table, folder)) for name, table in own.items()],
+            "summary": summary(each),
+            "charts": drawn.values(),
+            "circumstances": circumstances(each),
+        }
+        for title, each, own, drawn in zip(titles, comparisons, tables, charts, strict=True)
+    ]
+    runs = [run for each in comparisons for run in each.runs]
+    # the date of an ISO 8601 time
+    dates = sorted(run.environment["started"][:10] for run in runs)
+    between = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    return render_page(
+        titles[0] if len(titles) == 1 else "Comparison of runs",
+        BODY + ANSWERS,
+        about=f"comparison {folder.absolute().name}: {len(runs)} runs, started {between}",
+        links={"tables as markdown": address(folder / MARKDOWN, folder)},
+        sections=sections,
+        answers=answers,
+    )
+
+
+def _links(table: Table, folder: Path) -> dict[tuple[int, int], str]:
+    """Return the addresses of a table's reports, of those that exist."""
+    found = {at: file for at, file in table.links.items() if file.is_file()}
+    return {at: address(file, folder, back=HTML) for at, file in found.items()}
+
+
+BODY = """\
+{% for section in sections %}
+{% if section.title %}<h2>{{ section.title }}</h2>{% endif %}
+{% for name, table, links in section.tables %}
+<h3>{{ name }}</h3>
+{{ blocks.table(table.columns, table.rows, links, kind="sortable") }}
+{% if loop.first %}
+<ul>{% for sentence in section.summary %}<li>{{ sentence }}</li>{% endfor %}</ul>
+<h3>Score and cost</h3>
+{{ blocks.charts(section.charts) }}
+{% endif %}
+{% endfor %}
+<h3>How these runs were made</h3>
+{{ blocks.facts(section.circumstances) }}
+{% endfor %}
+"""

@@ -1,0 +1,527 @@
+"""The results of a run: the scores printed at its end, and the page report.html.
+
+The page is made from the files in the run's folder alone, so it can be written again later.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from petl.core.model.heat_map import HeatMap
+from petl.data.models.sources import RandomInit
+from petl.data.tasks.scores import COUNTS
+from petl.errors import InputError
+from petl.experiments.reports import ranks_section, stream_section
+from petl.experiments.reports.entries import validation_of
+from petl.experiments.reports.formatting import (
+    duration,
+    echo,
+    interval,
+    interval_text,
+    is_percentage,
+    print_table,
+    sample_size,
+    score,
+    size,
+)
+from petl.experiments.reports.page import (
+    Curve,
+    address,
+    bar_chart,
+    embed_png,
+    line_chart,
+    render_page,
+)
+from petl.experiments.reports.predictions_section import SECTION, section_of
+from petl.system.files.disk import check_links, write_atomic
+from petl.system.files.read import read_text
+from petl.training.ranks.file import PICTURE, RANKS
+from petl.training.runs.card_code import placed
+from petl.training.runs.class_stream import PICTURE as STAGES_PICTURE
+from petl.training.runs.class_stream import STAGES
+from petl.training.runs.records import (
+    ADAPTER,
+    CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    REPORT,
+    SCORES,
+    is_finished,
+    read_environment,
+    read_heat_maps,
+    read_log,
+    read_results,
+    read_scores,
+    read_stored,
+)
+from petl.training.runs.run_config import names_of
+from petl.training.runs.run_folder import Run
+from petl.training.runs.settings import adamr_text
+
+LABELS = {  # of the evaluations in scores.json
+    "before": "before training",
+    "linear_probe": "linear probe (head only, frozen backbone)",
+    "after": "adapted",
+}
+LOSS_UNITS = {"classification": " (nats per example)", "causal_lm": " (nats per token)"}
+OWN_CHARTS = {"loss", "validation"}  # of the log: drawn first, together
+CHARTS = {  # of further keys of the log: title, and label of the vertical axis
+    "aux_loss": ("Auxiliary loss", "auxiliary loss (weighted)"),
+    "expert_load_max": ("Busiest expert", "load relative to the mean (1: balanced)"),
+    "total_rank": ("Total rank", "sum of the active ranks of all modules"),
+    "active_parameters": ("Active parameters", "parameters of the active ranks"),
+    "distill_features": ("Distance of the blocks' outputs", "mean square, to the teacher's"),
+    "distill_logits": ("Distance of the logits", "difference from the teacher's"),
+    "density_loss": ("Density loss", "share of active neurons, smoothed"),
+    "stage_accuracy": ("Accuracy after each stage", "accuracy on all classes (from 0 to 1)"),
+    "keys_used": ("Keys in use", "share of the keys that training has picked"),
+    "key_perplexity": ("Perplexity of the keys", "keys of a codebook in even use"),
+    "grad_norm": ("Gradient norm", "gradient norm (before clipping)"),
+    "lr": ("Learning rate", "learning rate of the adapter"),
+    "sparsity": ("Sparsity", "share of the adapted weights to prune"),
+    "pruned_share": ("Changes of the mask", "share of weights pruned or restored"),
+}
+NOT_DRAWN = {"step", "epoch", "tokens", "padding", "seconds"}
+NOT_SCORES = (*COUNTS, "lr")  # next to the scores of an evaluation
+MIN_SECONDS = 1e-3  # activities that took less are left out of the chart of times
+
+
+# On the terminal
+
+
+def print_summary(run: Run) -> None:
+    """Print the scores of a finished run, its cost and where its adapter is (main process only)."""
+    # every process calls this; only one writes
+    if not run.accelerator.is_main_process:
+        return
+    scores = run.scores
+    title = " · ".join(names_of(run.config.resolved))
+    header, *rows = _score_rows(scores)
+    if scores["after"]:
+        print_table([header[0], *(f">{name}" for name in header[1:])], rows, title)
+    else:
+        echo(f"{title}: not scored on the test set (train.test=false)")
+    for line in interval_line(scores), validation_line(scores), stream_line(scores):
+        if line:
+            echo(line)
+    if isinstance(run.config.model, RandomInit):
+        echo("the base model has random weights: it was not pretrained")
+    cost = (
+        f"trainable parameters: {scores['trainable_parameters']:,}; adapter file: "
+        f"{size(scores['adapter_bytes'])}; training time: {duration(scores['seconds'])}"
+    )
+    if scores["unit"] == "tokens":  # images and audio clips are never padded
+        cost += f"; padding: {100 * scores['padding']:.1f} % of the computed positions"
+    # lines are not wrapped, so that paths can be copied
+    echo(cost)
+    echo(f"saved in {run.path / ADAPTER}")
+    echo(f'to load it: import petl; model = petl.load(base, "{run.path / ADAPTER}")')
+    if run.tracker and run.tracker.closing():
+        echo(run.tracker.closing())
+
+
+def _score_rows(scores: Mapping[str, Any]) -> list[list[str]]:
+    """Header and rows of the table of test scores, the task's metric first."""
+    # `get`: train.test=false saves None, other keys may be absent
+    evaluated = {label: scores[key] for key, label in LABELS.items() if scores.get(key)}
+    # a dict as an ordered set: the first column is the metric that selects the best checkpoint
+    names = {scores["metric"]: None} if "metric" in scores else {}
+    names |= dict.fromkeys(name for values in evaluated.values() for name in values)
+    columns = [name for name in names if name not in NOT_SCORES]
+    rows = [
+        [label, *(score(name, values[name]) if name in values else "" for name in columns)]
+        for label, values in evaluated.items()
+    ]
+    # all evaluations are on the same test set
+    counted = sample_size(next(iter(evaluated.values()), {}))
+    return [["test scores" + (counted and f", {counted}"), *columns], *rows]
+
+
+def interval_line(scores: Mapping[str, Any]) -> str:
+    """The interval of the task's metric on the test examples; "" for metrics without one."""
+    metric, after = scores["metric"], scores["after"]
+    limits = interval(metric, after[metric], after) if after else None
+    if limits is None:
+        return ""
+    return f"adapted {metric}: 95 % interval {interval_text(limits)}, for the choice of examples"
+
+
+def validation_line(scores: Mapping[str, Any]) -> str:
+    """The best score on the validation examples, and their number; "" without any."""
+    if scores["validation"] is None:
+        return ""
+    metric, found = scores["metric"], validation_of(scores)
+    counted = sample_size(found)
+    best = score(metric, scores["validation"])
+    return f"best validation {metric}: {best}" + (counted and f" ({counted})")
+
+
+def stream_line(scores: Mapping[str, Any]) -> str:
+    """Average accuracy and forgetting of a stream of classes; "" of other runs."""
+    found = scores.get("stream")
+    if not found:
+        return ""
+    return (
+        f"classes one after the other: average accuracy {100 * found['average_accuracy']:.1f} %, "
+        f"forgetting {100 * found['forgetting']:.1f} points after {found['stages']:.0f} stages"
+    )
+
+
+# On a page
+
+
+def write_report(run: Run) -> None:
+    """Write the report of a finished run (main process only)."""
+    if run.accelerator.is_main_process:
+        write_page(run.path)
+
+
+def write_page(folder: Path) -> Path:
+    """Write report.html into the folder of a run, finished or not; return the file.
+
+    Raises:
+        InputError: it is not the folder of a run, or a link in it leads out of it.
+    """
+    # reads nothing yet: each file is read when a section needs it
+    record = RunRecord(folder)
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"{folder} is not the folder of a run: it has no {CONFIG}")
+    check_links(folder)  # the page contains what these files contain
+    header, *rows = _score_rows(record.scores)
+    write_atomic(  # atomic: a page that is being read is never incomplete
+        folder / REPORT,
+        render_page(
+            " · ".join(names_of(record.config)),
+            BODY,
+            about=about(record),
+            links=links(record),
+            summary=summary(record),
+            header=header,
+            rows=rows,
+            facts=facts(record),
+            charts=charts(record),
+            clock=clock(record),
+            time=time_chart(record),
+            strengths=strength_chart(record),
+            stream=stream_section.section_of(folder) if (folder / STAGES).exists() else None,
+            ranks=ranks_section.section_of(folder) if (folder / RANKS).exists() else None,
+            heat_maps=record.heat_maps,
+            plots=[(plot_title(file), embed_png(file)) for file in record.plots],
+            section=section_of(folder),
+            loading=record.loading,
+            config=yaml.safe_dump(record.config, sort_keys=False, allow_unicode=True),
+            environment=environment(record),
+        ),
+    )
+    return folder / REPORT
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The files of a run's folder, parsed; a file that does not exist yet counts as empty."""
+
+    folder: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The configuration of the run."""
+        return read_stored(self.folder / CONFIG)
+
+    @cached_property
+    def scores(self) -> dict[str, Any]:
+        """scores.json."""
+        if not (self.folder / SCORES).exists():
+            return {}
+        # an unfinished run lacks the keys that `read_results` checks
+        return read_results(self.folder) if is_finished(self.folder) else read_scores(self.folder)
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """environment.json."""
+        return read_environment(self.folder) if (self.folder / ENVIRONMENT).exists() else {}
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        file = self.folder / METRICS
+        return read_log(file) if file.exists() else []
+
+    def series(self, key: str) -> list[tuple[float, float]]:
+        """A metric of the log as points (step, value), without values that are not finite."""
+        points = ((line["step"], line[key]) for line in self.metrics if key in line)
+        return [point for point in points if math.isfinite(point[1])]
+
+    def validation_series(self, name: str) -> list[tuple[float, float]]:
+        """A score or the loss on the validation examples, as `series`."""
+        lines = (line for line in self.metrics if name in line.get("validation", {}))
+        points = ((line["step"], line["validation"][name]) for line in lines)
+        return [point for point in points if math.isfinite(point[1])]
+
+    @property
+    def validation_scores(self) -> list[str]:
+        """Names of the scores on the validation examples, without the loss."""
+        lines: list[Mapping[str, Any]] = [line.get("validation", {}) for line in self.metrics]
+        names = dict.fromkeys(name for line in lines for name in line)
+        return [name for name in names if name not in (*NOT_SCORES, "loss")]
+
+    @property
+    def times(self) -> dict[str, float]:
+        """Seconds by activity, the longest first."""
+        split = self.scores.get("time_split", {})
+        spent = {name: seconds for name, seconds in split.items() if seconds >= MIN_SECONDS}
+        return dict(sorted(spent.items(), key=lambda item: -item[1]))
+
+    @cached_property
+    def heat_maps(self) -> list[HeatMap]:
+        """What the method did, by layer."""
+        return read_heat_maps(self.folder)
+
+    @property
+    def plots(self) -> list[Path]:
+        """The plots of the folder, without the pictures of its heat maps and ranks."""
+        files = sorted(file for file in self.folder.glob("*.png") if file.is_file())
+        # those are drawn on the page itself
+        drawn = {each.name for each in self.heat_maps}
+        if (self.folder / RANKS).exists():  # else the picture is one of a method's own
+            drawn.add(Path(PICTURE).stem)
+        if (self.folder / STAGES).exists():
+            drawn.add(Path(STAGES_PICTURE).stem)
+        return [file for file in files if file.stem not in drawn]
+
+    @property
+    def loading(self) -> str:
+        """The lines of Python that load the adapter."""
+        readme = self.folder / ADAPTER / "README.md"
+        text = placed(read_text(readme), str(readme.parent.absolute())) if readme.exists() else ""
+        # not a regular expression: some need a time that grows with the square of the length
+        _, *blocks = f"\n{text}".split("\n```python\n")
+        return "".join(block.partition("\n```")[0] + "\n" for block in blocks)
+
+    @property
+    def last_step(self) -> int:
+        """The last step in the log; 0 without one."""
+        return self.metrics[-1]["step"] if self.metrics else 0
+
+
+def about(record: RunRecord) -> str:
+    """Return the name of the run's folder, and when the run started."""
+    started = record.environment.get("started", "").replace("T", " ")
+    name = f"run {record.folder.absolute().name}"
+    return f"{name}, started {started}" if started else name
+
+
+def links(record: RunRecord) -> dict[str, str]:
+    """Return the addresses of the run's folder and of its files, by name."""
+    names = (ADAPTER, CONFIG, SCORES, METRICS, ENVIRONMENT)
+    files = {name: record.folder / name for name in names if (record.folder / name).exists()}
+    found = {"folder of the run": record.folder, **files}
+    # relative addresses: the folder may be moved
+    return {name: address(file, record.folder) for name, file in found.items()}
+
+
+def summary(record: RunRecord) -> str:
+    """Return the outcome of the run in one sentence."""
+    scores = record.scores
+    # written at the end of a run
+    if "metric" not in scores:
+        return f"The run is not finished; its log ends at step {record.last_step}."
+    metric, after = scores["metric"], scores["after"]
+    if not after:
+        best = validation_line(scores).capitalize()
+        return f"{best}. The test set was not scored (train.test=false)."
+    examples = f"{after['rows']:,.0f} test examples" if "rows" in after else "the test examples"
+    result = f"{metric.capitalize()} on {examples}: {score(metric, after[metric])}"
+    others = [
+        f"{score(metric, scores[key][metric])} {name}"
+        for key, name in (("before", "before training"), ("linear_probe", "with a linear probe"))
+        if scores.get(key)
+    ]
+    limits = interval(metric, after[metric], after)
+    if limits is not None:
+        result += f", 95 % interval {interval_text(limits)}"
+    return f"{result} ({', '.join(others)})." if others else f"{result}."
+
+
+def facts(record: RunRecord) -> dict[str, str]:
+    """Return sizes, length and cost of a finished run, by label."""
+    scores = record.scores
+    # the run has not finished training
+    if "steps" not in scores:
+        return {}
+    rows = {
+        "trainable parameters": f"{scores['trainable_parameters']:,} (including a trained head)",
+        "adapter parameters": f"{scores['adapter_parameters']:,}",
+        "adapter file": f"{size(scores['adapter_bytes'])} ({scores['adapter_bytes']:,} bytes)",
+        "length": f"{scores['steps']:,} steps, {scores['tokens']:,} {scores['unit']}",
+        "time in the training loop": f"{duration(scores['seconds'])}, "
+        f"{duration(scores['cpu_seconds'])} of processor time",
+        "peak memory (RSS)": size(scores["peak_rss_bytes"]),
+    }
+    for key, value in scores.get("method", {}).items():
+        label = key.replace("_", " ").replace("bytes", "size")
+        rows[label] = size(value) if "bytes" in key else score(key, value)
+    if scores["unit"] == "tokens":  # images and audio clips are never padded
+        rows["padding"] = f"{100 * scores['padding']:.1f} % of the computed positions"
+    if "peak_device_bytes" in scores:
+        rows["peak memory (device)"] = size(scores["peak_device_bytes"])
+    if scores["best_step"] is not None:
+        # the best on the validation examples, which need not be the last step
+        rows["saved checkpoint"] = f"step {scores['best_step']:,}, {validation_line(scores)}"
+    head = f", of the head {scores['head_lr']:.3g}" if scores.get("head_lr") else ""
+    rows["peak learning rate"] = f"{scores['lr']:.3g}{head}"
+    optimizer = adamr_text(record.config["train"])
+    if optimizer is not None:
+        rows["optimizer"] = optimizer
+    if scores.get("find_lr"):
+        rows["peak learning rate"] += f"; {scores['find_lr']['rule']}"
+    return rows
+
+
+def environment(record: RunRecord) -> dict[str, str]:
+    """Return machine, versions and command of the run, by label."""
+    values = record.environment
+    if not values:
+        return {}
+    device = "" if values["device"] == "cpu" else f"{values['device']}; "
+    start = values.get("init_from")
+    return {
+        "command": values["command"],
+        **({"initial adapter": start} if start else {}),
+        "started": values["started"],
+        "machine": f"{device}{values['processor']}; cores: {values['cores']}, threads per process: "
+        f"{values['threads']}, processes: {values['processes']}",
+        "platform": f"{values['platform']}, Python {values['python']}",
+        "petl revision": str(values["git"]),
+        "packages": ", ".join(
+            f"{name} {version}" for name, version in values["packages"].items() if version
+        ),
+    }
+
+
+def clock(record: RunRecord) -> str:
+    """Return how the times were measured."""
+    if record.environment.get("device", "cpu") == "cpu":
+        return "Wall-clock time, main process."
+    return (
+        "Device time between events in the stream of the main process; data is the time in which "
+        "the device waited for data."
+    )
+
+
+# Plots
+
+
+def plot_title(file: Path) -> str:
+    """Return the heading of a plot: `ranks.png` gives "Ranks"."""
+    known = {"lr_range": "Learning rate range test"}
+    return known.get(file.stem, file.stem.replace("_", " ").capitalize())
+
+
+def charts(record: RunRecord) -> list[str]:
+    """Return a chart of each metric in the log against the optimizer step, as SVG."""
+    unit = LOSS_UNITS.get(record.scores.get("task", ""), "")
+    best_step = record.scores.get("best_step")
+    kept = None if best_step is None else (f"saved checkpoint (step {best_step:,})", best_step)
+    # training and validation loss share one chart, to show overfitting
+    losses = [
+        Curve("training", record.series("loss")),
+        Curve("validation", record.validation_series("loss")),
+    ]
+    # empty if the run was stopped before its first log line
+    drawn = [_chart(losses, "Loss", f"training loss{unit}", marked=kept)]
+    for name in record.validation_scores:
+        factor = 100 if is_percentage(name) else 1
+        points = [(step, factor * value) for step, value in record.validation_series(name)]
+        title = f"Validation {name.replace('_', ' ')}"
+        label, maximum = (f"{name} (%)", 100.0) if factor == 100 else (name, None)
+        drawn.append(_chart([Curve(name, points)], title, label, maximum=maximum, marked=kept))
+    # metrics of methods and losses, which the loop does not know by name
+    own = dict.fromkeys(key for line in record.metrics for key in line)
+    # known metrics in the order of `CHARTS`, then the others
+    for key in dict.fromkeys((*CHARTS, *own)):
+        if key not in OWN_CHARTS | NOT_DRAWN:
+            words = key.replace("_", " ")
+            title, label = CHARTS.get(key, (words.capitalize(), words))
+            drawn.append(_chart([Curve(key, record.series(key))], title, label))
+    return [chart for chart in drawn if chart]
+
+
+def _chart(curves: list[Curve], title: str, label: str, **options: Any) -> str:
+    """A chart of those curves that have points; "" if none has."""
+    full = [curve for curve in curves if curve.points]
+    return line_chart(full, title, x="optimizer step", y=label, **options) if full else ""
+
+
+def strength_chart(record: RunRecord) -> str:
+    """Return a chart of the scores by strength of the adapter, as SVG; "" without such scores."""
+    found = record.scores.get("strengths")
+    if found is None:
+        return ""
+    metric, used, rows = found["metric"], found["used"], found["rows"]
+    factor = 100 if is_percentage(metric) else 1
+    by_strength = ((float(strength), value) for strength, value in found["scores"].items())
+    points = [(strength, factor * value) for strength, value in by_strength if math.isfinite(value)]
+    label = f"{metric} (%)" if factor == 100 else metric
+    title = f"{metric.replace('_', ' ').capitalize()} on {rows:,} held-out training examples"
+    marked = (f"used: {used:g}", used)
+    curves = [Curve(metric, sorted(points))]
+    return line_chart(curves, title, x="strength", y=label, marked=marked) if points else ""
+
+
+def time_chart(record: RunRecord) -> str:
+    """Return a chart of the time by activity, as SVG; "" before the run is finished."""
+    if not record.times:
+        return ""
+    return bar_chart(record.times, "Time by activity", x="time (seconds)", unit="s")
+
+
+BODY = """\
+<p>{{ summary }}</p>
+{% if rows %}{{ blocks.table(header, rows) }}{% endif %}
+{% if facts %}{{ blocks.facts(facts) }}{% endif %}
+"""
+BODY += stream_section.SECTION
+BODY += SECTION
+BODY += """\
+{% if charts %}
+<h2>Training</h2>
+{{ blocks.charts(charts) }}
+{% endif %}
+"""
+BODY += """\
+{% if strengths %}
+<h2>Strength</h2>
+<figure>{{ strengths | safe }}</figure>
+{% endif %}
+"""
+BODY += ranks_section.SECTION
+BODY += """\
+{% if heat_maps %}
+<h2>What the method did</h2>
+<div class="heats">{% for each in heat_maps %}{{ blocks.heat(each) }}{% endfor %}</div>
+{% endif %}
+{% if time %}
+<h2>Where the time went</h2>
+<figure>{{ time | safe }}</figure>
+<p>{{ clock }}</p>
+{% endif %}
+{% for title, plot in plots %}
+<h2>{{ title }}</h2>
+<figure><img alt="{{ title }}" src="{{ plot }}"></figure>
+{% endfor %}
+{% if loading %}
+<h2>Load the adapter</h2>
+<pre>{{ loading }}</pre>
+{% endif %}
+{% if environment %}
+<h2>Environment</h2>
+{{ blocks.facts(environment) }}
+{% endif %}
+<h2>Configuration</h2>
+{% call blocks.folded("all settings of the run, as YAML") %}<pre>{{ config }}</pre>{% endcall %}
+"""

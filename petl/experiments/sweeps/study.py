@@ -1,0 +1,381 @@
+"""A study: train several methods over several seeds, each with its best learning rate.
+
+    tune/NAME/lr-RATE/   runs that score learning rates on validation examples, not on the test set
+    runs/NAME/seed-S/    runs with the best learning rate of each method, scored on the test set
+    replaced/NAME/       runs with a learning rate that was the best one of fewer rates
+    *.log                next to each run: its output
+    rates.json           the validation score of each learning rate, and the chosen one
+
+Each run is a process of `petl train`. Finished runs are kept: the same command resumes a stopped
+study.
+"""
+
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypedDict
+
+from petl.errors import InputError, RunStopped
+from petl.experiments.reports.entries import quality_of, validation_of
+from petl.experiments.reports.formatting import duration
+from petl.system.files.disk import append_to, as_json, remove, write_atomic
+from petl.system.files.read import read_json
+from petl.system.settings.command_line import config_dir_words, quoted
+from petl.training.compose import compose
+from petl.training.runs.records import is_finished, read_results
+from petl.training.runs.resume import as_chosen, differences, identity, identity_of
+from petl.training.runs.run_config import read_config
+
+TRAIN = (sys.executable, "-m", "petl", "train")  # this interpreter, whatever PATH has
+TOGETHER = (sys.executable, "-m", "petl.cli.train_together")
+RATES = "rates.json"
+REPLACED = "replaced"
+AT_THE_END = 10**9  # as train.eval_steps: evaluate after the last step only
+TUNING_SEED = 0
+FIRST = 3  # learning rates that a search outward begins with
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method with settings of its own: `words` is for example "binary method.inner=lora".
+
+    {seed} in them stands for the seed of the run: "sparse method.init_seed={seed}".
+    """
+
+    words: str
+
+    @property
+    def name(self) -> str:
+        """The name in folders and tables: "binary inner=lora"."""
+        return self.words.replace("method.", "")
+
+    @property
+    def overrides(self) -> list[str]:
+        """The words as overrides of `petl train`."""
+        method, *others = self.words.split()
+        return [f"+method={method}", *others]
+
+
+class Rates(TypedDict):
+    """The learning rates of a method in rates.json."""
+
+    validation: dict[str, float]
+    taken: float
+
+
+class Runs(TypedDict):
+    """What a process that makes several runs gets on standard input.
+
+    Attributes:
+        together: runs at a time.
+        runs: of each, `overrides` of `petl train` and the file of its `log`.
+    """
+
+    together: int
+    runs: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study."""
+
+    folder: Path
+    overrides: list[str]
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """scores.json of the finished run."""
+        return read_results(self.folder)
+
+    @property
+    def log(self) -> Path:
+        """The file with the output of the run."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+
+@dataclass(frozen=True)
+class Study:
+    """The methods, seeds and learning rates of a study.
+
+    Attributes:
+        contenders: the methods, at least one.
+        rates: learning rates to choose from. One: used for all runs. Empty: each run uses the
+            default of its method. A contender whose words have train.lr keeps that rate.
+        outward: begin with the middle `FIRST` of the rates, which are in ascending order; then try
+            the next one outward, while the best one is at an end of those that were tried.
+        overrides: settings of `petl train` for every run.
+        jobs: number of runs at a time, or of processes if several runs are in one.
+        together: number of runs of one method that train in one pass over one base; 1: each run is
+            a process.
+    """
+
+    folder: Path
+    contenders: list[Contender]
+    seeds: list[int]
+    rates: list[float]
+    overrides: list[str] = field(default_factory=list)
+    jobs: int = 1
+    together: int = 1
+    outward: bool = False
+
+    def run(self) -> None:
+        """Train every run that is not finished.
+
+        Raises:
+            InputError: invalid settings, or the folder contains another study.
+            RunStopped: final runs failed, or all tuning runs of a method; the message has the logs.
+        """
+        self._check()
+        self._tune()
+        chosen = {contender: self.best_rate(contender) for contender in self.contenders}
+        for contender, rate in chosen.items():
+            self._replace(contender, rate)
+        failed = self._train_all(
+            # seed by seed, so that a load of the machine that changes slowly meets all contenders
+            [self._final(c, seed, rate) for seed in self.seeds for c, rate in chosen.items()]
+        )
+        if failed:
+            logs = ", ".join(str(job.log) for job in failed)
+            raise RunStopped(
+                f"{len(failed)} runs failed, see {logs}; the same command resumes the study"
+            )
+
+    # The runs
+
+    def _tuning(self, contender: Contender, rate: float) -> Job:
+        # one evaluation on validation examples, and none on the test set
+        steps = [f"train.eval_steps={AT_THE_END}", "train.test=false"]
+        folder = self.folder / "tune" / slug(contender.name) / f"lr-{rate:g}"
+        return self._job(folder, contender, TUNING_SEED, [*steps, f"train.lr={rate:g}"])
+
+    def _final(self, contender: Contender, seed: int, rate: float | None) -> Job:
+        folder = self.folder / "runs" / slug(contender.name) / f"seed-{seed}"
+        first = contender is self.contenders[0]  # the linear probe is the same for all methods
+        probe = [] if first else ["train.linear_probe=false"]
+        lr = [] if rate is None else [f"train.lr={rate:g}"]
+        return self._job(folder, contender, seed, [*probe, *lr])
+
+    def _job(self, folder: Path, contender: Contender, seed: int, more: Sequence[str]) -> Job:
+        # Hydra parses the value: quotes protect commas, spaces and equals signs
+        location = [f"train.run={quoted(str(folder))}", "train.resume=auto"]
+        location.append("train.keep_checkpoints=1")
+        own = [word.replace("{seed}", str(seed)) for word in contender.overrides]
+        return Job(folder, [*own, *self.overrides, f"train.seed={seed}", *more, *location])
+
+    def best_rate(self, contender: Contender) -> float | None:
+        """Return the learning rate with the best validation score, and save it in rates.json.
+
+        None if there are no learning rates to choose from, as with a rate in the words.
+
+        Raises:
+            RunStopped: no run of a learning rate finished.
+        """
+        rates = self._rates(contender)
+        if len(rates) < 2:
+            return next(iter(rates), None)
+        jobs = {rate: self._tuning(contender, rate) for rate in rates}
+        results = {rate: job.scores for rate, job in jobs.items() if is_finished(job.folder)}
+        if not results:
+            logs = ", ".join(str(job.log) for job in jobs.values())
+            raise RunStopped(
+                f"{contender.name}: no run finished at any of {len(jobs)} learning rates; "
+                f"see {logs}",
+                status=1,
+            )
+        # of equal scores the one with the lower loss, of equal losses the lower learning rate
+        qualities = {rate: quality_of(each, validation_of(each)) for rate, each in results.items()}
+        best = max(results, key=lambda rate: (qualities[rate], -rate))
+        scores = {f"{rate:g}": result["validation"] for rate, result in results.items()}
+        # the file may have methods of which an earlier command chose the rates
+        known = self.tried | {contender.name: {"validation": scores, "taken": best}}
+        write_atomic(self.folder / RATES, as_json(known))
+        return best
+
+    def _tune(self) -> None:
+        """Score learning rates: all of them, or from the middle outward."""
+        tuned = [contender for contender in self.contenders if len(self._rates(contender)) > 1]
+        tried = {contender: self._first_rates(contender) for contender in tuned}
+        due = [(c, rate) for c, rates in tried.items() for rate in rates]
+        while due:
+            self._train_all([self._tuning(contender, rate) for contender, rate in due])
+            found = [(c, self._next_rate(self.best_rate(c), rates)) for c, rates in tried.items()]
+            due = [(contender, rate) for contender, rate in found if rate is not None]
+            for contender, rate in due:
+                tried[contender].append(rate)
+
+    def _rates(self, contender: Contender) -> list[float]:
+        """Return the rates to choose from for a contender."""
+        fixed = any(word.startswith("train.lr=") for word in contender.overrides)
+        return [] if fixed else self.rates
+
+    def _first_rates(self, contender: Contender) -> list[float]:
+        """Return the rates that are tried whatever their scores are, and those tried before."""
+        skipped = max(0, len(self.rates) - FIRST) // 2 if self.outward else 0
+        first = self.rates[skipped : len(self.rates) - skipped]
+        known = [r for r in self.rates if is_finished(self._tuning(contender, r).folder)]
+        return [rate for rate in self.rates if rate in {*first, *known}]
+
+    def _next_rate(self, best: float | None, tried: Sequence[float]) -> float | None:
+        """Return the rate beyond the best one if that is at an end of those tried; else None."""
+        if best == max(tried):
+            return next((rate for rate in self.rates if rate > max(tried)), None)
+        if best == min(tried):
+            return next((rate for rate in reversed(self.rates) if rate < min(tried)), None)
+        return None
+
+    def _replace(self, contender: Contender, rate: float | None) -> None:
+        """Move runs with another learning rate than the chosen one to the folder `replaced`."""
+        for folder in (self._final(contender, seed, rate).folder for seed in self.seeds):
+            used = (identity_of(folder) or {}).get("train.lr")
+            if rate is None or used is None or used == float(f"{rate:g}"):
+                continue
+            place = self.folder / REPLACED / folder.parent.name / f"{folder.name}-lr-{used:g}"
+            logger.info("%s had lr=%g, now %g: it is trained again", folder, used, rate)
+            remove(place)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(place)
+
+    @property
+    def tried(self) -> dict[str, Any]:
+        """By method, the validation score of each learning rate and the chosen one (rates.json)."""
+        file = self.folder / RATES
+        return read_json(file, dict[str, Rates]) if file.exists() else {}
+
+    # Training
+
+    def _check(self) -> None:
+        """Raise InputError for invalid settings, and for a folder that contains another study."""
+        names = [slug(contender.name) for contender in self.contenders]
+        for name in names:
+            if names.count(name) > 1:
+                raise InputError(
+                    f"{name} is in the study {names.count(name)} times; give each method once"
+                )
+        for name, values in (("--seeds", self.seeds), ("--rates", self.rates)):
+            if len(set(values)) < len(values):
+                raise InputError(f"{name}={','.join(map(str, values))} has a value twice")
+        for contender in self.contenders:
+            jobs = [self._tuning(contender, rate) for rate in self._rates(contender)]
+            jobs += [self._final(contender, seed, None) for seed in self.seeds]
+            # one job is enough: the others differ from it in valid numbers only
+            config = read_config(compose(jobs[-1].overrides))
+            if config.train.together > 1:
+                raise InputError(
+                    f"train.together={config.train.together} is for sweeps; use --together "
+                    f"{config.train.together}"
+                )
+            for job in jobs:
+                existing = identity_of(job.folder)
+                if existing is not None:
+                    refuse_other(job, existing)
+
+    def _train_all(self, jobs: list[Job]) -> list[Job]:
+        """Train the runs that are not finished, `self.jobs` at a time; return those that failed."""
+        due = [job for job in jobs if not is_finished(job.folder)]
+        if len(due) < len(jobs):
+            logger.info("%d of %d runs are already finished", len(jobs) - len(due), len(jobs))
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                # in the order of the jobs: one that ends early is reported later
+                ended = chain.from_iterable(pool.map(self._train_unit, self._units(due)))
+                for i, (job, seconds) in enumerate(ended, start=1):
+                    name = job.folder.relative_to(self.folder)
+                    if is_finished(job.folder):
+                        logger.info(
+                            "[%d/%d] %s: %s, %s",
+                            i,
+                            len(due),
+                            name,
+                            score_line(job),
+                            duration(seconds),
+                        )
+                    else:
+                        logger.warning("[%d/%d] %s failed, see %s", i, len(due), name, job.log)
+            except BaseException:  # Ctrl-C included: do not start the runs in the queue
+                pool.shutdown(cancel_futures=True)
+                raise
+        return [job for job in due if not is_finished(job.folder)]
+
+    def _units(self, due: list[Job]) -> list[list[Job]]:
+        """Return the jobs by process: one for each, or all of a method that train together."""
+        if self.together == 1:
+            return [[job] for job in due]
+        units: dict[Path, list[Job]] = {}
+        for job in due:
+            units.setdefault(job.folder.parent, []).append(job)
+        return list(units.values())
+
+    def _train_unit(self, jobs: list[Job]) -> list[tuple[Job, float]]:
+        """Train the runs of one process; return each with the seconds of that process.
+
+        The part of one run is not known where several train in one pass.
+        """
+        if self.together == 1:
+            return [self._train(job) for job in jobs]
+        described = [{"overrides": job.overrides, "log": str(job.log)} for job in jobs]
+        runs = as_json(Runs(together=self.together, runs=described))
+        seconds = self._start(jobs[0], [*TOGETHER, *config_dir_words()], runs)
+        return [(job, seconds) for job in jobs]
+
+    def _train(self, job: Job) -> tuple[Job, float]:
+        """Train one run in a process of its own; return the job and its seconds."""
+        return job, self._start(job, [*TRAIN, *config_dir_words(), *job.overrides])
+
+    def _start(self, job: Job, line: list[str], given: str = "") -> float:
+        """Run a process whose output goes to the log of a job; return its seconds.
+
+        Args:
+            given: the standard input.
+        """
+        job.folder.parent.mkdir(parents=True, exist_ok=True)
+        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))  # all cores, among the jobs
+        environment = {"OMP_NUM_THREADS": threads, **os.environ}  # a user's setting wins
+        start = time.monotonic()
+        with append_to(job.log) as log:  # appended: a resumed run keeps its earlier output
+            # no check of the status: is_finished tells whether the run succeeded
+            subprocess.run(
+                line,
+                env=environment,
+                input=given.encode(),
+                stdout=log,
+                stderr=log,
+                check=False,
+            )
+        return time.monotonic() - start
+
+
+def refuse_other(job: Job, existing: Mapping[str, Any]) -> None:
+    """Raise InputError if the run in the folder of a job has settings of another study.
+
+    The learning rate may differ: it depends on the scores of the tuning runs.
+    """
+    now = as_chosen(existing, identity(read_config(compose(job.overrides)).resolved))
+    others = differences(existing, {**now, "train.lr": existing.get("train.lr")})
+    if others:
+        raise InputError(
+            f"{job.folder} belongs to another study ({', '.join(others[:3])}): use the same "
+            "settings, or another folder"
+        )
+
+
+def score_line(job: Job) -> str:
+    """Return the score of a finished run as text."""
+    scores = job.scores
+    metric, after = scores["metric"], scores["after"]
+    if after is None:
+        return f"validation {metric} {scores['validation']:.4f}"
+    return f"test {metric} {after[metric]:.4f}"
+
+
+def slug(name: str) -> str:
+    """Return a name that can be the name of a folder."""
+    return re.sub(r"[^\w.-]+", "-", name)

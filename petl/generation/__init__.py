@@ -1,0 +1,1 @@
+"""Everything that answers: prediction, chat, serving."""

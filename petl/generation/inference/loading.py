@@ -1,0 +1,196 @@
+"""Load a language model with adapters: from runs, adapter folders and folders of plain models."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from petl.adapters.export.saved_adapter import Saved, device, find, model_in
+from petl.core.loading import load
+from petl.core.spec.method import modifies_base_weights
+from petl.data.models.loading import load_base, load_tokenizer, loading
+from petl.data.models.sources import read_source
+from petl.data.tasks.base import Task
+from petl.data.tasks.causal_lm import CausalLM
+from petl.data.tasks.seq2seq import Seq2Seq
+from petl.data.tasks.task_file import read_task
+from petl.data.templates import fill, reads_columns
+from petl.efficiency.drafting.folder import CONFIG
+from petl.efficiency.fused_lora.switching import fuse_lora
+from petl.errors import InputError, UnsupportedError
+from petl.generation.inference.language_model import BASE, LanguageModel
+from petl.system.files.disk import check_links
+
+DEFAULT = "default"  # the name of the first adapter
+DRAFTER = "drafter"  # in the folder of a run, an adapter or a model
+WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # ends of names of classes
+NO_COLUMNS = ("pack", "generate")  # settings of training only, which do not suit all prompts
+
+
+def load_language_model(
+    run: str | Path,
+    others: Mapping[str, str] | None = None,
+    *,
+    plain: bool | None = None,
+    trust_remote_code: bool = False,
+    other_base: str = "warn",
+    drafting: str = "auto",
+) -> LanguageModel:
+    """Load a saved adapter with its base model, or a plain model, and further adapters.
+
+    Args:
+        run: folder of a run, of an adapter, or of a model, such as a merged one.
+        others: folders of runs or adapters, by name.
+        plain: read prompts as plain text, not as turns of the chat template, if there is one; None:
+            if the adapter has learned from plain texts.
+        other_base: as of `petl.load`.
+        drafting: as of `LanguageModel`.
+
+    Raises:
+        InputError: there is no such model, it does not write text, an adapter does not fit.
+    """
+    found = find_model(run, trust_remote_code=trust_remote_code)
+    first = {DEFAULT: found} if isinstance(found, Saved) else {}
+    more = {
+        name: find(path, trust_remote_code=trust_remote_code)
+        for name, path in (others or {}).items()
+    }
+    # the names of the first adapter and of the base model
+    taken = [name for name in more if name in (*first, BASE)]
+    if taken:
+        raise InputError(f"the adapter name {taken[0]!r} is taken; choose another one")
+    for saved in (first | more).values():
+        refuse_tasks(saved)
+    given = first | more
+    changing = [name for name, saved in given.items() if modifies_base_weights(saved.config)]
+    if changing and len(given) > 1:
+        raise InputError(
+            f"the adapter {changing[0]!r} changes the base weights as it is loaded "
+            "(init_lora_weights), which others need: give it alone, take petl serve, or save it "
+            "with path_initial_model_for_weight_conversion"
+        )
+    model, tokenizer = load_writer(found, run)
+    for name, saved in (first | more).items():
+        model = load(model, saved.adapter, adapter_name=name, other_base=other_base)
+    fuse_lora(model)  # as in training, and a switch takes the same time with many adapters
+    names = {**({DEFAULT: str(run)} if first else {}), **(others or {})}
+    language = reading_as_trained(model.eval(), tokenizer, found, names, plain=plain)
+    return replace(language, drafting=drafting, own_drafter=_own_drafter(Path(run), found))
+
+
+def _own_drafter(folder: Path, found: Saved | Mapping[str, Any]) -> str | None:
+    """Return the folder of a model's drafter, beside it or in the run of its adapter."""
+    run = found.run if isinstance(found, Saved) else None
+    # the one beside the adapter first, as an adapter may have been copied out of its run
+    places = [place / DRAFTER for place in (folder, run) if place is not None]
+    return next((str(place) for place in places if (place / CONFIG).is_file()), None)
+
+
+def refuse_tasks(saved: Saved) -> None:
+    """Raise UnsupportedError for an adapter of several tasks, of which a prompt names none."""
+    tasks = list(getattr(saved.config, "tasks", []))
+    if len(tasks) > 1:
+        raise UnsupportedError(
+            f"{saved.adapter} serves the tasks {', '.join(tasks)}, and a prompt has no task: use "
+            "petl predict with rows that name it, or take one as a plain adapter with "
+            "petl.methods.polyhistor.export_task"
+        )
+
+
+def load_writer(
+    found: Saved | Mapping[str, Any], path: str | Path
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load the base model of `find_model(path)`, on the accelerator if there is one, and tokenizer.
+
+    Raises:
+        InputError: it does not write text, or cannot be loaded.
+    """
+    settings = model_settings(found)
+    task, tokenizer = task_of(found, path), load_tokenizer(settings)
+    model: Any = load_base(settings, task, processor=tokenizer)
+    if settings.get("quantization") is None:  # a quantized model was placed while it was loaded
+        model = model.to(device())
+    return model, tokenizer
+
+
+def model_settings(found: Saved | Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings under `model` of what `find_model` returns."""
+    return found.settings["model"] if isinstance(found, Saved) else found
+
+
+def reading_as_trained(
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    found: Saved | Mapping[str, Any],
+    adapters: Mapping[str, str],
+    *,
+    plain: bool | None = None,
+) -> LanguageModel:
+    """A loaded model that reads prompts as the adapter of `found` has learned them.
+
+    Args:
+        adapters: as of `LanguageModel`.
+        plain: as of `load_language_model`.
+    """
+    config: Any = model.config
+    data = found.settings.get("data", {}) if isinstance(found, Saved) else {}
+    learned = read_task(found.adapter) if isinstance(found, Saved) else None
+    if plain is None:
+        plain = isinstance(learned, CausalLM) and not learned.chat
+    is_chat = bool(tokenizer.chat_template) and not plain and not config.is_encoder_decoder
+    system = data.get("system") if is_chat else None
+    return LanguageModel(
+        model,
+        tokenizer,
+        str(model_settings(found)["name"]),
+        is_chat,
+        adapters=adapters,
+        # as in training; rows have the parts of a template
+        system=fill(system, {}) if system and not reads_columns(system) else None,
+        prefix=learned.prefix if isinstance(learned, Seq2Seq) else "",
+        columns={key: value for key, value in data.items() if key not in NO_COLUMNS},
+    )
+
+
+def find_model(path: str | Path, *, trust_remote_code: bool = False) -> Saved | dict[str, Any]:
+    """Find the adapter at `path`, or return the settings of the plain model there.
+
+    Raises:
+        InputError: there is neither.
+    """
+    folder = Path(path)
+    has_model = (folder / "config.json").is_file()
+    # an adapter counts as one even if a config.json lies beside it
+    if not has_model or (folder / "adapter").is_dir() or (folder / "adapter_config.json").is_file():
+        return find(path, trust_remote_code=trust_remote_code)
+    check_links(folder)
+    return {**model_in(folder), "trust_remote_code": trust_remote_code}
+
+
+def task_of(found: Saved | Mapping[str, Any], path: str | Path) -> Task:
+    """The task of a model that writes.
+
+    Raises:
+        InputError: the model does not write.
+    """
+    if isinstance(found, Saved):
+        kind = str(found.config.task_type)
+        reads = {"CAUSAL_LM": False, "SEQ_2_SEQ_LM": True}.get(kind)  # None: no task that writes
+    else:
+        source = read_source(found)
+        with loading(source):
+            config = source.config()
+        kind = ", ".join(config.architectures or ["no class of model"])
+        # a config that names no class is tried
+        writes = not config.architectures or kind.endswith(WRITERS)
+        reads = bool(config.is_encoder_decoder) if writes else None
+    if reads is None:
+        raise InputError(
+            f"{path} does not write text ({kind}): give a model of data.task=causal_lm or seq2seq; "
+            "`petl predict` labels examples"
+        )
+    # lengths are those of the prompts
+    return Seq2Seq(max_length=1, max_target_length=1) if reads else CausalLM(max_length=1)

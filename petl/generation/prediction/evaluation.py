@@ -1,0 +1,115 @@
+"""Evaluate a saved adapter: on the test set of its run, or on files with labels."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from petl.adapters.export.saved_adapter import Saved
+from petl.adapters.export.saved_adapter import score as score_on_test
+from petl.data.files import READERS, suffix_of
+from petl.data.inputs import read_inputs
+from petl.data.tasks.base import Row
+from petl.errors import InputError, printable
+from petl.generation.prediction.columns import data_settings
+from petl.generation.prediction.predictor import Predictor
+from petl.methods import losses
+from petl.system.files.disk import as_json, check_writable, write_atomic
+from petl.system.processes import is_first
+from petl.system.progress import Shown
+from petl.training.dataloader import Splits, numbered
+from petl.training.evaluate import score
+from petl.training.runs.records import EVALUATED, PREDICTIONS, SCORES
+
+DATA = "--data"
+
+
+def folder_of(saved: Saved, names: Sequence[str]) -> Path | None:
+    """The folder of an evaluation inside the run, by the name of its data; None without a run.
+
+    Args:
+        names: of files; empty: the test set of the run.
+    """
+    if saved.run is None:
+        return None
+    if not names:
+        return saved.run / EVALUATED
+    # joined names of many files may be too long: file systems take 255 bytes
+    name = re.sub(r"[^\w.-]+", "-", "-".join(map(stem_of, names)))[:100]
+    folder = saved.run / f"eval-{name}"
+    # another test.csv is not the test set of the run
+    return saved.run / f"{EVALUATED}-file" if folder.name == EVALUATED else folder
+
+
+def stem_of(name: str) -> str:
+    """The name of a file without its folder and the suffix of its format."""
+    file, suffix = Path(name).name, suffix_of(Path(name))
+    return file[: file.lower().rindex(suffix)] if suffix in READERS else file
+
+
+def evaluate_saved(
+    saved: Saved,
+    names: Sequence[str],
+    settings: Sequence[str],
+    folder: Path | None,
+    *,
+    rows: Sequence[Mapping[str, Any]] | None = None,
+    **limits: int | None,
+) -> dict[str, float]:
+    """Return the scores of an adapter; write them and the predictions to a folder, if one is given.
+
+    Args:
+        names: files with labels; empty: the test set of the run.
+        settings: of their columns, in place of those of the run.
+        rows: with labels, in place of files.
+        limits: `batch_size` and `max_new_tokens` of `Predictor.of`; None: those of the run.
+
+    Raises:
+        InputError: a file, row, label or setting is wrong, or the folder cannot be written.
+    """
+    given = [name for name, value in limits.items() if value is not None]
+    has_data = bool(names) or rows is not None
+    if not has_data and given:
+        raise InputError(f"{given[0]}={limits[given[0]]} is for files: give them with {DATA} FILE")
+    if not has_data and settings:
+        raise InputError(f"{settings[0]} names columns of files: give them with {DATA} FILE")
+    if folder is not None and is_first():  # one process writes, all of them compute
+        check_writable(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    kept = None if folder is None else folder / PREDICTIONS
+    if has_data:
+        task = saved.saved_task
+        columns = data_settings(saved.columns, task, settings)
+        inputs = read_inputs(names, task, columns, rows=rows, labels=True, setting=DATA)
+        what = f"reading {printable(', '.join(names))}".rstrip()
+        # all in memory: metrics over classes need every row
+        parsed = [row for _, row in Shown(inputs, what, unit="rows", quiet=True)]
+        scores = score_on_rows(saved, parsed, kept, limits)
+    else:
+        scores = score_on_test(saved, kept)
+    if folder is not None and is_first():
+        write_atomic(folder / SCORES, as_json(scores, in_order=True))
+    return scores
+
+
+def score_on_rows(
+    saved: Saved, rows: list[Row], kept: Path | None, limits: Mapping[str, int | None]
+) -> dict[str, float]:
+    """Return the scores of an adapter on rows with labels, as `read_inputs` reads them."""
+    task = saved.saved_task
+    predictor = Predictor.of(saved, **limits)
+    # the task decides how long answers may be
+    if task.writes and limits.get("max_new_tokens"):
+        writing: Any = task
+        task = replace(writing, generate=limits["max_new_tokens"])
+    sources = numbered(Dataset.from_list(rows))
+    encoded = task.encode(predictor.processor, sources)
+    collate = task.collate(predictor.processor, predictor.multiple)
+    # in the place of the train rows too, which nothing reads here
+    splits = Splits(task, collate, encoded, None, encoded, predictor.processor, sources=sources)
+    if saved.run is not None:
+        losses.attach(predictor.model, saved.run_config.loss)  # for its metrics
+    return score(predictor.model, splits, predictor.accelerator, predictor.batch_size, kept=kept)

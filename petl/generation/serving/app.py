@@ -1,0 +1,179 @@
+"""The HTTP server: its paths, its errors in OpenAI's format, and its process."""
+
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from petl.errors import InputError, RunStopped, printable, shown
+from petl.generation.serving.engine import Busy, Engine
+from petl.generation.serving.gate import Gate
+from petl.generation.serving.replies import error_body
+from petl.generation.serving.service import ApiError, Service
+from petl.generation.serving.wire import ChatRequest, CompletionRequest
+from petl.version import __version__
+
+CONNECTIONS = 1000  # at a time
+SHUTDOWN_SECONDS = 10  # for open connections to end
+JOIN_SECONDS = 60.0  # for the last pass
+# by class of exception; those of a client that sends something else have their own
+STATUS: dict[type[Exception], int] = {InputError: 400, Busy: 429, RunStopped: 503}
+
+
+def build_app(service: Service, api_key: str | None = None) -> FastAPI:
+    """Return the application, without its engine being started.
+
+    Args:
+        api_key: that requests must have; None: none.
+    """
+    # no pages of documentation: they load scripts from elsewhere
+    app = FastAPI(title="petl serve", version=__version__, docs_url=None, redoc_url=None)
+    app.add_middleware(Gate, api_key=api_key)
+    app.add_exception_handler(ApiError, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    # Starlette takes the handler of the nearest class in an exception's MRO
+    for kind in (*STATUS, Exception):
+        app.add_exception_handler(kind, _failed)
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        engine = service.engine
+        return {"status": "ok", "running": engine.running, "waiting": engine.waiting}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return service.models()
+
+    @app.get("/v1/models/{name:path}")  # names such as OWNER/NAME have slashes
+    async def model(name: str) -> dict[str, Any]:
+        return service.model(name)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: HttpRequest) -> Response:
+        return await service.chat(body, request)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: HttpRequest) -> Response:
+        return await service.complete(body, request)
+
+    return app
+
+
+async def _refused(request: HttpRequest, error: Any) -> Response:
+    return JSONResponse(error.body, error.status)
+
+
+async def _invalid(request: HttpRequest, error: Any) -> Response:
+    """Name the first field that is wrong, with its value."""
+    first = error.errors()[0]
+    # a union adds the names of its types, such as constrained-str
+    parts = [str(part) for part in first["loc"][1:]]
+    param = ".".join(part for part in parts if part.isidentifier() or part.isdigit())
+    value = f"{param}={shown(first['input'])}"
+    if first["type"] == "json_invalid":
+        param, message = "", f"the body is not JSON ({first['ctx']['error']})"
+    elif not param:
+        message = "the body is not a JSON object, sent with Content-Type: application/json"
+    elif first["type"] == "missing":
+        message = f"{param} is missing"
+    elif first["type"] == "extra_forbidden":
+        message = f"{value}: this server has no such setting"
+    else:
+        message = f"{value}: {first['msg']}"
+    return JSONResponse(error_body(printable(message), 400, param=printable(param) or None), 400)
+
+
+async def _http_error(request: HttpRequest, error: Any) -> Response:
+    return JSONResponse(error_body(printable(error.detail), error.status_code), error.status_code)
+
+
+async def _failed(request: HttpRequest, error: Exception) -> Response:
+    status = next((s for kind, s in STATUS.items() if isinstance(error, kind)), 500)
+    message = f"{type(error).__name__}: {error}" if status == 500 else str(error)
+    return JSONResponse(error_body(printable(message), status), status)
+
+
+# The process
+
+
+class Server(uvicorn.Server):
+    """A server that ends its answers at Ctrl-C instead of waiting for them."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, ready: Callable[[], object]) -> None:
+        super().__init__(config)
+        self.engine, self.ready = engine, ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to answer, and say so."""
+        await super().startup(sockets)
+        self.engine.start()
+        self.ready()
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """End the answers, then the server."""
+        # may interrupt `submit` in this thread: the engine's lock is reentrant
+        self.engine.close()
+        super().handle_exit(sig, frame)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket bound to an address; port 0: any free one.
+
+    Raises:
+        InputError: it is taken, or there is no such host.
+    """
+    opened = None
+    try:
+        # the first address only: localhost may have one of IPv4 and one of IPv6
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        opened = socket.socket(family, kind, protocol)
+        # a server that ended a moment ago leaves its port in TIME_WAIT
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind(address)
+    except (OSError, UnicodeError) as error:  # UnicodeError: a host name that is too long
+        if opened is not None:
+            opened.close()
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(
+            f"cannot listen on --host={host} --port={port}: {reason}; choose another port, "
+            "0 for any free one"
+        ) from error
+    return opened
+
+
+def run(app: FastAPI, engine: Engine, bound: socket.socket, ready: Callable[[], object]) -> None:
+    """Serve until Ctrl-C or SIGTERM.
+
+    Args:
+        bound: by `bind`.
+        ready: called once requests are accepted.
+    """
+    for name in ("uvicorn", "uvicorn.error"):  # as petl's: control characters escaped
+        logging.getLogger(name).handlers = logging.getLogger("petl").handlers
+        logging.getLogger(name).propagate = False
+    config = uvicorn.Config(
+        app,
+        log_config=None,  # uvicorn would set up handlers of its own
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+    )
+    try:
+        Server(config, engine, ready).run(sockets=[bound])
+    except KeyboardInterrupt:  # the usual end: uvicorn raises it again after all connections ended
+        pass
+    finally:
+        engine.close()
+        engine.join(JOIN_SECONDS)

@@ -1,0 +1,203 @@
+"""A batch of answers in progress: requests join it after a pass over their prompts, and leave it.
+
+Shapes: B rows, T tokens of prompt and answer, Q tokens of a pass, V tokens of the vocabulary.
+"""
+
+import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache
+
+from petl.core.serving.mixed_batch import AdapterRows
+from petl.data.tasks.base import pad_id
+from petl.efficiency.drafting.calls import why_plain
+from petl.generation.inference.language_model import BASE, LanguageModel
+from petl.generation.serving import kv_cache
+from petl.generation.serving.drafts import Drafts
+from petl.generation.serving.request import Request
+from petl.training.generation import padded
+
+NO_ADAPTER = "__base__"  # PEFT's word
+
+
+class Passes:
+    """Forward passes of a model for the next token of several rows.
+
+    Attributes:
+        adapter: the one adapter of all rows; None: each row has its own.
+        count: number of passes so far.
+    """
+
+    def __init__(
+        self, model: LanguageModel, adapter: str | None, *, drafter: str | None = None
+    ) -> None:
+        """Prepare passes of a model.
+
+        Args:
+            model: with its adapters.
+            adapter: the one adapter of all rows; None: each row has its own.
+            drafter: what guesses tokens of a row that is alone, as of `petl.drafting.drafter`, if
+                the model can verify guesses; None: nothing.
+        """
+        self.model, self.adapter = model, adapter
+        self.count = 0
+        self.mergeable = kv_cache.holds_only_keys_and_values(model.base.config)
+        accepted = inspect.signature(model.base.forward).parameters
+        # renamed in transformers 5.24
+        self.cache_argument = "cache" if "cache" in accepted else "past_key_values"
+        self.takes_positions = "position_ids" in accepted
+        self.has_keep = "logits_to_keep" in accepted
+        can_draft = drafter is not None and self.mergeable and not why_plain(model.base)
+        self.drafts = Drafts(model.base, str(drafter)) if can_draft else None
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache for these passes."""
+        return kv_cache.new_cache(self.model.base.config, mergeable=self.mergeable)
+
+    def next_logits(
+        self, ids: Tensor, mask: Tensor, cache: DynamicCache, names: AdapterRows
+    ) -> Tensor:
+        """Return the logits of the next tokens, [B, V].
+
+        Args:
+            ids: the tokens that are not in the cache, [B, Q].
+            mask: 0 at padding, [B, T], with the tokens in the cache.
+            names: the adapter of each row.
+        """
+        # positions count the row's own tokens, without the padding on its left
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        # only the last position: the logits of a long prompt would take much memory
+        return self.logits(ids, mask, positions, cache, names, keep=1)[:, -1]
+
+    def logits(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        cache: DynamicCache,
+        names: AdapterRows,
+        *,
+        keep: int,
+    ) -> Tensor:
+        """Return the logits after the last `keep` tokens, [B, keep, V].
+
+        Args:
+            ids: the tokens that are not in the cache, [B, Q].
+            mask: 0 at padding, [B, T]; or the mask of a tree, [B, 1, Q, T].
+            positions: of the tokens, [B, Q].
+            names: the adapter of each row.
+        """
+        inputs = {"input_ids": ids, "attention_mask": mask, self.cache_argument: cache}
+        if self.takes_positions:
+            inputs["position_ids"] = positions
+        if self.has_keep:
+            inputs["logits_to_keep"] = keep
+        if self.adapter is None:
+            inputs["adapter_names"] = names
+        self.count += 1
+        model: Any = self.model.model
+        with torch.no_grad(), self.active():
+            return model(**inputs, use_cache=True).logits[:, -keep:]
+
+    def active(self) -> AbstractContextManager[None]:
+        """Activate the adapter inside the block, if all rows have the same one."""
+        return nullcontext() if self.adapter is None else self.model.using(self.adapter)
+
+
+class Batch:
+    """Rows that are computed together, token by token."""
+
+    def __init__(self, passes: Passes) -> None:
+        self.passes = passes
+        self.device = passes.model.base.device
+        self.requests: list[Request] = []
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop all rows."""
+        self.requests = []
+        self.cache = self.passes.new_cache()
+        self.mask = torch.zeros(0, 0, dtype=torch.long, device=self.device)
+        self.last: list[int] = []  # the last token of each row, which is not in the cache
+        self.names = AdapterRows([])
+
+    def join(self, requests: Sequence[Request]) -> None:
+        """Compute the first token of new requests in one pass, and add those that go on."""
+        # a batch of its own for one pass: prompts have many tokens, running rows one
+        newcomers = Batch(self.passes)
+        inputs = padded(
+            [request.prompt for request in requests],
+            pad_id(self.passes.model.tokenizer),
+            on_left=True,  # so that the newest token of each row is in the last column
+        )
+        newcomers.requests = [*requests]
+        newcomers.mask = inputs["attention_mask"].to(self.device)
+        newcomers._pass(inputs["input_ids"].to(self.device))
+        if not self.requests:
+            self.requests, self.cache, self.mask = (
+                newcomers.requests,
+                newcomers.cache,
+                newcomers.mask,
+            )
+        elif newcomers.requests:  # some are left; the others ended at their first token
+            kv_cache.append(self.cache, newcomers.cache)
+            length = max(self.mask.shape[1], newcomers.mask.shape[1])
+            masks = (self.mask, newcomers.mask)
+            # padding on the left, as in `kv_cache.append`
+            self.mask = torch.cat([pad(mask, (length - mask.shape[1], 0)) for mask in masks])
+            self.requests += newcomers.requests
+        self.last += newcomers.last
+        self._rename()
+
+    def step(self) -> None:
+        """Compute the next token of all rows in one pass, and drafts if there is one row."""
+        drafts = self.passes.drafts
+        if drafts is not None and len(self.requests) == 1:
+            drafts.step(self)
+        else:
+            self.plain_step()
+
+    def plain_step(self) -> None:
+        """Compute the next token of all rows in one pass."""
+        self.mask = pad(self.mask, (0, 1), value=1)  # for the tokens of `self.last`
+        self._pass(torch.tensor(self.last, device=self.device)[:, None])
+
+    def _pass(self, ids: Tensor) -> None:
+        """Run one pass, hand each request its token, and drop those that are finished."""
+        if len(self.names) != len(self.requests):  # at the first pass of newcomers
+            self._rename()
+        logits = self.passes.next_logits(ids, self.mask, self.cache, self.names)
+        likeliest = logits.argmax(-1).tolist()  # of all rows, in one transfer from the device
+        self.last, going_on = [], []
+        for row, request in enumerate(self.requests):
+            token = request.advance(likeliest[row], logits[row])
+            if token is not None:
+                going_on.append(row)
+                self.last.append(token)
+        if len(going_on) < len(self.requests):
+            self._keep(going_on)
+
+    def _keep(self, rows: list[int]) -> None:
+        """Keep these rows only, without the padding that all of them have."""
+        requests = [self.requests[row] for row in rows]
+        if not rows:
+            self.clear()
+            return
+        self.requests = requests
+        index = torch.tensor(rows, device=self.device)
+        mask = self.mask[index]
+        # argmax of equal values is the first: the column in which some row has its first token
+        start = int(mask.any(0).int().argmax()) if self.passes.mergeable else 0
+        self.mask = mask[:, start:]
+        kv_cache.keep(self.cache, index, start)
+        self._rename()
+
+    def _rename(self) -> None:
+        """Begin a new list of adapters, with which the layers' stacked weights are kept."""
+        names = [NO_ADAPTER if r.adapter == BASE else r.adapter for r in self.requests]
+        self.names = AdapterRows(names, is_generation_call=True)

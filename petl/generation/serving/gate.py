@@ -1,0 +1,74 @@
+"""What a request has to pass before it is read: the key, and the bounds of its body."""
+
+import asyncio
+import hmac
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from petl.generation.serving.replies import error_body
+
+OPEN = ("/health",)  # paths without a key
+BODY_BYTES = 4 * 2**20  # 4 MiB: about a million tokens, at four bytes each
+BODY_SECONDS = 30.0  # for a body to arrive
+
+
+class Gate:
+    """ASGI middleware that refuses requests without the key, and bodies that are too large."""
+
+    def __init__(self, app: Any, api_key: str | None = None) -> None:
+        self.app = app
+        self.expected = None if api_key is None else f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass a request on, with its body read, or reply with an error."""
+        if scope["type"] != "http":  # the start and end of the server: "lifespan"
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])  # names are in lower case, by the ASGI specification
+        given = headers.get(b"authorization", b"")
+        # compare_digest takes the same time wherever the first difference is
+        is_known = self.expected is None or hmac.compare_digest(given, self.expected)
+        if not is_known and scope["path"] not in OPEN:
+            await refuse(401, "the API key is missing or wrong", scope, receive, send)
+            return
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await read_body(headers, receive)
+        except TimeoutError:
+            await refuse(408, "the body did not arrive in time", scope, receive, send)
+            return
+        if body is None:
+            message = f"the body has more than {BODY_BYTES:,} bytes"
+            await refuse(413, message, scope, receive, send)
+            return
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Any:
+            # behind the body only http.disconnect follows
+            return messages.pop() if messages else await receive()
+
+        await self.app(scope, replay, send)
+
+
+async def read_body(headers: dict[bytes, bytes], receive: Any) -> bytes | None:
+    """Return the body of a request; None: it is too large."""
+    announced = headers.get(b"content-length", b"0")
+    # at most 12 digits: int() of a longer text is slow, or an error
+    if not announced.isdigit() or len(announced) > 12 or int(announced) > BODY_BYTES:
+        return None
+    body, more = b"", True
+    # counted too, since a body in chunks announces no length
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)  # also of a client that has gone
+        if len(body) > BODY_BYTES:
+            return None
+    return body
+
+
+async def refuse(status: int, message: str, scope: Any, receive: Any, send: Any) -> None:
+    """Reply with an error, and close the connection: the rest of its body is not read."""
+    response = JSONResponse(error_body(message, status), status, {"connection": "close"})
+    await response(scope, receive, send)

@@ -1,0 +1,223 @@
+"""The models that a server offers: a base model, and adapters of any methods on it."""
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from petl.adapters.export.saved_adapter import Saved
+from petl.core.loading import load
+from petl.core.parameters import max_positions
+from petl.core.registry import keeps_base, refusal
+from petl.core.spec.method import modifies_base_weights
+from petl.data.models.sources import read_source
+from petl.efficiency.fused_lora.switching import fuse_lora
+from petl.errors import InputError
+from petl.generation.inference.language_model import BASE, LanguageModel
+from petl.generation.inference.loading import (
+    find_model,
+    load_writer,
+    model_settings,
+    reading_as_trained,
+    refuse_tasks,
+)
+from petl.generation.serving.batch import Passes
+from petl.generation.serving.engine import Lane
+from petl.generation.serving.served import Served
+from petl.system.files.paths import path_of
+from petl.system.progress import Shown
+
+logger = logging.getLogger(__name__)
+MAX_NAME = 100  # characters
+
+
+def named_runs(words: list[str]) -> dict[str, str]:
+    """Return the paths in words like RUN and NAME=RUN, by name: without one, that of the folder.
+
+    Raises:
+        InputError: a name is empty, given twice, too long, or has control characters.
+    """
+    runs: dict[str, str] = {}
+    for word in words:
+        name, separator, path = word.partition("=")
+        if not separator or Path(word).exists():  # a folder may have = in its name
+            folder = path_of("RUN", word).absolute()
+            # RUN/adapter is called by the name of its run
+            name, path = folder.parent.name if folder.name == "adapter" else folder.name, word
+        if not name.strip() or not name.isprintable() or len(name) > MAX_NAME or not path:
+            raise InputError(f"{word!r} is neither RUN nor NAME=RUN, with a name for requests")
+        if name in runs:
+            raise InputError(f"two models would be called {name!r}: give one as NAME={path}")
+        runs[name] = path
+    return runs
+
+
+def load_served(
+    runs: Mapping[str, str],
+    *,
+    plain: bool | None = None,
+    trust_remote_code: bool = False,
+    other_base: str = "refuse",
+    drafter: str | None = "free",
+) -> dict[str, Served]:
+    """Load one base model with all adapters, and return what requests can choose, by name.
+
+    The base model is in memory once, also if the adapters belong to several methods; and once more
+    for each adapter whose initialization changes its weights, such as PiSSA.
+
+    Args:
+        runs: folders of runs, of adapters, or of a plain model, by name.
+        plain: as of `load_language_model`.
+        other_base: as of `petl.load`.
+        drafter: guesses tokens of a request that is decoded alone, as of `petl.drafting.drafter`;
+            None: nothing does.
+
+    Raises:
+        InputError: there is no such run, the base models differ, or one is no decoder of text.
+    """
+    found = {
+        name: find_model(path, trust_remote_code=trust_remote_code) for name, path in runs.items()
+    }
+    check_same_base(found)  # before any weights are loaded
+    for each in found.values():
+        if isinstance(each, Saved):
+            refuse_tasks(each)
+    first_name = next(iter(found))
+    first = found[first_name]
+    settings = model_settings(first)
+    base, tokenizer = load_writer(first, runs[first_name])
+    # the first call may change settings in the file; later ones are made by several threads
+    tokenizer("")
+    if base.config.is_encoder_decoder:
+        raise InputError(
+            f"{settings['name']} is an encoder-decoder, and petl serve takes decoders; "
+            "`petl generate RUN --file FILE` answers with it"
+        )
+    saved = {name: each for name, each in found.items() if isinstance(each, Saved)}
+    # a plain model has the name that the command line gives it
+    base_name = str(settings["name"]) if saved else first_name
+    if base_name in saved:
+        raise InputError(f"{base_name!r} is the name of the base model: give the run another name")
+    loader = Loader(base, tokenizer, max_positions(base), plain, drafter)
+    served = loader.adapters(saved, other_base)
+    return {base_name: loader.base_model(base_name, first, served), **served}
+
+
+def check_same_base(found: Mapping[str, Saved | Mapping[str, Any]]) -> None:
+    """Raise InputError unless all adapters have the same base model."""
+    bases = {name: base_of(model_settings(each)) for name, each in found.items()}
+    first, *others = bases
+    for name in others:
+        differing = [key for key in bases[name] if bases[name][key] != bases[first][key]]
+        if differing:
+            one, other = (
+                ", ".join(f"{key}={bases[each][key]}" for key in differing)
+                for each in (first, name)
+            )
+            raise InputError(
+                f"{first!r} is on a base with {one} and {name!r} on one with {other}: a server has "
+                "one base model; start another one with --port"
+            )
+        # the same base model, but one of the two has no adapter
+        if not isinstance(found[name], Saved) or not isinstance(found[first], Saved):
+            raise InputError(f"{name!r} and {first!r} are not both adapters; serve one of them")
+
+
+def base_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies a base model: its place, revision and quantization, by name."""
+    source = read_source(settings)
+    place = source.where()
+    # a folder may have several paths, for example by a link
+    named = str(place.resolve()) if isinstance(place, Path) else str(place)
+    kept = {key: settings.get(key) for key in ("revision", "quantization")}
+    return {"model": named, **kept}
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Puts adapters on a base model, which several models of different methods share."""
+
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    positions: int | None
+    plain: bool | None
+    drafter: str | None = None
+
+    def adapters(self, saved: Mapping[str, Saved], other_base: str) -> dict[str, Served]:
+        """Load adapters; those of one method on the same model."""
+        # a PEFT model takes adapters of one method only; a base that one of them changes suits no
+        # other
+        methods: dict[Any, dict[str, Saved]] = {}
+        for name, each in saved.items():
+            own = name if modifies_base_weights(each.config) else None
+            methods.setdefault((each.config.peft_type, own), {})[name] = each
+        served: dict[str, Served] = {}
+        for group in methods.values():
+            served |= self._of_one_method(group, other_base)
+        return {name: served[name] for name in saved}  # in the order of the command line
+
+    def _of_one_method(self, group: Mapping[str, Saved], other_base: str) -> dict[str, Served]:
+        changes_base = any(modifies_base_weights(each.config) for each in group.values())
+        model: Any = copy.deepcopy(self.base) if changes_base else sharing_tensors(self.base)
+        # names of requests may be any; those in a model become parts of the names of tensors
+        names = {name: f"served{i}" for i, name in enumerate(group)}
+        # of a list: the items of a dict have no length for the bar
+        for name, each in Shown([*group.items()], "loading adapters", unit="adapters"):
+            model = load(model, each.adapter, adapter_name=names[name], other_base=other_base)
+        fuse_lora(model)
+        model.eval()
+        paths = {name: str(each.run or each.adapter) for name, each in group.items()}
+        adapters = {names[name]: path for name, path in paths.items()}
+        languages = {
+            name: reading_as_trained(model, self.tokenizer, each, adapters, plain=self.plain)
+            for name, each in group.items()
+        }
+        # why the rows of a batch cannot have adapters of their own; "": they can
+        reason = next(filter(None, (refusal(c, "mixed") for c in model.peft_config.values())), "")
+        if reason and len(group) > 1:
+            logger.info("adapters of %s run one after the other: %s", ", ".join(group), reason)
+        # None: each row its own
+        shared = None if reason else self._lane(next(iter(languages.values())), None)
+        return {
+            name: Served(
+                name,
+                language,
+                names[name],
+                shared or self._lane(language, names[name]),
+                self.positions,
+                paths[name],
+            )
+            for name, language in languages.items()
+        }
+
+    def base_model(
+        self, name: str, found: Saved | Mapping[str, Any], served: Mapping[str, Served]
+    ) -> Served:
+        """The base model without an adapter, in the passes of a method that allows it."""
+        lane, model = None, self.base
+        for each in served.values():
+            host = each.language.model
+            assert isinstance(host, PeftModel)
+            # a row without an adapter needs the pretrained weights, which some methods change
+            if each.lane.passes.adapter is None and all(map(keeps_base, host.peft_config.values())):
+                lane, model = each.lane, host
+                break
+        plain = bool(self.plain)  # not as an adapter has learned it
+        language = reading_as_trained(model, self.tokenizer, found, {}, plain=plain)
+        language = replace(language, system=None)  # that of an adapter's training
+        return Served(name, language, BASE, lane or self._lane(language, BASE), self.positions)
+
+    def _lane(self, language: LanguageModel, adapter: str | None) -> Lane:
+        return Lane(Passes(language, adapter, drafter=self.drafter))
+
+
+def sharing_tensors(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of a model with the same parameters and buffers, which adapters may change."""
+    tensors = (*model.parameters(), *model.buffers())
+    # deepcopy takes what is in its memo for the copy, so these tensors are shared
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

@@ -1,0 +1,221 @@
+"""Bodies of replies in the format of OpenAI's API."""
+
+import re
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from petl.generation.serving.choice import LogProb
+from petl.generation.serving.request import UNFINISHED, Piece
+
+LOWEST = -9999.0  # in place of minus infinity, which JSON does not have
+# error types of OpenAI's API by HTTP status; all others below 500 are invalid requests
+KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def error_body(
+    message: str, status: int, *, code: str | None = None, param: str | None = None
+) -> dict[str, Any]:
+    """The body of an error with this HTTP status."""
+    kind = "server_error" if status >= 500 else KINDS.get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+@dataclass
+class Answer:
+    """The pieces of an answer, put together."""
+
+    text: str = ""
+    tokens: int = 0
+    logprobs: list[list[LogProb]] = field(default_factory=list)
+    finish: str | None = None
+
+    def add(self, piece: Piece) -> None:
+        """Add the next piece."""
+        self.text += piece.text
+        # the number so far, not that of the piece
+        self.tokens, self.finish = piece.tokens, piece.finish
+        self.logprobs += [piece.logprobs] if piece.logprobs else []  # an end token has none
+
+
+class Reply:
+    """The reply to one request, as a whole or as a stream of chunks."""
+
+    prefix: ClassVar[str]
+    kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
+
+    def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        # all chunks of a stream have one id and one time
+        self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
+
+    def whole(self, answers: Sequence[Answer], prompt_tokens: int) -> dict[str, Any]:
+        """The body of a reply that is no stream."""
+        choices = [self._choice(i, answer) for i, answer in enumerate(answers)]
+        return {**self._body(self.kind, choices), "usage": usage(answers, prompt_tokens)}
+
+    def first_chunk(self, index: int) -> dict[str, Any] | None:
+        """The chunk before the pieces of an answer, if there is one."""
+        return None
+
+    def chunk(self, index: int, piece: Piece, offset: int) -> dict[str, Any]:
+        """The chunk of a piece; `offset` is the number of characters before it."""
+        logprobs = [piece.logprobs] if piece.logprobs else []
+        return self._body(self.chunk_kind, [self._delta(index, piece, logprobs, offset)])
+
+    def usage_chunk(self, answers: Sequence[Answer], prompt_tokens: int) -> dict[str, Any]:
+        """The chunk with the number of tokens, at the end of a stream."""
+        # without choices, as OpenAI sends it
+        return {**self._body(self.chunk_kind, []), "usage": usage(answers, prompt_tokens)}
+
+    def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+    def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _delta(
+        self, index: int, piece: Piece, logprobs: list[list[LogProb]], offset: int
+    ) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _token(self, found: LogProb) -> str:
+        return text_of(self.tokenizer, found.token)
+
+
+class ChatReply(Reply):
+    """The reply of /v1/chat/completions."""
+
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def first_chunk(self, index: int) -> dict[str, Any]:
+        """The role of the answer."""
+        # an empty content instead of none, as in OpenAI's own first chunk
+        start = {"index": index, "delta": {"role": "assistant", "content": ""}}
+        return self._body(self.chunk_kind, [{**start, "logprobs": None, "finish_reason": None}])
+
+    def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": answer.text},
+            "logprobs": self._logprobs(answer.logprobs),
+            "finish_reason": answer.finish,
+        }
+
+    def _delta(
+        self, index: int, piece: Piece, logprobs: list[list[LogProb]], offset: int
+    ) -> dict[str, Any]:
+        return {
+            "index": index,
+            # the last chunk has an empty delta, unless it ends with text that was held back
+            "delta": {"content": piece.text} if piece.text or logprobs else {},
+            "logprobs": self._logprobs(logprobs),
+            "finish_reason": piece.finish,
+        }
+
+    def _logprobs(self, tokens: list[list[LogProb]]) -> dict[str, Any] | None:
+        if not tokens:
+            return None
+        content = [
+            {**self._entry(chosen), "top_logprobs": [self._entry(each) for each in likely]}
+            for chosen, *likely in tokens  # the order of `Chooser.choose`
+        ]
+        return {"content": content, "refusal": None}
+
+    def _entry(self, found: LogProb) -> dict[str, Any]:
+        return {
+            "token": self._token(found),
+            "logprob": max(found.value, LOWEST),
+            "bytes": [*bytes_of(self.tokenizer, found.token)],
+        }
+
+
+class CompletionReply(Reply):
+    """The reply of /v1/completions."""
+
+    # in this older format, chunks are named like complete replies
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
+    def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        return self._text(index, answer.text, answer.logprobs, answer.finish, 0)
+
+    def _delta(
+        self, index: int, piece: Piece, logprobs: list[list[LogProb]], offset: int
+    ) -> dict[str, Any]:
+        return self._text(index, piece.text, logprobs, piece.finish, offset)
+
+    def _text(
+        self,
+        index: int,
+        text: str,
+        tokens: list[list[LogProb]],
+        finish: str | None,
+        offset: int,
+    ) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": self._logprobs(tokens, offset) if tokens else None,
+            "finish_reason": finish,
+        }
+
+    def _logprobs(self, tokens: list[list[LogProb]], offset: int) -> dict[str, Any]:
+        words, offsets = [self._token(chosen) for chosen, *_ in tokens], []
+        # offsets are in characters of the answer
+        for word in words:
+            offsets.append(offset)
+            offset += len(word)
+        return {
+            "tokens": words,
+            "token_logprobs": [max(chosen.value, LOWEST) for chosen, *_ in tokens],
+            "top_logprobs": [
+                # keys are texts in this format: tokens that decode alike become one entry
+                {self._token(each): max(each.value, LOWEST) for each in likely}
+                for _, *likely in tokens
+            ],
+            "text_offset": offsets,
+        }
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """The text of a token inside of a text; a part of a character is U+FFFD."""
+    # behind itself, since some tokenizers leave out the space before the first word of a text
+    alone, twice = (str(tokenizer.decode([token] * count)) for count in (1, 2))
+    return twice.removeprefix(alone)
+
+
+def bytes_of(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
+    """The bytes of a token in UTF-8, also of one that is a part of a character."""
+    text = text_of(tokenizer, token)
+    if UNFINISHED not in text:
+        return text.encode()
+    word = str(tokenizer.convert_ids_to_tokens(token))
+    fallback = re.fullmatch("<0x([0-9A-F]{2})>", word)  # as SentencePiece writes single bytes
+    if fallback:
+        return bytes.fromhex(fallback[1])
+    # byte-level BPE writes each byte as a character; another vocabulary has other characters
+    values = {character: value for value, character in bytes_to_unicode().items()}
+    known = all(character in values for character in word)
+    return bytes(values[character] for character in word) if known else text.encode()
+
+
+def usage(answers: Sequence[Answer], prompt_tokens: int) -> dict[str, int]:
+    """The number of tokens of a request; end tokens count."""
+    written = sum(answer.tokens for answer in answers)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": written,
+        "total_tokens": prompt_tokens + written,
+    }

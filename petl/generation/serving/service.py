@@ -1,0 +1,322 @@
+"""Requests of the API, from their fields to their answers."""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from petl.errors import did_you_mean, printable, shown
+from petl.generation.inference.sampling import Sampling
+from petl.generation.serving.choice import Chooser, Choosing
+from petl.generation.serving.engine import Engine
+from petl.generation.serving.replies import Answer, ChatReply, CompletionReply, Reply, error_body
+from petl.generation.serving.request import AnswerText, Piece, Request
+from petl.generation.serving.served import Served
+from petl.generation.serving.wire import MAX_CHOICES, ChatRequest, CompletionRequest
+
+CLIENT_GONE = 499  # nobody reads it
+logger = logging.getLogger(__name__)
+
+
+class ApiError(Exception):
+    """A request that is refused."""
+
+    def __init__(
+        self, message: str, status: int = 400, *, code: str | None = None, param: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = error_body(printable(message), status, code=code, param=param)
+
+
+@dataclass(frozen=True)
+class Service:
+    """Answers requests with an engine.
+
+    Attributes:
+        served: what requests can choose, by name.
+        max_tokens: of an answer at most.
+    """
+
+    served: Mapping[str, Served]
+    engine: Engine
+    max_tokens: int
+
+    def models(self) -> dict[str, Any]:
+        """The body of /v1/models."""
+        return {"object": "list", "data": [self.model(name) for name in self.served]}
+
+    def model(self, name: str) -> dict[str, Any]:
+        """The body of /v1/models/NAME."""
+        served, base = self._find(name), next(iter(self.served))  # `load_served` puts it first
+        return {
+            "id": name,
+            "object": "model",
+            "created": served.created,
+            "owned_by": "petl",
+            # two fields of vLLM, which OpenAI's API does not have
+            "parent": None if name == base else base,
+            "max_model_len": served.positions,
+        }
+
+    async def chat(self, body: ChatRequest, request: HttpRequest) -> Response:
+        """Reply to /v1/chat/completions."""
+        served = self._find(body.model)
+        turns: list[Any] = [message.turn() for message in body.messages]
+        # in another thread: a long prompt would hold up all connections
+        prompt = await run_in_threadpool(served.language.encode, turns)
+        reply = ChatReply(served.name, served.language.tokenizer)
+        return await self._reply(reply, body, served, [prompt], request)
+
+    async def complete(self, body: CompletionRequest, request: HttpRequest) -> Response:
+        """Reply to /v1/completions."""
+        served = self._find(body.model)
+        # this path has no turns: a prompt is the text itself
+        plain = replace(served.language, is_chat=False, system=None)
+        encode = partial(_encode, plain)
+        prompts = [await run_in_threadpool(encode, prompt) for prompt in body.prompts]
+        reply = CompletionReply(served.name, served.language.tokenizer)
+        return await self._reply(reply, body, served, prompts, request)
+
+    def _find(self, name: str) -> Served:
+        if name not in self.served:
+            message = f"no model {shown(name)}{did_you_mean(name, self.served)}"
+            raise ApiError(message, 404, code="model_not_found", param="model")
+        return self.served[name]
+
+    async def _reply(
+        self,
+        reply: Reply,
+        body: ChatRequest | CompletionRequest,
+        served: Served,
+        prompts: Sequence[list[int]],
+        request: HttpRequest,
+    ) -> Response:
+        # `n` answers to each of the prompts
+        if len(prompts) * (body.n or 1) > MAX_CHOICES:
+            raise ApiError(f"more than {MAX_CHOICES} answers in one request", param="n")
+        answers = Answers(served.name, sum(map(len, prompts)))
+        for prompt in prompts:
+            for number in range(body.n or 1):
+                answers.requests.append(
+                    self._request(body, served, prompt, number, answers.receiver())
+                )
+        # after all checks, so that a refused request computes nothing
+        self.engine.submit([(served.lane, each) for each in answers.requests])
+        if body.stream:
+            wants_usage = body.stream_options is not None and body.stream_options.include_usage
+            events = answers.events(reply, wants_usage=wants_usage)
+            return StreamingResponse(events, media_type="text/event-stream")
+        if not await unless_gone(answers.collect(), request):
+            return Response(status_code=CLIENT_GONE)
+        return JSONResponse(reply.whole(answers.found, answers.prompt_tokens))
+
+    def _request(
+        self,
+        body: ChatRequest | CompletionRequest,
+        served: Served,
+        prompt: list[int],
+        number: int,
+        emit: Any,
+    ) -> Request:
+        """The request for the answer of this number to a prompt."""
+        limit = body.limit
+        if limit is not None and limit > self.max_tokens:
+            message = f"max_tokens={limit} is more than this server allows ({self.max_tokens})"
+            raise ApiError(message, param="max_tokens")
+        sampling = Sampling(
+            max_new_tokens=limit,
+            temperature=body.temperature,
+            top_p=body.top_p,
+            top_k=body.top_k,
+            repetition_penalty=body.repetition_penalty,
+        )
+        language = served.language
+        choosing = choosing_of(body, number, len(language.tokenizer))
+        chooser = Chooser(sampling, choosing, language.base.generation_config, prompt)
+        room = room_for(prompt, served, limit or 1)  # without a limit, room for one token is enough
+        return Request(
+            prompt,
+            served.adapter,
+            chooser,
+            AnswerText(language.tokenizer, body.stops),
+            language.ends,
+            emit,
+            min(chooser.max_tokens, self.max_tokens, room),
+        )
+
+
+def _encode(language: Any, prompt: str | list[int]) -> list[int]:
+    """The token ids of a prompt of /v1/completions, a text or ids already."""
+    if isinstance(prompt, str):
+        return language.encode(prompt)
+    if max(prompt) >= (size := len(language.tokenizer)):
+        raise ApiError(f"prompt has the token {max(prompt)}; there are {size:,}", param="prompt")
+    return prompt
+
+
+def room_for(prompt: Sequence[int], served: Served, wanted: int) -> int:
+    """The number of tokens that an answer to a prompt may have.
+
+    Raises:
+        ApiError: the prompt is empty, or there are fewer than `wanted`.
+    """
+    if not prompt:
+        raise ApiError("the prompt is empty: it has no tokens", param="prompt")
+    if served.positions is None:
+        return 2**31  # above every max_tokens
+    room = served.positions - len(prompt)
+    if room < wanted:
+        raise ApiError(
+            f"the prompt has {len(prompt):,} tokens and the answer {wanted:,}; the model has "
+            f"{served.positions:,} positions for both",
+            code="context_length_exceeded",
+        )
+    return room
+
+
+def choosing_of(body: ChatRequest | CompletionRequest, number: int, tokens: int) -> Choosing:
+    """The settings of the answer of this number to a prompt."""
+    bias = {}
+    for key, value in (body.logit_bias or {}).items():
+        # int() would also take signs, spaces, underscores and digits of other scripts
+        if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < tokens):
+            raise ApiError(
+                f"logit_bias has {shown(key)}, which is no token below {tokens:,}",
+                param="logit_bias",
+            )
+        bias[int(key)] = value
+    return Choosing(
+        # other numbers for each answer
+        seed=None if body.seed is None else (body.seed + number) % 2**63,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=bias,
+        top_logprobs=body.reported,
+    )
+
+
+class Answers:
+    """The answers to one request of a client, while they are written.
+
+    Attributes:
+        requests: one for each answer.
+        found: their pieces so far.
+    """
+
+    def __init__(self, model: str, prompt_tokens: int) -> None:
+        self.model, self.prompt_tokens = model, prompt_tokens
+        self.requests: list[Request] = []
+        self.found: list[Answer] = []
+        self.start = time.monotonic()
+        self._queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+        # the engine's thread hands pieces to this loop
+        self._loop = asyncio.get_running_loop()
+
+    def receiver(self) -> Any:
+        """Return the `emit` of the next request: it runs in the thread of the engine."""
+        index = len(self.found)
+        self.found.append(Answer())
+
+        def emit(piece: Any) -> None:
+            # asyncio.Queue is not thread-safe
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))
+
+        return emit
+
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece]]:
+        """Yield the pieces of all answers, with the number of the answer.
+
+        Raises:
+            Exception: what ended an answer early.
+        """
+        running = len(self.requests)
+        try:
+            while running:
+                index, piece = await self._queue.get()
+                if isinstance(piece, Exception):
+                    raise piece  # the other answers of the request end too
+                self.found[index].add(piece)
+                running -= piece.finish is not None  # a bool counts as 1
+                yield index, piece
+        finally:
+            # also when the client has gone: then this generator is closed
+            self._end(running)
+
+    async def collect(self) -> None:
+        """Wait for all pieces."""
+        async for _ in self.pieces():
+            pass
+
+    def _end(self, running: int) -> None:
+        for each in self.requests:
+            each.cancelled.set()  # one that has ended ignores it
+        written = sum(answer.tokens for answer in self.found)
+        logger.info(
+            "%s: %d prompt tokens, %d tokens in %.2f s%s",
+            self.model,
+            self.prompt_tokens,
+            written,
+            time.monotonic() - self.start,
+            f", {running} unfinished" if running else "",
+        )
+
+    async def events(self, reply: Reply, *, wants_usage: bool) -> AsyncIterator[str]:
+        """Yield the server-sent events of a stream."""
+        try:
+            for index in range(len(self.requests)):
+                first = reply.first_chunk(index)
+                if first is not None:
+                    yield event(first)
+        except BaseException:
+            # the client has gone before `pieces` could notice
+            self._end(len(self.requests))
+            raise
+        try:
+            async for index, piece in self.pieces():
+                # a token whose text is held back has no chunk
+                if piece.text or piece.logprobs or piece.finish:
+                    # `pieces` has added this piece already
+                    before = len(self.found[index].text) - len(piece.text)
+                    yield event(reply.chunk(index, piece, before))
+        except Exception as error:  # the status of the reply was sent already
+            logger.error("%s: %s", self.model, error)
+            yield event(error_body(printable(error), 500))
+            return
+        if wants_usage:
+            yield event(reply.usage_chunk(self.found, self.prompt_tokens))
+        yield "data: [DONE]\n\n"  # how OpenAI ends a stream; missing after an error
+
+
+def event(body: Mapping[str, Any]) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(body)}\n\n"  # a line break would end it: json.dumps writes none
+
+
+async def unless_gone(work: Coroutine[Any, Any, None], request: HttpRequest) -> bool:
+    """Do some work, and return True; or cancel it and return False if the client goes before."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_left(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        leaving.cancel()
+        is_done = working.done()  # before `cancel`, after which it would be done too
+        working.cancel()
+    if is_done:
+        working.result()  # raises what the work has raised
+    return is_done
+
+
+async def _left(request: HttpRequest) -> None:
+    # the body was read before, so the client's departure is the next message
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

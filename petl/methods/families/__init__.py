@@ -1,0 +1,1 @@
+"""Tuners and layers from which several methods derive."""

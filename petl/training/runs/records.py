@@ -1,0 +1,282 @@
+"""The files of a run's folder that describe it, read and checked: they may be damaged or foreign.
+
+Readers raise an `InputError` of one line that names the file and the field. The values of
+config.yaml are data: an interpolation such as `${oc.env:HOME}` stays text.
+"""
+
+import math
+from collections.abc import Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+from petl.core.model.heat_map import HEAT_MAPS, HeatMap
+from petl.data.tasks.scores import COUNTS, PROPORTIONS
+from petl.errors import InputError
+from petl.system.files.read import mismatch, read_json, read_json_lines, read_yaml
+from petl.system.settings.schema import flat, with_new_names
+
+CONFIG, SCORES, REPORT = "config.yaml", "scores.json", "report.html"
+ADAPTER = "adapter"  # the folder of the adapter in that of a run
+ENVIRONMENT, METRICS = "environment.json", "metrics.jsonl"
+EVALUATED = "eval-test"  # folder in which `petl eval RUN` writes
+PREDICTIONS, BEFORE = "predictions.jsonl", "predictions_before.jsonl"  # of the test examples
+Evaluation = dict[str, Real]  # scores by name; a loss may be infinite
+
+
+# The configuration
+
+
+class Named(TypedDict):
+    """The settings of a group that every command needs."""
+
+    name: str
+
+
+class TrainSettings(TypedDict):
+    """The settings under `train` that comparisons need."""
+
+    seed: int
+    lr: float
+
+
+class Config(TypedDict):
+    """The part of config.yaml that reports and comparisons use."""
+
+    method: Named
+    model: Named
+    data: Named
+    train: TrainSettings
+    loss: NotRequired[Named | None]
+    recipe: NotRequired[str | None]
+
+
+def read_stored(file: Path) -> dict[str, Any]:
+    """Read the config.yaml of a run, old names of settings replaced by the present ones.
+
+    Raises:
+        InputError: it cannot be read, or lacks the settings of `Config`.
+    """
+    return with_new_names(read_yaml(file, Config))
+
+
+def refuse_interpolations(settings: Mapping[str, Any], file: Path) -> None:
+    """Check that no setting of a run needs resolving; runs of petl store the resolved values.
+
+    Raises:
+        InputError: a value has an interpolation, or is `???`.
+    """
+    for key, value in flat(settings).items():
+        if "${" in str(value) or value == "???":
+            raise InputError(
+                f"{file} cannot be used: {key} is an interpolation, which is not resolved, since "
+                "the file may come from a stranger; write the value in its place"
+            )
+
+
+# The scores
+
+
+class RangeTest(TypedDict):
+    """How the learning rate was found, with train.find_lr."""
+
+    lr: float
+    rule: str
+
+
+class Strengths(TypedDict):
+    """Scores on training rows by strength of the adapter, and the strength that is used."""
+
+    metric: str
+    rows: int
+    used: float
+    scores: dict[str, float]
+
+
+class Scores(TypedDict, total=False):
+    """The content of scores.json, of which an unfinished run has the first three at most."""
+
+    linear_probe: Evaluation | None
+    before: Evaluation | None
+    find_lr: RangeTest | None
+    strengths: Strengths
+    after: Evaluation | None  # null with train.test=false
+    task: str
+    metric: str
+    higher_is_better: bool
+    validation: Real | None
+    validation_scores: Evaluation | None
+    best_step: int | None
+    steps: int
+    lr: float
+    head_lr: float | None
+    tokens: int
+    unit: str
+    padding: float
+    seconds: float
+    cpu_seconds: float
+    trainable_parameters: int
+    adapter_parameters: int
+    adapter_bytes: int
+    method: dict[str, float]  # figures of the trained adapter, of methods that have some
+    time_split: dict[str, float]
+    stream: dict[str, float]  # with data.order=by_class
+    peak_rss_bytes: int
+    peak_device_bytes: int
+
+
+# that runs of every version have, and reports need
+FINAL = Scores.__annotations__.keys() - {
+    *("linear_probe", "before", "find_lr", "task", "head_lr", "time_split", "peak_device_bytes"),
+    *("validation_scores", "method", "strengths", "stream"),
+}
+SIZES = ("bytes", "parameters", "seconds")  # ends of the names of values that are not negative
+
+
+def read_scores(run: Path) -> dict[str, Any]:
+    """Read scores.json of a run's folder, old names replaced by the present ones.
+
+    Raises:
+        InputError: it cannot be read, or a value has another type.
+    """
+    scores = read_json(run / SCORES, dict[str, Any])
+    # an older name of it; the order of entries is kept
+    scores = {"linear_probe" if key == "frozen_head" else key: scores[key] for key in scores}
+    problem = mismatch(scores, Scores)
+    if problem:
+        raise InputError(f"{run / SCORES} cannot be used: {problem}")
+    return scores
+
+
+def read_results(run: Path) -> dict[str, Any]:
+    """Read scores.json of a finished run, whose values are complete and belong together.
+
+    Raises:
+        InputError: as `read_scores`; a value is missing, or out of range.
+    """
+    scores = read_scores(run)
+    problem = _problem_of(scores)
+    if problem:
+        raise InputError(f"{run / SCORES} cannot be used: {problem}")
+    return scores
+
+
+def _problem_of(scores: Mapping[str, Any]) -> str:
+    """Return what is wrong with the scores of a finished run, or ""."""
+    # "after" may be null, but a finished run has the key
+    missing = sorted({*FINAL, "after"} - scores.keys())
+    if missing:
+        return f"it has no {missing[0]}; damaged, or written by an older version of petl"
+    for name in ("after", "before", "linear_probe", "validation_scores"):
+        problem = _problem_of_evaluation(scores.get(name) or {}, scores["metric"])
+        if problem:
+            return f"{name} has {problem}"
+    if not scores["after"] and scores["validation"] is None:
+        return "it has neither test scores nor a validation score"
+    if scores["best_step"] is not None and scores["validation"] is None:
+        return "it has a best_step, and no validation score"
+    if scores["steps"] < 0:
+        return f"steps is {scores['steps']}, below 0"
+    sizes = [name for name in Scores.__annotations__ if name.endswith(SIZES)]
+    negative = [name for name in sizes if scores.get(name, 0) < 0]
+    return f"{negative[0]} is {scores[negative[0]]}, below 0" if negative else ""
+
+
+def _problem_of_evaluation(evaluation: Mapping[str, Any], metric: str) -> str:
+    """Return what is wrong with an evaluation, or "": an absent one has no problem."""
+    if evaluation and metric not in evaluation:
+        return f"no {metric}, the metric"
+    for name, value in evaluation.items():
+        if name in COUNTS and not (value >= 0 and float(value).is_integer()):
+            return f"{name} {value}, which is no count"
+        # NaN: a score that is not defined for these examples
+        if name in PROPORTIONS and math.isfinite(value) and not 0 <= value <= 1:
+            return f"{name} {value}, which is not from 0 to 1"
+    return ""
+
+
+def is_finished(run: Path) -> bool:
+    """Return True if the run has been scored after training.
+
+    Raises:
+        InputError: its scores.json is damaged.
+    """
+    # a folder that another process makes may have no scores yet
+    return (run / SCORES).exists() and "after" in read_scores(run)
+
+
+# The environment, the log and the heat maps
+
+
+class Environment(TypedDict):
+    """The content of environment.json."""
+
+    command: str
+    started: str
+    processes: int
+    device: str
+    processor: str
+    cores: int | None
+    threads: int
+    python: str
+    platform: str
+    packages: dict[str, str | None]
+    git: str | None
+    init_from: NotRequired[str | None]
+
+
+def read_environment(run: Path) -> dict[str, Any]:
+    """Read environment.json of a run's folder.
+
+    Raises:
+        InputError: it cannot be read, or does not have the entries of `Environment`.
+    """
+    return read_json(run / ENVIRONMENT, Environment)
+
+
+class LogLine(TypedDict):
+    """The entries of a line of metrics.jsonl that are no metrics."""
+
+    step: int
+    validation: NotRequired[Evaluation]
+
+
+def read_log(file: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl, without a last line that a killed process left incomplete.
+
+    Raises:
+        InputError: it cannot be read, or a line has another form.
+    """
+    lines = read_json_lines(file, LogLine)
+    for number, line in enumerate(lines, start=1):
+        # checked as part of LogLine; the number in its place passes
+        problem = mismatch({**line, "validation": 0}, dict[str, Real])
+        if problem:
+            raise InputError(f"{file}, line {number}, cannot be used: {problem}")
+    return lines
+
+
+def read_heat_maps(run: Path) -> list[HeatMap]:
+    """Read heat_maps.json of a run's folder; empty without the file.
+
+    Raises:
+        InputError: it cannot be read, or is no list of heat maps.
+    """
+    file = run / HEAT_MAPS
+    if not file.exists():
+        return []
+    maps = [HeatMap(**entries) for entries in read_json(file, list[HeatMap])]
+    for i, each in enumerate(maps):
+        # empty for a map without rows, which is refused as well
+        widths = {len(row) for row in each.cells}
+        if len(each.cells) != len(each.rows) or widths != {len(each.columns)}:
+            raise InputError(
+                f"{file} cannot be used: [{i}].cells has not the {len(each.rows)} rows of "
+                f"{len(each.columns)} values of its names"
+            )
+    return maps
+
+
+def of_task(line: Mapping[str, Any], label: str) -> str:
+    """The name of a class: of several tasks, whose labels may have equal names, with the task's."""
+    return f"{line['task']}/{label}" if isinstance(line.get("task"), str) else label

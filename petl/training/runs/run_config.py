@@ -1,0 +1,303 @@
+"""All settings of a run, read and checked once, before anything is loaded.
+
+`read_config` turns the configuration that Hydra composed into a `RunConfig`, whose parts the rest
+of a run takes.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from omegaconf import DictConfig
+
+from petl.core.losses import read as read_loss
+from petl.core.refusals import adamr_refusal
+from petl.core.registry import build_config, is_computed, list_methods, method
+from petl.core.spec.method import LossConfig, Method
+from petl.data.base import Source, data_source
+from petl.data.models.sources import ModelSource, read_source
+from petl.data.task_sets import SOURCE, with_sets
+from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
+from petl.system.imports.peft_hook import import_modules
+from petl.system.settings.schema import LARGEST, plain
+from petl.training.distributed.launch import Launch, read_launch
+from petl.training.ranks.settings import RanksConfig, read_ranks
+from petl.training.runs.init_from import check_model as check_start_model
+from petl.training.runs.init_from import find_start, method_settings
+from petl.training.runs.settings import TrainConfig, method_fields, read_train, with_inner
+from petl.training.tracking import TrackerConfig, read_tracker
+
+GROUPS = ("method", "model", "data", "train", "tracker")  # every configuration has these
+# added with a plus, by a recipe of configs/method, or absent from old runs
+OPTIONAL = ("ranks", "loss", "launch", "recipe", "imports")
+WORKERS_PER_CORE = 8  # more only wait for each other; assumption
+NAMED = ("method", "ranks", "loss", "model", "data")  # groups whose names make the name of a run
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of a run, checked.
+
+    Attributes:
+        train: the settings under `train`, the learning rate of the method filled in.
+        model, data: where the base model and the data come from.
+        method: the fields of the method and of its inner method, its name included.
+        ranks: how ranks are distributed over blocks; None: by the method alone.
+        loss: an extra loss; None without one.
+        launch: how several processes divide the work.
+        tracker: where metrics go in addition to the run's folder; None: nowhere.
+        resolved: the settings by group as nested plain values, as config.yaml stores them.
+    """
+
+    train: TrainConfig
+    model: ModelSource
+    data: Source
+    method: dict[str, Any]
+    ranks: RanksConfig | None
+    loss: LossConfig | None
+    launch: Launch
+    tracker: TrackerConfig | None
+    resolved: dict[str, Any]
+
+    @property
+    def precision(self) -> str:
+        """The autocast precision, "no" or "bf16"."""
+        return self.train.computes_in(self.model.dtype)
+
+    def with_train(self, **values: Any) -> "RunConfig":
+        """Return these settings with others under `train`."""
+        resolved = {**self.resolved, "train": {**self.resolved["train"], **values}}
+        return replace(self, train=replace(self.train, **values), resolved=resolved)
+
+
+def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
+    """Check all settings of a run; no data or model is read.
+
+    Raises:
+        InputError: an unknown name, a value of another type or out of range, no method or one that
+            `petl train` cannot train, a module of `imports` that cannot be imported.
+    """
+    # Hydra refuses unknown keys, except those added with a plus
+    for key in cfg:
+        if key not in (*GROUPS, *OPTIONAL):
+            known = (*GROUPS, *OPTIONAL)
+            raise UnknownNameError(f"no setting {key}{did_you_mean(str(key), known)}")
+    settings = plain(cfg)
+    check_groups(settings)
+    import_modules(settings.get("imports"))  # None in runs of earlier versions
+    loss = read_loss(settings["loss"]) if settings.get("loss") is not None else None
+    # the default needs no check and no tracker
+    has_tracker = settings["tracker"] != {"name": "none"}
+    tracker = read_tracker(settings["tracker"]) if has_tracker else None
+    train = read_train(settings)
+    if train.init_from is not None:
+        start = find_start(train.init_from)
+        check_start_model(start, settings["model"], other_base=train.other_base)
+        settings["method"] = method_settings(start, settings.get("method"))
+    entry = chosen_method(settings)
+    # all fields, so that config.yaml does not depend on defaults
+    fields = with_inner(settings["method"])
+    if settings["train"].get("lr") is None:
+        train = replace(train, lr=entry.default_lr(fields))
+    check_machine(train)
+    check_sampling(train, settings["data"])
+    if settings["data"].get("source") == SOURCE:  # names of sets in full, for config.yaml
+        settings["data"] = with_sets(settings["data"])
+    fill_tasks(fields, settings["data"])
+    # all fields are checked again once task type and number of steps are known
+    train = with_steps(train, method_fields(fields, None, train.steps or LARGEST), loss)
+    given = settings.get("ranks")  # the default needs no check
+    ranks = read_ranks(given, fields) if given is not None else None
+    resolved = settings | {
+        "method": fields,
+        # values in place of null and of the name of a file, which may change
+        "train": settings["train"]
+        | {"lr": train.lr, "batch_sizes": train.batch_sizes, "steps": train.steps},
+    }
+    launch = read_launch(settings.get("launch"))
+    if train.optimizer == "adamr":
+        check_adamr(entry.given(fields), launch)
+    data_settings = resolved["data"] = with_row_tasks(settings["data"], fields)
+    model, data = read_source(settings["model"]), data_source(data_settings)
+    model.check()
+    if model.adapter is not None:
+        # not imported by other runs
+        from petl.data.models.finished_adapter import checked_config
+
+        checked_config(model.adapter)
+    data.check()
+    if data.order is not None:
+        train.check_stream()
+        several = data_settings.get("tasks") or data_settings.get("sets")
+        if several:
+            raise InputError(
+                f"data.order={data.order} is for rows of one task, and the data has {[*several]}: "
+                "leave data.order null"
+            )
+    return RunConfig(
+        train=train,
+        model=model,
+        data=data,
+        method=fields,
+        ranks=ranks,
+        loss=loss,
+        launch=launch,
+        tracker=tracker,
+        resolved=resolved,
+    )
+
+
+def chosen_method(settings: Mapping[str, Any]) -> Method:
+    """Return the registry's entry of the method of a run.
+
+    Raises:
+        InputError: there is none, or an unknown one.
+        UnsupportedError: `petl train` cannot train it.
+    """
+    chosen = settings.get("method")
+    if not isinstance(chosen, Mapping) or "name" not in chosen:
+        names = ", ".join(list_methods())
+        missing = (
+            "no method is chosen: add +method=NAME"
+            if chosen is None
+            else "the YAML of the method has no `name`"
+        )
+        raise InputError(f"{missing}; available: {names}")
+    try:
+        entry = method(chosen["name"])
+    except UnknownNameError as error:  # there is a YAML of that name, so it may be a plugin's
+        raise UnknownNameError(
+            f"{error} (a method of your own: install its package, or add imports=[MODULE])"
+        ) from error
+    if entry.loop_refusal:
+        raise UnsupportedError(
+            f"method {entry.name!r} cannot be trained here: {entry.loop_refusal}"
+        )
+    return entry
+
+
+def with_steps(
+    train: TrainConfig, fields: Mapping[str, Any], loss: LossConfig | None
+) -> TrainConfig:
+    """Return the settings, with `steps=0` for a method that trains nothing.
+
+    Raises:
+        InputError: a run of such a method has steps or settings of a training, or one of another
+            method has none.
+    """
+    name = fields["name"]
+    if not is_computed(build_config(**fields)):
+        if train.steps == 0:
+            raise InputError(
+                f"train.steps=0 leaves method {name!r} untrained: set an integer from 1, or null"
+            )
+        return train
+    if train.steps:
+        raise InputError(
+            f"method {name!r} computes its adapter from data and has nothing to train in "
+            f"train.steps={train.steps}: set train.steps=0, or method.train=true"
+        )
+    if loss is not None or train.find_lr:
+        given = "train.find_lr=true" if loss is None else f"loss={loss.name}"
+        raise InputError(f"{given} has no effect without training (train.steps=0): leave it out")
+    return replace(train, steps=0)
+
+
+def fill_tasks(fields: dict[str, Any], data: Mapping[str, Any]) -> None:
+    """Give a method that serves several tasks those of the data, unless it names its own.
+
+    Raises:
+        InputError: the data names tasks, and the method serves none, or others.
+    """
+    has_sets = data.get("source") == SOURCE
+    names = [*data["sets"]] if has_sets else data.get("tasks")
+    if not names or (has_sets and "tasks" not in fields):  # a head for each suits any method
+        return
+    if "tasks" not in fields:
+        raise InputError(
+            f"data.tasks={names} is for a method that serves several tasks, and {fields['name']} "
+            "does not: choose +method=polyhistor, or leave data.tasks out"
+        )
+    fields["tasks"] = fields["tasks"] or names
+    if list(fields["tasks"]) != list(names):
+        raise InputError(
+            f"method.tasks={fields['tasks']} and data.{'sets' if has_sets else 'tasks'}={names} "
+            "differ: set one of them"
+        )
+
+
+def with_row_tasks(data: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the data; its rows need a task each if the method serves several.
+
+    Raises:
+        InputError: the source has no column for it.
+    """
+    names = fields.get("tasks") or []
+    if len(names) < 2 or data.get("source") == SOURCE:
+        return dict(data)
+    if "task_column" not in data:
+        raise InputError(
+            f"method.tasks={names} needs rows that name their task, and data {data.get('name')} "
+            "has no column for it: use data=files or data=hub with data.task_column=COLUMN"
+        )
+    return {**data, "tasks": list(names)}
+
+
+def check_groups(settings: Mapping[str, Any]) -> None:
+    """Raise InputError if a group, such as `train`, is missing or a value in its place."""
+    for name in (*GROUPS, "ranks", "loss", "launch"):
+        value = settings.get(name)
+        if value is None and name in ("method", "ranks", "loss", "launch"):
+            continue
+        if not isinstance(value, Mapping):
+            given = f"{name}={value!r}" if name in settings else f"the group {name}"
+            raise InputError(
+                f"{given} is not a group of settings: choose a file of configs/{name} by "
+                f"{name}=NAME, and set {name}.SETTING=VALUE"
+            )
+        for key in value:
+            if not isinstance(key, str):
+                raise InputError(f"{name} has a setting {key!r}, which is not a name")
+
+
+def check_machine(train: TrainConfig) -> None:
+    """Raise InputError for settings that this machine cannot carry out."""
+    most = WORKERS_PER_CORE * (os.cpu_count() or 1)
+    if train.num_workers > most:
+        raise InputError(
+            f"train.num_workers={train.num_workers} is too many for this machine, which has "
+            f"{os.cpu_count()} cores: at most {most} processes load data"
+        )
+
+
+def check_sampling(train: TrainConfig, data: Mapping[str, Any]) -> None:
+    """Raise InputError for buckets of lengths where tasks are sampled at a temperature."""
+    if train.bucket_settings and data.get("sampling") == "temperature":
+        raise InputError(
+            f"{train.bucket_settings} makes steps of rows of similar length, each row once an "
+            "epoch, and data.sampling=temperature repeats rows: leave one of them out"
+        )
+
+
+def check_adamr(entry: Method, launch: Launch) -> None:
+    """Raise UnsupportedError if AdamR cannot train this method, or with this launch."""
+    reason = adamr_refusal(entry.tuner)
+    if reason:
+        raise UnsupportedError(
+            f"train.optimizer=adamr is not possible with method {entry.name}: {reason}; leave "
+            "train.optimizer out"
+        )
+    if launch.name == "deepspeed":
+        raise UnsupportedError(
+            f"train.optimizer=adamr is not possible with launch={launch.name}, which flattens the "
+            "parameters and their state; use +launch=fsdp, or ddp"
+        )
+
+
+def names_of(config: Mapping[str, Any]) -> list[str]:
+    """Return the parts of a run's name: recipe or method, ranks, extra loss, model, data."""
+    named = {group: config[group]["name"] for group in NAMED if config.get(group)}
+    if config.get("recipe"):
+        named["method"] = config["recipe"]
+    return [str(name) for name in named.values()]

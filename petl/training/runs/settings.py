@@ -1,0 +1,504 @@
+"""How a run trains: its settings under `train` in configs/train.yaml, and those of its method."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+from omegaconf import DictConfig
+
+from petl.core.registry import build_config, method
+from petl.core.spec.method import LR
+from petl.errors import InputError
+from petl.system.files.paths import file_of, why_impossible
+from petl.system.files.read import read_yaml
+from petl.system.settings.command_line import preset_of
+from petl.system.settings.schema import (
+    LARGEST,
+    Rule,
+    check_rules,
+    integer,
+    one_of,
+    plain,
+    read_fields,
+    real,
+    setting,
+)
+from petl.training.distributed.precision import automatic
+
+ANY_PATH = Rule("a path", lambda value: not why_impossible(value))
+AUTO_OR_COUNT = Rule(
+    "auto or an integer from 1",
+    lambda v: v == "auto" or (isinstance(v, int) and not isinstance(v, bool) and v >= 1),
+)
+BETAS = Rule(
+    "two numbers from 0 to below 1", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v)
+)
+SIZES = Rule(
+    "a file of `petl batch-sizes`, or batch sizes by longest length such as {16: 64}",
+    lambda sizes: bool(sizes) and all(1 <= n <= LARGEST for n in (*sizes, *sizes.values())),
+)
+SEED = Rule("an integer from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
+LOG_POINTS, MOST_LOG_STEPS = 20, 10  # points of a short run's curve; steps between them otherwise
+VALIDATION_FRACTION = 0.1  # of the training examples, with eval_steps and no validation_share
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a run trains: the settings under `train`.
+
+    The first sentence of each field's docstring is its comment in configs/train.yaml.
+    """
+
+    epochs: float = setting(3.0, real(0, above=True))
+    """Passes over the training examples. A number above 0."""
+    steps: int | None = setting(None, integer(0).or_null())
+    """Number of optimizer steps, instead of epochs. An integer from 0, or null.
+
+    0 is for methods that compute the adapter without training (icv), and for them alone.
+    """
+    batch_size: int = setting(32, integer(1))
+    """Global batch size: examples per optimizer step. An integer from 1.
+
+    It counts all processes and all micro-batches of a step.
+    """
+    micro_batch_size: int | None = setting(None, integer(1).or_null())
+    """Maximum examples per forward pass of a process; null: no limit. An integer from 1, or null.
+
+    A smaller value than a process's part of batch_size means gradient accumulation.
+    """
+    buckets: int | str | None = setting("auto", AUTO_OR_COUNT.or_null())
+    """Length-bucketed batching: about how many lengths to sort examples into, or auto. Auto or an
+    integer from 1, or null.
+
+    Each step holds examples of similar length, which reduces padding. Auto: the fewest that leave
+    at most 2 % more positions than the best number, with 3 steps each or more; none where that
+    saves nothing, where an epoch has fewer than 16 steps, and where rows are packed, streamed,
+    ordered by class or sampled at a temperature. Null: none.
+    """
+    max_tokens: int | None = setting(None, integer(1).or_null())
+    """With buckets, instead of batch_size: maximum tokens per step, padded. An integer from 1, or
+    null."""
+    quadratic: float | None = setting(None, real(1).or_null())
+    """With max_tokens: length at which an example counts twice, for attention. A number from 1, or
+    null."""
+    batch_sizes: dict[int, int] | None = field(default=None, metadata={"rule": SIZES.or_null()})
+    """Instead of batch_size and buckets: a file of petl batch-sizes. A file of
+    `petl batch-sizes`, or batch sizes by longest length such as {16: 64}, or null."""
+
+    budget: int | None = setting(None, integer(1).or_null())
+    """Maximum number of adapter parameters, from which the rank is chosen. An integer from 1, or
+    null.
+
+    The head does not count. Null: the rank that the method's fields give.
+    """
+
+    lr: float = setting(LR, real(0, above=True))
+    """Peak learning rate of the adapter; null: the method's default. A number above 0.
+
+    `petl show METHOD` prints the default of a method.
+    """
+    head_lr: float | None = setting(1e-2, real(0, above=True).or_null())
+    """Peak learning rate of a fully trained head; null: lr. A number above 0, or null."""
+    find_lr: bool = setting(False, one_of(True, False))
+    """Choose lr by a range test before training; head_lr is scaled alike. One of true, false."""
+    find_lr_steps: int = setting(100, integer(10))
+    """Steps of the range test. An integer from 10."""
+    loraplus_ratio: float | None = setting(None, real(0, above=True).or_null())
+    """LoRA+: learning rate of lora_B tensors divided by lr (2 to 16). A number above 0, or null."""
+    optimizer: str = setting("adamw", one_of("adamw", "adamr"))
+    """Optimizer: adamw, or adamr, which decays towards the weights at the start. One of adamw,
+    adamr.
+
+    Methods that need an optimizer of their own, or add and exchange entries, refuse adamr.
+    """
+    delta_decay: float = setting(0.0, real(0))
+    """With adamr: decay towards the weights at the start of training. A number from 0."""
+    delta_norm: str = setting("l2", one_of("l2", "l1"))
+    """With adamr: l2 decays in proportion to the change, l1 by its sign. One of l2, l1."""
+    weight_decay: float = setting(0.01, real(0))
+    """Of matrices, except initial values taken from base weights (CorDA). A number from 0."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999], metadata={"rule": BETAS})
+    """Decay rates of the optimizer's two moments. Two numbers from 0 to below 1."""
+    max_grad_norm: float | None = setting(1.0, real(0, above=True).or_null())
+    """Gradient clipping: maximum L2 norm; null: no clipping. A number above 0, or null."""
+    schedule: str = setting("linear", one_of("linear", "cosine", "constant"))
+    """After the warm-up: linear or cosine decay to 0, or constant. One of linear, cosine,
+    constant."""
+    warmup: float = setting(0.06, real(0))
+    """Warm-up: a fraction of all steps if below 1, else a number of steps. A number from 0."""
+
+    precision: str = setting("no", one_of("no", "bf16", "auto"))
+    """Autocast: bf16 for matrix products in bfloat16, no, or auto. One of no, bf16, auto.
+
+    Auto: bf16 where the device computes such products in hardware, else no. A run keeps what it
+    began with, also when it is resumed on another machine.
+    """
+    gradient_checkpointing: bool | str = setting(False, one_of(False, True, "reentrant"))
+    """Recompute activations of each block; reentrant: the old variant. One of false, true,
+    reentrant."""
+    fuse_lora: bool = setting(True, one_of(True, False))
+    """Fused forward and backward passes for PEFT's LoRA layers. One of true, false."""
+    cache_frozen: bool | str = setting("auto", one_of("auto", True, False))
+    """Output of frozen blocks below the first trained one, kept on disk. One of auto, true, false.
+
+    Auto: where it changes nothing but rounding and the run reads its examples more than once. True
+    also leaves out the base model's dropout below the first trained block, and is an error where
+    the output cannot be kept.
+    """
+    recompute_mlp: bool = setting(False, one_of(True, False))
+    """Activation recomputation in MLP blocks: stores half the activations. One of true, false."""
+    skip_unread: bool = setting(True, one_of(True, False))
+    """Leave out positions that nothing reads: in the last block, and in the head of a language
+    model. One of true, false.
+
+    A classifier reads one position of its last block; the loss of a language model reads those that
+    predict a token with a label. The result is the same up to rounding; dropout in that block draws
+    other masks. Models, methods and losses that read more positions are left alone.
+    """
+    loss_segment: int | str | None = setting("auto", AUTO_OR_COUNT.or_null())
+    """Positions whose logits exist at a time in training (causal LM); null: all. Auto or an integer
+    from 1, or null.
+
+    Auto: 2048 where the head is frozen.
+    """
+    together: int = setting(1, integer(1))
+    """Runs of a sweep that train in one pass over one base. An integer from 1.
+
+    Each is the run that it would be alone, up to rounding and to the dropout of the base model.
+    """
+    num_workers: int = setting(0, integer(0))
+    """Data loader processes; 0: the training process makes batches. An integer from 0."""
+
+    eval_batch_size: int = setting(64, integer(1))
+    """Examples per forward pass of an evaluation. An integer from 1."""
+    eval_steps: int | None = setting(None, integer(1).or_null())
+    """Steps between evaluations on validation examples; null: none. An integer from 1, or null."""
+    validation_share: float | None = setting(None, real(0, 0.9, above=True).or_null())
+    """Fraction of the training examples held out for validation. A number above 0 to 0.9, or null.
+
+    Null: 0.1 with eval_steps, else none.
+    """
+    early_stopping: int | None = setting(None, integer(1).or_null())
+    """Evaluations without improvement after which training stops. An integer from 1, or null.
+
+    An improvement is one of the task's metric; of equal metrics, the lower loss is kept.
+    """
+    linear_probe: bool = setting(True, one_of(True, False))
+    """Also train and score the head alone on the frozen model. One of true, false."""
+    score_before: bool = setting(True, one_of(True, False))
+    """Score the test examples before training as well. One of true, false."""
+    test: bool = setting(True, one_of(True, False))
+    """Score the test examples; false: for tuning on validation examples. One of true, false."""
+
+    save_steps: int | None = setting(100, integer(1).or_null())
+    """Steps between checkpoints; null: only when the run is stopped. An integer from 1, or null."""
+    keep_checkpoints: int = setting(2, integer(1))
+    """Latest checkpoints to keep, in addition to the best. An integer from 1."""
+    log_steps: int | None = setting(None, integer(1).or_null())
+    """Steps between lines of metrics.jsonl; null: by the length, at most 10. An integer from 1, or
+    null.
+
+    Null is a twentieth of the run, from 1 to 10, so that a short run has a curve as well.
+    """
+
+    seed: int = setting(0, SEED)
+    """Seed of all random numbers of a run. An integer from 0 to 2^32 - 1."""
+    output: str = setting("runs", ANY_PATH)
+    """Directory in which each run gets a folder. A path."""
+    run: str | None = setting(None, ANY_PATH.or_null())
+    """Folder of this run, which must be empty or new; null: a name in output. A path, or null."""
+    resume: str | None = setting(None, ANY_PATH.or_null())
+    """Checkpoint or run to resume, or auto: the latest with these settings. A path, or null."""
+    resume_schedule: str = setting("longer", one_of("longer", "fresh"))
+    """Resumed with more steps: as one longer run, or fresh for the added ones. One of longer,
+    fresh.
+
+    Resuming a run with a larger train.steps or train.epochs trains it further, also when it was
+    finished. With longer, the learning rate is that of a run which had the new length from its
+    beginning; with fresh, warm-up and decay are those of a run of the added steps.
+    """
+    init_from: str | None = setting(None, ANY_PATH.or_null())
+    """Adapter or run whose weights a new run starts from, with any data. A path, or null.
+
+    The method and its fields are those of the saved adapter, so +method is not needed.
+    """
+    init_head: str | None = setting(None, one_of("keep", "new").or_null())
+    """Task head with init_from: keep or new; null: keep it for equal labels. One of keep, new, or
+    null."""
+    other_base: bool = setting(False, one_of(True, False))
+    """Resume, or start from init_from, also on other base weights than saved. One of true, false.
+    """
+
+    def __post_init__(self) -> None:
+        # the rule of each field first, then rules between fields
+        check_rules(self, "train")
+        for name in ("output", "run", "resume", "init_from"):
+            given = getattr(self, name)
+            if given is not None and given.startswith("~"):  # in a YAML; a shell replaces it
+                home = Path(given).expanduser()
+                raise InputError(f"train.{name}={given}: ~ is not replaced here; write {home}")
+        for dependent in ("early_stopping", "validation_share"):
+            given = getattr(self, dependent)
+            if given is not None and self.eval_steps is None:
+                raise InputError(
+                    f"train.{dependent}={given} needs train.eval_steps: the number of steps "
+                    "between evaluations on validation examples"
+                )
+        self._check_optimizer()
+        self._check_buckets()
+        if self.init_from is not None and self.budget is not None:
+            raise InputError(
+                f"train.budget={self.budget} chooses the size of a new adapter, and that of "
+                f"train.init_from={self.init_from} has its size: leave train.budget null"
+            )
+        if self.init_head is not None and self.init_from is None:
+            raise InputError(
+                f"train.init_head={self.init_head} needs train.init_from: the adapter to start from"
+            )
+        if not self.test and self.eval_steps is None:
+            raise InputError(
+                f"train.test={str(self.test).lower()} and train.eval_steps=null leave no score "
+                "for the run: set train.eval_steps, the number of steps between evaluations on "
+                "validation examples"
+            )
+        # 1.0 is one step, 1.5 is neither a fraction nor a number of steps
+        if self.warmup > 1 and self.warmup % 1:
+            raise InputError(
+                f"train.warmup={self.warmup} is neither a fraction of the steps below 1 "
+                "nor an integer number of steps"
+            )
+
+    def _check_optimizer(self) -> None:
+        if self.optimizer == "adamw":
+            for name in ("delta_decay", "delta_norm"):
+                if getattr(self, name) != getattr(TrainConfig, name):
+                    raise InputError(
+                        f"train.{name}={getattr(self, name)} needs train.optimizer=adamr: AdamW "
+                        "has no decay towards the weights at the start"
+                    )
+        elif self.weight_decay not in (0.0, TrainConfig.weight_decay):
+            raise InputError(
+                f"train.weight_decay={self.weight_decay:g} has no effect with "
+                "train.optimizer=adamr: set train.delta_decay, and leave train.weight_decay out"
+            )
+
+    def _check_buckets(self) -> None:
+        if self.batch_sizes is not None and isinstance(self.buckets, int):
+            raise InputError(
+                f"train.buckets={self.buckets} and train.batch_sizes both define buckets; "
+                "leave one of them out"
+            )
+        if self.max_tokens is not None and self.buckets is None:
+            raise InputError(
+                f"train.max_tokens={self.max_tokens} needs train.buckets: auto, or the number of "
+                "lengths to sort examples into, such as 30"
+            )
+        if self.quadratic is not None and self.max_tokens is None:
+            raise InputError(
+                f"train.quadratic={self.quadratic:g} needs train.max_tokens, the limit that "
+                "long examples count more against"
+            )
+
+    @property
+    def optimizer_state(self) -> tuple[int, str]:
+        """Tensors that the optimizer keeps of each trained one, in float32, and what they are."""
+        if self.optimizer == "adamr":
+            return 3, "AdamR's two moments and reference"
+        return 2, "AdamW's two moments"
+
+    @property
+    def bucket_settings(self) -> str:
+        """The settings for which the examples of a step must be of similar length; "" without any.
+
+        With train.buckets=auto alone they may be.
+        """
+        given = {name: getattr(self, name) for name in ("buckets", "max_tokens", "batch_sizes")}
+        chosen = {name: value for name, value in given.items() if value not in (None, "auto")}
+        return " and ".join(f"train.{name}={value}" for name, value in chosen.items())
+
+    @property
+    def validation_fraction(self) -> float:
+        """Fraction of the training examples held out for validation; 0 without `eval_steps`."""
+        if self.eval_steps is None:
+            return 0.0
+        return self.validation_share or VALIDATION_FRACTION
+
+    def steps_of_run(self, per_epoch: int) -> int:
+        """Return the optimizer steps of the run, of which one epoch takes `per_epoch`.
+
+        Raises:
+            InputError: there are more than any run could make.
+        """
+        steps = self.epochs * per_epoch if self.steps is None else self.steps
+        if steps > LARGEST:
+            raise InputError(
+                f"train.epochs={self.epochs:g} is {steps:g} steps: no run has more than {LARGEST:,}"
+            )
+        return math.ceil(steps)
+
+    def steps_of_stream(self, length: int) -> int:
+        """Return the optimizer steps of a run over a stream of `length` steps.
+
+        Raises:
+            InputError: the stream has not so many.
+        """
+        if self.steps is not None and self.steps > length:
+            raise InputError(
+                f"train.steps={self.steps}, but data.order=by_class has {length} steps: set fewer, "
+                "or a larger data.stream_repeats"
+            )
+        return length if self.steps is None else self.steps
+
+    def check_stream(self) -> None:
+        """Raise InputError for a setting that does not suit data.order=by_class."""
+        if self.epochs not in (TrainConfig.epochs, 1):
+            raise InputError(
+                f"train.epochs={self.epochs:g} has no effect with data.order=by_class, which is "
+                "passed once: set data.stream_repeats, the passes over the rows of each class"
+            )
+        if self.bucket_settings:
+            raise InputError(
+                f"data.order=by_class orders rows by class, and {self.bucket_settings} by length: "
+                "leave one of them out"
+            )
+        if self.eval_steps is not None:
+            raise InputError(
+                f"train.eval_steps={self.eval_steps} restores the best checkpoint, which hides "
+                "what was forgotten: leave it null with data.order=by_class, whose stages are "
+                "scored on the test rows"
+            )
+
+    def log_interval(self, total: int) -> int:
+        """Return the steps between log lines of a run of `total` steps."""
+        if self.log_steps is not None:
+            return min(self.log_steps, total)  # the last step has a line at any interval
+        return min(MOST_LOG_STEPS, max(1, total // LOG_POINTS))
+
+    def warmup_steps(self, total: int) -> int:
+        """Return the number of warm-up steps, out of `total` optimizer steps.
+
+        Raises:
+            InputError: no step would be left after the warm-up.
+        """
+        steps = round(self.warmup * total) if self.warmup < 1 else round(self.warmup)
+        # a run of one step cannot warm up, whatever the setting
+        if steps >= total > 1:
+            raise InputError(
+                f"train.warmup={self.warmup:g} is {steps} steps, and the run has only {total}; "
+                "set fewer, or a fraction below 1"
+            )
+        return steps
+
+    def computes_in(self, dtype: str) -> str:
+        """Return the autocast precision, "no" or "bf16", for a model of this dtype.
+
+        A bfloat16 model trains with a float32 adapter and head, which needs autocast. Auto is what
+        suits this machine.
+        """
+        if dtype == "bfloat16":
+            return "bf16"
+        return automatic() if self.precision == "auto" else self.precision
+
+
+def read_train(cfg: DictConfig | Mapping[str, Any]) -> TrainConfig:
+    """Check the settings under `train` of a configuration that may have no method.
+
+    Raises:
+        InputError: an unknown setting, a value of another type or out of range.
+    """
+    given = plain(cfg["train"])
+    # a file's name, or the sizes themselves, as a resumed run has them in its config
+    if isinstance(given.get("batch_sizes"), str):
+        given["batch_sizes"] = read_batch_sizes(given["batch_sizes"])
+    return read_fields(TrainConfig, given, "train")
+
+
+def adamr_text(train: Mapping[str, Any]) -> str | None:
+    """Describe AdamR for the report of a run with these settings; None for AdamW."""
+    # absent from runs of earlier versions
+    if train.get("optimizer") != "adamr":
+        return None
+    return f"AdamR, decay {train['delta_decay']:g} ({train['delta_norm']}) towards the start"
+
+
+class Bucket(TypedDict):
+    """The batch size of the examples up to a length in tokens."""
+
+    longest: int
+    batch_size: int
+
+
+class BatchSizes(TypedDict):
+    """The content of a file of batch sizes."""
+
+    buckets: list[Bucket]
+
+
+def read_batch_sizes(file: str) -> dict[int, int]:
+    """Read batch sizes by the longest length of their bucket from a file of `petl batch-sizes`.
+
+    Raises:
+        InputError: the file cannot be read or has other content.
+    """
+    path = file_of("train.batch_sizes", file)
+    try:
+        buckets = read_yaml(path, BatchSizes)["buckets"]
+    except InputError as error:
+        raise InputError(
+            f"train.batch_sizes: {error}; `petl batch-sizes` writes such a file"
+        ) from error
+    return {bucket["longest"]: bucket["batch_size"] for bucket in buckets}
+
+
+# Settings of the method
+
+
+def method_fields(
+    cfg: DictConfig | Mapping[str, Any], task_type: str | None, total_steps: int
+) -> dict[str, Any]:
+    """Return the method's name and fields: the settings, and what only the run determines.
+
+    Raises:
+        InputError: a field that the method does not have, or a value that it does not allow.
+    """
+    fields: dict[str, Any] = {"task_type": task_type, **with_inner(plain(cfg))}
+    if "total_step" in fields and fields["total_step"] is None:
+        fields["total_step"] = total_steps  # for methods with a schedule, such as AdaLoRA
+        check_schedule(fields)
+    build_config(**fields)
+    return fields
+
+
+def check_schedule(fields: Mapping[str, Any]) -> None:
+    """Check that a pruning schedule such as AdaLoRA's leaves steps to prune in.
+
+    Raises:
+        InputError: `tinit` and `tfinal` take all steps of the run.
+    """
+    first, last, total = (fields.get(name) for name in ("tinit", "tfinal", "total_step"))
+    # others are absent, or refused when the config is built
+    if not (isinstance(first, int) and isinstance(last, int) and isinstance(total, int)):
+        return
+    if first + last < total:
+        return
+    raise InputError(
+        f"method.tinit={first} steps before pruning and method.tfinal={last} after it leave none "
+        f"of the run's {total}: lower them, or train longer (train.steps, train.epochs)"
+    )
+
+
+def with_inner(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a method, completed by those of the method that it wraps, if any.
+
+    A field of the inner method that is not set has the default of the outer method, or else that of
+    the inner method's YAML file, as if the inner method were trained alone.
+
+    Raises:
+        InputError: an unknown method or inner method.
+    """
+    entry = method(settings["name"]).given(settings)
+    if not entry.inner:
+        return {**entry.inner_defaults, **settings}
+    return {**preset_of(entry.inner), **entry.inner_defaults, **settings}

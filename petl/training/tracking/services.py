@@ -1,0 +1,281 @@
+"""What differs between the trackers of Accelerate: names, resuming, tables, pictures, files.
+
+Accelerate starts a run, and logs its configuration and numbers; a `Service` has the rest. Tables
+and pictures go where the service shows them, else to its files.
+"""
+
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+from petl.training.tracking.base import Table
+
+
+class Service:
+    """A tracker that is only known to Accelerate, and the base of the others.
+
+    Attributes:
+        key: its name in Accelerate.
+        package: the module that must be installed; "" if the user's own code registers it.
+        environment: variables that are set unless they are.
+    """
+
+    key: ClassVar[str] = ""
+    package: ClassVar[str] = ""
+    environment: ClassVar[dict[str, str]] = {}
+
+    @property
+    def module(self) -> Any:
+        """The package, imported."""
+        return import_module(self.package)
+
+    def arguments(self, folder: Path, name: str, known: str | None) -> dict[str, Any]:
+        """Arguments of Accelerate's class: the name of a new run, or the id of a known one."""
+        return {}
+
+    def prepare(self, arguments: dict[str, Any]) -> None:
+        """Make what must exist before a run starts with these arguments."""
+
+    def began(self, run: Any, name: str) -> str | None:
+        """Finish starting `run`, the service's own object; return its id, None if it has none."""
+
+    def table(self, run: Any, name: str, table: Table, step: int) -> bool:
+        """Log a table; return False if the service has none."""
+        return False
+
+    def picture(self, run: Any, path: Path, step: int) -> bool:
+        """Log a PNG file; return False if the service has none."""
+        return False
+
+    def adapter(self, run: Any, folder: Path) -> bool:
+        """Log the folder of an adapter; return False if the service keeps no files."""
+        return False
+
+    def failed(self, run: Any) -> None:
+        """Mark a run as failed before it is closed."""
+
+    def closing(self, project: str, folder: Path) -> str:
+        """How to view the run; "" if the service prints it."""
+        return ""
+
+
+class Mlflow(Service):
+    """MLflow: the server or store of MLFLOW_TRACKING_URI, else its default in this directory."""
+
+    key = package = "mlflow"
+    # its default of 7 doubles the delay each time: a run would stand still for minutes
+    environment: ClassVar = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}
+
+    def arguments(self, folder: Path, name: str, known: str | None) -> dict[str, Any]:
+        # the id alone: a known run has its name already
+        return {"run_id": known} if known else {"run_name": name}
+
+    def began(self, run: Any, name: str) -> str:
+        return run.info.run_id
+
+    def table(self, run: Any, name: str, table: Table, step: int) -> bool:
+        # MLflow shows JSON files of this form as tables
+        self.module.log_table(table.by_column(), f"{name}.json", run_id=run.info.run_id)
+        return True
+
+    def picture(self, run: Any, path: Path, step: int) -> bool:
+        self.module.log_artifact(str(path), "pictures")
+        return True
+
+    def adapter(self, run: Any, folder: Path) -> bool:
+        self.module.log_artifacts(str(folder), "adapter")
+        return True
+
+    def failed(self, run: Any) -> None:
+        self.module.end_run("FAILED")  # before `finish`, which would mark it as finished
+
+    def closing(self, project: str, folder: Path) -> str:
+        store = self.module.get_tracking_uri()
+        if store.startswith("http"):
+            return f"on MLflow: {store}, experiment {project}"
+        return f"to view the run: mlflow ui --backend-store-uri {store}"
+
+
+class Comet(Service):
+    """Comet: online with an API key, or offline with +tracker.arguments.online=false."""
+
+    key = package = "comet_ml"
+
+    def arguments(self, folder: Path, name: str, known: str | None) -> dict[str, Any]:
+        return {"experiment_key": known} if known else {}
+
+    def began(self, run: Any, name: str) -> str:
+        run.set_name(name)
+        return run.get_key()
+
+    def table(self, run: Any, name: str, table: Table, step: int) -> bool:
+        run.log_table(f"{name}.csv", table.rows, table.columns)  # the suffix decides the format
+        return True
+
+    def picture(self, run: Any, path: Path, step: int) -> bool:
+        run.log_image(str(path), path.stem, step=step)
+        return True
+
+    def adapter(self, run: Any, folder: Path) -> bool:
+        run.log_model("adapter", str(folder))
+        return True
+
+
+class Trackio(Service):
+    """Trackio: a store in TRACKIO_DIR, or a Space of the hub."""
+
+    key = package = "trackio"
+
+    def arguments(self, folder: Path, name: str, known: str | None) -> dict[str, Any]:
+        # Trackio knows a run by its name, there is no other id
+        return {"name": known or name, "resume": "allow"}
+
+    def began(self, run: Any, name: str) -> str:
+        return run.name
+
+    def table(self, run: Any, name: str, table: Table, step: int) -> bool:
+        run.log({name: self.module.Table(dataframe=table.frame())}, step=step)
+        return True
+
+    def picture(self, run: Any, path: Path, step: int) -> bool:
+        run.log({f"pictures/{path.stem}": self.module.Image(str(path))}, step=step)
+        return True
+
+    def closing(self, project: str, folder: Path) -> str:
+        return f"to view the run: trackio show --project {project}"
+
+
+class Aim(Service):
+    """Aim: the repository .aim of this directory, or of +tracker.arguments.logging_dir=PATH."""
+
+    key = package = "aim"
+
+    def arguments(self, folder: Path, name: str, known: str | None) -> dict[str, Any]:
+        # one repository for all runs: `aim up` shows a single one
+        return {"logging_dir": "."} | ({"run_hash": known} if known else {})
+
+    def prepare(self, arguments: dict[str, Any]) -> None:
+        # creates it unless it exists, which a Run does not
+        self.module.Repo.from_path(arguments["logging_dir"], init=True)
+
+    def began(self, run: Any, name: str) -> str:
+        run.name, run.experiment = name, run.name  # Accelerate's name is that of the project
+        return run.hash
+
+    def table(self, run: Any, name: str, table: Table, step: int) -> bool:
+        run.track(self.module.Text(table.markdown()), name=name, step=step)
+        return True
+
+    def picture(self, run: Any, path: Path, step: int) -> bool:
+        run.track(self.module.Image(str(path)), name=path.stem, step=step)
+        return True
+
+    def closing(self, project: str, folder: Path) -> str:
+        return "to view the run: aim up"
+
+
+class Clearml(Service):
+    """ClearML: the server of clearml.conf."""
+
+    key = package = "clearml"
+
+    def arguments(self, folder: Path, name: str, known: str | None) -> dict[str, Any]:
+        # without it, ClearML may overwrite the last task of this name
+        continued = {"continue_last_task": known} if known else {"reuse_last_task_id": False}
+        return {"task_name": name, **continued}
+
+    def began(self, run: Any, name: str) -> str:
+        return run.id
+
+    def table(self, run: Any, name: str, table: Table, step: int) -> bool:
+        run.get_logger().report_table(name, name, step, table_plot=table.frame())
+        return True
+
+    def picture(self, run: Any, path: Path, step: int) -> bool:
+        run.get_logger().report_image("pictures", path.stem, step, local_path=str(path))
+        return True
+
+    def adapter(self, run: Any, folder: Path) -> bool:
+        run.upload_artifact("adapter", str(folder))
+        return True
+
+    def failed(self, run: Any) -> None:
+        run.mark_failed()
+
+
+class Dvclive(Service):
+    """DVCLive: files in the folder of the run, in DVC's format; no commit of its own."""
+
+    key = package = "dvclive"
+
+    def arguments(self, folder: Path, name: str, known: str | None) -> dict[str, Any]:
+        place = str(folder / "dvclive")
+        # no experiment and no dvc.yaml, which DVCLive would add to the user's git repository
+        return {"dir": place, "resume": known is not None, "save_dvc_exp": False, "dvcyaml": None}
+
+    def began(self, run: Any, name: str) -> str:
+        return run.dir  # in place of an id
+
+    def table(self, run: Any, name: str, table: Table, step: int) -> bool:
+        from petl.system.files.disk import write_atomic  # imports the settings, and they trackers
+
+        write_atomic(Path(run.dir) / f"{name}.md", f"{table.markdown()}\n")
+        return True
+
+    def picture(self, run: Any, path: Path, step: int) -> bool:
+        run.log_image(path.name, str(path))
+        return True
+
+    def closing(self, project: str, folder: Path) -> str:
+        return f"DVCLive: {folder / 'dvclive'}"
+
+
+class Swanlab(Service):
+    """SwanLab: online with an API key, or +tracker.arguments.mode=offline."""
+
+    key = package = "swanlab"
+
+    def arguments(self, folder: Path, name: str, known: str | None) -> dict[str, Any]:
+        place = {"log_dir": str(folder / "swanlab")}
+        return place | ({"id": known, "resume": "allow"} if known else {"name": name})
+
+    def began(self, run: Any, name: str) -> str:
+        return run.id
+
+    def table(self, run: Any, name: str, table: Table, step: int) -> bool:
+        shown = self.module.echarts.Table()
+        shown.add(table.columns, table.rows)
+        run.log({name: shown}, step=step)
+        return True
+
+    def picture(self, run: Any, path: Path, step: int) -> bool:
+        run.log({f"pictures/{path.stem}": self.module.Image(str(path))}, step=step)
+        return True
+
+
+class Registered(Service):
+    """A tracker of the user's own: `accelerate.tracking.register_tracker_class`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+SERVICES: dict[str, Service] = {
+    "mlflow": Mlflow(),
+    "comet": Comet(),
+    "trackio": Trackio(),
+    "aim": Aim(),
+    "clearml": Clearml(),
+    "dvclive": Dvclive(),
+    "swanlab": Swanlab(),
+}
+
+
+def service_of(name: str) -> Service:
+    """The service of a tracker, its variables of the environment set."""
+    # any other name was registered, or `package_of` would have refused it
+    service = SERVICES.get(name) or Registered(name)
+    for variable, value in service.environment.items():
+        os.environ.setdefault(variable, value)  # the user's own value holds
+    return service

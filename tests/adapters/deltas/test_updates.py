@@ -1,0 +1,182 @@
+"""Combining adapters of different methods, ranks and targets by their updates."""
+
+import math
+
+import pytest
+import torch
+from training_fixtures import llama_config, write_model
+from transformers import LlamaForCausalLM
+
+import petl
+from petl import testing
+from petl.adapters import deltas, search
+from petl.adapters.deltas.updates import combined_updates, cut, update_of
+from petl.errors import UnsupportedError
+
+KINDS = {
+    "lora": ("lora", {"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "v_proj"]}),
+    "mos": ("mos", {"r": 3, "target_modules": ["q_proj", "down_proj"]}),
+    "sparse": (
+        "sparse",
+        {"density": 0.05, "selection_algorithm": "none", "target_modules": ["v_proj"]},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("updates")
+    write_model(root / "base", LlamaForCausalLM, llama_config())
+    for seed, (name, (method, fields)) in enumerate(KINDS.items()):
+        torch.manual_seed(seed)
+        model = petl.wrap(base(root), method, task_type="CAUSAL_LM", **fields)
+        testing.stir(model).save_pretrained(root / name)
+    return root
+
+
+def base(root):
+    return LlamaForCausalLM.from_pretrained(root / "base").eval()
+
+
+def weights(root, name):
+    """The merged weights of the base with an adapter, less those of the base."""
+    plain = base(root).state_dict()
+    merged = petl.load(base(root), root / name).merge_and_unload().state_dict()
+    return {key: merged[key] - tensor for key, tensor in plain.items()}
+
+
+def test_linear_is_exact_for_any_methods(folders, tmp_path):
+    lost = deltas.combine_adapters(
+        [folders / name for name in KINDS],
+        folders / "sum",
+        "linear",
+        level="update",
+        weights=[1, -0.5, 2],
+    )
+    assert lost == 0
+    found = weights(folders, "sum")
+    parts = [weights(folders, name) for name in KINDS]
+    for key, tensor in found.items():
+        expected = parts[0][key] - 0.5 * parts[1][key] + 2 * parts[2][key]
+        torch.testing.assert_close(tensor, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_excluded_layers_are_those_of_the_first(folders, method):
+    updates = [update_of(folders / name) for name in ("lora", "mos")]
+    _, tensors, _ = combined_updates(updates, method, exclude=["layers.0"])
+    for name, (A, B) in updates[0].pairs.items():
+        if "layers.0" in name:
+            found = [tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "BA"]
+            torch.testing.assert_close(found[0] @ found[1], B @ A, atol=1e-5, rtol=1e-4)
+    assert method != "linear" or not any("layers.0.mlp" in name for name in tensors)
+
+
+@pytest.mark.parametrize("method", ["ties", "magnitude_prune", "dare_linear"])
+def test_other_methods_are_those_of_the_updates(folders, method):
+    updates = [update_of(folders / name) for name in ("lora", "mos")]
+    config, tensors, lost = combined_updates(updates, method, density=0.5, rank=64)
+    names = {name for update in updates for name in update.pairs}
+    states = []
+    for update in updates:
+        full = {}
+        for name in names:
+            other = next(u.pairs[name] for u in updates if name in u.pairs)
+            size = len(other[1]), other[0].shape[1]
+            A, B = update.pairs.get(name, (None, None))
+            full[name] = torch.zeros(size) if A is None else B @ A
+        states.append(full)
+    expected = deltas.combine(states, method, density=0.5)
+    assert lost < 1e-5
+    for name, tensor in expected.items():
+        A, B = (tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+        rank = config.rank_pattern.get(name, config.r)
+        assert len(A) == rank == config.alpha_pattern.get(name, config.lora_alpha)
+        torch.testing.assert_close(B @ A, tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_a_rank_cuts_by_singular_values():
+    torch.manual_seed(0)
+    A, B = torch.randn(6, 20), torch.randn(30, 6)
+    (a, b), lost, whole = cut((A, B), 4)
+    values = torch.linalg.svdvals(B @ A)
+    assert whole == pytest.approx(values.square().sum().item(), rel=1e-5)
+    assert lost == pytest.approx(values[4:6].square().sum().item(), rel=1e-4)
+    assert (b @ a - B @ A).square().sum().item() == pytest.approx(lost, rel=1e-4)
+    assert len(a) == 4
+
+
+def test_tensors_of_one_method(folders, tmp_path):
+    torch.manual_seed(9)
+    method, fields = KINDS["lora"]
+    other = testing.stir(petl.wrap(base(folders), method, task_type="CAUSAL_LM", **fields))
+    other.save_pretrained(tmp_path / "other")
+    deltas.combine_adapters([folders / "lora", tmp_path / "other"], tmp_path / "out", "linear")
+    loaded = petl.load(base(folders), tmp_path / "out").state_dict()
+    one = petl.load(base(folders), folders / "lora").state_dict()
+    for key, tensor in other.state_dict().items():
+        if "lora_" in key:
+            torch.testing.assert_close(loaded[key], one[key] + tensor)
+
+
+@pytest.mark.parametrize(
+    ("names", "arguments", "reason"),
+    [
+        (["lora"], {}, "at least two"),
+        (["lora", "mos"], {}, "peft_type.*level update"),
+        (["lora", "mos"], {"level": "rows"}, "level='rows'"),
+        (["lora", "lora"], {"rank": 2}, "rank=2"),
+        (["lora", "nowhere"], {}, "nowhere"),
+        (["lora", "mos"], {"level": "update", "weights": [1]}, "weights"),
+        (["lora", "mos"], {"level": "update", "density": 2}, "density=2"),
+        (["lora", "mos"], {"level": "update", "weights": [1, math.inf]}, "weights=.*not finite"),
+        (["lora", "mos"], {"level": "update", "rank": 0}, "rank=0 is not an integer from 1"),
+        (["lora", "mos"], {"level": "update", "rank": -1}, "rank=-1 is not an integer from 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused(folders, tmp_path, names, arguments, reason):
+    with pytest.raises(petl.InputError, match=reason):
+        deltas.combine_adapters(
+            [folders / name for name in names], tmp_path / "out", "linear", **arguments
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_methods_that_are_no_update_of_weights_are_refused(folders, tmp_path):
+    model = petl.wrap(base(folders), "adapter", task_type="CAUSAL_LM")
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(petl.InputError, match="adapter"):
+        deltas.combine_adapters(
+            [folders / "lora", tmp_path / "adapter"], tmp_path / "out", "linear", level="update"
+        )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"use_dora": True},
+        {"bias": "all"},
+        {"lora_bias": True},
+        {"trainable_token_indices": [5]},
+        {"target_modules": ["embed_tokens"]},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+@pytest.mark.filterwarnings("ignore:.*(lora_bias|invalid shape|save_embedding_layers)")
+def test_a_lora_that_is_more_than_factors_is_refused(folders, tmp_path, fields):
+    fields = {"r": 3, "target_modules": ["q_proj"], **fields}
+    model = testing.stir(petl.wrap(base(folders), "lora", task_type="CAUSAL_LM", **fields))
+    model.save_pretrained(tmp_path / "more")
+    pair = [folders / "lora", tmp_path / "more"]
+    with pytest.raises(UnsupportedError, match=r"biases or tokens|is no linear layer, or its"):
+        deltas.combine_adapters(pair, tmp_path / "out", "linear", level="update")
+    with pytest.raises(UnsupportedError, match=r"biases or tokens|no linear layer|use_dora"):
+        search.levels_of(model, "rank")
+    assert not (tmp_path / "out").exists()
+
+
+def test_factors_that_were_taken_out_of_the_base_weights_are_refused(folders, tmp_path):
+    model = petl.wrap(base(folders), "lora", task_type="CAUSAL_LM", init_lora_weights="pissa")
+    model.save_pretrained(tmp_path / "pissa")
+    with pytest.raises(UnsupportedError, match="init_lora_weights='pissa'"):
+        update_of(tmp_path / "pissa")

@@ -1,0 +1,109 @@
+"""What comes from a local stand-in of the Hub is one commit, checked before the folder appears."""
+
+import pytest
+from hub_server import OWNER
+
+from petl.adapters import deltas
+from petl.adapters.export.download import pull
+from petl.adapters.export.saved_adapter import find
+from petl.adapters.export.upload import prepare, push
+from petl.cli import main
+from petl.errors import InputError, RunStopped
+from petl.ops.ternary import FILE
+from petl.system.files.hub import OnHub
+
+pytest_plugins = ["export_fixtures", "hub_server", "training_fixtures"]
+
+NAME = f"{OWNER}/verbs"
+
+
+@pytest.fixture
+def repository(mola_run, hub_server):
+    push(prepare(mola_run.path, NAME, base=OnHub("ada/base")), NAME)
+    return hub_server.repositories[NAME]
+
+
+def test_a_pushed_adapter_comes_back(repository, mola_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["pull", NAME]) == 0
+    out = capsys.readouterr().out
+    assert "adapter in verbs, " in out
+    assert f"commit {repository.branches['main']} of {NAME}" in out
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "verbs" / weights).read_bytes() == (
+        mola_run.path / "adapter" / weights
+    ).read_bytes()
+    assert {p.name for p in tmp_path.iterdir()} <= {"verbs", "hub"}
+    assert not (tmp_path / "verbs" / ".cache").exists()
+    assert find(tmp_path / "verbs").config.peft_type == "PETL_MOLA"
+
+
+def test_a_compressed_adapter_comes_back(mola_run, hub_server, tmp_path):
+    found = deltas.compress_adapter(mola_run.path / "adapter", tmp_path / "small")
+    push(prepare(tmp_path / "small", NAME, base=OnHub("ada/base")), NAME)
+    assert pull(NAME, tmp_path / "back").kind == "adapter"
+    assert deltas.Ternary.load(tmp_path / "back" / FILE).kept == found.kept
+
+
+def test_a_revision_is_one_commit(repository, tmp_path):
+    first = repository.branches["main"]
+    repository.commit({"README.md": b"other", "setup.py": b"import os", "x/y.json": b"{}"})
+    pulled = pull(NAME, tmp_path / "old", first)
+    assert pulled.commit == first
+    assert (tmp_path / "old" / "README.md").read_bytes() != b"other"
+    pulled = pull(NAME, tmp_path / "new")
+    assert (tmp_path / "new" / "README.md").read_bytes() == b"other"
+    assert not (tmp_path / "new" / "setup.py").exists()  # only files that petl names
+    assert not (tmp_path / "new" / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"adapter_model.safetensors": b"x" * 40}, r"adapter_model\.safetensors cannot be read"),
+        ({"adapter_config.json": b'{"peft_type": "NEW"}'}, "neither petl nor PEFT knows"),
+        ({"labels.json": b"[]"}, r"labels\.json cannot be used"),
+        ({"base_fingerprint.json": b"{"}, "is not JSON"),
+    ],
+)
+def test_a_damaged_repository_leaves_no_folder(repository, files, message, tmp_path):
+    repository.commit(files)
+    with pytest.raises(InputError, match=message):
+        pull(NAME, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not [*tmp_path.glob(".petl-*")]
+
+
+def test_a_pickle_is_not_downloaded(repository, hub_server, tmp_path):
+    (files,) = [*repository.commits.values()][-1:]
+    files["adapter_model.bin"] = files.pop("adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"has no adapter_model\.safetensors"):
+        pull(NAME, tmp_path / "out")
+    assert not [each for each in hub_server.asked if each.endswith(".bin")]
+
+
+def test_each_error_of_the_hub_is_one_line(repository, hub_server, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="the Hub has no model 'ada/none', or it is private"):
+        pull("ada/none", out)
+    with pytest.raises(InputError, match="has no revision 'v9'"):
+        pull(NAME, out, "v9")
+    hub_server.repositories["ada/empty"] = type(repository)()
+    hub_server.repositories["ada/empty"].commit({"README.md": b"x"})
+    with pytest.raises(InputError, match="holds no adapter or model"):
+        pull("ada/empty", out)
+    repository.gated = True
+    with pytest.raises(InputError, match=f"the model {NAME} is gated: request access at"):
+        pull(NAME, out)
+    repository.gated = False
+    hub_server.fails = {"adapter_model": 500}
+    with pytest.raises(RunStopped, match=r"does not answer at .*500 Internal"):
+        pull(NAME, out)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(RunStopped, match="the Hub does not answer at"):
+        pull(NAME, out)
+    assert not out.exists()
+    out.mkdir()
+    (out / "kept").touch()
+    with pytest.raises(InputError, match="is not an empty folder"):
+        pull(NAME, out)

@@ -1,0 +1,68 @@
+"""The commands by which engines serve an exported LoRA."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig
+
+from petl.adapters.export.engines import refusal, serving_lines
+
+BASE = "org/model name"
+
+
+def saved(folder: Path, **fields) -> Path:
+    settings = {"r": 8, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
+    LoraConfig(**{**settings, **fields}, base_model_name_or_path=BASE).save_pretrained(folder)
+    return folder
+
+
+def test_the_lines_name_base_adapter_and_rank(tmp_path):
+    folder = saved(tmp_path / "my lora", r=20, lora_alpha=20)
+    vllm, sglang = map(shlex.split, serving_lines(folder))
+    named = f"my lora={folder}"
+    assert vllm[1:] == shlex.split(
+        f"vllm serve '{BASE}' --enable-lora --max-lora-rank 32 --lora-modules '{named}'"
+    )
+    start = ["python", "-m", "sglang.launch_server", "--model-path", BASE]
+    assert sglang[1:] == [*start, "--enable-lora", "--lora-paths", named]
+
+
+def test_the_largest_rank_counts_if_all_scales_are_equal(tmp_path):
+    patterns = {"rank_pattern": {"a": 100}, "alpha_pattern": {"a": 200}}
+    (vllm, _) = serving_lines(saved(tmp_path, lora_alpha=16, **patterns))
+    assert "--max-lora-rank 128" in vllm
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "trained copies"),
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "all"}, "biases"),
+        ({"lora_bias": True}, "biases"),
+        ({"rank_pattern": {"a": 4}}, "several scales"),
+        ({"alpha_pattern": {"a": 1}}, "several scales"),
+        ({"r": 1024}, "rank 1024"),
+    ],
+)
+def test_a_lora_that_engines_compute_otherwise_is_named(tmp_path, fields, reason):
+    (line,) = serving_lines(saved(tmp_path, **fields))
+    assert reason in line
+    assert "petl serve" in line
+
+
+def test_a_base_of_random_weights_is_no_model_that_an_engine_loads(tmp_path):
+    folder = saved(tmp_path)
+    (folder / "base").mkdir()
+    (folder / "base" / "config.json").write_text("{}")
+    (line,) = serving_lines(folder)
+    assert "its base model has random weights" in line
+
+
+def test_other_tasks_have_no_lines(tmp_path):
+    assert serving_lines(saved(tmp_path, task_type="SEQ_CLS")) == []
+
+
+def test_a_scale_of_rslora_is_one_scale():
+    assert refusal(LoraConfig(r=8, use_rslora=True)) == ""

@@ -1,0 +1,95 @@
+import subprocess
+from pathlib import Path
+
+import pytest
+import warm_python
+from datasets import Dataset
+from tiny_tokenizers import byte_tokenizer
+
+from petl.data.tasks import CausalLM, Classification
+
+SPLIT = {"text": ["abc", "defg", "hi"], "label": [0, 1, 0]}
+
+
+class Counting(Classification):
+    """Count the rows that are tokenized."""
+
+    seen = 0
+
+    def encode_rows(self, tokenizer, rows):
+        type(self).seen += len(rows["text"])
+        return super().encode_rows(tokenizer, rows)
+
+
+@pytest.fixture(autouse=True)
+def from_zero():
+    Counting.seen = 0
+
+
+def test_the_same_rows_are_tokenized_once(tokenizer, cache):
+    task = Counting(classes=["x", "y"])
+    first = task.encode(tokenizer, Dataset.from_dict(SPLIT))
+    again = task.encode(byte_tokenizer(pad_token="<|im_end|>"), Dataset.from_dict(SPLIT))
+    assert Counting.seen == 3
+    assert again.to_dict() == first.to_dict()
+    assert len(list((cache / "encoded").iterdir())) == 1
+
+
+def test_a_change_of_any_dependency_encodes_the_rows_again(tokenizer):
+    task = Counting(classes=["x", "y"])
+    task.encode(tokenizer, Dataset.from_dict(SPLIT))
+    task.encode(tokenizer, Dataset.from_dict({**SPLIT, "text": ["abc", "defg", "hj"]}))
+    assert Counting.seen == 6
+    task.encode(tokenizer, Dataset.from_dict({**SPLIT, "label": [1, 1, 0]}))
+    assert Counting.seen == 9
+    shorter = Counting(classes=["x", "y"], max_length=2)
+    encoded = shorter.encode(tokenizer, Dataset.from_dict(SPLIT))
+    assert Counting.seen == 12
+    assert max(len(row["input_ids"]) for row in encoded) == 2
+    tokenizer.add_tokens(["defg"])
+    encoded = task.encode(tokenizer, Dataset.from_dict(SPLIT))
+    assert Counting.seen == 15
+    assert len(encoded[1]["input_ids"]) == 1
+
+
+def test_attributes_of_the_tokenizer_beside_its_backend_are_dependencies(tokenizer):
+    task, pair = Counting(classes=["x", "y"], max_length=2), {**SPLIT, "text_pair": ["a", "b", "c"]}
+    assert task.encode(tokenizer, Dataset.from_dict(SPLIT))[0] != {}
+    tokenizer.truncation_side = "left"
+    encoded = task.encode(tokenizer, Dataset.from_dict(SPLIT))
+    assert tokenizer.decode(encoded[1]["input_ids"]) == "fg"
+    assert "token_type_ids" not in task.encode(tokenizer, Dataset.from_dict(pair)).column_names
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    assert "token_type_ids" in task.encode(tokenizer, Dataset.from_dict(pair)).column_names
+
+
+def test_a_selection_is_identified_by_its_rows(tokenizer):
+    task = Counting(classes=["x", "y"])
+    split = Dataset.from_dict(SPLIT)
+    task.encode(tokenizer, split.select([2, 0]))
+    task.encode(tokenizer, Dataset.from_dict({"text": ["hi", "abc"], "label": [0, 0]}))
+    assert Counting.seen == 2
+
+
+def test_rows_are_kept_in_memory_if_the_cache_is_not_writable(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PETL_CACHE", str(tmp_path / "file" / "below"))
+    encoded = CausalLM(max_length=4).encode(tokenizer, Dataset.from_dict(SPLIT))
+    assert [len(row["input_ids"]) for row in encoded] == [4, 4, 3]
+    assert not encoded.cache_files
+
+
+def test_another_process_reads_the_cached_rows(tokenizer, cache):
+    program = (
+        "from datasets import Dataset\n"
+        "from tiny_tokenizers import byte_tokenizer\n"
+        "from petl.data.tasks import CausalLM\n"
+        "tokenizer = byte_tokenizer(pad_token='<|im_end|>')\n"
+        f"CausalLM().encode(tokenizer, Dataset.from_dict({SPLIT}))\n"
+    )
+    here = Path(__file__).parents[2] / "fixtures"
+    subprocess.run([warm_python.python(), "-c", program], check=True, cwd=here, timeout=280)
+    before = {file: file.stat().st_mtime_ns for file in (cache / "encoded").iterdir()}
+    CausalLM().encode(tokenizer, Dataset.from_dict(SPLIT))
+    assert {file: file.stat().st_mtime_ns for file in (cache / "encoded").iterdir()} == before
+    assert len(before) == 1

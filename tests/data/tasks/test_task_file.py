@@ -1,0 +1,62 @@
+"""The task that is saved with an adapter."""
+
+import json
+
+import pytest
+
+from petl.data.tasks import TASKS, CausalLM, Classification
+from petl.data.tasks.base import write_task
+from petl.data.tasks.task_file import FILE, read_task
+from petl.errors import InputError
+
+CLASSES = {"classes": ["a", "${oc.env:HOME}"]}
+OTHERS = {
+    "causal_lm": {"chat": True, "generate": 7},
+    "question_answering": {"unanswerable": True},
+    "multitask_classification": {
+        "classes": ["x/a", "x/b", "y/a", "y/b"],
+        "tasks": ["x", "y"],
+        "limits": [128, 48],
+        "pairs": ["y"],
+    },
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_each_task_is_read_as_it_was_written(tmp_path, name):
+    more = CLASSES if "classification" in name else {}
+    task = TASKS[name](**OTHERS.get(name, more))
+    write_task(tmp_path, task)
+    assert read_task(tmp_path) == task
+
+
+def test_an_adapter_of_an_older_version_has_none(tmp_path):
+    assert read_task(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"task": "clasification"}, "did you mean 'classification'"),
+        ({"max_length": 5}, "it has no task"),
+        ({"task": "classification"}, "it has no classes"),
+        ({"task": "classification", "classes": ["a"]}, "at least two distinct classes"),
+        ({"task": "classification", "classes": ["a", "a"]}, "at least two distinct classes"),
+        ({"task": "classification", "classes": "ab"}, 'classes is "ab", not a list'),
+        ({"task": "causal_lm", "max_length": -1}, "max_length is -1, which is out of range"),
+        ({"task": "causal_lm", "max_length": "9"}, 'max_length is "9", not an integer'),
+        ({"task": "causal_lm", "metric": "x"}, "metric is unknown"),
+        ([], "the content is a list"),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path, values, message):
+    (tmp_path / FILE).write_text(json.dumps(values))
+    with pytest.raises(InputError, match=message):
+        read_task(tmp_path)
+
+
+def test_the_file_is_readable(tmp_path):
+    write_task(tmp_path, Classification(classes=["bad", "good"], max_length=48))
+    saved = json.loads((tmp_path / FILE).read_text())
+    assert saved == {"task": "classification", "classes": ["bad", "good"], "max_length": 48}
+    assert not isinstance(read_task(tmp_path), CausalLM)

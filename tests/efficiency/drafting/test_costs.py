@@ -1,0 +1,172 @@
+"""Costs of a pass: from measured seconds, and measured."""
+
+import pytest
+import torch
+from draft_fixtures import DECODERS, PAD, Oracle, prompt
+
+from petl import testing
+from petl.efficiency.drafting import Costs, Stats, decode
+from petl.efficiency.drafting.policy import REST, WINDOW, Switch
+from petl.errors import InputError
+
+
+def test_the_cost_of_more_tokens_is_that_of_the_cheapest_pass_that_holds_them():
+    costs = Costs({1: 2.0, 2: 4.0, 4: 3.0, 8: 6.0})
+    assert costs.seconds == {1: 2.0, 2: 4.0, 4: 3.0, 8: 6.0}
+    assert [costs.ratio(n) for n in (1, 2, 3, 4, 6, 8, 16)] == [1.0, 1.5, 1.5, 1.5, 2.25, 3.0, 6.0]
+    assert [costs.padded(n) for n in (1, 2, 3, 4, 5, 8, 9)] == [1, 4, 4, 4, 5, 8, 9]
+
+
+@pytest.mark.parametrize("seconds", [{}, {2: 1.0}, {1: 0.0}, {1: 1.0, 0: 1.0}, {1: float("nan")}])
+def test_costs_without_sense_are_refused(seconds):
+    with pytest.raises(InputError, match="needs seconds above 0 by number of tokens, 1 included"):
+        Costs(seconds)
+
+
+def test_costs_below_one_token_are_refused():
+    with pytest.raises(InputError, match="n=0 is no number of tokens"):
+        Costs({1: 1.0}).ratio(0)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_costs_are_measured_once_and_leave_the_model_and_random_state_alone(family):
+    model = DECODERS[family]().train()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    costs = Costs.measure(model, 20, rounds=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    # no pass may be longer than half of the 64 positions
+    assert [*costs.seconds] == [1, 2, 3, 4, 6, 8, 12, 16, 32]
+    assert Costs.measure(model, 20, rounds=1) is costs
+    assert Costs.measure(model.double(), 20, rounds=1) is not costs
+
+
+# The switch
+
+
+def test_the_switch_goes_off_after_a_slow_window_and_on_again_after_a_rest():
+    switch = Switch()
+    for _ in range(WINDOW - 1):
+        switch.add(2, 2.1, 1)
+        assert not switch.is_due
+    switch.add(2, 2.1, 1)
+    assert switch.is_due
+    switch.judge(1.0)
+    assert not switch.is_on
+    switch.rest(REST - 1)
+    assert not switch.is_on
+    switch.rest(1)
+    assert switch.is_on
+    assert not switch.is_due
+    for _ in range(WINDOW):
+        switch.add(2, 1.9, 1)
+    switch.judge(1.0)
+    assert switch.is_on
+    assert not switch.is_due
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_one_pass_is_lost_to_wrong_drafts_then_half_of_that_after_rests_that_double(enabled):
+    switch, rounds = Switch(enabled=enabled), []  # True: with drafts
+    for _ in range(400):
+        rounds.append(switch.is_on)
+        # the seconds are those of a drafter that is fast: the clock has no part in it
+        switch.add(1, 0.0, 0.125) if switch.is_on else switch.rest(1)
+    # 8, 4, 2, 1 rounds lose a whole, a half, a quarter, an eighth of a pass; then one round tries
+    lengths = [(8, 8), (4, 16), (2, 32), (1, 64), (1, 128), (1, 128), (1, 6)]
+    expected = [kind for on, off in lengths for kind in (True,) * on + (False,) * off]
+    assert rounds == (expected if enabled else [True] * 400)
+
+
+def test_rounds_that_cost_nothing_lose_nothing_and_a_right_draft_begins_anew():
+    switch = Switch()
+    for _ in range(60):  # the drafter has no guess
+        switch.add(1, 0.0, 0.0)
+    for _ in range(2):
+        for _ in range(7):
+            switch.add(1, 0.0, 0.125)
+        assert switch.is_on
+        switch.add(2, 0.0, 0.125)
+    for _ in range(8):
+        switch.add(1, 0.0, 0.125)
+    assert not switch.is_on
+    switch.rest(8)
+    assert switch.is_on
+    switch.add(2, 0.0, 0.125)  # so a pass and 8 tokens again, not a half and 16
+    for _ in range(8):
+        assert switch.is_on
+        switch.add(1, 0.0, 0.125)
+    switch.rest(7)
+    assert not switch.is_on
+    switch.rest(1)
+    assert switch.is_on
+
+
+@pytest.mark.parametrize("seconds", [{1: 1.0, 4: 1.0}, {1: 1.0, 4: 1.125}])
+def test_wrong_drafts_rest_by_the_costs_of_their_passes(seconds):
+    model, ids, stats = testing.tiny_llama(), prompt(), Stats()
+    settings = {"max_new_tokens": 51, "pad_token_id": PAD, "use_cache": True, "do_sample": False}
+    plain = model.generate(ids, **settings)
+    wrong = Oracle((plain + 1) % model.config.vocab_size, 3)
+    more = {"drafter": wrong, "clock": Clock(), "costs": Costs(seconds)}
+    found = model.generate(ids, **settings, custom_generate=decode, stats=stats, **more)
+    assert torch.equal(found, plain)
+    assert stats.passes == 50
+    # of 50 rounds after the first token: 8 drafted, 8 plain, 4 drafted, 16 plain, 2 drafted, 12
+    assert len(wrong.roots) == (50 if seconds[4] == 1.0 else 14)
+
+
+class Clock:
+    """Seconds that only drafting takes."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Slow(Oracle):
+    """An oracle of one token, of which each draft takes a time."""
+
+    def __init__(self, text, clock, seconds):
+        super().__init__(text, 1)
+        self.clock, self.seconds = clock, seconds
+
+    def draft(self, root, budget):
+        self.clock.now += self.seconds
+        return super().draft(root, budget)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "switch", "rounds"),
+    [
+        # of 399 tokens after the first: 128 with drafts, 128 plain ones, 128 with drafts, 15
+        (2.1, True, 64 + 64),
+        (2.1, False, 200),
+        (1.9, True, 200),
+    ],
+)
+def test_decoding_stops_to_draft_while_it_is_slower(seconds, switch, rounds):
+    model, ids, clock, stats = testing.tiny_llama(), prompt(), Clock(), Stats()
+    settings = {"max_new_tokens": 400, "pad_token_id": PAD, "use_cache": True, "do_sample": False}
+    plain = model.generate(ids, **settings)
+    guess = Slow(plain, clock, seconds)
+    more = {"drafter": guess, "clock": clock, "costs": Costs({1: 1.0}), "switch": switch}
+    found = model.generate(ids, **settings, custom_generate=decode, stats=stats, **more)
+    assert torch.equal(found, plain)
+    assert len(guess.roots) == rounds
+    assert len(guess.seen) == rounds
+    assert stats.seconds == pytest.approx(seconds * rounds)
+
+
+def test_windows_go_on_over_short_answers():
+    model, ids, clock = testing.tiny_llama(), prompt(), Clock()
+    settings = {"max_new_tokens": 41, "pad_token_id": PAD, "use_cache": True, "do_sample": False}
+    plain = model.generate(ids, **settings)
+    guess = Slow(plain, clock, 2.1)
+    more = {"drafter": guess, "clock": clock, "costs": Costs({1: 1.0})}
+    for _ in range(5):  # 20 rounds each, until 64 were too slow
+        assert torch.equal(model.generate(ids, **settings, custom_generate=decode, **more), plain)
+    assert len(guess.roots) == 64

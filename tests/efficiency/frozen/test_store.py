@@ -1,0 +1,91 @@
+"""The files of a store: content, completeness, locks, the size of the disk."""
+
+import os
+import time
+from collections import namedtuple
+
+import pytest
+import torch
+
+from petl.efficiency.frozen import store
+from petl.efficiency.frozen.keys import KEY_BYTES
+from petl.efficiency.frozen.store import CONTENT, Form, Store, exists, locked, size_of, write
+from petl.errors import InputError
+
+FORM = Form("float32", [4], 0, 0)
+KEYS = [bytes([n]) * (KEY_BYTES - 1) + b"\0" for n in (7, 3, 200)]
+LENGTHS = [3, 1, 2]
+
+
+def parts(dtype=torch.float32) -> list[torch.Tensor]:
+    return [torch.randn(length, 4).to(dtype) for length in LENGTHS]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_are_read_as_they_were_written(tmp_path, dtype):
+    written, form = parts(getattr(torch, dtype)), Form(dtype, [4], 2, 0)
+    write(tmp_path, form, KEYS, LENGTHS, written)
+    opened = Store(tmp_path / CONTENT)
+    assert opened.form == form
+    assert len(opened) == 3
+    numbers = opened.find([KEYS[2], b"x" * KEY_BYTES, KEYS[0], KEYS[1]])
+    assert numbers.tolist() == [2, -1, 0, 1]
+    for number, row in enumerate(written):
+        assert torch.equal(opened.row(number), row)
+    files = sum(file.stat().st_size for file in (tmp_path / CONTENT).iterdir())
+    assert size_of(form, 3, 6) <= files <= size_of(form, 3, 6) + 1500  # headers
+
+
+def test_a_damaged_store_hides_no_others(tmp_path, petl_log):
+    for name, rows in (("one", "r1"), ("two", "r2")):
+        write(tmp_path / name, FORM, KEYS, LENGTHS, parts(), computation="c", rows=rows)
+    (tmp_path / "two" / CONTENT / "store.json").write_text('{"rows": ')
+    assert store.present(tmp_path, "c") == {"r1"}
+    assert "skipping a store" in petl_log.text
+
+
+def test_a_store_that_was_not_finished_is_absent(tmp_path):
+    def broken():
+        yield parts()[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, FORM, KEYS, LENGTHS, broken())
+    assert not exists(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path, FORM, KEYS, LENGTHS, parts())
+    assert exists(tmp_path)
+
+
+def test_a_damaged_store_is_an_error(tmp_path):
+    write(tmp_path, FORM, KEYS, LENGTHS, parts())
+    with (tmp_path / CONTENT / store.STATES).open("ab") as opened:
+        opened.write(b"more")
+    with pytest.raises(InputError, match=r"is damaged: delete the folder"):
+        Store(tmp_path / CONTENT)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    free = size_of(FORM, 3, 6) + store.MARGIN
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage(0, 0, free - 1))
+    with pytest.raises(InputError, match=r"MB free: free some, set PETL_CACHE"):
+        write(tmp_path, FORM, KEYS, LENGTHS, parts())
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage(0, 0, free))
+    write(tmp_path, FORM, KEYS, LENGTHS, parts())
+
+
+def test_a_process_waits_for_the_one_that_fills_the_store(tmp_path):
+    readable, writable = os.pipe()
+    child = os.fork()
+    if not child:
+        with locked(tmp_path):
+            os.write(writable, b"locked")
+            time.sleep(0.4)
+            (tmp_path / "done").touch()
+        os._exit(0)
+    os.read(readable, 6)
+    with locked(tmp_path):
+        assert (tmp_path / "done").exists()
+    os.waitpid(child, 0)

@@ -1,0 +1,189 @@
+"""The report of a comparison: table, sentences, charts."""
+
+import json
+import re
+
+import pytest
+from comparable import write_run
+
+from petl.cli import main
+from petl.experiments.reports.comparison import compare
+from petl.experiments.reports.comparison_report import (
+    learning_rates_tried,
+    results,
+    summary,
+    write_page,
+)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for method, scores in {
+        "lora": (0.50, 0.52, 0.54),
+        "mola": (0.60, 0.61, 0.62),
+        "mos": (0.51, 0.52, 0.53),
+    }.items():
+        for seed, score in enumerate(scores):
+            words = [f"+method={method}", f"train.seed={seed}"]
+            write_run(tmp_path / "runs" / method / str(seed), score, *words)
+    return tmp_path / "runs"
+
+
+def test_the_table_has_score_size_time_and_difference(runs):
+    table = results(*compare([runs]))
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    first = dict(zip(table.columns, table.rows[0], strict=True))
+    assert first["method"] == "mola"
+    assert first["test accuracy, n = 100"] == "61.0 ± 1.0 %"
+    assert first["95 % interval"] == "51.2 to 70.0 %"  # Wilson, 61 of 100
+    assert first["seeds"] == "3"
+    assert first["parameters"] == "1,000"
+    assert first["adapter file"] == "4 kB"
+    assert first["s/step"] == "0.500"
+    assert first["vs lora"] == "+9.0 (+8.0 to +10.0)"
+    assert table.rows[-1][:2] == ["before training", "10.0 %"]
+
+
+def test_entries_whose_seeds_disagree_are_not_ranked(runs):
+    better, unclear, spread, interval = summary(*compare([runs]))
+    assert better == "mola: better than lora in every seed."
+    assert unclear == "mos: no clear difference to lora (the seeds disagree)."
+    assert spread == "± is the standard deviation over the seeds of a method."
+    assert interval.startswith("The 95 % interval is Wilson's, for the choice of the test examples")
+
+
+def test_two_seeds_are_too_few_to_rank_methods(runs):
+    (runs / "mos" / "2" / "scores.json").unlink()
+    first, _, differ, _ = summary(*compare([runs]))
+    assert first.startswith("Fewer than 3 seeds that a method shares with lora: too few to rank")
+    assert differ.startswith("The seeds differ (mola, lora: 3 seeds (0, 1, 2); mos: 2 seeds (0, 1)")
+
+
+def test_one_seed_has_no_spread(tmp_path):
+    for method in ("lora", "mola"):
+        write_run(tmp_path / method, 1.0, f"+method={method}")
+    found = compare([tmp_path])
+    _, single, interval = summary(*found)
+    assert single == "1 seed: no spread is known of lora, mola."
+    assert interval.startswith("The 95 % interval is Wilson's")
+    (row, *_) = results(*found).rows
+    assert row[:4] == ["lora", "100.0 %", "96.3 to 100.0 %", "1"]  # 100 of 100
+
+
+def test_a_loss_has_no_interval(tmp_path):
+    after = {"loss": 2.0, "tokens": 512.0}
+    figures = {"after": after, "metric": "loss", "higher_is_better": False}
+    for method in ("lora", "mos"):
+        write_run(tmp_path / method, 0.0, f"+method={method}", "data=hamlet", **figures)
+    found = compare([tmp_path])
+    assert results(*found).columns[:3] == ["method", "test loss, n = 512 tokens", "seeds"]
+    assert "interval" not in " ".join(summary(*found))
+
+
+def test_different_learning_rates_and_devices_of_an_entry_are_reported(tmp_path):
+    for seed, lr in enumerate((0.001, 0.003)):
+        words = "+method=lora", "train.find_lr=true", f"train.seed={seed}"
+        run = write_run(tmp_path / str(seed), 0.5, *words, lr=lr)
+        environment = json.loads((run / "environment.json").read_text())
+        environment["processor"] = f"processor {seed}"
+        (run / "environment.json").write_text(json.dumps(environment))
+    found = compare([tmp_path])
+    assert results(*found).rows[0][4] == "0.001 to 0.003"
+    different = "Times and memory are those of different devices: processor 0; processor 1."
+    assert different in summary(*found)
+
+
+def test_methods_that_score_alike_are_called_equal(tmp_path):
+    for method in ("lora", "mola"):
+        for seed in range(3):
+            write_run(tmp_path / method / str(seed), 0.5, f"+method={method}", f"train.seed={seed}")
+    assert summary(*compare([tmp_path]))[0] == "mola: equal to lora in every seed."
+
+
+def test_the_page_has_the_table_and_charts_and_needs_no_other_file(runs, tmp_path):
+    page, table, *charts = write_page(compare([runs]), tmp_path / "page")
+    text = page.read_text()
+    assert "61.0 ± 1.0 %" in text
+    assert text.count("<svg ") == 5
+    assert "adapter parameters (thousands)" in text
+    assert not re.search(r"src=\"(?!data:)|href=\"\w+:|@import|url\((?!#)", text)
+    assert table.read_text().startswith("| method | test accuracy, n = 100 | 95 % interval |")
+    names = ["parameters.svg", "file.svg", "step.svg", "memory.svg", "legend.svg"]
+    assert [chart.name for chart in charts] == names
+    assert charts[0].read_text() in text
+
+
+def test_a_run_without_training_has_no_time_of_a_step(tmp_path):
+    write_run(tmp_path / "lora", 0.5, "+method=lora")
+    write_run(tmp_path / "icv", 0.6, "+method=icv", steps=0, tokens=0, seconds=0.0, cpu_seconds=0.0)
+    compared = compare([tmp_path])
+    table = results(*compared)
+    times = {row[0]: row[table.columns.index("s/step") :][:2] for row in table.rows}
+    assert (times["icv"], times["lora"]) == (["", ""], ["0.500", "0.400"])
+    files = {file.name: file.read_text() for file in write_page(compared, tmp_path / "page")}
+    assert "lora\ntest accuracy" in files["step.svg"]
+    assert "icv" not in files["step.svg"]
+    assert "icv\ntest accuracy" in files["file.svg"]
+    alone = compare([tmp_path / "icv"])
+    names = [file.name for file in write_page(alone, tmp_path / "alone")]
+    assert "step.svg" not in names
+    assert "file.svg" in names
+
+
+def test_settings_that_differ_besides_the_method_are_reported(tmp_path):
+    for i, method in enumerate(("lora", "mola")):
+        after = {"accuracy": 0.5, "rows": 50.0}
+        words = f"+method={method}", f"train.steps={6 * (i + 1)}"
+        write_run(tmp_path / method, 0.0, *words, after=after)
+    _, table, *_ = write_page(compare([tmp_path]), tmp_path / "page")
+    text = table.read_text()
+    assert "These runs also differ in other settings: train.steps=6 or 12." in text
+    assert "data: wordnet, test examples: n = 50" in text
+
+
+def test_the_learning_rates_of_a_study_are_listed_and_the_chosen_one_is_marked(runs, tmp_path):
+    rates = {"lora": {"validation": {"0.01": 0.5, "0.001": 0.625}, "taken": 0.001}}
+    rates["mos"] = {"validation": {"0.01": 0.25}, "taken": 0.01}
+    _, table, *_ = write_page(compare([runs]), tmp_path / "page", rates)
+    assert "| lora | 62.5 % * | 50.0 % |" in table.read_text()
+    assert "| mos | failed | 25.0 % * |" in table.read_text()
+
+
+def test_a_chosen_rate_of_many_digits_is_marked():
+    # as a study writes them
+    tried = {"validation": {"0.00123457": 0.5, "0.01": 0.25}, "taken": 0.00123456789}
+    table = learning_rates_tried("accuracy", {"lora": tried})
+    assert table.rows == [["lora", "50.0 % *", "25.0 %"]]
+
+
+def test_the_page_of_a_search_labels_its_scores_as_validation_scores(tmp_path):
+    for method in ("lora", "mos"):
+        write_run(tmp_path / method, 0.0, f"+method={method}", after=None, validation=0.4)
+    page, *_ = write_page(compare([tmp_path]), tmp_path / "page")
+    assert ">validation accuracy</th>" in page.read_text()
+    assert "test examples" not in page.read_text()
+
+
+def test_compare_is_a_command(runs, tmp_path, capsys):
+    status = main.main(["compare", str(runs), "--out", str(tmp_path / "out")])
+    assert status == 0
+    assert "61.0 ± 1.0 %" in capsys.readouterr().out
+    assert (tmp_path / "out" / "index.html").is_file()
+
+
+def test_each_data_set_is_a_section_of_its_own(runs, tmp_path, capsys):
+    write_run(tmp_path / "runs" / "other", 0.3, "+method=lora", "data=files", "data.train=x.csv")
+    status = main.main(["compare", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    assert status == 0
+    printed = capsys.readouterr().out
+    assert printed.index("files x.csv on minilm\n") < printed.index("wordnet on minilm\n")
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert text.startswith("## files x.csv on minilm\n\n| method |")
+    assert "\n## wordnet on minilm\n" in text
+    assert (tmp_path / "out" / "index.html").read_text().count("<svg ") == 10
+    assert {"step-1.svg", "step-2.svg"} < {p.name for p in (tmp_path / "out").glob("*.svg")}
+
+
+def test_compare_of_nothing_is_one_message(tmp_path, capsys):
+    assert main.main(["compare", str(tmp_path)]) == 2
+    assert "no finished run" in capsys.readouterr().err

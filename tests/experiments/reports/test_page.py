@@ -1,0 +1,144 @@
+"""HTML pages and their charts as inline SVG."""
+
+import re
+from itertools import pairwise
+from xml.etree import ElementTree
+
+import pytest
+import warm_python
+from fresh_python import fresh
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from petl.experiments.reports.page import (
+    Curve,
+    Point,
+    bar_chart,
+    cost_chart,
+    cost_legend,
+    line_chart,
+    pareto_front,
+    render_page,
+    set_log_ticks,
+)
+
+SPACE = "{http://www.w3.org/2000/svg}"
+RISING = Curve("train", [(10, 1.1), (20, 2.9)])
+
+
+def texts(chart):
+    return [e.text for e in ElementTree.fromstring(chart).iter(f"{SPACE}text")]
+
+
+def numbers(chart):
+    return [float(t.replace(",", "")) for t in texts(chart) if re.fullmatch(r"[\d.,]+", t or "")]
+
+
+def test_a_line_chart_has_title_axis_labels_and_a_legend():
+    curves = [RISING, Curve("held <out>", [(20, 1.5)])]
+    chart = line_chart(curves, "Loss", x="step", y="loss (nats per example)")
+    assert {"Loss", "step", "loss (nats per example)", "train", "held <out>"} <= set(texts(chart))
+    assert chart.startswith('<svg role="img"')
+    title = ElementTree.fromstring(chart).find(f"{SPACE}title")
+    assert title.text == "Loss: train, held <out>"
+
+
+def test_ticks_cover_the_data():
+    chart = line_chart([RISING], "Loss", x="step", y="loss")
+    assert min(numbers(chart)) == 0  # of the steps
+    assert {1, 3} <= set(numbers(chart))  # around 1.1 and 2.9
+    assert 20 in numbers(chart)
+
+
+def test_a_percentage_axis_ends_at_100():
+    for points in ([(1, 100.0)], [(1, 60.0), (2, 100.0)]):
+        chart = line_chart([Curve("a", points)], "Accuracy", x="", y="", maximum=100.0)
+        assert max(numbers(chart)) == 100
+
+
+def test_a_marked_step_is_in_the_legend():
+    chart = line_chart([RISING], "Loss", x="step", y="loss", marked=("kept (step 20)", 20))
+    assert "kept (step 20)" in texts(chart)
+
+
+@pytest.mark.parametrize("points", [[(5, 0.0)], [(5, 1.0), (6, 1.0)], [(0, -3.0)]])
+def test_constant_curves_and_single_points_can_be_drawn(points):
+    ElementTree.fromstring(line_chart([Curve("flat", points)], "Flat", x="step", y="value"))
+
+
+def test_a_chart_depends_on_its_content_alone():
+    with rc_context({"font.size": 30, "svg.hashsalt": None}):  # as a user's matplotlibrc may say
+        first = line_chart([RISING], "Loss", x="step", y="loss")
+    second = line_chart([RISING], "Loss", x="step", y="loss")
+    assert first == second
+    assert "matplotlib" not in first.replace("http://matplotlib", "")
+    assert not re.search(r"\d{4}-\d\d-\d\d", first)
+
+
+def test_ids_do_not_repeat_in_a_page_unless_their_content_is_the_same():
+    charts = [line_chart([RISING], str(i), x="step", y="loss") for i in range(2)]
+    assert not re.search(r'id="(figure|axes|text|patch)_\d', "".join(charts))
+
+
+def test_a_bar_has_its_value_and_its_percentage():
+    chart = bar_chart(
+        {"forward": 6.0, "data": 1.99, "saving": 0.01}, "Time", x="time (s)", unit="s"
+    )
+    assert {"forward", "6 s, 75 %", "1.99 s, 25 %", "0.01 s, < 1 %"} <= set(texts(chart))
+    assert {"Time", "time (s)"} <= set(texts(chart))
+
+
+@pytest.mark.parametrize("most_expensive", [3.0, 300.0])
+def test_a_cost_chart_covers_its_points_on_either_scale(most_expensive):
+    points = [Point("a", 1.0, 50.0, 1.0), Point("b", most_expensive, 98.0, 4.0)]
+    chart = cost_chart(
+        points, "Score", x="cost", y="accuracy (%)", higher_is_better=True, maximum=100.0
+    )
+    assert {"Score", "cost", "accuracy (%)"} <= set(texts(chart))
+    assert max(n for n in numbers(chart) if n != 300) == 100  # an error bar reaches 102
+
+
+@pytest.mark.filterwarnings("error", "ignore::ResourceWarning")
+def test_a_cost_chart_has_points_without_cost():
+    points = [Point("free", 0.0, 50.0, 0.0), None, Point("b", 300.0, 98.0, 0.0)]
+    chart = cost_chart(points, "Score", x="cost", y="accuracy", higher_is_better=True)
+    assert "<title>free\naccuracy: 50\ncost: 0</title>" in chart
+    assert "<title>b\naccuracy: 98\ncost: 300</title>" in chart
+
+
+# any warning fails it but that of a file which another test left open
+@pytest.mark.filterwarnings("error", "ignore::ResourceWarning")
+def test_the_legend_wraps_long_names():
+    name = "lora " + "train.early_stopping=1 " * 4
+    assert texts(cost_legend([name])).count("train.early_stopping=1") >= 3
+
+
+def test_ticks_of_a_logarithmic_axis_are_round_and_do_not_overlap():
+    figure = Figure(figsize=(6, 4))
+    for ratio, marks in ((20, {"0.5", "1", "2", "5"}), (2000, {"1", "10", "100"})):
+        axes = figure.add_subplot()
+        axes.set(xscale="log", xlim=(0.4, 0.4 * ratio))
+        set_log_ticks(axes.xaxis, ratio)
+        figure.canvas.draw()
+        labels = [label for label in axes.get_xticklabels(which="both") if label.get_text()]
+        assert marks <= {label.get_text() for label in labels}
+        boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
+        assert all(one.x1 < other.x0 for one, other in pairwise(boxes))
+        axes.remove()
+
+
+def test_the_pareto_front_is_what_no_other_point_beats():
+    points = [Point("a", 1, 5, 0), Point("b", 2, 4, 0), Point("c", 3, 7, 0), Point("d", 3, 6, 0)]
+    assert [p.name for p in pareto_front(points, higher_is_better=True)] == ["a", "c"]
+    assert [p.name for p in pareto_front(points, higher_is_better=False)] == ["a", "b"]
+
+
+def test_values_are_escaped():
+    page = render_page("a <b>", "<p>{{ text }}</p>", text="<script>")
+    assert "<title>a &lt;b&gt;</title>" in page
+    assert "<p>&lt;script&gt;</p>" in page
+
+
+def test_matplotlib_is_imported_only_to_draw():
+    code = "import sys, petl.experiments.reports.run_report; print('matplotlib' in sys.modules)"
+    assert fresh(code, python=warm_python.without_peft()) == "False\n"

@@ -1,0 +1,170 @@
+"""The report of one run."""
+
+import json
+import re
+
+import pytest
+from comparable import write_run
+from training_fixtures import train
+
+from petl.cli import main
+from petl.errors import InputError
+from petl.experiments.reports.run_report import REPORT, write_page
+
+pytest_plugins = ["training_fixtures"]
+
+SCORES = {
+    "trainable_parameters": 3000,
+    "tokens": 12345,
+    "unit": "tokens",
+    "padding": 0.25,
+    "best_step": None,
+    "lr": 0.002,
+    "head_lr": None,
+    "task": "classification",
+    "time_split": {"forward": 3.0, "backward": 1.0},
+}
+LOG = [
+    {"step": 10, "epoch": 0.1, "loss": 2.5, "grad_norm": 1.0, "lr": 0.002, "expert_load_max": 1.5},
+    {"step": 10, "validation": {"accuracy": 0.25, "loss": 2.4, "rows": 40}},
+    {"step": 20, "epoch": 0.2, "loss": 2.1, "grad_norm": 0.9, "lr": 0.001, "expert_load_max": 1.4},
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    run = write_run(tmp_path / "run", 0.592, "+method=mola", **SCORES)
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in LOG))
+    environment = json.loads((run / "environment.json").read_text())
+    more = {"platform": "Linux", "python": "3.11", "processes": 2, "command": "python <train>.py"}
+    (run / "environment.json").write_text(json.dumps(environment | more))
+    (run / "adapter").mkdir()
+    readme = "# it\n```python\nimport petl\nmodel = petl.load(base, 'here')\n```\n"
+    (run / "adapter" / "README.md").write_text(readme)
+    return run
+
+
+def titles(page):
+    return re.findall(r"<svg[^>]*>\s*<title>(.*?)</title>", page)
+
+
+def test_the_page_has_scores_sizes_times_settings_and_how_to_load(folder):
+    page = write_page(folder).read_text()
+    assert "mola · minilm · wordnet</h1>" in page
+    # Wilson's interval of 59.2 of 100
+    said = "59.2 %, 95 % interval 49.4 to 68.3 % (10.0 % before training)."
+    assert f"Accuracy on 100 test examples: {said}" in page
+    assert "<dd>3,000 (including a trained head)</dd>" in page
+    assert "<dt>adapter parameters</dt><dd>1,000</dd>" in page
+    assert "4 kB (4,096 bytes)" in page
+    assert "<dd>0.002</dd>" in page  # the learning rate
+    assert "3 s, 75 %" in page
+    assert "num_experts:" in page
+    assert "model = petl.load(base, &#39;here&#39;)" in page
+    assert "processes: 2" in page
+    assert "&lt;train&gt;" in page  # escaped: it is shown, not interpreted
+
+
+def test_the_page_leaves_out_what_does_not_apply(folder):
+    assert (
+        "<dt>padding</dt><dd>25.0 % of the computed positions</dd>"
+        in write_page(folder).read_text()
+    )
+    for name, more in (
+        ("scores.json", {"unit": "images", "time_split": {"forward": 3.0, "linear probe": 6e-6}}),
+        ("environment.json", {"packages": {"torch": "2.13.0", "soundfile": None}}),
+    ):
+        file = folder / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    page = write_page(folder).read_text()
+    assert "<dt>padding" not in page
+    assert "linear probe" not in page
+    assert "<dd>torch 2.13.0</dd>" in page
+
+
+def test_each_metric_of_the_log_has_a_chart(folder):
+    drawn = titles(write_page(folder).read_text())
+    assert drawn == [
+        "Loss: training, validation",
+        "Validation accuracy: accuracy",
+        "Busiest expert: expert_load_max",
+        "Gradient norm: grad_norm",
+        "Learning rate: lr",
+        "Time by activity: forward, backward",
+    ]
+
+
+def test_the_page_needs_no_other_file(folder):
+    (folder / "ranks.png").write_bytes(b"\x89PNG picture")
+    page = write_page(folder).read_text()
+    assert '<img alt="Ranks" src="data:image/png;base64,iVBORyBwaWN0dXJl">' in page
+    assert not re.findall(r'src="(?!data:)|href="\w+:|@import|url\((?!#)', page)
+    assert page.count("<script") == 1  # petl's own, without attributes
+    assert "<script>\n" in page
+
+
+def test_links_are_to_files_of_the_run_that_exist(folder):
+    page = write_page(folder).read_text()
+    names = ["adapter", "config.yaml", "scores.json", "metrics.jsonl", "environment.json"]
+    assert re.findall(r'<a href="(.*?)">', page) == [".", *names]
+    (folder / "metrics.jsonl").unlink()
+    assert 'href="metrics.jsonl"' not in write_page(folder).read_text()
+
+
+def test_the_page_shows_what_the_method_did_once(folder):
+    heat_map = {
+        "name": "expert_load",
+        "title": "Load <b>",
+        "unit": "%",
+        "rows": ["<script>alert(1)</script>"],
+        "columns": ["0", "1"],
+        "cells": [[25.0, None]],
+    }
+    (folder / "heat_maps.json").write_text(json.dumps([heat_map]))
+    (folder / "expert_load.png").write_bytes(b"\x89PNG of the same")
+    page = write_page(folder).read_text()
+    assert "What the method did" in page
+    assert "<strong>Load &lt;b&gt;</strong>" in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; · 0: 25 %" in page
+    assert "data:image/png" not in page
+    heat_map["cells"] = [[25.0]]
+    (folder / "heat_maps.json").write_text(json.dumps([heat_map]))
+    with pytest.raises(InputError, match=r"heat_maps.json cannot be used: \[0\].cells has not"):
+        write_page(folder)
+    (folder / "heat_maps.json").write_text(json.dumps([{**heat_map, "cells": [["<b>"]]}]))
+    with pytest.raises(InputError, match="not a"):
+        write_page(folder)
+
+
+def test_an_unfinished_run_has_a_page(folder, capsys):
+    for name in ("scores.json", "environment.json", "adapter/README.md"):
+        (folder / name).unlink()
+    with (folder / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 30, "lo')  # killed while it wrote
+    assert main.main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out == f"{folder / REPORT}\n"
+    page = (folder / REPORT).read_text()
+    assert "The run is not finished; its log ends at step 20." in page
+    assert "Loss: training, validation" in titles(page)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match="is not the folder of a run"):
+        write_page(tmp_path)
+
+
+def test_the_page_of_a_training_run_accounts_for_its_time(tiny, tmp_path):
+    words = ["+method=mola", "train.log_steps=2", "train.save_steps=2", "train.eval_steps=4"]
+    run = train([*tiny.classify, *words], tmp_path / "run")
+    split = run.scores["time_split"]
+    parts = {"data", "forward", "backward", "optimizer", "logging", "evaluation", "checkpoints"}
+    assert parts <= set(split)
+    assert all(seconds > 0 for name, seconds in split.items() if name in parts)
+    in_steps = sum(split[name] for name in ("data", "forward", "backward", "optimizer"))
+    assert in_steps < run.scores["seconds"]
+    page = (run.path / REPORT).read_text()
+    loading = re.search(
+        r"```python\n(.*?)```", (run.path / "adapter" / "README.md").read_text(), re.S
+    )
+    assert loading[1].splitlines()[-2] in page.replace("&#39;", "'")
+    assert len(titles(page)) == 10

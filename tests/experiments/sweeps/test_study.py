@@ -1,0 +1,250 @@
+"""Studies: learning rates are chosen on validation examples, seeds scored on the test set."""
+
+import json
+import sys
+
+import pytest
+import warm_python
+from comparable import write_run
+from omegaconf import OmegaConf
+from training_fixtures import Tiny, main
+
+import petl
+from petl.errors import InputError, RunStopped
+from petl.experiments.sweeps.study import Contender, Job, Study
+from petl.training.compose import compose
+
+pytest_plugins = ["training_fixtures"]
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[str]:
+    """Folders of the runs that were made, in this process instead of one of their own."""
+    folders = []
+
+    def make(self: Study, job: Job) -> tuple[Job, float]:
+        folders.append(str(job.folder.relative_to(self.folder)))
+        job.folder.parent.mkdir(parents=True, exist_ok=True)
+        job.log.write_text("")
+        main()(compose(job.overrides))
+        return job, 0.0
+
+    monkeypatch.setattr(Study, "_train", make)
+    return folders
+
+
+def small(tiny: Tiny, folder, **changes) -> Study:
+    given = {
+        "contenders": [Contender("lora"), Contender("lora method.r=2")],
+        "seeds": [0, 1],
+        "rates": [1e-5, 1e-2],
+        "overrides": tiny.steady,
+    }
+    return Study(folder=folder, **{**given, **changes})
+
+
+def test_each_method_is_tuned_and_then_run_with_every_seed(tiny, tmp_path, made):
+    found = small(tiny, tmp_path)
+    found.run()
+    assert made == [
+        *("tune/lora/lr-1e-05", "tune/lora/lr-0.01"),
+        *("tune/lora-r-2/lr-1e-05", "tune/lora-r-2/lr-0.01"),
+        *("runs/lora/seed-0", "runs/lora-r-2/seed-0", "runs/lora/seed-1", "runs/lora-r-2/seed-1"),
+    ]
+    rates = json.loads((tmp_path / "rates.json").read_text())
+    for contender in found.contenders:
+        noted = rates[contender.name]
+        best = max(noted["validation"], key=lambda rate: noted["validation"][rate])
+        assert noted["validation"][f"{noted['taken']:g}"] == noted["validation"][best]
+    for name in made:
+        scores = json.loads((tmp_path / name / "scores.json").read_text())
+        if name.startswith("tune"):  # nothing of the test rows can leak into the choice
+            assert scores["after"] is scores["before"] is scores["linear_probe"] is None
+            assert 0 <= scores["validation"] <= 1
+        else:
+            assert scores["after"]["rows"] == 20
+
+
+def test_a_stopped_study_resumes(tiny, tmp_path, made, monkeypatch):
+    real = Study._train
+
+    def stop(self, job):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return real(self, job)
+
+    monkeypatch.setattr(Study, "_train", stop)
+    one = {"contenders": [Contender("lora")]}
+    with pytest.raises(KeyboardInterrupt):
+        small(tiny, tmp_path, **one).run()
+    monkeypatch.setattr(Study, "_train", real)
+    small(tiny, tmp_path, **one).run()
+    assert made == [
+        "tune/lora/lr-1e-05",
+        "tune/lora/lr-0.01",
+        "runs/lora/seed-0",
+        "runs/lora/seed-1",
+    ]
+
+
+def test_failed_runs_are_named_and_the_others_trained(tiny, tmp_path, made, monkeypatch):
+    real = Study._train
+
+    def fail(self, job):
+        return (job, 0.0) if job.folder.name == "seed-0" else real(self, job)
+
+    monkeypatch.setattr(Study, "_train", fail)
+    found = small(tiny, tmp_path, contenders=[Contender("lora")], rates=[1e-3])
+    with pytest.raises(RunStopped, match=r"1 runs failed, see .*seed-0\.log"):
+        found.run()
+    assert made == ["runs/lora/seed-1"]
+
+
+def test_without_rates_each_method_has_its_default(tiny, tmp_path, made):
+    found = small(tiny, tmp_path, contenders=[Contender("compacter method.r=4")], rates=[])
+    found.run()
+    assert made == ["runs/compacter-r-4/seed-0", "runs/compacter-r-4/seed-1"]
+    config = OmegaConf.load(tmp_path / made[0] / "config.yaml")
+    assert config.train.lr == petl.method("compacter").lr
+
+
+def test_the_seed_of_a_run_can_be_that_of_its_method(tiny, tmp_path, made):
+    words = "sparse method.r=1 method.selection_algorithm=none method.init_seed={seed}"
+    found = small(tiny, tmp_path, contenders=[Contender(words)], seeds=[0, 3])
+    found.run()
+    seeds = {
+        name: OmegaConf.load(tmp_path / name / "config.yaml").method.init_seed for name in made
+    }
+    folder = "sparse-r-1-selection_algorithm-none-init_seed-seed-"
+    assert seeds == {
+        **{f"tune/{folder}/lr-{rate:g}": 0 for rate in found.rates},
+        **{f"runs/{folder}/seed-{seed}": seed for seed in (0, 3)},
+    }
+
+
+def test_a_method_with_a_rate_of_its_own_keeps_it(tiny, tmp_path, made):
+    contenders = [Contender("lora train.lr=2e-3"), Contender("lora")]
+    found = small(tiny, tmp_path, contenders=contenders, seeds=[0])
+    found.run()
+    kept, chosen = "runs/lora-train.lr-2e-3/seed-0", "runs/lora/seed-0"
+    assert made == ["tune/lora/lr-1e-05", "tune/lora/lr-0.01", kept, chosen]
+    rates = [OmegaConf.load(tmp_path / name / "config.yaml").train.lr for name in (kept, chosen)]
+    assert rates == [2e-3, found.tried["lora"]["taken"]]
+    assert found.tried.keys() == {"lora"}
+
+
+def test_bad_settings_stop_a_study_before_any_run(tiny, tmp_path, made):
+    for words, message in (
+        ("mloa", "no method 'mloa'"),
+        ("lora method.rank=2", "no setting method.rank"),
+    ):
+        with pytest.raises(InputError, match=message):
+            small(tiny, tmp_path, contenders=[Contender("lora"), Contender(words)]).run()
+    with pytest.raises(InputError, match="lora is in the study 2 times"):
+        small(tiny, tmp_path, contenders=[Contender("lora"), Contender("lora")]).run()
+    assert made == []
+
+
+def test_of_equal_learning_rates_the_one_with_the_lower_loss_is_chosen(tmp_path):
+    found = Study(tmp_path, [Contender("lora")], [0], [1e-4, 1e-3, 1e-2])
+    for rate, loss in zip(found.rates, (0.5, 0.4, 0.4), strict=True):
+        folder = found._tuning(found.contenders[0], rate).folder
+        scores = {"accuracy": 0.5, "loss": loss}
+        figures = {"after": None, "validation": 0.5, "validation_scores": scores}
+        write_run(folder, 0.5, "+method=lora", **figures)
+    assert found.best_rate(found.contenders[0]) == 1e-3  # of equal losses the lower rate
+
+
+RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+
+
+@pytest.fixture
+def scored(monkeypatch) -> dict[float, float | None]:
+    """Validation scores by learning rate, which runs get without training; None: they fail."""
+    table: dict[float, float | None] = {}
+
+    def score(self: Study, job: Job) -> tuple[Job, float]:
+        given = dict(word.split("=", 1) for word in job.overrides)
+        rate = float(given["train.lr"])
+        if table[rate] is not None:
+            write_run(job.folder, table[rate], *job.overrides, validation=table[rate], lr=rate)
+        return job, 0.0
+
+    monkeypatch.setattr(Study, "_train", score)
+    return table
+
+
+@pytest.mark.parametrize(
+    ("scores", "tried", "taken"),
+    [
+        ([0.1, 0.2, 0.3, 0.4, 0.3, 0.2, 0.1], RATES[2:5], 3e-3),  # interior at once
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.2, 0.1], RATES[2:6], 1e-2),  # it falls beyond
+        ([0.1, 0.2, 0.3, 0.4, 0.5, None, 0.9], RATES[2:6], 1e-2),  # it fails beyond
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], RATES[2:], 1e-1),  # at the end of all
+        ([0.2, 0.4, 0.3, 0.2, 0.1, 0.1, 0.1], RATES[:5], 3e-4),
+    ],
+)
+def test_rates_are_tried_outward_while_the_best_is_at_an_end(
+    tiny, tmp_path, scored, scores, tried, taken
+):
+    scored.update(zip(RATES, scores, strict=True))
+    one = {"contenders": [Contender("lora")], "rates": RATES, "seeds": [0]}
+    small(tiny, tmp_path, **one, outward=True).run()
+    found = json.loads((tmp_path / "rates.json").read_text())["lora"]
+    finished = {f"{rate:g}" for rate in tried if scored[rate] is not None}
+    assert found["validation"].keys() == finished
+    assert found["taken"] == taken
+    assert json.loads((tmp_path / "runs/lora/seed-0/scores.json").read_text())["lr"] == taken
+
+
+def test_a_rate_that_was_tried_before_counts_and_runs_with_another_one_are_replaced(
+    tiny, tmp_path, scored
+):
+    scored.update(zip(RATES, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.2], strict=True))
+    one = {"contenders": [Contender("lora")], "seeds": [0, 1]}
+    small(tiny, tmp_path, **one, rates=RATES[1:5]).run()
+    folder = tmp_path / "runs/lora"
+    assert json.loads((folder / "seed-1/scores.json").read_text())["lr"] == 1e-2
+    small(tiny, tmp_path, **one, rates=RATES, outward=True).run()
+    found = json.loads((tmp_path / "rates.json").read_text())["lora"]
+    assert found["validation"].keys() == {f"{rate:g}" for rate in RATES[1:]}
+    for seed in (0, 1):
+        assert json.loads((folder / f"seed-{seed}/scores.json").read_text())["lr"] == 3e-2
+        before = tmp_path / f"replaced/lora/seed-{seed}-lr-0.01/scores.json"
+        assert json.loads(before.read_text())["lr"] == 1e-2
+
+
+@pytest.mark.parametrize("changes", [{"seeds": [0, 1, 0]}, {"rates": [1e-3, 1e-3]}])
+def test_a_seed_or_learning_rate_that_is_given_twice_is_refused(tiny, tmp_path, made, changes):
+    with pytest.raises(InputError, match="has a value twice"):
+        small(tiny, tmp_path, **changes).run()
+    assert made == []
+
+
+def test_a_folder_of_another_study_is_refused(tiny, tmp_path, made):
+    one = {"contenders": [Contender("lora")], "rates": [1e-3], "seeds": [0]}
+    small(tiny, tmp_path, **one).run()
+    other = small(tiny, tmp_path, **one, overrides=[*tiny.steady, "train.batch_size=4"])
+    with pytest.raises(InputError, match=r"another study \(train\.batch_size=8 there, 4 here"):
+        other.run()
+
+
+def test_a_study_of_several_data_sets_resumes(tiny, tmp_path, made):
+    rows = f"train:{tiny.folder}/train.csv,test:{tiny.folder}/test.csv,max_length:16"
+    sets = f"data.sets={{one:{{data:files,{rows}}},two:{{data:files,{rows}}}}}"
+    words = [*tiny.steady[:2], "data=tasks", sets, "train.steps=2", "train.linear_probe=false"]
+    several = {"contenders": [Contender("lora")], "rates": [1e-3], "overrides": words}
+    small(tiny, tmp_path, **several, seeds=[0]).run()
+    small(tiny, tmp_path, **several, seeds=[0, 1]).run()
+    assert made == ["runs/lora/seed-0", "runs/lora/seed-1"]
+
+
+@pytest.mark.thorough
+def test_each_run_of_a_study_is_a_process_of_petl_train(tiny, tmp_path, monkeypatch):
+    job = Job(tmp_path / "it's here" / "run", [])
+    found = Study(tmp_path, [Contender("lora")], [0], [1e-3])
+    quoted = found._job(job.folder, Contender("lora"), 0, []).overrides
+    assert compose(quoted).train.run == str(job.folder)
+    monkeypatch.setattr(sys, "executable", warm_python.python())
+    found._train(Job(job.folder, ["+method=mloa"]))
+    assert "no method 'mloa'" in job.log.read_text()

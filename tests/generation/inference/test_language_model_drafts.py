@@ -1,0 +1,101 @@
+"""Answers of single prompts are decoded with drafts, and stay what they are."""
+
+import pytest
+import torch
+from writer_fixtures import PROMPTS
+
+from petl.efficiency.drafting import Stats, drafter
+from petl.errors import InputError, UnsupportedError
+from petl.generation.inference.loading import load_language_model
+from petl.generation.inference.sampling import Sampling
+from petl.system.files.disk import remove
+
+pytest_plugins = ["writer_fixtures"]
+SETTINGS = [
+    Sampling(max_new_tokens=40),
+    Sampling(max_new_tokens=40, temperature=1.0, top_p=0.9, repetition_penalty=1.2),
+    Sampling(max_new_tokens=60, stop=("a", "e")),
+]
+
+
+def answers(model, sampling, stats=None):
+    torch.manual_seed(0)
+    with model.using("default"):
+        return [model.answer([model.encode(p)], sampling, stats=stats)[0] for p in PROMPTS]
+
+
+@pytest.mark.parametrize("name", ["lora", "mola"])
+def test_drafts_change_no_answer(writers, name):
+    plain = load_language_model(writers.folder / name, drafting="none")
+    assert plain.drafter is None
+    model, stats = writers.load(name), Stats()
+    assert model.drafter.name == "free"
+    assert model.drafter is model.drafter
+    for sampling in SETTINGS:
+        assert answers(model, sampling, stats) == answers(plain, sampling)
+    assert stats.answers == 3 * len(PROMPTS)
+    assert stats.accepted > 0
+
+
+def test_a_stream_with_drafts_is_the_answer(writers):
+    streams = []
+    for drafting in ("auto", "none"):
+        model = load_language_model(writers.folder / "lora", drafting=drafting)
+        pieces: list[str] = []
+        with model.using("default"):
+            (answer,) = model.answer([model.encode("Hi")], SETTINGS[2], write=pieces.append)
+        assert "".join(pieces) == answer.text
+        streams.append(pieces)
+    assert streams[0] == streams[1] != []
+
+
+def test_batches_encoder_decoders_and_prompt_lookup_are_decoded_without_drafts(writers):
+    pair = writers.load("t5-lora")
+    assert pair.drafter is None
+    model, stats = writers.load("lora"), Stats()
+    with model.using("default"):
+        model.answer([model.encode(text) for text in PROMPTS], SETTINGS[0], stats=stats)
+        looking = Sampling(max_new_tokens=9, prompt_lookup=3)
+        model.answer([model.encode("Hi")], looking, stats=stats)
+    assert stats.passes == 0
+
+
+def test_a_drafter_that_cannot_be_used_is_refused(writers, tmp_path):
+    with pytest.raises(UnsupportedError, match="is an encoder-decoder"):
+        _ = load_language_model(writers.folder / "t5-lora", drafting="free").drafter
+    with pytest.raises(InputError, match="give the folder of a drafter"):
+        _ = load_language_model(writers.folder / "lora", drafting=str(tmp_path)).drafter
+    with pytest.raises(InputError, match=r"'fre' is neither .*; did you mean 'free'"):
+        _ = load_language_model(writers.folder / "lora", drafting="fre").drafter
+
+
+def test_a_saved_drafter_is_taken_from_its_folder_and_from_that_of_the_run(writers, tmp_path):
+    base = writers.load("lora").base
+    drafter("recycling", model=base, nodes=3).save(tmp_path)
+    given = load_language_model(writers.folder / "lora", drafting=str(tmp_path))
+    assert (given.drafter.name, given.drafter.nodes) == ("recycling", 3)
+    assert load_language_model(writers.folder / "lora", drafting="lookup").drafter.name == "lookup"
+    own = writers.folder / "lora" / "drafter"
+    drafter("recycling", model=base, nodes=5).save(own)
+    try:
+        model = writers.load("lora", second="other")
+        with model.using("default"):
+            assert model.drafter.drafter.nodes == 5  # behind lookup
+            assert model.drafter is model.drafter
+        # it was trained for the first adapter
+        for name in ("second", "base"):
+            with model.using(name):
+                assert model.drafter.name == "free"
+        assert load_language_model(writers.folder / "lora", drafting="free").drafter.name == "free"
+    finally:
+        remove(own)
+
+
+def test_a_plain_model_has_a_drafter_of_its_own(writers):
+    own = writers.folder / "llama" / "drafter"
+    drafter("recycling", model=writers.load("llama").base, nodes=5).save(own)
+    try:
+        assert writers.load("llama").drafter.drafter.nodes == 5
+        assert writers.load("lora").drafter.name == "free"
+    finally:
+        remove(own)

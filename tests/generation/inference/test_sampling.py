@@ -1,0 +1,93 @@
+"""Settings of sampling, stop texts, and the text of an answer while it is written."""
+
+from threading import Event
+
+import pytest
+import torch
+from tiny_tokenizers import byte_tokenizer
+from transformers import GenerationConfig
+
+from petl.errors import InputError
+from petl.generation.inference.sampling import Sampling, StopEvent, StopTexts, TextStream
+
+GREEDY = GenerationConfig()
+SAMPLED = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, max_new_tokens=7)
+
+
+def test_the_models_generation_config_holds_unless_settings_are_given():
+    assert Sampling().arguments(GREEDY)["do_sample"] is False
+    assert Sampling().arguments(GREEDY)["max_new_tokens"] == 512
+    assert Sampling().arguments(SAMPLED) == {
+        "do_sample": True,
+        "top_k": 0,
+        "max_new_tokens": 7,
+        "num_beams": 1,
+    }
+    given = Sampling(temperature=0.0, max_new_tokens=3).arguments(SAMPLED)
+    assert (given["do_sample"], given["max_new_tokens"]) == (False, 3)
+    given = Sampling(top_k=5, repetition_penalty=1.2, prompt_lookup=4).arguments(GREEDY)
+    assert given["do_sample"] is True
+    assert (given["top_k"], given["repetition_penalty"]) == (5, 1.2)
+    assert given["prompt_lookup_num_tokens"] == 4
+
+
+def test_all_tokens_are_sampled_from_unless_model_or_settings_cut():
+    assert Sampling(temperature=1.0).arguments(GREEDY)["top_k"] == 0
+    assert Sampling(temperature=1.0).arguments(GenerationConfig(top_k=20))["top_k"] == 20
+    assert Sampling(top_k=5).arguments(GenerationConfig(top_k=20))["top_k"] == 5
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("temperature", -1.0),
+        ("temperature", float("nan")),
+        ("top_p", 1.5),
+        ("max_new_tokens", 0),
+        ("repetition_penalty", 0.0),
+        ("prompt_lookup", 0),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(setting, value):
+    with pytest.raises(InputError, match=rf"{setting}=.* is not from "):
+        Sampling(**{setting: value})
+
+
+def test_an_empty_stop_text_is_refused():
+    with pytest.raises(InputError, match=r"stop=\[''\] has an empty text"):
+        Sampling(stop=("",))
+
+
+def streamed(pieces: list[str], *stop: str) -> list[str]:
+    written: list[str] = []
+    stream = TextStream(byte_tokenizer(), written.append, stop)
+    for piece in pieces:
+        stream.on_finalized_text(piece)
+    stream.on_finalized_text("", stream_end=True)
+    return written
+
+
+def test_a_stop_text_never_appears_while_streaming():
+    assert "".join(streamed(["Hello, ", "wo", "rl", "d END", " more"], "rld")) == "Hello, wo"
+    assert "".join(streamed(["a EN", "D b"], "END", "zzz")) == "a "
+    assert "".join(streamed(["a EN", "T b"], "END")) == "a ENT b"
+    assert "".join(streamed(["a E", "N"], "END")) == "a EN"
+    assert streamed(["one ", "two"]) == ["one ", "two"]
+
+
+def test_rows_stop_at_texts_that_several_tokens_spell():
+    tokenizer = byte_tokenizer()
+    rows = ["END abcEND", "END abcENd", "xyzENDyyyy"]
+    ids = torch.tensor([tokenizer(row)["input_ids"] for row in rows])
+    criterion = StopTexts(tokenizer, ["END"], prompt_length=3)
+    # the prompt has the text as well; the third row has it in the middle of a pass of many tokens
+    assert criterion(ids[:, :7], None).tolist() == [False, False, True]
+    assert criterion(ids, None).tolist() == [True, False, True]
+
+
+def test_an_event_stops_all_rows():
+    event = Event()
+    criterion = StopEvent(event)
+    assert criterion(torch.zeros(2, 3), None).tolist() == [False, False]
+    event.set()
+    assert criterion(torch.zeros(2, 3), None).tolist() == [True, True]

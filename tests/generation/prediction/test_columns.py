@@ -1,0 +1,19 @@
+"""Settings of columns for a task that exists."""
+
+import pytest
+
+from petl.data.tasks import Classification, Seq2Seq
+from petl.errors import InputError
+from petl.generation.prediction.columns import data_settings
+
+
+def test_only_settings_that_name_columns_are_taken():
+    task = Seq2Seq(prefix="summarize: ")
+    assert data_settings({"text": "a"}, task, ["data.target=b"]) == {"text": "a", "target": "b"}
+    # how the task reads and writes is that of the run
+    for word, other in (
+        ("data.prefix=x", task),
+        ("data.labels=[a]", Classification(classes=["a"])),
+    ):
+        with pytest.raises(InputError, match="is not a setting of the columns of a file"):
+            data_settings({}, other, [word])

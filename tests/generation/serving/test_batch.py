@@ -1,0 +1,212 @@
+"""Batches: answers of requests that share passes equal those of each request alone."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+from writer_fixtures import adapt
+
+from petl.errors import InputError, UnsupportedError
+from petl.generation.inference.language_model import BASE, LanguageModel
+from petl.generation.inference.loading import load_language_model
+from petl.generation.inference.sampling import Sampling
+from petl.generation.serving import kv_cache
+from petl.generation.serving.batch import Batch, Passes
+from petl.generation.serving.choice import Chooser, Choosing
+from petl.generation.serving.engine import Lane
+from petl.generation.serving.models import load_served, sharing_tensors
+from petl.generation.serving.request import AnswerText, Request
+
+pytest_plugins = ["writer_fixtures"]
+
+PROMPTS = ["Hi", "the cat and the dog and the cat and", "a b a b a", "?", "What is it?", "no"]
+
+
+def request(model: LanguageModel, text: str, adapter: str, tokens: int, stop=()) -> Request:
+    """A request whose pieces are kept in `request.emit.__self__`."""
+    prompt = model.encode(text)
+    defaults = model.base.generation_config
+    chooser = Chooser(Sampling(max_new_tokens=tokens), Choosing(), defaults, prompt)
+    pieces: list = []
+    text_of = AnswerText(model.tokenizer, stop)
+    return Request(prompt, adapter, chooser, text_of, model.ends, pieces.append, tokens)
+
+
+def pieces_of(request: Request) -> list:
+    return request.emit.__self__  # type: ignore[attr-defined]
+
+
+def answer_of(request: Request) -> tuple[str, int, str]:
+    pieces = pieces_of(request)
+    return "".join(piece.text for piece in pieces), pieces[-1].tokens, pieces[-1].finish
+
+
+def alone(model: LanguageModel, request: Request) -> tuple[str, int, str]:
+    """The answer that transformers' `generate` gives to the request by itself."""
+    with model.using(request.adapter):
+        (answer,) = model.answer([request.prompt], Sampling(max_new_tokens=request.max_tokens))
+    return answer.text, answer.tokens, answer.finish
+
+
+def run_staggered(lane: Lane, requests: list[Request]) -> None:
+    """Let two requests join after each step, until all are answered."""
+    left = list(requests)
+    while left or lane.batches:
+        now, left = left[:2], left[2:]
+        lane.advance(now)
+
+
+@pytest.mark.parametrize(("first", "second"), [("lora", "other"), ("mola", None)])
+def test_requests_of_several_adapters_share_passes_and_answer_as_alone(writers, first, second):
+    model = writers.load(first, **({"second": second} if second else {}))
+    names = [*model.adapters, BASE]
+    requests = [
+        request(model, text, names[i % len(names)], 4 + 3 * i) for i, text in enumerate(PROMPTS)
+    ]
+    lane = Lane(Passes(model, None))
+    run_staggered(lane, requests)
+    for each in requests:
+        assert answer_of(each) == alone(model, each)
+    # two prompts at a time, and one pass for the next token of all rows
+    longest = max(len(pieces_of(each)) for each in requests)
+    assert lane.passes.count <= 3 + longest + 2
+    assert lane.passes.count < sum(len(pieces_of(each)) for each in requests) / 2
+
+
+def test_a_method_without_mixed_batches_has_a_lane_for_each_adapter(writers, tmp_path):
+    llama = writers.folder / "llama"
+    for seed, name in enumerate(["first", "second"]):
+        adapt(AutoModelForCausalLM, llama, "ia3", "CAUSAL_LM", tmp_path / name, seed)
+    model = load_language_model(tmp_path / "first", {"second": str(tmp_path / "second")})
+    lanes = {name: Lane(Passes(model, name)) for name in model.names}
+    requests = [request(model, text, model.names[i % 3], 9) for i, text in enumerate(PROMPTS)]
+    for name, lane in lanes.items():
+        lane.advance([each for each in requests if each.adapter == name])
+    while any(lane.batches for lane in lanes.values()):  # in turn, so adapters are switched
+        for lane in lanes.values():
+            lane.advance([])
+    assert [answer_of(each) for each in requests] == [alone(model, each) for each in requests]
+
+
+def plain(writers, model) -> LanguageModel:
+    """A model without adapters, with the tokenizer of `plain`."""
+    return LanguageModel(model.eval(), writers.load("plain").tokenizer, "tiny", is_chat=False)
+
+
+def test_rows_with_a_sliding_window_answer_as_alone(writers):
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=6,
+        initializer_range=0.3,
+        eos_token_id=3,
+    )
+    model = plain(writers, MistralForCausalLM(config))
+    requests = [request(model, text, BASE, 6 + 2 * i) for i, text in enumerate(PROMPTS)]
+    run_staggered(Lane(Passes(model, BASE)), requests)
+    assert [answer_of(each) for each in requests] == [alone(model, each) for each in requests]
+
+
+def test_a_model_with_recurrent_states_answers_each_request_by_itself(writers):
+    torch.manual_seed(0)
+    config = MambaConfig(
+        vocab_size=260, hidden_size=32, state_size=4, num_hidden_layers=2, eos_token_id=3
+    )
+    model = plain(writers, MambaForCausalLM(config))
+    lane = Lane(Passes(model, BASE))
+    assert not lane.passes.mergeable
+    requests = [request(model, text, BASE, 8) for text in PROMPTS[:3]]
+    run_staggered(lane, requests)
+    assert [answer_of(each) for each in requests] == [alone(model, each) for each in requests]
+
+
+def test_padding_that_all_rows_have_is_dropped(writers):
+    model = writers.load("llama")
+    batch = Batch(Passes(model, BASE))
+    batch.join([request(model, "x" * 50, BASE, 1 + 1), request(model, "x", BASE, 9)])
+    long = batch.mask.shape[1]
+    batch.step()  # the end of the first
+    assert batch.mask.shape[1] < long - 40
+    assert batch.cache.get_seq_length() == batch.mask.shape[1]
+
+
+def test_a_cancelled_request_leaves_at_its_next_token(writers):
+    model = writers.load("llama")
+    batch = Batch(Passes(model, BASE))
+    requests = [request(model, "x", BASE, 50), request(model, "y", BASE, 50)]
+    batch.join(requests)
+    requests[0].cancelled.set()
+    batch.step()
+    assert batch.requests == requests[1:]
+
+
+def test_a_request_that_fails_leaves_the_others(writers, caplog):
+    model = writers.load("llama")
+    requests = [request(model, text, BASE, 9) for text in PROMPTS[:3]]
+    requests[1].chooser.is_argmax = False
+    requests[1].chooser.choose = lambda logits: 1 / 0
+    run_staggered(Lane(Passes(model, BASE)), requests)
+    assert isinstance(pieces_of(requests[1])[-1], ZeroDivisionError)
+    assert "a request failed" in caplog.text
+    for each in (requests[0], requests[2]):
+        assert answer_of(each) == alone(model, each)
+
+
+def test_layers_of_a_cache_are_padded_on_the_left():
+    first, second = DynamicCache(), DynamicCache()
+    first.update(torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 4), 0)
+    second.update(2 * torch.ones(1, 1, 5, 4), 2 * torch.ones(1, 1, 5, 4), 0)
+    kv_cache.append(first, second)
+    keys = first.layers[0].keys[:, 0, :, 0]
+    assert keys.tolist() == [[0, 0, 1, 1, 1], [0, 0, 1, 1, 1], [2, 2, 2, 2, 2]]
+    kv_cache.keep(first, torch.tensor([1]), 2)
+    assert first.layers[0].values[:, 0, :, 0].tolist() == [[1, 1, 1]]
+
+
+def test_models_of_several_methods_share_the_tensors_of_their_base(writers):
+    base = writers.load("llama").base
+    other = sharing_tensors(base)
+    assert other is not base
+    assert other.model.layers[0].mlp is not base.model.layers[0].mlp
+    ours, theirs = dict(base.named_parameters()), dict(other.named_parameters())
+    assert all(ours[name] is theirs[name] for name in ours)
+
+
+def test_an_adapter_that_changes_the_base_weights_changes_no_other_answer(writers, tmp_path):
+    folders = {name: writers.folder / name for name in ("lora", "mola")}
+    folders["pissa"] = tmp_path / "pissa"
+    # not saved relative to its start, it changes the base weights again as it is loaded
+    llama = writers.folder / "llama"
+    own = {"init_lora_weights": "pissa"}
+    adapt(LlamaForCausalLM, llama, "lora", "CAUSAL_LM", folders["pissa"], 2, **own)
+    served = load_served({name: str(folder) for name, folder in folders.items()})
+    for name, folder in {**folders, "llama": llama}.items():
+        found = served[name]
+        own = request(found.language, "Hi", found.adapter, 12)
+        run_staggered(found.lane, [own])
+        model = load_language_model(folder)
+        expected = alone(model, request(model, "Hi", model.names[0], 12))
+        assert answer_of(own) == expected, name
+
+
+def test_an_adapter_that_changes_the_base_weights_writes_alone(writers, tmp_path):
+    own = {"init_lora_weights": "pissa"}
+    llama, pissa = writers.folder / "llama", tmp_path / "pissa"
+    adapt(LlamaForCausalLM, llama, "lora", "CAUSAL_LM", pissa, 2, **own)
+    with pytest.raises(InputError, match="'pissa' changes the base weights as it is loaded"):
+        writers.load("lora", pissa=str(pissa))
+    model = load_language_model(pissa)
+    with pytest.raises(UnsupportedError, match="no base model beside"), model.using(BASE):
+        pass

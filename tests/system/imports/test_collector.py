@@ -1,0 +1,69 @@
+import argparse
+import gc
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from petl.cli import main
+from petl.system.imports.collector import RARE, rare_collections
+from petl.training import program as app
+
+OWN = gc.get_threshold()
+
+
+@pytest.fixture(autouse=True)
+def _frozen_again() -> Iterator[None]:
+    """Leave what is imported out of the collections of later tests, as before these."""
+    yield
+    gc.freeze()
+
+
+def test_full_collections_skip_what_the_block_made() -> None:
+    gc.unfreeze()
+    with rare_collections():
+        made = [[] for _ in range(1000)]
+    assert gc.get_freeze_count() >= len(made)
+
+
+def test_thresholds_are_those_of_before_also_after_an_error() -> None:
+    seen = []
+
+    def import_nothing() -> None:
+        with rare_collections():
+            seen.append(gc.get_threshold()[0])
+            raise ImportError
+
+    with pytest.raises(ImportError):
+        import_nothing()
+    assert seen == [RARE]
+    assert gc.get_threshold() == OWN
+
+
+def test_importing_petl_changes_no_threshold() -> None:
+    code = (
+        "import gc; before = gc.get_threshold(); import petl; print(before == gc.get_threshold())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
+def test_training_collects_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("petl.cli.train.main", lambda words: seen.append(gc.get_threshold()) or 0)
+    assert main.main(["train", "+method=lora"]) == 0
+    assert seen == [OWN]
+
+
+def test_a_command_imports_with_rare_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def run(command: object, arguments: argparse.Namespace, **options: object) -> int:
+        seen.append(gc.get_threshold()[0])
+        return 0
+
+    monkeypatch.setattr(app, "run_command", run)
+    assert main.main(["methods"]) == 0
+    assert seen == [RARE]
+    assert gc.get_threshold() == OWN

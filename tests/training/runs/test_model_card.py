@@ -1,0 +1,151 @@
+"""Cards have metadata of the Hub and name no folder of the machine that trained."""
+
+import json
+import re
+
+import pytest
+import yaml
+from hub_server import OWNER
+from huggingface_hub import ModelCard
+from peft import LoraConfig
+from task_runs import executed
+from tiny_tokenizers import word_tokenizer
+from training_fixtures import train
+
+from petl.data.models.sources import read_source
+from petl.data.tasks import CausalLM, Classification, TokenClassification
+from petl.system.files.hub import OnHub, origin_of
+from petl.training.runs.card_code import LOCAL_BASE, TEXT, Usage, placed
+from petl.training.runs.model_card import Described, known_base, model_card, without_folders
+
+pytest_plugins = ["export_fixtures", "hub_server", "training_fixtures"]
+
+TASKS = {
+    "minilm": Classification(classes=["a", "b"], max_length=8),
+    "smollm2": CausalLM(max_length=8, chat=True),
+}
+
+
+def metadata(card):
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [
+        ("minilm", "sentence-transformers/all-MiniLM-L6-v2"),
+        ("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    ],
+)
+def test_packaged_models_have_their_names_on_the_hub(name, base):
+    source = read_source({"name": name, "source": name})
+    config = LoraConfig(base_model_name_or_path="/home/ada/site-packages/model")
+    it = Described(TASKS[name], source, config, known_base(source, None))
+    card = model_card(it)
+    assert metadata(card)["base_model"] == base
+    assert metadata(card)["library_name"] == "peft"
+    assert f'base_model = "{base}"\n' in card
+    assert "/home/ada" not in card
+    assert ("4-bit weights" in card) == (name == "smollm2")
+
+
+def test_a_run_from_before_heads_had_a_rate_has_a_card(lora_run):
+    source = read_source({"name": "minilm", "source": "minilm"})
+    scores = {key: value for key, value in lora_run.scores.items() if key != "head_lr"}
+    it = Described(TASKS["minilm"], source, LoraConfig(), None, scores=scores)
+    assert f"- learning rate: {scores['lr']:.3g}\n" in model_card(it)
+
+
+def test_a_card_has_scores_method_data_and_command(lora_run):
+    text = (lora_run.path / "adapter" / "README.md").read_text()
+    card = ModelCard(text)  # the Hub's own reader, which checks the model index
+    scores = lora_run.scores["after"]
+    found = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert found == {k: v for k, v in scores.items() if k != "rows"}
+    assert {result.dataset_name for result in card.data.eval_results} == {"files"}
+    assert card.data.pipeline_tag == "text-classification"
+    assert set(card.data.tags) == {"petl", "lora"}
+    assert "base_model" not in metadata(text)  # a folder: no name on the Hub
+    assert LOCAL_BASE in text
+    for part in (
+        f"Test accuracy: {scores['accuracy']:.4g} on 20 test examples.",
+        "| before training |",
+        "| adapter |",
+        "- method: lora (Hu et al. 2022",
+        "lora_alpha=16",
+        "- length: 4 steps,",
+        "- seed: 0",
+        "```bash\npetl train",
+    ):
+        assert part in text, part
+    assert str(lora_run.path.parents[1]) not in text
+    assert not re.search(r"(?<![:/\w.])/(tmp|home|work|root)/", text)
+
+
+def test_of_a_path_only_the_last_part_is_shown():
+    words = {
+        "data.train=/home/ada/a.csv": "data.train=a.csv",
+        "data.train=[~/x/a.csv,../b.csv]": "data.train=[a.csv,b.csv]",
+        "model.path=C:\\Users\\ada\\model": "model.path=C:model",
+        "--config-dir": "--config-dir",
+        "+method=lora": "+method=lora",
+    }
+    for word, shown in words.items():
+        assert without_folders(word) == shown
+
+
+def test_a_command_with_an_open_quote_is_left_out(lora_run):
+    source = read_source({"name": "minilm", "source": "minilm"})
+    known = json.loads((lora_run.path / "environment.json").read_text())
+    for command, is_shown in (("petl train a=b", True), ("petl train data.train='it", False)):
+        environment = {**known, "command": command}
+        it = Described(TASKS["minilm"], source, LoraConfig(), None, environment=environment)
+        assert ("petl train" in model_card(it)) == is_shown
+
+
+def test_the_command_keeps_names_on_the_hub_and_templates():
+    source = read_source({"name": "minilm", "source": "minilm"})
+    words = "/v/petl train model.name=a/b data.train=/x/y.csv 'data.text={c}/{d}' --config-dir /z/k"
+    it = Described(TASKS["minilm"], source, LoraConfig(), None, environment=environment(words))
+    assert (
+        "petl train model.name=a/b data.train=y.csv 'data.text={c}/{d}' --config-dir k\n"
+        in model_card(it)
+    )
+
+
+def environment(command):
+    return {"command": command, "device": "cpu", "processor": "x", "packages": {"torch": "2"}}
+
+
+def test_a_folder_in_the_cache_of_the_hub_has_a_name(tmp_path):
+    folder = tmp_path / "models--ada--base" / "snapshots" / "abc"
+    assert origin_of(folder) == OnHub("ada/base", "abc")
+    assert origin_of(tmp_path) is None
+
+
+def test_the_code_for_tags_reads_tokens_as_the_training_did():
+    task = TokenClassification(classes=["O", "B"], max_length=64)
+    usage = Usage(task, read_source({"name": "minilm", "source": "minilm"}), None, "petl.load")
+    names = {"tokenizer": word_tokenizer("this", "text.")}
+    exec(usage.prediction.split("with torch")[0], names)
+    words = TEXT.strip('"').split()
+    encoded = task.encode_rows(names["tokenizer"], {"tokens": [words]})
+    assert names["inputs"]["input_ids"].tolist() == encoded["input_ids"]
+
+
+def test_the_adapters_place_in_the_code_can_be_set():
+    text = placed('\nadapter = "."  # this folder\nx\nmerged = "."  # this folder\n', "ada/verbs")
+    assert text == '\nadapter = "ada/verbs"\nx\nmerged = "ada/verbs"\n'
+
+
+def test_a_model_of_the_hub_is_named_with_its_commit(tiny, hub_server, tmp_path):
+    commit = hub_server.add(f"{OWNER}/base", tiny.folder / "steady")
+    words = [word for word in tiny.steady if not word.startswith("model")]
+    hub_model = ["model=hub", f"model.name={OWNER}/base"]
+    run = train([*words, *hub_model, "+method=lora"], tmp_path / "run")
+    text = (run.path / "adapter" / "README.md").read_text()
+    assert metadata(text)["base_model"] == f"{OWNER}/base"
+    assert metadata(text)["base_model_relation"] == "adapter"
+    assert f'revision="{commit}"' in text
+    hub_server.repositories[f"{OWNER}/base"].commit({"model.safetensors": b"other"})
+    assert executed(run.path / "adapter")["model"].active_peft_config.revision == commit

@@ -1,0 +1,584 @@
+"""A run that was stopped, in any way, resumes as if it had not been."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from concurrent.futures.process import BrokenProcessPool
+from importlib import import_module
+from multiprocessing import active_children
+from pathlib import Path
+
+import pytest
+import torch
+from training_fixtures import (
+    OFFLINE,
+    Finished,
+    command_after,
+    command_line,
+    launch,
+    main,
+    replace_weights,
+    slow_after,
+    train,
+)
+from transformers import BertForSequenceClassification
+
+import petl
+from petl.core.fingerprint import read as read_fingerprint
+from petl.data.tasks import Classification
+from petl.errors import InputError, RunStopped
+from petl.system.processes import explain_process_failures, release
+from petl.testing import in_fresh_process
+from petl.training import loop
+from petl.training.compose import compose
+from petl.training.runs import checkpoint, run_folder
+from petl.training.runs.resume import find_checkpoint, identity
+from petl.training.runs.run_config import read_config
+from petl.training.runs.run_folder import Run
+from petl.training.runs.settings import TrainConfig
+
+pytest_plugins = ["training_fixtures"]
+
+# two epochs of seven steps; the rows of the last of each are two, not eight
+COURSE = ["train.steps=14", "train.save_steps=3", "train.log_steps=4", "train.keep_checkpoints=9"]
+TIMES = {"seconds"}
+PHASES = ["method.reselection_steps=7", "method.selection_accumulation_steps=3"]
+
+
+class Killed(BaseException):
+    """Ends a run the way kill -9 does: nothing is cleaned up."""
+
+
+def kill_at(monkeypatch, step):
+    after_step = petl.Lifecycle.after_step
+
+    def killing(self, now, optimizer):
+        if now == step:
+            raise Killed
+        after_step(self, now, optimizer)
+
+    monkeypatch.setattr(petl.Lifecycle, "after_step", killing)
+
+
+def assert_same_adapter(one: Finished, other: Finished) -> None:
+    assert one.adapter.keys() == other.adapter.keys()
+    for name, tensor in one.adapter.items():
+        assert torch.equal(tensor, other.adapter[name]), name
+
+
+def assert_equal_runs(one: Finished, other: Finished) -> None:
+    """The same adapters, log lines and scores, bit by bit; times aside."""
+    assert_same_adapter(one, other)
+    timeless = [
+        [{k: v for k, v in line.items() if k not in TIMES} for line in run.metrics]
+        for run in (one, other)
+    ]
+    assert timeless[0] == timeless[1]
+    assert one.scores["after"] == other.scores["after"]
+    assert one.scores["tokens"] == other.scores["tokens"]
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ["+method=lora", "method.lora_dropout=0.2"],
+        ["+method=mola", "method.lora_dropout=0.2", "method.router_aux_loss_coef=0.1"],
+        ["+method=lora", "train.precision=bf16"],
+        ["+method=lora", "model.dtype=bfloat16"],
+        ["+method=lora", "train.micro_batch_size=3", "train.num_workers=1"],
+        ["+method=lora", "train.buckets=3", "train.max_tokens=64", "train.micro_batch_size=2"],
+        ["+method=lora", "train.buckets=null"],
+        ["+method=lora", "train.batch_sizes={6: 9, 16: 5}"],
+        ["+method=lora", "train.eval_steps=4", "train.loraplus_ratio=4"],
+        ["+method=binary", "method.inner=lora", "train.eval_steps=4"],  # the result is packed
+        ["+method=sparse", *PHASES],  # the last checkpoint is within a phase of observation
+        ["+method=sparse", *PHASES, "method.selection_algorithm=sm3"],
+        ["+method=increlora", "method.tinit=3", "method.deltaT=3"],  # ranks grow
+        ["+method=mos", "method.r=4", "method.lora_dropout=0.2"],
+        ["+method=lora", "data.pack=true", "train.batch_size=3", "method.lora_dropout=0.2"],
+    ],
+    ids=lambda words: " ".join(w.split(".")[-1] for w in words),
+)
+def test_a_run_killed_between_checkpoints_resumes_bit_exactly(tiny, tmp_path, monkeypatch, choice):
+    task = tiny.complete if "data.pack=true" in choice else tiny.classify
+    common = [*task, *COURSE, *choice]
+    straight = train(common, tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        kill_at(patch, 11)  # in the second epoch, two steps after a checkpoint
+        with pytest.raises(Killed):
+            train(common, tmp_path / "killed")
+    resumed = train([*common, "train.resume=auto"], tmp_path / "killed")
+    assert_equal_runs(straight, resumed)
+
+
+# The moments at which it may be killed
+
+ACCUMULATING = ["+method=lora", "train.micro_batch_size=3", "train.eval_steps=4"]
+ACCUMULATING += ["method.lora_dropout=0.2", "train.log_steps=1"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    return train([*tiny.classify, *COURSE, *ACCUMULATING], folder)
+
+
+def assert_resumes(undisturbed, tiny, folder, step):
+    """Assert that a run killed at a step, before its checkpoint, ends as one that was not.
+
+    It resumes with a DataLoader worker, which the undisturbed one did not have.
+    """
+    common = [*tiny.classify, *COURSE, *ACCUMULATING]
+    resumed = train([*common, "train.resume=auto", "train.num_workers=1"], folder)
+    assert_equal_runs(undisturbed, resumed)
+    noted = json.loads((folder / "environment.json").read_text())["resumed_from"]
+    before = [name for name in undisturbed.checkpoints if name < f"step-{step:06d}"]
+    assert noted == str(folder / "checkpoints" / before[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "step"),
+    [
+        ("to_device", 30, 11),  # the second of its three micro-batches
+        ("evaluate", 2, 8),
+    ],
+)
+def test_a_run_killed_in_mid_accumulation_or_evaluation_resumes_bit_exactly(
+    undisturbed, tiny, tmp_path, monkeypatch, name, call, step
+):
+    original, calls = getattr(loop, name), []
+
+    def killing(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == call:
+            raise Killed
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, name, killing)
+        with pytest.raises(Killed):
+            train([*tiny.classify, *COURSE, *ACCUMULATING], tmp_path / "run")
+    assert_resumes(undisturbed, tiny, tmp_path / "run", step)
+
+
+def killed_at(place, name, overrides, folder):
+    """Train in this process, which is killed where it comes to `name` for step 9, or at the end."""
+    module = import_module(place)
+    original = getattr(module, name)
+
+    def killing(*args, **kwargs):
+        if name == "write_task" or any("step-000009" in str(arg) for arg in args):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(module, name, killing)
+    train(overrides, Path(folder))
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "left", "step"),
+    [
+        ("petl.system.files.disk", "fingerprints", "checkpoints/.unfinished-step-000009", 9),
+        ("petl.training.runs.run_folder", "write_task", ".unfinished-adapter", 15),
+    ],
+    ids=["in a write", "while the adapter is saved"],
+)
+def test_kill_minus_nine_in_a_write_costs_no_checkpoint(
+    undisturbed, tiny, tmp_path, place, name, left, step
+):
+    common = [*tiny.classify, *COURSE, *ACCUMULATING]
+    with pytest.raises(BrokenProcessPool):
+        in_fresh_process(killed_at, place, name, common, str(tmp_path / "run"))
+    assert (tmp_path / "run" / left).is_dir()
+    assert_resumes(undisturbed, tiny, tmp_path / "run", step)
+    assert not list((tmp_path / "run").rglob(".unfinished-*"))
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_it_resumes_bit_exactly(
+    undisturbed, tiny, tmp_path, monkeypatch
+):
+    save = checkpoint.save_file
+
+    def filling(tensors, path, **kwargs):
+        save(tensors, path, **kwargs)
+        if "step-000009" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", filling)
+        with pytest.raises(RunStopped, match=r"step-000009: .*No space left.*train\.resume=auto"):
+            train([*tiny.classify, *COURSE, *ACCUMULATING], tmp_path / "run")
+    assert_resumes(undisturbed, tiny, tmp_path / "run", 9)
+
+
+def test_a_log_that_the_disk_has_no_room_for_ends_the_run_and_is_whole_again_after(
+    undisturbed, tiny, tmp_path, monkeypatch
+):
+    after_step = petl.Lifecycle.after_step
+
+    def filling(self, now, optimizer):
+        after_step(self, now, optimizer)
+        if now == 8:
+            (tmp_path / "run" / "metrics.jsonl").unlink()
+            patch.setattr(run_folder, "append_to", lambda _: Path("/dev/full").open("ab"))  # noqa: SIM115
+
+    with monkeypatch.context() as patch:
+        patch.setattr(petl.Lifecycle, "after_step", filling)
+        with pytest.raises(RunStopped, match=r"No space left.*train\.resume=auto"):
+            train([*tiny.classify, *COURSE, *ACCUMULATING], tmp_path / "run")
+    assert_resumes(undisturbed, tiny, tmp_path / "run", 8)
+
+
+def test_a_worker_that_is_killed_ends_the_run_and_it_resumes_bit_exactly(
+    undisturbed, tiny, tmp_path, monkeypatch
+):
+    after_step = petl.Lifecycle.after_step
+
+    def killing(self, now, optimizer):
+        after_step(self, now, optimizer)
+        if now == 10:
+            for worker in active_children():
+                worker.kill()
+                worker.join()
+
+    words = [*tiny.classify, *COURSE, *ACCUMULATING, "train.num_workers=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(petl.Lifecycle, "after_step", killing)
+        with (
+            pytest.raises(RunStopped, match="a DataLoader worker died"),
+            explain_process_failures(),
+        ):
+            train(words, tmp_path / "run")
+    assert_resumes(undisturbed, tiny, tmp_path / "run", 11)
+
+
+ADALORA = ["+method=adalora", "method.tinit=2", "method.tfinal=3", "method.deltaT=2"]
+
+
+def test_a_method_whose_state_a_checkpoint_cannot_hold_says_so(
+    tiny, tmp_path, monkeypatch, petl_log
+):
+    common = [*tiny.classify, *COURSE, *ADALORA]
+    with monkeypatch.context() as patch:
+        kill_at(patch, 5)
+        with pytest.raises(Killed):
+            train(common, tmp_path / "run")
+    assert "if this run is stopped, it cannot resume" in petl_log.text
+    with pytest.raises(InputError, match="cannot resume from"):
+        train([*common, f"train.resume={tmp_path}/run"], tmp_path / "run")
+
+
+def test_the_best_ranks_come_back_with_the_best_evaluation(tiny, tmp_path, monkeypatch):
+    accuracies = iter([0.9, 0.5, 0.4, 0.3])
+    original = Classification.summarize
+
+    def summarize(self, total):
+        scores = original(self, total)
+        is_held_out = scores["rows"] == 5
+        return {**scores, "accuracy": next(accuracies)} if is_held_out else scores
+
+    monkeypatch.setattr(Classification, "summarize", summarize)
+    run = train([*tiny.classify, *COURSE, *ADALORA, "train.eval_steps=4"], tmp_path / "run")
+    best = Finished(tmp_path / "run" / "checkpoints" / "step-000004")
+    assert_same_adapter(best, run)
+
+
+def test_kill_minus_nine_in_mid_run_then_resume_equals_the_uninterrupted_run(tiny, tmp_path):
+    common = [*tiny.classify, *COURSE, "+method=lora", "train.steps=60", "train.log_steps=30"]
+    straight = train(common, tmp_path / "straight")
+    line = command_line([*common, f"train.run={tmp_path}/killed"])
+    line = command_after(slow_after(12), line, tmp_path / "slow.py")
+    victim = subprocess.Popen(line, cwd=tmp_path, env={**os.environ, **OFFLINE})
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    while not (checkpoints / "step-000012").exists():
+        assert victim.poll() is None
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (tmp_path / "killed" / "adapter").exists()
+    resumed = launch([*common, f"train.run={tmp_path}/killed", "train.resume=auto"], tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming from" in resumed.stderr
+    assert_equal_runs(straight, Finished(tmp_path / "killed"))
+
+
+@pytest.fixture(scope="module")
+def killed(tiny, tmp_path_factory):
+    """A run killed at step 8, with checkpoints at 3 and 6, and its overrides."""
+    common = [*tiny.classify, *COURSE, "+method=lora"]
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, 8)
+        with pytest.raises(Killed):
+            train(common, folder)
+    return folder, common
+
+
+@pytest.fixture
+def stopped(killed, tmp_path):
+    """A copy of the killed run, and its overrides."""
+    folder, common = killed
+    return shutil.copytree(folder, tmp_path / "run"), common
+
+
+def resume(stopped, *changes):
+    run, common = stopped
+    return train([*common, f"train.resume={run}", *changes], run)
+
+
+def test_a_run_or_one_of_its_checkpoints_can_be_named(stopped, tmp_path):
+    run, common = stopped
+    shutil.copytree(run, tmp_path / "copy")
+    first = train([*common, f"train.resume={run}"], run)
+    copy = tmp_path / "copy"
+    second = train([*common, f"train.resume={copy}/checkpoints/step-000003"], copy)
+    assert_equal_runs(first, second)
+
+
+def test_a_checkpoint_can_be_named_by_a_path_that_does_not_name_its_run(stopped, monkeypatch):
+    run, common = stopped
+    now = identity(read_config(compose(common)).resolved)
+    for here, path in (("", "step-000003"), ("", "./step-000003"), ("step-000003", ".")):
+        monkeypatch.chdir(run / "checkpoints" / here)
+        assert find_checkpoint(TrainConfig(resume=path), now, "") == run / "checkpoints/step-000003"
+    release(run)
+    assert not list(run.glob("checkpoints/**/.lock"))
+
+
+def test_a_checkpoint_outside_of_a_run_is_refused(stopped, tmp_path):
+    copy = tmp_path / "kept" / "copies" / "step-000003"
+    shutil.copytree(stopped[0] / "checkpoints" / "step-000003", copy)
+    with pytest.raises(InputError, match=r"is a checkpoint outside of RUN/checkpoints"):
+        resume(stopped, f"train.resume={copy}")
+    assert not (tmp_path / "kept" / ".lock").exists()
+
+
+def test_the_log_is_that_of_the_run_that_goes_on_whatever_happened_in_between(
+    undisturbed, tiny, tmp_path, monkeypatch
+):
+    """From an older checkpoint by name, killed before the next one, then from the newest."""
+    common = [*tiny.classify, *COURSE, *ACCUMULATING]
+    run = tmp_path / "run"
+    for step, word in ((11, "null"), (5, f"{run}/checkpoints/step-000003")):
+        with monkeypatch.context() as patch:
+            kill_at(patch, step)
+            with pytest.raises(Killed):
+                train([*common, f"train.resume={word}"], run)
+    assert [line["step"] for line in Finished(run).metrics] == [1, 2, 3, 4, 4]
+    assert_equal_runs(undisturbed, train([*common, "train.resume=auto"], run))
+    noted = json.loads((run / "environment.json").read_text())["resumed_from"]
+    assert noted == f"{run}/checkpoints/step-000009"
+
+
+def test_a_checkpoint_without_a_log_goes_on_with_that_of_its_run(stopped, tmp_path):
+    run, common = stopped
+    for folder in (run, shutil.copytree(run, tmp_path / "old")):
+        newest = folder / "checkpoints" / "step-000006"
+        if folder != run:  # as petl wrote it at first
+            manifest = json.loads((newest / "manifest.json").read_text())
+            del manifest["files"]["metrics.jsonl"]
+            (newest / "manifest.json").write_text(json.dumps(manifest))
+            (newest / "metrics.jsonl").unlink()
+        train([*common, f"train.resume={folder}"], folder)
+    assert_equal_runs(Finished(run), Finished(tmp_path / "old"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda content: content[:100], "has 100 bytes"),
+        (lambda content: bytes([*content[:-1], content[-1] ^ 8]), "its SHA-256 differs"),
+    ],
+    ids=["cut short", "with a flipped bit"],
+)
+def test_auto_passes_over_a_damaged_checkpoint_and_says_so(stopped, petl_log, damage, said):
+    run, _ = stopped
+    file = run / "checkpoints" / "step-000006" / "optimizer.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    resume(stopped, "train.resume=auto")
+    assert f"skipping {file.parent}" in petl_log.text
+    assert said in petl_log.text
+    assert f"resuming from {run / 'checkpoints' / 'step-000003'}" in petl_log.text
+
+
+def test_a_named_checkpoint_that_is_damaged_is_refused(stopped):
+    run, _ = stopped
+    file = run / "checkpoints" / "step-000006" / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"has 100 bytes, .*; name another checkpoint, or the run"):
+        resume(stopped, f"train.resume={file.parent.parent}")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("method.r=4", "method.r=8 there, 4 here"),
+        ("train.lr=0.5", "train.lr=0.001 there, 0.5 here"),
+        ("train.batch_size=4", "train.batch_size=8 there, 4 here"),
+        ("data.max_length=12", "data.max_length=16 there, 12 here"),
+        ("train.seed=1", "train.seed=0 there, 1 here"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(stopped, change, said):
+    with pytest.raises(InputError, match="is of another run") as refusal:
+        resume(stopped, change)
+    assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize("setting", ["model.quantization", "data.labels", "data.format"])
+def test_a_setting_that_came_later_makes_no_other_run_of_an_old_one_until_it_is_given(setting):
+    group, name = setting.split(".")
+    old = {group: {"name": "some"}}
+    assert identity({group: {"name": "some", name: None}}) == identity(old)
+    assert identity({group: {"name": "some", name: ["a"]}}) != identity(old)
+
+
+def test_a_checkpoint_of_another_method_or_model_says_so_first(stopped, tiny):
+    run, common = stopped
+    others = [o for o in common if o != "+method=lora"]
+    with pytest.raises(InputError, match=r"another run: method\.name='lora' there, 'mola' here"):
+        train([*others, "+method=mola", f"train.resume={run}"], run)
+    with pytest.raises(InputError, match=r"model\.path=.*bert' there, .*steady' here"):
+        resume(stopped, f"model.path={tiny.folder}/steady")
+
+
+def test_another_base_of_the_same_shape_is_refused_unless_it_is_asked_for(
+    tiny, tmp_path, monkeypatch, petl_log
+):
+    model = shutil.copytree(tiny.folder / "bert", tmp_path / "model")
+    common = [*tiny.classify, "train.save_steps=1", "+method=lora", f"model.path={model}"]
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        with pytest.raises(Killed):
+            train(common, tmp_path / "run")
+    replace_weights(model, BertForSequenceClassification)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    resume = [*common, f"train.resume={tmp_path}/run"]
+    said = (
+        r"resuming from .*step-000002: the base model's weights differ from those that the adapter "
+        r"was trained on: 39 of 39 tensors, such as bert\.\S+; use that base model, or insist with "
+        "train.other_base=true"
+    )
+    with pytest.raises(InputError, match=said):
+        train(resume, tmp_path / "run")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == files
+    before = read_fingerprint(tmp_path / "run" / "checkpoints" / "step-000002" / "adapter")
+    run = train([*resume, "train.other_base=true"], tmp_path / "run")
+    assert "39 of 39 tensors" in petl_log.text
+    assert len(before) == 39
+    assert read_fingerprint(run.path / "adapter") != before
+
+
+def test_other_rows_under_the_same_name_are_refused(stopped, tiny):
+    rows = (tiny.folder / "train.csv").read_text().splitlines()
+    original = tiny.folder / "train.csv"
+    try:
+        original.write_text("\n".join([rows[0], *reversed(rows[1:])]))
+        with pytest.raises(InputError, match="the training examples have changed"):
+            resume(stopped)
+    finally:
+        original.write_text("\n".join(rows) + "\n")
+
+
+@pytest.mark.parametrize("where", ["nowhere", "empty"])
+def test_a_path_without_a_checkpoint_is_refused(stopped, tmp_path, where):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"is not a directory|has no complete checkpoint"):
+        resume(stopped, f"train.resume={tmp_path}/{where}")
+
+
+def test_a_finished_run_is_not_resumed(stopped):
+    run, common = stopped
+    resume(stopped)
+    for word in (str(run), "auto"):
+        with pytest.raises(
+            InputError, match="is finished, so it cannot be resumed; its adapter is in"
+        ):
+            train([*common, f"train.resume={word}"], run)
+
+
+def test_auto_without_anything_to_resume_starts_anew(tiny, tmp_path):
+    common = [*tiny.classify, "+method=lora"]
+    straight = train(common, tmp_path / "straight")
+    automatic = train([*common, "train.resume=auto"], tmp_path / "new")
+    assert_equal_runs(straight, automatic)
+
+
+def test_auto_starts_again_in_a_folder_that_had_saved_nothing(tiny, tmp_path, monkeypatch):
+    common = [*tiny.classify, "+method=lora", "train.log_steps=1"]
+    with monkeypatch.context() as patch:
+        kill_at(patch, 2)
+        with pytest.raises(Killed):
+            train(common, tmp_path / "run")
+    run = train([*common, "train.resume=auto"], tmp_path / "run")
+    assert [m["step"] for m in run.metrics] == [1, 2, 3, 4]
+
+
+def test_auto_finds_the_newest_unfinished_run_of_these_settings(tiny, tmp_path, monkeypatch):
+    common = [*tiny.classify, *COURSE, "+method=lora", f"train.output={tmp_path}/runs"]
+    with monkeypatch.context() as patch:
+        kill_at(patch, 8)
+        for seed in (0, 1):  # the second is newer, but another run
+            with pytest.raises(Killed):
+                run_in_output([*common, f"train.seed={seed}"])
+    (first, second) = sorted((tmp_path / "runs").iterdir())
+    run_in_output([*common, "train.seed=0", "train.resume=auto"])
+    assert json.loads((first / "scores.json").read_text())["steps"] == 14
+    assert "after" not in json.loads((second / "scores.json").read_text())
+
+
+def run_in_output(overrides):
+    main()(compose(overrides))
+
+
+def test_a_run_killed_in_its_last_evaluation_is_finished_by_a_resume(tiny, tmp_path, monkeypatch):
+    common = [*tiny.classify, *COURSE, "+method=lora"]
+    straight = train(common, tmp_path / "straight")
+
+    def killing(self, *args, **kwargs):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finish", killing)
+        with pytest.raises(Killed):
+            train(common, tmp_path / "run")
+    assert "after" not in Finished(tmp_path / "run").scores
+    assert_equal_runs(straight, train([*common, "train.resume=auto"], tmp_path / "run"))
+
+
+def test_scores_from_before_the_stop_are_not_measured_again(stopped, monkeypatch):
+    run, _ = stopped
+    before = Finished(run).scores["before"]
+    calls = []
+    original = Classification.summarize
+
+    def counting(self, total):
+        calls.append(1)
+        return original(self, total)
+
+    monkeypatch.setattr(Classification, "summarize", counting)
+    resumed = resume(stopped)
+    assert resumed.scores["before"] == before
+    assert len(calls) == 1  # after training only
+
+
+def test_a_stopped_run_resumes_by_the_command_it_prints(tiny, tmp_path, monkeypatch):
+    common = [*tiny.classify, *COURSE, "+method=lora"]
+    straight = train(common, tmp_path / "straight")
+    after_step = petl.Lifecycle.after_step
+
+    def interrupting(self, step, optimizer):
+        after_step(self, step, optimizer)
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(petl.Lifecycle, "after_step", interrupting)
+        with pytest.raises(RunStopped) as stopped:
+            train(common, tmp_path / "run")
+    path = str(stopped.value).rpartition("train.resume=")[2]
+    assert_equal_runs(straight, train([*common, f"train.resume={path}"], tmp_path / "run"))

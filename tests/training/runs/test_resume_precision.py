@@ -1,0 +1,97 @@
+"""`train.precision=auto`: a run keeps the arithmetic that it began with, on any machine."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from training_fixtures import Finished, train, train_until_killed
+
+from petl.training.compose import compose
+from petl.training.distributed import precision
+from petl.training.runs.resume import finished_run, identity, identity_of
+from petl.training.runs.run_config import read_config
+
+pytest_plugins = ["training_fixtures"]
+COMMON = ["+method=lora", "method.lora_dropout=0.2", "train.steps=14", "train.save_steps=3"]
+AUTO = "train.precision=auto"
+
+
+def assert_equal_runs(one: Finished, other: Finished) -> None:
+    """The same adapters and scores, bit by bit."""
+    assert one.adapter.keys() == other.adapter.keys()
+    for name, tensor in one.adapter.items():
+        assert torch.equal(tensor, other.adapter[name]), name
+    assert one.scores["after"] == other.scores["after"]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Makes this machine one that has bfloat16 products in hardware, or has not."""
+
+    def make(*, has_bf16: bool) -> None:
+        monkeypatch.setattr(precision, "bf16_units", lambda _: "AMX" if has_bf16 else "")
+
+    return make
+
+
+def stored(folder) -> str:
+    return OmegaConf.load(folder / "config.yaml").train.precision
+
+
+@pytest.mark.parametrize("began", ["bf16", "no"])
+def test_a_run_resumes_as_it_began_on_a_machine_for_which_auto_is_another_precision(
+    tiny, tmp_path, petl_log, machine, began
+):
+    straight = train([*tiny.classify, *COMMON, f"train.precision={began}"], tmp_path / "straight")
+    common, run = [*tiny.classify, *COMMON, AUTO], tmp_path / "run"
+    machine(has_bf16=began == "bf16")
+    train_until_killed(common, run, 11)
+    assert stored(run) == began  # what was chosen, not the word
+    machine(has_bf16=began == "no")
+    petl_log.clear()
+    resumed = train([*common, "train.resume=auto"], run)
+    assert_equal_runs(straight, resumed)
+    assert stored(run) == began
+    said = {"bf16": "bf16 (cpu has no products in bfloat16", "no": "float32 (cpu has AMX)"}
+    assert f"train.precision=auto: {said[began]}" in petl_log.text
+
+
+def test_auto_computes_as_the_precision_that_it_chooses(tiny, tmp_path, machine, monkeypatch):
+    seen = set()
+    linear = torch.nn.functional.linear
+
+    def watched(x, weight, *others):
+        y = linear(x, weight, *others)
+        seen.add(y.dtype)
+        return y
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    common = [*tiny.classify, "+method=mola", "train.steps=1"]
+    for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        machine(has_bf16=has_bf16)
+        seen.clear()
+        train([*common, AUTO], tmp_path / str(dtype))
+        assert (torch.bfloat16 in seen) is has_bf16
+
+
+def test_a_job_of_a_sweep_is_finished_whatever_auto_was(tiny, tmp_path, machine):
+    common = [*tiny.classify, "+method=lora", "train.steps=1", AUTO]
+    machine(has_bf16=True)
+    run = train(common, tmp_path / "runs" / "run").path
+    machine(has_bf16=False)
+    words = [*common, f"train.run={run}"]
+    now = identity(read_config(compose(words)).resolved)
+    assert finished_run(str(tmp_path / "runs"), now) == run
+    other = identity(read_config(compose([*words, "train.precision=no"])).resolved)
+    assert identity_of(run) != other
+    assert finished_run(str(tmp_path / "runs"), other) is None
+
+
+def test_a_folder_without_checkpoint_starts_again_with_the_precision_of_this_machine(
+    tiny, tmp_path, machine
+):
+    common, run = [*tiny.classify, *COMMON, AUTO], tmp_path / "run"
+    machine(has_bf16=True)
+    train_until_killed(common, run, 2)  # before the first checkpoint
+    machine(has_bf16=False)
+    train([*common, "train.resume=auto"], run)
+    assert stored(run) == "no"

@@ -1,0 +1,219 @@
+"""The settings of a run and the YAML that lists them."""
+
+import ast
+import dataclasses
+import inspect
+import re
+
+import pytest
+from omegaconf import OmegaConf
+from training_fixtures import ROOT
+
+import petl
+from petl.cli.catalog.recipes import list_recipes
+from petl.errors import InputError
+from petl.system.settings.schema import with_new_names
+from petl.training.compose import compose
+from petl.training.runs.run_config import names_of, read_config
+from petl.training.runs.settings import TrainConfig
+
+YAML = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "train.yaml"))
+
+
+def test_yaml_lists_every_setting_with_its_default():
+    assert YAML["train"] == {**dataclasses.asdict(TrainConfig()), "lr": None}
+
+
+def field_docstrings():
+    """The docstring under each field of TrainConfig, on one line."""
+    (tree,) = ast.parse(inspect.getsource(TrainConfig)).body
+    pairs = zip(tree.body, tree.body[1:], strict=False)
+    return {
+        field.target.id: " ".join(ast.literal_eval(text.value).split())
+        for field, text in pairs
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+def yaml_comments():
+    """The comment of each setting under `train` in configs/train.yaml, on one line."""
+    comments, name = {}, ""
+    for line in (ROOT / "configs" / "train.yaml").read_text().splitlines():
+        setting = re.match(r"  (\w+): .*?# (.*)", line)
+        if setting:
+            name = setting[1]
+            comments[name] = setting[2]
+        elif re.match(r" {20,}# ", line):  # continues the line above
+            comments[name] += f" {line.strip().removeprefix('# ')}"
+    return comments
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda field: field.name)
+def test_a_field_is_documented_as_in_the_yaml_with_its_allowed_values(field):
+    text, comment = field_docstrings()[field.name], yaml_comments()[field.name]
+    sentence, _, remainder = text.partition(". ")
+    assert sentence in (comment, comment[0].upper() + comment[1:])
+    rule = field.metadata["rule"].words
+    assert remainder.startswith(rule[0].upper() + rule[1:] + ".")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("steps", -1, "an integer from 0, or null"),
+        ("steps", 2.5, "of type"),
+        ("epochs", 0, "a number above 0"),
+        ("batch_size", -1, "an integer from 1"),
+        ("lr", "abc", "of type float"),
+        ("lr", 0, "a number above 0"),
+        ("lr", float("nan"), "a number above 0"),
+        ("lr", float("inf"), "a number above 0"),
+        ("schedule", "liner", "one of linear, cosine, constant"),
+        ("precision", "fp16", "one of no, bf16, auto"),
+        ("gradient_checkpointing", "yes", "one of false, true, reentrant"),
+        ("betas", [0.9], "two numbers"),
+        ("betas", [0.9, 1.0], "two numbers"),
+        ("warmup", -0.1, "a number from 0"),
+        ("warmup", 10.5, "nor an integer"),
+        ("validation_share", 1.5, "a number above 0 to 0.9"),
+        ("keep_checkpoints", 0, "an integer from 1"),
+        ("seed", -1, "an integer from 0"),
+        ("early_stopping", 3, "needs train.eval_steps"),
+        ("validation_share", 0.2, "needs train.eval_steps"),
+        ("buckets", 0, "an integer from 1, or null"),
+        ("quadratic", 100, "needs train.max_tokens"),
+        ("quadratic", 0.5, "a number from 1"),
+        ("batch_sizes", {16: 0}, "a file of `petl batch-sizes`"),
+        ("batch_sizes", {}, "a file of `petl batch-sizes`"),
+        ("batch_sizes", "nowhere.yaml", "does not exist"),
+        ("batch_sizes", __file__, "`petl batch-sizes` writes such a file"),
+        ("batch_sizes", [1, 2], "of type"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_what_is_allowed(name, value, allowed):
+    cfg = compose(["+method=lora"])
+    cfg.train[name] = value
+    with pytest.raises(InputError, match=rf"train\.{name}") as refusal:
+        read_config(cfg)
+    assert allowed in str(refusal.value)
+
+
+def test_a_limit_of_tokens_needs_buckets():
+    with pytest.raises(InputError, match=r"train\.max_tokens=100 needs train\.buckets"):
+        read_config(compose(["+method=lora", "train.buckets=null", "train.max_tokens=100"]))
+
+
+def test_batch_sizes_come_from_a_file_or_as_a_run_has_kept_them(tmp_path):
+    file = tmp_path / "sizes.yaml"
+    file.write_text("buckets:\n- {longest: 9, batch_size: 4}\n- {longest: 30, batch_size: 2}\n")
+    for value in (str(file), "{9: 4, 30: 2}"):
+        cfg = compose(["+method=lora", f"train.batch_sizes={value}"])
+        assert read_config(cfg).train.batch_sizes == {9: 4, 30: 2}
+    cfg.train.buckets = 4
+    with pytest.raises(InputError, match="both define buckets"):
+        read_config(cfg)
+
+
+def test_without_a_method_the_methods_are_listed():
+    with pytest.raises(InputError, match=r"\+method=NAME; available: .*lora.*mola"):
+        read_config(compose([]))
+
+
+def test_an_unknown_group_is_refused_with_the_closest_match():
+    with pytest.raises(InputError, match="no setting methd; did you mean 'method'"):
+        read_config(compose(["+methd=mola"]))
+
+
+def test_rows_are_held_out_only_when_evaluation_steers():
+    assert TrainConfig().validation_fraction == 0
+    assert TrainConfig(eval_steps=5).validation_fraction == 0.1
+    assert TrainConfig(eval_steps=5, validation_share=0.3).validation_fraction == 0.3
+
+
+def test_steps_are_counted_from_epochs_unless_given():
+    assert TrainConfig(epochs=3).steps_of_run(125) == 375
+    assert TrainConfig(epochs=0.25).steps_of_run(2) == 1
+    assert TrainConfig(steps=7).steps_of_run(125) == 7
+
+
+def test_warmup_is_a_share_below_one_and_steps_from_one():
+    assert TrainConfig(warmup=0.06).warmup_steps(375) == 22
+    assert TrainConfig(warmup=30).warmup_steps(375) == 30
+    with pytest.raises(InputError, match="has only 20"):
+        TrainConfig(warmup=30).warmup_steps(20)
+
+
+@pytest.mark.parametrize("name", ["max_grad_norm", "head_lr", "save_steps"])
+def test_null_switches_off_what_has_a_default(name):
+    settings = read_config(compose(["+method=lora", f"train.{name}=null"])).train
+    assert getattr(settings, name) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "rate"),
+    [
+        (["+method=lora"], 1e-3),
+        (["+method=compacter"], petl.method("compacter").lr),
+        (["+method=compacter", "train.lr=2e-4"], 2e-4),
+    ],
+)
+def test_a_run_without_a_learning_rate_has_that_of_its_method(words, rate):
+    assert read_config(compose(words)).train.lr == rate
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_a_run_of_a_recipe_is_called_by_it(name):
+    cfg = compose([f"+method={name}"])
+    loss = ["density"] if name == "deft" else []
+    assert names_of(cfg) == [name, *loss, "minilm", "wordnet"]
+
+
+def test_a_run_is_called_by_its_parts():
+    cfg = compose(["+method=mola", "+loss=density", "model=smollm2", "data=hamlet"])
+    assert names_of(cfg) == ["mola", "density", "smollm2", "hamlet"]
+
+
+def test_a_renamed_setting_is_answered_with_its_new_name():
+    with pytest.raises(
+        InputError, match=r"^train\.frozen_head was renamed: use train\.linear_probe"
+    ):
+        compose(["+method=lora", "train.frozen_head=false"])
+    cfg = compose(["+method=lora", "+train.frozen_head=false"])
+    with pytest.raises(
+        InputError, match=r"^train\.frozen_head was renamed: use train\.linear_probe"
+    ):
+        read_config(cfg)
+
+
+def test_settings_of_an_old_run_get_their_new_names():
+    old = {"train": {"frozen_head": False, "lr": 1.0}, "method": {"frozen_head": 3, "a.b": {}}}
+    new = {"train": {"linear_probe": False, "lr": 1.0}, "method": {"frozen_head": 3, "a.b": {}}}
+    assert with_new_names(old) == new
+
+
+def test_all_settings_are_checked_before_anything_is_read():
+    wrong = ["model.dtype=float16", "data.max_length=1", "train.lr=0", "+loss=density loss.eps=0"]
+    for word in wrong:
+        with pytest.raises(InputError):
+            read_config(compose(["+method=lora", *word.split()]))
+    config = read_config(compose(["+method=binary", "method.inner=lora", "model.dtype=bfloat16"]))
+    assert config.precision == "bf16"
+    assert config.method["r"] == config.resolved["method"]["r"]
+    assert config.resolved["train"]["lr"] == config.train.lr == petl.method("binary").lr
+
+
+@pytest.mark.parametrize(
+    "text", ["buckets: 7", "[" * 5000, "buckets: [{longest: " + "1" * 5000, "\xff"]
+)
+def test_a_file_of_batch_sizes_with_other_content_is_refused(tmp_path, text):
+    (tmp_path / "a.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match=r"train\.batch_sizes: .*a\.yaml cannot be"):
+        read_config(compose(["+method=lora", f"train.batch_sizes={tmp_path / 'a.yaml'}"]))
+
+
+@pytest.mark.parametrize("name", ["output", "run", "resume", "init_from"])
+def test_a_folder_of_the_home_directory_is_written_in_full(monkeypatch, name):
+    monkeypatch.setenv("HOME", "/home/ada")
+    with pytest.raises(InputError, match=rf"^train\.{name}=~/a: .* write /home/ada/a$"):
+        TrainConfig(**{name: "~/a"})
+    assert getattr(TrainConfig(**{name: "./~/a"}), name) == "./~/a"
