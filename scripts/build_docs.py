@@ -150,13 +150,12 @@ def fields(name: str) -> str:
 
 def support(name: str) -> str:
     """What a method works with, and why not with the rest."""
-    from petl.cli.catalog.support import row
-    from petl.core.spec.capabilities import CAPABILITIES
+    from petl.cli.catalog.support import HEADINGS, row
 
     found = row(name)
-    works = [CAPABILITIES[key].heading for key, reason in found.items() if not reason]
+    works = [HEADINGS[key] for key, reason in found.items() if not reason]
     lines = [f"Works with {', '.join(works)}."]
-    refused = [(CAPABILITIES[key].heading, reason) for key, reason in found.items() if reason]
+    refused = [(HEADINGS[key], reason) for key, reason in found.items() if reason]
     if refused:
         lines += ["", table(["not supported", "reason"], [(h, cell(r)) for h, r in refused])]
     return "\n".join(lines)

@@ -5,9 +5,82 @@ from pathlib import Path
 import make_stubs
 
 from petl.cli.catalog.listing import write_cache
-from petl.cli.catalog.support import PAGE, page
+from petl.cli.catalog.support import HEADINGS, row
+from petl.core.registry import method
+from petl.core.support import Capability
+from petl.methods import BUILT_IN
+from petl.testing import CHECKS
+
+PAGE = Path(__file__).parents[1] / "docs" / "support.md"
+HEAD = """\
+# What works together
+
+Each method with several processes, quantized base models, gradient checkpointing, `torch.compile`,
+mixed batches, merging and LoRA export. "yes" means that a check of it passes for the method; "no"
+means that it is refused, and the reason has the number in parentheses in the list at the end.
+Quantized base models need `pip install 'petl-peft[quantized]'`, DeepSpeed needs
+`pip install 'petl-peft[deepspeed]'`.
+
+The checks use the fields of tests/contract/test_contract.py. Run one with
+
+    pytest -m 'slow or not slow' tests/contract/test_contract.py -k 'NAME-llama-CHECK'
+
+(for PEFT's own LoRA, which is a plain LoRA already, `test_a_lora_of_pefts_own_is_copied` of
+tests/export/test_lora.py). `python scripts/support.py` writes this page from what methods
+`lacks`; a test compares it with the code.
+
+| column | meaning of "yes" | check |
+| --- | --- | --- |
+"""
+MEANINGS = {
+    Capability.DDP: "two processes train the same adapter as one process, on the same examples",
+    Capability.FSDP: "likewise two processes with sharded parameters (`+launch=fsdp`)",
+    Capability.ZERO: "likewise two processes with DeepSpeed ZeRO, stages 1 and 2 "
+    "(`+launch=deepspeed`)",
+    Capability.BASE_4BIT: "trains and reloads on an NF4 base model, bitsandbytes "
+    "(`model.quantization=bnb_4bit`)",
+    Capability.BASE_8BIT: "likewise in LLM.int8, bitsandbytes (`bnb_8bit`)",
+    Capability.BASE_TORCHAO: "likewise with int8 weights, torchao (`torchao_int8`)",
+    Capability.CHECKPOINTING: "the same gradients with `train.gradient_checkpointing=true`",
+    Capability.COMPILE: "`torch.compile(fullgraph=True)` compiles the training step without "
+    "a graph break",
+    Capability.MIXED_BATCH: "`adapter_names`: examples of one batch use different adapters",
+    Capability.MERGE: "the model with merged weights has the same outputs (`petl merge`)",
+    Capability.LORA_EXPORT: "the exported plain LoRA has the same outputs (`petl export --lora`)",
+}
+
+
+def page() -> str:
+    """Return the text of docs/support.md."""
+    columns = [
+        f"| {heading} | {MEANINGS[key]} | {', '.join(f'`{k}`' for k in checks_of(key))} |"
+        for key, heading in HEADINGS.items()
+    ]
+    # equal reasons share a number
+    reasons: dict[str, int] = {}  # reason -> its number in the notes below the table
+    rows = []
+    for name in BUILT_IN:
+        cells = [_cell(reason, reasons) for reason in row(name).values()]
+        rows.append(f"| `{name}` | {method(name).by} | {' | '.join(cells)} |")
+    headings = " | ".join(HEADINGS.values())
+    rule = "| --- " * (len(HEADINGS) + 2) + "|"
+    notes = [f"{number}. {reason}" for reason, number in reasons.items()]
+    table = "\n".join([f"| method | by | {headings} |", rule, *rows])
+    return HEAD + "\n".join(columns) + f"\n\n{table}\n\n" + "\n".join(notes) + "\n"
+
+
+def _cell(reason: str, reasons: dict[str, int]) -> str:
+    """A cell of the table; adds a new reason to `reasons`, which numbers them."""
+    if not reason:
+        return "yes"
+    return f"no ({reasons.setdefault(reason, len(reasons) + 1)})"
+
+
+def checks_of(capability: Capability) -> list[str]:
+    """The checks of petl.testing that prove a column."""
+    return [name for name, check in CHECKS.items() if check.of is capability]
+
 
 if __name__ == "__main__":
-    target = Path(__file__).parents[1] / PAGE
-    target.write_text(page())
-    print(f"written: {target}, {write_cache()} and {make_stubs.write()}")
+    PAGE.write_text(page())
+    print(f"written: {PAGE}, {write_cache()} and {make_stubs.write()}")

@@ -19,6 +19,7 @@ from petl.core.registry import refusal, refuse_quantized, refuse_uncalled
 from petl.core.skeleton import Expected, check_tables, expected_tensors
 from petl.core.spec.checks import check_adapter_name
 from petl.core.spec.method import modifies_base_weights
+from petl.core.support import Capability
 from petl.core.switching.tuner import apply_peft_fixes, enable_switching, only_visible
 from petl.errors import InputError, first_line
 from petl.system.files import hub
@@ -107,7 +108,7 @@ def load(
             raise InputError(
                 f"the adapter in {str(path)!r} does not fit the model: {first_line(error)}"
             ) from error
-    apply_peft_fixes(model, refusal(model.peft_config[adapter_name], "mixed"))
+    apply_peft_fixes(model, refusal(model.peft_config[adapter_name], Capability.MIXED_BATCH))
     enable_switching(model)
     remember_base(model, present, others)
     return model
@@ -163,7 +164,7 @@ def _add(
             model.delete_adapter(adapter_name)
         model.train(was_training)  # `load_adapter` sets evaluation mode
         raise
-    apply_peft_fixes(model, refusal(model.peft_config[adapter_name], "mixed"))
+    apply_peft_fixes(model, refusal(model.peft_config[adapter_name], Capability.MIXED_BATCH))
     return model
 
 

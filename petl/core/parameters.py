@@ -90,7 +90,7 @@ def is_norm(module: nn.Module) -> bool:
 def quantization_of(model: nn.Module) -> str:
     """Return how the weights of a model are quantized: "4bit", "8bit", "torchao", ...; "" if not.
 
-    The first three are names of capabilities, see petl/core/spec/capabilities.py.
+    The first three are capabilities, see petl/core/support.py.
     """
     loaded: Any = model
     # set by transformers' bitsandbytes loader

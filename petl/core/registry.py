@@ -39,6 +39,7 @@ from petl.core.spec.method import (
     modifies_base_weights,
     require_effect,
 )
+from petl.core.support import BASES, Capability, reason_of
 from petl.core.switching.tuner import apply_peft_fixes, enable_switching
 from petl.errors import (
     InputError,
@@ -106,7 +107,7 @@ def register(
             on_wrap=getattr(tuner, "on_wrap", None),
             calibration=getattr(tuner, "calibration", lambda config: ""),
             computed=getattr(tuner, "computed", lambda config: False),
-            unsupported=getattr(tuner, "unsupported", {}),
+            lacks=getattr(tuner, "lacks", {}),
             decays=variant is not None or tuner.adapter_cls.decays,
             loop_refusal=getattr(tuner, "loop_refusal", ""),
             **attributes,
@@ -293,7 +294,7 @@ def wrap(
         raise InputError(f"method {entry.name!r} on {type(model).__name__}: {reason}") from error
     if finish is not None:
         finish(wrapped)
-    apply_peft_fixes(wrapped, refusal(config, "mixed"))
+    apply_peft_fixes(wrapped, refusal(config, Capability.MIXED_BATCH))
     enable_switching(wrapped)
     remember_base(wrapped, digests)
     return wrapped
@@ -365,7 +366,8 @@ def refuse_uncalled(model: nn.Module, config: PeftConfig) -> None:
 def refuse_quantized(model: nn.Module, config: PeftConfig) -> None:
     """Raise UnsupportedError if `model` is quantized in a way that the method cannot adapt."""
     quantization = quantization_of(model)
-    reason = refusal(config, quantization) if quantization else ""
+    known = quantization in BASES
+    reason = refusal(config, Capability(quantization)) if known else ""
     if reason:
         raise UnsupportedError(f"the base model is quantized ({quantization}): {reason}")
 
@@ -460,11 +462,10 @@ def keeps_base(config: PeftConfig) -> bool:
     return entry is None or entry.keeps_base(config)
 
 
-def refusal(config: PeftConfig, capability: str) -> str:
+def refusal(config: PeftConfig, capability: Capability) -> str:
     """Return why a model with an adapter of this config lacks a capability; "": it has it."""
     entry = method_of(config)
-    reason = "" if entry is None else entry.unsupported.get(capability, "")
-    return reason if isinstance(reason, str) else reason(config)
+    return "" if entry is None else reason_of(entry.lacks, capability, config)
 
 
 def needs_calibration(config: PeftConfig) -> str:

@@ -24,6 +24,7 @@ from petl.core.model.targets import resolve_targets
 from petl.core.parameters import check_module
 from petl.core.registry import adopt, no_calibration
 from petl.core.spec.method import Finish, modifies_base_weights
+from petl.core.support import BASES, Capability
 from petl.errors import InputError
 
 
@@ -41,7 +42,7 @@ def needs_dense_weights(config: Any) -> str:
     return f"init_lora_weights={init!r} needs unsharded, unquantized base weights"
 
 
-DENSE_WEIGHTS = dict.fromkeys(("fsdp", "4bit", "8bit", "torchao"), needs_dense_weights)
+DENSE_WEIGHTS = dict.fromkeys((Capability.FSDP, *BASES), needs_dense_weights)
 
 
 def initialize(model: nn.Module, config: Any, calibration: Any) -> Finish | None:
@@ -168,7 +169,7 @@ adopt(
     keeps_base=lambda config: not modifies_base_weights(config),
     calibration=data_driven_initialization,
     on_wrap=initialize,
-    unsupported=DENSE_WEIGHTS,
+    lacks=DENSE_WEIGHTS,
 )
 adopt(
     "dora",
@@ -182,11 +183,13 @@ adopt(
     keeps_base=lambda config: not modifies_base_weights(config),
     calibration=data_driven_initialization,
     on_wrap=initialize,
-    unsupported={
+    lacks={
         **DENSE_WEIGHTS,
-        "8bit": "PEFT's DoRA computes the norm of the base weight, which it cannot dequantize here",
-        "compile": "PEFT's DoRA reads the name of the base layer's class, which breaks the graph",
-        "mixed": "PEFT's DoRA does not support adapter_names",
+        Capability.BASE_8BIT: "PEFT's DoRA computes the norm of the base weight, which it cannot "
+        "dequantize here",
+        Capability.COMPILE: "PEFT's DoRA reads the name of the base layer's class, which breaks "
+        "the graph",
+        Capability.MIXED_BATCH: "PEFT's DoRA does not support adapter_names",
     },
 )
 adopt(
@@ -201,5 +204,5 @@ adopt(
     keeps_base=lambda config: not modifies_base_weights(config),
     calibration=data_driven_initialization,
     on_wrap=initialize,
-    unsupported=DENSE_WEIGHTS,
+    lacks=DENSE_WEIGHTS,
 )

@@ -35,6 +35,7 @@ from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.registry import register
 from petl.core.spec.config import MethodConfig, config_field, require
+from petl.core.support import Capability
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import ModuleKindError, UnsupportedError, did_you_mean
 from petl.ops.recomputation import recomputed
@@ -226,7 +227,7 @@ class SceditModel(MethodTuner):
 
     config_cls, adapter_cls = SceditConfig, SceditAdapter
     needs_tuner = "a hook of the model ends backward at the skips, which the tuner has"
-    unsupported = {"mixed": "the edits of a batch are those of one adapter"}
+    lacks = {Capability.MIXED_BATCH: "the edits of a batch are those of one adapter"}
     loop_refusal = (
         "petl has no diffusion task; use it in your own code, such as a training script of "
         'diffusers, with petl.wrap(unet, "scedit", ...) and petl.load(unet, FOLDER)'

@@ -8,7 +8,7 @@ from typing import Any
 from unittest import SkipTest
 
 from petl.core.registry import refusal
-from petl.core.spec.capabilities import capability_of
+from petl.core.support import Capability
 from petl.errors import InputError, choose
 from petl.testing.case import Case
 
@@ -26,6 +26,7 @@ class Check:
         applies: function of a case: True if the check is meant for its method and model.
         slow: True if it takes more than a few seconds.
         package: the optional package that it needs, by the name that installs and imports it.
+        of: the capability whose column of docs/support.md it proves; None: it is no column's.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Check:
     applies: Rule
     slow: bool
     package: str = ""
+    of: Capability | None = None
 
     def is_slow_for(self, case: Case) -> bool:
         """Return True if the check is slow, or slow for this case: PEFT's methods in processes."""
@@ -80,7 +82,11 @@ def own_on_llama(case: Case) -> bool:
 
 
 def check(
-    applies: Rule = every, *, slow: bool = False, package: str = ""
+    applies: Rule = every,
+    *,
+    slow: bool = False,
+    package: str = "",
+    of: Capability | None = None,
 ) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
     """Register a function as a check, under its own name; its docstring is the promise.
 
@@ -88,11 +94,13 @@ def check(
         applies: function of a case: True if the check is meant for its method and model.
         slow: it takes more than a few seconds.
         package: the optional package that it needs; without it the check is skipped.
+        of: the capability that it proves: a method that lacks it must raise with its reason.
     """
 
     def add(function: Callable[[Case], None]) -> Callable[[Case], None]:
         name, promise = str(getattr(function, "__name__", "")), inspect.getdoc(function) or ""
-        CHECKS[name] = Check(name, promise.partition("\n")[0], function, applies, slow, package)
+        summary = promise.partition("\n")[0]
+        CHECKS[name] = Check(name, summary, function, applies, slow, package, of)
         return function
 
     return add
@@ -151,7 +159,7 @@ def params(cases: Iterable[Case], *, slow: bool | None = None) -> Iterator[Any]:
 def run(name: str, case: Case) -> None:
     """Run one check on a case.
 
-    If the check is about a capability that the method lacks (`Method.unsupported`), the method must
+    If the check is about a capability that the method lacks (`Method.lacks`), the method must
     raise an InputError with that reason.
 
     Raises:
@@ -163,7 +171,7 @@ def run(name: str, case: Case) -> None:
     entry = known(name)
     if entry.missing:
         raise SkipTest(entry.missing)
-    reason = refusal(case.config(), capability_of(name))
+    reason = "" if entry.of is None else refusal(case.config(), entry.of)
     try:
         entry.holds(case)
     except AssertionError as error:

@@ -14,6 +14,7 @@ from torch.optim import AdamW
 from petl.core.lifecycle import lifecycle
 from petl.core.model.structure import blocks
 from petl.core.registry import refusal
+from petl.core.support import Capability
 from petl.errors import UnsupportedError
 from petl.testing.case import Case, assert_close, trainable
 from petl.testing.catalog import check, on_llama
@@ -30,7 +31,7 @@ EPS = 1e-5
 State = dict[str, Tensor]
 
 
-@check()
+@check(of=Capability.DDP)
 def two_processes_equal_one(case: Case) -> None:
     """Two processes (DDP) end with the adapter of one process on the same global batch.
 
@@ -41,10 +42,10 @@ def two_processes_equal_one(case: Case) -> None:
     _compare(case, _train_ddp, get_peft_model_state_dict(model))
 
 
-@check(slow=True)
+@check(slow=True, of=Capability.FSDP)
 def sharded_processes_equal_one(case: Case) -> None:
     """Two processes with sharded tensors (FSDP2) end with the adapter of one process."""
-    reason = refusal(case.config(), "fsdp")
+    reason = refusal(case.config(), Capability.FSDP)
     if reason:  # raised by train.py and `petl plan`, not by the method itself
         raise UnsupportedError(reason)
     model = case.wrap_stirred().train()
@@ -52,10 +53,10 @@ def sharded_processes_equal_one(case: Case) -> None:
     _compare(case, _train_fsdp, {n: p.detach() for n, p in trainable(model).items()})
 
 
-@check(on_llama, slow=True, package="deepspeed")
+@check(on_llama, slow=True, package="deepspeed", of=Capability.ZERO)
 def zero_processes_equal_one(case: Case) -> None:
     """Two processes with a sharded optimizer (DeepSpeed ZeRO) end with the adapter of one."""
-    reason = refusal(case.config(), "deepspeed")
+    reason = refusal(case.config(), Capability.ZERO)
     if reason:  # raised by train.py, not by the method itself
         raise UnsupportedError(reason)
     model = case.wrap_stirred().train()

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from petl.core.loading import load
+from petl.core.support import Capability
 from petl.data.models.quantization import keep_gradients, quantization_config
 from petl.testing.case import Case, assert_close, difference, gradients, logits, stir, trainable
 from petl.testing.catalog import check, on_llama
@@ -17,19 +18,19 @@ from petl.testing.training import assert_close_gradients, train
 STEPS = 5
 
 
-@check(on_llama, slow=True, package="bitsandbytes")
+@check(on_llama, slow=True, package="bitsandbytes", of=Capability.BASE_4BIT)
 def trains_on_a_4bit_base(case: Case) -> None:
     """On a 4-bit base (NF4) the adapter trains, after an evaluation too, and reloads."""
     _check(case, "bnb_4bit")
 
 
-@check(on_llama, slow=True, package="bitsandbytes")
+@check(on_llama, slow=True, package="bitsandbytes", of=Capability.BASE_8BIT)
 def trains_on_an_8bit_base(case: Case) -> None:
     """On an 8-bit base (bitsandbytes) the adapter trains and reloads."""
     _check(case, "bnb_8bit")
 
 
-@check(on_llama, slow=True, package="torchao")
+@check(on_llama, slow=True, package="torchao", of=Capability.BASE_TORCHAO)
 def trains_on_a_torchao_base(case: Case) -> None:
     """On an 8-bit base (torchao) the adapter trains and reloads."""
     _check(case, "torchao_int8")

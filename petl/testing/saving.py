@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from petl.core.loading import load
+from petl.core.support import Capability
 from petl.errors import InputError, UnsupportedError
 from petl.testing.case import Case, assert_close, gradients, logits, stir
 from petl.testing.catalog import check, own
@@ -144,7 +145,7 @@ def exporting(case: Case) -> bool:
     return case.promises.exports_lora and case.prefix != "lora_"
 
 
-@check(exporting)
+@check(exporting, of=Capability.LORA_EXPORT)
 def exports_as_a_plain_lora(case: Case) -> None:
     """PEFT's `save_as_lora` writes a LoRA that computes the same."""
     model = case.wrap_stirred()
@@ -158,7 +159,7 @@ def exports_as_a_plain_lora(case: Case) -> None:
     assert_close(values, expected, allowed, "logits of the method and of the exported LoRA")
 
 
-@check(lambda case: own(case) and not case.promises.exports_lora)
+@check(lambda case: own(case) and not case.promises.exports_lora, of=Capability.LORA_EXPORT)
 def export_as_lora_is_refused(case: Case) -> None:
     """A method that is not a weight update refuses the export with a reason; no file is written."""
     model = case.wrap_stirred()

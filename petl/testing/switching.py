@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from petl.core.loading import load
 from petl.core.registry import refusal
+from petl.core.support import Capability
 from petl.errors import InputError
 from petl.testing.case import (
     Case,
@@ -173,7 +174,7 @@ def merging_and_unmerging_change_nothing(case: Case) -> None:
     assert_close(logits(plain, batch), expected, allowed, what)
 
 
-@check(merging)
+@check(merging, of=Capability.MERGE)
 def merged_model_computes_the_same(case: Case) -> None:
     """Merged into the base weights, the adapter is gone and the outputs are the same."""
     model, batch = case.wrap_stirred(), case.batch()
@@ -204,7 +205,7 @@ def safe_merge_refuses_what_is_not_finite(case: Case) -> None:
     raise AssertionError("safe_merge wrote weights that are not finite")
 
 
-@check(lambda case: not merging(case))
+@check(lambda case: not merging(case), of=Capability.MERGE)
 def merging_is_refused_before_anything_changes(case: Case) -> None:
     """A method that cannot merge raises with a reason, and the model is unchanged."""
     model, batch = case.wrap_stirred(), case.batch()
@@ -234,12 +235,12 @@ def unloading_gives_the_plain_model(case: Case) -> None:
         assert torch.equal(plain.train()(**batch).loss, fresh.train()(**batch).loss)
 
 
-@check()
+@check(of=Capability.MIXED_BATCH)
 def mixed_batch_equals_single_runs(case: Case) -> None:
     """With `adapter_names` each row goes through its own adapter, or none; for inference only."""
     batch = case.batch()
     # must raise; `run` compares the reason
-    if refusal(case.config(), "mixed"):
+    if refusal(case.config(), Capability.MIXED_BATCH):
         logits(case.wrap(), batch, adapter_names=["default"] * 4)
         return
     model = wrap_two(case)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from petl.core.lifecycle import lifecycle
 from petl.core.loading import load
 from petl.core.registry import refusal
+from petl.core.support import Capability
 from petl.errors import UnsupportedError
 from petl.testing.case import (
     Case,
@@ -145,7 +146,7 @@ def _selections(model: nn.Module, case: Case) -> dict[str, Tensor]:
     return {n: t for n, t in state if _is_adapter(n, case) and not t.is_floating_point()}
 
 
-@check()
+@check(of=Capability.CHECKPOINTING)
 def checkpointing_gives_the_same_gradients(case: Case) -> None:
     """Gradient checkpointing (not reentrant) changes neither loss nor gradients."""
     _compare_checkpointing(case, use_reentrant=False)
@@ -280,7 +281,7 @@ def layer_compiles_whole(case: Case) -> None:
     compiled.sum().backward()
 
 
-@check(slow=True)
+@check(slow=True, of=Capability.COMPILE)
 def model_compiles_whole(case: Case) -> None:
     """torch.compile captures the training step in one graph, and computes the same."""
     model = case.wrap_stirred()
@@ -292,7 +293,7 @@ def model_compiles_whole(case: Case) -> None:
     try:
         values = gradients(compiled, batch)
     except Unsupported as error:
-        raise UnsupportedError(refusal(case.config(), "compile") or str(error)) from error
+        raise UnsupportedError(refusal(case.config(), Capability.COMPILE) or str(error)) from error
     assert_close_gradients(
         {n.removeprefix("_orig_mod."): g for n, g in values.items()}, plain, "compiled and not"
     )

@@ -30,6 +30,7 @@ import petl
 from petl import testing
 from petl.core.refusals import lora_refusal, merge_refusal
 from petl.core.registry import refusal
+from petl.core.support import Capability
 from petl.errors import InputError, UnsupportedError
 from petl.experiments.planning.dry_run import takes_mixed_batches
 from petl.methods.pyra import save_inner
@@ -573,7 +574,7 @@ def test_merging_of_weights_and_mixed_batches_are_refused_beside_any_inner_metho
     config = petl.build_config("pyra", **fields)
     assert "merges tokens, not weights" in str(merge_refusal(config))
     assert "merges tokens, not weights" in str(lora_refusal(config))
-    assert "other numbers of tokens" in refusal(config, "mixed")
+    assert "other numbers of tokens" in refusal(config, Capability.MIXED_BATCH)
     model = petl.wrap(vit(), config)
     assert not takes_mixed_batches(model)
 

@@ -1,1 +1,1 @@
-"""Declarations of a method: config fields, registry entry, capabilities; and of extra losses."""
+"""Declarations of a method: config fields, registry entry; and of extra losses."""

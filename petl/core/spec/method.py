@@ -11,12 +11,12 @@ from torch import nn
 
 from petl.core.compat import calls_past_hooks, tuner_class
 from petl.core.spec.config import check_bounds, config_field
+from petl.core.support import Lacks
 from petl.errors import InputError, UnknownNameError, UnsupportedError, choose, did_you_mean
 from petl.system.files.paths import method_preset
 
 Calibration = Iterable[Any] | Callable[[], Any]
 Finish = Callable[[PeftModel], None]
-Unsupported = str | Callable[[Any], str]
 logger = logging.getLogger(__name__)
 LR = 1e-3  # default peak learning rate of most methods
 
@@ -60,8 +60,7 @@ class Method:
             has rank (I + O) parameters; "" if it has none.
         need: what a user wants who chooses it, in a few words; `petl methods` groups by it.
         recommended: why it is the first to try for its need; "": it is not.
-        unsupported: by capability (see petl/core/spec/capabilities.py), why the method lacks it, as
-            a sentence or a function of a config that returns one or "".
+        lacks: its rows of the table of petl/core/support.py: by capability, why it is lacking.
         decays: False if weight decay leaves the adapter's tensors out; the head's may decay.
         loop_refusal: why `petl train` cannot train it, and what to do instead; "": it can.
     """
@@ -91,7 +90,7 @@ class Method:
     rank: str = ""
     need: str = ""
     recommended: str = ""
-    unsupported: Mapping[str, Unsupported] = field(default_factory=dict)
+    lacks: Lacks = field(default_factory=dict)
     decays: bool = True
     loop_refusal: str = ""
 

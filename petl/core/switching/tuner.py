@@ -441,7 +441,7 @@ def apply_peft_fixes(model: PeftModel, not_mixed: str) -> None:
     `add_weighted_adapter` where it computes another sum.
 
     Args:
-        not_mixed: why the method of its adapters lacks the capability "mixed"; "": it has it.
+        not_mixed: why the method of its adapters lacks `Capability.MIXED_BATCH`; "": it has it.
     """
     freeze_ranks(model.base_model)
     if not_mixed:

@@ -31,6 +31,7 @@ from petl.core.model.weight_changes import change_map
 from petl.core.serving.mixed_batch import AdapterRows, is_generation_call
 from petl.core.spec.checks import check_adapter_name, check_tensor_names
 from petl.core.spec.config import MethodConfig
+from petl.core.support import Lacks
 from petl.core.switching.tuner import hosts_of, layers_of
 from petl.core.tuners.base import SharedStateTuner, check_loaded, watch
 from petl.errors import (
@@ -52,7 +53,7 @@ class MethodTuner(SharedStateTuner):
     Attributes:
         config_cls: the method's config.
         adapter_cls: the method's adapter.
-        unsupported: by capability, why the method lacks it; see `Method.unsupported`.
+        lacks: by capability, why the method lacks it; see `Method.lacks`.
         loop_refusal: why `petl train` cannot train it, and what to do instead; "": it can.
         needs_tuner: why its adapters cannot be loaded without the tuner, by transformers' own
             `load_adapter`; "": they can, if no tensors are shared.
@@ -68,7 +69,7 @@ class MethodTuner(SharedStateTuner):
 
     config_cls: ClassVar[type[MethodConfig]]
     adapter_cls: ClassVar[type[Adapter]]
-    unsupported: ClassVar[Mapping[str, Any]] = {}
+    lacks: ClassVar[Lacks] = {}
     loop_refusal: ClassVar[str] = ""
     needs_tuner: ClassVar[str] = ""
     free_dims: ClassVar[Mapping[str, int]] = {}

@@ -22,6 +22,7 @@ from petl.core.compat import BaseTunerLayer
 from petl.core.layers.block import BlockAdapters
 from petl.core.parameters import LiveBytes
 from petl.core.registry import refusal
+from petl.core.support import Capability
 from petl.errors import InputError, UnsupportedError, first_line
 
 
@@ -191,7 +192,7 @@ def takes_mixed_batches(model: PeftModel) -> bool:
     Runs one layer of each class; call it inside `without_values`. A tuner without the hook ignores
     the argument, and some layers raise.
     """
-    if refusal(model.active_peft_config, "mixed"):
+    if refusal(model.active_peft_config, Capability.MIXED_BATCH):
         return False
     if not hasattr(type(model.base_model), "_enable_peft_forward_hooks"):
         return False

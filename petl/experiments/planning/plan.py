@@ -19,6 +19,7 @@ from petl.core.parameters import trainable
 from petl.core.refusals import lora_refusal, merge_refusal
 from petl.core.registry import build_config, refusal
 from petl.core.spec.method import modifies_base_weights
+from petl.core.support import Capability
 from petl.data.base import refuse_stream
 from petl.data.batch_sampler import padding_fraction
 from petl.data.models.loading import load_base, load_processor
@@ -341,7 +342,7 @@ def supports(model: PeftModel) -> dict[str, str]:
     """Return, by capability, "yes" or "no" with the reason."""
     config = model.active_peft_config
     merging, export = merge_refusal(config), lora_refusal(config)
-    mixing = refusal(config, "mixed")
+    mixing = refusal(config, Capability.MIXED_BATCH)
     mixes = not mixing and takes_mixed_batches(model)
     base: Any = model.get_base_model()
     return {

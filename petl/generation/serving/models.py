@@ -15,6 +15,7 @@ from petl.core.loading import load
 from petl.core.parameters import max_positions
 from petl.core.registry import keeps_base, refusal
 from petl.core.spec.method import modifies_base_weights
+from petl.core.support import Capability
 from petl.data.models.sources import read_source
 from petl.efficiency.fused_lora.switching import fuse_lora
 from petl.errors import InputError
@@ -178,7 +179,8 @@ class Loader:
             for name, each in group.items()
         }
         # why the rows of a batch cannot have adapters of their own; "": they can
-        reason = next(filter(None, (refusal(c, "mixed") for c in model.peft_config.values())), "")
+        reasons = (refusal(c, Capability.MIXED_BATCH) for c in model.peft_config.values())
+        reason = next(filter(None, reasons), "")
         if reason and len(group) > 1:
             logger.info("adapters of %s run one after the other: %s", ", ".join(group), reason)
         # None: each row its own

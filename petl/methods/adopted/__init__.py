@@ -7,6 +7,7 @@ tuner does not support. Settings for training are in configs/method/NAME.yaml.
 import peft
 
 from petl.core.registry import adopt
+from petl.core.support import BASES, Capability
 from petl.methods.adopted.values import (
     check_adalora,
     check_boft,
@@ -26,7 +27,9 @@ from petl.methods.adopted.values import (
 )
 
 # Features that PEFT's tuners do not support, found by running the contract tests on PEFT 0.21.2.
-IGNORES_NAMES = {"mixed": "PEFT ignores adapter_names and computes with the active adapter"}
+IGNORES_NAMES = {
+    Capability.MIXED_BATCH: "PEFT ignores adapter_names and computes with the active adapter"
+}
 HOST_DROPOUT = "PEFT draws its module dropout on the host, which breaks the graph"
 DENSE = "PEFT reads the base weight as a dense matrix; leave model.quantization unset"
 
@@ -38,12 +41,13 @@ adopt(
     paper="Zhang et al. 2023, Adaptive Budget Allocation for PEFT, ICLR, arXiv:2303.10512",
     check=check_adalora,
     rank="init_r",
-    unsupported={
-        "fsdp": "it masks complete triplets, and FSDP shards them; launch it with ddp",
-        "deepspeed": "it masks ranks by gradients, which ZeRO has already freed; launch it with "
-        "ddp",
-        "compile": "its forward pass changes requires_grad, which breaks the graph",
-        "mixed": "PEFT's AdaLoRA trains one adapter at a time and does not support mixed batches",
+    lacks={
+        Capability.FSDP: "it masks complete triplets, and FSDP shards them; launch it with ddp",
+        Capability.ZERO: "it masks ranks by gradients, which ZeRO has already freed; launch it "
+        "with ddp",
+        Capability.COMPILE: "its forward pass changes requires_grad, which breaks the graph",
+        Capability.MIXED_BATCH: "PEFT's AdaLoRA trains one adapter at a time and does not support "
+        "mixed batches",
     },
 )
 adopt(
@@ -53,7 +57,7 @@ adopt(
     need="few parameters",
     paper="Liu et al. 2022, Few-Shot PEFT is Better and Cheaper than ICL, arXiv:2205.05638",
     lr=3e-2,  # measured on the task of the other defaults, less carefully; its scales start at 1
-    unsupported=IGNORES_NAMES,
+    lacks=IGNORES_NAMES,
 )
 adopt(
     "vera",
@@ -63,7 +67,7 @@ adopt(
     paper="Kopiczko et al. 2024, VeRA: Vector-based Random Matrix Adaptation, arXiv:2310.11454",
     exports_lora=True,
     check=check_vera,
-    unsupported=IGNORES_NAMES,
+    lacks=IGNORES_NAMES,
 )
 adopt(
     "loha",
@@ -73,7 +77,7 @@ adopt(
     paper="Hyeon-Woo et al. 2022, FedPara, ICLR, arXiv:2108.06098",
     exports_lora=True,
     rank="r",
-    unsupported={**IGNORES_NAMES, "4bit": DENSE, "compile": HOST_DROPOUT},
+    lacks={**IGNORES_NAMES, Capability.BASE_4BIT: DENSE, Capability.COMPILE: HOST_DROPOUT},
 )
 adopt(
     "lokr",
@@ -83,7 +87,7 @@ adopt(
     paper="Yeh et al. 2024, Navigating Text-to-Image Customization (LyCORIS), arXiv:2309.14859",
     exports_lora=True,
     check=check_lokr,
-    unsupported={**IGNORES_NAMES, "4bit": DENSE, "compile": HOST_DROPOUT},
+    lacks={**IGNORES_NAMES, Capability.BASE_4BIT: DENSE, Capability.COMPILE: HOST_DROPOUT},
 )
 adopt(
     "oft",
@@ -93,7 +97,7 @@ adopt(
     paper="Qiu et al. 2023, Controlling Text-to-Image Diffusion by Orthogonal FT, arXiv:2306.07280",
     check=check_oft,
     fit=fit_oft,
-    unsupported=IGNORES_NAMES,
+    lacks=IGNORES_NAMES,
 )
 adopt(
     "boft",
@@ -103,7 +107,7 @@ adopt(
     paper="Liu et al. 2024, PEFT via Butterfly Factorization, ICLR, arXiv:2311.06243",
     check=check_boft,
     fit=fit_boft,
-    unsupported=IGNORES_NAMES,
+    lacks=IGNORES_NAMES,
 )
 adopt(
     "hra",
@@ -114,7 +118,7 @@ adopt(
     rank_step=2,  # reflections come in pairs
     check=check_hra,
     rank="r",
-    unsupported={**IGNORES_NAMES, "4bit": DENSE, "8bit": DENSE, "torchao": DENSE},
+    lacks={**IGNORES_NAMES, **dict.fromkeys(BASES, DENSE)},
 )
 adopt(
     "vblora",
@@ -126,10 +130,10 @@ adopt(
     check=check_vblora,
     fit=fit_vblora,
     rank="r",
-    unsupported={
+    lacks={
         **IGNORES_NAMES,
-        "fsdp": "PEFT registers its vector bank on every layer, which FSDP2 cannot shard",
-        "compile": "it checks for infinite logits on the host, which breaks the graph",
+        Capability.FSDP: "PEFT registers its vector bank on every layer, which FSDP2 cannot shard",
+        Capability.COMPILE: "it checks for infinite logits on the host, which breaks the graph",
     },
 )
 adopt(
@@ -140,7 +144,7 @@ adopt(
     paper="Gao et al. 2024, PEFT with Discrete Fourier Transform, arXiv:2405.03003",
     exports_lora=True,
     check=check_fourierft,
-    unsupported=IGNORES_NAMES,
+    lacks=IGNORES_NAMES,
 )
 adopt(
     "randlora",
@@ -149,7 +153,7 @@ adopt(
     need="updates of high rank",
     paper="Albert et al. 2025, RandLoRA: Full-Rank PEFT of Large Models, arXiv:2502.00987",
     exports_lora=True,
-    unsupported=IGNORES_NAMES,
+    lacks=IGNORES_NAMES,
 )
 adopt(
     "shira",
@@ -158,7 +162,10 @@ adopt(
     need="a few single weights",
     paper="Bhardwaj et al. 2024, Sparse High Rank Adapters, NeurIPS, arXiv:2406.13175",
     check=check_shira,
-    unsupported={**IGNORES_NAMES, "compile": "it creates a sparse tensor, which breaks the graph"},
+    lacks={
+        **IGNORES_NAMES,
+        Capability.COMPILE: "it creates a sparse tensor, which breaks the graph",
+    },
 )
 adopt(
     "miss",
@@ -169,7 +176,7 @@ adopt(
     exports_lora=True,
     check=check_miss,
     fit=fit_miss,
-    unsupported=IGNORES_NAMES,
+    lacks=IGNORES_NAMES,
 )
 adopt(
     "ln_tuning",
@@ -177,7 +184,7 @@ adopt(
     summary="trains the layer norms only",
     need="few parameters",
     paper="Zhao et al. 2024, Tuning LayerNorm in Attention, ICLR, arXiv:2312.11420",
-    unsupported=IGNORES_NAMES,
+    lacks=IGNORES_NAMES,
 )
 adopt(
     "delora",
@@ -188,7 +195,7 @@ adopt(
     exports_lora=True,
     check=check_delora,
     rank="r",
-    unsupported={**IGNORES_NAMES, "4bit": DENSE, "8bit": DENSE, "torchao": DENSE},
+    lacks={**IGNORES_NAMES, **dict.fromkeys(BASES, DENSE)},
 )
 adopt(
     "c3a",
@@ -197,5 +204,5 @@ adopt(
     need="updates of high rank",
     paper="Chen et al. 2024, PEFT via Circular Convolution, arXiv:2407.19342",
     exports_lora=True,
-    unsupported=IGNORES_NAMES,
+    lacks=IGNORES_NAMES,
 )

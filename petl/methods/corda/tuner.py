@@ -18,6 +18,7 @@ from petl.core.layers.conversion import set_refusal
 from petl.core.model.heat_map import HeatMap, means, of_layers, role_of
 from petl.core.model.weight_changes import MEANING
 from petl.core.registry import adopt
+from petl.core.support import BASES, Capability
 from petl.core.tuners.base import NOT_COMBINED
 from petl.efficiency.fused_lora.layer import fuse_layers
 from petl.errors import InputError, UnsupportedError
@@ -325,8 +326,9 @@ adopt(
     keeps_base=lambda config: False,
     calibration=lambda config: "method 'corda'",
     on_wrap=initialize,
-    unsupported={
-        **dict.fromkeys(("4bit", "8bit", "torchao"), QUANTIZED),
-        "mixed": "a CorDA adapter changes the base weights, so the model can have no other adapter",
+    lacks={
+        **dict.fromkeys(BASES, QUANTIZED),
+        Capability.MIXED_BATCH: "a CorDA adapter changes the base weights, so the model can have "
+        "no other adapter",
     },
 )

@@ -17,6 +17,7 @@ from petl.core.layers.layer import AdapterLayer, LayerShape
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.parameters import quantization_of
 from petl.core.registry import register
+from petl.core.support import BASES, Capability
 from petl.core.switching.tuner import layers_of
 from petl.core.tuners.base import updated
 from petl.core.tuners.tuner import MethodTuner
@@ -52,12 +53,12 @@ class DseeModel(MethodTuner):
 
     config_cls, adapter_cls = DseeConfig, DseeAdapter
     by_position = True
-    unsupported = {
+    lacks = {
         **dict.fromkeys(
-            ("4bit", "8bit", "torchao"),
+            BASES,
             lambda config: QUANTIZED if config.prune_step is not None else "",
         ),
-        "mixed": lambda config: ALONE if config.prune_step is not None else "",
+        Capability.MIXED_BATCH: lambda config: ALONE if config.prune_step is not None else "",
     }
     # transformers puts the tensors into the layers without a call of `_load_from_state_dict`
     needs_tuner = "its layers would not know whether their weights are pruned"

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from petl.core.layers.layer import LayerShape
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.registry import register
+from petl.core.support import Capability
 from petl.core.tuners.base import updated
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError
@@ -45,7 +46,7 @@ class IncreloraModel(MethodTuner):
 
     config_cls, adapter_cls = IncreloraConfig, IncreloraAdapter
     needs_tuner = "it pads the tensors of its files, which have the active ranks only"
-    unsupported = {"deepspeed": needs_own_learning_rates}
+    lacks = {Capability.ZERO: needs_own_learning_rates}
     free_dims = ROWS  # a file has as many components as have grown
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -33,6 +33,7 @@ from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.registry import register
 from petl.core.spec.checks import check_rank
 from petl.core.spec.config import MethodConfig, config_field, require
+from petl.core.support import BASES, Capability
 from petl.core.switching.tuner import layers_of
 from petl.core.tuners.base import updated
 from petl.core.tuners.tuner import MethodTuner
@@ -131,7 +132,7 @@ class PstModel(MethodTuner):
 
     config_cls, adapter_cls = PstConfig, PstAdapter
     by_position = True
-    unsupported = {**dict.fromkeys(("4bit", "8bit", "torchao"), DENSE), "mixed": ALONE}
+    lacks = {**dict.fromkeys(BASES, DENSE), Capability.MIXED_BATCH: ALONE}
     # transformers puts the tensors into the layers without a call of `_load_from_state_dict`
     needs_tuner = "its layers would not know how many of their weights are pruned"
     moves_entries = False  # masks change, and no trained tensor

@@ -25,6 +25,7 @@ from petl.core.model.weight_changes import change_map
 from petl.core.registry import register
 from petl.core.spec.config import require
 from petl.core.spec.method import Method
+from petl.core.support import Capability
 from petl.core.switching.tuner import SwitchingTuner
 from petl.core.tuners.base import ForwardContextTuner, check_loaded
 from petl.core.tuners.tuner import MethodTuner
@@ -55,7 +56,7 @@ def variant(entry: Method, given: Mapping[str, Any]) -> Method:
         exports_lora=False,
         variant=entry.variant,
         inner=inner,
-        unsupported={**inner_entry.unsupported, **entry.unsupported},
+        lacks={**inner_entry.lacks, **entry.lacks},
     )
 
 
@@ -74,7 +75,7 @@ class PyraModel(SwitchingTuner, ForwardContextTuner):
     config_cls = PyraConfig
     needs_tuner = "its blocks pass the sizes of merged tokens on through it"
     merge_refusal = MERGED_TOKENS  # whatever the inner method's adapters allow
-    unsupported = {"mixed": "rows of other adapters would have other numbers of tokens"}
+    lacks = {Capability.MIXED_BATCH: "rows of other adapters would have other numbers of tokens"}
 
     peft_config: dict[str, Any]
 

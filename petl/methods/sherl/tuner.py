@@ -12,6 +12,7 @@ from petl.core.model.heat_map import HeatMap, finite
 from petl.core.model.structure import block_widths, final_norm, layer_drop, norm_kind
 from petl.core.registry import register
 from petl.core.spec.config import require
+from petl.core.support import Capability
 from petl.core.switching.norms import original_norms
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError
@@ -33,7 +34,7 @@ class SherlModel(MethodTuner):
 
     config_cls, adapter_cls = SherlConfig, SherlAdapter
     needs_tuner = "hooks of the blocks feed it, which the tuner has"
-    unsupported = {"mixed": "one side network at a time feeds the late blocks"}
+    lacks = {Capability.MIXED_BATCH: "one side network at a time feeds the late blocks"}
 
     def choose_targets(self, config: Any, model: nn.Module) -> None:
         """Set the targets to the hosts, and add the last norm to `modules_to_save` if it trains."""

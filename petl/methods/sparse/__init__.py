@@ -41,6 +41,7 @@ from petl.core.layers.layer import AdapterLayer, LayerShape
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.registry import register
 from petl.core.spec.config import MethodConfig, config_field, require
+from petl.core.support import Capability
 from petl.core.tuners.base import updated
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError
@@ -137,8 +138,8 @@ class SparseModel(MethodTuner):
 
     config_cls, adapter_cls = SparseConfig, SparseAdapter
     by_position = True
-    unsupported = {
-        "deepspeed": lambda config: "" if config.selection_algorithm == "none" else SINGLE,
+    lacks = {
+        Capability.ZERO: lambda config: "" if config.selection_algorithm == "none" else SINGLE,
     }
 
     def layer_settings(

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from petl.core.model.structure import blocks
 from petl.core.parameters import quantization_of, trainable
 from petl.core.registry import refusal
+from petl.core.support import Capability
 from petl.errors import InputError, UnsupportedError, choose
 from petl.system.collectives import is_sharded, to_full, to_shards
 from petl.system.imports.extras import need_extra
@@ -209,8 +210,9 @@ def is_zero(accelerator: Accelerator) -> bool:
 
 def refuse_sharding(config: PeftConfig, quantization: str | None, accelerator: Accelerator) -> None:
     """Raise UnsupportedError if the run would shard a method or a base that cannot be sharded."""
-    if is_zero(accelerator) and refusal(config, "deepspeed"):
-        raise UnsupportedError(f"launch=deepspeed is not possible: {refusal(config, 'deepspeed')}")
+    reason = refusal(config, Capability.ZERO)
+    if is_zero(accelerator) and reason:
+        raise UnsupportedError(f"launch=deepspeed is not possible: {reason}")
     if accelerator.num_processes > 1 and (quantization or "").startswith("torchao"):
         raise UnsupportedError(
             f"weights in model.quantization={quantization} can neither be broadcast nor sharded; "
@@ -224,7 +226,7 @@ def refuse_sharding(config: PeftConfig, quantization: str | None, accelerator: A
 def refuse_fsdp(config: PeftConfig, quantization: str | None) -> None:
     """Raise UnsupportedError if FSDP2 cannot shard the method or its base."""
     # quantization is named first: it can be changed without changing the method
-    reason = refusal(config, "fsdp")
+    reason = refusal(config, Capability.FSDP)
     if quantization is not None:
         reason = f"weights in model.quantization={quantization} cannot be sharded; use launch=ddp"
     if reason:

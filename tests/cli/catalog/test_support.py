@@ -1,18 +1,15 @@
 """The table of supported features equals the code, and a check covers each cell."""
 
-from pathlib import Path
-
 import pytest
 from contract_cases import ADOPTED, adopted, models_of, own
+from support import MEANINGS, PAGE, checks_of, page
 
 import petl
 from petl import testing
 from petl.cli.catalog.method_page import page_of
-from petl.cli.catalog.support import MEANINGS, PAGE, default_config, page, row
+from petl.cli.catalog.support import HEADINGS, default_config, row
 from petl.core.registry import refusal
-from petl.core.spec.capabilities import CAPABILITIES, capability_of
-
-ROOT = Path(__file__).parents[3]
+from petl.core.support import Capability
 
 
 def case_of(name: str) -> testing.Case:
@@ -22,14 +19,12 @@ def case_of(name: str) -> testing.Case:
 
 
 def test_the_committed_table_equals_the_code():
-    assert (ROOT / PAGE).read_text() == page(), "run: python scripts/support.py"
+    assert PAGE.read_text() == page(), "run: python scripts/support.py"
 
 
-def test_every_capability_is_explained_and_has_checks():
-    assert list(MEANINGS) == list(CAPABILITIES)
-    for name, capability in CAPABILITIES.items():
-        assert all(capability_of(check) == name for check in capability.checks)
-        assert set(capability.checks) <= set(testing.CHECKS)
+def test_every_column_is_explained_and_has_checks():
+    assert list(MEANINGS) == list(HEADINGS)
+    assert all(checks_of(capability) for capability in HEADINGS)
 
 
 @pytest.mark.parametrize("name", petl.list_methods())
@@ -37,23 +32,20 @@ def test_a_check_covers_every_cell(name):
     case, found = case_of(name), row(name)
     runs = set(testing.checks(case))
     for capability, reason in found.items():
-        by_command = capability == "lora" and (case.prefix == "lora_" or name in ADOPTED)
-        assert runs & set(CAPABILITIES[capability].checks) or by_command, capability
-        if capability not in ("merge", "lora"):
+        by_command = capability is Capability.LORA_EXPORT and (
+            case.prefix == "lora_" or name in ADOPTED
+        )
+        assert runs & set(checks_of(capability)) or by_command, capability
+        if capability not in (Capability.MERGE, Capability.LORA_EXPORT):
             assert refusal(case.config(), capability) == reason
 
 
-@pytest.mark.parametrize("name", petl.list_methods())
-def test_limits_refer_to_known_capabilities(name):
-    assert set(petl.method(name).unsupported) <= set(CAPABILITIES)
-
-
 def test_limits_follow_the_fields():
-    for capability in ("4bit", "fsdp"):
+    for capability in (Capability.BASE_4BIT, Capability.FSDP):
         assert refusal(petl.build_config("lora", init_lora_weights="pissa"), capability)
         assert not refusal(default_config("lora"), capability)
     inner = petl.build_config("binary", inner="loha", target_modules="all-linear")
-    assert refusal(inner, "4bit") == row("loha")["4bit"]
+    assert refusal(inner, Capability.BASE_4BIT) == row("loha")[Capability.BASE_4BIT]
 
 
 def test_a_page_of_a_method_has_its_row():

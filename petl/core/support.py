@@ -1,0 +1,59 @@
+"""What excludes what: one table of methods, losses, rewrites and features of a run.
+
+Whatever can be chosen for a run declares what it `lacks`: by capability, the reason. A pair is
+declared once, by the younger of the two. `conflicts` compares all that is chosen; the checks of
+`petl.testing` prove a cell of the table either way, that it works or is refused with that reason.
+"""
+
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from typing import Any
+
+# why something lacks a capability: a sentence, or a function of its config that returns one; "":
+# it has the capability
+Reason = str | Callable[[Any], str]
+Lacks = Mapping["Capability", Reason]
+
+
+class Capability(StrEnum):
+    """What a method, loss, rewrite or feature of a run works with, unless it `lacks` it."""
+
+    # how processes divide the work
+    DDP = "ddp"
+    FSDP = "fsdp"
+    ZERO = "deepspeed"
+    # quantization of the base model
+    BASE_4BIT = "4bit"
+    BASE_8BIT = "8bit"
+    BASE_TORCHAO = "torchao"
+    # a training step, and the rewrites of `petl.efficiency`
+    CHECKPOINTING = "checkpointing"
+    REENTRANT = "reentrant"
+    COMPILE = "compile"
+    FUSE_LORA = "fuse_lora"
+    RECOMPUTE = "recompute_mlp"
+    SEGMENTS = "loss_segment"
+    SKIP = "skip_unread"
+    STORE = "cache_frozen"
+    TOGETHER = "together"
+    # what a trained adapter can do
+    MIXED_BATCH = "mixed"
+    SWITCHING = "switching"
+    MERGE = "merge"
+    LORA_EXPORT = "lora"
+    # what a run does besides
+    TRAIN = "train"
+    ADAMR = "adamr"
+    RANKS = "ranks"
+    STREAM = "stream"
+    PACKED_ROWS = "packed_rows"
+    EXTRA_LOSS = "loss"
+
+
+BASES = (Capability.BASE_4BIT, Capability.BASE_8BIT, Capability.BASE_TORCHAO)
+
+
+def reason_of(lacks: Lacks, capability: Capability, config: Any) -> str:
+    """Return why a capability is lacking with this config; "": it is there."""
+    reason = lacks.get(capability, "")
+    return reason if isinstance(reason, str) else reason(config)
