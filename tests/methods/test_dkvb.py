@@ -201,6 +201,25 @@ def test_the_order_of_rows_does_not_matter_and_the_first_of_equal_keys_is_picked
     assert nearest(pieces, same).eq(0).all()
 
 
+@pytest.mark.parametrize("change", ["one long key", "long rows", "far from 0"])
+def test_the_nearest_key_is_picked_whatever_the_lengths_are(change):
+    torch.manual_seed(6)
+    pieces, keys = torch.randn(64, 4, 8), torch.randn(4, 32, 8)
+    if change == "one long key":
+        keys[:, 7] *= 1000 / keys[:, 7].norm(dim=-1, keepdim=True)
+    elif change == "long rows":
+        pieces *= 1e4
+    else:
+        pieces, keys = pieces + 1e4, keys + 1e4
+    differences = pieces.double().unsqueeze(2) - keys.double()
+    distances = differences.norm(dim=-1)
+    picked = nearest(pieces, keys)
+    found = distances.gather(-1, picked.unsqueeze(-1)).squeeze(-1)
+    assert (found / distances.amin(-1) - 1).max() < 1e-6
+    assert (picked != distances.argmin(-1)).double().mean() < 0.02  # equal within rounding
+    assert torch.equal(nearest(pieces[:1], keys), picked[:1])
+
+
 @pytest.mark.parametrize("fields", [{}, {"optimizer": "sparse_adam"}])
 def test_values_that_no_row_picked_keep_their_bits(fields):
     torch.manual_seed(6)

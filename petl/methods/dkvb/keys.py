@@ -9,7 +9,6 @@ from torch import Tensor
 from petl.errors import InputError
 from petl.system.collectives import gathered
 
-EPSILON = torch.finfo(torch.float32).eps
 EPS = 1e-5  # e of the smoothed counts
 ROWS = 1024  # rows whose distances, C K each, exist at a time; assumption
 
@@ -18,24 +17,18 @@ ROWS = 1024  # rows whose distances, C K each, exist at a time; assumption
 def nearest(pieces: Tensor, keys: Tensor) -> Tensor:
     """Return the index of the nearest key in each codebook, the first of equal ones, [n, C].
 
-    Distances are equal if they differ by no more than rounding can.
-
     Args:
         pieces: [n, C, d], float32.
         keys: [C, K, d], float32.
     """
-    squares = keys.square().sum(-1).unsqueeze(1)  # [C, 1, K]
-    largest = squares.amax(-1, keepdim=True)
     parts = []
     for part in pieces.split(ROWS):
-        z = part.transpose(0, 1)  # [C, n, d]
-        # |z|^2, equal for all keys of a codebook, is left out of the distance
-        distances = torch.baddbmm(squares, z, keys.transpose(1, 2), alpha=-2)
-        # how far rounding, which depends on the number of rows, may move a distance: equal keys
-        # must stay equal in any batch
-        error = (z.square().sum(-1, keepdim=True) + largest) * (EPSILON * (keys.shape[-1] + 2))
-        is_least = distances <= distances.amin(-1, keepdim=True) + error
-        parts.append(is_least.byte().argmax(-1))
+        # by differences: |z|^2 - 2 z k + |k|^2 rounds relative to the longest vector, and all keys
+        # would be equally near to a long row, or beside one long key
+        distances = torch.cdist(
+            part.transpose(0, 1), keys, compute_mode="donot_use_mm_for_euclid_dist"
+        )
+        parts.append(distances.argmin(-1))  # [C, n]; each pair alone, so the same in any batch
     return torch.cat(parts, 1).t() if parts else pieces.new_zeros(pieces.shape[:2]).long()
 
 
