@@ -151,15 +151,14 @@ class FrozenCache:
 
     def open(self, wanted: "Wanted") -> bool:
         """Open a store that `find` returned; as `fill`."""
-        there = wanted.is_there
-        if not there:
-            with locked(wanted.folder):
-                there = wanted.is_there  # another process may have filled it in the meantime
-                if not there:
-                    wanted.write()
-        self._feed.autocast = self._read or ""
         # from the file, by the process that wrote it too: first and later runs read the same bits
-        self._feed.stores.append(Store(wanted.folder / CONTENT))
+        try:
+            store, there = Store(wanted.folder / CONTENT), True
+        except InputError:  # absent or damaged
+            with locked(wanted.folder):
+                store, there = wanted.read_or_write()
+        self._feed.autocast = self._read or ""
+        self._feed.stores.append(store)
         return there
 
     def close(self) -> None:
@@ -196,6 +195,17 @@ class Wanted:
         """Its size on disk."""
         positions = self.contents.positions(self.form)
         return size_of(self.form, len(positions), sum(positions))
+
+    def read_or_write(self) -> tuple[Store, bool]:
+        """Return the store, and True if it was there and whole; its folder is locked."""
+        content = self.folder / CONTENT
+        try:  # another process may have filled it in the meantime
+            return Store(content), True
+        except InputError as error:
+            if content.exists():
+                logger.warning("%s: its rows are computed again", error)
+        self.write()
+        return Store(content), False
 
     def write(self) -> None:
         """Compute it; its folder is locked."""

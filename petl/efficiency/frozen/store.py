@@ -2,7 +2,9 @@
 
 A store is a folder, complete or absent, with states.bin (values of all rows [N, ...]), offsets.npy
 (row i has the values from offsets[i] to offsets[i + 1]), keys.npy (sorted, 16 bytes each), rows.npy
-(the row of each key) and store.json.
+(the row of each key), checks.npy (XXH3 of the bytes of each row) and store.json, which has the XXH3
+of the arrays and of its own entries. All of them are compared before a value is used: who finds a
+damaged store makes it again.
 """
 
 import json
@@ -15,21 +17,22 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from petl.efficiency.frozen.keys import KEY_BYTES
 from petl.errors import InputError
-from petl.system.files.disk import atomic_folder, create, write_json
+from petl.system.files.disk import as_json, atomic_folder, create, remove, write_json
 from petl.system.files.read import read_json
 from petl.system.processes import release, try_claim
 
-FORMAT = 1  # increment when files or the meaning of keys change
+FORMAT = 2  # increment when files or the meaning of keys change
 STATES, ABOUT = "states.bin", "store.json"
-OFFSETS, KEYS, ROWS = "offsets.npy", "keys.npy", "rows.npy"
+OFFSETS, KEYS, ROWS, CHECKS = "offsets.npy", "keys.npy", "rows.npy", "checks.npy"
 CONTENT = "content"  # the folder that is complete or absent, next to the lock
 MARGIN = 64 * 2**20  # bytes that stay free on the disk
 WAIT = 0.2  # seconds between looks at a store that another process fills
@@ -63,25 +66,54 @@ class Form:
         return prod(self.tail) * self.torch_dtype.itemsize
 
 
+class About(TypedDict):
+    """The content of store.json, of which `computation` and `rows` are what `present` asks for."""
+
+    form: dict[str, Any]
+    arrays: dict[str, str]  # XXH3 of each file
+    own: str  # XXH3 of the other entries
+
+
 class Store:
-    """A complete store, opened for reading."""
+    """A complete store, opened for reading.
+
+    Raises:
+        InputError: it is absent, or its content is not what was written.
+    """
 
     def __init__(self, folder: Path) -> None:
-        about = read_json(folder / ABOUT)
-        self.folder, self.form = folder, Form(**about["form"])
-        # it refuses arrays of objects, which would be unpickled
-        self.offsets = np.lib.format.open_memmap(folder / OFFSETS, mode="r")
-        self.keys = np.lib.format.open_memmap(folder / KEYS, mode="r")
-        self.rows = np.lib.format.open_memmap(folder / ROWS, mode="r")
+        self.folder = folder
+        about: About = read_json(folder / ABOUT, About)
+        others = {name: entry for name, entry in about.items() if name != "own"}
+        self._compare(ABOUT, about["own"] == _digest(as_json(others).encode()))
+        self.form = Form(**about["form"])
+        self.offsets, self.keys, self.rows, checks = (
+            self._array(name, about["arrays"][name]) for name in (OFFSETS, KEYS, ROWS, CHECKS)
+        )
         shape = (int(self.offsets[-1]), *self.form.tail)
         size = prod(shape)
-        if (folder / STATES).stat().st_size != size * self.form.torch_dtype.itemsize:
-            raise InputError(f"{folder / STATES} is damaged: delete the folder {folder}")
+        expected, states = size * self.form.torch_dtype.itemsize, folder / STATES
+        self._compare(STATES, states.is_file() and states.stat().st_size == expected)
         # read-only and shared by all processes that map it
         # shared=False is MAP_PRIVATE: a write would copy the page and never reach the file
         self.states = torch.from_file(
-            str(folder / STATES), shared=False, size=size, dtype=self.form.torch_dtype
+            str(states), shared=False, size=size, dtype=self.form.torch_dtype
         ).view(shape)
+        # all at once, in the order of the file, which also brings it into memory
+        content = memoryview(self.states.view(-1).view(torch.uint8).numpy())
+        ends = (self.offsets * self.form.bytes_each).tolist()
+        for start, end, check in zip(ends[:-1], ends[1:], checks.tolist(), strict=True):
+            self._compare(STATES, xxhash.xxh3_64_intdigest(content[start:end]) == check)
+
+    def _array(self, name: str, check: str) -> np.ndarray:
+        path = self.folder / name
+        self._compare(name, path.is_file() and _digest(path.read_bytes()) == check)
+        # it refuses arrays of objects, which would be unpickled
+        return np.lib.format.open_memmap(path, mode="r")
+
+    def _compare(self, name: str, is_equal: bool) -> None:
+        if not is_equal:
+            raise InputError(f"{self.folder / name} is damaged")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -163,27 +195,38 @@ def write(
         InputError: the disk is too small.
         RunStopped: the disk is full after all, or not writable.
     """
+    remove(folder / CONTENT)  # damaged, if it is there: its space is needed
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     check_space(folder, size_of(form, len(keys), int(offsets[-1])))
     order = np.argsort(np.array(keys, dtype=f"S{KEY_BYTES}"), kind="stable")
+    checks = []
     with atomic_folder(folder / CONTENT) as draft:
         with create(draft / STATES) as opened:
             for part in parts:
-                opened.write(part.contiguous().view(torch.uint8).numpy())
+                content = part.contiguous().view(torch.uint8).numpy()
+                checks.append(xxhash.xxh3_64_intdigest(content))
+                opened.write(content)
         for name, array in (
             (OFFSETS, offsets),
             (KEYS, np.array(keys, dtype=f"S{KEY_BYTES}")[order]),
             (ROWS, order.astype(np.int64)),
+            (CHECKS, np.array(checks, dtype=np.uint64)),
         ):
             with create(draft / name) as opened:
                 np.save(opened, array, allow_pickle=False)
-        write_json(draft / ABOUT, {"format": FORMAT, "form": asdict(form), **about})
+        arrays = {path.name: _digest(path.read_bytes()) for path in draft.glob("*.npy")}
+        content = {"format": FORMAT, "form": asdict(form), "arrays": arrays, **about}
+        write_json(draft / ABOUT, {**content, "own": _digest(as_json(content).encode())})
+
+
+def _digest(content: bytes) -> str:
+    return xxhash.xxh3_64_hexdigest(content)
 
 
 def size_of(form: Form, rows: int, positions: int) -> int:
     """Return the bytes of a store."""
-    # 16: an int64 in offsets.npy and one in rows.npy
-    return positions * form.bytes_each + rows * (KEY_BYTES + 16)
+    # 24: numbers of 64 bits in offsets.npy, rows.npy and checks.npy
+    return positions * form.bytes_each + rows * (KEY_BYTES + 24)
 
 
 def check_space(folder: Path, needed: int) -> None:

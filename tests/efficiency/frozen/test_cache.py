@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -137,6 +138,30 @@ def test_the_store_has_the_same_bits_in_whatever_order_its_rows_come(tmp_path):
             name = cache._feed.stores[0].folder.parent.name
     assert torch.equal(*states)
     assert {folder.name for folder in tmp_path.glob("*/*")} == {name}
+
+
+@pytest.mark.parametrize("damage", ["zeros", "signs", "absent"])
+def test_a_damaged_store_is_made_again(damage, tmp_path, petl_log):
+    results = []
+    for number in range(3):
+        model = upper()
+        with petl.cache_frozen(model, tmp_path) as cache:
+            assert cache.fill(examples(), collate) is (number == 2)
+            results.append(train(model))
+            assert cache.misses == 0
+            assert ("are computed again" in petl_log.text) is (number == 1)
+            states = cache._feed.stores[0].folder / "states.bin"
+        petl_log.clear()
+        if number:
+            continue
+        values = torch.from_numpy(np.fromfile(states, dtype=np.float32))
+        if damage == "absent":
+            states.unlink()
+        else:
+            part = values[20:90]
+            part.zero_() if damage == "zeros" else part.neg_()
+            states.write_bytes(values.numpy().tobytes())
+    assert results[0] == results[1] == results[2]
 
 
 def test_runs_of_other_methods_ranks_and_seeds_read_one_store(tmp_path):

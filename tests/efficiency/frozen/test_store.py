@@ -57,11 +57,34 @@ def test_a_store_that_was_not_finished_is_absent(tmp_path):
     assert exists(tmp_path)
 
 
-def test_a_damaged_store_is_an_error(tmp_path):
+@pytest.mark.parametrize(
+    "name", ["states.bin", "offsets.npy", "keys.npy", "rows.npy", "checks.npy"]
+)
+@pytest.mark.parametrize("kind", ["a bit", "longer", "shorter", "absent", "a folder"])
+def test_any_damage_of_a_file_is_found(tmp_path, name, kind):
     write(tmp_path, FORM, KEYS, LENGTHS, parts())
-    with (tmp_path / CONTENT / store.STATES).open("ab") as opened:
-        opened.write(b"more")
-    with pytest.raises(InputError, match=r"is damaged: delete the folder"):
+    file = tmp_path / CONTENT / name
+    content = bytearray(file.read_bytes())
+    places = range(0, len(content), 7) if kind == "a bit" else [0]
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        store.remove(file)
+        if kind == "a folder":
+            file.mkdir()
+        elif kind != "absent":
+            damage = {"longer": content + b"more", "shorter": content[:-1]}
+            file.write_bytes(damage.get(kind, damaged))
+        with pytest.raises(InputError, match=f"{name} is damaged"):
+            Store(tmp_path / CONTENT)
+
+
+@pytest.mark.parametrize("change", [("float32", "int32"), ("4", "2"), ("form", "from"), ("{", "")])
+def test_a_changed_description_is_found(tmp_path, change):
+    write(tmp_path, FORM, KEYS, LENGTHS, parts())
+    about = tmp_path / CONTENT / store.ABOUT
+    about.write_text(about.read_text().replace(*change, 1))
+    with pytest.raises(InputError, match=r"store.json"):
         Store(tmp_path / CONTENT)
 
 
