@@ -12,9 +12,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sizes.divisors import KINDS, divisors
-from sizes.score import Scorer
-
+from claims.divisors import KINDS, divisors
+from claims.score import Scorer
 from petl.adapters.deltas.adapters import pruned, read, write_compressed, write_pruned
 from petl.adapters.deltas.measured import compress_best
 from petl.adapters.export.saved_adapter import find

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sizes.score import Scorer
 
 from claims.claim import AND, EDIT, Claim, Shown, Statement, made_of
 from claims.edits import MADE_OF, edit, origin
 from claims.intervals import Estimate, estimate
 from claims.measures import also_folder, scores, validation_losses
 from claims.results import Map, Result, Scored
+from claims.score import Scorer
 from claims.several import Tasks, assemble
 from petl.adapters.deltas.adapters import new_folder
 from petl.adapters.export.saved_adapter import find

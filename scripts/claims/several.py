@@ -20,11 +20,11 @@ from statistics import fmean
 from typing import Any
 
 from peft import LoraConfig
-from sizes.score import Scorer
 from torch import Tensor
 
 from claims.edits import MADE_OF, origin, parsed
 from claims.measures import scores
+from claims.score import Scorer
 from petl.adapters.deltas.adapters import copy_others, new_folder
 from petl.adapters.deltas.measured import scoring
 from petl.adapters.deltas.updates import Update, combined_updates, update_of

