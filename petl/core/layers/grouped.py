@@ -3,13 +3,15 @@
 Shapes: K adapters, N rows of each: an input is [K N, ..., I], with the rows of adapter k together.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from petl.core.layers.stack import Stack
 from petl.core.serving.stacked_adapter import stacked
@@ -235,13 +237,115 @@ def each_alone(
 class GroupedModules(nn.Module):
     """K copies of a module that trains as a whole, such as a head, each for its own rows."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, modules: Sequence[nn.Module], generators: Sequence[torch.Generator | None]
+    ) -> None:
         super().__init__()
-        self.copies = tuple(modules)
+        self.copies, self.generators = tuple(modules), generators
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        parts = zip(self.copies, x.chunk(len(self.copies)), strict=True)
-        return torch.cat([module(own, *args, **kwargs) for module, own in parts])
+        outputs = []
+        parts = x.chunk(len(self.copies))
+        for module, generator, own in zip(self.copies, self.generators, parts, strict=True):
+            with drawing_from(generator):
+                outputs.append(module(own, *args, **kwargs))
+        return torch.cat(outputs)
+
+
+# Random numbers
+
+_is_alone: ContextVar[bool] = ContextVar("_is_alone", default=False)  # inside `drawing_from`
+
+
+class RowDropout(TorchFunctionMode):
+    """Inside the block, the base's dropout draws for each adapter's rows from its own generator.
+
+    The rows of an adapter get the masks of a pass of their own. Random numbers that are neither of
+    `dropout` nor of attention come from the default generators, as ever.
+
+    Args:
+        generators: of the K adapters.
+        rows: N, of each.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator], rows: int) -> None:
+        super().__init__()
+        self.generators, self.rows = generators, len(generators) * rows
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = kwargs or {}
+        if not _is_alone.get():
+            if func is F.dropout:
+                return self.dropout(*args, **given)
+            if func is F.scaled_dot_product_attention:
+                return self.attention(*args, **given)
+            if func is torch.rand and args[:1] == ([],):
+                return self.number(*args, **given)
+        return func(*args, **given)
+
+    def dropout(
+        self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        """Return `x` after dropout, as `torch.nn.functional.dropout`."""
+        if not training or p == 0 or len(x) != self.rows:
+            return F.dropout(x, p, training, inplace)
+        if x.device.type != "cpu" or p == 1:  # a fused kernel, with an order of its own
+            return self.by_adapter(lambda own: F.dropout(own, p), [x])
+        # what torch computes on a CPU, without a copy of the states for each adapter
+        mask = torch.empty_like(x)
+        for own, generator in zip(mask.chunk(len(self.generators)), self.generators, strict=True):
+            own.bernoulli_(1 - p, generator=generator)
+        return x * mask.div_(1 - p)
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        **given: Any,
+    ) -> Tensor:
+        """Return `torch.nn.functional.scaled_dot_product_attention`."""
+        tensors: list[Tensor | None] = [query, key, value, attn_mask]
+
+        def attend(*tensors: Tensor | None) -> Tensor:
+            q, k, v, mask = cast(Any, tensors)
+            return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, **given)
+
+        if dropout_p == 0 or len(query) != self.rows:
+            return attend(*tensors)
+        return self.by_adapter(attend, tensors)
+
+    def number(self, shape: list[int], **given: Any) -> Tensor:
+        """Return one number, as models draw it for each layer that they might leave out.
+
+        Every adapter's generator draws one, of which the first is returned: in training together
+        no layer is left out.
+        """
+        if self.generators[0].device.type != "cpu":
+            return torch.rand(shape, **given)  # of the processor, from which nothing else is drawn
+        drawn = [torch.rand(shape, generator=g, **given) for g in self.generators]
+        return drawn[0]
+
+    def by_adapter(
+        self, function: Callable[..., Tensor], tensors: Sequence[Tensor | None]
+    ) -> Tensor:
+        """Call a function with the rows of each adapter; return the rows of all."""
+        K = len(self.generators)
+        # a mask may be one for all rows
+        parts = [t.chunk(K) if t is not None and len(t) == self.rows else [t] * K for t in tensors]
+        outputs = []
+        for generator, *own in zip(self.generators, *parts, strict=True):
+            with drawing_from(generator):
+                outputs.append(function(*own))
+        return torch.cat(outputs)
 
 
 @contextmanager
@@ -256,8 +360,10 @@ def drawing_from(generator: torch.Generator | None) -> Generator[None]:
     where = () if device.type == "cpu" else (device,)
     before = source.get_rng_state(*where)
     source.set_rng_state(generator.get_state(), *where)
+    alone = _is_alone.set(True)
     try:
         yield
     finally:
+        _is_alone.reset(alone)
         generator.set_state(source.get_rng_state(*where))
         source.set_rng_state(before, *where)

@@ -6,9 +6,11 @@ adapted layers; the members' own models stay as they are and evaluate, save and 
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -20,7 +22,13 @@ from petl.core.compat import (
     ModulesToSaveWrapper,
 )
 from petl.core.layers.block import BlockAdapters
-from petl.core.layers.grouped import Captured, GroupedLora, GroupedLowRank, GroupedModules
+from petl.core.layers.grouped import (
+    Captured,
+    GroupedLora,
+    GroupedLowRank,
+    GroupedModules,
+    RowDropout,
+)
 from petl.core.layers.layer import AdapterLayer
 from petl.core.layers.stack import Stack
 from petl.core.lifecycle import extra_losses
@@ -43,6 +51,8 @@ from petl.efficiency.together.batches import (
 from petl.errors import InputError, UnsupportedError
 
 M = TypeVar("M", bound=nn.Module)
+# probabilities with which models of transformers leave out a layer, for all rows of a pass
+LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
 def share_weights(model: M) -> M:
@@ -60,7 +70,8 @@ class Member:
 
     Attributes:
         model: the PeftModel of this adapter alone.
-        generator: random numbers of its dropout; None: the default ones.
+        generator: random numbers of its dropout, in the adapter and in the base; None: the default
+            ones.
         base: the transformers model inside.
         adapted: by path in `base`, the layers and heads with trained tensors.
         trained: the trained tensors.
@@ -96,7 +107,11 @@ def refuse(model: PeftModel) -> None:
         reason = next((a.group_refusal for a in placed if a.group_refusal), None)
     elif type(tuner) not in (LoraModel, SwitchingLora):  # not subclasses, such as AdaLoRA
         reason = "of PEFT's tuners only LoRA has layers for rows of several adapters in training"
-    if getattr(model.active_peft_config, "bias", None) not in (None, "none"):
+    base: Any = model.get_base_model()
+    drops = [name for name in LAYERDROP if getattr(base.config, name, 0)]
+    if drops:
+        reason = f"its base leaves out layers for all rows of a pass, by {drops[0]} of its config"
+    elif getattr(model.active_peft_config, "bias", None) not in (None, "none"):
         reason = "it trains biases of the base, of which a pass of several has one"
     elif extra_losses(model):
         reason = "an extra loss observes one model, and the rows are of several"
@@ -201,7 +216,8 @@ class AdapterGroup:
         ]
         for member, inputs in zip(members, contexts, strict=True):
             run_pre_hooks(member.base, inputs)
-        output = lead(**together.inputs)
+        with drawing_by_rows([member.generator for member in members], together.rows):
+            output = lead(**together.inputs)
         losses = []
         for k, (member, batch) in enumerate(zip(members, batches, strict=True)):
             own = part(output, k, together.rows, batch)
@@ -224,6 +240,35 @@ class AdapterGroup:
                     parameter.requires_grad_(True)
             self._lead, self._stacks = build(self.members)
         return self._lead
+
+
+@contextmanager
+def drawing_by_rows(generators: Sequence[torch.Generator | None], rows: int) -> Generator[None]:
+    """Inside the block, a pass draws each member's random numbers from its own generator.
+
+    Raises:
+        UnsupportedError: it has drawn others, which members would share.
+    """
+    own = [generator for generator in generators if generator is not None]
+    if len(own) < len(generators):
+        yield
+        return
+    before = default_states(own[0].device)
+    with RowDropout(own, rows):
+        yield
+    if default_states(own[0].device) != before:
+        raise UnsupportedError(
+            "the base model draws random numbers other than by dropout of its rows, so those of "
+            "several adapters cannot be told apart: train its adapters one by one"
+        )
+
+
+def default_states(device: torch.device) -> tuple[Any, ...]:
+    """Return the states of torch's generator of a device and of numpy's."""
+    source: Any = torch if device.type == "cpu" else torch.get_device_module(device)
+    of_numpy: Any = np.random.get_state()
+    _, keys, position, *_ = of_numpy
+    return source.get_rng_state().numpy().tobytes(), keys.tobytes(), position
 
 
 def check_alike(first: Member, other: Member) -> None:
@@ -313,7 +358,7 @@ def grouped(
     """
     first, pairs = layers[0], list(zip(layers, names, strict=True))
     if isinstance(first, ModulesToSaveWrapper):
-        return GroupedModules([layer.modules_to_save[name] for layer, name in pairs])
+        return GroupedModules([layer.modules_to_save[name] for layer, name in pairs], generators)
     if isinstance(first, FusedLoraLinear):
         factors = [layer._factors(name) for layer, name in pairs]
         dropouts = [layer.lora_dropout[name] for layer, name in pairs]

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from petl.core.layers.grouped import drawing_from
 from petl.efficiency.frozen.feed import autocast_of
 from petl.efficiency.together.batches import check_loss, room_for
 from petl.efficiency.together.group import AdapterGroup, Member, check_alike
@@ -102,8 +101,6 @@ class Passes:
     def __init__(self) -> None:
         self.groups: dict[tuple[Member, ...], AdapterGroup] = {}
         self.room: int | None = None
-        # of the base's own dropout, which draws for all rows of a pass
-        self._generator: torch.Generator | None = None
         self._losses: dict[Lane, Member] = {}
 
     def perform(self, kind: str, lanes: Sequence[Lane]) -> Sequence[Any]:
@@ -115,10 +112,6 @@ class Passes:
         asked = {lane: request_of(lane) for lane in lanes}
         if self.room is None:
             self.room = room_for([batch for _, batch in asked.values()])
-        # once: it goes on from pass to pass, while those of the runs may stand still
-        if self._generator is None:
-            self._generator = torch.Generator(lanes[0].device)
-            self._generator.set_state(state_of(lanes[0]))
         self._group([member for member, _ in asked.values()])
         batches = dict(asked.values())
         lane_of = {member: lane for lane, (member, _) in asked.items()}
@@ -129,7 +122,7 @@ class Passes:
             for member in members:
                 copy_state(lane_of[member], member)
             # the thread is one of the lanes, in the precision of its own run
-            with drawing_from(self._generator), autocast(members[0], lanes[0].device):
+            with autocast(members[0], lanes[0].device):
                 own = group.losses([batches[member] for member in members])
             losses |= dict(zip(members, own, strict=True))
             for member in members:

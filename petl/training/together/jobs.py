@@ -162,9 +162,8 @@ def train_together(
     """Train the adapters of several jobs at once over one base model.
 
     Each adapter is what `petl.wrap` and a loop of its own would give: equal to the bit where the
-    batches of all jobs have one shape and nothing in the base draws random numbers, else up to
-    rounding (dropout in the base draws for all rows together, so there runs are alike, not equal).
-    A job that ends makes room for the next one.
+    batches of all jobs have one shape, else up to rounding. A job that ends makes room for the next
+    one.
 
     Args:
         model: the base, a model of transformers whose loss is known from its logits. Its modules

@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from training_fixtures import main
+from training_fixtures import launch, main
 
 import petl
 from petl.training.compose import compose
@@ -17,6 +17,16 @@ from petl.training.together.engine import Passes
 pytest_plugins = ["training_fixtures"]
 GRID = ["-m", "+method=lora,mola", "train.lr=0.001,0.01", "train.together=4"]
 HELD_OUT = ["train.eval_steps=4", "train.test=false"]
+KILL = """
+import os, signal, petl
+after_step = petl.Lifecycle.after_step
+def killed(self, step, optimizer):
+    if step == 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+    after_step(self, step, optimizer)
+petl.Lifecycle.after_step = killed
+"""
+TIMES = {"seconds"}
 
 
 @pytest.fixture
@@ -136,3 +146,36 @@ def test_what_cannot_train_together_is_refused(program, tiny, monkeypatch):
     assert "WORLD_SIZE=2: train.together=4 needs one process" in program(
         *GRID, *tiny.steady, status=2
     )
+
+
+def results(folder):
+    """By seed, the lines of metrics.jsonl and the tensors of each run, without times."""
+    found = {}
+    for run in (adapter.parent for adapter in folder.glob("runs/*/adapter")):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        kept = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+        weights = load_file(run / "adapter" / "adapter_model.safetensors")
+        seed = json.loads((run / "environment.json").read_text())["seed"]
+        found[seed] = kept, {name: tensor.tolist() for name, tensor in weights.items()}
+    return found
+
+
+def test_a_killed_sweep_goes_on_with_the_same_random_numbers(tiny, tmp_path):
+    """Dropout in the base and in the adapters; batches of several widths; killed at step 20."""
+    words = ["-m", "+method=lora", "method.lora_dropout=0.1", "train.seed=0,1,2"]
+    words += [*tiny.classify, "train.steps=24", "train.save_steps=6", "train.log_steps=1"]
+    words += ["train.together=2", "train.resume=auto", "train.score_before=false"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    killed.mkdir()
+    whole.mkdir()
+    assert launch(words, killed, code=KILL).returncode == -9
+    assert not results(killed)
+    for folder in (killed, whole):
+        done = launch(words, folder)
+        assert done.returncode == 0, done.stderr
+    found, expected = results(killed), results(whole)
+    assert found.keys() == expected.keys() == {0, 1, 2}
+    for seed, (lines, weights) in expected.items():
+        assert len(lines) == 24
+        assert found[seed][0] == lines
+        assert found[seed][1] == weights

@@ -113,6 +113,56 @@ def test_adapters_on_rows_of_one_length_equal_their_own_training_to_the_bit():
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("build", [tiny_bert, tiny_t5])
+def test_dropout_in_the_base_is_that_of_each_adapter_to_the_bit(build, attention):
+    """Masks of an adapter's rows come from its own generator, as in a pass of its own."""
+    torch.manual_seed(0)
+    base = build()
+    config = type(base.config)(**{**base.config.to_dict(), **DROPOUT[build]})
+    config._attn_implementation = attention
+    base = type(base)(config)
+    make = {tiny_bert: class_batch, tiny_t5: pair_batch}[build]
+    kind = {tiny_bert: "SEQ_CLS", tiny_t5: "SEQ_2_SEQ_LM"}[build]
+    shapes = make(4, 0)
+
+    def whole(rows, seed):
+        batch = make(rows, seed)
+        masks = {n: torch.ones_like(t) for n, t in batch.items() if n.endswith("mask")}
+        assert all(batch[n].shape == shapes[n].shape for n in batch)
+        return batch | masks
+
+    jobs = jobs_of(whole, "lora", {**LORA, "task_type": kind})
+    for job, trained in zip(jobs, petl.train_together(base, jobs, together=3), strict=True):
+        losses, tensors, _ = separate(base, job)
+        assert trained.losses == losses
+        assert difference(tensors, trained) == 0
+
+
+DROPOUT = {
+    tiny_bert: {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2},
+    tiny_t5: {"dropout_rate": 0.2},
+}
+
+
+def test_a_base_whose_random_numbers_cannot_be_told_apart_is_refused():
+    class Noisy(type(tiny_bert())):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits + torch.randn_like(output.logits) * self.training
+            return output
+
+    train, fields = {"steps": 1}, {"task_type": "SEQ_CLS"}
+    base = tiny_bert()
+    base.__class__ = Noisy
+    with pytest.raises(UnsupportedError, match="draws random numbers"):
+        petl.train_together(base, [petl.Job("lora", [class_batch(2, 0)], train, fields)])
+    base = tiny_bert()
+    base.config.layerdrop = 0.1
+    with pytest.raises(UnsupportedError, match="layerdrop"):
+        petl.train_together(base, [petl.Job("lora", [class_batch(2, 0)], train, fields)])
+
+
 FAMILIES = {
     "llama": (tiny_llama, causal_batch, "CAUSAL_LM"),
     "bert": (tiny_bert, class_batch, "SEQ_CLS"),
