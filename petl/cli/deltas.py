@@ -4,6 +4,7 @@ Imports what `petl.cli.main` may import; the functions import their modules when
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from petl.cli.arguments import COUNT, Add, add_out, add_run, add_trust, each, number
@@ -15,23 +16,23 @@ METHODS = ("linear", "magnitude_prune", "ties", "dare_linear", "dare_ties")
 
 def add_parsers(add: Add) -> None:
     """Add the parsers of the commands with `add`."""
-    compress = add("compress", "write an adapter 8 to 50 times smaller", COMPRESS)
+    compress = add("compress", "write an adapter 14 to 50 times smaller", COMPRESS)
     add_run(compress)
     add_out(compress)
     compress.add_argument(
         "--density",
         type=each(FRACTION),
-        default=[0.05],  # a list: argparse parses defaults that are texts only
+        default=[0.5],  # a list: argparse parses defaults that are texts only
         metavar="D[,D...]",
-        help="fraction of the values kept (default: 0.05)",
+        help="fraction of the values kept (default: 0.5)",
     )
     compress.add_argument(
         "--alpha",
         type=_alphas,
-        default=[1.0],
+        default=["fit"],
         metavar="A[,A...]",
         help="their magnitude in standard deviations, or fit: the best in least squares "
-        "(default: 1)",
+        "(default: fit)",
     )
     prune = add("prune", "drop values of an adapter at random (DARE, DAREx)", PRUNE)
     add_run(prune)
@@ -71,9 +72,8 @@ def add_parsers(add: Add) -> None:
     combine.add_argument(
         "--level",
         choices=("tensors", "update"),
-        default="tensors",
-        help="tensors: of adapters of one method and size; update: of the weights, for any methods "
-        "and ranks, as a LoRA (default: tensors)",
+        help="update: of the weights, for any methods and ranks, as a LoRA (default, where the "
+        "methods have one); tensors: of adapters of one method and size",
     )
     add_trust(combine)
     combine.add_argument("--rank", type=COUNT, metavar="R", help="largest rank of the LoRA")
@@ -82,12 +82,12 @@ def add_parsers(add: Add) -> None:
         command.add_argument(
             "--seed", type=number(int, 0), default=0, metavar="N", help="of the masks (default: 0)"
         )
-    for command in (compress, combine):
+    for command, scope in ((compress, "tensor"), (combine, "global")):
         command.add_argument(
             "--scope",
             choices=("global", "tensor"),
-            default="global",
-            help="the largest values of all tensors together, or of each (default: global)",
+            default=scope,
+            help=f"the largest values of all tensors together, or of each (default: {scope})",
         )
     for command in (compress, prune, combine):
         command.add_argument(
@@ -120,7 +120,7 @@ Write an adapter of which only the signs of the largest values are kept, with on
 (ComPEFT). `petl.load` and all commands read the folder; petl.deltas.expand makes a plain one of it.
 
   petl compress runs/mine small
-  petl compress runs/mine small --density 0.05,0.1,0.2 --alpha fit,1,2
+  petl compress runs/mine small --density 0.1,0.2,0.5 --alpha fit,1,2,4
 
 Of several densities or alphas, the one that scores best on the run's validation rows is written."""
 
@@ -142,12 +142,12 @@ by magnitude, by election of signs (ties), or at random (dare_linear, dare_ties)
 def compress(arguments: argparse.Namespace) -> None:
     """Write a compressed adapter, and print what was kept and how the outputs compare."""
     from petl.adapters.deltas.adapters import read, write_compressed
-    from petl.adapters.deltas.measured import compress_best, difference_of
+    from petl.adapters.deltas.measured import change_by, compress_best
     from petl.adapters.export.checked_folder import refuse_taken
     from petl.adapters.export.saved_adapter import find
     from petl.core.adapter_folder import weights_file
     from petl.core.compressed import compressed_file
-    from petl.experiments.reports.differences import print_difference
+    from petl.experiments.reports.differences import print_change
     from petl.experiments.reports.formatting import echo, size
     from petl.ops.ternary import FILE
 
@@ -169,32 +169,37 @@ def compress(arguments: argparse.Namespace) -> None:
             f"density {trial.density:g}, alpha {trial.alpha}: validation {metric} "
             f"{trial.scores[metric]:.4f}"
         )
-    write_compressed(read(saved.adapter), found, out)
     kept = sum(found.kept.values())
     echo(f"kept {kept:,} of {found.numel:,} values, {found.bits:.3f} bits each", end=" ")
     echo(f"(density {found.settings['density']:g}, alpha {found.settings['alpha']})")
-    # of the weights alone: the other files are the same
-    weights = compressed_file(saved.adapter) or weights_file(saved.adapter)
-    before, after = weights.stat().st_size, (out / FILE).stat().st_size
-    echo(f"{size(before)} -> {size(after)} ({before / after:.1f} times smaller) in {out}")
     # with --scope global, the largest values may leave none to a tensor of small ones
     emptied = [name for name, count in found.kept.items() if not count]
     if emptied:
         echo(f"{len(emptied)} of {len(found.kept)} tensors have no value left", end=" ")
         echo(f"(such as {emptied[0]}); --scope tensor keeps some of each")
-    print_difference(difference_of(saved, out))
+    write = partial(write_compressed, read(saved.adapter), found)
+    print_change(
+        change_by(saved, write),
+        "a larger --density, --alpha fit or --scope tensor may lose less, and of several densities "
+        "or alphas the best is chosen on validation rows",
+    )
+    write(out)
+    # of the weights alone: the other files are the same
+    weights = compressed_file(saved.adapter) or weights_file(saved.adapter)
+    before, after = weights.stat().st_size, (out / FILE).stat().st_size
+    echo(f"{size(before)} -> {size(after)} ({before / after:.1f} times smaller) in {out}")
 
 
 def prune(arguments: argparse.Namespace) -> None:
     """Write a pruned adapter or model, and print what was kept."""
     from petl.adapters.deltas.adapters import count_kept, pruned, pruned_names, read, write_pruned
     from petl.adapters.deltas.full_model import prune_model
-    from petl.adapters.deltas.measured import closed_divisors, difference_of, searched_divisor
+    from petl.adapters.deltas.measured import change_by, closed_divisors, searched_divisor
     from petl.adapters.deltas.prune import divisor_of
     from petl.adapters.export.checked_folder import refuse_taken
     from petl.adapters.export.saved_adapter import find
     from petl.errors import InputError
-    from petl.experiments.reports.differences import print_difference
+    from petl.experiments.reports.differences import print_change
     from petl.experiments.reports.formatting import echo
 
     out, drop, q = Path(arguments.out), arguments.drop, arguments.q
@@ -228,35 +233,36 @@ def prune(arguments: argparse.Namespace) -> None:
         )
         divisors = found.q
     state = pruned(material, drop, q=divisors, seed=arguments.seed, exclude=arguments.exclude)
-    write_pruned(material, state, out, drop=drop, q=divisors, seed=arguments.seed)
     names = pruned_names(material, arguments.exclude)
     values = sum(state[name].numel() for name in names)
     kept = count_kept(material, state, names)
     used = [divisor_of(divisors, name, drop) for name in names]
     low, high = min(used), max(used)
-    echo(f"kept {kept:,} of {values:,} values of {len(names)} tensors, in {out}")
+    echo(f"kept {kept:,} of {values:,} values of {len(names)} tensors", end=", ")
     echo(f"divided by {low:.3g}" + (f" to {high:.3g}" if high > low else ""))
-    print_difference(difference_of(saved, out))
+    write = partial(write_pruned, material, state, drop=drop, q=divisors, seed=arguments.seed)
+    print_change(change_by(saved, write), "a smaller --drop or --q searched may lose less")
+    write(out)
+    echo(f"written to {out}")
 
 
 def combine(arguments: argparse.Namespace) -> None:
     """Write a combined adapter."""
-    from petl.adapters.deltas.updates import combine_adapters
+    from petl.adapters.deltas.updates import combine_adapters, level_for
     from petl.adapters.export.checked_folder import refuse_taken
     from petl.adapters.export.saved_adapter import find
     from petl.experiments.reports.formatting import echo
 
     refuse_taken(Path(arguments.out))
     trusted = {"trust_remote_code": arguments.trust_remote_code}
-    folders = arguments.runs
-    if arguments.level == "tensors":
-        folders, trusted = [find(run, **trusted).adapter for run in arguments.runs], {}
+    found = [find(run, **trusted).adapter for run in arguments.runs]  # checked, whatever the level
+    level = arguments.level or level_for(found)
     lost = combine_adapters(
-        # the level update takes folders of runs as they are
-        folders,
+        # of runs, which the level update may have to load
+        arguments.runs,
         arguments.out,
         arguments.method,
-        level=arguments.level,
+        level=level,
         rank=arguments.rank,
         weights=arguments.weights,
         density=arguments.density,
@@ -265,8 +271,8 @@ def combine(arguments: argparse.Namespace) -> None:
         exclude=arguments.exclude,
         **trusted,
     )
-    echo(f"{arguments.method} of {len(arguments.runs)} adapters in {arguments.out}")
-    if arguments.level == "update":
+    echo(f"{arguments.method} of {len(arguments.runs)} adapters in {arguments.out}, level {level}")
+    if level == "update":
         echo(f"a LoRA; its rank loses {100 * lost:.2g} % of the norm of the update")
     elif arguments.method == "linear":
         # B1 A1 + B2 A2 is not (B1 + B2) (A1 + A2)

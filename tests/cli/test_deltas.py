@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 from petl.adapters import deltas
 from petl.cli import main
+from petl.experiments.reports import differences
 from petl.ops.ternary import FILE
 
 pytest_plugins = ["training_fixtures"]
@@ -59,6 +60,24 @@ def test_compress_writes_an_adapter_that_commands_read(command, runs, tmp_path):
         torch.testing.assert_close(tensor, expected[name])
 
 
+@pytest.mark.parametrize("run", ["lora", "other"])  # with validation rows, and with test rows only
+def test_what_loses_more_than_two_points_is_said_before_it_is_written(command, runs, tmp_path, run):
+    seen, words = [], ("--drop", "0.99", "--q", "dare")
+
+    def echo(*parts, **_):
+        seen.append((" ".join(map(str, parts)), (tmp_path / "thin").exists()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(differences, "echo", echo)
+        patch.setattr(differences, "POINTS", -1)
+        status, _, err = command("prune", runs / run, tmp_path / "thin", *words)
+    assert status == 0, err
+    said = {line: written for line, written in seen if "held-out rows" in line or "loses" in line}
+    assert len(said) == 2
+    assert not any(said.values())
+    assert (tmp_path / "thin").is_dir()
+
+
 def test_a_compressed_adapter_is_compressed_again(command, runs, tmp_path):
     for source, out in ((runs / "lora", tmp_path / "small"), (tmp_path / "small", tmp_path / "x")):
         status, printed, err = command("compress", source, out, "--density", "0.2")
@@ -69,10 +88,11 @@ def test_a_compressed_adapter_is_compressed_again(command, runs, tmp_path):
 def test_a_changed_adapter_has_no_scores_of_the_adapter_before(command, runs, tmp_path):
     before = (runs / "lora/adapter/README.md").read_text()
     assert "model-index" in before
+    tensors = ("--level", "tensors")
     for words in (
         ("compress", runs / "lora", tmp_path / "small"),
         ("prune", runs / "lora", tmp_path / "thin", "--drop", "0.5", "--q", "dare"),
-        ("combine", runs / "lora", runs / "other", "--out", tmp_path / "sum"),
+        ("combine", *(runs / "lora", runs / "other"), "--out", tmp_path / "sum", *tensors),
         ("prune", tmp_path / "thin", tmp_path / "thinner", "--drop", "0.5", "--q", "dare"),
     ):
         status, _, err = command(*words)
@@ -137,7 +157,8 @@ def test_prune_writes_and_says_by_what_it_divides(command, runs, tmp_path, q):
 
 def test_combine_tensors_and_updates(command, runs, tmp_path):
     pair = runs / "lora", runs / "other"
-    status, out, err = command("combine", *pair, "--out", tmp_path / "sum", "--weights", "1,-1")
+    words = ("--out", tmp_path / "sum", "--weights", "1,-1", "--level", "tensors")
+    status, out, err = command("combine", *pair, *words)
     assert status == 0, err
     assert "cross terms" in out
     one, two = (load_file(run / "adapter" / WEIGHTS) for run in pair)
@@ -215,7 +236,7 @@ def test_a_fully_tuned_model_is_pruned_against_its_base(command, tiny, tmp_path)
         ("combine", "RUN", "--out", "OUT"),
         ("combine", "RUN", "RUN", "--out", "OUT", "--weights", "1,x"),
         ("combine", "RUN", "RUN", "--out", "OUT", "--weights", "1,1,1"),
-        ("combine", "RUN", "RUN", "--out", "OUT", "--rank", "2"),
+        ("combine", "RUN", "RUN", "--out", "OUT", "--rank", "2", "--level", "tensors"),
         ("combine", "RUN", "nowhere", "--out", "OUT"),
     ],
 )

@@ -27,7 +27,6 @@ COMMANDS = {
         *(*LOADING, "measuring outputs of layers", *LOADING, *COMPARED),
     ],
     "combine RUN COPY --out OUT --level update --method ties": [
-        *(*LOADING, "factoring the updates", *LOADING, "factoring the updates"),
         *("combining the updates", "factoring updates"),
     ],
     "compare RUN COPY --answers": ["comparing answers"],

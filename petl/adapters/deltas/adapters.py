@@ -46,6 +46,8 @@ FULL_WEIGHTS = {
     "TRAINABLE_TOKENS": "full rows of the embedding",
     "PETL_PELA": "low-rank layers in place of the base's",
 }
+# of a compressed adapter, where these lost least (docs/results.md)
+DENSITY, ALPHA, SCOPE = 0.5, "fit", "tensor"
 CARD = "README.md"
 FRONT_MATTER = re.compile(r"---\n(.*?)^---\n", re.DOTALL | re.MULTILINE)
 RESULTS = ("metrics", "model-index")  # fields of a card with scores of the adapter
@@ -124,9 +126,9 @@ def compress_adapter(
     folder: str | Path,
     out: str | Path,
     *,
-    density: float = 0.05,
-    alpha: float | str = 1.0,
-    scope: str = "global",
+    density: float = DENSITY,
+    alpha: float | str = ALPHA,
+    scope: str = SCOPE,
     exclude: Iterable[str] = (),
 ) -> Ternary:
     """Write the adapter in `folder` to the folder `out`, compressed; `petl.load` reads it.
@@ -134,7 +136,8 @@ def compress_adapter(
     Args:
         folder: an adapter folder.
         out: a new folder.
-        density: fraction of the entries kept; this and the other arguments as of `compress`.
+        density: fraction of the entries kept; this and the other arguments as of `compress`,
+            with other defaults.
         alpha: the magnitude of kept entries in standard deviations, or "fit".
         scope: "global" or "tensor".
         exclude: regular expressions of names that are not coded, in addition to trained heads.

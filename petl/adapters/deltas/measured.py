@@ -1,5 +1,6 @@
 """What a changed adapter does: its outputs beside the original's, and scores on held-out rows."""
 
+import math
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -98,12 +99,16 @@ def compress_best(
 
 
 @contextmanager
-def scoring(saved: Saved) -> Generator[Any]:
-    """Yield a function that scores an adapter folder on a run's validation rows, and the task."""
+def scoring(saved: Saved, *, or_test: bool = False) -> Generator[Any]:
+    """Yield a function that scores an adapter folder on a run's validation rows, and the task.
+
+    Args:
+        or_test: score on the test rows if the run held out no others; nothing may be chosen then.
+    """
     config = saved.run_config
     accelerator = start(config.train.seed, config.precision)
     splits = splits_of(saved, accelerator)
-    rows = splits.validation
+    rows = splits.test if splits.validation is None and or_test else splits.validation
     if rows is None:
         raise InputError(
             f"{saved.adapter} was trained without validation rows, so several settings cannot be "
@@ -118,6 +123,38 @@ def scoring(saved: Saved) -> Generator[Any]:
         return found
 
     yield score, splits.task
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a changed adapter does, before its folder is written.
+
+    Attributes:
+        difference: of the outputs, on test rows.
+        metric: the name of the score on held-out rows; "": there is no run to tell them.
+        before, after: the score of the adapter, and of the changed one.
+        lost: what the score loses; below 0 if it gains.
+    """
+
+    difference: Difference
+    metric: str = ""
+    before: float = math.nan
+    after: float = math.nan
+    lost: float = 0.0
+
+
+def change_by(saved: Saved, write: Callable[[Path], object]) -> Change:
+    """Return what an adapter does that `write` writes to a folder."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place, ADAPTER)
+        write(folder)
+        difference = difference_of(saved, folder)
+        if saved.run is None:
+            return Change(difference)
+        with scoring(saved, or_test=True) as (score, task):
+            before, after = (score(each)[task.metric] for each in (saved.adapter, folder))
+    lost = before - after if task.higher_is_better else after - before
+    return Change(difference, task.metric, before, after, lost)
 
 
 def restore(model: PeftModel) -> None:

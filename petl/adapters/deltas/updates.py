@@ -26,9 +26,11 @@ from petl.adapters.deltas.combine import combine
 from petl.adapters.deltas.states import coded_names, one_of
 from petl.adapters.export.checked_folder import refuse_changed_base
 from petl.adapters.export.conversion import as_lora, ranked_config, save_lora
-from petl.adapters.export.saved_adapter import find
+from petl.adapters.export.saved_adapter import adapter_in, find
 from petl.core.adapter_file import PREFIX
-from petl.core.refusals import lora_refusal, refuse_more_than_factors
+from petl.core.adapter_folder import read_config
+from petl.core.refusals import is_lora, lora_refusal, refuse_more_than_factors
+from petl.core.spec.checks import pattern_value
 from petl.errors import InputError, UnsupportedError, shown
 from petl.system.progress import Pass, Shown
 
@@ -52,17 +54,24 @@ class Update:
 
 
 def update_of(folder: str | Path, *, trust_remote_code: bool = False) -> Update:
-    """Return the update of a saved adapter; its base model is loaded for it.
+    """Return the update of a saved adapter.
+
+    Its base model is loaded, unless it is a LoRA of linear layers and nothing else.
 
     Raises:
         InputError: there is no adapter, its base model cannot be loaded, or the method's update is
             not a matrix per layer, added to the base weights.
     """
-    saved = find(folder, trust_remote_code=trust_remote_code)
-    refusal = lora_refusal(saved.config)
+    adapter = adapter_in(folder)
+    given = read_config(adapter)
+    refusal = lora_refusal(given)
     if refusal:
         raise UnsupportedError(f"{folder}: {refusal}")
-    refuse_changed_base(saved.adapter, saved.config)
+    refuse_changed_base(adapter, given)
+    plain = update_in(adapter) if is_plain(given) else None
+    if plain is not None:
+        return plain
+    saved = find(folder, trust_remote_code=trust_remote_code)
     model = saved.dense().model()
     try:
         refuse_more_than_factors(model)
@@ -76,6 +85,35 @@ def update_of(folder: str | Path, *, trust_remote_code: bool = False) -> Update:
         A, B = tensors.pop(key), tensors.pop(f"{PREFIX}{name}.lora_B.weight")
         pairs[name] = A.float(), scale_of(config, name, len(A)) * B.float()
     return Update(config, pairs, tensors)
+
+
+def is_plain(config: Any) -> bool:
+    """Return True for a LoRA that trains nothing but its factors, and heads."""
+    more = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
+    plain = is_lora(config) and config.bias == "none"
+    return plain and not any(getattr(config, name) for name in more)
+
+
+def update_in(adapter: Path) -> Update | None:
+    """Return the update that the files of a LoRA tell alone; None if they do not tell all of it."""
+    material = read(adapter)
+    config: Any = material.config
+    others, pairs = dict(material.state), {}
+    for key in [key for key in material.state if key.endswith(".lora_A.weight")]:
+        name = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        A, B = others.pop(key), others.pop(f"{PREFIX}{name}.lora_B.weight", None)
+        rank = pattern_value(config.rank_pattern, name, config.r)
+        # of a convolution, of experts, or damaged: loading it tells
+        if B is None or A.dim() != 2 or B.dim() != 2 or not len(A) == B.shape[1] == rank:
+            return None
+        alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+        scale = alpha / (rank**0.5 if config.use_rslora else rank)
+        pairs[name] = A.float(), scale * B.float()
+    heads = tuple(config.modules_to_save or ())
+    # a tensor of another kind, such as the factors of an embedding
+    if not pairs or not all(set(key.split(".")) & set(heads) for key in others):
+        return None
+    return Update(config, pairs, others)
 
 
 def scale_of(config: Any, name: str, rank: int) -> float:
@@ -177,12 +215,19 @@ def cut(pair: Pair, rank: int) -> tuple[Pair, float, float]:
     return factors, float(S[kept:].square().sum()), float(S.square().sum())
 
 
+def level_for(folders: Sequence[str | Path]) -> str:
+    """Return "update", which keeps more of each adapter, or "tensors" if a method has no update."""
+    configs = [read_config(adapter_in(folder)) for folder in folders]
+    whole = (is_plain(each) if is_lora(each) else not lora_refusal(each) for each in configs)
+    return "update" if all(whole) else "tensors"
+
+
 def combine_adapters(
     folders: Sequence[str | Path],
     out: str | Path,
     method: str,
     *,
-    level: str = "tensors",
+    level: str | None = None,
     rank: int | None = None,
     trust_remote_code: bool = False,
     **settings: Any,
@@ -190,12 +235,12 @@ def combine_adapters(
     """Write one adapter from several to the folder `out`.
 
     Args:
-        folders: at least two adapter folders, or folders of runs for `level="update"`.
+        folders: at least two adapter folders, or folders of runs.
         out: a new folder.
         method: of `combine`.
         level: "tensors": the stored tensors, of adapters of one method and size; "update": the
             updates of the layers, of any methods that `petl export --lora` takes. The result is a
-            LoRA then.
+            LoRA then. None: as `level_for`.
         rank: with level "update", the largest rank; None: as of `combined_updates`.
         trust_remote_code: with level "update", allow base models to run code of their own.
         settings: further arguments of `combine`.
@@ -207,13 +252,13 @@ def combine_adapters(
         InputError: an argument is out of range, the adapters do not fit together, or `out` is
             taken.
     """
-    one_of("level", level, LEVELS)
     if len(folders) < 2:
         raise InputError(f"combining needs at least two adapters, and got {len(folders)}")
+    level = level_for(folders) if level is None else one_of("level", level, LEVELS)
     if level == "tensors":
         if rank is not None:
             raise InputError(f"rank={rank} needs level='update': tensors keep their shapes")
-        materials = [read(folder) for folder in folders]
+        materials = [read(adapter_in(folder)) for folder in folders]
         state = combine_tensors(materials, method, **settings)
         write_state(materials[0], state, Path(out), {"petl_combined": method})
         return 0.0
@@ -225,7 +270,7 @@ def combine_adapters(
     )
     with new_folder(Path(out)) as draft:
         # labels, task and tokenizer are of the first adapter, as its head; its card is of a method
-        copy_others(find(folders[0], trust_remote_code=trust_remote_code).adapter, draft)
+        copy_others(adapter_in(folders[0]), draft)
         (draft / CARD).unlink(missing_ok=True)
         save_lora(config, tensors, draft)
     return lost

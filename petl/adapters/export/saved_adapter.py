@@ -310,7 +310,7 @@ def find(path: str | Path, *, trust_remote_code: bool = False) -> Saved:
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(f"{path} is not a directory; give the folder of a run, or of an adapter")
-    adapter = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
+    adapter = adapter_in(folder)
     if not (adapter / "adapter_config.json").is_file():
         if (folder / CONFIG).is_file():
             raise InputError(
@@ -333,6 +333,12 @@ def find(path: str | Path, *, trust_remote_code: bool = False) -> Saved:
         _import(settings.get("imports"), path, trust_remote_code)
         return Saved(adapter, run, settings)
     return Saved(adapter, None, {"model": _model_of(adapter)})
+
+
+def adapter_in(folder: str | Path) -> Path:
+    """Return the folder of the adapter in the folder of a run, or an adapter folder as it is."""
+    inside = Path(folder, ADAPTER)
+    return inside if inside.is_dir() else Path(folder)
 
 
 def _import(names: Any, path: str | Path, trust_remote_code: bool) -> None:

@@ -170,7 +170,12 @@ MAX_EXCESS = 100
 
 def rank_of(config: Any, key: str, default: Any) -> Any:
     """Return the rank that `rank_pattern` of a config has for module `key`, else `default`."""
-    pattern = getattr(config, "rank_pattern", None) or {}
+    return pattern_value(getattr(config, "rank_pattern", None), key, default)
+
+
+def pattern_value(pattern: Mapping[str, Any] | None, key: str, default: Any) -> Any:
+    """Return the value that a pattern of a config has for module `key`, else `default`."""
+    pattern = pattern or {}
     return pattern.get(get_pattern_key(list(pattern), key), default)
 
 

@@ -1,7 +1,10 @@
 """What `petl merge`, `petl export` and the tools for deltas print: how outputs compare."""
 
+from petl.adapters.deltas.measured import Change
 from petl.adapters.export.checked_folder import Difference, Written
 from petl.experiments.reports.formatting import echo, size
+
+POINTS = 0.02  # of a score in 0..1 that a changed adapter may lose without a warning
 
 
 def print_written(written: Written, name: str) -> None:
@@ -16,3 +19,18 @@ def print_difference(difference: Difference) -> None:
     echo(f"{difference.largest:.1e} at most;", end=" ")
     echo(f"{100 * difference.same:.1f} % have the same highest logit")
     echo(f"for comparison: the adapter itself changes them by {difference.effect:.1e}")
+
+
+def print_change(change: Change, remedy: str) -> None:
+    """Print what a changed adapter does, and warn of a loss of more than 2 points.
+
+    Args:
+        remedy: what loses less.
+    """
+    print_difference(change.difference)
+    if not change.metric:
+        echo("not scored: an adapter without its run has no held-out rows")
+        return
+    echo(f"{change.metric} on held-out rows: {change.before:.4f} -> {change.after:.4f}")
+    if change.lost > POINTS:
+        echo(f"WARNING: it loses {100 * change.lost:.1f} points; {remedy}")

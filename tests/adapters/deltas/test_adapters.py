@@ -55,7 +55,7 @@ def logits(model):
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_compressed_adapter_loads_and_expands(name, folders, tmp_path):
     folder = folders(name)
-    found = deltas.compress_adapter(folder, tmp_path / "small", density=0.3)
+    found = deltas.compress_adapter(folder, tmp_path / "small", density=0.3, scope="global")
     state = load_file(folder / WEIGHTS)
     coded = sum(t.numel() for t in state.values() if t.is_floating_point())
     assert (found.numel, sum(found.kept.values())) == (coded, int(0.3 * coded + 0.5))
@@ -130,7 +130,7 @@ def test_weights_in_an_adapter_file_stay_as_they_are(
     found = deltas.compress_adapter(tmp_path / "0", tmp_path / "small", density=0.3)
     deltas.prune_adapter(tmp_path / "0", tmp_path / "thin", 0.5)
     folders = [tmp_path / "0", tmp_path / "1"]
-    deltas.combine_adapters(folders, tmp_path / "both", "linear")
+    deltas.combine_adapters(folders, tmp_path / "both", "linear", level="tensors")
     for state in (
         found.others,
         load_file(tmp_path / "thin" / WEIGHTS),
@@ -162,8 +162,9 @@ def test_tensors_that_mean_something_else_are_not_combined(method, one, other, t
         model = petl.wrap(testing.tiny_llama(2), method, target_modules=["q_proj"], **fields)
         testing.stir(model).save_pretrained(tmp_path / name)
     key = next(iter(other or one))
+    pair = [tmp_path / "a", tmp_path / "b"]
     with pytest.raises(petl.InputError, match=f"a has {key}=.* and .*b "):
-        deltas.combine_adapters([tmp_path / "a", tmp_path / "b"], tmp_path / "out", "linear")
+        deltas.combine_adapters(pair, tmp_path / "out", "linear", level="tensors")
 
 
 def test_a_file_for_another_model_is_refused(folders, tmp_path):

@@ -1,5 +1,6 @@
 """Combining adapters of different methods, ranks and targets by their updates."""
 
+import json
 import math
 
 import pytest
@@ -61,6 +62,45 @@ def test_linear_is_exact_for_any_methods(folders, tmp_path):
         torch.testing.assert_close(tensor, expected, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"layers.0.self_attn.v_proj": 2}, "alpha_pattern": {"q_proj": 5}},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_by_default_updates_are_combined_and_of_loras_no_base_is_read(folders, tmp_path, fields):
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        own = {"r": 3 + seed, "target_modules": ["q_proj", "v_proj"], **fields}
+        model = petl.wrap(base(folders), "lora", task_type="CAUSAL_LM", **own)
+        testing.stir(model).save_pretrained(tmp_path / name)
+        file = tmp_path / name / "adapter_config.json"
+        absent = {"base_model_name_or_path": "nobody/has-this-model"}
+        file.write_text(json.dumps({**json.loads(file.read_text()), **absent}))
+    deltas.combine_adapters([tmp_path / "one", tmp_path / "two"], tmp_path / "sum", "linear")
+    plain = base(folders).state_dict()
+    found = [
+        petl.load(base(folders), tmp_path / name).merge_and_unload().state_dict()
+        for name in ("one", "two", "sum")
+    ]
+    for key, tensor in plain.items():
+        if "proj" in key:
+            one, two, both = (state[key] - tensor for state in found)
+            torch.testing.assert_close(both, one + two, atol=1e-6, rtol=1e-5)
+
+
+def test_by_default_tensors_are_combined_where_a_method_has_no_update(folders, tmp_path):
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        model = petl.wrap(base(folders), "adapter", task_type="CAUSAL_LM")
+        testing.stir(model).save_pretrained(tmp_path / name)
+    deltas.combine_adapters([tmp_path / "one", tmp_path / "two"], tmp_path / "sum", "linear")
+    assert petl.load(base(folders), tmp_path / "sum").peft_type.value == "PETL_ADAPTER"
+
+
 @pytest.mark.parametrize("method", ["linear", "ties"])
 def test_excluded_layers_are_those_of_the_first(folders, method):
     updates = [update_of(folders / name) for name in ("lora", "mos")]
@@ -111,7 +151,8 @@ def test_tensors_of_one_method(folders, tmp_path):
     method, fields = KINDS["lora"]
     other = testing.stir(petl.wrap(base(folders), method, task_type="CAUSAL_LM", **fields))
     other.save_pretrained(tmp_path / "other")
-    deltas.combine_adapters([folders / "lora", tmp_path / "other"], tmp_path / "out", "linear")
+    pair = [folders / "lora", tmp_path / "other"]
+    deltas.combine_adapters(pair, tmp_path / "out", "linear", level="tensors")
     loaded = petl.load(base(folders), tmp_path / "out").state_dict()
     one = petl.load(base(folders), folders / "lora").state_dict()
     for key, tensor in other.state_dict().items():
@@ -123,9 +164,9 @@ def test_tensors_of_one_method(folders, tmp_path):
     ("names", "arguments", "reason"),
     [
         (["lora"], {}, "at least two"),
-        (["lora", "mos"], {}, "peft_type.*level update"),
+        (["lora", "mos"], {"level": "tensors"}, "peft_type.*level update"),
         (["lora", "mos"], {"level": "rows"}, "level='rows'"),
-        (["lora", "lora"], {"rank": 2}, "rank=2"),
+        (["lora", "lora"], {"level": "tensors", "rank": 2}, "rank=2"),
         (["lora", "nowhere"], {}, "nowhere"),
         (["lora", "mos"], {"level": "update", "weights": [1]}, "weights"),
         (["lora", "mos"], {"level": "update", "density": 2}, "density=2"),
