@@ -117,11 +117,12 @@ def facts(name: str) -> str:
     """What the registry knows of a method: paper, use, learning rate, parameters, support."""
     import petl
     from petl.cli.catalog.reference import counted
+    from petl.core.support import Capability
 
     entry, (count, model) = petl.method(name), counted(name)
     rows = [
         ("paper", arxiv(cell(entry.paper))),
-        ("command line", cell(entry.loop_refusal) or f"`petl train +method={name}`"),
+        ("command line", cell(entry.lacking(Capability.TRAIN)) or f"`petl train +method={name}`"),
         ("from code", f'`petl.wrap(model, "{name}", ...)`'),
         ("implemented by", entry.by),
         ("default learning rate", f"{entry.lr:g} (`train.lr`)"),

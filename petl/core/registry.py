@@ -39,7 +39,7 @@ from petl.core.spec.method import (
     modifies_base_weights,
     require_effect,
 )
-from petl.core.support import BASES, Capability, reason_of
+from petl.core.support import BASES, NO_CONVERSION, Capability, Conflict
 from petl.core.switching.tuner import apply_peft_fixes, enable_switching
 from petl.errors import (
     InputError,
@@ -88,15 +88,11 @@ def register(
         # PEFT reads the prefix, MethodConfig the name (for its PEFT type)
         tuner.prefix, tuner.config_cls.method = f"petl_{name}_", name
         add_method(f"petl_{name}", tuner.prefix, tuner.config_cls, tuner)
-        # an update that merges is one matrix, which has a LoRA of some rank
-        is_additive = variant is None and tuner.adapter_cls.merge_refusal is None
         METHODS[name] = Method(
             name,
             tuner.config_cls,
             summary,
             paper,
-            merges=is_additive,
-            exports_lora=is_additive and tuner.adapter_cls.lora_refusal is None,
             own=True,
             start_tolerance=0.0 if variant else tuner.adapter_cls.start_tolerance,
             tuner_cls=tuner,
@@ -109,7 +105,6 @@ def register(
             computed=getattr(tuner, "computed", lambda config: False),
             lacks=getattr(tuner, "lacks", {}),
             decays=variant is not None or tuner.adapter_cls.decays,
-            loop_refusal=getattr(tuner, "loop_refusal", ""),
             **attributes,
         )
         return tuner
@@ -366,10 +361,8 @@ def refuse_uncalled(model: nn.Module, config: PeftConfig) -> None:
 def refuse_quantized(model: nn.Module, config: PeftConfig) -> None:
     """Raise UnsupportedError if `model` is quantized in a way that the method cannot adapt."""
     quantization = quantization_of(model)
-    known = quantization in BASES
-    reason = refusal(config, Capability(quantization)) if known else ""
-    if reason:
-        raise UnsupportedError(f"the base model is quantized ({quantization}): {reason}")
+    if quantization in BASES:
+        require_capability(config, Capability(quantization), f"a {quantization} base model")
 
 
 def _wrap_with_loss(
@@ -465,7 +458,22 @@ def keeps_base(config: PeftConfig) -> bool:
 def refusal(config: PeftConfig, capability: Capability) -> str:
     """Return why a model with an adapter of this config lacks a capability; "": it has it."""
     entry = method_of(config)
-    return "" if entry is None else reason_of(entry.lacks, capability, config)
+    if entry is not None:
+        return entry.lacking(capability, config)
+    return NO_CONVERSION if capability is Capability.LORA_EXPORT else ""
+
+
+def require_capability(config: PeftConfig, capability: Capability, wanted: str) -> None:
+    """Raise UnsupportedError if a model with an adapter of this config lacks a capability.
+
+    Args:
+        wanted: what needs it, for the message.
+    """
+    reason = refusal(config, capability)
+    if reason:
+        entry = method_of(config)
+        name = entry.name if entry else config.peft_type
+        raise UnsupportedError(str(Conflict(wanted, f"method {name}", reason)))
 
 
 def needs_calibration(config: PeftConfig) -> str:

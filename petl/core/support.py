@@ -7,7 +7,7 @@ declared once, by the younger of the two. `conflicts` compares all that is chose
 
 from collections.abc import Callable, Mapping
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 # why something lacks a capability: a sentence, or a function of its config that returns one; "":
 # it has the capability
@@ -50,7 +50,27 @@ class Capability(StrEnum):
     EXTRA_LOSS = "loss"
 
 
+class Conflict(NamedTuple):
+    """Two things that are chosen together, of which one lacks the other."""
+
+    wanted: str
+    without: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.wanted} is not possible with {self.without}: {self.reason}"
+
+
+# of PEFT's methods without one
+NO_CONVERSION = "PEFT has no conversion of it to LoRA; `petl merge` writes a merged model instead"
 BASES = (Capability.BASE_4BIT, Capability.BASE_8BIT, Capability.BASE_TORCHAO)
+
+
+def without_lora(lacks: Lacks, config: Any) -> str:
+    """Return why no LoRA has the outputs of an adapter: it is no sum of weights, or another one."""
+    return reason_of(lacks, Capability.MERGE, config) or reason_of(
+        lacks, Capability.LORA_EXPORT, config
+    )
 
 
 def reason_of(lacks: Lacks, capability: Capability, config: Any) -> str:

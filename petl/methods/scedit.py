@@ -158,10 +158,6 @@ class SceditAdapter(Adapter):
     that gets `cat(h, x)`.
     """
 
-    merge_refusal = (
-        "scedit edits a feature map, not a weight, and cannot be merged into the model; keep the "
-        "adapter, or call unload() for the base model"
-    )
     width_dim = 1
 
     def __init__(self, shape: LayerShape, config: SceditConfig, info: LayerInfo) -> None:
@@ -227,11 +223,17 @@ class SceditModel(MethodTuner):
 
     config_cls, adapter_cls = SceditConfig, SceditAdapter
     needs_tuner = "a hook of the model ends backward at the skips, which the tuner has"
-    lacks = {Capability.MIXED_BATCH: "the edits of a batch are those of one adapter"}
-    loop_refusal = (
-        "petl has no diffusion task; use it in your own code, such as a training script of "
-        'diffusers, with petl.wrap(unet, "scedit", ...) and petl.load(unet, FOLDER)'
-    )
+    lacks = {
+        Capability.MERGE: (
+            "scedit edits a feature map, not a weight, and cannot be merged into the model; keep "
+            "the adapter, or call unload() for the base model"
+        ),
+        Capability.TRAIN: (
+            "petl has no diffusion task; use it in your own code, such as a training script of "
+            'diffusers, with petl.wrap(unet, "scedit", ...) and petl.load(unet, FOLDER)'
+        ),
+        Capability.MIXED_BATCH: "the edits of a batch are those of one adapter",
+    }
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)

@@ -34,6 +34,7 @@ from petl.core.model.targets import in_layers, resolve_targets
 from petl.core.registry import register
 from petl.core.spec.checks import check_rank
 from petl.core.spec.config import MethodConfig, config_field, require
+from petl.core.support import Capability
 from petl.errors import ModuleKindError
 from petl.methods.families.gates import GATES, READING, GatedAdapter, GatedTuner
 from petl.methods.families.stacked import linear
@@ -48,7 +49,6 @@ class VlPetConfig(MethodConfig):
 
     # of the adapters' placement, see `SubLayerConfig`: not to be chosen
     placement, adds_input, input_modules = "sequential", True, None
-    ranks_refusal = "the encoder's adapters and gates have one width, r"
 
     target_modules: set[str] | list[str] | str | None = config_field(
         "some of the modules that the method adapts, as names, suffixes or a regular expression; "
@@ -102,11 +102,6 @@ class VlPetAdapter(GatedAdapter):
     down_weight: Tensor
     up_weight: Tensor
 
-    merge_refusal = (
-        "VL-PET's adapters and gates depend on the input and cannot be merged; keep the adapter, "
-        "or call unload() for the base model"
-    )
-
     def __init__(self, shape: LayerShape, config: VlPetConfig, info: LayerInfo) -> None:
         super().__init__(shape, config, info)
         self.output_scale = config.scaling
@@ -153,6 +148,13 @@ class VlPetModel(GatedTuner):
     """Tuner of `VlPetConfig`."""
 
     config_cls, adapter_cls = VlPetConfig, VlPetAdapter
+    lacks = {
+        Capability.MERGE: (
+            "VL-PET's adapters and gates depend on the input and cannot be merged; keep the "
+            "adapter, or call unload() for the base model"
+        ),
+        Capability.RANKS: "the encoder's adapters and gates have one width, r",
+    }
 
     def values(self, config: VlPetConfig, model: nn.Module) -> list[str]:
         """Return the paths of the value projections that get an adapter."""

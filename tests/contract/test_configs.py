@@ -14,6 +14,7 @@ from petl import testing
 from petl.core.registry import needs_calibration
 from petl.core.spec.config import MethodConfig
 from petl.core.spec.method import WRAP_ONLY
+from petl.core.support import Capability
 from petl.system.settings.schema import plain
 from petl.training.runs.run_config import read_config
 from petl.training.runs.settings import method_fields
@@ -81,7 +82,7 @@ def in_yaml(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", [*METHOD_FILES, *RECIPES])
 def test_a_method_composes_into_a_run(name):
     cfg = composed(f"+method={name}")
-    reason = petl.method(cfg.method.name).loop_refusal
+    reason = petl.method(cfg.method.name).lacking(Capability.TRAIN)
     if reason:
         with pytest.raises(petl.InputError, match=re.escape(reason)):
             read_config(cfg)

@@ -13,6 +13,7 @@ from nonsense import answered, values
 from training_fixtures import ROOT, tiny  # noqa: F401
 
 from petl.core.registry import METHODS, list_methods
+from petl.core.support import Capability
 from petl.errors import InputError
 from petl.experiments.planning.plan import plan_run
 from petl.system.settings.schema import flat, plain
@@ -64,5 +65,5 @@ def test_the_settings_that_are_varied_are_accepted_as_they_are(tiny, name):  # n
     if name == "icv":  # its demonstrations are pairs of texts
         overrides += ["method.train=true", "method.pairs=null", "method.scale=plain"]
         overrides += ["method.keep_norm=false"]
-    trains = not METHODS[name].loop_refusal
+    trains = not METHODS[name].lacking(Capability.TRAIN)
     assert answered(lambda: read_config(compose(overrides))) == trains

@@ -29,8 +29,10 @@ from petl.adapters.export.conversion import as_lora, ranked_config, save_lora
 from petl.adapters.export.saved_adapter import adapter_in, find
 from petl.core.adapter_file import PREFIX
 from petl.core.adapter_folder import read_config
-from petl.core.refusals import is_lora, lora_refusal, refuse_more_than_factors
+from petl.core.refusals import is_lora, refuse_more_than_factors
+from petl.core.registry import require_capability
 from petl.core.spec.checks import pattern_value
+from petl.core.support import Capability
 from petl.errors import InputError, UnsupportedError, shown
 from petl.system.progress import Pass, Shown
 
@@ -64,9 +66,7 @@ def update_of(folder: str | Path, *, trust_remote_code: bool = False) -> Update:
     """
     adapter = adapter_in(folder)
     given = read_config(adapter)
-    refusal = lora_refusal(given)
-    if refusal:
-        raise UnsupportedError(f"{folder}: {refusal}")
+    require_capability(given, Capability.LORA_EXPORT, f"{folder} as a plain LoRA")
     refuse_changed_base(adapter, given)
     plain = update_in(adapter) if is_plain(given) else None
     if plain is not None:

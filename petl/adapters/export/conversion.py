@@ -24,8 +24,9 @@ from petl.core.compat import BaseTunerLayer, svd_factors
 from petl.core.compressed import copy_weights
 from petl.core.layers.layer import Adapter, AdapterLayer, Factors
 from petl.core.model.targets import matched_names
-from petl.core.refusals import is_lora, lora_refusal, merge_refusal
-from petl.errors import UnsupportedError
+from petl.core.refusals import is_lora
+from petl.core.registry import require_capability
+from petl.core.support import Capability
 from petl.system.files.disk import copy_file
 from petl.system.progress import Pass, Shown
 
@@ -38,9 +39,7 @@ def merged_model(saved: Saved, *, other_base: str) -> tuple[Any, Reference]:
     Raises:
         InputError: the method cannot merge, or `other_base` refuses the base.
     """
-    refusal = merge_refusal(saved.config)
-    if refusal:
-        raise UnsupportedError(refusal)
+    require_capability(saved.config, Capability.MERGE, "merging")
     if saved.is_quantized:
         logger.warning(
             "merging into the dequantized base model: re-quantizing would lose most of the update"
@@ -62,9 +61,7 @@ def write_lora(saved: Saved, folder: Path, *, other_base: str) -> tuple[PeftMode
     Raises:
         InputError: as of `export_lora`.
     """
-    refusal = lora_refusal(saved.config)
-    if refusal:
-        raise UnsupportedError(refusal)
+    require_capability(saved.config, Capability.LORA_EXPORT, "a plain LoRA")
     refuse_changed_base(saved.adapter, saved.config)
     model = saved.model(other_base=other_base)
     adapted = Reference.of(model, saved.batches())

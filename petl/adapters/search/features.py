@@ -22,8 +22,9 @@ from petl.core import fingerprint
 from petl.core.adapter_file import PREFIX, WEIGHTS, safetensors_bytes, trained_modules
 from petl.core.adapter_folder import read_config
 from petl.core.loading import load
-from petl.core.refusals import is_lora, lora_refusal
-from petl.errors import UnsupportedError
+from petl.core.refusals import is_lora
+from petl.core.registry import require_capability
+from petl.core.support import Capability
 from petl.ops.ternary import FILE
 from petl.system.files.tensor_file import Shapes
 
@@ -65,9 +66,7 @@ class Rank(Feature):
 
     def __init__(self, saved: Saved) -> None:
         self.saved = saved
-        refusal = lora_refusal(saved.config)
-        if refusal:
-            raise UnsupportedError(refusal)
+        require_capability(saved.config, Capability.LORA_EXPORT, "a plain LoRA")
         self.model = saved.model() if is_lora(saved.config) else self.converted()
         self.units = rank_of(self.model)
         self.heads = trained_modules(self.model, ADAPTER)

@@ -8,6 +8,7 @@ from petl.cli.catalog.recipes import Recipe, list_recipes, paper_of, parts_of, r
 from petl.cli.catalog.verdicts import verdict_lines
 from petl.core.registry import METHODS
 from petl.core.spec.method import LOSSES, Loss, Method
+from petl.core.support import Capability
 from petl.errors import UnknownNameError, did_you_mean
 from petl.experiments.reports.fields import Field, as_yaml, describe_inner_fields, fields_of
 from petl.system.settings.command_line import config_file, preset_of, shown_path
@@ -100,8 +101,9 @@ def _page_of_method(entry: Method) -> Page:
 def _usage(entry: Method) -> list[str]:
     """Return how to use a method, in lines."""
     call = f'petl.wrap(model, "{entry.name}", ...)'
-    if entry.loop_refusal:
-        return [f"not in petl train: {entry.loop_refusal}", f"usage: {call}"]
+    reason = entry.lacking(Capability.TRAIN)
+    if reason:
+        return [f"not in petl train: {reason}", f"usage: {call}"]
     return [f"usage: petl train +method={entry.name}, or {call}"]
 
 

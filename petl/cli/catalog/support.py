@@ -4,7 +4,6 @@ from typing import Any
 
 from peft import PeftConfig
 
-from petl.core.refusals import is_lora, lora_refusal, merge_refusal
 from petl.core.registry import build_config, refusal
 from petl.core.support import Capability
 from petl.system.settings.command_line import preset_of
@@ -36,11 +35,7 @@ def default_config(name: str) -> PeftConfig:
 def row(name: str) -> dict[Capability, str]:
     """Return, by capability, why a method with its YAML does not support it; "" if it does."""
     config: Any = default_config(name)
-    reasons = {capability: refusal(config, capability) for capability in HEADINGS}
-    # these two are decided when an adapter is merged or exported, not by `Method.lacks`
-    reasons[Capability.MERGE] = merge_refusal(config) or ""
-    reasons[Capability.LORA_EXPORT] = "" if is_lora(config) else lora_refusal(config) or ""
-    return reasons
+    return {capability: refusal(config, capability) for capability in HEADINGS}
 
 
 def lines_of(name: str) -> list[str]:

@@ -66,6 +66,7 @@ class LayerInfo:
         context: state that all layers share during a forward pass.
         shared: tensors of this adapter that all its layers share, owned by the tuner; None if none.
         settings: the entry for this module of the method's `MethodTuner.layer_settings`.
+        no_lora: why no LoRA has the same outputs; "": one has.
     """
 
     key: str
@@ -73,6 +74,7 @@ class LayerInfo:
     context: ForwardContext
     shared: nn.Module | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    no_lora: str = ""
 
 
 class Adapter(nn.Module):
@@ -84,9 +86,6 @@ class Adapter(nn.Module):
     products are computed in it.
     """
 
-    merge_refusal: ClassVar[str | None] = None  # why the method cannot merge; None: it can
-    # why a method that merges has no LoRA with the same outputs; None: it has one
-    lora_refusal: ClassVar[str | None] = None
     keep_float32: ClassVar[bool] = False  # parameters never take the base model's half precision
     start_tolerance: ClassVar[float] = 0.0  # max. difference of outputs to the base at the start
     decays: ClassVar[bool] = True  # False: weight decay leaves its tensors out
@@ -130,6 +129,16 @@ class Adapter(nn.Module):
         A method that masks the base weight overrides it.
         """
         return self.delta()
+
+    @property
+    def is_matrix(self) -> bool:
+        """True if the update is a matrix that is added to the base weight, as `change_of` is."""
+        own, default = type(self), Adapter
+        return (own.factors, own.delta, own.change_of) != (
+            default.factors,
+            default.delta,
+            default.change_of,
+        )
 
     def combination_refusal(self) -> str | None:
         """Return why no other adapter may be active or merged beside it now; None: others may."""
@@ -221,15 +230,6 @@ class Adapter(nn.Module):
         # one tensor per group, not per adapter: a batched product needs them contiguous
         return LowRankRows.stack([factors[adapter] for adapter in adapters], dtype)
 
-    @property
-    def group_refusal(self) -> str | None:
-        """Why several adapters cannot train in one pass (`petl.train_together`); None: they can.
-
-        They can if what a layer computes for a row depends on that row and on tensors of the
-        adapter alone, so each method says so itself.
-        """
-        return "the method is not written for rows of several adapters in training"
-
     @classmethod
     def grouped(
         cls,
@@ -244,7 +244,7 @@ class Adapter(nn.Module):
         else adapter by adapter.
 
         Args:
-            adapters: of this class, without a `group_refusal`, one per group of rows.
+            adapters: of this class, one per group of rows.
             base_layer: the layer that all of them adapt.
             generators: random numbers of each adapter's dropout; None: the default ones.
             captured: the input of another module, if the adapters read that; None: the layer's.
@@ -414,8 +414,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
         """Return True for one weight update for all inputs; if not, see `refuse_conversion`."""
         names = list(self.adapters) if adapter_name is None else [adapter_name]
-        refusals = [a.merge_refusal or a.lora_refusal for _, a in self.pick(names)]
-        reasons = [reason for reason in refusals if reason]
+        reasons = [a.info.no_lora for _, a in self.pick(names) if a.info.no_lora]
         return refuse_conversion(reasons[0], adapter_name) if reasons else True
 
     @torch.no_grad()

@@ -54,7 +54,7 @@ def _update(layer: BaseTunerLayer, name: str) -> Any:
     if isinstance(layer, AdapterLayer):
         # not every layer has every adapter
         adapter = next((adapter for _, adapter in layer.pick([name])), None)
-        if adapter is None or adapter.merge_refusal is not None:
+        if adapter is None or not adapter.is_matrix:
             return None
         return layer.get_delta_weight(name).float()
     if all(name not in getattr(layer, attribute) for attribute in layer.adapter_layer_names):

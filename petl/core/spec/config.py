@@ -161,8 +161,6 @@ class MethodConfig(PeftConfig):
     """
 
     method: ClassVar[str]  # set by `register`
-    # why the ranks of its modules cannot be set one by one; "": by `rank_pattern`, if it has that
-    ranks_refusal: ClassVar[str] = ""
     # True: it takes the place of the model's head, and trains no module completely
     replaces_head: ClassVar[bool] = False
     # True: calibration adds over processes, so that each gets its part of the rows

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, TypeVar
 from peft import PeftConfig, PeftModel
 from torch import nn
 
-from petl.core.compat import calls_past_hooks, tuner_class
+from petl.core.compat import LoraModel, calls_past_hooks, tuner_class
 from petl.core.spec.config import check_bounds, config_field
-from petl.core.support import Lacks
+from petl.core.support import Capability, Lacks, reason_of, without_lora
 from petl.errors import InputError, UnknownNameError, UnsupportedError, choose, did_you_mean
 from petl.system.files.paths import method_preset
 
@@ -30,8 +30,6 @@ class Method:
         config_cls: its PEFT config.
         summary: one sentence.
         paper: authors, year, title or venue, arXiv id.
-        merges: True if the adapter can be merged into the base weights.
-        exports_lora: True if it can be saved as a plain LoRA.
         own: True if its tuner is a `MethodTuner`.
         start_tolerance: maximum difference of outputs at the start from the base model's.
         defaults: fields that this entry sets, such as `use_dora` of "dora".
@@ -62,15 +60,12 @@ class Method:
         recommended: why it is the first to try for its need; "": it is not.
         lacks: its rows of the table of petl/core/support.py: by capability, why it is lacking.
         decays: False if weight decay leaves the adapter's tensors out; the head's may decay.
-        loop_refusal: why `petl train` cannot train it, and what to do instead; "": it can.
     """
 
     name: str
     config_cls: type[PeftConfig]
     summary: str
     paper: str
-    merges: bool = True
-    exports_lora: bool = False
     own: bool = False
     start_tolerance: float = 0.0
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -92,7 +87,6 @@ class Method:
     recommended: str = ""
     lacks: Lacks = field(default_factory=dict)
     decays: bool = True
-    loop_refusal: str = ""
 
     def given(self, fields: Mapping[str, Any]) -> "Method":
         """Return the entry for these fields of the config: itself, unless it has a `variant`."""
@@ -132,6 +126,42 @@ class Method:
                 ", ".join(here),
                 ", ".join(there),
             )
+
+    def lacking(self, capability: Capability, config: Any = None) -> str:
+        """Return why it lacks a capability with this config; "": it has it.
+
+        Args:
+            config: None for a capability of all configs.
+        """
+        if capability is Capability.LORA_EXPORT:
+            return without_lora(self.lacks, config)
+        if capability in self.lacks:
+            return reason_of(self.lacks, capability, config)
+        if capability is Capability.RANKS:
+            # AdaLoRA has an `r` that it does not use
+            known = {"r", "rank_pattern"} <= self.config_cls.__dataclass_fields__.keys()
+            return "" if known and self.rank in ("", "r") else "it has no rank_pattern"
+        # what a layer computes for a row must depend on that row and on the adapter alone
+        if capability is Capability.TOGETHER and self.tuner is not LoraModel:
+            return "the method is not written for rows of several adapters in training"
+        # PEFT's AdaLoRA masks ranks in place, so that its entries keep their reference
+        moves = self.own and hasattr(self.tuner, "update_and_allocate")
+        if capability is Capability.ADAMR and moves:
+            return (
+                "it adds or exchanges entries while it trains, and the reference does not move "
+                "with them"
+            )
+        return ""
+
+    @property
+    def merges(self) -> bool:
+        """True if the adapter can be merged into the base weights."""
+        return not self.lacking(Capability.MERGE)
+
+    @property
+    def exports_lora(self) -> bool:
+        """True if it can be saved as a plain LoRA."""
+        return not self.lacking(Capability.LORA_EXPORT)
 
     @property
     def by(self) -> str:

@@ -31,7 +31,7 @@ from petl.core.model.weight_changes import change_map
 from petl.core.serving.mixed_batch import AdapterRows, is_generation_call
 from petl.core.spec.checks import check_adapter_name, check_tensor_names
 from petl.core.spec.config import MethodConfig
-from petl.core.support import Lacks
+from petl.core.support import Capability, Lacks, reason_of, without_lora
 from petl.core.switching.tuner import hosts_of, layers_of
 from petl.core.tuners.base import SharedStateTuner, check_loaded, watch
 from petl.errors import (
@@ -54,12 +54,10 @@ class MethodTuner(SharedStateTuner):
         config_cls: the method's config.
         adapter_cls: the method's adapter.
         lacks: by capability, why the method lacks it; see `Method.lacks`.
-        loop_refusal: why `petl train` cannot train it, and what to do instead; "": it can.
         needs_tuner: why its adapters cannot be loaded without the tuner, by transformers' own
             `load_adapter`; "": they can, if no tensors are shared.
         free_dims: by name of a tensor, the dimension that may have another size in a file.
         optional_tensors: last parts of names of tensors that a file may lack.
-        moves_entries: False if `update_and_allocate` leaves the trained entries in their places.
         by_position: True if an adapter changes each position by itself, and nothing counts the
             positions of a layer: the last block may then compute only those that are read, see
             petl/efficiency/skip_unread/read_positions.py.
@@ -70,11 +68,9 @@ class MethodTuner(SharedStateTuner):
     config_cls: ClassVar[type[MethodConfig]]
     adapter_cls: ClassVar[type[Adapter]]
     lacks: ClassVar[Lacks] = {}
-    loop_refusal: ClassVar[str] = ""
     needs_tuner: ClassVar[str] = ""
     free_dims: ClassVar[Mapping[str, int]] = {}
     optional_tensors: ClassVar[tuple[str, ...]] = ()
-    moves_entries: ClassVar[bool] = True
     by_position: ClassVar[bool] = False
     capture_cls: ClassVar[type[InputCapture]] = InputCapture
     target_module_mapping: dict[str, list[str]] = {}  # read by PEFT; petl resolves targets itself
@@ -262,8 +258,12 @@ class MethodTuner(SharedStateTuner):
             check_adapter_name(adapter_name, model, type(self))
             check_tensor_names(adapter_name, pool)
             self.shared[adapter_name] = pool  # `AdapterLayer.add` moves it to the device
+        no_lora = without_lora(self.lacks, config)
         self._infos[adapter_name] = {
-            key: (shape, LayerInfo(key, adapter_name, self.context, pool, settings.get(key, {})))
+            key: (
+                shape,
+                LayerInfo(key, adapter_name, self.context, pool, settings.get(key, {}), no_lora),
+            )
             for key, shape in shapes.items()
         }
         return sources
@@ -389,8 +389,10 @@ class MethodTuner(SharedStateTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        if self.adapter_cls.merge_refusal is not None:
-            raise UnsupportedError(self.adapter_cls.merge_refusal)
+        config: Any = self.peft_config[self.active_adapters[0]]
+        reason = reason_of(self.lacks, Capability.MERGE, config)
+        if reason:
+            raise UnsupportedError(reason)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate these adapters; several only if none of them has to be alone.

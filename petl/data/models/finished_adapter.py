@@ -18,10 +18,10 @@ from petl.core.fingerprint import check_base, known_fingerprint
 from petl.core.fingerprint import read as read_fingerprint
 from petl.core.loading import check_file, load
 from petl.core.parameters import refuse_shared_targets
-from petl.core.refusals import merge_refusal
-from petl.core.registry import method_of
+from petl.core.registry import require_capability
+from petl.core.support import Capability
 from petl.data.tasks.base import Task
-from petl.errors import InputError, UnsupportedError
+from petl.errors import InputError
 from petl.system.files.disk import check_links
 from petl.system.files.paths import path_of
 
@@ -54,14 +54,7 @@ def checked_config(given: str) -> PeftConfig:
         UnsupportedError: it cannot be merged.
     """
     config = read_config(folder_of(given))
-    reason = merge_refusal(config)
-    if reason is not None:
-        entry = method_of(config)
-        name = entry.name if entry else config.peft_type
-        raise UnsupportedError(
-            f"model.adapter={given} is an adapter of {name}, which cannot be merged into the model "
-            f"that stands below another method: {reason}"
-        )
+    require_capability(config, Capability.MERGE, f"model.adapter={given} (merged into the base)")
     return config
 
 

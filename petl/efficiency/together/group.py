@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from petl.core.compat import (
     AuxiliaryTrainingWrapper,
     BaseTunerLayer,
-    LoraModel,
     ModulesToSaveWrapper,
 )
 from petl.core.layers.block import BlockAdapters
@@ -33,11 +32,10 @@ from petl.core.layers.layer import AdapterLayer
 from petl.core.layers.stack import Stack
 from petl.core.lifecycle import extra_losses
 from petl.core.parameters import trainable
-from petl.core.registry import method_of
-from petl.core.tuners.tuner import MethodTuner
+from petl.core.registry import refusal
+from petl.core.support import Capability
 from petl.efficiency.frozen.feed import feed_of
 from petl.efficiency.fused_lora.layer import FusedLoraLinear
-from petl.efficiency.fused_lora.switching import SwitchingLora
 from petl.efficiency.together.batches import (
     MASKS,
     Batch,
@@ -97,16 +95,7 @@ class Member:
 
 def refuse(model: PeftModel) -> None:
     """Raise UnsupportedError if the adapter of `model` cannot train together with others."""
-    tuner: Any = model.base_model
-    reason: str | None = None
-    entry = method_of(model.active_peft_config)
-    if entry is not None and entry.inner:
-        reason = f"its layers change the tensors of an inner method, {entry.inner!r}, on their way"
-    elif isinstance(tuner, MethodTuner):
-        placed = tuner.placed[model.active_adapters[0]].values()
-        reason = next((a.group_refusal for a in placed if a.group_refusal), None)
-    elif type(tuner) not in (LoraModel, SwitchingLora):  # not subclasses, such as AdaLoRA
-        reason = "of PEFT's tuners only LoRA has layers for rows of several adapters in training"
+    reason = refusal(model.active_peft_config, Capability.TOGETHER)
     base: Any = model.get_base_model()
     drops = [name for name in LAYERDROP if getattr(base.config, name, 0)]
     if drops:

@@ -16,8 +16,7 @@ from petl.core.adapter_file import safetensors_bytes, saved_shapes
 from petl.core.lifecycle import lifecycle
 from petl.core.model.heat_map import role_of
 from petl.core.parameters import trainable
-from petl.core.refusals import lora_refusal, merge_refusal
-from petl.core.registry import build_config, refusal
+from petl.core.registry import build_config, method, refusal
 from petl.core.spec.method import modifies_base_weights
 from petl.core.support import Capability
 from petl.data.base import refuse_stream
@@ -213,8 +212,8 @@ def notes_of(
             f"the ranks of blocks come from data (ranks={run.ranks.name}), with the mean "
             f"{spread.mean}; sizes and memory are those of rank {spread.mean} everywhere"
         )
-    tuner = type(model.base_model)
-    if hasattr(tuner, "update_and_allocate") and getattr(tuner, "moves_entries", True):
+    entry = method(fields["name"]).given(fields)
+    if hasattr(entry.tuner, "update_and_allocate") and Capability.ADAMR not in entry.lacks:
         notes.append(
             "this method changes its size during training; the adapter file is that of the start"
         )
@@ -341,8 +340,10 @@ def scored_positions(splits: Splits, settings: TrainConfig) -> float:
 def supports(model: PeftModel) -> dict[str, str]:
     """Return, by capability, "yes" or "no" with the reason."""
     config = model.active_peft_config
-    merging, export = merge_refusal(config), lora_refusal(config)
-    mixing = refusal(config, Capability.MIXED_BATCH)
+    merging, export, mixing = (
+        refusal(config, capability)
+        for capability in (Capability.MERGE, Capability.LORA_EXPORT, Capability.MIXED_BATCH)
+    )
     mixes = not mixing and takes_mixed_batches(model)
     base: Any = model.get_base_model()
     return {

@@ -37,6 +37,7 @@ from torch.nn import functional as F
 from petl.core.layers.layer import LayerInfo, LayerShape
 from petl.core.registry import register
 from petl.core.spec.config import config_field, require
+from petl.core.support import Capability
 from petl.errors import InputError
 from petl.methods.adapter.conformer import depthwise, normalize_channels
 from petl.methods.families.gates import GatedAdapter, GatedConfig, GatedTuner
@@ -103,11 +104,6 @@ class BottleneckAdapter(GatedAdapter):
     bn_running_var: Tensor
     bn_num_batches_tracked: Tensor
 
-    merge_refusal = (
-        "bottleneck adapters are not linear and cannot be merged; keep the adapter, or call "
-        "unload() for the base model"
-    )
-
     # Initialization
 
     def __init__(self, shape: LayerShape, config: AdapterConfig, info: LayerInfo) -> None:
@@ -153,13 +149,6 @@ class BottleneckAdapter(GatedAdapter):
                 parameter.zero_()
 
     # Forward pass
-
-    @property
-    def group_refusal(self) -> str | None:
-        """Why several adapters cannot train in one pass; None: they can."""
-        if self.config.block == "conformer":
-            return "block='conformer' has statistics over the rows of a batch"
-        return None if self.gate == "none" else f"gate={self.gate!r} reads the mask of one batch"
 
     def network(self, h: Tensor) -> Tensor:
         """f(h) of the module docstring, [..., K] for h [..., K]."""
@@ -216,6 +205,13 @@ class BottleneckAdapter(GatedAdapter):
         return torch.is_grad_enabled() and not self.info.context.recording
 
 
+def whole_batch(config: AdapterConfig) -> str:
+    """What needs all rows of a batch together, which are not those of one adapter; "": nothing."""
+    if config.block == "conformer":
+        return "block='conformer' has statistics over the rows of a batch"
+    return "" if config.gate == "none" else f"gate={config.gate!r} reads the mask of one batch"
+
+
 @register(
     "adapter",
     summary="a two-layer bottleneck at each sub-layer: Houlsby, AdaptFormer, conformer",
@@ -227,6 +223,13 @@ class AdapterModel(GatedTuner):
     """Tuner of `AdapterConfig`."""
 
     config_cls, adapter_cls = AdapterConfig, BottleneckAdapter
+    lacks = {
+        Capability.MERGE: (
+            "bottleneck adapters are not linear and cannot be merged; keep the adapter, or call "
+            "unload() for the base model"
+        ),
+        Capability.TOGETHER: whole_batch,
+    }
 
     def layer_settings(
         self, config: AdapterConfig, model: nn.Module, shapes: Mapping[str, LayerShape]

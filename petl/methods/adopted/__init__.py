@@ -7,7 +7,7 @@ tuner does not support. Settings for training are in configs/method/NAME.yaml.
 import peft
 
 from petl.core.registry import adopt
-from petl.core.support import BASES, Capability
+from petl.core.support import BASES, NO_CONVERSION, Capability
 from petl.methods.adopted.values import (
     check_adalora,
     check_boft,
@@ -30,6 +30,7 @@ from petl.methods.adopted.values import (
 IGNORES_NAMES = {
     Capability.MIXED_BATCH: "PEFT ignores adapter_names and computes with the active adapter"
 }
+NO_LORA = {Capability.LORA_EXPORT: NO_CONVERSION}
 HOST_DROPOUT = "PEFT draws its module dropout on the host, which breaks the graph"
 DENSE = "PEFT reads the base weight as a dense matrix; leave model.quantization unset"
 
@@ -42,6 +43,7 @@ adopt(
     check=check_adalora,
     rank="init_r",
     lacks={
+        **NO_LORA,
         Capability.FSDP: "it masks complete triplets, and FSDP shards them; launch it with ddp",
         Capability.ZERO: "it masks ranks by gradients, which ZeRO has already freed; launch it "
         "with ddp",
@@ -57,7 +59,7 @@ adopt(
     need="few parameters",
     paper="Liu et al. 2022, Few-Shot PEFT is Better and Cheaper than ICL, arXiv:2205.05638",
     lr=3e-2,  # measured on the task of the other defaults, less carefully; its scales start at 1
-    lacks=IGNORES_NAMES,
+    lacks=IGNORES_NAMES | NO_LORA,
 )
 adopt(
     "vera",
@@ -65,7 +67,6 @@ adopt(
     summary="frozen random low-rank pairs shared by all layers, with trained scaling vectors",
     need="few parameters",
     paper="Kopiczko et al. 2024, VeRA: Vector-based Random Matrix Adaptation, arXiv:2310.11454",
-    exports_lora=True,
     check=check_vera,
     lacks=IGNORES_NAMES,
 )
@@ -75,7 +76,6 @@ adopt(
     summary="elementwise product of two low-rank updates",
     need="updates of high rank",
     paper="Hyeon-Woo et al. 2022, FedPara, ICLR, arXiv:2108.06098",
-    exports_lora=True,
     rank="r",
     lacks={**IGNORES_NAMES, Capability.BASE_4BIT: DENSE, Capability.COMPILE: HOST_DROPOUT},
 )
@@ -85,7 +85,6 @@ adopt(
     summary="Kronecker product of two small matrices as the update",
     need="few parameters",
     paper="Yeh et al. 2024, Navigating Text-to-Image Customization (LyCORIS), arXiv:2309.14859",
-    exports_lora=True,
     check=check_lokr,
     lacks={**IGNORES_NAMES, Capability.BASE_4BIT: DENSE, Capability.COMPILE: HOST_DROPOUT},
 )
@@ -97,7 +96,7 @@ adopt(
     paper="Qiu et al. 2023, Controlling Text-to-Image Diffusion by Orthogonal FT, arXiv:2306.07280",
     check=check_oft,
     fit=fit_oft,
-    lacks=IGNORES_NAMES,
+    lacks=IGNORES_NAMES | NO_LORA,
 )
 adopt(
     "boft",
@@ -107,7 +106,7 @@ adopt(
     paper="Liu et al. 2024, PEFT via Butterfly Factorization, ICLR, arXiv:2311.06243",
     check=check_boft,
     fit=fit_boft,
-    lacks=IGNORES_NAMES,
+    lacks=IGNORES_NAMES | NO_LORA,
 )
 adopt(
     "hra",
@@ -118,7 +117,7 @@ adopt(
     rank_step=2,  # reflections come in pairs
     check=check_hra,
     rank="r",
-    lacks={**IGNORES_NAMES, **dict.fromkeys(BASES, DENSE)},
+    lacks={**NO_LORA, **IGNORES_NAMES, **dict.fromkeys(BASES, DENSE)},
 )
 adopt(
     "vblora",
@@ -126,7 +125,6 @@ adopt(
     summary="low-rank factors composed from a bank of vectors shared by all layers",
     need="a small file",
     paper="Li et al. 2024, VB-LoRA: Extreme PEFT with Vector Banks, arXiv:2405.15179",
-    exports_lora=True,
     check=check_vblora,
     fit=fit_vblora,
     rank="r",
@@ -142,7 +140,6 @@ adopt(
     summary="a few trained Fourier coefficients of the update",
     need="few parameters",
     paper="Gao et al. 2024, PEFT with Discrete Fourier Transform, arXiv:2405.03003",
-    exports_lora=True,
     check=check_fourierft,
     lacks=IGNORES_NAMES,
 )
@@ -152,7 +149,6 @@ adopt(
     summary="full-rank update from scaled combinations of frozen random bases",
     need="updates of high rank",
     paper="Albert et al. 2025, RandLoRA: Full-Rank PEFT of Large Models, arXiv:2502.00987",
-    exports_lora=True,
     lacks=IGNORES_NAMES,
 )
 adopt(
@@ -163,6 +159,7 @@ adopt(
     paper="Bhardwaj et al. 2024, Sparse High Rank Adapters, NeurIPS, arXiv:2406.13175",
     check=check_shira,
     lacks={
+        **NO_LORA,
         **IGNORES_NAMES,
         Capability.COMPILE: "it creates a sparse tensor, which breaks the graph",
     },
@@ -173,7 +170,6 @@ adopt(
     summary="one small matrix per weight, expanded over shards of the input",
     need="updates of high rank",
     paper="Kang and Yin 2024, MiSS: Matrix Shard Sharing, arXiv:2409.15371",
-    exports_lora=True,
     check=check_miss,
     fit=fit_miss,
     lacks=IGNORES_NAMES,
@@ -184,7 +180,7 @@ adopt(
     summary="trains the layer norms only",
     need="few parameters",
     paper="Zhao et al. 2024, Tuning LayerNorm in Attention, ICLR, arXiv:2312.11420",
-    lacks=IGNORES_NAMES,
+    lacks=IGNORES_NAMES | NO_LORA,
 )
 adopt(
     "delora",
@@ -192,7 +188,6 @@ adopt(
     summary="normalized low-rank update whose strength is trained apart from its direction",
     need="a strong baseline",
     paper="Bini et al. 2025, DeLoRA: Decoupling Angles and Strength, arXiv:2503.18225",
-    exports_lora=True,
     check=check_delora,
     rank="r",
     lacks={**IGNORES_NAMES, **dict.fromkeys(BASES, DENSE)},
@@ -203,6 +198,5 @@ adopt(
     summary="block-circular convolutions as the update",
     need="updates of high rank",
     paper="Chen et al. 2024, PEFT via Circular Convolution, arXiv:2407.19342",
-    exports_lora=True,
     lacks=IGNORES_NAMES,
 )

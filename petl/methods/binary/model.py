@@ -19,6 +19,7 @@ from petl.core.model.heat_map import HeatMap, means
 from petl.core.model.weight_changes import change_map
 from petl.core.registry import register
 from petl.core.spec.method import Method
+from petl.core.support import Capability, Lacks
 from petl.core.switching.tuner import SwitchingTuner
 from petl.core.tuners.base import ForwardContextTuner
 from petl.core.tuners.tuner import MethodTuner
@@ -39,7 +40,7 @@ from petl.methods.binary.quantized_weights import (
     swap_module,
 )
 from petl.methods.binary.stack import STACK, stack, unstack
-from petl.methods.families.inner import tuner_class_of, undo_injection
+from petl.methods.families.inner import ON_THEIR_WAY, tuner_class_of, undo_injection
 from petl.ops.quantize import code_book, packed_bytes, unpack
 from petl.system.files.tensor_file import check_finite
 
@@ -63,12 +64,19 @@ def variant(entry: Method, given: Mapping[str, Any]) -> Method:
         paper=entry.paper,
         defaults={**inner_entry.defaults, "inner": inner},
         start_tolerance=START_TOLERANCE,  # of quantized values
-        # a plain LoRA cannot have a head without a bias
-        exports_lora=inner_entry.exports_lora and given.get("head_bits") is None,
+        lacks={**inner_entry.lacks, **rows_of(given)},
         tuner_cls=tuner_of(inner),
         variant=entry.variant,
         inner=inner,
         inner_defaults=INNER_DEFAULTS.get(inner, {}),
+    )
+
+
+def rows_of(given: Mapping[str, Any]) -> Lacks:
+    """What it lacks in addition to the inner method, with these fields."""
+    rows = {Capability.TOGETHER: ON_THEIR_WAY}
+    return (
+        rows if given.get("head_bits") is None else rows | {Capability.LORA_EXPORT: HEAD_IN_CODES}
     )
 
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from petl.core.layers.layer import LayerInfo, LayerShape
 from petl.core.registry import register
 from petl.core.spec.config import config_field, require
+from petl.core.support import Capability
 from petl.errors import InputError
 from petl.methods.compacter.kronecker import times_factored, times_full
 from petl.methods.families.sublayers import SubLayerAdapter, SubLayerConfig, SubLayerTuner
@@ -40,8 +41,6 @@ OWN_RULE_STD = 0.01  # of rules that are not shared, as in the authors' code
 @dataclass
 class CompacterConfig(SubLayerConfig):
     """Fields of Compacter; N of the module's docstring is `phm_dim`, Q is `phm_rank`."""
-
-    ranks_refusal = "its widths must divide"
 
     reduction_factor: float | None = config_field(
         "bottleneck width = model width / reduction_factor, a number above 0", 32
@@ -163,10 +162,6 @@ class CompacterAdapter(SubLayerAdapter):
     `<side>_rule_right`.
     """
 
-    merge_refusal = (
-        "Compacter adapters are not linear and cannot be merged; keep the adapter, or call "
-        "unload() for the base model"
-    )
     keep_float32 = True  # a rule starts at 1e-4: products of three such underflow in float16
     start_tolerance = 1e-4  # the up projection is small at the start, not zero
 
@@ -188,11 +183,6 @@ class CompacterAdapter(SubLayerAdapter):
                 self.register_parameter(f"{side}_{name}", init_factor(config, *size))
             if config.use_bias:
                 self.register_parameter(f"{side}_bias", nn.Parameter(torch.zeros(columns)))
-
-    @property
-    def group_refusal(self) -> str | None:
-        """None: what a layer computes for a row depends on that row and its own tensors alone."""
-        return None
 
     def network(self, h: Tensor, addend: Tensor | None = None) -> Tensor:
         """f(h), plus `addend` [..., K] if given, in float32."""
@@ -270,6 +260,14 @@ class CompacterModel(SubLayerTuner):
     """Tuner of `CompacterConfig`."""
 
     config_cls, adapter_cls = CompacterConfig, CompacterAdapter
+    lacks = {
+        Capability.MERGE: (
+            "Compacter adapters are not linear and cannot be merged; keep the adapter, or call "
+            "unload() for the base model"
+        ),
+        Capability.RANKS: "its widths must divide",
+        Capability.TOGETHER: "",
+    }
     by_position = True
 
     def layer_settings(

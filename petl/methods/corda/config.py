@@ -36,8 +36,6 @@ REQUIRED_DEFAULTS = {  # fields of LoraConfig that would have no effect, or be w
 class CordaConfig(LoraConfig):
     """Fields of CorDA. `save_pretrained` writes the config of the plain LoRA that is saved."""
 
-    ranks_refusal = "it distributes ranks itself, by rank_budget"
-
     corda_method: str = config_field(
         "mode: ipm (samples of the task; trains the leading components) or kpm (samples of the "
         "knowledge to preserve; trains the trailing components)",

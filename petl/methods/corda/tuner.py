@@ -322,11 +322,11 @@ adopt(
     recommended="starts from the components that samples of the task, or of the knowledge to keep, "
     "use",
     paper="Yang et al. 2024, CorDA: Context-Oriented Decomposition Adaptation, arXiv:2406.05223",
-    exports_lora=True,
     keeps_base=lambda config: False,
     calibration=lambda config: "method 'corda'",
     on_wrap=initialize,
     lacks={
+        Capability.RANKS: "it distributes ranks itself, by rank_budget",
         **dict.fromkeys(BASES, QUANTIZED),
         Capability.MIXED_BATCH: "a CorDA adapter changes the base weights, so the model can have "
         "no other adapter",

@@ -23,10 +23,6 @@ class DkvbAdapter(Adapter):
         has_keys: False for keys as they were drawn, without a key phase.
     """
 
-    merge_refusal = (
-        "dkvb reads a table of values in place of the head and is no update of a weight; it cannot "
-        "be merged: keep the adapter, or call unload() for the model with its own head"
-    )
     keys: Tensor
     projection: Tensor
     uses: Tensor

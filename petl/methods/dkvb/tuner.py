@@ -18,6 +18,7 @@ from petl.core.model.modes import evaluation_mode
 from petl.core.registry import no_calibration, register
 from petl.core.spec.config import require
 from petl.core.spec.method import Calibration
+from petl.core.support import Capability
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError
 from petl.methods.dkvb.adapter import DkvbAdapter
@@ -50,9 +51,14 @@ class DkvbModel(MethodTuner):
     """Tuner of `DkvbConfig`."""
 
     config_cls, adapter_cls = DkvbConfig, DkvbAdapter
+    lacks = {
+        Capability.MERGE: (
+            "dkvb reads a table of values in place of the head and is no update of a weight; it "
+            "cannot be merged: keep the adapter, or call unload() for the model with its own head"
+        ),
+    }
     capture_cls = MeanCapture
     calibration = staticmethod(lambda config: "method 'dkvb'")
-    moves_entries = False
 
     # Injection
 

@@ -43,10 +43,6 @@ class DseeAdapter(RewritingAdapter):
     """
 
     keep_float32 = True  # scores of half precision would tie
-    lora_refusal = (
-        "its update alone is a LoRA, of rank r + num_sparse, but the weights that it prunes are "
-        "none; `petl merge` writes the pruned model"
-    )
 
     def __init__(self, shape: LayerShape, config: Any, info: LayerInfo) -> None:
         super().__init__(shape, config, info)

@@ -54,6 +54,11 @@ class DseeModel(MethodTuner):
     config_cls, adapter_cls = DseeConfig, DseeAdapter
     by_position = True
     lacks = {
+        Capability.LORA_EXPORT: (
+            "its update alone is a LoRA, of rank r + num_sparse, but the weights that it prunes "
+            "are none; `petl merge` writes the pruned model"
+        ),
+        Capability.ADAMR: "",  # masks change, and no trained tensor
         **dict.fromkeys(
             BASES,
             lambda config: QUANTIZED if config.prune_step is not None else "",
@@ -62,7 +67,6 @@ class DseeModel(MethodTuner):
     }
     # transformers puts the tensors into the layers without a call of `_load_from_state_dict`
     needs_tuner = "its layers would not know whether their weights are pruned"
-    moves_entries = False  # masks change, and no trained tensor
     optional_tensors = (MASK,)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

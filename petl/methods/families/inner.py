@@ -20,6 +20,9 @@ from petl.core.spec.method import Method
 from petl.efficiency.fused_lora.switching import SwitchingLora
 from petl.errors import InputError, UnknownNameError, did_you_mean
 
+# why a method over another one trains alone
+ON_THEIR_WAY = "its layers change the tensors of an inner method on their way"
+
 
 def inner_method(name: Any, unsupported: Mapping[str, str], what: str) -> Method:
     """Return the registry's entry of an inner method; `name` may be of any type.

@@ -18,7 +18,6 @@ AUTO = "auto"
 class IcvConfig(MethodConfig):
     """Fields of ICV; `strength` is read in each forward pass, so that a change acts at once."""
 
-    ranks_refusal = "it has one vector per block, of no rank"
     of_demonstrations = True
     calibration_source = "petl.methods.icv.demonstrations:demonstrations"
 

@@ -16,6 +16,7 @@ from petl.core.model.targets import matched_names
 from petl.core.registry import no_calibration, register
 from petl.core.spec.config import require
 from petl.core.spec.method import Calibration, Finish
+from petl.core.support import Capability
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 from petl.methods.icv.config import IcvConfig, check_model, hosts
@@ -29,10 +30,6 @@ class IcvAdapter(Adapter):
 
     vector: Tensor
 
-    merge_refusal = (
-        "ICV shifts hidden states by amounts that depend on them, which no weight can; keep the "
-        "adapter, or call unload() for the base model"
-    )
     keep_float32 = True  # in half precision small updates of a vector are lost
     is_joint = True  # of several vectors the mean counts, of the state that none has shifted
 
@@ -86,7 +83,13 @@ class IcvModel(MethodTuner):
     """Tuner of `IcvConfig`."""
 
     config_cls, adapter_cls = IcvConfig, IcvAdapter
-    moves_entries = False
+    lacks = {
+        Capability.MERGE: (
+            "ICV shifts hidden states by amounts that depend on them, which no weight can; keep "
+            "the adapter, or call unload() for the base model"
+        ),
+        Capability.RANKS: "it has one vector per block, of no rank",
+    }
 
     @staticmethod
     def calibration(config: IcvConfig) -> str:

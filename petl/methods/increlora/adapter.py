@@ -193,11 +193,6 @@ class IncreloraAdapter(Adapter):
         A, B, scale = factors
         return watch(y, x, A, B, scale / self.entries(), self.probe_on(x.device))
 
-    @property
-    def group_refusal(self) -> str | None:
-        """None: what a layer computes for a row depends on that row and its own tensors alone."""
-        return None
-
     @classmethod
     def grouped(
         cls, adapters: Sequence[Any], base_layer: nn.Module, generators: Any, captured: Any

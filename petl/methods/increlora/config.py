@@ -17,8 +17,6 @@ GROWTH_FRACTION = 0.35
 class IncreloraConfig(MethodConfig):
     """Fields of IncreLoRA. All steps are optimizer steps."""
 
-    ranks_refusal = "it finds its ranks itself while it trains"
-
     init_r: int = config_field("initial rank of every module", 1, ge=1)
     target_r: int = config_field("average rank at the end, at least init_r", 2, ge=1)
     target_total_rank: int | None = config_field(

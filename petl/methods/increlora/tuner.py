@@ -46,7 +46,11 @@ class IncreloraModel(MethodTuner):
 
     config_cls, adapter_cls = IncreloraConfig, IncreloraAdapter
     needs_tuner = "it pads the tensors of its files, which have the active ranks only"
-    lacks = {Capability.ZERO: needs_own_learning_rates}
+    lacks = {
+        Capability.RANKS: "it finds its ranks itself while it trains",
+        Capability.TOGETHER: "",
+        Capability.ZERO: needs_own_learning_rates,
+    }
     free_dims = ROWS  # a file has as many components as have grown
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

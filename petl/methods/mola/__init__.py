@@ -38,6 +38,7 @@ from petl.core.model.targets import Place, place
 from petl.core.registry import register
 from petl.core.serving.mixed_batch import BatchedAdapter
 from petl.core.spec.config import MethodConfig, config_field, require
+from petl.core.support import Capability
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.methods.mola.grouped import GroupedMola
@@ -215,11 +216,6 @@ class MolaConfig(MethodConfig):
 class MolaAdapter(Adapter):
     """Experts and router of a layer: `lora_A` [E R, I], `lora_B` [O, E R], `router` [E, I or P]."""
 
-    merge_refusal = (
-        "MoLA adapters depend on the input through the router and cannot be merged; "
-        "keep the adapter, or call unload() for the base model"
-    )
-
     def __init__(self, shape: LayerShape, config: MolaConfig, info: LayerInfo) -> None:
         super().__init__(shape, config, info)
         self.config = config
@@ -282,12 +278,6 @@ class MolaAdapter(Adapter):
         tensors, scales = zip(*((a.tensors(), a.scale) for a in adapters), strict=True)
         return RoutedRows.stack(tensors, scales, first.num_experts, first.config.top_k, dtype)
 
-    @property
-    def group_refusal(self) -> str | None:
-        """Why several adapters cannot train in one pass; None: they can."""
-        kind = self.config.router_type
-        return None if kind == "linear" else f"router_type={kind!r} has a state across layers"
-
     @classmethod
     def grouped(
         cls, adapters: Sequence[Any], base_layer: nn.Module, generators: Any, captured: Any
@@ -342,6 +332,12 @@ class MolaAdapter(Adapter):
         return y if context.scale is None else add_gradient(y, term, context.scale)
 
 
+def across_layers(config: MolaConfig) -> str:
+    """The setting with which layers pass on a state, which is of one adapter; "": none."""
+    kind = config.router_type
+    return "" if kind == "linear" else f"router_type={kind!r} has a state across layers"
+
+
 @register(
     "mola",
     summary="a top-k mixture of LoRA experts, with more experts in some layers than in others",
@@ -358,6 +354,13 @@ class MolaModel(MethodTuner):
     """
 
     config_cls, adapter_cls = MolaConfig, MolaAdapter
+    lacks = {
+        Capability.MERGE: (
+            "MoLA adapters depend on the input through the router and cannot be merged; keep the "
+            "adapter, or call unload() for the base model"
+        ),
+        Capability.TOGETHER: across_layers,
+    }
     has_routes = False
     is_mixed = False
 

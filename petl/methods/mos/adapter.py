@@ -54,11 +54,6 @@ class MosAdapter(Adapter):
             check_index(f"{self.info.key}: {name}", tensors[name], len(pool))
 
     @property
-    def group_refusal(self) -> str | None:
-        """None: what a layer computes for a row depends on that row and its own tensors alone."""
-        return None
-
-    @property
     def pools(self) -> tuple[Tensor, Tensor]:
         """The pools of the layer's group, for A and for B."""
         A, B = (getattr(self.info.shared, f"pool_{side}_{self.group}") for side in "AB")

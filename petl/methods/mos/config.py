@@ -10,8 +10,6 @@ from petl.core.spec.config import MethodConfig, config_field, in_proportion, req
 class MosConfig(MethodConfig):
     """Fields of MoS: R is `r`, E `equivalent_rank`, P `private_rank` and S `shards_per_vector`."""
 
-    ranks_refusal = "its layers share their pools"
-
     r: int = config_field(
         "rank of each layer's factors; paper: 2 to 4 times equivalent_rank", 16, ge=1
     )

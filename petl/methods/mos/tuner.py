@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from petl.core.layers.layer import LayerShape
 from petl.core.model.heat_map import HeatMap, without_common_parts
 from petl.core.registry import register
+from petl.core.support import Capability
 from petl.core.tuners.tuner import MethodTuner
 from petl.methods.mos.adapter import MosAdapter, Pools, gather_all
 from petl.methods.mos.config import MosConfig
@@ -27,6 +28,10 @@ class MosModel(MethodTuner):
     """Tuner of `MosConfig`."""
 
     config_cls, adapter_cls = MosConfig, MosAdapter
+    lacks = {
+        Capability.RANKS: "its layers share their pools",
+        Capability.TOGETHER: "",
+    }
     by_position = True
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:

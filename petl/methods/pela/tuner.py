@@ -18,6 +18,7 @@ from petl.core.layers.layer import Adapter, AdapterLayer, LayerInfo, LayerShape
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.model.targets import matched_names
 from petl.core.registry import register
+from petl.core.support import Capability
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnsupportedError
 from petl.methods.pela.config import PelaConfig
@@ -47,8 +48,6 @@ class PelaAdapter(Adapter):
     Attributes:
         is_empty: True until the tensors are known to come from an SVD or a file.
     """
-
-    merge_refusal = NO_MERGE
 
     def __init__(self, shape: LayerShape, config: PelaConfig, info: LayerInfo) -> None:
         super().__init__(shape, config, info)
@@ -173,6 +172,7 @@ class PelaModel(MethodTuner):
     """
 
     config_cls, adapter_cls = PelaConfig, PelaAdapter
+    lacks = {Capability.MERGE: NO_MERGE}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.errors: dict[str, dict[str, float]] = {}

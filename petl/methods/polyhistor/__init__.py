@@ -40,6 +40,7 @@ from petl.core.registry import register
 from petl.core.serving.mixed_batch import PreparedBatch
 from petl.core.spec.checks import check_rank
 from petl.core.spec.config import config_field, require
+from petl.core.support import Capability
 from petl.errors import UnknownNameError, did_you_mean
 from petl.methods.families.stacked import layer_norm, linear
 from petl.methods.families.sublayers import SubLayerAdapter, SubLayerConfig, SubLayerTuner
@@ -59,8 +60,6 @@ GENERATOR_STD = 0.01
 @dataclass
 class PolyhistorConfig(SubLayerConfig):
     """Fields of Polyhistor; D0 of the module's docstring is `r`, or K0 // `reduction_factor`."""
-
-    ranks_refusal = "one network writes the adapters of all layers"
 
     tasks: list[str] = config_field("names of the tasks, in the order of their ids", [])
     reduction_factor: float | None = config_field(
@@ -211,10 +210,6 @@ class PolyhistorAdapter(SubLayerAdapter):
     layer_embedding: Tensor
     kernel: Tensor
 
-    merge_refusal = (
-        "Polyhistor's adapters are not linear and cannot be merged; keep the adapter, or take one "
-        "task as a plain adapter with petl.methods.polyhistor.export_task(model, task)"
-    )
     keep_float32 = True  # codes and generators of sd 0.01 are multiplied three times
 
     def __init__(self, shape: LayerShape, config: PolyhistorConfig, info: LayerInfo) -> None:
@@ -377,6 +372,13 @@ class PolyhistorModel(TaskTuner, SubLayerTuner):
     """Tuner of `PolyhistorConfig`."""
 
     config_cls, adapter_cls = PolyhistorConfig, PolyhistorAdapter
+    lacks = {
+        Capability.MERGE: (
+            "Polyhistor's adapters are not linear and cannot be merged; keep the adapter, or take "
+            "one task as a plain adapter with petl.methods.polyhistor.export_task(model, task)"
+        ),
+        Capability.RANKS: "one network writes the adapters of all layers",
+    }
 
     def make_shared(
         self, config: PolyhistorConfig, shapes: Mapping[str, LayerShape]

@@ -132,10 +132,17 @@ class PstModel(MethodTuner):
 
     config_cls, adapter_cls = PstConfig, PstAdapter
     by_position = True
-    lacks = {**dict.fromkeys(BASES, DENSE), Capability.MIXED_BATCH: ALONE}
+    lacks = {
+        Capability.LORA_EXPORT: (
+            "it prunes the base weights, which no update of low rank does; `petl merge` writes the "
+            "pruned model"
+        ),
+        Capability.ADAMR: "",  # masks change, and no trained tensor
+        **dict.fromkeys(BASES, DENSE),
+        Capability.MIXED_BATCH: ALONE,
+    }
     # transformers puts the tensors into the layers without a call of `_load_from_state_dict`
     needs_tuner = "its layers would not know how many of their weights are pruned"
-    moves_entries = False  # masks change, and no trained tensor
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate an adapter; the memory of the others' pruned weights is freed."""

@@ -52,10 +52,6 @@ class PstAdapter(RewritingAdapter):
 
     keep_float32 = True  # scores of half precision would tie
     decays = False  # decay would pull the scores to plain magnitudes
-    lora_refusal = (
-        "it prunes the base weights, which no update of low rank does; `petl merge` writes the "
-        "pruned model"
-    )
 
     def __init__(self, shape: LayerShape, config: Any, info: LayerInfo) -> None:
         super().__init__(shape, config, info)

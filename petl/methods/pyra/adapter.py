@@ -28,7 +28,6 @@ class PyraAdapter(Adapter):
     None of them exists without `reactivate`, and in a block that merges nothing.
     """
 
-    merge_refusal = MERGED_TOKENS
     keep_float32 = True  # in half precision small updates of a few numbers are lost
 
     def __init__(self, shape: LayerShape, config: Any, info: LayerInfo) -> None:

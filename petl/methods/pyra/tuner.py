@@ -30,7 +30,7 @@ from petl.core.switching.tuner import SwitchingTuner
 from petl.core.tuners.base import ForwardContextTuner, check_loaded
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnsupportedError
-from petl.methods.families.inner import tuner_class_of, undo_injection
+from petl.methods.families.inner import ON_THEIR_WAY, tuner_class_of, undo_injection
 from petl.methods.pyra.adapter import MERGED_TOKENS, ONE_ACTIVE, PyraAdapter
 from petl.methods.pyra.blocks import KeyedAttention
 from petl.methods.pyra.config import ALONE, PyraConfig, config_of, inner_method, plan_of
@@ -52,11 +52,9 @@ def variant(entry: Method, given: Mapping[str, Any]) -> Method:
         summary=entry.summary,
         paper=entry.paper,
         defaults={**inner_entry.defaults, "inner": inner},
-        merges=False,
-        exports_lora=False,
         variant=entry.variant,
         inner=inner,
-        lacks={**inner_entry.lacks, **entry.lacks},
+        lacks={**inner_entry.lacks, **entry.lacks, Capability.TOGETHER: ON_THEIR_WAY},
     )
 
 
@@ -74,8 +72,10 @@ class PyraModel(SwitchingTuner, ForwardContextTuner):
 
     config_cls = PyraConfig
     needs_tuner = "its blocks pass the sizes of merged tokens on through it"
-    merge_refusal = MERGED_TOKENS  # whatever the inner method's adapters allow
-    lacks = {Capability.MIXED_BATCH: "rows of other adapters would have other numbers of tokens"}
+    lacks = {
+        Capability.MERGE: MERGED_TOKENS,
+        Capability.MIXED_BATCH: "rows of other adapters would have other numbers of tokens",
+    }
 
     peft_config: dict[str, Any]
 
@@ -165,7 +165,7 @@ class PyraModel(SwitchingTuner, ForwardContextTuner):
     ) -> None:
         config, placed = self.peft_config[adapter_name], {}
         for key, settings in hosts.items():
-            info = LayerInfo(key, adapter_name, self.context, None, settings)
+            info = LayerInfo(key, adapter_name, self.context, None, settings, MERGED_TOKENS)
             shape = LayerShape(settings["width"], settings["width"])
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 placed[key] = PyraAdapter(shape, config, info)

@@ -23,11 +23,6 @@ class SherlAdapter(Adapter):
     `norm_weight` [K], and `norm_bias` where its norms have one.
     """
 
-    merge_refusal = (
-        "SHERL's side network is no update of a weight and cannot be merged; keep the adapter, or "
-        "call unload() for the base model"
-    )
-
     def __init__(self, shape: LayerShape, config: SherlConfig, info: LayerInfo) -> None:
         super().__init__(shape, config, info)
         K, H = shape.in_features, config.width(shape.in_features)

@@ -34,7 +34,13 @@ class SherlModel(MethodTuner):
 
     config_cls, adapter_cls = SherlConfig, SherlAdapter
     needs_tuner = "hooks of the blocks feed it, which the tuner has"
-    lacks = {Capability.MIXED_BATCH: "one side network at a time feeds the late blocks"}
+    lacks = {
+        Capability.MERGE: (
+            "SHERL's side network is no update of a weight and cannot be merged; keep the adapter, "
+            "or call unload() for the base model"
+        ),
+        Capability.MIXED_BATCH: "one side network at a time feeds the late blocks",
+    }
 
     def choose_targets(self, config: Any, model: nn.Module) -> None:
         """Set the targets to the hosts, and add the last norm to `modules_to_save` if it trains."""

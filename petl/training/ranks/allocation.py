@@ -10,6 +10,7 @@ from torch import nn
 
 from petl.core.registry import METHODS, method_of
 from petl.core.spec.method import Method
+from petl.core.support import Capability
 from petl.errors import InputError, UnsupportedError, shown
 from petl.training.ranks.importance import blocks_of
 
@@ -133,20 +134,13 @@ def real_ranks(
 # Configs
 
 
-def refusal(entry: Method) -> str:
-    """Return why the ranks of a method's modules cannot be set block by block; "": they can."""
-    reason = getattr(entry.config_cls, "ranks_refusal", "")
-    fields = entry.config_cls.__dataclass_fields__
-    # AdaLoRA has an `r` that it does not use
-    has_ranks = {"r", "rank_pattern"} <= fields.keys() and entry.rank in ("", "r")
-    return reason or ("" if has_ranks else "it has no rank_pattern")
-
-
 def check_method(entry: Method) -> None:
     """Raise UnsupportedError, naming those that can, if a method cannot have ranks by block."""
-    reason = refusal(entry)
+    reason = entry.lacking(Capability.RANKS)
     if reason:
-        names = ", ".join(sorted(name for name, other in METHODS.items() if not refusal(other)))
+        names = ", ".join(
+            sorted(n for n, other in METHODS.items() if not other.lacking(Capability.RANKS))
+        )
         over = [name for name, other in METHODS.items() if other.variant is not None]
         names += f", and {', '.join(over)} over one of them" if over else ""
         raise UnsupportedError(

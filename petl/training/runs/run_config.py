@@ -12,9 +12,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from petl.core.losses import read as read_loss
-from petl.core.refusals import adamr_refusal
 from petl.core.registry import build_config, is_computed, list_methods, method
 from petl.core.spec.method import LossConfig, Method
+from petl.core.support import Capability, Conflict
 from petl.data.base import Source, data_source
 from petl.data.models.sources import ModelSource, read_source
 from petl.data.task_sets import SOURCE, with_sets
@@ -170,10 +170,9 @@ def chosen_method(settings: Mapping[str, Any]) -> Method:
         raise UnknownNameError(
             f"{error} (a method of your own: install its package, or add imports=[MODULE])"
         ) from error
-    if entry.loop_refusal:
-        raise UnsupportedError(
-            f"method {entry.name!r} cannot be trained here: {entry.loop_refusal}"
-        )
+    reason = entry.lacking(Capability.TRAIN)
+    if reason:
+        raise UnsupportedError(str(Conflict("petl train", f"method {entry.name}", reason)))
     return entry
 
 
@@ -282,7 +281,7 @@ def check_sampling(train: TrainConfig, data: Mapping[str, Any]) -> None:
 
 def check_adamr(entry: Method, launch: Launch) -> None:
     """Raise UnsupportedError if AdamR cannot train this method, or with this launch."""
-    reason = adamr_refusal(entry.tuner)
+    reason = entry.lacking(Capability.ADAMR)
     if reason:
         raise UnsupportedError(
             f"train.optimizer=adamr is not possible with method {entry.name}: {reason}; leave "

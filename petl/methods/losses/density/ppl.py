@@ -305,7 +305,7 @@ class Layer:
 def _adds_no_matrix(module: nn.Module) -> TypeGuard[AdapterLayer]:
     """True if one of petl's own adapters on a layer is not an update of its weight."""
     return isinstance(module, AdapterLayer) and any(
-        adapter.merge_refusal for _, adapter in module.pick(module.active_adapters)
+        not adapter.is_matrix for _, adapter in module.pick(module.active_adapters)
     )
 
 
