@@ -94,6 +94,7 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
     """Tuner of `BinaryConfig`; instances have the class that `tuner_of(inner)` generates."""
 
     config_cls = BinaryConfig
+    lacks = {Capability.MERGE: "that depends on the inner method"}  # for `petl methods`
     needs_tuner = "it decodes the codes in its files"
 
     peft_config: dict[str, Any]
