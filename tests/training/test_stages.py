@@ -81,7 +81,10 @@ def test_an_adapter_that_cannot_be_below_is_refused(tiny, tmp_path):
         read_config(compose([*base, f"model.adapter={tmp_path}"]))
     words = ["+method=mola", "method.r=2", "method.num_experts=2", "train.score_before=false"]
     mola = train([*tiny.steady, *words, "train.steps=1"], tmp_path / "mola")
-    with pytest.raises(UnsupportedError, match="is an adapter of mola, which cannot be merged"):
+    with pytest.raises(
+        UnsupportedError,
+        match="model.adapter=.* not possible with method mola: MoLA adapters depend",
+    ):
         read_config(compose([*base, f"model.adapter={mola.path}"]))
 
 

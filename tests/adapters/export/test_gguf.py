@@ -151,7 +151,7 @@ def test_what_llama_cpp_cannot_hold_is_refused(llama, tmp_path):
             export_gguf(saved, tmp_path / "out", None)
         assert not (tmp_path / "out").exists()
 
-    refused("mola", "mola cannot become a LoRA: MoLA adapters depend on the input")
+    refused("mola", "method mola: MoLA adapters depend on the input")
     refused("dora", r"model\.layers\.0\.self_attn\.q_proj is not a LoRA of a linear layer")
     refused("lora", "trains biases or tokens besides", bias="all")
     refused("lora", "trains lm_head besides", modules_to_save=["lm_head"], r=2)
