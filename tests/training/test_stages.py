@@ -83,7 +83,7 @@ def test_an_adapter_that_cannot_be_below_is_refused(tiny, tmp_path):
     mola = train([*tiny.steady, *words, "train.steps=1"], tmp_path / "mola")
     with pytest.raises(
         UnsupportedError,
-        match="model.adapter=.* not possible with method mola: MoLA adapters depend",
+        match=r"model.adapter=.* not possible with method mola: MoLA adapters depend",
     ):
         read_config(compose([*base, f"model.adapter={mola.path}"]))
 

@@ -150,12 +150,12 @@ def test_methods_without_a_weight_update_are_not_exported(mola_run, tiny, tmp_pa
         export_lora(find(mola_run.path), tmp_path / "out", None)
     scales = {"target_modules": ["query"], "feedforward_modules": [], "task_type": "SEQ_CLS"}
     saved = save_stirred(classifier(tiny), "ia3", tmp_path / "ia3", **scales)
-    with pytest.raises(UnsupportedError, match="method ia3: .* `petl merge`"):
+    with pytest.raises(UnsupportedError, match=r"method ia3: .* `petl merge`"):
         export_lora(find(saved), tmp_path / "out", None)
     # its config is a subclass of LoRA's
     pruned = {"total_step": 9, "target_modules": ["query"], "task_type": "SEQ_CLS"}
     saved = save_stirred(classifier(tiny), "adalora", tmp_path / "adalora", **pruned)
-    with pytest.raises(UnsupportedError, match="method adalora: .* `petl merge`"):
+    with pytest.raises(UnsupportedError, match=r"method adalora: .* `petl merge`"):
         export_lora(find(saved), tmp_path / "out", None)
 
 
