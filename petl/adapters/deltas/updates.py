@@ -30,7 +30,7 @@ from petl.adapters.export.saved_adapter import adapter_in, find
 from petl.core.adapter_file import PREFIX
 from petl.core.adapter_folder import read_config
 from petl.core.refusals import is_lora, refuse_more_than_factors
-from petl.core.registry import require_capability
+from petl.core.registry import refusal, require_capability
 from petl.core.spec.checks import pattern_value
 from petl.core.support import Capability
 from petl.errors import InputError, UnsupportedError, shown
@@ -218,7 +218,10 @@ def cut(pair: Pair, rank: int) -> tuple[Pair, float, float]:
 def level_for(folders: Sequence[str | Path]) -> str:
     """Return "update", which keeps more of each adapter, or "tensors" if a method has no update."""
     configs = [read_config(adapter_in(folder)) for folder in folders]
-    whole = (is_plain(each) if is_lora(each) else not lora_refusal(each) for each in configs)
+    whole = (
+        is_plain(each) if is_lora(each) else not refusal(each, Capability.LORA_EXPORT)
+        for each in configs
+    )
     return "update" if all(whole) else "tensors"
 
 
