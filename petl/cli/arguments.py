@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from petl.errors import InputError, did_you_mean
+from petl.system.files.outputs import check_output, check_output_file
 from petl.system.files.paths import file_of, path_of
 
 Number = TypeVar("Number", int, float)
+Checked = TypeVar("Checked")
 # a function that adds the parser of a command: name, summary, description
 Add = Callable[[str, str, str], argparse.ArgumentParser]
 
@@ -39,8 +41,10 @@ def add_trust(command: argparse.ArgumentParser) -> None:
 
 
 def add_out(command: argparse.ArgumentParser) -> None:
-    """Add the argument OUT: a folder, which the command checks."""
-    command.add_argument("out", metavar="OUT", help="folder to write: new or empty")
+    """Add the argument OUT: a folder."""
+    command.add_argument(
+        "out", metavar="OUT", type=new_folder_to_write(), help="folder to write: new or empty"
+    )
 
 
 def number(
@@ -103,6 +107,7 @@ def file_to_read(text: str) -> Path:
 def file_to_write(text: str) -> Path:
     """Return the path of a file that can be written, before the work whose result it gets."""
     path = _or_message(lambda: path_of("the file", text))
+    _or_message(lambda: check_output_file(path))
     if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
         raise argparse.ArgumentTypeError(f"{text!r} is no file that can be written")
     _try_to_write(text, path.absolute().parent)
@@ -117,7 +122,20 @@ def folder_to_write(text: str) -> Path:
     return path
 
 
-def _or_message(check: Callable[[], Path]) -> Path:
+def new_folder_to_write(
+    own: Collection[str] = (), mark: Collection[str] = ()
+) -> Callable[[str], Path]:
+    """Return a type for a folder that a command may write; arguments as of `check_output`."""
+
+    def parse(text: str) -> Path:
+        path = folder_to_write(text)
+        _or_message(lambda: check_output(path, own, mark))
+        return path
+
+    return parse
+
+
+def _or_message(check: Callable[[], Checked]) -> Checked:
     try:
         return check()
     except InputError as error:

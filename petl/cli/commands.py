@@ -180,9 +180,7 @@ def merge(arguments: argparse.Namespace) -> None:
 
     saved = find_saved(arguments)
     saved = saved.in_dtype(arguments.dtype) if arguments.dtype else saved
-    written = write(
-        saved, Path(arguments.out), arguments.tolerance, other_base=_other_base(arguments)
-    )
+    written = write(saved, arguments.out, arguments.tolerance, other_base=_other_base(arguments))
     print_written(written, "merged model")
     difference = written.difference
     # in bfloat16, small updates round to nothing
@@ -196,7 +194,7 @@ def export(arguments: argparse.Namespace) -> None:
         from petl.generation.inference.draft_export import export_drafter
 
         given = {name: getattr(arguments, name) for name in ("tolerance", "trust_remote_code")}
-        for line in export_drafter(arguments.run, Path(arguments.out), **given):
+        for line in export_drafter(arguments.run, arguments.out, **given):
             echo(line)
         return
     from petl.experiments.reports.differences import print_written
@@ -204,7 +202,7 @@ def export(arguments: argparse.Namespace) -> None:
     write, name, use = _export_format(arguments.format)
     written = write(
         find_saved(arguments),
-        Path(arguments.out),
+        arguments.out,
         arguments.tolerance,
         other_base=_other_base(arguments),
     )
@@ -272,7 +270,7 @@ def compare(arguments: argparse.Namespace) -> None:
     if answers is not None:
         print_answers(answers)
     if arguments.out is not None:
-        comparison_report.write_page(comparisons, Path(arguments.out), answers=answers)
+        comparison_report.write_page(comparisons, arguments.out, answers=answers)
     # at the end, where it is not scrolled away
     for problem in found.left_out:
         logger.warning("left out: %s", problem)

@@ -7,7 +7,16 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from petl.cli.arguments import COUNT, Add, add_out, add_run, add_trust, each, number
+from petl.cli.arguments import (
+    COUNT,
+    Add,
+    add_out,
+    add_run,
+    add_trust,
+    each,
+    new_folder_to_write,
+    number,
+)
 
 FRACTION = number(float, 0, 1)
 # as in petl.adapters.deltas.combine, which imports torch
@@ -58,7 +67,11 @@ def add_parsers(add: Add) -> None:
     # one RUN alone is refused later, with a message that says why
     combine.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, or of an adapter")
     combine.add_argument(
-        "--out", required=True, metavar="OUT", help="folder to write: new or empty"
+        "--out",
+        required=True,
+        metavar="OUT",
+        type=new_folder_to_write(),
+        help="folder to write: new or empty",
     )
     combine.add_argument("--method", choices=METHODS, default="linear", help="(default: linear)")
     combine.add_argument("--weights", type=_weights, metavar="W,W", help="one a RUN (default: 1)")
@@ -143,7 +156,6 @@ def compress(arguments: argparse.Namespace) -> None:
     """Write a compressed adapter, and print what was kept and how the outputs compare."""
     from petl.adapters.deltas.adapters import read, write_compressed
     from petl.adapters.deltas.measured import change_by, compress_best
-    from petl.adapters.export.checked_folder import refuse_taken
     from petl.adapters.export.saved_adapter import find
     from petl.core.adapter_folder import weights_file
     from petl.core.compressed import compressed_file
@@ -151,11 +163,8 @@ def compress(arguments: argparse.Namespace) -> None:
     from petl.experiments.reports.formatting import echo, size
     from petl.ops.ternary import FILE
 
-    saved, out = (
-        find(arguments.run, trust_remote_code=arguments.trust_remote_code),
-        Path(arguments.out),
-    )
-    refuse_taken(out)  # before any weights are loaded
+    saved = find(arguments.run, trust_remote_code=arguments.trust_remote_code)
+    out = arguments.out
     found, trials, metric = compress_best(
         saved,
         arguments.density,
@@ -196,14 +205,12 @@ def prune(arguments: argparse.Namespace) -> None:
     from petl.adapters.deltas.full_model import prune_model
     from petl.adapters.deltas.measured import change_by, closed_divisors, searched_divisor
     from petl.adapters.deltas.prune import divisor_of
-    from petl.adapters.export.checked_folder import refuse_taken
     from petl.adapters.export.saved_adapter import find
     from petl.errors import InputError
     from petl.experiments.reports.differences import print_change
     from petl.experiments.reports.formatting import echo
 
-    out, drop, q = Path(arguments.out), arguments.drop, arguments.q
-    refuse_taken(out)  # before anything is loaded
+    out, drop, q = arguments.out, arguments.drop, arguments.q
     # two complete models, without a run and its data
     if arguments.base is not None:
         if q in ("auto", "searched"):
@@ -249,11 +256,9 @@ def prune(arguments: argparse.Namespace) -> None:
 def combine(arguments: argparse.Namespace) -> None:
     """Write a combined adapter."""
     from petl.adapters.deltas.updates import combine_adapters, level_for
-    from petl.adapters.export.checked_folder import refuse_taken
     from petl.adapters.export.saved_adapter import find
     from petl.experiments.reports.formatting import echo
 
-    refuse_taken(Path(arguments.out))
     trusted = {"trust_remote_code": arguments.trust_remote_code}
     found = [find(run, **trusted).adapter for run in arguments.runs]  # checked, whatever the level
     level = arguments.level or level_for(found)

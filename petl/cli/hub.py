@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from petl.cli.arguments import Add, add_run, folder_to_write
+from petl.cli.arguments import Add, add_run, new_folder_to_write
 
 
 def add_parsers(add: Add) -> None:
@@ -37,7 +37,7 @@ def add_parsers(add: Add) -> None:
         "folder",
         metavar="FOLDER",
         nargs="?",
-        type=folder_to_write,  # checked before the download
+        type=new_folder_to_write(),  # checked before the download
         help="folder to write, new or empty (default: the last part of NAME)",
     )
     pull.add_argument("--revision", metavar="REVISION", help="branch, tag or commit")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from petl.cli import deltas, drafts, hub, predictions, serve, squeeze, studies, writing
-from petl.cli.arguments import add_out, add_run, folder_to_write, number
+from petl.cli.arguments import add_out, add_run, new_folder_to_write, number
 from petl.errors import did_you_mean, printable
 from petl.system.imports.collector import rare_collections
 from petl.system.imports.extras import install_hint
@@ -126,7 +126,7 @@ def parser() -> Parser:
     compare.add_argument(
         "--out",
         metavar="FOLDER",
-        type=folder_to_write,
+        type=new_folder_to_write(("index.html", "results.md", "*.svg"), ("results.md",)),
         help="write index.html, results.md and charts to this folder",
     )
     compare.add_argument(

@@ -7,9 +7,11 @@ import argparse
 import os
 from pathlib import Path
 
-from petl.cli.arguments import POSITIVE, SEED, Add, each, file_to_write, folder_to_write, number
+from petl.cli.arguments import POSITIVE, SEED, Add, each, file_to_write, new_folder_to_write, number
 
 JOBS = number(int, 1, 8 * (os.cpu_count() or 1))  # assumption: more jobs would only wait
+# of the folder of a study
+FILES = ("runs", "tune", "replaced", "rates.json", "index.html", "results.md", "*.svg")
 
 
 def add_parsers(add: Add) -> list[argparse.ArgumentParser]:
@@ -18,7 +20,7 @@ def add_parsers(add: Add) -> list[argparse.ArgumentParser]:
     study.add_argument(
         "folder",
         metavar="FOLDER",
-        type=folder_to_write,
+        type=new_folder_to_write(FILES, ("runs", "tune", "rates.json")),
         help="folder of the study, new or to be resumed",
     )
     study.add_argument("--methods", default="", metavar="A,B", help="names of methods")

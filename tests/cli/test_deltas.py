@@ -249,16 +249,3 @@ def test_bad_words_end_with_status_2_and_write_nothing(capsys, runs, tmp_path, w
     assert status == 2
     assert "Traceback" not in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_a_taken_folder_is_not_written_to(command, runs, tmp_path):
-    (tmp_path / "note").write_text("mine")
-    for words in (
-        ("compress", runs / "lora", tmp_path),
-        ("prune", runs / "lora", tmp_path, "--drop", "0.5"),
-        ("combine", runs / "lora", runs / "other", "--out", tmp_path),
-    ):
-        status, _, err = command(*words)
-        assert status == 2
-        assert "already exists" in err
-    assert [file.name for file in tmp_path.iterdir()] == ["note"]

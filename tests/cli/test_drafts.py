@@ -48,11 +48,17 @@ def test_a_run_gets_a_drafter_from_its_training_examples(task_runs, command, tas
         assert "--speculative-config" in out
         assert f"petl merge {run} MODEL" in out
         assert load_file(medusa / "model.safetensors")["lm_heads.0.weight"].shape[0] == 12
-        status, _, err = command("export", run / "drafter", medusa, "--vllm", "--tolerance", "1")
+        status, _, err = command(
+            "export", run / "drafter", run.parent / "other", "--vllm", "--tolerance", "1"
+        )
         assert (status, "--tolerance 1.0 is for adapters" in err) == (2, True)
         status, _, err = command("export", run, run.parent / "other", "--vllm")
         assert (status, "has no drafter_config.json" in err) == (2, True)
         remove(medusa)
+        (run / "drafter" / "notes.txt").write_text("mine")
+        status, _, err = command("draft", run, "+drafter=hydra", *words)
+        assert (status, "it holds notes.txt" in err) == (2, True)
+        assert (run / "drafter" / "notes.txt").read_text() == "mine"
     finally:
         remove(run / "drafter")
 

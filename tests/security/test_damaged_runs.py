@@ -334,9 +334,9 @@ def test_a_report_shows_an_interpolation_as_text(with_token):
 
 
 def test_a_comparison_shows_an_interpolation_as_text(with_token, tmp_path, petl_command):
-    status, out, err = petl_command("compare", with_token, "--out", tmp_path)
+    status, out, err = petl_command("compare", with_token, "--out", tmp_path / "page")
     assert status == 0
-    written = "".join(file.read_text() for file in tmp_path.iterdir())
+    written = "".join(file.read_text() for file in (tmp_path / "page").iterdir())
     assert "the secret" not in out + err + written
     assert "oc.env:TOKEN" in written
 

@@ -7,8 +7,7 @@ as differences from 0.
 
 import json
 import re
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from petl.adapters.deltas.combine import combine
 from petl.adapters.deltas.compress import Setting, compress_each
 from petl.adapters.deltas.prune import Q, prune
 from petl.adapters.deltas.states import coded_names
-from petl.adapters.export.checked_folder import draft_of, refuse_changed_base, refuse_taken
+from petl.adapters.export.checked_folder import refuse_changed_base
 from petl.core.adapter_file import WEIGHTS
 from petl.core.adapter_folder import read_config, read_weights, weights_file
 from petl.core.compressed import (
@@ -37,6 +36,7 @@ from petl.core.compressed import (
 from petl.errors import InputError
 from petl.ops.ternary import FILE, State, Ternary
 from petl.system.files.disk import check_links, copy_file, write_atomic
+from petl.system.files.outputs import new_folder
 from petl.system.files.read import parse_yaml, read_text, with_shape
 from petl.training.runs.card_code import BASE, front_matter
 
@@ -208,18 +208,6 @@ def expand(folder: str | Path, out: str | Path) -> None:
         card = draft / CARD
         if card.is_file():
             write_atomic(card, f"{read_text(card).replace(NOTE, '').rstrip()}\n")
-
-
-@contextmanager
-def new_folder(out: Path) -> Generator[Path]:
-    """Yield a draft folder that becomes `out` at the end of the block.
-
-    Raises:
-        InputError: `out` is taken, or cannot be written.
-    """
-    refuse_taken(out)
-    with draft_of(out) as draft:
-        yield draft
 
 
 def copy_others(folder: Path, out: Path) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from petl.adapters.deltas.prune import apply, extract, prune
 from petl.adapters.deltas.states import names_without
-from petl.adapters.export.checked_folder import draft_of, refuse_taken
 from petl.errors import InputError, first_line
 from petl.system.files.disk import check_links, copy_file
+from petl.system.files.outputs import check_output, new_folder
 from petl.system.files.read import read_json
 from petl.system.files.tensor_file import read_file
 from petl.system.progress import Shown
@@ -42,10 +42,10 @@ def prune_model(
     files, places = weight_files(tuned), places_of(base)
     check_links(tuned)
     refuse_quantized(tuned, base)
-    refuse_taken(out)
+    check_output(out)
     excluded = list(exclude)
     kept = changed = chosen = 0
-    with draft_of(out) as draft:
+    with new_folder(out) as draft:
         for file in sorted(tuned.iterdir()):
             # config, tokenizer and the index, whose shards keep their names
             if file.is_file() and file.suffix != SUFFIX:

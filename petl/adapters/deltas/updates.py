@@ -18,7 +18,6 @@ from petl.adapters.deltas.adapters import (
     CARD,
     combine_tensors,
     copy_others,
-    new_folder,
     read,
     write_state,
 )
@@ -34,6 +33,7 @@ from petl.core.registry import refusal, require_capability
 from petl.core.spec.checks import pattern_value
 from petl.core.support import Capability
 from petl.errors import InputError, UnsupportedError, shown
+from petl.system.files.outputs import new_folder
 from petl.system.progress import Pass, Shown
 
 LEVELS = ("tensors", "update")

@@ -3,9 +3,7 @@
 Everything is written to a draft first; the folder appears once all checks have passed.
 """
 
-import tempfile
-from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import ModulesToSaveWrapper
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -21,7 +18,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from petl.core.compat import BaseTunerLayer
 from petl.core.spec.method import modifies_base_weights
 from petl.data.tasks.base import IGNORED
-from petl.errors import InputError, RunStopped, UnsupportedError
+from petl.errors import RunStopped, UnsupportedError
 from petl.system.files.disk import write_atomic
 from petl.system.progress import Shown
 
@@ -197,36 +194,6 @@ def refuse_changed_base(folder: Path, config: PeftConfig) -> None:
             "weights, so that its tensors alone are not what training changed: save it with "
             "path_initial_model_for_weight_conversion, or write a merged model with `petl merge`"
         )
-
-
-def refuse_taken(out: Path) -> None:
-    """Raise InputError unless `out` does not exist or is an empty folder."""
-    is_link = out.is_symlink()  # a folder cannot be renamed to one
-    if out.is_dir() and not is_link and not any(out.iterdir()):
-        return
-    if out.exists() or is_link:
-        raise InputError(f"{out} already exists and is not an empty folder; choose another one")
-
-
-@contextmanager
-def draft_of(out: Path) -> Generator[Path]:
-    """Yield a draft folder that becomes `out` at the end of the block, unless it raises.
-
-    Raises:
-        InputError: the folder cannot be written.
-    """
-    try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        # next to `out`: a rename does not work across file systems
-        with tempfile.TemporaryDirectory(prefix=".petl-", dir=out.absolute().parent) as place:
-            draft = Path(place) / "draft"
-            draft.mkdir()
-            yield draft
-            if out.is_dir():
-                out.rmdir()  # empty, see `refuse_taken`
-            draft.rename(out)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {out}: {error}") from error
 
 
 def folder_bytes(folder: Path) -> int:

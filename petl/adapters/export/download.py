@@ -6,12 +6,13 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
 
-from petl.adapters.export.checked_folder import draft_of, folder_bytes, refuse_taken
+from petl.adapters.export.checked_folder import folder_bytes
 from petl.adapters.export.shipped import MODEL, check, chosen
 from petl.core.adapter_folder import CONFIG
 from petl.errors import InputError
 from petl.system.files import hub
 from petl.system.files.disk import check_links
+from petl.system.files.outputs import check_output, new_folder
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,13 @@ def pull(name: str, folder: Path, revision: str | None = None) -> Pulled:
             holds no adapter or model; a file of it is damaged or could contain code.
         RunStopped: the Hub does not answer.
     """
-    refuse_taken(folder)
+    check_output(folder)
     with hub.connected(name, revision):
         info = HfApi().model_info(name, revision=revision, timeout=hub.TIMEOUT)
     present = [file.rfilename for file in info.siblings or ()]
     if not {CONFIG, MODEL} & {*present}:
         raise InputError(f"{name} has neither {CONFIG} nor {MODEL}: it holds no adapter or model")
-    with draft_of(folder) as draft:
+    with new_folder(folder) as draft:
         with hub.connected(name, revision):
             for file in chosen(present):  # of this commit, whatever happens to the branch
                 hf_hub_download(name, file, revision=info.sha, local_dir=draft)

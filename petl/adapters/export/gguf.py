@@ -22,13 +22,14 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from petl.adapters.export.checked_folder import Written, draft_of, folder_bytes, refuse_taken
+from petl.adapters.export.checked_folder import Written, folder_bytes
 from petl.adapters.export.conversion import write_lora
 from petl.adapters.export.saved_adapter import Saved
 from petl.core.adapter_file import PREFIX
 from petl.data.models.loading import loading
 from petl.data.models.sources import read_source
 from petl.errors import UnsupportedError
+from petl.system.files.outputs import check_output, new_folder
 from petl.system.imports.extras import optional
 
 FILE = "adapter.gguf"
@@ -81,11 +82,11 @@ def export_gguf(
             `other_base` refuses the base.
         RunStopped: the outputs differ by more than `tolerance`.
     """
-    refuse_taken(out)
+    check_output(out)
     # before the model is loaded, which takes long
     optional("gguf", "gguf")
     decoder = decoder_of(saved)
-    with tempfile.TemporaryDirectory() as folder, draft_of(out) as draft:
+    with tempfile.TemporaryDirectory() as folder, new_folder(out) as draft:
         lora, adapted = write_lora(saved, Path(folder), other_base=other_base)
         layers = list(layers_of(lora, decoder))
         write_file(layers, decoder, draft / FILE)

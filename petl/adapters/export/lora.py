@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from petl.adapters.export.card import write_companions
-from petl.adapters.export.checked_folder import Written, draft_of, folder_bytes, refuse_taken
+from petl.adapters.export.checked_folder import Written, folder_bytes
 from petl.adapters.export.conversion import write_lora
 from petl.adapters.export.saved_adapter import Saved
 from petl.core.adapter_folder import read_config
 from petl.core.refusals import is_lora
+from petl.system.files.outputs import check_output, new_folder
 
 NOTE = "A plain LoRA that `petl export --lora` made of the adapter, with the same outputs."
 
@@ -26,8 +27,8 @@ def export_lora(
             `other_base` refuses the base.
         RunStopped: the outputs of the LoRA differ by more than `tolerance`.
     """
-    refuse_taken(out)
-    with draft_of(out) as draft:
+    check_output(out)
+    with new_folder(out) as draft:
         lora, adapted = write_lora(saved, draft, other_base=other_base)
         difference = adapted.compare(lora, tolerance, "LoRA")
         # a LoRA is copied as it is, so there is nothing to say

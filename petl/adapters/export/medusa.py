@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from petl.adapters.export.checked_folder import draft_of, refuse_taken
 from petl.efficiency.drafting.hydra import Hydra
 from petl.efficiency.drafting.registry import Drafter
 from petl.errors import UnsupportedError
 from petl.system.files.disk import write_json
+from petl.system.files.outputs import check_output, new_folder
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -33,7 +33,7 @@ def export_medusa(drafter: Drafter, out: Path) -> None:
         InputError: the folder is taken, or cannot be written.
     """
     heads = _checked(drafter)
-    refuse_taken(out)
+    check_output(out)
     tensors, size = _tensors(heads), len(heads.vocab)
     config = {
         "architectures": ["MedusaModel"],
@@ -47,7 +47,7 @@ def export_medusa(drafter: Drafter, out: Path) -> None:
         "original_lm_head": not heads.own_head,
         "torch_dtype": str(heads.dtype).removeprefix("torch."),
     }
-    with draft_of(out) as folder:
+    with new_folder(out) as folder:
         # transformers, which reads the config, asks for the format of the tensors
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         write_json(folder / CONFIG, config)

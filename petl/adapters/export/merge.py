@@ -7,15 +7,14 @@ from petl.adapters.export.checked_folder import (
     Written,
     check,
     compare,
-    draft_of,
     folder_bytes,
     outputs,
-    refuse_taken,
     save_model,
 )
 from petl.adapters.export.conversion import merged_model
 from petl.adapters.export.saved_adapter import Saved, device
 from petl.data.models.loading import load_base
+from petl.system.files.outputs import check_output, new_folder
 from petl.system.progress import Pass
 
 REREAD = 1e-6  # relative difference after writing and loading: rounding of another device at most
@@ -34,12 +33,12 @@ def merge(
         InputError: `out` is taken, the method cannot merge, or `other_base` refuses the base.
         RunStopped: the merged model's outputs differ by more than `tolerance`.
     """
-    refuse_taken(out)
+    check_output(out)
     merged, adapted = merged_model(saved, other_base=other_base)
     after = outputs(merged, adapted.batches, "the merged model")
     difference = compare(adapted.outputs, after, adapted.effect)
     check(difference, tolerance, merged.dtype, "merged model")
-    with draft_of(out) as draft:
+    with new_folder(out) as draft:
         with Pass("writing the merged model", None):
             save_model(merged, draft)
         write_companions(saved, draft, saved.config, merged=True)

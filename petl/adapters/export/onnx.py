@@ -17,15 +17,14 @@ from torch import Tensor, nn
 
 from petl.adapters.export.checked_folder import (
     Written,
-    draft_of,
     folder_bytes,
     mean_pooled,
-    refuse_taken,
 )
 from petl.adapters.export.conversion import merged_model
 from petl.adapters.export.saved_adapter import Saved
 from petl.data.models.loading import save_processor
 from petl.errors import UnsupportedError
+from petl.system.files.outputs import check_output, new_folder
 from petl.system.imports.extras import need_extra, optional
 from petl.system.progress import Pass
 
@@ -52,7 +51,7 @@ def export_onnx(
             cannot merge, or `other_base` refuses the base.
         RunStopped: the outputs differ by more than `tolerance`.
     """
-    refuse_taken(out)
+    check_output(out)
     for package in ("onnx", "onnxscript", "onnxruntime"):
         # before the model is loaded; onnxscript is needed by torch's exporter
         need_extra("onnx", package, "petl export --onnx")
@@ -70,7 +69,7 @@ def export_onnx(
         )
     # ONNX has no adapters
     merged, adapted = merged_model(saved, other_base=other_base)
-    with draft_of(out) as draft:
+    with new_folder(out) as draft:
         with Pass("writing the ONNX graph", None):
             write_graph(merged, adapted.batches[0], draft / FILE)
         merged.config.save_pretrained(draft)

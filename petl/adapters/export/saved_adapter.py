@@ -224,13 +224,13 @@ class Saved:
 
     def batches(self) -> list[Batch]:
         """Model inputs to compare outputs on: test examples, or random ones without data."""
-        processor, data = self.processor(), self.data_if_any
+        data = self.data_if_any
         if data is None:
             draw = torch.Generator().manual_seed(0)  # the same inputs before and after an export
             if isinstance(self.task, MediaTask):
-                rows = self.task.random_rows(processor, ROWS, draw)
+                rows = self.task.random_rows(self.processor(), ROWS, draw)
             else:
-                rows = self._random_texts(processor, draw)
+                rows = self._random_texts(draw)
             batches = [
                 {name: values[start : start + BATCH] for name, values in rows.items()}
                 for start in range(0, ROWS, BATCH)
@@ -238,7 +238,7 @@ class Saved:
             if not self.task.label_columns:  # the model needs them as decoder inputs
                 batches = [{**batch, "labels": batch["input_ids"]} for batch in batches]
         else:
-            test = data.test.select(range(min(ROWS, len(data.test))))
+            processor, test = self.processor(), data.test.select(range(min(ROWS, len(data.test))))
             rows, collate = self.task.encode(processor, test), self.task.collate(processor)
             # sorted by length, so that batches have little padding
             parts = chunks(longest_first(self.task.lengths(rows))[:ROWS], BATCH)
@@ -247,21 +247,20 @@ class Saved:
         labels = self.task.label_columns
         return [to_device(as_inputs(batch, labels, dtype), device()) for batch in batches]
 
-    def _random_texts(self, tokenizer: Any, draw: torch.Generator) -> Batch:
+    def _random_texts(self, draw: torch.Generator) -> Batch:
         """Rows of random tokens, with all inputs that texts of the task may have."""
         source = read_source(self.settings["model"])
         with loading(source):
-            config = source.config()
-        ids = torch.randint(len(tokenizer), (ROWS, TOKENS), generator=draw)
+            config = source.config().get_text_config()
+        ids = torch.randint(config.vocab_size, (ROWS, TOKENS), generator=draw)
         end, types = getattr(config, "eos_token_id", None), getattr(config, "type_vocab_size", 0)
         # BART's classifier reads the last end token, and refuses rows with other numbers of them
-        if end in range(len(tokenizer)):
-            ids[ids == end] = (end + 1) % len(tokenizer)
+        if end in range(config.vocab_size):
+            ids[ids == end] = (end + 1) % config.vocab_size
             ids[:, -1] = end
         rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         # without them, an exported graph would take two texts for one
-        takes_types = types and "token_type_ids" in tokenizer.model_input_names
-        if takes_types and self.task.peft_task_type in PAIRED:
+        if types > 1 and self.task.peft_task_type in PAIRED:
             rows["token_type_ids"] = torch.randint(types, ids.shape, generator=draw)
         return rows
 

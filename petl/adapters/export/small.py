@@ -8,9 +8,7 @@ from transformers import AutoConfig
 from petl.adapters.export.checked_folder import (
     Reference,
     Written,
-    draft_of,
     folder_bytes,
-    refuse_taken,
     save_model,
 )
 from petl.adapters.export.saved_adapter import Saved, device
@@ -20,6 +18,7 @@ from petl.errors import UnsupportedError, markdown
 from petl.methods.pela import PelaConfig, export, load
 from petl.methods.pela.export import write_ranks
 from petl.system.files.disk import write_atomic
+from petl.system.files.outputs import check_output, new_folder
 from petl.system.progress import Pass
 from petl.training.runs.model_card import README
 
@@ -39,7 +38,7 @@ def export_small(
         InputError: `out` is taken, the adapter is not PELA's, or `other_base` refuses the base.
         RunStopped: the small model's outputs differ by more than `tolerance`.
     """
-    refuse_taken(out)
+    check_output(out)
     if not isinstance(saved.config, PelaConfig):
         raise UnsupportedError(
             f"petl export --small is for method pela, and {saved.adapter} has "
@@ -50,7 +49,7 @@ def export_small(
     adapted = Reference.of(model, saved.batches())
     small: Any = export(model).eval()
     difference = adapted.compare(small, tolerance, "small model")
-    with draft_of(out) as draft:
+    with new_folder(out) as draft:
         with Pass("writing the small model", None):
             save_model(small, draft)
             write_ranks(small, draft)

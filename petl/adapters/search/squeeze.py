@@ -14,7 +14,6 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from petl.adapters.export.checked_folder import refuse_taken
 from petl.adapters.export.saved_adapter import Saved
 from petl.adapters.search.divergence import Divergence, TaskLoss
 from petl.adapters.search.evolve import Evolution, even, evolution_of, evolve
@@ -28,6 +27,7 @@ from petl.data.streaming import StreamedRows
 from petl.errors import InputError, shown
 from petl.system.collectives import on_main
 from petl.system.files.disk import as_json, sha256, write_atomic
+from petl.system.files.outputs import check_output
 from petl.system.files.read import read_json
 from petl.system.progress import Pass
 from petl.training.dataloader import Batch, Splits, encode_splits, to_device
@@ -127,7 +127,7 @@ def read_record(out: Path, saved: Saved, settings: Settings) -> Record | None:
     """
     file = out / SEARCH
     if not file.is_file():
-        refuse_taken(out)
+        check_output(out)
         return None
     raw = read_json(file, Record)
     given = asdict(settings)

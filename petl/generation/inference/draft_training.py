@@ -21,7 +21,7 @@ from petl.efficiency.drafting import drafter as build
 from petl.efficiency.drafting.answers import seeded
 from petl.efficiency.drafting.calls import why_plain
 from petl.efficiency.drafting.fit import TARGETS
-from petl.efficiency.drafting.folder import read
+from petl.efficiency.drafting.folder import CONFIG, WEIGHTS, read
 from petl.efficiency.drafting.lookup import LookupFirst
 from petl.efficiency.drafting.registry import Filled, Trained
 from petl.errors import InputError, UnsupportedError
@@ -30,6 +30,7 @@ from petl.generation.inference.loading import DRAFTER, find_model, load_language
 from petl.generation.inference.prompts import read_prompts
 from petl.system.collectives import number
 from petl.system.files.disk import atomic_folder, write_atomic
+from petl.system.files.outputs import check_output
 from petl.system.settings.schema import plain, read_fields
 from petl.training.distributed.launch import number_of_processes, start
 
@@ -124,6 +125,7 @@ def train_drafter(
     if number_of_processes() > 1:
         start(settings.seed, "no")  # the group of processes, which share the prompts
     found = find_model(run, trust_remote_code=trust_remote_code)
+    check_output(Path(run) / DRAFTER, (CONFIG, WEIGHTS, CARD), (CONFIG,), inside=True)
     language = load_language_model(run, drafting="none", trust_remote_code=trust_remote_code)
     reason = why_plain(language.base)
     if reason:

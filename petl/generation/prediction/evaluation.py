@@ -18,6 +18,7 @@ from petl.generation.prediction.columns import data_settings
 from petl.generation.prediction.predictor import Predictor
 from petl.methods import losses
 from petl.system.files.disk import as_json, check_writable, write_atomic
+from petl.system.files.outputs import check_output
 from petl.system.processes import is_first
 from petl.system.progress import Shown
 from petl.training.dataloader import Splits, numbered
@@ -25,6 +26,8 @@ from petl.training.evaluate import score
 from petl.training.runs.records import EVALUATED, PREDICTIONS, SCORES
 
 DATA = "--data"
+# what an evaluation writes to its place in a run, with the marks of one
+OWN = (SCORES, PREDICTIONS, "index.html", "worst.jsonl", "*.csv"), (SCORES, PREDICTIONS)
 
 
 def folder_of(saved: Saved, names: Sequence[str]) -> Path | None:
@@ -42,6 +45,13 @@ def folder_of(saved: Saved, names: Sequence[str]) -> Path | None:
     folder = saved.run / f"eval-{name}"
     # another test.csv is not the test set of the run
     return saved.run / f"{EVALUATED}-file" if folder.name == EVALUATED else folder
+
+
+def _is_place(saved: Saved, folder: Path) -> bool:
+    """Return True for a folder of the form that `folder_of` returns."""
+    place = folder.absolute()
+    in_run = saved.run is not None and place.parent.resolve() == saved.run.resolve()
+    return in_run and place.name.startswith("eval-")
 
 
 def stem_of(name: str) -> str:
@@ -77,6 +87,7 @@ def evaluate_saved(
     if not has_data and settings:
         raise InputError(f"{settings[0]} names columns of files: give them with {DATA} FILE")
     if folder is not None and is_first():  # one process writes, all of them compute
+        check_output(folder, *(OWN if _is_place(saved, folder) else ()))
         check_writable(folder)
         folder.mkdir(parents=True, exist_ok=True)
     kept = None if folder is None else folder / PREDICTIONS

@@ -81,5 +81,6 @@ def test_each_data_has_a_folder_of_its_own(kept_run):
 
 def test_the_model_writes_as_much_as_is_asked_for(kept_run, families, tmp_path):
     run, test = kept_run("causal_lm"), families.folder / "test.jsonl"
-    assert evaluate(run.path, "--data", test, "--out", tmp_path, "--max-new-tokens", "1") == 0
-    assert all(len(row["prediction"].split()) <= 1 for row in lines(tmp_path / PREDICTIONS))
+    out = tmp_path / "out"
+    assert evaluate(run.path, "--data", test, "--out", out, "--max-new-tokens", "1") == 0
+    assert all(len(row["prediction"].split()) <= 1 for row in lines(out / PREDICTIONS))
