@@ -91,8 +91,8 @@ def test_the_readme_draws_the_same_base_again(sounds, tmp_path, model):
         assert torch.equal(drawn(**batch).logits, expected)
         other = saved_adapter.Saved(again.adapter, again.run, reseeded(again.settings))
         assert not torch.allclose(other.model()(**batch).logits, expected, atol=1e-2)
-    assert type(made["processor"]) is type(again.processor())
-    assert made["processor"].to_dict() == again.processor().to_dict()
+    assert type(made["processor"]) is type(again.processor)
+    assert made["processor"].to_dict() == again.processor.to_dict()
 
 
 def reseeded(settings):
@@ -201,6 +201,6 @@ def test_a_config_file_and_the_processor_beside_it_are_used(pictures, tmp_path):
         source = {"name": "mine", "source": "config", "path": str(place), "seed": 0}
         settings = {**saved_adapter.find(run.path).settings, "model": source}
         again = saved_adapter.Saved(run.path / "adapter", run.path, settings)
-        assert list(again.processor().image_mean) == [0.25, 0.25, 0.25]
+        assert list(again.processor.image_mean) == [0.25, 0.25, 0.25]
         state = again.base().state_dict()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())

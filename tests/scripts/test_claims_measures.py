@@ -315,7 +315,7 @@ def test_choices_are_the_largest_products_with_the_router(tiny, tmp_path, made):
 
     # from the inputs of the layers, for one row at a time, in the order of the pass
     saved = find(run)
-    model, task, tokenizer = saved.model(), saved.saved_task, saved.processor()
+    model, task, tokenizer = saved.model(), saved.saved_task, saved.processor
     rows = task.encode(tokenizer, saved.data.test)
     expected: dict[str, list[int]] = {}
 

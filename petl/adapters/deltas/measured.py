@@ -166,7 +166,7 @@ def restore(model: PeftModel) -> None:
 def splits_of(saved: Saved, accelerator: Accelerator) -> Splits:
     """Return the rows of a saved adapter's run."""
     settings = saved.run_config.train
-    return encode_splits(saved.data, saved.processor(), settings, accelerator)
+    return encode_splits(saved.data, saved.processor, settings, accelerator)
 
 
 # Divisors

@@ -19,8 +19,9 @@ from petl.core.compressed import stored_shapes
 from petl.core.loading import load
 from petl.data.base import RawData, data_source, read_data
 from petl.data.batch_sampler import chunks
-from petl.data.models.loading import load_base, load_processor, loading
-from petl.data.models.sources import DTYPES, packaged_as, read_source
+from petl.data.models.loading import load_base, loading
+from petl.data.models.saved_processor import load_saved_processor
+from petl.data.models.sources import DTYPES, has_tokenizer, packaged_as, read_source
 from petl.data.tasks.base import Task
 from petl.data.tasks.causal_lm import CausalLM
 from petl.data.tasks.classification import Classification
@@ -208,7 +209,9 @@ class Saved:
 
     def base(self) -> PreTrainedModel:
         """The base model that the adapter was trained on, on the accelerator if there is one."""
-        base = load_base(self.settings["model"], self.task)
+        has_own = self.task.reads_text and has_tokenizer(self.adapter)
+        processor = self.processor if has_own else None
+        base = load_base(self.settings["model"], self.task, processor=processor)
         # a quantized model was placed while it was loaded
         return base if self.is_quantized else base.to(device())
 
@@ -218,9 +221,10 @@ class Saved:
         with Pass("loading the adapter", None, quiet=True):
             return load(base, self.adapter, other_base=other_base).eval()
 
+    @cached_property
     def processor(self) -> Any:
-        """The model's tokenizer, image processor or feature extractor."""
-        return load_processor(self.settings["model"], self.task)
+        """The tokenizer, image processor or feature extractor that the adapter was trained with."""
+        return load_saved_processor(self.settings["model"], self.task, self.adapter)
 
     def batches(self) -> list[Batch]:
         """Model inputs to compare outputs on: test examples, or random ones without data."""
@@ -228,7 +232,7 @@ class Saved:
         if data is None:
             draw = torch.Generator().manual_seed(0)  # the same inputs before and after an export
             if isinstance(self.task, MediaTask):
-                rows = self.task.random_rows(self.processor(), ROWS, draw)
+                rows = self.task.random_rows(self.processor, ROWS, draw)
             else:
                 rows = self._random_texts(draw)
             batches = [
@@ -238,7 +242,7 @@ class Saved:
             if not self.task.label_columns:  # the model needs them as decoder inputs
                 batches = [{**batch, "labels": batch["input_ids"]} for batch in batches]
         else:
-            processor, test = self.processor(), data.test.select(range(min(ROWS, len(data.test))))
+            processor, test = self.processor, data.test.select(range(min(ROWS, len(data.test))))
             rows, collate = self.task.encode(processor, test), self.task.collate(processor)
             # sorted by length, so that batches have little padding
             parts = chunks(longest_first(self.task.lengths(rows))[:ROWS], BATCH)
@@ -289,7 +293,7 @@ def score(saved: Saved, kept: Path | None = None) -> dict[str, float]:
     data = saved.data
     settings = config.train
     accelerator = start(settings.seed, config.precision)
-    splits = encode_splits(data, saved.processor(), settings, accelerator)
+    splits = encode_splits(data, saved.processor, settings, accelerator)
     model = saved.model()
     if settings.fuse_lora:  # the same kernels as in training, or scores differ by rounding
         fuse_lora(model)

@@ -67,7 +67,7 @@ def squeeze(
     before = read_record(out, saved, settings)
     config = saved.run_config
     accelerator = start(config.train.seed, config.precision)
-    splits = encode_splits(saved.data, saved.processor(), config.train, accelerator)
+    splits = encode_splits(saved.data, saved.processor, config.train, accelerator)
     batches, source = calibration(splits, settings, accelerator)
     # after `start`, which chooses the device of the process
     feature = made(saved)

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from petl.data.models.sources import DTYPES, Hub, ModelSource, RandomInit, Setti
 from petl.data.tasks.base import Task
 from petl.errors import InputError, first_line
 from petl.system.files import hub
-from petl.system.files.disk import check_link
 from petl.system.progress import Pass
 
 # arguments of a tokenizer that name a folder, or say that it was one
@@ -105,25 +103,6 @@ def load_processor(cfg: Settings, task: Task) -> Any:
         return source.processor(task.processor_class)
 
 
-def save_processor(cfg: Settings, task: Task, folder: Path) -> None:
-    """Write the processor of a model into a folder.
-
-    Raises:
-        InputError: a link in the model's folder leads out of it: the copy would contain that file.
-    """
-    path = getattr(read_source(cfg), "path", None)
-    if path is not None:
-        given = Path(path).expanduser()
-        place = given if given.is_dir() else given.parent
-        for file in place.iterdir():
-            if file.is_symlink() and file.suffix != ".safetensors":  # weights are often elsewhere
-                check_link(file, place)
-    processor = load_processor(cfg, task)
-    for name in OF_THIS_MACHINE:  # a tokenizer saves all that it was loaded with
-        getattr(processor, "init_kwargs", {}).pop(name, None)
-    processor.save_pretrained(folder)
-
-
 def load_tokenizer(cfg: Settings) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer; without padding token, the end token is used for padding.
 
@@ -133,10 +112,15 @@ def load_tokenizer(cfg: Settings) -> PreTrainedTokenizerBase:
     source = read_source(cfg)
     with loading(source):
         tokenizer = source.tokenizer()
+    return with_padding_token(tokenizer, source.name)
+
+
+def with_padding_token(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the model or adapter `name`, padding by its end token if need be."""
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise InputError(
-                f"the tokenizer of model {source.name} has neither a padding nor an end token: "
+                f"the tokenizer of model {name} has neither a padding nor an end token: "
                 "add one of them and save the tokenizer"
             )
         tokenizer.pad_token = tokenizer.eos_token
@@ -150,7 +134,8 @@ def load_base(
 
     Args:
         meta: build the modules on the meta device, without reading weights.
-        processor: result of `load_processor` for this model and task; None: load it again.
+        processor: result of `load_processor` for this model and task; None: load it again, if the
+            model has one.
 
     Raises:
         InputError: the model is not available or does not suit the task.
@@ -191,7 +176,8 @@ def load_base(
     task.adjust(model)
     if task.reads_text:
         check_length(model, task, source.name)
-        if not meta:
+        # random inputs need no tokenizer
+        if not meta and (processor is not None or source.has_tokenizer()):
             tokenizer = load_tokenizer(cfg) if processor is None else processor
             set_padding_token(model, tokenizer, source.name)
     return model.eval()

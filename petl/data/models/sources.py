@@ -80,6 +80,10 @@ class ModelSource:
         """The model's config, without its weights."""
         return AutoConfig.from_pretrained(self.where(), **self.options())
 
+    def has_tokenizer(self) -> bool:
+        """True if the model has a tokenizer."""
+        return True
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer as it was saved."""
         loaded = AutoTokenizer.from_pretrained(self.where(), **self.options())
@@ -158,9 +162,13 @@ class Folder(ModelSource):
             )
         return folder
 
+    def has_tokenizer(self) -> bool:
+        """True if the folder has one."""
+        return has_tokenizer(self.where())
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer in the folder."""
-        if not has_tokenizer(self.where()):
+        if not self.has_tokenizer():
             raise InputError(
                 f"model.path={self.path} has no tokenizer: save the model's tokenizer there too"
             )
@@ -250,10 +258,15 @@ class RandomInit(ModelSource):
             raise UnknownNameError(f"no architecture {name!r}{did_you_mean(name, known, limit=0)}")
         return AutoConfig.for_model(model_type, **settings)
 
+    def has_tokenizer(self) -> bool:
+        """True if there is one next to the config."""
+        file = self.file()
+        return file is not None and has_tokenizer(file.parent)
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer next to the config."""
         file = self.file()
-        if file is None or not has_tokenizer(file.parent):
+        if file is None or not self.has_tokenizer():
             raise InputError(
                 f"model {self.name} is built from a config without tokenizer: for tasks on texts "
                 "set model.path=FOLDER, a folder with config.json and the files of a tokenizer"

@@ -1,5 +1,6 @@
 """Load a language model with adapters: from runs, adapter folders and folders of plain models."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from petl.adapters.export.saved_adapter import Saved, device, find, model_in
 from petl.core.loading import load
 from petl.core.spec.method import modifies_base_weights
 from petl.data.models.loading import load_base, load_tokenizer, loading
+from petl.data.models.saved_processor import differences, load_saved_processor
 from petl.data.models.sources import read_source
 from petl.data.tasks.base import Task
 from petl.data.tasks.causal_lm import CausalLM
@@ -24,6 +26,7 @@ from petl.errors import InputError, UnsupportedError
 from petl.generation.inference.language_model import BASE, LanguageModel
 from petl.system.files.disk import check_links
 
+logger = logging.getLogger(__name__)
 DEFAULT = "default"  # the name of the first adapter
 DRAFTER = "drafter"  # in the folder of a run, an adapter or a model
 WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # ends of names of classes
@@ -73,6 +76,16 @@ def load_language_model(
             "with path_initial_model_for_weight_conversion"
         )
     model, tokenizer = load_writer(found, run)
+    for name, saved in more.items():
+        differing = differences(tokenizer_of(saved), tokenizer)
+        if differing:
+            logger.warning(
+                "%s of adapter %r differs from that of %s, which all prompts are read with: start "
+                "it alone, or with petl serve, where each adapter has its own",
+                " and ".join(differing),
+                name,
+                run,
+            )
     for name, saved in (first | more).items():
         model = load(model, saved.adapter, adapter_name=name, other_base=other_base)
     fuse_lora(model)  # as in training, and a switch takes the same time with many adapters
@@ -105,15 +118,27 @@ def load_writer(
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Load the base model of `find_model(path)`, on the accelerator if there is one, and tokenizer.
 
+    The tokenizer is the one that an adapter was trained with.
+
     Raises:
         InputError: it does not write text, or cannot be loaded.
     """
     settings = model_settings(found)
-    task, tokenizer = task_of(found, path), load_tokenizer(settings)
+    task, tokenizer = task_of(found, path), tokenizer_of(found)
     model: Any = load_base(settings, task, processor=tokenizer)
     if settings.get("quantization") is None:  # a quantized model was placed while it was loaded
         model = model.to(device())
     return model, tokenizer
+
+
+def tokenizer_of(
+    found: Saved | Mapping[str, Any], base: PreTrainedTokenizerBase | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of what `find_model` returns; `base` as of `load_saved_processor`."""
+    if not isinstance(found, Saved):
+        return load_tokenizer(found)
+    task = CausalLM(max_length=1)
+    return load_saved_processor(found.settings["model"], task, found.adapter, base)
 
 
 def model_settings(found: Saved | Mapping[str, Any]) -> Mapping[str, Any]:

@@ -94,7 +94,7 @@ class Predictor:
         most = task.generate or NEW_TOKENS if max_new_tokens is None else max_new_tokens
         size = default if batch_size is None else batch_size
         limits = (size, most, saved.columns, saved.precision)
-        return cls(model, task, saved.processor(), accelerator, *limits)
+        return cls(model, task, saved.processor, accelerator, *limits)
 
     def autocast(self) -> torch.autocast:
         """The precision of the run; that of Accelerate is the one of its last Accelerator."""

@@ -16,6 +16,7 @@ from petl.core.parameters import max_positions
 from petl.core.registry import keeps_base, refusal
 from petl.core.spec.method import modifies_base_weights
 from petl.core.support import Capability
+from petl.data.models.loading import load_tokenizer
 from petl.data.models.sources import read_source
 from petl.efficiency.fused_lora.switching import fuse_lora
 from petl.errors import InputError
@@ -26,6 +27,7 @@ from petl.generation.inference.loading import (
     model_settings,
     reading_as_trained,
     refuse_tasks,
+    tokenizer_of,
 )
 from petl.generation.serving.batch import Passes
 from petl.generation.serving.engine import Lane
@@ -92,8 +94,6 @@ def load_served(
     first = found[first_name]
     settings = model_settings(first)
     base, tokenizer = load_writer(first, runs[first_name])
-    # the first call may change settings in the file; later ones are made by several threads
-    tokenizer("")
     if base.config.is_encoder_decoder:
         raise InputError(
             f"{settings['name']} is an encoder-decoder, and petl serve takes decoders; "
@@ -104,7 +104,11 @@ def load_served(
     base_name = str(settings["name"]) if saved else first_name
     if base_name in saved:
         raise InputError(f"{base_name!r} is the name of the base model: give the run another name")
-    loader = Loader(base, tokenizer, max_positions(base), plain, drafter)
+    own = load_tokenizer(settings) if read_source(settings).has_tokenizer() else tokenizer
+    tokenizers = {name: tokenizer_of(each, own) for name, each in saved.items()}
+    for each in (*tokenizers.values(), own):
+        each("")  # the first call may change its settings; later ones are made by several threads
+    loader = Loader(base, own, tokenizers, max_positions(base), plain, drafter)
     served = loader.adapters(saved, other_base)
     return {base_name: loader.base_model(base_name, first, served), **served}
 
@@ -144,7 +148,8 @@ class Loader:
     """Puts adapters on a base model, which several models of different methods share."""
 
     base: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase  # of the base model
+    tokenizers: Mapping[str, PreTrainedTokenizerBase]  # of the adapters
     positions: int | None
     plain: bool | None
     drafter: str | None = None
@@ -175,7 +180,7 @@ class Loader:
         paths = {name: str(each.run or each.adapter) for name, each in group.items()}
         adapters = {names[name]: path for name, path in paths.items()}
         languages = {
-            name: reading_as_trained(model, self.tokenizer, each, adapters, plain=self.plain)
+            name: reading_as_trained(model, self.tokenizers[name], each, adapters, plain=self.plain)
             for name, each in group.items()
         }
         # why the rows of a batch cannot have adapters of their own; "": they can

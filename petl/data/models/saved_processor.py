@@ -1,0 +1,99 @@
+"""The tokenizer or other processor that an adapter was trained with, which its folder has."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from petl.data.models.loading import (
+    OF_THIS_MACHINE,
+    load_processor,
+    loading,
+    with_padding_token,
+)
+from petl.data.models.sources import PROCESSOR, Settings, has_tokenizer, read_source
+from petl.data.tasks.base import Task
+from petl.errors import InputError
+from petl.system.files.disk import check_link
+
+logger = logging.getLogger(__name__)
+HERE = {"revision": "main", "local_files_only": True}  # the adapter's folder is a local one
+
+
+def load_saved_processor(cfg: Settings, task: Task, adapter: Path, base: Any = None) -> Any:
+    """Load the processor in an adapter's folder; without one, that of the base model.
+
+    If the base model's is another one now, one line says what differs; else that one is returned.
+
+    Args:
+        base: the processor of the base model, if it is loaded already.
+
+    Raises:
+        InputError: it cannot be read; or there is none, nor one of the base model.
+    """
+    has_own = has_tokenizer(adapter) if task.reads_text else (adapter / PROCESSOR).is_file()
+    if not has_own:
+        return load_processor(cfg, task) if base is None else base
+    source = read_source(cfg)
+    try:
+        with loading(source):
+            kind = AutoTokenizer if task.reads_text else task.processor_class
+            own: Any = kind.from_pretrained(adapter, **{**source.options(), **HERE})
+            if task.reads_text:
+                with_padding_token(own, str(adapter))
+    except (InputError, KeyError) as error:
+        raise InputError(f"{adapter} has a tokenizer or processor, but {error}") from error
+    try:
+        base = load_processor(cfg, task) if base is None else base
+    except InputError:  # nothing to compare with, and nothing that is needed
+        return own
+    differing = differences(own, base)
+    if not differing:
+        return base
+    logger.warning(
+        "%s of the base model %s differs now from that in %s, with which the adapter was "
+        "trained and which is used",
+        " and ".join(differing),
+        source.name,
+        adapter,
+    )
+    return own
+
+
+def differences(own: Any, base: Any) -> list[str]:
+    """Name what differs between two tokenizers, or two processors."""
+    if not hasattr(own, "get_vocab"):
+        one, other = own.to_dict(), base.to_dict()
+        return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+    parts = {
+        "chat template": lambda tokenizer: tokenizer.chat_template,
+        "vocabulary": lambda tokenizer: tokenizer.get_vocab(),
+        "special tokens": lambda tokenizer: tokenizer.special_tokens_map,
+        "division into tokens": lambda tokenizer: tokenizer(PROBE)["input_ids"],
+    }
+    return [name for name, part in parts.items() if part(own) != part(base)]
+
+
+PROBE = "A text,\n with 12.5 Numbers, Ünïcode and  spaces"
+
+
+def save_processor(cfg: Settings, task: Task, folder: Path, adapter: Path | None = None) -> None:
+    """Write the processor of a model into a folder, or that in the folder of an adapter.
+
+    Raises:
+        InputError: a link in the model's folder leads out of it: the copy would contain that file.
+    """
+    path = getattr(read_source(cfg), "path", None)
+    if path is not None:
+        given = Path(path).expanduser()
+        place = given if given.is_dir() else given.parent
+        for file in place.iterdir():
+            if file.is_symlink() and file.suffix != ".safetensors":  # weights are often elsewhere
+                check_link(file, place)
+    processor = (
+        load_processor(cfg, task) if adapter is None else load_saved_processor(cfg, task, adapter)
+    )
+    for name in OF_THIS_MACHINE:  # a tokenizer saves all that it was loaded with
+        getattr(processor, "init_kwargs", {}).pop(name, None)
+    processor.save_pretrained(folder)
