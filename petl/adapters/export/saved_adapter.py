@@ -209,8 +209,8 @@ class Saved:
 
     def base(self) -> PreTrainedModel:
         """The base model that the adapter was trained on, on the accelerator if there is one."""
-        has_own = self.task.reads_text and has_tokenizer(self.adapter)
-        processor = self.processor if has_own else None
+        has_one = has_tokenizer(self.adapter) or read_source(self.settings["model"]).has_tokenizer()
+        processor = self.processor if has_one else False  # random inputs need none
         base = load_base(self.settings["model"], self.task, processor=processor)
         # a quantized model was placed while it was loaded
         return base if self.is_quantized else base.to(device())

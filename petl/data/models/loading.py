@@ -134,8 +134,8 @@ def load_base(
 
     Args:
         meta: build the modules on the meta device, without reading weights.
-        processor: result of `load_processor` for this model and task; None: load it again, if the
-            model has one.
+        processor: result of `load_processor` for this model and task; None: load it again;
+            False: none is needed, as for random inputs.
 
     Raises:
         InputError: the model is not available or does not suit the task.
@@ -176,8 +176,7 @@ def load_base(
     task.adjust(model)
     if task.reads_text:
         check_length(model, task, source.name)
-        # random inputs need no tokenizer
-        if not meta and (processor is not None or source.has_tokenizer()):
+        if not meta and processor is not False:
             tokenizer = load_tokenizer(cfg) if processor is None else processor
             set_padding_token(model, tokenizer, source.name)
     return model.eval()
