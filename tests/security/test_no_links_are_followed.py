@@ -16,7 +16,7 @@ from training_fixtures import ROOT, train
 
 from petl.adapters.export.saved_adapter import find
 from petl.cli import main
-from petl.data.models.saved_processor import save_processor
+from petl.data.models.loading import save_processor
 from petl.data.tasks import Classification
 from petl.errors import InputError
 from petl.experiments.reports.comparison import compare

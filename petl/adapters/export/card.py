@@ -7,7 +7,7 @@ from peft import PeftConfig
 from transformers.utils import CONFIG_NAME
 
 from petl.adapters.export.saved_adapter import Saved
-from petl.data.models.saved_processor import save_processor
+from petl.data.models.loading import save_processor
 from petl.data.models.sources import read_source
 from petl.data.tasks.task_file import FILE as TASK
 from petl.system.files.disk import copy_file, write_atomic
@@ -60,7 +60,7 @@ def write_companions(saved: Saved, folder: Path, config: PeftConfig, **more: Any
     Args:
         config, more: as of `described`.
     """
-    save_processor(saved.settings["model"], saved.task, folder, saved.adapter)
+    save_processor(saved.settings["model"], saved.task, folder, saved.processor)
     # a merged model has label names in its own config, and is no adapter
     if not more.get("merged"):
         for name in (LABELS, TASK, f"{BASE}/{CONFIG_NAME}"):

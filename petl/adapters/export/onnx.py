@@ -22,7 +22,7 @@ from petl.adapters.export.checked_folder import (
 )
 from petl.adapters.export.conversion import merged_model
 from petl.adapters.export.saved_adapter import Saved
-from petl.data.models.saved_processor import save_processor
+from petl.data.models.loading import save_processor
 from petl.errors import UnsupportedError
 from petl.system.files.outputs import check_output, new_folder
 from petl.system.imports.extras import need_extra, optional
@@ -73,7 +73,7 @@ def export_onnx(
         with Pass("writing the ONNX graph", None):
             write_graph(merged, adapted.batches[0], draft / FILE)
         merged.config.save_pretrained(draft)
-        save_processor(saved.settings["model"], task, draft, saved.adapter)
+        save_processor(saved.settings["model"], task, draft, saved.processor)
         difference = adapted.compare(Session(draft / FILE), tolerance, "ONNX model")
     return Written(out, folder_bytes(out), difference)
 

@@ -12,7 +12,7 @@ from petl.adapters.export.checked_folder import (
     save_model,
 )
 from petl.adapters.export.saved_adapter import Saved, device
-from petl.data.models.saved_processor import save_processor
+from petl.data.models.loading import save_processor
 from petl.data.models.sources import read_source
 from petl.errors import UnsupportedError, markdown
 from petl.methods.pela import PelaConfig, export, load
@@ -53,7 +53,7 @@ def export_small(
         with Pass("writing the small model", None):
             save_model(small, draft)
             write_ranks(small, draft)
-        save_processor(saved.settings["model"], saved.task, draft, saved.adapter)
+        save_processor(saved.settings["model"], saved.task, draft, saved.processor)
         write_atomic(draft / README, card(saved, small))
         del small, model  # frees memory before the same model is loaded again
         reread: Any = load(AutoConfig.from_pretrained(draft), draft).to(device())

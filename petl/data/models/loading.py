@@ -19,6 +19,7 @@ from petl.data.models.sources import DTYPES, Hub, ModelSource, RandomInit, Setti
 from petl.data.tasks.base import Task
 from petl.errors import InputError, first_line
 from petl.system.files import hub
+from petl.system.files.disk import check_link
 from petl.system.progress import Pass
 
 # arguments of a tokenizer that name a folder, or say that it was one
@@ -101,6 +102,28 @@ def load_processor(cfg: Settings, task: Task) -> Any:
             source.config(), task, source.name
         )  # a clearer message than one about files
         return source.processor(task.processor_class)
+
+
+def save_processor(cfg: Settings, task: Task, folder: Path, processor: Any = None) -> None:
+    """Write the processor of a model into a folder.
+
+    Args:
+        processor: another one for this model; None: it is loaded.
+
+    Raises:
+        InputError: a link in the model's folder leads out of it: the copy would contain that file.
+    """
+    path = getattr(read_source(cfg), "path", None)
+    if path is not None:
+        given = Path(path).expanduser()
+        place = given if given.is_dir() else given.parent
+        for file in place.iterdir():
+            if file.is_symlink() and file.suffix != ".safetensors":  # weights are often elsewhere
+                check_link(file, place)
+    processor = load_processor(cfg, task) if processor is None else processor
+    for name in OF_THIS_MACHINE:  # a tokenizer saves all that it was loaded with
+        getattr(processor, "init_kwargs", {}).pop(name, None)
+    processor.save_pretrained(folder)
 
 
 def load_tokenizer(cfg: Settings) -> PreTrainedTokenizerBase:

@@ -7,7 +7,6 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from petl.data.models.loading import (
-    OF_THIS_MACHINE,
     load_processor,
     loading,
     with_padding_token,
@@ -15,7 +14,6 @@ from petl.data.models.loading import (
 from petl.data.models.sources import PROCESSOR, Settings, has_tokenizer, read_source
 from petl.data.tasks.base import Task
 from petl.errors import InputError
-from petl.system.files.disk import check_link
 
 logger = logging.getLogger(__name__)
 HERE = {"revision": "main", "local_files_only": True}  # the adapter's folder is a local one
@@ -76,24 +74,3 @@ def differences(own: Any, base: Any) -> list[str]:
 
 
 PROBE = "A text,\n with 12.5 Numbers, Ünïcode and  spaces"
-
-
-def save_processor(cfg: Settings, task: Task, folder: Path, adapter: Path | None = None) -> None:
-    """Write the processor of a model into a folder, or that in the folder of an adapter.
-
-    Raises:
-        InputError: a link in the model's folder leads out of it: the copy would contain that file.
-    """
-    path = getattr(read_source(cfg), "path", None)
-    if path is not None:
-        given = Path(path).expanduser()
-        place = given if given.is_dir() else given.parent
-        for file in place.iterdir():
-            if file.is_symlink() and file.suffix != ".safetensors":  # weights are often elsewhere
-                check_link(file, place)
-    processor = (
-        load_processor(cfg, task) if adapter is None else load_saved_processor(cfg, task, adapter)
-    )
-    for name in OF_THIS_MACHINE:  # a tokenizer saves all that it was loaded with
-        getattr(processor, "init_kwargs", {}).pop(name, None)
-    processor.save_pretrained(folder)

@@ -36,7 +36,7 @@ from petl.core.fingerprint import check_saved
 from petl.core.lifecycle import lifecycle
 from petl.core.parameters import adapter_parameters
 from petl.core.spec.method import modifies_base_weights
-from petl.data.models.saved_processor import save_processor
+from petl.data.models.loading import save_processor
 from petl.data.models.sources import RandomInit
 from petl.data.tasks.base import Task, write_labels, write_task
 from petl.errors import InputError
