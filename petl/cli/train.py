@@ -14,6 +14,7 @@ from peft import PeftModel
 from petl.core.losses import attach
 from petl.core.registry import is_computed
 from petl.data.models.loading import load_base, load_processor
+from petl.efficiency.rewrite import apply_rewrites, rewrites_of
 from petl.errors import InputError
 from petl.experiments.reports.run_report import print_summary, write_report
 from petl.system.processes import current_lane
@@ -33,7 +34,6 @@ from petl.training.runs.run_folder import Run
 from petl.training.together.lanes import share_base
 from petl.training.wrapping import (
     check_model,
-    compute_less,
     load_start,
     wrap_arguments,
     wrap_for_run,
@@ -114,7 +114,7 @@ def wrapped(run: Run, splits: Splits, processor: Any) -> PeftModel:
     if config.ranks is not None:
         arguments |= ranks_by_importance(run, base, arguments, splits)
     own = [*base.parameters()]
-    model = wrap_for_run(base, arguments, settings)
+    model = wrap_for_run(base, arguments)
     if current_lane() is not None:
         share_base(model.get_base_model(), own)
     if run.resume is None:  # a checkpoint brings its own weights
@@ -122,8 +122,9 @@ def wrapped(run: Run, splits: Splits, processor: Any) -> PeftModel:
     if config.loss is not None:
         attach(model, config.loss)
     check_model(model, settings)
-    if compute_less(model, settings):
-        logger.info("positions that nothing reads are left out (train.skip_unread)")
+    names = [f"train.{name}" for name in apply_rewrites(model, rewrites_of(settings))]
+    if names:
+        logger.info("in less time or memory, with the same result: %s", ", ".join(names))
     return model
 
 

@@ -1,7 +1,7 @@
 """Hooks through which a training loop drives methods and extra losses."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +20,8 @@ from petl.core.tuners.base import updated
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError
 from petl.system.files.disk import as_json, write_atomic
+
+LOSSES = "petl_extra_losses"  # attribute of a PeftModel
 
 
 class TrainingPart(Protocol):
@@ -72,7 +74,7 @@ class Lifecycle:
         # on the class: PEFT tuners pass unknown attributes to the base model
         self._update = getattr(type(self.tuner), "update_and_allocate", None)
         own: list[TrainingPart] = [self.tuner] if isinstance(self.tuner, MethodTuner) else []
-        self.losses = extra_losses(self.model)
+        self.losses = loss_list(self.model)
         self.parts = [*own, *self.losses]
         self._aux_weight = 1.0
 
@@ -290,10 +292,15 @@ def lifecycle(model: nn.Module) -> Lifecycle:
     return Lifecycle(model)
 
 
-def extra_losses(model: PeftModel) -> list[ExtraLoss]:
-    """Return the mutable list of extra losses on a PeftModel."""
+def extra_losses(model: nn.Module) -> Sequence[ExtraLoss]:
+    """Return the extra losses on a model."""
+    return model.__dict__.get(LOSSES, ())
+
+
+def loss_list(model: PeftModel) -> list[ExtraLoss]:
+    """Return the list of extra losses on a PeftModel, to which one is attached by adding it."""
     # in `__dict__`: PeftModel looks up unknown attributes in the base model
-    return model.__dict__.setdefault("petl_extra_losses", [])
+    return model.__dict__.setdefault(LOSSES, [])
 
 
 def _peft_model(model: nn.Module) -> PeftModel:

@@ -9,7 +9,7 @@ The layers are called as before, so adapters of any method, hooks, quantized and
 work unchanged. Other saved-tensor hooks (checkpointing, offloading) stay in effect.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from petl.core.layers.class_swap import SwappedClass, forward_code, swap_class
 from petl.core.parameters import check_module
-from petl.errors import UnsupportedError
+from petl.efficiency.rewrite import Rewrite
 from petl.ops.low_rank import has_no_hooks
 
 
@@ -172,25 +172,45 @@ def recompute_mlp(model: nn.Module) -> int:
         UnsupportedError: no MLP has a known form.
     """
     check_module(model, "petl.recompute_mlp")
-    changed = 0
-    for module in model.modules():
-        if _uses(module, GATED):
-            swap_class(module, _Gated)
-        elif _uses(getattr(module, "intermediate", None), INTERMEDIATE) and hasattr(
-            getattr(module, "output", None), "dense"
-        ):
-            halves: Any = module
-            swap_class(halves.intermediate, _Intermediate)
-            swap_class(halves.output, _Output)
-        else:
-            continue
-        changed += 1
-    if not changed:
-        raise UnsupportedError(
+    return RecomputeMlp().apply(model)
+
+
+class RecomputeMlp(Rewrite):
+    """`recompute_mlp` as a rewrite."""
+
+    saves = "activation functions of MLPs are computed two more times"
+    exact = True
+    only_trains = True
+    mixins = (_Gated, _Intermediate, _Output)
+
+    def refusal(self, model: nn.Module, value: Any = True) -> str:
+        """Return that no MLP has a known form."""
+        if any(True for _ in _mlps(model)):
+            return ""
+        return (
             f"no MLP of {type(model).__name__} can be recomputed: none is gated as Llama's "
             "(down_proj, act_fn, gate_proj, up_proj) or plain as BERT's (intermediate, output)"
         )
-    return changed
+
+    def change(self, model: nn.Module, value: Any = True) -> int:
+        """Swap the classes of all MLPs of a known form."""
+        mlps = list(_mlps(model))
+        for parts in mlps:
+            for module, mixin in parts.items():
+                swap_class(module, mixin)
+        return len(mlps)
+
+
+def _mlps(model: nn.Module) -> Iterator[dict[nn.Module, type[SwappedClass]]]:
+    """Yield the parts of each MLP of a known form, with their mixins."""
+    for module in model.modules():
+        halves: Any = module
+        if _uses(module, GATED):
+            yield {module: _Gated}
+        elif _uses(getattr(module, "intermediate", None), INTERMEDIATE) and hasattr(
+            getattr(module, "output", None), "dense"
+        ):
+            yield {halves.intermediate: _Intermediate, halves.output: _Output}
 
 
 def _uses(module: Any, names: tuple[str, ...]) -> bool:

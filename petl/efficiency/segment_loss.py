@@ -24,10 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from petl.core.layers.class_swap import SwappedClass, swap_class
+from petl.core.layers.class_swap import SwappedClass, original_class, swap_class
 from petl.core.layers.context import ForwardContext
+from petl.core.lifecycle import extra_losses
 from petl.core.parameters import check_module
-from petl.errors import InputError, UnsupportedError
+from petl.efficiency.rewrite import AUTO, Rewrite
+from petl.errors import InputError
 from petl.ops.low_rank import WEIGHT_TYPES, has_no_hooks
 from petl.ops.segmented_loss import (
     AnyHead,
@@ -60,48 +62,33 @@ def segment_loss(model: nn.Module, tokens: int = TOKENS) -> None:
     """
     check_module(model, "petl.segment_loss")
     require_tokens(tokens)
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    reason = refusal(base)
-    if reason:
-        raise UnsupportedError(f"the loss of {type(base).__name__} is not segmented: {reason}")
-    # a second call changes the number only: `swap_class` does not swap twice
-    base.loss_segment = tokens
-    swap_class(base, _SegmentedLoss)
+    SegmentLoss().apply(model, tokens)
 
 
-def keep_logits(base: nn.Module) -> None:
-    """Compute the loss of a model from all logits again, since something else reads them."""
-    if isinstance(base, _SegmentedLoss):
-        base.loss_segment = None
-
-
-def refusal(base: nn.Module) -> str | None:
-    """Return why the loss of a model cannot be computed in segments, or None if it can."""
-    reason = refusal_of_loss(base)
-    if reason is None and "logits_to_keep" not in _forward_of(base).parameters:
-        return "its forward has no argument logits_to_keep"
-    return reason
-
-
-def refusal_of_loss(base: nn.Module) -> str | None:
-    """Return why a model is no causal LM with the standard loss of next tokens; None if it is."""
+def refusal_of_loss(base: nn.Module) -> str:
+    """Return why a model is no causal LM with the standard loss of next tokens; "" if it is."""
     if not isinstance(base, PreTrainedModel):
         return "it is not a model of transformers"
     if base.config.is_encoder_decoder or base.get_output_embeddings() is None:
         return "it has no logits over a vocabulary for each next token"
-    # transformers wraps forward in decorators, which hide its names
-    forward = inspect.unwrap(_original(base).forward)
     if (
         base.loss_function is not ForCausalLMLoss
         # some models compute a loss in forward, without the attribute
-        or "loss_function" not in forward.__code__.co_names
+        or "loss_function" not in _forward_of(base).__code__.co_names
     ):
         return f"its loss (loss_type={base.loss_type!r}) is not that of next tokens"
-    return None
+    return ""
 
 
-def _forward_of(base: nn.Module) -> inspect.Signature:
-    return inspect.signature(inspect.unwrap(_original(base).forward))
+def signature_of(base: nn.Module) -> inspect.Signature:
+    """Return the arguments of a model's own forward."""
+    return inspect.signature(_forward_of(base))
+
+
+def _forward_of(base: nn.Module) -> Any:
+    kind: Any = original_class(base)
+    # transformers wraps forward in decorators, which hide its names
+    return inspect.unwrap(kind.forward)
 
 
 def has_frozen_head(base: Any) -> bool:
@@ -110,24 +97,15 @@ def has_frozen_head(base: Any) -> bool:
     return not any(p.requires_grad for p in head.parameters()) and _is_linear(head)
 
 
-def _original(base: nn.Module) -> type[Any]:
-    """Return the class of a model before it was swapped."""
-    cls: type[Any] = type(base)
-    # swaps nest: each mixin is a class around the one before it
-    while issubclass(cls, SwappedClass):
-        cls = cls.original
-    return cls
-
-
 class _SegmentedLoss(SwappedClass):
     """Mixin for a causal LM.
 
     Attributes:
-        loss_segment: positions of a segment; None: the model's own loss, see `keep_logits`.
+        loss_segment: positions of a segment.
         adds_to_logits: True if logits are more than the head's product; set by the first pass.
     """
 
-    loss_segment: int | None
+    loss_segment: int
     adds_to_logits: bool | None = None
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -153,9 +131,42 @@ class _SegmentedLoss(SwappedClass):
         return output
 
 
+class SegmentLoss(Rewrite):
+    """`segment_loss` as a rewrite, with the positions of a segment; auto: if the head is frozen."""
+
+    saves = f"the logits of {TOKENS} positions at a time"
+    value = AUTO
+    only_trains = True
+    mixins = (_SegmentedLoss,)
+
+    def refusal(self, model: nn.Module, value: Any = TOKENS) -> str:
+        """Return why the model is no causal LM with the standard loss, or what reads its logits."""
+        base = _base_of(model)
+        reason = refusal_of_loss(base)
+        if not reason and "logits_to_keep" not in signature_of(base).parameters:
+            reason = "its forward has no argument logits_to_keep"
+        if not reason and value == AUTO and not has_frozen_head(base):
+            reason = "its head is trained, or no linear layer"
+        for loss in extra_losses(model):
+            if getattr(loss, "reads_logits", False):
+                reason = reason or f"the extra loss {loss.config.name!r} reads all logits"
+        return reason and f"the loss of {type(base).__name__} is not segmented: {reason}"
+
+    def change(self, model: nn.Module, value: Any = TOKENS) -> int:
+        """Swap the class of the model; a second call changes the size of a segment."""
+        base = _base_of(model)
+        swap_class(base, _SegmentedLoss)
+        base.loss_segment = TOKENS if value == AUTO else int(value)
+        return 1
+
+
+def _base_of(model: nn.Module) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def is_segmented(model: Any, kwargs: dict[str, Any]) -> bool:
     """Return True if a forward with these arguments computes its loss in segments."""
-    return getattr(model, "loss_segment", None) is not None and is_training(model, kwargs)
+    return isinstance(model, _SegmentedLoss) and is_training(model, kwargs)
 
 
 def is_training(model: Any, kwargs: dict[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from petl.core.adapter_file import PREFIX, trained_modules
 from petl.core.adapter_folder import adapter_files
 from petl.core.auto_classes import read_labels
-from petl.core.compat import SEQ_CLS_HEAD_NAMES, LoraModel
+from petl.core.compat import SEQ_CLS_HEAD_NAMES
 from petl.core.compressed import plain_folder
 from petl.core.fingerprint import check_base, known_fingerprint
 from petl.core.fingerprint import read as read_fingerprint
@@ -36,10 +36,6 @@ from petl.core.registry import (
 from petl.data.models.loading import load_base, new_modules
 from petl.data.tasks.base import Task, packs
 from petl.data.tasks.packing import check_packed_texts_isolated
-from petl.efficiency.fused_lora.switching import fuse_lora
-from petl.efficiency.recompute import recompute_mlp
-from petl.efficiency.segment_loss import TOKENS, has_frozen_head, refusal, segment_loss
-from petl.efficiency.skip_unread.read_positions import skip_unread
 from petl.errors import InputError, shortened
 from petl.system.files.tensor_file import Shapes, read_shapes
 from petl.system.progress import Shown
@@ -110,9 +106,7 @@ def takes_every_linear(fields: Mapping[str, Any]) -> bool:
     return everywhere and str(fields["task_type"]) not in ("SEQ_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
-def wrap_for_run(
-    base: PreTrainedModel, arguments: Mapping[str, Any], settings: TrainConfig
-) -> PeftModel:
+def wrap_for_run(base: PreTrainedModel, arguments: Mapping[str, Any]) -> PeftModel:
     """Return `base` with an adapter and trainable new modules.
 
     Args:
@@ -122,43 +116,7 @@ def wrap_for_run(
     model = wrap(base, **train_new_modules(arguments, base))
     # of a model of the Hub: the commit that was loaded, whatever its branch may be later
     model.active_peft_config.revision = getattr(base, "petl_commit", None)
-    apply_memory_options(model, settings)
     return model
-
-
-def apply_memory_options(model: PeftModel, settings: TrainConfig) -> None:
-    """Fuse LoRA layers, recompute MLP activations and segment the loss as `settings` ask for.
-
-    Raises:
-        UnsupportedError: the model has no MLP block that could recompute, or is no causal LM whose
-            loss could be computed in segments.
-    """
-    # the tuner of PEFT's LoRA, of which DoRA and others are variants
-    if settings.fuse_lora and isinstance(model.base_model, LoraModel):
-        fuse_lora(model)
-    if settings.recompute_mlp:
-        recompute_mlp(model)
-    tokens = settings.loss_segment
-    base: Any = model.get_base_model()
-    if tokens == "auto":
-        has_logits = base.get_output_embeddings() is not None  # those over a vocabulary
-        is_possible = has_logits and refusal(base) is None and has_frozen_head(base)
-        tokens = TOKENS if is_possible else None
-    if tokens is not None:
-        segment_loss(model, int(tokens))
-
-
-def compute_less(model: PeftModel, settings: TrainConfig) -> bool:
-    """Leave out of each pass what nothing reads, as `settings` ask for; return True if possible.
-
-    Call it after extra losses are attached, which may read more.
-    """
-    if not settings.skip_unread:
-        return False
-    reason = skip_unread(model)
-    if reason is not None:
-        logger.debug("all positions are computed: %s", reason)
-    return reason is None
 
 
 def wrap_arguments(run: RunConfig, splits: Splits, accelerator: Accelerator) -> dict[str, Any]:
@@ -214,12 +172,6 @@ def check_model(model: PeftModel, settings: TrainConfig) -> None:
                 f"train.gradient_checkpointing=reentrant leaves the loss {loss.config.name!r} "
                 "without a gradient; set train.gradient_checkpointing=true"
             )
-    tokens = settings.loss_segment
-    if tokens not in (None, "auto") and getattr(base, "loss_segment", None) is None:
-        raise InputError(
-            f"train.loss_segment={tokens} keeps no logits, which an extra loss compares; leave it "
-            "at auto"
-        )
 
 
 def load_start(model: PeftModel, task: Task, settings: TrainConfig) -> None:

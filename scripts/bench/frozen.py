@@ -26,7 +26,7 @@ from bench.records import Record
 from bench.shapes import Bench, Shape, embeddings_of
 from bench.step import floor_of
 from petl.core.spec.blocks import last_blocks
-from petl.efficiency.skip_unread.read_positions import skip_unread
+from petl.efficiency.skip_unread.read_positions import SkipUnread
 
 TOPS = ("top:0.33", "top:0.25", "top:1")
 RANK = 8  # of all blocks; of half as many, twice the rank
@@ -230,8 +230,7 @@ def _upper(subject: Subject, top: str, count: int) -> PeftModel:
     if subject.reads == FEW:
         petl.segment_loss(model)
     if subject.reads:
-        reason = skip_unread(model)
-        assert reason is None, reason
+        SkipUnread().apply(model)
         assert model.get_base_model().last_block is not None  # head and last block
     return model.train()
 

@@ -99,7 +99,7 @@ def test_a_language_model_trains_alike_if_it_computes_all_positions(run, tmp_pat
     finished, task, words = run
     if task != "causal_lm":
         pytest.skip("no positions without a label")
-    reader = labelled_positions._LabelReader
+    reader = labelled_positions.LabelReader
     monkeypatch.setattr(reader, "forward", None)  # not used
     plain = train([*words, "train.skip_unread=false"], tmp_path / "plain")
     for when in ("before", "after"):

@@ -213,27 +213,6 @@ def test_gradient_checkpointing_changes_losses_by_rounding_only(tiny, tmp_path, 
     assert_same(plain, saving, atol=1e-6, rtol=1e-5)
 
 
-def test_fused_layers_train_as_pefts_do(tiny, tmp_path, monkeypatch):
-    fused_layers = []
-    monkeypatch.setattr(
-        "petl.training.wrapping.fuse_lora", lambda model: fused_layers.append(petl.fuse_lora(model))
-    )
-    # the loss as the model computes it: segments round otherwise
-    common = [*tiny.complete, "+method=lora", "train.loss_segment=null"]
-    fused = train(common, tmp_path / "fused")
-    assert fused_layers[0] > 0
-    theirs = train([*common, "train.fuse_lora=false"], tmp_path / "theirs")
-    assert len(fused_layers) == 1
-    assert_same(fused, theirs, atol=1e-6, rtol=1e-5)
-
-
-def test_recomputed_mlps_train_alike(tiny, tmp_path):
-    common = [*tiny.complete, "+method=lora"]
-    plain = train(common, tmp_path / "plain")
-    saving = train([*common, "train.recompute_mlp=true"], tmp_path / "saving")
-    assert_same(plain, saving, atol=1e-6, rtol=1e-5)
-
-
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_segmented_loss_trains_alike(tiny, tmp_path, precision):
     common = [*tiny.complete, "+method=mola", f"train.precision={precision}"]
@@ -244,16 +223,6 @@ def test_a_segmented_loss_trains_alike(tiny, tmp_path, precision):
             {"atol": 1e-6, "rtol": 1e-5} if precision == "no" else {"atol": 3e-3, "rtol": 0.0}
         )
         assert_same(whole, found, **tolerance)
-
-
-def test_the_loss_is_segmented_by_default_where_the_head_is_frozen(tiny, tmp_path, monkeypatch):
-    sizes = []
-    monkeypatch.setattr(
-        "petl.training.wrapping.segment_loss", lambda model, tokens: sizes.append(tokens)
-    )
-    for method in ([], ["method.modules_to_save=[lm_head]"]):
-        train([*tiny.complete, "+method=lora", *method], tmp_path / str(len(method)))
-    assert sizes == [2048]
 
 
 def test_a_segmented_loss_of_a_classifier_is_refused(tiny, tmp_path):

@@ -33,8 +33,7 @@ from petl.data.tasks.seq2seq import Seq2Seq
 from petl.data.tasks.task_file import FILE as TASK
 from petl.data.tasks.task_file import read_task
 from petl.data.tasks.token_classification import TokenClassification
-from petl.efficiency.fused_lora.switching import fuse_lora
-from petl.efficiency.skip_unread.read_positions import skip_unread
+from petl.efficiency.rewrite import apply_rewrites, rewrites_of
 from petl.errors import InputError
 from petl.methods import losses
 from petl.system.files.disk import check_links
@@ -295,11 +294,9 @@ def score(saved: Saved, kept: Path | None = None) -> dict[str, float]:
     accelerator = start(settings.seed, config.precision)
     splits = encode_splits(data, saved.processor, settings, accelerator)
     model = saved.model()
-    if settings.fuse_lora:  # the same kernels as in training, or scores differ by rounding
-        fuse_lora(model)
     losses.attach(model, config.loss)  # for its metrics
-    if settings.skip_unread:  # after losses, which may read all positions
-        skip_unread(model)
+    # the same kernels as in training, or scores differ by rounding
+    apply_rewrites(model, rewrites_of(settings, trains=False))
     return score_model(model, splits, accelerator, settings.eval_batch_size, kept=kept)
 
 

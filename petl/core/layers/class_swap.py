@@ -61,10 +61,18 @@ def swap_class(target: Any, mixin: type[SwappedClass]) -> None:
 
 
 def restore_class(target: Any, mixin: type[SwappedClass]) -> None:
-    """Undo `swap_class(target, mixin)`, unless the class was replaced once more since."""
-    cls = type(target)
-    if vars(cls).get("mixin") is mixin:
-        target.__class__ = cls.original
+    """Undo `swap_class(target, mixin)` and remove the attributes that the mixin declares.
+
+    Other swaps stay, before it and since. So does a class that something else has replaced since.
+    """
+    *mixins, cls = _parts(type(target))
+    if mixin not in mixins:
+        return
+    for each in reversed(mixins):
+        cls = cls if each is mixin else swapped_class(each, cls)
+    target.__class__ = cls
+    for name in inspect.get_annotations(mixin):
+        target.__dict__.pop(name, None)
 
 
 def original_class(target: Any) -> type:
@@ -167,6 +175,12 @@ class AdapterDict(nn.ModuleDict):
     def __delitem__(self, key: str) -> None:
         del self.all_modules[key]
         self._modules.pop(key, None)
+
+
+def restore_module_dict(adapter_dict: AdapterDict) -> None:
+    """Undo `convert_module_dicts` of one dict."""
+    adapter_dict.show_all()
+    adapter_dict.__class__ = nn.ModuleDict
 
 
 def convert_module_dicts(owner: nn.Module) -> None:

@@ -24,7 +24,14 @@ from petl.core.compat import (
     ModulesToSaveWrapper,
     freeze_ranks,
 )
-from petl.core.layers.class_swap import AdapterDict, SwappedClass, convert_module_dicts, swap_class
+from petl.core.layers.class_swap import (
+    AdapterDict,
+    SwappedClass,
+    convert_module_dicts,
+    restore_class,
+    restore_module_dict,
+    swap_class,
+)
 from petl.core.layers.layer import AdapterLayer
 from petl.core.layers.task_rows import ARGUMENT, PASSED, pass_task_ids
 from petl.core.parameters import is_norm
@@ -121,6 +128,15 @@ class SwitchingTuner(BaseTuner):
             convert_module_dicts(head)
             if is_norm(head):
                 swap_class(head, TrainedNorm)
+
+    def restore_layers(self) -> None:
+        """Undo `convert_layers`, and forget what a switch needs to know."""
+        for adapter_dict in list(adapter_dicts_of(self)):
+            restore_module_dict(adapter_dict)
+        for head in _heads(self.model):
+            restore_class(head, TrainedNorm)
+        for name in ("extra_trainable", "newly_added", "_is_restricted", "kept_rows"):
+            self.__dict__.pop(name, None)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode, of hidden adapters too."""

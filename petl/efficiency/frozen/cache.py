@@ -42,7 +42,7 @@ def prefix_of(model: nn.Module) -> Prefix:
         UnsupportedError: there are none; or as `find_prefix`.
     """
     # a loss may compare or count what any block computes
-    for loss in extra_losses(model) if isinstance(model, PeftModel) else ():
+    for loss in extra_losses(model):
         raise UnsupportedError(f"the loss {loss.config.name!r} may read every block")
     prefix = find_prefix(model)
     if not prefix.k:

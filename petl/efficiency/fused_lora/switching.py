@@ -7,18 +7,20 @@ from typing import Any, cast
 from peft import PeftModel
 from torch import nn
 
-from petl.core.compat import LoraLayer, LoraModel
+from petl.core.compat import LoraLayer, LoraLinear, LoraModel
 from petl.core.layers.class_swap import convert_module_dicts
 from petl.core.parameters import check_module
 from petl.core.serving.mixed_batch import is_generation_call
 from petl.core.switching.tuner import (
+    SwitchingModel,
     SwitchingTuner,
     adapter_dicts_of,
     enable_switching,
     is_trainable,
     outside_adapter_dicts,
 )
-from petl.efficiency.fused_lora.layer import fuse_layers
+from petl.efficiency.fused_lora.layer import FusedLoraLinear, fuse_layers
+from petl.efficiency.rewrite import Rewrite
 
 
 class SwitchingLora(SwitchingTuner, LoraModel):
@@ -74,12 +76,40 @@ def fuse_lora(model: nn.Module) -> int:
         The number of layers that were fused.
     """
     check_module(model, "petl.fuse_lora")
-    count = fuse_layers(model)
-    for module in list(model.modules()):
-        if isinstance(module, PeftModel):
-            _switch(module.base_model)
-            enable_switching(module)
-    return count
+    return FuseLora().change(model)
+
+
+class FuseLora(Rewrite):
+    """`fuse_lora` as a rewrite; a model without a LoRA of PEFT has nothing to fuse."""
+
+    saves = "LoRA layers in one fused kernel"
+    tries = True
+    mixins = (SwitchingModel,)
+
+    def refusal(self, model: nn.Module, value: Any = True) -> str:
+        """Return why there is nothing to fuse: another method trains."""
+        # the tuner of PEFT's LoRA, of which DoRA and others are variants
+        is_lora = isinstance(getattr(model, "base_model", None), LoraModel)
+        return "" if is_lora else "the adapters are no LoRA of PEFT"
+
+    def change(self, model: nn.Module, value: Any = True) -> int:
+        """Fuse the layers, and let the model switch by itself."""
+        count = fuse_layers(model)
+        for module in list(model.modules()):
+            if isinstance(module, PeftModel):
+                _switch(module.base_model)
+                enable_switching(module)
+        return count
+
+    def undo(self, model: nn.Module) -> None:
+        """Give layers and tuner PEFT's classes again."""
+        for module in list(model.modules()):
+            if type(module) is SwitchingLora:  # not the tuner of a method that is one
+                module.restore_layers()
+                module.__class__ = LoraModel
+            elif type(module) is FusedLoraLinear:
+                module.__class__ = LoraLinear
+        super().undo(model)
 
 
 def _switch(tuner: nn.Module) -> None:

@@ -114,25 +114,25 @@ FORMS = (
 )
 
 
-def refusal_of_block(base: Any) -> str | None:
-    """Return why the last block of a model cannot compute single positions; None if it can."""
+def refusal_of_block(base: Any) -> str:
+    """Return why the last block of a model cannot compute single positions; "" if it can."""
     if base.config._attn_implementation not in ATTENTIONS:
         return f"attention is {base.config._attn_implementation}, not {' or '.join(ATTENTIONS)}"
     if len(_last_blocks(base)) != 1:
         return f"{type(base).__name__} has no stack of blocks of a known form"
-    return None
+    return ""
 
 
 def prepare(base: nn.Module) -> str:
     """Let the last block of a model compute single positions; return its path.
 
-    `refusal_of_block` is None.
+    `refusal_of_block` has no reason.
     """
     path = next(iter(_last_blocks(base)))
     block: Any = base.get_submodule(path)
     block.form = _form(block)  # kept: FSDP2 puts a class of its own before the others
-    swap_class(block.get_submodule(block.form.attention), _Attention)
-    swap_class(block, _Block)
+    swap_class(block.get_submodule(block.form.attention), Attention)
+    swap_class(block, Block)
     return path
 
 
@@ -202,7 +202,7 @@ def read_at(block: Any, positions: Tensor | str | None) -> Generator[None]:
         block.positions = None
 
 
-class _Block(SwappedClass):
+class Block(SwappedClass):
     """Mixin for the last block.
 
     Attributes:
@@ -248,7 +248,7 @@ class _Block(SwappedClass):
 
 
 class _Reading(NamedTuple):
-    """What the attention of a `_Block` needs: the form, the positions, all hidden states."""
+    """What the attention of a `Block` needs: the form, the positions, all hidden states."""
 
     form: Form
     positions: Tensor
@@ -268,8 +268,8 @@ def _taken(x: Tensor, positions: Tensor) -> Tensor:
     return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
-class _Attention(SwappedClass):
-    """Mixin for the self-attention of a `_Block`.
+class Attention(SwappedClass):
+    """Mixin for the self-attention of a `Block`.
 
     Attributes:
         reading: set by the block while it computes some positions.

@@ -23,9 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petl.core.compat import BaseTunerLayer
 from petl.core.layers.class_swap import SwappedClass, original_class, swap_class
-from petl.efficiency.segment_loss import is_segmented, is_training, refusal_of_loss
+from petl.efficiency.segment_loss import (
+    is_segmented,
+    is_training,
+    refusal_of_loss,
+    signature_of,
+)
 from petl.efficiency.skip_unread.block_positions import (
     is_observed,
     may_skip,
@@ -45,33 +49,24 @@ OUTSIDE = {"model", "lm_head"}
 
 def is_causal(base: nn.Module) -> bool:
     """Return True if a model computes the loss of next tokens from logits at each position."""
-    if refusal_of_loss(base) is not None:
+    if refusal_of_loss(base):
         return False
     # labels of the positions that count are passed on to the loss
-    kind: Any = original_class(base)
-    forward = inspect.signature(inspect.unwrap(kind.forward))
-    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in forward.parameters.values())
+    arguments = signature_of(base).parameters.values()
+    return any(argument.kind is inspect.Parameter.VAR_KEYWORD for argument in arguments)
 
 
-def read_labelled(base: Any, reason: str | None) -> str | None:
+def read_labelled(base: Any, *, by_position: bool) -> None:
     """Compute head and loss, and where possible the last block, at labelled positions.
 
     Args:
         base: a causal LM.
-        reason: for which its adapters may read all positions; None: they do not.
-
-    Returns:
-        None if it does from now on, else why it cannot.
+        by_position: False: its adapters may read all positions, but not in the head.
     """
-    head = base.get_output_embeddings()
-    # such an adapter may count tokens in the blocks, which the head in evaluation does not touch
-    if reason and any(isinstance(module, BaseTunerLayer) for module in head.modules()):
-        return reason
-    base.reads_labels = reason is None
-    may_prepare = reason is None and _is_by_position(base) and refusal_of_block(base) is None
+    swap_class(base, LabelReader)
+    base.reads_labels = by_position
+    may_prepare = by_position and _is_by_position(base) and not refusal_of_block(base)
     base.last_block = prepare(base) if may_prepare else None
-    swap_class(base, _LabelReader)
-    return None
 
 
 def _is_by_position(base: Any) -> bool:
@@ -82,7 +77,7 @@ def _is_by_position(base: Any) -> bool:
     return known and inside <= DECODER and outside <= OUTSIDE
 
 
-class _LabelReader(SwappedClass):
+class LabelReader(SwappedClass):
     """Mixin for a causal LM.
 
     Attributes:

@@ -16,12 +16,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from petl.core.compat import BaseTuner, ModulesToSaveWrapper
+from petl.core.compat import BaseTuner, BaseTunerLayer, ModulesToSaveWrapper
 from petl.core.layers.class_swap import SwappedClass, original_class, swap_class
 from petl.core.lifecycle import extra_losses
 from petl.core.tuners.base import ForwardContextTuner
-from petl.efficiency.skip_unread.block_positions import may_skip, prepare, read_at, refusal_of_block
-from petl.efficiency.skip_unread.labelled_positions import is_causal, read_labelled
+from petl.efficiency.rewrite import Rewrite
+from petl.efficiency.skip_unread.block_positions import (
+    Attention,
+    Block,
+    may_skip,
+    prepare,
+    read_at,
+    refusal_of_block,
+)
+from petl.efficiency.skip_unread.labelled_positions import LabelReader, is_causal, read_labelled
 
 # Classifiers that read the first position, with the module that picks it and its class; None: the
 # model's own forward.
@@ -37,46 +45,24 @@ FIRST: dict[str, tuple[str, str] | None] = {
 }
 
 
-def skip_unread(model: PeftModel) -> str | None:
-    """Leave out positions that nothing reads.
-
-    A classifier computes its last block at the position that its head reads, and at no others. A
-    causal LM computes head and loss at the positions that have a label, and so does the last block
-    of Llama and its kin; logits of a training pass with labels are then None.
-
-    `petl train` does this with `train.skip_unread`. A pass runs as before if it asks for hidden
-    states or attentions, has a cache or an unknown mask, if a part of the block has hooks, and
-    under torch.compile. Gradients and checkpointing are as before.
-
-    Returns:
-        None if it does from now on, else why it cannot.
-    """
-    base: Any = model.get_base_model()
-    if extra_losses(model):
-        return "an extra loss reads all positions"
-    reason = _refusal_of_tuner(model)
+def _predicts_tokens(base: Any) -> bool:
+    """Return True for a causal LM with logits over a vocabulary."""
     has_logits = isinstance(base, PreTrainedModel) and base.get_output_embeddings() is not None
-    if has_logits and is_causal(base):  # logits over a vocabulary
-        return read_labelled(base, reason)
-    reason = reason or _refusal(base)
-    if reason is None:
-        base.last_block = prepare(base)
-        swap_class(base, _Classifier)
-    return reason
+    return has_logits and is_causal(base)
 
 
-def _refusal_of_tuner(model: PeftModel) -> str | None:
-    """Return why the adapters of a model may read all positions; None if they do not."""
+def _refusal_of_tuner(model: PeftModel) -> str:
+    """Return why the adapters of a model may read all positions; "" if they do not."""
     tuner = model.base_model
     # PEFT's tuners adapt single layers; what is not a tuner adds positions (prompts)
     of_peft = isinstance(tuner, BaseTuner) and not isinstance(tuner, ForwardContextTuner)
     if of_peft or getattr(type(tuner), "by_position", False):
-        return None
+        return ""
     return f"{type(tuner).__name__} may read all positions"
 
 
-def _refusal(base: Any) -> str | None:
-    """Return why the last block of a classifier cannot be computed at one position, or None."""
+def _refusal(base: Any) -> str:
+    """Return why the last block of a classifier cannot be computed at one position, or ""."""
     if not isinstance(base, PreTrainedModel) or _position(base) is None:
         return f"it is not known which positions the head of {type(base).__name__} reads"
     return refusal_of_block(base)
@@ -107,7 +93,7 @@ def _unwrapped(module: Any) -> nn.Module:
 
 
 class _Classifier(SwappedClass):
-    """Mixin for a classifier whose last block is a `_Block`.
+    """Mixin for a classifier whose last block is a `Block`.
 
     Attributes:
         last_block: path of that block.
@@ -136,3 +122,44 @@ def _positions(base: Any, kwargs: Mapping[str, Any]) -> Tensor | str | None:
     # as the model: the rightmost token that is no padding, the first if all are
     order = torch.arange(ids.shape[1], device=ids.device)
     return (order * (ids != pad)).argmax(-1, keepdim=True)
+
+
+class SkipUnread(Rewrite):
+    """Leaves out positions that nothing reads.
+
+    A classifier computes its last block at the position that its head reads, and at no others. A
+    causal LM computes head and loss at the positions that have a label, and so does the last block
+    of Llama and its kin; logits of a training pass with labels are then None.
+
+    `petl train` does this with `train.skip_unread`. A pass runs as before if it asks for hidden
+    states or attentions, has a cache or an unknown mask, if a part of the block has hooks, and
+    under torch.compile. Gradients and checkpointing are as before.
+    """
+
+    saves = "positions that nothing reads are left out"
+    tries = True
+    mixins = (_Classifier, LabelReader, Block, Attention)
+
+    def refusal(self, model: nn.Module, value: Any = True) -> str:
+        """Return what may read all positions: adapters, an extra loss, or the model itself."""
+        if not isinstance(model, PeftModel):
+            return f"{type(model).__name__} is no PeftModel"
+        if extra_losses(model):
+            return "an extra loss reads all positions"
+        base: Any = model.get_base_model()
+        reason = _refusal_of_tuner(model)
+        if not _predicts_tokens(base):
+            return reason or _refusal(base)
+        head = base.get_output_embeddings()
+        # they may count tokens in the blocks, which the head in evaluation does not touch
+        return reason if any(isinstance(m, BaseTunerLayer) for m in head.modules()) else ""
+
+    def change(self, model: Any, value: Any = True) -> int:
+        """Swap the classes of the model, and of its last block where that is possible."""
+        base = model.get_base_model()
+        if _predicts_tokens(base):
+            read_labelled(base, by_position=not _refusal_of_tuner(model))
+        else:
+            swap_class(base, _Classifier)
+            base.last_block = prepare(base)
+        return 1

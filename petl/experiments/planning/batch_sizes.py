@@ -24,6 +24,7 @@ from petl.data.base import refuse_stream
 from petl.data.batch_sampler import Buckets, Ints, split_by
 from petl.data.bucketing import bucket_edges, distinct
 from petl.data.models.loading import load_base, load_processor
+from petl.efficiency.rewrite import apply_rewrites, rewrites_of
 from petl.errors import InputError
 from petl.experiments.planning.batch_search import (
     MEMORY_FRACTION,
@@ -276,9 +277,10 @@ def by_trials(config: RunConfig, splits: Splits, accelerator: Accelerator) -> Ge
         )
     arguments = wrap_arguments(config, splits, accelerator)
     base = load_base(config.model, splits.task, processor=splits.processor)
-    model = wrap_for_run(on_device(base, accelerator), arguments, settings)
+    model = wrap_for_run(on_device(base, accelerator), arguments)
     losses.attach(model, config.loss)
     check_model(model, settings)
+    apply_rewrites(model, rewrites_of(settings))
     device = accelerator.device
     with limited_memory(device), for_training(model, settings):
         hooks = lifecycle(model)

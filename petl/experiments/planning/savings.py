@@ -11,8 +11,7 @@ import torch
 from peft import PeftModel
 
 from petl.data.batch_sampler import padding_fraction
-from petl.efficiency.recompute import recompute_mlp
-from petl.efficiency.skip_unread.read_positions import skip_unread
+from petl.efficiency.rewrite import REWRITES, rewrite, rewrites_of
 from petl.efficiency.together.batches import TOKENS
 from petl.efficiency.together.group import Member
 from petl.errors import UnsupportedError
@@ -245,30 +244,23 @@ def savings_of_passes(model: PeftModel, counted: Counted) -> list[Saving]:
     now, settings = counted.memory.pass_, counted.settings
     if now is None:
         return found
-    if not settings.skip_unread and skip_unread(model) is None:
-        then = counted.pass_of(model)
-        fewer = 1 - then.operations / now.operations
-        if fewer > NOTABLE:
-            found.append(
-                Saving("train.skip_unread=true", f"{percent(fewer)} {OPERATIONS}", ROUNDING)
-            )
+    asked = rewrites_of(settings)
+    for name in (name for name in REWRITES if name not in asked):
+        each = rewrite(name)
+        # what changes passes with gradients alone saves memory
+        if each.refusal(model, each.value) or (each.only_trains and not is_large(counted.memory)):
+            continue
+        each.change(model, each.value)
         # what follows is measured on the model as it is now
-        now = then
-    if not settings.recompute_mlp and is_large(counted.memory):
-        try:
-            recompute_mlp(model)
-        except UnsupportedError:  # no MLP of a known form
-            return found
-        less = counted.pass_of(model).peak
-        if less < (1 - NOTABLE) * now.peak:
-            found.append(
-                Saving(
-                    "train.recompute_mlp=true",
-                    f"memory: {megabytes(less)} for a pass instead of {megabytes(now.peak)}; "
-                    "activation functions of MLPs are computed two more times",
-                    NONE,
-                )
-            )
+        before, now = now, counted.pass_of(model)
+        setting = f"train.{name}={str(each.value).lower()}"
+        result = NONE if each.exact else ROUNDING
+        fewer = 1 - now.operations / before.operations
+        if fewer > NOTABLE:
+            found.append(Saving(setting, f"{percent(fewer)} {OPERATIONS}", result))
+        elif is_large(counted.memory) and now.peak < (1 - NOTABLE) * before.peak:
+            less = f"memory: {megabytes(now.peak)} for a pass instead of {megabytes(before.peak)}"
+            found.append(Saving(setting, f"{less}; {each.saves}", result))
     return found
 
 

@@ -12,11 +12,12 @@ from petl.core.registry import on_shapes, without_data
 from petl.data.models.loading import dense_modules, load_base
 from petl.data.models.quantization import quantized_layers
 from petl.data.tasks.base import Task
+from petl.efficiency.rewrite import apply_rewrites, rewrites_of
 from petl.experiments.planning.memory import Storage
 from petl.methods import losses
 from petl.training.distributed.launch import FSDP, number_of_processes, refuse_fsdp
 from petl.training.runs.run_config import RunConfig
-from petl.training.wrapping import apply_memory_options, compute_less, train_new_modules
+from petl.training.wrapping import train_new_modules
 
 
 def model_on_shapes(
@@ -34,9 +35,8 @@ def model_on_shapes(
 
     with warnings.catch_warnings(record=True) as caught:
         model = on_shapes(build, train_new_modules(planned, build()))
-    apply_memory_options(model, run.train)
     losses.attach(model, run.loss)
-    compute_less(model, run.train)
+    apply_rewrites(model, rewrites_of(run.train))
     for _, parameter in trainable(model):
         parameter.data = parameter.data.float()  # as `make_optimizer` does
     # deprecation warnings are for developers of petl

@@ -17,8 +17,7 @@ from petl.data.base import encode
 from petl.data.batch_sampler import chunks
 from petl.data.tasks.base import Columns, Prediction, Row, Task
 from petl.data.tasks.row_tasks import COLUMN
-from petl.efficiency.fused_lora.switching import fuse_lora
-from petl.efficiency.skip_unread.read_positions import skip_unread
+from petl.efficiency.rewrite import apply_rewrites, rewrites_of
 from petl.errors import InputError
 from petl.system.collectives import shared_out
 from petl.system.progress import Shown
@@ -85,10 +84,8 @@ class Predictor:
         task, train = saved.saved_task, saved.run_config.train if saved.run else None
         accelerator = make_accelerator(Launch(), saved.precision)
         model = saved.model()
-        if train is not None and train.fuse_lora:  # the same kernels as in training
-            fuse_lora(model)
-        if train is not None and train.skip_unread:
-            skip_unread(model)
+        if train is not None:  # the same kernels as in training
+            apply_rewrites(model, rewrites_of(train, trains=False))
         default = 64 if train is None else train.eval_batch_size
         # not by `or`: 0 is refused and no default
         most = task.generate or NEW_TOKENS if max_new_tokens is None else max_new_tokens

@@ -36,7 +36,7 @@ from torch.autograd.function import once_differentiable
 from petl.core.compat import AuxiliaryTrainingWrapper
 from petl.core.layers.class_swap import original_class
 from petl.core.layers.context import ForwardContext, is_encoder_decoder
-from petl.core.lifecycle import extra_losses
+from petl.core.lifecycle import extra_losses, loss_list
 from petl.core.model.heat_map import HeatMap
 from petl.core.model.modes import (
     checkpoints_reentrantly,
@@ -48,7 +48,7 @@ from petl.core.model.structure import blocks
 from petl.core.registry import METHODS, build_config, keeps_base
 from petl.core.spec.config import config_field, require
 from petl.core.spec.method import LossConfig, register_loss
-from petl.efficiency.segment_loss import keep_logits
+from petl.efficiency.segment_loss import SegmentLoss
 from petl.errors import InputError, UnsupportedError, choose
 
 __all__ = ["DistillConfig", "Distillation"]
@@ -137,8 +137,9 @@ class Distillation:
         base: Any = model.get_base_model()
         self.model, self.base, self.config = model, base, config
         self.blocks = chosen_blocks(base, config)
-        if config.logit_weight > 0:
-            keep_logits(base)
+        self.reads_logits = config.logit_weight > 0
+        if self.reads_logits:
+            SegmentLoss().undo(model)
         unswapped: Any = original_class(base)
         self.parameters = frozenset(inspect.signature(unswapped.forward).parameters)
         self.context = ForwardContext()
@@ -160,7 +161,7 @@ class Distillation:
         ]
         # an instance attribute: PeftModel looks up unknown attributes in the base model
         model.__dict__["distillation"] = self
-        extra_losses(model).append(self)
+        loss_list(model).append(self)
 
     @staticmethod
     def check(model: nn.Module, config: DistillConfig) -> None:
@@ -173,7 +174,7 @@ class Distillation:
         """Remove the term from the model."""
         for handle in self.hooks:
             handle.remove()
-        extra_losses(self.model).remove(self)
+        loss_list(self.model).remove(self)
         del self.model.__dict__["distillation"]
 
     # For the lifecycle
@@ -481,7 +482,7 @@ def logits_of(output: Any, model: nn.Module) -> Tensor:
     if not isinstance(logits, Tensor):
         raise UnsupportedError(
             f"{type(model).__name__} returned no logits in a dictionary, which logit_weight above "
-            "0 needs; set logit_weight=0, return_dict=True, and no petl.segment_loss"
+            "0 needs; set logit_weight=0, or return_dict=True"
         )
     return logits
 

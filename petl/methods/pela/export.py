@@ -16,7 +16,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from petl.core.layers.class_swap import original_class
+from petl.core.layers.class_swap import mixins_of, restore_class
 from petl.core.layers.layer import AdapterLayer, shape_of
 from petl.core.model.targets import LINEAR_KINDS
 from petl.core.parameters import quantization_of
@@ -67,8 +67,8 @@ def export(model: PeftModel) -> nn.Module:
             memo[id(getattr(module, hooks))] = OrderedDict()
     copied = copy.deepcopy(base, memo)
     for module in copied.modules():
-        module.__class__ = original_class(module)
-        module.__dict__.pop("loss_segment", None)
+        for mixin in mixins_of(module):
+            restore_class(module, mixin)
     return copied.requires_grad_(True)
 
 

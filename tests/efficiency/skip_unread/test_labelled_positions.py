@@ -14,9 +14,10 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 
 import petl
 from petl.data.tasks import CausalLM
-from petl.efficiency.segment_loss import has_frozen_head, refusal
+from petl.efficiency.rewrite import AUTO
+from petl.efficiency.segment_loss import SegmentLoss
 from petl.efficiency.skip_unread.labelled_positions import positions_of
-from petl.efficiency.skip_unread.read_positions import skip_unread
+from petl.efficiency.skip_unread.read_positions import SkipUnread
 from petl.ops.segmented_loss import shifted
 from tests.fixtures.tiny_families import DECODER, FAMILIES, TEXT, WIDTHS
 
@@ -89,9 +90,9 @@ def test_loss_and_gradients_equal_the_plain_model(family: str, head: str) -> Non
         plain.requires_grad_(True)
     model, batch = copy.deepcopy(plain), batch_of()
     base = model.get_base_model()
-    if has_frozen_head(base) and refusal(base) is None:  # as `petl train`
+    if not SegmentLoss().refusal(model, AUTO):  # as `petl train`
         petl.segment_loss(model)
-    assert skip_unread(model) is None
+    assert SkipUnread().apply(model) == 1
     expected, found = step(plain, batch), step(model, batch)
     assert_same(found, expected)
     assert model(**batch).logits is None
@@ -105,7 +106,7 @@ def test_evaluation_computes_the_logits_of_labelled_positions(family: str) -> No
     task = CausalLM(max_length=T)
     with torch.no_grad():
         expected = task.predict(model(**inputs_of(batch)), batch)
-        assert skip_unread(model) is None
+        assert SkipUnread().apply(model) == 1
         with Rows() as rows:
             outputs = task.outputs(model, batch)
         found = task.predict(outputs, batch)
@@ -125,7 +126,7 @@ def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def test_checkpointed_blocks_have_the_same_gradients(reentrant: bool) -> None:
     model, batch = wrapped(built("llama")), batch_of()
     expected = step(model, batch)
-    assert skip_unread(model) is None
+    assert SkipUnread().apply(model) == 1
     base = model.get_base_model()
     base.enable_input_require_grads()
     base.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -139,7 +140,7 @@ def test_any_share_of_labels_in_both_kinds_of_attention(attention: str, share: f
     base.set_attn_implementation(attention)
     model, batch = wrapped(base), batch_of(share)
     expected = step(model, batch)
-    assert skip_unread(model) is None
+    assert SkipUnread().apply(model) == 1
     assert_same(step(model, batch), expected)
     batch.pop("attention_mask")
     plain = wrapped(base := built("llama"))
@@ -151,7 +152,7 @@ def test_in_bfloat16_the_loss_is_as_close_as_its_rounding() -> None:
     exact, batch = wrapped(built("llama")), batch_of()
     model = wrapped(built("llama", torch.bfloat16))
     reference, plain = step(exact, batch), step(model, batch)
-    assert skip_unread(model) is None
+    assert SkipUnread().apply(model) == 1
     found = step(model, batch)
     assert found[0].dtype == plain[0].dtype
     assert abs(found[0] - reference[0]) <= max(abs(plain[0] - reference[0]), 1e-2)
@@ -168,7 +169,7 @@ def test_the_active_one_of_two_adapters_trains() -> None:
             nn.init.normal_(parameter, 0.0, 0.1)
     expected = step(model, batch)
     assert all(".other." in name for name in expected[1])
-    assert skip_unread(model) is None
+    assert SkipUnread().apply(model) == 1
     assert_same(step(model, batch), expected)
 
 
@@ -177,7 +178,7 @@ def test_labels_that_are_shifted_already_and_the_items_of_a_step_are_the_callers
     batch |= {"shift_labels": F.pad(batch["labels"], (0, 1), value=-100)[:, 1:].roll(1, 0)}
     batch |= {"num_items_in_batch": torch.tensor(31)}
     expected = step(model, batch)
-    assert skip_unread(model) is None
+    assert SkipUnread().apply(model) == 1
     assert_same(step(model, batch), expected)
 
 
@@ -194,7 +195,7 @@ def test_a_batch_without_any_label_is_that_of_the_plain_model(
     model = copy.deepcopy(plain)
     if segmented:
         petl.segment_loss(model)
-    assert skip_unread(model) is None
+    assert SkipUnread().apply(model) == 1
     expected, found = step(plain, batch), step(model, batch)
     # a mean over no labels; a sum over none of them, divided by the items of a step
     assert math.isnan(expected[0]) if items is None else expected[0] == 0
@@ -215,7 +216,7 @@ def test_a_head_that_is_adapted_and_rows_with_an_adapter_each() -> None:
     model.train()
     batch = batch_of()
     expected = step(model, batch)
-    assert skip_unread(model) is None
+    assert SkipUnread().apply(model) == 1
     assert_same(step(model, batch), expected)
     model.eval()
     names = ["default", "__base__", "default"]
@@ -242,7 +243,7 @@ def test_what_reads_all_positions_keeps_them() -> None:
     ).train()
     batch = batch_of()
     expected = step(mola, batch)
-    assert skip_unread(mola) is None  # the head in evaluation
+    assert SkipUnread().apply(mola) == 1  # the head in evaluation
     assert mola.get_base_model().last_block is None
     found = step(mola, batch)
     assert found[2] == expected[2]
@@ -250,13 +251,13 @@ def test_what_reads_all_positions_keeps_them() -> None:
     other = petl.wrap(
         BertForMaskedLM(BertConfig(**WIDTHS, **TEXT)), "lora", target_modules=["query"]
     )
-    assert skip_unread(other) is not None
+    assert SkipUnread().refusal(other)
 
 
 def test_a_pass_that_asks_for_hidden_states_has_them_all() -> None:
     model, batch = wrapped(built("llama")), batch_of()
     expected = model(**batch, output_hidden_states=True).hidden_states
-    assert skip_unread(model) is None
+    assert SkipUnread().apply(model) == 1
     found = model(**batch, output_hidden_states=True).hidden_states
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
@@ -267,7 +268,7 @@ def test_generation_is_as_before() -> None:
     ids = torch.randint(3, 32, (2, 5), generator=torch.Generator().manual_seed(0))
     settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     expected = model.generate(input_ids=ids, **settings)
-    assert skip_unread(model) is None
+    assert SkipUnread().apply(model) == 1
     assert torch.equal(model.generate(input_ids=ids, **settings), expected)
 
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import petl
-from petl.efficiency.skip_unread.read_positions import FIRST, skip_unread
+from petl.efficiency.skip_unread.read_positions import FIRST, SkipUnread
 from tests.fixtures.tiny_families import DECODER, IMAGE, TEXT, WIDTHS
 
 ENCODER = {**WIDTHS, **TEXT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -109,7 +109,7 @@ def test_loss_and_gradients_equal_the_plain_model(family: str, attention: str) -
     plain = with_lora(build(family, attention))
     model = copy.deepcopy(plain)
     batch = padded(plain.get_base_model(), batch_of(family))
-    assert skip_unread(model) is None
+    assert SkipUnread().apply(model) == 1
     expected, found = run(plain, batch), run(model, batch)
     assert_same(found, expected)
     assert found[2] < expected[2]  # it has computed less
@@ -150,7 +150,7 @@ def test_checkpointing_recomputes_the_same_positions(family: str, reentrant: boo
     model = copy.deepcopy(plain)
     base: Any = model.get_base_model()
     batch = padded(base, batch_of(family))
-    assert skip_unread(model) is None
+    assert SkipUnread().apply(model) == 1
     base.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.train()
     assert_same(run(model, batch), run(plain, batch))
@@ -167,7 +167,7 @@ def test_checkpointing_of_two_passes_recomputes_each_at_its_own_positions(reentr
     # the last token of each row is another one than in the first pass
     second["input_ids"][:, 2:] = pad
     second["attention_mask"] = second["input_ids"].ne(pad).long()
-    assert skip_unread(model) is None
+    assert SkipUnread().apply(model) == 1
     base.gradient_checkpointing_enable({"use_reentrant": reentrant})
     found = []
     for each in (plain.train(), model.train()):
@@ -182,7 +182,7 @@ def test_checkpointing_of_two_passes_recomputes_each_at_its_own_positions(reentr
 def test_evaluation_in_bfloat16_computes_less_and_the_same(family: str) -> None:
     plain = with_lora(build(family)).eval()
     model = copy.deepcopy(plain)
-    assert skip_unread(model) is None
+    assert SkipUnread().apply(model) == 1
     batch = padded(plain.get_base_model(), batch_of(family))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(
@@ -193,7 +193,7 @@ def test_evaluation_in_bfloat16_computes_less_and_the_same(family: str) -> None:
 def test_a_pass_that_shows_hidden_states_has_all_of_them() -> None:
     plain = with_lora(build("Bert"))
     model = copy.deepcopy(plain)
-    assert skip_unread(model) is None
+    assert SkipUnread().apply(model) == 1
     found = model(**batch_of("Bert"), output_hidden_states=True).hidden_states
     expected = plain(**batch_of("Bert"), output_hidden_states=True).hidden_states
     torch.testing.assert_close(found, expected)
@@ -201,7 +201,7 @@ def test_a_pass_that_shows_hidden_states_has_all_of_them() -> None:
 
 def test_a_hook_in_the_block_sees_all_positions() -> None:
     model: Any = with_lora(build("Bert"))
-    assert skip_unread(model) is None
+    assert SkipUnread().apply(model) == 1
     shapes: list[tuple[int, ...]] = []
     last = model.get_base_model().bert.encoder.layer[-1]
     handle = last.output.register_forward_hook(lambda *call: shapes.append(call[2].shape))
@@ -215,7 +215,7 @@ def test_the_body_alone_computes_all_positions() -> None:
     body = model.get_base_model().bert
     inputs = {k: v for k, v in batch_of("Bert").items() if k != "labels"}
     expected = body(**inputs).last_hidden_state
-    assert skip_unread(model) is None
+    assert SkipUnread().apply(model) == 1
     model(**batch_of("Bert"))
     assert torch.equal(body(**inputs).last_hidden_state, expected)
 
@@ -223,7 +223,7 @@ def test_the_body_alone_computes_all_positions() -> None:
 def test_dropout_in_the_block_keeps_its_rate() -> None:
     """Masks are drawn for the read position alone: the mean over draws is that of all positions."""
     model: Any = with_lora(build("Bert", hidden_dropout_prob=0.5))
-    assert skip_unread(model) is None
+    assert SkipUnread().apply(model) == 1
     block = model.get_base_model().bert.encoder.layer[-1]
     kept: list[Tensor] = []
     own = torch.nn.functional.dropout
@@ -260,7 +260,7 @@ def test_a_method_that_says_so_changes_each_position_by_itself(method: str) -> N
         if parameter.requires_grad:  # away from the start, at which an adapter adds nothing
             parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     model = copy.deepcopy(plain)
-    assert skip_unread(model) is None
+    assert SkipUnread().apply(model) == 1
     expected, found = run(plain, batch_of("Bert")), run(model, batch_of("Bert"))
     assert_same(found, expected)
     assert found[2] < expected[2]
@@ -282,9 +282,7 @@ def test_methods_that_count_positions_are_left_alone(method: str) -> None:
 )
 def test_other_models_are_left_alone(base: Any, reason: str) -> None:
     model = with_lora(base())
-    said = skip_unread(model)
-    assert said is not None
-    assert reason in said
+    assert reason in SkipUnread().refusal(model)
 
 
 MODERN = hf.ModernBertConfig(
@@ -304,4 +302,4 @@ def test_a_head_of_ones_own_is_left_alone() -> None:
     base = build("Roberta")
     base.classifier = Mean()
     model = with_lora(base)
-    assert "positions the head" in (skip_unread(model) or "")
+    assert "positions the head" in SkipUnread().refusal(model)

@@ -37,7 +37,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from petl.core.layers.context import ForwardContext
-from petl.core.lifecycle import extra_losses
+from petl.core.lifecycle import extra_losses, loss_list
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.model.modes import evaluation_mode, has_enabled_adapter
 from petl.core.spec.config import require
@@ -114,7 +114,7 @@ class ActivationDensity:
         self.save_adapter = model.save_pretrained
         # instance attributes shadow PeftModel's `save_pretrained`
         model.__dict__ |= {"save_pretrained": self.save_pretrained, "activation_density": self}
-        extra_losses(model).append(self)
+        loss_list(model).append(self)
 
     @staticmethod
     def check(model: nn.Module, config: ActivationDensityConfig) -> None:
@@ -125,7 +125,7 @@ class ActivationDensity:
         """Remove the term from the model."""
         for handle in self.hooks:
             handle.remove()
-        extra_losses(self.model).remove(self)
+        loss_list(self.model).remove(self)
         for name in ("save_pretrained", "activation_density"):
             del self.model.__dict__[name]
 

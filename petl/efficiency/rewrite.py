@@ -1,0 +1,113 @@
+"""Rewrites: the same adapted model in less time or memory, by the setting that asks for it.
+
+A rewrite puts mixins before the classes of modules (petl/core/layers/class_swap.py): the tree of
+modules, its tensors and its files stay, and `undo` takes the mixins out again.
+"""
+
+import logging
+from collections.abc import Mapping
+from pkgutil import resolve_name
+from typing import Any, ClassVar
+
+from torch import nn
+
+from petl.core.layers.class_swap import SwappedClass, restore_class
+from petl.errors import UnsupportedError
+
+# by setting under `train`, in the order in which they are applied; imported when asked for
+REWRITES = {
+    "fuse_lora": "petl.efficiency.fused_lora.switching:FuseLora",
+    "recompute_mlp": "petl.efficiency.recompute:RecomputeMlp",
+    "loss_segment": "petl.efficiency.segment_loss:SegmentLoss",
+    "skip_unread": "petl.efficiency.skip_unread.read_positions:SkipUnread",
+}
+AUTO = "auto"  # the value of a setting that asks for a rewrite where it changes nothing but speed
+logger = logging.getLogger(__name__)
+
+
+class Rewrite:
+    """A way to compute a model in less time or memory.
+
+    Attributes:
+        saves: what it does, in a sentence.
+        value: of its setting, where none is given.
+        tries: True if it is asked for by default, so that a model without it is no error.
+        exact: True if losses and gradients are the same to the bit, else they are up to rounding.
+        only_trains: True if it changes nothing but passes with gradients.
+        mixins: that it puts before the classes of modules.
+    """
+
+    saves: ClassVar[str]
+    value: ClassVar[Any] = True
+    tries: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
+    only_trains: ClassVar[bool] = False
+    mixins: ClassVar[tuple[type[SwappedClass], ...]] = ()
+
+    def refusal(self, model: nn.Module, value: Any = None) -> str:
+        """Return why a model cannot be rewritten, which changes nothing; "" if it can."""
+        return ""
+
+    def apply(self, model: nn.Module, value: Any = None) -> int:
+        """Rewrite a model and return the number of modules changed.
+
+        Raises:
+            UnsupportedError: `refusal` has a reason.
+        """
+        value = self.value if value is None else value
+        reason = self.refusal(model, value)
+        if reason:
+            raise UnsupportedError(reason)
+        return self.change(model, value)
+
+    def change(self, model: nn.Module, value: Any) -> int:
+        """Rewrite a model for which `refusal` has no reason; return the number of modules."""
+        raise NotImplementedError
+
+    def undo(self, model: nn.Module) -> None:
+        """Let a model compute as before `apply`."""
+        for module in model.modules():
+            for mixin in self.mixins:
+                restore_class(module, mixin)
+
+
+def rewrite(setting: str) -> Rewrite:
+    """Return the rewrite of a setting in `REWRITES`."""
+    return resolve_name(REWRITES[setting])()
+
+
+def rewrites_of(settings: Any, *, trains: bool = True) -> dict[str, Any]:
+    """Return the rewrites that settings of a run ask for, by setting, with its value.
+
+    Args:
+        settings: those under `train`.
+        trains: False: without those that change nothing but passes with gradients.
+    """
+    values = {name: getattr(settings, name) for name in REWRITES}
+    asked = {name: value for name, value in values.items() if value not in (None, False)}
+    return {name: v for name, v in asked.items() if trains or not rewrite(name).only_trains}
+
+
+def apply_rewrites(model: nn.Module, rewrites: Mapping[str, Any]) -> list[str]:
+    """Rewrite a model, as far as it allows what is asked for by default; return these settings.
+
+    Call it after extra losses are attached, which may read more.
+
+    Args:
+        rewrites: as `rewrites_of` returns them.
+
+    Raises:
+        UnsupportedError: the model cannot be rewritten as a setting asks.
+    """
+    applied = []
+    for name, value in rewrites.items():
+        each = rewrite(name)
+        reason = each.refusal(model, value)
+        if not reason:
+            each.change(model, value)
+            applied.append(name)
+        elif each.tries or value == AUTO:
+            logger.debug("train.%s has no effect: %s", name, reason)
+        else:
+            raise UnsupportedError(f"train.{name}={str(value).lower()} is not possible: {reason}")
+    return applied

@@ -1,0 +1,134 @@
+"""Every rewrite: the same loss and gradients, in copies too, and undone without a trace."""
+
+import copy
+import pickle
+from itertools import permutations
+
+import pytest
+import torch
+
+import petl
+from petl.efficiency.rewrite import REWRITES, apply_rewrites, rewrite, rewrites_of
+from petl.errors import UnsupportedError
+from petl.testing import Case
+from petl.training.runs.settings import TrainConfig
+
+CASES = {
+    "lora on llama": Case("lora", "llama", {"target_modules": "block-linear"}),
+    "lora on bert": Case("lora", "bert", {"target_modules": ["query", "value"]}),
+    "lora with a head": Case(
+        "lora", "llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}
+    ),
+    "mola on llama": Case("mola", "llama", {"num_experts": 3, "target_modules": "block-linear"}),
+    "sparse on bert": Case("sparse", "bert", {"density": 0.1, "selection_algorithm": "none"}),
+    "lora on vit": Case("lora", "vit", {"target_modules": ["q_proj"]}),
+}
+# of which setting a model takes, with the value of its rewrite
+TAKES = {
+    "lora on llama": {"fuse_lora", "recompute_mlp", "loss_segment", "skip_unread"},
+    "lora on bert": {"fuse_lora", "recompute_mlp", "skip_unread"},
+    "lora with a head": {"fuse_lora", "recompute_mlp", "skip_unread"},
+    "mola on llama": {"recompute_mlp", "loss_segment", "skip_unread"},
+    "sparse on bert": {"recompute_mlp", "skip_unread"},
+    "lora on vit": {"fuse_lora", "skip_unread"},
+}
+
+
+def wrapped(name):
+    return CASES[name].without_head().wrap_stirred().train()
+
+
+def step(model, batch):
+    """Return loss and gradients."""
+    model.zero_grad()
+    torch.manual_seed(1)  # of dropout
+    loss = model(**batch).loss
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return loss.detach(), gradients
+
+
+def assert_same(found, expected, *, exact):
+    torch.testing.assert_close(found[0], expected[0], rtol=0 if exact else 1e-5, atol=0)
+    assert found[1].keys() == expected[1].keys()
+    scale = max(float(gradient.abs().max()) for gradient in expected[1].values())
+    for name, gradient in expected[1].items():
+        allowed = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 2e-6 * scale}
+        torch.testing.assert_close(found[1][name], gradient, msg=name, **allowed)
+
+
+def trace(model):
+    """Return all that a rewrite could leave in a model: classes, attributes, hooks, tensors."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {
+        name: (
+            type(module),
+            sorted(vars(module)),
+            [len(getattr(module, each)) for each in hooks],
+            [(key, id(tensor)) for key, tensor in module.named_parameters(recurse=False)],
+            type(module._modules),
+        )
+        for name, module in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("setting", REWRITES)
+def test_loss_and_gradients_stay_and_undoing_leaves_no_trace(setting, name):
+    model, batch, each = wrapped(name), CASES[name].batch(), rewrite(setting)
+    plain, before = step(model, batch), trace(model)
+    if setting not in TAKES[name]:
+        with pytest.raises(UnsupportedError):
+            each.apply(model)
+        assert trace(model) == before
+        return
+    assert each.refusal(model, each.value) == ""
+    assert trace(model) == before
+    assert each.apply(model) > 0
+    assert trace(model) != before
+    found = step(model, batch)
+    assert_same(found, plain, exact=each.exact)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # our own bytes
+        assert_same(step(twin, batch), found, exact=True)
+    each.undo(model)
+    assert trace(model) == before
+    assert_same(step(model, batch), plain, exact=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_that_a_run_asks_for_are_applied_together_and_undone_in_any_order(name):
+    plain, batch = wrapped(name), CASES[name].batch()
+    before, expected = trace(plain), step(plain, batch)
+    asked = rewrites_of(TrainConfig(recompute_mlp="recompute_mlp" in TAKES[name]))
+    for order in list(permutations(TAKES[name]))[::7]:
+        assert set(apply_rewrites(plain, asked)) == TAKES[name]
+        assert_same(step(plain, batch), expected, exact=False)
+        for setting in order:
+            rewrite(setting).undo(plain)
+        assert trace(plain) == before
+
+
+def test_what_is_asked_for_is_refused_and_what_is_tried_is_left_out():
+    model = wrapped("lora with a head")
+    assert apply_rewrites(model, {"loss_segment": "auto"}) == []
+    assert apply_rewrites(model, {"loss_segment": 5}) == ["loss_segment"]
+    with pytest.raises(UnsupportedError, match=r"train\.recompute_mlp=true is not possible"):
+        apply_rewrites(wrapped("lora on vit"), {"recompute_mlp": True})
+    with pytest.raises(UnsupportedError, match=r"train\.loss_segment=5 is not possible"):
+        apply_rewrites(wrapped("lora on bert"), {"loss_segment": 5})
+
+
+def test_an_evaluation_asks_for_what_changes_passes_without_gradients():
+    settings = TrainConfig(recompute_mlp=True)
+    assert list(rewrites_of(settings)) == list(REWRITES)
+    assert list(rewrites_of(settings, trains=False)) == ["fuse_lora", "skip_unread"]
+    assert rewrites_of(TrainConfig(fuse_lora=False, skip_unread=False, loss_segment=None)) == {}
+
+
+def test_a_loss_that_reads_logits_or_positions_excludes_what_leaves_them_out():
+    model = wrapped("lora on llama")
+    petl.losses.attach(
+        model, petl.losses.build_loss("distill", logit_weight=1.0, feature_weight=0.0)
+    )
+    assert "reads all logits" in rewrite("loss_segment").refusal(model, "auto")
+    assert "an extra loss" in rewrite("skip_unread").refusal(model)
