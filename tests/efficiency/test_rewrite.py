@@ -98,7 +98,7 @@ def test_loss_and_gradients_stay_and_undoing_leaves_no_trace(setting, name):
 @pytest.mark.parametrize("name", CASES)
 def test_all_that_a_run_asks_for_are_applied_together_and_undone_in_any_order(name):
     plain, batch = wrapped(name), CASES[name].batch()
-    before, expected = trace(plain), step(plain, batch)
+    expected, before = step(plain, batch), trace(plain)
     asked = rewrites_of(TrainConfig(recompute_mlp="recompute_mlp" in TAKES[name]))
     for order in list(permutations(TAKES[name]))[::7]:
         assert set(apply_rewrites(plain, asked)) == TAKES[name]
@@ -127,8 +127,7 @@ def test_an_evaluation_asks_for_what_changes_passes_without_gradients():
 
 def test_a_loss_that_reads_logits_or_positions_excludes_what_leaves_them_out():
     model = wrapped("lora on llama")
-    petl.losses.attach(
-        model, petl.losses.build_loss("distill", logit_weight=1.0, feature_weight=0.0)
-    )
+    loss = petl.losses.build_loss("distill", logit_weight=1.0, feature_weight=0.0)
+    petl.losses.attach(model, loss)
     assert "reads all logits" in rewrite("loss_segment").refusal(model, "auto")
     assert "an extra loss" in rewrite("skip_unread").refusal(model)

@@ -31,7 +31,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import petl
 from petl import testing
-from petl.efficiency.segment_loss import has_frozen_head
 from petl.errors import UnsupportedError
 from petl.system.collectives import to_full
 
@@ -141,21 +140,6 @@ def test_loss_and_gradients_are_the_models_own(name, head):
         assert_same_step(step(model, inputs), (output, grads))
 
 
-@pytest.mark.parametrize(
-    ("method", "fields"),
-    [
-        ("mola", {"num_experts": 2}),
-        ("adapter", {}),
-        ("sparse", {"density": 0.1, "selection_algorithm": "none"}),
-        ("mos", {"r": 2}),
-        ("compacter", {"phm_dim": 2}),
-    ],
-)
-def test_any_method(method, fields):
-    model = wrapped("llama", method, ["q_proj", "o_proj"], **fields)
-    assert_same_step(step(model, batch()), step(segmented(model, 5), batch()))
-
-
 def test_shifted_labels_a_single_label_and_checkpointing():
     model = wrapped("llama")
     inputs = batch()
@@ -245,14 +229,6 @@ def test_segments_again_change_the_size():
     petl.segment_loss(model, 7)
     assert type(model.get_base_model()) is kind
     assert model.get_base_model().loss_segment == 7
-
-
-@pytest.mark.parametrize(
-    ("head", "plain"), [("frozen", True), ("trained", False), ("adapted", False), ("mola", False)]
-)
-def test_a_frozen_head(head, plain):
-    method, targets, fields = HEADS[head]
-    assert has_frozen_head(wrapped("llama", method, targets, **fields)) is plain
 
 
 @pytest.mark.parametrize(
