@@ -26,7 +26,7 @@ The checks use the fields of tests/contract/test_contract.py. Run one with
     pytest -m 'slow or not slow' tests/contract/test_contract.py -k 'NAME-llama-CHECK'
 
 (for PEFT's own LoRA, which is a plain LoRA already, `test_a_lora_of_pefts_own_is_copied` of
-tests/export/test_lora.py). `python scripts/support.py` writes this page from what methods
+tests/adapters/export/test_lora.py). `python scripts/support.py` writes this page from what methods
 `lacks`; a test compares it with the code.
 
 | column | meaning of "yes" | check |

@@ -1,32 +1,24 @@
 """Data sets: `read_data(cfg.data)` reads and checks the rows before any model is loaded."""
 
-from petl.data.base import SOURCES, RawData, as_dataset, data_source, read_data
-from petl.data.bucketing import BucketBatchSampler
-from petl.data.bundled import Digits, Hamlet, Reasoning, WordNet
-from petl.data.files import Files
-from petl.data.folders import AudioFolder, ImageFolder, Speech
-from petl.data.hub import Hub
-from petl.data.task_sets import TaskSets
-
-SOURCES |= {
-    "wordnet": WordNet,
-    "hamlet": Hamlet,
-    "reasoning": Reasoning,
-    "files": Files,
-    "hub": Hub,
-    "image_folder": ImageFolder,
-    "audio_folder": AudioFolder,
-    "digits": Digits,
-    "speech": Speech,
-    "tasks": TaskSets,
+# by `data.source`, "module:class", imported when it is chosen
+SOURCES = {
+    "wordnet": "petl.data.bundled:WordNet",
+    "hamlet": "petl.data.bundled:Hamlet",
+    "reasoning": "petl.data.bundled:Reasoning",
+    "files": "petl.data.files:Files",
+    "hub": "petl.data.hub:Hub",
+    "image_folder": "petl.data.folders:ImageFolder",
+    "audio_folder": "petl.data.folders:AudioFolder",
+    "digits": "petl.data.bundled:Digits",
+    "speech": "petl.data.folders:Speech",
+    "tasks": "petl.data.task_sets:TaskSets",
 }
 
 
-__all__ = [
-    "SOURCES",
-    "BucketBatchSampler",
-    "RawData",
-    "as_dataset",
-    "data_source",
-    "read_data",
-]
+def __getattr__(name: str) -> object:
+    """`petl.data.BucketBatchSampler`, imported on first use: it needs torch."""
+    if name == "BucketBatchSampler":
+        from petl.data.bucketing import BucketBatchSampler
+
+        return BucketBatchSampler
+    raise AttributeError(f"module 'petl.data' has no attribute {name!r}")

@@ -4,12 +4,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pkgutil import resolve_name
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from datasets import Dataset
 from omegaconf import DictConfig
 
+from petl.data import SOURCES
+from petl.data.tasks import TASKS
 from petl.data.tasks.base import Task
 from petl.errors import InputError, choose
 from petl.system.settings.schema import plain, read_fields
@@ -145,9 +148,6 @@ class TextSource(Source, ABC):
         check_minimum("max_length", self.max_length, 2)
 
 
-SOURCES: dict[str, type[Source]] = {}  # by `data.source`; filled by petl/data/__init__.py
-
-
 def read_data(cfg: DictConfig | Mapping[str, Any]) -> RawData:
     """Read the task with its training and test rows, after a check of the settings `cfg`.
 
@@ -173,10 +173,9 @@ def data_source(cfg: DictConfig | Mapping[str, Any]) -> Source:
     source = settings.get("source")
     if source is None:
         raise InputError(f"data.source is not given; available: {', '.join(sorted(SOURCES))}")
-    kind = choose(SOURCES, source, "data source")
+    kind = resolve_name(choose(SOURCES, source, "data source"))
     # before the fields: which are allowed depends on the task
-    tasks = dict.fromkeys(task for source in SOURCES.values() for task in source.serves)
-    choose(tasks, settings.get("task", "classification"), "task")
+    choose(TASKS, settings.get("task", "classification"), "task")
     return read_fields(kind, settings, "data")
 
 

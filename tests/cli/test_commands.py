@@ -183,7 +183,7 @@ def test_a_new_loss_is_found_by_its_registration(petl_command):
             type("Quiet", (), {"config_cls": QuietConfig})
         )
 
-    with pytest.raises(ValueError, match=r"'density' is taken by petl\.losses\.density"):
+    with pytest.raises(ValueError, match=r"'density' is taken by petl\.methods\.losses\.density"):
         register("density")
     try:
         register("quiet")

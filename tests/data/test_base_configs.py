@@ -1,10 +1,11 @@
 from dataclasses import fields
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 from omegaconf import OmegaConf
 
-from petl.data.base import SOURCES
+from petl.data import SOURCES
 from petl.system.settings.schema import read_fields
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
@@ -16,7 +17,7 @@ REQUIRED = {"name": "someone/something", "train": "rows.csv", "sets": SETS}
 @pytest.mark.parametrize("path", sorted(CONFIGS.iterdir()), ids=lambda path: path.stem)
 def test_every_data_config_lists_the_settings_of_its_source(path):
     cfg = OmegaConf.to_container(OmegaConf.load(path))
-    source = SOURCES[cfg["source"]]
+    source = resolve_name(SOURCES[cfg["source"]])
     assert set(cfg) == {field.name for field in fields(source)}
     for key, value in cfg.items():
         if value is None and key in REQUIRED:

@@ -9,9 +9,8 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch import distributed
 
-from petl.data import BucketBatchSampler
 from petl.data.batch_sampler import Buckets, padding_fraction
-from petl.data.bucketing import bucket_edges, fill
+from petl.data.bucketing import BucketBatchSampler, bucket_edges, fill
 from petl.errors import InputError
 from petl.experiments.planning.bucket_estimate import describe
 from petl.testing.processes import in_processes

@@ -13,7 +13,7 @@ from tiny_tokenizers import CHATML, byte_tokenizer
 from petl.data.base import read_data
 from petl.data.formats import recognized
 from petl.data.other_tasks import ANSWERS
-from petl.data.tasks import IGNORED
+from petl.data.tasks.base import IGNORED
 from petl.data.tasks.chat import encode_chat, last_answer, unpacked
 from petl.errors import InputError
 

@@ -5,14 +5,13 @@ import json
 import pytest
 
 from petl.data.inputs import read_inputs
-from petl.data.tasks import (
-    TASKS,
-    CausalLM,
-    Classification,
-    Regression,
-    Seq2Seq,
-    TokenClassification,
-)
+from petl.data.tasks.causal_lm import CausalLM
+from petl.data.tasks.classification import Classification
+from petl.data.tasks.media import ImageClassification
+from petl.data.tasks.question_answering import QuestionAnswering
+from petl.data.tasks.regression import Regression
+from petl.data.tasks.seq2seq import Seq2Seq
+from petl.data.tasks.token_classification import TokenClassification
 from petl.errors import InputError
 
 TWO = Classification(classes=["bad", "good"])
@@ -36,7 +35,7 @@ def read(folder, row, task, labels=False, **settings):
         (Regression(), {"text": "x"}, {"source": "files", "train": "gone.csv"}, {"text": "x"}),
         (WORDS, {"tokens": ["x"]}, {}, {"tokens": ["x"]}),
         (
-            TASKS["question_answering"](),
+            QuestionAnswering(),
             {"question": "q", "context": "c"},
             {},
             {"question": "q", "context": "c", "number": 0},
@@ -92,7 +91,7 @@ def test_files_are_read_as_they_are_needed(tmp_path):
 
 
 def media(folder, name, labels=False):
-    images = TASKS["image_classification"](classes=["a", "b"])
+    images = ImageClassification(classes=["a", "b"])
     return list(read_inputs([str(folder / name)], images, {}, labels=labels))
 
 

@@ -16,7 +16,8 @@ from petl.data.base import Stream, read_data
 from petl.data.batch_sampler import SequentialStepSampler
 from petl.data.streaming import StreamedRows, shuffled
 from petl.data.task_columns import ClassificationColumns
-from petl.data.tasks import CausalLM, Classification
+from petl.data.tasks.causal_lm import CausalLM
+from petl.data.tasks.classification import Classification
 from petl.errors import InputError
 from petl.training.dataloader import digest, load
 

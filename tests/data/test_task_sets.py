@@ -5,7 +5,7 @@ import csv
 import pytest
 import yaml
 
-from petl.data import read_data
+from petl.data.base import read_data
 from petl.errors import InputError, UnknownNameError
 from petl.training.compose import compose
 from petl.training.runs.resume import identity

@@ -34,8 +34,8 @@ from transformers import dynamic_module_utils as modules
 import petl
 from petl.adapters.export.saved_adapter import find, score
 from petl.data.models.loading import load_base
-from petl.data.tasks import Classification
 from petl.data.tasks.chat import encode_chat
+from petl.data.tasks.classification import Classification
 from petl.errors import InputError
 from petl.system.files.disk import atomic_folder
 from petl.training.optimizer import make_optimizer

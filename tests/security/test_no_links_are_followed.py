@@ -17,7 +17,7 @@ from training_fixtures import ROOT, train
 from petl.adapters.export.saved_adapter import find
 from petl.cli import main
 from petl.data.models.loading import save_processor
-from petl.data.tasks import Classification
+from petl.data.tasks.classification import Classification
 from petl.errors import InputError
 from petl.experiments.reports.comparison import compare
 from petl.experiments.reports.page import embed_png

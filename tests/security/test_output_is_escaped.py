@@ -21,7 +21,7 @@ from peft import LoraConfig
 
 from petl.cli import main
 from petl.data.models.sources import Folder
-from petl.data.tasks import Classification
+from petl.data.tasks.classification import Classification
 from petl.errors import InputError, RunStopped, UnknownNameError, markdown, printable
 from petl.experiments.reports import comparison, comparison_report
 from petl.experiments.reports.formatting import Table, echo, print_table

@@ -4,7 +4,8 @@ import pytest
 from datasets import Dataset
 from training_fixtures import train
 
-from petl.data.tasks import Classification, Regression
+from petl.data.tasks.classification import Classification
+from petl.data.tasks.regression import Regression
 from petl.training.dataloader import warn_about_labels, warn_about_overlap
 
 pytest_plugins = ["training_fixtures"]

@@ -12,7 +12,7 @@ import petl
 from petl import testing
 from petl.data.base import read_data
 from petl.data.models.loading import load_base, load_processor
-from petl.data.tasks import CausalLM
+from petl.data.tasks.causal_lm import CausalLM
 from petl.data.tasks.metrics import rouge
 from petl.efficiency.drafting import engine
 from petl.errors import InputError

@@ -16,7 +16,8 @@ from transformers import BertForSequenceClassification
 import petl
 from petl.data.base import read_data
 from petl.data.models.loading import load_base, load_tokenizer
-from petl.data.tasks import CausalLM, Classification
+from petl.data.tasks.causal_lm import CausalLM
+from petl.data.tasks.classification import Classification
 from petl.errors import InputError, RunStopped
 from petl.training.compose import compose
 from petl.training.dataloader import encode_splits

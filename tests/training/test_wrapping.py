@@ -12,7 +12,7 @@ from transformers import (
 
 import petl
 from petl.data.models.loading import load_base
-from petl.data.tasks import Classification
+from petl.data.tasks.classification import Classification
 from petl.system.settings.command_line import preset_of
 from petl.training.compose import compose
 from petl.training.runs.settings import method_fields, with_inner

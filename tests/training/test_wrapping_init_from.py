@@ -12,8 +12,8 @@ import petl
 from petl.adapters.deltas import compress_adapter, expand
 from petl.core.parameters import trainable
 from petl.core.registry import needs_calibration
-from petl.data.tasks import Classification
 from petl.data.tasks.base import write_labels
+from petl.data.tasks.classification import Classification
 from petl.errors import InputError
 from petl.experiments.planning.plan import plan_run
 from petl.experiments.planning.preview import preview

@@ -1,42 +1,14 @@
 """Tasks: how rows are encoded, batched and scored, and which model head they need."""
 
-from petl.data.tasks.base import IGNORED, NON_INPUT_PREFIX, Task
-from petl.data.tasks.causal_lm import CausalLM
-from petl.data.tasks.classification import Classification
-from petl.data.tasks.media import AudioClassification, ImageClassification
-from petl.data.tasks.multitask import MultitaskClassification
-from petl.data.tasks.question_answering import QuestionAnswering
-from petl.data.tasks.regression import Regression
-from petl.data.tasks.seq2seq import Seq2Seq
-from petl.data.tasks.token_classification import TokenClassification
-
-TASKS: dict[str, type[Task]] = {
-    task.name: task
-    for task in (
-        Classification,
-        Regression,
-        TokenClassification,
-        QuestionAnswering,
-        CausalLM,
-        Seq2Seq,
-        ImageClassification,
-        AudioClassification,
-        MultitaskClassification,
-    )
+# by `data.task`, "module:class", imported when it is chosen
+TASKS = {
+    "classification": "petl.data.tasks.classification:Classification",
+    "regression": "petl.data.tasks.regression:Regression",
+    "token_classification": "petl.data.tasks.token_classification:TokenClassification",
+    "question_answering": "petl.data.tasks.question_answering:QuestionAnswering",
+    "causal_lm": "petl.data.tasks.causal_lm:CausalLM",
+    "seq2seq": "petl.data.tasks.seq2seq:Seq2Seq",
+    "image_classification": "petl.data.tasks.media:ImageClassification",
+    "audio_classification": "petl.data.tasks.media:AudioClassification",
+    "multitask_classification": "petl.data.tasks.multitask:MultitaskClassification",
 }
-
-__all__ = [
-    "IGNORED",
-    "NON_INPUT_PREFIX",
-    "TASKS",
-    "AudioClassification",
-    "CausalLM",
-    "Classification",
-    "ImageClassification",
-    "MultitaskClassification",
-    "QuestionAnswering",
-    "Regression",
-    "Seq2Seq",
-    "Task",
-    "TokenClassification",
-]

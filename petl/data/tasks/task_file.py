@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, TypedDict, get_type_hints
 
 from petl.data.tasks import TASKS
@@ -28,7 +29,7 @@ def read_task(folder: Path) -> Task | None:
     if not file.is_file():
         return None
     saved = read_json(file, Saved)
-    kind: Any = choose(TASKS, saved.pop("task"), f"task (in {file})")
+    kind: Any = resolve_name(choose(TASKS, saved.pop("task"), f"task (in {file})"))
     # annotations may be strings, which `mismatch` cannot check
     hints = get_type_hints(kind)
     known = {field.name: hints[field.name] for field in fields(kind)}

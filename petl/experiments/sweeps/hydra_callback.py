@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -131,7 +132,7 @@ def check(config: DictConfig) -> None:
         InputError: it would search for the worst score or on the test examples, or propose other
             values to each process.
     """
-    task, direction = TASKS[config.data.task], config.hydra.sweeper.direction
+    task, direction = resolve_name(TASKS[config.data.task]), config.hydra.sweeper.direction
     if config.train.eval_steps is None:
         raise InputError(
             "train.eval_steps=null: the search would choose by scores on the test examples of "

@@ -28,7 +28,7 @@ from petl.adapters.export.merge import merge
 from petl.adapters.export.saved_adapter import find, score
 from petl.core import fingerprint
 from petl.data.models.loading import load_base
-from petl.data.tasks import CausalLM
+from petl.data.tasks.causal_lm import CausalLM
 from petl.errors import InputError, RunStopped, UnsupportedError
 
 pytest_plugins = ["export_fixtures", "media_fixtures", "training_fixtures"]

@@ -11,8 +11,8 @@ from training_fixtures import bert_config, words, write_model
 from transformers import BartConfig, BartForSequenceClassification, BertForSequenceClassification
 
 from petl.adapters.export.saved_adapter import find, score
-from petl.data.tasks import Classification
 from petl.data.tasks.base import write_task
+from petl.data.tasks.classification import Classification
 from petl.errors import InputError
 
 pytest_plugins = ["export_fixtures", "training_fixtures"]

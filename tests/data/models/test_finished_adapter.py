@@ -6,7 +6,7 @@ import torch
 import petl
 from petl import testing
 from petl.data.models.finished_adapter import with_adapter
-from petl.data.tasks import CausalLM
+from petl.data.tasks.causal_lm import CausalLM
 from petl.errors import UnsupportedError
 
 

@@ -36,8 +36,10 @@ from petl.data.models.loading import (
     outermost_modules,
 )
 from petl.data.models.sources import SOURCES
-from petl.data.tasks import AudioClassification, CausalLM, Classification
 from petl.data.tasks.base import write_labels
+from petl.data.tasks.causal_lm import CausalLM
+from petl.data.tasks.classification import Classification
+from petl.data.tasks.media import AudioClassification
 from petl.errors import InputError
 from petl.system.files import hub
 from petl.training.wrapping import train_new_modules

@@ -7,7 +7,9 @@ from datasets import Dataset
 from tiny_tokenizers import CHATML
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from petl.data.tasks import IGNORED, CausalLM, base
+from petl.data.tasks import base
+from petl.data.tasks.base import IGNORED
+from petl.data.tasks.causal_lm import CausalLM
 from petl.errors import InputError
 
 

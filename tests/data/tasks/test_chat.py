@@ -1,7 +1,7 @@
 import pytest
 from tiny_tokenizers import CHATML, MARKED_CHATML
 
-from petl.data.tasks import IGNORED
+from petl.data.tasks.base import IGNORED
 from petl.data.tasks.chat import encode_chat
 from petl.errors import InputError
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from petl.data.tasks import Classification
+from petl.data.tasks.classification import Classification
 from petl.errors import InputError
 
 

@@ -6,7 +6,8 @@ import warm_python
 from datasets import Dataset
 from tiny_tokenizers import byte_tokenizer
 
-from petl.data.tasks import CausalLM, Classification
+from petl.data.tasks.causal_lm import CausalLM
+from petl.data.tasks.classification import Classification
 
 SPLIT = {"text": ["abc", "defg", "hi"], "label": [0, 1, 0]}
 
@@ -83,7 +84,7 @@ def test_another_process_reads_the_cached_rows(tokenizer, cache):
     program = (
         "from datasets import Dataset\n"
         "from tiny_tokenizers import byte_tokenizer\n"
-        "from petl.data.tasks import CausalLM\n"
+        "from petl.data.tasks.causal_lm import CausalLM\n"
         "tokenizer = byte_tokenizer(pad_token='<|im_end|>')\n"
         f"CausalLM().encode(tokenizer, Dataset.from_dict({SPLIT}))\n"
     )

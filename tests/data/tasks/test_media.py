@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from petl.data.tasks import AudioClassification, ImageClassification
+from petl.data.tasks.media import AudioClassification, ImageClassification
 from petl.errors import InputError
 
 AST = {"num_mel_bins": 16, "max_length": 40}

@@ -16,8 +16,8 @@ from transformers import (
 )
 
 import petl
-from petl.data.tasks import IGNORED, CausalLM
-from petl.data.tasks.base import Pad
+from petl.data.tasks.base import IGNORED, Pad
+from petl.data.tasks.causal_lm import CausalLM
 from petl.data.tasks.packing import (
     batch_of_blocks,
     by_positions,

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from tiny_tokenizers import word_tokenizer
 
-from petl.data.tasks import QuestionAnswering
-from petl.data.tasks.question_answering import best_span
+from petl.data.tasks.question_answering import QuestionAnswering, best_span
 from petl.errors import InputError
 
 CONTEXT = "Ada wrote notes in London. Later, Bob read them in Paris."

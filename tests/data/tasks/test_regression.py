@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from scipy.stats import pearsonr, spearmanr
 
-from petl.data.tasks import Regression
+from petl.data.tasks.regression import Regression
 
 NONE = Dataset.from_dict({})
 

@@ -8,9 +8,9 @@ from kept_runs import QUICK, lines
 from training_fixtures import train
 
 import petl
-from petl.data import read_data
-from petl.data.tasks import Classification
+from petl.data.base import read_data
 from petl.data.tasks.base import FILE, write_task
+from petl.data.tasks.classification import Classification
 from petl.data.tasks.row_tasks import of_tasks
 from petl.data.tasks.task_file import read_task
 from petl.errors import InputError, UnsupportedError

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
-from petl.data.tasks import IGNORED, Seq2Seq
+from petl.data.tasks.base import IGNORED
+from petl.data.tasks.seq2seq import Seq2Seq
 
 
 @pytest.fixture

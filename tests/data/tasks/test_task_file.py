@@ -1,11 +1,14 @@
 """The task that is saved with an adapter."""
 
 import json
+from pkgutil import resolve_name
 
 import pytest
 
-from petl.data.tasks import TASKS, CausalLM, Classification
+from petl.data.tasks import TASKS
 from petl.data.tasks.base import write_task
+from petl.data.tasks.causal_lm import CausalLM
+from petl.data.tasks.classification import Classification
 from petl.data.tasks.task_file import FILE, read_task
 from petl.errors import InputError
 
@@ -25,7 +28,7 @@ OTHERS = {
 @pytest.mark.parametrize("name", TASKS)
 def test_each_task_is_read_as_it_was_written(tmp_path, name):
     more = CLASSES if "classification" in name else {}
-    task = TASKS[name](**OTHERS.get(name, more))
+    task = resolve_name(TASKS[name])(**OTHERS.get(name, more))
     write_task(tmp_path, task)
     assert read_task(tmp_path) == task
 

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import f1_score
 
-from petl.data.tasks import IGNORED, TokenClassification
+from petl.data.tasks.base import IGNORED
 from petl.data.tasks.entities import are_entities, entities
+from petl.data.tasks.token_classification import TokenClassification
 from petl.errors import InputError
 
 TAGS = ["B-LOC", "B-PER", "I-LOC", "I-PER", "O"]

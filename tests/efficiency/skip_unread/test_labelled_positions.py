@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 import petl
-from petl.data.tasks import CausalLM
+from petl.data.tasks.causal_lm import CausalLM
 from petl.efficiency.rewrite import AUTO
 from petl.efficiency.segment_loss import SegmentLoss
 from petl.efficiency.skip_unread.labelled_positions import positions_of

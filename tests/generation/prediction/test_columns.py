@@ -2,7 +2,8 @@
 
 import pytest
 
-from petl.data.tasks import Classification, Seq2Seq
+from petl.data.tasks.classification import Classification
+from petl.data.tasks.seq2seq import Seq2Seq
 from petl.errors import InputError
 from petl.generation.prediction.columns import data_settings
 

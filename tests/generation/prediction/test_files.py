@@ -12,7 +12,7 @@ from kept_runs import lines
 
 from petl.adapters.export.saved_adapter import find
 from petl.cli import main
-from petl.data.tasks import Regression
+from petl.data.tasks.regression import Regression
 from petl.errors import InputError, RunStopped
 from petl.generation.prediction.files import Output, predict_files
 from petl.generation.prediction.predictor import Predictor, predicted

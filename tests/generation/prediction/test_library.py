@@ -15,7 +15,8 @@ from kept_runs import lines
 import petl
 from petl.adapters.export.saved_adapter import find
 from petl.data.inputs import read_inputs
-from petl.data.tasks import TASKS
+from petl.data.tasks.classification import Classification
+from petl.data.tasks.token_classification import TokenClassification
 from petl.errors import InputError
 from petl.generation.prediction.files import Output, predict_files
 from petl.generation.prediction.library import files_or_rows
@@ -58,12 +59,12 @@ def test_missing_values_and_lists_of_a_data_frame_are_those_of_a_file():
 def test_values_of_numpy_are_read_as_pythons(predictor):
     rows = [{"text": "the cat", "more": "x"}]
     found = list(read_inputs([], predictor.task, {}, rows=rows, labels=False))
-    words = TASKS["token_classification"](classes=["O", "X"])
+    words = TokenClassification(classes=["O", "X"])
     array = {"tokens": np.array(["a", "b"]), "score": np.float32(1.5)}
     ((raw, row),) = read_inputs([], words, {}, rows=[array])
     assert found[0][0] == rows[0]
     assert (raw, row) == ({"tokens": ["a", "b"], "score": 1.5}, {"tokens": ["a", "b"]})
-    two = TASKS["classification"](classes=["0", "1"])
+    two = Classification(classes=["0", "1"])
     labeled = [{"text": "a", "label": np.int64(1)}]
     assert [row for _, row in read_inputs([], two, {}, rows=labeled, labels=True)] == [
         {"text": "a", "label": 1}

@@ -19,8 +19,8 @@ from transformers import BertForSequenceClassification
 import petl
 from petl import testing
 from petl.adapters.export import saved_adapter
-from petl.data.tasks import CausalLM
 from petl.data.tasks.base import Pad, batch_of_texts
+from petl.data.tasks.causal_lm import CausalLM
 from petl.errors import InputError
 from petl.training.evaluate import score
 from petl.training.runs.resume import identity

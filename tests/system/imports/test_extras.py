@@ -9,7 +9,7 @@ import petl
 from petl.system.imports import extras
 from petl.system.imports.extras import install_hint, need_extra, optional
 
-ROOT = Path(petl.__file__).parents[2]
+ROOT = Path(petl.__file__).parents[1]
 
 
 def test_extras_are_installed_by_the_name_of_the_distribution():

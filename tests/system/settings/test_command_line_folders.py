@@ -124,5 +124,5 @@ def test_the_folder_inside_of_a_wheel_is_used_before_a_neighbor_of_the_package(
     package = tmp_path / "site-packages" / "petl"
     shutil.copytree(command_line.config_dir(), package / "configs")
     (tmp_path / "site-packages" / "configs").mkdir()  # another distribution's
-    monkeypatch.setattr(paths, "__file__", str(package / "files" / "paths.py"))
+    monkeypatch.setattr(paths, "__file__", str(package / "system/files/paths.py"))
     assert command_line.config_dir() == package / "configs"

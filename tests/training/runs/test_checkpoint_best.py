@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from training_fixtures import Finished, train
 
 import petl
-from petl.data.tasks import CausalLM, Classification
+from petl.data.tasks.causal_lm import CausalLM
+from petl.data.tasks.classification import Classification
 from petl.training.runs.checkpoint import TrainState, best_of, verify_best
 
 pytest_plugins = ["training_fixtures"]

@@ -13,7 +13,9 @@ from tiny_tokenizers import word_tokenizer
 from training_fixtures import train
 
 from petl.data.models.sources import read_source
-from petl.data.tasks import CausalLM, Classification, TokenClassification
+from petl.data.tasks.causal_lm import CausalLM
+from petl.data.tasks.classification import Classification
+from petl.data.tasks.token_classification import TokenClassification
 from petl.system.files.hub import OnHub, origin_of
 from petl.training.runs.card_code import LOCAL_BASE, TEXT, Usage, placed
 from petl.training.runs.model_card import Described, known_base, model_card, without_folders

@@ -29,7 +29,7 @@ from transformers import BertForSequenceClassification
 
 import petl
 from petl.core.fingerprint import read as read_fingerprint
-from petl.data.tasks import Classification
+from petl.data.tasks.classification import Classification
 from petl.errors import InputError, RunStopped
 from petl.system.processes import explain_process_failures, release
 from petl.testing import in_fresh_process
