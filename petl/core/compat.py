@@ -1,7 +1,8 @@
 """All uses of PEFT's private API, in one place."""
 
+import copy
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -15,13 +16,14 @@ from peft.mapping import (
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.boft.layer import get_fbd_cuda
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
 from peft.tuners.lora.conversion import _convert_module_to_lora
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import (
     AuxiliaryTrainingWrapper,
     BaseTuner,
     BaseTunerLayer,
+    _check_lora_target_modules_mamba,
     _get_tuner_state_dict_key_prefixes,
     check_adapters_to_merge,
     check_target_module_exists,
@@ -29,10 +31,15 @@ from peft.tuners.tuners_utils import (
 from peft.utils import PeftType, register_peft_method
 from peft.utils.constants import (
     SEQ_CLS_HEAD_NAMES,
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
 )
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.transformers_weight_conversion import (
+    _MOE_TARGET_MODULE_MAPPING,
+    convert_peft_config_for_transformers,
+)
 from torch import Tensor, nn
 
 __all__ = [
@@ -53,12 +60,15 @@ __all__ = [
     "check_adapters_to_merge",
     "check_target_module_exists",
     "config_class",
+    "default_targets",
     "drop_base_weights",
     "embedding_weights",
     "freeze_ranks",
     "get_pattern_key",
     "get_quantization_kwargs",
     "has_boft_kernel",
+    "refused_names",
+    "renamed_targets",
     "resolve_quantization_backend",
     "svd_factors",
     "tuner_class",
@@ -146,6 +156,48 @@ def calls_past_hooks(tuner: type) -> bool:
     """Return True if a tuner calls `model.forward` directly, which bypasses the model's hooks."""
     # AdaLoRA's forward adds its orthogonality penalty to the loss
     return issubclass(tuner, AdaLoraModel)
+
+
+def default_targets(tuner: type[Any], model_type: str | None) -> set[str] | str | None:
+    """Return PEFT's default targets of a tuner for this type of model; None: it has none."""
+    table = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING  # of the only one without its own
+    found = getattr(tuner, "target_module_mapping", table).get(model_type or "")
+    return set(found) if isinstance(found, list) else found
+
+
+def renamed_targets(config: Any, model: nn.Module) -> set[str]:
+    """Return the names that PEFT takes for parameters of stacked experts in this model.
+
+    They are names of transformers 4, such as `gate_proj`, where the experts were linear layers.
+    """
+    if config.peft_type != PeftType.LORA:
+        return set()
+    for names in _MOE_TARGET_MODULE_MAPPING.values():
+        # the router has one name in all kinds of models
+        probe = LoraConfig(target_modules=[name for name in names if name != "gate"])
+        convert_peft_config_for_transformers(probe, model=model, conversions=None)
+        if probe.target_parameters:
+            return set(names)
+    return set()
+
+
+def refused_names(config: Any, model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Return why PEFT refuses modules of this model as targets, by name; of most none."""
+    refused, renamed = dict[str, str](), renamed_targets(config, model)
+    for name in names:
+        last = name.rpartition(".")[2]
+        try:
+            _check_lora_target_modules_mamba(config, model, last)
+        except ValueError:
+            refused[name] = "kernels of Mamba read its weight without calling it"
+    ours = copy.deepcopy(config)
+    ours.target_modules = set(names) - refused.keys()
+    try:
+        convert_peft_config_for_transformers(ours, model=model, conversions=None)
+    except ValueError:
+        reason = "PEFT takes its name for a part of the experts"
+        refused |= {n: reason for n in names if n.rpartition(".")[2] in renamed}
+    return refused
 
 
 def freeze_ranks(tuner: nn.Module) -> None:

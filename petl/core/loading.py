@@ -15,7 +15,7 @@ from petl.core.fingerprint import check_base, known_fingerprint, remember_base
 from petl.core.fingerprint import read as read_fingerprint
 from petl.core.model.patterns import check_patterns
 from petl.core.parameters import check_module
-from petl.core.registry import refusal, refuse_quantized, refuse_uncalled
+from petl.core.registry import refusal, refuse_other_kinds, refuse_quantized
 from petl.core.skeleton import Expected, check_tables, expected_tensors
 from petl.core.spec.checks import check_adapter_name
 from petl.core.spec.method import modifies_base_weights
@@ -86,7 +86,7 @@ def load(
         where = {key: kwargs[key] for key in ON_THE_HUB if key in kwargs}
         found = check_file(base, config, adapter_files(source, config, **where))
         # matches the patterns of the config, which are checked with the file
-        refuse_uncalled(base.get_base_model() if isinstance(base, PeftModel) else base, config)
+        refuse_other_kinds(base.get_base_model() if isinstance(base, PeftModel) else base, config)
         action = f"loading {path}"
         check_base(trained_on, present, found, other_base=other_base, action=action, insist=insist)
         # one that trains here is saved with the fingerprint of this base, others keep theirs

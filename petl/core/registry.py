@@ -19,8 +19,11 @@ from petl.core.compat import (
 from petl.core.fingerprint import fingerprint, remember_base
 from petl.core.model.targets import (
     PRESETS,
-    check_called,
+    check_kinds,
     check_saved,
+    check_targets,
+    choose_default,
+    leave_out,
     resolve_blocks,
     resolve_targets,
     target_shapes,
@@ -266,14 +269,12 @@ def wrap(
             f"method {entry.name!r} does not use calibration data; leave calibration out"
         )
     resolve_blocks(config, model)
-    # petl's tuners resolve their targets themselves, when PEFT injects them
-    if not entry.own and hasattr(config, "target_modules"):
-        resolve_targets(config, model)
+    _choose_targets(entry, config, model)
     # before anything changes the model
     _check_shapes(entry, config, model)
     check_adapter_name(adapter_name, model, entry.tuner)
     check_saved(config, model)
-    refuse_uncalled(model, config)
+    refuse_other_kinds(model, config)
     refuse_quantized(model, config)
     digests = fingerprint(model)  # some initializations change the base weights
     finish = entry.on_wrap(model, config, calibration) if entry.on_wrap is not None else None
@@ -293,6 +294,22 @@ def wrap(
     enable_switching(wrapped)
     remember_base(wrapped, digests)
     return wrapped
+
+
+def _choose_targets(entry: Method, config: Any, model: nn.Module) -> None:
+    """Resolve presets and defaults, and leave out what a training pass never calls."""
+    if not hasattr(config, "target_modules"):
+        return
+    targets = config.target_modules
+    # petl's tuners resolve words themselves, when PEFT injects them
+    if entry.own and (targets is None or targets in (*PRESETS, "all-linear")):
+        return
+    if entry.own:
+        check_targets(config, model)
+    else:
+        resolve_targets(config, model)
+        choose_default(config, model, entry.tuner)
+    leave_out(config, model, entry.tuner, targets)
 
 
 def _check_shapes(entry: Method, config: PeftConfig, model: nn.Module) -> None:
@@ -351,11 +368,11 @@ def _of_config(given: PeftConfig) -> tuple[Method, PeftConfig]:
     return entry, config
 
 
-def refuse_uncalled(model: nn.Module, config: PeftConfig) -> None:
-    """Raise ModuleKindError for a target that `model` never calls; petl's tuners do so anyway."""
+def refuse_other_kinds(model: nn.Module, config: PeftConfig) -> None:
+    """Raise ModuleKindError for a target on which no adapter computes; petl's tuners do so too."""
     entry = method_of(config)
     if entry is None or not entry.own:
-        check_called(config, model, entry.tuner if entry else tuner_class(type(config)))
+        check_kinds(config, model, entry.tuner if entry else tuner_class(type(config)))
 
 
 def refuse_quantized(model: nn.Module, config: PeftConfig) -> None:

@@ -5,8 +5,9 @@ one of the words in `PRESETS`. A *block* is one entry of a list of layers, such 
 see `is_stack`.
 """
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -20,23 +21,32 @@ from petl.core.compat import (
     AuxiliaryTrainingWrapper,
     BaseTunerLayer,
     check_target_module_exists,
+    default_targets,
+    refused_names,
+    renamed_targets,
 )
 from petl.core.layers.class_swap import AdapterDict, original_class
+from petl.core.model.calls import IDLE, READ, fused_parent, place_of, uncalled
+from petl.core.model.linear import LINEAR_KINDS, is_linear, refuse_other_kind
+from petl.core.model.parts import LANGUAGE, PARTS, PROJECTOR, language_path, names_of
 from petl.core.spec.blocks import last_blocks
 from petl.core.spec.checks import BLOCKS
 from petl.errors import InputError, ModuleKindError, UnknownNameError, did_you_mean
 
-LINEAR_KINDS = (nn.Linear, Conv1D)
-# They read weights of their children without calling these, at least in evaluation mode (the fast
-# path of TransformerEncoderLayer).
-FUSED_KINDS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+logger = logging.getLogger(__name__)
 
 PRESETS = {
-    "block-linear": "every linear layer inside the transformer blocks",
+    "block-linear": "every linear layer inside the transformer blocks; of a model for images and "
+    "text, those of its language model",
     "attention-linear": "those of them that belong to attention",
     "mlp-linear": "those of them that do not",
     "query-value": "the query and value projections (PEFT's table, or their usual names)",
+    "language": "the same as block-linear, in a model for images and text",
+    "vision": "every linear layer inside the blocks of its vision tower",
+    "projector": "every linear layer between the two",
 }
+# of projections whose weights stand in a stack of experts
+FORMER_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 USUAL_NAMES = ("q_proj", "v_proj", "query", "value")  # where PEFT's table has no entry
 
 
@@ -94,20 +104,26 @@ def linear_names(model: nn.Module) -> list[str]:
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) or module in heads:
             skipped += (f"{name}.",)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if isinstance(base, LINEAR_KINDS) and module not in heads and base not in heads:
+        if is_linear(base) and module not in heads and base not in heads:
             names.append(name)
     return names
 
 
-def block_linear_names(model: nn.Module) -> list[str]:
-    """Return the names of linear layers inside blocks; of all if the model has no blocks."""
-    names = linear_names(model)
+def block_linear_names(model: nn.Module, part: str = LANGUAGE) -> list[str]:
+    """Return the names of linear layers inside blocks; of all if the model has no blocks.
+
+    Args:
+        part: of a model for images and text, see `PARTS`; others have one part.
+    """
+    names = names_of(part, linear_names(model), language_path(model))
     # a model without blocks has other linear layers than its head, too
     return [name for name in names if place(model, name) is not None] or names
 
 
 def expand_preset(word: str, model: nn.Module) -> list[str]:
     """Return the module names that a word of `PRESETS` means in `model`."""
+    if word in PARTS:
+        return _names_of_part(word, model)
     names = block_linear_names(model)
     if word == "block-linear":
         return names
@@ -131,6 +147,18 @@ def expand_preset(word: str, model: nn.Module) -> list[str]:
     return [name for name in names if bool(attention.search(name)) == in_attention]
 
 
+def _names_of_part(word: str, model: nn.Module) -> list[str]:
+    language = language_path(model)
+    if language is None:
+        raise InputError(
+            f"target_modules={word!r} names a part of a model for images and text, and "
+            f"{type(model).__name__} has one part only; use block-linear"
+        )
+    if word == PROJECTOR:
+        return names_of(word, linear_names(model), language)
+    return block_linear_names(model, word)
+
+
 def resolve_targets(config: Any, model: nn.Module, *, words: tuple[str, ...] = ()) -> None:
     """Replace a preset in `config.target_modules` by module names, then check every pattern.
 
@@ -147,16 +175,51 @@ def resolve_targets(config: Any, model: nn.Module, *, words: tuple[str, ...] = (
     if isinstance(targets, str) and targets in (*PRESETS, *words):
         preset = targets if targets in PRESETS else "block-linear"
         names = [n for n in expand_preset(preset, model) if in_layers(config, model, n)]
-        config.target_modules = set(names)
-        # a name is also a suffix: "1" would match "0.1" of nested nn.Sequential
-        if not set(matched_names(config, model)) <= set(names):
-            config.target_modules = "|".join(map(re.escape, sorted(names)))
         if not names:
             raise InputError(
                 f"target_modules={targets!r} matches no module of {type(model).__name__}"
                 + _layer_hint(config)
             )
+        set_targets(config, model, without(model, names, uncalled(model, names)))
     check_targets(config, model)
+
+
+def set_targets(config: Any, model: nn.Module, names: Sequence[str]) -> None:
+    """Set `config.target_modules` to these modules, and no others."""
+    config.target_modules = set(names)
+    # a name is also a suffix: "1" would match "0.1" of nested nn.Sequential
+    if not set(matched_names(config, model)) <= set(names):
+        config.target_modules = "|".join(map(re.escape, sorted(names)))
+
+
+def without(
+    model: nn.Module, names: Sequence[str], reasons: Mapping[str, str], level: int = logging.INFO
+) -> list[str]:
+    """Return `names` less those that have a reason, which the log gives.
+
+    Raises:
+        ModuleKindError: none is left.
+    """
+    kept = [name for name in names if name not in reasons]
+    if not kept:
+        raise uncalled_error(model, reasons)
+    places: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        places.setdefault(why, []).append(place_of(name))
+    for why, found in places.items():
+        logger.log(level, "no adapter on %s: %s", ", ".join(dict.fromkeys(found)), why)
+    return kept
+
+
+def uncalled_error(model: nn.Module, reasons: Mapping[str, str]) -> ModuleKindError:
+    """Return the error for targets on which an adapter would do nothing, with why."""
+    name, why = next(iter(reasons.items()))
+    parent = model.get_submodule(name.rpartition(".")[0])
+    reads = f"{type(parent).__name__} reads the weight of {name} without calling it"
+    return ModuleKindError(
+        (reads if why == READ else f"{name}: {why}")
+        + ", so an adapter on it would do nothing; choose another target"
+    )
 
 
 def resolve_blocks(config: Any, model: nn.Module) -> None:
@@ -209,15 +272,49 @@ def check_targets(config: Any, model: nn.Module) -> None:
                 "target_modules=all-linear"
             )
         known = {suffix for name in names for suffix in _suffixes(name)}
-        for target in sorted(targets):
-            if target not in known:
-                raise _no_match(target, names)
+        known |= renamed_targets(config, model)
+        unknown = sorted(set(targets) - known)
+        if unknown:
+            _check_unknown(unknown, names, model, has_others=not known.isdisjoint(targets))
     # each pattern matches something, but exclude_modules or layers_to_transform leave nothing
     if targets and not matched_names(config, model):
         raise InputError(
             f"target_modules={_shown(targets)} matches modules, but none is left after "
             f"exclude_modules={config.exclude_modules}" + _layer_hint(config)
         )
+
+
+def _check_unknown(
+    unknown: Sequence[str], names: list[str], model: nn.Module, *, has_others: bool
+) -> None:
+    """Raise for targets that match nothing; warn if they name stacked experts beside others."""
+    in_stacks = expert_names(model)
+    for target in unknown:
+        if target not in in_stacks:
+            raise _no_match(target, names)
+    error = UnknownNameError(
+        f"target {', '.join(unknown)} names projections of stacked experts "
+        f"({in_stacks[unknown[0]]}), which this method does not adapt; method 'lora' does by "
+        "target_parameters, and block-linear names the linear layers"
+    )
+    if not has_others:
+        raise error
+    logger.warning("%s", error)
+
+
+def expert_names(model: nn.Module) -> dict[str, str]:
+    """Return the names of projections of stacked experts, with the path of the first stack.
+
+    A stack is one parameter [E, O, I] of all E experts. Its projections had names of their own in
+    transformers 4, which tutorials give as targets.
+    """
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        stacks = [name for name, p in module._parameters.items() if p is not None and p.dim() == 3]
+        if stacks and "down_proj" in stacks:
+            for name in (*stacks, *FORMER_NAMES):
+                found.setdefault(name, path)
+    return found
 
 
 def candidate_names(model: nn.Module) -> list[str]:
@@ -252,8 +349,7 @@ def chosen_names(config: Any, model: nn.Module, tuner: type[Any]) -> list[str]:
     targets = config.target_modules
     if targets is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
-        targets = tuner.target_module_mapping.get(model_type)
-        targets = set(targets) if isinstance(targets, list) else targets
+        targets = default_targets(tuner, model_type)
     elif isinstance(targets, str) and targets.lower() == "all-linear":
         targets = set(linear_names(model))
     config = copy(config)  # the caller's config keeps the word
@@ -261,27 +357,90 @@ def chosen_names(config: Any, model: nn.Module, tuner: type[Any]) -> list[str]:
     return [] if targets is None else matched_names(config, model)
 
 
-def check_called(config: Any, model: nn.Module, tuner: type[Any]) -> None:
-    """Raise ModuleKindError for a target of a tuner of PEFT's that its parent never calls."""
-    if not any(isinstance(module, FUSED_KINDS) for module in model.modules()):
+def choose_default(config: Any, model: nn.Module, tuner: type[Any]) -> None:
+    """Set the targets of a tuner of PEFT's that are left to it, where its table has none that fit.
+
+    PEFT knows names by the type of model. They may match a vision tower too, or modules that are no
+    linear layers; for other types, these are the layers of `block-linear`.
+    """
+    targets = config.target_modules
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        # PEFT takes every subclass of nn.Linear for a linear layer
+        if any(isinstance(m, nn.Linear) and not is_linear(m) for m in model.modules()):
+            set_targets(config, model, linear_names(model))
         return
+    if targets is not None or getattr(config, "target_parameters", None):
+        return
+    names = chosen_names(config, model, tuner)
+    fits = [
+        name
+        for name in names_of(LANGUAGE, names, language_path(model))
+        if not isinstance(module := model.get_submodule(name), nn.Linear) or is_linear(module)
+    ]
+    if not fits:
+        config.target_modules = "block-linear"
+        resolve_targets(config, model)
+        # of (IA)3: the targets whose input is scaled instead of their output
+        if getattr(config, "feedforward_modules", ()) is None:
+            inside = set(expand_preset("mlp-linear", model))
+            config.feedforward_modules = inside & set(matched_names(config, model))
+    elif fits != names:
+        set_targets(config, model, fits)
+
+
+def check_kinds(config: Any, model: nn.Module, tuner: type[Any]) -> None:
+    """Raise ModuleKindError for a target of a tuner of PEFT's on which no adapter computes.
+
+    That is a subclass of nn.Linear that computes something else, or a child of torch's classes that
+    read its weight without calling it.
+    """
     # prompt tuning has none
     names = chosen_names(config, model, tuner) if hasattr(config, "target_modules") else []
+    for name in names:
+        refuse_other_kind(model.get_submodule(name), name)
     # LoRA replaces the module that owns a parameter
     endings = tuple(f".{name}" for name in getattr(config, "target_parameters", None) or ())
     owned = [name for name, _ in model.named_parameters() if f".{name}".endswith(endings)]
     for name in (*names, *(name.rpartition(".")[0] for name in owned)):
-        refuse_uncalled(model, name)
+        refuse_fused(model, name)
 
 
-def refuse_uncalled(model: nn.Module, key: str) -> None:
-    """Raise ModuleKindError if the parent of module `key` computes with it without calling it."""
-    parent = model.get_submodule(key.rpartition(".")[0])
-    if isinstance(parent, FUSED_KINDS):
-        raise ModuleKindError(
-            f"{type(parent).__name__} reads the weight of {key} without calling it, so an adapter "
-            "on it would do nothing; choose another target"
-        )
+def refuse_fused(model: nn.Module, name: str) -> None:
+    """Raise ModuleKindError for a child of torch's classes that read it without calling it."""
+    if fused_parent(model, name) is not None:
+        raise uncalled_error(model, {name: READ})
+
+
+def leave_out(config: Any, model: nn.Module, tuner: type[Any], given: Any) -> None:
+    """Take targets on which no adapter would compute out of `config.target_modules`; the log says.
+
+    A module that is never called, but named by a pattern that matches no other, stays: a training
+    pass of another kind may call it.
+
+    Args:
+        given: the targets as the user gave them.
+
+    Raises:
+        ModuleKindError: a pattern matches only modules whose weight is read without calling them.
+    """
+    names = chosen_names(config, model, tuner)
+    reasons = uncalled(model, names)
+    is_word = given is None or given in (*PRESETS, "all-linear")
+    if is_word:
+        reasons |= refused_names(config, model, names)
+    for pattern in given if isinstance(given, list | set) else [None]:
+        matched = [name for name in names if pattern is None or pattern in _suffixes(name)]
+        if is_word or not matched or not reasons.keys() >= set(matched):
+            continue
+        read = [name for name in matched if reasons[name] == READ]
+        if read:
+            raise uncalled_error(model, dict.fromkeys(read, READ))
+        for name in matched:
+            logger.warning("the adapter on %s may not train: %s", name, IDLE)
+            del reasons[name]
+    if reasons:
+        kept = without(model, names, reasons, logging.INFO if is_word else logging.WARNING)
+        set_targets(config, model, kept)
 
 
 def target_shapes(config: Any, model: nn.Module, tuner: type[Any]) -> dict[str, tuple[int, int]]:

@@ -20,10 +20,10 @@ from petl.core.layers.block import (
 from petl.core.layers.context import InputCapture
 from petl.core.layers.layer import HALF, Adapter, AdapterLayer, LayerInfo, LayerShape, shape_of
 from petl.core.model.heat_map import HeatMap
+from petl.core.model.linear import LINEAR_KINDS, refuse_other_kind
 from petl.core.model.targets import (
-    LINEAR_KINDS,
     matched_names,
-    refuse_uncalled,
+    refuse_fused,
     resolve_blocks,
     resolve_targets,
 )
@@ -285,7 +285,8 @@ class MethodTuner(SharedStateTuner):
                 f"{key} is {type(base).__name__}, not a linear layer; "
                 f"method {self.config_cls.method!r} adapts nn.Linear and Conv1D"
             )
-        refuse_uncalled(model, key)
+        refuse_other_kind(base, key)
+        refuse_fused(model, key)
         return shape_of(base)
 
     def _create_and_replace(

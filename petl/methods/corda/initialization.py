@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from petl.core.model.targets import LINEAR_KINDS, matched_names, resolve_targets
+from petl.core.model.linear import LINEAR_KINDS
+from petl.core.model.targets import matched_names, resolve_targets
 from petl.core.parameters import shared_weights
 from petl.core.spec.method import Calibration
 from petl.errors import InputError, ModuleKindError, UnsupportedError

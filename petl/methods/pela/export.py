@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from petl.core.layers.class_swap import mixins_of, restore_class
 from petl.core.layers.layer import AdapterLayer, shape_of
-from petl.core.model.targets import LINEAR_KINDS
+from petl.core.model.linear import LINEAR_KINDS
 from petl.core.parameters import quantization_of
 from petl.core.spec.config import require
 from petl.errors import InputError, UnsupportedError, first_line
