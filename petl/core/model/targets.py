@@ -26,7 +26,7 @@ from petl.core.compat import (
     renamed_targets,
 )
 from petl.core.layers.class_swap import AdapterDict, original_class
-from petl.core.model.calls import IDLE, READ, fused_parent, place_of, uncalled
+from petl.core.model.calls import FUSED_KINDS, IDLE, READ, fused_parent, place_of, uncalled
 from petl.core.model.linear import LINEAR_KINDS, is_linear, refuse_other_kind
 from petl.core.model.parts import LANGUAGE, PARTS, PROJECTOR, language_path, names_of
 from petl.core.spec.blocks import last_blocks
@@ -394,6 +394,9 @@ def check_kinds(config: Any, model: nn.Module, tuner: type[Any]) -> None:
     That is a subclass of nn.Linear that computes something else, or a child of torch's classes that
     read its weight without calling it.
     """
+    kinds = {type(module) for module in model.modules()}
+    if not any(issubclass(k, (*FUSED_KINDS, nn.Linear)) and k is not nn.Linear for k in kinds):
+        return
     # prompt tuning has none
     names = chosen_names(config, model, tuner) if hasattr(config, "target_modules") else []
     for name in names:
