@@ -11,7 +11,7 @@ sharding, `output_hidden_states`) covers its adapters too.
 from collections.abc import Mapping
 from inspect import signature
 from types import MethodType
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -30,6 +30,8 @@ SLOT = "petl_slot"  # attribute of an adapted block: the name of its BlockAdapte
 
 class AdaptedBlock(SwappedClass):
     """Mixin for the class of a block with adapters."""
+
+    holds_adapters: ClassVar[bool] = True
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         carried = self._modules[self.__dict__[SLOT]].carried()

@@ -20,9 +20,11 @@ class SwappedClass:
         original: the class that the object had.
         mixin: the mixin that was put before it.
         computes_as_before: True if the object still computes what it did.
+        holds_adapters: True for a block with the adapters of one that is adapted as a whole.
     """
 
     computes_as_before: ClassVar[bool] = False
+    holds_adapters: ClassVar[bool] = False
     original: ClassVar[type]
     mixin: ClassVar[type["SwappedClass"]]
 

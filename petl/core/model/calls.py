@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 from petl.core.layers.class_swap import AdapterDict, original_class
-from petl.core.skeleton import skeleton_of
+from petl.core.model.copies import skeleton_of
 from petl.errors import first_line
 
 # They read weights of their children without calling these, at least in evaluation mode (the fast

@@ -8,8 +8,8 @@ from torch import nn
 
 from petl.core.compat import SEQ_CLS_HEAD_NAMES, BaseTunerLayer
 from petl.core.layers.context import is_encoder_decoder
-from petl.core.model.structure import stacks
 from petl.core.model.linear import LINEAR_KINDS
+from petl.core.model.structure import stacks
 from petl.core.spec.config import MethodConfig, config_field, require
 from petl.errors import InputError, ModuleKindError
 
