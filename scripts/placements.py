@@ -28,10 +28,11 @@ from page_marks import filled
 from petl.cli.arguments import POSITIVE, SEED, each, file_to_read, file_to_write, folder_to_write
 from petl.core.spec.blocks import last_blocks
 from petl.data.models.sources import read_source
+from petl.data.tasks.scores import is_percentage
 from petl.errors import InputError
 from petl.experiments.reports.comparison import compare
 from petl.experiments.reports.comparison_report import write_page
-from petl.experiments.reports.formatting import Table, is_percentage, mean_text
+from petl.experiments.reports.formatting import Table, mean_text
 from petl.experiments.sweeps.study import Contender, Study, slug
 from petl.training import program as app
 from petl.training.compose import compose

@@ -2,42 +2,28 @@
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import partial
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import NoReturn
 
 import hydra
 from omegaconf import DictConfig
-from peft import PeftModel
 
-from petl.core.losses import attach
-from petl.core.registry import is_computed
 from petl.data.models.loading import load_base, load_processor
-from petl.efficiency.rewrite import apply_rewrites, rewrites_of
 from petl.errors import InputError
 from petl.experiments.reports.run_report import print_summary, write_report
 from petl.system.processes import current_lane
 from petl.system.settings.command_line import CONFIG, config_dir
 from petl.training import program as app
-from petl.training.dataloader import Splits, encode_splits
-from petl.training.distributed.launch import on_device, shard, start
-from petl.training.evaluate import score
-from petl.training.frozen import cached_blocks, report
-from petl.training.linear_probe import Untrained, linear_probe
+from petl.training.dataloader import encode_splits
+from petl.training.distributed.launch import shard, start
+from petl.training.features import Context, Setup, features_of, orders_of
 from petl.training.loop import fit
-from petl.training.lr_finder import find_lr
-from petl.training.ranks.run import ranks_by_importance
+from petl.training.runs.config import RunConfig
 from petl.training.runs.records import PREDICTIONS
-from petl.training.runs.run_config import RunConfig, read_config
+from petl.training.runs.results import finish, save
+from petl.training.runs.run_config import read_config
 from petl.training.runs.run_folder import Run
-from petl.training.together.lanes import share_base
-from petl.training.wrapping import (
-    check_model,
-    load_start,
-    wrap_arguments,
-    wrap_for_run,
-)
+from petl.training.wrapping import wrapped
 
 logger = logging.getLogger(__name__)
 
@@ -50,25 +36,21 @@ def train(cfg: DictConfig) -> float:
     run = Run(config, accelerator)
     # a run that is resumed keeps its defaults, and its precision
     settings, accelerator = run.config.train, run.accelerator
-    data = config.data.read()
-    processor = load_processor(config.model, data.task)
-    splits = encode_splits(data, processor, settings, accelerator, config.data.repeats)
-    model = wrapped(run, splits, processor)
+    features = features_of(run.config.resolved)
+    data = run.config.data.read()
+    processor = load_processor(run.config.model, data.task)
+    splits = encode_splits(data, processor, settings, accelerator, orders_of(features))
+    model = wrapped(Setup(load_base, run.config, splits, features, accelerator, run))
+    context = Context(run, splits, model, features, settings)
     run.begin(model)
     with run.tracked():
         shard(model, accelerator)
-        frozen = cached_blocks(model, splits, settings, accelerator)
-        test = partial(score, model, splits, accelerator, settings.eval_batch_size)
-        before_training(run, model, splits, test)
-        if settings.find_lr:
-            # the same settings, with the learning rate that was found
-            settings = find_lr(model, splits, settings, accelerator, run)
-        state = fit(model, splits, settings, accelerator, run)
+        before_training(context)
+        state = fit(context)
         # before saving: it may compute what a loss saves with the adapter
-        after = run.measure(partial(test, when="after training", kept=run.path / PREDICTIONS))
-        report(frozen)
-        run.save(model, data.task)
-        run.finish(model, data.task, settings, state, after)
+        after = context.test("after training", run.path / PREDICTIONS)
+        save(context)
+        finish(context, state, after)
     write_report(run)
     print_summary(run)
     return run.scores.objective
@@ -89,43 +71,11 @@ def checked(cfg: DictConfig) -> RunConfig:
     return config
 
 
-def before_training(run: Run, model: PeftModel, splits: Splits, test: Callable[..., Any]) -> None:
-    """Score the head alone and the model; then set the strength of a computed adapter."""
-    settings, untrained = run.config.train, Untrained()
-    probe = partial(linear_probe, model, splits, settings, run.accelerator, untrained)
-    run.score("linear_probe", probe, "linear probe")
-    config: Any = model.active_peft_config
-    # without an adapter that calibration has made
-    with model.disable_adapter() if is_computed(config) else nullcontext():
-        before = partial(test, when="before training", known=untrained.scores_of)
-        run.score_before(before, splits.task)
-    if getattr(config, "of_demonstrations", False):
-        from petl.methods.icv.run import set_strength
-
-        set_strength(model, splits, settings, run.accelerator, run)
-
-
-def wrapped(run: Run, splits: Splits, processor: Any) -> PeftModel:
-    """Return the run's base model with its adapter, started and checked, on the accelerator."""
-    config, accelerator, task = run.config, run.accelerator, splits.task
-    settings = config.train
-    arguments = wrap_arguments(config, splits, accelerator)
-    base = on_device(load_base(config.model, task, processor=processor), accelerator)
-    if config.ranks is not None:
-        arguments |= ranks_by_importance(run, base, arguments, splits)
-    own = [*base.parameters()]
-    model = wrap_for_run(base, arguments)
-    if current_lane() is not None:
-        share_base(model.get_base_model(), own)
-    if run.resume is None:  # a checkpoint brings its own weights
-        load_start(model, task, settings)
-    if config.loss is not None:
-        attach(model, config.loss)
-    check_model(model, settings)
-    names = [f"train.{name}" for name in apply_rewrites(model, rewrites_of(settings))]
-    if names:
-        logger.info("in less time or memory, with the same result: %s", ", ".join(names))
-    return model
+def before_training(context: Context) -> None:
+    """Let the features of a run measure and prepare the model, in their order."""
+    for feature in context.features:
+        context.run.timer.start()
+        feature.before_training(context)
 
 
 def main(words: Sequence[str]) -> NoReturn:

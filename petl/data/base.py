@@ -52,10 +52,15 @@ class Stream:
 def refuse_stream(rows: Any, reader: str) -> None:
     """Raise InputError if `rows` are a stream, since `reader` needs the lengths of all rows."""
     if isinstance(rows, Stream):
-        raise InputError(
-            f"{reader} needs the lengths of all rows, which data.streaming=true does not read in "
-            "advance: set data.streaming=false and data.train_rows=N"
-        )
+        raise stream_refused(reader)
+
+
+def stream_refused(reader: str) -> InputError:
+    """Return the error for a stream, since `reader` needs the lengths of all rows."""
+    return InputError(
+        f"{reader} needs the lengths of all rows, which data.streaming=true does not read in "
+        "advance: set data.streaming=false and data.train_rows=N"
+    )
 
 
 def encode(task: Task, processor: Any, rows: Sequence[Row]) -> list[Row]:
@@ -118,11 +123,6 @@ class Source(ABC):
             )
         if self.seed >= 2**32:
             raise InputError(f"data.seed={self.seed} is not below 2**32")
-
-    @property
-    def repeats(self) -> int | None:
-        """Passes over the rows of each class, one class after the other; None: shuffled."""
-        return (self.stream_repeats or 1) if self.order else None
 
     def check(self) -> None:
         """Raise InputError if files that the settings name are missing; no row is read."""

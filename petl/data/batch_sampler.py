@@ -29,8 +29,16 @@ ENOUGH_STEPS = 16  # of an epoch; of fewer rows a step should have all kinds tha
 MAX_BUCKETS = 64  # beyond which next to nothing is padding
 
 
-class StepBuckets(Protocol):
-    """What a step sampler needs of buckets."""
+class StepOrder(Protocol):
+    """The steps of an epoch: of buckets, or as a feature of a run orders the rows."""
+
+    @property
+    def repeats(self) -> int:
+        """How often an epoch reads each row."""
+
+    @property
+    def is_stream(self) -> bool:
+        """True if the run is one epoch, no part of which has rows of all kinds."""
 
     @property
     def sizes(self) -> Ints:
@@ -63,6 +71,8 @@ class Buckets:
         steps: for each bucket the number of rows of a full step.
         sizes: number of rows of each step of an epoch before the steps are permuted, [S].
     """
+
+    repeats, is_stream = 1, False
 
     def __init__(self, lengths: Ints, parts: Sequence[tuple[Ints, int]]) -> None:
         self.rows = [rows for rows, _ in parts]
@@ -241,7 +251,7 @@ class StepSampler:
     done: int = 0
     rank: int = 0
     processes: int = 1
-    buckets: StepBuckets | None = None  # if given, determines how many rows a step has
+    buckets: StepOrder | None = None  # if given, determines how many rows a step has
     mixture: Mixture | None = None  # if given, determines which rows an epoch visits
 
     @property

@@ -26,6 +26,7 @@ class ClassStream:
     labels: Ints
     batch_size: int
     repeats: int
+    is_stream: bool = True
 
     @cached_property
     def stages(self) -> list[tuple[int, Ints]]:

@@ -12,8 +12,17 @@ from petl.core.parameters import adapter_parameters
 from petl.core.registry import build_config, method, on_shapes, without_data
 from petl.core.spec.config import MethodConfig, in_proportion
 from petl.errors import InputError
+from petl.training.features import Fields, RunFeature, Setup
 
 logger = logging.getLogger(__name__)
+
+
+class Budget(RunFeature):
+    """Chooses the size of the method by `train.budget`."""
+
+    def before_wrapping(self, setup: Setup, fields: Fields) -> Fields:
+        """Return the fields at the largest size that the budget allows."""
+        return within_budget(fields, setup.shapes, self.settings)
 
 
 def within_budget(

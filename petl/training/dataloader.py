@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,16 +20,16 @@ from pyarrow import types
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from petl.data.base import Stream, refuse_stream
+from petl.data.base import Stream
 from petl.data.batch_sampler import (
     ENOUGH_STEPS,
     Buckets,
     Ints,
     SequentialStepSampler,
+    StepOrder,
     StepSampler,
     permutation,
 )
-from petl.data.class_stream import ClassStream
 from petl.data.streaming import StreamedRows
 from petl.data.task_mixture import TaskMixture
 from petl.data.tasks.base import NON_INPUT_PREFIX, Task
@@ -58,7 +58,7 @@ class Splits:
         validation: rows held out from train, on which only training decisions depend; or None.
         processor: the tokenizer or other processor that encoded the rows.
         buckets: of the train rows; None: rows of any length meet in a step.
-        stages: the order of the train rows class by class (data.order=by_class); None: shuffled.
+        order: of the train rows, which a feature of the run has chosen; None: shuffled.
         sources: the test rows before they were encoded; None: unknown.
         mixture: of the tasks of the train rows; None: each epoch visits each row once.
     """
@@ -71,8 +71,25 @@ class Splits:
     processor: Any
     buckets: Buckets | None = None
     sources: Dataset | None = None
-    stages: ClassStream | None = None
+    order: StepOrder | None = None
     mixture: TaskMixture | None = None
+
+    @property
+    def mixed(self) -> "Splits":
+        """The same rows in an order in which the first ones are of all kinds."""
+        is_stream = self.order is not None and self.order.is_stream
+        return replace(self, order=None) if is_stream else self
+
+    def parts(self, settings: TrainConfig) -> list[Dataset]:
+        """Return the train, validation and test rows that a run reads."""
+        parts = [self.known, self.validation, self.test if settings.test else None]
+        return [part for part in parts if part is not None and len(part)]
+
+    def passes(self, settings: TrainConfig) -> float:
+        """Return how often a run reads its train rows."""
+        sampler = self.sampler(settings)
+        repeats = 1 if self.order is None else self.order.repeats
+        return repeats * sampler.steps / sampler.steps_per_epoch
 
     @property
     def known(self) -> Dataset:
@@ -99,13 +116,29 @@ class Splits:
             done=done,
             rank=rank,
             processes=processes,
-            buckets=self.buckets or self.stages,
+            buckets=self.buckets or self.order,
             mixture=self.mixture,
         )
-        if self.stages is not None:
-            return replace(sampler, steps=settings.steps_of_stream(sampler.steps_per_epoch))
+        if self.order is not None and self.order.is_stream:
+            length = sampler.steps_per_epoch
+            return replace(sampler, steps=length if settings.steps is None else settings.steps)
         # made with 0 steps first, since the sampler knows how many an epoch has
         return replace(sampler, steps=settings.steps_of_run(sampler.steps_per_epoch))
+
+
+class Rows(NamedTuple):
+    """The training rows of a run, before there are steps.
+
+    Attributes:
+        settings: under `train`.
+        train: encoded rows; a stream is encoded while it is read.
+        order: of the rows; None: shuffled in each epoch.
+    """
+
+    task: Task
+    settings: TrainConfig
+    train: Dataset | Stream
+    order: StepOrder | None = None
 
 
 def encode_splits(
@@ -113,14 +146,14 @@ def encode_splits(
     processor: Any,
     settings: TrainConfig,
     accelerator: Accelerator,
-    repeats: int | None = None,
+    orders: Iterable[Callable[[Rows], Rows]] = (),
 ) -> Splits:
     """Encode data and hold out validation rows if `settings.eval_steps` asks for them.
 
     Args:
         data: from `read_data`.
         processor: from `load_processor`, for the model and the task.
-        repeats: passes over the rows of each class, one class after the other; None: shuffled.
+        orders: choose training rows and their order.
 
     Raises:
         InputError: too few rows to hold any out, too few steps for the warm-up, or a row too long
@@ -129,7 +162,8 @@ def encode_splits(
     task = data.task
     # a stream is encoded while it is read, by the loader
     if isinstance(data.train, Stream):
-        refuse_stream(data.train if repeats else None, "data.order=by_class")
+        for choose in orders:  # which may refuse it
+            choose(Rows(task, settings, data.train))
         return stream_splits(data, processor, settings, accelerator)
     sources = numbered(data.test)
     with accelerator.main_process_first():  # the others then read its cache
@@ -140,12 +174,16 @@ def encode_splits(
     warn_about_labels(task, {"training": train, "validation": validation, "test": test})
     multiple = 1 if accelerator.device.type == "cpu" else 8  # tensor cores need multiples of 8
     collate = task.collate(processor, multiple)
-    stages = None if repeats is None else class_stream(task, train, settings, repeats)
+    rows = Rows(task, settings, train)
+    for choose in orders:
+        rows = choose(rows)
+    train, order = rows.train, rows.order
+    assert isinstance(train, Dataset), "no stream, as above"
     mixture = None
     if data.temperature is not None:
         mixture = TaskMixture.of_temperature(train[IDS], len(task.tasks), data.temperature)
     # an order by class or by task, and packed rows, have steps of their own
-    free = stages is None and mixture is None and not task.packs
+    free = order is None and mixture is None and not task.packs
     may_sort = free if settings.buckets == "auto" else settings.buckets is not None
     sorts = settings.bucket_settings or may_sort
     buckets = buckets_of(row_lengths(task, train), settings) if sorts else None
@@ -160,7 +198,7 @@ def encode_splits(
         processor,
         buckets,
         sources,
-        stages=stages,
+        order=order,
         mixture=mixture,
     )
     settings.warmup_steps(splits.sampler(settings).steps)  # raise before a model is loaded
@@ -208,21 +246,6 @@ def stream_splits(
     # for its error only, as in `encode_splits`
     settings.warmup_steps(settings.steps)
     return splits
-
-
-def class_stream(task: Task, train: Dataset, settings: TrainConfig, repeats: int) -> ClassStream:
-    """Return the order of the train rows class by class.
-
-    Raises:
-        InputError: the rows have no class each.
-    """
-    if not isinstance(task, SingleLabelTask):
-        raise InputError(
-            f"data.order=by_class needs rows with one class each, and data.task={task.name} has "
-            "none: leave data.order null"
-        )
-    labels = np.asarray(train["labels"], dtype=int)
-    return ClassStream(labels, settings.batch_size, repeats)
 
 
 def numbered(rows: Dataset) -> Dataset:
@@ -425,9 +448,7 @@ class FirstBatches:
         processes: int = 1,
     ) -> None:
         self.splits, self.device, self.workers = splits, device, settings.num_workers
-        # of a stream of classes, the first batches would have one class only
-        mixed = replace(splits, stages=None)
-        sampler = mixed.sampler(settings, 0, rank, processes)
+        sampler = splits.mixed.sampler(settings, 0, rank, processes)
         # one epoch, whatever the length of the run
         self.sampler = replace(sampler, steps=sampler.steps_per_epoch)
 

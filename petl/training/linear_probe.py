@@ -28,6 +28,7 @@ from petl.system.collectives import is_sharded
 from petl.system.progress import Pass, Shown
 from petl.training.dataloader import SPLIT_SEED, Batch, Splits, load, longest_first, to_device
 from petl.training.evaluate import in_order
+from petl.training.features import Context, RunFeature
 from petl.training.optimizer import fraction_of_peak, make_optimizer, set_lr
 from petl.training.runs.settings import VALIDATION_FRACTION, TrainConfig
 
@@ -97,6 +98,24 @@ class Untrained:
         return self.scores
 
 
+class LinearProbe(RunFeature):
+    """Scores the head trained alone, unless a stopped run has done so."""
+
+    key = "linear_probe"
+
+    def before_training(self, context: Context) -> None:
+        """Train and score the head; the pass over the test rows gives the scores before."""
+        settings, untrained = context.settings, Untrained()
+        if self.key in context.run.scores:
+            return
+        scores = None
+        if settings.test:
+            model, splits = context.model, context.splits
+            scores = linear_probe(model, splits, settings, context.accelerator, untrained)
+            context.known = untrained.scores_of
+        context.add({self.key: scores}, "linear probe")
+
+
 def linear_probe(
     model: PeftModel,
     splits: Splits,
@@ -112,7 +131,7 @@ def linear_probe(
     Args:
         untrained: gets the scores of the frozen model.
     """
-    if not splits.task.new_head or not settings.linear_probe:
+    if not splits.task.new_head:
         return None
     if isinstance(splits.train, StreamedRows):
         logger.info("no linear probe: the train rows are a stream")

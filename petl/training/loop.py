@@ -16,9 +16,7 @@ from signal import SIGTERM, Signals
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
-from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,7 +32,6 @@ from petl.system.settings.command_line import how_to_resume
 from petl.training.dataloader import (
     Batch,
     FirstBatches,
-    Splits,
     digest,
     load,
     to_device,
@@ -42,6 +39,7 @@ from petl.training.dataloader import (
 )
 from petl.training.distributed.launch import gathered, reshard
 from petl.training.evaluate import evaluate, for_training
+from petl.training.features import Context
 from petl.training.optimizer import (
     all_finite,
     fraction_of_peak,
@@ -66,17 +64,13 @@ from petl.training.runs.checkpoint import (
 )
 from petl.training.runs.records import METRICS
 from petl.training.runs.resume import NOT_RESUMABLE, lengthens, stored_identity
-from petl.training.runs.run_folder import Run
-from petl.training.runs.settings import TrainConfig
 from petl.version import __version__
 
 logger = logging.getLogger(__name__)
 
 
-def fit(
-    model: PeftModel, splits: Splits, settings: TrainConfig, accelerator: Accelerator, run: Run
-) -> TrainState:
-    """Train the adapter in `model`, from the run's checkpoint if it has one.
+def fit(context: Context) -> TrainState:
+    """Train the adapter of a run, from the run's checkpoint if it has one.
 
     With validation examples, the model ends with the weights of the best evaluation. With
     `train.steps=0` it stays as it is.
@@ -86,23 +80,19 @@ def fit(
         RunStopped: a signal, a loss that is not finite, a full disk; the message says how to
             resume.
     """
-    if settings.steps == 0:  # calibration has made the final adapter
+    if context.settings.steps == 0:  # calibration has made the final adapter
         return TrainState()
-    with for_training(model, settings):
-        return Loop(model, splits, settings, accelerator, run).run_to_end()
+    with for_training(context.model, context.settings):
+        return Loop(context).run_to_end()
 
 
 class Loop:
     """A training loop: steps, log lines, evaluations and checkpoints."""
 
-    def __init__(
-        self,
-        model: PeftModel,
-        splits: Splits,
-        settings: TrainConfig,
-        accelerator: Accelerator,
-        run: Run,
-    ) -> None:
+    def __init__(self, context: Context) -> None:
+        model, splits, settings = context.model, context.splits, context.settings
+        accelerator, run = context.accelerator, context.run
+        self.context = context
         self.model, self.splits, self.settings = model, splits, settings
         self.accelerator, self.run, self.device = accelerator, run, accelerator.device
         self.lifecycle = lifecycle(model)
@@ -152,8 +142,8 @@ class Loop:
                     bar.show(self.log())
                 self.timer.mark("logging")
                 improved = self.is_due(settings.eval_steps) and self.evaluate()
-                if self.splits.stages is not None:
-                    self.score_stage()
+                for feature in self.context.features:
+                    feature.after_step(self.context, state.step)
                 self.timer.mark("evaluation")
                 # all processes must agree, else some would wait for the others forever
                 stopping = any(self.counts.total(stop.signal))  # in any process
@@ -332,14 +322,6 @@ class Loop:
         self.bar.show_validation(task.metric, scores[task.metric])
         logger.info("step %d: validation %s %.4f", state.step, task.metric, scores[task.metric])
         return state.note(scores, task)
-
-    def score_stage(self) -> None:
-        """Score all classes if this step ends a stage of a stream of classes."""
-        # not imported by other runs
-        from petl.training.stages import score_stage
-
-        size, step = self.settings.eval_batch_size, self.state.step
-        score_stage(self.model, self.splits, self.accelerator, self.run, size, step)
 
     def save(self) -> None:
         """Write a checkpoint, never of a state that is not finite; delete old ones."""

@@ -13,11 +13,11 @@ diverge, and a learning rate `MARGIN` times lower is chosen.
 import copy
 import logging
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from accelerate import Accelerator
 from peft import PeftModel
@@ -27,11 +27,13 @@ from petl.core.model.heat_map import save_figure
 from petl.errors import InputError, RunStopped
 from petl.system.collectives import is_sharded, on_main
 from petl.system.files.disk import UNFINISHED, as_json, remove, stop_when_full, write_atomic
-from petl.system.files.read import read_json
+from petl.system.files.read import mismatch, read_json
 from petl.system.progress import Shown
-from petl.training.dataloader import Splits, load
+from petl.training.dataloader import load
 from petl.training.distributed.launch import gathered
 from petl.training.evaluate import for_training
+from petl.training.features import Context, RunFeature
+from petl.training.features.section import Section
 from petl.training.loop import Loop
 from petl.training.runs.checkpoint import load_adapter, save_adapter
 from petl.training.runs.environment import PhaseTimer
@@ -45,32 +47,52 @@ LOW, HIGH = 1e-6, 1.0  # learning rates of the adapter; assumption: the range of
 # mola a third of it.
 MARGIN = 5.0
 BROKEN = 3.0  # assumption: above this multiple of the lowest smoothed loss, the test ends
-NOTE, POINTS, PICTURE = "find_lr", "lr_range.json", "lr_range.png"
+POINTS, PICTURE = "lr_range.json", "lr_range.png"
 logger = logging.getLogger(__name__)
 
 
-def find_lr(
-    model: PeftModel, splits: Splits, settings: TrainConfig, accelerator: Accelerator, run: Run
-) -> TrainConfig:
-    """Return the settings with the learning rates that a range test suggests.
+class FoundRate(TypedDict):
+    """The learning rate that was found, and how."""
+
+    lr: float
+    rule: str
+
+
+class LrFinder(RunFeature):
+    """Trains with the learning rates that a range test suggests.
 
     The result is in scores.json, from which a resumed run reads it. Model, data order and random
     states are as if there had been no test.
     """
-    if NOTE not in run.scores:
-        run.timer.start()
-        if run.resume is None:
-            test = run_test(model, splits, settings, accelerator, run)
-        else:
-            test = earlier_test(settings, run.path)
-        with stop_when_full(run.path):
-            note = on_main(accelerator, lambda: conclude(test, settings, run.path))
-        run.scores.add({NOTE: note})
-        run.timer.mark("range test")
-    lr = run.scores[NOTE]["lr"]
-    head_lr = None if settings.head_lr is None else settings.head_lr * lr / settings.lr
-    logger.info("learning rate %.3g: %s", lr, run.scores[NOTE]["rule"])
-    return replace(settings, lr=lr, head_lr=head_lr)
+
+    key = "find_lr"
+
+    def before_training(self, context: Context) -> None:
+        """Run the test, and set the learning rates of the training."""
+        run, settings = context.run, context.settings
+        if self.key not in run.scores:
+            test = run_test(context) if run.resume is None else earlier_test(settings, run.path)
+            with stop_when_full(run.path):
+                note = on_main(run.accelerator, lambda: conclude(test, settings, run.path))
+            context.add({self.key: note}, "range test")
+        found = run.scores[self.key]
+        lr = found["lr"]
+        head_lr = None if settings.head_lr is None else settings.head_lr * lr / settings.lr
+        logger.info("learning rate %.3g: %s", lr, found["rule"])
+        context.settings = replace(settings, lr=lr, head_lr=head_lr)
+
+    @classmethod
+    def section(cls, folder: Path, scores: Mapping[str, Any]) -> Section | None:
+        """Return the picture of the test, and the learning rate that was chosen."""
+        found = scores.get(cls.key)
+        if found is None:
+            return None
+        problem = mismatch(found, FoundRate)
+        if problem:
+            raise InputError(f"{folder / SCORES} cannot be used: {cls.key}: {problem}")
+        pictures = [PICTURE] if (folder / PICTURE).is_file() else []
+        text = f"Peak learning rate {found['lr']:.3g}: {found['rule']}."
+        return Section("Learning rate range test", text, pictures=pictures)
 
 
 @dataclass(frozen=True)
@@ -136,19 +158,17 @@ def earlier_test(settings: TrainConfig, run: Path) -> RangeTest:
 # Running the test
 
 
-def run_test(
-    model: PeftModel, splits: Splits, settings: TrainConfig, accelerator: Accelerator, run: Run
-) -> RangeTest:
+def run_test(context: Context) -> RangeTest:
     """Train a copy of the adapter at rising learning rates."""
-    each = replace(settings, log_steps=1)  # so that `fetch` returns one step
-    splits = replace(splits, stages=None)  # class by class, it would see the first ones alone
+    model, settings, accelerator = context.model, context.settings, context.accelerator
+    # one log line a step, so that `fetch` returns one; the run's scores are untouched
+    own = replace(context, settings=replace(settings, log_steps=1), splits=context.splits.mixed)
     if is_sharded(model):
-        with restored(model, accelerator, run), for_training(model, settings):
-            return RisingLoop(model, splits, each, accelerator, run).run_while_it_learns()
-    # Loop trains it as usual; the run's model and scores are untouched
-    twin = with_shared_base(model)
-    with for_training(twin, settings):
-        test = RisingLoop(twin, splits, each, accelerator, run).run_while_it_learns()
+        with restored(model, accelerator, context.run), for_training(model, settings):
+            return RisingLoop(own).run_while_it_learns()
+    own.model = with_shared_base(model)
+    with for_training(own.model, settings):
+        test = RisingLoop(own).run_while_it_learns()
     accelerator.free_memory()  # it holds nothing but the copy at this point
     return test
 

@@ -7,15 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petl.training.dataloader import Batch
-
 
 class _Found(Exception):
     """Ends a forward pass at the first output that is not finite."""
 
 
 @torch.no_grad()
-def first_not_finite(model: nn.Module, batches: Iterable[Batch]) -> str:
+def first_not_finite(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> str:
     """Return the first tensor with a value that is not finite, in words.
 
     Args:

@@ -16,8 +16,8 @@ from petl.core.spec.config import MethodConfig
 from petl.core.spec.method import WRAP_ONLY
 from petl.core.support import Capability
 from petl.system.settings.schema import plain
+from petl.training.runs.method_fields import method_fields
 from petl.training.runs.run_config import read_config
-from petl.training.runs.settings import method_fields
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPE = "# @package _global_"  # how a file begins that composes a method and more

@@ -15,7 +15,7 @@ from petl.experiments.planning.plan import plan_run
 from petl.system.settings.command_line import preset_of
 from petl.training.budget import largest, resized, within_budget
 from petl.training.compose import compose
-from petl.training.runs.settings import method_fields
+from petl.training.runs.method_fields import method_fields
 
 pytest_plugins = ["training_fixtures"]
 

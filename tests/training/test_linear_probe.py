@@ -209,9 +209,3 @@ def test_rows_computed_by_several_processes_come_back_in_order(processes):
         mine = order[p::processes]
         sent += mine + order[: each - len(mine)]
     assert in_order(torch.tensor(sent), order, processes).tolist() == list(range(7))
-
-
-def test_it_can_be_switched_off(parts, tiny):
-    model, splits, _, accelerator = parts
-    off = read_config(compose([*tiny.classify, "+method=lora", "train.linear_probe=false"])).train
-    assert linear_probe(model, splits, off, accelerator) is None

@@ -21,7 +21,6 @@ from petl.training.lr_finder import (
     MARGIN,
     RangeTest,
     conclude,
-    find_lr,
     limits_of,
     lr_at,
     reach_of,
@@ -154,10 +153,10 @@ def test_the_model_is_restored_exactly_whatever_the_method(tiny, tmp_path, name)
 
 def test_a_resumed_run_takes_the_learning_rate_from_its_scores(petl_log):
     run = SimpleNamespace(scores={"find_lr": {"lr": 0.02, "rule": "a rule"}})
-    nothing = SimpleNamespace()
     settings = TrainConfig(lr=0.001, head_lr=0.005, find_lr=True)
-    found = find_lr(nothing, nothing, settings, nothing, run)
-    assert (found.lr, found.head_lr) == (0.02, pytest.approx(0.1))
+    context = SimpleNamespace(run=run, settings=settings)
+    lr_finder.LrFinder(True, {}).before_training(context)
+    assert (context.settings.lr, context.settings.head_lr) == (0.02, pytest.approx(0.1))
     assert "learning rate 0.02: a rule" in petl_log.text
 
 

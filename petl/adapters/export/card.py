@@ -14,9 +14,9 @@ from petl.system.files.disk import copy_file, write_atomic
 from petl.system.files.hub import OnHub
 from petl.system.files.paths import LABELS
 from petl.training.runs.card_code import BASE
+from petl.training.runs.config import names_of
 from petl.training.runs.model_card import README, Described, known_base, model_card
 from petl.training.runs.records import ENVIRONMENT, is_finished, read_environment, read_scores
-from petl.training.runs.run_config import names_of
 
 
 def described(

@@ -42,6 +42,7 @@ from petl.system.progress import Pass
 from petl.training.dataloader import Batch, encode_splits, longest_first, to_device
 from petl.training.distributed.launch import start
 from petl.training.evaluate import score as score_model
+from petl.training.runs.config import GROUPS, RunConfig
 from petl.training.runs.records import (
     ADAPTER,
     CONFIG,
@@ -50,7 +51,6 @@ from petl.training.runs.records import (
     read_stored,
     refuse_interpolations,
 )
-from petl.training.runs.run_config import GROUPS, RunConfig
 from petl.training.runs.run_config import read_config as read_run_config
 
 # sizes of the batches that outputs are compared on (assumption: quick, and enough to see an error)

@@ -165,10 +165,6 @@ class MethodConfig(PeftConfig):
     replaces_head: ClassVar[bool] = False
     # True: calibration adds over processes, so that each gets its part of the rows
     divides_calibration: ClassVar[bool] = False
-    # True: calibration data are pairs of texts, and a run scores strengths on further ones
-    of_demonstrations: ClassVar[bool] = False
-    # "module:function" of (config, run, splits) that makes calibration data of its own
-    calibration_source: ClassVar[str] = ""
 
     target_modules: set[str] | list[str] | str | None = config_field(
         "names, suffixes, a regular expression, or a preset such as all-linear; null: all-linear",

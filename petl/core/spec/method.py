@@ -60,6 +60,8 @@ class Method:
         recommended: why it is the first to try for its need; "": it is not.
         lacks: its rows of the table of petl/core/support.py: by capability, why it is lacking.
         decays: False if weight decay leaves the adapter's tensors out; the head's may decay.
+        features: what a run does besides training it, each "module:class", see
+            `petl.training.features`.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Method:
     recommended: str = ""
     lacks: Lacks = field(default_factory=dict)
     decays: bool = True
+    features: tuple[str, ...] = ()
 
     def given(self, fields: Mapping[str, Any]) -> "Method":
         """Return the entry for these fields of the config: itself, unless it has a `variant`."""

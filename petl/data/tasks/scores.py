@@ -5,3 +5,10 @@ LOSSES = ("loss", "mse")
 COUNTS = ("rows", "tokens", "words", "answers")
 # a proportion of independent examples (`rows`)
 PROPORTIONS = ("accuracy", "exact_match")
+PERCENTAGES = ("accuracy", "f1", "precision", "recall", "exact_match", "density", "sparsity")
+PERCENTAGES += ("rouge1", "rouge2", "rougeL")  # ends of the names of scores from 0 to 1
+
+
+def is_percentage(name: str) -> bool:
+    """Return True if a score of this name is shown as a percentage."""
+    return name.endswith(PERCENTAGES)

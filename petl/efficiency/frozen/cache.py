@@ -32,6 +32,7 @@ from petl.system.collectives import is_sharded
 from petl.system.files.paths import cache_folder, path_of
 
 FOLDER = "frozen"  # of stores, in the cache folder of petl
+PAYS = 1.5  # passes over the train rows; a store costs the frozen blocks of one
 logger = logging.getLogger(__name__)
 
 

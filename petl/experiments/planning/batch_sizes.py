@@ -24,7 +24,6 @@ from petl.data.base import refuse_stream
 from petl.data.batch_sampler import Buckets, Ints, split_by
 from petl.data.bucketing import bucket_edges, distinct
 from petl.data.models.loading import load_base, load_processor
-from petl.efficiency.rewrite import apply_rewrites, rewrites_of
 from petl.errors import InputError
 from petl.experiments.planning.batch_search import (
     MEMORY_FRACTION,
@@ -36,7 +35,6 @@ from petl.experiments.planning.batch_search import (
 from petl.experiments.planning.dry_run import pass_memory, without_values
 from petl.experiments.planning.memory import optimizer_state, weight_bytes
 from petl.experiments.planning.shapes import model_on_shapes, storage_of
-from petl.methods import losses
 from petl.system.progress import Shown
 from petl.training.dataloader import (
     Batch,
@@ -46,13 +44,15 @@ from petl.training.dataloader import (
     encode_splits,
     row_lengths,
 )
-from petl.training.distributed.launch import alone, number_of_processes, on_device, start
+from petl.training.distributed.launch import alone, number_of_processes, start
 from petl.training.evaluate import for_training
+from petl.training.features import Setup, features_of
 from petl.training.optimizer import make_engine, make_optimizer
+from petl.training.runs.config import RunConfig
 from petl.training.runs.environment import device_name
-from petl.training.runs.run_config import RunConfig, read_config
+from petl.training.runs.run_config import read_config
 from petl.training.runs.settings import TrainConfig
-from petl.training.wrapping import check_model, sized_fields, wrap_arguments, wrap_for_run
+from petl.training.wrapping import wrapped
 
 BUCKETS = 30  # of a search where train.buckets is null or auto
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -245,7 +245,7 @@ def by_shapes(
     config: RunConfig, splits: Splits, device: torch.device, memory: int
 ) -> Generator[Fits]:
     """Yield a test that compares the bytes of a step, from its shapes, with `memory`."""
-    fields = sized_fields(config, splits.task, splits.sampler(config.train).steps)
+    fields = Setup(load_base, config, splits, features_of(config.resolved)).fields()
     model, _ = model_on_shapes(config, splits.task, fields)
     storage = storage_of(config, splits.task, build_config(**fields))
     bf16 = config.precision == "bf16"
@@ -275,12 +275,7 @@ def by_trials(config: RunConfig, splits: Splits, accelerator: Accelerator) -> Ge
             f"launch={launch.name} shards memory across processes, which a trial in one process "
             "cannot measure: give the memory of one device with --memory to estimate it from shapes"
         )
-    arguments = wrap_arguments(config, splits, accelerator)
-    base = load_base(config.model, splits.task, processor=splits.processor)
-    model = wrap_for_run(on_device(base, accelerator), arguments)
-    losses.attach(model, config.loss)
-    check_model(model, settings)
-    apply_rewrites(model, rewrites_of(settings))
+    model = wrapped(Setup(load_base, config, splits, features_of(config.resolved), accelerator))
     device = accelerator.device
     with limited_memory(device), for_training(model, settings):
         hooks = lifecycle(model)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from petl.core.model.structure import layer_drop
-from petl.efficiency.frozen.cache import FOLDER, missing_rows, prefix_of
+from petl.efficiency.frozen.cache import FOLDER, PAYS, missing_rows, prefix_of
 from petl.efficiency.frozen.prefix import counted_calls, dropouts, reason_before, reason_of_repeats
 from petl.efficiency.frozen.store import MARGIN, Form, free_bytes, size_of
 from petl.errors import UnsupportedError
@@ -19,7 +19,6 @@ from petl.experiments.planning.dry_run import PassMemory, part_of_pass
 from petl.experiments.planning.memory import heaviest_batch, megabytes
 from petl.system.files.paths import cache_folder
 from petl.training.dataloader import Splits, batched, row_lengths
-from petl.training.frozen import PAYS, parts_of, passes_of
 from petl.training.runs.settings import TrainConfig
 
 
@@ -93,7 +92,7 @@ def frozen_plan(
     form = form_of(part.output)
     if form is None:
         return None
-    parts = parts_of(splits, settings)
+    parts = splits.parts(settings)
     positions = [positions_of(rows, splits, form) for rows in parts]
     sizes = [size_of(form, *each) for each in positions]
     new = _missing(model, parts, splits, device, bf16=bf16)
@@ -167,7 +166,7 @@ def _reason(
     left_out = dropouts(iter(own))
     if left_out:
         return f"they have dropout, such as {left_out[0]}", True
-    passes = passes_of(splits, settings)
+    passes = splits.passes(settings)
     if missing and passes < PAYS:
         return f"the run reads its examples {passes:.2g} times", True
     return "", False

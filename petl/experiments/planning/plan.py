@@ -6,7 +6,6 @@ training pass runs without data (see `petl.experiments.planning.dry_run`).
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, cast
 
 from omegaconf import DictConfig
@@ -22,7 +21,6 @@ from petl.core.support import Capability
 from petl.data.base import refuse_stream
 from petl.data.batch_sampler import padding_fraction
 from petl.data.models.loading import load_base, load_processor
-from petl.data.tasks.base import Task
 from petl.errors import InputError, UnsupportedError
 from petl.experiments.planning.cost import Time, time_of
 from petl.experiments.planning.dry_run import takes_mixed_batches, without_values
@@ -44,12 +42,11 @@ from petl.training.dataloader import Splits, encode_splits, row_lengths
 from petl.training.distributed.launch import alone, start
 from petl.training.distributed.precision import described
 from petl.training.evaluate import for_training
-from petl.training.frozen import passes_of
+from petl.training.features import Setup, features_of, orders_of
 from petl.training.optimizer import head_names, peak_lr
-from petl.training.ranks.targets import rank_targets
-from petl.training.runs.run_config import RunConfig, names_of, read_config
+from petl.training.runs.config import RunConfig, names_of
+from petl.training.runs.run_config import read_config
 from petl.training.runs.settings import TrainConfig
-from petl.training.wrapping import sized_fields
 
 UPPER = "top:0.33"  # the blocks with adapters of a cheaper run
 DEFAULT = "by default"  # the pattern of a method with target_modules=null
@@ -139,12 +136,14 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     data = run.data.read()
     refuse_stream(data.train, "petl plan")  # its length is unknown
     processor = load_processor(run.model, data.task)
-    splits = encode_splits(data, processor, settings, accelerator, run.data.repeats)
-    fields = sized_fields(run, data.task, splits.sampler(settings).steps)
+    features = features_of(run.resolved)
+    splits = encode_splits(data, processor, settings, accelerator, orders_of(features))
+    setup = Setup(load_base, run, splits, features)
+    fields = setup.fields()
     model, notes = model_on_shapes(run, data.task, fields)
     config = build_config(**fields)
     storage = storage_of(run, data.task, config)
-    notes += notes_of(run, data.task, fields, model, storage.processes)
+    notes += [*setup.notes, *notes_of(run, fields, storage.processes)]
     # saved as the difference of two updates: twice the rank
     saved = saved_shapes(model, rank_factor=2 if modifies_base_weights(config) else 1)
     targets = targets_of(model, fields.get("target_modules"))
@@ -196,9 +195,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     )
 
 
-def notes_of(
-    run: RunConfig, task: Task, fields: Mapping[str, Any], model: PeftModel, processes: int
-) -> list[str]:
+def notes_of(run: RunConfig, fields: Mapping[str, Any], processes: int) -> list[str]:
     """Return what a reader of the plan must know of its numbers.
 
     Args:
@@ -206,12 +203,6 @@ def notes_of(
         processes: that the run is planned for.
     """
     notes = []
-    if run.ranks is not None:
-        spread = rank_targets(run.ranks, partial(load_base, run.model, task, meta=True), fields)
-        notes.append(
-            f"the ranks of blocks come from data (ranks={run.ranks.name}), with the mean "
-            f"{spread.mean}; sizes and memory are those of rank {spread.mean} everywhere"
-        )
     entry = method(fields["name"]).given(fields)
     if hasattr(entry.tuner, "update_and_allocate") and Capability.ADAMR not in entry.lacks:
         notes.append(
@@ -236,7 +227,7 @@ def upper_blocks(counted: Counted, fields: Mapping[str, Any]) -> list[Saving]:
         fields: of the method.
     """
     now, splits, settings = counted.memory.pass_, counted.splits, counted.settings
-    if now is None or counted.frozen is not None or counted.run.ranks is not None:
+    if now is None or counted.frozen is not None or counted.run.resolved.get("ranks"):
         return []
     if fields.get("layers_to_transform", 0) is not None:  # there is no such field, or it is set
         return []
@@ -304,7 +295,7 @@ def length_of(splits: Splits, settings: TrainConfig) -> Length:
     """Return the length of a run: examples, steps, amount of data, padding."""
     plan, lengths = splits.sampler(settings), row_lengths(splits.task, splits.known)
     passes = plan.steps // plan.steps_per_epoch  # complete epochs read every row once
-    if splits.mixture is not None or splits.stages is not None:  # some more often
+    if splits.mixture is not None or splits.order is not None:  # some more often
         passes = 0
     amount = passes * int(lengths.sum())
     # of an incomplete epoch: its rows depend on its permutation
@@ -315,7 +306,7 @@ def length_of(splits: Splits, settings: TrainConfig) -> Length:
         rows=len(lengths),
         steps=plan.steps,
         warmup=settings.warmup_steps(plan.steps),
-        epochs=passes_of(splits, settings),
+        epochs=splits.passes(settings),
         amount=amount,
         unit=splits.task.unit,
         padding=padding_fraction(lengths, first),

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 
 from petl.data.batch_sampler import padding_fraction
+from petl.efficiency.frozen.cache import PAYS
 from petl.efficiency.rewrite import REWRITES, rewrite, rewrites_of
 from petl.efficiency.together.batches import TOKENS
 from petl.efficiency.together.group import Member
@@ -21,8 +22,7 @@ from petl.experiments.planning.frozen import FrozenPlan
 from petl.experiments.planning.memory import Memory, heaviest_batch, megabytes
 from petl.training.dataloader import Splits, buckets_of, row_lengths
 from petl.training.distributed.precision import bf16_units
-from petl.training.frozen import PAYS
-from petl.training.runs.run_config import RunConfig
+from petl.training.runs.config import RunConfig
 from petl.training.runs.settings import TrainConfig
 
 # assumptions: what makes a setting worth a line
@@ -110,7 +110,7 @@ def _buckets(counted: Counted) -> Iterator[Saving]:
     lengths = row_lengths(splits.task, splits.known)
     is_free = settings.buckets is None and settings.batch_sizes is None
     # these decide which rows a step has, so that they cannot be of similar length
-    is_free &= splits.mixture is None and splits.stages is None and not splits.task.packs
+    is_free &= splits.mixture is None and splits.order is None and not splits.task.packs
     if not (is_free and splits.task.reads_text and len(lengths)):
         return
     padding = padding_fraction(lengths, splits.sampler(settings).global_batches())

@@ -15,8 +15,9 @@ from petl.data.tasks.base import Task
 from petl.efficiency.rewrite import apply_rewrites, rewrites_of
 from petl.experiments.planning.memory import Storage
 from petl.methods import losses
-from petl.training.distributed.launch import FSDP, number_of_processes, refuse_fsdp
-from petl.training.runs.run_config import RunConfig
+from petl.training.distributed.launch import FSDP, number_of_processes
+from petl.training.distributed.sharding import refuse_fsdp
+from petl.training.runs.config import RunConfig
 from petl.training.wrapping import train_new_modules
 
 
@@ -26,7 +27,7 @@ def model_on_shapes(
     """Return the wrapped model of a run without weights, and notes about it.
 
     Args:
-        fields: those of the method, from `sized_fields`.
+        fields: those of the method, from `Setup.fields`.
     """
     planned, notes = without_data(fields)  # an initialization from data needs the data
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from petl.data.tasks.scores import is_percentage
 from petl.errors import markdown as escaped
 from petl.experiments.reports.answers import ANSWERS, Differences
 from petl.experiments.reports.comparison import Comparison, Entry
@@ -13,7 +14,6 @@ from petl.experiments.reports.formatting import (
     Table,
     interval,
     interval_text,
-    is_percentage,
     mean_text,
     sample_size,
     score,

@@ -15,11 +15,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from petl.data.tasks.scores import COUNTS, PROPORTIONS
+from petl.data.tasks.scores import COUNTS, PROPORTIONS, is_percentage
 from petl.errors import markdown, printable
 
-PERCENTAGES = ("accuracy", "f1", "precision", "recall", "exact_match", "density", "sparsity")
-PERCENTAGES += ("rouge1", "rouge2", "rougeL")  # ends of the names of scores from 0 to 1
 LEVEL = 0.95  # of intervals
 
 
@@ -124,11 +122,6 @@ def mean_text(metric: str, values: Sequence[float]) -> str:
     if len(values) < 2:
         return mean
     return f"{mean.removesuffix(' %')} ± {score(metric, statistics.stdev(values))}"
-
-
-def is_percentage(name: str) -> bool:
-    """Return True if a score of this name is shown as a percentage."""
-    return name.endswith(PERCENTAGES)
 
 
 def number(value: float, digits: int = 6) -> str:

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +25,7 @@ from petl.core.model.heat_map import cell_text
 from petl.errors import printable
 from petl.experiments.reports.formatting import number
 from petl.system.files.disk import open_inside
+from petl.training.features.section import Curve, Lines
 from petl.training.ranks.bars import BAR_COLORS, Bars, add_bars
 
 ASSETS = Path(__file__).with_name("assets")
@@ -131,14 +131,6 @@ RC = {
 }
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A named sequence of points (x, y), x ascending."""
-
-    name: str
-    points: Sequence[tuple[float, float]]
-
-
 class Point(NamedTuple):
     """A score with its standard deviation, and what it costs."""
 
@@ -146,6 +138,13 @@ class Point(NamedTuple):
     cost: float
     score: float
     spread: float
+
+
+def chart(data: Lines | Bars) -> str:
+    """Draw a chart of a section; return an SVG element."""
+    if isinstance(data, Bars):
+        return column_chart(data)
+    return line_chart(data.curves, data.title, x=data.x, y=data.y, marked=data.marked)
 
 
 def line_chart(

@@ -14,25 +14,23 @@ import yaml
 
 from petl.core.model.heat_map import HeatMap
 from petl.data.models.sources import RandomInit
-from petl.data.tasks.scores import COUNTS
+from petl.data.tasks.scores import COUNTS, is_percentage
 from petl.errors import InputError
-from petl.experiments.reports import ranks_section, stream_section
 from petl.experiments.reports.entries import validation_of
 from petl.experiments.reports.formatting import (
     duration,
     echo,
     interval,
     interval_text,
-    is_percentage,
     print_table,
     sample_size,
     score,
     size,
 )
 from petl.experiments.reports.page import (
-    Curve,
     address,
     bar_chart,
+    chart,
     embed_png,
     line_chart,
     render_page,
@@ -40,10 +38,10 @@ from petl.experiments.reports.page import (
 from petl.experiments.reports.predictions_section import SECTION, section_of
 from petl.system.files.disk import check_links, write_atomic
 from petl.system.files.read import read_text
-from petl.training.ranks.file import PICTURE, RANKS
+from petl.training.features import sections_of
+from petl.training.features.section import Curve, Section
 from petl.training.runs.card_code import placed
-from petl.training.runs.class_stream import PICTURE as STAGES_PICTURE
-from petl.training.runs.class_stream import STAGES
+from petl.training.runs.config import names_of
 from petl.training.runs.records import (
     ADAPTER,
     CONFIG,
@@ -59,7 +57,6 @@ from petl.training.runs.records import (
     read_scores,
     read_stored,
 )
-from petl.training.runs.run_config import names_of
 from petl.training.runs.run_folder import Run
 from petl.training.runs.settings import adamr_text
 
@@ -106,7 +103,8 @@ def print_summary(run: Run) -> None:
         print_table([header[0], *(f">{name}" for name in header[1:])], rows, title)
     else:
         echo(f"{title}: not scored on the test set (train.test=false)")
-    for line in interval_line(scores), validation_line(scores), stream_line(scores):
+    sections = sections_of(run.path, run.config.resolved, scores)
+    for line in interval_line(scores), validation_line(scores), *(each.line for each in sections):
         if line:
             echo(line)
     if isinstance(run.config.model, RandomInit):
@@ -161,17 +159,6 @@ def validation_line(scores: Mapping[str, Any]) -> str:
     return f"best validation {metric}: {best}" + (counted and f" ({counted})")
 
 
-def stream_line(scores: Mapping[str, Any]) -> str:
-    """Average accuracy and forgetting of a stream of classes; "" of other runs."""
-    found = scores.get("stream")
-    if not found:
-        return ""
-    return (
-        f"classes one after the other: average accuracy {100 * found['average_accuracy']:.1f} %, "
-        f"forgetting {100 * found['forgetting']:.1f} points after {found['stages']:.0f} stages"
-    )
-
-
 # On a page
 
 
@@ -207,9 +194,7 @@ def write_page(folder: Path) -> Path:
             charts=charts(record),
             clock=clock(record),
             time=time_chart(record),
-            strengths=strength_chart(record),
-            stream=stream_section.section_of(folder) if (folder / STAGES).exists() else None,
-            ranks=ranks_section.section_of(folder) if (folder / RANKS).exists() else None,
+            sections=[drawn(each, folder) for each in record.sections],
             heat_maps=record.heat_maps,
             plots=[(plot_title(file), embed_png(file)) for file in record.plots],
             section=section_of(folder),
@@ -281,16 +266,19 @@ class RunRecord:
         """What the method did, by layer."""
         return read_heat_maps(self.folder)
 
+    @cached_property
+    def sections(self) -> list[Section]:
+        """Parts of the page of what the run did besides training."""
+        return sections_of(self.folder, self.config, self.scores)
+
     @property
     def plots(self) -> list[Path]:
-        """The plots of the folder, without the pictures of its heat maps and ranks."""
+        """The plots of the folder that no other part of the page shows."""
         files = sorted(file for file in self.folder.glob("*.png") if file.is_file())
         # those are drawn on the page itself
         drawn = {each.name for each in self.heat_maps}
-        if (self.folder / RANKS).exists():  # else the picture is one of a method's own
-            drawn.add(Path(PICTURE).stem)
-        if (self.folder / STAGES).exists():
-            drawn.add(Path(STAGES_PICTURE).stem)
+        shown = ((*each.drawn, *each.pictures) for each in self.sections)
+        drawn |= {Path(name).stem for names in shown for name in names}
         return [file for file in files if file.stem not in drawn]
 
     @property
@@ -377,8 +365,6 @@ def facts(record: RunRecord) -> dict[str, str]:
     optimizer = adamr_text(record.config["train"])
     if optimizer is not None:
         rows["optimizer"] = optimizer
-    if scores.get("find_lr"):
-        rows["peak learning rate"] += f"; {scores['find_lr']['rule']}"
     return rows
 
 
@@ -418,8 +404,7 @@ def clock(record: RunRecord) -> str:
 
 def plot_title(file: Path) -> str:
     """Return the heading of a plot: `ranks.png` gives "Ranks"."""
-    known = {"lr_range": "Learning rate range test"}
-    return known.get(file.stem, file.stem.replace("_", " ").capitalize())
+    return file.stem.replace("_", " ").capitalize()
 
 
 def charts(record: RunRecord) -> list[str]:
@@ -457,20 +442,10 @@ def _chart(curves: list[Curve], title: str, label: str, **options: Any) -> str:
     return line_chart(full, title, x="optimizer step", y=label, **options) if full else ""
 
 
-def strength_chart(record: RunRecord) -> str:
-    """Return a chart of the scores by strength of the adapter, as SVG; "" without such scores."""
-    found = record.scores.get("strengths")
-    if found is None:
-        return ""
-    metric, used, rows = found["metric"], found["used"], found["rows"]
-    factor = 100 if is_percentage(metric) else 1
-    by_strength = ((float(strength), value) for strength, value in found["scores"].items())
-    points = [(strength, factor * value) for strength, value in by_strength if math.isfinite(value)]
-    label = f"{metric} (%)" if factor == 100 else metric
-    title = f"{metric.replace('_', ' ').capitalize()} on {rows:,} held-out training examples"
-    marked = (f"used: {used:g}", used)
-    curves = [Curve(metric, sorted(points))]
-    return line_chart(curves, title, x="strength", y=label, marked=marked) if points else ""
+def drawn(section: Section, folder: Path) -> tuple[Section, list[str], list[str]]:
+    """Return a section with its charts as SVG and its pictures as data URLs."""
+    pictures = [embed_png(folder / name) for name in section.pictures]
+    return section, [chart(each) for each in section.charts], pictures
 
 
 def time_chart(record: RunRecord) -> str:
@@ -485,7 +460,6 @@ BODY = """\
 {% if rows %}{{ blocks.table(header, rows) }}{% endif %}
 {% if facts %}{{ blocks.facts(facts) }}{% endif %}
 """
-BODY += stream_section.SECTION
 BODY += SECTION
 BODY += """\
 {% if charts %}
@@ -494,12 +468,18 @@ BODY += """\
 {% endif %}
 """
 BODY += """\
-{% if strengths %}
-<h2>Strength</h2>
-<figure>{{ strengths | safe }}</figure>
+{% for section, charts, pictures in sections %}
+<h2>{{ section.title }}</h2>
+{% if section.text %}<p>{{ section.text }}</p>{% endif %}
+{% if charts %}{{ blocks.charts(charts) }}{% endif %}
+{% if section.heat_maps %}
+<div class="heats">{% for each in section.heat_maps %}{{ blocks.heat(each) }}{% endfor %}</div>
 {% endif %}
+{% for picture in pictures %}
+<figure><img alt="{{ section.title }}" src="{{ picture }}"></figure>
+{% endfor %}
+{% endfor %}
 """
-BODY += ranks_section.SECTION
 BODY += """\
 {% if heat_maps %}
 <h2>What the method did</h2>

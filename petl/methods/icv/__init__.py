@@ -7,6 +7,7 @@ demonstrations (x_i, y_i) gives the directions; nothing is trained.
     config.py          the fields, and the modules that they mean in a model
     directions.py      from demonstrations to directions, over all processes
     tuner.py           the adapter, injection, calibration of a wrapped model
+    run.py             demonstrations and scores by strength of a run
 
 Shapes: N demonstrations, L blocks, H width of the stream. With h_l(s) [H] the last token's hidden
 state of text s behind block l:

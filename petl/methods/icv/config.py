@@ -18,9 +18,6 @@ AUTO = "auto"
 class IcvConfig(MethodConfig):
     """Fields of ICV; `strength` is read in each forward pass, so that a change acts at once."""
 
-    of_demonstrations = True
-    calibration_source = "petl.methods.icv.demonstrations:demonstrations"
-
     target_modules: set[str] | list[str] | str | None = config_field(
         "the modules whose outputs are shifted; null, as mode and layers determine them", None
     )

@@ -21,7 +21,7 @@ from petl.errors import InputError
 from petl.system.settings.schema import read_fields
 from petl.training.calibration_data import CalibrationBatches, CalibrationData
 from petl.training.dataloader import Batch, Splits, hold_out, numbered
-from petl.training.runs.run_config import RunConfig
+from petl.training.runs.config import RunConfig
 
 GROUP = "method.calibration_data"
 HELD = 64  # training rows on which strengths are compared; assumption: enough for a mean loss

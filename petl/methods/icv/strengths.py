@@ -1,4 +1,4 @@
-"""Scores by the strength of an adapter whose config has one (ICV), and the choice of the best."""
+"""Scores by the strength of an adapter of ICV, and the choice of the best."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from peft import PeftModel
 
 from petl.errors import InputError
+from petl.methods.icv.config import IcvConfig
 
 STRENGTHS = (0.0, 0.05, 0.1, 0.2, 0.4)
 
@@ -19,7 +20,7 @@ def scores_by_strength(
         InputError: the active adapter has no strength.
     """
     config: Any = model.active_peft_config
-    if not getattr(config, "of_demonstrations", False):
+    if not isinstance(config, IcvConfig):
         raise InputError(
             f"the active adapter is one of {type(config).__name__}, which has no strength; "
             "activate one of icv"

@@ -78,6 +78,7 @@ class IcvAdapter(Adapter):
     recommended="a few demonstrations give one vector per block, of adjustable strength",
     paper="Liu et al. 2024, In-context Vectors: Making In Context Learning More Effective and "
     "Controllable Through Latent Space Steering, ICML, arXiv:2311.06668",
+    features=("petl.methods.icv.run:Strengths",),
 )
 class IcvModel(MethodTuner):
     """Tuner of `IcvConfig`."""

@@ -21,7 +21,7 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     set_seed,
 )
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -30,9 +30,7 @@ from transformers import PreTrainedModel
 
 from petl.core.model.structure import blocks
 from petl.core.parameters import quantization_of, trainable
-from petl.core.registry import refusal
-from petl.core.support import Capability
-from petl.errors import InputError, UnsupportedError, choose
+from petl.errors import InputError, choose
 from petl.system.collectives import is_sharded, to_full, to_shards
 from petl.system.imports.extras import need_extra
 from petl.system.settings.schema import read_fields
@@ -206,31 +204,6 @@ def make_accelerator(launch: Launch, precision: str) -> Accelerator:
 def is_zero(accelerator: Accelerator) -> bool:
     """Return True if DeepSpeed trains."""
     return hasattr(accelerator, "deepspeed_engine_wrapped")
-
-
-def refuse_sharding(config: PeftConfig, quantization: str | None, accelerator: Accelerator) -> None:
-    """Raise UnsupportedError if the run would shard a method or a base that cannot be sharded."""
-    reason = refusal(config, Capability.ZERO)
-    if is_zero(accelerator) and reason:
-        raise UnsupportedError(f"launch=deepspeed is not possible: {reason}")
-    if accelerator.num_processes > 1 and (quantization or "").startswith("torchao"):
-        raise UnsupportedError(
-            f"weights in model.quantization={quantization} can neither be broadcast nor sharded; "
-            "use bnb_8bit, or one process"
-        )
-    if not accelerator.is_fsdp2:
-        return
-    refuse_fsdp(config, quantization)
-
-
-def refuse_fsdp(config: PeftConfig, quantization: str | None) -> None:
-    """Raise UnsupportedError if FSDP2 cannot shard the method or its base."""
-    # quantization is named first: it can be changed without changing the method
-    reason = refusal(config, Capability.FSDP)
-    if quantization is not None:
-        reason = f"weights in model.quantization={quantization} cannot be sharded; use launch=ddp"
-    if reason:
-        raise UnsupportedError(f"launch=fsdp is not possible: {reason}")
 
 
 def start(seed: int, precision: str, launch: Launch | None = None) -> Accelerator:

@@ -6,71 +6,111 @@ petl train +method=lora +ranks=cfsp +data@ranks.data=hamlet  of other data
 
 import logging
 from collections.abc import Mapping
-from functools import partial
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from petl.core.adapter_folder import read_config
-from petl.core.registry import build_config
-from petl.data.models.loading import load_base
+from petl.core.registry import build_config, method
+from petl.errors import InputError
+from petl.system.collectives import on_main
+from petl.system.files.disk import as_json, write_atomic
 from petl.system.progress import Shown
 from petl.training.calibration import calibration_batches
-from petl.training.dataloader import Splits
-from petl.training.ranks.allocation import allocate, with_ranks
+from petl.training.features import Context, Fields, RunFeature, Setup
+from petl.training.features.section import Section
+from petl.training.ranks.allocation import allocate, check_method, check_unset, with_ranks
+from petl.training.ranks.file import PICTURE, RANKS, draw_ranks, rank_charts, read_ranks
 from petl.training.ranks.importance import block_importance
 from petl.training.ranks.settings import RanksConfig
 from petl.training.ranks.targets import rank_targets
-from petl.training.runs.resume import ADAPTER
-from petl.training.runs.run_folder import Run
+from petl.training.runs.config import RunConfig
+from petl.training.runs.records import ADAPTER
 
 MEASURING = "measuring the importance of blocks"
 logger = logging.getLogger(__name__)
 
 
-def ranks_by_importance(
-    run: Run,
-    base: PreTrainedModel,
-    fields: Mapping[str, Any],
-    splits: Splits,
-) -> dict[str, Any]:
-    """Return the patterns of ranks (and alphas) of a run; a resumed run has its checkpoint's.
+class RanksByImportance(RunFeature):
+    """Distributes ranks over blocks; a resumed run has those of its checkpoint."""
 
-    The importances are kept for the folder of the run, as `run.ranks`.
+    Settings = RanksConfig
+    settings: RanksConfig
+    measured: dict[str, Any] | None = None  # the content of ranks.json, in a new run
 
-    Args:
-        base: the base model, on the device of the run.
-        fields: of the method, and the calibration data of its initialization, if any.
-    """
-    settings = run.config.ranks
-    assert settings is not None
-    if run.resume is not None:
-        return patterns(read_config(run.resume / ADAPTER))
-    own = {key: value for key, value in fields.items() if key != "calibration"}
-    build = partial(load_base, run.config.model, splits.task, meta=True)
-    targets = rank_targets(settings, build, own)
-    run.timer.start()
-    rows = calibration_batches(settings.calibration, run.config.model, splits, group="ranks")
-    importance = block_importance(base, Shown(rows, MEASURING), settings.metric)
-    run.timer.mark("ranks")
-    ranks = allocate(
-        {path: importance[path] for path in targets.cost},
-        targets.mean,
-        least=settings.least,
-        most=settings.most,
-        power=settings.power,
-        cost=targets.cost,
-    )
-    logger.info(
-        "ranks by importance of %d blocks: %d to %d, mean %d (%s)",
-        len(ranks),
-        min(ranks.values()),
-        max(ranks.values()),
-        targets.mean,
-        settings.metric,
-    )
-    run.ranks = record(settings, targets.mean, importance, ranks)
-    return patterns(with_ranks(build_config(**own), base, ranks))
+    def check(self, config: RunConfig) -> None:
+        """Raise InputError for a method that has no rank by block, or has ranks by module."""
+        check_method(method(config.method["name"]).given(config.method))
+        adapter: Any = build_config(**config.method)
+        check_unset(adapter)
+        start = getattr(adapter, "init_lora_weights", None)
+        if start == "eva":
+            raise InputError(
+                f"method.init_lora_weights={start} distributes ranks itself, and so does ranks="
+                f"{self.settings.name}; leave one of them out"
+            )
+
+    def before_wrapping(self, setup: Setup, fields: Fields) -> Fields:
+        """Add the patterns of ranks, and of alphas."""
+        settings, run = self.settings, setup.run
+        if run is not None and run.resume is not None:
+            return fields | patterns(read_config(run.resume / ADAPTER))
+        targets = rank_targets(settings, setup.shapes, fields)
+        if run is None:
+            setup.notes.append(
+                f"the ranks of blocks come from data (ranks={settings.name}), with the mean "
+                f"{targets.mean}; sizes and memory are those of rank {targets.mean} everywhere"
+            )
+            return fields
+        run.timer.start()
+        rows = calibration_batches(
+            settings.calibration, setup.config.model, setup.splits, group="ranks"
+        )
+        importance = block_importance(setup.base, Shown(rows, MEASURING), settings.metric)
+        run.timer.mark("ranks")
+        ranks = allocate(
+            {path: importance[path] for path in targets.cost},
+            targets.mean,
+            least=settings.least,
+            most=settings.most,
+            power=settings.power,
+            cost=targets.cost,
+        )
+        logger.info(
+            "ranks by importance of %d blocks: %d to %d, mean %d (%s)",
+            len(ranks),
+            min(ranks.values()),
+            max(ranks.values()),
+            targets.mean,
+            settings.metric,
+        )
+        self.measured = record(settings, targets.mean, importance, ranks)
+        return fields | patterns(with_ranks(build_config(**fields), setup.base, ranks))
+
+    def before_training(self, context: Context) -> None:
+        """Write ranks.json."""
+        if self.measured is not None:
+            content, file = as_json(self.measured, in_order=True), context.run.path / RANKS
+            on_main(context.accelerator, lambda: write_atomic(file, content))
+
+    def after_training(self, context: Context, step: int) -> Mapping[str, object]:
+        """Draw the ranks."""
+        on_main(context.accelerator, lambda: draw_ranks(context.run.path))
+        return {}
+
+    @classmethod
+    def section(cls, folder: Path, scores: Mapping[str, Any]) -> Section | None:
+        """Return charts of the ranks and of the importance of the blocks."""
+        if not (folder / RANKS).exists():
+            return None
+        ranks = read_ranks(folder)
+        data = ranks["calibration"]
+        source = "the training data" if data["data"] is None else "other data (ranks.data)"
+        text = (
+            "Before training, the importance of each block was measured by how much it turns its "
+            f"input ({ranks['metric']}), on up to {data['num_samples']:,} samples of at most "
+            f"{data['seq_len']:,} tokens of {source}. Blocks of more importance have more rank."
+        )
+        return Section("Ranks by importance", text, rank_charts(ranks), drawn=[PICTURE])
 
 
 def patterns(config: Any) -> dict[str, Any]:

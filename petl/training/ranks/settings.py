@@ -1,21 +1,9 @@
-"""The settings under `ranks` of a run, read and checked before anything is loaded."""
+"""The settings under `ranks` of a run."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from petl.core.registry import build_config, method
-from petl.errors import InputError
-from petl.system.settings.schema import (
-    Rule,
-    check_rules,
-    integer,
-    one_of,
-    read_fields,
-    real,
-    setting,
-)
-from petl.training.ranks.allocation import check_method, check_unset
+from petl.system.settings.schema import Rule, integer, one_of, real, setting
 from petl.training.ranks.importance import METRICS
 
 DATA = Rule("settings of data", lambda value: True)  # read when the run reads its data
@@ -44,28 +32,3 @@ class RanksConfig:
         """The settings of the calibration data."""
         names = ("data", "num_samples", "seq_len", "batch_size", "seed")
         return {name: getattr(self, name) for name in names}
-
-
-def read_ranks(settings: Mapping[str, Any], fields: Mapping[str, Any]) -> RanksConfig:
-    """Read the settings under `ranks`.
-
-    Args:
-        settings: those under `ranks`.
-        fields: of the run's method, its name included.
-
-    Raises:
-        InputError: an unknown setting or a value that is not allowed, or a method that has no rank
-            by block, or has ranks by module already.
-    """
-    ranks = read_fields(RanksConfig, settings, "ranks")
-    check_rules(ranks, "ranks")
-    check_method(method(fields["name"]).given(fields))
-    config: Any = build_config(**fields)
-    check_unset(config)
-    start = getattr(config, "init_lora_weights", None)
-    if start == "eva":
-        raise InputError(
-            f"method.init_lora_weights={start} distributes ranks itself, and so does ranks="
-            f"{ranks.name}; leave one of them out"
-        )
-    return ranks

@@ -77,29 +77,11 @@ def refuse_interpolations(settings: Mapping[str, Any], file: Path) -> None:
 # The scores
 
 
-class RangeTest(TypedDict):
-    """How the learning rate was found, with train.find_lr."""
-
-    lr: float
-    rule: str
-
-
-class Strengths(TypedDict):
-    """Scores on training rows by strength of the adapter, and the strength that is used."""
-
-    metric: str
-    rows: int
-    used: float
-    scores: dict[str, float]
-
-
 class Scores(TypedDict, total=False):
     """The content of scores.json, of which an unfinished run has the first three at most."""
 
     linear_probe: Evaluation | None
     before: Evaluation | None
-    find_lr: RangeTest | None
-    strengths: Strengths
     after: Evaluation | None  # null with train.test=false
     task: str
     metric: str
@@ -120,15 +102,14 @@ class Scores(TypedDict, total=False):
     adapter_bytes: int
     method: dict[str, float]  # figures of the trained adapter, of methods that have some
     time_split: dict[str, float]
-    stream: dict[str, float]  # with data.order=by_class
     peak_rss_bytes: int
     peak_device_bytes: int
 
 
 # that runs of every version have, and reports need
 FINAL = Scores.__annotations__.keys() - {
-    *("linear_probe", "before", "find_lr", "task", "head_lr", "time_split", "peak_device_bytes"),
-    *("validation_scores", "method", "strengths", "stream"),
+    *("linear_probe", "before", "task", "head_lr", "time_split", "peak_device_bytes"),
+    *("validation_scores", "method"),
 }
 SIZES = ("bytes", "parameters", "seconds")  # ends of the names of values that are not negative
 

@@ -6,7 +6,7 @@ of a run takes.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig
@@ -15,60 +15,22 @@ from petl.core.losses import read as read_loss
 from petl.core.registry import build_config, is_computed, list_methods, method
 from petl.core.spec.method import LossConfig, Method
 from petl.core.support import Capability, Conflict
-from petl.data.base import Source, data_source
-from petl.data.models.sources import ModelSource, read_source
+from petl.data.base import data_source
+from petl.data.models.sources import read_source
 from petl.data.task_sets import SOURCE, with_sets
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 from petl.system.imports.peft_hook import import_modules
 from petl.system.settings.schema import LARGEST, plain
 from petl.training.distributed.launch import Launch, read_launch
-from petl.training.ranks.settings import RanksConfig, read_ranks
-from petl.training.runs.init_from import check_model as check_start_model
-from petl.training.runs.init_from import find_start, method_settings
-from petl.training.runs.settings import TrainConfig, method_fields, read_train, with_inner
-from petl.training.tracking import TrackerConfig, read_tracker
+from petl.training.features import FEATURES, features_of
+from petl.training.runs.config import GROUPS, RunConfig
+from petl.training.runs.method_fields import method_fields, with_inner
+from petl.training.runs.settings import TrainConfig, read_train
+from petl.training.tracking import read_tracker
 
-GROUPS = ("method", "model", "data", "train", "tracker")  # every configuration has these
 # added with a plus, by a recipe of configs/method, or absent from old runs
-OPTIONAL = ("ranks", "loss", "launch", "recipe", "imports")
+OPTIONAL = ("loss", "launch", "recipe", "imports")
 WORKERS_PER_CORE = 8  # more only wait for each other; assumption
-NAMED = ("method", "ranks", "loss", "model", "data")  # groups whose names make the name of a run
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """All settings of a run, checked.
-
-    Attributes:
-        train: the settings under `train`, the learning rate of the method filled in.
-        model, data: where the base model and the data come from.
-        method: the fields of the method and of its inner method, its name included.
-        ranks: how ranks are distributed over blocks; None: by the method alone.
-        loss: an extra loss; None without one.
-        launch: how several processes divide the work.
-        tracker: where metrics go in addition to the run's folder; None: nowhere.
-        resolved: the settings by group as nested plain values, as config.yaml stores them.
-    """
-
-    train: TrainConfig
-    model: ModelSource
-    data: Source
-    method: dict[str, Any]
-    ranks: RanksConfig | None
-    loss: LossConfig | None
-    launch: Launch
-    tracker: TrackerConfig | None
-    resolved: dict[str, Any]
-
-    @property
-    def precision(self) -> str:
-        """The autocast precision, "no" or "bf16"."""
-        return self.train.computes_in(self.model.dtype)
-
-    def with_train(self, **values: Any) -> "RunConfig":
-        """Return these settings with others under `train`."""
-        resolved = {**self.resolved, "train": {**self.resolved["train"], **values}}
-        return replace(self, train=replace(self.train, **values), resolved=resolved)
 
 
 def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
@@ -78,23 +40,17 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
         InputError: an unknown name, a value of another type or out of range, no method or one that
             `petl train` cannot train, a module of `imports` that cannot be imported.
     """
-    # Hydra refuses unknown keys, except those added with a plus
-    for key in cfg:
-        if key not in (*GROUPS, *OPTIONAL):
-            known = (*GROUPS, *OPTIONAL)
-            raise UnknownNameError(f"no setting {key}{did_you_mean(str(key), known)}")
     settings = plain(cfg)
+    import_modules(settings.get("imports"))  # which may add features; None in older runs
     check_groups(settings)
-    import_modules(settings.get("imports"))  # None in runs of earlier versions
     loss = read_loss(settings["loss"]) if settings.get("loss") is not None else None
     # the default needs no check and no tracker
     has_tracker = settings["tracker"] != {"name": "none"}
     tracker = read_tracker(settings["tracker"]) if has_tracker else None
+    read_train(settings)  # before features read these settings
+    for feature in features_of(settings):
+        settings = feature.settle(settings)
     train = read_train(settings)
-    if train.init_from is not None:
-        start = find_start(train.init_from)
-        check_start_model(start, settings["model"], other_base=train.other_base)
-        settings["method"] = method_settings(start, settings.get("method"))
     entry = chosen_method(settings)
     # all fields, so that config.yaml does not depend on defaults
     fields = with_inner(settings["method"])
@@ -107,8 +63,6 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     fill_tasks(fields, settings["data"])
     # all fields are checked again once task type and number of steps are known
     train = with_steps(train, method_fields(fields, None, train.steps or LARGEST), loss)
-    given = settings.get("ranks")  # the default needs no check
-    ranks = read_ranks(given, fields) if given is not None else None
     resolved = settings | {
         "method": fields,
         # values in place of null and of the name of a file, which may change
@@ -121,31 +75,20 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     data_settings = resolved["data"] = with_row_tasks(settings["data"], fields)
     model, data = read_source(settings["model"]), data_source(data_settings)
     model.check()
-    if model.adapter is not None:
-        # not imported by other runs
-        from petl.data.models.finished_adapter import checked_config
-
-        checked_config(model.adapter)
     data.check()
-    if data.order is not None:
-        train.check_stream()
-        several = data_settings.get("tasks") or data_settings.get("sets")
-        if several:
-            raise InputError(
-                f"data.order={data.order} is for rows of one task, and the data has {[*several]}: "
-                "leave data.order null"
-            )
-    return RunConfig(
+    config = RunConfig(
         train=train,
         model=model,
         data=data,
         method=fields,
-        ranks=ranks,
         loss=loss,
         launch=launch,
         tracker=tracker,
         resolved=resolved,
     )
+    for feature in features_of(resolved):
+        feature.check(config)
+    return config
 
 
 def chosen_method(settings: Mapping[str, Any]) -> Method:
@@ -244,10 +187,16 @@ def with_row_tasks(data: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[s
 
 
 def check_groups(settings: Mapping[str, Any]) -> None:
-    """Raise InputError if a group, such as `train`, is missing or a value in its place."""
-    for name in (*GROUPS, "ranks", "loss", "launch"):
+    """Raise InputError for an unknown group, or one that is missing or a value in its place."""
+    own = [name for name in FEATURES if "." not in name]
+    known = (*GROUPS, *OPTIONAL, *own)
+    for name in settings:
+        # Hydra refuses unknown keys, except those added with a plus
+        if name not in known:
+            raise UnknownNameError(f"no setting {name}{did_you_mean(name, known)}")
+    for name in (*GROUPS, "loss", "launch", *own):
         value = settings.get(name)
-        if value is None and name in ("method", "ranks", "loss", "launch"):
+        if value is None and name not in ("model", "data", "train", "tracker"):
             continue
         if not isinstance(value, Mapping):
             given = f"{name}={value!r}" if name in settings else f"the group {name}"
@@ -292,11 +241,3 @@ def check_adamr(entry: Method, launch: Launch) -> None:
             f"train.optimizer=adamr is not possible with launch={launch.name}, which flattens the "
             "parameters and their state; use +launch=fsdp, or ddp"
         )
-
-
-def names_of(config: Mapping[str, Any]) -> list[str]:
-    """Return the parts of a run's name: recipe or method, ranks, extra loss, model, data."""
-    named = {group: config[group]["name"] for group in NAMED if config.get(group)}
-    if config.get("recipe"):
-        named["method"] = config["recipe"]
-    return [str(name) for name in named.values()]

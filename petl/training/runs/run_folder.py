@@ -21,10 +21,9 @@ Only the main process writes. The folder is made by `Run.begin`: bad input leave
 import json
 import logging
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,7 @@ from omegaconf import OmegaConf
 from peft import PeftModel
 
 from petl.core.fingerprint import check_saved
-from petl.core.lifecycle import lifecycle
-from petl.core.parameters import adapter_parameters
 from petl.core.spec.method import modifies_base_weights
-from petl.data.models.loading import save_processor
-from petl.data.models.sources import RandomInit
-from petl.data.tasks.base import Task, write_labels, write_task
 from petl.errors import InputError
 from petl.system.collectives import on_main
 from petl.system.files.disk import (
@@ -46,23 +40,17 @@ from petl.system.files.disk import (
     as_json,
     atomic_folder,
     check_free_space,
-    flush,
     stop_when_full,
     write_atomic,
 )
 from petl.system.processes import claim
-from petl.training.distributed.launch import gathered, start
+from petl.training.distributed.launch import start
 from petl.training.distributed.precision import described
-from petl.training.ranks.file import RANKS, draw_ranks
-from petl.training.runs.card_code import BASE
-from petl.training.runs.checkpoint import TrainState, clean, room_for, save_adapter
-from petl.training.runs.environment import PhaseTimer, describe_environment, peak_memory
-from petl.training.runs.init_from import find_start
-from petl.training.runs.model_card import README, Described, known_base, model_card
-from petl.training.runs.prediction_tables import tables_of
+from petl.training.runs.checkpoint import clean, room_for, save_adapter
+from petl.training.runs.config import RunConfig, names_of
+from petl.training.runs.environment import PhaseTimer, describe_environment
 from petl.training.runs.records import (
     ADAPTER,
-    BEFORE,
     CONFIG,
     ENVIRONMENT,
     METRICS,
@@ -81,10 +69,8 @@ from petl.training.runs.resume import (
     may_start_in,
     objective_of,
 )
-from petl.training.runs.run_config import RunConfig, names_of
 from petl.training.runs.settings import TrainConfig
 from petl.training.tracking import Tracker, make_tracker
-from petl.training.tracking.base import named
 
 START = "start"
 logger = logging.getLogger(__name__)
@@ -154,8 +140,8 @@ class Run:
         path: its folder, from `begin` on.
         scores: the content of scores.json, from `begin` on.
         log: the lines of metrics.jsonl, from `begin` on.
-        ranks: the content of ranks.json; None without +ranks, and in a resumed run.
         timer: time by phase.
+        environment: the content of environment.json, which features add to before `begin`.
         tracker: the tracker of the main process; None without one.
     """
 
@@ -173,7 +159,7 @@ class Run:
         # names may have a slash, as repositories on the Hub do
         self.prefix = re.sub(r"[^\w.-]+", "-", "-".join(names_of(config.resolved)))
         self.timer = PhaseTimer(accelerator.device)
-        self.ranks: dict[str, Any] | None = None
+        self.environment: dict[str, Any] = {}
         has_tracker = config.tracker is not None and accelerator.is_main_process
         self.tracker = make_tracker(config.tracker) if has_tracker else None
         # one process looks at the disk, the others get its result or its error
@@ -243,11 +229,8 @@ class Run:
                 self.path = new_folder(settings, self._asked, self.prefix)
                 self._write_start(model)
             clean(self.checkpoints)  # safe: this process holds the lock
-            self.environment = describe_environment(self.accelerator, settings.seed)
+            self.environment |= describe_environment(self.accelerator, settings.seed)
             self.environment["resumed_from"] = str(self.resume) if self.resume else None
-            # the resolved place: `init_from` may be a run's folder, whose adapter is inside
-            initial = find_start(settings.init_from).place if settings.init_from else None
-            self.environment["init_from"] = initial
             # otherwise `finish` writes them, with the scores of the longer run
             if not self.was_finished:
                 self._describe()
@@ -266,8 +249,6 @@ class Run:
     def _write_start(self, model: PeftModel) -> None:
         self.checkpoints.mkdir(exist_ok=True)
         write_atomic(self.path / METRICS, "")
-        if self.ranks is not None:
-            write_atomic(self.path / RANKS, as_json(self.ranks, in_order=True))
         # an adapter that changes the base weights is saved as the difference from this state
         if modifies_base_weights(model.active_peft_config):
             with atomic_folder(self.path / START) as folder:
@@ -285,139 +266,11 @@ class Run:
                 self.tracker.fail()
             raise
 
-    def score(self, name: str, measure: Callable[[], Any], phase: str = "evaluation") -> None:
-        """Add the result of `measure` on the test examples to the scores, as `measure` does.
-
-        A score that a stopped run has measured already is kept.
-        """
-        # also with the value None, of a run with train.test=false
-        if name not in self.scores:
-            self.scores.add({name: self.measure(measure, phase)})
-
-    def score_before(self, test: Callable[..., Any], task: Task) -> None:
-        """Add the scores before training to the scores, unless `train.score_before=false`."""
-        if self.config.train.score_before:
-            # answers from before are kept too, to show what training has changed
-            kept = self.path / BEFORE if task.generate else None
-            self.score("before", partial(test, kept=kept))
-
-    def measure(self, score: Callable[[], Any], phase: str = "evaluation") -> Any:
-        """Return the timed result of `score` on the test examples; None with `train.test=false`."""
-        self.timer.start()
-        result = score() if self.config.train.test else None
-        self.timer.mark(phase)
-        return result
-
-    def save(self, model: PeftModel, task: Task) -> None:
-        """Write the trained adapter, labels, processor and the method's plots."""
-        # all processes: parameters may be sharded, and each has a part
-        with gathered(model):
-            on_main(self.accelerator, lambda: self._save(model, task))
-
-    def _save(self, model: PeftModel, task: Task) -> None:
-        with stop_when_full(self.path):
-            flush(self.path)  # `atomic_folder` would make a deleted folder again, with nothing else
-        start = self.path / START if modifies_base_weights(model.active_peft_config) else None
-        with atomic_folder(self.path / ADAPTER) as folder:
-            save_adapter(model, folder, start=start)
-            write_labels(folder, task.model_kwargs())
-            write_task(folder, task)
-            save_processor(self.config.model, task, folder)
-            if isinstance(self.config.model, RandomInit):  # no hub or folder has its config
-                base: Any = model.get_base_model()
-                base.config.save_pretrained(folder / BASE)
-        # after the adapter: a plot that fails must not cost the result
-        lifecycle(model).plots(self.path)
-        if (self.path / RANKS).exists():
-            draw_ranks(self.path)
-        if self.config.data.order is not None:
-            # not imported by other runs
-            from petl.training.runs.class_stream import draw_stages
-
-            draw_stages(self.path)
-
-    def finish(
-        self,
-        model: PeftModel,
-        task: Task,
-        settings: TrainConfig,
-        state: TrainState,
-        after: dict[str, float] | None,
-    ) -> None:
-        """Complete the adapter's README, scores.json and the tracker's run.
-
-        Args:
-            settings: those of the training, the learning rates of a range test included.
-            state: of the training, at its end.
-            after: scores after training; None with `train.test=false`.
-        """
-        file = self.path / ADAPTER / "adapter_model.safetensors"
-        # the file is on the disk of the main process
-        size = on_main(self.accelerator, lambda: file.stat().st_size)
-        entries = {
-            "after": after,  # the presence of this key marks a finished run
-            "task": task.name,
-            "metric": task.metric,
-            "higher_is_better": task.higher_is_better,
-            "validation": state.best,
-            "validation_scores": state.best_scores or None,
-            "best_step": state.best_step,
-            "steps": state.step,
-            "lr": settings.lr,
-            # no head trains under a method that takes its place
-            "head_lr": None if has_no_head(model) else settings.head_lr,
-            "tokens": state.tokens,
-            "unit": task.unit,
-            "padding": state.padding,
-            "seconds": state.seconds,
-            "cpu_seconds": state.cpu_seconds,
-            "trainable_parameters": model.get_nb_trainable_parameters()[0],
-            "adapter_parameters": adapter_parameters(model),
-            "adapter_bytes": size,
-            "time_split": self.timer.totals(),
-        }
-        figures = lifecycle(model).figures()
-        if figures:
-            entries["method"] = figures
-        if self.config.data.order is not None:
-            # not imported by other runs
-            from petl.training.runs.class_stream import read_stages, stream_scores
-
-            stages = on_main(self.accelerator, lambda: read_stages(self.path, state.step))
-            # none if train.steps ends the run within the first
-            entries |= {"stream": stream_scores(stages)} if stages else {}
-        # before the scores, which mark a finished run
-        on_main(self.accelerator, lambda: self._write_card(model, task, entries))
-        self.scores.add({**entries, **peak_memory(self.accelerator.device)})
+    def end(self) -> None:
+        """Write configuration and environment of a run that was trained further."""
         if self.was_finished and self.accelerator.is_main_process:
             with stop_when_full(self.path):
                 self._describe()
-        if self.tracker:
-            pictures = sorted(self.path.glob("*.png"))
-            scores = named({**self.scores, "objective": self.scores.objective})
-            self.tracker.end(scores, pictures, self.path / ADAPTER, tables_of(self.path))
-
-    def _write_card(self, model: PeftModel, task: Task, entries: dict[str, Any]) -> None:
-        source, config = self.config.model, model.active_peft_config
-        card = model_card(
-            Described(
-                task,
-                source,
-                config,
-                known_base(source, config.revision),
-                self.config.resolved,
-                {**self.scores, **entries},
-                self.environment,
-                run_names=names_of(self.config.resolved),
-            )
-        )
-        with stop_when_full(self.path):
-            write_atomic(self.path / ADAPTER / README, card)
-
-
-def has_no_head(model: PeftModel) -> bool:
-    """Return True if the method takes the place of the task head, so that none is trained."""
-    return getattr(model.active_peft_config, "replaces_head", False)
 
 
 def new_folder(settings: TrainConfig, identity: dict[str, Any], prefix: str) -> Path:

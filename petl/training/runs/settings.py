@@ -1,4 +1,4 @@
-"""How a run trains: its settings under `train` in configs/train.yaml, and those of its method."""
+"""How a run trains: its settings under `train` in configs/train.yaml."""
 
 import math
 from collections.abc import Mapping
@@ -8,12 +8,10 @@ from typing import Any, TypedDict
 
 from omegaconf import DictConfig
 
-from petl.core.registry import build_config, method
 from petl.core.spec.method import LR
 from petl.errors import InputError
 from petl.system.files.paths import file_of, why_impossible
 from petl.system.files.read import read_yaml
-from petl.system.settings.command_line import preset_of
 from petl.system.settings.schema import (
     LARGEST,
     Rule,
@@ -248,11 +246,6 @@ class TrainConfig:
                 )
         self._check_optimizer()
         self._check_buckets()
-        if self.init_from is not None and self.budget is not None:
-            raise InputError(
-                f"train.budget={self.budget} chooses the size of a new adapter, and that of "
-                f"train.init_from={self.init_from} has its size: leave train.budget null"
-            )
         if self.init_head is not None and self.init_from is None:
             raise InputError(
                 f"train.init_head={self.init_head} needs train.init_from: the adapter to start from"
@@ -338,38 +331,6 @@ class TrainConfig:
             )
         return math.ceil(steps)
 
-    def steps_of_stream(self, length: int) -> int:
-        """Return the optimizer steps of a run over a stream of `length` steps.
-
-        Raises:
-            InputError: the stream has not so many.
-        """
-        if self.steps is not None and self.steps > length:
-            raise InputError(
-                f"train.steps={self.steps}, but data.order=by_class has {length} steps: set fewer, "
-                "or a larger data.stream_repeats"
-            )
-        return length if self.steps is None else self.steps
-
-    def check_stream(self) -> None:
-        """Raise InputError for a setting that does not suit data.order=by_class."""
-        if self.epochs not in (TrainConfig.epochs, 1):
-            raise InputError(
-                f"train.epochs={self.epochs:g} has no effect with data.order=by_class, which is "
-                "passed once: set data.stream_repeats, the passes over the rows of each class"
-            )
-        if self.bucket_settings:
-            raise InputError(
-                f"data.order=by_class orders rows by class, and {self.bucket_settings} by length: "
-                "leave one of them out"
-            )
-        if self.eval_steps is not None:
-            raise InputError(
-                f"train.eval_steps={self.eval_steps} restores the best checkpoint, which hides "
-                "what was forgotten: leave it null with data.order=by_class, whose stages are "
-                "scored on the test rows"
-            )
-
     def log_interval(self, total: int) -> int:
         """Return the steps between log lines of a run of `total` steps."""
         if self.log_steps is not None:
@@ -450,55 +411,3 @@ def read_batch_sizes(file: str) -> dict[int, int]:
             f"train.batch_sizes: {error}; `petl batch-sizes` writes such a file"
         ) from error
     return {bucket["longest"]: bucket["batch_size"] for bucket in buckets}
-
-
-# Settings of the method
-
-
-def method_fields(
-    cfg: DictConfig | Mapping[str, Any], task_type: str | None, total_steps: int
-) -> dict[str, Any]:
-    """Return the method's name and fields: the settings, and what only the run determines.
-
-    Raises:
-        InputError: a field that the method does not have, or a value that it does not allow.
-    """
-    fields: dict[str, Any] = {"task_type": task_type, **with_inner(plain(cfg))}
-    if "total_step" in fields and fields["total_step"] is None:
-        fields["total_step"] = total_steps  # for methods with a schedule, such as AdaLoRA
-        check_schedule(fields)
-    build_config(**fields)
-    return fields
-
-
-def check_schedule(fields: Mapping[str, Any]) -> None:
-    """Check that a pruning schedule such as AdaLoRA's leaves steps to prune in.
-
-    Raises:
-        InputError: `tinit` and `tfinal` take all steps of the run.
-    """
-    first, last, total = (fields.get(name) for name in ("tinit", "tfinal", "total_step"))
-    # others are absent, or refused when the config is built
-    if not (isinstance(first, int) and isinstance(last, int) and isinstance(total, int)):
-        return
-    if first + last < total:
-        return
-    raise InputError(
-        f"method.tinit={first} steps before pruning and method.tfinal={last} after it leave none "
-        f"of the run's {total}: lower them, or train longer (train.steps, train.epochs)"
-    )
-
-
-def with_inner(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a method, completed by those of the method that it wraps, if any.
-
-    A field of the inner method that is not set has the default of the outer method, or else that of
-    the inner method's YAML file, as if the inner method were trained alone.
-
-    Raises:
-        InputError: an unknown method or inner method.
-    """
-    entry = method(settings["name"]).given(settings)
-    if not entry.inner:
-        return {**entry.inner_defaults, **settings}
-    return {**preset_of(entry.inner), **entry.inner_defaults, **settings}

@@ -14,8 +14,10 @@ from petl.system.files.disk import atomic_folder
 from petl.system.files.read import read_json
 from petl.training.compose import compose
 from petl.training.dataloader import Splits, batched, encode_splits
-from petl.training.runs.run_config import RunConfig, read_config
-from petl.training.wrapping import sized_fields, train_new_modules
+from petl.training.features import Setup, features_of
+from petl.training.runs.config import RunConfig
+from petl.training.runs.run_config import read_config
+from petl.training.wrapping import train_new_modules
 
 SETTINGS = (
     "epochs", "batch_size", "eval_batch_size", "weight_decay", "warmup", "max_grad_norm",
@@ -72,7 +74,7 @@ def export(job: Job, words: list[str], folder: Path, where: Path) -> dict[str, A
 
 def lora_of(config: RunConfig, splits: Splits, processor: Any) -> dict[str, Any]:
     """Return the fields of the LoRA config that petl makes of its defaults, for `LoraConfig`."""
-    fields = sized_fields(config, splits.task, splits.sampler(config.train).steps)
+    fields = Setup(load_base, config, splits, features_of(config.resolved)).fields()
     base = load_base(config.model, splits.task, processor=processor)
     made = wrap(base, **train_new_modules(fields, base)).active_peft_config.to_dict()
     return {name: sorted(v) if isinstance(v := made[name], set) else v for name in LORA}

@@ -85,7 +85,7 @@ def test_buckets_are_proposed_where_much_is_padding():
     assert fewer == round(100 * (1 - (1 - 0.45) / (1 - after / 100)))
     assert "train.buckets=auto" not in by_setting(savings(counted(), []))
     by_class = counted([10] * 20 + [100] * 20)
-    by_class.splits.stages = SimpleNamespace()  # the order of the rows is that of their classes
+    by_class.splits.order = SimpleNamespace()  # the order of the rows is that of their classes
     assert "train.buckets=auto" not in by_setting(savings(by_class, []))
 
 

@@ -11,7 +11,6 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from petl.experiments.reports.page import (
-    Curve,
     Point,
     bar_chart,
     cost_chart,
@@ -21,6 +20,7 @@ from petl.experiments.reports.page import (
     render_page,
     set_log_ticks,
 )
+from petl.training.features.section import Curve
 
 SPACE = "{http://www.w3.org/2000/svg}"
 RISING = Curve("train", [(10, 1.1), (20, 2.9)])

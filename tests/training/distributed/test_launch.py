@@ -15,7 +15,8 @@ from training_fixtures import (
 
 import petl
 from petl.errors import InputError
-from petl.training.distributed.launch import make_accelerator, read_launch, refuse_sharding
+from petl.training.distributed.launch import make_accelerator, read_launch
+from petl.training.distributed.sharding import refuse_sharding
 from petl.training.runs.resume import identity
 
 pytest_plugins = ["task_fixtures", "training_fixtures"]

@@ -17,10 +17,6 @@ def test_the_file_has_the_defaults():
     assert set(stored) == set(RanksConfig.__dataclass_fields__)
 
 
-def test_without_the_group_a_run_has_no_ranks():
-    assert read_config(compose(["+method=lora"])).ranks is None
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -50,4 +46,5 @@ def test_ranks_set_by_hand_as_well_are_refused():
 
 @pytest.mark.parametrize("inner", ["adapter", "mola", "lora"])
 def test_binary_passes_ranks_on_to_its_inner_method(inner):
-    assert read_config(compose(["+ranks=cfsp", "+method=binary", f"method.inner={inner}"])).ranks
+    words = ["+ranks=cfsp", "+method=binary", f"method.inner={inner}"]
+    assert read_config(compose(words)).resolved["ranks"]["name"] == "cfsp"

@@ -14,7 +14,8 @@ from petl.cli.catalog.recipes import list_recipes
 from petl.errors import InputError
 from petl.system.settings.schema import with_new_names
 from petl.training.compose import compose
-from petl.training.runs.run_config import names_of, read_config
+from petl.training.runs.config import names_of
+from petl.training.runs.run_config import read_config
 from petl.training.runs.settings import TrainConfig
 
 YAML = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "train.yaml"))

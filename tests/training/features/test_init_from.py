@@ -18,11 +18,12 @@ from petl.errors import InputError
 from petl.experiments.planning.plan import plan_run
 from petl.experiments.planning.preview import preview
 from petl.training.compose import compose
+from petl.training.features.init_from import find_start, load_start, method_settings
 from petl.training.runs.checkpoint import save_adapter
-from petl.training.runs.init_from import find_start, method_settings
+from petl.training.runs.method_fields import method_fields
 from petl.training.runs.run_config import read_config
-from petl.training.runs.settings import TrainConfig, method_fields
-from petl.training.wrapping import load_start, train_new_modules
+from petl.training.runs.settings import TrainConfig
+from petl.training.wrapping import train_new_modules
 
 pytest_plugins = ["training_fixtures"]
 PISSA = "++method.init_lora_weights=pissa"
@@ -74,7 +75,7 @@ def saved(settings, folder):
 
 def started(folder, task=TASK, **settings):
     model = wrapped(method_settings(find_start(str(folder)), None))
-    load_start(model, task, TrainConfig(init_from=str(folder), **settings))
+    load_start(model, find_start(str(folder)), task, TrainConfig(init_from=str(folder), **settings))
     return model
 
 

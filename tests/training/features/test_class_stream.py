@@ -5,7 +5,7 @@ import json
 import pytest
 
 from petl.errors import InputError
-from petl.training.runs.class_stream import (
+from petl.training.features.class_stream import (
     STAGES,
     accuracy_map,
     read_stages,

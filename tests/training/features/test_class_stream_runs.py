@@ -9,8 +9,8 @@ from training_fixtures import train, train_until_killed
 from petl.errors import InputError, UnsupportedError
 from petl.experiments.reports.run_report import write_page
 from petl.training.compose import compose
+from petl.training.features.class_stream import stage_of
 from petl.training.runs.run_config import read_config
-from petl.training.stages import stage_of
 
 pytest_plugins = ["training_fixtures"]
 

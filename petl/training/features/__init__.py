@@ -1,0 +1,252 @@
+"""What a run does besides training: a `RunFeature` each, imported when a run has it.
+
+`FEATURES` has the class of each by the setting that asks for it, with any value but null or false.
+A method brings features of its own (`petl.core.spec.method.Method.features`), which come first. A
+package adds an entry in a module of `imports`. A feature with `Settings` has a group of settings
+with its name, such as `ranks`. A run asks its features in this order, for each of their hooks.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from accelerate import Accelerator
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from petl.core.registry import METHODS
+from petl.errors import InputError
+from petl.system.settings.schema import check_rules, read_fields
+from petl.training.distributed.launch import on_device
+from petl.training.features.section import Section
+from petl.training.runs.method_fields import method_fields
+from petl.training.runs.settings import TrainConfig
+
+if TYPE_CHECKING:
+    from petl.training.dataloader import Rows, Splits
+    from petl.training.runs.config import RunConfig
+    from petl.training.runs.run_folder import Run
+
+Groups = dict[str, Any]  # the settings of a run by group, as nested plain values
+Fields = dict[str, Any]  # the method's name and fields
+EVALUATE = "petl.training.evaluate"  # imported when something is scored
+FEATURES = {
+    "model.adapter": "petl.training.features.below:AdapterBelow",
+    "train.init_from": "petl.training.features.init_from:InitFrom",
+    "data.order": "petl.training.features.class_stream:ClassOrder",
+    "train.budget": "petl.training.budget:Budget",
+    "ranks": "petl.training.ranks.run:RanksByImportance",
+    "train.cache_frozen": "petl.training.frozen:FrozenStore",
+    "train.linear_probe": "petl.training.linear_probe:LinearProbe",
+    "train.score_before": "petl.training.features.score_before:ScoreBefore",
+    "train.find_lr": "petl.training.lr_finder:LrFinder",
+}
+
+
+@dataclass
+class Setup:
+    """What is known before the model is wrapped: in a run, a plan, or a search of batch sizes.
+
+    Attributes:
+        load: loads a base model, as `petl.data.models.loading.load_base`.
+        features: of the run, in their order.
+        accelerator: None in a plan, which reads neither weights nor calibration data.
+        run: None in a plan and in a search of batch sizes.
+        calibration: batches that a feature has chosen for the initial values of the adapter.
+        notes: sentences for the reader of a plan.
+        when_wrapped: functions of the wrapped model, called before anything is on disk.
+    """
+
+    load: Callable[..., PreTrainedModel]
+    config: "RunConfig"
+    splits: "Splits"
+    features: "Sequence[RunFeature]"
+    accelerator: Accelerator | None = None
+    run: "Run | None" = None
+    calibration: Iterable[Any] | None = None
+    notes: list[str] = field(default_factory=list)
+    when_wrapped: list[Callable[[PeftModel], None]] = field(default_factory=list)
+
+    @cached_property
+    def base(self) -> PreTrainedModel:
+        """The base model on the device of the run, loaded when it is read first."""
+        assert self.accelerator is not None, "a plan has no weights"
+        task, processor = self.splits.task, self.splits.processor
+        return on_device(self.load(self.config.model, task, processor=processor), self.accelerator)
+
+    def fields(self) -> Fields:
+        """Return the method's name and fields in this run, as its features complete them.
+
+        Raises:
+            InputError: as `method_fields`, or as a feature.
+        """
+        config, splits = self.config, self.splits
+        steps = splits.sampler(config.train).steps
+        # fields are checked here for the first time with task type and number of steps
+        fields = method_fields(config.method, splits.task.peft_task_type, steps)
+        for feature in self.features:
+            fields = feature.before_wrapping(self, fields)
+        return fields
+
+    def shapes(self) -> PreTrainedModel:
+        """Return the base model on the meta device."""
+        return self.load(self.config.model, self.splits.task, meta=True)
+
+
+@dataclass
+class Context:
+    """A run with its rows and its model.
+
+    Attributes:
+        model: with the adapter.
+        features: of the run, in their order.
+        settings: those under `train`, with the learning rates of a range test.
+        known: of `petl.training.evaluate.score`: returns scores before training that another pass
+            has computed, or None.
+    """
+
+    run: "Run"
+    splits: "Splits"
+    model: PeftModel
+    features: "Sequence[RunFeature]"
+    settings: TrainConfig
+    known: Callable[..., dict[str, float] | None] | None = None
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """That of the run."""
+        return self.run.accelerator
+
+    def evaluate(self, rows: Dataset, what: str) -> dict[str, float]:
+        """Return the task's scores over encoded rows.
+
+        Args:
+            what: the pass does, for the display of its progress.
+        """
+        size, evaluate = self.settings.eval_batch_size, resolve_name(f"{EVALUATE}:evaluate")
+        return evaluate(self.model, self.splits, rows, self.accelerator, size, what=what)
+
+    def test(self, when: str, kept: Path | None, **known: Any) -> dict[str, float] | None:
+        """Return the scores on the test rows, as `score`; None with `train.test=false`."""
+        self.run.timer.start()
+        scores, size = None, self.settings.eval_batch_size
+        if self.settings.test:
+            score = resolve_name(f"{EVALUATE}:score")
+            model, splits = self.model, self.splits
+            scores = score(model, splits, self.accelerator, size, when=when, kept=kept, **known)
+        self.run.timer.mark("evaluation")
+        return scores
+
+    def add(self, scores: Mapping[str, object], phase: str) -> None:
+        """Add entries to scores.json, and the time since the last phase to that of `phase`."""
+        self.run.scores.add(dict(scores))
+        self.run.timer.mark(phase)
+
+    def log(self, line: Mapping[str, object]) -> None:
+        """Append a line with its `step` to metrics.jsonl and to the tracker."""
+        self.run.log.append(dict(line))
+
+
+class RunFeature:
+    """What a run does besides training; one instance a run, each hook optional.
+
+    Attributes:
+        key: its entry in scores.json.
+        Settings: a dataclass of `setting` fields, for a feature that is a group of settings.
+        settings: the value of its setting: of `Settings`, or as YAML has it; None if a method
+            brings it.
+        groups: all settings of the run.
+    """
+
+    key: ClassVar[str] = ""
+    Settings: ClassVar[type | None] = None
+
+    def __init__(self, settings: Any, groups: Groups) -> None:
+        self.settings, self.groups = settings, groups
+
+    def settle(self, settings: Groups) -> Groups:
+        """Return the settings of the run with those that this feature fills in."""
+        return settings
+
+    def check(self, config: "RunConfig") -> None:
+        """Raise InputError for settings that are wrong together; nothing is loaded yet."""
+
+    def order(self, rows: "Rows") -> "Rows":
+        """Return the training rows with those, or the order, that this feature chooses."""
+        return rows
+
+    def before_wrapping(self, setup: Setup, fields: Fields) -> Fields:
+        """Return the method's fields with those that this feature chooses."""
+        return fields
+
+    def before_training(self, context: Context) -> None:
+        """Measure or change the wrapped model; a resumed run finds earlier scores in the run."""
+
+    def after_step(self, context: Context, step: int) -> None:
+        """Do what is due after an optimizer step, counted from 1; all processes call it."""
+
+    def after_training(self, context: Context, step: int) -> Mapping[str, object]:
+        """Return entries of scores.json after the last step; the adapter is saved."""
+        return {}
+
+    @classmethod
+    def section(cls, folder: Path, scores: Mapping[str, Any]) -> Section | None:
+        """Return its part of the page of a run, finished or not.
+
+        Args:
+            folder: of the run.
+            scores: of scores.json, empty without the file.
+
+        Raises:
+            InputError: a file of the folder is damaged.
+        """
+        return None
+
+
+def features_of(settings: Groups) -> list[RunFeature]:
+    """Return the features of a run with these settings.
+
+    Raises:
+        InputError: a wrong setting in the group of a feature.
+    """
+    return [kind(_read(kind, name, value), settings) for kind, name, value in _wanted(settings)]
+
+
+def orders_of(features: Sequence[RunFeature]) -> list[Callable[["Rows"], "Rows"]]:
+    """Return what chooses the training rows of a run, for `encode_splits`."""
+    return [feature.order for feature in features]
+
+
+def sections_of(folder: Path, settings: Groups, scores: Mapping[str, Any]) -> list[Section]:
+    """Return the parts of a run's page that its features have, from the files of its folder."""
+    sections = (kind.section(folder, scores) for kind, _, _ in _wanted(settings))
+    return [section for section in sections if section is not None]
+
+
+def _wanted(settings: Groups) -> Iterator[tuple[type[RunFeature], str, Any]]:
+    """Yield class, setting and its value of each feature of a run."""
+    method: Any = settings.get("method") or {}
+    # a saved run may be of a package that is not installed
+    entry = METHODS.get(str(method.get("name")))
+    for place in entry.features if entry else ():
+        yield resolve_name(place), "method", None
+    for name, place in FEATURES.items():
+        group, _, key = name.partition(".")
+        value = settings.get(group)
+        value = value.get(key) if key and isinstance(value, Mapping) else value
+        if value is not None and value is not False:
+            yield resolve_name(place), name, value
+
+
+def _read(kind: type[RunFeature], name: str, value: Any) -> Any:
+    if kind.Settings is None:
+        return value
+    if not isinstance(value, Mapping):
+        raise InputError(f"{name}={value!r} is not a group of settings: set {name}.SETTING=VALUE")
+    settings = read_fields(kind.Settings, value, name)
+    check_rules(settings, name)
+    return settings

@@ -1,0 +1,54 @@
+"""A part of a run's page as data, which the reports draw: text, charts, heat maps, pictures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from petl.core.model.heat_map import HeatMap
+from petl.training.ranks.bars import Bars
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A named sequence of points (x, y), x ascending."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+
+
+class Lines(NamedTuple):
+    """A chart of curves over the same axes.
+
+    Attributes:
+        title: one line.
+        x, y: labels of the axes.
+        curves: each with at least one point, all values finite.
+        marked: name and place of a vertical line.
+    """
+
+    title: str
+    x: str
+    y: str
+    curves: Sequence[Curve]
+    marked: tuple[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page of a run.
+
+    Attributes:
+        title: its heading.
+        text: sentences below it.
+        line: for the terminal, at the end of the run.
+        pictures: PNG files of the folder that the section shows.
+        drawn: PNG files of the folder whose content is among charts and heat maps.
+    """
+
+    title: str
+    text: str = ""
+    charts: Sequence[Lines | Bars] = ()
+    heat_maps: Sequence[HeatMap] = ()
+    line: str = ""
+    pictures: Sequence[str] = ()
+    drawn: Sequence[str] = ()
