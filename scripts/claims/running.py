@@ -21,13 +21,13 @@ from claims.several import Tasks, assemble
 from petl.adapters.deltas.adapters import new_folder
 from petl.adapters.export.saved_adapter import find
 from petl.errors import InputError, RunStopped
+from petl.experiments.reports.run_report import read_heat_maps
 from petl.experiments.sweeps.study import AT_THE_END, Contender, Study, slug
 from petl.generation.prediction.evaluation import evaluate_saved
 from petl.training.runs.records import (
     SCORES,
     is_finished,
     read_environment,
-    read_heat_maps,
     read_results,
 )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from petl.core.model.heat_map import HeatMap
+from petl.core.model.heat_map import HEAT_MAPS, HeatMap
 from petl.data.models.sources import RandomInit
 from petl.data.tasks.scores import COUNTS, is_percentage
 from petl.errors import InputError
@@ -37,7 +37,7 @@ from petl.experiments.reports.page import (
 )
 from petl.experiments.reports.predictions_section import SECTION, section_of
 from petl.system.files.disk import check_links, write_atomic
-from petl.system.files.read import read_text
+from petl.system.files.read import read_json, read_text
 from petl.training.features import sections_of
 from petl.training.features.section import Curve, Section
 from petl.training.runs.card_code import placed
@@ -51,7 +51,6 @@ from petl.training.runs.records import (
     SCORES,
     is_finished,
     read_environment,
-    read_heat_maps,
     read_log,
     read_results,
     read_scores,
@@ -294,6 +293,27 @@ class RunRecord:
     def last_step(self) -> int:
         """The last step in the log; 0 without one."""
         return self.metrics[-1]["step"] if self.metrics else 0
+
+
+def read_heat_maps(run: Path) -> list[HeatMap]:
+    """Read heat_maps.json of a run's folder; empty without the file.
+
+    Raises:
+        InputError: it cannot be read, or is no list of heat maps.
+    """
+    file = run / HEAT_MAPS
+    if not file.exists():
+        return []
+    maps = [HeatMap(**entries) for entries in read_json(file, list[HeatMap])]
+    for i, each in enumerate(maps):
+        # empty for a map without rows, which is refused as well
+        widths = {len(row) for row in each.cells}
+        if len(each.cells) != len(each.rows) or widths != {len(each.columns)}:
+            raise InputError(
+                f"{file} cannot be used: [{i}].cells has not the {len(each.rows)} rows of "
+                f"{len(each.columns)} values of its names"
+            )
+    return maps
 
 
 def about(record: RunRecord) -> str:

@@ -10,7 +10,6 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from petl.core.model.heat_map import HEAT_MAPS, HeatMap
 from petl.data.tasks.scores import COUNTS, PROPORTIONS
 from petl.errors import InputError
 from petl.system.files.read import mismatch, read_json, read_json_lines, read_yaml
@@ -186,7 +185,7 @@ def is_finished(run: Path) -> bool:
     return (run / SCORES).exists() and "after" in read_scores(run)
 
 
-# The environment, the log and the heat maps
+# The environment and the log
 
 
 class Environment(TypedDict):
@@ -235,27 +234,6 @@ def read_log(file: Path) -> list[dict[str, Any]]:
         if problem:
             raise InputError(f"{file}, line {number}, cannot be used: {problem}")
     return lines
-
-
-def read_heat_maps(run: Path) -> list[HeatMap]:
-    """Read heat_maps.json of a run's folder; empty without the file.
-
-    Raises:
-        InputError: it cannot be read, or is no list of heat maps.
-    """
-    file = run / HEAT_MAPS
-    if not file.exists():
-        return []
-    maps = [HeatMap(**entries) for entries in read_json(file, list[HeatMap])]
-    for i, each in enumerate(maps):
-        # empty for a map without rows, which is refused as well
-        widths = {len(row) for row in each.cells}
-        if len(each.cells) != len(each.rows) or widths != {len(each.columns)}:
-            raise InputError(
-                f"{file} cannot be used: [{i}].cells has not the {len(each.rows)} rows of "
-                f"{len(each.columns)} values of its names"
-            )
-    return maps
 
 
 def of_task(line: Mapping[str, Any], label: str) -> str:
