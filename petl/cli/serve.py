@@ -6,16 +6,18 @@ Like petl.cli.main, imports nothing heavy until the command runs.
 import argparse
 import logging
 import os
+from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 from petl.cli.arguments import Add, add_trust, number
+from petl.errors import InputError
 
 if TYPE_CHECKING:
     from petl.generation.serving.served import Served
 
 API_KEY = "PETL_API_KEY"  # environment variable; words of a command are seen by all users
 NO_DRAFTS = "none"  # the value of --drafter for plain decoding
-LOCAL = ("127.0.0.1", "localhost", "::1")
+LOCAL = "localhost"
 logger = logging.getLogger("petl")
 
 SERVE = """\
@@ -53,6 +55,19 @@ def add_parsers(add: Add) -> None:
         metavar="KEY",
         default=os.environ.get(API_KEY) or None,  # an empty variable counts as unset
         help=f"that requests must have (default: ${API_KEY}; none: no key is needed)",
+    )
+    command.add_argument(
+        "--allow-anyone",
+        action="store_true",
+        help="with a --host that others reach: answer without a key",
+    )
+    command.add_argument(
+        "--allow-host",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a name by which clients call this server, such as that of a proxy in front; may be "
+        "repeated (addresses, localhost and --host are allowed)",
     )
     limits = [
         ("max-batch", 16, "answers that are computed at the same time"),
@@ -94,6 +109,11 @@ def serve(arguments: argparse.Namespace) -> None:
     from petl.generation.serving.models import load_served, named_runs
     from petl.generation.serving.service import Service
 
+    if not (is_local(arguments.host) or arguments.api_key or arguments.allow_anyone):
+        raise InputError(
+            f"--host={arguments.host} lets others use the models: give --api-key KEY or "
+            f"{API_KEY}, or --allow-anyone"
+        )
     runs = named_runs(arguments.runs)
     bound = app.bind(arguments.host, arguments.port)  # before the models, which take longer
     served = load_served(
@@ -102,9 +122,6 @@ def serve(arguments: argparse.Namespace) -> None:
         trust_remote_code=arguments.trust_remote_code,
         drafter=None if arguments.drafter == NO_DRAFTS else arguments.drafter,
     )
-    # here, below the messages of loading, where it is seen
-    if arguments.host not in LOCAL and arguments.api_key is None:
-        logger.warning("anyone who reaches %s can use the models: see --api-key", arguments.host)
     engine = Engine(max_batch=arguments.max_batch, max_waiting=arguments.max_waiting)
     service = Service(served, engine, arguments.max_tokens)
     port = bound.getsockname()[1]  # the system has chosen it, if --port is 0
@@ -116,8 +133,17 @@ def serve(arguments: argparse.Namespace) -> None:
             logger.info("model %s: %s", each.name, _described(each))
         logger.info("serving on http://%s:%d/v1 (Ctrl-C ends it)", host, port)
 
-    app.run(app.build_app(service, arguments.api_key), engine, bound, ready)
+    hosts = {LOCAL, arguments.host.lower(), *map(str.lower, arguments.allow_host)}
+    app.run(app.build_app(service, arguments.api_key, hosts), engine, bound, ready)
     logger.info("the server has ended")
+
+
+def is_local(host: str) -> bool:
+    """Return True if an address is reached from this machine only."""
+    try:
+        return host == LOCAL or ip_address(host).is_loopback
+    except ValueError:  # another name
+        return False
 
 
 def _described(served: "Served") -> str:

@@ -2,42 +2,46 @@
 
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from petl.errors import InputError, RunStopped, printable, shown
+from petl.errors import InputError, RunStopped, printable
+from petl.generation.serving.bodies import Body, read_body
+from petl.generation.serving.connections import CONNECTIONS, Connection
 from petl.generation.serving.engine import Busy, Engine
 from petl.generation.serving.gate import Gate
-from petl.generation.serving.replies import error_body
-from petl.generation.serving.service import ApiError, Service
+from petl.generation.serving.replies import ApiError, error_body
+from petl.generation.serving.service import Service
 from petl.generation.serving.wire import ChatRequest, CompletionRequest
 from petl.version import __version__
 
-CONNECTIONS = 1000  # at a time
 SHUTDOWN_SECONDS = 10  # for open connections to end
 JOIN_SECONDS = 60.0  # for the last pass
 # by class of exception; those of a client that sends something else have their own
 STATUS: dict[type[Exception], int] = {InputError: 400, Busy: 429, RunStopped: 503}
 
 
-def build_app(service: Service, api_key: str | None = None) -> FastAPI:
+def build_app(
+    service: Service, api_key: str | None = None, hosts: Collection[str] | None = None
+) -> FastAPI:
     """Return the application, without its engine being started.
 
     Args:
         api_key: that requests must have; None: none.
+        hosts: names that a request may have in its Host header, beside addresses; None: any.
     """
     # no pages of documentation: they load scripts from elsewhere
     app = FastAPI(title="petl serve", version=__version__, docs_url=None, redoc_url=None)
-    app.add_middleware(Gate, api_key=api_key)
+    app.add_middleware(Gate, api_key=api_key, hosts=hosts)
     app.add_exception_handler(ApiError, _refused)
-    app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     # Starlette takes the handler of the nearest class in an exception's MRO
     for kind in (*STATUS, Exception):
@@ -57,38 +61,23 @@ def build_app(service: Service, api_key: str | None = None) -> FastAPI:
         return service.model(name)
 
     @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest, request: HttpRequest) -> Response:
-        return await service.chat(body, request)
+    async def chat(request: HttpRequest) -> Response:
+        return await service.chat(await _body(ChatRequest, request), request)
 
     @app.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: HttpRequest) -> Response:
-        return await service.complete(body, request)
+    async def completions(request: HttpRequest) -> Response:
+        return await service.complete(await _body(CompletionRequest, request), request)
 
     return app
 
 
+async def _body(kind: type[Body], request: HttpRequest) -> Body:
+    media = request.headers.get("content-type", "")
+    return await run_in_threadpool(partial(read_body, kind, await request.body(), media))
+
+
 async def _refused(request: HttpRequest, error: Any) -> Response:
     return JSONResponse(error.body, error.status)
-
-
-async def _invalid(request: HttpRequest, error: Any) -> Response:
-    """Name the first field that is wrong, with its value."""
-    first = error.errors()[0]
-    # a union adds the names of its types, such as constrained-str
-    parts = [str(part) for part in first["loc"][1:]]
-    param = ".".join(part for part in parts if part.isidentifier() or part.isdigit())
-    value = f"{param}={shown(first['input'])}"
-    if first["type"] == "json_invalid":
-        param, message = "", f"the body is not JSON ({first['ctx']['error']})"
-    elif not param:
-        message = "the body is not a JSON object, sent with Content-Type: application/json"
-    elif first["type"] == "missing":
-        message = f"{param} is missing"
-    elif first["type"] == "extra_forbidden":
-        message = f"{value}: this server has no such setting"
-    else:
-        message = f"{value}: {first['msg']}"
-    return JSONResponse(error_body(printable(message), 400, param=printable(param) or None), 400)
 
 
 async def _http_error(request: HttpRequest, error: Any) -> Response:
@@ -167,6 +156,7 @@ def run(app: FastAPI, engine: Engine, bound: socket.socket, ready: Callable[[], 
         log_level="warning",
         access_log=False,
         server_header=False,
+        http=Connection,
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )

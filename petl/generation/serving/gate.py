@@ -1,11 +1,15 @@
-"""What a request has to pass before it is read: the key, and the bounds of its body."""
+"""What a request has to pass before it is read: its host, the key, and the bounds of its body."""
 
 import asyncio
 import hmac
+import re
+from collections.abc import Collection
+from ipaddress import ip_address
 from typing import Any
 
 from starlette.responses import JSONResponse
 
+from petl.errors import printable
 from petl.generation.serving.replies import error_body
 
 OPEN = ("/health",)  # paths without a key
@@ -16,8 +20,10 @@ BODY_SECONDS = 30.0  # for a body to arrive
 class Gate:
     """ASGI middleware that refuses requests without the key, and bodies that are too large."""
 
-    def __init__(self, app: Any, api_key: str | None = None) -> None:
-        self.app = app
+    def __init__(
+        self, app: Any, api_key: str | None = None, hosts: Collection[str] | None = None
+    ) -> None:
+        self.app, self.hosts = app, hosts
         self.expected = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -26,6 +32,11 @@ class Gate:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])  # names are in lower case, by the ASGI specification
+        host = headers.get(b"host", b"").decode("latin-1")
+        if self.hosts is not None and not is_known_host(host, self.hosts):
+            message = f"Host: {printable(host[:100])} is none of this server: see --allow-host"
+            await refuse(403, message, scope, receive, send)
+            return
         given = headers.get(b"authorization", b"")
         # compare_digest takes the same time wherever the first difference is
         is_known = self.expected is None or hmac.compare_digest(given, self.expected)
@@ -51,21 +62,39 @@ class Gate:
         await self.app(scope, replay, send)
 
 
+def is_known_host(header: str, hosts: Collection[str]) -> bool:
+    """Return True if a Host header names an address or one of `hosts`.
+
+    A page of any site can make a browser send requests here under a name of that site, whose
+    address it then changes (DNS rebinding); under an address it cannot.
+    """
+    # NAME:PORT, [IPv6]:PORT, or one of them without port
+    found = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(:\d+)?", header)
+    if found is None:
+        return False
+    name = found[1].strip("[]").lower()
+    try:
+        return name in hosts or bool(ip_address(name))
+    except ValueError:
+        return False
+
+
 async def read_body(headers: dict[bytes, bytes], receive: Any) -> bytes | None:
     """Return the body of a request; None: it is too large."""
     announced = headers.get(b"content-length", b"0")
     # at most 12 digits: int() of a longer text is slow, or an error
     if not announced.isdigit() or len(announced) > 12 or int(announced) > BODY_BYTES:
         return None
-    body, more = b"", True
+    parts, size, more = [], 0, True
     # counted too, since a body in chunks announces no length
     while more:
         message = await receive()
-        body += message.get("body", b"")
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
         more = message.get("more_body", False)  # also of a client that has gone
-        if len(body) > BODY_BYTES:
+        if size > BODY_BYTES:
             return None
-    return body
+    return b"".join(parts)
 
 
 async def refuse(status: int, message: str, scope: Any, receive: Any, send: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from petl.errors import printable
 from petl.generation.serving.choice import LogProb
 from petl.generation.serving.request import UNFINISHED, Piece
 
@@ -24,6 +25,17 @@ def error_body(
     """The body of an error with this HTTP status."""
     kind = "server_error" if status >= 500 else KINDS.get(status, "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class ApiError(Exception):
+    """A request that is refused."""
+
+    def __init__(
+        self, message: str, status: int = 400, *, code: str | None = None, param: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = error_body(printable(message), status, code=code, param=param)
 
 
 @dataclass
@@ -52,6 +64,7 @@ class Reply:
 
     def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self._texts: dict[int, str] = {}
         # all chunks of a stream have one id and one time
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
 
@@ -92,7 +105,10 @@ class Reply:
         raise NotImplementedError
 
     def _token(self, found: LogProb) -> str:
-        return text_of(self.tokenizer, found.token)
+        """The text of a token; a reply has the same ones many times."""
+        if found.token not in self._texts:
+            self._texts[found.token] = text_of(self.tokenizer, found.token)
+        return self._texts[found.token]
 
 
 class ChatReply(Reply):

@@ -17,24 +17,20 @@ from petl.errors import did_you_mean, printable, shown
 from petl.generation.inference.sampling import Sampling
 from petl.generation.serving.choice import Chooser, Choosing
 from petl.generation.serving.engine import Engine
-from petl.generation.serving.replies import Answer, ChatReply, CompletionReply, Reply, error_body
+from petl.generation.serving.replies import (
+    Answer,
+    ApiError,
+    ChatReply,
+    CompletionReply,
+    Reply,
+    error_body,
+)
 from petl.generation.serving.request import AnswerText, Piece, Request
 from petl.generation.serving.served import Served
-from petl.generation.serving.wire import MAX_CHOICES, ChatRequest, CompletionRequest
+from petl.generation.serving.wire import MAX_CHOICES, MAX_ENTRIES, ChatRequest, CompletionRequest
 
 CLIENT_GONE = 499  # nobody reads it
 logger = logging.getLogger(__name__)
-
-
-class ApiError(Exception):
-    """A request that is refused."""
-
-    def __init__(
-        self, message: str, status: int = 400, *, code: str | None = None, param: str | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.body = error_body(printable(message), status, code=code, param=param)
 
 
 @dataclass(frozen=True)
@@ -103,6 +99,16 @@ class Service:
         # `n` answers to each of the prompts
         if len(prompts) * (body.n or 1) > MAX_CHOICES:
             raise ApiError(f"more than {MAX_CHOICES} answers in one request", param="n")
+        if body.reported is not None:
+            answers_of_all = len(prompts) * (body.n or 1)
+            entries = answers_of_all * (body.limit or self.max_tokens) * (body.reported + 1)
+            if entries > MAX_ENTRIES:
+                raise ApiError(
+                    f"{answers_of_all} answers of up to {body.limit or self.max_tokens} tokens "
+                    f"would have {entries:,} logprobs; allowed are {MAX_ENTRIES:,}: ask for fewer "
+                    "answers, tokens (max_tokens) or logprobs",
+                    param="logprobs",
+                )
         answers = Answers(served.name, sum(map(len, prompts)))
         for prompt in prompts:
             for number in range(body.n or 1):
@@ -117,7 +123,9 @@ class Service:
             return StreamingResponse(events, media_type="text/event-stream")
         if not await unless_gone(answers.collect(), request):
             return Response(status_code=CLIENT_GONE)
-        return JSONResponse(reply.whole(answers.found, answers.prompt_tokens))
+        # in another thread: it may have millions of entries
+        whole = partial(reply.whole, answers.found, answers.prompt_tokens)
+        return await run_in_threadpool(lambda: JSONResponse(whole()))
 
     def _request(
         self,

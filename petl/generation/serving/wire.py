@@ -15,12 +15,15 @@ MAX_MESSAGES = 2000
 MAX_PROMPTS = 64
 MAX_CHOICES = 64  # in one request, over all of its prompts
 TOP_LOGPROBS = 20  # OpenAI's limit
+MAX_ENTRIES = 2**20  # of logprobs in one reply
 
 # at most 2**20 characters or tokens, which is a quarter of gate.BODY_BYTES
 Text = Annotated[str, StringConstraints(max_length=2**20)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+Stops = Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOPS)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
-Tokens = Annotated[list[Token], Field(min_length=1, max_length=2**20)]
+# fail_fast: a list of a million wrong items is one error, not a million
+Tokens = Annotated[list[Token], Field(fail_fast=True, min_length=1, max_length=2**20)]
 Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 
@@ -49,7 +52,7 @@ class ChatMessage(Strict):
 
     # no "tool": requests cannot declare functions
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_MESSAGES)]
 
     def turn(self) -> dict[str, str]:
         """The message as chat templates read it."""
@@ -76,8 +79,7 @@ class Common(Strict):
 
     model: Annotated[str, StringConstraints(max_length=1000)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    # OpenAI's limit of the temperature is 2; `Sampling` allows 100
-    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Ratio | None = None
     # the next two are vLLM's, OpenAI's API has neither
     top_k: Annotated[int, Field(ge=0, le=10**6)] | None = None
@@ -94,7 +96,9 @@ class Common(Strict):
     ) = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None  # signed, 64 bits
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    stop: (
+        StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOPS)] | None
+    ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # they change no answer: labels of the caller's, and settings of OpenAI's own service
@@ -121,7 +125,9 @@ class Common(Strict):
 class ChatRequest(Common):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[
+        list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
+    ]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
@@ -150,9 +156,9 @@ class CompletionRequest(Common):
 
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
         | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
     )
     logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
     # OpenAI's other values of these three are not supported

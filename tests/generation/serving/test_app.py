@@ -1,5 +1,6 @@
 """`petl serve` as its clients see it: the official client, and a process that the test starts."""
 
+import asyncio
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from server_fixtures import application, started
 
 from petl.cli.main import main
 from petl.generation.inference.sampling import Sampling
+from petl.generation.serving.replies import ChatReply
 
 pytest_plugins = ["writer_fixtures", "server_fixtures"]
 
@@ -211,6 +213,45 @@ def test_a_full_server_answers_429(writers):
     reply = client.post("/v1/chat/completions", json=body)
     assert reply.status_code == 429
     assert reply.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_more_probabilities_than_a_reply_may_have_are_refused(api, monkeypatch):
+    monkeypatch.setattr("petl.generation.serving.service.MAX_ENTRIES", 100)
+    body = {"model": "lora", "messages": HI, "max_tokens": 5, "logprobs": True}
+    reply = api.post("/v1/chat/completions", json={**body, "n": 2, "top_logprobs": 10})
+    assert reply.status_code == 400
+    assert "110 logprobs; allowed are 100" in reply.json()["error"]["message"]
+    assert api.post("/v1/chat/completions", json={**body, "top_logprobs": 10}).status_code == 200
+
+
+def test_other_clients_are_answered_while_a_large_reply_is_made(writers, monkeypatch):
+    client, engine = application(writers, "lora=lora")
+    begun, ended, whole = threading.Event(), threading.Event(), ChatReply.whole
+
+    def slowly(*given):
+        begun.set()
+        assert ended.wait(20)  # in the loop, nobody could set it
+        return whole(*given)
+
+    monkeypatch.setattr(ChatReply, "whole", slowly)
+
+    async def ask():
+        transport = httpx.ASGITransport(client.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as asking:
+            body = {"model": "lora", "messages": HI, "max_tokens": 1}
+            chat = asyncio.create_task(asking.post("/v1/chat/completions", json=body))
+            while not begun.is_set():
+                await asyncio.sleep(0.01)
+            assert (await asking.get("/health")).status_code == 200
+            ended.set()
+            return (await chat).status_code
+
+    engine.start()
+    try:
+        assert asyncio.run(ask()) == 200
+    finally:
+        engine.close()
+        engine.join(10)
 
 
 @pytest.mark.parametrize(

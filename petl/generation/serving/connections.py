@@ -1,0 +1,83 @@
+"""Connections of `petl serve`: bounded in number and in the time until a request is there.
+
+Where there are too many, the one that has waited longest without a request makes room for a new
+one, so that clients who hold connections open keep nobody out.
+"""
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+CONNECTIONS = 1000  # at a time
+OF_ONE_ADDRESS = 512
+HEADER_SECONDS = 10.0  # from the first byte of a request to the end of its headers
+
+
+class Connection(H11Protocol):
+    """A connection of a client, which is closed if its request does not arrive in time."""
+
+    waiting: asyncio.TimerHandle | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """True if no request is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """Take a connection, and close others without a request, or this one, if they are many."""
+        super().connection_made(transport)
+        address = self.client[0] if self.client else None
+        # in the order in which they were made
+        others: list[Any] = sorted(
+            (each for each in self.connections if each is not self), key=_made
+        )
+        same = [each for each in others if each.client and each.client[0] == address]
+        self.made = self.loop.time()
+        if not (_makes_room(same, OF_ONE_ADDRESS) and _makes_room(others, CONNECTIONS - 1)):
+            transport.close()
+        self.wait()
+
+    def data_received(self, data: bytes) -> None:
+        """Read a part of a request."""
+        super().data_received(data)
+        self.wait()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        super().on_response_complete()
+        self.wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        self.stop_waiting()
+        super().connection_lost(exc)
+
+    def wait(self) -> None:
+        """Close the connection later, unless the headers of a request are there by then."""
+        if not self.is_idle:
+            self.stop_waiting()
+        elif self.waiting is None:
+            self.waiting = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+    def stop_waiting(self) -> None:
+        """The headers are there, or the connection has ended."""
+        if self.waiting is not None:
+            self.waiting.cancel()
+            self.waiting = None
+
+
+def _made(connection: Any) -> float:
+    return connection.made
+
+
+def _makes_room(others: Iterable[Any], most: int) -> bool:
+    """Return True if there are fewer than `most`, or an idle one could be closed."""
+    open_ones = [each for each in others if not each.transport.is_closing()]
+    if len(open_ones) < most:
+        return True
+    idle = next((each for each in open_ones if each.is_idle), None)
+    if idle is not None:
+        idle.transport.close()
+    return idle is not None
