@@ -27,9 +27,18 @@ if TYPE_CHECKING:
     from petl.core.layers.layer import Adapter, AdapterLayer, Factors, LayerInfo, LayerShape
     from petl.core.lifecycle import Lifecycle, lifecycle
     from petl.core.loading import load
-    from petl.core.registry import adopt, list_methods, method, register
+    from petl.core.method import (
+        AdapterSet,
+        Method,
+        NewAdapters,
+        Target,
+        TrainContext,
+        WrapContext,
+    )
+    from petl.core.register import register
+    from petl.core.registry import adopt, list_methods, method
     from petl.core.spec.config import MethodConfig
-    from petl.core.spec.method import Method, list_losses
+    from petl.core.spec.method import list_losses
     from petl.core.tuners.tuner import MethodTuner
     from petl.efficiency import drafting as drafting
     from petl.efficiency.drafting.folder import load_drafter
@@ -53,6 +62,7 @@ __all__ = [
     "AdamR",
     "Adapter",
     "AdapterLayer",
+    "AdapterSet",
     "Callback",
     "Factors",
     "InputError",
@@ -63,9 +73,13 @@ __all__ = [
     "Method",
     "MethodConfig",
     "MethodTuner",
+    "NewAdapters",
     "Predictor",
     "SparseSM3",
+    "Target",
+    "TrainContext",
     "Trained",
+    "WrapContext",
     "adopt",
     "build_config",
     "cache_frozen",
@@ -109,16 +123,24 @@ _NAMES = {
     "petl.efficiency.recompute": ("recompute_mlp",),
     "petl.efficiency.segment_loss": ("segment_loss",),
     "petl.core.spec.config": ("MethodConfig",),
-    "petl.core.spec.method": ("Method", "list_losses"),
+    "petl.core.method": (
+        "AdapterSet",
+        "Method",
+        "NewAdapters",
+        "Target",
+        "TrainContext",
+        "WrapContext",
+    ),
+    "petl.core.spec.method": ("list_losses",),
     "petl.core.registry": (
         "adopt",
         "build_config",
         "get",
         "list_methods",
         "method",
-        "register",
         "wrap",
     ),
+    "petl.core.register": ("register",),
     "petl.efficiency.fused_lora.switching": ("fuse_lora",),
     "petl.core.tuners.tuner": ("MethodTuner",),
     "petl.efficiency.drafting.folder": ("load_drafter",),

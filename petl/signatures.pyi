@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 
 from petl.core.spec.method import LossConfig
-from petl.core.spec.method import Calibration
+from petl.core.method import Calibration
 from petl.methods.adapter import AdapterConfig
 from petl.methods.binary import BinaryConfig
 from petl.methods.compacter import CompacterConfig
@@ -33,7 +33,7 @@ from petl.methods.pst import PstConfig
 from petl.methods.pyra import PyraConfig
 from petl.methods.scedit import SceditConfig
 from petl.methods.sherl.config import SherlConfig
-from petl.methods.sparse import SparseConfig
+from petl.methods.sparse.config import SparseConfig
 from petl.methods.vl_pet import VlPetConfig
 
 @overload

@@ -15,9 +15,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import peft
 
+from petl.core.method import Method
 from petl.core.registry import method
 from petl.core.spec.checks import hints_of
-from petl.core.spec.method import Method, list_losses, loss
+from petl.core.spec.method import list_losses, loss
 from petl.methods import BUILT_IN
 
 TARGET = Path(__file__).parents[1] / "petl" / "signatures.pyi"
@@ -39,7 +40,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 
 from petl.core.spec.method import LossConfig
-from petl.core.spec.method import Calibration
+from petl.core.method import Calibration
 '''
 SET_BY_PEFT = {"peft_type", "auto_mapping", "peft_version"}
 WRAP = ['adapter_name: str = "default"', "calibration: Calibration | None = None"]
@@ -69,7 +70,7 @@ def text() -> str:
     )
     for name in BUILT_IN:
         entry = method(name)
-        result = "PeftConfig" if entry.variant else class_name(entry.config_cls)
+        result = "PeftConfig" if entry.has_inner else class_name(entry.config_cls)
         parts.append(overload("build_config", name, keywords(entry), result, entry.summary))
     for name, entry in {**{name: method(name) for name in BUILT_IN}, **losses}.items():
         result = f"type[{class_name(entry.config_cls)}]"
@@ -98,7 +99,7 @@ def keywords(entry: Method) -> list[str]:
     method for one of that method, and report the name instead.
     """
     own = fields_of(entry.config_cls, entry.defaults)
-    if entry.variant is None:
+    if not entry.has_inner:
         return own
     inner = [line for name in BUILT_IN for line in fields_of(method(name).config_cls, {})]
     names = {line.partition(":")[0] for line in inner} - {line.partition(":")[0] for line in own}

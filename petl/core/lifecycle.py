@@ -16,8 +16,8 @@ from petl.core.layers.context import ForwardContext
 from petl.core.model.heat_map import HEAT_MAPS, HeatMap, draw
 from petl.core.model.weight_changes import change_map
 from petl.core.spec.method import LossConfig
+from petl.core.tuners.asking import AskingTuner
 from petl.core.tuners.base import updated
-from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError
 from petl.system.files.disk import as_json, write_atomic
 
@@ -25,7 +25,7 @@ LOSSES = "petl_extra_losses"  # attribute of a PeftModel
 
 
 class TrainingPart(Protocol):
-    """Interface of what the lifecycle drives: a `MethodTuner`, or an extra loss on the model."""
+    """Interface of what the lifecycle drives: an `AskingTuner`, or an extra loss on the model."""
 
     context: ForwardContext
 
@@ -73,7 +73,7 @@ class Lifecycle:
         self.tuner: Any = self.model.base_model
         # on the class: PEFT tuners pass unknown attributes to the base model
         self._update = getattr(type(self.tuner), "update_and_allocate", None)
-        own: list[TrainingPart] = [self.tuner] if isinstance(self.tuner, MethodTuner) else []
+        own: list[TrainingPart] = [self.tuner] if isinstance(self.tuner, AskingTuner) else []
         self.losses = loss_list(self.model)
         self.parts = [*own, *self.losses]
         self._aux_weight = 1.0
@@ -118,7 +118,7 @@ class Lifecycle:
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer | None:
         """Return the optimizer that the method requires, over these parameter groups, or None."""
-        return self.tuner.make_optimizer(groups) if isinstance(self.tuner, MethodTuner) else None
+        return self.tuner.make_optimizer(groups) if isinstance(self.tuner, AskingTuner) else None
 
     def attach_optimizer(
         self, optimizer: Optimizer, start_step: int = 0, total_steps: int | None = None
@@ -140,7 +140,7 @@ class Lifecycle:
                 f"torch.optim.Optimizer, and got {type(optimizer).__name__}"
             )
         self._check_rates(optimizer)
-        if isinstance(self.tuner, MethodTuner):
+        if isinstance(self.tuner, AskingTuner):
             self.tuner.attach_optimizer(optimizer, start_step, first=1, total_steps=total_steps)
 
     def learning_rate_of(self, name: str) -> float | None:
@@ -154,7 +154,9 @@ class Lifecycle:
         return None if own is None else own(self.tuner, name)
 
     def _check_rates(self, optimizer: Optimizer) -> None:
-        if not hasattr(type(self.tuner), "learning_rate_of"):
+        own = getattr(type(self.tuner), "learning_rate_of", None)
+        asks = own is AskingTuner.learning_rate_of
+        if own is None or (asks and not self.tuner.method.overrides("rate")):
             return
         peaks = {
             id(parameter): group.get("initial_lr", group["lr"])
@@ -195,7 +197,7 @@ class Lifecycle:
 
     def figures(self) -> dict[str, float]:
         """Return the method's figures of the trained adapter, such as its share of zeros."""
-        return self.tuner.figures() if isinstance(self.tuner, MethodTuner) else {}
+        return self.tuner.figures() if isinstance(self.tuner, AskingTuner) else {}
 
     def report(self, batches: Iterable[Any]) -> dict[str, float]:
         """Return metrics of the extra losses over validation batches.
@@ -264,6 +266,8 @@ class Lifecycle:
         """True if a checkpoint can hold all that the method changes while it trains."""
         # the class: PEFT's tuners pass unknown attributes on to the base model
         kind = type(self.tuner)
+        if issubclass(kind, AskingTuner):
+            return not kind.method.updates or kind.method.overrides("state")
         return not hasattr(kind, "update_and_allocate") or hasattr(kind, "training_state")
 
     def resumable(self) -> AbstractContextManager[None]:

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -11,12 +11,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from petl.core.compat import (
-    add_method,
     adjustments_refused,
     tuner_class,
     without_noise,
 )
 from petl.core.fingerprint import fingerprint, remember_base
+from petl.core.method import Calibration, Method, WrapContext
 from petl.core.model.targets import (
     PRESETS,
     check_kinds,
@@ -33,10 +33,7 @@ from petl.core.spec.checks import check_adapter_name, check_rank
 from petl.core.spec.config import check_values
 from petl.core.spec.method import (
     LOSSES,
-    LR,
-    Calibration,
     LossConfig,
-    Method,
     build_loss,
     loss,
     modifies_base_weights,
@@ -54,76 +51,19 @@ from petl.errors import (
 )
 from petl.system.imports.peft_hook import failure
 
-Tuner = TypeVar("Tuner", bound=type[Any])
 METHODS: dict[str, Method] = {}
 
 
-def register(
-    name: str,
-    *,
-    summary: str,
-    paper: str,
-    lr: float = LR,
-    need: str = "",
-    recommended: str = "",
-    variant: Callable[[Method, Mapping[str, Any]], Method] | None = None,
-    **attributes: Any,
-) -> Callable[[Tuner], Tuner]:
-    """Register a tuner as method `name`: the word after `+method=`, PEFT type, state-dict prefix.
-
-    A decorator for a `MethodTuner` whose `config_cls` and `adapter_cls` are set. The PEFT type
-    becomes `PETL_<NAME>` and the prefix `petl_<name>_`, since a later PEFT may have that name.
-    A tuner without an `adapter_cls` passes a `variant`, see `Method`.
-
-    Args:
-        name: of the method.
-        summary: one sentence.
-        paper: authors, year, title or venue, arXiv id.
-        lr: the default peak learning rate.
-        need: see `Method`, as for `recommended`, `variant` and `attributes`.
-
-    Raises:
-        ValueError: `name` is taken.
-    """
-
-    def add(tuner: Tuner) -> Tuner:
-        _check_free(name, tuner)
-        # PEFT reads the prefix, MethodConfig the name (for its PEFT type)
-        tuner.prefix, tuner.config_cls.method = f"petl_{name}_", name
-        add_method(f"petl_{name}", tuner.prefix, tuner.config_cls, tuner)
-        METHODS[name] = Method(
-            name,
-            tuner.config_cls,
-            summary,
-            paper,
-            own=True,
-            start_tolerance=0.0 if variant else tuner.adapter_cls.start_tolerance,
-            tuner_cls=tuner,
-            variant=variant,
-            lr=lr,
-            need=need,
-            recommended=recommended,
-            on_wrap=getattr(tuner, "on_wrap", None),
-            calibration=getattr(tuner, "calibration", lambda config: ""),
-            computed=getattr(tuner, "computed", lambda config: False),
-            lacks=getattr(tuner, "lacks", {}),
-            decays=variant is not None or tuner.adapter_cls.decays,
-            **attributes,
-        )
-        return tuner
-
-    return add
-
-
 def adopt(
-    name: str, config_cls: type[PeftConfig], *, summary: str, paper: str, **attributes: Any
+    name: str, config_cls: type[PeftConfig], *, summary: str, paper: str, **facts: Any
 ) -> None:
-    """Register a method that PEFT itself implements; `attributes` are further ones of `Method`."""
-    _check_free(name, config_cls)
-    METHODS[name] = Method(name, config_cls, summary, paper, **attributes)
+    """Register a method that PEFT itself implements; `facts` are further ones of `Method`."""
+    check_free(name, config_cls)
+    METHODS[name] = Method(name=name, config_cls=config_cls, summary=summary, paper=paper, **facts)
 
 
-def _check_free(name: str, newcomer: type) -> None:
+def check_free(name: str, newcomer: type) -> None:
+    """Raise ValueError if a method or loss has this name."""
     taken = METHODS.get(name) or LOSSES.get(name)  # `wrap` and `petl show` accept either
     if taken is not None:
         raise ValueError(
@@ -176,7 +116,7 @@ def method_of(config: PeftConfig) -> Method | None:
     of_its_class = (e for e in METHODS.values() if isinstance(config, e.config_cls))
     candidates = [
         m
-        for m in (entry.given(vars(config)) for entry in of_its_class)
+        for m in (entry.variant(vars(config)) for entry in of_its_class)
         if type(config) is m.config_cls
         and all(getattr(config, k) == v for k, v in m.defaults.items())
     ]
@@ -190,7 +130,7 @@ def build_config(name: str, **fields: Any) -> PeftConfig:
         InputError: the method has no such field (the message suggests the closest matches), or
             cannot use the value.
     """
-    entry = method(name).given(fields)
+    entry = method(name).variant(fields)
     known = {f.name for f in dataclasses.fields(entry.config_cls) if f.init}
     for field in fields:
         if field not in known:
@@ -264,7 +204,7 @@ def wrap(
             "another one with model.add_adapter(name, petl.build_config(method, ...))"
         )
     entry, config = chosen
-    if calibration is not None and not entry.calibration(config):
+    if calibration is not None and not entry.needs_data(config):
         raise InputError(
             f"method {entry.name!r} does not use calibration data; leave calibration out"
         )
@@ -277,7 +217,7 @@ def wrap(
     refuse_other_kinds(model, config)
     refuse_quantized(model, config)
     digests = fingerprint(model)  # some initializations change the base weights
-    finish = entry.on_wrap(model, config, calibration) if entry.on_wrap is not None else None
+    finish = entry.calibrate(WrapContext(model, config, adapter_name, calibration))
     try:
         with without_noise(), adjustments_refused(), within_memory(*_memory_of(entry)):
             # a UserWarning is raised here, too, for a value that PEFT would replace
@@ -314,11 +254,10 @@ def _choose_targets(entry: Method, config: Any, model: nn.Module) -> None:
 
 def _check_shapes(entry: Method, config: PeftConfig, model: nn.Module) -> None:
     """Check the values of a method of PEFT against the shapes of its targets in `model`."""
-    if entry.fit is None and not entry.rank:  # petl's own configs have `check_shapes`
+    if not entry.overrides("fit") and not entry.rank:  # petl's own configs have `check_shapes`
         return
     shapes = target_shapes(config, model, entry.tuner)
-    if entry.fit is not None:
-        entry.fit(config, shapes)
+    entry.fit(config, shapes)
     if entry.rank:
         check_rank(config, entry.rank, shapes)
 
@@ -338,7 +277,7 @@ def _chosen(
     if isinstance(name, str):
         if name in LOSSES:
             return build_loss(name, **fields)
-        entry, config = method(name, others=LOSSES).given(fields), build_config(name, **fields)
+        entry, config = method(name, others=LOSSES).variant(fields), build_config(name, **fields)
         entry.log_other_defaults(config, fields)
         return entry, config
     if fields:
@@ -496,13 +435,13 @@ def require_capability(config: PeftConfig, capability: Capability, wanted: str) 
 def needs_calibration(config: PeftConfig) -> str:
     """Return the reason for which a config needs calibration data; "" if it needs none."""
     entry = method_of(config)
-    return "" if entry is None else entry.calibration(config)
+    return "" if entry is None else entry.needs_data(config)
 
 
 def is_computed(config: PeftConfig) -> bool:
-    """Return True if calibration makes the final adapter of this config; see `Method.computed`."""
+    """Return True if calibration makes the final adapter, see `Method.is_computed`."""
     entry = method_of(config)
-    return entry is not None and entry.computed(config)
+    return entry is not None and entry.is_computed(config)
 
 
 def no_calibration(why: str) -> InputError:

@@ -17,6 +17,7 @@ from peft import AdaLoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_
 from torch import Tensor, nn
 
 from petl.core.compat import embedding_weights
+from petl.core.method import Method
 from petl.core.model.copies import skeleton_of
 from petl.errors import InputError, first_line
 from petl.system.files.tensor_file import Shapes
@@ -29,7 +30,7 @@ class Expected:
     Attributes:
         model: a skeleton with the adapter.
         required: dtypes and shapes by name.
-        optional: those that the method may leave out (`MethodTuner.optional_tensors`), and those of
+        optional: those that the method may leave out (`Method.optional_tensors`), and those of
             the base's embeddings, which PEFT may save with an adapter.
         free_dims: by the last part of a tensor's name, the dimension that may have any size:
             IncreLoRA saves as many components as it has grown.
@@ -110,7 +111,8 @@ def _inject(skeleton: Any, config: Any) -> Expected:
     state = wrapped.state_dict()
     everything |= {name: state[name] for name in embedding_weights(wrapped)}
     tuner = type(wrapped.base_model)
-    may_lack = getattr(tuner, "optional_tensors", ())
+    asked: Method = getattr(tuner, "method", None) or Method()  # of PEFT's tuners: defaults
+    may_lack = asked.optional_tensors
     everything |= {
         tuner._remove_adapter_name_from_key(name, NAME): tensor
         for name, tensor in state.items()
@@ -122,7 +124,7 @@ def _inject(skeleton: Any, config: Any) -> Expected:
         wrapped,
         {name: shapes.pop(name) for name in required},
         shapes,
-        getattr(wrapped.base_model, "free_dims", {}),
+        asked.free_dims,
     )
 
 

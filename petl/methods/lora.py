@@ -16,14 +16,14 @@ import peft
 from accelerate.utils import send_to_device
 from peft import PeftModel
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
-from torch import nn
 from torch.optim import Optimizer
 
 from petl.core.layers.layer import is_lora_b
+from petl.core.method import Finish, WrapContext
 from petl.core.model.targets import resolve_targets
 from petl.core.parameters import check_module
 from petl.core.registry import adopt, no_calibration
-from petl.core.spec.method import Finish, modifies_base_weights
+from petl.core.spec.method import modifies_base_weights
 from petl.core.support import BASES, Capability
 from petl.errors import InputError
 
@@ -45,7 +45,7 @@ def needs_dense_weights(config: Any) -> str:
 DENSE_WEIGHTS = dict.fromkeys((Capability.FSDP, *BASES), needs_dense_weights)
 
 
-def initialize(model: nn.Module, config: Any, calibration: Any) -> Finish | None:
+def initialize(c: WrapContext[Any]) -> Finish | None:
     """Run the initializations that PEFT leaves to the caller; called before wrapping.
 
     Returns:
@@ -55,6 +55,7 @@ def initialize(model: nn.Module, config: Any, calibration: Any) -> Finish | None
         InputError: calibration data are missing, or the adapter could not be saved relative to the
             original base weights (PEFT only warns).
     """
+    model, config, calibration = c.model, c.config, c.calibration
     init = config.init_lora_weights
     if (
         # PEFT converts the adapter on saving, and cannot do so with these settings
@@ -166,8 +167,8 @@ adopt(
     paper="Hu et al. 2022, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685",
     rank="r",
     keeps_base=lambda config: not modifies_base_weights(config),
-    calibration=data_driven_initialization,
-    on_wrap=initialize,
+    needs_data=data_driven_initialization,
+    calibrate=initialize,
     lacks=DENSE_WEIGHTS,
 )
 adopt(
@@ -179,8 +180,8 @@ adopt(
     rank="r",
     defaults={"use_dora": True},
     keeps_base=lambda config: not modifies_base_weights(config),
-    calibration=data_driven_initialization,
-    on_wrap=initialize,
+    needs_data=data_driven_initialization,
+    calibrate=initialize,
     lacks={
         **DENSE_WEIGHTS,
         Capability.BASE_8BIT: "PEFT's DoRA computes the norm of the base weight, which it cannot "
@@ -199,7 +200,7 @@ adopt(
     rank="r",
     defaults={"use_rslora": True},
     keeps_base=lambda config: not modifies_base_weights(config),
-    calibration=data_driven_initialization,
-    on_wrap=initialize,
+    needs_data=data_driven_initialization,
+    calibrate=initialize,
     lacks=DENSE_WEIGHTS,
 )

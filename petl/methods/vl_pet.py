@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from petl.core.layers.layer import LayerInfo, LayerShape
 from petl.core.model.structure import encoder_of, find_sublayers, norm_names, value_projections
 from petl.core.model.targets import in_layers, resolve_targets
-from petl.core.registry import register
+from petl.core.register import register
 from petl.core.spec.checks import check_rank
 from petl.core.spec.config import MethodConfig, config_field, require
 from petl.core.support import Capability

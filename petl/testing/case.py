@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from petl.core.compat import BaseTunerLayer
+from petl.core.method import Method
 from petl.core.registry import build_config, method, needs_calibration, wrap
-from petl.core.spec.method import Method
 from petl.system.collectives import num_processes, number
 from petl.testing.models import OTHER_MODELS, TINY_MODELS, Batch, TinyModel
 
@@ -62,7 +62,7 @@ class Case:
     @property
     def promises(self) -> Method:
         """The entry for the fields of this case, on which it depends for a few methods."""
-        return self.entry.given(self.all_fields())
+        return self.entry.variant(self.all_fields())
 
     @property
     def prefix(self) -> str:

@@ -6,6 +6,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
+from petl.core.tuners.asking import method_asked
 from petl.testing.case import Case, assert_close, difference, gradients, logits, trainable
 from petl.testing.catalog import check, own
 from petl.testing.training import train
@@ -31,7 +32,7 @@ def half_precision_adapter_works_too(case: Case) -> None:
 
 def _check_half(case: Case, model: PeftModel, dtype: torch.dtype) -> None:
     adapter = {n: p for n, p in trainable(model).items() if case.prefix in n}
-    keeps = getattr(getattr(model.base_model, "adapter_cls", None), "keep_float32", False)
+    keeps = getattr(method_asked(type(model.base_model)).adapter_cls, "keep_float32", False)
     expected = torch.float32 if keeps else dtype
     wrong = {n: p.dtype for n, p in adapter.items() if p.dtype != expected}
     assert not wrong, f"tensors that are not {expected}: {wrong}"

@@ -70,7 +70,7 @@ def _compare(case: Case, train_in_process: Any, expected: State) -> None:
 
     A tenth of an optimizer step (`LR`) is allowed for another order of summation.
     """
-    own = getattr(getattr(case.promises.tuner, "adapter_cls", None), "of_own_rows", ())
+    own = getattr(case.promises.adapter_cls, "of_own_rows", ())
     ranks = in_processes(PROCESSES, train_in_process, case, imports=case.imports)
     for rank, (size, state) in enumerate(ranks):
         assert size == PROCESSES, f"rank {rank} has a group of {size} processes, not {PROCESSES}"

@@ -94,7 +94,7 @@ def resized(fields: Mapping[str, Any], size: int) -> dict[str, Any]:
     if own is not None:
         return {**fields, **own(size)}
     # for methods whose rank must be a multiple of something
-    step = method(fields["name"]).given(fields).rank_step
+    step = method(fields["name"]).variant(fields).rank_step
     return {**fields, **in_proportion(config, step * size)}
 
 

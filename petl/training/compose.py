@@ -189,7 +189,7 @@ def explain_field(key: str, settings: DictConfig, overrides: Sequence[str]) -> s
     import_modules(imports_in(overrides))
     chosen = {key.lstrip("+"): value for key, value in pairs(overrides)}
     fields = {str(k): chosen.get(f"method.{k}", value) for k, value in settings.items()}
-    entry = method(fields["name"]).given(fields)
+    entry = method(fields["name"]).variant(fields)
     name = key.rpartition(".")[2]
     if name in {field.name for field in dataclasses.fields(entry.config_cls)}:
         file = config_file("method", entry.name)

@@ -134,7 +134,7 @@ class Contender:
         if self.method == "xlora":
             return False
         known = "lora" if self.method in petl.list_losses() else self.method
-        return petl.method(known).given(self.fields).merges
+        return petl.method(known).variant(self.fields).merges
 
     def _modifies_base(self) -> bool:
         if self.method == "xlora" or self.method in petl.list_losses():

@@ -174,6 +174,6 @@ def test_binary_over_a_method_composes_with_density_on_the_command_line(inner):
     alone: Any = petl.build_config(
         **method_fields({"name": inner, **preset_of(inner)}, "SEQ_CLS", total_steps=1000)
     )
-    recipe = petl.method("binary").given({"inner": inner}).inner_defaults
+    recipe = petl.method("binary").variant({"inner": inner}).inner_defaults
     for name in set(preset_of(inner)) - {"name"}:
         assert getattr(config, name) == recipe.get(name, getattr(alone, name)), name

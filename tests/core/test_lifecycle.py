@@ -79,18 +79,21 @@ def test_adalora_prunes_its_ranks_on_schedule():
     assert max(kept) > kept[-1]
 
 
-def test_a_tuner_with_an_optimizer_argument_gets_the_optimizer():
-    model = petl.wrap(testing.tiny_llama(), "mola")
+def test_a_method_gets_the_step_and_the_optimizer():
+    model = petl.wrap(testing.tiny_llama(), "mos", r=4)
     calls = []
 
-    class Changing(type(model.base_model)):
-        def update_and_allocate(self, step, optimizer=None):
-            calls.append((step, optimizer))
+    class Changing(type(petl.method("mos"))):
+        def after_step(self, t):
+            calls.append((t.step, t.optimizer, t.names))
 
-    model.base_model.__class__ = Changing
+    class Tuner(type(model.base_model)):
+        method = Changing()
+
+    model.base_model.__class__ = Tuner
     optimizer = object()
     petl.lifecycle(model).after_step(3, optimizer)
-    assert calls == [(3, optimizer)]
+    assert calls == [(3, optimizer, ["default"])]
 
 
 @pytest.mark.parametrize("method", ["lora", "mola", "increlora", "sparse"])

@@ -111,8 +111,8 @@ def test_missing_calibration_is_an_error(start):
 def test_a_name_can_be_registered_once():
     with pytest.raises(ValueError, match="method name 'lora' is taken by peft"):
         petl.adopt("lora", peft.LoraConfig, summary="", paper="")
-    with pytest.raises(ValueError, match="method name 'mola' is taken"):
-        petl.register("mola", summary="", paper="")(petl.MethodTuner)
+    with pytest.raises(ValueError, match="method name 'mos' is taken"):
+        petl.register(type(petl.method("mos")))
 
 
 def test_a_prefix_or_type_of_another_method_is_refused():
@@ -292,7 +292,7 @@ def test_no_targets_means_the_default_ones(name):
     ],
 )
 def test_defaults_that_differ_from_those_of_train_py_are_logged(name, fields, here, there, caplog):
-    with caplog.at_level(logging.INFO, logger="petl.core.spec.method"):
+    with caplog.at_level(logging.INFO, logger="petl.core.method"):
         petl.wrap(testing.tiny_llama(), name, **fields)
     (record,) = caplog.records
     ours, _, theirs = record.getMessage().partition("; train.py has ")
@@ -302,7 +302,7 @@ def test_defaults_that_differ_from_those_of_train_py_are_logged(name, fields, he
 
 def test_given_values_and_equal_defaults_are_not_logged(caplog):
     fields = {"lora_alpha": 8, "target_modules": ["q_proj"]}
-    with caplog.at_level(logging.INFO, logger="petl.core.spec.method"):
+    with caplog.at_level(logging.INFO, logger="petl.core.method"):
         petl.wrap(testing.tiny_llama(), "lora", **fields)
         petl.wrap(testing.tiny_llama(), "mola")
     assert not caplog.records

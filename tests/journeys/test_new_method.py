@@ -10,9 +10,7 @@ import warm_python
 from plugin_package import METHOD, YAML
 
 ROOT = Path(__file__).parents[2]
-REGISTRY = (
-    "from petl.core.registry import register\nfrom petl.core.tuners.tuner import MethodTuner\n"
-)
+REGISTRY = "from petl.core.method import Method\nfrom petl.core.register import register\n"
 COPIED = ("petl", "configs", "docs", "scripts", "tests", "train.py", "pyproject.toml")
 # inside the package, petl itself is not imported
 IN_TREE = (
@@ -20,7 +18,7 @@ IN_TREE = (
     .replace("from petl.core.spec.config", f"{REGISTRY}from petl.core.spec.config")
     .replace("petl.Adapter", "Adapter")
     .replace("@petl.register", "@register")
-    .replace("petl.MethodTuner", "MethodTuner")
+    .replace("petl.Method[", "Method[")
 )
 BY_HAND = {
     "petl/methods/diag.py": IN_TREE,

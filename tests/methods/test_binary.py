@@ -150,7 +150,7 @@ def test_merging_raises_where_the_inner_method_does(batch):
     with pytest.raises(NotImplementedError, match="bottleneck"):
         model.merge_adapter()
     assert not petl.method("binary").merges
-    assert petl.method("binary").given({"inner": "lora"}).merges
+    assert petl.method("binary").variant({"inner": "lora"}).merges
 
 
 def test_names_shapes_and_count_are_those_of_the_inner_method():

@@ -14,7 +14,7 @@ import petl
 from petl import testing
 from petl.core.layers.context import ForwardContext
 from petl.core.layers.layer import AdapterLayer
-from petl.core.tuners.tuner import MethodTuner
+from petl.core.tuners.adapter import AdapterTuner
 from petl.methods.mola import MolaAdapter, MolaConfig, MolaModel
 from petl.testing import Case, catalog
 from petl.testing.case import assert_close
@@ -178,7 +178,7 @@ def test_tensors_left_by_a_deleted_adapter_are_noticed(monkeypatch):
 
 
 def test_hooks_left_by_unload_are_noticed(monkeypatch):
-    monkeypatch.setattr(MethodTuner, "_remove_hooks", lambda self: None)
+    monkeypatch.setattr(AdapterTuner, "_remove_hooks", lambda self: None)
     assert_noticed("unloading_gives_the_plain_model")
 
 
@@ -200,13 +200,13 @@ def test_a_change_by_a_refused_merge_is_noticed(monkeypatch):
                 module.base_layer.weight.data.mul_(2)
         raise NotImplementedError("too late")
 
-    monkeypatch.setattr(MethodTuner, "_check_merge_allowed", late)
+    monkeypatch.setattr(AdapterTuner, "_check_merge_allowed", late)
     assert_noticed("merging_is_refused_before_anything_changes")
 
 
 def test_lenient_loading_is_noticed(monkeypatch):
-    lenient = super(MethodTuner, MethodTuner)._remap_adapter_state_dict_for_load.__func__
-    monkeypatch.setattr(MethodTuner, "_remap_adapter_state_dict_for_load", classmethod(lenient))
+    lenient = super(AdapterTuner, AdapterTuner)._remap_adapter_state_dict_for_load.__func__
+    monkeypatch.setattr(AdapterTuner, "_remap_adapter_state_dict_for_load", classmethod(lenient))
     assert_noticed("damaged_files_do_not_load")
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from petl.cli.catalog.recipes import Recipe, list_recipes, paper_of, parts_of, recipe
 from petl.cli.catalog.verdicts import verdict_lines
+from petl.core.method import Method
 from petl.core.registry import METHODS
-from petl.core.spec.method import LOSSES, Loss, Method
+from petl.core.spec.method import LOSSES, Loss
 from petl.core.support import Capability
 from petl.errors import UnknownNameError, did_you_mean
 from petl.experiments.reports.fields import Field, as_yaml, describe_inner_fields, fields_of
@@ -75,7 +76,7 @@ def page_of(name: str) -> Page:
 def _page_of_method(entry: Method) -> Page:
     from petl.cli.catalog.support import lines_of  # slow to import, and only this page needs it
 
-    name, wraps_another = entry.name, entry.variant is not None
+    name, wraps_another = entry.name, entry.has_inner
     file = config_file("method", name)
     return Page(
         name,
@@ -94,7 +95,7 @@ def _page_of_method(entry: Method) -> Page:
         fields_of(name, preset_of(name)),
         describe_inner_fields(entry) if wraps_another else "",
         # of a wrapper without fields: the default inner method
-        entry.given({}).inner,
+        entry.variant({}).inner,
     )
 
 

@@ -65,8 +65,9 @@ class LayerInfo:
         adapter_name: the adapter's name in the model.
         context: state that all layers share during a forward pass.
         shared: tensors of this adapter that all its layers share, owned by the tuner; None if none.
-        settings: the entry for this module of the method's `MethodTuner.layer_settings`.
+        settings: the entry for this module of the method's `Method.settings`.
         no_lora: why no LoRA has the same outputs; "": one has.
+        layer: the layer that holds the adapter.
     """
 
     key: str
@@ -75,6 +76,7 @@ class LayerInfo:
     shared: nn.Module | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     no_lora: str = ""
+    layer: "AdapterLayer" = field(init=False, repr=False, compare=False)
 
 
 class Adapter(nn.Module):
@@ -323,6 +325,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def add(self, name: str, adapter: Adapter, *, inference_mode: bool) -> None:
         """Add `adapter` under `name` and move it to the device of the base layer."""
         self.adapter_dict[name] = adapter
+        adapter.info.layer = self
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 

@@ -1,4 +1,4 @@
-"""Base classes of tuners: one with a forward context, one with tensors that layers share.
+"""Base class of tuners, with a forward context.
 
 Also the check of a file's tensors, and a warning for loops that never call the update of a method
 that selects something.
@@ -17,9 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from petl.core.compat import BaseTuner, drop_base_weights
 from petl.core.layers.class_swap import AdapterDict
 from petl.core.layers.context import ForwardContext
-from petl.core.layers.layer import Adapter, AdapterLayer
+from petl.core.layers.layer import Adapter
 from petl.core.parameters import refuse_shared_targets
-from petl.core.switching.tuner import SwitchingTuner
 from petl.errors import UnsupportedError
 from petl.system.files.tensor_file import check_finite, check_shapes
 
@@ -118,33 +117,6 @@ class ForwardContextTuner(BaseTuner):
         return tensors
 
 
-class SharedStateTuner(SwitchingTuner, ForwardContextTuner):
-    """Tuner that owns the tensors which the layers of each adapter share."""
-
-    tuner_layer_cls = AdapterLayer
-
-    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        super()._pre_injection_hook(model, config, adapter_name)
-        # under a name with the method's prefix, by which PEFT finds the tensors to save
-        setattr(self, self.shared_name, AdapterDict())
-
-    @property
-    def shared_name(self) -> str:
-        """Attribute of `shared`, a part of saved keys: `petl_<method>_pools`."""
-        return f"{self.prefix}pools"
-
-    @property
-    def shared(self) -> AdapterDict:
-        """By adapter name, the tensors that its layers share."""
-        return getattr(self, self.shared_name)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, the tensors that its layers share included."""
-        super().delete_adapter(adapter_name)
-        if adapter_name in self.shared:
-            del self.shared[adapter_name]
-
-
 # Loading
 
 
@@ -161,7 +133,7 @@ def check_loaded(
         model: the model, with the adapter called `adapter_name`.
         tensors: by the model's names; those of other methods are not checked.
         prefix: of the method, such as "petl_mola_".
-        free_dims: see `MethodTuner`.
+        free_dims: see `Method`.
     """
     marks = (f".{prefix}adapters.", f".{prefix}pools.")
     # model keys have the adapter's name, which PEFT has already inserted into the remapped ones

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from petl.core.compat import BaseTuner, BaseTunerLayer, ModulesToSaveWrapper
 from petl.core.layers.class_swap import SwappedClass, original_class, swap_class
 from petl.core.lifecycle import extra_losses
+from petl.core.tuners.asking import method_asked
 from petl.core.tuners.base import ForwardContextTuner
 from petl.efficiency.rewrite import Rewrite
 from petl.efficiency.skip_unread.block_positions import (
@@ -56,7 +57,7 @@ def _refusal_of_tuner(model: PeftModel) -> str:
     tuner = model.base_model
     # PEFT's tuners adapt single layers; what is not a tuner adds positions (prompts)
     of_peft = isinstance(tuner, BaseTuner) and not isinstance(tuner, ForwardContextTuner)
-    if of_peft or getattr(type(tuner), "by_position", False):
+    if of_peft or method_asked(type(tuner)).by_position:
         return ""
     return f"{type(tuner).__name__} may read all positions"
 

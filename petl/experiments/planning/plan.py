@@ -203,8 +203,9 @@ def notes_of(run: RunConfig, fields: Mapping[str, Any], processes: int) -> list[
         processes: that the run is planned for.
     """
     notes = []
-    entry = method(fields["name"]).given(fields)
-    if hasattr(entry.tuner, "update_and_allocate") and Capability.ADAMR not in entry.lacks:
+    entry = method(fields["name"]).variant(fields)
+    changes = entry.updates if entry.own else hasattr(entry.tuner, "update_and_allocate")
+    if changes and Capability.ADAMR not in entry.lacks:
         notes.append(
             "this method changes its size during training; the adapter file is that of the start"
         )

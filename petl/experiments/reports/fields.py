@@ -11,10 +11,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from peft import PeftConfig
 
+from petl.core.method import Method
 from petl.core.registry import METHODS, get
 from petl.core.spec.blocks import MEANING
 from petl.core.spec.checks import BLOCKS, hints_of
-from petl.core.spec.method import Method
 
 # fields that PEFT and `petl train` fill in, not the user
 BOOKKEEPING = frozenset(field.name for field in dataclasses.fields(PeftConfig))
@@ -72,7 +72,7 @@ def fields_of(name: str, preset: Mapping[str, Any]) -> list[Field]:
 
 def describe_inner_fields(entry: Method) -> str:
     """Return how to set the fields of the inner method, for a method that wraps another one."""
-    default = entry.given({})
+    default = entry.variant({})
     if not default.inner:  # none, unless one is chosen
         return (
             "\nWith inner=NAME, the fields of that method can be set, too; `petl show NAME` lists "

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petl.core.layers.layer import LayerInfo, LayerShape
-from petl.core.registry import register
+from petl.core.register import register
 from petl.core.spec.config import config_field, require
 from petl.core.support import Capability
 from petl.errors import InputError

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from petl.core.method import Method
 from petl.core.spec.config import check_bounds, check_values, config_field, require
-from petl.core.spec.method import Method
 from petl.errors import InputError
 from petl.methods.families import inner as core_inner
 from petl.ops.quantize import BITS

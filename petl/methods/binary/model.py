@@ -4,7 +4,6 @@ import re
 import warnings
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,10 +14,10 @@ from petl.core.compat import BaseTunerLayer, adapter_weights
 from petl.core.layers.class_swap import swapped_class
 from petl.core.layers.conversion import set_refusal
 from petl.core.layers.layer import AdapterLayer
+from petl.core.method import Method
 from petl.core.model.heat_map import HeatMap, means
 from petl.core.model.weight_changes import change_map
-from petl.core.registry import register
-from petl.core.spec.method import Method
+from petl.core.register import register
 from petl.core.support import Capability, Lacks
 from petl.core.switching.tuner import SwitchingTuner
 from petl.core.tuners.base import ForwardContextTuner
@@ -56,8 +55,7 @@ def variant(entry: Method, given: Mapping[str, Any]) -> Method:
     """The registry's entry for the fields `given`: the inner method's, with this one's classes."""
     inner = given.get("inner", DEFAULT_INNER)
     inner_entry = inner_method(inner)
-    return replace(
-        inner_entry,
+    return inner_entry.changed(
         name=entry.name,
         config_cls=config_of(inner),
         summary=entry.summary,
@@ -397,7 +395,9 @@ def tuner_of(inner: str) -> type[BinaryModel]:
     tuner = tuner_class_of(inner_method(inner))
     body = {"prefix": tuner.prefix, "__module__": __package__, "__doc__": BinaryModel.__doc__}
     if issubclass(tuner, MethodTuner):
-        body["adapter_cls"] = swapped_class(Quantized, tuner.adapter_cls)
+        adapter_cls = swapped_class(Quantized, tuner.method.adapter_cls)
+        body["adapter_cls"] = adapter_cls
+        body["method"] = tuner.method.changed(adapter_cls=adapter_cls)
     return type(f"BinaryModel_{inner}", (BinaryModel, tuner), body)
 
 

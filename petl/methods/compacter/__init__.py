@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from petl.core.layers.layer import LayerInfo, LayerShape
-from petl.core.registry import register
+from petl.core.register import register
 from petl.core.spec.config import config_field, require
 from petl.core.support import Capability
 from petl.errors import InputError

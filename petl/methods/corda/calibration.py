@@ -18,8 +18,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from petl.core.method import Calibration
 from petl.core.registry import no_calibration
-from petl.core.spec.method import Calibration
 from petl.errors import InputError
 from petl.methods.corda.cache import (
     Cache,

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from petl.core.method import WrapContext
 from petl.core.model.linear import LINEAR_KINDS
 from petl.core.model.targets import matched_names, resolve_targets
 from petl.core.parameters import shared_weights
-from petl.core.spec.method import Calibration
 from petl.errors import InputError, ModuleKindError, UnsupportedError
 from petl.methods.corda.calibration import Covariances, weight_of
 from petl.methods.corda.config import CordaConfig
@@ -32,7 +32,7 @@ class InitialFactors(NamedTuple):
     spectrum: Tensor | None = None
 
 
-def initialize(model: nn.Module, config: Any, calibration: Calibration | None) -> None:
+def initialize(c: WrapContext[CordaConfig]) -> None:
     """Compute the initial factors of all layers and store them in `config.initial`.
 
     On the meta device there are no weights to decompose: the factors then have shapes only.
@@ -41,11 +41,12 @@ def initialize(model: nn.Module, config: Any, calibration: Calibration | None) -
         InputError: an unsupported target or rank; neither calibration data nor a matching cache
             file; layers that the data never reach, or inputs that are not finite.
     """
+    model, config = c.model, c.config
     layers = targets(model, config)
     if any(weight_of(layer).is_meta for layer in layers.values()):
         config.initial = {key: meta_factors(layer, config, key) for key, layer in layers.items()}
         return
-    parts = Decomposer(Covariances(model, config, layers, calibration)).parts()
+    parts = Decomposer(Covariances(model, config, layers, c.calibration)).parts()
     if config.rank_budget is not None:
         allocate_ranks(config, parts)
     initial = {}

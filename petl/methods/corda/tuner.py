@@ -323,8 +323,8 @@ adopt(
     "use",
     paper="Yang et al. 2024, CorDA: Context-Oriented Decomposition Adaptation, arXiv:2406.05223",
     keeps_base=lambda config: False,
-    calibration=lambda config: "method 'corda'",
-    on_wrap=initialize,
+    needs_data=lambda config: "method 'corda'",
+    calibrate=initialize,
     lacks={
         Capability.RANKS: "it distributes ranks itself, by rank_budget",
         **dict.fromkeys(BASES, QUANTIZED),

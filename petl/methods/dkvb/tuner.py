@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 
 from petl.core.layers.context import as_2d
 from petl.core.layers.layer import LayerShape
+from petl.core.method import Calibration
 from petl.core.model.heat_map import HeatMap
 from petl.core.model.modes import evaluation_mode
-from petl.core.registry import no_calibration, register
+from petl.core.register import register
+from petl.core.registry import no_calibration
 from petl.core.spec.config import require
-from petl.core.spec.method import Calibration
 from petl.core.support import Capability
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError

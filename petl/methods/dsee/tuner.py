@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from petl.core.layers.layer import AdapterLayer, LayerShape
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.parameters import quantization_of
-from petl.core.registry import register
+from petl.core.register import register
 from petl.core.support import BASES, Capability
 from petl.core.switching.tuner import layers_of
 from petl.core.tuners.base import updated

@@ -15,8 +15,8 @@ from typing import Any
 from torch import nn
 
 from petl.core.compat import LoraModel
+from petl.core.method import Method
 from petl.core.registry import method
-from petl.core.spec.method import Method
 from petl.efficiency.fused_lora.switching import SwitchingLora
 from petl.errors import InputError, UnknownNameError, did_you_mean
 
@@ -38,7 +38,7 @@ def inner_method(name: Any, unsupported: Mapping[str, str], what: str) -> Method
     if isinstance(name, str) and name in unsupported:
         raise InputError(f"inner={name!r} cannot be {what}: {unsupported[name]}")
     entry = method(name)
-    if entry.variant is not None:
+    if entry.has_inner:
         raise InputError(f"inner={name!r} cannot be {what}: it has an inner method of its own")
     return entry
 

@@ -9,13 +9,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
+from petl.core.method import Calibration, Finish
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.model.modes import without_adapters
 from petl.core.model.structure import block_widths, find_sublayers
 from petl.core.model.targets import matched_names
-from petl.core.registry import no_calibration, register
+from petl.core.register import register
+from petl.core.registry import no_calibration
 from petl.core.spec.config import require
-from petl.core.spec.method import Calibration, Finish
 from petl.core.support import Capability
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
@@ -232,5 +233,5 @@ def calibrate(
     if name not in tuner.placed:
         raise UnknownNameError(f"no adapter {name!r}" + did_you_mean(name, tuner.placed))
     with without_adapters(model):
-        found = directions(tuner.model, cast(Any, tuner.peft_config[name]), calibration)
+        found = directions(tuner.model, tuner.peft_config[name], calibration)
     set_vectors(model, found, name)

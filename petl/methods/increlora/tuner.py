@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from petl.core.layers.layer import LayerShape
 from petl.core.model.heat_map import HeatMap, of_layers
-from petl.core.registry import register
+from petl.core.register import register
 from petl.core.support import Capability
 from petl.core.tuners.base import updated
 from petl.core.tuners.tuner import MethodTuner
@@ -172,7 +172,7 @@ class IncreloraModel(MethodTuner):
         adapters = [cast(IncreloraAdapter, a) for layers in placed for a in layers.values()]
         return any(adapter.growth.is_open for adapter in adapters)
 
-    def update_and_allocate(self, global_step: int, optimizer: Optimizer | None = None) -> bool:
+    def update_and_allocate(self, global_step: int, optimizer: Optimizer | None = None) -> bool:  # ty: ignore[incompatible-method-override]
         """Update the importance by the step's scores, and let modules grow if it is due.
 
         Call it once per optimizer step, after backward and before gradients are cleared.
@@ -212,7 +212,7 @@ class IncreloraModel(MethodTuner):
         """The next step as `coming`; all other state of growth is in the adapter's file."""
         return {"coming": torch.tensor(self.next_step)}
 
-    def load_training_state(self, state: dict[str, Tensor]) -> None:
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore the state that `training_state` returned."""
         self.begin_step(int(state["coming"]))
 

@@ -6,7 +6,7 @@ Shards", ICLR (arXiv:2410.00938).
     config.py    the fields
     draw.py      groups of layers that share pools, and the shards that each layer draws
     adapter.py   the pools, and the factors of a layer
-    tuner.py     injection, and one gather for all layers of a group
+    method.py    what wrapping a model asks, and one gather for all layers of a group
 
 Shapes: I in, O out, R rank, E equivalent rank (the budget), P private rank, S shards per vector,
 L layers of a group. A group is all targets of one role, such as every `q_proj`. It has two pools of
@@ -27,6 +27,6 @@ draw the same shards.
 from petl.methods.mos.adapter import MosAdapter
 from petl.methods.mos.config import MosConfig
 from petl.methods.mos.draw import draw
-from petl.methods.mos.tuner import MosModel
+from petl.methods.mos.method import Mos
 
-__all__ = ["MosAdapter", "MosConfig", "MosModel", "draw"]
+__all__ = ["Mos", "MosAdapter", "MosConfig", "draw"]

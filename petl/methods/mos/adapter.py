@@ -4,7 +4,7 @@ Shapes: I in, O out, R rank, S shards per vector.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -110,17 +110,17 @@ def versions(pools: Sequence[Tensor]) -> list[int]:
     return [pool._version for pool in pools]
 
 
-def gather_all(placed: Mapping[str, Mapping[str, Adapter]], model: nn.Module, args: Any) -> None:
+def gather_all(placed: Mapping[str, Mapping[str, MosAdapter]], model: nn.Module, args: Any) -> None:
     """Forward pre-hook of the base model: gather for all layers, outside checkpointed segments.
 
     Args:
-        placed: the layers' adapters, by adapter name and module path.
+        placed: the layers' adapters, by adapter name and module path; it grows.
     """
     # without backward, gathering layer by layer costs nothing extra
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     for by_path in placed.values():
-        layers = cast(Sequence[MosAdapter], tuple(by_path.values()))
+        layers = tuple(by_path.values())
         if not layers[0].trains:  # an inactive adapter
             continue
         groups: dict[str, list[MosAdapter]] = {}

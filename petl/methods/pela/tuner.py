@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from petl.core.layers.context import add_gradient
 from petl.core.layers.layer import Adapter, AdapterLayer, LayerInfo, LayerShape
+from petl.core.method import WrapContext, linear_target
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.model.targets import matched_names
-from petl.core.registry import register
+from petl.core.register import register
 from petl.core.support import Capability
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnsupportedError
@@ -187,7 +188,8 @@ class PelaModel(MethodTuner):
         """Choose the targets, without layers of fewer than `min_out_features` outputs."""
         super().choose_targets(config, model)
         names = matched_names(config, model)
-        kept = [n for n in names if self._shape(model, n).out_features >= config.min_out_features]
+        c, least = WrapContext(model, config, ""), config.min_out_features
+        kept = [n for n in names if linear_target(c, n).shape.out_features >= least]
         if not kept:
             raise InputError(
                 f"no target has min_out_features={config.min_out_features} outputs or more; lower "

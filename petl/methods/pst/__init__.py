@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 
 from petl.core.layers.layer import AdapterLayer, weight_of
 from petl.core.model.heat_map import HeatMap, of_layers
-from petl.core.registry import register
+from petl.core.register import register
 from petl.core.spec.checks import check_rank
 from petl.core.spec.config import MethodConfig, config_field, require
 from petl.core.support import BASES, Capability

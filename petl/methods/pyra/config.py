@@ -10,9 +10,9 @@ from peft.utils import PeftType
 from torch import nn
 from transformers import PreTrainedModel
 
+from petl.core.method import Method
 from petl.core.model.structure import block_widths
 from petl.core.spec.config import MethodConfig, check_bounds, check_values, config_field, require
-from petl.core.spec.method import Method
 from petl.errors import ModuleKindError, UnsupportedError
 from petl.methods.families import inner as core_inner
 from petl.methods.pyra.blocks import check_form

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import cache
 from typing import Any, cast
 
@@ -20,11 +19,11 @@ from petl.core.layers.block import (
 )
 from petl.core.layers.class_swap import AdapterDict, restore_class, swap_class
 from petl.core.layers.layer import LayerInfo, LayerShape
+from petl.core.method import Method
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.model.weight_changes import change_map
-from petl.core.registry import register
+from petl.core.register import register
 from petl.core.spec.config import require
-from petl.core.spec.method import Method
 from petl.core.support import Capability
 from petl.core.switching.tuner import SwitchingTuner
 from petl.core.tuners.base import ForwardContextTuner, check_loaded
@@ -43,10 +42,9 @@ def variant(entry: Method, given: Mapping[str, Any]) -> Method:
     inner = given.get("inner")
     classes = {"config_cls": config_of(inner), "tuner_cls": tuner_of(inner)}
     if inner is None:
-        return replace(entry, **classes)
+        return entry.changed(**classes)
     inner_entry = inner_method(inner)
-    return replace(
-        inner_entry,
+    return inner_entry.changed(
         **classes,
         name=entry.name,
         summary=entry.summary,

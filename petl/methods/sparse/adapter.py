@@ -15,6 +15,7 @@ from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
 from petl.errors import UnsupportedError
 from petl.methods.families.numbered import register_adapter
 from petl.methods.sparse.compiled import compiled_linear
+from petl.methods.sparse.config import SparseConfig
 from petl.methods.sparse.schedule import accumulates
 from petl.ops.low_rank import is_frozen_linear, product_dtype
 from petl.ops.positions import generator_of, random_positions, regrow
@@ -116,7 +117,7 @@ class SparseAdapter(Adapter):
 
     keep_float32 = True  # half precision would lose small updates of the values
 
-    def __init__(self, shape: LayerShape, config: Any, info: LayerInfo) -> None:
+    def __init__(self, shape: LayerShape, config: SparseConfig, info: LayerInfo) -> None:
         super().__init__(shape, config, info)
         count, device, self.transposed = (
             info.settings[k] for k in ("count", "device", "transposed")

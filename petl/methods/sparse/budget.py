@@ -11,11 +11,12 @@ from petl.core.layers.layer import LayerShape
 from petl.core.spec.checks import rank_of
 from petl.core.spec.config import require
 from petl.errors import InputError
+from petl.methods.sparse.config import SparseConfig
 
 Shapes = Mapping[str, LayerShape]
 
 
-def deltas_by_module(config: Any, model: nn.Module, shapes: Shapes) -> dict[str, int]:
+def deltas_by_module(config: SparseConfig, model: nn.Module, shapes: Shapes) -> dict[str, int]:
     """The number of tuned weights of each target: the same fraction of each, rounded down.
 
     The targets that `rank_pattern` matches share what they have together by their shares.
@@ -51,7 +52,7 @@ def deltas_by_module(config: Any, model: nn.Module, shapes: Shapes) -> dict[str,
     return deltas
 
 
-def _number(config: Any, model: nn.Module, shapes: Shapes) -> int:
+def _number(config: SparseConfig, model: nn.Module, shapes: Shapes) -> int:
     if config.num_tunable_weights is not None:
         return config.num_tunable_weights
     if config.r is not None:

@@ -9,8 +9,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from petl.core.layers.context import num_processes
+from petl.core.method import AdapterSet, TrainContext
 from petl.errors import InputError, UnsupportedError
 from petl.methods.sparse.adapter import SparseAdapter
+from petl.methods.sparse.config import SparseConfig
 from petl.methods.sparse.sm3 import SparseSM3
 from petl.ops.positions import largest_outer
 from petl.system.collectives import to_full
@@ -75,18 +77,25 @@ def _ratio(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.where(before > 0, across / before, 1.0)
 
 
-def checked(config: Any, optimizer: Any, adapters: Sequence[SparseAdapter]) -> Optimizer:
+def checked(
+    t: TrainContext[SparseConfig, SparseAdapter], adapters: AdapterSet[SparseConfig, SparseAdapter]
+) -> Optimizer:
     """The optimizer without its wrappers, after checks.
 
     Raises:
-        InputError: the optimizer is missing, of the wrong class, or does not have the values.
-        UnsupportedError: fp16 scales its gradients.
+        InputError: `total_step` is null, or the optimizer is missing, of the wrong class, or does
+            not have the values.
+        UnsupportedError: gradients are not averaged over the processes, or scaled by fp16.
     """
-    if optimizer is None:
+    config, own = adapters.config, list(adapters.adapters.values())
+    config.check_total()
+    refuse_sharding(t.model, own)
+    if t.optimizer is None:
         raise InputError(
             f"selection_algorithm={config.selection_algorithm!r} moves the optimizer's state with "
             "the weights: pass the optimizer to update_and_allocate(step, optimizer)"
         )
+    optimizer: Any = t.optimizer
     # unwrap Accelerate's optimizer, whose scaler is set for fp16
     while True:
         if config.selection_algorithm == "rigl" and getattr(optimizer, "scaler", None) is not None:
@@ -105,7 +114,7 @@ def checked(config: Any, optimizer: Any, adapters: Sequence[SparseAdapter]) -> O
             "selection_algorithm='rigl'"
         )
     ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [adapter.info.key for adapter in adapters if id(adapter.values) not in ids]
+    missing = [adapter.info.key for adapter in own if id(adapter.values) not in ids]
     if missing:
         raise InputError(
             f"sparse: the optimizer does not have the values of {missing[0]}; pass the optimizer "

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from petl.core.method import Method
 from petl.core.registry import METHODS, method_of
-from petl.core.spec.method import Method
 from petl.core.support import Capability
 from petl.errors import InputError, UnsupportedError, shown
 from petl.training.ranks.importance import blocks_of
@@ -141,7 +141,7 @@ def check_method(entry: Method) -> None:
         names = ", ".join(
             sorted(n for n, other in METHODS.items() if not other.lacking(Capability.RANKS))
         )
-        over = [name for name, other in METHODS.items() if other.variant is not None]
+        over = [name for name, other in METHODS.items() if other.has_inner]
         names += f", and {', '.join(over)} over one of them" if over else ""
         raise UnsupportedError(
             f"method {entry.name!r} cannot have ranks by block: {reason}; methods that can: {names}"

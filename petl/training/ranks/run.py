@@ -39,7 +39,7 @@ class RanksByImportance(RunFeature):
 
     def check(self, config: RunConfig) -> None:
         """Raise InputError for a method that has no rank by block, or has ranks by module."""
-        check_method(method(config.method["name"]).given(config.method))
+        check_method(method(config.method["name"]).variant(config.method))
         adapter: Any = build_config(**config.method)
         check_unset(adapter)
         start = getattr(adapter, "init_lora_weights", None)

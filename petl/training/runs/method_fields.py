@@ -54,7 +54,7 @@ def with_inner(settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: an unknown method or inner method.
     """
-    entry = method(settings["name"]).given(settings)
+    entry = method(settings["name"]).variant(settings)
     if not entry.inner:
         return {**entry.inner_defaults, **settings}
     return {**preset_of(entry.inner), **entry.inner_defaults, **settings}

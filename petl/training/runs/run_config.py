@@ -12,8 +12,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from petl.core.losses import read as read_loss
+from petl.core.method import Method
 from petl.core.registry import build_config, is_computed, list_methods, method
-from petl.core.spec.method import LossConfig, Method
+from petl.core.spec.method import LossConfig
 from petl.core.support import Capability, Conflict
 from petl.data.base import data_source
 from petl.data.models.sources import read_source
@@ -71,7 +72,7 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     }
     launch = read_launch(settings.get("launch"))
     if train.optimizer == "adamr":
-        check_adamr(entry.given(fields), launch)
+        check_adamr(entry.variant(fields), launch)
     data_settings = resolved["data"] = with_row_tasks(settings["data"], fields)
     model, data = read_source(settings["model"]), data_source(data_settings)
     model.check()

@@ -243,11 +243,7 @@ def test_dropout_in_the_block_keeps_its_rate() -> None:
     assert abs(float(torch.stack(kept).mean()) - 0.5) < 0.02
 
 
-BY_POSITION = [
-    name
-    for name in petl.list_methods()
-    if petl.method(name).own and getattr(petl.method(name).tuner_cls, "by_position", False)
-]
+BY_POSITION = [name for name in petl.list_methods() if petl.method(name).by_position]
 
 
 @pytest.mark.parametrize("method", BY_POSITION)
@@ -268,8 +264,7 @@ def test_a_method_that_says_so_changes_each_position_by_itself(method: str) -> N
 
 @pytest.mark.parametrize("method", ["mola", "icv", "sherl", "pyra", "increlora"])
 def test_methods_that_count_positions_are_left_alone(method: str) -> None:
-    tuner = petl.method(method).tuner_cls
-    assert not getattr(tuner, "by_position", False)
+    assert not petl.method(method).by_position
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Two methods outside petl: a plain low-rank update, and one from shared factors."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +30,10 @@ class PlainAdapter(petl.Adapter):
         return petl.Factors(self.sign * self.lora_A, self.lora_B, 2.0)
 
 
-@petl.register("plain", summary="a low-rank update with fixed signs", paper="none")
-class PlainModel(petl.MethodTuner):
-    config_cls, adapter_cls = PlainConfig, PlainAdapter
+@petl.register
+class Plain(petl.Method[PlainConfig, PlainAdapter]):
+    name, config_cls, adapter_cls = "plain", PlainConfig, PlainAdapter
+    summary, paper = "a low-rank update with fixed signs", "none"
 
 
 @dataclass
@@ -62,9 +62,10 @@ class SharedAdapter(petl.Adapter):
         return petl.Factors(self.gain[:, None] * A, B, 1.0)
 
 
-@petl.register("shared", summary="low-rank factors that all layers of a shape share", paper="none")
-class SharedModel(petl.MethodTuner):
-    config_cls, adapter_cls = SharedConfig, SharedAdapter
+@petl.register
+class Shared(petl.Method[SharedConfig, SharedAdapter]):
+    name, config_cls, adapter_cls = "shared", SharedConfig, SharedAdapter
+    summary, paper = "low-rank factors that all layers of a shape share", "none"
 
-    def make_shared(self, config: Any, shapes: Any) -> nn.Module:
-        return Factors(set(shapes.values()), config.r)
+    def shared(self, c: petl.WrapContext[SharedConfig]) -> nn.Module:
+        return Factors(set(c.shapes.values()), c.config.r)
