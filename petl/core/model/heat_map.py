@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from petl.core.model.targets import place
+from petl.core.model.places import place
 from petl.system.files.disk import write_atomic
 
 HEAT_MAPS = "heat_maps.json"  # in the folder of a run

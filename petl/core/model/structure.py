@@ -13,7 +13,8 @@ from petl.core.layers.class_swap import original_class
 from petl.core.layers.context import is_encoder_decoder
 from petl.core.layers.layer import Adapter, LayerShape, shape_of
 from petl.core.model.linear import LINEAR_KINDS
-from petl.core.model.targets import candidate_names, is_stack
+from petl.core.model.places import is_stack
+from petl.core.model.targets import candidate_names
 from petl.core.parameters import is_norm
 
 KINDS = ("attn", "cross_attn", "ffn")  # of sub-layers

@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from copy import copy
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -25,10 +25,11 @@ from petl.core.compat import (
     refused_names,
     renamed_targets,
 )
-from petl.core.layers.class_swap import AdapterDict, original_class
+from petl.core.layers.class_swap import AdapterDict
 from petl.core.model.calls import FUSED_KINDS, IDLE, READ, fused_parent, place_of, uncalled
 from petl.core.model.linear import LINEAR_KINDS, is_linear, refuse_other_kind
 from petl.core.model.parts import LANGUAGE, PARTS, PROJECTOR, language_path, names_of
+from petl.core.model.places import place
 from petl.core.spec.blocks import last_blocks
 from petl.core.spec.checks import BLOCKS
 from petl.errors import InputError, ModuleKindError, UnknownNameError, did_you_mean
@@ -48,46 +49,6 @@ PRESETS = {
 # of projections whose weights stand in a stack of experts
 FORMER_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 USUAL_NAMES = ("q_proj", "v_proj", "query", "value")  # where PEFT's table has no entry
-
-
-class Place(NamedTuple):
-    """Position of a module: `name` inside block `index` of the `length` blocks of list `stack`.
-
-    The name of a block itself is "block".
-    """
-
-    stack: str
-    index: int
-    length: int
-    name: str
-
-
-def is_stack(module: nn.Module) -> bool:
-    """Return True for a list of layers: nn.ModuleList, or nn.Sequential of blocks of one class.
-
-    timm has the latter; an nn.Sequential of torch's own layers is no list of blocks.
-    """
-    if not isinstance(module, nn.Sequential):
-        return isinstance(module, nn.ModuleList)
-    kinds = {original_class(entry) for entry in module}
-    return len(kinds) == 1 and not kinds.pop().__module__.startswith("torch.nn.")
-
-
-def place(model: nn.Module, key: str) -> Place | None:
-    """Return the place of the module called `key`, or None if it is in no list of layers."""
-    parts = key.split(".")
-    module = model
-    for depth, part in enumerate(parts[:-1]):
-        # the outermost list counts, so lists of experts inside a block do not
-        if is_stack(module):
-            stack, name = ".".join(parts[:depth]), ".".join(parts[depth + 1 :])
-            names = list(module._modules)
-            return Place(stack, names.index(part), len(names), name)
-        module = getattr(module, part)
-    if is_stack(module) and any(module.get_submodule(parts[-1]).children()):  # a block itself
-        names = list(module._modules)
-        return Place(".".join(parts[:-1]), names.index(parts[-1]), len(names), "block")
-    return None
 
 
 def linear_names(model: nn.Module) -> list[str]:

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 from petl.core.layers.class_swap import mixins_of
 from petl.core.layers.context import arguments_of_forward, is_encoder_decoder
-from petl.core.model.targets import linear_names, place
+from petl.core.model.places import place
+from petl.core.model.targets import linear_names
 from petl.core.parameters import quantization_of
 from petl.efficiency.frozen.keys import IDS, MEDIA
 from petl.errors import UnsupportedError

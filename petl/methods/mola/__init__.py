@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from petl.core.layers.context import add_gradient, is_encoder_decoder
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
 from petl.core.model.heat_map import HeatMap, layers_of, means, of_layers
-from petl.core.model.targets import Place, place
+from petl.core.model.places import Place, place
 from petl.core.register import register
 from petl.core.serving.mixed_batch import BatchedAdapter
 from petl.core.spec.config import MethodConfig, config_field, require

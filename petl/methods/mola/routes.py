@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from petl.core.layers.context import ForwardContext, add_gradient, is_encoder_decoder
 from petl.core.layers.layer import LayerInfo
 from petl.core.model.modes import checkpoints_reentrantly
-from petl.core.model.targets import place
+from petl.core.model.places import place
 from petl.errors import InputError, UnsupportedError
 from petl.methods.mola.pregate import PreGate
 from petl.methods.mola.routing import balance_weights, expert_sums, top_k_gates

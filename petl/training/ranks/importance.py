@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from petl.core.layers.context import ForwardContext, is_encoder_decoder
 from petl.core.model.linear import LINEAR_KINDS
 from petl.core.model.modes import evaluation_mode
-from petl.core.model.targets import is_stack
+from petl.core.model.places import is_stack
 from petl.core.parameters import check_module
 from petl.errors import InputError, choose
 from petl.system import collectives as distributed

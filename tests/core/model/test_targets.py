@@ -12,7 +12,7 @@ import petl
 from petl import testing
 from petl.core.compat import check_target_module_exists
 from petl.core.model import targets
-from petl.core.model.targets import place
+from petl.core.model.places import place
 
 BLOCKS = {"llama": 3, "bert": 2, "vit": 2, "gpt2": 2}
 ATTENTION = {

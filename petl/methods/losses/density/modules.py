@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from petl.core.model.targets import candidate_names, place
+from petl.core.model.places import place
+from petl.core.model.targets import candidate_names
 from petl.errors import InputError, UnknownNameError, did_you_mean
 
 # names of modules in transformers' MLP blocks
