@@ -35,6 +35,7 @@ from petl.core.layers.layer import Adapter, LayerShape, shape_of
 from petl.core.model.heat_map import HeatMap
 from petl.core.model.linear import LINEAR_KINDS, refuse_other_kind
 from petl.core.model.targets import matched_names, refuse_fused, resolve_targets
+from petl.core.spec.config import LR
 from petl.core.support import Capability, Lacks, reason_of, without_lora
 from petl.errors import ModuleKindError
 from petl.system.files.paths import method_preset
@@ -47,7 +48,6 @@ Shapes = Mapping[str, LayerShape]
 C = TypeVar("C", bound=PeftConfig)
 A = TypeVar("A", bound=Adapter)
 logger = logging.getLogger(__name__)
-LR = 1e-3  # default peak learning rate of most methods
 
 
 @dataclass(frozen=True)

@@ -267,6 +267,7 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+LR = 1e-3  # default peak learning rate of most methods
 DROPOUT = Bounds(ge=0, lt=1)
 ALPHA = Bounds(gt=0, reason="it scales the update")
 RANK = Bounds(ge=1)

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 from omegaconf import DictConfig
 
-from petl.core.method import LR
+from petl.core.spec.config import LR
 from petl.errors import InputError
 from petl.system.files.paths import file_of, why_impossible
 from petl.system.files.read import read_yaml
