@@ -36,6 +36,7 @@ from petl.training.features import Context, RunFeature
 from petl.training.features.section import Section
 from petl.training.loop import Loop
 from petl.training.runs.checkpoint import load_adapter, save_adapter
+from petl.training.runs.config import RunConfig
 from petl.training.runs.environment import PhaseTimer
 from petl.training.runs.records import SCORES
 from petl.training.runs.run_folder import Run
@@ -66,6 +67,13 @@ class LrFinder(RunFeature):
     """
 
     key = "find_lr"
+
+    def check(self, config: RunConfig) -> None:
+        """Raise InputError for a method that computes its adapter."""
+        if config.train.steps == 0:
+            raise InputError(
+                "train.find_lr=true has no effect without training (train.steps=0): leave it out"
+            )
 
     def before_training(self, context: Context) -> None:
         """Run the test, and set the learning rates of the training."""

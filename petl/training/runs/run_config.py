@@ -44,51 +44,55 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     settings = plain(cfg)
     import_modules(settings.get("imports"))  # which may add features; None in older runs
     check_groups(settings)
+    read_train(settings)  # before features read these settings
+    for feature in features_of(settings):
+        settings = feature.settle(settings)
+    config = completed(settings)
+    for feature in features_of(config.resolved):
+        feature.check(config)
+    return config
+
+
+def completed(settings: dict[str, Any]) -> RunConfig:
+    """Return the checked settings with all fields, so that config.yaml depends on no default.
+
+    Raises:
+        InputError: as `read_config`.
+    """
     loss = read_loss(settings["loss"]) if settings.get("loss") is not None else None
     # the default needs no check and no tracker
     has_tracker = settings["tracker"] != {"name": "none"}
     tracker = read_tracker(settings["tracker"]) if has_tracker else None
-    read_train(settings)  # before features read these settings
-    for feature in features_of(settings):
-        settings = feature.settle(settings)
-    train = read_train(settings)
+    train, launch = read_train(settings), read_launch(settings.get("launch"))
     entry = chosen_method(settings)
-    # all fields, so that config.yaml does not depend on defaults
     fields = with_inner(settings["method"])
     if settings["train"].get("lr") is None:
         train = replace(train, lr=entry.default_lr(fields))
     check_machine(train)
-    check_sampling(train, settings["data"])
-    if settings["data"].get("source") == SOURCE:  # names of sets in full, for config.yaml
-        settings["data"] = with_sets(settings["data"])
-    fill_tasks(fields, settings["data"])
-    # all fields are checked again once task type and number of steps are known
-    train = with_steps(train, method_fields(fields, None, train.steps or LARGEST), loss)
-    resolved = settings | {
-        "method": fields,
-        # values in place of null and of the name of a file, which may change
-        "train": settings["train"]
-        | {"lr": train.lr, "batch_sizes": train.batch_sizes, "steps": train.steps},
-    }
-    launch = read_launch(settings.get("launch"))
     if train.optimizer == "adamr":
         check_adamr(entry.variant(fields), launch)
-    data_settings = resolved["data"] = with_row_tasks(settings["data"], fields)
-    model, data = read_source(settings["model"]), data_source(data_settings)
-    model.check()
-    data.check()
+    data = settings["data"]
+    check_sampling(train, data)
+    if data.get("source") == SOURCE:  # names of sets in full
+        data = with_sets(data)
+    fill_tasks(fields, data)
+    # all fields are checked again once task type and number of steps are known
+    train = with_steps(train, method_fields(fields, None, train.steps or LARGEST), loss)
+    data = with_row_tasks(data, fields)
+    # values in place of null and of the name of a file, which may change
+    known = {"lr": train.lr, "batch_sizes": train.batch_sizes, "steps": train.steps}
     config = RunConfig(
         train=train,
-        model=model,
-        data=data,
+        model=read_source(settings["model"]),
+        data=data_source(data),
         method=fields,
         loss=loss,
         launch=launch,
         tracker=tracker,
-        resolved=resolved,
+        resolved=settings | {"method": fields, "train": settings["train"] | known, "data": data},
     )
-    for feature in features_of(resolved):
-        feature.check(config)
+    config.model.check()
+    config.data.check()
     return config
 
 
@@ -141,9 +145,10 @@ def with_steps(
             f"method {name!r} computes its adapter from data and has nothing to train in "
             f"train.steps={train.steps}: set train.steps=0, or method.train=true"
         )
-    if loss is not None or train.find_lr:
-        given = "train.find_lr=true" if loss is None else f"loss={loss.name}"
-        raise InputError(f"{given} has no effect without training (train.steps=0): leave it out")
+    if loss is not None:
+        raise InputError(
+            f"loss={loss.name} has no effect without training (train.steps=0): leave it out"
+        )
     return replace(train, steps=0)
 
 
