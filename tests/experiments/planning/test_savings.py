@@ -38,7 +38,7 @@ MEMORY = Memory(
 class Texts:
     """Rows of given lengths, in steps of two."""
 
-    test, mixture, stages = range(3), None, None
+    test, mixture, order = range(3), None, None
 
     def __init__(self, lengths):
         self.known = lengths
