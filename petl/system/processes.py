@@ -23,7 +23,7 @@ from typing import Any
 from petl.errors import InputError, RunStopped
 from petl.system.files.disk import NO_FOLLOW, check_links, open_regular
 from petl.system.files.read import parse_json
-from petl.system.settings.command_line import how_to_resume
+from petl.system.settings.command_line import how_to_resume, run_of_several
 
 try:
     import fcntl
@@ -187,24 +187,6 @@ def _is_ours(store: Any) -> bool:
 
 
 ASKS = (signal.SIGINT, signal.SIGTERM)
-_open: set["StopRequest"] = set()
-_thread = threading.local()
-
-
-def enter_lane(lane: Any) -> None:
-    """Say of which `Lane` this thread is; see petl/training/together/lanes.py."""
-    _thread.lane = lane
-
-
-def current_lane() -> Any:
-    """Return the lane of this thread; None outside of `Lanes.run`."""
-    return getattr(_thread, "lane", None)
-
-
-def stop_threads(number: int) -> None:
-    """Tell the runs in threads of this process, which get no signals, that a signal has come."""
-    for request in list(_open):
-        request.signal = request.signal or number
 
 
 class StopRequest:
@@ -219,14 +201,12 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        _open.add(self)
         # a run inside a thread of a larger program leaves its handlers alone
         if threading.current_thread() is threading.main_thread():  # handlers can be set only there
             self._before = {number: signal.signal(number, self._note) for number in ASKS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        _open.discard(self)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -249,7 +229,7 @@ class StopRequest:
 
 LOCK = ".lock"
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-# descriptors (closing any one of the file ends a POSIX lock), and the lanes of the runs
+# descriptors (closing any one of the file ends a POSIX lock), and whose they are
 _held: dict[Path, tuple[int, Any]] = {}
 
 
@@ -274,7 +254,7 @@ def try_claim(folder: Path) -> str:
     file = folder.resolve() / LOCK
     # a second lock of the same process would succeed, and closing it would end the first
     if file in _held:
-        return "" if _held[file][1] is current_lane() else "another run of this process"
+        return "" if _held[file][1] is run_of_several() else "another run of this process"
     # not truncated when opened: the holder's description must stay readable
     opened = open_regular(file, os.O_RDWR | os.O_CREAT | NO_FOLLOW)
     if os.fstat(opened).st_nlink > 1:  # a hard link: writing would change the other file
@@ -284,7 +264,7 @@ def try_claim(folder: Path) -> str:
         noted = os.pread(opened, 4096, 0)
         os.close(opened)
         return _describe(noted)
-    _held[file] = opened, current_lane()
+    _held[file] = opened, run_of_several()
     since = datetime.now().astimezone().isoformat(timespec="seconds")
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
     os.ftruncate(opened, 0)
@@ -300,8 +280,8 @@ def release(run: Path) -> None:
 
 
 def release_all() -> None:
-    """Unlock every folder that this process has locked; in a lane, those of its run."""
-    for file in [file for file, (_, lane) in _held.items() if lane is current_lane()]:
+    """Unlock every folder that this process has locked; of several runs, those of this one."""
+    for file in [file for file, (_, owner) in _held.items() if owner is run_of_several()]:
         os.close(_held.pop(file)[0])
 
 

@@ -9,11 +9,12 @@ same rows gives the same gradient. No operation of a step synchronizes with the 
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from signal import SIGTERM, Signals
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object, set_seed
@@ -64,16 +65,24 @@ from petl.training.runs.checkpoint import (
 )
 from petl.training.runs.records import METRICS
 from petl.training.runs.resume import NOT_RESUMABLE, lengthens, stored_identity
+from petl.training.runs.run_folder import Run
 from petl.version import __version__
 
 logger = logging.getLogger(__name__)
 
 
-def fit(context: Context) -> TrainState:
+T = TypeVar("T")
+# the work of a run: yields the run when its checkpoint is chosen, then its loop when the steps are
+# to be made, and goes on when that is done
+Stepwise = Generator["Run | Loop", None, T]
+
+
+def fit(context: Context) -> Stepwise[TrainState]:
     """Train the adapter of a run, from the run's checkpoint if it has one.
 
-    With validation examples, the model ends with the weights of the best evaluation. With
-    `train.steps=0` it stays as it is.
+    Yields a loop, whose steps are made by `alone`, or with those of others, see
+    petl/training/together. With validation examples, the model ends with the weights of the best
+    evaluation. With `train.steps=0` it stays as it is.
 
     Raises:
         InputError: a setting that this model does not support.
@@ -83,7 +92,26 @@ def fit(context: Context) -> TrainState:
     if context.settings.steps == 0:  # calibration has made the final adapter
         return TrainState()
     with for_training(context.model, context.settings):
-        return Loop(context).run_to_end()
+        loop = Loop(context)
+        with loop.begun():
+            yield loop
+        loop.restore_best()
+        loop.engine.release()
+        return loop.state
+
+
+def alone(run: Stepwise[T]) -> T:
+    """Make the steps of each loop that a run yields; return the run's result."""
+    while True:
+        try:
+            reached = next(run)
+        except StopIteration as end:
+            return end.value
+        try:
+            if isinstance(reached, Loop):
+                reached.run_to_end()
+        except BaseException as error:
+            run.throw(error)  # its blocks end by the error
 
 
 class Loop:
@@ -110,6 +138,9 @@ class Loop:
         self.log_steps = settings.log_interval(self.total)
         # a row per step since the last log line, read in one transfer
         self.window = torch.zeros(self.log_steps, 3, device=self.device)
+        # of the micro-batches of a step, on device
+        self.losses: list[Tensor] = []
+        self.extras: list[Tensor] = []
         self.unknown = 0  # steps before which a resumed run has no rows
         self.state = self.restore(run.resume) if run.resume else TrainState()
         self.warmup = settings.warmup_steps(self.total - self.state.schedule_from)
@@ -121,37 +152,20 @@ class Loop:
         rank, processes = accelerator.process_index, accelerator.num_processes
         self.sampler = splits.sampler(settings, self.state.step, rank, processes)
 
-    def run_to_end(self) -> TrainState:
-        """Run the remaining steps, with what is due after each; return the state at the end."""
+    @contextmanager
+    def begun(self) -> Generator[None]:
+        """Inside the block, the steps are made: clocks run, and a bar shows how far they are."""
         settings, state = self.settings, self.state
         rows, collate, workers = self.splits.train, self.splits.collate, settings.num_workers
-        batches = load(rows, collate, self.sampler, self.device, workers)
+        self.batches = load(rows, collate, self.sampler, self.device, workers)
         self.timer.start()
         # a resumed run counts the seconds of its earlier parts as well
-        began = time.monotonic() - state.seconds
-        began_cpu = time.process_time() - state.cpu_seconds
+        self.began = time.monotonic() - state.seconds
+        self.began_cpu = time.process_time() - state.cpu_seconds
         unit = self.splits.task.unit
-        self.bar = bar = ProgressBar(self.total, state.step, unit, self.log_steps)
-        with StopRequest() as stop, bar:
-            while state.step < self.total and not self.is_stale():
-                self.step(batches)
-                state.seconds = time.monotonic() - began
-                state.cpu_seconds = time.process_time() - began_cpu
-                bar.advance()
-                if self.is_due(self.log_steps):
-                    bar.show(self.log())
-                self.timer.mark("logging")
-                improved = self.is_due(settings.eval_steps) and self.evaluate()
-                for feature in self.context.features:
-                    feature.after_step(self.context, state.step)
-                self.timer.mark("evaluation")
-                # all processes must agree, else some would wait for the others forever
-                stopping = any(self.counts.total(stop.signal))  # in any process
-                if improved or stopping or self.is_due(settings.save_steps):
-                    self.save()
-                self.timer.mark("checkpoints")
-                if stopping:
-                    self.stop(stop.signal or SIGTERM)
+        self.bar = ProgressBar(self.total, state.step, unit, self.log_steps)
+        with self.bar:
+            yield
         if state.step < self.total:
             logger.info(
                 "early stopping after step %d of %d: no better validation %s in %d evaluations",
@@ -160,9 +174,40 @@ class Loop:
                 self.splits.task.metric,
                 state.stale,
             )
-        self.restore_best()
-        self.engine.release()
-        return self.state
+
+    def run_to_end(self) -> None:
+        """Make the remaining steps, with what is due after each."""
+        with StopRequest() as stop:
+            while not self.is_over:
+                self.step(self.batches)
+                is_due = self.after_step()
+                # all processes must agree, else some would wait for the others forever
+                stopping = any(self.counts.total(stop.signal))  # in any process
+                if is_due or stopping:
+                    self.save()
+                    self.prune()
+                if stopping:
+                    self.stop(stop.signal or SIGTERM)
+
+    def after_step(self) -> bool:
+        """Log and evaluate as is due after a step; return True if a checkpoint is due."""
+        settings, state = self.settings, self.state
+        state.seconds = time.monotonic() - self.began
+        state.cpu_seconds = time.process_time() - self.began_cpu
+        self.bar.advance()
+        if self.is_due(self.log_steps):
+            self.bar.show(self.log())
+        self.timer.mark("logging")
+        improved = self.is_due(settings.eval_steps) and self.evaluate()
+        for feature in self.context.features:
+            feature.after_step(self.context, state.step)
+        self.timer.mark("evaluation")
+        return improved or self.is_due(settings.save_steps)
+
+    @property
+    def is_over(self) -> bool:
+        """True after the last step, or if early stopping ends the run."""
+        return self.state.step >= self.total or self.is_stale()
 
     def is_due(self, every: int | None) -> bool:
         """Return True every `every` steps and after the last one; never for None."""
@@ -177,6 +222,13 @@ class Loop:
 
     def step(self, batches: Iterator[Batch]) -> None:
         """Run one optimizer step over the next rows of the sampler."""
+        self.backward(self.next_step(batches))
+        self.update()
+
+    def next_step(self, batches: Iterator[Batch]) -> list[tuple[Batch, float]]:
+        """Return the micro-batches of the next step, with their weights in its loss."""
+        self.losses.clear()
+        self.extras.clear()
         state, task = self.state, self.splits.task
         processes = self.accelerator.num_processes
         state.step += 1
@@ -195,13 +247,17 @@ class Loop:
         self.timer.mark("data")
         # DDP and FSDP2 average gradients over processes, so the factor `processes` makes the sum of
         # weighted losses the mean over all items
-        weighted = [
+        return [
             (batch, n * processes / all_items) if n else (without_labels(batch), 0.0)
             for batch, n in zip(micro, items, strict=True)
         ]
-        losses = self.backward(weighted)
+
+    def update(self) -> None:
+        """Step the optimizer: the gradients of all micro-batches are there."""
+        state = self.state
         set_lr(self.optimizer, self.lr_fraction(state.step))
-        self.record(*losses, self.engine.step())
+        loss, aux = torch.stack(self.losses).sum(), torch.stack(self.extras).sum()
+        self.record(loss, aux, self.engine.step())
         self.lifecycle.after_step(state.step, self.optimizer)
         self.optimizer.zero_grad()
         self.timer.mark("optimizer")
@@ -211,13 +267,12 @@ class Loop:
         done, schedule = self.state.schedule_from, self.settings.schedule
         return fraction_of_peak(step - done, self.total - done, self.warmup, schedule)
 
-    def backward(self, weighted: list[tuple[Batch, float]]) -> tuple[Tensor, Tensor]:
-        """Add up the gradients of all micro-batches; return loss and auxiliary loss, on device.
+    def backward(self, weighted: Sequence[tuple[Batch, float]]) -> None:
+        """Add up the gradients of these micro-batches, of which the last one ends the step.
 
         Args:
             weighted: micro-batches with their weight in the loss of the step.
         """
-        losses, extras = [], []
         for i, (batch, weight) in enumerate(weighted, start=1):
             with self.engine.passes(last=i == len(weighted)):
                 self.lifecycle.aux_weight = weight
@@ -227,14 +282,15 @@ class Loop:
                 self.timer.mark("forward")
                 self.engine.backward(loss)
                 self.timer.mark("backward")
-            losses.append(loss.detach())
-            aux = (
-                self.lifecycle.aux_loss()
-                if self.lifecycle.has_aux
-                else torch.zeros_like(losses[-1])
-            )
-            extras.append(aux * weight)
-        return torch.stack(losses).sum(), torch.stack(extras).sum()
+            self.add(loss, weight)
+
+    def add(self, loss: Tensor, weight: float) -> None:
+        """Count the weighted loss of a micro-batch, and its auxiliary loss, on device."""
+        loss = loss.detach()
+        has_aux = self.lifecycle.has_aux
+        aux = self.lifecycle.aux_loss() if has_aux else torch.zeros_like(loss)
+        self.losses.append(loss)
+        self.extras.append(aux * weight)
 
     def record(self, *values: Tensor) -> None:
         """Store loss, auxiliary loss and gradient norm of a step, on device."""
@@ -324,7 +380,7 @@ class Loop:
         return state.note(scores, task)
 
     def save(self) -> None:
-        """Write a checkpoint, never of a state that is not finite; delete old ones."""
+        """Write a checkpoint, never of a state that is not finite."""
         state, run = self.state, self.run
         rows = self.fetch()
         state.window = rows if state.step % len(self.window) else []
@@ -335,6 +391,13 @@ class Loop:
         with self.engine.gathered():
             on_main(self.accelerator, lambda: self.write(target, rng))
         self.saved = target
+        self.timer.mark("checkpoints")
+
+    def prune(self) -> None:
+        """Delete checkpoints that need not be kept."""
+        keep, best, saved = self.settings.keep_checkpoints, self.state.best_step, self.saved
+        if saved is not None:
+            on_main(self.accelerator, lambda: prune(saved, keep, best))
 
     def write(self, target: Path, rng: list[RngState]) -> None:
         """Write a checkpoint of gathered values; called on the main process.
@@ -357,7 +420,6 @@ class Loop:
         with self.lifecycle.resumable():
             method_state = self.lifecycle.state_dict()
             checkpoint.write(target, self.model, self.optimizer, method_state, rng, state, log)
-        prune(target, self.settings.keep_checkpoints, self.state.best_step)
 
     def restore(self, source: Path) -> TrainState:
         """Restore everything from a checkpoint; return its state.

@@ -15,7 +15,6 @@ from petl.core.lifecycle import Lifecycle
 from petl.core.parameters import is_norm, trainable
 from petl.core.registry import method_of
 from petl.errors import InputError
-from petl.system.processes import current_lane
 from petl.training.distributed.launch import Engine, is_zero
 from petl.training.runs.settings import TrainConfig
 
@@ -167,7 +166,4 @@ def make_engine(
         from petl.training.distributed.deepspeed import ZeroEngine
 
         return ZeroEngine(model, optimizer, max_norm, accelerator)
-    lane = current_lane()
-    if lane is not None:
-        return lane.lanes.engine(model, optimizer, max_norm, accelerator)
     return Engine(model, optimizer, max_norm, accelerator)

@@ -232,8 +232,10 @@ def refuse_run_dir() -> None:
             )
 
 
-def job(main: Callable[[DictConfig], float]) -> Callable[[DictConfig], float]:
+def job(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], float]:
     """Decorate the `main` of one run so that errors pass through Hydra to `reported`.
+
+    It is a generator as `Stepwise` of petl/training/loop.py, whose loop trains alone.
 
     In a sweep, the error of a job is reported and raised again: Hydra runs the other jobs first.
     Only a signal ends the sweep immediately. With `train.resume=auto`, a sweep skips jobs that are
@@ -257,18 +259,26 @@ def job(main: Callable[[DictConfig], float]) -> Callable[[DictConfig], float]:
     return run_job
 
 
-def _objective(main: Callable[[DictConfig], float], cfg: DictConfig) -> float:
-    """Return the objective of a run, also of one that is skipped.
+def _objective(main: Callable[[DictConfig], Any], cfg: DictConfig) -> float:
+    """Return the objective of a run, also of one that is skipped; raise as `scored`."""
+    # imports torch, which a wrong word on the command line does not need
+    from petl.training.loop import alone
+
+    try:
+        with explain_process_failures():
+            objective = alone(main(cfg))
+    except JobSkipped as skipped:
+        logging.getLogger("petl").info("%s", skipped)
+        objective = skipped.objective
+    return scored(objective)
+
+
+def scored(objective: float) -> float:
+    """Return the objective of a run.
 
     Raises:
         RunStopped: Optuna would get NaN, at which its sweeper ends the search by a ValueError.
     """
-    try:
-        with explain_process_failures():
-            objective = main(cfg)
-    except JobSkipped as skipped:
-        logging.getLogger("petl").info("%s", skipped)
-        objective = skipped.objective
     if in_sweep() and is_optuna() and math.isnan(objective):
         raise RunStopped("this trial has no score, and counts as failed")
     return objective

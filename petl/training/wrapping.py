@@ -23,7 +23,6 @@ from petl.data.tasks.base import packs
 from petl.data.tasks.packing import check_packed_texts_isolated
 from petl.efficiency.rewrite import apply_rewrites, rewrites_of
 from petl.errors import InputError
-from petl.system.processes import current_lane
 from petl.system.progress import Shown
 from petl.training.calibration import calibration_batches
 from petl.training.dataloader import FirstBatches
@@ -31,7 +30,7 @@ from petl.training.distributed.sharding import refuse_sharding
 from petl.training.features import Setup
 from petl.training.optimizer import groups
 from petl.training.runs.settings import TrainConfig
-from petl.training.together.lanes import share_base
+from petl.training.together.bases import Bases, share_base
 
 logger = logging.getLogger(__name__)
 CALIBRATING = "calibrating the initial values of the adapter"
@@ -43,14 +42,18 @@ HEADS_OF_TASK = {
 }
 
 
-def wrapped(setup: Setup) -> PeftModel:
-    """Return the run's base model with its adapter, started and checked, on the accelerator."""
+def wrapped(setup: Setup, bases: Bases | None = None) -> PeftModel:
+    """Return the run's base model with its adapter, started and checked, on the accelerator.
+
+    Args:
+        bases: the weights that runs of this process share; None: it has one run.
+    """
     config, settings = setup.config, setup.config.train
     arguments = wrap_arguments(setup)
     own = [*setup.base.parameters()]
     model = wrap_for_run(setup.base, arguments)
-    if current_lane() is not None:
-        share_base(model.get_base_model(), own)
+    if bases is not None:
+        share_base(model.get_base_model(), own, bases)
     for finish_wrapping in setup.when_wrapped:
         finish_wrapping(model)
     if config.loss is not None:

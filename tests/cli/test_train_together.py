@@ -1,7 +1,9 @@
 """Runs whose adapters train in one pass, compared with the same runs one by one."""
 
+import inspect
 import io
 import json
+import os
 import re
 import signal
 import sys
@@ -14,12 +16,12 @@ from safetensors.torch import load_file
 from training_fixtures import ROOT, drawing_once, main
 
 from petl.cli import train_together
-from petl.cli.train_together import make
+from petl.cli.train import train
+from petl.efficiency.together.group import AdapterGroup
 from petl.system.settings import command_line
 from petl.system.settings.command_line import command, how_to_resume
 from petl.training.compose import compose
-from petl.training.together.engine import FORWARD, KINDS, LaneEngine, Passes
-from petl.training.together.lanes import Lanes
+from petl.training.together.runs import RunJob, train_runs
 
 pytest_plugins = ["training_fixtures"]
 # of what a run writes, what is a time or a path, and not a result
@@ -39,24 +41,29 @@ def overrides_of(tiny, folder: Path, words: list[str]) -> list[str]:
 
 
 def together(jobs: dict[Path, list[str]], width: int, stop_at: int | None = None) -> list[int]:
-    """Make runs in lanes; return the number of runs in each forward pass.
+    """Make runs in one process; return the number of runs in each pass.
 
     Args:
         stop_at: number of the pass after which all runs are asked to stop.
     """
-    passes, sizes = Passes(), []
+    sizes, losses = [], AdapterGroup.losses
 
-    def perform(kind, lanes):
-        answers = passes.perform(kind, lanes)
-        if kind == FORWARD:
-            sizes.append(len(lanes))
-            if len(sizes) == stop_at:
-                waiting.stop(signal.SIGTERM)
-        return answers
+    def counting(self, batches):
+        sizes.append(len(batches))
+        if len(sizes) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses(self, batches)
 
-    waiting = Lanes(width, perform, KINDS, LaneEngine)
-    with drawing_once():
-        waiting.run([partial(make, words, f"{run}.log") for run, words in jobs.items()])
+    with drawing_once(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AdapterGroup, "losses", counting)
+        start = inspect.unwrap(train)
+        train_runs(
+            [
+                RunJob(words, partial(compose, words), Path(f"{run}.log"), start)
+                for run, words in jobs.items()
+            ],
+            width,
+        )
     return sizes
 
 
@@ -123,7 +130,7 @@ def test_passes_of_runs_with_stored_blocks_read_the_rows_of_all_of_them(
         for name, words in settings.items()
     }
     (tmp_path / "together").mkdir()
-    assert together(jobs, 3) == [3] * 14
+    assert together(jobs, 3) == [2, 1] * 14  # those with stores share passes
     counts = re.findall(r"(\d+) of (\d+) passes skipped the frozen blocks", petl_log.text)
     assert len(counts) == 2
     assert all(hits == total for hits, total in counts)
@@ -142,18 +149,16 @@ def test_the_folder_of_configurations_and_the_command_are_those_of_one_run(tmp_p
     (folder / "lora.yaml").write_text(re.sub(r"(?m)^r: .*", "r: 2", own))
     seen = []
 
-    def training(cfg):
+    def training(cfg, bases):
         seen.append((cfg.method.r, command(), how_to_resume("runs/x/checkpoints/step-3")))
+        yield from ()
 
     monkeypatch.setattr(train_together, "train", training)
     monkeypatch.setattr(command_line, "_added", [])
     monkeypatch.setattr(sys, "argv", ["x", "--config-dir", str(tmp_path / "configs")])
     runs = [{"overrides": ["+method=lora"], "log": str(tmp_path / "log")}]
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"together": 1, "runs": runs})))
-    with monkeypatch.context() as patch:  # they are replaced by those of the run
-        patch.setattr(sys, "stdout", sys.stdout)
-        patch.setattr(sys, "stderr", sys.stderr)
-        train_together.main()
+    train_together.main()
     ((rank, started, resumed),) = seen
     assert rank == 2
     for words in (started, resumed):

@@ -5,7 +5,6 @@ A job writes SWEEP/jobs/N.json when it begins and again when it ends, where SWEE
 depends on the launcher, only on a file system that all processes share, as the runs do anyway.
 """
 
-import io
 import logging
 import os
 import socket
@@ -21,7 +20,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
 from petl.errors import InputError, RunStopped, shortened
-from petl.system.files.disk import append_to, as_json, write_atomic
+from petl.system.files.disk import append_text, as_json, write_atomic
 from petl.system.files.read import read_json
 from petl.training import program as app
 from petl.training.runs.records import read_results
@@ -89,7 +88,7 @@ class Worker:
         log = submitit_log()
         if log is None:
             log = folder / f"{number}.log"
-            self.opened = open_text(log)
+            self.opened = append_text(log)
             sys.stdout = sys.stderr = self.opened  # one file, in which lines keep their order
         app.log_to_stderr()
         words = list(config.hydra.overrides.task)
@@ -126,11 +125,6 @@ def submitit_log() -> Path | None:
     if "SUBMITIT_EXECUTOR" not in os.environ:
         return None
     return import_module("submitit").JobEnvironment().paths.stderr
-
-
-def open_text(path: Path) -> TextIO:
-    """Open a new or existing file for appending lines of text."""
-    return io.TextIOWrapper(append_to(path), encoding="utf-8", line_buffering=True)
 
 
 def described(cfg: Any) -> str:

@@ -1,14 +1,14 @@
 """Hydra launcher of a sweep with `train.together=K`: K runs at a time, trained over one base.
 
-The runs are threads of this process (petl/training/together/lanes.py). Each has its record and its
-log in SWEEP/jobs, as one that another launcher starts in a process of its own.
+Each run has its log in SWEEP/jobs, see petl/training/together/runs.py.
 """
 
+import inspect
 import logging
 import signal
-import sys
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.hydra_config import HydraConfig
@@ -18,12 +18,14 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from petl.errors import InputError, RunStopped
-from petl.experiments.sweeps.launched_jobs import BASIC, Worker, folder_of
+from petl.errors import InputError, RunStopped, shortened
+from petl.experiments.sweeps.launched_jobs import BASIC, described, folder_of
 from petl.system.processes import refuse_processes
 from petl.system.settings.command_line import how_to_resume_sweep, is_optuna
 from petl.training import program as app
 
+if TYPE_CHECKING:
+    from petl.training.together.runs import RunJob
 logger = logging.getLogger(__name__)
 
 
@@ -54,7 +56,7 @@ def launch_together(config: DictConfig) -> None:
 
 
 class TogetherLauncher(Launcher):
-    """Makes the runs of a sweep in threads of this process, whose adapters train together."""
+    """Makes the runs of a sweep in this process, whose adapters train together."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -73,37 +75,64 @@ class TogetherLauncher(Launcher):
             Passing: a signal ended them.
         """
         # imports torch, which the check of a sweep's settings does not need
-        from petl.training.together.engine import run_in_lanes
+        from petl.training.together.runs import RunJob, train_runs
 
-        results: dict[int, JobReturn] = {}
-        jobs = [
-            partial(self._make, number, list(words), results)
-            for number, words in enumerate(job_overrides, start=initial_job_idx)
-        ]
-        signalled = run_in_lanes(self.config.train.together, jobs)
+        folder = folder_of(self.config)
+        folder.mkdir(parents=True, exist_ok=True)
+        start = inspect.unwrap(self.task)
+        jobs, configs = [], []
+        for number, words in enumerate(job_overrides, start=initial_job_idx):
+            config = self._config(number, words)
+            own, log = list(config.hydra.overrides.task), folder / f"{number}.log"
+            logger.info("job %d: %s (log: %s)", number, " ".join(own), log)
+            jobs.append(RunJob(own, partial(settings_of, config), log, start))
+            configs.append(config)
+        signalled = train_runs(jobs, self.config.train.together)
         if signalled:
             # what each run says of its checkpoint is in its log
             ended = "interrupted" if signalled == signal.SIGINT else "terminated"
             message = f"{ended}; {how_to_resume_sweep()}"
             raise app.Passing(RunStopped(message, status=app.SIGNALLED + signalled))
-        return [results[number] for number in sorted(results)]
+        returns = []
+        for job, config, words in zip(jobs, configs, job_overrides, strict=True):
+            returned = JobReturn(overrides=words, cfg=settings_of(config))
+            try:
+                returned.return_value, returned.status = result_of(job), JobStatus.COMPLETED
+                said = described(returned.cfg)
+            except (InputError, RunStopped) as error:
+                ended = RunStopped(f"job {config.hydra.job.num} failed, see above")
+                returned.return_value, returned.status = ended, JobStatus.FAILED
+                said = f"failed: {shortened(str(error))}"
+            logger.info("job %d %s", config.hydra.job.num, said)
+            self.context.callbacks.on_job_end(config=config, config_name=None, job_return=returned)
+            returns.append(returned)
+        return returns
 
-    def _make(self, number: int, words: list[str], results: dict[int, JobReturn]) -> None:
-        """Make one run, whose error ends no other."""
-        config = self.context.config_loader.load_sweep_config(self.config, words)
+    def _config(self, number: int, words: Sequence[str]) -> DictConfig:
+        """Return the settings of a job, and Hydra's own."""
+        config = self.context.config_loader.load_sweep_config(self.config, list(words))
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = number
-        HydraConfig.instance().set_config(config)
-        settings = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-        job = JobReturn(overrides=words, cfg=settings, status=JobStatus.COMPLETED)
-        worker = Worker(config, sys.argv)
-        try:
-            job.return_value = self.task(settings)
-        except (Exception, app.Passing) as error:
-            job.status = JobStatus.FAILED
-            job.return_value = error.error if isinstance(error, app.Passing) else error
-        worker.end(job)
-        # on the terminal again: `end` has restored the streams
-        logger.info("job %d %s", number, worker.job["result"])
-        self.context.callbacks.on_job_end(config=config, config_name=None, job_return=job)
-        results[number] = job
+        return config
+
+
+def settings_of(config: DictConfig) -> DictConfig:
+    """Return the settings of a job without Hydra's own, to which they may refer."""
+    HydraConfig.instance().set_config(config)
+    settings = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    OmegaConf.resolve(settings)
+    return settings
+
+
+def result_of(job: "RunJob") -> float:
+    """Return the objective of a run.
+
+    Raises:
+        InputError: its settings are wrong.
+        RunStopped: it failed, or it is a trial without a score.
+    """
+    if isinstance(job.error, InputError | RunStopped):
+        raise job.error
+    if job.error is not None or job.result is None:
+        raise RunStopped(f"{job.error!r}, see {job.log}") from job.error
+    return app.scored(job.result)

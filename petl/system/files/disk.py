@@ -7,6 +7,7 @@ Nothing here imports torch.
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import tempfile
 from collections.abc import Collection, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from safetensors import SafetensorError
 
@@ -297,6 +298,11 @@ def open_regular(path: Path, flags: int) -> int:
         os.close(opened)
         raise _not_regular(path)
     return opened
+
+
+def append_text(path: Path) -> TextIO:
+    """Open a new or existing file for appending lines of text."""
+    return io.TextIOWrapper(append_to(path), encoding="utf-8", line_buffering=True)
 
 
 def append_to(path: Path) -> BinaryIO:

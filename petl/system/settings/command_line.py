@@ -9,7 +9,9 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -34,14 +36,35 @@ TEMPLATE = re.compile(
 OPTUNA = "hydra_plugins.hydra_optuna_sweeper"  # prefix of the sweeper's module
 
 
+_words: ContextVar[Sequence[str] | None] = ContextVar("_words", default=None)
+
+
+@contextmanager
+def as_run(words: Sequence[str]) -> Generator[None]:
+    """Inside the block, work for one of several runs of this process, which has these words."""
+    token = _words.set(words)
+    try:
+        yield
+    finally:
+        _words.reset(token)
+
+
+def run_of_several() -> Sequence[str] | None:
+    """Return the words of the run, as `as_run` has got them; None: a process has one run."""
+    return _words.get()
+
+
 def command(**settings: object) -> str:
     """Return the shell command of this run, with `train.<name>=<value>` for each of `settings`."""
-    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else sys.argv[1:]
+    words = run_of_several()
+    is_override = words is not None or HydraConfig.initialized()
+    if words is None:
+        words = HydraConfig.get().overrides.task if is_override else sys.argv[1:]
     # earlier values of the same settings are replaced
     keys = tuple(f"train.{name}=" for name in settings)
     kept = [word for word in words if not word.lstrip("+").startswith(keys)]
     folder = config_dir_option(sys.argv[1:])
-    if HydraConfig.initialized() and folder is not None:  # an option, and no override
+    if is_override and folder is not None:  # an option, and no override
         kept = ["--config-dir", folder, *kept]
     chosen = [word_of(f"train.{name}", value) for name, value in settings.items()]
     return in_shell([*kept, *chosen])

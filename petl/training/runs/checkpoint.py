@@ -73,6 +73,7 @@ class TrainState:
             was that of `best_step` and gave `best_scores`.
         stale: evaluations since the score rose; a lower loss at the same score is no rise.
         schedule_from: steps done when the schedule of the learning rate began.
+        group_step: steps of the group that the run trains in, see petl/training/together/runs.py.
     """
 
     step: int = 0
@@ -87,6 +88,7 @@ class TrainState:
     stale: int = 0
     best_scores: dict[str, float] = field(default_factory=dict)
     schedule_from: int = 0
+    group_step: int = 0
 
     def note(self, scores: dict[str, float], task: Task) -> bool:
         """Record an evaluation on the validation examples; return True if it is the best so far."""

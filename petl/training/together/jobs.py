@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import set_seed
 from peft import (
     PeftConfig,
     PeftModel,
@@ -26,12 +27,13 @@ from petl.core.lifecycle import lifecycle
 from petl.core.parameters import check_module
 from petl.core.registry import METHODS, build_config, keeps_base, method_of, wrap
 from petl.efficiency.fused_lora.switching import fuse_lora
-from petl.efficiency.together.batches import LABELS, Batch, room_for
-from petl.efficiency.together.group import AdapterGroup, Member, share_weights
+from petl.efficiency.together.batches import LABELS, Batch, check_loss, room_for
+from petl.efficiency.together.group import Member, check_alike, share_weights
 from petl.errors import InputError, UnsupportedError, did_you_mean
 from petl.system.settings.schema import read_fields
 from petl.training.optimizer import fraction_of_peak, make_optimizer, set_lr
 from petl.training.runs.settings import TrainConfig
+from petl.training.together.driver import Together, Training
 
 # settings of `petl train` that a job has; the others are about data, evaluation and run folders
 SETTINGS = (
@@ -191,18 +193,21 @@ def train_together(
         raise InputError(
             f"together={together!r} is not a number of adapters: give an integer from 1, or None"
         )
-    group, waiting, live = AdapterGroup(), deque(enumerate(jobs)), dict[int, _Running]()
+    waiting, live = deque(enumerate(jobs)), dict[int, _Running]()
     finished: dict[int, Trained] = {}
+    driver = Together()
     while waiting or live:
         while waiting and len(live) < (together or slots([*live.values()])):
             number, job = waiting.popleft()
             live[number] = _Running(model, job)
-            group.join(live[number].member)
-        step(group, [*live.values()])
+            check_alike(next(iter(live.values())).adapter, live[number].adapter)
+            if not number:
+                check_loss(live[number].model, live[number].next_batch())
+        driver.step([*live.values()])
         for number, running in list(live.items()):
             if running.is_over:
-                group.leave(running.member)
                 finished[number] = live.pop(number).end()
+    driver.step([])
     return [finished[number] for number in range(len(jobs))]
 
 
@@ -252,15 +257,6 @@ def slots(live: "Sequence[_Running]") -> int:
     return room_for([live[0].next_batch()]) if live else 1
 
 
-def step(group: AdapterGroup, live: "Sequence[_Running]") -> None:
-    """Make one optimizer step of each job."""
-    # members are in the order of `live`: both append and remove alike
-    losses = group.losses([running.take() for running in live])
-    group.backward(losses)
-    for running, loss in zip(live, losses, strict=True):
-        running.step(loss.detach())
-
-
 def check_batch(batch: object) -> None:
     """Raise InputError unless this is a dict of inputs with labels."""
     if not isinstance(batch, Mapping):
@@ -275,33 +271,44 @@ def check_batch(batch: object) -> None:
         )
 
 
-class _Running:
+class _Running(Training):
     """A job that trains."""
 
     def __init__(self, base: nn.Module, job: Job) -> None:
         self.job = job
         device = next(base.parameters()).device
+        super().__init__(device)
         seed = job.checked().seed
         # the initial values of a job do not depend on the jobs before it
-        with torch.random.fork_rng(devices=[]):
-            # not `torch.manual_seed`, which seeds a GPU's generator too: the base draws from it
-            torch.default_generator.manual_seed(seed)
+        with self.own():
+            set_seed(seed)
             self.model = wrap(share_weights(base), job.method, **job.fields)
             self.settings = job.settings(self.model.active_peft_config)
-        # does nothing for other methods
-        fuse_lora(self.model)
-        self.model.to(device).train()
-        self.lifecycle = lifecycle(self.model)
-        self.optimizer = make_optimizer(self.model, self.settings, self.lifecycle)
-        self.total = self.settings.steps or 0
-        self.lifecycle.attach_optimizer(self.optimizer, 0, self.total)
+            # does nothing for other methods
+            fuse_lora(self.model)
+            self.model.to(device).train()
+            self.lifecycle = lifecycle(self.model)
+            self.optimizer = make_optimizer(self.model, self.settings, self.lifecycle)
+            self.total = self.settings.steps or 0
+            self.lifecycle.attach_optimizer(self.optimizer, 0, self.total)
+            set_seed(seed)
         self.warmup = self.settings.warmup_steps(self.total)
-        self.member = Member(self.model, torch.Generator(device).manual_seed(seed))
+        self.adapter = self.member = Member(self.model, self.random.generator)
         self.steps = self.stale = 0
         self.losses: list[Tensor] = []
         self.best: tuple[float, int, dict[str, Tensor]] | None = None
         self._batches = self._endless()
         self._next: Batch | None = None
+
+    def next_step(self) -> list[tuple[Batch, float]]:
+        """Return the batch of the next step."""
+        batch, self._next = self.next_batch(), None
+        self.steps += 1
+        return [(batch, 1.0)]
+
+    def add(self, loss: Tensor, weight: float) -> None:
+        """Note the loss of a step."""
+        self.losses.append(loss.detach())
 
     def _endless(self) -> Iterator[Batch]:
         while True:
@@ -322,26 +329,19 @@ class _Running:
             check_batch(self._next)
         return self._next
 
-    def take(self) -> Batch:
-        """Return the batch of the next step."""
-        batch, self._next = self.next_batch(), None
-        self.steps += 1
-        return batch
-
     @property
     def is_over(self) -> bool:
         """True after the last step, or if early stopping ends the job."""
         patience = self.settings.early_stopping
         return self.steps == self.total or (patience is not None and self.stale >= patience)
 
-    def step(self, loss: Tensor) -> None:
+    def update(self) -> None:
         """Clip, step and evaluate; the gradients are there."""
         settings = self.settings
-        self.losses.append(loss)
         fraction = fraction_of_peak(self.steps, self.total, self.warmup, settings.schedule)
         set_lr(self.optimizer, fraction)
         if settings.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.member.trained, settings.max_grad_norm)
+            nn.utils.clip_grad_norm_(self.adapter.trained, settings.max_grad_norm)
         self.optimizer.step()
         self.lifecycle.after_step(self.steps, self.optimizer)
         self.optimizer.zero_grad()

@@ -24,7 +24,7 @@ def main() -> None:
 
     def timed_fit(*arguments: Any) -> Any:
         clock.mark("before training")
-        state = fit(*arguments)
+        state = yield from fit(*arguments)
         clock.mark("after training")
         return state
 

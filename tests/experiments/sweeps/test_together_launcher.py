@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from training_fixtures import launch, main
 
 import petl
+from petl.efficiency.together.group import AdapterGroup
 from petl.training.compose import compose
-from petl.training.together.engine import Passes
 
 pytest_plugins = ["training_fixtures"]
 GRID = ["-m", "+method=lora,mola", "train.lr=0.001,0.01", "train.together=4"]
@@ -31,14 +31,14 @@ TIMES = {"seconds"}
 
 @pytest.fixture
 def sizes(monkeypatch):
-    """The number of runs of each forward pass."""
-    counted, forward = [], Passes.forward
+    """The number of runs in each pass."""
+    counted, losses = [], AdapterGroup.losses
 
-    def counting(self, lanes):
-        counted.append(len(lanes))
-        return forward(self, lanes)
+    def counting(self, batches):
+        counted.append(len(batches))
+        return losses(self, batches)
 
-    monkeypatch.setattr(Passes, "forward", counting)
+    monkeypatch.setattr(AdapterGroup, "losses", counting)
     return counted
 
 
@@ -64,7 +64,7 @@ def test_each_run_is_the_one_that_it_would_be_alone(program, tiny, tmp_path, siz
     said = program(*GRID, *tiny.steady, *HELD_OUT)
     runs = folders(tmp_path)
     assert len(runs) == 4
-    assert sizes == [4] * 4  # a pass for each step, of two groups: one for each method
+    assert sizes == [2] * 8  # a pass for each step and method
     assert said.count(" finished: accuracy") == 4
     assert "best setting (of 4): " in said
     for (method, rate), run in runs.items():
