@@ -23,21 +23,31 @@ Add = Callable[[str, str, str], argparse.ArgumentParser]
 
 
 def add_run(
-    command: argparse.ArgumentParser, *, what: str = "folder of a run, or of an adapter"
+    command: argparse.ArgumentParser,
+    *,
+    what: str = "folder of a run, or of an adapter",
+    loads: bool = True,
 ) -> None:
-    """Add the argument RUN, and `--trust-remote-code` for its base model."""
+    """Add the argument RUN, and the options of `add_trust`."""
     command.add_argument("run", metavar="RUN", help=what)
-    add_trust(command)
+    add_trust(command, loads=loads)
 
 
-def add_trust(command: argparse.ArgumentParser) -> None:
-    """Add the option `--trust-remote-code`."""
+def add_trust(command: argparse.ArgumentParser, *, loads: bool = True) -> None:
+    """Add the option `--trust-remote-code`, and `--other-base` if the command loads adapters."""
     command.add_argument(
         "--trust-remote-code",
         action="store_true",
         help="allow the base model to run code of its own, if the run was trained with "
         "model.trust_remote_code=true",
     )
+    if loads:
+        command.add_argument(
+            "--other-base",
+            action="store_true",
+            help="go on if the base model's weights differ from those that the adapter was trained "
+            "on",
+        )
 
 
 def add_out(command: argparse.ArgumentParser) -> None:

@@ -170,19 +170,30 @@ def find_saved(arguments: argparse.Namespace) -> "Saved":
     """Return the adapter that is saved at RUN."""
     from petl.adapters.export.saved_adapter import find
 
-    return find(arguments.run, trust_remote_code=arguments.trust_remote_code)
+    return find(
+        arguments.run,
+        trust_remote_code=arguments.trust_remote_code,
+        other_base=arguments.other_base,
+    )
 
 
 def merge(arguments: argparse.Namespace) -> None:
     """Merge an adapter into its base model, and print how the outputs compare."""
     from petl.adapters.export.merge import merge as write
-    from petl.experiments.reports.differences import print_written
+    from petl.experiments.reports.differences import NOTHING, print_written
 
     saved = find_saved(arguments)
     saved = saved.in_dtype(arguments.dtype) if arguments.dtype else saved
-    written = write(saved, arguments.out, arguments.tolerance, other_base=_other_base(arguments))
+    written = write(saved, arguments.out, arguments.tolerance)
     print_written(written, "merged model")
     difference = written.difference
+    if difference.effect < NOTHING:
+        heads = (
+            ""
+            if not getattr(saved.config, "modules_to_save", None)
+            else ", but for its trained head"
+        )
+        echo(f"WARNING: the merged model is the base{heads}")
     # in bfloat16, small updates round to nothing
     if difference.relative > difference.effect / 2:  # assumption: half of it is too much
         echo("rounding removes much of the adapter's effect; --dtype float32 merges without loss")
@@ -200,12 +211,7 @@ def export(arguments: argparse.Namespace) -> None:
     from petl.experiments.reports.differences import print_written
 
     write, name, use = _export_format(arguments.format)
-    written = write(
-        find_saved(arguments),
-        arguments.out,
-        arguments.tolerance,
-        other_base=_other_base(arguments),
-    )
+    written = write(find_saved(arguments), arguments.out, arguments.tolerance)
     print_written(written, name)
     for line in use(written.folder):
         echo(line)
@@ -232,10 +238,6 @@ def _export_format(
     from petl.adapters.export.lora import export_lora
 
     return export_lora, "plain LoRA", serving_lines
-
-
-def _other_base(arguments: argparse.Namespace) -> str:
-    return "warn" if arguments.other_base else "refuse"
 
 
 # petl report, petl compare

@@ -163,7 +163,11 @@ def compress(arguments: argparse.Namespace) -> None:
     from petl.experiments.reports.formatting import echo, size
     from petl.ops.ternary import FILE
 
-    saved = find(arguments.run, trust_remote_code=arguments.trust_remote_code)
+    saved = find(
+        arguments.run,
+        trust_remote_code=arguments.trust_remote_code,
+        other_base=arguments.other_base,
+    )
     out = arguments.out
     found, trials, metric = compress_best(
         saved,
@@ -228,7 +232,11 @@ def prune(arguments: argparse.Namespace) -> None:
         echo(f"kept {counts[0]:,} of {counts[1]:,} changed values, in {out}")
         echo(f"divided by {divisor_of(chosen, '', drop):.3g}")
         return
-    saved = find(arguments.run, trust_remote_code=arguments.trust_remote_code)
+    saved = find(
+        arguments.run,
+        trust_remote_code=arguments.trust_remote_code,
+        other_base=arguments.other_base,
+    )
     material = read(saved.adapter)
     # None until one is measured: 1 - drop
     divisors = None if q in ("dare", "auto", "searched") else q
@@ -260,6 +268,7 @@ def combine(arguments: argparse.Namespace) -> None:
     from petl.experiments.reports.formatting import echo
 
     trusted = {"trust_remote_code": arguments.trust_remote_code}
+    trusted["other_base"] = arguments.other_base
     found = [find(run, **trusted).adapter for run in arguments.runs]  # checked, whatever the level
     level = arguments.level or level_for(found)
     lost = combine_adapters(

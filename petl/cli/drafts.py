@@ -43,7 +43,12 @@ def draft(arguments: argparse.Namespace) -> None:
     from petl.training.compose import compose
 
     cfg = compose(arguments.overrides, "draft")
-    trained = train_drafter(arguments.run, cfg, trust_remote_code=arguments.trust_remote_code)
+    trained = train_drafter(
+        arguments.run,
+        cfg,
+        trust_remote_code=arguments.trust_remote_code,
+        other_base=arguments.other_base,
+    )
     if trained is None:  # the first process has it
         return
     rows = [

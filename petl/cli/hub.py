@@ -13,7 +13,7 @@ from petl.cli.arguments import Add, add_run, new_folder_to_write
 def add_parsers(add: Add) -> None:
     """Add the parsers of the commands with `add`."""
     push = add("push", "upload an adapter or an exported model to the Hub", PUSH)
-    add_run(push, what="folder of a run, an adapter, or of `petl export` or `merge`")
+    add_run(push, what="folder of a run, an adapter, or of `petl export` or `merge`", loads=False)
     push.add_argument(
         "name", metavar="NAME", help="repository: OWNER/NAME, or NAME in your account"
     )

@@ -170,11 +170,6 @@ def _add_checked_out(command: argparse.ArgumentParser) -> None:
         help="largest allowed difference of the outputs, relative to their norm (default: 1e-4 for "
         "a float32 base model, 5e-2 for bfloat16)",
     )
-    command.add_argument(
-        "--other-base",
-        action="store_true",
-        help="go on if the base model's weights differ from those that the adapter was trained on",
-    )
 
 
 TRAIN_USAGE = "petl train [-m] [--config-dir DIR] +method=NAME [GROUP=NAME ...] [SETTING=VALUE ...]"

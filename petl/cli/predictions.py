@@ -109,7 +109,11 @@ def predict(arguments: argparse.Namespace) -> None:
             f"no FILE is given beside {' '.join(settings)}: name the files whose rows to predict"
         )
     predict_files(
-        find(arguments.run, trust_remote_code=arguments.trust_remote_code),
+        find(
+            arguments.run,
+            trust_remote_code=arguments.trust_remote_code,
+            other_base=arguments.other_base,
+        ),
         names,
         Output(arguments.out, arguments.prefix),
         settings,
@@ -125,7 +129,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from petl.generation.prediction.evaluation import evaluate_saved, folder_of
     from petl.system.processes import is_first
 
-    saved = find(arguments.run, trust_remote_code=arguments.trust_remote_code)
+    saved = find(
+        arguments.run,
+        trust_remote_code=arguments.trust_remote_code,
+        other_base=arguments.other_base,
+    )
     names, settings = split_words([*arguments.data, *arguments.overrides])
     # without --data: RUN/eval-test
     folder = arguments.out or folder_of(saved, names)

@@ -120,6 +120,7 @@ def serve(arguments: argparse.Namespace) -> None:
         runs,
         plain=arguments.plain,
         trust_remote_code=arguments.trust_remote_code,
+        other_base=arguments.other_base,
         drafter=None if arguments.drafter == NO_DRAFTS else arguments.drafter,
     )
     engine = Engine(max_batch=arguments.max_batch, max_waiting=arguments.max_waiting)

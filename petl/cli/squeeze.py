@@ -92,7 +92,11 @@ def squeeze(arguments: argparse.Namespace) -> None:
     from petl.experiments.reports.squeezed import print_squeezed
     from petl.system.processes import is_first
 
-    saved = find(arguments.run, trust_remote_code=arguments.trust_remote_code)
+    saved = find(
+        arguments.run,
+        trust_remote_code=arguments.trust_remote_code,
+        other_base=arguments.other_base,
+    )
     own = weights_of(saved).stat().st_size
     size = arguments.bytes or int(arguments.share * own)
     folder = saved.run or saved.adapter.absolute()  # "." has no name

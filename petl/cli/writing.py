@@ -176,6 +176,7 @@ def load(arguments: argparse.Namespace) -> "LanguageModel":
         dict(arguments.adapter),
         plain=arguments.plain,
         trust_remote_code=arguments.trust_remote_code,
+        other_base=arguments.other_base,
         drafting=arguments.drafter,
     )
     if arguments.drafter != "auto":

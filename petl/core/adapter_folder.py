@@ -110,6 +110,11 @@ def _check_config(file: Path) -> None:
             f"{file} has peft_type={shown(peft_type)}, which neither petl nor PEFT knows"
         )
     known = {field.name for field in fields(config_cls)}
+    if "lora_alpha" in known - raw.keys():
+        raise InputError(
+            f"{file} has no lora_alpha, and PEFT's default would be a guess: the update may be any "
+            "times too strong; write the value that the adapter was trained with into it"
+        )
     try:
         # a field that is not known belongs to a later version; PEFT warns of it
         check_values(config_cls, {name: value for name, value in raw.items() if name in known})

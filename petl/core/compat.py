@@ -1,9 +1,11 @@
 """All uses of PEFT's private API, in one place."""
 
 import copy
+import re
 import warnings
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
+from functools import wraps
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from peft.tuners.tuners_utils import (
     check_adapters_to_merge,
     check_target_module_exists,
 )
-from peft.utils import PeftType, register_peft_method
+from peft.utils import PeftType, hotswap, register_peft_method
 from peft.utils.constants import (
     SEQ_CLS_HEAD_NAMES,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
@@ -75,6 +77,9 @@ __all__ = [
     "tuner_of",
     "without_noise",
 ]
+
+
+PACKAGE = "petl-peft"  # the name by which petl is installed
 
 
 @contextmanager
@@ -124,6 +129,16 @@ def add_method(
     # first: register_peft_method looks the name up in the enum
     extend_peft_types(name.upper())
     register_peft_method(name=name, prefix=prefix, config_cls=config_cls, model_cls=tuner_cls)
+    types: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
+    types[saved_type(name.upper())] = config_cls
+
+
+def saved_type(peft_type: str) -> str:
+    """Return how a type of petl is written in adapter_config.json.
+
+    PEFT raises KeyError with these words where petl, and with it the type, is not known.
+    """
+    return f"{peft_type} of the package {PACKAGE}: pip install {PACKAGE}, then import petl first"
 
 
 def config_class(peft_type: str) -> type | None:
@@ -243,6 +258,43 @@ def drop_base_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
     inside = tuple(f"{path}.base_layer." for path in layers)
     for key in [key for key in state if key.startswith(inside)]:
         del state[key]
+
+
+def extend_method(cls: type, name: str, extension: Callable[..., Any]) -> None:
+    """Let a method of PEFT's class be `extension(original, self, *args, **kwargs)`.
+
+    On the class: a subclass would change the class of a wrapped model, and an attribute of the
+    model would keep it in memory by a cycle.
+    """
+    original = getattr(cls, name)
+
+    @wraps(original)
+    def extended(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return extension(original, self, *args, **kwargs)
+
+    setattr(cls, name, extended)
+
+
+def hotswapped(
+    model: Any, state_dict: Any, adapter_name: str, config: Any, parameter_prefix: str = "lora_"
+) -> None:
+    """Swap the tensors of one LoRA in place, as PEFT does, and those of no other.
+
+    PEFT takes every key that has the adapter's name in it for one of its own, and sets those that
+    the new adapter lacks to 0: swapping "foo" would set all of "foobar" to 0.
+    """
+    own = re.compile(rf"\.{re.escape(parameter_prefix)}[^.]+\.{re.escape(adapter_name)}(\.|$)")
+    state = {key: tensor for key, tensor in model.state_dict().items() if own.search(key)}
+    vars(model)["state_dict"] = lambda: state  # shadows the method while PEFT looks for keys
+    try:
+        _hotswap(model, state_dict, adapter_name, config, parameter_prefix)
+    finally:
+        del vars(model)["state_dict"]
+
+
+_hotswap = hotswap.hotswap_adapter_from_state_dict
+# by setattr: `hotswap_adapter` looks the function up in its module
+setattr(hotswap, "hotswap_adapter_from_state_dict", hotswapped)  # noqa: B010
 
 
 def embedding_weights(model: nn.Module) -> set[str]:

@@ -15,35 +15,70 @@ that it was trained on. Their digests tell the two apart without the base model'
 
 It is a guard against mistakes: a change of a few values may fall between the sampled ones, and
 whoever can write to the adapter's folder can change it.
+
+The scale of an adapter is not in its tensors but in its config, which is read with defaults for
+what it lacks. So beside the digests the file has the values of the config that say what the tensors
+mean, and for a LoRA the rank, scale and variant of each layer as they were in the model. A config
+that says something else is refused.
 """
 
 import hashlib
+import inspect
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from torch import Tensor, nn
 
 from petl.core.adapter_file import PREFIX, WEIGHTS
-from petl.core.compat import BaseTunerLayer, ModulesToSaveWrapper
-from petl.core.layers.class_swap import AdapterDict, SwappedClass, swap_class
+from petl.core.compat import (
+    PACKAGE,
+    BaseTunerLayer,
+    LoraLayer,
+    ModulesToSaveWrapper,
+    extend_method,
+)
+from petl.core.layers.class_swap import AdapterDict
+from petl.core.spec.checks import pattern_value
 from petl.errors import InputError
 from petl.system.files.disk import as_json, write_atomic
-from petl.system.files.read import read_json
+from petl.system.files.read import parse_json, read_json, read_text
 from petl.system.files.tensor_file import read_shapes
+from petl.version import __version__
 
-FILE = "base_fingerprint.json"
-CHOICES = ("warn", "refuse", "allow")  # what may be done about another base model
-VERSION = 1  # of the way digests are computed
+FILE, CARD = "base_fingerprint.json", "README.md"
+KNOWN = "petl_base"  # attribute of a PeftModel
+SIGNATURE = f"""## Load it
+
+Saved by {PACKAGE} {__version__}. `pip install {PACKAGE}`, then:
+
+```python
+import petl
+
+model = petl.load(base, FOLDER)
+```
+"""
+VERSION = 2  # 1: without layers and settings
 SAMPLES = 512  # per tensor, at least, and fewer than twice as many
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# fields of configs that say what tensors mean: equal ones with another value are another update
+MEANING = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "scaling")
+MEANING += ("randlora_alpha", "psoft_alpha", "shadow_alpha", "regularization_alpha")
+MEANING += ("use_dora", "bias")  # their complete weights are not compared
+# of what FourierFT, VeRA, TinyLoRA and Uni-LoRA do not save
+MEANING += ("random_loc_seed", "projection_prng_key", "projection_seed", "proj_seed")
+# of bottlenecks, experts, vector banks, PST, SHERL, ICV, and the orthogonal methods OFT and HRA
+MEANING += ("non_linearity", "act_fn", "placement", "top_k", "topk", "beta", "gate_temperature")
+MEANING += ("strength", "scale", "mode", "keep_norm")
+MEANING += ("coft", "use_cayley_neumann", "num_cayley_neumann_terms", "apply_GS")
 Fingerprint = Mapping[str, str]  # digest by name of the tensor; empty: unknown
 logger = logging.getLogger(__name__)
 
@@ -114,32 +149,35 @@ def check_base(
     present: Fingerprint,
     saved: Iterable[str],
     *,
-    other_base: str,
+    other_base: bool,
     action: str,
     insist: str,
 ) -> None:
-    """Warn, refuse or do nothing if a base model differs from the one of an adapter.
+    """Refuse a base model that differs from the one of an adapter.
 
     Args:
         trained_on, present, saved: as of `difference`.
-        other_base: one of `CHOICES`.
+        other_base: warn in place of refusing it.
         action: what would be done, for the message.
         insist: how to do it nevertheless, for the message.
 
     Raises:
-        InputError: it differs and `other_base` is "refuse", or is none of `CHOICES`.
+        InputError: it differs and is not allowed, or `other_base` is neither True nor False.
     """
-    if other_base not in CHOICES:
-        raise InputError(f"other_base={other_base!r} is not one of {', '.join(CHOICES)}")
-    differs = "" if other_base == "allow" else difference(trained_on, present, saved)
-    if differs and other_base == "refuse":
+    if not isinstance(other_base, bool):
+        raise InputError(
+            f"other_base={other_base!r} is neither True, which allows another base model than that "
+            "of the adapter, nor False"
+        )
+    differs = difference(trained_on, present, saved)
+    if differs and not other_base:
         raise InputError(f"{action}: {differs}; use that base model, or insist with {insist}")
     if differs:
         logger.warning("%s: %s; its outputs may be wrong", action, differs)
 
 
 def check_saved(
-    model: PeftModel, folder: Path, *, other_base: str, action: str, insist: str
+    model: PeftModel, folder: Path, *, other_base: bool, action: str, insist: str
 ) -> None:
     """Call `check_base` for a wrapped model and an adapter that is to be loaded into it.
 
@@ -157,6 +195,77 @@ def check_saved(
     )
 
 
+# What the tensors mean
+
+
+class Layer(TypedDict):
+    """The update of a LoRA's layer: its rank, its scale, and "lora" or "dora"."""
+
+    rank: int
+    scale: float
+    variant: str
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """Return the values of a config that say what an adapter's tensors mean, as JSON."""
+    own = {name: getattr(config, name) for name in MEANING if hasattr(config, name)}
+    return parse_json(as_json(own))
+
+
+def layers_of(model: PeftModel, adapter_name: str) -> dict[str, Layer]:
+    """Return the layers of a LoRA as they are in a model, by path in the base; others: none."""
+    if model.peft_config[adapter_name].peft_type != PeftType.LORA:
+        return {}
+    variant = variant_of(model.peft_config[adapter_name])
+    return {
+        path: {"rank": layer.r[adapter_name], "scale": scale, "variant": variant}
+        for path, layer in _outside_adapters(model.get_base_model())
+        if isinstance(layer, LoraLayer) and adapter_name in layer.r
+        for scale in [float(layer.scaling[adapter_name])]
+    }
+
+
+def variant_of(config: Any) -> str:
+    """Return which LoRA a config is of, as far as its layers compute otherwise."""
+    return "dora" if config.use_dora else "lora"
+
+
+def layer_in(config: Any, path: str) -> Layer:
+    """Return what the config of a LoRA says about the layer at `path` in the base model."""
+    rank = pattern_value(config.rank_pattern, path, config.r)
+    alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
+    scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    return {"rank": rank, "scale": scale, "variant": variant_of(config)}
+
+
+def check_meaning(path: str | Path, config: Any, **where: Any) -> None:
+    """Raise InputError if an adapter's config says something else than when it was saved.
+
+    Args:
+        path, where: as of `read`.
+        config: read from there.
+    """
+    content = _content(path, **where)
+    now = settings_of(config)
+    changed = [
+        f"{name}={now[name]!r}, not {value!r}"
+        for name, value in content.get("settings", {}).items()
+        if name in now and now[name] != value
+    ]
+    for layer, value in content.get("layers", {}).items():
+        is_now = layer_in(config, layer)
+        if not math.isclose(is_now["scale"], value["scale"], rel_tol=1e-6):
+            changed.append(f"a scale of {is_now['scale']:g}, not {value['scale']:g}, on {layer}")
+        elif is_now != {**value, "scale": is_now["scale"]}:
+            changed.append(f"{is_now} in place of {value} on {layer}")
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise InputError(
+            f"the config in {str(path)!r} is not that of its tensors: it has {changed[0]}{more}; "
+            f"restore it, or delete {FILE} if the change is meant"
+        )
+
+
 # The file
 
 
@@ -165,12 +274,26 @@ class Content(TypedDict):
 
     version: int
     tensors: dict[str, str]
+    settings: NotRequired[dict[str, Any]]
+    layers: NotRequired[dict[str, Layer]]
 
 
-def write(folder: Path, digests: Fingerprint) -> None:
-    """Write a fingerprint into an adapter's folder, in place of an earlier one; none if empty."""
-    if digests:
-        write_atomic(folder / FILE, as_json({"version": VERSION, "tensors": dict(digests)}))
+def write(
+    folder: Path,
+    digests: Fingerprint,
+    settings: Mapping[str, Any] | None = None,
+    layers: Mapping[str, Layer] | None = None,
+) -> None:
+    """Write a fingerprint into an adapter's folder, in place of an earlier one; none if empty.
+
+    Args:
+        settings, layers: as of `settings_of` and `layers_of`; None where a config has been changed
+            with its tensors.
+    """
+    meaning = {"settings": settings or {}, "layers": layers or {}}
+    content = {"version": VERSION, "tensors": dict(digests), **meaning}
+    if any((digests, settings, layers)):
+        write_atomic(folder / FILE, as_json(content))
     else:
         (folder / FILE).unlink(missing_ok=True)
 
@@ -185,86 +308,94 @@ def read(path: str | Path, **where: Any) -> Fingerprint:
     Raises:
         InputError: the file has other content.
     """
+    return _content(path, **where)["tensors"]
+
+
+def _content(path: str | Path, **where: Any) -> Content:
     file = Path(path) / (where.get("subfolder") or "") / FILE
+    empty: Content = {"version": VERSION, "tensors": {}}
     if not Path(path).is_dir():
         try:
             file = Path(hf_hub_download(str(path), FILE, **where))
         except EntryNotFoundError:  # adapters of PEFT, or of petl 0.1
-            return {}
+            return empty
     if not file.is_file():
-        return {}
+        return empty
     try:
         content: Content = read_json(file, Content)
     except InputError as error:
         raise InputError(
             f"{error}; delete it to load the adapter without comparing base models"
         ) from error
-    if content["version"] != VERSION:
-        logger.warning("%s is of another version of petl: base models are not compared", file)
-        return {}
-    return content["tensors"]
+    if content["version"] > VERSION:
+        logger.warning("%s is of a later version of petl: base models are not compared", file)
+        return empty
+    return content
 
 
 # Models that know the fingerprint of their base
 
 
-class FingerprintedModel(SwappedClass, PeftModel):
-    """Mixin for the class of a PeftModel that saves its base model's fingerprint with adapters.
+@dataclass
+class Base:
+    """What a PeftModel knows of its base model, in its attribute `petl_base`.
 
     Attributes:
-        base_fingerprint: of the base model, before an adapter changed its weights.
-        adapter_fingerprints: by name, those of adapters that were loaded and do not train.
+        digests: the fingerprint of the base model, before an adapter changed its weights.
+        others: by name, config and fingerprint of adapters that were loaded and do not train. A
+            later adapter of the same name has another config.
     """
 
-    base_fingerprint: Fingerprint
-    adapter_fingerprints: dict[str, Fingerprint]
+    digests: Fingerprint
+    others: dict[str, tuple[PeftConfig, Fingerprint]] = field(default_factory=dict)
 
-    def save_pretrained(
-        self,
-        save_directory: str,
-        safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
-        save_embedding_layers: str | bool = "auto",
-        is_main_process: bool = True,
-        path_initial_model_for_weight_conversion: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Save adapters as `PeftModel.save_pretrained` does, each with a fingerprint."""
-        super().save_pretrained(
-            save_directory,
-            safe_serialization,
-            selected_adapters,
-            save_embedding_layers,
-            is_main_process,
-            path_initial_model_for_weight_conversion,
-            **kwargs,
-        )
-        if not is_main_process:
-            return
-        for name in selected_adapters or self.peft_config:
-            # where PEFT saves them
-            folder = Path(save_directory) / ("" if name == "default" else name)
-            write(folder, self._fingerprint_for(name))
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; another one may get its name."""
-        super().delete_adapter(adapter_name)
-        self.adapter_fingerprints.pop(adapter_name, None)
+def _save(original: Callable[..., None], model: PeftModel, *args: Any, **kwargs: Any) -> None:
+    """Save adapters as `PeftModel.save_pretrained` does, those of petl with its files."""
+    original(model, *args, **kwargs)
+    given = inspect.signature(original).bind(model, *args, **kwargs).arguments
+    if KNOWN not in vars(model) or not given.get("is_main_process", True):
+        return
+    # a conversion writes another config than that of the model
+    converted = given.get("path_initial_model_for_weight_conversion") is not None
+    for name in given.get("selected_adapters") or model.peft_config:
+        # where PEFT saves them
+        folder = Path(given["save_directory"]) / ("" if name == "default" else name)
+        settings = {} if converted else settings_of(model.peft_config[name])
+        layers = {} if converted else layers_of(model, name)
+        write(folder, _fingerprint_for(model, name), settings, layers)
+        sign_card(folder)
 
-    def _fingerprint_for(self, adapter_name: str) -> Fingerprint:
-        """Return the fingerprint to save with an adapter, without modules that it has itself.
 
-        A replaced head often has new random weights in each process.
-        """
-        digests = self.adapter_fingerprints.get(adapter_name, self.base_fingerprint)
-        is_head = getattr(self.peft_config[adapter_name], "replaces_head", False)
-        saved = tuple(
-            f"{path}."
-            for path, module in _outside_adapters(self.get_base_model())
-            if (isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save)
-            or (is_head and isinstance(module, BaseTunerLayer))
-        )
-        return {name: digest for name, digest in digests.items() if not name.startswith(saved)}
+extend_method(PeftModel, "save_pretrained", _save)
+
+
+def sign_card(folder: Path) -> None:
+    """Add to an adapter's card which package saved it, unless it names the package already."""
+    card = folder / CARD
+    text = read_text(card) if card.is_file() else ""
+    if PACKAGE not in text:
+        write_atomic(card, f"{text.rstrip()}\n\n{SIGNATURE}".lstrip())
+
+
+def _fingerprint_for(model: PeftModel, adapter_name: str) -> Fingerprint:
+    """Return the fingerprint to save with an adapter, without modules that it has itself.
+
+    A replaced head often has new random weights in each process.
+    """
+    base: Base = vars(model)[KNOWN]
+    config = model.peft_config[adapter_name]
+    of_other, digests = base.others.get(adapter_name, (None, base.digests))
+    if of_other is not config:
+        digests = base.digests
+    is_head = getattr(config, "replaces_head", False)
+    saved = tuple(
+        f"{path}."
+        for path, module in _outside_adapters(model.get_base_model())
+        if (isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save)
+        or (is_head and isinstance(module, BaseTunerLayer))
+    )
+    return {name: digest for name, digest in digests.items() if not name.startswith(saved)}
 
 
 def _outside_adapters(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -277,8 +408,8 @@ def _outside_adapters(module: nn.Module, path: str = "") -> Iterator[tuple[str, 
 
 def known_fingerprint(model: nn.Module) -> Fingerprint:
     """Return the fingerprint of the base model of a PeftModel, or of a model without adapters."""
-    if isinstance(model, FingerprintedModel):
-        return model.base_fingerprint
+    if KNOWN in vars(model):
+        return vars(model)[KNOWN].digests
     return {} if isinstance(model, PeftModel) else fingerprint(model)
 
 
@@ -291,8 +422,6 @@ def remember_base(
         digests: the fingerprint of its base model.
         trained_on: by name, the saved fingerprints of adapters that do not train on it.
     """
-    if not isinstance(model, FingerprintedModel):
-        swap_class(model, FingerprintedModel)
-        fingerprinted: Any = model
-        fingerprinted.base_fingerprint, fingerprinted.adapter_fingerprints = digests, {}
-    model.adapter_fingerprints.update(trained_on or {})
+    base: Base = vars(model).setdefault(KNOWN, Base(digests))
+    for name, each in (trained_on or {}).items():
+        base.others[name] = model.peft_config[name], each

@@ -11,9 +11,10 @@ from torch import nn
 from petl.core.adapter_folder import ON_THE_HUB, adapter_files, read_config, read_weights
 from petl.core.compat import BaseTunerLayer, tuner_of, without_noise
 from petl.core.compressed import plain_folder, type_of
-from petl.core.fingerprint import check_base, known_fingerprint, remember_base
+from petl.core.fingerprint import check_base, check_meaning, known_fingerprint, remember_base
 from petl.core.fingerprint import read as read_fingerprint
 from petl.core.model.patterns import check_patterns
+from petl.core.model.targets import check_tokens
 from petl.core.parameters import check_module
 from petl.core.registry import refusal, refuse_other_kinds, refuse_quantized
 from petl.core.skeleton import Expected, check_tables, expected_tensors
@@ -32,7 +33,7 @@ def load(
     *,
     adapter_name: str = "default",
     is_trainable: bool = False,
-    other_base: str = "warn",
+    other_base: bool = False,
     **kwargs: Any,
 ) -> PeftModel:
     """Load the adapter saved in `path` onto `base`, as `PeftModel.from_pretrained` but strict.
@@ -46,8 +47,8 @@ def load(
         path: folder of the adapter, or the name of a hub repository.
         adapter_name: its name in the model, independent of its name when saved.
         is_trainable: leave its parameters trainable.
-        other_base: if the weights of `base` differ from those that the adapter was trained on,
-            "warn", "refuse", or "allow" it; needs the fingerprint that petl saves with adapters.
+        other_base: load it even if the weights of `base` differ from those that it was trained on,
+            with a warning; told by the fingerprint that petl saves with adapters.
         kwargs: further arguments of `PeftModel.from_pretrained`, or of `load_adapter`. With
             `low_cpu_mem_usage=True`, tensors of a base on the CPU stay memory-mapped from the file
             until they are written: no memory of the process's own, and the file must not be
@@ -80,7 +81,9 @@ def load(
     refuse_quantized(base, config)
     # before wrapping: of a wrapped model only a remembered fingerprint is known
     present, trained_on = known_fingerprint(base), read_fingerprint(path, **where)
-    insist = "--other-base (petl.load: other_base='warn')"
+    insist = "--other-base (petl.load: other_base=True)"
+    check_meaning(path, config, **where)
+    check_tokens(config, base.get_base_model() if isinstance(base, PeftModel) else base)
     fits = partial(check_header, base, config)
     with plain_folder(path, config, kwargs, fits) as (source, kwargs):
         where = {key: kwargs[key] for key in ON_THE_HUB if key in kwargs}

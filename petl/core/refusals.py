@@ -17,6 +17,13 @@ def is_lora(config: PeftConfig) -> bool:
     return config.peft_type == PeftType.LORA
 
 
+def is_plain(config: Any) -> bool:
+    """Return True for a LoRA that trains nothing but its factors, and heads."""
+    more = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
+    plain = is_lora(config) and config.bias == "none"
+    return plain and not any(getattr(config, name) for name in more)
+
+
 def refuse_more_than_factors(model: PeftModel, adapter_name: str = "default") -> None:
     """Raise UnsupportedError if an adapter is more than the factors A and B of linear layers.
 

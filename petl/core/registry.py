@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -22,7 +23,9 @@ from petl.core.model.targets import (
     check_kinds,
     check_saved,
     check_targets,
+    check_tokens,
     choose_default,
+    frozen_head,
     leave_out,
     resolve_blocks,
     resolve_targets,
@@ -51,6 +54,7 @@ from petl.errors import (
 )
 from petl.system.imports.peft_hook import failure
 
+logger = logging.getLogger(__name__)
 METHODS: dict[str, Method] = {}
 
 
@@ -214,6 +218,7 @@ def wrap(
     _check_shapes(entry, config, model)
     check_adapter_name(adapter_name, model, entry.tuner)
     check_saved(config, model)
+    check_tokens(config, model)
     refuse_other_kinds(model, config)
     refuse_quantized(model, config)
     digests = fingerprint(model)  # some initializations change the base weights
@@ -233,6 +238,15 @@ def wrap(
     apply_peft_fixes(wrapped, refusal(config, Capability.MIXED_BATCH))
     enable_switching(wrapped)
     remember_base(wrapped, digests)
+    head = frozen_head(wrapped.get_base_model())
+    if head:
+        logger.warning(
+            "the head %r of %s is frozen and is not saved with the adapter: unless its values were "
+            "trained before, pass task_type='SEQ_CLS', or modules_to_save=[%r]",
+            head,
+            type(wrapped.get_base_model()).__name__,
+            head,
+        )
     return wrapped
 
 

@@ -3,6 +3,9 @@
 import copy
 import json
 import pickle
+import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,16 +15,15 @@ import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 import petl
 from petl import testing
 from petl.core.fingerprint import (
-    CHOICES,
     FILE,
     SAMPLES,
     VERSION,
-    FingerprintedModel,
     difference,
     fingerprint,
     known_fingerprint,
@@ -210,17 +212,17 @@ def test_a_head_that_is_saved_does_not_count_whatever_its_seed(method, tmp_path,
     assert (folders[0] / FILE).read_text() == (folders[1] / FILE).read_text()
     base = case.base()
     nn.init.normal_(base.classifier.weight)
-    petl.load(base, folders[0], other_base="refuse")
+    petl.load(base, folders[0])
     assert not caplog.text
 
 
-def test_a_head_that_is_not_saved_counts(tmp_path, caplog):
+def test_a_head_that_is_not_saved_counts_and_is_said(tmp_path, caplog):
     petl.wrap(testing.tiny_bert(), "lora").save_pretrained(tmp_path)  # no task type
     base = testing.tiny_bert()
+    assert "the head 'classifier' of BertForSequenceClassification is frozen" in caplog.text
     nn.init.normal_(base.classifier.weight)
-    petl.load(base, tmp_path)
-    assert f"{OTHER}: 1 of" in caplog.text
-    assert "such as classifier.weight" in caplog.text
+    with pytest.raises(petl.InputError, match=f"{OTHER}: 1 of .*such as classifier.weight"):
+        petl.load(base, tmp_path)
 
 
 def test_embeddings_that_are_saved_do_not_count(tmp_path):
@@ -228,7 +230,7 @@ def test_embeddings_that_are_saved_do_not_count(tmp_path):
     model = petl.wrap(testing.tiny_llama(), "lora", **fields)
     model.save_pretrained(tmp_path, save_embedding_layers=True)
     base = altered(testing.tiny_llama(), "model.embed_tokens.weight")
-    petl.load(base, tmp_path, other_base="refuse")
+    petl.load(base, tmp_path)
 
 
 @pytest.mark.parametrize("initialization", ["pissa", "olora"])
@@ -261,7 +263,6 @@ def test_a_fused_lora_keeps_its_fingerprint_and_can_be_pickled(tmp_path):
     model = petl.wrap(testing.tiny_llama(), "lora", task_type="CAUSAL_LM")
     petl.fuse_lora(model)
     same = pickle.loads(pickle.dumps(model))
-    assert isinstance(same, FingerprintedModel)
     assert type(same) is type(model)
     assert type(same).__name__ == "PeftModelForCausalLM"
     same.save_pretrained(tmp_path)
@@ -275,8 +276,7 @@ def test_plain_peft_loads_the_folder_without_a_warning(method, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        model = PeftModel.from_pretrained(testing.tiny_bert(), tmp_path)
-    assert not isinstance(model, FingerprintedModel)
+        PeftModel.from_pretrained(testing.tiny_bert(), tmp_path)
 
 
 def test_a_base_without_values_leaves_no_fingerprint(tmp_path):
@@ -286,44 +286,117 @@ def test_a_base_without_values_leaves_no_fingerprint(tmp_path):
     model = petl.wrap(base, "mola")
     assert known_fingerprint(model) == {}
     model.to_empty(device="cpu").save_pretrained(tmp_path)
-    assert not (tmp_path / FILE).exists()  # nor that of the adapter which was overwritten
+    assert read(tmp_path) == {}  # nor that of the adapter which was overwritten
 
 
 # Loading
 
 
-def test_another_base_of_the_same_shape_is_a_warning_on_loading(saved, caplog):
+def test_another_base_of_the_same_shape_is_refused_unless_it_is_allowed(saved, caplog):
     petl.load(testing.tiny_llama(), saved)
-    assert not caplog.text
-    petl.load(altered(testing.tiny_llama()), saved)
-    (message,) = caplog.messages
-    count = len(fingerprint(testing.tiny_llama()))
-    assert f"loading {saved}: {OTHER}: {count} of {count} tensors, such as lm_head" in message
-    assert "\n" not in message
-
-
-def test_another_base_can_be_refused_or_allowed(saved, caplog):
     base = altered(testing.tiny_llama())
-    before = copy.deepcopy(base.state_dict())
-    with pytest.raises(petl.InputError, match=f"{OTHER}.*; use that base model, or insist with"):
-        petl.load(base, saved, other_base="refuse")
+    before, count = copy.deepcopy(base.state_dict()), len(fingerprint(testing.tiny_llama()))
+    found = f"loading {saved}: {OTHER}: {count} of {count} tensors, such as lm_head"
+    with pytest.raises(petl.InputError, match=f"{found}.*other_base=True") as raised:
+        petl.load(base, saved)
+    assert "\n" not in str(raised.value)
     assert list(base.state_dict()) == list(before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
-    petl.load(base, saved, other_base="allow")
     assert not caplog.text
+    petl.load(base, saved, other_base=True)
+    (message,) = caplog.messages
+    assert message.startswith(found)
 
 
-def test_what_may_be_done_about_another_base_is_checked(saved):
-    with pytest.raises(petl.InputError, match=f"other_base='no' is not one of {CHOICES[0]}, "):
-        petl.load(testing.tiny_llama(), saved, other_base="no")
+@pytest.mark.parametrize("value", ["warn", 1, None])
+def test_other_base_is_true_or_false(saved, value):
+    with pytest.raises(petl.InputError, match=f"other_base={value!r} is neither True.* nor False"):
+        petl.load(testing.tiny_llama(), saved, other_base=value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lora_alpha": 32},
+        {"use_rslora": True},
+        {"alpha_pattern": {"q_proj": 3}},
+        {"use_dora": True},
+        {"r": 4, "rank_pattern": {".*": 8}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_config_that_says_something_else_than_its_tensors_is_refused(change, tmp_path):
+    model = petl.wrap(testing.tiny_llama(), "lora", task_type="CAUSAL_LM", r=8, lora_alpha=16)
+    testing.stir(model).save_pretrained(tmp_path)
+    petl.load(testing.tiny_llama(), tmp_path)
+    edit(tmp_path, **change)
+    with pytest.raises(petl.InputError, match=f"is not that of its tensors.*{next(iter(change))}="):
+        petl.load(testing.tiny_llama(), tmp_path)
+    # not of version 1, which had no settings
+    content = json.loads((tmp_path / FILE).read_text())
+    old = {"version": 1, "tensors": content["tensors"]}
+    (tmp_path / FILE).write_text(json.dumps(old))
+    if "use_dora" not in change:  # which has other tensors
+        petl.load(testing.tiny_llama(), tmp_path)
+
+
+def test_the_scale_is_that_of_the_layer_not_of_the_config(tmp_path):
+    model = petl.wrap(testing.tiny_llama(), "lora", task_type="CAUSAL_LM")
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.scale_layer(3)  # a config has no place for it
+    model.save_pretrained(tmp_path)
+    with pytest.raises(petl.InputError, match=r"a scale of 1, not 3, on model.layers.0"):
+        petl.load(testing.tiny_llama(), tmp_path)
+
+
+def test_a_config_of_another_method_that_was_changed_is_refused(saved):
+    edit(saved, top_k=1)
+    with pytest.raises(petl.InputError, match="top_k=1, not 2"):
+        petl.load(testing.tiny_llama(), saved)
+
+
+def test_a_config_without_lora_alpha_is_refused(tmp_path):
+    petl.wrap(testing.tiny_llama(), "lora", task_type="CAUSAL_LM").save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    del config["lora_alpha"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(petl.InputError, match=r"has no lora_alpha.*guess"):
+        petl.load(testing.tiny_llama(), tmp_path)
+
+
+def edit(folder, **fields):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+@pytest.mark.parametrize("method", ["lora", "mola"])
+def test_a_wrapped_model_says_which_package_saved_it(method, tmp_path):
+    model = petl.wrap(testing.tiny_llama(), method, task_type="CAUSAL_LM")
+    if method == "lora":
+        assert type(model) is peft.PeftModelForCausalLM
+    for same in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        same.save_pretrained(tmp_path / "saved")
+        card = (tmp_path / "saved" / "README.md").read_text()
+        assert f"Saved by petl-peft {petl.__version__}" in card
+        assert card.count("petl-peft") == 2
+        shutil.rmtree(tmp_path / "saved")
+
+
+def test_plain_peft_says_in_words_that_it_needs_petl(saved):
+    script = "import sys, peft; peft.PeftConfig.from_pretrained(sys.argv[1])"
+    line = [sys.executable, "-W", "ignore", "-c", script, str(saved)]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert "PETL_MOLA of the package petl-peft: pip install petl-peft" in done.stderr
 
 
 def test_further_adapters_are_compared_as_well(saved, caplog):
     model = petl.wrap(altered(testing.tiny_llama()), "mola", task_type="CAUSAL_LM")
     with pytest.raises(petl.InputError, match=OTHER):
-        petl.load(model, saved, adapter_name="second", other_base="refuse")
+        petl.load(model, saved, adapter_name="second")
     assert list(model.peft_config) == ["default"]
-    petl.load(model, saved, adapter_name="second")
+    petl.load(model, saved, adapter_name="second", other_base=True)
     assert OTHER in caplog.text
     caplog.clear()
     model = petl.load(testing.tiny_llama(), saved)
@@ -333,9 +406,9 @@ def test_further_adapters_are_compared_as_well(saved, caplog):
 
 def test_adapters_without_a_fingerprint_load_silently(saved, caplog):
     (saved / FILE).unlink()
-    model = petl.load(altered(testing.tiny_llama()), saved, other_base="refuse")
+    model = petl.load(altered(testing.tiny_llama()), saved)
     model.save_pretrained(saved / "again")
-    assert not (saved / "again" / FILE).exists()  # it may have been trained on another base
+    assert read(saved / "again") == {}  # it may have been trained on another base
     plain = peft.get_peft_model(testing.tiny_llama(), petl.build_config("mola"))
     assert known_fingerprint(plain) == {}  # initializations may have changed its weights
     assert not caplog.text
@@ -344,8 +417,8 @@ def test_adapters_without_a_fingerprint_load_silently(saved, caplog):
 def test_an_adapter_keeps_the_fingerprint_of_the_base_that_it_was_trained_on(saved, tmp_path):
     original, other = read(saved), fingerprint(altered(testing.tiny_llama()))
     torch.manual_seed(0)
-    model = petl.load(altered(testing.tiny_llama()), saved, other_base="allow")
-    petl.load(model, saved, adapter_name="trained", is_trainable=True, other_base="allow")
+    model = petl.load(altered(testing.tiny_llama()), saved, other_base=True)
+    petl.load(model, saved, adapter_name="trained", is_trainable=True, other_base=True)
     model.save_pretrained(tmp_path / "again")
     assert read(tmp_path / "again") == original
     assert known_fingerprint(model) == read(tmp_path / "again" / "trained") != original
@@ -395,5 +468,5 @@ def test_a_damaged_fingerprint_is_an_error_that_says_what_to_do(saved, content):
 def test_a_fingerprint_of_a_later_version_is_not_compared(saved, caplog):
     content = json.loads((saved / FILE).read_text())
     (saved / FILE).write_text(json.dumps({**content, "version": VERSION + 1}))
-    petl.load(altered(testing.tiny_llama()), saved, other_base="refuse")
+    petl.load(altered(testing.tiny_llama()), saved)
     assert "base models are not compared" in caplog.text

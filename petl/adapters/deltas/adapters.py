@@ -33,6 +33,7 @@ from petl.core.compressed import (
     starts_at_one,
     type_of,
 )
+from petl.core.fingerprint import MEANING
 from petl.errors import InputError
 from petl.ops.ternary import FILE, State, Ternary
 from petl.system.files.disk import check_links, copy_file, write_atomic
@@ -51,16 +52,6 @@ DENSITY, ALPHA, SCOPE = 0.5, "fit", "tensor"
 CARD = "README.md"
 FRONT_MATTER = re.compile(r"---\n(.*?)^---\n", re.DOTALL | re.MULTILINE)
 RESULTS = ("metrics", "model-index")  # fields of a card with scores of the adapter
-# fields that say what tensors mean: equal ones with another value are another update
-SAME = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "scaling")
-SAME += ("randlora_alpha", "psoft_alpha", "shadow_alpha", "regularization_alpha")
-SAME += ("use_dora", "bias")  # their complete weights are not compared
-# of what FourierFT, VeRA, TinyLoRA and Uni-LoRA do not save
-SAME += ("random_loc_seed", "projection_prng_key", "projection_seed", "proj_seed")
-# of bottlenecks, experts, vector banks, PST, SHERL, ICV, and the orthogonal methods OFT and HRA
-SAME += ("non_linearity", "act_fn", "placement", "top_k", "topk", "beta", "gate_temperature")
-SAME += ("strength", "scale", "mode", "keep_norm")
-SAME += ("coft", "use_cayley_neumann", "num_cayley_neumann_terms", "apply_GS")
 
 
 @dataclass(frozen=True)
@@ -348,7 +339,7 @@ def combine_tensors(
     """
     first = materials[0]
     for other in materials[1:]:
-        for key in ("peft_type", *SAME):
+        for key in ("peft_type", *MEANING):
             one, two = (
                 type_of(m.config) if key == "peft_type" else getattr(m.config, key, None)
                 for m in (first, other)

@@ -26,11 +26,11 @@ from petl.adapters.deltas.states import coded_names, one_of
 from petl.adapters.export.checked_folder import refuse_changed_base
 from petl.adapters.export.conversion import as_lora, ranked_config, save_lora
 from petl.adapters.export.saved_adapter import adapter_in, find
+from petl.core import fingerprint
 from petl.core.adapter_file import PREFIX
 from petl.core.adapter_folder import read_config
-from petl.core.refusals import is_lora, refuse_more_than_factors
+from petl.core.refusals import is_lora, is_plain, refuse_more_than_factors
 from petl.core.registry import refusal, require_capability
-from petl.core.spec.checks import pattern_value
 from petl.core.support import Capability
 from petl.errors import InputError, UnsupportedError, shown
 from petl.system.files.outputs import new_folder
@@ -55,7 +55,9 @@ class Update:
     heads: dict[str, Tensor]
 
 
-def update_of(folder: str | Path, *, trust_remote_code: bool = False) -> Update:
+def update_of(
+    folder: str | Path, *, trust_remote_code: bool = False, other_base: bool = False
+) -> Update:
     """Return the update of a saved adapter.
 
     Its base model is loaded, unless it is a LoRA of linear layers and nothing else.
@@ -71,7 +73,7 @@ def update_of(folder: str | Path, *, trust_remote_code: bool = False) -> Update:
     plain = update_in(adapter) if is_plain(given) else None
     if plain is not None:
         return plain
-    saved = find(folder, trust_remote_code=trust_remote_code)
+    saved = find(folder, trust_remote_code=trust_remote_code, other_base=other_base)
     model = saved.dense().model()
     try:
         refuse_more_than_factors(model)
@@ -87,13 +89,6 @@ def update_of(folder: str | Path, *, trust_remote_code: bool = False) -> Update:
     return Update(config, pairs, tensors)
 
 
-def is_plain(config: Any) -> bool:
-    """Return True for a LoRA that trains nothing but its factors, and heads."""
-    more = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
-    plain = is_lora(config) and config.bias == "none"
-    return plain and not any(getattr(config, name) for name in more)
-
-
 def update_in(adapter: Path) -> Update | None:
     """Return the update that the files of a LoRA tell alone; None if they do not tell all of it."""
     material = read(adapter)
@@ -102,13 +97,11 @@ def update_in(adapter: Path) -> Update | None:
     for key in [key for key in material.state if key.endswith(".lora_A.weight")]:
         name = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
         A, B = others.pop(key), others.pop(f"{PREFIX}{name}.lora_B.weight", None)
-        rank = pattern_value(config.rank_pattern, name, config.r)
+        layer = fingerprint.layer_in(config, name)
         # of a convolution, of experts, or damaged: loading it tells
-        if B is None or A.dim() != 2 or B.dim() != 2 or not len(A) == B.shape[1] == rank:
+        if B is None or A.dim() != 2 or B.dim() != 2 or not len(A) == B.shape[1] == layer["rank"]:
             return None
-        alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
-        scale = alpha / (rank**0.5 if config.use_rslora else rank)
-        pairs[name] = A.float(), scale * B.float()
+        pairs[name] = A.float(), layer["scale"] * B.float()
     heads = tuple(config.modules_to_save or ())
     # a tensor of another kind, such as the factors of an embedding
     if not pairs or not all(set(key.split(".")) & set(heads) for key in others):
@@ -233,6 +226,7 @@ def combine_adapters(
     level: str | None = None,
     rank: int | None = None,
     trust_remote_code: bool = False,
+    other_base: bool = False,
     **settings: Any,
 ) -> float:
     """Write one adapter from several to the folder `out`.
@@ -246,6 +240,7 @@ def combine_adapters(
             LoRA then. None: as `level_for`.
         rank: with level "update", the largest rank; None: as of `combined_updates`.
         trust_remote_code: with level "update", allow base models to run code of their own.
+        other_base: with level "update", as of `petl.load`.
         settings: further arguments of `combine`.
 
     Returns:
@@ -266,7 +261,10 @@ def combine_adapters(
         write_state(materials[0], state, Path(out), {"petl_combined": method})
         return 0.0
     config, tensors, lost = combined_updates(
-        [update_of(folder, trust_remote_code=trust_remote_code) for folder in folders],
+        [
+            update_of(folder, trust_remote_code=trust_remote_code, other_base=other_base)
+            for folder in folders
+        ],
         method,
         rank=rank,
         **settings,
@@ -276,4 +274,6 @@ def combine_adapters(
         copy_others(adapter_in(folders[0]), draft)
         (draft / CARD).unlink(missing_ok=True)
         save_lora(config, tensors, draft)
+        # without what the first adapter's own tensors mean
+        fingerprint.write(draft, fingerprint.read(draft))
     return lost

@@ -4,7 +4,9 @@ The factors of the LoRA are exact where the method has some, else an SVD. Shapes
 R rank.
 """
 
+import copy
 import logging
+from dataclasses import replace
 from pathlib import Path
 from statistics import mode
 from typing import Any
@@ -19,25 +21,30 @@ from petl.adapters.export.checked_folder import Reference, refuse_changed_base, 
 from petl.adapters.export.saved_adapter import Saved
 from petl.core import fingerprint
 from petl.core.adapter_file import PREFIX, WEIGHTS, trained_modules
-from petl.core.adapter_folder import CONFIG
+from petl.core.adapter_folder import CONFIG, read_weights
 from petl.core.compat import BaseTunerLayer, svd_factors
 from petl.core.compressed import copy_weights
 from petl.core.layers.layer import Adapter, AdapterLayer, Factors
 from petl.core.model.targets import matched_names
-from petl.core.refusals import is_lora
+from petl.core.refusals import is_lora, is_plain
 from petl.core.registry import require_capability
 from petl.core.support import Capability
 from petl.system.files.disk import copy_file
 from petl.system.progress import Pass, Shown
 
+LARGER = 2  # times, that one rank for all layers may make a file
 logger = logging.getLogger(__name__)
 
 
-def merged_model(saved: Saved, *, other_base: str) -> tuple[Any, Reference]:
+def merged_model(saved: Saved, *, lossy: bool = False) -> tuple[Any, Reference]:
     """Return the base model with the adapter merged into it, and what its outputs should be.
 
+    Args:
+        lossy: merge even if rounding removes more than 5 % of the update.
+
     Raises:
-        InputError: the method cannot merge, or `other_base` refuses the base.
+        InputError: the method cannot merge, rounding removes much of the update, or the base is
+            another one.
     """
     require_capability(saved.config, Capability.MERGE, "merging")
     if saved.is_quantized:
@@ -45,14 +52,15 @@ def merged_model(saved: Saved, *, other_base: str) -> tuple[Any, Reference]:
             "merging into the dequantized base model: re-quantizing would lose most of the update"
         )
         saved = saved.dense()
-    model = saved.model(other_base=other_base)
+    model = saved.model()
     adapted = Reference.of(model, saved.batches())
     unwrap_trained(model, keep=True)  # trained heads become part of the merged model
     with Pass("merging the adapter", None, quiet=True):
-        return model.merge_and_unload(safe_merge=True), adapted  # safe: raises on nan
+        # safe: raises on nan
+        return model.merge_and_unload(safe_merge=True, lossy=lossy), adapted
 
 
-def write_lora(saved: Saved, folder: Path, *, other_base: str) -> tuple[PeftModel, Reference]:
+def write_lora(saved: Saved, folder: Path) -> tuple[PeftModel, Reference]:
     """Write a saved adapter as a plain LoRA into an existing folder, without comparing outputs.
 
     Returns:
@@ -63,7 +71,7 @@ def write_lora(saved: Saved, folder: Path, *, other_base: str) -> tuple[PeftMode
     """
     require_capability(saved.config, Capability.LORA_EXPORT, "a plain LoRA")
     refuse_changed_base(saved.adapter, saved.config)
-    model = saved.model(other_base=other_base)
+    model = saved.model()
     adapted = Reference.of(model, saved.batches())
     # a LoRA is copied, and any other adapter converted
     converted = None if is_lora(saved.config) else as_lora(model)
@@ -72,9 +80,17 @@ def write_lora(saved: Saved, folder: Path, *, other_base: str) -> tuple[PeftMode
     if converted is None:
         copy_file(saved.adapter / CONFIG, folder / CONFIG)
         copy_weights(saved.adapter, folder)
+        if (saved.adapter / fingerprint.FILE).is_file():
+            copy_file(saved.adapter / fingerprint.FILE, folder / fingerprint.FILE)
+        if is_plain(saved.config):
+            config: Any = saved.config
+            converted = in_one_scale(config, dict(read_weights(folder / WEIGHTS)))
     else:
+        converted = in_one_scale(*converted) or converted
+    if converted is not None:
         save_lora(*converted, folder)
-    fingerprint.write(folder, fingerprint.read(saved.adapter))
+        # the base is the same, and its tensors are others
+        fingerprint.write(folder, fingerprint.read(saved.adapter))
     return PeftModel.from_pretrained(base, str(folder)).eval(), adapted
 
 
@@ -140,6 +156,40 @@ def lora_config(model: PeftModel, factors: dict[str, Factors], adapter_name: str
         alpha_pattern={name: as_integer(a) for name, a in exceptions(alphas, alpha).items()},
         fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers),
     )
+
+
+def in_one_scale(
+    config: LoraConfig, tensors: dict[str, Tensor]
+) -> tuple[LoraConfig, dict[str, Tensor]] | None:
+    """Return an equal LoRA with one rank and the scale lora_alpha / r; None: it is one, or cannot.
+
+    Engines read r and lora_alpha and no more: not use_rslora, nor patterns. Smaller ranks are
+    filled with zeros, unless that makes the file more than twice as large.
+    """
+    ends = (".lora_A.weight", ".lora_B.weight")
+    pairs = {
+        key.removeprefix(PREFIX).removesuffix(ends[0]): (key, key.replace(*ends))
+        for key in tensors
+        if key.endswith(ends[0])
+    }
+    layers = {name: fingerprint.layer_in(config, name) for name in pairs}
+    rank = max(layer["rank"] for layer in layers.values())
+    scale = mode(layer["scale"] for layer in layers.values())
+    plain = not (config.use_rslora or config.rank_pattern or config.alpha_pattern)
+    sizes = [tensors[key].numel() for pair in pairs.values() for key in pair]
+    padded = sum(rank * (tensors[A].shape[-1] + len(tensors[B])) for A, B in pairs.values())
+    if plain or any(tensors[key].dim() != 2 for pair in pairs.values() for key in pair):
+        return None
+    if padded > LARGER * sum(sizes):
+        return None
+    found = dict(tensors)
+    for name, (a, b) in pairs.items():
+        A, B, missing = tensors[a], tensors[b], rank - layers[name]["rank"]
+        found[a] = nn.functional.pad(A, (0, 0, 0, missing))
+        found[b] = nn.functional.pad(B * (layers[name]["scale"] / scale), (0, missing))
+    alpha = as_integer(round(scale * rank, 9))
+    one = {"r": rank, "lora_alpha": alpha, "use_rslora": False}
+    return replace(copy.deepcopy(config), **one, rank_pattern={}, alpha_pattern={}), found
 
 
 def ranked_config(template: LoraConfig, ranks: dict[str, int]) -> LoraConfig:

@@ -65,21 +65,18 @@ DECODERS = {
 }
 
 
-def export_gguf(
-    saved: Saved, out: Path, tolerance: float | None, *, other_base: str = "refuse"
-) -> Written:
+def export_gguf(saved: Saved, out: Path, tolerance: float | None) -> Written:
     """Write a saved adapter as a LoRA in GGUF: a folder with `adapter.gguf`.
 
     The written file is read again, and outputs are compared with the tensors that it holds.
 
     Args:
         tolerance: the largest `Difference.relative`; None: by the dtype of the base model.
-        other_base: as of `petl.load`.
 
     Raises:
         InputError: `out` is taken, gguf is not installed, the base model is not among `DECODERS`,
             the update of the method is not a matrix per layer or the file cannot hold it, or
-            `other_base` refuses the base.
+            the base is another one.
         RunStopped: the outputs differ by more than `tolerance`.
     """
     check_output(out)
@@ -87,7 +84,7 @@ def export_gguf(
     optional("gguf", "gguf")
     decoder = decoder_of(saved)
     with tempfile.TemporaryDirectory() as folder, new_folder(out) as draft:
-        lora, adapted = write_lora(saved, Path(folder), other_base=other_base)
+        lora, adapted = write_lora(saved, Path(folder))
         layers = list(layers_of(lora, decoder))
         write_file(layers, decoder, draft / FILE)
         # the file's values replace those in memory, so that the comparison tests the file

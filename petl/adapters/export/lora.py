@@ -13,23 +13,20 @@ from petl.system.files.outputs import check_output, new_folder
 NOTE = "A plain LoRA that `petl export --lora` made of the adapter, with the same outputs."
 
 
-def export_lora(
-    saved: Saved, out: Path, tolerance: float | None, *, other_base: str = "refuse"
-) -> Written:
+def export_lora(saved: Saved, out: Path, tolerance: float | None) -> Written:
     """Write a saved adapter as a plain LoRA.
 
     Args:
         tolerance: the largest `Difference.relative`; None: by the dtype of the base model.
-        other_base: as of `petl.load`.
 
     Raises:
         InputError: `out` is taken, the update of the method is not a matrix per layer, or
-            `other_base` refuses the base.
+            the base is another one.
         RunStopped: the outputs of the LoRA differ by more than `tolerance`.
     """
     check_output(out)
     with new_folder(out) as draft:
-        lora, adapted = write_lora(saved, draft, other_base=other_base)
+        lora, adapted = write_lora(saved, draft)
         difference = adapted.compare(lora, tolerance, "LoRA")
         # a LoRA is copied as it is, so there is nothing to say
         note = "" if is_lora(saved.config) else NOTE

@@ -20,21 +20,18 @@ from petl.system.progress import Pass
 REREAD = 1e-6  # relative difference after writing and loading: rounding of another device at most
 
 
-def merge(
-    saved: Saved, out: Path, tolerance: float | None, *, other_base: str = "refuse"
-) -> Written:
+def merge(saved: Saved, out: Path, tolerance: float | None) -> Written:
     """Write the base model with the adapter merged into it: a folder that `AutoModel` loads.
 
     Args:
         tolerance: the largest `Difference.relative`; None: by the dtype of the base model.
-        other_base: as of `petl.load`.
 
     Raises:
-        InputError: `out` is taken, the method cannot merge, or `other_base` refuses the base.
+        InputError: `out` is taken, the method cannot merge, or the base is another one.
         RunStopped: the merged model's outputs differ by more than `tolerance`.
     """
     check_output(out)
-    merged, adapted = merged_model(saved, other_base=other_base)
+    merged, adapted = merged_model(saved, lossy=tolerance is not None)
     after = outputs(merged, adapted.batches, "the merged model")
     difference = compare(adapted.outputs, after, adapted.effect)
     check(difference, tolerance, merged.dtype, "merged model")

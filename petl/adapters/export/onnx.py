@@ -35,20 +35,17 @@ GENERATIVE = ("causal_lm", "seq2seq")
 TOKENS = ("input_ids", "attention_mask", "token_type_ids")  # inputs with a length
 
 
-def export_onnx(
-    saved: Saved, out: Path, tolerance: float | None, *, other_base: str = "refuse"
-) -> Written:
+def export_onnx(saved: Saved, out: Path, tolerance: float | None) -> Written:
     """Write the base model with the adapter merged into it as ONNX, in float32.
 
     The number of rows and of tokens is free. ONNX runtime computes the outputs that are compared.
 
     Args:
         tolerance: the largest `Difference.relative`; None: that of float32.
-        other_base: as of `petl.load`.
 
     Raises:
         InputError: `out` is taken, a package is not installed, the model generates, the method
-            cannot merge, or `other_base` refuses the base.
+            cannot merge, or the base is another one.
         RunStopped: the outputs differ by more than `tolerance`.
     """
     check_output(out)
@@ -68,7 +65,7 @@ def export_onnx(
             "depend on the task of a row; `petl merge` writes the model for other exporters"
         )
     # ONNX has no adapters
-    merged, adapted = merged_model(saved, other_base=other_base)
+    merged, adapted = merged_model(saved, lossy=tolerance is not None)
     with new_folder(out) as draft:
         with Pass("writing the ONNX graph", None):
             write_graph(merged, adapted.batches[0], draft / FILE)

@@ -69,11 +69,13 @@ class Saved:
         adapter: its folder.
         run: the folder of its run, or None.
         settings: the run's configuration; without a run, only its `model`.
+        other_base: as of `petl.load`.
     """
 
     adapter: Path
     run: Path | None
     settings: Mapping[str, Any]
+    other_base: bool = False
 
     @cached_property
     def config(self) -> PeftConfig:
@@ -214,11 +216,11 @@ class Saved:
         # a quantized model was placed while it was loaded
         return base if self.is_quantized else base.to(device())
 
-    def model(self, *, other_base: str = "warn") -> PeftModel:
-        """The base model with the adapter, in evaluation mode; `other_base` as of `petl.load`."""
+    def model(self) -> PeftModel:
+        """The base model with the adapter, in evaluation mode."""
         base = self.base()
         with Pass("loading the adapter", None, quiet=True):
-            return load(base, self.adapter, other_base=other_base).eval()
+            return load(base, self.adapter, other_base=self.other_base).eval()
 
     @cached_property
     def processor(self) -> Any:
@@ -300,8 +302,11 @@ def score(saved: Saved, kept: Path | None = None) -> dict[str, float]:
     return score_model(model, splits, accelerator, settings.eval_batch_size, kept=kept)
 
 
-def find(path: str | Path, *, trust_remote_code: bool = False) -> Saved:
+def find(path: str | Path, *, trust_remote_code: bool = False, other_base: bool = False) -> Saved:
     """Find the adapter at `path`: the folder of a run, or an adapter folder, of a run or alone.
+
+    Args:
+        other_base: as of `petl.load`, for its base model.
 
     Raises:
         InputError: there is no adapter; a link in the folder leads out of it; or the run's model
@@ -331,8 +336,8 @@ def find(path: str | Path, *, trust_remote_code: bool = False) -> Saved:
                 "--trust-remote-code"
             )
         _import(settings.get("imports"), path, trust_remote_code)
-        return Saved(adapter, run, settings)
-    return Saved(adapter, None, {"model": _model_of(adapter)})
+        return Saved(adapter, run, settings, other_base)
+    return Saved(adapter, None, {"model": _model_of(adapter)}, other_base)
 
 
 def adapter_in(folder: str | Path) -> Path:

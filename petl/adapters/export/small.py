@@ -25,17 +25,14 @@ from petl.training.runs.model_card import README
 USE = "load it by petl.methods.pela.load(AutoConfig.from_pretrained('{out}'), '{out}')"
 
 
-def export_small(
-    saved: Saved, out: Path, tolerance: float | None, *, other_base: str = "refuse"
-) -> Written:
+def export_small(saved: Saved, out: Path, tolerance: float | None) -> Written:
     """Write the small model, with its ranks in ranks.json, config and processor.
 
     Args:
         tolerance: the largest `Difference.relative`; None: by the dtype of the base model.
-        other_base: as of `petl.load`.
 
     Raises:
-        InputError: `out` is taken, the adapter is not PELA's, or `other_base` refuses the base.
+        InputError: `out` is taken, the adapter is not PELA's, or the base is another one.
         RunStopped: the small model's outputs differ by more than `tolerance`.
     """
     check_output(out)
@@ -45,7 +42,7 @@ def export_small(
             f"{saved.config.peft_type}; `petl merge` writes a model of the size of the base"
         )
     # the base weights that stay were trained as they are before quantization
-    model = (saved.dense() if saved.is_quantized else saved).model(other_base=other_base)
+    model = (saved.dense() if saved.is_quantized else saved).model()
     adapted = Reference.of(model, saved.batches())
     small: Any = export(model).eval()
     difference = adapted.compare(small, tolerance, "small model")

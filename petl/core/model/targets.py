@@ -6,6 +6,7 @@ see `is_stack`.
 """
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -447,6 +448,39 @@ def check_saved(config: Any, model: nn.Module) -> None:
             raise UnknownNameError(
                 f"modules_to_save: {module!r} matches no module" + did_you_mean(module, suffixes)
             )
+
+
+def check_tokens(config: Any, model: nn.Module) -> None:
+    """Raise InputError for a trained token that the embedding of `model` has no row for."""
+    given = getattr(config, "trainable_token_indices", None) or {}
+    for name, tokens in (given if isinstance(given, Mapping) else {"": given}).items():
+        named = (m for n, m in model.named_modules() if n.endswith(name))
+        table = next(named, None) if name else input_embedding(model)
+        rows = getattr(getattr(table, "weight", None), "shape", (math.inf,))[0]
+        if tokens and max(tokens) >= rows:
+            raise InputError(
+                f"trainable_token_indices has the token {max(tokens)}, and the embedding of "
+                f"{type(model).__name__} has {rows:,} rows: resize it to {max(tokens) + 1:,} or "
+                "more by model.resize_token_embeddings, as where the adapter was trained"
+            )
+
+
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """Return the table of the input tokens; None if the model has none."""
+    try:
+        return getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # of transformers, for models without text
+        return None
+
+
+def frozen_head(model: nn.Module) -> str:
+    """Return the name of a classification head that an adapted model neither trains nor saves."""
+    for name in SEQ_CLS_HEAD_NAMES:
+        head = model._modules.get(name)
+        own = () if head is None else tuple(head.parameters())
+        if own and not any(parameter.requires_grad for parameter in own):
+            return name
+    return ""
 
 
 def _no_match(target: str, names: list[str], words: Sequence[str] = ()) -> UnknownNameError:

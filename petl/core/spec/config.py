@@ -5,15 +5,19 @@ import math
 import typing
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar
 
 from peft import PeftConfig
-from peft.utils import PeftType
+from peft.utils import CONFIG_NAME, PeftType
 
+from petl.core.compat import saved_type
 from petl.core.spec import blocks
 from petl.core.spec.checks import BLOCKS, check_rank, conforms, hints_of, is_finite, rank_of
 from petl.errors import InputError, shown
+from petl.system.files.disk import as_json, write_atomic
+from petl.system.files.read import read_json
 
 
 @dataclass(frozen=True)
@@ -237,6 +241,15 @@ class MethodConfig(PeftConfig):
     def bounded(self, budget: int) -> dict[str, Any]:
         """Return the fields that limit growth in training to `budget` parameters."""
         return {}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json as PEFT does, with what its type needs in words."""
+        super().save_pretrained(save_directory, **kwargs)
+        file = Path(save_directory) / CONFIG_NAME
+        content = read_json(file, dict[str, Any])
+        write_atomic(
+            file, as_json({**content, "peft_type": saved_type(f"PETL_{self.method.upper()}")})
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types; sets sorted, so that equal configs give equal files."""

@@ -6,8 +6,9 @@ of them N^2 times. Here idle adapters are hidden from that walk (see `AdapterDic
 still finds all of them, so forward passes work at any time, in other threads too.
 """
 
+import inspect
 import weakref
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from threading import RLock
@@ -22,6 +23,8 @@ from petl.core.compat import (
     BaseTunerLayer,
     LoraModel,
     ModulesToSaveWrapper,
+    calls_past_hooks,
+    extend_method,
     freeze_ranks,
 )
 from petl.core.layers.class_swap import (
@@ -34,7 +37,8 @@ from petl.core.layers.class_swap import (
 )
 from petl.core.layers.layer import AdapterLayer
 from petl.core.layers.task_rows import ARGUMENT, PASSED, pass_task_ids
-from petl.core.parameters import is_norm
+from petl.core.model.rounding import refuse_rounding
+from petl.core.parameters import is_norm, refuse_shared_targets
 from petl.core.serving.mixed_batch import AdapterRows
 from petl.core.spec.checks import check_adapter_name
 from petl.core.switching.kept_rows import KeptRows
@@ -44,6 +48,7 @@ from petl.errors import UnsupportedError
 # one thread hides entries at a time; one lock for all tuners, since a lock cannot be copied or
 # pickled with its tuner
 LOCK = RLock()
+CHECKED = "petl_checks_merging"  # attribute of a tuner
 HOSTS = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # hold adapters, or heads that train with them
 
 
@@ -430,6 +435,46 @@ class CheckedSum:
         LoraModel.add_weighted_adapter(tuner, adapters, *args, **kwargs)
 
 
+def _merge(
+    original: Callable[..., Any], tuner: Any, *args: Any, lossy: bool = False, **kwargs: Any
+) -> Any:
+    """Merge as PEFT does, or refuse a wrong result in a model that petl has wrapped or loaded.
+
+    Args:
+        lossy: merge even if rounding removes much of the update.
+    """
+    if CHECKED in vars(tuner):
+        given = inspect.signature(original).bind(tuner, *args, **kwargs).arguments
+        tuner._check_merge_allowed()
+        refuse_shared_targets(tuner.model)
+        if not lossy:
+            refuse_rounding(tuner.model, given.get("adapter_names"))
+    return original(tuner, *args, **kwargs)
+
+
+for _name in ("merge_adapter", "merge_and_unload"):
+    extend_method(BaseTuner, _name, _merge)
+
+
+class WithoutPenalty:
+    """Replacement of the `forward` of AdaLoRA: PEFT's adds the penalty of an adapter that trains.
+
+    It fails on labels if there is none, as in a model that was loaded.
+    """
+
+    def __init__(self, tuner: BaseTuner) -> None:
+        self.tuner = weakref.ref(tuner)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.tuner(),)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tuner: Any = self.tuner()
+        if "trainable_adapter_name" in vars(tuner):
+            return type(tuner).forward(tuner, *args, **kwargs)
+        return tuner.model.forward(*args, **kwargs)
+
+
 class NoMixedBatches:
     """Replacement of a tuner's forward hooks that raises on `adapter_names`."""
 
@@ -451,10 +496,11 @@ def refuse_mixed_batches(model: PeftModel, reason: str) -> None:
 
 
 def apply_peft_fixes(model: PeftModel, not_mixed: str) -> None:
-    """Apply three fixes for PEFT to a model that it has wrapped or loaded.
+    """Apply fixes for PEFT to a model that it has wrapped or loaded.
 
-    Freeze AdaLoRA's rank counters, raise on `adapter_names` where the tuner ignores it, and on
-    `add_weighted_adapter` where it computes another sum.
+    Freeze AdaLoRA's rank counters, and let one that does not train take labels; raise on
+    `adapter_names` where the tuner ignores it, on `add_weighted_adapter` where it computes another
+    sum, and on merging where that changes a tied weight or rounds the update off.
 
     Args:
         not_mixed: why the method of its adapters lacks `Capability.MIXED_BATCH`; "": it has it.
@@ -467,6 +513,9 @@ def apply_peft_fixes(model: PeftModel, not_mixed: str) -> None:
     if getattr(type(tuner), "add_weighted_adapter", None) is LoraModel.add_weighted_adapter:
         # an instance attribute, as that of `refuse_mixed_batches`
         tuner.add_weighted_adapter = CheckedSum(tuner)
+    vars(tuner)[CHECKED] = True
+    if calls_past_hooks(type(tuner)):
+        tuner.forward = WithoutPenalty(tuner)
 
 
 def _not_combined(config: Any) -> str:

@@ -260,7 +260,7 @@ class AdapterTuner(AskingTuner):
             raise UnsupportedError(reason)
 
     def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, **lossy: bool
     ) -> None:
         """Merge these adapters (the active ones if None) into the base weights.
 
@@ -269,7 +269,7 @@ class AdapterTuner(AskingTuner):
         """
         # all layers before the first one changes
         self.refuse_together(self.active_adapters if adapter_names is None else adapter_names)
-        super().merge_adapter(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge, **lossy)
 
     def refuse_together(self, names: Sequence[str]) -> None:
         """Raise UnsupportedError if adapters of these names cannot be active together."""

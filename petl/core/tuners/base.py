@@ -18,7 +18,6 @@ from petl.core.compat import BaseTuner, drop_base_weights
 from petl.core.layers.class_swap import AdapterDict
 from petl.core.layers.context import ForwardContext
 from petl.core.layers.layer import Adapter
-from petl.core.parameters import refuse_shared_targets
 from petl.errors import UnsupportedError
 from petl.system.files.tensor_file import check_finite, check_shapes
 
@@ -77,10 +76,6 @@ class ForwardContextTuner(BaseTuner):
                 f"{why}; load it with peft.PeftModel.from_pretrained or petl.load, train it with "
                 "petl.wrap"
             )
-
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        refuse_shared_targets(self.model)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Raise UnsupportedError: a sum of adapters is in general none of the same kind."""

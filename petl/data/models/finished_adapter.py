@@ -78,7 +78,7 @@ def with_adapter(
     labels = read_labels(folder).get("id2label")
     own = task.model_kwargs().get("id2label")
     if labels == own:
-        wrapped = load(model, folder, other_base="refuse")
+        wrapped = load(model, folder)
         logger.info("model.adapter=%s: merged, with its task head", given)
     else:
         wrapped = without_head(model, folder, config, given, heads)
@@ -103,7 +103,7 @@ def without_head(
         read_fingerprint(folder),
         known_fingerprint(model),
         found,
-        other_base="refuse",
+        other_base=False,
         action=f"model.adapter={given}",
         insist="a run with the same labels",
     )

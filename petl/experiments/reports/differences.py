@@ -4,6 +4,7 @@ from petl.adapters.deltas.measured import Change
 from petl.adapters.export.checked_folder import Difference, Written
 from petl.experiments.reports.formatting import echo, size
 
+NOTHING = 1e-6  # of the norm of the outputs: rounding
 POINTS = 0.02  # of a score in 0..1 that a changed adapter may lose without a warning
 
 
@@ -19,6 +20,8 @@ def print_difference(difference: Difference) -> None:
     echo(f"{difference.largest:.1e} at most;", end=" ")
     echo(f"{100 * difference.same:.1f} % have the same highest logit")
     echo(f"for comparison: the adapter itself changes them by {difference.effect:.1e}")
+    if difference.effect < NOTHING:
+        echo("WARNING: the adapter has no effect: was it trained, and are these its files?")
 
 
 def print_change(change: Change, remedy: str) -> None:

@@ -100,7 +100,7 @@ class DraftResult(NamedTuple):
 
 
 def train_drafter(
-    run: str | Path, cfg: Any, *, trust_remote_code: bool = False
+    run: str | Path, cfg: Any, *, trust_remote_code: bool = False, other_base: bool = False
 ) -> DraftResult | None:
     """Train the drafter that a configuration names for a model, and write RUN/drafter.
 
@@ -126,7 +126,9 @@ def train_drafter(
         start(settings.seed, "no")  # the group of processes, which share the prompts
     found = find_model(run, trust_remote_code=trust_remote_code)
     check_output(Path(run) / DRAFTER, (CONFIG, WEIGHTS, CARD), (CONFIG,), inside=True)
-    language = load_language_model(run, drafting="none", trust_remote_code=trust_remote_code)
+    language = load_language_model(
+        run, drafting="none", trust_remote_code=trust_remote_code, other_base=other_base
+    )
     reason = why_plain(language.base)
     if reason:
         raise UnsupportedError(reason)

@@ -39,7 +39,7 @@ def load_language_model(
     *,
     plain: bool | None = None,
     trust_remote_code: bool = False,
-    other_base: str = "warn",
+    other_base: bool = False,
     drafting: str = "auto",
 ) -> LanguageModel:
     """Load a saved adapter with its base model, or a plain model, and further adapters.

@@ -29,6 +29,7 @@ def predict(
     batch_size: int | None = None,
     max_new_tokens: int | None = None,
     trust_remote_code: bool = False,
+    other_base: bool = False,
 ) -> list[dict[str, Any]]:
     """Return the predictions of rows, in their order.
 
@@ -44,6 +45,7 @@ def predict(
         batch_size: rows of a batch; None: that of the run's evaluation.
         max_new_tokens: maximum length of a generated answer; None: that of the run, or 256.
         trust_remote_code: allow the base model to run code of its own.
+        other_base: as of `petl.load`.
 
     Returns:
         For each row, what `petl predict` adds to it. For data larger than memory, use the command.
@@ -61,6 +63,7 @@ def predict(
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             trust_remote_code=trust_remote_code,
+            other_base=other_base,
         )
     names, rows = files_or_rows(data)
     settings = data_settings(predictor.columns, predictor.task, words_of(columns))
@@ -70,7 +73,7 @@ def predict(
         return [found for window in windows for _, found in window]
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913
     run: str | Path,
     data: Data | None = None,
     *,
@@ -79,6 +82,7 @@ def evaluate(
     batch_size: int | None = None,
     max_new_tokens: int | None = None,
     trust_remote_code: bool = False,
+    other_base: bool = False,
 ) -> dict[str, float]:
     """Return the scores of a saved adapter on data with labels.
 
@@ -90,6 +94,7 @@ def evaluate(
         batch_size: as of `predict`, for data that is given.
         max_new_tokens: likewise.
         trust_remote_code: likewise.
+        other_base: likewise.
 
     Raises:
         InputError: there is no such run; a file, row, label or setting is wrong.
@@ -100,7 +105,7 @@ def evaluate(
     try:
         with accelerate_restored():
             return evaluate_saved(
-                find(run, trust_remote_code=trust_remote_code),
+                find(run, trust_remote_code=trust_remote_code, other_base=other_base),
                 names,
                 words_of(columns),
                 None if out is None else Path(out),

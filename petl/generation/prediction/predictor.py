@@ -65,13 +65,14 @@ class Predictor:
         batch_size: int | None = None,
         max_new_tokens: int | None = None,
         trust_remote_code: bool = False,
+        other_base: bool = False,
     ) -> "Predictor":
         """Load the model of a run or adapter once, for several calls of `petl.predict`.
 
         Args:
             run: its folder; this and the others as of `petl.predict`.
         """
-        saved = find(run, trust_remote_code=trust_remote_code)
+        saved = find(run, trust_remote_code=trust_remote_code, other_base=other_base)
         # loading draws initial values, which the saved ones replace
         with accelerate_restored(), torch.random.fork_rng(devices=[]):
             return cls.of(saved, batch_size, max_new_tokens)

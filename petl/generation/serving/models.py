@@ -65,7 +65,7 @@ def load_served(
     *,
     plain: bool | None = None,
     trust_remote_code: bool = False,
-    other_base: str = "refuse",
+    other_base: bool = False,
     drafter: str | None = "free",
 ) -> dict[str, Served]:
     """Load one base model with all adapters, and return what requests can choose, by name.
@@ -154,7 +154,7 @@ class Loader:
     plain: bool | None
     drafter: str | None = None
 
-    def adapters(self, saved: Mapping[str, Saved], other_base: str) -> dict[str, Served]:
+    def adapters(self, saved: Mapping[str, Saved], other_base: bool) -> dict[str, Served]:
         """Load adapters; those of one method on the same model."""
         # a PEFT model takes adapters of one method only; a base that one of them changes suits no
         # other
@@ -167,7 +167,7 @@ class Loader:
             served |= self._of_one_method(group, other_base)
         return {name: served[name] for name in saved}  # in the order of the command line
 
-    def _of_one_method(self, group: Mapping[str, Saved], other_base: str) -> dict[str, Served]:
+    def _of_one_method(self, group: Mapping[str, Saved], other_base: bool) -> dict[str, Served]:
         changes_base = any(modifies_base_weights(each.config) for each in group.values())
         model: Any = copy.deepcopy(self.base) if changes_base else sharing_tensors(self.base)
         # names of requests may be any; those in a model become parts of the names of tensors

@@ -244,7 +244,7 @@ def load_start(model: PeftModel, start: Start, task: Task, settings: TrainConfig
             read_fingerprint(start.place, **start.where),
             known_fingerprint(model),
             shapes,
-            other_base="warn" if settings.other_base else "refuse",
+            other_base=settings.other_base,
             action=f"starting from {start.given}",
             insist="train.other_base=true",
         )

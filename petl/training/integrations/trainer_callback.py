@@ -47,15 +47,14 @@ class Callback(TrainerCallback, ExportableState):
     would not find the state in existing checkpoints.
 
     Args:
-        other_base: what to do if training resumes on a base model of other weights than those of
-            the checkpoint: "refuse", "warn" or "allow".
+        other_base: resume even on a base model of other weights than those of the checkpoint.
 
     Raises:
         InputError: the file in a checkpoint cannot be read, or belongs to another model.
         UnsupportedError: fp16 loss scaling is combined with an auxiliary loss.
     """
 
-    def __init__(self, other_base: str = "refuse") -> None:
+    def __init__(self, other_base: bool = False) -> None:
         self.other_base = other_base
         self._lifecycle: Lifecycle | None = None
         self._training = ExitStack()
@@ -205,7 +204,7 @@ class Callback(TrainerCallback, ExportableState):
                     checkpoint,
                     other_base=self.other_base,
                     action=f"resuming from {checkpoint}",
-                    insist="petl.Callback(other_base='warn')",
+                    insist="petl.Callback(other_base=True)",
                 )
                 break
         if not method_lifecycle.state_dict():

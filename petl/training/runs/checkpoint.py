@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from petl.core.adapter_file import WEIGHTS, trained_modules
-from petl.core.adapter_folder import read_weights
+from petl.core.adapter_folder import read_config, read_weights
 from petl.core.parameters import trainable
 from petl.data.tasks.base import Task
 from petl.errors import InputError, first_line
@@ -132,13 +132,6 @@ class Group(TypedDict):
     """A group of parameters in optimizer.json, besides its options."""
 
     params: list[str]
-
-
-class SavedRanks(TypedDict):
-    """The entries of adapter_config.json that AdaLoRA changes during training."""
-
-    peft_type: str
-    rank_pattern: NotRequired[dict[str, Any] | None]
 
 
 class OptimizerState(TypedDict):
@@ -348,9 +341,9 @@ def load_adapter(model: PeftModel, folder: Path, left_out: tuple[str, ...] = ())
     tensors = {k: v for k, v in read_weights(path).items() if not k.startswith(left_out)} | kept
     config: Any = model.active_peft_config
     if hasattr(config, "rank_pattern"):  # AdaLoRA's, which changes; PEFT loads tensors by it
-        saved = read_json(folder / "adapter_config.json", SavedRanks)
-        if saved["peft_type"] == config.peft_type:  # else it was saved as another method
-            config.rank_pattern = saved.get("rank_pattern")
+        saved: Any = read_config(folder)
+        if saved.peft_type == config.peft_type:  # else it was saved as another method
+            config.rank_pattern = saved.rank_pattern
     try:
         result = set_peft_model_state_dict(model, tensors)
     except (RuntimeError, KeyError) as error:  # PEFT's and torch's messages list every tensor

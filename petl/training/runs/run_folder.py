@@ -218,7 +218,7 @@ class Run:
             check_saved(
                 model,
                 self.resume / ADAPTER,
-                other_base="warn" if settings.other_base else "refuse",
+                other_base=settings.other_base,
                 action=f"resuming from {self.resume}",
                 insist="train.other_base=true",
             )

@@ -39,7 +39,7 @@ def test_equal_configs_make_equal_files(tmp_path):
         texts.append((tmp_path / "adapter_config.json").read_text())
     assert texts[0] == texts[1]
     assert json.loads(texts[0])["target_modules"] == ["a", "b", "c"]
-    assert json.loads(texts[0])["peft_type"] == "PETL_MOLA"
+    assert json.loads(texts[0])["peft_type"].startswith("PETL_MOLA ")
 
 
 @pytest.mark.parametrize("name", OWN)
