@@ -29,6 +29,7 @@ from petl.adapters.export.conversion import as_lora
 from petl.adapters.export.lora import export_lora
 from petl.adapters.export.merge import merge
 from petl.adapters.export.saved_adapter import find
+from petl.core.fingerprint import layer_in
 from petl.errors import InputError, UnsupportedError
 
 pytest_plugins = ["export_fixtures", "training_fixtures"]
@@ -45,10 +46,14 @@ def test_factors_are_exported_unchanged(tiny, tmp_path):
     assert len(before) == len(after)
     for name, tensor in after.items():
         source = name.replace(".lora_", ".petl_test_pair_adapters.lora_").removesuffix(".weight")
-        assert torch.equal(tensor, before.get(source, before.get(name)))
+        own = before.get(source, before.get(name))
+        # ranks of 2 and 3 become one, by zeros
+        kept = tensor[tuple(slice(size) for size in own.shape)]
+        torch.testing.assert_close(kept, own)
+        torch.testing.assert_close(tensor.norm(), own.norm())
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
-    assert sorted({config["r"], *config["rank_pattern"].values()}) == [2, 3]
+    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (3, {}, {})
     assert config["modules_to_save"] == ["classifier", "score"]
 
 
@@ -113,6 +118,35 @@ def test_a_lora_of_pefts_own_is_copied_and_compared(lora_run, tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == source.read_bytes()
     assert written.difference.relative == 0
     assert written.difference.effect > 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"use_rslora": True},
+        {"alpha_pattern": {"query": 5}},
+        {"rank_pattern": {"query": 2}},
+        {"use_rslora": True, "rank_pattern": {"layer.0.attention.self.query": 2}},
+    ],
+    ids=str,
+)
+def test_a_lora_is_exported_with_one_rank_and_the_scale_alpha_over_r(fields, tiny, tmp_path):
+    fields = {"r": 4, "lora_alpha": 6, "target_modules": ["query", "value"], **fields}
+    saved = save_stirred(classifier(tiny), "lora", tmp_path / "lora", task_type="SEQ_CLS", **fields)
+    export_lora(find(saved), tmp_path / "out", None)  # compares the outputs
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert [config[f] for f in ("use_rslora", "rank_pattern", "alpha_pattern")] == [False, {}, {}]
+    before, after = (load_file(f / WEIGHTS) for f in (saved, tmp_path / "out"))
+    scale = config["lora_alpha"] / config["r"]
+    for key in (key for key in after if ".lora_A." in key):
+        other = key.replace(".lora_A.", ".lora_B.")
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        own = layer_in(find(saved).config, name)["scale"]
+        assert after[key].shape[0] == after[other].shape[1] == config["r"]
+        torch.testing.assert_close(
+            scale * after[other] @ after[key], own * before[other] @ before[key]
+        )
+    petl.load(classifier(tiny), tmp_path / "out")
 
 
 def cut(folder):

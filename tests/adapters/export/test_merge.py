@@ -27,6 +27,7 @@ from petl.adapters.export.checked_folder import compare, outputs
 from petl.adapters.export.lora import export_lora
 from petl.adapters.export.merge import merge
 from petl.adapters.export.saved_adapter import find, score
+from petl.cli import main
 from petl.core import fingerprint
 from petl.data.models.loading import load_base
 from petl.data.tasks.causal_lm import CausalLM
@@ -67,6 +68,13 @@ def test_another_base_of_the_same_shape_is_refused_unless_it_is_asked_for(
     write(replace(saved, other_base=True), tmp_path / "other", None)
     assert (tmp_path / "other").is_dir()
     assert "39 of 39 tensors" in caplog.text
+
+
+def test_an_adapter_without_effect_is_said_to_merge_into_the_base(tiny, tmp_path, capsys):
+    model = petl.wrap(classifier(tiny), "lora", target_modules=["query"], task_type="SEQ_CLS")
+    model.save_pretrained(tmp_path / "adapter")
+    assert main.main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out")]) == 0
+    assert "the merged model is the base" in capsys.readouterr().out
 
 
 def test_a_method_that_cannot_merge_is_refused_and_nothing_is_written(mola_run, tmp_path):
