@@ -101,7 +101,7 @@ def test_an_adapter_of_another_shape_is_an_error(saved):
     config = json.loads((saved / "adapter_config.json").read_text())
     config["r"] = 4
     (saved / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(petl.InputError, match="does not fit the model"):
+    with pytest.raises(petl.InputError, match="is not that of its tensors: it has r=4, not 8"):
         petl.load(CASE.base(), saved)
 
 

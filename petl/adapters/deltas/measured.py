@@ -1,6 +1,5 @@
 """What a changed adapter does: its outputs beside the original's, and scores on held-out rows."""
 
-import math
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from petl.adapters.deltas.adapters import (
 )
 from petl.adapters.deltas.prune import QResult, closed_q, find_q, output_moments, spread_q
 from petl.adapters.export.checked_folder import (
+    Change,
     Difference,
     adapted_outputs,
     compare,
@@ -123,24 +123,6 @@ def scoring(saved: Saved, *, or_test: bool = False) -> Generator[Any]:
         return found
 
     yield score, splits.task
-
-
-@dataclass(frozen=True)
-class Change:
-    """What a changed adapter does, before its folder is written.
-
-    Attributes:
-        difference: of the outputs, on test rows.
-        metric: the name of the score on held-out rows; "": there is no run to tell them.
-        before, after: the score of the adapter, and of the changed one.
-        lost: what the score loses; below 0 if it gains.
-    """
-
-    difference: Difference
-    metric: str = ""
-    before: float = math.nan
-    after: float = math.nan
-    lost: float = 0.0
 
 
 def change_by(saved: Saved, write: Callable[[Path], object]) -> Change:

@@ -3,6 +3,7 @@
 Everything is written to a draft first; the folder appears once all checks have passed.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,24 @@ class Difference:
     largest: float
     same: float
     effect: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a changed adapter does, before its folder is written.
+
+    Attributes:
+        difference: of the outputs, on test rows.
+        metric: the name of the score on held-out rows; "": there is no run to tell them.
+        before, after: the score of the adapter, and of the changed one.
+        lost: what the score loses; below 0 if it gains.
+    """
+
+    difference: Difference
+    metric: str = ""
+    before: float = math.nan
+    after: float = math.nan
+    lost: float = 0.0
 
 
 @dataclass(frozen=True)

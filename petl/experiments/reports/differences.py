@@ -1,7 +1,6 @@
 """What `petl merge`, `petl export` and the tools for deltas print: how outputs compare."""
 
-from petl.adapters.deltas.measured import Change
-from petl.adapters.export.checked_folder import Difference, Written
+from petl.adapters.export.checked_folder import Change, Difference, Written
 from petl.experiments.reports.formatting import echo, size
 
 NOTHING = 1e-6  # of the norm of the outputs: rounding
