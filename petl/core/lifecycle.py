@@ -16,6 +16,7 @@ from petl.core.layers.context import ForwardContext
 from petl.core.model.heat_map import HEAT_MAPS, HeatMap, draw
 from petl.core.model.weight_changes import change_map
 from petl.core.spec.method import LossConfig
+from petl.core.support import Lacks
 from petl.core.tuners.asking import AskingTuner
 from petl.core.tuners.base import updated
 from petl.errors import InputError
@@ -47,6 +48,10 @@ class ExtraLoss(TrainingPart, Protocol):
     """
 
     allows_reentrant: bool
+
+    @property
+    def lacks(self) -> Lacks:
+        """Its rows of the table of petl/core/support.py."""
 
     @property
     def config(self) -> LossConfig:

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from petl.core.layers.class_swap import SwappedClass, forward_code, swap_class
 from petl.core.parameters import check_module
+from petl.core.support import Capability
 from petl.efficiency.rewrite import Rewrite
 from petl.ops.low_rank import has_no_hooks
 
@@ -178,6 +179,7 @@ def recompute_mlp(model: nn.Module) -> int:
 class RecomputeMlp(Rewrite):
     """`recompute_mlp` as a rewrite."""
 
+    capability = Capability.RECOMPUTE
     saves = "activation functions of MLPs are computed two more times"
     exact = True
     only_trains = True
@@ -186,7 +188,7 @@ class RecomputeMlp(Rewrite):
     def refusal(self, model: nn.Module, value: Any = True) -> str:
         """Return that no MLP has a known form."""
         if any(True for _ in _mlps(model)):
-            return ""
+            return super().refusal(model, value)
         return (
             f"no MLP of {type(model).__name__} can be recomputed: none is gated as Llama's "
             "(down_proj, act_fn, gate_proj, up_proj) or plain as BERT's (intermediate, output)"

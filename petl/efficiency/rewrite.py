@@ -5,14 +5,17 @@ modules, its tensors and its files stay, and `undo` takes the mixins out again.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pkgutil import resolve_name
 from typing import Any, ClassVar
 
 from torch import nn
 
 from petl.core.layers.class_swap import SwappedClass, restore_class
+from petl.core.lifecycle import extra_losses
+from petl.core.support import Capability, Lacks, reason_of
 from petl.errors import UnsupportedError
+from petl.system.collectives import is_sharded
 
 # by setting under `train`, in the order in which they are applied; imported when asked for
 REWRITES = {
@@ -20,6 +23,7 @@ REWRITES = {
     "recompute_mlp": "petl.efficiency.recompute:RecomputeMlp",
     "loss_segment": "petl.efficiency.segment_loss:SegmentLoss",
     "skip_unread": "petl.efficiency.skip_unread.read_positions:SkipUnread",
+    "cache_frozen": "petl.efficiency.frozen.cache:StoreFrozen",
 }
 AUTO = "auto"  # the value of a setting that asks for a rewrite where it changes nothing but speed
 logger = logging.getLogger(__name__)
@@ -29,23 +33,41 @@ class Rewrite:
     """A way to compute a model in less time or memory.
 
     Attributes:
+        capability: its column of the table of petl/core/support.py.
+        lacks: its rows of that table.
         saves: what it does, in a sentence.
         value: of its setting, where none is given.
         tries: True if it is asked for by default, so that a model without it is no error.
         exact: True if losses and gradients are the same to the bit, else they are up to rounding.
         only_trains: True if it changes nothing but passes with gradients.
+        needs_rows: True if it has no effect before it has read the rows of a run, so that a run
+            applies it by itself.
         mixins: that it puts before the classes of modules.
     """
 
+    capability: ClassVar[Capability]
+    lacks: ClassVar[Lacks] = {}
     saves: ClassVar[str]
     value: ClassVar[Any] = True
     tries: ClassVar[bool] = False
     exact: ClassVar[bool] = False
     only_trains: ClassVar[bool] = False
+    needs_rows: ClassVar[bool] = False
     mixins: ClassVar[tuple[type[SwappedClass], ...]] = ()
 
     def refusal(self, model: nn.Module, value: Any = None) -> str:
-        """Return why a model cannot be rewritten, which changes nothing; "" if it can."""
+        """Return why a model cannot be rewritten, which changes nothing; "" if it can.
+
+        A subclass adds what it needs of the model to the rows of the table.
+        """
+        for capability in used_by(model):
+            reason = reason_of(self.lacks, capability, None)
+            if reason:
+                return reason
+        for loss in extra_losses(model):
+            reason = reason_of(loss.lacks, self.capability, loss.config)
+            if reason:
+                return f"it has the loss {loss.config.name!r}, and {reason}"
         return ""
 
     def apply(self, model: nn.Module, value: Any = None) -> int:
@@ -71,6 +93,14 @@ class Rewrite:
                 restore_class(module, mixin)
 
 
+def used_by(model: nn.Module) -> Iterator[Capability]:
+    """Yield what a rewrite may lack of what is done to a model already."""
+    if is_sharded(model):
+        yield Capability.FSDP
+    if extra_losses(model):
+        yield Capability.EXTRA_LOSS
+
+
 def rewrite(setting: str) -> Rewrite:
     """Return the rewrite of a setting in `REWRITES`."""
     return resolve_name(REWRITES[setting])()
@@ -79,13 +109,20 @@ def rewrite(setting: str) -> Rewrite:
 def rewrites_of(settings: Any, *, trains: bool = True) -> dict[str, Any]:
     """Return the rewrites that settings of a run ask for, by setting, with its value.
 
+    Without those that need rows.
+
     Args:
         settings: those under `train`.
         trains: False: without those that change nothing but passes with gradients.
     """
-    values = {name: getattr(settings, name) for name in REWRITES}
-    asked = {name: value for name, value in values.items() if value not in (None, False)}
-    return {name: v for name, v in asked.items() if trains or not rewrite(name).only_trains}
+    asked = {}
+    for name in REWRITES:
+        value = getattr(settings, name)
+        if value not in (None, False):
+            each = rewrite(name)
+            if not each.needs_rows and (trains or not each.only_trains):
+                asked[name] = value
+    return asked
 
 
 def apply_rewrites(model: nn.Module, rewrites: Mapping[str, Any]) -> list[str]:

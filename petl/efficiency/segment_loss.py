@@ -26,8 +26,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from petl.core.layers.class_swap import SwappedClass, original_class, swap_class
 from petl.core.layers.context import ForwardContext
-from petl.core.lifecycle import extra_losses
 from petl.core.parameters import check_module
+from petl.core.support import Capability
 from petl.efficiency.rewrite import AUTO, Rewrite
 from petl.errors import InputError
 from petl.ops.low_rank import WEIGHT_TYPES, has_no_hooks
@@ -134,6 +134,7 @@ class _SegmentedLoss(SwappedClass):
 class SegmentLoss(Rewrite):
     """`segment_loss` as a rewrite, with the positions of a segment; auto: if the head is frozen."""
 
+    capability = Capability.SEGMENTS
     saves = f"the logits of {TOKENS} positions at a time"
     value = AUTO
     only_trains = True
@@ -142,14 +143,11 @@ class SegmentLoss(Rewrite):
     def refusal(self, model: nn.Module, value: Any = TOKENS) -> str:
         """Return why the model is no causal LM with the standard loss, or what reads its logits."""
         base = _base_of(model)
-        reason = refusal_of_loss(base)
+        reason = super().refusal(model, value) or refusal_of_loss(base)
         if not reason and "logits_to_keep" not in signature_of(base).parameters:
             reason = "its forward has no argument logits_to_keep"
         if not reason and value == AUTO and not has_frozen_head(base):
             reason = "its head is trained, or no linear layer"
-        for loss in extra_losses(model):
-            if getattr(loss, "reads_logits", False):
-                reason = reason or f"the extra loss {loss.config.name!r} reads all logits"
         return reason and f"the loss of {type(base).__name__} is not segmented: {reason}"
 
     def change(self, model: nn.Module, value: Any = TOKENS) -> int:

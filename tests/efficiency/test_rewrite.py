@@ -16,6 +16,9 @@ from petl.training.runs.settings import TrainConfig
 CASES = {
     "lora on llama": Case("lora", "llama", {"target_modules": "block-linear"}),
     "lora on bert": Case("lora", "bert", {"target_modules": ["query", "value"]}),
+    "lora on the top": Case(
+        "lora", "llama", {"target_modules": ["q_proj"], "layers_to_transform": "top:1"}
+    ),
     "lora with a head": Case(
         "lora", "llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}
     ),
@@ -27,6 +30,7 @@ CASES = {
 TAKES = {
     "lora on llama": {"fuse_lora", "recompute_mlp", "loss_segment", "skip_unread"},
     "lora on bert": {"fuse_lora", "recompute_mlp", "skip_unread"},
+    "lora on the top": {*REWRITES},
     "lora with a head": {"fuse_lora", "recompute_mlp", "skip_unread"},
     "mola on llama": {"recompute_mlp", "loss_segment", "skip_unread"},
     "sparse on bert": {"recompute_mlp", "skip_unread"},
@@ -88,7 +92,10 @@ def test_loss_and_gradients_stay_and_undoing_leaves_no_trace(setting, name):
     assert trace(model) != before
     found = step(model, batch)
     assert_same(found, plain, exact=each.exact)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # our own bytes
+    twins = [copy.deepcopy(model)]
+    if not each.needs_rows:  # a store is open, of which there is no copy in a file
+        twins.append(pickle.loads(pickle.dumps(model)))  # our own bytes
+    for twin in twins:
         assert_same(step(twin, batch), found, exact=True)
     each.undo(model)
     assert trace(model) == before
@@ -100,8 +107,9 @@ def test_all_that_a_run_asks_for_are_applied_together_and_undone_in_any_order(na
     plain, batch = wrapped(name), CASES[name].batch()
     expected, before = step(plain, batch), trace(plain)
     asked = rewrites_of(TrainConfig(recompute_mlp="recompute_mlp" in TAKES[name]))
-    for order in list(permutations(TAKES[name]))[::7]:
-        assert set(apply_rewrites(plain, asked)) == TAKES[name]
+    taken = TAKES[name] & {*asked}
+    for order in list(permutations(taken))[::7]:
+        assert set(apply_rewrites(plain, asked)) == taken
         assert_same(step(plain, batch), expected, exact=False)
         for setting in order:
             rewrite(setting).undo(plain)
@@ -120,7 +128,7 @@ def test_what_is_asked_for_is_refused_and_what_is_tried_is_left_out():
 
 def test_an_evaluation_asks_for_what_changes_passes_without_gradients():
     settings = TrainConfig(recompute_mlp=True)
-    assert list(rewrites_of(settings)) == list(REWRITES)
+    assert [*rewrites_of(settings), "cache_frozen"] == list(REWRITES)
     assert list(rewrites_of(settings, trains=False)) == ["fuse_lora", "skip_unread"]
     assert rewrites_of(TrainConfig(fuse_lora=False, skip_unread=False, loss_segment=None)) == {}
 
@@ -129,5 +137,7 @@ def test_a_loss_that_reads_logits_or_positions_excludes_what_leaves_them_out():
     model = wrapped("lora on llama")
     loss = petl.losses.build_loss("distill", logit_weight=1.0, feature_weight=0.0)
     petl.losses.attach(model, loss)
-    assert "reads all logits" in rewrite("loss_segment").refusal(model, "auto")
-    assert "an extra loss" in rewrite("skip_unread").refusal(model)
+    assert "compares logits" in rewrite("loss_segment").refusal(model, "auto")
+    for setting in ("skip_unread", "cache_frozen"):
+        assert "an extra loss" in rewrite(setting).refusal(model)
+    assert rewrite("fuse_lora").refusal(model) == ""

@@ -151,7 +151,7 @@ def test_a_small_disk_is_an_error_only_if_the_store_was_asked_for(
     ("words", "message"),
     [
         (["method.layers_to_transform=null"], "block 0: .* has an adapter"),
-        (["+loss=density"], "the loss 'density' may read every block"),
+        (["+loss=density"], "an extra loss may read every block"),
         (["data.streaming=true", "train.linear_probe=false"], "are a stream"),
     ],
 )

@@ -8,12 +8,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
-from petl.core.lifecycle import extra_losses
 from petl.core.parameters import check_module
-from petl.efficiency.frozen.feed import FedBlock, Feed, autocast_of
+from petl.core.support import Capability
+from petl.efficiency.frozen.feed import Feed, autocast_of, feed_of
 from petl.efficiency.frozen.fill import Collate, Contents, Prober, ingredients
 from petl.efficiency.frozen.prefix import Prefix, find_prefix
 from petl.efficiency.frozen.store import (
@@ -27,8 +26,8 @@ from petl.efficiency.frozen.store import (
     size_of,
     write,
 )
+from petl.efficiency.rewrite import AUTO, Rewrite
 from petl.errors import InputError, UnsupportedError
-from petl.system.collectives import is_sharded
 from petl.system.files.paths import cache_folder, path_of
 
 FOLDER = "frozen"  # of stores, in the cache folder of petl
@@ -36,18 +35,56 @@ PAYS = 1.5  # passes over the train rows; a store costs the frozen blocks of one
 logger = logging.getLogger(__name__)
 
 
+class StoreFrozen(Rewrite):
+    """`cache_frozen` as a rewrite: passes compute all blocks until its `FrozenCache` is filled.
+
+    With True as value, dropout below the first trained block is left out.
+    """
+
+    capability = Capability.STORE
+    # of a sharded model, which hooks gather, no process has the weights
+    lacks = {
+        Capability.FSDP: "it is sharded over processes, and no process has its weights",
+        Capability.EXTRA_LOSS: "an extra loss may read every block",
+    }
+    saves = "the output of frozen blocks is computed once"
+    value = AUTO
+    needs_rows = True
+
+    def refusal(self, model: nn.Module, value: Any = AUTO) -> str:
+        """Return why the output of frozen blocks cannot be kept, whatever the rows."""
+        try:
+            prefix_of(model)
+        except UnsupportedError as error:
+            return str(error)
+        return ""
+
+    def change(self, model: nn.Module, value: Any = AUTO) -> int:
+        """Attach a `FrozenCache` in petl's cache; return the number of frozen blocks."""
+        return cache_frozen(model, without_dropout=value is True).k
+
+    def undo(self, model: nn.Module) -> None:
+        """Detach it."""
+        feed = feed_of(model)
+        if feed is not None:
+            feed.close()
+
+
 def prefix_of(model: nn.Module) -> Prefix:
     """Return the frozen blocks of a model, one or more.
 
     Raises:
-        UnsupportedError: there are none; or as `find_prefix`.
+        UnsupportedError: there are none, or a store of them is attached; or as `find_prefix`.
     """
-    # a loss may compare or count what any block computes
-    for loss in extra_losses(model):
-        raise UnsupportedError(f"the loss {loss.config.name!r} may read every block")
+    reason = Rewrite.refusal(StoreFrozen(), model)
+    if reason:
+        raise UnsupportedError(reason)
     prefix = find_prefix(model)
     if not prefix.k:
         raise UnsupportedError(f"no block is frozen below all others: {prefix.reason}")
+    if feed_of(model) is not None:
+        kind = type(prefix.base).__name__
+        raise UnsupportedError(f"blocks of {kind} are cached already: close that cache first")
     return prefix
 
 
@@ -62,13 +99,7 @@ class FrozenCache:
 
     def __init__(self, model: nn.Module, folder: Path, *, without_dropout: bool) -> None:
         self.model, self.folder, self.without_dropout = model, folder, without_dropout
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        kind = type(base).__name__
-        if is_sharded(model):  # first: its hooks would be named as the reason
-            raise UnsupportedError(f"{kind} is sharded over processes: no process has its weights")
         self.prefix = prefix_of(model)
-        if any(isinstance(block, FedBlock) for block in self.prefix.blocks):
-            raise UnsupportedError(f"blocks of {kind} are cached already: close that cache first")
         self.left_out: list[str] = []
         # from here on the model is changed: what may refuse stands above
         self._feed = Feed(model, self.prefix)

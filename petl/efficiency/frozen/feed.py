@@ -22,7 +22,6 @@ from petl.efficiency.frozen.prefix import Prefix
 from petl.efficiency.frozen.store import Store
 from petl.system.collectives import REPLICA
 
-FEED = "petl_feed"  # attribute of a block of the prefix
 logger = logging.getLogger(__name__)
 # a look-up reads values on the host, so a compiled model breaks its graph there
 _outside_graphs = torch.compiler.disable(
@@ -31,13 +30,18 @@ _outside_graphs = torch.compiler.disable(
 
 
 class FedBlock(SwappedClass):
-    """Mixin for the class of a block of the prefix."""
+    """Mixin for the class of a block of the prefix.
+
+    Attributes:
+        petl_feed: of the model.
+    """
 
     computes_as_before = True
+    petl_feed: "Feed"
 
     # not `forward`: checkpointing of transformers and torch's hooks act in `__call__`
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        feed = self.__dict__[FEED]
+        feed = self.petl_feed
         if feed.states is None or REPLICA in self.__dict__:
             return super().__call__(*args, **kwargs)
         # neither hooks nor checkpointing: there is nothing to compute or to compute again
@@ -102,7 +106,7 @@ class Feed:
             )
         ]
         for block in prefix.own:
-            block.__dict__[FEED] = self
+            block.__dict__["petl_feed"] = self
             swap_class(block, FedBlock)
 
     def close(self) -> None:
@@ -110,10 +114,8 @@ class Feed:
         for hook in self._hooks:
             hook.remove()
         for block in self.prefix.own:
+            # of a block that was sharded since the class stays, and it runs: no pass has states
             restore_class(block, FedBlock)
-            # else a class before it stays, and the block runs: no pass has states any more
-            if not isinstance(block, FedBlock):
-                block.__dict__.pop(FEED, None)
 
     def returned(self, states: Tensor) -> Any:
         """Return states in the form of a block's output."""
@@ -237,7 +239,7 @@ class Feed:
 def feed_of(model: nn.Module) -> Feed | None:
     """Return the feed of a model's frozen blocks; None if they run in each pass."""
     fed = (module for module in model.modules() if isinstance(module, FedBlock))
-    return next((block.__dict__[FEED] for block in fed), None)
+    return next((block.petl_feed for block in fed), None)
 
 
 def gathered(

@@ -11,6 +11,7 @@ from petl.core.compat import LoraLayer, LoraLinear, LoraModel
 from petl.core.layers.class_swap import convert_module_dicts
 from petl.core.parameters import check_module
 from petl.core.serving.mixed_batch import is_generation_call
+from petl.core.support import Capability
 from petl.core.switching.tuner import (
     SwitchingModel,
     SwitchingTuner,
@@ -82,6 +83,7 @@ def fuse_lora(model: nn.Module) -> int:
 class FuseLora(Rewrite):
     """`fuse_lora` as a rewrite; a model without a LoRA of PEFT has nothing to fuse."""
 
+    capability = Capability.FUSE_LORA
     saves = "LoRA layers in one fused kernel"
     tries = True
     mixins = (SwitchingModel,)
@@ -90,7 +92,7 @@ class FuseLora(Rewrite):
         """Return why there is nothing to fuse: another method trains."""
         # the tuner of PEFT's LoRA, of which DoRA and others are variants
         is_lora = isinstance(getattr(model, "base_model", None), LoraModel)
-        return "" if is_lora else "the adapters are no LoRA of PEFT"
+        return super().refusal(model, value) if is_lora else "the adapters are no LoRA of PEFT"
 
     def change(self, model: nn.Module, value: Any = True) -> int:
         """Fuse the layers, and let the model switch by itself."""

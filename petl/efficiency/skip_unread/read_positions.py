@@ -18,7 +18,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from petl.core.compat import BaseTuner, BaseTunerLayer, ModulesToSaveWrapper
 from petl.core.layers.class_swap import SwappedClass, original_class, swap_class
-from petl.core.lifecycle import extra_losses
+from petl.core.support import Capability
 from petl.core.tuners.asking import method_asked
 from petl.core.tuners.base import ForwardContextTuner
 from petl.efficiency.rewrite import Rewrite
@@ -137,6 +137,8 @@ class SkipUnread(Rewrite):
     under torch.compile. Gradients and checkpointing are as before.
     """
 
+    capability = Capability.SKIP
+    lacks = {Capability.EXTRA_LOSS: "an extra loss reads all positions"}
     saves = "positions that nothing reads are left out"
     tries = True
     mixins = (_Classifier, LabelReader, Block, Attention)
@@ -145,10 +147,10 @@ class SkipUnread(Rewrite):
         """Return what may read all positions: adapters, an extra loss, or the model itself."""
         if not isinstance(model, PeftModel):
             return f"{type(model).__name__} is no PeftModel"
-        if extra_losses(model):
-            return "an extra loss reads all positions"
         base: Any = model.get_base_model()
-        reason = _refusal_of_tuner(model)
+        excluded, reason = super().refusal(model, value), _refusal_of_tuner(model)
+        if excluded:
+            return excluded
         if not _predicts_tokens(base):
             return reason or _refusal(base)
         head = base.get_output_embeddings()

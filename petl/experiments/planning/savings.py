@@ -248,7 +248,8 @@ def savings_of_passes(model: PeftModel, counted: Counted) -> list[Saving]:
     for name in (name for name in REWRITES if name not in asked):
         each = rewrite(name)
         # what changes passes with gradients alone saves memory
-        if each.refusal(model, each.value) or (each.only_trains and not is_large(counted.memory)):
+        has_no_use = each.needs_rows or (each.only_trains and not is_large(counted.memory))
+        if has_no_use or each.refusal(model, each.value):
             continue
         each.change(model, each.value)
         # what follows is measured on the model as it is now

@@ -48,6 +48,7 @@ from petl.core.model.structure import blocks
 from petl.core.registry import METHODS, build_config, keeps_base
 from petl.core.spec.config import config_field, require
 from petl.core.spec.method import LossConfig, register_loss
+from petl.core.support import Capability
 from petl.efficiency.segment_loss import SegmentLoss
 from petl.errors import InputError, UnsupportedError, choose
 
@@ -101,6 +102,11 @@ class DistillConfig(LossConfig):
         )
 
 
+def comparing_logits(config: DistillConfig) -> str:
+    """Why all logits must be kept; "": it compares none."""
+    return "it compares logits, of which segments keep none" if config.logit_weight else ""
+
+
 @register_loss(
     "distill",
     summary="keeps the blocks' outputs, or the logits, near those without the adapter",
@@ -124,6 +130,7 @@ class Distillation:
     config_cls = DistillConfig
     # whether hooks of a block run inside its checkpoint, without a graph, depends on the model
     allows_reentrant = False
+    lacks = {Capability.SEGMENTS: comparing_logits}
 
     def __init__(self, model: PeftModel, config: DistillConfig) -> None:
         if any(isinstance(part, Distillation) for part in extra_losses(model)):
@@ -137,8 +144,7 @@ class Distillation:
         base: Any = model.get_base_model()
         self.model, self.base, self.config = model, base, config
         self.blocks = chosen_blocks(base, config)
-        self.reads_logits = config.logit_weight > 0
-        if self.reads_logits:
+        if comparing_logits(config):
             SegmentLoss().undo(model)
         unswapped: Any = original_class(base)
         self.parameters = frozenset(inspect.signature(unswapped.forward).parameters)

@@ -399,7 +399,7 @@ def test_a_prefix_without_frozen_blocks_is_refused(tmp_path):
         petl.cache_frozen(hooked, tmp_path)
     lossy = upper()
     petl.losses.attach(lossy, petl.losses.build_loss("density"))
-    with pytest.raises(UnsupportedError, match="the loss 'density' may read every block"):
+    with pytest.raises(UnsupportedError, match="loss may read every block"):
         petl.cache_frozen(lossy, tmp_path)
     with pytest.raises(UnsupportedError, match="no single list of blocks"):
         petl.cache_frozen(nn.Sequential(nn.Linear(3, 3)), tmp_path)
@@ -467,7 +467,7 @@ def test_copies_for_nn_data_parallel_run_their_blocks(tmp_path):
 
 def test_a_base_that_is_sharded_over_processes_is_refused(tmp_path):
     for said in testing.in_processes(2, refused_when_sharded, str(tmp_path)):
-        assert said == "LlamaForCausalLM is sharded over processes: no process has its weights"
+        assert "sharded over processes" in said
     assert not list(tmp_path.iterdir())
 
 

@@ -574,5 +574,5 @@ def test_other_refusals():
     petl.segment_loss(model, 4)
     distilled(model, logit_weight=1.0)  # computes the loss from all logits again
     assert model.train()(**batch).logits is not None
-    with pytest.raises(UnsupportedError, match="'distill' reads all logits"):
+    with pytest.raises(UnsupportedError, match="it compares logits"):
         petl.segment_loss(model, 4)

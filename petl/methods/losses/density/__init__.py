@@ -42,6 +42,7 @@ from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.model.modes import evaluation_mode, has_enabled_adapter
 from petl.core.spec.config import require
 from petl.core.spec.method import WRAP_ONLY, register_loss
+from petl.core.support import Lacks
 from petl.errors import InputError, UnsupportedError
 from petl.methods.losses.density.config import ActivationDensityConfig
 from petl.methods.losses.density.counts import count_nonzero
@@ -85,6 +86,7 @@ class ActivationDensity:
     """
 
     config_cls = ActivationDensityConfig
+    lacks: Lacks = {}
     allows_reentrant = False  # the first pass of reentrant checkpointing has no graph to add to
 
     def __init__(self, model: PeftModel, config: ActivationDensityConfig) -> None:
