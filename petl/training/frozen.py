@@ -4,10 +4,9 @@ import logging
 from collections.abc import Mapping
 
 from petl.data.streaming import StreamedRows
-from petl.efficiency.frozen.cache import PAYS, FrozenCache, Wanted, cache_frozen
-from petl.efficiency.frozen.prefix import find_prefix
+from petl.efficiency.frozen.cache import PAYS, FrozenCache, StoreFrozen, Wanted, cache_frozen
 from petl.efficiency.frozen.store import check_space
-from petl.errors import InputError, UnsupportedError
+from petl.errors import InputError
 from petl.system.collectives import made_by
 from petl.training.dataloader import Splits, batched
 from petl.training.features import Context, RunFeature
@@ -32,13 +31,17 @@ class FrozenStore(RunFeature):
         Raises:
             InputError: the output cannot be kept, and the setting is true.
         """
+        nothing = nothing_frozen(context)
+        if nothing and self.settings is not True:  # as usual: there is nothing to report
+            return
         try:
+            if nothing:
+                raise InputError(nothing)
             self.cache = _cache(context)
         except InputError as error:
             if self.settings is True:
                 raise InputError(f"train.cache_frozen=true is not possible: {error}") from error
-            if getattr(error, "of_interest", True):
-                logger.info("the output of frozen blocks is not kept: %s", error)
+            logger.info("the output of frozen blocks is not kept: %s", error)
 
     def after_training(self, context: Context, step: int) -> Mapping[str, object]:
         """Log how many passes read the stores; a warning if many did not."""
@@ -59,24 +62,18 @@ class FrozenStore(RunFeature):
         return {}
 
 
-class _NothingFrozen(UnsupportedError):
-    """No block is frozen, as usual: nothing to report."""
-
-    of_interest = False
+def nothing_frozen(context: Context) -> str:
+    """Return why a run has no frozen blocks whose output could be kept; "" if it has."""
+    if context.settings.steps == 0:
+        return "train.steps=0 trains nothing"
+    return StoreFrozen().refusal(context.model)
 
 
 def _cache(context: Context) -> FrozenCache:
     model, splits, settings = context.model, context.splits, context.settings
-    if settings.steps == 0:
-        raise _NothingFrozen(f"train.steps={settings.steps} trains nothing")
     if isinstance(splits.train, StreamedRows):
         raise InputError("the training examples are a stream (data.streaming=true)")
-    try:
-        if settings.cache_frozen == "auto" and not find_prefix(model).k:
-            raise _NothingFrozen("no block is frozen below all others")  # as usual
-        cache = cache_frozen(model, without_dropout=settings.cache_frozen is True)
-    except UnsupportedError as error:
-        raise _NothingFrozen(str(error)) from error
+    cache = cache_frozen(model, without_dropout=settings.cache_frozen is True)
     try:
         # the precision of training: it is part of a store's name, and of what the blocks compute
         with context.accelerator.autocast():
