@@ -1,64 +1,24 @@
 """Hooks through which a training loop drives methods and extra losses."""
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from petl.core.layers.context import ForwardContext
+from petl.core.losses import TrainingPart, loss_list
 from petl.core.model.heat_map import HEAT_MAPS, HeatMap, draw
 from petl.core.model.weight_changes import change_map
-from petl.core.spec.method import LossConfig
-from petl.core.support import Lacks
 from petl.core.tuners.asking import AskingTuner
 from petl.core.tuners.base import updated
 from petl.errors import InputError
 from petl.system.files.disk import as_json, write_atomic
-
-LOSSES = "petl_extra_losses"  # attribute of a PeftModel
-
-
-class TrainingPart(Protocol):
-    """Interface of what the lifecycle drives: an `AskingTuner`, or an extra loss on the model."""
-
-    context: ForwardContext
-
-    def prepare(self, batches: Iterable[Any]) -> None:
-        """Use training batches once, before the optimizer exists."""
-
-    def series(self) -> dict[str, float]:
-        """Return metrics of the last training forward for the log."""
-
-    def heat_maps(self) -> list[HeatMap]:
-        """Return maps of what it did, for the folder of a run."""
-
-
-class ExtraLoss(TrainingPart, Protocol):
-    """Interface of a loss term that is on a model in addition to its method.
-
-    Attributes:
-        allows_reentrant: True if it has a gradient under reentrant gradient checkpointing.
-    """
-
-    allows_reentrant: bool
-
-    @property
-    def lacks(self) -> Lacks:
-        """Its rows of the table of petl/core/support.py."""
-
-    @property
-    def config(self) -> LossConfig:
-        """The loss's config."""
-
-    def report(self, batches: Iterable[Any]) -> dict[str, float]:
-        """Return metrics over validation batches, to compare before and after training."""
 
 
 class Lifecycle:
@@ -299,17 +259,6 @@ def lifecycle(model: nn.Module) -> Lifecycle:
         InputError: it contains no PeftModel, or several.
     """
     return Lifecycle(model)
-
-
-def extra_losses(model: nn.Module) -> Sequence[ExtraLoss]:
-    """Return the extra losses on a model."""
-    return model.__dict__.get(LOSSES, ())
-
-
-def loss_list(model: PeftModel) -> list[ExtraLoss]:
-    """Return the list of extra losses on a PeftModel, to which one is attached by adding it."""
-    # in `__dict__`: PeftModel looks up unknown attributes in the base model
-    return model.__dict__.setdefault(LOSSES, [])
 
 
 def _peft_model(model: nn.Module) -> PeftModel:

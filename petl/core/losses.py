@@ -1,12 +1,54 @@
-"""Extra loss terms: read from the settings of a run, attached to a wrapped model."""
+"""Extra loss terms: read from the settings of a run, attached to a wrapped model, found on it."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 from peft import PeftModel
+from torch import nn
 
+from petl.core.layers.context import ForwardContext
+from petl.core.model.heat_map import HeatMap
 from petl.core.spec.config import require
 from petl.core.spec.method import WRAP_ONLY, LossConfig, build_loss, loss, require_effect
+from petl.core.support import Lacks
+
+LOSSES = "petl_extra_losses"  # attribute of a PeftModel
+
+
+class TrainingPart(Protocol):
+    """Interface of what the lifecycle drives: an `AskingTuner`, or an extra loss on the model."""
+
+    context: ForwardContext
+
+    def prepare(self, batches: Iterable[Any]) -> None:
+        """Use training batches once, before the optimizer exists."""
+
+    def series(self) -> dict[str, float]:
+        """Return metrics of the last training forward for the log."""
+
+    def heat_maps(self) -> list[HeatMap]:
+        """Return maps of what it did, for the folder of a run."""
+
+
+class ExtraLoss(TrainingPart, Protocol):
+    """Interface of a loss term that is on a model in addition to its method.
+
+    Attributes:
+        allows_reentrant: True if it has a gradient under reentrant gradient checkpointing.
+    """
+
+    allows_reentrant: bool
+
+    @property
+    def lacks(self) -> Lacks:
+        """Its rows of the table of petl/core/support.py."""
+
+    @property
+    def config(self) -> LossConfig:
+        """The loss's config."""
+
+    def report(self, batches: Iterable[Any]) -> dict[str, float]:
+        """Return metrics over validation batches, to compare before and after training."""
 
 
 def read(settings: Mapping[str, Any] | None) -> LossConfig | None:
@@ -41,3 +83,14 @@ def attach(model: PeftModel, config: LossConfig | None) -> Any:
         return None
     require_effect(config, type(model.base_model), type(model.active_peft_config))
     return loss(config.name).controller_cls(model, config)
+
+
+def extra_losses(model: nn.Module) -> Sequence[ExtraLoss]:
+    """Return the extra losses on a model."""
+    return model.__dict__.get(LOSSES, ())
+
+
+def loss_list(model: PeftModel) -> list[ExtraLoss]:
+    """Return the list of extra losses on a PeftModel, to which one is attached by adding it."""
+    # in `__dict__`: PeftModel looks up unknown attributes in the base model
+    return model.__dict__.setdefault(LOSSES, [])

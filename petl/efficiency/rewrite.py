@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from petl.core.layers.class_swap import SwappedClass, restore_class
-from petl.core.lifecycle import extra_losses
+from petl.core.losses import extra_losses
 from petl.core.support import Capability, Lacks, reason_of
 from petl.errors import UnsupportedError
 from petl.system.collectives import is_sharded

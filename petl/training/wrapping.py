@@ -8,8 +8,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
-from petl.core.lifecycle import extra_losses
-from petl.core.losses import attach
+from petl.core.losses import attach, extra_losses
 from petl.core.registry import (
     build_config,
     check_on_shapes,

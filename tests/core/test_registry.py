@@ -14,7 +14,7 @@ from torch import nn
 import petl
 from petl import testing
 from petl.core import compat
-from petl.core.lifecycle import extra_losses
+from petl.core.losses import extra_losses
 from petl.core.registry import method_of, needs_calibration
 
 

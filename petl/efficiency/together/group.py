@@ -30,7 +30,7 @@ from petl.core.layers.grouped import (
 )
 from petl.core.layers.layer import AdapterLayer
 from petl.core.layers.stack import Stack
-from petl.core.lifecycle import extra_losses
+from petl.core.losses import extra_losses
 from petl.core.parameters import trainable
 from petl.core.registry import refusal
 from petl.core.support import Capability

@@ -36,7 +36,7 @@ from torch.autograd.function import once_differentiable
 from petl.core.compat import AuxiliaryTrainingWrapper
 from petl.core.layers.class_swap import original_class
 from petl.core.layers.context import ForwardContext, is_encoder_decoder
-from petl.core.lifecycle import extra_losses, loss_list
+from petl.core.losses import extra_losses, loss_list
 from petl.core.model.heat_map import HeatMap
 from petl.core.model.modes import (
     checkpoints_reentrantly,

@@ -37,7 +37,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from petl.core.layers.context import ForwardContext
-from petl.core.lifecycle import extra_losses, loss_list
+from petl.core.losses import extra_losses, loss_list
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.model.modes import evaluation_mode, has_enabled_adapter
 from petl.core.spec.config import require
