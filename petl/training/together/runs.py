@@ -228,15 +228,16 @@ class RunGroup:
         self.together, self.steps = together, 0
         self._driver, self._bases = Together(), Bases()
 
-    def step(self, signal: int = 0) -> bool:
+    def step(self, asked: Callable[[], int] = int) -> bool:
         """Begin runs that have room, and make a step of each; return False if none is left.
 
         Args:
-            signal: which asks the runs to stop after this step, or 0.
+            asked: returns the signal that asks the runs to stop after this step, or 0.
         """
         self._admit()
         self._driver.step(self.live)  # without any, tensors get memory of their own
         self.steps += 1
+        signal = asked()  # which may have come during the step
         due = [bool(signal)]
         each(self.live, lambda job: due.append(job.after_step(self.steps)))
         over = [job for job in self.live if job.is_over or job.training.is_over]
@@ -299,7 +300,7 @@ def train_runs(jobs: Sequence[RunJob], together: int) -> int:
     """
     group = RunGroup(jobs, together)
     with StopRequest() as stop:
-        while group.step(stop.signal):
+        while group.step(lambda: stop.signal):
             pass
     return stop.signal
 
