@@ -18,6 +18,7 @@ from peft.mapping import (
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.boft.layer import get_fbd_cuda
+from peft.tuners.ln_tuning import LNTuningModel
 from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
 from peft.tuners.lora.conversion import _convert_module_to_lora
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -56,6 +57,7 @@ __all__ = [
     "LoraModel",
     "ModulesToSaveWrapper",
     "adapter_weights",
+    "adapts_norms",
     "add_method",
     "adjustments_refused",
     "calls_past_hooks",
@@ -178,6 +180,11 @@ def default_targets(tuner: type[Any], model_type: str | None) -> set[str] | str 
     table = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING  # of the only one without its own
     found = getattr(tuner, "target_module_mapping", table).get(model_type or "")
     return set(found) if isinstance(found, list) else found
+
+
+def adapts_norms(tuner: type[Any]) -> bool:
+    """Return True for the tuner whose targets are norms."""
+    return issubclass(tuner, LNTuningModel)
 
 
 def renamed_targets(config: Any, model: nn.Module) -> set[str]:

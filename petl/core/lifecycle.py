@@ -17,6 +17,7 @@ from petl.core.model.heat_map import HEAT_MAPS, HeatMap, draw
 from petl.core.model.weight_changes import change_map
 from petl.core.tuners.asking import AskingTuner
 from petl.core.tuners.base import updated
+from petl.core.tuners.gradients import watch_gradients
 from petl.errors import InputError
 from petl.system.files.disk import as_json, write_atomic
 
@@ -42,6 +43,7 @@ class Lifecycle:
         self.losses = loss_list(self.model)
         self.parts = [*own, *self.losses]
         self._aux_weight = 1.0
+        watch_gradients(self.model)
 
     @property
     def aux_weight(self) -> float:

@@ -18,6 +18,7 @@ from petl.core.compat import (
 )
 from petl.core.fingerprint import fingerprint, remember_base
 from petl.core.method import Calibration, Method, WrapContext
+from petl.core.model.coverage import log_coverage
 from petl.core.model.targets import (
     PRESETS,
     check_kinds,
@@ -44,6 +45,7 @@ from petl.core.spec.method import (
 )
 from petl.core.support import BASES, NO_CONVERSION, Capability, Conflict
 from petl.core.switching.tuner import apply_peft_fixes, enable_switching
+from petl.core.tuners.gradients import watch_gradients
 from petl.errors import (
     InputError,
     UnknownNameError,
@@ -213,6 +215,7 @@ def wrap(
             f"method {entry.name!r} does not use calibration data; leave calibration out"
         )
     resolve_blocks(config, model)
+    given = getattr(config, "target_modules", None)
     _choose_targets(entry, config, model)
     # before anything changes the model
     _check_shapes(entry, config, model)
@@ -247,6 +250,8 @@ def wrap(
             type(wrapped.get_base_model()).__name__,
             head,
         )
+    watch_gradients(wrapped)
+    log_coverage(wrapped, given, is_chosen=entry.own and given is None)
     return wrapped
 
 

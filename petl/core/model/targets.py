@@ -21,6 +21,7 @@ from petl.core.compat import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
     BaseTunerLayer,
+    adapts_norms,
     check_target_module_exists,
     default_targets,
     refused_names,
@@ -31,6 +32,7 @@ from petl.core.model.calls import FUSED_KINDS, IDLE, READ, fused_parent, place_o
 from petl.core.model.linear import LINEAR_KINDS, is_linear, refuse_other_kind
 from petl.core.model.parts import LANGUAGE, PARTS, PROJECTOR, language_path, names_of
 from petl.core.model.places import place
+from petl.core.parameters import is_norm
 from petl.core.spec.blocks import last_blocks
 from petl.core.spec.checks import BLOCKS
 from petl.errors import InputError, ModuleKindError, UnknownNameError, did_you_mean
@@ -339,7 +341,10 @@ def choose_default(config: Any, model: nn.Module, tuner: type[Any]) -> None:
         for name in names_of(LANGUAGE, names, language_path(model))
         if not isinstance(module := model.get_submodule(name), nn.Linear) or is_linear(module)
     ]
-    if not fits:
+    if not fits and adapts_norms(tuner):
+        norms = (name for name, module in model.named_modules() if is_norm(module))
+        set_targets(config, model, [name for name in norms if place(model, name) is not None])
+    elif not fits:
         config.target_modules = "block-linear"
         resolve_targets(config, model)
         # of (IA)3: the targets whose input is scaled instead of their output

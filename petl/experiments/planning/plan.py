@@ -13,6 +13,7 @@ from peft import PeftModel
 
 from petl.core.adapter_file import safetensors_bytes, saved_shapes
 from petl.core.lifecycle import lifecycle
+from petl.core.model.coverage import coverage_of
 from petl.core.model.heat_map import role_of
 from petl.core.parameters import trainable
 from petl.core.registry import build_config, method, refusal

@@ -116,6 +116,8 @@ def print_summary(run: Run) -> None:
         cost += f"; padding: {100 * scores['padding']:.1f} % of the computed positions"
     # lines are not wrapped, so that paths can be copied
     echo(cost)
+    if scores.get("coverage"):
+        echo(scores["coverage"]["summary"])
     echo(f"saved in {run.path / ADAPTER}")
     echo(f'to load it: import petl; model = petl.load(base, "{run.path / ADAPTER}")')
     if run.tracker and run.tracker.closing():
@@ -364,6 +366,7 @@ def facts(record: RunRecord) -> dict[str, str]:
     rows = {
         "trainable parameters": f"{scores['trainable_parameters']:,} (including a trained head)",
         "adapter parameters": f"{scores['adapter_parameters']:,}",
+        **({"coverage": scores["coverage"]["summary"]} if scores.get("coverage") else {}),
         "adapter file": f"{size(scores['adapter_bytes'])} ({scores['adapter_bytes']:,} bytes)",
         "length": f"{scores['steps']:,} steps, {scores['tokens']:,} {scores['unit']}",
         "time in the training loop": f"{duration(scores['seconds'])}, "

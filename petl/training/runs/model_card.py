@@ -303,6 +303,7 @@ def facts(it: Described) -> dict[str, str]:
         )
         values["optimizer"] = adamr_text(train)
         values["trainable parameters"] = f"{scores['trainable_parameters']:,}"
+        values["coverage"] = (scores.get("coverage") or {}).get("summary")
     for name in ("batch_size", "schedule", "precision", "seed"):
         values[name.replace("_", " ")] = train.get(name)
     if environment:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from petl.core.lifecycle import lifecycle
+from petl.core.model.coverage import coverage_of
 from petl.core.parameters import adapter_parameters
 from petl.core.spec.method import modifies_base_weights
 from petl.data.models.loading import save_processor
@@ -81,6 +82,9 @@ def finish(context: Context, state: TrainState, after: dict[str, float] | None) 
         "adapter_bytes": size,
         "time_split": run.timer.totals(),
     }
+    coverage = coverage_of(model)
+    if coverage is not None:
+        entries["coverage"] = {**asdict(coverage), "summary": str(coverage)}
     figures = lifecycle(model).figures()
     if figures:
         entries["method"] = figures

@@ -1,0 +1,171 @@
+"""Which share of a model's block weights its adapters reach, and which layers they do not.
+
+Counted are weights of at least two dimensions in the lists of layers: linear layers, experts, and
+convolutions over one place. Embeddings, biases, norms and convolutions over several places are not.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from peft import PeftModel
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
+from petl.core.layers.class_swap import AdapterDict
+from petl.core.model.calls import place_of
+from petl.core.model.parts import LANGUAGE, language_path, part_in
+from petl.core.model.places import Place, place
+from petl.core.parameters import quantization_of
+
+logger = logging.getLogger(__name__)
+LOW = 0.5  # a share below it is a warning
+SHOWN = 4  # kinds of layers that a line names
+
+
+class _Weight(NamedTuple):
+    """One weight: path of its module, entries, dimensions, whether it is adapted or quantized."""
+
+    path: str
+    size: int
+    stacked: bool
+    reached: bool
+    quantized: bool
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The share of block weights that the adapters of a model reach.
+
+    Attributes:
+        share: in [0, 1]; of a model of several parts, of those that have an adapter.
+        missed: shares that are not reached, by kind of layer, the largest first.
+        without: shares of all block weights of the parts that have no adapter.
+        stacked: the share of weights of experts in stacks among those that are not reached.
+        bare: blocks without an adapter.
+        full: share of weights in full precision; None if the base is not quantized.
+    """
+
+    share: float
+    missed: dict[str, float]
+    without: dict[str, float]
+    stacked: float = 0.0
+    bare: int = 0
+    full: float | None = None
+
+    def __str__(self) -> str:
+        text = f"adapters reach {_percent(self.share)} of the block weights"
+        kinds = [f"{kind} ({_percent(part)})" for kind, part in self.missed.items()]
+        if kinds:
+            more = f" and {len(kinds) - SHOWN} more kinds" if len(kinds) > SHOWN else ""
+            text += f"; not reached: {', '.join(kinds[:SHOWN])}{more}"
+        for part, share in self.without.items():
+            text += f"; no adapter on the part {part!r} ({_percent(share)} of all block weights)"
+        if self.full:
+            text += f"; {_percent(self.full)} of them are not quantized"
+        return text
+
+
+def coverage_of(model: PeftModel) -> Coverage | None:
+    """Return the coverage of the adapters of `model`; None for a method that adapts no weight."""
+    base = model.get_base_model()
+    places = {weight: place(base, weight.path) for weight in _weights(base, "")}
+    inside = {weight: where for weight, where in places.items() if where is not None}
+    counted = inside or places  # a model without lists of layers
+    if not any(weight.reached for weight in counted):
+        return None
+    language = language_path(base)
+    parts = {w: LANGUAGE if language is None else part_in(w.path, language) for w in counted}
+    adapted = {parts[weight] for weight in counted if weight.reached}
+    sizes, missed, without = Counter[bool](), Counter[str](), Counter[str]()
+    stacked = 0
+    for weight, where in counted.items():
+        if parts[weight] not in adapted:
+            without[parts[weight]] += weight.size
+            continue
+        sizes[weight.reached] += weight.size
+        if not weight.reached:
+            missed[_kind(weight.path, where)] += weight.size
+            stacked += weight.size * weight.stacked
+    all_blocks, with_adapters = (
+        {(w.stack, w.index) for each, w in inside.items() if parts[each] in adapted and take(each)}
+        for take in (lambda each: True, lambda each: each.reached)
+    )
+    total = sizes.total()
+    everything = total + without.total()
+    full = sum(w.size for w in counted if not w.quantized and parts[w] in adapted) / total
+    return Coverage(
+        sizes[True] / total,
+        {kind: size / total for kind, size in missed.most_common()},
+        {part: size / everything for part, size in without.most_common()},
+        stacked / max(sizes[False], 1),
+        len(all_blocks) - len(with_adapters),
+        full if quantization_of(base) else None,
+    )
+
+
+def log_coverage(model: PeftModel, given: Any, *, is_chosen: bool) -> None:
+    """Log the coverage of a wrapped model: a warning below LOW, unless it is what was asked for.
+
+    Asked for is a part of the blocks (`layers_to_transform`), and a low share of names that reach
+    every block and leave out linear layers only.
+
+    Args:
+        given: the targets as the user gave them.
+        is_chosen: the method finds its own places.
+    """
+    config: Any = model.active_peft_config
+    found = coverage_of(model)
+    # of a model without values, such as that of a plan, other places tell
+    if found is None or next(model.parameters()).device.type == "meta":
+        return
+    everything = given in ("all-linear", "block-linear", LANGUAGE)
+    named = not everything and not found.bare and found.stacked < LOW
+    asked = is_chosen or named or getattr(config, "layers_to_transform", None) is not None
+    low = found.share < LOW and not asked
+    logger.log(logging.WARNING if low else logging.INFO, "%s", found)
+
+
+def _weights(module: nn.Module, path: str) -> Iterator[_Weight]:
+    """Yield the weights of a base model, those under adapters included."""
+    adapted: set[str] = set()
+    inner: Any = module
+    while isinstance(inner, BaseTunerLayer):
+        # PEFT adapts single parameters of a module by layers around it
+        adapted.add(getattr(inner, "parameter_name", "weight"))
+        inner = vars(inner).get("base_layer") or inner._modules["base_layer"]
+    if isinstance(inner, AuxiliaryTrainingWrapper):  # trained in full
+        inner, adapted = inner.original_module, {"", *adapted}
+    if not isinstance(inner, nn.Embedding):
+        yield from _own_weights(inner, path, adapted)
+    for name, child in inner.named_children():
+        if not isinstance(child, AdapterDict):
+            for weight in _weights(child, f"{path}.{name}" if path else name):
+                yield weight._replace(reached=weight.reached or "" in adapted)
+
+
+def _own_weights(module: Any, path: str, adapted: set[str]) -> Iterator[_Weight]:
+    sides: int = getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
+    for name, parameter in module._parameters.items():
+        quantized = parameter is not None and not parameter.is_floating_point()
+        if parameter is None or parameter.dim() < 2 or "bias" in name:
+            continue
+        if isinstance(module, _ConvNd) and parameter[0, 0].numel() > 1:
+            continue
+        # packed weights have other shapes
+        size = sides if quantized and sides else parameter.numel()
+        reached = name in adapted or "" in adapted
+        # a module may have a matrix that is none of a linear layer
+        owner = f"{path}.{name}" if name != "weight" and parameter.dim() == 2 else path
+        yield _Weight(owner, size, parameter.dim() > 2, reached, quantized)
+
+
+def _kind(path: str, where: Place | None) -> str:
+    return place_of(path if where is None else where.name)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

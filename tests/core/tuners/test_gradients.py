@@ -1,0 +1,95 @@
+"""Trained tensors without a gradient are named once, in any loop."""
+
+import peft
+import pytest
+import torch
+from transformers import BartConfig, BartForCausalLM
+
+import petl
+from petl import testing
+
+
+def bart():
+    sizes = {"vocab_size": 64, "d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 48}
+    return BartForCausalLM(
+        BartConfig(**sizes, decoder_attention_heads=4, max_position_embeddings=64)
+    )
+
+
+def train(model, steps, *, lr=1e-2, unused=()):
+    """Take optimizer steps, without the gradients of tensors whose name has one of `unused`."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    tokens = torch.randint(1, 64, (2, 8), generator=torch.Generator().manual_seed(0))
+    for _ in range(steps):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in unused):
+                parameter.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_tensors_without_a_gradient_are_named_after_the_first_step_and_once(caplog):
+    model = peft.get_peft_model(bart(), peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    petl.lifecycle(model)
+    caplog.clear()
+    train(model, 1)
+    assert "8 of 16 trained tensors got no gradient in the first step" in caplog.text
+    assert "model.decoder.layers.*.encoder_attn.q_proj.lora_A.default.weight (2)" in caplog.text
+    caplog.clear()
+    petl.lifecycle(model)
+    train(model, 3)
+    assert not caplog.text
+
+
+def test_a_model_that_petl_wraps_needs_no_lifecycle(caplog):
+    model = petl.wrap(bart(), "lora", target_modules=["encoder_attn.q_proj", "fc1"])
+    caplog.clear()
+    train(model, 1)
+    assert "4 of 8 trained tensors got no gradient" in caplog.text
+
+
+def test_a_gradient_of_zero_is_named_after_the_second_step(caplog):
+    model = petl.wrap(testing.tiny_llama(), "lora", target_modules=["q_proj"])
+    for name, parameter in model.named_parameters():
+        if "layers.1" in name and "lora_" in name:
+            parameter.data.zero_()  # then neither A nor B ever trains
+    caplog.clear()
+    train(model, 1)
+    assert not caplog.text
+    train(model, 1)
+    assert "2 of 6 trained tensors got no gradient in 2 steps" in caplog.text
+
+
+def test_steps_without_a_learning_rate_do_not_count(caplog):
+    model = petl.wrap(testing.tiny_llama(), "lora", target_modules=["q_proj"])
+    caplog.clear()
+    train(model, 3, lr=0.0)
+    train(model, 3)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("place", ["experts", "mlp"])
+def test_experts_have_ten_steps(place, caplog):
+    model = petl.wrap(testing.tiny_llama(), "lora", target_modules=["up_proj"])
+    for layer in model.get_base_model().model.layers:
+        layer._modules = {place if k == "mlp" else k: m for k, m in layer._modules.items()}
+        vars(layer)["mlp"] = layer._modules[place]
+    caplog.clear()
+    train(model, 9, unused=["up_proj"])
+    assert not caplog.text  # an optimizer that shows no gradient at all says nothing
+    train(model, 9, unused=["layers.0"])
+    assert ("got no gradient" in caplog.text) == (place == "mlp")
+    train(model, 1, unused=["layers.0"])
+    assert "2 of 6 trained tensors got no gradient" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["lora", "dora", "vera", "mola", "pst", "sparse", "increlora", "dsee", "pela", "adapter"],
+)
+def test_no_method_is_accused(method, caplog):
+    model = petl.wrap(testing.tiny_llama(), method)
+    caplog.clear()
+    train(model, 12)
+    assert "got no gradient" not in caplog.text
