@@ -111,6 +111,8 @@ def plan(arguments: argparse.Namespace) -> None:
         print_table(("cheaper with", "saves", "result"), rows)
         echo()
     print_table(("this adapter supports", ""), planned.supports.items())
+    if planned.coverage is not None:
+        echo(str(planned.coverage))
     for note in planned.notes:
         echo(f"note: {note}")
 

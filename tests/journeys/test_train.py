@@ -63,6 +63,8 @@ def test_a_run_prints_its_scores_and_where_the_adapter_is(program, tiny, tmp_pat
         (line,) = lines
         assert f"{100 * scores[key]['accuracy']:.1f} %" in line
     assert f"trainable parameters: {scores['trainable_parameters']:,};" in out
+    assert scores["coverage"]["summary"] in out
+    assert "of the block weights" in (folder / "adapter" / "README.md").read_text()
     assert f"saved in runs/{folder.name}/adapter" in out
     assert "petl.load(base" in out
     assert "step 4/4" in err

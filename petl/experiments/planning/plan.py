@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from petl.core.adapter_file import safetensors_bytes, saved_shapes
 from petl.core.lifecycle import lifecycle
-from petl.core.model.coverage import coverage_of
+from petl.core.model.coverage import Coverage, coverage_of
 from petl.core.model.heat_map import role_of
 from petl.core.parameters import trainable
 from petl.core.registry import build_config, method, refusal
@@ -122,6 +122,7 @@ class RunPlan:
     cheaper: list[Saving] = field(default_factory=list)
     precision: str = ""  # of matrix products, in words; "": float32, as by default
     frozen: FrozenPlan | None = None  # blocks below the first trained one; None: there are none
+    coverage: Coverage | None = None  # of the block weights; None: the method adapts none
 
 
 def plan_run(cfg: DictConfig) -> RunPlan:
@@ -148,6 +149,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     # saved as the difference of two updates: twice the rank
     saved = saved_shapes(model, rank_factor=2 if modifies_base_weights(config) else 1)
     targets = targets_of(model, fields.get("target_modules"))
+    coverage = coverage_of(model)
     length = length_of(splits, settings)
     # tokens of padding are computed as well
     positions = (length.amount / (1 - length.padding), scored_positions(splits, settings))
@@ -189,6 +191,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         time=seconds,
         precision=described(run.precision) if settings.precision != "no" else "",
         frozen=frozen,
+        coverage=coverage,
         cheaper=savings(counted, [*upper_blocks(counted, fields), *of_passes]),
         supports=capabilities,
         memory=memory,

@@ -1,5 +1,6 @@
 """What a finished run leaves: the adapter with its card, pictures and scores."""
 
+from dataclasses import asdict
 from typing import Any
 
 from petl.core.lifecycle import lifecycle

@@ -165,6 +165,7 @@ def test_the_plan_equals_what_the_run_does(tiny, tmp_path):
     trained = sum(group.parameters for group in planned.groups)
     assert trained == finished.scores["trainable_parameters"]
     assert planned.file_bytes == finished.scores["adapter_bytes"]
+    assert str(planned.coverage) == finished.scores["coverage"]["summary"]
     assert planned.length.steps == finished.scores["steps"]
     assert planned.length.amount == finished.scores["tokens"]
     assert 0.1 < planned.length.padding < 0.6
