@@ -15,6 +15,7 @@ Needs `pip install -e '.[docs]'`; refresh and check do without it.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -435,6 +436,25 @@ def filled(text: str, made: dict[str, str]) -> str:
     return MARKS.sub(fill, text)
 
 
+def with_comments(text: str) -> str:
+    """Return configs/train.yaml with the meaning of each setting under `train` as its comment.
+
+    Raises:
+        ValueError: it lacks a setting, or has one that there is not.
+    """
+    from petl.training.runs.settings import TrainConfig
+
+    meaning = {each.name: each.metadata["help"] for each in dataclasses.fields(TrainConfig)}
+    before, mark, block = text.partition("\ntrain:\n")
+    own, end, after = block.partition("\nhydra:\n")
+    setting = re.compile(r"^  (\w+): (\S.*?) +# .*$", re.MULTILINE)
+    listed = {name for name, _ in setting.findall(own)}
+    if listed != set(meaning):
+        raise ValueError(f"configs/train.yaml: {sorted(listed ^ set(meaning))} differ")
+    own = setting.sub(lambda m: f"{f'  {m[1]}: {m[2]}':26} # {meaning[m[1]]}", own)
+    return before + mark + own + end + after
+
+
 def pages() -> dict[Path, tuple[str, str]]:
     """By page, its text and what the text should be; also of the verdicts in `petl methods`."""
     from claims.page import listed
@@ -447,6 +467,8 @@ def pages() -> dict[Path, tuple[str, str]]:
         text = path.read_text()
         if MARKS.search(text):
             found[path] = (text, filled(text, made))
+    settings = (CONFIGS / "train.yaml").read_text()
+    found[CONFIGS / "train.yaml"] = (settings, with_comments(settings))
     found[verdicts.FILE] = (verdicts.FILE.read_text(), json.dumps(listed(), indent=1) + "\n")
     return found
 

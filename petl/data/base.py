@@ -15,7 +15,8 @@ from petl.data import SOURCES
 from petl.data.tasks import TASKS
 from petl.data.tasks.base import Task
 from petl.errors import InputError, choose
-from petl.system.settings.schema import plain, read_fields
+from petl.system.settings.schema import plain
+from petl.system.values import read_fields
 
 BY_CLASS = "by_class"  # value of data.order
 ENCODED_TOGETHER = 100  # rows of a call of `Task.encode_rows`; assumption

@@ -22,7 +22,7 @@ from petl.data.tasks.multitask import MultitaskClassification
 from petl.data.validation import Choose, LazySourceRows, Row, every, label, read, require, text
 from petl.errors import InputError, did_you_mean, shown
 from petl.system.files.paths import file_of, path_of
-from petl.system.settings.schema import read_fields
+from petl.system.values import read_fields
 
 
 def read_inputs(

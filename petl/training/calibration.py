@@ -11,7 +11,7 @@ from petl.data.base import as_dataset, read_data
 from petl.data.models.loading import load_processor
 from petl.data.models.sources import ModelSource
 from petl.data.streaming import StreamedRows
-from petl.system.settings.schema import read_fields
+from petl.system.values import read_fields
 from petl.training.calibration_data import CalibrationBatches, CalibrationData
 from petl.training.dataloader import Splits
 

@@ -39,7 +39,6 @@ from petl.system.settings.command_line import (
     users_dir,
     with_quoted_templates,
 )
-from petl.system.settings.schema import RENAMED, unknown_setting
 
 # the extra with each launcher of Hydra, by the first word of its name (submitit_slurm)
 LAUNCHERS = {"submitit": "cluster", "joblib": "cluster", "ray": "ray"}
@@ -158,8 +157,6 @@ def explain_missing_file(
 
 def explain_key(key: str, overrides: Sequence[str], config: str = CONFIG) -> str:
     """Explain why a setting cannot be overridden."""
-    if key in RENAMED:
-        return str(unknown_setting(key, {}))
     if key in (*groups(), *OWN_GROUPS.get(config, ())) and plus(key):
         return f"the {key} is added with a plus: write +{key}=NAME instead of {key}=NAME"
     group, _, name = key.rpartition(".")

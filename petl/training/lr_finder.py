@@ -27,8 +27,9 @@ from petl.core.model.heat_map import save_figure
 from petl.errors import InputError, RunStopped
 from petl.system.collectives import is_sharded, on_main
 from petl.system.files.disk import UNFINISHED, as_json, remove, stop_when_full, write_atomic
-from petl.system.files.read import mismatch, read_json
+from petl.system.files.read import read_json
 from petl.system.progress import Shown
+from petl.system.values import type_problem
 from petl.training.dataloader import load
 from petl.training.distributed.launch import gathered
 from petl.training.evaluate import for_training
@@ -95,7 +96,7 @@ class LrFinder(RunFeature):
         found = scores.get(cls.key)
         if found is None:
             return None
-        problem = mismatch(found, FoundRate)
+        problem = type_problem(found, FoundRate)
         if problem:
             raise InputError(f"{folder / SCORES} cannot be used: {cls.key}: {problem}")
         pictures = [PICTURE] if (folder / PICTURE).is_file() else []

@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from petl.data import SOURCES
-from petl.system.settings.schema import read_fields
+from petl.system.values import read_fields
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 # what the reader has to say

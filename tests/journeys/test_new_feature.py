@@ -22,15 +22,15 @@ FEATURE = '''
 from dataclasses import dataclass
 
 from petl.errors import InputError
-from petl.system.settings.schema import integer, real, setting
+from petl.system.values import field, integer, real
 from petl.training.features import FEATURES, RunFeature
 from petl.training.features.section import Curve, Lines, Section
 
 
 @dataclass(frozen=True)
 class Settings:
-    every: int = setting(1, integer(1))
-    strength: float = setting(1.0, real(0))
+    every: int = field(1, integer(1))
+    strength: float = field(1.0, real(0))
 
 
 class Thermometer(RunFeature):

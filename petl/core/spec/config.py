@@ -2,11 +2,10 @@
 
 import dataclasses
 import math
-import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
+from types import NoneType
 from typing import Any, ClassVar
 
 from peft import PeftConfig
@@ -14,117 +13,20 @@ from peft.utils import CONFIG_NAME, PeftType
 
 from petl.core.compat import saved_type
 from petl.core.spec import blocks
-from petl.core.spec.checks import BLOCKS, check_rank, conforms, hints_of, is_finite, rank_of
+from petl.core.spec.checks import BLOCKS, check_rank, config_hints, rank_of
 from petl.errors import InputError, shown
 from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.read import read_json
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """The values that a number or a choice may take; `str(bounds)` is the end of a message.
-
-    >>> str(Bounds(ge=1)), str(Bounds(ge=0, lt=1)), str(Bounds(choices=("linear", "cosine")))
-    ('at least 1', 'in [0, 1)', 'one of linear, cosine')
-
-    Attributes:
-        ge, gt: lower bound, inclusive or exclusive; at most one of them.
-        le, lt: upper bound, inclusive or exclusive; at most one of them.
-        choices: all allowed values; of a list, those that its entries may take.
-        reason: end of the message, after a colon.
-    """
-
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
-    choices: tuple[Any, ...] = ()
-    reason: str = ""
-
-    def __bool__(self) -> bool:
-        return bool(self.choices) or self.is_numeric
-
-    def __str__(self) -> str:
-        if self.choices:
-            return f"one of {', '.join(map(str, self.choices))}"
-        lower = self.gt if self.ge is None else self.ge
-        upper = self.lt if self.le is None else self.le
-        if lower is not None and upper is not None:
-            opening, closing = "(["[self.gt is None], ")]"[self.lt is None]
-            return f"in {opening}{lower}, {upper}{closing}"
-        if lower is not None:
-            return f"{'at least' if self.gt is None else 'above'} {lower}"
-        return f"{'at most' if self.lt is None else 'below'} {upper}"
-
-    @property
-    def is_numeric(self) -> bool:
-        """True if there is a lower or an upper bound."""
-        return any(bound is not None for bound in (self.ge, self.gt, self.le, self.lt))
-
-    def check(self, name: str, value: Any, *, integer: bool = False) -> None:
-        """Raise InputError if field `name` may not have this value.
-
-        Args:
-            integer: refuse numbers that are not of type int, such as 2.0.
-        """
-        wrong = self._wrong_type(value, integer) or self._out_of_bounds(value, integer)
-        if wrong:
-            raise InputError(f"{name}={value!r} {wrong}{self.reason and f': {self.reason}'}")
-
-    def _wrong_type(self, value: Any, integer: bool) -> str:
-        if self.choices or not (integer or self.is_numeric):
-            return ""
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        # 2.0 is refused as well: torch does not take it as a size
-        if integer and not (is_number and isinstance(value, int)):
-            return "is not an integer"
-        if not is_number:
-            return "is not a number"
-        return "" if math.isfinite(value) else "is not a finite number"
-
-    def _out_of_bounds(self, value: Any, integer: bool) -> str:
-        if self.choices:
-            # of a list, each entry is a choice
-            is_list = isinstance(value, list | tuple | set)
-            for entry in value if is_list else [value]:
-                known = entry in self.choices and (not integer or type(entry) is int)
-                if not known:  # True and 1.0 equal 1
-                    return f"has {entry!r}, which is not {self}" if is_list else f"is not {self}"
-        inside = (
-            (self.ge is None or value >= self.ge)
-            and (self.gt is None or value > self.gt)
-            and (self.le is None or value <= self.le)
-            and (self.lt is None or value < self.lt)
-        )
-        return "" if inside else f"is not {self}"
-
-
-def bounds_of(field: dataclasses.Field) -> Bounds:
-    """The bounds that `config_field` declared for a field; empty (false) if there are none."""
-    return field.metadata.get("bounds", Bounds())
-
-
-def check_bounds(config: Any, skip: Collection[str] = ()) -> None:
-    """Raise InputError for the first field of a config whose value its bounds do not allow.
-
-    None is allowed where the annotation has it. A field annotated `int` takes no fraction, so one
-    that may have a fraction, such as lora_alpha, is to be annotated `float`.
-
-    Args:
-        skip: names of fields that are not checked.
-    """
-    for field in dataclasses.fields(config):
-        bounds, value = bounds_of(field), getattr(config, field.name)
-        # annotations are compared as text: configs may postpone their evaluation
-        types = [part.strip() for part in annotation(field).split("|")]
-        if not bounds or field.name in skip or (value is None and "None" in types):
-            continue
-        bounds.check(field.name, value, integer="int" in types and "float" not in types)
-
-
-def annotation(field: dataclasses.Field) -> str:
-    """A field's annotation as it is written in source code, such as "int | None"."""
-    return field.type.__name__ if isinstance(field.type, type) else str(field.type)
+from petl.system.values import (
+    FREE,
+    bounded,
+    check_rules,
+    field,
+    is_finite,
+    one_of,
+    type_name,
+    type_problem,
+)
 
 
 def config_field(
@@ -146,11 +48,11 @@ def config_field(
         ge, gt, le, lt: bounds of a number: at least, above, at most, below.
         choices: the allowed values; of a list, of its entries.
     """
-    bounds = Bounds(ge, gt, le, lt, tuple(choices))
-    metadata = {"help": text, "bounds": bounds} if bounds else {"help": text}
-    if isinstance(default, list | dict):  # a copy for each config: they are mutable
-        return dataclasses.field(default_factory=default.copy, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    options = tuple(choices)
+    if options:
+        return field(default, one_of(*options), text)
+    has_bound = any(bound is not None for bound in (ge, gt, le, lt))
+    return field(default, bounded(ge, gt, le, lt) if has_bound else FREE, text)
 
 
 @dataclass
@@ -205,7 +107,7 @@ class MethodConfig(PeftConfig):
         super().__post_init__()
         # PEFT's `__post_init__` does not set it
         self.peft_type = PeftType[f"PETL_{self.method.upper()}"]
-        check_bounds(self)
+        check_rules(self)
         self.check()
 
     def check(self) -> None:
@@ -281,9 +183,10 @@ def require(condition: bool, message: str) -> None:
 
 
 LR = 1e-3  # default peak learning rate of most methods
-DROPOUT = Bounds(ge=0, lt=1)
-ALPHA = Bounds(gt=0, reason="it scales the update")
-RANK = Bounds(ge=1)
+DROPOUT = bounded(ge=0, lt=1)
+ALPHA = bounded(gt=0, reason="it scales the update")
+RANK = bounded(ge=1)
+RANK_OR_NONE = bounded(ge=0)  # PEFT's OFT has r=0 and takes a block size instead
 
 
 def check_values(config_cls: type[Any], fields: Mapping[str, Any]) -> None:
@@ -294,26 +197,24 @@ def check_values(config_cls: type[Any], fields: Mapping[str, Any]) -> None:
             field, its value and what is allowed.
     """
     known = {field.name: field for field in dataclasses.fields(config_cls)}
-    hints = hints_of(config_cls)
+    hints = config_hints(config_cls)
     for name, value in fields.items():
         if name == "r" and isinstance(value, float | int) and not isinstance(value, bool):
-            # PEFT's OFT has r=0 and takes a block size instead
-            Bounds(ge=0 if known[name].default == 0 else 1).check(name, value, integer=True)
-        # PEFT annotates lora_alpha as int, but takes fractions
-        hint = float if hints[name] is int and name.endswith("alpha") else hints[name]
+            (RANK if known[name].default else RANK_OR_NONE).check(name, value, int)
+        hint = hints[name]
         if not is_finite(value):
             raise InputError(f"{name}={shown(value)} is not a finite number")
         # a field of type None is not supported, for which its config gives the reason
-        if hint is not NoneType and not conforms(value, hint):
+        if hint is not NoneType and type_problem(value, hint):
             raise InputError(f"{name}={shown(value)} is not of type {type_name(hint)}")
         if value is None:
             continue
         if name == BLOCKS and isinstance(value, str):
             blocks.parse(value)
         if name.endswith("dropout"):
-            DROPOUT.check(name, value)
+            DROPOUT.check(name, value, float)
         if name.endswith("alpha"):
-            ALPHA.check(name, value)
+            ALPHA.check(name, value, float)
         _check_pattern(name, value)
 
 
@@ -324,14 +225,5 @@ def _check_pattern(name: str, value: Any) -> None:
     for key, number in value.items():
         is_mask = isinstance(number, list) and all(isinstance(kept, bool) for kept in number)
         if not is_mask:
-            bounds, is_rank = (RANK, True) if name == "rank_pattern" else (ALPHA, False)
-            bounds.check(f"{name}[{key!r}]", number, integer=is_rank)
-
-
-def type_name(hint: Any) -> str:
-    """Return a type as it is written in an annotation, such as "list[str] | None"."""
-    if isinstance(hint, type) and not typing.get_args(hint):
-        return "None" if hint is NoneType else hint.__name__
-    if typing.get_origin(hint) in (typing.Union, UnionType):
-        return " | ".join(map(type_name, typing.get_args(hint)))
-    return str(hint).replace("typing.", "")
+            rule, hint = (RANK, int) if name == "rank_pattern" else (ALPHA, float)
+            rule.check(f"{name}[{key!r}]", number, hint)

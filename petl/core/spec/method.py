@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from petl.core.compat import calls_past_hooks
-from petl.core.spec.config import check_bounds, config_field
+from petl.core.spec.config import config_field
 from petl.errors import InputError, UnknownNameError, UnsupportedError, choose, did_you_mean
+from petl.system.values import check_rules
 
 # values of init_lora_weights, or how they begin ("pissa_niter_16")
 MODIFIES_BASE_WEIGHTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -42,7 +43,7 @@ class LossConfig:
     method_config: dict[str, Any] = config_field("only for petl.wrap: fields of that method", {})
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_rules(self)
         self.check()
 
     def check(self) -> None:

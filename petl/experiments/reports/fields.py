@@ -14,7 +14,7 @@ from peft import PeftConfig
 from petl.core.method import Method
 from petl.core.registry import METHODS, get
 from petl.core.spec.blocks import MEANING
-from petl.core.spec.checks import BLOCKS, hints_of
+from petl.core.spec.checks import BLOCKS, config_hints
 
 # fields that PEFT and `petl train` fill in, not the user
 BOOKKEEPING = frozenset(field.name for field in dataclasses.fields(PeftConfig))
@@ -61,7 +61,7 @@ def fields_of(name: str, preset: Mapping[str, Any]) -> list[Field]:
     """
     config_cls = get(name)
     defaults = METHODS[name].defaults if name in METHODS else {}
-    types = hints_of(config_cls)
+    types = config_hints(config_cls)
     return [
         _describe(config_cls, field, types[field.name], defaults, preset)
         for field in dataclasses.fields(config_cls)

@@ -31,7 +31,8 @@ from petl.generation.inference.prompts import read_prompts
 from petl.system.collectives import number
 from petl.system.files.disk import atomic_folder, write_atomic
 from petl.system.files.outputs import check_output
-from petl.system.settings.schema import plain, read_fields
+from petl.system.settings.schema import plain
+from petl.system.values import read_fields
 from petl.training.distributed.launch import number_of_processes, start
 
 CARD = "README.md"

@@ -9,10 +9,11 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from petl.core.method import Method
-from petl.core.spec.config import check_bounds, check_values, config_field, require
+from petl.core.spec.config import check_values, config_field, require
 from petl.errors import InputError
 from petl.methods.families import inner as core_inner
 from petl.ops.quantize import BITS
+from petl.system.values import check_rules
 
 DEFAULT_INNER = "adapter"
 FORMATS = ("packed", "stacked", "latent")
@@ -103,7 +104,7 @@ class BinaryConfig(PeftConfig):
         self.peft_type = PeftType[f"PETL_{self.method.upper()}"]
         self.exclude_params = list(self.exclude_params)  # from a tuple or OmegaConf's list
         self.bits_pattern = dict(self.bits_pattern)
-        check_bounds(self)  # PEFT's own configs do not
+        check_rules(self)  # PEFT's own configs do not
         require(
             self.head_module is None or self.head_bits is not None,
             f"head_module={self.head_module!r} has no effect without head_bits; set head_bits too",

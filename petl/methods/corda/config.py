@@ -10,7 +10,8 @@ from peft.utils import PeftType
 
 from petl.core.compat import get_pattern_key
 from petl.core.spec.checks import rank_of
-from petl.core.spec.config import check_bounds, config_field, require
+from petl.core.spec.config import config_field, require
+from petl.system.values import check_rules
 
 PEFT_TYPE = "PETL_CORDA"
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -91,7 +92,7 @@ class CordaConfig(LoraConfig):
 
     def check(self) -> None:
         """Raise InputError for values out of bounds, or wrong together."""
-        check_bounds(self)  # PEFT's own configs do not
+        check_rules(self)  # PEFT's own configs do not
         require(
             self.rank_budget is None or self.corda_method == "kpm",
             f"rank_budget={self.rank_budget} chooses among trailing components, so it needs "

@@ -38,10 +38,11 @@ from petl.core.model.targets import candidate_names, in_layers, resolve_targets
 from petl.core.serving.mixed_batch import BatchedAdapter
 from petl.core.serving.stacked_adapter import stacked
 from petl.core.spec.checks import check_rank, rank_of
-from petl.core.spec.config import MethodConfig, bounds_of, config_field, require
+from petl.core.spec.config import MethodConfig, config_field, require
 from petl.core.switching.norms import original_norms
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, did_you_mean
+from petl.system.values import rule_of
 
 LOCATIONS = (*KINDS, BLOCK)
 PLACEMENTS = ("sequential", "parallel", "parallel_residual")
@@ -87,7 +88,7 @@ class SubLayerConfig(MethodConfig):
     def check(self) -> None:
         locations: Any = self.locations  # one name from a command line, a tuple from code
         self.locations = [locations] if isinstance(locations, str) else list(locations)
-        allowed = ", ".join(bounds_of(self.__dataclass_fields__["locations"]).choices)
+        allowed = ", ".join(rule_of(self.__dataclass_fields__["locations"]).options)
         require(bool(self.locations), f"locations=[] is empty; name some of {allowed}")
         self._check_width()
         check_activation(self.non_linearity)

@@ -18,7 +18,7 @@ from petl.data.batch_sampler import permutation
 from petl.data.tasks.base import Pad, pad_id
 from petl.data.tasks.chat import unpacked
 from petl.errors import InputError
-from petl.system.settings.schema import read_fields
+from petl.system.values import read_fields
 from petl.training.calibration_data import CalibrationBatches, CalibrationData
 from petl.training.dataloader import Batch, Splits, hold_out, numbered
 from petl.training.runs.config import RunConfig

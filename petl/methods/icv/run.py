@@ -11,7 +11,7 @@ from petl.data.tasks.scores import is_percentage
 from petl.errors import InputError
 from petl.methods.icv.demonstrations import demonstrations, held_rows, settings_of
 from petl.methods.icv.strengths import STRENGTHS, best_strength, scores_by_strength
-from petl.system.files.read import mismatch
+from petl.system.values import type_problem
 from petl.training.features import Context, Fields, RunFeature, Setup
 from petl.training.features.section import Curve, Lines, Section
 from petl.training.runs.records import SCORES
@@ -76,7 +76,7 @@ class Strengths(RunFeature):
         found = scores.get(cls.key)
         if found is None:
             return None
-        problem = mismatch(found, StrengthScores)
+        problem = type_problem(found, StrengthScores)
         if problem:
             raise InputError(f"{folder / SCORES} cannot be used: {cls.key}: {problem}")
         metric, used, rows = found["metric"], found["used"], found["rows"]

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from petl.core.method import Method
 from petl.core.model.structure import block_widths
-from petl.core.spec.config import MethodConfig, check_bounds, check_values, config_field, require
+from petl.core.spec.config import MethodConfig, check_values, config_field, require
 from petl.errors import ModuleKindError, UnsupportedError
 from petl.methods.families import inner as core_inner
 from petl.methods.pyra.blocks import check_form
+from petl.system.values import check_rules
 
 UNSUPPORTED_INNER = {  # by method, the reason that an error gives
     "pyra": "it is the outer method",
@@ -99,7 +100,7 @@ class PyraConfig(PeftConfig):
         check_values(type(self), {f.name: getattr(self, f.name) for f in fields(self)})
         super().__post_init__()
         self.peft_type = PeftType[f"PETL_{self.method.upper()}"]
-        check_bounds(self)
+        check_rules(self)
         given: Any = self.schedule  # a tuple or OmegaConf's list, too
         if isinstance(given, str):
             require(given in SCHEDULES, f"schedule={given!r} is not low, high or a list of numbers")

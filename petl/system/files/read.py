@@ -5,42 +5,27 @@ It is a regular file in UTF-8 of bounded size and depth, and each key of a mappi
 Anything else is an `InputError` of one line that names the file, the reason and, where a `shape` is
 asked for, the field.
 
-A shape is an annotation: a plain type, `list[T]`, `dict[str, T]`, a union, a TypedDict (entries
-that it does not name are allowed) or a dataclass (they are not). `float` is a finite number,
-`numbers.Real` any number, also NaN.
+A shape is an annotation, as `petl.system.values.type_problem` takes it.
 """
 
 import json
-import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, fields, is_dataclass
-from numbers import Real
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any
 
 import yaml
 
 from petl.errors import InputError, described
 from petl.system.files.disk import MAX_DEPTH, TOO_DEEP, check_bounds, open_regular
+from petl.system.values import type_problem
 
 MAX_BYTES = 16 * 2**20  # of a JSON file; those of large runs have less than 1 MB
 MAX_YAML_BYTES = 2**19  # the slowest of this size take 4 s (measured)
 MAX_LOG_BYTES = 256 * 2**20  # of a JSON Lines file, about a million lines of a log
 MAX_DIGITS = 70  # that 64 bits have in any notation, in binary with a sign and a prefix
-WORDS = {
-    dict: "a mapping",
-    list: "a list",
-    str: "text",
-    int: "an integer",
-    float: "a finite number",
-    Real: "a number",
-    bool: "true or false",
-    NoneType: "null",
-}
 
 
 # Files
@@ -262,79 +247,7 @@ def with_shape(value: Any, shape: Any) -> Any:
     Raises:
         ValueError: it has another; the message names the field.
     """
-    problem = mismatch(value, shape)
+    problem = type_problem(value, shape)
     if problem:
         raise ValueError(problem)
     return value
-
-
-def mismatch(value: Any, shape: Any, place: str = "") -> str:
-    """Return how a value differs from a shape, or "" if it has it.
-
-    Args:
-        place: the name of the field, such as "after.accuracy".
-    """
-    if shape is Any:
-        return ""
-    origin, arguments = get_origin(shape), get_args(shape)
-    if origin in (Union, UnionType):
-        problems = [mismatch(value, each, place) for each in arguments]
-        # that of the kind of value which it is, if there is one
-        return "" if "" in problems else max(problems, key=lambda text: _is_inside(text, place))
-    if is_typeddict(shape):
-        return _misfit_entries(value, get_type_hints(shape), shape.__required_keys__, place)
-    if is_dataclass(shape):
-        return _misfit_dataclass(value, shape, place)
-    kind = origin or shape
-    if not _is_a(value, kind):
-        return f"{place or 'the content'} is {described(value)}, not {WORDS[kind]}"
-    if kind is dict and arguments:
-        return _first(mismatch(v, arguments[1], _join(place, k)) for k, v in value.items())
-    if kind is list and arguments:
-        return _first(mismatch(v, arguments[0], f"{place}[{i}]") for i, v in enumerate(value))
-    return ""
-
-
-def _misfit_entries(value: Any, shapes: Mapping[str, Any], required: Iterable[str], at: str) -> str:
-    """Return how the entries of a mapping differ from `shapes`, or ""."""
-    if not isinstance(value, dict):
-        return f"{at or 'the content'} is {described(value)}, not {WORDS[dict]}"
-    for key in sorted(required):
-        if key not in value:
-            return f"{at or 'it'} has no {key}"
-    present = (key for key in shapes if key in value)
-    return _first(mismatch(value[key], shapes[key], _join(at, key)) for key in present)
-
-
-def _misfit_dataclass(value: Any, kind: Any, place: str) -> str:
-    """Return why a mapping does not hold the fields of a dataclass, or ""."""
-    hints = get_type_hints(kind)
-    optional = (MISSING, MISSING)
-    required = [f.name for f in fields(kind) if (f.default, f.default_factory) == optional]
-    unknown = [key for key in value if key not in hints] if isinstance(value, dict) else []
-    if unknown:
-        return f"{_join(place, unknown[0])} is unknown"
-    return _misfit_entries(value, hints, required, place)
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-    """Return True if a value is of a plain type; true and false are no numbers."""
-    if isinstance(value, bool):
-        return kind is bool
-    if kind is float:
-        return isinstance(value, int | float) and math.isfinite(value)
-    return isinstance(value, kind)
-
-
-def _is_inside(problem: str, place: str) -> bool:
-    """Return True if a problem is that of an entry of the value at `place`."""
-    return problem.startswith((f"{place}.", f"{place}[")) if place else " is " not in problem
-
-
-def _first(problems: Iterable[str]) -> str:
-    return next(filter(None, problems), "")
-
-
-def _join(place: str, key: Any) -> str:
-    name = key if str(key).isidentifier() else described(key)
-    return f"{place}.{name}" if place else str(name)

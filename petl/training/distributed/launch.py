@@ -33,7 +33,7 @@ from petl.core.parameters import quantization_of, trainable
 from petl.errors import InputError, choose
 from petl.system.collectives import is_sharded, to_full, to_shards
 from petl.system.imports.extras import need_extra
-from petl.system.settings.schema import read_fields
+from petl.system.values import read_fields
 from petl.training.distributed.precision import check_bf16
 
 # environment variables of `accelerate launch` that choose a kind

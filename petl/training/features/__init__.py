@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from petl.core.registry import METHODS
 from petl.errors import InputError
-from petl.system.settings.schema import check_rules, read_fields
+from petl.system.values import check_rules, read_fields
 from petl.training.distributed.launch import on_device
 from petl.training.features.section import Section
 from petl.training.runs.method_fields import method_fields

@@ -20,7 +20,7 @@ from petl.errors import InputError
 from petl.system.collectives import on_main
 from petl.system.files.disk import as_json, stop_when_full, write_atomic
 from petl.system.files.read import read_json
-from petl.system.settings.schema import LARGEST
+from petl.system.values import LARGEST
 from petl.training.dataloader import Rows, longest_first
 from petl.training.evaluate import Part, one_pass
 from petl.training.features import Context, RunFeature

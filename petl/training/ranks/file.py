@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 from petl.errors import InputError
 from petl.system.files.read import read_json
-from petl.system.settings.schema import LARGEST
+from petl.system.values import LARGEST
 from petl.training.ranks.bars import Bar, Bars, draw_bars
 
 RANKS = "ranks.json"

@@ -45,7 +45,8 @@ from petl.system.files.disk import (
     write_json,
 )
 from petl.system.files.paths import why_impossible
-from petl.system.files.read import mismatch, parse_json, read_json
+from petl.system.files.read import parse_json, read_json
+from petl.system.values import type_problem
 from petl.training.runs.records import METRICS, read_log
 from petl.training.runs.settings import TrainConfig
 
@@ -192,7 +193,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         InputError: as `verify`; or the state is not that of a run.
     """
     state = verify(checkpoint)
-    problem = mismatch(state, State)
+    problem = type_problem(state, State)
     if problem:
         raise InputError(f"{checkpoint / STATE} cannot be used: {problem}")
     return state
@@ -414,7 +415,7 @@ def restore_optimizer(checkpoint: Path, optimizer: Optimizer, model: PeftModel) 
     for group, fresh in zip(stored["groups"], optimizer.param_groups, strict=True):
         # of the type that the new optimizer has for each option
         kinds = {key: OPTIONS.get(type(fresh.get(key)), Any) for key in group}
-        problems = [mismatch(group[key], kind, key) for key, kind in kinds.items()]
+        problems = [type_problem(group[key], kind, key) for key, kind in kinds.items()]
         if any(problems):
             raise InputError(f"{file} cannot be used: {max(problems)}")
         # JSON turned the tuple of betas into a list

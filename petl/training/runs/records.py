@@ -12,8 +12,9 @@ from typing import Any, NotRequired, TypedDict
 
 from petl.data.tasks.scores import COUNTS, PROPORTIONS
 from petl.errors import InputError
-from petl.system.files.read import mismatch, read_json, read_json_lines, read_yaml
+from petl.system.files.read import read_json, read_json_lines, read_yaml
 from petl.system.settings.schema import flat, with_new_names
+from petl.system.values import type_problem
 
 CONFIG, SCORES, REPORT = "config.yaml", "scores.json", "report.html"
 ADAPTER = "adapter"  # the folder of the adapter in that of a run
@@ -122,7 +123,7 @@ def read_scores(run: Path) -> dict[str, Any]:
     scores = read_json(run / SCORES, dict[str, Any])
     # an older name of it; the order of entries is kept
     scores = {"linear_probe" if key == "frozen_head" else key: scores[key] for key in scores}
-    problem = mismatch(scores, Scores)
+    problem = type_problem(scores, Scores)
     if problem:
         raise InputError(f"{run / SCORES} cannot be used: {problem}")
     return scores
@@ -230,7 +231,7 @@ def read_log(file: Path) -> list[dict[str, Any]]:
     lines = read_json_lines(file, LogLine)
     for number, line in enumerate(lines, start=1):
         # checked as part of LogLine; the number in its place passes
-        problem = mismatch({**line, "validation": 0}, dict[str, Real])
+        problem = type_problem({**line, "validation": 0}, dict[str, Real])
         if problem:
             raise InputError(f"{file}, line {number}, cannot be used: {problem}")
     return lines

@@ -21,7 +21,8 @@ from petl.data.models.sources import read_source
 from petl.data.task_sets import SOURCE, with_sets
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 from petl.system.imports.peft_hook import import_modules
-from petl.system.settings.schema import LARGEST, plain
+from petl.system.settings.schema import plain
+from petl.system.values import LARGEST
 from petl.training.distributed.launch import Launch, read_launch
 from petl.training.features import FEATURES, features_of
 from petl.training.runs.config import GROUPS, RunConfig

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -12,17 +12,8 @@ from petl.core.spec.config import LR
 from petl.errors import InputError
 from petl.system.files.paths import file_of, why_impossible
 from petl.system.files.read import read_yaml
-from petl.system.settings.schema import (
-    LARGEST,
-    Rule,
-    check_rules,
-    integer,
-    one_of,
-    plain,
-    read_fields,
-    real,
-    setting,
-)
+from petl.system.settings.schema import plain
+from petl.system.values import LARGEST, Rule, check_rules, field, integer, one_of, read_fields, real
 from petl.training.distributed.precision import automatic
 
 ANY_PATH = Rule("a path", lambda value: not why_impossible(value))
@@ -44,190 +35,208 @@ VALIDATION_FRACTION = 0.1  # of the training examples, with eval_steps and no va
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a run trains: the settings under `train`.
+    """How a run trains: the settings under `train`, which configs/train.yaml lists."""
 
-    The first sentence of each field's docstring is its comment in configs/train.yaml.
+    epochs: float = field(3.0, real(0, above=True), "passes over the training examples")
+    steps: int | None = field(None, integer(0), "number of optimizer steps, instead of epochs")
+    """0 is for methods that compute the adapter without training (icv), and for them alone."""
+    batch_size: int = field(32, integer(1), "global batch size: examples per optimizer step")
+    """It counts all processes and all micro-batches of a step."""
+    micro_batch_size: int | None = field(
+        None, integer(1), "maximum examples per forward pass of a process; null: no limit"
+    )
+    """A smaller value than a process's part of batch_size means gradient accumulation."""
+    buckets: int | str | None = field(
+        "auto",
+        AUTO_OR_COUNT,
+        "length-bucketed batching: about how many lengths to sort examples into, or auto",
+    )
+    """Each step holds examples of similar length, which reduces padding. Auto: the fewest that
+    leave at most 2 % more positions than the best number, with 3 steps each or more; none where
+    that saves nothing, where an epoch has fewer than 16 steps, and where rows are packed,
+    streamed, ordered by class or sampled at a temperature. Null: none.
     """
+    max_tokens: int | None = field(
+        None, integer(1), "with buckets, instead of batch_size: maximum tokens per step, padded"
+    )
+    quadratic: float | None = field(
+        None, real(1), "with max_tokens: length at which an example counts twice, for attention"
+    )
+    batch_sizes: dict[int, int] | None = field(
+        None, SIZES, "instead of batch_size and buckets: a file of petl batch-sizes"
+    )
 
-    epochs: float = setting(3.0, real(0, above=True))
-    """Passes over the training examples. A number above 0."""
-    steps: int | None = setting(None, integer(0).or_null())
-    """Number of optimizer steps, instead of epochs. An integer from 0, or null.
+    budget: int | None = field(
+        None, integer(1), "maximum number of adapter parameters, from which the rank is chosen"
+    )
+    """The head does not count. Null: the rank that the method's fields give."""
 
-    0 is for methods that compute the adapter without training (icv), and for them alone.
+    lr: float = field(
+        LR, real(0, above=True), "peak learning rate of the adapter; null: the method's default"
+    )
+    """`petl show METHOD` prints the default of a method."""
+    head_lr: float | None = field(
+        1e-2, real(0, above=True), "peak learning rate of a fully trained head; null: lr"
+    )
+    find_lr: bool = field(
+        False,
+        one_of(True, False),
+        "choose lr by a range test before training; head_lr is scaled alike",
+    )
+    find_lr_steps: int = field(100, integer(10), "steps of the range test")
+    loraplus_ratio: float | None = field(
+        None, real(0, above=True), "LoRA+: learning rate of lora_B tensors divided by lr (2 to 16)"
+    )
+    optimizer: str = field(
+        "adamw",
+        one_of("adamw", "adamr"),
+        "optimizer: adamw, or adamr, which decays towards the weights at the start",
+    )
+    """Methods that need an optimizer of their own, or add and exchange entries, refuse adamr."""
+    delta_decay: float = field(
+        0.0, real(0), "with adamr: decay towards the weights at the start of training"
+    )
+    delta_norm: str = field(
+        "l2",
+        one_of("l2", "l1"),
+        "with adamr: l2 decays in proportion to the change, l1 by its sign",
+    )
+    weight_decay: float = field(
+        0.01, real(0), "of matrices, except initial values taken from base weights (CorDA)"
+    )
+    betas: list[float] = field([0.9, 0.999], BETAS, "decay rates of the optimizer's two moments")
+    max_grad_norm: float | None = field(
+        1.0, real(0, above=True), "gradient clipping: maximum L2 norm; null: no clipping"
+    )
+    schedule: str = field(
+        "linear",
+        one_of("linear", "cosine", "constant"),
+        "after the warm-up: linear or cosine decay to 0, or constant",
+    )
+    warmup: float = field(
+        0.06, real(0), "warm-up: a fraction of all steps if below 1, else a number of steps"
+    )
+
+    precision: str = field(
+        "no",
+        one_of("no", "bf16", "auto"),
+        "autocast: bf16 for matrix products in bfloat16, no, or auto",
+    )
+    """Auto: bf16 where the device computes such products in hardware, else no. A run keeps what
+    it began with, also when it is resumed on another machine.
     """
-    batch_size: int = setting(32, integer(1))
-    """Global batch size: examples per optimizer step. An integer from 1.
-
-    It counts all processes and all micro-batches of a step.
+    gradient_checkpointing: bool | str = field(
+        False,
+        one_of(False, True, "reentrant"),
+        "recompute activations of each block; reentrant: the old variant",
+    )
+    fuse_lora: bool = field(
+        True, one_of(True, False), "fused forward and backward passes for PEFT's LoRA layers"
+    )
+    cache_frozen: bool | str = field(
+        "auto",
+        one_of("auto", True, False),
+        "output of frozen blocks below the first trained one, kept on disk",
+    )
+    """Auto: where it changes nothing but rounding and the run reads its examples more than
+    once. True also leaves out the base model's dropout below the first trained block, and is an
+    error where the output cannot be kept.
     """
-    micro_batch_size: int | None = setting(None, integer(1).or_null())
-    """Maximum examples per forward pass of a process; null: no limit. An integer from 1, or null.
-
-    A smaller value than a process's part of batch_size means gradient accumulation.
+    recompute_mlp: bool = field(
+        False,
+        one_of(True, False),
+        "activation recomputation in MLP blocks: stores half the activations",
+    )
+    skip_unread: bool = field(
+        True,
+        one_of(True, False),
+        "leave out positions that nothing reads: in the last block, in the head of language models",
+    )
+    """A classifier reads one position of its last block; the loss of a language model reads
+    those that predict a token with a label. The result is the same up to rounding; dropout in
+    that block draws other masks. Models, methods and losses that read more positions are left
+    alone.
     """
-    buckets: int | str | None = setting("auto", AUTO_OR_COUNT.or_null())
-    """Length-bucketed batching: about how many lengths to sort examples into, or auto. Auto or an
-    integer from 1, or null.
-
-    Each step holds examples of similar length, which reduces padding. Auto: the fewest that leave
-    at most 2 % more positions than the best number, with 3 steps each or more; none where that
-    saves nothing, where an epoch has fewer than 16 steps, and where rows are packed, streamed,
-    ordered by class or sampled at a temperature. Null: none.
+    loss_segment: int | str | None = field(
+        "auto",
+        AUTO_OR_COUNT,
+        "positions whose logits exist at a time in training (causal LM); null: all",
+    )
+    """Auto: 2048 where the head is frozen."""
+    together: int = field(1, integer(1), "runs of a sweep that train in one pass over one base")
+    """Each is the run that it would be alone, up to rounding and to the dropout of the base
+    model.
     """
-    max_tokens: int | None = setting(None, integer(1).or_null())
-    """With buckets, instead of batch_size: maximum tokens per step, padded. An integer from 1, or
-    null."""
-    quadratic: float | None = setting(None, real(1).or_null())
-    """With max_tokens: length at which an example counts twice, for attention. A number from 1, or
-    null."""
-    batch_sizes: dict[int, int] | None = field(default=None, metadata={"rule": SIZES.or_null()})
-    """Instead of batch_size and buckets: a file of petl batch-sizes. A file of
-    `petl batch-sizes`, or batch sizes by longest length such as {16: 64}, or null."""
+    num_workers: int = field(
+        0, integer(0), "data loader processes; 0: the training process makes batches"
+    )
 
-    budget: int | None = setting(None, integer(1).or_null())
-    """Maximum number of adapter parameters, from which the rank is chosen. An integer from 1, or
-    null.
+    eval_batch_size: int = field(64, integer(1), "examples per forward pass of an evaluation")
+    eval_steps: int | None = field(
+        None, integer(1), "steps between evaluations on validation examples; null: none"
+    )
+    validation_share: float | None = field(
+        None, real(0, 0.9, above=True), "fraction of the training examples held out for validation"
+    )
+    """Null: 0.1 with eval_steps, else none."""
+    early_stopping: int | None = field(
+        None, integer(1), "evaluations without improvement after which training stops"
+    )
+    """An improvement is one of the task's metric; of equal metrics, the lower loss is kept."""
+    linear_probe: bool = field(
+        True, one_of(True, False), "also train and score the head alone on the frozen model"
+    )
+    score_before: bool = field(
+        True, one_of(True, False), "score the test examples before training as well"
+    )
+    test: bool = field(
+        True,
+        one_of(True, False),
+        "score the test examples; false: for tuning on validation examples",
+    )
 
-    The head does not count. Null: the rank that the method's fields give.
+    save_steps: int | None = field(
+        100, integer(1), "steps between checkpoints; null: only when the run is stopped"
+    )
+    keep_checkpoints: int = field(
+        2, integer(1), "latest checkpoints to keep, in addition to the best"
+    )
+    log_steps: int | None = field(
+        None, integer(1), "steps between lines of metrics.jsonl; null: by the length, at most 10"
+    )
+    """Null is a twentieth of the run, from 1 to 10, so that a short run has a curve as well."""
+
+    seed: int = field(0, SEED, "seed of all random numbers of a run")
+    output: str = field("runs", ANY_PATH, "directory in which each run gets a folder")
+    run: str | None = field(
+        None, ANY_PATH, "folder of this run, which must be empty or new; null: a name in output"
+    )
+    resume: str | None = field(
+        None, ANY_PATH, "checkpoint or run to resume, or auto: the latest with these settings"
+    )
+    resume_schedule: str = field(
+        "longer",
+        one_of("longer", "fresh"),
+        "resumed with more steps: as one longer run, or fresh for the added ones",
+    )
+    """Resuming a run with a larger train.steps or train.epochs trains it further, also when it
+    was finished. With longer, the learning rate is that of a run which had the new length from
+    its beginning; with fresh, warm-up and decay are those of a run of the added steps.
     """
-
-    lr: float = setting(LR, real(0, above=True))
-    """Peak learning rate of the adapter; null: the method's default. A number above 0.
-
-    `petl show METHOD` prints the default of a method.
-    """
-    head_lr: float | None = setting(1e-2, real(0, above=True).or_null())
-    """Peak learning rate of a fully trained head; null: lr. A number above 0, or null."""
-    find_lr: bool = setting(False, one_of(True, False))
-    """Choose lr by a range test before training; head_lr is scaled alike. One of true, false."""
-    find_lr_steps: int = setting(100, integer(10))
-    """Steps of the range test. An integer from 10."""
-    loraplus_ratio: float | None = setting(None, real(0, above=True).or_null())
-    """LoRA+: learning rate of lora_B tensors divided by lr (2 to 16). A number above 0, or null."""
-    optimizer: str = setting("adamw", one_of("adamw", "adamr"))
-    """Optimizer: adamw, or adamr, which decays towards the weights at the start. One of adamw,
-    adamr.
-
-    Methods that need an optimizer of their own, or add and exchange entries, refuse adamr.
-    """
-    delta_decay: float = setting(0.0, real(0))
-    """With adamr: decay towards the weights at the start of training. A number from 0."""
-    delta_norm: str = setting("l2", one_of("l2", "l1"))
-    """With adamr: l2 decays in proportion to the change, l1 by its sign. One of l2, l1."""
-    weight_decay: float = setting(0.01, real(0))
-    """Of matrices, except initial values taken from base weights (CorDA). A number from 0."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999], metadata={"rule": BETAS})
-    """Decay rates of the optimizer's two moments. Two numbers from 0 to below 1."""
-    max_grad_norm: float | None = setting(1.0, real(0, above=True).or_null())
-    """Gradient clipping: maximum L2 norm; null: no clipping. A number above 0, or null."""
-    schedule: str = setting("linear", one_of("linear", "cosine", "constant"))
-    """After the warm-up: linear or cosine decay to 0, or constant. One of linear, cosine,
-    constant."""
-    warmup: float = setting(0.06, real(0))
-    """Warm-up: a fraction of all steps if below 1, else a number of steps. A number from 0."""
-
-    precision: str = setting("no", one_of("no", "bf16", "auto"))
-    """Autocast: bf16 for matrix products in bfloat16, no, or auto. One of no, bf16, auto.
-
-    Auto: bf16 where the device computes such products in hardware, else no. A run keeps what it
-    began with, also when it is resumed on another machine.
-    """
-    gradient_checkpointing: bool | str = setting(False, one_of(False, True, "reentrant"))
-    """Recompute activations of each block; reentrant: the old variant. One of false, true,
-    reentrant."""
-    fuse_lora: bool = setting(True, one_of(True, False))
-    """Fused forward and backward passes for PEFT's LoRA layers. One of true, false."""
-    cache_frozen: bool | str = setting("auto", one_of("auto", True, False))
-    """Output of frozen blocks below the first trained one, kept on disk. One of auto, true, false.
-
-    Auto: where it changes nothing but rounding and the run reads its examples more than once. True
-    also leaves out the base model's dropout below the first trained block, and is an error where
-    the output cannot be kept.
-    """
-    recompute_mlp: bool = setting(False, one_of(True, False))
-    """Activation recomputation in MLP blocks: stores half the activations. One of true, false."""
-    skip_unread: bool = setting(True, one_of(True, False))
-    """Leave out positions that nothing reads: in the last block, and in the head of a language
-    model. One of true, false.
-
-    A classifier reads one position of its last block; the loss of a language model reads those that
-    predict a token with a label. The result is the same up to rounding; dropout in that block draws
-    other masks. Models, methods and losses that read more positions are left alone.
-    """
-    loss_segment: int | str | None = setting("auto", AUTO_OR_COUNT.or_null())
-    """Positions whose logits exist at a time in training (causal LM); null: all. Auto or an integer
-    from 1, or null.
-
-    Auto: 2048 where the head is frozen.
-    """
-    together: int = setting(1, integer(1))
-    """Runs of a sweep that train in one pass over one base. An integer from 1.
-
-    Each is the run that it would be alone, up to rounding and to the dropout of the base model.
-    """
-    num_workers: int = setting(0, integer(0))
-    """Data loader processes; 0: the training process makes batches. An integer from 0."""
-
-    eval_batch_size: int = setting(64, integer(1))
-    """Examples per forward pass of an evaluation. An integer from 1."""
-    eval_steps: int | None = setting(None, integer(1).or_null())
-    """Steps between evaluations on validation examples; null: none. An integer from 1, or null."""
-    validation_share: float | None = setting(None, real(0, 0.9, above=True).or_null())
-    """Fraction of the training examples held out for validation. A number above 0 to 0.9, or null.
-
-    Null: 0.1 with eval_steps, else none.
-    """
-    early_stopping: int | None = setting(None, integer(1).or_null())
-    """Evaluations without improvement after which training stops. An integer from 1, or null.
-
-    An improvement is one of the task's metric; of equal metrics, the lower loss is kept.
-    """
-    linear_probe: bool = setting(True, one_of(True, False))
-    """Also train and score the head alone on the frozen model. One of true, false."""
-    score_before: bool = setting(True, one_of(True, False))
-    """Score the test examples before training as well. One of true, false."""
-    test: bool = setting(True, one_of(True, False))
-    """Score the test examples; false: for tuning on validation examples. One of true, false."""
-
-    save_steps: int | None = setting(100, integer(1).or_null())
-    """Steps between checkpoints; null: only when the run is stopped. An integer from 1, or null."""
-    keep_checkpoints: int = setting(2, integer(1))
-    """Latest checkpoints to keep, in addition to the best. An integer from 1."""
-    log_steps: int | None = setting(None, integer(1).or_null())
-    """Steps between lines of metrics.jsonl; null: by the length, at most 10. An integer from 1, or
-    null.
-
-    Null is a twentieth of the run, from 1 to 10, so that a short run has a curve as well.
-    """
-
-    seed: int = setting(0, SEED)
-    """Seed of all random numbers of a run. An integer from 0 to 2^32 - 1."""
-    output: str = setting("runs", ANY_PATH)
-    """Directory in which each run gets a folder. A path."""
-    run: str | None = setting(None, ANY_PATH.or_null())
-    """Folder of this run, which must be empty or new; null: a name in output. A path, or null."""
-    resume: str | None = setting(None, ANY_PATH.or_null())
-    """Checkpoint or run to resume, or auto: the latest with these settings. A path, or null."""
-    resume_schedule: str = setting("longer", one_of("longer", "fresh"))
-    """Resumed with more steps: as one longer run, or fresh for the added ones. One of longer,
-    fresh.
-
-    Resuming a run with a larger train.steps or train.epochs trains it further, also when it was
-    finished. With longer, the learning rate is that of a run which had the new length from its
-    beginning; with fresh, warm-up and decay are those of a run of the added steps.
-    """
-    init_from: str | None = setting(None, ANY_PATH.or_null())
-    """Adapter or run whose weights a new run starts from, with any data. A path, or null.
-
-    The method and its fields are those of the saved adapter, so +method is not needed.
-    """
-    init_head: str | None = setting(None, one_of("keep", "new").or_null())
-    """Task head with init_from: keep or new; null: keep it for equal labels. One of keep, new, or
-    null."""
-    other_base: bool = setting(False, one_of(True, False))
-    """Resume, or start from init_from, also on other base weights than saved. One of true, false.
-    """
+    init_from: str | None = field(
+        None, ANY_PATH, "adapter or run whose weights a new run starts from, with any data"
+    )
+    """The method and its fields are those of the saved adapter, so +method is not needed."""
+    init_head: str | None = field(
+        None,
+        one_of("keep", "new"),
+        "task head with init_from: keep or new; null: keep it for equal labels",
+    )
+    other_base: bool = field(
+        False,
+        one_of(True, False),
+        "resume, or start from init_from, also on other base weights than saved",
+    )
 
     def __post_init__(self) -> None:
         # the rule of each field first, then rules between fields

@@ -30,7 +30,7 @@ from petl.efficiency.fused_lora.switching import fuse_lora
 from petl.efficiency.together.batches import LABELS, Batch, check_loss, room_for
 from petl.efficiency.together.group import Member, check_alike, share_weights
 from petl.errors import InputError, UnsupportedError, did_you_mean
-from petl.system.settings.schema import read_fields
+from petl.system.values import read_fields
 from petl.training.optimizer import fraction_of_peak, make_optimizer, set_lr
 from petl.training.runs.settings import TrainConfig
 from petl.training.together.driver import Together, Training

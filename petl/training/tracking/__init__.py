@@ -9,7 +9,7 @@ from typing import Any
 
 from petl.errors import choose
 from petl.system.imports.extras import need_extra
-from petl.system.settings.schema import read_fields
+from petl.system.values import read_fields
 from petl.training.tracking.base import Table, Tracker, TrackerConfig
 from petl.training.tracking.services import SERVICES
 from petl.training.tracking.to_accelerate import ServiceConfig, ServiceTracker, package_of

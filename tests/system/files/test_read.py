@@ -4,9 +4,6 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass
-from numbers import Real
-from typing import Any, NotRequired, TypedDict
 
 import pytest
 from hypothesis import given
@@ -16,7 +13,6 @@ from omegaconf import OmegaConf
 
 from petl.errors import InputError
 from petl.system.files.read import (
-    mismatch,
     parse_json,
     parse_yaml,
     read_json,
@@ -191,43 +187,3 @@ def test_the_last_line_of_a_log_may_be_incomplete(tmp_path):
     file.write_text('{"a": 1}\n{"a\n{"a": 3}\n')
     with pytest.raises(InputError, match="log, line 2, cannot be used: it is not JSON"):
         read_json_lines(file)
-
-
-class Inner(TypedDict):
-    name: str
-    size: NotRequired[int | None]
-
-
-@dataclass
-class State:
-    step: int
-    window: list[list[float]]
-    best: float | None = None
-
-
-@pytest.mark.parametrize(
-    ("value", "shape", "problem"),
-    [
-        (1, int, ""),
-        (1, float, ""),
-        (True, int, "the content is true, not an integer"),
-        (1, bool, "the content is 1, not true or false"),
-        (math.nan, float, "the content is NaN, not a finite number"),
-        (math.nan, Real, ""),
-        ("1", float, 'the content is "1", not a finite number'),
-        (None, int | None, ""),
-        ({"a": [1, "x"]}, dict[str, list[int]], 'a[1] is "x", not an integer'),
-        ({"a b": "x"}, dict[str, int] | None, '"a b" is "x", not an integer'),
-        ({"name": "x", "more": 1}, Inner, ""),
-        ({"name": "x", "size": 1.5}, Inner, "size is 1.5, not an integer"),
-        ({"a": {"name": None}}, dict[str, Inner], "a.name is null, not text"),
-        ({}, Inner, "it has no name"),
-        ([], Inner, "the content is a list, not a mapping"),
-        ({"step": 1, "window": [[1.0]]}, State, ""),
-        ({"step": 1}, State, "it has no window"),
-        ({"step": 1, "window": [], "other": 1}, State, "other is unknown"),
-        ({"a": object}, Any, ""),
-    ],
-)
-def test_a_shape_names_the_field_that_differs(value, shape, problem):
-    assert mismatch(value, shape) == problem

@@ -1,9 +1,6 @@
 """The settings of a run and the YAML that lists them."""
 
-import ast
 import dataclasses
-import inspect
-import re
 
 import pytest
 from omegaconf import OmegaConf
@@ -25,39 +22,6 @@ def test_yaml_lists_every_setting_with_its_default():
     assert YAML["train"] == {**dataclasses.asdict(TrainConfig()), "lr": None}
 
 
-def field_docstrings():
-    """The docstring under each field of TrainConfig, on one line."""
-    (tree,) = ast.parse(inspect.getsource(TrainConfig)).body
-    pairs = zip(tree.body, tree.body[1:], strict=False)
-    return {
-        field.target.id: " ".join(ast.literal_eval(text.value).split())
-        for field, text in pairs
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
-
-
-def yaml_comments():
-    """The comment of each setting under `train` in configs/train.yaml, on one line."""
-    comments, name = {}, ""
-    for line in (ROOT / "configs" / "train.yaml").read_text().splitlines():
-        setting = re.match(r"  (\w+): .*?# (.*)", line)
-        if setting:
-            name = setting[1]
-            comments[name] = setting[2]
-        elif re.match(r" {20,}# ", line):  # continues the line above
-            comments[name] += f" {line.strip().removeprefix('# ')}"
-    return comments
-
-
-@pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda field: field.name)
-def test_a_field_is_documented_as_in_the_yaml_with_its_allowed_values(field):
-    text, comment = field_docstrings()[field.name], yaml_comments()[field.name]
-    sentence, _, remainder = text.partition(". ")
-    assert sentence in (comment, comment[0].upper() + comment[1:])
-    rule = field.metadata["rule"].words
-    assert remainder.startswith(rule[0].upper() + rule[1:] + ".")
-
-
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
@@ -67,8 +31,8 @@ def test_a_field_is_documented_as_in_the_yaml_with_its_allowed_values(field):
         ("batch_size", -1, "an integer from 1"),
         ("lr", "abc", "of type float"),
         ("lr", 0, "a number above 0"),
-        ("lr", float("nan"), "a number above 0"),
-        ("lr", float("inf"), "a number above 0"),
+        ("lr", float("nan"), "a finite number"),
+        ("lr", float("inf"), "a finite number"),
         ("schedule", "liner", "one of linear, cosine, constant"),
         ("precision", "fp16", "one of no, bf16, auto"),
         ("gradient_checkpointing", "yes", "one of false, true, reentrant"),
@@ -172,18 +136,6 @@ def test_a_run_of_a_recipe_is_called_by_it(name):
 def test_a_run_is_called_by_its_parts():
     cfg = compose(["+method=mola", "+loss=density", "model=smollm2", "data=hamlet"])
     assert names_of(cfg) == ["mola", "density", "smollm2", "hamlet"]
-
-
-def test_a_renamed_setting_is_answered_with_its_new_name():
-    with pytest.raises(
-        InputError, match=r"^train\.frozen_head was renamed: use train\.linear_probe"
-    ):
-        compose(["+method=lora", "train.frozen_head=false"])
-    cfg = compose(["+method=lora", "+train.frozen_head=false"])
-    with pytest.raises(
-        InputError, match=r"^train\.frozen_head was renamed: use train\.linear_probe"
-    ):
-        read_config(cfg)
 
 
 def test_settings_of_an_old_run_get_their_new_names():
