@@ -16,6 +16,7 @@ from training_fixtures import Finished, Tiny, train
 
 import petl
 from petl.adapters.export.checked_folder import Difference, Written
+from petl.adapters.export.saved_adapter import Saved
 from petl.cli import commands, main, studies
 from petl.cli.catalog.listing import short_paper
 from petl.cli.catalog.method_page import page_of
@@ -354,10 +355,10 @@ def test_a_folder_that_is_not_empty_is_refused(petl_command, run, tmp_path):
 
 
 def test_another_base_has_to_be_asked_for(petl_command, run, tmp_path, monkeypatch):
-    chosen: list[str] = []
+    chosen: list[bool] = []
 
-    def write(*arguments: object, other_base: str) -> None:
-        chosen.append(other_base)
+    def write(saved: Saved, *arguments: object) -> None:
+        chosen.append(saved.other_base)
         raise RunStopped("enough")
 
     monkeypatch.setattr("petl.adapters.export.merge.merge", write)
@@ -367,7 +368,7 @@ def test_another_base_has_to_be_asked_for(petl_command, run, tmp_path, monkeypat
     for words in (["merge"], *(["export", f"--{name}"] for name in formats)):
         for option in ([], ["--other-base"]):
             petl_command(*words, *option, run.path, tmp_path / "out")
-    assert chosen == ["refuse", "warn"] * 4
+    assert chosen == [False, True] * 4
 
 
 def test_export_writes_one_format_and_says_how_it_is_used(petl_command, run, tmp_path, monkeypatch):
