@@ -155,6 +155,8 @@ def data(arguments: argparse.Namespace) -> None:
     result = preview.preview(compose(arguments.overrides), arguments.examples)
     echo(result.title, end="\n\n")
     print_table(*preview.size_table(result))
+    if result.overlap is not None and result.overlap.rows:
+        echo(f"\n{result.overlap}")
     for columns, rows in preview.label_tables(result):
         echo()
         print_table(columns, rows)

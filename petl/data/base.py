@@ -1,6 +1,7 @@
 """Base classes of data sources: settings, shuffling and splitting of rows, streams."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -106,6 +107,7 @@ class Source(ABC):
     seed: int = 13  # of the shuffle that precedes holding out and limiting rows
     order: str | None = None  # of the train rows: by_class, or None: shuffled in each epoch
     stream_repeats: int | None = None  # with by_class: passes over the rows of a class; None: 1
+    allow_overlap: bool = False  # a test set that is mostly training rows
 
     def __post_init__(self) -> None:
         if self.task not in self.serves:
@@ -230,8 +232,13 @@ def train_test_split(rows: list[T], source: Source) -> tuple[list[T], list[T]]:
     return limited(order[test_rows:], source.train_rows, "train_rows"), test
 
 
-def hold_out(count: int, fraction: float, seed: int, origin: str) -> tuple[list[int], list[int]]:
+def hold_out(
+    count: int, fraction: float, seed: int, origin: str, keys: Sequence[str] = ()
+) -> tuple[list[int], list[int]]:
     """Split the numbers below `count` at random: to train on, and `fraction` of them to test on.
+
+    Args:
+        keys: of the rows; those with the same one are on one side. Empty: all differ.
 
     Raises:
         InputError: no row would be left to train on.
@@ -243,4 +250,18 @@ def hold_out(count: int, fraction: float, seed: int, origin: str) -> tuple[list[
             "of them: give data.test=..., or more rows"
         )
     order = shuffled(count, seed)
-    return order[test_rows:], order[:test_rows]
+    if not keys:
+        return order[test_rows:], order[:test_rows]
+    sizes, held, taken = Counter(keys), {}, 0
+    for i in order:
+        if taken >= test_rows:
+            break
+        if keys[i] not in held:
+            held[keys[i]] = None
+            taken += sizes[keys[i]]
+    if taken == count:
+        raise InputError(
+            f"{origin} has {len(sizes)} different rows, too few to hold out {fraction:.0%} of "
+            "them: give data.test=..., or more rows"
+        )
+    return [i for i in order if keys[i] not in held], [i for i in order if keys[i] in held]

@@ -18,6 +18,7 @@ from petl.data.base import (
     limited,
     shuffled,
 )
+from petl.data.overlap import input_columns, input_text, normalized
 from petl.data.question_columns import QuestionAnsweringColumns
 from petl.data.task_columns import (
     ClassificationColumns,
@@ -117,11 +118,10 @@ class Tabular(ColumnSettings, ABC):
 
     def assemble(self, train: SourceRows, test: SourceRows | None) -> RawData:
         """Check, shuffle and limit the rows; without `test` hold out `test_share` of `train`."""
-        all_rows = train
-        if test is None:
-            train, test = self.hold_out(train)
         # classes of all rows, so that a rare one in the test part is known
-        task = self.task_columns.task(all_rows)
+        task = self.task_columns.task(train)
+        if test is None:
+            train, test = self.hold_out(train, task)
         train = train.select(
             limited(shuffled(len(train), self.seed), self.train_rows, "train_rows")
         )
@@ -162,9 +162,13 @@ class Tabular(ColumnSettings, ABC):
         """Add the column `number` of questions, by which a question's windows are found again."""
         return {**row, "number": number} if self.task == QuestionAnswering.name else row
 
-    def hold_out(self, rows: SourceRows) -> tuple[SourceRows, SourceRows]:
-        """Split rows at random into training and test rows."""
-        train, test = hold_out(len(rows), self.test_share, self.seed, rows.origin)
+    def hold_out(self, rows: SourceRows, task: Task) -> tuple[SourceRows, SourceRows]:
+        """Split rows at random into training and test rows; those of one input are on one side."""
+        keys = [
+            normalized(input_text({name: row[name] for name in input_columns(task, row)})) or str(i)
+            for i, row in enumerate(rows.map(self.task_columns.convert))
+        ]
+        train, test = hold_out(len(rows), self.test_share, self.seed, rows.origin, keys)
         return rows.select(train), rows.select(test)
 
     def split(self, rows: SourceRows) -> Dataset:

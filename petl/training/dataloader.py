@@ -7,7 +7,6 @@ without rows.
 import hashlib
 import logging
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ from petl.data.batch_sampler import (
     StepSampler,
     permutation,
 )
+from petl.data.overlap import Overlap
 from petl.data.streaming import StreamedRows
 from petl.data.task_mixture import TaskMixture
 from petl.data.tasks.base import NON_INPUT_PREFIX, Task
@@ -61,6 +61,7 @@ class Splits:
         order: of the train rows, which a feature of the run has chosen; None: shuffled.
         sources: the test rows before they were encoded; None: unknown.
         mixture: of the tasks of the train rows; None: each epoch visits each row once.
+        overlap: test rows that are training rows; None: unknown.
     """
 
     task: Task
@@ -73,6 +74,7 @@ class Splits:
     sources: Dataset | None = None
     order: StepOrder | None = None
     mixture: TaskMixture | None = None
+    overlap: Overlap | None = None
 
     @property
     def mixed(self) -> "Splits":
@@ -169,7 +171,9 @@ def encode_splits(
     with accelerator.main_process_first():  # the others then read its cache
         train, test = task.encode(processor, data.train), task.encode(processor, sources)
         warn_about_truncation(task, processor, data.test, test)
-    warn_about_overlap(task, train, test)
+    overlap = Overlap.of(task, data.train, data.test)
+    if overlap is not None and overlap.exact + overlap.alike:
+        logger.warning("%s: the model may know them by heart", overlap)
     train, validation = hold_out(train, settings.validation_fraction, task.group)
     warn_about_labels(task, {"training": train, "validation": validation, "test": test})
     multiple = 1 if accelerator.device.type == "cpu" else 8  # tensor cores need multiples of 8
@@ -200,6 +204,7 @@ def encode_splits(
         sources,
         order=order,
         mixture=mixture,
+        overlap=overlap,
     )
     settings.warmup_steps(splits.sampler(settings).steps)  # raise before a model is loaded
     return splits
@@ -282,15 +287,15 @@ def hold_out(
 ) -> tuple[Dataset, Dataset | None]:
     """Split rows into those to train on and a `fraction` to validate on; None if that is 0.
 
-    The split is the same for all seeds. With `group`, the name of a column, all rows with the same
-    value there are on one side, and the fraction is that of the values.
+    The split is the same for all seeds. All rows of the same tokens are on one side; with `group`,
+    the name of a column, those with the same value there, and the fraction is that of the values.
 
     Raises:
         InputError: too few rows.
     """
     if not fraction:
         return rows, None
-    values = np.arange(len(rows)) if group is None else np.asarray(rows[group])
+    values = unique_inputs(rows) if group is None else np.asarray(rows[group])
     groups = np.unique(values)
     count = max(1, round(fraction * len(groups)))
     if count >= len(groups):
@@ -300,10 +305,18 @@ def hold_out(
         )
     # of groups, not of rows: parts of one text would be on both sides
     order = permutation(len(groups), SPLIT_SEED, 0)
-    if group is None:
+    if group is None and len(groups) == len(rows):
         return rows.select(order[count:]), rows.select(order[:count])
     held = np.isin(values, groups[order[:count]])
     return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
+
+
+def unique_inputs(rows: Dataset) -> np.ndarray:
+    """The number of each row among rows of different tokens, [N]; without tokens all differ."""
+    if "input_ids" not in rows.column_names:
+        return np.arange(len(rows))
+    numbers: dict[tuple[int, ...], int] = {}
+    return np.asarray([numbers.setdefault(tuple(ids), len(numbers)) for ids in rows["input_ids"]])
 
 
 def load(
@@ -468,8 +481,6 @@ class FirstBatches:
 NAMED = 5  # classes that a message names
 # fraction of the test rows; assumption: fewer shift a score by less than its interval (the
 # definitions of WordNet repeat in 0.6 %)
-MIN_KNOWN = 0.01
-MAX_COMPARED = 100_000  # training rows; assumption: few seconds next to the training of as many
 
 
 def warn_about_truncation(task: Task, processor: Any, raw: Dataset, encoded: Dataset) -> None:
@@ -493,24 +504,6 @@ def warn_about_truncation(task: Task, processor: Any, raw: Dataset, encoded: Dat
             count,
             len(raw),
             task.max_length,
-        )
-
-
-def warn_about_overlap(task: Task, train: Dataset, test: Dataset) -> None:
-    """Log how many test rows have the same input as a training row, of which a model may know it.
-
-    Not checked for rows without tokens, packed rows, and more than `MAX_COMPARED` training rows.
-    """
-    if not task.reads_text or task.packs or len(train) > MAX_COMPARED:
-        return
-    tested = Counter(map(tuple, test["input_ids"]))
-    count = sum(tested[ids] for ids in tested.keys() & set(map(tuple, train["input_ids"])))
-    if count > MIN_KNOWN * len(test):
-        logger.warning(
-            "%d of %d test examples have the same input as a training example, which the model may "
-            "memorize",
-            count,
-            len(test),
         )
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from petl.data.base import Stream, as_dataset, read_data
 from petl.data.models.loading import load_processor
+from petl.data.overlap import Overlap
 from petl.data.tasks.base import Task
 from petl.data.tasks.encoding_cache import encode_once
 from petl.errors import printable
@@ -72,6 +73,7 @@ class Preview:
     unit: str
     parts: list[Part]
     examples: list[Example]
+    overlap: Overlap | None = None
 
 
 def preview(cfg: DictConfig, examples: int = 3) -> Preview:
@@ -103,6 +105,7 @@ def preview(cfg: DictConfig, examples: int = 3) -> Preview:
         unit=task.unit,
         parts=[statistics(name, task, processor, splits[name], encoded[name]) for name in splits],
         examples=[decode(task, processor, row) for row in train],
+        overlap=Overlap.of(task, splits["train"], data.test),
     )
 
 

@@ -35,6 +35,7 @@ Groups = dict[str, Any]  # the settings of a run by group, as nested plain value
 Fields = dict[str, Any]  # the method's name and fields
 EVALUATE = "petl.training.evaluate"  # imported when something is scored
 FEATURES = {
+    "data.source": "petl.training.features.overlap:TrainingRowsInTest",
     "model.adapter": "petl.training.features.below:AdapterBelow",
     "train.init_from": "petl.training.features.init_from:InitFrom",
     "data.order": "petl.training.features.class_stream:ClassOrder",

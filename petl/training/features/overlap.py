@@ -1,0 +1,54 @@
+"""Test rows that are training rows: counted, and refused where they are most of the test set."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from petl.errors import InputError
+from petl.training.features import Context, Fields, RunFeature, Setup
+from petl.training.features.section import Section
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingRowsInTest(RunFeature):
+    """Says how many test rows a model may know by heart."""
+
+    key = "test_rows_in_training"
+
+    def before_wrapping(self, setup: Setup, fields: Fields) -> Fields:
+        """Refuse a test set that is mostly training rows, unless `data.allow_overlap`.
+
+        Raises:
+            InputError: the message has their number.
+        """
+        overlap = setup.splits.overlap
+        refused = setup.config.train.test and not self.groups["data"].get("allow_overlap")
+        if refused and overlap is not None and overlap.is_most:
+            raise InputError(
+                f"{overlap}: scores on them say nothing of new rows; give another data.test, or "
+                "data.allow_overlap=true"
+            )
+        return fields
+
+    def before_training(self, context: Context) -> None:
+        """Add the counts to the scores."""
+        overlap = context.splits.overlap
+        if overlap is not None and self.key not in context.run.scores:
+            context.run.scores.add({self.key: vars(overlap)})
+
+    @classmethod
+    def section(cls, folder: Path, scores: Mapping[str, Any]) -> Section | None:
+        """Return the counts, if there are any such rows."""
+        found = scores.get(cls.key) or {}
+        known = found.get("exact", 0) + found.get("alike", 0)
+        if not known:
+            return None
+        line = f"{known} of {found['rows']} test rows occur in training"
+        return Section(
+            "Test rows that are training rows",
+            f"{line}: {found['exact']} exactly, {found['alike']} but for case, space and "
+            "punctuation. The model may know them by heart; their scores say nothing of new rows.",
+            line=line,
+        )

@@ -1,0 +1,59 @@
+"""Test rows that are training rows, from the files to scores.json and the page."""
+
+import json
+import random
+
+import pytest
+from training_fixtures import train
+
+from petl.cli import main
+from petl.data.base import hold_out, read_data
+
+pytest_plugins = ["training_fixtures"]
+
+
+@pytest.fixture
+def leaking(tiny, tmp_path):
+    """Words of a run whose 10 test rows are training rows: 6 exactly, 4 in other letters."""
+    header, *lines = (tiny.folder / "train.csv").read_text().splitlines()
+    rows = lines[:6] + [line[0].upper() + line[1:].replace(" ", "  ") for line in lines[6:10]]
+    (tmp_path / "leaking.csv").write_text("\n".join([header, *rows, ""]))
+    return [*tiny.steady, f"data.test={tmp_path}/leaking.csv", "+method=lora", "train.steps=1"]
+
+
+def test_a_test_set_of_training_rows_is_refused_before_the_model_is_loaded(
+    leaking, tmp_path, capsys
+):
+    with pytest.raises(ValueError, match="10 of 10 test rows occur in training, 4 of them but for"):
+        train(leaking, tmp_path / "run")
+    assert not (tmp_path / "run/adapter").exists()
+
+
+def test_it_is_counted_everywhere_if_it_is_allowed(leaking, tmp_path, capsys, petl_log):
+    words = [*leaking, "data.allow_overlap=true"]
+    run = train(words, tmp_path / "run")
+    assert run.scores["test_rows_in_training"] == {"rows": 10, "exact": 6, "alike": 4}
+    assert "10 of 10 test rows occur in training" in petl_log.text
+    assert "10 of 10 test rows occur in training" in (run.path / "report.html").read_text()
+    capsys.readouterr()
+    assert main.main(["data", *(word for word in leaking if not word.startswith("+"))]) == 0
+    assert "10 of 10 test rows occur in training" in capsys.readouterr().out
+
+
+def test_a_random_split_has_no_row_on_both_sides(tmp_path):
+    texts = [f"text number {i % 10}" + "!" * (i % 2) for i in range(100)]
+    random.Random(0).shuffle(texts)
+    lines = [json.dumps({"text": text, "label": text[12]}) for text in texts]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    words = {"name": "rows", "source": "files", "train": str(tmp_path / "rows.jsonl")}
+    data = read_data({**words, "test_share": 0.2})
+    sides = [{text.rstrip("!") for text in rows["text"]} for rows in (data.train, data.test)]
+    assert not sides[0] & sides[1]
+    assert (len(data.train), len(data.test)) == (80, 20)
+
+
+def test_rows_that_all_differ_are_split_as_ever():
+    keys = [str(i) for i in range(50)]
+    assert hold_out(50, 0.2, 13, "rows", keys) == hold_out(50, 0.2, 13, "rows")
+    with pytest.raises(ValueError, match="rows has 1 different rows, too few"):
+        hold_out(50, 0.2, 13, "rows", ["one"] * 50)
