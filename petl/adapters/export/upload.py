@@ -19,6 +19,7 @@ from petl.errors import InputError, RunStopped, first_line
 from petl.system.files import hub
 from petl.system.files.disk import as_json
 from petl.system.files.hub import OnHub
+from petl.system.files.paths import is_repository
 from petl.system.files.read import read_json, read_text
 from petl.training.runs.card_code import placed
 from petl.training.runs.model_card import README, known_base, model_card
@@ -81,6 +82,8 @@ def prepare(
     Raises:
         InputError: it is no adapter or model; a file is damaged; one of them is a link.
     """
+    if not is_repository(name):
+        raise InputError(f"{name!r} is no name of a repository: write OWNER/NAME, or NAME")
     is_model = (path / "config.json").is_file() and not (path / CONFIG).is_file()
     saved = None if is_model else find(path, trust_remote_code=trust_remote_code)
     folder = path if saved is None else saved.adapter

@@ -24,7 +24,7 @@ from petl.data.base import refuse_stream
 from petl.data.batch_sampler import Buckets, Ints, split_by
 from petl.data.bucketing import bucket_edges, distinct
 from petl.data.models.loading import load_base, load_processor
-from petl.errors import InputError
+from petl.errors import InputError, shown
 from petl.experiments.planning.batch_search import (
     MEMORY_FRACTION,
     Trials,
@@ -68,7 +68,10 @@ def bytes_of(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
     if match is None or match[2].upper() not in UNITS:
         raise InputError(f"{text!r} is not an amount of memory; write it like 8GB or 7.5GiB")
-    return round(float(match[1]) * UNITS[match[2].upper()])
+    amount = float(match[1]) * UNITS[match[2].upper()]
+    if amount >= 2**63:
+        raise InputError(f"{shown(text)} is more memory than any device has")
+    return round(amount)
 
 
 def find(cfg: DictConfig, memory: int | None = None) -> dict[str, Any]:

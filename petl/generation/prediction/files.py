@@ -63,13 +63,18 @@ class Output:
         for name in task.varied:  # a struct would have the keys of the first rows
             kind = pa.map_(pa.string(), pa.float64())
             schema = (schema or pa.schema([])).append(pa.field(f"{self.prefix}{name}", kind))
-        with ExitStack() as stack:
-            with self.reported():
-                writer = stack.enter_context(new_table(self.file, schema))
+        stack = ExitStack()
+        with self.reported():
+            writer = stack.enter_context(new_table(self.file, schema))
+        try:
             # outside of `reported`: other files may fail in the block, such as those that are read
             yield writer
-            with self.reported():
-                stack.close()
+        except BaseException:
+            with self.reported():  # closing fails again on a full disk, without the file's name
+                stack.__exit__(*sys.exc_info())
+            raise
+        with self.reported():
+            stack.close()
 
     @contextmanager
     def reported(self) -> Generator[None]:

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Collection, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import get_ident
 from typing import Any, BinaryIO, TextIO
 
 from safetensors import SafetensorError
@@ -158,7 +159,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 @contextmanager
 def atomic_file(path: Path) -> Generator[BinaryIO]:
     """A file that is renamed to `path` at the end of the block; as `write_atomic`."""
-    draft = path.with_name(f"{UNFINISHED}{path.name}")
+    remove(path.with_name(f"{UNFINISHED}{path.name}"))  # of an earlier version, or a stranger
+    # of this writer alone: two of one file would rename each other's draft
+    draft = path.with_name(f"{UNFINISHED}{os.getpid()}-{get_ident()}-{path.name}")
     try:
         with create(draft) as opened:
             yield opened

@@ -295,8 +295,11 @@ def is_checkpoint(path: Path) -> bool:
 def latest(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path | None:
     """Return the latest complete checkpoint of an unfinished run with exactly these settings."""
     if settings.run:
-        refuse_finished(Path(settings.run), now)
-        folders = [Path(settings.run)]
+        run = Path(settings.run)
+        # a job that is queued again has not failed
+        if finished_with(run, now):
+            raise JobSkipped(f"{run} is finished already", objective_of(read_results(run)))
+        folders = [run]
     else:
         # names end with the time, so the latest run comes first
         folders = sorted(Path(settings.output).glob(f"{prefix}-*"), reverse=True)
@@ -399,19 +402,26 @@ def take_job(output: str, now: Mapping[str, Any]) -> None:
         raise JobSkipped(f"{run} is finished already", objective_of(read_results(run)))
 
 
-def refuse_finished(run: Path, now: Mapping[str, Any]) -> None:
-    """Raise InputError if the run with these settings is finished, or its scores are damaged.
+def finished_with(run: Path, now: Mapping[str, Any]) -> bool:
+    """Return True if the run with these settings is finished.
 
     Args:
         now: the identity of the run that would resume it.
+
+    Raises:
+        InputError: its scores are damaged.
     """
     try:
-        finished = is_finished(run)
+        return is_finished(run) and is_same(identity_of(run), now)
     except InputError as error:
         raise InputError(
             f"{error}; if the run was not finished, delete the file: its scores are computed again"
         ) from error
-    if finished and is_same(identity_of(run), now):
+
+
+def refuse_finished(run: Path, now: Mapping[str, Any]) -> None:
+    """Raise InputError if the run with these settings is finished, or its scores are damaged."""
+    if finished_with(run, now):
         raise InputError(
             f"{run} is finished, so it cannot be resumed; its adapter is in {run / ADAPTER}; to "
             "train it further, set a larger train.steps or train.epochs"

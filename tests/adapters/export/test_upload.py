@@ -60,6 +60,8 @@ def test_a_dry_run_lists_the_files_and_asks_nobody(mola_run, hub_server, tmp_pat
     assert "stay here: .env, checkpoints/adapter_model.safetensors, optimizer.pt," in out
     assert hub_server.asked == []
     assert prepare(folder, NAME).files.keys() == GOES_UP
+    assert main.main(["push", str(folder), "a/b/c", "--dry-run"]) == 2
+    assert "'a/b/c' is no name of a repository" in capsys.readouterr().err
 
 
 def test_links_and_damaged_files_never_go_up(mola_run, hub_server, tmp_path):

@@ -153,6 +153,11 @@ def test_an_invalid_amount_of_memory_is_refused(text):
         bytes_of(text)
 
 
+def test_more_memory_than_there_can_be_is_refused():
+    with pytest.raises(InputError, match="more memory than any device has"):
+        bytes_of("9" * 400)
+
+
 @pytest.mark.parametrize(
     ("words", "memory", "message"),
     [

@@ -4,6 +4,7 @@ import csv
 import json
 import weakref
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +17,7 @@ from petl.data.tasks.regression import Regression
 from petl.errors import InputError, RunStopped
 from petl.generation.prediction.files import Output, predict_files
 from petl.generation.prediction.predictor import Predictor, predicted
+from petl.generation.prediction.tables import JsonLines
 from petl.training.runs.records import PREDICTIONS
 
 pytest_plugins = ["task_fixtures", "kept_runs"]
@@ -149,6 +151,11 @@ def test_only_errors_of_writing_are_about_the_output(tmp_path, monkeypatch):
         pass
     with pytest.raises(BrokenPipeError), Output(None).reported():
         raise BrokenPipeError
+    # closing the file fails as writing it has
+    monkeypatch.setattr(JsonLines, "close", Mock(side_effect=OSError(28, "full")))
+    with pytest.raises(RunStopped, match=r"cannot write .*out\.jsonl"):
+        with output.opened(["in.csv"], Regression()), output.reported():
+            raise OSError(28, "full")
 
 
 @pytest.mark.parametrize(
