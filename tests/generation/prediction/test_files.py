@@ -153,9 +153,9 @@ def test_only_errors_of_writing_are_about_the_output(tmp_path, monkeypatch):
         raise BrokenPipeError
     # closing the file fails as writing it has
     monkeypatch.setattr(JsonLines, "close", Mock(side_effect=OSError(28, "full")))
-    with pytest.raises(RunStopped, match=r"cannot write .*out\.jsonl"):
-        with output.opened(["in.csv"], Regression()), output.reported():
-            raise OSError(28, "full")
+    full = pytest.raises(RunStopped, match=r"cannot write .*out\.jsonl")
+    with full, output.opened(["in.csv"], Regression()), output.reported():
+        raise OSError(28, "full")
 
 
 @pytest.mark.parametrize(
