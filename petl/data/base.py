@@ -232,6 +232,21 @@ def train_test_split(rows: list[T], source: Source) -> tuple[list[T], list[T]]:
     return limited(order[test_rows:], source.train_rows, "train_rows"), test
 
 
+def held_rows(count: int, fraction: float, origin: str) -> int:
+    """How many of `count` rows a `fraction` is: at least one, also of small data.
+
+    Raises:
+        InputError: no row would be left to train on.
+    """
+    test_rows = max(1, round(fraction * count))
+    if test_rows >= count:
+        raise InputError(
+            f"{origin} has {count} rows, too few to hold out {fraction:.0%} "
+            "of them: give data.test=..., or more rows"
+        )
+    return test_rows
+
+
 def hold_out(
     count: int, fraction: float, seed: int, origin: str, keys: Sequence[str] = ()
 ) -> tuple[list[int], list[int]]:
@@ -243,12 +258,7 @@ def hold_out(
     Raises:
         InputError: no row would be left to train on.
     """
-    test_rows = max(1, round(fraction * count))  # at least one row, also of small data
-    if test_rows >= count:
-        raise InputError(
-            f"{origin} has {count} rows, too few to hold out {fraction:.0%} "
-            "of them: give data.test=..., or more rows"
-        )
+    test_rows = held_rows(count, fraction, origin)
     order = shuffled(count, seed)
     if not keys:
         return order[test_rows:], order[:test_rows]

@@ -14,6 +14,7 @@ from petl.data.base import (
     Stream,
     check_fraction,
     check_minimum,
+    held_rows,
     hold_out,
     limited,
     shuffled,
@@ -118,6 +119,8 @@ class Tabular(ColumnSettings, ABC):
 
     def assemble(self, train: SourceRows, test: SourceRows | None) -> RawData:
         """Check, shuffle and limit the rows; without `test` hold out `test_share` of `train`."""
+        if test is None:
+            held_rows(len(train), self.test_share, train.origin)  # too few rows have no classes
         # classes of all rows, so that a rare one in the test part is known
         task = self.task_columns.task(train)
         if test is None:
