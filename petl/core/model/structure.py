@@ -184,6 +184,19 @@ def stacks(model: nn.Module) -> dict[str, list[str]]:
     return dict(sorted(found.items(), key=lambda item: model.get_submodule(item[0]) in inside))
 
 
+def lists_found(model: nn.Module) -> str:
+    """Return, for a message, the lists of transformer blocks of a model, and other lists it has."""
+    found = list(stacks(model))
+    lists = [name for name, module in model.named_modules() if name and is_stack(module)]
+    others = [
+        name
+        for name in lists
+        if name not in found and not any(name.startswith(f"{each}.") for each in lists)
+    ]
+    text = f"{len(found)} lists of blocks with attention ({', '.join(found) or 'none'})"
+    return text + (f" and other lists of layers ({', '.join(others)})" if others else "")
+
+
 def layer_drop(config: Any) -> str:
     """Return the setting of a config that drops blocks in training, with its value; "" if none."""
     fields = config.to_dict() if hasattr(config, "to_dict") else {}

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from petl.core.layers.context import is_encoder_decoder
-from petl.core.model.structure import find_sublayers, stacks
+from petl.core.model.structure import find_sublayers, lists_found, stacks
 from petl.core.spec.config import MethodConfig, config_field, require
 from petl.errors import InputError, UnsupportedError
 
@@ -139,8 +139,7 @@ def block_paths(model: nn.Module) -> list[str]:
     found = stacks(model)
     require(
         len(found) == 1,
-        f"{type(model).__name__} has {len(found)} lists of blocks ({', '.join(found) or 'none'}); "
-        "icv needs one",
+        f"{type(model).__name__} has {lists_found(model)}; icv needs one",
     )
     return next(iter(found.values()))
 

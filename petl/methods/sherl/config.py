@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from petl.core.layers.context import is_encoder_decoder
-from petl.core.model.structure import stacks
+from petl.core.model.structure import lists_found, stacks
 from petl.core.spec.config import MethodConfig, config_field, require
 
 
@@ -82,7 +82,7 @@ def plan_of(config: SherlConfig, model: nn.Module) -> Plan:
     has_encoder, found = is_encoder_decoder(model), stacks(model)
     require(
         len(found) == (2 if has_encoder else 1),
-        f"{type(model).__name__} has {len(found)} lists of blocks ({', '.join(found) or 'none'}); "
+        f"{type(model).__name__} has {lists_found(model)}; "
         f"sherl needs {'an encoder and a decoder' if has_encoder else 'one'}",
     )
     main, *encoders = found.values()

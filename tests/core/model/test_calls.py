@@ -250,3 +250,9 @@ def test_an_adapted_model_is_known_as_its_base():
     base = bart()
     known = calls_of(base)
     assert calls_of(petl.wrap(base, "lora").get_base_model()) is known
+
+
+@pytest.mark.parametrize(("method", "fields"), [("icv", {"calibration": []}), ("sherl", {})])
+def test_a_list_of_layers_without_attention_is_not_denied(method, fields):
+    with pytest.raises(petl.InputError, match=r"other lists of layers \(backbone\.layers\)"):
+        petl.wrap(mamba(), method, **fields)

@@ -1,0 +1,103 @@
+"""The parts of a model for images and text, and where adapters go by default."""
+
+import logging
+
+import pytest
+from transformers import (
+    CLIPVisionConfig,
+    GitConfig,
+    GitForCausalLM,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+import petl
+from petl import testing
+from petl.core.model.parts import language_path
+from petl.core.model.targets import PRESETS
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+}
+SEEN = {**SIZES, "image_size": 16, "patch_size": 8}
+
+
+def llava():
+    text, vision = LlamaConfig(**SIZES, num_key_value_heads=2), CLIPVisionConfig(**SEEN)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(text_config=text, vision_config=vision, image_token_index=3)
+    )
+
+
+def qwen():
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+    text = {**SIZES, "num_key_value_heads": 2, "rope_parameters": rope}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4}
+    vision |= {"out_hidden_size": 32, "fullatt_block_indexes": [1]}
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    )
+
+
+def git():
+    return GitForCausalLM(GitConfig(**SIZES, vision_config=SEEN))
+
+
+PATHS = {
+    llava: ("model.language_model.", "model.vision_tower.", "model.multi_modal_projector."),
+    qwen: ("model.language_model.", "model.visual.blocks.", "model.visual.merger."),
+    git: ("git.encoder.", "git.image_encoder.", None),
+}
+
+
+def adapted(model) -> list[str]:
+    return [name.removeprefix("base_model.model.") for name in testing.tuner_layers(model)]
+
+
+@pytest.mark.parametrize("build", PATHS)
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        ("lora", {}),
+        ("lora", {"target_modules": "block-linear"}),
+        ("lora", {"target_modules": "attention-linear"}),
+        ("mola", {}),
+    ],
+)
+def test_adapters_stand_in_the_language_model_and_the_log_says_so(build, method, fields, caplog):
+    with caplog.at_level(logging.INFO):
+        names = adapted(petl.wrap(build(), method, **fields))
+    assert names
+    assert all(name.startswith(PATHS[build][0]) for name in names)
+    assert "no adapter on the part 'vision'" in caplog.text
+
+
+@pytest.mark.parametrize("build", PATHS)
+@pytest.mark.parametrize("part", ["language", "vision", "projector"])
+def test_each_part_is_a_preset(build, part):
+    path = PATHS[build][["language", "vision", "projector"].index(part)]
+    if path is None:
+        return
+    names = adapted(petl.wrap(build(), "pst", target_modules=part))
+    assert names
+    assert all(name.startswith(path) for name in names)
+
+
+def test_models_of_one_part_refuse_the_presets():
+    for build in testing.TINY_MODELS.values():
+        assert language_path(build.base()) is None
+    with pytest.raises(petl.InputError, match="LlamaForCausalLM has one part only"):
+        petl.wrap(testing.tiny_llama(), "lora", target_modules="vision")
+    assert {"language", "vision", "projector"} <= PRESETS.keys()
+
+
+def test_pefts_all_linear_keeps_its_meaning():
+    names = adapted(petl.wrap(llava(), "lora", target_modules="all-linear"))
+    assert all(any(n.startswith(path) for n in names) for path in PATHS[llava])
