@@ -161,6 +161,31 @@ class Words(NamedTuple):
     with_value: int
 
 
+# a function that does nothing but refuse, or the use of one that says why
+GUARD = r"def _?(check|refuse|explain)_|_refusal"
+FLAG = r"getattr\([^,()]*config[^,()]*, \""
+
+
+def matches(pattern: str) -> int:
+    """The lines of petl in which a pattern occurs."""
+    lines = (line for file in modules().values() for line in file.read_text().splitlines())
+    return sum(bool(re.search(pattern, line)) for line in lines)
+
+
+def refusals() -> set[str]:
+    """The names of methods that return why something is not possible, and of the table."""
+    trees = (ast.parse(file.read_text()) for file in modules().values())
+    functions = (
+        node.name
+        for tree in trees
+        for owner in ast.walk(tree)
+        if isinstance(owner, ast.ClassDef)
+        for node in owner.body
+        if isinstance(node, ast.FunctionDef)
+    )
+    return {name for name in functions if name.endswith("refusal")} | {"lacks"}
+
+
 def words() -> Words:
     """Docstrings of public functions and classes, comment lines, and messages with a value."""
     public = documented = code = comments = raised = with_value = 0
@@ -285,6 +310,9 @@ def figures(*, run: bool) -> list[Figure]:
         Figure("packages", len(packages()), 12),
         Figure("arrows between packages", len(arrows()), 60),
         Figure("annotations with Any", share_of_any(), 0.148),
+        Figure("guards", matches(GUARD), 240),
+        Figure("kinds of refusal", len(refusals()), 3),
+        Figure("flags of configs by getattr", matches(FLAG), 22),
         Figure("Python files directly in petl/", len(list(PACKAGE.glob("*.py"))), 4),
         Figure("cycles between files", len(cycles()), 0),
         Figure("longest chain of imports", len(longest_chain()), 15),

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from petl.core.compat import config_class
 from petl.core.spec.config import check_values
+from petl.core.spec.facts import Facts, facts_of
 from petl.errors import InputError, first_line, shown
 from petl.system.files.read import read_json
 from petl.system.files.tensor_file import check_finite
 
 CONFIG = "adapter_config.json"
 
-MEGATRON = "megatron.core"  # PEFT's default of the config field megatron_core
 MAX_BLOCKS = 1_000  # of a model with layer_replication; assumption: the deepest have some hundred
 # arguments of `PeftConfig.from_pretrained` that locate an adapter on the hub
 ON_THE_HUB = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
@@ -53,20 +53,20 @@ def read_config(path: str | Path, **where: Any) -> PeftConfig:
         raise InputError(
             f"no adapter can be read from {str(path)!r}: {first_line(error)}"
         ) from error
-    module = getattr(config, "megatron_core", MEGATRON)
-    if module != MEGATRON:  # PEFT imports it by this name
+    module = facts_of(config).megatron_core
+    if module != Facts.megatron_core:  # PEFT imports it by this name
         raise InputError(
             f"{path} has megatron_core={module!r}, a module that PEFT would import; allowed is "
-            f"only {MEGATRON}"
+            f"only {Facts.megatron_core}"
         )
-    replicas = getattr(config, "layer_replication", None) or ()
+    replicas = facts_of(config).layer_replication or ()
     blocks = sum(max(end - start, 0) for start, end in replicas)
     if blocks > MAX_BLOCKS:  # PEFT clones each
         raise InputError(
             f"{path} has layer_replication of {len(replicas)} ranges with {blocks:,} blocks; list "
             f"at most {MAX_BLOCKS:,}"
         )
-    start = getattr(config, "prompt_tuning_init_state_dict_path", None)
+    start = facts_of(config).prompt_tuning_init_state_dict_path
     if start and not start.endswith(".safetensors"):  # PEFT unpickles it when it creates prompts
         raise InputError(
             f"{path} has prompt_tuning_init_state_dict_path={start!r}, a file that could contain "
@@ -159,7 +159,7 @@ def adapter_files(path: str | Path, config: PeftConfig, **where: Any) -> Path:
     Raises:
         InputError: the adapter, or one that its config names, has no safetensors file.
     """
-    for expert in (getattr(config, "adapters", None) or {}).values():  # X-LoRA loads these itself
+    for expert in (facts_of(config).adapters or {}).values():  # X-LoRA loads these itself
         weights_file(expert)
     return weights_file(path, **where)
 

@@ -48,6 +48,7 @@ from petl.core.compat import (
 )
 from petl.core.layers.class_swap import AdapterDict
 from petl.core.spec.checks import pattern_value
+from petl.core.spec.facts import facts_of
 from petl.errors import InputError
 from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.read import parse_json, read_json, read_text
@@ -388,7 +389,7 @@ def _fingerprint_for(model: PeftModel, adapter_name: str) -> Fingerprint:
     of_other, digests = base.others.get(adapter_name, (None, base.digests))
     if of_other is not config:
         digests = base.digests
-    is_head = getattr(config, "replaces_head", False)
+    is_head = facts_of(config).replaces_head
     saved = tuple(
         f"{path}."
         for path, module in _outside_adapters(model.get_base_model())

@@ -9,7 +9,7 @@ from torch import nn
 from petl.core.layers.context import ForwardContext
 from petl.core.model.heat_map import HeatMap
 from petl.core.spec.config import require
-from petl.core.spec.method import WRAP_ONLY, LossConfig, build_loss, loss, require_effect
+from petl.core.spec.method import WRAP_ONLY, LossConfig, build_loss
 from petl.core.support import Lacks
 
 LOSSES = "petl_extra_losses"  # attribute of a PeftModel
@@ -31,13 +31,7 @@ class TrainingPart(Protocol):
 
 
 class ExtraLoss(TrainingPart, Protocol):
-    """Interface of a loss term that is on a model in addition to its method.
-
-    Attributes:
-        allows_reentrant: True if it has a gradient under reentrant gradient checkpointing.
-    """
-
-    allows_reentrant: bool
+    """Interface of a loss term that is on a model in addition to its method."""
 
     @property
     def lacks(self) -> Lacks:
@@ -70,19 +64,6 @@ def read(settings: Mapping[str, Any] | None) -> LossConfig | None:
     config = build_loss(fields.pop("name", ""), **fields)
     config.check_driven()
     return config
-
-
-def attach(model: PeftModel, config: LossConfig | None) -> Any:
-    """Attach the loss of `config` to a PeftModel and return its controller; None without one.
-
-    Raises:
-        InputError: the model lacks the modules that the loss needs, has such a loss already, or has
-            a method with which the loss has no effect.
-    """
-    if config is None:
-        return None
-    require_effect(config, type(model.base_model), type(model.active_peft_config))
-    return loss(config.name).controller_cls(model, config)
 
 
 def extra_losses(model: nn.Module) -> Sequence[ExtraLoss]:

@@ -22,6 +22,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, Self, TypeVar
 
 from peft import PeftConfig, PeftModel
@@ -36,7 +37,8 @@ from petl.core.model.heat_map import HeatMap
 from petl.core.model.linear import LINEAR_KINDS, refuse_other_kind
 from petl.core.model.targets import matched_names, refuse_fused, resolve_targets
 from petl.core.spec.config import LR
-from petl.core.support import Capability, Lacks, reason_of, without_lora
+from petl.core.spec.facts import facts_of
+from petl.core.support import Capability, Lacks, Part, reason_of, without_lora
 from petl.errors import ModuleKindError
 from petl.system.files.paths import method_preset
 
@@ -440,7 +442,18 @@ class Method(Generic[C, A]):
         """True if it changes its adapters while they train."""
         return self.overrides("after_step")
 
-    def lacking(self, capability: Capability, config: PeftConfig | None = None) -> str:
+    def part(self, config: Any) -> Part:
+        """Return the method, with this config, as a part of a choice."""
+        facts = facts_of(config)
+        uses = {
+            Capability.NEW_HEAD: facts.replaces_head,
+            Capability.CHANGED_BASE: not self.keeps_base(config),
+            Capability.BIASES: facts.trains_biases,
+        }
+        lacks = {each: partial(self.lacking, each) for each in Capability}
+        return Part(f"method {self.name}", [c for c, used in uses.items() if used], lacks, config)
+
+    def lacking(self, capability: Capability, config: C | None = None) -> str:
         """Return why it lacks a capability with this config; "": it has it.
 
         Args:
@@ -455,6 +468,9 @@ class Method(Generic[C, A]):
             # AdaLoRA has an `r` that it does not use
             known = {"r", "rank_pattern"} <= self.config_cls.__dataclass_fields__.keys()
             return "" if known and self.rank in ("", "r") else "it has no rank_pattern"
+        is_computed = config is not None and self.is_computed(config)
+        if is_computed and capability in (Capability.EXTRA_LOSS, Capability.FIND_LR):
+            return "it computes its adapter from data and trains nothing (train.steps=0)"
         # what a layer computes for a row must depend on that row and on the adapter alone
         if capability is Capability.TOGETHER and self.tuner is not LoraModel:
             return "the method is not written for rows of several adapters in training"

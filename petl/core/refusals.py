@@ -6,6 +6,7 @@ from peft import PeftConfig, PeftModel, PeftType
 from torch import nn
 
 from petl.core.compat import LoraLayer
+from petl.core.spec.facts import facts_of
 from petl.errors import UnsupportedError
 
 
@@ -30,8 +31,8 @@ def refuse_more_than_factors(model: PeftModel, adapter_name: str = "default") ->
     A DoRA is, for one, or a LoRA with trained biases.
     """
     config: Any = model.peft_config[adapter_name]
-    tokens = getattr(config, "trainable_token_indices", None)
-    if getattr(config, "bias", "none") != "none" or tokens:
+    facts = facts_of(config)
+    if facts.trains_biases or facts.trainable_token_indices:
         raise UnsupportedError(
             "the adapter trains biases or tokens besides its updates of weights, which two factors "
             "a layer cannot hold"

@@ -35,15 +35,16 @@ from petl.core.model.targets import (
 from petl.core.parameters import check_module, quantization_of, within_memory
 from petl.core.spec.checks import check_adapter_name, check_rank
 from petl.core.spec.config import check_values
+from petl.core.spec.facts import facts_of
 from petl.core.spec.method import (
     LOSSES,
     LossConfig,
     build_loss,
     loss,
+    loss_part,
     modifies_base_weights,
-    require_effect,
 )
-from petl.core.support import BASES, NO_CONVERSION, Capability, Conflict
+from petl.core.support import BASES, NO_CONVERSION, Capability, Conflict, Part, require_compatible
 from petl.core.switching.tuner import apply_peft_fixes, enable_switching
 from petl.core.tuners.gradients import watch_gradients
 from petl.errors import (
@@ -58,6 +59,7 @@ from petl.system.imports.peft_hook import failure
 
 logger = logging.getLogger(__name__)
 METHODS: dict[str, Method] = {}
+OF_WRAP = ("adapter_name", "calibration")  # arguments of `wrap` that are no fields
 
 
 def adopt(
@@ -356,13 +358,26 @@ def _wrap_with_loss(
         )
     entry.controller_cls.check(model, config)
     # both checks before wrapping: a refusal leaves the model unchanged
-    chosen = method(config.method)
-    require_effect(config, chosen.tuner, chosen.config_cls)
+    own = {k: v for k, v in config.method_config.items() if k not in OF_WRAP}
+    require_compatible([loss_part(config), method_part(build_config(config.method, **own))])
     # method_config last, so that it may set them
     fields = {"adapter_name": adapter_name, "calibration": calibration, **config.method_config}
     wrapped = wrap(model, config.method, **fields)
     entry.controller_cls(wrapped, config)
     return wrapped
+
+
+def attach(model: PeftModel, config: LossConfig | None) -> Any:
+    """Attach the loss of `config` to a PeftModel and return its controller; None without one.
+
+    Raises:
+        InputError: the model lacks the modules that the loss needs, has such a loss already, or has
+            a method with which the loss has no effect.
+    """
+    if config is None:
+        return None
+    require_compatible([loss_part(config), *map(method_part, model.peft_config.values())])
+    return loss(config.name).controller_cls(model, config)
 
 
 def without_data(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -372,7 +387,7 @@ def without_data(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """
     config = build_config(**fields)
     # True is PEFT's default: B of zeros
-    start = getattr(config, "init_lora_weights", True)
+    start = facts_of(config).init_lora_weights
     if not isinstance(start, str) or not (
         needs_calibration(config) or modifies_base_weights(config)
     ):
@@ -436,6 +451,15 @@ def refusal(config: PeftConfig, capability: Capability) -> str:
     if entry is not None:
         return entry.lacking(capability, config)
     return NO_CONVERSION if capability is Capability.LORA_EXPORT else ""
+
+
+def method_part(config: PeftConfig) -> Part:
+    """Return the method of a config as a part of a choice."""
+    entry = method_of(config)
+    if entry is not None:
+        return entry.part(config)
+    has_prompts = config.is_prompt_learning or config.is_adaption_prompt
+    return Part(type(config).__name__, (Capability.PROMPTS,) if has_prompts else ())
 
 
 def require_capability(config: PeftConfig, capability: Capability, wanted: str) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from petl.core.compat import embedding_weights
 from petl.core.method import Method
 from petl.core.model.copies import skeleton_of
+from petl.core.spec.facts import facts_of
 from petl.errors import InputError, first_line
 from petl.system.files.tensor_file import Shapes
 
@@ -83,7 +84,7 @@ def expected_tensors(model: nn.Module, config: PeftConfig) -> Expected:
 
 
 def _inject(skeleton: Any, config: Any) -> Expected:
-    if isinstance(getattr(config, "init_lora_weights", None), str):
+    if isinstance(facts_of(config).init_lora_weights, str):
         config.init_lora_weights = True  # others need values; shapes are the same
     if hasattr(config, "prompt_tuning_init"):
         config.prompt_tuning_init = "RANDOM"  # others need a tokenizer, or another file

@@ -5,9 +5,12 @@ declared once, by the younger of the two. `conflicts` compares all that is chose
 `petl.testing` prove a cell of the table either way, that it works or is refused with that reason.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
+
+from petl.errors import UnsupportedError
 
 # why something lacks a capability: a sentence, or a function of its config that returns one; "":
 # it has the capability
@@ -48,6 +51,33 @@ class Capability(StrEnum):
     STREAM = "stream"
     PACKED_ROWS = "packed_rows"
     EXTRA_LOSS = "loss"
+    BUCKETS = "buckets"
+    EVALUATION = "eval_steps"
+    FIND_LR = "find_lr"
+    SIZE = "budget"
+    TASKS = "tasks"
+    # what a method does to the model
+    NEW_HEAD = "new_head"
+    CHANGED_BASE = "changed_base"
+    BIASES = "biases"
+    PROMPTS = "prompts"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the things that are chosen together.
+
+    Attributes:
+        name: as it was chosen, such as "train.optimizer=adamr".
+        uses: the capabilities that it needs of all others.
+        lacks: its rows of the table.
+        config: what reasons that are functions are called with.
+    """
+
+    name: str
+    uses: Collection[Capability] = ()
+    lacks: Lacks = field(default_factory=dict)
+    config: Any = None
 
 
 class Conflict(NamedTuple):
@@ -59,6 +89,24 @@ class Conflict(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.wanted} is not possible with {self.without}: {self.reason}"
+
+
+def conflicts(choice: Iterable[Part]) -> list[Conflict]:
+    """Return every pair of a choice of which one part lacks what the other uses."""
+    parts = [*choice]
+    return [
+        Conflict(wanted.name, part.name, reason)
+        for part in parts
+        for wanted in parts
+        for capability in wanted.uses
+        if wanted is not part and (reason := reason_of(part.lacks, capability, part.config))
+    ]
+
+
+def require_compatible(choice: Iterable[Part]) -> None:
+    """Raise UnsupportedError, with the reason, if a part of a choice lacks what another uses."""
+    for conflict in conflicts(choice):
+        raise UnsupportedError(str(conflict))
 
 
 # of PEFT's methods without one

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from petl.core.compat import BaseTunerLayer
 from petl.core.method import Method
 from petl.core.registry import build_config, method, needs_calibration, wrap
+from petl.core.spec.facts import facts_of
 from petl.system.collectives import num_processes, number
 from petl.testing.models import OTHER_MODELS, TINY_MODELS, Batch, TinyModel
 
@@ -106,7 +107,7 @@ class Case:
         calibration = None
         config = self.config()
         if needs_calibration(config):
-            divides = getattr(config, "divides_calibration", False)
+            divides = facts_of(config).divides_calibration
             own = slice(number(), None, num_processes()) if divides else slice(None)
             rows = self.batch(seed=9).items()
             calibration = [{name: values[own].contiguous() for name, values in rows}]

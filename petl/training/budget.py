@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from petl.core.parameters import adapter_parameters
 from petl.core.registry import build_config, method, on_shapes, without_data
 from petl.core.spec.config import MethodConfig, in_proportion
+from petl.core.support import Capability
 from petl.errors import InputError
 from petl.training.features import Fields, RunFeature, Setup
 
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 class Budget(RunFeature):
     """Chooses the size of the method by `train.budget`."""
+
+    uses = (Capability.SIZE,)
 
     def before_wrapping(self, setup: Setup, fields: Fields) -> Fields:
         """Return the fields at the largest size that the budget allows."""

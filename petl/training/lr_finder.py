@@ -24,6 +24,7 @@ from peft import PeftModel
 
 from petl.core.lifecycle import lifecycle
 from petl.core.model.heat_map import save_figure
+from petl.core.support import Capability
 from petl.errors import InputError, RunStopped
 from petl.system.collectives import is_sharded, on_main
 from petl.system.files.disk import UNFINISHED, as_json, remove, stop_when_full, write_atomic
@@ -37,7 +38,6 @@ from petl.training.features import Context, RunFeature
 from petl.training.features.section import Section
 from petl.training.loop import Loop
 from petl.training.runs.checkpoint import load_adapter, save_adapter
-from petl.training.runs.config import RunConfig
 from petl.training.runs.environment import PhaseTimer
 from petl.training.runs.records import SCORES
 from petl.training.runs.run_folder import Run
@@ -68,13 +68,7 @@ class LrFinder(RunFeature):
     """
 
     key = "find_lr"
-
-    def check(self, config: RunConfig) -> None:
-        """Raise InputError for a method that computes its adapter."""
-        if config.train.steps == 0:
-            raise InputError(
-                "train.find_lr=true has no effect without training (train.steps=0): leave it out"
-            )
+    uses = (Capability.FIND_LR,)
 
     def before_training(self, context: Context) -> None:
         """Run the test, and set the learning rates of the training."""

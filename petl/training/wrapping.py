@@ -8,8 +8,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
-from petl.core.losses import attach, extra_losses
 from petl.core.registry import (
+    attach,
     build_config,
     check_on_shapes,
     is_computed,
@@ -17,6 +17,7 @@ from petl.core.registry import (
     needs_calibration,
     wrap,
 )
+from petl.core.spec.facts import facts_of
 from petl.data.models.loading import new_modules
 from petl.data.tasks.base import packs
 from petl.data.tasks.packing import check_packed_texts_isolated
@@ -25,7 +26,6 @@ from petl.errors import InputError
 from petl.system.progress import Shown
 from petl.training.calibration import calibration_batches
 from petl.training.dataloader import FirstBatches
-from petl.training.distributed.sharding import refuse_sharding
 from petl.training.features import Setup
 from petl.training.optimizer import groups
 from petl.training.runs.settings import TrainConfig
@@ -75,7 +75,7 @@ def train_new_modules(fields: Mapping[str, Any], base: PreTrainedModel) -> dict[
         InputError: the method would read the output of such a module.
     """
     config_cls: Any = method(fields["name"]).config_cls
-    if getattr(config_cls, "replaces_head", False):
+    if facts_of(config_cls).replaces_head:
         config: Any = build_config(**{k: v for k, v in fields.items() if k != "calibration"})
         config.check_new_modules(new_modules(base))
         return dict(fields)
@@ -121,7 +121,6 @@ def wrap_arguments(setup: Setup) -> dict[str, Any]:
     assert accelerator is not None
     fields = setup.fields()
     config: Any = build_config(**fields)
-    refuse_sharding(config, run.model.quantization, accelerator)
     # before weights are loaded
     check_on_shapes(setup.shapes, train_new_modules(fields, setup.shapes()))
     if not needs_calibration(config):
@@ -131,7 +130,7 @@ def wrap_arguments(setup: Setup) -> dict[str, Any]:
     elif hasattr(config, "calibration_data"):
         batches = calibration_batches(config.calibration_data, run.model, splits)
     else:
-        parts = accelerator.num_processes if getattr(config, "divides_calibration", False) else 1
+        parts = accelerator.num_processes if facts_of(config).divides_calibration else 1
         rank = accelerator.process_index if parts > 1 else 0
         batches = FirstBatches(splits, run.train, accelerator.device, rank, parts)
     return {**fields, "calibration": Shown(batches, CALIBRATING)}
@@ -150,9 +149,3 @@ def check_model(model: PeftModel, settings: TrainConfig) -> None:
         )
     if packs(base):
         check_packed_texts_isolated(model, base)
-    for loss in extra_losses(model):
-        if kind == "reentrant" and not loss.allows_reentrant:
-            raise InputError(
-                f"train.gradient_checkpointing=reentrant leaves the loss {loss.config.name!r} "
-                "without a gradient; set train.gradient_checkpointing=true"
-            )

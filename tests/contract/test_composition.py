@@ -30,7 +30,7 @@ NO_MATRIX = "trains no tensor of two or more dimensions"
 REFUSED = {
     "density": {
         "adalora": "PEFT's AdaLoraModel calls model.forward and so bypasses its forward hooks",
-        "dkvb": "it reads the blocks, and DkvbModel trains a head behind them",
+        "dkvb": "it reads the blocks alone, and the head behind them",
         "scedit": "no activation module found in the MLP blocks of TinyUNet",
     },
     "binary": {
@@ -40,7 +40,7 @@ REFUSED = {
         "delora": "it normalizes its factors",
         "fourierft": NO_MATRIX,
         "dsee": "it prunes base weights by its update",
-        "icv": f"{NO_MATRIX}|has no effect without training",
+        "icv": f"{NO_MATRIX}|trains nothing",
         "increlora": "its file has the active ranks only",
         "pst": "it ranks base weights by scores",
         "ln_tuning": NO_MATRIX,

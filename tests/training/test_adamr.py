@@ -14,14 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 from training_fixtures import assert_same_course, stopped_before, train
 
 import petl
-from petl.errors import InputError, UnsupportedError
+from petl.errors import InputError
 from petl.experiments.planning.plan import plan_run
 from petl.testing.processes import in_processes
 from petl.training import adamr
 from petl.training.compose import compose
-from petl.training.distributed.launch import DeepSpeed, gathered
+from petl.training.distributed.launch import gathered
 from petl.training.optimizer import make_optimizer
-from petl.training.runs.run_config import check_adamr, read_config
+from petl.training.runs.run_config import read_config
 from petl.training.runs.settings import TrainConfig
 
 pytest_plugins = ["training_fixtures"]
@@ -324,11 +324,6 @@ def test_a_plan_counts_the_reference(tiny):
 def test_a_setting_without_effect_and_methods_that_move_entries_are_refused(tiny, more, reason):
     with pytest.raises(InputError, match=reason):
         read_config(compose([*tiny.steady, *more]))
-
-
-def test_deepspeed_is_refused():
-    with pytest.raises(UnsupportedError, match="adamr is not possible with launch=deepspeed"):
-        check_adamr(petl.method("lora"), DeepSpeed("deepspeed"))
 
 
 def test_adalora_trains_with_it(tiny, tmp_path):

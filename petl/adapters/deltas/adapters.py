@@ -34,6 +34,7 @@ from petl.core.compressed import (
     type_of,
 )
 from petl.core.fingerprint import MEANING
+from petl.core.spec.facts import facts_of
 from petl.errors import InputError
 from petl.ops.ternary import FILE, State, Ternary
 from petl.system.files.disk import check_links, copy_file, write_atomic
@@ -105,7 +106,7 @@ def read(folder: str | Path) -> Material:
             f"{folder}: {codes[0]} holds packed codes, not numbers; train or save the adapter with "
             "method.save_format=latent"
         )
-    heads = getattr(config, "modules_to_save", None) or ()
+    heads = facts_of(config).modules_to_save or ()
     # a complete part of the dotted name, not "score" in "scorer"
     exclude = tuple(rf"(^|\.){re.escape(head)}(\.|$)" for head in heads)
     whole = "|".join(map(re.escape, filter(is_whole, state)))

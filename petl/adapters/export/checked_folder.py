@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from petl.core.compat import BaseTunerLayer
+from petl.core.spec.facts import facts_of
 from petl.core.spec.method import modifies_base_weights
 from petl.data.tasks.base import IGNORED
 from petl.errors import RunStopped, UnsupportedError
@@ -207,7 +208,7 @@ def unwrap_trained(model: PeftModel, *, keep: bool) -> None:
 def refuse_changed_base(folder: Path, config: PeftConfig) -> None:
     """Raise UnsupportedError for tensors that are not what training added to the base model."""
     if modifies_base_weights(config):
-        start = getattr(config, "init_lora_weights", None)
+        start = facts_of(config).init_lora_weights
         raise UnsupportedError(
             f"{folder} has init_lora_weights={start!r}, which takes its start out of the base "
             "weights, so that its tensors alone are not what training changed: save it with "

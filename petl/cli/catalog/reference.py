@@ -22,6 +22,7 @@ from transformers import (
 
 from petl.core.parameters import adapter_parameters, trainable
 from petl.core.registry import build_config, is_computed, on_shapes
+from petl.core.spec.facts import facts_of
 from petl.errors import InputError, ModuleKindError, UnsupportedError
 from petl.system.settings.command_line import preset_of
 from petl.training.runs.method_fields import method_fields
@@ -144,7 +145,7 @@ def counted(name: str) -> tuple[int | str, str]:
     fields = method_fields({"name": name, **preset}, "FEATURE_EXTRACTION", STEPS)
     config = build_config(**fields)
     computed, reasons = is_computed(config), []
-    needs_head = getattr(config, "replaces_head", False)
+    needs_head = facts_of(config).replaces_head
     references = ((build_classifier, OF_CLASSES),) if needs_head else REFERENCES
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on speed and fit: this model is not trained

@@ -35,6 +35,7 @@ from petl.core.model.places import place
 from petl.core.parameters import is_norm
 from petl.core.spec.blocks import last_blocks
 from petl.core.spec.checks import BLOCKS
+from petl.core.spec.facts import facts_of
 from petl.errors import InputError, ModuleKindError, UnknownNameError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ def resolve_blocks(config: Any, model: nn.Module) -> None:
         return
     found = (place(model, name) for name in linear_names(model))
     lengths = {where.stack: where.length for where in found if where is not None}
-    patterns = getattr(config, "layers_pattern", None) or ()
+    patterns = facts_of(config).layers_pattern or ()
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if patterns:
         lengths = {k: n for k, n in lengths.items() if k.rpartition(".")[2] in patterns}
@@ -230,7 +231,7 @@ def check_targets(config: Any, model: nn.Module) -> None:
             raise _no_match(targets, names, words=(*PRESETS, "all-linear"))
     else:
         # PEFT takes none if `target_parameters` names weights instead
-        if not targets and not getattr(config, "target_parameters", None):
+        if not targets and not facts_of(config).target_parameters:
             raise InputError(
                 f"target_modules={_shown(targets)} names no module; name at least one, or "
                 "target_modules=all-linear"
@@ -333,7 +334,7 @@ def choose_default(config: Any, model: nn.Module, tuner: type[Any]) -> None:
         if any(isinstance(m, nn.Linear) and not is_linear(m) for m in model.modules()):
             set_targets(config, model, linear_names(model))
         return
-    if targets is not None or getattr(config, "target_parameters", None):
+    if targets is not None or facts_of(config).target_parameters:
         return
     names = chosen_names(config, model, tuner)
     fits = [
@@ -369,7 +370,7 @@ def check_kinds(config: Any, model: nn.Module, tuner: type[Any]) -> None:
     for name in names:
         refuse_other_kind(model.get_submodule(name), name)
     # LoRA replaces the module that owns a parameter
-    endings = tuple(f".{name}" for name in getattr(config, "target_parameters", None) or ())
+    endings = tuple(f".{name}" for name in facts_of(config).target_parameters or ())
     owned = [name for name, _ in model.named_parameters() if f".{name}".endswith(endings)]
     for name in (*names, *(name.rpartition(".")[0] for name in owned)):
         refuse_fused(model, name)
@@ -434,7 +435,7 @@ def _suffixes(name: str) -> list[str]:
 
 def in_layers(config: Any, model: nn.Module, name: str) -> bool:
     """Return True if `layers_to_transform` includes the block of the module called `name`."""
-    indices = getattr(config, "layers_to_transform", None)
+    indices = facts_of(config).layers_to_transform
     if indices is None or indices == []:
         return True
     where = place(model, name)
@@ -498,7 +499,7 @@ def _no_match(target: str, names: list[str], words: Sequence[str] = ()) -> Unkno
 
 
 def _layer_hint(config: Any) -> str:
-    indices = getattr(config, "layers_to_transform", None)
+    indices = facts_of(config).layers_to_transform
     return "" if indices is None else f" (layers_to_transform={indices})"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from petl.core.compat import get_pattern_key
+from petl.core.spec.facts import facts_of
 from petl.errors import InputError
 from petl.system.values import hints_of
 
@@ -111,7 +112,7 @@ MAX_EXCESS = 100
 
 def rank_of(config: Any, key: str, default: Any) -> Any:
     """Return the rank that `rank_pattern` of a config has for module `key`, else `default`."""
-    return pattern_value(getattr(config, "rank_pattern", None), key, default)
+    return pattern_value(facts_of(config).rank_pattern, key, default)
 
 
 def pattern_value(pattern: Mapping[str, Any] | None, key: str, default: Any) -> Any:

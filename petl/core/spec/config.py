@@ -14,6 +14,7 @@ from peft.utils import CONFIG_NAME, PeftType
 from petl.core.compat import saved_type
 from petl.core.spec import blocks
 from petl.core.spec.checks import BLOCKS, check_rank, config_hints, rank_of
+from petl.core.spec.facts import facts_of
 from petl.errors import InputError, shown
 from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.read import read_json
@@ -129,8 +130,8 @@ class MethodConfig(PeftConfig):
             shape: both widths of the module, for methods whose rank depends on them.
         """
         config: Any = self
-        alpha, r = getattr(config, "lora_alpha", None), config.r
-        root = math.sqrt(r) if getattr(config, "use_rslora", False) else r
+        facts, r = facts_of(config), config.r
+        alpha, root = facts.lora_alpha, math.sqrt(r) if facts.use_rslora else r
         return rank_of(config, key, r), 1.0 if alpha is None else alpha / root
 
     def sized(self, size: int) -> dict[str, Any]:
@@ -164,12 +165,14 @@ def in_proportion(config: Any, r: int) -> dict[str, Any]:
 
     The field of PEFT's LoHa and LoKr is `alpha`.
     """
-    names = (name for name in ("lora_alpha", "alpha") if getattr(config, name, None) is not None)
-    name = next(names, None)
-    if name is None or config.r is None:
+    facts = facts_of(config)
+    name, alpha = "lora_alpha", facts.lora_alpha
+    if alpha is None:
+        name, alpha = "alpha", facts.alpha
+    if alpha is None or config.r is None:
         return {"r": r}
     # an integer where possible, as PEFT annotates it
-    scaled = getattr(config, name) * r / config.r
+    scaled = alpha * r / config.r
     return {"r": r, name: int(scaled) if scaled == int(scaled) else scaled}
 
 

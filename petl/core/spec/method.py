@@ -5,9 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from petl.core.compat import calls_past_hooks
 from petl.core.spec.config import config_field
-from petl.errors import InputError, UnknownNameError, UnsupportedError, choose, did_you_mean
+from petl.core.spec.facts import facts_of
+from petl.core.support import Capability, Part
+from petl.errors import InputError, UnknownNameError, choose, did_you_mean
 from petl.system.values import check_rules
 
 # values of init_lora_weights, or how they begin ("pissa_niter_16")
@@ -20,7 +21,7 @@ def modifies_base_weights(config: Any) -> bool:
     Such an adapter gives correct outputs on the original base only if it is saved relative to its
     initial state: `save_pretrained(..., path_initial_model_for_weight_conversion=START)`.
     """
-    initialization = getattr(config, "init_lora_weights", None)
+    initialization = facts_of(config).init_lora_weights
     return isinstance(initialization, str) and initialization.startswith(MODIFIES_BASE_WEIGHTS)
 
 
@@ -55,10 +56,6 @@ class LossConfig:
         That is in petl's own loop and with `petl.Callback`.
         """
 
-    def reads_blocks_alone(self) -> bool:
-        """Return True if nothing behind the last block changes the term."""
-        return False
-
 
 @dataclass(frozen=True)
 class Loss:
@@ -69,7 +66,7 @@ class Loss:
         config_cls: its config.
         controller_cls: called with (PeftModel, config), it adds itself to the model; its class
             method `check(model, config)` raises for a base model that it does not support, before
-            anything is changed.
+            anything is changed. `lacks` are its rows of the table of petl/core/support.py.
         summary: one sentence.
         paper: authors, year, title or venue, arXiv id.
     """
@@ -144,21 +141,7 @@ def build_loss(name: str, **fields: Any) -> LossConfig:
         raise InputError(f"loss {name!r}: {error}") from error
 
 
-def require_effect(loss: LossConfig, tuner: type, method_cls: type) -> None:
-    """Raise UnsupportedError if a loss would have no effect with a method.
-
-    Args:
-        loss: its config.
-        tuner: of the method; it must not bypass the model's forward hooks, which losses need.
-        method_cls: the method's config class.
-    """
-    if calls_past_hooks(tuner):
-        raise UnsupportedError(
-            f"loss {loss.name!r} would have no effect: PEFT's {tuner.__name__} calls model.forward "
-            "and so bypasses its forward hooks; choose another method, such as increlora"
-        )
-    if getattr(method_cls, "replaces_head", False) and loss.reads_blocks_alone():
-        raise UnsupportedError(
-            f"loss {loss.name!r} would have no effect: it reads the blocks, and "
-            f"{tuner.__name__} trains a head behind them; choose a method that trains blocks"
-        )
+def loss_part(config: LossConfig) -> Part:
+    """Return an extra loss as a part of a choice."""
+    lacks = loss(config.name).controller_cls.lacks
+    return Part(f"loss={config.name}", (Capability.EXTRA_LOSS,), lacks, config)

@@ -41,6 +41,7 @@ from petl.core.model.rounding import refuse_rounding
 from petl.core.parameters import is_norm, refuse_shared_targets
 from petl.core.serving.mixed_batch import AdapterRows
 from petl.core.spec.checks import check_adapter_name
+from petl.core.spec.facts import facts_of
 from petl.core.switching.kept_rows import KeptRows
 from petl.core.switching.norms import TrainedNorm
 from petl.errors import UnsupportedError
@@ -520,8 +521,8 @@ def apply_peft_fixes(model: PeftModel, not_mixed: str) -> None:
 
 def _not_combined(config: Any) -> str:
     """Return why PEFT's LoRA cannot add adapters of this config; "": it can."""
-    if getattr(config, "use_rslora", False):
+    if facts_of(config).use_rslora:
         return "PEFT scales the sum of rsLoRA adapters by the root of its rank once more"
-    if getattr(config, "use_dora", False):
+    if facts_of(config).use_dora:
         return "PEFT ignores the magnitudes of DoRA, and a sum of DoRA's updates is no DoRA"
     return ""

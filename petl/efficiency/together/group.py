@@ -33,6 +33,7 @@ from petl.core.layers.stack import Stack
 from petl.core.losses import extra_losses
 from petl.core.parameters import trainable
 from petl.core.registry import refusal
+from petl.core.spec.facts import facts_of
 from petl.core.support import Capability
 from petl.efficiency.frozen.feed import feed_of
 from petl.efficiency.fused_lora.layer import FusedLoraLinear
@@ -100,7 +101,7 @@ def refuse(model: PeftModel) -> None:
     drops = [name for name in LAYERDROP if getattr(base.config, name, 0)]
     if drops:
         reason = f"its base leaves out layers for all rows of a pass, by {drops[0]} of its config"
-    elif getattr(model.active_peft_config, "bias", None) not in (None, "none"):
+    elif facts_of(model.active_peft_config).trains_biases:
         reason = "it trains biases of the base, of which a pass of several has one"
     elif extra_losses(model):
         reason = "an extra loss observes one model, and the rows are of several"

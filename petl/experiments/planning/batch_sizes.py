@@ -19,7 +19,6 @@ from omegaconf import DictConfig
 
 from petl.core.lifecycle import lifecycle
 from petl.core.parameters import trainable
-from petl.core.registry import build_config
 from petl.data.base import refuse_stream
 from petl.data.batch_sampler import Buckets, Ints, split_by
 from petl.data.bucketing import bucket_edges, distinct
@@ -250,7 +249,7 @@ def by_shapes(
     """Yield a test that compares the bytes of a step, from its shapes, with `memory`."""
     fields = Setup(load_base, config, splits, features_of(config.resolved)).fields()
     model, _ = model_on_shapes(config, splits.task, fields)
-    storage = storage_of(config, splits.task, build_config(**fields))
+    storage = storage_of(config, splits.task)
     bf16 = config.precision == "bf16"
     with without_values(model, device), for_training(model, config.train):
         copies = sum(tensor.nbytes for _, tensor in trainable(model))

@@ -144,7 +144,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     fields = setup.fields()
     model, notes = model_on_shapes(run, data.task, fields)
     config = build_config(**fields)
-    storage = storage_of(run, data.task, config)
+    storage = storage_of(run, data.task)
     notes += [*setup.notes, *notes_of(run, fields, storage.processes)]
     # saved as the difference of two updates: twice the rank
     saved = saved_shapes(model, rank_factor=2 if modifies_base_weights(config) else 1)

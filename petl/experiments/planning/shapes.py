@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from petl.core.parameters import trainable
@@ -16,7 +16,6 @@ from petl.efficiency.rewrite import apply_rewrites, rewrites_of
 from petl.experiments.planning.memory import Storage
 from petl.methods import losses
 from petl.training.distributed.launch import FSDP, number_of_processes
-from petl.training.distributed.sharding import refuse_fsdp
 from petl.training.runs.config import RunConfig
 from petl.training.wrapping import train_new_modules
 
@@ -45,17 +44,12 @@ def model_on_shapes(
     return model, notes
 
 
-def storage_of(run: RunConfig, task: Task, config: PeftConfig) -> Storage:
+def storage_of(run: RunConfig, task: Task) -> Storage:
     """Return how the weights of a run are stored; the number of processes is WORLD_SIZE.
 
     FSDP2 is planned for at least two processes.
-
-    Raises:
-        UnsupportedError: FSDP2 does not train this method on such weights.
     """
     kind, launch = run.model.quantization, run.launch
-    if isinstance(launch, FSDP):
-        refuse_fsdp(config, kind)
     processes, paths = number_of_processes(), []
     if kind is not None:
         base = load_base(run.model, task, meta=True)

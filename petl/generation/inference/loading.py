@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from petl.adapters.export.saved_adapter import Saved, device, find, model_in
 from petl.core.loading import load
+from petl.core.spec.facts import facts_of
 from petl.core.spec.method import modifies_base_weights
 from petl.data.models.loading import load_base, load_tokenizer, loading
 from petl.data.models.saved_processor import differences, load_saved_processor
@@ -104,7 +105,7 @@ def _own_drafter(folder: Path, found: Saved | Mapping[str, Any]) -> str | None:
 
 def refuse_tasks(saved: Saved) -> None:
     """Raise UnsupportedError for an adapter of several tasks, of which a prompt names none."""
-    tasks = list(getattr(saved.config, "tasks", []))
+    tasks = list(facts_of(saved.config).tasks)
     if len(tasks) > 1:
         raise UnsupportedError(
             f"{saved.adapter} serves the tasks {', '.join(tasks)}, and a prompt has no task: use "

@@ -47,6 +47,10 @@ adopt(
         Capability.FSDP: "it masks complete triplets, and FSDP shards them; launch it with ddp",
         Capability.ZERO: "it masks ranks by gradients, which ZeRO has already freed; launch it "
         "with ddp",
+        Capability.EXTRA_LOSS: (
+            "PEFT's AdaLoraModel calls model.forward and so bypasses its forward hooks; choose "
+            "another method, such as increlora"
+        ),
         Capability.COMPILE: "its forward pass changes requires_grad, which breaks the graph",
         Capability.MIXED_BATCH: "PEFT's AdaLoRA trains one adapter at a time and does not support "
         "mixed batches",

@@ -9,7 +9,8 @@ petl.lifecycle(model).report(batches)   # metrics on validation batches, before 
 from importlib import import_module
 from pkgutil import iter_modules
 
-from petl.core.losses import attach, read
+from petl.core.losses import read
+from petl.core.registry import attach
 from petl.core.spec.method import Loss, LossConfig, build_loss, list_losses, loss
 
 __all__ = ["Loss", "LossConfig", "attach", "build_loss", "list_losses", "loss", "read"]

@@ -29,7 +29,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -45,7 +45,7 @@ from petl.core.model.modes import (
     without_adapters,
 )
 from petl.core.model.structure import blocks
-from petl.core.registry import METHODS, build_config, keeps_base
+from petl.core.registry import METHODS
 from petl.core.spec.config import config_field, require
 from petl.core.spec.method import LossConfig, register_loss
 from petl.core.support import Capability
@@ -55,7 +55,6 @@ from petl.errors import InputError, UnsupportedError, choose
 __all__ = ["DistillConfig", "Distillation"]
 
 LOGITS = ("mse", "kl")
-NOT_FIELDS = ("adapter_name", "calibration")  # of method_config: arguments of petl.wrap
 NEARBY = 1000  # nodes of the graph of a loss among which its logits are looked for
 logger = logging.getLogger(__name__)
 
@@ -82,9 +81,6 @@ class DistillConfig(LossConfig):
         None,
     )
 
-    def reads_blocks_alone(self) -> bool:
-        return self.logit_weight == 0
-
     def check(self) -> None:
         # `method` belongs to petl.wrap(model, "distill")
         choose(METHODS, self.method, "method")
@@ -100,6 +96,19 @@ class DistillConfig(LossConfig):
             not wrong and len({*self.layers}) == len(self.layers),
             f"layers={self.layers} is no list of distinct indices from 0",
         )
+
+
+# why its teacher is not the pretrained model
+NO_TEACHER = (
+    "its teacher is the pretrained model, and this adapter changes weights of the base (an "
+    "initialization such as corda or pissa, or trained biases); choose another initialization, or "
+    "bias='none'"
+)
+
+
+def reading_blocks_alone(config: DistillConfig) -> str:
+    """Why it has no effect where only a head trains; "": it compares logits too."""
+    return "" if config.logit_weight else "it compares blocks, and the head behind them trains"
 
 
 def comparing_logits(config: DistillConfig) -> str:
@@ -128,9 +137,21 @@ class Distillation:
     """
 
     config_cls = DistillConfig
-    # whether hooks of a block run inside its checkpoint, without a graph, depends on the model
-    allows_reentrant = False
-    lacks = {Capability.SEGMENTS: comparing_logits}
+    lacks = {
+        # whether hooks of a block run inside its checkpoint, without a graph, depends on the model
+        Capability.REENTRANT: (
+            "the first pass of a block may have no graph to add to; set "
+            "train.gradient_checkpointing=true"
+        ),
+        Capability.NEW_HEAD: reading_blocks_alone,
+        Capability.SEGMENTS: comparing_logits,
+        Capability.PROMPTS: (
+            "tokens or attention that it adds cannot be left out for the teacher; choose a method "
+            "with adapters in layers, such as lora"
+        ),
+        Capability.CHANGED_BASE: NO_TEACHER,
+        Capability.BIASES: NO_TEACHER,
+    }
 
     def __init__(self, model: PeftModel, config: DistillConfig) -> None:
         if any(isinstance(part, Distillation) for part in extra_losses(model)):
@@ -138,8 +159,6 @@ class Distillation:
                 f"{type(model).__name__} already has a distillation term; call "
                 "model.distillation.remove() first"
             )
-        for adapter in model.peft_config.values():
-            refuse_teacher(adapter)
         # hooks on the base model: PEFT's own forward is not called for all task types
         base: Any = model.get_base_model()
         self.model, self.base, self.config = model, base, config
@@ -173,8 +192,6 @@ class Distillation:
     def check(model: nn.Module, config: DistillConfig) -> None:
         """Raise InputError unless a base model and the method of `config` can have the term."""
         chosen_blocks(model, config)
-        fields = {k: v for k, v in config.method_config.items() if k not in NOT_FIELDS}
-        refuse_teacher(build_config(config.method, **fields))
 
     def remove(self) -> None:
         """Remove the term from the model."""
@@ -453,21 +470,6 @@ def chosen_blocks(model: nn.Module, config: DistillConfig) -> dict[int, str]:
                 "modules_to_save"
             )
     return chosen
-
-
-def refuse_teacher(config: PeftConfig) -> None:
-    """Raise UnsupportedError if a model without an adapter of this config is not its base model."""
-    if config.is_prompt_learning or config.is_adaption_prompt:
-        raise UnsupportedError(
-            f"{config.peft_type} adds tokens or attention that distill cannot leave out for the "
-            "teacher; choose a method with adapters in layers, such as lora"
-        )
-    if not keeps_base(config) or getattr(config, "bias", "none") not in ("none", None):
-        raise UnsupportedError(
-            "distill needs the pretrained model as its teacher, and this adapter changes weights "
-            "of the base model (an initialization such as corda or pissa, or trained biases); "
-            "choose another initialization, or bias='none'"
-        )
 
 
 @contextmanager

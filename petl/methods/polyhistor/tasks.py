@@ -8,6 +8,7 @@ from torch import nn
 
 from petl.core.layers.task_rows import TaskRows, take_task_ids
 from petl.core.spec.config import require
+from petl.core.spec.facts import facts_of
 from petl.core.tuners.base import ForwardContextTuner
 from petl.errors import InputError
 
@@ -87,4 +88,4 @@ class TaskTuner(ForwardContextTuner):
 
 def task_names(peft_config: Mapping[str, Any], adapter_name: str) -> list[str]:
     """Return the tasks of an adapter in the order of their ids; none for other methods."""
-    return list(getattr(peft_config[adapter_name], "tasks", []))
+    return list(facts_of(peft_config[adapter_name]).tasks)

@@ -10,7 +10,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 from petl.core.model.structure import blocks
 from petl.core.parameters import quantization_of, trainable
+from petl.core.support import BASES, Capability, Lacks
 from petl.errors import InputError, choose
 from petl.system.collectives import is_sharded, to_full, to_shards
 from petl.system.imports.extras import need_extra
@@ -47,9 +48,18 @@ ZERO_REQUESTED = {
 }
 
 
+def several_torchao(launch: "Launch") -> str:
+    """Why weights of torchao cannot be in several processes; "": there is one."""
+    if number_of_processes() < 2:
+        return ""
+    return "such weights can neither be broadcast nor sharded; use bnb_8bit, or one process"
+
+
 @dataclass(frozen=True)
 class Launch:
     """The settings under `launch`, explained in configs/launch; this one is DDP."""
+
+    lacks: ClassVar[Lacks] = {Capability.BASE_TORCHAO: several_torchao}
 
     name: str = "ddp"
 
@@ -72,6 +82,8 @@ class Launch:
 @dataclass(frozen=True)
 class FSDP(Launch):
     """FSDP2: parameters, gradients and optimizer state are sharded across processes."""
+
+    lacks = dict.fromkeys(BASES, "such weights cannot be sharded; use launch=ddp")
 
     reshard_after_forward: bool = True
 

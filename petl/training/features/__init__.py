@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from petl.core.registry import METHODS
+from petl.core.support import Capability, Lacks, Part
 from petl.errors import InputError
 from petl.system.values import check_rules, read_fields
 from petl.training.distributed.launch import on_device
@@ -158,6 +159,8 @@ class RunFeature:
     Attributes:
         key: its entry in scores.json.
         Settings: a dataclass of `setting` fields, for a feature that is a group of settings.
+        uses, lacks: its capability and its rows in the table of petl/core/support.py.
+        setting: the name of the setting that asks for it.
         settings: the value of its setting: of `Settings`, or as YAML has it; None if a method
             brings it.
         groups: all settings of the run.
@@ -165,9 +168,18 @@ class RunFeature:
 
     key: ClassVar[str] = ""
     Settings: ClassVar[type | None] = None
+    uses: ClassVar[tuple[Capability, ...]] = ()
+    lacks: ClassVar[Lacks] = {}
+    setting: str = ""
 
     def __init__(self, settings: Any, groups: Groups) -> None:
         self.settings, self.groups = settings, groups
+
+    @property
+    def part(self) -> Part:
+        """The feature as a part of what is chosen for a run."""
+        value = self.setting if self.Settings else f"{self.setting}={self.settings}"
+        return Part(value, self.uses, self.lacks, self)
 
     def settle(self, settings: Groups) -> Groups:
         """Return the settings of the run with those that this feature fills in."""
@@ -214,7 +226,12 @@ def features_of(settings: Groups) -> list[RunFeature]:
     Raises:
         InputError: a wrong setting in the group of a feature.
     """
-    return [kind(_read(kind, name, value), settings) for kind, name, value in _wanted(settings)]
+    features = []
+    for kind, name, value in _wanted(settings):
+        feature = kind(_read(kind, name, value), settings)
+        feature.setting = name
+        features.append(feature)
+    return features
 
 
 def orders_of(features: Sequence[RunFeature]) -> list[Callable[["Rows"], "Rows"]]:

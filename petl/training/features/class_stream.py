@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from petl.core.model.heat_map import HeatMap, draw
+from petl.core.support import Capability
 from petl.data.base import BY_CLASS, Stream, stream_refused
 from petl.data.class_stream import ClassStream
 from petl.data.tasks.classification import SingleLabelTask
@@ -36,31 +37,22 @@ class ClassOrder(RunFeature):
     """Trains on the rows of one class after the other, and scores all classes after each."""
 
     key = "stream"
+    lacks = {
+        Capability.BUCKETS: "it orders rows by class, and buckets by length",
+        Capability.EVALUATION: (
+            "the best checkpoint would hide what was forgotten; its stages are scored on the test "
+            "rows"
+        ),
+        Capability.TASKS: "it is for rows of one task",
+    }
 
     def check(self, config: RunConfig) -> None:
         """Raise InputError for settings that do not suit a stream of classes."""
-        train, data = config.train, config.resolved["data"]
+        train = config.train
         if train.epochs not in (TrainConfig.epochs, 1):
             raise InputError(
                 f"train.epochs={train.epochs:g} has no effect with data.order={BY_CLASS}, which is "
                 "passed once: set data.stream_repeats, the passes over the rows of each class"
-            )
-        if train.bucket_settings:
-            raise InputError(
-                f"data.order={BY_CLASS} orders rows by class, and {train.bucket_settings} by "
-                "length: leave one of them out"
-            )
-        if train.eval_steps is not None:
-            raise InputError(
-                f"train.eval_steps={train.eval_steps} restores the best checkpoint, which hides "
-                f"what was forgotten: leave it null with data.order={BY_CLASS}, whose stages are "
-                "scored on the test rows"
-            )
-        several = data.get("tasks") or data.get("sets")
-        if several:
-            raise InputError(
-                f"data.order={BY_CLASS} is for rows of one task, and the data has {[*several]}: "
-                "leave data.order null"
             )
 
     def order(self, rows: Rows) -> Rows:

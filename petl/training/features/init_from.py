@@ -23,7 +23,9 @@ from petl.core.fingerprint import check_base, known_fingerprint
 from petl.core.fingerprint import read as read_fingerprint
 from petl.core.loading import check_file, check_header
 from petl.core.registry import method_of
+from petl.core.spec.facts import facts_of
 from petl.core.spec.method import modifies_base_weights
+from petl.core.support import Capability
 from petl.data.models.loading import new_modules
 from petl.data.tasks.base import Task
 from petl.errors import InputError, shortened
@@ -33,7 +35,6 @@ from petl.system.files.paths import method_preset
 from petl.system.files.tensor_file import Shapes, read_shapes
 from petl.training.features import Fields, Groups, RunFeature, Setup
 from petl.training.runs.checkpoint import load_adapter
-from petl.training.runs.config import RunConfig
 from petl.training.runs.method_fields import with_inner
 from petl.training.runs.records import ADAPTER, CONFIG, read_stored
 from petl.training.runs.settings import TrainConfig
@@ -84,6 +85,8 @@ class Start:
 class InitFrom(RunFeature):
     """Gives the adapter of a new run the method, the fields and the values of a saved one."""
 
+    lacks = {Capability.SIZE: "the saved adapter has its size: leave train.budget null"}
+
     def settle(self, settings: Groups) -> Groups:
         """Return the settings with the method of the saved adapter.
 
@@ -94,15 +97,6 @@ class InitFrom(RunFeature):
         other_base = settings["train"].get("other_base")
         check_model(start, settings["model"], other_base=bool(other_base))
         return settings | {"method": method_settings(start, settings.get("method"))}
-
-    def check(self, config: RunConfig) -> None:
-        """Raise InputError for a size, which the saved adapter has."""
-        budget = config.train.budget
-        if budget is not None:
-            raise InputError(
-                f"train.budget={budget} chooses the size of a new adapter, and that of "
-                f"train.init_from={self.settings} has its size: leave train.budget null"
-            )
 
     def before_wrapping(self, setup: Setup, fields: Fields) -> Fields:
         """Load the saved values into the wrapped model of a new run."""
@@ -267,7 +261,7 @@ def choose_head(
     Raises:
         InputError: nothing says whether the head fits, or it does not and should be kept.
     """
-    if getattr(model.active_peft_config, "replaces_head", False):
+    if facts_of(model.active_peft_config).replaces_head:
         return (), "the adapter takes the place of the task head"
     own = shapes_of(trained_modules(model))
     there, here = heads_in(saved), heads_in(own)

@@ -10,6 +10,7 @@ from torch import nn
 
 from petl.core.method import Method
 from petl.core.registry import METHODS, method_of
+from petl.core.spec.facts import facts_of
 from petl.core.support import Capability
 from petl.errors import InputError, UnsupportedError, shown
 from petl.training.ranks.importance import blocks_of
@@ -209,6 +210,6 @@ def alpha_of(config: Any, rank: int) -> float:
     """Return the alpha with which a module of this rank has the scaling of one of rank `r`."""
     alpha = config.lora_alpha if hasattr(config, "lora_alpha") else config.alpha
     ratio = rank / config.r
-    scaled = alpha * (math.sqrt(ratio) if getattr(config, "use_rslora", False) else ratio)
+    scaled = alpha * (math.sqrt(ratio) if facts_of(config).use_rslora else ratio)
     # an integer where possible, as PEFT annotates it
     return round(scaled) if math.isclose(scaled, round(scaled), rel_tol=1e-12) else scaled

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from petl.core.parameters import trainable
 from petl.core.registry import on_shapes, without_data
 from petl.core.spec.config import MethodConfig
+from petl.core.spec.facts import facts_of
 from petl.errors import InputError
 from petl.training.ranks.allocation import check_bounds
 from petl.training.ranks.importance import blocks_of
@@ -86,7 +87,7 @@ def mean_rank(model: PeftModel, paths: list[str]) -> int:
         InputError: the modules have different ranks, or none.
     """
     config, tuner = model.active_peft_config, model.base_model
-    ranks: set[Any] = {getattr(config, "r", None)}
+    ranks: set[Any] = {facts_of(config).r}
     if ranks == {None} and isinstance(config, MethodConfig):
         placed: Any = tuner.placed
         ranks = {

@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from peft import PeftConfig
 
 from petl.core.registry import METHODS
+from petl.core.spec.facts import facts_of
 from petl.data.models.sources import Folder, ModelSource, RandomInit, SmolLM2
 from petl.data.tasks.base import Task
 from petl.data.tasks.scores import COUNTS
@@ -144,7 +145,7 @@ class Described:
             self.base,
             loader="" if self.merged else loader,
             pair=bool(self.data.get("text_pair")),
-            takes_task_ids=len(getattr(self.config, "tasks", [])) > 1,
+            takes_task_ids=len(facts_of(self.config).tasks) > 1,
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from petl.core.lifecycle import lifecycle
 from petl.core.model.coverage import coverage_of
 from petl.core.parameters import adapter_parameters
+from petl.core.spec.facts import facts_of
 from petl.core.spec.method import modifies_base_weights
 from petl.data.models.loading import save_processor
 from petl.data.models.sources import RandomInit
@@ -57,7 +58,7 @@ def finish(context: Context, state: TrainState, after: dict[str, float] | None) 
         after: scores after training; None with `train.test=false`.
     """
     run, model, task, settings = context.run, context.model, context.splits.task, context.settings
-    has_no_head = getattr(model.active_peft_config, "replaces_head", False)
+    has_no_head = facts_of(model.active_peft_config).replaces_head
     file = run.path / ADAPTER / "adapter_model.safetensors"
     # the file is on the disk of the main process
     size = on_main(run.accelerator, lambda: file.stat().st_size)

@@ -14,8 +14,7 @@ from omegaconf import DictConfig
 from petl.core.losses import read as read_loss
 from petl.core.method import Method
 from petl.core.registry import build_config, is_computed, list_methods, method
-from petl.core.spec.method import LossConfig
-from petl.core.support import Capability, Conflict
+from petl.core.support import Capability, Conflict, require_compatible
 from petl.data.base import data_source
 from petl.data.models.sources import read_source
 from petl.data.task_sets import SOURCE, with_sets
@@ -23,8 +22,9 @@ from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_
 from petl.system.imports.peft_hook import import_modules
 from petl.system.settings.schema import plain
 from petl.system.values import LARGEST
-from petl.training.distributed.launch import Launch, read_launch
+from petl.training.distributed.launch import read_launch
 from petl.training.features import FEATURES, features_of
+from petl.training.runs.choice import choice_of
 from petl.training.runs.config import GROUPS, RunConfig
 from petl.training.runs.method_fields import method_fields, with_inner
 from petl.training.runs.settings import TrainConfig, read_train
@@ -70,15 +70,13 @@ def completed(settings: dict[str, Any]) -> RunConfig:
     if settings["train"].get("lr") is None:
         train = replace(train, lr=entry.default_lr(fields))
     check_machine(train)
-    if train.optimizer == "adamr":
-        check_adamr(entry.variant(fields), launch)
     data = settings["data"]
-    check_sampling(train, data)
     if data.get("source") == SOURCE:  # names of sets in full
         data = with_sets(data)
     fill_tasks(fields, data)
     # all fields are checked again once task type and number of steps are known
-    train = with_steps(train, method_fields(fields, None, train.steps or LARGEST), loss)
+    chosen = method_fields(fields, None, train.steps or LARGEST)
+    train = with_steps(train, chosen)
     data = with_row_tasks(data, fields)
     # values in place of null and of the name of a file, which may change
     known = {"lr": train.lr, "batch_sizes": train.batch_sizes, "steps": train.steps}
@@ -94,6 +92,8 @@ def completed(settings: dict[str, Any]) -> RunConfig:
     )
     config.model.check()
     config.data.check()
+    parts = [feature.part for feature in features_of(config.resolved)]
+    require_compatible(choice_of(chosen, config, parts))
     return config
 
 
@@ -125,14 +125,11 @@ def chosen_method(settings: Mapping[str, Any]) -> Method:
     return entry
 
 
-def with_steps(
-    train: TrainConfig, fields: Mapping[str, Any], loss: LossConfig | None
-) -> TrainConfig:
+def with_steps(train: TrainConfig, fields: Mapping[str, Any]) -> TrainConfig:
     """Return the settings, with `steps=0` for a method that trains nothing.
 
     Raises:
-        InputError: a run of such a method has steps or settings of a training, or one of another
-            method has none.
+        InputError: a run of such a method has steps, or one of another method has none.
     """
     name = fields["name"]
     if not is_computed(build_config(**fields)):
@@ -145,10 +142,6 @@ def with_steps(
         raise InputError(
             f"method {name!r} computes its adapter from data and has nothing to train in "
             f"train.steps={train.steps}: set train.steps=0, or method.train=true"
-        )
-    if loss is not None:
-        raise InputError(
-            f"loss={loss.name} has no effect without training (train.steps=0): leave it out"
         )
     return replace(train, steps=0)
 
@@ -223,28 +216,4 @@ def check_machine(train: TrainConfig) -> None:
         raise InputError(
             f"train.num_workers={train.num_workers} is too many for this machine, which has "
             f"{os.cpu_count()} cores: at most {most} processes load data"
-        )
-
-
-def check_sampling(train: TrainConfig, data: Mapping[str, Any]) -> None:
-    """Raise InputError for buckets of lengths where tasks are sampled at a temperature."""
-    if train.bucket_settings and data.get("sampling") == "temperature":
-        raise InputError(
-            f"{train.bucket_settings} makes steps of rows of similar length, each row once an "
-            "epoch, and data.sampling=temperature repeats rows: leave one of them out"
-        )
-
-
-def check_adamr(entry: Method, launch: Launch) -> None:
-    """Raise UnsupportedError if AdamR cannot train this method, or with this launch."""
-    reason = entry.lacking(Capability.ADAMR)
-    if reason:
-        raise UnsupportedError(
-            f"train.optimizer=adamr is not possible with method {entry.name}: {reason}; leave "
-            "train.optimizer out"
-        )
-    if launch.name == "deepspeed":
-        raise UnsupportedError(
-            f"train.optimizer=adamr is not possible with launch={launch.name}, which flattens the "
-            "parameters and their state; use +launch=fsdp, or ddp"
         )

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from petl.core.lifecycle import lifecycle
 from petl.core.parameters import check_module
 from petl.core.registry import METHODS, build_config, keeps_base, method_of, wrap
+from petl.core.spec.facts import facts_of
 from petl.efficiency.fused_lora.switching import fuse_lora
 from petl.efficiency.together.batches import LABELS, Batch, check_loss, room_for
 from petl.efficiency.together.group import Member, check_alike, share_weights
@@ -237,7 +238,7 @@ def refuse_changes(job: Job) -> None:
         fields = {k: v for k, v in job.fields.items() if k not in ("adapter_name", "calibration")}
         config = build_config(config, **fields)
     if isinstance(config, PeftConfig) and not keeps_base(config):
-        start = getattr(config, "init_lora_weights", None)
+        start = facts_of(config).init_lora_weights
         which = f" with init_lora_weights={start}" if isinstance(start, str) else ""
         raise UnsupportedError(
             f"adapters of {type(config).__name__}{which} cannot train together: their initial "

@@ -123,5 +123,5 @@ def test_each_process_has_its_part_of_the_examples(tiny, monkeypatch):
     ],
 )
 def test_methods_that_cannot_be_sharded_are_not_planned(tiny, more, said):
-    with pytest.raises(InputError, match=f"launch=fsdp is not possible: .*{said}"):
+    with pytest.raises(InputError, match=f"launch=fsdp is not possible with method .*{said}"):
         plan_run(compose([*tiny.steady, *more, SHARDED]))

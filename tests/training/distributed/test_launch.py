@@ -13,10 +13,8 @@ from training_fixtures import (
     train,
 )
 
-import petl
 from petl.errors import InputError
 from petl.training.distributed.launch import make_accelerator, read_launch
-from petl.training.distributed.sharding import refuse_sharding
 from petl.training.runs.resume import identity
 
 pytest_plugins = ["task_fixtures", "training_fixtures"]
@@ -132,54 +130,6 @@ def test_deepspeed_that_is_not_installed_is_told_with_the_line_that_installs_it(
         InputError, match=r"launch=deepspeed needs.*install 'petl-peft\[deepspeed\]'"
     ):
         read_launch({"name": "deepspeed"})
-
-
-@pytest.mark.parametrize(
-    ("method", "fields", "said"),
-    [
-        ("adalora", {"total_step": 9}, "launch it with ddp"),
-        ("lora", {"init_lora_weights": "pissa"}, "'pissa' needs unsharded"),
-    ],
-)
-def test_a_method_that_cannot_be_sharded_is_refused_before_training(method, fields, said):
-    config = petl.build_config(method, **fields)
-    with pytest.raises(InputError, match=f"launch=fsdp is not possible: .*{said}"):
-        refuse_sharding(config, None, FSDP2)
-    refuse_sharding(config, None, DDP)
-
-
-@pytest.mark.parametrize(
-    ("method", "fields", "said"),
-    [
-        ("sparse", {"total_step": 9}, "selection_algorithm='none'"),
-        ("adalora", {"total_step": 9}, "launch it with ddp"),
-        ("increlora", {}, "set restart_warmup=false"),
-    ],
-)
-def test_a_method_that_zero_cannot_train_is_refused_before_training(method, fields, said):
-    config = petl.build_config(method, **fields)
-    with pytest.raises(InputError, match=f"launch=deepspeed is not possible: .*{said}"):
-        refuse_sharding(config, None, ZERO)
-
-
-def test_zero_takes_what_needs_whole_weights():
-    config = petl.build_config("lora", init_lora_weights="pissa")
-    refuse_sharding(config, "bnb_4bit", ZERO)
-
-
-@pytest.mark.parametrize("several", [DDP, FSDP2, ZERO])
-def test_weights_of_torchao_are_refused_on_several_processes(several):
-    config = petl.build_config("lora")
-    with pytest.raises(InputError, match=r"torchao_int8 can neither be broadcast.*or one process"):
-        refuse_sharding(config, "torchao_int8", several)
-    alone = SimpleNamespace(num_processes=1, is_fsdp2=0)
-    refuse_sharding(config, "torchao_int8", alone)
-
-
-def test_weights_in_few_bits_are_not_cut_up():
-    config, sharded = petl.build_config("lora"), FSDP2
-    with pytest.raises(InputError, match=r"model\.quantization=bnb_4bit cannot be sharded"):
-        refuse_sharding(config, "bnb_4bit", sharded)
 
 
 def test_a_run_may_go_on_with_another_launch():

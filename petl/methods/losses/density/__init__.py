@@ -42,7 +42,7 @@ from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.model.modes import evaluation_mode, has_enabled_adapter
 from petl.core.spec.config import require
 from petl.core.spec.method import WRAP_ONLY, register_loss
-from petl.core.support import Lacks
+from petl.core.support import Capability
 from petl.errors import InputError, UnsupportedError
 from petl.methods.losses.density.config import ActivationDensityConfig
 from petl.methods.losses.density.counts import count_nonzero
@@ -59,6 +59,10 @@ __all__ = ["ActivationDensity", "ActivationDensityConfig"]
 NEVER_ZERO = "exact zeros never occur with silu"
 FILE = "density.json"
 logger = logging.getLogger(__name__)
+NO_GRAPH = (
+    "the first pass of reentrant checkpointing has no graph to add to; set "
+    "train.gradient_checkpointing=true"
+)
 Batches = Iterable[Mapping[str, Any]]
 
 
@@ -86,8 +90,10 @@ class ActivationDensity:
     """
 
     config_cls = ActivationDensityConfig
-    lacks: Lacks = {}
-    allows_reentrant = False  # the first pass of reentrant checkpointing has no graph to add to
+    lacks = {
+        Capability.REENTRANT: NO_GRAPH,
+        Capability.NEW_HEAD: "it reads the blocks alone, and the head behind them is what trains",
+    }
 
     def __init__(self, model: PeftModel, config: ActivationDensityConfig) -> None:
         if any(isinstance(part, ActivationDensity) for part in extra_losses(model)):

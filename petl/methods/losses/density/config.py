@@ -47,9 +47,6 @@ class ActivationDensityConfig(LossConfig):
         True,
     )
 
-    def reads_blocks_alone(self) -> bool:
-        return True
-
     def check(self) -> None:
         # `method` belongs to petl.wrap(model, "density")
         choose(METHODS, self.method, "method")

@@ -1,0 +1,52 @@
+"""What is asked of the config of any method: its value, or that of one without the field."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Flags of petl's configs and fields of PEFT's, with the value where a config has none.
+
+    Attributes:
+        replaces_head: the adapter takes the place of the model's head.
+        divides_calibration: calibration adds over processes, so that each gets a part of the rows.
+        tasks: that the method serves.
+        init_lora_weights: how LoRA starts; a string: from weights or data.
+        bias: biases of the base that train: none, all or NAME_only.
+    """
+
+    replaces_head: bool = False
+    divides_calibration: bool = False
+    tasks: Sequence[str] = ()
+    r: Any = None
+    lora_alpha: float | None = None
+    alpha: float | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str | None = None
+    bias: str | None = None
+    rank_pattern: Mapping[str, Any] | None = None
+    target_parameters: Sequence[str] | None = None
+    trainable_token_indices: Any = None
+    modules_to_save: Sequence[str] | None = None
+    layers_to_transform: Any = None
+    layers_pattern: Any = None
+    layer_replication: Sequence[Any] | None = None
+    prompt_tuning_init_state_dict_path: str | None = None
+    megatron_core: str | None = "megatron.core"
+    adapters: Mapping[str, str] | None = None
+
+    @property
+    def trains_biases(self) -> bool:
+        """True if biases of the base model train with the adapter."""
+        return self.bias not in (None, "none")
+
+
+DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Facts)}
+
+
+def facts_of(config: object) -> Facts:
+    """Return the facts of a config, or of its class, of petl or PEFT."""
+    return Facts(**{name: getattr(config, name, default) for name, default in DEFAULTS.items()})

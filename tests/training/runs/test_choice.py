@@ -1,0 +1,157 @@
+"""What excludes what in a run: each declared pair is refused with its reason, others are not."""
+
+from pkgutil import resolve_name
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import petl
+from petl.core.spec.method import LOSSES, build_loss
+from petl.core.support import Capability, conflicts
+from petl.training.distributed.launch import FSDP, DeepSpeed, Launch
+from petl.training.features import FEATURES, features_of
+from petl.training.runs.choice import choice_of
+from petl.training.runs.settings import TrainConfig
+
+C = Capability
+KINDS = {"ddp": Launch(), "fsdp": FSDP("fsdp"), "deepspeed": DeepSpeed("deepspeed")}
+BASE = {"method": {"name": "lora"}, "train": {}, "loss": None, "launch": "ddp", "scheme": None}
+# by what declares it and the capability: a run that has both
+PAIRS: dict[tuple[str, Capability], dict[str, Any]] = {
+    ("launch=ddp", C.BASE_TORCHAO): {"scheme": "torchao_int8"},
+    ("launch=deepspeed", C.BASE_TORCHAO): {"scheme": "torchao_int8", "launch": "deepspeed"},
+    ("launch=fsdp", C.BASE_TORCHAO): {"scheme": "torchao_int8", "launch": "fsdp"},
+    ("launch=fsdp", C.BASE_4BIT): {"scheme": "bnb_4bit", "launch": "fsdp"},
+    ("launch=fsdp", C.BASE_8BIT): {"scheme": "bnb_8bit", "launch": "fsdp"},
+    ("loss=density", C.REENTRANT): {
+        "loss": "density",
+        "train": {"gradient_checkpointing": "reentrant"},
+    },
+    ("loss=density", C.NEW_HEAD): {"loss": "density", "method": {"name": "dkvb"}},
+    ("loss=distill", C.REENTRANT): {
+        "loss": "distill",
+        "train": {"gradient_checkpointing": "reentrant"},
+    },
+    ("loss=distill", C.NEW_HEAD): {"loss": "distill", "method": {"name": "dkvb"}},
+    ("loss=distill", C.SEGMENTS): {"loss": "logits", "train": {"loss_segment": 64}},
+    ("loss=distill", C.CHANGED_BASE): {
+        "loss": "distill",
+        "method": {"name": "lora", "init_lora_weights": "pissa"},
+    },
+    ("loss=distill", C.BIASES): {"loss": "distill", "method": {"name": "lora", "bias": "all"}},
+    ("train.optimizer=adamr", C.ZERO): {"train": {"optimizer": "adamr"}, "launch": "deepspeed"},
+    ("data.sampling=temperature", C.BUCKETS): {
+        "train": {"buckets": 3},
+        "data": {"sampling": "temperature"},
+    },
+    ("data.order=by_class", C.BUCKETS): {
+        "train": {"max_tokens": 99},
+        "data": {"order": "by_class"},
+    },
+    ("data.order=by_class", C.EVALUATION): {
+        "train": {"eval_steps": 5},
+        "data": {"order": "by_class"},
+    },
+    ("data.order=by_class", C.TASKS): {"data": {"order": "by_class", "tasks": ["one", "two"]}},
+    ("train.init_from=runs/saved", C.SIZE): {"train": {"init_from": "runs/saved", "budget": 9}},
+    ("method adalora", C.EXTRA_LOSS): {
+        "method": {"name": "adalora", "total_step": 2000},
+        "loss": "density",
+    },
+    ("method icv", C.EXTRA_LOSS): {"method": {"name": "icv"}, "loss": "density"},
+    ("method icv", C.FIND_LR): {"method": {"name": "icv"}, "train": {"find_lr": True}},
+    ("method sparse", C.ADAMR): {
+        "method": {"name": "sparse", "total_step": 200},
+        "train": {"optimizer": "adamr"},
+    },
+    ("method sparse", C.ZERO): {
+        "method": {"name": "sparse", "total_step": 200},
+        "launch": "deepspeed",
+    },
+    ("method lora", C.FSDP): {
+        "method": {"name": "lora", "init_lora_weights": "pissa"},
+        "launch": "fsdp",
+    },
+}
+WORKING: list[dict[str, Any]] = [
+    {},
+    {"launch": "deepspeed", "scheme": "bnb_4bit"},
+    {"launch": "fsdp", "train": {"optimizer": "adamr"}},
+    {"loss": "distill", "train": {"gradient_checkpointing": True, "loss_segment": 64}},
+    {"loss": "logits", "train": {"loss_segment": "auto"}},
+    {"method": {"name": "adalora", "total_step": 2000}, "train": {"optimizer": "adamr"}},
+    {"method": {"name": "lora", "init_lora_weights": "pissa"}, "launch": "deepspeed"},
+]
+
+
+def chosen(changes: dict[str, Any]) -> list:
+    run: dict[str, Any] = BASE | changes
+    losses = {
+        "density": build_loss("density"),
+        "distill": build_loss("distill", feature_weight=1.0, logit_weight=0.0),
+        "logits": build_loss("distill", feature_weight=0.0, logit_weight=1.0),
+        None: None,
+    }
+    settings = {
+        "method": run["method"],
+        "train": {"cache_frozen": False, "linear_probe": False} | run["train"],
+        "data": run.get("data", {}),
+    }
+    config: Any = SimpleNamespace(
+        train=TrainConfig(**run["train"]),
+        model=SimpleNamespace(quantization=run["scheme"]),
+        loss=losses[run["loss"]],
+        launch=KINDS[run["launch"]],
+        resolved=settings,
+    )
+    return choice_of(run["method"], config, [feature.part for feature in features_of(settings)])
+
+
+@pytest.fixture(autouse=True)
+def two_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+
+@pytest.mark.parametrize(("pair", "changes"), PAIRS.items(), ids=lambda value: str(value)[:60])
+def test_a_declared_pair_is_refused_with_its_reason(pair, changes):
+    name, capability = pair
+    parts = chosen(changes)
+    declaring = next(part for part in parts if part.name == name)
+    assert [part for part in parts if capability in part.uses], "nothing uses it"
+    found = [(each.without, each.reason) for each in conflicts(parts)]
+    reasons = [reason for without, reason in found if without == name]
+    assert reasons, found
+    assert capability in declaring.lacks
+
+
+@pytest.mark.parametrize("changes", WORKING, ids=str)
+def test_what_no_row_excludes_is_possible(changes):
+    assert not conflicts(chosen(changes))
+
+
+def test_every_row_of_a_loss_a_launch_and_a_feature_is_tried():
+    tables = {f"loss={name}": loss.controller_cls.lacks for name, loss in LOSSES.items()}
+    tables |= {f"launch={name}": kind.lacks for name, kind in KINDS.items()}
+    values = {"data.order": "by_class", "train.init_from": "runs/saved"}
+    tables |= {
+        f"{setting}={values[setting]}": kind.lacks
+        for setting, place in FEATURES.items()
+        if (kind := resolve_name(place)).lacks
+    }
+    declared = {(name, each) for name, lacks in tables.items() for each in lacks}
+    # no method of a run adds prompts; petl.losses.attach refuses it, tests/methods/losses
+    assert declared - {("loss=distill", C.PROMPTS)} <= set(PAIRS)
+
+
+def test_torchao_is_possible_in_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not conflicts(chosen({"scheme": "torchao_int8"}))
+
+
+def test_a_conflict_names_both_and_the_reason():
+    config = petl.build_config("lora", init_lora_weights="pissa")
+    part = petl.method("lora").part(config)
+    assert C.CHANGED_BASE in part.uses
+    words = str(conflicts(chosen(PAIRS["loss=distill", C.BIASES]))[0])
+    assert words.startswith("method lora is not possible with loss=distill: its teacher is")
