@@ -24,7 +24,7 @@ from petl.data.tasks.packing import check_packed_texts_isolated
 from petl.efficiency.rewrite import apply_rewrites, rewrites_of
 from petl.errors import InputError
 from petl.system.progress import Shown
-from petl.training.calibration import calibration_batches
+from petl.training.calibration import calibration_batches, read_calibration
 from petl.training.dataloader import FirstBatches
 from petl.training.features import Setup
 from petl.training.optimizer import groups
@@ -128,7 +128,8 @@ def wrap_arguments(setup: Setup) -> dict[str, Any]:
     if setup.calibration is not None:
         batches = setup.calibration
     elif hasattr(config, "calibration_data"):
-        batches = calibration_batches(config.calibration_data, run.model, splits)
+        chosen = read_calibration(config.calibration_data)
+        batches = calibration_batches(chosen, run.model, splits)
     else:
         parts = accelerator.num_processes if facts_of(config).divides_calibration else 1
         rank = accelerator.process_index if parts > 1 else 0

@@ -10,9 +10,13 @@ from training_fixtures import train
 
 from petl.data.models.loading import load_tokenizer
 from petl.errors import InputError
-from petl.training import calibration_data
-from petl.training.calibration import calibration_batches
-from petl.training.calibration_data import CalibrationBatches, CalibrationData
+from petl.training import calibration
+from petl.training.calibration import (
+    CalibrationBatches,
+    CalibrationData,
+    calibration_batches,
+    read_calibration,
+)
 from petl.training.compose import compose
 
 pytest_plugins = ["training_fixtures"]
@@ -61,7 +65,7 @@ def test_each_process_takes_its_share(monkeypatch):
     orders = []
     for index in range(3):
         state = SimpleNamespace(process_index=index, num_processes=3)
-        monkeypatch.setattr(calibration_data, "PartialState", lambda state=state: state)
+        monkeypatch.setattr(calibration, "PartialState", lambda state=state: state)
         orders.append(CalibrationBatches(rows(), collate, settings).order)
     assert [len(order) for order in orders] == [3, 3, 2]
     assert len({number for order in orders for number in order}) == 8
@@ -70,7 +74,7 @@ def test_each_process_takes_its_share(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"num_samples": 0}, "method.calibration_data.num_samples=0 is below 1"),
+        ({"num_samples": 0}, "method.calibration_data.num_samples=0 is not an integer from 1"),
         ({"samples": 3}, "no setting method.calibration_data.samples; did you mean 'num_samples'"),
         ({"batch_size": "two"}, "method.calibration_data.batch_size='two' is not of type int"),
         ({"data": {"source": "nowhere"}}, "no data source 'nowhere'"),
@@ -79,7 +83,7 @@ def test_each_process_takes_its_share(monkeypatch):
 def test_bad_settings_are_named(given, message):
     splits = SimpleNamespace(train=rows(), collate=collate)
     with pytest.raises(InputError, match=message):
-        calibration_batches(given, {}, splits)
+        calibration_batches(read_calibration(given), {}, splits)
 
 
 def test_other_data_are_encoded_by_the_run_s_tokenizer(tiny):
@@ -90,7 +94,9 @@ def test_other_data_are_encoded_by_the_run_s_tokenizer(tiny):
         "method.calibration_data.num_samples=5",
     ]
     cfg = compose(words)
-    found = calibration_batches(cfg.method.calibration_data, cfg.model, splits=None)
+    found = calibration_batches(
+        read_calibration(cfg.method.calibration_data), cfg.model, splits=None
+    )
     tokenizer = load_tokenizer(cfg.model)
     texts = (tiny.folder / "test.csv").read_text()
     for batch in found:

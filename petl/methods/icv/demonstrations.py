@@ -7,7 +7,7 @@ Both are encoded as plain text, without the chat template: its closing tokens wo
 of every text, whatever the text is. `method.calibration_data` names other data, as for CorDA.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -18,12 +18,15 @@ from petl.data.batch_sampler import permutation
 from petl.data.tasks.base import Pad, pad_id
 from petl.data.tasks.chat import unpacked
 from petl.errors import InputError
-from petl.system.values import read_fields
-from petl.training.calibration_data import CalibrationBatches, CalibrationData
+from petl.training.calibration import (
+    GROUP,
+    CalibrationBatches,
+    CalibrationData,
+    read_calibration,
+)
 from petl.training.dataloader import Batch, Splits, hold_out, numbered
 from petl.training.runs.config import RunConfig
 
-GROUP = "method.calibration_data"
 HELD = 64  # training rows on which strengths are compared; assumption: enough for a mean loss
 
 
@@ -116,10 +119,7 @@ def demonstrations(config: Any, run: RunConfig, splits: Splits) -> CalibrationBa
 
 def settings_of(config: Any) -> CalibrationData:
     """Return the checked settings of the demonstrations."""
-    given: Mapping[str, Any] = config.calibration_data or {"num_samples": 32}
-    settings = read_fields(CalibrationData, given, GROUP)
-    settings.check(GROUP)
-    return settings
+    return read_calibration(config.calibration_data or {"num_samples": 32})
 
 
 def training_sources(data: RawData, run: RunConfig, splits: Splits) -> Dataset:

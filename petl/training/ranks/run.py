@@ -6,6 +6,7 @@ petl train +method=lora +ranks=cfsp +data@ranks.data=hamlet  of other data
 
 import logging
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from petl.errors import InputError
 from petl.system.collectives import on_main
 from petl.system.files.disk import as_json, write_atomic
 from petl.system.progress import Shown
-from petl.training.calibration import calibration_batches
+from petl.training.calibration import CalibrationData, calibration_batches
 from petl.training.features import Context, Fields, RunFeature, Setup
 from petl.training.features.section import Section
 from petl.training.ranks.allocation import allocate, check_method, check_unset, with_ranks
@@ -62,9 +63,7 @@ class RanksByImportance(RunFeature):
             )
             return fields
         run.timer.start()
-        rows = calibration_batches(
-            settings.calibration, setup.config.model, setup.splits, group="ranks"
-        )
+        rows = calibration_batches(settings, setup.config.model, setup.splits)
         importance = block_importance(setup.base, Shown(rows, MEASURING), settings.metric)
         run.timer.mark("ranks")
         ranks = allocate(
@@ -130,7 +129,9 @@ def record(
         "most": settings.most,
         "power": settings.power,
         "budget": settings.budget,
-        "calibration": settings.calibration,
+        "calibration": {
+            each.name: getattr(settings, each.name) for each in fields(CalibrationData)
+        },
         "blocks": [
             {"path": path, "importance": value, "rank": ranks.get(path)}
             for path, value in importance.items()

@@ -1,14 +1,14 @@
 """The settings under `ranks` of a run."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from petl.system.values import field, integer, one_of, real
+from petl.training.calibration import CalibrationData
 from petl.training.ranks.importance import METRICS
 
 
 @dataclass(frozen=True, kw_only=True)
-class RanksConfig:
+class RanksConfig(CalibrationData):
     """How a run distributes ranks over blocks: `+ranks=cfsp`, see `petl.ranks.allocate`."""
 
     name: str = field("cfsp", one_of("cfsp"))
@@ -18,15 +18,5 @@ class RanksConfig:
     power: float = field(1.0, real(0))
     # what is equal to that of equal ranks: their sum, or the parameters
     budget: str = field("sum", one_of("sum", "params"))
-    # calibration data, as `method.calibration_data` has them
-    data: dict[str, Any] | None = field(None)
     num_samples: int = field(128, integer(1))
     seq_len: int = field(1024, integer(1))
-    batch_size: int = field(1, integer(1))
-    seed: int = field(233, integer(0))
-
-    @property
-    def calibration(self) -> dict[str, Any]:
-        """The settings of the calibration data."""
-        names = ("data", "num_samples", "seq_len", "batch_size", "seed")
-        return {name: getattr(self, name) for name in names}

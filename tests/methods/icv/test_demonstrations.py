@@ -178,7 +178,7 @@ WRONG = {
     "strength=auto compares strengths": [
         "method.strength=auto", "method.calibration_data.num_samples=60",
     ],
-    "num_samples=0 is below 1": ["method.calibration_data.num_samples=0"],
+    "num_samples=0 is not an integer from 1": ["method.calibration_data.num_samples=0"],
 }  # fmt: skip
 
 
