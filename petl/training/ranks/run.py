@@ -122,6 +122,7 @@ def record(
     settings: RanksConfig, mean: int, importance: Mapping[str, float], ranks: Mapping[str, int]
 ) -> dict[str, Any]:
     """Return the content of ranks.json; a block without targets has no rank."""
+    names = [field.name for field in fields(CalibrationData)]
     return {
         "metric": settings.metric,
         "mean": mean,
@@ -129,9 +130,7 @@ def record(
         "most": settings.most,
         "power": settings.power,
         "budget": settings.budget,
-        "calibration": {
-            each.name: getattr(settings, each.name) for each in fields(CalibrationData)
-        },
+        "calibration": {name: getattr(settings, name) for name in names},
         "blocks": [
             {"path": path, "importance": value, "rank": ranks.get(path)}
             for path, value in importance.items()
