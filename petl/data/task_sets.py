@@ -190,6 +190,11 @@ def refuse(source: Source) -> None:
             f"data.streaming=true is not possible with data={SOURCE}, which mixes the rows of all "
             "sets: set streaming:false and train_rows:N"
         )
+    if source.order is not None:
+        raise InputError(
+            f"data.order={source.order} is not possible with data={SOURCE}, which mixes the rows "
+            "of all sets: leave it out"
+        )
     if getattr(source, "tasks", None):
         raise InputError(
             f"data.tasks={source.tasks} divides the rows of a set into tasks: with data={SOURCE} "  # ty: ignore
