@@ -269,9 +269,6 @@ def hold_out(
         if keys[i] not in held:
             held[keys[i]] = None
             taken += sizes[keys[i]]
-    if taken == count:
-        raise InputError(
-            f"{origin} has {len(sizes)} different rows, too few to hold out {fraction:.0%} of "
-            "them: give data.test=..., or more rows"
-        )
+    if taken == count:  # all are one row, which is then counted on both sides
+        return order[test_rows:], order[:test_rows]
     return [i for i in order if keys[i] not in held], [i for i in order if keys[i] in held]
