@@ -220,10 +220,19 @@ def layers_of(model: PeftModel, adapter_name: str) -> dict[str, Layer]:
     variant = variant_of(model.peft_config[adapter_name])
     return {
         path: {"rank": layer.r[adapter_name], "scale": scale, "variant": variant}
-        for path, layer in _outside_adapters(model.get_base_model())
-        if isinstance(layer, LoraLayer) and adapter_name in layer.r
+        for module, outer in _outside_adapters(model.get_base_model())
+        for path, layer in _layers_around(module, outer)
+        if adapter_name in layer.r
         for scale in [float(layer.scaling[adapter_name])]
     }
+
+
+def _layers_around(path: str, layer: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the LoRA layers of a module: one, or one for each adapted parameter, by its name."""
+    while isinstance(layer, LoraLayer):
+        name = getattr(layer, "parameter_name", "")
+        yield (f"{path}.{name}" if name else path), layer
+        layer = layer.base_layer if name else None
 
 
 def variant_of(config: Any) -> str:

@@ -175,10 +175,14 @@ def test_default_targets_exist_for_types_that_peft_does_not_know(build, method):
     assert after_a_step(petl.wrap(build(), method)) == []
 
 
-def test_the_names_of_tutorials_reach_experts_where_peft_does():
+def test_the_names_of_tutorials_reach_experts_where_peft_does(tmp_path):
     model = petl.wrap(qwen3_moe(), "lora", target_modules=SEVEN)
     assert model.active_peft_config.target_parameters == {"gate_up_proj", "down_proj"}
     assert after_a_step(model) == []
+    # two branches stand in gate_up_proj, so PEFT gives it twice the rank
+    model.save_pretrained(tmp_path)
+    loaded = petl.load(qwen3_moe(), tmp_path, other_base=True)
+    assert loaded.active_peft_config.rank_pattern == {r".*\.gate_up_proj": 16}
 
 
 def test_the_names_of_tutorials_adapt_the_rest_elsewhere_with_a_warning(caplog):
