@@ -227,6 +227,8 @@ class Method(Generic[C, A]):
             positions of a layer: the last block may then compute only those that are read, see
             petl/efficiency/skip_unread/read_positions.py.
         capture_cls: hook that captures the input of an adapter with a source.
+        takes_task_ids: True if its model takes `task_ids`, one for each row, in `forward` and
+            `generate`; its adapters read `ForwardContext.tasks`.
         features: what a run does besides training it, each "module:class", see
             `petl.training.features`.
         inner: of a `variant`, the inner method, whose fields it has in addition to its own.
@@ -255,6 +257,7 @@ class Method(Generic[C, A]):
     optional_tensors: tuple[str, ...] = ()
     by_position: bool = False
     capture_cls: type[InputCapture] = InputCapture
+    takes_task_ids: bool = False
     features: tuple[str, ...] = ()
     inner: str = ""
     inner_defaults: Mapping[str, Any] = {}

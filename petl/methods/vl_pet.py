@@ -24,21 +24,27 @@ start of published results; `zero_up` with `identity_gate` and the gate `large` 
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from petl.core.layers.layer import LayerInfo, LayerShape
+from petl.core.method import Method, NewAdapters, Settings, Target, TrainContext, WrapContext
+from petl.core.model.heat_map import HeatMap
 from petl.core.model.structure import encoder_of, find_sublayers, norm_names, value_projections
-from petl.core.model.targets import in_layers, resolve_targets
+from petl.core.model.targets import in_layers, matched_names, resolve_targets
 from petl.core.register import register
 from petl.core.spec.checks import check_rank
 from petl.core.spec.config import MethodConfig, config_field, require
 from petl.core.support import Capability
 from petl.errors import ModuleKindError
-from petl.methods.families.gates import GATES, READING, GatedAdapter, GatedTuner
+from petl.methods.families.gates import GATES, READING, GatedAdapter, gate_settings, keep_mask
 from petl.methods.families.stacked import linear
-from petl.methods.families.sublayers import add_saved, check_activation
+from petl.methods.families.sublayers import (
+    add_saved,
+    check_activation,
+    network_sizes,
+    targets_with_streams,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -137,17 +143,18 @@ class VlPetAdapter(GatedAdapter):
         return self.gate_stacks
 
 
-@register(
-    "vl_pet",
-    summary="gated bottlenecks in the encoder, light ones at the values of cross-attention",
-    need="added layers",
-    paper="Hu et al. 2023, VL-PET: Vision-and-Language Parameter-Efficient Tuning via Granularity "
-    "Control, ICCV, arXiv:2308.09804",
-)
-class VlPetModel(GatedTuner):
-    """Tuner of `VlPetConfig`."""
+@register
+class VlPet(Method[VlPetConfig, VlPetAdapter]):
+    """Gated bottlenecks in the encoder, light ones at the values of cross-attention."""
 
+    name = "vl_pet"
     config_cls, adapter_cls = VlPetConfig, VlPetAdapter
+    summary = "gated bottlenecks in the encoder, light ones at the values of cross-attention"
+    paper = (
+        "Hu et al. 2023, VL-PET: Vision-and-Language Parameter-Efficient Tuning via Granularity "
+        "Control, ICCV, arXiv:2308.09804"
+    )
+    need = "added layers"
     lacks = {
         Capability.MERGE: (
             "VL-PET's adapters and gates depend on the input and cannot be merged; keep the "
@@ -156,17 +163,14 @@ class VlPetModel(GatedTuner):
         Capability.RANKS: "the encoder's adapters and gates have one width, r",
     }
 
-    def values(self, config: VlPetConfig, model: nn.Module) -> list[str]:
-        """Return the paths of the value projections that get an adapter."""
-        return [] if config.value_rank == 0 else value_projections(model)
-
-    def choose_targets(self, config: VlPetConfig, model: nn.Module) -> None:
-        """Set the targets to the encoder's sub-layers and the decoder's values, and add norms.
+    def targets(self, c: WrapContext[VlPetConfig]) -> list[Target]:
+        """The encoder's sub-layers and the decoder's values; also adds norms.
 
         Raises:
-            InputError: the model is no encoder-decoder, or its parts are not known.
+            InputError: the model is no encoder-decoder, its parts are not known, or a target is
+                none that the method adapts.
         """
-        encoder, hosts = self._encoder(model), self._hosts(config, model)
+        config, model, hosts = c.config, c.model, _hosts(c)
         if config.target_modules is None:
             config.target_modules = {path for path in hosts if in_layers(config, model, path)}
             require(
@@ -175,19 +179,14 @@ class VlPetModel(GatedTuner):
                 f"encoder and no value projection of {type(model).__name__}",
             )
         if config.train_encoder_norms:
+            encoder = _encoder(model)
             add_saved(config, [name for name in norm_names(model) if name.startswith(encoder)])
         idle = {"gate_rank": config.gate_rank is not None and config.gate != "large"}
         idle["identity_gate"] = config.identity_gate and config.gate not in READING
         for name in (name for name, has_no_effect in idle.items() if has_no_effect):
             logger.warning("vl_pet: %s has no effect with gate=%s", name, config.gate)
         resolve_targets(config, model)
-
-    def layer_settings(
-        self, config: VlPetConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
-    ) -> dict[str, dict[str, Any]]:
-        """Return the role of the adapters; refuse targets that the method does not adapt."""
-        hosts = self._hosts(config, model)
-        for key in shapes:
+        for key in matched_names(config, model):
             require(
                 key in hosts,
                 f"target {key} is neither the end of a sub-layer of the encoder nor a value "
@@ -198,27 +197,47 @@ class VlPetModel(GatedTuner):
                 f"gate={config.gate!r} reads the residual stream, which is not known at {key}; use "
                 "gate='middle_y' or 'none', or method 'adapter' with input_modules",
             )
-        return super().layer_settings(config, model, shapes)
+        of_values, of_gate = _values(c), "residual" if config.gate in READING else ""
+        return targets_with_streams(c, lambda path: "" if path in of_values else of_gate)
 
-    def _encoder(self, model: nn.Module) -> str:
-        """Return the prefix of the paths in the encoder."""
-        encoder = encoder_of(model)
-        if encoder is None:
-            raise ModuleKindError(
-                f"method 'vl_pet' adapts encoder-decoders such as T5 and BART, and "
-                f"{type(model).__name__} is none; method 'adapter' has its gates for other models: "
-                "gate=large"
-            )
-        return f"{encoder[0]}."
+    def settings(self, c: WrapContext[VlPetConfig]) -> dict[str, Settings]:
+        """The role of the adapters."""
+        return gate_settings(c, _values(c))
 
-    def _hosts(self, config: VlPetConfig, model: nn.Module) -> dict[str, bool]:
-        """Return the modules that the method adapts, and whether their gates' input is known."""
-        encoder, name = self._encoder(model), type(model).__name__
-        subs = [sub for sub in find_sublayers(model) if sub.closing.startswith(encoder)]
-        values = self.values(config, model)
-        require(bool(subs), f"no sub-layers are found in the encoder of {name}")
-        require(
-            bool(values) or config.value_rank == 0,
-            f"no projection to the values of cross-attention is found in {name}; set value_rank=0",
+    def added(self, new: NewAdapters[VlPetConfig, VlPetAdapter]) -> None:
+        """Let the model keep the mask of the tokens, if the gate reads it."""
+        keep_mask(new)
+
+    def heat_maps(self, t: TrainContext[VlPetConfig, VlPetAdapter]) -> list[HeatMap]:
+        """The size of each network."""
+        return network_sizes(t)
+
+
+def _values(c: WrapContext[VlPetConfig]) -> list[str]:
+    """Return the paths of the value projections that get an adapter."""
+    return [] if c.config.value_rank == 0 else value_projections(c.model)
+
+
+def _encoder(model: nn.Module) -> str:
+    """Return the prefix of the paths in the encoder."""
+    encoder = encoder_of(model)
+    if encoder is None:
+        raise ModuleKindError(
+            f"method 'vl_pet' adapts encoder-decoders such as T5 and BART, and "
+            f"{type(model).__name__} is none; method 'adapter' has its gates for other models: "
+            "gate=large"
         )
-        return {sub.closing: sub.residual is not None for sub in subs} | dict.fromkeys(values, True)
+    return f"{encoder[0]}."
+
+
+def _hosts(c: WrapContext[VlPetConfig]) -> dict[str, bool]:
+    """Return the modules that the method adapts, and whether their gates' input is known."""
+    encoder, name = _encoder(c.model), type(c.model).__name__
+    subs = [sub for sub in find_sublayers(c.model) if sub.closing.startswith(encoder)]
+    values = _values(c)
+    require(bool(subs), f"no sub-layers are found in the encoder of {name}")
+    require(
+        bool(values) or c.config.value_rank == 0,
+        f"no projection to the values of cross-attention is found in {name}; set value_rank=0",
+    )
+    return {sub.closing: sub.residual is not None for sub in subs} | dict.fromkeys(values, True)

@@ -66,6 +66,7 @@ class ForwardContext:
         joint: by module name, the weighted terms of the last training forward, which `end` sums
             over all processes.
         given_tasks: the tasks of the rows during one call of the PeftModel, or None.
+        is_mixed: True during a call of the PeftModel with an adapter for each row.
         rows: the rows of the batch that a layer computes, in `only_rows`; None: all.
     """
 
@@ -82,6 +83,7 @@ class ForwardContext:
         self.series: dict[str, dict[str, Tensor]] = {}
         self.joint: dict[str, WeightedTerm] = {}
         self.given_tasks: TaskRows | None = None
+        self.is_mixed = False
         self.rows: Sequence[int] | None = None
         self._once: dict[Any, Any] = {}
         self._sharding_is_known = False  # see `refuse_wrapper`

@@ -405,12 +405,13 @@ def only_visible(model: PeftModel, names: Collection[str]) -> AbstractContextMan
 def enable_switching(model: PeftModel) -> None:
     """Swap the class of a model with a `SwitchingTuner` for one with `SwitchingModel`.
 
-    A model of a `TaskTuner` also takes `task_ids`, whatever its class in PEFT.
+    A model whose method `takes_task_ids` takes them, whatever its class in PEFT.
     """
     if isinstance(model.base_model, SwitchingTuner):
         swap_class(model, SwitchingModel)
     # on the class: PEFT tuners pass unknown attributes to the base model
-    if getattr(type(model.base_model), "takes_task_ids", False):
+    method = getattr(type(model.base_model), "method", None)
+    if method is not None and method.takes_task_ids:
         model.register_forward_pre_hook(pass_task_ids, with_kwargs=True)
         # not for the base model: the tuner reads them in `_enable_peft_forward_hooks`
         model.special_peft_forward_args |= {ARGUMENT, PASSED}

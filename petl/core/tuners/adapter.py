@@ -1,6 +1,6 @@
 """AdapterTuner, petl's tuner: it puts the adapters of a `Method` on a model, and asks it."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -19,6 +19,7 @@ from petl.core.layers.block import (
 from petl.core.layers.class_swap import AdapterDict
 from petl.core.layers.context import InputCapture
 from petl.core.layers.layer import HALF, AdapterLayer, LayerInfo
+from petl.core.layers.task_rows import take_task_ids
 from petl.core.method import WrapContext
 from petl.core.model.targets import resolve_blocks
 from petl.core.serving.mixed_batch import AdapterRows, is_generation_call
@@ -53,6 +54,9 @@ class AdapterTuner(AskingTuner):
         super()._pre_injection_hook(model, config, adapter_name)
         # under a name with the method's prefix, by which PEFT finds the tensors to save
         setattr(self, self.shared_name, AdapterDict())
+        if self.method.takes_task_ids:  # after `begin`, which clears the state
+            hook = model.register_forward_pre_hook(self.context.take_tasks, with_kwargs=True)
+            self.hooks.append(hook)
 
     @property
     def shared_name(self) -> str:
@@ -202,11 +206,24 @@ class AdapterTuner(AskingTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:
-        """Pass `adapter_names`, one per row of the batch, to all layers; evaluation mode only."""
-        names = kwargs.pop("adapter_names", None)
-        if names is None:
-            yield
-            return
+        """Keep what a call of the PeftModel says about its rows: `generate` calls the model often.
+
+        These are `adapter_names`, in evaluation mode only, and `task_ids`.
+        """
+        context, tasks = self.context, None
+        if self.method.takes_task_ids:
+            tasks, kwargs = take_task_ids(args, kwargs)
+        names, before = kwargs.pop("adapter_names", None), (context.given_tasks, context.is_mixed)
+        with nullcontext() if names is None else self._passing(names, kwargs):
+            context.given_tasks, context.is_mixed = tasks, names is not None
+            try:
+                yield
+            finally:
+                context.given_tasks, context.is_mixed = before
+
+    @contextmanager
+    def _passing(self, names: Sequence[str], kwargs: Mapping[str, Any]) -> Generator[None]:
+        """Pass `adapter_names`, one per row of the batch, to all layers."""
         if self.training:
             raise InputError(
                 f"adapter_names is for inference and model.training is {self.training}; call "

@@ -28,21 +28,29 @@ past all frozen layers.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petl.core.layers.layer import LayerInfo, LayerShape
+from petl.core.method import Method, NewAdapters, Settings, Target, TrainContext, WrapContext
+from petl.core.model.heat_map import HeatMap
 from petl.core.register import register
 from petl.core.spec.config import config_field, require
 from petl.core.support import Capability
 from petl.errors import InputError
 from petl.methods.adapter.conformer import depthwise, normalize_channels
-from petl.methods.families.gates import GatedAdapter, GatedConfig, GatedTuner
+from petl.methods.families.gates import (
+    GatedAdapter,
+    GatedConfig,
+    gate_settings,
+    gated_targets,
+    keep_mask,
+    values,
+)
 from petl.methods.families.stacked import layer_norm, linear
-from petl.methods.families.sublayers import refuse_in_decoders
+from petl.methods.families.sublayers import network_sizes, refuse_in_decoders
 
 
 @dataclass
@@ -212,17 +220,16 @@ def whole_batch(config: AdapterConfig) -> str:
     return "" if config.gate == "none" else f"gate={config.gate!r} reads the mask of one batch"
 
 
-@register(
-    "adapter",
-    summary="a two-layer bottleneck at each sub-layer: Houlsby, AdaptFormer, conformer",
-    need="added layers",
-    recommended="does not touch the weights: Houlsby, AdaptFormer, conformer for audio",
-    paper="Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP, arXiv:1902.00751",
-)
-class AdapterModel(GatedTuner):
-    """Tuner of `AdapterConfig`."""
+@register
+class BottleneckMethod(Method[AdapterConfig, BottleneckAdapter]):
+    """A two-layer network at the end of each sub-layer."""
 
+    name = "adapter"
     config_cls, adapter_cls = AdapterConfig, BottleneckAdapter
+    summary = "a two-layer bottleneck at each sub-layer: Houlsby, AdaptFormer, conformer"
+    paper = "Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP, arXiv:1902.00751"
+    need = "added layers"
+    recommended = "does not touch the weights: Houlsby, AdaptFormer, conformer for audio"
     lacks = {
         Capability.MERGE: (
             "bottleneck adapters are not linear and cannot be merged; keep the adapter, or call "
@@ -231,12 +238,23 @@ class AdapterModel(GatedTuner):
         Capability.TOGETHER: whole_batch,
     }
 
-    def layer_settings(
-        self, config: AdapterConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
-    ) -> dict[str, dict[str, Any]]:
+    def targets(self, c: WrapContext[AdapterConfig]) -> list[Target]:
+        """The ends of sub-layers, projections to values, or whole blocks."""
+        return gated_targets(c)
+
+    def settings(self, c: WrapContext[AdapterConfig]) -> dict[str, Settings]:
         """Refuse the conformer block in decoders: its convolution would read future tokens."""
-        if config.block == "conformer":
+        of_values = values(c)
+        if c.config.block == "conformer":
             # at the values of cross-attention it reads the outputs of the encoder
-            keys = [key for key in shapes if key not in self.values(config, model)]
-            refuse_in_decoders(model, keys, "block='conformer'", "block='bottleneck'")
-        return super().layer_settings(config, model, shapes)
+            keys = [key for key in c.targets if key not in of_values]
+            refuse_in_decoders(c.model, keys, "block='conformer'", "block='bottleneck'")
+        return gate_settings(c, of_values)
+
+    def added(self, new: NewAdapters[AdapterConfig, BottleneckAdapter]) -> None:
+        """Let the model keep the mask of the tokens, if the gate reads it."""
+        keep_mask(new)
+
+    def heat_maps(self, t: TrainContext[AdapterConfig, BottleneckAdapter]) -> list[HeatMap]:
+        """The size of each network."""
+        return network_sizes(t)

@@ -19,7 +19,6 @@ are initialized with std 0.01 whatever `phm_init_range` is. The low-rank adapter
 product of the paper's formula, since the code multiplies elementwise and works for rank 1 only.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +26,20 @@ import torch
 from torch import Tensor, nn
 
 from petl.core.layers.layer import LayerInfo, LayerShape
+from petl.core.method import Method, Settings, Target, TrainContext, WrapContext
+from petl.core.model.heat_map import HeatMap
 from petl.core.register import register
 from petl.core.spec.config import config_field, require
 from petl.core.support import Capability
 from petl.errors import InputError
 from petl.methods.compacter.kronecker import times_factored, times_full
-from petl.methods.families.sublayers import SubLayerAdapter, SubLayerConfig, SubLayerTuner
+from petl.methods.families.sublayers import (
+    SubLayerAdapter,
+    SubLayerConfig,
+    network_sizes,
+    sublayer_places,
+    sublayer_targets,
+)
 from petl.system.collectives import num_processes
 
 OWN_RULE_STD = 0.01  # of rules that are not shared, as in the authors' code
@@ -248,18 +255,19 @@ class CompacterAdapter(SubLayerAdapter):
         return getattr(self, name).float()
 
 
-@register(
-    "compacter",
-    summary="bottleneck adapters of Kronecker products with a shared rule; very few parameters",
-    need="few parameters",
-    paper="Karimi Mahabadi et al. 2021, Compacter: Efficient Low-Rank Hypercomplex Adapter Layers, "
-    "arXiv:2106.04647",
-    lr=3e-3,
-)
-class CompacterModel(SubLayerTuner):
-    """Tuner of `CompacterConfig`."""
+@register
+class Compacter(Method[CompacterConfig, CompacterAdapter]):
+    """Bottlenecks whose projections are sums of Kronecker products."""
 
+    name = "compacter"
     config_cls, adapter_cls = CompacterConfig, CompacterAdapter
+    summary = "bottleneck adapters of Kronecker products with a shared rule; very few parameters"
+    paper = (
+        "Karimi Mahabadi et al. 2021, Compacter: Efficient Low-Rank Hypercomplex Adapter Layers, "
+        "arXiv:2106.04647"
+    )
+    need = "few parameters"
+    lr = 3e-3
     lacks = {
         Capability.MERGE: (
             "Compacter adapters are not linear and cannot be merged; keep the adapter, or call "
@@ -270,20 +278,24 @@ class CompacterModel(SubLayerTuner):
     }
     by_position = True
 
-    def layer_settings(
-        self, config: CompacterConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
-    ) -> dict[str, dict[str, Any]]:
+    def targets(self, c: WrapContext[CompacterConfig]) -> list[Target]:
+        """The ends of sub-layers, or whole blocks."""
+        return sublayer_targets(c, sublayer_places(c))
+
+    def settings(self, c: WrapContext[CompacterConfig]) -> dict[str, Settings]:
         """Refuse widths that `phm_dim` does not divide."""
-        if config.projection == "phm":
-            for key, (_, width) in shapes.items():
-                _check_division(config, key, width)
+        if c.config.projection == "phm":
+            for key, (_, width) in c.shapes.items():
+                _check_division(c.config, key, width)
         return {}
 
-    def make_shared(
-        self, config: CompacterConfig, shapes: Mapping[str, LayerShape]
-    ) -> nn.Module | None:
+    def shared(self, c: WrapContext[CompacterConfig]) -> nn.Module | None:
         """The shared rule of an adapter, if it has one."""
-        return SharedRule(config) if config.has_shared_rule else None
+        return SharedRule(c.config) if c.config.has_shared_rule else None
+
+    def heat_maps(self, t: TrainContext[CompacterConfig, CompacterAdapter]) -> list[HeatMap]:
+        """The size of each network."""
+        return network_sizes(t)
 
 
 def _check_division(config: CompacterConfig, key: str, width: int) -> None:

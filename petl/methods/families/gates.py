@@ -20,14 +20,15 @@ adapter is parallel to it, y + f(m) for the encoder's output m, without a gate: 
 values contain it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from petl.core.layers.layer import HALF, LayerInfo, LayerShape
+from petl.core.method import NewAdapters, Settings, Target, WrapContext
 from petl.core.model.structure import BLOCK, VALUE, encoder_of, value_projections
 from petl.core.spec.checks import check_rank
 from petl.core.spec.config import config_field, require
@@ -35,10 +36,12 @@ from petl.errors import InputError
 from petl.methods.families.stacked import linear
 from petl.methods.families.sublayers import (
     LOCATIONS,
+    STREAMS,
     SubLayerAdapter,
     SubLayerConfig,
-    SubLayerTuner,
     refuse_in_decoders,
+    sublayer_places,
+    sublayer_targets,
 )
 
 GATES = ("large", "middle_x", "middle_y", "small", "none")
@@ -194,46 +197,37 @@ class GatedAdapter(SubLayerAdapter):
         return (*super().form, self.gate, self.is_value, self.config.identity_gate)
 
 
-class GatedTuner(SubLayerTuner):
-    """Tuner that gives gates the residual stream, and `small` the mask of the tokens."""
+G = TypeVar("G", bound=GatedAdapter)
 
-    keeps_mask = False  # True: a hook keeps the mask of each forward pass
 
-    def values(self, config: Any, model: nn.Module) -> list[str]:
-        """Return the paths of the value projections that get an adapter parallel to them."""
-        return value_projections(model) if VALUE in config.locations else []
+def values(c: WrapContext[Any]) -> list[str]:
+    """Return the paths of the value projections that get an adapter parallel to them."""
+    return value_projections(c.model) if VALUE in c.config.locations else []
 
-    def places(self, config: Any, model: nn.Module) -> list[tuple[str, str]]:
-        """Return location and path of the modules that the method can adapt."""
-        values = [(VALUE, path) for path in self.values(config, model)]
-        return super().places(config, model) + values
 
-    def streams(self, config: Any, model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
-        """Return what the adapters read: that at values its own input, a gate the residual."""
-        found, values = super().streams(config, model, keys), set(self.values(config, model))
-        of_gate = "residual" if config.gate in READING else ""
-        return {key: "" if key in values else stream or of_gate for key, stream in found.items()}
+def gated_targets(c: WrapContext[Any]) -> list[Target]:
+    """Return the targets of the locations; a gate may read the residual stream."""
+    of_values = values(c)
+    places = [*sublayer_places(c), *((VALUE, path) for path in of_values)]
+    # that at values reads its own input
+    of_gate = "residual" if c.config.gate in READING else ""
+    others = STREAMS.get(c.config.placement, "") or of_gate
+    return sublayer_targets(c, places, lambda path: "" if path in of_values else others)
 
-    def layer_settings(
-        self, config: Any, model: nn.Module, shapes: Mapping[str, LayerShape]
-    ) -> dict[str, dict[str, Any]]:
-        """Return the role of adapters at values; refuse the gate `small` in decoders."""
-        values = set(self.values(config, model))
-        if config.gate == "small":
-            keys = [key for key in shapes if key not in values]
-            refuse_in_decoders(model, keys, "gate='small'", "gate='middle_x'")
-        return {key: {ROLE: VALUE} for key in shapes if key in values}
 
-    def inject_adapter(
-        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Inject an adapter, and listen to the mask if its gate needs it."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config: Any = self.peft_config[adapter_name]
-        if config.gate == "small" and not self.keeps_mask:
-            encoder = encoder_of(model)
-            # generation calls an encoder directly, past the hooks of the model
-            module = model if encoder is None else encoder[1]
-            handle = module.register_forward_pre_hook(self.context.keep_mask, with_kwargs=True)
-            self.hooks.append(handle)
-            self.keeps_mask = True
+def gate_settings(c: WrapContext[Any], of_values: Collection[str]) -> dict[str, Settings]:
+    """Return the role of adapters at values; refuse the gate `small` in decoders."""
+    if c.config.gate == "small":
+        keys = [key for key in c.targets if key not in of_values]
+        refuse_in_decoders(c.model, keys, "gate='small'", "gate='middle_x'")
+    return {key: {ROLE: VALUE} for key in c.targets if key in of_values}
+
+
+def keep_mask(new: NewAdapters[Any, G]) -> None:
+    """Let the model keep the mask of each forward pass, if a gate needs it."""
+    if new.config.gate == "small" and new.once("mask"):
+        encoder = encoder_of(new.model)
+        # generation calls an encoder directly, past the hooks of the model
+        module = new.model if encoder is None else encoder[1]
+        handle = module.register_forward_pre_hook(new.context.keep_mask, with_kwargs=True)
+        new.hooks.append(handle)

@@ -12,9 +12,9 @@ output of a whole block, after its last norm and residual sum, and x is the bloc
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from transformers.activations import ACT2FN
 
 from petl.core.layers.grouped import Captured, GroupedNetworks
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
+from petl.core.method import Target, TrainContext, WrapContext, linear_target
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.model.structure import (
     BLOCK,
@@ -34,18 +35,19 @@ from petl.core.model.structure import (
     is_causal,
     norm_names,
 )
-from petl.core.model.targets import candidate_names, in_layers, resolve_targets
+from petl.core.model.targets import candidate_names, in_layers, matched_names, resolve_targets
 from petl.core.serving.mixed_batch import BatchedAdapter
 from petl.core.serving.stacked_adapter import stacked
 from petl.core.spec.checks import check_rank, rank_of
 from petl.core.spec.config import MethodConfig, config_field, require
-from petl.core.switching.norms import original_norms
-from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.system.values import rule_of
 
 LOCATIONS = (*KINDS, BLOCK)
 PLACEMENTS = ("sequential", "parallel", "parallel_residual")
+# by placement, the attribute of a `SubLayer` that names the input; targets that are no known
+# sub-layer need input_modules
+STREAMS = {"parallel": "source", "parallel_residual": "residual"}
 ONE_CALL = {"gelu_new": "gelu_pytorch_tanh"}  # the same function, as one kernel of torch
 
 
@@ -150,6 +152,9 @@ def check_activation(name: str) -> None:
         )
 
 
+S = TypeVar("S", bound="SubLayerAdapter")
+
+
 class SubLayerAdapter(Adapter):
     """Network at the end of a sub-layer; a method creates its tensors and overrides `network`."""
 
@@ -247,119 +252,101 @@ class SubLayerAdapter(Adapter):
         return super().grouped(adapters, base_layer, generators, captured)
 
 
-class SubLayerTuner(MethodTuner):
-    """Tuner that finds the sub-layers of `config.locations`, their inputs, and norms to train."""
+def sublayer_targets(
+    c: WrapContext[Any],
+    places: Sequence[tuple[str, str]],
+    stream: Callable[[str], str] | None = None,
+) -> list[Target]:
+    """Return the closing projections of the locations, and add the backbone's norms if they train.
 
-    def places(self, config: Any, model: nn.Module) -> list[tuple[str, str]]:
-        """Return location and path of the modules that the method can adapt."""
-        found = [(sub.kind, sub.closing) for sub in find_sublayers(model)]
-        return found + [(BLOCK, path) for path in block_widths(model) if BLOCK in config.locations]
+    Args:
+        c: the model, and a config with the fields of `SubLayerConfig`.
+        places: location and path of the modules that the method can adapt.
+        stream: see `targets_with_streams`; None: by the placement.
 
-    def streams(self, config: Any, model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
-        """Return, by target, the attribute of its `SubLayer` that names its adapter's input.
-
-        Or "" for the input of the target itself.
-        """
-        of_placement = {"parallel": "source", "parallel_residual": "residual"}
-        return dict.fromkeys(keys, of_placement.get(config.placement, ""))
-
-    def choose_targets(self, config: Any, model: nn.Module) -> None:
-        """Set the targets to the closing projections, and add the backbone's norms if they train.
-
-        Raises:
-            InputError: a location is not found, or `layers_to_transform` leaves none.
-        """
-        # once resolved, the names are saved in the config, so loading does not search again
-        if config.target_modules is None:
-            found = self.places(config, model)
-            for location in config.locations:
-                # each location, so that one of two is not dropped silently
-                if not any(kind == location for kind, _ in found):
-                    kinds = ", ".join(sorted({kind for kind, _ in found})) or "none"
-                    raise InputError(
-                        f"no {_what(location)} is found in {type(model).__name__} (known: "
-                        f"{kinds}); change locations, or name the projections that close the "
-                        "sub-layers with target_modules"
-                    )
-            config.target_modules = {
-                path
-                for kind, path in found
-                if kind in config.locations and in_layers(config, model, path)
-            }
-            if not config.target_modules:
+    Raises:
+        InputError: a location is not found, or `layers_to_transform` leaves none.
+    """
+    config, model = c.config, c.model
+    # once resolved, the names are saved in the config, so loading does not search again
+    if config.target_modules is None:
+        for location in config.locations:
+            # each location, so that one of two is not dropped silently
+            if not any(kind == location for kind, _ in places):
+                kinds = ", ".join(sorted({kind for kind, _ in places})) or "none"
                 raise InputError(
-                    f"layers_to_transform={config.layers_to_transform} leaves no sub-layer of "
-                    f"{type(model).__name__}"
+                    f"no {_what(location)} is found in {type(model).__name__} (known: "
+                    f"{kinds}); change locations, or name the projections that close the "
+                    "sub-layers with target_modules"
                 )
-        if config.train_layer_norms:
-            add_saved(config, norm_names(model))
-        resolve_targets(config, model, words=("all-linear",))
-
-    def whole_modules(self, config: Any, model: nn.Module) -> Mapping[str, int]:
-        """Return the feed-forward modules whose weights are experts: adapted as a unit."""
-        subs = find_sublayers(model)
-        # one module is both input and end: its experts have no linear layer to attach to
-        return {sub.closing: sub.width for sub in subs if sub.closing == sub.source}
-
-    def block_modules(self, config: Any, model: nn.Module) -> Mapping[str, int]:
-        """Return the blocks of the model: adapted as a whole where they are targeted."""
-        return block_widths(model)
-
-    def sources(
-        self, config: Any, model: nn.Module, shapes: Mapping[str, LayerShape]
-    ) -> Mapping[str, str]:
-        """Return, by target, the module whose input is the sub-layer's or the residual stream."""
-        streams = self.streams(config, model, shapes)
-        if not any(streams.values()):
-            return {}
-        # targets that are no known sub-layer need input_modules
-        known = {sub.closing: sub for sub in find_sublayers(model)}
-        names = set(candidate_names(model))
-        blocks, sources = self.block_modules(config, model), {}
-        for key, shape in shapes.items():
-            if not streams[key] or key in blocks:  # whose own input is the residual stream
-                continue
-            source = _source(config, key, known.get(key), streams[key])
-            # only input_modules can name a missing module
-            if source not in names:
-                raise UnknownNameError(
-                    f"input_modules names {source!r} as the input of {key}, but the model has no "
-                    "such module" + did_you_mean(source, names)
-                )
-            # norms have no in_features; theirs is the residual stream's width
-            width = getattr(model.get_submodule(source), "in_features", shape.out_features)
-            require(
-                width == shape.out_features,
-                f"{source} takes {width} features and {key} gives {shape.out_features}; the input "
-                "of a parallel adapter must be as wide as its output",
+        config.target_modules = {
+            path
+            for kind, path in places
+            if kind in config.locations and in_layers(config, model, path)
+        }
+        if not config.target_modules:
+            raise InputError(
+                f"layers_to_transform={config.layers_to_transform} leaves no sub-layer of "
+                f"{type(model).__name__}"
             )
-            if source != key:  # equal for modules adapted as a unit, which have the input already
-                sources[key] = source
-        return sources
+    if config.train_layer_norms:
+        add_saved(config, norm_names(model))
+    by_placement = STREAMS.get(config.placement, "")
+    return targets_with_streams(c, (lambda path: by_placement) if stream is None else stream)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        """Remove the adapters, and with them norms that trained beside them."""
-        with original_norms(self.model):
-            return super()._unload_and_optionally_merge(*args, **kwargs)
 
-    @torch.no_grad()
-    def heat_maps(self) -> list[HeatMap]:
-        """Return a map of the size of each network: no weight of the model changes."""
-        norms = {}
-        for name in self.active_adapters:
-            for key, adapter in self.placed.get(name, {}).items():
-                down, up = (m.float() for m in cast(SubLayerAdapter, adapter).matrices())
-                # per input feature, so that the widths of models do not count
-                norms[key] = float((up @ down).norm()) / down.shape[1] ** 0.5
-        return of_layers(
-            self.model,
-            norms,
-            "update_norm",
-            "Size of the adapters",
-            "norm of up x down",
-            "The Frobenius norm of the product of the two projections over the square root of the "
-            "width: by how much an adapter without its non-linearity stretches a random input.",
-        )
+def sublayer_places(c: WrapContext[Any]) -> list[tuple[str, str]]:
+    """Return location and path of the sub-layers of a model, and of its blocks if they are one."""
+    found = [(sub.kind, sub.closing) for sub in find_sublayers(c.model)]
+    return found + [(BLOCK, path) for path in block_widths(c.model) if BLOCK in c.config.locations]
+
+
+def targets_with_streams(c: WrapContext[Any], stream: Callable[[str], str]) -> list[Target]:
+    """Return the targets that the config names: linear layers, whole blocks or mixtures of experts.
+
+    Args:
+        c: the model and the config.
+        stream: by path of a target, the attribute of its `SubLayer` that names its adapter's
+            input, or "" for the input of the target itself.
+    """
+    config, model = c.config, c.model
+    resolve_targets(config, model, words=("all-linear",))
+    subs = find_sublayers(model)
+    known, blocks_of = {sub.closing: sub for sub in subs}, block_widths(model)
+    # one module is both input and end: its experts have no linear layer to attach to
+    whole = {sub.closing: sub.width for sub in subs if sub.closing == sub.source}
+    found = []
+    for path in matched_names(config, model):
+        width = blocks_of.get(path, whole.get(path))
+        is_block = path in blocks_of
+        target = linear_target(c, path) if width is None else Target(path, _square(width))
+        name = "" if is_block else stream(path)  # a block's own input is the residual stream
+        source = _source(c, target, known.get(path), name) if name else ""
+        found.append(replace(target, source=source, is_block=is_block))
+    return found
+
+
+def _square(width: int) -> LayerShape:
+    return LayerShape(width, width)
+
+
+@torch.no_grad()
+def network_sizes(t: TrainContext[Any, S]) -> list[HeatMap]:
+    """Return a map of the size of each network: no weight of the model changes."""
+    norms = {}
+    for key, adapter in t.adapters:
+        down, up = (m.float() for m in adapter.matrices())
+        # per input feature, so that the widths of models do not count
+        norms[key] = float((up @ down).norm()) / down.shape[1] ** 0.5
+    return of_layers(
+        t.model,
+        norms,
+        "update_norm",
+        "Size of the adapters",
+        "norm of up x down",
+        "The Frobenius norm of the product of the two projections over the square root of the "
+        "width: by how much an adapter without its non-linearity stretches a random input.",
+    )
 
 
 def _what(location: str) -> str:
@@ -388,8 +375,29 @@ def add_saved(config: Any, names: Sequence[str]) -> None:
     config.modules_to_save = [*saved, *(name for name in names if name not in saved)]
 
 
-def _source(config: Any, key: str, sub: SubLayer | None, stream: str) -> str:
-    """Return the module whose input is that of the adapter on `key`."""
+def _source(c: WrapContext[Any], target: Target, sub: SubLayer | None, stream: str) -> str:
+    """Return the module whose input is that of the adapter on a target; "": its own."""
+    path, width = target.path, target.shape.out_features
+    source = _named_source(c.config, path, sub, stream)
+    names = candidate_names(c.model)
+    # only input_modules can name a missing module
+    if source not in names:
+        raise UnknownNameError(
+            f"input_modules names {source!r} as the input of {path}, but the model has no such "
+            "module" + did_you_mean(source, names)
+        )
+    # norms have no in_features; theirs is the residual stream's width
+    takes = getattr(c.model.get_submodule(source), "in_features", width)
+    require(
+        takes == width,
+        f"{source} takes {takes} features and {path} gives {width}; the input of a parallel "
+        "adapter must be as wide as its output",
+    )
+    # equal for modules adapted as a unit, which have the input already
+    return "" if source == path else source
+
+
+def _named_source(config: Any, key: str, sub: SubLayer | None, stream: str) -> str:
     for target, source in (config.input_modules or {}).items():
         # with the dot, "o_proj" is no suffix of "two_proj"
         if f".{key}".endswith(f".{target}"):

@@ -6,7 +6,7 @@ demonstrations (x_i, y_i) gives the directions; nothing is trained.
 
     config.py          the fields, and the modules that they mean in a model
     directions.py      from demonstrations to directions, over all processes
-    tuner.py           the adapter, injection, calibration of a wrapped model
+    method.py          the adapter, injection, calibration of a wrapped model
     run.py             demonstrations and scores by strength of a run
 
 Shapes: N demonstrations, L blocks, H width of the stream. With h_l(s) [H] the last token's hidden
@@ -27,13 +27,13 @@ normalized where it is applied, so that their relative sizes have no effect (wit
 """
 
 from petl.methods.icv.config import IcvConfig
+from petl.methods.icv.method import Icv, IcvAdapter, calibrate
 from petl.methods.icv.strengths import choose_strength, scores_by_strength
-from petl.methods.icv.tuner import IcvAdapter, IcvModel, calibrate
 
 __all__ = [
+    "Icv",
     "IcvAdapter",
     "IcvConfig",
-    "IcvModel",
     "calibrate",
     "choose_strength",
     "scores_by_strength",

@@ -21,11 +21,10 @@ The recurrent router stores the states of the last training forward. Gradient ch
 them during backward, so there each forward needs its backward before the next training forward.
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +32,13 @@ from torch.nn import functional as F
 
 from petl.core.layers.context import add_gradient, is_encoder_decoder
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
+from petl.core.method import Method, NewAdapters, Settings, TrainContext, WrapContext
 from petl.core.model.heat_map import HeatMap, layers_of, means, of_layers
 from petl.core.model.places import Place, place
 from petl.core.register import register
 from petl.core.serving.mixed_batch import BatchedAdapter
 from petl.core.spec.config import MethodConfig, config_field, require
 from petl.core.support import Capability
-from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.methods.mola.grouped import GroupedMola
 from petl.methods.mola.pregate import PreGate
@@ -338,22 +337,16 @@ def across_layers(config: MolaConfig) -> str:
     return "" if kind == "linear" else f"router_type={kind!r} has a state across layers"
 
 
-@register(
-    "mola",
-    summary="a top-k mixture of LoRA experts, with more experts in some layers than in others",
-    need="capacity where it is needed",
-    recommended="experts per layer, chosen by token: for mixed data and many skills",
-    paper="Gao et al. 2025, MoLA: MoE LoRA with Layer-wise Expert Allocation, arXiv:2402.08562",
-)
-class MolaModel(MethodTuner):
-    """Tuner of `MolaConfig`.
+@register
+class Mola(Method[MolaConfig, MolaAdapter]):
+    """A top-k mixture of LoRA experts, with more experts in some layers than in others."""
 
-    Attributes:
-        has_routes: the hooks of pre-gated routers are registered.
-        is_mixed: the running call has an adapter for each row.
-    """
-
+    name = "mola"
     config_cls, adapter_cls = MolaConfig, MolaAdapter
+    summary = "a top-k mixture of LoRA experts, with more experts in some layers than in others"
+    paper = "Gao et al. 2025, MoLA: MoE LoRA with Layer-wise Expert Allocation, arXiv:2402.08562"
+    need = "capacity where it is needed"
+    recommended = "experts per layer, chosen by token: for mixed data and many skills"
     lacks = {
         Capability.MERGE: (
             "MoLA adapters depend on the input through the router and cannot be merged; keep the "
@@ -361,12 +354,8 @@ class MolaModel(MethodTuner):
         ),
         Capability.TOGETHER: across_layers,
     }
-    has_routes = False
-    is_mixed = False
 
-    def layer_settings(
-        self, config: MolaConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
-    ) -> dict[str, dict[str, Any]]:
+    def settings(self, c: WrapContext[MolaConfig]) -> dict[str, Settings]:
         """Number of experts, weight in the balance loss and router chain of each target.
 
         Raises:
@@ -374,10 +363,11 @@ class MolaModel(MethodTuner):
                 layer, or its layer has fewer experts than `top_k`.
             UnsupportedError: a pre-gated router cannot route for this model, or for a target.
         """
+        config, model = c.config, c.model
         if config.router_type == "pregated":
-            refuse_unroutable(model, shapes)
-        places = {key: place(model, key) or layer_of_its_own(config, key) for key in shapes}
-        settings: dict[str, dict[str, Any]] = {}
+            refuse_unroutable(model, c.targets)
+        places = {key: place(model, key) or layer_of_its_own(config, key) for key in c.targets}
+        settings: dict[str, Settings] = {}
         last: dict[tuple[str, str], int] = {}  # index of the highest layer so far, by chain
         layers = [(p.stack, p.index) for p in places.values()]
         decoder: Any = model.get_decoder() if is_encoder_decoder(model) else nn.Module()  # ty: ignore
@@ -403,46 +393,32 @@ class MolaModel(MethodTuner):
             last[chain] = where.index
         return settings
 
-    def make_shared(self, config: MolaConfig, shapes: Mapping[str, LayerShape]) -> nn.Module | None:
+    def shared(self, c: WrapContext[MolaConfig]) -> nn.Module | None:
         """What all routers of an adapter share: a GRU, the pre-gated router, or None if linear."""
-        if config.router_type == "recurrent":
-            return Gru(config.router_hidden_size)
-        if config.router_type == "linear":
+        if c.config.router_type == "recurrent":
+            return Gru(c.config.router_hidden_size)
+        if c.config.router_type == "linear":
             return None
-        settings = self.layer_settings(config, self.model, shapes)
-        most = max(layer["num_experts"] for layer in settings.values())
-        return PreGate(config, most, self.model.get_input_embeddings())
+        most = max(layer["num_experts"] for layer in self.settings(c).values())
+        return PreGate(c.config, most, cast(Any, c.model).get_input_embeddings())
 
-    def inject_adapter(
-        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Inject an adapter; with the first pre-gated one, register the hooks that run routers."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if isinstance(self.shared.all_modules.get(adapter_name), PreGate) and not self.has_routes:
-            self.has_routes = True
-            self.hooks += Routes(self).attach(model)
+    def added(self, new: NewAdapters[MolaConfig, MolaAdapter]) -> None:
+        """With the first pre-gated adapter, register the hooks that run routers."""
+        if new.config.router_type == "pregated" and new.once("routes"):
+            new.hooks += Routes(new).attach(new.model)
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:
-        before, self.is_mixed = self.is_mixed, kwargs.get("adapter_names") is not None
-        try:
-            with super()._enable_peft_forward_hooks(*args, **kwargs):
-                yield
-        finally:
-            self.is_mixed = before
-
-    def series(self) -> dict[str, float]:
+    def metrics(self, t: TrainContext[MolaConfig, MolaAdapter]) -> dict[str, float]:
         """`expert_load_max`: load of the busiest expert relative to 1/E, mean over layers."""
-        picks = self.context.series.get("picks")  # by layer, of the last training forward
+        picks = t.context.series.get("picks")  # by layer, of the last training forward
         if not picks:
             return {}
         loads = [busiest(picks_E) for picks_E in picks.values()]
         loads = [load.to(loads[0].device) for load in loads]  # a model may be spread over devices
         return {"expert_load_max": float(torch.stack(loads).mean())}
 
-    def heat_maps(self) -> list[HeatMap]:
+    def heat_maps(self, t: TrainContext[MolaConfig, MolaAdapter]) -> list[HeatMap]:
         """The load of the experts in the last training batch; none without the balance loss."""
-        picks = self.context.series.get("picks", {})
+        picks = t.context.series.get("picks", {})
         paths = {key: key.rpartition(".")[0] for key in picks}  # the keys end in the adapter's name
         shares = {
             key: (100 * picks_E / picks_E.sum().clamp(min=1.0))
@@ -450,7 +426,7 @@ class MolaModel(MethodTuner):
             .values.tolist()
             for key, picks_E in picks.items()
         }
-        layers = layers_of(self.model, paths.values()) | {ROUTER: "all"}
+        layers = layers_of(t.model, paths.values()) | {ROUTER: "all"}
         by_layer = means((layers[paths[key]], shares[key]) for key in picks)
         if not by_layer:
             return []
@@ -467,7 +443,7 @@ class MolaModel(MethodTuner):
             "expert, by load",
         )
         uneven = of_layers(
-            self.model,
+            t.model,
             {paths[k]: float(busiest(n_E)) for k, n_E in picks.items() if paths[k] != ROUTER},
             "expert_balance",
             "MoLA: busiest expert of each module",

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from petl.core.layers.context import ForwardContext, add_gradient, is_encoder_decoder
+from petl.core.layers.context import add_gradient, is_encoder_decoder
 from petl.core.layers.layer import LayerInfo
+from petl.core.method import NewAdapters
 from petl.core.model.modes import checkpoints_reentrantly
 from petl.core.model.places import place
 from petl.errors import InputError, UnsupportedError
@@ -170,12 +171,15 @@ class _Join(torch.autograd.Function):
 
 
 class Routes:
-    """Hooks of one model. The tuner is a `MolaModel`, whose routers and adapters they read."""
+    """Hooks of one model, whose routers and adapters they read.
 
-    def __init__(self, tuner: Any) -> None:
-        self.tuner = tuner
-        self.context: ForwardContext = tuner.context
-        self.names = list(inspect.signature(tuner.model.forward).parameters)
+    Args:
+        new: its first adapters with a pre-gated router.
+    """
+
+    def __init__(self, new: NewAdapters[Any, Any]) -> None:
+        self.context, self.placed = new.context, new.placed
+        self.names = list(inspect.signature(new.model.forward).parameters)
         self.joining: RemovableHandle | None = None
 
     def attach(self, model: nn.Module) -> list[RemovableHandle]:
@@ -190,16 +194,13 @@ class Routes:
 
         In a mixed batch all of them: so all rows have the same layers in their caches.
         """
-        tuner = self.tuner
-        routers = tuner.shared.all_modules
-        names = list(routers) if tuner.is_mixed else tuner.active_adapters
-        return {n: routers[n] for n in names if n in routers and self._is_enabled(n)}
-
-    def _is_enabled(self, name: str) -> bool:
-        placed = self.tuner.placed.get(name, {})
-        is_pregated = isinstance(self.tuner.shared.all_modules[name], PreGate)
-        first: Any = self.tuner.model.get_submodule(next(iter(placed))) if placed else None
-        return is_pregated and first is not None and not first.disable_adapters
+        routers: dict[str, PreGate] = {}
+        for name, adapters in self.placed.items():
+            info = next(iter(adapters.values())).info
+            runs = self.context.is_mixed or name in info.layer.active_adapters
+            if runs and isinstance(info.shared, PreGate) and not info.layer.disable_adapters:
+                routers[name] = info.shared
+        return routers
 
     def begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook, after `ForwardContext.begin`: compute the gates of all layers."""
@@ -255,16 +256,19 @@ class Routes:
 
     def _gates(self, name: str, logit_TE: Tensor) -> dict[int, Tensor]:
         """Return the gates of an adapter by the number of experts of a layer."""
-        config, placed = self.tuner.peft_config[name], self.tuner.placed[name]
+        placed, config = self.placed[name], self._config(name)
         if self.context.recording and config.router_aux_loss_coef > 0:
             logit_TE = self._balanced(name, logit_TE)
         # a layer with fewer experts has the first logits
         counts = sorted({adapter.num_experts for adapter in placed.values()})
         return {e: top_k_gates(logit_TE[:, :e], config.top_k)[0] for e in counts}
 
+    def _config(self, name: str) -> Any:
+        return next(iter(self.placed[name].values())).config
+
     def _balanced(self, name: str, logit_TE: Tensor) -> Tensor:
         """Return the logits; their backward pass adds the gradient of the router's balance loss."""
-        config, context = self.tuner.peft_config[name], self.context
+        config, context = self._config(name), self.context
         _, picked_TE, prob_TE = top_k_gates(logit_TE, config.top_k)
         picks_E, prob_E = expert_sums(picked_TE, prob_TE, context.mask_of(len(logit_TE)))
         to_weights = partial(balance_weights, k=config.top_k, factor=config.router_aux_loss_coef)

@@ -35,21 +35,26 @@ from torch.nn import functional as F
 
 from petl.core.layers.layer import LayerInfo, LayerShape
 from petl.core.layers.task_rows import TaskGroups, TaskRows
+from petl.core.method import Method, Target, TrainContext, WrapContext
 from petl.core.model.heat_map import HeatMap, layers_of, role_of
 from petl.core.register import register
 from petl.core.serving.mixed_batch import PreparedBatch
 from petl.core.spec.checks import check_rank
 from petl.core.spec.config import config_field, require
 from petl.core.support import Capability
+from petl.core.tuners.adapter import AdapterTuner
 from petl.errors import UnknownNameError, did_you_mean
 from petl.methods.families.stacked import layer_norm, linear
-from petl.methods.families.sublayers import SubLayerAdapter, SubLayerConfig, SubLayerTuner
+from petl.methods.families.sublayers import (
+    SubLayerAdapter,
+    SubLayerConfig,
+    sublayer_places,
+    sublayer_targets,
+)
 from petl.methods.polyhistor.tasks import (
-    TaskTuner,
     check_ids,
     check_tasks,
     require_tasks,
-    task_names,
 )
 from petl.system.collectives import num_processes
 
@@ -359,19 +364,21 @@ class PolyhistorAdapter(SubLayerAdapter):
         return tensor.to(cast(Tensor, self._parameters["layer_embedding"]).device, torch.float32)
 
 
-@register(
-    "polyhistor",
-    summary="one network writes the bottleneck adapters of several tasks; an embedding per task",
-    need="several tasks",
-    recommended="a row of the batch names its task; a further task costs one embedding",
-    paper="Liu et al. 2022, Polyhistor: Parameter-Efficient Multi-Task Adaptation for Dense Vision "
-    "Tasks, NeurIPS, arXiv:2210.03265",
-    lr=1e-4,  # a step moves each generated weight by up to code_dim steps of a generator's weight
-)
-class PolyhistorModel(TaskTuner, SubLayerTuner):
-    """Tuner of `PolyhistorConfig`."""
+@register
+class Polyhistor(Method[PolyhistorConfig, PolyhistorAdapter]):
+    """One network that writes the bottlenecks of all tasks and layers."""
 
+    name = "polyhistor"
     config_cls, adapter_cls = PolyhistorConfig, PolyhistorAdapter
+    summary = "one network writes the bottleneck adapters of several tasks; an embedding per task"
+    paper = (
+        "Liu et al. 2022, Polyhistor: Parameter-Efficient Multi-Task Adaptation for Dense Vision "
+        "Tasks, NeurIPS, arXiv:2210.03265"
+    )
+    need = "several tasks"
+    recommended = "a row of the batch names its task; a further task costs one embedding"
+    takes_task_ids = True
+    lr = 1e-4  # a step moves each generated weight by up to code_dim steps of a generator's weight
     lacks = {
         Capability.MERGE: (
             "Polyhistor's adapters are not linear and cannot be merged; keep the adapter, or take "
@@ -380,25 +387,26 @@ class PolyhistorModel(TaskTuner, SubLayerTuner):
         Capability.RANKS: "one network writes the adapters of all layers",
     }
 
-    def make_shared(
-        self, config: PolyhistorConfig, shapes: Mapping[str, LayerShape]
-    ) -> nn.Module | None:
+    def targets(self, c: WrapContext[PolyhistorConfig]) -> list[Target]:
+        """The ends of sub-layers, or whole blocks."""
+        return sublayer_targets(c, sublayer_places(c))
+
+    def shared(self, c: WrapContext[PolyhistorConfig]) -> nn.Module | None:
         """The generators of an adapter."""
-        return Generators(config, min(shape.out_features for shape in shapes.values()))
+        return Generators(c.config, min(shape.out_features for shape in c.shapes.values()))
 
     @torch.no_grad()
-    def heat_maps(self) -> list[HeatMap]:
-        """Return a map of the size of each task's networks, by layer."""
-        name = self.active_adapters[0]
-        placed = cast(Mapping[str, PolyhistorAdapter], self.placed.get(name, {}))
+    def heat_maps(self, t: TrainContext[PolyhistorConfig, PolyhistorAdapter]) -> list[HeatMap]:
+        """The size of each task's networks, by layer."""
+        placed = dict(t.active[0].adapters) if t.active else {}
         if not placed:
             return []
-        tasks = task_names(self.peft_config, name)
-        columns = list(dict.fromkeys(layers_of(self.model, placed).values()))
-        roles = list(dict.fromkeys(role_of(self.model, key) for key in placed))
+        tasks = t.active[0].config.tasks
+        columns = list(dict.fromkeys(layers_of(t.model, placed).values()))
+        roles = list(dict.fromkeys(role_of(t.model, key) for key in placed))
         cells: dict[tuple[str, str, str], float] = {}
         for key, adapter in placed.items():
-            place = role_of(self.model, key), layers_of(self.model, placed)[key]
+            place = role_of(t.model, key), layers_of(t.model, placed)[key]
             for i, task in enumerate(tasks):
                 down, up = adapter.matrices(i)
                 cells[task, *place] = float((up @ down).norm()) / adapter.width**0.5
@@ -439,7 +447,8 @@ def export_task(
         UnknownNameError: no such task or adapter.
     """
     tuner: Any = getattr(model, "base_model", None)
-    require(isinstance(tuner, PolyhistorModel), f"{type(model).__name__} has no Polyhistor adapter")
+    is_ours = isinstance(tuner, AdapterTuner) and isinstance(tuner.method, Polyhistor)
+    require(is_ours, f"{type(model).__name__} has no Polyhistor adapter")
     name = tuner.active_adapters[0] if adapter_name is None else adapter_name
     if name not in tuner.placed:
         raise UnknownNameError(f"no adapter {name!r}" + did_you_mean(name, tuner.placed))

@@ -1,15 +1,9 @@
-"""Mixin for tuners of methods that serve several tasks: each row of a batch has a task id."""
+"""Checks of tasks: each row of a batch has the id of one."""
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
-from torch import nn
-
-from petl.core.layers.task_rows import TaskRows, take_task_ids
+from petl.core.layers.task_rows import TaskRows
 from petl.core.spec.config import require
-from petl.core.spec.facts import facts_of
-from petl.core.tuners.base import ForwardContextTuner
 from petl.errors import InputError
 
 
@@ -56,36 +50,3 @@ def check_ids(rows: TaskRows | None, tasks: Sequence[str], key: str) -> None:
             f"task_ids has {unknown[0]}, and the adapter on {key} has ids from 0 to "
             f"{len(tasks) - 1}: {', '.join(tasks)}"
         )
-
-
-class TaskTuner(ForwardContextTuner):
-    """Tuner whose model takes `task_ids`, one for each row, in `forward` and `generate`.
-
-    It comes before the tuner class in the bases. Its adapters read `ForwardContext.tasks` and call
-    `check_ids`; the config has the names of the tasks, in the order of their ids, as `tasks`.
-    """
-
-    takes_task_ids = True
-
-    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        super()._pre_injection_hook(model, config, adapter_name)
-        # after `begin`, which clears the state
-        hook = model.register_forward_pre_hook(self.context.take_tasks, with_kwargs=True)
-        self.hooks.append(hook)
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:
-        """Keep `task_ids` during a call of the PeftModel: `generate` calls the model many times."""
-        tasks, kwargs = take_task_ids(args, kwargs)
-        tuner: Any = super()
-        with tuner._enable_peft_forward_hooks(*args, **kwargs):
-            before, self.context.given_tasks = self.context.given_tasks, tasks
-            try:
-                yield
-            finally:
-                self.context.given_tasks = before
-
-
-def task_names(peft_config: Mapping[str, Any], adapter_name: str) -> list[str]:
-    """Return the tasks of an adapter in the order of their ids; none for other methods."""
-    return list(facts_of(peft_config[adapter_name]).tasks)

@@ -1,6 +1,6 @@
 """The adapter and the tuner of ICV."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -9,7 +9,15 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
-from petl.core.method import Calibration, Finish
+from petl.core.method import (
+    Finish,
+    Method,
+    Settings,
+    Target,
+    TrainContext,
+    WrapContext,
+    linear_target,
+)
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.model.modes import without_adapters
 from petl.core.model.structure import block_widths, find_sublayers
@@ -18,8 +26,7 @@ from petl.core.register import register
 from petl.core.registry import no_calibration
 from petl.core.spec.config import require
 from petl.core.support import Capability
-from petl.core.tuners.tuner import MethodTuner
-from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
+from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.methods.icv.config import IcvConfig, check_model, hosts
 from petl.methods.icv.directions import directions
 from petl.methods.icv.steering import Steer, steered
@@ -71,20 +78,22 @@ class IcvAdapter(Adapter):
         return steered(y, steers, keep_norm=adapters[0].config.keep_norm)
 
 
-@register(
-    "icv",
-    summary="hidden states are shifted along directions that a few demonstrations give; no "
-    "training",
-    need="adapting in seconds, without training",
-    recommended="a few demonstrations give one vector per block, of adjustable strength",
-    paper="Liu et al. 2024, In-context Vectors: Making In Context Learning More Effective and "
-    "Controllable Through Latent Space Steering, ICML, arXiv:2311.06668",
-    features=("petl.methods.icv.run:Strengths",),
-)
-class IcvModel(MethodTuner):
-    """Tuner of `IcvConfig`."""
+@register
+class Icv(Method[IcvConfig, IcvAdapter]):
+    """Hidden states are shifted along directions that demonstrations give."""
 
+    name = "icv"
     config_cls, adapter_cls = IcvConfig, IcvAdapter
+    summary = (
+        "hidden states are shifted along directions that a few demonstrations give; no training"
+    )
+    paper = (
+        "Liu et al. 2024, In-context Vectors: Making In Context Learning More Effective and "
+        "Controllable Through Latent Space Steering, ICML, arXiv:2311.06668"
+    )
+    need = "adapting in seconds, without training"
+    recommended = "a few demonstrations give one vector per block, of adjustable strength"
+    features = ("petl.methods.icv.run:Strengths",)
     lacks = {
         Capability.MERGE: (
             "ICV shifts hidden states by amounts that depend on them, which no weight can; keep "
@@ -93,29 +102,27 @@ class IcvModel(MethodTuner):
         Capability.RANKS: "it has one vector per block, of no rank",
     }
 
-    @staticmethod
-    def calibration(config: IcvConfig) -> str:
+    def needs_data(self, config: IcvConfig) -> str:
         """Return why demonstrations are needed; "" if the vectors start at zero."""
         return "" if config.pairs is None else "method 'icv'"
 
-    @staticmethod
-    def computed(config: IcvConfig) -> bool:
+    def is_computed(self, config: IcvConfig) -> bool:
         """Return True unless the vectors train."""
         return not config.train
 
-    @staticmethod
-    def on_wrap(model: nn.Module, config: Any, calibration: Calibration | None) -> Finish | None:
+    def calibrate(self, c: WrapContext[IcvConfig]) -> Finish | None:
         """Compute the directions of the base model; on the meta device there are none.
 
         Raises:
             InputError: a model that ICV does not steer, or demonstrations that are missing or
                 wrong.
         """
-        check_model(model, config)
-        hosts(config, model)
-        if any(parameter.is_meta for parameter in model.parameters()):
+        config = c.config
+        check_model(c.model, config)
+        hosts(config, c.model)
+        if not c.has_weights:
             return None
-        if calibration is None:
+        if c.calibration is None:
             if config.starts_at_zero:
                 return None
             if not config.train:
@@ -125,15 +132,16 @@ class IcvModel(MethodTuner):
                 f"direction with scale={config.scale!r} and keep_norm={config.keep_norm}: set "
                 "scale='plain' and keep_norm=False, or pass calibration=batches"
             )
-        found = directions(model, config, cast(Iterable[Any], calibration))
+        found = directions(c.model, config, cast(Iterable[Any], c.calibration))
         return partial(set_vectors, directions=found)
 
-    def choose_targets(self, config: Any, model: nn.Module) -> None:
-        """Set the targets to the modules that `mode` and `layers` mean.
+    def targets(self, c: WrapContext[IcvConfig]) -> list[Target]:
+        """Return the modules that `mode` and `layers` mean: blocks, MLPs, or linear projections.
 
         Raises:
             InputError: other ones are given, or the model has none.
         """
+        config, model = c.config, c.model
         check_model(model, config)
         found, given = hosts(config, model), config.target_modules
         # PEFT shortens the names of many linear layers to what they have in common
@@ -144,50 +152,38 @@ class IcvModel(MethodTuner):
             "load the adapter onto a model of its kind",
         )
         config.target_modules = set(found)
-
-    def block_modules(self, config: Any, model: nn.Module) -> Mapping[str, int]:
-        """Return blocks and MLPs with their widths; without projections, which are linear."""
         width = next(iter(block_widths(model).values()))
         linear = {sub.closing for sub in find_sublayers(model) if sub.closing != sub.source}
-        return {key: width for key in hosts(config, model) if key not in linear}
+        shape = LayerShape(width, width)
+        return [
+            linear_target(c, path) if path in linear else Target(path, shape, is_block=True)
+            for path in matched_names(config, model)
+        ]
 
-    def layer_settings(
-        self, config: Any, model: nn.Module, shapes: Mapping[str, LayerShape]
-    ) -> dict[str, dict[str, Any]]:
+    def settings(self, c: WrapContext[IcvConfig]) -> dict[str, Settings]:
         """Return the index of the block of each module."""
-        return {key: {"block": index} for key, index in hosts(config, model).items()}
+        return {path: {"block": index} for path, index in hosts(c.config, c.model).items()}
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters, whose vectors are averaged.
+    def joins(self, configs: Sequence[IcvConfig]) -> str:
+        """Return why some of them keep the norm of states and others do not."""
+        kept = [config.keep_norm for config in configs]
+        if len(set(kept)) < 2:
+            return ""
+        return (
+            f"they have keep_norm={kept}, and there is no mean of a shift that keeps the norm of "
+            "states and one that does not"
+        )
 
-        Raises:
-            UnsupportedError: some of them keep the norm of states and others do not.
-        """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        known: Any = [self.peft_config[name] for name in names if name in self.peft_config]
-        if len({config.keep_norm for config in known}) > 1:
-            kept = {name: cast(Any, self.peft_config[name]).keep_norm for name in names}
-            raise UnsupportedError(
-                f"adapters with keep_norm={kept} cannot be active together: there is no mean of a "
-                "shift that keeps the norm of states and one that does not"
-            )
-        super().set_adapter(adapter_name, inference_mode)
-
-    def planned_parameters(self) -> int:
+    def planned(self, t: TrainContext[IcvConfig, IcvAdapter]) -> int:
         """Return the numbers of the active adapters' vectors, whether they train or not."""
-        placed = (self.placed.get(name, {}) for name in self.active_adapters)
-        return sum(cast(IcvAdapter, a).vector.numel() for each in placed for a in each.values())
+        return sum(adapter.vector.numel() for _, adapter in t.adapters)
 
     @torch.no_grad()
-    def heat_maps(self) -> list[HeatMap]:
+    def heat_maps(self, t: TrainContext[IcvConfig, IcvAdapter]) -> list[HeatMap]:
         """Return the norms of the vectors by block."""
-        norms = {
-            key: float(to_full(cast(IcvAdapter, adapter).vector).norm())
-            for name in self.active_adapters
-            for key, adapter in self.placed.get(name, {}).items()
-        }
+        norms = {key: float(to_full(adapter.vector).norm()) for key, adapter in t.adapters}
         return of_layers(
-            self.model,
+            t.model,
             norms,
             "vectors",
             "ICV: size of the vectors",
@@ -227,7 +223,7 @@ def calibrate(
         InputError: the model has no such adapter, or as `petl.wrap`.
     """
     tuner: Any = getattr(model, "base_model", None)
-    if not isinstance(tuner, IcvModel):
+    if not isinstance(getattr(type(tuner), "method", None), Icv):
         raise InputError(f"{type(model).__name__} has no ICV adapter")
     name = tuner.active_adapters[0] if adapter_name is None else adapter_name
     if name not in tuner.placed:
