@@ -22,7 +22,7 @@ whether a tuner is active is the adapter's state (theirs looks for outputs of ze
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import recursively_apply
@@ -30,13 +30,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from petl.core.layers.block import adapters_of
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
+from petl.core.method import Method, NewAdapters, Settings, Target, TrainContext, WrapContext
 from petl.core.model.heat_map import HeatMap, of_layers
+from petl.core.model.targets import candidate_names
 from petl.core.register import register
 from petl.core.spec.config import MethodConfig, config_field, require
 from petl.core.support import Capability
-from petl.core.tuners.tuner import MethodTuner
 from petl.errors import ModuleKindError, UnsupportedError, did_you_mean
 from petl.ops.recomputation import recomputed
 
@@ -209,19 +209,20 @@ class _Bottleneck:
         return F.conv2d(self.act(z), W2[..., None, None], b2)
 
 
-@register(
-    "scedit",
-    summary="tuners on the skip connections of a diffusion U-Net; no backward through the encoder",
-    need="a diffusion model",
-    recommended="trains on what the skips carry; the encoder half keeps no activations",
-    paper="Jiang et al. 2024, SCEdit: Efficient and Controllable Image Diffusion Generation via "
-    "Skip Connection Editing, CVPR, arXiv:2312.11392",
-    lr=1e-4,
-)
-class SceditModel(MethodTuner):
-    """Tuner of `SceditConfig`."""
+@register
+class Scedit(Method[SceditConfig, SceditAdapter]):
+    """Tuners on the skip connections of a diffusion U-Net."""
 
+    name = "scedit"
     config_cls, adapter_cls = SceditConfig, SceditAdapter
+    summary = "tuners on the skip connections of a diffusion U-Net; no backward through the encoder"
+    paper = (
+        "Jiang et al. 2024, SCEdit: Efficient and Controllable Image Diffusion Generation via "
+        "Skip Connection Editing, CVPR, arXiv:2312.11392"
+    )
+    need = "a diffusion model"
+    recommended = "trains on what the skips carry; the encoder half keeps no activations"
+    lr = 1e-4
     needs_tuner = "a hook of the model ends backward at the skips, which the tuner has"
     lacks = {
         Capability.MERGE: (
@@ -235,56 +236,60 @@ class SceditModel(MethodTuner):
         Capability.MIXED_BATCH: "the edits of a batch are those of one adapter",
     }
 
-    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        super()._pre_injection_hook(model, config, adapter_name)
-        self.hooks.append(model.register_forward_pre_hook(self._detach, with_kwargs=True))
+    def targets(self, c: WrapContext[SceditConfig]) -> list[Target]:
+        """Return the blocks that get the chosen skips, with the channels of input and output.
 
-    def _detach(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Pre-hook of the model: detach what enters it, in a training pass with an adapter."""
+        Raises:
+            InputError: other targets are given.
+        """
+        config, found = c.config, {skip.host: skip for skip in chosen_skips(c.config, c.model)}
+        given = config.target_modules
+        require(
+            given is None or set(given) == set(found),
+            f"target_modules={given} are not the blocks {set(found)} that skips={config.skips} "
+            f"chooses in {type(c.model).__name__}; leave target_modules null, or load the adapter "
+            "onto a model of its depth",
+        )
+        config.target_modules = set(found)
+        hosts = [path for path in candidate_names(c.model) if path in found]
+        return [Target(path, found[path].shape, is_block=True) for path in hosts]
+
+    def settings(self, c: WrapContext[SceditConfig]) -> dict[str, Settings]:
+        """Return the channels of each skip."""
+        return {skip.host: {"channels": skip.channels} for skip in chosen_skips(c.config, c.model)}
+
+    def added(self, new: NewAdapters[SceditConfig, SceditAdapter]) -> None:
+        """Let backward end at the skips."""
+        if new.once("detach"):
+            hook = Detach(new.placed)
+            new.hooks.append(new.model.register_forward_pre_hook(hook, with_kwargs=True))
+
+    @torch.no_grad()
+    def heat_maps(self, t: TrainContext[SceditConfig, SceditAdapter]) -> list[HeatMap]:
+        """Return a map of the norms of `up_weight`, by which the edits differ from the start."""
+        norms = {host: float(adapter.up_weight.float().norm()) for host, adapter in t.adapters}
+        meaning = "The norm of the matrix from the bottleneck to the skip; 0 leaves the skip as is."
+        return of_layers(t.model, norms, "edits", "Size of the edits", "norm of W2", meaning)
+
+
+class Detach:
+    """Pre-hook of the model: detach what enters it, in a training pass with an adapter.
+
+    Args:
+        placed: by name and host, the adapters of the model.
+    """
+
+    def __init__(self, placed: Mapping[str, Mapping[str, SceditAdapter]]) -> None:
+        self.placed = placed
+
+    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         if not (model.training and torch.is_grad_enabled() and self._edits()):
             return None
         return recursively_apply(torch.detach, (args, kwargs))
 
     def _edits(self) -> bool:
-        """Return True if an adapter is active."""
-        names = [name for name in self.active_adapters if name in self.placed]
-        hosts = (host for name in names for host in self.placed[name])
-        layer = next((adapters_of(self.model.get_submodule(host)) for host in hosts), None)
-        return layer is not None and not layer.disable_adapters
-
-    def choose_targets(self, config: Any, model: nn.Module) -> None:
-        """Set the targets to the blocks that get the chosen skips.
-
-        Raises:
-            InputError: other targets are given.
-        """
-        given, hosts = config.target_modules, {skip.host for skip in chosen_skips(config, model)}
-        require(
-            given is None or set(given) == hosts,
-            f"target_modules={given} are not the blocks {sorted(hosts)} that skips={config.skips} "
-            f"chooses in {type(model).__name__}; leave target_modules null, or load the adapter "
-            "onto a model of its depth",
-        )
-        config.target_modules = hosts
-
-    def block_modules(self, config: Any, model: nn.Module) -> Mapping[str, int | LayerShape]:
-        """Return the blocks that get the chosen skips, and the channels of input and output."""
-        return {skip.host: skip.shape for skip in chosen_skips(config, model)}
-
-    def layer_settings(
-        self, config: Any, model: nn.Module, shapes: Mapping[str, LayerShape]
-    ) -> dict[str, dict[str, Any]]:
-        """Return the channels of each skip."""
-        return {skip.host: {"channels": skip.channels} for skip in chosen_skips(config, model)}
-
-    @torch.no_grad()
-    def heat_maps(self) -> list[HeatMap]:
-        """Return a map of the norms of `up_weight`, by which the edits differ from the start."""
-        placed = (self.placed.get(name, {}) for name in self.active_adapters)
-        norms = {
-            host: float(cast(SceditAdapter, adapter).up_weight.float().norm())
-            for adapters in placed
-            for host, adapter in adapters.items()
-        }
-        meaning = "The norm of the matrix from the bottleneck to the skip; 0 leaves the skip as is."
-        return of_layers(self.model, norms, "edits", "Size of the edits", "norm of W2", meaning)
+        for name, adapters in self.placed.items():
+            layer = next(iter(adapters.values())).info.layer
+            if name in layer.active_adapters:
+                return not layer.disable_adapters
+        return False

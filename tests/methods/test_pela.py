@@ -111,7 +111,7 @@ def test_products_are_the_truncated_svd(c, bias):
         # both factors carry the root of the singular values
         for norms in (adapter.low_B.norm(dim=0), adapter.low_A.norm(dim=1)):
             np.testing.assert_allclose(norms.detach().numpy(), np.sqrt(S[:R]), rtol=1e-4)
-        error = model.base_model.errors["default"][key.rpartition(".")[2]]
+        error = model.base_model.placed["default"][key.rpartition(".")[2]].error
         assert error == pytest.approx(dropped / norm, rel=1e-4)
     np.testing.assert_allclose(model(x).detach().numpy(), expected, atol=1e-5)
 
@@ -122,7 +122,7 @@ def test_full_rank_is_the_base_model():
     ranks = {"c_attn": 64, "c_proj": 64, "c_fc": 64}
     model = petl.wrap(base, "pela", rank_pattern=ranks)
     assert testing.difference(testing.logits(model, batch), expected) < 1e-4
-    assert max(model.base_model.errors["default"].values()) < 1e-5
+    assert max(a.error for a in model.base_model.placed["default"].values()) < 1e-5
 
 
 def test_the_randomized_svd_is_near_the_full_one_and_draws_nothing():

@@ -15,7 +15,7 @@ default, keeps the product near W:
     perturb_weight * mean over the layers of (max |B A - W| - perturb_eps)^2
 
     config.py    the fields, the rank of a layer
-    tuner.py     the adapter, its start from the SVD, the perturbation term
+    method.py    the adapter, its start from the SVD, the perturbation term
     export.py    the plain small model: made from an adapted one, and loaded from its folder
 
 Shapes: I in, O out, R rank, c compression.
@@ -29,6 +29,6 @@ is decomposed by one of them, and all get its factors.
 
 from petl.methods.pela.config import PelaConfig
 from petl.methods.pela.export import export, load, save
-from petl.methods.pela.tuner import PelaModel
+from petl.methods.pela.method import Pela
 
-__all__ = ["PelaConfig", "PelaModel", "export", "load", "save"]
+__all__ = ["Pela", "PelaConfig", "export", "load", "save"]

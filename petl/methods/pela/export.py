@@ -22,7 +22,7 @@ from petl.core.model.linear import LINEAR_KINDS
 from petl.core.parameters import quantization_of
 from petl.core.spec.config import require
 from petl.errors import InputError, UnsupportedError, first_line
-from petl.methods.pela.tuner import PelaAdapter, PelaModel
+from petl.methods.pela.method import Pela, PelaAdapter
 from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.read import read_json
 
@@ -45,7 +45,7 @@ def export(model: PeftModel) -> nn.Module:
     """
     tuner: Any = model.base_model
     require(
-        isinstance(tuner, PelaModel),
+        isinstance(getattr(type(tuner), "method", None), Pela),
         f"{type(tuner).__name__} has no low-rank layers to export; pass a model that was wrapped "
         "with method 'pela'",
     )

@@ -6,7 +6,7 @@ Transfer Learning", ECCV (arXiv:2407.07523).
     config.py    the fields, and the blocks that they mean in a model
     adapter.py   the side network of one stack of blocks
     hooks.py     what reads the blocks and feeds the late ones
-    tuner.py     injection, heat map
+    method.py    injection, heat map
 
 Shapes: N rows, T tokens, K width of the stream, H of the side network, S features. Feature 0 is the
 input of the first block, the others are the outputs of the blocks in `side_layers`, x_i [N, T, K],
@@ -28,6 +28,6 @@ with `train_final_norm`.
 
 from petl.methods.sherl.adapter import SherlAdapter
 from petl.methods.sherl.config import SherlConfig
-from petl.methods.sherl.tuner import SherlModel
+from petl.methods.sherl.method import Sherl
 
-__all__ = ["SherlAdapter", "SherlConfig", "SherlModel"]
+__all__ = ["Sherl", "SherlAdapter", "SherlConfig"]

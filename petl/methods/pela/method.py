@@ -3,9 +3,9 @@
 Shapes: I in, O out, R rank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,19 @@ from torch.nn import functional as F
 
 from petl.core.layers.context import add_gradient
 from petl.core.layers.layer import Adapter, AdapterLayer, LayerInfo, LayerShape
-from petl.core.method import WrapContext, linear_target
+from petl.core.method import (
+    Method,
+    NewAdapters,
+    Settings,
+    Target,
+    TrainContext,
+    WrapContext,
+    linear_targets,
+)
 from petl.core.model.heat_map import HeatMap, of_layers
-from petl.core.model.targets import matched_names
 from petl.core.register import register
 from petl.core.support import Capability
-from petl.core.tuners.tuner import MethodTuner
-from petl.errors import InputError, UnsupportedError
+from petl.errors import InputError
 from petl.methods.pela.config import PelaConfig
 from petl.ops.low_rank import product_dtype
 from petl.system import collectives as distributed
@@ -48,6 +54,7 @@ class PelaAdapter(Adapter):
 
     Attributes:
         is_empty: True until the tensors are known to come from an SVD or a file.
+        error: `|BA - W| / |W|` of the SVD; None for an adapter from a file.
     """
 
     def __init__(self, shape: LayerShape, config: PelaConfig, info: LayerInfo) -> None:
@@ -58,6 +65,7 @@ class PelaAdapter(Adapter):
         self.bias = nn.Parameter(torch.zeros(O)) if info.settings["has_bias"] else None
         self.perturb_weight, self.perturb_eps = config.perturb_weight, config.perturb_eps
         self.is_empty = True
+        self.error: float | None = None
 
     @torch.no_grad()
     def start(self, factors: PelaFactors, bias: Tensor | None) -> None:
@@ -66,7 +74,7 @@ class PelaAdapter(Adapter):
         self.low_B.copy_(factors.B)
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
-        self.is_empty = False
+        self.is_empty, self.error = False, factors.error
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -111,7 +119,7 @@ class PelaAdapter(Adapter):
         The largest difference is looked for without a graph, in the dense product; the gradient of
         its entry (o, i) needs row o of B and column i of A only.
         """
-        W = dense_weight(self.__dict__["layer"])
+        W = dense_weight(self.info.layer)
         A, B = self.low_A, self.low_B
         with torch.autocast(W.device.type, enabled=False):
             with torch.no_grad():
@@ -156,122 +164,93 @@ def decomposed(layer: AdapterLayer, key: str, rank: int, svd: str) -> PelaFactor
     return PelaFactors(B.cpu(), A.cpu(), error)
 
 
-@register(
-    "pela",
-    summary="two thin factors in place of each weight, from its SVD; exported as a smaller model",
-    need="a smaller model",
-    recommended="a plain model with half of the weights, and fewer operations",
-    paper="Guo et al. 2024, PELA: Learning Parameter-Efficient Models with Low-Rank Approximation, "
-    "CVPR, arXiv:2310.10700",
-    lr=3e-4,
-)
-class PelaModel(MethodTuner):
-    """Tuner of `PelaConfig`.
+@register
+class Pela(Method[PelaConfig, PelaAdapter]):
+    """Two thin factors in place of each weight, from its SVD."""
 
-    Attributes:
-        errors: by adapter name and module path, `|BA - W| / |W|` at the start; not of loaded ones.
-    """
-
+    name = "pela"
     config_cls, adapter_cls = PelaConfig, PelaAdapter
+    summary = "two thin factors in place of each weight, from its SVD; exported as a smaller model"
+    paper = (
+        "Guo et al. 2024, PELA: Learning Parameter-Efficient Models with Low-Rank Approximation, "
+        "CVPR, arXiv:2310.10700"
+    )
+    need = "a smaller model"
+    recommended = "a plain model with half of the weights, and fewer operations"
+    lr = 3e-4
     lacks = {Capability.MERGE: NO_MERGE}
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.errors: dict[str, dict[str, float]] = {}
-        super().__init__(*args, **kwargs)
-
-    @staticmethod
-    def on_wrap(model: nn.Module, config: PelaConfig, calibration: Any) -> None:
+    def calibrate(self, c: WrapContext[PelaConfig]) -> None:
         """Start from the weights, also with a config that was read from a file."""
-        config.is_saved = False
+        c.config.is_saved = False
 
-    def choose_targets(self, config: PelaConfig, model: nn.Module) -> None:
-        """Choose the targets, without layers of fewer than `min_out_features` outputs."""
-        super().choose_targets(config, model)
-        names = matched_names(config, model)
-        c, least = WrapContext(model, config, ""), config.min_out_features
-        kept = [n for n in names if linear_target(c, n).shape.out_features >= least]
+    def targets(self, c: WrapContext[PelaConfig]) -> list[Target]:
+        """The linear layers, without those of fewer than `min_out_features` outputs."""
+        found, least = linear_targets(c), c.config.min_out_features
+        kept = [target for target in found if target.shape.out_features >= least]
         if not kept:
             raise InputError(
-                f"no target has min_out_features={config.min_out_features} outputs or more; lower "
-                "it, or choose other target_modules"
+                f"no target has min_out_features={least} outputs or more; lower it, or choose "
+                "other target_modules"
             )
-        if len(kept) < len(names):
-            config.target_modules = {*kept}
+        if len(kept) < len(found):
+            c.config.target_modules = {target.path for target in kept}
+        return kept
 
-    def layer_settings(
-        self, config: PelaConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
-    ) -> dict[str, dict[str, Any]]:
+    def settings(self, c: WrapContext[PelaConfig]) -> dict[str, Settings]:
         """Rank of each target, whether it has a bias, and the number of targets."""
-        settings = {}
-        for key, shape in shapes.items():
-            module: Any = model.get_submodule(key)
+        settings: dict[str, Settings] = {}
+        for key, shape in c.shapes.items():
+            module: Any = c.model.get_submodule(key)
             base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
             has_bias = getattr(base, "bias", None) is not None
-            rank = config.rank(key, shape)
-            settings[key] = {"rank": rank, "has_bias": has_bias, "layers": len(shapes)}
+            rank = c.config.rank(key, shape)
+            settings[key] = {"rank": rank, "has_bias": has_bias, "layers": len(c.targets)}
         return settings
 
-    def inject_adapter(
-        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Inject the adapter; unless a file follows, start it from the weights."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config: Any = self.peft_config[adapter_name]
-        layers: dict[str, Any] = {
-            key: model.get_submodule(key) for key in self.placed[adapter_name]
-        }
-        for layer in layers.values():
-            # in `__dict__`: the layer is the adapter's parent, not its child
-            layer.adapters[adapter_name].__dict__["layer"] = layer
-        if not config.is_saved:
-            self._start(adapter_name, layers, config.svd)
+    def added(self, new: NewAdapters[PelaConfig, PelaAdapter]) -> None:
+        """Unless a file follows, decompose the weights, each in one process.
 
-    def _start(self, adapter_name: str, layers: Mapping[str, Any], svd: str) -> None:
-        """Decompose the weights, each in one process: the signs differ between devices."""
-        found = {key: layer.adapters[adapter_name] for key, layer in layers.items()}
-        weights = (layer.get_base_layer().weight for layer in layers.values())
-        if any(t.is_meta for t in (*weights, *(adapter.low_A for adapter in found.values()))):
-            return  # a dry run, or a model that is loaded later
-        with Pass("decomposing weights", len(layers), unit="layers", quiet=True) as shown:
+        The signs of an SVD differ between devices.
+        """
+        found = new.adapters
+        weights = [cast(Any, a.info.layer).get_base_layer().weight for a in found.values()]
+        # a dry run, or a model that is loaded later
+        is_meta = any(t.is_meta for t in (*weights, *(a.low_A for a in found.values())))
+        if new.config.is_saved or is_meta:
+            return
+        with Pass("decomposing weights", len(found), unit="layers", quiet=True) as shown:
 
             def make(key: str) -> PelaFactors:
-                factors = decomposed(layers[key], key, len(found[key].low_A), svd)
+                adapter = found[key]
+                rank = len(adapter.low_A)
+                factors = decomposed(adapter.info.layer, key, rank, new.config.svd)
                 shown.advance()
                 return factors
 
-            parts = distributed.shared_out([partial(make, key) for key in layers])
-        for (key, adapter), part in zip(found.items(), parts, strict=True):
-            adapter.start(part, getattr(layers[key].get_base_layer(), "bias", None))
-        self.errors[adapter_name] = {
-            key: part.error for key, part in zip(layers, parts, strict=True)
-        }
+            parts = distributed.shared_out([partial(make, key) for key in found])
+        for adapter, part in zip(found.values(), parts, strict=True):
+            adapter.start(part, getattr(adapter.info.layer.get_base_layer(), "bias", None))
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate one adapter; raise UnsupportedError for several."""
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        if len(names) > 1:
-            raise UnsupportedError(
-                f"adapters {', '.join(names)} of PELA each replace the layer, so only one can be "
-                "active; activate one of them"
-            )
-        super().set_adapter(adapter_name, inference_mode)
+    def joins(self, configs: Sequence[PelaConfig]) -> str:
+        """Several adapters are never active together."""
+        return "each adapter of PELA replaces the layer; activate one of them"
 
     @torch.no_grad()
-    def heat_maps(self) -> list[HeatMap]:
+    def heat_maps(self, t: TrainContext[PelaConfig, PelaAdapter]) -> list[HeatMap]:
         """The relative difference between each product of factors and its weight."""
         percent = {}
-        for name in self.active_adapters:
-            for key, adapter in self.placed.get(name, {}).items():
-                layer: Any = self.model.get_submodule(key)
-                weight = layer.get_base_weight()
-                # a shard of FSDP2 has no norm of the complete weight
-                if isinstance(weight, DTensor) or weight.is_meta:
-                    continue
-                W, factors = dense_weight(layer), adapter.tensors()
-                product = factors["low_B"].to(W) @ factors["low_A"].to(W)
-                percent[key] = 100 * float((product - W).norm() / W.norm())
+        for key, adapter in t.adapters:
+            layer = adapter.info.layer
+            weight = layer.get_base_weight()
+            # a shard of FSDP2 has no norm of the complete weight
+            if isinstance(weight, DTensor) or weight.is_meta:
+                continue
+            W, factors = dense_weight(layer), adapter.tensors()
+            product = factors["low_B"].to(W) @ factors["low_A"].to(W)
+            percent[key] = 100 * float((product - W).norm() / W.norm())
         return of_layers(
-            self.model,
+            t.model,
             percent,
             "low_rank_error",
             "Distance of the low-rank product from the weight",
