@@ -117,6 +117,10 @@ class AdapterSet(Generic[C, A]):
     config: C
     adapters: Mapping[str, A]
 
+    def key(self, path: str, tensor: str) -> str:
+        """Return the name of a tensor of the adapter at a path, in a file."""
+        return f"base_model.model.{path}.{self.adapters[path].info.layer.slot}.{tensor}"
+
     @property
     def trains(self) -> bool:
         """True if any tensor of the adapters, or of those that they share, has a gradient."""

@@ -22,6 +22,7 @@ from petl import testing
 from petl.core.lifecycle import lifecycle
 from petl.errors import InputError, UnsupportedError
 from petl.methods.dsee import adapter as dsee_adapter
+from petl.methods.dsee import prune_base
 from petl.ops.masks import pack_mask, unpack_mask
 from petl.testing import Case
 from petl.testing.case import gradients, logits, stir, trainable, tuner_layers
@@ -209,7 +210,7 @@ def test_loading_takes_the_saved_positions_and_computes_none(tmp_path, monkeypat
     def refuse(*args: Any) -> None:
         raise AssertionError("positions are computed again")
 
-    monkeypatch.setattr("petl.methods.dsee.tuner.positions_of", refuse)
+    monkeypatch.setattr("petl.methods.dsee.method.positions_of", refuse)
     for is_trainable in (False, True):
         loaded = petl.load(case.base(), tmp_path, is_trainable=is_trainable)
         assert torch.equal(logits(loaded, case.batch()), logits(model, case.batch()))
@@ -241,7 +242,7 @@ def test_logits_and_gradients_are_those_of_dense_weights(model, is_pruned):
     case = Case("dsee", model, fields).without_head()
     wrapped = case.wrap_stirred()
     if is_pruned:
-        wrapped.base_model.prune()
+        prune_base(wrapped)
     plain, batch = dense_model(case, wrapped), case.batch()
     torch.testing.assert_close(logits(wrapped, batch), logits(plain, batch), rtol=1e-4, atol=1e-5)
     for parameter in plain.parameters():
@@ -276,7 +277,7 @@ def test_hooks_of_the_base_layer_run_while_pruned():
     layer, model = layer_of(6, 5, r=2, num_sparse=3, target_prune_ratio=0.5, prune_mode="weight")
     stir(model)
     x = torch.randn(3, 5)
-    model.base_model.prune()
+    prune_base(model)
     expected = layer(x)
     seen = []
     layer.base_layer.register_forward_hook(lambda module, args, y: seen.append(y))
@@ -292,7 +293,7 @@ def test_masked_weight_is_computed_once_and_again_after_a_change(monkeypatch):
     x = torch.randn(3, 5)
     layer(x)
     assert not made
-    model.base_model.prune()
+    prune_base(model)
     first = layer(x)
     layer(x)
     assert len(made) == 1
@@ -304,7 +305,7 @@ def test_masked_weight_is_computed_once_and_again_after_a_change(monkeypatch):
 
 def test_training_goes_on_after_an_evaluation_in_inference_mode():
     layer, model = layer_of(6, 5, r=2, num_sparse=3, target_prune_ratio=0.5, prune_mode="weight")
-    model.base_model.prune()
+    prune_base(model)
     x = torch.randn(3, 5)
     with torch.inference_mode():
         expected = layer(x)
@@ -319,7 +320,7 @@ def test_compiled_layer_computes_the_same(is_pruned):
     stir(model)
     model.train()
     if is_pruned:
-        model.base_model.prune()
+        prune_base(model)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x, found = torch.randn(5, 24), []
@@ -346,7 +347,7 @@ def test_smallest_scores_of_each_group_are_pruned(mode):
     case = Case("dsee", "llama", {**PRUNES, "prune_mode": mode, "task_type": None})
     model = case.wrap_stirred()
     before = {name: t.clone() for name, t in model.named_parameters()}
-    figures = model.base_model.prune()
+    figures = prune_base(model)
     assert all(torch.equal(t, before[name]) for name, t in model.named_parameters())
     weights = dict(case.base().named_parameters())
     for is_target, ratio in ((True, 0.2), (False, 0.3)):
@@ -378,7 +379,7 @@ def test_random_pruning_repeats_and_has_its_number():
     masks = []
     for _ in range(2):
         model = Case("dsee", "llama", {**PRUNES, "prune_mode": "random"}).wrap()
-        model.base_model.prune()
+        prune_base(model)
         group = [a for a in adapters(model).values() if a.is_target]
         assert sum(a.pruned for a in group) == round(0.2 * sum(a.size for a in group))
         masks.append([a.mask for a in group])
@@ -388,13 +389,13 @@ def test_random_pruning_repeats_and_has_its_number():
 def test_pruning_again_only_adds_zeros():
     case = Case("dsee", "llama", PRUNES)
     model = case.wrap_stirred()
-    first = model.base_model.prune()
+    first = prune_base(model)
     masks = {key: keep_of(adapter) for key, adapter in adapters(model).items()}
     stir(model, seed=9)
-    assert model.base_model.prune() == first
+    assert prune_base(model) == first
     assert all(torch.equal(keep_of(a), masks[key]) for key, a in adapters(model).items())
     model.active_peft_config.target_prune_ratio = 0.5
-    assert model.base_model.prune()["target_sparsity"] == pytest.approx(0.5, abs=1e-4)
+    assert prune_base(model)["target_sparsity"] == pytest.approx(0.5, abs=1e-4)
     for key, adapter in adapters(model).items():
         assert not (keep_of(adapter) & ~masks[key]).any()
 
@@ -402,7 +403,7 @@ def test_pruning_again_only_adds_zeros():
 def test_update_of_zeros_is_warned_about(caplog):
     model = Case("dsee", "llama", PRUNES).wrap()
     with caplog.at_level(logging.WARNING):
-        model.base_model.prune()
+        prune_base(model)
     assert "the update is 0 everywhere" in caplog.text
 
 
@@ -442,7 +443,7 @@ def test_heads_of_smallest_score_are_pruned_and_the_model_equals_one_without_the
     assert (gone > 1) == (kind == "llama")  # heads that share keys go together
     case = Case("dsee", kind, {**fields, "prune_heads": gone}).without_head()
     model = case.wrap_stirred()
-    model.base_model.prune()
+    prune_base(model)
     found, plain = adapters(model), dense_model(case, model)
     prefixes = [k.removesuffix(f".{query}") for k in found if k.endswith(query)]
     for prefix in prefixes:
@@ -463,7 +464,7 @@ def test_heads_of_smallest_score_are_pruned_and_the_model_equals_one_without_the
     torch.testing.assert_close(logits(model, batch), logits(plain, batch), rtol=1e-4, atol=1e-5)
     masks = {k: a.mask.clone() for k, a in found.items()}
     stir(model, seed=7)  # other scores
-    model.base_model.prune()
+    prune_base(model)
     assert all(torch.equal(a.mask, masks[k]) for k, a in found.items())
 
 
@@ -474,7 +475,7 @@ def test_forty_steps_leave_masks_and_positions_as_they_are():
     case = Case("dsee", "llama", PRUNES)
     model = case.wrap().train()
     train(model, case.batch(), steps=5, lr=1e-2)
-    model.base_model.prune()
+    prune_base(model)
     before = {k: t.clone() for k, t in model.named_buffers()}
     losses = train(model, case.batch(), steps=40, lr=1e-2).losses
     assert losses[-1] < losses[0]
@@ -501,7 +502,7 @@ def test_masks_are_in_the_file_once_there_are_zeros(tmp_path):
     model.save_pretrained(tmp_path / "before")
     names = {k.rpartition(".")[2] for k in load_file(tmp_path / "before/adapter_model.safetensors")}
     assert names == {"lora_A", "lora_B", "values", "indices"}
-    model.base_model.prune()
+    prune_base(model)
     model.save_pretrained(tmp_path / "after")
     tensors = load_file(tmp_path / "after/adapter_model.safetensors")
     assert sum(k.endswith(".mask") for k in tensors) == len(adapters(model))
@@ -519,7 +520,7 @@ def test_damaged_files_are_refused(tmp_path):
 
     def saved(change: Any) -> Any:
         model = case.wrap_stirred()
-        model.base_model.prune()
+        prune_base(model)
         change(next(a for a in adapters(model).values() if a.is_target))
         model.save_pretrained(tmp_path)
         return tmp_path
@@ -549,7 +550,7 @@ def test_merging_unmerging_and_disabling_while_pruned(kind):
     plain = logits(base, batch)
     model = case.wrap_stirred(base)
     assert all(p.dtype == torch.float32 for p in trainable(model).values())
-    model.base_model.prune()
+    prune_base(model)
     before = {k: t.clone() for k, t in model.state_dict().items()}
     expected = logits(model, batch)
     with model.disable_adapter():
@@ -557,7 +558,7 @@ def test_merging_unmerging_and_disabling_while_pruned(kind):
     model.merge_adapter()
     torch.testing.assert_close(logits(model, batch), expected, rtol=0.1, atol=0.1)
     with pytest.raises(InputError, match="is merged into the weights"):
-        model.base_model.prune()
+        prune_base(model)
     changed = {k: layer.get_delta_weight("default") for k, layer in tuner_layers(model).items()}
     model.unmerge_adapter()
     assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
@@ -578,13 +579,13 @@ def test_several_adapters_switch_and_are_refused_together_once_one_prunes():
     stir(model, "second", seed=5)
     tuner.set_adapter(["default", "second"])
     with pytest.raises(UnsupportedError, match="2 adapters are active"):
-        tuner.prune()
+        prune_base(model)
     tuner.set_adapter("second")
     rows = ["default", "second"] * 2
     mixed = logits(model, batch, adapter_names=rows)
     expected = logits(model, batch)
     torch.testing.assert_close(mixed[1::2], expected[1::2], rtol=1e-4, atol=1e-5)
-    tuner.prune()
+    prune_base(model)
     assert not torch.equal(logits(model, batch), expected)
     for refused in (
         lambda: tuner.set_adapter(["default", "second"]),
@@ -602,7 +603,7 @@ class PrunedCase(Case):
 
     def wrap_stirred(self, base: nn.Module | None = None) -> PeftModel:
         model = super().wrap_stirred(base)
-        model.base_model.prune()
+        prune_base(model)
         return model
 
 
@@ -685,7 +686,7 @@ def test_fused_projections_have_no_heads_to_prune():
 
 def test_prune_without_anything_to_prune_is_refused():
     with pytest.raises(InputError, match="nothing to prune"):
-        Case("dsee", "llama", CONTRACT["fields"]).wrap().base_model.prune()
+        prune_base(Case("dsee", "llama", CONTRACT["fields"]).wrap())
 
 
 def test_step_to_prune_must_be_in_the_run(caplog):
@@ -708,7 +709,7 @@ def test_quantised_base_is_not_pruned():
     model = Case("dsee", "llama", PRUNES).wrap_stirred()
     model.base_model.model.is_loaded_in_4bit = True  # as transformers' loader sets it
     with pytest.raises(UnsupportedError, match="dsee: cannot prune a quantised base"):
-        model.base_model.prune()
+        prune_base(model)
     base: Any = Case("dsee", "llama").base()
     base.is_loaded_in_8bit = True
     with pytest.raises(UnsupportedError, match="dsee: cannot prune a quantised base"):
@@ -718,7 +719,7 @@ def test_quantised_base_is_not_pruned():
 def test_pictures_show_the_pruned_shares():
     model = Case("dsee", "llama", PRUNES).wrap_stirred()
     assert "pruned_weights" not in {m.name for m in lifecycle(model).heat_maps()}
-    model.base_model.prune()
+    prune_base(model)
     maps = {m.name: m for m in lifecycle(model).heat_maps()}
     assert {"pruned_weights", "weight_change"} <= set(maps)
     found = maps["pruned_weights"]
@@ -730,7 +731,7 @@ def test_pictures_show_the_pruned_shares():
 
 def test_masks_of_bits_match_the_contract():
     layer, model = layer_of(3, 5, r=1, num_sparse=2, target_prune_ratio=0.4, prune_mode="weight")
-    model.base_model.prune()
+    prune_base(model)
     adapter = layer.adapters["default"]
     keep = keep_of(adapter)
     assert int((~keep).sum()) == 6

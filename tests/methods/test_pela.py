@@ -223,7 +223,7 @@ def test_a_bfloat16_base_has_float32_factors_and_products_in_its_dtype():
 def test_only_one_adapter_is_active():
     model = wrapped()
     model.add_adapter("other", petl.build_config("pela", task_type="CAUSAL_LM"))
-    with pytest.raises(UnsupportedError, match="adapters default, other of PELA each replace"):
+    with pytest.raises(UnsupportedError, match="each adapter of PELA replaces the layer"):
         model.base_model.set_adapter(["default", "other"])
     model.set_adapter("other")
 

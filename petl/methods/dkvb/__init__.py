@@ -10,7 +10,7 @@ which arrive one after the other overwrite little of what was learnt before.
     adapter.py     keys and values on the head
     pooling.py     the mean of the encoder's last states as input
     optimizer.py   Adam for picked values only; which optimizers leave the others alone
-    tuner.py       injection, key phase over the model and all processes, metrics
+    method.py      injection, key phase over the model and all processes, metrics
 
 Shapes: N rows (or tokens, where the head runs per token), D width of the encoder, C codebooks, K
 pairs of each, d width of a key, v of a value, O classes. For the encoder's output z [D]:
@@ -33,7 +33,7 @@ The first code read (github.com/pedrocg42/discrete-key-value-bottleneck) tests d
 from petl.methods.dkvb.adapter import DkvbAdapter
 from petl.methods.dkvb.config import DkvbConfig
 from petl.methods.dkvb.keys import Keys
+from petl.methods.dkvb.method import Dkvb, learn_keys
 from petl.methods.dkvb.optimizer import SparseAdam
-from petl.methods.dkvb.tuner import DkvbModel
 
-__all__ = ["DkvbAdapter", "DkvbConfig", "DkvbModel", "Keys", "SparseAdam"]
+__all__ = ["Dkvb", "DkvbAdapter", "DkvbConfig", "Keys", "SparseAdam", "learn_keys"]

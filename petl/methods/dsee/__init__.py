@@ -9,7 +9,7 @@ trains on, unmasked.
     config.py      fields, and the lists of modules
     adapter.py     trained tensors, mask and products of a layer
     prune.py       scores, groups and heads
-    tuner.py       positions of the entries, pruning in a run, files
+    method.py      positions of the entries, pruning in a run, files
 
 Shapes: I in, O out, R rank, N entries. The arithmetic is in petl/ops: support.py (positions),
 entries.py (products), masks.py (masks).
@@ -25,6 +25,6 @@ number of pruned weights is exact.
 
 from petl.methods.dsee.adapter import DseeAdapter
 from petl.methods.dsee.config import DseeConfig
-from petl.methods.dsee.tuner import DseeModel
+from petl.methods.dsee.method import Dsee, prune_base
 
-__all__ = ["DseeAdapter", "DseeConfig", "DseeModel"]
+__all__ = ["Dsee", "DseeAdapter", "DseeConfig", "prune_base"]

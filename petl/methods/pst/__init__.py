@@ -19,24 +19,21 @@ size of the weight is kept for backward but a bit for each entry; no weight deca
 the head trains.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
-from petl.core.layers.layer import AdapterLayer, weight_of
+from petl.core.layers.layer import weight_of
+from petl.core.method import AdapterSet, Method, Tensors, TrainContext
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.register import register
 from petl.core.spec.checks import check_rank
 from petl.core.spec.config import MethodConfig, config_field, require
 from petl.core.support import BASES, Capability
-from petl.core.switching.tuner import layers_of
-from petl.core.tuners.base import updated
-from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError
 from petl.methods.pst.adapter import ALONE, PstAdapter
 from petl.methods.pst.pruned import PruningFactors
@@ -118,19 +115,22 @@ class PstConfig(MethodConfig):
         return {"r": size, "mask_r": max(1, round(size * self.mask_r / self.r))}
 
 
-@register(
-    "pst",
-    summary="weights move by a low-rank product and are pruned by low-rank scores while they train",
-    need="a pruned model",
-    recommended="trains sparsity with as few parameters as LoRA; merges into weights with zeros",
-    paper="Li et al. 2022, Parameter-Efficient Sparsity for Large Language Models Fine-Tuning, "
-    "IJCAI, arXiv:2205.11005",
-    lr=3e-4,
-)
-class PstModel(MethodTuner):
-    """Tuner of `PstConfig`."""
+@register
+class Pst(Method[PstConfig, PstAdapter]):
+    """Weights move by a low-rank product and are pruned by low-rank scores."""
 
+    name = "pst"
     config_cls, adapter_cls = PstConfig, PstAdapter
+    summary = (
+        "weights move by a low-rank product and are pruned by low-rank scores while they train"
+    )
+    paper = (
+        "Li et al. 2022, Parameter-Efficient Sparsity for Large Language Models Fine-Tuning, "
+        "IJCAI, arXiv:2205.11005"
+    )
+    need = "a pruned model"
+    recommended = "trains sparsity with as few parameters as LoRA; merges into weights with zeros"
+    lr = 3e-4
     by_position = True
     lacks = {
         Capability.LORA_EXPORT: (
@@ -144,86 +144,95 @@ class PstModel(MethodTuner):
     # transformers puts the tensors into the layers without a call of `_load_from_state_dict`
     needs_tuner = "its layers would not know how many of their weights are pruned"
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate an adapter; the memory of the others' pruned weights is freed."""
-        super().set_adapter(adapter_name, inference_mode)
-        active = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        for layer in layers_of(self.model):
-            for _, adapter in layer.pick([n for n in layer.adapters if n not in active]):
-                if isinstance(adapter, PstAdapter):  # pyra has adapters beside those of its inner
-                    adapter._dense = None
+    def released(self, idle: AdapterSet[PstConfig, PstAdapter]) -> None:
+        """Free the memory of their pruned weights."""
+        for adapter in idle.adapters.values():
+            adapter._dense = None
 
-    def attach_optimizer(
-        self,
-        optimizer: Optimizer,
-        start_step: int = 0,
-        *,
-        first: int = 0,
-        total_steps: int | None = None,
-    ) -> None:
+    def begin(self, t: TrainContext[PstConfig, PstAdapter]) -> None:
         """Take the length of the training, if the config does not have it, and start it.
 
         Raises:
             InputError: the length is unknown.
         """
-        for _, config, layers in self._trained():
-            if config.total_step == config.set_by_trainer and total_steps is not None:
-                config.total_step = config.set_by_trainer = total_steps
+        for adapters in t.trained:
+            config = adapters.config
+            if config.total_step == config.set_by_trainer and t.total is not None:
+                config.total_step = config.set_by_trainer = t.total
             config.check_total()
-            for _, adapter in layers if start_step == 0 else ():
+            for adapter in adapters.adapters.values() if t.step == 0 else ():
                 adapter.begin()
 
-    def update_and_allocate(self, step: int, optimizer: Any = None) -> None:
-        """Set the number of pruned entries of each layer; call it after `optimizer.step()`.
-
-        Args:
-            step: completed optimizer steps, from 1.
-            optimizer: not used.
+    def after_step(self, t: TrainContext[PstConfig, PstAdapter]) -> None:
+        """Set the number of pruned entries of each layer.
 
         Raises:
             InputError: `total_step` is null.
         """
-        updated(self)
-        for _, config, layers in self._trained():
+        for adapters in t.trained:
+            config = adapters.config
             config.check_total()
-            is_due = step % config.mask_interval == 0 or step == config.total_step
-            share = sparsity_after(step, config)
-            for layer, adapter in layers:
+            is_due = t.step % config.mask_interval == 0 or t.step == config.total_step
+            share = sparsity_after(t.step, config)
+            for adapter in adapters.adapters.values():
                 adapter.end_step(int(adapter.size * share) if is_due else None)
                 if is_due and config.save_mask:
                     # all processes take part, one layer at a time
                     factors = PruningFactors(*map(to_full, adapter.factors_of_pruning))
-                    adapter.save_mask(to_full(weight_of(layer)), factors)
+                    adapter.save_mask(to_full(weight_of(adapter.info.layer)), factors)
 
-    def series(self) -> dict[str, float]:
+    def state(self, t: TrainContext[PstConfig, PstAdapter]) -> Tensors:
+        """Return masks that hold for several steps, by module and adapter."""
+        return {
+            f"{key}.{adapter.info.adapter_name}.mask": packed
+            for key, adapter in t.adapters
+            if (packed := adapter.standing_mask()) is not None
+        }
+
+    def load_state(
+        self, t: TrainContext[PstConfig, PstAdapter], state: Mapping[str, Tensor]
+    ) -> None:
+        """Restore what `state` returned.
+
+        Raises:
+            InputError: the state is of other modules or adapters, or has another number of entries.
+        """
+        left = dict(state)
+        for key, adapter in t.adapters:
+            adapter.load_standing_mask(left.pop(f"{key}.{adapter.info.adapter_name}.mask", None))
+        if left:
+            raise InputError(
+                f"the training state has {min(left)}, which this model does not have; resume with "
+                "the model and targets of that run"
+            )
+
+    def metrics(self, t: TrainContext[PstConfig, PstAdapter]) -> dict[str, float]:
         """Return the share of pruned weights, and the share that changed side at the last mask."""
-        adapters = [adapter for _, _, layers in self._trained() for _, adapter in layers]
-        size = sum(adapter.size for adapter in adapters)
+        own = [adapter for each in t.trained for adapter in each.adapters.values()]
+        size = sum(adapter.size for adapter in own)
         if not size:
             return {}
-        changed = [adapter.num_changed().to(adapters[0].U.device) for adapter in adapters]
+        changed = [adapter.num_changed().to(own[0].U.device) for adapter in own]
         return {
-            "sparsity": sum(adapter.pruned for adapter in adapters) / size,
+            "sparsity": sum(adapter.pruned for adapter in own) / size,
             "pruned_share": float(torch.stack(changed).sum()) / size,
         }
 
-    def heat_maps(self) -> list[HeatMap]:
+    def heat_maps(self, t: TrainContext[PstConfig, PstAdapter]) -> list[HeatMap]:
         """Where weights are pruned, by how much the choice differs from that by magnitude."""
         shares: dict[str, float] = {}
         spared: dict[str, float] = {}
-        for _, _, layers in self._of_active():
-            for layer, adapter in layers:
-                key = adapter.info.key
-                shares[key] = 100 * adapter.pruned / adapter.size
-                share = spared_by_magnitude(layer, adapter)
-                if share is not None:
-                    spared[key] = 100 * share
+        for key, adapter in t.adapters:
+            shares[key] = 100 * adapter.pruned / adapter.size
+            share = spared_by_magnitude(adapter)
+            if share is not None:
+                spared[key] = 100 * share
         return [
             *of_layers(
-                self.model, shares, "pruned_weights", "PST: pruned weights", "% of the weights"
+                t.model, shares, "pruned_weights", "PST: pruned weights", "% of the weights"
             ),
             *of_layers(
-                self.model,
+                t.model,
                 spared,
                 "pruned_by_score",
                 "PST: pruned weights that pruning by magnitude would keep",
@@ -231,58 +240,15 @@ class PstModel(MethodTuner):
                 "Pruning by magnitude takes the smallest entries of the pretrained weight, as many "
                 "as here. 0: the training changed nothing about which weights are pruned.",
             ),
-            *super().heat_maps(),
         ]
 
-    def training_state(self) -> dict[str, Tensor]:
-        """Return masks that hold for several steps, by module and adapter."""
-        return {
-            f"{adapter.info.key}.{name}.mask": packed
-            for name, _, layers in self._of_active()
-            for _, adapter in layers
-            if (packed := adapter.standing_mask()) is not None
-        }
 
-    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the state that `training_state` returned.
-
-        Raises:
-            InputError: the state is of other modules or adapters, or has another number of entries.
-        """
-        left = dict(state)
-        for name, _, layers in self._of_active():
-            for _, adapter in layers:
-                adapter.load_standing_mask(left.pop(f"{adapter.info.key}.{name}.mask", None))
-        if left:
-            raise InputError(
-                f"the training state has {min(left)}, which this model does not have; resume with "
-                "the model and targets of that run"
-            )
-
-    def _of_active(self) -> Iterator[tuple[str, Any, list[tuple[AdapterLayer, PstAdapter]]]]:
-        """Yield name, config, and layers with their adapters, of each active adapter."""
-        for name in self.active_adapters:
-            layers = [
-                (layer, adapter)
-                for layer in layers_of(self.model)
-                for _, adapter in layer.pick([name])
-                if isinstance(adapter, PstAdapter)
-            ]
-            yield name, self.peft_config[name], layers
-
-    def _trained(self) -> Iterator[tuple[str, Any, list[tuple[AdapterLayer, PstAdapter]]]]:
-        """Yield the same without adapters that do not train."""
-        for name, config, layers in self._of_active():
-            trained = [(layer, a) for layer, a in layers if a.U.requires_grad]
-            if trained:
-                yield name, config, trained
-
-
-def spared_by_magnitude(layer: AdapterLayer, adapter: PstAdapter) -> float | None:
+def spared_by_magnitude(adapter: PstAdapter) -> float | None:
     """Return the share of the pruned entries that pruning W by magnitude would keep.
 
     None if nothing is pruned or the weights are sharded.
     """
+    layer = adapter.info.layer
     weight = weight_of(layer)
     sharded = any(isinstance(t, DTensor) for t in (weight, *adapter.factors_of_pruning))
     if not adapter.pruned or sharded or layer.merged_adapters:
