@@ -11,6 +11,7 @@ from petl.core.layers.layer import Adapter
 from petl.core.method import AdapterSet, Method, NewAdapters, Tensors, TrainContext
 from petl.core.model.heat_map import HeatMap
 from petl.core.model.weight_changes import change_map
+from petl.core.support import Capability
 from petl.core.switching.tuner import SwitchingTuner, layers_of
 from petl.core.tuners.base import ForwardContextTuner, updated, watch
 from petl.errors import InputError, UnsupportedError
@@ -189,7 +190,8 @@ class AskingTuner(SwitchingTuner, ForwardContextTuner):
 
     def heat_maps(self) -> list[HeatMap]:
         """Return maps of what the method did, for the folder of a run."""
-        changes = change_map(self.model, self.active_adapters)
+        merges = Capability.MERGE not in self.method.lacks
+        changes = change_map(self.model, self.active_adapters) if merges else []
         return [*self.method.heat_maps(self.context_of_training()), *changes]
 
     # Files
