@@ -272,7 +272,7 @@ def test_each_row_of_a_mixed_batch_is_shifted_by_its_adapter_alone():
 
 def test_adapters_that_keep_the_norm_and_others_are_not_active_together():
     model = with_two(scale="plain", keep_norm=False)
-    with pytest.raises(UnsupportedError, match=rr"cannot be active together: they have keep_norm=\[True, False\]"):
+    with pytest.raises(UnsupportedError, match="cannot be active together: they have"):
         model.base_model.set_adapter(["default", "b"])
 
 

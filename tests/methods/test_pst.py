@@ -20,7 +20,7 @@ import petl
 from petl import testing
 from petl.core.lifecycle import lifecycle
 from petl.errors import InputError, UnsupportedError
-from petl.methods.pst import PstConfig, PstModel
+from petl.methods.pst import PstConfig
 from petl.methods.pst import adapter as pst_adapter
 from petl.methods.pst.schedule import sparsity_after
 from petl.ops.masks import pack_mask, unpack_mask
@@ -371,7 +371,7 @@ def test_training_prunes_half_and_masks_of_micro_batches_are_made_once(monkeypat
 
 def test_share_that_changed_side_is_counted_from_the_last_mask():
     layer, model = layer_of(8, 8)
-    tuner: PstModel = model.base_model
+    tuner: Any = model.base_model
     model.train()
     x = torch.randn(2, 8)
     tuner.context.recording = True  # as in a training forward of a model
@@ -398,7 +398,7 @@ def test_share_that_changed_side_is_counted_from_the_last_mask():
 def test_share_that_changed_side_holds_until_the_next_mask(save_mask, interval):
     fields = {"total_step": 8, "initial_warmup": 0.0, "final_warmup": 0.0, "final_sparsity": 0.5}
     layer, model = layer_of(8, 8, save_mask=save_mask, mask_interval=interval, **fields)
-    tuner: PstModel = model.base_model
+    tuner: Any = model.base_model
     tuner.attach_optimizer(torch.optim.SGD(trainable(model).values(), lr=0.1))
     model.train()
     tuner.context.recording = True  # as in a training forward of a model
