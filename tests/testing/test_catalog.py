@@ -15,7 +15,7 @@ from petl import testing
 from petl.core.layers.context import ForwardContext
 from petl.core.layers.layer import AdapterLayer
 from petl.core.tuners.adapter import AdapterTuner
-from petl.methods.mola import MolaAdapter, MolaConfig, MolaModel
+from petl.methods.mola import MolaAdapter, MolaConfig
 from petl.testing import Case, catalog
 from petl.testing.case import assert_close
 
@@ -220,12 +220,12 @@ def test_a_copy_that_shares_its_context_is_noticed(monkeypatch):
 
 
 def test_a_half_precision_adapter_is_noticed(monkeypatch):
-    cast = MolaModel._cast_adapter_dtype
+    cast = AdapterTuner._cast_adapter_dtype
 
     def never(self, adapter_name, autocast_adapter_dtype=True):
         cast(self, adapter_name, False)
 
-    monkeypatch.setattr(MolaModel, "_cast_adapter_dtype", never)
+    monkeypatch.setattr(AdapterTuner, "_cast_adapter_dtype", never)
     assert_noticed("half_precision_base_keeps_a_float32_adapter")
 
 

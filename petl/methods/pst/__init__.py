@@ -41,7 +41,7 @@ from petl.methods.pst.schedule import sparsity_after
 from petl.ops.masks import keep_largest, unpack_mask
 from petl.system.collectives import to_full
 
-__all__ = ["PstAdapter", "PstConfig", "PstModel"]
+__all__ = ["Pst", "PstAdapter", "PstConfig"]
 
 DENSE = "pst prunes single base weights, which a quantized weight does not have; load it in bf16"
 
