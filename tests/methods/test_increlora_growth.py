@@ -6,11 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from increlora_fixtures import dense, grown, layers, orthogonality, tokens, trained
+from increlora_fixtures import dense, grown, grows, layers, orthogonality, tokens, trained
 from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2Model
 
 import petl
+from petl.methods.increlora import (
+    active_parameters,
+    growth_finished,
+    importance_scores,
+    rank_pattern,
+)
 
 # Importance
 
@@ -18,7 +24,7 @@ import petl
 @pytest.mark.parametrize("norm", ["sqrt", "mean"])
 def test_importance_is_that_of_a_simulation_from_inputs_and_output_gradients(norm):
     model = grown(score_norm=norm, target_r=3, top_h=3, tinit=2, deltaT=3, lora_dropout=0.2)
-    base, tuner = model.get_base_model(), model.base_model
+    base = model.get_base_model()
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def watch(key):
@@ -42,7 +48,7 @@ def test_importance_is_that_of_a_simulation_from_inputs_and_output_gradients(nor
     for step in range(7):
         optimizer.zero_grad()
         model(**tokens(4, seed=step)).loss.backward()
-        ranks = tuner.get_rank_pattern()
+        ranks = rank_pattern(model)
         for key, layer in layers(model).items():
             x, grad = seen[key]
             gradient = torch.einsum("bto,bti->oi", grad, x)
@@ -50,15 +56,15 @@ def test_importance_is_that_of_a_simulation_from_inputs_and_output_gradients(nor
             score = float((dense(layer, reserve=1) * gradient).abs().sum() / entries)
             I[key] = 0.85 * I[key] + 0.15 * score
             U[key] = 0.85 * U[key] + 0.15 * abs(score - I[key])
-        grew = tuner.update_and_allocate(step)
-        for key, scores in tuner.importance_scores().items():
+        grew = grows(model, step)
+        for key, scores in importance_scores(model).items():
             assert scores["I"] == pytest.approx(I[key], rel=2e-4)
             assert scores["U"] == pytest.approx(U[key], rel=2e-4)
             assert scores["score"] == pytest.approx(I[key] * U[key], rel=4e-4)
         assert grew == (step in (3, 6))
         if grew:
             best = sorted(ranks, key=lambda key: -I[key] * U[key])[:3]
-            assert {k for k, r in tuner.get_rank_pattern().items() if r > ranks[k]} == set(best)
+            assert {k for k, r in rank_pattern(model).items() if r > ranks[k]} == set(best)
         optimizer.step()
 
 
@@ -73,7 +79,7 @@ def test_score_of_micro_batches_is_the_mean_of_their_scores():
     for part in parts:
         (model(**part).loss / 2).backward()
     tuner.update_and_allocate(0)
-    for key, scores in tuner.importance_scores().items():
+    for key, scores in importance_scores(model).items():
         assert scores["I"] == pytest.approx(0.15 * (alone[0][key] + alone[1][key]) / 2, rel=1e-4)
 
 
@@ -81,16 +87,16 @@ def test_scores_that_are_not_finite_are_ignored():
     model = grown()
     tuner: Any = model.base_model
     for step, factor in ((0, 1.0), (1, 1.0), (2, math.inf)):
-        kept = tuner.importance_scores()
+        kept = importance_scores(model)
         (model(**tokens(2, seed=step)).loss * factor).backward()
-        grew = tuner.update_and_allocate(step)
+        grew = grows(model, step)
     assert not grew
-    assert tuner.importance_scores() == kept
+    assert importance_scores(model) == kept
     model(**tokens(2)).loss.backward()
     tuner.update_and_allocate(3)
-    assert tuner.importance_scores() != kept
+    assert importance_scores(model) != kept
     model(**tokens(2)).loss.backward()
-    assert tuner.update_and_allocate(4)
+    assert grows(model, 4)
 
 
 def test_scoring_only_before_growth_steps_makes_the_same_choice():
@@ -112,7 +118,7 @@ def test_scoring_only_before_growth_steps_makes_the_same_choice():
             optimizer.step()
             optimizer.zero_grad()
         assert scored == (201 if window is None else 48)
-        found[window] = tuner.get_rank_pattern(), tuner.importance_scores()
+        found[window] = rank_pattern(model), importance_scores(model)
     assert found[48][0] == found[None][0]
     assert sum(found[48][0].values()) == 8
     for key, scores in found[None][1].items():
@@ -124,10 +130,9 @@ def test_scoring_only_before_growth_steps_makes_the_same_choice():
 
 def test_growth_happens_at_each_interval_after_the_warmup():
     model = grown(tinit=100, deltaT=100, top_h=5, target_r=2)
-    tuner: Any = model.base_model
-    events = {step: tuner.update_and_allocate(step) for step in range(601)}
+    events = {step: grows(model, step) for step in range(601)}
     assert [step for step, grew in events.items() if grew] == [200, 300, 400]
-    assert sum(tuner.get_rank_pattern().values()) == 28
+    assert sum(rank_pattern(model).values()) == 28
 
 
 @pytest.mark.parametrize(
@@ -144,15 +149,14 @@ def test_growth_happens_at_each_interval_after_the_warmup():
 )
 def test_total_rank_meets_any_budget_exactly(fields, totals):
     model = grown(**fields)
-    tuner: Any = model.base_model
-    found = [sum(tuner.get_rank_pattern().values())]
+    found = [sum(rank_pattern(model).values())]
     for step in range(60):
-        if tuner.update_and_allocate(step):
-            found.append(sum(tuner.get_rank_pattern().values()))
+        if grows(model, step):
+            found.append(sum(rank_pattern(model).values()))
             if "max_r" in fields:
-                assert max(tuner.get_rank_pattern().values()) <= fields["max_r"]
+                assert max(rank_pattern(model).values()) <= fields["max_r"]
     assert found == totals
-    assert tuner.growth_finished
+    assert growth_finished(model)
 
 
 def test_the_highest_scores_grow_and_ties_prefer_the_first():
@@ -162,7 +166,7 @@ def test_the_highest_scores_grow_and_ties_prefer_the_first():
     layers(model)[keys[9]].ema.copy_(torch.tensor([2.0, 3.0]))  # their product is the score
     layers(model)[keys[4]].ema.copy_(torch.tensor([5.0, 1.0]))
     tuner.update_and_allocate(2)
-    assert [k for k, r in tuner.get_rank_pattern().items() if r > 1] == [keys[0], keys[4], keys[9]]
+    assert [k for k, r in rank_pattern(model).items() if r > 1] == [keys[0], keys[4], keys[9]]
 
 
 def test_reserve_moves_with_the_rank():
@@ -193,7 +197,7 @@ def test_after_growth_there_is_no_reserve_and_no_scoring():
     model = grown(target_total_rank=16, top_h=2)
     tuner: Any = model.base_model
     tuner.update_and_allocate(2)
-    assert tuner.growth_finished
+    assert growth_finished(model)
     batch = tokens(4)
     loss = model(**batch).loss
     loss.backward()
@@ -203,9 +207,9 @@ def test_after_growth_there_is_no_reserve_and_no_scoring():
     assert float(loss.detach()) == pytest.approx(
         task + 0.1 * float(orthogonality(model, 0)), rel=1e-5
     )
-    kept = tuner.get_rank_pattern(), tuner.importance_scores()
-    assert not any(tuner.update_and_allocate(step) for step in range(3, 20))
-    assert (tuner.get_rank_pattern(), tuner.importance_scores()) == kept
+    kept = rank_pattern(model), importance_scores(model)
+    assert not any(grows(model, step) for step in range(3, 20))
+    assert (rank_pattern(model), importance_scores(model)) == kept
 
 
 def test_parameter_counts_are_the_published_ones():
@@ -228,16 +232,15 @@ def test_parameter_counts_are_the_published_ones():
         model = petl.wrap(
             copy.deepcopy(base), "increlora", target_r=target_r, top_h=top_h, **fields
         )
-        tuner: Any = model.base_model
         assert len(layers(model)) == 72
-        assert tuner.active_parameter_count() == 165_960
+        assert active_parameters(model) == 165_960
         assert sum(p.numel() for p in trained(model)) == allocated
         assert {layer.E.shape[0] for layer in layers(model).values()} == {
             17 if target_r == 2 else 61
         }
         for layer in layers(model).values():
             layer.growth.ranks[layer.info.key] = target_r
-        assert tuner.active_parameter_count() == active
+        assert active_parameters(model) == active
 
 
 def test_rank_step_defaults_to_half_the_target():

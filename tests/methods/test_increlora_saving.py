@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import petl
 from petl.adapters.export.conversion import as_lora, save_lora
 from petl.errors import InputError
+from petl.methods.increlora import growth_finished, importance_scores, rank_pattern
 from petl.testing import tiny_llama
 
 
@@ -27,9 +28,9 @@ def test_adapter_saves_and_loads(tmp_path, steps, is_trainable):
     optimizer = torch.optim.SGD(trained(model), lr=0.01)
     train(model, range(1, steps + 1), optimizer)
     model.save_pretrained(tmp_path)
-    finished = model.base_model.growth_finished
+    finished = growth_finished(model)
     assert finished == (steps == 8)
-    ranks = model.base_model.get_rank_pattern()
+    ranks = rank_pattern(model)
     saved = load_file(tmp_path / ADAPTER)
     for key, layer in layers(model).items():
         rows = ranks[key] if finished else layer.E.shape[0]
@@ -40,9 +41,9 @@ def test_adapter_saves_and_loads(tmp_path, steps, is_trainable):
     for loader in (petl.load, PeftModel.from_pretrained):
         loaded = loader(tiny_llama(2), tmp_path, is_trainable=is_trainable)
         assert loaded.peft_config["default"].rank_pattern == ranks
-        assert loaded.base_model.get_rank_pattern() == ranks
-        assert loaded.base_model.importance_scores() == model.base_model.importance_scores()
-        assert loaded.base_model.growth_finished == (finished or not is_trainable)
+        assert rank_pattern(loaded) == ranks
+        assert importance_scores(loaded) == importance_scores(model)
+        assert growth_finished(loaded) == (finished or not is_trainable)
         same_outputs(model, loaded)
         full = is_trainable and not finished
         for key, layer in layers(loaded).items():
@@ -57,10 +58,10 @@ def test_compact_file_loads_into_a_model_of_full_capacity(tmp_path):
     train(model, range(1, 9), torch.optim.SGD(trained(model), lr=0.01))
     model.save_pretrained(tmp_path)
     other = grown(target_total_rank=24, top_h=4, rank_step=2)
-    assert not other.base_model.growth_finished
+    assert not growth_finished(other)
     other.load_adapter(tmp_path, "default", is_trainable=True)
-    assert other.base_model.growth_finished
-    assert other.base_model.get_rank_pattern() == model.base_model.get_rank_pattern()
+    assert growth_finished(other)
+    assert rank_pattern(other) == rank_pattern(model)
     same_outputs(model, other)
 
 
@@ -101,7 +102,7 @@ def test_exports_as_a_plain_lora_with_its_ranks(tmp_path, steps):
     save_lora(*as_lora(model), tmp_path)
     exported = PeftModel.from_pretrained(tiny_llama(2), tmp_path)
     assert exported.peft_config["default"].peft_type == "LORA"
-    for key, rank in model.base_model.get_rank_pattern().items():
+    for key, rank in rank_pattern(model).items():
         module: Any = exported.get_base_model().get_submodule(key)
         assert module.r["default"] == rank
     same_outputs(model, exported, tolerance=1e-4)

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from increlora_fixtures import backward, trained, wrap
+from increlora_fixtures import backward, grows, trained, wrap
 from safetensors.torch import load_file
 from torch import nn
 
 import petl
 from petl.errors import InputError
+from petl.methods.increlora import active_layers, active_parameters, growth_finished, rank_pattern
+from petl.methods.increlora.method import RATES
 from petl.testing import tiny_llama
 
 
@@ -54,16 +56,14 @@ def test_the_settings_that_the_warning_suggests_make_all_growth_steps_fit(total,
     assert not caplog.text
     for step in range(1, total):
         model.base_model.update_and_allocate(step)
-    assert model.base_model.growth_finished
+    assert growth_finished(model)
 
 
 @pytest.mark.parametrize(("tinit", "events"), [(None, [14, 21, 28]), (10, [12, 18, 24])])
 def test_without_deltaT_growth_ends_after_35_percent_of_the_training(tinit, events):
-    tuner: Any = wrap(
-        tinit=tinit, deltaT=None, total_step=81
-    ).base_model  # 28 steps for three growth steps
-    assert [step for step in range(1, 82) if tuner.update_and_allocate(step)] == events
-    assert tuner.growth_finished
+    model = wrap(tinit=tinit, deltaT=None, total_step=81)  # 28 steps for three growth steps
+    assert [step for step in range(1, 82) if grows(model, step)] == events
+    assert growth_finished(model)
 
 
 def test_without_deltaT_total_step_is_required():
@@ -72,23 +72,23 @@ def test_without_deltaT_total_step_is_required():
 
 
 def test_an_adapter_at_its_parameter_budget_has_finished_growing_and_saves_a_compact_file(tmp_path):
-    base = wrap().base_model
-    smallest = min(sum(layer.shape) + 1 for layer in base.active_layers.values())
-    budget = 2 * sum(sum(layer.shape) + 1 for layer in base.active_layers.values())
+    base = wrap()
+    smallest = min(sum(layer.shape) + 1 for layer in active_layers(base).values())
+    budget = 2 * sum(sum(layer.shape) + 1 for layer in active_layers(base).values())
     model = wrap(target_total_rank=None, target_r=2, parameter_budget=budget)
     tuner: Any = model.base_model
     for step in range(1, 40):
         backward(model, step)
         tuner.update_and_allocate(step)
-    assert tuner.growth_finished
-    assert budget - smallest < tuner.active_parameter_count() <= budget
+    assert growth_finished(model)
+    assert budget - smallest < active_parameters(model) <= budget
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     rows = sum(t.shape[0] for name, t in saved.items() if name.endswith("lora_A"))
-    assert rows == sum(tuner.get_rank_pattern().values())
+    assert rows == sum(rank_pattern(model).values())
     back = petl.load(tiny_llama(2), tmp_path, is_trainable=True)
-    assert back.base_model.growth_finished
-    assert back.base_model.get_rank_pattern() == tuner.get_rank_pattern()
+    assert growth_finished(back)
+    assert rank_pattern(back) == rank_pattern(model)
 
 
 def test_a_budget_below_the_initial_ranks_raises():
@@ -112,7 +112,7 @@ def test_copies_of_a_model_are_not_attached_to_an_optimizer():
     optimizer = torch.optim.AdamW(trained(model))
     model.base_model.attach_optimizer(optimizer)
     twin = copy.deepcopy(model)
-    assert not twin.base_model.learning_rates.handles
-    assert model.base_model.learning_rates.handles
+    assert not twin.base_model.kept[RATES].handles
+    assert model.base_model.kept[RATES].handles
     model.base_model.attach_optimizer(optimizer)
     assert len(optimizer._optimizer_step_post_hooks) == 1

@@ -17,6 +17,8 @@ import petl
 from petl.data.base import read_data
 from petl.data.batch_sampler import StepSampler
 from petl.data.models.loading import load_base, load_tokenizer
+from petl.methods.increlora import growth_finished, importance_scores, rank_pattern
+from petl.methods.increlora.method import NEXT, RATES
 from petl.testing import in_processes
 from petl.testing.models import causal_batch
 from petl.training.compose import compose
@@ -51,14 +53,14 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path, stop, score_wi
     expected = run(uninterrupted, optimizer, 0, STEPS)
     model, optimizer = begin()
     losses = run(model, optimizer, 0, stop)
-    assert model.base_model.growth_finished == (stop == 10)
+    assert growth_finished(model) == (stop == 10)
     model.save_pretrained(tmp_path)
     state, kept = copy.deepcopy(optimizer.state_dict()), petl.lifecycle(model).state_dict()
     model, optimizer = begin()
     model.load_adapter(tmp_path, "default", is_trainable=True)
     optimizer.load_state_dict(state)
     petl.lifecycle(model).load_state_dict(kept)
-    assert stop == 10 or model.base_model.next_step == stop + 1
+    assert stop == 10 or model.base_model.kept[NEXT] == stop + 1
     losses += run(model.train(), optimizer, stop, STEPS)
     assert losses == expected
     for found, tensor in zip(active_tensors(model), active_tensors(uninterrupted), strict=True):
@@ -85,7 +87,6 @@ def _train_share() -> dict[str, Any]:
     rank = distributed.get_rank()
     model = wrap()
     parallel = DistributedDataParallel(model)
-    tuner: Any = model.base_model
     optimizer = torch.optim.AdamW(trained(model), lr=0.01)
     lifecycle = petl.lifecycle(parallel)
     lifecycle.attach_optimizer(optimizer)
@@ -97,10 +98,10 @@ def _train_share() -> dict[str, Any]:
         optimizer.step()
         lifecycle.after_step(step, optimizer)
         if step == 1:
-            found["importance"] = [s["I"] for s in tuner.importance_scores().values()]
+            found["importance"] = [s["I"] for s in importance_scores(model).values()]
         optimizer.zero_grad()
     found["state"] = get_peft_model_state_dict(model)
-    found["pattern"] = tuner.get_rank_pattern()
+    found["pattern"] = rank_pattern(model)
     return found
 
 
@@ -154,8 +155,8 @@ def test_ranks_grow_in_trainer_and_resuming_equals_an_uninterrupted_run(tmp_path
     ranks = Ranks()
     trainer(model, tmp_path, ranks).train()
     tuner: Any = model.base_model
-    assert sum(tuner.get_rank_pattern().values()) == 23
-    assert tuner.learning_rates.end == STEPS + 1
+    assert sum(rank_pattern(model).values()) == 23
+    assert tuner.kept[RATES].end == STEPS + 1
     assert ranks.totals == [17, 20, 23]
     for step in (4, 8):
         other = wrap(total_step=None)

@@ -7,7 +7,7 @@ reserve, are trained in advance with a weight of 1e-5.
 
     config.py           the fields, and the growth schedule that follows from them
     adapter.py          the components of one layer
-    tuner.py            importance, growth, saving
+    method.py           importance, growth, saving
     learning_rates.py   per-component learning rates
 
 Shapes: I in, O out, R active rank, C capacity of a layer, N modules, T tokens. A component is one
@@ -25,6 +25,22 @@ neither reserve nor penalty; scores are averaged over processes.
 
 from petl.methods.increlora.adapter import IncreloraAdapter
 from petl.methods.increlora.config import IncreloraConfig
-from petl.methods.increlora.tuner import IncreloraModel
+from petl.methods.increlora.method import (
+    Increlora,
+    active_layers,
+    active_parameters,
+    growth_finished,
+    importance_scores,
+    rank_pattern,
+)
 
-__all__ = ["IncreloraAdapter", "IncreloraConfig", "IncreloraModel"]
+__all__ = [
+    "Increlora",
+    "IncreloraAdapter",
+    "IncreloraConfig",
+    "active_layers",
+    "active_parameters",
+    "growth_finished",
+    "importance_scores",
+    "rank_pattern",
+]
