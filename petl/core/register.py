@@ -32,7 +32,8 @@ def register(method_cls: Any, **old: Any) -> Any:
         "__module__": method_cls.__module__,
         "__qualname__": f"{method_cls.__qualname__}.tuner_cls",  # by which pickle finds it
     }
-    method_cls.tuner_cls = type(f"{method_cls.__name__}Model", (AdapterTuner,), body)
+    word = "".join(part.capitalize() for part in entry.name.split("_"))
+    method_cls.tuner_cls = type(f"{word}Model", (AdapterTuner,), body)
     # MethodConfig reads the name, for its PEFT type
     entry.config_cls.method = entry.name
     add_method(f"petl_{entry.name}", body["prefix"], entry.config_cls, method_cls.tuner_cls)
