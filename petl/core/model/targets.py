@@ -352,7 +352,8 @@ def choose_default(config: Any, model: nn.Module, tuner: type[Any]) -> None:
         if getattr(config, "feedforward_modules", ()) is None:
             inside = set(expand_preset("mlp-linear", model))
             config.feedforward_modules = inside & set(matched_names(config, model))
-    elif fits != names:
+    # PEFT's renaming takes targets that are left to it for none
+    elif fits != names or renamed_targets(config, model):
         set_targets(config, model, fits)
 
 

@@ -20,6 +20,8 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PhimoeConfig,
     PhimoeForCausalLM,
     Qwen3MoeConfig,
@@ -47,6 +49,10 @@ SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 def llama4():
     sizes = {**SIZES, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 4}
     return Llama4ForCausalLM(Llama4TextConfig(**sizes, num_experts_per_tok=1))
+
+
+def mixtral():
+    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))
 
 
 def phimoe():
@@ -170,7 +176,7 @@ def test_mamba_has_default_targets_although_peft_refuses_some(fields):
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "loha", "oft", "vera", "ia3"])
-@pytest.mark.parametrize("build", [qwen3_moe, jamba, phimoe])
+@pytest.mark.parametrize("build", [qwen3_moe, jamba, phimoe, mixtral])
 def test_default_targets_exist_for_types_that_peft_does_not_know(build, method):
     assert after_a_step(petl.wrap(build(), method)) == []
 
