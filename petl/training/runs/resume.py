@@ -39,8 +39,9 @@ ADDED_LATER = (
     *("data.format", "data.system", "train.init_from", "method.rank_pattern"),
     *("data.order", "data.stream_repeats", "model.adapter"),
 )
-# fields that methods and losses got later, with the values by which they compute as older runs did
+# settings that came later, with the values by which runs compute as older ones did
 LATER_FIELDS = {
+    "data.allow_overlap": False,
     "method.router_layers": 1,
     "method.router_heads": 2,
     "method.router_embedding": "projected",
