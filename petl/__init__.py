@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from petl.core.registry import adopt, list_methods, method
     from petl.core.spec.config import MethodConfig
     from petl.core.spec.method import list_losses
-    from petl.core.tuners.tuner import MethodTuner
     from petl.efficiency import drafting as drafting
     from petl.efficiency.drafting.folder import load_drafter
     from petl.efficiency.frozen.cache import cache_frozen
@@ -72,7 +71,6 @@ __all__ = [
     "Lifecycle",
     "Method",
     "MethodConfig",
-    "MethodTuner",
     "NewAdapters",
     "Predictor",
     "SparseSM3",
@@ -142,7 +140,6 @@ _NAMES = {
     ),
     "petl.core.register": ("register",),
     "petl.efficiency.fused_lora.switching": ("fuse_lora",),
-    "petl.core.tuners.tuner": ("MethodTuner",),
     "petl.efficiency.drafting.folder": ("load_drafter",),
     "petl.errors": ("InputError",),
     "petl.methods.lora": ("lorafa_optimizer", "loraplus_optimizer"),

@@ -294,6 +294,42 @@ def forward_files(method: str) -> dict[str, int]:
     return {name: count for name, count in found.items() if "structure.py" not in name}
 
 
+def overridden() -> set[tuple[str, str]]:
+    """Class of core and public name, for each name of core that a class of a method overrides."""
+    bases: dict[str, list[str]] = {}
+    names: dict[str, set[str]] = {}
+    places: dict[str, str] = {}
+    for module, file in modules().items():
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                own = (n.value if isinstance(n, ast.Subscript) else n for n in node.bases)
+                bases[node.name] = [n.id for n in own if isinstance(n, ast.Name)]
+                defined = (n.name for n in node.body if isinstance(n, ast.FunctionDef))
+                names[node.name] = {n for n in defined if not n.startswith("_")}
+                places[node.name] = module.split(".")[1] if "." in module else ""
+    found: set[tuple[str, str]] = set()
+    for cls in (name for name, place in places.items() if place == "methods"):
+        above, left = set[str](), list(bases[cls])
+        while left:
+            base = left.pop()
+            if base not in above and base in bases:
+                above.add(base)
+                left += bases[base]
+        of_core = (base for base in above if places[base] == "core")
+        found |= {(base, name) for base in of_core for name in names[cls] & names[base]}
+    return found
+
+
+def hooks() -> set[str]:
+    """Hooks of `Method` that some method has."""
+    return {name for base, name in overridden() if base == "Method"}
+
+
+def overridden_besides() -> set[str]:
+    """Public names of the other classes of core that some class of a method overrides."""
+    return {name for base, name in overridden() if base != "Method"}
+
+
 def figures(*, run: bool) -> list[Figure]:
     """All figures with their bounds."""
     counted = words()
@@ -310,6 +346,8 @@ def figures(*, run: bool) -> list[Figure]:
         Figure("packages", len(packages()), 12),
         Figure("arrows between packages", len(arrows()), 60),
         Figure("annotations with Any", share_of_any(), 0.148),
+        Figure("hooks of Method that methods have", len(hooks()), 26),
+        Figure("other names of core that methods override", len(overridden_besides()), 32),
         Figure("guards", matches(GUARD), 236),
         Figure("kinds of refusal", len(refusals()), 3),
         Figure("flags of configs by getattr", matches(FLAG), 23),

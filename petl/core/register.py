@@ -1,6 +1,6 @@
 """Register a method, and generate the tuner class that PEFT needs for its type."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ def register(method_cls: Any, **old: Any) -> Any:
     Raises:
         ValueError: its name is taken.
     """
-    if isinstance(method_cls, str):  # a tuner, which derives from `MethodTuner`
+    if isinstance(method_cls, str):  # a tuner of its own, over an inner method's
         return _register_tuner(method_cls, **old)
     entry = method_cls()
     check_free(entry.name, entry.config_cls)
@@ -48,27 +48,18 @@ def _settle(entry: Method[Any, Any]) -> None:
         entry.start_tolerance, entry.decays = adapter_cls.start_tolerance, adapter_cls.decays
 
 
-def _register_tuner(name: str, variant: Any = None, **facts: Any) -> Callable[[Tuner], Tuner]:
-    """Register a tuner that is not yet a `Method`, as a decorator."""
+def _register_tuner(
+    name: str, variant: Callable[[Method, Mapping[str, Any]], Method], **facts: Any
+) -> Callable[[Tuner], Tuner]:
+    """Register a tuner that is generated for each inner method, as a decorator."""
 
     def add(tuner: Tuner) -> Tuner:
         check_free(name, tuner)
-        # PEFT reads the prefix, MethodConfig the name (for its PEFT type)
+        # PEFT reads the prefix, the config the name (for its PEFT type)
         tuner.prefix, tuner.config_cls.method = f"petl_{name}_", name
         add_method(f"petl_{name}", tuner.prefix, tuner.config_cls, tuner)
-        known = vars(getattr(tuner, "method", None) or Method())
-        entry = Method(**{**known, **facts}, name=name, config_cls=tuner.config_cls)
-        entry.tuner_cls, entry.lacks = tuner, getattr(tuner, "lacks", {})
-        if variant is not None:
-            entry.variant = partial(variant, entry)
-        if hasattr(tuner, "on_wrap"):
-            entry.calibrate = lambda c: tuner.on_wrap(c.model, c.config, c.calibration)
-        for fact, hook in {"calibration": "needs_data", "computed": "is_computed"}.items():
-            if hasattr(tuner, fact):
-                setattr(entry, hook, getattr(tuner, fact))
-        _settle(entry)
-        if variant is None:
-            tuner.method = entry
+        entry: Method = Method(name=name, tuner_cls=tuner, own=True, lacks=tuner.lacks, **facts)
+        vars(entry).update(config_cls=tuner.config_cls, variant=partial(variant, entry))
         METHODS[name] = entry
         return tuner
 

@@ -20,8 +20,8 @@ from petl.core.model.weight_changes import change_map
 from petl.core.register import register
 from petl.core.support import Capability, Lacks
 from petl.core.switching.tuner import SwitchingTuner
+from petl.core.tuners.adapter import AdapterTuner
 from petl.core.tuners.base import ForwardContextTuner
-from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnsupportedError
 from petl.methods.binary.config import (
     DEFAULT_INNER,
@@ -394,9 +394,8 @@ def tuner_of(inner: str) -> type[BinaryModel]:
     """Generate the subclass of `BinaryModel` and of the tuner of the method `inner`."""
     tuner = tuner_class_of(inner_method(inner))
     body = {"prefix": tuner.prefix, "__module__": __package__, "__doc__": BinaryModel.__doc__}
-    if issubclass(tuner, MethodTuner):
+    if issubclass(tuner, AdapterTuner):
         adapter_cls = swapped_class(Quantized, tuner.method.adapter_cls)
-        body["adapter_cls"] = adapter_cls
         body["method"] = tuner.method.changed(adapter_cls=adapter_cls)
     return type(f"BinaryModel_{inner}", (BinaryModel, tuner), body)
 

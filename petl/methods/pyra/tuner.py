@@ -19,15 +19,15 @@ from petl.core.layers.block import (
 )
 from petl.core.layers.class_swap import AdapterDict, restore_class, swap_class
 from petl.core.layers.layer import LayerInfo, LayerShape
-from petl.core.method import Method
+from petl.core.method import Method, Settings, Target, WrapContext
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.model.weight_changes import change_map
 from petl.core.register import register
 from petl.core.spec.config import require
 from petl.core.support import Capability
 from petl.core.switching.tuner import SwitchingTuner
+from petl.core.tuners.adapter import AdapterTuner
 from petl.core.tuners.base import ForwardContextTuner, check_loaded
-from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnsupportedError
 from petl.methods.families.inner import ON_THEIR_WAY, tuner_class_of, undo_injection
 from petl.methods.pyra.adapter import MERGED_TOKENS, ONE_ACTIVE, PyraAdapter
@@ -254,34 +254,39 @@ class PyraModel(SwitchingTuner, ForwardContextTuner):
         return cast(PyraAdapter, layer.adapters[name])
 
 
-class MergingModel(MethodTuner):
-    """Tuner of the blocks alone, without an inner method."""
+class Merging(Method[PyraConfig, PyraAdapter]):
+    """The blocks alone, without an inner method."""
 
-    adapter_cls = PyraAdapter
+    name, config_cls, adapter_cls = "pyra", PyraConfig, PyraAdapter
+    lacks = PyraModel.lacks
 
-    def choose_targets(self, config: Any, model: nn.Module) -> None:
-        """Set the targets to the hosts.
+    def targets(self, c: WrapContext[Any]) -> list[Target]:
+        """Return the hosts.
 
         Raises:
             InputError: others are given.
         """
-        hosts, given = {*plan_of(config, model).hosts()}, config.target_modules
+        config, hosts = c.config, plan_of(c.config, c.model).hosts()
+        given = config.target_modules
         require(
-            given is None or set(given) == hosts,
+            given is None or set(given) == {*hosts},
             f"target_modules={given} are not the blocks that schedule={config.schedule} gives in "
-            f"{type(model).__name__}; leave it null, or load the adapter onto a model of its depth",
+            f"{type(c.model).__name__}; leave it null, or load the adapter onto a model of its "
+            "depth",
         )
-        config.target_modules = hosts
+        config.target_modules = {*hosts}
+        widths = {path: has["width"] for path, has in hosts.items()}
+        return [Target(path, LayerShape(W, W), is_block=True) for path, W in widths.items()]
 
-    def block_modules(self, config: Any, model: nn.Module) -> Mapping[str, int]:
-        """Return the hosts and their width."""
-        return {key: has["width"] for key, has in plan_of(config, model).hosts().items()}
-
-    def layer_settings(
-        self, config: Any, model: nn.Module, shapes: Mapping[str, LayerShape]
-    ) -> dict[str, dict[str, Any]]:
+    def settings(self, c: WrapContext[Any]) -> dict[str, Settings]:
         """Return what each host removes."""
-        return plan_of(config, model).hosts()
+        return plan_of(c.config, c.model).hosts()
+
+
+class MergingModel(AdapterTuner):
+    """Tuner of the blocks alone."""
+
+    method = Merging()
 
 
 @cache
