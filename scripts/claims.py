@@ -26,7 +26,7 @@ from claims.results import PUBLISHED
 from claims.running import refuse_at_a_time, try_claim
 
 from petl.cli.arguments import folder_to_write
-from petl.cli.studies import JOBS
+from petl.cli.table import JOBS
 from petl.errors import InputError, did_you_mean
 from petl.experiments.reports.formatting import echo
 from petl.training import program as app

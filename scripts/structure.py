@@ -36,7 +36,7 @@ BUDGETS = {
     "adapters": 5750,
     "generation": 4400,
     "experiments": 6450,
-    "cli": 3600,
+    "cli": 3500,
     "testing": 2400,
 }
 OTHERS = {"scripts": 14900, "tests": 68600}

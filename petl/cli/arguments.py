@@ -1,4 +1,4 @@
-"""Arguments that several commands have, and types for `add_argument(type=...)`.
+"""What texts of a command line mean: types for `add_argument(type=...)`.
 
 A wrong value ends the command before any work. Imports the standard library only, as
 `petl.cli.main` does.
@@ -6,6 +6,7 @@ A wrong value ends the command before any work. Imports the standard library onl
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Collection
@@ -18,43 +19,7 @@ from petl.system.files.paths import file_of, path_of
 
 Number = TypeVar("Number", int, float)
 Checked = TypeVar("Checked")
-# a function that adds the parser of a command: name, summary, description
-Add = Callable[[str, str, str], argparse.ArgumentParser]
-
-
-def add_run(
-    command: argparse.ArgumentParser,
-    *,
-    what: str = "folder of a run, or of an adapter",
-    loads: bool = True,
-) -> None:
-    """Add the argument RUN, and the options of `add_trust`."""
-    command.add_argument("run", metavar="RUN", help=what)
-    add_trust(command, loads=loads)
-
-
-def add_trust(command: argparse.ArgumentParser, *, loads: bool = True) -> None:
-    """Add the option `--trust-remote-code`, and `--other-base` if the command loads adapters."""
-    command.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="allow the base model to run code of its own, if the run was trained with "
-        "model.trust_remote_code=true",
-    )
-    if loads:
-        command.add_argument(
-            "--other-base",
-            action="store_true",
-            help="go on if the base model's weights differ from those that the adapter was trained "
-            "on",
-        )
-
-
-def add_out(command: argparse.ArgumentParser) -> None:
-    """Add the argument OUT: a folder."""
-    command.add_argument(
-        "out", metavar="OUT", type=new_folder_to_write(), help="folder to write: new or empty"
-    )
+UNITS = {"": 1, "kb": 1000, "mb": 10**6, "gb": 10**9}
 
 
 def number(
@@ -81,6 +46,7 @@ def number(
 SEED = number(int, 0, 2**32 - 1)  # what numpy's generator takes, which `set_seed` seeds as well
 COUNT = number(int, 1, 10**9)
 POSITIVE = number(float, 0, above=True)
+FRACTION = number(float, 0, 1)
 
 
 def each(parse: Callable[[str], Number]) -> Callable[[str], list[Number]]:
@@ -107,6 +73,38 @@ def some_of(options: Collection[str]) -> Callable[[str], list[str]]:
         return words
 
     return parse
+
+
+def alphas(text: str) -> list[float | str]:
+    """Return numbers above 0, and fit, of a text with commas in between."""
+    return [part if part == "fit" else POSITIVE(part) for part in text.split(",")]
+
+
+def weights(text: str) -> list[float]:
+    """Return numbers of a text with commas in between; a negative one subtracts an adapter."""
+    return [number(float, -1e6, 1e6)(part) for part in text.split(",")]
+
+
+def divisor(text: str) -> float | str:
+    """Return a fraction, or the name of a way to find one."""
+    return text if text in ("auto", "dare", "searched") else FRACTION(text)
+
+
+def named_run(text: str) -> tuple[str, str]:
+    """Return the name and the folder of NAME=RUN."""
+    name, separator, path = text.partition("=")  # a path may contain =, a name does not
+    if not (name and separator and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=RUN")
+    return name, path
+
+
+def byte_count(text: str) -> int:
+    """Return a number of bytes, of a text such as 100000, 100KB or 1.5MB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]b|)", text.strip().lower())
+    value = float(found[1]) * UNITS[found[2]] if found else 0
+    if not 1 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes, such as 100KB or 1.5MB")
+    return int(value)
 
 
 def file_to_read(text: str) -> Path:

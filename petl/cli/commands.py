@@ -1,9 +1,8 @@
-"""The subcommands of `petl`: print what other modules compute. `petl.cli.main` parses arguments.
+"""Commands of `petl` that print what other modules compute.
 
 Commands import their modules when they run: most of them need torch and PEFT, which take seconds.
 """
 
-import argparse
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from petl.cli.table import Compare, Data, Export, Merge, Methods, Plan, Report, Show
 from petl.errors import InputError, RunStopped
 from petl.experiments.reports.formatting import duration, echo, print_table, size
 from petl.training.compose import compose
 
 if TYPE_CHECKING:
     from petl.adapters.export.checked_folder import Written
-    from petl.adapters.export.saved_adapter import Saved
     from petl.experiments.planning.memory import Memory
     from petl.experiments.reports.answers import Differences
     from petl.experiments.reports.entries import RunResult
@@ -28,7 +27,7 @@ logger = logging.getLogger("petl")
 # petl methods, petl show
 
 
-def methods(arguments: argparse.Namespace) -> None:
+def methods(options: Methods) -> None:
     """Print the tables of methods, losses and recipes."""
     from petl.cli.catalog.listing import listing
 
@@ -40,13 +39,13 @@ def methods(arguments: argparse.Namespace) -> None:
     echo("`petl show NAME` describes one and its fields; `petl plan` counts on your own model")
 
 
-def show(arguments: argparse.Namespace) -> None:
+def show(options: Show) -> None:
     """Print the page of a method, loss or recipe, or one field of it."""
     from petl.cli.catalog.method_page import page_of
 
-    page = page_of(arguments.name)
-    if arguments.field:
-        field = page.field(arguments.field)
+    page = page_of(options.name)
+    if options.field:
+        field = page.field(options.field)
         echo(f"{page.name}.{field.name}: {field.type}, default {field.default}")
         if field.preset is not None:
             echo(f"{page.file} sets {field.preset}")
@@ -72,11 +71,11 @@ def show(arguments: argparse.Namespace) -> None:
 # petl plan
 
 
-def plan(arguments: argparse.Namespace) -> None:
+def plan(options: Plan) -> None:
     """Print targets, parameters, memory, length and capabilities of a run."""
     from petl.experiments.planning.plan import plan_run
 
-    planned = plan_run(compose(arguments.overrides))
+    planned = plan_run(compose(options.overrides))
     echo(" · ".join(planned.names), end="\n\n")
     rows = [(t.name, t.modules, " x ".join(map(str, t.shape)), t.example) for t in planned.targets]
     # ">" aligns a column to the right
@@ -148,11 +147,11 @@ def print_memory(memory: "Memory") -> None:
 # petl data
 
 
-def data(arguments: argparse.Namespace) -> None:
+def data(options: Data) -> None:
     """Print sizes, labels and examples of the training data."""
     from petl.experiments.planning import preview
 
-    result = preview.preview(compose(arguments.overrides), arguments.examples)
+    result = preview.preview(compose(options.overrides), options.examples)
     echo(result.title, end="\n\n")
     print_table(*preview.size_table(result))
     if result.overlap is not None and result.overlap.rows:
@@ -170,25 +169,14 @@ def data(arguments: argparse.Namespace) -> None:
 # petl merge, export
 
 
-def find_saved(arguments: argparse.Namespace) -> "Saved":
-    """Return the adapter that is saved at RUN."""
-    from petl.adapters.export.saved_adapter import find
-
-    return find(
-        arguments.run,
-        trust_remote_code=arguments.trust_remote_code,
-        other_base=arguments.other_base,
-    )
-
-
-def merge(arguments: argparse.Namespace) -> None:
+def merge(options: Merge) -> None:
     """Merge an adapter into its base model, and print how the outputs compare."""
     from petl.adapters.export.merge import merge as write
     from petl.experiments.reports.differences import NOTHING, print_written
 
-    saved = find_saved(arguments)
-    saved = saved.in_dtype(arguments.dtype) if arguments.dtype else saved
-    written = write(saved, arguments.out, arguments.tolerance)
+    saved = options.find()
+    saved = saved.in_dtype(options.dtype) if options.dtype else saved
+    written = write(saved, options.out, options.tolerance)
     print_written(written, "merged model")
     difference = written.difference
     if difference.effect < NOTHING:
@@ -203,19 +191,19 @@ def merge(arguments: argparse.Namespace) -> None:
         echo("rounding removes much of the adapter's effect; --dtype float32 merges without loss")
 
 
-def export(arguments: argparse.Namespace) -> None:
+def export(options: Export) -> None:
     """Write an adapter in another format, and print how the outputs compare."""
-    if arguments.format == "vllm":  # of a drafter, whose model is another folder
+    if options.format == "vllm":  # of a drafter, whose model is another folder
         from petl.generation.inference.draft_export import export_drafter
 
-        given = {name: getattr(arguments, name) for name in ("tolerance", "trust_remote_code")}
-        for line in export_drafter(arguments.run, arguments.out, **given):
+        given = {name: getattr(options, name) for name in ("tolerance", "trust_remote_code")}
+        for line in export_drafter(options.run, options.out, **given):
             echo(line)
         return
     from petl.experiments.reports.differences import print_written
 
-    write, name, use = _export_format(arguments.format)
-    written = write(find_saved(arguments), arguments.out, arguments.tolerance)
+    write, name, use = _export_format(options.format)
+    written = write(options.find(), options.out, options.tolerance)
     print_written(written, name)
     for line in use(written.folder):
         echo(line)
@@ -247,14 +235,14 @@ def _export_format(
 # petl report, petl compare
 
 
-def write_report(arguments: argparse.Namespace) -> None:
+def write_report(options: Report) -> None:
     """Write the report of a run, and print its path."""
     from petl.experiments.reports.run_report import write_page
 
-    echo(write_page(Path(arguments.run)))
+    echo(write_page(Path(options.run)))
 
 
-def compare(arguments: argparse.Namespace) -> None:
+def compare(options: Compare) -> None:
     """Print, and with --out write, a comparison of finished runs.
 
     Raises:
@@ -263,10 +251,10 @@ def compare(arguments: argparse.Namespace) -> None:
     from petl.experiments.reports import comparison, comparison_report
     from petl.experiments.reports.find_runs import find_runs
 
-    found = find_runs(map(Path, arguments.runs))
+    found = find_runs(map(Path, options.runs))
     # before anything is printed, since it may refuse the runs
-    answers = _answers(arguments, found.runs) if arguments.answers else None
-    comparisons = comparison.compare_runs(found.runs, arguments.baseline)
+    answers = _answers(options, found.runs) if options.answers else None
+    comparisons = comparison.compare_runs(found.runs, options.baseline)
     for i, each in enumerate(comparisons):
         if len(comparisons) > 1:
             echo("\n" * (i > 0) + comparison_report.title_of(each))
@@ -275,8 +263,8 @@ def compare(arguments: argparse.Namespace) -> None:
             echo(sentence)
     if answers is not None:
         print_answers(answers)
-    if arguments.out is not None:
-        comparison_report.write_page(comparisons, arguments.out, answers=answers)
+    if options.out is not None:
+        comparison_report.write_page(comparisons, options.out, answers=answers)
     # at the end, where it is not scrolled away
     for problem in found.left_out:
         logger.warning("left out: %s", problem)
@@ -284,7 +272,7 @@ def compare(arguments: argparse.Namespace) -> None:
         raise RunStopped(f"compared {len(found.runs)} runs; left out: {len(found.left_out)}")
 
 
-def _answers(arguments: argparse.Namespace, runs: list["RunResult"]) -> "Differences":
+def _answers(options: Compare, runs: list["RunResult"]) -> "Differences":
     """Compare the predictions of the two runs, in the order in which they were named."""
     from petl.experiments.reports.answers import compare_answers
 
@@ -292,10 +280,10 @@ def _answers(arguments: argparse.Namespace, runs: list["RunResult"]) -> "Differe
         raise InputError(f"--answers compares two runs, and here are {len(runs)}: name two")
     first, second = (run.path for run in runs)
     # `find_runs` sorts by path; a run may be named by a folder above it
-    named = Path(arguments.runs[0])
+    named = Path(options.runs[0])
     if second.is_relative_to(named) and not first.is_relative_to(named):
         first, second = second, first
-    return compare_answers(first, second, arguments.examples)
+    return compare_answers(first, second, options.examples)
 
 
 def print_answers(answers: "Differences") -> None:
@@ -307,15 +295,3 @@ def print_answers(answers: "Differences") -> None:
     for title, table in answers.tables().items():
         echo()
         print_table(table.columns, table.rows, title)
-
-
-COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "methods": methods,
-    "show": show,
-    "plan": plan,
-    "data": data,
-    "merge": merge,
-    "export": export,
-    "report": write_report,
-    "compare": compare,
-}

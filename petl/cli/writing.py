@@ -1,17 +1,13 @@
-"""The commands generate and chat: their arguments and what they print.
+"""The commands generate and chat: what they print."""
 
-Like petl.cli.main, imports nothing heavy until a command runs.
-"""
-
-import argparse
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from petl.cli.answering import show, tell_if_cut, text_of
-from petl.cli.arguments import COUNT, SEED, Add, add_run, file_to_write, number
+from petl.cli.table import BATCH, Answering, Chat, Generate
 from petl.errors import InputError, printable
 
 if TYPE_CHECKING:
@@ -22,225 +18,87 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("petl")
 
-
-BATCH = 8  # prompts of a file at a time
-
-# Arguments
-
-
-def add_parsers(add: Add) -> None:
-    """Add the parsers of the commands with `add`."""
-    generate = add("generate", "let a model answer prompts", GENERATE)
-    _add_model(generate)
-    prompts = generate.add_mutually_exclusive_group(required=True)
-    prompts.add_argument(
-        "--prompt", metavar="TEXT", action="append", help="a prompt; may be repeated; - reads stdin"
-    )
-    prompts.add_argument(
-        "--file", metavar="FILE", help="prompts: .txt (one per line), .jsonl, .csv, .parquet, ..."
-    )
-    generate.add_argument(
-        "--out",
-        metavar="FILE",
-        type=file_to_write,
-        help="write answers to this file: .jsonl, .csv, .tsv, .parquet",
-    )
-    generate.add_argument(
-        "--base", action="store_true", help="also answer with the base model, without an adapter"
-    )
-    generate.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=COUNT,
-        help=f"prompts at a time (default: {BATCH}; 1 with a drafter, --stats or --prompt-lookup)",
-    )
-    _add_sampling(generate)
-    generate.add_argument(
-        "--check",
-        action="store_true",
-        help="first test that passes over several tokens give what single ones give, and that an "
-        "answer to the first prompt is what drafts promise",
-    )
-    generate.add_argument(
-        "--stats", action="store_true", help="print what drafts saved; one prompt at a time"
-    )
-    chat = add("chat", "chat with a model in the terminal", CHAT)
-    _add_model(chat)
-    chat.add_argument(
-        "--base", action="store_true", help="begin with the base model, without an adapter"
-    )
-    _add_sampling(chat)
-
-
-def _add_model(command: argparse.ArgumentParser) -> None:
-    add_run(command, what="folder of a run, of an adapter, or of a merged model")
-    command.add_argument(
-        "--adapter",
-        metavar="NAME=RUN",
-        action="append",
-        type=_named,
-        default=[],
-        help="a further adapter on the same base model, and its name; may be repeated",
-    )
-    command.add_argument("--system", metavar="TEXT", help="system prompt (default: the run's)")
-    command.add_argument("--drafter", metavar="NAME", default="auto", help=DRAFTER)
-    command.add_argument(
-        "--plain",
-        action=argparse.BooleanOptionalAction,  # neither form: None, which is decided by the run
-        help="continue plain text, without the chat template (default: if the run has learned from "
-        "plain text, or the model has no template)",
-    )
-
-
-def _add_sampling(command: argparse.ArgumentParser) -> None:
-    def add(name: str, type: Callable[[str], Any], meaning: str) -> None:
-        command.add_argument(f"--{name}", metavar="X", type=type, help=meaning)
-
-    # without defaults: None is the value of the model's generation config
-    add("max-new-tokens", COUNT, "tokens of an answer at most (default: the model's, else 512)")
-    add("temperature", number(float, 0, 100), "of sampling; 0: always the most likely token")
-    add("top-p", number(float, 0, 1), "sample from the most likely tokens of this probability")
-    add("top-k", number(int, 0, 10**6), "sample from this many most likely tokens; 0: from all")
-    add("repetition-penalty", number(float, 0.01, 100), "above 1: avoid tokens that occurred")
-    add("prompt-lookup", number(int, 1, 1000), PROMPT_LOOKUP)
-    command.add_argument(
-        "--stop",
-        metavar="TEXT",
-        action="append",
-        default=[],
-        help="end an answer before this text; may be repeated",
-    )
-    command.add_argument(
-        "--seed", metavar="N", type=SEED, default=0, help="of sampling (default: 0)"
-    )
-
-
-def _named(text: str) -> tuple[str, str]:
-    name, separator, path = text.partition("=")  # a path may contain =, a name does not
-    if not (name and separator and path):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=RUN")
-    return name, path
-
-
-PROMPT_LOOKUP = (
-    "guess up to this many tokens from earlier text and verify them in one pass: faster where "
-    "answers repeat the prompt; greedy answers stay the same (up to rounding below float32)"
-)
-
-DRAFTER = (
-    "what guesses tokens ahead, for the same answer in less time: free (copies and recycles "
-    "tokens), lookup or recycling (one of the two), none, the folder of a drafter, or auto, the "
-    "run's own or else free (default: auto)"
-)
-
-GENERATE = """\
-Let a model answer prompts: the adapter of a run on its base model, or a merged model. Prompts are
-turns of the user in the model's chat template, or plain text to continue for models without one.
-
-  petl generate RUN --prompt "What is MoLA?"
-  petl generate RUN --file questions.jsonl --out answers.jsonl
-  petl generate RUN --adapter other=RUN2 --base --prompt "What is MoLA?"  # answers side by side
-
-Rows of a file have the columns that the run was trained on, or those of a known format (messages,
-prompt, instruction, text); answers need not be there. Answers come in the order of the file, as
-rows with the columns of the file and `generated`; those of further adapters and of the base model
-are in generated_NAME.
-
-Without sampling settings, those of the model's generation config hold; if it has none, the most
-likely token is taken each time. One of --temperature, --top-p and --top-k turns sampling on."""
-
-CHAT = """\
-Chat with a model in the terminal: the adapter of a run on its base model, or a merged model. The
-answer appears while it is written; Ctrl-C stops it, not the chat. /help lists the commands, such
-as /adapter NAME, which lets another adapter answer, or `base` the base model without one.
-
-  petl chat RUN
-  petl chat RUN --adapter other=RUN2 --temperature 0.7
-
-Settings of sampling are those of `petl generate`."""
-
-
 # Shared by both
 
 
-def load(arguments: argparse.Namespace) -> "LanguageModel":
+def load(options: Answering) -> "LanguageModel":
     """Load the model of a command."""
     from petl.generation.inference.loading import load_language_model
 
     # dict() would keep the last one without a message
-    names = [name for name, _ in arguments.adapter]
+    names = [name for name, _ in options.adapter]
     if len({*names}) < len(names):
         raise InputError(f"--adapter names {max(names, key=names.count)!r} twice")
     model = load_language_model(
-        arguments.run,
-        dict(arguments.adapter),
-        plain=arguments.plain,
-        trust_remote_code=arguments.trust_remote_code,
-        other_base=arguments.other_base,
-        drafting=arguments.drafter,
+        options.run,
+        dict(options.adapter),
+        plain=options.plain,
+        trust_remote_code=options.trust_remote_code,
+        other_base=options.other_base,
+        drafting=options.drafter,
     )
-    if arguments.drafter != "auto":
+    if options.drafter != "auto":
         with model.using(model.names[0]):
             _ = model.drafter  # one that cannot be used is refused before the first answer
     return model
 
 
-def sampling_of(arguments: argparse.Namespace) -> "Sampling":
+def sampling_of(options: Answering) -> "Sampling":
     """Return the settings of sampling of a command, and seed the random numbers."""
     from transformers import set_seed
 
     from petl.generation.inference.sampling import SETTINGS, Sampling
 
-    set_seed(arguments.seed)
-    given = {name: getattr(arguments, name) for name in SETTINGS}
-    return Sampling(**given, stop=tuple(arguments.stop))
+    set_seed(options.seed)
+    given = {name: getattr(options, name) for name in SETTINGS}
+    return Sampling(**given, stop=tuple(options.stop))
 
 
 # petl generate
 
 
-def generate(arguments: argparse.Namespace) -> None:
+def generate(options: Generate) -> None:
     """Answer the prompts; print the answers, or write them to a file."""
-    if arguments.out is not None:
+    if options.out is not None:
         from petl.generation.prediction.files import Output
 
-        read = [] if arguments.file is None else [arguments.file]
-        Output(arguments.out).check(read)  # before the model is loaded
-    sampling = sampling_of(arguments)
-    batch_size = _batch_size(arguments)
-    model = load(arguments)
+        read = [] if options.file is None else [options.file]
+        Output(options.out).check(read)  # before the model is loaded
+    sampling = sampling_of(options)
+    batch_size = _batch_size(options)
+    model = load(options)
     # the last name is that of the base model, see `LanguageModel.names`
     names = [*model.adapters] or [model.names[-1]]
-    if arguments.base and model.adapters:
+    if options.base and model.adapters:
         names.append(model.names[-1])
-    if arguments.check:
-        _check_drafts(model, names, next(_questions(arguments, model)).prompt, arguments.system)
-    if arguments.file is None and arguments.out is None:
-        stats = _print_answers(arguments, model, sampling, names)
+    if options.check:
+        _check_drafts(model, names, next(_questions(options, model)).prompt, options.system)
+    if options.file is None and options.out is None:
+        stats = _print_answers(options, model, sampling, names)
     else:
-        stats = _write_answers(arguments, model, sampling, names, batch_size)
-    if arguments.stats:
+        stats = _write_answers(options, model, sampling, names, batch_size)
+    if options.stats:
         _tell_stats(model, stats)
 
 
-def _batch_size(arguments: argparse.Namespace) -> int:
+def _batch_size(options: Generate) -> int:
     """Return how many prompts of a file, or with --out, are answered together.
 
     Raises:
         InputError: several are asked for with a setting that is for one at a time.
     """
     single = {
-        "--stats": arguments.stats,
-        f"--drafter {arguments.drafter}": arguments.drafter not in ("auto", "none"),
-        "--prompt-lookup": arguments.prompt_lookup is not None,
+        "--stats": options.stats,
+        f"--drafter {options.drafter}": options.drafter not in ("auto", "none"),
+        "--prompt-lookup": options.prompt_lookup is not None,
     }
     reason = next((name for name, is_given in single.items() if is_given), "")
-    if reason and (arguments.batch_size or 1) > 1:
+    if reason and (options.batch_size or 1) > 1:
         raise InputError(
-            f"--batch-size={arguments.batch_size} with {reason}, which is for one prompt at a "
+            f"--batch-size={options.batch_size} with {reason}, which is for one prompt at a "
             "time: leave out one of them"
         )
-    return 1 if reason else arguments.batch_size or BATCH
+    return 1 if reason else options.batch_size or BATCH
 
 
 def _check_drafts(
@@ -283,14 +141,14 @@ def _tell_stats(model: "LanguageModel", stats: "Stats") -> None:
 
 
 def _print_answers(
-    arguments: argparse.Namespace, model: "LanguageModel", sampling: "Sampling", names: list[str]
+    options: Generate, model: "LanguageModel", sampling: "Sampling", names: list[str]
 ) -> "Stats":
     """Print the answers to `--prompt` while they are written; return what drafts did."""
     from petl.efficiency.drafting import Stats
 
     stats = Stats()
-    for prompt in _prompts(arguments):
-        ids = model.encode(prompt, arguments.system)
+    for prompt in _prompts(options):
+        ids = model.encode(prompt, options.system)
         for name in names:
             if len(names) > 1:
                 show(f"[{_title(model, name)}]\n")
@@ -302,11 +160,11 @@ def _print_answers(
     return stats
 
 
-def _prompts(arguments: argparse.Namespace) -> list[str]:
+def _prompts(options: Generate) -> list[str]:
     # kept: standard input can be read once only
-    readers = [sys.stdin.read if each == "-" else partial(str, each) for each in arguments.prompt]
-    arguments.prompt = [text_of(read) for read in readers]
-    return arguments.prompt
+    readers = [sys.stdin.read if each == "-" else partial(str, each) for each in options.prompt]
+    options.prompt = [text_of(read) for read in readers]
+    return options.prompt
 
 
 def _title(model: "LanguageModel", name: str) -> str:
@@ -314,7 +172,7 @@ def _title(model: "LanguageModel", name: str) -> str:
 
 
 def _write_answers(
-    arguments: argparse.Namespace,
+    options: Generate,
     model: "LanguageModel",
     sampling: "Sampling",
     names: list[str],
@@ -326,43 +184,43 @@ def _write_answers(
     from petl.generation.prediction.tables import as_line, new_table
     from petl.system.progress import Pass
 
-    of = "the prompts" if arguments.file is None else printable(arguments.file)
+    of = "the prompts" if options.file is None else printable(options.file)
     # before the first answer: an error in a later prompt would discard those before it
-    prompts.check_prompts(model, _questions(arguments, model), arguments.system)
+    prompts.check_prompts(model, _questions(options, model), options.system)
     stats = Stats()
-    shown = Pass(f"answering {of}", None, unit="answers", prints=arguments.out is None)
+    shown = Pass(f"answering {of}", None, unit="answers", prints=options.out is None)
     answers = prompts.answered(
         model,
-        _questions(arguments, model),
+        _questions(options, model),
         sampling,
         names=names,
-        system=arguments.system,
+        system=options.system,
         batch_size=batch_size,
         stats=stats,
         count=shown.advance,
     )
     # lazy: an answer is written while later ones are not computed yet
     records = (_record(question.row, found) for question, found in answers)
-    if arguments.out is None:
+    if options.out is None:
         with shown:
             for record in records:
                 show(f"{as_line(record)}\n")
         return stats
-    with shown, new_table(arguments.out) as table:
+    with shown, new_table(options.out) as table:
         for record in records:
             table.write([record])
-    logger.info("%d answers in %s", shown.done, arguments.out)
+    logger.info("%d answers in %s", shown.done, options.out)
     return stats
 
 
-def _questions(arguments: argparse.Namespace, model: "LanguageModel") -> Iterator["Question"]:
+def _questions(options: Generate, model: "LanguageModel") -> Iterator["Question"]:
     """The prompts with the rows that they are from: those of the file, or of --prompt."""
     from petl.generation.inference.prompts import Question, read_prompts
 
-    if arguments.file is not None:
-        return read_prompts(arguments.file, model, system=arguments.system)
+    if options.file is not None:
+        return read_prompts(options.file, model, system=options.system)
     # as rows of a file with the column prompt
-    return (Question({"prompt": prompt}, prompt) for prompt in _prompts(arguments))
+    return (Question({"prompt": prompt}, prompt) for prompt in _prompts(options))
 
 
 def _record(row: Mapping[str, Any], found: Mapping[str, "Answer"]) -> dict[str, Any]:
@@ -375,16 +233,13 @@ def _record(row: Mapping[str, Any], found: Mapping[str, "Answer"]) -> dict[str, 
 # petl chat
 
 
-def chat(arguments: argparse.Namespace) -> None:
+def chat(options: Chat) -> None:
     """Chat until the end of the input."""
     from petl.cli.chat_commands import run
-    from petl.generation.inference.chat import Chat
+    from petl.generation.inference.chat import Chat as Session
 
-    sampling = sampling_of(arguments)
-    model = load(arguments)
+    sampling = sampling_of(options)
+    model = load(options)
     # names[0]: the first adapter, if there is one
-    adapter = model.names[-1] if arguments.base else model.names[0]
-    run(Chat(model, sampling, adapter, arguments.system))
-
-
-COMMANDS = {"generate": generate, "chat": chat}
+    adapter = model.names[-1] if options.base else model.names[0]
+    run(Session(model, sampling, adapter, options.system))

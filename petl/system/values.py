@@ -272,9 +272,13 @@ def bounded(
     return Rule(words, holds, reason=reason)
 
 
-def field(default: Any, rule: Rule = FREE, text: str = "") -> Any:
-    """Declare a field of a dataclass: its default, the rule for its values, its meaning."""
-    metadata = {"rule": rule, "help": text}
+def field(default: Any, rule: Rule = FREE, text: str = "", **more: Any) -> Any:
+    """Declare a field of a dataclass: its default, the rule for its values, its meaning.
+
+    Args:
+        more: what else its metadata has.
+    """
+    metadata = {"rule": rule, "help": text, **more}
     if isinstance(default, list | dict):  # a copy for each instance: they are mutable
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -3,7 +3,6 @@
 `petl train` runs under `entry`; other commands run under `reported`. Imports no torch.
 """
 
-import argparse
 import errno
 import functools
 import logging
@@ -15,7 +14,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -41,6 +40,7 @@ from petl.system.settings.command_line import (
 )
 from petl.training.compose import explain, is_refusal
 
+Options = TypeVar("Options")  # of a command
 BAD_INPUT = 2  # exit status, the same as argparse's
 SIGNALLED = 128  # plus the number of the signal: exit status, the convention of shells
 # warnings of libraries about each other, on which a user cannot act
@@ -110,12 +110,12 @@ def reported(function: Callable[[], Any]) -> int:
 
 
 def run_command(
-    command: Callable[[argparse.Namespace], None],
-    arguments: argparse.Namespace,
+    command: Callable[[Options], None],
+    options: Options,
     *,
     uses_models: bool = True,
 ) -> int:
-    """Run the function of a command of `petl` with its parsed arguments; return its exit status."""
+    """Run the function of a command of `petl` with its options; return its exit status."""
     log_to_stderr()
     if uses_models:  # else it is not imported, which takes a second
         from transformers.utils import logging as transformers_logging
@@ -124,12 +124,13 @@ def run_command(
         transformers_logging.disable_progress_bar()
 
     def run() -> None:
-        if hasattr(arguments, "config_dir"):  # a command that reads configurations
-            if arguments.config_dir is not None:
-                add_config_dir(arguments.config_dir)
+        if hasattr(options, "config_dir"):  # a command that reads configurations
+            folder: str | None = vars(options)["config_dir"]
+            if folder is not None:
+                add_config_dir(folder)
             log_conflicts()
         try:  # here, because `reported` would print how to resume a training run
-            command(arguments)
+            command(options)
         except KeyboardInterrupt as error:
             raise RunStopped("interrupted", status=130) from error
 

@@ -15,7 +15,6 @@ from petl.cli.arguments import (
     number,
     some_of,
 )
-from petl.cli.main import main
 
 
 def test_numbers_within_their_bounds_are_converted():
@@ -72,19 +71,3 @@ def test_outputs_that_cannot_be_written_are_refused(tmp_path, parse, place, mess
     (tmp_path / "file").touch()
     with pytest.raises(argparse.ArgumentTypeError, match=message):
         parse(str(tmp_path / place))
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["compare", "RUN", "--out", "FILE"], "--out: "),
-        (["data", "--examples", "-1"], "'-1' is not an integer from 0"),
-        (["merge", "RUN", "OUT", "--tolerance", "nan"], "'nan' is not a number from 0"),
-    ],
-)
-def test_petl_checks_its_arguments_before_any_work(tmp_path, capsys, words, message):
-    (tmp_path / "FILE").touch()
-    with pytest.raises(SystemExit) as left:
-        main([str(tmp_path / word) if word.isupper() else word for word in words])
-    assert left.value.code == 2
-    assert message in capsys.readouterr().err

@@ -1,0 +1,829 @@
+"""All commands of `petl`: their options, help texts and functions.
+
+Imports no torch and no Hydra: a wrong word is answered at once.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar, dataclass_transform
+
+from petl.cli.arguments import (
+    COUNT,
+    FRACTION,
+    POSITIVE,
+    SEED,
+    alphas,
+    byte_count,
+    divisor,
+    each,
+    file_to_write,
+    folder_to_write,
+    named_run,
+    new_folder_to_write,
+    number,
+    weights,
+)
+from petl.cli.options import Command, Options, argument, choice, either, option, switch
+from petl.system.imports.extras import install_hint
+
+if TYPE_CHECKING:
+    from petl.adapters.export.saved_adapter import Saved
+
+MODEL = "folder of a run, of an adapter, or of a merged model"
+JOBS = number(int, 1, 8 * (os.cpu_count() or 1))  # assumption: more jobs would only wait
+# of the folder of a study
+STUDY_FILES = ("runs", "tune", "replaced", "rates.json", "index.html", "results.md", "*.svg")
+BATCH = 8  # prompts of a file at a time
+API_KEY = "PETL_API_KEY"  # environment variable; words of a command are seen by all users
+NO_DRAFTS = "none"  # the value of --drafter for plain decoding
+TRAIN_USAGE = "petl train [-m] [--config-dir DIR] +method=NAME [GROUP=NAME ...] [SETTING=VALUE ...]"
+
+Kind = TypeVar("Kind", bound=Options)
+COMMANDS: dict[str, Command] = {}  # in the order of `petl --help`
+
+
+@dataclass_transform(kw_only_default=True)
+def command(
+    name: str, function: str, usage: str | None = None
+) -> Callable[[type[Kind]], type[Kind]]:
+    """Make a dataclass of a class of options, and a command of `petl` with them."""
+
+    def add(kind: type[Kind]) -> type[Kind]:
+        options = dataclass(kw_only=True)(kind)
+        COMMANDS[name] = Command(options, function, usage)
+        return options
+
+    return add
+
+
+# Options of several commands
+
+
+@dataclass(kw_only=True)
+class Configured(Options):
+    """A command that reads configurations."""
+
+    config_dir: str | None = option(
+        "a folder with configurations of yours, such as method/mine.yaml", metavar="DIR"
+    )
+
+
+@dataclass(kw_only=True)
+class Composed(Configured):
+    """A command that takes settings of `petl train`."""
+
+    overrides: list[str] = argument(
+        "settings of `petl train`", default=[], metavar="SETTING", nargs="*"
+    )
+
+
+@dataclass(kw_only=True)
+class Trusting(Options):
+    """A command that reads a base model."""
+
+    trust_remote_code: bool = switch(
+        "allow the base model to run code of its own, if the run was trained with "
+        "model.trust_remote_code=true"
+    )
+
+
+@dataclass(kw_only=True)
+class Loading(Trusting):
+    """A command that loads adapters on their base model."""
+
+    other_base: bool = switch(
+        "go on if the base model's weights differ from those that the adapter was trained on"
+    )
+
+
+@dataclass(kw_only=True)
+class OfRun(Loading):
+    """A command that loads the adapter of one run."""
+
+    run: str = argument("folder of a run, or of an adapter")
+
+    def find(self) -> "Saved":
+        """Return the adapter that is saved there."""
+        from petl.adapters.export.saved_adapter import find
+
+        trust = self.trust_remote_code
+        return find(self.run, trust_remote_code=trust, other_base=self.other_base)
+
+
+@dataclass(kw_only=True)
+class ToFolder(OfRun):
+    """A command that writes an adapter to another folder."""
+
+    out: Path = argument("folder to write: new or empty", new_folder_to_write())
+
+
+@dataclass(kw_only=True)
+class Checked(ToFolder):
+    """A command that compares outputs before it writes."""
+
+    # None: the default depends on the dtype of the base model
+    tolerance: float | None = option(
+        "largest allowed difference of the outputs, relative to their norm (default: 1e-4 for a "
+        "float32 base model, 5e-2 for bfloat16)",
+        number(float, 0),
+    )
+
+
+# Before, across and after runs
+
+
+@command("methods", "commands:methods")
+class Methods(Configured):
+    """List methods, extra losses and recipes.
+
+    Methods are listed by what they are for, with the number of trainable parameters on one
+    reference model, whether the adapter can be merged into the base model (`petl merge`) or
+    exported as a plain LoRA (`petl export --lora`), whether petl or PEFT implements it, and the
+    paper. A method's name goes after `+method=` and into `petl.wrap(model, NAME)`. Then list the
+    extra losses, which `+loss=NAME` adds to the training of any method, the recipes: combinations
+    of method, loss and settings from a paper, chosen by `+method=NAME` as well, and the method that
+    is recommended for each need.
+    """
+
+
+@command("train", "train:main", usage=TRAIN_USAGE)
+class Train(Options):
+    """Train one adapter and save it, or several: a sweep.
+
+    `petl train --help` lists the groups, their names and all settings.
+
+      petl train +method=mola
+      petl train -m +method=lora,mola train.seed=0,1,2      # one run for each combination
+      torchrun --nproc_per_node 2 -m petl train +method=mola
+
+    In a checkout, `python train.py` is the same.
+    """
+
+
+@command("show", "commands:show")
+class Show(Configured):
+    """Describe a method, loss or recipe and its fields.
+
+    Prints paper, capabilities, usage, and each field with type, default and meaning. The default is
+    that of petl.wrap; a value that configs/method/NAME.yaml sets for `petl train` has a column of
+    its own. With FIELD, print the full description of that field.
+
+      petl show mola
+      petl show density
+      petl show deft loss.eps
+    """
+
+    name: str = argument("a name from `petl methods`")
+    field: str | None = argument("print one field in full", default=None, nargs="?")
+
+
+@command("plan", "commands:plan")
+class Plan(Composed):
+    """Estimate parameters, memory and length of a run without training.
+
+    Prints what `petl train SETTING ...` would do, without loading weights: target modules,
+    trainable and saved parameters, size of the adapter file, memory of a training step and of an
+    evaluation, length and time of the run, settings that would make it cheaper, and what the
+    adapter supports. Takes the settings of `petl train`.
+
+      petl plan +method=mola
+      petl plan +method=lora model=smollm2 data=hamlet train.batch_size=4 train.precision=bf16
+    """
+
+
+@command("data", "commands:data")
+class Data(Composed):
+    """Preview the training data: examples, lengths, labels.
+
+    Prints the examples that `petl train SETTING ...` would train on, as the model reads them:
+    decoded, with the tokens that the loss is computed on in color (in brackets outside a terminal),
+    the number of dropped and truncated examples, lengths, and label counts. Needs the tokenizer or
+    processor of the model, not its weights.
+
+      petl data
+      petl data model=smollm2 data=reasoning --examples 1
+      petl data model=path model.path=FOLDER data=files data.train=examples.jsonl data.task=seq2seq
+    """
+
+    examples: int = option("number of training examples to print", number(int, 0, 10**6), 3)
+
+
+@command("report", "commands:write_report")
+class Report(Options):
+    """Write the report of a run (report.html).
+
+    It has scores, predictions, charts of the training log, what the method did by layer, time by
+    activity, configuration, environment, and the code that loads the adapter. A finished run has
+    this file already; use the command for a run that was stopped, or after an update of petl.
+    """
+
+    run: str = argument("folder of a run, finished or not")
+
+
+@command("compare", "commands:compare")
+class Compare(Options):
+    """Compare finished runs: scores, sizes, times.
+
+    Prints test score with its standard deviation over seeds, trainable parameters, file size,
+    seconds per step, peak memory, and the difference to a baseline. Runs that differ only in the
+    seed form one row; each data set has a table of its own. With --out, also write an HTML page
+    with charts, and the tables in markdown. A run that is damaged, and a path without a finished
+    run, is named and left out, and the exit status is then 1.
+
+      petl compare runs --out page
+      petl compare runs/a runs/b --answers    # which examples only one of them gets right
+
+    To train and compare several methods with one command, see `petl study --help`.
+    """
+
+    runs: list[str] = argument(
+        "folder of a run, or a folder that contains runs", metavar="RUN", nargs="+"
+    )
+    out: Path | None = option(
+        "write index.html, results.md and charts to this folder",
+        new_folder_to_write(("index.html", "results.md", "*.svg"), ("results.md",)),
+    )
+    baseline: str = option("the row that the others are compared with", default="lora")
+    answers: bool = switch("of two runs, also show on which test examples their predictions differ")
+    examples: int = option("number of such examples to show for each run", number(int, 0, 10**4), 5)
+
+
+@command("study", "studies:study")
+class Study(Composed):
+    """Train several methods and write a page that compares them (FOLDER/index.html).
+
+      petl study runs/nine --methods lora,mola,mos --seeds 0,1,2 \\
+          --rates 3e-4,1e-3,3e-3 train.budget=340000
+
+    Each learning rate is scored on validation examples; with the best one, each method is trained
+    again for each seed and scored on the test set. With --together N, N rates or seeds of a method
+    train in one process, in one pass over one base. The same command resumes a stopped study.
+    SETTINGs are those of `petl train`, for every run; --method "binary method.inner=lora" adds a
+    method with settings of its own.
+    """
+
+    folder: Path = argument(
+        "folder of the study, new or to be resumed",
+        new_folder_to_write(STUDY_FILES, ("runs", "tune", "rates.json")),
+    )
+    methods: str = option("names of methods", default="", metavar="A,B")
+    # one text of several words: the settings in it hold for this method alone
+    method: list[str] = option(
+        "a method with settings of its own", default=[], metavar="WORDS", action="append"
+    )
+    seeds: list[int] = option("of the runs of each method", each(SEED), [0, 1, 2], metavar="S,S")
+    rates: list[float] = option(
+        "learning rates (default: that of each method)", each(POSITIVE), [], metavar="R,R"
+    )
+    jobs: int = option("number of runs at a time", JOBS, 1)
+    together: int = option(
+        "runs of a method that train in one pass over one base (default: 1, each alone)", JOBS, 1
+    )
+
+
+@command("batch-sizes", "studies:batch_sizes")
+class BatchSizes(Composed):
+    """Find the largest batch size for each length, for train.batch_sizes.
+
+      petl batch-sizes +method=mola model=minilm train.buckets=10
+      WORLD_SIZE=8 petl batch-sizes +method=lora model=smollm2 --memory 80GB
+
+    SETTINGs are those of `petl train`; the default of train.buckets is 30 here. On a GPU, batch
+    sizes are found by trial steps, limited to 90 % of its memory. With --memory, or without a GPU,
+    they are estimated from tensor shapes, for 90 % of that memory, or of the free memory. Batch
+    sizes are global; the number of processes is WORLD_SIZE.
+    """
+
+    # parsed by `bytes_of`, whose module imports torch
+    memory: str | None = option("memory of the device of each process")
+    # argparse reads the text of the default, if it is needed
+    output: Path = option("YAML to write", file_to_write, "batch_sizes.yaml")
+
+
+@command("buckets", "studies:buckets")
+class Buckets(Composed):
+    """Estimate how much padding length buckets save, and write their edges.
+
+      petl buckets buckets.yaml model=smollm2 data=reasoning train.buckets=30 train.max_tokens=4096
+
+    SETTINGs are those of `petl train`; no method is needed. Without train.max_tokens, each step has
+    train.batch_size examples. train.buckets=null counts as auto here.
+    """
+
+    file: Path = argument("YAML to write", file_to_write)
+
+
+@command("configs", "studies:configs")
+class Configs(Configured):
+    """List the configurations, or print one, to start your own from it.
+
+      petl configs
+      petl configs method/mola > configs/method/wide.yaml    # then: petl train +method=wide
+      petl configs sweep/lora > sweep.yaml                   # then: wandb sweep sweep.yaml
+
+    Your own are found in ./configs of the working directory, and in the folder of --config-dir.
+    They replace those of petl of the same name; groups of your own, such as configs/experiment, are
+    chosen with a plus: +experiment=NAME. A ./configs with a train.yaml is another program's, or a
+    copy of petl's, so that only its further names are used, unless --config-dir names it.
+    """
+
+    name: str | None = argument(
+        "print this file, such as method/mola", default=None, metavar="GROUP/NAME", nargs="?"
+    )
+
+
+# A saved adapter on data
+
+
+@dataclass(kw_only=True)
+class Batched(OfRun):
+    """A command that passes rows of files through an adapted model."""
+
+    max_new_tokens: int | None = option("longest answer of a model that writes", COUNT)
+    batch_size: int | None = option("examples per batch", COUNT)
+
+
+@command("eval", "predictions:evaluate")
+class Eval(Batched):
+    """Evaluate a run's adapter on its test set, or on files.
+
+    Prints the scores on its test set next to those that the run saved in scores.json, or its scores
+    on other data. An adapter file with missing or unexpected tensors is an error; a base model
+    whose weights are others than in training is a warning.
+
+      petl eval runs/mine
+      petl eval runs/mine --data new.csv more.jsonl data.text=review
+
+    The files have one of the formats of data=files; data.SETTINGs name their columns if they are
+    others than in training. Labels are compared by name with those of the run. Scores, predictions,
+    scores by class, confusion matrix, calibration, and the worst examples are written to a folder,
+    with a page (index.html).
+    """
+
+    # files need --data here: without any, the test set is evaluated
+    overrides: list[str] = argument(
+        "columns of files", default=[], metavar="data.SETTING", nargs="*"
+    )
+    data: list[str] = option(
+        "files with labels, or folders of images or sounds, in place of the test set",
+        default=[],
+        nargs="+",
+    )
+    out: Path | None = option(
+        "folder of the results (default: RUN/eval-NAME, by the name of the data)", folder_to_write
+    )
+
+
+@command("predict", "predictions:predict")
+class Predict(Batched):
+    """Predict the rows of files with a run's adapter.
+
+    The rows need no labels, and are written with all of their columns and the predictions: the
+    label with its probability and those of all labels, a number, a span of the context, or an
+    answer.
+
+      petl predict runs/mine new.csv --out predicted.csv
+      petl predict runs/mine new.jsonl data.text=review > predicted.jsonl
+      petl predict runs/images folder --out predicted.csv
+
+    Files are csv, tsv, json, jsonl or parquet; the suffix of --out names the format to write. All
+    rows are checked before the model is loaded, then read, predicted and written in windows, so
+    that files may be larger than memory (json is read as a whole). data.SETTINGs name columns if
+    they are others than in training. For images and sounds, FILE is one of them, a folder, or a
+    table with the column path. With --processes, or under torchrun, several processes divide the
+    rows; the output has the order of the input.
+    """
+
+    # in any order: `split_words` tells them apart
+    overrides: list[str] = argument(
+        "files or folders, and data.SETTINGs", metavar="FILE", nargs="+"
+    )
+    out: Path | None = option(
+        "csv, tsv, jsonl or parquet to write (default: JSON lines on standard output)",
+        file_to_write,
+    )
+    prefix: str = option("of the added columns", default="", metavar="NAME_")
+    processes: int | None = option("processes on this machine, one per GPU", number(int, 1, 1024))
+
+
+@dataclass(kw_only=True)
+class Answering(OfRun):
+    """A command that lets a language model answer.
+
+    Settings of sampling that are None have the value of the model's generation config.
+    """
+
+    run: str = argument(MODEL)
+    adapter: list[tuple[str, str]] = option(
+        "a further adapter on the same base model, and its name; may be repeated",
+        named_run,
+        [],
+        metavar="NAME=RUN",
+        action="append",
+    )
+    system: str | None = option("system prompt (default: the run's)")
+    drafter: str = option(
+        "what guesses tokens ahead, for the same answer in less time: free (copies and recycles "
+        "tokens), lookup or recycling (one of the two), none, the folder of a drafter, or auto, "
+        "the run's own or else free",
+        default="auto",
+    )
+    plain: bool | None = either(  # None is decided by the run
+        "continue plain text, without the chat template (default: if the run has learned from "
+        "plain text, or the model has no template)"
+    )
+    max_new_tokens: int | None = option(
+        "tokens of an answer at most (default: the model's, else 512)", COUNT
+    )
+    temperature: float | None = option(
+        "of sampling; 0: always the most likely token", number(float, 0, 100)
+    )
+    top_p: float | None = option("sample from the most likely tokens of this probability", FRACTION)
+    top_k: int | None = option(
+        "sample from this many most likely tokens; 0: from all", number(int, 0, 10**6)
+    )
+    repetition_penalty: float | None = option(
+        "above 1: avoid tokens that occurred", number(float, 0.01, 100)
+    )
+    prompt_lookup: int | None = option(
+        "guess up to this many tokens from earlier text and verify them in one pass: faster where "
+        "answers repeat the prompt; greedy answers stay the same (up to rounding below float32)",
+        number(int, 1, 1000),
+    )
+    stop: list[str] = option(
+        "end an answer before this text; may be repeated", default=[], action="append"
+    )
+    seed: int = option("of sampling", SEED, 0)
+
+
+@command("generate", "writing:generate")
+class Generate(Answering):
+    """Let a model answer prompts.
+
+    The model is the adapter of a run on its base model, or a merged model. Prompts are turns of the
+    user in the model's chat template, or plain text to continue for models without one.
+
+      petl generate RUN --prompt "What is MoLA?"
+      petl generate RUN --file questions.jsonl --out answers.jsonl
+      petl generate RUN --adapter other=RUN2 --base --prompt "What is MoLA?"  # answers side by side
+
+    Rows of a file have the columns that the run was trained on, or those of a known format
+    (messages, prompt, instruction, text); answers need not be there. Answers come in the order of
+    the file, as rows with the columns of the file and `generated`; those of further adapters and of
+    the base model are in generated_NAME.
+
+    Without sampling settings, those of the model's generation config hold; if it has none, the most
+    likely token is taken each time. One of --temperature, --top-p and --top-k turns sampling on.
+    """
+
+    ONE_OF = ("prompt", "file")
+    prompt: list[str] = option(
+        "a prompt; may be repeated; - reads stdin", default=[], action="append"
+    )
+    file: str | None = option("prompts: .txt (one per line), .jsonl, .csv, .parquet, ...")
+    out: Path | None = option(
+        "write answers to this file: .jsonl, .csv, .tsv, .parquet", file_to_write
+    )
+    base: bool = switch("also answer with the base model, without an adapter")
+    batch_size: int | None = option(
+        f"prompts at a time (default: {BATCH}; 1 with a drafter, --stats or --prompt-lookup)", COUNT
+    )
+    check: bool = switch(
+        "first test that passes over several tokens give what single ones give, and that an answer "
+        "to the first prompt is what drafts promise"
+    )
+    stats: bool = switch("print what drafts saved; one prompt at a time")
+
+
+@command("chat", "writing:chat")
+class Chat(Answering):
+    """Chat with a model in the terminal.
+
+    The model is the adapter of a run on its base model, or a merged model. The answer appears while
+    it is written; Ctrl-C stops it, not the chat. /help lists the commands, such as /adapter NAME,
+    which lets another adapter answer, or `base` the base model without one.
+
+      petl chat RUN
+      petl chat RUN --adapter other=RUN2 --temperature 0.7
+
+    Settings of sampling are those of `petl generate`.
+    """
+
+    base: bool = switch("begin with the base model, without an adapter")
+
+
+@command("serve", "serve:serve")
+class Serve(Loading):
+    """Serve adapters over HTTP, with OpenAI's API.
+
+    Any number of adapters share one base model. A request chooses an adapter by `model`: the name
+    of its folder, or NAME; the base model's own name means no adapter. Requests of different
+    adapters are computed together, and join and leave while others run.
+
+      petl serve runs/french runs/legal
+      petl serve fr=runs/french --port 8001 --max-batch 32
+
+    Paths: /v1/models, /v1/chat/completions, /v1/completions, /health. Ctrl-C ends the server.
+    """
+
+    runs: list[str] = argument(
+        "folder of a run, of an adapter, or of a merged model, and its name for requests",
+        metavar="[NAME=]RUN",
+        nargs="+",
+    )
+    host: str = option("address to listen on (default: this machine only)", default="127.0.0.1")
+    port: int = option("to listen on; 0: any free one", number(int, 0, 65535), 8000)
+    api_key: str | None = option(
+        f"that requests must have (default: ${API_KEY}; none: no key is needed)"
+    )
+    allow_anyone: bool = switch("with a --host that others reach: answer without a key")
+    allow_host: list[str] = option(
+        "a name by which clients call this server, such as that of a proxy in front; may be "
+        "repeated (addresses, localhost and --host are allowed)",
+        default=[],
+        action="append",
+    )
+    max_batch: int = option("answers that are computed at the same time", number(int, 1, 10**6), 16)
+    max_waiting: int = option(
+        "further requests that may wait; the next ones get status 429", number(int, 1, 10**6), 256
+    )
+    max_tokens: int = option("tokens of an answer at most", number(int, 1, 10**6), 4096)
+    plain: bool | None = either(  # None is decided by the run
+        "read the turn of a chat as plain text, without the chat template (default: for runs that "
+        "have learned from plain text, and models without a template)"
+    )
+    drafter: str = choice(
+        "what guesses tokens ahead while one answer is computed alone, for the same answer in less "
+        "time: free (copies and recycles tokens), or none",
+        ("free", NO_DRAFTS),
+        "free",
+    )
+
+
+@command("draft", "drafts:draft")
+class Draft(OfRun, Configured):
+    """Train a drafter: faster answers of a run's model.
+
+    The drafter is written to RUN/drafter, where petl generate finds it. The model answers prompts
+    of its training examples; small heads learn to guess these answers ahead, or a table of likely
+    next tokens is filled. Answers stay what they are, and come in fewer passes of the model.
+
+      petl draft runs/mine +drafter=hydra
+      petl draft runs/mine +drafter=hydra drafter.heads=4 draft.answers=500 draft.tokens=256
+      petl draft runs/mine/adapter +drafter=hydra draft.file=prompts.jsonl
+      petl draft runs/mine +drafter=recycling    # fill the table of a drafter that has no weights
+
+    SETTINGs are those of configs/draft.yaml and configs/drafter. The folder of an adapter or a
+    merged model has no training examples: draft.file names prompts. An earlier RUN/drafter is
+    replaced.
+    """
+
+    run: str = argument(MODEL)
+    overrides: list[str] = argument(
+        "+drafter=NAME, drafter.FIELD=VALUE, draft.SETTING=VALUE",
+        default=[],
+        metavar="SETTING",
+        nargs="*",
+    )
+
+
+# From a saved adapter to another folder
+
+
+@command("merge", "commands:merge")
+class Merge(Checked):
+    """Merge an adapter into its base model.
+
+    Writes a plain model with config and tokenizer, which AutoModel...from_pretrained(OUT) loads
+    without petl or PEFT. The outputs on test examples of the run are compared before and after
+    merging; if they differ by more than the tolerance, nothing is written. Methods whose update
+    depends on the input cannot be merged.
+    """
+
+    dtype: str | None = choice(
+        "dtype of the merged model (default: that of the base; bfloat16 rounds the sum)",
+        ("float32", "bfloat16"),
+    )
+
+
+@command("export", "commands:export")
+class Export(Checked):
+    """Convert an adapter (LoRA, small model, GGUF, ONNX) or a drafter.
+
+    The outputs on test examples of the run are compared before anything is kept; if they differ by
+    more than the tolerance, nothing is.
+
+    --lora converts it to a plain LoRA, including trained heads, which PEFT and serving engines load
+    without petl. The conversion is exact if the update is a low-rank product; any other update of
+    the weight is factored by a full SVD. For a language model, the commands by which vLLM and
+    SGLang serve the LoRA are printed, or why they cannot; `petl serve` serves the adapters of every
+    method.
+    --small writes the model that PELA (method pela) makes smaller: two thin layers in place of each
+    adapted one, and ranks.json; petl.methods.pela.load, or the lines in OUT/README.md, loads it.
+    --vllm writes the parallel heads of a drafter (petl draft RUN +drafter=hydra
+    drafter.kind=parallel) as vLLM's Medusa model, which drafts beside the merged model. Give
+    RUN/drafter in place of RUN.
+    --gguf writes this LoRA of a decoder as OUT/adapter.gguf, for llama.cpp's --lora.
+    --onnx merges the adapter of a classifier, or of an embedding model
+    (task_type=FEATURE_EXTRACTION), and writes OUT/model.onnx in float32 with config and tokenizer.
+    """
+
+    ONE_OF = ("lora", "small", "gguf", "vllm", "onnx")
+    lora: bool = switch("a plain LoRA, for PEFT and serving engines")
+    small: bool = switch("the plain small model of PELA (method pela), with low-rank layers")
+    gguf: bool = switch(f"an adapter for llama.cpp ({install_hint('gguf')})")
+    vllm: bool = switch("parallel heads of a drafter, RUN/drafter, as a Medusa model for vLLM")
+    onnx: bool = switch(
+        f"the merged model with its head, for ONNX runtime ({install_hint('onnx')})"
+    )
+
+    @property
+    def format(self) -> str:
+        """The name of the format."""
+        return next(name for name in self.ONE_OF if getattr(self, name))
+
+
+@command("push", "hub:push")
+class Push(Trusting):
+    """Upload an adapter or an exported model to the Hub.
+
+    Uploads the adapter of a run, an adapter folder, or what `petl export` or `petl merge` wrote, to
+    the Hugging Face Hub in one commit: weights, config, tokenizer or processor, names of labels and
+    model card. Files are read strictly before; checkpoints, states of optimizers, code and links
+    never go up. The base model is named as on the Hub, never by a folder of this machine. The token
+    is that of HF_TOKEN or of `hf auth login`.
+
+      petl push runs/verbs ada/verbs --dry-run
+      petl push runs/verbs ada/verbs --private
+    """
+
+    run: str = argument("folder of a run, an adapter, or of `petl export` or `merge`")
+    name: str = argument("repository: OWNER/NAME, or NAME in your account")
+    private: bool = switch("create a private repository")
+    revision: str | None = option("branch to commit to (default: main)")
+    message: str = option("message of the commit", default="")
+    update: bool = switch("commit to a repository that exists already")
+    base: str | None = option(
+        "name of the base model on the Hub, if it was loaded from a folder of another name",
+        metavar="OWNER/NAME[@REVISION]",
+    )
+    dry_run: bool = switch("list the files with their sizes, and upload nothing")
+
+
+@command("pull", "hub:pull")
+class Pull(Options):
+    """Download an adapter or a model from the Hub, and check it.
+
+    One commit of a repository is downloaded and read strictly: config, names and shapes of tensors,
+    finite values. The folder appears once all of it was checked.
+
+      petl pull ada/verbs
+      petl pull ada/verbs verbs --revision 5e2f0a1
+    """
+
+    name: str = argument("repository: OWNER/NAME")
+    folder: Path | None = argument(
+        "folder to write, new or empty (default: the last part of NAME)",
+        new_folder_to_write(),
+        None,
+        nargs="?",
+    )
+    revision: str | None = option("branch, tag or commit")
+
+
+@dataclass(kw_only=True)
+class Excluding(Options):
+    """A command that changes tensors of adapters."""
+
+    exclude: list[str] = option(
+        "leave tensors unchanged in whose name a regular expression is found",
+        default=[],
+        metavar="PATTERN",
+        nargs="+",
+    )
+
+
+@command("compress", "deltas:compress")
+class Compress(ToFolder, Excluding):
+    """Write an adapter 14 to 50 times smaller.
+
+    Only the signs of the largest values are kept, with one magnitude (ComPEFT). `petl.load` and all
+    commands read the folder; petl.deltas.expand makes a plain one of it.
+
+      petl compress runs/mine small
+      petl compress runs/mine small --density 0.1,0.2,0.5 --alpha fit,1,2,4
+
+    Of several densities or alphas, the one that scores best on the run's validation rows is
+    written.
+    """
+
+    density: list[float] = option(
+        "fraction of the values kept", each(FRACTION), [0.5], metavar="D[,D...]"
+    )
+    alpha: list[float | str] = option(
+        "their magnitude in standard deviations, or fit: the best in least squares",
+        alphas,
+        ["fit"],
+        metavar="A[,A...]",
+    )
+    scope: str = choice(
+        "the largest values of all tensors together, or of each", ("global", "tensor"), "tensor"
+    )
+
+
+@command("prune", "deltas:prune")
+class Prune(ToFolder, Excluding):
+    """Drop values of an adapter at random (DARE, DAREx).
+
+    Writes an adapter of which a random fraction of the values is 0 and the others are divided by q.
+    Of LoRA, only B is pruned: A does not start at 0.
+
+      petl prune runs/mine thin --drop 0.9
+      petl prune FINE_TUNED thin --drop 0.9 --q dare --base BASE
+    """
+
+    drop: float = option("fraction of the values dropped", FRACTION, MISSING, metavar="P")
+    q: float | Literal["auto", "dare", "searched"] = option(
+        "divisor of the others: searched (the nearest outputs), dare (1 - P), auto (least "
+        "expected error of each layer), or a number from 1 - P to 1",
+        divisor,
+        "searched",
+    )
+    base: Path | None = option(
+        "RUN is a fully fine-tuned model: prune its difference from this one", Path
+    )
+    seed: int = option("of the masks", number(int, 0), 0)
+
+
+@command("combine", "deltas:combine")
+class Combine(Loading, Excluding):
+    """Combine several adapters into one.
+
+    Writes their sum (linear), or the sum of what is left of each after pruning by magnitude, by
+    election of signs (ties), or at random (dare_linear, dare_ties).
+
+      petl combine runs/verbs runs/nouns --out both --method ties --density 0.3
+      petl combine runs/lora runs/mos --out both --level update
+    """
+
+    # one RUN alone is refused later, with a message that says why
+    runs: list[str] = argument("folder of a run, or of an adapter", metavar="RUN", nargs="+")
+    out: Path = option("folder to write: new or empty", new_folder_to_write(), MISSING)
+    # as in petl.adapters.deltas.combine, which imports torch
+    method: str = choice(
+        "how they are combined",
+        ("linear", "magnitude_prune", "ties", "dare_linear", "dare_ties"),
+        "linear",
+    )
+    weights: list[float] | None = option("one a RUN", weights, metavar="W,W")
+    density: float = option("fraction of each adapter's values kept", FRACTION, 1.0)
+    level: str | None = choice(
+        "update: of the weights, for any methods and ranks, as a LoRA (default, where the methods "
+        "have one); tensors: of adapters of one method and size",
+        ("tensors", "update"),
+    )
+    rank: int | None = option("largest rank of the LoRA", COUNT)
+    seed: int = option("of the masks", number(int, 0), 0)
+    scope: str = choice(
+        "the largest values of all tensors together, or of each", ("global", "tensor"), "global"
+    )
+
+
+@command("squeeze", "squeeze:squeeze")
+class Squeeze(OfRun):
+    """Divide a budget of bytes over an adapter's layers.
+
+    Writes an adapter whose file of weights has at most so many bytes, with the levels of its layers
+    chosen by an evolutionary search (EvoPress): the outputs stay near those of the adapter as it
+    is.
+
+      petl squeeze runs/mine --bytes 100KB
+      petl squeeze runs/mine --share 0.05 --what rank --generations 20
+
+    density: how many values of each module ComPEFT keeps (`petl compress`), for any method; rank:
+    of a LoRA, and of what `petl export --lora` takes; bits: of the tensors of the method binary.
+
+    Candidates are compared on the run's validation rows, or on train rows without any; test rows
+    decide nothing. Ctrl-C ends the search and writes the best so far; the same command goes on from
+    there.
+    """
+
+    ONE_OF = ("bytes", "share")
+    bytes: int | None = option("largest size of the file of weights: 100KB", byte_count)
+    share: float | None = option(
+        "the same as a fraction of the adapter's own file", number(float, 0, 1, above=True)
+    )
+    # as in petl.adapters.search.features, which imports torch
+    what: str = choice("what is searched", ("density", "rank", "bits"), "density")
+    out: Path | None = option(
+        "folder to write: new, or of a search to resume (default: beside RUN, named after it)", Path
+    )
+    generations: int = option("to search", COUNT, 50)
+    offspring: int = option("candidates of a generation", COUNT, 32)
+    rows: int = option("rows to compare on", COUNT, 512)
+    metric: str = choice(
+        "kl: divergence from the adapter's outputs; loss: on the labels", ("kl", "loss"), "kl"
+    )
+    seed: int = option("of the search", number(int, 0), 0)
