@@ -208,9 +208,12 @@ class Layer(TypedDict):
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """Return the values of a config that say what an adapter's tensors mean, as JSON."""
-    own = {name: getattr(config, name) for name in MEANING if hasattr(config, name)}
-    return parse_json(as_json(own))
+    """Return the values of a config that say what an adapter's tensors mean, as JSON.
+
+    They are those that are saved: CorDA is saved as a LoRA of twice the rank.
+    """
+    saved = config.to_dict()
+    return parse_json(as_json({name: saved[name] for name in MEANING if name in saved}))
 
 
 def layers_of(model: PeftModel, adapter_name: str) -> dict[str, Layer]:

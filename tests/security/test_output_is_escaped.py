@@ -107,7 +107,7 @@ def test_labels_and_texts_of_data_are_escaped(tiny, tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     model = [word for word in tiny.classify if word.startswith("model")]
-    files = ["data=files", f"data.train={file}", f"data.test={file}"]
+    files = ["data=files", f"data.train={file}", f"data.test={file}", "data.allow_overlap=true"]
     assert main.main(["data", *model, *files, "data.max_length=16"]) == 0
     written = capsys.readouterr()
     assert not obeyed(written.out)

@@ -160,7 +160,13 @@ def test_the_auxiliary_loss_counts_once_whatever_the_accumulation(tiny, tmp_path
     rows.write_text("text,label\n" + "the red dog,color\n" * 16 + "a big axe,tool\n" * 16)
     common = [
         *(o for o in tiny.steady if not o.startswith(("data.train", "data.test"))),
-        *(f"data.train={rows}", f"data.test={rows}", "+method=mola", "train.batch_size=32"),
+        *(
+            f"data.train={rows}",
+            f"data.test={rows}",
+            "data.allow_overlap=true",
+            "+method=mola",
+            "train.batch_size=32",
+        ),
         *("method.router_aux_loss_coef=1", "train.log_steps=1", "train.max_grad_norm=null"),
     ]
     whole = train([*common, "train.steps=1"], tmp_path / "whole").metrics[0]

@@ -126,7 +126,7 @@ def test_a_run_without_its_data_is_compared_on_random_tokens(tiny, tmp_path, cap
     with data.open("w", newline="") as opened:
         rows = [("the red one", "color"), ("a cat", "beast")] * 6
         csv.writer(opened).writerows([("text", "label"), *rows])
-    moved = [f"data.train={data}", f"data.test={data}", "+method=lora"]
+    moved = [f"data.train={data}", f"data.test={data}", "data.allow_overlap=true", "+method=lora"]
     run = train([*tiny.steady, *moved], tmp_path / "run")
     data.unlink()
     with pytest.raises(InputError, match=r"train\.csv"):
