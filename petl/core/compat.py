@@ -15,6 +15,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
+from peft.peft_model import PeftModelForQuestionAnswering
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.boft.layer import get_fbd_cuda
@@ -302,6 +303,27 @@ def hotswapped(
 _hotswap = hotswap.hotswap_adapter_from_state_dict
 # by setattr: `hotswap_adapter` looks the function up in its module
 setattr(hotswap, "hotswap_adapter_from_state_dict", hotswapped)  # noqa: B010
+
+
+QUESTION_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+
+
+def answered(forward: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Compute the pass of a `PeftModelForQuestionAnswering` with all of its inputs.
+
+    PEFT's own drops `token_type_ids` and `position_ids`: BERT would not tell the question from the
+    text, and a merged model, which reads them, would give other answers than the adapter.
+    """
+    inputs = dict(zip(QUESTION_INPUTS, args, strict=False)) | kwargs
+    lost = any(inputs.get(name) is not None for name in QUESTION_INPUTS[2:])
+    if not lost or len(args) > len(QUESTION_INPUTS) or model.active_peft_config.is_prompt_learning:
+        return forward(model, *args, **kwargs)
+    with model._enable_peft_forward_hooks(**inputs):
+        special = model.special_peft_forward_args
+        return model.base_model(**{k: v for k, v in inputs.items() if k not in special})
+
+
+extend_method(PeftModelForQuestionAnswering, "forward", answered)
 
 
 def embedding_weights(model: nn.Module) -> set[str]:

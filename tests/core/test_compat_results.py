@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from peft.utils.hotswap import hotswap_adapter
+from transformers import BertConfig, BertForQuestionAnswering
 
 import petl
 from petl import testing
@@ -131,3 +132,19 @@ def test_an_adapter_with_new_tokens_names_the_size_that_the_base_needs(tmp_path)
 def test_a_head_that_is_neither_trained_nor_saved_is_said(fields, said, caplog):
     petl.wrap(testing.tiny_bert(), "lora", **fields)
     assert ("is frozen and is not saved with the adapter" in caplog.text) is said
+
+
+@pytest.mark.parametrize("name", ["token_type_ids", "position_ids"])
+def test_question_answering_reads_all_of_its_inputs(name):
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=16,
+    )  # fmt: skip
+    base = BertForQuestionAnswering(config)
+    model = testing.stir(petl.wrap(base, "lora", task_type="QUESTION_ANS")).eval()
+    given = {"input_ids": IDS, name: IDS.flip(1) if name == "position_ids" else IDS % 2}
+    with torch.no_grad():
+        found, without = model(**given).start_logits, model(input_ids=IDS).start_logits
+        merged = model.merge_and_unload()(**given).start_logits
+    assert not torch.allclose(found, without, atol=1e-4)
+    torch.testing.assert_close(merged, found, atol=1e-5, rtol=0)

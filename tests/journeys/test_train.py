@@ -113,7 +113,7 @@ def test_every_method_of_the_package_trains_by_its_name_alone(tiny, tmp_path):
         extra = ["method.tinit=1", "method.tfinal=1"] if name == "adalora" else []
         run = train([*tiny.classify, f"+method={name}", *extra], tmp_path / name)
         config = json.loads((run.path / "adapter" / "adapter_config.json").read_text())
-        assert config["peft_type"].lower().endswith(name)
+        assert config["peft_type"].lower().removeprefix("petl_").split()[0] == name
         assert run.scores["steps"] == 4
 
 
