@@ -27,6 +27,7 @@ class Check:
         slow: True if it takes more than a few seconds.
         package: the optional package that it needs, by the name that installs and imports it.
         of: the capability whose column of docs/support.md it proves; None: it is no column's.
+        refuses: True if it proves itself that a method without the capability refuses.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Check:
     slow: bool
     package: str = ""
     of: Capability | None = None
+    refuses: bool = False
 
     def is_slow_for(self, case: Case) -> bool:
         """Return True if the check is slow, or slow for this case: PEFT's methods in processes."""
@@ -87,6 +89,7 @@ def check(
     slow: bool = False,
     package: str = "",
     of: Capability | None = None,
+    refuses: bool = False,
 ) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
     """Register a function as a check, under its own name; its docstring is the promise.
 
@@ -95,12 +98,13 @@ def check(
         slow: it takes more than a few seconds.
         package: the optional package that it needs; without it the check is skipped.
         of: the capability that it proves: a method that lacks it must raise with its reason.
+        refuses: it proves itself that a method without the capability refuses.
     """
 
     def add(function: Callable[[Case], None]) -> Callable[[Case], None]:
         name, promise = str(getattr(function, "__name__", "")), inspect.getdoc(function) or ""
         summary = promise.partition("\n")[0]
-        CHECKS[name] = Check(name, summary, function, applies, slow, package, of)
+        CHECKS[name] = Check(name, summary, function, applies, slow, package, of, refuses)
         return function
 
     return add
@@ -171,7 +175,8 @@ def run(name: str, case: Case) -> None:
     entry = known(name)
     if entry.missing:
         raise SkipTest(entry.missing)
-    reason = "" if entry.of is None else refusal(case.config(), entry.of)
+    is_open = entry.of is None or entry.refuses
+    reason = "" if is_open else refusal(case.config(), entry.of)
     try:
         entry.holds(case)
     except AssertionError as error:

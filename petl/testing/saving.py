@@ -159,7 +159,11 @@ def exports_as_a_plain_lora(case: Case) -> None:
     assert_close(values, expected, allowed, "logits of the method and of the exported LoRA")
 
 
-@check(lambda case: own(case) and not case.promises.exports_lora)
+@check(
+    lambda case: own(case) and not case.promises.exports_lora,
+    of=Capability.LORA_EXPORT,
+    refuses=True,
+)
 def export_as_lora_is_refused(case: Case) -> None:
     """A method that is not a weight update refuses the export with a reason; no file is written."""
     model = case.wrap_stirred()

@@ -205,7 +205,7 @@ def safe_merge_refuses_what_is_not_finite(case: Case) -> None:
     raise AssertionError("safe_merge wrote weights that are not finite")
 
 
-@check(lambda case: not merging(case))
+@check(lambda case: not merging(case), of=Capability.MERGE, refuses=True)
 def merging_is_refused_before_anything_changes(case: Case) -> None:
     """A method that cannot merge raises with a reason, and the model is unchanged."""
     model, batch = case.wrap_stirred(), case.batch()
