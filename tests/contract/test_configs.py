@@ -33,11 +33,9 @@ SHARED = {
     "layers_pattern",
     "modules_to_save",
 }
-# PEFT's IA3 has no targets for ViT, DKVB needs a classification head, PYRA merges tokens of images,
-# VL-PET needs an encoder and a decoder, SCEdit a U-Net, and these tuners of PEFT's do not adapt
-# Conv1D.
+# DKVB needs a classification head, PYRA merges tokens of images, VL-PET needs an encoder and a
+# decoder, SCEdit a U-Net, and these tuners of PEFT's do not adapt Conv1D.
 REFUSED = {
-    ("ia3", "vit"),
     ("icv", "t5"),
     *(("dkvb", model) for model in ("llama", "t5", "gpt2")),
     *(("pyra", model) for model in ("llama", "bert", "t5", "gpt2")),
