@@ -26,20 +26,20 @@ PACKAGE = ROOT / "petl"
 # Lines that each package may have. A feature pays for its lines by what it makes unnecessary: lower
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
-    "system": 2950,
+    "system": 3250,
     "ops": 2200,
-    "core": 8200,
-    "efficiency": 7750,
-    "data": 9000,
-    "training": 11400,
-    "methods": 18450,
-    "adapters": 5750,
-    "generation": 4400,
-    "experiments": 6450,
+    "core": 10200,
+    "efficiency": 8100,
+    "data": 9150,
+    "training": 12000,
+    "methods": 18350,
+    "adapters": 5850,
+    "generation": 4650,
+    "experiments": 6400,
     "cli": 3500,
-    "testing": 2400,
+    "testing": 2450,
 }
-OTHERS = {"scripts": 14900, "tests": 68600}
+OTHERS = {"scripts": 13150, "tests": 70000}
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
 

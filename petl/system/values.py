@@ -69,6 +69,7 @@ def type_problem(value: Any, hint: Any, place: str = "") -> str:
         return "" if same else _wrong(value, f"one of {arguments}", place)
     if is_typeddict(hint):
         return _entry_problem(value, typing.get_type_hints(hint), hint.__required_keys__, place)
+    # `None` in an annotation stands for its type
     kind = origin or (NoneType if hint is None else hint)
     if dataclasses.is_dataclass(kind) and not isinstance(value, kind):
         return _dataclass_problem(value, kind, place)
@@ -89,6 +90,7 @@ def _content_problem(value: Any, kind: Any, arguments: tuple[Any, ...], place: s
         return next(filter(None, found), "")
     if kind not in COLLECTIONS or not arguments:
         return ""
+    # tuple[int, str] has a type for each place, tuple[int, ...] one for all
     if kind is tuple and arguments[-1] is not Ellipsis:
         if len(value) != len(arguments):
             return _wrong(value, f"{len(arguments)} values", place)
@@ -104,6 +106,7 @@ def _dataclass_problem(value: Any, kind: Any, place: str) -> str:
     """Return why a mapping does not hold the fields of a dataclass, or ""."""
     hints = hints_of(kind)
     required = [f.name for f in dataclasses.fields(kind) if is_required(f)]
+    # a misspelt field is named before those that are then missing
     unknown = [key for key in value if key not in hints] if isinstance(value, Mapping) else []
     if unknown:
         return f"{_join(place, unknown[0])} is unknown"
@@ -114,6 +117,7 @@ def _entry_problem(value: Any, hints: Mapping[str, Any], required: Iterable[str]
     """Return how the entries of a mapping differ from their annotations, or ""."""
     if not isinstance(value, Mapping):
         return _wrong(value, WORDS[dict], at)
+    # sorted: a set has no order, and the message is to be the same each time
     for key in sorted(required):
         if key not in value:
             return f"{at or 'it'} has no {key}"
@@ -123,12 +127,14 @@ def _entry_problem(value: Any, hints: Mapping[str, Any], required: Iterable[str]
 
 
 def _is_a(value: Any, kind: Any) -> bool:
+    # a bool is an int in Python
     if isinstance(value, bool):
         return kind is bool
     if kind is float:
         return isinstance(value, int | float) and math.isfinite(value)
     if kind in COLLECTIONS:
         return isinstance(value, COLLECTIONS)
+    # JSON has the values of members
     if inspect.isclass(kind) and issubclass(kind, Enum):
         return isinstance(value, kind) or value in [member.value for member in kind]
     return isinstance(value, kind)
@@ -199,6 +205,7 @@ class Rule:
         Args:
             hint: the annotation of the field.
         """
+        # the type comes first: a rule need not expect a value of another one
         if type_problem(value, hint):
             words = WORDS.get(hint, f"of type {type_name(hint)}")
         elif (value is None and NoneType in get_args(hint)) or self.holds(value):
@@ -252,6 +259,7 @@ def bounded(
     >>> bounded(ge=1).words, bounded(ge=0, lt=1).words
     ('at least 1', 'in [0, 1)')
     """
+    # of each side, one bound at most is given
     lower = gt if ge is None else ge
     upper = lt if le is None else le
     if lower is not None and upper is not None:
@@ -305,6 +313,7 @@ def check_rules(instance: Any, group: str = "") -> None:
     hints = hints_of(type(instance))
     for declared in dataclasses.fields(instance):
         rule = rule_of(declared)
+        # fields of PEFT's own configs have none, and are checked elsewhere
         if rule is not FREE:
             name = f"{group}.{declared.name}" if group else declared.name
             rule.check(name, getattr(instance, declared.name), hints[declared.name])
@@ -369,12 +378,14 @@ def convert(value: Any, hint: Any) -> Any:
     if origin is dict and isinstance(value, Mapping) and arguments:
         keys, values = arguments
         return {convert(key, keys): convert(entry, values) for key, entry in value.items()}
+    # YAML reads the name of a folder such as 2024 as a number
     is_scalar = isinstance(value, str | int | float)
     if hint is str and is_scalar:
         return str(value)
     if hint in (int, float) and isinstance(value, str | int) and not isinstance(value, bool):
         try:
             return hint(value)
+        # no number: the caller names the value as it was given
         except (ValueError, OverflowError):
             return value
     return value
