@@ -39,7 +39,7 @@ GENERATED = {"docs/support.md", "petl/cli/catalog/listing.json", "petl/signature
 # what the tests of the tree ask of every method, of this one
 TESTS = [
     *("tests/test_layout.py", "tests/methods/test_diag.py", "tests/contract/test_contract.py"),
-    *("tests/catalog", "tests/core/test_registry.py", "tests/core/test_registry_signatures.py"),
+    *("tests/cli/catalog", "tests/core/test_registry.py", "tests/core/test_registry_signatures.py"),
 ]
 
 

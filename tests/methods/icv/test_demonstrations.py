@@ -171,8 +171,8 @@ def test_a_plan_has_no_pass_of_training(families):
 
 WRONG = {
     "has nothing to train in train.steps=3": ["train.steps=3"],
-    "train.find_lr=true has no effect": ["train.find_lr=true"],
-    "loss=density has no effect": ["+loss=density"],
+    "train.find_lr=True is not possible": ["train.find_lr=true"],
+    "loss=density is not possible": ["+loss=density"],
     "no size to choose": ["train.budget=100"],
     "needs rows with text and target": ["method.pairs=columns"],
     "strength=auto compares strengths": [
