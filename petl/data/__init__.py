@@ -1,5 +1,10 @@
 """Data sets: `read_data(cfg.data)` reads and checks the rows before any model is loaded."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from petl.data.bucketing import BucketBatchSampler as BucketBatchSampler
+
 # by `data.source`, "module:class", imported when it is chosen
 SOURCES = {
     "wordnet": "petl.data.bundled:WordNet",

@@ -20,7 +20,7 @@ from petl.core.compat import (
     check_adapters_to_merge,
     resolve_quantization_backend,
 )
-from petl.core.layers.class_swap import AdapterDict
+from petl.core.layers.class_swap import AdapterDict, SwappedClass
 from petl.core.layers.context import ForwardContext, InputCapture
 from petl.core.layers.conversion import refuse_conversion
 from petl.core.layers.grouped import Captured, GroupedAdapters, GroupedFactors
@@ -135,7 +135,9 @@ class Adapter(nn.Module):
     @property
     def is_matrix(self) -> bool:
         """True if the update is a matrix that is added to the base weight, as `change_of` is."""
-        own, default = type(self), Adapter
+        # of the method itself: `binary` swaps classes that wrap these
+        own = next(cls for cls in type(self).__mro__ if not issubclass(cls, SwappedClass))
+        default = Adapter
         return (own.factors, own.delta, own.change_of) != (
             default.factors,
             default.delta,
