@@ -513,7 +513,7 @@ def test_an_added_adapter_learns_keys_of_its_own(caplog):
         ({"projection": "split", "codebooks": 5}, "codebooks=5 does not divide 12"),
         ({"value_dim": 4}, "value_dim=4 is for decoder=linear"),
         ({"modules_to_save": ["encoder"]}, "modules_to_save"),
-        ({"target_modules": ["encoder"]}, "target_modules"),
+        ({"target_modules": ["encoder"]}, "encoder"),
         ({"layers_to_transform": [0]}, "layers_to_transform"),
         ({"decoder": "mlp"}, "decoder"),
         ({"pool": "mean"}, "pool=mean needs"),
