@@ -50,8 +50,8 @@ def test_the_order_depends_on_the_seed_alone_and_resumes_anywhere():
         (["data.stream_repeats=2"], "data.stream_repeats=2 needs data.order=by_class"),
         (["data.order=by_class", "data.stream_repeats=0"], "data.stream_repeats=0 is below 1"),
         (["data.order=by_class", "train.epochs=5"], "train.epochs=5 has no effect"),
-        (["data.order=by_class", "train.buckets=5"], "leave one of them out"),
-        (["data.order=by_class", "train.eval_steps=5"], "train.eval_steps=5 restores"),
+        (["data.order=by_class", "train.buckets=5"], "it orders rows by class"),
+        (["data.order=by_class", "train.eval_steps=5"], "train.eval_steps=5 is not possible"),
     ],
 )
 def test_settings_that_do_not_suit_a_stream_are_refused(words, message):

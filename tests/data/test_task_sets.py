@@ -121,7 +121,7 @@ def test_a_setting_of_a_set_that_comes_later_makes_no_other_run(folder):
                 *("data.sets=[wordnet,reviews]", "data.sampling=temperature"),
                 *("data.temperature=2", "train.buckets=4"),
             ],
-            "train.buckets=4 .*leave one",
+            "train.buckets=4 .*repeats rows",
         ),
         (["data.sets=[wordnet,reviews]", "+data.train_rows=5"], "is for one data set"),
         (["data.sets={a:wordnet,b:{data:reviews,task:regression}}"], "data.task=regression is not"),
