@@ -27,6 +27,7 @@ from petl.methods.increlora.config import IncreloraConfig
 from petl.methods.increlora.importance import smooth
 from petl.methods.increlora.learning_rates import ComponentLearningRates
 from petl.system import collectives as distributed
+from petl.system.files.tensor_file import check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +218,12 @@ class Increlora(Method[IncreloraConfig, IncreloraAdapter]):
         return tensors
 
     def unpack(self, saved: Adapters, tensors: Tensors) -> Tensors:
-        """Resize the tensors of a file to the capacity of the model."""
+        """Resize the tensors of a file to the capacity of the model.
+
+        Raises:
+            InputError: a value is not finite, also of a component that resizing drops.
+        """
+        check_finite(tensors, "the adapter file")
         for path, adapter in saved.adapters.items():
             stem, own = saved.key(path, ""), adapter.tensors()
             names = {name: f"{stem}{name}" for name in (*ROWS, "rank")}
