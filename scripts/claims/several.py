@@ -30,6 +30,7 @@ from petl.adapters.deltas.measured import scoring
 from petl.adapters.deltas.updates import Update, combined_updates, update_of
 from petl.adapters.export.conversion import save_lora
 from petl.adapters.export.saved_adapter import find
+from petl.core import fingerprint
 from petl.core.adapter_folder import weights_file
 from petl.errors import InputError
 from petl.generation.prediction.tables import as_line
@@ -115,6 +116,7 @@ class Combination:
         scaled = {n: t * scale if ".lora_B." in n else t for n, t in self.factors.items()}
         with new_folder(out) as draft:
             copy_others(find(run).adapter, draft)  # labels, task and tokenizer
+            fingerprint.write(draft, fingerprint.read(find(run).adapter))  # with other scales
             save_lora(self.config, {**scaled, **update.heads}, draft)
 
 

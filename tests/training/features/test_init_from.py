@@ -221,7 +221,7 @@ def test_the_head_is_kept_for_the_same_labels(adapter, petl_log, task, choice, k
     model = started(adapter, task, init_head=choice)
     other = wrapped(method_settings(find_start(str(adapter)), None))
     assert torch.equal(head_of(model), head_of(other)) is not kept
-    assert line in petl_log.messages[-1]
+    assert any(line in message for message in petl_log.messages)
 
 
 def test_a_head_of_unknown_labels_needs_a_choice(adapter, tmp_path):
