@@ -183,7 +183,7 @@ def killed_at(place, name, overrides, folder):
     ("place", "name", "left", "step"),
     [
         ("petl.system.files.disk", "fingerprints", "checkpoints/.unfinished-step-000009", 9),
-        ("petl.training.runs.run_folder", "write_task", ".unfinished-adapter", 15),
+        ("petl.training.runs.results", "write_task", ".unfinished-adapter", 15),
     ],
     ids=["in a write", "while the adapter is saved"],
 )
