@@ -21,6 +21,7 @@ from petl.data.tasks.classification import Classification
 from petl.errors import InputError, RunStopped
 from petl.training.compose import compose
 from petl.training.dataloader import encode_splits
+from petl.training.features import features_of, orders_of
 from petl.training.runs.checkpoint import verify
 from petl.training.runs.run_config import read_config
 from petl.training.runs.settings import TrainConfig
@@ -529,6 +530,6 @@ def test_rows_of_similar_length_share_a_step_by_default_where_they_can(tiny, kin
         load_tokenizer(cfg.model),
         config.train,
         Accelerator(cpu=True),
-        config.data.repeats,
+        orders_of(features_of(config.resolved)),
     )
     assert (splits.buckets is not None) is sorts

@@ -38,7 +38,6 @@ from petl.training.compose import compose
 from petl.training.runs import checkpoint, run_folder
 from petl.training.runs.resume import find_checkpoint, identity
 from petl.training.runs.run_config import read_config
-from petl.training.runs.run_folder import Run
 from petl.training.runs.settings import TrainConfig
 
 pytest_plugins = ["training_fixtures"]
@@ -543,7 +542,7 @@ def test_a_run_killed_in_its_last_evaluation_is_finished_by_a_resume(tiny, tmp_p
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "finish", killing)
+        patch.setattr("petl.cli.train.finish", killing)
         with pytest.raises(Killed):
             train(common, tmp_path / "run")
     assert "after" not in Finished(tmp_path / "run").scores

@@ -6,8 +6,9 @@ import shutil
 import pytest
 from training_fixtures import train
 
-from petl.errors import InputError
+from petl.errors import InputError, JobSkipped
 from petl.training import loop
+from petl.training.runs import results
 from petl.training.runs.records import read_log
 from petl.training.runs.run_folder import Run
 
@@ -133,7 +134,7 @@ def test_a_kill_while_the_longer_result_is_written_is_made_good(tiny, copied, mo
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, place, killing)
+        patch.setattr(results if hasattr(results, place) else Run, place, killing)
         with pytest.raises(Killed):
             further(tiny, copied)
     assert further(tiny, copied).scores["steps"] == 14
@@ -151,7 +152,7 @@ def test_a_stopped_run_may_be_made_longer_too(tiny, tmp_path, monkeypatch):
 
 def test_a_finished_run_that_is_named_goes_on_with_more_steps(tiny, copied, short):
     words = [*tiny.classify, *CONSTANT, *COURSE, "train.resume=auto"]
-    with pytest.raises(InputError, match=r"is finished.*set a larger train\.steps"):
+    with pytest.raises(JobSkipped, match="is finished"):
         train([*words, "train.steps=6"], copied)
     assert train([*words, "train.steps=9"], copied).scores["steps"] == 9
     other = [*words, "train.steps=12", "train.lr=3e-5"]

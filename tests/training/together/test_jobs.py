@@ -359,7 +359,7 @@ def test_jobs_of_two_methods_or_on_other_modules_are_refused():
         ({"steps": 1, "seed": -1}, r"train\.seed=-1 is not an integer from 0"),
         ({"steps": 1, "lr": True}, r"train\.lr=True is not of type float"),
         ({"steps": 1, "lr": 0}, r"train\.lr=0.0 is not a number above 0"),
-        ({"steps": 1, "lr": float("nan")}, r"train\.lr=nan is not a number above 0"),
+        ({"steps": 1, "lr": float("nan")}, r"train\.lr=nan is not a finite number"),
         ({"steps": 1, "betas": 0.9}, r"train\.betas=0\.9 is not of type list"),
         ({"steps": 1, "schedule": "step"}, r"train\.schedule='step' is not one of linear"),
         ({"steps": 2, "warmup": 2}, r"train\.warmup=2 is 2 steps"),
