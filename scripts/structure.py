@@ -39,6 +39,7 @@ BUDGETS = {
     "cli": 3500,
     "testing": 2450,
 }
+OWN_LINES = 360  # of the files directly in petl/
 OTHERS = {"scripts": 13150, "tests": 70000}
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
@@ -338,7 +339,7 @@ def figures(*, run: bool) -> list[Figure]:
     ]
     found = [
         *sizes,
-        Figure("lines of petl/", lines_of(PACKAGE), sum(BUDGETS.values())),
+        Figure("lines of petl/", lines_of(PACKAGE), sum(BUDGETS.values()) + OWN_LINES),
         *(
             Figure(f"lines of {name}/", lines_of(ROOT / name), most)
             for name, most in OTHERS.items()

@@ -12,6 +12,7 @@ from petl.core.parameters import adapter_parameters, trainable
 from petl.core.registry import without_data
 from petl.errors import InputError
 from petl.experiments.planning.plan import plan_run
+from petl.methods.increlora import growth_finished
 from petl.system.settings.command_line import preset_of
 from petl.training.budget import largest, resized, within_budget
 from petl.training.compose import compose
@@ -125,8 +126,8 @@ def test_increlora_grows_up_to_the_budget_and_not_above_it():
     tuner: Any = model.base_model
     for step in range(1000):
         tuner.update_and_allocate(step)
-    assert tuner.growth_finished
-    smallest = min(sum(layer.shape) + 1 for layer in tuner.active_layers.values())
+    assert growth_finished(model)
+    smallest = min(sum(layer.shape) + 1 for layer in tuner.placed["default"].values())
     assert budget - smallest < adapter_parameters(model) <= budget
 
 
