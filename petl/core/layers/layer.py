@@ -136,7 +136,7 @@ class Adapter(nn.Module):
     def is_matrix(self) -> bool:
         """True if the update is a matrix that is added to the base weight, as `change_of` is."""
         # of the method itself: `binary` swaps classes that wrap these
-        own = next(cls for cls in type(self).__mro__ if not issubclass(cls, SwappedClass))
+        own: Any = next(cls for cls in type(self).__mro__ if not issubclass(cls, SwappedClass))
         default = Adapter
         return (own.factors, own.delta, own.change_of) != (
             default.factors,
