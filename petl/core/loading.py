@@ -82,14 +82,13 @@ def load(
     # before wrapping: of a wrapped model only a remembered fingerprint is known
     present, trained_on = known_fingerprint(base), read_fingerprint(path, **where)
     insist = "--other-base (petl.load: other_base=True)"
-    saved_meaning = partial(check_meaning, path, config, **where)
+    check_patterns(config, (name for name, _ in base.named_modules()))  # which it matches
+    check_meaning(path, config, **where)
     check_tokens(config, base.get_base_model() if isinstance(base, PeftModel) else base)
     fits = partial(check_header, base, config)
     with plain_folder(path, config, kwargs, fits) as (source, kwargs):
         where = {key: kwargs[key] for key in ON_THE_HUB if key in kwargs}
         found = check_file(base, config, adapter_files(source, config, **where))
-        # these match the patterns of the config, which are checked with the file
-        saved_meaning()
         refuse_other_kinds(base.get_base_model() if isinstance(base, PeftModel) else base, config)
         action = f"loading {path}"
         check_base(trained_on, present, found, other_base=other_base, action=action, insist=insist)
