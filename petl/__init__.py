@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from petl.training import ranks as ranks
     from petl.training.adamr import AdamR
     from petl.training.integrations.trainer_callback import Callback
-    from petl.training.together.jobs import Job, Trained, train_together
+    from petl.training.together.jobs import Job, TrainResult, train_together
 
 __all__ = [
     "AdamR",
@@ -76,7 +76,7 @@ __all__ = [
     "SparseSM3",
     "Target",
     "TrainContext",
-    "Trained",
+    "TrainResult",
     "WrapContext",
     "adopt",
     "build_config",

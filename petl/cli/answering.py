@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from petl.errors import InputError, printable
 
 if TYPE_CHECKING:
-    from petl.generation.inference.sampling import Answer
+    from petl.generation.inference.sampling import Sample
 
 logger = logging.getLogger("petl")
 
@@ -36,7 +36,7 @@ def text_of(read: Callable[[], str]) -> str:
     return text
 
 
-def tell_if_cut(answer: "Answer") -> None:
+def tell_if_cut(answer: "Sample") -> None:
     """Log that an answer ended at the limit of tokens."""
     if answer.finish == "length":
         logger.info("the answer was cut after %d tokens, see --max-new-tokens", answer.tokens)

@@ -10,7 +10,7 @@ from pathlib import Path
 from petl.cli.answering import show, stopping, tell_if_cut, text_of
 from petl.errors import InputError, choose
 from petl.experiments.reports.formatting import echo, print_table
-from petl.generation.inference.chat import Chat
+from petl.generation.inference.chat import ChatSession
 from petl.generation.inference.sampling import SETTINGS
 from petl.system.files.disk import append_to
 
@@ -19,11 +19,11 @@ MARK = "/"  # begins a command
 logger = logging.getLogger("petl")
 
 
-class Ended(Exception):
+class ChatEnd(Exception):
     """The user ended the chat."""
 
 
-def run(chat: Chat) -> None:
+def run(chat: ChatSession) -> None:
     """Read lines and answer them until the input ends, or `/exit`."""
     kind = "chat template" if chat.model.is_chat else "plain text: each text is continued by itself"
     echo(f"{chat.model.name} with {described(chat)} ({kind})")
@@ -33,7 +33,7 @@ def run(chat: Chat) -> None:
         try:
             line = read()
             handle(chat, line)
-        except Ended:
+        except ChatEnd:
             break
         except EOFError:
             echo()  # the shell begins on a new line
@@ -68,7 +68,7 @@ def _enable_line_editing() -> None:
             return
 
 
-def handle(chat: Chat, line: str) -> None:
+def handle(chat: ChatSession, line: str) -> None:
     """Answer a question, or obey a command.
 
     Raises:
@@ -86,7 +86,7 @@ def handle(chat: Chat, line: str) -> None:
         answer(chat, line.strip().removeprefix(MARK) if word.startswith(MARK) else line)
 
 
-def answer(chat: Chat, text: str) -> None:
+def answer(chat: ChatSession, text: str) -> None:
     """Print the answer to a question while it is written."""
     with stopping() as stop:
         found = chat.ask(text, show, stop)
@@ -98,13 +98,13 @@ def answer(chat: Chat, text: str) -> None:
 # Commands
 
 
-def show_help(chat: Chat, rest: str) -> None:
+def show_help(chat: ChatSession, rest: str) -> None:
     """List these commands."""
     print_table(("command", ""), [(USAGES[name], str(f.__doc__)) for name, f in COMMANDS.items()])
     echo("a line that ends with \\ goes on in the next one; // begins a question with a slash")
 
 
-def set_adapter(chat: Chat, rest: str) -> None:
+def set_adapter(chat: ChatSession, rest: str) -> None:
     """List the adapters, or let another one answer; base: the model without one."""
     names = {name: chat.model.adapters.get(name, chat.model.name) for name in chat.model.names}
     if rest:
@@ -116,7 +116,7 @@ def set_adapter(chat: Chat, rest: str) -> None:
         print_table(("adapter", "", ""), [(n, p, marks.get(n, "")) for n, p in names.items()])
 
 
-def set_system(chat: Chat, rest: str) -> None:
+def set_system(chat: ChatSession, rest: str) -> None:
     """Show the system prompt, or set it for all further answers; -: none."""
     if rest and not chat.model.is_chat:
         raise InputError(f"{chat.model.name} reads plain text, without a system prompt")
@@ -127,7 +127,7 @@ def set_system(chat: Chat, rest: str) -> None:
     echo(f"system prompt: {current}" if current else "no system prompt of your own")
 
 
-def set_sampling(chat: Chat, rest: str) -> None:
+def set_sampling(chat: ChatSession, rest: str) -> None:
     """Show the settings of sampling, or change one: /set temperature 0.7; -: the model's."""
     name, _, value = rest.partition(" ")
     if name:
@@ -147,7 +147,7 @@ def _parsed(name: str, value: str) -> float | int | None:
         raise InputError(f"{name}={value} is not a number: /set {name} NUMBER") from None
 
 
-def retry(chat: Chat, rest: str) -> None:
+def retry(chat: ChatSession, rest: str) -> None:
     """Answer the last question again, such as with another adapter."""
     turns, asked = [*chat.turns], chat.asked
     try:
@@ -157,13 +157,13 @@ def retry(chat: Chat, rest: str) -> None:
         raise
 
 
-def reset(chat: Chat, rest: str) -> None:
+def reset(chat: ChatSession, rest: str) -> None:
     """Forget all questions and answers."""
     chat.forget()
     echo("the chat begins again")
 
 
-def save(chat: Chat, rest: str) -> None:
+def save(chat: ChatSession, rest: str) -> None:
     """Append the chat to a .jsonl file, as a row to train on."""
     if not rest.endswith(".jsonl"):
         raise InputError(f"{rest!r} is not the name of a .jsonl file: /save FILE.jsonl")
@@ -184,18 +184,18 @@ def save(chat: Chat, rest: str) -> None:
     echo(f"saved in {file}")
 
 
-def end(chat: Chat, rest: str) -> None:
+def end(chat: ChatSession, rest: str) -> None:
     """End the chat."""
-    raise Ended
+    raise ChatEnd
 
 
-def described(chat: Chat) -> str:
+def described(chat: ChatSession) -> str:
     """The adapter that answers, in words."""
     folder = chat.model.adapters.get(chat.adapter)
     return f"adapter {chat.adapter} ({folder})" if folder else "no adapter"
 
 
-COMMANDS: dict[str, Callable[[Chat, str], None]] = {
+COMMANDS: dict[str, Callable[[ChatSession, str], None]] = {
     "/adapter": set_adapter,
     "/system": set_system,
     "/set": set_sampling,

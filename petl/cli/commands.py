@@ -10,13 +10,22 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from petl.cli.table import Compare, Data, Export, Merge, Methods, Plan, Report, Show
+from petl.cli.table import (
+    CompareOptions,
+    DataOptions,
+    ExportOptions,
+    MergeOptions,
+    MethodsOptions,
+    PlanOptions,
+    ReportOptions,
+    ShowOptions,
+)
 from petl.errors import InputError, RunStopped
 from petl.experiments.reports.formatting import duration, echo, print_table, size
 from petl.training.compose import compose
 
 if TYPE_CHECKING:
-    from petl.adapters.export.checked_folder import Written
+    from petl.adapters.export.checked_folder import OutputFolder
     from petl.experiments.planning.memory import Memory
     from petl.experiments.reports.answers import Differences
     from petl.experiments.reports.entries import RunResult
@@ -27,7 +36,7 @@ logger = logging.getLogger("petl")
 # petl methods, petl show
 
 
-def methods(options: Methods) -> None:
+def methods(options: MethodsOptions) -> None:
     """Print the tables of methods, losses and recipes."""
     from petl.cli.catalog.listing import listing
 
@@ -39,7 +48,7 @@ def methods(options: Methods) -> None:
     echo("`petl show NAME` describes one and its fields; `petl plan` counts on your own model")
 
 
-def show(options: Show) -> None:
+def show(options: ShowOptions) -> None:
     """Print the page of a method, loss or recipe, or one field of it."""
     from petl.cli.catalog.method_page import page_of
 
@@ -71,7 +80,7 @@ def show(options: Show) -> None:
 # petl plan
 
 
-def plan(options: Plan) -> None:
+def plan(options: PlanOptions) -> None:
     """Print targets, parameters, memory, length and capabilities of a run."""
     from petl.experiments.planning.plan import plan_run
 
@@ -147,7 +156,7 @@ def print_memory(memory: "Memory") -> None:
 # petl data
 
 
-def data(options: Data) -> None:
+def data(options: DataOptions) -> None:
     """Print sizes, labels and examples of the training data."""
     from petl.experiments.planning import preview
 
@@ -169,7 +178,7 @@ def data(options: Data) -> None:
 # petl merge, export
 
 
-def merge(options: Merge) -> None:
+def merge(options: MergeOptions) -> None:
     """Merge an adapter into its base model, and print how the outputs compare."""
     from petl.adapters.export.merge import merge as write
     from petl.experiments.reports.differences import NOTHING, print_written
@@ -191,7 +200,7 @@ def merge(options: Merge) -> None:
         echo("rounding removes much of the adapter's effect; --dtype float32 merges without loss")
 
 
-def export(options: Export) -> None:
+def export(options: ExportOptions) -> None:
     """Write an adapter in another format, and print how the outputs compare."""
     if options.format == "vllm":  # of a drafter, whose model is another folder
         from petl.generation.inference.draft_export import export_drafter
@@ -211,7 +220,7 @@ def export(options: Export) -> None:
 
 def _export_format(
     name: str,
-) -> tuple[Callable[..., "Written"], str, Callable[[Path], Iterable[str]]]:
+) -> tuple[Callable[..., "OutputFolder"], str, Callable[[Path], Iterable[str]]]:
     """Return the function that writes a format, what it writes, and how that is used."""
     # gguf and onnx need extras: only the chosen format is imported
     if name == "gguf":
@@ -235,14 +244,14 @@ def _export_format(
 # petl report, petl compare
 
 
-def write_report(options: Report) -> None:
+def write_report(options: ReportOptions) -> None:
     """Write the report of a run, and print its path."""
     from petl.experiments.reports.run_report import write_page
 
     echo(write_page(Path(options.run)))
 
 
-def compare(options: Compare) -> None:
+def compare(options: CompareOptions) -> None:
     """Print, and with --out write, a comparison of finished runs.
 
     Raises:
@@ -272,7 +281,7 @@ def compare(options: Compare) -> None:
         raise RunStopped(f"compared {len(found.runs)} runs; left out: {len(found.left_out)}")
 
 
-def _answers(options: Compare, runs: list["RunResult"]) -> "Differences":
+def _answers(options: CompareOptions, runs: list["RunResult"]) -> "Differences":
     """Compare the predictions of the two runs, in the order in which they were named."""
     from petl.experiments.reports.answers import compare_answers
 

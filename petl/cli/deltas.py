@@ -3,10 +3,10 @@
 from functools import partial
 from pathlib import Path
 
-from petl.cli.table import Combine, Compress, Prune
+from petl.cli.table import CombineOptions, CompressOptions, PruneOptions
 
 
-def compress(options: Compress) -> None:
+def compress(options: CompressOptions) -> None:
     """Write a compressed adapter, and print what was kept and how the outputs compare."""
     from petl.adapters.deltas.adapters import read, write_compressed
     from petl.adapters.deltas.measured import change_by, compress_best
@@ -52,7 +52,7 @@ def compress(options: Compress) -> None:
     echo(f"{size(before)} -> {size(after)} ({before / after:.1f} times smaller) in {out}")
 
 
-def prune(options: Prune) -> None:
+def prune(options: PruneOptions) -> None:
     """Write a pruned adapter or model, and print what was kept."""
     from petl.adapters.deltas.adapters import count_kept, pruned, pruned_names, read, write_pruned
     from petl.adapters.deltas.full_model import prune_model
@@ -103,7 +103,7 @@ def prune(options: Prune) -> None:
     echo(f"written to {out}")
 
 
-def combine(options: Combine) -> None:
+def combine(options: CombineOptions) -> None:
     """Write a combined adapter."""
     from petl.adapters.deltas.updates import combine_adapters, level_for
     from petl.adapters.export.saved_adapter import find

@@ -1,9 +1,9 @@
 """The command `petl draft`: train a drafter for a saved model."""
 
-from petl.cli.table import Draft
+from petl.cli.table import DraftOptions
 
 
-def draft(options: Draft) -> None:
+def draft(options: DraftOptions) -> None:
     """Train a drafter, and print what it gives."""
     from petl.experiments.reports.formatting import echo, print_table
     from petl.generation.inference.draft_training import train_drafter

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from petl.cli.table import Pull, Push
+from petl.cli.table import PullOptions, PushOptions
 
 
-def push(options: Push) -> None:
+def push(options: PushOptions) -> None:
     """List the files of a folder, and upload them."""
     from petl.adapters.export import upload
     from petl.experiments.reports.formatting import echo, print_table, size
@@ -46,7 +46,7 @@ def push(options: Push) -> None:
         echo(f'to load it: import petl; model = petl.load(base, "{pushed.name}")')
 
 
-def pull(options: Pull) -> None:
+def pull(options: PullOptions) -> None:
     """Download a repository, and print its commit."""
     from petl.adapters.export import download
     from petl.experiments.reports.formatting import echo, size

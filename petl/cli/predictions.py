@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from petl.cli.table import Eval, Predict
+from petl.cli.table import EvalOptions, PredictOptions
 
 
-def predict(options: Predict) -> None:
+def predict(options: PredictOptions) -> None:
     """Predict the rows of files and write them."""
     # each process runs this command again, without the option
     processes = options.processes or 1
@@ -15,7 +15,7 @@ def predict(options: Predict) -> None:
         run_in_processes(processes, without_processes(options.words))
         return
     from petl.errors import InputError
-    from petl.generation.prediction.files import Output, predict_files
+    from petl.generation.prediction.files import PredictionFile, predict_files
     from petl.system.processes import end_with_launcher
 
     # under torchrun: a process that outlives the launcher would keep its GPU
@@ -28,14 +28,14 @@ def predict(options: Predict) -> None:
     predict_files(
         options.find(),
         names,
-        Output(options.out, options.prefix),
+        PredictionFile(options.out, options.prefix),
         settings,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
     )
 
 
-def evaluate(options: Eval) -> None:
+def evaluate(options: EvalOptions) -> None:
     """Print the scores of a saved adapter on data, and write them with their analysis."""
     from petl.experiments.reports.evaluation_report import print_evaluation, write_evaluation
     from petl.generation.prediction.evaluation import evaluate_saved, folder_of

@@ -5,17 +5,17 @@ import os
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
-from petl.cli.table import API_KEY, NO_DRAFTS, Serve
+from petl.cli.table import API_KEY, NO_DRAFTS, ServeOptions
 from petl.errors import InputError
 
 if TYPE_CHECKING:
-    from petl.generation.serving.served import Served
+    from petl.generation.serving.served import ServedAdapter
 
 LOCAL = "localhost"
 logger = logging.getLogger("petl")
 
 
-def serve(options: Serve) -> None:
+def serve(options: ServeOptions) -> None:
     """Load the models and serve them until Ctrl-C."""
     from petl.system.imports.extras import need_extra
 
@@ -24,7 +24,7 @@ def serve(options: Serve) -> None:
     from petl.generation.serving import app
     from petl.generation.serving.engine import Engine
     from petl.generation.serving.models import load_served, named_runs
-    from petl.generation.serving.service import Service
+    from petl.generation.serving.service import AnswerService
 
     key = options.api_key
     if key is None:
@@ -44,7 +44,7 @@ def serve(options: Serve) -> None:
         drafter=None if options.drafter == NO_DRAFTS else options.drafter,
     )
     engine = Engine(max_batch=options.max_batch, max_waiting=options.max_waiting)
-    service = Service(served, engine, options.max_tokens)
+    service = AnswerService(served, engine, options.max_tokens)
     port = bound.getsockname()[1]  # the system has chosen it, if --port is 0
     # an address of IPv6 has brackets in a URL
     host = f"[{options.host}]" if ":" in options.host else options.host
@@ -67,5 +67,5 @@ def is_local(host: str) -> bool:
         return False
 
 
-def _described(served: "Served") -> str:
+def _described(served: "ServedAdapter") -> str:
     return served.path or "the base model"

@@ -1,12 +1,12 @@
 """The command `petl squeeze`: a budget of bytes, divided over the layers of an adapter."""
 
-from petl.cli.table import Squeeze
+from petl.cli.table import SqueezeOptions
 
 
-def squeeze(options: Squeeze) -> None:
+def squeeze(options: SqueezeOptions) -> None:
     """Search, write the adapter, and print how it compares with even levels."""
     from petl.adapters.search.features import FEATURES
-    from petl.adapters.search.records import Settings
+    from petl.adapters.search.records import SearchSettings
     from petl.adapters.search.squeeze import squeeze as search
     from petl.adapters.search.squeeze import weights_of
     from petl.experiments.reports.squeezed import print_squeezed
@@ -17,7 +17,7 @@ def squeeze(options: Squeeze) -> None:
     size = options.bytes or int((options.share or 0) * own)
     folder = saved.run or saved.adapter.absolute()  # "." has no name
     out = options.out or folder.with_name(f"{folder.name}-{options.what}-{size}")
-    settings = Settings(
+    settings = SearchSettings(
         options.what,
         size,
         options.metric,

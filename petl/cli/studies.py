@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from petl.cli.table import BatchSizes, Buckets, Configs, Study
+from petl.cli.table import BatchSizesOptions, BucketsOptions, ConfigsOptions, StudyOptions
 
 
-def study(options: Study) -> None:
+def study(options: StudyOptions) -> None:
     """Run a study, and write its page, also when runs failed."""
     from petl.errors import InputError
     from petl.experiments.reports.comparison import compare
@@ -36,7 +36,7 @@ def study(options: Study) -> None:
             write_page(compare([folder / "runs"]), folder, study.tried)
 
 
-def batch_sizes(options: BatchSizes) -> None:
+def batch_sizes(options: BatchSizesOptions) -> None:
     """Find the batch sizes of a run, print them, and write them to a file."""
     from petl.experiments.planning.batch_sizes import bytes_of, find
     from petl.experiments.reports.formatting import echo, print_table
@@ -56,7 +56,7 @@ def batch_sizes(options: BatchSizes) -> None:
     echo(line)
 
 
-def buckets(options: Buckets) -> None:
+def buckets(options: BucketsOptions) -> None:
     """Estimate the padding, print it, and write the buckets to a file."""
     from petl.experiments.planning.bucket_estimate import estimate
     from petl.experiments.reports.formatting import echo
@@ -82,7 +82,7 @@ def _write_yaml(file: Path, content: dict[str, object]) -> None:
     write_atomic(file, OmegaConf.to_yaml(OmegaConf.create(content)))
 
 
-def configs(options: Configs) -> None:
+def configs(options: ConfigsOptions) -> None:
     """Print the folders and names of configurations, or the file of one."""
     from petl.experiments.reports.formatting import echo, print_table
     from petl.system.settings.command_line import config_dirs, file_named, groups, options_of, plus

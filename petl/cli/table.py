@@ -29,7 +29,7 @@ from petl.cli.options import Command, Options, argument, choice, either, option,
 from petl.system.imports.extras import install_hint
 
 if TYPE_CHECKING:
-    from petl.adapters.export.saved_adapter import Saved
+    from petl.adapters.export.saved_adapter import SavedAdapter
 
 MODEL = "folder of a run, of an adapter, or of a merged model"
 JOBS = number(int, 1, 8 * (os.cpu_count() or 1))  # assumption: more jobs would only wait
@@ -62,7 +62,7 @@ def command(
 
 
 @dataclass(kw_only=True)
-class Configured(Options):
+class ConfigOptions(Options):
     """A command that reads configurations."""
 
     config_dir: str | None = option(
@@ -71,7 +71,7 @@ class Configured(Options):
 
 
 @dataclass(kw_only=True)
-class Composed(Configured):
+class ComposeOptions(ConfigOptions):
     """A command that takes settings of `petl train`."""
 
     overrides: list[str] = argument(
@@ -80,7 +80,7 @@ class Composed(Configured):
 
 
 @dataclass(kw_only=True)
-class Trusting(Options):
+class TrustOptions(Options):
     """A command that reads a base model."""
 
     trust_remote_code: bool = switch(
@@ -90,7 +90,7 @@ class Trusting(Options):
 
 
 @dataclass(kw_only=True)
-class Loading(Trusting):
+class LoadOptions(TrustOptions):
     """A command that loads adapters on their base model."""
 
     other_base: bool = switch(
@@ -99,12 +99,12 @@ class Loading(Trusting):
 
 
 @dataclass(kw_only=True)
-class OfRun(Loading):
+class RunOptions(LoadOptions):
     """A command that loads the adapter of one run."""
 
     run: str = argument("folder of a run, or of an adapter")
 
-    def find(self) -> "Saved":
+    def find(self) -> "SavedAdapter":
         """Return the adapter that is saved there."""
         from petl.adapters.export.saved_adapter import find
 
@@ -113,14 +113,14 @@ class OfRun(Loading):
 
 
 @dataclass(kw_only=True)
-class ToFolder(OfRun):
+class FolderOptions(RunOptions):
     """A command that writes an adapter to another folder."""
 
     out: Path = argument("folder to write: new or empty", new_folder_to_write())
 
 
 @dataclass(kw_only=True)
-class Checked(ToFolder):
+class CheckOptions(FolderOptions):
     """A command that compares outputs before it writes."""
 
     # None: the default depends on the dtype of the base model
@@ -135,7 +135,7 @@ class Checked(ToFolder):
 
 
 @command("methods", "commands:methods")
-class Methods(Configured):
+class MethodsOptions(ConfigOptions):
     """List methods, extra losses and recipes.
 
     Methods are listed by what they are for, with the number of trainable parameters on one
@@ -149,7 +149,7 @@ class Methods(Configured):
 
 
 @command("train", "train:main", usage=TRAIN_USAGE)
-class Train(Options):
+class TrainOptions(Options):
     """Train one adapter and save it, or several: a sweep.
 
     `petl train --help` lists the groups, their names and all settings.
@@ -163,7 +163,7 @@ class Train(Options):
 
 
 @command("show", "commands:show")
-class Show(Configured):
+class ShowOptions(ConfigOptions):
     """Describe a method, loss or recipe and its fields.
 
     Prints paper, capabilities, usage, and each field with type, default and meaning. The default is
@@ -180,7 +180,7 @@ class Show(Configured):
 
 
 @command("plan", "commands:plan")
-class Plan(Composed):
+class PlanOptions(ComposeOptions):
     """Estimate parameters, memory and length of a run without training.
 
     Prints what `petl train SETTING ...` would do, without loading weights: target modules,
@@ -194,7 +194,7 @@ class Plan(Composed):
 
 
 @command("data", "commands:data")
-class Data(Composed):
+class DataOptions(ComposeOptions):
     """Preview the training data: examples, lengths, labels.
 
     Prints the examples that `petl train SETTING ...` would train on, as the model reads them:
@@ -211,7 +211,7 @@ class Data(Composed):
 
 
 @command("report", "commands:write_report")
-class Report(Options):
+class ReportOptions(Options):
     """Write the report of a run (report.html).
 
     It has scores, predictions, charts of the training log, what the method did by layer, time by
@@ -223,7 +223,7 @@ class Report(Options):
 
 
 @command("compare", "commands:compare")
-class Compare(Options):
+class CompareOptions(Options):
     """Compare finished runs: scores, sizes, times.
 
     Prints test score with its standard deviation over seeds, trainable parameters, file size,
@@ -251,7 +251,7 @@ class Compare(Options):
 
 
 @command("study", "studies:study")
-class Study(Composed):
+class StudyOptions(ComposeOptions):
     """Train several methods and write a page that compares them (FOLDER/index.html).
 
       petl study runs/nine --methods lora,mola,mos --seeds 0,1,2 \\
@@ -284,7 +284,7 @@ class Study(Composed):
 
 
 @command("batch-sizes", "studies:batch_sizes")
-class BatchSizes(Composed):
+class BatchSizesOptions(ComposeOptions):
     """Find the largest batch size for each length, for train.batch_sizes.
 
       petl batch-sizes +method=mola model=minilm train.buckets=10
@@ -303,7 +303,7 @@ class BatchSizes(Composed):
 
 
 @command("buckets", "studies:buckets")
-class Buckets(Composed):
+class BucketsOptions(ComposeOptions):
     """Estimate how much padding length buckets save, and write their edges.
 
       petl buckets buckets.yaml model=smollm2 data=reasoning train.buckets=30 train.max_tokens=4096
@@ -316,7 +316,7 @@ class Buckets(Composed):
 
 
 @command("configs", "studies:configs")
-class Configs(Configured):
+class ConfigsOptions(ConfigOptions):
     """List the configurations, or print one, to start your own from it.
 
       petl configs
@@ -338,7 +338,7 @@ class Configs(Configured):
 
 
 @dataclass(kw_only=True)
-class Batched(OfRun):
+class BatchOptions(RunOptions):
     """A command that passes rows of files through an adapted model."""
 
     max_new_tokens: int | None = option("longest answer of a model that writes", COUNT)
@@ -346,7 +346,7 @@ class Batched(OfRun):
 
 
 @command("eval", "predictions:evaluate")
-class Eval(Batched):
+class EvalOptions(BatchOptions):
     """Evaluate a run's adapter on its test set, or on files.
 
     Prints the scores on its test set next to those that the run saved in scores.json, or its scores
@@ -377,7 +377,7 @@ class Eval(Batched):
 
 
 @command("predict", "predictions:predict")
-class Predict(Batched):
+class PredictOptions(BatchOptions):
     """Predict the rows of files with a run's adapter.
 
     The rows need no labels, and are written with all of their columns and the predictions: the
@@ -409,7 +409,7 @@ class Predict(Batched):
 
 
 @dataclass(kw_only=True)
-class Answering(OfRun):
+class AnswerOptions(RunOptions):
     """A command that lets a language model answer.
 
     Settings of sampling that are None have the value of the model's generation config.
@@ -459,7 +459,7 @@ class Answering(OfRun):
 
 
 @command("generate", "writing:generate")
-class Generate(Answering):
+class GenerateOptions(AnswerOptions):
     """Let a model answer prompts.
 
     The model is the adapter of a run on its base model, or a merged model. Prompts are turns of the
@@ -498,7 +498,7 @@ class Generate(Answering):
 
 
 @command("chat", "writing:chat")
-class Chat(Answering):
+class ChatOptions(AnswerOptions):
     """Chat with a model in the terminal.
 
     The model is the adapter of a run on its base model, or a merged model. The answer appears while
@@ -515,7 +515,7 @@ class Chat(Answering):
 
 
 @command("serve", "serve:serve")
-class Serve(Loading):
+class ServeOptions(LoadOptions):
     """Serve adapters over HTTP, with OpenAI's API.
 
     Any number of adapters share one base model. A request chooses an adapter by `model`: the name
@@ -563,7 +563,7 @@ class Serve(Loading):
 
 
 @command("draft", "drafts:draft")
-class Draft(OfRun, Configured):
+class DraftOptions(RunOptions, ConfigOptions):
     """Train a drafter: faster answers of a run's model.
 
     The drafter is written to RUN/drafter, where petl generate finds it. The model answers prompts
@@ -593,7 +593,7 @@ class Draft(OfRun, Configured):
 
 
 @command("merge", "commands:merge")
-class Merge(Checked):
+class MergeOptions(CheckOptions):
     """Merge an adapter into its base model.
 
     Writes a plain model with config and tokenizer, which AutoModel...from_pretrained(OUT) loads
@@ -609,7 +609,7 @@ class Merge(Checked):
 
 
 @command("export", "commands:export")
-class Export(Checked):
+class ExportOptions(CheckOptions):
     """Convert an adapter (LoRA, small model, GGUF, ONNX) or a drafter.
 
     The outputs on test examples of the run are compared before anything is kept; if they differ by
@@ -646,7 +646,7 @@ class Export(Checked):
 
 
 @command("push", "hub:push")
-class Push(Trusting):
+class PushOptions(TrustOptions):
     """Upload an adapter or an exported model to the Hub.
 
     Uploads the adapter of a run, an adapter folder, or what `petl export` or `petl merge` wrote, to
@@ -673,7 +673,7 @@ class Push(Trusting):
 
 
 @command("pull", "hub:pull")
-class Pull(Options):
+class PullOptions(Options):
     """Download an adapter or a model from the Hub, and check it.
 
     One commit of a repository is downloaded and read strictly: config, names and shapes of tensors,
@@ -694,7 +694,7 @@ class Pull(Options):
 
 
 @dataclass(kw_only=True)
-class Excluding(Options):
+class ExcludeOptions(Options):
     """A command that changes tensors of adapters."""
 
     exclude: list[str] = option(
@@ -706,7 +706,7 @@ class Excluding(Options):
 
 
 @command("compress", "deltas:compress")
-class Compress(ToFolder, Excluding):
+class CompressOptions(FolderOptions, ExcludeOptions):
     """Write an adapter 14 to 50 times smaller.
 
     Only the signs of the largest values are kept, with one magnitude (ComPEFT). `petl.load` and all
@@ -734,7 +734,7 @@ class Compress(ToFolder, Excluding):
 
 
 @command("prune", "deltas:prune")
-class Prune(ToFolder, Excluding):
+class PruneOptions(FolderOptions, ExcludeOptions):
     """Drop values of an adapter at random (DARE, DAREx).
 
     Writes an adapter of which a random fraction of the values is 0 and the others are divided by q.
@@ -758,7 +758,7 @@ class Prune(ToFolder, Excluding):
 
 
 @command("combine", "deltas:combine")
-class Combine(Loading, Excluding):
+class CombineOptions(LoadOptions, ExcludeOptions):
     """Combine several adapters into one.
 
     Writes their sum (linear), or the sum of what is left of each after pruning by magnitude, by
@@ -792,7 +792,7 @@ class Combine(Loading, Excluding):
 
 
 @command("squeeze", "squeeze:squeeze")
-class Squeeze(OfRun):
+class SqueezeOptions(RunOptions):
     """Divide a budget of bytes over an adapter's layers.
 
     Writes an adapter whose file of weights has at most so many bytes, with the levels of its layers

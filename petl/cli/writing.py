@@ -7,21 +7,21 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from petl.cli.answering import show, tell_if_cut, text_of
-from petl.cli.table import BATCH, Answering, Chat, Generate
+from petl.cli.table import BATCH, AnswerOptions, ChatOptions, GenerateOptions
 from petl.errors import InputError, printable
 
 if TYPE_CHECKING:
     from petl.efficiency.drafting import Stats
     from petl.generation.inference.language_model import LanguageModel, Prompt
     from petl.generation.inference.prompts import Question
-    from petl.generation.inference.sampling import Answer, Sampling
+    from petl.generation.inference.sampling import Sample, Sampling
 
 logger = logging.getLogger("petl")
 
 # Shared by both
 
 
-def load(options: Answering) -> "LanguageModel":
+def load(options: AnswerOptions) -> "LanguageModel":
     """Load the model of a command."""
     from petl.generation.inference.loading import load_language_model
 
@@ -43,7 +43,7 @@ def load(options: Answering) -> "LanguageModel":
     return model
 
 
-def sampling_of(options: Answering) -> "Sampling":
+def sampling_of(options: AnswerOptions) -> "Sampling":
     """Return the settings of sampling of a command, and seed the random numbers."""
     from transformers import set_seed
 
@@ -57,13 +57,13 @@ def sampling_of(options: Answering) -> "Sampling":
 # petl generate
 
 
-def generate(options: Generate) -> None:
+def generate(options: GenerateOptions) -> None:
     """Answer the prompts; print the answers, or write them to a file."""
     if options.out is not None:
-        from petl.generation.prediction.files import Output
+        from petl.generation.prediction.files import PredictionFile
 
         read = [] if options.file is None else [options.file]
-        Output(options.out).check(read)  # before the model is loaded
+        PredictionFile(options.out).check(read)  # before the model is loaded
     sampling = sampling_of(options)
     batch_size = _batch_size(options)
     model = load(options)
@@ -81,7 +81,7 @@ def generate(options: Generate) -> None:
         _tell_stats(model, stats)
 
 
-def _batch_size(options: Generate) -> int:
+def _batch_size(options: GenerateOptions) -> int:
     """Return how many prompts of a file, or with --out, are answered together.
 
     Raises:
@@ -141,7 +141,7 @@ def _tell_stats(model: "LanguageModel", stats: "Stats") -> None:
 
 
 def _print_answers(
-    options: Generate, model: "LanguageModel", sampling: "Sampling", names: list[str]
+    options: GenerateOptions, model: "LanguageModel", sampling: "Sampling", names: list[str]
 ) -> "Stats":
     """Print the answers to `--prompt` while they are written; return what drafts did."""
     from petl.efficiency.drafting import Stats
@@ -160,7 +160,7 @@ def _print_answers(
     return stats
 
 
-def _prompts(options: Generate) -> list[str]:
+def _prompts(options: GenerateOptions) -> list[str]:
     # kept: standard input can be read once only
     readers = [sys.stdin.read if each == "-" else partial(str, each) for each in options.prompt]
     options.prompt = [text_of(read) for read in readers]
@@ -172,7 +172,7 @@ def _title(model: "LanguageModel", name: str) -> str:
 
 
 def _write_answers(
-    options: Generate,
+    options: GenerateOptions,
     model: "LanguageModel",
     sampling: "Sampling",
     names: list[str],
@@ -213,7 +213,7 @@ def _write_answers(
     return stats
 
 
-def _questions(options: Generate, model: "LanguageModel") -> Iterator["Question"]:
+def _questions(options: GenerateOptions, model: "LanguageModel") -> Iterator["Question"]:
     """The prompts with the rows that they are from: those of the file, or of --prompt."""
     from petl.generation.inference.prompts import Question, read_prompts
 
@@ -223,7 +223,7 @@ def _questions(options: Generate, model: "LanguageModel") -> Iterator["Question"
     return (Question({"prompt": prompt}, prompt) for prompt in _prompts(options))
 
 
-def _record(row: Mapping[str, Any], found: Mapping[str, "Answer"]) -> dict[str, Any]:
+def _record(row: Mapping[str, Any], found: Mapping[str, "Sample"]) -> dict[str, Any]:
     """A row with its answers: that of the first adapter, and others by name."""
     first, *others = found  # in the order of `names`
     more = {f"generated_{name}": found[name].text for name in others}
@@ -233,10 +233,10 @@ def _record(row: Mapping[str, Any], found: Mapping[str, "Answer"]) -> dict[str, 
 # petl chat
 
 
-def chat(options: Chat) -> None:
+def chat(options: ChatOptions) -> None:
     """Chat until the end of the input."""
     from petl.cli.chat_commands import run
-    from petl.generation.inference.chat import Chat as Session
+    from petl.generation.inference.chat import ChatSession as Session
 
     sampling = sampling_of(options)
     model = load(options)

@@ -94,7 +94,7 @@ def config_file(path: str | Path, **where: Any) -> Path:
     return file
 
 
-class Named(TypedDict):
+class ConfigHeader(TypedDict):
     """The entry of adapter_config.json that every adapter has."""
 
     peft_type: str
@@ -102,7 +102,7 @@ class Named(TypedDict):
 
 def _check_config(file: Path) -> None:
     """Raise InputError unless a config names a known method, with values of the right types."""
-    raw = read_json(file, Named)
+    raw = read_json(file, ConfigHeader)
     peft_type = raw["peft_type"]
     config_cls: Any = config_class(peft_type)
     if config_cls is None:

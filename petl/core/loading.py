@@ -17,7 +17,7 @@ from petl.core.model.patterns import check_patterns
 from petl.core.model.targets import check_tokens
 from petl.core.parameters import check_module
 from petl.core.registry import refusal, refuse_other_kinds, refuse_quantized
-from petl.core.skeleton import Expected, check_tables, expected_tensors
+from petl.core.skeleton import SkeletonShapes, check_tables, expected_tensors
 from petl.core.spec.checks import check_adapter_name
 from petl.core.spec.method import modifies_base_weights
 from petl.core.support import Capability
@@ -201,7 +201,7 @@ def check_header(
     found: Shapes,
     what: str,
     left_out: tuple[str, ...] = (),
-) -> Expected:
+) -> SkeletonShapes:
     """Compare names and shapes of an adapter file with what model and config require.
 
     Args:

@@ -158,7 +158,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-class LimitExceeded(MemoryError):
+class TooManyBytes(MemoryError):
     """More bytes than `limit` would be alive; the argument is their number."""
 
 
@@ -180,7 +180,7 @@ class LimitedBytes(LiveBytes):
         if not more:
             return func(*args, **(kwargs or {}))
         if self.now + more > self.limit:
-            raise LimitExceeded(self.now + more)
+            raise TooManyBytes(self.now + more)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
@@ -215,5 +215,5 @@ def within_memory(what: str, remedy: str) -> Generator[None]:
     try:
         with LimitedBytes(psutil.virtual_memory().total):
             yield
-    except LimitExceeded as error:
+    except TooManyBytes as error:
         check_memory(what, error.args[0], remedy)

@@ -25,7 +25,7 @@ from petl.system.files.tensor_file import Shapes
 
 
 @dataclass(frozen=True)
-class Expected:
+class SkeletonShapes:
     """The tensors that the file of an adapter must have.
 
     Attributes:
@@ -47,7 +47,7 @@ NAME = "default"  # of the adapter in a skeleton; names of tensors in files are 
 CACHE = "_petl_expected_tensors"  # attribute of a PeftModel
 
 
-def expected_tensors(model: nn.Module, config: PeftConfig) -> Expected:
+def expected_tensors(model: nn.Module, config: PeftConfig) -> SkeletonShapes:
     """Add an adapter to a skeleton of a model, and return the tensors that its file must have.
 
     A PeftModel keeps the result, if it takes no memory, for the next adapter of an equal config:
@@ -83,7 +83,7 @@ def expected_tensors(model: nn.Module, config: PeftConfig) -> Expected:
     return expected
 
 
-def _inject(skeleton: Any, config: Any) -> Expected:
+def _inject(skeleton: Any, config: Any) -> SkeletonShapes:
     if isinstance(facts_of(config).init_lora_weights, str):
         config.init_lora_weights = True  # others need values; shapes are the same
     if hasattr(config, "prompt_tuning_init"):
@@ -121,7 +121,7 @@ def _inject(skeleton: Any, config: Any) -> Expected:
     }
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in everything.items()}
     required = [name for name in required if name.rpartition(".")[2] not in may_lack]
-    return Expected(
+    return SkeletonShapes(
         wrapped,
         {name: shapes.pop(name) for name in required},
         shapes,
@@ -129,7 +129,9 @@ def _inject(skeleton: Any, config: Any) -> Expected:
     )
 
 
-def check_tables(expected: Expected, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
+def check_tables(
+    expected: SkeletonShapes, config: PeftConfig, tensors: Mapping[str, Tensor]
+) -> None:
     """Let a method of petl check the values of an adapter's tensors, as it does on loading.
 
     Raises:

@@ -11,7 +11,7 @@ SOURCES = {
     "hamlet": "petl.data.bundled:Hamlet",
     "reasoning": "petl.data.bundled:Reasoning",
     "files": "petl.data.files:Files",
-    "hub": "petl.data.hub:Hub",
+    "hub": "petl.data.hub:HubData",
     "image_folder": "petl.data.folders:ImageFolder",
     "audio_folder": "petl.data.folders:AudioFolder",
     "digits": "petl.data.bundled:Digits",

@@ -15,7 +15,7 @@ from petl.system.files import hub
 
 
 @dataclass(kw_only=True)
-class Hub(Tabular):
+class HubData(Tabular):
     """Splits of a data set on the Hub; code inside a data set is never run."""
 
     config: str | None = None  # name of a configuration, for data sets with several

@@ -25,7 +25,7 @@ from petl.efficiency.rewrite import Rewrite
 from petl.ops.low_rank import has_no_hooks
 
 
-class _Recomputed(torch.autograd.Function):
+class _ActivationProduct(torch.autograd.Function):
     """`act(z)`, or `act(z) * up`, that saves only `z` and `up` for backward."""
 
     @staticmethod
@@ -56,7 +56,7 @@ def _product(a: Tensor, up: Tensor | None) -> Tensor:
 
 
 def _inputs(node: Any) -> tuple[Tensor, Tensor | None]:
-    """Return the saved tensors of a `_Recomputed` node, read once and kept until its backward.
+    """Return the saved tensors of an `_ActivationProduct`, read once and kept until its backward.
 
     Under checkpointing, saved tensors can be unpacked only once.
     """
@@ -65,7 +65,7 @@ def _inputs(node: Any) -> tuple[Tensor, Tensor | None]:
     return node.unpacked
 
 
-class _Recipe(NamedTuple):
+class _SavedView(NamedTuple):
     """Saved in place of a tensor: node and view (size, stride, offset) of its output."""
 
     node: Any
@@ -80,9 +80,9 @@ class _Recipe(NamedTuple):
 
 @contextmanager
 def _saved_as_recipe(x: Any) -> Generator[None]:
-    """In the block, save a `_Recipe` in place of `x` and its views, if `_Recomputed` made `x`."""
+    """In the block, save `_SavedView`s for `x` and its views, if `_ActivationProduct` made `x`."""
     node = getattr(x, "grad_fn", None)
-    if not isinstance(node, _Recomputed._backward_cls):
+    if not isinstance(node, _ActivationProduct._backward_cls):
         yield
         return
     # only the innermost hooks of torch are called, so these pass all other tensors on to the outer
@@ -93,10 +93,10 @@ def _saved_as_recipe(x: Any) -> Generator[None]:
     def pack(tensor: Tensor) -> Any:
         if tensor.layout != torch.strided or tensor.untyped_storage()._cdata != storage:
             return outer_pack(tensor)
-        return _Recipe(node, (tensor.size(), tensor.stride(), tensor.storage_offset()))
+        return _SavedView(node, (tensor.size(), tensor.stride(), tensor.storage_offset()))
 
     def unpack(packed: Any) -> Tensor:
-        return packed.tensor() if isinstance(packed, _Recipe) else outer_unpack(packed)
+        return packed.tensor() if isinstance(packed, _SavedView) else outer_unpack(packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
@@ -117,7 +117,7 @@ def _can_recompute(act: Any) -> bool:
     return not is_module or (has_no_hooks(act) and next(act.parameters(), None) is None)
 
 
-class _Gated(SwappedClass):
+class _GatedMlp(SwappedClass):
     """Mixin for a gated MLP."""
 
     computes_as_before = True
@@ -126,7 +126,7 @@ class _Gated(SwappedClass):
         act = self.act_fn
         if not _can_recompute(act):
             return super().forward(x)
-        product = _Recomputed.apply(act, self.gate_proj(x), self.up_proj(x))
+        product = _ActivationProduct.apply(act, self.gate_proj(x), self.up_proj(x))
         with _saved_as_recipe(product):
             return self.down_proj(product)
 
@@ -140,10 +140,10 @@ class _Intermediate(SwappedClass):
         act = self.intermediate_act_fn
         if not _can_recompute(act):
             return super().forward(hidden_states)
-        return _Recomputed.apply(act, self.dense(hidden_states), None)
+        return _ActivationProduct.apply(act, self.dense(hidden_states), None)
 
 
-class _Output(SwappedClass):
+class _MlpOutput(SwappedClass):
     """Mixin for the second half, whose first argument is the input of its linear layer."""
 
     computes_as_before = True
@@ -183,7 +183,7 @@ class RecomputeMlp(Rewrite):
     saves = "activation functions of MLPs are computed two more times"
     exact = True
     only_trains = True
-    mixins = (_Gated, _Intermediate, _Output)
+    mixins = (_GatedMlp, _Intermediate, _MlpOutput)
 
     def refusal(self, model: nn.Module, value: Any = True) -> str:
         """Return that no MLP has a known form."""
@@ -208,11 +208,11 @@ def _mlps(model: nn.Module) -> Iterator[dict[nn.Module, type[SwappedClass]]]:
     for module in model.modules():
         halves: Any = module
         if _uses(module, GATED):
-            yield {module: _Gated}
+            yield {module: _GatedMlp}
         elif _uses(getattr(module, "intermediate", None), INTERMEDIATE) and hasattr(
             getattr(module, "output", None), "dense"
         ):
-            yield {halves.intermediate: _Intermediate, halves.output: _Output}
+            yield {halves.intermediate: _Intermediate, halves.output: _MlpOutput}
 
 
 def _uses(module: Any, names: tuple[str, ...]) -> bool:

@@ -19,10 +19,10 @@ def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return function(*tensors)
-    return _Recomputed.apply(function, *tensors)
+    return _Checkpoint.apply(function, *tensors)
 
 
-class _Recomputed(torch.autograd.Function):
+class _Checkpoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         device = tensors[0].device.type

@@ -5,9 +5,9 @@ names.
 
 The file is a safetensors file that may come from a stranger: the tensor `petl_ternary_code` (uint8)
 and those that are not coded, under their own names; in the metadata, `petl_ternary` is the JSON of
-`Record`. In format 1 all of tau is one code. In format 2, for tensors of different densities, each
-tensor has a code with a parameter of its own; the codes, each of whole bytes, are in the order of
-the names, and `b` and `bits` are lists.
+`TernaryRecord`. In format 1 all of tau is one code. In format 2, for tensors of different
+densities, each tensor has a code with a parameter of its own; the codes, each of whole bytes, are
+in the order of the names, and `b` and `bits` are lists.
 """
 
 import hashlib
@@ -161,7 +161,7 @@ class Ternary:
 # The file
 
 
-class Record(TypedDict):
+class TernaryRecord(TypedDict):
     """What the metadata say: a list has an entry for each coded tensor, in the order of names."""
 
     format: int
@@ -250,7 +250,9 @@ def _read(file: Path) -> Ternary:
     return found
 
 
-def _decoded(record: Record, stored: rice.Bits, file: Path) -> tuple[rice.Positions, rice.Signs]:
+def _decoded(
+    record: TernaryRecord, stored: rice.Bits, file: Path
+) -> tuple[rice.Positions, rice.Signs]:
     """Return positions in tau and signs of the kept entries of a file whose record was checked."""
     # the sum is below LARGEST, so these are valid sizes
     sizes = [prod(shape) for shape in record["shapes"]]
@@ -272,7 +274,7 @@ def _decoded(record: Record, stored: rice.Bits, file: Path) -> tuple[rice.Positi
     return np.concatenate(positions), np.concatenate([signs for _, signs in found])
 
 
-def _record(text: str, file: Path) -> Record:
+def _record(text: str, file: Path) -> TernaryRecord:
     """Return the metadata of a file, checked."""
     try:
         raw = parse_json(text)
@@ -282,14 +284,14 @@ def _record(text: str, file: Path) -> Record:
                 f"it is of format {shown(raw.get('format'))}, and this version of petl reads "
                 f"formats {TOGETHER} and {APART}"
             )
-        record: Record = with_shape(raw, Record)
+        record: TernaryRecord = with_shape(raw, TernaryRecord)
         _check(record)
     except ValueError as error:
         raise InputError(f"{file} cannot be used: {error}") from error
     return record
 
 
-def _check(record: Record) -> None:
+def _check(record: TernaryRecord) -> None:
     """Raise ValueError if values of the metadata are out of range or contradict each other."""
     rows: Any = record
     names = record["names"]
@@ -314,7 +316,7 @@ def _check(record: Record) -> None:
         raise ValueError(f"it has {record['entries']} entries and {shown(record['bits'])} bits")
 
 
-def _of_codes(record: Record, key: str) -> list[int]:
+def _of_codes(record: TernaryRecord, key: str) -> list[int]:
     """Return a field with a number for each code, or raise ValueError if the format has others."""
     rows: Any = record
     value, apart = rows[key], record["format"] == APART

@@ -39,7 +39,7 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"  # as torchrun sets it
 
 
-class Shortened(ProgressColumn):
+class ShortText(ProgressColumn):
     """A column of text that is cut off where the terminal is too narrow."""
 
     def __init__(self, text: Callable[[Task], str]) -> None:
@@ -69,13 +69,13 @@ class Screen:
             # counts and times stay complete on a narrow terminal: they cannot shrink
             fixed = partial(Column, no_wrap=True)
             self.display = Progress(
-                Shortened(lambda task: task.description),
+                ShortText(lambda task: task.description),
                 BarColumn(bar_width=40 if console.width >= WIDE else 10, table_column=fixed()),
                 MofNCompleteColumn(table_column=fixed()),
                 TimeElapsedColumn(table_column=fixed()),
                 TextColumn("left", table_column=fixed()),
                 TimeRemainingColumn(table_column=fixed()),
-                Shortened(lambda task: task.fields["note"]),
+                ShortText(lambda task: task.fields["note"]),
                 console=console,
                 # rich would print on standard error what a program writes to a file or a pipe
                 redirect_stdout=sys.stdout.isatty(),
@@ -186,7 +186,7 @@ class Pass:
             logger.info("%s", line)
 
 
-class Shown(Generic[T]):
+class ProgressItems(Generic[T]):
     """Items, of which each iteration is shown as a pass."""
 
     def __init__(

@@ -302,7 +302,7 @@ def model_compiles_whole(case: Case) -> None:
 
 
 @dataclass
-class Trained:
+class TrainCheck:
     """Result of `train`: the loss of each step, and the optimizer."""
 
     losses: list[float]
@@ -319,7 +319,7 @@ def train(
     micro: Sequence[tuple[Batch, float]] = (),
     state: dict[str, Any] | None = None,
     **options: Any,
-) -> Trained:
+) -> TrainCheck:
     """Train on one batch up to optimizer step `steps`, as a training loop does.
 
     Args:
@@ -355,7 +355,7 @@ def train(
         hooks.after_step(step, optimizer)  # before the gradients are cleared
         optimizer.zero_grad()
         losses.append(total)
-    return Trained(losses, optimizer)
+    return TrainCheck(losses, optimizer)
 
 
 def rows_of(batch: Batch, rows: list[int]) -> Batch:

@@ -128,7 +128,7 @@ class Splits:
         return replace(sampler, steps=settings.steps_of_run(sampler.steps_per_epoch))
 
 
-class Rows(NamedTuple):
+class TrainingRows(NamedTuple):
     """The training rows of a run, before there are steps.
 
     Attributes:
@@ -148,7 +148,7 @@ def encode_splits(
     processor: Any,
     settings: TrainConfig,
     accelerator: Accelerator,
-    orders: Iterable[Callable[[Rows], Rows]] = (),
+    orders: Iterable[Callable[[TrainingRows], TrainingRows]] = (),
 ) -> Splits:
     """Encode data and hold out validation rows if `settings.eval_steps` asks for them.
 
@@ -165,7 +165,7 @@ def encode_splits(
     # a stream is encoded while it is read, by the loader
     if isinstance(data.train, Stream):
         for choose in orders:  # which may refuse it
-            choose(Rows(task, settings, data.train))
+            choose(TrainingRows(task, settings, data.train))
         return stream_splits(data, processor, settings, accelerator)
     sources = numbered(data.test)
     with accelerator.main_process_first():  # the others then read its cache
@@ -178,7 +178,7 @@ def encode_splits(
     warn_about_labels(task, {"training": train, "validation": validation, "test": test})
     multiple = 1 if accelerator.device.type == "cpu" else 8  # tensor cores need multiples of 8
     collate = task.collate(processor, multiple)
-    rows = Rows(task, settings, train)
+    rows = TrainingRows(task, settings, train)
     for choose in orders:
         rows = choose(rows)
     train, order = rows.train, rows.order

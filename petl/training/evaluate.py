@@ -28,7 +28,7 @@ from petl.data.tasks.row_tasks import IDS, named
 from petl.errors import RunStopped
 from petl.system.collectives import gathered, is_sharded
 from petl.system.files.disk import atomic_file, stop_when_full
-from petl.system.progress import Pass, Shown
+from petl.system.progress import Pass, ProgressItems
 from petl.training.dataloader import Batch, Splits, load, longest_first, to_device
 from petl.training.generation import is_pair, written
 from petl.training.non_finite import first_not_finite
@@ -231,7 +231,7 @@ def evaluate(
     ids = list(rows[IDS]) if task.tasks and not task.scores_by_task else None
     order = longest_first(task.lengths(rows))
     if ids is None:
-        part = Part(rows, order)
+        part = ScoredPart(rows, order)
         found = one_pass(model, splits, part, accelerator, batch_size, predictions, what)
         return part.summarized(task, found)
     parts, orders, by_task = [], [], {}
@@ -241,16 +241,16 @@ def evaluate(
             logger.warning("no examples of task %s are among those that are scored", name)
             continue
         shown = what and f"{what}: the {len(own):,} of task {name}"
-        part = Part(rows, own)
+        part = ScoredPart(rows, own)
         found = one_pass(model, splits, part, accelerator, batch_size, predictions, shown)
         by_task |= named(name, part.summarized(task, found), task.metric)
         parts.append(found)
         orders += own
     total = torch.cat(parts) if task.by_row else torch.stack(parts).sum(0)
-    return Part(rows, orders).summarized(task, total) | by_task
+    return ScoredPart(rows, orders).summarized(task, total) | by_task
 
 
-class Part(NamedTuple):
+class ScoredPart(NamedTuple):
     """Those of the encoded rows that a pass computes, in the order in which it does."""
 
     rows: Dataset
@@ -268,7 +268,7 @@ class Part(NamedTuple):
 def one_pass(
     model: nn.Module,
     splits: Splits,
-    part: Part,
+    part: ScoredPart,
     accelerator: Accelerator,
     batch_size: int,
     predictions: Predictions | None,
@@ -289,7 +289,7 @@ def one_pass(
     model.eval()
     parts = []
     loaded = load(rows, splits.collate, batches, device, workers=0)
-    shown = Shown(loaded, what or "validation", len(batches), quiet=what is None)
+    shown = ProgressItems(loaded, what or "validation", len(batches), quiet=what is None)
     for positions, batch in zip(batches, shown, strict=True):
         batch = to_device(batch, device)
         with accelerator.autocast():
@@ -363,7 +363,7 @@ def score_answers(
     model.eval()
     total = torch.zeros(1 + len(SCORES), dtype=torch.float32, device=device)
     what = f"generating answers to {len(rows):,} test examples {when}".rstrip()
-    for number, part in enumerate(Shown(own + [order[:1]] * surplus, what)):
+    for number, part in enumerate(ProgressItems(own + [order[:1]] * surplus, what)):
         batch = rows.select(part)
         with accelerator.autocast():
             prompts, of_part = list(batch[column]), ids and [ids[row] for row in part]

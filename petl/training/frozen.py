@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 
 from petl.data.streaming import StreamedRows
-from petl.efficiency.frozen.cache import PAYS, FrozenCache, StoreFrozen, Wanted, cache_frozen
+from petl.efficiency.frozen.cache import PAYS, CacheRequest, FrozenCache, StoreFrozen, cache_frozen
 from petl.efficiency.frozen.store import check_space
 from petl.errors import InputError
 from petl.system.collectives import made_by
@@ -92,7 +92,7 @@ def _cache(context: Context) -> FrozenCache:
     return cache
 
 
-def find(cache: FrozenCache, splits: Splits, settings: TrainConfig) -> list[Wanted]:
+def find(cache: FrozenCache, splits: Splits, settings: TrainConfig) -> list[CacheRequest]:
     """Return the stores of a run: of its train, validation and test rows."""
     return [
         cache.find(part.select_columns(batched(part)), splits.collate)
@@ -100,7 +100,7 @@ def find(cache: FrozenCache, splits: Splits, settings: TrainConfig) -> list[Want
     ]
 
 
-def why_not(wanted: list[Wanted], splits: Splits, settings: TrainConfig) -> str:
+def why_not(wanted: list[CacheRequest], splits: Splits, settings: TrainConfig) -> str:
     """Return why stores that could be made are not; "" if they are."""
     missing = sum(each.bytes for each in wanted if not each.is_there)
     passes = splits.passes(settings)
@@ -113,7 +113,7 @@ def why_not(wanted: list[Wanted], splits: Splits, settings: TrainConfig) -> str:
     return ""
 
 
-def _say(cache: FrozenCache, wanted: list[Wanted]) -> None:
+def _say(cache: FrozenCache, wanted: list[CacheRequest]) -> None:
     k, size = cache.k, sum(each.bytes for each in wanted) / 1e6
     rows = sum(len(each.contents.keys) for each in wanted)
     logger.info(

@@ -2,7 +2,7 @@
 
 The features, which are the inputs of the model's head, are computed once in evaluation mode. A copy
 of the head is trained on them for as many steps as the run, at the best of a few learning rates.
-The same pass over the test rows scores the frozen model (`Untrained`).
+The same pass over the test rows scores the frozen model (`BaselineScores`).
 
 Shapes: N rows, B rows of a batch, T tokens, H features.
 """
@@ -25,7 +25,7 @@ from petl.data.batch_sampler import chunks, permutation
 from petl.data.streaming import StreamedRows
 from petl.data.tasks.base import IGNORED, Task, not_finite
 from petl.system.collectives import is_sharded
-from petl.system.progress import Pass, Shown
+from petl.system.progress import Pass, ProgressItems
 from petl.training.dataloader import SPLIT_SEED, Batch, Splits, load, longest_first, to_device
 from petl.training.evaluate import in_order
 from petl.training.features import Context, RunFeature
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Untrained:
+class BaselineScores:
     """The frozen model's scores on the test rows, of the pass that computed the head's inputs.
 
     Attributes:
@@ -105,7 +105,7 @@ class LinearProbe(RunFeature):
 
     def before_training(self, context: Context) -> None:
         """Train and score the head; the pass over the test rows gives the scores before."""
-        settings, untrained = context.settings, Untrained()
+        settings, untrained = context.settings, BaselineScores()
         if self.key in context.run.scores:
             return
         scores = None
@@ -121,7 +121,7 @@ def linear_probe(
     splits: Splits,
     settings: TrainConfig,
     accelerator: Accelerator,
-    untrained: Untrained | None = None,
+    untrained: BaselineScores | None = None,
 ) -> dict[str, float] | None:
     """Return test scores of the head trained alone; None, with the reason logged, if impossible.
 
@@ -206,7 +206,7 @@ def features(
     rows: Dataset,
     accelerator: Accelerator,
     batch_size: int = ROWS,
-    untrained: Untrained | None = None,
+    untrained: BaselineScores | None = None,
 ) -> Features | None:
     """Return the inputs of the head for each row; None, with the reason logged, if impossible.
 
@@ -231,7 +231,9 @@ def features(
     labels: dict[str, list[Tensor]] = {name: [] for name in task.label_columns}
     try:
         loaded = load(rows, splits.collate, parts, device, workers=0)
-        for given in Shown(loaded, f"linear probe: features of {len(rows):,} examples", len(parts)):
+        for given in ProgressItems(
+            loaded, f"linear probe: features of {len(rows):,} examples", len(parts)
+        ):
             batch = to_device(given, device)
             # without labels the model computes no loss of its own
             inputs = {name: batch[name] for name in batch if name not in labels}

@@ -29,7 +29,7 @@ from petl.errors import InputError, RunStopped
 from petl.system.collectives import is_sharded, on_main
 from petl.system.files.disk import UNFINISHED, as_json, remove, stop_when_full, write_atomic
 from petl.system.files.read import read_json
-from petl.system.progress import Shown
+from petl.system.progress import ProgressItems
 from petl.system.values import type_problem
 from petl.training.dataloader import load
 from petl.training.distributed.launch import gathered
@@ -216,7 +216,7 @@ class RisingLoop(Loop):
         batches = load(rows, collate, self.sampler, self.device, workers)
         rates, losses, reach = [], [], reach_of(steps)
         what = f"range test, learning rates from {LOW:g} to {HIGH:g}"
-        for step in Shown(range(1, steps + 1), what, unit="steps"):
+        for step in ProgressItems(range(1, steps + 1), what, unit="steps"):
             self.step(batches)
             try:
                 ((loss, aux, _),) = self.fetch()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-class _Found(Exception):
+class _NonFiniteOutput(Exception):
     """Ends a forward pass at the first output that is not finite."""
 
 
@@ -30,10 +30,10 @@ def first_not_finite(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) 
         if module in names and any(not t.isfinite().all() for t in float_tensors(outputs)):
             found.append(names[module])
             # stops the pass: what follows is NaN as well, and could raise on it
-            raise _Found
+            raise _NonFiniteOutput
 
     # submodules return before the modules that contain them, so the first is the innermost
-    with suppress(_Found), torch.nn.modules.module.register_module_forward_hook(check):
+    with suppress(_NonFiniteOutput), torch.nn.modules.module.register_module_forward_hook(check):
         for batch in batches:
             model(**batch)
     if not found:

@@ -15,7 +15,7 @@ from petl.core.lifecycle import Lifecycle
 from petl.core.parameters import is_norm, trainable
 from petl.core.registry import method_of
 from petl.errors import InputError
-from petl.training.distributed.launch import Engine, is_zero
+from petl.training.distributed.launch import StepEngine, is_zero
 from petl.training.runs.settings import TrainConfig
 
 
@@ -159,11 +159,11 @@ def all_finite(model: nn.Module, optimizer: Optimizer) -> bool:
 
 def make_engine(
     model: PeftModel, optimizer: Optimizer, max_norm: float | None, accelerator: Accelerator
-) -> Engine:
+) -> StepEngine:
     """Return the engine for the run's `launch`."""
     if is_zero(accelerator):
         # DeepSpeed is an optional package
         from petl.training.distributed.deepspeed import ZeroEngine
 
         return ZeroEngine(model, optimizer, max_norm, accelerator)
-    return Engine(model, optimizer, max_norm, accelerator)
+    return StepEngine(model, optimizer, max_norm, accelerator)

@@ -51,7 +51,9 @@ NOISE = (
     ".*all_gather_into_tensor` is deprecated",  # DeepSpeed calls it
     "Sparse invariant checks are implicitly disabled",  # PEFT's shira
 )
-SWEEP_CALLBACK = "petl.experiments.sweeps.hydra_callback.Closing"  # see configs/train.yaml
+SWEEP_CALLBACK = (
+    "petl.experiments.sweeps.hydra_callback.SweepSummaryCallback"  # see configs/train.yaml
+)
 # errors of the file system that a user can fix; any other OSError keeps its traceback
 DISK = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR),
@@ -62,7 +64,7 @@ DISK = {
 # Reporting
 
 
-class Passing(BaseException):
+class WrappedError(BaseException):
     """Carries an error through Hydra, which would print lines of its own on an Exception."""
 
     def __init__(self, error: Exception) -> None:
@@ -90,7 +92,7 @@ def reported(function: Callable[[], Any]) -> int:
     """
     try:
         function()
-    except Passing as passing:
+    except WrappedError as passing:
         return report_error(passing.error)
     except (InputError, RunStopped) as error:
         return report_error(error)
@@ -251,7 +253,7 @@ def job(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], float]:
         except (InputError, RunStopped) as error:
             is_signal = isinstance(error, RunStopped) and error.status > SIGNALLED
             if is_signal or not in_sweep():
-                raise Passing(error) from error
+                raise WrappedError(error) from error
             report_error(error)
             raise  # Hydra marks the job as failed, and runs the others
         finally:

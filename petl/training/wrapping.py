@@ -23,7 +23,7 @@ from petl.data.tasks.base import packs
 from petl.data.tasks.packing import check_packed_texts_isolated
 from petl.efficiency.rewrite import apply_rewrites, rewrites_of
 from petl.errors import InputError
-from petl.system.progress import Shown
+from petl.system.progress import ProgressItems
 from petl.training.calibration import calibration_batches, read_calibration
 from petl.training.dataloader import FirstBatches
 from petl.training.features import Setup
@@ -134,7 +134,7 @@ def wrap_arguments(setup: Setup) -> dict[str, Any]:
         parts = accelerator.num_processes if facts_of(config).divides_calibration else 1
         rank = accelerator.process_index if parts > 1 else 0
         batches = FirstBatches(splits, run.train, accelerator.device, rank, parts)
-    return {**fields, "calibration": Shown(batches, CALIBRATING)}
+    return {**fields, "calibration": ProgressItems(batches, CALIBRATING)}
 
 
 def check_model(model: PeftModel, settings: TrainConfig) -> None:

@@ -15,7 +15,7 @@ from petl.adapters.deltas.measured import (
     train_batches,
 )
 from petl.adapters.deltas.prune import analytic_q, divisor_of, spread_q
-from petl.adapters.export.saved_adapter import Saved
+from petl.adapters.export.saved_adapter import SavedAdapter
 
 KINDS = ("dare", "closed", "analytic", "searched")
 # The published values of eta belong to sums in half precision (see petl.adapters.deltas.prune): the
@@ -28,7 +28,7 @@ Divisors = float | Mapping[str, float] | None
 
 
 def divisors(
-    saved: Saved, material: Material, drop: float, kind: str, seed: int
+    saved: SavedAdapter, material: Material, drop: float, kind: str, seed: int
 ) -> tuple[Divisors, dict[str, Any]]:
     """Return q and what is worth recording of it.
 
@@ -49,7 +49,7 @@ def divisors(
 
 
 def analytic_divisors(
-    saved: Saved, material: Material, drop: float, seed: int
+    saved: SavedAdapter, material: Material, drop: float, seed: int
 ) -> tuple[dict[str, float], float]:
     """Return the divisors of the authors' bound, and the eta of ETAS that moves outputs least."""
     names = pruned_names(material)
@@ -67,7 +67,7 @@ def analytic_divisors(
 
 
 @torch.no_grad()
-def products(saved: Saved, material: Material) -> dict[str, Tensor]:
+def products(saved: SavedAdapter, material: Material) -> dict[str, Tensor]:
     """Return delta_ji x_i of each pruned linear layer, [tokens O, I]: S and V are of each token."""
     live = {live_name(name): name for name in pruned_names(material)}
     model, inputs = saved.model(), {}

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from training_fixtures import Finished, Tiny, train
 
 import petl
-from petl.adapters.export.checked_folder import Difference, Written
-from petl.adapters.export.saved_adapter import Saved
+from petl.adapters.export.checked_folder import Difference, OutputFolder
+from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.cli import commands, main
 from petl.cli.catalog.listing import short_paper
 from petl.cli.catalog.method_page import page_of
@@ -358,7 +358,7 @@ def test_a_folder_that_is_not_empty_is_refused_before_the_run_is_read(tmp_path, 
 def test_another_base_has_to_be_asked_for(petl_command, run, tmp_path, monkeypatch):
     chosen: list[bool] = []
 
-    def write(saved: Saved, *arguments: object) -> None:
+    def write(saved: SavedAdapter, *arguments: object) -> None:
         chosen.append(saved.other_base)
         raise RunStopped("enough")
 
@@ -376,7 +376,7 @@ def test_export_writes_one_format_and_says_how_it_is_used(petl_command, run, tmp
     for given in ([], ["--lora", "--gguf"]):
         with pytest.raises(SystemExit):
             petl_command("export", *given, run.path, tmp_path / "out")
-    written = Written(tmp_path / "out", 12, Difference(1e-7, 1e-6, 1.0, 0.5))
+    written = OutputFolder(tmp_path / "out", 12, Difference(1e-7, 1e-6, 1.0, 0.5))
     monkeypatch.setattr("petl.adapters.export.gguf.export_gguf", lambda *_, **__: written)
     status, out, _ = petl_command("export", "--gguf", run.path, tmp_path / "out")
     assert status == 0

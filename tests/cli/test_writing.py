@@ -13,7 +13,7 @@ import pytest
 
 from petl.cli import chat_commands, main
 from petl.errors import UNPRINTABLE, InputError
-from petl.generation.inference.chat import Chat
+from petl.generation.inference.chat import ChatSession
 from petl.generation.inference.language_model import LanguageModel
 from petl.generation.inference.loading import load_language_model
 from petl.generation.inference.sampling import Sampling
@@ -277,7 +277,7 @@ def test_chat_commands_change_prompt_and_sampling(command, writers):
 
 def test_a_retry_that_fails_keeps_the_turns(monkeypatch):
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
-    chat = Chat(SimpleNamespace(), Sampling(), "default", turns=[*turns])
+    chat = ChatSession(SimpleNamespace(), Sampling(), "default", turns=[*turns])
 
     def refusing(chat, text):
         raise InputError("no base model beside an adapter")

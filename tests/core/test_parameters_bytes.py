@@ -7,7 +7,7 @@ from torch import nn
 
 import petl
 from petl import testing
-from petl.core.parameters import LimitedBytes, LimitExceeded, within_memory
+from petl.core.parameters import LimitedBytes, TooManyBytes, within_memory
 from petl.errors import InputError
 
 
@@ -17,7 +17,7 @@ def test_a_limit_counts_what_is_alive_and_not_what_was_freed():
             torch.zeros(500)  # freed at once
         kept = torch.zeros(500)
         assert live.now == 4 * len(kept)
-        with pytest.raises(LimitExceeded):
+        with pytest.raises(TooManyBytes):
             torch.zeros(600)
 
 

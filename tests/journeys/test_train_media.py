@@ -89,7 +89,7 @@ def test_the_readme_draws_the_same_base_again(sounds, tmp_path, model):
         expected = again.model()(**batch).logits
         drawn = made["model"].eval().to(expected.device)
         assert torch.equal(drawn(**batch).logits, expected)
-        other = saved_adapter.Saved(again.adapter, again.run, reseeded(again.settings))
+        other = saved_adapter.SavedAdapter(again.adapter, again.run, reseeded(again.settings))
         with pytest.raises(InputError, match="--other-base"):
             other.model()
     assert type(made["processor"]) is type(again.processor)
@@ -201,7 +201,7 @@ def test_a_config_file_is_used_with_the_processor_of_the_adapter(pictures, tmp_p
     for place in (base, base / "config.json"):
         source = {"name": "mine", "source": "config", "path": str(place), "seed": 0}
         settings = {**saved_adapter.find(run.path).settings, "model": source}
-        again = saved_adapter.Saved(run.path / "adapter", run.path, settings)
+        again = saved_adapter.SavedAdapter(run.path / "adapter", run.path, settings)
         assert list(again.processor.image_mean) == [0.5, 0.5, 0.5]  # as in training
         state = again.base().state_dict()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())

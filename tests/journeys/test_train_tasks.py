@@ -127,7 +127,7 @@ def test_it_merges_and_the_merged_model_scores_the_same(run, tmp_path):
 def test_an_adapter_without_its_run_is_known_by_its_type(run, tmp_path):
     finished, _, _ = run
     alone = saved_adapter.find(finished.path / "adapter")
-    orphan = saved_adapter.Saved(alone.adapter, None, {"model": alone.settings["model"]})
+    orphan = saved_adapter.SavedAdapter(alone.adapter, None, {"model": alone.settings["model"]})
     assert orphan.task.peft_task_type == orphan.config.task_type
     assert orphan.task.auto_class is saved_adapter.find(finished.path).task.auto_class
     (tmp_path / "free").mkdir()

@@ -30,7 +30,7 @@ from petl.experiments.reports.run_report import write_page
 from petl.system.files.hub import OnHub
 from petl.training import program as app
 from petl.training.runs.card_code import front_matter
-from petl.training.runs.model_card import Described, model_card
+from petl.training.runs.model_card import CardInfo, model_card
 
 pytest_plugins = ["training_fixtures"]
 
@@ -242,7 +242,7 @@ def test_a_model_card_has_no_markup_of_files(tmp_path):
     base, config = OnHub(f"{name}/x", name), LoraConfig(target_modules=[name])
     scores = {"after": after, "metric": name}
     of_run = (base, named, scores, environment)
-    text = model_card(Described(task, source, config, *of_run, run_names=[name] * 3))
+    text = model_card(CardInfo(task, source, config, *of_run, run_names=[name] * 3))
     assert not obeyed(text)
     _, header, body = text.split("---\n", 2)
     fields = yaml.safe_load(header)

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from petl.system import progress
-from petl.system.progress import Pass, Shown
+from petl.system.progress import Pass, ProgressItems
 
 pytest_plugins = ["training_fixtures"]
 
@@ -83,11 +83,11 @@ def test_of_an_unknown_length_the_units_are_counted(clock, petl_log):
 
 
 def test_shown_items_are_the_items_each_time(petl_log):
-    shown = Shown([1, 2], "calibrating")
+    shown = ProgressItems([1, 2], "calibrating")
     assert (list(shown), list(shown), len(shown)) == ([1, 2], [1, 2], 2)
     assert petl_log.messages == ["calibrating: 2 batches"] * 2
     with pytest.raises(TypeError, match="length"):
-        len(Shown(iter([1]), "calibrating"))
+        len(ProgressItems(iter([1]), "calibrating"))
 
 
 def test_on_a_terminal_a_pass_is_a_bar(terminal, petl_log):

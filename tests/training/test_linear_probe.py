@@ -22,7 +22,7 @@ from petl.training.compose import compose
 from petl.training.dataloader import encode_splits
 from petl.training.distributed.launch import start
 from petl.training.evaluate import evaluate, score
-from petl.training.linear_probe import Untrained, features, find_head, in_order, linear_probe
+from petl.training.linear_probe import BaselineScores, features, find_head, in_order, linear_probe
 from petl.training.runs.run_config import read_config
 
 pytest_plugins = ["training_fixtures"]
@@ -164,7 +164,7 @@ def test_it_measures_the_frozen_model_not_the_adapted_one(parts):
 def test_its_pass_scores_the_untrained_model(parts, monkeypatch, precision):
     model, splits, settings, _ = parts
     accelerator = start(settings.seed, precision)
-    untrained = Untrained()
+    untrained = BaselineScores()
     size = settings.eval_batch_size
     expected = evaluate(model, splits, splits.test, accelerator, size)
     linear_probe(model, splits, settings, accelerator, untrained)
@@ -183,7 +183,7 @@ def test_a_row_that_several_processes_compute_is_scored_once(parts):
     _, splits, _, accelerator = parts
     batch = splits.collate([splits.test[i] for i in (0, 1, 2)])
     logits = torch.randn(3, 3)
-    untrained = Untrained()
+    untrained = BaselineScores()
     untrained.add(splits.task, batch, logits, 2)  # the third one is another process's
     untrained.add(splits.task, batch, logits, 0)
     untrained.end(splits.task, splits.test, [], accelerator)
@@ -194,7 +194,7 @@ def test_a_row_that_several_processes_compute_is_scored_once(parts):
 
 def test_an_adapter_that_was_trained_before_is_scored_itself(parts):
     model, splits, settings, accelerator = parts
-    untrained = Untrained()
+    untrained = BaselineScores()
     settings = replace(settings, init_from="runs/earlier")
     linear_probe(model, splits, settings, accelerator, untrained)
     assert untrained.scores is None

@@ -15,7 +15,7 @@ from petl.system.files.disk import check_links, copy_file
 from petl.system.files.outputs import check_output, new_folder
 from petl.system.files.read import read_json
 from petl.system.files.tensor_file import read_file
-from petl.system.progress import Shown
+from petl.system.progress import ProgressItems
 
 SUFFIX = ".safetensors"
 
@@ -50,7 +50,7 @@ def prune_model(
             # config, tokenizer and the index, whose shards keep their names
             if file.is_file() and file.suffix != SUFFIX:
                 copy_file(file, draft / file.name)
-        for file in Shown(files, "pruning", unit="files"):
+        for file in ProgressItems(files, "pruning", unit="files"):
             # one shard in memory; the base may be split in another way
             metadata, own = read_file(file)
             # excluded ones may be absent from the base, or of another shape there

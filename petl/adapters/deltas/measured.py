@@ -28,14 +28,14 @@ from petl.adapters.export.checked_folder import (
     outputs,
     unwrap_trained,
 )
-from petl.adapters.export.saved_adapter import Saved, as_inputs, device
+from petl.adapters.export.saved_adapter import SavedAdapter, as_inputs, device
 from petl.core.loading import load
 from petl.data.batch_sampler import chunks
 from petl.data.models.sources import DTYPES
 from petl.data.streaming import StreamedRows
 from petl.errors import InputError
 from petl.ops.ternary import State, Ternary
-from petl.system.progress import Pass, Shown
+from petl.system.progress import Pass, ProgressItems
 from petl.training.dataloader import Batch, Splits, encode_splits, to_device
 from petl.training.distributed.launch import start
 from petl.training.evaluate import evaluate
@@ -44,7 +44,7 @@ ROWS, BATCH = 50, 8  # train rows that a divisor is chosen on, as in the paper's
 ADAPTER = "default"
 
 
-def difference_of(saved: Saved, out: Path) -> Difference:
+def difference_of(saved: SavedAdapter, out: Path) -> Difference:
     """Return how the outputs of the adapter in `out` differ from those of `saved`, on test rows."""
     batches = saved.batches()
     before, effect = adapted_outputs(saved.model(), batches)
@@ -62,7 +62,7 @@ class Trial:
 
 
 def compress_best(
-    saved: Saved,
+    saved: SavedAdapter,
     densities: Sequence[float],
     alphas: Sequence[float | str],
     *,
@@ -89,7 +89,7 @@ def compress_best(
     with scoring(saved) as (score, task):
         trials = []
         pairs = [*zip(settings, found, strict=True)]
-        for (density, alpha), ternary in Shown(pairs, "scoring settings", unit="settings"):
+        for (density, alpha), ternary in ProgressItems(pairs, "scoring settings", unit="settings"):
             with tempfile.TemporaryDirectory() as folder:
                 write_compressed(material, ternary, Path(folder))
                 trials.append(Trial(density, alpha, score(Path(folder))))
@@ -99,7 +99,7 @@ def compress_best(
 
 
 @contextmanager
-def scoring(saved: Saved, *, or_test: bool = False) -> Generator[Any]:
+def scoring(saved: SavedAdapter, *, or_test: bool = False) -> Generator[Any]:
     """Yield a function that scores an adapter folder on a run's validation rows, and the task.
 
     Args:
@@ -125,7 +125,7 @@ def scoring(saved: Saved, *, or_test: bool = False) -> Generator[Any]:
     yield score, splits.task
 
 
-def change_by(saved: Saved, write: Callable[[Path], object]) -> Change:
+def change_by(saved: SavedAdapter, write: Callable[[Path], object]) -> Change:
     """Return what an adapter does that `write` writes to a folder."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, ADAPTER)
@@ -145,7 +145,7 @@ def restore(model: PeftModel) -> None:
     model.unload()
 
 
-def splits_of(saved: Saved, accelerator: Accelerator) -> Splits:
+def splits_of(saved: SavedAdapter, accelerator: Accelerator) -> Splits:
     """Return the rows of a saved adapter's run."""
     settings = saved.run_config.train
     return encode_splits(saved.data, saved.processor, settings, accelerator)
@@ -154,7 +154,7 @@ def splits_of(saved: Saved, accelerator: Accelerator) -> Splits:
 # Divisors
 
 
-def train_batches(saved: Saved) -> list[Batch]:
+def train_batches(saved: SavedAdapter) -> list[Batch]:
     """Return inputs of the model: the first train rows of a run."""
     config = saved.run_config
     splits = splits_of(saved, start(config.train.seed, config.precision))
@@ -170,7 +170,7 @@ def train_batches(saved: Saved) -> list[Batch]:
 
 
 def closed_divisors(
-    saved: Saved, material: Material, drop: float, exclude: Iterable[str] = ()
+    saved: SavedAdapter, material: Material, drop: float, exclude: Iterable[str] = ()
 ) -> dict[str, float]:
     """Return the divisor of least expected error for each pruned tensor, on the first train rows.
 
@@ -181,7 +181,7 @@ def closed_divisors(
     # file names lack the adapter's name, which PEFT inserts
     live = {live_name(name): name for name in names}
     delta = {own: material.state[name].to(device()) for own, name in live.items()}
-    batches = Shown(train_batches(saved), "measuring outputs of layers")
+    batches = ProgressItems(train_batches(saved), "measuring outputs of layers")
     sums = output_moments(saved.model(), batches, delta)
     if not sums:
         raise InputError(
@@ -198,7 +198,7 @@ def live_name(name: str) -> str:
     return f"{head}.{ADAPTER}.{last}"
 
 
-def change_of_outputs(saved: Saved, material: Material) -> Callable[[State], float]:
+def change_of_outputs(saved: SavedAdapter, material: Material) -> Callable[[State], float]:
     """Return a function of a state that replaces the adapter's: how far outputs move.
 
     Its value is the norm of the difference over the norm of the adapter's outputs, on the first
@@ -221,7 +221,7 @@ def change_of_outputs(saved: Saved, material: Material) -> Callable[[State], flo
 
 
 def searched_divisor(
-    saved: Saved, material: Material, drop: float, *, seed: int, exclude: Sequence[str] = ()
+    saved: SavedAdapter, material: Material, drop: float, *, seed: int, exclude: Sequence[str] = ()
 ) -> QResult:
     """Return the divisor whose outputs are nearest to the adapter's, on the first train rows."""
     change = change_of_outputs(saved, material)

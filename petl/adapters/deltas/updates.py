@@ -34,7 +34,7 @@ from petl.core.registry import refusal, require_capability
 from petl.core.support import Capability
 from petl.errors import InputError, UnsupportedError, shown
 from petl.system.files.outputs import new_folder
-from petl.system.progress import Pass, Shown
+from petl.system.progress import Pass, ProgressItems
 
 LEVELS = ("tensors", "update")
 Pair = tuple[Tensor, Tensor]  # A [R, I] and B [O, R] with the scale in it
@@ -161,7 +161,9 @@ def combined_updates(
         pairs = {name: (torch.eye(tensor.shape[1]), tensor) for name, tensor in found.items()}
     lost = whole = 0.0
     if rank is not None:
-        for name, pair in Shown([*pairs.items()], "factoring updates", unit="layers", quiet=True):
+        for name, pair in ProgressItems(
+            [*pairs.items()], "factoring updates", unit="layers", quiet=True
+        ):
             pairs[name], dropped, total = cut(pair, rank)
             lost, whole = lost + dropped, whole + total
     config = ranked_config(first.config, {name: len(A) for name, (A, _) in pairs.items()})

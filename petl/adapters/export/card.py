@@ -6,7 +6,7 @@ from typing import Any
 from peft import PeftConfig
 from transformers.utils import CONFIG_NAME
 
-from petl.adapters.export.saved_adapter import Saved
+from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.data.models.loading import save_processor
 from petl.data.models.sources import read_source
 from petl.data.tasks.task_file import FILE as TASK
@@ -15,25 +15,25 @@ from petl.system.files.hub import OnHub
 from petl.system.files.paths import LABELS
 from petl.training.runs.card_code import BASE
 from petl.training.runs.config import names_of
-from petl.training.runs.model_card import README, Described, known_base, model_card
+from petl.training.runs.model_card import README, CardInfo, known_base, model_card
 from petl.training.runs.records import ENVIRONMENT, is_finished, read_environment, read_scores
 
 
 def described(
-    saved: Saved, config: PeftConfig, base: OnHub | None = None, **more: Any
-) -> Described:
+    saved: SavedAdapter, config: PeftConfig, base: OnHub | None = None, **more: Any
+) -> CardInfo:
     """Return what a card says about an adapter.
 
     Args:
         config: of the adapter that the card is for.
         base: where the Hub has the base model; None: as the run or adapter has it.
-        more: further fields of `Described`.
+        more: further fields of `CardInfo`.
 
     Raises:
         InputError: a file of its run is damaged.
     """
     run, source = saved.run, read_source(saved.settings["model"])
-    return Described(
+    return CardInfo(
         saved.task,
         source,
         config,
@@ -54,7 +54,7 @@ def copy_if_present(source: Path, target: Path) -> None:
         copy_file(source, target)
 
 
-def write_companions(saved: Saved, folder: Path, config: PeftConfig, **more: Any) -> None:
+def write_companions(saved: SavedAdapter, folder: Path, config: PeftConfig, **more: Any) -> None:
     """Write processor, names of labels and card of an adapter into the folder of its export.
 
     Args:

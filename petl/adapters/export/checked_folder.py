@@ -22,7 +22,7 @@ from petl.core.spec.method import modifies_base_weights
 from petl.data.tasks.base import IGNORED
 from petl.errors import RunStopped, UnsupportedError
 from petl.system.files.disk import write_atomic
-from petl.system.progress import Shown
+from petl.system.progress import ProgressItems
 
 # by dtype of the base model, the largest relative difference of the outputs (assumption; measured
 # differences of merged tiny models: below 1e-5 in float32, below 2e-2 in bfloat16)
@@ -66,7 +66,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Written:
+class OutputFolder:
     """A written folder, its size, and how the outputs of what it holds compare."""
 
     folder: Path
@@ -88,7 +88,7 @@ def outputs(
     Args:
         of: which model, for the display of the progress.
     """
-    return [_logits(model(**batch), batch) for batch in Shown(batches, f"outputs of {of}")]
+    return [_logits(model(**batch), batch) for batch in ProgressItems(batches, f"outputs of {of}")]
 
 
 def _logits(output: Any, batch: dict[str, Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from petl.adapters.export.checked_folder import Reference, refuse_changed_base, unwrap_trained
-from petl.adapters.export.saved_adapter import Saved
+from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.core import fingerprint
 from petl.core.adapter_file import PREFIX, WEIGHTS, trained_modules
 from petl.core.adapter_folder import CONFIG, read_weights
@@ -30,13 +30,13 @@ from petl.core.refusals import is_lora, is_plain
 from petl.core.registry import require_capability
 from petl.core.support import Capability
 from petl.system.files.disk import copy_file
-from petl.system.progress import Pass, Shown
+from petl.system.progress import Pass, ProgressItems
 
 LARGER = 2  # times, that one rank for all layers may make a file
 logger = logging.getLogger(__name__)
 
 
-def merged_model(saved: Saved, *, lossy: bool = False) -> tuple[Any, Reference]:
+def merged_model(saved: SavedAdapter, *, lossy: bool = False) -> tuple[Any, Reference]:
     """Return the base model with the adapter merged into it, and what its outputs should be.
 
     Args:
@@ -60,7 +60,7 @@ def merged_model(saved: Saved, *, lossy: bool = False) -> tuple[Any, Reference]:
         return model.merge_and_unload(safe_merge=True, lossy=lossy), adapted
 
 
-def write_lora(saved: Saved, folder: Path) -> tuple[PeftModel, Reference]:
+def write_lora(saved: SavedAdapter, folder: Path) -> tuple[PeftModel, Reference]:
     """Write a saved adapter as a plain LoRA into an existing folder, without comparing outputs.
 
     Returns:
@@ -105,7 +105,7 @@ def as_lora(
     layers = [(n, layer) for n, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
     factors = {
         name.removeprefix(PREFIX): factors_of(layer, adapter_name)
-        for name, layer in Shown(layers, "factoring the updates", unit="layers", quiet=True)
+        for name, layer in ProgressItems(layers, "factoring the updates", unit="layers", quiet=True)
     }
     tensors = {}
     for name, (A, B, _) in factors.items():  # the scale goes into the config as alpha / r

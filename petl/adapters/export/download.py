@@ -16,7 +16,7 @@ from petl.system.files.outputs import check_output, new_folder
 
 
 @dataclass(frozen=True)
-class Pulled:
+class Download:
     """A downloaded folder.
 
     Attributes:
@@ -32,7 +32,7 @@ class Pulled:
     bytes: int
 
 
-def pull(name: str, folder: Path, revision: str | None = None) -> Pulled:
+def pull(name: str, folder: Path, revision: str | None = None) -> Download:
     """Download the files of one commit; the folder appears once all of them were checked.
 
     Args:
@@ -57,4 +57,4 @@ def pull(name: str, folder: Path, revision: str | None = None) -> Pulled:
         shutil.rmtree(draft / ".cache", ignore_errors=True)  # huggingface_hub's notes
         check_links(draft)
         kind = check(draft)
-    return Pulled(folder, kind, str(info.sha), folder_bytes(folder))
+    return Download(folder, kind, str(info.sha), folder_bytes(folder))

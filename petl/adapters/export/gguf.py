@@ -22,9 +22,9 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from petl.adapters.export.checked_folder import Written, folder_bytes
+from petl.adapters.export.checked_folder import OutputFolder, folder_bytes
 from petl.adapters.export.conversion import write_lora
-from petl.adapters.export.saved_adapter import Saved
+from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.core.adapter_file import PREFIX
 from petl.data.models.loading import loading
 from petl.data.models.sources import read_source
@@ -65,7 +65,7 @@ DECODERS = {
 }
 
 
-def export_gguf(saved: Saved, out: Path, tolerance: float | None) -> Written:
+def export_gguf(saved: SavedAdapter, out: Path, tolerance: float | None) -> OutputFolder:
     """Write a saved adapter as a LoRA in GGUF: a folder with `adapter.gguf`.
 
     The written file is read again, and outputs are compared with the tensors that it holds.
@@ -90,10 +90,10 @@ def export_gguf(saved: Saved, out: Path, tolerance: float | None) -> Written:
         # the file's values replace those in memory, so that the comparison tests the file
         read_file(layers, draft / FILE)
         difference = adapted.compare(lora, tolerance, "GGUF adapter")
-    return Written(out, folder_bytes(out), difference)
+    return OutputFolder(out, folder_bytes(out), difference)
 
 
-def decoder_of(saved: Saved) -> Decoder:
+def decoder_of(saved: SavedAdapter) -> Decoder:
     """Return the architecture in llama.cpp of an adapter's base model.
 
     Raises:
@@ -113,7 +113,7 @@ def decoder_of(saved: Saved) -> Decoder:
 
 
 @dataclass(frozen=True)
-class Layer:
+class GgufLayer:
     """A LoRA layer and its place in the file.
 
     Attributes:
@@ -127,7 +127,9 @@ class Layer:
     order: Tensor | None
 
 
-def layers_of(model: PeftModel, decoder: Decoder, adapter_name: str = "default") -> Iterator[Layer]:
+def layers_of(
+    model: PeftModel, decoder: Decoder, adapter_name: str = "default"
+) -> Iterator[GgufLayer]:
     """Yield all layers of a LoRA.
 
     Raises:
@@ -155,7 +157,7 @@ def layers_of(model: PeftModel, decoder: Decoder, adapter_name: str = "default")
             )
         count = heads.get(source.rpartition(".")[2]) if decoder.reorders else None
         order = row_order(module.out_features, count) if count else None
-        yield Layer(f"{name}.weight", module, order)
+        yield GgufLayer(f"{name}.weight", module, order)
 
 
 def refuse_trained_modules(model: PeftModel, adapter_name: str) -> None:
@@ -191,7 +193,7 @@ def row_order(rows: int, heads: int) -> Tensor:
 
 
 @torch.no_grad()
-def write_file(layers: list[Layer], decoder: Decoder, file: Path) -> None:
+def write_file(layers: list[GgufLayer], decoder: Decoder, file: Path) -> None:
     """Write the layers of a LoRA in float32."""
     gguf: Any = optional("gguf", "gguf")
     # llama.cpp divides by R, which it reads from a factor's shape
@@ -218,7 +220,7 @@ def write_file(layers: list[Layer], decoder: Decoder, file: Path) -> None:
 
 
 @torch.no_grad()
-def read_file(layers: list[Layer], file: Path) -> None:
+def read_file(layers: list[GgufLayer], file: Path) -> None:
     """Replace the tensors and scales of LoRA layers by those in a file."""
     gguf: Any = optional("gguf", "gguf")
     reader = gguf.GGUFReader(file)
@@ -234,16 +236,16 @@ def read_file(layers: list[Layer], file: Path) -> None:
         layer.lora.scaling["default"] = alpha / len(A)
 
 
-def matrices(layer: Layer) -> tuple[Any, Any]:
+def matrices(layer: GgufLayer) -> tuple[Any, Any]:
     """Return the modules that hold A and B."""
     return layer.lora.lora_A["default"], layer.lora.lora_B["default"]
 
 
-def rank_of(layer: Layer) -> int:
+def rank_of(layer: GgufLayer) -> int:
     """Return R."""
     return layer.lora.lora_A["default"].out_features
 
 
-def scale_of(layer: Layer) -> float:
+def scale_of(layer: GgufLayer) -> float:
     """Return the factor of B A."""
     return layer.lora.scaling["default"]

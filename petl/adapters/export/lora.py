@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from petl.adapters.export.card import write_companions
-from petl.adapters.export.checked_folder import Written, folder_bytes
+from petl.adapters.export.checked_folder import OutputFolder, folder_bytes
 from petl.adapters.export.conversion import write_lora
-from petl.adapters.export.saved_adapter import Saved
+from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.core.adapter_folder import read_config
 from petl.core.refusals import is_lora
 from petl.system.files.outputs import check_output, new_folder
@@ -13,7 +13,7 @@ from petl.system.files.outputs import check_output, new_folder
 NOTE = "A plain LoRA that `petl export --lora` made of the adapter, with the same outputs."
 
 
-def export_lora(saved: Saved, out: Path, tolerance: float | None) -> Written:
+def export_lora(saved: SavedAdapter, out: Path, tolerance: float | None) -> OutputFolder:
     """Write a saved adapter as a plain LoRA.
 
     Args:
@@ -31,4 +31,4 @@ def export_lora(saved: Saved, out: Path, tolerance: float | None) -> Written:
         # a LoRA is copied as it is, so there is nothing to say
         note = "" if is_lora(saved.config) else NOTE
         write_companions(saved, draft, read_config(draft), note=note)
-    return Written(out, folder_bytes(out), difference)
+    return OutputFolder(out, folder_bytes(out), difference)

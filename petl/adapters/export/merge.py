@@ -4,7 +4,7 @@ from pathlib import Path
 
 from petl.adapters.export.card import write_companions
 from petl.adapters.export.checked_folder import (
-    Written,
+    OutputFolder,
     check,
     compare,
     folder_bytes,
@@ -12,7 +12,7 @@ from petl.adapters.export.checked_folder import (
     save_model,
 )
 from petl.adapters.export.conversion import merged_model
-from petl.adapters.export.saved_adapter import Saved, device
+from petl.adapters.export.saved_adapter import SavedAdapter, device
 from petl.data.models.loading import load_base
 from petl.system.files.outputs import check_output, new_folder
 from petl.system.progress import Pass
@@ -20,7 +20,7 @@ from petl.system.progress import Pass
 REREAD = 1e-6  # relative difference after writing and loading: rounding of another device at most
 
 
-def merge(saved: Saved, out: Path, tolerance: float | None) -> Written:
+def merge(saved: SavedAdapter, out: Path, tolerance: float | None) -> OutputFolder:
     """Write the base model with the adapter merged into it: a folder that `AutoModel` loads.
 
     Args:
@@ -45,4 +45,4 @@ def merge(saved: Saved, out: Path, tolerance: float | None) -> Written:
         written = outputs(reread, adapted.batches, "the written model")
         difference_of_files = compare(after, written, adapted.effect)
         check(difference_of_files, REREAD, reread.dtype, "merged model as written")
-    return Written(out, folder_bytes(out), difference)
+    return OutputFolder(out, folder_bytes(out), difference)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from petl.adapters.export.checked_folder import (
-    Written,
+    OutputFolder,
     folder_bytes,
     mean_pooled,
 )
 from petl.adapters.export.conversion import merged_model
-from petl.adapters.export.saved_adapter import Saved
+from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.data.models.loading import save_processor
 from petl.errors import UnsupportedError
 from petl.system.files.outputs import check_output, new_folder
@@ -35,7 +35,7 @@ GENERATIVE = ("causal_lm", "seq2seq")
 TOKENS = ("input_ids", "attention_mask", "token_type_ids")  # inputs with a length
 
 
-def export_onnx(saved: Saved, out: Path, tolerance: float | None) -> Written:
+def export_onnx(saved: SavedAdapter, out: Path, tolerance: float | None) -> OutputFolder:
     """Write the base model with the adapter merged into it as ONNX, in float32.
 
     The number of rows and of tokens is free. ONNX runtime computes the outputs that are compared.
@@ -72,10 +72,10 @@ def export_onnx(saved: Saved, out: Path, tolerance: float | None) -> Written:
         merged.config.save_pretrained(draft)
         save_processor(saved.settings["model"], task, draft, saved.processor)
         difference = adapted.compare(Session(draft / FILE), tolerance, "ONNX model")
-    return Written(out, folder_bytes(out), difference)
+    return OutputFolder(out, folder_bytes(out), difference)
 
 
-class Exported(nn.Module):
+class OnnxGraph(nn.Module):
     """A model whose inputs and outputs are tensors by position, as in a graph."""
 
     def __init__(self, model: Any, inputs: list[str]) -> None:
@@ -110,7 +110,7 @@ def write_graph(model: Any, batch: dict[str, Tensor], file: Path) -> None:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     with _without_messages():
         torch.onnx.export(
-            Exported(model, list(batch)).eval(),
+            OnnxGraph(model, list(batch)).eval(),
             tuple(batch.values()),
             file,
             input_names=list(batch),

@@ -62,7 +62,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedAdapter:
     """An adapter on disk.
 
     Attributes:
@@ -193,12 +193,12 @@ class Saved:
         options = {key: value for key, value in self.settings["model"].items() if key in names}
         return {**options, "source": "path", "path": str(folder)}
 
-    def in_dtype(self, dtype: str) -> "Saved":
+    def in_dtype(self, dtype: str) -> "SavedAdapter":
         """The same adapter on a base model of another dtype, such as "float32"."""
         model = {**self.settings["model"], "dtype": dtype}
         return replace(self, settings={**self.settings, "model": model})
 
-    def dense(self) -> "Saved":
+    def dense(self) -> "SavedAdapter":
         """The same adapter on the base model before quantization."""
         model = {**self.settings["model"], "quantization": None}
         return replace(self, settings={**self.settings, "model": model})
@@ -281,7 +281,7 @@ def as_inputs(batch: Batch, labels: tuple[str, ...], dtype: torch.dtype) -> Batc
     return {k: t.to(dtype) if t.is_floating_point() else t for k, t in inputs.items()}
 
 
-def score(saved: Saved, kept: Path | None = None) -> dict[str, float]:
+def score(saved: SavedAdapter, kept: Path | None = None) -> dict[str, float]:
     """Return the scores of a run's adapter on the run's test set, computed as in `petl train`.
 
     Args:
@@ -302,7 +302,9 @@ def score(saved: Saved, kept: Path | None = None) -> dict[str, float]:
     return score_model(model, splits, accelerator, settings.eval_batch_size, kept=kept)
 
 
-def find(path: str | Path, *, trust_remote_code: bool = False, other_base: bool = False) -> Saved:
+def find(
+    path: str | Path, *, trust_remote_code: bool = False, other_base: bool = False
+) -> SavedAdapter:
     """Find the adapter at `path`: the folder of a run, or an adapter folder, of a run or alone.
 
     Args:
@@ -336,8 +338,8 @@ def find(path: str | Path, *, trust_remote_code: bool = False, other_base: bool 
                 "--trust-remote-code"
             )
         _import(settings.get("imports"), path, trust_remote_code)
-        return Saved(adapter, run, settings, other_base)
-    return Saved(adapter, None, {"model": _model_of(adapter)}, other_base)
+        return SavedAdapter(adapter, run, settings, other_base)
+    return SavedAdapter(adapter, None, {"model": _model_of(adapter)}, other_base)
 
 
 def adapter_in(folder: str | Path) -> Path:

@@ -6,12 +6,12 @@ from typing import Any
 from transformers import AutoConfig
 
 from petl.adapters.export.checked_folder import (
+    OutputFolder,
     Reference,
-    Written,
     folder_bytes,
     save_model,
 )
-from petl.adapters.export.saved_adapter import Saved, device
+from petl.adapters.export.saved_adapter import SavedAdapter, device
 from petl.data.models.loading import save_processor
 from petl.data.models.sources import read_source
 from petl.errors import UnsupportedError, markdown
@@ -25,7 +25,7 @@ from petl.training.runs.model_card import README
 USE = "load it by petl.methods.pela.load(AutoConfig.from_pretrained('{out}'), '{out}')"
 
 
-def export_small(saved: Saved, out: Path, tolerance: float | None) -> Written:
+def export_small(saved: SavedAdapter, out: Path, tolerance: float | None) -> OutputFolder:
     """Write the small model, with its ranks in ranks.json, config and processor.
 
     Args:
@@ -55,10 +55,10 @@ def export_small(saved: Saved, out: Path, tolerance: float | None) -> Written:
         del small, model  # frees memory before the same model is loaded again
         reread: Any = load(AutoConfig.from_pretrained(draft), draft).to(device())
         adapted.compare(reread, tolerance, "small model as written")
-    return Written(out, folder_bytes(out), difference)
+    return OutputFolder(out, folder_bytes(out), difference)
 
 
-def card(saved: Saved, small: Any) -> str:
+def card(saved: SavedAdapter, small: Any) -> str:
     """The text of README.md: what the model is, and how it is loaded with and without petl."""
     name, count = type(small).__name__, sum(p.numel() for p in small.parameters())
     source = read_source(saved.settings["model"])

@@ -11,7 +11,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from petl.adapters.export.card import described
-from petl.adapters.export.saved_adapter import Saved, find
+from petl.adapters.export.saved_adapter import SavedAdapter, find
 from petl.adapters.export.shipped import check, chosen
 from petl.core.adapter_folder import CONFIG
 from petl.data.models.sources import read_source
@@ -55,7 +55,7 @@ class Upload:
 
 
 @dataclass(frozen=True)
-class Pushed:
+class UploadResult:
     """A repository after an upload: its name, address and the commit."""
 
     name: str
@@ -101,12 +101,12 @@ def prepare(
     return Upload(folder, kind, content | changed, sorted({*files} - {*names}), origin)
 
 
-def base_of(saved: Saved) -> OnHub | None:
+def base_of(saved: SavedAdapter) -> OnHub | None:
     """Return where the Hub has the base model of an adapter, at the commit that it was."""
     return known_base(read_source(saved.settings["model"]), saved.config.revision)
 
 
-def adapted(saved: Saved, name: str, base: OnHub | None) -> dict[str, Path | bytes]:
+def adapted(saved: SavedAdapter, name: str, base: OnHub | None) -> dict[str, Path | bytes]:
     """Return config and card of an adapter as they go up: no folder of this machine is named."""
     config = read_json(saved.adapter / CONFIG, dict[str, Any])
     place, origin = str(config.get("base_model_name_or_path")), base or base_of(saved)
@@ -138,7 +138,7 @@ def push(
     revision: str | None = None,
     message: str = "",
     update: bool = False,
-) -> Pushed:
+) -> UploadResult:
     """Upload files to a repository, which is created unless `update`.
 
     Args:
@@ -171,7 +171,7 @@ def push(
             raise RunStopped(f"the upload failed, and nothing was committed: {cause}") from error
         except ValueError as error:  # the Hub does not accept the metadata of the card
             raise InputError(" ".join(str(error).split())) from error
-    return Pushed(full, f"{api.endpoint}/{full}", made.oid)
+    return UploadResult(full, f"{api.endpoint}/{full}", made.oid)
 
 
 def token() -> str:

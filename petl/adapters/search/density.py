@@ -24,7 +24,7 @@ ALPHA, SCOPE = 1.0, "module"
 
 
 @dataclass(frozen=True)
-class Coded:
+class CompressedCandidate:
     """An adapter compressed at each density, module by module.
 
     Attributes:
@@ -38,7 +38,7 @@ class Coded:
     @classmethod
     def of(
         cls, state: State, groups: Mapping[str, Sequence[str]], reference: State | None
-    ) -> "Coded":
+    ) -> "CompressedCandidate":
         """Compress the tensors of groups; `reference` as of `petl.adapters.deltas.compress`."""
         settings = [(density, ALPHA) for density in DENSITIES]
         each = compress_groups(state, settings, groups.values(), scope=SCOPE, reference=reference)
@@ -97,11 +97,15 @@ def density_of(model: nn.Module) -> list[Unit]:
     check_finite(own.state, f"adapter {name!r}")
     groups = grouped(model, own.live)
     reference = reference_of(own.state) if starts_at_one(config_of(model, name)) else None
-    coded = Coded.of({key: t.cpu() for key, t in own.state.items()}, groups, reference)
+    coded = CompressedCandidate.of(
+        {key: t.cpu() for key, t in own.state.items()}, groups, reference
+    )
     return units_of(coded, own.live, reference)
 
 
-def units_of(coded: Coded, live: Mapping[str, str], reference: State | None) -> list[Unit]:
+def units_of(
+    coded: CompressedCandidate, live: Mapping[str, str], reference: State | None
+) -> list[Unit]:
     """Return the modules of a compressed adapter as units.
 
     Args:

@@ -26,7 +26,7 @@ LABELS = ("labels", "start_positions", "end_positions")  # columns that a model 
 Batch = Mapping[str, Tensor]
 
 
-class Cached(NamedTuple):
+class CachedReference(NamedTuple):
     """The reference at the positions of a batch.
 
     Attributes:
@@ -40,7 +40,7 @@ class Cached(NamedTuple):
     log_rest: Tensor | None
 
 
-class Calibration:
+class DivergenceData:
     """Batches in a fixed order, of which a prefix of positions is used.
 
     Attributes:
@@ -125,7 +125,7 @@ class Calibration:
             tokens -= own
 
 
-class Divergence(Calibration):
+class Divergence(DivergenceData):
     """The divergence of a model from itself as it was when this object was made."""
 
     def __init__(
@@ -163,7 +163,7 @@ class Divergence(Calibration):
         return total / count
 
 
-class TaskLoss(Calibration):
+class TaskLoss(DivergenceData):
     """The loss of a model on labeled rows, as a fitness in place of `Divergence`."""
 
     def __call__(self, tokens: int) -> float:
@@ -176,10 +176,10 @@ class TaskLoss(Calibration):
         return total / count
 
 
-def cached(logits: Tensor, top: int) -> Cached:
+def cached(logits: Tensor, top: int) -> CachedReference:
     """Return the reference of logits [N, V]."""
     log_p, classes = logits.log_softmax(-1).topk(min(top, logits.shape[-1]), dim=-1)
-    return Cached(log_p, classes, log_others(logits, classes))
+    return CachedReference(log_p, classes, log_others(logits, classes))
 
 
 def log_others(logits: Tensor, classes: Tensor) -> Tensor | None:
@@ -190,7 +190,7 @@ def log_others(logits: Tensor, classes: Tensor) -> Tensor | None:
     return others.logsumexp(-1) - logits.logsumexp(-1)
 
 
-def divergence(reference: Cached, logits: Tensor) -> Tensor:
+def divergence(reference: CachedReference, logits: Tensor) -> Tensor:
     """Return KL(p || q) at each position, [N], of the first N of a reference."""
     classes = reference.classes[: len(logits)]
     log_q, other = logits.log_softmax(-1).gather(-1, classes), log_others(logits, classes)

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from petl.adapters.deltas.adapters import copy_others, read, write_compressed
 from petl.adapters.export.card import write_companions
 from petl.adapters.export.conversion import as_lora, ranked_config, save_lora
-from petl.adapters.export.saved_adapter import Saved
+from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.adapters.search.bits import bits_of, quantized_weights
-from petl.adapters.search.density import Coded, units_of
+from petl.adapters.search.density import CompressedCandidate, units_of
 from petl.adapters.search.rank import layers_of, rank_of
 from petl.adapters.search.tensors import adapter_tensors, config_of, grouped
 from petl.adapters.search.units import Feature
@@ -39,12 +39,12 @@ class Density(Feature):
 
     file = FILE
 
-    def __init__(self, saved: Saved) -> None:
+    def __init__(self, saved: SavedAdapter) -> None:
         self.saved = saved
         self.material, self.model = read(saved.adapter), saved.model()
         own = adapter_tensors(self.model)
         groups = grouped(self.model, own.live)
-        self.coded = Coded.of(self.material.state, groups, self.material.reference)
+        self.coded = CompressedCandidate.of(self.material.state, groups, self.material.reference)
         self.units = units_of(self.coded, own.live, self.material.reference)
         top = [unit.levels - 1 for unit in self.units]
         with tempfile.TemporaryDirectory() as folder:
@@ -64,7 +64,7 @@ class Rank(Feature):
 
     unit_bytes = 4  # values are float32
 
-    def __init__(self, saved: Saved) -> None:
+    def __init__(self, saved: SavedAdapter) -> None:
         self.saved = saved
         require_capability(saved.config, Capability.LORA_EXPORT, "a plain LoRA")
         self.model = saved.model() if is_lora(saved.config) else self.converted()
@@ -115,7 +115,7 @@ class Rank(Feature):
 class Bits(Feature):
     """Bits of the tensors of the method binary."""
 
-    def __init__(self, saved: Saved) -> None:
+    def __init__(self, saved: SavedAdapter) -> None:
         self.saved = saved
         self.model = saved.model()
         self.units = bits_of(self.model)
@@ -158,4 +158,8 @@ class Bits(Feature):
         self.save(state, folder)
 
 
-FEATURES: dict[str, Callable[[Saved], Feature]] = {"density": Density, "rank": Rank, "bits": Bits}
+FEATURES: dict[str, Callable[[SavedAdapter], Feature]] = {
+    "density": Density,
+    "rank": Rank,
+    "bits": Bits,
+}

@@ -9,7 +9,7 @@ SEARCH, PICTURE = "squeeze.json", "squeeze.png"
 
 
 @dataclass(frozen=True)
-class Settings:
+class SearchSettings:
     """The settings of a search, which are the same when it is resumed.
 
     Attributes:
@@ -30,7 +30,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Record:
+class SearchRecord:
     """The content of squeeze.json.
 
     Attributes:
@@ -45,7 +45,7 @@ class Record:
     """
 
     adapter: str
-    settings: Settings
+    settings: SearchSettings
     units: list[str]
     values: list[list[int | float]]
     even: list[int]
@@ -55,7 +55,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Squeezed:
+class SearchResult:
     """The result of `squeeze`.
 
     Attributes:
@@ -70,7 +70,7 @@ class Squeezed:
         metric: name of the score that tells how good an adapter is.
     """
 
-    record: Record
+    record: SearchRecord
     found: State
     fitness: float
     bytes: int

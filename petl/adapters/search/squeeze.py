@@ -14,11 +14,11 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from petl.adapters.export.saved_adapter import Saved
+from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.adapters.search.divergence import Divergence, TaskLoss
 from petl.adapters.search.evolve import Evolution, even, evolution_of, evolve
 from petl.adapters.search.picture import Pareto, Point, draw
-from petl.adapters.search.records import PICTURE, SEARCH, Record, Settings, Squeezed
+from petl.adapters.search.records import PICTURE, SEARCH, SearchRecord, SearchResult, SearchSettings
 from petl.adapters.search.units import Feature, swapped
 from petl.core.adapter_folder import weights_file
 from petl.core.compressed import compressed_file
@@ -44,13 +44,13 @@ logger = logging.getLogger(__name__)
 
 
 def squeeze(
-    saved: Saved,
-    made: Callable[[Saved], Feature],
-    settings: Settings,
+    saved: SavedAdapter,
+    made: Callable[[SavedAdapter], Feature],
+    settings: SearchSettings,
     out: Path,
     *,
     generations: int = 50,
-) -> Squeezed:
+) -> SearchResult:
     """Search levels within a number of bytes, and write the adapter with the best ones to `out`.
 
     Args:
@@ -101,7 +101,7 @@ def squeeze(
         [(feature.bytes_of(each.state), each.fitness) for each in search.history] if search else []
     )
     on_main(accelerator, lambda: draw(picture_of(record, feature, path), out / PICTURE))
-    return Squeezed(
+    return SearchResult(
         record,
         found,
         value,
@@ -114,12 +114,12 @@ def squeeze(
     )
 
 
-def weights_of(saved: Saved) -> Path:
+def weights_of(saved: SavedAdapter) -> Path:
     """Return the file of weights of an adapter, plain or compressed."""
     return compressed_file(saved.adapter) or weights_file(saved.adapter)
 
 
-def read_record(out: Path, saved: Saved, settings: Settings) -> Record | None:
+def read_record(out: Path, saved: SavedAdapter, settings: SearchSettings) -> SearchRecord | None:
     """Return the record of an earlier search in `out`; None if the folder is new.
 
     Raises:
@@ -129,7 +129,7 @@ def read_record(out: Path, saved: Saved, settings: Settings) -> Record | None:
     if not file.is_file():
         check_output(out)
         return None
-    raw = read_json(file, Record)
+    raw = read_json(file, SearchRecord)
     given = asdict(settings)
     for name, value in raw["settings"].items():
         if value != given[name]:
@@ -143,11 +143,11 @@ def read_record(out: Path, saved: Saved, settings: Settings) -> Record | None:
             "with --out"
         )
     raw["settings"] = settings
-    return Record(**raw)
+    return SearchRecord(**raw)
 
 
 def calibration(
-    splits: Splits, settings: Settings, accelerator: Accelerator
+    splits: Splits, settings: SearchSettings, accelerator: Accelerator
 ) -> tuple[list[Batch], str]:
     """Return batches of random calibration rows, in a fixed order, and what these rows are."""
     rows, source = splits.validation, "validation rows"
@@ -162,8 +162,11 @@ def calibration(
 
 
 def prepared(
-    saved: Saved, settings: Settings, feature: Feature, fitness: Callable[[Sequence[int]], float]
-) -> Record:
+    saved: SavedAdapter,
+    settings: SearchSettings,
+    feature: Feature,
+    fitness: Callable[[Sequence[int]], float],
+) -> SearchRecord:
     """Return the record of a new search: the even state within the bytes, and the even curve.
 
     Raises:
@@ -187,7 +190,7 @@ def prepared(
             shown_pass.advance()
         value = fitness(start)
         shown_pass.advance()
-    return Record(
+    return SearchRecord(
         sha256(weights_of(saved)),
         settings,
         [unit.name for unit in units],
@@ -198,7 +201,7 @@ def prepared(
     )
 
 
-def budget(feature: Feature, settings: Settings) -> int:
+def budget(feature: Feature, settings: SearchSettings) -> int:
     """Return the cost that the levels may have together."""
     return (settings.bytes - feature.fixed) // feature.unit_bytes
 
@@ -212,7 +215,7 @@ def uniform(levels: Sequence[int]) -> list[list[int]]:
 
 
 def run(
-    record: Record,
+    record: SearchRecord,
     feature: Feature,
     fitness: Callable[[Sequence[int], int], float],
     save: Callable[[Evolution], None],
@@ -264,7 +267,7 @@ def stages_of(total: int) -> list[tuple[int, int]]:
 class Writer:
     """Writes the record of a search after each generation; called with the search so far."""
 
-    def __init__(self, out: Path, record: Record, accelerator: Accelerator) -> None:
+    def __init__(self, out: Path, record: SearchRecord, accelerator: Accelerator) -> None:
         self.out, self.record, self.accelerator = out, record, accelerator
         on_main(accelerator, self.write)
 
@@ -299,7 +302,7 @@ def write(feature: Feature, state: Sequence[int], out: Path) -> int:
     return (out / feature.file).stat().st_size
 
 
-def picture_of(record: Record, feature: Feature, path: list[Point]) -> Pareto:
+def picture_of(record: SearchRecord, feature: Feature, path: list[Point]) -> Pareto:
     """Return what the picture of a search shows; `path` has the best state of each generation."""
     states = uniform([unit.levels for unit in feature.units])
     longest = max(feature.units, key=lambda unit: unit.levels)

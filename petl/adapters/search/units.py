@@ -118,7 +118,7 @@ def _write(live: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
         live[name].copy_(tensor)
 
 
-class Skip:
+class SkipLayer:
     """The forward of a block that may return its input instead.
 
     Attributes:
@@ -151,12 +151,12 @@ class Skip:
 
 
 @contextmanager
-def skippable(block: nn.Module) -> Generator[Skip]:
+def skippable(block: nn.Module) -> Generator[SkipLayer]:
     """Yield the switch of a block that can be skipped inside the `with` block."""
     attributes = block.__dict__
     # a forward of the instance, as accelerate's hooks set it
     before = attributes.get("forward")
-    skip = Skip(block.forward)
+    skip = SkipLayer(block.forward)
     attributes["forward"] = skip
     try:
         yield skip

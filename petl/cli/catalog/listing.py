@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Table:
+class ListingTable:
     """One table of the listing.
 
     Attributes:
@@ -36,7 +36,7 @@ class Table:
     notes: Sequence[str] = ()
 
 
-def listing() -> list[Table]:
+def listing() -> list[ListingTable]:
     """Return the tables that `petl methods` prints, from the cache if it is up to date.
 
     Methods of other packages are counted each time, and the user's own recipes are added.
@@ -44,7 +44,7 @@ def listing() -> list[Table]:
     # shipped with the package, so it is trusted
     cached: dict[str, Any] = json.loads(CACHE.read_text())
     if cached["made_of"] == fingerprint():
-        tables = [Table(**table) for table in cached["tables"]]
+        tables = [ListingTable(**table) for table in cached["tables"]]
     else:
         logger.info(
             "counting parameters: methods or configs have changed since %s was written; "
@@ -63,7 +63,7 @@ def users_recipes() -> list[str]:
     return [name for name in options_of("method") if not (own / f"{name}.yaml").is_file()]
 
 
-def with_own_recipes(tables: Sequence[Table]) -> list[Table]:
+def with_own_recipes(tables: Sequence[ListingTable]) -> list[ListingTable]:
     """Return the tables with a row for each recipe in a folder of the user's."""
     # the order of `compute_tables`
     *others, recipes, first = tables
@@ -72,7 +72,7 @@ def with_own_recipes(tables: Sequence[Table]) -> list[Table]:
     return [*others, replace(recipes, rows=[*recipes.rows, *added]), first]
 
 
-def with_foreign(tables: Sequence[Table]) -> list[Table]:
+def with_foreign(tables: Sequence[ListingTable]) -> list[ListingTable]:
     """Return the tables with a row for each method that another package registered."""
     from petl.core.registry import list_methods
     from petl.methods import BUILT_IN
@@ -114,19 +114,19 @@ def write_cache() -> Path:
     return CACHE
 
 
-def compute_tables() -> list[Table]:
+def compute_tables() -> list[ListingTable]:
     """Compute the tables from the registries; wraps the reference model with each method."""
     # the recommendations last: a terminal shows the end of what is printed
     return [_methods(), _losses(), _recipes(), _recommended()]
 
 
-def _methods() -> Table:
+def _methods() -> ListingTable:
     # here, because it imports torch and transformers, which reading the cache does not need
     from petl.cli.catalog.reference import REFERENCE
     from petl.methods import BUILT_IN
 
     rows, refusals = zip(*map(_row, sorted(BUILT_IN, key=_by_need)), strict=True)
-    return Table(
+    return ListingTable(
         f"trainable: parameters with configs/method/NAME.yaml on {REFERENCE}; "
         f"PEFT {version('peft')}",
         ["method", ">trainable", "for", "merges", "LoRA export", "by", "paper"],
@@ -172,39 +172,39 @@ def short_paper(paper: str) -> str:
     return f"{first}, {found[0]}" if found else paper
 
 
-def _recommended() -> Table:
+def _recommended() -> ListingTable:
     from petl.core.registry import method
     from petl.methods import BUILT_IN
 
     entries = [method(name) for name in sorted(BUILT_IN, key=_by_need)]
     rows = [[e.need, e.name, e.recommended] for e in entries if e.recommended]
-    return Table("recommended, by what you need", ["for", "method", "why"], rows)
+    return ListingTable("recommended, by what you need", ["for", "method", "why"], rows)
 
 
-def _tried() -> Table:
+def _tried() -> ListingTable:
     rows = [[each.verdict, each.claim, each.statement, each.difference] for each in tried()]
-    return Table(
+    return ListingTable(
         "claims of papers, tried on small models and real data (docs/claims.md)",
         ["verdict", "claim", "statement", "difference, 95 %"],
         rows,
     )
 
 
-def _losses() -> Table:
+def _losses() -> ListingTable:
     from petl.core.spec.method import list_losses, loss
 
     losses = map(loss, list_losses())
     rows = [
         [e.name, f"+method=NAME +loss={e.name}", e.summary, short_paper(e.paper)] for e in losses
     ]
-    return Table("extra losses, for any method", ["loss", "usage", "effect", "paper"], rows)
+    return ListingTable("extra losses, for any method", ["loss", "usage", "effect", "paper"], rows)
 
 
-def _recipes() -> Table:
+def _recipes() -> ListingTable:
     from petl.cli.catalog.recipes import list_recipes, paper_of, parts_of, recipe
 
     recipes = map(recipe, list_recipes())
     rows = [[r.name, f"+method={r.name}", parts_of(r), short_paper(paper_of(r))] for r in recipes]
-    return Table(
+    return ListingTable(
         "recipes: method, loss and settings of a paper", ["recipe", "usage", "parts", "paper"], rows
     )

@@ -99,7 +99,7 @@ def build_classifier() -> PreTrainedModel:
         return AutoModelForSequenceClassification.from_config(config)
 
 
-class Block(nn.Module):
+class ChannelBlock(nn.Module):
     """A block of a U-Net, of which only the channels are known."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -115,7 +115,7 @@ def build_for_diffusion() -> nn.Module:
     model: Any = nn.Module()
     parts = [nn.Module() for _ in range(1 + len(DECODER))]
     for part, channels in zip(parts, (((1280, 1280),), *DECODER), strict=True):
-        part.add_module("resnets", nn.ModuleList(Block(*pair) for pair in channels))
+        part.add_module("resnets", nn.ModuleList(ChannelBlock(*pair) for pair in channels))
     model.mid_block, model.up_blocks = parts[0], nn.ModuleList(parts[1:])
     return model
 

@@ -13,7 +13,7 @@ FILE = Path(__file__).with_name("verdicts.json")  # written by scripts/build_doc
 
 
 @dataclass(frozen=True)
-class Tried:
+class ClaimVerdict:
     """A statement with its verdict.
 
     Attributes:
@@ -29,11 +29,11 @@ class Tried:
     difference: str
 
 
-def tried() -> list[Tried]:
+def tried() -> list[ClaimVerdict]:
     """Return all statements that were tried."""
     # shipped with the package, so it is trusted
     rows: list[dict[str, Any]] = json.loads(FILE.read_text())
-    return [Tried(**row) for row in rows]
+    return [ClaimVerdict(**row) for row in rows]
 
 
 def verdict_lines(method: str) -> list[str]:

@@ -46,7 +46,7 @@ class GroupedLayer(nn.Module):
         return cast("Tensor | None", self.base_layer.bias)
 
 
-class Update(NamedTuple):
+class GroupedUpdate(NamedTuple):
     """Low-rank updates of K adapters: A [K, R, I], B [K, O, R], gate [K, T, E] or None: 1."""
 
     A: Tensor
@@ -75,11 +75,11 @@ class GroupedLowRank(GroupedLayer):
         """Return the probability with which each adapter drops its input now."""
         raise NotImplementedError
 
-    def updates(self, x: Tensor) -> Update:
+    def updates(self, x: Tensor) -> GroupedUpdate:
         """Return the updates for the inputs x [K, T, I]."""
         raise NotImplementedError
 
-    def finish(self, y: Tensor, x: Tensor, update: Update) -> Tensor:
+    def finish(self, y: Tensor, x: Tensor, update: GroupedUpdate) -> Tensor:
         """Return the output y [K, T, O], with what its backward pass computes besides."""
         return y
 
@@ -127,8 +127,8 @@ class GroupedLora(GroupedLowRank):
         # PEFT uses Identity for a probability of 0
         return [d.p if isinstance(d, nn.Dropout) and d.training else 0.0 for d in self.dropouts]
 
-    def updates(self, x: Tensor) -> Update:
-        return Update(self.A.leaf, self.B.leaf, self.scales)
+    def updates(self, x: Tensor) -> GroupedUpdate:
+        return GroupedUpdate(self.A.leaf, self.B.leaf, self.scales)
 
 
 class GroupedFactors(GroupedLowRank):
@@ -146,19 +146,19 @@ class GroupedFactors(GroupedLowRank):
     def rates(self) -> Sequence[float]:
         return [adapter.drop_rate for adapter in self.adapters]
 
-    def updates(self, x: Tensor) -> Update:
+    def updates(self, x: Tensor) -> GroupedUpdate:
         return stacked_factors([adapter.plain_factors() for adapter in self.adapters])
 
 
-def stacked_factors(factors: Sequence[Any]) -> Update:
+def stacked_factors(factors: Sequence[Any]) -> GroupedUpdate:
     """Return the updates of these factors, filled up with zeros to the largest rank."""
     R = max(len(each.A) for each in factors)
     A = [F.pad(each.A, (0, 0, 0, R - len(each.A))) for each in factors]
     B = [F.pad(each.B, (0, R - each.B.shape[1])) for each in factors]
-    return Update(torch.stack(A), torch.stack(B), [each.scale for each in factors])
+    return GroupedUpdate(torch.stack(A), torch.stack(B), [each.scale for each in factors])
 
 
-class Captured:
+class InputHook:
     """Forward pre-hook of a module: its first input, for layers that adapt another module's."""
 
     def __init__(self) -> None:
@@ -186,7 +186,7 @@ class GroupedAdapters(GroupedLayer):
         base_layer: nn.Module,
         adapters: Sequence[Any],
         generators: Sequence[torch.Generator | None],
-        captured: Captured | None,
+        captured: InputHook | None,
     ) -> None:
         super().__init__(base_layer)
         self.adapters, self.generators = tuple(adapters), generators
@@ -201,7 +201,7 @@ class GroupedNetworks(GroupedLayer):
     """Adapters whose computation broadcasts over the stacked tensors of all: bottlenecks."""
 
     def __init__(
-        self, base_layer: nn.Module, adapters: Sequence[Any], captured: Captured | None
+        self, base_layer: nn.Module, adapters: Sequence[Any], captured: InputHook | None
     ) -> None:
         super().__init__(base_layer)
         self.adapters, self.captured = tuple(adapters), captured
@@ -221,7 +221,7 @@ def each_alone(
     x: Tensor,
     args: Any,
     kwargs: Mapping[str, Any],
-    captured: Captured | None = None,
+    captured: InputHook | None = None,
 ) -> Tensor:
     """Return the output of a layer whose base is called once and whose adapters one by one."""
     y = layer.base_layer(x, *args, **kwargs)

@@ -23,7 +23,7 @@ from petl.core.compat import (
 from petl.core.layers.class_swap import AdapterDict, SwappedClass
 from petl.core.layers.context import ForwardContext, InputCapture
 from petl.core.layers.conversion import refuse_conversion
-from petl.core.layers.grouped import Captured, GroupedAdapters, GroupedFactors
+from petl.core.layers.grouped import GroupedAdapters, GroupedFactors, InputHook
 from petl.core.serving.mixed_batch import AdapterRows, BatchedAdapter
 from petl.errors import InputError, UnsupportedError
 from petl.ops.low_rank import LowRankRows, add_low_rank, linear_with_low_rank, owns_output
@@ -240,7 +240,7 @@ class Adapter(nn.Module):
         adapters: Sequence[Any],
         base_layer: nn.Module,
         generators: Sequence[torch.Generator | None],
-        captured: Captured | None,
+        captured: InputHook | None,
     ) -> nn.Module:
         """Return the layer that trains several adapters in one pass, each with rows of its own.
 

@@ -91,7 +91,7 @@ class SubLayer(NamedTuple):
     causal: bool
 
 
-class Attention(NamedTuple):
+class AttentionInfo(NamedTuple):
     """The projections of an attention sub-layer by path, and the width of a head.
 
     Attributes:
@@ -136,7 +136,7 @@ def encoder_of(model: nn.Module) -> tuple[str, nn.Module] | None:
     return next(((n, m) for n, m in model.named_modules() if n and m is encoder), None)
 
 
-def find_attention(model: nn.Module) -> list[Attention]:
+def find_attention(model: nn.Module) -> list[AttentionInfo]:
     """Return the attention sub-layers of all blocks, adapted or not."""
     found = []
     for path, block in blocks(model):
@@ -151,7 +151,7 @@ def find_attention(model: nn.Module) -> list[Attention]:
             first = next((leaf for leaf in three if leaf is not None), None)
             size = None if first is None else _head_width(block, first)
             paths = [None if leaf is None else f"{path}.{leaf.path}" for leaf in three]
-            found.append(Attention(*paths, f"{path}.{ends[0]}", size))
+            found.append(AttentionInfo(*paths, f"{path}.{ends[0]}", size))
     return found
 
 

@@ -16,7 +16,14 @@ from transformers.utils import logging as transformers_logging
 
 from petl.core.parameters import max_positions, within_memory
 from petl.data.models.quantization import keep_gradients, quantization_config
-from petl.data.models.sources import DTYPES, Hub, ModelSource, RandomInit, Settings, read_source
+from petl.data.models.sources import (
+    DTYPES,
+    HubModel,
+    ModelSource,
+    RandomInit,
+    Settings,
+    read_source,
+)
 from petl.data.tasks.base import Task
 from petl.errors import InputError, first_line
 from petl.system.files import hub
@@ -67,7 +74,7 @@ def cannot_load(source: ModelSource, error: Exception) -> InputError:
             "save_pretrained, and set model=path model.path=FOLDER"
         )
     # transformers' own message about a missing file does not mention the network
-    offline = isinstance(source, Hub) and source.options()["local_files_only"]
+    offline = isinstance(source, HubModel) and source.options()["local_files_only"]
     if offline and isinstance(error, OSError):
         return hub.unavailable("model", source.name)
     return InputError(f"model {source.name} cannot be loaded: {first_line(error)}")
@@ -284,7 +291,7 @@ def pretrained_model(
         state = model.state_dict()
         missing |= {key for key in head if state[key].shape[:1] == (config.num_labels,)}
     model.petl_new_modules = outermost_modules(model, missing)
-    if isinstance(source, Hub):  # now: a branch may move while the run trains
+    if isinstance(source, HubModel):  # now: a branch may move while the run trains
         model.petl_commit = source.on_hub().revision
     if getattr(model, "hf_quantizer", None) is not None:
         keep_gradients(model)

@@ -294,7 +294,7 @@ class RandomInit(ModelSource):
 
 
 @dataclass(kw_only=True)
-class Hub(ModelSource):
+class HubModel(ModelSource):
     """Any model of the Hugging Face Hub, or of its local cache when there is no network."""
 
     revision: str | None = None
@@ -353,7 +353,7 @@ SOURCES: dict[str, type[ModelSource]] = {
     "smollm2": SmolLM2,
     "path": Folder,
     "config": RandomInit,
-    "hub": Hub,
+    "hub": HubModel,
 }
 
 

@@ -163,11 +163,11 @@ class CausalLM(Task):
             return super().outputs(model, batch)
         with logits_at(batch["labels"]) as wanted:
             outputs = super().outputs(model, batch)
-        return outputs if wanted is None else Labelled(outputs.logits[0], wanted)
+        return outputs if wanted is None else LabelledText(outputs.logits[0], wanted)
 
     def predict(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
         """Number of predicted tokens and their summed loss in nats of each row: [B, 2]."""
-        if isinstance(outputs, Labelled):
+        if isinstance(outputs, LabelledText):
             return summed_loss_at(outputs.wanted, outputs.logits, shifted(batch["labels"]))
         # methods that prepend virtual tokens have more logits than labels
         logits = outputs.logits[:, -batch["labels"].shape[1] : -1]
@@ -184,7 +184,7 @@ class CausalLM(Task):
         return perplexity(total)
 
 
-class Labelled(NamedTuple):
+class LabelledText(NamedTuple):
     """Logits of the positions that predict a token with a label.
 
     Attributes:

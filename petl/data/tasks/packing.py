@@ -25,7 +25,7 @@ APART = 0.05  # difference between a text packed and alone, relative to the outp
 
 
 @dataclass
-class Block:
+class PackedRow:
     """A row of complete texts and pieces of texts, concatenated.
 
     Attributes:
@@ -39,7 +39,7 @@ class Block:
     positions: list[int]
 
 
-def pack(texts: Iterable[Sequence[int]], length: int) -> list[Block]:
+def pack(texts: Iterable[Sequence[int]], length: int) -> list[PackedRow]:
     """Lay texts side by side in blocks of at most `length` tokens; only longer texts are cut.
 
     Best fit decreasing: the longest come first, each into the fullest block that has room for it
@@ -61,9 +61,9 @@ def pack(texts: Iterable[Sequence[int]], length: int) -> list[Block]:
     return [joined([pieces[i] for i in numbers]) for numbers in sorted(map(sorted, chosen))]
 
 
-def joined(pieces: Iterable[Sequence[int]]) -> Block:
+def joined(pieces: Iterable[Sequence[int]]) -> PackedRow:
     """Return the block of texts and pieces of texts."""
-    block = Block([], [], [])
+    block = PackedRow([], [], [])
     for piece in pieces:
         block.labels += [IGNORED if block.ids else piece[0], *piece[1:]]
         block.ids += piece

@@ -13,7 +13,7 @@ from petl.system.files.read import read_json
 from petl.system.values import LARGEST, type_problem
 
 
-class Saved(TypedDict):
+class TaskHeader(TypedDict):
     """The entry that each file has; the others are the fields of that task."""
 
     task: str
@@ -28,7 +28,7 @@ def read_task(folder: Path) -> Task | None:
     file = folder / FILE
     if not file.is_file():
         return None
-    saved = read_json(file, Saved)
+    saved = read_json(file, TaskHeader)
     kind: Any = resolve_name(choose(TASKS, saved.pop("task"), f"task (in {file})"))
     # annotations may be strings, which `type_problem` cannot check
     hints = get_type_hints(kind)

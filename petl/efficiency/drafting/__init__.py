@@ -11,7 +11,7 @@ the text before it, and the answer may be another, equally good one.
 from importlib import import_module
 from pkgutil import iter_modules
 
-from petl.efficiency.drafting.answers import Answers, answers
+from petl.efficiency.drafting.answers import DraftAnswers, answers
 from petl.efficiency.drafting.calls import why_plain
 from petl.efficiency.drafting.checks import PROMISE, check_answer, rounding, shortfalls, verify
 from petl.efficiency.drafting.costs import Costs
@@ -22,8 +22,8 @@ from petl.efficiency.drafting.registry import (
     Draft,
     Drafter,
     Needs,
+    PassOutput,
     Root,
-    Seen,
     drafter,
     list_drafters,
     register,
@@ -32,13 +32,13 @@ from petl.efficiency.drafting.tree import best, plan, tau
 
 __all__ = [
     "PROMISE",
-    "Answers",
     "Costs",
     "Draft",
+    "DraftAnswers",
     "Drafter",
     "Needs",
+    "PassOutput",
     "Root",
-    "Seen",
     "Stats",
     "answers",
     "best",

@@ -23,7 +23,7 @@ from petl.system.progress import Pass
 
 
 @dataclass(frozen=True)
-class Answers:
+class DraftAnswers:
     """Rows of a prompt and its answer, one behind the other.
 
     Attributes:
@@ -77,16 +77,16 @@ class Answers:
         """Return the tokens that the model wrote in row `i`."""
         return self.ids[self.row(i)][self.starts[i] :]
 
-    def rows(self, numbers: Sequence[int]) -> "Answers":
+    def rows(self, numbers: Sequence[int]) -> "DraftAnswers":
         """Return some of the rows."""
-        return Answers(
+        return DraftAnswers(
             torch.cat([self.ids[self.row(i)] for i in numbers]),
             torch.cat([self.states[self.row(i)] for i in numbers]),
             tuple(self.lengths[i] for i in numbers),
             tuple(self.starts[i] for i in numbers),
         )
 
-    def to(self, device: torch.device) -> "Answers":
+    def to(self, device: torch.device) -> "DraftAnswers":
         """Return them on a device."""
         return replace(self, ids=self.ids.to(device), states=self.states.to(device))
 
@@ -99,7 +99,7 @@ def answers(
     tokens: int = 128,
     batch_size: int = 16,
     **generation: Any,
-) -> Answers:
+) -> DraftAnswers:
     """Let an adapted model answer prompts, and keep its states.
 
     Several processes (`torchrun`, a `Trainer` under it) call this together, with the same prompts:
@@ -148,7 +148,7 @@ def answers(
         found = shared_out([partial(answered, place) for place in range(len(batches))])
     by_prompt = dict(zip(order, chain.from_iterable(found), strict=True))
     whole, states = zip(*(by_prompt[i] for i in range(len(prompts))), strict=True)
-    return Answers(
+    return DraftAnswers(
         torch.cat(whole), torch.cat(states), tuple(map(len, whole)), tuple(map(len, prompts))
     )
 

@@ -36,7 +36,7 @@ OF_ALL_ROWS = (
 
 
 @dataclass(frozen=True)
-class Given:
+class GenerateCall:
     """What `generate` prepares: the model, ids [rows, L], and what decides on each token."""
 
     model: Any
@@ -65,7 +65,7 @@ def check_arguments(nodes: Any, rows: Any, pack: Any, config: GenerationConfig) 
 # Plain decoding
 
 
-def plain_reason(given: Given, kwargs: dict[str, Any]) -> str:
+def plain_reason(given: GenerateCall, kwargs: dict[str, Any]) -> str:
     """Return why a call is decoded plainly; "" if drafts are possible.
 
     Args:
@@ -79,7 +79,7 @@ def plain_reason(given: Given, kwargs: dict[str, Any]) -> str:
     return reason_of_row(given, kwargs)
 
 
-def reason_of_row(given: Given, kwargs: dict[str, Any]) -> str:
+def reason_of_row(given: GenerateCall, kwargs: dict[str, Any]) -> str:
     """Return why a row of a call is decoded plainly, if it is alone; "" if drafts are possible."""
     model, config = given.model, given.config
     if not _is_sampling(config):
@@ -102,7 +102,7 @@ def _is_sampling(config: GenerationConfig) -> bool:
     return GENERATION_MODES_MAPPING[config.get_generation_mode()] == "_sample"
 
 
-def plainly(given: Given, stream: Any, kwargs: dict[str, Any]) -> Any:
+def plainly(given: GenerateCall, stream: Any, kwargs: dict[str, Any]) -> Any:
     """Decode as `generate` does without `custom_generate`."""
     mode = given.config.get_generation_mode()
     method = GENERATION_MODES_MAPPING[mode]
@@ -125,7 +125,7 @@ def plainly(given: Given, stream: Any, kwargs: dict[str, Any]) -> Any:
 # Rows one after the other
 
 
-def check_rows(given: Given, kwargs: dict[str, Any], stream: Any) -> None:
+def check_rows(given: GenerateCall, kwargs: dict[str, Any], stream: Any) -> None:
     """Raise InputError if rows cannot be decoded one after the other."""
     if stream is not None or given.config.return_dict_in_generate:
         raise InputError(
@@ -146,7 +146,9 @@ def check_rows(given: Given, kwargs: dict[str, Any], stream: Any) -> None:
         )
 
 
-def each_row(given: Given, kwargs: dict[str, Any]) -> Iterator[tuple[Given, dict[str, Any]]]:
+def each_row(
+    given: GenerateCall, kwargs: dict[str, Any]
+) -> Iterator[tuple[GenerateCall, dict[str, Any]]]:
     """Yield a call for each row, and the inputs of the model for it, with an empty cache.
 
     In sampling, rows draw in another order than in a batch: other tokens of the same law.

@@ -28,7 +28,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from petl.efficiency.drafting import tree
 from petl.efficiency.drafting.cache import cache_argument
 from petl.efficiency.drafting.calls import (
-    Given,
+    GenerateCall,
     check_arguments,
     check_rows,
     each_row,
@@ -40,9 +40,9 @@ from petl.efficiency.drafting.calls import (
 from petl.efficiency.drafting.costs import QUICK, TYPICAL, Costs
 from petl.efficiency.drafting.fields import check_vocabulary
 from petl.efficiency.drafting.packing import Packing
-from petl.efficiency.drafting.passes import Passes
+from petl.efficiency.drafting.passes import DraftPasses
 from petl.efficiency.drafting.policy import Switch, switch_of
-from petl.efficiency.drafting.registry import Drafter, Root, Seen
+from petl.efficiency.drafting.registry import Drafter, PassOutput, Root
 from petl.efficiency.drafting.registry import drafter as build
 from petl.errors import InputError
 
@@ -139,8 +139,8 @@ def decode(  # noqa: PLR0913 - its keywords are those of `generate`
             raise InputError(f"{name}={value!r} is no petl.drafting.{kind.__name__}")
     if drafter is not None:
         check_vocabulary(drafter.name or type(drafter).__name__, drafter.vocabulary, model)
-    given = Given(model, input_ids, logits_processor, stopping_criteria, generation_config)
-    settings = Settings(drafter, nodes, pack, costs, clock, switch)
+    given = GenerateCall(model, input_ids, logits_processor, stopping_criteria, generation_config)
+    settings = DecodeSettings(drafter, nodes, pack, costs, clock, switch)
     stats = stats or Stats()
     # the rows one after the other, if each of them could be drafted alone
     if len(input_ids) > 1 and rows == "sequential" and not reason_of_row(given, model_kwargs):
@@ -159,7 +159,7 @@ def decode(  # noqa: PLR0913 - its keywords are those of `generate`
 
 
 @dataclass
-class Settings:
+class DecodeSettings:
     """The arguments of `decode` that are its own."""
 
     drafter: Drafter | None
@@ -174,14 +174,19 @@ class Decoding:
     """The state of one row: ids, a cache over all but the last (the root), and a drafter."""
 
     def __init__(
-        self, given: Given, kwargs: dict[str, Any], settings: Settings, stats: Stats, stream: Any
+        self,
+        given: GenerateCall,
+        kwargs: dict[str, Any],
+        settings: DecodeSettings,
+        stats: Stats,
+        stream: Any,
     ) -> None:
         self.given, self.settings, self.stats, self.stream = given, settings, stats, stream
         self.model: nn.Module = given.model
         self.drafter = settings.drafter
         self.ids = given.ids  # [1, L], see `_all_ids`
         self.tokens: Tokens = given.ids[0].tolist()
-        self.passes = Passes(given.model, kwargs)
+        self.passes = DraftPasses(given.model, kwargs)
         self.packing = Packing(given.model, settings.pack)
         has_switch = settings.switch and self.drafter is not None
         self.switch = switch_of(self.drafter) if has_switch else Switch(enabled=False)
@@ -312,7 +317,7 @@ class Decoding:
             needs = self.drafter.needs
             # not in plain rounds: the drafter has guessed nothing there
             self.drafter.observe(
-                Seen(
+                PassOutput(
                     torch.tensor([root, *tokens]),
                     torch.tensor(parents, dtype=torch.long),
                     logits if needs.logits else None,

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from petl.efficiency.drafting.answers import Answers
-from petl.efficiency.drafting.registry import Drafter, Trained
+from petl.efficiency.drafting.answers import DraftAnswers
+from petl.efficiency.drafting.registry import Drafter, FittedDrafter
 from petl.errors import InputError, UnsupportedError
 from petl.system.progress import Pass
 
@@ -18,7 +18,7 @@ HELD_OUT = 10  # of as many answers the last is not trained on, for rank frequen
 
 def fit(
     drafter: Drafter,
-    answers: Answers,
+    answers: DraftAnswers,
     *,
     epochs: int = 4,
     lr: float = 1e-3,
@@ -68,7 +68,7 @@ def fit(
 
 @torch.enable_grad()
 def _train(
-    drafter: Any, answers: Answers, epochs: int, lr: float, batch: int, target: str, seed: int
+    drafter: Any, answers: DraftAnswers, epochs: int, lr: float, batch: int, target: str, seed: int
 ) -> None:
     parameters = list(drafter.parameters())
     # biases and the vector of the norm do not decay
@@ -111,9 +111,9 @@ def factor(step: int, steps: int) -> float:
 
 
 def _check(
-    drafter: Drafter, answers: Answers, epochs: int, lr: float, batch: int, target: str
+    drafter: Drafter, answers: DraftAnswers, epochs: int, lr: float, batch: int, target: str
 ) -> None:
-    if not isinstance(drafter, Trained):
+    if not isinstance(drafter, FittedDrafter):
         name = drafter.name or type(drafter).__name__
         raise UnsupportedError(f"{name} has nothing to train; hydra has")
     if epochs < 0:

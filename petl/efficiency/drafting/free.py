@@ -8,11 +8,19 @@ import torch
 from torch import Tensor
 
 from petl.efficiency.drafting import folder as files
-from petl.efficiency.drafting.answers import Answers
+from petl.efficiency.drafting.answers import DraftAnswers
 from petl.efficiency.drafting.costs import TYPICAL
 from petl.efficiency.drafting.lookup import Lookup
 from petl.efficiency.drafting.recycling import Recycling
-from petl.efficiency.drafting.registry import Draft, Drafter, Needs, Root, Seen, fields_of, register
+from petl.efficiency.drafting.registry import (
+    Draft,
+    Drafter,
+    Needs,
+    PassOutput,
+    Root,
+    fields_of,
+    register,
+)
 from petl.efficiency.drafting.tree import best_count
 
 PARTS = ("lookup", "recycling")
@@ -70,7 +78,7 @@ class Free(Drafter):
         assert chance is not None
         return Draft(merged.tokens[:count], merged.parents[:count], chance[:count])
 
-    def observe(self, seen: Seen) -> None:
+    def observe(self, seen: PassOutput) -> None:
         """Learn in both."""
         self.lookup.observe(seen)
         self.recycling.observe(seen)
@@ -89,7 +97,7 @@ class Free(Drafter):
         own: files.DrafterConfig = {**config, "name": self.name, "fields": fields}
         files.write_config(root, own)
 
-    def fill(self, answers: Answers, model: Any) -> None:
+    def fill(self, answers: DraftAnswers, model: Any) -> None:
         """Learn from answers of a model, see `Recycling.fill`."""
         self.recycling.fill(answers, model)
 

@@ -23,7 +23,7 @@ LAST = 2**32 - 1  # seed
 UNKNOWN = -1  # the place of a token that is not in D
 
 
-class Block(nn.Module):
+class DraftHead(nn.Module):
     """`A z + silu(B z + b)` for z of width (c + 1) H; without conditions A is the identity.
 
     It starts as `A z = ` the first H entries of z: B and the biases are zero.
@@ -134,7 +134,9 @@ class Heads(Drafter):
             conditions = [i if self.kind == "sequential" else 0 for i in range(1, self.heads + 1)]
             # each block is one of its own
             self.blocks = nn.ModuleList(
-                nn.Sequential(Block(width, c), *(Block(width, 0) for _ in range(layers - 1)))
+                nn.Sequential(
+                    DraftHead(width, c), *(DraftHead(width, 0) for _ in range(layers - 1))
+                )
                 for c in conditions
             )
 

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from petl.efficiency.drafting import folder as files
 from petl.efficiency.drafting import learning, tree
-from petl.efficiency.drafting.answers import Answers
+from petl.efficiency.drafting.answers import DraftAnswers
 from petl.efficiency.drafting.costs import TYPICAL
 from petl.efficiency.drafting.frequencies import Frequencies, path_probabilities
 from petl.efficiency.drafting.heads import Heads
 from petl.efficiency.drafting.identity import hash_of_tokenizer, hashes_of
 from petl.efficiency.drafting.levels import Levels
-from petl.efficiency.drafting.registry import Draft, Needs, Root, Seen, register
+from petl.efficiency.drafting.registry import Draft, Needs, PassOutput, Root, register
 from petl.errors import InputError
 from petl.system.files.tensor_file import check_finite, check_index, check_shapes
 
@@ -143,7 +143,7 @@ class Hydra(Heads):
         return self.state
 
     @torch.no_grad()
-    def observe(self, seen: Seen) -> None:
+    def observe(self, seen: PassOutput) -> None:
         """Let the prefix layer read the accepted nodes."""
         if self.reader is not None:
             assert seen.states is not None
@@ -192,7 +192,7 @@ class Hydra(Heads):
     # Training
 
     @torch.no_grad()
-    def prepare(self, answers: Answers) -> None:
+    def prepare(self, answers: DraftAnswers) -> None:
         """Choose draft vocabulary and scale by answers, before training; once."""
         if self.hashes:
             return
@@ -206,14 +206,16 @@ class Hydra(Heads):
             states = float(answers.states.double().square().mean().sqrt())
             self.scale.fill_(states / self.ends.embedding_rms())
 
-    def batches(self, answers: Answers, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    def batches(
+        self, answers: DraftAnswers, size: int, generator: torch.Generator
+    ) -> Iterator[Tensor]:
         """Yield positions of answers in random order, about `size` at a time."""
         # the prefix layer reads whole rows
         return learning.batches(answers, size, generator, by_row=self.reader is not None)
 
     def loss(
         self,
-        answers: Answers,
+        answers: DraftAnswers,
         positions: Tensor | None = None,
         *,
         target: Literal["hard", "soft"] = "hard",
@@ -227,7 +229,7 @@ class Hydra(Heads):
         """
         return learning.loss(self, answers, positions, target)
 
-    def count(self, answers: Answers) -> None:
+    def count(self, answers: DraftAnswers) -> None:
         """Count rank frequencies on answers, which the heads should not have been trained on."""
         self.frequencies.restore(learning.frequencies(self, answers, self.frequencies.table()))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from petl.efficiency.drafting.answers import Answers
+from petl.efficiency.drafting.answers import DraftAnswers
 from petl.efficiency.drafting.heads import UNKNOWN, Heads
 
 WEIGHT = 0.8  # of a head's loss, over that of the head before
@@ -34,7 +34,7 @@ class Guess(NamedTuple):
 
 
 def batches(
-    answers: Answers, size: int, generator: torch.Generator, *, by_row: bool
+    answers: DraftAnswers, size: int, generator: torch.Generator, *, by_row: bool
 ) -> Iterator[Tensor]:
     """Yield positions of answers in random order.
 
@@ -59,7 +59,9 @@ def batches(
         yield torch.cat(batch)
 
 
-def guesses(heads: Heads, answers: Answers, states: Tensor, positions: Tensor) -> Iterator[Guess]:
+def guesses(
+    heads: Heads, answers: DraftAnswers, states: Tensor, positions: Tensor
+) -> Iterator[Guess]:
     """Yield what each head says at some positions, after the true tokens.
 
     Args:
@@ -79,7 +81,7 @@ def guesses(heads: Heads, answers: Answers, states: Tensor, positions: Tensor) -
         yield Guess(heads.logits(carry, i), places, is_inside, (positions + i).clamp(max=last))
 
 
-def states_of(heads: Heads, answers: Answers, positions: Tensor) -> Tensor:
+def states_of(heads: Heads, answers: DraftAnswers, positions: Tensor) -> Tensor:
     """Return the states that the heads read, [T, H]; of rows with some of these positions."""
     if heads.reader is None:
         return answers.states
@@ -94,7 +96,7 @@ def states_of(heads: Heads, answers: Answers, positions: Tensor) -> Tensor:
 
 
 def loss(
-    heads: Heads, answers: Answers, positions: Tensor | None, target: Literal["hard", "soft"]
+    heads: Heads, answers: DraftAnswers, positions: Tensor | None, target: Literal["hard", "soft"]
 ) -> Tensor:
     """Return the weighted sum of the heads' mean cross-entropies, a scalar; see `Hydra.loss`."""
     chosen = answers.positions if positions is None else positions
@@ -121,7 +123,7 @@ def loss(
 
 @torch.no_grad()
 def frequencies(
-    heads: Heads, answers: Answers, known: Sequence[Sequence[float]]
+    heads: Heads, answers: DraftAnswers, known: Sequence[Sequence[float]]
 ) -> list[list[float]]:
     """Return at which fraction of positions the true token has each rank, by head, then rank.
 

@@ -16,7 +16,7 @@ from petl.efficiency.drafting import folder as files
 from petl.efficiency.drafting.costs import TYPICAL
 from petl.efficiency.drafting.fields import check_count, check_integer
 from petl.efficiency.drafting.frequencies import Frequencies
-from petl.efficiency.drafting.registry import Draft, Drafter, Root, Seen, register
+from petl.efficiency.drafting.registry import Draft, Drafter, PassOutput, Root, register
 from petl.efficiency.drafting.tree import best_count
 
 LONGEST = 15  # drafts of length="auto"
@@ -150,7 +150,7 @@ class LookupFirst(Drafter):
         tree = self.drafter.draft(root, 0 if len(chain.tokens) else budget)
         return chain if len(chain.tokens) else tree
 
-    def observe(self, seen: Seen) -> None:
+    def observe(self, seen: PassOutput) -> None:
         """Learn in both."""
         self.lookup.observe(seen)
         self.drafter.observe(seen)

@@ -54,7 +54,7 @@ def takes_trees(model: Any) -> bool:
     )
 
 
-class Passes:
+class DraftPasses:
     """The passes of a model over one row, and its cache.
 
     Attributes:

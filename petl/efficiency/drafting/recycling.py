@@ -19,12 +19,12 @@ from torch import Tensor
 
 from petl.efficiency.drafting import folder as files
 from petl.efficiency.drafting import tree
-from petl.efficiency.drafting.answers import Answers
+from petl.efficiency.drafting.answers import DraftAnswers
 from petl.efficiency.drafting.costs import TYPICAL
 from petl.efficiency.drafting.fields import check_bool, check_count, check_integer, vocabulary_of
 from petl.efficiency.drafting.frequencies import Frequencies, path_probabilities
 from petl.efficiency.drafting.identity import hash_of_tokenizer
-from petl.efficiency.drafting.registry import Draft, Drafter, Needs, Root, Seen, register
+from petl.efficiency.drafting.registry import Draft, Drafter, Needs, PassOutput, Root, register
 from petl.errors import InputError
 from petl.system.files.tensor_file import read_file
 
@@ -179,7 +179,7 @@ class Recycling(Drafter):
 
     # Learning
 
-    def observe(self, seen: Seen) -> None:
+    def observe(self, seen: PassOutput) -> None:
         """Replace the rows of all nodes by their most likely tokens."""
         assert seen.logits is not None
         found = most_likely(seen.logits, min(self.k, seen.logits.shape[1]))
@@ -217,7 +217,7 @@ class Recycling(Drafter):
                 self.pairs.popitem(last=False)
 
     @torch.no_grad()
-    def fill(self, answers: Answers, model: Any) -> None:
+    def fill(self, answers: DraftAnswers, model: Any) -> None:
         """Learn from answers of a model as decoding them with drafts would teach it.
 
         Each round takes the true tokens as far as the table has them; their rows are then those of

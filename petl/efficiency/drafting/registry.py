@@ -78,7 +78,7 @@ class Draft(NamedTuple):
     probabilities: Tensor | None = None
 
 
-class Seen(NamedTuple):
+class PassOutput(NamedTuple):
     """What a pass has computed, without nodes that only pad it.
 
     Attributes:
@@ -131,7 +131,7 @@ class Drafter(nn.Module):
         """
         raise NotImplementedError
 
-    def observe(self, seen: Seen) -> None:
+    def observe(self, seen: PassOutput) -> None:
         """Learn from a pass, with drafts or without."""
 
     def loss(self, answers: Any) -> Tensor:
@@ -160,7 +160,7 @@ DRAFTERS: dict[str, type[Drafter]] = {}
 
 
 @runtime_checkable
-class Trained(Protocol):
+class FittedDrafter(Protocol):
     """A drafter with weights that are fitted to `petl.drafting.Answers`."""
 
     def prepare(self, answers: Any) -> None:
@@ -175,7 +175,7 @@ class Trained(Protocol):
 
 
 @runtime_checkable
-class Filled(Protocol):
+class TableDrafter(Protocol):
     """A drafter whose table is filled by decoding, or from `petl.drafting.Answers`."""
 
     def fill(self, answers: Any, model: Any) -> None:
@@ -208,7 +208,7 @@ def list_drafters() -> list[str]:
 
 def untrained() -> list[str]:
     """Return the names of the drafters that need no training, sorted."""
-    return sorted(name for name, cls in DRAFTERS.items() if not issubclass(cls, Trained))
+    return sorted(name for name, cls in DRAFTERS.items() if not issubclass(cls, FittedDrafter))
 
 
 def fields_of(name: str) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from torch import nn
 
 from petl.core.parameters import check_module
 from petl.core.support import Capability
-from petl.efficiency.frozen.feed import Feed, autocast_of, feed_of
+from petl.efficiency.frozen.feed import FrozenFeed, autocast_of, feed_of
 from petl.efficiency.frozen.fill import Collate, Contents, Prober, ingredients
-from petl.efficiency.frozen.prefix import Prefix, find_prefix
+from petl.efficiency.frozen.prefix import FrozenPrefix, find_prefix
 from petl.efficiency.frozen.store import (
     CONTENT,
-    Form,
+    OutputSpec,
     Store,
     exists,
     locked,
@@ -70,7 +70,7 @@ class StoreFrozen(Rewrite):
             feed.close()
 
 
-def prefix_of(model: nn.Module) -> Prefix:
+def prefix_of(model: nn.Module) -> FrozenPrefix:
     """Return the frozen blocks of a model, one or more.
 
     Raises:
@@ -102,7 +102,7 @@ class FrozenCache:
         self.prefix = prefix_of(model)
         self.left_out: list[str] = []
         # from here on the model is changed: what may refuse stands above
-        self._feed = Feed(model, self.prefix)
+        self._feed = FrozenFeed(model, self.prefix)
         self._prober = Prober(model, self._feed)
         self._known = ""  # digest of the prefix, and the precision in which it was read
         self._read: str | None = None
@@ -128,7 +128,7 @@ class FrozenCache:
         """Why the last such pass ran them."""
         return self._feed.passes.reason
 
-    def find(self, rows: Sequence[Any], collate: Collate) -> "Wanted":
+    def find(self, rows: Sequence[Any], collate: Collate) -> "CacheRequest":
         """Return the store that these rows need, which may not be there yet.
 
         Call it in the precision of training (inside of `torch.autocast`, if that uses it).
@@ -149,7 +149,7 @@ class FrozenCache:
         form, self.left_out = self._prober.inspect(
             contents.batch(contents.order[:1]), without_dropout=self.without_dropout
         )
-        return Wanted(self.folder / name_of(self._digest(), contents.digest), form, contents)
+        return CacheRequest(self.folder / name_of(self._digest(), contents.digest), form, contents)
 
     def _digest(self) -> str:
         """Return the digest of the prefix, which is read once: models may be large."""
@@ -181,7 +181,7 @@ class FrozenCache:
         """
         return self.open(self.find(rows, collate))
 
-    def open(self, wanted: "Wanted") -> bool:
+    def open(self, wanted: "CacheRequest") -> bool:
         """Open a store that `find` returned; as `fill`."""
         # from the file, by the process that wrote it too: first and later runs read the same bits
         try:
@@ -210,11 +210,11 @@ class FrozenCache:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class CacheRequest:
     """The store of some rows: its folder, the form of its states, its rows."""
 
     folder: Path
-    form: Form
+    form: OutputSpec
     contents: Contents
 
     @property
@@ -275,7 +275,7 @@ def missing_rows(
     there = present(cache_folder() / FOLDER, name_of(*ingredients(prefix, precision, device)))
     if not there:  # as ever: rows need not be read
         return [True] * len(parts)
-    feed = Feed(model, prefix)
+    feed = FrozenFeed(model, prefix)
     try:
         prober = Prober(model, feed, device=torch.device("cpu"))
         return [Contents(prober, rows, collate).digest not in there for rows in parts]

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from petl.core.layers.class_swap import SwappedClass, restore_class, swap_class
 from petl.core.layers.context import arguments_of_forward
-from petl.efficiency.frozen.keys import Rows, arguments_of, rows_of
-from petl.efficiency.frozen.prefix import Prefix
+from petl.efficiency.frozen.keys import KeyedRows, arguments_of, rows_of
+from petl.efficiency.frozen.prefix import FrozenPrefix
 from petl.efficiency.frozen.store import Store
 from petl.system.collectives import REPLICA
 
@@ -37,7 +37,7 @@ class FedBlock(SwappedClass):
     """
 
     computes_as_before = True
-    petl_feed: "Feed"
+    petl_feed: "FrozenFeed"
 
     # not `forward`: checkpointing of transformers and torch's hooks act in `__call__`
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -51,7 +51,7 @@ class FedBlock(SwappedClass):
 
 
 @dataclass
-class Passes:
+class FrozenPasses:
     """Passes of a model, and of its copies.
 
     Attributes:
@@ -63,11 +63,11 @@ class Passes:
     misses: int = 0
     reason: str = ""
 
-    def __deepcopy__(self, _: object) -> "Passes":
+    def __deepcopy__(self, _: object) -> "FrozenPasses":
         return self
 
 
-class Feed:
+class FrozenFeed:
     """The hooks of a model and the swapped classes of its blocks.
 
     `copy.deepcopy` of the model gives the copy a feed of its own, with the same stores.
@@ -80,11 +80,11 @@ class Feed:
         is_unchanged: compares the weights of the prefix with those of the stores.
     """
 
-    def __init__(self, model: nn.Module, prefix: Prefix) -> None:
+    def __init__(self, model: nn.Module, prefix: FrozenPrefix) -> None:
         self.prefix, self.stores = prefix, list[Store]()
         self.states: Tensor | None = None
-        self.watcher: Callable[[Rows], None] | None = None
-        self.passes = Passes()
+        self.watcher: Callable[[KeyedRows], None] | None = None
+        self.passes = FrozenPasses()
         self.autocast = ""  # of the states in the stores
         self.called: Mapping[str, nn.Module] = {}
         self.modules = list[nn.Module]()
@@ -222,7 +222,7 @@ class Feed:
             return "the frozen blocks have changed since the store was opened"
         return ""
 
-    def _look_up(self, rows: Rows, device: torch.device) -> Tensor | None:
+    def _look_up(self, rows: KeyedRows, device: torch.device) -> Tensor | None:
         """Return the states of a batch's rows, padded with zeros; None if some have none."""
         found: list[Tensor | None] = [None] * len(rows.keys)
         for store in self.stores:
@@ -236,14 +236,14 @@ class Feed:
         return gathered(states, rows, self.prefix.blocks, device)
 
 
-def feed_of(model: nn.Module) -> Feed | None:
+def feed_of(model: nn.Module) -> FrozenFeed | None:
     """Return the feed of a model's frozen blocks; None if they run in each pass."""
     fed = (module for module in model.modules() if isinstance(module, FedBlock))
     return next((block.petl_feed for block in fed), None)
 
 
 def gathered(
-    states: Sequence[Tensor], rows: Rows, blocks: Sequence[nn.Module], device: torch.device
+    states: Sequence[Tensor], rows: KeyedRows, blocks: Sequence[nn.Module], device: torch.device
 ) -> Tensor:
     """Return states of rows, [T_i, ...] each, as one padded tensor [B, T, ...] on the device."""
     width = max(len(row) for row in states) if rows.lengths is None else rows.width[0]

@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from petl.core.layers.class_swap import original_class
 from petl.core.model.modes import evaluation_mode
 from petl.core.model.structure import layer_drop
-from petl.efficiency.frozen.feed import Feed, autocast_of
-from petl.efficiency.frozen.keys import Rows
+from petl.efficiency.frozen.feed import FrozenFeed, autocast_of
+from petl.efficiency.frozen.keys import KeyedRows
 from petl.efficiency.frozen.prefix import (
-    Prefix,
+    FrozenPrefix,
     counted_calls,
     dropouts,
     reason_before,
     reason_of_repeats,
 )
-from petl.efficiency.frozen.store import Form, name_of
+from petl.efficiency.frozen.store import OutputSpec, name_of
 from petl.errors import InputError, UnsupportedError
 from petl.system.progress import Pass
 
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 # no BaseException of another kind: torch runs `always_call` hooks after an Exception only
-class _Ended(Exception):
+class _PassEnd(Exception):
     """Ends a pass of the model."""
 
 
@@ -58,7 +58,9 @@ class Prober:
         called: the modules that were called up to the end of the prefix, by name in the body.
     """
 
-    def __init__(self, model: nn.Module, feed: Feed, device: torch.device | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, feed: FrozenFeed, device: torch.device | None = None
+    ) -> None:
         """Keep the arguments.
 
         Args:
@@ -68,17 +70,17 @@ class Prober:
         self.called: dict[str, nn.Module] = {}
         self.device = device or next(feed.prefix.body.parameters()).device
 
-    def rows(self, batch: Batch) -> Rows:
+    def rows(self, batch: Batch) -> KeyedRows:
         """Return the rows of a batch; nothing is computed.
 
         Raises:
             UnsupportedError: they have no keys.
         """
-        seen: list[Rows] = []
+        seen: list[KeyedRows] = []
 
-        def watch(rows: Rows) -> None:
+        def watch(rows: KeyedRows) -> None:
             seen.append(rows)
-            raise _Ended
+            raise _PassEnd
 
         self._run(batch, watch)
         if not seen:
@@ -87,14 +89,14 @@ class Prober:
             raise UnsupportedError(seen[0].reason)
         return seen[0]
 
-    def output(self, batch: Batch) -> tuple[Rows, Any]:
+    def output(self, batch: Batch) -> tuple[KeyedRows, Any]:
         """Return the rows of a batch, and what the last block of the prefix returns for them."""
-        seen: list[Rows] = []
+        seen: list[KeyedRows] = []
         outputs: list[Any] = []
 
         def keep(block: nn.Module, inputs: Any, output: Any) -> None:
             outputs.append(output)
-            raise _Ended
+            raise _PassEnd
 
         hook = self.prefix.own[-1].register_forward_hook(keep)
         try:
@@ -105,20 +107,20 @@ class Prober:
             raise UnsupportedError(f"a pass does not reach block {self.prefix.k - 1}")
         return seen[0], outputs[0]
 
-    def _run(self, batch: Batch, watcher: Callable[[Rows], None]) -> None:
+    def _run(self, batch: Batch, watcher: Callable[[KeyedRows], None]) -> None:
         inputs = send_to_device(dict(batch), self.device)
         self.feed.watcher = watcher
         try:
             with torch.no_grad():
                 # all of it, so that masks, positions and embeddings are made as in training
                 self.model(**inputs)
-        except _Ended:
+        except _PassEnd:
             pass
         finally:
             self.feed.watcher = None
             self.feed.inside = []
 
-    def inspect(self, batch: Batch, *, without_dropout: bool) -> tuple[Form, list[str]]:
+    def inspect(self, batch: Batch, *, without_dropout: bool) -> tuple[OutputSpec, list[str]]:
         """Return the form of the prefix's output, and the dropouts that a store leaves out.
 
         Raises:
@@ -170,7 +172,7 @@ class Prober:
 
     def _refuse_repeats(self, batch: Batch) -> None:
         def end(*_: Any) -> None:
-            raise _Ended
+            raise _PassEnd
 
         hook = self.prefix.body.register_forward_hook(end)
         try:
@@ -201,7 +203,7 @@ class Prober:
         # bits can be compared: batch and kernels are the same (assumption: these are deterministic)
         return not torch.equal(_first(again), _first(output))
 
-    def _form(self, rows: Rows, output: Any) -> Form:
+    def _form(self, rows: KeyedRows, output: Any) -> OutputSpec:
         others = output[1:] if isinstance(output, tuple) else ()
         if any(value is not None for value in others):
             raise UnsupportedError(
@@ -215,7 +217,7 @@ class Prober:
                 f"block {self.prefix.k - 1} returns {list(states.shape)} for {len(rows.keys)} rows "
                 f"of {list(rows.width)}: not one vector for each position"
             )
-        return Form(
+        return OutputSpec(
             str(states.dtype).removeprefix("torch."),
             list(states.shape[2:]),
             len(output) if isinstance(output, tuple) else 0,
@@ -257,7 +259,7 @@ class Prober:
         return autocast_of(self.prefix.body)
 
 
-def ingredients(prefix: Prefix, precision: str, device: torch.device) -> list[object]:
+def ingredients(prefix: FrozenPrefix, precision: str, device: torch.device) -> list[object]:
     """Return what the output of a prefix depends on, besides its weights and the rows.
 
     Args:
@@ -339,11 +341,11 @@ class Contents:
         """A name for the set of rows."""
         return hashlib.sha256(b"".join(sorted(self.keys))).hexdigest()
 
-    def positions(self, form: Form) -> list[int]:
+    def positions(self, form: OutputSpec) -> list[int]:
         """Return the positions of each row's states."""
         return [length or form.positions for length in self.lengths]
 
-    def states(self, form: Form) -> Iterator[Tensor]:
+    def states(self, form: OutputSpec) -> Iterator[Tensor]:
         """Yield the states of each row on the CPU, [T, ...], in order."""
         positions, start = self.positions(form), 0
         shown = Pass(

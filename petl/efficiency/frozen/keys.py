@@ -28,7 +28,7 @@ KEY_BYTES = 16  # of 1e9 rows, two share a digest with a probability of about 1e
 
 
 @dataclass(frozen=True)
-class Rows:
+class KeyedRows:
     """The rows of a batch.
 
     Attributes:
@@ -51,7 +51,7 @@ def arguments_of(
     return {**dict(zip(arguments_of_forward(type(body)), args, strict=False)), **kwargs}
 
 
-def rows_of(arguments: Mapping[str, Any], *, packs: bool = False) -> Rows:
+def rows_of(arguments: Mapping[str, Any], *, packs: bool = False) -> KeyedRows:
     """Return the rows of a call of a model's body.
 
     Args:
@@ -64,32 +64,32 @@ def rows_of(arguments: Mapping[str, Any], *, packs: bool = False) -> Rows:
         if value is None or value is False or name in HARMLESS:
             continue
         if name not in (*TEXT, *MEDIA) or not isinstance(value, Tensor):
-            return Rows([], reason=f"{name} is given")
+            return KeyedRows([], reason=f"{name} is given")
         inputs[name] = value
     return _of_text(inputs, packs) if IDS in inputs else _of_media(inputs)
 
 
-def _of_media(inputs: dict[str, Tensor]) -> Rows:
+def _of_media(inputs: dict[str, Tensor]) -> KeyedRows:
     given = [value for name, value in inputs.items() if name in MEDIA]
     if len(given) != 1:
-        return Rows([], reason="it has neither token ids nor one image or clip for each row")
+        return KeyedRows([], reason="it has neither token ids nor one image or clip for each row")
     # all of a row, its padding included: samples are convolved with those after them
     parts = {name: _bytes_of(value) for name, value in sorted(inputs.items())}
     keys = [_digest((name, rows[i]) for name, rows in parts.items()) for i in range(len(given[0]))]
-    return Rows(keys, None, tuple(given[0].shape[1:]))
+    return KeyedRows(keys, None, tuple(given[0].shape[1:]))
 
 
-def _of_text(inputs: dict[str, Tensor], packs: bool) -> Rows:
+def _of_text(inputs: dict[str, Tensor], packs: bool) -> KeyedRows:
     rows, width = inputs[IDS].shape
     if any(value.dim() != 2 or value.shape[1] != width for value in inputs.values()):
-        return Rows([], reason="a mask or other input is not of the form [rows, tokens]")
+        return KeyedRows([], reason="a mask or other input is not of the form [rows, tokens]")
     lengths = np.full(rows, width)
     if MASK in inputs:
         mask = inputs.pop(MASK).cpu().numpy() != 0
         lengths = mask.sum(1)
         # left padding shifts absolute positions with the batch's width: a row has no one output
         if not np.array_equal(mask, np.arange(width) < lengths[:, None]):
-            return Rows([], reason="rows are padded on the left")
+            return KeyedRows([], reason="rows are padded on the left")
     arrays = {
         # positions may be given once for all rows
         name: value.expand(rows, width).cpu().numpy()
@@ -102,7 +102,7 @@ def _of_text(inputs: dict[str, Tensor], packs: bool) -> Rows:
             del parts[POSITIONS]
         # one integer type: collators differ in theirs
         keys.append(_digest((name, part.astype("<i8").tobytes()) for name, part in parts.items()))
-    return Rows(keys, lengths.tolist(), (width,))
+    return KeyedRows(keys, lengths.tolist(), (width,))
 
 
 def _bytes_of(value: Tensor) -> list[bytes]:

@@ -24,7 +24,7 @@ CAPTURING = "transformers.utils.output_capturing"  # its hooks do nothing unless
 
 
 @dataclass(frozen=True)
-class Prefix:
+class FrozenPrefix:
     """The first k blocks of a list of blocks.
 
     Attributes:
@@ -49,7 +49,7 @@ class Prefix:
         return self.blocks[: self.k]
 
 
-def find_prefix(model: nn.Module) -> Prefix:
+def find_prefix(model: nn.Module) -> FrozenPrefix:
     """Return the longest prefix of a model of which nothing is trained, adapted or observed.
 
     Of an encoder-decoder it is that of the encoder. What runs before the blocks, such as the
@@ -84,7 +84,7 @@ def find_prefix(model: nn.Module) -> Prefix:
     first = ((i, f"block {i}: {why}") for i, why in enumerate(reasons) if why)
     k, reason = next(first, (len(blocks), ""))
     # the innermost body: an outer one also gets labels and what only its head reads
-    return Prefix(path, blocks, k, reason, bodies[-1], base)
+    return FrozenPrefix(path, blocks, k, reason, bodies[-1], base)
 
 
 def _path_of_blocks(base: Any) -> str:
@@ -118,7 +118,7 @@ def reason_to_run(block: nn.Module) -> str:
     return ""
 
 
-def reason_before(prefix: Prefix, modules: Iterable[tuple[str, nn.Module]]) -> str:
+def reason_before(prefix: FrozenPrefix, modules: Iterable[tuple[str, nn.Module]]) -> str:
     """Return why the input of the blocks is no fixed function of a row; "" if it is.
 
     Args:
@@ -138,7 +138,7 @@ def reason_before(prefix: Prefix, modules: Iterable[tuple[str, nn.Module]]) -> s
 
 
 @contextmanager
-def counted_calls(prefix: Prefix) -> Generator[Counter[nn.Module]]:
+def counted_calls(prefix: FrozenPrefix) -> Generator[Counter[nn.Module]]:
     """Count the calls of each block of the prefix while the context is open."""
     calls: Counter[nn.Module] = Counter()
 
@@ -153,7 +153,7 @@ def counted_calls(prefix: Prefix) -> Generator[Counter[nn.Module]]:
             hook.remove()
 
 
-def reason_of_repeats(prefix: Prefix, calls: Counter[nn.Module]) -> str:
+def reason_of_repeats(prefix: FrozenPrefix, calls: Counter[nn.Module]) -> str:
     """Return which block ran more than once in a pass, as ALBERT's do; "" if none did."""
     for i, block in enumerate(prefix.own):
         if calls[block] > 1:

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Form:
+class OutputSpec:
     """What the last block of a prefix returns.
 
     Attributes:
@@ -86,7 +86,7 @@ class Store:
         about: About = read_json(folder / ABOUT, About)
         others = {name: entry for name, entry in about.items() if name != "own"}
         self._compare(ABOUT, about["own"] == _digest(as_json(others).encode()))
-        self.form = Form(**about["form"])
+        self.form = OutputSpec(**about["form"])
         self.offsets, self.keys, self.rows, checks = (
             self._array(name, about["arrays"][name]) for name in (OFFSETS, KEYS, ROWS, CHECKS)
         )
@@ -177,7 +177,7 @@ def present(folder: Path, computation: str) -> set[str]:
 
 def write(
     folder: Path,
-    form: Form,
+    form: OutputSpec,
     keys: Sequence[bytes],
     lengths: Sequence[int],
     parts: Iterable[Tensor],
@@ -223,7 +223,7 @@ def _digest(content: bytes) -> str:
     return xxhash.xxh3_64_hexdigest(content)
 
 
-def size_of(form: Form, rows: int, positions: int) -> int:
+def size_of(form: OutputSpec, rows: int, positions: int) -> int:
     """Return the bytes of a store."""
     # 24: numbers of 64 bits in offsets.npy, rows.npy and checks.npy
     return positions * form.bytes_each + rows * (KEY_BYTES + 24)

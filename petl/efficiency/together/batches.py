@@ -25,7 +25,7 @@ PADDED = (*MASKS, "token_type_ids", "position_ids", "input_ids", "decoder_input_
 TOKENS = 512  # tokens of a pass from which on more adapters gain nothing; measured on a CPU
 
 
-class Joined(NamedTuple):
+class GroupedBatch(NamedTuple):
     """Inputs of the model for the rows of all adapters, without labels.
 
     Attributes:
@@ -37,7 +37,7 @@ class Joined(NamedTuple):
     rows: int
 
 
-def joined(model: nn.Module, batches: Sequence[Batch]) -> Joined:
+def joined(model: nn.Module, batches: Sequence[Batch]) -> GroupedBatch:
     """Return the batches side by side, padded on the right to the longest.
 
     Raises:
@@ -62,7 +62,7 @@ def joined(model: nn.Module, batches: Sequence[Batch]) -> Joined:
     side_by_side = {
         name: _joined(name, [batch[name] for batch in inputs], rows, pad) for name in inputs[0]
     }
-    return Joined(side_by_side, rows)
+    return GroupedBatch(side_by_side, rows)
 
 
 def with_decoder_inputs(model: Any, batch: Batch) -> dict[str, Any]:

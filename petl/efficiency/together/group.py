@@ -22,10 +22,10 @@ from petl.core.compat import (
 )
 from petl.core.layers.block import BlockAdapters
 from petl.core.layers.grouped import (
-    Captured,
     GroupedLora,
     GroupedLowRank,
     GroupedModules,
+    InputHook,
     RowDropout,
 )
 from petl.core.layers.layer import AdapterLayer
@@ -40,7 +40,7 @@ from petl.efficiency.fused_lora.layer import FusedLoraLinear
 from petl.efficiency.together.batches import (
     MASKS,
     Batch,
-    Joined,
+    GroupedBatch,
     check_loss,
     joined,
     loss_of,
@@ -356,7 +356,7 @@ def grouped(
     for capture in copied.captures.values():  # a copy, which would keep the input
         capture.detach()
     adapters = [layer.adapters[name] for layer, name in pairs]
-    captured = Captured() if first.captures else None
+    captured = InputHook() if first.captures else None
     return type(adapters[0]).grouped(adapters, copied.base_layer, generators, captured)
 
 
@@ -373,7 +373,7 @@ def attach_captures(lead: nn.Module, members: Sequence[Member]) -> None:
 # The hooks of the members' base models, by which tuners follow a pass
 
 
-def context_of(member: Member, batch: Batch, together: Joined, k: int) -> dict[str, Any]:
+def context_of(member: Member, batch: Batch, together: GroupedBatch, k: int) -> dict[str, Any]:
     """Return the inputs as member k's own hooks shall see them: of its rows, with its labels.
 
     Rows that were added to fill up the batch are masked: statistics over tokens leave them out.

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from petl.core.parameters import trainable
 from petl.training.dataloader import Batch, to_device
-from petl.training.distributed.launch import Engine
+from petl.training.distributed.launch import StepEngine
 from petl.training.runs.checkpoint import rng_state, set_rng
 
 # gap between a size that fits and one that does not, relative to the latter, at which the search
@@ -90,7 +90,7 @@ class Trials:
     Holds a second copy of the gradients, which several processes or gradient accumulation need.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: StepEngine) -> None:
         self.engine, self.device = engine, engine.accelerator.device
         # allocated here, so that it takes part in every trial
         self.copies = [torch.empty_like(tensor) for tensor in engine.tensors]

@@ -34,7 +34,7 @@ from petl.experiments.planning.batch_search import (
 from petl.experiments.planning.dry_run import pass_memory, without_values
 from petl.experiments.planning.memory import optimizer_state, weight_bytes
 from petl.experiments.planning.shapes import model_on_shapes, storage_of
-from petl.system.progress import Shown
+from petl.system.progress import ProgressItems
 from petl.training.dataloader import (
     Batch,
     FirstBatches,
@@ -122,7 +122,7 @@ def find(cfg: DictConfig, memory: int | None = None) -> dict[str, Any]:
         sizes = search(splits, lengths, parts, fits, first, processes)
     # a batch larger than its bucket would never be filled
     buckets = [
-        Bucket(int(lengths[rows[-1]]), len(rows), min(size * processes, len(rows)))
+        BucketPlan(int(lengths[rows[-1]]), len(rows), min(size * processes, len(rows)))
         for rows, size in zip(parts, sizes, strict=True)
     ]
     by_longest = {bucket.longest: bucket.batch_size for bucket in buckets}
@@ -139,7 +139,7 @@ def find(cfg: DictConfig, memory: int | None = None) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Bucket:
+class BucketPlan:
     """A length bucket: `rows` rows of at most `longest` tokens, `batch_size` of them per step."""
 
     longest: int
@@ -197,7 +197,7 @@ def search(
     sizes: list[int] = []
     tokens = 0  # of the largest pass that fitted so far
     # longest first: the tokens that fit there are the first guess for the others
-    for rows in Shown(parts[::-1], "finding batch sizes", unit="length buckets"):
+    for rows in ProgressItems(parts[::-1], "finding batch sizes", unit="length buckets"):
         longest, maximum = int(lengths[rows[-1]]), math.ceil(len(rows) / processes)
         # batches of copies of one row: all rows as long as the longest is the worst case
         one = splits.collate([longest_row(splits, rows)])

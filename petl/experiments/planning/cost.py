@@ -31,7 +31,7 @@ class Time:
     filling: float = 0.0
 
 
-class Stored(NamedTuple):
+class CachedStates(NamedTuple):
     """The output of frozen blocks that a run reads from a store.
 
     Attributes:
@@ -43,7 +43,7 @@ class Stored(NamedTuple):
     filled: float
 
 
-NOTHING = Stored(0.0, 0.0)
+NOTHING = CachedStates(0.0, 0.0)
 
 
 def time_of(
@@ -54,7 +54,7 @@ def time_of(
     device: torch.device,
     *,
     bf16: bool = False,
-    stored: Stored = NOTHING,
+    stored: CachedStates = NOTHING,
 ) -> Time | None:
     """Return the estimated time of a run; None if no pass could be planned.
 
@@ -89,7 +89,7 @@ def operations_of(memory: Memory, saved: float = 0.0) -> tuple[float, float]:
 
     Args:
         memory: its training pass is known.
-        saved: as in `Stored`. Evaluations read the store too.
+        saved: as in `CachedStates`. Evaluations read the store too.
     """
     assert memory.pass_ is not None
     each = memory.pass_.operations / positions_of(memory.rows, memory.tokens)

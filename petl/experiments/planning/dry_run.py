@@ -141,7 +141,7 @@ class PartOfPass(NamedTuple):
     called: dict[str, nn.Module]
 
 
-class _Ended(Exception):
+class _DryRunEnd(Exception):
     """Ends a pass of the model."""
 
 
@@ -167,7 +167,7 @@ def part_of_pass(
 
     def end(module: nn.Module, _: Any, output: Any) -> None:
         outputs.append(output)
-        raise _Ended
+        raise _DryRunEnd
 
     hooks = [module.register_forward_pre_hook(note) for module in names]
     hooks.append(last.register_forward_hook(end))
@@ -178,7 +178,7 @@ def part_of_pass(
             torch.autocast(device.type, torch.bfloat16, enabled=bf16),
         ):
             model(**inputs)
-    except (_Ended, RuntimeError, NotImplementedError, TypeError):
+    except (_DryRunEnd, RuntimeError, NotImplementedError, TypeError):
         pass  # without an output below
     finally:
         for hook in hooks:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from petl.core.model.structure import layer_drop
 from petl.efficiency.frozen.cache import FOLDER, PAYS, missing_rows, prefix_of
 from petl.efficiency.frozen.prefix import counted_calls, dropouts, reason_before, reason_of_repeats
-from petl.efficiency.frozen.store import MARGIN, Form, free_bytes, size_of
+from petl.efficiency.frozen.store import MARGIN, OutputSpec, free_bytes, size_of
 from petl.errors import UnsupportedError
 from petl.experiments.planning.dry_run import PassMemory, part_of_pass
 from petl.experiments.planning.memory import heaviest_batch, megabytes
@@ -131,17 +131,17 @@ def _missing(
         return [True] * len(parts)
 
 
-def form_of(output: Any) -> Form | None:
+def form_of(output: Any) -> OutputSpec | None:
     """Return the form of a block's output; None if it hands on more than hidden states."""
     others = output[1:] if isinstance(output, tuple) else ()
     states = output[0] if isinstance(output, tuple) else output
     if any(value is not None for value in others) or not isinstance(states, Tensor):
         return None
     dtype = str(states.dtype).removeprefix("torch.")
-    return Form(dtype, list(states.shape[2:]), 0, states.shape[1])
+    return OutputSpec(dtype, list(states.shape[2:]), 0, states.shape[1])
 
 
-def positions_of(rows: Dataset, splits: Splits, form: Form) -> tuple[int, int]:
+def positions_of(rows: Dataset, splits: Splits, form: OutputSpec) -> tuple[int, int]:
     """Return the number of rows, and of their positions."""
     if splits.task.reads_text:
         return len(rows), int(row_lengths(splits.task, rows).sum())

@@ -30,7 +30,7 @@ from petl.experiments.planning.memory import Memory, base_layer, memory_of
 from petl.experiments.planning.savings import (
     NOTABLE,
     OPERATIONS,
-    Counted,
+    RunCost,
     Saving,
     kept,
     pays,
@@ -54,7 +54,7 @@ DEFAULT = "by default"  # the pattern of a method with target_modules=null
 
 
 @dataclass(frozen=True)
-class Target:
+class PlannedTarget:
     """Modules of one place in a layer that have one weight shape.
 
     Attributes:
@@ -70,11 +70,11 @@ class Target:
     example: str
 
 
-LAST = Target("", (256, 256), 0, "")  # whose shape is measured where no target is a matrix
+LAST = PlannedTarget("", (256, 256), 0, "")  # whose shape is measured where no target is a matrix
 
 
 @dataclass(frozen=True)
-class Group:
+class PlanGroup:
     """Trainable tensors of one role: adapter, head or norm (of the backbone), with a peak rate."""
 
     role: str
@@ -109,8 +109,8 @@ class RunPlan:
     """The plan of a run."""
 
     names: tuple[str, ...]  # of method, model and data
-    targets: list[Target]
-    groups: list[Group]
+    targets: list[PlannedTarget]
+    groups: list[PlanGroup]
     parameters: int  # of base model, adapter and head
     saved: int  # values in the adapter file
     file_bytes: int  # size of adapter_model.safetensors
@@ -161,7 +161,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         bf16 = run.precision == "bf16"
         frozen = frozen_plan(model, splits, settings, memory.pass_, accelerator.device, bf16=bf16)
         capabilities = supports(model)
-        counted = Counted(
+        counted = RunCost(
             run,
             splits,
             memory,
@@ -225,7 +225,7 @@ def notes_of(run: RunConfig, fields: Mapping[str, Any], processes: int) -> list[
     return notes
 
 
-def upper_blocks(counted: Counted, fields: Mapping[str, Any]) -> list[Saving]:
+def upper_blocks(counted: RunCost, fields: Mapping[str, Any]) -> list[Saving]:
     """Return what adapters in the upper blocks alone would save.
 
     Args:
@@ -263,7 +263,7 @@ def upper_blocks(counted: Counted, fields: Mapping[str, Any]) -> list[Saving]:
 # Targets and parameters
 
 
-def targets_of(model: PeftModel, patterns: Any) -> list[Target]:
+def targets_of(model: PeftModel, patterns: Any) -> list[PlannedTarget]:
     """Group the target modules by their place in a layer and their weight's shape."""
     base, tuner = model.get_base_model(), cast(Any, model.base_model)
     # a preset, or PEFT's default, matches several places, which say what it stands for
@@ -274,10 +274,13 @@ def targets_of(model: PeftModel, patterns: Any) -> list[Target]:
         weight = next(base_layer(base.get_submodule(name)).parameters())
         place = prefix + role_of(base, name)
         groups.setdefault((place, tuple(weight.shape)), []).append(name)
-    return [Target(place, shape, len(names), names[0]) for (place, shape), names in groups.items()]
+    return [
+        PlannedTarget(place, shape, len(names), names[0])
+        for (place, shape), names in groups.items()
+    ]
 
 
-def groups_of(model: PeftModel, settings: TrainConfig) -> list[Group]:
+def groups_of(model: PeftModel, settings: TrainConfig) -> list[PlanGroup]:
     """Group the trainable tensors by role and peak learning rate."""
     sizes_of: dict[tuple[str, float], list[int]] = {}
     heads, life = head_names(model), lifecycle(model)
@@ -289,7 +292,8 @@ def groups_of(model: PeftModel, settings: TrainConfig) -> list[Group]:
         peak = peak_lr(name, settings, heads) if own is None else own
         sizes_of.setdefault((role, peak), []).append(parameter.numel())
     return [
-        Group(role, len(sizes), sum(sizes), lr) for (role, lr), sizes in sorted(sizes_of.items())
+        PlanGroup(role, len(sizes), sum(sizes), lr)
+        for (role, lr), sizes in sorted(sizes_of.items())
     ]
 
 

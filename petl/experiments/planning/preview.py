@@ -23,7 +23,7 @@ BRACKETS = "⟦", "⟧"  # around tokens with loss, outside a terminal
 
 
 @dataclass(frozen=True)
-class Piece:
+class PreviewSpan:
     """Text of adjacent tokens; `has_loss` is True if the loss is computed on them."""
 
     text: str
@@ -34,13 +34,13 @@ class Piece:
 class Example:
     """An encoded example; images and audio have the shapes of their arrays instead of pieces."""
 
-    pieces: list[Piece]
+    pieces: list[PreviewSpan]
     label: str
     shapes: dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitPart:
     """The statistics of one split.
 
     Attributes:
@@ -71,7 +71,7 @@ class Preview:
 
     title: str
     unit: str
-    parts: list[Part]
+    parts: list[SplitPart]
     examples: list[Example]
     overlap: Overlap | None = None
 
@@ -109,7 +109,7 @@ def preview(cfg: DictConfig, examples: int = 3) -> Preview:
     )
 
 
-def statistics(name: str, task: Task, processor: Any, raw: Dataset, encoded: Dataset) -> Part:
+def statistics(name: str, task: Task, processor: Any, raw: Dataset, encoded: Dataset) -> SplitPart:
     """Return the statistics of a split."""
     untruncated, one_to_one = task.untruncated(), task.group is None and not task.packs
     truncated = None
@@ -125,7 +125,7 @@ def statistics(name: str, task: Task, processor: Any, raw: Dataset, encoded: Dat
         loss_fraction = sum(map(sum, marks)) / sum(map(len, marks)) or None
     # classification labels are integers
     is_regression = getattr(encoded.features.get("labels"), "dtype", "") == "float64"
-    return Part(
+    return SplitPart(
         name=name,
         rows=len(raw),
         encoded=len(encoded),
@@ -154,12 +154,12 @@ def decode(task: Task, processor: Any, row: dict[str, Any]) -> Example:
     return Example(list(pieces(processor, *task.labeled_tokens(row))), task.label_text(row), {})
 
 
-def pieces(tokenizer: Any, ids: list[int], marks: list[bool]) -> Iterator[Piece]:
+def pieces(tokenizer: Any, ids: list[int], marks: list[bool]) -> Iterator[PreviewSpan]:
     """Yield adjacent tokens with the same mark as text, including special tokens."""
     # decoding runs, not single tokens: a character may span several tokens
     for has_loss, run in groupby(zip(ids, marks, strict=True), key=lambda pair: pair[1]):
         # special tokens stay visible: a missing end token is a frequent mistake
-        yield Piece(tokenizer.decode([token for token, _ in run]), has_loss)
+        yield PreviewSpan(tokenizer.decode([token for token, _ in run]), has_loss)
 
 
 # As tables and text

@@ -16,7 +16,7 @@ from petl.efficiency.rewrite import REWRITES, rewrite, rewrites_of
 from petl.efficiency.together.batches import TOKENS
 from petl.efficiency.together.group import Member
 from petl.errors import UnsupportedError
-from petl.experiments.planning.cost import NOTHING, Stored, Time, operations_of
+from petl.experiments.planning.cost import NOTHING, CachedStates, Time, operations_of
 from petl.experiments.planning.dry_run import PassMemory, pass_memory
 from petl.experiments.planning.frozen import FrozenPlan
 from petl.experiments.planning.memory import Memory, heaviest_batch, megabytes
@@ -46,7 +46,7 @@ class Saving:
 
 
 @dataclass(frozen=True)
-class Counted:
+class RunCost:
     """What savings are counted against: a run, and counts of its plan.
 
     Attributes:
@@ -76,12 +76,12 @@ class Counted:
         return self.run.train
 
     @property
-    def stored(self) -> Stored:
+    def stored(self) -> CachedStates:
         """What the run reads from a store."""
         frozen = self.frozen
         if frozen is None or frozen.reason or self.settings.cache_frozen is False:
             return NOTHING
-        return Stored(frozen.saved, frozen.unfilled)
+        return CachedStates(frozen.saved, frozen.unfilled)
 
     def pass_of(self, model: PeftModel) -> PassMemory:
         """Return the largest pass of a model, on shapes."""
@@ -89,7 +89,7 @@ class Counted:
         return pass_memory(model, batch, self.device, bf16=self.run.precision == "bf16")
 
 
-def savings(counted: Counted, of_passes: list[Saving]) -> list[Saving]:
+def savings(counted: RunCost, of_passes: list[Saving]) -> list[Saving]:
     """Return the savings of a run.
 
     Args:
@@ -105,7 +105,7 @@ def savings(counted: Counted, of_passes: list[Saving]) -> list[Saving]:
     ]
 
 
-def _buckets(counted: Counted) -> Iterator[Saving]:
+def _buckets(counted: RunCost) -> Iterator[Saving]:
     splits, settings = counted.splits, counted.settings
     lengths = row_lengths(splits.task, splits.known)
     is_free = settings.buckets is None and settings.batch_sizes is None
@@ -127,7 +127,7 @@ def _buckets(counted: Counted) -> Iterator[Saving]:
         )
 
 
-def _precision(counted: Counted) -> Iterator[Saving]:
+def _precision(counted: RunCost) -> Iterator[Saving]:
     seconds, has_units = counted.seconds, bool(bf16_units(counted.device))
     if counted.run.precision != "no" or (seconds is None and not has_units):
         return
@@ -146,7 +146,7 @@ def _precision(counted: Counted) -> Iterator[Saving]:
         )
 
 
-def _cache(counted: Counted) -> Iterator[Saving]:
+def _cache(counted: RunCost) -> Iterator[Saving]:
     frozen = counted.frozen
     if frozen is None or not pays(frozen, counted):
         return
@@ -157,7 +157,7 @@ def _cache(counted: Counted) -> Iterator[Saving]:
         yield Saving("train.cache_frozen=auto", saves, ROUNDING)
 
 
-def _less_memory(counted: Counted) -> Iterator[Saving]:
+def _less_memory(counted: RunCost) -> Iterator[Saving]:
     """Settings for a smaller pass, if it is much of the memory of a step."""
     memory, settings = counted.memory, counted.settings
     peak = memory.pass_
@@ -185,7 +185,7 @@ def is_large(memory: Memory) -> bool:
     return peak is not None and peak.peak >= MUCH_OF_A_PASS * (memory.fixed + peak.peak)
 
 
-def _scoring(counted: Counted) -> Iterator[Saving]:
+def _scoring(counted: RunCost) -> Iterator[Saving]:
     """Settings for fewer passes that do not train."""
     settings, task, splits = counted.settings, counted.splits.task, counted.splits
     if counted.memory.pass_ is None or not settings.test:
@@ -234,7 +234,7 @@ def share_of(fraction: float) -> str:
 # Passes of the model with another setting
 
 
-def savings_of_passes(model: PeftModel, counted: Counted) -> list[Saving]:
+def savings_of_passes(model: PeftModel, counted: RunCost) -> list[Saving]:
     """Return the savings of settings that change what the model of a run computes or keeps.
 
     Call it inside `without_values` and `for_training`, when all else has been counted: the model is
@@ -265,7 +265,7 @@ def savings_of_passes(model: PeftModel, counted: Counted) -> list[Saving]:
     return found
 
 
-def _together(model: PeftModel, counted: Counted) -> Iterator[Saving]:
+def _together(model: PeftModel, counted: RunCost) -> Iterator[Saving]:
     """Runs of a sweep in one pass, where the steps of one are small."""
     settings, steps = counted.settings, counted.splits.sampler(counted.settings).steps
     if settings.together > 1 or not counted.splits.task.reads_text or not steps:
@@ -298,6 +298,6 @@ def kept(saved: float, frozen: FrozenPlan) -> str:
     )
 
 
-def pays(frozen: FrozenPlan, counted: Counted) -> bool:
+def pays(frozen: FrozenPlan, counted: RunCost) -> bool:
     """Return True if a run reads its rows often enough to keep the output of its frozen blocks."""
     return counted.passes >= PAYS or not frozen.missing

@@ -19,7 +19,7 @@ from petl.experiments.reports.predictions_section import (
     text_of,
 )
 from petl.system.files.read import iterate_json_lines
-from petl.system.progress import Shown
+from petl.system.progress import ProgressItems
 from petl.training.runs.records import EVALUATED, PREDICTIONS
 
 FIRST, SECOND, BOTH, NEITHER = "first", "second", "both", "neither"
@@ -115,7 +115,7 @@ def compare_answers(first: Path, second: Path, examples: int) -> Differences:
     kept: dict[str, list[tuple[float, int, Lines]]] = {FIRST: [], SECOND: []}
     numbers = count()  # of equal gaps, the earlier example is kept
     pairs = pairs_of(first, second)
-    for one, other in Shown(pairs, "comparing answers", unit="examples", quiet=True):
+    for one, other in ProgressItems(pairs, "comparing answers", unit="examples", quiet=True):
         if one is None or other is None:
             found.missing += 1
             continue

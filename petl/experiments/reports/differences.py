@@ -1,13 +1,13 @@
 """What `petl merge`, `petl export` and the tools for deltas print: how outputs compare."""
 
-from petl.adapters.export.checked_folder import Change, Difference, Written
+from petl.adapters.export.checked_folder import Change, Difference, OutputFolder
 from petl.experiments.reports.formatting import echo, size
 
 NOTHING = 1e-6  # of the norm of the outputs: rounding
 POINTS = 0.02  # of a score in 0..1 that a changed adapter may lose without a warning
 
 
-def print_written(written: Written, name: str) -> None:
+def print_written(written: OutputFolder, name: str) -> None:
     """Print what was written and how its outputs compare with those of the adapted model."""
     echo(f"{name} in {written.folder}, {size(written.bytes)}")
     print_difference(written.difference)

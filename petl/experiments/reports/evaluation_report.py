@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from petl.adapters.export.saved_adapter import Saved, scores_of
+from petl.adapters.export.saved_adapter import SavedAdapter, scores_of
 from petl.data.tasks.scores import COUNTS
 from petl.experiments.reports.formatting import echo, print_table
 from petl.experiments.reports.formatting import score as format_score
@@ -21,7 +21,9 @@ PAGE = "index.html"
 logger = logging.getLogger(__name__)
 
 
-def print_evaluation(saved: Saved, scores: Mapping[str, float], names: Sequence[str]) -> None:
+def print_evaluation(
+    saved: SavedAdapter, scores: Mapping[str, float], names: Sequence[str]
+) -> None:
     """Print scores; those on the test set of a run next to those that the run ended with.
 
     Args:
@@ -62,7 +64,7 @@ def exact(name: str, value: float) -> str:
 
 
 def write_evaluation(
-    saved: Saved, folder: Path, scores: Mapping[str, float], names: Sequence[str]
+    saved: SavedAdapter, folder: Path, scores: Mapping[str, float], names: Sequence[str]
 ) -> None:
     """Write tables and a page about the predictions in a folder."""
     found = analyze(folder / PREDICTIONS)

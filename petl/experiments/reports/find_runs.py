@@ -19,7 +19,7 @@ from petl.training.runs.records import (
 from petl.training.runs.resume import identity
 
 
-class Found(NamedTuple):
+class RunList(NamedTuple):
     """The finished runs below some folders, and what was left out.
 
     Attributes:
@@ -31,7 +31,7 @@ class Found(NamedTuple):
     left_out: list[str]
 
 
-def find_runs(paths: Iterable[Path]) -> Found:
+def find_runs(paths: Iterable[Path]) -> RunList:
     """Read the finished runs in and below these folders; unfinished ones are not looked at.
 
     Raises:
@@ -56,7 +56,7 @@ def find_runs(paths: Iterable[Path]) -> Found:
         first, *others = left_out.values() or ["no folder is given"]
         more = f", and {len(others)} more" if others else ""
         raise InputError(f"no finished run to compare: {first}{more}")
-    return Found([runs[path] for path in sorted(runs)], list(left_out.values()))
+    return RunList([runs[path] for path in sorted(runs)], list(left_out.values()))
 
 
 def _missing(path: Path) -> str:

@@ -15,7 +15,7 @@ from typing import Any, NotRequired, TypedDict
 from petl.experiments.reports.formatting import number
 from petl.experiments.reports.page import Curve, line_chart
 from petl.system.files.read import iterate_json_lines
-from petl.system.progress import Shown
+from petl.system.progress import ProgressItems
 from petl.training.runs.records import BEFORE, PREDICTIONS, of_task
 
 BINS = 10  # of equal width, in which confidence is compared with accuracy (Guo et al. 2017)
@@ -123,7 +123,7 @@ def analyze(file: Path) -> Analysis:
     """
     found, badness, names = Analysis(), [], {}
     lines = iterate_json_lines(file, Line)
-    for line in Shown(lines, "analyzing predictions", unit="examples", quiet=True):
+    for line in ProgressItems(lines, "analyzing predictions", unit="examples", quiet=True):
         found.rows += 1
         badness.append(badness_of(line))
         # a dict as an ordered set: keys are in the order of the task's classes
@@ -212,7 +212,7 @@ NOT_INPUT = {*Line.__annotations__, "tokens_read", "rouge1", "rouge2"}
 
 
 @dataclass(frozen=True)
-class Section:
+class PredictionsSection:
     """What the template `SECTION` shows.
 
     Attributes:
@@ -231,7 +231,7 @@ class Section:
     examples: list[tuple[str, list[str], list[list[str]]]]
 
 
-def section_of(folder: Path) -> Section | None:
+def section_of(folder: Path) -> PredictionsSection | None:
     """The section about the predictions in a folder; None if it has none.
 
     Raises:
@@ -249,7 +249,7 @@ def section_of(folder: Path) -> Section | None:
         # only the shown rows are kept in memory
         before = {line["row"]: line for line in lines if line["row"] in wanted}
     few = len(found.classes) <= MAX_CLASSES
-    return Section(
+    return PredictionsSection(
         classes=[
             [c.name, percent(c.precision), percent(c.recall), percent(c.f1), f"{c.examples:,}"]
             for c in found.by_class()

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from petl.adapters.search.records import PICTURE, Squeezed
+from petl.adapters.search.records import PICTURE, SearchResult
 from petl.experiments.reports.formatting import echo, print_table, score, size
 
 MEASURES = {"kl": "divergence from the adapter, in nats", "loss": "loss, in nats"}
 
 
-def print_squeezed(found: Squeezed, original_bytes: int, out: Path) -> None:
+def print_squeezed(found: SearchResult, original_bytes: int, out: Path) -> None:
     """Print the table of the layers, the scores and what the search gained.
 
     Args:
@@ -37,7 +37,7 @@ def print_squeezed(found: Squeezed, original_bytes: int, out: Path) -> None:
     echo(f"{size(original_bytes)} -> {size(found.bytes)} in {out}, picture in {out / PICTURE}")
 
 
-def verdict(found: Squeezed) -> str:
+def verdict(found: SearchResult) -> str:
     """Return what the search gained over the even levels, in a sentence."""
     record, metric = found.record, found.record.settings.metric
     if record.search is None:

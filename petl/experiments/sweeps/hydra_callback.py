@@ -1,6 +1,6 @@
 """Hydra callback of a sweep: check its settings at the start, report the best setting at the end.
 
-Hydra calls `Closing`, see `hydra.callbacks` in configs/train.yaml.
+Hydra calls `SweepSummaryCallback`, see `hydra.callbacks` in configs/train.yaml.
 """
 
 import json
@@ -22,7 +22,7 @@ from petl.data.tasks import TASKS
 from petl.errors import InputError, RunStopped
 from petl.experiments.reports.entries import SEED, mean_quality, quality_of, validation_of
 from petl.experiments.reports.formatting import mean_text, sample_size, seeds_text
-from petl.experiments.sweeps.launched_jobs import Watch, Worker, is_launched
+from petl.experiments.sweeps.launched_jobs import JobWatch, Worker, is_launched
 from petl.experiments.sweeps.together_launcher import launch_together
 from petl.system.processes import refuse_processes
 from petl.system.settings.command_line import is_optuna
@@ -36,7 +36,7 @@ RESULTS = "optimization_results.yaml"  # written by the Optuna sweeper
 logger = logging.getLogger(__name__)
 
 
-class Closing(Callback):
+class SweepSummaryCallback(Callback):
     """Reports the best setting at the end of a sweep, even if some runs failed.
 
     Attributes:
@@ -66,9 +66,9 @@ class Closing(Callback):
             if isinstance(together, int) and together > 1:
                 launch_together(config)
         except InputError as error:
-            raise app.Passing(error) from error  # Hydra ignores an Exception of a callback
+            raise app.WrappedError(error) from error  # Hydra ignores an Exception of a callback
         if is_launched(config):
-            watch = Watch(config)
+            watch = JobWatch(config)
             app.closing.append(lambda: self.jobs.extend(job["overrides"] for job in watch.stop()))
         # behind the callback above, which completes `self.jobs`
         app.closing.append(lambda: self.report_best(config))
@@ -87,7 +87,7 @@ class Closing(Callback):
         self.finished += job_return.status == JobStatus.COMPLETED
         # the Optuna sweeper would fail without a finished trial, with a traceback
         if is_optuna() and not self.finished and len(self.jobs) == config.hydra.sweeper.n_trials:
-            raise app.Passing(
+            raise app.WrappedError(
                 RunStopped(f"none of the {len(self.jobs)} trials finished; see the errors above")
             )
 

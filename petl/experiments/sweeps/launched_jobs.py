@@ -33,7 +33,7 @@ SECONDS = 1.0  # between two looks at the folder; assumption: nobody waits for l
 logger = logging.getLogger(__name__)
 
 
-class Job(TypedDict):
+class SweepJob(TypedDict):
     """The content of N.json.
 
     Attributes:
@@ -93,7 +93,7 @@ class Worker:
         app.log_to_stderr()
         words = list(config.hydra.overrides.task)
         job_id = f"{config.hydra.job.id} on {socket.gethostname()}"
-        self.job = Job(number=number, overrides=words, id=job_id, log=str(log))
+        self.job = SweepJob(number=number, overrides=words, id=job_id, log=str(log))
         write_atomic(self.file, as_json(self.job))
         logger.info("job %d of the sweep: %s", number, " ".join(words))
 
@@ -140,12 +140,12 @@ def described(cfg: Any) -> str:
 # In the process that started the sweep
 
 
-class Watch:
+class JobWatch:
     """Prints what becomes of the jobs of a sweep, from a thread, until `stop`."""
 
     def __init__(self, config: DictConfig) -> None:
         self.folder, self.fixed = folder_of(config), fixed_settings(config)
-        self.seen: dict[int, Job] = {}
+        self.seen: dict[int, SweepJob] = {}
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         logger.info("the jobs of this sweep and their logs: %s", self.folder)
@@ -166,12 +166,12 @@ class Watch:
                 logger.info("job %d %s", job["number"], job["result"])
             self.seen[job["number"]] = job
 
-    def own_words(self, job: Job) -> list[str]:
+    def own_words(self, job: SweepJob) -> list[str]:
         """The overrides that not all jobs have; all of them if there are no others."""
         words = job["overrides"]
         return [w for w in words if w.partition("=")[0] not in self.fixed] or words
 
-    def stop(self) -> list[Job]:
+    def stop(self) -> list[SweepJob]:
         """End the thread; print and return the last state of the jobs."""
         self._stopped.set()
         self._thread.join()
@@ -193,11 +193,11 @@ def fixed_settings(config: DictConfig) -> set[str]:
     return {entry.get_key_element() for entry in parsed if not entry.is_sweep_override()}
 
 
-def jobs_in(folder: Path) -> Iterator[Job]:
+def jobs_in(folder: Path) -> Iterator[SweepJob]:
     """Yield the records of a sweep by the number of the job."""
     # by number: as a text, 10 comes before 9
     for file in sorted(folder.glob("[0-9]*.json"), key=lambda path: int(path.stem)):
         try:
-            yield read_json(file, Job)
+            yield read_json(file, SweepJob)
         except InputError as error:
             logger.warning("skipping %s", error)

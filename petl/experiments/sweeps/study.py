@@ -85,7 +85,7 @@ class Runs(TypedDict):
 
 
 @dataclass(frozen=True)
-class Job:
+class StudyJob:
     """One run of a study."""
 
     folder: Path
@@ -151,25 +151,25 @@ class Study:
 
     # The runs
 
-    def _tuning(self, contender: Contender, rate: float) -> Job:
+    def _tuning(self, contender: Contender, rate: float) -> StudyJob:
         # one evaluation on validation examples, and none on the test set
         steps = [f"train.eval_steps={AT_THE_END}", "train.test=false"]
         folder = self.folder / "tune" / slug(contender.name) / f"lr-{rate:g}"
         return self._job(folder, contender, TUNING_SEED, [*steps, f"train.lr={rate:g}"])
 
-    def _final(self, contender: Contender, seed: int, rate: float | None) -> Job:
+    def _final(self, contender: Contender, seed: int, rate: float | None) -> StudyJob:
         folder = self.folder / "runs" / slug(contender.name) / f"seed-{seed}"
         first = contender is self.contenders[0]  # the linear probe is the same for all methods
         probe = [] if first else ["train.linear_probe=false"]
         lr = [] if rate is None else [f"train.lr={rate:g}"]
         return self._job(folder, contender, seed, [*probe, *lr])
 
-    def _job(self, folder: Path, contender: Contender, seed: int, more: Sequence[str]) -> Job:
+    def _job(self, folder: Path, contender: Contender, seed: int, more: Sequence[str]) -> StudyJob:
         # Hydra parses the value: quotes protect commas, spaces and equals signs
         location = [f"train.run={quoted(str(folder))}", "train.resume=auto"]
         location.append("train.keep_checkpoints=1")
         own = [word.replace("{seed}", str(seed)) for word in contender.overrides]
-        return Job(folder, [*own, *self.overrides, f"train.seed={seed}", *more, *location])
+        return StudyJob(folder, [*own, *self.overrides, f"train.seed={seed}", *more, *location])
 
     def best_rate(self, contender: Contender) -> float | None:
         """Return the learning rate with the best validation score, and save it in rates.json.
@@ -278,7 +278,7 @@ class Study:
                 if existing is not None:
                     refuse_other(job, existing)
 
-    def _train_all(self, jobs: list[Job]) -> list[Job]:
+    def _train_all(self, jobs: list[StudyJob]) -> list[StudyJob]:
         """Train the runs that are not finished, `self.jobs` at a time; return those that failed."""
         due = [job for job in jobs if not is_finished(job.folder)]
         if len(due) < len(jobs):
@@ -305,16 +305,16 @@ class Study:
                 raise
         return [job for job in due if not is_finished(job.folder)]
 
-    def _units(self, due: list[Job]) -> list[list[Job]]:
+    def _units(self, due: list[StudyJob]) -> list[list[StudyJob]]:
         """Return the jobs by process: one for each, or all of a method that train together."""
         if self.together == 1:
             return [[job] for job in due]
-        units: dict[Path, list[Job]] = {}
+        units: dict[Path, list[StudyJob]] = {}
         for job in due:
             units.setdefault(job.folder.parent, []).append(job)
         return list(units.values())
 
-    def _train_unit(self, jobs: list[Job]) -> list[tuple[Job, float]]:
+    def _train_unit(self, jobs: list[StudyJob]) -> list[tuple[StudyJob, float]]:
         """Train the runs of one process; return each with the seconds of that process.
 
         The part of one run is not known where several train in one pass.
@@ -326,11 +326,11 @@ class Study:
         seconds = self._start(jobs[0], [*TOGETHER, *config_dir_words()], runs)
         return [(job, seconds) for job in jobs]
 
-    def _train(self, job: Job) -> tuple[Job, float]:
+    def _train(self, job: StudyJob) -> tuple[StudyJob, float]:
         """Train one run in a process of its own; return the job and its seconds."""
         return job, self._start(job, [*TRAIN, *config_dir_words(), *job.overrides])
 
-    def _start(self, job: Job, line: list[str], given: str = "") -> float:
+    def _start(self, job: StudyJob, line: list[str], given: str = "") -> float:
         """Run a process whose output goes to the log of a job; return its seconds.
 
         Args:
@@ -353,7 +353,7 @@ class Study:
         return time.monotonic() - start
 
 
-def refuse_other(job: Job, existing: Mapping[str, Any]) -> None:
+def refuse_other(job: StudyJob, existing: Mapping[str, Any]) -> None:
     """Raise InputError if the run in the folder of a job has settings of another study.
 
     The learning rate may differ: it depends on the scores of the tuning runs.
@@ -367,7 +367,7 @@ def refuse_other(job: Job, existing: Mapping[str, Any]) -> None:
         )
 
 
-def score_line(job: Job) -> str:
+def score_line(job: StudyJob) -> str:
     """Return the score of a finished run as text."""
     scores = job.scores
     metric, after = scores["metric"], scores["after"]

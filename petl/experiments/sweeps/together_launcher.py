@@ -92,7 +92,7 @@ class TogetherLauncher(Launcher):
             # what each run says of its checkpoint is in its log
             ended = "interrupted" if signalled == signal.SIGINT else "terminated"
             message = f"{ended}; {how_to_resume_sweep()}"
-            raise app.Passing(RunStopped(message, status=app.SIGNALLED + signalled))
+            raise app.WrappedError(RunStopped(message, status=app.SIGNALLED + signalled))
         returns = []
         for job, config, words in zip(jobs, configs, job_overrides, strict=True):
             returned = JobReturn(overrides=words, cfg=settings_of(config))

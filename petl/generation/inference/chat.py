@@ -7,11 +7,11 @@ from threading import Event
 from petl.data.tasks.base import Message
 from petl.errors import InputError
 from petl.generation.inference.language_model import LanguageModel, message
-from petl.generation.inference.sampling import Answer, Sampling
+from petl.generation.inference.sampling import Sample, Sampling
 
 
 @dataclass
-class Chat:
+class ChatSession:
     """The state of a chat.
 
     Attributes:
@@ -29,7 +29,7 @@ class Chat:
     turns: list[Message] = field(default_factory=list)
     asked: str = ""
 
-    def ask(self, text: str, write: Callable[[str], object], stop: Event | None = None) -> Answer:
+    def ask(self, text: str, write: Callable[[str], object], stop: Event | None = None) -> Sample:
         """Answer a text, and keep both as turns.
 
         Args:

@@ -11,19 +11,27 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 
-from petl.adapters.export.saved_adapter import Saved
+from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.core.parameters import max_positions
 from petl.data.tasks.base import pad_id
 from petl.data.tasks.causal_lm import CausalLM
 from petl.data.tasks.chat import last_answer
-from petl.efficiency.drafting import Answers, Drafter, Stats, answers, decode, fit, load_drafter
+from petl.efficiency.drafting import (
+    DraftAnswers,
+    Drafter,
+    Stats,
+    answers,
+    decode,
+    fit,
+    load_drafter,
+)
 from petl.efficiency.drafting import drafter as build
 from petl.efficiency.drafting.answers import seeded
 from petl.efficiency.drafting.calls import why_plain
 from petl.efficiency.drafting.fit import TARGETS
 from petl.efficiency.drafting.folder import CONFIG, WEIGHTS, read
 from petl.efficiency.drafting.lookup import LookupFirst
-from petl.efficiency.drafting.registry import Filled, Trained
+from petl.efficiency.drafting.registry import FittedDrafter, TableDrafter
 from petl.errors import InputError, UnsupportedError
 from petl.generation.inference.language_model import LanguageModel
 from petl.generation.inference.loading import DRAFTER, find_model, load_language_model
@@ -135,7 +143,7 @@ def train_drafter(
         raise UnsupportedError(reason)
     # before the answers, which take minutes
     drafter = build(name, model=language.base, **fields)
-    if not isinstance(drafter, Trained | Filled):
+    if not isinstance(drafter, FittedDrafter | TableDrafter):
         raise InputError(f"drafter {name!r} has nothing to train; hydra and recycling have")
     source = _source(drafter, settings)
     prompts, measured = _prompts(language, found, settings)
@@ -157,7 +165,7 @@ def train_drafter(
         if number() > 0:
             return None  # at once: a process group does not wait for ever
         tokens, loss = len(made.ids) - sum(made.starts), None
-        if isinstance(drafter, Trained):
+        if isinstance(drafter, FittedDrafter):
             loss = _fitted(drafter, made, tokens, settings)
         else:
             drafter.fill(made, language.base)
@@ -172,7 +180,7 @@ def _source(drafter: Drafter, settings: DraftSettings) -> str:
         InputError: heads cannot learn while they decode, nor can several processes fill one table
             so.
     """
-    if isinstance(drafter, Trained):
+    if isinstance(drafter, FittedDrafter):
         if settings.source == "decode":
             raise InputError(
                 f"draft.source=decode: the heads of {drafter.name} are trained on answers; leave "
@@ -188,7 +196,7 @@ def _source(drafter: Drafter, settings: DraftSettings) -> str:
     return source
 
 
-def _fitted(drafter: Drafter, made: Answers, tokens: int, settings: DraftSettings) -> float:
+def _fitted(drafter: Drafter, made: DraftAnswers, tokens: int, settings: DraftSettings) -> float:
     """Train heads on answers, and return the loss at the end."""
     if tokens < FEW:
         logger.warning(
@@ -280,7 +288,7 @@ def _decoded(
 
 
 def _prompts(
-    language: LanguageModel, found: Saved | Mapping[str, Any], settings: DraftSettings
+    language: LanguageModel, found: SavedAdapter | Mapping[str, Any], settings: DraftSettings
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Return the ids of the prompts that are answered, and of those that are measured.
 
@@ -291,7 +299,7 @@ def _prompts(
     if settings.file is not None:
         chosen = [language.encode(each.prompt) for each in read_prompts(settings.file, language)]
         draw.shuffle(chosen)
-    elif isinstance(found, Saved) and found.run is not None:
+    elif isinstance(found, SavedAdapter) and found.run is not None:
         chosen = _training_prompts(language, found, settings, draw)
     else:
         raise InputError(
@@ -314,7 +322,7 @@ def _prompts(
 
 
 def _training_prompts(
-    language: LanguageModel, saved: Saved, settings: DraftSettings, draw: random.Random
+    language: LanguageModel, saved: SavedAdapter, settings: DraftSettings, draw: random.Random
 ) -> list[list[int]]:
     """Return prompts from the run's training examples, in random order."""
     data = saved.data

@@ -30,7 +30,7 @@ from petl.errors import (
     first_line,
 )
 from petl.generation.inference.sampling import (
-    Answer,
+    Sample,
     Sampling,
     StopEvent,
     StopTexts,
@@ -214,7 +214,7 @@ class LanguageModel:
         write: Callable[[str], object] | None = None,
         stop: Event | None = None,
         stats: Stats | None = None,
-    ) -> list[Answer]:
+    ) -> list[Sample]:
         """Answer encoded prompts in one batch, with the adapter of `using`.
 
         A single prompt of a decoder is answered with drafts, see `drafting`; its answer is that of
@@ -263,7 +263,7 @@ class LanguageModel:
         is_interrupted = stop is not None and stop.is_set()
         return [self._answer_of(row, sampling.stop, is_interrupted) for row in rows]
 
-    def _answer_of(self, ids: list[int], stop: Sequence[str], is_interrupted: bool) -> Answer:
+    def _answer_of(self, ids: list[int], stop: Sequence[str], is_interrupted: bool) -> Sample:
         """The answer in generated tokens, which may have padding after its end token."""
         ended = next((i for i, token in enumerate(ids) if token in self.ends), None)
 
@@ -277,10 +277,10 @@ class LanguageModel:
             tokens = 1 + bisect_left(
                 range(1, tokens), True, key=lambda n: before_stop(text_of(n), stop) is not None
             )
-            return Answer(cut, tokens, "stop")
+            return Sample(cut, tokens, "stop")
         if ended is None:
-            return Answer(text, tokens, "interrupted" if is_interrupted else "length")
-        return Answer(text, tokens, "stop")
+            return Sample(text, tokens, "interrupted" if is_interrupted else "length")
+        return Sample(text, tokens, "stop")
 
     def room(self, prompts: Sequence[Sequence[int]]) -> int | None:
         """Return the number of tokens that fit behind the longest prompt; None without a limit.

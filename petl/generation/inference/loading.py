@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from petl.adapters.export.saved_adapter import Saved, device, find, model_in
+from petl.adapters.export.saved_adapter import SavedAdapter, device, find, model_in
 from petl.core.loading import load
 from petl.core.spec.facts import facts_of
 from petl.core.spec.method import modifies_base_weights
@@ -57,7 +57,7 @@ def load_language_model(
         InputError: there is no such model, it does not write text, an adapter does not fit.
     """
     found = find_model(run, trust_remote_code=trust_remote_code)
-    first = {DEFAULT: found} if isinstance(found, Saved) else {}
+    first = {DEFAULT: found} if isinstance(found, SavedAdapter) else {}
     more = {
         name: find(path, trust_remote_code=trust_remote_code)
         for name, path in (others or {}).items()
@@ -95,15 +95,15 @@ def load_language_model(
     return replace(language, drafting=drafting, own_drafter=_own_drafter(Path(run), found))
 
 
-def _own_drafter(folder: Path, found: Saved | Mapping[str, Any]) -> str | None:
+def _own_drafter(folder: Path, found: SavedAdapter | Mapping[str, Any]) -> str | None:
     """Return the folder of a model's drafter, beside it or in the run of its adapter."""
-    run = found.run if isinstance(found, Saved) else None
+    run = found.run if isinstance(found, SavedAdapter) else None
     # the one beside the adapter first, as an adapter may have been copied out of its run
     places = [place / DRAFTER for place in (folder, run) if place is not None]
     return next((str(place) for place in places if (place / CONFIG).is_file()), None)
 
 
-def refuse_tasks(saved: Saved) -> None:
+def refuse_tasks(saved: SavedAdapter) -> None:
     """Raise UnsupportedError for an adapter of several tasks, of which a prompt names none."""
     tasks = list(facts_of(saved.config).tasks)
     if len(tasks) > 1:
@@ -115,7 +115,7 @@ def refuse_tasks(saved: Saved) -> None:
 
 
 def load_writer(
-    found: Saved | Mapping[str, Any], path: str | Path
+    found: SavedAdapter | Mapping[str, Any], path: str | Path
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Load the base model of `find_model(path)`, on the accelerator if there is one, and tokenizer.
 
@@ -133,24 +133,24 @@ def load_writer(
 
 
 def tokenizer_of(
-    found: Saved | Mapping[str, Any], base: PreTrainedTokenizerBase | None = None
+    found: SavedAdapter | Mapping[str, Any], base: PreTrainedTokenizerBase | None = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of what `find_model` returns; `base` as of `load_saved_processor`."""
-    if not isinstance(found, Saved):
+    if not isinstance(found, SavedAdapter):
         return load_tokenizer(found)
     task = CausalLM(max_length=1)
     return load_saved_processor(found.settings["model"], task, found.adapter, base)
 
 
-def model_settings(found: Saved | Mapping[str, Any]) -> Mapping[str, Any]:
+def model_settings(found: SavedAdapter | Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings under `model` of what `find_model` returns."""
-    return found.settings["model"] if isinstance(found, Saved) else found
+    return found.settings["model"] if isinstance(found, SavedAdapter) else found
 
 
 def reading_as_trained(
     model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    found: Saved | Mapping[str, Any],
+    found: SavedAdapter | Mapping[str, Any],
     adapters: Mapping[str, str],
     *,
     plain: bool | None = None,
@@ -162,8 +162,8 @@ def reading_as_trained(
         plain: as of `load_language_model`.
     """
     config: Any = model.config
-    data = found.settings.get("data", {}) if isinstance(found, Saved) else {}
-    learned = read_task(found.adapter) if isinstance(found, Saved) else None
+    data = found.settings.get("data", {}) if isinstance(found, SavedAdapter) else {}
+    learned = read_task(found.adapter) if isinstance(found, SavedAdapter) else None
     if plain is None:
         plain = isinstance(learned, CausalLM) and not learned.chat
     is_chat = bool(tokenizer.chat_template) and not plain and not config.is_encoder_decoder
@@ -181,7 +181,9 @@ def reading_as_trained(
     )
 
 
-def find_model(path: str | Path, *, trust_remote_code: bool = False) -> Saved | dict[str, Any]:
+def find_model(
+    path: str | Path, *, trust_remote_code: bool = False
+) -> SavedAdapter | dict[str, Any]:
     """Find the adapter at `path`, or return the settings of the plain model there.
 
     Raises:
@@ -196,13 +198,13 @@ def find_model(path: str | Path, *, trust_remote_code: bool = False) -> Saved | 
     return {**model_in(folder), "trust_remote_code": trust_remote_code}
 
 
-def task_of(found: Saved | Mapping[str, Any], path: str | Path) -> Task:
+def task_of(found: SavedAdapter | Mapping[str, Any], path: str | Path) -> Task:
     """The task of a model that writes.
 
     Raises:
         InputError: the model does not write.
     """
-    if isinstance(found, Saved):
+    if isinstance(found, SavedAdapter):
         kind = str(found.config.task_type)
         reads = {"CAUSAL_LM": False, "SEQ_2_SEQ_LM": True}.get(kind)  # None: no task that writes
     else:

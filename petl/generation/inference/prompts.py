@@ -13,7 +13,7 @@ from petl.data.validation import Row
 from petl.efficiency.drafting.engine import Stats
 from petl.errors import InputError
 from petl.generation.inference.language_model import LanguageModel, Prompt
-from petl.generation.inference.sampling import Answer, Sampling
+from petl.generation.inference.sampling import Sample, Sampling
 from petl.system.files.paths import file_of
 
 TEXT = ".txt"  # a file with a prompt on each line
@@ -93,7 +93,7 @@ def answered(  # noqa: PLR0913 - all by name
     batch_size: int = 8,
     stats: Stats | None = None,
     count: Callable[[int], object] = lambda number: None,
-) -> Iterator[tuple[Question, dict[str, Answer]]]:
+) -> Iterator[tuple[Question, dict[str, Sample]]]:
     """Yield each question with its answers by the name of the adapter, in order.
 
     Only a part of the questions is in memory at a time.
@@ -110,7 +110,7 @@ def answered(  # noqa: PLR0913 - all by name
         prompts = [model.encode(question.prompt, system) for question in part]
         # prompts of similar length, the longest first: little padding, and memory is short early
         order = sorted(range(len(part)), key=lambda i: -len(prompts[i]))
-        answers: list[dict[str, Answer]] = [{} for _ in part]
+        answers: list[dict[str, Sample]] = [{} for _ in part]
         for name in names:
             with model.using(name):  # one switch for many batches
                 for start in range(0, len(order), batch_size):

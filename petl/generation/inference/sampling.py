@@ -86,7 +86,7 @@ SETTINGS = tuple(field.name for field in fields(Sampling) if field.name in BOUND
 
 
 @dataclass(frozen=True)
-class Answer:
+class Sample:
     """An answer.
 
     Attributes:

@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from petl.adapters.export.saved_adapter import Saved
+from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.adapters.export.saved_adapter import score as score_on_test
 from petl.data.files import READERS, suffix_of
 from petl.data.inputs import read_inputs
@@ -20,7 +20,7 @@ from petl.methods import losses
 from petl.system.files.disk import as_json, check_writable, write_atomic
 from petl.system.files.outputs import check_output
 from petl.system.processes import is_first
-from petl.system.progress import Shown
+from petl.system.progress import ProgressItems
 from petl.training.dataloader import Splits, numbered
 from petl.training.evaluate import score
 from petl.training.runs.records import EVALUATED, PREDICTIONS, SCORES
@@ -30,7 +30,7 @@ DATA = "--data"
 OWN = (SCORES, PREDICTIONS, "index.html", "worst.jsonl", "*.csv"), (SCORES, PREDICTIONS)
 
 
-def folder_of(saved: Saved, names: Sequence[str]) -> Path | None:
+def folder_of(saved: SavedAdapter, names: Sequence[str]) -> Path | None:
     """The folder of an evaluation inside the run, by the name of its data; None without a run.
 
     Args:
@@ -47,7 +47,7 @@ def folder_of(saved: Saved, names: Sequence[str]) -> Path | None:
     return saved.run / f"{EVALUATED}-file" if folder.name == EVALUATED else folder
 
 
-def _is_place(saved: Saved, folder: Path) -> bool:
+def _is_place(saved: SavedAdapter, folder: Path) -> bool:
     """Return True for a folder of the form that `folder_of` returns."""
     place = folder.absolute()
     in_run = saved.run is not None and place.parent.resolve() == saved.run.resolve()
@@ -61,7 +61,7 @@ def stem_of(name: str) -> str:
 
 
 def evaluate_saved(
-    saved: Saved,
+    saved: SavedAdapter,
     names: Sequence[str],
     settings: Sequence[str],
     folder: Path | None,
@@ -97,7 +97,7 @@ def evaluate_saved(
         inputs = read_inputs(names, task, columns, rows=rows, labels=True, setting=DATA)
         what = f"reading {printable(', '.join(names))}".rstrip()
         # all in memory: metrics over classes need every row
-        parsed = [row for _, row in Shown(inputs, what, unit="rows", quiet=True)]
+        parsed = [row for _, row in ProgressItems(inputs, what, unit="rows", quiet=True)]
         scores = score_on_rows(saved, parsed, kept, limits)
     else:
         scores = score_on_test(saved, kept)
@@ -107,7 +107,7 @@ def evaluate_saved(
 
 
 def score_on_rows(
-    saved: Saved, rows: list[Row], kept: Path | None, limits: Mapping[str, int | None]
+    saved: SavedAdapter, rows: list[Row], kept: Path | None, limits: Mapping[str, int | None]
 ) -> dict[str, float]:
     """Return the scores of an adapter on rows with labels, as `read_inputs` reads them."""
     task = saved.saved_task

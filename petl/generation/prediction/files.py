@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from petl.adapters.export.saved_adapter import Saved
+from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.data.inputs import read_inputs
 from petl.data.tasks.base import Row, Task
 from petl.errors import InputError, RunStopped, printable
@@ -19,13 +19,13 @@ from petl.generation.prediction.columns import data_settings
 from petl.generation.prediction.predictor import Predictor, predicted
 from petl.generation.prediction.tables import JsonLines, RowWriter, check_format, new_table
 from petl.system.files.paths import path_of
-from petl.system.progress import Pass, Shown
+from petl.system.progress import Pass, ProgressItems
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Output:
+class PredictionFile:
     """Where predictions go.
 
     Attributes:
@@ -103,9 +103,9 @@ class Output:
 
 
 def predict_files(
-    saved: Saved,
+    saved: SavedAdapter,
     names: Sequence[str],
-    output: Output,
+    output: PredictionFile,
     settings: Sequence[str] = (),
     *,
     batch_size: int | None = None,
@@ -125,7 +125,9 @@ def predict_files(
     output.check(names)
     task = saved.saved_task
     columns, listed = data_settings(saved.columns, task, settings), printable(", ".join(names))
-    checked = Shown(read_inputs(names, task, columns), f"reading {listed}", unit="rows", quiet=True)
+    checked = ProgressItems(
+        read_inputs(names, task, columns), f"reading {listed}", unit="rows", quiet=True
+    )
     total = sum(1 for _ in checked)
     predictor = Predictor.of(saved, batch_size, max_new_tokens)
     is_main = predictor.accelerator.is_main_process

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 
-from petl.adapters.export.saved_adapter import Saved, find
+from petl.adapters.export.saved_adapter import SavedAdapter, find
 from petl.data.base import encode
 from petl.data.batch_sampler import chunks
 from petl.data.tasks.base import Columns, Prediction, Row, Task
@@ -20,7 +20,7 @@ from petl.data.tasks.row_tasks import COLUMN
 from petl.efficiency.rewrite import apply_rewrites, rewrites_of
 from petl.errors import InputError
 from petl.system.collectives import shared_out
-from petl.system.progress import Shown
+from petl.system.progress import ProgressItems
 from petl.training.dataloader import longest_first, to_device
 from petl.training.distributed.launch import Launch, accelerate_restored, make_accelerator
 from petl.training.generation import written
@@ -79,7 +79,7 @@ class Predictor:
 
     @classmethod
     def of(
-        cls, saved: Saved, batch_size: int | None = None, max_new_tokens: int | None = None
+        cls, saved: SavedAdapter, batch_size: int | None = None, max_new_tokens: int | None = None
     ) -> "Predictor":
         """Load the model of a saved adapter; limits that are None are those of its run."""
         task, train = saved.saved_task, saved.run_config.train if saved.run else None
@@ -158,9 +158,9 @@ class Predictor:
         return 1 if self.accelerator.device.type == "cpu" else 8  # as in training
 
 
-def shown(batches: list[list[int]], rows: Sequence[Row]) -> Shown[list[int]]:
+def shown(batches: list[list[int]], rows: Sequence[Row]) -> ProgressItems[list[int]]:
     """The batches of a window, which may take long, as a pass that is shown."""
-    return Shown(batches, f"predicting the next {len(rows):,} rows", quiet=True)
+    return ProgressItems(batches, f"predicting the next {len(rows):,} rows", quiet=True)
 
 
 def predicted(

@@ -51,7 +51,7 @@ class JsonLines(RowWriter):
         """Write nothing: each row is complete."""
 
 
-class Delimited(RowWriter):
+class CsvTable(RowWriter):
     """A table with a header; lists and mappings are JSON text."""
 
     def __init__(self, opened: BinaryIO, delimiter: str) -> None:
@@ -128,8 +128,8 @@ class Parquet(RowWriter):
 
 JSONL = "write to a .jsonl file, whose rows may differ"
 WRITERS: dict[str, Any] = {
-    ".csv": partial(Delimited, delimiter=","),
-    ".tsv": partial(Delimited, delimiter="\t"),
+    ".csv": partial(CsvTable, delimiter=","),
+    ".tsv": partial(CsvTable, delimiter="\t"),
     ".jsonl": JsonLines,
     ".parquet": Parquet,
 }

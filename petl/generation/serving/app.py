@@ -19,7 +19,7 @@ from petl.generation.serving.connections import CONNECTIONS, Connection
 from petl.generation.serving.engine import Busy, Engine
 from petl.generation.serving.gate import Gate
 from petl.generation.serving.replies import ApiError, error_body
-from petl.generation.serving.service import Service
+from petl.generation.serving.service import AnswerService
 from petl.generation.serving.wire import ChatRequest, CompletionRequest
 from petl.version import __version__
 
@@ -30,7 +30,7 @@ STATUS: dict[type[Exception], int] = {InputError: 400, Busy: 429, RunStopped: 50
 
 
 def build_app(
-    service: Service, api_key: str | None = None, hosts: Collection[str] | None = None
+    service: AnswerService, api_key: str | None = None, hosts: Collection[str] | None = None
 ) -> FastAPI:
     """Return the application, without its engine being started.
 

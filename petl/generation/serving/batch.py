@@ -25,7 +25,7 @@ from petl.training.generation import padded
 NO_ADAPTER = "__base__"  # PEFT's word
 
 
-class Passes:
+class BatchPasses:
     """Forward passes of a model for the next token of several rows.
 
     Attributes:
@@ -112,7 +112,7 @@ class Passes:
 class Batch:
     """Rows that are computed together, token by token."""
 
-    def __init__(self, passes: Passes) -> None:
+    def __init__(self, passes: BatchPasses) -> None:
         self.passes = passes
         self.device = passes.model.base.device
         self.requests: list[Request] = []

@@ -42,7 +42,7 @@ class LogProb(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Choosing:
+class TokenChooser:
     """Settings of a request beside those of `Sampling`.
 
     Attributes:
@@ -87,7 +87,7 @@ class Chooser:
     def __init__(
         self,
         sampling: Sampling,
-        choosing: Choosing,
+        choosing: TokenChooser,
         defaults: GenerationConfig,
         prompt: Sequence[int],
     ) -> None:
@@ -142,7 +142,10 @@ class Chooser:
 
 
 def processors(
-    values: Mapping[str, Any], choosing: Choosing, defaults: GenerationConfig, prompt_length: int
+    values: Mapping[str, Any],
+    choosing: TokenChooser,
+    defaults: GenerationConfig,
+    prompt_length: int,
 ) -> LogitsProcessorList:
     """The changes to the logits of a request, in the order of transformers' `generate`.
 

@@ -19,7 +19,7 @@ from petl.efficiency.drafting.costs import QUICK, TYPICAL, Costs
 from petl.efficiency.drafting.packing import Packing
 from petl.efficiency.drafting.passes import takes_trees
 from petl.efficiency.drafting.policy import switch_of
-from petl.efficiency.drafting.registry import Root, Seen, drafter
+from petl.efficiency.drafting.registry import PassOutput, Root, drafter
 
 if TYPE_CHECKING:
     from petl.generation.serving.request import Request
@@ -91,7 +91,7 @@ class Drafts:
                 break
             path.append(child)
         self.drafter.observe(
-            Seen(
+            PassOutput(
                 torch.tensor(nodes),
                 torch.tensor(parents, dtype=torch.long),
                 logits if self.drafter.needs.logits else None,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from threading import Condition, Thread
 
 from petl.errors import RunStopped
-from petl.generation.serving.batch import Batch, Passes
+from petl.generation.serving.batch import Batch, BatchPasses
 from petl.generation.serving.request import Request
 
 # of all prompts that one pass reads, padded, unless a single one is longer: a pass delays running
@@ -19,10 +19,10 @@ class Busy(Exception):
     """No more requests can wait."""
 
 
-class Lane:
+class Slot:
     """Requests that can share passes: those of one method, or of one adapter."""
 
-    def __init__(self, passes: Passes) -> None:
+    def __init__(self, passes: BatchPasses) -> None:
         self.passes = passes
         self.batches: list[Batch] = []
 
@@ -56,8 +56,8 @@ class Engine:
 
     def __init__(self, *, max_batch: int, max_waiting: int) -> None:
         self.max_batch, self.max_waiting = max_batch, max_waiting
-        self._waiting: deque[tuple[Lane, Request]] = deque()
-        self._active: dict[Lane, None] = {}  # lanes with answers in progress, in order
+        self._waiting: deque[tuple[Slot, Request]] = deque()
+        self._active: dict[Slot, None] = {}  # lanes with answers in progress, in order
         self._changed = Condition()
         self._closed = False
         # daemon: a pass that hangs does not keep the process from ending
@@ -67,7 +67,7 @@ class Engine:
         """Begin to compute."""
         self._thread.start()
 
-    def submit(self, jobs: Sequence[tuple[Lane, Request]]) -> None:
+    def submit(self, jobs: Sequence[tuple[Slot, Request]]) -> None:
         """Add requests, all or none of them.
 
         Raises:
@@ -127,9 +127,9 @@ class Engine:
         for _, request in self._waiting:
             request.emit(stopped)
 
-    def _admit(self) -> list[tuple[Lane, Request]]:
+    def _admit(self) -> list[tuple[Slot, Request]]:
         """Take waiting requests, in order, for which there is room."""
-        admitted: list[tuple[Lane, Request]] = []
+        admitted: list[tuple[Slot, Request]] = []
         room, longest = self.max_batch - self.running, 0
         while self._waiting and len(admitted) < room:
             lane, request = self._waiting[0]
@@ -142,7 +142,7 @@ class Engine:
             self._waiting.popleft()
         return admitted
 
-    def _advance(self, lane: Lane, newcomers: Sequence[Request]) -> None:
+    def _advance(self, lane: Slot, newcomers: Sequence[Request]) -> None:
         try:
             lane.advance(newcomers)
         except Exception as error:  # such as too little memory: the other lanes go on

@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from petl.adapters.export.saved_adapter import Saved
+from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.core.loading import load
 from petl.core.parameters import max_positions
 from petl.core.registry import keeps_base, refusal
@@ -29,11 +29,11 @@ from petl.generation.inference.loading import (
     refuse_tasks,
     tokenizer_of,
 )
-from petl.generation.serving.batch import Passes
-from petl.generation.serving.engine import Lane
-from petl.generation.serving.served import Served
+from petl.generation.serving.batch import BatchPasses
+from petl.generation.serving.engine import Slot
+from petl.generation.serving.served import ServedAdapter
 from petl.system.files.paths import path_of
-from petl.system.progress import Shown
+from petl.system.progress import ProgressItems
 
 logger = logging.getLogger(__name__)
 MAX_NAME = 100  # characters
@@ -67,7 +67,7 @@ def load_served(
     trust_remote_code: bool = False,
     other_base: bool = False,
     drafter: str | None = "free",
-) -> dict[str, Served]:
+) -> dict[str, ServedAdapter]:
     """Load one base model with all adapters, and return what requests can choose, by name.
 
     The base model is in memory once, also if the adapters belong to several methods; and once more
@@ -88,7 +88,7 @@ def load_served(
     }
     check_same_base(found)  # before any weights are loaded
     for each in found.values():
-        if isinstance(each, Saved):
+        if isinstance(each, SavedAdapter):
             refuse_tasks(each)
     first_name = next(iter(found))
     first = found[first_name]
@@ -99,7 +99,7 @@ def load_served(
             f"{settings['name']} is an encoder-decoder, and petl serve takes decoders; "
             "`petl generate RUN --file FILE` answers with it"
         )
-    saved = {name: each for name, each in found.items() if isinstance(each, Saved)}
+    saved = {name: each for name, each in found.items() if isinstance(each, SavedAdapter)}
     # a plain model has the name that the command line gives it
     base_name = str(settings["name"]) if saved else first_name
     if base_name in saved:
@@ -108,12 +108,12 @@ def load_served(
     tokenizers = {name: tokenizer_of(each, own) for name, each in saved.items()}
     for each in (*tokenizers.values(), own):
         each("")  # the first call may change its settings; later ones are made by several threads
-    loader = Loader(base, own, tokenizers, max_positions(base), plain, drafter)
+    loader = ModelLoader(base, own, tokenizers, max_positions(base), plain, drafter)
     served = loader.adapters(saved, other_base)
     return {base_name: loader.base_model(base_name, first, served), **served}
 
 
-def check_same_base(found: Mapping[str, Saved | Mapping[str, Any]]) -> None:
+def check_same_base(found: Mapping[str, SavedAdapter | Mapping[str, Any]]) -> None:
     """Raise InputError unless all adapters have the same base model."""
     bases = {name: base_of(model_settings(each)) for name, each in found.items()}
     first, *others = bases
@@ -129,7 +129,7 @@ def check_same_base(found: Mapping[str, Saved | Mapping[str, Any]]) -> None:
                 "one base model; start another one with --port"
             )
         # the same base model, but one of the two has no adapter
-        if not isinstance(found[name], Saved) or not isinstance(found[first], Saved):
+        if not isinstance(found[name], SavedAdapter) or not isinstance(found[first], SavedAdapter):
             raise InputError(f"{name!r} and {first!r} are not both adapters; serve one of them")
 
 
@@ -144,7 +144,7 @@ def base_of(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Loader:
+class ModelLoader:
     """Puts adapters on a base model, which several models of different methods share."""
 
     base: PreTrainedModel
@@ -154,26 +154,30 @@ class Loader:
     plain: bool | None
     drafter: str | None = None
 
-    def adapters(self, saved: Mapping[str, Saved], other_base: bool) -> dict[str, Served]:
+    def adapters(
+        self, saved: Mapping[str, SavedAdapter], other_base: bool
+    ) -> dict[str, ServedAdapter]:
         """Load adapters; those of one method on the same model."""
         # a PEFT model takes adapters of one method only; a base that one of them changes suits no
         # other
-        methods: dict[Any, dict[str, Saved]] = {}
+        methods: dict[Any, dict[str, SavedAdapter]] = {}
         for name, each in saved.items():
             own = name if modifies_base_weights(each.config) else None
             methods.setdefault((each.config.peft_type, own), {})[name] = each
-        served: dict[str, Served] = {}
+        served: dict[str, ServedAdapter] = {}
         for group in methods.values():
             served |= self._of_one_method(group, other_base)
         return {name: served[name] for name in saved}  # in the order of the command line
 
-    def _of_one_method(self, group: Mapping[str, Saved], other_base: bool) -> dict[str, Served]:
+    def _of_one_method(
+        self, group: Mapping[str, SavedAdapter], other_base: bool
+    ) -> dict[str, ServedAdapter]:
         changes_base = any(modifies_base_weights(each.config) for each in group.values())
         model: Any = copy.deepcopy(self.base) if changes_base else sharing_tensors(self.base)
         # names of requests may be any; those in a model become parts of the names of tensors
         names = {name: f"served{i}" for i, name in enumerate(group)}
         # of a list: the items of a dict have no length for the bar
-        for name, each in Shown([*group.items()], "loading adapters", unit="adapters"):
+        for name, each in ProgressItems([*group.items()], "loading adapters", unit="adapters"):
             model = load(model, each.adapter, adapter_name=names[name], other_base=other_base)
         fuse_lora(model)
         model.eval()
@@ -191,7 +195,7 @@ class Loader:
         # None: each row its own
         shared = None if reason else self._lane(next(iter(languages.values())), None)
         return {
-            name: Served(
+            name: ServedAdapter(
                 name,
                 language,
                 names[name],
@@ -203,8 +207,11 @@ class Loader:
         }
 
     def base_model(
-        self, name: str, found: Saved | Mapping[str, Any], served: Mapping[str, Served]
-    ) -> Served:
+        self,
+        name: str,
+        found: SavedAdapter | Mapping[str, Any],
+        served: Mapping[str, ServedAdapter],
+    ) -> ServedAdapter:
         """The base model without an adapter, in the passes of a method that allows it."""
         lane, model = None, self.base
         for each in served.values():
@@ -217,10 +224,12 @@ class Loader:
         plain = bool(self.plain)  # not as an adapter has learned it
         language = reading_as_trained(model, self.tokenizer, found, {}, plain=plain)
         language = replace(language, system=None)  # that of an adapter's training
-        return Served(name, language, BASE, lane or self._lane(language, BASE), self.positions)
+        return ServedAdapter(
+            name, language, BASE, lane or self._lane(language, BASE), self.positions
+        )
 
-    def _lane(self, language: LanguageModel, adapter: str | None) -> Lane:
-        return Lane(Passes(language, adapter, drafter=self.drafter))
+    def _lane(self, language: LanguageModel, adapter: str | None) -> Slot:
+        return Slot(BatchPasses(language, adapter, drafter=self.drafter))
 
 
 def sharing_tensors(model: PreTrainedModel) -> PreTrainedModel:

@@ -12,7 +12,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from petl.errors import printable
 from petl.generation.serving.choice import LogProb
-from petl.generation.serving.request import UNFINISHED, Piece
+from petl.generation.serving.request import UNFINISHED, AnswerPart
 
 LOWEST = -9999.0  # in place of minus infinity, which JSON does not have
 # error types of OpenAI's API by HTTP status; all others below 500 are invalid requests
@@ -39,7 +39,7 @@ class ApiError(Exception):
 
 
 @dataclass
-class Answer:
+class ReplyText:
     """The pieces of an answer, put together."""
 
     text: str = ""
@@ -47,7 +47,7 @@ class Answer:
     logprobs: list[list[LogProb]] = field(default_factory=list)
     finish: str | None = None
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: AnswerPart) -> None:
         """Add the next piece."""
         self.text += piece.text
         # the number so far, not that of the piece
@@ -68,7 +68,7 @@ class Reply:
         # all chunks of a stream have one id and one time
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
 
-    def whole(self, answers: Sequence[Answer], prompt_tokens: int) -> dict[str, Any]:
+    def whole(self, answers: Sequence[ReplyText], prompt_tokens: int) -> dict[str, Any]:
         """The body of a reply that is no stream."""
         choices = [self._choice(i, answer) for i, answer in enumerate(answers)]
         return {**self._body(self.kind, choices), "usage": usage(answers, prompt_tokens)}
@@ -77,12 +77,12 @@ class Reply:
         """The chunk before the pieces of an answer, if there is one."""
         return None
 
-    def chunk(self, index: int, piece: Piece, offset: int) -> dict[str, Any]:
+    def chunk(self, index: int, piece: AnswerPart, offset: int) -> dict[str, Any]:
         """The chunk of a piece; `offset` is the number of characters before it."""
         logprobs = [piece.logprobs] if piece.logprobs else []
         return self._body(self.chunk_kind, [self._delta(index, piece, logprobs, offset)])
 
-    def usage_chunk(self, answers: Sequence[Answer], prompt_tokens: int) -> dict[str, Any]:
+    def usage_chunk(self, answers: Sequence[ReplyText], prompt_tokens: int) -> dict[str, Any]:
         """The chunk with the number of tokens, at the end of a stream."""
         # without choices, as OpenAI sends it
         return {**self._body(self.chunk_kind, []), "usage": usage(answers, prompt_tokens)}
@@ -96,11 +96,11 @@ class Reply:
             "choices": choices,
         }
 
-    def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
+    def _choice(self, index: int, answer: ReplyText) -> dict[str, Any]:
         raise NotImplementedError
 
     def _delta(
-        self, index: int, piece: Piece, logprobs: list[list[LogProb]], offset: int
+        self, index: int, piece: AnswerPart, logprobs: list[list[LogProb]], offset: int
     ) -> dict[str, Any]:
         raise NotImplementedError
 
@@ -122,7 +122,7 @@ class ChatReply(Reply):
         start = {"index": index, "delta": {"role": "assistant", "content": ""}}
         return self._body(self.chunk_kind, [{**start, "logprobs": None, "finish_reason": None}])
 
-    def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
+    def _choice(self, index: int, answer: ReplyText) -> dict[str, Any]:
         return {
             "index": index,
             "message": {"role": "assistant", "content": answer.text},
@@ -131,7 +131,7 @@ class ChatReply(Reply):
         }
 
     def _delta(
-        self, index: int, piece: Piece, logprobs: list[list[LogProb]], offset: int
+        self, index: int, piece: AnswerPart, logprobs: list[list[LogProb]], offset: int
     ) -> dict[str, Any]:
         return {
             "index": index,
@@ -164,11 +164,11 @@ class CompletionReply(Reply):
     # in this older format, chunks are named like complete replies
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
+    def _choice(self, index: int, answer: ReplyText) -> dict[str, Any]:
         return self._text(index, answer.text, answer.logprobs, answer.finish, 0)
 
     def _delta(
-        self, index: int, piece: Piece, logprobs: list[list[LogProb]], offset: int
+        self, index: int, piece: AnswerPart, logprobs: list[list[LogProb]], offset: int
     ) -> dict[str, Any]:
         return self._text(index, piece.text, logprobs, piece.finish, offset)
 
@@ -227,7 +227,7 @@ def bytes_of(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
     return bytes(values[character] for character in word) if known else text.encode()
 
 
-def usage(answers: Sequence[Answer], prompt_tokens: int) -> dict[str, int]:
+def usage(answers: Sequence[ReplyText], prompt_tokens: int) -> dict[str, int]:
     """The number of tokens of a request; end tokens count."""
     written = sum(answer.tokens for answer in answers)
     return {

@@ -17,7 +17,7 @@ UNFINISHED = "\ufffd"  # a character of which some bytes are missing is decoded 
 
 
 @dataclass(frozen=True)
-class Piece:
+class AnswerPart:
     """The part of an answer that one token adds.
 
     Attributes:
@@ -125,15 +125,15 @@ class Request:
         """Emit what a token adds to the answer; return True if the answer goes on."""
         self.tokens += 1
         if token in self.ends:
-            self.emit(Piece(self.text.rest(), self.tokens, finish="stop"))
+            self.emit(AnswerPart(self.text.rest(), self.tokens, finish="stop"))
             return False
         text, is_stopped = self.text.add(token)
         if is_stopped:
-            self.emit(Piece(text, self.tokens, logprobs, "stop"))
+            self.emit(AnswerPart(text, self.tokens, logprobs, "stop"))
             return False
         # after the stop texts: an answer that reaches both ends by "stop"
         if self.tokens >= self.max_tokens:
-            self.emit(Piece(text + self.text.rest(), self.tokens, logprobs, "length"))
+            self.emit(AnswerPart(text + self.text.rest(), self.tokens, logprobs, "length"))
             return False
-        self.emit(Piece(text, self.tokens, logprobs))
+        self.emit(AnswerPart(text, self.tokens, logprobs))
         return not self.cancelled.is_set()

@@ -4,11 +4,11 @@ import time
 from dataclasses import dataclass, field
 
 from petl.generation.inference.language_model import LanguageModel
-from petl.generation.serving.engine import Lane
+from petl.generation.serving.engine import Slot
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedAdapter:
     """What a request chooses by `model`.
 
     Attributes:
@@ -23,7 +23,7 @@ class Served:
     name: str
     language: LanguageModel
     adapter: str
-    lane: Lane
+    lane: Slot
     positions: int | None
     path: str | None = None
     # seconds since 1970: `created` in /v1/models

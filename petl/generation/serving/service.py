@@ -15,18 +15,18 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from petl.errors import did_you_mean, printable, shown
 from petl.generation.inference.sampling import Sampling
-from petl.generation.serving.choice import Chooser, Choosing
+from petl.generation.serving.choice import Chooser, TokenChooser
 from petl.generation.serving.engine import Engine
 from petl.generation.serving.replies import (
-    Answer,
     ApiError,
     ChatReply,
     CompletionReply,
     Reply,
+    ReplyText,
     error_body,
 )
-from petl.generation.serving.request import AnswerText, Piece, Request
-from petl.generation.serving.served import Served
+from petl.generation.serving.request import AnswerPart, AnswerText, Request
+from petl.generation.serving.served import ServedAdapter
 from petl.generation.serving.wire import MAX_CHOICES, MAX_ENTRIES, ChatRequest, CompletionRequest
 
 CLIENT_GONE = 499  # nobody reads it
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Service:
+class AnswerService:
     """Answers requests with an engine.
 
     Attributes:
@@ -42,7 +42,7 @@ class Service:
         max_tokens: of an answer at most.
     """
 
-    served: Mapping[str, Served]
+    served: Mapping[str, ServedAdapter]
     engine: Engine
     max_tokens: int
 
@@ -82,7 +82,7 @@ class Service:
         reply = CompletionReply(served.name, served.language.tokenizer)
         return await self._reply(reply, body, served, prompts, request)
 
-    def _find(self, name: str) -> Served:
+    def _find(self, name: str) -> ServedAdapter:
         if name not in self.served:
             message = f"no model {shown(name)}{did_you_mean(name, self.served)}"
             raise ApiError(message, 404, code="model_not_found", param="model")
@@ -92,7 +92,7 @@ class Service:
         self,
         reply: Reply,
         body: ChatRequest | CompletionRequest,
-        served: Served,
+        served: ServedAdapter,
         prompts: Sequence[list[int]],
         request: HttpRequest,
     ) -> Response:
@@ -109,7 +109,7 @@ class Service:
                     "answers, tokens (max_tokens) or logprobs",
                     param="logprobs",
                 )
-        answers = Answers(served.name, sum(map(len, prompts)))
+        answers = ServedAnswers(served.name, sum(map(len, prompts)))
         for prompt in prompts:
             for number in range(body.n or 1):
                 answers.requests.append(
@@ -130,7 +130,7 @@ class Service:
     def _request(
         self,
         body: ChatRequest | CompletionRequest,
-        served: Served,
+        served: ServedAdapter,
         prompt: list[int],
         number: int,
         emit: Any,
@@ -171,7 +171,7 @@ def _encode(language: Any, prompt: str | list[int]) -> list[int]:
     return prompt
 
 
-def room_for(prompt: Sequence[int], served: Served, wanted: int) -> int:
+def room_for(prompt: Sequence[int], served: ServedAdapter, wanted: int) -> int:
     """The number of tokens that an answer to a prompt may have.
 
     Raises:
@@ -191,7 +191,7 @@ def room_for(prompt: Sequence[int], served: Served, wanted: int) -> int:
     return room
 
 
-def choosing_of(body: ChatRequest | CompletionRequest, number: int, tokens: int) -> Choosing:
+def choosing_of(body: ChatRequest | CompletionRequest, number: int, tokens: int) -> TokenChooser:
     """The settings of the answer of this number to a prompt."""
     bias = {}
     for key, value in (body.logit_bias or {}).items():
@@ -202,7 +202,7 @@ def choosing_of(body: ChatRequest | CompletionRequest, number: int, tokens: int)
                 param="logit_bias",
             )
         bias[int(key)] = value
-    return Choosing(
+    return TokenChooser(
         # other numbers for each answer
         seed=None if body.seed is None else (body.seed + number) % 2**63,
         presence_penalty=body.presence_penalty or 0.0,
@@ -212,7 +212,7 @@ def choosing_of(body: ChatRequest | CompletionRequest, number: int, tokens: int)
     )
 
 
-class Answers:
+class ServedAnswers:
     """The answers to one request of a client, while they are written.
 
     Attributes:
@@ -223,7 +223,7 @@ class Answers:
     def __init__(self, model: str, prompt_tokens: int) -> None:
         self.model, self.prompt_tokens = model, prompt_tokens
         self.requests: list[Request] = []
-        self.found: list[Answer] = []
+        self.found: list[ReplyText] = []
         self.start = time.monotonic()
         self._queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
         # the engine's thread hands pieces to this loop
@@ -232,7 +232,7 @@ class Answers:
     def receiver(self) -> Any:
         """Return the `emit` of the next request: it runs in the thread of the engine."""
         index = len(self.found)
-        self.found.append(Answer())
+        self.found.append(ReplyText())
 
         def emit(piece: Any) -> None:
             # asyncio.Queue is not thread-safe
@@ -240,7 +240,7 @@ class Answers:
 
         return emit
 
-    async def pieces(self) -> AsyncGenerator[tuple[int, Piece]]:
+    async def pieces(self) -> AsyncGenerator[tuple[int, AnswerPart]]:
         """Yield the pieces of all answers, with the number of the answer.
 
         Raises:

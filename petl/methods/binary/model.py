@@ -32,7 +32,7 @@ from petl.methods.binary.config import (
 )
 from petl.methods.binary.head import find_head, prepare_head
 from petl.methods.binary.quantized_weights import (
-    Quantized,
+    QuantizedOwner,
     QuantizedWeight,
     Quantizer,
     add_quantized_weight,
@@ -395,7 +395,7 @@ def tuner_of(inner: str) -> type[BinaryModel]:
     tuner = tuner_class_of(inner_method(inner))
     body = {"prefix": tuner.prefix, "__module__": __package__, "__doc__": BinaryModel.__doc__}
     if issubclass(tuner, AdapterTuner):
-        adapter_cls = swapped_class(Quantized, tuner.method.adapter_cls)
+        adapter_cls = swapped_class(QuantizedOwner, tuner.method.adapter_cls)
         body["method"] = tuner.method.changed(adapter_cls=adapter_cls)
     return type(f"BinaryModel_{inner}", (BinaryModel, tuner), body)
 
@@ -406,7 +406,7 @@ def _quantized_weights(
     """The quantized weights of an adapter, each with its names in `model` (several if shared)."""
     found: dict[int, tuple[list[str], QuantizedWeight]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Quantized):
+        if isinstance(module, QuantizedOwner):
             for name, quantized in module.__dict__["quantized_weights"].items():
                 if quantized.adapter_name == adapter_name:
                     # by id: a shared weight has several names

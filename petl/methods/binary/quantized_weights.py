@@ -182,7 +182,7 @@ class QuantizedWeight:
         return (decode_latent if trains else decode)(codes, stats, shape, self.bits)
 
 
-class Quantized(SwappedClass, nn.Module):
+class QuantizedOwner(SwappedClass, nn.Module):
     """Mixin for the class of a module that owns quantized weights or computes with some."""
 
     keep_float32: ClassVar[bool] = True  # half precision loses the small updates of latent weights
@@ -211,7 +211,7 @@ def _computing(name: str) -> Callable[..., Any]:
         quantizer = self.__dict__["quantizer"]
         quantizer.depth += 1  # methods may call one another
         try:
-            return getattr(super(Quantized, self), name)(*args, **kwargs)
+            return getattr(super(QuantizedOwner, self), name)(*args, **kwargs)
         finally:
             quantizer.depth -= 1
 
@@ -223,7 +223,7 @@ def swap_module(module: nn.Module, quantizer: Quantizer) -> None:
     """Make the computing methods of `module` read quantized weights."""
     module.__dict__["quantizer"] = quantizer
     module.__dict__.setdefault("quantized_weights", {})
-    swap_class(module, Quantized)
+    swap_class(module, QuantizedOwner)
 
 
 def add_quantized_weight(quantized: QuantizedWeight) -> None:

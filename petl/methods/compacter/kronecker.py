@@ -34,12 +34,12 @@ def times_factored(
         residual: [..., O]. All tensors have one dtype.
     """
     if torch.is_grad_enabled() and left.dim() == 3:
-        return _TimesFactored.apply(x, rule, left, right, bias, residual)
+        return _KroneckerProduct.apply(x, rule, left, right, bias, residual)
     y = _up(_mixed(_down(x, left), rule), right, bias, residual)
     return y.view(*x.shape[:-1], y.shape[-1])  # not -1, which no rows would leave open
 
 
-class _TimesFactored(torch.autograd.Function):
+class _KroneckerProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,

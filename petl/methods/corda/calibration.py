@@ -46,7 +46,7 @@ def weight_of(layer: Any) -> Tensor:
     return weight.t() if isinstance(layer, Conv1D) else weight
 
 
-class CalibrationData:
+class CalibrationPasses:
     """Calibration data for any number of passes: batches, or a function that runs the model."""
 
     def __init__(self, model: nn.Module, calibration: Calibration | None) -> None:
@@ -102,7 +102,7 @@ class Covariances:
         calibration: Calibration | None,
     ) -> None:
         self.model, self.config, self.layers = model, config, layers
-        self.data = CalibrationData(model, calibration)
+        self.data = CalibrationPasses(model, calibration)
         caches = config.covariance_cache or config.factors_cache
         if not self.data and not caches:
             raise no_calibration("method 'corda'")

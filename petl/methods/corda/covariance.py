@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from petl.core.layers.context import as_2d, is_encoder_decoder
 from petl.core.layers.layer import shape_of
 from petl.core.model.modes import evaluation_mode
-from petl.methods.corda.oriented import Damped
+from petl.methods.corda.oriented import DampedInverse
 from petl.system import collectives as distributed
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Covariance:
         damped: the damped matrix and its inverse, cached for layers that share this covariance.
     """
 
-    damped: Damped | None = None
+    damped: DampedInverse | None = None
 
     def __init__(self, matrix: Tensor, samples: int = 0) -> None:
         self.matrix, self.samples = matrix, samples
@@ -89,7 +89,7 @@ def scaled(x: Tensor, mask: Tensor | None, norm: str) -> Tensor:
     return x / torch.where(divisor > 0, divisor, 1.0)[:, None, None]
 
 
-class Tokens:
+class PaddingMasks:
     """The padding masks of the current forward pass, assigned to the inputs of layers.
 
     Attributes:
@@ -204,7 +204,7 @@ def collect(
         run: runs the model on this process's data.
         norm: see `scaled`.
     """
-    tokens = Tokens(model)
+    tokens = PaddingMasks(model)
     found = {name: [empty(layer, dtype) for _ in range(rounds)] for name, layer in layers.items()}
     seen = dict.fromkeys(layers, 0)
     first, step = distributed.number(), distributed.num_processes()

@@ -18,8 +18,8 @@ from petl.methods.corda.cache import Cache, Key
 from petl.methods.corda.calibration import Covariances, weight_of
 from petl.methods.corda.covariance import Covariance
 from petl.methods.corda.oriented import (
-    Damped,
-    Oriented,
+    DampedInverse,
+    OrientedFactors,
     damped,
     log_compactness,
     oriented_svd,
@@ -42,7 +42,7 @@ class LayerComponents:
     """
 
     spectrum: Tensor
-    columns: Oriented
+    columns: OrientedFactors
     compactness: float
 
 
@@ -113,12 +113,12 @@ class Decomposer:
                 columns = truncated(svd, config.rank_of(key), leading=leading)
             else:
                 columns = svd  # all, until the budget is distributed
-            columns = Oriented(*(tensor.cpu().clone() for tensor in columns))
+            columns = OrientedFactors(*(tensor.cpu().clone() for tensor in columns))
             components = LayerComponents(svd.S.cpu(), columns, pi)
             found.append((pi * float(svd.S.sum() / svd.S[0]), components))  # CorDA++'s criterion
         return min(found, key=lambda pair: pair[0])[1]
 
-    def damped(self, key: str, covariance: Covariance) -> Damped:
+    def damped(self, key: str, covariance: Covariance) -> DampedInverse:
         """The damped matrix and its inverse, cached for the layers that share the covariance."""
         if covariance.damped is None:
             dtype = torch.promote_types(self.config.dtype, torch.float32)
@@ -140,7 +140,7 @@ class Decomposer:
             found = {}
             for key in self.layers:
                 spectrum, *columns = (opened.get_tensor(f"{key}.{n}") for n in FACTORS)
-                found[key] = LayerComponents(spectrum, Oriented(*columns), compactness[key])
+                found[key] = LayerComponents(spectrum, OrientedFactors(*columns), compactness[key])
         return found
 
 

@@ -15,7 +15,13 @@ from transformers.pytorch_utils import Conv1D
 
 from petl.core.layers.layer import LayerInfo, LayerShape
 from petl.errors import InputError, UnsupportedError
-from petl.methods.dsee.entries import Frozen, Update, add_update, masked_weight, updated_linear
+from petl.methods.dsee.entries import (
+    Frozen,
+    SparseUpdate,
+    add_update,
+    masked_weight,
+    updated_linear,
+)
 from petl.methods.families.rewriting import RewritingAdapter
 from petl.ops.low_rank import WEIGHT_TYPES, call_with_weight, is_frozen_linear, product_dtype
 from petl.ops.masks import all_kept, count_kept
@@ -117,14 +123,14 @@ class DseeAdapter(RewritingAdapter):
     # Products
 
     @property
-    def update(self) -> Update | None:
+    def update(self) -> SparseUpdate | None:
         """The update as the products take it; None on a layer that is only masked."""
         if not self.is_target:
             return None
         if self.is_empty:
             self._require_positions()
         rows, columns = self._rows_and_columns()
-        return Update(self.lora_A, self.lora_B, self.values, rows, columns, self.scale)
+        return SparseUpdate(self.lora_A, self.lora_B, self.values, rows, columns, self.scale)
 
     def _rows_and_columns(self) -> tuple[Tensor, Tensor]:
         known = self._places

@@ -20,7 +20,7 @@ from petl.ops.low_rank import add_low_rank
 from petl.ops.masks import mask_factors
 
 
-class Update(NamedTuple):
+class SparseUpdate(NamedTuple):
     """The trained part of a layer: A [R, I], B [O, R], values [N] at rows [N] and columns [N].
 
     `scale` is c, the factor of both parts.
@@ -68,7 +68,7 @@ def masked_weight(weight: Tensor, packed: Tensor | None) -> Tensor:
     return weight * mask_factors(packed, tuple(weight.shape), weight.dtype)
 
 
-def add_update(y: Tensor, x: Tensor, update: Update) -> Tensor:
+def add_update(y: Tensor, x: Tensor, update: SparseUpdate) -> Tensor:
     """Return `y + x D^T`, [..., O], for y [..., O] and x [..., I], by operations of torch."""
     A, B, values, rows, columns, scale = update
     y = add_low_rank(y, x, A, B, scale)
@@ -76,7 +76,7 @@ def add_update(y: Tensor, x: Tensor, update: Update) -> Tensor:
     return y.index_add(-1, rows, picked.to(y.dtype), alpha=scale)
 
 
-def updated_linear(x: Tensor, frozen: Frozen, update: Update | None) -> Tensor:
+def updated_linear(x: Tensor, frozen: Frozen, update: SparseUpdate | None) -> Tensor:
     """Return `x (m W + D)^T + b`, [..., O], in the dtype of x; gradients go to x and the update.
 
     Args:
@@ -95,7 +95,9 @@ def updated_linear(x: Tensor, frozen: Frozen, update: Update | None) -> Tensor:
         return _UpdatedLinear.apply(x, *tensors, frozen, update)
 
 
-def _forward(x: Tensor, frozen: Frozen, update: Update | None) -> tuple[Tensor, Tensor | None]:
+def _forward(
+    x: Tensor, frozen: Frozen, update: SparseUpdate | None
+) -> tuple[Tensor, Tensor | None]:
     """Return the output, and A x^T [R, T]; ranks are rows, as in petl/ops/low_rank.py."""
     x_TI = x.reshape(-1, x.shape[-1])
     weight = frozen.product_weight(x.dtype)
@@ -120,7 +122,7 @@ class _UpdatedLinear(torch.autograd.Function):
         B: Tensor | None,
         values: Tensor | None,
         frozen: Frozen,
-        update: Update | None,
+        update: SparseUpdate | None,
     ) -> Tensor:
         y, h_RT = _forward(x, frozen, update)
         # without an update only the gradient of x is computed, which does not need x

@@ -14,7 +14,7 @@ from petl.core.layers.layer import AdapterLayer, LayerShape, weight_of
 from petl.core.model.structure import find_attention
 from petl.core.spec.config import require
 from petl.methods.dsee.adapter import DseeAdapter
-from petl.methods.dsee.entries import Update
+from petl.methods.dsee.entries import SparseUpdate
 from petl.ops.masks import count_kept, pack_mask, prune_smallest, unpack_mask
 from petl.ops.positions import generator_of
 from petl.system.collectives import num_processes, number, to_full
@@ -22,7 +22,7 @@ from petl.system.collectives import num_processes, number, to_full
 Placed = Mapping[str, tuple[AdapterLayer, DseeAdapter]]
 
 
-class Heads(NamedTuple):
+class PrunedHeads(NamedTuple):
     """The heads of an attention sub-layer; paths are None for projections without an adapter.
 
     Attributes:
@@ -43,7 +43,7 @@ class Heads(NamedTuple):
 
 def heads_of(
     config: Any, model: nn.Module, shapes: Mapping[str, LayerShape], targets: set[str]
-) -> list[Heads]:
+) -> list[PrunedHeads]:
     """Return the attention sub-layers whose heads are pruned; none if `prune_heads` is 0.
 
     Args:
@@ -82,7 +82,7 @@ def heads_of(
             f"{scored[0]} that share a key and a value and are pruned together",
         )
         adapted = [path if path in shapes else None for path in each[:3]]
-        found.append(Heads(*adapted, each.output, width, total // groups, count))
+        found.append(PrunedHeads(*adapted, each.output, width, total // groups, count))
     require(
         bool(found) or not count,
         f"prune_heads={count} needs attention with a query or value projection of its own among "
@@ -101,7 +101,7 @@ class Pruning:
         masks: the packed masks by path, so far.
     """
 
-    def __init__(self, config: Any, placed: Placed, heads: list[Heads]) -> None:
+    def __init__(self, config: Any, placed: Placed, heads: list[PrunedHeads]) -> None:
         self.config, self.placed, self.heads = config, placed, heads
         self.masks = {key: adapter.mask.clone() for key, (_, adapter) in placed.items()}
         tensors = [t for layer, a in placed.values() for t in (weight_of(layer), *a.parameters())]
@@ -156,11 +156,11 @@ class Pruning:
         A, B, values = (to_full(t.detach()).float() for t in update[:3])
         # autocast would round the scores to half precision
         with torch.autocast(A.device.type, enabled=False):
-            return Update(A, B, values, *update[3:]).dense()
+            return SparseUpdate(A, B, values, *update[3:]).dense()
 
     # Heads
 
-    def _drop_heads(self, heads: Heads) -> None:
+    def _drop_heads(self, heads: PrunedHeads) -> None:
         """Prune the heads of smallest score: rows of the projections, columns behind them."""
         width, group = heads.width, heads.per_group * heads.width
         output = self.placed[heads.output][1]

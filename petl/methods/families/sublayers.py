@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from petl.core.layers.grouped import Captured, GroupedNetworks
+from petl.core.layers.grouped import GroupedNetworks, InputHook
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
 from petl.core.method import Target, TrainContext, WrapContext, linear_target
 from petl.core.model.heat_map import HeatMap, of_layers
@@ -239,7 +239,7 @@ class SubLayerAdapter(Adapter):
         adapters: Sequence[Any],
         base_layer: nn.Module,
         generators: Sequence[torch.Generator | None],
-        captured: Captured | None,
+        captured: InputHook | None,
     ) -> nn.Module:
         """The layer that trains several adapters in one pass: as one network if they are alike.
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from petl.core.layers.grouped import GroupedFactors, Update, each_alone, stacked_factors
+from petl.core.layers.grouped import GroupedFactors, GroupedUpdate, each_alone, stacked_factors
 
 
 class GroupedIncrelora(GroupedFactors):
@@ -17,11 +17,11 @@ class GroupedIncrelora(GroupedFactors):
             return each_alone(self, self.adapters, self.generators, x, args, kwargs)
         return super().forward(x, *args, **kwargs)
 
-    def updates(self, x: Tensor) -> Update:
+    def updates(self, x: Tensor) -> GroupedUpdate:
         self.current = [adapter.current_factors() for adapter in self.adapters]
         return stacked_factors(self.current)
 
-    def finish(self, y: Tensor, x: Tensor, update: Update) -> Tensor:
+    def finish(self, y: Tensor, x: Tensor, update: GroupedUpdate) -> Tensor:
         # let go here: they hold the graph of the pass
         factors, self.current = self.current, []
         if not any(adapter.is_scored for adapter in self.adapters):

@@ -14,7 +14,7 @@ from torch import Tensor
 BLOCK_BYTES = 2**27  # maximum size of a block of the gradient G
 
 
-class _Watch(torch.autograd.Function):
+class _RankWatch(torch.autograd.Function):
     """Identity on y whose backward computes the score and gives it to `probe` as its gradient."""
 
     @staticmethod
@@ -43,7 +43,7 @@ def watch(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, probe: Tenso
         scale: a positive factor: that of the update, and any normalization of the score.
         probe: a 0-d leaf that requires a gradient; its value is not used.
     """
-    return _Watch.apply(y, x, A, B, scale, probe)
+    return _RankWatch.apply(y, x, A, B, scale, probe)
 
 
 def update_score(

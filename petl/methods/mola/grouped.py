@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petl.core.layers.grouped import GroupedLowRank, Update
+from petl.core.layers.grouped import GroupedLowRank, GroupedUpdate
 from petl.core.layers.stack import Stack
 from petl.methods.mola.routing import top_k_gates
 
@@ -37,7 +37,7 @@ class GroupedMola(GroupedLowRank):
     def rates(self) -> Sequence[float]:
         return [a.config.lora_dropout if a.training else 0.0 for a in self.adapters]
 
-    def updates(self, x: Tensor) -> Update:
+    def updates(self, x: Tensor) -> GroupedUpdate:
         K, T, _ = x.shape
         # float32, because close logits decide which experts are picked
         with torch.autocast(x.device.type, enabled=False):
@@ -48,9 +48,9 @@ class GroupedMola(GroupedLowRank):
         chosen = top_k_gates(logit_RE, self.adapters[0].config.top_k)
         gate, picked, prob = (each.view(K, T, -1) for each in chosen)
         self.routed = picked, prob
-        return Update(self.A.leaf, self.B.leaf, [a.scale for a in self.adapters], gate)
+        return GroupedUpdate(self.A.leaf, self.B.leaf, [a.scale for a in self.adapters], gate)
 
-    def finish(self, y: Tensor, x: Tensor, update: Update) -> Tensor:
+    def finish(self, y: Tensor, x: Tensor, update: GroupedUpdate) -> Tensor:
         assert self.routed is not None
         rows, self.routed = zip(self.adapters, *self.routed, strict=True), None
         for adapter, picked_TE, prob_TE in rows:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from petl.errors import InputError
 from petl.methods.mola.routing import uniform
-from petl.methods.mola.tokens import Tokens
+from petl.methods.mola.tokens import RoutedTokens
 
 MATRICES = ("q", "k", "v", "o", "up", "down")  # of a block, [P, P] with a bias each
 EPS, BASE = 1e-6, 10_000.0  # of the norms, and of the rotary frequencies
@@ -67,7 +67,7 @@ class PreGate(nn.Module):
         """True if it reads the token before each one, which a tree of drafts does not tell."""
         return self.lookahead > 0
 
-    def forward(self, tokens: Tokens, past_BSN: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: RoutedTokens, past_BSN: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the logits for routing, [B, T, E] float32, and what a cache has to keep.
 
         Args:
@@ -95,7 +95,7 @@ class PreGate(nn.Module):
                 logits_BTE = torch.where(tokens.follows[..., None], before_BTE, bias)
             return logits_BTE, torch.cat([*present, g_BTE], -1)
 
-    def _start(self, tokens: Tokens) -> Tensor:
+    def _start(self, tokens: RoutedTokens) -> Tensor:
         if self.reads_embedding:
             assert tokens.embedded is not None
             return F.linear(tokens.embedded.float(), self.pregate_in.float())
@@ -114,7 +114,7 @@ class PreGate(nn.Module):
         return F.linear(z_BTP, weight.float(), bias.float())
 
     def _block(
-        self, i: int, z_BTP: Tensor, tokens: Tokens, past_BSN: Tensor | None
+        self, i: int, z_BTP: Tensor, tokens: RoutedTokens, past_BSN: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         P, x_BTP = self.width, self._norm(f"{i}_norm_1", z_BTP)
         q_BTP, k_BTP = (

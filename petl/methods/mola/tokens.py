@@ -19,7 +19,7 @@ CACHES = ("cache", "past_key_values", "cache_params")  # arguments that hold a c
 
 
 @dataclass
-class Tokens:
+class RoutedTokens:
     """The tokens of one forward pass of the model.
 
     Attributes:
@@ -71,7 +71,9 @@ def cache_of(output: Any) -> Cache | None:
     return next((value for value in values if isinstance(value, Cache)), None)
 
 
-def tokens_of(model: Any, given: Mapping[str, Any], past: int, *, reads_embedding: bool) -> Tokens:
+def tokens_of(
+    model: Any, given: Mapping[str, Any], past: int, *, reads_embedding: bool
+) -> RoutedTokens:
     """Return the tokens of a call of the model, of which the cache has `past` ones before.
 
     Args:
@@ -107,7 +109,7 @@ def tokens_of(model: Any, given: Mapping[str, Any], past: int, *, reads_embeddin
     )
     # each text of a packed row starts where positions do not go on, see petl/data/tasks/packing.py
     starts_BT = F.pad(positions.diff(dim=1) != 1, (1, 0)) if is_packed else None
-    return Tokens(
+    return RoutedTokens(
         ids,
         embedded.detach() if reads_embedding else None,
         positions,

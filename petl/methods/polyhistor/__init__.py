@@ -147,7 +147,7 @@ class Generators(nn.Module):
         self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(rows)))
 
 
-class Generated(NamedTuple):
+class HyperWeights(NamedTuple):
     """Weights of the networks of G tasks: [G, O, I], and vectors [G, W] or None."""
 
     down: Tensor
@@ -157,18 +157,20 @@ class Generated(NamedTuple):
     norm_weight: Tensor | None
     norm_bias: Tensor | None
 
-    def to(self, dtype: torch.dtype) -> "Generated":
+    def to(self, dtype: torch.dtype) -> "HyperWeights":
         """Return the weights in another dtype."""
-        return Generated._make(None if t is None else t.to(dtype) for t in self)
+        return HyperWeights._make(None if t is None else t.to(dtype) for t in self)
 
-    def of(self, index: Tensor) -> "Generated":
+    def of(self, index: Tensor) -> "HyperWeights":
         """Return the weights of each group by the place of its task, with vectors [G, 1, W]."""
         picked = (None if t is None else t.index_select(0, index) for t in self)
-        return Generated._make(t if t is None or t.dim() == 3 else t.unsqueeze(1) for t in picked)
+        return HyperWeights._make(
+            t if t is None or t.dim() == 3 else t.unsqueeze(1) for t in picked
+        )
 
-    def first(self) -> "Generated":
+    def first(self) -> "HyperWeights":
         """Return the weights of the first task: matrices, and vectors [W]."""
-        return Generated._make(None if t is None else t[0] for t in self)
+        return HyperWeights._make(None if t is None else t[0] for t in self)
 
 
 class KeptWeights:
@@ -179,7 +181,7 @@ class KeptWeights:
     """
 
     def __init__(self) -> None:
-        self.weights: dict[Any, Generated] = {}
+        self.weights: dict[Any, HyperWeights] = {}
         self.sources: list[tuple[Tensor, int, int]] = []
 
     def __reduce__(self) -> tuple[type["KeptWeights"], tuple[()]]:
@@ -258,7 +260,7 @@ class PolyhistorAdapter(SubLayerAdapter):
             return self._compute(h, weights.first())
         return self._by_group(h, weights, tasks.grouped(h))
 
-    def _by_group(self, h: Tensor, weights: Generated, tasks: TaskGroups) -> Tensor:
+    def _by_group(self, h: Tensor, weights: HyperWeights, tasks: TaskGroups) -> Tensor:
         """Apply the weights of several tasks to rows in groups, as one batched product."""
         of_group = weights.of(tasks.index)
         batch = PreparedBatch(tasks.groups, lambda x, _: self._compute(x, of_group))
@@ -271,7 +273,7 @@ class PolyhistorAdapter(SubLayerAdapter):
         of_row = weights.of(torch.arange(len(h), device=h.device))
         return self._compute(h.reshape(len(h), -1, h.shape[-1]), of_row).view(h.shape)
 
-    def _compute(self, h: Tensor, weights: Generated) -> Tensor:
+    def _compute(self, h: Tensor, weights: HyperWeights) -> Tensor:
         """f(h) with these weights: h [..., K], or [G, T, K] for stacked ones."""
         z = self.act(linear(h, weights.down, weights.down_bias))
         z = F.dropout(z, self.config.bneck_dropout, self.training)
@@ -286,7 +288,7 @@ class PolyhistorAdapter(SubLayerAdapter):
 
     # Generation
 
-    def generated(self, ids: tuple[int, ...], dtype: torch.dtype) -> Generated:
+    def generated(self, ids: tuple[int, ...], dtype: torch.dtype) -> HyperWeights:
         """Return the weights of these tasks; without gradients, in evaluation, they are kept."""
         # several processes: sharding fills weights without a new version
         keeps = not (
@@ -306,19 +308,19 @@ class PolyhistorAdapter(SubLayerAdapter):
             self.kept.weights[ids, dtype] = self._make(ids, dtype)
         return self.kept.weights[ids, dtype]
 
-    def _make(self, ids: tuple[int, ...], dtype: torch.dtype) -> Generated:
+    def _make(self, ids: tuple[int, ...], dtype: torch.dtype) -> HyperWeights:
         E = self._read("task_embedding", shared=True)
         # slices, not an index: a list of Python numbers would be copied to the device
         return self.generate(torch.cat([E[i : i + 1] for i in ids])).to(dtype)
 
-    def generate(self, embeddings: Tensor) -> Generated:
+    def generate(self, embeddings: Tensor) -> HyperWeights:
         """Return the weights for embeddings of G tasks [G, M], in float32."""
         with torch.autocast(embeddings.device.type, enabled=False):
             code = self._code(embeddings)
             norm = [self._vector(name, "norm", code) for name in ("norm_scale", "norm_shift")]
             biases = {side: self._vector(f"{side}_shift", "shift", code) for side in ("down", "up")}
             down, up = (self._matrix(side, code) for side in ("down", "up"))
-            return Generated(down, biases["down"], up, biases["up"], *norm)
+            return HyperWeights(down, biases["down"], up, biases["up"], *norm)
 
     def _code(self, embeddings: Tensor) -> Tensor:
         """Return the codes [G, S, C]."""

@@ -141,7 +141,7 @@ def config_of(inner: str | None) -> type[PyraConfig]:
 
 
 @dataclass
-class Plan:
+class PyraLayout:
     """What a config means in a model.
 
     Attributes:
@@ -175,7 +175,7 @@ class Plan:
         return found
 
 
-def plan_of(config: Any, model: nn.Module) -> Plan:
+def plan_of(config: Any, model: nn.Module) -> PyraLayout:
     """Return what a config means in `model`.
 
     Raises:
@@ -209,7 +209,7 @@ def plan_of(config: Any, model: nn.Module) -> Plan:
     )
     _check_attention(config, backbone)
     width = next(iter(blocks.values()))
-    return Plan([*blocks], removed, counts, protected, width, config.proportional_attention)
+    return PyraLayout([*blocks], removed, counts, protected, width, config.proportional_attention)
 
 
 def _schedule(schedule: str | list[int], depth: int) -> list[int]:

@@ -53,7 +53,7 @@ class SherlConfig(MethodConfig):
 
 
 @dataclass
-class Plan:
+class SherlLayout:
     """What a config means in a model.
 
     Attributes:
@@ -73,7 +73,7 @@ class Plan:
         return [self.stacks[0][self.late], *encoder]
 
 
-def plan_of(config: SherlConfig, model: nn.Module) -> Plan:
+def plan_of(config: SherlConfig, model: nn.Module) -> SherlLayout:
     """Return the stacks of `model` and the blocks that the side networks read.
 
     Raises:
@@ -111,4 +111,4 @@ def plan_of(config: SherlConfig, model: nn.Module) -> Plan:
             f"side_layers={given} has no block of the encoder, which has {end}; add one, or set "
             "encoder_memory=false",
         )
-    return Plan([main, *encoders], late, sides)
+    return SherlLayout([main, *encoders], late, sides)

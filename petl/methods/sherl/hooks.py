@@ -22,7 +22,7 @@ from petl.system.collectives import gather_before_backward
 MEMORY = "encoder_hidden_states"  # the argument of decoder blocks
 
 
-class Stack:
+class BlockStack:
     """The hooks of one list of blocks, for the adapters of one of them, the host.
 
     Attributes:
@@ -103,7 +103,7 @@ class Stack:
 class Collect:
     """Forward hook of a block: append its output to the features, and after the last fuse them."""
 
-    def __init__(self, stack: Stack, index: int, *, ends: bool = False) -> None:
+    def __init__(self, stack: BlockStack, index: int, *, ends: bool = False) -> None:
         self.stack, self.index, self.ends = stack, index, ends
 
     def __call__(self, block: nn.Module, args: Any, output: Any) -> None:
@@ -118,11 +118,11 @@ class Collect:
             stack.memories[adapter.info.adapter_name] = memory
 
 
-class Feed:
+class SideFeed:
     """Forward pre-hook of a late block: replace the first one's input, and the encoder's output."""
 
     def __init__(
-        self, block: nn.Module, stack: Stack, encoder: Stack | None, *, is_host: bool
+        self, block: nn.Module, stack: BlockStack, encoder: BlockStack | None, *, is_host: bool
     ) -> None:
         self.stack, self.encoder, self.is_host = stack, encoder, is_host
         self.place = 0 if encoder is None else place_of_argument(block, MEMORY)

@@ -18,8 +18,8 @@ from petl.core.spec.config import require
 from petl.core.support import Capability
 from petl.errors import InputError
 from petl.methods.sherl.adapter import SIZES, SherlAdapter
-from petl.methods.sherl.config import Plan, SherlConfig, plan_of
-from petl.methods.sherl.hooks import MEMORY, Collect, Feed, Stack
+from petl.methods.sherl.config import SherlConfig, SherlLayout, plan_of
+from petl.methods.sherl.hooks import MEMORY, BlockStack, Collect, SideFeed
 
 
 @register
@@ -110,7 +110,7 @@ class Sherl(Method[SherlConfig, SherlAdapter]):
         key = tuple(plan.hosts)
         if key not in known:
             known[key] = set()
-            stacks = [Stack(path, new.model, new.context, known[key]) for path in plan.hosts]
+            stacks = [BlockStack(path, new.model, new.context, known[key]) for path in plan.hosts]
             new.hooks += _hooks(plan, stacks, new.model)
         known[key].add(new.name)
 
@@ -148,7 +148,7 @@ class Sherl(Method[SherlConfig, SherlAdapter]):
         return [shown] if shares else []
 
 
-def _hooks(plan: Plan, readers: list[Stack], model: nn.Module) -> list[RemovableHandle]:
+def _hooks(plan: SherlLayout, readers: list[BlockStack], model: nn.Module) -> list[RemovableHandle]:
     """Register the hooks that feed the side networks, and return their handles."""
     get, hooks = model.get_submodule, []
     main, *encoders = readers
@@ -162,6 +162,6 @@ def _hooks(plan: Plan, readers: list[Stack], model: nn.Module) -> list[Removable
     hooks += [block.register_forward_pre_hook(main.cut, with_kwargs=True) for block in alone]
     for i, path in enumerate(plan.stacks[0][plan.late :]):
         block, encoder = get(path), encoders[0] if encoders else None
-        feed = Feed(block, main, encoder, is_host=i == 0)
+        feed = SideFeed(block, main, encoder, is_host=i == 0)
         hooks.append(block.register_forward_pre_hook(feed, with_kwargs=True))
     return hooks

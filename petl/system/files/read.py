@@ -178,7 +178,7 @@ _decoder = json.JSONDecoder(object_pairs_hook=_mapping, parse_int=lambda x: int(
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-class _Loader(_SafeLoader):
+class _StrictYaml(_SafeLoader):
     """A YAML loader of plain data that refuses repeated keys.
 
     Numbers are those of JSON's syntax and of OmegaConf's files: `1e-3` is a float, dates are text.
@@ -197,7 +197,7 @@ class _Loader(_SafeLoader):
         return mapping
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_StrictYaml.add_constructor("tag:yaml.org,2002:int", _StrictYaml.construct_yaml_int)
 for _tag, _pattern in {
     "null": r"~|null|Null|NULL|",
     "bool": r"yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF",
@@ -206,7 +206,7 @@ for _tag, _pattern in {
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
 }.items():
     # first characters None: tried for every scalar
-    _Loader.add_implicit_resolver(
+    _StrictYaml.add_implicit_resolver(
         f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})\Z"), None
     )
 
@@ -228,7 +228,7 @@ def parse_yaml(text: str) -> Any:
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
                 raise ValueError(TOO_DEEP)
-        value = _Loader(text).get_single_data()
+        value = _StrictYaml(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ValueError(f"it is not YAML ({where}{error.problem})") from error

@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, distributed, nn
 
 from petl.system.imports.extras import optional
-from petl.training.distributed.launch import Engine
+from petl.training.distributed.launch import StepEngine
 
 COUNT = "step"  # the one entry of AdamW's state that is a scalar, not shaped as its parameter
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def refuse_to_compile() -> None:
     ops.__compatible_ops__ = {}
 
 
-class ZeroEngine(Engine):
+class ZeroEngine(StepEngine):
     """The engine of `launch=deepspeed`, around DeepSpeed's own, which Accelerate makes."""
 
     def wrap(self) -> nn.Module:
@@ -65,7 +65,7 @@ class ZeroEngine(Engine):
         self.deepspeed.backward(loss)
 
     def step(self) -> Tensor:
-        """As `Engine.step`; if DeepSpeed skips the step, the norm is infinite."""
+        """As `StepEngine.step`; if DeepSpeed skips the step, the norm is infinite."""
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.accelerator.device)

@@ -2,7 +2,7 @@
 
 Without `launch` it is ddp. A launcher (`torchrun`, `accelerate launch`) starts the processes, on
 one machine or several; `launch` defines how they divide model, gradients and optimizer state.
-`Engine` computes backward passes and optimizer steps on them.
+`StepEngine` computes backward passes and optimizer steps on them.
 """
 
 import os
@@ -249,7 +249,7 @@ def accelerate_restored() -> Generator[None]:
 # Training
 
 
-class Engine:
+class StepEngine:
     """Drives a model and its optimizer for the training loop.
 
     Attributes:

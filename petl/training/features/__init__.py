@@ -28,7 +28,7 @@ from petl.training.runs.method_fields import method_fields
 from petl.training.runs.settings import TrainConfig
 
 if TYPE_CHECKING:
-    from petl.training.dataloader import Rows, Splits
+    from petl.training.dataloader import Splits, TrainingRows
     from petl.training.runs.config import RunConfig
     from petl.training.runs.run_folder import Run
 
@@ -188,7 +188,7 @@ class RunFeature:
     def check(self, config: "RunConfig") -> None:
         """Raise InputError for settings that are wrong together; nothing is loaded yet."""
 
-    def order(self, rows: "Rows") -> "Rows":
+    def order(self, rows: "TrainingRows") -> "TrainingRows":
         """Return the training rows with those, or the order, that this feature chooses."""
         return rows
 
@@ -234,7 +234,7 @@ def features_of(settings: Groups) -> list[RunFeature]:
     return features
 
 
-def orders_of(features: Sequence[RunFeature]) -> list[Callable[["Rows"], "Rows"]]:
+def orders_of(features: Sequence[RunFeature]) -> list[Callable[["TrainingRows"], "TrainingRows"]]:
     """Return what chooses the training rows of a run, for `encode_splits`."""
     return [feature.order for feature in features]
 

@@ -22,8 +22,8 @@ from petl.system.collectives import on_main
 from petl.system.files.disk import as_json, stop_when_full, write_atomic
 from petl.system.files.read import read_json
 from petl.system.values import LARGEST
-from petl.training.dataloader import Rows, longest_first
-from petl.training.evaluate import Part, one_pass
+from petl.training.dataloader import TrainingRows, longest_first
+from petl.training.evaluate import ScoredPart, one_pass
 from petl.training.features import Context, RunFeature
 from petl.training.features.section import Section
 from petl.training.runs.config import RunConfig
@@ -55,7 +55,7 @@ class ClassOrder(RunFeature):
                 "passed once: set data.stream_repeats, the passes over the rows of each class"
             )
 
-    def order(self, rows: Rows) -> Rows:
+    def order(self, rows: TrainingRows) -> TrainingRows:
         """Return the rows class by class.
 
         Raises:
@@ -89,7 +89,7 @@ class ClassOrder(RunFeature):
             return
         number = list(stream.ends).index(step) + 1
         what = f"scoring all classes after stage {number} of {len(stream.ends)}"
-        part = Part(splits.test, longest_first(splits.task.lengths(splits.test)))
+        part = ScoredPart(splits.test, longest_first(splits.task.lengths(splits.test)))
         size = context.settings.eval_batch_size
         total = one_pass(context.model, splits, part, run.accelerator, size, None, what)
         stage = stage_of(total, splits.task.labels or [], step, stream.ends[step])

@@ -24,7 +24,7 @@ class BlockRank(TypedDict):
     rank: int | None
 
 
-class Calibration(TypedDict):
+class RanksData(TypedDict):
     """The data with which importance was measured; `data` is null for the training rows."""
 
     data: dict[str, Any] | None
@@ -37,7 +37,7 @@ class Ranks(TypedDict):
 
     metric: str
     mean: int
-    calibration: Calibration
+    calibration: RanksData
     blocks: list[BlockRank]
 
 

@@ -83,7 +83,7 @@ def block_importance(
             "so there is no importance by block; give ranks by rank_pattern"
         )
     decoder: Any = base.get_decoder() if is_encoder_decoder(base) else nn.Module()  # ty: ignore
-    recorder = Recorder(blocks, compare, set(decoder.modules()))
+    recorder = BlockSums(blocks, compare, set(decoder.modules()))
     device = next(base.parameters()).device
     with recorder.attached(), evaluation_mode(model), torch.no_grad():
         for batch in batches:
@@ -113,7 +113,7 @@ def has_linear_layers(entry: nn.Module) -> bool:
     return any(isinstance(m, LINEAR_KINDS) or hasattr(m, "in_features") for m in inner)
 
 
-class Recorder:
+class BlockSums:
     """Sums of a metric over the tokens of each block.
 
     Attributes:

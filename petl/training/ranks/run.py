@@ -15,7 +15,7 @@ from petl.core.registry import build_config, method
 from petl.errors import InputError
 from petl.system.collectives import on_main
 from petl.system.files.disk import as_json, write_atomic
-from petl.system.progress import Shown
+from petl.system.progress import ProgressItems
 from petl.training.calibration import CalibrationData, calibration_batches
 from petl.training.features import Context, Fields, RunFeature, Setup
 from petl.training.features.section import Section
@@ -64,7 +64,7 @@ class RanksByImportance(RunFeature):
             return fields
         run.timer.start()
         rows = calibration_batches(settings, setup.config.model, setup.splits)
-        importance = block_importance(setup.base, Shown(rows, MEASURING), settings.metric)
+        importance = block_importance(setup.base, ProgressItems(rows, MEASURING), settings.metric)
         run.timer.mark("ranks")
         ranks = allocate(
             {path: importance[path] for path in targets.cost},

@@ -129,7 +129,7 @@ class Manifest(TypedDict):
     files: dict[str, WrittenFile]
 
 
-class Group(TypedDict):
+class ParameterGroup(TypedDict):
     """A group of parameters in optimizer.json, besides its options."""
 
     params: list[str]
@@ -138,7 +138,7 @@ class Group(TypedDict):
 class OptimizerState(TypedDict):
     """The content of optimizer.json."""
 
-    groups: list[Group]
+    groups: list[ParameterGroup]
     scalars: dict[str, Any]
 
 

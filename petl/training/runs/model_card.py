@@ -87,7 +87,7 @@ FOLDERS = re.compile(r"""(?<![^\s=,:;"'()\[\]{}])[^\s=,:;"'()\[\]{}]*[/\\]""")
 
 
 @dataclass(frozen=True)
-class Described:
+class CardInfo:
     """An adapter, and what is known of the run that it is from.
 
     Attributes:
@@ -155,7 +155,7 @@ def known_base(source: ModelSource, commit: str | None) -> OnHub | None:
     return base if base is None or commit is None else OnHub(base.name, commit)
 
 
-def model_card(it: Described) -> str:
+def model_card(it: CardInfo) -> str:
     """Return the content of README.md for an adapter."""
     notes = [it.note, "" if it.merged else _note_on_base(it)]
     loads = MERGED if it.merged else OURS if it.is_own else PEFTS.format(type=it.peft_type)
@@ -180,7 +180,7 @@ def _section(title: str, lines: Iterable[str]) -> list[str]:
 # Metadata
 
 
-def metadata(it: Described) -> dict[str, Any]:
+def metadata(it: CardInfo) -> dict[str, Any]:
     """Return the fields at the top of the card, as the Hub defines them."""
     is_repo = it.base is not None and is_repository(it.base.name)
     task = PIPELINES.get(it.task.name)
@@ -224,7 +224,7 @@ def _tag(name: str) -> str:
 # Text
 
 
-def _summary(it: Described) -> str:
+def _summary(it: CardInfo) -> str:
     names = [markdown(name) for name in it.names]
     begin = (
         f"An adapter ({names[0]}) merged into" if it.merged else f"A PEFT adapter ({names[0]}) for"
@@ -240,13 +240,13 @@ def _summary(it: Described) -> str:
     return f"{first} Test {markdown(metric)}: {_number(after[metric])}{rows}."
 
 
-def _base_in_words(it: Described) -> str:
+def _base_in_words(it: CardInfo) -> str:
     if it.base is None or not is_repository(it.base.name):
         return markdown(it.source.name)
     return f"[{markdown(it.base.name)}](https://huggingface.co/{it.base.name})"
 
 
-def _data_in_words(it: Described) -> str:
+def _data_in_words(it: CardInfo) -> str:
     name = str(it.data.get("name"))
     if it.data.get("source") == "hub" and is_repository(name):
         return f"[{markdown(name)}](https://huggingface.co/datasets/{name})"
@@ -256,7 +256,7 @@ def _data_in_words(it: Described) -> str:
     return f"the tasks {markdown(', '.join(tasks))}" if tasks else markdown(name)
 
 
-def _note_on_base(it: Described) -> str:
+def _note_on_base(it: CardInfo) -> str:
     if it.source.adapter is not None:
         return BELOW.format(run=_start(it.source.adapter) or "another run")
     if isinstance(it.source, RandomInit):
@@ -283,7 +283,7 @@ def _number(value: Any) -> str:
     return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def facts(it: Described) -> dict[str, str]:
+def facts(it: CardInfo) -> dict[str, str]:
     """Return how the adapter was trained, by label."""
     scores, environment = it.scores, it.environment
     train, method = it.settings.get("train") or {}, it.settings.get("method") or {}
@@ -347,7 +347,7 @@ def _in_words(value: Any) -> str:
     return without_folders(str(value)) if isinstance(value, str | int | float) else ""
 
 
-def _command(it: Described) -> list[str]:
+def _command(it: CardInfo) -> list[str]:
     """The command of the run as a block of code; it is one line, so nothing in it ends the block.
 
     Of a path, only its last part is shown.

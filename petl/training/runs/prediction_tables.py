@@ -9,7 +9,7 @@ from typing import Any
 
 from petl.system.files.read import iterate_json_lines
 from petl.training.runs.records import BEFORE, PREDICTIONS, of_task
-from petl.training.tracking import Table
+from petl.training.tracking import TrackerTable
 
 ROWS = 1000  # of the test examples that a table shows; the file in the run's folder has all
 CLASSES = 50  # of a confusion matrix; it has a column for each
@@ -17,7 +17,7 @@ LONGEST = 2000  # characters of a cell
 Line = Mapping[str, Any]
 
 
-def tables_of(run: Path) -> dict[str, Table]:
+def tables_of(run: Path) -> dict[str, TrackerTable]:
     """Return the tables of a finished run by name; none without predictions.
 
     Raises:
@@ -35,7 +35,7 @@ def tables_of(run: Path) -> dict[str, Table]:
     names = sorted({name for pair in confusion for name in pair})
     if 0 < len(names) <= CLASSES:
         rows = [[one, *(confusion[one, other] for other in names)] for one in names]
-        tables["confusion matrix"] = Table(["label", *names], rows)
+        tables["confusion matrix"] = TrackerTable(["label", *names], rows)
     return tables
 
 
@@ -44,14 +44,14 @@ def lines_of(file: Path) -> Iterator[Line]:
     return iterate_json_lines(file, dict[str, Any])
 
 
-def table(lines: Iterable[Line]) -> Table:
+def table(lines: Iterable[Line]) -> TrackerTable:
     """Return lines as a table; a cell is empty if a line has no such entry."""
     lines = list(lines)
     columns = list(dict.fromkeys(key for line in lines for key in line))
     # of one type each, as trackers want it
     numeric = {c: all(isinstance(line.get(c), int | float) for line in lines) for c in columns}
     rows = [[cell(line.get(c), numeric=numeric[c]) for c in columns] for line in lines]
-    return Table(columns, rows)
+    return TrackerTable(columns, rows)
 
 
 def cell(value: Any, *, numeric: bool) -> Any:

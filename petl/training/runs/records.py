@@ -27,7 +27,7 @@ Evaluation = dict[str, Real]  # scores by name; a loss may be infinite
 # The configuration
 
 
-class Named(TypedDict):
+class GroupHeader(TypedDict):
     """The settings of a group that every command needs."""
 
     name: str
@@ -43,11 +43,11 @@ class TrainSettings(TypedDict):
 class Config(TypedDict):
     """The part of config.yaml that reports and comparisons use."""
 
-    method: Named
-    model: Named
-    data: Named
+    method: GroupHeader
+    model: GroupHeader
+    data: GroupHeader
     train: TrainSettings
-    loss: NotRequired[Named | None]
+    loss: NotRequired[GroupHeader | None]
     recipe: NotRequired[str | None]
 
 
@@ -77,7 +77,7 @@ def refuse_interpolations(settings: Mapping[str, Any], file: Path) -> None:
 # The scores
 
 
-class Scores(TypedDict, total=False):
+class ScoresFile(TypedDict, total=False):
     """The content of scores.json, of which an unfinished run has the first three at most."""
 
     linear_probe: Evaluation | None
@@ -107,7 +107,7 @@ class Scores(TypedDict, total=False):
 
 
 # that runs of every version have, and reports need
-FINAL = Scores.__annotations__.keys() - {
+FINAL = ScoresFile.__annotations__.keys() - {
     *("linear_probe", "before", "task", "head_lr", "time_split", "peak_device_bytes"),
     *("validation_scores", "method"),
 }
@@ -123,7 +123,7 @@ def read_scores(run: Path) -> dict[str, Any]:
     scores = read_json(run / SCORES, dict[str, Any])
     # an older name of it; the order of entries is kept
     scores = {"linear_probe" if key == "frozen_head" else key: scores[key] for key in scores}
-    problem = type_problem(scores, Scores)
+    problem = type_problem(scores, ScoresFile)
     if problem:
         raise InputError(f"{run / SCORES} cannot be used: {problem}")
     return scores
@@ -158,7 +158,7 @@ def _problem_of(scores: Mapping[str, Any]) -> str:
         return "it has a best_step, and no validation score"
     if scores["steps"] < 0:
         return f"steps is {scores['steps']}, below 0"
-    sizes = [name for name in Scores.__annotations__ if name.endswith(SIZES)]
+    sizes = [name for name in ScoresFile.__annotations__ if name.endswith(SIZES)]
     negative = [name for name in sizes if scores.get(name, 0) < 0]
     return f"{negative[0]} is {scores[negative[0]]}, below 0" if negative else ""
 

@@ -19,7 +19,7 @@ from petl.training.runs.card_code import BASE
 from petl.training.runs.checkpoint import TrainState, save_adapter
 from petl.training.runs.config import names_of
 from petl.training.runs.environment import peak_memory
-from petl.training.runs.model_card import README, Described, known_base, model_card
+from petl.training.runs.model_card import README, CardInfo, known_base, model_card
 from petl.training.runs.prediction_tables import tables_of
 from petl.training.runs.records import ADAPTER
 from petl.training.runs.run_folder import START
@@ -106,7 +106,7 @@ def _write_card(context: Context, entries: dict[str, Any]) -> None:
     run, config = context.run, context.model.active_peft_config
     source = run.config.model
     card = model_card(
-        Described(
+        CardInfo(
             context.splits.task,
             source,
             config,

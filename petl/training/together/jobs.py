@@ -140,7 +140,7 @@ class Job:
 
 
 @dataclass
-class Trained:
+class TrainResult:
     """A trained adapter.
 
     Attributes:
@@ -161,7 +161,7 @@ class Trained:
 
 def train_together(
     model: nn.Module, jobs: Sequence[Job], *, together: int | None = None
-) -> list[Trained]:
+) -> list[TrainResult]:
     """Train the adapters of several jobs at once over one base model.
 
     Each adapter is what `petl.wrap` and a loop of its own would give: equal to the bit where the
@@ -194,13 +194,13 @@ def train_together(
         raise InputError(
             f"together={together!r} is not a number of adapters: give an integer from 1, or None"
         )
-    waiting, live = deque(enumerate(jobs)), dict[int, _Running]()
-    finished: dict[int, Trained] = {}
+    waiting, live = deque(enumerate(jobs)), dict[int, _TrainingJob]()
+    finished: dict[int, TrainResult] = {}
     driver = Together()
     while waiting or live:
         while waiting and len(live) < (together or slots([*live.values()])):
             number, job = waiting.popleft()
-            live[number] = _Running(model, job)
+            live[number] = _TrainingJob(model, job)
             check_alike(next(iter(live.values())).adapter, live[number].adapter)
             if not number:
                 check_loss(live[number].model, live[number].next_batch())
@@ -253,7 +253,7 @@ def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def slots(live: "Sequence[_Running]") -> int:
+def slots(live: "Sequence[_TrainingJob]") -> int:
     """Return how many adapters have room in a pass, by the next batch of the first."""
     return room_for([live[0].next_batch()]) if live else 1
 
@@ -272,7 +272,7 @@ def check_batch(batch: object) -> None:
         )
 
 
-class _Running(Training):
+class _TrainingJob(Training):
     """A job that trains."""
 
     def __init__(self, base: nn.Module, job: Job) -> None:
@@ -369,13 +369,13 @@ class _Running(Training):
         else:
             self.stale += 1
 
-    def end(self) -> Trained:
+    def end(self) -> TrainResult:
         """Restore the best weights; return the result."""
         # read at the end: each transfer would synchronize with the device
         losses = torch.stack(self.losses).tolist()
         self.model.eval()
         if self.best is None:
-            return Trained(self.model, losses, self.steps)
+            return TrainResult(self.model, losses, self.steps)
         score, best_step, kept = self.best
         set_peft_model_state_dict(self.model, kept)
-        return Trained(self.model, losses, self.steps, score, best_step)
+        return TrainResult(self.model, losses, self.steps, score, best_step)

@@ -10,13 +10,13 @@ from typing import Any
 from petl.errors import choose
 from petl.system.imports.extras import need_extra
 from petl.system.values import read_fields
-from petl.training.tracking.base import Table, Tracker, TrackerConfig
+from petl.training.tracking.base import Tracker, TrackerConfig, TrackerTable
 from petl.training.tracking.services import SERVICES
 from petl.training.tracking.to_accelerate import ServiceConfig, ServiceTracker, package_of
 from petl.training.tracking.to_tensorboard import TensorboardConfig, TensorboardTracker
 from petl.training.tracking.to_wandb import WandbConfig, WandbTracker
 
-__all__ = ["Table", "Tracker", "TrackerConfig", "make_tracker", "read_tracker"]
+__all__ = ["Tracker", "TrackerConfig", "TrackerTable", "make_tracker", "read_tracker"]
 
 CONFIGS: dict[str, type[TrackerConfig]] = {
     "none": TrackerConfig,

@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Table:
+class TrackerTable:
     """A table for a tracker; cells are numbers and texts."""
 
     columns: list[str]
@@ -81,7 +81,7 @@ class Tracker:
         scores: Mapping[str, Any],
         plots: Sequence[Path],
         adapter: Path,
-        tables: Mapping[str, Table],
+        tables: Mapping[str, TrackerTable],
     ) -> None:
         """Record the results of a finished run.
 

@@ -1,7 +1,7 @@
 """What differs between the trackers of Accelerate: names, resuming, tables, pictures, files.
 
-Accelerate starts a run, and logs its configuration and numbers; a `Service` has the rest. Tables
-and pictures go where the service shows them, else to its files.
+Accelerate starts a run, and logs its configuration and numbers; a `TrackerService` has the rest.
+Tables and pictures go where the service shows them, else to its files.
 """
 
 import os
@@ -9,10 +9,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
-from petl.training.tracking.base import Table
+from petl.training.tracking.base import TrackerTable
 
 
-class Service:
+class TrackerService:
     """A tracker that is only known to Accelerate, and the base of the others.
 
     Attributes:
@@ -40,7 +40,7 @@ class Service:
     def began(self, run: Any, name: str) -> str | None:
         """Finish starting `run`, the service's own object; return its id, None if it has none."""
 
-    def table(self, run: Any, name: str, table: Table, step: int) -> bool:
+    def table(self, run: Any, name: str, table: TrackerTable, step: int) -> bool:
         """Log a table; return False if the service has none."""
         return False
 
@@ -60,7 +60,7 @@ class Service:
         return ""
 
 
-class Mlflow(Service):
+class Mlflow(TrackerService):
     """MLflow: the server or store of MLFLOW_TRACKING_URI, else its default in this directory."""
 
     key = package = "mlflow"
@@ -74,7 +74,7 @@ class Mlflow(Service):
     def began(self, run: Any, name: str) -> str:
         return run.info.run_id
 
-    def table(self, run: Any, name: str, table: Table, step: int) -> bool:
+    def table(self, run: Any, name: str, table: TrackerTable, step: int) -> bool:
         # MLflow shows JSON files of this form as tables
         self.module.log_table(table.by_column(), f"{name}.json", run_id=run.info.run_id)
         return True
@@ -97,7 +97,7 @@ class Mlflow(Service):
         return f"to view the run: mlflow ui --backend-store-uri {store}"
 
 
-class Comet(Service):
+class Comet(TrackerService):
     """Comet: online with an API key, or offline with +tracker.arguments.online=false."""
 
     key = package = "comet_ml"
@@ -109,7 +109,7 @@ class Comet(Service):
         run.set_name(name)
         return run.get_key()
 
-    def table(self, run: Any, name: str, table: Table, step: int) -> bool:
+    def table(self, run: Any, name: str, table: TrackerTable, step: int) -> bool:
         run.log_table(f"{name}.csv", table.rows, table.columns)  # the suffix decides the format
         return True
 
@@ -122,7 +122,7 @@ class Comet(Service):
         return True
 
 
-class Trackio(Service):
+class Trackio(TrackerService):
     """Trackio: a store in TRACKIO_DIR, or a Space of the hub."""
 
     key = package = "trackio"
@@ -134,7 +134,7 @@ class Trackio(Service):
     def began(self, run: Any, name: str) -> str:
         return run.name
 
-    def table(self, run: Any, name: str, table: Table, step: int) -> bool:
+    def table(self, run: Any, name: str, table: TrackerTable, step: int) -> bool:
         run.log({name: self.module.Table(dataframe=table.frame())}, step=step)
         return True
 
@@ -146,7 +146,7 @@ class Trackio(Service):
         return f"to view the run: trackio show --project {project}"
 
 
-class Aim(Service):
+class Aim(TrackerService):
     """Aim: the repository .aim of this directory, or of +tracker.arguments.logging_dir=PATH."""
 
     key = package = "aim"
@@ -163,7 +163,7 @@ class Aim(Service):
         run.name, run.experiment = name, run.name  # Accelerate's name is that of the project
         return run.hash
 
-    def table(self, run: Any, name: str, table: Table, step: int) -> bool:
+    def table(self, run: Any, name: str, table: TrackerTable, step: int) -> bool:
         run.track(self.module.Text(table.markdown()), name=name, step=step)
         return True
 
@@ -175,7 +175,7 @@ class Aim(Service):
         return "to view the run: aim up"
 
 
-class Clearml(Service):
+class Clearml(TrackerService):
     """ClearML: the server of clearml.conf."""
 
     key = package = "clearml"
@@ -188,7 +188,7 @@ class Clearml(Service):
     def began(self, run: Any, name: str) -> str:
         return run.id
 
-    def table(self, run: Any, name: str, table: Table, step: int) -> bool:
+    def table(self, run: Any, name: str, table: TrackerTable, step: int) -> bool:
         run.get_logger().report_table(name, name, step, table_plot=table.frame())
         return True
 
@@ -204,7 +204,7 @@ class Clearml(Service):
         run.mark_failed()
 
 
-class Dvclive(Service):
+class Dvclive(TrackerService):
     """DVCLive: files in the folder of the run, in DVC's format; no commit of its own."""
 
     key = package = "dvclive"
@@ -217,7 +217,7 @@ class Dvclive(Service):
     def began(self, run: Any, name: str) -> str:
         return run.dir  # in place of an id
 
-    def table(self, run: Any, name: str, table: Table, step: int) -> bool:
+    def table(self, run: Any, name: str, table: TrackerTable, step: int) -> bool:
         from petl.system.files.disk import write_atomic  # imports the settings, and they trackers
 
         write_atomic(Path(run.dir) / f"{name}.md", f"{table.markdown()}\n")
@@ -231,7 +231,7 @@ class Dvclive(Service):
         return f"DVCLive: {folder / 'dvclive'}"
 
 
-class Swanlab(Service):
+class Swanlab(TrackerService):
     """SwanLab: online with an API key, or +tracker.arguments.mode=offline."""
 
     key = package = "swanlab"
@@ -243,7 +243,7 @@ class Swanlab(Service):
     def began(self, run: Any, name: str) -> str:
         return run.id
 
-    def table(self, run: Any, name: str, table: Table, step: int) -> bool:
+    def table(self, run: Any, name: str, table: TrackerTable, step: int) -> bool:
         shown = self.module.echarts.Table()
         shown.add(table.columns, table.rows)
         run.log({name: shown}, step=step)
@@ -254,14 +254,14 @@ class Swanlab(Service):
         return True
 
 
-class Registered(Service):
+class ServiceEntry(TrackerService):
     """A tracker of the user's own: `accelerate.tracking.register_tracker_class`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
 
-SERVICES: dict[str, Service] = {
+SERVICES: dict[str, TrackerService] = {
     "mlflow": Mlflow(),
     "comet": Comet(),
     "trackio": Trackio(),
@@ -272,10 +272,10 @@ SERVICES: dict[str, Service] = {
 }
 
 
-def service_of(name: str) -> Service:
+def service_of(name: str) -> TrackerService:
     """The service of a tracker, its variables of the environment set."""
     # any other name was registered, or `package_of` would have refused it
-    service = SERVICES.get(name) or Registered(name)
+    service = SERVICES.get(name) or ServiceEntry(name)
     for variable, value in service.environment.items():
         os.environ.setdefault(variable, value)  # the user's own value holds
     return service

@@ -13,15 +13,15 @@ from typing import Any, TypedDict
 from petl.errors import InputError
 from petl.system.files.read import read_json, read_json_lines
 from petl.system.settings.schema import flat
-from petl.training.tracking.base import Table, Tracker, TrackerConfig, metrics_of, reason
-from petl.training.tracking.services import SERVICES, Service, service_of
+from petl.training.tracking.base import Tracker, TrackerConfig, TrackerTable, metrics_of, reason
+from petl.training.tracking.services import SERVICES, TrackerService, service_of
 
 ID_FILE = "tracker.json"  # in the run's folder
 METRICS = "metrics.jsonl"
 logger = logging.getLogger(__name__)
 
 
-class Known(TypedDict):
+class TrackerRecord(TypedDict):
     """The content of `ID_FILE`: the tracker, and its id of the run."""
 
     tracker: str
@@ -83,7 +83,7 @@ class ServiceTracker(Tracker):
         if known is not None and (run / METRICS).exists():
             self.sent = {key_of(record) for record in read_json_lines(run / METRICS, dict)}
         if given is not None:
-            content = Known(tracker=self.config.name, id=given)
+            content = TrackerRecord(tracker=self.config.name, id=given)
             write_atomic(run / ID_FILE, as_json(content))
 
     def rewind(self, records: Sequence[Mapping[str, Any]]) -> None:
@@ -102,7 +102,7 @@ class ServiceTracker(Tracker):
         scores: Mapping[str, Any],
         plots: Sequence[Path],
         adapter: Path,
-        tables: Mapping[str, Table],
+        tables: Mapping[str, TrackerTable],
     ) -> None:
         """Log the scores, plots and tables, and the adapter if configured."""
         # Accelerate's trackers disagree about texts; scores.json has all
@@ -111,7 +111,9 @@ class ServiceTracker(Tracker):
         self._send(lambda: self._end(plots, adapter, tables))
         self._send(self.tracker.finish)
 
-    def _end(self, plots: Sequence[Path], adapter: Path, tables: Mapping[str, Table]) -> None:
+    def _end(
+        self, plots: Sequence[Path], adapter: Path, tables: Mapping[str, TrackerTable]
+    ) -> None:
         service, run = self.service, self.tracker.tracker
         results = {name: service.table(run, name, t, self.step) for name, t in tables.items()}
         results |= {path.name: service.picture(run, path, self.step) for path in plots}
@@ -137,7 +139,7 @@ class ServiceTracker(Tracker):
 
 
 def accelerates(
-    service: Service, config: ServiceConfig, run: Path, arguments: dict[str, Any]
+    service: TrackerService, config: ServiceConfig, run: Path, arguments: dict[str, Any]
 ) -> Any:
     """Build Accelerate's tracker of a run; arguments are those of its class."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -155,7 +157,7 @@ def key_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
 def known_id(run: Path, name: str) -> str | None:
     """The id of the run with this tracker, if it had one before."""
     file = run / ID_FILE
-    known = read_json(file, Known) if file.exists() else None
+    known = read_json(file, TrackerRecord) if file.exists() else None
     return known["id"] if known and known["tracker"] == name else None
 
 

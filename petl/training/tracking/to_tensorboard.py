@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from petl.training.tracking.base import Table, Tracker, TrackerConfig, metrics_of
+from petl.training.tracking.base import Tracker, TrackerConfig, TrackerTable, metrics_of
 
 EVENTS = "tensorboard"  # subfolder of the run
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class TensorboardTracker(Tracker):
         scores: Mapping[str, Any],
         plots: Sequence[Path],
         adapter: Path,
-        tables: Mapping[str, Table],
+        tables: Mapping[str, TrackerTable],
     ) -> None:
         """Write the scores, plots and tables."""
         for name, value in scores.items():

@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 
 from petl.errors import InputError, first_line
 from petl.system.files.read import read_json
-from petl.training.tracking.base import Table, Tracker, TrackerConfig, metrics_of
+from petl.training.tracking.base import Tracker, TrackerConfig, TrackerTable, metrics_of
 
 ID_FILE = "wandb.json"  # in the run's folder
 MODES = ("online", "offline", "disabled", "shared")
@@ -127,7 +127,7 @@ class WandbTracker(Tracker):
         scores: Mapping[str, Any],
         plots: Sequence[Path],
         adapter: Path,
-        tables: Mapping[str, Table],
+        tables: Mapping[str, TrackerTable],
     ) -> None:
         """Log plots, scores and tables, and the adapter if configured."""
         self._send(lambda: self._log_results(scores, plots, adapter, tables))
@@ -138,7 +138,7 @@ class WandbTracker(Tracker):
         scores: Mapping[str, Any],
         plots: Sequence[Path],
         adapter: Path,
-        tables: Mapping[str, Table],
+        tables: Mapping[str, TrackerTable],
     ) -> None:
         import wandb
 
@@ -153,7 +153,7 @@ class WandbTracker(Tracker):
             artifact.add_dir(str(adapter))
             self.run.log_artifact(artifact)
 
-    def _log_tables(self, tables: Mapping[str, Table]) -> None:
+    def _log_tables(self, tables: Mapping[str, TrackerTable]) -> None:
         import wandb
 
         shown = {name: wandb.Table(dataframe=table.frame()) for name, table in tables.items()}

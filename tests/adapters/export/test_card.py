@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig, pipeline
 from petl import testing
 from petl.adapters.export.lora import export_lora
 from petl.adapters.export.merge import merge
-from petl.adapters.export.saved_adapter import Saved, find
+from petl.adapters.export.saved_adapter import SavedAdapter, find
 from petl.core.auto_classes import read_labels
 from petl.training.runs.model_card import PIPELINES
 
@@ -47,7 +47,7 @@ class Exported:
     merged: Path
 
     @property
-    def saved(self) -> Saved:
+    def saved(self) -> SavedAdapter:
         return find(self.run.path)
 
 

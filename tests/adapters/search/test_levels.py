@@ -7,7 +7,7 @@ from peft import get_peft_model_state_dict
 import petl
 from petl import testing
 from petl.adapters import deltas, search
-from petl.adapters.search.density import Coded
+from petl.adapters.search.density import CompressedCandidate
 from petl.adapters.search.tensors import adapter_tensors, grouped
 from petl.ops.quantize import quantize
 from petl.ops.rice import parameter
@@ -161,7 +161,7 @@ def test_heads_are_no_units():
 def test_a_mixed_state_is_saved_and_read_again(tmp_path):
     model = wrapped("lora", r=4)
     own = adapter_tensors(model)
-    coded = Coded.of(own.state, grouped(model, own.live), None)
+    coded = CompressedCandidate.of(own.state, grouped(model, own.live), None)
     units = search.levels_of(model, "density")
     state = [i % 6 for i in range(len(units))]
     mixed = coded.mixed(state)

@@ -31,7 +31,7 @@ def without_versions(tables: list[dict]) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def computed() -> list[listing.Table]:
+def computed() -> list[listing.ListingTable]:
     """The tables as the code computes them."""
     return listing.compute_tables()
 

@@ -4,7 +4,7 @@ import torch
 from draft_fixtures import VOCABULARY
 
 from petl import testing
-from petl.efficiency.drafting import Costs, Draft, Root, Seen, drafter
+from petl.efficiency.drafting import Costs, Draft, PassOutput, Root, drafter
 from petl.efficiency.drafting.free import merge
 
 
@@ -55,6 +55,6 @@ def test_a_draft_that_is_never_right_is_not_made_where_passes_over_more_tokens_c
         free.recycling.table[text[end - 1]] = torch.arange(8)
         counts.append(len(free.draft(Root(text[:end]), None).tokens))
         free.observe(
-            Seen(torch.tensor([text[end - 1]]), torch.tensor([]).long(), logits, None, [0])
+            PassOutput(torch.tensor([text[end - 1]]), torch.tensor([]).long(), logits, None, [0])
         )
     assert counts[-1] == 0

@@ -119,12 +119,12 @@ def test_parameters_are_as_many_as_the_equations_have(model, kind):
 
 
 def test_counts_of_smollm2_are_those_of_the_method():
-    from petl.efficiency.drafting.heads import Block, Cell
+    from petl.efficiency.drafting.heads import Cell, DraftHead
 
     H = 576
     assert count(Cell(H)) == 1_992_960
-    assert sum(count(Block(H, i)) for i in (1, 2, 3)) == 5_975_424
-    assert sum(count(Block(H, 0)) for _ in range(3)) == 997_056
+    assert sum(count(DraftHead(H, i)) for i in (1, 2, 3)) == 5_975_424
+    assert sum(count(DraftHead(H, 0)) for _ in range(3)) == 997_056
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

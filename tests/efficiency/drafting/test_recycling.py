@@ -10,7 +10,7 @@ from draft_fixtures import PAD, VOCABULARY, prompt
 from safetensors.torch import load_file, save_file
 
 from petl import testing
-from petl.efficiency.drafting import Root, Seen, Stats, answers, decode, drafter, load_drafter
+from petl.efficiency.drafting import PassOutput, Root, Stats, answers, decode, drafter, load_drafter
 from petl.efficiency.drafting.recycling import most_likely
 from petl.errors import InputError
 
@@ -21,7 +21,7 @@ def model():
 
 
 def seen(tokens, parents, logits, path):
-    return Seen(torch.tensor(tokens), torch.tensor(parents).long(), logits, None, path)
+    return PassOutput(torch.tensor(tokens), torch.tensor(parents).long(), logits, None, path)
 
 
 # The table

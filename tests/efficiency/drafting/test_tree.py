@@ -7,7 +7,7 @@ import torch
 from draft_fixtures import DECODERS, VOCABULARY, prompt
 
 from petl.efficiency.drafting import Costs, best, plan, tau
-from petl.efficiency.drafting.passes import Passes
+from petl.efficiency.drafting.passes import DraftPasses
 from petl.efficiency.drafting.tree import (
     ancestors,
     children,
@@ -56,7 +56,7 @@ def test_a_tree_pass_equals_its_paths_alone_and_leaves_a_fresh_cache(family, pad
         ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], use_cache=True
     ).cache
     kwargs = {"cache": cache, "use_cache": True, "position_ids": positions}
-    passes = Passes(model, kwargs | ({"attention_mask": mask} if padding else {}))
+    passes = DraftPasses(model, kwargs | ({"attention_mask": mask} if padding else {}))
     logits = passes.run(ids, TOKENS, PARENTS, count)
     assert logits.shape == (8, VOCABULARY)
     for node in range(8):

@@ -9,10 +9,10 @@ import torch
 
 from petl.efficiency.frozen import store
 from petl.efficiency.frozen.keys import KEY_BYTES
-from petl.efficiency.frozen.store import CONTENT, Form, Store, exists, locked, size_of, write
+from petl.efficiency.frozen.store import CONTENT, OutputSpec, Store, exists, locked, size_of, write
 from petl.errors import InputError
 
-FORM = Form("float32", [4], 0, 0)
+FORM = OutputSpec("float32", [4], 0, 0)
 KEYS = [bytes([n]) * (KEY_BYTES - 1) + b"\0" for n in (7, 3, 200)]
 LENGTHS = [3, 1, 2]
 
@@ -23,7 +23,7 @@ def parts(dtype=torch.float32) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rows_are_read_as_they_were_written(tmp_path, dtype):
-    written, form = parts(getattr(torch, dtype)), Form(dtype, [4], 2, 0)
+    written, form = parts(getattr(torch, dtype)), OutputSpec(dtype, [4], 2, 0)
     write(tmp_path, form, KEYS, LENGTHS, written)
     opened = Store(tmp_path / CONTENT)
     assert opened.form == form

@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from training_fixtures import Tiny
 
-from petl.experiments.planning.cost import Stored, Time, products_per_second, time_of
+from petl.experiments.planning.cost import CachedStates, Time, products_per_second, time_of
 from petl.experiments.planning.dry_run import PassMemory, pass_memory
 from petl.experiments.planning.memory import Memory
 from petl.experiments.planning.plan import plan_run
@@ -65,12 +65,12 @@ def test_time_follows_from_operations_per_position(monkeypatch):
 def test_a_store_leaves_the_upper_blocks_and_is_filled_once(monkeypatch):
     monkeypatch.setattr("petl.experiments.planning.cost.products_per_second", lambda *_: 60.0)
     # frozen blocks take 6 of the 30 operations of a token in training, and of the 10 in scoring
-    stored = time_of(MEMORY, 200, 12, (2, 2), CPU, stored=Stored(0.2, 50))
+    stored = time_of(MEMORY, 200, 12, (2, 2), CPU, stored=CachedStates(0.2, 50))
     assert stored == Time(
         steps=200 * 24 / 60, scoring=12 * 4 / 60, speed=60.0, speed_bf16=60.0, filling=50 * 6 / 60
     )
     # without more work than there is
-    assert time_of(MEMORY, 200, 12, (2, 2), CPU, stored=Stored(0.5, 0)).scoring == 0
+    assert time_of(MEMORY, 200, 12, (2, 2), CPU, stored=CachedStates(0.5, 0)).scoring == 0
 
 
 def test_time_is_that_of_products_in_the_precision_of_the_run(monkeypatch):

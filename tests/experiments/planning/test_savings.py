@@ -15,7 +15,7 @@ from petl.experiments.planning.dry_run import PassMemory
 from petl.experiments.planning.frozen import FrozenPlan
 from petl.experiments.planning.memory import Memory
 from petl.experiments.planning.plan import RunPlan, plan_run
-from petl.experiments.planning.savings import Counted, savings
+from petl.experiments.planning.savings import RunCost, savings
 from petl.training.compose import compose
 from petl.training.runs.settings import TrainConfig
 
@@ -59,13 +59,13 @@ class Texts:
         return [[i, i + half] for i in range(half)]
 
 
-def counted(lengths=(10,) * 40, **changes) -> Counted:
+def counted(lengths=(10,) * 40, **changes) -> RunCost:
     train = {"batch_size": 2, "epochs": 1, "buckets": None}
     settings = TrainConfig(**{**train, **changes.pop("train", {})})
     run = SimpleNamespace(train=settings, precision=settings.computes_in("float32"))
     given = {"positions": 400.0, "scored": 6.0, "passes": 1.0, "device": CPU, "processes": 1}
     splits = Texts(np.array(lengths))
-    return Counted(run, splits, **{"memory": MEMORY, "frozen": None, **given, **changes})
+    return RunCost(run, splits, **{"memory": MEMORY, "frozen": None, **given, **changes})
 
 
 def by_setting(found) -> dict[str, of.Saving]:

@@ -15,7 +15,7 @@ from training_fixtures import OFFLINE, ROOT
 
 from petl.errors import InputError, RunStopped
 from petl.experiments.sweeps import launched_jobs
-from petl.experiments.sweeps.launched_jobs import Watch, Worker, is_launched
+from petl.experiments.sweeps.launched_jobs import JobWatch, Worker, is_launched
 from petl.training import program as app
 from petl.training.compose import explain
 
@@ -77,7 +77,7 @@ def test_the_sweep_prints_what_becomes_of_each_job(tmp_path, monkeypatch, petl_l
     monkeypatch.setattr(launched_jobs, "SECONDS", 60.0)
     monkeypatch.setattr(app, "log_to_stderr", lambda: None)
     swept = ["+method=lora,mola", "train.steps=4", "train.seed=choice(0,1)"]
-    watch = Watch(config_of(tmp_path, swept))
+    watch = JobWatch(config_of(tmp_path, swept))
     workers = [
         Worker(config_of(tmp_path, [f"+method={m}", "train.steps=4", "train.seed=1"], i), [])
         for i, m in enumerate(("lora", "mola"))

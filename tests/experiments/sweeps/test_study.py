@@ -11,7 +11,7 @@ from training_fixtures import Tiny, main
 
 import petl
 from petl.errors import InputError, RunStopped
-from petl.experiments.sweeps.study import Contender, Job, Study
+from petl.experiments.sweeps.study import Contender, Study, StudyJob
 from petl.training.compose import compose
 
 pytest_plugins = ["training_fixtures"]
@@ -22,7 +22,7 @@ def made(monkeypatch) -> list[str]:
     """Folders of the runs that were made, in this process instead of one of their own."""
     folders = []
 
-    def make(self: Study, job: Job) -> tuple[Job, float]:
+    def make(self: Study, job: StudyJob) -> tuple[StudyJob, float]:
         folders.append(str(job.folder.relative_to(self.folder)))
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         job.log.write_text("")
@@ -164,7 +164,7 @@ def scored(monkeypatch) -> dict[float, float | None]:
     """Validation scores by learning rate, which runs get without training; None: they fail."""
     table: dict[float, float | None] = {}
 
-    def score(self: Study, job: Job) -> tuple[Job, float]:
+    def score(self: Study, job: StudyJob) -> tuple[StudyJob, float]:
         given = dict(word.split("=", 1) for word in job.overrides)
         rate = float(given["train.lr"])
         if table[rate] is not None:
@@ -242,10 +242,10 @@ def test_a_study_of_several_data_sets_resumes(tiny, tmp_path, made):
 
 @pytest.mark.thorough
 def test_each_run_of_a_study_is_a_process_of_petl_train(tiny, tmp_path, monkeypatch):
-    job = Job(tmp_path / "it's here" / "run", [])
+    job = StudyJob(tmp_path / "it's here" / "run", [])
     found = Study(tmp_path, [Contender("lora")], [0], [1e-3])
     quoted = found._job(job.folder, Contender("lora"), 0, []).overrides
     assert compose(quoted).train.run == str(job.folder)
     monkeypatch.setattr(sys, "executable", warm_python.python())
-    found._train(Job(job.folder, ["+method=mloa"]))
+    found._train(StudyJob(job.folder, ["+method=mloa"]))
     assert "no method 'mloa'" in job.log.read_text()

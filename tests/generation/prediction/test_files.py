@@ -15,7 +15,7 @@ from petl.adapters.export.saved_adapter import find
 from petl.cli import main
 from petl.data.tasks.regression import Regression
 from petl.errors import InputError, RunStopped
-from petl.generation.prediction.files import Output, predict_files
+from petl.generation.prediction.files import PredictionFile, predict_files
 from petl.generation.prediction.predictor import Predictor, predicted
 from petl.generation.prediction.tables import JsonLines
 from petl.training.runs.records import PREDICTIONS
@@ -33,7 +33,9 @@ UNLABELED = ("text", "more", "tokens", "question", "context")
 
 
 def predict(run, names, out, *settings, **options):
-    predict_files(find(run.path), [str(name) for name in names], Output(out), settings, **options)
+    predict_files(
+        find(run.path), [str(name) for name in names], PredictionFile(out), settings, **options
+    )
     return lines(out) if out.suffix == ".jsonl" else None
 
 
@@ -139,17 +141,17 @@ def test_rows_keep_their_order_and_few_of_them_are_in_memory(processes):
 
 
 def test_only_errors_of_writing_are_about_the_output(tmp_path, monkeypatch):
-    output = Output(tmp_path / "out.jsonl")
+    output = PredictionFile(tmp_path / "out.jsonl")
     with pytest.raises(OSError, match="of reading"), output.opened(["in.csv"], Regression()):
         raise OSError("of reading")
     assert not output.file.exists()
     with pytest.raises(RunStopped, match=r"cannot write .*out\.jsonl: full"), output.reported():
         raise OSError(28, "full")
     (tmp_path / "file").touch()
-    beneath = Output(tmp_path / "file" / "out.jsonl")
+    beneath = PredictionFile(tmp_path / "file" / "out.jsonl")
     with pytest.raises(RunStopped, match="cannot write"), beneath.opened(["in.csv"], Regression()):
         pass
-    with pytest.raises(BrokenPipeError), Output(None).reported():
+    with pytest.raises(BrokenPipeError), PredictionFile(None).reported():
         raise BrokenPipeError
     # closing the file fails as writing it has
     monkeypatch.setattr(JsonLines, "close", Mock(side_effect=OSError(28, "full")))

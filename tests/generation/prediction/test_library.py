@@ -18,7 +18,7 @@ from petl.data.inputs import read_inputs
 from petl.data.tasks.classification import Classification
 from petl.data.tasks.token_classification import TokenClassification
 from petl.errors import InputError
-from petl.generation.prediction.files import Output, predict_files
+from petl.generation.prediction.files import PredictionFile, predict_files
 from petl.generation.prediction.library import files_or_rows
 
 pytest_plugins = ["task_fixtures", "kept_runs"]
@@ -35,7 +35,7 @@ def test_rows_and_files_have_the_predictions_of_the_command(kept_run, predictor,
     file = tmp_path / "in.jsonl"
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     saved, out = find(kept_run("regression").path), tmp_path / "out.jsonl"
-    predict_files(saved, [str(file)], Output(out), ["data.text=review"])
+    predict_files(saved, [str(file)], PredictionFile(out), ["data.text=review"])
     data = {"file": file, "files": [file]}.get(form) or form(rows)
     found = petl.predict(predictor, data, columns={"text": "review"}, batch_size=2)
     assert [row["prediction"] for row in found] == pytest.approx(

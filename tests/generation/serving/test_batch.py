@@ -18,9 +18,9 @@ from petl.generation.inference.language_model import BASE, LanguageModel
 from petl.generation.inference.loading import load_language_model
 from petl.generation.inference.sampling import Sampling
 from petl.generation.serving import kv_cache
-from petl.generation.serving.batch import Batch, Passes
-from petl.generation.serving.choice import Chooser, Choosing
-from petl.generation.serving.engine import Lane
+from petl.generation.serving.batch import Batch, BatchPasses
+from petl.generation.serving.choice import Chooser, TokenChooser
+from petl.generation.serving.engine import Slot
 from petl.generation.serving.models import load_served, sharing_tensors
 from petl.generation.serving.request import AnswerText, Request
 
@@ -33,7 +33,7 @@ def request(model: LanguageModel, text: str, adapter: str, tokens: int, stop=())
     """A request whose pieces are kept in `request.emit.__self__`."""
     prompt = model.encode(text)
     defaults = model.base.generation_config
-    chooser = Chooser(Sampling(max_new_tokens=tokens), Choosing(), defaults, prompt)
+    chooser = Chooser(Sampling(max_new_tokens=tokens), TokenChooser(), defaults, prompt)
     pieces: list = []
     text_of = AnswerText(model.tokenizer, stop)
     return Request(prompt, adapter, chooser, text_of, model.ends, pieces.append, tokens)
@@ -55,7 +55,7 @@ def alone(model: LanguageModel, request: Request) -> tuple[str, int, str]:
     return answer.text, answer.tokens, answer.finish
 
 
-def run_staggered(lane: Lane, requests: list[Request]) -> None:
+def run_staggered(lane: Slot, requests: list[Request]) -> None:
     """Let two requests join after each step, until all are answered."""
     left = list(requests)
     while left or lane.batches:
@@ -70,7 +70,7 @@ def test_requests_of_several_adapters_share_passes_and_answer_as_alone(writers, 
     requests = [
         request(model, text, names[i % len(names)], 4 + 3 * i) for i, text in enumerate(PROMPTS)
     ]
-    lane = Lane(Passes(model, None))
+    lane = Slot(BatchPasses(model, None))
     run_staggered(lane, requests)
     for each in requests:
         assert answer_of(each) == alone(model, each)
@@ -85,7 +85,7 @@ def test_a_method_without_mixed_batches_has_a_lane_for_each_adapter(writers, tmp
     for seed, name in enumerate(["first", "second"]):
         adapt(AutoModelForCausalLM, llama, "ia3", "CAUSAL_LM", tmp_path / name, seed)
     model = load_language_model(tmp_path / "first", {"second": str(tmp_path / "second")})
-    lanes = {name: Lane(Passes(model, name)) for name in model.names}
+    lanes = {name: Slot(BatchPasses(model, name)) for name in model.names}
     requests = [request(model, text, model.names[i % 3], 9) for i, text in enumerate(PROMPTS)]
     for name, lane in lanes.items():
         lane.advance([each for each in requests if each.adapter == name])
@@ -115,7 +115,7 @@ def test_rows_with_a_sliding_window_answer_as_alone(writers):
     )
     model = plain(writers, MistralForCausalLM(config))
     requests = [request(model, text, BASE, 6 + 2 * i) for i, text in enumerate(PROMPTS)]
-    run_staggered(Lane(Passes(model, BASE)), requests)
+    run_staggered(Slot(BatchPasses(model, BASE)), requests)
     assert [answer_of(each) for each in requests] == [alone(model, each) for each in requests]
 
 
@@ -125,7 +125,7 @@ def test_a_model_with_recurrent_states_answers_each_request_by_itself(writers):
         vocab_size=260, hidden_size=32, state_size=4, num_hidden_layers=2, eos_token_id=3
     )
     model = plain(writers, MambaForCausalLM(config))
-    lane = Lane(Passes(model, BASE))
+    lane = Slot(BatchPasses(model, BASE))
     assert not lane.passes.mergeable
     requests = [request(model, text, BASE, 8) for text in PROMPTS[:3]]
     run_staggered(lane, requests)
@@ -134,7 +134,7 @@ def test_a_model_with_recurrent_states_answers_each_request_by_itself(writers):
 
 def test_padding_that_all_rows_have_is_dropped(writers):
     model = writers.load("llama")
-    batch = Batch(Passes(model, BASE))
+    batch = Batch(BatchPasses(model, BASE))
     batch.join([request(model, "x" * 50, BASE, 1 + 1), request(model, "x", BASE, 9)])
     long = batch.mask.shape[1]
     batch.step()  # the end of the first
@@ -144,7 +144,7 @@ def test_padding_that_all_rows_have_is_dropped(writers):
 
 def test_a_cancelled_request_leaves_at_its_next_token(writers):
     model = writers.load("llama")
-    batch = Batch(Passes(model, BASE))
+    batch = Batch(BatchPasses(model, BASE))
     requests = [request(model, "x", BASE, 50), request(model, "y", BASE, 50)]
     batch.join(requests)
     requests[0].cancelled.set()
@@ -157,7 +157,7 @@ def test_a_request_that_fails_leaves_the_others(writers, caplog):
     requests = [request(model, text, BASE, 9) for text in PROMPTS[:3]]
     requests[1].chooser.is_argmax = False
     requests[1].chooser.choose = lambda logits: 1 / 0
-    run_staggered(Lane(Passes(model, BASE)), requests)
+    run_staggered(Slot(BatchPasses(model, BASE)), requests)
     assert isinstance(pieces_of(requests[1])[-1], ZeroDivisionError)
     assert "a request failed" in caplog.text
     for each in (requests[0], requests[2]):

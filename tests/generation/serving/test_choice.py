@@ -7,14 +7,14 @@ import torch
 from transformers import GenerationConfig
 
 from petl.generation.inference.sampling import Sampling
-from petl.generation.serving.choice import Chooser, Choosing
+from petl.generation.serving.choice import Chooser, TokenChooser
 
 LOGITS = torch.tensor([0.0, 1.0, 2.0, 3.0, -1.0])
 GREEDY = Sampling(max_new_tokens=9)
 
 
 def chooser(sampling=GREEDY, defaults=None, prompt=(0,), **choosing) -> Chooser:
-    return Chooser(sampling, Choosing(**choosing), defaults or GenerationConfig(), prompt)
+    return Chooser(sampling, TokenChooser(**choosing), defaults or GenerationConfig(), prompt)
 
 
 def drawn(chooser: Chooser, count: int = 300) -> set[int]:

@@ -7,9 +7,9 @@ from transformers import MambaConfig, MambaForCausalLM
 from petl.efficiency.drafting.policy import REST, WINDOW
 from petl.generation.inference.language_model import BASE, LanguageModel
 from petl.generation.inference.sampling import Sampling
-from petl.generation.serving.batch import Passes
-from petl.generation.serving.choice import Chooser, Choosing
-from petl.generation.serving.engine import Lane
+from petl.generation.serving.batch import BatchPasses
+from petl.generation.serving.choice import Chooser, TokenChooser
+from petl.generation.serving.engine import Slot
 from petl.generation.serving.models import load_served
 from petl.generation.serving.request import AnswerText, Request
 
@@ -17,11 +17,11 @@ pytest_plugins = ["writer_fixtures"]
 TEXTS = ["a b a b a b", "the cat and the dog and the cat and", "Hi"]
 TOKENS = 24
 CHOICES = {
-    "greedy": (Sampling(max_new_tokens=TOKENS), Choosing()),
-    "sampled": (Sampling(max_new_tokens=TOKENS, temperature=0.8, top_p=0.9), Choosing(seed=5)),
+    "greedy": (Sampling(max_new_tokens=TOKENS), TokenChooser()),
+    "sampled": (Sampling(max_new_tokens=TOKENS, temperature=0.8, top_p=0.9), TokenChooser(seed=5)),
     "penalty": (
         Sampling(max_new_tokens=TOKENS, repetition_penalty=1.3),
-        Choosing(frequency_penalty=0.4, logit_bias={7: 2.0}, top_logprobs=2),
+        TokenChooser(frequency_penalty=0.4, logit_bias={7: 2.0}, top_logprobs=2),
     ),
 }
 
@@ -53,7 +53,7 @@ def test_single_requests_get_the_pieces_that_they_get_without_drafts(
     model = writers.load(method)
     stops = [(), (), ("e", "a")]
     for shared in (None, adapter):  # each row its own adapter, or one for all
-        lanes = [Lane(Passes(model, shared, drafter=name)) for name in (None, "free")]
+        lanes = [Slot(BatchPasses(model, shared, drafter=name)) for name in (None, "free")]
         # of random weights drafts are rarely right, and would rest
         lanes[1].passes.drafts.switch.enabled = False
         plain, drafted = (
@@ -76,7 +76,7 @@ def test_requests_that_join_and_leave_change_no_answer(writers, rests, choice):
     model = writers.load("lora")
 
     def staggered(drafter):
-        lane = Lane(Passes(model, None, drafter=drafter))
+        lane = Slot(BatchPasses(model, None, drafter=drafter))
         if drafter is not None:
             # a rest would begin the drafter's text again
             lane.passes.drafts.switch.enabled = rests
@@ -97,7 +97,7 @@ def test_requests_that_join_and_leave_change_no_answer(writers, rests, choice):
 
 def test_a_cancelled_request_leaves_after_its_next_token(writers):
     model = writers.load("llama")
-    lane = Lane(Passes(model, BASE, drafter="free"))
+    lane = Slot(BatchPasses(model, BASE, drafter="free"))
     alone = request(model, TEXTS[0], BASE)
     lane.advance([alone])
     alone.cancelled.set()
@@ -108,10 +108,10 @@ def test_a_cancelled_request_leaves_after_its_next_token(writers):
 
 def test_drafts_that_are_too_slow_rest(writers):
     model = writers.load("llama")
-    lane = Lane(Passes(model, BASE, drafter="free"))
+    lane = Slot(BatchPasses(model, BASE, drafter="free"))
     switch = lane.passes.drafts.switch
     switch.rounds, switch.seconds = WINDOW - 1, 1e6
-    expected = written(Lane(Passes(model, BASE)), [request(model, TEXTS[0], BASE)])
+    expected = written(Slot(BatchPasses(model, BASE)), [request(model, TEXTS[0], BASE)])
     assert written(lane, [request(model, TEXTS[0], BASE)]) == expected
     assert not switch.is_on
     assert 0 < switch.left < REST
@@ -124,8 +124,8 @@ def test_models_that_cannot_be_verified_are_decoded_without_drafts(writers):
     )
     tokenizer = writers.load("plain").tokenizer
     mamba = LanguageModel(MambaForCausalLM(config).eval(), tokenizer, "tiny", is_chat=False)
-    assert Passes(mamba, BASE, drafter="free").drafts is None
-    assert Passes(writers.load("llama"), BASE).drafts is None
+    assert BatchPasses(mamba, BASE, drafter="free").drafts is None
+    assert BatchPasses(writers.load("llama"), BASE).drafts is None
 
 
 def test_a_server_drafts_unless_it_is_told_not_to(writers):

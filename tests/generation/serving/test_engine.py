@@ -7,7 +7,7 @@ import pytest
 
 from petl.errors import RunStopped
 from petl.generation.serving.engine import PROMPT_TOKENS, Busy, Engine
-from petl.generation.serving.request import Piece
+from petl.generation.serving.request import AnswerPart
 
 
 class CountingLane:
@@ -26,7 +26,7 @@ class CountingLane:
             raise MemoryError("out of memory")
         for each in self.requests:
             each.left -= 1
-            each.emit(Piece("x", 1, finish=None if each.left else "stop"))
+            each.emit(AnswerPart("x", 1, finish=None if each.left else "stop"))
         self.requests = [each for each in self.requests if each.left]
 
     @property

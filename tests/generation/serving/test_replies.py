@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from petl.generation.serving.choice import LogProb
-from petl.generation.serving.replies import Answer, CompletionReply, bytes_of
+from petl.generation.serving.replies import CompletionReply, ReplyText, bytes_of
 
 TEXT = "a é€ 🙂\n"
 
@@ -39,7 +39,7 @@ def test_the_space_before_a_word_belongs_to_its_token():
     assert tokenizer.decode([1, 2, 3]) == "a cats"
     assert b"".join(bytes_of(tokenizer, token) for token in (1, 2, 3, 4)) == b" a cats "
     likely = [[LogProb(token, -1.0)] for token in (2, 3, 1)]
-    reply = CompletionReply("m", tokenizer).whole([Answer(" cats a", 3, likely)], 1)
+    reply = CompletionReply("m", tokenizer).whole([ReplyText(" cats a", 3, likely)], 1)
     found = reply["choices"][0]["logprobs"]
     assert (found["tokens"], found["text_offset"]) == ([" cat", "s", " a"], [0, 4, 5])
 

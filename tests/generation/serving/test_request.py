@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizers import byte_tokenizer
 
-from petl.generation.serving.choice import Chooser, Choosing
-from petl.generation.serving.request import AnswerText, Piece, Request
+from petl.generation.serving.choice import Chooser, TokenChooser
+from petl.generation.serving.request import AnswerPart, AnswerText, Request
 
 TOKENIZER = byte_tokenizer()
 END = 3
@@ -64,9 +64,9 @@ def test_pieces_are_the_text_up_to_the_first_stop_text(text, stop):
     assert not any(word in found for word in stop)
 
 
-def taken(tokens: list[int], limit: int = 10, *stop: str) -> list[Piece]:
+def taken(tokens: list[int], limit: int = 10, *stop: str) -> list[AnswerPart]:
     """The pieces of a request whose tokens are these."""
-    pieces: list[Piece] = []
+    pieces: list[AnswerPart] = []
     chooser = Chooser.__new__(Chooser)
     text = AnswerText(TOKENIZER, stop)
     request = Request([5], "base", chooser, text, [END], pieces.append, limit)
@@ -78,12 +78,12 @@ def taken(tokens: list[int], limit: int = 10, *stop: str) -> list[Piece]:
 
 def test_the_end_token_the_limit_and_a_stop_text_end_an_answer():
     a, b = TOKENIZER("ab")["input_ids"]
-    assert taken([a, b, END])[-1] == Piece("", 3, finish="stop")
-    assert taken([a, b], 2)[-1] == Piece("b", 2, finish="length")
-    assert taken([a, b], 9, "b")[-1] == Piece("", 2, finish="stop")
+    assert taken([a, b, END])[-1] == AnswerPart("", 3, finish="stop")
+    assert taken([a, b], 2)[-1] == AnswerPart("b", 2, finish="length")
+    assert taken([a, b], 9, "b")[-1] == AnswerPart("", 2, finish="stop")
     assert taken([a, a, END], 9, "ab") == [
-        Piece("", 1),
-        Piece("a", 2),
-        Piece("a", 3, finish="stop"),
+        AnswerPart("", 1),
+        AnswerPart("a", 2),
+        AnswerPart("a", 3, finish="stop"),
     ]
-    assert Choosing().seed is None
+    assert TokenChooser().seed is None

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from petl.methods.dsee.entries import Frozen, Update, add_update, masked_weight, updated_linear
+from petl.methods.dsee.entries import (
+    Frozen,
+    SparseUpdate,
+    add_update,
+    masked_weight,
+    updated_linear,
+)
 from petl.ops.masks import pack_mask
 
 O, I, R, SCALE = 6, 5, 2, 0.7
@@ -25,7 +31,7 @@ def parts(dtype=torch.float64):
 
 def update_of(leaves):
     A, B, values = (leaves[name] for name in ("A", "B", "values"))
-    return Update(A, B, values, POSITIONS // I, POSITIONS % I, SCALE)
+    return SparseUpdate(A, B, values, POSITIONS // I, POSITIONS % I, SCALE)
 
 
 def dense(leaves, weight, bias, keep):
@@ -44,7 +50,7 @@ def test_output_and_gradients_are_those_of_a_dense_weight(is_masked, keeps_produ
     leaves, weight, bias, keep = parts()
     keep = keep if is_masked else torch.ones_like(keep)
     x = leaves["x"]
-    update = Update(
+    update = SparseUpdate(
         *(leaves[n] for n in ("A", "B", "values")), POSITIONS // I, POSITIONS % I, SCALE
     )
     packed = pack_mask(keep) if is_masked else None
@@ -75,7 +81,7 @@ def test_without_an_update_only_the_input_gets_a_gradient():
 
 def test_nothing_of_the_size_of_the_weight_is_kept_for_backward():
     leaves, weight, bias, keep = parts()
-    update = Update(
+    update = SparseUpdate(
         *(leaves[n] for n in ("A", "B", "values")), POSITIONS // I, POSITIONS % I, SCALE
     )
     kept = []

@@ -18,7 +18,7 @@ from petl.data.tasks.classification import Classification
 from petl.data.tasks.token_classification import TokenClassification
 from petl.system.files.hub import OnHub, origin_of
 from petl.training.runs.card_code import LOCAL_BASE, TEXT, Usage, placed
-from petl.training.runs.model_card import Described, known_base, model_card, without_folders
+from petl.training.runs.model_card import CardInfo, known_base, model_card, without_folders
 
 pytest_plugins = ["export_fixtures", "hub_server", "training_fixtures"]
 
@@ -42,7 +42,7 @@ def metadata(card):
 def test_packaged_models_have_their_names_on_the_hub(name, base):
     source = read_source({"name": name, "source": name})
     config = LoraConfig(base_model_name_or_path="/home/ada/site-packages/model")
-    it = Described(TASKS[name], source, config, known_base(source, None))
+    it = CardInfo(TASKS[name], source, config, known_base(source, None))
     card = model_card(it)
     assert metadata(card)["base_model"] == base
     assert metadata(card)["library_name"] == "peft"
@@ -54,7 +54,7 @@ def test_packaged_models_have_their_names_on_the_hub(name, base):
 def test_a_run_from_before_heads_had_a_rate_has_a_card(lora_run):
     source = read_source({"name": "minilm", "source": "minilm"})
     scores = {key: value for key, value in lora_run.scores.items() if key != "head_lr"}
-    it = Described(TASKS["minilm"], source, LoraConfig(), None, scores=scores)
+    it = CardInfo(TASKS["minilm"], source, LoraConfig(), None, scores=scores)
     assert f"- learning rate: {scores['lr']:.3g}\n" in model_card(it)
 
 
@@ -101,14 +101,14 @@ def test_a_command_with_an_open_quote_is_left_out(lora_run):
     known = json.loads((lora_run.path / "environment.json").read_text())
     for command, is_shown in (("petl train a=b", True), ("petl train data.train='it", False)):
         environment = {**known, "command": command}
-        it = Described(TASKS["minilm"], source, LoraConfig(), None, environment=environment)
+        it = CardInfo(TASKS["minilm"], source, LoraConfig(), None, environment=environment)
         assert ("petl train" in model_card(it)) == is_shown
 
 
 def test_the_command_keeps_names_on_the_hub_and_templates():
     source = read_source({"name": "minilm", "source": "minilm"})
     words = "/v/petl train model.name=a/b data.train=/x/y.csv 'data.text={c}/{d}' --config-dir /z/k"
-    it = Described(TASKS["minilm"], source, LoraConfig(), None, environment=environment(words))
+    it = CardInfo(TASKS["minilm"], source, LoraConfig(), None, environment=environment(words))
     assert (
         "petl train model.name=a/b data.train=y.csv 'data.text={c}/{d}' --config-dir k\n"
         in model_card(it)

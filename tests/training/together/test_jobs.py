@@ -74,7 +74,7 @@ def separate(base: nn.Module, job: petl.Job) -> tuple[list[float], dict[str, tor
     return losses, {n: p.detach() for n, p in trained.items()}, model.eval()
 
 
-def difference(tensors: dict[str, torch.Tensor], trained: petl.Trained) -> float:
+def difference(tensors: dict[str, torch.Tensor], trained: petl.TrainResult) -> float:
     """The largest difference of a trained tensor."""
     found = dict(trained.model.named_parameters())
     assert {n for n, p in found.items() if p.requires_grad} == tensors.keys()

@@ -18,7 +18,7 @@ from petl.system.imports import extras
 from petl.training.compose import compose
 from petl.training.runs.run_config import read_config
 from petl.training.tracking import make_tracker, read_tracker
-from petl.training.tracking.base import Table
+from petl.training.tracking.base import TrackerTable
 from petl.training.tracking.services import SERVICES
 
 pytest_plugins = ["training_fixtures"]
@@ -269,6 +269,6 @@ def test_an_error_before_the_first_step_closes_the_run(tiny, tmp_path, monkeypat
 
 
 def test_tables_are_escaped_in_markdown():
-    table = Table(["text", "n"], [["a | b\n<script>", 1]])
+    table = TrackerTable(["text", "n"], [["a | b\n<script>", 1]])
     assert table.markdown() == "| text | n |\n| --- | --- |\n| a \\| b &lt;script> | 1 |"
     assert table.by_column() == {"text": ["a | b\n<script>"], "n": [1]}

@@ -67,7 +67,7 @@ class Search:
         token_mask: TokenMask,
     ) -> None:
         self.model, self.base, self.batches, self.token_mask = model, base, batches, token_mask
-        self.layers = {name: Layer(name, base.get_submodule(name)) for name in names}
+        self.layers = {name: PplLayer(name, base.get_submodule(name)) for name in names}
         # threshold 0 keeps all neurons; also measures the bytes of activations
         self.dense, _ = self.perplexity(dict.fromkeys(names, 0.0))
         self.groups = self._groups()
@@ -169,16 +169,16 @@ class Search:
 
     # Dense activations and thresholds
 
-    def _groups(self) -> list[list["Layer"]]:
+    def _groups(self) -> list[list["PplLayer"]]:
         """Split the layers into groups whose dense activations fit `HELD_BYTES` together."""
-        groups: list[list[Layer]] = [[]]
+        groups: list[list[PplLayer]] = [[]]
         for layer in self.layers.values():
             if groups[-1] and sum(other.bytes for other in groups[-1]) + layer.bytes > HELD_BYTES:
                 groups.append([])
             groups[-1].append(layer)
         return groups
 
-    def _hold(self, group: Sequence["Layer"]) -> None:
+    def _hold(self, group: Sequence["PplLayer"]) -> None:
         """Store the dense activations of these layers, and free those of others."""
         # a single group stays in memory for all cost values
         if all(layer.held for layer in group):
@@ -205,7 +205,7 @@ class Search:
         return found
 
 
-class Layer:
+class PplLayer:
     """One down projection: the norms of its columns, and its CETT as a function of the threshold.
 
     The update of an adapter that routes, that is not linear, or that reads another module's input
