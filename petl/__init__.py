@@ -145,7 +145,7 @@ _NAMES = {
     "petl.methods.lora": ("lorafa_optimizer", "loraplus_optimizer"),
     "petl.methods.sparse": ("SparseSM3",),
     "petl.training.adamr": ("AdamR",),
-    "petl.training.together.jobs": ("Job", "Trained", "train_together"),
+    "petl.training.together.jobs": ("Job", "TrainResult", "train_together"),
     "petl.generation.prediction.library": ("evaluate", "predict"),
     "petl.generation.prediction.predictor": ("Predictor",),
 }
