@@ -41,13 +41,6 @@ def test_reasoning_rows_are_chats_and_splits_share_no_question():
         read_data({**sums, "puzzles": ["chain_sums"]})
 
 
-def test_reasoning_needs_numbers_of_rows():
-    with pytest.raises(
-        InputError, match=r"data\.test_rows=None: the data set is generated without end"
-    ):
-        read_data({**REASONING, "train_rows": 10})
-
-
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
     with pytest.raises(InputError, match=r"run: pip install --no-deps no-such==1\.0"):
         Package("no_such_package", "no-such==1.0").folder()

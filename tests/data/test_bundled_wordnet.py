@@ -6,7 +6,6 @@ import pytest
 
 from petl.data.base import read_data
 from petl.data.bundled import WORDNET_NOTICE
-from petl.errors import InputError
 
 SETTINGS = {
     "name": "wordnet",
@@ -54,16 +53,6 @@ def test_test_rows_do_not_depend_on_the_number_of_training_rows():
     assert few.test.to_dict() == many.test.to_dict()
     assert few.train.to_dict() == many.train.select(range(100)).to_dict()
     assert len(many.train) + len(many.test) == 13_767
-
-
-def test_more_rows_than_available_is_an_error_with_their_number():
-    with pytest.raises(InputError, match=r"train_rows=20000 .* 11767 rows"):
-        read_data({**SETTINGS, "train_rows": 20_000})
-
-
-def test_a_task_that_the_data_do_not_support_is_an_error():
-    with pytest.raises(InputError, match="task=causal_lm, but data wordnet is for classification"):
-        read_data({**SETTINGS, "task": "causal_lm"})
 
 
 def test_the_license_of_wordnet_is_next_to_the_rows():

@@ -181,8 +181,3 @@ def test_errors_of_the_hub_become_one_sentence(answer, status, code, message):
 def test_an_invalid_name_is_refused(answer):
     with pytest.raises(InputError, match="'a/b/c' is not a valid name of a dataset on the Hub"):
         read_data(settings("a/b/c"))
-
-
-def test_a_name_is_required():
-    with pytest.raises(InputError, match=r"data\.name is not given"):
-        read_data(settings(None))

@@ -104,29 +104,6 @@ def test_streamed_files_give_the_rows_of_files_in_memory(formats, name):
     assert isinstance(streamed.test, Dataset)
 
 
-def test_an_invalid_row_is_named_when_it_is_reached(formats):
-    with (formats / "a.jsonl").open("a") as opened:
-        opened.write('{"text": "x", "label": "many"}\n')
-    rows = read(formats, "a.jsonl").train.rows()
-    with pytest.raises(InputError, match=r"a\.jsonl, line 251: label is 'many', not a number"):
-        list(rows)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"task": "classification", "labels": ["a", "a"]}, "labels=.* does not name at least two"),
-        ({"labels": ["a", "b"]}, "data.labels=.* is for data.task=classification or token"),
-        ({"test": None}, r"cannot hold out data\.test_share=.* give data\.test"),
-        ({"text": "words"}, "no column 'words'; available: text, label"),
-        ({"shuffle_buffer": 0}, "data.shuffle_buffer=0 is below 1"),
-    ],
-)
-def test_unsupported_settings_of_a_stream_are_refused_in_advance(formats, settings, message):
-    with pytest.raises(InputError, match=message):
-        read(formats, "a.jsonl", **settings)
-
-
 # Tasks that depend on all rows
 
 

@@ -145,12 +145,6 @@ def test_starts_in_another_column_are_those_of_a_list_of_answers(tmp_path):
             read(tmp_path, rows, "question_answering", answer_start="at").train["starts"][0]
             == expected
         )
-    rows = [{**asked, "answers": ["Bob", "Ann"], "at": 8}]
-    with pytest.raises(InputError, match="answers has 2 answers, but there are 1 starts"):
-        read(tmp_path, rows, "question_answering", answer_start="at")
-    rows = [{**asked, "answers": {"text": ["Bob"], "answer_start": [0, 8]}}]
-    with pytest.raises(InputError, match="answers has 1 answers, but there are 2 starts"):
-        read(tmp_path, rows, "question_answering")
 
 
 def test_questions_and_answers_become_conversations(tmp_path):
@@ -167,64 +161,3 @@ def test_texts_and_targets_are_read(tmp_path):
     raw = read(tmp_path, [{"en": "a", "de": "b"}], "seq2seq", text="en", target="de", prefix="x: ")
     assert raw.train.to_list() == [{"text": "a", "target": "b"}]
     assert raw.task.prefix == "x: "
-
-
-ASKED = {"question": "who?", "context": CONTEXT}
-
-
-@pytest.mark.parametrize(
-    ("task", "row", "message"),
-    [
-        ("regression", {"text": "a", "label": "high"}, "line 2: label is 'high', not a number"),
-        ("regression", {"text": "a", "label": None}, "line 2: label is missing"),
-        ("regression", {"text": "a", "label": True}, "label is True, not a number"),
-        ("regression", {"text": "a", "label": "nan"}, "label is 'nan', not a number"),
-        (
-            "token_classification",
-            {"tokens": ["a"], "tags": ["O", "O"]},
-            "tags has 2 items, but tokens has 1 w",
-        ),
-        ("token_classification", {"tokens": [], "tags": []}, r"tags is \[\], not a list"),
-        (
-            "token_classification",
-            {"tokens": ["a", ""], "tags": [1, 2]},
-            "tokens has item 2 that ''",
-        ),
-        ("token_classification", {"tokens": ["a"], "tags": [None]}, "tags has item 1 that is miss"),
-        (
-            "question_answering",
-            {**ASKED, "answers": "Bob"},
-            "'Bob', which occurs several times in the context",
-        ),
-        (
-            "question_answering",
-            {**ASKED, "answers": "Eve"},
-            "'Eve', which is not in the context",
-        ),
-        (
-            "question_answering",
-            {**ASKED, "answers": {"text": ["Bob"], "answer_start": [9]}},
-            r"answers is 'Bob', which is not in the context at position 9",
-        ),
-        (
-            "question_answering",
-            {**ASKED, "answers": {"text": "Bob"}},
-            "not an object with the lists text and answer_s",
-        ),
-        (
-            "question_answering",
-            {**ASKED, "answers": 5},
-            "answers is 5, not a text, a list of texts",
-        ),
-        ("seq2seq", {"text": "a", "target": " "}, "target is empty"),
-    ],
-)
-def test_an_invalid_row_is_named(tmp_path, task, row, message):
-    good = {
-        "regression": {"text": "a", "label": 1},
-        "token_classification": {"tokens": ["a", "b"], "tags": ["O", "X"]},
-        "question_answering": {**ASKED, "answers": "Ann"},
-        "seq2seq": {"text": "a", "target": "b"},
-    }[task]
-    with pytest.raises(InputError, match=message):
-        read(tmp_path, [good, row], task)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from petl.data.base import read_data
-from petl.errors import InputError, UnknownNameError
+from petl.errors import InputError
 from petl.training.compose import compose
 from petl.training.runs.resume import identity
 from petl.training.runs.run_config import read_config
@@ -92,55 +92,3 @@ def test_a_setting_of_a_set_that_comes_later_makes_no_other_run(folder):
     assert identity(config) == before
     config["data"]["sets"]["reviews"]["labels"] = ["a", "b"]
     assert identity(config) != before
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "data.sets=None does not name at least two"),
-        (["data.sets=[wordnet]"], "does not name at least two"),
-        (["data.sets=[wordnet,wordnet]"], "names a data set twice"),
-        (["data.sets=3"], "does not name at least two"),
-        (["data.sets=[wordnet,revews]"], "data.sets, revews: .*did you mean 'reviews'"),
-        (["data.sets=[wordnet,'../data/reviews']"], "without '/'"),
-        (["data.sets={a:wordnet,b:'../data/reviews'}"], "data.sets, b: no data"),
-        (["data.sets={a:wordnet,b/c:reviews}"], "without '/'"),
-        (["data.sets={a:wordnet,b:3}"], "3 is neither a data configuration nor"),
-        (["data.sets={a:wordnet,b:{train:x.csv}}"], "names no configuration: add data:NAME"),
-        (["data.sets={a:wordnet,b:{data:reviews,txt:a}}"], "data.sets, b: no setting data.txt"),
-        (["data.sets={a:wordnet,b:{data:reviews,train:no.csv}}"], "data.sets, b: .*no.csv"),
-        (["data.sets=[wordnet,reviews]", "data.sampling=root"], "not one of size, temperature"),
-        (["data.sets=[wordnet,reviews]", "data.temperature=2"], "is for data.sampling=temp"),
-        (["data.sets=[wordnet,reviews]", "data.sampling=temperature"], "temperature=null is not"),
-        (
-            ["data.sets=[wordnet,reviews]", "data.sampling=temperature", "data.temperature=0.5"],
-            "temperature=0.5 is not from 1",
-        ),
-        (
-            [
-                *("data.sets=[wordnet,reviews]", "data.sampling=temperature"),
-                *("data.temperature=2", "train.buckets=4"),
-            ],
-            "train.buckets=4 .*repeats rows",
-        ),
-        (["data.sets=[wordnet,reviews]", "+data.train_rows=5"], "is for one data set"),
-        (["data.sets={a:wordnet,b:{data:reviews,task:regression}}"], "data.task=regression is not"),
-        (["data.sets={a:wordnet,b:hamlet}"], "data.task=causal_lm is not trained"),
-        (["data.sets={a:wordnet,b:digits}"], "data.task=image_classification is not trained"),
-        (["data.sets={a:wordnet,b:tasks}"], "data.sets, b: a set of data=tasks is one data set"),
-        (["data.sets={a:wordnet,b:{data:[x]}}"], "names no configuration: add data:NAME"),
-        (
-            ["data.sets={a:wordnet,b:{data:reviews,streaming:true,test:reviews.csv}}"],
-            "streaming:false and train_rows:N",
-        ),
-        (["data.sets={a:wordnet,b:{data:reviews,order:by_class}}"], "data.order=by_class is not"),
-        (["data.sets={mean:wordnet,b:reviews}"], "a task 'mean', as the scores of all"),
-        (
-            ["data.sets={a:wordnet,b:{data:reviews,tasks:[x,y]}}"],
-            r"data.tasks=\['x', 'y'\] divides the rows",
-        ),
-    ],
-)
-def test_settings_that_cannot_be_used_are_refused_before_anything_is_read(folder, words, message):
-    with pytest.raises((InputError, UnknownNameError), match=message):
-        config_of(*words)

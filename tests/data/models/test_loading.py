@@ -296,24 +296,6 @@ def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"source": "minlm"}, "no model source 'minlm'; did you mean 'minilm'"),
-        ({"source": "minilm", "dtyp": 1}, r"no setting model\.dtyp; did you mean 'dtype'"),
-        ({"source": "minilm", "dtype": "float8"}, r"model\.dtype=float8 is not one of float32, bf"),
-        ({"source": "path"}, r"model\.path is not given"),
-        ({"source": "path", "path": "no/such"}, r"model\.path=no/such is not a directory"),
-        ({"source": "path", "path": "."}, r"model\.path=\. has no config\.json"),
-        ({"source": "hub", "name": None}, r"model\.name is not given"),
-        ({"source": "hub", "trust_remote_code": "perhaps"}, "'perhaps' is not of type bool"),
-    ],
-)
-def test_an_invalid_setting_is_named(settings, message):
-    with pytest.raises(InputError, match=message):
-        load_base({"name": "tiny", **settings}, THREE)
-
-
-@pytest.mark.parametrize(
     ("file", "content", "message"),
     [
         ("tokenizer.json", None, "has no tokenizer: save the model's tokenizer"),

@@ -56,12 +56,6 @@ def test_a_method_that_needs_dense_weights_is_refused_before_training(tiny, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unknown_quantization_is_refused():
-    cfg = compose(["+method=lora", "model.quantization=int3"])
-    with pytest.raises(InputError, match=r"model\.quantization=int3 is not one of bnb_4bit"):
-        read_source(cfg.model)
-
-
 def test_a_quantization_whose_package_is_missing_is_refused(monkeypatch):
     monkeypatch.setattr("petl.system.imports.extras.find_spec", lambda package: None)
     cfg = compose(["+method=lora", "model.quantization=torchao_int8"])

@@ -101,23 +101,6 @@ def test_a_task_is_saved_with_the_names_of_its_tasks(tmp_path):
 POLYHISTOR = ["+method=polyhistor", "data=files", "data.train=rows.jsonl"]
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["+method=polyhistor", "method.tasks=[a,b]"], "data wordnet has no column for it"),
-        (["+method=lora", "data=files", "data.tasks=[a,b]"], "lora does not"),
-        ([*POLYHISTOR, "method.tasks=[a,b]", "data.tasks=[b,a]"], "differ: set one of them"),
-        ([*POLYHISTOR, "data.tasks=[a,a]"], "twice"),
-        ([*POLYHISTOR, "data.task_column=kind"], "is for data.tasks"),
-    ],
-)
-def test_settings_that_do_not_go_together_are_refused(words, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": "b", "task": "a"}\n')
-    with pytest.raises(InputError, match=message):
-        read_config(compose([*words]))
-
-
 def test_tasks_of_the_data_are_those_of_the_method(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{"text": "a", "label": f"{i % 2}", "task": "ab"[i % 2]} for i in range(20)]

@@ -1,0 +1,113 @@
+"""Messages about wrong input: each has the value, what is allowed, and the way out.
+
+The rows are in messages.yaml, by room and kind of input; the kinds are the functions below. A
+mapping may have files to write, keys with a dot; what is done with them is then in `do`, unless it
+is a mapping, too. Of one room: `pytest tests/test_messages.py -k data-`.
+"""
+
+import json
+import re
+import shlex
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+
+from petl.errors import InputError
+
+TEXTS = "text,label\ngood film,pos\nbad film,neg\nfine,pos\n"
+ROOMS = yaml.load(Path(__file__).with_name("messages.yaml").read_text(), yaml.CSafeLoader)
+ROWS = [
+    pytest.param(kind, given, words, id=f"{room}-{kind}-{ascii(given)[:60]}")
+    for room, kinds in ROOMS.items()
+    for kind, rows in kinds.items()
+    for given, *words in rows
+]
+
+
+def write(file, content):
+    """Write a text, lines of JSON from a list, or JSON from a mapping."""
+    if not isinstance(content, str):
+        rows = content if isinstance(content, list) else [content]
+        content = "\n".join(map(json.dumps, rows))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content, newline="")
+
+
+def run(given, folder, capsys):
+    """Settings of a run, as words of the command line; nothing is loaded."""
+    from petl.training.compose import compose
+    from petl.training.runs.run_config import read_config
+
+    read_config(compose(shlex.split(given)))
+
+
+def command(given, folder, capsys):
+    """A command of petl, which exits with status 2."""
+    from petl.cli.main import main
+
+    try:
+        status = main(shlex.split(given))
+    except SystemExit as left:  # of argparse
+        status = left.code
+    assert status == 2
+    raise InputError(capsys.readouterr().err)
+
+
+def wrap(given, folder, capsys):
+    """A method with its fields, on a tiny Llama or the tiny model of `on`."""
+    import petl
+    from petl import testing
+
+    fields = dict(given)
+    petl.wrap(getattr(testing, fields.pop("on", "tiny_llama"))(), **fields)
+
+
+def python(given, folder, capsys):
+    """An expression, with modules of petl by their full names, and the working `folder`."""
+    names = {"folder": folder, "petl": import_module("petl")}
+    for path in re.findall(r"\bpetl(?:\.\w+)+", given):
+        parts = path.split(".")
+        for end in range(2, len(parts) + 1):
+            with suppress(ModuleNotFoundError):
+                import_module(".".join(parts[:end]))
+    eval(given, names)
+
+
+def data(given, folder, capsys):
+    """Settings of a data source, by default of the files that are written, or of one with texts."""
+    from petl.data.base import read_data
+
+    usual = {"name": "files", "source": "files", "task": "classification"}
+    if given.get("source", "files") == "files":
+        files = sorted(path.name for path in folder.glob("*.*"))
+        if not files:
+            write(folder / "rows.csv", TEXTS)
+            files = ["rows.csv"]
+        usual |= {"train": files if len(files) > 1 else files[0], "test": files[-1]}
+    train = read_data({**usual, **given}).train
+    list(train.rows() if given.get("streaming") else train)
+
+
+KINDS = {function.__name__: function for function in (run, command, wrap, python, data)}
+
+
+@pytest.mark.parametrize(("kind", "given", "words"), ROWS)
+def test_the_message_has_the_value_what_is_allowed_and_the_way_out(
+    tmp_path, monkeypatch, capsys, kind, given, words
+):
+    assert words, "what the message has"
+    monkeypatch.chdir(tmp_path)
+    if isinstance(given, dict):
+        for name, content in given.items():
+            if "." in name:
+                write(tmp_path / name, content)
+        given = {name: value for name, value in given.items() if "." not in name}
+        given = given.get("do", given)
+    with pytest.raises(InputError) as refused:
+        KINDS[kind](given, tmp_path, capsys)
+    message = str(refused.value)
+    assert [word for word in map(str, words) if word not in message] == [], message
+    assert len(message) < 1500
