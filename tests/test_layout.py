@@ -134,7 +134,7 @@ def test_no_module_is_called_after_nothing():
 def test_each_test_file_stands_where_its_module_does():
     for file in sorted((ROOT / "tests").rglob("test_*.py")):
         place = file.relative_to(ROOT / "tests")
-        if place.parts[0] in CROSS_CUTTING or place == Path("test_layout.py"):
+        if place.parts[0] in CROSS_CUTTING or len(place.parts) == 1:
             continue
         folder = ROOT / "petl" / place.parent
         stems = {path.stem for path in folder.iterdir()}
