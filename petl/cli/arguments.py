@@ -7,7 +7,6 @@ A wrong value ends the command before any work. Imports the standard library onl
 import argparse
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TypeVar
 from petl.errors import InputError, did_you_mean
 from petl.system.files.outputs import check_output, check_output_file
 from petl.system.files.paths import file_of, path_of
+from petl.system.values import LARGEST, convert, integer, real, type_problem
 
 Number = TypeVar("Number", int, float)
 Checked = TypeVar("Checked")
@@ -23,21 +23,15 @@ UNITS = {"": 1, "kb": 1000, "mb": 10**6, "gb": 10**9}
 
 
 def number(
-    kind: type[Number], low: float, high: float = sys.float_info.max, *, above: bool = False
+    kind: type[Number], low: float, high: float = LARGEST, *, above: bool = False
 ) -> Callable[[str], Number]:
     """Return a type for numbers from `low` (with `above`: greater than it) to `high`."""
-    name = "an integer" if kind is int else "a number"
-    allowed = f"{name} {'above' if above else 'from'} {low:,}"
-    allowed += f" to {high:,}" if high < sys.float_info.max else ""
+    rule = integer(int(low), int(high)) if kind is int else real(low, high, above=above)
 
     def parse(text: str) -> Number:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        # NaN compares as false, infinity is above `high`
-        if value is None or not (low < value if above else low <= value) or not value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+        value = convert(text, kind)
+        if type_problem(value, kind) or not rule.holds(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {rule.words}")
         return value
 
     return parse

@@ -23,7 +23,7 @@ from petl.data.tasks.causal_lm import CausalLM
 from petl.data.tasks.seq2seq import Seq2Seq
 from petl.data.templates import columns_of, fill, is_template, read_text
 from petl.data.validation import LazySourceRows, Row, passage, require, text
-from petl.errors import InputError, did_you_mean
+from petl.errors import InputError, choose
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +35,6 @@ class AnswerColumns(TaskColumns, ABC):
         super().__init__(settings, labeled=labeled)
         self.found: dict[Format, list[str]] = {}  # formats of the rows read so far, their columns
         self.known: dict[tuple[str, ...], Format | None] = {}  # by the columns of a row
-        if settings.format is not None and settings.format not in formats():
-            raise InputError(
-                f"no format {settings.format!r} (data.format)"
-                f"{did_you_mean(settings.format, formats())}"
-            )
         # settings such as data.messages name columns, and so does data.format: one of the two
         own = self.own_format()
         if own is not None and settings.format is not None:
@@ -47,7 +42,8 @@ class AnswerColumns(TaskColumns, ABC):
                 f"data.format={settings.format} names the columns, and so do other settings "
                 f"({', '.join(own.required(labeled=True))}): give one of them"
             )
-        self.named = own or (formats()[settings.format] if settings.format else None)
+        named = settings.format and choose(formats(), settings.format, "data.format")
+        self.named = own or named or None
         # in the order of preference: the first whose columns are present is taken
         self.formats = (self.named,) if self.named else (self.usual_format(), *recognized())
 

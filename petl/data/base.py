@@ -17,10 +17,11 @@ from petl.data.tasks import TASKS
 from petl.data.tasks.base import Task
 from petl.errors import InputError, choose
 from petl.system.settings.schema import plain
-from petl.system.values import read_fields
+from petl.system.values import bounded, check_rules, field, integer, one_of, read_fields
 
 BY_CLASS = "by_class"  # value of data.order
 ENCODED_TOGETHER = 100  # rows of a call of `Task.encode_rows`; assumption
+SHARE = bounded(gt=0, lt=1)  # of rows to test on, which leaves some to train on
 Row = dict[str, Any]
 T = TypeVar("T")
 
@@ -102,11 +103,14 @@ class Source(ABC):
     name: str
     source: str
     task: str = "classification"
-    train_rows: int | None = None  # None: all
-    test_rows: int | None = None
-    seed: int = 13  # of the shuffle that precedes holding out and limiting rows
-    order: str | None = None  # of the train rows: by_class, or None: shuffled in each epoch
-    stream_repeats: int | None = None  # with by_class: passes over the rows of a class; None: 1
+    train_rows: int | None = field(None, integer(1))  # None: all
+    test_rows: int | None = field(None, integer(1))
+    # of the shuffle that precedes holding out and limiting rows
+    seed: int = field(13, integer(0, 2**32 - 1))
+    # of the train rows: by_class, or None: shuffled in each epoch
+    order: str | None = field(None, one_of(BY_CLASS))
+    # with by_class: passes over the rows of a class; None: 1
+    stream_repeats: int | None = field(None, integer(1))
     allow_overlap: bool = False  # a test set that is mostly training rows
 
     def __post_init__(self) -> None:
@@ -114,18 +118,12 @@ class Source(ABC):
             raise InputError(
                 f"data.task={self.task}, but data {self.name} is for {' or '.join(self.serves)}"
             )
-        minima = (("train_rows", 1), ("test_rows", 1), ("seed", 0), ("stream_repeats", 1))
-        for key, minimum in minima:
-            check_minimum(key, getattr(self, key), minimum)
-        if self.order not in (None, BY_CLASS):
-            raise InputError(f"data.order={self.order} is not {BY_CLASS} or null")
+        check_rules(self, "data")
         if self.stream_repeats is not None and self.order is None:
             raise InputError(
                 f"data.stream_repeats={self.stream_repeats} needs data.order={BY_CLASS}, the order "
                 "of which it repeats each class"
             )
-        if self.seed >= 2**32:
-            raise InputError(f"data.seed={self.seed} is not below 2**32")
 
     def check(self) -> None:
         """Raise InputError if files that the settings name are missing; no row is read."""
@@ -144,11 +142,8 @@ class Source(ABC):
 class TextSource(Source, ABC):
     """Settings that all text sources share."""
 
-    max_length: int = 128  # tokens of a row; longer rows are truncated
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_minimum("max_length", self.max_length, 2)
+    # tokens of a row; longer rows are truncated
+    max_length: int = field(128, integer(2))
 
 
 def read_data(cfg: DictConfig | Mapping[str, Any]) -> RawData:
@@ -180,18 +175,6 @@ def data_source(cfg: DictConfig | Mapping[str, Any]) -> Source:
     # before the fields: which are allowed depends on the task
     choose(TASKS, settings.get("task", "classification"), "task")
     return read_fields(kind, settings, "data")
-
-
-def check_minimum(key: str, value: float | None, minimum: float) -> None:
-    """Raise InputError if the setting `key` is below `minimum`."""
-    if value is not None and value < minimum:
-        raise InputError(f"data.{key}={value} is below {minimum}")
-
-
-def check_fraction(test_share: float) -> None:
-    """Raise InputError unless `test_share` leaves rows both to train and to test on."""
-    if not 0 < test_share < 1:
-        raise InputError(f"data.test_share={test_share} is not between 0 and 1")
 
 
 def shuffled(count: int, seed: int) -> list[int]:

@@ -11,6 +11,7 @@ every epoch and full steps where possible. In this sampler the last batch of eac
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,9 @@ from petl.data.batch_sampler import (
     split_by,
 )
 from petl.errors import InputError
+from petl.system.values import bounded, one_of
+
+AT_LEAST_1 = bounded(ge=1)
 
 
 class BucketBatchSampler(Sampler[list[int]]):
@@ -92,15 +96,14 @@ class BucketBatchSampler(Sampler[list[int]]):
         ratio_sigma: float = 4.0,
         strict: bool = True,
     ) -> None:
-        # arguments that must be at least 1
         least_one = {"n_buckets": n_buckets, "sub_buckets": sub_buckets, "world_size": world_size}
-        check(**least_one, max_tokens=max_tokens, quadratic=quadratic)
+        for name, value in {**least_one, "max_tokens": max_tokens, "quadratic": quadratic}.items():
+            AT_LEAST_1.check(name, value, Real | None)
+        one_of("raise", "alone").check("too_long", too_long)
         if (max_tokens is None) == (batch_sizes is None):
             raise InputError(
                 f"max_tokens={max_tokens} and batch_sizes={batch_sizes}: give one of the two"
             )
-        if too_long not in ("raise", "alone"):
-            raise InputError(f"too_long={too_long!r} is not one of raise, alone")
         self.lengths = integer_lengths("lengths", lengths)
         self.max_tokens, self.quadratic, self.shuffle = max_tokens, quadratic, shuffle
         self.seed, self.drop_last, self.world_size = seed, drop_last, world_size
@@ -290,13 +293,6 @@ class BucketBatchSampler(Sampler[list[int]]):
         return hasher.hexdigest()
 
 
-def check(**values: float | None) -> None:
-    """Raise InputError if one of the named values is below 1."""
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise InputError(f"{name}={value} is below 1")
-
-
 def distinct(edges: Sequence[int], longest: float) -> list[int]:
     """The edges below the longest row, without repetition."""
     return sorted({edge for edge in edges if edge < longest})
@@ -318,7 +314,8 @@ def sizes_of_buckets(batch_sizes: int | Sequence[int], count: int) -> list[int]:
     sizes = [batch_sizes] * count if isinstance(batch_sizes, int) else list(batch_sizes)
     if len(sizes) != count:
         raise InputError(f"{len(sizes)} batch_sizes for {count} buckets: give one for each")
-    check(**{f"batch_sizes[{i}]": size for i, size in enumerate(sizes)})
+    for i, size in enumerate(sizes):
+        AT_LEAST_1.check(f"batch_sizes[{i}]", size, Real)
     return sizes
 
 

@@ -1,8 +1,8 @@
 """Data sets from packages: WordNet (inside petl), digits, Hamlet and reasoning puzzles."""
 
 import gzip
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -11,21 +11,14 @@ from typing import Any, ClassVar
 import numpy as np
 from datasets import Dataset
 
-from petl.data.base import (
-    RawData,
-    Source,
-    TextSource,
-    check_minimum,
-    limited,
-    shuffled,
-    train_test_split,
-)
+from petl.data.base import RawData, Source, TextSource, limited, shuffled, train_test_split
 from petl.data.tasks.causal_lm import CausalLM
 from petl.data.tasks.classification import Classification
 from petl.data.tasks.media import ImageClassification
-from petl.errors import InputError, UnknownNameError, did_you_mean
+from petl.errors import InputError, choose
 from petl.system.files.paths import Package
 from petl.system.imports.extras import install_hint, optional
+from petl.system.values import Rule, field, integer
 
 # The lexicographer files of verbs by ascending number, 29 to 43: lexnames(5WN).
 WORDNET_CLASSES = [
@@ -134,10 +127,9 @@ class Reasoning(TextSource):
 
     serves: ClassVar[tuple[str, ...]] = ("causal_lm",)
 
-    puzzles: list[str] = field(default_factory=lambda: ["gsm_symbolic", "chain_sum"])
-    generate: int | None = (
-        None  # maximum new tokens when answers of test rows are generated and scored
-    )
+    puzzles: list[str] = field(["gsm_symbolic", "chain_sum"], Rule("a list of puzzles", bool))
+    # maximum new tokens when answers of test rows are generated and scored
+    generate: int | None = field(None, integer(1))
 
     def read(self) -> RawData:
         """Generate the puzzles; column `messages`."""
@@ -146,9 +138,6 @@ class Reasoning(TextSource):
                 f"data.train_rows={self.train_rows} and data.test_rows={self.test_rows}: the data "
                 "set is generated without end, so give a number for both"
             )
-        check_minimum("generate", self.generate, 1)
-        if not self.puzzles:
-            raise InputError(f"data.puzzles={self.puzzles} is empty: name at least one puzzle")
         count = self.train_rows + self.test_rows
         per_puzzle = -(-count // len(self.puzzles))  # rounded up
         rows = [row for puzzle in self.puzzles for row in self.generate_rows(puzzle, per_puzzle)]
@@ -178,9 +167,8 @@ class Reasoning(TextSource):
 
 def distinct(puzzle: str, seed: int, tries: int) -> Iterator[tuple[str, str]]:
     """Yield different questions of one kind with their answers, from `tries` generated ones."""
-    gym, names = reasoning_gym()
-    if puzzle not in names:
-        raise UnknownNameError(f"no puzzle {puzzle!r}{did_you_mean(puzzle, names)}")
+    gym, puzzles = reasoning_gym()
+    choose(puzzles, puzzle, "puzzle")
     # lazy: a question is generated when it is indexed
     generated = gym.create_dataset(puzzle, seed=seed, size=tries)
     seen: set[str] = set()
@@ -191,14 +179,14 @@ def distinct(puzzle: str, seed: int, tries: int) -> Iterator[tuple[str, str]]:
             yield question, answer
 
 
-def reasoning_gym() -> tuple[Any, list[str]]:
-    """The module reasoning_gym and the names of its puzzles.
+def reasoning_gym() -> tuple[Any, Mapping[str, object]]:
+    """The module reasoning_gym and its puzzles, by name.
 
     Raises:
         InputError: the package, or one that it needs, is not installed.
     """
     try:
-        return import_module("reasoning_gym"), list(import_module("reasoning_gym.factory").DATASETS)
+        return import_module("reasoning_gym"), import_module("reasoning_gym.factory").DATASETS
     except ImportError as error:
         raise InputError(
             f"data=reasoning needs reasoning-gym ({error}); run: {install_hint('reasoning')}"

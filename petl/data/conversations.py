@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from petl.data.tasks.base import TOOLS, Message
-from petl.data.validation import parse_json, passage, shown, text
+from petl.data.validation import parse_json, passage, text
+from petl.errors import shown
 
 # the words of OpenAI, ShareGPT and exports of chat programs; other roles stay as they are
 ROLES = {

@@ -32,9 +32,8 @@ from petl.data.validation import (
     every,
     from_table,
     parse_json,
-    shown,
 )
-from petl.errors import InputError, first_line
+from petl.errors import InputError, first_line, shown
 from petl.system.files.paths import file_of, path_of
 
 Table = Iterator[tuple[int, dict[str, Any]]]  # numbered rows

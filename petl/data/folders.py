@@ -5,17 +5,16 @@ import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from datasets import Dataset
 
 from petl.data.base import (
+    SHARE,
     RawData,
     Source,
-    check_fraction,
-    check_minimum,
     hold_out,
     limited,
     shuffled,
@@ -24,10 +23,11 @@ from petl.data.base import (
 from petl.data.label_column import has_too_many_classes
 from petl.data.task_columns import in_order
 from petl.data.tasks.base import Task
-from petl.data.tasks.media import MIN_SECONDS, AudioClassification, ImageClassification
+from petl.data.tasks.media import CLIP, AudioClassification, ImageClassification
 from petl.errors import InputError, did_you_mean
 from petl.system.files.paths import path_of
 from petl.system.imports.extras import optional
+from petl.system.values import Rule, field
 
 LabeledFile = tuple[Path, str]  # a file and its class
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -45,11 +45,7 @@ class Folders(Source, ABC):
 
     train: str
     test: str | None = None  # None: test_share of the training files is held out
-    test_share: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_fraction(self.test_share)
+    test_share: float = field(0.1, SHARE)
 
     def check(self) -> None:
         """Raise InputError unless both folders exist."""
@@ -127,11 +123,7 @@ class AudioFolder(Folders):
     package: ClassVar[tuple[str, str]] = ("scipy", "audio")
 
     task: str = "audio_classification"
-    max_seconds: float = 10.0  # of a clip; longer clips are truncated
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_minimum("max_seconds", self.max_seconds, MIN_SECONDS)
+    max_seconds: float = field(10.0, CLIP)  # of a clip; longer clips are truncated
 
     def task_of(self, classes: list[str]) -> Task:
         """Build an audio classification task."""
@@ -149,16 +141,11 @@ class Speech(Source):
 
     task: str = "audio_classification"
     path: str = "/usr/share/asterisk/sounds"  # or a folder that `dpkg -x` wrote
-    languages: list[str] = field(default_factory=lambda: ["en", "es", "fr", "it", "ru"])
-    max_seconds: float = 10.0  # of a clip; longer clips are truncated
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_minimum("max_seconds", self.max_seconds, MIN_SECONDS)
-        if len(set(self.languages)) < 2:
-            raise InputError(
-                f"data.languages={self.languages} has fewer than two languages: name at least two"
-            )
+    languages: list[str] = field(
+        ["en", "es", "fr", "it", "ru"],
+        Rule("a list of at least two languages", lambda names: len(set(names)) > 1),
+    )
+    max_seconds: float = field(10.0, CLIP)  # of a clip; longer clips are truncated
 
     def read(self) -> RawData:
         """List and hash the prompts; columns `path`, `sha256` and `label`."""

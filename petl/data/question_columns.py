@@ -6,7 +6,8 @@ from typing import Any
 from petl.data.task_columns import AnySourceRows, ColumnSettings, NamedColumns
 from petl.data.tasks.base import Task
 from petl.data.tasks.question_answering import QuestionAnswering
-from petl.data.validation import Row, parse_json, read, shown, text
+from petl.data.validation import Row, parse_json, read, text
+from petl.errors import shown
 
 JSON_PREFIXES = ('{"', "[{", '["', "[]")  # of answers in a csv file
 

@@ -12,8 +12,6 @@ from petl.data.answer_columns import CausalLMColumns, Seq2SeqColumns
 from petl.data.base import (
     RawData,
     Stream,
-    check_fraction,
-    check_minimum,
     held_rows,
     hold_out,
     limited,
@@ -63,26 +61,19 @@ class Tabular(ColumnSettings, ABC):
     serves: ClassVar[tuple[str, ...]] = tuple(TASK_COLUMNS)
 
     def __post_init__(self) -> None:
+        # as text in rows, which is compared without spaces around it
+        self.labels = None if self.labels is None else [name.strip() for name in self.labels]
+        self.tasks = None if self.tasks is None else [name.strip() for name in self.tasks]
         super().__post_init__()
-        check_fraction(self.test_share)
-        if self.labels is not None:
-            # YAML may give numbers; labels in rows are compared as text
-            self.labels = [str(name).strip() for name in self.labels]
-            if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
-                raise InputError(
-                    f"data.labels={self.labels} does not name at least two distinct classes"
-                )
-        keys = ("max_answer_length", "max_target_length", "generate", "shuffle_buffer", "held_rows")
-        for key in keys:
-            check_minimum(key, getattr(self, key), 1)
-        # 0: windows that do not overlap
-        check_minimum("stride", self.stride, 0)
         for key in ("text", "text_pair", "target", "prompt", "answer"):
             check_template(f"data.{key}", getattr(self, key))
         if self.system is not None:  # a text, which need not have a column
             check_braces("data.system", self.system)
         self.refuse_unused_settings()
-        self.check_row_tasks()
+        if self.tasks is None and self.task_column != "task":
+            raise InputError(
+                f"data.task_column={self.task_column} is for data.tasks: name the tasks"
+            )
         _ = self.task_columns  # created here to check the settings
 
     def refuse_unused_settings(self) -> None:
@@ -99,18 +90,6 @@ class Tabular(ColumnSettings, ABC):
                     f"data.{field.name}={as_typed} is for data.task={' or '.join(users)}, but "
                     f"data.task is {self.task}"
                 )
-
-    def check_row_tasks(self) -> None:
-        """Raise InputError for names of tasks that rows cannot have."""
-        if self.tasks is None:
-            if self.task_column != "task":
-                raise InputError(
-                    f"data.task_column={self.task_column} is for data.tasks: name the tasks"
-                )
-            return
-        self.tasks = [str(name).strip() for name in self.tasks]
-        if not all(self.tasks) or len({*self.tasks}) != len(self.tasks) or not self.tasks:
-            raise InputError(f"data.tasks={self.tasks} does not name distinct tasks")
 
     @cached_property
     def task_columns(self) -> TaskColumns:

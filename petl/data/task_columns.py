@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
-from petl.data.base import TextSource
+from petl.data.base import SHARE, TextSource
 from petl.data.label_column import refuse_class_per_row
 from petl.data.other_tasks import fitting_task
-from petl.data.tasks.base import Task
+from petl.data.tasks.base import CLASSES, Task
 from petl.data.tasks.classification import Classification
 from petl.data.tasks.regression import Regression
 from petl.data.tasks.row_tasks import COLUMN, of_tasks
@@ -26,12 +26,13 @@ from petl.data.validation import (
     numbered,
     read,
     require,
-    shown,
     similar,
     text,
 )
-from petl.errors import InputError
+from petl.errors import InputError, shown
+from petl.system.values import Rule, field, integer
 
+TASKS = Rule("a list of distinct names", lambda names: len(names) == len({*names} - {""}) > 0)
 AnySourceRows = SourceRows | LazySourceRows
 
 
@@ -42,8 +43,10 @@ class ColumnSettings(TextSource, ABC):
     text: str = "text"
     text_pair: str | None = None  # column of a second text, encoded together with the first
     label: str = "label"
-    labels: list[str] | None = None  # names of the classes in order; None: taken from the rows
-    tasks: list[str] | None = None  # names of the tasks of rows, in the order of their ids
+    # names of the classes in order; None: taken from the rows
+    labels: list[str] | None = field(None, CLASSES)
+    # names of the tasks of rows, in the order of their ids
+    tasks: list[str] | None = field(None, TASKS)
     task_column: str = "task"  # with tasks: column of each row's task, a name or an id
     tokens: str = "tokens"
     tags: str = "tags"
@@ -51,28 +54,26 @@ class ColumnSettings(TextSource, ABC):
     context: str = "context"
     answers: str = "answers"
     answer_start: str | None = None
-    stride: int = 128  # tokens by which the windows of a long context overlap
-    max_answer_length: int = 30  # tokens
+    stride: int = field(128, integer(0))  # tokens by which the windows of a long context overlap
+    max_answer_length: int = field(30, integer(1))  # tokens
     target: str = "target"
     prefix: str = ""  # put before each text, with seq2seq
-    max_target_length: int = 128  # tokens
+    max_target_length: int = field(128, integer(1))  # tokens
     format: str | None = None  # of rows to write from, see `petl.data.formats`; None: recognized
     messages: str | None = None  # column of conversations, in place of text
     prompt: str | None = None  # column or template of questions: conversations of one turn each
     answer: str | None = None  # column or template of the answers to them
     system: str | None = None  # system prompt of conversations without one
     pack: bool = False  # several whole texts in a row of max_length; no attention across texts
-    generate: int | None = (
-        None  # maximum new tokens when answers of test rows are generated and scored
-    )
+    # maximum new tokens when answers of test rows are generated and scored
+    generate: int | None = field(None, integer(1))
     streaming: bool = False  # read train rows as they are needed
-    shuffle_buffer: int = 10_000  # rows of a stream in memory, among which the order is random
-    held_rows: int = (
-        1000  # encoded rows of a stream, its first, that are held out if train.eval_steps is set
-    )
-    test_share: float = (
-        0.1  # fraction of the training rows that is held out if there are no test rows
-    )
+    # rows of a stream in memory, among which the order is random
+    shuffle_buffer: int = field(10_000, integer(1))
+    # encoded rows of a stream, its first, that are held out if train.eval_steps is set
+    held_rows: int = field(1000, integer(1))
+    # fraction of the training rows that is held out if there are no test rows
+    test_share: float = field(0.1, SHARE)
 
 
 class TaskColumns(ABC):

@@ -20,9 +20,9 @@ from petl.data.tasks.row_tasks import COLUMN
 from petl.errors import InputError, choose
 from petl.system.settings.command_line import options_of, raw
 from petl.system.settings.schema import plain
+from petl.system.values import field, one_of, real
 
 SOURCE = "tasks"  # `data.source`
-SAMPLINGS = ("size", "temperature")
 EXAMPLE = "data.sets=[wordnet,...], or data.sets={verbs:{data:wordnet,train_rows:2000},...}"
 
 
@@ -96,8 +96,9 @@ class TaskSets(Source):
 
     task: str = MultitaskClassification.name
     sets: Any = None
-    sampling: str = "size"
-    temperature: float | None = None
+    sampling: str = field("size", one_of("size", "temperature"))
+    # with 1, tasks are sampled by size; the higher, the more equally
+    temperature: float | None = field(None, real(1, 1e6))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,25 +108,13 @@ class TaskSets(Source):
                     f"data.{key}={getattr(self, key)} is for one data set: set "
                     f"data.sets={{NAME:{{data:CONFIGURATION,{key}:{getattr(self, key)}}},...}}"
                 )
-        self.check_sampling()
+        if (self.sampling == "temperature") != (self.temperature is not None):
+            raise InputError(
+                f"data.sampling={self.sampling} and data.temperature={self.temperature}: give a "
+                "temperature from 1 to 1e6 with data.sampling=temperature, and only there"
+            )
         self.sets = with_sets({"sets": self.sets})["sets"]
         _ = self.sources  # created here to check the settings
-
-    def check_sampling(self) -> None:
-        """Raise InputError for a sampling that is unknown, or a temperature that does not fit."""
-        if self.sampling not in SAMPLINGS:
-            raise InputError(f"data.sampling={self.sampling} is not one of {', '.join(SAMPLINGS)}")
-        if self.sampling == "size" and self.temperature is not None:
-            raise InputError(
-                f"data.temperature={self.temperature:g} is for data.sampling=temperature"
-            )
-        is_finite = self.temperature is not None and 1 <= self.temperature <= 1e6
-        if self.sampling == "temperature" and not is_finite:
-            shown = "null" if self.temperature is None else f"{self.temperature:g}"
-            raise InputError(
-                f"data.temperature={shown} is not from 1 to 1,000,000: with 1, tasks are sampled "
-                "by size; the higher, the more equally"
-            )
 
     @cached_property
     def sources(self) -> dict[str, Source]:

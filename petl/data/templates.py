@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from petl.data.validation import Row, read, shown
-from petl.errors import InputError
+from petl.data.validation import Row, read
+from petl.errors import InputError, shown
 
 T = TypeVar("T")
 # in this order: doubled braces before a column, and a single brace, an error, last

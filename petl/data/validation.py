@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from datasets import Dataset
 
-from petl.errors import InputError, did_you_mean
+from petl.errors import InputError, did_you_mean, shown
 from petl.system.files.disk import check_bounds
 
 T = TypeVar("T")
@@ -279,9 +279,3 @@ def numbered(classes: list[str]) -> Callable[[Any], str]:
         return classes[value]
 
     return name
-
-
-def shown(value: Any, length: int = 60) -> str:
-    """The repr of a value for a message, truncated to `length` characters."""
-    representation = repr(value)
-    return representation if len(representation) <= length else representation[:length] + "..."

@@ -176,9 +176,10 @@ def type_name(hint: Any) -> str:
 def hints_of(kind: type[Any]) -> dict[str, Any]:
     """Return the annotation of each field of a dataclass, evaluated."""
     try:
-        return typing.get_type_hints(kind)
+        hints = typing.get_type_hints(kind)
     except NameError:  # annotations of another package, imported under TYPE_CHECKING only
-        return {field.name: Any for field in dataclasses.fields(kind)}
+        hints = {}
+    return {field.name: hints.get(field.name, Any) for field in dataclasses.fields(kind)}
 
 
 # Rules
@@ -220,9 +221,10 @@ class Rule:
 FREE = Rule("a value of its type", lambda value: True)
 
 
-def integer(low: int) -> Rule:
-    """Rule for integers from `low`."""
-    return Rule(f"an integer from {low}", lambda value: value >= low)
+def integer(low: int, high: int = LARGEST) -> Rule:
+    """Rule for integers from `low` to `high`."""
+    words = f"an integer from {low:,}" + (f" to {high:,}" if high < LARGEST else "")
+    return Rule(words, lambda value: low <= value <= high)
 
 
 def real(low: float, high: float = math.inf, *, above: bool = False) -> Rule:

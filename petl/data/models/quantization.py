@@ -13,9 +13,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from petl.errors import InputError
-from petl.system.imports.extras import need_extra
-
 # NF4 with double quantization: weights per scale, scales per second-level scale, and bytes of the
 # tables of codes and the offset
 NF4_BLOCK, NF4_SCALES, NF4_TABLE = 64, 256, 4 * (16 + 256) + 4
@@ -24,17 +21,6 @@ PACKAGES = {
     "bnb_8bit": "bitsandbytes",
     "torchao_int8": "torchao",
 }
-
-
-def check_quantization(scheme: str | None) -> None:
-    """Raise InputError if the scheme is unknown, or its package is not installed."""
-    if scheme is None:
-        return
-    if scheme not in PACKAGES:
-        raise InputError(
-            f"model.quantization={scheme} is not one of {', '.join(PACKAGES)}, or null"
-        )
-    need_extra("quantized", PACKAGES[scheme], f"model.quantization={scheme}")
 
 
 def quantization_config(scheme: str, dtype: torch.dtype, dense: Sequence[str]) -> Any:

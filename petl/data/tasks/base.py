@@ -30,11 +30,17 @@ from petl.data.tasks.scores import LOSSES
 from petl.errors import InputError
 from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.paths import LABELS
+from petl.system.values import Rule
 
 CHUNK = 1024  # tokens whose logits are converted to float32 at a time; assumption
 logger = logging.getLogger(__name__)
 
 FILE = "task.json"  # in an adapter's folder
+
+# of `data.labels` and of tasks
+CLASSES = Rule(
+    "a list of at least two distinct classes", lambda names: len(names) == len({*names}) > 1
+)
 
 IGNORED = -100  # the label that transformers' losses skip
 

@@ -28,6 +28,7 @@ from petl.data.tasks.base import (
 from petl.data.tasks.chat import encode_chat, last_answer, question
 from petl.data.tasks.packing import batch_of_blocks, isolate_packed_texts, pack
 from petl.ops.segmented_loss import shifted
+from petl.system.values import field, integer
 
 
 @dataclass
@@ -43,12 +44,13 @@ class CausalLM(Task):
     sums_predictions: ClassVar[bool] = True
     shown: ClassVar[tuple[str, ...]] = ("text", "messages")
 
-    max_length: int = 512
+    max_length: int = field(512, integer(1))
     chat: bool = False
     pack: bool = (
         False  # several texts in a row, without attention between them; else one text per row
     )
-    generate: int | None = None  # chat only: maximum new tokens of generated answers
+    # chat only: maximum new tokens of generated answers
+    generate: int | None = field(None, integer(1))
 
     @property
     def packs(self) -> bool:

@@ -8,7 +8,7 @@ the device, which adds over batches and processes; scikit-learn is not a depende
 import math
 from abc import ABC
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 
-from petl.data.tasks.base import Prediction, Row, Task, TextTask, rounded, sums_dtype
+from petl.data.tasks.base import CLASSES, Prediction, Row, Task, TextTask, rounded, sums_dtype
+from petl.system.values import field, integer
 
 MAX_LISTED = 100  # classes, up to which a prediction has the probability of each
 MOST_PROBABLE = 10  # classes that a prediction lists if there are more
@@ -31,7 +32,7 @@ class SingleLabelTask(Task, ABC):
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
 
-    classes: list[str]
+    classes: list[str] = field(MISSING, CLASSES)
 
     @property
     def labels(self) -> list[str]:
@@ -136,7 +137,7 @@ class Classification(TextTask, SingleLabelTask):
 
     name: ClassVar[str] = "classification"
 
-    max_length: int = 128
+    max_length: int = field(128, integer(1))
 
 
 def class_names(classes: list[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from petl.data.tasks.base import TextTask
+from petl.system.values import field, integer
 
 
 @dataclass
@@ -19,7 +20,7 @@ class Embedding(TextTask):
     higher_is_better: ClassVar[bool] = False
     new_head: ClassVar[bool] = False
 
-    max_length: int = 128
+    max_length: int = field(128, integer(1))
 
     @property
     def auto_class(self) -> type[Any]:

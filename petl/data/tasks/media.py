@@ -25,8 +25,10 @@ from petl.data.tasks.base import Columns, Row
 from petl.data.tasks.classification import SingleLabelTask
 from petl.data.tasks.media_files import gray_image, read_audio, read_image
 from petl.errors import InputError
+from petl.system.values import field, real
 
 MIN_SECONDS = 0.05  # of a clip: two windows of a spectrogram
+CLIP = real(MIN_SECONDS)
 Arrays = dict[str, np.ndarray]
 
 
@@ -166,7 +168,7 @@ class AudioClassification(MediaTask):
     name: ClassVar[str] = "audio_classification"
     unit: ClassVar[str] = "clips"
 
-    max_seconds: float = 10.0
+    max_seconds: float = field(10.0, CLIP)
 
     @property
     def auto_class(self) -> type[Any]:

@@ -23,6 +23,7 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
 from petl.data.tasks.base import Columns, Pad, Prediction, Row, Task, need_offsets, pad_id, rounded
 from petl.data.tasks.metrics import best_of, squad_exact, squad_f1
 from petl.errors import InputError
+from petl.system.values import field, integer
 
 MAX_MULTIPLE = 8  # the largest `multiple` of `collate`: batches may be padded up to it
 CANDIDATES = 20  # best starts and ends of a window that are combined
@@ -65,9 +66,9 @@ class QuestionAnswering(Task):
     shown: ClassVar[tuple[str, ...]] = ("question", "context")
     group: ClassVar[str | None] = "_number"
 
-    max_length: int = 384
-    stride: int = 128  # tokens by which consecutive windows overlap
-    max_answer_length: int = 30  # tokens
+    max_length: int = field(384, integer(1))
+    stride: int = field(128, integer(0))  # tokens by which consecutive windows overlap
+    max_answer_length: int = field(30, integer(1))  # tokens
     unanswerable: bool = False  # some questions have no answer
 
     @property

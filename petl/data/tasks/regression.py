@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from petl.data.tasks.base import Prediction, Row, TextTask, rounded, sums_dtype
+from petl.system.values import field, integer
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Regression(TextTask):
     higher_is_better: ClassVar[bool] = True
     by_row: ClassVar[bool] = True  # ranks need all rows
 
-    max_length: int = 128
+    max_length: int = field(128, integer(1))
 
     def model_kwargs(self) -> dict[str, Any]:
         """One output without class names."""

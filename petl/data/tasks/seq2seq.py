@@ -25,6 +25,7 @@ from petl.data.tasks.base import (
     source_numbers,
     summed_loss,
 )
+from petl.system.values import field, integer
 
 
 @dataclass
@@ -42,10 +43,10 @@ class Seq2Seq(Task):
         tuple[str, ...]
     ] = ()  # the model needs the labels, since they are also the decoder's inputs, shifted by one
 
-    max_length: int = 512
-    max_target_length: int = 128  # tokens
+    max_length: int = field(512, integer(1))
+    max_target_length: int = field(128, integer(1))  # tokens
     prefix: str = ""  # put before each text
-    generate: int | None = None  # maximum new tokens of generated answers
+    generate: int | None = field(None, integer(1))  # maximum new tokens of generated answers
 
     @property
     def auto_class(self) -> type[Any]:

@@ -6,7 +6,7 @@ word has the word's label, and the other tokens have none.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForTokenClassification, PreTrainedTokenizerBase
 
 from petl.data.tasks.base import (
+    CLASSES,
     IGNORED,
     Columns,
     Pad,
@@ -33,6 +34,7 @@ from petl.data.tasks.base import (
 )
 from petl.data.tasks.classification import class_names, macro_f1
 from petl.data.tasks.entities import OUTSIDE, are_entities, entities, parts
+from petl.system.values import field, integer
 
 
 @dataclass
@@ -46,8 +48,8 @@ class TokenClassification(Task):
 
     shown: ClassVar[tuple[str, ...]] = ("tokens",)
 
-    classes: list[str]
-    max_length: int = 128
+    classes: list[str] = field(MISSING, CLASSES)
+    max_length: int = field(128, integer(1))
 
     @property
     def labels(self) -> list[str]:

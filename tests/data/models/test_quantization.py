@@ -64,7 +64,7 @@ def test_a_quantization_whose_package_is_missing_is_refused(monkeypatch):
 
 
 def test_random_weights_are_not_quantized(monkeypatch):
-    monkeypatch.setattr("petl.data.models.quantization.need_extra", lambda *_: None)
+    monkeypatch.setattr("petl.data.models.sources.need_extra", lambda *_: None)
     cfg = compose(["+method=lora", "model=vit_random", "+model.quantization=bnb_4bit"])
     with pytest.raises(InputError, match="is for pretrained weights"):
         read_source(cfg.model)
