@@ -42,8 +42,9 @@ class AnswerColumns(TaskColumns, ABC):
                 f"data.format={settings.format} names the columns, and so do other settings "
                 f"({', '.join(own.required(labeled=True))}): give one of them"
             )
-        named = settings.format and choose(formats(), settings.format, "data.format")
-        self.named = own or named or None
+        if own is None and settings.format is not None:
+            own = choose(formats(), settings.format, "data.format")
+        self.named = own
         # in the order of preference: the first whose columns are present is taken
         self.formats = (self.named,) if self.named else (self.usual_format(), *recognized())
 

@@ -3,13 +3,9 @@
 from dataclasses import replace
 
 import numpy as np
-import pytest
 
 from petl.data.batch_sampler import StepSampler
 from petl.data.class_stream import ClassStream
-from petl.errors import InputError
-from petl.training.compose import compose
-from petl.training.runs.run_config import read_config
 
 LABELS = np.array([2, 0, 0, 2, 1, 0, 2, 0, 0, 4])  # five rows of class 0, none of class 3
 
@@ -41,19 +37,3 @@ def test_the_order_depends_on_the_seed_alone_and_resumes_anywhere():
     parts = [list(sampler(rank=rank, processes=2)) for rank in (0, 1)]
     for rows, one, other in zip(batches, *parts, strict=True):
         assert {*one, *other} == {*rows}
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["data.order=by_length"], "data.order=by_length is not by_class or null"),
-        (["data.stream_repeats=2"], "data.stream_repeats=2 needs data.order=by_class"),
-        (["data.order=by_class", "data.stream_repeats=0"], "data.stream_repeats=0 is below 1"),
-        (["data.order=by_class", "train.epochs=5"], "train.epochs=5 has no effect"),
-        (["data.order=by_class", "train.buckets=5"], "it orders rows by class"),
-        (["data.order=by_class", "train.eval_steps=5"], "train.eval_steps=5 is not possible"),
-    ],
-)
-def test_settings_that_do_not_suit_a_stream_are_refused(words, message):
-    with pytest.raises(InputError, match=message):
-        read_config(compose(["+method=dkvb", *words]))
