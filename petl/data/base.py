@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pkgutil import resolve_name
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 from datasets import Dataset
@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from petl.data import SOURCES
 from petl.data.tasks import TASKS
-from petl.data.tasks.base import Task
+from petl.data.tasks.base import P, Row, Task
 from petl.errors import InputError, choose
 from petl.system.settings.schema import plain
 from petl.system.values import bounded, check_rules, field, integer, one_of, read_fields
@@ -22,7 +22,6 @@ from petl.system.values import bounded, check_rules, field, integer, one_of, rea
 BY_CLASS = "by_class"  # value of data.order
 ENCODED_TOGETHER = 100  # rows of a call of `Task.encode_rows`; assumption
 SHARE = bounded(gt=0, lt=1)  # of rows to test on, which leaves some to train on
-Row = dict[str, Any]
 T = TypeVar("T")
 
 
@@ -45,14 +44,14 @@ class Stream:
         """The first `count` rows, not encoded."""
         return Dataset.from_list(list(islice(self.rows(), count)))
 
-    def encoded(self, task: Task, processor: Any) -> Iterator[Row]:
+    def encoded(self, task: Task[P], processor: P) -> Iterator[Row]:
         """Yield the rows as `task` encodes them."""
         rows = self.rows()
         while batch := list(islice(rows, ENCODED_TOGETHER)):
             yield from encode(task, processor, batch)
 
 
-def refuse_stream(rows: Any, reader: str) -> None:
+def refuse_stream(rows: object, reader: str) -> None:
     """Raise InputError if `rows` are a stream, since `reader` needs the lengths of all rows."""
     if isinstance(rows, Stream):
         raise stream_refused(reader)
@@ -66,7 +65,7 @@ def stream_refused(reader: str) -> InputError:
     )
 
 
-def encode(task: Task, processor: Any, rows: Sequence[Row]) -> list[Row]:
+def encode(task: Task[P], processor: P, rows: Sequence[Row]) -> list[Row]:
     """Encode rows with one call of `task.encode_rows`."""
     # encode_rows takes columns, as in Dataset.map
     columns = {key: [row[key] for row in rows] for key in rows[0]}
@@ -146,7 +145,7 @@ class TextSource(Source, ABC):
     max_length: int = field(128, integer(2))
 
 
-def read_data(cfg: DictConfig | Mapping[str, Any]) -> RawData:
+def read_data(cfg: DictConfig | Mapping[str, object]) -> RawData:
     """Read the task with its training and test rows, after a check of the settings `cfg`.
 
     Raises:
@@ -160,7 +159,7 @@ def as_dataset(data: RawData, max_rows: int) -> Dataset:
     return data.train.first_rows(max_rows) if isinstance(data.train, Stream) else data.train
 
 
-def data_source(cfg: DictConfig | Mapping[str, Any]) -> Source:
+def data_source(cfg: DictConfig | Mapping[str, object]) -> Source:
     """Return the checked settings under `data`; no row is read.
 
     Raises:

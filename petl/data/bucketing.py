@@ -12,7 +12,7 @@ every epoch and full steps where possible. In this sampler the last batch of eac
 import hashlib
 from collections.abc import Iterator, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,6 +30,14 @@ from petl.errors import InputError
 from petl.system.values import bounded, one_of
 
 AT_LEAST_1 = bounded(ge=1)
+
+
+class SamplerState(TypedDict):
+    """The position of a sampler, and a hash of all that its batches depend on."""
+
+    epoch: int
+    batch: int
+    identity: str
 
 
 class BucketBatchSampler(Sampler[list[int]]):
@@ -262,14 +270,14 @@ class BucketBatchSampler(Sampler[list[int]]):
             self.epoch, self._epoch_batches = epoch, None
             self._start = self._yielded = 0
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> SamplerState:
         """The position: epoch, and batches yielded since it began, over all processes.
 
         A DataLoader with workers prefetches: set "batch" to the number that was trained on.
         """
         return {"epoch": self.epoch, "batch": self._yielded, "identity": self._identity()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: SamplerState) -> None:
         """Resume: the next iteration yields the remaining batches of the epoch.
 
         Raises:

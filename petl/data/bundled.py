@@ -85,7 +85,7 @@ class Digits(Source):
         )  # the data set has gray levels from 0 to 16
         rows = list(zip(pixels.tolist(), digits.target.tolist(), strict=True))
 
-        def split(picked: list[Any]) -> Dataset:
+        def split(picked: list[tuple[object, object]]) -> Dataset:
             images, labels = zip(*picked, strict=True)
             return Dataset.from_dict({"pixels": images, "label": labels})
 

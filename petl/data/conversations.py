@@ -8,7 +8,6 @@ functions that a conversation may call are the content of a first message with t
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from petl.data.tasks.base import TOOLS, Message
 from petl.data.validation import parse_json, passage, text
@@ -25,7 +24,7 @@ ROLES = {
 EXTRAS = ("name", "tool_call_id", "reasoning_content")  # texts that some templates print
 
 
-def conversation(value: Any) -> list[Message]:
+def conversation(value: object) -> list[Message]:
     """Parse a list of turns with role and content (OpenAI), or from and value (ShareGPT).
 
     Raises:
@@ -36,7 +35,7 @@ def conversation(value: Any) -> list[Message]:
     return [parsed_turn(turn, f"turn {number}") for number, turn in enumerate(value, start=1)]
 
 
-def parsed_turn(turn: Any, place: str) -> Message:
+def parsed_turn(turn: object, place: str) -> Message:
     """Parse one turn.
 
     Args:
@@ -54,7 +53,7 @@ def parsed_turn(turn: Any, place: str) -> Message:
     calls = given.get("tool_calls") or given.get("function_call")
     if role == "function_call" and not calls:  # ShareGPT: the call is the turn's text
         content, calls = "", content
-    extras: dict[str, Any] = {
+    extras: dict[str, object] = {
         key: given[key] for key in EXTRAS if isinstance(given.get(key), str) and given[key]
     }
     name = ROLES.get(role.lower(), role)
@@ -76,12 +75,12 @@ def parsed_turn(turn: Any, place: str) -> Message:
     return {"role": name, "content": "" if empty else content_of(content, place), **more}
 
 
-def first(given: Mapping[str, Any], *keys: str) -> Any:
+def first(given: Mapping[str, object], *keys: str) -> object:
     """The first value that is not None; tables fill in the keys of other rows with None."""
     return next((given[key] for key in keys if given.get(key) is not None), None)
 
 
-def content_of(value: Any, place: str) -> str:
+def content_of(value: object, place: str) -> str:
     """The text of a turn, which may be a list of parts."""
     if isinstance(value, str):
         return value
@@ -96,7 +95,7 @@ def content_of(value: Any, place: str) -> str:
     return "".join(texts)
 
 
-def tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
+def tool_calls(value: object, place: str) -> list[dict[str, object]]:
     """Calls of functions as chat templates take them: with arguments as an object, not as text."""
     calls = from_json(value, f"a call in {place}")
     # one call may stand without a list
@@ -106,14 +105,15 @@ def tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
     return [parsed_call(call, place) for call in calls]
 
 
-def parsed_call(call: Any, place: str) -> dict[str, Any]:
+def parsed_call(call: object, place: str) -> dict[str, object]:
     """Parse one call, `{"function": {"name", "arguments"}}` or the inner object alone."""
-    inner = (call.get("function") or call) if isinstance(call, dict) else {}
+    given = call if isinstance(call, dict) else {}
+    inner = given.get("function") or given
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
         raise ValueError(f"has {shown(call)} as a call in {place}, not an object with name")
     # OpenAI has arguments as JSON text, and null for none
     arguments = from_json(inner.get("arguments") or {}, f"the arguments of a call in {place}")
-    own_id = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    own_id = {"id": given["id"]} if isinstance(given.get("id"), str) else {}
     return {
         "type": "function",
         **own_id,
@@ -121,7 +121,7 @@ def parsed_call(call: Any, place: str) -> dict[str, Any]:
     }
 
 
-def declared_tools(value: Any) -> list[Message]:
+def declared_tools(value: object) -> list[Message]:
     """The message that declares functions, a list or its JSON text; none if it is empty."""
     tools = from_json(value, "the functions") if value else []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -131,7 +131,7 @@ def declared_tools(value: Any) -> list[Message]:
     return [{"role": TOOLS, "content": json.dumps(wrapped)}] if tools else []
 
 
-def from_json(value: Any, what: str) -> Any:
+def from_json(value: object, what: str) -> object:
     """The value of JSON text; any other value as it is."""
     if not isinstance(value, str):
         return value
@@ -141,26 +141,27 @@ def from_json(value: Any, what: str) -> Any:
         raise ValueError(f"has {shown(value)} as {what}: {error}") from error
 
 
-def side(value: Any, role: str) -> list[Message]:
+def side(value: object, role: str) -> list[Message]:
     """One side of a pair: a text, which is a turn of `role`, or a list of turns."""
     return (
         conversation(value) if isinstance(value, list) else [{"role": role, "content": text(value)}]
     )
 
 
-def system_turn(value: Any) -> list[Message]:
+def system_turn(value: object) -> list[Message]:
     """The turn of a column with system prompts; none where it is empty."""
     # tables have None where a row has no value
     content = passage(value if value is not None else "")
     return [{"role": "system", "content": content}] if content.strip() else []
 
 
-def past_turns(value: Any) -> list[Message]:
+def past_turns(value: object) -> list[Message]:
     """The turns of earlier questions and answers, a list of pairs."""
-    if not isinstance(value or [], list | tuple):
+    pairs = value or []
+    if not isinstance(pairs, list | tuple):
         raise ValueError(f"is {shown(value)}, not a list of questions with their answers")
     turns: list[Message] = []
-    for pair in value or []:
+    for pair in pairs:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise ValueError(f"has {shown(pair)}, not a question and its answer")
         turns += [*side(pair[0], "user"), *side(pair[1], "assistant")]

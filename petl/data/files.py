@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from io import BufferedReader, TextIOWrapper
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import psutil
 import pyarrow as pa
@@ -36,7 +36,7 @@ from petl.data.validation import (
 from petl.errors import InputError, first_line, shown
 from petl.system.files.paths import file_of, path_of
 
-Table = Iterator[tuple[int, dict[str, Any]]]  # numbered rows
+Table = Iterator[tuple[int, dict[str, object]]]  # numbered rows
 BATCH = 1000  # rows of a parquet file in memory at a time; assumption: small next to a model
 CHECKED = 100_000  # rows after which the memory is looked at again
 MIN_FREE = 0.02  # fraction of the memory that rows must leave free; assumption
@@ -47,8 +47,8 @@ logger = logging.getLogger(__name__)
 class Files(Tabular):
     """Rows of local files; those of several files are read one after the other."""
 
-    train: Any  # a file, or a list of files
-    test: Any = None  # likewise; None: test_share of the training rows is held out
+    train: object  # a file, or a list of files
+    test: object = None  # likewise; None: test_share of the training rows is held out
 
     def check(self) -> None:
         """Raise InputError unless all files exist and have a supported format."""
@@ -84,7 +84,7 @@ class Files(Tabular):
         return test
 
 
-def file_names(setting: str, value: Any) -> list[str]:
+def file_names(setting: str, value: object) -> list[str]:
     """The names of the files that a setting names, one or a list.
 
     Raises:
@@ -322,7 +322,7 @@ def read_jsonl(path: Path, choose: Choose) -> Table:
             yield line, select_columns(row, choose, f"{path}, line {line}")
 
 
-def select_columns(row: Any, choose: Choose, origin: str) -> dict[str, Any]:
+def select_columns(row: object, choose: Choose, origin: str) -> dict[str, object]:
     """The values of one JSON object that `choose` returns the names of."""
     if not isinstance(row, dict):
         raise InputError(f"{origin}: {shown(row)} is not an object")

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,9 +27,9 @@ from petl.system.values import read_fields
 def read_inputs(
     names: Sequence[str],
     task: Task,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     *,
-    rows: Iterable[Mapping[str, Any]] | None = None,
+    rows: Iterable[Mapping[str, object]] | None = None,
     labels: bool = False,
     any_kind: bool = False,
     setting: str = "FILE",
@@ -93,7 +92,7 @@ def read_inputs(
 
 
 def located_in_memory(
-    rows: Iterable[Mapping[str, Any]], choose: Choose
+    rows: Iterable[Mapping[str, object]], choose: Choose
 ) -> Iterator[tuple[str, Row]]:
     """Yield rows in memory, as `located_rows` those of files."""
     for number, row in enumerate(rows, 1):
@@ -107,7 +106,7 @@ def located_in_memory(
         yield origin, {name: plain(value) for name, value in row.items()}
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """A value as Python's own type, if it is one of NumPy."""
     return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
@@ -115,7 +114,7 @@ def plain(value: Any) -> Any:
 def media_inputs(
     names: Sequence[str],
     task: MediaTask,
-    rows: Iterable[Mapping[str, Any]] | None = None,
+    rows: Iterable[Mapping[str, object]] | None = None,
     *,
     labels: bool,
     setting: str,

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from itertools import islice
-from typing import Any
 
 from petl.data.validation import Row, label, number
 from petl.errors import InputError
@@ -61,7 +60,7 @@ def candidates(rows: list[Row], used: Collection[str]) -> dict[str, int]:
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
-def as_label(value: Any) -> str | None:
+def as_label(value: object) -> str | None:
     """Return the name of the class that a value may be; None if it cannot be one."""
     try:
         return label(value)

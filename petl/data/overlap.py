@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from datasets import Dataset
 
@@ -64,7 +63,7 @@ def input_columns(task: Task, names: Iterable[str]) -> list[str]:
     return [name for name in found if name != "path"] or found
 
 
-def input_text(row: Mapping[str, Any]) -> str:
+def input_text(row: Mapping[str, object]) -> str:
     """The input of a row as one text; other values than texts as JSON."""
     values = (v if isinstance(v, str) else json.dumps(v, default=str) for v in row.values())
     return "\x1f".join(values)

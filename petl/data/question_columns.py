@@ -1,7 +1,6 @@
 """Columns of extractive question answering, with the formats in which answers are given."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from petl.data.task_columns import AnySourceRows, ColumnSettings, NamedColumns
 from petl.data.tasks.base import Task
@@ -42,7 +41,7 @@ class QuestionAnsweringColumns(NamedColumns):
             return {"question": question, "context": context}
         start = row[settings.answer_start] if settings.answer_start else None
 
-        def located(value: Any) -> list[tuple[str, int]]:
+        def located(value: object) -> list[tuple[str, int]]:
             return [self.locate(context, *answer) for answer in self.answers_of(value, start)]
 
         answers = read(row, settings.answers, located)
@@ -53,7 +52,7 @@ class QuestionAnsweringColumns(NamedColumns):
             "starts": [start for _, start in answers],
         }
 
-    def answers_of(self, value: Any, start: Any = None) -> list[tuple[str, Any]]:
+    def answers_of(self, value: object, start: object = None) -> list[tuple[object, object]]:
         """Answers with their first character, or None where it is not given.
 
         Accepts a string, a list of strings, SQuAD's lists `text` and `answer_start`, a list of
@@ -85,13 +84,13 @@ class QuestionAnsweringColumns(NamedColumns):
             f"is {shown(value)}, not a text, a list of texts, or texts with answer_start"
         )
 
-    def locate(self, context: str, answer: Any, start: Any) -> tuple[str, int]:
+    def locate(self, context: str, answer: object, start: object) -> tuple[str, int]:
         """An answer and its first character in the context, which is searched if not given.
 
         Raises:
             ValueError: the context does not contain the answer there, or several times.
         """
-        text(answer)
+        answer = text(answer)
         if start is None or start == "":
             if context.count(answer) > 1:
                 raise ValueError(
@@ -107,7 +106,7 @@ class QuestionAnsweringColumns(NamedColumns):
         return answer, start
 
 
-def starts_of(value: Any, count: int) -> list[Any]:
+def starts_of(value: object, count: int) -> list[object]:
     """The starts of a list of `count` answers, in a column of their own."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = parse_json(value)
@@ -116,7 +115,7 @@ def starts_of(value: Any, count: int) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def pairs(texts: list[Any], starts: list[Any]) -> list[tuple[Any, Any]]:
+def pairs(texts: list[object], starts: list[object]) -> list[tuple[object, object]]:
     """Answers with their starts.
 
     Raises:

@@ -18,19 +18,17 @@ from dataclasses import dataclass, replace
 from itertools import count, islice, takewhile
 from operator import itemgetter
 from random import Random
-from typing import Any
+from typing import Generic
 
 from datasets import Dataset
 
 from petl.data.base import Stream, encode
-from petl.data.tasks.base import NON_INPUT_PREFIX, Task
+from petl.data.tasks.base import NON_INPUT_PREFIX, P, Row, Task
 from petl.errors import InputError
-
-Row = dict[str, Any]
 
 
 @dataclass
-class StreamedRows:
+class StreamedRows(Generic[P]):
     """Encoded rows in the order of training, which a DataLoader reads by position.
 
     Positions have to ascend, except for the `recent` last ones, which stay in memory; a lower
@@ -44,8 +42,8 @@ class StreamedRows:
     """
 
     stream: Stream
-    task: Task
-    processor: Any
+    task: Task[P]
+    processor: P
     seed: int
     recent: int
     held: int = 0
@@ -59,7 +57,7 @@ class StreamedRows:
         self.cached: deque[Row] = deque(maxlen=self.recent)
         self.next = 0  # the first position that is not read yet
 
-    def restarted(self) -> "StreamedRows":
+    def restarted(self) -> "StreamedRows[P]":
         """A copy that starts at the first position, for another reader."""
         return replace(self)
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from petl.data.base import SHARE, TextSource
 from petl.data.label_column import refuse_class_per_row
@@ -134,7 +134,7 @@ class RowTaskColumns(TaskColumns):
         """The columns of the kind, and `task`: the name of the row's task."""
         return {**super().convert(row), COLUMN: read(row, self.settings.task_column, self.name_of)}
 
-    def name_of(self, value: Any) -> str:
+    def name_of(self, value: object) -> str:
         """The task that a value names, or has as its id.
 
         Raises:
@@ -152,7 +152,7 @@ class RowTaskColumns(TaskColumns):
 
 
 @cache
-def with_row_tasks(kind: type[TaskColumns]) -> type[Any]:
+def with_row_tasks(kind: type[TaskColumns]) -> type[object]:
     """Return the columns of a kind of task for rows of several tasks."""
     return type(kind.__name__, (RowTaskColumns, kind), {"__doc__": kind.__doc__})
 
@@ -216,7 +216,7 @@ class ClassLabelColumns(NamedColumns, ABC):
             )
         # `class_of` needs these; `task` is always called before `convert`
         self.number = {name: i for i, name in enumerate(classes)}
-        self.parse: Callable[[Any], str] = numbered(classes) if rows.classes else label
+        self.parse: Callable[[object], str] = numbered(classes) if rows.classes else label
         self.where_unknown = (  # the end of the message about an unknown class
             "data.labels lacks; add it there"
             if names
@@ -242,7 +242,7 @@ class ClassLabelColumns(NamedColumns, ABC):
     def with_classes(self, classes: list[str]) -> Task:
         """Build the task with these classes."""
 
-    def class_of(self, value: Any) -> int:
+    def class_of(self, value: object) -> int:
         """The number of the class that a value names.
 
         Raises:
@@ -346,7 +346,7 @@ def texts_of(settings: ColumnSettings, row: Row) -> Row:
     return {"text": read_text(row, settings.text, text), **second}
 
 
-def word(value: Any) -> str:
+def word(value: object) -> str:
     """Check a word: a string that is not blank."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{shown(value)}, not a word")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from datasets import Dataset
 
-from petl.data.base import RawData, Source, data_source
+from petl.data.base import RawData, Source, Stream, data_source
 from petl.data.tasks.classification import Classification
 from petl.data.tasks.multitask import SEPARATOR, MultitaskClassification
 from petl.data.tasks.row_tasks import COLUMN
@@ -26,7 +26,7 @@ SOURCE = "tasks"  # `data.source`
 EXAMPLE = "data.sets=[wordnet,...], or data.sets={verbs:{data:wordnet,train_rows:2000},...}"
 
 
-def with_sets(data: Mapping[str, Any]) -> dict[str, Any]:
+def with_sets(data: Mapping[str, object]) -> dict[str, object]:
     """Return settings under `data` with the complete settings of each set, by the task's name.
 
     Raises:
@@ -47,7 +47,7 @@ def with_sets(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**data, "sets": complete}
 
 
-def check_name(name: Any) -> None:
+def check_name(name: object) -> None:
     """Raise InputError for what cannot be the name of a task."""
     if not isinstance(name, str) or not name.strip() or not name.isprintable() or SEPARATOR in name:
         raise InputError(
@@ -57,7 +57,7 @@ def check_name(name: Any) -> None:
         raise InputError(f"data.sets has a task {name!r}, as the scores of all: name it otherwise")
 
 
-def settings_of(given: Any) -> dict[str, Any]:
+def settings_of(given: object) -> dict[str, object]:
     """Return all settings of a set, from the name of a configuration or settings of it.
 
     Raises:
@@ -153,12 +153,13 @@ class TaskSets(Source):
         return RawData(task, train, test, self.name, temperature=self.temperature)
 
 
-def together(task: MultitaskClassification, parts: Mapping[str, Any]) -> Dataset:
+def together(task: MultitaskClassification, parts: Mapping[str, Dataset | Stream]) -> Dataset:
     """The rows of all sets, with the numbers of their classes among those of all tasks."""
-    columns: dict[str, list[Any]] = {"text": [], "label": [], COLUMN: []}
+    columns: dict[str, list[object]] = {"text": [], "label": [], COLUMN: []}
     if task.pairs:
         columns["text_pair"] = []
     for start, (name, rows) in zip(task.starts, parts.items(), strict=True):
+        assert isinstance(rows, Dataset), "streams are refused"
         columns["text"] += rows["text"]
         columns["label"] += [start + label for label in rows["label"]]
         columns[COLUMN] += [name] * len(rows)

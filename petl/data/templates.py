@@ -5,7 +5,7 @@ In a template `{{` and `}}` are braces, `\n` is a line break, `\t` a tab and `\\
 
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from petl.data.validation import Row, read
 from petl.errors import InputError, shown
@@ -53,7 +53,7 @@ def columns_of(value: str) -> list[str]:
     return [part["column"] for part in PART.finditer(value) if part["column"]]
 
 
-def read_text(row: Row, value: str, parse: Callable[[Any], T]) -> T:
+def read_text(row: Row, value: str, parse: Callable[[object], T]) -> T:
     """Apply `parse` to what a setting makes of a row: a column's value or a filled template.
 
     Raises:

@@ -37,7 +37,7 @@ class SourceRows:
 
     origin: str
     numbers: Sequence[int]
-    values: list[dict[str, Any]] | Dataset
+    values: list[dict[str, object]] | Dataset
     locate: Callable[[int], str]
     classes: list[str] | None = None
     whole: Callable[[], Iterable[Row]] | None = None
@@ -49,12 +49,12 @@ class SourceRows:
         """The rows at these indices, in this order."""
         numbers = [self.numbers[i] for i in indices]
         if isinstance(self.values, Dataset):
-            values: list[dict[str, Any]] | Dataset = self.values.select(indices)
+            values: list[dict[str, object]] | Dataset = self.values.select(indices)
         else:
             values = [self.values[i] for i in indices]
         return replace(self, numbers=numbers, values=values)
 
-    def column(self, name: str, parse: Callable[[Any], T]) -> list[T]:
+    def column(self, name: str, parse: Callable[[object], T]) -> list[T]:
         """Apply `parse` to all values of a column; it raises ValueError for an invalid value.
 
         Raises:
@@ -106,7 +106,7 @@ class LazySourceRows:
     classes: list[str] | None = None
     whole: Callable[[], Iterable[Row]] | None = None
 
-    def column(self, name: str, parse: Callable[[Any], T]) -> Iterator[T]:
+    def column(self, name: str, parse: Callable[[object], T]) -> Iterator[T]:
         """Yield the values of a column after `parse`; errors as in `map`."""
         logger.info("reading column %s of %s, once before training", name, self.origin)
         return self.map(lambda row: read(row, name, parse), partial(require, [name]))
@@ -129,7 +129,7 @@ def from_table(row: Row) -> Row:
     return {name: _without_nulls(value) for name, value in row.items()}
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: object) -> object:
     if isinstance(value, dict):
         return {key: _without_nulls(each) for key, each in value.items() if each is not None}
     if isinstance(value, list):
@@ -139,7 +139,7 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def read(row: Row, column: str, parse: Callable[[Any], T]) -> T:
+def read(row: Row, column: str, parse: Callable[[object], T]) -> T:
     """Apply `parse` to a value of a row.
 
     Raises:
@@ -206,7 +206,7 @@ def parse_json(text: str) -> Any:
     return value
 
 
-def passage(value: Any) -> str:
+def passage(value: object) -> str:
     """Check a text, which may be empty."""
     if value is None:
         raise ValueError("is missing")
@@ -215,14 +215,15 @@ def passage(value: Any) -> str:
     return value
 
 
-def text(value: Any) -> str:
+def text(value: object) -> str:
     """Check a text that is not blank."""
-    if not passage(value).strip():
+    found = passage(value)
+    if not found.strip():
         raise ValueError("is empty")
-    return value
+    return found
 
 
-def label(value: Any) -> str:
+def label(value: object) -> str:
     """The name of a class that is given as a string, an integer or a boolean."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise ValueError("is missing")
@@ -236,7 +237,7 @@ def label(value: Any) -> str:
     return name
 
 
-def number(value: Any) -> float:
+def number(value: object) -> float:
     """Convert a number, which is a string in a csv file, to a finite float."""
     # bool is an int in Python
     if isinstance(value, str | int | float | Decimal) and not isinstance(value, bool):
@@ -249,10 +250,10 @@ def number(value: Any) -> float:
     raise ValueError("is missing" if value in (None, "") else f"is {shown(value)}, not a number")
 
 
-def items(parse: Callable[[Any], T]) -> Callable[[Any], list[T]]:
+def items(parse: Callable[[object], T]) -> Callable[[object], list[T]]:
     """A parser of lists that applies `parse` to each item; a string is split at spaces (csv)."""
 
-    def read_items(value: Any) -> list[T]:
+    def read_items(value: object) -> list[T]:
         # a csv file has no lists
         values = value.split() if isinstance(value, str) else value
         if not isinstance(values, list) or not values:
@@ -268,10 +269,10 @@ def items(parse: Callable[[Any], T]) -> Callable[[Any], list[T]]:
     return read_items
 
 
-def numbered(classes: list[str]) -> Callable[[Any], str]:
+def numbered(classes: list[str]) -> Callable[[object], str]:
     """A parser of labels that are indices of `classes`; it returns the name of the class."""
 
-    def name(value: Any) -> str:
+    def name(value: object) -> str:
         if value is None or value == -1:  # the convention of test splits on the Hub
             raise ValueError(f"is {value}, no label: choose a split whose rows have labels")
         if not isinstance(value, int) or not 0 <= value < len(classes):

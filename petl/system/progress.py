@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from datetime import timedelta
 from functools import partial
-from typing import Any, Generic, Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -234,7 +234,7 @@ class ProgressBar(Pass):
         every = "every step" if self.log_steps == 1 else f"every {self.log_steps} steps"
         return f"{super().opening()}, metrics {every} (train.log_steps)"
 
-    def show(self, record: Mapping[str, Any]) -> None:
+    def show(self, record: Mapping[str, float]) -> None:
         """Show a record of the training log: loss, learning rate, throughput."""
         tokens, seconds = self.last
         # 1e-9: no division by zero for records of the same moment

@@ -44,7 +44,7 @@ WORDS = {
 # Types
 
 
-def type_problem(value: Any, hint: Any, place: str = "") -> str:
+def type_problem(value: object, hint: object, place: str = "") -> str:
     """Return how a value differs from an annotation, or "" if it does not.
 
     Of a Literal only the types are compared: those of PEFT's fields are incomplete.
@@ -67,10 +67,10 @@ def type_problem(value: Any, hint: Any, place: str = "") -> str:
     if origin is Literal:
         same = any(type(value) is type(choice) for choice in arguments)
         return "" if same else _wrong(value, f"one of {arguments}", place)
-    if is_typeddict(hint):
-        return _entry_problem(value, typing.get_type_hints(hint), hint.__required_keys__, place)
     # `None` in an annotation stands for its type
-    kind = origin or (NoneType if hint is None else hint)
+    kind: Any = origin or (NoneType if hint is None else hint)
+    if is_typeddict(kind):
+        return _entry_problem(value, typing.get_type_hints(kind), kind.__required_keys__, place)
     if dataclasses.is_dataclass(kind) and not isinstance(value, kind):
         return _dataclass_problem(value, kind, place)
     if not _is_a(value, kind):
@@ -78,7 +78,7 @@ def type_problem(value: Any, hint: Any, place: str = "") -> str:
     return _content_problem(value, kind, arguments, place)
 
 
-def _content_problem(value: Any, kind: Any, arguments: tuple[Any, ...], place: str) -> str:
+def _content_problem(value: Any, kind: object, arguments: tuple[object, ...], place: str) -> str:
     """Return how what is in a collection or mapping differs from its annotation, or ""."""
     if kind in (dict, Mapping) and arguments:
         keys, values = arguments
@@ -102,7 +102,7 @@ def _content_problem(value: Any, kind: Any, arguments: tuple[Any, ...], place: s
     return next(filter(None, found), "")
 
 
-def _dataclass_problem(value: Any, kind: Any, place: str) -> str:
+def _dataclass_problem(value: object, kind: Any, place: str) -> str:
     """Return why a mapping does not hold the fields of a dataclass, or ""."""
     hints = hints_of(kind)
     required = [f.name for f in dataclasses.fields(kind) if is_required(f)]
@@ -113,7 +113,9 @@ def _dataclass_problem(value: Any, kind: Any, place: str) -> str:
     return _entry_problem(value, hints, required, place)
 
 
-def _entry_problem(value: Any, hints: Mapping[str, Any], required: Iterable[str], at: str) -> str:
+def _entry_problem(
+    value: object, hints: Mapping[str, object], required: Iterable[str], at: str
+) -> str:
     """Return how the entries of a mapping differ from their annotations, or ""."""
     if not isinstance(value, Mapping):
         return _wrong(value, WORDS[dict], at)
@@ -126,7 +128,7 @@ def _entry_problem(value: Any, hints: Mapping[str, Any], required: Iterable[str]
     return next(filter(None, found), "")
 
 
-def _is_a(value: Any, kind: Any) -> bool:
+def _is_a(value: object, kind: Any) -> bool:
     # a bool is an int in Python
     if isinstance(value, bool):
         return kind is bool
@@ -140,7 +142,7 @@ def _is_a(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _wrong(value: Any, words: str, place: str) -> str:
+def _wrong(value: object, words: str, place: str) -> str:
     return f"{place or 'the content'} is {described(value)}, not {words}"
 
 
@@ -149,12 +151,12 @@ def _is_inside(problem: str, place: str) -> bool:
     return problem.startswith((f"{place}.", f"{place}[")) if place else " is " not in problem
 
 
-def _join(place: str, key: Any) -> str:
+def _join(place: str, key: object) -> str:
     name = key if str(key).isidentifier() else described(key)
     return f"{place}.{name}" if place else str(name)
 
 
-def is_finite(value: Any) -> bool:
+def is_finite(value: object) -> bool:
     """Return True unless a value contains a number that is infinite or NaN."""
     if isinstance(value, Mapping):
         return all(map(is_finite, value.values()))
@@ -163,7 +165,7 @@ def is_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def type_name(hint: Any) -> str:
+def type_name(hint: object) -> str:
     """Return a type as it is written in an annotation, such as "list[str] | null"."""
     if isinstance(hint, type) and not get_args(hint):
         return "null" if hint is NoneType else hint.__name__
@@ -173,7 +175,7 @@ def type_name(hint: Any) -> str:
 
 
 @cache
-def hints_of(kind: type[Any]) -> dict[str, Any]:
+def hints_of(kind: Any) -> dict[str, object]:
     """Return the annotation of each field of a dataclass, evaluated."""
     try:
         hints = typing.get_type_hints(kind)
@@ -200,7 +202,7 @@ class Rule:
     options: tuple[Any, ...] = ()
     reason: str = ""
 
-    def check(self, name: str, value: Any, hint: Any = Any) -> None:
+    def check(self, name: str, value: object, hint: object = Any) -> None:
         """Raise InputError if the field `name` may not have a value.
 
         Args:
@@ -234,7 +236,7 @@ def real(low: float, high: float = math.inf, *, above: bool = False) -> Rule:
     return Rule(words, lambda x: (low < x if above else low <= x) and x <= high)
 
 
-def one_of(*options: Any) -> Rule:
+def one_of(*options: object) -> Rule:
     """Rule for a value that is one of `options`, booleans in YAML's spelling.
 
     Of a collection, each entry is one of them.
@@ -242,7 +244,7 @@ def one_of(*options: Any) -> Rule:
     # `is`: 1 == True, and the words are shown as YAML has them
     words = ", ".join("true" if o is True else "false" if o is False else str(o) for o in options)
 
-    def holds(value: Any) -> bool:
+    def holds(value: object) -> bool:
         entries = value if isinstance(value, COLLECTIONS) else [value]
         return all(entry in options for entry in entries)
 
@@ -282,7 +284,7 @@ def bounded(
     return Rule(words, holds, reason=reason)
 
 
-def field(default: Any, rule: Rule = FREE, text: str = "", **more: Any) -> Any:
+def field(default: object, rule: Rule = FREE, text: str = "", **more: object) -> Any:
     """Declare a field of a dataclass: its default, the rule for its values, its meaning.
 
     Args:
@@ -324,7 +326,7 @@ def check_rules(instance: Any, group: str = "") -> None:
 # Settings
 
 
-def read_fields(kind: type[T], settings: Mapping[str, Any], group: str) -> T:
+def read_fields(kind: type[T], settings: Mapping[str, object], group: str) -> T:
     """Build an instance of the dataclass `kind` from settings.
 
     Null counts as not given, except where the type of the field allows it. A number is text where
@@ -352,7 +354,7 @@ def read_fields(kind: type[T], settings: Mapping[str, Any], group: str) -> T:
     return kind(**given)
 
 
-def _setting(value: Any, hint: Any, name: str) -> Any:
+def _setting(value: object, hint: object, name: str) -> object:
     converted = convert(value, hint)
     if type_problem(converted, hint):
         words = WORDS[float] if isinstance(converted, float) and hint is float else ""
@@ -364,7 +366,7 @@ def _setting(value: Any, hint: Any, name: str) -> Any:
     return converted
 
 
-def convert(value: Any, hint: Any) -> Any:
+def convert(value: object, hint: Any) -> Any:
     """Return a value of a YAML file or command line as the type that is asked for, if it fits.
 
     >>> convert("1e-3", float), convert(7, str), convert([1, 2], list[str]), convert(3, float)

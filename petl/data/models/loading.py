@@ -4,7 +4,7 @@ import logging
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +24,7 @@ from petl.data.models.sources import (
     Settings,
     read_source,
 )
-from petl.data.tasks.base import Task
+from petl.data.tasks.base import P, Task
 from petl.errors import InputError, first_line
 from petl.system.files import hub
 from petl.system.files.disk import check_link
@@ -96,14 +96,14 @@ def refuse_adapter(source: ModelSource) -> None:
 logger = logging.getLogger(__name__)
 
 
-def load_processor(cfg: Settings, task: Task) -> Any:
+def load_processor(cfg: Settings, task: Task[P]) -> P:
     """Load the processor for `task`: a tokenizer, image processor or feature extractor.
 
     Raises:
         InputError: the model is not available, does not support the task, or has no such processor.
     """
     if task.reads_text:
-        return load_tokenizer(cfg)
+        return cast("P", load_tokenizer(cfg))
     source = read_source(cfg)
     with loading(source):
         check_task_support(
@@ -214,7 +214,7 @@ def load_base(
 
 
 def meta_model(
-    task: Task, config: PretrainedConfig, source: ModelSource, settings: dict[str, Any]
+    task: Task, config: PretrainedConfig, source: ModelSource, settings: dict[str, object]
 ) -> PreTrainedModel:
     """Build the model on the meta device."""
     trusted = source.options()["trust_remote_code"]
@@ -225,7 +225,7 @@ def meta_model(
 
 
 def random_model(
-    task: Task, config: PretrainedConfig, source: RandomInit, settings: dict[str, Any]
+    task: Task, config: PretrainedConfig, source: RandomInit, settings: dict[str, object]
 ) -> PreTrainedModel:
     """Build an untrained model with random weights from `source.seed`."""
     logger.warning(
@@ -246,7 +246,7 @@ def pretrained_model(
     task: Task,
     config: PretrainedConfig,
     source: ModelSource,
-    settings: dict[str, Any],
+    settings: dict[str, object],
     *,
     other_labels: bool,
 ) -> PreTrainedModel:
@@ -304,7 +304,7 @@ def quantization_settings(
     config: PretrainedConfig,
     source: ModelSource,
     settings: dict[str, Any],
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Arguments with which `from_pretrained` quantizes all linear layers except those of heads."""
     # names of modules do not depend on weights
     dense = dense_modules(meta_model(task, config, source, settings), task)
@@ -319,7 +319,7 @@ def quantization_settings(
 
 def dense_modules(model: PreTrainedModel, task: Task) -> list[str]:
     """The modules of heads, which are not quantized."""
-    output: Any = model.get_output_embeddings()
+    output: object = model.get_output_embeddings()
     heads = [] if output is None else [n for n, m in model.named_modules() if m is output]
     return [*heads, *outermost_modules(model, head_keys(model, task))]
 
@@ -361,7 +361,7 @@ def check_task_support(config: PretrainedConfig, task: Task, name: str) -> None:
     """Raise InputError if the model has no class for the task, or is an encoder for causal_lm."""
     auto_class, own_code = task.auto_class.__name__, getattr(config, "auto_map", None) or {}
     # code in the repository may register the class under auto_map
-    if type(config) not in task.auto_class._model_mapping and auto_class not in own_code:
+    if type(config) not in (task.auto_class._model_mapping or ()) and auto_class not in own_code:
         raise InputError(
             f"model {name} ({config.model_type}) does not support the task {task.name}: "
             f"transformers has no {auto_class} for it; choose another model with model=hub "

@@ -23,7 +23,7 @@ PACKAGES = {
 }
 
 
-def quantization_config(scheme: str, dtype: torch.dtype, dense: Sequence[str]) -> Any:
+def quantization_config(scheme: str, dtype: torch.dtype, dense: Sequence[str]) -> object:
     """The `quantization_config` of `from_pretrained` for a scheme in `PACKAGES`.
 
     Args:

@@ -12,14 +12,14 @@ from petl.data.models.loading import (
     with_padding_token,
 )
 from petl.data.models.sources import PROCESSOR, Settings, has_tokenizer, read_source
-from petl.data.tasks.base import Task
+from petl.data.tasks.base import P, Task
 from petl.errors import InputError
 
 logger = logging.getLogger(__name__)
 HERE = {"revision": "main", "local_files_only": True}  # the adapter's folder is a local one
 
 
-def load_saved_processor(cfg: Settings, task: Task, adapter: Path, base: Any = None) -> Any:
+def load_saved_processor(cfg: Settings, task: Task[P], adapter: Path, base: P | None = None) -> P:
     """Load the processor in an adapter's folder; without one, that of the base model.
 
     If the base model's is another one now, one line says what differs; else that one is returned.

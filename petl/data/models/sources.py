@@ -20,6 +20,7 @@ from transformers import (
 
 from petl.data.models import smollm2
 from petl.data.models.quantization import PACKAGES
+from petl.data.tasks.base import AutoProcessorClass
 from petl.errors import InputError, UnknownNameError, choose, did_you_mean
 from petl.system.files import hub
 from petl.system.files.disk import write_json
@@ -92,13 +93,13 @@ class ModelSource:
         assert isinstance(loaded, PreTrainedTokenizerBase)
         return loaded
 
-    def processor(self, auto_class: type[Any]) -> Any:
+    def processor(self, auto_class: type[AutoProcessorClass]) -> Any:
         """The model's image processor or feature extractor as it was saved."""
         return auto_class.from_pretrained(self.where(), **self.options())
 
 
 # what functions of this folder take: the settings under `model`, checked or not
-Settings = DictConfig | Mapping[str, Any] | ModelSource
+Settings = DictConfig | Mapping[str, object] | ModelSource
 
 
 @dataclass(kw_only=True)
@@ -176,7 +177,7 @@ class Folder(ModelSource):
             )
         return super().tokenizer()
 
-    def processor(self, auto_class: type[Any]) -> Any:
+    def processor(self, auto_class: type[AutoProcessorClass]) -> Any:
         """The processor in the folder."""
         if not (self.where() / PROCESSOR).is_file():
             raise InputError(
@@ -196,7 +197,7 @@ class RandomInit(ModelSource):
 
     path: str | None = None  # of config.json, or of its folder
     architecture: str | None = None  # a model type of transformers, or one of ARCHITECTURES
-    settings: dict[str, Any] = field({})  # fields of the config
+    settings: dict[str, object] = field({})  # fields of the config
     # of all weights, those of the head included
     seed: int = field(0, integer(0, 2**32 - 1))
 
@@ -248,7 +249,7 @@ class RandomInit(ModelSource):
         except StrictDataclassError as error:
             raise InputError(f"model.settings: {' '.join(str(error).split())}") from error
 
-    def _config(self, **settings: Any) -> PretrainedConfig:
+    def _config(self, **settings: object) -> PretrainedConfig:
         file = self.file()
         if file is not None:
             return AutoConfig.from_pretrained(file, local_files_only=True, **settings)
@@ -276,7 +277,7 @@ class RandomInit(ModelSource):
         assert isinstance(loaded, PreTrainedTokenizerBase)
         return loaded
 
-    def processor(self, auto_class: type[Any]) -> Any:
+    def processor(self, auto_class: type[AutoProcessorClass]) -> Any:
         """The processor next to the config, or a default one of matching sizes."""
         file = self.file()
         if file is not None and (file.parent / PROCESSOR).is_file():
@@ -323,7 +324,7 @@ def has_tokenizer(folder: Path) -> bool:
     return any(file for stem in ("tokenizer", "vocab") for file in folder.glob(f"{stem}*"))
 
 
-def processor_sizes(processor: Any, config: PretrainedConfig) -> dict[str, Any]:
+def processor_sizes(processor: Any, config: PretrainedConfig) -> dict[str, object]:
     """Arguments that give a processor of this type the sizes in the config of a model.
 
     Raises:
@@ -369,7 +370,7 @@ def read_source(cfg: Settings) -> ModelSource:
     return read_fields(choose(SOURCES, settings.get("source"), "model source"), settings, "model")
 
 
-def packaged_as(name: str) -> dict[str, Any] | None:
+def packaged_as(name: str) -> dict[str, object] | None:
     """Settings of `model` for a model of the Hub that is in an installed package; None without."""
     for key, package in {"minilm": MINILM, "smollm2": smollm2.PACKAGE}.items():
         settings = {"name": key, "source": key}

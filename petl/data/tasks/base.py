@@ -11,22 +11,26 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, Protocol, SupportsFloat, TypeVar, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, Features
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
+    AutoFeatureExtractor,
+    AutoImageProcessor,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.auto_factory import _BaseAutoModelClass as AutoModelClass
 
-from petl.data.tasks.encoding_cache import encode_once
+from petl.data.tasks.encoding_cache import Columns, encode_once
 from petl.data.tasks.scores import LOSSES
+from petl.data.validation import Row
 from petl.errors import InputError
 from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.paths import LABELS
@@ -48,14 +52,23 @@ UNTRUNCATED = 2**30  # a max_length in tokens that no row reaches
 
 NON_INPUT_PREFIX = "_"  # begins the names of encoded columns that are not model inputs
 
-Row = dict[str, Any]
-
 # of a conversation: `role`, `content`, and `more`, the JSON text of what only some messages have
 Message = dict[str, Any]
 TOOLS = "(tools)"  # role of a first message whose content are the functions, as JSON text
 
-Columns = dict[str, list[Any]]
 Prediction = dict[str, Any]  # JSON values by name
+Batch = dict[str, Tensor]
+Collate = Callable[[Sequence[Row]], Batch]
+AutoProcessorClass = AutoTokenizer | AutoImageProcessor | AutoFeatureExtractor
+Fields = dict[str, object]  # of a config, or of settings, by name
+P = TypeVar("P")  # a processor: a tokenizer, image processor or feature extractor
+
+
+class Outputs(Protocol):
+    """What a model returns: tensors by name, such as `logits`."""
+
+    def __getattr__(self, name: str, /) -> Tensor:
+        """A tensor by its name."""
 
 
 def source_numbers(rows: Columns, kept: Iterable[int]) -> Columns:
@@ -86,13 +99,13 @@ class Pad:
             stacked[i, : len(row[key])] = torch.as_tensor(row[key], dtype=torch.long)
         return stacked
 
-    def inputs(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def inputs(self, rows: Sequence[Row]) -> Batch:
         """`input_ids`, `attention_mask` and, if rows have them, `token_type_ids`, [B, T] each."""
         fills = {"input_ids": self.pad_id, "attention_mask": 0, "token_type_ids": 0}
         return {key: self.stack(rows, key, fill) for key, fill in fills.items() if key in rows[0]}
 
 
-class Task(ABC):
+class Task(ABC, Generic[P]):
     """A task. Its attributes depend on the data set: classes, lengths.
 
     The methods on rows and batches here are for texts; tasks on images and sounds override them.
@@ -103,6 +116,9 @@ class Task(ABC):
     peft_task_type: ClassVar[str | None]  # None: PEFT has no task type for it
     metric: ClassVar[str]  # the key of `summarize` for best checkpoint and early stopping
     higher_is_better: ClassVar[bool]
+    auto_class: ClassVar[type[AutoModelClass]]  # whose models serve this task
+    processor_class: ClassVar[type[AutoProcessorClass]] = AutoTokenizer
+    encoded_by: ClassVar[tuple[str, ...]] = ("max_length",)  # attributes that `encode_rows` reads
     reads_text: ClassVar[bool] = True
     unit: ClassVar[str] = "tokens"  # what `lengths` counts
     encoded_at_once: ClassVar[int] = 1000  # rows of a call of `encode_rows`
@@ -140,25 +156,15 @@ class Task(ABC):
         """True if a row may hold several texts, between which there must be no attention."""
         return False
 
-    @property
-    @abstractmethod
-    def auto_class(self) -> type[Any]:
-        """The transformers Auto class whose models serve this task."""
-
-    @property
-    def processor_class(self) -> type[Any]:
-        """The transformers Auto class of the processor."""
-        return AutoTokenizer
-
-    def model_kwargs(self) -> dict[str, Any]:
+    def model_kwargs(self) -> Fields:
         """Fields of the model's config that depend on the task."""
         return {}
 
-    def adjust(self, model: Any) -> None:  # noqa: B027  most tasks need nothing
+    def adjust(self, model: PreTrainedModel) -> None:
         """Modify a model that was just loaded for the batches of this task (hooks, flags)."""
 
     @abstractmethod
-    def encode_rows(self, processor: Any, rows: Columns, /) -> Columns:
+    def encode_rows(self, processor: P, rows: Columns, /) -> Columns:
         """Encode raw columns as lists `input_ids`, `attention_mask`, `labels`.
 
         May drop, truncate or split rows. Names of columns that scores need and batches do not
@@ -170,15 +176,15 @@ class Task(ABC):
         """Names of predicted mappings from text to number whose keys differ between rows."""
         return ()
 
-    def features(self, processor: Any) -> Features | None:
+    def features(self, processor: P, /) -> Features | None:
         """Types and shapes of encoded rows; None: inferred by `datasets`."""
         return None
 
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """All attributes that `encode_rows` depends on, JSON-serializable."""
+    def settings(self) -> Fields:
+        """All that `encode_rows` depends on besides its arguments, JSON-serializable."""
+        return {"task": self.name, **{name: getattr(self, name) for name in self.encoded_by}}
 
-    def encode(self, processor: Any, split: Dataset, /) -> Dataset:
+    def encode(self, processor: P, split: Dataset, /) -> Dataset:
         """Encode all rows of a split; the result is cached on disk by its content.
 
         Raises:
@@ -225,22 +231,20 @@ class Task(ABC):
         """The length of each encoded row, in `unit`."""
         return [len(ids) for ids in rows["input_ids"]]
 
-    def count(self, batch: dict[str, Tensor]) -> int:
+    def count(self, batch: Batch) -> int:
         """The size of a batch in `unit`, without padding. The batch must be on the CPU."""
         return int(batch["attention_mask"].sum())
 
-    def positions(self, batch: dict[str, Tensor]) -> int:
+    def positions(self, batch: Batch) -> int:
         """The size of a batch in `unit`, padding included: what the model computes."""
         return batch["input_ids"].numel()
 
-    def width(self, batch: dict[str, Tensor]) -> int | None:
+    def width(self, batch: Batch) -> int | None:
         """Tokens of each row of a batch, padding included; None if rows have no tokens."""
         return batch["input_ids"].shape[1]
 
     @abstractmethod
-    def collate(
-        self, processor: Any, /, multiple: int = 1
-    ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+    def collate(self, processor: P, /, multiple: int = 1) -> Collate:
         """A collate function: encoded rows to CPU tensors, padded on the right to the longest row.
 
         Args:
@@ -248,15 +252,15 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def items(self, batch: dict[str, Tensor]) -> int:
+    def items(self, batch: Batch) -> int:
         """Number of terms that the model's loss averages over. The batch must be on the CPU."""
 
-    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Any:
+    def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         """A model's outputs for a batch without its labels, as `score` and `predict` take them."""
         return model(**{k: value for k, value in batch.items() if k not in self.label_columns})
 
     @abstractmethod
-    def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+    def score(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Sums over the batch, [S], on the model's device, to be added over batches and processes.
 
         Tasks whose scores do not follow from sums (`by_row`) return values of each row, [B, S].
@@ -277,11 +281,11 @@ class Task(ABC):
 
     # Predictions
 
-    def prompts(self, processor: Any, rows: Columns, /) -> list[list[int]]:
+    def prompts(self, processor: P, rows: Columns, /) -> list[list[int]]:
         """The tokens after which the model writes its answer to each raw row, if it `writes`."""
         raise NotImplementedError(f"{self.name} writes no answers")
 
-    def predict(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+    def predict(self, outputs: Outputs, batch: Batch) -> Tensor:
         """What `described` needs of the model's outputs, for each row of a batch: [B, ...]."""
         raise NotImplementedError(f"{self.name} predicts nothing by row")
 
@@ -296,38 +300,32 @@ class Task(ABC):
         """
         raise NotImplementedError(f"{self.name} predicts nothing by row")
 
-    def quality(self, scores: Mapping[str, Any]) -> tuple[float, float]:
+    def quality(self, scores: Mapping[str, float]) -> tuple[float, float]:
         """Return the sort key of an evaluation, see `quality`."""
         return quality(scores, self.metric, higher_is_better=self.higher_is_better)
 
-    def head_loss(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
+    def head_loss(self, logits: Tensor, labels: Batch) -> Tensor:
         """The model's loss, from the outputs of its head and the `label_columns` of a batch."""
         raise NotImplementedError(f"{self.name} has no head")
 
-    def head_logits(self, outputs: Any) -> Tensor:
+    def head_logits(self, outputs: Outputs) -> Tensor:
         """The outputs of the model's head, [B, C], or [B, T, C] if it classifies tokens."""
         return outputs.logits
 
-    def outputs_from_logits(self, logits: Tensor) -> Any:
+    def outputs_from_logits(self, logits: Tensor) -> Outputs:
         """The model's outputs, as `score` takes them, from the outputs of its head."""
-        return SimpleNamespace(logits=logits)
+        return cast("Outputs", SimpleNamespace(logits=logits))
 
 
 @dataclass
-class TextTask(Task, ABC):
+class TextTask(Task[PreTrainedTokenizerBase], ABC):
     """Rows of one text (`text`) or two (also `text_pair`) with one label."""
 
     peft_task_type: ClassVar[str | None] = "SEQ_CLS"
     one_for_one: ClassVar[bool] = True
+    auto_class: ClassVar[type[AutoModelClass]] = AutoModelForSequenceClassification
 
-    @property
-    def auto_class(self) -> type[Any]:
-        return AutoModelForSequenceClassification
-
-    def settings(self) -> dict[str, Any]:
-        return {"task": self.name, "max_length": self.max_length}
-
-    def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
+    def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns, /) -> Columns:
         """Tokenize the text or the pair of texts, truncated to `max_length`.
 
         Raises:
@@ -349,14 +347,48 @@ class TextTask(Task, ABC):
             columns["token_type_ids"] = encoded["token_type_ids"]
         return columns
 
-    def collate(
-        self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
-    ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+    def collate(self, tokenizer: PreTrainedTokenizerBase, /, multiple: int = 1) -> Collate:
         """A collate function that pads the tokens; labels are [B]."""
         return partial(batch_of_texts, Pad(pad_id(tokenizer), multiple))
 
+    def items(self, batch: Batch) -> int:
+        """Number of rows."""
+        return len(batch["input_ids"])
 
-def batch_of_texts(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
+
+@dataclass
+class WritingTask(Task[PreTrainedTokenizerBase], ABC):
+    """Texts that the model writes token by token, with a loss for each token that has a label."""
+
+    metric: ClassVar[str] = "loss"
+    higher_is_better: ClassVar[bool] = False
+    new_head: ClassVar[bool] = False
+    writes: ClassVar[bool] = True
+    sums_predictions: ClassVar[bool] = True
+
+    def collate(self, tokenizer: PreTrainedTokenizerBase, /, multiple: int = 1) -> Collate:
+        """A collate function that pads tokens and labels."""
+        return partial(batch_of_tokens, Pad(pad_id(tokenizer), multiple))
+
+    def score(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Number of predicted tokens, then their summed loss in nats: [2]."""
+        return self.predict(outputs, batch).sum(0)
+
+    def described(
+        self, values: Iterable[np.ndarray], rows: Iterable[Row]
+    ) -> Iterator[tuple[int, Prediction]]:
+        """The loss of each row in nats per token, and its number of tokens."""
+        for (tokens, loss), row in zip(values, rows, strict=True):
+            yield row["_number"], {"loss": rounded(loss / tokens), "tokens": int(tokens)}
+
+    def summarize(self, total: Tensor) -> dict[str, float]:
+        """Loss in nats per token, perplexity, and number of tokens."""
+        tokens, loss = total.double().cpu()  # float32 on some devices
+        mean = loss / tokens
+        return {"loss": mean.item(), "perplexity": mean.exp().item(), "tokens": tokens.item()}
+
+
+def batch_of_texts(pad: Pad, rows: Sequence[Row]) -> Batch:
     """`input_ids` and `attention_mask` [B, T], `labels` [B]: int64, for regression float32."""
     if "labels" not in rows[0]:
         return pad.inputs(rows)
@@ -365,7 +397,7 @@ def batch_of_texts(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
     return {**pad.inputs(rows), "labels": labels}
 
 
-def batch_of_tokens(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
+def batch_of_tokens(pad: Pad, rows: Sequence[Row]) -> Batch:
     """`input_ids`, `attention_mask` and, of labeled rows, `labels`, each [B, T]."""
     inputs = pad.inputs(rows)
     return inputs | ({"labels": pad.stack(rows, "labels", IGNORED)} if "labels" in rows[0] else {})
@@ -420,24 +452,9 @@ def summed_loss_at(wanted: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([wanted.sum(1).to(loss.dtype), loss.sum(1)], 1)
 
 
-def mean_losses(
-    values: Iterable[np.ndarray], rows: Iterable[Row]
-) -> Iterator[tuple[int, Prediction]]:
-    """Describe rows by their loss in nats per token and number of tokens, from `summed_loss`."""
-    for (tokens, loss), row in zip(values, rows, strict=True):
-        yield row["_number"], {"loss": rounded(loss / tokens), "tokens": int(tokens)}
-
-
-def rounded(value: Any) -> float:
+def rounded(value: SupportsFloat) -> float:
     """Round a number of a prediction to six digits, which float32 has."""
-    return float(f"{value:.6g}")
-
-
-def perplexity(total: Tensor) -> dict[str, float]:
-    """Loss in nats per token, perplexity and number of tokens, from sums of `summed_loss`."""
-    tokens, loss = total.double().cpu()  # float32 on some devices
-    mean = loss / tokens
-    return {"loss": mean.item(), "perplexity": mean.exp().item(), "tokens": tokens.item()}
+    return float(f"{float(value):.6g}")
 
 
 def packs(model: PreTrainedModel) -> bool:
@@ -455,7 +472,7 @@ def need_offsets(tokenizer: PreTrainedTokenizerBase, task: str) -> None:
 
 
 def quality(
-    scores: Mapping[str, Any], metric: str, *, higher_is_better: bool
+    scores: Mapping[str, float], metric: str, *, higher_is_better: bool
 ) -> tuple[float, float]:
     """Return the sort key of an evaluation, higher is better: its metric, then its negated loss.
 
@@ -482,15 +499,14 @@ def not_finite(scores: Mapping[str, float]) -> str | None:
 
 def write_task(folder: Path, task: Task) -> None:
     """Save a task, with its classes and lengths, in an adapter's folder; see tasks/task_file.py."""
-    values: Any = task  # all tasks are dataclasses
     # in order: the order of classes is the numbering of the head's outputs
-    saved = {"task": task.name, **asdict(values)}
+    saved = {"task": task.name, **asdict(task)}  # ty: ignore[invalid-argument-type]
     if task.tasks:
         saved["tasks"] = list(task.tasks)
     write_atomic(folder / FILE, as_json(saved, in_order=True))
 
 
-def write_labels(folder: Path, fields: Mapping[str, Any]) -> None:
+def write_labels(folder: Path, fields: Mapping[str, object]) -> None:
     """Save names of labels and type of problem, for PEFT's auto classes; see core/auto_classes.py.
 
     Args:

@@ -1,26 +1,27 @@
 """Causal language modeling: plain text, or chat with the loss on the assistant's turns."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
-import numpy as np
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from petl.data.tasks.base import (
     IGNORED,
+    AutoModelClass,
+    Batch,
+    Collate,
     Columns,
+    Fields,
     Message,
+    Outputs,
     Pad,
-    Prediction,
     Row,
     Task,
-    batch_of_tokens,
-    mean_losses,
+    WritingTask,
     pad_id,
-    perplexity,
     source_numbers,
     summed_loss,
     summed_loss_at,
@@ -32,16 +33,13 @@ from petl.system.values import field, integer
 
 
 @dataclass
-class CausalLM(Task):
+class CausalLM(WritingTask):
     """Texts (`text`), or conversations (`messages`: lists of role and content)."""
 
     name: ClassVar[str] = "causal_lm"
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
-    metric: ClassVar[str] = "loss"
-    higher_is_better: ClassVar[bool] = False
-    new_head: ClassVar[bool] = False
-    writes: ClassVar[bool] = True
-    sums_predictions: ClassVar[bool] = True
+    auto_class: ClassVar[type[AutoModelClass]] = AutoModelForCausalLM
+    encoded_by: ClassVar[tuple[str, ...]] = ("max_length", "chat", "pack")
     shown: ClassVar[tuple[str, ...]] = ("text", "messages")
 
     max_length: int = field(512, integer(1))
@@ -57,26 +55,16 @@ class CausalLM(Task):
         """True with `pack`."""
         return self.pack
 
-    @property
-    def auto_class(self) -> type[Any]:
-        return AutoModelForCausalLM
-
-    def settings(self) -> dict[str, Any]:
-        return {
-            "task": self.name,
-            "max_length": self.max_length,
-            "chat": self.chat,
-            "pack": self.pack,
-            # absent without `generate`, which then does not change encoded rows
-            **({"answers": True} if self.generate else {}),
-        }
+    def settings(self) -> Fields:
+        # absent without `generate`, which then does not change encoded rows
+        return {**super().settings(), **({"answers": True} if self.generate else {})}
 
     @property
     def longest(self) -> int:
         """`max_length`, and the generated tokens after it."""
         return self.max_length + (self.generate or 0)
 
-    def adjust(self, model: Any) -> None:
+    def adjust(self, model: PreTrainedModel) -> None:
         """Isolate packed texts in attention."""
         if self.pack:
             isolate_packed_texts(model)
@@ -86,7 +74,7 @@ class CausalLM(Task):
             return f": no assistant turn within the first max_length={self.max_length} tokens"
         return ": fewer than two tokens"
 
-    def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
+    def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns, /) -> Columns:
         """Tokenize texts, with `pack` as blocks, or chats; labels are input tokens or IGNORED."""
         if self.chat:
             return self.conversations(tokenizer, rows)
@@ -135,28 +123,23 @@ class CausalLM(Task):
         pairs = ((block.ids, block.labels) for block in blocks)
         return {**columns(pairs, {}), "position_ids": positions}
 
-    def collate(
-        self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
-    ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+    def collate(self, tokenizer: PreTrainedTokenizerBase, /, multiple: int = 1) -> Collate:
         """A collate function that pads rows, or packed blocks with their positions."""
-        collate = batch_of_blocks if self.pack else batch_of_tokens
-        return partial(collate, Pad(pad_id(tokenizer), multiple))
+        if self.pack:
+            return partial(batch_of_blocks, Pad(pad_id(tokenizer), multiple))
+        return super().collate(tokenizer, multiple)
 
-    def items(self, batch: dict[str, Tensor]) -> int:
+    def items(self, batch: Batch) -> int:
         """Number of predicted tokens."""
         return int((batch["labels"][:, 1:] != IGNORED).sum())
 
-    def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Number of predicted tokens, then their summed loss in nats: [2]."""
-        return self.predict(outputs, batch).sum(0)
-
-    def prompts(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> list[list[int]]:
+    def prompts(self, tokenizer: PreTrainedTokenizerBase, rows: Columns, /) -> list[list[int]]:
         """The tokens of each conversation or text, which the model continues."""
         if self.chat:
             return [question(tokenizer, chat) for chat in rows["messages"]]
         return tokenizer(rows["text"], verbose=False)["input_ids"]
 
-    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Any:
+    def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         """As of any task; with `train.skip_unread`, logits of predicted tokens alone."""
         # of a model of petl.efficiency.skip_unread.labelled_positions; a PeftModel passes the name
         # on to it
@@ -165,25 +148,17 @@ class CausalLM(Task):
             return super().outputs(model, batch)
         with logits_at(batch["labels"]) as wanted:
             outputs = super().outputs(model, batch)
-        return outputs if wanted is None else LabelledText(outputs.logits[0], wanted)
+        if wanted is None:
+            return outputs
+        return cast("Outputs", LabelledText(outputs.logits[0], wanted))
 
-    def predict(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+    def predict(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Number of predicted tokens and their summed loss in nats of each row: [B, 2]."""
         if isinstance(outputs, LabelledText):
             return summed_loss_at(outputs.wanted, outputs.logits, shifted(batch["labels"]))
         # methods that prepend virtual tokens have more logits than labels
         logits = outputs.logits[:, -batch["labels"].shape[1] : -1]
         return summed_loss(logits, batch["labels"][:, 1:])
-
-    def described(
-        self, values: Iterable[np.ndarray], rows: Iterable[Row]
-    ) -> Iterator[tuple[int, Prediction]]:
-        """The loss of each row."""
-        return mean_losses(values, rows)
-
-    def summarize(self, total: Tensor) -> dict[str, float]:
-        """Loss in nats per token, perplexity, and the number of predicted tokens."""
-        return perplexity(total)
 
 
 class LabelledText(NamedTuple):

@@ -231,7 +231,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any
-) -> dict[str, Any]:
+) -> dict[str, list[int]]:
     """Render a conversation with the tokenizer's chat template, as token ids.
 
     Raises:

@@ -9,15 +9,28 @@ import math
 from abc import ABC
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from petl.data.tasks.base import CLASSES, Prediction, Row, Task, TextTask, rounded, sums_dtype
+from petl.data.tasks.base import (
+    CLASSES,
+    Batch,
+    Fields,
+    Outputs,
+    P,
+    Prediction,
+    Row,
+    Task,
+    TextTask,
+    rounded,
+    sums_dtype,
+)
 from petl.system.values import field, integer
 
 MAX_LISTED = 100  # classes, up to which a prediction has the probability of each
@@ -26,7 +39,7 @@ SMALLEST = 1e-38  # probability, in the loss of a class that has probability 0 i
 
 
 @dataclass
-class SingleLabelTask(Task, ABC):
+class SingleLabelTask(Task[P], ABC):
     """Rows with the number of one class (`label`)."""
 
     metric: ClassVar[str] = "accuracy"
@@ -39,7 +52,7 @@ class SingleLabelTask(Task, ABC):
         """Names of the classes."""
         return self.classes
 
-    def model_kwargs(self) -> dict[str, Any]:
+    def model_kwargs(self) -> Fields:
         """Number and names of the classes."""
         return {**class_names(self.classes), "problem_type": "single_label_classification"}
 
@@ -52,11 +65,11 @@ class SingleLabelTask(Task, ABC):
         counts = np.bincount(np.asarray(rows["labels"], dtype=int), minlength=len(self.classes))
         return dict(zip(self.classes, counts.tolist(), strict=True))
 
-    def items(self, batch: dict[str, Tensor]) -> int:
+    def items(self, batch: Batch) -> int:
         """Number of rows."""
         return batch["labels"].numel()
 
-    def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+    def score(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Summed loss in nats, then the confusion matrix (label, prediction): [1 + C*C]."""
         logits, labels = outputs.logits, batch["labels"]
         C = len(self.classes)  # number of classes
@@ -81,7 +94,7 @@ class SingleLabelTask(Task, ABC):
             "rows": rows.item(),
         }
 
-    def predict(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+    def predict(self, outputs: Outputs, batch: Batch) -> Tensor:
         """The probability of each class, [B, C]."""
         return outputs.logits.float().softmax(-1)
 
@@ -117,7 +130,7 @@ class SingleLabelTask(Task, ABC):
             "probabilities": {self.classes[i]: rounded(value[i]) for i in listed},
         }
 
-    def head_loss(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
+    def head_loss(self, logits: Tensor, labels: Batch) -> Tensor:
         """Mean cross-entropy, from logits [B, C]."""
         return F.cross_entropy(logits, labels["labels"])
 
@@ -132,7 +145,7 @@ def matthews(confusion: Tensor) -> float:
 
 
 @dataclass
-class Classification(TextTask, SingleLabelTask):
+class Classification(TextTask, SingleLabelTask[PreTrainedTokenizerBase]):
     """Texts with the number of their class (`label`)."""
 
     name: ClassVar[str] = "classification"
@@ -140,7 +153,7 @@ class Classification(TextTask, SingleLabelTask):
     max_length: int = field(128, integer(1))
 
 
-def class_names(classes: list[str]) -> dict[str, Any]:
+def class_names(classes: list[str]) -> Fields:
     """The fields of a model's config that hold the names of the classes."""
     return {
         "num_labels": len(classes),

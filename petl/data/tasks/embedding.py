@@ -1,12 +1,12 @@
 """Embedding: texts through a model without head. For export; petl has no loss that trains it."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 from transformers import AutoModel
 
-from petl.data.tasks.base import TextTask
+from petl.data.tasks.base import AutoModelClass, Batch, Outputs, TextTask
 from petl.system.values import field, integer
 
 
@@ -19,17 +19,10 @@ class Embedding(TextTask):
     metric: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
     new_head: ClassVar[bool] = False
+    auto_class: ClassVar[type[AutoModelClass]] = AutoModel
 
     max_length: int = field(128, integer(1))
 
-    @property
-    def auto_class(self) -> type[Any]:
-        return AutoModel
-
-    def items(self, batch: dict[str, Tensor]) -> int:
-        """Number of rows."""
-        return len(batch["input_ids"])
-
-    def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+    def score(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Not possible: the rows have no labels."""
         raise NotImplementedError("embeddings have no labels to score")

@@ -4,17 +4,17 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import datasets
 import tokenizers
 import transformers
 from datasets import Dataset, Features
 from datasets.utils.tqdm import are_progress_bars_disabled
-from transformers import PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, FeatureExtractionMixin, PreTrainedTokenizerBase
 
 from petl.system.files.paths import cache_folder
 from petl.system.progress import Pass
@@ -27,26 +27,30 @@ OUTSIDE_BACKEND = (
     "src_lang",
     "tgt_lang",
 )
+Columns = dict[str, list[Any]]
 FORMAT = 5  # increment when the meaning of encoded rows changes
 logger = logging.getLogger(__name__)
 
 
-class Encoder(Protocol):
+P = TypeVar("P", contravariant=True)
+
+
+class Encoder(Protocol[P]):
     """The part of `petl.data.tasks.base.Task` that `encode_once` uses."""
 
     encoded_at_once: ClassVar[int]
 
-    def encode_rows(self, processor: Any, rows: Any, /) -> dict[str, list[Any]]:
+    def encode_rows(self, processor: P, rows: Columns, /) -> Columns:
         """See `Task.encode_rows`."""
 
-    def features(self, processor: Any) -> Features | None:
+    def features(self, processor: P, /) -> Features | None:
         """See `Task.features`."""
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Mapping[str, object]:
         """See `Task.settings`."""
 
 
-def encode_once(task: Encoder, processor: Any, split: Dataset) -> Dataset:
+def encode_once(task: Encoder[P], processor: P, split: Dataset) -> Dataset:
     """Apply `task.encode_rows` to all of `split`, or read the result from the cache."""
     # the hash names the file: a changed dependency is another file, and none becomes stale
     key = fingerprint(task, processor, split)
@@ -54,7 +58,7 @@ def encode_once(task: Encoder, processor: Any, split: Dataset) -> Dataset:
     what = f"encoding {len(split):,} examples"
     shown = Pass(what, len(split), unit="examples", quiet=True)  # the cache may have them
 
-    def encode(rows: Any, numbers: list[int]) -> dict[str, list[Any]]:
+    def encode(rows: Columns, numbers: list[int]) -> Columns:
         encoded = task.encode_rows(processor, rows)
         shown.advance(len(numbers))
         return encoded
@@ -75,7 +79,7 @@ def encode_once(task: Encoder, processor: Any, split: Dataset) -> Dataset:
         )
 
 
-def fingerprint(task: Encoder, processor: Any, split: Dataset) -> str:
+def fingerprint(task: Encoder[P], processor: P, split: Dataset) -> str:
     """A hexadecimal hash of everything that encoded rows depend on."""
     ingredients = {
         "format": FORMAT,
@@ -100,10 +104,11 @@ def content_hash(split: Dataset) -> str:
     return hasher.hexdigest()
 
 
-def processor_state(processor: Any) -> dict[str, object]:
+def processor_state(processor: object) -> dict[str, object]:
     """All attributes that determine the output of a processor, JSON-serializable."""
     if isinstance(processor, PreTrainedTokenizerBase):
         return tokenizer_state(processor)
+    assert isinstance(processor, BaseImageProcessor | FeatureExtractionMixin)
     return {"class": type(processor).__qualname__, **processor.to_dict()}
 
 

@@ -5,15 +5,15 @@ All rows of a model have one shape: an image processor resizes images, and clips
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from datasets import Array2D, Array3D, Array4D, Dataset, Features, List, Value
-from torch import Tensor
+from numpy.typing import ArrayLike
 from transformers import (
     AutoFeatureExtractor,
     AutoImageProcessor,
@@ -21,44 +21,77 @@ from transformers import (
     AutoModelForImageClassification,
 )
 
-from petl.data.tasks.base import Columns, Row
+from petl.data.tasks.base import (
+    AutoModelClass,
+    AutoProcessorClass,
+    Batch,
+    Collate,
+    Columns,
+    Fields,
+    P,
+    Row,
+)
 from petl.data.tasks.classification import SingleLabelTask
-from petl.data.tasks.media_files import gray_image, read_audio, read_image
+from petl.data.tasks.media_files import Wave, gray_image, read_audio, read_image
 from petl.errors import InputError
 from petl.system.values import field, real
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MIN_SECONDS = 0.05  # of a clip: two windows of a spectrogram
 CLIP = real(MIN_SECONDS)
 Arrays = dict[str, np.ndarray]
+M = TypeVar("M")  # what a file is decoded to
+
+
+class ImageProcessor(Protocol):
+    """What image classification uses of the image processors of transformers."""
+
+    def __call__(self, images: object, *, return_tensors: str) -> Mapping[str, ArrayLike]:
+        """The model's inputs for a batch of one image."""
+
+
+class SoundProcessor(Protocol):
+    """What audio classification uses of the feature extractors of transformers."""
+
+    sampling_rate: int
+    padding_value: float
+
+    def __call__(
+        self, raw_speech: Wave, *, sampling_rate: int, return_tensors: str
+    ) -> Mapping[str, ArrayLike]:
+        """The model's inputs for a batch of one clip."""
 
 
 @dataclass
-class MediaTask(SingleLabelTask, ABC):
+class MediaTask(SingleLabelTask[P], ABC, Generic[P, M]):
     """Files (`path`, and `sha256` of their content) with the number of their class (`label`)."""
 
     peft_task_type: ClassVar[str | None] = None
+    encoded_by: ClassVar[tuple[str, ...]] = ()
     reads_text: ClassVar[bool] = False
     encoded_at_once: ClassVar[int] = 64  # images take more memory than tokens; assumption
     shown: ClassVar[tuple[str, ...]] = ("path",)
 
     @abstractmethod
-    def largest(self, processor: Any) -> Any:
+    def largest(self, processor: P) -> M:
         """An empty input of the maximum size."""
 
     @abstractmethod
-    def decode(self, processor: Any, rows: Columns, index: int) -> Any:
+    def decode(self, processor: P, rows: Columns, index: int) -> M:
         """Decode the file of row `index`."""
 
     @abstractmethod
-    def process(self, processor: Any, media: Any) -> Arrays:
+    def process(self, processor: P, media: M) -> Arrays:
         """The model's inputs for one decoded file, by name."""
 
-    def features(self, processor: Any) -> Features:
+    def features(self, processor: P, /) -> Features:
         """Types and shapes, from the processor's output for the largest input."""
         arrays = self.process(processor, self.largest(processor))
         return Features({**{k: feature(v) for k, v in arrays.items()}, "labels": Value("int64")})
 
-    def encode_rows(self, processor: Any, rows: Columns) -> Columns:
+    def encode_rows(self, processor: P, rows: Columns, /) -> Columns:
         """Decode and process files; all rows get the shapes of the largest input.
 
         Raises:
@@ -80,11 +113,11 @@ class MediaTask(SingleLabelTask, ABC):
                 columns[name].append(padded)
         return columns | ({"labels": rows["label"]} if "label" in rows else {})
 
-    def pad(self, array: np.ndarray, full: np.ndarray, processor: Any) -> np.ndarray:
+    def pad(self, array: np.ndarray, full: np.ndarray, processor: P) -> np.ndarray:
         """Pad or truncate `array` to the length of `full`, if the task can."""
         return array
 
-    def random_rows(self, processor: Any, count: int, draw: torch.Generator) -> dict[str, Tensor]:
+    def random_rows(self, processor: P, count: int, draw: torch.Generator) -> Batch:
         """Model inputs of noise, [count, ...] each; masks are those of the largest input."""
         largest = self.process(processor, self.largest(processor))
         full = {name: torch.from_numpy(array) for name, array in largest.items()}
@@ -95,7 +128,7 @@ class MediaTask(SingleLabelTask, ABC):
             for name, array in full.items()
         }
 
-    def encode(self, processor: Any, split: Dataset) -> Dataset:
+    def encode(self, processor: P, split: Dataset, /) -> Dataset:
         """Encode rows as in `Task`; they are read as numpy arrays."""
         return super().encode(processor, split).with_format("numpy")
 
@@ -107,99 +140,86 @@ class MediaTask(SingleLabelTask, ABC):
         """None: the task shows no tokens."""
         return
 
-    def count(self, batch: dict[str, Tensor]) -> int:
+    def count(self, batch: Batch) -> int:
         """Number of rows."""
         return len(batch["labels"])
 
-    def positions(self, batch: dict[str, Tensor]) -> int:
+    def positions(self, batch: Batch) -> int:
         """Number of rows: there is no padding between rows."""
         return self.count(batch)
 
-    def width(self, batch: dict[str, Tensor]) -> None:
+    def width(self, batch: Batch) -> None:
         """None: rows have no tokens."""
         return
 
-    def collate(
-        self, processor: Any, multiple: int = 1
-    ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+    def collate(self, processor: P, /, multiple: int = 1) -> Collate:
         """A collate function that stacks arrays."""
         return batch_of_arrays
 
 
 @dataclass
-class ImageClassification(MediaTask):
+class ImageClassification(MediaTask[ImageProcessor, "Image"]):
     """Images in files, or as `pixels`: rows of gray levels from 0 to 255."""
 
     name: ClassVar[str] = "image_classification"
     unit: ClassVar[str] = "images"
+    auto_class: ClassVar[type[AutoModelClass]] = AutoModelForImageClassification
+    processor_class: ClassVar[type[AutoProcessorClass]] = AutoImageProcessor
 
-    @property
-    def auto_class(self) -> type[Any]:
-        return AutoModelForImageClassification
-
-    @property
-    def processor_class(self) -> type[Any]:
-        return AutoImageProcessor
-
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Fields:
         """The task and the version of Pillow, which decodes the files."""
         # decoders change between versions of Pillow
-        return {"task": self.name, "pillow": version("pillow")}
+        return {**super().settings(), "pillow": version("pillow")}
 
-    def largest(self, processor: Any) -> Any:
+    def largest(self, processor: ImageProcessor) -> "Image":
         """A black image."""
         return gray_image(np.zeros((48, 64)))  # any size, since the processor resizes it
 
-    def decode(self, processor: Any, rows: Columns, index: int) -> Any:
+    def decode(self, processor: ImageProcessor, rows: Columns, index: int) -> "Image":
         """Read the image file, or convert `pixels`."""
         if "pixels" in rows:
             return gray_image(rows["pixels"][index])
         return read_image(rows["path"][index])
 
-    def process(self, processor: Any, media: Any) -> Arrays:
+    def process(self, processor: ImageProcessor, media: "Image") -> Arrays:
         """Apply the image processor."""
         return without_batch(processor(media, return_tensors="np"))
 
 
 @dataclass
-class AudioClassification(MediaTask):
+class AudioClassification(MediaTask[SoundProcessor, Wave]):
     """Audio files; clips longer than `max_seconds` are truncated."""
 
     name: ClassVar[str] = "audio_classification"
     unit: ClassVar[str] = "clips"
+    auto_class: ClassVar[type[AutoModelClass]] = AutoModelForAudioClassification
+    processor_class: ClassVar[type[AutoProcessorClass]] = AutoFeatureExtractor
+    encoded_by: ClassVar[tuple[str, ...]] = ("max_seconds",)
 
     max_seconds: float = field(10.0, CLIP)
 
-    @property
-    def auto_class(self) -> type[Any]:
-        return AutoModelForAudioClassification
-
-    @property
-    def processor_class(self) -> type[Any]:
-        return AutoFeatureExtractor
-
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Fields:
         """The task, its maximum duration, and the version of SciPy, which resamples."""
-        return {"task": self.name, "max_seconds": self.max_seconds, "scipy": version("scipy")}
+        return {**super().settings(), "scipy": version("scipy")}
 
-    def largest(self, processor: Any) -> Any:
+    def largest(self, processor: SoundProcessor) -> Wave:
         """Silence of `max_seconds`."""
         # the duration decides the size of the spectrogram
         return np.zeros(round(self.max_seconds * processor.sampling_rate), np.float32)
 
-    def decode(self, processor: Any, rows: Columns, index: int) -> Any:
+    def decode(self, processor: SoundProcessor, rows: Columns, index: int) -> Wave:
         """Read the audio file at the model's sampling rate."""
         wave = read_audio(rows["path"][index], processor.sampling_rate, self.max_seconds)
         # some extractors of spectrograms fail on less than a window
         least = round(MIN_SECONDS * processor.sampling_rate)
         return np.pad(wave, (0, max(0, least - len(wave))))
 
-    def process(self, processor: Any, media: Any) -> Arrays:
+    def process(self, processor: SoundProcessor, media: Wave) -> Arrays:
         """Apply the feature extractor."""
         inputs = processor(media, sampling_rate=processor.sampling_rate, return_tensors="np")
         return without_batch(inputs)
 
-    def pad(self, array: np.ndarray, full: np.ndarray, processor: Any) -> np.ndarray:
+    def pad(self, array: np.ndarray, full: np.ndarray, processor: SoundProcessor) -> np.ndarray:
         """Pad or truncate the time axis, the first."""
         missing = len(full) - len(array)
         if missing <= 0:
@@ -209,7 +229,7 @@ class AudioClassification(MediaTask):
         return np.pad(array, [(0, missing), *[(0, 0)] * (array.ndim - 1)], constant_values=value)
 
 
-def without_batch(inputs: Any) -> Arrays:
+def without_batch(inputs: Mapping[str, ArrayLike]) -> Arrays:
     """Remove the batch dimension of a processor's output; float32 or int64."""
     # a processor always returns a batch, here of one input
     arrays = {name: np.asarray(value)[0] for name, value in inputs.items()}
@@ -218,7 +238,7 @@ def without_batch(inputs: Any) -> Arrays:
     }
 
 
-def feature(array: np.ndarray) -> Any:
+def feature(array: np.ndarray) -> List | Array2D | Array3D | Array4D:
     """The `datasets` type of a column of arrays with this shape and dtype."""
     dtype = str(array.dtype)
     if array.ndim == 1:
@@ -227,6 +247,6 @@ def feature(array: np.ndarray) -> Any:
     return {2: Array2D, 3: Array3D, 4: Array4D}[array.ndim](array.shape, dtype)
 
 
-def batch_of_arrays(rows: Sequence[Row]) -> dict[str, Tensor]:
+def batch_of_arrays(rows: Sequence[Row]) -> Batch:
     """Collate rows: each column [B, ...], `labels` [B]."""
     return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}

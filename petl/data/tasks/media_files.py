@@ -7,18 +7,22 @@ that a file gives the same samples on every machine.
 import warnings
 from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from petl.errors import InputError, first_line
 from petl.system.imports.extras import optional
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000  # samples per second; of audio formats in use
 Wave = np.ndarray  # float32 [S], in -1 to 1
 
 
-def read_image(path: str | Path) -> Any:
+def read_image(path: str | Path) -> "Image":
     """Read an image file as a PIL image in RGB, rotated by its EXIF orientation.
 
     Raises:
@@ -37,7 +41,7 @@ def read_image(path: str | Path) -> Any:
         raise unreadable(path, "an image", error) from error
 
 
-def gray_image(pixels: Any) -> Any:
+def gray_image(pixels: ArrayLike) -> "Image":
     """Convert rows of gray levels from 0 to 255 to a PIL image in RGB."""
     image = optional("PIL.Image", "image")
     return image.fromarray(np.asarray(pixels, dtype=np.uint8)).convert("RGB")

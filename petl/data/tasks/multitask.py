@@ -11,16 +11,26 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from petl.core.layers.class_swap import SwappedClass, swap_class
 from petl.core.layers.task_rows import ARGUMENT, PASSED
-from petl.data.tasks.base import UNTRUNCATED, Columns, Prediction, Row, rounded, sums_dtype
+from petl.data.tasks.base import (
+    UNTRUNCATED,
+    Batch,
+    Columns,
+    Outputs,
+    Prediction,
+    Row,
+    rounded,
+    sums_dtype,
+)
 from petl.data.tasks.classification import SMALLEST, Classification, macro_f1
 from petl.data.tasks.row_tasks import COLUMN, IDS, RowTasks
 from petl.errors import InputError
@@ -56,7 +66,7 @@ class TaskHeads(SwappedClass):
 
     petl_task_starts: list[int]
 
-    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: object, labels: Tensor | None = None, **kwargs: object) -> object:
         kwargs = {name: v for name, v in kwargs.items() if name not in (ARGUMENT, PASSED)}
         own: Any = super()
         # without labels, so that the model computes no loss over all classes
@@ -74,7 +84,7 @@ class TaskHeads(SwappedClass):
 
 
 @dataclass
-class MultitaskClassification(RowTasks, Classification):  # ty: ignore[lost-keyword-for-regular-parameter]
+class MultitaskClassification(RowTasks[PreTrainedTokenizerBase], Classification):
     """Texts with their task (`task`) and the number of their class among those of all tasks.
 
     Attributes:
@@ -87,6 +97,7 @@ class MultitaskClassification(RowTasks, Classification):  # ty: ignore[lost-keyw
 
     name: ClassVar[str] = "multitask_classification"
     metric: ClassVar[str] = "mean_accuracy"
+    encoded_by: ClassVar[tuple[str, ...]] = ("max_length", "limits", "pairs", "classes")
     scores_by_task: ClassVar[bool] = True
     file_kind: ClassVar[str | None] = Classification.name
     shown: ClassVar[tuple[str, ...]] = (*Classification.shown, COLUMN)
@@ -113,7 +124,7 @@ class MultitaskClassification(RowTasks, Classification):  # ty: ignore[lost-keyw
             raise InputError(f"pairs={self.pairs} are not all tasks: {', '.join(self.tasks)}")
         self.starts = [owners.index(name) for name in self.tasks]
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         # unlike a class that `of_tasks` generates, this one can be imported by name
         return type(self), (self.classes, self.max_length, self.tasks, self.limits, self.pairs)
 
@@ -126,18 +137,14 @@ class MultitaskClassification(RowTasks, Classification):  # ty: ignore[lost-keyw
         """The place of a task's classes among all."""
         return slice(self.starts[task], [*self.starts, len(self.classes)][task + 1])
 
-    def adjust(self, model: Any) -> None:
+    def adjust(self, model: PreTrainedModel) -> None:
         """Give a classifier the loss of a head for each task."""
-        model.petl_task_starts = self.starts
         swap_class(model, TaskHeads)
+        cast("TaskHeads", model).petl_task_starts = self.starts
 
     # Rows
 
-    def settings(self) -> dict[str, Any]:
-        own = {"limits": self.limits, "pairs": self.pairs, "classes": self.classes}
-        return {**super().settings(), **own}
-
-    def encode_rows(self, tokenizer: Any, rows: Columns) -> Columns:
+    def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns, /) -> Columns:
         """Encode the rows of each task as its own set would be."""
         ids = [self.tasks.index(name) for name in rows[COLUMN]]
         encoded: list[Row] = [{} for _ in ids]
@@ -166,7 +173,7 @@ class MultitaskClassification(RowTasks, Classification):  # ty: ignore[lost-keyw
 
     # Scores
 
-    def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+    def score(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Loss of each task in nats, then the confusion matrix (label, prediction): [K + C*C]."""
         labels, (K, C) = batch["labels"], (len(self.tasks), len(self.classes))
         tasks = task_of(labels, self.starts)
@@ -208,7 +215,7 @@ class MultitaskClassification(RowTasks, Classification):  # ty: ignore[lost-keyw
         named = {f"{task}_{k}": v for task, scores in by_task.items() for k, v in scores.items()}
         return {**means, **pooled, **named}
 
-    def head_loss(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
+    def head_loss(self, logits: Tensor, labels: Batch) -> Tensor:
         """Mean cross-entropy among the classes of each row's task, from logits [B, C]."""
         tasks = task_of(labels["labels"], self.starts)
         return F.cross_entropy(own_logits(logits, tasks, self.starts), labels["labels"])
@@ -220,7 +227,7 @@ class MultitaskClassification(RowTasks, Classification):  # ty: ignore[lost-keyw
         """See `Task.varied`: each row has the classes of its task."""
         return ("probabilities",)
 
-    def predict(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+    def predict(self, outputs: Outputs, batch: Batch) -> Tensor:
         """The probability of each class, [B, C]; 0 for those of other tasks."""
         return own_logits(outputs.logits, batch[IDS], self.starts).softmax(-1)
 

@@ -80,16 +80,16 @@ def batch_of_blocks(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
     return batch
 
 
-def isolate_packed_texts(model: Any) -> None:
+def isolate_packed_texts(model: PreTrainedModel) -> None:
     """Make a transformers model attend within each text of a batch with `position_ids`."""
-    model.petl_packs = True
+    vars(model)["petl_packs"] = True
     # on the body, since a method may read the mask before it
     model.base_model.register_forward_pre_hook(by_positions, with_kwargs=True)
 
 
 def by_positions(
-    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    module: PreTrainedModel, args: tuple[object, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[object, ...], dict[str, object]] | None:
     """Forward pre-hook: remove the attention mask of packed batches, except in generation."""
     generates = kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None
     if generates or kwargs.get("position_ids") is None:
@@ -101,7 +101,7 @@ def by_positions(
     return args, arguments
 
 
-def text_boundaries(positions: Tensor) -> dict[str, Any]:
+def text_boundaries(positions: Tensor) -> dict[str, object]:
     """Boundaries of texts in flattened positions [B, T], as arguments of flash attention.
 
     transformers derives them itself only for batches of one row.

@@ -7,26 +7,42 @@ the right answers as in SQuAD. Shapes: B windows, T tokens.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from torch import Tensor
-from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
 
-from petl.data.tasks.base import Columns, Pad, Prediction, Row, Task, need_offsets, pad_id, rounded
+from petl.data.tasks.base import (
+    AutoModelClass,
+    Batch,
+    Collate,
+    Columns,
+    Fields,
+    Outputs,
+    Pad,
+    Prediction,
+    Row,
+    Task,
+    need_offsets,
+    pad_id,
+    rounded,
+)
 from petl.data.tasks.metrics import best_of, squad_exact, squad_f1
 from petl.errors import InputError
 from petl.system.values import field, integer
 
 MAX_MULTIPLE = 8  # the largest `multiple` of `collate`: batches may be padded up to it
 CANDIDATES = 20  # best starts and ends of a window that are combined
+T = TypeVar("T", bound=ModelOutput)
 MASKED_LOGIT = -1e9  # the logit of padding
 OUTSIDE = (-1, -1)  # offsets of a token that is not part of the context
 POINTS = ("start_positions", "end_positions")
@@ -51,7 +67,7 @@ NO_SPAN = Span(-np.inf, "", None, 0.0)
 
 
 @dataclass
-class QuestionAnswering(Task):
+class QuestionAnswering(Task[PreTrainedTokenizerBase]):
     """Questions (`question`, `number`) about a text (`context`).
 
     `answers` lists the right answers, none if there is none, and `starts` their first characters.
@@ -61,6 +77,8 @@ class QuestionAnswering(Task):
     peft_task_type: ClassVar[str | None] = "QUESTION_ANS"
     metric: ClassVar[str] = "f1"
     higher_is_better: ClassVar[bool] = True
+    auto_class: ClassVar[type[AutoModelClass]] = AutoModelForQuestionAnswering
+    encoded_by: ClassVar[tuple[str, ...]] = ("max_length", "stride")
     label_columns: ClassVar[tuple[str, ...]] = POINTS
     by_row: ClassVar[bool] = True
     shown: ClassVar[tuple[str, ...]] = ("question", "context")
@@ -71,21 +89,14 @@ class QuestionAnswering(Task):
     max_answer_length: int = field(30, integer(1))  # tokens
     unanswerable: bool = False  # some questions have no answer
 
-    @property
-    def auto_class(self) -> type[Any]:
-        return AutoModelForQuestionAnswering
-
-    def model_kwargs(self) -> dict[str, Any]:
+    def model_kwargs(self) -> Fields:
         return {"num_labels": 2}  # a start and an end
 
-    def adjust(self, model: Any) -> None:
+    def adjust(self, model: PreTrainedModel) -> None:
         """Exclude padding from the model's own loss."""
         model.register_forward_hook(without_padding, with_kwargs=True)
 
-    def settings(self) -> dict[str, Any]:
-        return {"task": self.name, "max_length": self.max_length, "stride": self.stride}
-
-    def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
+    def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns, /) -> Columns:
         """Split contexts into windows; `number` keeps the windows of a question together.
 
         Raises:
@@ -168,17 +179,15 @@ class QuestionAnswering(Task):
             "questions": len(set(rows["_number"])),
         }
 
-    def collate(
-        self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
-    ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+    def collate(self, tokenizer: PreTrainedTokenizerBase, /, multiple: int = 1) -> Collate:
         """A collate function that pads windows."""
         return partial(batch_of_windows, Pad(pad_id(tokenizer), multiple))
 
-    def items(self, batch: dict[str, Tensor]) -> int:
+    def items(self, batch: Batch) -> int:
         """Number of windows."""
         return batch["input_ids"].shape[0]
 
-    def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+    def score(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Logits of starts, then of ends, then the loss in nats, of each window: [B, 2*T' + 1].
 
         T' is `max_length` rounded up, so that all batches have the same width.
@@ -187,7 +196,7 @@ class QuestionAnswering(Task):
         loss = window_loss(starts, ends, batch, reduction="none")
         return torch.cat([self.predict(outputs, batch), loss[:, None]], 1)
 
-    def predict(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+    def predict(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Logits of starts, then of ends, of each window: [B, 2*T'], T' as in `score`."""
         width = -(-self.max_length // MAX_MULTIPLE) * MAX_MULTIPLE  # rounded up
         points = outputs.start_logits.float(), outputs.end_logits.float()
@@ -231,17 +240,18 @@ class QuestionAnswering(Task):
             is_empty = self.unanswerable and nulls[number].logit > span.logit
             yield number, scored(nulls[number] if is_empty else span, answers.get(number))
 
-    def head_loss(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
+    def head_loss(self, logits: Tensor, labels: Batch) -> Tensor:
         """The mean loss of start and end, from logits [B, T, 2]."""
         return window_loss(logits[..., 0], logits[..., 1], labels)
 
-    def head_logits(self, outputs: Any) -> Tensor:
+    def head_logits(self, outputs: Outputs) -> Tensor:
         """Logits of starts and ends, [B, T, 2]."""
         return torch.stack([outputs.start_logits, outputs.end_logits], -1)
 
-    def outputs_from_logits(self, logits: Tensor) -> Any:
+    def outputs_from_logits(self, logits: Tensor) -> Outputs:
         """Start and end logits as the model returns them."""
-        return SimpleNamespace(start_logits=logits[..., 0], end_logits=logits[..., 1])
+        points = SimpleNamespace(start_logits=logits[..., 0], end_logits=logits[..., 1])
+        return cast("Outputs", points)
 
 
 def scored(span: Span, answers: Sequence[str] | None) -> Prediction:
@@ -254,7 +264,7 @@ def scored(span: Span, answers: Sequence[str] | None) -> Prediction:
 
 
 def window_loss(
-    starts: Tensor, ends: Tensor, batch: Mapping[str, Any], reduction: str = "mean"
+    starts: Tensor, ends: Tensor, batch: Mapping[str, Tensor], reduction: str = "mean"
 ) -> Tensor:
     """The mean of the losses of start and end: cross-entropy over all tokens except padding."""
     # padding would otherwise be a candidate position
@@ -268,13 +278,15 @@ def window_loss(
     return (losses[0] + losses[1]) / 2
 
 
-def without_padding(model: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
+def without_padding(
+    model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, Tensor], output: T
+) -> T:
     """Forward hook: replace the loss of transformers, in which padding tokens are candidates.
 
     That loss depends on the length of the other rows of a batch.
     """
     if kwargs.get(POINTS[0]) is not None and kwargs.get("attention_mask") is not None:
-        output["loss"] = window_loss(output.start_logits, output.end_logits, kwargs)
+        output["loss"] = window_loss(output["start_logits"], output["end_logits"], kwargs)
     return output
 
 
@@ -345,7 +357,7 @@ def probability(starts: np.ndarray, ends: np.ndarray, first: int, last: int, len
     return sure
 
 
-def batch_of_windows(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
+def batch_of_windows(pad: Pad, rows: Sequence[Row]) -> Batch:
     """`input_ids`, `attention_mask`, optionally `token_type_ids` [B, T]; start and end [B]."""
     labels = [key for key in POINTS if key in rows[0]]
     return {**pad.inputs(rows), **{k: torch.tensor([row[k] for row in rows]) for k in labels}}

@@ -5,7 +5,7 @@ Correlations are own code: scipy is only installed with the extra `audio`.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 
-from petl.data.tasks.base import Prediction, Row, TextTask, rounded, sums_dtype
+from petl.data.tasks.base import (
+    Batch,
+    Fields,
+    Outputs,
+    Prediction,
+    Row,
+    TextTask,
+    rounded,
+    sums_dtype,
+)
 from petl.system.values import field, integer
 
 
@@ -28,7 +37,7 @@ class Regression(TextTask):
 
     max_length: int = field(128, integer(1))
 
-    def model_kwargs(self) -> dict[str, Any]:
+    def model_kwargs(self) -> Fields:
         """One output without class names."""
         names = {"id2label": {0: "number"}, "label2id": {"number": 0}}
         return {"num_labels": 1, "problem_type": "regression", **names}
@@ -37,11 +46,7 @@ class Regression(TextTask):
         """The number of the row."""
         return f"{row['labels']:g}"
 
-    def items(self, batch: dict[str, Tensor]) -> int:
-        """Number of rows."""
-        return batch["labels"].numel()
-
-    def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+    def score(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Prediction and label of each row, [B, 2]."""
         prediction = outputs.logits.squeeze(-1)
         return torch.stack([prediction, batch["labels"]], -1).to(sums_dtype(prediction.device))
@@ -59,7 +64,7 @@ class Regression(TextTask):
             "rows": float(len(labels)),
         }
 
-    def predict(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+    def predict(self, outputs: Outputs, batch: Batch) -> Tensor:
         """The predicted number, [B]."""
         return outputs.logits.squeeze(-1).float()
 
@@ -71,7 +76,7 @@ class Regression(TextTask):
             label = {"label": row["labels"]} if "labels" in row else {}
             yield row["_number"], {**label, "prediction": rounded(value)}
 
-    def head_loss(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
+    def head_loss(self, logits: Tensor, labels: Batch) -> Tensor:
         """Mean squared error, from logits [B, 1]."""
         return F.mse_loss(logits.squeeze(-1), labels["labels"])
 

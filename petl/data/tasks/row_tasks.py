@@ -5,31 +5,30 @@ batches have `task_ids`, for methods that serve several tasks, and scores are al
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from datasets import Features, Value
-from torch import Tensor
 
-from petl.data.tasks.base import Columns, Row, Task
+from petl.data.tasks.base import Batch, Collate, Columns, Fields, P, Row, Task
 from petl.data.tasks.scores import LOSSES
 from petl.errors import UnsupportedError
 
 COLUMN, IDS = "task", "task_ids"  # of rows, of encoded rows and batches
 
 
-class RowTasks(Task):
+class RowTasks(Task[P]):
     """Mixin before a kind of task whose rows belong to the tasks named by `tasks`."""
 
     original: ClassVar[type[Task]]
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         # the generated class cannot be imported by name
         return _restored, (self.original, self.tasks, self.__dict__)
 
-    def encode_rows(self, processor: Any, rows: Columns, /) -> Columns:
+    def encode_rows(self, processor: P, rows: Columns, /) -> Columns:
         """Encode rows without their task, and add the id of it to each encoded row."""
         if self.packs:
             raise UnsupportedError(
@@ -47,47 +46,43 @@ class RowTasks(Task):
             encoded["_number"] = [rows["number"][place] for place in found]
         return {**encoded, IDS: [ids[place] for place in found]}
 
-    def prompts(self, processor: Any, rows: Columns, /) -> list[list[int]]:
+    def prompts(self, processor: P, rows: Columns, /) -> list[list[int]]:
         return super().prompts(processor, {k: v for k, v in rows.items() if k != COLUMN})
 
-    def features(self, processor: Any) -> Features | None:
+    def features(self, processor: P, /) -> Features | None:
         own = super().features(processor)
         return None if own is None else Features({**own, IDS: Value("int64")})
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Fields:
         return {**super().settings(), "tasks": list(self.tasks)}
 
-    def collate(
-        self, processor: Any, /, multiple: int = 1
-    ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+    def collate(self, processor: P, /, multiple: int = 1) -> Collate:
         """A collate function that adds `task_ids`, [B] int64."""
         return partial(_batch, super().collate(processor, multiple))
 
 
-def _batch(
-    collate: Callable[[Sequence[Row]], dict[str, Tensor]], rows: Sequence[Row]
-) -> dict[str, Tensor]:
+def _batch(collate: Collate, rows: Sequence[Row]) -> Batch:
     ids = torch.tensor([row[IDS] for row in rows])
     return {**collate([{k: v for k, v in row.items() if k != IDS} for row in rows]), IDS: ids}
 
 
 @cache
-def _kind(original: type[Task], tasks: tuple[str, ...]) -> type[Any]:
+def _kind(original: type[Task], tasks: tuple[str, ...]) -> type[Task]:
     shown = (*original.shown, COLUMN)
     body = {"tasks": tasks, "original": original, "shown": shown, "__doc__": original.__doc__}
     return type(original.__name__, (RowTasks, original), body)
 
 
-def _restored(original: type[Task], tasks: tuple[str, ...], values: dict[str, Any]) -> Any:
+def _restored(original: type[Task], tasks: tuple[str, ...], values: Fields) -> Task:
     kind = _kind(original, tasks)
     task = kind.__new__(kind)
     vars(task).update(values)
     return task
 
 
-def of_tasks(task: Task, names: Sequence[str]) -> Any:
+def of_tasks(task: Task, names: Sequence[str]) -> Task:
     """Return a copy of `task` whose rows belong to tasks of these names, in the order of ids."""
-    copied: Any = copy.copy(task)
+    copied = copy.copy(task)
     copied.__class__ = _kind(type(task), tuple(names))
     return copied
 

@@ -1,27 +1,22 @@
 """Sequence to sequence: an encoder-decoder model writes a target text for a text."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
+from transformers import AutoModelForSeq2SeqLM, BatchEncoding, PreTrainedTokenizerBase
 
 from petl.data.tasks.base import (
     IGNORED,
     UNTRUNCATED,
+    AutoModelClass,
+    Batch,
     Columns,
-    Pad,
-    Prediction,
+    Outputs,
     Row,
     Task,
-    batch_of_tokens,
-    mean_losses,
-    pad_id,
-    perplexity,
+    WritingTask,
     source_numbers,
     summed_loss,
 )
@@ -29,19 +24,15 @@ from petl.system.values import field, integer
 
 
 @dataclass
-class Seq2Seq(Task):
+class Seq2Seq(WritingTask):
     """Texts (`text`) with target texts (`target`)."""
 
     name: ClassVar[str] = "seq2seq"
     peft_task_type: ClassVar[str | None] = "SEQ_2_SEQ_LM"
-    metric: ClassVar[str] = "loss"
-    higher_is_better: ClassVar[bool] = False
-    new_head: ClassVar[bool] = False
-    writes: ClassVar[bool] = True
-    sums_predictions: ClassVar[bool] = True
-    label_columns: ClassVar[
-        tuple[str, ...]
-    ] = ()  # the model needs the labels, since they are also the decoder's inputs, shifted by one
+    auto_class: ClassVar[type[AutoModelClass]] = AutoModelForSeq2SeqLM
+    encoded_by: ClassVar[tuple[str, ...]] = ("max_length", "max_target_length", "prefix")
+    # the model needs the labels, since they are also the decoder's inputs, shifted by one
+    label_columns: ClassVar[tuple[str, ...]] = ()
 
     max_length: int = field(512, integer(1))
     max_target_length: int = field(128, integer(1))  # tokens
@@ -49,19 +40,11 @@ class Seq2Seq(Task):
     generate: int | None = field(None, integer(1))  # maximum new tokens of generated answers
 
     @property
-    def auto_class(self) -> type[Any]:
-        return AutoModelForSeq2SeqLM
-
-    @property
     def longest(self) -> int:
         """The longest of text, target and generated answer."""
         return max(self.max_length, self.max_target_length, self.generate or 0)
 
-    def settings(self) -> dict[str, Any]:
-        lengths = {"max_length": self.max_length, "max_target_length": self.max_target_length}
-        return {"task": self.name, **lengths, "prefix": self.prefix}
-
-    def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
+    def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns, /) -> Columns:
         """Tokenize texts with `prefix`, and targets; labels are the target tokens."""
         inputs = self.texts(tokenizer, rows)
         targets = tokenizer(
@@ -77,12 +60,12 @@ class Seq2Seq(Task):
             **source_numbers(rows, kept),
         }
 
-    def texts(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Any:
+    def texts(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> BatchEncoding:
         """Tokenize texts with `prefix`."""
         texts = [f"{self.prefix}{text}" for text in rows["text"]]
         return tokenizer(texts, truncation=True, max_length=self.max_length)
 
-    def prompts(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> list[list[int]]:
+    def prompts(self, tokenizer: PreTrainedTokenizerBase, rows: Columns, /) -> list[list[int]]:
         """The tokens of each text, which the model reads to write an answer."""
         return self.texts(tokenizer, rows)["input_ids"]
 
@@ -109,40 +92,20 @@ class Seq2Seq(Task):
         pairs = zip(rows["input_ids"], rows["labels"], strict=True)
         return [len(ids) + len(labels) for ids, labels in pairs]
 
-    def count(self, batch: dict[str, Tensor]) -> int:
+    def count(self, batch: Batch) -> int:
         """Number of tokens of texts and targets, without padding."""
         return super().count(batch) + self.items(batch)
 
-    def positions(self, batch: dict[str, Tensor]) -> int:
+    def positions(self, batch: Batch) -> int:
         """Number of tokens of texts and targets, with padding."""
         return super().positions(batch) + batch["labels"].numel()
 
-    def collate(
-        self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
-    ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
-        """A collate function that pads texts and targets."""
-        return partial(batch_of_tokens, Pad(pad_id(tokenizer), multiple))
-
-    def items(self, batch: dict[str, Tensor]) -> int:
+    def items(self, batch: Batch) -> int:
         """Number of target tokens."""
         return int((batch["labels"] != IGNORED).sum())
 
-    def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Number of target tokens, then their summed loss in nats: [2]."""
-        return self.predict(outputs, batch).sum(0)
-
-    def predict(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+    def predict(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Number of target tokens and their summed loss in nats of each row: [B, 2]."""
         labels = batch["labels"]
         # methods that prepend virtual tokens have more logits than labels
         return summed_loss(outputs.logits[:, -labels.shape[1] :], labels)
-
-    def described(
-        self, values: Iterable[np.ndarray], rows: Iterable[Row]
-    ) -> Iterator[tuple[int, Prediction]]:
-        """The loss of each row."""
-        return mean_losses(values, rows)
-
-    def summarize(self, total: Tensor) -> dict[str, float]:
-        """Loss in nats per token, perplexity, and number of tokens."""
-        return perplexity(total)

@@ -5,10 +5,10 @@ word has the word's label, and the other tokens have none.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +20,12 @@ from transformers import AutoModelForTokenClassification, PreTrainedTokenizerBas
 from petl.data.tasks.base import (
     CLASSES,
     IGNORED,
+    AutoModelClass,
+    Batch,
+    Collate,
     Columns,
+    Fields,
+    Outputs,
     Pad,
     Prediction,
     Row,
@@ -38,14 +43,14 @@ from petl.system.values import field, integer
 
 
 @dataclass
-class TokenClassification(Task):
+class TokenClassification(Task[PreTrainedTokenizerBase]):
     """Lists of words (`tokens`) with the number of each word's class (`tags`)."""
 
     name: ClassVar[str] = "token_classification"
     peft_task_type: ClassVar[str | None] = "TOKEN_CLS"
     metric: ClassVar[str] = "f1"
     higher_is_better: ClassVar[bool] = True
-
+    auto_class: ClassVar[type[AutoModelClass]] = AutoModelForTokenClassification
     shown: ClassVar[tuple[str, ...]] = ("tokens",)
 
     classes: list[str] = field(MISSING, CLASSES)
@@ -56,17 +61,10 @@ class TokenClassification(Task):
         """Names of the classes."""
         return self.classes
 
-    @property
-    def auto_class(self) -> type[Any]:
-        return AutoModelForTokenClassification
-
-    def model_kwargs(self) -> dict[str, Any]:
+    def model_kwargs(self) -> Fields:
         return class_names(self.classes)
 
-    def settings(self) -> dict[str, Any]:
-        return {"task": self.name, "max_length": self.max_length}
-
-    def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
+    def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns, /) -> Columns:
         """Tokenize the joined words; rows without a labeled token are dropped.
 
         Raises:
@@ -102,9 +100,7 @@ class TokenClassification(Task):
     def why_dropped(self) -> str:
         return f": no word begins within the first max_length={self.max_length} tokens"
 
-    def collate(
-        self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
-    ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+    def collate(self, tokenizer: PreTrainedTokenizerBase, /, multiple: int = 1) -> Collate:
         """A collate function that pads tokens and labels."""
         return partial(batch_of_tokens, Pad(pad_id(tokenizer), multiple))
 
@@ -121,7 +117,7 @@ class TokenClassification(Task):
         occurrences = Counter(label for labels in rows["labels"] for label in labels)
         return {name: occurrences[i] for i, name in enumerate(self.classes)}
 
-    def items(self, batch: dict[str, Tensor]) -> int:
+    def items(self, batch: Batch) -> int:
         """Number of labeled tokens."""
         return int((batch["labels"] != IGNORED).sum())
 
@@ -132,7 +128,7 @@ class TokenClassification(Task):
             return []
         return sorted({parts(tag)[1] for tag in self.classes if tag != OUTSIDE})
 
-    def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+    def score(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Sums over the words inside `max_length`: [1 + C*C + 3*E].
 
         The loss in nats; the flattened confusion matrix (label, prediction); for each type of
@@ -202,7 +198,7 @@ class TokenClassification(Task):
             **word_scores,
         }
 
-    def predict(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+    def predict(self, outputs: Outputs, batch: Batch) -> Tensor:
         """The most probable class of each token and its probability, [B, T, 2]."""
         probability, best = outputs.logits.float().softmax(-1).max(-1)
         return torch.stack([best.float(), probability], -1)
@@ -224,7 +220,7 @@ class TokenClassification(Task):
                 found = {"label": given, **found}
             yield row["_number"], found
 
-    def head_loss(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
+    def head_loss(self, logits: Tensor, labels: Batch) -> Tensor:
         """Mean cross-entropy over labeled tokens, from logits [B, T, C]."""
         return F.cross_entropy(logits.flatten(0, 1), labels["labels"].flatten())
 

@@ -17,7 +17,7 @@ from collections.abc import Collection, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import get_ident
-from typing import Any, BinaryIO, TextIO
+from typing import BinaryIO, TextIO
 
 from safetensors import SafetensorError
 
@@ -96,18 +96,18 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """Write a new JSON file with sorted keys; not atomic."""
     with create(path) as opened:
         opened.write(as_json(content).encode())
 
 
-def as_json(content: Any, *, in_order: bool = False) -> str:
+def as_json(content: object, *, in_order: bool = False) -> str:
     """Format `content` as JSON; keys are sorted unless `in_order`."""
     return json.dumps(content, indent=2, sort_keys=not in_order) + "\n"
 
 
-def check_bounds(value: Any, depth: int = 0) -> None:
+def check_bounds(value: object, depth: int = 0) -> None:
     """Check that a parsed value can be written again: depth, integers of 64 bits, Unicode.
 
     Raises:
@@ -125,7 +125,7 @@ def check_bounds(value: Any, depth: int = 0) -> None:
         _check_leaf(value)
 
 
-def _check_entries(entries: Collection[Any], depth: int) -> None:
+def _check_entries(entries: Collection[object], depth: int) -> None:
     """Check the entries of a mapping or list."""
     if entries and depth >= MAX_DEPTH:
         raise ValueError(TOO_DEEP)
@@ -136,7 +136,7 @@ def _check_entries(entries: Collection[Any], depth: int) -> None:
             _check_leaf(entry)
 
 
-def _check_leaf(value: Any) -> None:
+def _check_leaf(value: object) -> None:
     """Check a value that is neither a mapping nor a list."""
     if isinstance(value, str):
         try:
@@ -175,7 +175,7 @@ def atomic_file(path: Path) -> Generator[BinaryIO]:
     flush(path.parent)  # else the rename may be lost in a crash
 
 
-def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
+def fingerprints(folder: Path) -> dict[str, dict[str, object]]:
     """Size in bytes and SHA-256 of every file below the folder, by relative path."""
     return {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)}

@@ -180,7 +180,7 @@ def offline(switch: bool) -> Generator[None]:
 
     `datasets` has no argument for it, and retries for half a minute if the Hub does not answer.
     """
-    modules: tuple[Any, ...] = ()
+    modules: tuple[object, ...] = ()
     if switch:
         from datasets import config as datasets_config  # takes a second
 

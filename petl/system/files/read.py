@@ -53,7 +53,7 @@ def read_text(path: Path, limit: int = MAX_BYTES) -> str:
         ) from error
 
 
-def read_json(path: Path, shape: Any = Any) -> Any:
+def read_json(path: Path, shape: object = Any) -> Any:
     """Return the content of a JSON file.
 
     Raises:
@@ -66,7 +66,7 @@ def read_json(path: Path, shape: Any = Any) -> Any:
         raise InputError(f"{path} cannot be used: {error}") from error
 
 
-def read_json_lines(path: Path, shape: Any = Any) -> list[Any]:
+def read_json_lines(path: Path, shape: object = Any) -> list[Any]:
     """Return the values in a JSON Lines file, one for each line.
 
     A last line that is incomplete, because the process that wrote it was killed, is left out.
@@ -84,7 +84,7 @@ def read_json_lines(path: Path, shape: Any = Any) -> list[Any]:
     return values
 
 
-def iterate_json_lines(path: Path, shape: Any = Any) -> Iterator[Any]:
+def iterate_json_lines(path: Path, shape: object = Any) -> Iterator[Any]:
     """Yield the values in a complete JSON Lines file of any size, one for each line.
 
     Raises:
@@ -106,7 +106,7 @@ def iterate_json_lines(path: Path, shape: Any = Any) -> Iterator[Any]:
         raise InputError(f"{path}, line {number}, cannot be used: {error}") from error
 
 
-def read_yaml(path: Path, shape: Any = Any) -> Any:
+def read_yaml(path: Path, shape: object = Any) -> Any:
     """Return the content of a YAML file.
 
     Raises:
@@ -157,7 +157,7 @@ def is_json(text: str) -> bool:
     return True
 
 
-def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _mapping(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Make a mapping of the entries of a JSON object."""
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
@@ -186,11 +186,11 @@ class _StrictYaml(_SafeLoader):
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, Any]]] = {}
 
-    def construct_yaml_int(self, node: Any) -> int:
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         _short(node.value)
         return super().construct_yaml_int(node)
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
         mapping = super().construct_mapping(node, deep)
         if len(mapping) < len(node.value):
             raise _given_twice(str(key.value) for key, _ in node.value)
@@ -241,7 +241,7 @@ def parse_yaml(text: str) -> Any:
 # Shapes
 
 
-def with_shape(value: Any, shape: Any) -> Any:
+def with_shape(value: object, shape: object) -> Any:
     """Return a value that has a shape.
 
     Raises:

@@ -22,7 +22,7 @@ import os.path  # not pathlib, which would slow down `import petl`
 import re
 import sys
 import traceback
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.machinery import ModuleSpec
@@ -126,14 +126,14 @@ def import_modules(names: Any) -> None:
             raise InputError(f"imports: {_reason(name, error)}") from error
 
 
-def not_yet_trusted(names: Any) -> list[str]:
+def not_yet_trusted(names: object) -> list[str]:
     """Those modules of a saved run's `imports` that neither this process nor a plugin imports."""
     names = _checked(names)
     known = {entry.module for entry in plugins()} if names else set()
     return [name for name in names if name not in sys.modules and name not in known]
 
 
-def _checked(names: Any) -> list[str]:
+def _checked(names: object) -> list[str]:
     names = [] if names is None else names
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise InputError(f"imports={names!r} is not a list of modules: write imports=[{names}]")
@@ -243,7 +243,9 @@ class PeftFinder(importlib.abc.MetaPathFinder):
     finder stays until methods are registered.
     """
 
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         """Return the spec of `peft` with a `ThenRegister` loader; None for all other modules."""
         if fullname != PEFT:
             return None
@@ -261,7 +263,7 @@ class ThenRegister(importlib.abc.Loader):
     An error during registration makes the import of PEFT fail; the next import tries again.
     """
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: importlib.abc.Loader) -> None:
         self.loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:

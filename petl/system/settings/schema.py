@@ -12,7 +12,7 @@ from petl.errors import InputError, first_line
 RENAMED = {"train.frozen_head": "train.linear_probe"}
 
 
-def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+def plain(cfg: DictConfig | Mapping[str, object]) -> dict[str, Any]:
     """Convert settings to a plain dictionary with interpolations resolved.
 
     Raises:
@@ -30,9 +30,9 @@ def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in resolved.items()}
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Flatten nested settings to one dictionary with dotted names."""
-    entries: dict[str, Any] = {}
+    entries: dict[str, object] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
             entries |= flat(value, f"{prefix}{key}.")
@@ -41,9 +41,9 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return entries
 
 
-def with_new_names(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def with_new_names(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Return the nested settings of an old run with the present names (`RENAMED`)."""
-    renamed: dict[str, Any] = {}
+    renamed: dict[str, object] = {}
     for key, value in settings.items():
         name = RENAMED.get(f"{prefix}{key}")
         nested = isinstance(value, Mapping)
