@@ -10,8 +10,9 @@ import json
 from collections.abc import Mapping, Sequence
 
 from petl.data.tasks.base import TOOLS, Message
-from petl.data.validation import parse_json, passage, text
+from petl.data.validation import passage, text
 from petl.errors import shown
+from petl.system.files.read import parse_json
 
 # the words of OpenAI, ShareGPT and exports of chat programs; other roles stay as they are
 ROLES = {

@@ -5,7 +5,6 @@
 
 import csv
 import gzip
-import json
 import logging
 import sys
 import zlib
@@ -31,10 +30,10 @@ from petl.data.validation import (
     SourceRows,
     every,
     from_table,
-    parse_json,
 )
 from petl.errors import InputError, first_line, shown
 from petl.system.files.paths import file_of, path_of
+from petl.system.files.read import parse_json
 
 Table = Iterator[tuple[int, dict[str, object]]]  # numbered rows
 BATCH = 1000  # rows of a parquet file in memory at a time; assumption: small next to a model
@@ -291,13 +290,9 @@ def read_json(path: Path, choose: Choose) -> Table:
         text = lines.read()
     try:
         content = parse_json(text)
-    except json.JSONDecodeError as error:
-        hint = "; a file with one object per line is .jsonl" if error.msg == "Extra data" else ""
-        raise InputError(
-            f"{path}, line {error.lineno}, column {error.colno}: {error.msg}{hint}"
-        ) from error
     except ValueError as error:
-        raise InputError(f"{path}: {error}") from error
+        hint = "; a file with one object per line is .jsonl" if "Extra data" in str(error) else ""
+        raise InputError(f"{path}: {error}{hint}") from error
     if not isinstance(content, list):
         raise InputError(f"{path} holds {shown(content)}, not a list of objects")
     for number, row in enumerate(content, start=1):
@@ -313,10 +308,6 @@ def read_jsonl(path: Path, choose: Choose) -> Table:
                 continue
             try:
                 row = parse_json(content)
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"{path}, line {line}: {error.msg} at column {error.colno}"
-                ) from error
             except ValueError as error:
                 raise InputError(f"{path}, line {line}: {error}") from error
             yield line, select_columns(row, choose, f"{path}, line {line}")

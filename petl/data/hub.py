@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from datasets import ClassLabel, Features, load_dataset
 from datasets.exceptions import DatasetsError

@@ -2,15 +2,10 @@
 
 from collections.abc import Iterable
 
-ANSWERS = (  # of the formats of `petl.data.formats` that are recognized
-    ("messages",),
-    ("conversations",),
-    ("instruction", "output"),
-    ("chosen", "rejected"),
-    ("prompt", "completion"),
-)
+from petl.data.formats import recognized
+
 SETTINGS = (
-    *((columns, "data.task=causal_lm") for columns in ANSWERS),
+    *((tuple(each.required(labeled=True)), "data.task=causal_lm") for each in recognized()),
     (("tokens", "tags"), "data.task=token_classification"),
     (("tokens", "ner_tags"), "data.task=token_classification data.tags=ner_tags"),
     (("question", "context", "answers"), "data.task=question_answering"),

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from petl.data.task_columns import AnySourceRows, ColumnSettings, NamedColumns
 from petl.data.tasks.base import Task
 from petl.data.tasks.question_answering import QuestionAnswering
-from petl.data.validation import Row, parse_json, read, text
+from petl.data.validation import Row, read, text
 from petl.errors import shown
+from petl.system.files.read import parse_json
 
 JSON_PREFIXES = ('{"', "[{", '["', "[]")  # of answers in a csv file
 
@@ -63,7 +64,7 @@ class QuestionAnsweringColumns(NamedColumns):
         """
         # a csv file has no lists; a plain answer may begin with a bracket, but not like this
         if isinstance(value, str) and value.lstrip().startswith(JSON_PREFIXES):
-            value = parse_json(value)  # JSONDecodeError is a ValueError
+            value = parse_json(value)
         if value is None or value == "":
             return []
         if isinstance(value, str):

@@ -1,6 +1,5 @@
 """Raw rows of a source with their line numbers, and checks of their values."""
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +12,6 @@ from typing import Any, TypeVar
 from datasets import Dataset
 
 from petl.errors import InputError, did_you_mean, shown
-from petl.system.files.disk import check_bounds
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -183,27 +181,6 @@ def similar(column: str, names: Sequence[str]) -> str:
 def every(present: Iterable[str], origin: str) -> list[str]:
     """Choose all columns."""
     return list(present)
-
-
-def parse_json(text: str) -> Any:
-    """Parse JSON within the bounds of `petl.system.files.read`, in C and with the place of an
-    error.
-
-    Raises:
-        json.JSONDecodeError: it is malformed.
-        ValueError: it is nested too deeply, has an integer of more than 64 bits, or half of a
-            character (a lone surrogate, such as `"\\ud800"`).
-    """
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        raise
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    except ValueError as error:  # "Exceeds the limit (4300 digits) ...; use sys...."
-        raise ValueError("an integer has thousands of digits") from error
-    check_bounds(value)
-    return value
 
 
 def passage(value: object) -> str:

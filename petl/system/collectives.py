@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -35,11 +34,11 @@ def summed(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def made_by(owner: int, make: Callable[[], T]) -> T:
+def made_by(owner: int, make: Callable[[], T], *, sent: type[Exception] = InputError) -> T:
     """Call `make()` in process `owner` and return its result on all processes.
 
-    Raises:
-        InputError: `make` raised it, on all processes.
+    Args:
+        sent: errors that are raised on all processes; others on the owner alone.
     """
     if num_processes() == 1:
         return make()
@@ -47,12 +46,21 @@ def made_by(owner: int, make: Callable[[], T]) -> T:
     if number() == owner:
         try:
             outcome[0] = make()
-        except InputError as error:  # sent too, else the other processes would wait for ever
+        except sent as error:  # else the other processes would wait for ever
             outcome[1] = error
     distributed.broadcast_object_list(outcome, src=owner)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """Call `function` on the main process and return its result on all processes.
+
+    Raises:
+        Exception: what `function` raised, on all processes.
+    """
+    return function() if accelerator.num_processes == 1 else made_by(0, function, sent=Exception)
 
 
 def shared_out(makes: Sequence[Callable[[], T]]) -> list[T]:
@@ -121,28 +129,6 @@ def gather_before_backward(modules: Iterable[nn.Module], tensor: Tensor) -> None
     sharded = next((module for module in modules if isinstance(module, FSDPModule)), None)
     if sharded is not None and tensor.requires_grad:
         tensor.register_hook(lambda grad: sharded.unshard())
-
-
-def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """Call `function` on the main process and return its result on all processes.
-
-    Raises:
-        Exception: what `function` raised, on all processes.
-    """
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = function()
-        except Exception as error:
-            if accelerator.num_processes == 1:
-                raise
-            outcome[1] = error
-    if accelerator.num_processes > 1:
-        broadcast_object_list(outcome)
-    value, error = outcome
-    if error is not None:
-        raise error
-    return value
 
 
 class Counts:

@@ -164,14 +164,14 @@ def test_empty_lines_of_plain_text_are_accepted(tmp_path):
 
 DEEP = "[" * 100_000 + "]" * 100_000
 NONSENSE = [
-    ("a.json", DEEP, "nested too deeply"),
+    ("a.json", DEEP, "more than 32 levels"),
     ("a.json", "[" * 200 + "]" * 200, "nested more than 32 levels"),
-    ("a.json", f'[{{"text": "a", "label": {"1" * 5000}}}]', "an integer has thousands of digits"),
+    ("a.json", f'[{{"text": "a", "label": {"1" * 5000}}}]', "5,000 digits"),
     ("a.json", '[{"text": "\\ud800", "label": 1}]', "is not valid Unicode"),
     ("a.jsonl", f'{{"text": "a", "label": "b"}}\n{DEEP}\n', r"a\.jsonl, line 2: .*nested"),
-    ("a.jsonl", f'\n{{"text": "a", "label": {"1" * 5000}}}', r"line 2: an integer has thousands"),
+    ("a.jsonl", f'\n{{"text": "a", "label": {"1" * 5000}}}', r"line 2: it has an integer of 5,000"),
     ("a.jsonl", '{"text": "\\ud800", "label": 1}', r"line 1: .*is not valid Unicode"),
-    ("a.jsonl", f'{{"text": "a", "label": 1{"0" * 400}}}', "more than 64 bits"),
+    ("a.jsonl", f'{{"text": "a", "label": 1{"0" * 400}}}', "integer of 401 digits"),
     ("a.csv", "text,label\na," + "1" * 5000 + "\nb,2\n\xff", "not UTF-8"),
     ("a.csv", b"text,label\na\0b,\0\n", "too few to hold out"),
     ("a.csv", b"\xff\xfet\0e\0x\0t\0", r"line 1: byte 0xff is not UTF-8"),

@@ -11,8 +11,6 @@ import pytest
 from tiny_tokenizers import CHATML, byte_tokenizer
 
 from petl.data.base import read_data
-from petl.data.formats import recognized
-from petl.data.other_tasks import ANSWERS
 from petl.data.tasks.base import IGNORED
 from petl.data.tasks.chat import encode_chat, last_answer, unpacked
 from petl.errors import InputError
@@ -282,10 +280,6 @@ def test_plain_text_goes_before_other_formats_and_the_other_is_said(tmp_path, ca
         assert not read(file).task.chat
     assert "is read as text (text); data.format=alpaca reads its other columns" in caplog.text
     assert messages(read(file, format="alpaca")) == [FORMATS["alpaca"][1]]
-
-
-def test_every_recognized_format_names_its_task():
-    assert {tuple(f.required(labeled=True)) for f in recognized()} == set(ANSWERS)
 
 
 @pytest.mark.parametrize("name", ["alpaca", "prompt_completion", "messages"])

@@ -111,7 +111,7 @@ VALUES = [
     ([f"model.path={'a' * 5000}"], "is not a path"),
     (["train.run=/dev/null"], "/dev/null"),
     (["train.resume=/dev/null"], "train.resume=/dev/null is not a directory"),
-    (["model.dtype=fp8"], "model.dtype=fp8"),
+    (["model.dtype=fp8"], "model.dtype='fp8'"),
     (["train.resume=nowhere"], "train.resume=nowhere is not a directory"),
     (["train.output=/proc/petl"], "cannot write to /proc"),
     (["data.train=missing.csv"], "missing.csv"),

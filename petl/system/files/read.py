@@ -132,9 +132,8 @@ def parse_json(text: str) -> Any:
     try:
         value = _decoder.decode(text)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"it is not JSON (line {error.lineno}, column {error.colno}: {error.msg})"
-        ) from error
+        line = f"line {error.lineno}, " if "\n" in text.rstrip() else ""
+        raise ValueError(f"it is not JSON ({line}column {error.colno}: {error.msg})") from error
     except RecursionError as error:
         raise ValueError(TOO_DEEP) from error
     check_bounds(value)
