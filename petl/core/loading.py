@@ -9,13 +9,14 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 
 from petl.core.adapter_folder import ON_THE_HUB, adapter_files, read_config, read_weights
-from petl.core.compat import BaseTunerLayer, tuner_of, without_noise
+from petl.core.compat import tuner_of, without_noise
 from petl.core.compressed import plain_folder, type_of
 from petl.core.fingerprint import check_base, check_meaning, known_fingerprint, remember_base
 from petl.core.fingerprint import read as read_fingerprint
 from petl.core.model.patterns import check_patterns
 from petl.core.model.targets import check_tokens
 from petl.core.parameters import check_module
+from petl.core.refusals import refuse_adapted
 from petl.core.registry import refusal, refuse_other_kinds, refuse_quantized
 from petl.core.skeleton import SkeletonShapes, check_tables, expected_tensors
 from petl.core.spec.checks import check_adapter_name
@@ -64,12 +65,8 @@ def load(
     # all checks come before PEFT's load, which changes the base in place and cannot be undone
     check_module(base, "petl.load")
     is_peft_model = isinstance(base, PeftModel)
-    if not is_peft_model and any(isinstance(module, BaseTunerLayer) for module in base.modules()):
-        raise InputError(
-            f"the base model, a {type(base).__name__}, contains an adapter already (wrapping "
-            "changes a model in place); load onto a new base model, or pass the PeftModel to add "
-            "another adapter"
-        )
+    if not is_peft_model:
+        refuse_adapted(base)
     # once for all files: each of PEFT's own look-ups of a missing file would wait for the Hub
     kwargs = _located(path, kwargs)
     where = {key: kwargs[key] for key in ON_THE_HUB if key in kwargs}

@@ -33,6 +33,7 @@ from petl.core.model.targets import (
     target_shapes,
 )
 from petl.core.parameters import check_module, quantization_of, within_memory
+from petl.core.refusals import refuse_adapted
 from petl.core.spec.checks import check_adapter_name, check_rank
 from petl.core.spec.config import check_values
 from petl.core.spec.facts import facts_of
@@ -211,6 +212,7 @@ def wrap(
             f"the model is a PeftModel already, with adapters {', '.join(model.peft_config)}; add "
             "another one with model.add_adapter(name, petl.build_config(method, ...))"
         )
+    refuse_adapted(model)
     entry, config = chosen
     if calibration is not None and not entry.needs_data(config):
         raise InputError(

@@ -73,7 +73,17 @@ class Callback(TrainerCallback, ExportableState):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Complete the reference adapter of TRL's trainers, before its outputs are computed."""
+        """Complete the reference adapter of TRL's trainers, before its outputs are computed.
+
+        Raises:
+            UnsupportedError: Trainer would copy the model to several GPUs by nn.DataParallel.
+        """
+        if args.n_gpu > 1:  # in one process: the copies of adapters would not be those that train
+            raise UnsupportedError(
+                f"Trainer uses nn.DataParallel on {args.n_gpu} GPUs of one process, which gives "
+                "wrong gradients and losses: start it with torchrun --nproc_per_node "
+                f"{args.n_gpu}, or choose one GPU by CUDA_VISIBLE_DEVICES"
+            )
         # beta: the weight of the KL term, which needs reference outputs
         if type(args).__module__.startswith("trl.") and hasattr(args, "beta"):
             complete_reference(kwargs["model"])
