@@ -221,9 +221,11 @@ def test_an_adapter_goes_to_the_hub_and_back(installed):
 @pytest.fixture(scope="module")
 def chat_run(installed, writers) -> str:  # noqa: F811
     """A run of a tiny chat model on a file of conversations of one's own."""
-    turns = [("user", "Hi"), ("assistant", "Ahoy")]
-    line = {"messages": [{"role": role, "content": text} for role, text in turns]}
-    (installed.folder / "chat.jsonl").write_text(f"{json.dumps(line)}\n" * 40)
+    with (installed.folder / "chat.jsonl").open("w") as opened:
+        for number in range(40):
+            turns = [("user", f"Hi, I am {number}"), ("assistant", "Ahoy")]
+            line = {"messages": [{"role": role, "content": text} for role, text in turns]}
+            opened.write(f"{json.dumps(line)}\n")
     words = ["model=path", f"model.path={writers.folder}/llama", "data=files"]
     words += ["data.train=chat.jsonl", "data.test=null", "data.task=causal_lm", "data.generate=4"]
     words += ["data.max_length=64"]
