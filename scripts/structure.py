@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 2450,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 13150, "tests": 70000}
+OTHERS = {"scripts": 13300, "tests": 71000}
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
 

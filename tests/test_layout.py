@@ -40,7 +40,16 @@ ORDER = (
     "__main__",
 )
 # Tests that are about more than one module: whole runs, all methods, promises, pages of the docs.
-CROSS_CUTTING = {"compatibility", "contract", "docs", "fixtures", "journeys", "scripts", "security"}
+CROSS_CUTTING = {
+    "compatibility",
+    "contract",
+    "docs",
+    "fixtures",
+    "journeys",
+    "scripts",
+    "security",
+    "silent_wrongs",
+}
 
 
 def package_of(module: str) -> str:
