@@ -10,8 +10,6 @@ def compress(options: CompressOptions) -> None:
     """Write a compressed adapter, and print what was kept and how the outputs compare."""
     from petl.adapters.deltas.adapters import read, write_compressed
     from petl.adapters.deltas.measured import change_by, compress_best
-    from petl.core.adapter_folder import weights_file
-    from petl.core.compressed import compressed_file
     from petl.experiments.reports.differences import print_change
     from petl.experiments.reports.formatting import echo, size
     from petl.ops.ternary import FILE
@@ -47,8 +45,7 @@ def compress(options: CompressOptions) -> None:
     )
     write(out)
     # of the weights alone: the other files are the same
-    weights = compressed_file(saved.adapter) or weights_file(saved.adapter)
-    before, after = weights.stat().st_size, (out / FILE).stat().st_size
+    before, after = saved.folder.weights.stat().st_size, (out / FILE).stat().st_size
     echo(f"{size(before)} -> {size(after)} ({before / after:.1f} times smaller) in {out}")
 
 

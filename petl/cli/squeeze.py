@@ -8,12 +8,11 @@ def squeeze(options: SqueezeOptions) -> None:
     from petl.adapters.search.features import FEATURES
     from petl.adapters.search.records import SearchSettings
     from petl.adapters.search.squeeze import squeeze as search
-    from petl.adapters.search.squeeze import weights_of
     from petl.experiments.reports.squeezed import print_squeezed
     from petl.system.processes import is_first
 
     saved = options.find()
-    own = weights_of(saved).stat().st_size
+    own = saved.folder.weights.stat().st_size
     size = options.bytes or int((options.share or 0) * own)
     folder = saved.run or saved.adapter.absolute()  # "." has no name
     out = options.out or folder.with_name(f"{folder.name}-{options.what}-{size}")

@@ -1,10 +1,12 @@
-"""Contents of the adapter file, and its exact size in bytes, computed from shapes alone."""
+"""Contents of the adapter file, what its tensors are, and its size in bytes from shapes alone."""
 
 import json
+import re
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
@@ -12,6 +14,12 @@ from petl.system.files.tensor_file import DTYPE_NAMES, Shapes
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every key in an adapter file
+# tensors of PEFT's methods that are no differences from 0: norms of weights, factors that start at
+# another value, random matrices that stay as they are, rows of an embedding
+WHOLE = re.compile(
+    r"\.(lora_magnitude_vector|delora_(w_norm|lambda)|boft_s|p?vera_([AB]|lambda_d)|"
+    r"randlora_([AB]|gamma)|trainable_tokens_delta)$"
+)
 
 
 def saved_shapes(model: PeftModel, *, rank_factor: int = 1) -> Shapes:
@@ -56,3 +64,23 @@ def safetensors_bytes(tensors: Shapes) -> int:
         start = end
     header_bytes = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-header_bytes // 8) * 8 + start  # the first 8 bytes are the header's length
+
+
+def is_whole(name: str) -> bool:
+    """Return True for a tensor of an adapter's file that is a weight, not what training added.
+
+    Those of `modules_to_save` are, trained biases of the base model, and embeddings.
+    """
+    own = tuple(PEFT_TYPE_TO_PREFIX_MAPPING.values())
+    of_base = not any(part.startswith(own) for part in name.split("."))
+    return bool(WHOLE.search(name)) or (of_base and name.endswith((".weight", ".bias")))
+
+
+def type_of(config: PeftConfig | PeftModel) -> str:
+    """Return the name of the PEFT type of a config or model."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def starts_at_one(config: PeftConfig) -> bool:
+    """Return True if the method's tensors are factors, so that 1 is what has no effect (IA3)."""
+    return type_of(config) == "IA3"

@@ -1,24 +1,35 @@
-"""Read config and weights of a saved adapter from a folder or the hub, without running code."""
+"""The folder of a saved adapter, or its repository on the Hub, read without running code."""
 
-from collections.abc import Mapping
+import math
+import tempfile
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import WEIGHTS_NAME
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from petl.core import fingerprint
+from petl.core.adapter_file import WEIGHTS, starts_at_one
 from petl.core.compat import config_class
+from petl.core.parameters import check_memory
 from petl.core.spec.config import check_values
 from petl.core.spec.facts import Facts, facts_of
 from petl.errors import InputError, first_line, shown
+from petl.ops.ternary import FILE as TERNARY
+from petl.ops.ternary import Ternary
+from petl.system.files.disk import copy_file
 from petl.system.files.read import read_json
-from petl.system.files.tensor_file import check_finite
+from petl.system.files.tensor_file import Shapes, check_finite, read_shapes
 
 CONFIG = "adapter_config.json"
 
@@ -29,30 +40,194 @@ ON_THE_HUB = ("subfolder", "revision", "token", "cache_dir", "force_download", "
 CONVERT = (
     'python -c "import torch; from safetensors.torch import save_file; '
     f"save_file(torch.load('{WEIGHTS_NAME}', map_location='cpu', weights_only=True), "
-    f"'{SAFETENSORS_WEIGHTS_NAME}')\""
+    f"'{WEIGHTS}')\""
 )
 
 
-def read_config(path: str | Path, **where: Any) -> PeftConfig:
-    """Read the config of the adapter in folder `path`, or in the hub repository of that name.
+class Folder:
+    """A saved adapter. Each of its files is read once, when it is asked for.
 
-    Args:
-        path: the folder or repository.
+    Attributes:
+        path: its folder, or the name of its repository on the Hub.
         where: arguments of `ON_THE_HUB`.
-
-    Raises:
-        InputError: there is no adapter, its config cannot be read, has a value of the wrong type or
-            out of range, or makes PEFT read a file that could contain code or repeat blocks
-            thousands of times, or its method is unknown.
     """
-    # checked before PEFT reads it, whose errors are hard to understand
-    _check_config(config_file(path, **where))
-    try:
-        config = PeftConfig.from_pretrained(str(path), **where)
-    except (ValueError, TypeError, OSError, RecursionError) as error:
+
+    def __init__(self, path: str | Path, **where: Any) -> None:
+        self.path, self.where = path, where
+
+    def file(self, name: str) -> Path | None:
+        """Return a file of the adapter, downloaded if it is on the Hub; None if there is none.
+
+        Raises:
+            InputError: there is no such repository, or the Hub cannot be asked.
+        """
+        if Path(self.path).is_dir():
+            # a local folder has its subfolder in the path; the Hub's client takes it as an argument
+            file = Path(self.path, self.where.get("subfolder") or "", name)
+            return file if file.is_file() else None
+        try:
+            return Path(hf_hub_download(str(self.path), name, **self.where))
+        # only a missing file: no connection, or no access to the repository, is an error
+        except EntryNotFoundError:
+            return None
+        except (HFValidationError, HTTPError, OSError) as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> InputError:
+        return InputError(f"no adapter can be read from {str(self.path)!r}: {first_line(error)}")
+
+    @cached_property
+    def config(self) -> PeftConfig:
+        """Its config.
+
+        Raises:
+            InputError: there is no adapter, its config cannot be read, has a value of the wrong
+                type or out of range, or makes PEFT read a file that could contain code or repeat
+                blocks thousands of times, or its method is unknown.
+        """
+        file = self.file(CONFIG)
+        if file is None:
+            raise InputError(f"{self.path} contains no adapter: {CONFIG} is missing")
+        # checked before PEFT reads it, whose errors are hard to understand
+        _check_config(file)
+        try:
+            config = PeftConfig.from_pretrained(str(self.path), **self.where)
+        except (ValueError, TypeError, OSError, RecursionError) as error:
+            raise self._unreadable(error) from error
+        _check_safe(config, self.path)
+        return config
+
+    @cached_property
+    def base(self) -> fingerprint.Fingerprint:
+        """The fingerprint of the base model that it was trained on; empty if none is saved.
+
+        Raises:
+            InputError: its file has other content.
+        """
+        return fingerprint.read(self.file(fingerprint.FILE))
+
+    @cached_property
+    def compressed(self) -> Path | None:
+        """The file of a compressed adapter; None if there is none, or a plain one beside it."""
+        # the plain file first, as most adapters have it: one request instead of two
+        return None if self.file(WEIGHTS) else self.file(TERNARY)
+
+    @cached_property
+    def ternary(self) -> Ternary:
+        """The content of the compressed file.
+
+        Raises:
+            InputError: it is damaged, or there is none.
+        """
+        if self.compressed is None:
+            raise InputError(f"{self.path} has no {TERNARY}: it is not compressed")
+        return Ternary.load(self.compressed)
+
+    @cached_property
+    def weights(self) -> Path:
+        """The file of its tensors, plain or compressed; adapters that its config names have one.
+
+        Raises:
+            InputError: the adapter, or one that its config names, has no safetensors file.
+        """
+        for expert in (facts_of(self.config).adapters or {}).values():  # X-LoRA loads these itself
+            Folder(expert).plain_file()
+        return self.compressed or self.plain_file()
+
+    def plain_file(self) -> Path:
+        """Return the safetensors file.
+
+        Raises:
+            InputError: there is none; the message has the command that converts a pickle file.
+        """
+        file = self.file(WEIGHTS)
+        if file is not None:
+            return file
+        folder = Path(self.path, self.where.get("subfolder") or "")
+        # those of a repository are not known
+        others = sorted(each.name for each in folder.glob("adapter_model.*"))
+        others = others if folder.is_dir() else [WEIGHTS_NAME]
+        how = f": convert it, in that folder, by {CONVERT}" if WEIGHTS_NAME in others else ""
         raise InputError(
-            f"no adapter can be read from {str(path)!r}: {first_line(error)}"
-        ) from error
+            f"{folder} has no {WEIGHTS}"
+            + (f"; {others[0]} is not read, such files can contain code{how}" if others else "")
+        )
+
+    @property
+    def shapes(self) -> Shapes:
+        """Dtype and shape of its tensors, by name; nothing is expanded.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        if self.compressed is None:
+            return read_shapes(self.weights)
+        others = {name: (t.dtype, t.shape) for name, t in self.ternary.others.items()}
+        return {**self.ternary.shapes, **others}
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name, expanded if it is compressed.
+
+        Raises:
+            InputError: the file is damaged, has values that are not finite, or states more than the
+                memory of this machine.
+        """
+        if self.compressed is None:
+            return read_weights(self.weights)
+        found = self.ternary
+        # torch counts the other sizes of a tensor without entries too
+        size = sum(
+            dtype.itemsize * math.prod(max(length, 1) for length in shape)
+            for dtype, shape in found.shapes.values()
+        )
+        # a short file can state a large tensor
+        check_memory("a compressed adapter", size, "if you trust it, use a larger machine")
+        if not starts_at_one(self.config):
+            return found.dense()
+        # the reference from which differences were taken when the adapter was compressed
+        return found.dense({name: torch.ones(shape) for name, (_, shape) in found.shapes.items()})
+
+    def check(self) -> None:
+        """Read all of its files strictly; nothing is expanded.
+
+        Raises:
+            InputError: one of them is damaged.
+        """
+        _ = self.config, self.base
+        if self.compressed is None:
+            read_weights(self.weights)
+        file = self.file(TERNARY)
+        if file is not None:
+            Ternary.load(file)
+
+    def copy_weights(self, target: Path) -> None:
+        """Copy its tensors to another folder, expanded."""
+        if self.compressed is None:
+            copy_file(self.weights, target / WEIGHTS)
+        else:
+            save_file(self.tensors, target / WEIGHTS, {"format": "pt"})
+
+    @contextmanager
+    def plain(self, check: Callable[[Shapes, str], object]) -> Generator["Folder"]:
+        """Yield this adapter, or a temporary folder with its expanded tensors if it is compressed.
+
+        Args:
+            check: called with the shapes of a compressed adapter and the name of its file before
+                any tensor is allocated; raises if they do not fit.
+        """
+        if self.compressed is None:
+            yield self
+            return
+        check(self.shapes, str(self.compressed))
+        with tempfile.TemporaryDirectory() as place:
+            self.config.save_pretrained(place)
+            self.copy_weights(Path(place))
+            yield Folder(place)
+
+
+def _check_safe(config: PeftConfig, path: str | Path) -> None:
+    """Raise InputError for values with which PEFT would run code, or fill the memory."""
     module = facts_of(config).megatron_core
     if module != Facts.megatron_core:  # PEFT imports it by this name
         raise InputError(
@@ -72,26 +247,6 @@ def read_config(path: str | Path, **where: Any) -> PeftConfig:
             f"{path} has prompt_tuning_init_state_dict_path={start!r}, a file that could contain "
             "code: set it to null, the prompts themselves are in the adapter's file"
         )
-    return config
-
-
-def config_file(path: str | Path, **where: Any) -> Path:
-    """Return the config file of the adapter in folder `path`, or in that hub repository.
-
-    Raises:
-        InputError: there is none.
-    """
-    if not Path(path).is_dir():
-        try:
-            return Path(hf_hub_download(str(path), CONFIG, **where))
-        except (EntryNotFoundError, HFValidationError, HTTPError, OSError) as error:
-            raise InputError(
-                f"no adapter can be read from {str(path)!r}: {first_line(error)}"
-            ) from error
-    file = Path(path) / (where.get("subfolder") or "") / CONFIG
-    if not file.is_file():
-        raise InputError(f"{path} contains no adapter: {CONFIG} is missing")
-    return file
 
 
 class ConfigHeader(TypedDict):
@@ -122,49 +277,7 @@ def _check_config(file: Path) -> None:
         raise InputError(f"{file}: {error}") from error
 
 
-def weights_file(path: str | Path, **where: Any) -> Path:
-    """Return the safetensors file of the adapter in folder `path`, or in that hub repository.
-
-    Raises:
-        InputError: there is none; the message has the command that converts a pickle file.
-    """
-    folder = Path(path) / (where.get("subfolder") or "")
-    if not Path(path).is_dir():
-        try:
-            return Path(hf_hub_download(str(path), SAFETENSORS_WEIGHTS_NAME, **where))
-        except (EntryNotFoundError, HFValidationError, HTTPError, OSError) as error:
-            raise InputError(
-                f"{SAFETENSORS_WEIGHTS_NAME} of {path} cannot be downloaded "
-                f"({str(error).splitlines()[0]}); {WEIGHTS_NAME} is not read, since pickle files "
-                f"can contain code: download it, convert it by {CONVERT} and pass the folder"
-            ) from error
-    if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        return folder / SAFETENSORS_WEIGHTS_NAME
-    others = sorted(file.name for file in folder.glob("adapter_model.*"))
-    how = f": convert it, in that folder, by {CONVERT}" if WEIGHTS_NAME in others else ""
-    raise InputError(
-        f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}"
-        + (f"; {others[0]} is not read, such files can contain code{how}" if others else "")
-    )
-
-
-def adapter_files(path: str | Path, config: PeftConfig, **where: Any) -> Path:
-    """Return the weights file of the adapter in `path`; those that its config names exist as well.
-
-    Args:
-        path: folder or hub repository.
-        config: the adapter's config.
-        where: arguments of `ON_THE_HUB`.
-
-    Raises:
-        InputError: the adapter, or one that its config names, has no safetensors file.
-    """
-    for expert in (facts_of(config).adapters or {}).values():  # X-LoRA loads these itself
-        weights_file(expert)
-    return weights_file(path, **where)
-
-
-def read_weights(file: Path) -> Mapping[str, Tensor]:
+def read_weights(file: Path) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file.
 
     Raises:

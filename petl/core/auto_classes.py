@@ -10,9 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypedDict
 
-from transformers.utils import cached_file
-
-from petl.core.adapter_folder import ON_THE_HUB
+from petl.core.adapter_folder import ON_THE_HUB, Folder
 from petl.core.compat import AutoPeftClass
 from petl.errors import InputError
 from petl.system.files.paths import LABELS
@@ -38,10 +36,10 @@ def read_labels(path: str | Path, **where: Any) -> dict[str, Any]:
     Raises:
         InputError: the file has other contents. It may be a stranger's: nothing else of it is used.
     """
-    file = cached_file(str(path), LABELS, _raise_exceptions_for_missing_entries=False, **where)
+    file = Folder(path, **where).file(LABELS)
     if file is None:
         return {}
-    saved = read_json(Path(file), Labels)
+    saved = read_json(file, Labels)
     labels, problem = saved["id2label"], saved["problem_type"]
     names = [labels.get(str(i)) for i in range(len(labels))]
     if not names or None in names:

@@ -33,8 +33,6 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig, PeftModel, PeftType
 from torch import Tensor, nn
 
@@ -187,7 +185,7 @@ def check_saved(
     """
     file = folder / WEIGHTS
     check_base(
-        read(folder),
+        read(folder / FILE),
         known_fingerprint(model),
         read_shapes(file) if file.is_file() else (),  # PEFT may have saved a pickle
         other_base=other_base,
@@ -251,14 +249,14 @@ def layer_in(config: Any, path: str) -> Layer:
     return {"rank": rank, "scale": scale, "variant": variant_of(config)}
 
 
-def check_meaning(path: str | Path, config: Any, **where: Any) -> None:
+def check_meaning(file: Path | None, config: Any, path: str | Path) -> None:
     """Raise InputError if an adapter's config says something else than when it was saved.
 
     Args:
-        path, where: as of `read`.
-        config: read from there.
+        file: as of `read`.
+        config: of the adapter in `path`.
     """
-    content = _content(path, **where)
+    content = _content(file)
     now = settings_of(config)
     changed = [
         f"{name}={now[name]!r}, not {value!r}"
@@ -311,28 +309,18 @@ def write(
         (folder / FILE).unlink(missing_ok=True)
 
 
-def read(path: str | Path, **where: Any) -> Fingerprint:
-    """Return the fingerprint saved with the adapter in `path`; empty if there is none.
-
-    Args:
-        path: folder or hub repository.
-        where: arguments of `petl.core.adapter_folder.ON_THE_HUB`.
+def read(file: Path | None) -> Fingerprint:
+    """Return the fingerprint in a file beside an adapter; empty if there is none.
 
     Raises:
         InputError: the file has other content.
     """
-    return _content(path, **where)["tensors"]
+    return _content(file)["tensors"]
 
 
-def _content(path: str | Path, **where: Any) -> Content:
-    file = Path(path) / (where.get("subfolder") or "") / FILE
+def _content(file: Path | None) -> Content:
     empty: Content = {"version": VERSION, "tensors": {}}
-    if not Path(path).is_dir():
-        try:
-            file = Path(hf_hub_download(str(path), FILE, **where))
-        except EntryNotFoundError:  # adapters of PEFT, or of petl 0.1
-            return empty
-    if not file.is_file():
+    if file is None or not file.is_file():
         return empty
     try:
         content: Content = read_json(file, Content)

@@ -8,11 +8,16 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from torch import nn
 
-from petl.core.adapter_folder import ON_THE_HUB, adapter_files, read_config, read_weights
+from petl.core.adapter_file import type_of
+from petl.core.adapter_folder import CONFIG, ON_THE_HUB, Folder, read_weights
 from petl.core.compat import tuner_of, without_noise
-from petl.core.compressed import plain_folder, type_of
-from petl.core.fingerprint import check_base, check_meaning, known_fingerprint, remember_base
-from petl.core.fingerprint import read as read_fingerprint
+from petl.core.fingerprint import (
+    FILE,
+    check_base,
+    check_meaning,
+    known_fingerprint,
+    remember_base,
+)
 from petl.core.model.patterns import check_patterns
 from petl.core.model.targets import check_tokens
 from petl.core.parameters import check_module
@@ -68,24 +73,22 @@ def load(
     if not is_peft_model:
         refuse_adapted(base)
     # once for all files: each of PEFT's own look-ups of a missing file would wait for the Hub
-    kwargs = _located(path, kwargs)
-    where = {key: kwargs[key] for key in ON_THE_HUB if key in kwargs}
-    config = read_config(path, **where)
+    saved, kwargs = _located(path, kwargs)
+    config = saved.config
     if is_peft_model:
         _check_addable(base, config, adapter_name)
     else:
         check_adapter_name(adapter_name, base, tuner_of(config))
     refuse_quantized(base, config)
     # before wrapping: of a wrapped model only a remembered fingerprint is known
-    present, trained_on = known_fingerprint(base), read_fingerprint(path, **where)
+    present, trained_on = known_fingerprint(base), saved.base
     insist = "--other-base (petl.load: other_base=True)"
     check_patterns(config, (name for name, _ in base.named_modules()))  # which it matches
-    check_meaning(path, config, **where)
+    check_meaning(saved.file(FILE), config, path)
     check_tokens(config, base.get_base_model() if isinstance(base, PeftModel) else base)
     fits = partial(check_header, base, config)
-    with plain_folder(path, config, kwargs, fits) as (source, kwargs):
-        where = {key: kwargs[key] for key in ON_THE_HUB if key in kwargs}
-        found = check_file(base, config, adapter_files(source, config, **where))
+    with saved.plain(fits) as source:
+        found = check_file(base, config, source.weights)
         refuse_other_kinds(base.get_base_model() if isinstance(base, PeftModel) else base, config)
         action = f"loading {path}"
         check_base(trained_on, present, found, other_base=other_base, action=action, insist=insist)
@@ -98,7 +101,13 @@ def load(
                 return model
             with without_noise():
                 model = PeftModel.from_pretrained(
-                    base, str(source), adapter_name, is_trainable, config=config, **kwargs
+                    base,
+                    str(source.path),
+                    adapter_name,
+                    is_trainable,
+                    config=config,
+                    **source.where,
+                    **kwargs,
                 )
         # what PEFT and torch raise for a config that does not suit the modules
         except (RuntimeError, KeyError, TypeError, NotImplementedError) as error:
@@ -114,14 +123,16 @@ def load(
     return model
 
 
-def _located(path: object, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `kwargs` with which files of the adapter are found, or missed, without a delay."""
+def _located(path: object, kwargs: Mapping[str, Any]) -> tuple[Folder, dict[str, Any]]:
+    """Return the adapter, whose files are found or missed without a delay, and other `kwargs`."""
     if not isinstance(path, str | Path):
         raise InputError(
             "petl.load needs the folder of an adapter, or the name of a repository on the Hub, and "
             f"got {type(path).__name__}"
         )
-    return hub.arguments_of(str(path), "adapter_config.json", kwargs)
+    others = hub.arguments_of(str(path), CONFIG, kwargs)
+    where = {key: others.pop(key) for key in ON_THE_HUB if key in others}
+    return Folder(path, **where), others
 
 
 def _check_addable(model: PeftModel, config: PeftConfig, adapter_name: str) -> None:
@@ -148,7 +159,7 @@ def _check_addable(model: PeftModel, config: PeftConfig, adapter_name: str) -> N
 
 def _add(
     model: PeftModel,
-    path: str | Path,
+    source: Folder,
     adapter_name: str,
     is_trainable: bool,
     kwargs: Mapping[str, Any],
@@ -158,7 +169,8 @@ def _add(
     try:
         # PEFT's load walks over all adapters: hidden ones keep the time of a load constant
         with only_visible(model, {adapter_name}), without_noise():
-            model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **kwargs)
+            where = {**source.where, **kwargs}
+            model.load_adapter(str(source.path), adapter_name, is_trainable=is_trainable, **where)
     except Exception:
         if adapter_name in model.peft_config:
             model.delete_adapter(adapter_name)

@@ -1,8 +1,7 @@
 """What the papers of the methods claim, tried on real data: see scripts/claims.py.
 
 claim.py        what a claim is: statements, contenders, data
-catalog.py      the claims, described in verbs.py, more.py, smaller.py, costs.py, densities.py,
-                decoder.py, tasks.py, images.py and audio.py; untried.py: those that are left
+claims.yaml     the claims, their data, and those that are left to try; read by catalog.py
 measures.py     what is compared: accuracy, losses, time, memory, density; routers.py: agreement;
                 neurons.py: neurons that a decoder needs
 intervals.py    a mean difference over seeds and test rows: its interval, what would narrow it

@@ -17,13 +17,9 @@ from petl.experiments.sweeps.study import Contender
 
 MARGIN = 0.01  # of accuracy: smaller differences are no reason to choose a method
 EDIT, AND = " | ", " + "
-BF16 = "train.precision=auto"  # of settings with long runs, and this is said of them
-IN_BF16 = (
-    "Products are in bfloat16 on a processor that computes them, as here (`train.precision=auto`), "
-    "and in 32 bits on others; weights and adapters are in 32 bits."
-)
+Kind = Literal["beats", "equals", "no_worse", "share"]
 LADDER = tuple(float(f"{digit}e{power}") for power in range(-7, 1) for digit in (1, 3))  # rates
-ONCE, TWICE = tuple(range(5)), tuple(range(10))  # seeds of a first and of a second look
+ONCE = tuple(range(5))  # seeds of a first look; of a second one, twice as many
 BEYOND = 3  # rates on each side of the middle one: the first is tried at once, two if need be
 
 
@@ -53,7 +49,7 @@ class Statement:
     """
 
     says: str
-    kind: Literal["beats", "equals", "no_worse", "share"]
+    kind: Kind
     first: str
     second: str
     than: tuple[str, str] | None = None
@@ -83,13 +79,6 @@ class Statement:
         """The contenders with the signs of their scores in the difference."""
         found = [(self.first, 1), (self.second, -1)]
         return found if self.than is None else [*found, (self.than[0], -1), (self.than[1], 1)]
-
-
-def at_most(
-    share: float, measure: Measure, says: str, first: str, second: str, paper: float | None = None
-) -> Statement:
-    """Return the statement that a contender has at most a share of a measure of another."""
-    return Statement(says, "share", first, second, margin=share, measure=measure, paper=paper)
 
 
 @dataclass(frozen=True)
@@ -125,8 +114,8 @@ class Setting:
             for the folder of the files.
         rates: learning rates to choose from on validation examples, the same for all contenders:
             the middle three, and those beyond them while the best one is at an end.
-        seeds: of the runs that are compared: ONCE, or TWICE for a claim of which a statement could
-            not be told with ONCE.
+        seeds: of the runs that are compared: ONCE, or twice as many for a claim of which a
+            statement could not be told with ONCE.
         limits: sentences on what no trial with this setting covers.
         write_files: writes the files of the data to a new folder; None: there are none.
         also_on: files whose rows each finished run is scored on too, by name; see

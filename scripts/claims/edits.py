@@ -17,8 +17,7 @@ from claims.score import Scorer
 from petl.adapters.deltas.adapters import pruned, read, write_compressed, write_pruned
 from petl.adapters.deltas.measured import compress_best
 from petl.adapters.export.saved_adapter import find
-from petl.core.adapter_folder import weights_file
-from petl.core.compressed import compressed_file
+from petl.core.adapter_folder import Folder
 from petl.errors import InputError
 from petl.system.files.disk import as_json, sha256, write_atomic
 from petl.training.runs.records import ADAPTER, PREDICTIONS, SCORES
@@ -70,7 +69,7 @@ def edit(words: str, run: Path, seed: int, scorer: Scorer, out: Path) -> None:
         seconds = time.process_time() - start
         out.mkdir(parents=True, exist_ok=True)
         after = scorer.scores(adapter, kept=out / PREDICTIONS)
-        size = (compressed_file(adapter) or weights_file(adapter)).stat().st_size
+        size = Folder(adapter).weights.stat().st_size
     found = {"after": after, "cpu_seconds": seconds, "adapter_bytes": size, "edit": facts}
     found[MADE_OF] = origin([run])
     write_atomic(out / SCORES, as_json(found, in_order=True))  # last: it says that all is done
@@ -78,7 +77,7 @@ def edit(words: str, run: Path, seed: int, scorer: Scorer, out: Path) -> None:
 
 def origin(runs: Sequence[Path]) -> list[str]:
     """Return the SHA-256 of the weights of finished runs: it changes if one is trained again."""
-    return [sha256(weights_file(run / ADAPTER)) for run in runs]
+    return [sha256(Folder(run / ADAPTER).weights) for run in runs]
 
 
 def compress(run: Path, out: Path, seed: int, settings: Settings) -> Settings:

@@ -31,7 +31,7 @@ from petl.adapters.deltas.updates import Update, combined_updates, update_of
 from petl.adapters.export.conversion import save_lora
 from petl.adapters.export.saved_adapter import find
 from petl.core import fingerprint
-from petl.core.adapter_folder import weights_file
+from petl.core.adapter_folder import Folder
 from petl.errors import InputError
 from petl.generation.prediction.tables import as_line
 from petl.system.files.disk import as_json, write_atomic
@@ -116,7 +116,7 @@ class Combination:
         scaled = {n: t * scale if ".lora_B." in n else t for n, t in self.factors.items()}
         with new_folder(out) as draft:
             copy_others(find(run).adapter, draft)  # labels, task and tokenizer
-            fingerprint.write(draft, fingerprint.read(find(run).adapter))  # with other scales
+            fingerprint.write(draft, find(run).folder.base)  # with other scales
             save_lora(self.config, {**scaled, **update.heads}, draft)
 
 
@@ -147,7 +147,7 @@ def assemble(words: str, runs: Sequence[Path], tasks: Tasks, out: Path) -> None:
             found.append((scorer.scores(adapter, kept=kept), lines(kept)))
             heads = sum(t.nbytes for t in combined.parts[task][1].heads.values())
             # a file with the first task's head, and the heads of the others
-            size += heads if task else weights_file(adapter).stat().st_size
+            size += heads if task else Folder(adapter).weights.stat().st_size
     facts = {
         "cpu_seconds": seconds,
         "adapter_bytes": size,

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from petl.adapters import deltas
 from petl.cli import main
-from petl.core import fingerprint
+from petl.core.adapter_folder import Folder
 from petl.experiments.reports import differences
 from petl.ops.ternary import FILE
 
@@ -182,7 +182,7 @@ def test_combine_tensors_and_updates(command, runs, tmp_path):
         assert (tmp_path / "both" / name).read_bytes() == (
             runs / "lora/adapter" / name
         ).read_bytes()
-    assert fingerprint.read(tmp_path / "both") == fingerprint.read(runs / "lora/adapter") != {}
+    assert Folder(tmp_path / "both").base == Folder(runs / "lora/adapter").base != {}
     (tmp_path / "texts.csv").write_text("text\nthe old cat\n")
     status, _, err = command(
         "predict", tmp_path / "both", tmp_path / "texts.csv", "--out", tmp_path / "predicted.csv"

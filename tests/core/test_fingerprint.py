@@ -20,6 +20,7 @@ from torch import nn
 
 import petl
 from petl import testing
+from petl.core.adapter_folder import Folder
 from petl.core.fingerprint import (
     FILE,
     SAMPLES,
@@ -27,7 +28,6 @@ from petl.core.fingerprint import (
     difference,
     fingerprint,
     known_fingerprint,
-    read,
 )
 from petl.testing import Case
 
@@ -193,11 +193,11 @@ def test_every_adapter_is_saved_with_the_fingerprint_of_its_base(method, tmp_pat
         if not name.startswith("classifier.")
     }
     model.save_pretrained(tmp_path)
-    assert read(tmp_path) == expected
+    assert Folder(tmp_path).base == expected
     for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(same) is type(model)
         same.save_pretrained(tmp_path / "again")
-        assert read(tmp_path / "again") == expected
+        assert Folder(tmp_path / "again").base == expected
 
 
 @pytest.mark.parametrize("method", ["mola", "lora"])
@@ -243,7 +243,7 @@ def test_the_fingerprint_is_of_the_base_before_an_initialization_changes_it(
     weight = base.model.layers[0].self_attn.q_proj.base_layer.weight
     assert not torch.equal(weight, testing.tiny_llama().model.layers[0].self_attn.q_proj.weight)
     model.save_pretrained(tmp_path)
-    assert read(tmp_path) == before
+    assert Folder(tmp_path).base == before
 
 
 def test_each_of_several_adapters_is_saved_with_it(tmp_path):
@@ -251,10 +251,10 @@ def test_each_of_several_adapters_is_saved_with_it(tmp_path):
     model.add_adapter("second", petl.build_config("mola"))
     model.save_pretrained(tmp_path)
     expected = fingerprint(testing.tiny_llama())
-    assert read(tmp_path) == read(tmp_path / "second") == expected
+    assert Folder(tmp_path).base == Folder(tmp_path / "second").base == expected
     model.save_pretrained(tmp_path / "selected", selected_adapters=["second"])
     assert not (tmp_path / "selected" / FILE).exists()
-    assert read(tmp_path / "selected" / "second") == expected
+    assert Folder(tmp_path / "selected" / "second").base == expected
     model.save_pretrained(tmp_path / "none", is_main_process=False)
     assert not (tmp_path / "none" / FILE).exists()
 
@@ -266,7 +266,7 @@ def test_a_fused_lora_keeps_its_fingerprint_and_can_be_pickled(tmp_path):
     assert type(same) is type(model)
     assert type(same).__name__ == "PeftModelForCausalLM"
     same.save_pretrained(tmp_path)
-    assert read(tmp_path) == fingerprint(testing.tiny_llama())
+    assert Folder(tmp_path).base == fingerprint(testing.tiny_llama())
 
 
 @pytest.mark.parametrize("method", ["mola", "lora"])
@@ -286,7 +286,7 @@ def test_a_base_without_values_leaves_no_fingerprint(tmp_path):
     model = petl.wrap(base, "mola")
     assert known_fingerprint(model) == {}
     model.to_empty(device="cpu").save_pretrained(tmp_path)
-    assert read(tmp_path) == {}  # nor that of the adapter which was overwritten
+    assert Folder(tmp_path).base == {}  # nor that of the adapter which was overwritten
 
 
 # Loading
@@ -408,24 +408,24 @@ def test_adapters_without_a_fingerprint_load_silently(saved, caplog):
     (saved / FILE).unlink()
     model = petl.load(altered(testing.tiny_llama()), saved)
     model.save_pretrained(saved / "again")
-    assert read(saved / "again") == {}  # it may have been trained on another base
+    assert Folder(saved / "again").base == {}  # it may have been trained on another base
     plain = peft.get_peft_model(testing.tiny_llama(), petl.build_config("mola"))
     assert known_fingerprint(plain) == {}  # initializations may have changed its weights
     assert not caplog.text
 
 
 def test_an_adapter_keeps_the_fingerprint_of_the_base_that_it_was_trained_on(saved, tmp_path):
-    original, other = read(saved), fingerprint(altered(testing.tiny_llama()))
+    original, other = Folder(saved).base, fingerprint(altered(testing.tiny_llama()))
     torch.manual_seed(0)
     model = petl.load(altered(testing.tiny_llama()), saved, other_base=True)
     petl.load(model, saved, adapter_name="trained", is_trainable=True, other_base=True)
     model.save_pretrained(tmp_path / "again")
-    assert read(tmp_path / "again") == original
-    assert known_fingerprint(model) == read(tmp_path / "again" / "trained") != original
+    assert Folder(tmp_path / "again").base == original
+    assert known_fingerprint(model) == Folder(tmp_path / "again" / "trained").base != original
     model.delete_adapter("default")
     model.add_adapter("default", petl.build_config("mola"))
     model.save_pretrained(tmp_path / "again")
-    assert read(tmp_path / "again") == known_fingerprint(model)
+    assert Folder(tmp_path / "again").base == known_fingerprint(model)
     assert set(other) == set(original)
 
 
@@ -438,9 +438,9 @@ def test_the_fingerprint_of_an_adapter_on_the_hub_is_optional(saved, monkeypatch
             raise EntryNotFoundError("404")
         return str(saved / names[1])
 
-    monkeypatch.setattr("petl.core.fingerprint.hf_hub_download", download)
-    assert read("org/new", revision="v2") == read(saved)
-    assert read("org/old") == {}
+    monkeypatch.setattr("petl.core.adapter_folder.hf_hub_download", download)
+    assert Folder("org/new", revision="v2").base == Folder(saved).base
+    assert Folder("org/old").base == {}
     assert asked == [("org/new", FILE, {"revision": "v2"}), ("org/old", FILE, {})]
 
 

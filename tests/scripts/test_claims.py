@@ -12,7 +12,7 @@ from claims import (
     results,
     running,
 )
-from claims.claim import Claim, Setting, Shown, Statement, at_most
+from claims.claim import Claim, Setting, Shown, Statement
 from claims.intervals import Estimate, estimate, half_width
 from claims.measures import SECONDS
 from claims.verdicts import FAILS, HOLDS, OPEN, needed_half_width, verdict, word_of
@@ -290,7 +290,7 @@ def test_the_difference_of_the_paper_is_shown_beside_the_measured_one(claim):
     table = page.summary(dataclasses.replace(claim, statements=(told, *others)), None)
     assert dict(zip(table.columns, table.rows[0], strict=True))["the paper's difference"] == "-0.5"
     assert [row[3] for row in table.rows] == ["-0.5", "", ""]
-    half = at_most(0.5, SECONDS, "half", WIDE, THIN, paper=0.45)
+    half = Statement("half", "share", WIDE, THIN, margin=0.5, measure=SECONDS, paper=0.45)
     assert page.of_paper(half) == "0.45 times"
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import whisper_tiny
 from claims import page, prompts, running
-from claims.audio import CONFORMER, LORA, PLACEMENTS
+from claims.catalog import CLAIMS, WORDS
 from scipy.io import wavfile
 from transformers import (
     WhisperConfig,
@@ -18,6 +18,9 @@ from transformers import (
 from petl.errors import InputError
 
 pytest_plugins = ["training_fixtures", "claims_fixtures"]
+
+PLACEMENTS = CLAIMS["audio"]
+CONFORMER, LORA = (WORDS["audio"][key] for key in ("conformer", "lora"))
 
 NAMES = {
     f"{start}{i}": topic

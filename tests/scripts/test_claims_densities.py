@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from claims import densities, page, running
-from claims.densities import GELU, RELU, SWIGLU
+from claims import page, running
+from claims.catalog import CLAIMS, WORDS
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
@@ -16,6 +16,7 @@ from petl.training.compose import compose
 
 pytest_plugins = ["training_fixtures", "claims_fixtures"]
 
+RELU, SWIGLU = CLAIMS["density-relu"], CLAIMS["density-swiglu"]
 SEEDS = (0, 1)
 SHORT = ("train.epochs=null", "train.steps=2", "train.batch_size=4")
 
@@ -29,25 +30,27 @@ def resolved(claim, words, folder):
 
 
 @pytest.mark.parametrize(
-    ("claim", "counted", "sparse", "threshold"),
+    ("name", "plain", "sparse", "threshold"),
     [
-        (GELU, densities.COUNTED, densities.SPARSE, 0.01),
-        (RELU, densities.OF_RELU, densities.SPARSE_RELU, 0.0),
-        (RELU, densities.OF_GELU, densities.SPARSE_GELU, 0.01),
-        (SWIGLU, densities.OF_GATES, densities.SPARSE_GATES, 0.1),
+        ("density", "without", "sparse-", 0.01),
+        ("density-relu", "relu", "sparse-relu-", 0.0),
+        ("density-relu", "gelu", "sparse-gelu-", 0.01),
+        ("density-swiglu", "without", "sparse-gates-", 0.1),
     ],
 )
 def test_contenders_of_a_model_differ_in_weight_and_eps_alone(
-    claim, counted, sparse, threshold, tmp_path
+    name, plain, sparse, threshold, tmp_path
 ):
-    without = resolved(claim, densities.without(counted), tmp_path)
+    claim, words = CLAIMS[name], WORDS[name]
+    without = resolved(claim, words[plain], tmp_path)
     assert without["loss"]["weight"] == 0
-    for eps, words in sparse.items():
-        found = resolved(claim, words, tmp_path)
-        assert found["loss"] == without["loss"] | {"weight": 1.0, "eps": float(eps)}
-        assert found["loss"]["threshold"] == threshold
-        assert found | {"loss": None} == without | {"loss": None}
-    assert float(densities.EPS) in [float(eps) for eps in sparse]
+    found = {key: resolved(claim, words[key], tmp_path) for key in words if key.startswith(sparse)}
+    for key, each in found.items():
+        eps = float(key.removeprefix(sparse))
+        assert each["loss"] == without["loss"] | {"weight": 1.0, "eps": eps}
+        assert each["loss"]["threshold"] == threshold
+        assert each | {"loss": None} == without | {"loss": None}
+    assert f"{sparse}1e-7" in found  # the paper's
 
 
 @pytest.mark.thorough
@@ -60,9 +63,9 @@ def test_twins_are_pretrained_and_compared(images_package, tmp_path, made):
     data = running.data_folder(claim, tmp_path)
     relu, gelu = (
         AutoModelForImageClassification.from_pretrained(data / name).config.to_diff_dict()
-        for name in densities.ACTIVATIONS
+        for name in ("relu", "gelu")
     )
-    assert (relu.pop("hidden_act"), gelu.pop("hidden_act")) == densities.ACTIVATIONS
+    assert (relu.pop("hidden_act"), gelu.pop("hidden_act")) == ("relu", "gelu")
     assert relu == gelu
     density = {}
     for contender in claim.contenders:

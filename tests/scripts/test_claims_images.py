@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from claims import fashion, page, running
-from claims.images import LORA, MERGED, MERGING, PYRA
+from claims.catalog import CLAIMS, WORDS
 from claims_fixtures import TEST_IMAGES, TRAIN_IMAGES
 from PIL import Image
 from transformers import AutoModelForImageClassification
@@ -14,6 +14,8 @@ from transformers import AutoModelForImageClassification
 from petl.errors import InputError
 
 pytest_plugins = ["training_fixtures", "claims_fixtures"]
+
+MERGING, WORDS_OF = CLAIMS["pyra"], WORDS["pyra"]
 
 
 def test_train_images_are_not_those_of_the_pretrained_model(images_package, tmp_path, monkeypatch):
@@ -52,9 +54,15 @@ def test_the_claim_is_tried_from_pretraining_to_verdicts(images_package, tmp_pat
     assert model.config.num_hidden_layers == 12
     assert model.vit.embeddings.position_embeddings.shape[1] == 197
     width, removed = 96, 197 - 5  # tokens that are left after the published schedule
-    more = found.contenders[PYRA].parameters - found.contenders[LORA].parameters
+    more = (
+        found.contenders[WORDS_OF["pyra"]].parameters
+        - found.contenders[WORDS_OF["lora"]].parameters
+    )
     assert more == removed + 12 * 3 * width
-    assert found.contenders[MERGED].parameters == found.contenders[LORA].parameters
+    assert (
+        found.contenders[WORDS_OF["merged"]].parameters
+        == found.contenders[WORDS_OF["lora"]].parameters
+    )
     assert all(map(found.is_complete, claim.statements))
     assert "not tried" not in "".join(row[1] for row in page.summary(claim, found).rows)
     made.clear()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from claims import edits, page, results, routers, running, texts
-from claims.claim import Claim, Setting, Statement, at_most
+from claims.claim import Claim, Setting, Statement
 from claims.intervals import estimate
 from claims.measures import ACCURACY, LOSS, SECONDS, Measure, loss_at, loss_on
 from claims.pictures import draw, draw_curves, margins
@@ -61,7 +61,7 @@ def test_a_measure_of_whole_runs_has_the_paired_interval_of_its_logarithms():
 
 @pytest.mark.parametrize(("share", "word"), [(0.55, HOLDS), (0.45, FAILS), (0.5, OPEN)])
 def test_a_share_holds_where_the_whole_interval_is_below_it(share, word):
-    statement = at_most(share, SECONDS, "half of the time", "a", "b")
+    statement = Statement("half", "share", "a", "b", margin=share, measure=SECONDS)
     times = {s: np.array([v]) for s, v in enumerate((0.49, 0.5, 0.51))}
     found = running.difference(statement, {"a": times, "b": {s: np.array([1.0]) for s in times}})
     assert verdict(statement, found).word == word
@@ -69,7 +69,7 @@ def test_a_share_holds_where_the_whole_interval_is_below_it(share, word):
 
 def test_more_seeds_are_what_it_takes_where_whole_runs_are_measured():
     found = estimate({s: np.log([v]) for s, v in enumerate((0.4, 0.46, 0.5))})
-    statement = at_most(0.5, SECONDS, "", "a", "b")
+    statement = Statement("", "share", "a", "b", margin=0.5, measure=SECONDS)
     assert verdict(statement, found).word == OPEN
     assert needed_half_width("share", math.log(0.4), math.log(0.5)) == pytest.approx(math.log(1.25))
     takes = verdict(statement, found).takes
@@ -207,7 +207,7 @@ def test_losses_on_the_test_rows_and_on_other_files_are_those_of_the_predictions
         setting,
         Statement("rank 2 beats rank 1", "beats", LORA, thin, margin=0.1, measure=LOSS),
         Statement("also elsewhere", "beats", LORA, thin, margin=0.1, measure=other),
-        at_most(2, SECONDS, "at most twice the time", LORA, thin),
+        Statement("at most twice the time", "share", LORA, thin, margin=2, measure=SECONDS),
     )
     for given in ({"jobs": 2}, {"together": 2}):
         with pytest.raises(InputError, match="tiny compares time or memory of runs"):

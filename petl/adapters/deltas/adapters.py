@@ -23,16 +23,8 @@ from petl.adapters.deltas.compress import Setting, compress_each
 from petl.adapters.deltas.prune import Q, prune
 from petl.adapters.deltas.states import coded_names
 from petl.adapters.export.checked_folder import refuse_changed_base
-from petl.core.adapter_file import WEIGHTS
-from petl.core.adapter_folder import read_config, read_weights, weights_file
-from petl.core.compressed import (
-    compressed_file,
-    copy_weights,
-    expanded,
-    is_whole,
-    starts_at_one,
-    type_of,
-)
+from petl.core.adapter_file import WEIGHTS, is_whole, starts_at_one, type_of
+from petl.core.adapter_folder import Folder
 from petl.core.fingerprint import MEANING
 from petl.core.spec.facts import facts_of
 from petl.errors import InputError
@@ -86,13 +78,9 @@ def read(folder: str | Path) -> Material:
         InputError: there is no adapter, a file is damaged, or its tensors are no deltas.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    saved = Folder(folder)
+    config, state = saved.config, saved.tensors
     refuse_changed_base(folder, config)
-    compressed = compressed_file(folder)
-    if compressed is None:
-        state = dict(read_weights(weights_file(folder)))
-    else:
-        state = expanded(config, compressed)
     kind = type_of(config)
     if kind in FULL_WEIGHTS:
         raise InputError(
@@ -190,13 +178,11 @@ def expand(folder: str | Path, out: str | Path) -> None:
         InputError: there is no compressed adapter, it is damaged, or `out` is taken.
     """
     folder, out = Path(folder), Path(out)
-    file = compressed_file(folder)
-    if file is None:
-        raise InputError(f"{folder} has no {FILE}: it is not compressed")
-    Ternary.load(file)  # raises before anything is written
+    saved = Folder(folder)
+    _ = saved.ternary  # raises before anything is written
     with new_folder(out) as draft:
         copy_others(folder, draft)
-        copy_weights(folder, draft)
+        saved.copy_weights(draft)
         card = draft / CARD
         if card.is_file():
             write_atomic(card, f"{read_text(card).replace(NOTE, '').rstrip()}\n")

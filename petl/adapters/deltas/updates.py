@@ -28,7 +28,7 @@ from petl.adapters.export.conversion import as_lora, ranked_config, save_lora
 from petl.adapters.export.saved_adapter import adapter_in, find
 from petl.core import fingerprint
 from petl.core.adapter_file import PREFIX
-from petl.core.adapter_folder import read_config
+from petl.core.adapter_folder import Folder
 from petl.core.refusals import is_lora, is_plain, refuse_more_than_factors
 from petl.core.registry import refusal, require_capability
 from petl.core.support import Capability
@@ -67,7 +67,7 @@ def update_of(
             not a matrix per layer, added to the base weights.
     """
     adapter = adapter_in(folder)
-    given = read_config(adapter)
+    given = Folder(adapter).config
     require_capability(given, Capability.LORA_EXPORT, f"{folder} as a plain LoRA")
     refuse_changed_base(adapter, given)
     plain = update_in(adapter) if is_plain(given) else None
@@ -212,7 +212,7 @@ def cut(pair: Pair, rank: int) -> tuple[Pair, float, float]:
 
 def level_for(folders: Sequence[str | Path]) -> str:
     """Return "update", which keeps more of each adapter, or "tensors" if a method has no update."""
-    configs = [read_config(adapter_in(folder)) for folder in folders]
+    configs = [Folder(adapter_in(folder)).config for folder in folders]
     whole = (
         is_plain(each) if is_lora(each) else not refusal(each, Capability.LORA_EXPORT)
         for each in configs
@@ -277,5 +277,5 @@ def combine_adapters(
         (draft / CARD).unlink(missing_ok=True)
         save_lora(config, tensors, draft)
         # without what the first adapter's own tensors mean
-        fingerprint.write(draft, fingerprint.read(draft))
+        fingerprint.write(draft, Folder(draft).base)
     return lost

@@ -21,9 +21,8 @@ from petl.adapters.export.checked_folder import Reference, refuse_changed_base, 
 from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.core import fingerprint
 from petl.core.adapter_file import PREFIX, WEIGHTS, trained_modules
-from petl.core.adapter_folder import CONFIG, read_weights
+from petl.core.adapter_folder import CONFIG, Folder
 from petl.core.compat import BaseTunerLayer, svd_factors
-from petl.core.compressed import copy_weights
 from petl.core.layers.layer import Adapter, AdapterLayer, Factors
 from petl.core.model.targets import matched_names
 from petl.core.refusals import is_lora, is_plain
@@ -79,18 +78,18 @@ def write_lora(saved: SavedAdapter, folder: Path) -> tuple[PeftModel, Reference]
     base: Any = model.unload()
     if converted is None:
         copy_file(saved.adapter / CONFIG, folder / CONFIG)
-        copy_weights(saved.adapter, folder)
+        saved.folder.copy_weights(folder)
         if (saved.adapter / fingerprint.FILE).is_file():
             copy_file(saved.adapter / fingerprint.FILE, folder / fingerprint.FILE)
         if is_plain(saved.config):
             config: Any = saved.config
-            converted = in_one_scale(config, dict(read_weights(folder / WEIGHTS)))
+            converted = in_one_scale(config, Folder(folder).tensors)
     else:
         converted = in_one_scale(*converted) or converted
     if converted is not None:
         save_lora(*converted, folder)
         # the base is the same, and its tensors are others
-        fingerprint.write(folder, fingerprint.read(saved.adapter))
+        fingerprint.write(folder, saved.folder.base)
     return PeftModel.from_pretrained(base, str(folder)).eval(), adapted
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.utils import CONFIG_NAME
 
-from petl.core.adapter_folder import read_config
+from petl.core.adapter_folder import Folder
 from petl.training.runs.card_code import BASE
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes
@@ -17,7 +17,7 @@ def serving_lines(folder: Path) -> list[str]:
 
     Empty unless it is an adapter of a causal language model.
     """
-    config: Any = read_config(folder)
+    config: Any = Folder(folder).config
     if config.task_type != "CAUSAL_LM":
         return []
     # beside an adapter, the config of a base that has no weights on disk

@@ -6,7 +6,7 @@ from petl.adapters.export.card import write_companions
 from petl.adapters.export.checked_folder import OutputFolder, folder_bytes
 from petl.adapters.export.conversion import write_lora
 from petl.adapters.export.saved_adapter import SavedAdapter
-from petl.core.adapter_folder import read_config
+from petl.core.adapter_folder import Folder
 from petl.core.refusals import is_lora
 from petl.system.files.outputs import check_output, new_folder
 
@@ -30,5 +30,5 @@ def export_lora(saved: SavedAdapter, out: Path, tolerance: float | None) -> Outp
         difference = adapted.compare(lora, tolerance, "LoRA")
         # a LoRA is copied as it is, so there is nothing to say
         note = "" if is_lora(saved.config) else NOTE
-        write_companions(saved, draft, read_config(draft), note=note)
+        write_companions(saved, draft, Folder(draft).config, note=note)
     return OutputFolder(out, folder_bytes(out), difference)

@@ -12,10 +12,10 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from petl.core.adapter_folder import read_config
+from petl.core.adapter_folder import CONFIG as ADAPTER_CONFIG
+from petl.core.adapter_folder import Folder
 from petl.core.auto_classes import read_labels
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
-from petl.core.compressed import stored_shapes
 from petl.core.loading import load
 from petl.data.base import RawData, data_source, read_data
 from petl.data.batch_sampler import chunks
@@ -78,9 +78,14 @@ class SavedAdapter:
     other_base: bool = False
 
     @cached_property
+    def folder(self) -> Folder:
+        """The adapter's files."""
+        return Folder(self.adapter)
+
+    @property
     def config(self) -> PeftConfig:
         """The adapter's PEFT config."""
-        return read_config(self.adapter)
+        return self.folder.config
 
     @cached_property
     def run_config(self) -> RunConfig:
@@ -176,15 +181,16 @@ class SavedAdapter:
 
     def _classes(self) -> int:
         """The number of classes of the saved head."""
-        file = self.adapter
         # a classification head is a matrix [classes, hidden]
         heads = [
             shape[0]
-            for key, (_, shape) in sorted(stored_shapes(file).items())
+            for key, (_, shape) in sorted(self.folder.shapes.items())
             if len(shape) == 2 and set(key.split(".")) & set(SEQ_CLS_HEAD_NAMES)
         ]
         if not heads:
-            raise InputError(f"{file} contains no classification head: its classes are unknown")
+            raise InputError(
+                f"{self.adapter} contains no classification head: its classes are unknown"
+            )
         return heads[-1]  # of a head of several layers, the last one gives the classes
 
     def model_at(self, folder: Path) -> dict[str, Any]:
@@ -318,7 +324,7 @@ def find(
     if not folder.is_dir():
         raise InputError(f"{path} is not a directory; give the folder of a run, or of an adapter")
     adapter = adapter_in(folder)
-    if not (adapter / "adapter_config.json").is_file():
+    if not (adapter / ADAPTER_CONFIG).is_file():
         if (folder / CONFIG).is_file():
             raise InputError(
                 f"{path} is a run that has saved no adapter yet; finish it with train.resume={path}"
@@ -392,7 +398,7 @@ def named(file: Path) -> Generator[None]:
 
 def _model_of(adapter: Path) -> dict[str, Any]:
     """Settings of `model` for the base that an adapter's config names."""
-    config = read_config(adapter)
+    config = Folder(adapter).config
     base = config.base_model_name_or_path
     if not base:
         raise InputError(f"{adapter / 'adapter_config.json'} has no base_model_name_or_path")

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import TypedDict
 
 from petl.core import fingerprint
-from petl.core.adapter_folder import CONFIG, read_config, read_weights, weights_file
+from petl.core.adapter_folder import CONFIG, Folder
 from petl.core.auto_classes import read_labels
-from petl.core.compressed import compressed_file
 from petl.data.tasks.task_file import FILE as TASK
 from petl.data.tasks.task_file import read_task
 from petl.errors import InputError
 from petl.methods.pela.export import RANKS
 from petl.ops.ternary import FILE as TERNARY
-from petl.ops.ternary import Ternary
 from petl.system.files.paths import LABELS
 from petl.system.files.read import read_json
 from petl.system.files.tensor_file import read_shapes
@@ -83,14 +81,9 @@ def check(folder: Path) -> str:
         InputError: it is neither; a file is damaged or does not belong; a file could contain code.
     """
     if (folder / CONFIG).is_file():
-        read_config(folder)
-        if compressed_file(folder) is None:
-            read_weights(weights_file(folder))
-        if (folder / TERNARY).is_file():
-            Ternary.load(folder / TERNARY)
+        Folder(folder).check()
         read_labels(folder)
         read_task(folder)
-        fingerprint.read(folder)
         return "adapter"
     if not (folder / MODEL).is_file():
         raise InputError(f"{folder} has neither {CONFIG} nor {MODEL}: it holds no adapter or model")

@@ -8,7 +8,7 @@ from torch import nn
 
 from petl.adapters.search.tensors import active_adapter
 from petl.adapters.search.units import Unit
-from petl.core.compressed import type_of
+from petl.core.adapter_file import type_of
 from petl.errors import InputError, UnsupportedError
 from petl.methods.binary.model import BinaryModel
 from petl.methods.binary.quantized_weights import QuantizedWeight

@@ -15,7 +15,7 @@ from torch import nn
 from petl.adapters.deltas.compress import compress_groups
 from petl.adapters.search.tensors import active_adapter, adapter_tensors, config_of, grouped
 from petl.adapters.search.units import Unit
-from petl.core.compressed import starts_at_one
+from petl.core.adapter_file import starts_at_one
 from petl.ops.ternary import State, Ternary
 from petl.system.files.tensor_file import check_finite
 

@@ -20,7 +20,7 @@ from petl.adapters.search.tensors import adapter_tensors, config_of, grouped
 from petl.adapters.search.units import Feature
 from petl.core import fingerprint
 from petl.core.adapter_file import PREFIX, WEIGHTS, safetensors_bytes, trained_modules
-from petl.core.adapter_folder import read_config
+from petl.core.adapter_folder import Folder
 from petl.core.loading import load
 from petl.core.refusals import is_lora
 from petl.core.registry import require_capability
@@ -80,7 +80,7 @@ class Rank(Feature):
         config, tensors = as_lora(saved.model())
         with tempfile.TemporaryDirectory() as folder:
             save_lora(config, tensors, Path(folder))
-            fingerprint.write(Path(folder), fingerprint.read(saved.adapter))
+            fingerprint.write(Path(folder), saved.folder.base)
             return load(saved.base(), folder).eval()
 
     def shapes(self, state: Sequence[int]) -> Shapes:
@@ -107,9 +107,9 @@ class Rank(Feature):
         ranks = {u.name: u.values[level] for u, level in zip(self.units, state, strict=True)}
         template: Any = config_of(self.model, ADAPTER)
         save_lora(ranked_config(template, ranks), self.tensors(state), folder)
-        fingerprint.write(folder, fingerprint.read(self.saved.adapter))
+        fingerprint.write(folder, self.saved.folder.base)
         note = f"A LoRA that `petl squeeze` made of the adapter, with {sum(ranks.values())} ranks."
-        write_companions(self.saved, folder, read_config(folder), note=note)
+        write_companions(self.saved, folder, Folder(folder).config, note=note)
 
 
 class Bits(Feature):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from petl.adapters.search.tensors import active_adapter, config_of
 from petl.adapters.search.units import Unit
+from petl.core.adapter_file import type_of
 from petl.core.compat import BaseTunerLayer
-from petl.core.compressed import type_of
 from petl.core.refusals import is_lora, refuse_more_than_factors
 from petl.errors import UnsupportedError
 

@@ -20,8 +20,6 @@ from petl.adapters.search.evolve import Evolution, even, evolution_of, evolve
 from petl.adapters.search.picture import Pareto, Point, draw
 from petl.adapters.search.records import PICTURE, SEARCH, SearchRecord, SearchResult, SearchSettings
 from petl.adapters.search.units import Feature, swapped
-from petl.core.adapter_folder import weights_file
-from petl.core.compressed import compressed_file
 from petl.data.batch_sampler import chunks, permutation
 from petl.data.streaming import StreamedRows
 from petl.errors import InputError, shown
@@ -114,11 +112,6 @@ def squeeze(
     )
 
 
-def weights_of(saved: SavedAdapter) -> Path:
-    """Return the file of weights of an adapter, plain or compressed."""
-    return compressed_file(saved.adapter) or weights_file(saved.adapter)
-
-
 def read_record(out: Path, saved: SavedAdapter, settings: SearchSettings) -> SearchRecord | None:
     """Return the record of an earlier search in `out`; None if the folder is new.
 
@@ -137,7 +130,7 @@ def read_record(out: Path, saved: SavedAdapter, settings: SearchSettings) -> Sea
                 f"{out} holds a search with {name}={shown(value)}, not {shown(given[name])}; "
                 "choose another folder with --out, or the same settings to resume it"
             )
-    if raw["adapter"] != sha256(weights_of(saved)):
+    if raw["adapter"] != sha256(saved.folder.weights):
         raise InputError(
             f"{out} holds a search of another adapter than {saved.adapter}; choose another folder "
             "with --out"
@@ -191,7 +184,7 @@ def prepared(
         value = fitness(start)
         shown_pass.advance()
     return SearchRecord(
-        sha256(weights_of(saved)),
+        sha256(saved.folder.weights),
         settings,
         [unit.name for unit in units],
         [list(unit.values) for unit in units],

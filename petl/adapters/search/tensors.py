@@ -7,9 +7,8 @@ from typing import Any
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from petl.core.adapter_file import trained_modules
+from petl.core.adapter_file import is_whole, trained_modules, type_of
 from petl.core.compat import BaseTunerLayer
-from petl.core.compressed import is_whole, type_of
 from petl.errors import InputError, ModuleKindError
 
 

@@ -12,10 +12,9 @@ from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from transformers import PreTrainedModel
 
 from petl.core.adapter_file import PREFIX, trained_modules
-from petl.core.adapter_folder import CONFIG, adapter_files, read_config, read_weights
+from petl.core.adapter_folder import CONFIG, Folder, read_weights
 from petl.core.auto_classes import read_labels
 from petl.core.fingerprint import check_base, known_fingerprint
-from petl.core.fingerprint import read as read_fingerprint
 from petl.core.loading import check_file, load
 from petl.core.parameters import refuse_shared_targets
 from petl.core.registry import require_capability
@@ -53,7 +52,7 @@ def checked_config(given: str) -> PeftConfig:
         InputError: there is none.
         UnsupportedError: it cannot be merged.
     """
-    config = read_config(folder_of(given))
+    config = Folder(folder_of(given)).config
     require_capability(config, Capability.MERGE, f"model.adapter={given} (merged into the base)")
     return config
 
@@ -96,11 +95,12 @@ def without_head(
 ) -> PeftModel:
     """Return the model with the adapter in a folder, but with its own task head."""
     config.inference_mode = True
-    file = adapter_files(folder, config)
+    saved = Folder(folder)
+    file = saved.weights
     places = tuple(f"{PREFIX}{name}." for name in heads)
     found = check_file(model, config, file, left_out=places)
     check_base(
-        read_fingerprint(folder),
+        saved.base,
         known_fingerprint(model),
         found,
         other_base=False,

@@ -8,7 +8,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from petl.core import fingerprint
-from petl.core.adapter_folder import adapter_files, read_config, read_weights
+from petl.core.adapter_folder import Folder
 from petl.errors import InputError, UnsupportedError
 from petl.methods.pyra.config import PyraConfig, inner_method
 from petl.methods.pyra.tuner import PREFIX
@@ -28,7 +28,8 @@ def save_inner(adapter: str | Path, out: str | Path) -> None:
         UnsupportedError: it has no inner method.
     """
     out = Path(out)
-    config: Any = read_config(adapter)
+    saved = Folder(adapter)
+    config: Any = saved.config
     if not isinstance(config, PyraConfig):
         raise InputError(f"{adapter} has an adapter of {config.peft_type}, not of pyra")
     if config.inner is None:
@@ -41,13 +42,9 @@ def save_inner(adapter: str | Path, out: str | Path) -> None:
     config_cls = inner_method(config.inner).config_cls
     own = {f.name: getattr(config, f.name) for f in fields(config_cls) if f.init}
     own.pop("peft_type", None)
-    tensors = {
-        key: tensor
-        for key, tensor in read_weights(adapter_files(adapter, config)).items()
-        if f".{PREFIX}" not in key
-    }
+    tensors = {key: t for key, t in saved.tensors.items() if f".{PREFIX}" not in key}
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    fingerprint.write(out, fingerprint.read(adapter))
+    fingerprint.write(out, saved.base)
     # last: a folder with a config is a complete adapter
     config_cls(**own).save_pretrained(str(out))

@@ -5,6 +5,7 @@ of the file. Only a task head may be new, if its labels are others.
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +16,10 @@ from torch import Tensor
 
 from petl.core.adapter_file import PREFIX, trained_modules
 from petl.core.adapter_folder import CONFIG as ADAPTER_CONFIG
-from petl.core.adapter_folder import adapter_files, read_config
+from petl.core.adapter_folder import Folder
 from petl.core.auto_classes import read_labels
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
-from petl.core.compressed import plain_folder
 from petl.core.fingerprint import check_base, known_fingerprint
-from petl.core.fingerprint import read as read_fingerprint
 from petl.core.loading import check_file, check_header
 from petl.core.registry import method_of
 from petl.core.spec.facts import facts_of
@@ -65,6 +64,11 @@ class Start:
     run: Path | None
     where: Mapping[str, Any]
 
+    @functools.cached_property
+    def saved(self) -> Folder:
+        """The files of the adapter."""
+        return Folder(self.place, **self.where)
+
     def config(self) -> PeftConfig:
         """Read the adapter's config.
 
@@ -72,7 +76,7 @@ class Start:
             InputError: there is no adapter, its method is unknown, or its tensors belong to base
                 weights that its initialization changed.
         """
-        config: Any = read_config(self.place, **self.where)
+        config: Any = self.saved.config
         if modifies_base_weights(config):
             raise InputError(
                 f"train.init_from={self.given}: init_lora_weights={config.init_lora_weights!r} "
@@ -229,13 +233,13 @@ def load_start(model: PeftModel, start: Start, task: Task, settings: TrainConfig
         new, _ = choose_head(start, shapes, model, task, settings.init_head)
         check_header(model, config, shapes, file, new)
 
-    with plain_folder(start.place, config, start.where, fits) as (place, where):
-        file = adapter_files(place, config, **where)
+    with start.saved.plain(fits) as plain:
+        file = plain.weights
         shapes = read_shapes(file)
         new, reason = choose_head(start, shapes, model, task, settings.init_head)
         check_file(model, config, file, left_out=new)
         check_base(
-            read_fingerprint(start.place, **start.where),
+            start.saved.base,
             known_fingerprint(model),
             shapes,
             other_base=settings.other_base,

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from petl.core.adapter_folder import read_config
+from petl.core.adapter_folder import Folder
 from petl.core.registry import build_config, method
 from petl.errors import InputError
 from petl.system.collectives import on_main
@@ -54,7 +54,7 @@ class RanksByImportance(RunFeature):
         """Add the patterns of ranks, and of alphas."""
         settings, run = self.settings, setup.run
         if run is not None and run.resume is not None:
-            return fields | patterns(read_config(run.resume / ADAPTER))
+            return fields | patterns(Folder(run.resume / ADAPTER).config)
         targets = rank_targets(settings, setup.shapes, fields)
         if run is None:
             setup.notes.append(

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from petl.core.adapter_file import WEIGHTS, trained_modules
-from petl.core.adapter_folder import read_config, read_weights
+from petl.core.adapter_folder import Folder, read_weights
 from petl.core.parameters import trainable
 from petl.data.tasks.base import Task
 from petl.errors import InputError, first_line
@@ -342,7 +342,7 @@ def load_adapter(model: PeftModel, folder: Path, left_out: tuple[str, ...] = ())
     tensors = {k: v for k, v in read_weights(path).items() if not k.startswith(left_out)} | kept
     config: Any = model.active_peft_config
     if hasattr(config, "rank_pattern"):  # AdaLoRA's, which changes; PEFT loads tensors by it
-        saved: Any = read_config(folder)
+        saved: Any = Folder(folder).config
         if saved.peft_type == config.peft_type:  # else it was saved as another method
             config.rank_pattern = saved.rank_pattern
     try:

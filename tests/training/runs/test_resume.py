@@ -28,7 +28,7 @@ from training_fixtures import (
 from transformers import BertForSequenceClassification
 
 import petl
-from petl.core.fingerprint import read as read_fingerprint
+from petl.core.adapter_folder import Folder
 from petl.data.tasks.classification import Classification
 from petl.errors import InputError, JobSkipped, RunStopped
 from petl.system.processes import explain_process_failures, release
@@ -465,11 +465,11 @@ def test_another_base_of_the_same_shape_is_refused_unless_it_is_asked_for(
     with pytest.raises(InputError, match=said):
         train(resume, tmp_path / "run")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == files
-    before = read_fingerprint(tmp_path / "run" / "checkpoints" / "step-000002" / "adapter")
+    before = Folder(tmp_path / "run" / "checkpoints" / "step-000002" / "adapter").base
     run = train([*resume, "train.other_base=true"], tmp_path / "run")
     assert "39 of 39 tensors" in petl_log.text
     assert len(before) == 39
-    assert read_fingerprint(run.path / "adapter") != before
+    assert Folder(run.path / "adapter").base != before
 
 
 def test_other_rows_under_the_same_name_are_refused(stopped, tiny):
