@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -79,6 +80,11 @@ def is_whole(name: str) -> bool:
 def type_of(config: PeftConfig | PeftModel) -> str:
     """Return the name of the PEFT type of a config or model."""
     return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def reference_of(config: PeftConfig, sizes: Mapping[str, torch.Size]) -> dict[str, Tensor] | None:
+    """Return what an adapter's tensors differ from: ones for IA3, None (0) for other methods."""
+    return {n: torch.ones(size) for n, size in sizes.items()} if starts_at_one(config) else None
 
 
 def starts_at_one(config: PeftConfig) -> bool:

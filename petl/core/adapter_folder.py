@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
 
-import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
 from peft import PeftConfig
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from petl.core import fingerprint
-from petl.core.adapter_file import WEIGHTS, starts_at_one
+from petl.core.adapter_file import WEIGHTS, reference_of
 from petl.core.compat import config_class
 from petl.core.parameters import check_memory
 from petl.core.spec.config import check_values
@@ -183,10 +182,9 @@ class Folder:
         )
         # a short file can state a large tensor
         check_memory("a compressed adapter", size, "if you trust it, use a larger machine")
-        if not starts_at_one(self.config):
-            return found.dense()
         # the reference from which differences were taken when the adapter was compressed
-        return found.dense({name: torch.ones(shape) for name, (_, shape) in found.shapes.items()})
+        sizes = {name: size for name, (_, size) in found.shapes.items()}
+        return found.dense(reference_of(self.config, sizes))
 
     def check(self) -> None:
         """Read all of its files strictly; nothing is expanded.

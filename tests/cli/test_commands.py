@@ -376,7 +376,7 @@ def test_export_writes_one_format_and_says_how_it_is_used(petl_command, run, tmp
     for given in ([], ["--lora", "--gguf"]):
         with pytest.raises(SystemExit):
             petl_command("export", *given, run.path, tmp_path / "out")
-    written = OutputFolder(tmp_path / "out", 12, Difference(1e-7, 1e-6, 1.0, 0.5))
+    written = OutputFolder(tmp_path / "out", Difference(1e-7, 1e-6, 1.0, 0.5))
     monkeypatch.setattr("petl.adapters.export.gguf.export_gguf", lambda *_, **__: written)
     status, out, _ = petl_command("export", "--gguf", run.path, tmp_path / "out")
     assert status == 0

@@ -23,7 +23,7 @@ from petl.adapters.deltas.compress import Setting, compress_each
 from petl.adapters.deltas.prune import Q, prune
 from petl.adapters.deltas.states import coded_names
 from petl.adapters.export.checked_folder import refuse_changed_base
-from petl.core.adapter_file import WEIGHTS, is_whole, starts_at_one, type_of
+from petl.core.adapter_file import WEIGHTS, is_whole, reference_of, starts_at_one, type_of
 from petl.core.adapter_folder import Folder
 from petl.core.fingerprint import MEANING
 from petl.core.spec.facts import facts_of
@@ -65,10 +65,8 @@ class Material:
 
     @property
     def reference(self) -> State | None:
-        """What its tensors differ from: ones for IA3, None (0) for all other methods."""
-        if not starts_at_one(self.config):
-            return None
-        return {name: torch.ones(tensor.shape) for name, tensor in self.state.items()}
+        """What its tensors differ from; None: 0."""
+        return reference_of(self.config, {n: tensor.shape for n, tensor in self.state.items()})
 
 
 def read(folder: str | Path) -> Material:

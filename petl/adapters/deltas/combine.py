@@ -18,19 +18,19 @@ from torch import Tensor
 from petl.adapters.deltas.prune import Q, divisor_of, mask
 from petl.adapters.deltas.states import (
     SCOPES,
+    SHARE,
     check_reference,
     coded_names,
     count_of,
     difference,
-    fraction,
     largest,
-    one_of,
 )
 from petl.errors import InputError, shown
 from petl.ops.ternary import State, restored
+from petl.system.values import one_of
 
-METHODS = ("linear", "magnitude_prune", "ties", "dare_linear", "dare_ties")
-SIGNS, AGGREGATES = ("total", "frequency"), ("mean", "sum")
+METHODS = one_of("linear", "magnitude_prune", "ties", "dare_linear", "dare_ties")
+SIGNS, AGGREGATES = one_of("total", "frequency"), one_of("mean", "sum")
 
 
 def combine(  # noqa: PLR0913
@@ -72,11 +72,11 @@ def combine(  # noqa: PLR0913
         InputError: an argument is out of range; the states differ in names, shapes or tensors that
             are not of floating-point type; a value is not finite.
     """
-    one_of("method", method, METHODS)
-    one_of("sign", sign, SIGNS)
-    one_of("aggregate", aggregate, AGGREGATES)
-    one_of("scope", scope, SCOPES)
-    density = fraction("density", density)
+    METHODS.check("method", method, str)
+    SIGNS.check("sign", sign, str)
+    AGGREGATES.check("aggregate", aggregate, str)
+    SCOPES.check("scope", scope, str)
+    SHARE.check("density", density, float)
     if len(states) < 2:
         raise InputError(f"combining needs at least two states, and got {len(states)}")
     weights = [1.0] * len(states) if weights is None else list(weights)

@@ -7,26 +7,28 @@ sizes are those of files, by a Rice code.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from petl.adapters.deltas.states import (
     SCOPES,
+    SHARE,
     check_reference,
     coded_names,
     count_of,
     deviation,
     difference,
-    fraction,
     largest_each,
-    one_of,
 )
-from petl.errors import InputError, shown
 from petl.ops.ternary import State, Ternary
+from petl.system.values import Rule, type_problem
 
 Setting = tuple[float, float | str]  # density and alpha
+ALPHA = Rule(
+    'a number above 0, or "fit"',
+    lambda alpha: alpha == "fit" or (not type_problem(alpha, float) and alpha > 0),
+)
 
 
 def compress(
@@ -70,20 +72,13 @@ def compress_each(
 
     The largest entries of all densities are found by one selection among all entries.
     """
-    one_of("scope", scope, SCOPES)
-    settings = [(fraction("density", density), magnitude(alpha)) for density, alpha in settings]
+    SCOPES.check("scope", scope, str)
+    for density, alpha in settings:
+        SHARE.check("density", density, float)
+        ALPHA.check("alpha", alpha)
     names = coded_names(state, exclude)
     groups = [names] if scope == "global" else [[name] for name in names]
     return compress_groups(state, settings, groups, scope=scope, reference=reference)
-
-
-def magnitude(alpha: Any) -> float | str:
-    """Return `alpha`, or raise InputError if it is neither a number above 0 nor "fit"."""
-    # bool is a subclass of int
-    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    if alpha != "fit" and not (is_number and 0 < float(alpha) < float("inf")):
-        raise InputError(f'alpha={shown(alpha)} is neither a number above 0 nor "fit"')
-    return alpha
 
 
 def compress_groups(

@@ -28,15 +28,14 @@ from petl.adapters.export.checked_folder import (
     outputs,
     unwrap_trained,
 )
-from petl.adapters.export.saved_adapter import SavedAdapter, as_inputs, device
+from petl.adapters.export.saved_adapter import SavedAdapter, device
 from petl.core.loading import load
 from petl.data.batch_sampler import chunks
-from petl.data.models.sources import DTYPES
 from petl.data.streaming import StreamedRows
 from petl.errors import InputError
 from petl.ops.ternary import State, Ternary
 from petl.system.progress import Pass, ProgressItems
-from petl.training.dataloader import Batch, Splits, encode_splits, to_device
+from petl.training.dataloader import Batch, Splits, encode_splits
 from petl.training.distributed.launch import start
 from petl.training.evaluate import evaluate
 
@@ -162,11 +161,8 @@ def train_batches(saved: SavedAdapter) -> list[Batch]:
     # a stream has no length and no random access
     rows = rows.first_rows(ROWS) if isinstance(rows, StreamedRows) else rows
     rows = rows.select(range(min(ROWS, len(rows))))
-    dtype = DTYPES[saved.settings["model"].get("dtype", "float32")]
     parts = chunks(list(range(len(rows))), BATCH)
-    batches = [splits.collate(list(rows.select(part))) for part in parts]
-    labels = splits.task.label_columns
-    return [to_device(as_inputs(batch, labels, dtype), device()) for batch in batches]
+    return saved.as_inputs(splits.collate(list(rows.select(part))) for part in parts)
 
 
 def closed_divisors(

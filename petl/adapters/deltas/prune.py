@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from petl.adapters.deltas.states import coded_names, fraction
+from petl.adapters.deltas.states import DROPPED, SHARE, coded_names
 from petl.errors import InputError, shown
 from petl.ops.ternary import State
 
@@ -97,7 +97,7 @@ def prune(
     Raises:
         InputError: an argument is out of range, or `q` lacks a name.
     """
-    drop = fraction("drop", drop, above=False, below_1=True)
+    DROPPED.check("drop", drop, float)
     pruned = dict(delta)
     for name in coded_names(delta, exclude):
         divisor = divisor_of(q, name, drop)
@@ -138,7 +138,7 @@ def closed_q(sum_S2: float, sum_V: float, drop: float) -> float:
 
     q = (1 - p) + p sum V / sum S^2, at most 1; the sums are over outputs and calibration tokens.
     """
-    drop = fraction("drop", drop, above=False, below_1=True)
+    DROPPED.check("drop", drop, float)
     return min(1.0, (1 - drop) + drop * sum_V / sum_S2) if sum_S2 > 0 else 1.0
 
 
@@ -156,12 +156,12 @@ def analytic_q(products: Tensor, drop: float, *, eta: float, stop: float = 0.8) 
     Returns:
         [O], float64.
     """
-    drop = fraction("drop", drop, below_1=True)
-    if drop == 0.5:
+    DROPPED.check("drop", drop, float)
+    if drop in (0, 0.5):
         raise InputError(
-            f"drop={drop:g}: the bound's Phi is not defined there; choose another drop"
+            f"drop={drop:g}: the bound's Phi is not defined there; choose another drop in (0, 1)"
         )
-    stop = fraction("stop", stop)
+    SHARE.check("stop", stop, float)
     S, V = products.double().sum(1), products.double().square().sum(1)
     phi = (1 - 2 * drop) / math.log((1 - drop) / drop)
     best = torch.full_like(S, math.inf)
@@ -278,7 +278,7 @@ def find_q(
         seeds: each divisor's score is the mean over them; of more than two, the score furthest
             from the mean is left out.
     """
-    drop = fraction("drop", drop, above=False, below_1=True)
+    DROPPED.check("drop", drop, float)
     if grid is None:
         grid = [1 - drop * k / GRID for k in range(GRID, -1, -1)]
     grid = [divisor_of(q, "", drop) for q in grid]

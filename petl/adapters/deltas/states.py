@@ -2,42 +2,17 @@
 
 import re
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from petl.errors import InputError, shown
+from petl.errors import InputError
 from petl.ops.ternary import State
 from petl.system.files.tensor_file import check_finite
+from petl.system.values import bounded, one_of
 
-SCOPES = ("global", "tensor")  # what is trimmed together
-
-
-def fraction(name: str, value: Any, *, above: bool = True, below_1: bool = False) -> float:
-    """Return a fraction, checked.
-
-    Args:
-        name: of the argument, for the message.
-        above: 0 is not allowed.
-        below_1: 1 is not allowed.
-
-    Raises:
-        InputError: it is no number in the range.
-    """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    fits = is_number and (value > 0 if above else value >= 0)
-    if not (fits and (value < 1 if below_1 else value <= 1)):
-        interval = f"{'(' if above else '['}0, 1{')' if below_1 else ']'}"
-        raise InputError(f"{name}={shown(value)} is not a fraction in {interval}")
-    return float(value)
-
-
-def one_of(name: str, value: Any, options: Iterable[str]) -> str:
-    """Return `value`, or raise InputError if it is none of the options."""
-    if value not in options:
-        raise InputError(f"{name}={shown(value)} is not one of {', '.join(options)}")
-    return value
+SCOPES = one_of("global", "tensor")  # what is trimmed together
+SHARE, DROPPED = bounded(gt=0, le=1), bounded(ge=0, lt=1)  # of entries
 
 
 def free_names(state: State, exclude: Iterable[str] = ()) -> list[str]:

@@ -22,7 +22,7 @@ from petl.adapters.deltas.adapters import (
     write_state,
 )
 from petl.adapters.deltas.combine import combine
-from petl.adapters.deltas.states import coded_names, one_of
+from petl.adapters.deltas.states import coded_names
 from petl.adapters.export.checked_folder import refuse_changed_base
 from petl.adapters.export.conversion import as_lora, ranked_config, save_lora
 from petl.adapters.export.saved_adapter import adapter_in, find
@@ -32,11 +32,12 @@ from petl.core.adapter_folder import Folder
 from petl.core.refusals import is_lora, is_plain, refuse_more_than_factors
 from petl.core.registry import refusal, require_capability
 from petl.core.support import Capability
-from petl.errors import InputError, UnsupportedError, shown
+from petl.errors import InputError, UnsupportedError
 from petl.system.files.outputs import new_folder
 from petl.system.progress import Pass, ProgressItems
+from petl.system.values import integer, one_of
 
-LEVELS = ("tensors", "update")
+LEVELS = one_of("tensors", "update")
 Pair = tuple[Tensor, Tensor]  # A [R, I] and B [O, R] with the scale in it
 
 
@@ -141,8 +142,7 @@ def combined_updates(
     """
     if len(updates) < 2:
         raise InputError(f"combining needs at least two adapters, and got {len(updates)}")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise InputError(f"rank={shown(rank)} is not an integer from 1")
+    integer(1).check("rank", rank, int | None)
     first = updates[0]
     names = list(dict.fromkeys(name for update in updates for name in update.pairs))
     check_shapes(updates, names)
@@ -254,7 +254,8 @@ def combine_adapters(
     """
     if len(folders) < 2:
         raise InputError(f"combining needs at least two adapters, and got {len(folders)}")
-    level = level_for(folders) if level is None else one_of("level", level, LEVELS)
+    LEVELS.check("level", level, str | None)
+    level = level or level_for(folders)
     if level == "tensors":
         if rank is not None:
             raise InputError(f"rank={rank} needs level='update': tensors keep their shapes")

@@ -70,8 +70,12 @@ class OutputFolder:
     """A written folder, its size, and how the outputs of what it holds compare."""
 
     folder: Path
-    bytes: int
     difference: Difference
+
+    @property
+    def bytes(self) -> int:
+        """The size of all files in the folder."""
+        return folder_bytes(self.folder)
 
 
 # Comparing

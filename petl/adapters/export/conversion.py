@@ -6,6 +6,7 @@ R rank.
 
 import copy
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import mode
@@ -139,20 +140,12 @@ def lora_config(model: PeftModel, factors: dict[str, Factors], adapter_name: str
     config: Any = model.peft_config[adapter_name]
     ranks = {name: len(A) for name, (A, _, _) in factors.items()}
     alphas = {name: scale * ranks[name] for name, (_, _, scale) in factors.items()}
-    rank, alpha = mode(ranks.values()), mode(alphas.values())  # the shortest patterns
     layers: list[Any] = [model.get_base_model().get_submodule(name) for name in factors]
-    return LoraConfig(
-        task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path,
-        revision=config.revision,
-        inference_mode=True,  # PEFT saves it so; loading with is_trainable overrides it
+    return ranked_config(
+        config,
+        ranks,
+        alphas,
         target_modules=shortest_targets(model, list(factors)),
-        # PEFT may list heads twice
-        modules_to_save=list(dict.fromkeys(config.modules_to_save or [])) or None,
-        r=rank,
-        lora_alpha=as_integer(alpha),
-        rank_pattern=exceptions(ranks, rank),
-        alpha_pattern={name: as_integer(a) for name, a in exceptions(alphas, alpha).items()},
         fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers),
     )
 
@@ -191,23 +184,35 @@ def in_one_scale(
     return replace(copy.deepcopy(config), **one, rank_pattern={}, alpha_pattern={}), found
 
 
-def ranked_config(template: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
-    """Return the config of a LoRA with these ranks, by layer, and a scale of 1."""
-    usual = mode(ranks.values())
-    patterns = exceptions(ranks, usual)
+def ranked_config(
+    template: Any, ranks: dict[str, int], alphas: Mapping[str, float] | None = None, **fields: Any
+) -> LoraConfig:
+    """Return the config of a LoRA with these ranks and alphas, by layer.
+
+    Args:
+        template: has the base model and the heads; of a LoRA also `fan_in_fan_out`.
+        alphas: None: the ranks, which is a scale of 1.
+        fields: others than by default: all layers by their names.
+    """
+    alphas = dict(alphas or ranks)
+    rank, alpha = mode(ranks.values()), mode(alphas.values())  # the shortest patterns
+    own: dict[str, Any] = {
+        "target_modules": sorted(ranks),
+        "fan_in_fan_out": getattr(template, "fan_in_fan_out", False),
+        **fields,
+    }
     return LoraConfig(
         task_type=template.task_type,
         base_model_name_or_path=template.base_model_name_or_path,
         revision=template.revision,
-        inference_mode=True,
-        target_modules=sorted(ranks),
-        modules_to_save=template.modules_to_save,
-        r=usual,
-        # alpha = r: a scale of 1, since B contains it
-        lora_alpha=usual,
-        rank_pattern=patterns,
-        alpha_pattern=dict(patterns),
-        fan_in_fan_out=template.fan_in_fan_out,
+        inference_mode=True,  # PEFT saves it so; loading with is_trainable overrides it
+        # PEFT may list heads twice
+        modules_to_save=list(dict.fromkeys(template.modules_to_save or [])) or None,
+        r=rank,
+        lora_alpha=as_integer(alpha),
+        rank_pattern=exceptions(ranks, rank),
+        alpha_pattern={name: as_integer(a) for name, a in exceptions(alphas, alpha).items()},
+        **own,
     )
 
 

@@ -22,7 +22,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from petl.adapters.export.checked_folder import OutputFolder, folder_bytes
+from petl.adapters.export.checked_folder import OutputFolder
 from petl.adapters.export.conversion import write_lora
 from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.core.adapter_file import PREFIX
@@ -90,7 +90,7 @@ def export_gguf(saved: SavedAdapter, out: Path, tolerance: float | None) -> Outp
         # the file's values replace those in memory, so that the comparison tests the file
         read_file(layers, draft / FILE)
         difference = adapted.compare(lora, tolerance, "GGUF adapter")
-    return OutputFolder(out, folder_bytes(out), difference)
+    return OutputFolder(out, difference)
 
 
 def decoder_of(saved: SavedAdapter) -> Decoder:
@@ -125,6 +125,11 @@ class GgufLayer:
     name: str
     lora: Any
     order: Tensor | None
+
+    @property
+    def matrices(self) -> tuple[nn.Linear, nn.Linear]:
+        """The modules that hold A and B."""
+        return self.lora.lora_A["default"], self.lora.lora_B["default"]
 
 
 def layers_of(
@@ -197,7 +202,7 @@ def write_file(layers: list[GgufLayer], decoder: Decoder, file: Path) -> None:
     """Write the layers of a LoRA in float32."""
     gguf: Any = optional("gguf", "gguf")
     # llama.cpp divides by R, which it reads from a factor's shape
-    alphas = [scale_of(layer) * rank_of(layer) for layer in layers]
+    alphas = [each.lora.scaling["default"] * each.matrices[0].out_features for each in layers]
     alpha = mode(alphas) or 1.0  # llama.cpp takes 0 as if there were no alpha
     writer = gguf.GGUFWriter(file, decoder.name)
     # without it llama.cpp takes the file for a model
@@ -206,7 +211,7 @@ def write_file(layers: list[GgufLayer], decoder: Decoder, file: Path) -> None:
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(ALPHA, alpha)
     for layer, own in zip(layers, alphas, strict=True):
-        A, B = (matrix.weight.float().cpu() for matrix in matrices(layer))
+        A, B = (matrix.weight.float().cpu() for matrix in layer.matrices)
         # unchanged where possible: a product would round
         B = B if own == alpha else B * (own / alpha)
         B = B if layer.order is None else B[layer.order]
@@ -230,22 +235,7 @@ def read_file(layers: list[GgufLayer], file: Path) -> None:
         A, B = (torch.tensor(tensors[f"{layer.name}.lora_{part}"]) for part in "ab")
         if layer.order is not None:
             B = B[layer.order.argsort()]  # the inverse permutation
-        for matrix, values in zip(matrices(layer), (A, B), strict=True):
+        for matrix, values in zip(layer.matrices, (A, B), strict=True):
             matrix.weight.copy_(values)
         # as llama.cpp computes it
         layer.lora.scaling["default"] = alpha / len(A)
-
-
-def matrices(layer: GgufLayer) -> tuple[Any, Any]:
-    """Return the modules that hold A and B."""
-    return layer.lora.lora_A["default"], layer.lora.lora_B["default"]
-
-
-def rank_of(layer: GgufLayer) -> int:
-    """Return R."""
-    return layer.lora.lora_A["default"].out_features
-
-
-def scale_of(layer: GgufLayer) -> float:
-    """Return the factor of B A."""
-    return layer.lora.scaling["default"]

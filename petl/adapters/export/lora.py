@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from petl.adapters.export.card import write_companions
-from petl.adapters.export.checked_folder import OutputFolder, folder_bytes
+from petl.adapters.export.checked_folder import OutputFolder
 from petl.adapters.export.conversion import write_lora
 from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.core.adapter_folder import Folder
@@ -31,4 +31,4 @@ def export_lora(saved: SavedAdapter, out: Path, tolerance: float | None) -> Outp
         # a LoRA is copied as it is, so there is nothing to say
         note = "" if is_lora(saved.config) else NOTE
         write_companions(saved, draft, Folder(draft).config, note=note)
-    return OutputFolder(out, folder_bytes(out), difference)
+    return OutputFolder(out, difference)

@@ -7,7 +7,6 @@ from petl.adapters.export.checked_folder import (
     OutputFolder,
     check,
     compare,
-    folder_bytes,
     outputs,
     save_model,
 )
@@ -45,4 +44,4 @@ def merge(saved: SavedAdapter, out: Path, tolerance: float | None) -> OutputFold
         written = outputs(reread, adapted.batches, "the written model")
         difference_of_files = compare(after, written, adapted.effect)
         check(difference_of_files, REREAD, reread.dtype, "merged model as written")
-    return OutputFolder(out, folder_bytes(out), difference)
+    return OutputFolder(out, difference)

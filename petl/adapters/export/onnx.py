@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from petl.adapters.export.checked_folder import (
     OutputFolder,
-    folder_bytes,
     mean_pooled,
 )
 from petl.adapters.export.conversion import merged_model
@@ -72,7 +71,7 @@ def export_onnx(saved: SavedAdapter, out: Path, tolerance: float | None) -> Outp
         merged.config.save_pretrained(draft)
         save_processor(saved.settings["model"], task, draft, saved.processor)
         difference = adapted.compare(Session(draft / FILE), tolerance, "ONNX model")
-    return OutputFolder(out, folder_bytes(out), difference)
+    return OutputFolder(out, difference)
 
 
 class OnnxGraph(nn.Module):

@@ -1,7 +1,7 @@
 """A saved adapter with its base model, data and task: from a run's folder or an adapter folder."""
 
 import logging
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -254,6 +254,10 @@ class SavedAdapter:
             # sorted by length, so that batches have little padding
             parts = chunks(longest_first(self.task.lengths(rows))[:ROWS], BATCH)
             batches = [collate(list(rows.select(part))) for part in parts]
+        return self.as_inputs(batches)
+
+    def as_inputs(self, batches: Iterable[Batch]) -> list[Batch]:
+        """Return batches without labels, in the dtype of the base model, on the accelerator."""
         dtype = DTYPES[self.settings["model"].get("dtype", "float32")]
         labels = self.task.label_columns
         return [to_device(as_inputs(batch, labels, dtype), device()) for batch in batches]

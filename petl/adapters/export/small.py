@@ -8,7 +8,6 @@ from transformers import AutoConfig
 from petl.adapters.export.checked_folder import (
     OutputFolder,
     Reference,
-    folder_bytes,
     save_model,
 )
 from petl.adapters.export.saved_adapter import SavedAdapter, device
@@ -55,7 +54,7 @@ def export_small(saved: SavedAdapter, out: Path, tolerance: float | None) -> Out
         del small, model  # frees memory before the same model is loaded again
         reread: Any = load(AutoConfig.from_pretrained(draft), draft).to(device())
         adapted.compare(reread, tolerance, "small model as written")
-    return OutputFolder(out, folder_bytes(out), difference)
+    return OutputFolder(out, difference)
 
 
 def card(saved: SavedAdapter, small: Any) -> str:

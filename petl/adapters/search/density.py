@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from petl.adapters.deltas.compress import compress_groups
 from petl.adapters.search.tensors import active_adapter, adapter_tensors, config_of, grouped
 from petl.adapters.search.units import Unit
-from petl.core.adapter_file import starts_at_one
+from petl.core.adapter_file import reference_of
 from petl.ops.ternary import State, Ternary
 from petl.system.files.tensor_file import check_finite
 
@@ -96,7 +95,7 @@ def density_of(model: nn.Module) -> list[Unit]:
     own = adapter_tensors(model)
     check_finite(own.state, f"adapter {name!r}")
     groups = grouped(model, own.live)
-    reference = reference_of(own.state) if starts_at_one(config_of(model, name)) else None
+    reference = reference_of(config_of(model, name), {k: t.shape for k, t in own.state.items()})
     coded = CompressedCandidate.of(
         {key: t.cpu() for key, t in own.state.items()}, groups, reference
     )
@@ -124,8 +123,3 @@ def units_of(
         )
         for path, keys in coded.groups.items()
     ]
-
-
-def reference_of(state: State) -> State:
-    """Return ones: what IA3's factors are if they have no effect."""
-    return {key: torch.ones(tensor.shape) for key, tensor in state.items()}

@@ -14,17 +14,18 @@ while one more level of some unit fits.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import TypedDict
+from typing import Any
 
 from petl.errors import InputError, shown
 from petl.system.collectives import shared_out
 from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.read import read_json
+from petl.system.values import integer
 
 State = tuple[int, ...]  # the level of each unit, from 0
 Costs = Sequence[Sequence[float]]
@@ -88,44 +89,24 @@ class Evolution:
         Raises:
             InputError: the file cannot be read, or is damaged.
         """
-        return evolution_of(read_json(Path(file), SavedEvolution), str(file))
+        return evolution_of(read_json(Path(file), Evolution), str(file))
 
 
-class SavedGeneration(TypedDict):
-    """A generation in a file."""
-
-    generation: int
-    state: list[int]
-    fitness: float
-    evaluations: int
-    seconds: float
-
-
-class SavedEvolution(TypedDict):
-    """A search in a file."""
-
-    levels: list[int]
-    budget: float
-    seed: int
-    start: list[int]
-    state: list[int]
-    history: list[SavedGeneration]
-
-
-def evolution_of(raw: SavedEvolution, where: str) -> Evolution:
+def evolution_of(raw: Mapping[str, Any], where: str) -> Evolution:
     """Return the search in a file.
 
     Args:
+        raw: the fields of an `Evolution`, of the right types, with lists for tuples.
         where: the name of the file, for the message.
 
     Raises:
         InputError: its values contradict each other.
     """
     levels = tuple(raw["levels"])
-    history = tuple(generation_of(entry) for entry in raw["history"])
-    found = Evolution(
-        levels, raw["budget"], raw["seed"], tuple(raw["start"]), tuple(raw["state"]), history
-    )
+    entries = (dict(entry) for entry in raw.get("history", ()))
+    history = tuple(Generation(state=tuple(entry.pop("state")), **entry) for entry in entries)
+    start, state = tuple(raw["start"]), tuple(raw["state"])
+    found = Evolution(levels, raw["budget"], raw["seed"], start, state, history)
     for state in (found.start, found.state, *(each.state for each in history)):
         check_state(state, levels, where)
     if [each.generation for each in history] != list(range(1, len(history) + 1)):
@@ -133,17 +114,6 @@ def evolution_of(raw: SavedEvolution, where: str) -> Evolution:
     if history and history[-1].state != found.state:
         raise InputError(f"{where} is damaged: its last generation has another state")
     return found
-
-
-def generation_of(raw: SavedGeneration) -> Generation:
-    """Return a generation in a file."""
-    return Generation(
-        raw["generation"],
-        tuple(raw["state"]),
-        raw["fitness"],
-        raw["evaluations"],
-        raw["seconds"],
-    )
 
 
 def evolve(  # noqa: PLR0913
@@ -220,13 +190,9 @@ def checked(
     stages: Sequence[tuple[int, int]], offspring: int, generations: int, seed: int
 ) -> list[tuple[int, int]]:
     """Return the stages of a search, or raise InputError if a setting of it is out of range."""
-    for name, value, least in (
-        ("offspring", offspring, 1),
-        ("generations", generations, 1),
-        ("seed", seed, 0),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(f"{name}={shown(value)} is not an integer from {least}")
+    integer(1).check("offspring", offspring, int)
+    integer(1).check("generations", generations, int)
+    integer(0).check("seed", seed, int)
     found = [(int(survivors), int(tokens)) for survivors, tokens in stages]
     survivors, tokens = ([stage[i] for stage in found] for i in (0, 1))
     falling = survivors == sorted(survivors, reverse=True) and survivors[-1:] == [1]
@@ -281,8 +247,7 @@ class Space:
         if not self.levels:
             raise InputError("levels=[]: there is no unit to search a level for")
         for unit, count in enumerate(self.levels):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise InputError(f"levels[{unit}]={shown(count)} is not an integer from 1")
+            integer(1).check(f"levels[{unit}]", count, int)
         if self.costs is None:
             return
         if len(self.costs) != len(self.levels):

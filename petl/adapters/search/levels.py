@@ -5,13 +5,13 @@ from collections.abc import Callable
 from peft import PeftModel
 from torch import nn
 
-from petl.adapters.deltas.states import one_of
 from petl.adapters.search.bits import bits_of
 from petl.adapters.search.density import density_of
 from petl.adapters.search.rank import rank_of
 from petl.adapters.search.units import Unit
 from petl.core.model.structure import blocks
 from petl.errors import InputError
+from petl.system.values import one_of
 
 
 def levels_of(model: nn.Module, what: str) -> list[Unit]:
@@ -27,7 +27,8 @@ def levels_of(model: nn.Module, what: str) -> list[Unit]:
     Raises:
         InputError: `what` is none of these, or the model has no such units.
     """
-    return WHAT[one_of("what", what, WHAT)](model)
+    one_of(*WHAT).check("what", what, str)
+    return WHAT[what](model)
 
 
 def skip_of(model: nn.Module) -> list[Unit]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from petl.adapters.search.evolve import SavedEvolution, State
+from petl.adapters.search.evolve import Evolution, State
 
 SEARCH, PICTURE = "squeeze.json", "squeeze.png"
 
@@ -51,7 +51,7 @@ class SearchRecord:
     even: list[int]
     even_fitness: float
     curve: list[list[float]]
-    search: SavedEvolution | None = None
+    search: Evolution | None = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.adapters.search.divergence import Divergence, TaskLoss
 from petl.adapters.search.evolve import Evolution, even, evolution_of, evolve
-from petl.adapters.search.picture import Pareto, Point, draw
+from petl.adapters.search.picture import draw, uniform
 from petl.adapters.search.records import PICTURE, SEARCH, SearchRecord, SearchResult, SearchSettings
 from petl.adapters.search.units import Feature, swapped
 from petl.data.batch_sampler import chunks, permutation
@@ -35,9 +35,7 @@ from petl.training.evaluate import evaluate
 METRICS = {"kl": Divergence, "loss": TaskLoss}
 TOKENS = 16384  # positions of the last stage at most
 STAGES = ((8, 32), (2, 4))  # survivors of the stages before, and by what TOKENS is divided there
-AXES = {"kl": "divergence from the adapter, nats", "loss": "loss, nats"}
 LEAST = 64  # positions of a stage, if there are as many; assumption: fewer select noise
-CURVE = 8  # even states of the picture at most
 logger = logging.getLogger(__name__)
 
 
@@ -95,10 +93,9 @@ def squeeze(
     )
     size = on_main(accelerator, lambda: write(feature, found, out))
     record = save.record
-    path = (
-        [(feature.bytes_of(each.state), each.fitness) for each in search.history] if search else []
-    )
-    on_main(accelerator, lambda: draw(picture_of(record, feature, path), out / PICTURE))
+    history = search.history if search else ()
+    path = [(feature.bytes_of(each.state), each.fitness) for each in history]
+    on_main(accelerator, lambda: draw(record, feature, path, out / PICTURE))
     return SearchResult(
         record,
         found,
@@ -136,6 +133,7 @@ def read_record(out: Path, saved: SavedAdapter, settings: SearchSettings) -> Sea
             "with --out"
         )
     raw["settings"] = settings
+    raw["search"] = evolution_of(raw["search"], SEARCH) if raw.get("search") else None
     return SearchRecord(**raw)
 
 
@@ -199,14 +197,6 @@ def budget(feature: Feature, settings: SearchSettings) -> int:
     return (settings.bytes - feature.fixed) // feature.unit_bytes
 
 
-def uniform(levels: Sequence[int]) -> list[list[int]]:
-    """Return states in which all units have one level, as far as they have it; `CURVE` at most."""
-    top = max(levels)
-    step = -(-top // CURVE)
-    chosen = sorted({*range(step - 1, top, step), 0, top - 1})
-    return [[min(level, count - 1) for count in levels] for level in chosen]
-
-
 def run(
     record: SearchRecord,
     feature: Feature,
@@ -224,7 +214,7 @@ def run(
     levels, costs = [u.levels for u in feature.units], [u.costs for u in feature.units]
     if all(level + 1 == count for level, count in zip(record.even, levels, strict=True)):
         return None
-    found = evolution_of(record.search, SEARCH) if record.search else None
+    found = record.search
     done = len(found.history) if found else 0
     try:
         with Pass("searching", done + generations, unit="generations", done=done) as shown_pass:
@@ -266,8 +256,7 @@ class Writer:
 
     def __call__(self, search: Evolution) -> None:
         """Write the record with this search."""
-        saved: Any = asdict(search)
-        self.record = replace(self.record, search=saved)
+        self.record = replace(self.record, search=search)
         on_main(self.accelerator, self.write)
 
     def write(self) -> None:
@@ -293,20 +282,6 @@ def write(feature: Feature, state: Sequence[int], out: Path) -> int:
         for file in sorted(draft.iterdir(), key=lambda file: file.name == "adapter_config.json"):
             file.replace(out / file.name)
     return (out / feature.file).stat().st_size
-
-
-def picture_of(record: SearchRecord, feature: Feature, path: list[Point]) -> Pareto:
-    """Return what the picture of a search shows; `path` has the best state of each generation."""
-    states = uniform([unit.levels for unit in feature.units])
-    longest = max(feature.units, key=lambda unit: unit.levels)
-    return Pareto(
-        f"{record.settings.what}: even settings and the search",
-        AXES[record.settings.metric],
-        [(int(size), value) for size, value in record.curve],
-        [f"{longest.values[max(state)]:g}" for state in states],
-        (feature.bytes_of(record.even), record.even_fitness),
-        path,
-    )
 
 
 def table(

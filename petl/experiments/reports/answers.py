@@ -218,17 +218,3 @@ def asked(line: Mapping[str, Any]) -> dict[str, Any]:
         # a number of tokens, next to a loss, depends on the tokenizer; a list of them is the input
         if name == "label" or (name not in NOT_INPUT and not isinstance(value, int))
     }
-
-
-ANSWERS = """\
-{% if answers %}
-<h2>Answers of {{ answers.names[0] }} and {{ answers.names[1] }}</h2>
-{% set table = answers.table() %}
-{{ blocks.table(table.columns, table.rows) }}
-<ul>{% for sentence in answers.sentences() %}<li>{{ sentence }}</li>{% endfor %}</ul>
-{% for title, examples in answers.tables().items() %}
-<h3>{{ title }}</h3>
-{{ blocks.table(examples.columns, examples.rows, kind="examples") }}
-{% endfor %}
-{% endif %}
-"""

@@ -8,7 +8,7 @@ from typing import Any
 
 from petl.data.tasks.scores import is_percentage
 from petl.errors import markdown as escaped
-from petl.experiments.reports.answers import ANSWERS, Differences
+from petl.experiments.reports.answers import Differences
 from petl.experiments.reports.comparison import Comparison, Entry
 from petl.experiments.reports.formatting import (
     Table,
@@ -382,7 +382,7 @@ def html(
     between = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     return render_page(
         titles[0] if len(titles) == 1 else "Comparison of runs",
-        BODY + ANSWERS,
+        "comparison.html",
         about=f"comparison {folder.absolute().name}: {len(runs)} runs, started {between}",
         links={"tables as markdown": address(folder / MARKDOWN, folder)},
         sections=sections,
@@ -394,21 +394,3 @@ def _links(table: Table, folder: Path) -> dict[tuple[int, int], str]:
     """Return the addresses of a table's reports, of those that exist."""
     found = {at: file for at, file in table.links.items() if file.is_file()}
     return {at: address(file, folder, back=HTML) for at, file in found.items()}
-
-
-BODY = """\
-{% for section in sections %}
-{% if section.title %}<h2>{{ section.title }}</h2>{% endif %}
-{% for name, table, links in section.tables %}
-<h3>{{ name }}</h3>
-{{ blocks.table(table.columns, table.rows, links, kind="sortable") }}
-{% if loop.first %}
-<ul>{% for sentence in section.summary %}<li>{{ sentence }}</li>{% endfor %}</ul>
-<h3>Score and cost</h3>
-{{ blocks.charts(section.charts) }}
-{% endif %}
-{% endfor %}
-<h3>How these runs were made</h3>
-{{ blocks.facts(section.circumstances) }}
-{% endfor %}
-"""

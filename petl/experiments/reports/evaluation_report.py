@@ -12,7 +12,7 @@ from petl.data.tasks.scores import COUNTS
 from petl.experiments.reports.formatting import echo, print_table
 from petl.experiments.reports.formatting import score as format_score
 from petl.experiments.reports.page import render_page
-from petl.experiments.reports.predictions_section import SECTION, Analysis, analyze, section_of
+from petl.experiments.reports.predictions_section import Analysis, analyze, section_of
 from petl.system.files.disk import write_atomic
 from petl.training.runs.records import PREDICTIONS
 
@@ -78,8 +78,7 @@ def write_evaluation(
     write_atomic(folder / "worst.jsonl", "".join(f"{line}\n" for line in lines))
     page = render_page(
         f"Evaluation of {(saved.run or saved.adapter).absolute().name}",
-        # templates only: values are passed by name and escaped
-        f"{BODY}{SECTION}",
+        "evaluation.html",
         data=", ".join(names) or "test set of the run",
         scores=[(name, format_score(name, value)) for name, value in scores.items()],
         section=section_of(folder),
@@ -122,14 +121,3 @@ def tables_of(found: Analysis) -> dict[str, Iterable[Sequence[object]]]:
             ("expected calibration error", "", "", "", found.calibration_error),
         ]
     return tables
-
-
-BODY = """\
-<p class="sub">{{ data }}</p>
-<div class="wide"><table>
-<tr><th>score</th><th></th></tr>
-{% for name, value in scores %}
-<tr><td>{{ name }}</td><td>{{ value }}</td></tr>
-{% endfor %}
-</table></div>
-"""

@@ -1,6 +1,6 @@
 """Self-contained HTML pages: frame, building blocks, and charts as inline SVG.
 
-Frame, style, script and blocks are files in assets/. A page loads nothing, and works without its
+Templates, styles and the script are files in assets/. A page loads nothing, and works without its
 script, which only sorts tables and shows values faster. matplotlib draws the charts. Its import
 takes a second, so each function imports it when it draws.
 """
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 from xml.sax.saxutils import escape
 
-from jinja2 import Environment, FileSystemLoader, Template
+from jinja2 import Environment, FileSystemLoader
 
 from petl.core.model.heat_map import cell_text
 from petl.errors import printable
@@ -37,7 +37,7 @@ def render_page(
     """Return an HTML page with this title.
 
     Args:
-        body: a jinja2 template, rendered with `values`; `blocks` has the macros of page.html.
+        body: a template in assets/, rendered with `values`; `blocks` has the macros of page.html.
         about: a line below the title.
         links: addresses by name, below that; see `address`.
     """
@@ -48,7 +48,7 @@ def render_page(
         links=links or {},
         style=(ASSETS / "style.css").read_text(),
         script=(ASSETS / "page.js").read_text(),
-        inner=_template(body).render(title=title, blocks=blocks, **values),
+        inner=_environment().get_template(body).render(title=title, blocks=blocks, **values),
     )
     return printable(page)  # among others, characters that UTF-8 cannot encode
 
@@ -61,11 +61,6 @@ def _environment() -> Environment:
     )
     environment.filters |= {"number": number, "cell": cell_text}
     return environment
-
-
-@cache  # compiling the template of a run takes longer than rendering it
-def _template(body: str) -> Template:
-    return _environment().from_string(body)
 
 
 def address(file: Path, folder: Path, *, back: str = "") -> str:
@@ -105,30 +100,6 @@ MARKERS = "osD^vP*Xph<>8"
 DOTTED = 30  # curves of at most this many points have a dot at each point
 LEGEND_WIDTH = 36  # characters; longer names are wrapped
 LOG_RATIO = 8  # largest over smallest cost, above which the axis is logarithmic
-RC = {
-    "svg.hashsalt": "petl",  # ids inside the SVG depend on its content alone
-    "svg.fonttype": "none",  # text stays text: small, searchable, in the reader's font
-    "text.parse_math": False,  # a name with two dollar signs is not a formula
-    "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    # limits are the ticks just outside of the data, so that no curve leaves the last tick behind
-    "axes.autolimit_mode": "round_numbers",
-    "axes.xmargin": 0,
-    "axes.ymargin": 0,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-}
 
 
 class Point(NamedTuple):
@@ -368,7 +339,8 @@ def _figure(height: float) -> Generator[Any]:
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    with style.context(["default", RC]):  # "default": whatever a user's matplotlibrc contains
+    # "default": whatever a user's matplotlibrc contains
+    with style.context(["default", ASSETS / "charts.mplstyle"]):
         yield Figure(figsize=(WIDTH, height), layout="constrained")
 
 

@@ -213,7 +213,7 @@ NOT_INPUT = {*Line.__annotations__, "tokens_read", "rouge1", "rouge2"}
 
 @dataclass(frozen=True)
 class PredictionsSection:
-    """What the template `SECTION` shows.
+    """What predictions.html shows.
 
     Attributes:
         classes: rows of the table of scores by class; empty without classes.
@@ -384,32 +384,3 @@ def text_of(value: Any) -> str:
 def cut(text: str) -> str:
     """The beginning of a long text."""
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)"
-
-
-SECTION = """\
-{% if section %}
-{% if section.classes %}
-<h2>Classes</h2>
-{% set names = ["class", "precision", "recall", "F1", "examples"] %}
-{{ blocks.table(names, section.classes, kind="sortable") }}
-{% endif %}
-{% if section.matrix %}
-<h3>Confusion matrix</h3>
-<p class="sub">One row for each label, one column for each prediction.</p>
-{{ blocks.matrix(section.matrix[0], section.matrix[1]) }}
-{% endif %}
-{% if section.confused %}
-<h3>Most frequent confusions</h3>
-{{ blocks.table(["label", "prediction", "examples"], section.confused) }}
-{% endif %}
-{% if section.calibration %}
-<h2>Calibration</h2>
-<p>{{ section.calibration }}</p>
-<figure>{{ section.reliability | safe }}</figure>
-{% endif %}
-{% for title, header, rows in section.examples %}
-<h2>{{ title }}</h2>
-{{ blocks.table(header, rows, kind="examples") }}
-{% endfor %}
-{% endif %}
-"""

@@ -35,7 +35,7 @@ from petl.experiments.reports.page import (
     line_chart,
     render_page,
 )
-from petl.experiments.reports.predictions_section import SECTION, section_of
+from petl.experiments.reports.predictions_section import section_of
 from petl.system.files.disk import check_links, write_atomic
 from petl.system.files.read import read_json, read_text
 from petl.training.features import sections_of
@@ -185,7 +185,7 @@ def write_page(folder: Path) -> Path:
         folder / REPORT,
         render_page(
             " · ".join(names_of(record.config)),
-            BODY,
+            "run.html",
             about=about(record),
             links=links(record),
             summary=summary(record),
@@ -476,55 +476,3 @@ def time_chart(record: RunRecord) -> str:
     if not record.times:
         return ""
     return bar_chart(record.times, "Time by activity", x="time (seconds)", unit="s")
-
-
-BODY = """\
-<p>{{ summary }}</p>
-{% if rows %}{{ blocks.table(header, rows) }}{% endif %}
-{% if facts %}{{ blocks.facts(facts) }}{% endif %}
-"""
-BODY += SECTION
-BODY += """\
-{% if charts %}
-<h2>Training</h2>
-{{ blocks.charts(charts) }}
-{% endif %}
-"""
-BODY += """\
-{% for section, charts, pictures in sections %}
-<h2>{{ section.title }}</h2>
-{% if section.text %}<p>{{ section.text }}</p>{% endif %}
-{% if charts %}{{ blocks.charts(charts) }}{% endif %}
-{% if section.heat_maps %}
-<div class="heats">{% for each in section.heat_maps %}{{ blocks.heat(each) }}{% endfor %}</div>
-{% endif %}
-{% for picture in pictures %}
-<figure><img alt="{{ section.title }}" src="{{ picture }}"></figure>
-{% endfor %}
-{% endfor %}
-"""
-BODY += """\
-{% if heat_maps %}
-<h2>What the method did</h2>
-<div class="heats">{% for each in heat_maps %}{{ blocks.heat(each) }}{% endfor %}</div>
-{% endif %}
-{% if time %}
-<h2>Where the time went</h2>
-<figure>{{ time | safe }}</figure>
-<p>{{ clock }}</p>
-{% endif %}
-{% for title, plot in plots %}
-<h2>{{ title }}</h2>
-<figure><img alt="{{ title }}" src="{{ plot }}"></figure>
-{% endfor %}
-{% if loading %}
-<h2>Load the adapter</h2>
-<pre>{{ loading }}</pre>
-{% endif %}
-{% if environment %}
-<h2>Environment</h2>
-{{ blocks.facts(environment) }}
-{% endif %}
-<h2>Configuration</h2>
-{% call blocks.folded("all settings of the run, as YAML") %}<pre>{{ config }}</pre>{% endcall %}
-"""

@@ -45,7 +45,7 @@ def verdict(found: SearchResult) -> str:
             f"{record.settings.bytes:,} bytes hold every unit at its highest level: there was "
             "nothing to search"
         )
-    generations = len(record.search["history"])
+    generations = len(record.search.history)
     if found.fitness < record.even_fitness:
         return (
             f"the search beats the even levels at equal bytes: {metric} {found.fitness:.5f} "

@@ -134,9 +134,9 @@ def test_the_pareto_front_is_what_no_other_point_beats():
 
 
 def test_values_are_escaped():
-    page = render_page("a <b>", "<p>{{ text }}</p>", text="<script>")
+    page = render_page("a <b>", "evaluation.html", data="<script>", scores=[])
     assert "<title>a &lt;b&gt;</title>" in page
-    assert "<p>&lt;script&gt;</p>" in page
+    assert ">&lt;script&gt;</p>" in page
 
 
 def test_matplotlib_is_imported_only_to_draw():

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from petl.experiments.reports.page import render_page
-from petl.experiments.reports.predictions_section import LONGEST, MAX_CLASSES, SECTION, section_of
+from petl.experiments.reports.predictions_section import LONGEST, MAX_CLASSES, section_of
 
 HOSTILE = '<script>alert("1")</script>\u202e${x}{{ 7 * 7 }}'
 
@@ -15,7 +15,7 @@ def page(folder, rows, before=()):
     for name, part in (("predictions.jsonl", rows), ("predictions_before.jsonl", before)):
         if part:
             (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in part))
-    return render_page("it", SECTION, section=section_of(folder))
+    return render_page("it", "predictions.html", section=section_of(folder))
 
 
 def classified(row, label, prediction, sure=0.75, **more):
