@@ -29,6 +29,7 @@ from bench import (
 from bench.contenders import contenders
 from bench.jobs.definitions import Settings as JobSettings
 from bench.records import Record, Result
+from bench.report import TITLES
 from bench.shapes import Shape, hydra_shape, on_device, suite
 from bench.step import Steps
 from petl.errors import InputError
@@ -39,11 +40,7 @@ from petl.training.runs.environment import (
     processor_name,
 )
 
-SECTIONS = (
-    "step", "small", "bf16", "file", "peak", "generate", "dist", "serve", "many", "scale",
-    "compile", "merge", "unet", "frozen", "together", "gathered", "drafting", "start-up", "job",
-    "peers",
-)  # fmt: skip
+SECTIONS = tuple(TITLES)
 LONG = "job"  # hours: not in `--sections all`
 USUAL = ("step", "file", "peak", "generate", "start-up")  # the default of `--sections`
 
@@ -103,26 +100,15 @@ def run(
     environment = describe(settings)
     records: list[Record] = []
     for section in settings.sections:
-        for shape in shapes[:1] if section in ONCE else shapes:
+        for shape in shapes if section in EACH else shapes[:1]:
             progress(f"{section}: {shape.name}")
             records += measures[section](shape)
             save(Result(environment, records))
     return Result(environment, records)
 
 
-ONCE = (
-    "dist",
-    "serve",
-    "many",
-    "scale",
-    "compile",
-    "merge",
-    "unet",
-    "gathered",
-    "drafting",
-    "start-up",
-    "job",
-)  # sections that measure the first shape only
+# sections that measure all shapes, not the first one only
+EACH = ("step", "small", "bf16", "file", "peak", "generate", "frozen", "together", "peers")
 
 
 def _measures(

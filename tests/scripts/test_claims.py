@@ -102,23 +102,6 @@ def test_intervals_cover_the_true_mean_as_often_as_they_say(spread):
     assert hits / 600 > 0.95 - 3 * math.sqrt(0.95 * 0.05 / 600)
 
 
-def test_an_interval_over_seeds_alone_would_be_too_narrow():
-    # why examples count: without their variance the same draws are covered far less often
-    rng = np.random.default_rng(2)
-    hits = 0
-    for _ in range(300):
-        D = simulated(rng, seeds=5, rows=150, mean=0, seed_sd=0.0, example_sd=0.5, rest_sd=0.2)
-        means = [d.mean() for d in D.values()]
-        half = half_width(np.var(means, ddof=1) / 5, 4)
-        hits += abs(np.mean(means)) <= half
-    assert hits / 300 < 0.8
-
-
-def test_one_seed_has_no_interval():
-    with pytest.raises(ValueError, match="1 seeds and 4 examples"):
-        estimate({0: np.zeros(4)})
-
-
 def test_predicted_width_is_that_of_more_seeds():
     # the mean width at 20 seeds, predicted from many seeds at once
     rng = np.random.default_rng(3)
@@ -167,11 +150,6 @@ def test_enough_is_the_smallest_number_of_seeds_then_of_rows():
 )
 def test_an_interval_has_one_verdict(kind, low, high, word):
     assert word_of(kind, low, high, 0.01) == word
-
-
-def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="beats, equals"):
-        word_of("is", 0, 1, 0.01)
 
 
 @pytest.mark.parametrize(("mean", "word"), [(0.05, HOLDS), (-0.05, FAILS)])
@@ -362,15 +340,3 @@ def test_predictions_that_do_not_give_the_score_are_refused(claim, tmp_path, mad
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(InputError, match="has not the accuracy"):
         running.measure(claim, tmp_path, "")
-
-
-def test_the_page_names_contenders_whose_best_rate_is_at_an_end_of_those_tried(claim):
-    def ran(rate, *tried):
-        validation = {f"{each:g}": 0.5 for each in tried}
-        return results.Scored({"0": 0.5}, rate, validation, 1, 1, 1.0)
-
-    contenders = {WIDE: ran(1e-2, 1e-3, 3e-3, 1e-2), THIN: ran(3e-3, 1e-3, 3e-3, 1e-2)}
-    found = results.Result("tiny", [], [0, 1], contenders)
-    (said,) = page.at_the_edge(claim, found)
-    assert said.endswith("a better one may lie: rank 4 (0.01).")
-    assert page.at_the_edge(claim, None) == []

@@ -172,17 +172,6 @@ def test_edited_adapters_are_not_scored_on_further_files():
 # Losses, also on other files
 
 
-def test_words_of_settings_and_contenders_name_the_folder_of_the_data(tmp_path):
-    words = "lora method.r={data}/a"
-    claim = tiny_claim(
-        Setting("tiny", "", ("data.train={data}/b",)), Statement("", "equals", words, LORA)
-    )
-    study = running.study_of(claim, claim.trained, tmp_path)
-    assert study.contenders[0].overrides == ["+method=lora", f"method.r={tmp_path}/tiny/data/a"]
-    assert study.overrides == [*running.PLAIN, f"data.train={tmp_path}/tiny/data/b"]
-    assert study.contenders[0].name == claim.trained[0].name
-
-
 def test_losses_on_the_test_rows_and_on_other_files_are_those_of_the_predictions(
     tiny, tmp_path, made
 ):
@@ -350,9 +339,3 @@ def test_choices_are_the_largest_products_with_the_router(tiny, tmp_path, made):
     each = [routers.mutual_information(found[one], found[two]) for one, two in pairs]
     assert pairs
     assert value[0] == pytest.approx(sum(each) / len(each))
-
-
-def test_accuracies_have_no_unit_in_the_cells():
-    found = estimate({s: np.array([1.0, 0.0, 0.0, -1.0, 1.0]) for s in range(2)})
-    assert ACCURACY.text(found).startswith("+20.00 (")
-    assert ACCURACY.text(found).endswith(")")

@@ -8,9 +8,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from petl.errors import InputError, first_line
 
-# Settings that had another name once, as the files of old runs have it (`with_new_names`).
-RENAMED = {"train.frozen_head": "train.linear_probe"}
-
 
 def plain(cfg: DictConfig | Mapping[str, object]) -> dict[str, Any]:
     """Convert settings to a plain dictionary with interpolations resolved.
@@ -39,15 +36,3 @@ def flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
         else:
             entries[f"{prefix}{key}"] = value
     return entries
-
-
-def with_new_names(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Return the nested settings of an old run with the present names (`RENAMED`)."""
-    renamed: dict[str, object] = {}
-    for key, value in settings.items():
-        name = RENAMED.get(f"{prefix}{key}")
-        nested = isinstance(value, Mapping)
-        renamed[key if name is None else name.rpartition(".")[2]] = (
-            with_new_names(value, f"{prefix}{key}.") if nested else value
-        )
-    return renamed

@@ -13,7 +13,7 @@ from typing import Any, NotRequired, TypedDict
 from petl.data.tasks.scores import COUNTS, PROPORTIONS
 from petl.errors import InputError
 from petl.system.files.read import read_json, read_json_lines, read_yaml
-from petl.system.settings.schema import flat, with_new_names
+from petl.system.settings.schema import flat
 from petl.system.values import type_problem
 
 CONFIG, SCORES, REPORT = "config.yaml", "scores.json", "report.html"
@@ -52,12 +52,12 @@ class Config(TypedDict):
 
 
 def read_stored(file: Path) -> dict[str, Any]:
-    """Read the config.yaml of a run, old names of settings replaced by the present ones.
+    """Read the config.yaml of a run.
 
     Raises:
         InputError: it cannot be read, or lacks the settings of `Config`.
     """
-    return with_new_names(read_yaml(file, Config))
+    return read_yaml(file, Config)
 
 
 def refuse_interpolations(settings: Mapping[str, Any], file: Path) -> None:

@@ -12,7 +12,7 @@ from petl.errors import InputError, JobSkipped
 from petl.system.files.disk import MANIFEST, check_writable
 from petl.system.processes import LOCK, claim, release, try_claim
 from petl.system.settings.command_line import in_sweep, is_given
-from petl.system.settings.schema import RENAMED, flat
+from petl.system.settings.schema import flat
 from petl.training.runs.checkpoint import checkpoints, read_state
 from petl.training.runs.records import (
     ADAPTER,
@@ -102,9 +102,8 @@ def identity_of(run: Path) -> dict[str, Any] | None:
 
 
 def stored_identity(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the identity in the state.json of a checkpoint, with the present names of settings."""
-    stored = {RENAMED.get(key, key): value for key, value in state["identity"].items()}
-    return {k: v for k, v in stored.items() if k.removeprefix("train.") not in FREE}
+    """Return the identity in the state.json of a checkpoint."""
+    return {k: v for k, v in state["identity"].items() if k.removeprefix("train.") not in FREE}
 
 
 def as_begun(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

@@ -208,14 +208,6 @@ def test_the_config_of_a_random_base_is_kept(folders, tmp_path):
         assert (tmp_path / name / "base" / "config.json").is_file()
 
 
-def test_a_taken_folder_is_left_alone(folders, tmp_path):
-    (tmp_path / "note").write_text("mine")
-    for write in (deltas.compress_adapter, deltas.prune_adapter):
-        with pytest.raises(petl.InputError, match="already exists"):
-            write(folders("lora"), tmp_path, **({"drop": 0.5} if "prune" in write.__name__ else {}))
-    assert [file.name for file in tmp_path.iterdir()] == ["note"]
-
-
 def test_of_a_lora_only_b_is_pruned(folders, tmp_path):
     deltas.prune_adapter(folders("lora"), tmp_path / "out", 0.9, seed=4)
     before, after = load_file(folders("lora") / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)

@@ -5,7 +5,7 @@ import torch
 from peft.utils.merge_utils import ties as pefts_ties
 
 import petl
-from petl.adapters.deltas import combine, prune
+from petl.adapters.deltas import combine
 from petl.adapters.deltas.prune import mask
 
 
@@ -111,13 +111,6 @@ def test_a_reference_and_the_dtype_of_the_first():
     assert found["w"].tolist() == [2.5] * 4
 
 
-def test_what_is_excluded_is_that_of_the_first():
-    given = states(2)
-    found = combine(given, "linear", exclude=["^b$"])
-    assert torch.equal(found["b"], given[0]["b"])
-    assert torch.equal(found["a"], given[0]["a"] + given[1]["a"])
-
-
 def test_what_is_excluded_may_have_another_shape_or_lack():
     one = {"w": torch.ones(2), "head.bias": torch.ones(3)}
     two = {"w": torch.full((2,), 3.0), "head.bias": torch.ones(5)}
@@ -154,13 +147,3 @@ def test_states_that_do_not_fit_are_refused(change, arguments, reason):
 def test_empty_tensors_stay_empty():
     given = [{"a": torch.ones(3), "e": torch.zeros(0, 2)} for _ in range(2)]
     assert combine(given, "ties", scope="tensor", density=0.5)["e"].shape == (0, 2)
-
-
-def test_one_state_is_no_combination():
-    with pytest.raises(petl.InputError, match="at least two"):
-        combine(states(1), "linear")
-
-
-def test_prune_and_combine_agree_on_fractions():
-    (state,) = states(1)
-    assert set(prune(state, 0.5)) == set(state)

@@ -152,15 +152,6 @@ def test_a_reference_and_16_bits():
     assert torch.equal((dense - 1).sign()[dense != 1], (state["w"].float() - 1).sign()[dense != 1])
 
 
-def test_a_state_on_a_device_is_compressed(device):
-    torch.manual_seed(0)
-    state = {"a": torch.randn(40), "b": torch.randn(3, 5)}
-    found = compress({name: tensor.to(device) for name, tensor in state.items()}, density=0.3)
-    expected = compress(state, density=0.3).dense()
-    for name, tensor in found.dense().items():
-        torch.testing.assert_close(tensor, expected[name])
-
-
 def test_dot_is_that_of_the_dense_differences():
     torch.manual_seed(0)
     states = [{"a": torch.randn(70), "b": torch.randn(3, 30)} for _ in range(2)]
@@ -191,13 +182,6 @@ def test_a_file_gives_the_state_again(file):
     for name, tensor in again.dense().items():
         assert torch.equal(found.dense()[name], tensor)
         assert found.dense()[name].dtype == tensor.dtype
-
-
-def test_a_file_is_as_large_as_the_table_says(tmp_path):
-    torch.manual_seed(0)
-    for density, (_, bits) in PUBLISHED.items():
-        compress({"w": torch.randn(1_000_000)}, density=density).save(tmp_path / "f")
-        assert (tmp_path / "f").stat().st_size == pytest.approx(bits * 125_000, rel=0.02, abs=4000)
 
 
 @pytest.fixture

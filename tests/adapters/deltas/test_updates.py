@@ -183,15 +183,6 @@ def test_what_does_not_fit_is_refused(folders, tmp_path, names, arguments, reaso
     assert not (tmp_path / "out").exists()
 
 
-def test_methods_that_are_no_update_of_weights_are_refused(folders, tmp_path):
-    model = petl.wrap(base(folders), "adapter", task_type="CAUSAL_LM")
-    model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(petl.InputError, match="adapter"):
-        deltas.combine_adapters(
-            [folders / "lora", tmp_path / "adapter"], tmp_path / "out", "linear", level="update"
-        )
-
-
 @pytest.mark.parametrize(
     "fields",
     [
@@ -214,10 +205,3 @@ def test_a_lora_that_is_more_than_factors_is_refused(folders, tmp_path, fields):
     with pytest.raises(UnsupportedError, match=r"biases or tokens|no linear layer|use_dora"):
         search.levels_of(model, "rank")
     assert not (tmp_path / "out").exists()
-
-
-def test_factors_that_were_taken_out_of_the_base_weights_are_refused(folders, tmp_path):
-    model = petl.wrap(base(folders), "lora", task_type="CAUSAL_LM", init_lora_weights="pissa")
-    model.save_pretrained(tmp_path / "pissa")
-    with pytest.raises(UnsupportedError, match="init_lora_weights='pissa'"):
-        update_of(tmp_path / "pissa")

@@ -59,15 +59,6 @@ def test_factors_are_exported_unchanged(tiny, tmp_path):
     assert config["modules_to_save"] == ["classifier", "score"]
 
 
-def test_factors_that_were_taken_out_of_the_base_weights_are_refused(tiny, tmp_path):
-    base, fields = classifier(tiny), {"task_type": "SEQ_CLS", "init_lora_weights": "pissa"}
-    saved = save_stirred(base, "lora", tmp_path / "pissa", **fields)
-    with pytest.raises(UnsupportedError, match=r"init_lora_weights='pissa'.*petl merge"):
-        export_lora(find(saved), tmp_path / "out", None)
-    if not torch.accelerator.is_available():  # PEFT cannot start PiSSA on the stand-in device
-        merge(find(saved), tmp_path / "merged", None)
-
-
 STOCK = """
 import sys
 import torch

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from petl import testing
-from petl.adapters.export.medusa import export_medusa, serving_line
+from petl.adapters.export.medusa import export_medusa
 from petl.efficiency.drafting import answers, drafter, fit
-from petl.errors import InputError, UnsupportedError
+from petl.errors import UnsupportedError
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +65,6 @@ def test_the_medusa_block_has_the_logits_of_the_heads(model, written, tmp_path, 
         assert torch.allclose(medusa(tmp_path / "out", h, head), expected, atol=1e-5)
 
 
-def test_the_command_names_the_heads(tmp_path):
-    line = serving_line(tmp_path / "out", 3)
-    assert f"""'{{"model": "{tmp_path / "out"}", "num_speculative_tokens": 3}}'""" in line
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -83,9 +78,3 @@ def test_what_vllm_cannot_compute_is_refused(model, tmp_path, make, message):
     with pytest.raises(UnsupportedError, match=message):
         export_medusa(make(model), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_taken_folder_is_refused(model, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match="already exists and is not an empty folder"):
-        export_medusa(drafter("hydra", model=model, kind="parallel"), tmp_path)

@@ -101,12 +101,6 @@ def test_a_folder_that_is_not_empty_is_never_written_to(lora_run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-def test_an_empty_folder_may_be_written_to(lora_run, tmp_path):
-    (tmp_path / "out").mkdir()
-    export_lora(find(lora_run.path), tmp_path / "out", None)
-    assert (tmp_path / "out" / "adapter_config.json").is_file()
-
-
 def test_norms_and_head_of_a_method_without_layers_of_its_own_are_merged(tiny, tmp_path):
     saved = save_stirred(
         classifier(tiny),

@@ -14,7 +14,6 @@ import petl
 from petl.adapters import deltas
 from petl.adapters.export.saved_adapter import find
 from petl.adapters.search import squeeze as module
-from petl.adapters.search.squeeze import stages_of, uniform
 from petl.cli import main
 from petl.ops.ternary import FILE
 
@@ -126,14 +125,6 @@ def test_the_reference_has_the_precision_of_the_candidates(command, tiny, tmp_pa
     assert record_of(tmp_path / "s")["even_fitness"] == 0
 
 
-def test_the_positions_that_decide_are_told(command, runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "TOKENS", 4)
-    words = ("squeeze", runs / "lora", "--what", "rank", *QUICK)
-    status, out, err = command(*words, "--bytes", "10MB", "--out", tmp_path / "s")
-    assert status == 0, err
-    assert "on 4 positions of 10 validation rows" in out
-
-
 def test_bits_are_those_of_the_pattern_in_the_config(command, runs, tmp_path):
     own = (runs / "binary/adapter" / WEIGHTS).stat().st_size
     status, _, err = command(
@@ -233,17 +224,6 @@ def test_an_adapter_without_a_run_has_no_rows_to_compare_on(command, runs, tmp_p
     assert [file.name for file in tmp_path.iterdir()] == ["alone"]
 
 
-def test_stages_and_even_settings_follow_the_sizes():
-    assert stages_of(10**6) == [(8, 512), (2, 4096), (1, 16384)]
-    assert stages_of(1000) == [(8, 64), (2, 250), (1, 1000)]
-    assert stages_of(10) == [(8, 10), (2, 10), (1, 10)]
-    assert uniform([6, 6]) == [[level] * 2 for level in range(6)]
-    levels = uniform([64, 3])
-    assert levels[0] == [0, 0]
-    assert levels[-1] == [63, 2]
-    assert len(levels) <= 9
-
-
 @pytest.mark.slow
 def test_on_the_quickstart_adapter_found_densities_beat_even_ones(command, tmp_path):
     steps = ["train.steps=300", "train.eval_steps=150", "train.linear_probe=false"]
@@ -266,11 +246,9 @@ def test_without_out_the_folder_is_beside_that_of_the_adapter(monkeypatch, tmp_p
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "weights").write_bytes(b"0123456789")
     monkeypatch.chdir(tmp_path / "mine")
-    saved, outs = SimpleNamespace(run=None, adapter=Path()), []
+    files = SimpleNamespace(weights=Path("weights"))
+    saved, outs = SimpleNamespace(run=None, adapter=Path(), folder=files), []
     monkeypatch.setattr("petl.adapters.export.saved_adapter.find", lambda *_, **__: saved)
-    monkeypatch.setattr(
-        "petl.adapters.search.squeeze.weights_of", lambda found: found.adapter / "weights"
-    )
     monkeypatch.setattr(
         "petl.adapters.search.squeeze.squeeze", lambda *words, **_: outs.append(words[3])
     )

@@ -31,20 +31,6 @@ def test_the_largest_size_is_found_within_a_twentieth_or_one(start, hidden):
     assert len(asked) <= abs(math.log2(hidden / start)) + 1 + math.log2(20) + 2
 
 
-def test_sizes_double_then_halve_the_gap():
-    asked: list[int] = []
-
-    def fits(size: int) -> bool:
-        asked.append(size)
-        return size <= 100
-
-    assert largest(fits, 8, maximum=1000) == 100
-    assert asked == [8, 16, 32, 64, 128, 96, 112, 104, 100]  # 4 / 104 is below a twentieth
-    asked.clear()
-    assert largest(fits, 800, maximum=1000) == 100
-    assert asked == [800, 400, 200, 100, 150, 125, 112, 106, 103]
-
-
 def test_no_size_above_the_maximum_is_tried_and_none_may_fit():
     asked: list[int] = []
     assert largest(lambda n: asked.append(n) is None, 3, maximum=10) == 10

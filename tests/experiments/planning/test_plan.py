@@ -18,7 +18,7 @@ from petl.core.registry import needs_calibration, on_shapes
 from petl.core.spec.method import modifies_base_weights
 from petl.data.models.loading import load_processor
 from petl.errors import InputError, UnsupportedError
-from petl.experiments.planning.dry_run import pass_memory, takes_mixed_batches, without_values
+from petl.experiments.planning.dry_run import pass_memory, without_values
 from petl.experiments.planning.plan import RunPlan, groups_of, plan_run
 from petl.system.settings.command_line import preset_of
 from petl.training.compose import compose
@@ -282,20 +282,6 @@ def test_bf16_base_halves_its_weights_but_not_the_adapter(tiny):
     )
 
 
-def test_live_bytes_follow_allocation_and_release():
-    x = torch.ones(10, 10)
-    with LiveBytes([x]) as live:
-        first = x * 2
-        view = first[:5]
-        second = first + 1
-        del first
-        assert live.now == 800  # the view keeps the storage of `first`
-        del view
-        assert live.now == 400
-        x.add_(second)
-    assert (live.now, live.peak) == (400, 800)
-
-
 @pytest.mark.parametrize(
     ("name", "fused"), [("lora", False), ("lora", True), ("mola", False), ("ia3", False)]
 )
@@ -403,24 +389,6 @@ def test_the_memory_of_a_pass_that_reads_values_is_unknown():
         pass_memory(model, {"x": torch.ones(2, 4)}, CPU)
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "mixes"),
-    [
-        ("lora", {}, True),
-        ("mola", {}, True),
-        ("adapter", {"placement": "parallel"}, True),
-        ("adapter", {"block": "conformer"}, True),
-        ("adapter", {"locations": ["block"]}, True),
-        ("dora", {}, False),
-        ("adalora", {}, False),
-    ],
-)
-def test_support_of_mixed_batches_is_detected(name, changes, mixes):
-    model = on_shapes(on_meta, fields(name, **changes)).eval()
-    with without_values(model, CPU):
-        assert takes_mixed_batches(model) is mixes
-
-
 def test_supports_gives_the_reason_of_a_refusal(tiny):
     supports = plan(tiny, "+method=mola").supports
     assert supports["petl merge"].startswith("no: MoLA adapters depend on the input")
@@ -429,12 +397,6 @@ def test_supports_gives_the_reason_of_a_refusal(tiny):
     # its layers would take the argument
     mixed = plan(tiny, "+method=sherl").supports["mixed batches (adapter_names)"]
     assert mixed == "no: one side network at a time feeds the late blocks"
-
-
-def test_a_method_that_changes_its_ranks_has_a_note(tiny):
-    notes = plan(tiny, "+method=adalora", "method.total_step=999").notes
-    assert any("adapter file is that of the start" in note for note in notes)
-    assert plan(tiny, "+method=lora").notes == []
 
 
 def test_an_initialization_from_data_is_planned_with_the_default_and_a_note(tiny):

@@ -164,15 +164,3 @@ def test_the_command_prints_tables_and_examples(families, capsys):
     assert truncated >= dropped
     assert "the first 2 training examples; ⟦ ⟧: tokens with loss" in out
     assert "\n2  [CLS] " in out
-
-
-def test_color_marks_the_same_text(families):
-    found = preview(compose(families("seq2seq")), examples=1)
-    (text,) = example_texts(found, color=True)
-    (green,) = [span for span in text.spans if "green" in str(span.style)]
-    assert bracketed(found) == [[text.plain[green.start : green.end]]]
-
-
-def test_bad_settings_are_one_line(families, capsys):
-    assert main.main(["data", *families("seq2seq", "data.target=targets")]) == 2
-    assert "no column 'targets'; available: text, more" in capsys.readouterr().err

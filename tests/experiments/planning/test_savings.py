@@ -202,9 +202,3 @@ def test_runs_with_small_steps_are_proposed_to_train_together_in_a_sweep(tiny: T
     assert [s.setting for s in together] == [f"train.together={int(512 // tokens)}"]
     cannot = plan_run(compose([*tiny.steady, "+method=sparse", "train.batch_size=2"]))
     assert not [s for s in cannot.cheaper if s.setting.startswith("train.together=")]
-
-
-def test_a_plan_says_the_precision_that_auto_is(tiny: Tiny, monkeypatch):
-    assert plan(tiny).precision == ""
-    monkeypatch.setattr("petl.training.distributed.precision.bf16_units", lambda _: "AMX")
-    assert plan(tiny, "train.precision=auto").precision == "bf16 (cpu has AMX)"

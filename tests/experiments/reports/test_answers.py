@@ -58,13 +58,6 @@ def test_each_example_is_counted_by_who_is_right(compared):
     ]
 
 
-def test_a_clear_difference_is_called_so(compared):
-    found = compared(labeled(*["good"] * 12), labeled(*["bad"] * 10, "good", "good"))
-    # twice the probability of ten heads in a row
-    assert found.sentences()[0].startswith("10 against 0 examples: a clear difference")
-    assert "p = 0.002)" in found.sentences()[0]
-
-
 def test_the_examples_are_those_that_tell_the_runs_apart_most(compared):
     first = [{**line, "loss": 0.1} for line in labeled(*["good"] * 4)]
     second = [{**line, "loss": loss} for line, loss in zip(
@@ -168,16 +161,6 @@ def test_the_answers_of_two_runs_are_printed_and_on_the_page(tmp_path, capsys):
     assert "no clear difference" in out
     _, out, _ = command(capsys, *folders)
     assert "no clear difference" not in out
-
-
-def test_answers_of_other_than_two_runs_are_refused(tmp_path, capsys):
-    for name in ("lora", "mola", "mos"):
-        write_run(tmp_path / name, 0.5, f"+method={name}")
-    status, _, err = command(capsys, tmp_path, "--answers")
-    assert (status, err) == (2, "error: --answers compares two runs, and here are 3: name two\n")
-    status, _, err = command(capsys, tmp_path / "lora", tmp_path / "mos", "--answers")
-    assert status == 2
-    assert "lora has no predictions.jsonl" in err
 
 
 def test_real_runs_agree_with_their_scores(lora_run, mola_run):

@@ -14,12 +14,6 @@ def test_a_row_is_a_line_and_columns_marked_with_an_angle_are_right_aligned(caps
     ]
 
 
-def test_a_title_wider_than_the_table_is_not_wrapped(capsys):
-    title = "increlora · density · whisper_random · audio_folder [x]"
-    print_table(["a"], [["1"]], title)
-    assert capsys.readouterr().out.splitlines() == [title, "a", "1"]
-
-
 def test_a_table_too_wide_for_a_narrow_terminal_is_printed_as_records(capsys, monkeypatch):
     for name, value in {"FORCE_COLOR": "1", "COLUMNS": "30", "LINES": "24"}.items():
         monkeypatch.setenv(name, value)
@@ -28,15 +22,6 @@ def test_a_table_too_wide_for_a_narrow_terminal_is_printed_as_records(capsys, mo
     )
     lines = [re.sub(r"\x1b\[[\d;]*m", "", x) for x in capsys.readouterr().out.splitlines()]
     assert lines[:3] == ["target_modules", "  count: 1,234", "  in every layer of the model"]
-
-
-def test_short_cells_of_a_record_share_a_line_and_long_ones_are_indented(capsys, monkeypatch):
-    for name, value in {"FORCE_COLOR": "1", "COLUMNS": "40", "LINES": "24"}.items():
-        monkeypatch.setenv(name, value)
-    path = "a/path/that/is/longer/than/the/terminal/is/wide.json"
-    print_table(["name", "one", "two", "text"], [["x", "1", "2", f"words before it {path}"]])
-    lines = [re.sub(r"\x1b\[[\d;]*m", "", x) for x in capsys.readouterr().out.splitlines()]
-    assert lines == ["x", "  one: 1 · two: 2", "  text: words before it", f"    {path}"]
 
 
 def test_a_table_in_markdown_aligns_numbers_to_the_right():

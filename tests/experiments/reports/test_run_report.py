@@ -148,11 +148,6 @@ def test_an_unfinished_run_has_a_page(folder, capsys):
     assert "Loss: training, validation" in titles(page)
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(InputError, match="is not the folder of a run"):
-        write_page(tmp_path)
-
-
 def test_the_page_of_a_training_run_accounts_for_its_time(tiny, tmp_path):
     words = ["+method=mola", "train.log_steps=2", "train.save_steps=2", "train.eval_steps=4"]
     run = train([*tiny.classify, *words], tmp_path / "run")

@@ -14,7 +14,6 @@ import yaml
 from comparable import write_run
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 from training_fixtures import ROOT, command_after
 
@@ -22,7 +21,7 @@ import petl
 from petl.errors import JobSkipped
 from petl.experiments.sweeps.hydra_callback import best_setting_lines
 from petl.system.settings.command_line import config_dir
-from petl.training.compose import compose, explain
+from petl.training.compose import compose
 from petl.training.runs import resume
 from petl.training.runs.resume import flat
 from petl.training.runs.run_config import read_config
@@ -150,16 +149,6 @@ def test_a_failed_run_of_a_bad_seed_makes_no_setting_better(tmp_path):
         "best setting (of 2): +method=lora: validation accuracy 60.0 % (n = 50, 1"
     )
     assert remark == "seeds that only some of the settings have are left out; used: 1 seed (0)"
-
-
-def test_without_validation_scores_no_setting_is_named(tmp_path):
-    (line,) = said_of(tmp_path, [("lora", 0, None, 0.9, 1.0), ("mola", 0, None, 0.1, 1.0)])
-    assert line.startswith("no best setting is named, since runs have no validation scores")
-
-
-def test_optuna_without_its_plugin_is_refused_with_the_extra():
-    error = MissingConfigException("", missing_cfg_file="hydra/sweeper/optuna", options=["basic"])
-    assert explain(error, []) == "Optuna is not installed; run: pip install 'petl-peft[sweep]'"
 
 
 HELD_OUT = ["train.eval_steps=4", "train.test=false"]
@@ -318,8 +307,3 @@ def test_a_terminated_sweep_prints_how_to_resume_it(
         err = program(*words, status=143)
     line = shlex.join(["python", str(ROOT / "train.py"), *words])
     assert f"stopped by SIGTERM after step 1 of 4; to resume the sweep: {line}{again}" in err
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_search_resumes_by_itself(name):
-    assert compose([f"+search={name}"]).train.resume == "auto"

@@ -9,15 +9,13 @@ import sys
 
 import pytest
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 from training_fixtures import OFFLINE, ROOT
 
 from petl.errors import InputError, RunStopped
 from petl.experiments.sweeps import launched_jobs
-from petl.experiments.sweeps.launched_jobs import JobWatch, Worker, is_launched
+from petl.experiments.sweeps.launched_jobs import JobWatch, Worker
 from petl.training import program as app
-from petl.training.compose import explain
 
 pytest_plugins = ["training_fixtures"]
 SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher"
@@ -91,21 +89,6 @@ def test_the_sweep_prints_what_becomes_of_each_job(tmp_path, monkeypatch, petl_l
     assert "job 0 has not ended: it still runs, or was killed; its log: " in petl_log.text
     assert [job["overrides"][0] for job in jobs] == ["+method=lora", "+method=mola"]
     sys.stdout, sys.stderr = workers[0].streams
-
-
-def test_jobs_of_the_basic_launcher_run_in_this_process(tmp_path):
-    assert not is_launched(config_of(tmp_path, launcher=launched_jobs.BASIC))
-    assert is_launched(config_of(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("name", "extra"), [("submitit_slurm", "cluster"), ("joblib", "cluster"), ("ray", "ray")]
-)
-def test_a_launcher_that_is_not_installed_names_its_extra(name, extra):
-    error = MissingConfigException("", missing_cfg_file=f"hydra/launcher/{name}", options=["basic"])
-    said = f"hydra/launcher={name} is not installed; run: pip install 'petl-peft[{extra}]'"
-    assert explain(error, []) == said
-    assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
 
 
 # A job is killed or has a bug where its learning rate asks for it

@@ -215,13 +215,6 @@ def test_a_rate_that_was_tried_before_counts_and_runs_with_another_one_are_repla
         assert json.loads(before.read_text())["lr"] == 1e-2
 
 
-@pytest.mark.parametrize("changes", [{"seeds": [0, 1, 0]}, {"rates": [1e-3, 1e-3]}])
-def test_a_seed_or_learning_rate_that_is_given_twice_is_refused(tiny, tmp_path, made, changes):
-    with pytest.raises(InputError, match="has a value twice"):
-        small(tiny, tmp_path, **changes).run()
-    assert made == []
-
-
 def test_a_folder_of_another_study_is_refused(tiny, tmp_path, made):
     one = {"contenders": [Contender("lora")], "rates": [1e-3], "seeds": [0]}
     small(tiny, tmp_path, **one).run()

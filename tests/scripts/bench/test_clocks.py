@@ -2,7 +2,6 @@
 
 import gc
 
-import pytest
 from bench.clocks import Spread, Times, in_turn, uncollected
 
 
@@ -19,14 +18,6 @@ def test_ratios_are_of_each_round():
     times = Times({"a": [1, 2, 4], "b": [1, 1, 1]}, {"a": [2, 6, 8], "b": [2, 1, 1]})
     assert times.over_floor("a") == Spread(2, 2, 2.5)  # of 2, 3, 2
     assert times.over("a", "b").median == 2  # of 1, 3, 2
-
-
-@pytest.mark.parametrize(
-    ("spread", "noisy"),
-    [((1.0, 0.99, 1.02), False), ((1.04, 1.03, 1.05), True), ((1.0, 0.96, 1.02), True)],
-)
-def test_a_floor_that_is_not_steady_is_noisy(spread, noisy):
-    assert Spread(*spread).is_noisy == noisy
 
 
 def test_what_was_frozen_before_is_frozen_after():

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from bench.frozen import CLS, FEW, GOALS, LABELLED, _classifier, measure, measure_images
+from bench.frozen import CLS, FEW, LABELLED, measure, measure_images
 from bench.records import Result
 from bench.report import tables
 from bench.shapes import LLAMA, MINILM
@@ -42,15 +42,6 @@ def test_an_encoder_is_also_measured_as_a_classifier_that_reads_one_position():
     assert len(tables(Result({}, found))) == 2
 
 
-def test_the_lower_bound_of_a_classifier_has_one_label_a_row_and_trains_nothing():
-    subject = _classifier(replace(MINILM, **SMALL, kv_heads=2, length=6))
-    assert subject.batch["labels"].shape == (2,)
-    model = subject.twin()
-    assert not [p for p in model.parameters() if p.requires_grad]
-    assert model(**subject.batch).logits.shape == (2, 15)
-    subject.floor()  # would fail if nothing required a gradient
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_images_have_a_row_for_each_share():
     found = measure_images(1, num_hidden_layers=6, hidden_size=32, image_size=32, patch_size=8)
@@ -60,9 +51,3 @@ def test_images_have_a_row_for_each_share():
         (f"lora in the last 2 of 6, {CLS}", 0.33),
         (f"lora in the last 1 of 6, {CLS}", None),
     ]
-
-
-def test_goals_are_lower_where_less_is_computed():
-    for (name, top, reads), goal in GOALS.items():
-        if reads:
-            assert goal < GOALS[name, top, ""]

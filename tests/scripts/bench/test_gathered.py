@@ -29,21 +29,6 @@ def test_rows_of_inactive_neurons_are_not_read(name):
     assert PRODUCTS[name](x, rows).isfinite().all()
 
 
-@pytest.mark.parametrize("density", DENSITIES)
-def test_each_token_has_its_own_share_of_active_neurons(density):
-    x = drawn(3, 100, density, torch.Generator().manual_seed(0))
-    assert (x != 0).sum(1).tolist() == [100 * density] * 3
-    assert density == 1 or not torch.equal(x[0] != 0, x[1] != 0)
-
-
-def test_a_token_without_active_neurons_is_zero():
-    x = torch.zeros(2, 5)
-    x[1, 3] = 2.0
-    rows = torch.randn(5, 4)
-    for product in PRODUCTS.values():
-        assert torch.equal(product(x, rows), torch.stack([torch.zeros(4), 2 * rows[3]]))
-
-
 @pytest.mark.thorough
 def test_a_record_for_each_density_and_number_of_tokens():
     found = measure(2, [Down("tiny", 8, 20, 2)])

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 from bench.jobs import child, definitions, petl_job, section, trainer_job
-from bench.jobs.child import Clock, peak
-from bench.jobs.definitions import GOALS, GROUPED, JOBS, PLAIN, Job, Settings
+from bench.jobs.definitions import GROUPED, PLAIN, Job, Settings
 from bench.jobs.runs import Runner
 from bench.records import Result
-from bench.report import GOALS as BOUNDED
 from bench.report import tables
 from datasets import load_from_disk
 from safetensors.torch import load_file
@@ -213,30 +211,6 @@ def test_a_stopped_benchmark_stops_its_run(job, tmp_path, monkeypatch):
         runner._process("sleepy", {})
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
-
-
-def test_goals_are_of_variants_and_ratios_that_there_are():
-    for (name, row), goals in GOALS.items():
-        assert row in [variant.name for variant in JOBS[name].variants]
-        assert all(BOUNDED[f"goal {ratio}"] == ratio for ratio in goals)
-
-
-def test_upper_blocks_have_the_parameters_of_all():
-    for job in JOBS.values():
-        fast = job.variants[-1].words
-        rank = next(int(word.removeprefix("method.r=")) for word in fast if "method.r=" in word)
-        assert rank * job.upper == definitions.RANK * job.blocks
-
-
-def test_evaluations_do_not_count_in_the_seconds_of_a_curve(monkeypatch):
-    now = iter([5.0, 9.0])  # the ends of two evaluations, which began at 3 and 8
-    monkeypatch.setattr("bench.jobs.child.time.process_time", lambda: next(now))
-    clock = Clock()
-    clock.note(3.0, 10, {"accuracy": 0.5})
-    clock.note(8.0, 20, {"accuracy": 0.6})
-    assert [point["seconds"] for point in clock.points] == [3.0, 6.0]
-    assert clock.evaluating == 3.0
-    assert peak() > 1e7
 
 
 def test_the_process_of_trainer_imports_nothing_of_petl():

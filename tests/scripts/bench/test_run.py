@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 from bench import many, serve, shapes
-from bench.clocks import Spread
 from bench.contenders import CONTENDERS, IMPORTS, LORA, contenders, import_methods
 from bench.files import information
 from bench.records import Result
-from bench.report import TITLES, tables
-from bench.run import SECTIONS, USUAL, Settings, run
-from bench.scale import AXES, Axis, enlarged, exponent, sized
+from bench.report import tables
+from bench.run import Settings, run
+from bench.scale import AXES, Axis, enlarged, sized
 from bench.shapes import Bench
 from tiny_shapes import TINY, TINY_LLAMA
 
@@ -112,17 +111,6 @@ def test_calls_after_the_first_find_their_adapters_stacked(monkeypatch):
     assert kept.rows is not rows
 
 
-def test_goals_of_decoding_are_for_64_adapters():
-    ratios = {"64 adapters": Spread.of([1.0])}
-    decoding, reading = (replace(TINY_LLAMA, length=length) for length in (1, 64))
-    goals = {name: serve.goals(contender(name), decoding, ratios) for name in serve.SERVED}
-    assert goals["lora"] == {"goal 64 adapters": 1.3}
-    assert goals["mola 8/2"] == {"goal 64 adapters": 2.0}
-    assert goals[LORA] == goals["sparse 1 %"] == {}
-    assert serve.goals(contender("lora"), reading, ratios) == {}
-    assert serve.goals(contender("lora"), decoding, {}) == {}
-
-
 @pytest.mark.thorough
 def test_the_scale_section_gives_exponents(monkeypatch):
     axes = (Axis("layers", (2, 4)), Axis("experts", (2, 8), {"num_experts": int}))
@@ -133,10 +121,6 @@ def test_the_scale_section_gives_exponents(monkeypatch):
     assert experts.counts["kernels exponent"] == pytest.approx(0, abs=1e-9)
     layers = found["mola 8/2, layers 2, 4"]
     assert layers.counts["FLOPs exponent"] == pytest.approx(1, abs=0.2)
-
-
-def test_the_exponent_of_a_power_is_its_power():
-    assert exponent([2, 4, 8], [12, 48, 192]) == pytest.approx(2)
 
 
 def test_a_larger_shape_keeps_the_share_of_the_head():
@@ -179,11 +163,6 @@ def test_the_dist_section_runs_processes_and_threads():
     assert {f"steps / s, {way}" for way in ("1 x 1", "1 x 2", "2 x 1")} <= set(lora.facts)
 
 
-def test_every_method_has_a_row():
-    methods = {row.method for row in contenders()}
-    assert methods == {*petl.list_methods(), *petl.list_losses(), "xlora"}
-
-
 def test_the_many_section_adds_adapters_and_wraps_many_modules(monkeypatch):
     monkeypatch.setattr(many, "COUNTS", (1, 3))
     monkeypatch.setattr(many, "MODULES", (14, 28))
@@ -195,26 +174,6 @@ def test_the_many_section_adds_adapters_and_wraps_many_modules(monkeypatch):
     assert set(three.ratios) == {"mixed / one, 16 x 8", "mixed / one, 64 x 1"}
     assert {"switch ms", "disable ms", "load ms", "save ms", "add ms"} <= set(three.facts)
     assert {"wrap s", "wrap exponent", "write exponent"} <= set(found["lora"].facts)
-
-
-def test_mapped_adapters_take_little_memory_of_the_process_itself(monkeypatch):
-    monkeypatch.setattr(many, "COUNTS", (1, 41))
-    monkeypatch.setattr(many, "MODULES", (14,))
-    found = {r.row: r for r in records("many", "mola")}
-    mapped = found["mola 8/2, 41, mapped"].facts
-    assert mapped["own B each"] < mapped["resident B each"] / 2, mapped
-    assert mapped["load ms"] > 0
-
-
-def test_adapters_that_take_too_long_or_too_much_memory_are_skipped(monkeypatch):
-    monkeypatch.setattr(many, "COUNTS", (1, 3))
-    monkeypatch.setattr(many, "MODULES", (14, 28))
-    for name in ("PATIENCE", "ROOM"):
-        with monkeypatch.context() as patch:
-            patch.setattr(many, name, 0)
-            rows = {r.row for r in records("many", "adapter")}
-            assert "adapter 48, 1" in rows
-            assert "adapter 48, 3" not in rows
 
 
 def test_a_peer_that_cannot_run_names_what_it_needs():
@@ -321,8 +280,3 @@ def test_a_compiled_step_is_timed_relative_to_the_eager_one():
         assert record.ratios["compiled / eager"].median > 0
         assert record.counts["graph breaks"] == 0
         assert record.facts["seconds to compile"] > 0
-
-
-def test_each_section_has_a_title():
-    assert set(SECTIONS) == set(TITLES)
-    assert set(USUAL) < set(SECTIONS)

@@ -9,7 +9,6 @@ from training_fixtures import ROOT
 import petl
 from petl.cli.catalog.recipes import list_recipes
 from petl.errors import InputError
-from petl.system.settings.schema import with_new_names
 from petl.training.compose import compose
 from petl.training.runs.config import names_of
 from petl.training.runs.run_config import read_config
@@ -136,12 +135,6 @@ def test_a_run_of_a_recipe_is_called_by_it(name):
 def test_a_run_is_called_by_its_parts():
     cfg = compose(["+method=mola", "+loss=density", "model=smollm2", "data=hamlet"])
     assert names_of(cfg) == ["mola", "density", "smollm2", "hamlet"]
-
-
-def test_settings_of_an_old_run_get_their_new_names():
-    old = {"train": {"frozen_head": False, "lr": 1.0}, "method": {"frozen_head": 3, "a.b": {}}}
-    new = {"train": {"linear_probe": False, "lr": 1.0}, "method": {"frozen_head": 3, "a.b": {}}}
-    assert with_new_names(old) == new
 
 
 def test_all_settings_are_checked_before_anything_is_read():
