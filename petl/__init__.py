@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from petl import ops as ops
     from petl.adapters import deltas as deltas
     from petl.adapters import search as search
+    from petl.adapters.check.rules import Checked, check
     from petl.core.layers.layer import Adapter, AdapterLayer, Factors, LayerInfo, LayerShape
     from petl.core.lifecycle import Lifecycle, lifecycle
     from petl.core.loading import load
@@ -63,6 +64,7 @@ __all__ = [
     "AdapterLayer",
     "AdapterSet",
     "Callback",
+    "Checked",
     "Factors",
     "InputError",
     "Job",
@@ -81,6 +83,7 @@ __all__ = [
     "adopt",
     "build_config",
     "cache_frozen",
+    "check",
     "evaluate",
     "fuse_lora",
     "get",
@@ -113,6 +116,7 @@ _PACKAGES = {  # public packages by name
     "search": "petl.adapters.search",
 }
 _NAMES = {
+    "petl.adapters.check.rules": ("Checked", "check"),
     "petl.efficiency.frozen.cache": ("cache_frozen",),
     "petl.training.integrations.trainer_callback": ("Callback",),
     "petl.core.layers.layer": ("Adapter", "AdapterLayer", "Factors", "LayerShape", "LayerInfo"),

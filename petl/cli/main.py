@@ -23,6 +23,8 @@ RUN is the folder of a run (runs/lora-minilm-wordnet-...) or of an adapter alone
 an adapter alone is the one that its adapter_config.json names.
 """
 
+WITHOUT_MODELS = (COMMANDS["methods"], COMMANDS["check"])  # these import no transformers
+
 
 class Parser(argparse.ArgumentParser):
     """Shows a word that it refuses with control characters escaped: `runs/*` may contain any."""
@@ -100,7 +102,7 @@ def run(words: Sequence[str]) -> int:
     from petl.training.program import run_command
 
     with rare_collections():  # a command imports what it needs
-        return run_command(command.run, options, uses_models=command is not COMMANDS["methods"])
+        return run_command(command.run, options, uses_models=command not in WITHOUT_MODELS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -645,6 +645,36 @@ class ExportOptions(CheckOptions):
         return next(name for name in self.ONE_OF if getattr(self, name))
 
 
+@command("check", "check:check")
+class CheckAdapterOptions(Options):
+    """Check a saved adapter for what makes it wrong without an error.
+
+    PATH is the folder of an adapter from anywhere (PEFT, unsloth, LLaMA-Factory, axolotl, TRL,
+    petl), of a run, or a repository on the Hub, of which only the adapter is downloaded. No pickle
+    is read, no code is run, and no model is loaded without --base.
+
+      petl check runs/mine
+      petl check OWNER/NAME --engine vllm
+      petl check FOLDER --base BASE --data rows.jsonl
+
+    Exit status: 0 without errors (with --strict, and without warnings), 1 with one, 2 if PATH
+    cannot be read. What could not be checked is listed with the reason.
+    """
+
+    path: str = argument("folder of an adapter or of a run, or OWNER/NAME on the Hub")
+    base: str | None = option(
+        "the base model: also compare weights, outputs, and what merging loses",
+        metavar="FOLDER|NAME",
+    )
+    engine: str | None = choice(
+        "what is to serve it: also an error if it cannot, or would compute something else",
+        ("vllm", "sglang", "llama.cpp", "peft", "petl"),
+    )
+    data: Path | None = option("JSON Lines with rows of the training, such as chats", Path)
+    json: bool = switch("print JSON")
+    strict: bool = switch("a warning gives exit status 1 as well")
+
+
 @command("push", "hub:push")
 class PushOptions(TrustOptions):
     """Upload an adapter or an exported model to the Hub.

@@ -18,7 +18,6 @@ from petl.core.fingerprint import (
     known_fingerprint,
     remember_base,
 )
-from petl.core.model.patterns import check_patterns
 from petl.core.model.targets import check_tokens
 from petl.core.parameters import check_module
 from petl.core.refusals import refuse_adapted
@@ -31,6 +30,7 @@ from petl.core.switching.tuner import apply_peft_fixes, enable_switching, only_v
 from petl.errors import InputError, first_line
 from petl.system.files import hub
 from petl.system.files.tensor_file import Shapes, check_shapes, read_shapes
+from petl.system.patterns import check_patterns
 
 
 def load(

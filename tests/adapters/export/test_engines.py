@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig
 
-from petl.adapters.export.engines import refusal, serving_lines
+from petl.adapters.export.engines import ENGINES, refusal, serving_lines
 
 BASE = "org/model name"
 
@@ -47,22 +47,40 @@ def test_the_largest_rank_counts_if_all_scales_are_equal(tmp_path):
     ],
 )
 def test_a_lora_that_engines_compute_otherwise_is_named(tmp_path, fields, reason):
-    (line,) = serving_lines(saved(tmp_path, **fields))
-    assert reason in line
-    assert "petl serve" in line
+    for line in serving_lines(saved(tmp_path, **fields)):
+        assert reason in line
+        assert "petl serve" in line
 
 
 def test_a_base_of_random_weights_is_no_model_that_an_engine_loads(tmp_path):
     folder = saved(tmp_path)
     (folder / "base").mkdir()
     (folder / "base" / "config.json").write_text("{}")
-    (line,) = serving_lines(folder)
-    assert "its base model has random weights" in line
+    for line in serving_lines(folder):
+        assert "its base model has random weights" in line
 
 
 def test_other_tasks_have_no_lines(tmp_path):
     assert serving_lines(saved(tmp_path, task_type="SEQ_CLS")) == []
 
 
-def test_a_scale_of_rslora_is_one_scale():
-    assert refusal(LoraConfig(r=8, use_rslora=True)) == ""
+def test_an_rslora_is_served_by_the_engines_that_read_its_scale(tmp_path):
+    vllm, sglang = serving_lines(saved(tmp_path, r=16, use_rslora=True))
+    assert "--max-lora-rank 16" in vllm
+    assert "4.0 times too weak" in sglang
+
+
+@pytest.mark.parametrize(
+    ("fields", "engines"),
+    [
+        ({}, {*ENGINES}),
+        ({"rank_pattern": {"q": 4}}, {"llama.cpp", "peft", "petl"}),
+        ({"alpha_pattern": {"q": 4}}, {"peft", "petl"}),
+        ({"use_rslora": True}, {"vllm", "peft", "petl"}),
+        ({"peft_type": "VERA"}, {"peft", "petl"}),
+        ({"peft_type": "PETL_MOLA"}, {"petl"}),
+    ],
+)
+def test_the_table_says_which_engines_compute_the_same(fields, engines):
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, **fields}
+    assert {name for name, each in ENGINES.items() if not refusal(config, each)} == engines

@@ -4,8 +4,8 @@ import pytest
 from peft import C3AConfig, DeloraConfig, FourierFTConfig, IA3Config, LoraConfig
 
 import petl
-from petl.core.model import patterns
-from petl.core.model.patterns import check_patterns
+from petl.system import patterns
+from petl.system.patterns import check_patterns
 
 NAMES = [f"model.layers.{i}.first_projection_of_all_of_the_inputs" for i in range(3)]
 ENDLESS = "(.+)+!"

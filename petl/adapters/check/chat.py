@@ -1,0 +1,219 @@
+"""Rules about tokenizer and chat template: vocabulary, template, stop."""
+
+import re
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from petl.adapters.check.findings import Found, NotCheckedError
+from petl.adapters.check.folder import CONFIG, TEMPLATE, TOKENIZER, Subject, template_in
+from petl.data.tasks.chat_template import MAX_LENGTH, check_template, within_deadline
+from petl.errors import InputError, first_line, shown
+from petl.system.files.read import read_json, read_text
+
+ANSWER = "petl-check-answer"  # no template has this text itself
+CHAT = [
+    {"role": "user", "content": "petl-check-question"},
+    {"role": "assistant", "content": ANSWER},
+]
+EMBEDDING = re.compile(
+    r"\.(embed_tokens|wte|embed_in|word_embeddings|shared)(\.base_layer)?\.weight$"
+)
+GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")  # of transformers, not jinja's
+
+
+# vocabulary
+
+
+def rows_of(subject: Subject) -> int:
+    """Return the rows of the embedding: the adapter's own, or else those of the base."""
+    try:
+        stored = subject.weights.stored
+    except NotCheckedError:
+        stored = {}
+    saved = [s.shape[0] for n, s in stored.items() if EMBEDDING.search(n) and len(s.shape) == 2]
+    rows = saved[0] if saved else subject.of_base.get("vocab_size")
+    if rows is None:
+        raise NotCheckedError("the base's config has no vocab_size")
+    return rows
+
+
+def more_tokens(subject: Subject) -> Iterator[Found]:
+    """Tokens of the tokenizer that no row of the embedding has."""
+    added, rows = subject.added, rows_of(subject)
+    beyond = {number: token for number, token in added.items() if number >= rows}
+    if beyond:
+        number = min(beyond)
+        yield Found(
+            f"{len(beyond)} tokens from {shown(beyond[number])} (id {number}) are beyond the "
+            f"{rows:,} rows of the embedding",
+            TOKENIZER,
+            f"save it with the embedding, and resize the base: "
+            f"base.resize_token_embeddings({max(beyond) + 1})",
+        )
+
+
+def tokens_beyond(subject: Subject) -> Iterator[Found]:
+    """Trainable tokens that the base does not have."""
+    given = subject.config.get("trainable_token_indices")
+    if not given:
+        return
+    indices = given if isinstance(given, list) else [i for each in given.values() for i in each]
+    rows = rows_of(subject)
+    beyond = [index for index in indices if not 0 <= index < rows]
+    if beyond:
+        yield Found(
+            f"trainable_token_indices has {beyond[0]}, and the embedding has {rows:,} rows",
+            CONFIG,
+            f"resize the base before loading: base.resize_token_embeddings({max(beyond) + 1})",
+        )
+
+
+# template
+
+
+def no_template(subject: Subject) -> Iterator[Found]:
+    """A chat was trained, and no template was saved with it."""
+    if subject.has(TEMPLATE) or (subject.has(TOKENIZER) and subject.template):
+        return
+    turns = [row for row in subject.rows if "messages" in row or "conversations" in row]
+    if turns:
+        yield Found(
+            f"{len(turns)} of {len(subject.rows)} rows are chats, and the folder has no template",
+            subject.name,
+            "tokenizer.save_pretrained(FOLDER) with the template of the training",
+        )
+
+
+def other_template(subject: Subject) -> Iterator[Found]:
+    """A template that differs from the base's: who reads the base's folder gets another prompt."""
+    if not needs_template(subject):
+        return
+    file, config = subject.beside(TEMPLATE), subject.beside(TOKENIZER)
+    if file is not None:
+        bases = read_text(file)
+    elif config is not None:
+        bases = template_in(read_json(config, dict[str, Any]))
+    else:
+        raise NotCheckedError("the base's tokenizer is not on this machine: give --base")
+    if bases.strip() != subject.template.strip():
+        what = "differs from the base's" if bases else "is one that the base does not have"
+        yield Found(
+            f"the chat template {what}: it was trained with this one",
+            TEMPLATE,
+            f"serve with it: --chat-template {subject.folder / TEMPLATE}, or petl serve",
+        )
+
+
+def needs_template(subject: Subject) -> str:
+    """Return the template of the folder; "": none is asked for.
+
+    Raises:
+        NotCheckedError: there is none.
+    """
+    if subject.tokenizer and not subject.template:
+        raise NotCheckedError("the folder has no chat template")
+    return subject.template
+
+
+def fails(subject: Subject) -> Iterator[Found]:
+    """A template that cannot be parsed, or may take hours."""
+    template = needs_template(subject)
+    try:
+        check_template(template, "the chat template")
+    except InputError as error:
+        yield Found(str(error), TEMPLATE, "use the template of the base")
+
+
+def rendered(subject: Subject) -> str:
+    """Return a question and its answer as the template of the folder writes them.
+
+    Raises:
+        NotCheckedError: it has none, or refuses the two turns.
+    """
+    from jinja2.exceptions import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    template = needs_template(subject)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+
+    def refuse(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    names: dict[str, Any] = {
+        name: subject.special(name) for name in ("bos_token", "eos_token", "pad_token")
+    }
+    names |= {"raise_exception": refuse, "strftime_now": lambda form: "1 Jan 2026"}
+
+    def render() -> str:
+        compiled = environment.from_string(GENERATION.sub("", template))
+        text = ""
+        for part in compiled.generate(messages=CHAT, add_generation_prompt=False, **names):
+            text += part
+            if len(text) > MAX_LENGTH:
+                raise TemplateError(f"it writes more than {MAX_LENGTH:,} characters")
+        return text
+
+    try:
+        check_template(template, "the chat template")
+        return within_deadline(render, "the chat template")
+    except (InputError, TemplateError, TypeError, ValueError, ArithmeticError) as error:
+        raise NotCheckedError(f"the chat template fails: {first_line(error)}") from error
+
+
+def two_starts(subject: Subject) -> Iterator[Found]:
+    """A template that writes the first token twice."""
+    bos = subject.special("bos_token")
+    text = rendered(subject)
+    if bos and text.startswith(bos * 2):
+        yield Found(f"the chat template begins with {bos} twice", TEMPLATE, f"remove one {bos}")
+
+
+def added_start(subject: Subject) -> Iterator[Found]:
+    """A template and a tokenizer of which both add the first token."""
+    bos = subject.special("bos_token")
+    if bos and subject.tokenizer.get("add_bos_token") and rendered(subject).startswith(bos):
+        yield Found(
+            f"template and tokenizer both add {bos}: a rendered text that is encoded has two",
+            TEMPLATE,
+            "encode it with add_special_tokens=False",
+        )
+
+
+# stop
+
+
+def no_stop(subject: Subject) -> Iterator[Found]:
+    """The end of an assistant's turn is no token at which generation stops."""
+    text = rendered(subject)
+    if ANSWER not in text:
+        yield Found("the chat template leaves out the assistant's text", TEMPLATE, "replace it")
+        return
+    tail = text[text.rindex(ANSWER) + len(ANSWER) :]
+    eos = subject.special("eos_token")
+    ends = {*subject.added.values(), eos} - {""}
+    found = sorted((tail.index(token), -len(token), token) for token in ends if token in tail)
+    end = found[0][2] if found else ""
+    if eos and (end == eos or (not end and eos in tail)):
+        return
+    generation = subject.generation()
+    try:
+        config: Any = subject.of_base
+    except NotCheckedError:
+        config = {}
+    if generation is None and not config:
+        raise NotCheckedError("the base's generation config is not on this machine: give --base")
+    stops = [(generation or {}).get("eos_token_id"), config.get("eos_token_id")]
+    ids = {i for each in stops for i in (each if isinstance(each, list) else [each])}
+    if end and any(subject.added.get(i) == end for i in ids if isinstance(i, int)):
+        return
+    names = sorted({subject.added.get(i, f"id {i}") for i in ids if i is not None} | ({eos} - {""}))
+    stop = ", ".join(names) or "no token"
+    ending = f"ends turns with {end}" if end else f"ends turns with {shown(tail)}, no special token"
+    yield Found(
+        f"the chat template {ending}; generation stops at {stop}",
+        TEMPLATE,
+        f"set eos_token of the tokenizer to {end}, or --stop {end}" if end else "end it with eos",
+    )
