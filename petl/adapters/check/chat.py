@@ -5,11 +5,19 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from petl.adapters.check.findings import Found, NotCheckedError
-from petl.adapters.check.folder import CONFIG, TEMPLATE, TOKENIZER, Subject, template_in
+from petl.adapters.check.folder import (
+    CONFIG,
+    TEMPLATE,
+    TOKENIZER,
+    Subject,
+    read_tokenizer,
+    template_in,
+)
 from petl.data.tasks.chat_template import MAX_LENGTH, check_template, within_deadline
 from petl.errors import InputError, first_line, shown
-from petl.system.files.read import read_json, read_text
+from petl.system.files.read import read_text
 
+NO_ROWS, GENERATION_CONFIG = "no rows given: --data FILE", "generation_config.json"
 ANSWER = "petl-check-answer"  # no template has this text itself
 CHAT = [
     {"role": "user", "content": "petl-check-question"},
@@ -33,39 +41,27 @@ def rows_of(subject: Subject) -> int:
     saved = [s.shape[0] for n, s in stored.items() if EMBEDDING.search(n) and len(s.shape) == 2]
     rows = saved[0] if saved else subject.of_base.get("vocab_size")
     if rows is None:
-        raise NotCheckedError("the base's config has no vocab_size")
+        raise NotCheckedError(f"the config of {subject.base or 'the base'} has no vocab_size")
     return rows
 
 
 def more_tokens(subject: Subject) -> Iterator[Found]:
     """Tokens of the tokenizer that no row of the embedding has."""
     added, rows = subject.added, rows_of(subject)
-    beyond = {number: token for number, token in added.items() if number >= rows}
+    beyond = sorted(number for number in added if number >= rows)
     if beyond:
-        number = min(beyond)
-        yield Found(
-            f"{len(beyond)} tokens from {shown(beyond[number])} (id {number}) are beyond the "
-            f"{rows:,} rows of the embedding",
-            TOKENIZER,
-            f"save it with the embedding, and resize the base: "
-            f"base.resize_token_embeddings({max(beyond) + 1})",
-        )
+        what = f"{len(beyond)} tokens from {shown(added[beyond[0]])} (id {beyond[0]})"
+        yield Found(f"{what} are beyond the {rows:,} rows of the embedding", TOKENIZER)
 
 
 def tokens_beyond(subject: Subject) -> Iterator[Found]:
     """Trainable tokens that the base does not have."""
-    given = subject.config.get("trainable_token_indices")
-    if not given:
-        return
+    given = subject.config.get("trainable_token_indices") or []
     indices = given if isinstance(given, list) else [i for each in given.values() for i in each]
-    rows = rows_of(subject)
-    beyond = [index for index in indices if not 0 <= index < rows]
+    beyond = [index for index in indices if not 0 <= index < rows_of(subject)]
     if beyond:
-        yield Found(
-            f"trainable_token_indices has {beyond[0]}, and the embedding has {rows:,} rows",
-            CONFIG,
-            f"resize the base before loading: base.resize_token_embeddings({max(beyond) + 1})",
-        )
+        what = f"trainable_token_indices has {beyond[0]}"
+        yield Found(f"{what}, and the embedding has {rows_of(subject):,} rows", CONFIG)
 
 
 # template
@@ -75,13 +71,12 @@ def no_template(subject: Subject) -> Iterator[Found]:
     """A chat was trained, and no template was saved with it."""
     if subject.has(TEMPLATE) or (subject.has(TOKENIZER) and subject.template):
         return
+    if subject.rows is None:
+        raise NotCheckedError(NO_ROWS)
     turns = [row for row in subject.rows if "messages" in row or "conversations" in row]
     if turns:
-        yield Found(
-            f"{len(turns)} of {len(subject.rows)} rows are chats, and the folder has no template",
-            subject.name,
-            "tokenizer.save_pretrained(FOLDER) with the template of the training",
-        )
+        what = f"{len(turns)} of {len(subject.rows)} rows are chats"
+        yield Found(f"{what}, and the folder has no template", subject.name)
 
 
 def other_template(subject: Subject) -> Iterator[Found]:
@@ -92,16 +87,12 @@ def other_template(subject: Subject) -> Iterator[Found]:
     if file is not None:
         bases = read_text(file)
     elif config is not None:
-        bases = template_in(read_json(config, dict[str, Any]))
+        bases = template_in(read_tokenizer(config))
     else:
-        raise NotCheckedError("the base's tokenizer is not on this machine: give --base")
+        raise NotCheckedError(f"the base's {TOKENIZER} is not on this machine: give --base")
     if bases.strip() != subject.template.strip():
         what = "differs from the base's" if bases else "is one that the base does not have"
-        yield Found(
-            f"the chat template {what}: it was trained with this one",
-            TEMPLATE,
-            f"serve with it: --chat-template {subject.folder / TEMPLATE}, or petl serve",
-        )
+        yield Found(f"the chat template {what}: it was trained with this one", TEMPLATE)
 
 
 def needs_template(subject: Subject) -> str:
@@ -111,7 +102,7 @@ def needs_template(subject: Subject) -> str:
         NotCheckedError: there is none.
     """
     if subject.tokenizer and not subject.template:
-        raise NotCheckedError("the folder has no chat template")
+        raise NotCheckedError(f"{subject.name} has no chat template")
     return subject.template
 
 
@@ -121,7 +112,7 @@ def fails(subject: Subject) -> Iterator[Found]:
     try:
         check_template(template, "the chat template")
     except InputError as error:
-        yield Found(str(error), TEMPLATE, "use the template of the base")
+        yield Found(str(error), TEMPLATE)
 
 
 def rendered(subject: Subject) -> str:
@@ -168,18 +159,15 @@ def two_starts(subject: Subject) -> Iterator[Found]:
     bos = subject.special("bos_token")
     text = rendered(subject)
     if bos and text.startswith(bos * 2):
-        yield Found(f"the chat template begins with {bos} twice", TEMPLATE, f"remove one {bos}")
+        yield Found(f"the chat template begins with {bos} twice", TEMPLATE)
 
 
 def added_start(subject: Subject) -> Iterator[Found]:
     """A template and a tokenizer of which both add the first token."""
     bos = subject.special("bos_token")
     if bos and subject.tokenizer.get("add_bos_token") and rendered(subject).startswith(bos):
-        yield Found(
-            f"template and tokenizer both add {bos}: a rendered text that is encoded has two",
-            TEMPLATE,
-            "encode it with add_special_tokens=False",
-        )
+        what = f"template and tokenizer both add {bos}: a rendered text that is encoded has two"
+        yield Found(what, TEMPLATE)
 
 
 # stop
@@ -189,7 +177,7 @@ def no_stop(subject: Subject) -> Iterator[Found]:
     """The end of an assistant's turn is no token at which generation stops."""
     text = rendered(subject)
     if ANSWER not in text:
-        yield Found("the chat template leaves out the assistant's text", TEMPLATE, "replace it")
+        yield Found("the chat template leaves out the assistant's text", TEMPLATE)
         return
     tail = text[text.rindex(ANSWER) + len(ANSWER) :]
     eos = subject.special("eos_token")
@@ -204,7 +192,9 @@ def no_stop(subject: Subject) -> Iterator[Found]:
     except NotCheckedError:
         config = {}
     if generation is None and not config:
-        raise NotCheckedError("the base's generation config is not on this machine: give --base")
+        raise NotCheckedError(
+            f"{GENERATION_CONFIG} of the base is not on this machine: give --base"
+        )
     stops = [(generation or {}).get("eos_token_id"), config.get("eos_token_id")]
     ids = {i for each in stops for i in (each if isinstance(each, list) else [each])}
     if end and any(subject.added.get(i) == end for i in ids if isinstance(i, int)):
@@ -212,8 +202,4 @@ def no_stop(subject: Subject) -> Iterator[Found]:
     names = sorted({subject.added.get(i, f"id {i}") for i in ids if i is not None} | ({eos} - {""}))
     stop = ", ".join(names) or "no token"
     ending = f"ends turns with {end}" if end else f"ends turns with {shown(tail)}, no special token"
-    yield Found(
-        f"the chat template {ending}; generation stops at {stop}",
-        TEMPLATE,
-        f"set eos_token of the tokenizer to {end}, or --stop {end}" if end else "end it with eos",
-    )
+    yield Found(f"the chat template {ending}; generation stops at {stop}", TEMPLATE)

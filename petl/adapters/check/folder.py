@@ -5,23 +5,20 @@ All of it is data of a stranger: files are bounded, regular, and inside of the f
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 from petl.adapters.check.findings import NotCheckedError
 from petl.adapters.check.weights import Stored, TensorFile
 from petl.errors import InputError
 from petl.system.files.disk import check_link
 from petl.system.files.paths import is_repository, why_impossible
-from petl.system.files.read import parse_json, read_json, read_text
+from petl.system.files.read import parse_json, read_json, read_text, with_shape
 from petl.system.patterns import check_patterns
-
-if TYPE_CHECKING:
-    from petl.adapters.check.loaded import Loaded
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 COMPRESSED, FINGERPRINT, README = "ternary.safetensors", "base_fingerprint.json", "README.md"
@@ -32,7 +29,7 @@ SHIPPED = [
     *("tokenizer.json", "added_tokens.json", "generation_config.json", "labels.json", "task.json"),
 ]
 PREFIX = "base_model.model."  # of every tensor that PEFT saves
-LORA = re.compile(r"\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.weight|\.bias)?$")
+LORA = re.compile(r"\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.weight)?$")
 BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 # what programs write into the card, the surest first; the group is a version
 MAKERS = {
@@ -66,14 +63,16 @@ class Subject:
         base: a folder or name; None: files of the base that the config names are read where they
             are on this machine, and no model is loaded.
         engine: a name of `petl.adapters.export.engines.ENGINES`; None: all are asked.
-        data: a file of rows.
+        rows: of the training; None: not given.
+        kept: what is loaded once for several rules.
     """
 
     folder: Path
     name: str
     base: str | None = None
     engine: str | None = None
-    data: Path | None = None
+    rows: list[dict[str, Any]] | None = None
+    kept: dict[str, Any] = field(default_factory=dict)
 
     # The folder
 
@@ -140,16 +139,14 @@ class Subject:
         found: dict[str, dict[str, Stored]] = {}
         for name, stored in self.weights.stored.items():
             end = LORA.search(name)
-            if end and not name.endswith(".bias"):
+            if end:
                 found.setdefault(name[: end.start()], {})[end[1].replace("embedding_", "")] = stored
         return found
 
-    def factor(self, letter: str) -> Iterator[str]:
-        """Yield the names of the tensors A, or those of B."""
-        for name in self.weights.stored if self.pairs else ():
-            end = LORA.search(name)
-            if end and end[1][-2:] == f"_{letter}" and not name.endswith(".bias"):
-                yield name
+    def factor(self, letter: str) -> list[str]:
+        """Return the names of the tensors A, or those of B."""
+        ends = [(name, LORA.search(name)) for name in self.weights.stored if self.pairs]
+        return [name for name, end in ends if end and end[1].endswith(f"_{letter}")]
 
     @cached_property
     def patterns(self) -> SimpleNamespace:
@@ -229,13 +226,13 @@ class Subject:
             NotCheckedError: the folder has no tokenizer.
         """
         if not self.has(TOKENIZER):
-            raise NotCheckedError("the folder has no tokenizer")
-        return self.read(TOKENIZER)
+            raise NotCheckedError(f"{self.name} has no tokenizer")
+        return read_tokenizer(self.folder / TOKENIZER)
 
     @cached_property
     def added(self) -> dict[int, str]:
         """The tokens beside the vocabulary, special ones mostly, by id."""
-        found = {}
+        found: dict[int, Any] = {}
         if self.has("tokenizer.json"):
             text = read_text(self.folder / "tokenizer.json", MAX_TOKENIZER)
             start = text.find('"added_tokens"')
@@ -245,13 +242,16 @@ class Subject:
                     entries, _ = json.JSONDecoder().raw_decode(text, start)
                 except (json.JSONDecodeError, RecursionError) as error:
                     raise NotCheckedError("tokenizer.json is no JSON") from error
-                found |= {e.get("id"): e.get("content") for e in entries if isinstance(e, dict)}
+                for entry in entries:
+                    if isinstance(entry, dict) and isinstance(entry.get("id"), int):
+                        found[entry["id"]] = entry.get("content")
         decoder = self.tokenizer.get("added_tokens_decoder")
         for number, entry in (decoder if isinstance(decoder, dict) else {}).items():
             if number.isdecimal() and len(number) < 10 and isinstance(entry, dict):
                 found[int(number)] = entry.get("content")
-        found |= {number: token for token, number in self.read("added_tokens.json").items()}
-        return {n: t for n, t in found.items() if isinstance(n, int) and isinstance(t, str)}
+        for token, number in self.read("added_tokens.json").items():
+            found[number if isinstance(number, int) else -1] = token
+        return {n: t for n, t in found.items() if n >= 0 and isinstance(t, str)}
 
     def special(self, name: str) -> str:
         """Return the special token of a name, such as eos_token; "": there is none."""
@@ -265,28 +265,6 @@ class Subject:
         if self.has(TEMPLATE):
             return read_text(self.folder / TEMPLATE)
         return template_in(self.tokenizer)
-
-    @cached_property
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows of the file of data, as JSON Lines: the first 32."""
-        if self.data is None:
-            raise NotCheckedError("no rows: give --data FILE")
-        lines = read_text(self.data).splitlines()[:32]
-        return [row for line in lines if isinstance(row := parse_json(line), dict)]
-
-    @cached_property
-    def loaded(self) -> "Loaded":
-        """The base model, and what becomes of it with the adapter.
-
-        Raises:
-            NotCheckedError: no base was given, or the adapter does not fit it.
-        """
-        if self.base is None:
-            raise NotCheckedError("no base given: --base FOLDER")
-        # imports torch
-        from petl.adapters.check.loaded import load
-
-        return load(self)
 
     # What it is
 
@@ -320,6 +298,18 @@ class Subject:
                 return f"{name} {version} ({README})" if version else f"{name} ({README})"
         version = self.config.get("peft_version")
         return f"PEFT {version} ({CONFIG})" if isinstance(version, str) else ""
+
+
+def read_tokenizer(file: Path) -> dict[str, Any]:
+    """Return the content of a tokenizer_config.json.
+
+    "No limit" stands there as an integer of 100 bits, which is not read.
+    """
+    text = re.sub(r'"model_max_length":\s*\d+', '"model_max_length": 0', read_text(file))
+    try:
+        return with_shape(parse_json(text), dict[str, Any])
+    except ValueError as error:
+        raise InputError(f"{file} cannot be used: {error}") from error
 
 
 def template_in(tokenizer: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from petl.adapters.check.findings import NotCheckedError
-from petl.adapters.check.folder import PREFIX, WEIGHTS, Subject, module_of
+from petl.adapters.check.folder import CONFIG, PREFIX, WEIGHTS, Subject, module_of
 from petl.adapters.export.checked_folder import adapted_outputs
 from petl.adapters.export.saved_adapter import SavedAdapter, device, model_in
 from petl.core.adapter_folder import read_config
@@ -56,7 +56,9 @@ class Loaded:
             NotCheckedError: the adapter does not fit it.
         """
         if self.adapted is None:
-            raise NotCheckedError("the adapter does not fit the base")
+            raise NotCheckedError(
+                f"the adapter does not fit {self.saved.settings['model']['name']}"
+            )
         return self.adapted
 
     @cached_property
@@ -97,12 +99,16 @@ def load(subject: Subject) -> Loaded:
         NotCheckedError: the config does not say which class of model it is.
     """
     if not subject.config.get("task_type"):
-        raise NotCheckedError("task_type is null: the class of the base model is not known")
+        raise NotCheckedError(f"{CONFIG} has no task_type: the class of the base is not known")
+    try:
+        config = read_config(subject.folder)
+    except InputError as error:
+        raise NotCheckedError(str(error)) from error
     base = str(subject.base)
     settings = model_in(Path(base)) if Path(base).is_dir() else {"name": base, "source": "hub"}
     saved = SavedAdapter(subject.folder, None, {"model": settings}, other_base=True)
     model = saved.base().eval()
-    config, file = read_config(subject.folder), subject.folder / WEIGHTS
+    file = subject.folder / WEIGHTS
     present, trained_on = fingerprint(model), read_fingerprint(subject.folder)
     try:
         found = check_file(model, config, file)
@@ -118,7 +124,7 @@ def load(subject: Subject) -> Loaded:
         difference(trained_on, present, found),
         [*_equal(subject, model)],
         load_adapter(model, subject.folder, other_base=True).eval(),
-        subject.rows if subject.data else [],
+        subject.rows or [],
     )
 
 

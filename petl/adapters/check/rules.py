@@ -1,73 +1,87 @@
 """The table of all rules, and `check`, which asks each of them."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from petl.adapters.check import chat, contents, serving, with_base
 from petl.adapters.check.findings import Checked, Finding, Found, NotCheckedError, Severity
 from petl.adapters.check.folder import CONFIG, Subject, locate
 from petl.adapters.export.engines import ENGINES
 from petl.errors import InputError, choose
+from petl.system.files.read import iterate_json_lines
 
+ROWS = 32  # of a file of data
 NOTE, WARNING, ERROR = Severity.NOTE, Severity.WARNING, Severity.ERROR
 
 
 class Rule(NamedTuple):
-    """A rule: GROUP.NAME, how much its findings weigh, and what finds them."""
+    """A rule: GROUP.NAME, how much its findings weigh, what finds them, and what mends them."""
 
     id: str
     severity: Severity
     find: Callable[[Subject], Iterator[Found]]
+    remedy: str = ""
 
 
+SAVE = "save the adapter again by save_pretrained of the unwrapped model"
+FIT = "restore the config of the training, target_modules, modules_to_save, r and rank_pattern"
+TRAIN = "train again: the loss must reach these layers, or leave them out of target_modules"
+RESIZE = "base.resize_token_embeddings(len(tokenizer)) before the adapter is loaded, and save both"
+TEMPLATES = "tokenizer.save_pretrained(FOLDER) with the template of the training"
+FOLD = "petl export RUN OUT --lora writes one rank and scale, which engines read, or petl serve"
 FORMAT = (  # others read what these have found to be right
-    Rule("format.type", ERROR, contents.unknown_type),
-    Rule("format.values", ERROR, contents.wrong_values),
-    Rule("format.layout", ERROR, contents.foreign),
-    Rule("format.weights", ERROR, contents.unreadable),
-    Rule("format.link", ERROR, contents.links),
-    Rule("format.code", ERROR, contents.code),
+    Rule("format.type", ERROR, contents.unknown_type, SAVE),
+    Rule("format.values", ERROR, contents.wrong_values, SAVE),
+    Rule("format.layout", ERROR, contents.foreign, "convert it by the program that wrote it"),
+    Rule("format.weights", ERROR, contents.unreadable, f"{SAVE}; of a pickle: convert it"),
+    Rule("format.link", ERROR, contents.links, "put a copy of the file there"),
+    Rule("format.code", ERROR, contents.code, "set the entry to null"),
 )
 RULES = (
-    Rule("format.scripts", NOTE, contents.scripts),
-    Rule("keys.prefix", ERROR, contents.prefixes),
+    Rule("keys.prefix", ERROR, contents.prefixes, SAVE),
     Rule("keys.literal", ERROR, contents.literals),
-    Rule("keys.target", ERROR, contents.strangers),
-    Rule("keys.absent", WARNING, contents.absent),
-    Rule("keys.pairs", ERROR, contents.unpaired),
-    Rule("keys.ranks", ERROR, contents.ranks),
-    Rule("keys.blocks", ERROR, contents.incomplete),
-    Rule("dead.all", ERROR, contents.without_effect),
-    Rule("dead.some", ERROR, contents.untrained),
-    Rule("dead.finite", ERROR, contents.not_finite),
-    Rule("dead.rows", ERROR, contents.constant),
+    Rule("keys.target", ERROR, contents.strangers, FIT),
+    Rule("keys.absent", WARNING, contents.absent, "check the spelling, or leave it out"),
+    Rule("keys.pairs", ERROR, contents.unpaired, SAVE),
+    Rule("keys.ranks", ERROR, contents.ranks, FIT),
+    Rule("keys.blocks", ERROR, contents.incomplete, SAVE),
+    Rule("dead.all", ERROR, contents.without_effect, TRAIN),
+    Rule("dead.some", ERROR, contents.untrained, TRAIN),
+    Rule("dead.finite", ERROR, contents.not_finite, "go back to an earlier checkpoint"),
+    Rule("dead.rows", ERROR, contents.constant, TRAIN),
     Rule("dead.norm", NOTE, contents.outliers),
-    Rule("scale.alpha", ERROR, contents.no_alpha),
-    Rule("scale.config", ERROR, contents.other_scale),
-    Rule("base.fits", ERROR, with_base.misfit),
-    Rule("base.adapted", ERROR, with_base.other_weights),
+    Rule("scale.alpha", ERROR, contents.no_alpha, "write the value of the training there"),
+    Rule(
+        "scale.config", ERROR, contents.other_scale, "restore it, or delete base_fingerprint.json"
+    ),
+    Rule("base.fits", ERROR, with_base.misfit, "--base with the model that it was trained on"),
+    Rule("base.adapted", ERROR, with_base.other_weights, "use the base of the training"),
     Rule("base.others", NOTE, with_base.others_differ),
     Rule("base.name", NOTE, with_base.other_name),
     Rule("base.head", NOTE, with_base.same_head),
-    Rule("base.effect", ERROR, with_base.effect),
-    Rule("merge.loss", ERROR, with_base.rounded_off),
+    Rule("base.effect", ERROR, with_base.effect, TRAIN),
+    Rule("merge.loss", ERROR, with_base.rounded_off, "petl merge --dtype float32"),
     Rule("merge.kept", NOTE, with_base.merges),
-    Rule("tied.merge", WARNING, serving.tied),
-    Rule("tied.gguf", ERROR, serving.tied_gguf),
-    Rule("vocabulary.tokens", ERROR, chat.more_tokens),
-    Rule("vocabulary.indices", ERROR, chat.tokens_beyond),
-    Rule("template.missing", WARNING, chat.no_template),
-    Rule("template.base", WARNING, chat.other_template),
-    Rule("template.fails", ERROR, chat.fails),
-    Rule("template.bos", ERROR, chat.two_starts),
-    Rule("template.adds", NOTE, chat.added_start),
-    Rule("stop.token", ERROR, chat.no_stop),
-    Rule("dtype.range", WARNING, contents.near_overflow),
-    Rule("engine.asked", ERROR, serving.misread),
-    Rule("engine.others", NOTE, serving.engines),
-    Rule("leftovers.files", WARNING, serving.leftovers),
-    Rule("leftovers.newer", WARNING, serving.newer),
+    Rule("tied.merge", WARNING, serving.tied, "do not merge it: petl serve"),
+    Rule("tied.gguf", ERROR, serving.tied_gguf, "petl serve"),
+    Rule("vocabulary.tokens", ERROR, chat.more_tokens, RESIZE),
+    Rule("vocabulary.indices", ERROR, chat.tokens_beyond, RESIZE),
+    Rule("template.missing", WARNING, chat.no_template, TEMPLATES),
+    Rule(
+        "template.base", WARNING, chat.other_template, "serve with --chat-template, or petl serve"
+    ),
+    Rule("template.fails", ERROR, chat.fails, TEMPLATES),
+    Rule("template.bos", ERROR, chat.two_starts, "remove one of them from the template"),
+    Rule("template.adds", NOTE, chat.added_start, "encode it with add_special_tokens=False"),
+    Rule("stop.token", ERROR, chat.no_stop, "make the end of a turn the eos_token, or give --stop"),
+    Rule("dtype.range", WARNING, contents.near_overflow, "train and save in bfloat16"),
+    Rule("engine.asked", ERROR, serving.misread, FOLD),
+    Rule("engine.others", NOTE, serving.engines, FOLD),
+    Rule("leftovers.files", WARNING, serving.leftovers, "move one of the two to another folder"),
+    Rule("leftovers.newer", WARNING, serving.newer, "petl check on it: it may be the one meant"),
 )
 
 
@@ -85,18 +99,20 @@ def check(
         path: folder of an adapter or of a run, or the name of a repository on the Hub.
         base: folder or name of the model that it was trained on, to compare with.
         engine: what is to serve it: vllm, sglang, llama.cpp, peft or petl.
-        data: JSON Lines with rows of the training, such as chats.
+        data: JSON Lines with rows of the training, such as chats; the first 32 are read.
 
     Raises:
-        InputError: there is no adapter, or its config is no JSON.
+        InputError: there is no adapter, or a file that was named is no JSON.
     """
     if engine is not None:
         choose(ENGINES, engine, "engine")
+    read = iterate_json_lines(Path(data), dict[str, Any]) if data is not None else None
+    rows = None if read is None else [*islice(read, ROWS)]
     subject = locate(
         str(path),
         base=None if base is None else str(base),
         engine=engine,
-        data=None if data is None else Path(data),
+        rows=rows,
     )
     if not subject.has(CONFIG) and not contents.layout_of(subject):
         reason = subject.links.get(CONFIG, f"{path} contains no adapter: {CONFIG} is missing")
@@ -107,6 +123,9 @@ def check(
         not_checked.append(("all others", "the config cannot be used"))
         kind = contents.layout_of(subject) or subject.kind
         return Checked(findings, str(path), kind, "", not_checked)
+    if base is not None:
+        with suppress(NotCheckedError):  # which each rule reports
+            with_base.loaded(subject)
     others, reasons = asked(RULES, subject)
     return Checked(
         findings + others,
@@ -126,5 +145,6 @@ def asked(rules: Sequence[Rule], subject: Subject) -> tuple[list[Finding], list[
         except (NotCheckedError, InputError) as reason:
             not_checked.append((rule.id, str(reason)))
             continue
-        findings += [Finding(rule.id, rule.severity, *each) for each in found]
+        for what, where, remedy in found:
+            findings.append(Finding(rule.id, rule.severity, what, where, remedy or rule.remedy))
     return findings, not_checked

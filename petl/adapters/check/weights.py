@@ -106,6 +106,10 @@ class TensorFile:
             self._figures[name] = Figures(broken, norm, largest, _equal(self.values(name)))
         return self._figures[name]
 
+    def is_zero(self, name: str) -> bool:
+        """Return True if all entries of a tensor are zero."""
+        return self.stored[name].is_float and not self.figures(name).largest
+
 
 def _equal(values: Any) -> bool:
     """Return True for a matrix of at least 8 columns of which each row repeats one value."""

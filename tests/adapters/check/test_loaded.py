@@ -1,0 +1,97 @@
+"""`petl.check(..., base=...)`: weights, outputs and merging are compared with a loaded base."""
+
+import json
+import shutil
+
+import checked_folders as folders
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import petl
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A copy of a healthy folder of petl, whose tensors a function changes."""
+
+    def copy(config="lora", make=None, part="lora_B"):
+        folder = shutil.copytree(folders.healthy(config, "petl"), tmp_path / "adapter")
+        if make is not None:
+            found = load_file(folder / WEIGHTS)
+            found = {k: make(v) if part in k else v for k, v in found.items()}
+            save_file(found, folder / WEIGHTS)
+        return folder
+
+    return copy
+
+
+def base_of(tmp_path, seed: int = 0, dtype: torch.dtype = torch.float32, **fields):
+    """Another base: of another seed, dtype or shape."""
+    folder = shutil.copytree(folders.base(), tmp_path / "base")
+    model = folders.tiny(**fields)
+    if seed:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            model.model.layers[1].self_attn.q_proj.weight.normal_()
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def ids(checked) -> set[str]:
+    return {found.id for found in checked if found.severity != "note"}
+
+
+@pytest.mark.parametrize("config", ["lora", "dora", "all-linear"])
+def test_an_adapter_on_its_own_base_is_fine(config):
+    checked = petl.check(folders.healthy(config, "petl"), base=folders.base())
+    assert checked.ok, [*checked]
+    assert not {name for name, _ in checked.not_checked} & {"base.adapted", "base.effect"}
+
+
+def test_a_base_with_other_weights_below_the_adapter_is_an_error(saved, tmp_path):
+    checked = petl.check(saved(), base=base_of(tmp_path, seed=1))
+    assert ids(checked) >= {"base.adapted"}
+    assert "1 of 12 tensors" in next(f.what for f in checked if f.id == "base.adapted")
+
+
+def test_without_a_fingerprint_weights_are_not_compared(tmp_path):
+    checked = petl.check(folders.healthy("lora", "llama-factory"), base=base_of(tmp_path, seed=1))
+    assert checked.ok
+    assert dict(checked.not_checked)["base.adapted"].startswith("no base_fingerprint.json")
+
+
+def test_a_base_of_another_shape_is_an_error(saved, tmp_path):
+    checked = petl.check(saved(), base=base_of(tmp_path, num_hidden_layers=2))
+    assert ids(checked) == {"base.fits"}
+    assert dict(checked.not_checked)["merge.loss"] .startswith("the adapter does not fit")
+
+
+def test_an_update_that_bfloat16_rounds_off_is_an_error(saved, tmp_path):
+    base = base_of(tmp_path, dtype=torch.bfloat16)
+    small = petl.check(saved(make=lambda v: 1e-4 * v), base=base)
+    assert "merge.loss" in ids(small)
+    shutil.rmtree(tmp_path / "adapter")
+    large = petl.check(saved(make=lambda v: 10 * v), base=base)
+    assert any(f.id == "merge.kept" and "bfloat16" in f.what for f in large)
+
+
+def test_outputs_that_do_not_change_are_an_error(saved, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows.write_text(f'{json.dumps({"messages": chat})}\n{{"text": "some words"}}\n')
+    folder = saved(make=lambda v: 1e-9 * v)
+    checked = petl.check(folder, base=folders.base(), data=rows)
+    assert ids(checked) == {"base.effect"}
+    assert "on 2 rows" in next(f.what for f in checked if f.id == "base.effect")
+
+
+def test_a_head_that_equals_the_base_is_noted(tmp_path):
+    folder = tmp_path / "adapter"
+    model = petl.wrap(folders.tiny(), "lora", **folders.QV, modules_to_save=["lm_head"])
+    model.base_model.model.model.layers[0].self_attn.q_proj.lora_B.default.weight.data.fill_(0.1)
+    model.save_pretrained(folder)
+    found = [f.id for f in petl.check(folder, base=folders.base())]
+    assert "base.head" in found

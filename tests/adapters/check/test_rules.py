@@ -1,0 +1,341 @@
+"""`petl.check`: healthy folders are fine, and each class of sick ones is found by its id."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import checked_folders as folders
+import pytest
+import torch
+from contract_cases import OWN, models_of
+from contract_cases import own as own_case
+from safetensors.torch import load_file, save_file
+
+import petl
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def ids(folder, *severities, **given) -> set[str]:
+    severities = severities or ("warning", "error")
+    return {found.id for found in petl.check(folder, **given) if found.severity in severities}
+
+
+@pytest.mark.parametrize("layout", folders.LAYOUTS)
+@pytest.mark.parametrize("config", folders.CONFIGS)
+def test_a_healthy_folder_has_no_warning(config, layout):
+    checked = petl.check(folders.healthy(config, layout))
+    assert checked.ok, [*checked]
+    assert "3 blocks" in checked.kind or config == "one layer"
+    # without a tokenizer nothing is said about templates
+    unknown = {name for name, _ in checked.not_checked}
+    assert ("stop.token" in unknown) == (layout == "peft")
+
+
+@pytest.mark.parametrize("method", OWN)
+def test_what_a_method_of_petl_saves_is_healthy(method, tmp_path):
+    own_case(method, models_of(method)[0]).wrap_stirred().save_pretrained(tmp_path)
+    checked = petl.check(tmp_path)
+    assert checked.ok, [*checked]
+    assert checked.made_by.startswith("petl ")
+
+
+# Sick folders
+
+
+def config(**fields):
+    return lambda folder: folders.change(folder, **fields)
+
+
+def without(*names):
+    def remove(folder: Path) -> None:
+        kept = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps({k: v for k, v in kept.items() if k not in names}))
+
+    return remove
+
+
+def tensors(edit):
+    """Edit the tensors of a folder: names to tensors."""
+
+    def write(folder: Path) -> None:
+        found = load_file(folder / WEIGHTS)
+        save_file({k: v.contiguous() for k, v in edit(found).items()}, folder / WEIGHTS)
+
+    return write
+
+
+def each(part, make):
+    return tensors(lambda found: {k: make(v) if part in k else v for k, v in found.items()})
+
+
+def renamed(old, new):
+    return tensors(lambda found: {k.replace(old, new): v for k, v in found.items()})
+
+
+def file(name, content=b""):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def tokenizer(template=folders.CHATML, **settings):
+    return lambda folder: folders.save_tokenizer(folder, template, **settings)
+
+
+def pickled(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+
+
+def nan(tensor):
+    tensor.view(-1)[0] = torch.nan
+    return tensor
+
+
+def embedded(folder: Path) -> None:
+    """The tokenizer has a token more than the embedding has rows."""
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["added_tokens"].append({**data["added_tokens"][-1], "id": 300, "content": "<new>"})
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+
+
+def newer(folder: Path) -> None:
+    os.utime(folder / "checkpoint-3" / WEIGHTS, (2e9, 2e9))
+
+
+BLOCK_1 = "layers.1.self_attn.v_proj.lora"
+SICK = {
+    "unknown method": ("format.type", config(peft_type="LORAX")),
+    "text for a rank": ("format.values", config(r="8")),
+    "rank 0": ("format.values", config(r=0)),
+    "mlx": ("format.layout", config(fine_tune_type="lora", lora_parameters={"rank": 8})),
+    "torchtune": (
+        "format.layout",
+        tensors(
+            lambda found: {
+                k.removeprefix("base_model.model.model.").lower(): v for k, v in found.items()
+            }
+        ),
+    ),
+    "kohya": (
+        "format.layout",
+        tensors(
+            lambda found: {f"lora_unet_{i}.lora_up.weight": v for i, v in enumerate(found.values())}
+        ),
+    ),
+    "diffusers": ("format.layout", renamed("base_model.model.model", "unet")),
+    "pickle": ("format.weights", pickled),
+    "truncated": ("format.weights", lambda f: os.truncate(f / WEIGHTS, 4000)),
+    "empty": ("format.weights", tensors(lambda found: {})),
+    "code": ("format.code", config(megatron_core="os")),
+    "no prefix": ("keys.prefix", renamed("base_model.model.", "")),
+    "compiled": ("keys.prefix", renamed("base_model.model.", "base_model.model._orig_mod.")),
+    "wrapped twice": ("keys.prefix", renamed("base_model.", "base_model.model.base_model.")),
+    "literal": ("keys.literal", config(target_modules="all-linear")),
+    "other target": ("keys.target", config(target_modules=["q_proj"])),
+    "other block": ("keys.target", config(layers_to_transform=[0])),
+    "misspelt target": ("keys.absent", config(target_modules=["q_proj", "v_proj", "v_porj"])),
+    "head not saved": ("keys.absent", config(modules_to_save=["score"])),
+    "half of a pair": (
+        "keys.pairs",
+        tensors(lambda found: {k: v for k, v in found.items() if f"{BLOCK_1}_B" not in k}),
+    ),
+    "no product": ("keys.pairs", each(f"{BLOCK_1}_B", lambda v: v[:, :4])),
+    "other rank": ("keys.ranks", config(r=4)),
+    "lost block": (
+        "keys.blocks",
+        tensors(lambda found: {k: v for k, v in found.items() if BLOCK_1 not in k}),
+    ),
+    "no effect": ("dead.all", each("lora_B", torch.zeros_like)),
+    "one layer dead": ("dead.some", each(f"{BLOCK_1}_B", torch.zeros_like)),
+    "nan": ("dead.finite", each(f"{BLOCK_1}_A", nan)),
+    "constant": ("dead.rows", each(f"{BLOCK_1}_A", torch.ones_like)),
+    "no alpha": ("scale.alpha", without("lora_alpha")),
+    "alpha 0": ("scale.alpha", config(lora_alpha=0)),
+    "other alpha": ("scale.config", config(lora_alpha=64)),
+    "other scale": ("scale.config", config(alpha_pattern={"q_proj": 64})),
+    "float16": ("dtype.range", each(f"{BLOCK_1}_A", lambda v: torch.full_like(v, 64000).half())),
+    "tokens beyond": ("vocabulary.tokens", embedded),
+    "indices beyond": ("vocabulary.indices", config(trainable_token_indices=[400])),
+    "other template": (
+        "template.base",
+        tokenizer(folders.CHATML.replace("m.role", "m.role | upper")),
+    ),
+    "endless template": ("template.fails", tokenizer("{{ 9 ** 9 ** 9 }}")),
+    "two starts": ("template.bos", tokenizer("<s>{{ bos_token }}" + folders.CHATML)),
+    "other end": ("stop.token", tokenizer(folders.CHATML.replace("im_end", "im_start"))),
+    "no answer": ("stop.token", tokenizer("{{ messages[0].content }}")),
+    "optimizer": ("leftovers.files", file("optimizer.pt")),
+    "merged model": ("leftovers.files", file("model.safetensors")),
+    "two adapters": ("leftovers.files", file("adapter_model.bin")),
+    "newer checkpoint": ("leftovers.newer", newer),
+}
+
+
+@pytest.mark.parametrize("case", SICK)
+def test_a_sick_folder_is_found_by_its_class(case, tmp_path):
+    wanted, damage = SICK[case]
+    layout = "petl" if wanted == "scale.config" else "llama-factory"
+    folder = shutil.copytree(folders.healthy("lora", layout), tmp_path / "adapter")
+    damage(folder)
+    found = {each.id: each for each in petl.check(folder)}
+    assert wanted in found
+    assert found[wanted].severity != "note"
+    assert found[wanted].what
+    assert found[wanted].remedy
+
+
+def test_notes_do_not_count(tmp_path):
+    folder = shutil.copytree(folders.healthy("lora", "peft"), tmp_path / "adapter")
+    each(f"{BLOCK_1}_B", lambda v: 1e5 * v)(folder)
+    checked = petl.check(folder)
+    assert {f.id for f in checked} == {"dead.norm"}
+    assert checked.ok
+
+
+@pytest.mark.parametrize(
+    ("kind", "engine", "found"),
+    [
+        ("lora", "sglang", False),
+        ("rslora", "sglang", True),
+        ("rslora", "vllm", False),
+        ("dora", "vllm", True),
+        ("bias", "llama.cpp", True),
+        ("rank_pattern", "vllm", True),
+        ("rank_pattern", "peft", False),
+    ],
+)
+def test_an_engine_that_was_asked_for_is_an_error(kind, engine, found):
+    assert ("engine.asked" in ids(folders.healthy(kind, "peft"), engine=engine)) == found
+    # without one, it is a note
+    noted = [n for n in petl.check(folders.healthy(kind, "peft")) if n.id == "engine.others"]
+    assert any(engine in note.what.lower() for note in noted) == found
+
+
+@pytest.mark.parametrize(("engine", "wanted"), [(None, "tied.merge"), ("llama.cpp", "tied.gguf")])
+def test_a_tied_head_is_told_by_the_config_of_the_base(engine, wanted, tmp_path):
+    base = shutil.copytree(folders.base(), tmp_path / "base")
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": True}))
+    folder = shutil.copytree(folders.healthy("lora", "peft"), tmp_path / "adapter")
+    renamed("base_model.model.model.layers.1.self_attn.q_proj", "base_model.model.lm_head")(folder)
+    targets = ["q_proj", "v_proj", "lm_head"]
+    folders.change(folder, base_model_name_or_path=str(base), target_modules=targets)
+    assert wanted in ids(folder, engine=engine)
+
+
+def test_chats_without_a_template_are_told(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": []}\n{"text": "a"}\n')
+    checked = petl.check(folders.healthy("lora", "peft"), data=rows)
+    assert "1 of 2 rows" in next(f.what for f in checked if f.id == "template.missing")
+
+
+# Reading
+
+
+def test_no_model_library_is_imported_without_a_base():
+    script = (
+        "import sys, petl; petl.check(sys.argv[1]); "
+        "print({'torch', 'peft', 'transformers'} & {*sys.modules})"
+    )
+    words = [sys.executable, "-c", script, folders.healthy("lora", "petl")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_a_run_is_checked_by_its_adapter(tmp_path):
+    shutil.copytree(folders.healthy("lora", "petl"), tmp_path / "adapter")
+    assert petl.check(tmp_path).ok
+
+
+def test_what_is_no_adapter_is_refused(tmp_path):
+    with pytest.raises(petl.InputError, match="contains no adapter"):
+        petl.check(tmp_path)
+    with pytest.raises(petl.InputError, match="no engine 'vlm'; did you mean 'vllm'"):
+        petl.check(tmp_path, engine="vlm")
+    with pytest.raises(petl.InputError, match="not the folder"):
+        petl.check(tmp_path / "no" / "such")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[]", b"{", b"\xff", b'{"peft_type": "LORA", "r": 8, "r": 9}', b"[" * 100_000],
+)
+def test_a_config_that_is_no_config_is_refused(content, tmp_path):
+    (tmp_path / CONFIG).write_bytes(content)
+    with pytest.raises(petl.InputError, match=CONFIG):
+        petl.check(tmp_path)
+
+
+def test_links_that_lead_out_are_not_followed(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    folder = shutil.copytree(folders.healthy("lora", "peft"), tmp_path / "adapter")
+    for name in (WEIGHTS, "tokenizer_config.json", "base_fingerprint.json"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(secret)
+    os.mkfifo(folder / "chat_template.jinja")
+    links = [found.where for found in petl.check(folder) if found.id == "format.link"]
+    assert {*links} == {
+        WEIGHTS,
+        "tokenizer_config.json",
+        "base_fingerprint.json",
+        "chat_template.jinja",
+    }
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "(.+)+!"},
+        {"target_modules": ["("]},
+        {"rank_pattern": {"(": 8}},
+        {"rank_pattern": []},
+        {"layers_to_transform": "all"},
+        {"trainable_token_indices": {"embed": 3}},
+        {"base_model_name_or_path": "//host/share"},
+        {"base_model_name_or_path": "\0"},
+        {"modules_to_save": [[]]},
+        {"peft_type": ["LORA"]},
+        {"lora_alpha": float("nan")},
+        {"r": 10**30},
+    ],
+)
+def test_hostile_values_are_told_or_not_checked(fields, tmp_path):
+    folder = shutil.copytree(folders.healthy("lora", "unsloth"), tmp_path / "adapter")
+    folders.change(folder, **fields)
+    try:
+        checked = petl.check(folder)
+    except petl.InputError:
+        return
+    assert not checked.ok or "base_model_name_or_path" in fields or checked.not_checked
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (
+            "tokenizer_config.json",
+            '{"chat_template": 3, "eos_token": [], "added_tokens_decoder": 1}',
+        ),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer.json", '{"added_tokens": [[[[{'),
+        ("tokenizer.json", '"added_tokens"' + "[" * 100_000),
+        ("added_tokens.json", '{"a": "b", "c": [1]}'),
+        ("generation_config.json", '{"eos_token_id": "x"}'),
+        ("base_fingerprint.json", '{"version": 2, "layers": {"a": {"scale": "x"}}}'),
+        ("base_fingerprint.json", "[1]"),
+        ("chat_template.jinja", "{% for i in range(99999) %}{{ 'a' * 999 }}{% endfor %}"),
+        ("chat_template.jinja", "{{ messages.__class__.__mro__ }}"),
+        ("chat_template.jinja", "{{ raise_exception('no') }}"),
+        ("chat_template.jinja", "{{ messages[7].content.x }}"),
+        ("chat_template.jinja", "{% include 'x' %}"),
+        ("README.md", "\0" * 1000),
+    ],
+)
+def test_hostile_files_end_in_findings_or_reasons(name, content, tmp_path):
+    folder = shutil.copytree(folders.healthy("lora", "unsloth"), tmp_path / "adapter")
+    (folder / name).write_text(content)
+    petl.check(folder)  # raises nothing: what fails is named by rules
