@@ -26,17 +26,17 @@ PACKAGE = ROOT / "petl"
 # Lines that each package may have. A feature pays for its lines by what it makes unnecessary: lower
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
-    "system": 3250,
+    "system": 3350,
     "ops": 2200,
-    "core": 10250,
+    "core": 10150,
     "efficiency": 8100,
     "data": 9150,
     "training": 12000,
     "methods": 18350,
-    "adapters": 5850,
+    "adapters": 7600,
     "generation": 4650,
     "experiments": 6400,
-    "cli": 3500,
+    "cli": 3600,
     "testing": 2450,
 }
 OWN_LINES = 360  # of the files directly in petl/
