@@ -13,9 +13,8 @@ from petl.adapters.check.findings import NotCheckedError
 from petl.adapters.check.folder import CONFIG, PREFIX, WEIGHTS, Subject, module_of
 from petl.adapters.export.checked_folder import adapted_outputs
 from petl.adapters.export.saved_adapter import SavedAdapter, device, model_in
-from petl.core.adapter_folder import read_config
+from petl.core.adapter_folder import Folder
 from petl.core.fingerprint import Fingerprint, difference, fingerprint
-from petl.core.fingerprint import read as read_fingerprint
 from petl.core.loading import check_file
 from petl.core.loading import load as load_adapter
 from petl.core.model.rounding import lost_share
@@ -100,8 +99,11 @@ def load(subject: Subject) -> Loaded:
     """
     if not subject.config.get("task_type"):
         raise NotCheckedError(f"{CONFIG} has no task_type: the class of the base is not known")
+    if not subject.has(WEIGHTS):
+        raise NotCheckedError(f"{subject.name} has no {WEIGHTS}")
+    source = Folder(subject.folder)
     try:
-        config = read_config(subject.folder)
+        config, trained_on = source.config, source.base
     except InputError as error:
         raise NotCheckedError(str(error)) from error
     base = str(subject.base)
@@ -109,7 +111,7 @@ def load(subject: Subject) -> Loaded:
     saved = SavedAdapter(subject.folder, None, {"model": settings}, other_base=True)
     model = saved.base().eval()
     file = subject.folder / WEIGHTS
-    present, trained_on = fingerprint(model), read_fingerprint(subject.folder)
+    present = fingerprint(model)
     try:
         found = check_file(model, config, file)
     except InputError as error:
