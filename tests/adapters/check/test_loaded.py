@@ -66,7 +66,7 @@ def test_without_a_fingerprint_weights_are_not_compared(tmp_path):
 def test_a_base_of_another_shape_is_an_error(saved, tmp_path):
     checked = petl.check(saved(), base=base_of(tmp_path, num_hidden_layers=2))
     assert ids(checked) == {"base.fits"}
-    assert dict(checked.not_checked)["merge.loss"] .startswith("the adapter does not fit")
+    assert dict(checked.not_checked)["merge.loss"].startswith("the adapter does not fit")
 
 
 def test_an_update_that_bfloat16_rounds_off_is_an_error(saved, tmp_path):
