@@ -1,6 +1,6 @@
 """Runs the public cases of silent wrongs with PEFT and Trainer, and with petl.
 
-Writes docs/silent-wrongs.md:
+Writes docs/silent-wrongs.md, and the picture of two refusals for README:
 
 python scripts/silent_wrongs.py            # write the page, about a minute
 python scripts/silent_wrongs.py --check    # fail if the page is not that of these versions
@@ -12,12 +12,15 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections import Counter
+from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests/fixtures"
 PAGE = ROOT / "docs/silent-wrongs.md"
+PICTURE = ROOT / "docs/assets/refusals.svg"
 sys.path.insert(0, str(FIXTURES))
 
 from silent_wrongs.petl_side import CASES  # noqa: E402
@@ -26,6 +29,11 @@ from silent_wrongs.verdicts import RIGHT, SILENT, Verdict  # noqa: E402
 GROUPS = {"D": "Data", "W": "Wrapping", "T": "Training", "S": "Saving and loading",
           "M": "Merging and exporting", "V": "Serving", "A": "Several adapters"}  # fmt: skip
 LENGTH = 110  # characters of a detail
+SHOWN = {  # cases in the picture, and the commands of a user that meet them
+    "D12": "petl train +method=lora data=files data.train=reviews.csv data.test=holdout.csv",
+    "M2": "petl merge runs/reviews merged",
+}
+COLUMNS, LINE, GLYPH = 96, 20, 7.8  # characters of a line of the picture; pixels of a line, of one
 HEAD = """# Silent wrongs
 
 Public reports in which somebody who fine-tuned a model got a wrong result without an error, each
@@ -96,17 +104,42 @@ def page(versions: dict[str, str], peers: dict[str, Verdict], own: dict[str, Ver
     return "\n".join(lines) + "\n"
 
 
+def picture(own: dict[str, Verdict]) -> str:
+    """The messages of two cases as a terminal shows them, as SVG."""
+    lines: list[tuple[str, str]] = []
+    for name, command in SHOWN.items():
+        lines.append((f"$ {command}", "#8fd18f"))
+        message = own[name].detail.splitlines()[-1].removeprefix("error: ")
+        lines += [(text, "#f2b8b8") for text in textwrap.wrap(f"error: {message}", COLUMNS)]
+        lines.append(("", ""))
+    rows = [
+        f'<text x="14" y="{28 + LINE * i}" fill="{color}">{escape(text)}</text>'
+        for i, (text, color) in enumerate(lines)
+        if text
+    ]
+    width, height = int(COLUMNS * GLYPH) + 28, LINE * len(lines) + 8
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+        'aria-label="Two refusals of petl in a terminal">\n'
+        f'<rect width="{width}" height="{height}" rx="8" fill="#1e2227"/>\n'
+        '<g font-family="ui-monospace, Menlo, Consolas, monospace" font-size="13" '
+        f'xml:space="preserve">\n{chr(10).join(rows)}\n</g>\n</svg>\n'
+    )
+
+
 def main() -> None:
     """Write or check the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare; write nothing")
     options = parser.parse_args()
-    text = page(*peer_verdicts(), petl_verdicts())
+    own = petl_verdicts()
+    text = page(*peer_verdicts(), own)
     if options.check:
         if PAGE.read_text() != text:
             sys.exit(f"{PAGE} is not what the cases give: run python scripts/silent_wrongs.py")
     else:
         PAGE.write_text(text)
+        PICTURE.write_text(picture(own))
 
 
 if __name__ == "__main__":
