@@ -2,6 +2,7 @@
 
     python scripts/claims.py mola                      # one claim; resumes where it was stopped
     python scripts/claims.py mola increlora --jobs 2   # several, in this order
+    python scripts/claims.py mola --quick              # spot check: a seed at the published rates
     python scripts/claims.py --list                    # the claims
     python scripts/claims.py --publish runs/claims     # results of a folder into the pages
 
@@ -20,10 +21,11 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
 
 from claims.catalog import CLAIMS
-from claims.page import listing, summary
+from claims.claim import Claim
+from claims.page import listing, spot_table, summary
 from claims.pictures import publish
-from claims.results import PUBLISHED
-from claims.running import refuse_at_a_time, try_claim
+from claims.results import PUBLISHED, read_published
+from claims.running import refuse_at_a_time, spot_check, try_claim
 
 from petl.cli.arguments import folder_to_write
 from petl.cli.table import JOBS
@@ -57,6 +59,17 @@ def run(arguments: argparse.Namespace) -> None:
         echo("to update the pages: python scripts/build_docs.py refresh")
     elif not arguments.names:
         raise InputError(f"no claim is given: use some of {', '.join(CLAIMS)}, or --list")
+    elif arguments.quick:
+        published = read_published()
+        for claim in claims:
+            folder = arguments.folder.absolute() / "quick"
+            spot_table(claim, spot_check(claim, published[claim.name], folder)).print(claim.title)
+    else:
+        try_all(claims, arguments)
+
+
+def try_all(claims: list[Claim], arguments: argparse.Namespace) -> None:
+    """Try the claims, and print their verdicts."""
     for claim in claims:  # before the first of them is trained
         refuse_at_a_time(claim, together=arguments.together)
     for claim in claims:
@@ -94,6 +107,11 @@ def parser() -> argparse.ArgumentParser:
         default=1,
         metavar="N",
         help="runs of a contender that train in one pass over one base (1: each alone)",
+    )
+    add(
+        "--quick",
+        action="store_true",
+        help="spot check: one seed of the first statement's contenders at the published rates",
     )
     add("--list", action="store_true", help="list the claims, and what is left to try")
     add("--publish", type=Path, metavar="FOLDER", help="copy results of a folder, draw pictures")

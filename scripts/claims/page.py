@@ -1,6 +1,6 @@
 """The page of the claims, and the part of a method's page that quotes its verdicts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -80,6 +80,14 @@ def summary(claim: Claim, result: Result | None) -> Table:
     unit = "difference (points)" if claim.measures == [ACCURACY] else "difference"
     columns = ["statement", "verdict", unit, *([PAPER] if quotes else [])]
     return Table([*columns, "asked for", "would tell with a power of 0.5"], rows)
+
+
+def spot_table(claim: Claim, found: Mapping[str, tuple[float, float]]) -> Table:
+    """Return what a spot check found beside what is published, by contender."""
+    measure = claim.measures[0]
+    rows = [[words, measure.show(old), measure.show(new)] for words, (old, new) in found.items()]
+    title = f"{measure.title}, seed {claim.setting.seeds[0]}"
+    return Table(["contender", f"{title}: published", "now"], rows)
 
 
 def listing() -> Table:

@@ -4,7 +4,7 @@ import logging
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,33 @@ def try_claim(claim: Claim, folder: Path, command: str, jobs: int = 1, together:
     if failed:
         raise RunStopped(f"{claim.name}: {'; '.join(failed)}", status=1)
     return measure(claim, folder, command)
+
+
+def spot_check(claim: Claim, known: Result, folder: Path) -> dict[str, tuple[float, float]]:
+    """Train one seed of the contenders of a claim's first statement, at the published rates.
+
+    Args:
+        known: the published result.
+        folder: of the runs; a stopped check resumes in it.
+
+    Returns:
+        The published value of the claim's first measure and the one found now, by contender.
+    """
+    statement, seed, found = claim.statements[0], claim.setting.seeds[0], {}
+    main = claim.measures[0]
+    prepare(claim, folder)
+    for words, _ in statement.signs:
+        for part in made_of(words):
+            rate = known.contenders[part].rate if part in known.contenders else None
+            rates = claim.setting.rates if rate is None else (rate,)
+            one = replace(claim, setting=replace(claim.setting, seeds=(seed,), rates=rates))
+            study_of(one, [Contender(part)], folder).run()
+            score_also(one, Contender(part), folder)
+        if EDIT in words:
+            edit_all(one, Contender(words), folder)
+        run = finished(one, Contender(words), folder)[seed]
+        found[words] = known.contenders[words].scores[str(seed)], float(main.values(run).mean())
+    return found
 
 
 def refuse_at_a_time(claim: Claim, jobs: int = 1, together: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""The rule that makes one of three verdicts of an interval.
+"""The rule that makes one of four verdicts of an interval.
 
 With an interval (low, high) of the mean difference and a margin chosen before the runs:
 
@@ -9,6 +9,7 @@ With an interval (low, high) of the mean difference and a margin chosen before t
               does not hold    high <= -margin or low >= margin
     no_worse  holds            low > -margin: the first of these two tests, non-inferiority
               does not hold    high < -margin
+              worse            high < 0, and the margin lies within: by how much cannot be told
     share     holds            high < border, the logarithm of the share
               does not hold    low > border
     all       cannot be told   otherwise
@@ -22,6 +23,7 @@ from claims.claim import Statement
 from claims.intervals import Estimate
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
+WORSE = "worse, by how much cannot be told"
 NOT_YET = "not finished"
 
 
@@ -30,8 +32,8 @@ class Verdict:
     """A verdict, and for one that cannot be told, what it would take.
 
     Attributes:
-        word: one of HOLDS, FAILS, OPEN, or NOT_YET for a statement without all of its runs.
-        takes: what it would take, for OPEN; else "".
+        word: one of HOLDS, FAILS, WORSE, OPEN, or NOT_YET for a statement without all of its runs.
+        takes: what it would take, for WORSE and OPEN; else "".
     """
 
     word: str
@@ -51,7 +53,9 @@ def word_of(kind: str, low: float, high: float, margin: float) -> str:
             return HOLDS
         return FAILS if high <= -margin or low >= margin else OPEN
     if kind == "no_worse":
-        return HOLDS if low > -margin else FAILS if high < -margin else OPEN
+        if low > -margin:
+            return HOLDS
+        return FAILS if high < -margin else WORSE if high < 0 else OPEN
     if kind == "share":
         return HOLDS if high < margin else FAILS if low > margin else OPEN
     raise ValueError(f"kind={kind!r} is not one of beats, equals, no_worse, share")
@@ -60,7 +64,7 @@ def word_of(kind: str, low: float, high: float, margin: float) -> str:
 def verdict(statement: Statement, estimate: Estimate) -> Verdict:
     """Return the verdict of a statement for an estimate with all of its runs."""
     word = word_of(statement.kind, *estimate.interval(), statement.border)
-    return Verdict(word, takes(statement, estimate) if word == OPEN else "")
+    return Verdict(word, takes(statement, estimate) if word in (WORSE, OPEN) else "")
 
 
 def takes(statement: Statement, estimate: Estimate) -> str:

@@ -15,7 +15,7 @@ from claims import (
 from claims.claim import Claim, Setting, Shown, Statement
 from claims.intervals import Estimate, estimate, half_width
 from claims.measures import SECONDS
-from claims.verdicts import FAILS, HOLDS, OPEN, needed_half_width, verdict, word_of
+from claims.verdicts import FAILS, HOLDS, OPEN, WORSE, needed_half_width, verdict, word_of
 
 from petl.errors import InputError, RunStopped
 from petl.experiments.sweeps.study import Study
@@ -142,7 +142,8 @@ def test_enough_is_the_smallest_number_of_seeds_then_of_rows():
         ("no_worse", -0.009, 0.04, HOLDS),  # a gain is no loss
         ("no_worse", 0.02, 0.04, HOLDS),
         ("no_worse", -0.03, -0.011, FAILS),
-        ("no_worse", -0.03, -0.009, OPEN),
+        ("no_worse", -0.03, -0.009, WORSE),
+        ("no_worse", -0.03, 0.0, OPEN),
         ("share", -0.4, 0.005, HOLDS),  # the border is a logarithm
         ("share", 0.011, 0.4, FAILS),
         ("share", -0.4, 0.4, OPEN),
@@ -236,6 +237,11 @@ def test_a_claim_is_tried_written_and_resumed(claim, tmp_path, made, monkeypatch
     made.clear()
     assert running.try_claim(claim, tmp_path, "the command") == found
     assert made == []
+
+    # a spot check trains one seed of the first statement again, and finds the same
+    checked = running.spot_check(claim, found, tmp_path / "quick")
+    assert made == ["runs/lora-r-4/seed-0", "runs/lora-r-1/seed-0"]
+    assert checked == {words: (found.contenders[words].scores["0"],) * 2 for words in (WIDE, THIN)}
 
     # the page has the numbers of the file, the picture its verdicts
     monkeypatch.setattr(page, "CLAIMS", {"tiny": claim})
