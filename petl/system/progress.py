@@ -27,6 +27,8 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from petl.system.output import has_file
+
 INTERVAL = 10.0  # seconds between log lines of a pass
 WIDE = 120  # columns of a terminal with room for long bars
 QUIET = 2.0  # seconds for which a quiet pass has no log line
@@ -63,7 +65,8 @@ class Screen:
         # stdout is for results, which may be piped
         console = Console(stderr=True)
         # a library's user who did not ask for messages gets no bars
-        if not is_main() or not console.is_terminal or not logger.isEnabledFor(logging.INFO):
+        hidden = has_file() or not console.is_terminal
+        if not is_main() or hidden or not logger.isEnabledFor(logging.INFO):
             return None
         if self.display is None:
             # counts and times stay complete on a narrow terminal: they cannot shrink

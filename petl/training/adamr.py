@@ -12,7 +12,7 @@ and relies on its order; here the state of each parameter holds its own referenc
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT, StateDict
 
 from petl.errors import InputError, shown
 from petl.system.collectives import to_full, to_local
 
+Group = dict[str, Any]  # of parameters: the tensors and their options
 DELTA_NORMS, REFERENCES = ("l2", "l1"), ("start", "zero")
 BLOCK = 2**16  # elements; measured: with L1 1.5 times faster on a CPU than all tensors at once
 STATE = ("step", "sum", "exp_avg", "exp_avg_sq")  # and "start", unless the reference is 0
@@ -32,7 +34,7 @@ STATE = ("step", "sum", "exp_avg", "exp_avg_sq")  # and "start", unless the refe
 class ParameterBlock(NamedTuple):
     """Parameters of a group with a gradient, of one device and dtype, and their states."""
 
-    group: dict[str, Any]
+    group: Group
     params: list[Tensor]
     gradients: list[Tensor]
     states: list[dict[str, Tensor]]
@@ -64,7 +66,7 @@ class AdamR(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -75,7 +77,7 @@ class AdamR(Optimizer):
         options = {"lr": lr, "betas": betas, "eps": eps, "delta_decay": delta_decay}
         super().__init__(params, {**options, "delta_norm": delta_norm, "reference": reference})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: Group) -> None:
         """Add a group; the reference of its tensors is their present value."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -84,7 +86,7 @@ class AdamR(Optimizer):
             self.state[parameter] = _initial_state(parameter, group["reference"])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Any = None) -> Any:
         """Update every parameter that has a gradient; no operation waits for the device.
 
         Raises:
@@ -99,7 +101,7 @@ class AdamR(Optimizer):
                 _update(part, root)
         return loss
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore a state, with the references that it holds.
 
         Raises:
@@ -125,7 +127,7 @@ class AdamR(Optimizer):
                 self.state[parameter][key] = value.to(_wide(value.dtype))
 
 
-def _check(group: Mapping[str, Any]) -> None:
+def _check(group: Group) -> None:
     """Raise InputError for a parameter group that AdamR cannot train."""
     for key in ("lr", "eps", "delta_decay"):
         # not `< 0`, which is False of nan
@@ -148,7 +150,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _parameters(groups: Sequence[Mapping[str, Any]]) -> Iterable[Tensor]:
+def _parameters(groups: Sequence[Group]) -> Iterable[Tensor]:
     return chain.from_iterable(group["params"] for group in groups)
 
 
@@ -174,9 +176,9 @@ def _initial_state(parameter: Tensor, reference: str) -> dict[str, Tensor]:
 # One step
 
 
-def _parts(group: dict[str, Any], state: Mapping[Any, dict[str, Tensor]]) -> list[ParameterBlock]:
+def _parts(group: Group, state: Mapping[Tensor, dict[str, Tensor]]) -> list[ParameterBlock]:
     """Divide the parameters of a group that have a gradient as multi-tensor kernels need them."""
-    found: dict[Any, ParameterBlock] = {}
+    found: dict[tuple[torch.device, torch.dtype, bool], ParameterBlock] = {}
     for parameter in group["params"]:
         gradient = parameter.grad
         if gradient is None:

@@ -2,9 +2,8 @@
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -12,8 +11,9 @@ from petl.core.parameters import adapter_parameters
 from petl.core.registry import build_config, method, on_shapes, without_data
 from petl.core.spec.config import MethodConfig, in_proportion
 from petl.core.support import Capability
+from petl.core.types import Fields
 from petl.errors import InputError
-from petl.training.features import Fields, RunFeature, Setup
+from petl.training.features import RunFeature, Setup
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +28,7 @@ class Budget(RunFeature):
         return within_budget(fields, setup.shapes, self.settings)
 
 
-def within_budget(
-    fields: Mapping[str, Any], build: Callable[[], PreTrainedModel], budget: int
-) -> dict[str, Any]:
+def within_budget(fields: Fields, build: Callable[[], PreTrainedModel], budget: int) -> Fields:
     """Return `fields` at the largest size whose adapter has at most `budget` parameters.
 
     The method chooses which fields change (`MethodConfig.sized`): for most, `r`, and `lora_alpha`
@@ -82,13 +80,13 @@ def within_budget(
     return chosen
 
 
-def resized(fields: Mapping[str, Any], size: int) -> dict[str, Any]:
+def resized(fields: Fields, size: int) -> Fields:
     """Return `fields` with those changed that give the method this size.
 
     Raises:
         InputError: the method has no size.
     """
-    config: Any = build_config(**fields)
+    config = build_config(**fields)
     own = getattr(config, "sized", None)
     if own is None and not hasattr(config, "r"):
         raise InputError(

@@ -5,14 +5,14 @@ method.calibration_data.num_samples=256                   of the run's own train
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
 
-from petl.data.base import as_dataset, read_data
+from petl.core.types import Record, Settings
+from petl.data.base import Row, as_dataset, read_data
 from petl.data.batch_sampler import chunks, permutation
 from petl.data.models.loading import load_processor
 from petl.data.models.sources import ModelSource
@@ -27,14 +27,14 @@ GROUP = "method.calibration_data"
 class CalibrationData:
     """The settings under `method.calibration_data`, and among those under `ranks`."""
 
-    data: dict[str, Any] | None = field(None)  # as under `data`; None: the run's training rows
+    data: Record | None = field(None)  # as under `data`; None: the run's training rows
     num_samples: int = field(256, integer(1))
     seq_len: int = field(2048, integer(1))  # maximum tokens of a sample; longer ones are cut
     batch_size: int = field(1, integer(1))  # samples per forward pass
     seed: int = field(233, integer(0))  # of the choice of rows
 
 
-def read_calibration(given: Mapping[str, Any] | None) -> CalibrationData:
+def read_calibration(given: Settings | None) -> CalibrationData:
     """Return the settings under `method.calibration_data`; None: all defaults.
 
     Raises:
@@ -69,7 +69,7 @@ class CalibrationBatches:
     def __len__(self) -> int:
         return math.ceil(len(self.order) / self.settings.batch_size)
 
-    def cut(self, row: dict[str, Any]) -> dict[str, Any]:
+    def cut(self, row: Row) -> Row:
         """Truncate the token columns of a row to `seq_len`."""
         length = self.settings.seq_len
         return {k: v[:length] if isinstance(v, list) else v for k, v in row.items()}

@@ -6,7 +6,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
 
 import yaml
 from hydra import compose as hydra_compose
@@ -221,7 +220,7 @@ def explain_missing_yaml(name: str, overrides: Sequence[str]) -> str:
     )
 
 
-def imports_in(overrides: Sequence[str]) -> Any:
+def imports_in(overrides: Sequence[str]) -> object:
     """The value of the setting `imports` on a command line; None if it is not given."""
     words = [word.lstrip("+") for word in overrides]
     given = OmegaConf.from_dotlist([word for word in words if word.startswith("imports=")])

@@ -9,17 +9,20 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from pyarrow import types
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
-from petl.data.base import Stream
+from petl.core.types import Processor
+from petl.data.base import RawData, Stream
 from petl.data.batch_sampler import (
     ENOUGH_STEPS,
     Buckets,
@@ -32,7 +35,7 @@ from petl.data.batch_sampler import (
 from petl.data.overlap import Overlap
 from petl.data.streaming import StreamedRows
 from petl.data.task_mixture import TaskMixture
-from petl.data.tasks.base import NON_INPUT_PREFIX, Task
+from petl.data.tasks.base import NON_INPUT_PREFIX, Row, Task
 from petl.data.tasks.classification import SingleLabelTask
 from petl.data.tasks.encoding_cache import encode_once
 from petl.data.tasks.regression import Regression
@@ -43,7 +46,8 @@ from petl.training.runs.settings import TrainConfig
 
 logger = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
-Collate = Callable[[Sequence[dict[str, Any]]], Batch]
+AnyBatch = TypeVar("AnyBatch")  # also with values that are no tensors
+Collate = Callable[[Sequence[Row]], Batch]
 WORKER_ERROR = re.compile(r"Caught .* in DataLoader worker.*\n[\w.]+: (.*)\n", re.DOTALL)
 SAMPLED = 1000  # rows of a digest; at most about twice as many
 AT_ONCE = 64  # of them in memory
@@ -69,7 +73,7 @@ class Splits:
     train: Dataset | StreamedRows
     validation: Dataset | None
     test: Dataset
-    processor: Any
+    processor: Processor
     buckets: Buckets | None = None
     sources: Dataset | None = None
     order: StepOrder | None = None
@@ -144,8 +148,8 @@ class TrainingRows(NamedTuple):
 
 
 def encode_splits(
-    data: Any,
-    processor: Any,
+    data: RawData,
+    processor: Processor,
     settings: TrainConfig,
     accelerator: Accelerator,
     orders: Iterable[Callable[[TrainingRows], TrainingRows]] = (),
@@ -211,7 +215,7 @@ def encode_splits(
 
 
 def stream_splits(
-    data: Any, processor: Any, settings: TrainConfig, accelerator: Accelerator
+    data: RawData, processor: Processor, settings: TrainConfig, accelerator: Accelerator
 ) -> Splits:
     """Return the splits of a stream, whose train rows are read as they are needed.
 
@@ -232,6 +236,7 @@ def stream_splits(
             "validation rows"
         )
     task, stream = data.task, data.train
+    assert isinstance(stream, Stream), "callers check it"
     if settings.num_workers > 1 and not task.one_for_one:
         logger.warning(
             "each of train.num_workers=%d encodes the whole stream: 1 is as fast",
@@ -324,9 +329,21 @@ def load(
     collate: Collate,
     batches: Iterable[list[int]],
     device: torch.device,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """Yield batches on a device, as `load_on_cpu`."""
+    for batch in load_on_cpu(rows, collate, batches, device, workers):
+        yield to_device(batch, device)
+
+
+def load_on_cpu(
+    rows: Dataset | StreamedRows,
+    collate: Collate,
+    batches: Iterable[list[int]],
+    device: torch.device,
     workers: int,
 ) -> Iterator[Batch]:
-    """Yield batches as CPU tensors, page-locked if `device` is a GPU.
+    """Yield batches as CPU tensors, page-locked if `device`, where they will go, is a GPU.
 
     Args:
         batches: the rows of each batch.
@@ -337,11 +354,11 @@ def load(
     """
     # columns that no batch needs are not read
     if isinstance(rows, StreamedRows):
-        source: Any = rows.restarted()
+        source = rows.restarted()
     else:
         source = rows.select_columns(batched(rows))
     loader = DataLoader(
-        source,
+        cast(TorchDataset, source),  # what torch needs of one
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
@@ -383,9 +400,9 @@ def longest_first(lengths: Sequence[int] | Ints) -> list[int]:
     return np.argsort(-np.asarray(lengths), kind="stable").tolist()
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy the batch to `device`, asynchronously from page-locked memory."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+def to_device(batch: AnyBatch, device: torch.device) -> AnyBatch:
+    """Copy the tensors of a batch to `device`, asynchronously from page-locked memory."""
+    return send_to_device(batch, device, non_blocking=True)
 
 
 def without_labels(batch: Batch) -> Batch:
@@ -434,7 +451,7 @@ def numbers_of(column: Dataset) -> Iterable[np.ndarray] | None:
     if not types.is_integer(number) and not types.is_floating(number):
         return None
     (chunks,) = column.with_format("arrow")[:].columns
-    values: Any = chunks.combine_chunks()
+    values = chunks.combine_chunks()
     flat = values.flatten() if in_lists else values
     if values.null_count or flat.null_count:
         return None
@@ -472,8 +489,7 @@ class FirstBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         rows, collate = self.splits.train, self.splits.collate
-        for batch in load(rows, collate, self.sampler, self.device, self.workers):
-            yield to_device(batch, self.device)
+        return load(rows, collate, self.sampler, self.device, self.workers)
 
 
 # Warnings about splits
@@ -483,7 +499,7 @@ NAMED = 5  # classes that a message names
 # definitions of WordNet repeat in 0.6 %)
 
 
-def warn_about_truncation(task: Task, processor: Any, raw: Dataset, encoded: Dataset) -> None:
+def warn_about_truncation(task: Task, processor: Processor, raw: Dataset, encoded: Dataset) -> None:
     """Log how many test rows are truncated, and so scored by their beginning.
 
     Args:

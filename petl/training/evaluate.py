@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from petl.core.lifecycle import lifecycle
+from petl.core.types import base_of
 from petl.data.batch_sampler import chunks
 from petl.data.tasks.base import NON_INPUT_PREFIX, Prediction, Row, Task, not_finite, rounded
 from petl.data.tasks.metrics import rouge
@@ -29,7 +30,7 @@ from petl.errors import RunStopped
 from petl.system.collectives import gathered, is_sharded
 from petl.system.files.disk import atomic_file, stop_when_full
 from petl.system.progress import Pass, ProgressItems
-from petl.training.dataloader import Batch, Splits, load, longest_first, to_device
+from petl.training.dataloader import Batch, Splits, load, longest_first
 from petl.training.generation import is_pair, written
 from petl.training.non_finite import first_not_finite
 from petl.training.runs.settings import TrainConfig
@@ -160,10 +161,8 @@ def score(
     # number of processes
     every = chunks(longest_first(splits.task.lengths(rows)), batch_size)
     mine = every[accelerator.process_index :: accelerator.num_processes]
-    device = accelerator.device
-    batches = load(rows, splits.collate, mine, device, workers=0)
     with accelerator.autocast():
-        more = extra_metrics(model, (to_device(batch, device) for batch in batches))
+        more = extra_metrics(model, load(rows, splits.collate, mine, accelerator.device))
     if more and len(rows) < len(splits.test):
         names = ", ".join(more)
         logger.info("%s: of the first %d of %d test examples", names, len(rows), len(splits.test))
@@ -195,10 +194,10 @@ def refuse_not_finite(
         longest_first(splits.task.lengths(splits.test)) if accelerator.num_processes == 1 else []
     )
     batches = chunks(order, batch_size)
-    device, labels = accelerator.device, splits.task.label_columns
+    labels = splits.task.label_columns
     inputs = (
-        {name: tensor for name, tensor in to_device(batch, device).items() if name not in labels}
-        for batch in load(splits.test, splits.collate, batches, device, workers=0)
+        {name: tensor for name, tensor in batch.items() if name not in labels}
+        for batch in load(splits.test, splits.collate, batches, accelerator.device)
     )
     with accelerator.autocast():
         where = first_not_finite(model.eval(), inputs)
@@ -275,7 +274,7 @@ def one_pass(
     what: str | None,
 ) -> Tensor:
     """Return the sum of `Task.score` over the rows, or the values of each, in their order."""
-    device, task, (rows, order) = accelerator.device, splits.task, part
+    task, (rows, order) = splits.task, part
     mine = order[accelerator.process_index :: accelerator.num_processes]
     # every process runs as many passes as the first: a sharded model needs all of them in each
     each = math.ceil(len(order) / accelerator.num_processes)
@@ -288,10 +287,9 @@ def one_pass(
     was_training = model.training  # evaluation within training switches dropout off
     model.eval()
     parts = []
-    loaded = load(rows, splits.collate, batches, device, workers=0)
+    loaded = load(rows, splits.collate, batches, accelerator.device)
     shown = ProgressItems(loaded, what or "validation", len(batches), quiet=what is None)
     for positions, batch in zip(batches, shown, strict=True):
-        batch = to_device(batch, device)
         with accelerator.autocast():
             outputs = task.outputs(model, batch)  # without labels: `score` computes the loss
         values = None
@@ -387,7 +385,7 @@ def score_answers(
 @contextmanager
 def for_training(model: PeftModel, settings: TrainConfig) -> Generator[None]:
     """Inside the block: training mode, no KV cache, gradient checkpointing as configured."""
-    base: Any = model.get_base_model()
+    base = base_of(model)
     use_cache = getattr(base.config, "use_cache", None)
     if use_cache is not None:
         base.config.use_cache = False

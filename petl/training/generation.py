@@ -4,25 +4,30 @@ Shapes: B rows, T tokens of the longest prompt.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from petl.core.parameters import max_positions
+from petl.core.types import Arguments, CausalModel, base_of
 from petl.data.tasks.base import pad_id
 from petl.data.tasks.chat import end_of_turn
 from petl.data.tasks.row_tasks import IDS
 from petl.errors import InputError
 from petl.system.collectives import is_sharded
 
+if TYPE_CHECKING:
+    from petl.efficiency.drafting.registry import Drafter
+
 
 @torch.no_grad()
 def written(
     model: PeftModel,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     task_ids: Sequence[int] | None = None,
@@ -39,7 +44,7 @@ def written(
     Raises:
         InputError: the model has a table of positions, and a prompt leaves none for an answer.
     """
-    base: Any = model.get_base_model()
+    base = base_of(model)
     longest = 0 if is_pair(model) else max(map(len, prompts))
     max_new_tokens = min(max_new_tokens, positions_behind(base, longest) or max_new_tokens)
     inputs = padded(prompts, pad_id(tokenizer), on_left=not is_pair(model))
@@ -65,7 +70,7 @@ def written(
     return tokenizer.batch_decode(new, skip_special_tokens=True)
 
 
-def positions_behind(base: Any, longest: int) -> int | None:
+def positions_behind(base: CausalModel, longest: int) -> int | None:
     """Return how many tokens a model has positions for behind a prompt; None without a limit.
 
     Raises:
@@ -83,10 +88,10 @@ def positions_behind(base: Any, longest: int) -> int | None:
     return None if limit is None else limit - longest
 
 
-_drafters: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by base model
+_drafters: "WeakKeyDictionary[CausalModel, Drafter]" = WeakKeyDictionary()  # by base model
 
 
-def free_drafts(model: PeftModel) -> dict[str, Any]:
+def free_drafts(model: PeftModel) -> Arguments:
     """Return arguments of `generate` that draft, see petl.drafting; empty if that is not possible.
 
     Below float32, where drafts may change an answer where two tokens are nearly equally likely,
@@ -97,7 +102,7 @@ def free_drafts(model: PeftModel) -> dict[str, Any]:
     from petl.efficiency.drafting.engine import decode
     from petl.efficiency.drafting.registry import drafter
 
-    base: Any = model.get_base_model()
+    base = base_of(model)
     is_half = base.dtype != torch.float32 or torch.is_autocast_enabled(base.device.type)
     if is_half or why_plain(base):
         return {}
@@ -108,7 +113,7 @@ def free_drafts(model: PeftModel) -> dict[str, Any]:
 
 def is_pair(model: PeftModel) -> bool:
     """Return True if the model is an encoder with a decoder."""
-    base: Any = model.get_base_model()
+    base = base_of(model)
     return base.config.is_encoder_decoder
 
 

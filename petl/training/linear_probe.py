@@ -26,7 +26,7 @@ from petl.data.streaming import StreamedRows
 from petl.data.tasks.base import IGNORED, Task, not_finite
 from petl.system.collectives import is_sharded
 from petl.system.progress import Pass, ProgressItems
-from petl.training.dataloader import SPLIT_SEED, Batch, Splits, load, longest_first, to_device
+from petl.training.dataloader import SPLIT_SEED, Batch, Splits, load, longest_first
 from petl.training.evaluate import in_order
 from petl.training.features import Context, RunFeature
 from petl.training.optimizer import fraction_of_peak, make_optimizer, set_lr
@@ -216,7 +216,7 @@ def features(
         batch_size: rows of a forward pass of a process.
         untrained: gets the scores of the model on the rows, computed as `evaluate` does.
     """
-    processes, device, task = accelerator.num_processes, accelerator.device, splits.task
+    processes, task = accelerator.num_processes, splits.task
     order = longest_first(task.lengths(rows))
     # token features of all batches get one width, that of the longest row
     width = task.width(splits.collate([rows[order[0]]]))
@@ -230,11 +230,10 @@ def features(
     masks: list[Tensor] = []
     labels: dict[str, list[Tensor]] = {name: [] for name in task.label_columns}
     try:
-        loaded = load(rows, splits.collate, parts, device, workers=0)
-        for given in ProgressItems(
+        loaded = load(rows, splits.collate, parts, accelerator.device)
+        for batch in ProgressItems(
             loaded, f"linear probe: features of {len(rows):,} examples", len(parts)
         ):
-            batch = to_device(given, device)
             # without labels the model computes no loss of its own
             inputs = {name: batch[name] for name in batch if name not in labels}
             for name, values in labels.items():

@@ -9,12 +9,12 @@ same rows gives the same gradient. No operation of a step synchronizes with the 
 import logging
 import math
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from signal import SIGTERM, Signals
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate.utils import gather_object, set_seed
@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from petl.core.lifecycle import lifecycle
+from petl.core.types import Record
 from petl.data.tasks.base import not_finite
 from petl.errors import InputError, RunStopped
 from petl.system.collectives import Counts, on_main
@@ -34,7 +35,7 @@ from petl.training.dataloader import (
     Batch,
     FirstBatches,
     digest,
-    load,
+    load_on_cpu,
     to_device,
     without_labels,
 )
@@ -64,11 +65,12 @@ from petl.training.runs.checkpoint import (
     verify_best,
 )
 from petl.training.runs.records import METRICS
-from petl.training.runs.resume import NOT_RESUMABLE, lengthens, stored_identity
+from petl.training.runs.resume import NOT_RESUMABLE, lengthens
 from petl.training.runs.run_folder import Run
 from petl.version import __version__
 
 logger = logging.getLogger(__name__)
+MOST_ROWS = 1000  # steps over which a log line averages at most; assumption
 
 
 T = TypeVar("T")
@@ -136,8 +138,8 @@ class Loop:
         self.rows = digest(splits.train)
         self.counts, self.timer = Counts(accelerator), run.timer
         self.log_steps = settings.log_interval(self.total)
-        # a row per step since the last log line, read in one transfer
-        self.window = torch.zeros(self.log_steps, 3, device=self.device)
+        # a row for each of the last steps, read in one transfer
+        self.window = torch.zeros(min(self.log_steps, MOST_ROWS), 3, device=self.device)
         # of the micro-batches of a step, on device
         self.losses: list[Tensor] = []
         self.extras: list[Tensor] = []
@@ -157,7 +159,7 @@ class Loop:
         """Inside the block, the steps are made: clocks run, and a bar shows how far they are."""
         settings, state = self.settings, self.state
         rows, collate, workers = self.splits.train, self.splits.collate, settings.num_workers
-        self.batches = load(rows, collate, self.sampler, self.device, workers)
+        self.batches = load_on_cpu(rows, collate, self.sampler, self.device, workers)
         self.timer.start()
         # a resumed run counts the seconds of its earlier parts as well
         self.began = time.monotonic() - state.seconds
@@ -267,7 +269,7 @@ class Loop:
         done, schedule = self.state.schedule_from, self.settings.schedule
         return fraction_of_peak(step - done, self.total - done, self.warmup, schedule)
 
-    def backward(self, weighted: Sequence[tuple[Batch, float]]) -> None:
+    def backward(self, weighted: Sequence[tuple[Mapping[str, Tensor], float]]) -> None:
         """Add up the gradients of these micro-batches, of which the last one ends the step.
 
         Args:
@@ -294,7 +296,7 @@ class Loop:
 
     def record(self, *values: Tensor) -> None:
         """Store loss, auxiliary loss and gradient norm of a step, on device."""
-        # a ring buffer of log_steps rows
+        # a ring buffer
         row = (self.state.step - 1) % len(self.window)
         self.window[row] = torch.stack(values)
 
@@ -303,16 +305,16 @@ class Loop:
     def fetch(self) -> list[list[float]]:
         """Return the values of each step since the last log line, averaged over processes.
 
-        Synchronizes with the device.
+        Synchronizes with the device. Of more than `MOST_ROWS` steps, they are those of the last.
 
         Raises:
             RunStopped: one of them is not finite.
         """
         step = self.state.step
-        count = min(step % len(self.window) or len(self.window), step - self.unknown)
-        first = (step - count) % len(self.window)
+        since = step % self.log_steps or self.log_steps
+        count = min(since, step - self.unknown, len(self.window))
         rows = self.accelerator.reduce(
-            self.window[first : first + count], reduction="mean"
+            self.window[self.places(step - count, step)], reduction="mean"
         ).tolist()
         for number, (loss, _, norm) in enumerate(rows, start=step - count + 1):
             if not math.isfinite(loss + norm):
@@ -320,6 +322,10 @@ class Loop:
                     f"at step {number} the loss was {loss:g}, the gradient norm {norm:g}"
                 )
         return rows
+
+    def places(self, done: int, step: int) -> list[int]:
+        """Return the rows of the window for the steps after `done`, up to `step`."""
+        return [number % len(self.window) for number in range(done, step)]
 
     def diverged(self, event: str) -> RunStopped:
         """Return the error for a loss or weights that are not finite."""
@@ -332,12 +338,12 @@ class Loop:
             f"training diverged: {event}; {last}; try a lower train.lr or train.head_lr"
         )
 
-    def log(self) -> dict[str, Any]:
+    def log(self) -> Record:
         """Write a line of metrics: means since the last one; return it."""
         state, rows = self.state, self.fetch()
         state.spent = self.timer.totals()  # cheap here: `fetch` has just synchronized
         loss, aux, norm = (sum(column) / len(rows) for column in zip(*rows, strict=True))
-        if norm == 0 and state.step == len(rows):  # the first line of the log
+        if norm == 0 and state.step <= self.log_steps:  # the first line of the log
             logger.warning(
                 "the gradient has been 0 up to step %d, so nothing is trained: does the loss "
                 "depend on the layers that the method adapts?",
@@ -383,7 +389,7 @@ class Loop:
         """Write a checkpoint, never of a state that is not finite."""
         state, run = self.state, self.run
         rows = self.fetch()
-        state.window = rows if state.step % len(self.window) else []
+        state.window = rows if state.step % self.log_steps else []
         state.spent = self.timer.totals()
         # JSON and tensors of each process, for the main process to write
         rng = gather_object([rng_state(self.device)])
@@ -452,11 +458,11 @@ class Loop:
                 self.accelerator.num_processes,
             )
         state = TrainState(**stored["progress"])
-        if lengthens(stored_identity(stored), self.run.identity):
+        if lengthens(stored["identity"], self.run.identity):
             self.lengthen(state, source)
         self.timer.spent = dict(state.spent)
         self.restore_window(state, source)
-        self.run.log.rewind(source, state.step)
+        self.run.log.rewind(source)
         return self.with_usable_best(state)
 
     def lengthen(self, state: TrainState, source: Path) -> None:
@@ -496,10 +502,12 @@ class Loop:
         size, columns = self.window.shape
         if any(len(row) != columns for row in state.window) or len(state.window) > state.step:
             raise InputError(f"{source / STATE} cannot be used: its window is of another run")
-        due = state.step % size
+        due = min(state.step % self.log_steps, size)
         rows = state.window[-due:] if due else []
-        self.window[due - len(rows) : due] = torch.tensor(rows).view(-1, columns)
         self.unknown = state.step - len(rows)
+        # on the device, which a list of rows is not
+        restored = torch.tensor(rows, device=self.device).view(-1, columns)
+        self.window[self.places(self.unknown, state.step)] = restored
 
     def with_usable_best(self, state: TrainState) -> TrainState:
         """Return `state` with a best step whose checkpoint can be restored."""

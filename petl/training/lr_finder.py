@@ -13,11 +13,11 @@ diverge, and a learning rate `MARGIN` times lower is chosen.
 import copy
 import logging
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from accelerate import Accelerator
 from peft import PeftModel
@@ -25,13 +25,14 @@ from peft import PeftModel
 from petl.core.lifecycle import lifecycle
 from petl.core.model.heat_map import save_figure
 from petl.core.support import Capability
+from petl.core.types import Record
 from petl.errors import InputError, RunStopped
 from petl.system.collectives import is_sharded, on_main
 from petl.system.files.disk import UNFINISHED, as_json, remove, stop_when_full, write_atomic
 from petl.system.files.read import read_json
 from petl.system.progress import ProgressItems
 from petl.system.values import type_problem
-from petl.training.dataloader import load
+from petl.training.dataloader import load_on_cpu
 from petl.training.distributed.launch import gathered
 from petl.training.evaluate import for_training
 from petl.training.features import Context, RunFeature
@@ -85,7 +86,7 @@ class LrFinder(RunFeature):
         context.settings = replace(settings, lr=lr, head_lr=head_lr)
 
     @classmethod
-    def section(cls, folder: Path, scores: Mapping[str, Any]) -> Section | None:
+    def section(cls, folder: Path, scores: Record) -> Section | None:
         """Return the picture of the test, and the learning rate that was chosen."""
         found = scores.get(cls.key)
         if found is None:
@@ -179,7 +180,7 @@ def run_test(context: Context) -> RangeTest:
 def with_shared_base(model: PeftModel) -> PeftModel:
     """Return a copy of a model that shares its frozen parameters."""
     # the memo of deepcopy: objects in it are not copied
-    frozen: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    frozen: dict[int, object] = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, frozen)
 
 
@@ -213,7 +214,7 @@ class RisingLoop(Loop):
         self.sampler, self.timer = replace(self.sampler, steps=steps), PhaseTimer(self.device)
         self.timer.start()
         rows, collate, workers = self.splits.train, self.splits.collate, self.settings.num_workers
-        batches = load(rows, collate, self.sampler, self.device, workers)
+        batches = load_on_cpu(rows, collate, self.sampler, self.device, workers)
         rates, losses, reach = [], [], reach_of(steps)
         what = f"range test, learning rates from {LOW:g} to {HIGH:g}"
         for step in ProgressItems(range(1, steps + 1), what, unit="steps"):
@@ -236,7 +237,7 @@ class RisingLoop(Loop):
 # The result
 
 
-def conclude(test: RangeTest, settings: TrainConfig, folder: Path) -> dict[str, Any]:
+def conclude(test: RangeTest, settings: TrainConfig, folder: Path) -> Record:
     """Write the test to the run's folder; return the chosen learning rate, for scores.json."""
     lr = test.suggestion()
     if lr is None:

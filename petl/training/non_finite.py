@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ def first_not_finite(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) 
     names = {module: name or "the model" for name, module in model.named_modules()}
     found: list[str] = []
 
-    def check(module: nn.Module, inputs: Any, outputs: Any) -> None:
+    def check(module: nn.Module, inputs: object, outputs: object) -> None:
         if module in names and any(not t.isfinite().all() for t in float_tensors(outputs)):
             found.append(names[module])
             # stops the pass: what follows is NaN as well, and could raise on it
@@ -41,7 +40,7 @@ def first_not_finite(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) 
     return f"all weights are finite, and the first output that is not is that of {found[0]}"
 
 
-def float_tensors(value: Any) -> Iterable[Tensor]:
+def float_tensors(value: object) -> Iterable[Tensor]:
     """Yield the floating-point tensors in an output: a tensor, or containers of them."""
     if isinstance(value, Tensor):
         if value.is_floating_point():

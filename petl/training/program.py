@@ -20,6 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from petl.errors import InputError, JobSkipped, RunStopped, printable, shortened
+from petl.system.output import messages
 from petl.system.processes import (
     begin_job,
     end_with_launcher,
@@ -75,16 +76,16 @@ class WrappedError(BaseException):
 def report(message: str) -> None:
     """Print a message on standard error, from one process of the run."""
     if should_report():
-        sys.stderr.write(f"{printable(message)}\n")
+        messages().write(f"{printable(message)}\n")
 
 
 def print_error(error: object) -> None:
     """Print an error on standard error, from the first process that has it."""
     if should_report_error():
-        sys.stderr.write(f"error: {printable(shortened(str(error)))}\n")
+        messages().write(f"error: {printable(shortened(str(error)))}\n")
 
 
-def reported(function: Callable[[], Any]) -> int:
+def reported(function: Callable[[], object]) -> int:
     """Run `function` and return the exit status.
 
     Errors of the input, of the disk and of Hydra, and signals, become one message; any other
@@ -157,7 +158,7 @@ def report_error(error: Exception) -> int:
 
 
 class StandardError(logging.StreamHandler):
-    """Log to the current `sys.stderr`, which a progress bar replaces while it is shown."""
+    """Log to standard error as it is now: a progress bar replaces it while it is shown."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the text of a record, control characters escaped."""
@@ -165,13 +166,13 @@ class StandardError(logging.StreamHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record."""
-        self.stream = sys.stderr
+        self.stream = messages()
         super().emit(record)
 
 
 def print_traceback(*error: Any) -> None:
     """Print the traceback of a bug: like `sys.excepthook`, control characters escaped."""
-    sys.stderr.write(printable("".join(traceback.format_exception(*error))))
+    messages().write(printable("".join(traceback.format_exception(*error))))
 
 
 def log_to_stderr() -> None:
@@ -197,7 +198,7 @@ OmegaConf.register_new_resolver(
 closing: list[Callable[[], None]] = []  # called after the last run of a sweep
 
 
-def entry(main: Callable[[], Any]) -> NoReturn:
+def entry(main: Callable[[], object]) -> NoReturn:
     """Run a `hydra.main` function as the program, and exit."""
     sys.argv[1:] = with_quoted_templates(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises exceptions instead of printing them
@@ -207,7 +208,7 @@ def entry(main: Callable[[], Any]) -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     end_with_launcher()
 
-    def program() -> Any:
+    def program() -> object:
         refuse_run_dir()
         return main()
 

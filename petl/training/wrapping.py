@@ -1,7 +1,6 @@
 """The model that a run trains: base with adapter, checked, in training mode."""
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftModel
@@ -18,6 +17,7 @@ from petl.core.registry import (
     wrap,
 )
 from petl.core.spec.facts import facts_of
+from petl.core.types import Arguments, Fields, base_of
 from petl.data.models.loading import new_modules
 from petl.data.tasks.base import packs
 from petl.data.tasks.packing import check_packed_texts_isolated
@@ -64,7 +64,7 @@ def wrapped(setup: Setup, bases: Bases | None = None) -> PeftModel:
     return model
 
 
-def train_new_modules(fields: Mapping[str, Any], base: PreTrainedModel) -> dict[str, Any]:
+def train_new_modules(fields: Fields, base: PreTrainedModel) -> Fields:
     """Return `fields` that also train and save modules without pretrained weights.
 
     PEFT does so for the heads that it recognizes. Other heads, or a pooler that a masked language
@@ -74,7 +74,7 @@ def train_new_modules(fields: Mapping[str, Any], base: PreTrainedModel) -> dict[
     Raises:
         InputError: the method would read the output of such a module.
     """
-    config_cls: Any = method(fields["name"]).config_cls
+    config_cls = method(fields["name"]).config_cls
     if facts_of(config_cls).replaces_head:
         config: Any = build_config(**{k: v for k, v in fields.items() if k != "calibration"})
         config.check_new_modules(new_modules(base))
@@ -89,13 +89,13 @@ def train_new_modules(fields: Mapping[str, Any], base: PreTrainedModel) -> dict[
     return completed
 
 
-def takes_every_linear(fields: Mapping[str, Any]) -> bool:
+def takes_every_linear(fields: Fields) -> bool:
     """Return True if PEFT would target the head: it excludes only that of a text classifier."""
     everywhere = fields.get("target_modules") == "all-linear" and not method(fields["name"]).own
     return everywhere and str(fields["task_type"]) not in ("SEQ_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
-def wrap_for_run(base: PreTrainedModel, arguments: Mapping[str, Any]) -> PeftModel:
+def wrap_for_run(base: PreTrainedModel, arguments: Arguments) -> PeftModel:
     """Return `base` with an adapter and trainable new modules.
 
     Args:
@@ -108,7 +108,7 @@ def wrap_for_run(base: PreTrainedModel, arguments: Mapping[str, Any]) -> PeftMod
     return model
 
 
-def wrap_arguments(setup: Setup) -> dict[str, Any]:
+def wrap_arguments(setup: Setup) -> Arguments:
     """Return the arguments of `petl.wrap`: method fields, and batches for calibration if needed.
 
     Those are what a feature has chosen; else of `method.calibration_data`, if the method has that
@@ -120,7 +120,7 @@ def wrap_arguments(setup: Setup) -> dict[str, Any]:
     run, splits, accelerator = setup.config, setup.splits, setup.accelerator
     assert accelerator is not None
     fields = setup.fields()
-    config: Any = build_config(**fields)
+    config = build_config(**fields)
     # before weights are loaded
     check_on_shapes(setup.shapes, train_new_modules(fields, setup.shapes()))
     if not needs_calibration(config):
@@ -128,7 +128,7 @@ def wrap_arguments(setup: Setup) -> dict[str, Any]:
     if setup.calibration is not None:
         batches = setup.calibration
     elif hasattr(config, "calibration_data"):
-        chosen = read_calibration(config.calibration_data)
+        chosen = read_calibration(vars(config)["calibration_data"])
         batches = calibration_batches(chosen, run.model, splits)
     else:
         parts = accelerator.num_processes if facts_of(config).divides_calibration else 1
@@ -141,7 +141,7 @@ def check_model(model: PeftModel, settings: TrainConfig) -> None:
     """Raise InputError if settings or data do not fit this model, or if nothing is trainable."""
     if not is_computed(model.active_peft_config):
         groups(model, settings)  # raises if nothing is trainable
-    base: Any = model.get_base_model()
+    base = base_of(model)
     kind = settings.gradient_checkpointing
     if kind and not base.supports_gradient_checkpointing:
         raise InputError(

@@ -66,40 +66,6 @@ def test_auto_finds_an_old_run_by_its_config(workdir):
     assert_recorded_losses(resume("mola", "auto"), "mola")
 
 
-@pytest.mark.parametrize("has_field", [True, False], ids=["null", "absent"])
-@pytest.mark.parametrize("checkpoint", ["run", "auto"])
-def test_a_run_from_before_buckets_were_the_default_keeps_its_batches(
-    workdir, monkeypatch, checkpoint, has_field
-):
-    common = [*compatibility_runs.COMMON, "+method=lora", "train.batch_size=2"]
-    older = [*common, "train.buckets=null"]
-    plain, present = train(older, Path("plain")), train(common, Path("present"))
-    losses = [line["loss"] for line in plain.metrics]
-    assert losses != [line["loss"] for line in present.metrics], "the batches are the same anyway"
-    with monkeypatch.context() as patch:
-        if not has_field:  # neither in the checkpoints nor in the configuration
-            patch.setattr(run_folder, "identity", lambda given: without_buckets(identity(given)))
-        train_until_killed(older, Path("run"), compatibility_runs.KILLED)
-    config = Path("run/config.yaml")
-    if not has_field:
-        config.write_text(config.read_text().replace("  buckets: null\n", ""))
-    resumed = train([*common, f"train.resume={checkpoint}"], Path("run"))
-    assert [line["loss"] for line in resumed.metrics] == losses
-    assert "  buckets: null\n" in config.read_text()
-
-
-def without_buckets(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name != "train.buckets"}
-
-
-def test_the_number_of_buckets_that_a_command_names_is_that_of_the_run(workdir, monkeypatch):
-    monkeypatch.setattr(resume_rules, "is_given", lambda name: name == "train.buckets")
-    common = [*compatibility_runs.COMMON, "+method=lora"]
-    train_until_killed([*common, "train.buckets=null"], Path("run"), compatibility_runs.KILLED)
-    with pytest.raises(InputError, match=r"train\.buckets=None there, 'auto' here"):
-        train([*common, "train.buckets=auto", "train.resume=run"], Path("run"))
-
-
 def test_resuming_with_another_setting_is_refused(workdir):
     """Shows that the tests above do compare settings."""
     shutil.copytree(compatibility_runs.CHECKPOINTS / "mola" / "run", "run")

@@ -2,7 +2,6 @@
 
 import math
 import statistics
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.table import Table as RichTable
 
 from petl.data.tasks.scores import COUNTS, PROPORTIONS, is_percentage
 from petl.errors import markdown, printable
+from petl.system.output import results
 
 LEVEL = 0.95  # of intervals
 
@@ -138,7 +138,7 @@ def number(value: float, digits: int = 6) -> str:
 
 def echo(text: object = "", *, end: str = "\n") -> None:
     """Print text to standard output, control characters escaped."""
-    sys.stdout.write(f"{printable(text)}{end}")
+    results().write(f"{printable(text)}{end}")
 
 
 # Tables
@@ -178,7 +178,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
 
     On a narrow terminal, a table that does not fit is printed as records: one line per cell.
     """
-    console = Console(highlight=False)
+    console = Console(file=results(), highlight=False)
     columns, *cells = ([_cell(value) for value in row] for row in (columns, *rows))
     table = RichTable(
         box=SIMPLE_HEAD if console.is_terminal else None,
@@ -204,7 +204,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
     console.width = PLAIN_WIDTH
     with console.capture() as captured:
         console.print(table)
-    sys.stdout.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+    results().writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 
 def _cell(value: object) -> str:

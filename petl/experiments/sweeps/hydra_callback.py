@@ -183,6 +183,7 @@ def best_setting_lines(
     for words, run in runs:
         values = identity_of(run) or {}
         seed = values.pop(SEED)  # what is left identifies the setting
+        assert isinstance(seed, int), "the settings of a run were checked"
         # JSON as key: settings contain lists and dicts, which cannot be hashed
         setting = settings.setdefault(json.dumps(values, sort_keys=True), Setting(words, {}))
         setting.runs[seed] = run

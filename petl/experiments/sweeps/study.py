@@ -31,7 +31,7 @@ from petl.system.files.read import read_json
 from petl.system.settings.command_line import config_dir_words, quoted
 from petl.training.compose import compose
 from petl.training.runs.records import is_finished, read_results
-from petl.training.runs.resume import as_chosen, differences, identity, identity_of
+from petl.training.runs.resume import as_begun, differences, identity, identity_of
 from petl.training.runs.run_config import read_config
 
 TRAIN = (sys.executable, "-m", "petl", "train")  # this interpreter, whatever PATH has
@@ -358,7 +358,7 @@ def refuse_other(job: StudyJob, existing: Mapping[str, Any]) -> None:
 
     The learning rate may differ: it depends on the scores of the tuning runs.
     """
-    now = as_chosen(existing, identity(read_config(compose(job.overrides)).resolved))
+    now = as_begun(existing, identity(read_config(compose(job.overrides)).resolved))
     others = differences(existing, {**now, "train.lr": existing.get("train.lr")})
     if others:
         raise InputError(

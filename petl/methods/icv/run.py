@@ -2,11 +2,11 @@
 
 import logging
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
 from petl.core.registry import build_config, needs_calibration
+from petl.core.types import Record
 from petl.data.tasks.scores import is_percentage
 from petl.errors import InputError
 from petl.methods.icv.demonstrations import demonstrations, held_rows, settings_of
@@ -71,7 +71,7 @@ class Strengths(RunFeature):
             logger.info("strength %g: the best on %d training rows", config.strength, len(rows))
 
     @classmethod
-    def section(cls, folder: Path, scores: Mapping[str, Any]) -> Section | None:
+    def section(cls, folder: Path, scores: Record) -> Section | None:
         """Return a chart of the scores by strength."""
         found = scores.get(cls.key)
         if found is None:

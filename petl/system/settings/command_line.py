@@ -91,12 +91,6 @@ def quoted(text: str) -> str:
     return "'" + text.replace("${", r"\${") + "'"
 
 
-def is_given(name: str) -> bool:
-    """Return True if the command of this run sets a setting, such as train.steps."""
-    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    return any(word.lstrip("+").startswith(f"{name}=") for word in words)
-
-
 def with_quoted_templates(words: Sequence[str]) -> list[str]:
     """The words of a command line, with quotes around templates such as data.prompt={question}."""
 

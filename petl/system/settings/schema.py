@@ -27,9 +27,9 @@ def plain(cfg: DictConfig | Mapping[str, object]) -> dict[str, Any]:
     return {str(key): value for key, value in resolved.items()}
 
 
-def flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested settings to one dictionary with dotted names."""
-    entries: dict[str, object] = {}
+    entries: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
             entries |= flat(value, f"{prefix}{key}.")

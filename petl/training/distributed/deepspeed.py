@@ -20,6 +20,8 @@ from torch import Tensor, distributed, nn
 from petl.system.imports.extras import optional
 from petl.training.distributed.launch import StepEngine
 
+Engine = Any  # objects of DeepSpeed, an optional package
+State = dict[Tensor, dict[str, Tensor]]  # of an optimizer
 COUNT = "step"  # the one entry of AdamW's state that is a scalar, not shaped as its parameter
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ def refuse_to_compile() -> None:
     Compilation needs a compiler and up to minutes, and if it is interrupted, its lock file makes
     every later run wait forever. The emptied table lists what can be compiled.
     """
-    ops: Any = optional("deepspeed.ops", "deepspeed")
+    ops: Engine = optional("deepspeed.ops", "deepspeed")
     ops.__compatible_ops__ = {}
 
 
@@ -39,7 +41,7 @@ class ZeroEngine(StepEngine):
 
     def wrap(self) -> nn.Module:
         refuse_to_compile()
-        state: Any = self.accelerator.state
+        state: Engine = self.accelerator.state
         state.distributed_type = DistributedType.DEEPSPEED  # Accelerator.autocast resets it
         plugin = state.deepspeed_plugin
         plugin.deepspeed_config["gradient_clipping"] = self.max_norm or 0.0
@@ -53,7 +55,7 @@ class ZeroEngine(StepEngine):
         return wrapped
 
     @property
-    def deepspeed(self) -> Any:
+    def deepspeed(self) -> Engine:
         """DeepSpeed's engine, which computes the forward pass."""
         return self.wrapped
 
@@ -78,15 +80,15 @@ class ZeroEngine(StepEngine):
         are sharded again at its end.
         """
         optimizer, flats = self.optimizer, flat_groups(self.deepspeed)
-        state: dict[Any, Any] = defaultdict(dict)
+        state: State = defaultdict(dict)
         for group, flat in zip(optimizer.param_groups, flats, strict=True):
             group["params"] = flat.tensors
-            state.update(flat.gather(optimizer.state[flat.shard]))
+            state |= flat.gather(optimizer.state[flat.shard])
         optimizer.state = state
         try:
             yield
         finally:
-            sharded: dict[Any, Any] = defaultdict(dict)
+            sharded: State = defaultdict(dict)
             for group, flat in zip(optimizer.param_groups, flats, strict=True):
                 group["params"] = [flat.shard]
                 sharded[flat.shard] = flat.scatter(optimizer.state)
@@ -99,7 +101,7 @@ class ZeroEngine(StepEngine):
             tensor.data = tensor.data.clone()  # out of the buffer
 
 
-def flat_groups(engine: Any) -> list["FlatGroup"]:
+def flat_groups(engine: Engine) -> list["FlatGroup"]:
     """Return the flat buffer of each parameter group of DeepSpeed's engine."""
     zero = engine.optimizer
     parts = zero.bit16_groups, zero.bit16_groups_flat, zero.single_partition_of_fp32_groups
@@ -117,9 +119,9 @@ class FlatGroup:
         start = tensor.storage_offset() - self.buffer.storage_offset()
         return full[start : start + tensor.numel()].view(tensor.shape)
 
-    def gather(self, entries: dict[str, Tensor]) -> dict[nn.Parameter, dict[str, Tensor]]:
+    def gather(self, entries: dict[str, Tensor]) -> State:
         """Return the optimizer state of each tensor, gathered from the states of all shards."""
-        state: dict[nn.Parameter, dict[str, Tensor]] = {tensor: {} for tensor in self.tensors}
+        state: State = {tensor: {} for tensor in self.tensors}
         for key, value in entries.items():
             full = torch.empty_like(self.buffer, dtype=value.dtype)
             if key != COUNT:
@@ -129,7 +131,7 @@ class FlatGroup:
                 state[tensor][key] = own.clone()
         return state if entries else {}
 
-    def scatter(self, state: dict[Any, dict[str, Tensor]]) -> dict[str, Tensor]:
+    def scatter(self, state: State) -> dict[str, Tensor]:
         """Return the optimizer state of this process's shard, from the state of each tensor."""
         entries: dict[str, Tensor] = {}
         for tensor in self.tensors:

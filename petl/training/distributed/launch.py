@@ -7,7 +7,7 @@ one machine or several; `launch` defines how they divide model, gradients and op
 
 import os
 from collections import OrderedDict, defaultdict
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from petl.core.model.structure import blocks
 from petl.core.parameters import quantization_of, trainable
 from petl.core.support import BASES, Capability, Lacks
+from petl.core.types import Settings, base_of
 from petl.errors import InputError, choose
 from petl.system.collectives import is_sharded, to_full, to_shards
 from petl.system.imports.extras import need_extra
@@ -162,7 +163,7 @@ class DeepSpeed(Launch):
 KINDS: dict[str, type[Launch]] = {"ddp": Launch, "fsdp": FSDP, "deepspeed": DeepSpeed}
 
 
-def read_launch(settings: Mapping[str, Any] | None) -> Launch:
+def read_launch(settings: Settings | None) -> Launch:
     """Return the checked settings under `launch`; DDP for None.
 
     Raises:
@@ -321,7 +322,7 @@ def shard(model: PeftModel, accelerator: Accelerator) -> None:
     for _, parameter in trainable(model):  # FSDP2 needs one dtype for all that trains in a group
         parameter.data = parameter.data.float()
     plugin: Any = accelerator.state.fsdp_plugin
-    base: Any = model.get_base_model()
+    base = base_of(model)
     # inner modules first, as fully_shard requires
     for part in parts(model):
         fully_shard(part, reshard_after_forward=plugin.reshard_after_forward)
@@ -335,7 +336,7 @@ def parts(model: PeftModel) -> list[nn.Module]:
 
     An embedding that shares its weight with another module stays in the group of the model.
     """
-    base: Any = model.get_base_model()
+    base = base_of(model)
     found = [block for _, block in blocks(model)]
     try:
         embedding = base.get_input_embeddings()
@@ -390,7 +391,11 @@ def gathered(model: nn.Module, optimizer: Optimizer | None = None) -> Generator[
         _exchange(optimizer, back, to_shards)
 
 
-def _exchange(optimizer: Optimizer | None, values: dict[Any, Any], convert: Any) -> None:
+def _exchange(
+    optimizer: Optimizer | None,
+    values: Mapping[Any, nn.Parameter],
+    convert: Callable[[Tensor, Tensor], Tensor],
+) -> None:
     """Replace the parameters of an optimizer, and convert its state accordingly."""
     if optimizer is None or not values:
         return
@@ -399,7 +404,7 @@ def _exchange(optimizer: Optimizer | None, values: dict[Any, Any], convert: Any)
     # SM3 of SparseAdapter keeps its complete state on every process
     is_sharded_state = not getattr(optimizer, "has_whole_state", False)
     # torch optimizers create the state of a new parameter on access
-    state: dict[Any, Any] = defaultdict(dict)
+    state: defaultdict[Tensor, dict[str, object]] = defaultdict(dict)
     for parameter, entries in optimizer.state.items():
         state[values[parameter]] = {
             key: convert(value, values[parameter])

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from petl.core.registry import METHODS
 from petl.core.support import Capability, Lacks, Part
+from petl.core.types import Batch, Fields, Groups, Record
 from petl.errors import InputError
 from petl.system.values import check_rules, read_fields
 from petl.training.distributed.launch import on_device
@@ -32,8 +33,7 @@ if TYPE_CHECKING:
     from petl.training.runs.config import RunConfig
     from petl.training.runs.run_folder import Run
 
-Groups = dict[str, Any]  # the settings of a run by group, as nested plain values
-Fields = dict[str, Any]  # the method's name and fields
+KnownScores = Callable[..., dict[str, float] | None]  # see `petl.training.evaluate.score`
 EVALUATE = "petl.training.evaluate"  # imported when something is scored
 FEATURES = {
     "data.source": "petl.training.features.overlap:TrainingRowsInTest",
@@ -69,7 +69,7 @@ class Setup:
     features: "Sequence[RunFeature]"
     accelerator: Accelerator | None = None
     run: "Run | None" = None
-    calibration: Iterable[Any] | None = None
+    calibration: Iterable[Batch] | None = None
     notes: list[str] = field(default_factory=list)
     when_wrapped: list[Callable[[PeftModel], None]] = field(default_factory=list)
 
@@ -116,7 +116,7 @@ class Context:
     model: PeftModel
     features: "Sequence[RunFeature]"
     settings: TrainConfig
-    known: Callable[..., dict[str, float] | None] | None = None
+    known: KnownScores | None = None
 
     @property
     def accelerator(self) -> Accelerator:
@@ -132,14 +132,16 @@ class Context:
         size, evaluate = self.settings.eval_batch_size, resolve_name(f"{EVALUATE}:evaluate")
         return evaluate(self.model, self.splits, rows, self.accelerator, size, what=what)
 
-    def test(self, when: str, kept: Path | None, **known: Any) -> dict[str, float] | None:
+    def test(
+        self, when: str, kept: Path | None, known: KnownScores | None = None
+    ) -> dict[str, float] | None:
         """Return the scores on the test rows, as `score`; None with `train.test=false`."""
         self.run.timer.start()
         scores, size = None, self.settings.eval_batch_size
         if self.settings.test:
             score = resolve_name(f"{EVALUATE}:score")
             model, splits = self.model, self.splits
-            scores = score(model, splits, self.accelerator, size, when=when, kept=kept, **known)
+            scores = score(model, splits, self.accelerator, size, when=when, kept=kept, known=known)
         self.run.timer.mark("evaluation")
         return scores
 
@@ -207,7 +209,7 @@ class RunFeature:
         return {}
 
     @classmethod
-    def section(cls, folder: Path, scores: Mapping[str, Any]) -> Section | None:
+    def section(cls, folder: Path, scores: Record) -> Section | None:
         """Return its part of the page of a run, finished or not.
 
         Args:
@@ -239,7 +241,7 @@ def orders_of(features: Sequence[RunFeature]) -> list[Callable[["TrainingRows"],
     return [feature.order for feature in features]
 
 
-def sections_of(folder: Path, settings: Groups, scores: Mapping[str, Any]) -> list[Section]:
+def sections_of(folder: Path, settings: Groups, scores: Record) -> list[Section]:
     """Return the parts of a run's page that its features have, from the files of its folder."""
     sections = (kind.section(folder, scores) for kind, _, _ in _wanted(settings))
     return [section for section in sections if section is not None]
@@ -247,7 +249,7 @@ def sections_of(folder: Path, settings: Groups, scores: Mapping[str, Any]) -> li
 
 def _wanted(settings: Groups) -> Iterator[tuple[type[RunFeature], str, Any]]:
     """Yield class, setting and its value of each feature of a run."""
-    method: Any = settings.get("method") or {}
+    method = settings.get("method") or {}
     # a saved run may be of a package that is not installed
     entry = METHODS.get(str(method.get("name")))
     for place in entry.features if entry else ():

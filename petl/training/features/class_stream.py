@@ -6,7 +6,7 @@ The file stages.json in the folder of the run has the accuracy by class after ea
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from petl.core.model.heat_map import HeatMap, draw
 from petl.core.support import Capability
+from petl.core.types import Record
 from petl.data.base import BY_CLASS, Stream, stream_refused
 from petl.data.class_stream import ClassStream
 from petl.data.tasks.classification import SingleLabelTask
@@ -118,7 +119,7 @@ class ClassOrder(RunFeature):
         return {self.key: stream_scores(stages)} if stages else {}
 
     @classmethod
-    def section(cls, folder: Path, scores: Mapping[str, Any]) -> Section | None:
+    def section(cls, folder: Path, scores: Record) -> Section | None:
         """Return the accuracies of the stages so far; None before the first has ended."""
         stages = read_stages(folder)
         if not stages:

@@ -9,7 +9,6 @@ import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from peft import PeftConfig, PeftModel
 from torch import Tensor
@@ -25,6 +24,7 @@ from petl.core.registry import method_of
 from petl.core.spec.facts import facts_of
 from petl.core.spec.method import modifies_base_weights
 from petl.core.support import Capability
+from petl.core.types import Arguments, Fields, Groups, Settings, base_of
 from petl.data.models.loading import new_modules
 from petl.data.tasks.base import Task
 from petl.errors import InputError, shortened
@@ -32,7 +32,7 @@ from petl.system.files import hub
 from petl.system.files.disk import check_links
 from petl.system.files.paths import method_preset
 from petl.system.files.tensor_file import Shapes, read_shapes
-from petl.training.features import Fields, Groups, RunFeature, Setup
+from petl.training.features import RunFeature, Setup
 from petl.training.runs.checkpoint import load_adapter
 from petl.training.runs.method_fields import with_inner
 from petl.training.runs.records import ADAPTER, CONFIG, read_stored
@@ -62,7 +62,7 @@ class Start:
     given: str
     place: str
     run: Path | None
-    where: Mapping[str, Any]
+    where: Arguments
 
     @functools.cached_property
     def saved(self) -> Folder:
@@ -76,10 +76,11 @@ class Start:
             InputError: there is no adapter, its method is unknown, or its tensors belong to base
                 weights that its initialization changed.
         """
-        config: Any = self.saved.config
+        config = self.saved.config
+        start = facts_of(config).init_lora_weights
         if modifies_base_weights(config):
             raise InputError(
-                f"train.init_from={self.given}: init_lora_weights={config.init_lora_weights!r} "
+                f"train.init_from={self.given}: init_lora_weights={start!r} "
                 "changed the base weights, and this file is relative to them; name the finished "
                 f"run, whose {ADAPTER}/ fits the original base model"
             )
@@ -142,7 +143,7 @@ def find_start(given: str) -> Start:
     return Start(given, str(adapter), run if (run / CONFIG).is_file() else None, {})
 
 
-def method_settings(start: Start, given: Mapping[str, Any] | None) -> dict[str, Any]:
+def method_settings(start: Start, given: Settings | None) -> Fields:
     """Return the settings under `method` of a run that starts from an adapter.
 
     Args:
@@ -181,15 +182,16 @@ def method_settings(start: Start, given: Mapping[str, Any] | None) -> dict[str, 
     return {**{k: v for k, v in saved.items() if k in preset or v is not None}, **changed}
 
 
-def _fields(config: PeftConfig, given: str) -> dict[str, Any]:
+def _fields(config: PeftConfig, given: str) -> Fields:
     """Return the fields of a saved config that are settings of its method, as plain values."""
-    fields: dict[str, Any] = {}
+    fields: Fields = {}
     for field in dataclasses.fields(config):
         if not field.init or field.name in NOT_CHOSEN:
             continue
         value = _plain(getattr(config, field.name))
         if field.name == "modules_to_save":  # heads depend on the task of the new run
-            value = [name for name in value or () if name not in HEADS] or None
+            saved = facts_of(config).modules_to_save or ()
+            value = [name for name in saved if name not in HEADS] or None
         if dataclasses.is_dataclass(value):
             raise InputError(
                 f"train.init_from={given} has {field.name}, which cannot be set for a new run"
@@ -202,12 +204,12 @@ def _fields(config: PeftConfig, given: str) -> dict[str, Any]:
     return fields
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Return a value as YAML has it."""
     return sorted(value) if isinstance(value, set | tuple) else value
 
 
-def check_model(start: Start, model: Mapping[str, Any], *, other_base: bool) -> None:
+def check_model(start: Start, model: Settings, *, other_base: bool) -> None:
     """Raise InputError if the adapter's run had another model, unless `other_base` allows it."""
     if start.run is None or other_base:
         return
@@ -270,7 +272,7 @@ def choose_head(
     own = shapes_of(trained_modules(model))
     there, here = heads_in(saved), heads_in(own)
     # a model class may add modules that its pretrained checkpoint lacks, not only a task head
-    base: Any = model.get_base_model()
+    base = base_of(model)
     modules = (f"{PREFIX}{name}." for name in new_modules(base))
     absent = {prefix for prefix in modules if not any(name.startswith(prefix) for name in saved)}
     reason = reason_for_new_head(start, task, choice, there, here)
@@ -321,7 +323,7 @@ def reason_for_new_head(
     )
 
 
-def labels_of(fields: Mapping[str, Any]) -> list[Any]:
+def labels_of(fields: Settings) -> list[str]:
     """Return the labels in fields of a model's config, in order, and the type of problem."""
     # `read_labels` puts them in the order of the class numbers
     names = list(fields.get("id2label", {}).values())

@@ -1,12 +1,11 @@
 """Test rows that are training rows: counted, and refused where they are most of the test set."""
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from petl.core.types import Fields, Record
 from petl.errors import InputError
-from petl.training.features import Context, Fields, RunFeature, Setup
+from petl.training.features import Context, RunFeature, Setup
 from petl.training.features.section import Section
 
 logger = logging.getLogger(__name__)
@@ -39,7 +38,7 @@ class TrainingRowsInTest(RunFeature):
             context.run.scores.add({self.key: vars(overlap)})
 
     @classmethod
-    def section(cls, folder: Path, scores: Mapping[str, Any]) -> Section | None:
+    def section(cls, folder: Path, scores: Record) -> Section | None:
         """Return the counts, if there are any such rows."""
         found = scores.get(cls.key) or {}
         known = found.get("exact", 0) + found.get("alike", 0)

@@ -10,18 +10,21 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from petl.core.fingerprint import check_saved
 from petl.core.lifecycle import Lifecycle, lifecycle
+from petl.core.types import Record
 from petl.errors import InputError, UnsupportedError
 from petl.system.collectives import made_by
 from petl.system.files.disk import write_atomic
 from petl.training.runs.checkpoint import LIFECYCLE, contiguous
 from petl.training.runs.resume import NOT_RESUMABLE
 
+Given = Any  # what Trainer passes by name: model, optimizer, data loader, and more
 logger = logging.getLogger(__name__)
 
 
@@ -60,7 +63,7 @@ class Callback(TrainerCallback, ExportableState):
         self._training = ExitStack()
         self.run = self.folder = ""  # identifier of this training, and folder of its checkpoints
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Record:
         """The entry of this callback in `trainer_state.json`."""
         # Trainer makes the callback again from "args" on resuming, then sets "attributes"
         args = {"other_base": self.other_base}
@@ -71,7 +74,7 @@ class Callback(TrainerCallback, ExportableState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **kwargs: Any,
+        **kwargs: Given,
     ) -> None:
         """Complete the reference adapter of TRL's trainers, before its outputs are computed.
 
@@ -93,7 +96,7 @@ class Callback(TrainerCallback, ExportableState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **kwargs: Any,
+        **kwargs: Given,
     ) -> None:
         """Prepare the method, or restore its training state."""
         self._lifecycle = method_lifecycle = lifecycle(kwargs["model"])
@@ -123,7 +126,7 @@ class Callback(TrainerCallback, ExportableState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **kwargs: Any,
+        **kwargs: Given,
     ) -> None:
         """Set the weight of the auxiliary gradient of each micro-batch of the step."""
         assert self._lifecycle is not None, "on_train_begin made it"
@@ -137,7 +140,7 @@ class Callback(TrainerCallback, ExportableState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **kwargs: Any,
+        **kwargs: Given,
     ) -> None:
         """Release what `on_train_begin` set up."""
         self._training.close()
@@ -147,7 +150,7 @@ class Callback(TrainerCallback, ExportableState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **kwargs: Any,
+        **kwargs: Given,
     ) -> None:
         """Run the method's update after an optimizer step."""
         assert self._lifecycle is not None
@@ -164,7 +167,7 @@ class Callback(TrainerCallback, ExportableState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **kwargs: Any,
+        **kwargs: Given,
     ) -> None:
         """Save the training state in the checkpoint."""
         assert self._lifecycle is not None
@@ -183,7 +186,7 @@ class Callback(TrainerCallback, ExportableState):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        **kwargs: Given,
     ) -> None:
         """Add the metrics of the method."""
         # evaluation logs have no "loss"
@@ -243,7 +246,7 @@ class Callback(TrainerCallback, ExportableState):
         return next((entry for entry in entries if entry.get("run")), {})
 
 
-def complete_reference(model: Any) -> None:
+def complete_reference(model: object) -> None:
     """Make the adapter `ref`, with which TRL computes reference outputs, equal to `default`.
 
     TRL's DPO, KTO and GRPO trainers add it to a wrapped model, and copy parameters whose names
@@ -258,9 +261,9 @@ def complete_reference(model: Any) -> None:
         set_peft_model_state_dict(model, tensors, adapter_name="ref")
 
 
-def callback_states(state: TrainerState) -> dict[str, Any]:
+def callback_states(state: TrainerState) -> Record:
     """The states of callbacks in `trainer_state.json`, by the names of their classes."""
-    return cast(Any, state.stateful_callbacks)
+    return cast(Record, state.stateful_callbacks)
 
 
 def output_folder(args: TrainingArguments) -> Path:
@@ -299,7 +302,9 @@ def find_state(folders: list[Path], wanted: dict[str, str]) -> dict[str, Tensor]
     return None
 
 
-def micro_batches_of(args: TrainingArguments, state: TrainerState, loader: Any) -> int:
+def micro_batches_of(
+    args: TrainingArguments, state: TrainerState, loader: DataLoader | None
+) -> int:
     """Return the number of micro-batches of Trainer's coming step: the last one of an epoch has
     those that are left.
     """

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from peft import PeftConfig
 from torch import nn
 
 from petl.core.method import Method
@@ -14,6 +15,8 @@ from petl.core.spec.facts import facts_of
 from petl.core.support import Capability
 from petl.errors import InputError, UnsupportedError, shown
 from petl.training.ranks.importance import blocks_of
+
+Ranked = Any  # a PeftConfig with `r` and `rank_pattern`; an alpha and its pattern, or none
 
 
 def allocate(
@@ -149,7 +152,7 @@ def check_method(entry: Method) -> None:
         )
 
 
-def check_unset(config: Any) -> None:
+def check_unset(config: PeftConfig) -> None:
     """Raise InputError if a config has ranks or alphas by module already."""
     for name in ("rank_pattern", "alpha_pattern"):
         if getattr(config, name, None):
@@ -159,7 +162,7 @@ def check_unset(config: Any) -> None:
             )
 
 
-def with_ranks(config: Any, model: nn.Module, ranks: Mapping[str, int]) -> Any:
+def with_ranks(config: Ranked, model: nn.Module, ranks: Mapping[str, int]) -> Ranked:
     """Return a copy of a config in which the modules of each block have its rank.
 
     Sets `rank_pattern`, and `alpha_pattern` where the config has one, so that the scaling, alpha
@@ -206,7 +209,7 @@ def pattern_of(path: str) -> str:
     return rf"{re.escape(path)}\..*"
 
 
-def alpha_of(config: Any, rank: int) -> float:
+def alpha_of(config: Ranked, rank: int) -> float:
     """Return the alpha with which a module of this rank has the scaling of one of rank `r`."""
     alpha = config.lora_alpha if hasattr(config, "lora_alpha") else config.alpha
     ratio = rank / config.r

@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from petl.core.model.heat_map import save_figure
+
+if TYPE_CHECKING:  # its import takes a second
+    from matplotlib.axes import Axes
 
 MOST_NAMES = 16  # of bars below an axis
 BAR_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # as on the page of a run
@@ -37,7 +40,7 @@ class Bars(NamedTuple):
     line: tuple[str, float] | None = None
 
 
-def add_bars(axes: Any, chart: Bars, colors: Sequence[str]) -> bool:
+def add_bars(axes: "Axes", chart: Bars, colors: Sequence[str]) -> bool:
     """Draw the bars of a chart on axes of matplotlib; return True if it needs a legend."""
     bars = chart.bars
     groups = list(dict.fromkeys(bar.group for bar in bars))

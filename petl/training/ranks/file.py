@@ -1,11 +1,11 @@
 """The file ranks.json of a run with +ranks: read, checked and drawn."""
 
 import math
-from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
+from petl.core.types import Record, Settings
 from petl.errors import InputError
 from petl.system.files.read import read_json
 from petl.system.values import LARGEST
@@ -27,7 +27,7 @@ class BlockRank(TypedDict):
 class RanksData(TypedDict):
     """The data with which importance was measured; `data` is null for the training rows."""
 
-    data: dict[str, Any] | None
+    data: Record | None
     num_samples: int
     seq_len: int
 
@@ -41,7 +41,7 @@ class Ranks(TypedDict):
     blocks: list[BlockRank]
 
 
-def read_ranks(run: Path) -> dict[str, Any]:
+def read_ranks(run: Path) -> Record:
     """Read ranks.json of a run's folder.
 
     Raises:
@@ -63,7 +63,7 @@ def read_ranks(run: Path) -> dict[str, Any]:
     return ranks
 
 
-def rank_charts(ranks: Mapping[str, Any]) -> list[Bars]:
+def rank_charts(ranks: Settings) -> list[Bars]:
     """Return the charts of ranks.json: the rank of each block, and its importance."""
     blocks = ranks["blocks"]
     stacks = [block["path"].rpartition(".") for block in blocks]

@@ -8,16 +8,18 @@ import logging
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+
+from peft import PeftConfig
 
 from petl.core.adapter_folder import Folder
 from petl.core.registry import build_config, method
+from petl.core.types import Fields, Record
 from petl.errors import InputError
 from petl.system.collectives import on_main
 from petl.system.files.disk import as_json, write_atomic
 from petl.system.progress import ProgressItems
 from petl.training.calibration import CalibrationData, calibration_batches
-from petl.training.features import Context, Fields, RunFeature, Setup
+from petl.training.features import Context, RunFeature, Setup
 from petl.training.features.section import Section
 from petl.training.ranks.allocation import allocate, check_method, check_unset, with_ranks
 from petl.training.ranks.file import PICTURE, RANKS, draw_ranks, rank_charts, read_ranks
@@ -36,12 +38,12 @@ class RanksByImportance(RunFeature):
 
     Settings = RanksConfig
     settings: RanksConfig
-    measured: dict[str, Any] | None = None  # the content of ranks.json, in a new run
+    measured: Record | None = None  # the content of ranks.json, in a new run
 
     def check(self, config: RunConfig) -> None:
         """Raise InputError for a method that has no rank by block, or has ranks by module."""
         check_method(method(config.method["name"]).variant(config.method))
-        adapter: Any = build_config(**config.method)
+        adapter = build_config(**config.method)
         check_unset(adapter)
         start = getattr(adapter, "init_lora_weights", None)
         if start == "eva":
@@ -97,7 +99,7 @@ class RanksByImportance(RunFeature):
         return {}
 
     @classmethod
-    def section(cls, folder: Path, scores: Mapping[str, Any]) -> Section | None:
+    def section(cls, folder: Path, scores: Record) -> Section | None:
         """Return charts of the ranks and of the importance of the blocks."""
         if not (folder / RANKS).exists():
             return None
@@ -112,7 +114,7 @@ class RanksByImportance(RunFeature):
         return Section("Ranks by importance", text, rank_charts(ranks), drawn=[PICTURE])
 
 
-def patterns(config: Any) -> dict[str, Any]:
+def patterns(config: PeftConfig) -> Fields:
     """Return the fields of a config that have ranks and alphas by module."""
     names = ("rank_pattern", "alpha_pattern")
     return {name: getattr(config, name) for name in names if hasattr(config, name)}
@@ -120,7 +122,7 @@ def patterns(config: Any) -> dict[str, Any]:
 
 def record(
     settings: RanksConfig, mean: int, importance: Mapping[str, float], ranks: Mapping[str, int]
-) -> dict[str, Any]:
+) -> Record:
     """Return the content of ranks.json; a block without targets has no rank."""
     names = [field.name for field in fields(CalibrationData)]
     return {

@@ -1,6 +1,6 @@
 """What a run distributes ranks over: the blocks with targets, their mean, the cost of a rank."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from petl.core.parameters import trainable
 from petl.core.registry import on_shapes, without_data
 from petl.core.spec.config import MethodConfig
 from petl.core.spec.facts import facts_of
+from petl.core.types import Fields
 from petl.errors import InputError
 from petl.training.ranks.allocation import check_bounds
 from petl.training.ranks.importance import blocks_of
@@ -31,7 +32,7 @@ class RankTargets:
 
 
 def rank_targets(
-    settings: RanksConfig, build: Callable[[], PreTrainedModel], fields: Mapping[str, Any]
+    settings: RanksConfig, build: Callable[[], PreTrainedModel], fields: Fields
 ) -> RankTargets:
     """Return the blocks that have targets, and the mean of their ranks; no weights are read.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from petl.core.types import Settings
 from petl.data.models.sources import ModelSource, RandomInit
 from petl.data.tasks.base import Task
 from petl.system.files.hub import OnHub
@@ -234,20 +235,20 @@ def placed(text: str, place: str) -> str:
     return text
 
 
-def literal(value: Any) -> str:
+def literal(value: object) -> str:
     """Return `repr(value)`, a text in double quotes if nothing in it needs an escape."""
     text = repr(value)
     is_plain = isinstance(value, str) and not set(text[1:-1]) & {"'", '"', "\\"}
     return f'"{value}"' if is_plain else text
 
 
-def _assignment(name: str, value: Any) -> str:
+def _assignment(name: str, value: object) -> str:
     line = f"{name} = {value!r}"
     if len(line) <= WIDTH:
         return line
     return f"{name} = {pformat(value, compact=True, width=WIDTH)}"
 
 
-def front_matter(fields: dict[str, Any]) -> str:
+def front_matter(fields: Settings) -> str:
     """Return the YAML block at the start of a markdown file, with its marks."""
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n"

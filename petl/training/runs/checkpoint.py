@@ -33,6 +33,7 @@ from torch.optim import Optimizer
 from petl.core.adapter_file import WEIGHTS, trained_modules
 from petl.core.adapter_folder import Folder, read_weights
 from petl.core.parameters import trainable
+from petl.core.types import Record
 from petl.data.tasks.base import Task
 from petl.errors import InputError, first_line
 from petl.system.files.disk import (
@@ -110,7 +111,7 @@ class TrainState:
 class State(TypedDict):
     """The content of state.json that a resumed run needs."""
 
-    identity: dict[str, Any]
+    identity: Record
     processes: int
     rows: str
     progress: TrainState
@@ -139,7 +140,7 @@ class OptimizerState(TypedDict):
     """The content of optimizer.json."""
 
     groups: list[ParameterGroup]
-    scalars: dict[str, Any]
+    scalars: Record
 
 
 # Finding and checking
@@ -157,7 +158,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def verify(checkpoint: Path) -> dict[str, Any]:
+def verify(checkpoint: Path) -> Record:
     """Return the content of state.json, after comparing every file with the manifest.
 
     Raises:
@@ -183,10 +184,10 @@ def verify(checkpoint: Path) -> dict[str, Any]:
             raise InputError(f"{path} has {present} bytes, not the {size} that were written")
         if sha256(path) != digest:
             raise InputError(f"{path} was altered after it was written (its SHA-256 differs)")
-    return read_json(checkpoint / STATE, dict[str, Any])
+    return read_json(checkpoint / STATE, Record)
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
+def read_state(checkpoint: Path) -> Record:
     """Return the content of state.json of a checkpoint from which training can resume.
 
     Raises:
@@ -240,8 +241,6 @@ def verify_best(state: TrainState, checkpoints: Path, log: Path, task: Task) -> 
     if step is None or state.best is None:
         return state
     scores = {s: v for s, v in validations(log).items() if s <= state.step}
-    # checkpoints of version 0.1 have only the score
-    state.best_scores = state.best_scores or scores.get(step, {task.metric: state.best})
     if step == state.step:
         return state
     try:
@@ -289,7 +288,7 @@ def write(
     optimizer: Optimizer,
     lifecycle_state: dict[str, Tensor],
     rng: list[RngState],
-    state: dict[str, Any],
+    state: Record,
     log: Path | None = None,
 ) -> None:
     """Write the checkpoint `target`; `rng` has one entry for each process, `log` is copied."""
@@ -369,7 +368,7 @@ def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def flatten(optimizer: Optimizer, model: PeftModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def flatten(optimizer: Optimizer, model: PeftModel) -> tuple[dict[str, Tensor], Record]:
     """Return an optimizer's tensors by `<parameter>.<key>`, and its other state for JSON."""
     # optimizer states are keyed by the parameter object, which no file can name
     names = {id(parameter): name for name, parameter in trainable(model)}
@@ -407,7 +406,7 @@ def restore_optimizer(checkpoint: Path, optimizer: Optimizer, model: PeftModel) 
         raise InputError(
             f"cannot resume from {checkpoint}: its optimizer has other parameters than this model"
         )
-    state: dict[int, dict[str, Any]] = {}
+    state: dict[int, Record] = {}
     for entry, value in entries.items():
         name, _, key = entry.rpartition(".")
         state.setdefault(number[name], {})[key] = value

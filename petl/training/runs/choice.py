@@ -1,11 +1,11 @@
 """What is chosen for a run, as parts of which none may lack what another uses."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from petl.core.registry import build_config, method_part
 from petl.core.spec.method import loss_part
 from petl.core.support import BASES, Capability, Part
+from petl.core.types import Fields, Settings
 from petl.data.models.quantization import PACKAGES
 from petl.training.runs.config import RunConfig
 from petl.training.runs.settings import TrainConfig
@@ -15,7 +15,7 @@ FLATTENED = "it flattens the parameters and their state; use +launch=fsdp, or dd
 REPEATS = "it repeats rows, and buckets take each row once an epoch"
 
 
-def choice_of(fields: Mapping[str, Any], run: RunConfig, features: Iterable[Part]) -> list[Part]:
+def choice_of(fields: Fields, run: RunConfig, features: Iterable[Part]) -> list[Part]:
     """Return what is chosen for a run: method, loss, launch, quantization, features, settings.
 
     Args:
@@ -35,7 +35,7 @@ def choice_of(fields: Mapping[str, Any], run: RunConfig, features: Iterable[Part
     return parts
 
 
-def _settings(train: TrainConfig, data: Mapping[str, Any]) -> list[Part]:
+def _settings(train: TrainConfig, data: Settings) -> list[Part]:
     """Return the settings that exclude others."""
     parts, kind, tokens = [], train.gradient_checkpointing, train.loss_segment
     if train.optimizer == "adamr":

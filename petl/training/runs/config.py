@@ -1,10 +1,9 @@
 """The checked settings of a run, as `petl.training.runs.run_config.read_config` returns them."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from petl.core.spec.method import LossConfig
+from petl.core.types import Fields, Groups, Settings
 from petl.data.base import Source
 from petl.data.models.sources import ModelSource
 from petl.training.distributed.launch import Launch
@@ -32,24 +31,24 @@ class RunConfig:
     train: TrainConfig
     model: ModelSource
     data: Source
-    method: dict[str, Any]
+    method: Fields
     loss: LossConfig | None
     launch: Launch
     tracker: TrackerConfig | None
-    resolved: dict[str, Any]
+    resolved: Groups
 
     @property
     def precision(self) -> str:
         """The autocast precision, "no" or "bf16"."""
         return self.train.computes_in(self.model.dtype)
 
-    def with_train(self, **values: Any) -> "RunConfig":
+    def with_train(self, **values: object) -> "RunConfig":
         """Return these settings with others under `train`."""
         resolved = {**self.resolved, "train": {**self.resolved["train"], **values}}
         return replace(self, train=replace(self.train, **values), resolved=resolved)
 
 
-def names_of(config: Mapping[str, Any]) -> list[str]:
+def names_of(config: Settings) -> list[str]:
     """Return the parts of a run's name: recipe or method, ranks, extra loss, model, data."""
     named = {group: config[group]["name"] for group in NAMED if config.get(group)}
     if config.get("recipe"):

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from petl.core.types import Record
 from petl.system.settings.command_line import command
 from petl.version import __version__
 
+Mark = Any  # seconds of the host, or an event of the device
 PACKAGES = (
     "torch",
     "peft",
@@ -34,7 +36,7 @@ PACKAGES = (
 )
 
 
-def describe_environment(accelerator: Accelerator, seed: int) -> dict[str, Any]:
+def describe_environment(accelerator: Accelerator, seed: int) -> Record:
     """Return the content of environment.json: versions, machine, processes, command."""
     return {
         "command": command(),
@@ -134,8 +136,8 @@ class PhaseTimer:
     def __init__(self, device: torch.device) -> None:
         self.on_device = device.type == "cuda"
         self.spent: dict[str, float] = {}
-        self.last: Any = None
-        self.open: list[tuple[str, Any, Any]] = []
+        self.last: Mark = 0.0
+        self.open: list[tuple[str, Mark, Mark]] = []
 
     def start(self) -> None:
         """Set a mark that ends no phase: the time before it is not counted."""
@@ -160,7 +162,7 @@ class PhaseTimer:
         self.open.clear()
         return dict(self.spent)
 
-    def _now(self) -> Any:
+    def _now(self) -> Mark:
         if not self.on_device:
             return time.perf_counter()
         # recorded in the current stream, without synchronization

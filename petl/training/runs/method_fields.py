@@ -1,25 +1,21 @@
 """The fields of a run's method: its settings, and what only the run determines."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from omegaconf import DictConfig
 
 from petl.core.registry import build_config, method
+from petl.core.types import Fields, Settings
 from petl.errors import InputError
 from petl.system.settings.command_line import preset_of
 from petl.system.settings.schema import plain
 
 
-def method_fields(
-    cfg: DictConfig | Mapping[str, Any], task_type: str | None, total_steps: int
-) -> dict[str, Any]:
+def method_fields(cfg: DictConfig | Settings, task_type: str | None, total_steps: int) -> Fields:
     """Return the method's name and fields: the settings, and what only the run determines.
 
     Raises:
         InputError: a field that the method does not have, or a value that it does not allow.
     """
-    fields: dict[str, Any] = {"task_type": task_type, **with_inner(plain(cfg))}
+    fields: Fields = {"task_type": task_type, **with_inner(plain(cfg))}
     if "total_step" in fields and fields["total_step"] is None:
         fields["total_step"] = total_steps  # for methods with a schedule, such as AdaLoRA
         check_schedule(fields)
@@ -27,7 +23,7 @@ def method_fields(
     return fields
 
 
-def check_schedule(fields: Mapping[str, Any]) -> None:
+def check_schedule(fields: Fields) -> None:
     """Check that a pruning schedule such as AdaLoRA's leaves steps to prune in.
 
     Raises:
@@ -45,7 +41,7 @@ def check_schedule(fields: Mapping[str, Any]) -> None:
     )
 
 
-def with_inner(settings: Mapping[str, Any]) -> dict[str, Any]:
+def with_inner(settings: Settings) -> Fields:
     """Return the settings of a method, completed by those of the method that it wraps, if any.
 
     A field of the inner method that is not set has the default of the outer method, or else that of

@@ -11,7 +11,6 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import PurePath
-from typing import Any
 
 import torch
 import transformers
@@ -20,6 +19,7 @@ from peft import PeftConfig
 
 from petl.core.registry import METHODS
 from petl.core.spec.facts import facts_of
+from petl.core.types import Record, Settings
 from petl.data.models.sources import Folder, ModelSource, RandomInit, SmolLM2
 from petl.data.tasks.base import Task
 from petl.data.tasks.scores import COUNTS
@@ -107,9 +107,9 @@ class CardInfo:
     source: ModelSource
     config: PeftConfig
     base: OnHub | None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    scores: Mapping[str, Any] = field(default_factory=dict)
-    environment: Mapping[str, Any] = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
+    scores: Settings = field(default_factory=dict)
+    environment: Settings = field(default_factory=dict)
     note: str = ""
     merged: bool = False
     run_names: Sequence[str] = ()
@@ -131,7 +131,7 @@ class CardInfo:
         return [*self.run_names] or [self.peft_type.removeprefix("PETL_").lower(), self.source.name]
 
     @property
-    def data(self) -> Mapping[str, Any]:
+    def data(self) -> Settings:
         """The settings of its data; empty without a run."""
         return self.settings.get("data") or {}
 
@@ -180,7 +180,7 @@ def _section(title: str, lines: Iterable[str]) -> list[str]:
 # Metadata
 
 
-def metadata(it: CardInfo) -> dict[str, Any]:
+def metadata(it: CardInfo) -> Record:
     """Return the fields at the top of the card, as the Hub defines them."""
     is_repo = it.base is not None and is_repository(it.base.name)
     task = PIPELINES.get(it.task.name)
@@ -266,7 +266,7 @@ def _note_on_base(it: CardInfo) -> str:
     return LOCAL if isinstance(it.source, Folder) and it.base is None else ""
 
 
-def _score_table(scores: Mapping[str, Any]) -> list[str]:
+def _score_table(scores: Settings) -> list[str]:
     evaluated = {text: scores[key] for key, text in EVALUATIONS.items() if scores.get(key)}
     # the linear probe's learning rate is no score
     names = dict.fromkeys(k for values in evaluated.values() for k in values if k != "lr")
@@ -279,7 +279,7 @@ def _score_table(scores: Mapping[str, Any]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
 
 
-def _number(value: Any) -> str:
+def _number(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
@@ -288,7 +288,7 @@ def facts(it: CardInfo) -> dict[str, str]:
     scores, environment = it.scores, it.environment
     train, method = it.settings.get("train") or {}, it.settings.get("method") or {}
     entry = METHODS.get(str(method.get("name")))
-    values: dict[str, Any] = {"method": method.get("name")}
+    values: dict[str, object] = {"method": method.get("name")}
     if entry is not None:
         values["method"] = f"{entry.name} ({entry.paper})"
     chosen = _chosen_fields(it.config).items()
@@ -333,13 +333,13 @@ def _chosen_fields(config: PeftConfig) -> dict[str, str]:
     return {name: _in_words(value) for name, value in chosen.items() if _in_words(value)}
 
 
-def _is_default(each: Field[Any], config: PeftConfig) -> bool:
+def _is_default(each: Field[object], config: PeftConfig) -> bool:
     # a field without any default has MISSING here, which no value equals
     made = each.default_factory() if each.default_factory is not MISSING else each.default
     return getattr(config, each.name) == made
 
 
-def _in_words(value: Any) -> str:
+def _in_words(value: object) -> str:
     """A field in words; "" for one that is too long for a list."""
     if isinstance(value, list | set | tuple):
         words = sorted({str(each).rpartition(".")[2] for each in value})  # of modules

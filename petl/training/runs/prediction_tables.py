@@ -54,7 +54,7 @@ def table(lines: Iterable[Line]) -> TrackerTable:
     return TrackerTable(columns, rows)
 
 
-def cell(value: Any, *, numeric: bool) -> Any:
+def cell(value: object, *, numeric: bool) -> object:
     """Return a value as a number or as text."""
     if numeric:
         return value

@@ -5,11 +5,11 @@ config.yaml are data: an interpolation such as `${oc.env:HOME}` stays text.
 """
 
 import math
-from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
+from petl.core.types import Record, Settings
 from petl.data.tasks.scores import COUNTS, PROPORTIONS
 from petl.errors import InputError
 from petl.system.files.read import read_json, read_json_lines, read_yaml
@@ -51,7 +51,7 @@ class Config(TypedDict):
     recipe: NotRequired[str | None]
 
 
-def read_stored(file: Path) -> dict[str, Any]:
+def read_stored(file: Path) -> Record:
     """Read the config.yaml of a run.
 
     Raises:
@@ -60,7 +60,7 @@ def read_stored(file: Path) -> dict[str, Any]:
     return read_yaml(file, Config)
 
 
-def refuse_interpolations(settings: Mapping[str, Any], file: Path) -> None:
+def refuse_interpolations(settings: Settings, file: Path) -> None:
     """Check that no setting of a run needs resolving; runs of petl store the resolved values.
 
     Raises:
@@ -114,22 +114,20 @@ FINAL = ScoresFile.__annotations__.keys() - {
 SIZES = ("bytes", "parameters", "seconds")  # ends of the names of values that are not negative
 
 
-def read_scores(run: Path) -> dict[str, Any]:
-    """Read scores.json of a run's folder, old names replaced by the present ones.
+def read_scores(run: Path) -> Record:
+    """Read scores.json of a run's folder.
 
     Raises:
         InputError: it cannot be read, or a value has another type.
     """
-    scores = read_json(run / SCORES, dict[str, Any])
-    # an older name of it; the order of entries is kept
-    scores = {"linear_probe" if key == "frozen_head" else key: scores[key] for key in scores}
+    scores = read_json(run / SCORES, Record)
     problem = type_problem(scores, ScoresFile)
     if problem:
         raise InputError(f"{run / SCORES} cannot be used: {problem}")
     return scores
 
 
-def read_results(run: Path) -> dict[str, Any]:
+def read_results(run: Path) -> Record:
     """Read scores.json of a finished run, whose values are complete and belong together.
 
     Raises:
@@ -142,7 +140,7 @@ def read_results(run: Path) -> dict[str, Any]:
     return scores
 
 
-def _problem_of(scores: Mapping[str, Any]) -> str:
+def _problem_of(scores: Settings) -> str:
     """Return what is wrong with the scores of a finished run, or ""."""
     # "after" may be null, but a finished run has the key
     missing = sorted({*FINAL, "after"} - scores.keys())
@@ -163,7 +161,7 @@ def _problem_of(scores: Mapping[str, Any]) -> str:
     return f"{negative[0]} is {scores[negative[0]]}, below 0" if negative else ""
 
 
-def _problem_of_evaluation(evaluation: Mapping[str, Any], metric: str) -> str:
+def _problem_of_evaluation(evaluation: Settings, metric: str) -> str:
     """Return what is wrong with an evaluation, or "": an absent one has no problem."""
     if evaluation and metric not in evaluation:
         return f"no {metric}, the metric"
@@ -206,7 +204,7 @@ class Environment(TypedDict):
     init_from: NotRequired[str | None]
 
 
-def read_environment(run: Path) -> dict[str, Any]:
+def read_environment(run: Path) -> Record:
     """Read environment.json of a run's folder.
 
     Raises:
@@ -222,7 +220,7 @@ class LogLine(TypedDict):
     validation: NotRequired[Evaluation]
 
 
-def read_log(file: Path) -> list[dict[str, Any]]:
+def read_log(file: Path) -> list[Record]:
     """Read metrics.jsonl, without a last line that a killed process left incomplete.
 
     Raises:
@@ -237,6 +235,6 @@ def read_log(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def of_task(line: Mapping[str, Any], label: str) -> str:
+def of_task(line: Settings, label: str) -> str:
     """The name of a class: of several tasks, whose labels may have equal names, with the task's."""
     return f"{line['task']}/{label}" if isinstance(line.get("task"), str) else label

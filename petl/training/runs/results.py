@@ -1,13 +1,13 @@
 """What a finished run leaves: the adapter with its card, pictures and scores."""
 
 from dataclasses import asdict
-from typing import Any
 
 from petl.core.lifecycle import lifecycle
 from petl.core.model.coverage import coverage_of
 from petl.core.parameters import adapter_parameters
 from petl.core.spec.facts import facts_of
 from petl.core.spec.method import modifies_base_weights
+from petl.core.types import Record, base_of
 from petl.data.models.loading import save_processor
 from petl.data.models.sources import RandomInit
 from petl.data.tasks.base import write_labels, write_task
@@ -44,8 +44,7 @@ def _save(context: Context) -> None:
         write_task(folder, task)
         save_processor(run.config.model, task, folder)
         if isinstance(run.config.model, RandomInit):  # no hub or folder has its config
-            base: Any = model.get_base_model()
-            base.config.save_pretrained(folder / BASE)
+            base_of(model).config.save_pretrained(folder / BASE)
     # after the adapter: a plot that fails must not cost the result
     lifecycle(model).plots(run.path)
 
@@ -62,7 +61,7 @@ def finish(context: Context, state: TrainState, after: dict[str, float] | None) 
     file = run.path / ADAPTER / "adapter_model.safetensors"
     # the file is on the disk of the main process
     size = on_main(run.accelerator, lambda: file.stat().st_size)
-    entries: dict[str, Any] = {
+    entries: Record = {
         "after": after,  # the presence of this key marks a finished run
         "task": task.name,
         "metric": task.metric,
@@ -102,7 +101,7 @@ def finish(context: Context, state: TrainState, after: dict[str, float] | None) 
         run.tracker.end(scores, pictures, run.path / ADAPTER, tables_of(run.path))
 
 
-def _write_card(context: Context, entries: dict[str, Any]) -> None:
+def _write_card(context: Context, entries: Record) -> None:
     run, config = context.run, context.model.active_peft_config
     source = run.config.model
     card = model_card(

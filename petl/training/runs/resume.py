@@ -3,15 +3,14 @@
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from petl.core.types import Settings
 from petl.errors import InputError, JobSkipped
 from petl.system.files.disk import MANIFEST, check_writable
 from petl.system.processes import LOCK, claim, release, try_claim
-from petl.system.settings.command_line import in_sweep, is_given
+from petl.system.settings.command_line import in_sweep
 from petl.system.settings.schema import flat
 from petl.training.runs.checkpoint import checkpoints, read_state
 from petl.training.runs.records import (
@@ -24,74 +23,48 @@ from petl.training.runs.records import (
 )
 from petl.training.runs.settings import TrainConfig
 
-# settings that do not change the course of training
+# settings by which a run may differ from its earlier part: they do not change its course, or up to
+# rounding and to dropout's draws only
 FREE = {
-    *("resume", "other_base", "run", "output", "save_steps", "keep_checkpoints"),
-    *("num_workers", "eval_batch_size", "linear_probe", "score_before", "test", "log_steps"),
-    *("resume_schedule", "init_head"),
-    *("loss_segment", "skip_unread", "together"),  # up to rounding, and to dropout's draws
+    *("recipe", "imports", "data.allow_overlap"),  # a recipe's settings are all in the identity
+    *(
+        f"train.{name}"
+        for name in (
+            *("resume", "other_base", "run", "output", "save_steps", "keep_checkpoints"),
+            *("num_workers", "eval_batch_size", "linear_probe", "score_before", "test"),
+            *("log_steps", "resume_schedule", "init_head", "loss_segment", "skip_unread"),
+            "together",
+        )
+    ),
 }
+FREE_GROUPS = ("tracker.", "launch.")  # another tracker, another number of processes
 # settings in which a run that is trained further may differ from its earlier part
 LENGTH = {"train.steps", "train.epochs", "train.early_stopping"}
-# settings that were added later: null counts as absent, as in the configurations of older runs
-ADDED_LATER = (
-    *("model.quantization", "data.labels", "train.quadratic", "train.batch_sizes"),
-    *("data.format", "data.system", "train.init_from", "method.rank_pattern"),
-    *("data.order", "data.stream_repeats", "model.adapter"),
-)
-# settings that came later, with the values by which runs compute as older ones did
-LATER_FIELDS = {
-    "data.allow_overlap": False,
-    "method.router_layers": 1,
-    "method.router_heads": 2,
-    "method.router_embedding": "projected",
-    "method.router_lookahead": 0,
-    "method.gate": "none",
-    "method.gate_rank": None,
-    "method.identity_gate": True,
-    "loss.ppl_sparsity": True,
-}
-# settings under `train` with another default than in older runs: that of now, and theirs
-OLDER_DEFAULTS = {"buckets": ("auto", None)}
 PRECISION, AUTO = "train.precision", "auto"
-# before the name of a setting of one of several data sets, which is that of a single one
-SET = re.compile(r"^data\.sets\..+\.")
 NOT_RESUMABLE = "the method changes while it trains, and PEFT keeps these changes in memory only"
 CHECKPOINTS = "checkpoints"  # in the folder of a run
 JOBS = ".jobs"  # in a folder of runs: locks of the jobs of sweeps
+Identity = Mapping[str, object]  # settings by dotted name
 logger = logging.getLogger(__name__)
 
 
 # Identity
 
 
-def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+def identity(config: Mapping[str, object]) -> dict[str, object]:
     """Return the settings that a resumed run must share with its checkpoint, by dotted name.
 
     The values are as JSON gives them back, so that they equal those read from a checkpoint.
     """
     entries = flat(config)
-    free = {f"train.{name}" for name in FREE} | {
-        "recipe",
-        "imports",
-    }  # a recipe's settings are all in here
-    free |= {k for k, v in entries.items() if v is None and SET.sub("data.", k) in ADDED_LATER}
-    free |= {k for k, v in LATER_FIELDS.items() if k in entries and entries[k] == v}
+    free = FREE
     if entries.get("train.cache_frozen") is not True:  # up to rounding; true leaves out dropout
-        free.add("train.cache_frozen")
-    if not entries.get("train.find_lr"):  # runs from before there was a range test lack both
-        free |= {"train.find_lr", "train.find_lr_steps"}
-    if entries.get("train.optimizer") == "adamw":  # as older runs, which lack them
-        free |= {"train.optimizer", "train.delta_decay", "train.delta_norm"}
-    if not (entries.get("data.tasks") or entries.get("method.tasks")):  # likewise
-        free |= {"data.tasks", "data.task_column"}
-    # a run may resume with another tracker, and on another number of processes
-    groups = ("tracker.", "launch.")
-    kept = {k: v for k, v in entries.items() if k not in free and not k.startswith(groups)}
+        free = FREE | {"train.cache_frozen"}
+    kept = {k: v for k, v in entries.items() if k not in free and not k.startswith(FREE_GROUPS)}
     return json.loads(json.dumps(kept))
 
 
-def identity_of(run: Path) -> dict[str, Any] | None:
+def identity_of(run: Path) -> dict[str, object] | None:
     """Return the identity of the run in a folder, or None if the folder has no configuration.
 
     Raises:
@@ -101,70 +74,31 @@ def identity_of(run: Path) -> dict[str, Any] | None:
     return identity(read_stored(file)) if file.exists() else None
 
 
-def stored_identity(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the identity in the state.json of a checkpoint."""
-    return {k: v for k, v in state["identity"].items() if k.removeprefix("train.") not in FREE}
-
-
-def as_begun(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the identity `now` with the defaults that were in effect when the run `then` began.
-
-    These stay if the command names another value, and in a sweep, whose runs are compared.
-    """
-    begun = as_chosen(then, now)
-    for name, (default, older) in OLDER_DEFAULTS.items():
-        key = f"train.{name}"
-        is_default = now.get(key) == default and not (in_sweep() or is_given(key))
-        if is_default and then.get(key) == older:
-            # absent, as in runs from before the setting, is not the same as null
-            del begun[key]
-            begun |= {key: older} if key in then else {}
-    return begun
-
-
-def as_chosen(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+def as_begun(then: Identity, now: Identity) -> Identity:
     """Return the identity `now` with what `train.precision=auto` was for the run `then`.
 
     So a run or a job of a sweep is the same on a machine for which auto is another precision.
     """
     if now.get(PRECISION) == AUTO and PRECISION in then:
         return {**now, PRECISION: then[PRECISION]}
-    return dict(now)
+    return now
 
 
-def is_same(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> bool:
-    """Return True if a run (`then`) is one with these settings (`now`), defaults as it began."""
+def is_same(then: Identity | None, now: Identity) -> bool:
+    """Return True if a run (`then`) is one with these settings (`now`)."""
     return then is not None and then == as_begun(then, now)
 
 
-def defaults_of(checkpoint: Path, now: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings under `train` that a run which resumes from a checkpoint keeps from it.
-
-    They are those whose default was another one when the run began, and what auto was for it.
-    """
-    begun = as_begun(stored_identity(read_state(checkpoint)), now)
-    kept = {
-        name: older
-        for name, (_, older) in OLDER_DEFAULTS.items()
-        if begun.get(f"train.{name}") != now.get(f"train.{name}")
-    }
-    for name, value in kept.items():
-        logger.info("train.%s=%s, the default when the run of %s began", name, value, checkpoint)
-    if now.get(PRECISION) == AUTO:
-        kept["precision"] = begun[PRECISION]
-    return kept
-
-
-def lengthens(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+def lengthens(then: Identity, now: Identity) -> bool:
     """Return True if a run (`now`) is an earlier one (`then`) of another length."""
     return bool(changed := _changed(then, now)) and changed <= LENGTH
 
 
-def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
+def _changed(then: Identity, now: Identity) -> set[str]:
     return {key for key in (*now, *then) if then.get(key) != now.get(key)}
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(then: Identity, now: Identity) -> list[str]:
     """Describe each setting that differs between a checkpoint (`then`) and this run (`now`)."""
     changed = _changed(then, now)
     keys = [key for key in dict.fromkeys((*now, *then)) if key in changed]
@@ -175,7 +109,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 # The checkpoint
 
 
-def choose_checkpoint(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path | None:
+def choose_checkpoint(settings: TrainConfig, now: Identity, prefix: str) -> Path | None:
     """Return the checkpoint that the run resumes from, or None if it starts from step 0.
 
     Nothing is written. The folder of a run that is resumed is locked for this process.
@@ -206,7 +140,7 @@ def choose_checkpoint(settings: TrainConfig, now: Mapping[str, Any], prefix: str
     return None
 
 
-def may_start_in(folder: Path, settings: TrainConfig, now: Mapping[str, Any]) -> bool:
+def may_start_in(folder: Path, settings: TrainConfig, now: Identity) -> bool:
     """Return True if a folder is empty or, with `resume=auto`, is of the same run.
 
     Such a run was stopped before it wrote a checkpoint.
@@ -233,7 +167,7 @@ def exists_already(folder: Path, resume: str | None = None) -> InputError:
     )
 
 
-def find_checkpoint(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path | None:
+def find_checkpoint(settings: TrainConfig, now: Identity, prefix: str) -> Path | None:
     """Return the verified checkpoint that `train.resume` names, or None to start from step 0.
 
     The run that it belongs to is locked for this process.
@@ -268,7 +202,7 @@ def find_checkpoint(settings: TrainConfig, now: Mapping[str, Any], prefix: str) 
     refuse_finished(run, now)
     claim(run)
     try:
-        stored = stored_identity(read_state(found))
+        stored = read_state(found)["identity"]
     except InputError as error:
         raise InputError(
             f"{error}; name another checkpoint, or the run, which resumes from its latest "
@@ -292,13 +226,15 @@ def is_checkpoint(path: Path) -> bool:
     return (path / MANIFEST).exists() or path.name.startswith("step-")
 
 
-def latest(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path | None:
-    """Return the latest complete checkpoint of an unfinished run with exactly these settings."""
+def latest(settings: TrainConfig, now: Identity, prefix: str) -> Path | None:
+    """Return the latest complete checkpoint of an unfinished run with exactly these settings.
+
+    Raises:
+        JobSkipped: there is no unfinished run, and a finished one.
+    """
     if settings.run:
         run = Path(settings.run)
-        # a job that is queued again has not failed
-        if finished_with(run, now):
-            raise JobSkipped(f"{run} is finished already", objective_of(read_results(run)))
+        skip_finished(run if finished_with(run, now) else None)
         folders = [run]
     else:
         # names end with the time, so the latest run comes first
@@ -318,15 +254,16 @@ def latest(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path |
             logger.info("resuming from %s", found)
             return found
         release(folder)  # a run without checkpoint is left as it is
-    where = settings.run or settings.output
+    if not settings.run:
+        skip_finished(finished_run(settings.output, now))
     logger.info(
-        "train.resume=auto: no unfinished run with these settings in %s; starting from step 0",
-        where,
+        "train.resume=auto: no run with these settings in %s; starting from step 0",
+        settings.run or settings.output,
     )
     return None
 
 
-def is_unfinished(run: Path, now: Mapping[str, Any], *, is_named: bool = False) -> bool:
+def is_unfinished(run: Path, now: Identity, *, is_named: bool = False) -> bool:
     """Return True if a run with these settings was begun in a folder, and is not finished.
 
     A finished run that is trained further keeps its configuration and its scores until the end of
@@ -341,7 +278,7 @@ def is_unfinished(run: Path, now: Mapping[str, Any], *, is_named: bool = False) 
     newest = latest_complete(run) if lengthens(config, as_begun(config, now)) else None
     if newest is None:
         return False
-    return is_named or is_same(stored_identity(read_state(newest)), now)
+    return is_named or is_same(read_state(newest)["identity"], now)
 
 
 def latest_complete(run: Path) -> Path | None:
@@ -359,13 +296,13 @@ def latest_complete(run: Path) -> Path | None:
 # Finished runs, and jobs of sweeps
 
 
-def objective_of(scores: Mapping[str, Any]) -> float:
+def objective_of(scores: Settings) -> float:
     """Return what a sweep optimizes: the best validation score if there is one, else the test's."""
     validation = scores["validation"]
     return scores["after"][scores["metric"]] if validation is None else validation
 
 
-def finished_run(output: str, now: Mapping[str, Any]) -> Path | None:
+def finished_run(output: str, now: Identity) -> Path | None:
     """Return the finished run with these settings in a folder of runs; None if there is none.
 
     Of several, the one whose name is last: names end with the time.
@@ -373,14 +310,14 @@ def finished_run(output: str, now: Mapping[str, Any]) -> Path | None:
     for file in sorted(Path(output).glob(f"*/{SCORES}"), reverse=True):
         try:
             then = identity_of(file.parent) if is_finished(file.parent) else None
-            if then is not None and then == as_chosen(then, now):
+            if is_same(then, now):
                 return file.parent
         except InputError as error:
             logger.warning("skipping %s: %s", file.parent, error)
     return None
 
 
-def take_job(output: str, now: Mapping[str, Any]) -> None:
+def take_job(output: str, now: Identity) -> None:
     """Claim a job of a sweep, which may have several workers, until this process releases it.
 
     Args:
@@ -397,12 +334,21 @@ def take_job(output: str, now: Mapping[str, Any]) -> None:
     if worker:
         raise JobSkipped(f"skipped: {worker}, works on this job")
     # checked with the lock held: another worker may have finished it just now
-    run = finished_run(output, now)
+    skip_finished(finished_run(output, now))
+
+
+def skip_finished(run: Path | None) -> None:
+    """End with the score of a finished run, if there is one: a job queued again has not failed.
+
+    Raises:
+        JobSkipped: there is one; the message names its folder.
+    """
     if run is not None:
-        raise JobSkipped(f"{run} is finished already", objective_of(read_results(run)))
+        again = "for another run of these settings, leave out train.resume"
+        raise JobSkipped(f"{run} is finished already; {again}", objective_of(read_results(run)))
 
 
-def finished_with(run: Path, now: Mapping[str, Any]) -> bool:
+def finished_with(run: Path, now: Identity) -> bool:
     """Return True if the run with these settings is finished.
 
     Args:
@@ -419,7 +365,7 @@ def finished_with(run: Path, now: Mapping[str, Any]) -> bool:
         ) from error
 
 
-def refuse_finished(run: Path, now: Mapping[str, Any]) -> None:
+def refuse_finished(run: Path, now: Identity) -> None:
     """Raise InputError if the run with these settings is finished, or its scores are damaged."""
     if finished_with(run, now):
         raise InputError(

@@ -7,7 +7,6 @@ of a run takes.
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from omegaconf import DictConfig
 
@@ -15,6 +14,7 @@ from petl.core.losses import read as read_loss
 from petl.core.method import Method
 from petl.core.registry import build_config, is_computed, list_methods, method
 from petl.core.support import Capability, Conflict, require_compatible
+from petl.core.types import Fields, Record, Settings
 from petl.data.base import data_source
 from petl.data.models.sources import read_source
 from petl.data.task_sets import SOURCE, with_sets
@@ -23,7 +23,7 @@ from petl.system.imports.peft_hook import import_modules
 from petl.system.settings.schema import plain
 from petl.system.values import LARGEST
 from petl.training.distributed.launch import read_launch
-from petl.training.features import FEATURES, features_of
+from petl.training.features import FEATURES, Groups, features_of
 from petl.training.runs.choice import choice_of
 from petl.training.runs.config import GROUPS, RunConfig
 from petl.training.runs.method_fields import method_fields, with_inner
@@ -35,7 +35,7 @@ OPTIONAL = ("loss", "launch", "recipe", "imports")
 WORKERS_PER_CORE = 8  # more only wait for each other; assumption
 
 
-def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
+def read_config(cfg: DictConfig | Settings) -> RunConfig:
     """Check all settings of a run; no data or model is read.
 
     Raises:
@@ -54,7 +54,7 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def completed(settings: dict[str, Any]) -> RunConfig:
+def completed(settings: Groups) -> RunConfig:
     """Return the checked settings with all fields, so that config.yaml depends on no default.
 
     Raises:
@@ -97,7 +97,7 @@ def completed(settings: dict[str, Any]) -> RunConfig:
     return config
 
 
-def chosen_method(settings: Mapping[str, Any]) -> Method:
+def chosen_method(settings: Settings) -> Method:
     """Return the registry's entry of the method of a run.
 
     Raises:
@@ -125,7 +125,7 @@ def chosen_method(settings: Mapping[str, Any]) -> Method:
     return entry
 
 
-def with_steps(train: TrainConfig, fields: Mapping[str, Any]) -> TrainConfig:
+def with_steps(train: TrainConfig, fields: Fields) -> TrainConfig:
     """Return the settings, with `steps=0` for a method that trains nothing.
 
     Raises:
@@ -146,7 +146,7 @@ def with_steps(train: TrainConfig, fields: Mapping[str, Any]) -> TrainConfig:
     return replace(train, steps=0)
 
 
-def fill_tasks(fields: dict[str, Any], data: Mapping[str, Any]) -> None:
+def fill_tasks(fields: Fields, data: Settings) -> None:
     """Give a method that serves several tasks those of the data, unless it names its own.
 
     Raises:
@@ -169,7 +169,7 @@ def fill_tasks(fields: dict[str, Any], data: Mapping[str, Any]) -> None:
         )
 
 
-def with_row_tasks(data: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+def with_row_tasks(data: Settings, fields: Fields) -> Record:
     """Return the settings of the data; its rows need a task each if the method serves several.
 
     Raises:
@@ -186,7 +186,7 @@ def with_row_tasks(data: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[s
     return {**data, "tasks": list(names)}
 
 
-def check_groups(settings: Mapping[str, Any]) -> None:
+def check_groups(settings: Settings) -> None:
     """Raise InputError for an unknown group, or one that is missing or a value in its place."""
     own = [name for name in FEATURES if "." not in name]
     known = (*GROUPS, *OPTIONAL, *own)

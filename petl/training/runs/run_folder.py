@@ -25,7 +25,6 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from omegaconf import OmegaConf
@@ -33,6 +32,7 @@ from peft import PeftModel
 
 from petl.core.fingerprint import check_saved
 from petl.core.spec.method import modifies_base_weights
+from petl.core.types import Record
 from petl.errors import InputError
 from petl.system.collectives import on_main
 from petl.system.files.disk import (
@@ -46,7 +46,7 @@ from petl.system.files.disk import (
 from petl.system.processes import claim
 from petl.training.distributed.launch import start
 from petl.training.distributed.precision import described
-from petl.training.runs.checkpoint import clean, room_for, save_adapter
+from petl.training.runs.checkpoint import clean, read_state, room_for, save_adapter
 from petl.training.runs.config import RunConfig, names_of
 from petl.training.runs.environment import PhaseTimer, describe_environment
 from petl.training.runs.records import (
@@ -62,28 +62,28 @@ from petl.training.runs.records import (
 from petl.training.runs.resume import (
     AUTO,
     CHECKPOINTS,
+    PRECISION,
     choose_checkpoint,
-    defaults_of,
     exists_already,
     identity,
     may_start_in,
     objective_of,
 )
 from petl.training.runs.settings import TrainConfig
-from petl.training.tracking import Tracker, make_tracker
+from petl.training.tracking import Tracker
 
 START = "start"
 logger = logging.getLogger(__name__)
 
 
-class Scores(dict[str, Any]):
+class Scores(Record):
     """The content of scores.json, written at each change."""
 
-    def __init__(self, run: Path, known: dict[str, Any], *, writes: bool) -> None:
+    def __init__(self, run: Path, known: Record, *, writes: bool) -> None:
         super().__init__(known)
         self.run, self.writes = run, writes
 
-    def add(self, scores: dict[str, Any]) -> None:
+    def add(self, scores: Record) -> None:
         """Add entries, and write the file if this is the main process."""
         # on all processes: each decides by it which scores are there already
         self.update(scores)
@@ -104,7 +104,7 @@ class MetricsLog:
     def __init__(self, run: Path, tracker: Tracker | None, *, writes: bool) -> None:
         self.file, self.tracker, self.writes = run / METRICS, tracker, writes
 
-    def append(self, record: dict[str, Any]) -> None:
+    def append(self, record: Record) -> None:
         """Append a line."""
         if self.writes:
             with stop_when_full(self.file.parent), append_to(self.file) as opened:
@@ -112,17 +112,14 @@ class MetricsLog:
         if self.tracker:
             self.tracker.log(record)
 
-    def rewind(self, checkpoint: Path, step: int) -> None:
-        """Cut the log back to `checkpoint`, written at `step`, for a run that resumes from it.
+    def rewind(self, checkpoint: Path) -> None:
+        """Cut the log back to `checkpoint`, from which the run resumes.
 
         The lines are those of the checkpoint's copy: the run may have resumed from an older
-        checkpoint before, and have been stopped again. Checkpoints of version 0.1 may lack a copy.
+        checkpoint before, and have been stopped again.
         """
         if self.writes:
-            copy = checkpoint / METRICS
-            records = read_log(copy if copy.exists() else self.file)
-            # without a copy, the log may go beyond the checkpoint
-            kept = [record for record in records if record["step"] <= step]
+            kept = read_log(checkpoint / METRICS)
             write_atomic(self.file, "".join(f"{json.dumps(record)}\n" for record in kept))
             if self.tracker:
                 self.tracker.rewind(kept)
@@ -159,9 +156,10 @@ class Run:
         # names may have a slash, as repositories on the Hub do
         self.prefix = re.sub(r"[^\w.-]+", "-", "-".join(names_of(config.resolved)))
         self.timer = PhaseTimer(accelerator.device)
-        self.environment: dict[str, Any] = {}
-        has_tracker = config.tracker is not None and accelerator.is_main_process
-        self.tracker = make_tracker(config.tracker) if has_tracker else None
+        self.environment: Record = {}
+        self.tracker: Tracker | None = None
+        if config.tracker is not None and accelerator.is_main_process:
+            self.tracker = config.tracker.tracker()
         # one process looks at the disk, the others get its result or its error
         self.resume: Path | None
         self._asked = identity(config.resolved)
@@ -175,15 +173,17 @@ class Run:
             # RUN/checkpoints/STEP
             self.path = self.resume.parent.parent
 
-    def _choose(self) -> tuple[Path | None, bool, dict[str, Any]]:
+    def _choose(self) -> tuple[Path | None, bool, Record]:
         """Return the checkpoint, True if its run is finished and will be trained further, settings.
 
-        The last are those under `train` that the run keeps from its beginning, and what auto is.
+        The last are those under `train` that replace auto.
         """
         found = choose_checkpoint(self.config.train, self._asked, self.prefix)
-        begun = {} if found is None else defaults_of(found, self._asked)
+        begun: dict[str, str] = {}
         if self.config.train.precision == AUTO:
-            begun = {"precision": self.config.precision, **begun}
+            # a resumed run keeps what auto was when it began
+            kept = {} if found is None else read_state(found)["identity"]
+            begun = {"precision": kept.get(PRECISION, self.config.precision)}
             logger.info("train.precision=auto: %s", described(begun["precision"]))
         return found, found is not None and is_finished(found.parent.parent), begun
 
@@ -212,7 +212,7 @@ class Run:
         )
         logger.info("run folder: %s", self.path)
 
-    def _begin(self, model: PeftModel) -> tuple[Path, dict[str, Any]]:
+    def _begin(self, model: PeftModel) -> tuple[Path, Record]:
         settings = self.config.train
         if self.resume:
             check_saved(
@@ -273,7 +273,7 @@ class Run:
                 self._describe()
 
 
-def new_folder(settings: TrainConfig, identity: dict[str, Any], prefix: str) -> Path:
+def new_folder(settings: TrainConfig, identity: Record, prefix: str) -> Path:
     """Make and lock the folder of a new run: `train.run`, or a new name in `train.output`.
 
     Raises:

@@ -1,14 +1,14 @@
 """How a run trains: its settings under `train` in configs/train.yaml."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from omegaconf import DictConfig
 
 from petl.core.spec.config import LR
+from petl.core.types import Settings
 from petl.errors import InputError
 from petl.system.files.paths import file_of, why_impossible
 from petl.system.files.read import read_yaml
@@ -164,8 +164,9 @@ class TrainConfig:
     )
     """Auto: 2048 where the head is frozen."""
     together: int = field(1, integer(1), "runs of a sweep that train in one pass over one base")
-    """Each is the run that it would be alone, up to rounding and to the dropout of the base
-    model.
+    """Each is the run that it would be alone, up to rounding. Dropout, of the base model and of
+    adapters, draws the masks of a run alone where the batches of a pass have one shape; else it
+    draws for the padding as well.
     """
     num_workers: int = field(
         0, integer(0), "data loader processes; 0: the training process makes batches"
@@ -204,7 +205,9 @@ class TrainConfig:
     log_steps: int | None = field(
         None, integer(1), "steps between lines of metrics.jsonl; null: by the length, at most 10"
     )
-    """Null is a twentieth of the run, from 1 to 10, so that a short run has a curve as well."""
+    """Null is a twentieth of the run, from 1 to 10, so that a short run has a curve as well. A line
+    has means over the steps since the one before it, at most the last 1,000.
+    """
 
     seed: int = field(0, SEED, "seed of all random numbers of a run")
     output: str = field("runs", ANY_PATH, "directory in which each run gets a folder")
@@ -372,7 +375,7 @@ class TrainConfig:
         return automatic() if self.precision == "auto" else self.precision
 
 
-def read_train(cfg: DictConfig | Mapping[str, Any]) -> TrainConfig:
+def read_train(cfg: DictConfig | Settings) -> TrainConfig:
     """Check the settings under `train` of a configuration that may have no method.
 
     Raises:
@@ -385,7 +388,7 @@ def read_train(cfg: DictConfig | Mapping[str, Any]) -> TrainConfig:
     return read_fields(TrainConfig, given, "train")
 
 
-def adamr_text(train: Mapping[str, Any]) -> str | None:
+def adamr_text(train: Settings) -> str | None:
     """Describe AdamR for the report of a run with these settings; None for AdamW."""
     # absent from runs of earlier versions
     if train.get("optimizer") != "adamr":

@@ -7,7 +7,7 @@ decides which go on: it may add, stop or drop any of them.
 import random
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +16,14 @@ from torch import Tensor
 from petl.efficiency.together.batches import TOKENS, Batch
 from petl.efficiency.together.group import AdapterGroup, Member, check_alike
 from petl.errors import InputError
+from petl.training.dataloader import to_device
 
 
 class Training:
     """One of several trainings in a process, which advances step by step.
 
     Attributes:
+        device: where its passes are made.
         random: its random numbers.
         member: its adapter; None: it cannot share passes, and makes its own.
         tokens: of its first batch; 0: passes have room for it whatever else is in them.
@@ -29,7 +31,7 @@ class Training:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.random = RandomNumbers(device)
+        self.device, self.random = device, RandomNumbers(device)
         self.member: Member | None = None
         self.tokens = 0
         self.error: Exception | None = None
@@ -38,7 +40,7 @@ class Training:
         """Inside the block, work for this training, with its random numbers."""
         return self.random.drawn()
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[object]:
         """Return the context of a pass in its precision."""
         return nullcontext()
 
@@ -95,13 +97,14 @@ class Together:
                         training.backward(rest)
                     training.update()
 
-    def _pass(self, group: AdapterGroup, batches: Mapping[Any, tuple[Batch, float]]) -> None:
+    def _pass(self, group: AdapterGroup, batches: Mapping[Training, tuple[Batch, float]]) -> None:
         """Add the gradients of a micro-batch of each member of a group."""
         for training, (_, weight) in batches.items():
             training.weigh(weight)
         try:
             with next(iter(batches)).autocast():
-                losses = group.losses([batch for batch, _ in batches.values()])
+                own = [to_device(batch, each.device) for each, (batch, _) in batches.items()]
+                losses = group.losses(own)
                 weights = [weight for _, weight in batches.values()]
                 weighted = [loss * w for loss, w in zip(losses, weights, strict=True)]
             group.backward(weighted)
@@ -160,37 +163,42 @@ class RandomNumbers:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.generator = device, torch.Generator(device)
-        self._kept: dict[str, Any] | None = None
+        self._kept: GeneratorStates | None = None
 
     @contextmanager
     def drawn(self) -> Generator[None]:
         """Inside the block, random numbers are drawn from these generators."""
         before = generator_states(self.device)
         if self._kept is not None:
-            set_generators({**self._kept, "device": self.generator.get_state()}, self.device)
+            set_generators(self._kept._replace(device=self.generator.get_state()), self.device)
         try:
             yield
         finally:
             self._kept = generator_states(self.device)
-            self.generator.set_state(self._kept["device"])
+            self.generator.set_state(self._kept.device)
             set_generators(before, self.device)
 
 
-def generator_states(device: torch.device) -> dict[str, Any]:
+class GeneratorStates(NamedTuple):
+    """The states of all generators that a run draws from."""
+
+    cpu: Tensor
+    device: Tensor
+    numpy: Any
+    python: tuple[Any, ...]
+
+
+def generator_states(device: torch.device) -> GeneratorStates:
     """Return the states of the generators of torch, numpy and Python."""
     own = torch if device.type == "cpu" else torch.get_device_module(device)
-    return {
-        "cpu": torch.get_rng_state(),
-        "device": own.get_rng_state(),
-        "numpy": np.random.get_state(),
-        "python": random.getstate(),
-    }
+    cpu, device_state = torch.get_rng_state(), own.get_rng_state()
+    return GeneratorStates(cpu, device_state, np.random.get_state(), random.getstate())
 
 
-def set_generators(states: Mapping[str, Any], device: torch.device) -> None:
+def set_generators(states: GeneratorStates, device: torch.device) -> None:
     """Restore what `generator_states` has returned."""
-    torch.set_rng_state(states["cpu"])
+    torch.set_rng_state(states.cpu)
     own = torch if device.type == "cpu" else torch.get_device_module(device)
-    own.set_rng_state(states["device"])  # of a CPU: the same generator again
-    np.random.set_state(states["numpy"])
-    random.setstate(states["python"])
+    own.set_rng_state(states.device)  # of a CPU: the same generator again
+    np.random.set_state(states.numpy)
+    random.setstate(states.python)

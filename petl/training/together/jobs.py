@@ -10,7 +10,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from petl.core.lifecycle import lifecycle
 from petl.core.parameters import check_module
 from petl.core.registry import METHODS, build_config, keeps_base, method_of, wrap
 from petl.core.spec.facts import facts_of
+from petl.core.types import Settings
 from petl.efficiency.fused_lora.switching import fuse_lora
 from petl.efficiency.together.batches import LABELS, Batch, check_loss, room_for
 from petl.efficiency.together.group import Member, check_alike, share_weights
@@ -70,8 +70,8 @@ class Job:
 
     method: str | PeftConfig
     batches: Iterable[Batch]
-    train: Mapping[str, Any]
-    fields: Mapping[str, Any] = field(default_factory=dict)
+    train: Settings
+    fields: Settings = field(default_factory=dict)
     evaluate: Callable[[PeftModel], float] | None = None
 
     def settings(self, config: PeftConfig) -> TrainConfig:
@@ -165,7 +165,8 @@ def train_together(
     """Train the adapters of several jobs at once over one base model.
 
     Each adapter is what `petl.wrap` and a loop of its own would give: equal to the bit where the
-    batches of all jobs have one shape, else up to rounding. A job that ends makes room for the next
+    batches of all jobs have one shape; else up to rounding, and with other dropout masks, since
+    those are drawn for the padding as well. A job that ends makes room for the next
     one.
 
     Args:

@@ -10,30 +10,25 @@ from the same step of the group: their passes have the same rows as if nothing h
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from contextlib import (
-    AbstractContextManager,
-    contextmanager,
-    redirect_stderr,
-    redirect_stdout,
-    suppress,
-)
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from petl.efficiency.together.batches import Batch, check_loss, tokens_of
 from petl.efficiency.together.group import Member
 from petl.errors import InputError, JobSkipped, RunStopped, UnsupportedError
 from petl.system.files.disk import append_text
+from petl.system.output import written_to
 from petl.system.processes import StopRequest, explain_process_failures, release_all
 from petl.system.settings.command_line import as_run, how_to_resume
 from petl.training import program as app
-from petl.training.dataloader import FirstBatches, to_device
+from petl.training.dataloader import FirstBatches
 from petl.training.distributed.precision import device_of_run
 from petl.training.loop import Loop, Stepwise
 from petl.training.runs.checkpoint import checkpoints, read_state
+from petl.training.runs.run_config import read_config
 from petl.training.runs.run_folder import Run
 from petl.training.together.bases import Bases
 from petl.training.together.driver import Together, Training
@@ -51,6 +46,7 @@ class RunJob(Training):
         start: begins the work of a run of these settings, with the weights that bases share.
 
     Attributes:
+        precision: of its passes, "no" or "bf16", which runs that share them have in common.
         run: once its folder is chosen.
         loop: once its steps are to be made.
         result: the objective of the finished run; None: it has none yet.
@@ -71,16 +67,13 @@ class RunJob(Training):
         self.result: float | None = None
         with self.own():
             self.cfg = compose()
+            # of this machine: auto, and what the type of the model needs, are values like others
+            self.precision = read_config(self.cfg).precision
 
     @property
     def is_over(self) -> bool:
         """True once there is nothing left to do."""
         return self.error is not None or self.result is not None
-
-    @property
-    def precision(self) -> str:
-        """The setting of its precision, which runs of one pass share."""
-        return str(OmegaConf.select(self.cfg, "train.precision"))
 
     # The work
 
@@ -93,8 +86,7 @@ class RunJob(Training):
         """
         with (
             append_text(self.log) as log,
-            redirect_stdout(log),
-            redirect_stderr(log),
+            written_to(log),
             as_run(self.words),
             self.random.drawn(),
         ):
@@ -180,13 +172,11 @@ class RunJob(Training):
         assert self.loop is not None
         return self.loop
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[object]:
         return self.training.accelerator.autocast()
 
-    def next_step(self) -> list[tuple[Batch, float]]:
-        loop = self.training
-        weighted = loop.next_step(loop.batches)
-        return [(to_device(batch, loop.device), weight) for batch, weight in weighted]
+    def next_step(self) -> Sequence[tuple[Batch, float]]:
+        return self.training.next_step(self.training.batches)
 
     def weigh(self, weight: float) -> None:
         self.training.lifecycle.aux_weight = weight
@@ -196,7 +186,7 @@ class RunJob(Training):
         self.training.timer.mark("passes")
 
     def backward(self, weighted: Sequence[tuple[Batch, float]]) -> None:
-        self.training.backward([({**batch}, weight) for batch, weight in weighted])
+        self.training.backward(weighted)
 
     def update(self) -> None:
         self.training.update()

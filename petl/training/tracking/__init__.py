@@ -4,19 +4,17 @@ The packages are extras: `tracking` has the first two, each of the others has th
 They are imported when a run with such a tracker begins.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
+from petl.core.types import Settings
 from petl.errors import choose
 from petl.system.imports.extras import need_extra
 from petl.system.values import read_fields
 from petl.training.tracking.base import Tracker, TrackerConfig, TrackerTable
 from petl.training.tracking.services import SERVICES
-from petl.training.tracking.to_accelerate import ServiceConfig, ServiceTracker, package_of
-from petl.training.tracking.to_tensorboard import TensorboardConfig, TensorboardTracker
-from petl.training.tracking.to_wandb import WandbConfig, WandbTracker
+from petl.training.tracking.to_accelerate import ServiceConfig, package_of
+from petl.training.tracking.to_tensorboard import TensorboardConfig
+from petl.training.tracking.to_wandb import WandbConfig
 
-__all__ = ["Tracker", "TrackerConfig", "TrackerTable", "make_tracker", "read_tracker"]
+__all__ = ["Tracker", "TrackerConfig", "TrackerTable", "read_tracker"]
 
 CONFIGS: dict[str, type[TrackerConfig]] = {
     "none": TrackerConfig,
@@ -25,7 +23,7 @@ CONFIGS: dict[str, type[TrackerConfig]] = {
 }
 
 
-def read_tracker(settings: Mapping[str, Any]) -> TrackerConfig:
+def read_tracker(settings: Settings) -> TrackerConfig:
     """Read and check the settings of a configuration's `tracker`.
 
     Raises:
@@ -44,12 +42,3 @@ def read_tracker(settings: Mapping[str, Any]) -> TrackerConfig:
     if package:
         need_extra(extra, package, f"tracker={name}")
     return config
-
-
-def make_tracker(config: TrackerConfig) -> Tracker | None:
-    """Return a tracker with these settings; None for `tracker=none`."""
-    if isinstance(config, ServiceConfig):
-        return ServiceTracker(config)
-    if isinstance(config, WandbConfig):
-        return WandbTracker(config)
-    return TensorboardTracker() if isinstance(config, TensorboardConfig) else None

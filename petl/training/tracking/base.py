@@ -4,9 +4,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from petl.core.types import Groups, Record
 from petl.errors import first_line
+
+if TYPE_CHECKING:  # an optional package
+    from pandas import DataFrame
 
 logger = logging.getLogger(__name__)
 
@@ -16,13 +20,13 @@ class TrackerTable:
     """A table for a tracker; cells are numbers and texts."""
 
     columns: list[str]
-    rows: list[list[Any]]
+    rows: Sequence[Sequence[object]]
 
-    def by_column(self) -> dict[str, list[Any]]:
+    def by_column(self) -> dict[str, list[object]]:
         """The values of each column."""
         return {name: [row[i] for row in self.rows] for i, name in enumerate(self.columns)}
 
-    def frame(self) -> Any:
+    def frame(self) -> "DataFrame":
         """The table as a DataFrame of pandas."""
         import pandas as pd  # optional: some of the trackers need it
 
@@ -34,7 +38,7 @@ class TrackerTable:
         return "\n".join(f"| {' | '.join(map(in_cell, line))} |" for line in lines)
 
 
-def in_cell(value: Any) -> str:
+def in_cell(value: object) -> str:
     """A value as it is written in a cell of a table in Markdown."""
     # one line a cell; | would end the cell, and < begin HTML
     return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
@@ -45,6 +49,10 @@ class TrackerConfig:
     """The settings of a tracker; configs/tracker/ describes them."""
 
     name: str
+
+    def tracker(self) -> "Tracker | None":
+        """Return a tracker with these settings; None for `tracker=none`."""
+        return None
 
 
 class Tracker:
@@ -58,11 +66,11 @@ class Tracker:
             service did not get.
     """
 
-    config: Any  # the settings; a subclass has its own kind
+    name: str  # as in the settings
     folder: Path
     lost = False
 
-    def begin(self, run: Path, config: Mapping[str, Any]) -> None:
+    def begin(self, run: Path, config: Groups) -> None:
         """Start or resume recording the run in this folder.
 
         Args:
@@ -70,15 +78,15 @@ class Tracker:
             config: its resolved configuration.
         """
 
-    def rewind(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def rewind(self, records: Sequence[Record]) -> None:
         """Resume from a checkpoint; `records` were logged before it, in this order."""
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: Record) -> None:
         """Record a line of metrics.jsonl."""
 
     def end(
         self,
-        scores: Mapping[str, Any],
+        scores: Record,
         plots: Sequence[Path],
         adapter: Path,
         tables: Mapping[str, TrackerTable],
@@ -99,7 +107,7 @@ class Tracker:
         """A line for the end of a run's output that says where to view the record; "" for none."""
         return ""
 
-    def _send(self, action: Callable[[], Any]) -> None:
+    def _send(self, action: Callable[[], object]) -> None:
         if self.lost:  # each further call might wait for a timeout
             return
         try:
@@ -111,7 +119,7 @@ class Tracker:
         self.lost = True
         logger.warning(
             "tracker=%s failed (%s) and gets nothing more; the run goes on, and %s has it all",
-            self.config.name,
+            self.name,
             reason(error),
             self.folder,
         )
@@ -122,7 +130,7 @@ def reason(error: Exception) -> str:
     return first_line(error) or type(error).__name__
 
 
-def named(record: Mapping[str, Any], group: str = "") -> dict[str, Any]:
+def named(record: Record, group: str = "") -> Record:
     """Flatten a record to names with a group; values outside of any group get the prefix `group`.
 
     >>> named({"loss": 0.5, "validation": {"accuracy": 0.9}}, "train/")
@@ -138,7 +146,7 @@ def named(record: Mapping[str, Any], group: str = "") -> dict[str, Any]:
     return {name: value for name, value in names.items() if value is not None}
 
 
-def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
+def metrics_of(record: Record) -> dict[str, float]:
     """The metrics in a line of metrics.jsonl by name, without its step."""
     # trackers take the step as an argument
     return named({key: value for key, value in record.items() if key != "step"}, "train/")

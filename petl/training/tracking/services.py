@@ -7,9 +7,14 @@ Tables and pictures go where the service shows them, else to its files.
 import os
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
+from petl.core.types import Arguments
+from petl.system.files.disk import write_atomic
 from petl.training.tracking.base import TrackerTable
+
+ServiceRun = Any  # the service's own object of a run
 
 
 class TrackerService:
@@ -26,33 +31,33 @@ class TrackerService:
     environment: ClassVar[dict[str, str]] = {}
 
     @property
-    def module(self) -> Any:
+    def module(self) -> ModuleType:
         """The package, imported."""
         return import_module(self.package)
 
-    def arguments(self, folder: Path, name: str, known: str | None) -> dict[str, Any]:
+    def arguments(self, folder: Path, name: str, known: str | None) -> Arguments:
         """Arguments of Accelerate's class: the name of a new run, or the id of a known one."""
         return {}
 
-    def prepare(self, arguments: dict[str, Any]) -> None:
+    def prepare(self, arguments: Arguments) -> None:
         """Make what must exist before a run starts with these arguments."""
 
-    def began(self, run: Any, name: str) -> str | None:
+    def began(self, run: ServiceRun, name: str) -> str | None:
         """Finish starting `run`, the service's own object; return its id, None if it has none."""
 
-    def table(self, run: Any, name: str, table: TrackerTable, step: int) -> bool:
-        """Log a table; return False if the service has none."""
-        return False
+    def table(self, run: ServiceRun, name: str, table: TrackerTable, step: int) -> object:
+        """Log a table; return NotImplemented if the service has none."""
+        return NotImplemented
 
-    def picture(self, run: Any, path: Path, step: int) -> bool:
-        """Log a PNG file; return False if the service has none."""
-        return False
+    def picture(self, run: ServiceRun, path: Path, step: int) -> object:
+        """Log a PNG file; return NotImplemented if the service has none."""
+        return NotImplemented
 
-    def adapter(self, run: Any, folder: Path) -> bool:
-        """Log the folder of an adapter; return False if the service keeps no files."""
-        return False
+    def adapter(self, run: ServiceRun, folder: Path) -> object:
+        """Log the folder of an adapter; return NotImplemented if the service keeps no files."""
+        return NotImplemented
 
-    def failed(self, run: Any) -> None:
+    def failed(self, run: ServiceRun) -> None:
         """Mark a run as failed before it is closed."""
 
     def closing(self, project: str, folder: Path) -> str:
@@ -67,27 +72,24 @@ class Mlflow(TrackerService):
     # its default of 7 doubles the delay each time: a run would stand still for minutes
     environment: ClassVar = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}
 
-    def arguments(self, folder: Path, name: str, known: str | None) -> dict[str, Any]:
+    def arguments(self, folder: Path, name: str, known: str | None) -> Arguments:
         # the id alone: a known run has its name already
         return {"run_id": known} if known else {"run_name": name}
 
-    def began(self, run: Any, name: str) -> str:
+    def began(self, run: ServiceRun, name: str) -> str:
         return run.info.run_id
 
-    def table(self, run: Any, name: str, table: TrackerTable, step: int) -> bool:
+    def table(self, run: ServiceRun, name: str, table: TrackerTable, step: int) -> object:
         # MLflow shows JSON files of this form as tables
         self.module.log_table(table.by_column(), f"{name}.json", run_id=run.info.run_id)
-        return True
 
-    def picture(self, run: Any, path: Path, step: int) -> bool:
+    def picture(self, run: ServiceRun, path: Path, step: int) -> object:
         self.module.log_artifact(str(path), "pictures")
-        return True
 
-    def adapter(self, run: Any, folder: Path) -> bool:
+    def adapter(self, run: ServiceRun, folder: Path) -> object:
         self.module.log_artifacts(str(folder), "adapter")
-        return True
 
-    def failed(self, run: Any) -> None:
+    def failed(self, run: ServiceRun) -> None:
         self.module.end_run("FAILED")  # before `finish`, which would mark it as finished
 
     def closing(self, project: str, folder: Path) -> str:
@@ -102,24 +104,21 @@ class Comet(TrackerService):
 
     key = package = "comet_ml"
 
-    def arguments(self, folder: Path, name: str, known: str | None) -> dict[str, Any]:
+    def arguments(self, folder: Path, name: str, known: str | None) -> Arguments:
         return {"experiment_key": known} if known else {}
 
-    def began(self, run: Any, name: str) -> str:
+    def began(self, run: ServiceRun, name: str) -> str:
         run.set_name(name)
         return run.get_key()
 
-    def table(self, run: Any, name: str, table: TrackerTable, step: int) -> bool:
+    def table(self, run: ServiceRun, name: str, table: TrackerTable, step: int) -> object:
         run.log_table(f"{name}.csv", table.rows, table.columns)  # the suffix decides the format
-        return True
 
-    def picture(self, run: Any, path: Path, step: int) -> bool:
+    def picture(self, run: ServiceRun, path: Path, step: int) -> object:
         run.log_image(str(path), path.stem, step=step)
-        return True
 
-    def adapter(self, run: Any, folder: Path) -> bool:
+    def adapter(self, run: ServiceRun, folder: Path) -> object:
         run.log_model("adapter", str(folder))
-        return True
 
 
 class Trackio(TrackerService):
@@ -127,20 +126,18 @@ class Trackio(TrackerService):
 
     key = package = "trackio"
 
-    def arguments(self, folder: Path, name: str, known: str | None) -> dict[str, Any]:
+    def arguments(self, folder: Path, name: str, known: str | None) -> Arguments:
         # Trackio knows a run by its name, there is no other id
         return {"name": known or name, "resume": "allow"}
 
-    def began(self, run: Any, name: str) -> str:
+    def began(self, run: ServiceRun, name: str) -> str:
         return run.name
 
-    def table(self, run: Any, name: str, table: TrackerTable, step: int) -> bool:
+    def table(self, run: ServiceRun, name: str, table: TrackerTable, step: int) -> object:
         run.log({name: self.module.Table(dataframe=table.frame())}, step=step)
-        return True
 
-    def picture(self, run: Any, path: Path, step: int) -> bool:
+    def picture(self, run: ServiceRun, path: Path, step: int) -> object:
         run.log({f"pictures/{path.stem}": self.module.Image(str(path))}, step=step)
-        return True
 
     def closing(self, project: str, folder: Path) -> str:
         return f"to view the run: trackio show --project {project}"
@@ -151,25 +148,23 @@ class Aim(TrackerService):
 
     key = package = "aim"
 
-    def arguments(self, folder: Path, name: str, known: str | None) -> dict[str, Any]:
+    def arguments(self, folder: Path, name: str, known: str | None) -> Arguments:
         # one repository for all runs: `aim up` shows a single one
         return {"logging_dir": "."} | ({"run_hash": known} if known else {})
 
-    def prepare(self, arguments: dict[str, Any]) -> None:
+    def prepare(self, arguments: Arguments) -> None:
         # creates it unless it exists, which a Run does not
         self.module.Repo.from_path(arguments["logging_dir"], init=True)
 
-    def began(self, run: Any, name: str) -> str:
+    def began(self, run: ServiceRun, name: str) -> str:
         run.name, run.experiment = name, run.name  # Accelerate's name is that of the project
         return run.hash
 
-    def table(self, run: Any, name: str, table: TrackerTable, step: int) -> bool:
+    def table(self, run: ServiceRun, name: str, table: TrackerTable, step: int) -> object:
         run.track(self.module.Text(table.markdown()), name=name, step=step)
-        return True
 
-    def picture(self, run: Any, path: Path, step: int) -> bool:
+    def picture(self, run: ServiceRun, path: Path, step: int) -> object:
         run.track(self.module.Image(str(path)), name=path.stem, step=step)
-        return True
 
     def closing(self, project: str, folder: Path) -> str:
         return "to view the run: aim up"
@@ -180,27 +175,24 @@ class Clearml(TrackerService):
 
     key = package = "clearml"
 
-    def arguments(self, folder: Path, name: str, known: str | None) -> dict[str, Any]:
+    def arguments(self, folder: Path, name: str, known: str | None) -> Arguments:
         # without it, ClearML may overwrite the last task of this name
         continued = {"continue_last_task": known} if known else {"reuse_last_task_id": False}
         return {"task_name": name, **continued}
 
-    def began(self, run: Any, name: str) -> str:
+    def began(self, run: ServiceRun, name: str) -> str:
         return run.id
 
-    def table(self, run: Any, name: str, table: TrackerTable, step: int) -> bool:
+    def table(self, run: ServiceRun, name: str, table: TrackerTable, step: int) -> object:
         run.get_logger().report_table(name, name, step, table_plot=table.frame())
-        return True
 
-    def picture(self, run: Any, path: Path, step: int) -> bool:
+    def picture(self, run: ServiceRun, path: Path, step: int) -> object:
         run.get_logger().report_image("pictures", path.stem, step, local_path=str(path))
-        return True
 
-    def adapter(self, run: Any, folder: Path) -> bool:
+    def adapter(self, run: ServiceRun, folder: Path) -> object:
         run.upload_artifact("adapter", str(folder))
-        return True
 
-    def failed(self, run: Any) -> None:
+    def failed(self, run: ServiceRun) -> None:
         run.mark_failed()
 
 
@@ -209,23 +201,19 @@ class Dvclive(TrackerService):
 
     key = package = "dvclive"
 
-    def arguments(self, folder: Path, name: str, known: str | None) -> dict[str, Any]:
+    def arguments(self, folder: Path, name: str, known: str | None) -> Arguments:
         place = str(folder / "dvclive")
         # no experiment and no dvc.yaml, which DVCLive would add to the user's git repository
         return {"dir": place, "resume": known is not None, "save_dvc_exp": False, "dvcyaml": None}
 
-    def began(self, run: Any, name: str) -> str:
+    def began(self, run: ServiceRun, name: str) -> str:
         return run.dir  # in place of an id
 
-    def table(self, run: Any, name: str, table: TrackerTable, step: int) -> bool:
-        from petl.system.files.disk import write_atomic  # imports the settings, and they trackers
-
+    def table(self, run: ServiceRun, name: str, table: TrackerTable, step: int) -> object:
         write_atomic(Path(run.dir) / f"{name}.md", f"{table.markdown()}\n")
-        return True
 
-    def picture(self, run: Any, path: Path, step: int) -> bool:
+    def picture(self, run: ServiceRun, path: Path, step: int) -> object:
         run.log_image(path.name, str(path))
-        return True
 
     def closing(self, project: str, folder: Path) -> str:
         return f"DVCLive: {folder / 'dvclive'}"
@@ -236,22 +224,20 @@ class Swanlab(TrackerService):
 
     key = package = "swanlab"
 
-    def arguments(self, folder: Path, name: str, known: str | None) -> dict[str, Any]:
+    def arguments(self, folder: Path, name: str, known: str | None) -> Arguments:
         place = {"log_dir": str(folder / "swanlab")}
         return place | ({"id": known, "resume": "allow"} if known else {"name": name})
 
-    def began(self, run: Any, name: str) -> str:
+    def began(self, run: ServiceRun, name: str) -> str:
         return run.id
 
-    def table(self, run: Any, name: str, table: TrackerTable, step: int) -> bool:
+    def table(self, run: ServiceRun, name: str, table: TrackerTable, step: int) -> object:
         shown = self.module.echarts.Table()
         shown.add(table.columns, table.rows)
         run.log({name: shown}, step=step)
-        return True
 
-    def picture(self, run: Any, path: Path, step: int) -> bool:
+    def picture(self, run: ServiceRun, path: Path, step: int) -> object:
         run.log({f"pictures/{path.stem}": self.module.Image(str(path))}, step=step)
-        return True
 
 
 class ServiceEntry(TrackerService):

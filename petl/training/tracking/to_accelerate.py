@@ -8,13 +8,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
+from petl.core.types import Arguments, Groups, Record
 from petl.errors import InputError
+from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.read import read_json, read_json_lines
 from petl.system.settings.schema import flat
 from petl.training.tracking.base import Tracker, TrackerConfig, TrackerTable, metrics_of, reason
-from petl.training.tracking.services import SERVICES, TrackerService, service_of
+from petl.training.tracking.services import SERVICES, ServiceRun, TrackerService, service_of
 
 ID_FILE = "tracker.json"  # in the run's folder
 METRICS = "metrics.jsonl"
@@ -34,8 +36,12 @@ class ServiceConfig(TrackerConfig):
 
     project: str = "petl"
     run_name: str | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: Arguments = field(default_factory=dict)
     save_adapter: bool = False
+
+    def tracker(self) -> Tracker:
+        """Return the tracker of Accelerate with these settings."""
+        return ServiceTracker(self)
 
 
 class ServiceTracker(Tracker):
@@ -44,21 +50,17 @@ class ServiceTracker(Tracker):
     config: ServiceConfig
 
     def __init__(self, config: ServiceConfig) -> None:
-        self.config, self.service = config, service_of(config.name)
+        self.config, self.name = config, config.name
+        self.service = service_of(config.name)
         self.step = 0
-        self.sent: set[tuple[Any, ...]] = set()  # records that the service has from before
+        self.sent: set[tuple[object, ...]] = set()  # records that the service has from before
 
-    def begin(self, run: Path, config: Mapping[str, Any]) -> None:
+    def begin(self, run: Path, config: Groups) -> None:
         """Start the run, or continue it.
 
         Raises:
             InputError: the service refuses it, for example without key or network.
         """
-        from petl.system.files.disk import (  # imports the settings, and they this
-            as_json,
-            write_atomic,
-        )
-
         self.folder, name = run, self.config.run_name or run.name
         known = known_id(run, self.config.name)
         # the user's own arguments win
@@ -86,12 +88,12 @@ class ServiceTracker(Tracker):
             content = TrackerRecord(tracker=self.config.name, id=given)
             write_atomic(run / ID_FILE, as_json(content))
 
-    def rewind(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def rewind(self, records: Sequence[Record]) -> None:
         """Log the records of earlier steps that the service does not have."""
         for record in records:
             self.log(record)
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: Record) -> None:
         """Log the metrics of a step, unless the service has them from before a resumption."""
         self.step = record["step"]
         if key_of(record) not in self.sent:
@@ -99,7 +101,7 @@ class ServiceTracker(Tracker):
 
     def end(
         self,
-        scores: Mapping[str, Any],
+        scores: Record,
         plots: Sequence[Path],
         adapter: Path,
         tables: Mapping[str, TrackerTable],
@@ -119,7 +121,7 @@ class ServiceTracker(Tracker):
         results |= {path.name: service.picture(run, path, self.step) for path in plots}
         if self.config.save_adapter:
             results["the adapter"] = service.adapter(run, adapter)
-        left_out = [name for name, taken in results.items() if not taken]
+        left_out = [name for name, taken in results.items() if taken is NotImplemented]
         if left_out:
             logger.info(
                 "tracker=%s does not take %s, only in %s",
@@ -139,17 +141,17 @@ class ServiceTracker(Tracker):
 
 
 def accelerates(
-    service: TrackerService, config: ServiceConfig, run: Path, arguments: dict[str, Any]
-) -> Any:
+    service: TrackerService, config: ServiceConfig, run: Path, arguments: Arguments
+) -> ServiceRun:
     """Build Accelerate's tracker of a run; arguments are those of its class."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    tracker_cls: Any = LOGGER_TYPE_TO_CLASS[service.key or config.name]
+    tracker_cls: ServiceRun = LOGGER_TYPE_TO_CLASS[service.key or config.name]
     place = {"logging_dir": str(run)} if tracker_cls.requires_logging_directory else {}
     return tracker_cls(config.project, **(place | arguments))
 
 
-def key_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
+def key_of(record: Record) -> tuple[object, ...]:
     """What tells lines of metrics.jsonl apart: a step has one of training, one of validation."""
     return record["step"], *sorted(record)
 
@@ -161,7 +163,7 @@ def known_id(run: Path, name: str) -> str | None:
     return known["id"] if known and known["tracker"] == name else None
 
 
-def package_of(name: Any) -> str | None:
+def package_of(name: object) -> str | None:
     """The package of a tracker of Accelerate's; "" for one that the user's code registers.
 
     None for W&B and TensorBoard, which petl records itself, and for what is no tracker.

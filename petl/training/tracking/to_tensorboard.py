@@ -5,9 +5,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from petl.core.types import Groups, Record
 from petl.training.tracking.base import Tracker, TrackerConfig, TrackerTable, metrics_of
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 EVENTS = "tensorboard"  # subfolder of the run
 logger = logging.getLogger(__name__)
@@ -17,11 +23,15 @@ logger = logging.getLogger(__name__)
 class TensorboardConfig(TrackerConfig):
     """TensorBoard has no settings: it shows all event files below a folder."""
 
+    def tracker(self) -> Tracker:
+        """Return the tracker that writes event files."""
+        return TensorboardTracker()
+
 
 class TensorboardTracker(Tracker):
     """Write event files."""
 
-    def begin(self, run: Path, config: Mapping[str, Any]) -> None:
+    def begin(self, run: Path, config: Groups) -> None:
         """Open an event file and write the configuration."""
         self.folder, self.step = run / EVENTS, 0
         self.writer = self._open()
@@ -30,20 +40,19 @@ class TensorboardTracker(Tracker):
         self.view_command = f"to view the run: tensorboard --logdir {run}"
         logger.info("%s", self.view_command)
 
-    def _open(self, **options: Any) -> Any:
+    def _open(self, purge_step: int | None = None) -> "SummaryWriter":
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(self.folder, **options)
+        return SummaryWriter(self.folder, purge_step=purge_step)
 
-    def rewind(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def rewind(self, records: Sequence[Record]) -> None:
         """Continue after the last record; hide later events."""
         self.step = records[-1]["step"] if records else 0
         self.writer.close()  # purge_step takes effect in a new event file
-        self.writer = self._open(
-            purge_step=self.step + 1
-        )  # hides what an interrupted run logged later
+        # hides what an interrupted run logged later
+        self.writer = self._open(self.step + 1)
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: Record) -> None:
         """Write the metrics of a step."""
         self.step = record["step"]
         for name, value in metrics_of(record).items():
@@ -51,7 +60,7 @@ class TensorboardTracker(Tracker):
 
     def end(
         self,
-        scores: Mapping[str, Any],
+        scores: Record,
         plots: Sequence[Path],
         adapter: Path,
         tables: Mapping[str, TrackerTable],
@@ -75,9 +84,8 @@ class TensorboardTracker(Tracker):
         return self.view_command
 
 
-def pixels(plot: Path) -> Any:
+def pixels(plot: Path) -> np.ndarray:
     """Read a PNG file as an array of bytes, [height, width, 3]."""
-    import numpy as np
     from PIL import Image  # installed, since matplotlib, which drew the plot, needs it
 
     with Image.open(plot) as opened:

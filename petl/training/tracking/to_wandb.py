@@ -6,19 +6,22 @@ gets the complete history again, from metrics.jsonl, and is then the only one to
 """
 
 import logging
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+from petl.core.types import Groups, Record
 from petl.errors import InputError, first_line
+from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.read import read_json
+from petl.system.values import check_rules, field, one_of, real
 from petl.training.tracking.base import Tracker, TrackerConfig, TrackerTable, metrics_of
 
 ID_FILE = "wandb.json"  # in the run's folder
+Mode = Any  # one of `MODES`, a Literal of W&B
 MODES = ("online", "offline", "disabled", "shared")
 TIMEOUT = 5.0  # seconds until a network counts as absent; assumption
 logger = logging.getLogger(__name__)
@@ -37,19 +40,18 @@ class WandbConfig(TrackerConfig):
     project: str = "petl"
     entity: str | None = None
     group: str | None = None
-    tags: list[str] = field(default_factory=list)
+    tags: list[str] = field([])
     run_name: str | None = None
-    mode: str | None = None
+    mode: str | None = field(None, one_of(*MODES))
     save_adapter: bool = False
-    finish_timeout: float = 600.0
+    finish_timeout: float = field(600.0, real(0, above=True))  # seconds
 
     def __post_init__(self) -> None:
-        if not 0 < self.finish_timeout < math.inf:
-            raise InputError(
-                f"tracker.finish_timeout={self.finish_timeout} is not a number of seconds above 0"
-            )
-        if self.mode is not None and self.mode not in MODES:
-            raise InputError(f"tracker.mode={self.mode!r} is not one of {', '.join(MODES)}, null")
+        check_rules(self, "tracker")
+
+    def tracker(self) -> Tracker:
+        """Return the tracker of W&B with these settings."""
+        return WandbTracker(self)
 
 
 class WandbTracker(Tracker):
@@ -58,9 +60,9 @@ class WandbTracker(Tracker):
     config: WandbConfig
 
     def __init__(self, config: WandbConfig) -> None:
-        self.config = config
+        self.config, self.name = config, config.name
 
-    def begin(self, run: Path, config: Mapping[str, Any]) -> None:
+    def begin(self, run: Path, config: Groups) -> None:
         """Start or resume the W&B run.
 
         Raises:
@@ -68,11 +70,6 @@ class WandbTracker(Tracker):
                 wandb.json is damaged.
         """
         import wandb
-
-        from petl.system.files.disk import (  # which imports the settings, and they this
-            as_json,
-            write_atomic,
-        )
 
         id_file, settings, self.folder = run / ID_FILE, self.config, run
         known = read_json(id_file, Id)["id"] if id_file.exists() else None
@@ -109,22 +106,22 @@ class WandbTracker(Tracker):
         elif self.run.url:
             logger.info("W&B: %s", self.run.url)
 
-    def rewind(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def rewind(self, records: Sequence[Record]) -> None:
         """Log the records of earlier steps that W&B does not have."""
         for record in records:  # `log` skips steps that W&B has
             self.log(record)
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: Record) -> None:
         """Log the metrics of a step, unless W&B has a later one."""
         self._send(lambda: self._log(record))
 
-    def _log(self, record: Mapping[str, Any]) -> None:
+    def _log(self, record: Record) -> None:
         if record["step"] >= self.run.step:  # a resumed run repeats steps that W&B has recorded
             self.run.log(metrics_of(record), step=record["step"])
 
     def end(
         self,
-        scores: Mapping[str, Any],
+        scores: Record,
         plots: Sequence[Path],
         adapter: Path,
         tables: Mapping[str, TrackerTable],
@@ -135,7 +132,7 @@ class WandbTracker(Tracker):
 
     def _log_results(
         self,
-        scores: Mapping[str, Any],
+        scores: Record,
         plots: Sequence[Path],
         adapter: Path,
         tables: Mapping[str, TrackerTable],
@@ -189,7 +186,7 @@ class WandbTracker(Tracker):
         return f"on W&B: {self.run.url}" if self.run.url else ""
 
 
-def choose_mode(config: WandbConfig) -> tuple[Any, str]:
+def choose_mode(config: WandbConfig) -> tuple[Mode, str]:
     """One of `MODES`, and the reason: the one that is set, else online if that is possible.
 
     Raises:

@@ -373,19 +373,6 @@ def test_the_log_is_that_of_the_run_that_goes_on_whatever_happened_in_between(
     assert noted == f"{run}/checkpoints/step-000009"
 
 
-def test_a_checkpoint_without_a_log_goes_on_with_that_of_its_run(stopped, tmp_path):
-    run, common = stopped
-    for folder in (run, shutil.copytree(run, tmp_path / "old")):
-        newest = folder / "checkpoints" / "step-000006"
-        if folder != run:  # as petl wrote it at first
-            manifest = json.loads((newest / "manifest.json").read_text())
-            del manifest["files"]["metrics.jsonl"]
-            (newest / "manifest.json").write_text(json.dumps(manifest))
-            (newest / "metrics.jsonl").unlink()
-        train([*common, f"train.resume={folder}"], folder)
-    assert_equal_runs(Finished(run), Finished(tmp_path / "old"))
-
-
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -426,14 +413,6 @@ def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(stopped, 
     with pytest.raises(InputError, match="is of another run") as refusal:
         resume(stopped, change)
     assert said in str(refusal.value)
-
-
-@pytest.mark.parametrize("setting", ["model.quantization", "data.labels", "data.format"])
-def test_a_setting_that_came_later_makes_no_other_run_of_an_old_one_until_it_is_given(setting):
-    group, name = setting.split(".")
-    old = {group: {"name": "some"}}
-    assert identity({group: {"name": "some", name: None}}) == identity(old)
-    assert identity({group: {"name": "some", name: ["a"]}}) != identity(old)
 
 
 def test_a_checkpoint_of_another_method_or_model_says_so_first(stopped, tiny):

@@ -17,7 +17,7 @@ from petl.system.imports import extras
 from petl.training import tracking
 from petl.training.compose import compose
 from petl.training.runs.run_config import read_config
-from petl.training.tracking import make_tracker, read_tracker, to_wandb
+from petl.training.tracking import read_tracker, to_wandb
 from petl.training.tracking.services import SERVICES
 from petl.training.tracking.to_tensorboard import TensorboardTracker
 from petl.training.tracking.to_wandb import WandbConfig, choose_mode
@@ -178,7 +178,7 @@ def test_an_error_of_wandb_ends_the_run_with_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(InputError, match="W&B refuses the run: the key is not valid"):
-        make_tracker(WandbConfig("wandb", mode="online")).begin(tmp_path, {})
+        WandbConfig("wandb", mode="online").tracker().begin(tmp_path, {})
 
 
 # TensorBoard
@@ -270,7 +270,7 @@ def test_an_address_without_server_is_not_reachable():
 
 def test_a_key_of_wandb_that_cannot_be_one_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "abc")
-    tracker = make_tracker(WandbConfig("wandb"))
+    tracker = WandbConfig("wandb").tracker()
     with pytest.raises(InputError, match=r"W&B refuses the run: .*40\+ characters"):
         tracker.begin(tmp_path, {})
 
@@ -289,7 +289,7 @@ class Dead:
 
 @pytest.mark.parametrize("ends", [True, False])
 def test_a_run_goes_on_if_the_process_of_wandb_dies(tmp_path, petl_log, ends):
-    tracker = make_tracker(WandbConfig("wandb"))
+    tracker = WandbConfig("wandb").tracker()
     tracker.run, tracker.folder, tracker.is_sent = Dead(), tmp_path, True
     tracker.log({"step": 1, "loss": 0.5})
     tracker.log({"step": 2, "loss": 0.5})

@@ -17,7 +17,7 @@ from petl.errors import InputError
 from petl.system.imports import extras
 from petl.training.compose import compose
 from petl.training.runs.run_config import read_config
-from petl.training.tracking import make_tracker, read_tracker
+from petl.training.tracking import read_tracker
 from petl.training.tracking.base import TrackerTable
 from petl.training.tracking.services import SERVICES
 
@@ -161,7 +161,7 @@ def test_a_server_that_is_not_there_refuses_the_run_in_one_line(tmp_path, monkey
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the port that discards
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(InputError, match=r"tracker=mlflow refuses the run: .*tracker=none"):
-        make_tracker(read_tracker({"name": "mlflow"})).begin(tmp_path, {})
+        read_tracker({"name": "mlflow"}).tracker().begin(tmp_path, {})
 
 
 # Trackio
