@@ -91,7 +91,32 @@ def data(given, folder, capsys):
     list(train.rows() if given.get("streaming") else train)
 
 
-KINDS = {function.__name__: function for function in (run, command, wrap, python, data)}
+def launch(given, folder, capsys):
+    """Settings of `launch`, for the processes that the environment of the test announces."""
+    from petl.training.distributed.launch import make_accelerator, read_launch
+
+    make_accelerator(read_launch(given), "no")
+
+
+def job(given, folder, capsys):
+    """A job of petl.train_together on a tiny BERT: what differs from one of LoRA with one step."""
+    import torch
+
+    import petl
+    from petl.testing import tiny_bert
+
+    fields = given.pop("fields", {})
+    batch = {"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.zeros(2).long()}
+    together = given.pop("together", None)
+    usual = {"method": "lora", "batches": [batch], "train": {"steps": 1}}
+    if isinstance(fields, dict):
+        fields = {"task_type": "SEQ_CLS", **fields}
+    petl.train_together(
+        tiny_bert(), [petl.Job(**{**usual, **given}, fields=fields)], together=together
+    )
+
+
+KINDS = {f.__name__: f for f in (run, command, wrap, python, data, launch, job)}
 
 
 @pytest.mark.parametrize(("kind", "given", "words"), ROWS)

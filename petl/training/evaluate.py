@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from petl.core.lifecycle import lifecycle
 from petl.core.types import base_of
@@ -30,13 +31,14 @@ from petl.errors import RunStopped
 from petl.system.collectives import gathered, is_sharded
 from petl.system.files.disk import atomic_file, stop_when_full
 from petl.system.progress import Pass, ProgressItems
-from petl.training.dataloader import Batch, Splits, load, longest_first
+from petl.training.dataloader import Splits, load, longest_first
 from petl.training.generation import is_pair, written
 from petl.training.non_finite import first_not_finite
 from petl.training.runs.settings import TrainConfig
 
 SCORES = ("exact_match", "rouge1", "rouge2", "rougeL")
 logger = logging.getLogger(__name__)
+KnownScores = Callable[[PeftModel, Task, Accelerator], dict[str, float] | None]
 REPORT_ROWS = 256  # assumption: enough test rows for metrics of extra losses, which are slow
 
 
@@ -121,134 +123,6 @@ def numbers_of(rows: Dataset, positions: Iterable[int]) -> list[int]:
     return [rows[position]["_number"] for position in positions]
 
 
-def score(
-    model: PeftModel,
-    splits: Splits,
-    accelerator: Accelerator,
-    batch_size: int,
-    *,
-    when: str = "",
-    kept: Path | None = None,
-    known: Callable[[PeftModel, Task, Accelerator], dict[str, float] | None] | None = None,
-) -> dict[str, float]:
-    """Return the task's scores over the test rows, with those of generated answers if it generates.
-
-    Metrics of extra losses over the first rows are added, except for a sharded model.
-
-    Args:
-        when: of the run this is, such as "before training", for the display of the progress.
-        kept: the file that the predictions are written to, of each row; None: they are not kept.
-        known: returns the task's scores if another pass has computed them; None: it has not.
-
-    Raises:
-        RunStopped: the outputs are not finite; the message names the first such tensor.
-    """
-    what = f"scoring {len(splits.test):,} test examples {when}".rstrip()
-    predictions = Predictions()
-    collected = predictions if kept else None
-    scores = known(model, splits.task, accelerator) if known and kept is None else None
-    if scores is None:
-        scores = evaluate(model, splits, splits.test, accelerator, batch_size, collected, what)
-    refuse_not_finite(scores, model, splits, accelerator, batch_size)
-    if splits.task.generate is not None:
-        scores |= score_answers(model, splits, accelerator, batch_size, predictions, when=when)
-    if kept is not None and splits.sources is not None:
-        predictions.write(kept, splits.task, splits.test, splits.sources, accelerator)
-    if is_sharded(model):  # those metrics call single layers, which are not gathered then
-        return scores
-    rows = splits.test.select(range(min(REPORT_ROWS, len(splits.test))))
-    # batches are divided, not their rows: padding, which some metrics count, does not depend on the
-    # number of processes
-    every = chunks(longest_first(splits.task.lengths(rows)), batch_size)
-    mine = every[accelerator.process_index :: accelerator.num_processes]
-    with accelerator.autocast():
-        more = extra_metrics(model, load(rows, splits.collate, mine, accelerator.device))
-    if more and len(rows) < len(splits.test):
-        names = ", ".join(more)
-        logger.info("%s: of the first %d of %d test examples", names, len(rows), len(splits.test))
-    return scores | more
-
-
-def extra_metrics(model: PeftModel, batches: Iterable[Batch]) -> dict[str, float]:
-    """Return the metrics of the extra losses of a model, none without extra losses."""
-    life = lifecycle(model)
-    if not life.losses:
-        return {}
-    with Pass("computing the metrics of extra losses", None):
-        return life.report(batches)
-
-
-def refuse_not_finite(
-    scores: dict[str, float],
-    model: PeftModel,
-    splits: Splits,
-    accelerator: Accelerator,
-    batch_size: int,
-) -> None:
-    """Raise RunStopped if a score on the test rows is NaN or infinite."""
-    name = not_finite(scores)
-    if name is None:
-        return
-    # of several processes, each has other rows: a search in some would leave the others waiting
-    order = (
-        longest_first(splits.task.lengths(splits.test)) if accelerator.num_processes == 1 else []
-    )
-    batches = chunks(order, batch_size)
-    labels = splits.task.label_columns
-    inputs = (
-        {name: tensor for name, tensor in batch.items() if name not in labels}
-        for batch in load(splits.test, splits.collate, batches, accelerator.device)
-    )
-    with accelerator.autocast():
-        where = first_not_finite(model.eval(), inputs)
-    raise RunStopped(
-        f"the outputs on the test examples are not finite ({name} is {scores[name]:g}): {where}; "
-        "nothing is known about this model's scores"
-    )
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    splits: Splits,
-    rows: Dataset,
-    accelerator: Accelerator,
-    batch_size: int,
-    predictions: Predictions | None = None,
-    what: str | None = None,
-) -> dict[str, float]:
-    """Return the task's scores over `rows`; each row counts once, on any number of processes.
-
-    Rows of several tasks also give the scores of each.
-
-    Args:
-        predictions: gets those of this process.
-        what: the pass does, for the display of its progress; None: the validation of a training,
-            whose passes are frequent.
-    """
-    task = splits.task
-    ids = list(rows[IDS]) if task.tasks and not task.scores_by_task else None
-    order = longest_first(task.lengths(rows))
-    if ids is None:
-        part = ScoredPart(rows, order)
-        found = one_pass(model, splits, part, accelerator, batch_size, predictions, what)
-        return part.summarized(task, found)
-    parts, orders, by_task = [], [], {}
-    for number, name in enumerate(task.tasks):
-        own = [row for row in order if ids[row] == number]
-        if not own:
-            logger.warning("no examples of task %s are among those that are scored", name)
-            continue
-        shown = what and f"{what}: the {len(own):,} of task {name}"
-        part = ScoredPart(rows, own)
-        found = one_pass(model, splits, part, accelerator, batch_size, predictions, shown)
-        by_task |= named(name, part.summarized(task, found), task.metric)
-        parts.append(found)
-        orders += own
-    total = torch.cat(parts) if task.by_row else torch.stack(parts).sum(0)
-    return ScoredPart(rows, orders).summarized(task, total) | by_task
-
-
 class ScoredPart(NamedTuple):
     """Those of the encoded rows that a pass computes, in the order in which it does."""
 
@@ -256,7 +130,7 @@ class ScoredPart(NamedTuple):
     order: list[int]
 
     def summarized(self, task: Task, found: Tensor) -> dict[str, float]:
-        """Return the scores, from what `one_pass` returned."""
+        """Return the scores, from what `Evaluator.one_pass` returned."""
         if not task.by_row:
             return task.summarize(found)
         if len(self.order) == len(self.rows):
@@ -264,46 +138,223 @@ class ScoredPart(NamedTuple):
         return task.summarize_rows(found, self.rows.select(self.order))
 
 
-def one_pass(
-    model: nn.Module,
-    splits: Splits,
-    part: ScoredPart,
-    accelerator: Accelerator,
-    batch_size: int,
-    predictions: Predictions | None,
-    what: str | None,
-) -> Tensor:
-    """Return the sum of `Task.score` over the rows, or the values of each, in their order."""
-    task, (rows, order) = splits.task, part
-    mine = order[accelerator.process_index :: accelerator.num_processes]
-    # every process runs as many passes as the first: a sharded model needs all of them in each
-    each = math.ceil(len(order) / accelerator.num_processes)
-    if task.by_row:  # gather needs equally many rows from each process
-        own = batches = chunks(mine + order[: each - len(mine)], batch_size)
-    else:
-        own = chunks(mine, batch_size)
-        # surplus batches keep the processes in step; their scores are cut off below
-        batches = own + [order[:1]] * (math.ceil(each / batch_size) - len(own))
-    was_training = model.training  # evaluation within training switches dropout off
-    model.eval()
-    parts = []
-    loaded = load(rows, splits.collate, batches, accelerator.device)
-    shown = ProgressItems(loaded, what or "validation", len(batches), quiet=what is None)
-    for positions, batch in zip(batches, shown, strict=True):
+@dataclass(frozen=True)
+class Evaluator:
+    """Scores a model over encoded rows; each row counts once, on any number of processes.
+
+    Attributes:
+        splits: the rows, with their task.
+        batch_size: rows of a forward pass of a process.
+    """
+
+    model: PeftModel
+    splits: Splits
+    accelerator: Accelerator
+    batch_size: int
+
+    def test(
+        self, *, when: str = "", kept: Path | None = None, known: KnownScores | None = None
+    ) -> dict[str, float]:
+        """Return the scores over the test rows, and those of generated answers if there are any.
+
+        Metrics of extra losses over the first rows are added, except for a sharded model.
+
+        Args:
+            when: of the run this is, such as "before training", for the display of the progress.
+            kept: the file that the predictions are written to, of each row; None: they are not
+                kept.
+            known: returns the task's scores if another pass has computed them; None: it has not.
+
+        Raises:
+            RunStopped: the outputs are not finite; the message names the first such tensor.
+        """
+        splits, accelerator = self.splits, self.accelerator
+        what = f"scoring {len(splits.test):,} test examples {when}".rstrip()
+        predictions = Predictions()
+        collected = predictions if kept else None
+        scores = known(self.model, splits.task, accelerator) if known and kept is None else None
+        if scores is None:
+            scores = self.rows(splits.test, collected, what)
+        self._refuse_not_finite(scores)
+        if splits.task.generate is not None:
+            scores |= self.answers(predictions, when=when)
+        if kept is not None and splits.sources is not None:
+            predictions.write(kept, splits.task, splits.test, splits.sources, accelerator)
+        return scores | self._extra_metrics()
+
+    def _extra_metrics(self) -> dict[str, float]:
+        """Return the metrics of the extra losses of the model over the first test rows."""
+        splits, accelerator, life = self.splits, self.accelerator, lifecycle(self.model)
+        # those metrics call single layers, which are not gathered in a sharded model
+        if not life.losses or is_sharded(self.model):
+            return {}
+        rows = splits.test.select(range(min(REPORT_ROWS, len(splits.test))))
+        # batches are divided, not their rows: padding, which some metrics count, does not depend on
+        # the number of processes
+        every = chunks(longest_first(splits.task.lengths(rows)), self.batch_size)
+        mine = every[accelerator.process_index :: accelerator.num_processes]
+        with (
+            accelerator.autocast(),
+            Pass("computing the metrics of extra losses", None),
+        ):
+            more = life.report(load(rows, splits.collate, mine, accelerator.device))
+        if more and len(rows) < len(splits.test):
+            logger.info(
+                "%s: of the first %d of %d test examples",
+                ", ".join(more),
+                len(rows),
+                len(splits.test),
+            )
+        return more
+
+    def _refuse_not_finite(self, scores: dict[str, float]) -> None:
+        """Raise RunStopped if a score on the test rows is NaN or infinite."""
+        name = not_finite(scores)
+        if name is None:
+            return
+        splits, accelerator = self.splits, self.accelerator
+        # of several processes, each has other rows: a search in some would leave the others waiting
+        is_alone = accelerator.num_processes == 1
+        order = longest_first(splits.task.lengths(splits.test)) if is_alone else []
+        labels, batches = splits.task.label_columns, chunks(order, self.batch_size)
+        inputs = (
+            {name: tensor for name, tensor in batch.items() if name not in labels}
+            for batch in load(splits.test, splits.collate, batches, accelerator.device)
+        )
         with accelerator.autocast():
-            outputs = task.outputs(model, batch)  # without labels: `score` computes the loss
-        values = None
-        if predictions is not None:
-            values = task.predict(outputs, batch)
-            predictions.add(positions, values)
-        is_scored = values is not None and task.sums_predictions
-        parts.append(values.sum(0) if is_scored else task.score(outputs, batch))
-    model.train(was_training)
-    if task.by_row:
-        values = accelerator.gather(torch.cat(parts))
-        return interleaved(values, accelerator.num_processes)[: len(order)]
-    total = torch.stack(parts)[: len(own)].sum(0)
-    return accelerator.reduce(total, reduction="sum")
+            where = first_not_finite(self.model.eval(), inputs)
+        raise RunStopped(
+            f"the outputs on the test examples are not finite ({name} is {scores[name]:g}): "
+            f"{where}; nothing is known about this model's scores"
+        )
+
+    @torch.no_grad()
+    def rows(
+        self, rows: Dataset, predictions: Predictions | None = None, what: str | None = None
+    ) -> dict[str, float]:
+        """Return the task's scores over some rows. Rows of several tasks also give those of each.
+
+        Args:
+            predictions: gets those of this process.
+            what: the pass does, for the display of its progress; None: the validation of a
+                training, whose passes are frequent.
+        """
+        task = self.splits.task
+        ids = list(rows[IDS]) if task.tasks and not task.scores_by_task else None
+        order = longest_first(task.lengths(rows))
+        if ids is None:
+            part = ScoredPart(rows, order)
+            return part.summarized(task, self.one_pass(part, predictions, what))
+        parts, orders, by_task = [], [], {}
+        for number, name in enumerate(task.tasks):
+            own = [row for row in order if ids[row] == number]
+            if not own:
+                logger.warning("no examples of task %s are among those that are scored", name)
+                continue
+            shown = what and f"{what}: the {len(own):,} of task {name}"
+            part = ScoredPart(rows, own)
+            found = self.one_pass(part, predictions, shown)
+            by_task |= named(name, part.summarized(task, found), task.metric)
+            parts.append(found)
+            orders += own
+        total = torch.cat(parts) if task.by_row else torch.stack(parts).sum(0)
+        return ScoredPart(rows, orders).summarized(task, total) | by_task
+
+    def one_pass(
+        self, part: ScoredPart, predictions: Predictions | None, what: str | None
+    ) -> Tensor:
+        """Return the sum of `Task.score` over the rows, or the values of each, in their order."""
+        model, splits, accelerator, size = (
+            self.model,
+            self.splits,
+            self.accelerator,
+            self.batch_size,
+        )
+        task, (rows, order) = splits.task, part
+        mine = order[accelerator.process_index :: accelerator.num_processes]
+        # every process runs as many passes as the first: a sharded model needs all of them in each
+        each = math.ceil(len(order) / accelerator.num_processes)
+        if task.by_row:  # gather needs equally many rows from each process
+            own = batches = chunks(mine + order[: each - len(mine)], size)
+        else:
+            own = chunks(mine, size)
+            # surplus batches keep the processes in step; their scores are cut off below
+            batches = own + [order[:1]] * (math.ceil(each / size) - len(own))
+        was_training = model.training  # evaluation within training switches dropout off
+        model.eval()
+        parts = []
+        loaded = load(rows, splits.collate, batches, accelerator.device)
+        shown = ProgressItems(loaded, what or "validation", len(batches), quiet=what is None)
+        for positions, batch in zip(batches, shown, strict=True):
+            with accelerator.autocast():
+                outputs = task.outputs(model, batch)  # without labels: `score` computes the loss
+            values = None
+            if predictions is not None:
+                values = task.predict(outputs, batch)
+                predictions.add(positions, values)
+            is_scored = values is not None and task.sums_predictions
+            parts.append(values.sum(0) if is_scored else task.score(outputs, batch))
+        model.train(was_training)
+        if task.by_row:
+            values = accelerator.gather(torch.cat(parts))
+            return interleaved(values, accelerator.num_processes)[: len(order)]
+        total = torch.stack(parts)[: len(own)].sum(0)
+        return accelerator.reduce(total, reduction="sum")
+
+    @torch.no_grad()
+    def answers(
+        self, predictions: Predictions | None = None, *, when: str = ""
+    ) -> dict[str, float]:
+        """Return exact match (white space aside), ROUGE and the number of answers to the test rows.
+
+        Answers are decoded greedily, up to `task.generate` tokens or the end token.
+
+        Args:
+            predictions: gets those of this process.
+            when: as of `test`.
+        """
+        model, splits, accelerator = self.model, self.splits, self.accelerator
+        task, tokenizer = splits.task, splits.processor
+        is_encoder_decoder = is_pair(model)
+        column = "input_ids" if is_encoder_decoder else "_prompt"
+        ids = list(splits.test[IDS]) if task.tasks else None
+        rows = splits.test.select_columns([column, "_answer"])
+        # longest prompts first: an out-of-memory error comes early, and padding is small
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i][column]))
+        # every process generates as many batches as the first, each as long as the longest of any:
+        # a sharded model needs all processes in each forward pass
+        processes = accelerator.num_processes
+        own = chunks(order[accelerator.process_index :: processes], self.batch_size)
+        surplus = math.ceil(math.ceil(len(order) / processes) / self.batch_size) - len(own)
+        was_training = model.training
+        model.eval()
+        total = torch.zeros(1 + len(SCORES), dtype=torch.float32, device=accelerator.device)
+        what = f"generating answers to {len(rows):,} test examples {when}".rstrip()
+        for number, part in enumerate(ProgressItems(own + [order[:1]] * surplus, what)):
+            batch = rows.select(part)
+            with accelerator.autocast():
+                prompts, of_part = list(batch[column]), ids and [ids[row] for row in part]
+                most, is_chat = task.generate or 1, getattr(task, "chat", False)
+                texts = written(model, tokenizer, prompts, most, of_part, is_chat=is_chat)
+            if number >= len(own):  # a surplus batch, computed for the other processes
+                continue
+            for position, text, answer in zip(part, texts, batch["_answer"], strict=True):
+                exact = float(text.split() == answer.split())
+                scores = {"exact_match": exact, **rouge(text, answer)}
+                total += torch.tensor(
+                    [1.0, *(scores[name] for name in SCORES)], device=accelerator.device
+                )
+                if predictions is not None:
+                    described = {name: rounded(scores[name]) for name in SCORES}
+                    predictions.answers[position] = {
+                        "label": answer,
+                        "prediction": text,
+                        **described,
+                    }
+        model.train(was_training)
+        # sums and count in one reduction
+        count, *sums = accelerator.reduce(total, reduction="sum").tolist()
+        return {**{k: v / count for k, v in zip(SCORES, sums, strict=True)}, "answers": count}
 
 
 def in_order(gathered: Tensor, order: list[int], processes: int) -> Tensor:
@@ -325,61 +376,6 @@ def in_place(values: Tensor, order: list[int]) -> Tensor:
     placed = torch.empty_like(values)
     placed[torch.tensor(order, device=values.device)] = values
     return placed
-
-
-@torch.no_grad()
-def score_answers(
-    model: PeftModel,
-    splits: Splits,
-    accelerator: Accelerator,
-    batch_size: int,
-    predictions: Predictions | None = None,
-    *,
-    when: str = "",
-) -> dict[str, float]:
-    """Return exact match (white space aside) and ROUGE of answers to the test rows, and a count.
-
-    Answers are decoded greedily, up to `task.generate` tokens or the end token.
-
-    Args:
-        predictions: gets those of this process.
-        when: as of `petl.training.evaluate.score`.
-    """
-    task, tokenizer, device = splits.task, splits.processor, accelerator.device
-    is_encoder_decoder = is_pair(model)
-    column = "input_ids" if is_encoder_decoder else "_prompt"
-    ids = list(splits.test[IDS]) if task.tasks else None
-    rows = splits.test.select_columns([column, "_answer"])
-    # longest prompts first: an out-of-memory error comes early, and padding is small
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][column]))
-    # every process generates as many batches as the first, each as long as the longest of any: a
-    # sharded model needs all processes in each forward pass
-    processes = accelerator.num_processes
-    own = chunks(order[accelerator.process_index :: processes], batch_size)
-    surplus = math.ceil(math.ceil(len(order) / processes) / batch_size) - len(own)
-    was_training = model.training
-    model.eval()
-    total = torch.zeros(1 + len(SCORES), dtype=torch.float32, device=device)
-    what = f"generating answers to {len(rows):,} test examples {when}".rstrip()
-    for number, part in enumerate(ProgressItems(own + [order[:1]] * surplus, what)):
-        batch = rows.select(part)
-        with accelerator.autocast():
-            prompts, of_part = list(batch[column]), ids and [ids[row] for row in part]
-            most, is_chat = task.generate or 1, getattr(task, "chat", False)
-            texts = written(model, tokenizer, prompts, most, of_part, is_chat=is_chat)
-        if number >= len(own):  # a surplus batch, computed for the other processes
-            continue
-        for position, text, answer in zip(part, texts, batch["_answer"], strict=True):
-            exact = float(text.split() == answer.split())
-            scores = {"exact_match": exact, **rouge(text, answer)}
-            total += torch.tensor([1.0, *(scores[name] for name in SCORES)], device=device)
-            if predictions is not None:
-                described = {name: rounded(scores[name]) for name in SCORES}
-                predictions.answers[position] = {"label": answer, "prediction": text, **described}
-    model.train(was_training)
-    # sums and count in one reduction
-    count, *sums = accelerator.reduce(total, reduction="sum").tolist()
-    return {**{k: v / count for k, v in zip(SCORES, sums, strict=True)}, "answers": count}
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from petl.training.dataloader import (
     without_labels,
 )
 from petl.training.distributed.launch import gathered, reshard
-from petl.training.evaluate import evaluate, for_training
+from petl.training.evaluate import for_training
 from petl.training.features import Context
 from petl.training.optimizer import (
     all_finite,
@@ -373,8 +373,7 @@ class Loop:
         """
         splits, state, task = self.splits, self.state, self.splits.task
         assert splits.validation is not None
-        size = self.settings.eval_batch_size
-        scores = evaluate(self.model, splits, splits.validation, self.accelerator, size)
+        scores = self.context.evaluator.rows(splits.validation)
         broken = not_finite(scores)
         if broken:
             raise self.diverged(

@@ -13,7 +13,7 @@ from petl.adapters.export.saved_adapter import find
 from petl.core.loading import load
 from petl.efficiency.fused_lora.switching import fuse_lora
 from petl.training.distributed.launch import start
-from petl.training.evaluate import score
+from petl.training.evaluate import Evaluator
 
 
 class Scorer:
@@ -46,7 +46,7 @@ class Scorer:
         model = load(self.base, adapter).eval()
         if self.fuse_lora:  # the kernels of training: else scores differ by rounding
             fuse_lora(model)
-        found = score(model, self.splits, self.accelerator, self.batch_size, kept=kept)
+        found = Evaluator(model, self.splits, self.accelerator, self.batch_size).test(kept=kept)
         restore(model)
         return found
 

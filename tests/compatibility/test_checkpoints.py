@@ -7,16 +7,10 @@ only added to (`scripts/make_compatibility_fixtures.py`).
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import compatibility_runs
 import pytest
-from training_fixtures import Finished, train, train_until_killed
-
-from petl.errors import InputError
-from petl.training.runs import resume as resume_rules
-from petl.training.runs import run_folder
-from petl.training.runs.resume import identity
+from training_fixtures import Finished, train
 
 # Relative. Not bitwise: the steps after the checkpoint round otherwise on other processors, by up
 # to 6e-7 with AVX2 or no vector instructions in place of AVX-512.

@@ -21,7 +21,6 @@ from petl.training import adamr
 from petl.training.compose import compose
 from petl.training.distributed.launch import gathered
 from petl.training.optimizer import make_optimizer
-from petl.training.runs.run_config import read_config
 from petl.training.runs.settings import TrainConfig
 
 pytest_plugins = ["training_fixtures"]
@@ -194,21 +193,6 @@ def test_a_state_of_another_optimizer_is_refused():
         optimizer.load_state_dict(state)
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"delta_decay": -0.1}, "delta_decay=-0.1 is not a number from 0"),
-        ({"lr": math.nan}, "lr=nan"),
-        ({"betas": (0.9, 1.0)}, "betas="),
-        ({"delta_norm": "l3"}, "delta_norm='l3' is not l2 or l1"),
-        ({"reference": "base"}, "reference='base' is not start or zero"),
-    ],
-)
-def test_arguments_are_checked(options, reason):
-    with pytest.raises(InputError, match=reason):
-        petl.AdamR([nn.Parameter(torch.ones(2))], **options)
-
-
 def test_groups_and_gradients_are_checked():
     ones = torch.ones(2, 2)
     with pytest.raises(InputError, match=r"weight_decay=0.1 is a decay towards 0"):
@@ -307,23 +291,6 @@ def test_a_plan_counts_the_reference(tiny):
     ours = plan_run(compose([*tiny.steady, *DECAYING])).memory
     assert ours.optimizer == 1.5 * plain.optimizer
     assert ours.optimizer_state == "AdamR's two moments and reference"
-
-
-@pytest.mark.parametrize(
-    ("more", "reason"),
-    [
-        (["+method=lora", "train.delta_decay=0.1"], r"delta_decay=0.1 needs train.optimizer=adamr"),
-        (["+method=lora", "train.delta_norm=l1"], "delta_norm=l1 needs train.optimizer=adamr"),
-        (["+method=lora", "train.optimizer=adam"], "'adam' is not one of adamw, adamr"),
-        ([*DECAYING, "train.delta_decay=-1"], "delta_decay=-1.0 is not a number from 0"),
-        ([*DECAYING, "train.weight_decay=0.1"], "weight_decay=0.1 has no effect"),
-        (["+method=sparse", *DECAYING[1:]], "method sparse: it adds or exchanges entries"),
-        (["+method=increlora", *DECAYING[1:]], "method increlora: it adds or exchanges"),
-    ],
-)
-def test_a_setting_without_effect_and_methods_that_move_entries_are_refused(tiny, more, reason):
-    with pytest.raises(InputError, match=reason):
-        read_config(compose([*tiny.steady, *more]))
 
 
 def test_adalora_trains_with_it(tiny, tmp_path):

@@ -10,7 +10,6 @@ from transformers import LlamaForCausalLM
 import petl
 from petl.core.parameters import adapter_parameters, trainable
 from petl.core.registry import without_data
-from petl.errors import InputError
 from petl.experiments.planning.plan import plan_run
 from petl.methods.increlora import growth_finished
 from petl.system.settings.command_line import preset_of
@@ -143,18 +142,3 @@ def test_a_run_notes_the_parameters_of_its_adapter(tiny: Tiny, tmp_path):
     run = train([*tiny.steady, "+method=lora", "train.budget=2000"], tmp_path / "run")
     tensors = {k: t for k, t in run.adapter.items() if "lora_" in k}
     assert run.scores["adapter_parameters"] == sum(t.numel() for t in tensors.values()) <= 2000
-
-
-@pytest.mark.parametrize(
-    ("name", "budget", "message"),
-    [
-        ("lora", 10, "train.budget=10 is too small: method 'lora' has"),
-        ("ia3", 1000, "method 'ia3' has no rank to choose"),
-        ("adalora", 10**6, "does not grow with its rank"),
-        ("adalora", 10, "does not grow with its rank"),  # not that the budget is too small
-        ("randlora", 10**9, "does not grow with its rank"),
-    ],
-)
-def test_a_budget_that_cannot_be_met_is_refused(name, budget, message):
-    with pytest.raises(InputError, match=message):
-        within_budget(fields(name), base, budget)

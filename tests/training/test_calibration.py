@@ -9,7 +9,6 @@ from datasets import Dataset
 from training_fixtures import train
 
 from petl.data.models.loading import load_tokenizer
-from petl.errors import InputError
 from petl.training import calibration
 from petl.training.calibration import (
     CalibrationBatches,
@@ -69,21 +68,6 @@ def test_each_process_takes_its_share(monkeypatch):
         orders.append(CalibrationBatches(rows(), collate, settings).order)
     assert [len(order) for order in orders] == [3, 3, 2]
     assert len({number for order in orders for number in order}) == 8
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"num_samples": 0}, "method.calibration_data.num_samples=0 is not an integer from 1"),
-        ({"samples": 3}, "no setting method.calibration_data.samples; did you mean 'num_samples'"),
-        ({"batch_size": "two"}, "method.calibration_data.batch_size='two' is not of type int"),
-        ({"data": {"source": "nowhere"}}, "no data source 'nowhere'"),
-    ],
-)
-def test_bad_settings_are_named(given, message):
-    splits = SimpleNamespace(train=rows(), collate=collate)
-    with pytest.raises(InputError, match=message):
-        calibration_batches(read_calibration(given), {}, splits)
 
 
 def test_other_data_are_encoded_by_the_run_s_tokenizer(tiny):

@@ -14,7 +14,7 @@ from petl.data.models.loading import load_base, load_processor
 from petl.training.compose import compose
 from petl.training.dataloader import encode_splits
 from petl.training.distributed.launch import start
-from petl.training.evaluate import score
+from petl.training.evaluate import Evaluator
 from petl.training.runs.run_config import read_config
 
 pytest_plugins = ["task_fixtures"]
@@ -43,7 +43,7 @@ def scores(folder, kept) -> dict[str, dict[str, float]]:
             base, "lora", task_type=data.task.peft_task_type, target_modules=".*query|.*q_proj"
         )
         file = kept / f"{task}-{accelerator.num_processes}.jsonl"
-        found[task] = score(model, splits, accelerator, batch_size=4, kept=file)
+        found[task] = Evaluator(model, splits, accelerator, 4).test(kept=file)
     return found
 
 

@@ -160,7 +160,7 @@ def test_asked_for_where_it_cannot_be_is_an_error(tiny, tmp_path, words, message
         train([*tiny.steady, *TOP, TRUE, *words], tmp_path / "run")
 
 
-def test_older_runs_resume_with_auto_and_not_with_true():
+def test_a_store_that_only_rounds_makes_no_other_run():
     before = {"train": {"lr": 1e-3}}
     for value in ("auto", False):
         assert identity({"train": {"lr": 1e-3, "cache_frozen": value}}) == identity(before)

@@ -20,7 +20,7 @@ from petl.training import generation
 from petl.training.compose import compose
 from petl.training.dataloader import encode_splits
 from petl.training.distributed.launch import start
-from petl.training.evaluate import score_answers
+from petl.training.evaluate import Evaluator
 from petl.training.generation import padded
 from petl.training.runs.run_config import read_config
 
@@ -63,7 +63,7 @@ def test_scores_are_those_of_answers_written_one_by_one(families, task, tmp_path
         answers[i] = f" {guesses[i]}\n" if i % 3 == 0 else f"{guesses[i]} cat the"
     test = splits.test.remove_columns("_answer").add_column("_answer", answers)
     object.__setattr__(splits, "test", test)
-    scores = score_answers(model, splits, accelerator, batch_size=5)
+    scores = Evaluator(model, splits, accelerator, 5).answers()
     pairs = list(zip(guesses, answers, strict=True))
     exact = sum(g.split() == a.split() for g, a in pairs) / len(pairs)
     assert 0 < exact < 1

@@ -17,11 +17,10 @@ from transformers import (
 import petl
 from petl.data.base import read_data
 from petl.data.models.loading import load_base, load_tokenizer
-from petl.training import evaluate as evaluation
 from petl.training.compose import compose
 from petl.training.dataloader import encode_splits
 from petl.training.distributed.launch import start
-from petl.training.evaluate import evaluate, score
+from petl.training.evaluate import Evaluator
 from petl.training.linear_probe import BaselineScores, features, find_head, in_order, linear_probe
 from petl.training.runs.run_config import read_config
 
@@ -166,17 +165,17 @@ def test_its_pass_scores_the_untrained_model(parts, monkeypatch, precision):
     accelerator = start(settings.seed, precision)
     untrained = BaselineScores()
     size = settings.eval_batch_size
-    expected = evaluate(model, splits, splits.test, accelerator, size)
+    expected = Evaluator(model, splits, accelerator, size).rows(splits.test)
     linear_probe(model, splits, settings, accelerator, untrained)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "evaluate", None)  # no other pass is made
-        found = score(model, splits, accelerator, size, known=untrained.scores_of)
+        patch.setattr(Evaluator, "rows", None)  # no other pass is made
+        found = Evaluator(model, splits, accelerator, size).test(known=untrained.scores_of)
     assert found == expected
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)
     assert untrained.scores_of(model, splits.task, accelerator) is None
-    assert score(model, splits, accelerator, size, known=untrained.scores_of) != expected
+    assert Evaluator(model, splits, accelerator, size).test(known=untrained.scores_of) != expected
 
 
 def test_a_row_that_several_processes_compute_is_scored_once(parts):

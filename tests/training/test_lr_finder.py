@@ -161,14 +161,14 @@ def test_a_resumed_run_takes_the_learning_rate_from_its_scores(petl_log):
 
 
 def test_a_run_class_by_class_is_tested_on_all_of_them(tiny, tmp_path, monkeypatch):
-    seen, load = set(), lr_finder.load
+    seen, load = set(), lr_finder.load_on_cpu
 
     def recorded(*args):
         for batch in load(*args):
             seen.update(batch["labels"].tolist())
             yield batch
 
-    monkeypatch.setattr(lr_finder, "load", recorded)
+    monkeypatch.setattr(lr_finder, "load_on_cpu", recorded)
     words = ["data.order=by_class", "train.steps=null", "train.batch_size=4"]
     words += ["train.find_lr=true", "train.find_lr_steps=10"]
     train([*tiny.classify, "+method=lora", *words], tmp_path)

@@ -72,11 +72,6 @@ def test_a_method_over_none_is_left_alone():
     assert with_inner(preset_of("mola")) == preset_of("mola")
 
 
-def test_an_unknown_inner_method_is_refused():
-    with pytest.raises(petl.InputError, match="no method 'mso'; did you mean 'mos'"):
-        with_inner({"name": "binary", "inner": "mso"})
-
-
 def test_a_schedule_that_leaves_no_step_to_prune_in_names_its_settings():
     cfg = compose(["+method=adalora", "method.tinit=8", "method.tfinal=12"])
     with pytest.raises(petl.InputError, match=r"method\.tinit=8 .* and method\.tfinal=12 .* 20:"):

@@ -37,7 +37,7 @@ from petl.ops.ternary import State, Ternary
 from petl.system.progress import Pass, ProgressItems
 from petl.training.dataloader import Batch, Splits, encode_splits
 from petl.training.distributed.launch import start
-from petl.training.evaluate import evaluate
+from petl.training.evaluate import Evaluator
 
 ROWS, BATCH = 50, 8  # train rows that a divisor is chosen on, as in the paper's encoders
 ADAPTER = "default"
@@ -117,7 +117,7 @@ def scoring(saved: SavedAdapter, *, or_test: bool = False) -> Generator[Any]:
 
     def score(folder: Path) -> dict[str, float]:
         model = load(base, folder).eval()
-        found = evaluate(model, splits, rows, accelerator, config.train.eval_batch_size)
+        found = Evaluator(model, splits, accelerator, config.train.eval_batch_size).rows(rows)
         restore(model)
         return found
 

@@ -41,7 +41,7 @@ from petl.system.imports.peft_hook import import_modules, not_yet_trusted
 from petl.system.progress import Pass
 from petl.training.dataloader import Batch, encode_splits, longest_first, to_device
 from petl.training.distributed.launch import start
-from petl.training.evaluate import score as score_model
+from petl.training.evaluate import Evaluator
 from petl.training.runs.config import GROUPS, RunConfig
 from petl.training.runs.records import (
     ADAPTER,
@@ -309,7 +309,7 @@ def score(saved: SavedAdapter, kept: Path | None = None) -> dict[str, float]:
     losses.attach(model, config.loss)  # for its metrics
     # the same kernels as in training, or scores differ by rounding
     apply_rewrites(model, rewrites_of(settings, trains=False))
-    return score_model(model, splits, accelerator, settings.eval_batch_size, kept=kept)
+    return Evaluator(model, splits, accelerator, settings.eval_batch_size).test(kept=kept)
 
 
 def find(

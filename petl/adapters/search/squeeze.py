@@ -30,7 +30,7 @@ from petl.system.files.read import read_json
 from petl.system.progress import Pass
 from petl.training.dataloader import Batch, Splits, encode_splits, to_device
 from petl.training.distributed.launch import start
-from petl.training.evaluate import evaluate
+from petl.training.evaluate import Evaluator
 
 METRICS = {"kl": Divergence, "loss": TaskLoss}
 TOKENS = 16384  # positions of the last stage at most
@@ -270,7 +270,7 @@ def score(
 ) -> dict[str, float]:
     """Return the scores of the model as it is on the test rows; `name` is for the display."""
     what = f"scoring {len(splits.test):,} test examples, {name}"
-    return evaluate(feature.model, splits, splits.test, accelerator, batch_size, None, what)
+    return Evaluator(feature.model, splits, accelerator, batch_size).rows(splits.test, what=what)
 
 
 def write(feature: Feature, state: Sequence[int], out: Path) -> int:

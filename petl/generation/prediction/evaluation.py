@@ -22,7 +22,7 @@ from petl.system.files.outputs import check_output
 from petl.system.processes import is_first
 from petl.system.progress import ProgressItems
 from petl.training.dataloader import Splits, numbered
-from petl.training.evaluate import score
+from petl.training.evaluate import Evaluator
 from petl.training.runs.records import EVALUATED, PREDICTIONS, SCORES
 
 DATA = "--data"
@@ -123,4 +123,5 @@ def score_on_rows(
     splits = Splits(task, collate, encoded, None, encoded, predictor.processor, sources=sources)
     if saved.run is not None:
         losses.attach(predictor.model, saved.run_config.loss)  # for its metrics
-    return score(predictor.model, splits, predictor.accelerator, predictor.batch_size, kept=kept)
+    evaluator = Evaluator(predictor.model, splits, predictor.accelerator, predictor.batch_size)
+    return evaluator.test(kept=kept)

@@ -30,11 +30,10 @@ from petl.training.runs.settings import TrainConfig
 
 if TYPE_CHECKING:
     from petl.training.dataloader import Splits, TrainingRows
+    from petl.training.evaluate import Evaluator, KnownScores
     from petl.training.runs.config import RunConfig
     from petl.training.runs.run_folder import Run
 
-KnownScores = Callable[..., dict[str, float] | None]  # see `petl.training.evaluate.score`
-EVALUATE = "petl.training.evaluate"  # imported when something is scored
 FEATURES = {
     "data.source": "petl.training.features.overlap:TrainingRowsInTest",
     "model.adapter": "petl.training.features.below:AdapterBelow",
@@ -107,7 +106,7 @@ class Context:
         model: with the adapter.
         features: of the run, in their order.
         settings: those under `train`, with the learning rates of a range test.
-        known: of `petl.training.evaluate.score`: returns scores before training that another pass
+        known: of `Evaluator.test`: returns scores before training that another pass
             has computed, or None.
     """
 
@@ -116,12 +115,20 @@ class Context:
     model: PeftModel
     features: "Sequence[RunFeature]"
     settings: TrainConfig
-    known: KnownScores | None = None
+    known: "KnownScores | None" = None
 
     @property
     def accelerator(self) -> Accelerator:
         """That of the run."""
         return self.run.accelerator
+
+    @property
+    def evaluator(self) -> "Evaluator":
+        """What scores the model as it is."""
+        from petl.training.evaluate import Evaluator  # imported when something is scored
+
+        size = self.settings.eval_batch_size
+        return Evaluator(self.model, self.splits, self.accelerator, size)
 
     def evaluate(self, rows: Dataset, what: str) -> dict[str, float]:
         """Return the task's scores over encoded rows.
@@ -129,19 +136,16 @@ class Context:
         Args:
             what: the pass does, for the display of its progress.
         """
-        size, evaluate = self.settings.eval_batch_size, resolve_name(f"{EVALUATE}:evaluate")
-        return evaluate(self.model, self.splits, rows, self.accelerator, size, what=what)
+        return self.evaluator.rows(rows, what=what)
 
     def test(
-        self, when: str, kept: Path | None, known: KnownScores | None = None
+        self, when: str, kept: Path | None, known: "KnownScores | None" = None
     ) -> dict[str, float] | None:
-        """Return the scores on the test rows, as `score`; None with `train.test=false`."""
+        """Return the scores on the test rows; None with `train.test=false`."""
         self.run.timer.start()
-        scores, size = None, self.settings.eval_batch_size
+        scores = None
         if self.settings.test:
-            score = resolve_name(f"{EVALUATE}:score")
-            model, splits = self.model, self.splits
-            scores = score(model, splits, self.accelerator, size, when=when, kept=kept, known=known)
+            scores = self.evaluator.test(when=when, kept=kept, known=known)
         self.run.timer.mark("evaluation")
         return scores
 

@@ -24,7 +24,7 @@ from petl.system.files.disk import as_json, stop_when_full, write_atomic
 from petl.system.files.read import read_json
 from petl.system.values import LARGEST
 from petl.training.dataloader import TrainingRows, longest_first
-from petl.training.evaluate import ScoredPart, one_pass
+from petl.training.evaluate import ScoredPart
 from petl.training.features import Context, RunFeature
 from petl.training.features.section import Section
 from petl.training.runs.config import RunConfig
@@ -91,8 +91,7 @@ class ClassOrder(RunFeature):
         number = list(stream.ends).index(step) + 1
         what = f"scoring all classes after stage {number} of {len(stream.ends)}"
         part = ScoredPart(splits.test, longest_first(splits.task.lengths(splits.test)))
-        size = context.settings.eval_batch_size
-        total = one_pass(context.model, splits, part, run.accelerator, size, None, what)
+        total = context.evaluator.one_pass(part, None, what)
         stage = stage_of(total, splits.task.labels or [], step, stream.ends[step])
 
         def write() -> None:

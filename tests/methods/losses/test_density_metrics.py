@@ -22,7 +22,7 @@ from petl.adapters.export import saved_adapter
 from petl.data.tasks.base import Pad, batch_of_texts
 from petl.data.tasks.causal_lm import CausalLM
 from petl.errors import InputError
-from petl.training.evaluate import score
+from petl.training.evaluate import Evaluator
 from petl.training.runs.resume import identity
 
 pytest_plugins = ["training_fixtures"]
@@ -308,7 +308,7 @@ def test_metrics_use_the_same_padding_on_any_number_of_processes(processes, monk
     )
     task = CausalLM(max_length=9)
     splits = SimpleNamespace(task=task, test=rows, collate=partial(batch_of_texts, Pad(0)))
-    monkeypatch.setattr("petl.training.evaluate.evaluate", lambda *arguments: {})
+    monkeypatch.setattr(Evaluator, "rows", lambda *arguments: {})
 
     def batches_of(rank, processes):
         seen = []
@@ -322,7 +322,8 @@ def test_metrics_use_the_same_padding_on_any_number_of_processes(processes, monk
             lambda model: SimpleNamespace(report=report, losses=["density"]),
         )
         here = {"process_index": rank, "num_processes": processes, "autocast": nullcontext}
-        score(nn.Identity(), splits, SimpleNamespace(**here, device=torch.device("cpu")), 4)
+        accelerator = SimpleNamespace(**here, device=torch.device("cpu"))
+        Evaluator(nn.Identity(), splits, accelerator, 4).test()
         return seen
 
     fractions = [batches_of(rank, processes) for rank in range(processes)]

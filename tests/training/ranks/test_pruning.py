@@ -47,12 +47,6 @@ def test_importances_far_apart_have_ratios():
     assert sum(ratios.values()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("sparsity", [-0.1, 1.0, float("nan")])
-def test_a_sparsity_out_of_range_is_refused(sparsity):
-    with pytest.raises(InputError, match="is not in"):
-        keep_ratios({"a": 0.1}, sparsity)
-
-
 @pytest.mark.parametrize(("gated", "b", "c"), [(True, 1.0, 1.0), (False, 0.5, 2.0)])
 def test_channel_scores_are_a_loop_over_channels(gated, b, c):
     D, F = 3, 5

@@ -1,7 +1,5 @@
 """A damaged best checkpoint costs the best score, but the run continues."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,7 +8,7 @@ from training_fixtures import Finished, train
 import petl
 from petl.data.tasks.causal_lm import CausalLM
 from petl.data.tasks.classification import Classification
-from petl.training.runs.checkpoint import TrainState, best_of, verify_best
+from petl.training.runs.checkpoint import TrainState, best_of
 
 pytest_plugins = ["training_fixtures"]
 
@@ -160,10 +158,3 @@ def test_a_lower_loss_at_the_same_score_is_the_best_but_no_improvement():
         assert state.note({"accuracy": accuracy, "loss": loss}, task) is is_best
         assert state.stale == stale
     assert (state.best, state.best_step) == (1.0, 5)
-
-
-def test_a_checkpoint_of_an_older_version_gets_its_best_evaluation_from_the_log(tmp_path):
-    log, best = tmp_path / "metrics.jsonl", {"accuracy": 0.5, "loss": 0.25}
-    log.write_text(json.dumps({"step": 3, "validation": best}) + "\n")
-    state = TrainState(step=3, best=0.5, best_step=3)
-    assert verify_best(state, tmp_path, log, Classification(classes=["a", "b"])).best_scores == best

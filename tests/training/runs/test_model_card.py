@@ -51,13 +51,6 @@ def test_packaged_models_have_their_names_on_the_hub(name, base):
     assert ("4-bit weights" in card) == (name == "smollm2")
 
 
-def test_a_run_from_before_heads_had_a_rate_has_a_card(lora_run):
-    source = read_source({"name": "minilm", "source": "minilm"})
-    scores = {key: value for key, value in lora_run.scores.items() if key != "head_lr"}
-    it = CardInfo(TASKS["minilm"], source, LoraConfig(), None, scores=scores)
-    assert f"- learning rate: {scores['lr']:.3g}\n" in model_card(it)
-
-
 def test_a_card_has_scores_method_data_and_command(lora_run):
     text = (lora_run.path / "adapter" / "README.md").read_text()
     card = ModelCard(text)  # the Hub's own reader, which checks the model index

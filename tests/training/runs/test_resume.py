@@ -35,6 +35,7 @@ from petl.system.processes import explain_process_failures, release
 from petl.testing import in_fresh_process
 from petl.training import loop
 from petl.training.compose import compose
+from petl.training.evaluate import Evaluator
 from petl.training.runs import checkpoint, run_folder
 from petl.training.runs.resume import find_checkpoint, identity
 from petl.training.runs.run_config import read_config
@@ -140,16 +141,16 @@ def assert_resumes(undisturbed, tiny, folder, step):
 
 
 @pytest.mark.parametrize(
-    ("name", "call", "step"),
+    ("place", "name", "call", "step"),
     [
-        ("to_device", 30, 11),  # the second of its three micro-batches
-        ("evaluate", 2, 8),
+        (loop, "to_device", 30, 11),  # the second of its three micro-batches
+        (Evaluator, "rows", 2, 8),
     ],
 )
 def test_a_run_killed_in_mid_accumulation_or_evaluation_resumes_bit_exactly(
-    undisturbed, tiny, tmp_path, monkeypatch, name, call, step
+    undisturbed, tiny, tmp_path, monkeypatch, place, name, call, step
 ):
-    original, calls = getattr(loop, name), []
+    original, calls = getattr(place, name), []
 
     def killing(*args, **kwargs):
         calls.append(args)
@@ -158,7 +159,7 @@ def test_a_run_killed_in_mid_accumulation_or_evaluation_resumes_bit_exactly(
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, name, killing)
+        patch.setattr(place, name, killing)
         with pytest.raises(Killed):
             train([*tiny.classify, *COURSE, *ACCUMULATING], tmp_path / "run")
     assert_resumes(undisturbed, tiny, tmp_path / "run", step)

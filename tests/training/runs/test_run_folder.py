@@ -23,7 +23,7 @@ from petl.system.settings.command_line import config_dir, preset_of
 from petl.training.compose import compose
 from petl.training.dataloader import encode_splits
 from petl.training.distributed.launch import start
-from petl.training.evaluate import evaluate
+from petl.training.evaluate import Evaluator
 from petl.training.runs.run_config import read_config
 from petl.training.runs.run_folder import Run
 
@@ -121,7 +121,7 @@ def test_the_saved_adapter_scores_what_the_run_reported(finished, tiny):
     data = read_data(cfg.data)
     splits = encode_splits(data, load_tokenizer(cfg.model), settings, accelerator)
     model = petl.load(load_base(cfg.model, data.task), finished.path / "adapter")
-    again = evaluate(model, splits, splits.test, accelerator, batch_size=7)
+    again = Evaluator(model, splits, accelerator, 7).rows(splits.test)
     assert again == pytest.approx(finished.scores["after"], rel=1e-5)
 
 

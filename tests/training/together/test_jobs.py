@@ -1,6 +1,5 @@
 """`petl.train_together`, compared with a training of its own for each adapter."""
 
-import copy
 import itertools
 import math
 from typing import Any
@@ -307,32 +306,6 @@ def test_without_a_number_small_steps_share_a_pass(monkeypatch):
     assert sizes == [5] * 5 + [4, 3, 2, 1]
 
 
-@pytest.mark.parametrize(
-    ("method", "fields", "part"),
-    [
-        ("binary", {}, "tensors of an inner method"),
-        ("sherl", {}, "not written for rows of several adapters"),
-        ("dora", {}, "LoRA layer .* is not two plain factors"),
-        ("loha", {}, "not written for rows of several adapters"),
-        ("adapter", {"gate": "middle_y"}, "reads the mask"),
-        ("adapter", {"block": "conformer"}, "statistics over the rows"),
-        ("lora", {"lora_bias": True}, "not two plain factors"),
-        ("lora", {"bias": "all"}, "trains biases of the base"),
-        ("lora", {"init_lora_weights": "pissa"}, "taken out of the base weights, which all"),
-        ("corda", {}, "taken out of the base weights, which all"),
-        ("mola", {"router_type": "recurrent", "num_experts": 4}, "router_type='recurrent'"),
-        ("adapter", {"locations": ["block"], "placement": "parallel"}, "adapts a whole block"),
-    ],
-)
-def test_what_cannot_train_together_is_refused_with_the_reason(method, fields, part):
-    job = petl.Job(method, [class_batch(2, 0)], {"steps": 1}, {**fields, "task_type": "SEQ_CLS"})
-    base = tiny_bert()
-    before = copy.deepcopy(base.state_dict())
-    with pytest.raises(UnsupportedError, match=part):
-        petl.train_together(base, [job])
-    assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
-
-
 def test_jobs_of_two_methods_or_on_other_modules_are_refused():
     batches, train = [class_batch(2, 0)], {"steps": 1}
     lora = petl.Job("lora", batches, train, {"task_type": "SEQ_CLS"})
@@ -342,61 +315,6 @@ def test_jobs_of_two_methods_or_on_other_modules_are_refused():
         petl.train_together(tiny_bert(), [lora, mos], together=2)
     with pytest.raises(petl.InputError, match="on the same modules"):
         petl.train_together(tiny_bert(), [lora, key], together=2)
-
-
-@pytest.mark.parametrize(
-    ("train", "part"),
-    [
-        ({}, "no number of optimizer steps"),
-        ({"steps": 1.5}, r"steps=1\.5 is no number .* integer from 1"),
-        ({"steps": True}, "steps=True is no number"),
-        ({"steps": 0}, "steps=0 is no number"),
-        ({"steps": -1}, "steps=-1 is no number"),
-        ({"steps": "3"}, "train.steps='3' is a string"),
-        ({"steps": 1, "batch_size": 2}, "no setting 'batch_size'"),
-        ({"steps": 1, "eval_steps": 1}, "need each other"),
-        ({"steps": 1, "seed": 0.5}, r"train\.seed=0\.5 is not of type int"),
-        ({"steps": 1, "seed": -1}, r"train\.seed=-1 is not an integer from 0"),
-        ({"steps": 1, "lr": True}, r"train\.lr=True is not of type float"),
-        ({"steps": 1, "lr": 0}, r"train\.lr=0.0 is not a number above 0"),
-        ({"steps": 1, "lr": float("nan")}, r"train\.lr=nan is not a finite number"),
-        ({"steps": 1, "betas": 0.9}, r"train\.betas=0\.9 is not of type list"),
-        ({"steps": 1, "schedule": "step"}, r"train\.schedule='step' is not one of linear"),
-        ({"steps": 2, "warmup": 2}, r"train\.warmup=2 is 2 steps"),
-        ({"steps": 1, "early_stopping": 1}, r"train\.early_stopping=1 needs train\.eval_steps"),
-        ([("steps", 1)], "is not a dict"),
-    ],
-)
-def test_wrong_settings_of_a_job_are_refused(train, part):
-    job = petl.Job("lora", [class_batch(2, 0)], train, {"task_type": "SEQ_CLS"})
-    with pytest.raises(petl.InputError, match=part):
-        petl.train_together(tiny_bert(), [job])
-
-
-@pytest.mark.parametrize(
-    ("changed", "part"),
-    [
-        ({"batches": class_batch(2, 0)}, "is a dict of input_ids, .* which is one batch"),
-        ({"batches": 3}, "batches of a job is of type int"),
-        ({"batches": "rows"}, "batches of a job is of type str"),
-        ({"batches": [[1, 2]]}, "a batch of a job is of type list"),
-        ({"batches": [{"input_ids": torch.ones(1, 2)}]}, "a batch of a job has input_ids and no"),
-        ({"batches": []}, "have ended after 0 of 1 steps"),
-        ({"fields": 8}, "fields=8 of a job is not a dict"),
-        ({"train": {"steps": 1, "eval_steps": 1}, "evaluate": 0.5}, "evaluate=0.5 .* no function"),
-    ],
-)
-def test_wrong_values_of_a_job_are_refused(changed, part):
-    given = {"batches": [class_batch(2, 0)], "train": {"steps": 1}, **changed}
-    with pytest.raises(petl.InputError, match=part):
-        petl.train_together(tiny_bert(), [petl.Job("lora", **given)])
-
-
-@pytest.mark.parametrize("together", ["a", 0, True, 1.5])
-def test_a_number_of_adapters_is_an_integer_from_1(together):
-    job = petl.Job("lora", [class_batch(2, 0)], {"steps": 1}, {"task_type": "SEQ_CLS"})
-    with pytest.raises(petl.InputError, match=f"together={together!r} is not a number of adapters"):
-        petl.train_together(tiny_bert(), [job], together=together)
 
 
 def test_jobs_are_a_list_of_jobs_that_is_checked_before_anything_trains(monkeypatch):
