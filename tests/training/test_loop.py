@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
-from training_fixtures import Finished, train
+from training_fixtures import Finished, train, train_until_killed
 from transformers import BertForSequenceClassification
 
 import petl
@@ -19,6 +19,7 @@ from petl.data.models.loading import load_base, load_tokenizer
 from petl.data.tasks.causal_lm import CausalLM
 from petl.data.tasks.classification import Classification
 from petl.errors import InputError, RunStopped
+from petl.training import loop
 from petl.training.compose import compose
 from petl.training.dataloader import encode_splits
 from petl.training.features import features_of, orders_of
@@ -123,15 +124,6 @@ def test_packed_texts_may_be_cut_into_micro_batches(tiny, tmp_path):
     assert whole.scores["padding"] < 0.05
 
 
-def test_a_mean_of_means_would_be_told_apart(tiny, tmp_path, monkeypatch):
-    common = [*tiny.complete, "+method=lora", "train.steps=8"]
-    whole = train(common, tmp_path / "whole")
-    monkeypatch.setattr(CausalLM, "items", lambda self, batch: 1)
-    cut = train([*common, "train.micro_batch_size=3"], tmp_path / "cut")
-    with pytest.raises(AssertionError, match="not close"):
-        assert_same(whole, cut, **SPLIT)
-
-
 def without_most_labels(monkeypatch):
     """Leave labels on fillers only, so that some rows have none."""
     collate = CausalLM.collate
@@ -199,12 +191,6 @@ def test_the_method_acts_after_the_optimizer_and_before_gradients_are_cleared(
     assert seen == [(1, True, {1}), (2, True, {2}), (3, True, {3})]
 
 
-def test_only_the_adapter_and_the_head_change(tiny, tmp_path):
-    run = train([*tiny.steady, "+method=lora"], tmp_path / "run")
-    assert all("lora_" in name or "classifier" in name for name in run.adapter)
-    assert any(t.abs().max() > 0 for name, t in run.adapter.items() if "lora_B" in name)
-
-
 def test_training_lowers_the_loss_and_raises_the_score(tiny, tmp_path):
     fast = ["train.steps=60", "train.lr=1e-2", "train.head_lr=5e-2"]
     fast.append("train.buckets=null")  # a random model of fifty rows needs mixed steps to learn
@@ -233,18 +219,6 @@ def test_a_segmented_loss_trains_alike(tiny, tmp_path, precision):
         assert_same(whole, found, **tolerance)
 
 
-def test_a_segmented_loss_of_a_classifier_is_refused(tiny, tmp_path):
-    with pytest.raises(InputError, match="not segmented"):
-        train([*tiny.steady, "+method=lora", "train.loss_segment=5"], tmp_path / "run")
-
-
-@pytest.mark.parametrize("choice", ["train.precision=bf16", "model.dtype=bfloat16"])
-def test_bf16_keeps_what_trains_in_float32(tiny, tmp_path, choice):
-    run = train([*tiny.steady, "+method=lora", choice], tmp_path / "run")
-    assert {t.dtype for t in run.adapter.values()} == {torch.float32}
-    assert math.isfinite(run.scores["after"]["loss"])
-
-
 def test_a_bf16_model_and_bf16_products_learn_as_float32_does(tiny, tmp_path):
     common = [*tiny.steady, "+method=lora", "train.steps=20", "train.log_steps=20"]
     exact = train(common, tmp_path / "exact").metrics[0]["loss"]
@@ -264,6 +238,21 @@ def test_a_log_line_is_the_mean_of_the_steps_since_the_last(tiny, tmp_path):
         expected = [sum(m[key] for m in pair) / 2 for pair in (each[0:2], each[2:4])]
         assert [m[key] for m in pairs[:2]] == pytest.approx(expected, rel=1e-5)
     assert pairs[2]["loss"] == pytest.approx(each[4]["loss"], rel=1e-5)
+
+
+def test_a_line_of_more_steps_than_are_kept_is_the_mean_of_the_last(tiny, tmp_path, monkeypatch):
+    common = [*tiny.steady, "+method=lora", "train.steps=7", "train.score_before=false"]
+    each = train([*common, "train.log_steps=1"], tmp_path / "each").metrics
+    monkeypatch.setattr(loop, "MOST_ROWS", 2)
+    few = [*common, "train.log_steps=5", "train.save_steps=4"]
+    lines = train(few, tmp_path / "few").metrics
+    expected = [sum(m["loss"] for m in each[end - 2 : end]) / 2 for end in (5, 7)]
+    assert [m["step"] for m in lines] == [5, 7]
+    assert [m["loss"] for m in lines] == pytest.approx(expected, rel=1e-5)
+    train_until_killed(few, tmp_path / "killed", step=5)
+    assert [m["loss"] for m in train([*few, "train.resume=auto"], tmp_path / "killed").metrics] == [
+        m["loss"] for m in lines
+    ]
 
 
 def test_the_loss_is_logged_without_the_auxiliary_loss(tiny, tmp_path):
@@ -305,11 +294,8 @@ def test_the_adapter_is_that_of_the_best_evaluation(tiny, tmp_path, monkeypatch,
     def summarize(self, total):
         scores = original(self, total)
         is_held_out = scores["rows"] == 10  # the test has twenty
-        return (
-            {**scores, **dict(zip(("accuracy", "loss"), next(course), strict=True))}
-            if (is_held_out)
-            else scores
-        )
+        chosen = dict(zip(("accuracy", "loss"), next(course), strict=True)) if is_held_out else {}
+        return scores | chosen
 
     monkeypatch.setattr(Classification, "summarize", summarize)
     common = [*tiny.steady, "+method=lora", "train.steps=5", "train.eval_steps=1"]
@@ -503,12 +489,6 @@ def test_a_short_run_has_a_curve(tiny, tmp_path, steps, points):
     assert len(run.metrics) == points
     assert "before" not in run.scores
     assert TrainConfig().log_interval(10_000) == 10
-
-
-def test_log_steps_beyond_the_run_give_one_line(tiny, tmp_path):
-    words = ["train.steps=4", "train.log_steps=1000000000000", "train.score_before=false"]
-    run = train([*tiny.steady, "+method=lora", *words], tmp_path / "run")
-    assert [record["step"] for record in run.metrics] == [4]
 
 
 @pytest.mark.parametrize(

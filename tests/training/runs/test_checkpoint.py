@@ -143,24 +143,6 @@ def test_damaged_random_states_are_refused(checkpoint, changes):
         restore_rng(checkpoint, 0, CPU)
 
 
-def test_a_manifest_names_no_file_outside(checkpoint):
-    (checkpoint.parent / "outside").write_text("x")
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["files"]["../outside"] = {"bytes": 1, "sha256": "x"}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="which is outside the folder"):
-        verify(checkpoint)
-
-
-@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "x/" * 3000])
-def test_a_manifest_with_a_name_that_no_file_can_have_is_refused(checkpoint, name):
-    (checkpoint / "manifest.json").write_text(
-        json.dumps({"files": {name: {"bytes": 1, "sha256": "x"}}})
-    )
-    with pytest.raises(InputError, match=r"manifest\.json names a file that cannot be"):
-        verify(checkpoint)
-
-
 def draw():
     return torch.rand(3).tolist(), random.random(), np.random.rand(3).tolist(), random.gauss(0, 1)
 
@@ -189,30 +171,29 @@ def test_a_checkpoint_of_a_cpu_is_restored_on_another_device_with_a_warning(
     assert torch.equal(torch.rand(3), drawn)
 
 
-DAMAGED = ["adapter/adapter_model.safetensors", "optimizer.safetensors", "state.json"]
+DAMAGES = {
+    "bytes, not the": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "was altered": lambda file: file.write_bytes(file.read_bytes()[:-1] + b"?"),
+    "is missing": lambda file: file.unlink(),
+}
 
 
-@pytest.mark.parametrize("name", DAMAGED)
-def test_a_file_that_was_cut_short_is_named(checkpoint, name):
-    file = checkpoint / name
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(InputError, match=rf"{name} has \d+ bytes, not the \d+"):
+@pytest.mark.parametrize("said", DAMAGES)
+@pytest.mark.parametrize(
+    "name", ["adapter/adapter_model.safetensors", "optimizer.safetensors", "state.json"]
+)
+def test_a_damaged_file_is_named(checkpoint, name, said):
+    DAMAGES[said](checkpoint / name)
+    with pytest.raises(InputError, match=rf"{name} .*{said}"):
         verify(checkpoint)
 
 
-@pytest.mark.parametrize("name", DAMAGED)
-def test_a_file_with_one_byte_altered_is_named(checkpoint, name):
-    file = checkpoint / name
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(InputError, match=rf"{name} was altered"):
-        verify(checkpoint)
-
-
-def test_a_file_that_is_gone_is_named(checkpoint):
-    (checkpoint / "rng-0.safetensors").unlink()
-    with pytest.raises(InputError, match=r"rng-0\.safetensors is missing"):
+@pytest.mark.parametrize("name", ["../outside", "a\0b", "x" * 300, "x/" * 3000])
+def test_a_manifest_names_no_file_that_is_outside_or_cannot_be(checkpoint, name):
+    (checkpoint.parent / "outside").write_text("x")
+    files = {"files": {name: {"bytes": 1, "sha256": "x"}}}
+    (checkpoint / "manifest.json").write_text(json.dumps(files))
+    with pytest.raises(InputError, match="manifest"):
         verify(checkpoint)
 
 

@@ -144,7 +144,7 @@ def assert_resumes(undisturbed, tiny, folder, step):
     ("place", "name", "call", "step"),
     [
         (loop, "to_device", 30, 11),  # the second of its three micro-batches
-        (Evaluator, "rows", 2, 8),
+        (Evaluator, "rows", 3, 8),  # after the scores before training
     ],
 )
 def test_a_run_killed_in_mid_accumulation_or_evaluation_resumes_bit_exactly(
@@ -478,6 +478,17 @@ def test_a_finished_run_is_not_resumed(stopped):
     # a job that is queued again ends with status 0 (`petl.training.program.job`)
     with pytest.raises(JobSkipped, match="is finished already"):
         train([*common, "train.resume=auto"], run)
+
+
+def test_auto_says_that_a_run_of_these_settings_is_finished(tiny, tmp_path):
+    """Without `train.run`: the command ends with status 0, and begins no second run."""
+    words = [*tiny.classify, "+method=lora", f"train.output={tmp_path}/runs", "train.resume=auto"]
+    run_in_output(words)
+    (run,) = (tmp_path / "runs").iterdir()
+    with pytest.raises(JobSkipped, match=f"{run} is finished already; .*leave out train.resume"):
+        run_in_output(words)
+    run_in_output([*words, "train.seed=1"])  # another run
+    assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
 def test_auto_without_anything_to_resume_starts_anew(tiny, tmp_path):

@@ -14,11 +14,10 @@ from task_runs import code_of
 from training_fixtures import train
 
 import petl
-from petl.core.parameters import trainable
 from petl.data.base import read_data
 from petl.data.models.loading import load_base, load_tokenizer
 from petl.errors import InputError, RunStopped
-from petl.system.files.disk import check_free_space, check_writable
+from petl.system.files.disk import check_free_space
 from petl.system.settings.command_line import config_dir, preset_of
 from petl.training.compose import compose
 from petl.training.dataloader import encode_splits
@@ -42,21 +41,11 @@ def test_a_run_folder_holds_what_is_promised(finished):
         *("heat_maps.json", "expert_load.png", "expert_balance.png"),  # of MoLA
         *("adapter", "checkpoints", "config.yaml", "environment.json"),
         *("metrics.jsonl", "predictions.jsonl", "scores.json", "report.html", ".lock"),
-        *("heat_maps.json", "expert_load.png", "expert_balance.png"),  # of MoLA
     }
     assert {path.name for path in (finished.path / "adapter").iterdir()} == {
         *("README.md", "adapter_config.json", "adapter_model.safetensors", "labels.json"),
         *("base_fingerprint.json", "task.json", "tokenizer.json", "tokenizer_config.json"),
     }
-
-
-def test_the_configuration_is_stored_resolved(finished):
-    text = (finished.path / "config.yaml").read_text()
-    assert "name: mola" in text
-    assert "batch_size: 8" in text
-    assert "lr: 0.001" in text  # that of the method
-    assert "${" not in text
-    assert "hydra" not in text
 
 
 def test_the_environment_says_what_ran_where(finished):
@@ -111,10 +100,6 @@ def logits_in_memory(finished, tiny):
 
 
 def test_the_saved_adapter_scores_what_the_run_reported(finished, tiny):
-    import petl
-    from petl.data.base import read_data
-    from petl.data.models.loading import load_base, load_tokenizer
-
     cfg = compose([*tiny.classify, "+method=mola"])
     settings = read_config(cfg).train
     accelerator = start(settings.seed, settings.computes_in("float32"))
@@ -184,13 +169,6 @@ def test_an_empty_folder_may_be_given(tiny, tmp_path):
     assert run.path == tmp_path
 
 
-@pytest.mark.parametrize("place", ["file/below", "/proc/petl"])
-def test_a_place_where_nothing_can_be_written_is_refused(tmp_path, place):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"cannot write to .*train\.output=FOLDER"):
-        check_writable(tmp_path / place)
-
-
 def test_a_disk_with_too_little_room_is_refused_with_both_numbers(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     with pytest.raises(
@@ -213,9 +191,3 @@ def test_a_folder_that_is_deleted_under_a_running_job_is_named(tiny, tmp_path, m
     with pytest.raises(RunStopped, match="run was deleted or moved while this run was writing"):
         train([*tiny.steady, "+method=lora", "train.log_steps=4", *words], run)
     assert not run.exists()
-
-
-def test_trainable_is_what_requires_a_gradient():
-    layer = torch.nn.Linear(2, 2)
-    layer.bias.requires_grad_(False)
-    assert [name for name, _ in trainable(layer)] == ["weight"]

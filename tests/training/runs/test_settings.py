@@ -86,12 +86,3 @@ def test_the_configuration_of_a_run_has_every_value_that_it_depends_on():
 def test_a_run_is_called_by_its_parts():
     cfg = compose(["+method=mola", "+loss=density", "model=smollm2", "data=hamlet"])
     assert names_of(cfg) == ["mola", "density", "smollm2", "hamlet"]
-
-
-@pytest.mark.parametrize(
-    "text", ["buckets: 7", "[" * 5000, "buckets: [{longest: " + "1" * 5000, "\xff"]
-)
-def test_a_file_of_batch_sizes_with_other_content_is_refused(tmp_path, text):
-    (tmp_path / "a.yaml").write_bytes(text.encode("latin-1"))
-    with pytest.raises(InputError, match=r"train\.batch_sizes: .*a\.yaml cannot be"):
-        read_config(compose(["+method=lora", f"train.batch_sizes={tmp_path / 'a.yaml'}"]))
