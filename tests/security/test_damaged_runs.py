@@ -19,7 +19,7 @@ from small_run import STEP, seal, small_run
 
 from petl.adapters.export.saved_adapter import find, scores_of
 from petl.cli import main
-from petl.errors import InputError
+from petl.errors import InputError, JobSkipped
 from petl.experiments.reports import comparison_report, run_report
 from petl.experiments.reports.comparison import compare_runs
 from petl.experiments.reports.find_runs import find_runs
@@ -140,7 +140,8 @@ def resume(run, identity):
 
 def resume_automatically(run, identity):
     try:
-        choose_checkpoint(TrainConfig(resume="auto", output=str(run.parent)), identity, "r")
+        with contextlib.suppress(JobSkipped):  # it is finished
+            choose_checkpoint(TrainConfig(resume="auto", output=str(run.parent)), identity, "r")
     finally:
         release_all()
 

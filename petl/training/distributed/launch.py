@@ -79,6 +79,15 @@ class Launch:
         """
         return Accelerator(cpu=cpu, mixed_precision=precision)
 
+    def need_processes(self, what: str) -> None:
+        """Raise InputError if there is a single process, in which nothing can be sharded."""
+        if number_of_processes() < 2:
+            raise InputError(
+                f"launch={self.name} shards {what} across processes, and there is "
+                f"{number_of_processes()} (WORLD_SIZE): start several by torchrun "
+                "--nproc_per_node N -m petl train ..., or leave +launch out"
+            )
+
 
 @dataclass(frozen=True)
 class FSDP(Launch):
@@ -89,12 +98,7 @@ class FSDP(Launch):
     reshard_after_forward: bool = True
 
     def make(self, *, cpu: bool, precision: str) -> Accelerator:
-        if number_of_processes() < 2:
-            raise InputError(
-                "launch=fsdp shards the model across processes, and there is "
-                f"{number_of_processes()} (WORLD_SIZE): start several "
-                "by torchrun --nproc_per_node N -m petl train ..., or leave +launch out"
-            )
+        self.need_processes("the model")
         # Accelerate's own default is FSDP1
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
@@ -136,12 +140,7 @@ class DeepSpeed(Launch):
                 )
 
     def make(self, *, cpu: bool, precision: str) -> Accelerator:
-        if number_of_processes() < 2:
-            raise InputError(
-                "launch=deepspeed shards the optimizer state across processes, and there is "
-                f"{number_of_processes()} (WORLD_SIZE): start "
-                "several by torchrun --nproc_per_node N -m petl train ..., or leave +launch out"
-            )
+        self.need_processes("the optimizer state")
         # else DeepSpeed detects an accelerator by itself
         if cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
