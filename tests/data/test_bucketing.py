@@ -10,7 +10,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch import distributed
 
 from petl.data.batch_sampler import Buckets, padding_fraction
-from petl.data.bucketing import BucketBatchSampler, bucket_edges, fill
+from petl.data.bucketing import BucketBatchSampler, bucket_edges
 from petl.errors import InputError
 from petl.experiments.planning.bucket_estimate import describe
 from petl.testing.processes import in_processes
@@ -26,13 +26,6 @@ def lengths_of(batches, lengths=LENGTHS) -> list[list[int]]:
 
 
 # The fixture
-
-
-def test_random_batches_of_the_fixture_are_three_quarters_padding():
-    assert LENGTHS.mean() == pytest.approx(123, abs=0.5)
-    order = np.random.default_rng(1).permutation(len(LENGTHS))
-    batches = [order[i : i + 32] for i in range(0, len(order), 32)]
-    assert padding_fraction(LENGTHS, batches) == pytest.approx(0.750, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -160,10 +153,6 @@ def test_no_batch_exceeds_the_budget_and_each_is_filled():
         assert len(short) <= 1  # the last of the bucket
 
 
-def test_filling_takes_rows_while_they_fit():
-    assert fill(np.array([3, 3, 5, 1, 1, 9, 2, 2]), 10) == [2, 4, 5, 6, 8]
-
-
 def test_a_row_longer_than_the_budget_may_be_a_batch_of_its_own():
     sampler = BucketBatchSampler([5, 30, 6], n_buckets=1, max_tokens=20, too_long="alone")
     assert [1] in list(sampler)
@@ -172,13 +161,6 @@ def test_a_row_longer_than_the_budget_may_be_a_batch_of_its_own():
 def test_quadratic_lengths_count_twice_at_the_penalty():
     sampler = BucketBatchSampler([100] * 40, n_buckets=1, max_tokens=1000, quadratic=100)
     assert {len(batch) for batch in sampler} == {5}
-
-
-def test_bucket_order_has_no_trend_from_short_to_long():
-    sampler = BucketBatchSampler(LENGTHS, n_buckets=10, max_tokens=4096)
-    longest = [max(batch) for batch in lengths_of(sampler)]
-    half = len(longest) // 2
-    assert np.mean(longest[:half]) == pytest.approx(np.mean(longest[half:]), rel=0.15)
 
 
 @pytest.mark.parametrize("case", range(20))
