@@ -128,6 +128,18 @@ class Source(ABC):
         """Raise InputError if files that the settings name are missing; no row is read."""
         return  # a source of a package has none
 
+    def sample(self, split: str, count: int) -> list[int]:
+        """The rows of a split, train or test, in random order, as many as the settings ask for.
+
+        Args:
+            count: of its rows; they are shuffled before they are limited.
+
+        Raises:
+            InputError: there are fewer rows than the settings ask for.
+        """
+        setting = f"{split}_rows"
+        return limited(shuffled(count, self.seed), getattr(self, setting), setting)
+
     @abstractmethod
     def read(self) -> RawData:
         """Read the rows of this source and build the task.

@@ -5,15 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from accelerate.data_loader import BatchSamplerShard
-from torch import distributed
 
 from petl.data.batch_sampler import Buckets, padding_fraction
 from petl.data.bucketing import BucketBatchSampler, bucket_edges
 from petl.errors import InputError
 from petl.experiments.planning.bucket_estimate import describe
-from petl.testing.processes import in_processes
 from petl.training.dataloader import buckets_of
 from petl.training.runs.settings import TrainConfig
 
@@ -220,44 +217,6 @@ def test_a_sampler_resumes_at_its_saved_state():
         assert len(list(each)) == len(each)  # the epoch after that is whole
     with pytest.raises(InputError, match="other lengths or settings"):
         BucketBatchSampler(SOME, **{**settings, "seed": 4}).load_state_dict(state)
-
-
-# Two processes
-
-
-def weighted_steps(rank_lengths: list[int], world: int) -> tuple[list[int], list[float]]:
-    """The bucket of each step on this process, and the loss of each step over all processes."""
-    rank = distributed.get_rank()
-    sampler = BucketBatchSampler(rank_lengths, n_buckets=3, max_tokens=300, world_size=world)
-    numbered = list(zip(sampler, sampler.bucket_indices(), strict=True))
-    shard = list(BatchSamplerShard(sampler, world, rank))
-    bucket_of = {i: bucket for batch, bucket in numbered for i in batch}
-    losses = []
-    for batch in shard:
-        sums = torch.tensor([sum(map(token_loss(rank_lengths), batch)), 0.0], dtype=torch.float64)
-        sums[1] = sum(rank_lengths[i] for i in batch)
-        distributed.all_reduce(sums)
-        losses.append(float(sums[0] / sums[1]))
-    return [bucket_of[batch[0]] for batch in shard], losses
-
-
-def token_loss(lengths: list[int]):
-    """The summed loss of a row: any function of its length that is not proportional to it."""
-    return lambda i: lengths[i] ** 1.5 / (1 + i)
-
-
-def test_two_processes_take_the_same_bucket_and_weight_tokens_equally():
-    lengths = [int(n) for n in np.random.default_rng(5).integers(5, 100, 100)]
-    (buckets, losses), (others, same) = in_processes(2, weighted_steps, lengths, 2)
-    assert buckets == others
-    assert losses == same
-    sampler = BucketBatchSampler(lengths, n_buckets=3, max_tokens=300, world_size=2)
-    batches = list(sampler)
-    assert len(losses) == len(batches) / 2
-    for loss, pair in zip(losses, zip(batches[::2], batches[1::2], strict=True), strict=True):
-        rows = [i for batch in pair for i in batch]
-        whole = sum(map(token_loss(lengths), rows)) / sum(lengths[i] for i in rows)
-        assert loss == pytest.approx(whole, rel=1e-6)
 
 
 # Steps of petl's own loop
