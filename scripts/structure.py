@@ -30,7 +30,7 @@ BUDGETS = {
     "ops": 2200,
     "core": 10150,
     "efficiency": 8100,
-    "data": 9150,
+    "data": 9050,
     "training": 12000,
     "methods": 18350,
     "adapters": 7600,
