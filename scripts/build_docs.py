@@ -290,7 +290,7 @@ def _examples(text: str) -> str:
 
 def commands(_: str) -> str:
     """Every sub-command of `petl`."""
-    from petl.cli.main import parser
+    from petl.cli.parser import parser
 
     whole = parser()
     (children,) = (a for a in whole._actions if isinstance(a, argparse._SubParsersAction))

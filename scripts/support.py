@@ -1,14 +1,22 @@
-"""Write what follows from the methods: docs/support.md, `petl methods`, petl/signatures.pyi."""
+"""Write what follows from the methods: index, signatures, `petl methods`, docs/support.md."""
 
+import ast
+import dataclasses
+import json
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
 
 import make_stubs
 
+from petl import methods
 from petl.cli.catalog.listing import write_cache
 from petl.cli.catalog.support import HEADINGS, row
 from petl.core.registry import method
 from petl.core.support import Capability
-from petl.methods import BUILT_IN
+from petl.methods import BUILT_IN, losses
+from petl.system.imports.tables import INDEX, LOSSES, METHODS, Indexed
 from petl.testing import CHECKS
 
 PAGE = Path(__file__).parents[1] / "docs" / "support.md"
@@ -81,6 +89,55 @@ def checks_of(capability: Capability) -> list[str]:
     return [name for name, check in CHECKS.items() if check.of is capability]
 
 
+def index() -> dict[str, dict[str, Any]]:
+    """Return the content of petl/methods/index.json, from the modules of methods and losses."""
+    for package in (methods, losses):
+        for module in iter_modules(package.__path__, f"{package.__name__}."):
+            import_module(module.name)
+    places = adopted()
+    return {
+        "methods": {
+            name: indexed(places.get(name) or entry.tuner.__module__, entry)
+            for name, entry in sorted(METHODS.loaded.items())
+            if name in places or entry.tuner.__module__.startswith(methods.__name__)
+        },
+        "losses": {
+            name: indexed(entry.controller_cls.__module__, entry)
+            for name, entry in sorted(LOSSES.loaded.items())
+            if entry.controller_cls.__module__.startswith(losses.__name__)
+        },
+    }
+
+
+def indexed(module: str, entry: Any) -> dict[str, Any]:
+    """Return what the index has of a method or loss."""
+    parts = 4 if module.startswith(losses.__name__) else 3  # petl.methods.NAME
+    config_cls, tuner = entry.config_cls, getattr(entry, "tuner", None)
+    fields = [field.name for field in dataclasses.fields(config_cls) if field.init]
+    prefix = tuner.prefix if tuner is not None and tuner.__module__.startswith("petl.") else ""
+    module = ".".join(module.split(".")[:parts])
+    return Indexed(module, config_cls.__name__, fields, prefix)._asdict()
+
+
+def adopted() -> dict[str, str]:
+    """Return the module of each call of `adopt`, by the name of the method of PEFT."""
+    root, places = Path(methods.__path__[0]), {}
+    for file in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "adopt":
+                name = node.args[0]
+                assert isinstance(name, ast.Constant)
+                place = file.relative_to(root).with_suffix("").parts
+                places[str(name.value)] = ".".join([methods.__name__, *place])
+    return places
+
+
+def index_text() -> str:
+    """Return the text of petl/methods/index.json."""
+    return json.dumps(index(), indent=1) + "\n"
+
+
 if __name__ == "__main__":
+    INDEX.write_text(index_text())
     PAGE.write_text(page())
-    print(f"written: {PAGE}, {write_cache()} and {make_stubs.write()}")
+    print(f"written: {INDEX}, {PAGE}, {write_cache()} and {make_stubs.write()}")

@@ -4,10 +4,12 @@ Commands import their modules when they run: most of them need torch and PEFT, w
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
+from omegaconf import DictConfig
 from rich.console import Console
 
 from petl.cli.table import (
@@ -80,11 +82,19 @@ def show(options: ShowOptions) -> None:
 # petl plan
 
 
+def composed(overrides: Sequence[str]) -> DictConfig:
+    """Return the settings of a run, of which what needs no torch is checked."""
+    cfg = compose(overrides)
+    resolve_name("petl.data.base:check_early")(cfg)  # other commands read no data
+    return cfg
+
+
 def plan(options: PlanOptions) -> None:
     """Print targets, parameters, memory, length and capabilities of a run."""
+    cfg = composed(options.overrides)
     from petl.experiments.planning.plan import plan_run
 
-    planned = plan_run(compose(options.overrides))
+    planned = plan_run(cfg)
     echo(" · ".join(planned.names), end="\n\n")
     rows = [(t.name, t.modules, " x ".join(map(str, t.shape)), t.example) for t in planned.targets]
     # ">" aligns a column to the right
@@ -158,9 +168,10 @@ def print_memory(memory: "Memory") -> None:
 
 def data(options: DataOptions) -> None:
     """Print sizes, labels and examples of the training data."""
+    cfg = composed(options.overrides)
     from petl.experiments.planning import preview
 
-    result = preview.preview(compose(options.overrides), options.examples)
+    result = preview.preview(cfg, options.examples)
     echo(result.title, end="\n\n")
     print_table(*preview.size_table(result))
     if result.overlap is not None and result.overlap.rows:

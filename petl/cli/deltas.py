@@ -3,17 +3,33 @@
 from functools import partial
 from pathlib import Path
 
+from petl.adapters.deltas.adapters import (
+    count_kept,
+    pruned,
+    pruned_names,
+    read,
+    write_compressed,
+    write_pruned,
+)
+from petl.adapters.deltas.full_model import prune_model
+from petl.adapters.deltas.measured import (
+    change_by,
+    closed_divisors,
+    compress_best,
+    searched_divisor,
+)
+from petl.adapters.deltas.prune import divisor_of
+from petl.adapters.deltas.updates import combine_adapters, level_for
+from petl.adapters.export.saved_adapter import find
 from petl.cli.table import CombineOptions, CompressOptions, PruneOptions
+from petl.errors import InputError
+from petl.experiments.reports.differences import print_change
+from petl.experiments.reports.formatting import echo, size
+from petl.ops.ternary import FILE
 
 
 def compress(options: CompressOptions) -> None:
     """Write a compressed adapter, and print what was kept and how the outputs compare."""
-    from petl.adapters.deltas.adapters import read, write_compressed
-    from petl.adapters.deltas.measured import change_by, compress_best
-    from petl.experiments.reports.differences import print_change
-    from petl.experiments.reports.formatting import echo, size
-    from petl.ops.ternary import FILE
-
     saved = options.find()
     out = options.out
     found, trials, metric = compress_best(
@@ -51,14 +67,6 @@ def compress(options: CompressOptions) -> None:
 
 def prune(options: PruneOptions) -> None:
     """Write a pruned adapter or model, and print what was kept."""
-    from petl.adapters.deltas.adapters import count_kept, pruned, pruned_names, read, write_pruned
-    from petl.adapters.deltas.full_model import prune_model
-    from petl.adapters.deltas.measured import change_by, closed_divisors, searched_divisor
-    from petl.adapters.deltas.prune import divisor_of
-    from petl.errors import InputError
-    from petl.experiments.reports.differences import print_change
-    from petl.experiments.reports.formatting import echo
-
     out, drop, q = options.out, options.drop, options.q
     # two complete models, without a run and its data
     if options.base is not None:
@@ -102,10 +110,6 @@ def prune(options: PruneOptions) -> None:
 
 def combine(options: CombineOptions) -> None:
     """Write a combined adapter."""
-    from petl.adapters.deltas.updates import combine_adapters, level_for
-    from petl.adapters.export.saved_adapter import find
-    from petl.experiments.reports.formatting import echo
-
     trusted = {"trust_remote_code": options.trust_remote_code}
     trusted["other_base"] = options.other_base
     found = [find(run, **trusted).adapter for run in options.runs]  # checked, whatever the level

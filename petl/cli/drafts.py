@@ -1,14 +1,13 @@
 """The command `petl draft`: train a drafter for a saved model."""
 
 from petl.cli.table import DraftOptions
+from petl.experiments.reports.formatting import echo, print_table
+from petl.generation.inference.draft_training import train_drafter
+from petl.training.compose import compose
 
 
 def draft(options: DraftOptions) -> None:
     """Train a drafter, and print what it gives."""
-    from petl.experiments.reports.formatting import echo, print_table
-    from petl.generation.inference.draft_training import train_drafter
-    from petl.training.compose import compose
-
     cfg = compose(options.overrides, "draft")
     trained = train_drafter(
         options.run,

@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
+from petl.adapters.export import download, upload
 from petl.cli.table import PullOptions, PushOptions
+from petl.experiments.reports.formatting import echo, print_table, size
+from petl.system.files.hub import OnHub
 
 
 def push(options: PushOptions) -> None:
     """List the files of a folder, and upload them."""
-    from petl.adapters.export import upload
-    from petl.experiments.reports.formatting import echo, print_table, size
-    from petl.system.files.hub import OnHub
-
     # names of repositories have no @
     base = OnHub(*options.base.split("@", 1)) if options.base else None
     prepared = upload.prepare(
@@ -48,9 +47,6 @@ def push(options: PushOptions) -> None:
 
 def pull(options: PullOptions) -> None:
     """Download a repository, and print its commit."""
-    from petl.adapters.export import download
-    from petl.experiments.reports.formatting import echo, size
-
     # as `git clone` names its folder
     folder = options.folder or Path(options.name.rpartition("/")[2])
     pulled = download.pull(options.name, folder, options.revision)

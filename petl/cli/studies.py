@@ -2,12 +2,27 @@
 
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
+from petl.cli.commands import composed
 from petl.cli.table import BatchSizesOptions, BucketsOptions, ConfigsOptions, StudyOptions
+from petl.errors import InputError
+from petl.experiments.reports.formatting import echo, print_table
+from petl.system.files.disk import write_atomic
+from petl.system.settings.command_line import (
+    config_dir_words,
+    config_dirs,
+    file_named,
+    groups,
+    in_shell,
+    options_of,
+    plus,
+    word_of,
+)
 
 
 def study(options: StudyOptions) -> None:
     """Run a study, and write its page, also when runs failed."""
-    from petl.errors import InputError
     from petl.experiments.reports.comparison import compare
     from petl.experiments.reports.comparison_report import write_page
     from petl.experiments.sweeps.study import Contender, Study
@@ -38,13 +53,11 @@ def study(options: StudyOptions) -> None:
 
 def batch_sizes(options: BatchSizesOptions) -> None:
     """Find the batch sizes of a run, print them, and write them to a file."""
+    cfg = composed(options.overrides)
     from petl.experiments.planning.batch_sizes import bytes_of, find
-    from petl.experiments.reports.formatting import echo, print_table
-    from petl.system.settings.command_line import config_dir_words, in_shell, word_of
-    from petl.training.compose import compose
 
     file, settings, memory = options.output, options.overrides, options.memory
-    result = find(compose(settings), None if memory is None else bytes_of(memory))
+    result = find(cfg, None if memory is None else bytes_of(memory))
     # the buckets of the file replace train.buckets
     kept = [word for word in settings if not word.startswith("train.buckets=")]
     line = in_shell([*config_dir_words(), *kept, word_of("train.batch_sizes", file)])
@@ -58,11 +71,10 @@ def batch_sizes(options: BatchSizesOptions) -> None:
 
 def buckets(options: BucketsOptions) -> None:
     """Estimate the padding, print it, and write the buckets to a file."""
+    cfg = composed(options.overrides)
     from petl.experiments.planning.bucket_estimate import estimate
-    from petl.experiments.reports.formatting import echo
-    from petl.training.compose import compose
 
-    result = estimate(compose(options.overrides))
+    result = estimate(cfg)
     _write_yaml(options.file, result)
     # fractions of all positions
     before, after = (f"{100 * result['padding'][key]:.1f} %" for key in ("before", "after"))
@@ -75,18 +87,11 @@ def buckets(options: BucketsOptions) -> None:
 
 
 def _write_yaml(file: Path, content: dict[str, object]) -> None:
-    from omegaconf import OmegaConf
-
-    from petl.system.files.disk import write_atomic
-
     write_atomic(file, OmegaConf.to_yaml(OmegaConf.create(content)))
 
 
 def configs(options: ConfigsOptions) -> None:
     """Print the folders and names of configurations, or the file of one."""
-    from petl.experiments.reports.formatting import echo, print_table
-    from petl.system.settings.command_line import config_dirs, file_named, groups, options_of, plus
-
     if options.name is not None:
         echo(file_named(options.name).read_text(), end="")  # a file has its own last line break
         return

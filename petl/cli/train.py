@@ -1,17 +1,12 @@
 """The run of `petl train` and of train.py: train one adapter, score it and save it."""
 
 import logging
-import sys
-from collections.abc import Sequence
-from typing import NoReturn
 
-import hydra
 from omegaconf import DictConfig
 
 from petl.data.models.loading import load_base, load_processor
 from petl.errors import InputError
 from petl.experiments.reports.run_report import print_summary, write_report
-from petl.system.settings.command_line import CONFIG, config_dir
 from petl.training import program as app
 from petl.training.dataloader import encode_splits
 from petl.training.distributed.launch import shard, start
@@ -77,12 +72,3 @@ def before_training(context: Context) -> None:
     for feature in context.features:
         context.run.timer.start()
         feature.before_training(context)
-
-
-def main(words: Sequence[str]) -> NoReturn:
-    """Run the words after `petl train` as the program, and exit."""
-    sys.argv = [sys.argv[0], *words]  # what Hydra reads
-    app.entry(
-        # called here, since as a decorator it would hide `train`, which takes a configuration
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=CONFIG)(train)
-    )

@@ -4,27 +4,32 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import set_seed
 
 from petl.cli.answering import show, tell_if_cut, text_of
+from petl.cli.chat_commands import run
 from petl.cli.table import BATCH, AnswerOptions, ChatOptions, GenerateOptions
+from petl.efficiency.drafting import PROMISE, Costs, Stats, check_answer, verify
 from petl.errors import InputError, printable
-
-if TYPE_CHECKING:
-    from petl.efficiency.drafting import Stats
-    from petl.generation.inference.language_model import LanguageModel, Prompt
-    from petl.generation.inference.prompts import Question
-    from petl.generation.inference.sampling import Sample, Sampling
+from petl.generation.inference import prompts
+from petl.generation.inference.chat import ChatSession as Session
+from petl.generation.inference.language_model import LanguageModel, Prompt
+from petl.generation.inference.loading import load_language_model
+from petl.generation.inference.prompts import Question, read_prompts
+from petl.generation.inference.sampling import SETTINGS, Sample, Sampling
+from petl.generation.prediction.files import PredictionFile
+from petl.generation.prediction.tables import as_line, new_table
+from petl.system.progress import Pass
 
 logger = logging.getLogger("petl")
 
 # Shared by both
 
 
-def load(options: AnswerOptions) -> "LanguageModel":
+def load(options: AnswerOptions) -> LanguageModel:
     """Load the model of a command."""
-    from petl.generation.inference.loading import load_language_model
-
     # dict() would keep the last one without a message
     names = [name for name, _ in options.adapter]
     if len({*names}) < len(names):
@@ -43,12 +48,8 @@ def load(options: AnswerOptions) -> "LanguageModel":
     return model
 
 
-def sampling_of(options: AnswerOptions) -> "Sampling":
+def sampling_of(options: AnswerOptions) -> Sampling:
     """Return the settings of sampling of a command, and seed the random numbers."""
-    from transformers import set_seed
-
-    from petl.generation.inference.sampling import SETTINGS, Sampling
-
     set_seed(options.seed)
     given = {name: getattr(options, name) for name in SETTINGS}
     return Sampling(**given, stop=tuple(options.stop))
@@ -60,8 +61,6 @@ def sampling_of(options: AnswerOptions) -> "Sampling":
 def generate(options: GenerateOptions) -> None:
     """Answer the prompts; print the answers, or write them to a file."""
     if options.out is not None:
-        from petl.generation.prediction.files import PredictionFile
-
         read = [] if options.file is None else [options.file]
         PredictionFile(options.out).check(read)  # before the model is loaded
     sampling = sampling_of(options)
@@ -102,11 +101,9 @@ def _batch_size(options: GenerateOptions) -> int:
 
 
 def _check_drafts(
-    model: "LanguageModel", names: list[str], prompt: "Prompt", system: str | None
+    model: LanguageModel, names: list[str], prompt: Prompt, system: str | None
 ) -> None:
     """Check passes over several tokens, and an answer with drafts, with each adapter."""
-    from petl.efficiency.drafting import PROMISE, check_answer, verify
-
     ids = model.encode(prompt, system)
     for name in names:
         with model.using(name):
@@ -118,10 +115,8 @@ def _check_drafts(
     logger.info(PROMISE)
 
 
-def _tell_stats(model: "LanguageModel", stats: "Stats") -> None:
+def _tell_stats(model: LanguageModel, stats: Stats) -> None:
     """Log what drafts saved, against the passes of plain decoding at their measured time."""
-    from petl.efficiency.drafting import Costs
-
     if not stats.passes:
         logger.info("no answer was decoded with drafts")
         return
@@ -141,11 +136,9 @@ def _tell_stats(model: "LanguageModel", stats: "Stats") -> None:
 
 
 def _print_answers(
-    options: GenerateOptions, model: "LanguageModel", sampling: "Sampling", names: list[str]
-) -> "Stats":
+    options: GenerateOptions, model: LanguageModel, sampling: Sampling, names: list[str]
+) -> Stats:
     """Print the answers to `--prompt` while they are written; return what drafts did."""
-    from petl.efficiency.drafting import Stats
-
     stats = Stats()
     for prompt in _prompts(options):
         ids = model.encode(prompt, options.system)
@@ -167,23 +160,18 @@ def _prompts(options: GenerateOptions) -> list[str]:
     return options.prompt
 
 
-def _title(model: "LanguageModel", name: str) -> str:
+def _title(model: LanguageModel, name: str) -> str:
     return f"{name}: {model.adapters[name]}" if name in model.adapters else f"{name}: {model.name}"
 
 
 def _write_answers(
     options: GenerateOptions,
-    model: "LanguageModel",
-    sampling: "Sampling",
+    model: LanguageModel,
+    sampling: Sampling,
     names: list[str],
     batch_size: int,
-) -> "Stats":
+) -> Stats:
     """Write the answers as JSON lines, to `--out` or to standard output."""
-    from petl.efficiency.drafting import Stats
-    from petl.generation.inference import prompts
-    from petl.generation.prediction.tables import as_line, new_table
-    from petl.system.progress import Pass
-
     of = "the prompts" if options.file is None else printable(options.file)
     # before the first answer: an error in a later prompt would discard those before it
     prompts.check_prompts(model, _questions(options, model), options.system)
@@ -213,17 +201,15 @@ def _write_answers(
     return stats
 
 
-def _questions(options: GenerateOptions, model: "LanguageModel") -> Iterator["Question"]:
+def _questions(options: GenerateOptions, model: LanguageModel) -> Iterator[Question]:
     """The prompts with the rows that they are from: those of the file, or of --prompt."""
-    from petl.generation.inference.prompts import Question, read_prompts
-
     if options.file is not None:
         return read_prompts(options.file, model, system=options.system)
     # as rows of a file with the column prompt
     return (Question({"prompt": prompt}, prompt) for prompt in _prompts(options))
 
 
-def _record(row: Mapping[str, Any], found: Mapping[str, "Sample"]) -> dict[str, Any]:
+def _record(row: Mapping[str, Any], found: Mapping[str, Sample]) -> dict[str, Any]:
     """A row with its answers: that of the first adapter, and others by name."""
     first, *others = found  # in the order of `names`
     more = {f"generated_{name}": found[name].text for name in others}
@@ -235,9 +221,6 @@ def _record(row: Mapping[str, Any], found: Mapping[str, "Sample"]) -> dict[str, 
 
 def chat(options: ChatOptions) -> None:
     """Chat until the end of the input."""
-    from petl.cli.chat_commands import run
-    from petl.generation.inference.chat import ChatSession as Session
-
     sampling = sampling_of(options)
     model = load(options)
     # names[0]: the first adapter, if there is one

@@ -61,6 +61,7 @@ __all__ = [
     "adapts_norms",
     "add_method",
     "adjustments_refused",
+    "announce_method",
     "calls_past_hooks",
     "check_adapters_to_merge",
     "check_target_module_exists",
@@ -123,17 +124,43 @@ def add_method(
     Raises:
         ValueError: PEFT or petl already has the type or the prefix.
     """
-    # PEFT's own check looks for the prefix among the keys of this mapping, not its values
-    taken = prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values()
-    if taken and is_own_prefix:
-        raise ValueError(
-            f"the state-dict prefix {prefix!r} is taken by another PEFT method; choose another name"
-        )
-    # first: register_peft_method looks the name up in the enum
-    extend_peft_types(name.upper())
+    peft_type = name.upper()
+    if peft_type in announced:
+        announced.remove(peft_type)
+        for table in TABLES:
+            del table[peft_type]
+        # also replaced, since `tuner_class` takes the first name of a class
+        del TABLES[0][saved_type(peft_type)]
+    else:
+        # PEFT's own check looks for the prefix among the keys of this mapping, not its values
+        taken = prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values()
+        if taken and is_own_prefix:
+            raise ValueError(
+                f"the state-dict prefix {prefix!r} is taken by another PEFT method; choose another "
+                "name"
+            )
+        # first: register_peft_method looks the name up in the enum
+        extend_peft_types(peft_type)
     register_peft_method(name=name, prefix=prefix, config_cls=config_cls, model_cls=tuner_cls)
-    types: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
-    types[saved_type(name.upper())] = config_cls
+    TABLES[0][saved_type(peft_type)] = config_cls
+
+
+TABLES: tuple[dict[Any, Any], ...] = (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+)
+announced: set[str] = set()  # types whose classes `add_method` has not set yet
+
+
+def announce_method(name: str, prefix: str, config: type, tuner: type) -> None:
+    """Register a tuner whose classes are not imported, with stand-ins for them."""
+    peft_type = name.upper()
+    extend_peft_types(peft_type)
+    for table, value in zip(TABLES, (config, tuner, prefix), strict=True):
+        table[PeftType[peft_type]] = value
+    TABLES[0][saved_type(peft_type)] = config
+    announced.add(peft_type)
 
 
 def saved_type(peft_type: str) -> str:

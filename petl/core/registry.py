@@ -38,7 +38,6 @@ from petl.core.spec.checks import check_adapter_name, check_rank
 from petl.core.spec.config import check_values
 from petl.core.spec.facts import facts_of
 from petl.core.spec.method import (
-    LOSSES,
     LossConfig,
     build_loss,
     loss,
@@ -57,9 +56,9 @@ from petl.errors import (
     first_line,
 )
 from petl.system.imports.peft_hook import failure
+from petl.system.imports.tables import LOSSES, METHODS
 
 logger = logging.getLogger(__name__)
-METHODS: dict[str, Method] = {}
 OF_WRAP = ("adapter_name", "calibration")  # arguments of `wrap` that are no fields
 
 
@@ -122,8 +121,11 @@ def method_of(config: PeftConfig) -> Method | None:
 
     Several entries share a config class: "dora" is LoRA's with `use_dora` set.
     """
-    of_its_class = (e for e in METHODS.values() if isinstance(config, e.config_cls))
-    candidates = [
+    classes, index = {cls.__name__ for cls in type(config).__mro__}, METHODS.index
+    # of the others, whose config has another name, none is imported
+    named = (METHODS[n] for n in METHODS if n not in index or index[n].config in classes)
+    of_its_class = (entry for entry in named if isinstance(config, entry.config_cls))
+    candidates: list[Method] = [
         m
         for m in (entry.variant(vars(config)) for entry in of_its_class)
         if type(config) is m.config_cls

@@ -3,7 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from petl.data.conversations import without_last_answer
 from petl.data.formats import (
@@ -18,12 +18,14 @@ from petl.data.formats import (
 )
 from petl.data.other_tasks import fitting_task
 from petl.data.task_columns import AnySourceRows, ColumnSettings, TaskColumns
-from petl.data.tasks.base import TOOLS, Message, Task
-from petl.data.tasks.causal_lm import CausalLM
-from petl.data.tasks.seq2seq import Seq2Seq
+from petl.data.tasks import TOOLS, Message, task_class
 from petl.data.templates import columns_of, fill, is_template, read_text
 from petl.data.validation import LazySourceRows, Row, passage, require, text
 from petl.errors import InputError, choose
+
+if TYPE_CHECKING:
+    from petl.data.tasks.base import Task
+    from petl.data.tasks.causal_lm import CausalLM
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +189,7 @@ class CausalLMColumns(AnswerColumns):
             # a named format is known before any row: settings that contradict it fail at once
             self.check_found(self.named, "the file")
 
-    def restrict(self, task: CausalLM) -> None:
+    def restrict(self, task: "CausalLM") -> None:
         """Read rows of one kind only: the conversations or the plain texts of a trained task.
 
         Raises:
@@ -242,11 +244,11 @@ class CausalLMColumns(AnswerColumns):
                 f"({', '.join(chosen.asked)}): see data.format"
             )
 
-    def task(self, rows: AnySourceRows) -> Task:
+    def task(self, rows: AnySourceRows) -> "Task":
         """Build a causal language modeling task."""
         self.look(rows)
         settings = self.settings
-        return CausalLM(
+        return task_class("causal_lm")(
             max_length=settings.max_length,
             chat=any(found.convert is not None for found in self.found),
             pack=settings.pack,
@@ -285,11 +287,11 @@ class Seq2SeqColumns(AnswerColumns):
         """Columns text and target."""
         return pair_format("text and target", self.settings.text, self.settings.target)
 
-    def task(self, rows: AnySourceRows) -> Task:
+    def task(self, rows: AnySourceRows) -> "Task":
         """Build a sequence-to-sequence task."""
         self.look(rows)
         settings = self.settings
-        return Seq2Seq(
+        return task_class("seq2seq")(
             max_length=settings.max_length,
             max_target_length=settings.max_target_length,
             prefix=settings.prefix,

@@ -6,18 +6,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pkgutil import resolve_name
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
-from datasets import Dataset
 from omegaconf import DictConfig
 
 from petl.data import SOURCES
 from petl.data.tasks import TASKS
-from petl.data.tasks.base import P, Row, Task
+from petl.data.validation import Row
 from petl.errors import InputError, choose
+from petl.system.imports.peft_hook import import_modules
 from petl.system.settings.schema import plain
 from petl.system.values import bounded, check_rules, field, integer, one_of, read_fields
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from petl.data.tasks.base import P, Task
 
 BY_CLASS = "by_class"  # value of data.order
 ENCODED_TOGETHER = 100  # rows of a call of `Task.encode_rows`; assumption
@@ -40,11 +45,12 @@ class Stream:
     buffer: int
     held: int
 
-    def first_rows(self, count: int) -> Dataset:
+    def first_rows(self, count: int) -> "Dataset":
         """The first `count` rows, not encoded."""
-        return Dataset.from_list(list(islice(self.rows(), count)))
+        dataset = resolve_name("datasets:Dataset")  # takes a second
+        return dataset.from_list(list(islice(self.rows(), count)))
 
-    def encoded(self, task: Task[P], processor: P) -> Iterator[Row]:
+    def encoded(self, task: "Task[P]", processor: "P") -> Iterator[Row]:
         """Yield the rows as `task` encodes them."""
         rows = self.rows()
         while batch := list(islice(rows, ENCODED_TOGETHER)):
@@ -65,7 +71,7 @@ def stream_refused(reader: str) -> InputError:
     )
 
 
-def encode(task: Task[P], processor: P, rows: Sequence[Row]) -> list[Row]:
+def encode(task: "Task[P]", processor: "P", rows: Sequence[Row]) -> list[Row]:
     """Encode rows with one call of `task.encode_rows`."""
     # encode_rows takes columns, as in Dataset.map
     columns = {key: [row[key] for row in rows] for key in rows[0]}
@@ -85,9 +91,9 @@ class RawData:
         temperature: at which rows of several tasks are sampled; None: by the sizes of the tasks.
     """
 
-    task: Task
-    train: Dataset | Stream
-    test: Dataset
+    task: "Task"
+    train: "Dataset | Stream"
+    test: "Dataset"
     name: str
     format: str = ""
     temperature: float | None = None
@@ -124,21 +130,18 @@ class Source(ABC):
                 "of which it repeats each class"
             )
 
+    @classmethod
+    def completed(cls, settings: Mapping[str, object]) -> dict[str, object]:
+        """Return the settings under `data` with those that a configuration they name has."""
+        return dict(settings)
+
     def check(self) -> None:
         """Raise InputError if files that the settings name are missing; no row is read."""
         return  # a source of a package has none
 
-    def sample(self, split: str, count: int) -> list[int]:
-        """The rows of a split, train or test, in random order, as many as the settings ask for.
-
-        Args:
-            count: of its rows; they are shuffled before they are limited.
-
-        Raises:
-            InputError: there are fewer rows than the settings ask for.
-        """
-        setting = f"{split}_rows"
-        return limited(shuffled(count, self.seed), getattr(self, setting), setting)
+    def check_columns(self) -> None:
+        """Raise InputError if the first row of a local file lacks a column that settings name."""
+        return
 
     @abstractmethod
     def read(self) -> RawData:
@@ -166,7 +169,7 @@ def read_data(cfg: DictConfig | Mapping[str, object]) -> RawData:
     return data_source(cfg).read()
 
 
-def as_dataset(data: RawData, max_rows: int) -> Dataset:
+def as_dataset(data: RawData, max_rows: int) -> "Dataset":
     """The train rows; of a stream its first `max_rows` rows."""
     return data.train.first_rows(max_rows) if isinstance(data.train, Stream) else data.train
 
@@ -179,13 +182,41 @@ def data_source(cfg: DictConfig | Mapping[str, object]) -> Source:
     """
     # a plain dict: sources are dataclasses, which take no DictConfig
     settings = plain(cfg)
+    return read_fields(source_class(settings), settings, "data")
+
+
+def source_class(settings: Mapping[str, object]) -> type[Source]:
+    """Return the class of the source that settings under `data` name.
+
+    Raises:
+        InputError: an unknown source or task.
+    """
     source = settings.get("source")
     if source is None:
         raise InputError(f"data.source is not given; available: {', '.join(sorted(SOURCES))}")
-    kind = resolve_name(choose(SOURCES, source, "data source"))
+    place = choose(SOURCES, source, "data source")
     # before the fields: which are allowed depends on the task
     choose(TASKS, settings.get("task", "classification"), "task")
-    return read_fields(kind, settings, "data")
+    return resolve_name(place)
+
+
+def check_early(cfg: DictConfig | Mapping[str, object]) -> None:
+    """Check the data of a run as far as it needs no torch: names, files, and their columns.
+
+    Raises:
+        InputError: as `data_source`, or as its `check` and `check_columns`.
+    """
+    settings = plain(cfg)
+    import_modules(settings.get("imports"))  # which may add sources and tasks
+    data, method = settings.get("data"), settings.get("method")
+    # the run checks what is not a group, and data that get settings from a method of several tasks
+    if not isinstance(data, Mapping) or data.get("source") == "tasks":
+        return
+    if isinstance(method, Mapping) and method.get("tasks"):
+        return
+    source = data_source(data)
+    source.check()
+    source.check_columns()
 
 
 def shuffled(count: int, seed: int) -> list[int]:

@@ -12,9 +12,8 @@ import numpy as np
 from datasets import Dataset
 
 from petl.data.base import RawData, Source, TextSource, limited, shuffled, train_test_split
-from petl.data.tasks.causal_lm import CausalLM
+from petl.data.tasks import task_class
 from petl.data.tasks.classification import Classification
-from petl.data.tasks.media import ImageClassification
 from petl.errors import InputError, choose
 from petl.system.files.paths import Package
 from petl.system.imports.extras import install_hint, optional
@@ -91,7 +90,9 @@ class Digits(Source):
 
         train, test = (split(part) for part in train_test_split(rows, self))
         classes = [str(name) for name in digits.target_names]
-        return RawData(ImageClassification(classes=classes), train, test, name=self.name)
+        return RawData(
+            task_class("image_classification")(classes=classes), train, test, name=self.name
+        )
 
 
 @dataclass(kw_only=True)
@@ -111,7 +112,7 @@ class Hamlet(TextSource):
         train = limited(lines[:test_start], self.train_rows, "train_rows")
         test = limited(lines[test_start:], self.test_rows, "test_rows")
         return RawData(
-            task=CausalLM(max_length=self.max_length, pack=True),
+            task=task_class("causal_lm")(max_length=self.max_length, pack=True),
             train=Dataset.from_dict({"text": ["".join(train)]}),
             test=Dataset.from_dict({"text": ["".join(test)]}),
             name=self.name,
@@ -147,7 +148,9 @@ class Reasoning(TextSource):
             for question, answer in (rows[i] for i in order[:count])
         ]
         return RawData(
-            task=CausalLM(max_length=self.max_length, chat=True, generate=self.generate),
+            task=task_class("causal_lm")(
+                max_length=self.max_length, chat=True, generate=self.generate
+            ),
             train=Dataset.from_dict({"messages": conversations[self.test_rows :]}),
             test=Dataset.from_dict({"messages": conversations[: self.test_rows]}),
             name=self.name,

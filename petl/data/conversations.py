@@ -9,7 +9,7 @@ functions that a conversation may call are the content of a first message with t
 import json
 from collections.abc import Mapping, Sequence
 
-from petl.data.tasks.base import TOOLS, Message
+from petl.data.tasks import TOOLS, Message
 from petl.data.validation import passage, text
 from petl.errors import shown
 from petl.system.files.read import parse_json

@@ -55,6 +55,14 @@ class Files(Tabular):
             for name in file_names(setting, value) if value else ():
                 data_file(setting, name)
 
+    def check_columns(self) -> None:
+        """Raise InputError unless the first row of each file has the columns of the task."""
+        for setting, value in (("data.train", self.train), ("data.test", self.test)):
+            for name in file_names(setting, value) if value else ():
+                # a list in JSON is read as a whole, which may take long
+                if suffix_of(data_file(setting, name)) != ".json":
+                    next(iterate_rows(setting, name, self.task_columns.choose)[1], None)
+
     def read(self) -> RawData:
         """Read the files; with `streaming` the train rows are read later."""
         names = file_names("data.train", self.train)

@@ -13,7 +13,7 @@ from petl.data.conversations import (
     system_turn,
     without_loss,
 )
-from petl.data.tasks.base import Message
+from petl.data.tasks import Message
 from petl.data.templates import columns_of, read_text
 from petl.data.validation import Row, passage, read, text
 

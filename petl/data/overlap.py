@@ -4,10 +4,12 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from datasets import Dataset
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-from petl.data.tasks.base import Task
+    from petl.data.tasks.base import Task
 
 WORDS = re.compile(r"\w+")
 CONTENT = ("sha256", "pixels")  # columns of images and sounds, whose paths may differ
@@ -27,7 +29,7 @@ class Overlap:
     alike: int
 
     @classmethod
-    def of(cls, task: Task, train: Dataset, test: Dataset) -> "Overlap | None":
+    def of(cls, task: "Task", train: "Dataset", test: "Dataset") -> "Overlap | None":
         """Compare raw rows; None if their columns name no input."""
         columns = input_columns(task, train.column_names)
         if not columns or not {*columns} <= {*test.column_names}:
@@ -57,7 +59,7 @@ class Overlap:
         return f"{self.exact + self.alike} of {self.rows} test rows occur in training{near}"
 
 
-def input_columns(task: Task, names: Iterable[str]) -> list[str]:
+def input_columns(task: "Task", names: Iterable[str]) -> list[str]:
     """The columns of raw rows that are their input; empty if they are unknown."""
     found = [name for name in names if name in task.shown or name in CONTENT]
     return [name for name in found if name != "path"] or found

@@ -4,9 +4,8 @@ from abc import ABC
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
-from typing import Any, ClassVar
-
-from datasets import Dataset
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from petl.data.answer_columns import CausalLMColumns, Seq2SeqColumns
 from petl.data.base import (
@@ -14,6 +13,8 @@ from petl.data.base import (
     Stream,
     held_rows,
     hold_out,
+    limited,
+    shuffled,
 )
 from petl.data.overlap import input_columns, input_text, normalized
 from petl.data.question_columns import QuestionAnsweringColumns
@@ -25,24 +26,22 @@ from petl.data.task_columns import (
     TokenClassificationColumns,
     with_row_tasks,
 )
-from petl.data.tasks.base import Task
-from petl.data.tasks.causal_lm import CausalLM
-from petl.data.tasks.classification import Classification
-from petl.data.tasks.question_answering import QuestionAnswering
-from petl.data.tasks.regression import Regression
-from petl.data.tasks.seq2seq import Seq2Seq
-from petl.data.tasks.token_classification import TokenClassification
 from petl.data.templates import check_braces, check_template
 from petl.data.validation import LazySourceRows, Row, SourceRows
 from petl.errors import InputError
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from petl.data.tasks.base import Task
+
 TASK_COLUMNS: dict[str, type[TaskColumns]] = {
-    Classification.name: ClassificationColumns,
-    Regression.name: RegressionColumns,
-    TokenClassification.name: TokenClassificationColumns,
-    QuestionAnswering.name: QuestionAnsweringColumns,
-    CausalLM.name: CausalLMColumns,
-    Seq2Seq.name: Seq2SeqColumns,
+    "classification": ClassificationColumns,
+    "regression": RegressionColumns,
+    "token_classification": TokenClassificationColumns,
+    "question_answering": QuestionAnsweringColumns,
+    "causal_lm": CausalLMColumns,
+    "seq2seq": Seq2SeqColumns,
 }
 
 
@@ -102,8 +101,11 @@ class Tabular(ColumnSettings, ABC):
         task = self.task_columns.task(train)
         if test is None:
             train, test = self.hold_out(train, task)
-        train = train.select(self.sample("train", len(train)))
-        test = test.select(self.sample("test", len(test)))
+        train = train.select(
+            limited(shuffled(len(train), self.seed), self.train_rows, "train_rows")
+        )
+        # shuffled first, then limited: a limit takes a random sample
+        test = test.select(limited(shuffled(len(test), self.seed), self.test_rows, "test_rows"))
         return self.raw(task, self.split(train), self.split(test))
 
     def stream(self, rows: LazySourceRows, test: SourceRows | None) -> RawData:
@@ -119,14 +121,14 @@ class Tabular(ColumnSettings, ABC):
                 f"data.streaming=true cannot hold out data.test_share={self.test_share} of rows "
                 "that are not read in advance: give data.test or data.test_split"
             )
-        test = test.select(self.sample("test", len(test)))
+        test = test.select(limited(shuffled(len(test), self.seed), self.test_rows, "test_rows"))
         # may read the whole stream once, for the classes
         task = self.task_columns.task(rows)
         next(self.converted(rows))  # so that an error in the first row is raised before training
         stream = Stream(partial(self.converted, rows), self.shuffle_buffer, self.held_rows)
         return self.raw(task, stream, self.split(test))
 
-    def raw(self, task: Task, train: Dataset | Stream, test: Dataset) -> RawData:
+    def raw(self, task: "Task", train: "Dataset | Stream", test: "Dataset") -> RawData:
         """The rows of this source."""
         return RawData(task, train, test, self.name, format=self.task_columns.described())
 
@@ -137,9 +139,9 @@ class Tabular(ColumnSettings, ABC):
 
     def numbered(self, number: int, row: Row) -> Row:
         """Add the column `number` of questions, by which a question's windows are found again."""
-        return {**row, "number": number} if self.task == QuestionAnswering.name else row
+        return {**row, "number": number} if self.task == "question_answering" else row
 
-    def hold_out(self, rows: SourceRows, task: Task) -> tuple[SourceRows, SourceRows]:
+    def hold_out(self, rows: SourceRows, task: "Task") -> tuple[SourceRows, SourceRows]:
         """Split rows at random into training and test rows; those of one input are on one side."""
         keys = [
             normalized(input_text({name: row[name] for name in input_columns(task, row)})) or str(i)
@@ -148,8 +150,8 @@ class Tabular(ColumnSettings, ABC):
         train, test = hold_out(len(rows), self.test_share, self.seed, rows.origin, keys)
         return rows.select(train), rows.select(test)
 
-    def split(self, rows: SourceRows) -> Dataset:
+    def split(self, rows: SourceRows) -> "Dataset":
         """A data set with the columns that `Task.encode_rows` reads."""
         converted = rows.map(self.task_columns.convert)
         numbered = [self.numbered(number, row) for number, row in enumerate(converted)]
-        return Dataset.from_list(numbered)
+        return resolve_name("datasets:Dataset").from_list(numbered)  # takes a second

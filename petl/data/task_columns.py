@@ -5,16 +5,13 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, ClassVar
 
 from petl.data.base import SHARE, TextSource
 from petl.data.label_column import refuse_class_per_row
 from petl.data.other_tasks import fitting_task
-from petl.data.tasks.base import CLASSES, Task
-from petl.data.tasks.classification import Classification
-from petl.data.tasks.regression import Regression
-from petl.data.tasks.row_tasks import COLUMN, of_tasks
-from petl.data.tasks.token_classification import TokenClassification
+from petl.data.tasks import CLASSES, COLUMN, task_class
 from petl.data.templates import columns_of, read_text
 from petl.data.validation import (
     LazySourceRows,
@@ -31,6 +28,9 @@ from petl.data.validation import (
 )
 from petl.errors import InputError, shown
 from petl.system.values import Rule, field, integer
+
+if TYPE_CHECKING:
+    from petl.data.tasks.base import Task
 
 TASKS = Rule("a list of distinct names", lambda names: len(names) == len({*names} - {""}) > 0)
 AnySourceRows = SourceRows | LazySourceRows
@@ -97,7 +97,7 @@ class TaskColumns(ABC):
         """
 
     @abstractmethod
-    def task(self, rows: AnySourceRows) -> Task:
+    def task(self, rows: AnySourceRows) -> "Task":
         """Build the task, with what depends on all training rows (such as the classes).
 
         Raises:
@@ -126,8 +126,9 @@ class RowTaskColumns(TaskColumns):
         more = require([self.settings.task_column], names, origin)
         return list(dict.fromkeys([*super().choose(names, origin), *more]))
 
-    def task(self, rows: AnySourceRows) -> Task:
+    def task(self, rows: AnySourceRows) -> "Task":
         """Build the task of the kind, for rows of several tasks."""
+        of_tasks = resolve_name("petl.data.tasks.row_tasks:of_tasks")  # imports torch
         return of_tasks(super().task(rows), self.settings.tasks or ())
 
     def convert(self, row: Row) -> Row:
@@ -195,7 +196,7 @@ class ClassLabelColumns(NamedColumns, ABC):
 
     column: str  # the column with the class, or with a list of classes
 
-    def task(self, rows: AnySourceRows) -> Task:
+    def task(self, rows: AnySourceRows) -> "Task":
         """Build the task with all classes, and remember their numbers for `class_of`.
 
         Raises:
@@ -239,7 +240,7 @@ class ClassLabelColumns(NamedColumns, ABC):
         """The name of the class of each label in the rows."""
 
     @abstractmethod
-    def with_classes(self, classes: list[str]) -> Task:
+    def with_classes(self, classes: list[str]) -> "Task":
         """Build the task with these classes."""
 
     def class_of(self, value: object) -> int:
@@ -268,9 +269,9 @@ class ClassificationColumns(ClassLabelColumns):
         """The values of the label column."""
         return rows.column(self.column, label)
 
-    def with_classes(self, classes: list[str]) -> Task:
+    def with_classes(self, classes: list[str]) -> "Task":
         """Build a classification task."""
-        return Classification(classes=classes, max_length=self.settings.max_length)
+        return task_class("classification")(classes=classes, max_length=self.settings.max_length)
 
     def convert(self, row: Row) -> Row:
         """Columns `text`, `text_pair` if there is one, and `label` of labeled rows."""
@@ -289,9 +290,9 @@ class RegressionColumns(NamedColumns):
         super().__init__(settings, labeled=labeled)
         self.inputs, self.targets = text_columns(settings), [settings.label]
 
-    def task(self, rows: AnySourceRows) -> Task:
+    def task(self, rows: AnySourceRows) -> "Task":
         """Build a regression task."""
-        return Regression(max_length=self.settings.max_length)
+        return task_class("regression")(max_length=self.settings.max_length)
 
     def convert(self, row: Row) -> Row:
         """Columns `text`, `text_pair` if there is one, and `label` of labeled rows."""
@@ -315,9 +316,11 @@ class TokenClassificationColumns(ClassLabelColumns):
         """The tags in all rows."""
         return (name for tags in rows.column(self.column, items(label)) for name in tags)
 
-    def with_classes(self, classes: list[str]) -> Task:
+    def with_classes(self, classes: list[str]) -> "Task":
         """Build a token classification task."""
-        return TokenClassification(classes=classes, max_length=self.settings.max_length)
+        return task_class("token_classification")(
+            classes=classes, max_length=self.settings.max_length
+        )
 
     def convert(self, row: Row) -> Row:
         """Columns `tokens` and, of labeled rows, `tags`: lists of equal length."""

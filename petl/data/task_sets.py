@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 from datasets import Dataset
 
 from petl.data.base import RawData, Source, Stream, data_source
+from petl.data.tasks import COLUMN
 from petl.data.tasks.classification import Classification
 from petl.data.tasks.multitask import SEPARATOR, MultitaskClassification
-from petl.data.tasks.row_tasks import COLUMN
 from petl.errors import InputError, choose
 from petl.system.settings.command_line import options_of, raw
 from petl.system.settings.schema import plain
@@ -99,6 +99,11 @@ class TaskSets(Source):
     sampling: str = field("size", one_of("size", "temperature"))
     # with 1, tasks are sampled by size; the higher, the more equally
     temperature: float | None = field(None, real(1, 1e6))
+
+    @classmethod
+    def completed(cls, settings: Mapping[str, object]) -> dict[str, object]:
+        """Return the settings with those of each set, see `with_sets`."""
+        return with_sets(settings)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import partial
 from itertools import islice
-from typing import Any, TypeVar
-
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from petl.errors import InputError, did_you_mean, shown
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -35,7 +36,7 @@ class SourceRows:
 
     origin: str
     numbers: Sequence[int]
-    values: list[dict[str, object]] | Dataset
+    values: "list[dict[str, object]] | Dataset"
     locate: Callable[[int], str]
     classes: list[str] | None = None
     whole: Callable[[], Iterable[Row]] | None = None
@@ -46,10 +47,9 @@ class SourceRows:
     def select(self, indices: list[int]) -> "SourceRows":
         """The rows at these indices, in this order."""
         numbers = [self.numbers[i] for i in indices]
-        if isinstance(self.values, Dataset):
-            values: list[dict[str, object]] | Dataset = self.values.select(indices)
-        else:
-            values = [self.values[i] for i in indices]
+        given = self.values
+        is_list = isinstance(given, list)
+        values = [given[i] for i in indices] if is_list else given.select(indices)
         return replace(self, numbers=numbers, values=values)
 
     def column(self, name: str, parse: Callable[[object], T]) -> list[T]:
@@ -59,7 +59,7 @@ class SourceRows:
             InputError: values are not valid; the message names the first and counts the others.
         """
         values = self.values
-        if isinstance(values, Dataset):
+        if not isinstance(values, list):
             # other columns may be long texts, which would be decoded
             values = values.select_columns([name])
         return replace(self, values=values).map(lambda row: read(row, name, parse))
@@ -71,7 +71,7 @@ class SourceRows:
             InputError: rows are not valid; the message names the first and counts the others.
         """
         converted, errors = [], []
-        tables = isinstance(self.values, Dataset)
+        tables = not isinstance(self.values, list)
         for number, row in zip(self.numbers, self.values, strict=True):
             try:
                 converted.append(convert(from_table(row) if tables else row))

@@ -4,8 +4,10 @@ import dataclasses
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from itertools import chain
+from pkgutil import resolve_name
 
 import yaml
 from hydra import compose as hydra_compose
@@ -23,7 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from petl.errors import InputError, did_you_mean, first_line
 from petl.system.imports.extras import install_hint
-from petl.system.imports.peft_hook import failure, import_modules
+from petl.system.imports.peft_hook import failure, import_modules, plugins
+from petl.system.imports.tables import METHODS
 from petl.system.settings.command_line import (
     CONFIG,
     config_dir,
@@ -180,18 +183,25 @@ def explain_key(key: str, overrides: Sequence[str], config: str = CONFIG) -> str
 
 def explain_field(key: str, settings: DictConfig, overrides: Sequence[str]) -> str:
     """Explain why `key` of a method cannot be overridden; `settings` are those of its YAML."""
-    from petl.core.registry import method  # imports torch and PEFT, which --help does not need
-
     import_modules(imports_in(overrides))
     chosen = {key.lstrip("+"): value for key, value in pairs(overrides)}
     fields = {str(k): chosen.get(f"method.{k}", value) for k, value in settings.items()}
-    entry = method(fields["name"]).variant(fields)
-    name = key.rpartition(".")[2]
-    if name in {field.name for field in dataclasses.fields(entry.config_cls)}:
-        file = config_file("method", entry.name)
-        where = f"configs/method/{entry.name}.yaml" if file is None else shown_path(file)
+    method, name = fields["name"], key.rpartition(".")[2]
+    known, inner = known_fields(fields)
+    if name in known:
+        file = config_file("method", method)
+        where = f"configs/method/{method}.yaml" if file is None else shown_path(file)
         return f"{key} is not in {where}: write +{key}=..."
-    return f"no setting {key}{did_you_mean(name, [*fields, *preset_of(entry.inner)])}"
+    return f"no setting {key}{did_you_mean(name, [*fields, *preset_of(inner)])}"
+
+
+def known_fields(settings: Mapping[str, object]) -> tuple[list[str], str]:
+    """Return the fields of a method with these settings, and its inner method or ""."""
+    indexed = METHODS.index.get(settings["name"])
+    if indexed is not None and "inner" not in indexed.fields:  # known without torch
+        return indexed.fields, ""
+    entry = resolve_name("petl.core.registry:method")(settings["name"]).variant(settings)
+    return [field.name for field in dataclasses.fields(entry.config_cls)], entry.inner
 
 
 def explain_missing_yaml(name: str, overrides: Sequence[str]) -> str:
@@ -200,8 +210,8 @@ def explain_missing_yaml(name: str, overrides: Sequence[str]) -> str:
         import_modules(imports_in(overrides))
     except InputError as error:
         return str(error)
-    from petl.core.registry import METHODS
-
+    if plugins():
+        import_module("peft")  # and with it those methods
     if name not in METHODS:
         return f"no method {name!r}{failure(name)}" if failure(name) else ""
     config_cls = METHODS[name].config_cls

@@ -35,11 +35,11 @@ from petl.data.batch_sampler import (
 from petl.data.overlap import Overlap
 from petl.data.streaming import StreamedRows
 from petl.data.task_mixture import TaskMixture
+from petl.data.tasks import IDS
 from petl.data.tasks.base import NON_INPUT_PREFIX, Row, Task
 from petl.data.tasks.classification import SingleLabelTask
 from petl.data.tasks.encoding_cache import encode_once
 from petl.data.tasks.regression import Regression
-from petl.data.tasks.row_tasks import IDS
 from petl.errors import InputError
 from petl.system.processes import endings_blocked, ignore_foreign_signals
 from petl.training.runs.settings import TrainConfig

@@ -11,7 +11,9 @@ import math
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import NamedTuple
 
 import numpy as np
@@ -24,15 +26,14 @@ from torch import Tensor
 from petl.core.lifecycle import lifecycle
 from petl.core.types import base_of
 from petl.data.batch_sampler import chunks
+from petl.data.tasks import IDS
 from petl.data.tasks.base import NON_INPUT_PREFIX, Prediction, Row, Task, not_finite, rounded
-from petl.data.tasks.metrics import rouge
-from petl.data.tasks.row_tasks import IDS, named
+from petl.data.tasks.row_tasks import named
 from petl.errors import RunStopped
 from petl.system.collectives import gathered, is_sharded
 from petl.system.files.disk import atomic_file, stop_when_full
 from petl.system.progress import Pass, ProgressItems
 from petl.training.dataloader import Splits, load, longest_first
-from petl.training.generation import is_pair, written
 from petl.training.non_finite import first_not_finite
 from petl.training.runs.settings import TrainConfig
 
@@ -315,7 +316,9 @@ class Evaluator:
         """
         model, splits, accelerator = self.model, self.splits, self.accelerator
         task, tokenizer = splits.task, splits.processor
-        is_encoder_decoder = is_pair(model)
+        generation = import_module("petl.training.generation")  # for a task with answers
+        rouge = resolve_name("petl.data.tasks.metrics:rouge")
+        is_encoder_decoder = generation.is_pair(model)
         column = "input_ids" if is_encoder_decoder else "_prompt"
         ids = list(splits.test[IDS]) if task.tasks else None
         rows = splits.test.select_columns([column, "_answer"])
@@ -335,7 +338,9 @@ class Evaluator:
             with accelerator.autocast():
                 prompts, of_part = list(batch[column]), ids and [ids[row] for row in part]
                 most, is_chat = task.generate or 1, getattr(task, "chat", False)
-                texts = written(model, tokenizer, prompts, most, of_part, is_chat=is_chat)
+                texts = generation.written(
+                    model, tokenizer, prompts, most, of_part, is_chat=is_chat
+                )
             if number >= len(own):  # a surplus batch, computed for the other processes
                 continue
             for position, text, answer in zip(part, texts, batch["_answer"], strict=True):

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from petl.core.parameters import max_positions
 from petl.core.types import Arguments, CausalModel, base_of
+from petl.data.tasks import IDS
 from petl.data.tasks.base import pad_id
 from petl.data.tasks.chat import end_of_turn
-from petl.data.tasks.row_tasks import IDS
 from petl.errors import InputError
 from petl.system.collectives import is_sharded
 

@@ -13,9 +13,12 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, NoReturn, TypeVar
 
+from huggingface_hub.utils import disable_progress_bars
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -112,19 +115,13 @@ def reported(function: Callable[[], object]) -> int:
     return 0
 
 
-def run_command(
-    command: Callable[[Options], None],
-    options: Options,
-    *,
-    uses_models: bool = True,
-) -> int:
+def run_command(command: Callable[[Options], None], options: Options) -> int:
     """Run the function of a command of `petl` with its options; return its exit status."""
     log_to_stderr()
-    if uses_models:  # else it is not imported, which takes a second
-        from transformers.utils import logging as transformers_logging
-
-        # its bars would mix with the output of petl
-        transformers_logging.disable_progress_bar()
+    # bars would mix with the output of petl; transformers asks for those of the hub when imported
+    disable_progress_bars()
+    if "transformers" in sys.modules:
+        import_module("transformers.utils.logging").disable_progress_bar()
 
     def run() -> None:
         if hasattr(options, "config_dir"):  # a command that reads configurations
@@ -250,17 +247,25 @@ def job(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], float]:
     def run_job(cfg: DictConfig) -> float:
         begin_job()
         try:
-            return _objective(main, cfg)
-        except (InputError, RunStopped) as error:
-            is_signal = isinstance(error, RunStopped) and error.status > SIGNALLED
-            if is_signal or not in_sweep():
-                raise WrappedError(error) from error
-            report_error(error)
-            raise  # Hydra marks the job as failed, and runs the others
+            with reported_to_hydra():
+                return _objective(main, cfg)
         finally:
             release_all()
 
     return run_job
+
+
+@contextmanager
+def reported_to_hydra() -> Generator[None]:
+    """Let an error of a job pass through Hydra; in a sweep, report it, since others follow."""
+    try:
+        yield
+    except (InputError, RunStopped) as error:
+        is_signal = isinstance(error, RunStopped) and error.status > SIGNALLED
+        if is_signal or not in_sweep():
+            raise WrappedError(error) from error
+        report_error(error)
+        raise  # Hydra marks the job as failed, and runs the others
 
 
 def _objective(main: Callable[[DictConfig], Any], cfg: DictConfig) -> float:

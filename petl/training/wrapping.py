@@ -1,6 +1,7 @@
 """The model that a run trains: base with adapter, checked, in training mode."""
 
 import logging
+from importlib import import_module
 from typing import Any
 
 from peft import PeftModel
@@ -20,11 +21,9 @@ from petl.core.spec.facts import facts_of
 from petl.core.types import Arguments, Fields, base_of
 from petl.data.models.loading import new_modules
 from petl.data.tasks.base import packs
-from petl.data.tasks.packing import check_packed_texts_isolated
 from petl.efficiency.rewrite import apply_rewrites, rewrites_of
 from petl.errors import InputError
 from petl.system.progress import ProgressItems
-from petl.training.calibration import calibration_batches, read_calibration
 from petl.training.dataloader import FirstBatches
 from petl.training.features import Setup
 from petl.training.optimizer import groups
@@ -128,8 +127,9 @@ def wrap_arguments(setup: Setup) -> Arguments:
     if setup.calibration is not None:
         batches = setup.calibration
     elif hasattr(config, "calibration_data"):
-        chosen = read_calibration(vars(config)["calibration_data"])
-        batches = calibration_batches(chosen, run.model, splits)
+        calibration = import_module("petl.training.calibration")  # for a method that needs it
+        chosen = calibration.read_calibration(vars(config)["calibration_data"])
+        batches = calibration.calibration_batches(chosen, run.model, splits)
     else:
         parts = accelerator.num_processes if facts_of(config).divides_calibration else 1
         rank = accelerator.process_index if parts > 1 else 0
@@ -149,4 +149,5 @@ def check_model(model: PeftModel, settings: TrainConfig) -> None:
             f"{type(base).__name__} does not support it"
         )
     if packs(base):
-        check_packed_texts_isolated(model, base)
+        packing = import_module("petl.data.tasks.packing")  # for data with packed texts
+        packing.check_packed_texts_isolated(model, base)

@@ -18,6 +18,7 @@ COMMANDS = {
     "import petl, then peft": ("-c", "import torch; import petl; import peft"),
     "petl methods": ("-m", "petl", "methods"),
     "petl show": ("-m", "petl", "show", "mola"),
+    "petl train, misspelt": ("-m", "petl", "train", "+method=moal"),
     "petl plan": ("-m", "petl", "plan", "+method=mola"),
 }
 
@@ -30,7 +31,8 @@ def measure() -> list[Record]:
 def _record(name: str, words: tuple[str, ...]) -> Record:
     ratios, seconds, beyond = [], [], []
     for _ in range(ROUNDS):
-        torch_alone, total = child_seconds(TORCH), child_seconds(words)
+        status = 2 if "misspelt" in name else 0
+        torch_alone, total = child_seconds(TORCH), child_seconds(words, status)
         ratios.append(total / torch_alone)
         seconds.append(total)
         beyond.append(total - torch_alone)
@@ -46,13 +48,15 @@ def _record(name: str, words: tuple[str, ...]) -> Record:
     )
 
 
-def child_seconds(words: tuple[str, ...]) -> float:
+def child_seconds(words: tuple[str, ...], status: int = 0) -> float:
     """Return the processor seconds of Python with these arguments.
 
     Raises:
-        CalledProcessError: it fails.
+        CalledProcessError: it ends with another status.
     """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, *words], check=True, capture_output=True)
+    done = subprocess.run([sys.executable, *words], capture_output=True)
+    if done.returncode != status:
+        raise subprocess.CalledProcessError(done.returncode, words, stderr=done.stderr)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

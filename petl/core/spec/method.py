@@ -9,6 +9,7 @@ from petl.core.spec.config import config_field
 from petl.core.spec.facts import facts_of
 from petl.core.support import Capability, Part
 from petl.errors import InputError, UnknownNameError, choose, did_you_mean
+from petl.system.imports.tables import LOSSES
 from petl.system.values import check_rules
 
 # values of init_lora_weights, or how they begin ("pissa_niter_16")
@@ -78,9 +79,6 @@ class Loss:
     paper: str
 
 
-LOSSES: dict[str, Loss] = {}
-
-
 def register_loss(name: str, *, summary: str, paper: str) -> Callable[[Controller], Controller]:
     """Register a controller as extra loss `name`, the word after `+loss=`.
 
@@ -91,10 +89,10 @@ def register_loss(name: str, *, summary: str, paper: str) -> Callable[[Controlle
     """
 
     def add(controller: Any) -> Any:
-        if name in LOSSES:
+        taken = LOSSES.get(name)
+        if taken is not None:
             raise ValueError(
-                f"loss name {name!r} is taken by {LOSSES[name].config_cls.__module__}; choose "
-                "another name"
+                f"loss name {name!r} is taken by {taken.config_cls.__module__}; choose another name"
             )
         # so that a config alone leads back to its loss
         controller.config_cls.name = name

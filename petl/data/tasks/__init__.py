@@ -1,4 +1,12 @@
-"""Tasks: how rows are encoded, batched and scored, and which model head they need."""
+"""Tasks: how rows are encoded, batched and scored, and which model head they need.
+
+A task needs torch, and is imported when it is chosen. What its rows are called is known before.
+"""
+
+from pkgutil import resolve_name
+from typing import Any
+
+from petl.system.values import Rule
 
 # by `data.task`, "module:class", imported when it is chosen
 TASKS = {
@@ -12,3 +20,17 @@ TASKS = {
     "audio_classification": "petl.data.tasks.media:AudioClassification",
     "multitask_classification": "petl.data.tasks.multitask:MultitaskClassification",
 }
+
+# of a conversation: `role`, `content`, and `more`, the JSON text of what only some messages have
+Message = dict[str, Any]
+TOOLS = "(tools)"  # role of a first message whose content are the functions, as JSON text
+COLUMN, IDS = "task", "task_ids"  # of rows of several tasks, of encoded rows and batches
+# of `data.labels` and of tasks
+CLASSES = Rule(
+    "a list of at least two distinct classes", lambda names: len(names) == len({*names}) > 1
+)
+
+
+def task_class(name: str) -> type[Any]:
+    """Return the class of a task in `TASKS`."""
+    return resolve_name(TASKS[name])

@@ -34,17 +34,11 @@ from petl.data.validation import Row
 from petl.errors import InputError
 from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.paths import LABELS
-from petl.system.values import Rule
 
 CHUNK = 1024  # tokens whose logits are converted to float32 at a time; assumption
 logger = logging.getLogger(__name__)
 
 FILE = "task.json"  # in an adapter's folder
-
-# of `data.labels` and of tasks
-CLASSES = Rule(
-    "a list of at least two distinct classes", lambda names: len(names) == len({*names}) > 1
-)
 
 IGNORED = -100  # the label that transformers' losses skip
 
@@ -52,13 +46,9 @@ UNTRUNCATED = 2**30  # a max_length in tokens that no row reaches
 
 NON_INPUT_PREFIX = "_"  # begins the names of encoded columns that are not model inputs
 
-# of a conversation: `role`, `content`, and `more`, the JSON text of what only some messages have
-Message = dict[str, Any]
-TOOLS = "(tools)"  # role of a first message whose content are the functions, as JSON text
-
 Prediction = dict[str, Any]  # JSON values by name
-Batch = Mapping[str, Tensor]
-Collate = Callable[[Sequence[Row]], dict[str, Tensor]]
+Batch = dict[str, Tensor]
+Collate = Callable[[Sequence[Row]], Batch]
 AutoProcessorClass = AutoTokenizer | AutoImageProcessor | AutoFeatureExtractor
 Fields = dict[str, object]  # of a config, or of settings, by name
 P = TypeVar("P")  # a processor: a tokenizer, image processor or feature extractor
@@ -99,7 +89,7 @@ class Pad:
             stacked[i, : len(row[key])] = torch.as_tensor(row[key], dtype=torch.long)
         return stacked
 
-    def inputs(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def inputs(self, rows: Sequence[Row]) -> Batch:
         """`input_ids`, `attention_mask` and, if rows have them, `token_type_ids`, [B, T] each."""
         fills = {"input_ids": self.pad_id, "attention_mask": 0, "token_type_ids": 0}
         return {key: self.stack(rows, key, fill) for key, fill in fills.items() if key in rows[0]}
@@ -388,7 +378,7 @@ class WritingTask(Task[PreTrainedTokenizerBase], ABC):
         return {"loss": mean.item(), "perplexity": mean.exp().item(), "tokens": tokens.item()}
 
 
-def batch_of_texts(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
+def batch_of_texts(pad: Pad, rows: Sequence[Row]) -> Batch:
     """`input_ids` and `attention_mask` [B, T], `labels` [B]: int64, for regression float32."""
     if "labels" not in rows[0]:
         return pad.inputs(rows)
@@ -397,7 +387,7 @@ def batch_of_texts(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
     return {**pad.inputs(rows), "labels": labels}
 
 
-def batch_of_tokens(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
+def batch_of_tokens(pad: Pad, rows: Sequence[Row]) -> Batch:
     """`input_ids`, `attention_mask` and, of labeled rows, `labels`, each [B, T]."""
     inputs = pad.inputs(rows)
     return inputs | ({"labels": pad.stack(rows, "labels", IGNORED)} if "labels" in rows[0] else {})

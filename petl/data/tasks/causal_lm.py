@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple, cast
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from petl.data.tasks import Message
 from petl.data.tasks.base import (
     IGNORED,
     AutoModelClass,
@@ -15,7 +16,6 @@ from petl.data.tasks.base import (
     Collate,
     Columns,
     Fields,
-    Message,
     Outputs,
     Pad,
     Row,

@@ -12,7 +12,8 @@ from typing import Any
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from petl.data.tasks.base import IGNORED, TOOLS, Message
+from petl.data.tasks import TOOLS, Message
+from petl.data.tasks.base import IGNORED
 from petl.data.tasks.chat_template import check_template, within_deadline
 from petl.errors import InputError, first_line
 

@@ -11,13 +11,11 @@ from typing import ClassVar
 
 import torch
 from datasets import Features, Value
-from torch import Tensor
 
-from petl.data.tasks.base import Collate, Columns, Fields, P, Row, Task
+from petl.data.tasks import COLUMN, IDS
+from petl.data.tasks.base import Batch, Collate, Columns, Fields, P, Row, Task
 from petl.data.tasks.scores import LOSSES
 from petl.errors import UnsupportedError
-
-COLUMN, IDS = "task", "task_ids"  # of rows, of encoded rows and batches
 
 
 class RowTasks(Task[P]):
@@ -62,7 +60,7 @@ class RowTasks(Task[P]):
         return partial(_batch, super().collate(processor, multiple))
 
 
-def _batch(collate: Collate, rows: Sequence[Row]) -> dict[str, Tensor]:
+def _batch(collate: Collate, rows: Sequence[Row]) -> Batch:
     ids = torch.tensor([row[IDS] for row in rows])
     return {**collate([{k: v for k, v in row.items() if k != IDS} for row in rows]), IDS: ids}
 

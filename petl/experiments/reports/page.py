@@ -25,8 +25,8 @@ from petl.core.model.heat_map import cell_text
 from petl.errors import printable
 from petl.experiments.reports.formatting import number
 from petl.system.files.disk import open_inside
+from petl.training.features.bars import BAR_COLORS, Bars, add_bars
 from petl.training.features.section import Curve, Lines
-from petl.training.ranks.bars import BAR_COLORS, Bars, add_bars
 
 ASSETS = Path(__file__).with_name("assets")
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Event
 
-from petl.data.tasks.base import Message
+from petl.data.tasks import Message
 from petl.errors import InputError
 from petl.generation.inference.language_model import LanguageModel, message
 from petl.generation.inference.sampling import Sample, Sampling

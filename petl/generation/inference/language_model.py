@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from petl.core.model.modes import has_enabled_adapter
 from petl.core.parameters import max_positions
 from petl.core.spec.method import modifies_base_weights
-from petl.data.tasks.base import TOOLS, Message, pad_id
+from petl.data.tasks import TOOLS, Message
+from petl.data.tasks.base import pad_id
 from petl.data.tasks.chat import end_of_turn, question
 from petl.efficiency.drafting.calls import why_plain
 from petl.efficiency.drafting.engine import Stats, decode

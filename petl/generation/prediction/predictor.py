@@ -15,8 +15,8 @@ from peft import PeftModel
 from petl.adapters.export.saved_adapter import SavedAdapter, find
 from petl.data.base import encode
 from petl.data.batch_sampler import chunks
+from petl.data.tasks import COLUMN
 from petl.data.tasks.base import Columns, Prediction, Row, Task
-from petl.data.tasks.row_tasks import COLUMN
 from petl.efficiency.rewrite import apply_rewrites, rewrites_of
 from petl.errors import InputError
 from petl.system.collectives import shared_out

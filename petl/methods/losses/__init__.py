@@ -1,4 +1,4 @@
-"""Extra loss terms that work with any method: one module each, registered on import.
+"""Extra loss terms that work with any method: one module each, imported on first use.
 
 loss = petl.losses.read(cfg.loss)       # checks the config before a model is loaded; None without
 model = petl.wrap(base, "mola")
@@ -6,15 +6,8 @@ petl.losses.attach(model, loss)         # before the first call of `petl.lifecyc
 petl.lifecycle(model).report(batches)   # metrics on validation batches, before and after training
 """
 
-from importlib import import_module
-from pkgutil import iter_modules
-
 from petl.core.losses import read
 from petl.core.registry import attach
 from petl.core.spec.method import Loss, LossConfig, build_loss, list_losses, loss
 
 __all__ = ["Loss", "LossConfig", "attach", "build_loss", "list_losses", "loss", "read"]
-
-
-for _module in iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")

@@ -212,11 +212,11 @@ class DropMessageWithoutGpu(DropMessage):
 
 PEFT = "peft"
 # importing these registers their contents
-REGISTERING = ("petl.methods", "petl.methods.losses", "petl.core.auto_classes")
+REGISTERING = ("petl.core.peft_types", "petl.methods", "petl.core.auto_classes")
 
 
 def register_with_peft() -> None:
-    """Register all methods and losses, now if PEFT is imported, else right after its import."""
+    """Register all methods, now if PEFT is imported, else right after its import."""
     if not any(isinstance(finder, PeftFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, PeftFinder())
     # checked after the finder is in place: another thread may be importing PEFT at this moment
@@ -226,7 +226,7 @@ def register_with_peft() -> None:
 
 
 def register_all() -> None:
-    """Import methods, losses and with them PEFT; remove the finder; load the plugins."""
+    """Make PEFT know petl's methods; remove the finder; load the plugins."""
     for name in REGISTERING:
         importlib.import_module(name)
     if any(isinstance(finder, PeftFinder) for finder in sys.meta_path):
@@ -271,7 +271,7 @@ class ThenRegister(importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Execute PEFT, then register all methods and losses."""
+        """Execute PEFT, then register all methods."""
         # restore PEFT's own loader, so that inspect and importlib.resources find its files
         module.__loader__ = self.loader
         if module.__spec__ is not None:

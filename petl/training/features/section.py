@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from petl.core.model.heat_map import HeatMap
-from petl.training.ranks.bars import Bars
+from petl.training.features.bars import Bars
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from petl.core.types import Record, Settings
 from petl.errors import InputError
 from petl.system.files.read import read_json
 from petl.system.values import LARGEST
-from petl.training.ranks.bars import Bar, Bars, draw_bars
+from petl.training.features.bars import Bar, Bars, draw_bars
 
 RANKS = "ranks.json"
 PICTURE = "ranks.png"

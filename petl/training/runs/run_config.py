@@ -15,9 +15,8 @@ from petl.core.method import Method
 from petl.core.registry import build_config, is_computed, list_methods, method
 from petl.core.support import Capability, Conflict, require_compatible
 from petl.core.types import Fields, Record, Settings
-from petl.data.base import data_source
+from petl.data.base import data_source, source_class
 from petl.data.models.sources import read_source
-from petl.data.task_sets import SOURCE, with_sets
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 from petl.system.imports.peft_hook import import_modules
 from petl.system.settings.schema import plain
@@ -70,9 +69,7 @@ def completed(settings: Groups) -> RunConfig:
     if settings["train"].get("lr") is None:
         train = replace(train, lr=entry.default_lr(fields))
     check_machine(train)
-    data = settings["data"]
-    if data.get("source") == SOURCE:  # names of sets in full
-        data = with_sets(data)
+    data = source_class(settings["data"]).completed(settings["data"])
     fill_tasks(fields, data)
     # all fields are checked again once task type and number of steps are known
     chosen = method_fields(fields, None, train.steps or LARGEST)
@@ -152,7 +149,7 @@ def fill_tasks(fields: Fields, data: Settings) -> None:
     Raises:
         InputError: the data names tasks, and the method serves none, or others.
     """
-    has_sets = data.get("source") == SOURCE
+    has_sets = "sets" in data
     names = [*data["sets"]] if has_sets else data.get("tasks")
     if not names or (has_sets and "tasks" not in fields):  # a head for each suits any method
         return
@@ -176,7 +173,7 @@ def with_row_tasks(data: Settings, fields: Fields) -> Record:
         InputError: the source has no column for it.
     """
     names = fields.get("tasks") or []
-    if len(names) < 2 or data.get("source") == SOURCE:
+    if len(names) < 2 or "sets" in data:
         return dict(data)
     if "task_column" not in data:
         raise InputError(

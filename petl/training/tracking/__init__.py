@@ -4,22 +4,22 @@ The packages are extras: `tracking` has the first two, each of the others has th
 They are imported when a run with such a tracker begins.
 """
 
+from importlib import import_module
+from pkgutil import resolve_name
+
 from petl.core.types import Settings
 from petl.errors import choose
 from petl.system.imports.extras import need_extra
 from petl.system.values import read_fields
 from petl.training.tracking.base import Tracker, TrackerConfig, TrackerTable
-from petl.training.tracking.services import SERVICES
-from petl.training.tracking.to_accelerate import ServiceConfig, package_of
-from petl.training.tracking.to_tensorboard import TensorboardConfig
-from petl.training.tracking.to_wandb import WandbConfig
 
 __all__ = ["Tracker", "TrackerConfig", "TrackerTable", "read_tracker"]
 
-CONFIGS: dict[str, type[TrackerConfig]] = {
-    "none": TrackerConfig,
-    "wandb": WandbConfig,
-    "tensorboard": TensorboardConfig,
+# by `tracker.name`, "module:class" of the settings, imported when it is chosen
+TRACKERS = {
+    "none": "petl.training.tracking.base:TrackerConfig",
+    "wandb": "petl.training.tracking.to_wandb:WandbConfig",
+    "tensorboard": "petl.training.tracking.to_tensorboard:TensorboardConfig",
 }
 
 
@@ -30,12 +30,13 @@ def read_tracker(settings: Settings) -> TrackerConfig:
         InputError: the tracker or a setting is unknown, or its package is not installed.
     """
     name = settings.get("name")  # may be anything that YAML can express
-    package = package_of(name)
+    accelerates = import_module("petl.training.tracking.to_accelerate")  # for a run with a tracker
+    package = accelerates.package_of(name)
     if package is not None:
-        config_cls, extra = ServiceConfig, str(name)
+        config_cls, extra = accelerates.ServiceConfig, str(name)
     else:
         # Accelerate's are suggested as well
-        config_cls = choose(CONFIGS, name, "tracker", others=SERVICES)
+        config_cls = resolve_name(choose(TRACKERS, name, "tracker", others=accelerates.SERVICES))
         # the package has the name of the tracker
         package, extra = "" if name == "none" else str(name), "tracking"
     config = read_fields(config_cls, settings, "tracker")

@@ -249,9 +249,7 @@ def test_without_out_the_folder_is_beside_that_of_the_adapter(monkeypatch, tmp_p
     files = SimpleNamespace(weights=Path("weights"))
     saved, outs = SimpleNamespace(run=None, adapter=Path(), folder=files), []
     monkeypatch.setattr("petl.adapters.export.saved_adapter.find", lambda *_, **__: saved)
-    monkeypatch.setattr(
-        "petl.adapters.search.squeeze.squeeze", lambda *words, **_: outs.append(words[3])
-    )
-    monkeypatch.setattr("petl.experiments.reports.squeezed.print_squeezed", lambda *_: None)
+    monkeypatch.setattr("petl.cli.squeeze.search", lambda *words, **_: outs.append(words[3]))
+    monkeypatch.setattr("petl.cli.squeeze.print_squeezed", lambda *_: None)
     assert main.main(["squeeze", ".", "--bytes", "5"]) == 0
     assert outs == [tmp_path / "mine-density-5"]

@@ -1,8 +1,10 @@
 """The table of supported features equals the code, and a check covers each cell."""
 
+import json
+
 import pytest
 from contract_cases import ADOPTED, adopted, models_of, own
-from support import MEANINGS, PAGE, checks_of, page
+from support import MEANINGS, PAGE, checks_of, index, page
 
 import petl
 from petl import testing
@@ -10,6 +12,7 @@ from petl.cli.catalog.method_page import page_of
 from petl.cli.catalog.support import HEADINGS, default_config, row
 from petl.core.registry import refusal
 from petl.core.support import Capability
+from petl.system.imports.tables import INDEX
 
 
 def case_of(name: str) -> testing.Case:
@@ -20,6 +23,10 @@ def case_of(name: str) -> testing.Case:
 
 def test_the_committed_table_equals_the_code():
     assert PAGE.read_text() == page(), "run: python scripts/support.py"
+
+
+def test_the_index_of_methods_and_losses_is_that_of_the_code():
+    assert json.loads(INDEX.read_text()) == index(), "run: python scripts/support.py"
 
 
 def test_every_column_is_explained_and_has_checks():

@@ -7,7 +7,7 @@ import torch
 from tiny_tokenizers import CHATML
 from writer_fixtures import POSITIONS, PROMPTS
 
-from petl.data.tasks.base import TOOLS
+from petl.data.tasks import TOOLS
 from petl.errors import InputError
 from petl.generation.inference.language_model import message
 from petl.generation.inference.loading import load_language_model

@@ -1,3 +1,4 @@
+import argparse
 import gc
 import subprocess
 import sys
@@ -5,7 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from petl.cli import main
 from petl.system.imports.collector import RARE, rare_collections
+from petl.training import program as app
 
 OWN = gc.get_threshold()
 
@@ -44,3 +47,23 @@ def test_importing_petl_changes_no_threshold() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"
+
+
+def test_training_collects_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("petl.cli.start.main", lambda words: seen.append(gc.get_threshold()) or 0)
+    assert main.main(["train", "+method=lora"]) == 0
+    assert seen == [OWN]
+
+
+def test_a_command_imports_with_rare_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def run(command: object, arguments: argparse.Namespace, **options: object) -> int:
+        seen.append(gc.get_threshold()[0])
+        return 0
+
+    monkeypatch.setattr(app, "run_command", run)
+    assert main.main(["methods"]) == 0
+    assert seen == [RARE]
+    assert gc.get_threshold() == OWN

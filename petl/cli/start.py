@@ -1,0 +1,42 @@
+"""The start of `petl train` and of train.py: most of what is wrong in its words needs no torch."""
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from pkgutil import resolve_name
+from typing import NoReturn
+
+import hydra
+from omegaconf import DictConfig
+
+from petl.data.base import check_early
+from petl.errors import RunStopped
+from petl.system.imports.collector import rare_collections
+from petl.system.settings.command_line import CONFIG, config_dir
+from petl.training import program as app
+
+
+def train(cfg: DictConfig) -> float:
+    """Train one adapter, as a job of Hydra; return what a search optimizes."""
+    with app.reported_to_hydra():
+        try:
+            check_early(cfg)
+            run = _run()
+        except KeyboardInterrupt as error:  # there is nothing to resume yet
+            raise RunStopped("interrupted", status=130) from error
+    return run(cfg)
+
+
+@cache
+def _run() -> Callable[[DictConfig], float]:
+    """Import the run, and with it torch, transformers and PEFT."""
+    with rare_collections():
+        return resolve_name("petl.cli.train:train")
+
+
+def main(words: Sequence[str]) -> NoReturn:
+    """Run the words after `petl train` as the program, and exit."""
+    sys.argv = [sys.argv[0], *words]  # what Hydra reads
+    app.entry(
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=CONFIG)(train)
+    )

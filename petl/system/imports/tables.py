@@ -1,0 +1,74 @@
+"""Methods and extra losses by name, each imported when it is looked up first.
+
+Their names are in petl/methods/index.json, which `python scripts/support.py` writes and a test
+compares with the code. So a name is known, and a misspelt one answered, without torch.
+"""
+
+import json
+from collections.abc import Iterator, MutableMapping
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+T = TypeVar("T")
+INDEX = Path(__file__).parents[2] / "methods" / "index.json"
+
+
+class Indexed(NamedTuple):
+    """What is known of a method or loss that is not imported.
+
+    Attributes:
+        module: whose import registers it.
+        config: the name of its config's class.
+        fields: of its config.
+        prefix: of its tensors, for a type that petl adds to PEFT's; else "".
+    """
+
+    module: str
+    config: str
+    fields: list[str]
+    prefix: str = ""
+
+
+class LazyTable(MutableMapping[str, T]):
+    """Values by name: those of the index, and those that other packages have registered.
+
+    Attributes:
+        kind: "methods" or "losses", as in the index.
+        loaded: those that are imported.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.loaded: dict[str, T] = {}
+
+    @cached_property
+    def index(self) -> dict[str, Indexed]:
+        """What is known of petl's own."""
+        content = json.loads(INDEX.read_text())[self.kind]
+        return {name: Indexed(**entry) for name, entry in content.items()}
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self.loaded and name in self.index:
+            import_module(self.index[name].module)  # which adds it
+        return self.loaded[name]
+
+    def __setitem__(self, name: str, value: T) -> None:
+        self.loaded[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.loaded[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.loaded or name in self.index
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self.index.keys() | self.loaded.keys()))
+
+    def __len__(self) -> int:
+        return len(self.index.keys() | self.loaded.keys())
+
+
+METHODS: LazyTable[Any] = LazyTable("methods")  # of `petl.core.method.Method`
+LOSSES: LazyTable[Any] = LazyTable("losses")  # of `petl.core.spec.method.Loss`

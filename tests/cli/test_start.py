@@ -1,0 +1,76 @@
+"""What is wrong in the words of a command is answered without torch, as it is found later."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from petl.data.base import read_data
+from petl.errors import InputError
+from petl.training.compose import compose
+from petl.training.runs.run_config import read_config
+
+# runs `petl`, and prints which of the slow packages it has imported
+RUN = """
+import atexit, runpy, sys
+
+def end():
+    slow = {"torch", "transformers", "datasets", "peft"} & {*sys.modules}
+    print("imported:", *sorted(slow))
+
+atexit.register(end)
+sys.argv = ["petl", *sys.argv[1:]]
+runpy.run_module("petl", run_name="__main__")
+"""
+FILES = "data=files data.train=rows.csv"
+WRONG = {
+    "train +method=moal": ("'moal'", "'mola'"),
+    "train +method=lora train.lrr=1": ("train.lrr", "'lr'"),
+    "train +method=lora method.rr=1": ("method.rr", "'r'"),
+    "train +method=lora +loss=densty": ("'densty'", "'density'"),
+    "train +method=lora model=minllm": ("'minllm'", "'minilm'"),
+    "train +method=lora data.task=clasification": ("'clasification'", "'classification'"),
+    "train +method=lora data=files data.train=row.csv": ("row.csv", "'rows.csv'"),
+    f"train +method=lora {FILES} data.test=rows.txt": ("rows.txt", ".csv"),
+    f"train +method=lora {FILES} data.label=labl": ("'labl'", "'label'"),
+    "plan +method=moal": ("'moal'", "'mola'"),
+    f"data {FILES} data.text=txt": ("'txt'", "'text'"),
+    "pln": ("'pln'", "'plan'"),
+}
+RIGHT = {"--help": "compare", "train --help": "train.steps", "methods": "mola", "configs": "method"}
+
+
+def petl(words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run `petl` in a new process, in a folder with rows.csv."""
+    (folder / "rows.csv").write_text("text,label\n" + "good,a\nbad,b\n" * 20)
+    code = [sys.executable, "-c", RUN, *words.split()]
+    return subprocess.run(code, cwd=folder, capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_words_are_answered_without_torch(words, tmp_path):
+    done = petl(words, tmp_path)
+    assert done.returncode in (1, 2), done.stderr
+    for word in WRONG[words]:
+        assert word in done.stderr
+    assert "imported:\n" in done.stdout, done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", RIGHT)
+def test_help_and_lists_need_no_torch(words, tmp_path):
+    done = petl(words, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert RIGHT[words] in done.stdout
+    assert "imported:\n" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("words", [w for w in WRONG if w.startswith("train") and " data" in w])
+def test_the_message_is_that_of_the_check_of_all_settings(words, tmp_path, monkeypatch):
+    done = petl(words, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    cfg = compose(words.split()[1:])
+    with pytest.raises(InputError) as raised:
+        read_data(read_config(cfg).resolved["data"])
+    assert done.stderr == f"error: {raised.value}\n"
