@@ -49,6 +49,7 @@ from torch import Tensor, nn
 __all__ = [
     "SEQ_CLS_HEAD_NAMES",
     "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+    "AdaLoraModel",
     "AutoPeftClass",
     "AuxiliaryTrainingWrapper",
     "BaseTuner",
@@ -79,6 +80,7 @@ __all__ = [
     "svd_factors",
     "tuner_class",
     "tuner_of",
+    "tuner_of_type",
     "without_noise",
 ]
 
@@ -185,7 +187,12 @@ def tuner_class(config_cls: type) -> type[BaseTuner]:
 
 def tuner_of(config: Any) -> type[Any]:
     """Return the tuner class that PEFT uses for `config`; for prompts, that of the encoder."""
-    return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    return tuner_of_type(config.peft_type)
+
+
+def tuner_of_type(peft_type: str) -> type[Any]:
+    """Return the tuner class that PEFT uses for a type."""
+    return PEFT_TYPE_TO_TUNER_MAPPING[PeftType(peft_type)]
 
 
 def has_boft_kernel() -> bool:

@@ -1,8 +1,7 @@
 """Hooks through which a training loop drives methods and extra losses."""
 
-import inspect
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from petl.core.compat import AdaLoraModel
 from petl.core.losses import TrainingPart, loss_list
 from petl.core.model.heat_map import HEAT_MAPS, HeatMap, draw
 from petl.core.model.weight_changes import change_map
 from petl.core.tuners.asking import AskingTuner
-from petl.core.tuners.base import updated
 from petl.core.tuners.gradients import watch_gradients
 from petl.errors import InputError
 from petl.system.files.disk import as_json, write_atomic
@@ -37,10 +36,9 @@ class Lifecycle:
     def __init__(self, model: nn.Module) -> None:
         self.model = _peft_model(model)
         self.tuner: Any = self.model.base_model
-        # on the class: PEFT tuners pass unknown attributes to the base model
-        self._update = getattr(type(self.tuner), "update_and_allocate", None)
-        own: list[TrainingPart] = [self.tuner] if isinstance(self.tuner, AskingTuner) else []
+        self._own = self.tuner if isinstance(self.tuner, AskingTuner) else None
         self.losses = loss_list(self.model)
+        own: list[TrainingPart] = [] if self._own is None else [self._own]
         self.parts = [*own, *self.losses]
         self._aux_weight = 1.0
         watch_gradients(self.model)
@@ -85,7 +83,7 @@ class Lifecycle:
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer | None:
         """Return the optimizer that the method requires, over these parameter groups, or None."""
-        return self.tuner.make_optimizer(groups) if isinstance(self.tuner, AskingTuner) else None
+        return None if self._own is None else self._own.make_optimizer(groups)
 
     def attach_optimizer(
         self, optimizer: Optimizer, start_step: int = 0, total_steps: int | None = None
@@ -107,8 +105,8 @@ class Lifecycle:
                 f"torch.optim.Optimizer, and got {type(optimizer).__name__}"
             )
         self._check_rates(optimizer)
-        if isinstance(self.tuner, AskingTuner):
-            self.tuner.attach_optimizer(optimizer, start_step, first=1, total_steps=total_steps)
+        if self._own is not None:
+            self._own.attach_optimizer(optimizer, start_step, first=1, total_steps=total_steps)
 
     def learning_rate_of(self, name: str) -> float | None:
         """Return the peak learning rate that the method sets for a parameter; None: that of all.
@@ -116,14 +114,10 @@ class Lifecycle:
         Args:
             name: of the parameter, in the PeftModel.
         """
-        # on the class, for the same reason as `update_and_allocate`
-        own = getattr(type(self.tuner), "learning_rate_of", None)
-        return None if own is None else own(self.tuner, name)
+        return None if self._own is None else self._own.learning_rate_of(name)
 
     def _check_rates(self, optimizer: Optimizer) -> None:
-        own = getattr(type(self.tuner), "learning_rate_of", None)
-        asks = own is AskingTuner.learning_rate_of
-        if own is None or (asks and not self.tuner.method.overrides("rate")):
+        if self._own is None or not self._own.method.overrides("rate"):
             return
         peaks = {
             id(parameter): group.get("initial_lr", group["lr"])
@@ -141,14 +135,10 @@ class Lifecycle:
 
     def after_step(self, step: int, optimizer: Optimizer | None = None) -> None:
         """Let the method change ranks, masks or schedules after optimizer step `step`, from 1."""
-        if self._update is None:
-            return
-        updated(self.tuner)
-        # petl's methods take it, PEFT's AdaLoRA does not
-        if "optimizer" in inspect.signature(self._update).parameters:
-            self._update(self.tuner, step, optimizer=optimizer)
-        else:
-            self._update(self.tuner, step - 1)  # PEFT's AdaLoRA counts from 0
+        if self._own is not None:
+            self._own.update_and_allocate(step, optimizer)
+        elif isinstance(self.tuner, AdaLoraModel):
+            self.tuner.update_and_allocate(step - 1)  # PEFT's AdaLoRA counts from 0
 
     def aux_loss(self) -> Tensor:
         """Return the auxiliary loss of the last training forward, 0-d and detached; 0 if none."""
@@ -164,7 +154,7 @@ class Lifecycle:
 
     def figures(self) -> dict[str, float]:
         """Return the method's figures of the trained adapter, such as its share of zeros."""
-        return self.tuner.figures() if isinstance(self.tuner, AskingTuner) else {}
+        return {} if self._own is None else self._own.figures()
 
     def report(self, batches: Iterable[Any]) -> dict[str, float]:
         """Return metrics of the extra losses over validation batches.
@@ -179,9 +169,8 @@ class Lifecycle:
 
     def heat_maps(self) -> list[HeatMap]:
         """Return maps of what the method and the extra losses did; for PEFT's methods too."""
-        # on the class, for the same reason as `update_and_allocate`
-        own = getattr(type(self.tuner), "heat_maps", None)
-        maps = own(self.tuner) if own else change_map(self.tuner.model, self.tuner.active_adapters)
+        tuner, own = self.tuner, self._own
+        maps = change_map(tuner.model, tuner.active_adapters) if own is None else own.heat_maps()
         return [*maps, *(each for loss in self.losses for each in loss.heat_maps())]
 
     def plots(self, folder: Path) -> list[Path]:
@@ -197,9 +186,7 @@ class Lifecycle:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state that exact resumption needs and the adapter file does not have."""
-        # on the class, for the same reason as `update_and_allocate`
-        state = getattr(type(self.tuner), "training_state", None)
-        return state(self.tuner) if state else {}
+        return {} if self._own is None else self._own.training_state()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore the state that `state_dict` returned.
@@ -209,11 +196,9 @@ class Lifecycle:
         """
         if not isinstance(state, Mapping):
             raise InputError(f"a training state is a dict of tensors, not {type(state).__name__}")
-        # on the class, as above
-        load = getattr(type(self.tuner), "load_training_state", None)
-        if state and load is not None:
+        if state and self._own is not None:
             try:
-                load(self.tuner, state)
+                self._own.load_training_state(state)
             except InputError:  # the method's own reason
                 raise
             except (
@@ -231,19 +216,27 @@ class Lifecycle:
     @property
     def can_resume(self) -> bool:
         """True if a checkpoint can hold all that the method changes while it trains."""
-        # the class: PEFT's tuners pass unknown attributes on to the base model
-        kind = type(self.tuner)
-        if issubclass(kind, AskingTuner):
-            return not kind.method.updates or kind.method.overrides("state")
-        return not hasattr(kind, "update_and_allocate") or hasattr(kind, "training_state")
+        if isinstance(self.tuner, AdaLoraModel):
+            return False
+        own = None if self._own is None else self._own.method
+        return own is None or not own.updates or own.overrides("state")
 
-    def resumable(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def resumable(self) -> Generator[None]:
         """Make `save_pretrained` write, in the block, an adapter from which training can resume.
 
         It does so anyway, except for methods whose files are for inference only (packed codes).
         """
-        context = getattr(type(self.tuner), "resumable", None)
-        return context(self.tuner) if context else nullcontext()
+        others = {} if self._own is None else self._own.method.resumable
+        configs: list[Any] = [*self.tuner.peft_config.values()] if others else []
+        before = [{name: getattr(config, name) for name in others} for config in configs]
+        for config in configs:
+            vars(config).update(others)
+        try:
+            yield
+        finally:
+            for config, values in zip(configs, before, strict=True):
+                vars(config).update(values)
 
 
 def _foreign(tuner: Any, state: Mapping[str, Any]) -> InputError:

@@ -109,17 +109,28 @@ class AdapterSet(Generic[C, A]):
         model: the base model.
         name: the adapters' name.
         config: of the adapters.
-        adapters: by path of the adapted module, in the model's order.
+        adapters: by path of the adapted module, in the model's order; without those in PEFT's
+            layers.
+        tuner: that of the model; None if the model was injected without one.
+        kept: what the method remembers of this model, under keys of its own.
+        state: in `pack`, all tensors of the model by name.
     """
 
     model: nn.Module
     name: str
     config: C
     adapters: Mapping[str, A]
+    tuner: Any = None
+    kept: dict[Any, Any] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
     def key(self, path: str, tensor: str) -> str:
         """Return the name of a tensor of the adapter at a path, in a file."""
         return f"base_model.model.{path}.{self.adapters[path].info.layer.slot}.{tensor}"
+
+    def name_in_file(self, key: str) -> str:
+        """Return the name in a file of the tensor of this name in the model."""
+        return self.tuner._remove_adapter_name_from_key(key, self.name)
 
     @property
     def trains(self) -> bool:
@@ -136,14 +147,12 @@ class NewAdapters(AdapterSet[C, A]):
     Attributes:
         context: what the layers of the model share in a forward pass.
         hooks: handles of hooks, which are removed with the last adapter: append to it.
-        kept: what the method remembers of this model, under keys of its own.
         placed: by name and path, all adapters that the model has, also later on.
     """
 
-    context: ForwardContext
-    hooks: list[RemovableHandle]
-    kept: dict[Any, Any]
-    placed: Mapping[str, Mapping[str, A]]
+    context: ForwardContext = field(kw_only=True)
+    hooks: list[RemovableHandle] = field(kw_only=True)
+    placed: Mapping[str, Mapping[str, A]] = field(kw_only=True)
 
     def once(self, key: Any) -> bool:
         """Return True the first time that it is asked for this key and model."""
@@ -240,7 +249,10 @@ class Method(Generic[C, A]):
         own: True for a method of petl's kind, False for one of PEFT.
         start_tolerance: maximum difference of outputs at the start from the base model's.
         decays: False if weight decay leaves the adapter's tensors out; the head's may decay.
-        tuner_cls: the tuner, which `register` generates; None: PEFT's.
+        keep_float32: True if its tensors never take the base model's half precision.
+        resumable: values of fields of the config with which training can resume from a file.
+        over: the tuner of PEFT whose layers it trains; None: petl's own layers.
+        tuner_cls: the tuner, which `make_tuner` generates; None: PEFT's.
     """
 
     name: str
@@ -268,6 +280,9 @@ class Method(Generic[C, A]):
     own: bool = False
     start_tolerance: float = 0.0
     decays: bool = True
+    keep_float32: bool = False
+    resumable: Mapping[str, Any] = {}
+    over: type[Any] | None = None
     tuner_cls: type[Any] | None = None
 
     def __init__(self, **facts: Any) -> None:
@@ -333,7 +348,7 @@ class Method(Generic[C, A]):
     def settings(self, c: WrapContext[C]) -> Mapping[str, Settings]:
         """Return, by path of the target, what an adapter needs besides its shape.
 
-        Its `info.settings`. A method refuses targets that it cannot adapt here, with an InputError.
+        Its `info.settings`. A method refuses a model that it cannot adapt here, with an InputError.
         """
         return {}
 
@@ -353,7 +368,7 @@ class Method(Generic[C, A]):
         """Complete adapters that were just added; also before their tensors are loaded."""
 
     def removed(self, old: AdapterSet[C, A]) -> None:
-        """Undo what `added` did outside of the adapters, which are gone."""
+        """Undo what `added` did outside of the adapters, which are gone and were not merged."""
 
     def joins(self, configs: Sequence[C]) -> str:
         """Return why adapters of these two or more configs cannot be active together; "": they can.
@@ -420,7 +435,8 @@ class Method(Generic[C, A]):
     def heat_maps(self, t: TrainContext[C, A]) -> list[HeatMap]:
         """Return maps of what the method did, for the folder of a run; no forward pass is allowed.
 
-        petl adds by how much each weight has changed, where the update is one matrix.
+        petl adds by how much each weight has changed, "weight_change", where it is not among them
+        and the update is one matrix.
         """
         return []
 

@@ -14,7 +14,7 @@ from torch.func import functional_call
 import petl
 from petl.core.adapter_file import WEIGHTS
 from petl.errors import InputError, ModuleKindError, UnknownNameError
-from petl.methods.binary import quantized_weights
+from petl.methods.binary import quantized_weights, quantizer_of
 from petl.testing.models import TINY_MODELS, tiny_bert, tiny_llama, tiny_vit
 
 CONTRACT = {
@@ -199,9 +199,7 @@ def test_scales_are_initialized_randomly_around_one(batch, name, fields):
 
 def test_excluded_tensors_are_not_quantized(batch, tmp_path):
     model = stir(wrapped(inner="mola", exclude_params=["router"], num_experts=2, top_k=1))
-    names = {
-        quantized.name for quantized in model.base_model.quantizer.quantized_weights["default"]
-    }
+    names = {quantized.name for quantized in quantizer_of(model).quantized_weights["default"]}
     assert names == {"lora_A", "lora_B"}
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
@@ -213,7 +211,7 @@ def test_excluded_tensors_are_not_quantized(batch, tmp_path):
 
 def test_weights_that_the_inner_method_freezes_are_not_quantized(batch):
     model = wrapped(**LORA, init_lora_weights="mica")  # trains one of the two factors
-    quantized_weights = model.base_model.quantizer.quantized_weights["default"]
+    quantized_weights = quantizer_of(model).quantized_weights["default"]
     assert {id(quantized.weight) for quantized in quantized_weights} == {
         id(p) for p in trained(model).values()
     }
@@ -276,15 +274,14 @@ def test_adapters_of_one_model_may_have_different_bits(batch, tmp_path):
     model.set_adapter("second")
     stir(model)
     assert {
-        len(v.unique())
-        for v in (s.read() for s in model.base_model.quantizer.quantized_weights["second"])
+        len(v.unique()) for v in (s.read() for s in quantizer_of(model).quantized_weights["second"])
     } <= set(range(5, 17))
     model.set_adapter("default")
     assert torch.equal(logits(model, batch), one)
     with model.disable_adapter():
         assert torch.equal(logits(model, batch), logits(tiny_llama(), batch))
     model.delete_adapter("second")
-    assert list(model.base_model.quantizer.quantized_weights) == ["default"]
+    assert list(quantizer_of(model).quantized_weights) == ["default"]
     assert torch.equal(logits(model, batch), one)
 
 

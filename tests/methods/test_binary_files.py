@@ -21,6 +21,7 @@ import petl
 from petl.cli.catalog import reference
 from petl.core.adapter_file import WEIGHTS, safetensors_bytes, saved_shapes
 from petl.errors import InputError
+from petl.methods.binary import quantizer_of
 from petl.testing.models import TINY_MODELS, tiny_llama
 
 
@@ -47,7 +48,7 @@ def test_packed_file_has_codes_and_stats_and_loads_to_equal_outputs(batch, tmp_p
             assert len(tensor) in {-(-size * bits // 8) for size in sizes}
     loaded = petl.load(tiny_llama(), tmp_path / "first", adapter_name="other")
     assert torch.equal(logits(loaded, batch), logits(model, batch))
-    for quantized in loaded.base_model.quantizer.quantized_weights["other"]:
+    for quantized in quantizer_of(loaded).quantized_weights["other"]:
         assert len(quantized.weight.unique()) <= 2**bits
 
     loaded.save_pretrained(tmp_path / "second")

@@ -305,8 +305,8 @@ def test_a_corda_adapter_is_not_converted_relative_to_the_residual_weights():
 
 
 def test_a_reference_adapter_as_dpo_adds_it_is_refused_with_the_remedy(caplog):
-    model = wrap()
+    with caplog.at_level(logging.INFO):
+        model = wrap()
+    assert "ref_model= in TRL" in caplog.text
     with pytest.raises(InputError, match="pass the original model as ref_model="):
         model.add_adapter("ref", model.peft_config["default"])
-    with caplog.at_level(logging.INFO), model.disable_adapter():
-        assert "ref_model= in TRL" in caplog.text

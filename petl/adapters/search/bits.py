@@ -10,7 +10,7 @@ from petl.adapters.search.tensors import active_adapter
 from petl.adapters.search.units import Unit
 from petl.core.adapter_file import type_of
 from petl.errors import InputError, UnsupportedError
-from petl.methods.binary.model import BinaryModel
+from petl.methods.binary.method import quantizer_of
 from petl.methods.binary.quantized_weights import QuantizedWeight
 from petl.ops.quantize import BITS, packed_bytes, quantize
 
@@ -48,11 +48,11 @@ def quantized_weights(model: PeftModel, name: str) -> dict[str, QuantizedWeight]
     Raises:
         InputError: the adapter is of another method, or was not loaded from a packed file.
     """
-    tuner = model.base_model
-    if not isinstance(tuner, BinaryModel):
+    quantizer = quantizer_of(model)
+    if quantizer is None:
         raise UnsupportedError(f"{type_of(model)} has no bits to distribute; the method binary has")
     named = {id(parameter): live for live, parameter in model.named_parameters()}
-    weights = [w for w in tuner.quantizer.quantized_weights[name] if not w.head]
+    weights = [w for w in quantizer.quantized_weights[name] if not w.head]
     for weight in weights:
         if weight.packed is None:
             raise InputError(

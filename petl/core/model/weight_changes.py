@@ -12,6 +12,7 @@ from petl.core.compat import BaseTunerLayer, LoraLayer
 from petl.core.layers.layer import AdapterLayer
 from petl.core.model.heat_map import HeatMap, of_layers
 
+CHANGES = "weight_change"  # name of the map
 MEANING = "The Frobenius norm of the update, in percent of that of the weight which it changes."
 
 
@@ -24,7 +25,7 @@ def change_map(model: nn.Module, names: Sequence[str]) -> list[HeatMap]:
     """
     changes = weight_changes(model, names)
     title, unit = "Change of the weights", "norm of the update, % of the weight's"
-    return of_layers(model, changes, "weight_change", title, unit, MEANING)
+    return of_layers(model, changes, CHANGES, title, unit, MEANING)
 
 
 @torch.no_grad()

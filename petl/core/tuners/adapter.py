@@ -25,12 +25,11 @@ from petl.core.model.targets import resolve_blocks
 from petl.core.serving.mixed_batch import AdapterRows, is_generation_call
 from petl.core.spec.checks import check_adapter_name, check_tensor_names
 from petl.core.spec.config import MethodConfig
-from petl.core.support import Capability, reason_of, without_lora
+from petl.core.support import Capability, without_lora
 from petl.core.switching.norms import original_norms
 from petl.core.switching.tuner import hosts_of, layers_of
 from petl.core.tuners.asking import AskingTuner
-from petl.core.tuners.base import check_loaded
-from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
+from petl.errors import InputError, UnknownNameError, did_you_mean
 
 
 class AdapterTuner(AskingTuner):
@@ -70,47 +69,36 @@ class AdapterTuner(AskingTuner):
 
     # Injection
 
-    def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, Tensor] | None = None,
-    ) -> None:
-        """Check and prepare the adapter called `adapter_name`, then inject it with PEFT."""
-        config: Any = self.peft_config[adapter_name]
-        with self.only_visible({adapter_name}):
-            self._prepare(model, adapter_name, low_cpu_mem_usage)
-            assert self._wrapping is not None
-            has_blocks = any(target.is_block for target in self._wrapping.targets.values())
-            # PEFT deep-copies modules of modules_to_save, and would copy the capture hooks too
+    @contextmanager
+    def _injection(self, c: WrapContext[Any], low_cpu_mem_usage: bool) -> Generator[None]:
+        """Let the method check the model, and describe the adapters that PEFT injects."""
+        model, adapter_name, config = c.model, c.adapter_name, c.config
+        self._prepare(c, low_cpu_mem_usage)
+        has_blocks = any(target.is_block for target in c.targets.values())
+        # PEFT deep-copies modules of modules_to_save, and would copy the capture hooks too
+        for capture in _captures(model):
+            capture.detach()
+        targets = config.target_modules
+        try:
+            yield
+        except Exception:  # PEFT forgets the config of a refused adapter
+            if adapter_name in self.shared:
+                del self.shared[adapter_name]
+            raise
+        finally:
             for capture in _captures(model):
-                capture.detach()
-            targets = config.target_modules
-            try:
-                super().inject_adapter(
-                    model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
-                )
-            except Exception:  # PEFT forgets the config of a refused adapter
-                if adapter_name in self.shared:
-                    del self.shared[adapter_name]
-                raise
-            finally:
-                for capture in _captures(model):
-                    capture.attach(model)
-                self._wrapping, self._infos = None, {}
+                capture.attach(model)
+            self._wrapping, self._infos = None, {}
         if config.layers_to_transform is not None or has_blocks:
             # PEFT shortens long lists of names to suffixes, and with layers_to_transform it would
             # then read layer indices from names, which fails for models it does not know; of a
             # block, nothing but its index would be left
             config.target_modules = targets
 
-    def _prepare(self, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool) -> None:
-        """Let the method check the model, and describe what its adapters get."""
-        method, config = self.method, cast(MethodConfig, self.peft_config[adapter_name])
+    def _prepare(self, c: WrapContext[Any], low_cpu_mem_usage: bool) -> None:
+        method, config = self.method, cast(MethodConfig, c.config)
+        model, adapter_name = c.model, c.adapter_name
         resolve_blocks(config, model)
-        c = WrapContext(model, config, adapter_name)
         c.targets = {target.path: target for target in method.targets(c)}
         for path, target in c.targets.items():
             if target.is_block:
@@ -185,17 +173,12 @@ class AdapterTuner(AskingTuner):
 
     # Casting, mixing
 
-    @property
-    def keeps_float32(self) -> bool:
-        """True if the adapters' tensors never take the base model's half precision."""
-        return self.method.adapter_cls is not None and self.method.adapter_cls.keep_float32
-
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Cast the adapter to float32; without autocast, to the base layer's half precision.
 
         Those of a method with `Adapter.keep_float32` stay in float32 either way.
         """
-        autocast = autocast_adapter_dtype or self.keeps_float32
+        autocast = autocast_adapter_dtype or self.method.keep_float32
         for layer in layers_of(self.model):
             if adapter_name in layer.adapters:
                 dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
@@ -269,13 +252,6 @@ class AdapterTuner(AskingTuner):
 
     # Merging
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        config: Any = self.peft_config[self.active_adapters[0]]
-        reason = reason_of(self.method.lacks, Capability.MERGE, config)
-        if reason:
-            raise UnsupportedError(reason)
-
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, **lossy: bool
     ) -> None:
@@ -305,10 +281,9 @@ class AdapterTuner(AskingTuner):
         return model
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
-        if isinstance(child, BlockAdapters):
-            child.detach()
         # a head may be of any class, a mixture of experts has no weight of its own: just replace
-        elif isinstance(child, AuxiliaryTrainingWrapper) or not hasattr(child, "weight"):
+        is_plain = isinstance(child, AuxiliaryTrainingWrapper) or not hasattr(child, "weight")
+        if is_plain and not isinstance(child, BlockAdapters):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -325,24 +300,6 @@ class AdapterTuner(AskingTuner):
     def aux_loss(self) -> Tensor:
         """Return the weighted auxiliary loss of the last training forward, 0-d, detached, or 0."""
         return self.context.total()
-
-    # Loading
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Rename keys as PEFT does, and check the adapter's tensors.
-
-        Raises:
-            InputError: tensors are missing or unexpected, or differ from the model's in shape or
-                kind of dtype; values are not finite, or a table has values that it cannot have.
-        """
-        remapped = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
-        check_loaded(model, adapter_name, remapped, cls.prefix, cls.method.free_dims)
-        return remapped
 
 
 def _inject_names(rows: AdapterRows, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

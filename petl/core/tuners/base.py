@@ -6,7 +6,7 @@ that selects something.
 
 import logging
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -34,14 +34,12 @@ class ForwardContextTuner(BaseTuner):
 
     Attributes:
         context: state that the layers share during a forward pass.
-        checks_values: True: `_remap_adapter_state_dict_for_load` checks the values in a file.
         hooks: handles of these hooks; removed if the first adapter is refused, and by unloading.
         is_kept: False if only the model is kept after the first adapter is injected, as PEFT's
             `inject_adapter_in_model` does, and with it `load_adapter` of transformers.
     """
 
     context: ForwardContext
-    checks_values: ClassVar[bool] = True
 
     def __init__(self, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         # before `super().__init__`, which injects the first adapter

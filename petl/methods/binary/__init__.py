@@ -8,7 +8,7 @@ deviation and rounded to a fixed code book; the gradient takes the rounding for 
 (straight-through) and flows through both statistics.
 
     binary/config.py             the config: the inner method's fields and those of this method
-    binary/model.py              the tuner: the inner method's, which quantizes, packs and unpacks
+    binary/method.py             which weights are quantized, and how files hold them
     binary/quantized_weights.py  reading quantized weights while an adapter computes
     binary/head.py               the quantized classification head
     binary/stack.py              the "stacked" file format, for small adapters
@@ -29,14 +29,7 @@ projection) would have zero deviation and never change, so it is initialized ran
 constant, as close to it as the authors' up projection is to zero.
 """
 
-from petl.methods.binary.config import BinaryConfig, config_of
-from petl.methods.binary.model import BinaryModel, tuner_of
-from petl.methods.families.inner import generated_class
+from petl.methods.binary.config import BinaryConfig
+from petl.methods.binary.method import Binary, quantizer_of
 
-__all__ = ["BinaryConfig", "BinaryModel", "config_of", "tuner_of"]
-
-
-def __getattr__(name: str) -> type:
-    """Generated classes such as `BinaryConfig_lora`, which unpickling looks up by name."""
-    makers = {"BinaryConfig": config_of, "BinaryModel": tuner_of}
-    return generated_class(__name__, name, makers)
+__all__ = ["Binary", "BinaryConfig", "quantizer_of"]

@@ -1,19 +1,15 @@
-"""The config of a quantized method: a generated subclass of the inner method's config."""
+"""The config of a quantized method: fields beside those of the inner method."""
 
 import re
-from dataclasses import dataclass, fields
-from functools import cache
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
-from peft import PeftConfig
-from peft.utils import PeftType
-
-from petl.core.method import Method
-from petl.core.spec.config import check_values, config_field, require
+from petl.core.registry import method
+from petl.core.spec.config import config_field, require
+from petl.core.spec.facts import facts_of
 from petl.errors import InputError
-from petl.methods.families import inner as core_inner
+from petl.methods.families.outer import OuterConfig
 from petl.ops.quantize import BITS
-from petl.system.values import check_rules
 
 DEFAULT_INNER = "adapter"
 FORMATS = ("packed", "stacked", "latent")
@@ -48,14 +44,8 @@ INNER_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class BinaryConfig(PeftConfig):
-    """The inner method and its quantization; `BinaryConfig(inner="mos", r=4)` sets fields of both.
-
-    `BinaryConfig(...)` returns an instance of the subclass that `config_of(inner)` generates.
-    """
-
-    __module__ = "petl.methods.binary"  # pickles import it from there
-    method: ClassVar[str]  # set by `register`
+class BinaryConfig(OuterConfig):
+    """The inner method and its quantization."""
 
     inner: str = config_field(
         "method whose weights are quantized: any method but binary", DEFAULT_INNER
@@ -86,25 +76,10 @@ class BinaryConfig(PeftConfig):
         "name of the head; null: classifier, score or head", None
     )
 
-    def __new__(cls, *args: Any, inner: str = DEFAULT_INNER, **given: Any) -> "BinaryConfig":
-        """Create an instance of the class for `inner`.
-
-        Raises:
-            UnknownNameError: there is no such method, or it has no such field.
-        """
-        if cls is BinaryConfig:
-            cls = config_of(inner)  # so that `isinstance` and fields are those of the inner config
-            core_inner.refuse_unknown(cls, inner, given)
-        return super().__new__(cls)
-
     def __post_init__(self) -> None:
-        # the inner method's fields as well, before PEFT computes with them
-        check_values(type(self), {f.name: getattr(self, f.name) for f in fields(self)})
         super().__post_init__()
-        self.peft_type = PeftType[f"PETL_{self.method.upper()}"]
         self.exclude_params = list(self.exclude_params)  # from a tuple or OmegaConf's list
         self.bits_pattern = dict(self.bits_pattern)
-        check_rules(self)  # PEFT's own configs do not
         require(
             self.head_module is None or self.head_bits is not None,
             f"head_module={self.head_module!r} has no effect without head_bits; set head_bits too",
@@ -114,9 +89,9 @@ class BinaryConfig(PeftConfig):
                 bits in BITS,
                 f"bits_pattern has {bits!r} for {name}: allowed are {', '.join(map(str, BITS))}",
             )
-        init = getattr(self, "init_lora_weights", None)
+        init = facts_of(self).init_lora_weights
         require(
-            inner_method(self.inner).keeps_base(self) and init != "eva",
+            method(self.inner).keeps_base(self) and init != "eva",
             f"inner={self.inner!r} with init_lora_weights={init!r} changes the base weights or "
             "the ranks at initialization, which quantized factors cannot compensate; use another "
             "init_lora_weights",
@@ -129,20 +104,3 @@ class BinaryConfig(PeftConfig):
                 raise InputError(
                     f"exclude_params: {pattern!r} is not a regular expression: {error}"
                 ) from error
-
-
-def inner_method(name: Any) -> Method:
-    """The registry's entry of an inner method; `name` may be of any type.
-
-    Raises:
-        InputError: there is no such method, or it cannot be quantized.
-    """
-    return core_inner.inner_method(name, UNSUPPORTED_INNER, "quantized")
-
-
-@cache
-def config_of(inner: str) -> type[BinaryConfig]:
-    """Generate the subclass of `BinaryConfig` with the fields and defaults of `inner`."""
-    entry = inner_method(inner)
-    defaults = {"inner": inner, **entry.defaults, **INNER_DEFAULTS.get(inner, {})}
-    return core_inner.config_over(BinaryConfig, inner, entry.config_cls, defaults)

@@ -14,7 +14,7 @@ rank on the original weight.
     calibration.py      from data to covariances: within a memory bound, over all processes
     decompose.py        from covariances to components, distributed over processes
     initialization.py   checks, the initial factors, CorDA++'s ranks
-    tuner.py            the residual base weights, saving
+    method.py           the residual base weights, saving
 
 Shapes: I in, O out, R rank, B rows of a batch, T tokens, K = min(I, O).
 
@@ -25,6 +25,6 @@ second-hand only: the compactness is that of the damped C.
 """
 
 from petl.methods.corda.config import CordaConfig
-from petl.methods.corda.tuner import CordaModel
+from petl.methods.corda.method import Corda
 
-__all__ = ["CordaConfig", "CordaModel"]
+__all__ = ["Corda", "CordaConfig"]

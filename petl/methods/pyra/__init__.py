@@ -7,7 +7,7 @@ ViT But Faster", ICLR (arXiv:2210.09461). The adapted encoder is faster than the
     config.py    the fields, the schedules, and what they mean in a model
     blocks.py    the forms of blocks that are known, and attention that returns its keys
     adapter.py   merging and its correction in one block
-    tuner.py     beside an inner method or alone
+    method.py    beside an inner method or alone
     inner_adapter.py    the inner method's adapter as one of its own
 
 Shapes: N rows, T tokens, C width, R tokens that a block removes. After attention and its residual
@@ -27,23 +27,8 @@ are created (the code does so afterwards and then fails on their shapes); `vecto
 learning rate of the vectors (the code chooses them by a name that none of them has).
 """
 
-from collections.abc import Callable
-from functools import partial
-
-from petl.methods.families.inner import generated_class
-from petl.methods.pyra.config import ALONE, PyraConfig, config_of
+from petl.methods.pyra.config import PyraConfig
 from petl.methods.pyra.inner_adapter import save_inner
-from petl.methods.pyra.tuner import PyraModel, tuner_of
+from petl.methods.pyra.method import Pyra, merged_sizes
 
-__all__ = ["PyraConfig", "PyraModel", "config_of", "save_inner", "tuner_of"]
-
-
-def __getattr__(name: str) -> type:
-    """Generated classes such as `PyraConfig_lora`, which unpickling looks up by name."""
-    makers = {"PyraConfig": config_of, "PyraModel": tuner_of}
-    named = {stem: partial(_of_name, make) for stem, make in makers.items()}
-    return generated_class(__name__, name, named)
-
-
-def _of_name(make: Callable[[str | None], type], inner: str) -> type:
-    return make(None if inner == ALONE else inner)
+__all__ = ["Pyra", "PyraConfig", "merged_sizes", "save_inner"]

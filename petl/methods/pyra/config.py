@@ -1,22 +1,17 @@
 """The fields of PYRA, the schedules of its paper, and what they mean in a model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from functools import cache
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
-from peft import PeftConfig
-from peft.utils import PeftType
 from torch import nn
 from transformers import PreTrainedModel
 
-from petl.core.method import Method
 from petl.core.model.structure import block_widths
-from petl.core.spec.config import MethodConfig, check_values, config_field, require
+from petl.core.spec.config import config_field, require
 from petl.errors import ModuleKindError, UnsupportedError
-from petl.methods.families import inner as core_inner
+from petl.methods.families.outer import OuterConfig
 from petl.methods.pyra.blocks import check_form
-from petl.system.values import check_rules
 
 UNSUPPORTED_INNER = {  # by method, the reason that an error gives
     "pyra": "it is the outer method",
@@ -30,7 +25,6 @@ SCHEDULES = {
         24: [20, 19, 18, 17, 15, 13, 13, 12, 10, 9, 8, 6, 6, 4, 4, 4, 3, 3, 2, 2, 1, 1, 1, 1],
     },
 }
-ALONE = "none"  # in the names of the classes that are generated without an inner method
 OF_BLOCKS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # models whose heads read the class token, and the distillation token; those of other heads need
 # all tokens in their places
@@ -42,14 +36,8 @@ WITH_A_MASK = ("sdpa", "eager")  # implementations of attention that take a mask
 
 
 @dataclass
-class PyraConfig(PeftConfig):
-    """How many tokens are merged, and the inner method; `PyraConfig(inner="lora", r=8)` sets both.
-
-    `PyraConfig(...)` returns an instance of the subclass that `config_of(inner)` generates.
-    """
-
-    __module__ = "petl.methods.pyra"  # pickles import it from there
-    method: ClassVar[str]  # set by `register`
+class PyraConfig(OuterConfig):
+    """How many tokens are merged, and the inner method."""
 
     schedule: str | list[int] = config_field(
         "tokens to remove in each block: low or high, the paper's for 12 or 24 blocks, or one "
@@ -84,23 +72,8 @@ class PyraConfig(PeftConfig):
         ge=1,
     )
 
-    def __new__(cls, *args: Any, inner: str | None = None, **given: Any) -> "PyraConfig":
-        """Create an instance of the class for `inner`.
-
-        Raises:
-            UnknownNameError: there is no such method, or it has no such field.
-        """
-        if cls is PyraConfig:
-            cls = config_of(inner)  # so that `isinstance` and fields are those of the inner config
-            core_inner.refuse_unknown(cls, inner or "pyra", given)
-        return super().__new__(cls)
-
     def __post_init__(self) -> None:
-        # the inner method's fields as well, before PEFT computes with them
-        check_values(type(self), {f.name: getattr(self, f.name) for f in fields(self)})
         super().__post_init__()
-        self.peft_type = PeftType[f"PETL_{self.method.upper()}"]
-        check_rules(self)
         given: Any = self.schedule  # a tuple or OmegaConf's list, too
         if isinstance(given, str):
             require(given in SCHEDULES, f"schedule={given!r} is not low, high or a list of numbers")
@@ -118,26 +91,6 @@ class PyraConfig(PeftConfig):
                 f"{name}={value}: the schedule determines the blocks, with 0 for one that merges "
                 "nothing; leave it null",
             )
-
-
-def inner_method(name: Any) -> Method:
-    """Return the registry's entry of an inner method; `name` may be of any type.
-
-    Raises:
-        InputError: there is no such method, or it cannot be trained beside merged tokens.
-    """
-    return core_inner.inner_method(name, UNSUPPORTED_INNER, "trained beside pyra")
-
-
-@cache
-def config_of(inner: str | None) -> type[PyraConfig]:
-    """Generate the subclass of `PyraConfig` with the fields and defaults of `inner`."""
-    if inner is None:
-        fields_of_it = {"inner": None, "target_modules": None}
-        return core_inner.config_over(PyraConfig, ALONE, MethodConfig, fields_of_it)
-    entry = inner_method(inner)
-    defaults = {"inner": inner, **entry.defaults}
-    return core_inner.config_over(PyraConfig, inner, entry.config_cls, defaults)
 
 
 @dataclass

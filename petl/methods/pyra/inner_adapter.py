@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 
 from petl.core import fingerprint
 from petl.core.adapter_folder import Folder
+from petl.core.registry import method
 from petl.errors import InputError, UnsupportedError
-from petl.methods.pyra.config import PyraConfig, inner_method
-from petl.methods.pyra.tuner import PREFIX
+from petl.methods.pyra.config import PyraConfig
+from petl.methods.pyra.method import PREFIX
 
 
 def save_inner(adapter: str | Path, out: str | Path) -> None:
@@ -39,7 +40,7 @@ def save_inner(adapter: str | Path, out: str | Path) -> None:
         )
     if (out / CONFIG_NAME).exists():
         raise InputError(f"{out} has an adapter already; name another folder")
-    config_cls = inner_method(config.inner).config_cls
+    config_cls = method(config.inner).config_cls
     own = {f.name: getattr(config, f.name) for f in fields(config_cls) if f.init}
     own.pop("peft_type", None)
     tensors = {key: t for key, t in saved.tensors.items() if f".{PREFIX}" not in key}

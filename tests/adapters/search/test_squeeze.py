@@ -15,6 +15,7 @@ from petl.adapters import deltas
 from petl.adapters.export.saved_adapter import find
 from petl.adapters.search import squeeze as module
 from petl.cli import main
+from petl.methods.binary import quantizer_of
 from petl.ops.ternary import FILE
 
 pytest_plugins = ["training_fixtures"]
@@ -140,7 +141,7 @@ def test_bits_are_those_of_the_pattern_in_the_config(command, runs, tmp_path):
     assert sorted(config["bits_pattern"].values()) == sorted(b for b in bits if b != 4)
     assert outputs(tmp_path / "s").isfinite().all()
     # the loaded weights have the bits of the state
-    weights = petl.load(find(tmp_path / "s").base(), tmp_path / "s").base_model.quantizer
+    weights = quantizer_of(petl.load(find(tmp_path / "s").base(), tmp_path / "s"))
     assert sorted(w.bits for w in weights.quantized_weights["default"]) == sorted(bits)
 
 

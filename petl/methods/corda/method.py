@@ -1,0 +1,282 @@
+"""CorDA: PEFT's LoRA on residual weights, saved as a plain LoRA on the original ones.
+
+Shapes: I in, O out, R rank.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+from petl.core.compat import BaseTunerLayer, LoraLayer
+from petl.core.layers.conversion import set_refusal
+from petl.core.method import (
+    AdapterSet,
+    Method,
+    NewAdapters,
+    Settings,
+    Tensors,
+    TrainContext,
+    WrapContext,
+)
+from petl.core.model.heat_map import HeatMap, means, of_layers, role_of
+from petl.core.model.weight_changes import CHANGES, MEANING
+from petl.core.register import register
+from petl.core.support import BASES, Capability
+from petl.efficiency.fused_lora.switching import SwitchingLora
+from petl.errors import InputError
+from petl.methods.corda.config import CordaConfig
+from petl.methods.corda.initialization import QUANTIZED, InitialFactors, initialize
+from petl.system.files.tensor_file import check_finite
+
+logger = logging.getLogger(__name__)
+
+IS_LORA = (
+    "CorDA has changed the base weights, to which its update is relative; save_pretrained writes a "
+    "plain LoRA on the original weights"
+)
+# Both relative to the largest entry; assumptions, above the rounding of half precision and float32.
+LARGE = 1e-2  # error of the split weights that is logged as a warning
+SAME = 1e-5  # difference up to which two initializations count as equal
+# of each factor: its name, the dimension of the rank, the sign of its initial value in a file
+FACTORS = (("lora_A", 0, 1.0), ("lora_B", 1, -1.0))
+
+
+@register
+class Corda(Method[CordaConfig, Any]):
+    """See the package.
+
+    The base weight of each target is W - s B0 A0, with A0 and B0 the initial factors. So
+    `disable_adapter` gives the outputs of that residual, not of the pretrained model; for those,
+    load the saved adapter onto a new base model and disable it there. A model can have one CorDA
+    adapter only. `unload` and `delete_adapter` restore the pretrained weights.
+    """
+
+    name, config_cls, over = "corda", CordaConfig, SwitchingLora
+    # below LoRA's: the factors are large parts of the weights; paper: 2e-5 for 7 B models
+    lr = 3e-4
+    summary = (
+        "LoRA initialized from the weight's components, oriented by samples of the task or of "
+        "knowledge to preserve"
+    )
+    need = "keeping what the model knows"
+    recommended = (
+        "starts from the components that samples of the task, or of the knowledge to keep, use"
+    )
+    paper = "Yang et al. 2024, CorDA: Context-Oriented Decomposition Adaptation, arXiv:2406.05223"
+    lacks = {
+        Capability.RANKS: "it distributes ranks itself, by rank_budget",
+        **dict.fromkeys(BASES, QUANTIZED),
+        Capability.MIXED_BATCH: "a CorDA adapter changes the base weights, so the model can have "
+        "no other adapter",
+    }
+
+    def keeps_base(self, config: CordaConfig) -> bool:
+        """Return False: without the adapter the residual weights are left."""
+        return False
+
+    def needs_data(self, config: CordaConfig) -> str:
+        """Return that it does."""
+        return "method 'corda'"
+
+    def calibrate(self, c: WrapContext[CordaConfig]) -> None:
+        """Compute the initial factors."""
+        initialize(c)
+
+    def settings(self, c: WrapContext[CordaConfig]) -> dict[str, Settings]:
+        """Return none.
+
+        Raises:
+            InputError: the model has an adapter already; or there are no initial factors.
+        """
+        if any(isinstance(module, BaseTunerLayer) for module in c.model.modules()):
+            raise InputError(
+                f"cannot add adapter {c.adapter_name!r} to one of CorDA, which has changed the "
+                "base weights: save it and load the saved adapters onto the original model. In "
+                "TRL, pass the original model as ref_model=, or set beta=0 (GRPO)"
+            )
+        if c.config.initial is None:
+            raise InputError(
+                f"CorDA with corda_method={c.config.corda_method!r} is initialized from "
+                "calibration data: use petl.wrap(model, 'corda', calibration=batches, ...)"
+            )
+        return {}
+
+    def added(self, new: NewAdapters[CordaConfig, Any]) -> None:
+        """Split each weight into the initial update, which replaces PEFT's, and the residual."""
+        initial, new.config.initial = new.config.initial, None  # configs are copied and saved
+        layers = {
+            path: module
+            for path, module in new.model.named_modules()
+            if isinstance(module, LoraLayer) and new.name in module.lora_A
+        }
+        sizes = {}
+        for path, layer in layers.items():
+            # a dry run has no weights to split
+            if not initial[path].A.is_meta:
+                initial[path], sizes[path] = split(layer, new.name, initial[path])
+        new.kept[new.name] = {path: (layer, initial[path]) for path, layer in layers.items()}
+        set_refusal(layers.values(), new.name, IS_LORA)
+        if sizes:
+            log_split(sizes)
+
+    @torch.no_grad()
+    def removed(self, old: AdapterSet[CordaConfig, Any]) -> None:
+        """Add the initial update, which `added` subtracted, to the base weights."""
+        for layer, initial in old.kept.pop(old.name, {}).values():
+            # a merged weight has the trained update, too
+            if layer.merged:
+                layer.unmerge()
+            base = layer.get_base_layer()
+            if not base.weight.is_meta:
+                base.weight.copy_(float32_copy(base.weight) + update_of(base, initial))
+
+    @torch.no_grad()
+    def heat_maps(self, t: TrainContext[CordaConfig, Any]) -> list[HeatMap]:
+        """The spectrum of the decomposition, and the changes of the pretrained weights."""
+        changes, spectra = {}, {}
+        for name in t.names:
+            for path, (layer, initial) in t.kept[name].items():
+                base = layer.get_base_layer()
+                # a shard of FSDP2 has no norm of the complete weight
+                if isinstance(base.weight, DTensor):
+                    continue
+                start, update = update_of(base, initial), layer.get_delta_weight(name)
+                weight = float32_copy(base.weight) + start
+                changes[path] = 100 * float((update - start).norm() / weight.norm())
+                if initial.spectrum is not None:
+                    spectra[path] = initial.spectrum
+        title, unit = "Change of the weights", "norm of the update, % of the weight's"
+        changed = of_layers(t.model, changes, CHANGES, title, unit, MEANING)
+        return [*spectrum_map(t.model, spectra), *changed]
+
+    # Files
+
+    def pack(self, saved: AdapterSet[CordaConfig, Any], tensors: Tensors) -> Tensors:
+        """A' = [A; A0] and B' = [B, -B0]: the LoRA of twice the rank on the original weights."""
+        for key, dim, initial in halves(saved, f".{saved.name}"):
+            tensors[key] = torch.cat([tensors[key], initial.to(tensors[key])], dim)
+        return tensors
+
+    def unpack(self, saved: AdapterSet[CordaConfig, Any], tensors: Tensors) -> Tensors:
+        """The trained half of the tensors that `pack` concatenated.
+
+        Raises:
+            InputError: the other half differs from this model's initial factors.
+        """
+        check_finite(tensors, "the adapter file")
+        for key, dim, initial in halves(saved):
+            tensor = tensors.get(key)
+            if tensor is None:  # PEFT warns
+                continue
+            rank = initial.shape[dim]
+            size = min(rank, tensor.shape[dim])  # a file of another rank must not fail here
+            second = tensor.narrow(dim, tensor.shape[dim] - size, size)
+            if tensor.shape[dim] != 2 * rank or not is_close(second.to(initial), initial):
+                raise InputError(
+                    f"{key} was saved with other initial factors than this model's; load the file "
+                    "onto the original model, or repeat the initialization: same calibration "
+                    "data, same number of processes (method.factors_cache stores the factors)"
+                )
+            tensors[key] = tensor.narrow(dim, 0, rank)
+        return tensors
+
+
+def spectrum_map(model: nn.Module, spectra: Mapping[str, Tensor]) -> list[HeatMap]:
+    """The singular values at powers of two, averaged over layers, as a heat map."""
+    if not spectra:
+        return []
+    most = max(map(len, spectra.values()))
+    at = [2**i for i in range(most.bit_length())]
+    relative = {
+        key: [100 * float(S[i - 1] / S[0]) if i <= len(S) else 0.0 for i in at]
+        for key, S in spectra.items()
+    }
+    rows = means((role_of(model, key), numbers) for key, numbers in relative.items())
+    heat_map = HeatMap(
+        "spectrum",
+        "CorDA: spectrum of the oriented decomposition",
+        "% of the largest singular value",
+        list(rows),
+        [str(i) for i in at],
+        list(rows.values()),
+        "Singular values of the weight times the covariance of its inputs, relative to the "
+        "largest, averaged over layers. Where they fall fast, few components carry the task.",
+        column_label="number of the component, from 1",
+    )
+    return [heat_map]
+
+
+@torch.no_grad()
+def split(layer: Any, adapter_name: str, initial: InitialFactors) -> tuple[InitialFactors, Tensor]:
+    """Copy the initial factors to a layer's adapter and subtract their update from the weight.
+
+    Returns:
+        The factors as rounded to the adapter's dtype, on the CPU; and a tensor [2]: the largest
+        error of residual plus update, and the largest entry of the update, both relative to the
+        largest entry of the weight.
+    """
+    A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    A.copy_(initial.A)
+    B.copy_(initial.B)
+    initial = initial._replace(A=A.cpu().clone(), B=B.cpu().clone())
+    base = layer.get_base_layer()
+    before, update = float32_copy(base.weight), update_of(base, initial)
+    # the residual, rounded to the dtype of the base
+    base.weight.copy_(before - update)
+    error = float32_copy(base.weight) + update - before
+    sizes = torch.stack([error.abs().max(), update.abs().max()]) / before.abs().max()
+    return initial, sizes.cpu()
+
+
+def float32_copy(tensor: Tensor) -> Tensor:
+    """A copy in float32, or in float64 if the tensor is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+
+
+def update_of(base: Any, initial: InitialFactors) -> Tensor:
+    """The initial update in the orientation of the base weight: [O, I], or [I, O] for Conv1D."""
+    A, B = (float32_copy(tensor.to(base.weight.device)) for tensor in (initial.A, initial.B))
+    update = initial.scale * (B @ A)
+    return update.t() if isinstance(base, Conv1D) else update
+
+
+def log_split(sizes: dict[str, Tensor]) -> None:
+    """Log the largest error of the split weights, and the largest initial update."""
+    error, error_at = max((float(pair[0]), key) for key, pair in sizes.items())
+    size, size_at = max((float(pair[1]), key) for key, pair in sizes.items())
+    logger.log(
+        logging.WARNING if error > LARGE else logging.INFO,
+        "CorDA: W_res + s B A equals W up to %.1e of its largest entry (%s); the largest entry of "
+        "s B A is %.2g times that of W (%s). With its adapter disabled the model computes with the "
+        "residual weights, not with the pretrained ones: as a reference, use another copy of the "
+        "original model (ref_model= in TRL)",
+        error,
+        error_at,
+        size,
+        size_at,
+    )
+
+
+def halves(
+    saved: AdapterSet[CordaConfig, Any], name: str = ""
+) -> Iterator[tuple[str, int, Tensor]]:
+    """Yield for each factor its key, the dimension of the rank, and the initial value as saved.
+
+    Args:
+        saved: the adapter.
+        name: its name in the key, with a dot before it.
+    """
+    for path, (_, initial) in saved.kept[saved.name].items():
+        for (factor, dim, sign), value in zip(FACTORS, initial[:2], strict=True):
+            yield f"base_model.model.{path}.{factor}{name}.weight", dim, sign * value
+
+
+def is_close(found: Tensor, expected: Tensor) -> bool:
+    """True if the tensors are equal in shape, and in values up to `SAME`."""
+    limit = SAME * float(expected.abs().max())
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= limit)
