@@ -83,7 +83,8 @@ class Lifecycle:
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer | None:
         """Return the optimizer that the method requires, over these parameter groups, or None."""
-        return None if self._own is None else self._own.make_optimizer(groups)
+        own = self._own
+        return None if own is None else own.method.optimizer(own.context_of_training(groups=groups))
 
     def attach_optimizer(
         self, optimizer: Optimizer, start_step: int = 0, total_steps: int | None = None
@@ -114,7 +115,10 @@ class Lifecycle:
         Args:
             name: of the parameter, in the PeftModel.
         """
-        return None if self._own is None else self._own.learning_rate_of(name)
+        own = self._own
+        if own is None or not own.method.overrides("rate"):
+            return None
+        return own.method.rate(own.context_of_training(), name)
 
     def _check_rates(self, optimizer: Optimizer) -> None:
         if self._own is None or not self._own.method.overrides("rate"):
@@ -154,7 +158,8 @@ class Lifecycle:
 
     def figures(self) -> dict[str, float]:
         """Return the method's figures of the trained adapter, such as its share of zeros."""
-        return {} if self._own is None else self._own.figures()
+        own = self._own
+        return {} if own is None else own.method.figures(own.context_of_training())
 
     def report(self, batches: Iterable[Any]) -> dict[str, float]:
         """Return metrics of the extra losses over validation batches.
@@ -186,7 +191,8 @@ class Lifecycle:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state that exact resumption needs and the adapter file does not have."""
-        return {} if self._own is None else self._own.training_state()
+        own = self._own
+        return {} if own is None else own.method.state(own.context_of_training())
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore the state that `state_dict` returned.
@@ -198,7 +204,7 @@ class Lifecycle:
             raise InputError(f"a training state is a dict of tensors, not {type(state).__name__}")
         if state and self._own is not None:
             try:
-                self._own.load_training_state(state)
+                self._own.method.load_state(self._own.context_of_training(), state)
             except InputError:  # the method's own reason
                 raise
             except (

@@ -41,15 +41,12 @@ class Capability(StrEnum):
     TOGETHER = "together"
     # what a trained adapter can do
     MIXED_BATCH = "mixed"
-    SWITCHING = "switching"
     MERGE = "merge"
     LORA_EXPORT = "lora"
     # what a run does besides
     TRAIN = "train"
     ADAMR = "adamr"
     RANKS = "ranks"
-    STREAM = "stream"
-    PACKED_ROWS = "packed_rows"
     EXTRA_LOSS = "loss"
     BUCKETS = "buckets"
     EVALUATION = "eval_steps"

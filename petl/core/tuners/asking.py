@@ -7,20 +7,24 @@ from typing import Any, ClassVar, cast
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from petl.core.compat import tuner_of_type
+from petl.core.compat import drop_base_weights, tuner_of_type
 from petl.core.layers.block import BlockAdapters
+from petl.core.layers.class_swap import AdapterDict
+from petl.core.layers.context import ForwardContext
 from petl.core.layers.layer import Adapter
 from petl.core.method import AdapterSet, Method, NewAdapters, Tensors, TrainContext, WrapContext
 from petl.core.model.heat_map import HeatMap
 from petl.core.model.weight_changes import CHANGES, change_map
 from petl.core.support import Capability, reason_of
 from petl.core.switching.tuner import SwitchingTuner, layers_of
-from petl.core.tuners.base import ForwardContextTuner, check_loaded, updated, watch
+from petl.core.tuners.updates import updated, watch
 from petl.errors import InputError, UnsupportedError
+from petl.system.files.tensor_file import check_finite, check_shapes
 
 
-class AskingTuner(SwitchingTuner, ForwardContextTuner):
+class AskingTuner(SwitchingTuner):
     """Mixin that comes before a tuner of PEFT, and asks the `method` of the class.
 
     PEFT knows one class for a type. Where the method has a `variant` for the fields of a config,
@@ -31,9 +35,14 @@ class AskingTuner(SwitchingTuner, ForwardContextTuner):
         kept: what the method remembers of this model, under keys of its own.
         placed: by adapter name and module path, the adapters in the model's order; without those of
             PEFT's own layers.
+        context: state that the layers share during a forward pass; hooks of the model update it.
+        hooks: handles of hooks; removed if the first adapter is refused, and by unloading.
+        is_kept: False if only the model is kept after the first adapter is injected, as PEFT's
+            `inject_adapter_in_model` does, and with it `load_adapter` of transformers.
     """
 
     method: ClassVar[Method[Any, Any]]
+    context: ForwardContext
 
     def __new__(
         cls, model: Any = None, peft_config: Any = None, adapter_name: str = "", **options: Any
@@ -54,10 +63,40 @@ class AskingTuner(SwitchingTuner, ForwardContextTuner):
         of_class = f"PETL_{method.name.upper()}", method.inner or None
         return _without_state, of_class, self.__getstate__()
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        # before `super().__init__`, which injects the first adapter
         self.kept: dict[Any, Any] = {}
         self.placed: dict[str, dict[str, Adapter]] = {}
-        super().__init__(*args, **kwargs)
+        self.hooks: list[RemovableHandle] = []
+        self.is_kept = isinstance(peft_config, dict)  # as PeftModel calls its tuner
+        try:
+            super().__init__(model, peft_config, *args, **kwargs)
+        except Exception:
+            self._remove_hooks()  # the model must be unchanged if its adapter is refused
+            raise
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        super()._pre_injection_hook(model, config, adapter_name)
+        # PEFT calls this hook once per tuner, before the first adapter is injected
+        self.context = ForwardContext()
+        self.hooks += [
+            model.register_forward_pre_hook(self.context.refuse_wrapper),
+            model.register_forward_pre_hook(self.context.begin, with_kwargs=True),
+            model.register_forward_hook(self.context.end, with_kwargs=True),
+        ]
+
+    def _remove_hooks(self) -> None:
+        for handle in self.hooks:
+            handle.remove()
+
+    def refuse_without_tuner(self, why: str) -> None:
+        """Raise UnsupportedError, with the reason `why`, if the tuner is not kept."""
+        if not self.is_kept:
+            raise UnsupportedError(
+                f"an adapter of {type(self).__name__} cannot be injected without a PeftModel: "
+                f"{why}; load it with peft.PeftModel.from_pretrained or petl.load, train it with "
+                "petl.wrap"
+            )
 
     def adapter_set(self, adapter_name: str) -> AdapterSet[Any, Any]:
         """Return the adapters called `adapter_name`."""
@@ -160,9 +199,15 @@ class AskingTuner(SwitchingTuner, ForwardContextTuner):
             )
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, and what the method did for it."""
+        """Delete an adapter from all layers, those of blocks included, and what it left."""
         old = self.adapter_set(adapter_name) if adapter_name in self.peft_config else None
-        super().delete_adapter(adapter_name)  # PEFT raises for an unknown name
+        # PEFT skips modules whose path has the tuner's prefix: contents of its layers, but also
+        # `BlockAdapters`, a layer of that name
+        vars(self)["prefix"] = "\n"  # in no path; shadows the class attribute
+        try:
+            super().delete_adapter(adapter_name)  # raises for an unknown name
+        finally:
+            del vars(self)["prefix"]
         self.placed.pop(adapter_name, None)
         if old is not None:
             self.method.removed(old)
@@ -172,6 +217,13 @@ class AskingTuner(SwitchingTuner, ForwardContextTuner):
         super()._cast_adapter_dtype(adapter_name, autocast)
 
     # Merging, unloading
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raise UnsupportedError: a sum of adapters is in general none of the same kind."""
+        raise UnsupportedError(
+            "add_weighted_adapter works for PEFT's LoRA only: export each adapter as a LoRA (petl "
+            "export --lora), where its method can, and combine those"
+        )
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -191,6 +243,7 @@ class AskingTuner(SwitchingTuner, ForwardContextTuner):
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for old in sets:
             self.method.removed(old)
+        self._remove_hooks()
         return model
 
     # Training, for `Lifecycle` and for loops in PEFT's manner
@@ -225,10 +278,6 @@ class AskingTuner(SwitchingTuner, ForwardContextTuner):
         """Use training batches once, before the optimizer exists."""
         self.method.prepare(self.context_of_training(batches=batches))
 
-    def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer | None:
-        """Return the optimizer that the method requires, over these parameter groups, or None."""
-        return self.method.optimizer(self.context_of_training(groups=groups))
-
     def attach_optimizer(
         self,
         optimizer: Optimizer,
@@ -249,19 +298,6 @@ class AskingTuner(SwitchingTuner, ForwardContextTuner):
         more = {"optimizer": optimizer, "step": start_step, "first": first, "total": total_steps}
         self.method.begin(self.context_of_training(**more))
 
-    def learning_rate_of(self, name: str) -> float | None:
-        """Return the peak learning rate that the method sets for a parameter; None: that of all."""
-        sets = self.method.overrides("rate")
-        return self.method.rate(self.context_of_training(), name) if sets else None
-
-    def training_state(self) -> Tensors:
-        """Return the state that exact resumption needs and the adapter file does not have."""
-        return self.method.state(self.context_of_training())
-
-    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the state that `training_state` returned."""
-        self.method.load_state(self.context_of_training(), state)
-
     # Results
 
     def planned_parameters(self) -> int | None:
@@ -271,10 +307,6 @@ class AskingTuner(SwitchingTuner, ForwardContextTuner):
     def series(self) -> dict[str, float]:
         """Return metrics of the last training forward for the log."""
         return self.method.metrics(self.context_of_training())
-
-    def figures(self) -> dict[str, float]:
-        """Return figures of the trained adapter for scores.json, such as its share of zeros."""
-        return self.method.figures(self.context_of_training())
 
     def heat_maps(self) -> list[HeatMap]:
         """Return maps of what the method did, for the folder of a run."""
@@ -295,11 +327,15 @@ class AskingTuner(SwitchingTuner, ForwardContextTuner):
         state_dict: Tensors,
         unwanted_adapter_names: list[str],
     ) -> Tensors:
-        """Select the tensors to save, in the form of the method's files."""
+        """Select the tensors to save, in the form of the method's files.
+
+        The weights under adapted layers are never among them.
+        """
         own: Any = cls.for_fields(vars(config))
         tensors = super(AskingTuner, own)._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
+        drop_base_weights(model, state_dict)
         return own.method.pack(own._set_in(model, adapter_name, config, state_dict), tensors)
 
     @classmethod
@@ -334,6 +370,40 @@ def _without_state(peft_type: str, inner: str | None) -> AskingTuner:
     """Return a tuner, which pickle and copy then fill in."""
     cls: Any = tuner_of_type(peft_type).for_fields({"inner": inner})
     return cls.__new__(cls)
+
+
+def check_loaded(
+    model: nn.Module,
+    adapter_name: str,
+    tensors: Mapping[str, Tensor],
+    prefix: str,
+    free_dims: Mapping[str, int],
+) -> None:
+    """Raise InputError unless the tensors of a file fit the adapters of one prefix in a model.
+
+    Args:
+        model: the model, with the adapter called `adapter_name`.
+        tensors: by the model's names; those of other methods are not checked.
+        prefix: of the method, such as "petl_mola_".
+        free_dims: see `Method`.
+    """
+    marks = (f".{prefix}adapters.", f".{prefix}pools.")
+    # model keys have the adapter's name, which PEFT has already inserted into the remapped ones
+    tail = f".{adapter_name}."
+    own = {k: t for k, t in model.state_dict().items() if any(m[:-1] + tail in k for m in marks)}
+    saved = {k: t for k, t in tensors.items() if any(m in k for m in marks)}
+    found, expected = ({k: (t.dtype, t.shape) for k, t in d.items()} for d in (saved, own))
+    check_shapes(found, expected, {}, free_dims, "the adapter file")
+    check_finite(saved, "the adapter file")
+    by_layer: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in saved.items():
+        path, _, name = key.partition(f"{marks[0]}{adapter_name}.")
+        by_layer.setdefault(path, {})[name] = tensor
+    modules = dict(model.named_modules())
+    for path, own_tensors in by_layer.items():
+        adapters = modules.get(f"{path}{marks[0][:-1]}")
+        if isinstance(adapters, AdapterDict):
+            cast(Adapter, adapters[adapter_name]).check_saved(own_tensors)
 
 
 DEFAULTS: Method[Any, Any] = Method()

@@ -19,8 +19,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from petl.core.compat import BaseTuner, BaseTunerLayer, ModulesToSaveWrapper
 from petl.core.layers.class_swap import SwappedClass, original_class, swap_class
 from petl.core.support import Capability
-from petl.core.tuners.asking import method_asked
-from petl.core.tuners.base import ForwardContextTuner
+from petl.core.tuners.asking import AskingTuner, method_asked
 from petl.efficiency.rewrite import Rewrite
 from petl.efficiency.skip_unread.block_positions import (
     Attention,
@@ -56,7 +55,7 @@ def _refusal_of_tuner(model: PeftModel) -> str:
     """Return why the adapters of a model may read all positions; "" if they do not."""
     tuner = model.base_model
     # PEFT's tuners adapt single layers; what is not a tuner adds positions (prompts)
-    of_peft = isinstance(tuner, BaseTuner) and not isinstance(tuner, ForwardContextTuner)
+    of_peft = isinstance(tuner, BaseTuner) and not isinstance(tuner, AskingTuner)
     if of_peft or method_asked(type(tuner)).by_position:
         return ""
     return f"{type(tuner).__name__} may read all positions"

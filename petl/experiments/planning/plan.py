@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from peft import PeftModel
 
 from petl.core.adapter_file import safetensors_bytes, saved_shapes
+from petl.core.compat import AdaLoraModel
 from petl.core.lifecycle import lifecycle
 from petl.core.model.coverage import Coverage, coverage_of
 from petl.core.model.heat_map import role_of
@@ -208,7 +209,7 @@ def notes_of(run: RunConfig, fields: Mapping[str, Any], processes: int) -> list[
     """
     notes = []
     entry = method(fields["name"]).variant(fields)
-    changes = entry.updates if entry.own else hasattr(entry.tuner, "update_and_allocate")
+    changes = entry.updates or issubclass(entry.tuner, AdaLoraModel)
     if changes and Capability.ADAMR not in entry.lacks:
         notes.append(
             "this method changes its size during training; the adapter file is that of the start"
