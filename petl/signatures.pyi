@@ -16,7 +16,7 @@ from torch import nn
 from petl.core.spec.method import LossConfig
 from petl.core.method import Calibration
 from petl.methods.adapter import AdapterConfig
-from petl.methods.binary import BinaryConfig
+from petl.methods.binary.config import BinaryConfig
 from petl.methods.compacter import CompacterConfig
 from petl.methods.corda.config import CordaConfig
 from petl.methods.dkvb.config import DkvbConfig
@@ -30,7 +30,7 @@ from petl.methods.mos.config import MosConfig
 from petl.methods.pela.config import PelaConfig
 from petl.methods.polyhistor import PolyhistorConfig
 from petl.methods.pst import PstConfig
-from petl.methods.pyra import PyraConfig
+from petl.methods.pyra.config import PyraConfig
 from petl.methods.scedit import SceditConfig
 from petl.methods.sherl.config import SherlConfig
 from petl.methods.sparse.config import SparseConfig

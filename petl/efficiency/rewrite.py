@@ -9,11 +9,14 @@ from collections.abc import Iterator, Mapping
 from pkgutil import resolve_name
 from typing import Any, ClassVar
 
+from peft import PeftModel
 from torch import nn
 
 from petl.core.layers.class_swap import SwappedClass, restore_class
 from petl.core.losses import extra_losses
-from petl.core.support import Capability, Lacks, reason_of
+from petl.core.registry import method_part
+from petl.core.spec.method import loss_part
+from petl.core.support import Capability, Lacks, Part, conflicts
 from petl.errors import UnsupportedError
 from petl.system.collectives import is_sharded
 
@@ -60,15 +63,9 @@ class Rewrite:
 
         A subclass adds what it needs of the model to the rows of the table.
         """
-        for capability in used_by(model):
-            reason = reason_of(self.lacks, capability, None)
-            if reason:
-                return reason
-        for loss in extra_losses(model):
-            reason = reason_of(loss.lacks, self.capability, loss.config)
-            if reason:
-                return f"it has the loss {loss.config.name!r}, and {reason}"
-        return ""
+        own = Part(self.capability.value, (self.capability,), self.lacks)
+        pairs = (conflicts([own, part]) for part in parts_of(model))
+        return next((conflict.reason for pair in pairs for conflict in pair), "")
 
     def apply(self, model: nn.Module, value: Any = None) -> int:
         """Rewrite a model and return the number of modules changed.
@@ -93,12 +90,15 @@ class Rewrite:
                 restore_class(module, mixin)
 
 
-def used_by(model: nn.Module) -> Iterator[Capability]:
-    """Yield what a rewrite may lack of what is done to a model already."""
+def parts_of(model: nn.Module) -> Iterator[Part]:
+    """Yield what is done to a model already, as parts of a choice."""
     if is_sharded(model):
-        yield Capability.FSDP
-    if extra_losses(model):
-        yield Capability.EXTRA_LOSS
+        yield Part("sharding", (Capability.FSDP,))
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        yield Part("gradient checkpointing", (Capability.CHECKPOINTING,))
+    if isinstance(model, PeftModel):
+        yield from (method_part(model.peft_config[name]) for name in model.active_adapters)
+    yield from (loss_part(loss.config) for loss in extra_losses(model))
 
 
 def rewrite(setting: str) -> Rewrite:

@@ -30,13 +30,11 @@ from petl.core.layers.grouped import (
 )
 from petl.core.layers.layer import AdapterLayer
 from petl.core.layers.stack import Stack
-from petl.core.losses import extra_losses
 from petl.core.parameters import trainable
-from petl.core.registry import refusal
-from petl.core.spec.facts import facts_of
-from petl.core.support import Capability
+from petl.core.support import Capability, Part, require_compatible
 from petl.efficiency.frozen.feed import feed_of
 from petl.efficiency.fused_lora.layer import FusedLoraLinear
+from petl.efficiency.rewrite import parts_of
 from petl.efficiency.together.batches import (
     MASKS,
     Batch,
@@ -51,6 +49,17 @@ from petl.errors import InputError, UnsupportedError
 
 M = TypeVar("M", bound=nn.Module)
 # probabilities with which models of transformers leave out a layer, for all rows of a pass
+TOGETHER = Part(
+    "training of several adapters in one pass",
+    (Capability.TOGETHER,),
+    {
+        Capability.CHANGED_BASE: "their initial values are taken out of the base weights, which "
+        "all jobs share; choose another initialization, or train them one by one",
+        Capability.BIASES: "it trains biases of the base, of which a pass of several has one",
+        Capability.EXTRA_LOSS: "an extra loss observes one model, and the rows are of several",
+        Capability.CHECKPOINTING: "it would draw other dropout masks; train fewer at once",
+    },
+)
 LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
@@ -96,20 +105,14 @@ class Member:
 
 def refuse(model: PeftModel) -> None:
     """Raise UnsupportedError if the adapter of `model` cannot train together with others."""
-    reason = refusal(model.active_peft_config, Capability.TOGETHER)
     base: Any = model.get_base_model()
     drops = [name for name in LAYERDROP if getattr(base.config, name, 0)]
     if drops:
-        reason = f"its base leaves out layers for all rows of a pass, by {drops[0]} of its config"
-    elif facts_of(model.active_peft_config).trains_biases:
-        reason = "it trains biases of the base, of which a pass of several has one"
-    elif extra_losses(model):
-        reason = "an extra loss observes one model, and the rows are of several"
-    elif any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        reason = "gradient checkpointing would draw other dropout masks; train fewer at once"
-    if reason:
-        kind = type(model.active_peft_config).__name__
-        raise UnsupportedError(f"adapters of {kind} cannot train together: {reason}")
+        raise UnsupportedError(
+            f"{TOGETHER.name} is not possible with {drops[0]} of the base's config: it leaves out "
+            "layers for all rows of a pass"
+        )
+    require_compatible([TOGETHER, *parts_of(model)])
 
 
 def adapted_modules(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from petl.core.lifecycle import lifecycle
 from petl.core.parameters import check_module
-from petl.core.registry import METHODS, build_config, keeps_base, method_of, wrap
-from petl.core.spec.facts import facts_of
+from petl.core.registry import METHODS, build_config, method_of, method_part, wrap
+from petl.core.support import require_compatible
 from petl.core.types import Settings
 from petl.efficiency.fused_lora.switching import fuse_lora
 from petl.efficiency.together.batches import LABELS, Batch, check_loss, room_for
-from petl.efficiency.together.group import Member, check_alike, share_weights
-from petl.errors import InputError, UnsupportedError, did_you_mean
+from petl.efficiency.together.group import TOGETHER, Member, check_alike, share_weights
+from petl.errors import InputError, did_you_mean
 from petl.system.values import read_fields
 from petl.training.optimizer import fraction_of_peak, make_optimizer, set_lr
 from petl.training.runs.settings import TrainConfig
@@ -229,23 +229,17 @@ def check_jobs(jobs: object) -> None:
                 "batches, train)"
             )
         job.checked()
-        refuse_changes(job)
+        require_together(job)
 
 
-def refuse_changes(job: Job) -> None:
-    """Raise UnsupportedError for a job whose initial values change the weights of the base."""
+def require_together(job: Job) -> None:
+    """Raise UnsupportedError for a job whose adapter cannot train with others."""
     config = job.method
     if isinstance(config, str) and config in METHODS:
         fields = {k: v for k, v in job.fields.items() if k not in ("adapter_name", "calibration")}
         config = build_config(config, **fields)
-    if isinstance(config, PeftConfig) and not keeps_base(config):
-        start = facts_of(config).init_lora_weights
-        which = f" with init_lora_weights={start}" if isinstance(start, str) else ""
-        raise UnsupportedError(
-            f"adapters of {type(config).__name__}{which} cannot train together: their initial "
-            "values are taken out of the base weights, which all jobs share; choose another "
-            "initialization, or train them one by one"
-        )
+    if isinstance(config, PeftConfig):
+        require_compatible([TOGETHER, method_part(config)])
 
 
 def is_count(value: object) -> bool:

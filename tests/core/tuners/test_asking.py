@@ -133,5 +133,5 @@ def test_a_block_that_runs_twice_is_merged():
 
 def test_the_conversion_of_a_corda_adapter_is_refused(tmp_path):
     model = with_two("corda")
-    with pytest.raises(UnsupportedError, match="relative to the original weights anyway"):
+    with pytest.raises(UnsupportedError, match="relative to the original weights"):
         model.save_pretrained(tmp_path / "a", path_initial_model_for_weight_conversion=tmp_path)
