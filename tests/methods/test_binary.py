@@ -1,12 +1,9 @@
 """Quantized adapters against explicit networks of `sigma * code + mu`; the authors' file sizes."""
 
-import copy
-import pickle
-
 import pytest
 import torch
 from binary_fixtures import LORA, MOS, effective, logits, stir, train, trained, wrapped
-from peft import convert_to_lora, get_peft_model
+from peft import convert_to_lora
 from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
@@ -249,21 +246,6 @@ def test_evaluation_uses_the_current_weights_after_each_change(batch):
     assert torch.equal(logits(model, batch), first)
 
 
-@pytest.mark.parametrize("fields", [LORA, MOS])
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_gives_the_same_gradients(batch, fields, reentrant):
-    expected = stir(wrapped(**fields)).train()
-    expected(**batch).loss.backward()
-    model = stir(wrapped(**fields)).train()
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    loss = model(**batch).loss
-    logits(model, batch)  # an evaluation in between has no effect
-    loss.backward()
-    for name, p in trained(model).items():
-        torch.testing.assert_close(p.grad, trained(expected)[name].grad, atol=1e-6, rtol=1e-4)
-
-
 # Several adapters, precision, copies
 
 
@@ -298,32 +280,11 @@ def test_an_inner_method_that_is_none_is_refused(inner):
         petl.build_config("binary", inner=inner)
 
 
-def test_latent_weights_are_float32_on_any_base(batch):
-    for fields in (LORA, MOS):
-        config = petl.build_config("binary", **fields)
-        model = get_peft_model(tiny_llama().bfloat16(), config, autocast_adapter_dtype=False)
-        assert {p.dtype for p in trained(model).values()} == {torch.float32}
-
-
 def test_latent_weights_in_half_precision_warn(batch):
     model = wrapped(**LORA).train()
     model.bfloat16()
     with pytest.warns(UserWarning, match="half precision"):
         model(**batch)
-
-
-def test_copies_and_pickles_compute_the_same_and_are_independent(batch):
-    model = stir(wrapped(**LORA))
-    expected = logits(model, batch)
-    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
-    with torch.no_grad():
-        for p in trained(model).values():
-            p.neg_()
-    for twin in copies:
-        assert torch.equal(logits(twin, batch), expected)
-        twin.train()(**batch).loss.backward()
-    config = copy.deepcopy(model.peft_config["default"])
-    assert pickle.loads(pickle.dumps(config)) == config
 
 
 # The head

@@ -11,7 +11,7 @@ from torch.optim import SGD, Adagrad, AdamW
 
 import petl
 from petl import testing
-from petl.errors import InputError, UnsupportedError
+from petl.errors import InputError
 from petl.methods.dkvb import Keys, SparseAdam, learn_keys
 from petl.methods.dkvb.keys import nearest, use_of
 
@@ -543,8 +543,3 @@ def test_a_model_without_a_plain_head_is_refused():
     model.classifier = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 3))
     with pytest.raises(InputError, match="2 linear layers"):
         petl.wrap(model, "dkvb", calibration=[{"x": torch.randn(4, 12)}])
-
-
-def test_merging_is_refused_by_name():
-    with pytest.raises(UnsupportedError, match="dkvb"):
-        on_plain(torch.randn(8, 12)).merge_and_unload()

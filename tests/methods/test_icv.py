@@ -258,52 +258,10 @@ def test_two_adapters_of_one_vector_and_strength_equal_one(tmp_path):
     assert torch.equal(logits(model, batch), logits(tiny_llama(), batch))
 
 
-def test_each_row_of_a_mixed_batch_is_shifted_by_its_adapter_alone():
-    batch, model = TINY_MODELS["llama"].batch(), with_two()
-    names = ["default", "b", "__base__", "default"]
-    mixed = logits(model, batch, adapter_names=names)
-    alone = {"__base__": logits(tiny_llama(), batch)}
-    for name in ("default", "b"):
-        model.set_adapter(name)
-        alone[name] = logits(model, batch)
-    for row, name in enumerate(names):
-        torch.testing.assert_close(mixed[row], alone[name][row], atol=1e-5, rtol=0)
-
-
 def test_adapters_that_keep_the_norm_and_others_are_not_active_together():
     model = with_two(scale="plain", keep_norm=False)
     with pytest.raises(UnsupportedError, match="cannot be active together: they have"):
         model.base_model.set_adapter(["default", "b"])
-
-
-def test_cached_decoding_equals_the_full_pass():
-    model = wrapped(strength=0.4)
-    ids, batch = texts(1, 3, (8, 9))[0][None], {}
-    expected = logits(model, {"input_ids": ids})
-    cache, steps = None, []
-    with torch.no_grad():
-        for t in range(ids.shape[1]):
-            out = model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True, **batch)
-            cache = out.past_key_values
-            steps.append(out.logits)
-    torch.testing.assert_close(torch.cat(steps, 1), expected, atol=1e-5, rtol=0)
-    generated = [
-        model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=use)
-        for use in (True, False)
-    ]
-    assert torch.equal(*generated)
-
-
-def test_a_bfloat16_base_has_float32_vectors(tmp_path):
-    model = wrapped(tiny_llama().bfloat16())
-    assert {vector.dtype for vector in vectors(model).values()} == {torch.float32}
-    batch = TINY_MODELS["llama"].batch()
-    assert model(**batch).logits.dtype == torch.bfloat16
-    expected = logits(model, batch)
-    model.save_pretrained(tmp_path)
-    loaded = petl.load(tiny_llama().bfloat16(), tmp_path)
-    assert {vector.dtype for vector in vectors(loaded).values()} == {torch.float32}
-    assert torch.equal(logits(loaded, batch), expected)
 
 
 def test_strength_and_scale_are_saved_and_the_runs_data_are_not(tmp_path):
@@ -495,8 +453,3 @@ def test_states_that_are_not_finite_are_refused():
         base.model.layers[1].mlp.down_proj.weight[0] = math.nan
     with pytest.raises(InputError, match="behind block 1 are not finite"):
         wrapped(base)
-
-
-def test_merging_is_refused_by_name():
-    with pytest.raises(UnsupportedError, match="ICV shifts hidden states"):
-        wrapped().merge_and_unload()

@@ -1,7 +1,5 @@
 """MoS: initialization, update and file, against dense weights composed by loops."""
 
-import copy
-
 import peft
 import pytest
 import torch
@@ -51,14 +49,6 @@ def test_a_pools_are_initialized_by_the_fan_in_of_the_complete_vector():
         else:
             assert not pool.any()
         assert pool.dtype == torch.float32
-
-
-def test_half_precision_base_keeps_float32_pools(batch):
-    model = petl.wrap(tiny_llama().bfloat16(), "mos", **TINY)
-    assert all(pool.dtype == torch.float32 for pool in pools(model).values())
-    randomize(model)
-    model(**batch).loss.backward()
-    assert all(pool.grad.dtype == torch.float32 for pool in pools(model).values())
 
 
 def test_logits_and_pool_gradients_equal_dense_weights_built_shard_by_shard(batch):
@@ -141,25 +131,6 @@ def test_a_second_shape_under_one_path_has_its_own_pool():
         "pool_A_layers__8x16": (2 * 1 * 4, 2),
         "pool_B_layers__8x16": (2 * 1 * 4, 4),
     }
-
-
-def test_each_adapter_has_its_own_pools_that_switch_and_are_deleted_with_it(batch):
-    model = wrapped()
-    second = petl.build_config("mos", **TINY, layers_to_transform=[0, 2], target_modules=["q_proj"])
-    with pytest.raises(InputError, match="is too large for"):
-        model.add_adapter("second", copy.deepcopy(second))
-    second.r = 3
-    model.add_adapter("second", second)
-    assert list(pools(model, "second")) == [
-        "pool_A_model__layers__self_attn__q_proj",
-        "pool_B_model__layers__self_attn__q_proj",
-    ]
-    model.set_adapter("second")
-    assert all(p.requires_grad for p in pools(model, "second").values())
-    assert not any(p.requires_grad for p in pools(model).values())
-    model.delete_adapter("default")
-    assert not any("default" in key for key in model.state_dict())
-    model(**batch).loss.backward()
 
 
 def test_factors_are_a_plain_lora_of_rank_r(batch):

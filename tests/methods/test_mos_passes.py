@@ -8,25 +8,8 @@ import petl
 from petl.core.layers import context
 from petl.errors import UnsupportedError
 from petl.methods.mos import adapter as mos_adapter
-from petl.testing.models import TINY_MODELS
 
 __all__ = ["batch"]
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_gives_the_same_gradients(batch, reentrant):
-    def gradients(model):
-        randomize(model)
-        model.train()
-        model(**batch).loss.backward()
-        return {name: pool.grad for name, pool in pools(model).items()}
-
-    expected = gradients(wrapped())
-    model = wrapped()
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    for name, grad in gradients(model).items():
-        torch.testing.assert_close(grad, expected[name])
 
 
 def in_training(**checkpointing):
@@ -82,16 +65,6 @@ def test_a_forward_without_gradients_before_backward_does_not_affect_checkpointi
     torch.testing.assert_close(pool_gradients(model), pool_gradients(expected))
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_two_forwards_before_one_backward_work_under_checkpointing(batch, reentrant):
-    other = TINY_MODELS["llama"].batch(seed=5)
-    expected, model = in_training(), in_training(use_reentrant=reentrant)
-    for one in (batch, other):
-        expected(**one).loss.backward()
-    (model(**batch).loss + model(**other).loss).backward()
-    torch.testing.assert_close(pool_gradients(model), pool_gradients(expected))
-
-
 def test_layers_called_alone_after_a_step_use_the_new_shards(batch):
     model = in_training()
     model(**batch).loss.backward()
@@ -139,11 +112,3 @@ def test_reentrant_checkpointing_raises_in_several_processes(batch, monkeypatch)
 
 def test_several_processes_are_counted():
     assert context.num_processes() == 1
-
-
-def test_compiles_without_a_graph_break(batch):
-    model = wrapped().train()
-    randomize(model)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss)

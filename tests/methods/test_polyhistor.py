@@ -444,15 +444,6 @@ def test_an_exported_task_is_a_plain_adapter(fields):
         export_task(model, "c")
 
 
-def test_saved_and_loaded_with_its_tasks(tmp_path):
-    model, ids = wrapped(), torch.tensor([1, 0, 1])
-    expected = model(images(), task_ids=ids).logits
-    model.save_pretrained(tmp_path)
-    loaded = petl.load(swin(), tmp_path)
-    assert loaded.active_peft_config.tasks == TASKS
-    torch.testing.assert_close(loaded(images(), task_ids=ids).logits, expected)
-
-
 def test_binary_quantizes_the_network_that_writes_adapters():
     model = petl.wrap(swin(), "binary", inner="polyhistor", tasks=TASKS, bits=4).eval()
     ids = torch.tensor([0, 1, 1])

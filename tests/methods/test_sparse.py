@@ -1,14 +1,11 @@
 """Sparse fine-tuning: the layer, its budget, memory, file and errors."""
 
-import dataclasses
 import math
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from omegaconf import OmegaConf
 from sparse_fixtures import (
     CYCLE,
     LINEARS,
@@ -28,9 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageCl
 
 import petl
 from petl import testing
-from petl.core.spec.config import MethodConfig
 from petl.errors import InputError, UnsupportedError
-from petl.methods.sparse import SparseConfig, SparseSM3
+from petl.methods.sparse import SparseSM3
 from petl.ops.sparse import BLOCK
 
 CONTRACT = {"fields": {"total_step": 100}}  # of the run; train.py fills it in
@@ -410,12 +406,3 @@ def test_8_bit_state_and_sharded_values_raise_before_any_exchange():
     adapter.values.data = adapter.values.data[:0]  # as under ZeRO-3
     with pytest.raises(UnsupportedError, match="reselection needs values whose gradients"):
         petl.lifecycle(model).after_step(A, optimizer)
-
-
-def test_the_yaml_has_the_defaults_of_the_config():
-    path = Path(__file__).parents[2] / "configs/method/sparse.yaml"
-    fields = {str(key): value for key, value in OmegaConf.load(path).items() if key != "name"}
-    assert petl.build_config("sparse", **fields) == SparseConfig()
-    added = {f.name for f in dataclasses.fields(SparseConfig)}
-    added -= {f.name for f in dataclasses.fields(MethodConfig)}
-    assert added <= set(fields)

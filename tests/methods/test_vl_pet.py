@@ -384,15 +384,6 @@ def test_targets_that_it_does_not_adapt_are_refused():
     assert set(adapters(only)) == {VALUES["t5"].format(i) for i in range(2)}
 
 
-def test_merging_is_refused():
-    model = petl.wrap(FAMILIES["t5"].build(), "vl_pet")
-    with pytest.raises(UnsupportedError, match=r"unload\(\)"):
-        model.merge_adapter()
-    plain = testing.switching.hooks_of(FAMILIES["t5"].build())
-    small = petl.wrap(FAMILIES["t5"].build(), "vl_pet", gate="small")
-    assert testing.switching.hooks_of(small.unload()) == plain
-
-
 def test_settings_without_effect_are_logged(caplog):
     petl.wrap(FAMILIES["t5"].build(), "vl_pet", gate="middle_y", gate_rank=3, identity_gate=True)
     text = caplog.text
