@@ -180,9 +180,9 @@ class AdapterTuner(AskingTuner):
         """
         autocast = autocast_adapter_dtype or self.method.keep_float32
         for layer in layers_of(self.model):
-            if adapter_name in layer.adapters:
+            for _, adapter in layer.pick([adapter_name]):
                 dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
-                _cast(layer.adapters[adapter_name], dtype, autocast)
+                _cast(adapter, dtype, autocast or adapter.keep_float32)
         if adapter_name in self.shared:
             dtype = next((p.dtype for p in self.model.parameters()), None)
             _cast(self.shared[adapter_name], dtype, autocast)

@@ -252,7 +252,7 @@ class Binary(Outer):
             warnings.warn(
                 "the adapter file has codes but no latent weights: training starts from weights "
                 "spread evenly around the codes; to resume exactly, save with save_format='latent'",
-                stacklevel=2,
+                stacklevel=3,
             )
         return super().unpack(saved, entries)
 
