@@ -33,7 +33,7 @@ BUDGETS = {
     "data": 9150,
     "training": 12000,
     "methods": 18350,
-    "adapters": 7600,
+    "adapters": 7450,
     "generation": 4650,
     "experiments": 6400,
     "cli": 3600,

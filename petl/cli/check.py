@@ -32,4 +32,4 @@ def check(options: CheckAdapterOptions) -> None:
         print_table(("severity", "finding", "remedy"), rows)
     errors, warnings = found.count("error"), found.count("warning")
     if errors or (options.strict and warnings):
-        raise RunStopped(f"{errors} errors, {warnings} warnings")
+        raise RunStopped(f"{options.path}: errors: {errors}, warnings: {warnings}")

@@ -17,7 +17,7 @@ from petl.data.tasks.chat_template import MAX_LENGTH, check_template, within_dea
 from petl.errors import InputError, first_line, shown
 from petl.system.files.read import read_text
 
-NO_ROWS, GENERATION_CONFIG = "no rows given: --data FILE", "generation_config.json"
+NO_ROWS = "no rows given: --data FILE"
 ANSWER = "petl-check-answer"  # no template has this text itself
 CHAT = [
     {"role": "user", "content": "petl-check-question"},
@@ -186,20 +186,22 @@ def no_stop(subject: Subject) -> Iterator[Found]:
     end = found[0][2] if found else ""
     if eos and (end == eos or (not end and eos in tail)):
         return
-    generation = subject.generation()
-    try:
-        config: Any = subject.of_base
-    except NotCheckedError:
-        config = {}
-    if generation is None and not config:
-        raise NotCheckedError(
-            f"{GENERATION_CONFIG} of the base is not on this machine: give --base"
-        )
-    stops = [(generation or {}).get("eos_token_id"), config.get("eos_token_id")]
-    ids = {i for each in stops for i in (each if isinstance(each, list) else [each])}
-    if end and any(subject.added.get(i) == end for i in ids if isinstance(i, int)):
+    ids = stops(subject)
+    if end and end in {subject.added.get(number) for number in ids}:
         return
-    names = sorted({subject.added.get(i, f"id {i}") for i in ids if i is not None} | ({eos} - {""}))
-    stop = ", ".join(names) or "no token"
-    ending = f"ends turns with {end}" if end else f"ends turns with {shown(tail)}, no special token"
+    names = {subject.added.get(number, f"id {number}") for number in ids} | {eos} - {""}
+    stop = ", ".join(sorted(names)) or "no token"
+    ending = f"ends turns with {end or shown(tail)}{'' if end else ', no special token'}"
     yield Found(f"the chat template {ending}; generation stops at {stop}", TEMPLATE)
+
+
+def stops(subject: Subject) -> set[int]:
+    """Return the ids at which generation stops, by the generation config or else the config.
+
+    Raises:
+        NotCheckedError: neither is on this machine.
+    """
+    generation = subject.generation()
+    given: Any = subject.of_base if generation is None else generation
+    ids = given.get("eos_token_id")
+    return {number for number in (ids if isinstance(ids, list) else [ids]) if type(number) is int}

@@ -173,8 +173,8 @@ def prefixes(subject: Subject) -> Iterator[Found]:
     """Names without PEFT's prefix, or with that of a wrapper: PEFT leaves such tensors out."""
     if subject.config.get("target_modules") is None and not subject.config.get("target_parameters"):
         raise NotCheckedError(f"{subject.kind} has no targets")
-    # methods of petl have tensors of the tuner as well, which all layers share
-    expected = "base_model." if subject.kind.startswith("PETL_") else PREFIX
+    # other methods have tensors of the tuner as well, which all layers share
+    expected = PREFIX if subject.kind == "LORA" else "base_model."
     names = subject.weights.stored
     twice = (PREFIX * 2, f"{PREFIX}module.")
     for what, found in {
@@ -201,7 +201,8 @@ def is_target(subject: Subject, path: str) -> bool:
     """Return True if the config's targets have a module, by its path in the base model."""
     config = vars(subject.patterns)
     owners = [name.rpartition(".")[0] for name in config.get("target_parameters") or ()]
-    if any(f".{path}".endswith(f".{owner}") for owner in owners):
+    # the name of a parameter alone does not say which module owns it
+    if any(not owner or f".{path}".endswith(f".{owner}") for owner in owners):
         return True
     blocks, index = config.get("layers_to_transform"), BLOCK.search(path)
     wanted = [blocks] if isinstance(blocks, int) else blocks

@@ -50,7 +50,7 @@ class BaseConfig(TypedDict, total=False):
     vocab_size: int
     num_hidden_layers: int
     tie_word_embeddings: bool
-    eos_token_id: int | list[int] | None
+    eos_token_id: int | list[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,8 +179,9 @@ class Subject:
     def beside(self, name: str) -> Path | None:
         """Return a file of the base model, if it is on this machine."""
         place = self.base or self.config.get("base_model_name_or_path")
-        if (self.folder / "base" / name).is_file() and not self.base:
-            return self.folder / "base" / name  # of a base with random weights
+        inside = self.folder / "base" / name  # of a base with random weights
+        if not self.base and inside.is_file() and not inside.is_symlink():
+            return inside
         # a path of another machine's network is not looked up
         if not isinstance(place, str) or place.startswith(("\\\\", "//")) or why_impossible(place):
             return None
@@ -209,7 +210,10 @@ class Subject:
         merged = {**content, **(inner if isinstance(inner, dict) else {})}
         merged.setdefault("tie_word_embeddings", content.get("tie_word_embeddings"))
         known = {key: merged[key] for key in BaseConfig.__annotations__ if merged.get(key)}
-        return BaseConfig(**known)
+        try:
+            return with_shape(known, BaseConfig)
+        except ValueError as error:
+            raise NotCheckedError(f"{file} cannot be used: {error}") from error
 
     def generation(self) -> dict[str, Any] | None:
         """Return the generation config: the adapter's, or else the base's; None: neither."""

@@ -41,7 +41,7 @@ ENGINES = {
     # its converter reads lora_alpha, and the rank of each layer from the tensors
     "llama.cpp": Engine(
         "llama.cpp",
-        "b7000",
+        "",
         {
             **COMMON,
             "alphas": "it has an alpha_pattern, and {engine} reads lora_alpha alone",

@@ -10,12 +10,18 @@ from pathlib import Path
 import checked_folders as folders
 import pytest
 import torch
-from contract_cases import OWN, models_of
+from contract_cases import OWN, adopted, models_of
 from contract_cases import own as own_case
+from hub_server import OWNER
+from huggingface_hub import try_to_load_from_cache
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_families import FAMILIES
 
 import petl
+from petl.testing.case import stir
 
+pytest_plugins = ["hub_server"]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -41,6 +47,44 @@ def test_what_a_method_of_petl_saves_is_healthy(method, tmp_path):
     checked = petl.check(tmp_path)
     assert checked.ok, [*checked]
     assert checked.made_by.startswith("petl ")
+
+
+@pytest.mark.parametrize("method", ["adalora", "ia3", "ln_tuning", "vblora", "vera"])
+def test_other_methods_of_peft_are_healthy(method, tmp_path):
+    adopted(method, "llama").wrap_stirred().save_pretrained(tmp_path)
+    checked = petl.check(tmp_path)
+    assert checked.ok, [*checked]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "all-linear"},  # of experts, names of parameters alone
+        {"target_parameters": ["mlp.experts.gate_up_proj"]},
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"trainable_token_indices": [1, 2]},
+        {"exclude_modules": ["layers.0.self_attn.q_proj"]},
+        {"layers_to_transform": 0},
+        {"use_rslora": True, "rank_pattern": {"layers.0.self_attn.q_proj": 2}},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_experts_embeddings_and_patterns_are_healthy(fields, tmp_path):
+    config = LoraConfig(**{"target_modules": ["q_proj"], **fields})
+    stir(get_peft_model(FAMILIES["mixtral"].build(), config)).save_pretrained(tmp_path)
+    checked = petl.check(tmp_path)
+    assert checked.ok, [*checked]
+
+
+def test_of_a_repository_only_the_adapter_is_downloaded(hub_server):
+    name = f"{OWNER}/adapter"
+    hub_server.add(name, folders.healthy("lora", "llama-factory"))
+    checked = petl.check(name)
+    assert checked.ok, [*checked]
+    assert checked.made_by == "LLaMA-Factory (README.md)"
+    cached = Path(try_to_load_from_cache(name, CONFIG)).parent
+    assert "training_args.bin" not in {file.name for file in cached.iterdir()}
 
 
 # Sick folders
@@ -316,6 +360,8 @@ def test_hostile_values_are_told_or_not_checked(fields, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
+        ("base/config.json", '{"vocab_size": "x", "eos_token_id": [[1]]}'),
+        ("base/generation_config.json", '{"eos_token_id": [[1], "x"]}'),
         (
             "tokenizer_config.json",
             '{"chat_template": 3, "eos_token": [], "added_tokens_decoder": 1}',
@@ -337,5 +383,6 @@ def test_hostile_values_are_told_or_not_checked(fields, tmp_path):
 )
 def test_hostile_files_end_in_findings_or_reasons(name, content, tmp_path):
     folder = shutil.copytree(folders.healthy("lora", "unsloth"), tmp_path / "adapter")
+    (folder / "base").mkdir()
     (folder / name).write_text(content)
     petl.check(folder)  # raises nothing: what fails is named by rules
