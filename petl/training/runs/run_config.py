@@ -42,7 +42,7 @@ def read_config(cfg: DictConfig | Settings) -> RunConfig:
             `petl train` cannot train, a module of `imports` that cannot be imported.
     """
     settings = plain(cfg)
-    import_modules(settings.get("imports"))  # which may add features; None in older runs
+    import_modules(settings.get("imports"))  # which may add features
     check_groups(settings)
     read_train(settings)  # before features read these settings
     for feature in features_of(settings):

@@ -32,6 +32,7 @@ from petl.efficiency.together.batches import LABELS, Batch, check_loss, room_for
 from petl.efficiency.together.group import TOGETHER, Member, check_alike, share_weights
 from petl.errors import InputError, did_you_mean
 from petl.system.values import read_fields
+from petl.training.dataloader import to_device
 from petl.training.optimizer import fraction_of_peak, make_optimizer, set_lr
 from petl.training.runs.settings import TrainConfig
 from petl.training.together.driver import Together, Training
@@ -321,8 +322,9 @@ class _TrainingJob(Training):
     def next_batch(self) -> Batch:
         """Return the batch of the next step, without taking it."""
         if self._next is None:
-            self._next = next(self._batches)
-            check_batch(self._next)
+            batch = next(self._batches)
+            check_batch(batch)
+            self._next = to_device(batch, self.device)
         return self._next
 
     @property

@@ -14,24 +14,20 @@ from petl.training.runs.settings import TrainConfig
 CPU = torch.device("cpu")
 
 
-def cpu_with(monkeypatch, *, amx=False, avx=False):
+@pytest.mark.parametrize(
+    ("amx", "avx", "onednn", "units"),
+    [
+        (True, True, True, "AMX"),
+        (False, True, True, "AVX512_BF16"),
+        (False, False, True, ""),
+        (True, False, False, ""),  # no kernels for its units
+    ],
+)
+def test_a_cpu_has_amx_or_avx512(monkeypatch, amx, avx, onednn, units):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
-
-
-@pytest.mark.parametrize(
-    ("amx", "avx", "units"),
-    [(True, True, "AMX"), (False, True, "AVX512_BF16"), (False, False, "")],
-)
-def test_a_cpu_has_amx_or_avx512(monkeypatch, amx, avx, units):
-    cpu_with(monkeypatch, amx=amx, avx=avx)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
     assert bf16_units(CPU) == units
-
-
-def test_a_cpu_without_onednn_has_no_kernels_for_its_units(monkeypatch):
-    cpu_with(monkeypatch, amx=True)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert bf16_units(CPU) == ""
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -234,13 +234,13 @@ def test_a_run_without_tracker_imports_none():
 
 
 @pytest.mark.parametrize("spec", [None, ModuleSpec("wandb", None)])
-@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
-def test_a_tracker_that_is_not_installed_names_the_extra(name, spec, monkeypatch):
+@pytest.mark.parametrize("name", ["wandb", "tensorboard", *SERVICES])
+def test_a_tracker_that_is_not_installed_names_its_extra(name, spec, monkeypatch):
     monkeypatch.setattr(extras, "find_spec", lambda _: spec)  # a spec without origin: some folder
-    with pytest.raises(
-        InputError, match=rf"{name}, which is not .*pip install 'petl-peft\[tracking\]'"
-    ):
+    extra = name if name in SERVICES else "tracking"
+    with pytest.raises(InputError, match=rf"tracker={name} .*pip install 'petl-peft\[{extra}\]'"):
         read_config(compose(["+method=lora", f"tracker={name}"]))
+    assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
 
 
 def test_the_yaml_of_each_tracker_lists_its_settings_with_their_defaults(monkeypatch):

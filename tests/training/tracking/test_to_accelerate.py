@@ -10,16 +10,12 @@ import time
 import urllib.request
 
 import pytest
-from training_fixtures import ROOT, train, train_until_killed
+from training_fixtures import train, train_until_killed
 
 import petl
 from petl.errors import InputError
-from petl.system.imports import extras
-from petl.training.compose import compose
-from petl.training.runs.run_config import read_config
 from petl.training.tracking import read_tracker
 from petl.training.tracking.base import TrackerTable
-from petl.training.tracking.services import SERVICES
 
 pytest_plugins = ["training_fixtures"]
 
@@ -183,19 +179,6 @@ def test_trackio_has_one_run_with_metrics_and_tables(tiny, tmp_path, capsys):
 
 
 # All of them
-
-
-@pytest.mark.parametrize("name", SERVICES)
-def test_a_tracker_that_is_not_installed_names_its_extra(name, monkeypatch):
-    monkeypatch.setattr(extras, "find_spec", lambda _: None)
-    package = SERVICES[name].package
-    message = (
-        f"tracker={name} needs the package {package}, which is not installed; run: "
-        rf"pip install 'petl-peft\[{name}\]'"
-    )
-    with pytest.raises(InputError, match=message):
-        read_config(compose(["+method=lora", f"tracker={name}"]))
-    assert f"\n{name} = [" in (ROOT / "pyproject.toml").read_text()
 
 
 OWN = """
