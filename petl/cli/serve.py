@@ -9,7 +9,7 @@ from petl.cli.table import API_KEY, NO_DRAFTS, ServeOptions
 from petl.errors import InputError
 
 if TYPE_CHECKING:
-    from petl.generation.serving.served import ServedAdapter
+    from petl.generation.serving.engine import ServedAdapter
 
 LOCAL = "localhost"
 logger = logging.getLogger("petl")

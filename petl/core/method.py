@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from petl.core.calibrate import Calibration
 from petl.core.compat import BaseTunerLayer, LoraModel, tuner_class
 from petl.core.layers.context import ForwardContext, InputCapture
 from petl.core.layers.layer import Adapter, LayerShape, shape_of
@@ -42,7 +43,6 @@ from petl.core.support import Capability, Lacks, Part, reason_of, without_lora
 from petl.errors import ModuleKindError
 from petl.system.files.paths import method_preset
 
-Calibration = Iterable[Any] | Callable[[], Any]
 Finish = Callable[[PeftModel], None]
 Settings = dict[str, Any]  # by name, what an adapter needs besides its shape
 Tensors = dict[str, Tensor]

@@ -11,13 +11,14 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from petl.core.calibrate import Calibration
 from petl.core.compat import (
     adjustments_refused,
     tuner_class,
     without_noise,
 )
 from petl.core.fingerprint import fingerprint, remember_base
-from petl.core.method import Calibration, Method, WrapContext
+from petl.core.method import Method, WrapContext
 from petl.core.model.coverage import log_coverage
 from petl.core.model.targets import (
     PRESETS,

@@ -11,7 +11,7 @@ work unchanged. Other saved-tensor hooks (checkpointing, offloading) stay in eff
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,10 @@ from torch.autograd.function import once_differentiable
 from petl.core.layers.class_swap import SwappedClass, forward_code, swap_class
 from petl.core.parameters import check_module
 from petl.core.support import Capability
-from petl.efficiency.rewrite import Rewrite
+from petl.efficiency.rewrite import Rewrite, Value
 from petl.ops.low_rank import has_no_hooks
+
+T = TypeVar("T")
 
 
 class _ActivationProduct(torch.autograd.Function):
@@ -69,7 +71,7 @@ class _SavedView(NamedTuple):
     """Saved in place of a tensor: node and view (size, stride, offset) of its output."""
 
     node: Any
-    view: tuple[Any, ...]
+    view: tuple[torch.Size, tuple[int, ...], int]
 
     def tensor(self) -> Tensor:
         """Compute the output again and return the view of it."""
@@ -79,7 +81,7 @@ class _SavedView(NamedTuple):
 
 
 @contextmanager
-def _saved_as_recipe(x: Any) -> Generator[None]:
+def _saved_as_recipe(x: Tensor) -> Generator[None]:
     """In the block, save `_SavedView`s for `x` and its views, if `_ActivationProduct` made `x`."""
     node = getattr(x, "grad_fn", None)
     if not isinstance(node, _ActivationProduct._backward_cls):
@@ -90,10 +92,10 @@ def _saved_as_recipe(x: Any) -> Generator[None]:
     # by storage, so that reshaped views of x are recognized as well
     storage = x.untyped_storage()._cdata
 
-    def pack(tensor: Tensor) -> Any:
+    def pack(tensor: Tensor) -> object:
         if tensor.layout != torch.strided or tensor.untyped_storage()._cdata != storage:
             return outer_pack(tensor)
-        return _SavedView(node, (tensor.size(), tensor.stride(), tensor.storage_offset()))
+        return _SavedView(node, (tensor.size(), tensor.stride(), int(tensor.storage_offset())))
 
     def unpack(packed: Any) -> Tensor:
         return packed.tensor() if isinstance(packed, _SavedView) else outer_unpack(packed)
@@ -102,11 +104,11 @@ def _saved_as_recipe(x: Any) -> Generator[None]:
         yield
 
 
-def _same(packed: Any) -> Any:
+def _same(packed: T) -> T:
     return packed
 
 
-def _can_recompute(act: Any) -> bool:
+def _can_recompute(act: object) -> bool:
     """Return True in a pass with gradients, if `act` has no parameters and no hooks.
 
     torch.compile decides by itself what to recompute.
@@ -148,7 +150,7 @@ class _MlpOutput(SwappedClass):
 
     computes_as_before = True
 
-    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         with _saved_as_recipe(hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
 
@@ -185,7 +187,7 @@ class RecomputeMlp(Rewrite):
     only_trains = True
     mixins = (_GatedMlp, _Intermediate, _MlpOutput)
 
-    def refusal(self, model: nn.Module, value: Any = True) -> str:
+    def refusal(self, model: nn.Module, value: Value = True) -> str:
         """Return that no MLP has a known form."""
         if any(True for _ in _mlps(model)):
             return super().refusal(model, value)
@@ -194,7 +196,7 @@ class RecomputeMlp(Rewrite):
             "(down_proj, act_fn, gate_proj, up_proj) or plain as BERT's (intermediate, output)"
         )
 
-    def change(self, model: nn.Module, value: Any = True) -> int:
+    def change(self, model: nn.Module, value: Value = True) -> int:
         """Swap the classes of all MLPs of a known form."""
         mlps = list(_mlps(model))
         for parts in mlps:
@@ -215,7 +217,7 @@ def _mlps(model: nn.Module) -> Iterator[dict[nn.Module, type[SwappedClass]]]:
             yield {halves.intermediate: _Intermediate, halves.output: _MlpOutput}
 
 
-def _uses(module: Any, names: tuple[str, ...]) -> bool:
+def _uses(module: object, names: tuple[str, ...]) -> bool:
     """Return True if a module's class has `forward(self, x)` with just these names, in order."""
     code = forward_code(module)
     return code is not None and code.co_names == names and code.co_argcount == 2

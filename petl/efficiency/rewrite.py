@@ -7,7 +7,7 @@ modules, its tensors and its files stay, and `undo` takes the mixins out again.
 import logging
 from collections.abc import Iterator, Mapping
 from pkgutil import resolve_name
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from peft import PeftModel
 from torch import nn
@@ -28,6 +28,7 @@ REWRITES = {
     "skip_unread": "petl.efficiency.skip_unread.read_positions:SkipUnread",
     "cache_frozen": "petl.efficiency.frozen.cache:StoreFrozen",
 }
+Value = bool | int | str | None  # of a setting
 AUTO = "auto"  # the value of a setting that asks for a rewrite where it changes nothing but speed
 logger = logging.getLogger(__name__)
 
@@ -51,14 +52,14 @@ class Rewrite:
     capability: ClassVar[Capability]
     lacks: ClassVar[Lacks] = {}
     saves: ClassVar[str]
-    value: ClassVar[Any] = True
+    value: ClassVar[Value] = True
     tries: ClassVar[bool] = False
     exact: ClassVar[bool] = False
     only_trains: ClassVar[bool] = False
     needs_rows: ClassVar[bool] = False
     mixins: ClassVar[tuple[type[SwappedClass], ...]] = ()
 
-    def refusal(self, model: nn.Module, value: Any = None) -> str:
+    def refusal(self, model: nn.Module, value: Value = None) -> str:
         """Return why a model cannot be rewritten, which changes nothing; "" if it can.
 
         A subclass adds what it needs of the model to the rows of the table.
@@ -67,7 +68,7 @@ class Rewrite:
         pairs = (conflicts([own, part]) for part in parts_of(model))
         return next((conflict.reason for pair in pairs for conflict in pair), "")
 
-    def apply(self, model: nn.Module, value: Any = None) -> int:
+    def apply(self, model: nn.Module, value: Value = None) -> int:
         """Rewrite a model and return the number of modules changed.
 
         Raises:
@@ -79,7 +80,7 @@ class Rewrite:
             raise UnsupportedError(reason)
         return self.change(model, value)
 
-    def change(self, model: nn.Module, value: Any) -> int:
+    def change(self, model: nn.Module, value: Value) -> int:
         """Rewrite a model for which `refusal` has no reason; return the number of modules."""
         raise NotImplementedError
 
@@ -106,7 +107,7 @@ def rewrite(setting: str) -> Rewrite:
     return resolve_name(REWRITES[setting])()
 
 
-def rewrites_of(settings: Any, *, trains: bool = True) -> dict[str, Any]:
+def rewrites_of(settings: object, *, trains: bool = True) -> dict[str, Value]:
     """Return the rewrites that settings of a run ask for, by setting, with its value.
 
     Without those that need rows.
@@ -125,7 +126,7 @@ def rewrites_of(settings: Any, *, trains: bool = True) -> dict[str, Any]:
     return asked
 
 
-def apply_rewrites(model: nn.Module, rewrites: Mapping[str, Any]) -> list[str]:
+def apply_rewrites(model: nn.Module, rewrites: Mapping[str, Value]) -> list[str]:
     """Rewrite a model, as far as it allows what is asked for by default; return these settings.
 
     Call it after extra losses are attached, which may read more.

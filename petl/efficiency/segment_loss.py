@@ -15,10 +15,9 @@ import inspect
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
@@ -28,17 +27,11 @@ from petl.core.layers.class_swap import SwappedClass, original_class, swap_class
 from petl.core.layers.context import ForwardContext
 from petl.core.parameters import check_module
 from petl.core.support import Capability
-from petl.efficiency.rewrite import AUTO, Rewrite
+from petl.core.types import Arguments, CausalModel, base_of
+from petl.efficiency.rewrite import AUTO, Rewrite, Value
 from petl.errors import InputError
 from petl.ops.low_rank import WEIGHT_TYPES, has_no_hooks
-from petl.ops.segmented_loss import (
-    AnyHead,
-    Head,
-    LinearHead,
-    mean_loss,
-    require_tokens,
-    shifted,
-)
+from petl.ops.segmented_loss import AnyHead, Head, LinearHead, mean_loss, require_tokens, shifted
 
 TOKENS = 2048  # positions of a segment: 1 GB of float32 logits for 128,256 entries
 
@@ -91,7 +84,7 @@ def _forward_of(base: nn.Module) -> Any:
     return inspect.unwrap(kind.forward)
 
 
-def has_frozen_head(base: Any) -> bool:
+def has_frozen_head(base: CausalModel) -> bool:
     """Return True if the head of a causal LM is a frozen linear layer without an adapter."""
     head = base.get_output_embeddings()
     return not any(p.requires_grad for p in head.parameters()) and _is_linear(head)
@@ -108,7 +101,7 @@ class _SegmentedLoss(SwappedClass):
     loss_segment: int
     adds_to_logits: bool | None = None
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: object, **kwargs: object) -> object:
         own = super().forward
         if not is_segmented(self, kwargs):
             return own(*args, **kwargs)
@@ -140,9 +133,9 @@ class SegmentLoss(Rewrite):
     only_trains = True
     mixins = (_SegmentedLoss,)
 
-    def refusal(self, model: nn.Module, value: Any = TOKENS) -> str:
+    def refusal(self, model: nn.Module, value: Value = TOKENS) -> str:
         """Return why the model is no causal LM with the standard loss, or what reads its logits."""
-        base = _base_of(model)
+        base = base_of(model)
         reason = super().refusal(model, value) or refusal_of_loss(base)
         if not reason and "logits_to_keep" not in signature_of(base).parameters:
             reason = "its forward has no argument logits_to_keep"
@@ -150,24 +143,20 @@ class SegmentLoss(Rewrite):
             reason = "its head is trained, or no linear layer"
         return reason and f"the loss of {type(base).__name__} is not segmented: {reason}"
 
-    def change(self, model: nn.Module, value: Any = TOKENS) -> int:
+    def change(self, model: nn.Module, value: Value = TOKENS) -> int:
         """Swap the class of the model; a second call changes the size of a segment."""
-        base = _base_of(model)
+        base = base_of(model)
         swap_class(base, _SegmentedLoss)
-        base.loss_segment = TOKENS if value == AUTO else int(value)
+        cast(_SegmentedLoss, base).loss_segment = value if isinstance(value, int) else TOKENS
         return 1
 
 
-def _base_of(model: nn.Module) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def is_segmented(model: Any, kwargs: dict[str, Any]) -> bool:
+def is_segmented(model: CausalModel, kwargs: Arguments) -> bool:
     """Return True if a forward with these arguments computes its loss in segments."""
     return isinstance(model, _SegmentedLoss) and is_training(model, kwargs)
 
 
-def is_training(model: Any, kwargs: dict[str, Any]) -> bool:
+def is_training(model: CausalModel, kwargs: Arguments) -> bool:
     """Return True for a training forward with labels that returns a dictionary."""
     chosen = kwargs.get("return_dict")  # PEFT passes None
     as_tuple = chosen is False or (chosen is None and not model.config.return_dict)
@@ -184,7 +173,7 @@ def is_training(model: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _loss(
-    model: Any, own: Callable[..., Any], outputs: list[Any], *args: Any, **kwargs: Any
+    model: Any, own: Callable[..., Any], outputs: list[Any], *args: object, **kwargs: object
 ) -> Tensor:
     """Return the loss of `ForCausalLMLoss` from the decoder's last output; logits are not read."""
     given: dict[str, Any] = inspect.signature(ForCausalLMLoss).bind(*args, **kwargs).arguments
@@ -235,7 +224,7 @@ def _head(model: Any, tail: Callable[[Tensor], Tensor], rows: Tensor) -> tuple[H
     return AnyHead(lambda segment: tail(segment[None])[0], leaves), leaves
 
 
-def _is_linear(layer: Any) -> bool:
+def _is_linear(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and has_no_hooks(layer) and type(layer.weight) in WEIGHT_TYPES
 
 
@@ -334,7 +323,7 @@ def _leaves(logits: Tensor) -> list[Tensor]:
     return list(found.values())
 
 
-def _records_terms(model: Any) -> bool:
+def _records_terms(model: CausalModel) -> bool:
     """Return True if an adapter of the head recorded an auxiliary term in this forward."""
     head = model.get_output_embeddings()
     contexts = [getattr(layer, "context", None) for layer in head.modules()]

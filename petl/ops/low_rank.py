@@ -3,7 +3,7 @@
 Shapes: I in, O out, R rank, T tokens. The update B A [O, I] is never formed in a forward pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -34,6 +34,16 @@ def is_frozen_linear(
         and has_no_hooks(base)
         and not any(p.requires_grad for p in base.parameters(recurse=False))
     )
+
+
+def hooks_of(module: nn.Module) -> list[Callable[..., object]]:
+    """Return the hooks of a module that run with its passes; torch has no public list of them."""
+    return [
+        *module._forward_hooks.values(),
+        *module._forward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+        *module._backward_pre_hooks.values(),
+    ]
 
 
 def has_no_hooks(module: nn.Module) -> bool:

@@ -16,9 +16,10 @@ from bench.clocks import Spread, in_turn
 from bench.contenders import Contender, add_noise
 from bench.records import Record
 from bench.shapes import Bench, Shape
+from petl.core.model.copies import share_weights
 from petl.core.parameters import LiveBytes
 from petl.efficiency.together.batches import room_for
-from petl.efficiency.together.group import AdapterGroup, Member, share_weights
+from petl.efficiency.together.group import AdapterGroup, Member
 
 COUNTS = (2, 4, 8)  # adapters
 SIZES = ((1, 16), (1, 64), (4, 64))  # rows of an adapter, and tokens of a row

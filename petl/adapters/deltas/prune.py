@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from petl.adapters.deltas.states import DROPPED, SHARE, coded_names
+from petl.core.calibrate import calibration_pass
+from petl.core.masks import without_padding
 from petl.errors import InputError, shown
 from petl.ops.ternary import State
 
@@ -189,7 +191,6 @@ def spread_q(names: Iterable[str], q: Mapping[str, float]) -> dict[str, float]:
     return {name: q.get(name, weight_of.get(name, mean)) for name in names}
 
 
-@torch.no_grad()
 def output_moments(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], delta: State
 ) -> dict[str, tuple[float, float]]:
@@ -209,7 +210,7 @@ def output_moments(
     def measure(key: str, weight: Tensor, column_squares: Tensor) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             # [tokens, I]
-            x = _counted(args[0], current.get("attention_mask")).to(weight.dtype)
+            x = without_padding(args[0], current.get("attention_mask")).to(weight.dtype)
             S2 = (x @ weight.t()).square().sum(dtype=torch.float64)
             # sum_j c_ji^2 = x_i^2 sum_j delta_ji^2: no [tokens, O, I] is formed
             V = (x.square().sum(0).double() * column_squares).sum()
@@ -225,24 +226,11 @@ def output_moments(
             weight = weight.float().to(module.weight.device)
             measured = measure(key, weight, weight.double().square().sum(0))
             hooks.append(module.register_forward_hook(measured))
-    was_training = model.training
-    try:
-        model.eval()
+    with calibration_pass(model, hooks):
         for batch in batches:
             current = dict(batch)
             model(**batch)
-    finally:
-        model.train(was_training)
-        for handle in hooks:
-            handle.remove()
     return {key: (float(S2), float(V)) for key, (S2, V) in sums.items()}
-
-
-def _counted(x: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return the inputs of a layer as [tokens, I], without padding."""
-    if attention_mask is not None and x.shape[:-1] == attention_mask.shape:
-        return x[attention_mask.bool()]
-    return x.reshape(-1, x.shape[-1])
 
 
 @dataclass(frozen=True)

@@ -8,22 +8,20 @@ K = min(top, V).
 """
 
 from bisect import bisect_left
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
-from petl.core.model.modes import evaluation_mode
+from petl.core.calibrate import calibration_pass
+from petl.core.types import Batch, base_of
 from petl.data.tasks.base import IGNORED, sums_dtype
 from petl.errors import InputError
 
 TOP = 512
 LABELS = ("labels", "start_positions", "end_positions")  # columns that a model without loss lacks
-Batch = Mapping[str, Tensor]
 
 
 class CachedReference(NamedTuple):
@@ -150,13 +148,13 @@ class Divergence(DivergenceData):
         super().__init__(model, batches, most=most)
         if top < 1:
             raise InputError(f"top={top} is below 1, the minimum")
-        with evaluating(model):
+        with calibration_pass(model):
             self.reference = [cached(self.logits(batch), top) for batch in self.batches]
 
     def __call__(self, tokens: int) -> float:
         """Return the mean divergence over the first `tokens` positions, in nats."""
         total, count = 0.0, 0
-        with evaluating(self.model):
+        with calibration_pass(self.model):
             for number, part, positions in self.prefix(tokens):
                 values = divergence(self.reference[number], self.logits(part)[:positions])
                 total, count = total + float(values.double().sum()), count + positions
@@ -169,7 +167,7 @@ class TaskLoss(DivergenceData):
     def __call__(self, tokens: int) -> float:
         """Return the mean loss over the rows that hold the first `tokens` positions, in nats."""
         total, count = 0.0, 0
-        with evaluating(self.model):
+        with calibration_pass(self.model):
             for _, part, positions in self.prefix(tokens):
                 loss = self.model(**part)["loss"]
                 total, count = total + positions * float(loss), count + positions
@@ -209,18 +207,6 @@ def terms(log_p: Tensor, log_q: Tensor) -> Tensor:
     log_p, log_q = (t.to(sums_dtype(t.device)) for t in (log_p, log_q))
     p = log_p.exp()
     return p * (log_p - log_q) - p + log_q.exp()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Generator[None]:
-    """Context without gradients, in evaluation mode."""
-    with evaluation_mode(model), torch.no_grad():
-        yield
-
-
-def base_of(model: nn.Module) -> Any:
-    """Return the model of transformers under a PEFT model, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

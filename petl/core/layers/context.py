@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from petl.core.layers.task_rows import TaskRows, take_task_ids
+from petl.core.masks import as_2d, tokens_of
 from petl.errors import InputError, UnsupportedError
 from petl.system.collectives import REPLICA, num_processes, summed
 
@@ -205,12 +206,7 @@ class ForwardContext:
     def read_masks(self, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
         """Set `mask` and `decoder_mask` from the inputs of the base model."""
         # from keyword arguments only: trainers of transformers pass batches so
-        self.mask = as_2d(kwargs.get("attention_mask"))
-        self.decoder_mask = as_2d(kwargs.get("decoder_attention_mask"))
-        # without a mask of its own, a decoder's padding is where labels are ignored
-        if self.decoder_mask is None and is_encoder_decoder(model):
-            labels = as_2d(kwargs.get("labels"))
-            self.decoder_mask = None if labels is None else labels.ne(-100)
+        self.mask, self.decoder_mask = tokens_of(kwargs, has_decoder=is_encoder_decoder(model))
 
     def refuse_wrapper(self, model: nn.Module, args: Any) -> None:
         """Forward pre-hook of the base model: raise UnsupportedError under a parallel wrapper.
@@ -360,11 +356,6 @@ def counted_labels(model: nn.Module, labels: Tensor, kwargs: Mapping[str, Any]) 
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Return True if the model's config says that it is an encoder-decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def as_2d(mask: Any) -> Tensor | None:
-    """Return `mask` if it is a 2-D tensor, else None (4-D masks and block masks are not used)."""
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 class _AddGradient(torch.autograd.Function):

@@ -1,14 +1,26 @@
-"""Copies of models without values."""
+"""Copies of models: with the same tensors, or without values."""
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 from petl.core.layers.class_swap import AdapterDict, SwappedClass, original_class
+from petl.core.types import base_of
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def share_weights(model: M) -> M:
+    """Return a copy of the modules of `model` that has the same parameters and buffers.
+
+    A change of a weight in place, such as a merged adapter, is a change of all copies.
+    """
+    # entries of the memo are taken as copies that exist already
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 class _Copier:
@@ -69,5 +81,4 @@ def skeleton_of(model: nn.Module, device: str = "meta") -> Any:
     It shares with the model all attributes that are neither modules, tensors nor configs, so it is
     for adding an adapter and looking at its tensors, not for running.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return _Copier(device).of_module(base)
+    return _Copier(device).of_module(base_of(model))

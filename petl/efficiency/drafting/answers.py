@@ -11,11 +11,12 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from petl.core.model.modes import evaluation_mode
 from petl.core.parameters import max_positions
+from petl.core.types import Arguments, CausalModel, base_of
 from petl.efficiency.drafting.calls import why_plain
 from petl.errors import InputError, UnsupportedError
 from petl.system.collectives import made_by, num_processes, number, shared_out
@@ -154,7 +155,7 @@ def answers(
 
 
 @contextmanager
-def seeded(model: Any, seed: int | None) -> Generator[None]:
+def seeded(model: CausalModel, seed: int | None) -> Generator[None]:
     """Draw from a seed inside the block, and leave the random state as it was; None: nothing."""
     if seed is None:
         yield
@@ -165,8 +166,8 @@ def seeded(model: Any, seed: int | None) -> Generator[None]:
         yield
 
 
-def _check_model(model: Any) -> None:
-    base = _base(model)
+def _check_model(model: nn.Module) -> None:
+    base = base_of(model)
     reason = why_plain(base)
     if reason:
         raise UnsupportedError(reason)
@@ -182,14 +183,16 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _check(model: Any, prompts: Sequence[Sequence[int]], tokens: int, batch_size: int) -> None:
+def _check(
+    model: nn.Module, prompts: Sequence[Sequence[int]], tokens: int, batch_size: int
+) -> None:
     for name, value in (("tokens", tokens), ("batch_size", batch_size)):
         if value < 1:
             raise InputError(f"{name}={value} is not 1 or more")
     if not prompts:
         raise InputError(f"prompts={prompts!r}: there are no prompts to answer")
     # None: rotary positions of any number
-    limit = max_positions(_base(model))
+    limit = max_positions(base_of(model))
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise InputError(f"prompt {i} is empty")
@@ -200,16 +203,10 @@ def _check(model: Any, prompts: Sequence[Sequence[int]], tokens: int, batch_size
             )
 
 
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _written(
-    model: Any, prompts: Sequence[Sequence[int]], settings: dict[str, Any]
-) -> list[Tensor]:
+def _written(model: Any, prompts: Sequence[Sequence[int]], settings: Arguments) -> list[Tensor]:
     """Return prompt and answer of each row, without padding."""
     ids = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts]
-    config: Any = _base(model).generation_config
+    config = base_of(model).generation_config
     pad = settings.get("pad_token_id", config.pad_token_id)
     pad = 0 if pad is None else int(pad)
     whole = {"input_ids": ids, "attention_mask": [torch.ones_like(row) for row in ids]}
@@ -229,9 +226,9 @@ def _written(
     return rows
 
 
-def _states(model: Any, row: Tensor) -> Tensor:
+def _states(model: nn.Module, row: Tensor) -> Tensor:
     """Return the outputs of the final norm of a row, [L, H], 16 bits."""
-    base = _base(model)
+    base = base_of(model)
     dtype = base.dtype if base.dtype.itemsize == 2 else torch.bfloat16
     # row by row: padding would change rounding, and long rows need little besides their states
     outputs = base.base_model(input_ids=row[None].to(base.device), use_cache=False)

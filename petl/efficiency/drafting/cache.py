@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, cache_utils
 from transformers.cache_utils import DynamicLayer
 
@@ -25,14 +25,14 @@ OTHER_STATES = tuple(
 )
 
 
-def cache_argument(model: Any) -> str:
+def cache_argument(model: nn.Module) -> str:
     """Return the name of a model's argument and output for its cache."""
     # renamed in transformers 5.24
     accepted = inspect.signature(model.forward).parameters
     return "cache" if "cache" in accepted else "past_key_values"
 
 
-def refusal(cache: Any) -> str:
+def refusal(cache: object) -> str:
     """Return why drafts cannot be taken off a cache; "" if they can."""
     layers = getattr(cache, "layers", None)
     if not isinstance(cache, Cache) or layers is None:

@@ -4,13 +4,14 @@ Shapes: L tokens of prompt and answer, T tokens of the answer, V tokens of the v
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from petl.core.model.modes import evaluation_mode
 from petl.core.parameters import max_positions
+from petl.core.types import CausalModel, base_of
 from petl.efficiency.drafting import tree
 from petl.efficiency.drafting.cache import cache_argument, compact
 from petl.efficiency.drafting.calls import why_plain
@@ -27,7 +28,7 @@ PROMISE = (
 )
 
 
-def verify(model: Any, *, tokens: int = 32, cache_length: int = 32) -> float:
+def verify(model: nn.Module, *, tokens: int = 32, cache_length: int = 32) -> float:
     """Compare passes over several tokens with passes over one, on random text.
 
     The tokens are a chain and, where the model can compute one, a tree with two children at each
@@ -72,7 +73,7 @@ def verify(model: Any, *, tokens: int = 32, cache_length: int = 32) -> float:
 
 
 def check_answer(
-    model: Any, ids: Sequence[int], drafter: Drafter | str = "free", *, tokens: int = 64
+    model: nn.Module, ids: Sequence[int], drafter: Drafter | str = "free", *, tokens: int = 64
 ) -> float:
     """Answer a prompt greedily with drafts, and check the answer by what is promised.
 
@@ -102,11 +103,12 @@ def check_answer(
         "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "use_cache": True,
         "pad_token_id": 0,
     }  # fmt: skip
+    writer = cast(CausalModel, model)
     with evaluation_mode(model):
-        found = model.generate(prompt, **settings, custom_generate=decode, drafter=drafter)[0]
+        found = writer.generate(prompt, **settings, custom_generate=decode, drafter=drafter)[0]
         gap = float(shortfalls(model, found, len(ids)).max())
         if torch.finfo(base.dtype).eps < 1e-5:
-            plain = model.generate(prompt, **settings)[0]
+            plain = writer.generate(prompt, **settings)[0]
             if not torch.equal(found, plain):
                 place = _first_difference(found.tolist(), plain.tolist()) - len(ids)
                 raise UnsupportedError(
@@ -128,7 +130,7 @@ def _first_difference(ours: list[int], theirs: list[int]) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
 
 
-def rounding(model: Any, *, positions: int = 256) -> float:
+def rounding(model: nn.Module, *, positions: int = 256) -> float:
     """Return the largest difference of logits between one pass and token after token.
 
     Args:
@@ -142,7 +144,7 @@ def rounding(model: Any, *, positions: int = 256) -> float:
 
 
 @torch.no_grad()
-def shortfalls(model: Any, ids: Tensor, start: int) -> Tensor:
+def shortfalls(model: nn.Module, ids: Tensor, start: int) -> Tensor:
     """Return how far the logit of each token of a greedy answer is below the largest one, [T].
 
     A token of an answer in 16 bits may lie up to twice `rounding(model)` below; one that was not
@@ -157,7 +159,7 @@ def shortfalls(model: Any, ids: Tensor, start: int) -> Tensor:
     Raises:
         InputError: there is no answer.
     """
-    ids = ids.reshape(1, -1).to(model.device)
+    ids = ids.reshape(1, -1).to(base_of(model).device)
     if not 0 < start < ids.shape[1]:
         raise InputError(f"start={start} is not from 1 to {ids.shape[1] - 1}: no token to check")
     with evaluation_mode(model):
@@ -166,17 +168,17 @@ def shortfalls(model: Any, ids: Tensor, start: int) -> Tensor:
     return logits.amax(-1) - own
 
 
-def _decoder(model: Any) -> Any:
+def _decoder(model: nn.Module) -> CausalModel:
     """Return the model of transformers, or raise UnsupportedError."""
     reason = why_plain(model)
     if reason:
         raise UnsupportedError(reason)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base_of(model)
 
 
 @torch.no_grad()
 def _differences(
-    model: Any, base: Any, cache_length: int, parents: Sequence[int]
+    model: nn.Module, base: CausalModel, cache_length: int, parents: Sequence[int]
 ) -> tuple[float, float]:
     """Return the largest difference of logits between one pass and many, and the largest logit.
 
@@ -198,7 +200,7 @@ def _differences(
         depths = torch.tensor([tree.depths(parents)], device=base.device)
         inputs["position_ids"] = cache_length + depths
 
-    def logits(part: Tensor, cache: Any, **more: Tensor) -> Tensor:
+    def logits(part: Tensor, cache: object, **more: Tensor) -> Tensor:
         return model(input_ids=part, use_cache=True, **{name: cache}, **more).logits[0].float()
 
     with evaluation_mode(model):

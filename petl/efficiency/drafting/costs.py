@@ -12,6 +12,7 @@ from torch import nn
 from petl.core.compat import BaseTunerLayer
 from petl.core.model.modes import evaluation_mode
 from petl.core.parameters import max_positions
+from petl.core.types import base_of
 from petl.efficiency.drafting.cache import cache_argument, compact
 from petl.errors import InputError
 from petl.ops.packed import PackedWeights, packed_classes
@@ -28,7 +29,7 @@ class Costs:
     """
 
     # kept for the whole process: a measurement while decoding takes 28 passes and a prefill
-    _measured: dict[tuple[Any, ...], "Costs"] = {}
+    _measured: dict[tuple[object, ...], "Costs"] = {}
 
     def __init__(self, seconds: Mapping[int, float]) -> None:
         """Take measured or assumed seconds.
@@ -111,14 +112,15 @@ class Costs:
 TYPICAL = Costs({1: 1.0, 2: 1.29, 3: 1.1, 4: 1.1, 6: 1.08, 8: 1.27, 16: 1.56, 32: 2.2, 64: 3.5})
 
 
-def _key(model: Any) -> tuple[Any, ...]:
+def _key(model: nn.Module) -> tuple[object, ...]:
+    base = base_of(model)
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     adapters = {(*m.active_adapters, m.disable_adapters, *m.merged_adapters) for m in layers}
     parameters = sum(p.numel() for p in model.parameters())
-    config = model.config.get_text_config()
+    config = base.config.get_text_config()
     shape = (type(model).__name__, parameters, config.num_hidden_layers, config.vocab_size)
     state = (config._attn_implementation, len(layers), *sorted(map(str, adapters)))
-    return (*shape, model.dtype, str(model.device), torch.get_num_threads(), *state)
+    return (*shape, base.dtype, str(base.device), torch.get_num_threads(), *state)
 
 
 def _seconds(
@@ -138,7 +140,7 @@ def _seconds(
     vocabulary = model.config.get_text_config().vocab_size
     shape = (1, cache_length + max(counts))
     ids = torch.randint(vocabulary, shape, generator=generator).to(model.device)
-    name = cache_argument(getattr(model, "get_base_model", lambda: model)())
+    name = cache_argument(base_of(model))
     cache = model(input_ids=ids[:, :cache_length], use_cache=True)[name]
     times: dict[int, list[float]] = {n: [] for n in counts}
     with nullcontext() if packed is None else packed_classes(model):

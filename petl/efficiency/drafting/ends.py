@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from petl.core.compat import BaseTunerLayer
 from petl.core.layers.context import is_encoder_decoder
+from petl.core.types import base_of
 from petl.errors import InputError, UnsupportedError
 from petl.system.collectives import is_sharded
 
@@ -27,7 +28,7 @@ class Ends:
         vocabulary: V.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: nn.Module | None) -> None:
         """Find both.
 
         Raises:
@@ -37,7 +38,7 @@ class Ends:
         """
         if model is None:
             raise InputError("model=None: this drafter needs the model that it drafts for")
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         name = type(base).__name__
         if is_sharded(base):
             raise UnsupportedError(
@@ -61,7 +62,7 @@ class Ends:
                 f"{inner.in_features}; this drafter needs one width"
             )
         # gathered rows, and what they were gathered from
-        self._rows: tuple[Any, Tensor, Tensor | None] | None = None
+        self._rows: tuple[tuple[object, ...], Tensor, Tensor | None] | None = None
 
     @property
     def device(self) -> torch.device:

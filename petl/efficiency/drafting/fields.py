@@ -1,11 +1,12 @@
 """Checks of a drafter's fields and vocabulary, which may be those of somebody else's file."""
 
-from typing import Any
+from torch import nn
 
+from petl.core.types import base_of
 from petl.errors import InputError
 
 
-def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+def check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
     """Raise InputError unless a field is an integer from `low` to `high`; None: no upper bound."""
     # True is an int, too
     is_integer = isinstance(value, int) and not isinstance(value, bool)
@@ -14,7 +15,7 @@ def check_integer(name: str, value: Any, low: int, high: int | None = None) -> N
         raise InputError(f"{name}={value!r} is no integer {allowed}")
 
 
-def check_count(name: str, value: Any, high: int) -> None:
+def check_count(name: str, value: object, high: int) -> None:
     """Raise InputError unless a field is "auto" or an integer from 1 to `high`."""
     if value != "auto":
         try:
@@ -23,13 +24,13 @@ def check_count(name: str, value: Any, high: int) -> None:
             raise InputError(f"{error}, and not 'auto'") from error
 
 
-def check_bool(name: str, value: Any) -> None:
+def check_bool(name: str, value: object) -> None:
     """Raise InputError unless a field is True or False."""
     if not isinstance(value, bool):
         raise InputError(f"{name}={value!r} is neither True nor False")
 
 
-def vocabulary_of(model: Any) -> int:
+def vocabulary_of(model: nn.Module | None) -> int:
     """Return the number of tokens of a model.
 
     Raises:
@@ -38,10 +39,10 @@ def vocabulary_of(model: Any) -> int:
     if model is None:
         raise InputError(f"model={model}: this drafter needs the model that it drafts for")
     # not the tokenizer's number: heads are often filled up to a round number of rows
-    return model.config.get_text_config().vocab_size
+    return base_of(model).config.get_text_config().vocab_size
 
 
-def check_vocabulary(what: str, size: int, model: Any) -> None:
+def check_vocabulary(what: str, size: int, model: nn.Module) -> None:
     """Raise InputError unless a drafter of a vocabulary of this size, 0: any, fits a model."""
     own = vocabulary_of(model)
     if size not in (0, own):

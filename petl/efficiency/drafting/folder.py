@@ -4,14 +4,15 @@ import logging
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from petl.core.types import Settings
 from petl.efficiency.drafting.fields import check_vocabulary
 from petl.efficiency.drafting.identity import hash_of_tokenizer, hashes_of
-from petl.efficiency.drafting.registry import Drafter, of_fields
+from petl.efficiency.drafting.registry import Drafter, DrafterConfig, of_fields
 from petl.errors import InputError
 from petl.system.files.disk import check_links, write_json
 from petl.system.files.read import read_json
@@ -22,30 +23,10 @@ CONFIG, WEIGHTS = "drafter_config.json", "drafter_model.safetensors"
 PATHS = ("table",)  # fields that name folders
 
 
-class DrafterConfig(TypedDict):
-    """The content of drafter_config.json.
-
-    Attributes:
-        name: in the registry.
-        fields: of the drafter.
-        vocabulary: number of tokens; 0 if any will do.
-        hashes: of base model, adapter and tokenizer, by these names, as far as they are known.
-        frequencies: rank frequencies by depth, then rank.
-        calibration: weight and bias of the calibrated acceptance; empty: none.
-    """
-
-    name: str
-    fields: dict[str, Any]
-    vocabulary: int
-    hashes: dict[str, str]
-    frequencies: list[list[float]]
-    calibration: list[float]
-
-
 def write(
     folder: str | Path,
     name: str,
-    fields: Mapping[str, Any],
+    fields: Settings,
     *,
     vocabulary: int = 0,
     hashes: Mapping[str, str] | None = None,
@@ -87,7 +68,9 @@ def read(folder: Path) -> DrafterConfig:
     return read_json(folder / CONFIG, DrafterConfig)
 
 
-def load_drafter(folder: str | Path, model: Any, tokenizer: Any = None) -> Drafter:
+def load_drafter(
+    folder: str | Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Drafter:
     """Load a saved drafter for a model.
 
     With other weights than it was trained for, such as another adapter, it decodes correctly but
@@ -123,7 +106,12 @@ def load_drafter(folder: str | Path, model: Any, tokenizer: Any = None) -> Draft
     return found
 
 
-def _check_hashes(source: Path, saved: Mapping[str, str], model: Any, tokenizer: Any) -> None:
+def _check_hashes(
+    source: Path,
+    saved: Mapping[str, str],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
     """Refuse another embedding, head or tokenizer; warn of other weights between them."""
     present = hashes_of(model) if saved else {}
     if "tokenizer" in saved and tokenizer is not None:

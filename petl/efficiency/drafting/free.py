@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from petl.core.types import CausalModel
 from petl.efficiency.drafting import folder as files
 from petl.efficiency.drafting.answers import DraftAnswers
 from petl.efficiency.drafting.costs import TYPICAL
@@ -15,6 +17,7 @@ from petl.efficiency.drafting.recycling import Recycling
 from petl.efficiency.drafting.registry import (
     Draft,
     Drafter,
+    DrafterConfig,
     Needs,
     PassOutput,
     Root,
@@ -39,7 +42,7 @@ class Free(Drafter):
     needs = Needs(logits=True)
     parts = PARTS  # whose fields it takes
 
-    def __init__(self, model: Any = None, **fields: Any) -> None:
+    def __init__(self, model: nn.Module | None = None, **fields: Any) -> None:
         """Build both drafters.
 
         Args:
@@ -83,7 +86,7 @@ class Free(Drafter):
         self.lookup.observe(seen)
         self.recycling.observe(seen)
 
-    def save(self, folder: str | Path, tokenizer: Any = None) -> None:
+    def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Write the table and frequencies of `recycling`, and the fields of both.
 
         `lookup` counts anew in each process.
@@ -94,14 +97,14 @@ class Free(Drafter):
         # overwrites the config, which is why it was read; `lookup` has no tensors
         self.lookup.save(root)
         fields = {**files.read(root)["fields"], **config["fields"]}
-        own: files.DrafterConfig = {**config, "name": self.name, "fields": fields}
+        own: DrafterConfig = {**config, "name": self.name, "fields": fields}
         files.write_config(root, own)
 
-    def fill(self, answers: DraftAnswers, model: Any) -> None:
+    def fill(self, answers: DraftAnswers, model: CausalModel) -> None:
         """Learn from answers of a model, see `Recycling.fill`."""
         self.recycling.fill(answers, model)
 
-    def restore(self, config: files.DrafterConfig, tensors: dict[str, Tensor]) -> None:
+    def restore(self, config: DrafterConfig, tensors: dict[str, Tensor]) -> None:
         """Take over what `save` has written besides the fields."""
         self.recycling.restore(config, tensors)
 

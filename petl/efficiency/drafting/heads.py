@@ -4,12 +4,11 @@ Shapes: N positions, H width, c conditions (embeddings of the tokens drafted bef
 tokens of the draft vocabulary.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
+from petl.core.types import Settings
 from petl.efficiency.drafting.ends import Ends
 from petl.efficiency.drafting.fields import check_bool, check_integer
 from petl.efficiency.drafting.prefix import Prefix, prefix_layer
@@ -96,7 +95,7 @@ class Heads(Drafter):
     place: Tensor
     scale: Tensor
 
-    def __init__(self, model: Any, fields: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module | None, fields: Settings) -> None:
         """Create the modules.
 
         Args:
@@ -191,7 +190,7 @@ class Heads(Drafter):
         return self.ends.logits(y, self.index)
 
 
-def check_fields(fields: dict[str, Any]) -> None:
+def check_fields(fields: Settings) -> None:
     """Raise InputError for a field of another type or out of range."""
     if fields["kind"] not in KINDS:
         raise InputError(f"kind={fields['kind']!r} is none of {', '.join(KINDS)}")

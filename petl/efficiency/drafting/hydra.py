@@ -9,23 +9,31 @@ vocabulary D, and a recurrent cell serves all of them. Shapes: N positions, K he
 V tokens, D tokens of the draft vocabulary, T tokens of answers, P positions in them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from petl.efficiency.drafting import folder as files
-from petl.efficiency.drafting import learning, tree
+from petl.efficiency.drafting import tree
 from petl.efficiency.drafting.answers import DraftAnswers
 from petl.efficiency.drafting.costs import TYPICAL
 from petl.efficiency.drafting.frequencies import Frequencies, path_probabilities
-from petl.efficiency.drafting.heads import Heads
 from petl.efficiency.drafting.identity import hash_of_tokenizer, hashes_of
+from petl.efficiency.drafting.learning import LearningHeads
 from petl.efficiency.drafting.levels import Levels
-from petl.efficiency.drafting.registry import Draft, Needs, PassOutput, Root, register
+from petl.efficiency.drafting.registry import (
+    Draft,
+    DrafterConfig,
+    Needs,
+    PassOutput,
+    Root,
+    register,
+)
 from petl.errors import InputError
 from petl.system.files.tensor_file import check_finite, check_index, check_shapes
 
@@ -41,7 +49,7 @@ PRIOR = {
 
 
 @register("hydra")
-class Hydra(Heads):
+class Hydra(LearningHeads):
     """Drafts a tree level by level with heads that were trained on the model's own answers.
 
     Attributes:
@@ -50,7 +58,7 @@ class Hydra(Heads):
 
     def __init__(  # noqa: PLR0913 - all by name
         self,
-        model: Any = None,
+        model: nn.Module | None = None,
         *,
         kind: Literal["recurrent", "sequential", "parallel"] = "recurrent",
         heads: int = 3,
@@ -206,36 +214,9 @@ class Hydra(Heads):
             states = float(answers.states.double().square().mean().sqrt())
             self.scale.fill_(states / self.ends.embedding_rms())
 
-    def batches(
-        self, answers: DraftAnswers, size: int, generator: torch.Generator
-    ) -> Iterator[Tensor]:
-        """Yield positions of answers in random order, about `size` at a time."""
-        # the prefix layer reads whole rows
-        return learning.batches(answers, size, generator, by_row=self.reader is not None)
-
-    def loss(
-        self,
-        answers: DraftAnswers,
-        positions: Tensor | None = None,
-        *,
-        target: Literal["hard", "soft"] = "hard",
-    ) -> Tensor:
-        """Return the weighted sum of the heads' mean cross-entropies, a scalar.
-
-        Args:
-            answers: of the model.
-            positions: some of `answers.positions`; None: all.
-            target: "hard": the tokens; "soft": the model's distribution over D.
-        """
-        return learning.loss(self, answers, positions, target)
-
-    def count(self, answers: DraftAnswers) -> None:
-        """Count rank frequencies on answers, which the heads should not have been trained on."""
-        self.frequencies.restore(learning.frequencies(self, answers, self.frequencies.table()))
-
     # Files
 
-    def save(self, folder: str | Path, tokenizer: Any = None) -> None:
+    def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Write fields, weights, rank frequencies and what the drafter was trained for.
 
         Args:
@@ -255,7 +236,7 @@ class Hydra(Heads):
         )
 
     @torch.no_grad()
-    def restore(self, config: files.DrafterConfig, tensors: dict[str, Tensor]) -> None:
+    def restore(self, config: DrafterConfig, tensors: dict[str, Tensor]) -> None:
         """Take over what `save` has written besides the fields, in the dtype of the model.
 
         Raises:

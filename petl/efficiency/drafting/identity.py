@@ -6,19 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 from petl.core.fingerprint import fingerprint
+from petl.core.types import base_of
 
 
-def hashes_of(model: Any) -> dict[str, str]:
+def hashes_of(model: nn.Module) -> dict[str, str]:
     """Return hashes of a model's weights by what a drafter needs of them.
 
     `base` is of the input embedding and the output head, which a drafter reads; `adapter` of all
     other weights and of the active adapters, which decide what the model writes. Both are of
     samples, rounded to bfloat16: see petl.core.fingerprint.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     # adapters that do not compute have no part in what the model writes
     active, inactive = _adapters(base)
     ends = {
@@ -37,7 +39,7 @@ def hashes_of(model: Any) -> dict[str, str]:
     return {kind: _hash(found) for kind, found in parts.items()}
 
 
-def hash_of_tokenizer(tokenizer: Any) -> str:
+def hash_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of the tokens and their ids."""
     return _hash(tokenizer.get_vocab())
 
@@ -60,5 +62,5 @@ def _own(module: Any) -> nn.Module:
     return getattr(module, "original_module", module)
 
 
-def _hash(content: Mapping[str, Any]) -> str:
+def _hash(content: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

@@ -7,16 +7,24 @@ dialogue and code is a better guess than the first one, which transformers takes
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from petl.efficiency.drafting import folder as files
 from petl.efficiency.drafting.costs import TYPICAL
 from petl.efficiency.drafting.fields import check_count, check_integer
 from petl.efficiency.drafting.frequencies import Frequencies
-from petl.efficiency.drafting.registry import Draft, Drafter, PassOutput, Root, register
+from petl.efficiency.drafting.registry import (
+    Draft,
+    Drafter,
+    DrafterConfig,
+    PassOutput,
+    Root,
+    register,
+)
 from petl.efficiency.drafting.tree import best_count
 
 LONGEST = 15  # drafts of length="auto"
@@ -34,7 +42,7 @@ class Lookup(Drafter):
 
     def __init__(
         self,
-        model: Any = None,
+        model: nn.Module | None = None,
         *,
         max_ngram: int = 3,
         min_ngram: int = 2,
@@ -113,12 +121,12 @@ class Lookup(Drafter):
             if guessed != true:
                 break
 
-    def save(self, folder: str | Path, tokenizer: Any = None) -> None:
+    def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Write the fields and the frequencies."""
         fields = {"max_ngram": self.max_ngram, "min_ngram": self.min_ngram, "length": self.length}
         files.write(folder, self.name, fields, frequencies=self.frequencies.table())
 
-    def restore(self, config: files.DrafterConfig, tensors: dict[str, Tensor]) -> None:
+    def restore(self, config: DrafterConfig, tensors: dict[str, Tensor]) -> None:
         """Take over what `save` has written besides the fields."""
         self.frequencies.restore(config["frequencies"] or PRIOR)
 

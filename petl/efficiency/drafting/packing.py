@@ -1,10 +1,10 @@
 """When decoding packs the linear weights of a model, see `petl.ops.packed`."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
-from torch import nn
+from torch import Tensor, nn
 
 from petl.errors import UnsupportedError
 from petl.ops.packed import PackedWeights, is_supported, packable, packed_classes, packed_weights
@@ -40,7 +40,7 @@ class Packing:
                 f"{getattr(model, 'dtype', 'its dtype')} has none here; leave it at 'auto'"
             )
         if pack == "auto":
-            unique: dict[int, Any] = {id(layer.weight): layer.weight for layer in layers}
+            unique: dict[int, Tensor] = {id(layer.weight): layer.weight for layer in layers}
             size = sum(weight.nbytes for weight in unique.values())
             layers = layers if 2 * size < psutil.virtual_memory().available else []
         # the first passes over several tokens tell whether there will be more

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
-from transformers import Cache, GenerationConfig
+from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from petl.core.layers.layer import Adapter
 from petl.core.parameters import max_positions
+from petl.core.types import CausalModel
 from petl.efficiency.drafting import tree
 from petl.efficiency.drafting.cache import cache_argument, compact, refusal
+from petl.efficiency.drafting.calls import ModelInputs
 from petl.errors import UnsupportedError
 
 MASKED = ("sdpa", "eager")  # implementations of attention that take any mask
@@ -39,7 +40,7 @@ def has_position_table(model: nn.Module) -> bool:
     )
 
 
-def takes_trees(model: Any) -> bool:
+def takes_trees(model: PreTrainedModel) -> bool:
     """Return True if a model can compute a tree of tokens in one pass.
 
     Its attention then takes any mask, it takes positions, no bias or window of its attention goes
@@ -62,13 +63,20 @@ class DraftPasses:
         states: outputs of the final norm in the last pass, [N, H]; None unless they are captured.
     """
 
-    def __init__(self, model: Any, kwargs: dict[str, Any]) -> None:
-        self.model, self.kwargs = model, kwargs
+    def __init__(self, model: CausalModel, ids: Tensor, kwargs: ModelInputs) -> None:
+        """Prepare passes.
+
+        Args:
+            model: of transformers, with its adapters.
+            ids: of the prompt, [1, L].
+            kwargs: further inputs of the model, with its cache.
+        """
+        self.model, self.ids, self.kwargs = model, ids, kwargs
         self.cache_name = cache_argument(model)
         self.states: Tensor | None = None
         self.is_own = False  # inside a pass of ours: processors and measurements make others
         self.limit = max_positions(model) if has_position_table(model) else None
-        self.has_keep = model._supports_logits_to_keep()
+        self.has_keep = model._supports_logits_to_keep()  # ty: ignore[invalid-argument-type]
         # without position_ids, positions are taken from the number of tokens
         self.chains_only = kwargs.get("position_ids") is None or not takes_trees(model)
 
@@ -99,7 +107,7 @@ class DraftPasses:
         finally:
             handle.remove()
 
-    def _capture(self, module: Any, args: Any, output: Any) -> None:
+    def _capture(self, module: nn.Module, args: object, output: Sequence[Tensor]) -> None:
         if self.is_own:
             # the last hidden state is first in tuples and outputs alike, [1, N, H]
             self.states = output[0][0]
@@ -113,10 +121,18 @@ class DraftPasses:
         finally:
             self.is_own = False
 
-    def prefill(self, ids: Tensor, config: GenerationConfig) -> Tensor:
+    def all_ids(self, tokens: Sequence[int]) -> Tensor:
+        """Return tokens that begin with those of earlier calls, [1, L]."""
+        missing = len(tokens) - self.ids.shape[1]
+        if missing:
+            self.ids = torch.cat([self.ids, self.ids.new_tensor([tokens[-missing:]])], 1)
+        return self.ids
+
+    def prefill(self, config: GenerationConfig) -> Tensor:
         """Compute the prompt, and return the logits of its last tokens, [1 or L, V]."""
         with self._own():
-            outputs = self.model._prefill(
+            ids: Any = self.ids
+            outputs = self.model._prefill(  # ty: ignore[invalid-argument-type]
                 ids, config, self.kwargs, is_first_iteration=not config.is_assistant
             )
         self._update(outputs, 1)
@@ -136,24 +152,20 @@ class DraftPasses:
         # entries, not positions, are counted: a tree is less deep than long, so this is cautious
         return self.limit is None or self.cache.get_seq_length() + count <= self.limit
 
-    def run(self, ids: Tensor, tokens: Sequence[int], parents: Sequence[int], count: int) -> Tensor:
-        """Compute a root and its drafts in one pass, and return their logits, [N, V].
-
-        Args:
-            ids: [1, L], of which the last is the root.
-            tokens: of the drafts.
-            parents: of the drafts.
-            count: number of tokens of the pass; those beyond root and drafts only fill it up.
-        """
+    def run(
+        self, ids: Sequence[int], tokens: Sequence[int], parents: Sequence[int], count: int
+    ) -> Tensor:
+        """Return the logits of a root and its drafts, [N, V]; see `Passes` of rounds.py."""
         kwargs, nodes = dict(self.kwargs), len(tokens) + 1
+        input_ids = self.all_ids(ids)
         if count > 1:
             extra = [*tokens, *[0] * (count - nodes)]
-            ids = torch.cat([ids, ids.new_tensor([extra])], 1)
+            input_ids = torch.cat([input_ids, input_ids.new_tensor([extra])], 1)
             self._extend(kwargs, parents, count)
         if self.has_keep:
             kwargs["logits_to_keep"] = count
         inputs = self.model.prepare_inputs_for_generation(
-            ids, next_sequence_length=count if kwargs["use_cache"] else None, **kwargs
+            input_ids, next_sequence_length=count if kwargs["use_cache"] else None, **kwargs
         )
         with self._own():
             outputs = self.model(**inputs, return_dict=True)
@@ -163,14 +175,11 @@ class DraftPasses:
             self.states = self.states[:nodes]
         return outputs.logits[0, -count:][:nodes]
 
-    def _extend(self, kwargs: dict[str, Any], parents: Sequence[int], count: int) -> None:
+    def _extend(self, kwargs: ModelInputs, parents: Sequence[int], count: int) -> None:
         """Extend the inputs that have an entry per token by the drafts and what fills them up."""
-        fill = count - 1 - len(parents)
         positions = kwargs.get("position_ids")
         if positions is not None:
-            depth = tree.depths(parents)[1:]
-            # those that fill it up may not exceed the model's positions
-            depth += [max(depth, default=0)] * fill
+            depth = tree.padded_depths(parents, count)[1:]
             # [1, L], or [axes, 1, L] in models with images; text moves along all axes alike
             added = positions.new_tensor(depth).expand(*positions.shape[:-1], -1)
             kwargs["position_ids"] = torch.cat([positions, positions[..., -1:] + added], -1)
@@ -180,25 +189,13 @@ class DraftPasses:
                 kwargs[name] = torch.cat(
                     [kwargs[name], last.expand(*last.shape[:-1], count - 1)], -1
                 )
-        mask = kwargs.get("attention_mask")
-        if not tree.is_chain(parents):
-            # the mask is [1, S + 1], with the root, which `tree_mask` counts among the nodes
-            past = self.cache.get_seq_length() if mask is None else mask[0, :-1]
-            # a node that fills up sees the root only
-            filled = [*parents, *[0] * fill]
-            device = self.model.device
-            kwargs["attention_mask"] = tree.tree_mask(filled, past, self.model.dtype, device)
-        elif mask is not None:
-            # a chain is causal as it is: those that fill up come last, where no draft sees them
-            kwargs["attention_mask"] = pad(mask, (0, count - 1), value=1)
+        past = self.cache.get_seq_length()
+        mask = tree.extended_mask(kwargs.get("attention_mask"), parents, count, past, self.model)
+        if mask is not None:
+            kwargs["attention_mask"] = mask
 
     def keep(self, path: Sequence[int], count: int) -> None:
-        """Keep the accepted nodes of the last pass, over `count` tokens, in the cache.
-
-        Args:
-            path: numbers of the nodes, 0 first.
-            count: as of `run`.
-        """
+        """Keep the accepted nodes of the last pass in the cache; see `Passes` of rounds.py."""
         if count > 1:
             compact(self.cache, path, count)
         self._update(self.outputs, len(path))

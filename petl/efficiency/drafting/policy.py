@@ -5,8 +5,9 @@ begins as soon as one pass is lost, by the measured costs, so that a short text 
 either. Where some drafts are right the clock decides, over a longer stretch.
 """
 
-from typing import Any
 from weakref import WeakKeyDictionary
+
+from torch import nn
 
 LOSS = 1.0  # passes over one token that drafts in a row, none of them right, may cost
 # tokens of the rest after it; the next one, with half the loss before it, is twice as long
@@ -77,9 +78,9 @@ class Switch:
         self.is_on = not self.left
 
 
-_known: WeakKeyDictionary[Any, Switch] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, Switch] = WeakKeyDictionary()
 
 
-def switch_of(drafter: Any) -> Switch:
+def switch_of(drafter: nn.Module) -> Switch:
     """Return the switch of a drafter, which goes on over calls: short answers add up to windows."""
     return _known.setdefault(drafter, Switch())

@@ -6,7 +6,7 @@ its cache, H width.
 
 import copy
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,15 @@ from transformers import DynamicCache
 
 from petl.core.layers.class_swap import original_class
 from petl.core.model.structure import blocks, is_causal
+from petl.core.types import Arguments, CausalModel
+from petl.efficiency.drafting.cache import cache_argument
 from petl.efficiency.drafting.tree import tree_mask
 from petl.errors import UnsupportedError
 
 CLOSING = ("o_proj", "down_proj")  # the last linear layers of attention and MLP
 
 
-def prefix_layer(model: Any) -> nn.Module:
+def prefix_layer(model: CausalModel) -> nn.Module:
     """Build a decoder layer of the model's own shape in float32, which returns its input at first.
 
     Raises:
@@ -57,16 +59,14 @@ class Prefix:
         known: the number of tokens up to the last one that it has read.
     """
 
-    def __init__(self, layer: nn.Module, model: Any) -> None:
-        self.layer, self.rotary = layer, model.base_model.rotary_emb
-        kind: Any = original_class(layer)
-        accepted = inspect.signature(kind.forward).parameters
-        self.cache_name = "cache" if "cache" in accepted else "past_key_values"
+    def __init__(self, layer: nn.Module, model: CausalModel) -> None:
+        self.layer, self.rotary = layer, cast(nn.Module, model.base_model.rotary_emb)
+        self.cache_name = cache_argument(layer)
         self.clear()
 
     def clear(self) -> None:
         """Forget the text."""
-        self.cache: Any = DynamicCache()
+        self.cache = DynamicCache()
         self.known = 0
 
     def read(self, states: Tensor, first: int) -> Tensor:
@@ -80,7 +80,7 @@ class Prefix:
         """Return its outputs for the states of a whole text, [N, H]."""
         return self._run(states, 0, 0, {self.cache_name: None})
 
-    def _run(self, states: Tensor, first: int, past: int, more: dict[str, Any]) -> Tensor:
+    def _run(self, states: Tensor, first: int, past: int, more: Arguments) -> Tensor:
         places = torch.arange(first, first + len(states), device=states.device)[None]
         mask = tree_mask(range(len(states) - 1), past, states.dtype, states.device)
         found = self.layer(

@@ -9,14 +9,16 @@ arXiv:2407.12021). Shapes: V tokens of the vocabulary, N nodes of a pass.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from petl.core.types import CausalModel, Settings
 from petl.efficiency.drafting import folder as files
 from petl.efficiency.drafting import tree
 from petl.efficiency.drafting.answers import DraftAnswers
@@ -24,7 +26,15 @@ from petl.efficiency.drafting.costs import TYPICAL
 from petl.efficiency.drafting.fields import check_bool, check_count, check_integer, vocabulary_of
 from petl.efficiency.drafting.frequencies import Frequencies, path_probabilities
 from petl.efficiency.drafting.identity import hash_of_tokenizer
-from petl.efficiency.drafting.registry import Draft, Drafter, Needs, PassOutput, Root, register
+from petl.efficiency.drafting.registry import (
+    Draft,
+    Drafter,
+    DrafterConfig,
+    Needs,
+    PassOutput,
+    Root,
+    register,
+)
 from petl.errors import InputError
 from petl.system.files.tensor_file import read_file
 
@@ -50,7 +60,7 @@ class Recycling(Drafter):
 
     def __init__(  # noqa: PLR0913 - all by name
         self,
-        model: Any = None,
+        model: nn.Module | None = None,
         *,
         k: int = 8,
         nodes: int | Literal["auto"] = "auto",
@@ -217,7 +227,7 @@ class Recycling(Drafter):
                 self.pairs.popitem(last=False)
 
     @torch.no_grad()
-    def fill(self, answers: DraftAnswers, model: Any) -> None:
+    def fill(self, answers: DraftAnswers, model: CausalModel) -> None:
         """Learn from answers of a model as decoding them with drafts would teach it.
 
         Each round takes the true tokens as far as the table has them; their rows are then those of
@@ -263,7 +273,7 @@ class Recycling(Drafter):
 
     # Files
 
-    def save(self, folder: str | Path, tokenizer: Any = None) -> None:
+    def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Write the table, the fields and the frequencies, with the hash of a tokenizer."""
         files.write(
             folder,
@@ -275,7 +285,7 @@ class Recycling(Drafter):
             tensors={"table": self.table},
         )
 
-    def restore(self, config: files.DrafterConfig, tensors: dict[str, Tensor]) -> None:
+    def restore(self, config: DrafterConfig, tensors: dict[str, Tensor]) -> None:
         """Take over what `save` has written besides the fields."""
         self._take(tensors.get("table"), "the saved drafter")
         if not self.keep:
@@ -297,7 +307,7 @@ class Recycling(Drafter):
         self.table.copy_(table)
 
 
-def _check(fields: Mapping[str, Any]) -> None:
+def _check(fields: Settings) -> None:
     """Raise InputError for a field of another type or out of range."""
     limits = {"k": (1, MOST_RANKS), "depth": (1, DEEPEST), "entries": (1, None), "order": (2, 3)}
     for name, (low, high) in limits.items():

@@ -5,21 +5,18 @@ never in its state dict. Shapes: N nodes of a pass (the root, then the drafts), 
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import (
-    Any,
-    ClassVar,
-    NamedTuple,
-    Protocol,
-    TypeVar,
-    runtime_checkable,
-)
+from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from petl.core.types import CausalModel, Settings
+from petl.efficiency.drafting.answers import DraftAnswers
+from petl.efficiency.drafting.costs import Costs
 from petl.errors import UnknownNameError, UnsupportedError, choose, did_you_mean
 
 DrafterClass = TypeVar("DrafterClass", bound=type["Drafter"])
@@ -31,25 +28,13 @@ class Needs:
 
     Attributes:
         last: the output of the final norm at each node.
-        blocks: numbers of blocks whose outputs it reads; none can be given yet.
         prompt: the states of the prompt's tokens, too.
         logits: the logits of each node.
-
-    Raises:
-        UnsupportedError: `blocks` is not empty.
     """
 
     last: bool = False
-    blocks: tuple[int, ...] = ()
     prompt: bool = False
     logits: bool = False
-
-    def __post_init__(self) -> None:
-        if self.blocks:
-            raise UnsupportedError(
-                f"blocks={self.blocks}: a drafter can read the output of the final norm only; set "
-                "last=True"
-            )
 
 
 class Root(NamedTuple):
@@ -96,6 +81,26 @@ class PassOutput(NamedTuple):
     path: list[int]
 
 
+class DrafterConfig(TypedDict):
+    """The content of drafter_config.json.
+
+    Attributes:
+        name: in the registry.
+        fields: of the drafter.
+        vocabulary: number of tokens; 0 if any will do.
+        hashes: of base model, adapter and tokenizer, by these names, as far as they are known.
+        frequencies: rank frequencies by depth, then rank.
+        calibration: weight and bias of the calibrated acceptance; empty: none.
+    """
+
+    name: str
+    fields: dict[str, Any]
+    vocabulary: int
+    hashes: dict[str, str]
+    frequencies: list[list[float]]
+    calibration: list[float]
+
+
 class Drafter(nn.Module):
     """Guesses the next tokens of one row.
 
@@ -112,7 +117,7 @@ class Drafter(nn.Module):
     parts: ClassVar[tuple[str, ...]] = ()
     needs: Needs = Needs()
     vocabulary: int = 0
-    costs: Any = None
+    costs: Costs | None = None
 
     def start(self, ids: Sequence[int], states: Tensor | None) -> None:
         """Begin a row, after the pass over its prompt.
@@ -134,11 +139,11 @@ class Drafter(nn.Module):
     def observe(self, seen: PassOutput) -> None:
         """Learn from a pass, with drafts or without."""
 
-    def loss(self, answers: Any) -> Tensor:
+    def loss(self, answers: DraftAnswers) -> Tensor:
         """Return the training loss on answers of the model, a scalar."""
         raise UnsupportedError(f"{self.name or type(self).__name__} has nothing to train")
 
-    def save(self, folder: str | Path, tokenizer: Any = None) -> None:
+    def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Write the drafter to a folder, from which `petl.load_drafter` reads it.
 
         Args:
@@ -147,7 +152,7 @@ class Drafter(nn.Module):
         """
         raise UnsupportedError(f"{self.name or type(self).__name__} has nothing to save")
 
-    def restore(self, config: Any, tensors: dict[str, Tensor]) -> None:
+    def restore(self, config: DrafterConfig, tensors: dict[str, Tensor]) -> None:
         """Take over what `save` has written besides the fields; nothing here.
 
         Args:
@@ -163,14 +168,16 @@ DRAFTERS: dict[str, type[Drafter]] = {}
 class FittedDrafter(Protocol):
     """A drafter with weights that are fitted to `petl.drafting.Answers`."""
 
-    def prepare(self, answers: Any) -> None:
+    def prepare(self, answers: DraftAnswers) -> None:
         """Take what does not train from answers."""
 
-    def batches(self, answers: Any, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    def batches(
+        self, answers: DraftAnswers, size: int, generator: torch.Generator
+    ) -> Iterator[Tensor]:
         """Yield positions of answers in random order, about `size` at a time."""
         ...
 
-    def count(self, answers: Any) -> None:
+    def count(self, answers: DraftAnswers) -> None:
         """Count rank frequencies on answers."""
 
 
@@ -178,7 +185,7 @@ class FittedDrafter(Protocol):
 class TableDrafter(Protocol):
     """A drafter whose table is filled by decoding, or from `petl.drafting.Answers`."""
 
-    def fill(self, answers: Any, model: Any) -> None:
+    def fill(self, answers: DraftAnswers, model: CausalModel) -> None:
         """Learn from answers of a model."""
 
 
@@ -218,7 +225,7 @@ def fields_of(name: str) -> dict[str, Any]:
         UnknownNameError: there is no such drafter.
     """
     # the constructor is the only list of fields; `drafter` checks and `free` divides by it
-    cls: Any = choose(DRAFTERS, name, "drafter")
+    cls = choose(DRAFTERS, name, "drafter")
     parameters = inspect.signature(cls.__init__).parameters.values()
     own = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     # such a class takes `**fields`, of which the signature has no names
@@ -227,7 +234,7 @@ def fields_of(name: str) -> dict[str, Any]:
     return own
 
 
-def drafter(name: str, *, model: Any = None, **fields: Any) -> Drafter:
+def drafter(name: str, *, model: nn.Module | None = None, **fields: Any) -> Drafter:
     """Build the drafter `name`.
 
     Args:
@@ -243,7 +250,7 @@ def drafter(name: str, *, model: Any = None, **fields: Any) -> Drafter:
     return of_fields(name, model, fields)
 
 
-def of_fields(name: str, model: Any, fields: Mapping[str, Any]) -> Drafter:
+def of_fields(name: str, model: nn.Module | None, fields: Settings) -> Drafter:
     """Build a drafter of fields with any names, such as those of a file; see `drafter`."""
     known = fields_of(name)
     for field in fields:
@@ -251,5 +258,5 @@ def of_fields(name: str, model: Any, fields: Mapping[str, Any]) -> Drafter:
             raise UnknownNameError(
                 f"drafter {name!r} has no field {field!r}" + did_you_mean(field, known)
             )
-    cls: Any = DRAFTERS[name]
-    return cls(model, **fields)
+    build: Callable[..., Drafter] = DRAFTERS[name]
+    return build(model, **fields)

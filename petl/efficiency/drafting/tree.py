@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
 
 from petl.errors import InputError
 
 if TYPE_CHECKING:
     from petl.efficiency.drafting.costs import Costs
-    from petl.efficiency.drafting.registry import Draft
 
 Path = tuple[int, ...]
 
@@ -51,6 +52,15 @@ def depths(parents: Iterable[int]) -> list[int]:
     for parent in parents:
         found.append(found[parent] + 1)
     return found
+
+
+def padded_depths(parents: Sequence[int], count: int) -> list[int]:
+    """Return the depths of `count` nodes, the root's included, if those behind the drafts fill up.
+
+    These are as deep as the deepest draft: no position is one that the model does not have.
+    """
+    found = depths(parents)
+    return found + [max(found)] * (count - len(found))
 
 
 def is_chain(parents: Sequence[int]) -> bool:
@@ -94,12 +104,17 @@ def selected(
 
 
 def fitted(
-    draft: "Draft", vocabulary: int, *, budget: int | None, depth: int | None, chains_only: bool
+    draft: tuple[Tensor, Tensor],
+    vocabulary: int,
+    *,
+    budget: int | None,
+    depth: int | None,
+    chains_only: bool,
 ) -> tuple[list[int], list[int]]:
     """Return tokens and parents of the drafts that can be verified.
 
     Args:
-        draft: of a drafter.
+        draft: tokens and parents of a drafter.
         vocabulary: number of tokens of the model.
         budget: number of drafts at most; None: no limit.
         depth: how deep they may be; None: no limit.
@@ -109,13 +124,13 @@ def fitted(
         InputError: the draft is no tree, or has unknown tokens.
     """
     # a drafter may be somebody else's: lists of lists would fail far from here
-    for name, tensor in (("tokens", draft.tokens), ("parents", draft.parents)):
+    for name, tensor in zip(("tokens", "parents"), draft, strict=True):
         if tensor.dim() != 1 or tensor.is_floating_point():
             raise InputError(
                 f"the {name} of a draft are {tensor.dtype} {list(tensor.shape)}: integers, one "
                 "for each draft"
             )
-    tokens, parents = draft.tokens.tolist(), draft.parents.tolist()
+    tokens, parents = (each.tolist() for each in draft)
     check_draft(tokens, parents, vocabulary)
     if budget is not None:
         tokens, parents = tokens[:budget], parents[:budget]
@@ -155,6 +170,30 @@ def tree_mask(
     lowest = torch.finfo(dtype).min
     mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
     return mask.masked_fill_(~allowed, lowest)[None, None]
+
+
+def extended_mask(
+    mask: Tensor | None, parents: Sequence[int], count: int, past: int, model: PreTrainedModel
+) -> Tensor | None:
+    """Return the mask of a pass over a root, its drafts, and nodes that fill it up.
+
+    Args:
+        mask: 0 at padding, with the root, [1, S + 1]; None: there is no padding.
+        parents: of the drafts.
+        count: number of nodes.
+        past: the number S of tokens in the cache.
+        model: that computes the pass.
+
+    Returns:
+        Of a chain [1, S + count], or None as before; of a tree as of `tree_mask`.
+    """
+    fill = count - 1 - len(parents)
+    if is_chain(parents):
+        # causal as it is: nodes that fill up come last, where no draft sees them
+        return None if mask is None else pad(mask, (0, count - 1), value=1)
+    # `tree_mask` counts the root among the nodes; one that fills up sees the root only
+    seen = past if mask is None else mask[0, :-1]
+    return tree_mask([*parents, *[0] * fill], seen, model.dtype, model.device)
 
 
 # Plans

@@ -26,7 +26,7 @@ from petl.efficiency.frozen.store import (
     size_of,
     write,
 )
-from petl.efficiency.rewrite import AUTO, Rewrite
+from petl.efficiency.rewrite import AUTO, Rewrite, Value
 from petl.errors import InputError, UnsupportedError
 from petl.system.files.paths import cache_folder, path_of
 
@@ -51,7 +51,7 @@ class StoreFrozen(Rewrite):
     value = AUTO
     needs_rows = True
 
-    def refusal(self, model: nn.Module, value: Any = AUTO) -> str:
+    def refusal(self, model: nn.Module, value: Value = AUTO) -> str:
         """Return why the output of frozen blocks cannot be kept, whatever the rows."""
         try:
             prefix_of(model)
@@ -59,7 +59,7 @@ class StoreFrozen(Rewrite):
             return str(error)
         return ""
 
-    def change(self, model: nn.Module, value: Any = AUTO) -> int:
+    def change(self, model: nn.Module, value: Value = AUTO) -> int:
         """Attach a `FrozenCache` in petl's cache; return the number of frozen blocks."""
         return cache_frozen(model, without_dropout=value is True).k
 

@@ -88,8 +88,8 @@ class FrozenFeed:
         self.autocast = ""  # of the states in the stores
         self.called: Mapping[str, nn.Module] = {}
         self.modules = list[nn.Module]()
-        self.weights: tuple[Any, ...] = ()
-        self.wrong: tuple[Any, ...] = ()
+        self.weights: tuple[object, ...] = ()
+        self.wrong: tuple[object, ...] = ()
         self.is_unchanged: Callable[[], bool] = lambda: False
         self.inside = list[nn.Module]()  # a tuner and the base model in it may both be the body
         # a tuner calls the `forward` of its model, past the hooks of that model
@@ -117,7 +117,7 @@ class FrozenFeed:
             # of a block that was sharded since the class stays, and it runs: no pass has states
             restore_class(block, FedBlock)
 
-    def returned(self, states: Tensor) -> Any:
+    def returned(self, states: Tensor) -> Tensor | tuple[Tensor | None, ...]:
         """Return states in the form of a block's output."""
         outputs = self.stores[0].form.outputs
         return (states, *[None] * (outputs - 1)) if outputs else states
@@ -137,7 +137,7 @@ class FrozenFeed:
         # the others by name: an adapter takes the place of the module that it is for
         return inside + [body.get_submodule(name) for name in self.called]
 
-    def _written(self) -> tuple[Any, ...]:
+    def _written(self) -> tuple[object, ...]:
         """Return what changes when a weight is written or replaced; None for one that trains."""
         weights = (p for module in self.modules for p in module._parameters.values())
         # torch counts writes in place, but not those through `.data`, which may change the memory
@@ -164,7 +164,9 @@ class FrozenFeed:
     # Around a pass of the body
 
     @_outside_graphs
-    def _enter(self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _enter(
+        self, body: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]] | None:
         if REPLICA in body.__dict__:  # several at once, in threads that share this feed
             self.passes.misses += 1
             self.passes.reason = "nn.DataParallel runs copies of the model: start it with torchrun"
@@ -196,12 +198,12 @@ class FrozenFeed:
         return (args, {**kwargs, "use_cache": False}) if self._takes_cache(given) else None
 
     @_outside_graphs
-    def _leave(self, body: nn.Module, *_: Any) -> None:
+    def _leave(self, body: nn.Module, *_: object) -> None:
         self.inside = [each for each in self.inside if each is not body]
         if not self.inside:
             self.states = None
 
-    def _takes_cache(self, given: Mapping[str, Any]) -> bool:
+    def _takes_cache(self, given: Mapping[str, object]) -> bool:
         return given.get("use_cache") is None and "use_cache" in arguments_of_forward(
             type(self.prefix.body)
         )
@@ -277,5 +279,5 @@ def autocast_of(module: nn.Module) -> str:
     return str(torch.get_autocast_dtype(device)).removeprefix("torch.")
 
 
-def _device_of(given: Mapping[str, Any]) -> torch.device:
+def _device_of(given: Mapping[str, object]) -> torch.device:
     return next(value.device for value in given.values() if isinstance(value, Tensor))

@@ -18,15 +18,14 @@ from torch import Tensor, nn
 
 from petl.core.layers.class_swap import original_class
 from petl.core.model.modes import evaluation_mode
-from petl.core.model.structure import layer_drop
 from petl.efficiency.frozen.feed import FrozenFeed, autocast_of
 from petl.efficiency.frozen.keys import KeyedRows
 from petl.efficiency.frozen.prefix import (
     FrozenPrefix,
-    counted_calls,
+    PassEnd,
     dropouts,
-    reason_before,
-    reason_of_repeats,
+    reason_of_pass,
+    watched_pass,
 )
 from petl.efficiency.frozen.store import OutputSpec, name_of
 from petl.errors import InputError, UnsupportedError
@@ -42,13 +41,9 @@ OTHER = {
     *("output_hidden_states", "output_attentions", "return_dict", "is_encoder_decoder"),
 }
 Batch = Mapping[str, Any]
+Output = Tensor | tuple[Tensor | None, ...]  # of a block
 Collate = Callable[[list[Any]], Batch]
 logger = logging.getLogger(__name__)
-
-
-# no BaseException of another kind: torch runs `always_call` hooks after an Exception only
-class _PassEnd(Exception):
-    """Ends a pass of the model."""
 
 
 class Prober:
@@ -80,7 +75,7 @@ class Prober:
 
         def watch(rows: KeyedRows) -> None:
             seen.append(rows)
-            raise _PassEnd
+            raise PassEnd
 
         self._run(batch, watch)
         if not seen:
@@ -89,14 +84,14 @@ class Prober:
             raise UnsupportedError(seen[0].reason)
         return seen[0]
 
-    def output(self, batch: Batch) -> tuple[KeyedRows, Any]:
+    def output(self, batch: Batch) -> tuple[KeyedRows, Output]:
         """Return the rows of a batch, and what the last block of the prefix returns for them."""
         seen: list[KeyedRows] = []
-        outputs: list[Any] = []
+        outputs: list[Output] = []
 
-        def keep(block: nn.Module, inputs: Any, output: Any) -> None:
+        def keep(block: nn.Module, inputs: object, output: Output) -> None:
             outputs.append(output)
-            raise _PassEnd
+            raise PassEnd
 
         hook = self.prefix.own[-1].register_forward_hook(keep)
         try:
@@ -114,7 +109,7 @@ class Prober:
             with torch.no_grad():
                 # all of it, so that masks, positions and embeddings are made as in training
                 self.model(**inputs)
-        except _PassEnd:
+        except PassEnd:
             pass
         finally:
             self.feed.watcher = None
@@ -126,28 +121,18 @@ class Prober:
         Raises:
             UnsupportedError: the output is not a fixed function of the rows.
         """
-        self._check_layer_drop()
-        called: dict[nn.Module, str] = {}
-        names = {module: name for name, module in self.prefix.body.named_modules()}
-
-        def note(module: nn.Module, inputs: Any) -> None:
-            called.setdefault(module, names[module])
-
-        # families differ in what runs before block 0, so this is seen from a pass, not from names
-        hooks = [module.register_forward_pre_hook(note) for module in names]
         with evaluation_mode(self.model):
-            try:
-                rows, output = self.output(batch)
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            self.called = {name: module for module, name in called.items()}
-            reason = reason_before(self.prefix, self.called.items())
+            seen: list[KeyedRows] = []
+            with watched_pass(self.prefix) as watched:
+                self._run(batch, seen.append)
+            output, self.called = watched.output, watched.called
+            if output is None:
+                raise UnsupportedError(f"a pass does not reach block {self.prefix.k - 1}")
+            reason = reason_of_pass(self.prefix, watched)
             if reason:
                 raise UnsupportedError(reason)
-            self._refuse_repeats(batch)
-            form = self._form(rows, output)
-            left_out = dropouts(iter(self.called.items()))
+            form = self._form(seen[0], output)
+            left_out = dropouts(self.called.items())
             if left_out and not without_dropout:
                 raise UnsupportedError(
                     f"dropout is on below block {self.prefix.k}: {left_out[0]}"
@@ -163,27 +148,6 @@ class Prober:
                 left_out = left_out or ["what is random in training mode"]
         return form, left_out
 
-    def _check_layer_drop(self) -> None:
-        setting = layer_drop(self.prefix.body.config)
-        if setting:
-            raise UnsupportedError(
-                f"the model's config has {setting}: training leaves out blocks at random"
-            )
-
-    def _refuse_repeats(self, batch: Batch) -> None:
-        def end(*_: Any) -> None:
-            raise _PassEnd
-
-        hook = self.prefix.body.register_forward_hook(end)
-        try:
-            with counted_calls(self.prefix) as calls:
-                self._run(batch, lambda _: None)
-        finally:
-            hook.remove()
-        reason = reason_of_repeats(self.prefix, calls)
-        if reason:
-            raise UnsupportedError(reason)
-
     def _refuse_batch_norms(self) -> None:
         for name, module in self._modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -191,7 +155,7 @@ class Prober:
                     f"{name} is a {type(module).__name__}, which in training reads the whole batch"
                 )
 
-    def _is_random(self, batch: Batch, output: Any) -> bool:
+    def _is_random(self, batch: Batch, output: Output) -> bool:
         devices = [self.device] if self.device.type == "cuda" else []
         state = np.random.get_state()  # some models draw their masks with numpy
         try:
@@ -203,26 +167,21 @@ class Prober:
         # bits can be compared: batch and kernels are the same (assumption: these are deterministic)
         return not torch.equal(_first(again), _first(output))
 
-    def _form(self, rows: KeyedRows, output: Any) -> OutputSpec:
-        others = output[1:] if isinstance(output, tuple) else ()
-        if any(value is not None for value in others):
+    def _form(self, rows: KeyedRows, output: Output) -> OutputSpec:
+        tokens = rows.lengths is not None
+        form = OutputSpec.of(output, by_token=tokens)
+        if form is None:
             raise UnsupportedError(
                 f"the blocks of {type(self.prefix.base).__name__} hand on more than hidden states "
                 "(such as T5's position bias)"
             )
         states = _first(output)
-        tokens = rows.lengths is not None
         if len(states) != len(rows.keys) or (tokens and states.shape[1] != rows.width[0]):
             raise UnsupportedError(
                 f"block {self.prefix.k - 1} returns {list(states.shape)} for {len(rows.keys)} rows "
                 f"of {list(rows.width)}: not one vector for each position"
             )
-        return OutputSpec(
-            str(states.dtype).removeprefix("torch."),
-            list(states.shape[2:]),
-            len(output) if isinstance(output, tuple) else 0,
-            0 if tokens else states.shape[1],
-        )
+        return form
 
     def _modules(self) -> list[tuple[str, nn.Module]]:
         """Return the modules that the prefix may run, by name: some rows choose other experts."""
@@ -283,8 +242,10 @@ def ingredients(prefix: FrozenPrefix, precision: str, device: torch.device) -> l
     ]
 
 
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+def _first(output: Output) -> Tensor:
+    states, *_ = output if isinstance(output, tuple) else (output,)
+    assert states is not None
+    return states
 
 
 class Contents:

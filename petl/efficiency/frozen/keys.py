@@ -5,10 +5,9 @@ the row's length, or the pixels or samples. Padding is left out, so that a row h
 batches of any width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,13 +44,13 @@ class KeyedRows:
 
 
 def arguments_of(
-    body: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
+    body: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> dict[str, object]:
     """Return the arguments of a call of `body` by name, those of **kwargs included."""
     return {**dict(zip(arguments_of_forward(type(body)), args, strict=False)), **kwargs}
 
 
-def rows_of(arguments: Mapping[str, Any], *, packs: bool = False) -> KeyedRows:
+def rows_of(arguments: Mapping[str, object], *, packs: bool = False) -> KeyedRows:
     """Return the rows of a call of a model's body.
 
     Args:
@@ -111,7 +110,7 @@ def _bytes_of(value: Tensor) -> list[bytes]:
     return [header + row.tobytes() for row in flat]
 
 
-def _digest(parts: Any) -> bytes:
+def _digest(parts: Iterable[tuple[str, bytes]]) -> bytes:
     hasher = blake2b(digest_size=KEY_BYTES)
     for name, content in parts:
         # with the length, so that no other division into parts gives the same bytes

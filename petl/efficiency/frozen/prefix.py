@@ -1,13 +1,12 @@
 """The prefix of a model: its blocks below the lowest one that trains, and what runs before them."""
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -15,10 +14,13 @@ from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 from petl.core.layers.class_swap import mixins_of
 from petl.core.layers.context import arguments_of_forward, is_encoder_decoder
 from petl.core.model.places import place
+from petl.core.model.structure import layer_drop
 from petl.core.model.targets import linear_names
 from petl.core.parameters import quantization_of
+from petl.core.types import CausalModel, base_of
 from petl.efficiency.frozen.keys import IDS, MEDIA
 from petl.errors import UnsupportedError
+from petl.ops.low_rank import hooks_of
 
 CAPTURING = "transformers.utils.output_capturing"  # its hooks do nothing unless outputs are asked
 
@@ -58,9 +60,9 @@ def find_prefix(model: nn.Module) -> FrozenPrefix:
     Raises:
         UnsupportedError: the model has no single list of blocks, or is quantized.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     path = _path_of_blocks(base)
-    blocks = tuple(base.get_submodule(path))
+    blocks = tuple(cast(nn.ModuleList, base.get_submodule(path)))
     parts = path.split(".")
     parents = (base.get_submodule(".".join(parts[:n])) for n in range(len(parts)))
     # an encoder inside of a model may be one of its own, which gets embeddings
@@ -87,7 +89,7 @@ def find_prefix(model: nn.Module) -> FrozenPrefix:
     return FrozenPrefix(path, blocks, k, reason, bodies[-1], base)
 
 
-def _path_of_blocks(base: Any) -> str:
+def _path_of_blocks(base: CausalModel) -> str:
     places = (place(base, name) for name in linear_names(base))
     paths = list(dict.fromkeys(where.stack for where in places if where is not None))
     if is_encoder_decoder(base):
@@ -113,7 +115,7 @@ def reason_to_run(block: nn.Module) -> str:
             return f"{where}computes otherwise with an adapter"
         if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
             return f"{where}is trained"
-        if any(map(_observes, _hooks_of(module))):
+        if any(getattr(hook, "__module__", "") != CAPTURING for hook in hooks_of(module)):
             return f"{where}has a hook"
     return ""
 
@@ -137,46 +139,78 @@ def reason_before(prefix: FrozenPrefix, modules: Iterable[tuple[str, nn.Module]]
     return ""
 
 
+class PassEnd(Exception):
+    """Ends a pass of a model: what is computed after the prefix is not needed.
+
+    No BaseException of another kind: torch runs `always_call` hooks after an Exception only.
+    """
+
+
+@dataclass
+class PrefixPass:
+    """What one pass of a model shows of its prefix.
+
+    Attributes:
+        called: the modules that ran up to the end of the prefix, by name in the body.
+        output: of the last block of the prefix; None: the pass did not reach it.
+        calls: of each module in the whole pass.
+    """
+
+    called: dict[str, nn.Module] = field(default_factory=dict)
+    output: Any = None
+    calls: Counter[nn.Module] = field(default_factory=Counter)
+
+
 @contextmanager
-def counted_calls(prefix: FrozenPrefix) -> Generator[Counter[nn.Module]]:
-    """Count the calls of each block of the prefix while the context is open."""
-    calls: Counter[nn.Module] = Counter()
+def watched_pass(
+    prefix: FrozenPrefix, reached: Callable[[], object] = lambda: None
+) -> Generator[PrefixPass]:
+    """Watch a pass inside the block, which ends with the body of the model.
 
-    def count(block: nn.Module, _: Any) -> None:
-        calls[block] += 1
+    Args:
+        reached: called at the end of the prefix.
+    """
+    seen = PrefixPass()
+    # families differ in what runs before block 0, so this is seen from a pass, not from names
+    names = {module: name for name, module in prefix.body.named_modules()}
 
-    hooks = [block.register_forward_pre_hook(count) for block in dict.fromkeys(prefix.own)]
+    def note(module: nn.Module, _: object) -> None:
+        seen.calls[module] += 1
+        if seen.output is None:
+            seen.called.setdefault(names[module], module)
+
+    def keep(block: nn.Module, _: object, output: object) -> None:
+        if seen.output is None:
+            seen.output = output
+            reached()
+
+    def end(*_: object) -> None:
+        raise PassEnd
+
+    hooks = [module.register_forward_pre_hook(note) for module in names]
+    hooks += [prefix.own[-1].register_forward_hook(keep), prefix.body.register_forward_hook(end)]
     try:
-        yield calls
+        yield seen
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def reason_of_repeats(prefix: FrozenPrefix, calls: Counter[nn.Module]) -> str:
-    """Return which block ran more than once in a pass, as ALBERT's do; "" if none did."""
+def reason_of_pass(prefix: FrozenPrefix, seen: PrefixPass) -> str:
+    """Return why the output of a prefix is no fixed function of a row; "" if it may be one."""
+    setting = layer_drop(prefix.body.config)
+    if setting:
+        return f"the model's config has {setting}: training leaves out blocks at random"
+    reason = reason_before(prefix, seen.called.items())
+    if reason:
+        return reason
     for i, block in enumerate(prefix.own):
-        if calls[block] > 1:
-            return f"block {i} runs {calls[block]} times in a pass, each time on another input"
+        if seen.calls[block] > 1:  # as ALBERT's do
+            return f"block {i} runs {seen.calls[block]} times in a pass, each time on another input"
     return ""
 
 
-# torch has no public list of hooks; global ones are not looked at
-def _hooks_of(module: nn.Module) -> Iterator[Callable[..., Any]]:
-    for hooks in (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    ):
-        yield from hooks.values()
-
-
-def _observes(hook: Callable[..., Any]) -> bool:
-    return getattr(hook, "__module__", "") != CAPTURING
-
-
-def dropouts(modules: Iterator[tuple[str, nn.Module]]) -> list[str]:
+def dropouts(modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
     """Return the dropout modules that are not switched off, with their probability."""
     return [
         f"{name} ({module.p:g})"

@@ -1,10 +1,9 @@
 """The file of a store: states of rows, unpadded and end to end, memory-mapped.
 
-A store is a folder, complete or absent, with states.bin (values of all rows [N, ...]), offsets.npy
-(row i has the values from offsets[i] to offsets[i + 1]), keys.npy (sorted, 16 bytes each), rows.npy
-(the row of each key), checks.npy (XXH3 of the bytes of each row) and store.json, which has the XXH3
-of the arrays and of its own entries. All of them are compared before a value is used: who finds a
-damaged store makes it again.
+A store is a folder, complete or absent, with states.bin (values of all rows [N, ...]), index.npy
+(of each row its key, where its values start and stop, and the XXH3 of their bytes, sorted by key)
+and store.json, which has the XXH3 of the index and of its own entries. All of them are compared
+before a value is used: who finds a damaged store makes it again.
 """
 
 import json
@@ -24,15 +23,16 @@ import torch
 import xxhash
 from torch import Tensor
 
+from petl.core.types import Settings
 from petl.efficiency.frozen.keys import KEY_BYTES
 from petl.errors import InputError
 from petl.system.files.disk import as_json, atomic_folder, create, remove, write_json
 from petl.system.files.read import read_json
 from petl.system.processes import release, try_claim
 
-FORMAT = 2  # increment when files or the meaning of keys change
-STATES, ABOUT = "states.bin", "store.json"
-OFFSETS, KEYS, ROWS, CHECKS = "offsets.npy", "keys.npy", "rows.npy", "checks.npy"
+FORMAT = 3  # increment when files or the meaning of keys change
+STATES, INDEX, ABOUT = "states.bin", "index.npy", "store.json"
+ENTRY = np.dtype([("key", f"S{KEY_BYTES}"), ("start", "i8"), ("stop", "i8"), ("check", "u8")])
 CONTENT = "content"  # the folder that is complete or absent, next to the lock
 MARGIN = 64 * 2**20  # bytes that stay free on the disk
 WAIT = 0.2  # seconds between looks at a store that another process fills
@@ -55,6 +55,20 @@ class OutputSpec:
     outputs: int
     positions: int
 
+    @classmethod
+    def of(cls, output: object, *, by_token: bool) -> "OutputSpec | None":
+        """Return the form of a block's output; None if it hands on more than hidden states.
+
+        Args:
+            by_token: False: all rows have as many positions, as images and clips.
+        """
+        states, *others = output if isinstance(output, tuple) else (output,)
+        if not isinstance(states, Tensor) or any(value is not None for value in others):
+            return None
+        dtype = str(states.dtype).removeprefix("torch.")
+        outputs = len(output) if isinstance(output, tuple) else 0
+        return cls(dtype, list(states.shape[2:]), outputs, 0 if by_token else states.shape[1])
+
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of the states."""
@@ -69,8 +83,8 @@ class OutputSpec:
 class About(TypedDict):
     """The content of store.json, of which `computation` and `rows` are what `present` asks for."""
 
-    form: dict[str, Any]
-    arrays: dict[str, str]  # XXH3 of each file
+    form: Settings
+    index: str  # XXH3 of the file
     own: str  # XXH3 of the other entries
 
 
@@ -87,10 +101,12 @@ class Store:
         others = {name: entry for name, entry in about.items() if name != "own"}
         self._compare(ABOUT, about["own"] == _digest(as_json(others).encode()))
         self.form = OutputSpec(**about["form"])
-        self.offsets, self.keys, self.rows, checks = (
-            self._array(name, about["arrays"][name]) for name in (OFFSETS, KEYS, ROWS, CHECKS)
-        )
-        shape = (int(self.offsets[-1]), *self.form.tail)
+        index = folder / INDEX
+        is_whole = index.is_file() and _digest(index.read_bytes()) == about["index"]
+        self._compare(INDEX, is_whole)
+        # it refuses arrays of objects, which would be unpickled
+        self.index = np.lib.format.open_memmap(index, mode="r")
+        shape = (int(self.index["stop"].max()), *self.form.tail)
         size = prod(shape)
         expected, states = size * self.form.torch_dtype.itemsize, folder / STATES
         self._compare(STATES, states.is_file() and states.stat().st_size == expected)
@@ -101,36 +117,32 @@ class Store:
         ).view(shape)
         # all at once, in the order of the file, which also brings it into memory
         content = memoryview(self.states.view(-1).view(torch.uint8).numpy())
-        ends = (self.offsets * self.form.bytes_each).tolist()
-        for start, end, check in zip(ends[:-1], ends[1:], checks.tolist(), strict=True):
-            self._compare(STATES, xxhash.xxh3_64_intdigest(content[start:end]) == check)
-
-    def _array(self, name: str, check: str) -> np.ndarray:
-        path = self.folder / name
-        self._compare(name, path.is_file() and _digest(path.read_bytes()) == check)
-        # it refuses arrays of objects, which would be unpickled
-        return np.lib.format.open_memmap(path, mode="r")
+        each = self.form.bytes_each
+        for entry in np.sort(self.index, order="start"):
+            part = content[entry["start"] * each : entry["stop"] * each]
+            self._compare(STATES, xxhash.xxh3_64_intdigest(part) == entry["check"])
 
     def _compare(self, name: str, is_equal: bool) -> None:
         if not is_equal:
             raise InputError(f"{self.folder / name} is damaged")
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.index)
 
     def __deepcopy__(self, _: object) -> "Store":
         return self  # a copy of a model reads the same files
 
     def find(self, keys: Sequence[bytes]) -> np.ndarray:
-        """Return the row of each key, -1 for one that the store has not."""
+        """Return the place of each key in the index, -1 for one that the store has not."""
         # numpy drops zero bytes at the end of such strings: no loss, as all keys have one length
         wanted = np.array(keys, dtype=f"S{KEY_BYTES}")
-        at = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
-        return np.where(self.keys[at] == wanted, self.rows[at], -1)
+        at = np.searchsorted(self.index["key"], wanted).clip(max=len(self.index) - 1)
+        return np.where(self.index["key"][at] == wanted, at, -1)
 
     def row(self, number: int) -> Tensor:
-        """Return the states of a row, [T, ...], a view of the file."""
-        return self.states[int(self.offsets[number]) : int(self.offsets[number + 1])]
+        """Return the states of a place in the index, [T, ...], a view of the file."""
+        entry = self.index[number]
+        return self.states[entry["start"] : entry["stop"]]
 
 
 @contextmanager
@@ -196,26 +208,20 @@ def write(
         RunStopped: the disk is full after all, or not writable.
     """
     remove(folder / CONTENT)  # damaged, if it is there: its space is needed
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    check_space(folder, size_of(form, len(keys), int(offsets[-1])))
-    order = np.argsort(np.array(keys, dtype=f"S{KEY_BYTES}"), kind="stable")
-    checks = []
+    ends = np.cumsum(lengths, dtype=np.int64)
+    check_space(folder, size_of(form, len(keys), int(ends[-1])))
+    index: np.ndarray = np.empty(len(keys), ENTRY)
+    index["key"], index["start"], index["stop"] = keys, ends - lengths, ends
     with atomic_folder(folder / CONTENT) as draft:
         with create(draft / STATES) as opened:
-            for part in parts:
+            for entry, part in zip(index, parts, strict=True):
                 content = part.contiguous().view(torch.uint8).numpy()
-                checks.append(xxhash.xxh3_64_intdigest(content))
+                entry["check"] = xxhash.xxh3_64_intdigest(content)
                 opened.write(content)
-        for name, array in (
-            (OFFSETS, offsets),
-            (KEYS, np.array(keys, dtype=f"S{KEY_BYTES}")[order]),
-            (ROWS, order.astype(np.int64)),
-            (CHECKS, np.array(checks, dtype=np.uint64)),
-        ):
-            with create(draft / name) as opened:
-                np.save(opened, array, allow_pickle=False)
-        arrays = {path.name: _digest(path.read_bytes()) for path in draft.glob("*.npy")}
-        content = {"format": FORMAT, "form": asdict(form), "arrays": arrays, **about}
+        with create(draft / INDEX) as opened:
+            np.save(opened, np.sort(index, order="key"), allow_pickle=False)
+        digest = _digest((draft / INDEX).read_bytes())
+        content = {"format": FORMAT, "form": asdict(form), "index": digest, **about}
         write_json(draft / ABOUT, {**content, "own": _digest(as_json(content).encode())})
 
 
@@ -225,8 +231,7 @@ def _digest(content: bytes) -> str:
 
 def size_of(form: OutputSpec, rows: int, positions: int) -> int:
     """Return the bytes of a store."""
-    # 24: numbers of 64 bits in offsets.npy, rows.npy and checks.npy
-    return positions * form.bytes_each + rows * (KEY_BYTES + 24)
+    return positions * form.bytes_each + rows * ENTRY.itemsize
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -13,19 +13,13 @@ from torch import Tensor, nn
 
 from petl.core.compat import LoraLinear
 from petl.core.serving.mixed_batch import AdapterRows
-from petl.ops.low_rank import (
-    LINEAR,
-    LowRankRows,
-    has_no_hooks,
-    linear_with_low_rank,
-    owns_output,
-)
+from petl.ops.low_rank import LINEAR, LowRankRows, has_no_hooks, linear_with_low_rank, owns_output
 
 
 class FusedLoraLinear(LoraLinear):
     """PEFT's LoRA layer with a fused forward pass; outputs differ by rounding only."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         # under torch.compile PEFT's code runs, which the compiler can fuse
         name = None if args or kwargs or torch.compiler.is_compiling() else self._only_active()
         if name is None:

@@ -21,7 +21,7 @@ from petl.core.switching.tuner import (
     outside_adapter_dicts,
 )
 from petl.efficiency.fused_lora.layer import FusedLoraLinear, fuse_layers
-from petl.efficiency.rewrite import Rewrite
+from petl.efficiency.rewrite import Rewrite, Value
 
 
 class SwitchingLora(SwitchingTuner, LoraModel):
@@ -88,13 +88,13 @@ class FuseLora(Rewrite):
     tries = True
     mixins = (SwitchingModel,)
 
-    def refusal(self, model: nn.Module, value: Any = True) -> str:
+    def refusal(self, model: nn.Module, value: Value = True) -> str:
         """Return why there is nothing to fuse: another method trains."""
         # the tuner of PEFT's LoRA, of which DoRA and others are variants
         is_lora = isinstance(getattr(model, "base_model", None), LoraModel)
         return super().refusal(model, value) if is_lora else "the adapters are no LoRA of PEFT"
 
-    def change(self, model: nn.Module, value: Any = True) -> int:
+    def change(self, model: nn.Module, value: Value = True) -> int:
         """Fuse the layers, and let the model switch by itself."""
         count = fuse_layers(model)
         for module in list(model.modules()):

@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from petl.core.layers.class_swap import SwappedClass, forward_code, original_class, swap_class
-from petl.ops.low_rank import has_no_hooks
+from petl.core.types import Arguments
+from petl.ops.low_rank import has_no_hooks, hooks_of
 
 ATTENTIONS = ("sdpa", "eager")  # implementations that take a mask of [B, 1, P, T]
 
@@ -114,7 +116,7 @@ FORMS = (
 )
 
 
-def refusal_of_block(base: Any) -> str:
+def refusal_of_block(base: PreTrainedModel) -> str:
     """Return why the last block of a model cannot compute single positions; "" if it can."""
     if base.config._attn_implementation not in ATTENTIONS:
         return f"attention is {base.config._attn_implementation}, not {' or '.join(ATTENTIONS)}"
@@ -130,8 +132,9 @@ def prepare(base: nn.Module) -> str:
     """
     path = next(iter(_last_blocks(base)))
     block: Any = base.get_submodule(path)
-    block.form = _form(block)  # kept: FSDP2 puts a class of its own before the others
-    swap_class(block.get_submodule(block.form.attention), Attention)
+    form = next(form for form in FORMS if _has_form(block, form))
+    block.form = form  # kept: FSDP2 puts a class of its own before the others
+    swap_class(block.get_submodule(form.attention), Attention)
     swap_class(block, Block)
     return path
 
@@ -139,12 +142,11 @@ def prepare(base: nn.Module) -> str:
 def _last_blocks(base: nn.Module) -> list[str]:
     """Return the path of the last block of each stack of blocks of a known form."""
     stacks = {path: m for path, m in base.named_modules() if isinstance(m, nn.ModuleList) and m}
-    return [f"{path}.{len(m) - 1}" for path, m in stacks.items() if _form(m[-1]) is not None]
-
-
-def _form(block: nn.Module) -> Any:
-    """Return the `Form` of a block; None if it has none of them."""
-    return next((form for form in FORMS if _has_form(block, form)), None)
+    return [
+        f"{path}.{len(m) - 1}"
+        for path, m in stacks.items()
+        if any(_has_form(m[-1], form) for form in FORMS)
+    ]
 
 
 def _has_form(block: Any, form: Form) -> bool:
@@ -164,7 +166,7 @@ def _has_form(block: Any, form: Form) -> bool:
     return True
 
 
-def may_skip(base: Any, block: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+def may_skip(base: PreTrainedModel, block: nn.Module, kwargs: Arguments) -> bool:
     """Return True if nothing in a pass reads other positions of the block or of its parts."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
@@ -182,12 +184,7 @@ def is_observed(module: nn.Module) -> bool:
     """
     if has_no_hooks(module):
         return False
-    hooks = (
-        *module._forward_hooks.values(),
-        *module._forward_pre_hooks.values(),
-        *module._backward_hooks.values(),
-        *module._backward_pre_hooks.values(),
-    )
+    hooks = hooks_of(module)
     own = [hook for hook in hooks if not hook.__module__.startswith("torch.distributed.fsdp")]
     return bool(own) or "forward" in module.__dict__ or not hooks
 
@@ -213,7 +210,7 @@ class Block(SwappedClass):
     form: Form
     positions: Tensor | str | None = None
 
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self: Any, *args: object, **kwargs: object) -> object:
         if self.positions is not None:
             # an argument: checkpointing, which computes the block again, keeps it with the others
             kwargs["read_positions"] = self.positions
@@ -255,7 +252,7 @@ class _Reading(NamedTuple):
     states: Tensor
 
 
-def _has_known_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def _has_known_arguments(args: tuple[Any, ...], kwargs: Arguments) -> bool:
     mask = args[0] if args else kwargs.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
         return False

@@ -18,18 +18,15 @@ row that has most, V entries of the vocabulary.
 import inspect
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from petl.core.layers.class_swap import SwappedClass, original_class, swap_class
-from petl.efficiency.segment_loss import (
-    is_segmented,
-    is_training,
-    refusal_of_loss,
-    signature_of,
-)
+from petl.core.masks import IGNORED
+from petl.core.types import CausalModel
+from petl.efficiency.segment_loss import is_segmented, is_training, refusal_of_loss, signature_of
 from petl.efficiency.skip_unread.block_positions import (
     is_observed,
     may_skip,
@@ -39,7 +36,6 @@ from petl.efficiency.skip_unread.block_positions import (
 )
 from petl.ops.segmented_loss import shifted
 
-IGNORED = -100  # label of positions that do not count
 # above this share of the positions, gathering them costs what they save (assumption)
 MOST = 0.75
 # what a decoder may call after its blocks, and a causal LM after its decoder
@@ -56,7 +52,7 @@ def is_causal(base: nn.Module) -> bool:
     return any(argument.kind is inspect.Parameter.VAR_KEYWORD for argument in arguments)
 
 
-def read_labelled(base: Any, *, by_position: bool) -> None:
+def read_labelled(base: CausalModel, *, by_position: bool) -> None:
     """Compute head and loss, and where possible the last block, at labelled positions.
 
     Args:
@@ -64,12 +60,13 @@ def read_labelled(base: Any, *, by_position: bool) -> None:
         by_position: False: its adapters may read all positions, but not in the head.
     """
     swap_class(base, LabelReader)
-    base.reads_labels = by_position
+    reader = cast(LabelReader, base)
+    reader.reads_labels = by_position
     may_prepare = by_position and _is_by_position(base) and not refusal_of_block(base)
-    base.last_block = prepare(base) if may_prepare else None
+    reader.last_block = prepare(base) if may_prepare else None
 
 
-def _is_by_position(base: Any) -> bool:
+def _is_by_position(base: CausalModel) -> bool:
     """Return True if all that follows the last block of a model computes single positions."""
     decoder = base.get_decoder()
     known = original_class(base).__module__.startswith("transformers.models.")
@@ -90,7 +87,7 @@ class LabelReader(SwappedClass):
     reads_labels: bool
     wanted: Tensor | None = None
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: object, **kwargs: Any) -> object:
         own, trains = super().forward, self.reads_labels and is_training(self, kwargs)
         if self.wanted is None and not trains:
             return own(*args, **kwargs)
@@ -120,7 +117,7 @@ class LabelReader(SwappedClass):
         return output
 
     @contextmanager
-    def logits_at(self, labels: Tensor) -> Generator[Tensor | None]:
+    def logits_at(self: Any, labels: Tensor) -> Generator[Tensor | None]:
         """In the block, passes without labels compute logits at the positions that predict a label.
 
         Args:
@@ -154,16 +151,16 @@ def positions_of(wanted: Tensor) -> Tensor | None:
     return (~wanted).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
 
 
-def _head_is_observed(base: Any) -> bool:
+def _head_is_observed(base: CausalModel) -> bool:
     """Return True if a hook reads what the head gets: PEFT's of rows with adapters, or yours."""
     return any(map(is_observed, base.get_output_embeddings().modules()))
 
 
 @contextmanager
-def _narrowed(base: Any, wanted: Tensor) -> Generator[None]:
+def _narrowed(base: CausalModel, wanted: Tensor) -> Generator[None]:
     """In the block, the head gets the wanted positions alone: [1, N, H] of [B, T, H]."""
 
-    def narrow(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def narrow(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         # virtual tokens of a prompt come before those that may have labels
         hidden = args[0][:, -wanted.shape[1] :]
         return (hidden[wanted][None], *args[1:])

@@ -7,8 +7,7 @@ causal LMs are in petl/efficiency/skip_unread/labelled_positions.py.
 
 import inspect
 import sys
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -20,7 +19,8 @@ from petl.core.compat import BaseTuner, BaseTunerLayer, ModulesToSaveWrapper
 from petl.core.layers.class_swap import SwappedClass, original_class, swap_class
 from petl.core.support import Capability
 from petl.core.tuners.asking import AskingTuner, method_asked
-from petl.efficiency.rewrite import Rewrite
+from petl.core.types import Arguments, base_of
+from petl.efficiency.rewrite import Rewrite, Value
 from petl.efficiency.skip_unread.block_positions import (
     Attention,
     Block,
@@ -45,7 +45,7 @@ FIRST: dict[str, tuple[str, str] | None] = {
 }
 
 
-def _predicts_tokens(base: Any) -> bool:
+def _predicts_tokens(base: nn.Module) -> bool:
     """Return True for a causal LM with logits over a vocabulary."""
     has_logits = isinstance(base, PreTrainedModel) and base.get_output_embeddings() is not None
     return has_logits and is_causal(base)
@@ -61,14 +61,14 @@ def _refusal_of_tuner(model: PeftModel) -> str:
     return f"{type(tuner).__name__} may read all positions"
 
 
-def _refusal(base: Any) -> str:
+def _refusal(base: nn.Module) -> str:
     """Return why the last block of a classifier cannot be computed at one position, or ""."""
     if not isinstance(base, PreTrainedModel) or _position(base) is None:
         return f"it is not known which positions the head of {type(base).__name__} reads"
     return refusal_of_block(base)
 
 
-def _position(base: Any) -> str | None:
+def _position(base: PreTrainedModel) -> str | None:
     """Return the position that a classifier reads, "first" or "last"; None if it is not known."""
     cls: Any = original_class(base)
     if isinstance(base, GenericForSequenceClassification):
@@ -88,7 +88,7 @@ def _position(base: Any) -> str | None:
     return "first"
 
 
-def _unwrapped(module: Any) -> nn.Module:
+def _unwrapped(module: nn.Module) -> nn.Module:
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 
 
@@ -101,7 +101,7 @@ class _Classifier(SwappedClass):
 
     last_block: str
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: object, **kwargs: object) -> object:
         block = self.get_submodule(self.last_block)
         positions = _positions(self, kwargs) if may_skip(self, block, kwargs) else None
         if isinstance(positions, Tensor):  # a decoder, which would fill a cache that nothing reads
@@ -110,7 +110,7 @@ class _Classifier(SwappedClass):
             return super().forward(*args, **kwargs)
 
 
-def _positions(base: Any, kwargs: Mapping[str, Any]) -> Tensor | str | None:
+def _positions(base: PreTrainedModel, kwargs: Arguments) -> Tensor | str | None:
     """Return the positions that are read, [B, P] int64, or "first"; None: they are not known."""
     if _position(base) == "first":
         return "first"
@@ -142,11 +142,11 @@ class SkipUnread(Rewrite):
     tries = True
     mixins = (_Classifier, LabelReader, Block, Attention)
 
-    def refusal(self, model: nn.Module, value: Any = True) -> str:
+    def refusal(self, model: nn.Module, value: Value = True) -> str:
         """Return what may read all positions: adapters, an extra loss, or the model itself."""
         if not isinstance(model, PeftModel):
             return f"{type(model).__name__} is no PeftModel"
-        base: Any = model.get_base_model()
+        base = base_of(model)
         excluded, reason = super().refusal(model, value), _refusal_of_tuner(model)
         if excluded:
             return excluded
@@ -156,12 +156,12 @@ class SkipUnread(Rewrite):
         # they may count tokens in the blocks, which the head in evaluation does not touch
         return reason if any(isinstance(m, BaseTunerLayer) for m in head.modules()) else ""
 
-    def change(self, model: Any, value: Any = True) -> int:
+    def change(self, model: Any, value: Value = True) -> int:
         """Swap the classes of the model, and of its last block where that is possible."""
-        base = model.get_base_model()
+        base = base_of(model)
         if _predicts_tokens(base):
             read_labelled(base, by_position=not _refusal_of_tuner(model))
         else:
             swap_class(base, _Classifier)
-            base.last_block = prepare(base)
+            cast(_Classifier, base).last_block = prepare(base)
         return 1

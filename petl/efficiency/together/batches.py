@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import Tensor
 from torch.nn import functional as F
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from petl.core.layers.context import is_encoder_decoder
 from petl.core.layers.task_rows import ARGUMENT
+from petl.core.types import CausalModel, base_of
 from petl.errors import InputError, UnsupportedError
 
 Batch = Mapping[str, Any]
@@ -37,7 +39,7 @@ class GroupedBatch(NamedTuple):
     rows: int
 
 
-def joined(model: nn.Module, batches: Sequence[Batch]) -> GroupedBatch:
+def joined(model: CausalModel, batches: Sequence[Batch]) -> GroupedBatch:
     """Return the batches side by side, padded on the right to the longest.
 
     Raises:
@@ -65,7 +67,7 @@ def joined(model: nn.Module, batches: Sequence[Batch]) -> GroupedBatch:
     return GroupedBatch(side_by_side, rows)
 
 
-def with_decoder_inputs(model: Any, batch: Batch) -> dict[str, Any]:
+def with_decoder_inputs(model: CausalModel, batch: Batch) -> dict[str, Any]:
     """Return the batch without labels; of an encoder-decoder, with the inputs that they make."""
     inputs = {name: value for name, value in batch.items() if name not in LABELS}
     if is_encoder_decoder(model) and "decoder_input_ids" not in inputs and "labels" in batch:
@@ -120,7 +122,7 @@ def tokens_of(batch: Batch) -> int:
     return ids.numel() if isinstance(ids, Tensor) else TOKENS
 
 
-def part(output: Mapping[str, Any], k: int, rows: int, batch: Batch) -> dict[str, Tensor]:
+def part(output: Mapping[str, object], k: int, rows: int, batch: Batch) -> dict[str, Tensor]:
     """Return adapter k's part of an output, of the shapes that its batch alone would give.
 
     Args:
@@ -144,7 +146,7 @@ def part(output: Mapping[str, Any], k: int, rows: int, batch: Batch) -> dict[str
     return found
 
 
-def loss_of(model: Any, output: Mapping[str, Tensor], batch: Batch) -> Tensor:
+def loss_of(model: CausalModel, output: Mapping[str, Tensor], batch: Batch) -> Tensor:
     """Return the loss that a model of transformers computes from these logits, 0-d.
 
     Args:
@@ -167,7 +169,7 @@ def loss_of(model: Any, output: Mapping[str, Tensor], batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def check_loss(model: Any, batch: Batch) -> None:
+def check_loss(model: PeftModel, batch: Batch) -> None:
     """Raise UnsupportedError unless `loss_of` is the loss that the model itself computes.
 
     Also for batches whose rows cannot be padded or told apart by the model alone.
@@ -185,7 +187,7 @@ def check_loss(model: Any, batch: Batch) -> None:
         raise UnsupportedError(
             f"{ARGUMENT} of a batch are not passed on to several adapters: train them one by one"
         )
-    base: Any = model.get_base_model()
+    base = base_of(model)
     kind = getattr(base, "loss_type", None)
     is_known = is_encoder_decoder(base) or kind in LOSS_MAPPING
     training = model.training

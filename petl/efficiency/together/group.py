@@ -5,21 +5,16 @@ one. A group has one more such copy, in which modules for the rows of all member
 adapted layers; the members' own models stay as they are and evaluate, save and load as ever.
 """
 
-import copy
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from petl.core.compat import (
-    AuxiliaryTrainingWrapper,
-    BaseTunerLayer,
-    ModulesToSaveWrapper,
-)
+from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, ModulesToSaveWrapper
 from petl.core.layers.block import BlockAdapters
 from petl.core.layers.grouped import (
     GroupedLora,
@@ -30,8 +25,11 @@ from petl.core.layers.grouped import (
 )
 from petl.core.layers.layer import AdapterLayer
 from petl.core.layers.stack import Stack
+from petl.core.model.copies import share_weights
+from petl.core.model.structure import layer_drop
 from petl.core.parameters import trainable
 from petl.core.support import Capability, Part, require_compatible
+from petl.core.types import base_of
 from petl.efficiency.frozen.feed import feed_of
 from petl.efficiency.fused_lora.layer import FusedLoraLinear
 from petl.efficiency.rewrite import parts_of
@@ -47,8 +45,6 @@ from petl.efficiency.together.batches import (
 )
 from petl.errors import InputError, UnsupportedError
 
-M = TypeVar("M", bound=nn.Module)
-# probabilities with which models of transformers leave out a layer, for all rows of a pass
 TOGETHER = Part(
     "training of several adapters in one pass",
     (Capability.TOGETHER,),
@@ -60,17 +56,6 @@ TOGETHER = Part(
         Capability.CHECKPOINTING: "it would draw other dropout masks; train fewer at once",
     },
 )
-LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
-
-
-def share_weights(model: M) -> M:
-    """Return a copy of the modules of `model` that has the same parameters and buffers.
-
-    A change of a weight in place, such as a merged adapter, is a change of all copies.
-    """
-    # entries of the memo are taken as copies that exist already
-    tensors = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 class Member:
@@ -91,7 +76,7 @@ class Member:
     def __init__(self, model: PeftModel, generator: torch.Generator | None = None) -> None:
         refuse(model)
         self.model, self.generator = model, generator
-        self.base: Any = model.get_base_model()
+        self.base = base_of(model)
         self.adapted = dict(adapted_modules(self.base))
         self.trained = [parameter for _, parameter in trainable(model)]
         for path, layer in self.adapted.items():
@@ -105,11 +90,10 @@ class Member:
 
 def refuse(model: PeftModel) -> None:
     """Raise UnsupportedError if the adapter of `model` cannot train together with others."""
-    base: Any = model.get_base_model()
-    drops = [name for name in LAYERDROP if getattr(base.config, name, 0)]
-    if drops:
+    drop = layer_drop(base_of(model).config)
+    if drop:
         raise UnsupportedError(
-            f"{TOGETHER.name} is not possible with {drops[0]} of the base's config: it leaves out "
+            f"{TOGETHER.name} is not possible with {drop} of the base's config: it leaves out "
             "layers for all rows of a pass"
         )
     require_compatible([TOGETHER, *parts_of(model)])
@@ -256,7 +240,7 @@ def drawing_by_rows(generators: Sequence[torch.Generator | None], rows: int) -> 
         )
 
 
-def default_states(device: torch.device) -> tuple[Any, ...]:
+def default_states(device: torch.device) -> tuple[object, ...]:
     """Return the states of torch's generator of a device and of numpy's."""
     source: Any = torch if device.type == "cpu" else torch.get_device_module(device)
     of_numpy: Any = np.random.get_state()
@@ -404,7 +388,7 @@ def context_of(member: Member, batch: Batch, together: GroupedBatch, k: int) -> 
     return {**own, **{name: batch[name] for name in ("labels",) if name in batch}}
 
 
-def run_pre_hooks(base: nn.Module, kwargs: Mapping[str, Any]) -> None:
+def run_pre_hooks(base: nn.Module, kwargs: Mapping[str, object]) -> None:
     """Call the forward pre-hooks of a model, as its own call would."""
     for key, hook in base._forward_pre_hooks.items():
         if key in base._forward_pre_hooks_with_kwargs:
@@ -413,7 +397,7 @@ def run_pre_hooks(base: nn.Module, kwargs: Mapping[str, Any]) -> None:
             cast(Any, hook)(base, ())
 
 
-def run_hooks(base: nn.Module, kwargs: Mapping[str, Any], output: dict[str, Tensor]) -> Any:
+def run_hooks(base: nn.Module, kwargs: Mapping[str, object], output: dict[str, Tensor]) -> Any:
     """Call the forward hooks of a model with this output; return it as they leave it."""
     for key, hook in base._forward_hooks.items():
         if key in base._forward_hooks_with_kwargs:

@@ -9,7 +9,7 @@ returns 1 here, so that data-dependent branches run, such as one that randomly s
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -62,7 +62,7 @@ def without_values(model: PeftModel, device: torch.device) -> Generator[None]:
         yield
 
 
-class _Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):
     """Counts floating-point operations of matrix products.
 
     Unlike torch's FlopCounterMode it sets no global hooks of modules, with which fused layers would
@@ -107,7 +107,7 @@ def pass_memory(
     # there already: not counted as memory of the pass
     before = (*model.parameters(), *model.buffers(), *inputs.values())
     try:
-        with _Operations() as counter, LiveBytes(before) as live:
+        with Operations() as counter, LiveBytes(before) as live:
             with (
                 torch.set_grad_enabled(trains),
                 torch.autocast(device.type, torch.bfloat16, enabled=bf16),
@@ -125,65 +125,6 @@ def pass_memory(
             f"tensors, not only on shapes ({first_line(error)})"
         ) from error
     return PassMemory(kept, live.peak, counter.total)
-
-
-class PartOfPass(NamedTuple):
-    """The beginning of a forward pass.
-
-    Attributes:
-        operations: floating-point operations of its matrix products.
-        output: of its last module.
-        called: the modules that ran, by name, in this order.
-    """
-
-    operations: int
-    output: Any
-    called: dict[str, nn.Module]
-
-
-class _DryRunEnd(Exception):
-    """Ends a pass of the model."""
-
-
-def part_of_pass(
-    model: PeftModel,
-    batch: Mapping[str, Tensor],
-    device: torch.device,
-    last: nn.Module,
-    *,
-    bf16: bool = False,
-) -> PartOfPass | None:
-    """Run a forward pass up to module `last`; call it inside `without_values`.
-
-    The arguments are those of `pass_memory`. None: the pass ends without `last`, or needs values.
-    """
-    inputs = {name: torch.empty_like(tensor, device=device) for name, tensor in batch.items()}
-    names = {module: name for name, module in model.named_modules()}
-    called: dict[str, nn.Module] = {}
-    outputs: list[Any] = []
-
-    def note(module: nn.Module, _: Any) -> None:
-        called[names[module]] = module
-
-    def end(module: nn.Module, _: Any, output: Any) -> None:
-        outputs.append(output)
-        raise _DryRunEnd
-
-    hooks = [module.register_forward_pre_hook(note) for module in names]
-    hooks.append(last.register_forward_hook(end))
-    try:
-        with (
-            _Operations() as counter,
-            torch.no_grad(),
-            torch.autocast(device.type, torch.bfloat16, enabled=bf16),
-        ):
-            model(**inputs)
-    except (_DryRunEnd, RuntimeError, NotImplementedError, TypeError):
-        pass  # without an output below
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return PartOfPass(counter.total, outputs[0], called) if outputs else None
 
 
 def takes_mixed_batches(model: PeftModel) -> bool:

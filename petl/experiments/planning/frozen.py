@@ -1,8 +1,9 @@
 """What `train.cache_frozen` does in a planned run: the size of its store, and what it saves."""
 
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -10,12 +11,18 @@ from peft import PeftModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from petl.core.model.structure import layer_drop
 from petl.efficiency.frozen.cache import FOLDER, PAYS, missing_rows, prefix_of
-from petl.efficiency.frozen.prefix import counted_calls, dropouts, reason_before, reason_of_repeats
+from petl.efficiency.frozen.prefix import (
+    FrozenPrefix,
+    PassEnd,
+    PrefixPass,
+    dropouts,
+    reason_of_pass,
+    watched_pass,
+)
 from petl.efficiency.frozen.store import MARGIN, OutputSpec, free_bytes, size_of
 from petl.errors import UnsupportedError
-from petl.experiments.planning.dry_run import PassMemory, part_of_pass
+from petl.experiments.planning.dry_run import Operations, PassMemory
 from petl.experiments.planning.memory import heaviest_batch, megabytes
 from petl.system.files.paths import cache_folder
 from petl.training.dataloader import Splits, batched, row_lengths
@@ -86,10 +93,8 @@ def frozen_plan(
     except UnsupportedError:
         return None
     batch = heaviest_batch(splits, settings)
-    part = part_of_pass(model, batch, device, prefix.own[-1], bf16=bf16)
-    if part is None:
-        return None
-    form = form_of(part.output)
+    watched, operations = _passed(model, batch, device, prefix, bf16=bf16)
+    form = OutputSpec.of(watched.output, by_token=splits.task.reads_text)
     if form is None:
         return None
     parts = splits.parts(settings)
@@ -104,14 +109,9 @@ def frozen_plan(
         for (count, tokens), is_new in zip(positions, new, strict=True)
         if is_new
     )
-    with counted_calls(prefix) as calls:
-        part_of_pass(model, batch, device, prefix.body, bf16=bf16)
-    repeats = reason_of_repeats(prefix, calls)
-    reason, remedy = (
-        (repeats, False) if repeats else _reason(splits, settings, prefix, part.called, missing)
-    )
+    reason, remedy = _reason(splits, settings, prefix, watched, missing)
     # both are counts of the longest rows: the ratio is taken for that of any step (assumption)
-    saved = part.operations / max(1, measured.operations)
+    saved = operations / max(1, measured.operations)
     return FrozenPlan(
         prefix.k, len(prefix.blocks), sum(sizes), missing, unfilled, saved, reason, remedy
     )
@@ -131,14 +131,26 @@ def _missing(
         return [True] * len(parts)
 
 
-def form_of(output: Any) -> OutputSpec | None:
-    """Return the form of a block's output; None if it hands on more than hidden states."""
-    others = output[1:] if isinstance(output, tuple) else ()
-    states = output[0] if isinstance(output, tuple) else output
-    if any(value is not None for value in others) or not isinstance(states, Tensor):
-        return None
-    dtype = str(states.dtype).removeprefix("torch.")
-    return OutputSpec(dtype, list(states.shape[2:]), 0, states.shape[1])
+def _passed(
+    model: PeftModel,
+    batch: Mapping[str, Tensor],
+    device: torch.device,
+    prefix: FrozenPrefix,
+    *,
+    bf16: bool,
+) -> tuple[PrefixPass, int]:
+    """Return what a pass shows of a prefix, and the operations up to its end."""
+    inputs = {name: torch.empty_like(tensor, device=device) for name, tensor in batch.items()}
+    counts = [0]
+    with (
+        Operations() as counter,
+        watched_pass(prefix, lambda: counts.append(counter.total)) as watched,
+        torch.no_grad(),
+        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        suppress(PassEnd, RuntimeError, NotImplementedError, TypeError),  # what needs values
+    ):
+        model(**inputs)
+    return watched, counts[-1]
 
 
 def positions_of(rows: Dataset, splits: Splits, form: OutputSpec) -> tuple[int, int]:
@@ -149,21 +161,17 @@ def positions_of(rows: Dataset, splits: Splits, form: OutputSpec) -> tuple[int, 
 
 
 def _reason(
-    splits: Splits, settings: TrainConfig, prefix: Any, called: Any, missing: int
+    splits: Splits, settings: TrainConfig, prefix: FrozenPrefix, watched: PrefixPass, missing: int
 ) -> tuple[str, bool]:
     """Return why the output is not kept, and whether train.cache_frozen=true would keep it."""
-    setting = layer_drop(prefix.body.config)
-    if setting:
-        return f"the model's config has {setting}", False
-    if missing and missing + MARGIN > free_bytes(folder()):
-        return f"the disk of {folder()} has {megabytes(free_bytes(folder()))} free", False
-    own = [(name.removeprefix("base_model.model."), module) for name, module in called.items()]
-    reason = reason_before(prefix, own)
+    reason = reason_of_pass(prefix, watched)
     if reason:
         return reason, False
+    if missing and missing + MARGIN > free_bytes(folder()):
+        return f"the disk of {folder()} has {megabytes(free_bytes(folder()))} free", False
     if settings.cache_frozen is True:
         return "", False
-    left_out = dropouts(iter(own))
+    left_out = dropouts(watched.called.items())
     if left_out:
         return f"they have dropout, such as {left_out[0]}", True
     passes = splits.passes(settings)

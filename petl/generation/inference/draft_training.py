@@ -1,7 +1,6 @@
 """Training of a drafter for a saved model: prompts, answers, heads or a table, the saved folder."""
 
 import logging
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.core.parameters import max_positions
+from petl.core.types import Settings
 from petl.data.tasks.base import pad_id
 from petl.data.tasks.causal_lm import CausalLM
 from petl.data.tasks.chat import last_answer
@@ -34,13 +35,13 @@ from petl.efficiency.drafting.lookup import LookupFirst
 from petl.efficiency.drafting.registry import FittedDrafter, TableDrafter
 from petl.errors import InputError, UnsupportedError
 from petl.generation.inference.language_model import LanguageModel
-from petl.generation.inference.loading import DRAFTER, find_model, load_language_model
+from petl.generation.inference.loading import DRAFTER, Found, find_model, load_language_model
 from petl.generation.inference.prompts import read_prompts
 from petl.system.collectives import number
 from petl.system.files.disk import atomic_folder, write_atomic
 from petl.system.files.outputs import check_output
 from petl.system.settings.schema import plain
-from petl.system.values import read_fields
+from petl.system.values import check_rules, field, integer, one_of, read_fields, real
 from petl.training.distributed.launch import number_of_processes, start
 
 CARD = "README.md"
@@ -57,33 +58,22 @@ class DraftSettings:
         InputError: a value is out of range.
     """
 
-    answers: int = 200
-    tokens: int = 128
+    answers: int = field(200, integer(1))
+    tokens: int = field(128, integer(1))
     file: str | None = None
-    prompt_tokens: int = 32
-    temperature: float = 0.0
-    batch_size: int = 16
-    epochs: int = 4
-    lr: float = 1e-3
-    batch: int = 128
-    target: str = "hard"
-    source: str | None = None
-    measured: int = 8
-    seed: int = 0
+    prompt_tokens: int = field(32, integer(1))
+    temperature: float = field(0.0, real(0))
+    batch_size: int = field(16, integer(1))
+    epochs: int = field(4, integer(1))
+    lr: float = field(1e-3, real(0, above=True))
+    batch: int = field(128, integer(1))
+    target: str = field("hard", one_of(*TARGETS))
+    source: str | None = field(None, one_of(*SOURCES))
+    measured: int = field(8, integer(0))
+    seed: int = field(0, integer(0))
 
     def __post_init__(self) -> None:
-        if self.source not in (None, *SOURCES):
-            raise InputError(f"draft.source={self.source!r} is none of {', '.join(SOURCES)}, null")
-        for name in ("answers", "tokens", "prompt_tokens", "batch_size", "epochs", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"draft.{name}={getattr(self, name)} is not 1 or more")
-        for name in ("measured", "seed", "temperature"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"draft.{name}={getattr(self, name)} is not 0 or more")
-        if self.target not in TARGETS:
-            raise InputError(f"draft.target={self.target!r} is none of {', '.join(TARGETS)}")
-        if not 0 < self.lr < math.inf:
-            raise InputError(f"draft.lr={self.lr} is not above 0")
+        check_rules(self, "draft")
 
 
 class DraftResult(NamedTuple):
@@ -221,7 +211,7 @@ def _written(
     language: LanguageModel,
     drafter: Drafter,
     given: tuple[int, int, float | None],
-    fields: Mapping[str, Any],
+    fields: Settings,
     settings: DraftSettings,
     measured: Sequence[Sequence[int]],
 ) -> DraftResult:
@@ -245,7 +235,7 @@ def _written(
     return result
 
 
-def _chosen(composed: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _chosen(composed: Settings) -> tuple[str, Settings]:
     """Return name and fields of the drafter that a configuration chooses."""
     fields = composed.get("drafter")
     if not isinstance(fields, Mapping) or "name" not in fields:
@@ -253,7 +243,7 @@ def _chosen(composed: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return str(fields["name"]), {key: v for key, v in fields.items() if key != "name"}
 
 
-def _generation(language: LanguageModel, temperature: float) -> dict[str, Any]:
+def _generation(language: LanguageModel, temperature: float) -> Settings:
     """Return the arguments of `generate` for a temperature."""
     # neutral values, or transformers warns of those in the model's generation config
     greedy = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
@@ -288,7 +278,7 @@ def _decoded(
 
 
 def _prompts(
-    language: LanguageModel, found: SavedAdapter | Mapping[str, Any], settings: DraftSettings
+    language: LanguageModel, found: Found, settings: DraftSettings
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Return the ids of the prompts that are answered, and of those that are measured.
 
@@ -342,7 +332,7 @@ def _training_prompts(
 
 
 def _beginnings(
-    tokenizer: Any, rows: Dataset, wanted: int, length: int, draw: random.Random
+    tokenizer: PreTrainedTokenizerBase, rows: Dataset, wanted: int, length: int, draw: random.Random
 ) -> list[list[int]]:
     """Return pieces of `length` tokens of plain texts, from random places."""
     texts: dict[int, list[int]] = {}
@@ -359,7 +349,7 @@ def _beginnings(
 # The page
 
 
-def card(name: str, fields: Mapping[str, Any], settings: DraftSettings, result: DraftResult) -> str:
+def card(name: str, fields: Settings, settings: DraftSettings, result: DraftResult) -> str:
     """Return README.md of a drafter: how it was trained, and what it gave on other prompts."""
     rows = [
         f"| {i} | {' | '.join(f'{value:.3f}' for value in row[:3])} | {sum(row):.3f} |"

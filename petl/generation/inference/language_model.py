@@ -10,11 +10,17 @@ from threading import Event
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from petl.core.model.modes import has_enabled_adapter
 from petl.core.parameters import max_positions
 from petl.core.spec.method import modifies_base_weights
+from petl.core.types import CausalModel, Settings, base_of
 from petl.data.tasks import TOOLS, Message
 from petl.data.tasks.base import pad_id
 from petl.data.tasks.chat import end_of_turn, question
@@ -23,13 +29,7 @@ from petl.efficiency.drafting.engine import Stats, decode
 from petl.efficiency.drafting.folder import load_drafter
 from petl.efficiency.drafting.lookup import LookupFirst
 from petl.efficiency.drafting.registry import Drafter, drafter, untrained
-from petl.errors import (
-    InputError,
-    UnknownNameError,
-    UnsupportedError,
-    did_you_mean,
-    first_line,
-)
+from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean, first_line
 from petl.generation.inference.sampling import (
     Sample,
     Sampling,
@@ -70,7 +70,7 @@ class LanguageModel:
     adapters: Mapping[str, str] = field(default_factory=dict)
     system: str | None = None
     prefix: str = ""
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    columns: Settings = field(default_factory=dict)
     drafting: str = "auto"
     own_drafter: str | None = None
 
@@ -118,16 +118,15 @@ class LanguageModel:
     @property
     def _writes_first(self) -> bool:
         """True if the first adapter, or the plain model, is what writes now."""
-        model: Any = self.model
+        model = self.model
         if not isinstance(model, PeftModel):
             return True
         return model.active_adapters == [self.names[0]] and has_enabled_adapter(model)
 
     @property
-    def base(self) -> PreTrainedModel:
+    def base(self) -> CausalModel:
         """The base model, adapters included."""
-        model: Any = self.model
-        return model.get_base_model() if isinstance(model, PeftModel) else model
+        return base_of(self.model)
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -237,7 +236,7 @@ class LanguageModel:
         if room is not None:
             arguments["max_new_tokens"] = min(arguments["max_new_tokens"], room)
         start = 1 if self.is_encoder_decoder else longest  # of the answer, in what is generated
-        criteria: list[Any] = [] if stop is None else [StopEvent(stop)]
+        criteria: list[StoppingCriteria] = [] if stop is None else [StopEvent(stop)]
         if sampling.stop:
             criteria.append(StopTexts(self.tokenizer, sampling.stop, start))
         drafts = len(prompts) == 1 and sampling.prompt_lookup is None and self.drafter is not None

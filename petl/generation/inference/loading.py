@@ -13,6 +13,7 @@ from petl.adapters.export.saved_adapter import SavedAdapter, device, find, model
 from petl.core.loading import load
 from petl.core.spec.facts import facts_of
 from petl.core.spec.method import modifies_base_weights
+from petl.core.types import CausalModel, Settings
 from petl.data.models.loading import load_base, load_tokenizer, loading
 from petl.data.models.saved_processor import differences, load_saved_processor
 from petl.data.models.sources import read_source
@@ -32,6 +33,9 @@ DEFAULT = "default"  # the name of the first adapter
 DRAFTER = "drafter"  # in the folder of a run, an adapter or a model
 WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # ends of names of classes
 NO_COLUMNS = ("pack", "generate")  # settings of training only, which do not suit all prompts
+
+# an adapter with its run, or the settings under `model` of a plain model
+Found = SavedAdapter | Settings
 
 
 def load_language_model(
@@ -95,7 +99,7 @@ def load_language_model(
     return replace(language, drafting=drafting, own_drafter=_own_drafter(Path(run), found))
 
 
-def _own_drafter(folder: Path, found: SavedAdapter | Mapping[str, Any]) -> str | None:
+def _own_drafter(folder: Path, found: Found) -> str | None:
     """Return the folder of a model's drafter, beside it or in the run of its adapter."""
     run = found.run if isinstance(found, SavedAdapter) else None
     # the one beside the adapter first, as an adapter may have been copied out of its run
@@ -114,9 +118,7 @@ def refuse_tasks(saved: SavedAdapter) -> None:
         )
 
 
-def load_writer(
-    found: SavedAdapter | Mapping[str, Any], path: str | Path
-) -> tuple[Any, PreTrainedTokenizerBase]:
+def load_writer(found: Found, path: str | Path) -> tuple[CausalModel, PreTrainedTokenizerBase]:
     """Load the base model of `find_model(path)`, on the accelerator if there is one, and tokenizer.
 
     The tokenizer is the one that an adapter was trained with.
@@ -133,7 +135,7 @@ def load_writer(
 
 
 def tokenizer_of(
-    found: SavedAdapter | Mapping[str, Any], base: PreTrainedTokenizerBase | None = None
+    found: Found, base: PreTrainedTokenizerBase | None = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of what `find_model` returns; `base` as of `load_saved_processor`."""
     if not isinstance(found, SavedAdapter):
@@ -142,7 +144,7 @@ def tokenizer_of(
     return load_saved_processor(found.settings["model"], task, found.adapter, base)
 
 
-def model_settings(found: SavedAdapter | Mapping[str, Any]) -> Mapping[str, Any]:
+def model_settings(found: Found) -> Settings:
     """The settings under `model` of what `find_model` returns."""
     return found.settings["model"] if isinstance(found, SavedAdapter) else found
 
@@ -150,7 +152,7 @@ def model_settings(found: SavedAdapter | Mapping[str, Any]) -> Mapping[str, Any]
 def reading_as_trained(
     model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    found: SavedAdapter | Mapping[str, Any],
+    found: Found,
     adapters: Mapping[str, str],
     *,
     plain: bool | None = None,
@@ -181,9 +183,7 @@ def reading_as_trained(
     )
 
 
-def find_model(
-    path: str | Path, *, trust_remote_code: bool = False
-) -> SavedAdapter | dict[str, Any]:
+def find_model(path: str | Path, *, trust_remote_code: bool = False) -> Found:
     """Find the adapter at `path`, or return the settings of the plain model there.
 
     Raises:
@@ -198,7 +198,7 @@ def find_model(
     return {**model_in(folder), "trust_remote_code": trust_remote_code}
 
 
-def task_of(found: SavedAdapter | Mapping[str, Any], path: str | Path) -> Task:
+def task_of(found: Found, path: str | Path) -> Task:
     """The task of a model that writes.
 
     Raises:

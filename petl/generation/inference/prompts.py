@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 from petl.data.files import lines_of
 from petl.data.inputs import read_inputs
@@ -42,11 +41,9 @@ def read_prompts(
     if file.lower().endswith(TEXT):
         yield from lines(file)
         return
-    lengths: dict[str, Any] = {"max_length": 1}  # nothing is truncated here
-    if model.is_encoder_decoder:
-        task: CausalLM | Seq2Seq = Seq2Seq(**lengths)
-    else:
-        task = CausalLM(**lengths)
+    # nothing is truncated here
+    kind = Seq2Seq if model.is_encoder_decoder else CausalLM
+    task = kind(max_length=1)
     # no system prompt from the columns: `encode` adds the one that is given
     columns = {**model.columns, "system": None} if system is not None else model.columns
     for row, read in read_inputs([file], task, columns, any_kind=True, setting="--file"):

@@ -7,12 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    TextStreamer,
-)
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
+from transformers.generation import BaseStreamer
 
 from petl.errors import InputError
 
@@ -26,6 +22,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "repetition_penalty": (0.01, 100),
     "prompt_lookup": (1, 1000),
 }
+UNFINISHED = "\ufffd"  # a character of which some bytes are missing is decoded as this one
 TOKENS_PER_CHARACTER = 4  # at most: bytes of a character in UTF-8
 
 
@@ -106,6 +103,15 @@ def before_stop(text: str, stop: Sequence[str]) -> str | None:
     return text[: min(ends)] if ends else None
 
 
+def possible_stop(text: str, stop: Sequence[str]) -> int:
+    """The length of the longest end of a text without stop texts with which one of them begins."""
+    longest = min(len(text), max(map(len, stop), default=1) - 1)
+    for length in range(longest, 0, -1):
+        if any(word.startswith(text[-length:]) for word in stop):
+            return length
+    return 0
+
+
 class StopTexts(StoppingCriteria):
     """Ends the rows of a batch in which one of several texts was generated.
 
@@ -121,7 +127,7 @@ class StopTexts(StoppingCriteria):
         # tokens before the new ones that may hold the beginning of a stop text
         self.span = TOKENS_PER_CHARACTER * max(map(len, stop))
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
         """Return which rows are to end, [B] bool."""
         begin = max(self.start, self.seen - self.span)
         self.seen = input_ids.shape[1]
@@ -137,12 +143,52 @@ class StopEvent(StoppingCriteria):
     def __init__(self, event: Event) -> None:
         self.event = event
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
         """Return which rows are to end, [B] bool."""
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
-class TextStream(TextStreamer):
+class AnswerText:
+    """Decodes tokens one by one, and ends before a stop text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
+        self.tokenizer, self.stop = tokenizer, stop
+        self.ids: list[int] = []
+        # decoding begins at the first; text up to the second was returned or is held
+        self.begin = self.end = 0
+        self.held = ""
+
+    def add(self, token: int) -> tuple[str, bool]:
+        """Return the text that is certain now, and True if it ended before a stop text."""
+        self.ids.append(token)
+        # with the tokens before, since a tokenizer may write a token differently at the beginning
+        before, now = (
+            self._decoded(self.ids[self.begin : self.end]),
+            self._decoded(self.ids[self.begin :]),
+        )
+        # a character of which bytes are missing waits for the next token
+        if len(now) > len(before) and not now.endswith(UNFINISHED):
+            self.held += now[len(before) :]
+            # the tokens of this piece are the next one's context
+            self.begin, self.end = self.end, len(self.ids)
+        cut = before_stop(self.held, self.stop)
+        if cut is not None:
+            return cut, True
+        kept = possible_stop(self.held, self.stop)
+        ready, self.held = self.held[: len(self.held) - kept], self.held[len(self.held) - kept :]
+        return ready, False
+
+    def rest(self) -> str:
+        """Return the text that was held back, once there are no more tokens."""
+        # a character that was never completed is written as U+FFFD
+        before = self._decoded(self.ids[self.begin : self.end])
+        return self.held + self._decoded(self.ids[self.begin :])[len(before) :]
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+class TextStream(BaseStreamer):
     """Hands over the text of one answer in pieces while it is written, up to a stop text."""
 
     def __init__(
@@ -153,32 +199,21 @@ class TextStream(TextStreamer):
         ends: Sequence[int] = (),
     ) -> None:
         """Take the tokens `ends` as without text: not all end tokens are special ones."""
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.write, self.stop, self.ends = write, stop, torch.tensor(ends, dtype=torch.long)
-        self.held, self.has_ended = "", False
+        self.text, self.write, self.ends = AnswerText(tokenizer, stop), write, {*ends}
+        self.is_prompt, self.has_ended = True, False
 
     def put(self, value: Tensor) -> None:
         """Take the prompt, then tokens of the answer."""
-        is_prompt = self.next_tokens_are_prompt
-        super().put(value if is_prompt else value[~torch.isin(value, self.ends)])
+        tokens = [] if self.is_prompt else value.flatten().tolist()
+        self.is_prompt = False
+        for token in tokens:
+            if not (self.has_ended or token in self.ends):
+                text, self.has_ended = self.text.add(token)
+                if text:
+                    self.write(text)
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Write a piece, except for its end where that may be the beginning of a stop text."""
-        self.held += text
-        ending = before_stop(self.held, self.stop)
-        kept = 0 if stream_end else self._longest_beginning()
-        ready = self.held[: len(self.held) - kept] if ending is None else ending
-        if ready and not self.has_ended:
-            self.write(ready)
-        self.has_ended |= ending is not None
-        # held[-0:] would be all of it
-        self.held = self.held[len(self.held) - kept :] if kept else ""
-
-    def _longest_beginning(self) -> int:
-        """The length of the longest end of the held text with which a stop text begins."""
-        # a complete stop text was found before, so that one character less is the most
-        longest = min(len(self.held), max(map(len, self.stop), default=1) - 1)
-        for length in range(longest, 0, -1):
-            if any(word.startswith(self.held[-length:]) for word in self.stop):
-                return length
-        return 0
+    def end(self) -> None:
+        """Write what was held back."""
+        text = "" if self.has_ended else self.text.rest()
+        if text:
+            self.write(text)

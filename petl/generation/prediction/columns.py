@@ -1,8 +1,8 @@
 """The columns of a file to predict or to evaluate: those of the run, or of the command line."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from petl.core.types import Settings
 from petl.data.tabular import TASK_COLUMNS
 from petl.data.tasks.base import Task
 from petl.errors import InputError, did_you_mean
@@ -14,7 +14,7 @@ READING = (
 )
 
 
-def data_settings(given: Mapping[str, Any], task: Task, words: Sequence[str]) -> dict[str, Any]:
+def data_settings(given: Settings, task: Task, words: Sequence[str]) -> dict[str, object]:
     """The settings under `data` of a run, with those of the command line.
 
     Args:

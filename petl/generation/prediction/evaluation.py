@@ -66,7 +66,7 @@ def evaluate_saved(
     settings: Sequence[str],
     folder: Path | None,
     *,
-    rows: Sequence[Mapping[str, Any]] | None = None,
+    rows: Sequence[Row] | None = None,
     **limits: int | None,
 ) -> dict[str, float]:
     """Return the scores of an adapter; write them and the predictions to a folder, if one is given.

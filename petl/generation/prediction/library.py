@@ -10,6 +10,7 @@ import torch
 
 from petl.adapters.export.saved_adapter import find
 from petl.data.inputs import read_inputs
+from petl.data.tasks.base import Prediction, Row
 from petl.errors import InputError, first_line, shown
 from petl.generation.prediction.columns import data_settings
 from petl.generation.prediction.evaluation import evaluate_saved
@@ -30,7 +31,7 @@ def predict(
     max_new_tokens: int | None = None,
     trust_remote_code: bool = False,
     other_base: bool = False,
-) -> list[dict[str, Any]]:
+) -> list[Prediction]:
     """Return the predictions of rows, in their order.
 
         petl.predict("runs/tickets", [{"text": "my order is late"}])
@@ -117,7 +118,7 @@ def evaluate(  # noqa: PLR0913
         set_rng(random_states, device)  # those of the caller: the evaluation seeds them
 
 
-def files_or_rows(data: Data) -> tuple[list[str], list[Mapping[str, Any]] | None]:
+def files_or_rows(data: Data) -> tuple[list[str], list[Row] | None]:
     """Return the names of files, or no names and rows."""
     if isinstance(data, str | Path):
         return [str(data)], None
@@ -133,7 +134,7 @@ def files_or_rows(data: Data) -> tuple[list[str], list[Mapping[str, Any]] | None
     return [], items
 
 
-def records(table: Any) -> list[dict[str, Any]]:
+def records(table: object) -> list[Row]:
     """Return the rows of a pandas.DataFrame with Python's own values, None for missing ones."""
     try:
         return pa.Table.from_pandas(table, preserve_index=False).to_pylist()

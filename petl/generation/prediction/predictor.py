@@ -1,6 +1,6 @@
 """Predict rows with an adapted model: labels with probabilities, numbers, spans or answers."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from petl.adapters.export.saved_adapter import SavedAdapter, find
+from petl.core.types import Settings
 from petl.data.base import encode
 from petl.data.batch_sampler import chunks
 from petl.data.tasks import COLUMN
@@ -49,7 +50,7 @@ class Predictor:
     accelerator: Accelerator
     batch_size: int
     max_new_tokens: int
-    columns: Mapping[str, Any]
+    columns: Settings
     precision: str = "no"
 
     def __post_init__(self) -> None:

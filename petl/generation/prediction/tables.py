@@ -3,7 +3,7 @@
 import csv
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime, time
 from decimal import Decimal
@@ -127,7 +127,7 @@ class Parquet(RowWriter):
 
 
 JSONL = "write to a .jsonl file, whose rows may differ"
-WRITERS: dict[str, Any] = {
+WRITERS: dict[str, Callable[..., RowWriter]] = {
     ".csv": partial(CsvTable, delimiter=","),
     ".tsv": partial(CsvTable, delimiter="\t"),
     ".jsonl": JsonLines,
@@ -172,7 +172,7 @@ def refuse_new(rows: Sequence[Row], columns: Sequence[str]) -> None:
         raise InputError(f"a row has the column {new[0]!r}, which the first rows lack; {JSONL}")
 
 
-def refuse_new_keys(value: Any, kind: pa.DataType, column: str) -> None:
+def refuse_new_keys(value: object, kind: pa.DataType, column: str) -> None:
     """Raise InputError if an object has a key that those of the first rows of a table lack."""
     if pa.types.is_struct(kind) and isinstance(value, Mapping):
         for key, inner in value.items():
@@ -187,13 +187,13 @@ def refuse_new_keys(value: Any, kind: pa.DataType, column: str) -> None:
             refuse_new_keys(inner, kind.value_type, column)
 
 
-def cell(value: Any) -> Any:
+def cell(value: object) -> object:
     """A value as a field of a csv file."""
     # of bytes, csv would write Python's b'...'; they are refused as in JSON lines
     return as_json(value) if isinstance(value, list | Mapping | bytes) else value
 
 
-def as_json(value: Any) -> str:
+def as_json(value: object) -> str:
     """Format a value as JSON on one line; dates and decimals are text.
 
     Raises:
@@ -202,7 +202,7 @@ def as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=_as_text)
 
 
-def _as_text(value: Any) -> str:
+def _as_text(value: object) -> str:
     if isinstance(value, date | datetime | time):
         return value.isoformat()
     if isinstance(value, Decimal):

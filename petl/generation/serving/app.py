@@ -4,7 +4,7 @@ import logging
 import socket
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import Any
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -18,7 +18,7 @@ from petl.generation.serving.bodies import Body, read_body
 from petl.generation.serving.connections import CONNECTIONS, Connection
 from petl.generation.serving.engine import Busy, Engine
 from petl.generation.serving.gate import Gate
-from petl.generation.serving.replies import ApiError, error_body
+from petl.generation.serving.replies import ApiError, Json, error_body
 from petl.generation.serving.service import AnswerService
 from petl.generation.serving.wire import ChatRequest, CompletionRequest
 from petl.version import __version__
@@ -48,16 +48,16 @@ def build_app(
         app.add_exception_handler(kind, _failed)
 
     @app.get("/health")
-    async def health() -> dict[str, Any]:
+    async def health() -> Json:
         engine = service.engine
         return {"status": "ok", "running": engine.running, "waiting": engine.waiting}
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models() -> Json:
         return service.models()
 
     @app.get("/v1/models/{name:path}")  # names such as OWNER/NAME have slashes
-    async def model(name: str) -> dict[str, Any]:
+    async def model(name: str) -> Json:
         return service.model(name)
 
     @app.post("/v1/chat/completions")
@@ -76,11 +76,13 @@ async def _body(kind: type[Body], request: HttpRequest) -> Body:
     return await run_in_threadpool(partial(read_body, kind, await request.body(), media))
 
 
-async def _refused(request: HttpRequest, error: Any) -> Response:
+async def _refused(request: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
     return JSONResponse(error.body, error.status)
 
 
-async def _http_error(request: HttpRequest, error: Any) -> Response:
+async def _http_error(request: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
     return JSONResponse(error_body(printable(error.detail), error.status_code), error.status_code)
 
 
@@ -106,7 +108,7 @@ class Server(uvicorn.Server):
         self.engine.start()
         self.ready()
 
-    def handle_exit(self, sig: int, frame: Any) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """End the answers, then the server."""
         # may interrupt `submit` in this thread: the engine's lock is reentrant
         self.engine.close()

@@ -1,24 +1,32 @@
 """A batch of answers in progress: requests join it after a pass over their prompts, and leave it.
 
-Shapes: B rows, T tokens of prompt and answer, Q tokens of a pass, V tokens of the vocabulary.
+A row that is alone is decoded with drafts, as by `petl.drafting.decode`, with the choices, the
+cache and the mask of the batch, so that others can join after each pass. Shapes: B rows, T tokens
+of prompt and answer, Q tokens of a pass, N nodes of one over drafts, V tokens of the vocabulary.
 """
 
 import inspect
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
+from petl.core.masks import positions_in
+from petl.core.parameters import max_positions
 from petl.core.serving.mixed_batch import AdapterRows
+from petl.core.types import CausalModel
 from petl.data.tasks.base import pad_id
+from petl.efficiency.drafting import tree
+from petl.efficiency.drafting.cache import cache_argument, compact
 from petl.efficiency.drafting.calls import why_plain
+from petl.efficiency.drafting.passes import has_position_table, takes_trees
+from petl.efficiency.drafting.registry import drafter
+from petl.efficiency.drafting.rounds import Rounds, Take
 from petl.generation.inference.language_model import BASE, LanguageModel
 from petl.generation.serving import kv_cache
-from petl.generation.serving.drafts import Drafts
 from petl.generation.serving.request import Request
 from petl.training.generation import padded
 
@@ -48,8 +56,7 @@ class BatchPasses:
         self.count = 0
         self.mergeable = kv_cache.holds_only_keys_and_values(model.base.config)
         accepted = inspect.signature(model.base.forward).parameters
-        # renamed in transformers 5.24
-        self.cache_argument = "cache" if "cache" in accepted else "past_key_values"
+        self.cache_argument = cache_argument(model.base)
         self.takes_positions = "position_ids" in accepted
         self.has_keep = "logits_to_keep" in accepted
         can_draft = drafter is not None and self.mergeable and not why_plain(model.base)
@@ -70,14 +77,14 @@ class BatchPasses:
             names: the adapter of each row.
         """
         # positions count the row's own tokens, without the padding on its left
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        positions = positions_in(mask)[:, -ids.shape[1] :]
         # only the last position: the logits of a long prompt would take much memory
         return self.logits(ids, mask, positions, cache, names, keep=1)[:, -1]
 
     def logits(
         self,
         ids: Tensor,
-        mask: Tensor,
+        mask: Tensor | None,
         positions: Tensor,
         cache: DynamicCache,
         names: AdapterRows,
@@ -88,7 +95,7 @@ class BatchPasses:
 
         Args:
             ids: the tokens that are not in the cache, [B, Q].
-            mask: 0 at padding, [B, T]; or the mask of a tree, [B, 1, Q, T].
+            mask: 0 at padding, [B, T]; or the mask of a tree, [B, 1, Q, T]; None: no padding.
             positions: of the tokens, [B, Q].
             names: the adapter of each row.
         """
@@ -100,7 +107,7 @@ class BatchPasses:
         if self.adapter is None:
             inputs["adapter_names"] = names
         self.count += 1
-        model: Any = self.model.model
+        model = self.model.model
         with torch.no_grad(), self.active():
             return model(**inputs, use_cache=True).logits[:, -keep:]
 
@@ -159,11 +166,7 @@ class Batch:
         drafts = self.passes.drafts
         if drafts is not None and len(self.requests) == 1:
             drafts.step(self)
-        else:
-            self.plain_step()
-
-    def plain_step(self) -> None:
-        """Compute the next token of all rows in one pass."""
+            return
         self.mask = pad(self.mask, (0, 1), value=1)  # for the tokens of `self.last`
         self._pass(torch.tensor(self.last, device=self.device)[:, None])
 
@@ -201,3 +204,82 @@ class Batch:
         """Begin a new list of adapters, with which the layers' stacked weights are kept."""
         names = [NO_ADAPTER if r.adapter == BASE else r.adapter for r in self.requests]
         self.names = AdapterRows(names, is_generation_call=True)
+
+
+class Drafts:
+    """The drafter of a model's lane, and the passes over the request that it guesses for."""
+
+    states: Tensor | None = None  # drafters of requests read tokens and logits only
+    batch: Batch
+
+    def __init__(self, base: CausalModel, name: str) -> None:
+        """Build the drafter `name` for a model of transformers, with its adapters."""
+        self.base = base
+        self.rounds = Rounds(base, drafter(name, model=base))
+        self.chains_only = not takes_trees(base)
+        self.limit = max_positions(base) if has_position_table(base) else None
+        self.request: Request | None = None
+        self.ids: list[int] = []  # of prompt and answer
+
+    def step(self, batch: Batch) -> None:
+        """Compute the next tokens of the only row of a batch."""
+        self.batch, (request,) = batch, batch.requests
+        # while others shared the batch, tokens came that are not recorded here
+        if request is not self.request or len(self.ids) < len(request.prompt) + request.tokens:
+            self.request, self.ids = request, [*request.prompt, *request.text.ids]
+            self.rounds.start(self.ids[:-1], None)
+        # the last token of the answer cannot be a draft: the cache would have it
+        depth = request.max_tokens - request.tokens - 1
+        found = self.rounds.run(self, self.ids, self._choose, depth=depth)
+        if self.rounds.switch.is_due:
+            with batch.passes.active():
+                self.rounds.judge()
+        if found.has_ended:
+            batch.clear()
+            self.request = None
+        else:
+            batch.last = self.ids[-1:]
+
+    def _choose(self, logits: Tensor) -> Take:
+        likeliest = logits.argmax(-1).tolist()
+
+        def take(node: int) -> int | None:
+            # the choice of plain decoding
+            (request,) = self.batch.requests
+            token = request.advance(likeliest[node], logits[node])
+            if token is not None:
+                self.ids.append(token)
+            return token
+
+        return take
+
+    # The passes of a round, see `Passes` of petl/efficiency/drafting/rounds.py
+
+    def has_room(self, count: int) -> bool:
+        """Return True if there are positions for a pass over `count` tokens."""
+        return self.limit is None or self.batch.cache.get_seq_length() + count <= self.limit
+
+    def run(
+        self, ids: Sequence[int], tokens: Sequence[int], parents: Sequence[int], count: int
+    ) -> Tensor:
+        """Return the logits of a root and its drafts, [N, V]."""
+        batch, nodes = self.batch, [ids[-1], *tokens]
+        filled = torch.tensor([nodes + [0] * (count - len(nodes))], device=batch.device)
+        # behind the padding that the row may have on its left
+        depths = torch.tensor([tree.padded_depths(parents, count)], device=batch.device)
+        positions = batch.mask.sum(-1, keepdim=True) + depths
+        mask = tree.extended_mask(
+            pad(batch.mask, (0, 1), value=1), parents, count, batch.mask.shape[1], self.base
+        )
+        with ExitStack() as stack:
+            if count > 1:
+                stack.enter_context(self.rounds.packing.classes())
+            logits = batch.passes.logits(
+                filled, mask, positions, batch.cache, batch.names, keep=count
+            )
+        return logits[0, : len(nodes)]
+
+    def keep(self, path: Sequence[int], count: int) -> None:
+        """Keep the accepted nodes: without the keys and values of drafts that were wrong."""
+        compact(self.batch.cache, path, count)
+        self.batch.mask = pad(self.batch.mask, (0, len(path)), value=1)

@@ -5,7 +5,7 @@ In a thread, not in the loop that serves all connections.
 
 import json
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import ValidationError
 
@@ -41,7 +41,7 @@ def read_body(kind: type[Body], raw: bytes, content_type: str) -> Body:
     raise ApiError(message, param=printable(param) or None)
 
 
-def _bounded(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _bounded(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(pairs) > MAX_FIELDS:
         message = f"an object of the body has {len(pairs):,} fields; allowed are {MAX_FIELDS:,}"
         raise ApiError(message)

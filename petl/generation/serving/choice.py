@@ -3,31 +3,16 @@
 Shapes: V tokens of the vocabulary, T tokens of prompt and answer so far.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    NoBadWordsLogitsProcessor,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-    SuppressTokensAtBeginLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from transformers import LogitsProcessor, LogitsProcessorList
 
+from petl.core.types import Arguments, CausalModel
 from petl.generation.inference.sampling import Sampling
 
 # below it the most likely token is taken: the division by it would overflow, in float32
@@ -43,7 +28,7 @@ class LogProb(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenChooser:
-    """Settings of a request beside those of `Sampling`.
+    """Arguments of a request beside those of `Sampling`.
 
     Attributes:
         seed: of its random numbers; None: other ones each time.
@@ -88,21 +73,17 @@ class Chooser:
         self,
         sampling: Sampling,
         choosing: TokenChooser,
-        defaults: GenerationConfig,
+        model: CausalModel,
         prompt: Sequence[int],
     ) -> None:
-        arguments = sampling.arguments(defaults)
+        arguments = sampling.arguments(model.generation_config)
         self.max_tokens: int = arguments["max_new_tokens"]
         self.top_logprobs = choosing.top_logprobs
         self.ids = [*prompt]  # then of the answer too: the repetition penalty counts both
-        # what requests can set
-        unset = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-        # a generation config has None for what it leaves at the default
-        values = {name: getattr(defaults, name) or value for name, value in unset.items()}
-        values |= arguments  # those of the request win
-        self.samples = values["do_sample"] and values["temperature"] >= LOWEST_TEMPERATURE
-        values["do_sample"] = self.samples
-        self.processors = processors(values, choosing, defaults, len(prompt))
+        temperature = arguments.get("temperature") or model.generation_config.temperature or 1.0
+        self.samples = arguments["do_sample"] and temperature >= LOWEST_TEMPERATURE
+        arguments |= {"do_sample": self.samples, "temperature": float(temperature)}
+        self.processors = processors(model, arguments, choosing, prompt)
         self.is_argmax = not (self.processors or self.samples or self.top_logprobs is not None)
         # on the CPU, so that a seed gives the same numbers on every device
         self.random = torch.Generator()
@@ -142,66 +123,30 @@ class Chooser:
 
 
 def processors(
-    values: Mapping[str, Any],
+    model: CausalModel,
+    arguments: Arguments,
     choosing: TokenChooser,
-    defaults: GenerationConfig,
-    prompt_length: int,
+    prompt: Sequence[int],
 ) -> LogitsProcessorList:
-    """The changes to the logits of a request, in the order of transformers' `generate`.
+    """The changes to the logits of a request: those of `generate`, and penalties of OpenAI's API.
 
     Args:
-        values: of what requests can set.
-        defaults: have what only the model sets.
+        model: whose generation config has what requests cannot set.
+        arguments: of `generate`.
     """
-    found: list[LogitsProcessor] = []
+    config = copy.deepcopy(model.generation_config)
+    for name, value in arguments.items():
+        setattr(config, name, value)
+    # guidance computes passes of its own, of which a batch knows nothing
+    config.guidance_scale = None
+    ends = config.eos_token_id  # one, several or none
+    config._eos_token_tensor = None if ends is None else torch.tensor(ends).reshape(-1)
     if choosing.logit_bias:
-        found.append(
-            SequenceBiasLogitsProcessor([[[t], b] for t, b in choosing.logit_bias.items()])
-        )
-    if values["repetition_penalty"] != 1:
-        found.append(RepetitionPenaltyLogitsProcessor(values["repetition_penalty"]))
+        config.sequence_bias = [[[token], bias] for token, bias in choosing.logit_bias.items()]
+    own = LogitsProcessorList()
     if choosing.presence_penalty or choosing.frequency_penalty:
         presence, frequency = choosing.presence_penalty, choosing.frequency_penalty
-        found.append(OccurrencePenalty(presence, frequency, prompt_length))
-    found += _forbidding(defaults, prompt_length)
-    if values["do_sample"]:
-        found += _cutting(values, defaults)
-    return LogitsProcessorList(found)
-
-
-def _forbidding(defaults: GenerationConfig, prompt_length: int) -> list[LogitsProcessor]:
-    """The processors of tokens that a model's generation config forbids."""
-    found: list[LogitsProcessor] = []
-    ends: Any = defaults.eos_token_id  # None and lists as well
-    if defaults.no_repeat_ngram_size:
-        found.append(NoRepeatNGramLogitsProcessor(defaults.no_repeat_ngram_size))
-    if defaults.bad_words_ids:
-        found.append(NoBadWordsLogitsProcessor(defaults.bad_words_ids, ends))
-    if defaults.min_length and ends is not None:
-        found.append(MinLengthLogitsProcessor(defaults.min_length, ends))
-    if defaults.min_new_tokens and ends is not None:
-        found.append(
-            MinNewTokensLengthLogitsProcessor(prompt_length, defaults.min_new_tokens, ends)
-        )
-    if defaults.suppress_tokens:
-        found.append(SuppressTokensLogitsProcessor(defaults.suppress_tokens))
-    if defaults.begin_suppress_tokens:
-        tokens = defaults.begin_suppress_tokens
-        found.append(SuppressTokensAtBeginLogitsProcessor(tokens, prompt_length))
-    return found
-
-
-def _cutting(values: Mapping[str, Any], defaults: GenerationConfig) -> list[LogitsProcessor]:
-    """The processors of the distribution that tokens are drawn from."""
-    found: list[LogitsProcessor] = []
-    if values["temperature"] != 1:
-        found.append(TemperatureLogitsWarper(float(values["temperature"])))
-    if values["top_k"]:
-        found.append(TopKLogitsWarper(values["top_k"]))
-    if values["top_p"] < 1:
-        found.append(TopPLogitsWarper(values["top_p"]))
-    if defaults.min_p:
-        found.append(MinPLogitsWarper(defaults.min_p))
-    if defaults.typical_p and defaults.typical_p < 1:
-        found.append(TypicalLogitsWarper(defaults.typical_p))
-    return found
+        own.append(OccurrencePenalty(presence, frequency, len(prompt)))
+    return model._get_logits_processor(  # ty: ignore[invalid-argument-type] - the mixin's own self
+        config, len(prompt), logits_processor=own, device="cpu"
+    )

@@ -6,7 +6,6 @@ one, so that clients who hold connections open keep nobody out.
 
 import asyncio
 from collections.abc import Iterable
-from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -30,9 +29,8 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         address = self.client[0] if self.client else None
         # in the order in which they were made
-        others: list[Any] = sorted(
-            (each for each in self.connections if each is not self), key=_made
-        )
+        known = (each for each in self.connections if isinstance(each, Connection))
+        others = sorted((each for each in known if each is not self), key=_made)
         same = [each for each in others if each.client and each.client[0] == address]
         self.made = self.loop.time()
         if not (_makes_room(same, OF_ONE_ADDRESS) and _makes_room(others, CONNECTIONS - 1)):
@@ -68,11 +66,11 @@ class Connection(H11Protocol):
             self.waiting = None
 
 
-def _made(connection: Any) -> float:
+def _made(connection: Connection) -> float:
     return connection.made
 
 
-def _makes_room(others: Iterable[Any], most: int) -> bool:
+def _makes_room(others: Iterable[Connection], most: int) -> bool:
     """Return True if there are fewer than `most`, or an idle one could be closed."""
     open_ones = [each for each in others if not each.transport.is_closing()]
     if len(open_ones) < most:

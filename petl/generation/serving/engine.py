@@ -1,11 +1,14 @@
 """The thread that computes answers: requests join and leave batches while these run."""
 
 import logging
+import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from threading import Condition, Thread
 
 from petl.errors import RunStopped
+from petl.generation.inference.language_model import LanguageModel
 from petl.generation.serving.batch import Batch, BatchPasses
 from petl.generation.serving.request import Request
 
@@ -44,6 +47,29 @@ class Slot:
                 self.batches.append(Batch(self.passes))
                 self.batches[-1].join([request])
         self.batches = [batch for batch in self.batches if batch.requests]
+
+
+@dataclass(frozen=True)
+class ServedAdapter:
+    """What a request chooses by `model`.
+
+    Attributes:
+        name: for requests.
+        language: the model, which reads prompts as this adapter's run did.
+        adapter: its name in the model; `BASE` for none.
+        lane: the requests that it can share passes with.
+        positions: tokens of prompt and answer at most; None: no limit.
+        path: folder of the run or adapter; None: the base model.
+    """
+
+    name: str
+    language: LanguageModel
+    adapter: str
+    lane: Slot
+    positions: int | None
+    path: str | None = None
+    # seconds since 1970: `created` in /v1/models
+    created: int = field(default_factory=lambda: int(time.time()))
 
 
 class Engine:

@@ -5,9 +5,9 @@ import hmac
 import re
 from collections.abc import Collection
 from ipaddress import ip_address
-from typing import Any
 
 from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from petl.errors import printable
 from petl.generation.serving.replies import error_body
@@ -21,12 +21,12 @@ class Gate:
     """ASGI middleware that refuses requests without the key, and bodies that are too large."""
 
     def __init__(
-        self, app: Any, api_key: str | None = None, hosts: Collection[str] | None = None
+        self, app: ASGIApp, api_key: str | None = None, hosts: Collection[str] | None = None
     ) -> None:
         self.app, self.hosts = app, hosts
         self.expected = None if api_key is None else f"Bearer {api_key}".encode()
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, with its body read, or reply with an error."""
         if scope["type"] != "http":  # the start and end of the server: "lifespan"
             await self.app(scope, receive, send)
@@ -55,7 +55,7 @@ class Gate:
             return
         messages = [{"type": "http.request", "body": body, "more_body": False}]
 
-        async def replay() -> Any:
+        async def replay() -> Message:
             # behind the body only http.disconnect follows
             return messages.pop() if messages else await receive()
 
@@ -79,7 +79,7 @@ def is_known_host(header: str, hosts: Collection[str]) -> bool:
         return False
 
 
-async def read_body(headers: dict[bytes, bytes], receive: Any) -> bytes | None:
+async def read_body(headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
     """Return the body of a request; None: it is too large."""
     announced = headers.get(b"content-length", b"0")
     # at most 12 digits: int() of a longer text is slow, or an error
@@ -97,7 +97,7 @@ async def read_body(headers: dict[bytes, bytes], receive: Any) -> bytes | None:
     return b"".join(parts)
 
 
-async def refuse(status: int, message: str, scope: Any, receive: Any, send: Any) -> None:
+async def refuse(status: int, message: str, scope: Scope, receive: Receive, send: Send) -> None:
     """Reply with an error, and close the connection: the rest of its body is not read."""
     response = JSONResponse(error_body(message, status), status, {"connection": "close"})
     await response(scope, receive, send)

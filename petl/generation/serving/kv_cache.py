@@ -3,7 +3,7 @@
 Rows of different lengths have padding on the left. Shapes: B rows, H heads, T tokens, D width.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def keep(cache: DynamicCache, rows: Tensor, start: int) -> None:
 
 def filled(cache: DynamicCache) -> list[Any]:
     """The layers that have keys and values; others share them."""
-    layers: list[Any] = cache.layers
+    layers = cast(list[Any], cache.layers)
     # in Gemma 3n, the last layers read the keys and values of earlier ones
     return [layer for layer in layers if layer.is_initialized]
 

@@ -12,16 +12,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.core.loading import load
+from petl.core.model.copies import share_weights
 from petl.core.parameters import max_positions
 from petl.core.registry import keeps_base, refusal
 from petl.core.spec.method import modifies_base_weights
 from petl.core.support import Capability
+from petl.core.types import Settings
 from petl.data.models.loading import load_tokenizer
 from petl.data.models.sources import read_source
 from petl.efficiency.fused_lora.switching import fuse_lora
 from petl.errors import InputError
 from petl.generation.inference.language_model import BASE, LanguageModel
 from petl.generation.inference.loading import (
+    Found,
     find_model,
     load_writer,
     model_settings,
@@ -30,8 +33,7 @@ from petl.generation.inference.loading import (
     tokenizer_of,
 )
 from petl.generation.serving.batch import BatchPasses
-from petl.generation.serving.engine import Slot
-from petl.generation.serving.served import ServedAdapter
+from petl.generation.serving.engine import ServedAdapter, Slot
 from petl.system.files.paths import path_of
 from petl.system.progress import ProgressItems
 
@@ -113,7 +115,7 @@ def load_served(
     return {base_name: loader.base_model(base_name, first, served), **served}
 
 
-def check_same_base(found: Mapping[str, SavedAdapter | Mapping[str, Any]]) -> None:
+def check_same_base(found: Mapping[str, Found]) -> None:
     """Raise InputError unless all adapters have the same base model."""
     bases = {name: base_of(model_settings(each)) for name, each in found.items()}
     first, *others = bases
@@ -133,7 +135,7 @@ def check_same_base(found: Mapping[str, SavedAdapter | Mapping[str, Any]]) -> No
             raise InputError(f"{name!r} and {first!r} are not both adapters; serve one of them")
 
 
-def base_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+def base_of(settings: Settings) -> dict[str, object]:
     """What identifies a base model: its place, revision and quantization, by name."""
     source = read_source(settings)
     place = source.where()
@@ -160,7 +162,7 @@ class ModelLoader:
         """Load adapters; those of one method on the same model."""
         # a PEFT model takes adapters of one method only; a base that one of them changes suits no
         # other
-        methods: dict[Any, dict[str, SavedAdapter]] = {}
+        methods: dict[tuple[object, str | None], dict[str, SavedAdapter]] = {}
         for name, each in saved.items():
             own = name if modifies_base_weights(each.config) else None
             methods.setdefault((each.config.peft_type, own), {})[name] = each
@@ -173,7 +175,7 @@ class ModelLoader:
         self, group: Mapping[str, SavedAdapter], other_base: bool
     ) -> dict[str, ServedAdapter]:
         changes_base = any(modifies_base_weights(each.config) for each in group.values())
-        model: Any = copy.deepcopy(self.base) if changes_base else sharing_tensors(self.base)
+        model: Any = copy.deepcopy(self.base) if changes_base else share_weights(self.base)
         # names of requests may be any; those in a model become parts of the names of tensors
         names = {name: f"served{i}" for i, name in enumerate(group)}
         # of a list: the items of a dict have no length for the bar
@@ -209,7 +211,7 @@ class ModelLoader:
     def base_model(
         self,
         name: str,
-        found: SavedAdapter | Mapping[str, Any],
+        found: Found,
         served: Mapping[str, ServedAdapter],
     ) -> ServedAdapter:
         """The base model without an adapter, in the passes of a method that allows it."""
@@ -230,10 +232,3 @@ class ModelLoader:
 
     def _lane(self, language: LanguageModel, adapter: str | None) -> Slot:
         return Slot(BatchPasses(language, adapter, drafter=self.drafter))
-
-
-def sharing_tensors(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of a model with the same parameters and buffers, which adapters may change."""
-    tensors = (*model.parameters(), *model.buffers())
-    # deepcopy takes what is in its memo for the copy, so these tensors are shared
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

@@ -5,15 +5,17 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from petl.errors import printable
+from petl.generation.inference.sampling import UNFINISHED
 from petl.generation.serving.choice import LogProb
-from petl.generation.serving.request import UNFINISHED, AnswerPart
+from petl.generation.serving.request import AnswerPart
 
+Json = dict[str, object]  # an object of a body
 LOWEST = -9999.0  # in place of minus infinity, which JSON does not have
 # error types of OpenAI's API by HTTP status; all others below 500 are invalid requests
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -21,7 +23,7 @@ KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_e
 
 def error_body(
     message: str, status: int, *, code: str | None = None, param: str | None = None
-) -> dict[str, Any]:
+) -> Json:
     """The body of an error with this HTTP status."""
     kind = "server_error" if status >= 500 else KINDS.get(status, "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -68,26 +70,26 @@ class Reply:
         # all chunks of a stream have one id and one time
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
 
-    def whole(self, answers: Sequence[ReplyText], prompt_tokens: int) -> dict[str, Any]:
+    def whole(self, answers: Sequence[ReplyText], prompt_tokens: int) -> Json:
         """The body of a reply that is no stream."""
         choices = [self._choice(i, answer) for i, answer in enumerate(answers)]
         return {**self._body(self.kind, choices), "usage": usage(answers, prompt_tokens)}
 
-    def first_chunk(self, index: int) -> dict[str, Any] | None:
+    def first_chunk(self, index: int) -> Json | None:
         """The chunk before the pieces of an answer, if there is one."""
         return None
 
-    def chunk(self, index: int, piece: AnswerPart, offset: int) -> dict[str, Any]:
+    def chunk(self, index: int, piece: AnswerPart, offset: int) -> Json:
         """The chunk of a piece; `offset` is the number of characters before it."""
         logprobs = [piece.logprobs] if piece.logprobs else []
         return self._body(self.chunk_kind, [self._delta(index, piece, logprobs, offset)])
 
-    def usage_chunk(self, answers: Sequence[ReplyText], prompt_tokens: int) -> dict[str, Any]:
+    def usage_chunk(self, answers: Sequence[ReplyText], prompt_tokens: int) -> Json:
         """The chunk with the number of tokens, at the end of a stream."""
         # without choices, as OpenAI sends it
         return {**self._body(self.chunk_kind, []), "usage": usage(answers, prompt_tokens)}
 
-    def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _body(self, kind: str, choices: list[Json]) -> Json:
         return {
             "id": self.id,
             "object": kind,
@@ -96,12 +98,12 @@ class Reply:
             "choices": choices,
         }
 
-    def _choice(self, index: int, answer: ReplyText) -> dict[str, Any]:
+    def _choice(self, index: int, answer: ReplyText) -> Json:
         raise NotImplementedError
 
     def _delta(
         self, index: int, piece: AnswerPart, logprobs: list[list[LogProb]], offset: int
-    ) -> dict[str, Any]:
+    ) -> Json:
         raise NotImplementedError
 
     def _token(self, found: LogProb) -> str:
@@ -116,13 +118,13 @@ class ChatReply(Reply):
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def first_chunk(self, index: int) -> dict[str, Any]:
+    def first_chunk(self, index: int) -> Json:
         """The role of the answer."""
         # an empty content instead of none, as in OpenAI's own first chunk
         start = {"index": index, "delta": {"role": "assistant", "content": ""}}
         return self._body(self.chunk_kind, [{**start, "logprobs": None, "finish_reason": None}])
 
-    def _choice(self, index: int, answer: ReplyText) -> dict[str, Any]:
+    def _choice(self, index: int, answer: ReplyText) -> Json:
         return {
             "index": index,
             "message": {"role": "assistant", "content": answer.text},
@@ -132,7 +134,7 @@ class ChatReply(Reply):
 
     def _delta(
         self, index: int, piece: AnswerPart, logprobs: list[list[LogProb]], offset: int
-    ) -> dict[str, Any]:
+    ) -> Json:
         return {
             "index": index,
             # the last chunk has an empty delta, unless it ends with text that was held back
@@ -141,7 +143,7 @@ class ChatReply(Reply):
             "finish_reason": piece.finish,
         }
 
-    def _logprobs(self, tokens: list[list[LogProb]]) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: list[list[LogProb]]) -> Json | None:
         if not tokens:
             return None
         content = [
@@ -150,7 +152,7 @@ class ChatReply(Reply):
         ]
         return {"content": content, "refusal": None}
 
-    def _entry(self, found: LogProb) -> dict[str, Any]:
+    def _entry(self, found: LogProb) -> Json:
         return {
             "token": self._token(found),
             "logprob": max(found.value, LOWEST),
@@ -164,12 +166,12 @@ class CompletionReply(Reply):
     # in this older format, chunks are named like complete replies
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def _choice(self, index: int, answer: ReplyText) -> dict[str, Any]:
+    def _choice(self, index: int, answer: ReplyText) -> Json:
         return self._text(index, answer.text, answer.logprobs, answer.finish, 0)
 
     def _delta(
         self, index: int, piece: AnswerPart, logprobs: list[list[LogProb]], offset: int
-    ) -> dict[str, Any]:
+    ) -> Json:
         return self._text(index, piece.text, logprobs, piece.finish, offset)
 
     def _text(
@@ -179,7 +181,7 @@ class CompletionReply(Reply):
         tokens: list[list[LogProb]],
         finish: str | None,
         offset: int,
-    ) -> dict[str, Any]:
+    ) -> Json:
         return {
             "index": index,
             "text": text,
@@ -187,7 +189,7 @@ class CompletionReply(Reply):
             "finish_reason": finish,
         }
 
-    def _logprobs(self, tokens: list[list[LogProb]], offset: int) -> dict[str, Any]:
+    def _logprobs(self, tokens: list[list[LogProb]], offset: int) -> Json:
         words, offsets = [self._token(chosen) for chosen, *_ in tokens], []
         # offsets are in characters of the answer
         for word in words:

@@ -4,16 +4,13 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Event
-from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from petl.generation.inference.sampling import before_stop
+from petl.generation.inference.sampling import AnswerText
 from petl.generation.serving.choice import Chooser, LogProb
 
 logger = logging.getLogger(__name__)
-UNFINISHED = "\ufffd"  # a character of which some bytes are missing is decoded as this one
 
 
 @dataclass(frozen=True)
@@ -33,53 +30,8 @@ class AnswerPart:
     finish: str | None = None
 
 
-class AnswerText:
-    """Decodes tokens one by one, and ends before a stop text."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
-        self.tokenizer, self.stop = tokenizer, stop
-        self.ids: list[int] = []
-        # decoding begins at the first; text up to the second was returned or is held
-        self.begin = self.end = 0
-        self.held = ""
-        # the longest end that may begin a stop text: a complete one ends the answer instead
-        self.longest = max(map(len, stop), default=1) - 1
-
-    def add(self, token: int) -> tuple[str, bool]:
-        """Return the text that is certain now, and True if it ended before a stop text."""
-        self.ids.append(token)
-        # with the tokens before, since a tokenizer may write a token differently at the beginning
-        before, now = (
-            self._decoded(self.ids[self.begin : self.end]),
-            self._decoded(self.ids[self.begin :]),
-        )
-        # a character of which bytes are missing waits for the next token
-        if len(now) > len(before) and not now.endswith(UNFINISHED):
-            self.held += now[len(before) :]
-            # the tokens of this piece are the next one's context
-            self.begin, self.end = self.end, len(self.ids)
-        cut = before_stop(self.held, self.stop)
-        if cut is not None:
-            return cut, True
-        kept = self._possible_stop()
-        ready, self.held = self.held[: len(self.held) - kept], self.held[len(self.held) - kept :]
-        return ready, False
-
-    def rest(self) -> str:
-        """Return the text that was held back, once there are no more tokens."""
-        # a character that was never completed is written as U+FFFD
-        before = self._decoded(self.ids[self.begin : self.end])
-        return self.held + self._decoded(self.ids[self.begin :])[len(before) :]
-
-    def _decoded(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-    def _possible_stop(self) -> int:
-        """The length of the longest end of the held text with which a stop text begins."""
-        for length in range(min(len(self.held), self.longest), 0, -1):
-            if any(word.startswith(self.held[-length:]) for word in self.stop):
-                return length
-        return 0
+# takes each piece of an answer, and at a failure the exception
+Emit = Callable[["AnswerPart | Exception"], object]
 
 
 @dataclass(eq=False)  # hashable by identity, for `Engine._advance`
@@ -99,7 +51,7 @@ class Request:
     chooser: Chooser
     text: AnswerText
     ends: Sequence[int]
-    emit: Callable[[Any], object]
+    emit: Emit
     max_tokens: int
     cancelled: Event = field(default_factory=Event)
     tokens: int = 0

@@ -14,19 +14,20 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from petl.errors import did_you_mean, printable, shown
-from petl.generation.inference.sampling import Sampling
+from petl.generation.inference.language_model import LanguageModel
+from petl.generation.inference.sampling import AnswerText, Sampling
 from petl.generation.serving.choice import Chooser, TokenChooser
-from petl.generation.serving.engine import Engine
+from petl.generation.serving.engine import Engine, ServedAdapter
 from petl.generation.serving.replies import (
     ApiError,
     ChatReply,
     CompletionReply,
+    Json,
     Reply,
     ReplyText,
     error_body,
 )
-from petl.generation.serving.request import AnswerPart, AnswerText, Request
-from petl.generation.serving.served import ServedAdapter
+from petl.generation.serving.request import AnswerPart, Emit, Request
 from petl.generation.serving.wire import MAX_CHOICES, MAX_ENTRIES, ChatRequest, CompletionRequest
 
 CLIENT_GONE = 499  # nobody reads it
@@ -46,11 +47,11 @@ class AnswerService:
     engine: Engine
     max_tokens: int
 
-    def models(self) -> dict[str, Any]:
+    def models(self) -> Json:
         """The body of /v1/models."""
         return {"object": "list", "data": [self.model(name) for name in self.served]}
 
-    def model(self, name: str) -> dict[str, Any]:
+    def model(self, name: str) -> Json:
         """The body of /v1/models/NAME."""
         served, base = self._find(name), next(iter(self.served))  # `load_served` puts it first
         return {
@@ -133,7 +134,7 @@ class AnswerService:
         served: ServedAdapter,
         prompt: list[int],
         number: int,
-        emit: Any,
+        emit: Emit,
     ) -> Request:
         """The request for the answer of this number to a prompt."""
         limit = body.limit
@@ -149,7 +150,7 @@ class AnswerService:
         )
         language = served.language
         choosing = choosing_of(body, number, len(language.tokenizer))
-        chooser = Chooser(sampling, choosing, language.base.generation_config, prompt)
+        chooser = Chooser(sampling, choosing, language.base, prompt)
         room = room_for(prompt, served, limit or 1)  # without a limit, room for one token is enough
         return Request(
             prompt,
@@ -162,7 +163,7 @@ class AnswerService:
         )
 
 
-def _encode(language: Any, prompt: str | list[int]) -> list[int]:
+def _encode(language: LanguageModel, prompt: str | list[int]) -> list[int]:
     """The token ids of a prompt of /v1/completions, a text or ids already."""
     if isinstance(prompt, str):
         return language.encode(prompt)
@@ -225,16 +226,16 @@ class ServedAnswers:
         self.requests: list[Request] = []
         self.found: list[ReplyText] = []
         self.start = time.monotonic()
-        self._queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, AnswerPart | Exception]] = asyncio.Queue()
         # the engine's thread hands pieces to this loop
         self._loop = asyncio.get_running_loop()
 
-    def receiver(self) -> Any:
+    def receiver(self) -> Emit:
         """Return the `emit` of the next request: it runs in the thread of the engine."""
         index = len(self.found)
         self.found.append(ReplyText())
 
-        def emit(piece: Any) -> None:
+        def emit(piece: AnswerPart | Exception) -> None:
             # asyncio.Queue is not thread-safe
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))
 
@@ -304,7 +305,7 @@ class ServedAnswers:
         yield "data: [DONE]\n\n"  # how OpenAI ends a stream; missing after an error
 
 
-def event(body: Mapping[str, Any]) -> str:
+def event(body: Json) -> str:
     """A server-sent event."""
     return f"data: {json.dumps(body)}\n\n"  # a line break would end it: json.dumps writes none
 

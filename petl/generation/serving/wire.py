@@ -35,7 +35,7 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def without_nulls(cls, body: Any) -> Any:
+    def without_nulls(cls, body: object) -> object:
         """Leave out fields that are null, which clients send for those that are not set."""
         return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
 
@@ -102,12 +102,12 @@ class Common(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # they change no answer: labels of the caller's, and settings of OpenAI's own service
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
+    user: object = None
+    metadata: object = None
+    store: object = None
+    service_tier: object = None
+    safety_identifier: object = None
+    prompt_cache_key: object = None
 
     @model_validator(mode="after")
     def with_stream(self) -> "Common":

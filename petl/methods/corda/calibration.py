@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from petl.core.method import Calibration
+from petl.core.calibrate import Calibration
 from petl.core.registry import no_calibration
 from petl.errors import InputError
 from petl.methods.corda.cache import (
@@ -51,25 +50,12 @@ class CalibrationPasses:
 
     def __init__(self, model: nn.Module, calibration: Calibration | None) -> None:
         self.model = model
-        self.function = calibration if callable(calibration) else None
-        self.batches: Iterable[Any] | None = None if callable(calibration) else calibration
-        if isinstance(self.batches, Iterator):
-            self.batches = list(self.batches)  # an iterator allows one pass only
+        # an iterator allows one pass only
+        self.data = list(calibration) if isinstance(calibration, Iterator) else calibration
+        self.batches: Iterable[Any] | None = None if callable(self.data) else self.data
 
     def __bool__(self) -> bool:
-        return self.function is not None or self.batches is not None
-
-    def forward(self, batch: Mapping[str, Any]) -> None:
-        """Run the model on a batch, on the model's device."""
-        device = next(self.model.parameters()).device
-        self.model(**send_to_device(dict(batch), device))
-
-    def run(self) -> None:
-        """Run one pass over all data."""
-        if self.function is not None:
-            self.function()
-        for batch in self.batches or ():
-            self.forward(batch)
+        return self.data is not None
 
     def leader_of(self, layers: Mapping[str, nn.Module]) -> dict[str, str]:
         """For each layer the first one that has the same inputs, found with one batch.
@@ -82,7 +68,7 @@ class CalibrationPasses:
         first = next(iter(self.batches), None)
         if first is None:
             raise InputError("calibration has no batches; pass at least one")
-        return leaders(self.model, layers, lambda: self.forward(first))
+        return leaders(self.model, layers, [first])
 
 
 class Covariances:
@@ -107,7 +93,7 @@ class Covariances:
         if not self.data and not caches:
             raise no_calibration("method 'corda'")
         # the content of a function cannot be hashed
-        if self.data.function is not None and caches:
+        if callable(self.data.data) and caches:
             raise InputError(
                 f"the cache {caches} identifies calibration data by their content; pass batches, "
                 "not a function that runs the model"
@@ -184,7 +170,8 @@ class Covariances:
 
     def collected(self, leader_of: Mapping[str, str]) -> Iterator[Several]:
         """Yield covariances from calibration passes, reduced over all processes."""
-        config, groups = self.config, self.groups(leader_of)
+        config, groups, data = self.config, self.groups(leader_of), self.data.data
+        assert data is not None  # see `leader_of`
         for number, group in enumerate(groups, start=1):
             logger.info(
                 "CorDA: pass %d of %d over the calibration data, for the inputs of %d layers",
@@ -195,7 +182,7 @@ class Covariances:
             found = collect(
                 self.model,
                 {key: self.layers[key] for key in group},
-                self.data.run,
+                data,
                 norm=config.activation_norm,
                 dtype=config.dtype,
                 rounds=config.num_covariance_rounds,

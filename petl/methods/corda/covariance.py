@@ -7,17 +7,16 @@ only: `X` [T, I]. C = mean over samples of (X / m)^T (X / m), with m the sample'
 import inspect
 import logging
 import weakref
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from petl.core.layers.context import as_2d, is_encoder_decoder
+from petl.core.calibrate import Calibration, run_over
+from petl.core.layers.context import is_encoder_decoder
 from petl.core.layers.layer import shape_of
-from petl.core.model.modes import evaluation_mode
+from petl.core.masks import Tokens, tokens_of
 from petl.methods.corda.oriented import DampedInverse
 from petl.system import collectives as distributed
 
@@ -104,7 +103,7 @@ class PaddingMasks:
         self.in_decoder = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
         self.encoded: weakref.ref[Tensor] | None = None  # output of the encoder
         self.rows = 1  # batch size
-        self.masks: list[Tensor | None] = [None, None]  # of encoder (or only stack) and decoder
+        self.tokens = Tokens(None, None)
 
     def begin(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook of the model: store batch size and masks."""
@@ -113,10 +112,7 @@ class PaddingMasks:
         given = [*(named.get(name) for name in names), *args, *kwargs.values()]
         first = next((t for t in given if isinstance(t, Tensor) and t.dim() > 0), None)
         self.rows = 1 if first is None else len(first)
-        self.masks = [as_2d(named.get(name)) for name in NAMED_MASKS]
-        labels = named.get("labels")
-        if self.masks[1] is None and self.in_decoder and isinstance(labels, Tensor):
-            self.masks[1] = as_2d(labels != -100)  # labels padded as transformers pads them
+        self.tokens = tokens_of(named, has_decoder=bool(self.in_decoder))
 
     def note_encoded(self, encoder: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the encoder: store its output, which cross-attention reads."""
@@ -129,7 +125,7 @@ class PaddingMasks:
         rows = self.rows if (x.numel() // x.shape[-1]) % self.rows == 0 else 1
         x_BTI = x.reshape(rows, -1, x.shape[-1])
         encoded = self.encoded is not None and self.encoded() is x
-        mask = self.masks[1 if module in self.in_decoder and not encoded else 0]
+        mask = self.tokens[1 if module in self.in_decoder and not encoded else 0]
         if mask is None:
             return x_BTI, None
         if mask.shape != x_BTI.shape[:2]:
@@ -156,30 +152,6 @@ def first_input(args: Any, kwargs: Mapping[str, Any]) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-@contextmanager
-def inference(model: nn.Module) -> Generator[None]:
-    """Disable dropout, gradients and the generation cache; restore the modes of all modules."""
-    config = getattr(model, "config", None)
-    cache = getattr(config, "use_cache", None)
-    if cache is not None:
-        config.use_cache = False  # ty: ignore[invalid-assignment]
-    try:
-        with evaluation_mode(model), torch.no_grad():
-            yield
-    finally:
-        if cache is not None:
-            config.use_cache = cache  # ty: ignore[invalid-assignment]
-
-
-def with_hooks(handles: Sequence[RemovableHandle], run: Callable[[], Any]) -> None:
-    """Call `run` and remove the hooks afterwards, also if it raises."""
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def empty(layer: nn.Module, dtype: torch.dtype) -> Covariance:
     """A covariance of zero samples for the inputs of a layer, on the layer's device."""
     width, device = shape_of(layer).in_features, next(layer.parameters()).device
@@ -189,19 +161,19 @@ def empty(layer: nn.Module, dtype: torch.dtype) -> Covariance:
 def collect(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
-    run: Callable[[], Any],
+    data: Calibration,
     *,
     norm: str,
     dtype: torch.dtype,
     rounds: int = 1,
 ) -> dict[str, list[Covariance]]:
-    """Covariances of the inputs of `layers` during `run`, by layer name.
+    """Covariances of the inputs of `layers` in a pass over calibration data, by layer name.
 
     Sample n goes to covariance n mod `rounds` of its layer. With P processes, process p has samples
     p, p + P, ... A layer that is never called keeps covariances of zero samples.
 
     Args:
-        run: runs the model on this process's data.
+        data: of this process.
         norm: see `scaled`.
     """
     tokens = PaddingMasks(model)
@@ -230,16 +202,13 @@ def collect(
         handles.append(get_encoder().register_forward_hook(tokens.note_encoded))
     for name, layer in layers.items():
         handles.append(layer.register_forward_pre_hook(hook_of(name), with_kwargs=True))
-    with inference(model):
-        with_hooks(handles, run)
+    run_over(model, data, handles)
     tokens.warn(layers)
     return found
 
 
-def leaders(
-    model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], Any]
-) -> dict[str, str]:
-    """For each layer, the first layer that has the same input tensors during `run`.
+def leaders(model: nn.Module, layers: Mapping[str, nn.Module], data: Calibration) -> dict[str, str]:
+    """For each layer, the first layer that has the same input tensors in a pass over data.
 
     Query, key and value projections read one tensor, and so do gate and up projections: they share
     a covariance.
@@ -264,7 +233,6 @@ def leaders(
         layer.register_forward_pre_hook(hook_of(name), with_kwargs=True)
         for name, layer in layers.items()
     ]
-    with inference(model):
-        with_hooks(handles, run)
+    run_over(model, data, handles)
     first: dict[tuple[int, ...], str] = {}
     return {name: first.setdefault(seen, name) if seen else name for name, seen in inputs.items()}

@@ -3,18 +3,17 @@
 import logging
 from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import Any, cast
+from typing import cast
 
 import torch
-from accelerate.utils import send_to_device
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from petl.core.layers.context import as_2d
+from petl.core.calibrate import Calibration, calibration_pass, forward
+from petl.core.masks import without_padding
 from petl.core.method import (
     AdapterSet,
-    Calibration,
     Finish,
     Method,
     Target,
@@ -24,7 +23,6 @@ from petl.core.method import (
     linear_target,
 )
 from petl.core.model.heat_map import HeatMap
-from petl.core.model.modes import evaluation_mode
 from petl.core.model.targets import matched_names
 from petl.core.register import register
 from petl.core.registry import no_calibration
@@ -266,7 +264,7 @@ def _collected(
     tuner.set_adapter(adapter.info.adapter_name)
     batches: list[Tensor] = []
     try:
-        with evaluation_mode(tuner.model):
+        with calibration_pass(tuner.model):
             if callable(calibration):
                 adapter.collected = []
                 calibration()
@@ -274,30 +272,17 @@ def _collected(
             else:
                 for batch in islice(iter(calibration), limit):
                     adapter.collected = []
-                    _run(tuner.model, batch)
+                    forward(tuner.model, {k: v for k, v in batch.items() if k != "labels"})
                     found = torch.cat(adapter.collected or [adapter.pieces(_nothing(adapter))])
-                    batches.append(_without_padding(found, batch).cpu())
+                    # pieces of one token in a row, as without_padding takes them
+                    tokens = without_padding(found.flatten(1), batch.get("attention_mask"))
+                    batches.append(tokens.unflatten(1, found.shape[1:]).cpu())
     finally:
         adapter.collected = None
         tuner.set_adapter(active)
     return batches
 
 
-def _run(model: nn.Module, batch: Mapping[str, Any]) -> None:
-    device = next(model.parameters()).device
-    inputs = send_to_device(dict(batch), device)
-    inputs.pop("labels", None)
-    model(**inputs)
-
-
 def _nothing(adapter: DkvbAdapter) -> Tensor:
     """Return an input of the head without rows."""
     return adapter.keys.new_empty(0, adapter.shape.in_features)
-
-
-def _without_padding(pieces: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    """Return the pieces of tokens that are no padding; those of rows as they are."""
-    mask = as_2d(batch.get("attention_mask"))
-    if mask is None or mask.numel() != len(pieces):
-        return pieces
-    return pieces[mask.flatten().to(pieces.device).bool()]

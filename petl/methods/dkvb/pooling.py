@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from petl.core.layers.context import InputCapture, as_2d
+from petl.core.layers.context import InputCapture
+from petl.core.masks import as_2d
 
 
 class MeanCapture(InputCapture):

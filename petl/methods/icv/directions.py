@@ -4,7 +4,6 @@ Shapes: N demonstrations, B rows of a batch, T tokens, L blocks, H width of the 
 """
 
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from petl.core.model.modes import evaluation_mode
+from petl.core.calibrate import calibration_pass
+from petl.core.masks import positions_in
 from petl.core.spec.config import require
 from petl.errors import InputError
 from petl.methods.icv.config import IcvConfig, block_paths
@@ -57,7 +57,6 @@ def directions(model: nn.Module, config: IcvConfig, batches: Iterable[Any]) -> T
     return direction(d.flatten(1), config.rank).view_as(d[0])
 
 
-@torch.no_grad()
 def differences(model: nn.Module, batches: Iterable[Any]) -> Tensor:
     """Return d_i of this process's demonstrations, [N, L, H] float32 on the CPU; N may be 0."""
     if callable(batches) or isinstance(batches, str | Mapping):
@@ -66,14 +65,13 @@ def differences(model: nn.Module, batches: Iterable[Any]) -> Tensor:
             f"{type(batches).__name__}: pass a list of dicts of {', '.join(KEYS)}"
         )
     found = [torch.empty(0)]
-    with evaluation_mode(model):
-        for batch in batches:
-            _check_batch(batch)
-            source, target = (
-                last_states(model, batch[f"{side}_input_ids"], batch[f"{side}_attention_mask"])
-                for side in ("source", "target")
-            )
-            found.append(target - source)
+    for batch in batches:
+        _check_batch(batch)
+        source, target = (
+            last_states(model, batch[f"{side}_input_ids"], batch[f"{side}_attention_mask"])
+            for side in ("source", "target")
+        )
+        found.append(target - source)
     return torch.cat(found[1:]) if found[1:] else found[0]
 
 
@@ -107,7 +105,7 @@ def _check_batch(batch: Any) -> None:
 def last_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return the last token's hidden state behind each block, [B, L, H] float32 on the CPU.
 
-    Rows may be padded on either side. Call it in evaluation mode, without gradients.
+    Rows may be padded on either side.
 
     Raises:
         InputError: a state is not finite.
@@ -119,7 +117,7 @@ def last_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> 
     options: dict[str, Any] = {"use_cache": False}
     if not mask[:, 0].all():
         # padded on the left: from the first token; else as the model counts, from 2 in RoBERTa
-        options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        options["position_ids"] = positions_in(mask)
     known = signature(backbone.forward).parameters
     states: list[Tensor] = []
 
@@ -128,7 +126,8 @@ def last_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> 
         rows = torch.arange(len(state), device=state.device)
         states.append(state[rows, last.to(state.device)].float().cpu())
 
-    with _hooked(model, keep):
+    hooks = [model.get_submodule(path).register_forward_hook(keep) for path in block_paths(model)]
+    with calibration_pass(model, hooks):
         backbone(
             input_ids=input_ids.to(device),
             attention_mask=mask,
@@ -142,15 +141,3 @@ def last_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> 
             "model's weights and dtype"
         )
     return found
-
-
-@contextmanager
-def _hooked(model: nn.Module, hook: Any) -> Any:
-    """Call `hook` behind each block, inside the `with` block."""
-    blocks = (model.get_submodule(path) for path in block_paths(model))
-    handles = [block.register_forward_hook(hook) for block in blocks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
-from petl.core.layers.context import as_2d
+from petl.core.masks import as_2d, positions_in
 from petl.errors import InputError, UnsupportedError
 
 CACHES = ("cache", "past_key_values", "cache_params")  # arguments that hold a cache
@@ -151,7 +151,7 @@ def _positions(
     if given is not None:
         return given[0] if given.dim() == 3 else given  # the first axis of multimodal positions
     if key_BS is not None:
-        return (key_BS.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+        return positions_in(key_BS)[:, past:]
     return torch.arange(past, past + T, device=device)[None]
 
 

@@ -4,20 +4,20 @@ Shapes: T tokens, D width of the residual stream.
 """
 
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
+from petl.core.calibrate import calibration_pass, forward
 from petl.core.layers.context import ForwardContext, is_encoder_decoder
+from petl.core.masks import without_padding
 from petl.core.model.linear import LINEAR_KINDS
-from petl.core.model.modes import evaluation_mode
 from petl.core.model.places import is_stack
 from petl.core.parameters import check_module
 from petl.errors import InputError, choose
@@ -84,12 +84,10 @@ def block_importance(
         )
     decoder: Any = base.get_decoder() if is_encoder_decoder(base) else nn.Module()  # ty: ignore
     recorder = BlockSums(blocks, compare, set(decoder.modules()))
-    device = next(base.parameters()).device
-    with recorder.attached(), evaluation_mode(model), torch.no_grad():
+    with calibration_pass(model, recorder.attach()):
         for batch in batches:
-            on_device = send_to_device(dict(batch), device)
-            recorder.masks.read_masks(base, on_device)
-            model(**on_device)
+            recorder.masks.read_masks(base, batch)
+            forward(model, batch)
             recorder.end_batch()
     return recorder.means(metric)
 
@@ -132,20 +130,14 @@ class BlockSums:
         self.sums, self.counts = dict.fromkeys(blocks, 0.0), dict.fromkeys(blocks, 0)
         self.batches = 0
         # on the device, of the running batch: reading them would wait for it
-        self.running: list[tuple[str, Tensor, int | Tensor]] = []
+        self.running: list[tuple[str, Tensor, int]] = []
 
-    @contextmanager
-    def attached(self) -> Generator[None]:
-        """Have the hooks on the blocks inside the context."""
-        handles = []
-        try:
-            for path, block in self.blocks.items():
-                hook = partial(self.add, path)
-                handles.append(block.register_forward_hook(hook, with_kwargs=True))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def attach(self) -> list[RemovableHandle]:
+        """Register the hooks on the blocks."""
+        return [
+            block.register_forward_hook(partial(self.add, path), with_kwargs=True)
+            for path, block in self.blocks.items()
+        ]
 
     def add(self, path: str, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forward hook of a block: add the tokens of one call."""
@@ -157,21 +149,17 @@ class BlockSums:
                 f"{path} turns an input of shape {shape} into {list(y.shape)}: importance compares "
                 "the two, so a block must not change the shape; give ranks by rank_pattern"
             )
-        x_TD, y_TD = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         mask = self.masks.decoder_mask if block in self.decoder else self.masks.mask
-        count: int | Tensor = len(x_TD)
-        if mask is not None and mask.numel() == len(x_TD):
-            own = mask.reshape(-1).to(x.device) != 0
-            # before the metric: padding may have values that are not finite
-            x_TD, y_TD, count = x_TD[own], y_TD[own], own.sum()
-        self.running.append((path, self.compare(x_TD.float(), y_TD.float()).sum(), count))
+        # before the metric: padding may have values that are not finite
+        x_TD, y_TD = without_padding(x, mask), without_padding(y, mask)
+        self.running.append((path, self.compare(x_TD.float(), y_TD.float()).sum(), len(x_TD)))
 
     def end_batch(self) -> None:
         """Add the sums of the running batch to those before it, in float64."""
         self.batches += 1
         for path, total, count in self.running:
             self.sums[path] += float(total)
-            self.counts[path] += int(count)
+            self.counts[path] += count
         self.running.clear()
 
     def means(self, metric: str) -> dict[str, float]:

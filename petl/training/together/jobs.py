@@ -23,13 +23,14 @@ from peft import (
 from torch import Tensor, nn
 
 from petl.core.lifecycle import lifecycle
+from petl.core.model.copies import share_weights
 from petl.core.parameters import check_module
 from petl.core.registry import METHODS, build_config, method_of, method_part, wrap
 from petl.core.support import require_compatible
 from petl.core.types import Settings
 from petl.efficiency.fused_lora.switching import fuse_lora
 from petl.efficiency.together.batches import LABELS, Batch, check_loss, room_for
-from petl.efficiency.together.group import TOGETHER, Member, check_alike, share_weights
+from petl.efficiency.together.group import TOGETHER, Member, check_alike
 from petl.errors import InputError, did_you_mean
 from petl.system.values import read_fields
 from petl.training.dataloader import to_device

@@ -31,7 +31,6 @@ from petl.efficiency.drafting import (
     verify,
 )
 from petl.efficiency.drafting.checks import rounding
-from petl.efficiency.drafting.engine import Decoding
 from petl.errors import InputError, UnsupportedError
 
 PLAIN = {"max_new_tokens": 24, "pad_token_id": PAD, "use_cache": True}
@@ -303,51 +302,13 @@ def test_scores_logits_and_cache_are_those_of_plain_decoding():
 # Several rows, and what is decoded plainly
 
 
-def test_rows_are_decoded_plainly_or_one_after_the_other():
+def test_rows_are_decoded_plainly():
     model = testing.tiny_llama()
     ids = torch.cat([prompt(14), prompt(15)])
-    ids[0, :2], mask = PAD, torch.ones_like(ids)
-    mask[0, :2] = 0
-    own = {"attention_mask": mask, "eos_token_id": [*range(3, 9)], "do_sample": False}
+    own = {"eos_token_id": [*range(3, 9)], "do_sample": False}
     plain, _ = generated(model, ids, **own)
     with pytest.warns(UserWarning, match="without drafts: 2 rows are decoded together"):
         found, _ = generated(model, ids, **own, custom_generate=decode, drafter=Random())
-    assert torch.equal(found, plain)
-    stats = Stats()
-    more = {"drafter": Random(), "rows": "sequential", "stats": stats}
-    found, _ = generated(model, ids, **own, custom_generate=decode, **more)
-    assert torch.equal(found, plain)
-    assert stats.answers == 2
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"guidance_scale": 1.5},
-        {"encoder_repetition_penalty": 1.5},
-        {"prefix_allowed_tokens_fn": lambda row, ids: [20 + row, 30 + row]},
-    ],
-)
-def test_processors_that_hold_all_rows_are_refused_one_after_the_other(settings):
-    model, ids = testing.tiny_llama(), torch.cat([prompt(14), prompt(15)])
-    more = {"drafter": Random(), "rows": "sequential"}
-    with pytest.raises(InputError, match=r"takes no .*LogitsProcessor, which holds all rows"):
-        generated(model, ids, do_sample=False, **settings, custom_generate=decode, **more)
-    # one prompt alone
-    plain, _ = generated(model, ids[:1], do_sample=False, **settings)
-    found, _ = generated(
-        model, ids[:1], do_sample=False, **settings, custom_generate=decode, **more
-    )
-    assert torch.equal(found, plain)
-
-
-def test_rows_that_cannot_be_drafted_alone_are_decoded_together():
-    model, ids = testing.tiny_llama(), torch.cat([prompt(14), prompt(15)])
-    own = {"use_cache": False, "do_sample": False}
-    plain, _ = generated(model, ids, **own)
-    more = {"drafter": Random(), "rows": "sequential"}
-    with pytest.warns(UserWarning, match="without drafts: 2 rows are decoded together"):
-        found, _ = generated(model, ids, **own, custom_generate=decode, **more)
     assert torch.equal(found, plain)
 
 
@@ -464,7 +425,6 @@ def test_drafts_that_are_no_tree_are_refused(tokens, parents, message):
     ("settings", "message"),
     [
         ({"nodes": -1}, "nodes=-1 is no number of drafts"),
-        ({"rows": "all"}, "rows='all' is neither None nor 'sequential'"),
         ({"pack": "yes"}, "pack='yes' is none of"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3 and .* draft as well"),
         ({"drafter": "lokup"}, "no drafter 'lokup'; did you mean 'lookup'"),
@@ -522,18 +482,3 @@ def test_in_16_bits_each_token_is_the_models_own_up_to_rounding():
     for guess in (Random(), drafter("lookup", min_ngram=1)):
         shortfall, allowed = bf16(guess)
         assert shortfall <= allowed
-
-
-def test_forged_tokens_are_found_by_their_logits(monkeypatch):
-    def accepts_all(self, children, logits):
-        path = [0]
-        while children[path[-1]]:
-            token, node = next(iter(children[path[-1]].items()))
-            if self._emit(token):
-                return path, True
-            path.append(node)
-        return path, self._emit(int(logits[path[-1]].argmax()))
-
-    monkeypatch.setattr(Decoding, "_walk", accepts_all)
-    shortfall, allowed = bf16(Random())
-    assert shortfall > allowed

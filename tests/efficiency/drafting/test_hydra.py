@@ -279,38 +279,6 @@ def test_an_answer_known_by_heart_is_accepted_in_chains(kind):
     assert stats.passes == math.ceil(23 / 4)
 
 
-# Check 4: what a head depends on
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_head_depends_on_the_tokens_before_its_guess_only(model, kind):
-    guess = randomized(drafter("hydra", model=model, kind=kind))
-    h, after = random_inputs(4, 3)
-    for i in (1, 2, 3):
-        found = guess.head_logits(h, after[:, :i])
-        for place in range(i):
-            other = after[:, :i].clone()
-            other[:, place] = (other[:, place] + 1) % VOCABULARY
-            changes = not torch.allclose(guess.head_logits(h, other), found)
-            assert changes == (kind != "parallel")
-    for count in (0, 4):
-        with pytest.raises(InputError, match=f"after has {count} tokens"):
-            guess.head_logits(h, torch.zeros(4, count, dtype=torch.long))
-
-
-def test_later_tokens_change_no_loss_of_an_earlier_head(model, written):
-    # one position: its heads read two tokens ahead, and guess the third
-    guess = randomized(drafter("hydra", model=model, heads=2))
-    one = written.positions[:1]
-    changed = written.ids.clone()
-    changed[int(one) + 4 :] = 5
-    other = type(written)(changed, written.states, written.lengths, written.starts)
-    assert float(guess.loss(written, one)) == float(guess.loss(other, one))
-    changed[int(one) + 3] = (changed[int(one) + 3] + 1) % VOCABULARY
-    assert float(guess.loss(written, one)) != float(guess.loss(other, one))
-
-
 # Check 5: the tree
 
 TEMPLATE = [(0,), (1,), (0, 0), (0, 2), (1, 0), (2,), (0, 2, 1), (1, 0, 0)]

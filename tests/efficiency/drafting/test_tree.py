@@ -56,8 +56,8 @@ def test_a_tree_pass_equals_its_paths_alone_and_leaves_a_fresh_cache(family, pad
         ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], use_cache=True
     ).cache
     kwargs = {"cache": cache, "use_cache": True, "position_ids": positions}
-    passes = DraftPasses(model, kwargs | ({"attention_mask": mask} if padding else {}))
-    logits = passes.run(ids, TOKENS, PARENTS, count)
+    passes = DraftPasses(model, ids, kwargs | ({"attention_mask": mask} if padding else {}))
+    logits = passes.run(ids[0].tolist(), TOKENS, PARENTS, count)
     assert logits.shape == (8, VOCABULARY)
     for node in range(8):
         text = [*ids[0, padding:].tolist(), *(TOKENS[i - 1] for i in path_to(node))]

@@ -113,7 +113,7 @@ def test_the_source_is_that_of_tables(writers, file):
     words = [f"draft.file={file}", "draft.source=decode"]
     with pytest.raises(InputError, match=r"the heads of hydra are trained on answers"):
         train_drafter(writers.folder / "lora", settings(*words))
-    with pytest.raises(InputError, match=r"draft.source='texts' is none of decode, answers, null"):
+    with pytest.raises(InputError, match=r"draft.source='texts' is not one of decode"):
         train_drafter(writers.folder / "lora", settings("draft.source=texts"))
 
 
@@ -181,8 +181,8 @@ def test_lookup_comes_first_and_the_heads_go_on_behind_it():
         ([], "draft.file=None: without a run there are no training examples"),
         (["draft.file=none.jsonl"], "none.jsonl"),
         (["drafter.heads=9", "draft.file=x"], "heads=9 is no integer from 1 to 8"),
-        (["draft.tokens=0"], "draft.tokens=0 is not 1 or more"),
-        (["draft.lr=0"], "draft.lr=0.0 is not above 0"),
+        (["draft.tokens=0"], "draft.tokens=0 is not an integer from 1"),
+        (["draft.lr=0"], "draft.lr=0.0 is not a number above 0"),
         (["draft.target=firm"], "draft.target"),
         (["++draft.token=3"], "no setting draft.token; did you mean 'tokens'"),
         (["drafter.name=lookup"], "no field"),

@@ -58,21 +58,23 @@ def test_an_empty_stop_text_is_refused():
         Sampling(stop=("",))
 
 
-def streamed(pieces: list[str], *stop: str) -> list[str]:
+def streamed(text: str, *stop: str) -> list[str]:
     written: list[str] = []
-    stream = TextStream(byte_tokenizer(), written.append, stop)
-    for piece in pieces:
-        stream.on_finalized_text(piece)
-    stream.on_finalized_text("", stream_end=True)
+    tokenizer = byte_tokenizer()
+    stream = TextStream(tokenizer, written.append, stop, ends=[7])
+    stream.put(torch.tensor([[5, 6]]))  # the prompt
+    for token in [*tokenizer(text)["input_ids"], 7]:
+        stream.put(torch.tensor([token]))
+    stream.end()
     return written
 
 
 def test_a_stop_text_never_appears_while_streaming():
-    assert "".join(streamed(["Hello, ", "wo", "rl", "d END", " more"], "rld")) == "Hello, wo"
-    assert "".join(streamed(["a EN", "D b"], "END", "zzz")) == "a "
-    assert "".join(streamed(["a EN", "T b"], "END")) == "a ENT b"
-    assert "".join(streamed(["a E", "N"], "END")) == "a EN"
-    assert streamed(["one ", "two"]) == ["one ", "two"]
+    assert "".join(streamed("Hello, world END more", "rld")) == "Hello, wo"
+    assert "".join(streamed("a END b", "END", "zzz")) == "a "
+    assert "".join(streamed("a ENT b", "END")) == "a ENT b"
+    assert "".join(streamed("a EN", "END")) == "a EN"
+    assert streamed("one") == ["o", "n", "e"]
 
 
 def test_rows_stop_at_texts_that_several_tokens_spell():

@@ -13,16 +13,17 @@ from transformers import (
 )
 from writer_fixtures import adapt
 
+from petl.core.model.copies import share_weights
 from petl.errors import InputError, UnsupportedError
 from petl.generation.inference.language_model import BASE, LanguageModel
 from petl.generation.inference.loading import load_language_model
-from petl.generation.inference.sampling import Sampling
+from petl.generation.inference.sampling import AnswerText, Sampling
 from petl.generation.serving import kv_cache
 from petl.generation.serving.batch import Batch, BatchPasses
 from petl.generation.serving.choice import Chooser, TokenChooser
 from petl.generation.serving.engine import Slot
-from petl.generation.serving.models import load_served, sharing_tensors
-from petl.generation.serving.request import AnswerText, Request
+from petl.generation.serving.models import load_served
+from petl.generation.serving.request import Request
 
 pytest_plugins = ["writer_fixtures"]
 
@@ -32,8 +33,7 @@ PROMPTS = ["Hi", "the cat and the dog and the cat and", "a b a b a", "?", "What 
 def request(model: LanguageModel, text: str, adapter: str, tokens: int, stop=()) -> Request:
     """A request whose pieces are kept in `request.emit.__self__`."""
     prompt = model.encode(text)
-    defaults = model.base.generation_config
-    chooser = Chooser(Sampling(max_new_tokens=tokens), TokenChooser(), defaults, prompt)
+    chooser = Chooser(Sampling(max_new_tokens=tokens), TokenChooser(), model.base, prompt)
     pieces: list = []
     text_of = AnswerText(model.tokenizer, stop)
     return Request(prompt, adapter, chooser, text_of, model.ends, pieces.append, tokens)
@@ -177,7 +177,7 @@ def test_layers_of_a_cache_are_padded_on_the_left():
 
 def test_models_of_several_methods_share_the_tensors_of_their_base(writers):
     base = writers.load("llama").base
-    other = sharing_tensors(base)
+    other = share_weights(base)
     assert other is not base
     assert other.model.layers[0].mlp is not base.model.layers[0].mlp
     ours, theirs = dict(base.named_parameters()), dict(other.named_parameters())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from petl import testing
 from petl.generation.inference.sampling import Sampling
 from petl.generation.serving.choice import Chooser, TokenChooser
 
@@ -14,7 +15,9 @@ GREEDY = Sampling(max_new_tokens=9)
 
 
 def chooser(sampling=GREEDY, defaults=None, prompt=(0,), **choosing) -> Chooser:
-    return Chooser(sampling, TokenChooser(**choosing), defaults or GenerationConfig(), prompt)
+    model = testing.tiny_llama()
+    model.generation_config = defaults or GenerationConfig()
+    return Chooser(sampling, TokenChooser(**choosing), model, prompt)
 
 
 def drawn(chooser: Chooser, count: int = 300) -> set[int]:

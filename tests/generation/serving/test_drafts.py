@@ -6,12 +6,12 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from petl.efficiency.drafting.policy import REST, WINDOW
 from petl.generation.inference.language_model import BASE, LanguageModel
-from petl.generation.inference.sampling import Sampling
+from petl.generation.inference.sampling import AnswerText, Sampling
 from petl.generation.serving.batch import BatchPasses
 from petl.generation.serving.choice import Chooser, TokenChooser
 from petl.generation.serving.engine import Slot
 from petl.generation.serving.models import load_served
-from petl.generation.serving.request import AnswerText, Request
+from petl.generation.serving.request import Request
 
 pytest_plugins = ["writer_fixtures"]
 TEXTS = ["a b a b a b", "the cat and the dog and the cat and", "Hi"]
@@ -30,7 +30,7 @@ def request(model, text, adapter, choice="greedy", *, stop=()) -> Request:
     """A request whose pieces are kept in `request.emit.__self__`."""
     sampling, choosing = CHOICES[choice]
     prompt = model.encode(text)
-    chooser = Chooser(sampling, choosing, model.base.generation_config, prompt)
+    chooser = Chooser(sampling, choosing, model.base, prompt)
     text_of = AnswerText(model.tokenizer, stop)
     return Request(prompt, adapter, chooser, text_of, model.ends, [].append, TOKENS)
 
@@ -55,7 +55,7 @@ def test_single_requests_get_the_pieces_that_they_get_without_drafts(
     for shared in (None, adapter):  # each row its own adapter, or one for all
         lanes = [Slot(BatchPasses(model, shared, drafter=name)) for name in (None, "free")]
         # of random weights drafts are rarely right, and would rest
-        lanes[1].passes.drafts.switch.enabled = False
+        lanes[1].passes.drafts.rounds.switch.enabled = False
         plain, drafted = (
             written(
                 lane,
@@ -79,7 +79,7 @@ def test_requests_that_join_and_leave_change_no_answer(writers, rests, choice):
         lane = Slot(BatchPasses(model, None, drafter=drafter))
         if drafter is not None:
             # a rest would begin the drafter's text again
-            lane.passes.drafts.switch.enabled = rests
+            lane.passes.drafts.rounds.switch.enabled = rests
         requests = [
             request(model, t, a, choice)
             for t, a in zip(TEXTS, ["default", BASE, BASE], strict=True)
@@ -109,7 +109,7 @@ def test_a_cancelled_request_leaves_after_its_next_token(writers):
 def test_drafts_that_are_too_slow_rest(writers):
     model = writers.load("llama")
     lane = Slot(BatchPasses(model, BASE, drafter="free"))
-    switch = lane.passes.drafts.switch
+    switch = lane.passes.drafts.rounds.switch
     switch.rounds, switch.seconds = WINDOW - 1, 1e6
     expected = written(Slot(BatchPasses(model, BASE)), [request(model, TEXTS[0], BASE)])
     assert written(lane, [request(model, TEXTS[0], BASE)]) == expected

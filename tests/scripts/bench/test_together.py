@@ -13,7 +13,8 @@ from bench.together import alone, grouped, measure, passes_of, peak_over_parts
 from tiny_shapes import TINY_LLAMA, TINY_MINILM
 
 import petl
-from petl.efficiency.together.group import Member, share_weights
+from petl.core.model.copies import share_weights
+from petl.efficiency.together.group import Member
 
 LORA = next(row for row in CONTENDERS if row.name == "lora")
 ADAPTER = next(row for row in CONTENDERS if row.name == "adapter 48")

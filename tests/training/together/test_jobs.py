@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import petl
-from petl.efficiency.together.group import share_weights
+from petl.core.model.copies import share_weights
 from petl.errors import UnsupportedError
 from petl.testing.models import (
     causal_batch,

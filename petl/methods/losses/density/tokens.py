@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petl.core.masks import NAMES, tokens_of
 from petl.errors import InputError
 
 Masks = dict[str, Tensor | None]
@@ -39,19 +40,17 @@ def token_masks(inputs: Mapping[str, Any], is_encoder_decoder: bool) -> Masks:
     Raises:
         InputError: a mask has another number of dimensions.
     """
-    # "" is the only stack
-    masks = {"encoder" if is_encoder_decoder else "": inputs.get("attention_mask")}
-    if is_encoder_decoder:
-        labels, given = inputs.get("labels"), inputs.get("decoder_attention_mask")
-        # transformers pads labels with -100
-        masks["decoder"] = labels.ne(-100) if given is None and labels is not None else given
-    for mask in masks.values():
+    for mask in (inputs.get(name) for name in NAMES):
         if isinstance(mask, Tensor) and mask.dim() != 2:
             raise InputError(
                 f"mask_padding needs attention masks [batch, tokens], not {list(mask.shape)}; "
                 "pass those, or mask_padding=False"
             )
-    return masks
+    tokens = tokens_of(inputs, has_decoder=is_encoder_decoder)
+    # "" is the only stack
+    if not is_encoder_decoder:
+        return {"": tokens.mask}
+    return {"encoder": tokens.mask, "decoder": tokens.decoder}
 
 
 def rows_of(mask: Tensor | None, a: Tensor) -> Tensor | None:

@@ -1,0 +1,187 @@
+"""A round of drafting: guess a tree of tokens, verify it in one pass, and learn from the pass.
+
+`petl.drafting.decode` and `petl serve` make their rounds here, each with passes over a cache of its
+own. Shapes: N nodes of a pass (the root, then the drafts), V tokens of the vocabulary, H width.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from petl.core.types import CausalModel
+from petl.efficiency.drafting import tree
+from petl.efficiency.drafting.costs import QUICK, TYPICAL, Costs
+from petl.efficiency.drafting.packing import Packing
+from petl.efficiency.drafting.policy import Switch, switch_of
+from petl.efficiency.drafting.registry import Drafter, PassOutput, Root
+
+# from the number of a node to the model's own token behind it; None: the answer ends with it
+Take = Callable[[int], int | None]
+
+
+class Passes(Protocol):
+    """Passes over one row behind a cache, which has all tokens but the root.
+
+    Attributes:
+        chains_only: True if the model cannot compute a tree.
+        states: outputs of the final norm in the last pass, [N, H]; None unless they are captured.
+    """
+
+    chains_only: bool
+    states: Tensor | None
+
+    def has_room(self, count: int) -> bool:
+        """Return True if there are positions for a pass over `count` tokens."""
+        ...
+
+    def run(
+        self, ids: Sequence[int], tokens: Sequence[int], parents: Sequence[int], count: int
+    ) -> Tensor:
+        """Return the logits of a root, the last of `ids`, and its drafts, [N, V].
+
+        The pass has `count` tokens; those beyond root and drafts only fill it up.
+        """
+        ...
+
+    def keep(self, path: Sequence[int], count: int) -> None:
+        """Keep the accepted nodes of a pass over `count` tokens in the cache; 0 is the first."""
+
+
+class Round(NamedTuple):
+    """What a round gave.
+
+    Attributes:
+        drafted: number of drafts.
+        tokens: number of tokens of the answer.
+        has_ended: True if the answer ends with the last of them.
+    """
+
+    drafted: int
+    tokens: int
+    has_ended: bool
+
+
+class Rounds:
+    """Rounds of a drafter on a model.
+
+    Attributes:
+        drafter: None: each round gives one token.
+        switch: rests the drafter where it is slower than plain decoding.
+        packing: of the model's weights, in passes over several tokens.
+        costs: of a pass; None: not measured yet.
+        measuring: seconds of measuring them.
+    """
+
+    def __init__(
+        self,
+        model: CausalModel,
+        drafter: Drafter | None,
+        *,
+        pack: bool | Literal["auto"] = "auto",
+        costs: Costs | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        switch: bool = True,
+    ) -> None:
+        """Prepare rounds; arguments as of `petl.drafting.decode`."""
+        self.model, self.drafter, self.clock = model, drafter, clock
+        self.vocabulary: int = model.config.get_text_config().vocab_size
+        self.packing = Packing(model, pack)
+        has_switch = switch and drafter is not None
+        self.switch = switch_of(drafter) if has_switch else Switch(enabled=False)
+        known = None if drafter is None else drafter.costs  # of an earlier call
+        self.costs = known if costs is None else costs
+        self.measuring = 0.0
+
+    def start(self, ids: Sequence[int], states: Tensor | None) -> None:
+        """Begin a row, as `Drafter.start`."""
+        self.state_row = -1  # of the states of the last pass: that which chose the root
+        if self.drafter is not None:
+            self.drafter.costs = self.costs
+            self.drafter.start(ids, states)
+
+    def run(
+        self,
+        passes: Passes,
+        ids: Sequence[int],
+        choose: Callable[[Tensor], Take],
+        *,
+        budget: int | None = None,
+        depth: int | None = None,
+    ) -> Round:
+        """Draft, verify and learn once.
+
+        Args:
+            passes: over the row.
+            ids: all tokens, of which the last is the root; `choose` may append to them.
+            choose: takes the logits of all nodes, [N, V].
+            budget: number of drafts at most; None: as the drafter likes.
+            depth: how deep they may be; None: no limit.
+        """
+        drafter = self.drafter if self.switch.is_on else None
+        began = self.clock()
+        tokens, parents = [], []
+        if drafter is not None:
+            state = None if passes.states is None else passes.states[self.state_row]
+            tokens, parents = tree.fitted(
+                drafter.draft(Root(ids, state), budget)[:2],
+                self.vocabulary,
+                budget=budget,
+                depth=depth,
+                chains_only=passes.chains_only,
+            )
+        nodes = torch.tensor([ids[-1], *tokens])
+        count = len(nodes)
+        if count > 1 and self.costs is not None and passes.has_room(self.costs.padded(count)):
+            count = self.costs.padded(count)
+        # a root alone takes the plain weights: faster, and rounded as in plain decoding
+        with self.packing.active() if count > 1 else nullcontext():
+            logits = passes.run(ids, tokens, parents, count)
+        path, has_ended = accepted(tree.children(tokens, parents), choose(logits))
+        # also at the end: a cache that is returned holds all ids but the last, as in `generate`
+        passes.keep(path, count)
+        self.state_row = path[-1]
+        if drafter is None:  # it has guessed nothing, so it learns nothing
+            self.switch.rest(len(path))
+            return Round(0, len(path), has_ended)
+        needs, edges = drafter.needs, torch.tensor(parents, dtype=torch.long)
+        shown = logits if needs.logits else None, passes.states if needs.last else None
+        drafter.observe(PassOutput(nodes, edges, *shown, path))
+        cost = (self.costs or TYPICAL).ratio(len(nodes)) - 1
+        self.switch.add(len(path), self.clock() - began, cost)
+        return Round(len(tokens), len(path), has_ended)
+
+    def judge(self) -> None:
+        """Compare a window that is due with plain decoding; the costs are measured once."""
+        if self.costs is None:
+            began = self.clock()
+            weights = self.packing.weights
+            self.costs = Costs.measure(self.model, counts=QUICK, rounds=3, packed=weights)
+            self.measuring += self.clock() - began
+            if self.drafter is not None:
+                self.drafter.costs = self.costs
+        self.switch.judge(self.costs.seconds[1])
+
+
+def accepted(children: Sequence[Mapping[int, int]], take: Take) -> tuple[list[int], bool]:
+    """Take the model's tokens from the root, as far as drafts hold them.
+
+    Args:
+        children: of each node, by token.
+
+    Returns:
+        The numbers of the accepted nodes, 0 first, and whether the answer has ended.
+    """
+    path = [0]
+    while True:
+        token = take(path[-1])
+        # the last token is never entered, even if it was drafted: the cache lacks it
+        if token is None:
+            return path, True
+        child = children[path[-1]].get(token)
+        if child is None:
+            return path, False
+        path.append(child)
