@@ -5,8 +5,7 @@ Shapes: T tokens of all rows, L of one row, H width, P positions.
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -18,78 +17,10 @@ from petl.core.model.modes import evaluation_mode
 from petl.core.parameters import max_positions
 from petl.core.types import Arguments, CausalModel, base_of
 from petl.efficiency.drafting.calls import why_plain
+from petl.efficiency.drafting.registry import DraftAnswers
 from petl.errors import InputError, UnsupportedError
 from petl.system.collectives import made_by, num_processes, number, shared_out
 from petl.system.progress import Pass
-
-
-@dataclass(frozen=True)
-class DraftAnswers:
-    """Rows of a prompt and its answer, one behind the other.
-
-    Attributes:
-        ids: tokens of all rows, long [T].
-        states: outputs of the final norm at each token, which choose the next one, 16 bits [T, H].
-        lengths: tokens of each row.
-        starts: tokens of each row's prompt.
-    """
-
-    ids: Tensor
-    states: Tensor
-    lengths: tuple[int, ...]
-    starts: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    @cached_property
-    def offsets(self) -> list[int]:
-        """Where each row begins, and T at the end."""
-        found = [0]
-        for length in self.lengths:
-            found.append(found[-1] + length)
-        return found
-
-    @cached_property
-    def ends(self) -> Tensor:
-        """The end of the row that each token is in, long [T]."""
-        ends = [
-            torch.full((n,), end) for n, end in zip(self.lengths, self.offsets[1:], strict=True)
-        ]
-        return torch.cat(ends).to(self.ids.device)
-
-    @cached_property
-    def positions(self) -> Tensor:
-        """Where a token of an answer was chosen that another one follows, long [P]."""
-        spans = zip(self.offsets, self.starts, self.offsets[1:], strict=False)
-        found = [torch.arange(first + start - 1, end - 2) for first, start, end in spans]
-        return torch.cat(found).to(self.ids.device)
-
-    @property
-    def counts(self) -> list[int]:
-        """Positions of each row."""
-        return [max(0, n - start - 1) for n, start in zip(self.lengths, self.starts, strict=True)]
-
-    def row(self, i: int) -> slice:
-        """Return where row `i` is."""
-        return slice(self.offsets[i], self.offsets[i + 1])
-
-    def answer(self, i: int) -> Tensor:
-        """Return the tokens that the model wrote in row `i`."""
-        return self.ids[self.row(i)][self.starts[i] :]
-
-    def rows(self, numbers: Sequence[int]) -> "DraftAnswers":
-        """Return some of the rows."""
-        return DraftAnswers(
-            torch.cat([self.ids[self.row(i)] for i in numbers]),
-            torch.cat([self.states[self.row(i)] for i in numbers]),
-            tuple(self.lengths[i] for i in numbers),
-            tuple(self.starts[i] for i in numbers),
-        )
-
-    def to(self, device: torch.device) -> "DraftAnswers":
-        """Return them on a device."""
-        return replace(self, ids=self.ids.to(device), states=self.states.to(device))
 
 
 @torch.no_grad()

@@ -1,12 +1,14 @@
 """The registry of drafters, and what a drafter is: a guess of the next tokens, to be verified.
 
 A drafter is no PEFT tuner: it stands beside any adapted model, has none of its parameters, and is
-never in its state dict. Shapes: N nodes of a pass (the root, then the drafts), H width, V tokens.
+never in its state dict. Shapes: N nodes of a pass (the root, then the drafts), H width, V tokens of
+the vocabulary, T tokens of answers, P positions in them.
 """
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict, TypeVar, runtime_checkable
 
@@ -15,7 +17,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from petl.core.types import CausalModel, Settings
-from petl.efficiency.drafting.answers import DraftAnswers
 from petl.efficiency.drafting.costs import Costs
 from petl.errors import UnknownNameError, UnsupportedError, choose, did_you_mean
 
@@ -79,6 +80,75 @@ class PassOutput(NamedTuple):
     logits: Tensor | None
     states: Tensor | None
     path: list[int]
+
+
+@dataclass(frozen=True)
+class DraftAnswers:
+    """Rows of a prompt and its answer, one behind the other.
+
+    Attributes:
+        ids: tokens of all rows, long [T].
+        states: outputs of the final norm at each token, which choose the next one, 16 bits [T, H].
+        lengths: tokens of each row.
+        starts: tokens of each row's prompt.
+    """
+
+    ids: Tensor
+    states: Tensor
+    lengths: tuple[int, ...]
+    starts: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        """Where each row begins, and T at the end."""
+        found = [0]
+        for length in self.lengths:
+            found.append(found[-1] + length)
+        return found
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """The end of the row that each token is in, long [T]."""
+        ends = [
+            torch.full((n,), end) for n, end in zip(self.lengths, self.offsets[1:], strict=True)
+        ]
+        return torch.cat(ends).to(self.ids.device)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Where a token of an answer was chosen that another one follows, long [P]."""
+        spans = zip(self.offsets, self.starts, self.offsets[1:], strict=False)
+        found = [torch.arange(first + start - 1, end - 2) for first, start, end in spans]
+        return torch.cat(found).to(self.ids.device)
+
+    @property
+    def counts(self) -> list[int]:
+        """Positions of each row."""
+        return [max(0, n - start - 1) for n, start in zip(self.lengths, self.starts, strict=True)]
+
+    def row(self, i: int) -> slice:
+        """Return where row `i` is."""
+        return slice(self.offsets[i], self.offsets[i + 1])
+
+    def answer(self, i: int) -> Tensor:
+        """Return the tokens that the model wrote in row `i`."""
+        return self.ids[self.row(i)][self.starts[i] :]
+
+    def rows(self, numbers: Sequence[int]) -> "DraftAnswers":
+        """Return some of the rows."""
+        return DraftAnswers(
+            torch.cat([self.ids[self.row(i)] for i in numbers]),
+            torch.cat([self.states[self.row(i)] for i in numbers]),
+            tuple(self.lengths[i] for i in numbers),
+            tuple(self.starts[i] for i in numbers),
+        )
+
+    def to(self, device: torch.device) -> "DraftAnswers":
+        """Return them on a device."""
+        return replace(self, ids=self.ids.to(device), states=self.states.to(device))
 
 
 class DrafterConfig(TypedDict):
