@@ -5,6 +5,7 @@ A wrong value ends the command before any work. Imports the standard library onl
 """
 
 import argparse
+import math
 import os
 import re
 import tempfile
@@ -23,10 +24,11 @@ UNITS = {"": 1, "kb": 1000, "mb": 10**6, "gb": 10**9}
 
 
 def number(
-    kind: type[Number], low: float, high: float = LARGEST, *, above: bool = False
+    kind: type[Number], low: float, high: float = math.inf, *, above: bool = False
 ) -> Callable[[str], Number]:
     """Return a type for numbers from `low` (with `above`: greater than it) to `high`."""
-    rule = integer(int(low), int(high)) if kind is int else real(low, high, above=above)
+    whole = integer(int(low), int(min(high, LARGEST)))
+    rule = whole if kind is int else real(low, high, above=above)
 
     def parse(text: str) -> Number:
         value = convert(text, kind)

@@ -1,6 +1,5 @@
 """Image and audio folders with one subfolder per class, and Asterisk prompts by language."""
 
-import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -25,6 +24,7 @@ from petl.data.task_columns import in_order
 from petl.data.tasks.base import Task
 from petl.data.tasks.media import CLIP, AudioClassification, ImageClassification
 from petl.errors import InputError, did_you_mean
+from petl.system.files.disk import sha256
 from petl.system.files.paths import path_of
 from petl.system.imports.extras import optional
 from petl.system.values import Rule, field
@@ -238,7 +238,7 @@ def split(files: Sequence[LabeledFile], classes: list[str]) -> Dataset:
     return Dataset.from_dict(
         {
             "path": [str(path.absolute()) for path, _ in files],
-            "sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path, _ in files],
+            "sha256": [sha256(path) for path, _ in files],
             "label": [number[name] for _, name in files],
         }
     )

@@ -1,6 +1,5 @@
 """Rows of files for a task that exists already: to predict, without labels, or to score."""
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, count
@@ -20,6 +19,7 @@ from petl.data.tasks.media import AudioClassification, MediaTask
 from petl.data.tasks.multitask import MultitaskClassification
 from petl.data.validation import Choose, LazySourceRows, Row, every, label, read, require, text
 from petl.errors import InputError, did_you_mean, shown
+from petl.system.files.disk import sha256
 from petl.system.files.paths import file_of, path_of
 from petl.system.values import read_fields
 
@@ -143,7 +143,7 @@ def media_inputs(
                 f"{did_you_mean(own, numbers)}"
             )
         # of the content, for the cache of encoded rows
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        digest = sha256(file)
         yield raw, {"path": str(file), "sha256": digest, "label": numbers[own]}
 
 

@@ -20,9 +20,14 @@ from petl.data.tasks.multitask import SEPARATOR, MultitaskClassification
 from petl.errors import InputError, choose
 from petl.system.settings.command_line import options_of, raw
 from petl.system.settings.schema import plain
-from petl.system.values import field, one_of, real
+from petl.system.values import Rule, field, one_of, real
 
 SOURCE = "tasks"  # `data.source`
+# mean_accuracy is that of all tasks
+NAME = Rule(
+    f"a printable text without {SEPARATOR!r}, other than mean",
+    lambda name: name.strip() not in ("", "mean") and name.isprintable() and SEPARATOR not in name,
+)
 EXAMPLE = "data.sets=[wordnet,...], or data.sets={verbs:{data:wordnet,train_rows:2000},...}"
 
 
@@ -41,20 +46,10 @@ def with_sets(data: Mapping[str, object]) -> dict[str, object]:
         raise InputError(f"data.sets={sets} does not name at least two data sets; write {EXAMPLE}")
     complete = {}
     for name, given in sets.items():
-        check_name(name)
+        NAME.check("name of a task in data.sets", name, str)
         with of_set(name):
             complete[name] = settings_of(given)
     return {**data, "sets": complete}
-
-
-def check_name(name: object) -> None:
-    """Raise InputError for what cannot be the name of a task."""
-    if not isinstance(name, str) or not name.strip() or not name.isprintable() or SEPARATOR in name:
-        raise InputError(
-            f"data.sets has a task {name!r}: its name must be a text without {SEPARATOR!r}"
-        )
-    if name == "mean":  # mean_accuracy is that of all tasks
-        raise InputError(f"data.sets has a task {name!r}, as the scores of all: name it otherwise")
 
 
 def settings_of(given: object) -> dict[str, object]:

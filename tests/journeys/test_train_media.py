@@ -170,15 +170,6 @@ def test_an_adapter_of_pictures_merges(pictures, tmp_path, dtype):
     [
         (["model=minilm"], r"minilm \(bert\) does not support the task image_classification"),
         (AST, r"ast_random \(audio-.*\) does not support the task image_classification"),
-        (["model=config"], r"model\.path=None and model\.architecture=None: give one"),
-        (["model=config", "model.architecture=vitt"], "no architecture 'vitt'; did you mean 'vit'"),
-        ([*VIT, "+model.settings.hiden_size=3"], "vit has no setting 'hiden_size'.*hidden_size"),
-        ([*VIT, "model.settings.hidden_size=x"], "hidden_size.* expected int"),
-        ([*VIT, "model.seed=-1"], r"model\.seed=-1 is not between 0"),
-        (
-            ["model=config", "model.path=no/such"],
-            r"model\.path=no/such does not exist: give a config",
-        ),
     ],
 )
 def test_models_that_do_not_serve_are_refused_before_training(pictures, tmp_path, model, message):
