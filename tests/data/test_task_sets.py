@@ -8,7 +8,6 @@ import yaml
 from petl.data.base import read_data
 from petl.errors import InputError
 from petl.training.compose import compose
-from petl.training.runs.resume import identity
 from petl.training.runs.run_config import read_config
 
 VERBS = "verbs:{data:wordnet,train_rows:30,test_rows:20}"
@@ -83,12 +82,3 @@ def test_sets_with_and_without_a_second_text(folder):
     assert data.task.pairs == ["pairs"]
     assert {row["text_pair"] for row in data.train if row["task"] == "verbs"} == {None}
     assert "fresh" in {row["text_pair"] for row in data.train if row["task"] == "pairs"}
-
-
-def test_a_setting_of_a_set_that_comes_later_makes_no_other_run(folder):
-    config = config_of("data.sets=[wordnet,reviews]").resolved
-    before = identity(config)
-    config["data"]["sets"]["reviews"] |= {"format": None, "labels": None}
-    assert identity(config) == before
-    config["data"]["sets"]["reviews"]["labels"] = ["a", "b"]
-    assert identity(config) != before
