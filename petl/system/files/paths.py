@@ -1,5 +1,6 @@
 """Paths and repositories that settings name; where configs and the files of packages are."""
 
+import hashlib
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from typing import Any
 import yaml
 
 from petl.errors import InputError, did_you_mean
-from petl.system.files.disk import sha256 as digest_of
 
 LABELS = "labels.json"  # in an adapter's folder: names of the labels of its head
 
@@ -145,7 +145,8 @@ class Package:
         if not path.is_file():
             raise InputError(f"{path} is missing; {repair}")
         if sha256 is not None:
-            actual = digest_of(path)
+            with path.open("rb") as opened:
+                actual = hashlib.file_digest(opened, "sha256").hexdigest()
             if actual != sha256:
                 raise InputError(f"{path} has sha256 {actual}, not {sha256}; {repair}")
         return path
