@@ -43,6 +43,7 @@ def study(options: StudyOptions) -> None:
         overrides=options.overrides,
         jobs=options.jobs,
         together=options.together,
+        tuning_seeds=options.tuning_seeds,
     )
     try:
         study.run()

@@ -257,8 +257,9 @@ class StudyOptions(ComposeOptions):
       petl study runs/nine --methods lora,mola,mos --seeds 0,1,2 \\
           --rates 3e-4,1e-3,3e-3 train.budget=340000
 
-    Each learning rate is scored on validation examples; with the best one, each method is trained
-    again for each seed and scored on the test set. With --together N, N rates or seeds of a method
+    Each learning rate is scored on validation examples, the best one and its neighbours with three
+    seeds; with the lowest of those that are not told apart, each method is trained again for each
+    seed and scored on the test set. With --together N, N rates or seeds of a method
     train in one process, in one pass over one base. The same command resumes a stopped study.
     SETTINGs are those of `petl train`, for every run; --method "binary method.inner=lora" adds a
     method with settings of its own.
@@ -277,6 +278,7 @@ class StudyOptions(ComposeOptions):
     rates: list[float] = option(
         "learning rates (default: that of each method)", each(POSITIVE), [], metavar="R,R"
     )
+    tuning_seeds: int = option("seeds that choose a rate of --rates", number(int, 1, 100), 3)
     jobs: int = option("number of runs at a time", JOBS, 1)
     together: int = option(
         "runs of a method that train in one pass over one base (default: 1, each alone)", JOBS, 1

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from claims.measures import ACCURACY, Measure
-from petl.experiments.sweeps.study import Contender
+from petl.experiments.sweeps.study import TUNING_SEEDS, Contender
 
 MARGIN = 0.01  # of accuracy: smaller differences are no reason to choose a method
 EDIT, AND = " | ", " + "
@@ -122,6 +122,7 @@ class Setting:
             `claims.measures.loss_on`.
         stands_for: settings of `petl train` that a word of a contender stands for, such as
             "on=verbs" for the data of a task.
+        tuning_seeds: that choose a rate, as of `Study`.
     """
 
     name: str
@@ -133,6 +134,7 @@ class Setting:
     write_files: Callable[[Path], None] | None = None
     also_on: tuple[str, ...] = ()
     stands_for: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    tuning_seeds: int = TUNING_SEEDS
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ def study_of(
         jobs=jobs,
         together=together,
         outward=True,
+        tuning_seeds=setting.tuning_seeds,
     )
 
 

@@ -183,7 +183,9 @@ WIDE, THIN, MIXED = "lora method.r=4", "lora method.r=1", "mola method.num_exper
 @pytest.fixture
 def claim(tiny) -> Claim:
     """A claim of three statements on a tiny model."""
-    setting = Setting("tiny", "a tiny task", tuple(tiny.steady), (1e-3, 1e-2), (0, 1))
+    setting = Setting(
+        "tiny", "a tiny task", tuple(tiny.steady), (1e-3, 1e-2), (0, 1), tuning_seeds=1
+    )
     return Claim(
         name="tiny",
         title="a rank of 4 is better",

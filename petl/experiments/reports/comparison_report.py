@@ -25,6 +25,7 @@ from petl.system.files.disk import write_atomic
 from petl.training.runs.records import REPORT
 
 HTML, MARKDOWN = "index.html", "results.md"
+DEVIATIONS = 4  # of a seed's score from the others, beyond which it is named
 MIN_SEEDS = 3  # below this, the sentences do not rank the entries (assumption)
 logger = logging.getLogger(__name__)
 
@@ -171,7 +172,8 @@ def learning_rates_tried(metric: str, tried: Mapping[str, Any]) -> Table:
         scores = entry["validation"]
         cells = [score(metric, scores[rate]) if rate in scores else "failed" for rate in rates]
         # a study writes the rates that it has tried in six digits
-        stars = [" *" if rate == f"{entry['taken']:g}" else "" for rate in rates]
+        edge = f" ({entry['edge']} tried)" if entry.get("edge") else ""
+        stars = [f" *{edge}" if rate == f"{entry['taken']:g}" else "" for rate in rates]
         rows.append([name, *(cell + star for cell, star in zip(cells, stars, strict=True))])
     return Table([f"validation {metric}, learning rate:", *rates], rows)
 
@@ -251,6 +253,12 @@ def about_seeds(comparison: Comparison) -> list[str]:
         sentences.append("± is the standard deviation over the seeds of a method.")
     if single:
         sentences.append(f"1 seed: no spread is known of {', '.join(single)}.")
+    sentences += [
+        f"Seed {seed} of {entry.name} is more than {DEVIATIONS} standard deviations from its other "
+        "seeds: look at that run before you trust the mean."
+        for entry in entries
+        for seed in outlying({run.seed: run.score for run in entry.runs})
+    ]
     by_seeds: dict[str, list[str]] = {}
     for entry in entries:
         by_seeds.setdefault(seeds_text(entry.seeds), []).append(entry.name)
@@ -261,6 +269,18 @@ def about_seeds(comparison: Comparison) -> list[str]:
             "over the seeds that both have."
         )
     return sentences
+
+
+def outlying(scores: Mapping[int, float]) -> list[int]:
+    """Return the seeds whose score is far from those of the others, of at least four seeds."""
+    found = []
+    for seed, value in scores.items():
+        others = [other for number, other in scores.items() if number != seed]
+        if len(others) >= MIN_SEEDS:
+            spread = statistics.stdev(others)
+            if spread and abs(value - statistics.fmean(others)) > DEVIATIONS * spread:
+                found.append(seed)
+    return found
 
 
 def circumstances(comparison: Comparison) -> dict[str, str]:

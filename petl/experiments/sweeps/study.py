@@ -1,6 +1,7 @@
 """A study: train several methods over several seeds, each with its best learning rate.
 
     tune/NAME/lr-RATE/   runs that score learning rates on validation examples, not on the test set
+    tune/NAME/lr-RATE-seed-S/    those of further seeds, at the best rate and its neighbours
     runs/NAME/seed-S/    runs with the best learning rate of each method, scored on the test set
     replaced/NAME/       runs with a learning rate that was the best one of fewer rates
     *.log                next to each run: its output
@@ -11,8 +12,10 @@ study.
 """
 
 import logging
+import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -21,10 +24,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from petl.errors import InputError, RunStopped
-from petl.experiments.reports.entries import quality_of, validation_of
+from petl.experiments.reports.entries import mean_quality, quality_of, validation_of
 from petl.experiments.reports.formatting import duration
 from petl.system.files.disk import append_to, as_json, remove, write_atomic
 from petl.system.files.read import read_json
@@ -39,7 +42,7 @@ TOGETHER = (sys.executable, "-m", "petl.cli.train_together")
 RATES = "rates.json"
 REPLACED = "replaced"
 AT_THE_END = 10**9  # as train.eval_steps: evaluate after the last step only
-TUNING_SEED = 0
+TUNING_SEEDS = 3  # of the choice of a learning rate
 FIRST = 3  # learning rates that a search outward begins with
 logger = logging.getLogger(__name__)
 
@@ -66,10 +69,20 @@ class Contender:
 
 
 class Rates(TypedDict):
-    """The learning rates of a method in rates.json."""
+    """The learning rates of a method in rates.json.
+
+    Attributes:
+        validation: the mean score of each rate over its seeds.
+        taken: the chosen one.
+        edge: "highest" or "lowest", if it is that of all rates that were tried; "" in between.
+    """
 
     validation: dict[str, float]
     taken: float
+    edge: NotRequired[str]
+
+
+Qualities = dict[int, tuple[float, float]]  # metric and negated loss, by seed
 
 
 class Runs(TypedDict):
@@ -112,6 +125,8 @@ class Study:
             default of its method. A contender whose words have train.lr keeps that rate.
         outward: begin with the middle `FIRST` of the rates, which are in ascending order; then try
             the next one outward, while the best one is at an end of those that were tried.
+        tuning_seeds: how many seeds choose a rate: one scores all rates, further ones the best rate
+            and its two neighbours.
         overrides: settings of `petl train` for every run.
         jobs: number of runs at a time, or of processes if several runs are in one.
         together: number of runs of one method that train in one pass over one base; 1: each run is
@@ -126,6 +141,7 @@ class Study:
     jobs: int = 1
     together: int = 1
     outward: bool = False
+    tuning_seeds: int = TUNING_SEEDS
 
     def run(self) -> None:
         """Train every run that is not finished.
@@ -151,11 +167,12 @@ class Study:
 
     # The runs
 
-    def _tuning(self, contender: Contender, rate: float) -> StudyJob:
+    def _tuning(self, contender: Contender, rate: float, seed: int = 0) -> StudyJob:
         # one evaluation on validation examples, and none on the test set
         steps = [f"train.eval_steps={AT_THE_END}", "train.test=false"]
-        folder = self.folder / "tune" / slug(contender.name) / f"lr-{rate:g}"
-        return self._job(folder, contender, TUNING_SEED, [*steps, f"train.lr={rate:g}"])
+        name = f"lr-{rate:g}" if seed == 0 else f"lr-{rate:g}-seed-{seed}"
+        folder = self.folder / "tune" / slug(contender.name) / name
+        return self._job(folder, contender, seed, [*steps, f"train.lr={rate:g}"])
 
     def _final(self, contender: Contender, seed: int, rate: float | None) -> StudyJob:
         folder = self.folder / "runs" / slug(contender.name) / f"seed-{seed}"
@@ -172,7 +189,10 @@ class Study:
         return StudyJob(folder, [*own, *self.overrides, f"train.seed={seed}", *more, *location])
 
     def best_rate(self, contender: Contender) -> float | None:
-        """Return the learning rate with the best validation score, and save it in rates.json.
+        """Return the learning rate to train with, and save it in rates.json.
+
+        Compared are the rates with the most finished seeds, by the mean validation score: taken is
+        the lowest one that is not told apart from the best (`told_apart`).
 
         None if there are no learning rates to choose from, as with a rate in the words.
 
@@ -182,35 +202,88 @@ class Study:
         rates = self._rates(contender)
         if len(rates) < 2:
             return next(iter(rates), None)
-        jobs = {rate: self._tuning(contender, rate) for rate in rates}
-        results = {rate: job.scores for rate, job in jobs.items() if is_finished(job.folder)}
-        if not results:
-            logs = ", ".join(str(job.log) for job in jobs.values())
+        qualities = self._qualities(contender)
+        most = max(map(len, qualities.values()))
+        compared = {rate: found for rate, found in qualities.items() if len(found) == most}
+        best = max(compared, key=lambda rate: mean_quality(compared[rate].values()))
+        taken = min(r for r in compared if not told_apart(compared[best], compared[r]))
+        scores = {
+            f"{rate:g}": statistics.fmean(job.scores["validation"] for job in found)
+            for rate in qualities
+            if (found := self._finished(contender, rate).values())
+        }
+        ends = {min(qualities): "lowest", max(qualities): "highest"}
+        chosen = Rates(validation=scores, taken=taken, edge=ends.get(taken, ""))
+        # the file may have methods of which an earlier command chose the rates
+        write_atomic(self.folder / RATES, as_json(self.tried | {contender.name: chosen}))
+        return taken
+
+    def _finished(self, contender: Contender, rate: float) -> dict[int, StudyJob]:
+        """Return the finished runs that score a learning rate, by seed."""
+        jobs = {seed: self._tuning(contender, rate, seed) for seed in range(self.tuning_seeds)}
+        return {seed: job for seed, job in jobs.items() if is_finished(job.folder)}
+
+    def _qualities(self, contender: Contender) -> dict[float, Qualities]:
+        """Return the validation scores of the rates of which the run of the first seed finished.
+
+        Raises:
+            RunStopped: there is none.
+        """
+        rates = self._rates(contender)
+        found = {rate: jobs for rate in rates if 0 in (jobs := self._finished(contender, rate))}
+        if not found:
+            logs = ", ".join(str(self._tuning(contender, rate).log) for rate in rates)
             raise RunStopped(
-                f"{contender.name}: no run finished at any of {len(jobs)} learning rates; "
+                f"{contender.name}: no run finished at any of {len(rates)} learning rates; "
                 f"see {logs}",
                 status=1,
             )
-        # of equal scores the one with the lower loss, of equal losses the lower learning rate
-        qualities = {rate: quality_of(each, validation_of(each)) for rate, each in results.items()}
-        best = max(results, key=lambda rate: (qualities[rate], -rate))
-        scores = {f"{rate:g}": result["validation"] for rate, result in results.items()}
-        # the file may have methods of which an earlier command chose the rates
-        known = self.tried | {contender.name: {"validation": scores, "taken": best}}
-        write_atomic(self.folder / RATES, as_json(known))
-        return best
+        return {
+            rate: {s: quality_of(job.scores, validation_of(job.scores)) for s, job in jobs.items()}
+            for rate, jobs in found.items()
+        }
+
+    def _first_best(self, contender: Contender) -> float:
+        """Return the best rate of the first seed, which decides which others are tried."""
+        qualities = self._qualities(contender)
+        return max(qualities, key=lambda rate: (qualities[rate][0], -rate))
 
     def _tune(self) -> None:
-        """Score learning rates: all of them, or from the middle outward."""
+        """Score learning rates: all of them, or from the middle outward; then the best again."""
         tuned = [contender for contender in self.contenders if len(self._rates(contender)) > 1]
         tried = {contender: self._first_rates(contender) for contender in tuned}
         due = [(c, rate) for c, rates in tried.items() for rate in rates]
         while due:
             self._train_all([self._tuning(contender, rate) for contender, rate in due])
-            found = [(c, self._next_rate(self.best_rate(c), rates)) for c, rates in tried.items()]
+            found = [(c, self._next_rate(self._first_best(c), rates)) for c, rates in tried.items()]
             due = [(contender, rate) for contender, rate in found if rate is not None]
             for contender, rate in due:
                 tried[contender].append(rate)
+        self._train_all(
+            [
+                self._tuning(contender, rate, seed)
+                for seed in range(1, self.tuning_seeds)
+                for contender in tuned
+                for rate in self._nearest(contender)
+            ]
+        )
+        for contender in tuned:
+            self.best_rate(contender)
+            entry = self.tried[contender.name]
+            if entry.get("edge"):
+                logger.warning(
+                    "%s: lr=%g is the %s of the learning rates that were tried; one beyond it may "
+                    "be better: give more with --rates",
+                    contender.name,
+                    entry["taken"],
+                    entry["edge"],
+                )
+
+    def _nearest(self, contender: Contender) -> list[float]:
+        """Return the best rate of the first seed and its neighbours of which a run finished."""
+        known = sorted(self._qualities(contender))
+        place = known.index(self._first_best(contender))
+        return known[max(place - 1, 0) : place + 2]
 
     def _rates(self, contender: Contender) -> list[float]:
         """Return the rates to choose from for a contender."""
@@ -224,7 +297,7 @@ class Study:
         known = [r for r in self.rates if is_finished(self._tuning(contender, r).folder)]
         return [rate for rate in self.rates if rate in {*first, *known}]
 
-    def _next_rate(self, best: float | None, tried: Sequence[float]) -> float | None:
+    def _next_rate(self, best: float, tried: Sequence[float]) -> float | None:
         """Return the rate beyond the best one if that is at an end of those tried; else None."""
         if best == max(tried):
             return next((rate for rate in self.rates if rate > max(tried)), None)
@@ -351,6 +424,22 @@ class Study:
                 check=False,
             )
         return time.monotonic() - start
+
+
+def told_apart(best: Qualities, other: Qualities) -> bool:
+    """Return True if the scores of the best rate are above those of another by what seeds vary.
+
+    That is, if the mean of the differences is more than its standard error (the one-standard-error
+    rule of Breiman et al. 1984); of one seed, if they differ. Where all scores are equal, the
+    losses are compared so.
+    """
+    gains = [[b - o for b, o in zip(best[s], other[s], strict=True)] for s in best if s in other]
+    metric, loss = zip(*gains, strict=True)
+    differences = metric if any(metric) else loss
+    if len(differences) == 1 or not all(map(math.isfinite, differences)):
+        return max(differences) > 0  # also of a loss that is not known
+    mean = statistics.fmean(differences)
+    return mean > statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def refuse_other(job: StudyJob, existing: Mapping[str, Any]) -> None:

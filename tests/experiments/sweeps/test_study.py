@@ -39,6 +39,7 @@ def small(tiny: Tiny, folder, **changes) -> Study:
         "seeds": [0, 1],
         "rates": [1e-5, 1e-2],
         "overrides": tiny.steady,
+        "tuning_seeds": 1,
     }
     return Study(folder=folder, **{**given, **changes})
 
@@ -147,7 +148,7 @@ def test_bad_settings_stop_a_study_before_any_run(tiny, tmp_path, made):
 
 
 def test_of_equal_learning_rates_the_one_with_the_lower_loss_is_chosen(tmp_path):
-    found = Study(tmp_path, [Contender("lora")], [0], [1e-4, 1e-3, 1e-2])
+    found = Study(tmp_path, [Contender("lora")], [0], [1e-4, 1e-3, 1e-2], tuning_seeds=1)
     for rate, loss in zip(found.rates, (0.5, 0.4, 0.4), strict=True):
         folder = found._tuning(found.contenders[0], rate).folder
         scores = {"accuracy": 0.5, "loss": loss}
@@ -196,6 +197,48 @@ def test_rates_are_tried_outward_while_the_best_is_at_an_end(
     assert found["validation"].keys() == finished
     assert found["taken"] == taken
     assert json.loads((tmp_path / "runs/lora/seed-0/scores.json").read_text())["lr"] == taken
+
+
+SEEDS = [  # validation scores of three seeds at 1e-4, 1e-3, 1e-2, and the rate that is taken
+    ([[0.1], [0.523, 0.519, 0.521], [0.522, 0.523, 0.520]], 1e-3),  # 1e-2 is not told apart
+    ([[0.1], [0.50, 0.51, 0.52], [0.54, 0.55, 0.56]], 1e-2),
+    ([[0.1], [0.53, 0.40, 0.40], [0.52, 0.55, 0.56]], 1e-2),  # one seed had chosen 1e-3
+    ([[0.54, 0.2, 0.2], [0.53, 0.53, 0.53], [0.1]], 1e-3),
+]
+
+
+@pytest.mark.parametrize(("scores", "taken"), SEEDS)
+def test_a_rate_is_chosen_by_three_seeds_and_the_lower_of_equals(
+    tiny, tmp_path, monkeypatch, caplog, scores, taken
+):
+    """Further seeds score the best rate of the first one and its neighbours."""
+    rates, tuned = [1e-4, 1e-3, 1e-2], []
+
+    def score(self: Study, job: StudyJob) -> tuple[StudyJob, float]:
+        given = dict(word.split("=", 1) for word in job.overrides)
+        rate, seed = float(given["train.lr"]), int(given["train.seed"])
+        row = scores[rates.index(rate)]
+        value = row[min(seed, len(row) - 1)]
+        if job.folder.parent.parent.name == "tune":
+            tuned.append((rate, seed))
+        write_run(job.folder, value, *job.overrides, validation=value, lr=rate)
+        return job, 0.0
+
+    monkeypatch.setattr(Study, "_train", score)
+    one = {"contenders": [Contender("lora")], "rates": rates, "seeds": [0], "tuning_seeds": 3}
+    small(tiny, tmp_path, **one).run()
+    noted = json.loads((tmp_path / "rates.json").read_text())["lora"]
+    assert noted["taken"] == taken
+    first = [row[0] for row in scores]
+    place = first.index(max(first))
+    nearest = rates[max(place - 1, 0) : place + 2]
+    assert tuned == [(r, 0) for r in rates] + [(r, s) for s in (1, 2) for r in nearest]
+    at_the_end = taken == rates[-1]
+    assert (noted["edge"] == "highest") == at_the_end
+    assert ("the highest of the learning rates that were tried" in caplog.text) == at_the_end
+    before = len(tuned)
+    small(tiny, tmp_path, **one).run()  # the same command trains nothing
+    assert len(tuned) == before
 
 
 def test_a_rate_that_was_tried_before_counts_and_runs_with_another_one_are_replaced(

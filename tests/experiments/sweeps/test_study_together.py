@@ -40,7 +40,7 @@ def test_the_rates_and_the_seeds_of_a_method_have_a_process_each(tiny, tmp_path,
     caplog.set_level(logging.INFO, logger="petl")
     folder = tmp_path / "study"
     line = ["study", str(folder), "--methods", "lora", "--seeds", "0,1", "--rates", "1e-4,1e-2"]
-    assert main([*line, "--together", "2", *tiny.steady]) == 0
+    assert main([*line, "--together", "2", "--tuning-seeds", "1", *tiny.steady]) == 0
     assert [command[1:3] for command, _ in started] == [["-m", "petl.cli.train_together"]] * 2
     tuning, final = (json.loads(given) for _, given in started)
     assert tuning["together"] == final["together"] == 2
