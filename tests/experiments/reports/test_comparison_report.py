@@ -62,6 +62,14 @@ def test_one_seed_has_no_spread(tmp_path):
     assert row[:4] == ["lora", "100.0 %", "96.3 to 100.0 %", "1"]  # 100 of 100
 
 
+@pytest.mark.parametrize(("last", "named"), [(0.40, True), (0.53, False)])
+def test_a_seed_far_from_the_others_is_named(tmp_path, last, named):
+    for seed, score in enumerate((0.51, 0.52, 0.53, 0.52, last)):
+        write_run(tmp_path / str(seed), score, "+method=lora", f"train.seed={seed}")
+    said = [line for line in summary(*compare([tmp_path])) if "Seed 4 of lora" in line]
+    assert len(said) == named
+
+
 def test_a_loss_has_no_interval(tmp_path):
     after = {"loss": 2.0, "tokens": 512.0}
     figures = {"after": after, "metric": "loss", "higher_is_better": False}
