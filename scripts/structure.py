@@ -363,7 +363,7 @@ def figures(*, run: bool) -> list[Figure]:
         ),
         Figure("packages", len(packages()), 12),
         Figure("arrows between packages", len(arrows()), 60),
-        Figure("annotations with Any", share_of_any(), 0.148),
+        Figure("annotations with Any", share_of_any(), 0.11),
         Figure("hooks of Method that methods have", len(hooks()), 26),
         Figure("other names of core that methods override", len(overridden_besides()), 32),
         Figure("guards", matches(GUARD), 236),

@@ -34,7 +34,7 @@ COLUMNS = {
 
 
 def by_loop(rows: Dataset) -> str:
-    """Row by row, as the files of older runs have it."""
+    """Row by row, in the format "numpy" of datasets."""
     sample = rows.select(range(0, len(rows), max(1, len(rows) // 1000))).with_format("numpy")
     hasher = hashlib.sha256(str(len(rows)).encode())
     for row in sample:

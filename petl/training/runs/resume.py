@@ -199,7 +199,11 @@ def find_checkpoint(settings: TrainConfig, now: Identity, prefix: str) -> Path |
             f"or start a new run from its adapter with train.init_from={path}"
         )
     run = found.parent.parent  # of RUN/checkpoints/STEP
-    refuse_finished(run, now)
+    if finished_with(run, now):
+        raise InputError(
+            f"{run} is finished, so it cannot be resumed; its adapter is in {run / ADAPTER}; to "
+            "train it further, set a larger train.steps or train.epochs"
+        )
     claim(run)
     try:
         stored = read_state(found)["identity"]
@@ -363,12 +367,3 @@ def finished_with(run: Path, now: Identity) -> bool:
         raise InputError(
             f"{error}; if the run was not finished, delete the file: its scores are computed again"
         ) from error
-
-
-def refuse_finished(run: Path, now: Identity) -> None:
-    """Raise InputError if the run with these settings is finished, or its scores are damaged."""
-    if finished_with(run, now):
-        raise InputError(
-            f"{run} is finished, so it cannot be resumed; its adapter is in {run / ADAPTER}; to "
-            "train it further, set a larger train.steps or train.epochs"
-        )
