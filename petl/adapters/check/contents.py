@@ -199,7 +199,7 @@ def literals(subject: Subject) -> Iterator[Found]:
 
 def is_target(subject: Subject, path: str) -> bool:
     """Return True if the config's targets have a module, by its path in the base model."""
-    config = vars(subject.patterns)
+    config = subject.patterns
     owners = [name.rpartition(".")[0] for name in config.get("target_parameters") or ()]
     # the name of a parameter alone does not say which module owns it
     if any(not owner or f".{path}".endswith(f".{owner}") for owner in owners):

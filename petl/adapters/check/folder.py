@@ -149,22 +149,28 @@ class Subject:
         return [name for name, end in ends if end and end[1].endswith(f"_{letter}")]
 
     @cached_property
-    def patterns(self) -> SimpleNamespace:
+    def _pattern_problem(self) -> str:
+        """Why a regular expression of the config is not matched: invalid, or it takes too long."""
+        try:
+            check_patterns(SimpleNamespace(**self.config), map(module_of, self.pairs))
+        except InputError as error:
+            return str(error)
+        return ""
+
+    @property
+    def patterns(self) -> dict[str, Any]:
         """The config, once its regular expressions are known to match in time.
 
         Raises:
             NotCheckedError: one is invalid, or takes too long.
         """
-        known = SimpleNamespace(**self.config)
-        try:
-            check_patterns(known, (module_of(name) for name in self.pairs))
-        except InputError as error:
-            raise NotCheckedError(str(error)) from error
-        return known
+        if self._pattern_problem:
+            raise NotCheckedError(self._pattern_problem)
+        return self.config
 
     def by_pattern(self, field: str, path: str, default: Any) -> Any:
         """Return the value of rank_pattern or alpha_pattern for a module, as PEFT finds it."""
-        given = self.patterns.__dict__.get(field) or {}
+        given = self.patterns.get(field) or {}
         matching = (key for key in given if re.match(rf"(.*\.)?({key})$", path))
         return given.get(next(matching, path), default)
 

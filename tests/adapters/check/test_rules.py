@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_families import FAMILIES
 
 import petl
+from petl.system import patterns
 from petl.testing.case import stir
 
 pytest_plugins = ["hub_server"]
@@ -347,7 +348,8 @@ def test_links_that_lead_out_are_not_followed(tmp_path):
         {"r": 10**30},
     ],
 )
-def test_hostile_values_are_told_or_not_checked(fields, tmp_path):
+def test_hostile_values_are_told_or_not_checked(fields, tmp_path, monkeypatch):
+    monkeypatch.setattr(patterns, "SECONDS", 0.5)
     folder = shutil.copytree(folders.healthy("lora", "unsloth"), tmp_path / "adapter")
     folders.change(folder, **fields)
     try:
