@@ -42,8 +42,8 @@ def loading():
     rows = Dataset.from_dict({"number": list(range(6))})
     before = set(multiprocessing.active_children())
     batches = load(rows, collate, BATCHES, CPU, 1)
+    next(batches)  # starts the worker
     (worker,) = set(multiprocessing.active_children()) - before
-    next(batches)  # it is up
     return batches, worker
 
 
