@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from petl.training.adamr import AdamR
     from petl.training.integrations.trainer_callback import Callback
     from petl.training.together.jobs import Job, TrainResult, train_together
+    from petl.training.watch.watcher import Watch, watch
 
 __all__ = [
     "AdamR",
@@ -79,6 +80,7 @@ __all__ = [
     "Target",
     "TrainContext",
     "TrainResult",
+    "Watch",
     "WrapContext",
     "adopt",
     "build_config",
@@ -100,6 +102,7 @@ __all__ = [
     "register",
     "segment_loss",
     "train_together",
+    "watch",
     "wrap",
 ]
 
@@ -150,6 +153,7 @@ _NAMES = {
     "petl.methods.sparse": ("SparseSM3",),
     "petl.training.adamr": ("AdamR",),
     "petl.training.together.jobs": ("Job", "TrainResult", "train_together"),
+    "petl.training.watch.watcher": ("Watch", "watch"),
     "petl.generation.prediction.library": ("evaluate", "predict"),
     "petl.generation.prediction.predictor": ("Predictor",),
 }

@@ -34,20 +34,25 @@ class Overlap:
         columns = input_columns(task, train.column_names)
         if not columns or not {*columns} <= {*test.column_names}:
             return None
+        train, test = train.select_columns(columns), test.select_columns(columns)
+        return cls.of_texts(map(input_text, train), map(input_text, test))
+
+    @classmethod
+    def of_texts(cls, train: Iterable[str], test: Iterable[str]) -> "Overlap":
+        """Compare the inputs of rows."""
         # hashes: the texts of all rows at once may fill the memory
         known, near = set(), set()
-        for row in train.select_columns(columns):
-            text = input_text(row)
+        for text in train:
             known.add(hash(text))
             near.add(hash(normalized(text)))
-        exact = alike = 0
-        for row in test.select_columns(columns):
-            text = input_text(row)
+        rows = exact = alike = 0
+        for text in test:
+            rows += 1
             if hash(text) in known:
                 exact += 1
             elif hash(normalized(text)) in near:
                 alike += 1
-        return cls(len(test), exact, alike)
+        return cls(rows, exact, alike)
 
     @property
     def is_most(self) -> bool:

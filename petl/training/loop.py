@@ -67,6 +67,9 @@ from petl.training.runs.checkpoint import (
 from petl.training.runs.records import METRICS
 from petl.training.runs.resume import NOT_RESUMABLE, lengthens
 from petl.training.runs.run_folder import Run
+from petl.training.watch.findings import Findings
+from petl.training.watch.model import inspect_optimizer
+from petl.training.watch.steps import Steps
 from petl.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -134,6 +137,10 @@ class Loop:
             self.lifecycle.prepare(FirstBatches(splits, settings, self.device))
         reshard(model)  # `prepare` and scoring may have left parameters gathered
         self.optimizer = make_optimizer(model, settings, self.lifecycle)
+        findings = Findings("warn")
+        findings.speaks = accelerator.is_main_process
+        inspect_optimizer(model, self.optimizer, findings)  # DeepSpeed puts its own tensors in it
+        Steps(model, findings, looks=False)
         self.engine = make_engine(model, self.optimizer, settings.max_grad_norm, accelerator)
         self.rows = digest(splits.train)
         self.counts, self.timer = Counts(accelerator), run.timer

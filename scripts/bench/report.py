@@ -28,6 +28,7 @@ TITLES = {
     "drafting": "answers with drafts, relative to plain decoding",
     "start-up": "start of a process",
     "job": "whole jobs, one process each",
+    "watch": "training step under petl.watch after its first steps, relative to without",
 }
 ITSELF = "floor"  # the row that times the lower bound against itself
 BOUND = "frozen-backbone lower bound"

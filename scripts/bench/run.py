@@ -25,6 +25,7 @@ from bench import (
     start_up,
     together,
     unet,
+    watched,
 )
 from bench.contenders import contenders
 from bench.jobs.definitions import Settings as JobSettings
@@ -143,6 +144,7 @@ def _measures(
         "peers": lambda shape: peers.measure(shape, rounds, settings.peers),
         "drafting": lambda shape: drafting.measure(settings.drafts, progress),
         "together": lambda shape: together.measure(rows, shape, rounds),
+        "watch": lambda shape: watched.measure(shape, rounds),
     }
 
 

@@ -108,25 +108,30 @@ def coverage_of(model: PeftModel) -> Coverage | None:
 
 
 def log_coverage(model: PeftModel, given: Any, *, is_chosen: bool) -> None:
-    """Log the coverage of a wrapped model: a warning below LOW, unless it is what was asked for.
-
-    Asked for is a part of the blocks (`layers_to_transform`), and a low share of names that reach
-    every block and leave out linear layers only.
+    """Log the coverage of a wrapped model: a warning if it is low and not asked for.
 
     Args:
         given: the targets as the user gave them.
         is_chosen: the method finds its own places.
     """
-    config: Any = model.active_peft_config
     found = coverage_of(model)
     # of a model without values, such as that of a plan, other places tell
     if found is None or next(model.parameters()).device.type == "meta":
         return
+    low = not is_chosen and is_low(found, model.active_peft_config, given)
+    logger.log(logging.WARNING if low else logging.INFO, "%s", found)
+
+
+def is_low(found: Coverage, config: Any, given: Any) -> bool:
+    """Return True for a share below LOW, unless it is what was asked for.
+
+    Asked for is a part of the blocks (`layers_to_transform`), and a low share of names that reach
+    every block and leave out linear layers only.
+    """
     everything = given in ("all-linear", "block-linear", LANGUAGE)
     named = not everything and not found.bare and found.stacked < LOW
-    asked = is_chosen or named or getattr(config, "layers_to_transform", None) is not None
-    low = found.share < LOW and not asked
-    logger.log(logging.WARNING if low else logging.INFO, "%s", found)
+    asked = named or getattr(config, "layers_to_transform", None) is not None
+    return found.share < LOW and not asked
 
 
 def _weights(module: nn.Module, path: str) -> Iterator[_Weight]:

@@ -8,8 +8,9 @@ have no token, or no image, for them.
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,102 +25,137 @@ from petl.core.model.parts import LANGUAGE, language_path, part_in
 logger = logging.getLogger(__name__)
 FEW, MANY = 2, 10  # steps until a tensor is named
 SHOWN = 6  # kinds of tensors that a line names
+REMEDY = "leave their modules out with exclude_modules"
 
 
-class _Watch:
-    """What is known of the gradients of one model.
+class AbsentGradients(NamedTuple):
+    """Names of trained tensors without a gradient, of `total`, in the first `steps` steps."""
+
+    names: frozenset[str]
+    total: int
+    steps: int
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.names)} of {self.total} trained tensors got no gradient in "
+            f"{'the first step' if self.steps == 1 else f'{self.steps} steps'}, so they do not "
+            f"train: {kinds_of(self.names)}"
+        )
+
+
+class GradientCheck:
+    """Finds the tensors of a model that get no gradient in its first optimizer steps.
 
     Attributes:
-        steps: optimizer steps so far that had a learning rate.
-        without: names of tensors that had no gradient in any of them.
-        named: of those, the ones in the log.
+        steps: optimizer steps so far that had a learning rate and a gradient.
+        is_over: True once all is known.
+        sizes: the largest value of each gradient of the last step, of those that are known.
+        without: names of tensors that had no gradient in any step; None before the first.
     """
 
     def __init__(self) -> None:
-        self.steps = 0
+        self.steps = self._empty = 0
+        self.is_over = False
+        self.sizes: dict[str, float] = {}
         self.without: set[str] | None = None
-        self.named: set[str] = set()
+        self._named: set[str] = set()
+
+    def after_step(self, model: nn.Module, optimizer: Optimizer) -> AbsentGradients | None:
+        """Look at the gradients of a step; return the tensors of which it is now known."""
+        if self.is_over or not has_rate(optimizer):
+            return None
+        trained = stepped(model, optimizer)
+        # an optimizer that frees the gradients in its step shows none
+        if all(p.grad is None for p in trained.values()):
+            return None
+        sizes = self.sizes = _sizes({n: p.grad for n, p in trained.items()})
+        # rewards that are all alike, as in GRPO, give a step without any
+        if self._empty < MANY and len(sizes) > 1 and not any(sizes.values()):
+            self._empty += 1
+            return None
+        self.steps += 1
+        candidates = trained.keys() if self.without is None else self.without & trained.keys()
+        absent = {name for name in candidates if trained[name].grad is None}
+        self.without = absent | {name for name in candidates - absent if sizes.get(name) == 0}
+        waits = _patient(model, self.without)
+        due = self.without if self.steps >= FEW else absent
+        due = (due if self.steps >= MANY else due - waits) - self._named
+        self._named |= due
+        self.is_over = self.steps >= MANY or (self.steps >= FEW and not waits)
+        return AbsentGradients(frozenset(due), len(trained), self.steps) if due else None
 
 
-# None: all is said
-_WATCHED: WeakKeyDictionary[PeftModel, _Watch | None] = WeakKeyDictionary()
+# called after each optimizer step with model and optimizer; returns True once all is said
+AfterStep = Callable[[nn.Module, Optimizer], bool]
+_WATCHED: WeakKeyDictionary[nn.Module, AfterStep | None] = WeakKeyDictionary()  # None: all is said
 
 
 def watch_gradients(model: PeftModel) -> None:
     """Name the trained tensors of `model` that get no gradient in its first optimizer steps."""
-    _WATCHED.setdefault(model, _Watch())
+    _WATCHED.setdefault(model, partial(_log_gradients, GradientCheck()))
+
+
+def watch_steps(model: nn.Module, after_step: AfterStep | None) -> None:
+    """Call `after_step` after each step of an optimizer, in place of `watch_gradients`.
+
+    None ends it.
+    """
+    _WATCHED[model] = after_step
+
+
+def _log_gradients(check: GradientCheck, model: nn.Module, optimizer: Optimizer) -> bool:
+    absent = check.after_step(model, optimizer)
+    if absent is not None:
+        logger.warning("%s; %s", absent, REMEDY)
+    return check.is_over
+
+
+def stepped(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """Return the trained tensors of a model that an optimizer steps, by name."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) in held}
+
+
+def kinds_of(names: Iterable[str]) -> str:
+    """Return the kinds of tensors among these names, with their counts, the most frequent first."""
+    kinds = Counter(place_of(name.removeprefix("base_model.model.")) for name in sorted(names))
+    shown = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common(SHOWN))
+    return shown + (f" and {len(kinds) - SHOWN} more kinds" if len(kinds) > SHOWN else "")
+
+
+def has_rate(optimizer: Optimizer) -> bool:
+    """Return True unless every learning rate is 0, as in the first step of a warm-up."""
+    return any(group.get("lr", 1) for group in optimizer.param_groups)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    stepped: set[int] | None = None
-    for model, watch in list(_WATCHED.items()):
-        if watch is None:
-            continue
-        if stepped is None:
-            stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        trained = [
-            (name, p)
-            for name, p in model.named_parameters()
-            if p.requires_grad and id(p) in stepped
-        ]
-        has_rate = any(group.get("lr", 1) for group in optimizer.param_groups)
-        # an optimizer that frees the gradients in its step shows none
-        if has_rate and any(p.grad is not None for _, p in trained):
-            watch.steps += 1
-            _judge(model, watch, dict(trained))
+    for model, after_step in list(_WATCHED.items()):
+        if after_step is not None and after_step(model, optimizer):
+            _WATCHED[model] = None
 
 
-def _judge(model: PeftModel, watch: _Watch, trained: dict[str, nn.Parameter]) -> None:
-    candidates = trained.keys() if watch.without is None else watch.without & trained.keys()
-    absent = {name for name in candidates if trained[name].grad is None}
-    watch.without = absent | _zero({n: trained[n].grad for n in candidates - absent})
-    waits = _patient(model, watch.without)
-    due = watch.without if watch.steps >= FEW else absent
-    due = due if watch.steps >= MANY else due - waits
-    if due - watch.named:
-        _say(due - watch.named, len(trained), watch.steps)
-    watch.named |= due
-    if watch.steps >= MANY or (watch.steps >= FEW and not waits):
-        _WATCHED[model] = None
-
-
-def _zero(gradients: dict[str, Tensor | None]) -> set[str]:
-    """Return the names of gradients that are zero; of sharded and sparse ones it is not known."""
+def _sizes(gradients: dict[str, Tensor | None]) -> dict[str, float]:
+    """Return the largest value of each gradient; of sharded and sparse ones it is not known."""
     dense = {n: g for n, g in gradients.items() if g is not None and type(g) is Tensor}
     dense = {name: g for name, g in dense.items() if g.layout == torch.strided and g.numel()}
     if not dense:
-        return set()
+        return {}
     with torch.no_grad():
         largest = [g.abs().amax().float() for g in dense.values()]
         values = torch.stack([value.to(largest[0].device) for value in largest]).tolist()
-    return {name for name, value in zip(dense, values, strict=True) if value == 0}
+    return dict(zip(dense, values, strict=True))
 
 
-def _patient(model: PeftModel, names: Iterable[str]) -> set[str]:
+def _patient(model: nn.Module, names: Iterable[str]) -> set[str]:
     """Return the names of tensors that a batch may leave out."""
-    language = language_path(model.get_base_model())
-    prefix = "base_model.model."
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    language, prefix = language_path(base), "base_model.model."
     return {
         name
         for name in names
         if "expert" in name
         or (language is not None and part_in(name.removeprefix(prefix), language) != LANGUAGE)
     }
-
-
-def _say(names: Iterable[str], total: int, steps: int) -> None:
-    kinds = Counter(place_of(name.removeprefix("base_model.model.")) for name in sorted(names))
-    shown = [f"{kind} ({count})" for kind, count in kinds.most_common(SHOWN)]
-    more = f" and {len(kinds) - SHOWN} more kinds" if len(kinds) > SHOWN else ""
-    logger.warning(
-        "%d of %d trained tensors got no gradient in %s, so they do not train: %s%s; leave their "
-        "modules out with exclude_modules",
-        kinds.total(),
-        total,
-        "the first step" if steps == 1 else f"{steps} steps",
-        ", ".join(shown),
-        more,
-    )
 
 
 # PyTorch calls it after each step of any optimizer, after the reduction over processes

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from omegaconf import DictConfig
 from rich.text import Text
 
 from petl.data.base import Stream, as_dataset, read_data
+from petl.data.learned import BRACKETS, PreviewSpan, pieces
 from petl.data.models.loading import load_processor
 from petl.data.overlap import Overlap
 from petl.data.tasks.base import Task
@@ -19,15 +19,6 @@ from petl.errors import printable
 
 STREAM_ROWS = 1000  # rows of a stream that are read
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)  # of lengths, and of regression targets
-BRACKETS = "⟦", "⟧"  # around tokens with loss, outside a terminal
-
-
-@dataclass(frozen=True)
-class PreviewSpan:
-    """Text of adjacent tokens; `has_loss` is True if the loss is computed on them."""
-
-    text: str
-    has_loss: bool
 
 
 @dataclass(frozen=True)
@@ -152,14 +143,6 @@ def decode(task: Task, processor: Any, row: dict[str, Any]) -> Example:
         shapes = {name: np.shape(value) for name, value in row.items() if name != "labels"}
         return Example([], task.label_text(row), shapes)
     return Example(list(pieces(processor, *task.labeled_tokens(row))), task.label_text(row), {})
-
-
-def pieces(tokenizer: Any, ids: list[int], marks: list[bool]) -> Iterator[PreviewSpan]:
-    """Yield adjacent tokens with the same mark as text, including special tokens."""
-    # decoding runs, not single tokens: a character may span several tokens
-    for has_loss, run in groupby(zip(ids, marks, strict=True), key=lambda pair: pair[1]):
-        # special tokens stay visible: a missing end token is a frequent mistake
-        yield PreviewSpan(tokenizer.decode([token for token, _ in run]), has_loss)
 
 
 # As tables and text

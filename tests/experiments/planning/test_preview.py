@@ -9,9 +9,9 @@ from media_fixtures import AST, VIT, audio, images
 
 from petl.cli import main
 from petl.data.base import read_data
+from petl.data.learned import BRACKETS
 from petl.data.models.loading import load_processor
 from petl.experiments.planning.preview import (
-    BRACKETS,
     Preview,
     example_texts,
     label_tables,

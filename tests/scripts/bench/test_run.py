@@ -280,3 +280,8 @@ def test_a_compiled_step_is_timed_relative_to_the_eager_one():
         assert record.ratios["compiled / eager"].median > 0
         assert record.counts["graph breaks"] == 0
         assert record.facts["seconds to compile"] > 0
+
+
+def test_the_watch_section_compares_steps_with_and_without_it():
+    (record,) = records("watch")
+    assert record.ratios["watched / not"].median > 0
