@@ -34,7 +34,7 @@ BUDGETS = {
     "training": 13300,
     "methods": 18350,
     "adapters": 7450,
-    "generation": 4650,
+    "generation": 4550,
     "experiments": 6400,
     "cli": 3600,
     "testing": 2450,

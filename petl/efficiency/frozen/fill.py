@@ -206,16 +206,13 @@ class Prober:
                 weights.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 flat = tensor.detach().cpu().contiguous().flatten()
                 weights.update(flat.view(torch.uint8).numpy())
-        return name_of(weights.hexdigest(), *ingredients(self.prefix, self._precision, self.device))
+        precision = autocast_of(self.prefix.body)
+        return name_of(weights.hexdigest(), *ingredients(self.prefix, precision, self.device))
 
     @property
     def computation(self) -> str:
         """A name for what the prefix computes with its weights, whatever their values."""
-        return name_of(*ingredients(self.prefix, self._precision, self.device))
-
-    @property
-    def _precision(self) -> str:
-        return autocast_of(self.prefix.body)
+        return name_of(*ingredients(self.prefix, autocast_of(self.prefix.body), self.device))
 
 
 def ingredients(prefix: FrozenPrefix, precision: str, device: torch.device) -> list[object]:
