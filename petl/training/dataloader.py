@@ -9,7 +9,8 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar, cast
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -34,17 +35,20 @@ from petl.data.batch_sampler import (
 )
 from petl.data.overlap import Overlap
 from petl.data.streaming import StreamedRows
-from petl.data.task_mixture import TaskMixture
 from petl.data.tasks import IDS
 from petl.data.tasks.base import NON_INPUT_PREFIX, Row, Task
 from petl.data.tasks.classification import SingleLabelTask
 from petl.data.tasks.encoding_cache import encode_once
-from petl.data.tasks.regression import Regression
 from petl.errors import InputError
 from petl.system.processes import endings_blocked, ignore_foreign_signals
 from petl.training.runs.settings import TrainConfig
 
+if TYPE_CHECKING:
+    from petl.data.task_mixture import TaskMixture
+
 logger = logging.getLogger(__name__)
+MIXTURE = "petl.data.task_mixture:TaskMixture.of_temperature"  # imported for several tasks
+REGRESSION = "regression"  # the name of the task
 Batch = dict[str, Tensor]
 AnyBatch = TypeVar("AnyBatch")  # also with values that are no tensors
 Collate = Callable[[Sequence[Row]], Batch]
@@ -77,7 +81,7 @@ class Splits:
     buckets: Buckets | None = None
     sources: Dataset | None = None
     order: StepOrder | None = None
-    mixture: TaskMixture | None = None
+    mixture: "TaskMixture | None" = None
     overlap: Overlap | None = None
 
     @property
@@ -189,7 +193,8 @@ def encode_splits(
     assert isinstance(train, Dataset), "no stream, as above"
     mixture = None
     if data.temperature is not None:
-        mixture = TaskMixture.of_temperature(train[IDS], len(task.tasks), data.temperature)
+        of_temperature = resolve_name(MIXTURE)
+        mixture = of_temperature(train[IDS], len(task.tasks), data.temperature)
     # an order by class or by task, and packed rows, have steps of their own
     free = order is None and mixture is None and not task.packs
     may_sort = free if settings.buckets == "auto" else settings.buckets is not None
@@ -529,7 +534,7 @@ def warn_about_labels(task: Task, splits: Mapping[str, Dataset | None]) -> None:
     Args:
         splits: encoded rows by name: training, if they are no stream, validation, test.
     """
-    if not isinstance(task, SingleLabelTask | Regression):
+    if not isinstance(task, SingleLabelTask) and task.name != REGRESSION:
         return
     labels = {name: np.asarray(rows["labels"]) for name, rows in splits.items() if rows}
     present = {name: np.unique(values) for name, values in labels.items()}
@@ -560,7 +565,7 @@ def warn_about_labels(task: Task, splits: Mapping[str, Dataset | None]) -> None:
 
 def of_one_label(task: Task, count: int) -> str:
     """What scores on examples with one and the same label do not say."""
-    if isinstance(task, Regression):
+    if task.name == REGRESSION:
         return "a correlation is undefined, and counts as 0"
     few = "a single example" if count == 1 else "examples of one class"
     return f"scores on {few} do not show whether classes are told apart"

@@ -28,7 +28,7 @@ from petl.core.types import base_of
 from petl.data.batch_sampler import chunks
 from petl.data.tasks import IDS
 from petl.data.tasks.base import NON_INPUT_PREFIX, Prediction, Row, Task, not_finite, rounded
-from petl.data.tasks.row_tasks import named
+from petl.data.tasks.scores import named
 from petl.errors import RunStopped
 from petl.system.collectives import gathered, is_sharded
 from petl.system.files.disk import atomic_file, stop_when_full

@@ -24,11 +24,11 @@ from petl.data.tasks.base import packs
 from petl.efficiency.rewrite import apply_rewrites, rewrites_of
 from petl.errors import InputError
 from petl.system.progress import ProgressItems
+from petl.training.bases import Bases, share_base
 from petl.training.dataloader import FirstBatches
 from petl.training.features import Setup
 from petl.training.optimizer import groups
 from petl.training.runs.settings import TrainConfig
-from petl.training.together.bases import Bases, share_base
 
 logger = logging.getLogger(__name__)
 CALIBRATING = "calibrating the initial values of the adapter"

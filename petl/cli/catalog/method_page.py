@@ -11,7 +11,8 @@ from petl.core.registry import METHODS
 from petl.core.spec.method import LOSSES, Loss
 from petl.core.support import Capability
 from petl.errors import UnknownNameError, did_you_mean
-from petl.experiments.reports.fields import Field, as_yaml, describe_inner_fields, fields_of
+from petl.experiments.reports.fields import Field, describe_inner_fields, fields_of
+from petl.experiments.reports.formatting import as_yaml
 from petl.system.settings.command_line import config_file, preset_of, shown_path
 
 

@@ -14,7 +14,6 @@ from datasets import Features, Value
 
 from petl.data.tasks import COLUMN, IDS
 from petl.data.tasks.base import Batch, Collate, Columns, Fields, P, Row, Task
-from petl.data.tasks.scores import LOSSES
 from petl.errors import UnsupportedError
 
 
@@ -84,8 +83,3 @@ def of_tasks(task: Task, names: Sequence[str]) -> Task:
     copied = copy.copy(task)
     copied.__class__ = _kind(type(task), tuple(names))
     return copied
-
-
-def named(task: str, scores: dict[str, float], metric: str) -> dict[str, float]:
-    """Return metric and loss of one of several tasks, with its name before theirs."""
-    return {f"{task}_{name}": scores[name] for name in (metric, *LOSSES) if name in scores}

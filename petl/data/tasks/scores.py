@@ -12,3 +12,8 @@ PERCENTAGES += ("rouge1", "rouge2", "rougeL")  # ends of the names of scores fro
 def is_percentage(name: str) -> bool:
     """Return True if a score of this name is shown as a percentage."""
     return name.endswith(PERCENTAGES)
+
+
+def named(task: str, scores: dict[str, float], metric: str) -> dict[str, float]:
+    """Return metric and loss of one of several tasks, with its name before theirs."""
+    return {f"{task}_{name}": scores[name] for name in (metric, *LOSSES) if name in scores}

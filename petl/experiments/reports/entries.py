@@ -14,7 +14,7 @@ from typing import Any
 
 from petl.data.tasks.base import quality
 from petl.data.tasks.scores import COUNTS
-from petl.experiments.reports.fields import as_yaml
+from petl.experiments.reports.formatting import as_yaml
 
 SEED = "train.seed"
 # left out of an entry's name where other settings differ: the learning rate has a column of its

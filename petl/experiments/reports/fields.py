@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from petl.core.method import Method
 from petl.core.registry import METHODS, get
 from petl.core.spec.blocks import MEANING
 from petl.core.spec.checks import BLOCKS, config_hints
+from petl.experiments.reports.formatting import as_yaml
 
 # fields that PEFT and `petl train` fill in, not the user
 BOOKKEEPING = frozenset(field.name for field in dataclasses.fields(PeftConfig))
@@ -125,15 +125,6 @@ def _type_name(annotation: Any) -> str:
         return "null"
     # without the modules of classes
     return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", inspect.formatannotation(annotation))
-
-
-def as_yaml(value: Any) -> str:
-    """Format a value in the syntax of `method.FIELD=VALUE`."""
-    try:
-        plain = sorted(value) if isinstance(value, set) else value
-        return plain if isinstance(plain, str) else json.dumps(plain)
-    except TypeError:
-        return str(value)  # a nested config
 
 
 def meaning(config_cls: type, field: dataclasses.Field) -> str:

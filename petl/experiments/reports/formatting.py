@@ -1,5 +1,6 @@
 """Sizes, durations, scores and numbers as text, and tables for the terminal and for markdown."""
 
+import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,15 @@ from petl.errors import markdown, printable
 from petl.system.output import results
 
 LEVEL = 0.95  # of intervals
+
+
+def as_yaml(value: Any) -> str:
+    """Format a value in the syntax of `method.FIELD=VALUE`."""
+    try:
+        plain = sorted(value) if isinstance(value, set) else value
+        return plain if isinstance(plain, str) else json.dumps(plain)
+    except TypeError:
+        return str(value)  # a nested config
 
 
 def size(count: int) -> str:
