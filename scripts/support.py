@@ -97,9 +97,9 @@ def index() -> dict[str, dict[str, Any]]:
     places = adopted()
     return {
         "methods": {
-            name: indexed(places.get(name) or entry.tuner.__module__, entry)
+            name: indexed(places.get(name) or type(entry).__module__, entry)
             for name, entry in sorted(METHODS.loaded.items())
-            if name in places or entry.tuner.__module__.startswith(methods.__name__)
+            if name in places or type(entry).__module__.startswith(methods.__name__)
         },
         "losses": {
             name: indexed(entry.controller_cls.__module__, entry)

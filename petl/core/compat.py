@@ -130,17 +130,15 @@ def add_method(
     if peft_type in announced:
         announced.remove(peft_type)
         for table in TABLES:
-            del table[peft_type]
-        # also replaced, since `tuner_class` takes the first name of a class
-        del TABLES[0][saved_type(peft_type)]
+            table.pop(peft_type)
+            # in one of them, and the first name of a class is that of `tuner_class`
+            table.pop(saved_type(peft_type), None)
+    # PEFT's own check looks for the prefix among the keys of this mapping, not its values
+    elif is_own_prefix and prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values():
+        raise ValueError(
+            f"the state-dict prefix {prefix!r} is taken by another PEFT method; choose another name"
+        )
     else:
-        # PEFT's own check looks for the prefix among the keys of this mapping, not its values
-        taken = prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values()
-        if taken and is_own_prefix:
-            raise ValueError(
-                f"the state-dict prefix {prefix!r} is taken by another PEFT method; choose another "
-                "name"
-            )
         # first: register_peft_method looks the name up in the enum
         extend_peft_types(peft_type)
     register_peft_method(name=name, prefix=prefix, config_cls=config_cls, model_cls=tuner_cls)

@@ -4,8 +4,6 @@ Importing this module adds them, each with stand-ins for its config and its tune
 replaces these by the classes. So PEFT loads an adapter of any method of petl.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from petl.core.compat import announce_method
@@ -13,7 +11,7 @@ from petl.system.imports.tables import METHODS
 
 
 class StandIn(type):
-    """The class of stand-ins: what is done with one is done with the class that it stands for."""
+    """The class of stand-ins: what is asked of one is asked of the class that it stands for."""
 
     def __getattribute__(cls, name: str) -> Any:
         return getattr(_real(cls), name)
@@ -22,30 +20,14 @@ class StandIn(type):
         """Create an instance of the class."""
         return _real(cls)(*args, **kwargs)
 
-    def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, _real(cls))
-
-    def __subclasscheck__(cls, subclass: type) -> bool:
-        return issubclass(subclass, _real(cls))
-
 
 def _real(stand_in: type) -> type[Any]:
-    return type.__getattribute__(stand_in, "find")()
-
-
-def stand_in(name: str, find: Callable[[], type[Any]]) -> type[Any]:
-    """Return a stand-in for the class that `find` returns, which is called when it is used."""
-    return StandIn(name, (), {"find": staticmethod(find)})
-
-
-def _class_of(method: str, attribute: str) -> type[Any]:
+    method, attribute = type.__getattribute__(stand_in, "place")
     return getattr(METHODS[method], attribute)
 
 
 for _name, _entry in METHODS.index.items():
     if _entry.prefix and _name not in METHODS.loaded:
-        config, tuner = (
-            stand_in(_entry.config, partial(_class_of, _name, attribute))
-            for attribute in ("config_cls", "tuner")
-        )
+        places = [(_name, attribute) for attribute in ("config_cls", "tuner")]
+        config, tuner = (StandIn(_entry.config, (), {"place": place}) for place in places)
         announce_method(f"petl_{_name}", _entry.prefix, config, tuner)
