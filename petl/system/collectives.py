@@ -1,6 +1,6 @@
 """Collective operations and sharded tensors; with one process they do nothing."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -113,22 +113,6 @@ def to_shards(tensor: Tensor, like: Tensor) -> Tensor:
         return tensor
     # src_data_rank=None: each process takes its shard of its own copy
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def gather_before_backward(modules: Iterable[nn.Module], tensor: Tensor) -> None:
-    """Make the backward pass through `tensor` find the parameters that it was computed from.
-
-    FSDP2 gathers the shards of a module in backward when the gradient of the module's output
-    arrives. Where a hook computes `tensor` from parameters of a module whose own output has no
-    graph, they would stay freed. Their gradients are averaged at the end of the backward pass.
-
-    Args:
-        modules: the module that has the parameters, then those around it, from the inside.
-        tensor: which depends on them.
-    """
-    sharded = next((module for module in modules if isinstance(module, FSDPModule)), None)
-    if sharded is not None and tensor.requires_grad:
-        tensor.register_hook(lambda grad: sharded.unshard())
 
 
 class Counts:

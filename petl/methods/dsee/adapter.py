@@ -22,10 +22,11 @@ from petl.methods.dsee.entries import (
     masked_weight,
     updated_linear,
 )
+from petl.methods.families.masks import check_mask
 from petl.methods.families.rewriting import RewritingAdapter
 from petl.ops.low_rank import WEIGHT_TYPES, call_with_weight, is_frozen_linear, product_dtype
 from petl.ops.masks import all_kept, count_kept
-from petl.system.files.tensor_file import check_index, check_mask
+from petl.system.files.tensor_file import check_index
 
 ALONE = (
     "dsee has pruned the weights of its layer, and a mask belongs to one adapter; activate one of "

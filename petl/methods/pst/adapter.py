@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from petl.core.layers.layer import LayerInfo, LayerShape
 from petl.core.spec.config import require
 from petl.errors import UnsupportedError
+from petl.methods.families.masks import check_mask
 from petl.methods.families.numbered import register_adapter
 from petl.methods.families.rewriting import RewritingAdapter
 from petl.methods.pst.compiled import compiled_linear
@@ -29,7 +30,6 @@ from petl.methods.pst.pruned import (
 )
 from petl.ops.low_rank import WEIGHT_TYPES, call_with_weight, is_frozen_linear, product_dtype
 from petl.ops.masks import all_kept, count_kept, keep_largest, pack_mask
-from petl.system.files.tensor_file import check_mask
 
 ALONE = (
     "pst prunes the weight of its layer, and masks of several adapters do not add up; activate one "

@@ -4,9 +4,11 @@ They run outside of the checkpointed calls of the blocks (checked with transform
 nothing is computed twice and the late blocks get an input with a gradient.
 """
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from petl.core.layers.block import (
     adapters_of,
@@ -17,7 +19,6 @@ from petl.core.layers.block import (
 from petl.core.layers.context import ForwardContext
 from petl.errors import InputError
 from petl.methods.sherl.adapter import SherlAdapter
-from petl.system.collectives import gather_before_backward
 
 MEMORY = "encoder_hidden_states"  # the argument of decoder blocks
 
@@ -145,3 +146,19 @@ def _detached(args: Any, kwargs: Any) -> tuple[Tensor, Any, Any]:
     x, args, kwargs, _ = split_arguments(args, kwargs)
     x = x.detach()
     return x, (x, *args), kwargs
+
+
+def gather_before_backward(modules: Iterable[nn.Module], tensor: Tensor) -> None:
+    """Make the backward pass through `tensor` find the parameters that it was computed from.
+
+    FSDP2 gathers the shards of a module in backward when the gradient of the module's output
+    arrives. Where a hook computes `tensor` from parameters of a module whose own output has no
+    graph, they would stay freed. Their gradients are averaged at the end of the backward pass.
+
+    Args:
+        modules: the module that has the parameters, then those around it, from the inside.
+        tensor: which depends on them.
+    """
+    sharded = next((module for module in modules if isinstance(module, FSDPModule)), None)
+    if sharded is not None and tensor.requires_grad:
+        tensor.register_hook(lambda grad: sharded.unshard())

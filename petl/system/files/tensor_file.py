@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -161,31 +160,6 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
             f"{len(tensors)} tensors have some); the adapter diverged in training, or the file is "
             "damaged"
         )
-
-
-def check_mask(name: str, packed: Tensor, entries: int, pruned: int | None = None) -> None:
-    """Raise InputError unless a packed mask (petl/ops/masks.py) is one of this many entries.
-
-    Args:
-        name: of the mask, for the message.
-        packed: uint8.
-        entries: number of entries.
-        pruned: number of those that are 0; None: any.
-    """
-    size = -(-entries // 8)
-    if packed.dtype != torch.uint8 or packed.shape != (size,):
-        raise InputError(
-            f"{name} is {packed.dtype} {list(packed.shape)}; a mask of {entries} entries is "
-            f"torch.uint8 [{size}]"
-        )
-    if packed.is_meta:
-        return
-    bits = np.unpackbits(packed.cpu().numpy(), bitorder="little")
-    if bits[entries:].any():
-        raise InputError(f"{name} has bits after its last of {entries} entries; they must be 0")
-    found = entries - int(bits[:entries].sum())
-    if pruned is not None and found != pruned:
-        raise InputError(f"{name} prunes {found} of {entries} entries, and num_pruned is {pruned}")
 
 
 def check_index(name: str, index: Tensor, size: int, *, unique: bool = False) -> None:
