@@ -63,7 +63,6 @@ __all__ = [
     "add_method",
     "adjustments_refused",
     "announce_method",
-    "calls_past_hooks",
     "check_adapters_to_merge",
     "check_target_module_exists",
     "config_class",
@@ -80,7 +79,6 @@ __all__ = [
     "svd_factors",
     "tuner_class",
     "tuner_of",
-    "tuner_of_type",
     "without_noise",
 ]
 
@@ -183,13 +181,8 @@ def tuner_class(config_cls: type) -> type[BaseTuner]:
     return PEFT_TYPE_TO_TUNER_MAPPING[next(types)]
 
 
-def tuner_of(config: Any) -> type[Any]:
-    """Return the tuner class that PEFT uses for `config`; for prompts, that of the encoder."""
-    return tuner_of_type(config.peft_type)
-
-
-def tuner_of_type(peft_type: str) -> type[Any]:
-    """Return the tuner class that PEFT uses for a type."""
+def tuner_of(peft_type: str | None) -> type[Any]:
+    """Return the tuner class that PEFT uses for a type; for prompts, that of the encoder."""
     return PEFT_TYPE_TO_TUNER_MAPPING[PeftType(peft_type)]
 
 
@@ -200,12 +193,6 @@ def has_boft_kernel() -> bool:
     # PEFT warns while it compiles
     with warnings.catch_warnings(action="ignore"):
         return get_fbd_cuda() is not None
-
-
-def calls_past_hooks(tuner: type) -> bool:
-    """Return True if a tuner calls `model.forward` directly, which bypasses the model's hooks."""
-    # AdaLoRA's forward adds its orthogonality penalty to the loss
-    return issubclass(tuner, AdaLoraModel)
 
 
 def default_targets(tuner: type[Any], model_type: str | None) -> set[str] | str | None:

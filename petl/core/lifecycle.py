@@ -77,9 +77,9 @@ class Lifecycle:
         return any(part.context.terms for part in self.parts)
 
     def prepare(self, batches: Iterable[Any]) -> None:
-        """Pass training batches to the method and the losses, before the optimizer exists."""
-        for part in self.parts:
-            part.prepare(batches)
+        """Pass training batches to the extra losses, before the optimizer exists."""
+        for loss in self.losses:
+            loss.prepare(batches)
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer | None:
         """Return the optimizer that the method requires, over these parameter groups, or None."""

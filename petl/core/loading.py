@@ -78,7 +78,7 @@ def load(
     if is_peft_model:
         _check_addable(base, config, adapter_name)
     else:
-        check_adapter_name(adapter_name, base, tuner_of(config))
+        check_adapter_name(adapter_name, base, tuner_of(config.peft_type))
     refuse_quantized(base, config)
     # before wrapping: of a wrapped model only a remembered fingerprint is known
     present, trained_on = known_fingerprint(base), saved.base

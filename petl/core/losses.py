@@ -20,9 +20,6 @@ class TrainingPart(Protocol):
 
     context: ForwardContext
 
-    def prepare(self, batches: Iterable[Any]) -> None:
-        """Use training batches once, before the optimizer exists."""
-
     def series(self) -> dict[str, float]:
         """Return metrics of the last training forward for the log."""
 
@@ -40,6 +37,9 @@ class ExtraLoss(TrainingPart, Protocol):
     @property
     def config(self) -> LossConfig:
         """The loss's config."""
+
+    def prepare(self, batches: Iterable[Any]) -> None:
+        """Use training batches once, before the optimizer exists."""
 
     def report(self, batches: Iterable[Any]) -> dict[str, float]:
         """Return metrics over validation batches, to compare before and after training."""

@@ -175,7 +175,6 @@ class TrainContext(Generic[C, A]):
         first: the step that `after_step` gets after the first step of a run: 0 in PEFT's loops, 1
             in petl's lifecycle.
         total: length of the run in optimizer steps, if it is known.
-        batches: training batches, for `prepare`.
         groups: parameter groups, for `optimizer`.
     """
 
@@ -187,7 +186,6 @@ class TrainContext(Generic[C, A]):
     step: int = 0
     first: int = 0
     total: int | None = None
-    batches: Iterable[Any] = ()
     groups: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -381,9 +379,6 @@ class Method(Generic[C, A]):
         """Free what adapters hold while they are active; they are active no longer."""
 
     # Training
-
-    def prepare(self, t: TrainContext[C, A]) -> None:
-        """Use training batches once, before the optimizer exists, such as for calibration."""
 
     def rate(self, t: TrainContext[C, A], name: str) -> float | None:
         """Return the peak learning rate of the parameter called `name`; None: that of all."""

@@ -360,9 +360,10 @@ def test_bad_fields_raise(fields, message):
 
 
 def test_a_run_without_total_step_raises_before_it_begins():
-    lifecycle = petl.lifecycle(wrapped(total_step=None))
+    model = wrapped(total_step=None)
+    lifecycle = petl.lifecycle(model)
     with pytest.raises(InputError, match="total_step is null, but"):
-        lifecycle.prepare([])
+        lifecycle.attach_optimizer(adamw(model))
     with pytest.raises(InputError, match="total_step is null, but"):
         lifecycle.after_step(1, None)
 

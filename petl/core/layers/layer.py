@@ -22,10 +22,9 @@ from petl.core.compat import (
 )
 from petl.core.layers.class_swap import AdapterDict, SwappedClass
 from petl.core.layers.context import ForwardContext, InputCapture
-from petl.core.layers.conversion import refuse_conversion
 from petl.core.layers.grouped import GroupedAdapters, GroupedFactors, InputHook
 from petl.core.serving.mixed_batch import AdapterRows, BatchedAdapter
-from petl.errors import InputError, UnsupportedError
+from petl.errors import InputError, ModuleKindError, UnsupportedError
 from petl.ops.low_rank import LowRankRows, add_low_rank, linear_with_low_rank, owns_output
 
 # dtypes in which a sum with an update loses digits of the update
@@ -491,6 +490,17 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             # meta tensors have no values to move: loading assigns them later
             if not any(t.is_meta for t in (*state.parameters(), *state.buffers())):
                 state.to(target)
+
+
+def refuse_conversion(reason: str, adapter_name: str | None) -> bool:
+    """Return False where PEFT asks without a name; else raise ModuleKindError with the reason.
+
+    PEFT asks for `model.supports_lora_conversion()` without a name, and with one before it converts
+    an adapter, with an error of its own that names the layer's class only.
+    """
+    if adapter_name is None:
+        return False
+    raise ModuleKindError(f"adapter {adapter_name!r} cannot become a LoRA: {reason}")
 
 
 def joined(adapters: Sequence[tuple[str, Adapter]]) -> Callable[[Tensor], Tensor] | None:

@@ -18,12 +18,12 @@ from peft import PeftModel
 from torch import nn
 
 from petl.core.compat import (
+    AdaLoraModel,
     AuxiliaryTrainingWrapper,
     BaseTuner,
     BaseTunerLayer,
     LoraModel,
     ModulesToSaveWrapper,
-    calls_past_hooks,
     extend_method,
     freeze_ranks,
 )
@@ -516,7 +516,8 @@ def apply_peft_fixes(model: PeftModel, not_mixed: str) -> None:
         # an instance attribute, as that of `refuse_mixed_batches`
         tuner.add_weighted_adapter = CheckedSum(tuner)
     vars(tuner)[CHECKED] = True
-    if calls_past_hooks(type(tuner)):
+    # its forward calls that of the model directly, past its hooks, and adds a penalty to the loss
+    if isinstance(tuner, AdaLoraModel):
         tuner.forward = WithoutPenalty(tuner)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from petl.core.compat import drop_base_weights, tuner_of_type
+from petl.core.compat import drop_base_weights, tuner_of
 from petl.core.layers.block import BlockAdapters
 from petl.core.layers.class_swap import AdapterDict
 from petl.core.layers.context import ForwardContext
@@ -274,10 +274,6 @@ class AskingTuner(SwitchingTuner):
         """True if `update_and_allocate` has something to do for the active adapters."""
         return self.method.updates and not self.method.is_idle(self.context_of_training())
 
-    def prepare(self, batches: Iterable[Any]) -> None:
-        """Use training batches once, before the optimizer exists."""
-        self.method.prepare(self.context_of_training(batches=batches))
-
     def attach_optimizer(
         self,
         optimizer: Optimizer,
@@ -368,7 +364,7 @@ class AskingTuner(SwitchingTuner):
 
 def _without_state(peft_type: str, inner: str | None) -> AskingTuner:
     """Return a tuner, which pickle and copy then fill in."""
-    cls: Any = tuner_of_type(peft_type).for_fields({"inner": inner})
+    cls: Any = tuner_of(peft_type).for_fields({"inner": inner})
     return cls.__new__(cls)
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from petl.core.compat import BaseTunerLayer, adapter_weights
 from petl.core.layers.class_swap import swapped_class
-from petl.core.layers.conversion import set_refusal
 from petl.core.layers.layer import AdapterLayer
 from petl.core.method import (
     AdapterSet,
@@ -40,6 +39,7 @@ from petl.methods.binary.quantized_weights import (
     swap_module,
 )
 from petl.methods.binary.stack import STACK, stack, unstack
+from petl.methods.families.conversion import set_refusal
 from petl.methods.families.outer import Outer
 from petl.ops.quantize import code_book, packed_bytes, unpack
 from petl.system.files.tensor_file import check_finite

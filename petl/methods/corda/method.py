@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from petl.core.compat import BaseTunerLayer, LoraLayer
-from petl.core.layers.conversion import set_refusal
 from petl.core.method import (
     AdapterSet,
     Method,
@@ -31,6 +30,7 @@ from petl.efficiency.fused_lora.switching import SwitchingLora
 from petl.errors import InputError
 from petl.methods.corda.config import CordaConfig
 from petl.methods.corda.initialization import QUANTIZED, InitialFactors, initialize
+from petl.methods.families.conversion import set_refusal
 from petl.system.files.tensor_file import check_finite
 
 logger = logging.getLogger(__name__)

@@ -57,11 +57,6 @@ class Sparse(Method[SparseConfig, SparseAdapter]):
 
     # Drop-and-grow
 
-    def prepare(self, t: Training) -> None:
-        """Raise InputError if the length of the training is needed and unknown."""
-        for config in t.configs:
-            config.check_total()
-
     def optimizer(self, t: Training) -> Optimizer | None:
         """SM3 if `selection_algorithm='sm3'` needs its accumulators; else None."""
         # adapters of one model may differ; rigl works with any optimizer

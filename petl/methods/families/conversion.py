@@ -1,20 +1,9 @@
-"""Refusals of PEFT's `convert_to_lora` and `save_as_lora`, with the reason.
-
-PEFT asks a layer `supports_lora_conversion`: without a name for `model.supports_lora_conversion()`,
-and with the adapter's name before a conversion, whose own error would name the layer's class only.
-"""
+"""Refusals of PEFT's `convert_to_lora` and `save_as_lora` by PEFT's own layers, with the reason."""
 
 from collections.abc import Iterable
 from typing import Any
 
-from petl.errors import ModuleKindError
-
-
-def refuse_conversion(reason: str, adapter_name: str | None) -> bool:
-    """Return False where PEFT asks without a name; else raise ModuleKindError with the reason."""
-    if adapter_name is None:
-        return False
-    raise ModuleKindError(f"adapter {adapter_name!r} cannot become a LoRA: {reason}")
+from petl.core.layers.layer import refuse_conversion
 
 
 class NoConversion:
