@@ -145,9 +145,9 @@ class AskingTuner(SwitchingTuner):
             self.refuse_without_tuner(method.needs_tuner)
         if method.updates and not config.inference_mode:
             self.refuse_without_tuner("it changes its adapters while they train")
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         c = WrapContext(model, config, adapter_name)
         with self.only_visible({adapter_name}), self._injection(c, low_cpu_mem_usage):
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             super().inject_adapter(
                 model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
             )
