@@ -33,6 +33,7 @@ from petl.errors import InputError
 from petl.experiments.reports.comparison import compare
 from petl.experiments.reports.comparison_report import write_page
 from petl.experiments.reports.formatting import Table, mean_text
+from petl.experiments.reports.page import Point, pareto_front
 from petl.experiments.sweeps.study import Contender, Study, slug
 from petl.training import program as app
 from petl.training.compose import compose
@@ -182,17 +183,9 @@ def table(rows: Sequence[Row]) -> Table:
     return Table(columns, lines)
 
 
-def front(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows that none beats in both score and time, the fastest first."""
-
-    def quality(row: Row) -> float:
-        return row.score if row.higher_is_better else -row.score
-
-    best: list[Row] = []
-    for row in sorted(rows, key=lambda row: (row.median, -quality(row))):
-        if not best or quality(row) > quality(best[-1]):
-            best.append(row)
-    return best
+def points_of(rows: Sequence[Row]) -> list[Point]:
+    """Return time and score of each row."""
+    return [Point(row.placement.name, row.median, row.score, 0.0) for row in rows]
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:
@@ -216,11 +209,9 @@ def draw(rows: Sequence[Row], file: Path) -> None:
                 axes.annotate(
                     row.placement.label, (x, y), (5, 5), textcoords="offset points", fontsize=9
                 )
-        best = front(rows)
-        axes.step(
-            [row.median for row in best], [row.score * factor for row in best],
-            where="post", color="0.6", zorder=0,
-        )  # fmt: skip
+        best = pareto_front(points_of(rows), higher_is_better=rows[0].higher_is_better)
+        front = [p.cost for p in best], [factor * p.score for p in best]
+        axes.step(*front, where="post", color="0.6", zorder=0)
         seconds_axis(axes)
         axes.set(
             xlabel="processor seconds of training, median over seeds",

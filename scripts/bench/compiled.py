@@ -36,16 +36,14 @@ def _record(row: Contender, bench: Bench, rounds: int) -> Record:
         compiled()
     except UNFIT as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
-        return Record("compile", str(bench.shape), row.name, reason, row.is_own)
+        return row.record("compile", bench.shape, failed=reason)
     compile_seconds = time.perf_counter() - start
     breaks = sum(counters["graph_break"].values())
     device = bench.shape.device
     times = in_turn(eager, {"compiled": compiled}, rounds=rounds, warm_up=1, device=device)
-    return Record(
+    return row.record(
         "compile",
-        str(bench.shape),
-        row.name,
-        is_own=row.is_own,
+        bench.shape,
         ratios={"compiled / eager": times.over_floor("compiled")},
         counts={"graph breaks": breaks},
         facts={"seconds to compile": compile_seconds},

@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel, XLoraConfig, get_peft_model
 
 import petl
+from bench.records import Record
 from bench.shapes import Bench
 from petl.core.registry import build_config, needs_calibration
 from petl.errors import UnknownNameError, did_you_mean
@@ -125,6 +126,10 @@ class Contender:
             return False
         known = "lora" if self.method in petl.list_losses() else self.method
         return petl.method(known).variant(self.fields).merges
+
+    def record(self, section: str, shape: object, more: str = "", **values: Any) -> Record:
+        """Return a record of this row, whose name `more` is added to."""
+        return Record(section, str(shape), self.name + more, is_own=self.is_own, **values)
 
     def _modifies_base(self) -> bool:
         if self.method == "xlora" or self.method in petl.list_losses():

@@ -49,11 +49,9 @@ def _record(row: Contender, bench: Bench) -> Record:
     if row.merges:
         facts["merge ms"] = 1000 * seconds(model.merge_adapter, device)
     needed = information(row, model)
-    return Record(
+    return row.record(
         "file",
-        str(bench.shape),
-        row.name,
-        is_own=row.is_own,
+        bench.shape,
         counts={"bytes": size, "bytes / information": size / needed},
         facts=facts,
     )

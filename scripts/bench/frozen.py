@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 import petl
 from bench.clocks import Step, in_turn
 from bench.records import Record
-from bench.shapes import Bench, Shape, embeddings_of
+from bench.shapes import Bench, Shape, embeddings_of, random_vit, training_step
 from bench.step import floor_of
 from petl.core.spec.blocks import last_blocks
 from petl.efficiency.skip_unread.read_positions import SkipUnread
@@ -98,15 +98,8 @@ def measure(shape: Shape, rounds: int) -> list[Record]:
 
 def measure_images(rounds: int, **settings: Any) -> list[Record]:
     """Return the same of a ViT on random images; `settings` of its config, for tests."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config: Any = ViTConfig(**{**VIT, **settings})
-        base = ViTForImageClassification(config).requires_grad_(False).train()
-    size = config.image_size
-    batch = {
-        "pixel_values": torch.randn(IMAGES, 3, size, size),
-        "labels": torch.zeros(IMAGES, dtype=torch.long),
-    }
+    base, batch = random_vit(IMAGES, **{**VIT, **settings})
+    config: Any = base.requires_grad_(False).train().config
     layers = config.num_hidden_layers
     title = f"vit {layers} x {config.hidden_size}, {IMAGES} images"
     frozen = copy.deepcopy(base)
@@ -151,7 +144,7 @@ def _few_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def _floor(frozen: Any, embeddings: torch.nn.Module, batch: dict[str, Tensor]) -> Step:
     """The step of the lower bound: of a frozen model, with a gradient of its embeddings."""
     embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_())
-    return _training(frozen, batch)
+    return training_step(frozen, batch)
 
 
 def _records(subject: Subject, rounds: int) -> list[Record]:
@@ -170,8 +163,8 @@ def _record(subject: Subject, top: str, count: int, rounds: int) -> Record:
     with TemporaryDirectory() as folder, petl.cache_frozen(stored, folder) as cache:
         cache.fill(rows, lambda rows: {k: torch.stack([row[k] for row in rows]) for k in rows[0]})
         steps = {
-            "plain": _training(plain, subject.batch),
-            "stored": _training(stored, subject.batch),
+            "plain": training_step(plain, subject.batch),
+            "stored": training_step(stored, subject.batch),
         }
         steps["stored"]()  # the first step with a segmented loss also runs its model on one token
         missed = cache.misses
@@ -202,7 +195,7 @@ def _labelled(subject: Subject, rounds: int) -> Record:
     petl.segment_loss(head)
     both = _upper(subject, "top:1.0", subject.blocks)
     steps = {
-        name: _training(model, subject.batch)
+        name: training_step(model, subject.batch)
         for name, model in (("plain", plain), ("head", head), ("both", both))
     }
     times = in_turn(subject.floor, steps, rounds=rounds, warm_up=1, device=subject.device)
@@ -233,14 +226,3 @@ def _upper(subject: Subject, top: str, count: int) -> PeftModel:
         SkipUnread().apply(model)
         assert model.get_base_model().last_block is not None  # head and last block
     return model.train()
-
-
-def _training(model: Any, batch: dict[str, Tensor]) -> Step:
-    trained = [p for p in model.parameters() if p.requires_grad]
-
-    def step() -> None:
-        for parameter in trained:
-            parameter.grad = None
-        model(**batch).loss.backward()
-
-    return step

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,8 +24,8 @@ from bench.contenders import Contender
 from bench.counters import Collectives
 from bench.records import Record
 from bench.shapes import Bench, Shape
-from bench.step import UNFIT, floor_of
-from petl.errors import UnsupportedError, first_line
+from bench.step import floor_of, or_why
+from petl.errors import UnsupportedError
 from petl.training.optimizer import make_optimizer
 from petl.training.runs.settings import TrainConfig
 
@@ -59,26 +60,18 @@ def quieten() -> None:
 def peaks(rows: Sequence[Contender], shape: Shape) -> list[Record]:
     """Section `peak`: a record for the lower bound and each row."""
     with ThreadPoolExecutor(AT_ONCE if shape.device == "cpu" else 1) as pool:
-        first, *others = pool.map(lambda row: _peak_or_why(row, shape), [None, *rows])
+        measured = pool.map(lambda row: or_why(row, partial(peak_of, row, shape)), [None, *rows])
+        first, *others = measured
     assert isinstance(first, int)  # of the floor
     records = [Record("peak", str(shape), FLOOR, facts={"peak MB": first / 1e6})]
     for row, peak in zip(rows, others, strict=True):
         if isinstance(peak, str):
-            records.append(Record("peak", str(shape), row.name, peak, is_own=False))
+            # not supported by it, if it is petl's: no failure
+            records.append(replace(row.record("peak", shape, failed=peak), is_own=False))
             continue
         facts = {"peak MB": peak / 1e6, "peak / floor": peak / first}
-        records.append(Record("peak", str(shape), row.name, is_own=row.is_own, facts=facts))
+        records.append(row.record("peak", shape, facts=facts))
     return records
-
-
-def _peak_or_why(row: Contender | None, shape: Shape) -> int | str:
-    """`peak_of`, or the reason why a method that is not petl's cannot be measured."""
-    try:
-        return peak_of(row, shape)
-    except UNFIT as error:
-        if row is None or (row.is_own and not isinstance(error, UnsupportedError)):
-            raise
-        return f"{type(error).__name__}: {first_line(error)}"
 
 
 def peak_of(row: Contender | None, shape: Shape) -> int:
@@ -190,9 +183,7 @@ def throughput(rows: Sequence[Contender], shape: Shape, rounds: int) -> list[Rec
             paces[way] = [pace for pace in own if isinstance(pace, Pace)]
             failed = next((why for why in own if isinstance(why, str)), failed)
         records.append(
-            Record("dist", str(shape), row.name, failed, is_own=row.is_own)
-            if failed
-            else _throughput(row, shape, paces)
+            row.record("dist", shape, failed=failed) if failed else _throughput(row, shape, paces)
         )
     return records
 
@@ -203,11 +194,9 @@ def _throughput(
     """The record of a row, from the times of its processes for each of `WAYS`."""
     two = found[2, 1]
     walls = {way: max(pace.wall for pace in paces) for way, paces in found.items()}
-    return Record(
+    return row.record(
         "dist",
-        str(shape),
-        row.name,
-        is_own=row.is_own,
+        shape,
         ratios={"joined / alone": max((p.joined for p in two), key=lambda ratio: ratio.median)},
         counts={"B reduced": 4 * two[0].parameters, "collectives": two[0].collectives},
         facts={
@@ -232,18 +221,9 @@ def _paces(
         backend, init_method=rendezvous, rank=rank, world_size=group.processes
     )
     try:
-        return [_pace_or_why(row, shape, rounds) for row in rows]
+        return [or_why(row, lambda row=row: _pace(row, Bench(shape), rounds)) for row in rows]
     finally:
         distributed.destroy_process_group()
-
-
-def _pace_or_why(row: Contender, shape: Shape, rounds: int) -> Pace | str:
-    try:
-        return _pace(row, Bench(shape), rounds)
-    except UNFIT as error:
-        if row.is_own:
-            raise
-        return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _pace(row: Contender, bench: Bench, rounds: int) -> Pace:

@@ -70,11 +70,10 @@ def _adapters(row: Contender, shape: Shape, rounds: int) -> list[Record]:
         if wanted >= 100:  # the memory of fewer is less than the free lists of the allocator
             facts["resident B each"] = (resident() - before) / (wanted - 1)
         records.append(
-            Record(
+            row.record(
                 "many",
                 f"{shape.name}, {LAYERS} layers",
-                f"{row.name}, {wanted}",
-                is_own=row.is_own,
+                f", {wanted}",
                 counts=size,
                 ratios=_mixed(model.eval(), benches, names, rounds),
                 facts={**facts, **_moves(model, names)},
@@ -99,8 +98,7 @@ def _mapped(row: Contender, shape: Shape) -> Record:
             "own B each": (own_memory() - own) / (count - 1),
             "load ms": 1000 * statistics.fmean(times[-10:]),
         }
-    title = f"{shape.name}, {LAYERS} layers"
-    return Record("many", title, f"{row.name}, {count}, mapped", is_own=row.is_own, facts=facts)
+    return row.record("many", f"{shape.name}, {LAYERS} layers", f", {count}, mapped", facts=facts)
 
 
 def _mixed(
@@ -157,7 +155,7 @@ def _modules(row: Contender, shape: Shape) -> Record:
     facts = {f"{name} s": taken[-1] for name, taken in costs.items()}
     if len(counts) > 1:
         facts |= {f"{name} exponent": exponent(counts, taken) for name, taken in costs.items()}
-    return Record("many", f"{counts[-1]} linear layers", row.name, is_own=row.is_own, facts=facts)
+    return row.record("many", f"{counts[-1]} linear layers", facts=facts)
 
 
 def _costs(row: Contender, bench: Bench) -> dict[str, float]:

@@ -5,16 +5,17 @@ base model's and to plain merging's, a training step beside LoRA relative to LoR
 bytes that autograd saves in it.
 """
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTForImageClassification
 
 import petl
 from bench.clocks import in_turn
 from bench.counters import kept_bytes
 from bench.records import Record
+from bench.shapes import random_vit, training_step
 
 WIDTHS = {384: 4, 768: 2}  # and the images of a batch
 GOAL = {"high": 1 / 2.5, "low": 1 / 1.6}  # of the forward pass relative to the base model's
@@ -41,27 +42,27 @@ def measure(rounds: int, widths: dict[int, int] | None = None, **settings: Any) 
 def _record(
     name: str, schedule: Any, width: int, images: int, rounds: int, settings: dict[str, Any]
 ) -> Record:
-    size = settings.get("image_size", 224)
-    batch = {
-        "pixel_values": torch.randn(images, 3, size, size),
-        "labels": torch.zeros(images, dtype=torch.long),
-    }
-    base = _vit(width, settings)
+    fields = {"hidden_size": width, "intermediate_size": 4 * width, **settings}
+    fields.setdefault("num_attention_heads", max(1, width // 64))
+    base, batch = random_vit(images, **fields)
+
+    def twin() -> nn.Module:
+        return copy.deepcopy(base)
+
+    base.eval()
     merging: dict[str, Any] = {
-        "pyra": petl.wrap(_vit(width, settings), "pyra", schedule=schedule),
-        "plain": petl.wrap(_vit(width, settings), "pyra", schedule=schedule, reactivate=False),
+        "pyra": petl.wrap(twin(), "pyra", schedule=schedule),
+        "plain": petl.wrap(twin(), "pyra", schedule=schedule, reactivate=False),
     }
     with torch.no_grad():
         steps = {key: _forward(model.eval(), batch) for key, model in merging.items()}
         forward = in_turn(_forward(base, batch), steps, rounds=rounds, warm_up=1, device="cpu")
-    inner = petl.wrap(_vit(width, settings), "lora", **INNER).train()
-    both = petl.wrap(
-        _vit(width, settings), "pyra", schedule=schedule, inner="lora", **INNER
-    ).train()
+    inner = petl.wrap(twin(), "lora", **INNER).train()
+    both = petl.wrap(twin(), "pyra", schedule=schedule, inner="lora", **INNER).train()
     petl.fuse_lora(inner)  # as train.py does
     petl.fuse_lora(both)
-    step = {"step": _training(both, batch)}
-    training = in_turn(_training(inner, batch), step, rounds=rounds, warm_up=1, device="cpu")
+    step = {"step": training_step(both, batch)}
+    training = in_turn(training_step(inner, batch), step, rounds=rounds, warm_up=1, device="cpu")
     saved = [kept_bytes(lambda m=m: m(**batch).loss, _own(m, batch)) for m in (both, inner)]
     return Record(
         "merge",
@@ -81,30 +82,8 @@ def _record(
     )
 
 
-def _vit(width: int, settings: dict[str, Any]) -> ViTForImageClassification:
-    config: Any = ViTConfig(
-        **{
-            "hidden_size": width,
-            "intermediate_size": 4 * width,
-            "num_attention_heads": max(1, width // 64),
-            **settings,
-        }
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return ViTForImageClassification(config).eval()
-
-
 def _forward(model: nn.Module, batch: dict[str, Tensor]) -> Any:
     return lambda: model(pixel_values=batch["pixel_values"])
-
-
-def _training(model: nn.Module, batch: dict[str, Tensor]) -> Any:
-    def step() -> None:
-        model(**batch).loss.backward()
-        model.zero_grad()
-
-    return step
 
 
 def _own(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:

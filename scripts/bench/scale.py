@@ -66,11 +66,10 @@ def _record(axis: Axis, row: Contender, shape: Shape, rounds: int) -> Record:
         times.append(seconds.median(row.name))
         flops.append(prepared.counts.flops)
         kernels.append(prepared.counts.kernels)
-    return Record(
+    return row.record(
         "scale",
         shape.name,
-        f"{row.name}, {axis.name} {', '.join(map(str, axis.values))}",
-        is_own=row.is_own,
+        f", {axis.name} {', '.join(map(str, axis.values))}",
         ratios=ratios,
         counts={
             "FLOPs exponent": exponent(axis.values, flops),

@@ -66,14 +66,7 @@ def _measure(
                 if "first" in steps:
                     own[f"{wanted} adapters, first call"] = times.over_floor("first")
     return [
-        Record(
-            "serve",
-            _title(bench.shape),
-            row.name,
-            is_own=row.is_own,
-            ratios=own,
-            facts=goals(row, bench.shape, own),
-        )
+        row.record("serve", _title(bench.shape), ratios=own, facts=goals(row, bench.shape, own))
         for bench, own in zip(benches, ratios, strict=True)
     ]
 
@@ -119,10 +112,10 @@ def forward(model: Any, bench: Bench, **more: Any) -> Callable[[], Any]:
     return run
 
 
-def decoding(model: Any, bench: Bench, **more: Any) -> Callable[[], Any]:
-    """Return a function that decodes `NEW` tokens after the batch, greedily."""
+def decoding(model: Any, bench: Bench, new: int = NEW, **more: Any) -> Callable[[], Any]:
+    """Return a function that decodes `new` tokens after the batch, greedily."""
     ids = bench.batch["input_ids"]
-    fixed = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "use_cache": True}
+    fixed = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "use_cache": True}
 
     def run() -> None:
         with torch.no_grad():

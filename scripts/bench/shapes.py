@@ -4,7 +4,7 @@ Shapes: T tokens of a batch, N weights that multiply activations, the head inclu
 """
 
 import copy
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +17,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -187,17 +189,37 @@ class Bench:
         return copy.deepcopy(self.base, memo)
 
     def step(self, model: nn.Module) -> Callable[[], Tensor]:
-        """Return a function that runs forward and backward, and returns the detached loss."""
-        trained = [p for p in model.parameters() if p.requires_grad]
+        """Return a training step of a model on the batch."""
+        return training_step(model, self.batch)
 
-        def run() -> Tensor:
-            for parameter in trained:
-                parameter.grad = None
-            loss = model(**self.batch).loss
-            loss.backward()
-            return loss.detach()
 
-        return run
+def training_step(model: nn.Module, batch: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+    """Return a function that runs forward and backward, and returns the detached loss."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def run() -> Tensor:
+        for parameter in trained:
+            parameter.grad = None
+        loss = model(**batch).loss
+        loss.backward()
+        return loss.detach()
+
+    return run
+
+
+def random_vit(images: int, **settings: Any) -> tuple[ViTForImageClassification, dict[str, Tensor]]:
+    """Return a ViT with random weights, and a batch of random images.
+
+    Args:
+        images: of the batch.
+        settings: of its config.
+    """
+    config: Any = ViTConfig(**settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = ViTForImageClassification(config)
+    pixels = torch.randn(images, 3, config.image_size, config.image_size)
+    return model, {"pixel_values": pixels, "labels": torch.zeros(images, dtype=torch.long)}
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """Sections `step`, `small` and `bf16`: the cost of a training step with each method."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -21,6 +23,7 @@ from petl.training.runs.settings import TrainConfig
 GOALS = {"step": "{}", "bf16": "{} bf16"}  # keys of a row's goals by section, with the shape
 # errors of other people's methods, which fail their row only
 UNFIT = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
+T = TypeVar("T")
 NO_REFERENCE = "no dense reference"  # note of a row whose steps were not checked
 
 
@@ -69,17 +72,11 @@ class Steps:
         ready: dict[str, Runner] = {}
         failed: list[Record] = []
         for row in self.rows:
-            try:
-                wrong = self._verdict(row, shape)
-                if wrong in ("", NO_REFERENCE):
-                    ready[row.name] = runner(row, bench)
-                    wrong = ""
-            except UNFIT as error:
-                if row.is_own and not isinstance(error, UnsupportedError):
-                    raise
-                wrong = f"{type(error).__name__}: {first_line(error)}"
-            if wrong:
-                failed.append(Record(section, str(shape), row.name, wrong, row.is_own))
+            found = or_why(row, partial(self._runner, row, bench))
+            if isinstance(found, str):
+                failed.append(row.record(section, shape, failed=found))
+            else:
+                ready[row.name] = found
         steps = {ITSELF: floor, **{name: prepared.step for name, prepared in ready.items()}}
         warm_up = 1 if shape.device == "cpu" else 10  # counting has warmed up the processor
         times = in_turn(floor, steps, rounds=self.rounds, warm_up=warm_up, device=shape.device)
@@ -98,17 +95,20 @@ class Steps:
         )
         lora = ready[LORA].counts if LORA in ready else None
         measured = [
-            Record(
+            prepared.contender.record(
                 section,
-                str(shape),
-                name,
-                is_own=prepared.contender.is_own,
+                shape,
                 note=self._verdict(prepared.contender, shape),
                 **values_of(prepared, counts, lora, times, shape, section),
             )
-            for name, prepared in ready.items()
+            for prepared in ready.values()
         ]
         return [itself, *measured, *failed]
+
+    def _runner(self, row: Contender, bench: Bench) -> Runner | str:
+        """Return the row, ready to be timed, or how its step differs from its reference."""
+        wrong = self._verdict(row, bench.shape)
+        return runner(row, bench) if wrong in ("", NO_REFERENCE) else wrong
 
     def _verdict(self, row: Contender, shape: Shape) -> str:
         """Check a row in float32 against its dense reference; return the error, or "".
@@ -127,6 +127,20 @@ class Steps:
                 verdict = NO_REFERENCE
             self.verdicts[shape, row.name] = verdict
         return self.verdicts[shape, row.name]
+
+
+def or_why(row: Contender | None, call: Callable[[], T]) -> T | str:
+    """Return what `call` returns, or why the row cannot be measured.
+
+    Errors of petl's methods are raised, unless they do not support it; so are those of the lower
+    bound, which has no row.
+    """
+    try:
+        return call()
+    except UNFIT as error:
+        if row is None or (row.is_own and not isinstance(error, UnsupportedError)):
+            raise
+        return f"{type(error).__name__}: {first_line(error)}"
 
 
 def floor_of(bench: Bench) -> tuple[Step, Counts]:

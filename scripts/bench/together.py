@@ -67,11 +67,9 @@ def _measure(row: Contender, shape: Shape, rounds: int) -> Record:
             group.dissolve()
     goal = GOALS.get(shape.name, {}).get((shape.rows, shape.length))
     bounded = row.name == "lora" and goal is not None
-    return Record(
+    return row.record(
         "together",
         f"{shape.name}, {shape.rows} x {shape.length} tokens an adapter",
-        row.name,
-        is_own=row.is_own,
         ratios=ratios,
         counts={"peak / parts": peak_over_parts(members, batches)},
         facts={"goal 8 adapters": goal, "goal peak": GOAL_PEAK} if bounded else {},

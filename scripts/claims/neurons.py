@@ -8,14 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from petl.adapters.deltas.measured import splits_of
-from petl.adapters.export.saved_adapter import device, find
-from petl.data.batch_sampler import chunks
+from claims.score import first_batches
+from petl.adapters.export.saved_adapter import find
 from petl.methods.losses.density import ActivationDensity, ActivationDensityConfig
 from petl.system.files.disk import write_json
 from petl.system.files.read import read_json
-from petl.training.dataloader import longest_first, to_device
-from petl.training.distributed.launch import start
 
 ROWS = 32  # the first test rows: the search takes some 20 passes
 FILE = "neurons_at_ppl_1.json"
@@ -35,10 +32,6 @@ def needed(run: Path) -> np.ndarray:
 def share_of(run: Path) -> float:
     """Search the neurons that the first test rows need."""
     saved = find(run)
-    settings = saved.run_config.train
-    splits = splits_of(saved, start(settings.seed, saved.run_config.precision))
-    rows = splits.test.select(range(min(ROWS, len(splits.test))))
-    parts = chunks(longest_first(splits.task.lengths(rows)), settings.eval_batch_size)
-    batches = [to_device(splits.collate(list(rows.select(part))), device()) for part in parts]
+    _, batches = first_batches(saved, ROWS)
     term = ActivationDensity(saved.model(), ActivationDensityConfig())
     return term.ppl_sparsity(batches)["activation_ratio"]

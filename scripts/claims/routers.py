@@ -17,15 +17,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from petl.adapters.deltas.measured import splits_of
-from petl.adapters.export.saved_adapter import as_inputs, device, find
-from petl.data.batch_sampler import chunks
+from claims.score import first_batches
+from petl.adapters.export.saved_adapter import as_inputs, find
 from petl.data.models.sources import DTYPES
 from petl.methods.mola import MolaAdapter
 from petl.system.files.disk import write_json
 from petl.system.files.read import read_json
-from petl.training.dataloader import longest_first, to_device
-from petl.training.distributed.launch import start
 
 ROWS = 1000  # the first test rows
 FILE = "router_agreement.json"
@@ -49,16 +46,13 @@ def agreement(run: Path) -> np.ndarray:
 def choices(run: Path) -> Choices:
     """Return the expert that each router chooses first for the tokens of the first test rows."""
     saved = find(run)
-    settings, dtype = saved.run_config.train, DTYPES[saved.settings["model"]["dtype"]]
-    splits = splits_of(saved, start(settings.seed, saved.run_config.precision))
-    rows = splits.test.select(range(min(ROWS, len(splits.test))))
-    model = saved.model()
+    task, batches = first_batches(saved, ROWS)
+    dtype, model = DTYPES[saved.settings["model"]["dtype"]], saved.model()
     found: dict[str, list[torch.Tensor]] = defaultdict(list)
     with recorded(model, found), torch.no_grad():
         masks = []
-        for part in chunks(longest_first(splits.task.lengths(rows)), settings.eval_batch_size):
-            batch = to_device(splits.collate(list(rows.select(part))), device())
-            model(**as_inputs(batch, splits.task.label_columns, dtype))
+        for batch in batches:
+            model(**as_inputs(batch, task.label_columns, dtype))
             masks.append(batch["attention_mask"].flatten().bool())
     kept = torch.cat(masks)  # padding chooses nothing
     return {key: torch.cat(parts)[kept].cpu().numpy() for key, parts in found.items()}

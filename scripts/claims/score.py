@@ -9,11 +9,24 @@ from torch import Tensor
 
 from petl.adapters.deltas.adapters import Material, read, write_state
 from petl.adapters.deltas.measured import restore, splits_of
-from petl.adapters.export.saved_adapter import find
+from petl.adapters.export.saved_adapter import SavedAdapter, device, find
 from petl.core.loading import load
+from petl.data.batch_sampler import chunks
+from petl.data.tasks.base import Task
 from petl.efficiency.fused_lora.switching import fuse_lora
+from petl.training.dataloader import Batch, longest_first, to_device
 from petl.training.distributed.launch import start
 from petl.training.evaluate import Evaluator
+
+
+def first_batches(saved: SavedAdapter, rows: int) -> tuple[Task, list[Batch]]:
+    """Return the task of a finished run, and batches of its first test rows, the longest first."""
+    settings = saved.run_config.train
+    splits = splits_of(saved, start(settings.seed, saved.run_config.precision))
+    test = splits.test.select(range(min(rows, len(splits.test))))
+    parts = chunks(longest_first(splits.task.lengths(test)), settings.eval_batch_size)
+    batches = [splits.collate(list(test.select(part))) for part in parts]
+    return splits.task, [to_device(batch, device()) for batch in batches]
 
 
 class Scorer:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from peft import PeftModel
@@ -32,6 +31,7 @@ from petl.adapters.export.saved_adapter import SavedAdapter, device
 from petl.core.loading import load
 from petl.data.batch_sampler import chunks
 from petl.data.streaming import StreamedRows
+from petl.data.tasks.base import Task
 from petl.errors import InputError
 from petl.ops.ternary import State, Ternary
 from petl.system.progress import Pass, ProgressItems
@@ -41,6 +41,8 @@ from petl.training.evaluate import Evaluator
 
 ROWS, BATCH = 50, 8  # train rows that a divisor is chosen on, as in the paper's encoders
 ADAPTER = "default"
+
+Scorer = Callable[[Path], dict[str, float]]  # of the folder of an adapter
 
 
 def difference_of(saved: SavedAdapter, out: Path) -> Difference:
@@ -98,7 +100,7 @@ def compress_best(
 
 
 @contextmanager
-def scoring(saved: SavedAdapter, *, or_test: bool = False) -> Generator[Any]:
+def scoring(saved: SavedAdapter, *, or_test: bool = False) -> Generator[tuple[Scorer, Task]]:
     """Yield a function that scores an adapter folder on a run's validation rows, and the task.
 
     Args:

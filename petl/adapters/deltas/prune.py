@@ -19,7 +19,6 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -192,7 +191,7 @@ def spread_q(names: Iterable[str], q: Mapping[str, float]) -> dict[str, float]:
 
 
 def output_moments(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]], delta: State
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], delta: State
 ) -> dict[str, tuple[float, float]]:
     """Return, for each linear layer in a delta, the sums of S^2 and V over outputs and tokens.
 
@@ -205,10 +204,10 @@ def output_moments(
         (sum S^2, sum V) by key of the delta, for keys of linear layers.
     """
     sums: dict[str, Tensor] = {}
-    current: dict[str, Any] = {}
+    current: dict[str, Tensor] = {}
 
     def measure(key: str, weight: Tensor, column_squares: Tensor) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: object) -> None:
             # [tokens, I]
             x = without_padding(args[0], current.get("attention_mask")).to(weight.dtype)
             S2 = (x @ weight.t()).square().sum(dtype=torch.float64)

@@ -4,16 +4,15 @@ Everything is written to a draft first; the folder appears once all checks have 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from petl.core.compat import BaseTunerLayer
@@ -27,6 +26,8 @@ from petl.system.progress import ProgressItems
 # by dtype of the base model, the largest relative difference of the outputs (assumption; measured
 # differences of merged tiny models: below 1e-5 in float32, below 2e-2 in bfloat16)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+Outputs = Mapping[str, Tensor]  # of a model
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class OutputFolder:
 
 @torch.no_grad()
 def outputs(
-    model: Callable[..., Any], batches: Iterable[dict[str, Tensor]], of: str
+    model: Callable[..., Outputs], batches: Iterable[dict[str, Tensor]], of: str
 ) -> list[Tensor]:
     """Return the logits of each batch in float32, without padding: classes on the last axis.
 
@@ -95,7 +96,7 @@ def outputs(
     return [_logits(model(**batch), batch) for batch in ProgressItems(batches, f"outputs of {of}")]
 
 
-def _logits(output: Any, batch: dict[str, Tensor]) -> Tensor:
+def _logits(output: Outputs, batch: dict[str, Tensor]) -> Tensor:
     if "sentence_embedding" in output:
         return output["sentence_embedding"].float()
     if "start_logits" in output:  # question answering: the classes are the tokens
@@ -184,7 +185,9 @@ class Reference:
         """Compute the outputs of an adapted model."""
         return cls(batches, *adapted_outputs(model, batches), model.dtype)
 
-    def compare(self, model: Callable[..., Any], tolerance: float | None, name: str) -> Difference:
+    def compare(
+        self, model: Callable[..., Outputs], tolerance: float | None, name: str
+    ) -> Difference:
         """Compare the outputs of another model, called `name` in the message, with these.
 
         Raises:
@@ -225,7 +228,7 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def save_model(model: Any, folder: Path) -> None:
+def save_model(model: PreTrainedModel, folder: Path) -> None:
     """Save a model as `save_pretrained` does, with its generation config as it is.
 
     transformers refuses to save one with values that have no effect, such as a temperature without

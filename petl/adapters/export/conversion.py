@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from petl.adapters.export.checked_folder import Reference, refuse_changed_base, unwrap_trained
@@ -36,7 +37,7 @@ LARGER = 2  # times, that one rank for all layers may make a file
 logger = logging.getLogger(__name__)
 
 
-def merged_model(saved: SavedAdapter, *, lossy: bool = False) -> tuple[Any, Reference]:
+def merged_model(saved: SavedAdapter, *, lossy: bool = False) -> tuple[PreTrainedModel, Reference]:
     """Return the base model with the adapter merged into it, and what its outputs should be.
 
     Args:
@@ -216,7 +217,7 @@ def ranked_config(
     )
 
 
-def exceptions(values: dict[str, Any], usual: Any) -> dict[str, Any]:
+def exceptions(values: Mapping[str, float], usual: float) -> dict[str, float]:
     """Return the entries that differ from `usual`, longest names first: the first match counts."""
     names = sorted(values, key=lambda name: (-len(name), name))
     return {name: values[name] for name in names if values[name] != usual}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from petl.adapters.export.checked_folder import (
     OutputFolder,
+    Outputs,
     mean_pooled,
 )
 from petl.adapters.export.conversion import merged_model
@@ -77,7 +78,7 @@ def export_onnx(saved: SavedAdapter, out: Path, tolerance: float | None) -> Outp
 class OnnxGraph(nn.Module):
     """A model whose inputs and outputs are tensors by position, as in a graph."""
 
-    def __init__(self, model: Any, inputs: list[str]) -> None:
+    def __init__(self, model: nn.Module, inputs: list[str]) -> None:
         super().__init__()
         self.model, self.inputs = model, inputs
 
@@ -91,7 +92,7 @@ class OnnxGraph(nn.Module):
         return tuple(output[name] for name in output_names(output))
 
 
-def output_names(output: Any) -> list[str]:
+def output_names(output: Outputs) -> list[str]:
     """Return the names of a graph's outputs, from those of the model."""
     if "last_hidden_state" in output:
         return ["token_embeddings", "sentence_embedding"]
@@ -99,7 +100,7 @@ def output_names(output: Any) -> list[str]:
 
 
 @torch.no_grad()
-def write_graph(model: Any, batch: dict[str, Tensor], file: Path) -> None:
+def write_graph(model: nn.Module, batch: dict[str, Tensor], file: Path) -> None:
     """Export a model, traced on rows of `batch`."""
     model = model.cpu()
     # a row twice: the exporter takes a size of 1 as a constant

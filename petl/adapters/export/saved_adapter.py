@@ -1,7 +1,7 @@
 """A saved adapter with its base model, data and task: from a run's folder or an adapter folder."""
 
 import logging
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,6 +17,7 @@ from petl.core.adapter_folder import Folder
 from petl.core.auto_classes import read_labels
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
 from petl.core.loading import load
+from petl.core.types import Groups
 from petl.data.base import RawData, data_source, read_data
 from petl.data.batch_sampler import chunks
 from petl.data.models.loading import load_base, loading
@@ -74,7 +75,7 @@ class SavedAdapter:
 
     adapter: Path
     run: Path | None
-    settings: Mapping[str, Any]
+    settings: Groups
     other_base: bool = False
 
     @cached_property
@@ -168,7 +169,7 @@ class SavedAdapter:
         return self.data.task  # of a run of version 0.1
 
     @property
-    def columns(self) -> Mapping[str, Any]:
+    def columns(self) -> Groups:
         """The run's settings under `data`; without a run none, which means their defaults."""
         return self.settings.get("data", {})
 
@@ -193,7 +194,7 @@ class SavedAdapter:
             )
         return heads[-1]  # of a head of several layers, the last one gives the classes
 
-    def model_at(self, folder: Path) -> dict[str, Any]:
+    def model_at(self, folder: Path) -> Groups:
         """Settings of `model` that load it from a folder, with the same dtype and options."""
         names = ("name", "dtype", "attn", "trust_remote_code")
         options = {key: value for key, value in self.settings["model"].items() if key in names}
@@ -368,10 +369,10 @@ def _import(names: Any, path: str | Path, trust_remote_code: bool) -> None:
     import_modules(names)
 
 
-def _read_settings(file: Path) -> dict[str, Any]:
+def _read_settings(file: Path) -> Groups:
     """Read the groups of a run's configuration that are needed here."""
     settings = read_stored(file)
-    needed: dict[str, Any] = {group: settings.get(group) for group in GROUPS}
+    needed: Groups = {group: settings.get(group) for group in GROUPS}
     missing = [group for group, values in needed.items() if not isinstance(values, dict)]
     if missing:
         raise InputError(f"{file} cannot be used: it has no settings of {missing[0]}")
@@ -400,7 +401,7 @@ def named(file: Path) -> Generator[None]:
         raise InputError(f"{file}: {error}") from error
 
 
-def _model_of(adapter: Path) -> dict[str, Any]:
+def _model_of(adapter: Path) -> Groups:
     """Settings of `model` for the base that an adapter's config names."""
     config = Folder(adapter).config
     base = config.base_model_name_or_path
@@ -415,7 +416,7 @@ def _model_of(adapter: Path) -> dict[str, Any]:
     return model_in(Path(base))
 
 
-def model_in(folder: Path) -> dict[str, Any]:
+def model_in(folder: Path) -> Groups:
     """Settings of `model` for a model in a folder, in the dtype of its config."""
     settings = {"name": folder.name, "source": "path", "path": str(folder)}
     source = read_source(settings)

@@ -1,7 +1,6 @@
 """The settings, the file and the result of `petl squeeze`."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from petl.adapters.search.evolve import Evolution, State
 
@@ -76,6 +75,6 @@ class SearchResult:
     bytes: int
     even_bytes: int
     calibration: str
-    table: list[tuple[str, Any, int, Any, int]]
+    table: list[tuple[str, float, int, float, int]]
     scores: dict[str, dict[str, float]]
     metric: str

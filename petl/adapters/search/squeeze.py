@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from accelerate import Accelerator
 
@@ -286,7 +285,7 @@ def write(feature: Feature, state: Sequence[int], out: Path) -> int:
 
 def table(
     feature: Feature, even_state: Sequence[int], found: Sequence[int]
-) -> list[tuple[str, Any, int, Any, int]]:
+) -> list[tuple[str, float, int, float, int]]:
     """Return name, value and bytes of each unit in the even and in the found state."""
     scale = feature.unit_bytes
     return [

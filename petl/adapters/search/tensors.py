@@ -17,16 +17,12 @@ class AdapterTensors:
     """The tensors of an adapter without full weights.
 
     Attributes:
-        name: of the adapter.
         state: by name in the file.
         live: for each name in the file, the name in the model.
-        heads: names in the file of the full weights: tensors of `modules_to_save` and the like.
     """
 
-    name: str
     state: dict[str, Tensor]
     live: dict[str, str]
-    heads: frozenset[str]
 
 
 def active_adapter(model: nn.Module) -> tuple[PeftModel, str]:
@@ -55,7 +51,7 @@ def adapter_tensors(model: nn.Module) -> AdapterTensors:
     entries: Mapping[str, Tensor] = get_peft_model_state_dict(
         model, state_dict=dict(inside), adapter_name=name, save_embedding_layers=False
     )
-    heads = frozenset({*trained_modules(model, name), *filter(is_whole, entries)})
+    heads = {*trained_modules(model, name), *filter(is_whole, entries)}
     state = {k: t for k, t in entries.items() if k not in heads and t.is_floating_point()}
     for key, tensor in state.items():
         # a method that codes its tensors, or sums some, saves others than it computes with
@@ -67,7 +63,7 @@ def adapter_tensors(model: nn.Module) -> AdapterTensors:
     if not state:
         raise InputError(f"{type_of(model)} saves no floating-point tensor besides trained heads")
     live = {key: named[id(tensor)] for key, tensor in state.items()}
-    return AdapterTensors(name, {k: t.detach() for k, t in state.items()}, live, heads)
+    return AdapterTensors({k: t.detach() for k, t in state.items()}, live)
 
 
 def grouped(model: PeftModel, live: Mapping[str, str]) -> dict[str, list[str]]:

@@ -125,12 +125,12 @@ class SkipLayer:
         on: return the input.
     """
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
+    def __init__(self, forward: Callable[..., object]) -> None:
         self.forward, self.on = forward, False
         # length of the tuple that the block returns, 0 for a tensor; unknown before the first call
         self.returned: int | None = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """Return what the block returns, or its input in the same form.
 
         Raises:

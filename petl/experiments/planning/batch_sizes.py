@@ -23,6 +23,7 @@ from petl.data.base import refuse_stream
 from petl.data.batch_sampler import Buckets, Ints, split_by
 from petl.data.bucketing import bucket_edges, distinct
 from petl.data.models.loading import load_base, load_processor
+from petl.data.tasks.base import Row
 from petl.errors import InputError, shown
 from petl.experiments.planning.batch_search import (
     MEMORY_FRACTION,
@@ -216,7 +217,7 @@ def search(
     return sizes[::-1]
 
 
-def longest_row(splits: Splits, numbers: Ints) -> dict[str, Any]:
+def longest_row(splits: Splits, numbers: Ints) -> Row:
     """Return a row with, in each column, the longest list of any of these training rows.
 
     Args:

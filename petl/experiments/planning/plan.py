@@ -4,7 +4,6 @@ Everything follows from tensor shapes: the model is built on the meta device and
 training pass runs without data (see `petl.experiments.planning.dry_run`).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -44,7 +43,7 @@ from petl.training.dataloader import Splits, encode_splits, row_lengths
 from petl.training.distributed.launch import alone, start
 from petl.training.distributed.precision import described
 from petl.training.evaluate import for_training
-from petl.training.features import Setup, features_of, orders_of
+from petl.training.features import Fields, Setup, features_of, orders_of
 from petl.training.optimizer import head_names, peak_lr
 from petl.training.runs.config import RunConfig, names_of
 from petl.training.runs.run_config import read_config
@@ -200,7 +199,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     )
 
 
-def notes_of(run: RunConfig, fields: Mapping[str, Any], processes: int) -> list[str]:
+def notes_of(run: RunConfig, fields: Fields, processes: int) -> list[str]:
     """Return what a reader of the plan must know of its numbers.
 
     Args:
@@ -226,7 +225,7 @@ def notes_of(run: RunConfig, fields: Mapping[str, Any], processes: int) -> list[
     return notes
 
 
-def upper_blocks(counted: RunCost, fields: Mapping[str, Any]) -> list[Saving]:
+def upper_blocks(counted: RunCost, fields: Fields) -> list[Saving]:
     """Return what adapters in the upper blocks alone would save.
 
     Args:
@@ -264,7 +263,7 @@ def upper_blocks(counted: RunCost, fields: Mapping[str, Any]) -> list[Saving]:
 # Targets and parameters
 
 
-def targets_of(model: PeftModel, patterns: Any) -> list[PlannedTarget]:
+def targets_of(model: PeftModel, patterns: object) -> list[PlannedTarget]:
     """Group the target modules by their place in a layer and their weight's shape."""
     base, tuner = model.get_base_model(), cast(Any, model.base_model)
     # a preset, or PEFT's default, matches several places, which say what it stands for

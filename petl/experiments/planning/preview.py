@@ -13,7 +13,7 @@ from petl.data.base import Stream, as_dataset, read_data
 from petl.data.learned import BRACKETS, PreviewSpan, pieces
 from petl.data.models.loading import load_processor
 from petl.data.overlap import Overlap
-from petl.data.tasks.base import Task
+from petl.data.tasks.base import Row, Task
 from petl.data.tasks.encoding_cache import encode_once
 from petl.errors import printable
 
@@ -137,7 +137,7 @@ def quantiles(values: Any, *, integer: bool = False) -> list[Any]:
     return [int(value) for value in result] if integer else result
 
 
-def decode(task: Task, processor: Any, row: dict[str, Any]) -> Example:
+def decode(task: Task, processor: Any, row: Row) -> Example:
     """Return an encoded row in readable form."""
     if not task.reads_text:
         shapes = {name: np.shape(value) for name, value in row.items() if name != "labels"}

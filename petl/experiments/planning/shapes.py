@@ -1,8 +1,6 @@
 """The wrapped model of a run without weights, and how a run would store them."""
 
 import warnings
-from collections.abc import Mapping
-from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -16,13 +14,12 @@ from petl.efficiency.rewrite import apply_rewrites, rewrites_of
 from petl.experiments.planning.memory import Storage
 from petl.methods import losses
 from petl.training.distributed.launch import FSDP, number_of_processes
+from petl.training.features import Fields
 from petl.training.runs.config import RunConfig
 from petl.training.wrapping import train_new_modules
 
 
-def model_on_shapes(
-    run: RunConfig, task: Task, fields: Mapping[str, Any]
-) -> tuple[PeftModel, list[str]]:
+def model_on_shapes(run: RunConfig, task: Task, fields: Fields) -> tuple[PeftModel, list[str]]:
     """Return the wrapped model of a run without weights, and notes about it.
 
     Args:

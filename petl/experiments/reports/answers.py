@@ -2,13 +2,13 @@
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from numbers import Real
 from pathlib import Path
-from typing import Any
 
+from petl.data.tasks.base import Prediction
 from petl.errors import InputError
 from petl.experiments.reports.formatting import Table, sign_test
 from petl.experiments.reports.predictions_section import (
@@ -24,7 +24,7 @@ from petl.training.runs.records import EVALUATED, PREDICTIONS
 
 FIRST, SECOND, BOTH, NEITHER = "first", "second", "both", "neither"
 CLEAR = 0.05  # p-value below which a difference is called clear
-Lines = tuple[Mapping[str, Any], Mapping[str, Any]]  # of one example, from both runs
+Lines = tuple[Prediction, Prediction]  # of one example, from both runs
 
 
 @dataclass
@@ -150,7 +150,7 @@ def outcome_of(rights: tuple[bool | None, bool | None], gap: float) -> str:
     return {(True, True): BOTH, (True, False): FIRST, (False, True): SECOND}.get(rights, NEITHER)
 
 
-def is_right(line: Mapping[str, Any]) -> bool | None:
+def is_right(line: Prediction) -> bool | None:
     """True if a prediction is right; None if it is neither right nor wrong, such as a number."""
     if "exact_match" in line:
         return line["exact_match"] == 1
@@ -160,7 +160,7 @@ def is_right(line: Mapping[str, Any]) -> bool | None:
     return label == prediction
 
 
-def pairs_of(first: Path, second: Path) -> Iterator[tuple[Any, Any]]:
+def pairs_of(first: Path, second: Path) -> Iterator[tuple[Prediction | None, Prediction | None]]:
     """Yield the predictions of each test example; None in place of one that a run has not made.
 
     Raises:
@@ -182,7 +182,7 @@ def pairs_of(first: Path, second: Path) -> Iterator[tuple[Any, Any]]:
             other = next(others, None)
 
 
-def lines_of(run: Path) -> Iterator[dict[str, Any]]:
+def lines_of(run: Path) -> Iterator[Prediction]:
     """Yield the predictions of a run, whose rows ascend."""
     files = (run / PREDICTIONS, run / EVALUATED / PREDICTIONS)
     file, last = next((file for file in files if file.exists()), None), -1
@@ -199,7 +199,7 @@ def lines_of(run: Path) -> Iterator[dict[str, Any]]:
         yield line
 
 
-def check_same(one: Mapping[str, Any], other: Mapping[str, Any], first: Path, second: Path) -> None:
+def check_same(one: Prediction, other: Prediction, first: Path, second: Path) -> None:
     """Raise InputError unless two predictions are about the same example."""
     given, expected = asked(one), asked(other)
     for name in dict.fromkeys((*given, *expected)):
@@ -210,7 +210,7 @@ def check_same(one: Mapping[str, Any], other: Mapping[str, Any], first: Path, se
             )
 
 
-def asked(line: Mapping[str, Any]) -> dict[str, Any]:
+def asked(line: Prediction) -> Prediction:
     """The columns of a prediction that are given: the input and the label."""
     return {
         name: value

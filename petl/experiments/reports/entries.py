@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+from petl.core.types import Record
 from petl.data.tasks.base import quality
 from petl.data.tasks.scores import COUNTS
 from petl.experiments.reports.formatting import as_yaml
@@ -36,9 +36,9 @@ class RunResult:
     """One finished run."""
 
     path: Path
-    settings: Mapping[str, Any]  # by dotted name, from `petl.training.runs.resume.identity`
-    scores: Mapping[str, Any]  # scores.json
-    environment: Mapping[str, Any]  # environment.json
+    settings: Record  # by dotted name, from `petl.training.runs.resume.identity`
+    scores: Record  # scores.json
+    environment: Record  # environment.json
     recipe: str | None = None  # given as `+method=`, if it was not a method
 
     @property
@@ -67,7 +67,7 @@ class RunResult:
         return data_of(self), self.scores.get("task", ""), self.scores["metric"]
 
     @property
-    def examples(self) -> dict[str, Any]:
+    def examples(self) -> Record:
         """What tells the examples of `evaluation` from others of the topic: settings and counts."""
         found = {
             key: value
@@ -161,7 +161,7 @@ def data_of(run: RunResult) -> str:
     return f"{name} {files}" if files else str(name)
 
 
-def validation_of(scores: Mapping[str, Any]) -> Mapping[str, float]:
+def validation_of(scores: Record) -> Mapping[str, float]:
     """Return the best validation evaluation in a run's scores.json; empty without any."""
     if scores["validation"] is None:
         return {}
@@ -169,7 +169,7 @@ def validation_of(scores: Mapping[str, Any]) -> Mapping[str, float]:
     return scores.get("validation_scores") or {scores["metric"]: scores["validation"]}
 
 
-def quality_of(scores: Mapping[str, Any], evaluation: Mapping[str, float]) -> tuple[float, float]:
+def quality_of(scores: Record, evaluation: Mapping[str, float]) -> tuple[float, float]:
     """Return the `quality` of an evaluation of the run with this scores.json."""
     return quality(evaluation, scores["metric"], higher_is_better=scores["higher_is_better"])
 
@@ -231,10 +231,10 @@ def unique_names(runs: Sequence[RunResult]) -> list[str]:
 
 
 def _words(
-    settings: Mapping[str, Any],
+    settings: Record,
     named: Iterable[str],
-    same: Sequence[Mapping[str, Any]],
-    write: Callable[[Any], str] | None = None,
+    same: Sequence[Record],
+    write: Callable[[object], str] | None = None,
 ) -> list[str]:
     """Return the words for the settings `named`, which tell a run from those of `same`.
 
@@ -264,7 +264,7 @@ def _words(
     return list(words.values())
 
 
-def short_value(value: Any) -> str:
+def short_value(value: object) -> str:
     """Format a setting, floats in 4 digits: a search draws learning rates with 16 of them."""
     return f"{value:.4g}" if isinstance(value, float) else as_yaml(value)
 

@@ -15,7 +15,7 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from textwrap import fill
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 from xml.sax.saxutils import escape
 
@@ -28,11 +28,21 @@ from petl.system.files.disk import open_inside
 from petl.training.features.bars import BAR_COLORS, Bars, add_bars
 from petl.training.features.section import Curve, Lines
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
 ASSETS = Path(__file__).with_name("assets")
 
 
 def render_page(
-    title: str, body: str, *, about: str = "", links: Mapping[str, str] | None = None, **values: Any
+    title: str,
+    body: str,
+    *,
+    about: str = "",
+    links: Mapping[str, str] | None = None,
+    **values: object,
 ) -> str:
     """Return an HTML page with this title.
 
@@ -252,7 +262,7 @@ def column_chart(chart: Bars) -> str:
         return _svg(figure, chart.title, lambda: _bar_marks(axes, chart))
 
 
-def _bar_marks(axes: Any, chart: Bars) -> list[Mark]:
+def _bar_marks(axes: "Axes", chart: Bars) -> list[Mark]:
     """One mark for each bar, as high as the chart."""
     frame = axes.bbox
     ends = [axes.transData.transform((i - 0.5, 0))[0] for i in range(len(chart.bars) + 1)]
@@ -262,7 +272,7 @@ def _bar_marks(axes: Any, chart: Bars) -> list[Mark]:
     ]
 
 
-def _columns(axes: Any, curves: Sequence[Curve], x: str) -> list[Mark]:
+def _columns(axes: "Axes", curves: Sequence[Curve], x: str) -> list[Mark]:
     """One mark for each place of the horizontal axis with a value, as high as the chart."""
     values: dict[float, list[str]] = {}
     for curve in curves:
@@ -280,7 +290,7 @@ def _columns(axes: Any, curves: Sequence[Curve], x: str) -> list[Mark]:
     ]
 
 
-def _spot(axes: Any, point: Point, x: str, y: str) -> Mark:
+def _spot(axes: "Axes", point: Point, x: str, y: str) -> Mark:
     """The mark of a point of `cost_chart`."""
     left, low = axes.transData.transform((point.cost, point.score)) - SPOT / 2
     spread = f" ± {number(point.spread, 3)}" if point.spread else ""
@@ -308,7 +318,7 @@ def _marker(i: int) -> dict[str, Any]:
     return {"marker": MARKERS[i % len(MARKERS)], "color": f"C{i % 10}", "markersize": 7}
 
 
-def set_log_ticks(axis: Any, ratio: float) -> None:
+def set_log_ticks(axis: "Axis", ratio: float) -> None:
     """Put round numbers that do not overlap on a logarithmic axis whose ends have this ratio."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -334,7 +344,7 @@ def _percent(fraction: float) -> str:
 
 
 @contextmanager
-def _figure(height: float) -> Generator[Any]:
+def _figure(height: float) -> Generator["Figure"]:
     """Yield a figure of this height in inches; drawing and saving belong inside the block."""
     from matplotlib import style
     from matplotlib.figure import Figure
@@ -345,7 +355,7 @@ def _figure(height: float) -> Generator[Any]:
 
 
 def _finish(
-    axes: Any, title: str, x: str, y: str, maximum: float | None, *, values_on_y: bool = True
+    axes: "Axes", title: str, x: str, y: str, maximum: float | None, *, values_on_y: bool = True
 ) -> None:
     """Set title, labels and number formats, and the upper limit of the vertical axis."""
     from matplotlib.ticker import FuncFormatter
@@ -359,7 +369,7 @@ def _finish(
         axes.set_ylim(top=min(axes.get_ylim()[1], maximum))
 
 
-def _svg(figure: Any, description: str, marks: Callable[[], Sequence[Mark]] = tuple) -> str:
+def _svg(figure: "Figure", description: str, marks: Callable[[], Sequence[Mark]] = tuple) -> str:
     """Return the figure as an SVG element that depends on nothing but its content.
 
     Args:

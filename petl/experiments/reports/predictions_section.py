@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
+from petl.data.tasks.base import Prediction
 from petl.experiments.reports.formatting import number
 from petl.experiments.reports.page import Curve, line_chart
 from petl.system.files.read import iterate_json_lines
@@ -81,8 +82,8 @@ class Analysis:
     classes: list[str] = field(default_factory=list)
     confusion: Counter[tuple[str, str]] = field(default_factory=Counter)
     bins: list[Bin] = field(default_factory=lambda: [Bin() for _ in range(BINS)])
-    worst: list[dict[str, Any]] = field(default_factory=list)
-    typical: list[dict[str, Any]] = field(default_factory=list)
+    worst: list[Prediction] = field(default_factory=list)
+    typical: list[Prediction] = field(default_factory=list)
 
     def by_class(self) -> list[ClassScores]:
         """Precision, recall and F1 of each class; 0 where there is nothing to divide by."""
@@ -151,7 +152,7 @@ def analyze(file: Path) -> Analysis:
     return found
 
 
-def classified(line: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
+def classified(line: Prediction) -> Iterator[tuple[str, str, float]]:
     """Yield label, prediction and its probability of a row with a class, or of each word."""
     label, prediction, sure = (line.get(k) for k in ("label", "prediction", "probability"))
     if isinstance(label, str) and isinstance(prediction, str) and isinstance(sure, Real):
@@ -164,7 +165,7 @@ def classified(line: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
                 yield one, other, float(value)
 
 
-def is_span(line: Mapping[str, Any]) -> bool:
+def is_span(line: Prediction) -> bool:
     """True if the prediction is a span of a context."""
     return "start" in line and isinstance(line.get("probability"), Real)
 
@@ -180,7 +181,7 @@ def note(bins: list[Bin], sure: float, correct: bool) -> None:
     own.correct += correct
 
 
-def badness_of(line: Mapping[str, Any]) -> float | None:
+def badness_of(line: Prediction) -> float | None:
     """How wrong a prediction is, by the score of its task; None if it has no label."""
     # scores of the whole answer say more than the loss, so they come first
     for score in ("rougeL", "f1"):
@@ -318,7 +319,7 @@ def reliability_chart(bins: list[Bin]) -> str:
 
 
 def examples_of(
-    found: Analysis, before: Mapping[int, Mapping[str, Any]]
+    found: Analysis, before: Mapping[int, Prediction]
 ) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, header and rows of the tables of examples, without tables that have none."""
     tables = []
@@ -346,7 +347,7 @@ COLUMNS = ("label", "prediction", "probability", "loss", "exact_match", "f1", "r
 HEADERS = {"label": "expected", "prediction": "predicted", "exact_match": "exact match"}
 
 
-def input_of(line: Mapping[str, Any]) -> str:
+def input_of(line: Prediction) -> str:
     """The columns of an example that the model has read, as one text."""
     given = {name: value for name, value in line.items() if name not in NOT_INPUT}
     # a stranger's column of this name may hold something else
@@ -359,7 +360,7 @@ def input_of(line: Mapping[str, Any]) -> str:
     return cut("\n".join(texts))
 
 
-def conversation_text(messages: list[Any]) -> str:
+def conversation_text(messages: list[object]) -> str:
     """The turns of a conversation; an answer at its end is in another column."""
     turns = [message for message in messages if isinstance(message, dict)]
     # the answer that the model was asked for, shown as "expected"
@@ -368,7 +369,7 @@ def conversation_text(messages: list[Any]) -> str:
     return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in turns)
 
 
-def text_of(value: Any) -> str:
+def text_of(value: object) -> str:
     """A label, prediction or score as text."""
     if value is None:
         return ""
@@ -378,6 +379,7 @@ def text_of(value: Any) -> str:
     if isinstance(value, list):
         # None: a word beyond `max_length`, see `classified`
         return cut(" ".join("-" if each is None else text_of(each) for each in value))
+    assert isinstance(value, int | float)
     return number(value, 4)
 
 

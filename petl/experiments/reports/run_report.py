@@ -4,15 +4,14 @@ The page is made from the files in the run's folder alone, so it can be written 
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from petl.core.model.heat_map import HEAT_MAPS, HeatMap
+from petl.core.types import Record
 from petl.data.models.sources import RandomInit
 from petl.data.tasks.scores import COUNTS, is_percentage
 from petl.errors import InputError
@@ -124,7 +123,7 @@ def print_summary(run: Run) -> None:
         echo(run.tracker.closing())
 
 
-def _score_rows(scores: Mapping[str, Any]) -> list[list[str]]:
+def _score_rows(scores: Record) -> list[list[str]]:
     """Header and rows of the table of test scores, the task's metric first."""
     # `get`: train.test=false saves None, other keys may be absent
     evaluated = {label: scores[key] for key, label in LABELS.items() if scores.get(key)}
@@ -141,7 +140,7 @@ def _score_rows(scores: Mapping[str, Any]) -> list[list[str]]:
     return [["test scores" + (counted and f", {counted}"), *columns], *rows]
 
 
-def interval_line(scores: Mapping[str, Any]) -> str:
+def interval_line(scores: Record) -> str:
     """The interval of the task's metric on the test examples; "" for metrics without one."""
     metric, after = scores["metric"], scores["after"]
     limits = interval(metric, after[metric], after) if after else None
@@ -150,7 +149,7 @@ def interval_line(scores: Mapping[str, Any]) -> str:
     return f"adapted {metric}: 95 % interval {interval_text(limits)}, for the choice of examples"
 
 
-def validation_line(scores: Mapping[str, Any]) -> str:
+def validation_line(scores: Record) -> str:
     """The best score on the validation examples, and their number; "" without any."""
     if scores["validation"] is None:
         return ""
@@ -214,12 +213,12 @@ class RunRecord:
     folder: Path
 
     @cached_property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Record:
         """The configuration of the run."""
         return read_stored(self.folder / CONFIG)
 
     @cached_property
-    def scores(self) -> dict[str, Any]:
+    def scores(self) -> Record:
         """scores.json."""
         if not (self.folder / SCORES).exists():
             return {}
@@ -227,12 +226,12 @@ class RunRecord:
         return read_results(self.folder) if is_finished(self.folder) else read_scores(self.folder)
 
     @cached_property
-    def environment(self) -> dict[str, Any]:
+    def environment(self) -> Record:
         """environment.json."""
         return read_environment(self.folder) if (self.folder / ENVIRONMENT).exists() else {}
 
     @cached_property
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[Record]:
         """The lines of metrics.jsonl."""
         file = self.folder / METRICS
         return read_log(file) if file.exists() else []
@@ -251,7 +250,7 @@ class RunRecord:
     @property
     def validation_scores(self) -> list[str]:
         """Names of the scores on the validation examples, without the loss."""
-        lines: list[Mapping[str, Any]] = [line.get("validation", {}) for line in self.metrics]
+        lines: list[Record] = [line.get("validation", {}) for line in self.metrics]
         names = dict.fromkeys(name for line in lines for name in line)
         return [name for name in names if name not in (*NOT_SCORES, "loss")]
 
@@ -459,10 +458,19 @@ def charts(record: RunRecord) -> list[str]:
     return [chart for chart in drawn if chart]
 
 
-def _chart(curves: list[Curve], title: str, label: str, **options: Any) -> str:
+def _chart(
+    curves: list[Curve],
+    title: str,
+    label: str,
+    marked: tuple[str, float] | None = None,
+    maximum: float | None = None,
+) -> str:
     """A chart of those curves that have points; "" if none has."""
     full = [curve for curve in curves if curve.points]
-    return line_chart(full, title, x="optimizer step", y=label, **options) if full else ""
+    if not full:
+        return ""
+    x = "optimizer step"
+    return line_chart(full, title, x=x, y=label, marked=marked, maximum=maximum)
 
 
 def drawn(section: Section, folder: Path) -> tuple[Section, list[str], list[str]]:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from petl.core.types import Record
 from petl.data.tasks import TASKS
 from petl.errors import InputError, RunStopped
 from petl.experiments.reports.entries import SEED, mean_quality, quality_of, validation_of
@@ -51,11 +51,11 @@ class SweepSummaryCallback(Callback):
         self.finished = 0
         self.argv, self.in_worker = list(sys.argv), False
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         # launchers pickle the callbacks together with the job
         self.__dict__ = state | {"in_worker": True}
 
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+    def on_multirun_start(self, config: DictConfig, **_: object) -> None:
         """Check the settings of the sweep, choose its launcher, and schedule the report."""
         HydraConfig.instance().set_config(config)  # Hydra unsets it between runs
         try:
@@ -73,12 +73,12 @@ class SweepSummaryCallback(Callback):
         # behind the callback above, which completes `self.jobs`
         app.closing.append(lambda: self.report_best(config))
 
-    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+    def on_job_start(self, config: DictConfig, **_: object) -> None:
         """Prepare the process of a launched job."""
         if self.in_worker:
             self.worker = Worker(config, self.argv)
 
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: object) -> None:
         """Record a run; raise after the last trial if none of them finished."""
         if self.in_worker:
             self.worker.end(job_return)
@@ -210,7 +210,7 @@ class Setting:
     runs: dict[int, Path]
 
     @cached_property
-    def scores(self) -> dict[int, dict[str, Any]]:
+    def scores(self) -> dict[int, Record]:
         """The scores.json of each run, by seed."""
         return {seed: read_results(run) for seed, run in sorted(self.runs.items())}
 

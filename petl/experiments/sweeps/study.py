@@ -19,13 +19,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
+from petl.core.types import Record
 from petl.errors import InputError, RunStopped
 from petl.experiments.reports.entries import mean_quality, quality_of, validation_of
 from petl.experiments.reports.formatting import duration
@@ -94,7 +95,7 @@ class Runs(TypedDict):
     """
 
     together: int
-    runs: list[dict[str, Any]]
+    runs: list[Record]
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class StudyJob:
     overrides: list[str]
 
     @property
-    def scores(self) -> dict[str, Any]:
+    def scores(self) -> Record:
         """scores.json of the finished run."""
         return read_results(self.folder)
 
@@ -318,7 +319,7 @@ class Study:
             folder.rename(place)
 
     @property
-    def tried(self) -> dict[str, Any]:
+    def tried(self) -> dict[str, Rates]:
         """By method, the validation score of each learning rate and the chosen one (rates.json)."""
         file = self.folder / RATES
         return read_json(file, dict[str, Rates]) if file.exists() else {}
@@ -442,7 +443,7 @@ def told_apart(best: Qualities, other: Qualities) -> bool:
     return mean > statistics.stdev(differences) / math.sqrt(len(differences))
 
 
-def refuse_other(job: StudyJob, existing: Mapping[str, Any]) -> None:
+def refuse_other(job: StudyJob, existing: Record) -> None:
     """Raise InputError if the run in the folder of a job has settings of another study.
 
     The learning rate may differ: it depends on the scores of the tuning runs.

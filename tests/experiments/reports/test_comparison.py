@@ -167,9 +167,9 @@ def test_settings_in_a_name_are_written_as_on_the_command_line(tmp_path):
         write_run(tmp_path / str(i), 0.5, "+method=lora", *more)
     names = {entry.name for entry in only([tmp_path]).entries}
     assert names == {
-        "lora train.eval_steps=null",
-        "lora train.eval_steps=null train.find_lr=true train.find_lr_steps=100",
-        "lora train.eval_steps=5",
+        "lora train.eval_steps=null train.find_lr=false",
+        "lora train.eval_steps=null train.find_lr=true",
+        "lora train.eval_steps=5 train.find_lr=false",
     }
 
 
