@@ -9,7 +9,7 @@ from torch import Tensor
 from petl.errors import InputError
 from petl.system.collectives import gathered
 
-TIE = 4 * torch.finfo(torch.float32).eps  # difference of equal distances, to that and the piece
+TIE = 4 * torch.finfo(torch.float32).eps  # relative difference of equal distances, and keys
 EPS = 1e-5  # e of the smoothed counts
 ROWS = 1024  # rows whose distances, C K each, exist at a time; assumption
 
@@ -18,9 +18,9 @@ ROWS = 1024  # rows whose distances, C K each, exist at a time; assumption
 def nearest(pieces: Tensor, keys: Tensor) -> Tensor:
     """Return the index of the nearest key in each codebook, the first of equal ones, [n, C].
 
-    Distances are equal if they differ by a few units of rounding, of the distance or of the piece:
-    keys that calibration has made equal differ by as much between processes, and a piece that lies
-    on several keys by as much between batches.
+    Distances are equal if they differ by a few units of rounding, and so are keys: those that
+    calibration has made equal differ by as much, and a piece that lies on them by as much between
+    batches and processes.
 
     Args:
         pieces: [n, C, d], float32.
@@ -33,10 +33,18 @@ def nearest(pieces: Tensor, keys: Tensor) -> Tensor:
         distances = torch.cdist(
             part.transpose(0, 1), keys, compute_mode="donot_use_mm_for_euclid_dist"
         )
-        lengths = part.norm(dim=-1).t().unsqueeze(-1)
-        least = distances.amin(-1, keepdim=True) * (1 + TIE) + TIE * lengths
+        least = distances.amin(-1, keepdim=True) * (1 + TIE)
         # [C, n]; each pair alone, so the same in any batch
-        parts.append((distances <= least).byte().argmax(-1))
+        found = (distances <= least).byte().argmax(-1)
+        near = distances <= least + TIE * part.norm(dim=-1).t().unsqueeze(-1)
+        for codebook in (near.sum(-1) > 1).any(-1).nonzero().flatten().tolist():
+            own = keys[codebook]
+            apart = torch.cdist(
+                own[found[codebook]], own, compute_mode="donot_use_mm_for_euclid_dist"
+            )  # [n, K]
+            bound = 2 * TIE * own.norm(dim=-1)[found[codebook]].unsqueeze(-1)
+            found[codebook] = (near[codebook] & (apart <= bound)).byte().argmax(-1)
+        parts.append(found)
     return torch.cat(parts, 1).t() if parts else pieces.new_zeros(pieces.shape[:2]).long()
 
 
