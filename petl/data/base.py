@@ -143,6 +143,18 @@ class Source(ABC):
         """Raise InputError if the first row of a local file lacks a column that settings name."""
         return
 
+    def sample(self, split: str, count: int) -> list[int]:
+        """The rows of a split, train or test, in random order, as many as the settings ask for.
+
+        Args:
+            count: of its rows; they are shuffled before they are limited.
+
+        Raises:
+            InputError: there are fewer rows than the settings ask for.
+        """
+        setting = f"{split}_rows"
+        return limited(shuffled(count, self.seed), getattr(self, setting), setting)
+
     @abstractmethod
     def read(self) -> RawData:
         """Read the rows of this source and build the task.

@@ -15,8 +15,6 @@ from petl.data.base import (
     RawData,
     Source,
     hold_out,
-    limited,
-    shuffled,
     train_test_split,
 )
 from petl.data.label_column import has_too_many_classes
@@ -88,13 +86,8 @@ class Folders(Source, ABC):
             for_training, for_test = hold_out(len(train), self.test_share, self.seed, self.train)
             train, test = [train[i] for i in for_training], [train[i] for i in for_test]
         splits = [
-            split(
-                [rows[i] for i in limited(shuffled(len(rows), self.seed), count, setting)], classes
-            )
-            for rows, count, setting in (
-                (train, self.train_rows, "train_rows"),
-                (test, self.test_rows, "test_rows"),
-            )
+            split([rows[i] for i in self.sample(name, len(rows))], classes)
+            for name, rows in (("train", train), ("test", test))
         ]
         return RawData(self.task_of(classes), *splits, name=self.name)
 

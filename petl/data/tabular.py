@@ -13,8 +13,6 @@ from petl.data.base import (
     Stream,
     held_rows,
     hold_out,
-    limited,
-    shuffled,
 )
 from petl.data.overlap import input_columns, input_text, normalized
 from petl.data.question_columns import QuestionAnsweringColumns
@@ -101,11 +99,8 @@ class Tabular(ColumnSettings, ABC):
         task = self.task_columns.task(train)
         if test is None:
             train, test = self.hold_out(train, task)
-        train = train.select(
-            limited(shuffled(len(train), self.seed), self.train_rows, "train_rows")
-        )
-        # shuffled first, then limited: a limit takes a random sample
-        test = test.select(limited(shuffled(len(test), self.seed), self.test_rows, "test_rows"))
+        train = train.select(self.sample("train", len(train)))
+        test = test.select(self.sample("test", len(test)))
         return self.raw(task, self.split(train), self.split(test))
 
     def stream(self, rows: LazySourceRows, test: SourceRows | None) -> RawData:
@@ -121,7 +116,7 @@ class Tabular(ColumnSettings, ABC):
                 f"data.streaming=true cannot hold out data.test_share={self.test_share} of rows "
                 "that are not read in advance: give data.test or data.test_split"
             )
-        test = test.select(limited(shuffled(len(test), self.seed), self.test_rows, "test_rows"))
+        test = test.select(self.sample("test", len(test)))
         # may read the whole stream once, for the classes
         task = self.task_columns.task(rows)
         next(self.converted(rows))  # so that an error in the first row is raised before training

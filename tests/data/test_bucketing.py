@@ -5,15 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from accelerate.data_loader import BatchSamplerShard
-from torch import distributed
 
 from petl.data.batch_sampler import Buckets, padding_fraction
-from petl.data.bucketing import BucketBatchSampler, bucket_edges, fill
+from petl.data.bucketing import BucketBatchSampler, bucket_edges
 from petl.errors import InputError
 from petl.experiments.planning.bucket_estimate import describe
-from petl.testing.processes import in_processes
 from petl.training.dataloader import buckets_of
 from petl.training.runs.settings import TrainConfig
 
@@ -26,13 +23,6 @@ def lengths_of(batches, lengths=LENGTHS) -> list[list[int]]:
 
 
 # The fixture
-
-
-def test_random_batches_of_the_fixture_are_three_quarters_padding():
-    assert LENGTHS.mean() == pytest.approx(123, abs=0.5)
-    order = np.random.default_rng(1).permutation(len(LENGTHS))
-    batches = [order[i : i + 32] for i in range(0, len(order), 32)]
-    assert padding_fraction(LENGTHS, batches) == pytest.approx(0.750, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -160,10 +150,6 @@ def test_no_batch_exceeds_the_budget_and_each_is_filled():
         assert len(short) <= 1  # the last of the bucket
 
 
-def test_filling_takes_rows_while_they_fit():
-    assert fill(np.array([3, 3, 5, 1, 1, 9, 2, 2]), 10) == [2, 4, 5, 6, 8]
-
-
 def test_a_row_longer_than_the_budget_may_be_a_batch_of_its_own():
     sampler = BucketBatchSampler([5, 30, 6], n_buckets=1, max_tokens=20, too_long="alone")
     assert [1] in list(sampler)
@@ -172,13 +158,6 @@ def test_a_row_longer_than_the_budget_may_be_a_batch_of_its_own():
 def test_quadratic_lengths_count_twice_at_the_penalty():
     sampler = BucketBatchSampler([100] * 40, n_buckets=1, max_tokens=1000, quadratic=100)
     assert {len(batch) for batch in sampler} == {5}
-
-
-def test_bucket_order_has_no_trend_from_short_to_long():
-    sampler = BucketBatchSampler(LENGTHS, n_buckets=10, max_tokens=4096)
-    longest = [max(batch) for batch in lengths_of(sampler)]
-    half = len(longest) // 2
-    assert np.mean(longest[:half]) == pytest.approx(np.mean(longest[half:]), rel=0.15)
 
 
 @pytest.mark.parametrize("case", range(20))
@@ -238,44 +217,6 @@ def test_a_sampler_resumes_at_its_saved_state():
         assert len(list(each)) == len(each)  # the epoch after that is whole
     with pytest.raises(InputError, match="other lengths or settings"):
         BucketBatchSampler(SOME, **{**settings, "seed": 4}).load_state_dict(state)
-
-
-# Two processes
-
-
-def weighted_steps(rank_lengths: list[int], world: int) -> tuple[list[int], list[float]]:
-    """The bucket of each step on this process, and the loss of each step over all processes."""
-    rank = distributed.get_rank()
-    sampler = BucketBatchSampler(rank_lengths, n_buckets=3, max_tokens=300, world_size=world)
-    numbered = list(zip(sampler, sampler.bucket_indices(), strict=True))
-    shard = list(BatchSamplerShard(sampler, world, rank))
-    bucket_of = {i: bucket for batch, bucket in numbered for i in batch}
-    losses = []
-    for batch in shard:
-        sums = torch.tensor([sum(map(token_loss(rank_lengths), batch)), 0.0], dtype=torch.float64)
-        sums[1] = sum(rank_lengths[i] for i in batch)
-        distributed.all_reduce(sums)
-        losses.append(float(sums[0] / sums[1]))
-    return [bucket_of[batch[0]] for batch in shard], losses
-
-
-def token_loss(lengths: list[int]):
-    """The summed loss of a row: any function of its length that is not proportional to it."""
-    return lambda i: lengths[i] ** 1.5 / (1 + i)
-
-
-def test_two_processes_take_the_same_bucket_and_weight_tokens_equally():
-    lengths = [int(n) for n in np.random.default_rng(5).integers(5, 100, 100)]
-    (buckets, losses), (others, same) = in_processes(2, weighted_steps, lengths, 2)
-    assert buckets == others
-    assert losses == same
-    sampler = BucketBatchSampler(lengths, n_buckets=3, max_tokens=300, world_size=2)
-    batches = list(sampler)
-    assert len(losses) == len(batches) / 2
-    for loss, pair in zip(losses, zip(batches[::2], batches[1::2], strict=True), strict=True):
-        rows = [i for batch in pair for i in batch]
-        whole = sum(map(token_loss(lengths), rows)) / sum(lengths[i] for i in rows)
-        assert loss == pytest.approx(whole, rel=1e-6)
 
 
 # Steps of petl's own loop

@@ -101,12 +101,6 @@ def test_a_parquet_column_that_is_read_must_not_be_there_twice(tmp_path):
     assert len(read(tmp_path / "id.parquet", test_share=0.5).train) == 1
 
 
-def test_missing_parquet_integers_are_missing_labels(tmp_path):
-    pq.write_table(pa.table({"text": ["a", "b"], "label": [1.0, None]}), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match="row 2: label is missing"):
-        read(tmp_path / "a.parquet")
-
-
 def test_integer_labels_are_ordered_by_value(tmp_path):
     content = "text,label\n" + "".join(f"t{i},{i % 11 - 1}\n" for i in range(22))
     file = write(tmp_path, "a.csv", content)

@@ -343,18 +343,3 @@ def test_several_files_are_one_set_of_rows(tmp_path):
     assert sorted(raw.test["text"]) == ["tb0", "tb1", "tb2", "tc0", "tc1", "tc2"]
     streamed = read(names[:2], "classification", names[1:], streaming=True)
     assert [row["text"] for row in streamed.train.rows()] == sorted(raw.train["text"])
-
-
-def test_a_damaged_compressed_file_is_named(tmp_path):
-    file = tmp_path / "a.jsonl.gz"
-    rows = "\n".join(json.dumps({"text": f"text {i}", "label": i % 7}) for i in range(9999))
-    content = gzip.compress(rows.encode())
-    for damaged, message in (
-        (content[: len(content) // 2], "is damaged after row"),
-        (b"no gzip at all", "Not a gzipped file"),
-    ):
-        file.write_bytes(damaged)
-        with pytest.raises(InputError, match=message):
-            read(str(file), "classification")
-    with pytest.raises(InputError, match=r"and these with \.gz: \.csv, \.tsv, \.json, \.jsonl"):
-        read(str(tmp_path / "a.parquet.gz"), "classification")

@@ -110,16 +110,6 @@ def test_an_inner_pass_is_a_second_bar_that_vanishes(terminal):
     assert progress.SCREEN.display is None
 
 
-def test_on_a_narrow_terminal_the_counts_and_times_stay(terminal, monkeypatch):
-    console = progress.Console
-    monkeypatch.setattr(progress, "Console", lambda **_: console(width=80))
-    with Pass("scoring 2,000 test examples before training", 4) as shown:
-        shown.note = "loss 0.5  val. accuracy 0.123  lr 1e-3  200 tokens/s"
-        shown.advance(4)
-    lines = re.split(r"[\r\n]+", plain(terminal))
-    assert any(re.match(r"scoring 2.*… .* 4/4 0:00:00 left 0:00:00 loss.*…", l) for l in lines)
-
-
 def test_results_on_standard_output_are_not_mixed_with_a_bar(
     terminal, petl_log, monkeypatch, capsys
 ):
@@ -134,13 +124,6 @@ def test_results_on_standard_output_are_not_mixed_with_a_bar(
         sys.stdout.write("to the terminal\n")
     assert (terminal.getvalue(), petl_log.messages) == (printed, ["answering"])
     assert capsys.readouterr().out == "to the terminal\n"
-
-
-def test_one_unit_is_singular(petl_log):
-    for unit in ("batches", "layers"):
-        with Pass("passing", 1, unit=unit):
-            pass
-    assert petl_log.messages == ["passing: 1 batch", "passing: 1 layer"]
 
 
 def test_an_error_in_a_pass_ends_its_bar(terminal):

@@ -47,8 +47,8 @@ UNTRUNCATED = 2**30  # a max_length in tokens that no row reaches
 NON_INPUT_PREFIX = "_"  # begins the names of encoded columns that are not model inputs
 
 Prediction = dict[str, Any]  # JSON values by name
-Batch = dict[str, Tensor]
-Collate = Callable[[Sequence[Row]], Batch]
+Batch = Mapping[str, Tensor]
+Collate = Callable[[Sequence[Row]], dict[str, Tensor]]
 AutoProcessorClass = AutoTokenizer | AutoImageProcessor | AutoFeatureExtractor
 Fields = dict[str, object]  # of a config, or of settings, by name
 P = TypeVar("P")  # a processor: a tokenizer, image processor or feature extractor
@@ -89,7 +89,7 @@ class Pad:
             stacked[i, : len(row[key])] = torch.as_tensor(row[key], dtype=torch.long)
         return stacked
 
-    def inputs(self, rows: Sequence[Row]) -> Batch:
+    def inputs(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` and, if rows have them, `token_type_ids`, [B, T] each."""
         fills = {"input_ids": self.pad_id, "attention_mask": 0, "token_type_ids": 0}
         return {key: self.stack(rows, key, fill) for key, fill in fills.items() if key in rows[0]}
@@ -378,7 +378,7 @@ class WritingTask(Task[PreTrainedTokenizerBase], ABC):
         return {"loss": mean.item(), "perplexity": mean.exp().item(), "tokens": tokens.item()}
 
 
-def batch_of_texts(pad: Pad, rows: Sequence[Row]) -> Batch:
+def batch_of_texts(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask` [B, T], `labels` [B]: int64, for regression float32."""
     if "labels" not in rows[0]:
         return pad.inputs(rows)
@@ -387,7 +387,7 @@ def batch_of_texts(pad: Pad, rows: Sequence[Row]) -> Batch:
     return {**pad.inputs(rows), "labels": labels}
 
 
-def batch_of_tokens(pad: Pad, rows: Sequence[Row]) -> Batch:
+def batch_of_tokens(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
     """`input_ids`, `attention_mask` and, of labeled rows, `labels`, each [B, T]."""
     inputs = pad.inputs(rows)
     return inputs | ({"labels": pad.stack(rows, "labels", IGNORED)} if "labels" in rows[0] else {})

@@ -39,10 +39,9 @@ SMALLEST = 1e-38  # probability, in the loss of a class that has probability 0 i
 
 
 @dataclass
-class SingleLabelTask(Task[P], ABC):
-    """Rows with the number of one class (`label`)."""
+class ClassTask(Task[P], ABC):
+    """Rows, or words of rows, with the number of a class."""
 
-    metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
 
     classes: list[str] = field(MISSING, CLASSES)
@@ -54,7 +53,22 @@ class SingleLabelTask(Task[P], ABC):
 
     def model_kwargs(self) -> Fields:
         """Number and names of the classes."""
-        return {**class_names(self.classes), "problem_type": "single_label_classification"}
+        return {
+            "num_labels": len(self.classes),
+            "id2label": dict(enumerate(self.classes)),
+            "label2id": {label: i for i, label in enumerate(self.classes)},
+        }
+
+
+@dataclass
+class SingleLabelTask(ClassTask[P], ABC):
+    """Rows with the number of one class (`label`)."""
+
+    metric: ClassVar[str] = "accuracy"
+
+    def model_kwargs(self) -> Fields:
+        """Number and names of the classes, and the type of the model's loss."""
+        return {**super().model_kwargs(), "problem_type": "single_label_classification"}
 
     def label_text(self, row: Row) -> str:
         """The name of the row's class."""
@@ -151,15 +165,6 @@ class Classification(TextTask, SingleLabelTask[PreTrainedTokenizerBase]):
     name: ClassVar[str] = "classification"
 
     max_length: int = field(128, integer(1))
-
-
-def class_names(classes: list[str]) -> Fields:
-    """The fields of a model's config that hold the names of the classes."""
-    return {
-        "num_labels": len(classes),
-        "id2label": dict(enumerate(classes)),
-        "label2id": {label: i for i, label in enumerate(classes)},
-    }
 
 
 def macro_f1(confusion: Tensor) -> float:

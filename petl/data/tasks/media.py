@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from datasets import Array2D, Array3D, Array4D, Dataset, Features, List, Value
 from numpy.typing import ArrayLike
+from torch import Tensor
 from transformers import (
     AutoFeatureExtractor,
     AutoImageProcessor,
@@ -117,7 +118,7 @@ class MediaTask(SingleLabelTask[P], ABC, Generic[P, M]):
         """Pad or truncate `array` to the length of `full`, if the task can."""
         return array
 
-    def random_rows(self, processor: P, count: int, draw: torch.Generator) -> Batch:
+    def random_rows(self, processor: P, count: int, draw: torch.Generator) -> dict[str, Tensor]:
         """Model inputs of noise, [count, ...] each; masks are those of the largest input."""
         largest = self.process(processor, self.largest(processor))
         full = {name: torch.from_numpy(array) for name, array in largest.items()}
@@ -247,6 +248,6 @@ def feature(array: np.ndarray) -> List | Array2D | Array3D | Array4D:
     return {2: Array2D, 3: Array3D, 4: Array4D}[array.ndim](array.shape, dtype)
 
 
-def batch_of_arrays(rows: Sequence[Row]) -> Batch:
+def batch_of_arrays(rows: Sequence[Row]) -> dict[str, Tensor]:
     """Collate rows: each column [B, ...], `labels` [B]."""
     return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}

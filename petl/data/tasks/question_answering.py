@@ -357,7 +357,7 @@ def probability(starts: np.ndarray, ends: np.ndarray, first: int, last: int, len
     return sure
 
 
-def batch_of_windows(pad: Pad, rows: Sequence[Row]) -> Batch:
+def batch_of_windows(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
     """`input_ids`, `attention_mask`, optionally `token_type_ids` [B, T]; start and end [B]."""
     labels = [key for key in POINTS if key in rows[0]]
     return {**pad.inputs(rows), **{k: torch.tensor([row[k] for row in rows]) for k in labels}}

@@ -11,9 +11,10 @@ from typing import ClassVar
 
 import torch
 from datasets import Features, Value
+from torch import Tensor
 
 from petl.data.tasks import COLUMN, IDS
-from petl.data.tasks.base import Batch, Collate, Columns, Fields, P, Row, Task
+from petl.data.tasks.base import Collate, Columns, Fields, P, Row, Task
 from petl.errors import UnsupportedError
 
 
@@ -59,7 +60,7 @@ class RowTasks(Task[P]):
         return partial(_batch, super().collate(processor, multiple))
 
 
-def _batch(collate: Collate, rows: Sequence[Row]) -> Batch:
+def _batch(collate: Collate, rows: Sequence[Row]) -> dict[str, Tensor]:
     ids = torch.tensor([row[IDS] for row in rows])
     return {**collate([{k: v for k, v in row.items() if k != IDS} for row in rows]), IDS: ids}
 

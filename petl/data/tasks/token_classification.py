@@ -6,7 +6,7 @@ word has the word's label, and the other tokens have none.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -17,19 +17,16 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForTokenClassification, PreTrainedTokenizerBase
 
-from petl.data.tasks import CLASSES
 from petl.data.tasks.base import (
     IGNORED,
     AutoModelClass,
     Batch,
     Collate,
     Columns,
-    Fields,
     Outputs,
     Pad,
     Prediction,
     Row,
-    Task,
     batch_of_tokens,
     need_offsets,
     pad_id,
@@ -37,32 +34,22 @@ from petl.data.tasks.base import (
     source_numbers,
     sums_dtype,
 )
-from petl.data.tasks.classification import class_names, macro_f1
+from petl.data.tasks.classification import ClassTask, macro_f1
 from petl.data.tasks.entities import OUTSIDE, are_entities, entities, parts
 from petl.system.values import field, integer
 
 
 @dataclass
-class TokenClassification(Task[PreTrainedTokenizerBase]):
+class TokenClassification(ClassTask[PreTrainedTokenizerBase]):
     """Lists of words (`tokens`) with the number of each word's class (`tags`)."""
 
     name: ClassVar[str] = "token_classification"
     peft_task_type: ClassVar[str | None] = "TOKEN_CLS"
     metric: ClassVar[str] = "f1"
-    higher_is_better: ClassVar[bool] = True
     auto_class: ClassVar[type[AutoModelClass]] = AutoModelForTokenClassification
     shown: ClassVar[tuple[str, ...]] = ("tokens",)
 
-    classes: list[str] = field(MISSING, CLASSES)
     max_length: int = field(128, integer(1))
-
-    @property
-    def labels(self) -> list[str]:
-        """Names of the classes."""
-        return self.classes
-
-    def model_kwargs(self) -> Fields:
-        return class_names(self.classes)
 
     def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns, /) -> Columns:
         """Tokenize the joined words; rows without a labeled token are dropped.

@@ -238,12 +238,6 @@ def test_random_weights_depend_on_the_seed_alone(tmp_path):
     assert new_modules(models[0]) == ["classifier"]
 
 
-def test_a_config_alone_has_no_tokenizer():
-    settings = {"name": "drawn", "source": "config", "architecture": "bert"}
-    with pytest.raises(InputError, match=r"without tokenizer: for tasks on texts set model\.path="):
-        load_tokenizer(settings)
-
-
 def test_outermost_modules_contain_only_the_keys():
     model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.nn.Linear(2, 2))
     assert outermost_modules(model, {"0.0.weight", "0.0.bias", "1.bias"}) == ["0", "1"]

@@ -7,7 +7,6 @@ from scipy.io import wavfile
 
 from petl.data.tasks.media_files import as_float, gray_image, read_audio, read_image
 from petl.errors import InputError
-from petl.system.imports.extras import optional
 
 
 def tone(rate, hertz=440.0, seconds=0.5):
@@ -95,22 +94,11 @@ def test_pixels_of_more_than_eight_bits_are_refused(tmp_path):
         read_image(tmp_path / "a.png")
 
 
-def test_an_invalid_image_file_is_named(tmp_path):
-    (tmp_path / "a.png").write_text("no picture")
-    with pytest.raises(InputError, match=r"a\.png cannot be read as an image"):
-        read_image(tmp_path / "a.png")
-
-
 def test_gray_levels_are_equal_in_all_channels():
     assert np.asarray(gray_image([[0, 255], [7, 8]])).tolist() == [
         [[0, 0, 0], [255, 255, 255]],
         [[7, 7, 7], [8, 8, 8]],
     ]
-
-
-def test_a_missing_package_names_its_extra():
-    with pytest.raises(InputError, match=r"no_such is not installed .*\[image\]'"):
-        optional("no_such.part", "image")
 
 
 @pytest.mark.parametrize("rate", [0, 1, 999, 768_001, 2**32 - 1])

@@ -85,15 +85,12 @@ MANY_KEYS = ", ".join(f'"k{i}": 1' for i in (*range(20_000), 0))  # the first is
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "it is not JSON (column 1"),
-        ('{"a": 1', "it is not JSON"),
         ("[" * 100_000, "more than 32 levels"),
         ("[" * 40 + "]" * 40, "more than 32 levels"),
         ("[" * 33 + "1.5" + "]" * 33, "more than 32 levels"),
         ('{"a":' * 33 + "1.5" + "}" * 33, "more than 32 levels"),
         ("9" * 5000, "an integer of 5,000 digits"),
         ("9" * 30, "more than 64 bits"),
-        ('{"a": 1, "a": 2}', '"a" is given twice'),
         (f"{{{MANY_KEYS}}}", '"k0" is given twice'),
         ('"\\ud800"', "not valid Unicode"),
         ('{"\\ud800": 1.5}', "not valid Unicode"),
@@ -125,20 +122,11 @@ LAUGHS = "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [{f'*a{i - 1},' * 9}]" for i 
     ("text", "reason"),
     [
         (LAUGHS, "has the alias *a0"),
-        ("a: &a [*a]", "has the alias *a"),
-        ("!!python/object/apply:os.system [x]", "has the tag"),
-        ("a: !!binary aGk=", "has the tag"),
-        ("a: !!int '1:1'", "has the tag"),
         ("- " * 100 + "a", "more than 32 levels"),
         ("[" * 100_000, "exceeded maximum nesting depth"),  # the C parser's own bound
-        ("a: 1\na: 2", '"a" is given twice'),
         (f"{{{MANY_KEYS}}}", '"k0" is given twice'),
-        ("[a]: 1", "found unhashable key"),
-        ("1.5: a", "the key 1.5 is neither text nor an integer"),
         ("a: " + "9" * 5000, "an integer of 5,000 digits"),
         ("a: 0x" + "f" * 17, "more than 64 bits"),
-        ("a: b: c", "it is not YAML (line 1"),
-        ("a\n---\nb", "but found another document"),
     ],
 )
 def test_yaml_without_bounds_is_refused(tmp_path, text, reason):

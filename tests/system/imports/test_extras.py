@@ -3,17 +3,10 @@
 import tomllib
 from pathlib import Path
 
-import pytest
-
 import petl
 from petl.system.imports import extras
-from petl.system.imports.extras import install_hint, need_extra, optional
 
 ROOT = Path(petl.__file__).parents[1]
-
-
-def test_extras_are_installed_by_the_name_of_the_distribution():
-    assert install_hint("sweep") == "pip install 'petl-peft[sweep]'"
 
 
 def test_the_name_of_the_distribution_is_that_of_the_project_file():
@@ -26,13 +19,6 @@ def test_every_extra_in_a_hint_exists():
     assert {"sweep", "plots", "quantized", "smollm2", "reasoning", "tracking", "image"} <= set(
         known
     )
-
-
-def test_a_missing_package_is_named_with_the_command_that_installs_it():
-    with pytest.raises(petl.InputError, match=r"no_such is not .*\[audio\]'"):
-        optional("no_such.module", "audio")
-    with pytest.raises(petl.InputError, match=r"x=y needs the package no_such, .*\[sweep\]'"):
-        need_extra("sweep", "no_such", "x=y")
 
 
 def test_messages_take_install_commands_of_extras_from_one_function():

@@ -121,21 +121,6 @@ def test_a_package_that_a_module_lacks_is_not_taken_for_the_module(site):
         import_modules(["guest_lacks"])
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ("my_methods", r"write imports=\[my_methods\]"),
-        (["my_methods.py/x"], "is not the name of a module"),
-        (["../mine"], "is not the name of a module"),
-        ([3], "3 is not the name of a module"),
-        (7, "imports=7 is not a list"),
-    ],
-)
-def test_what_is_no_list_of_modules_is_refused(value, message):
-    with pytest.raises(InputError, match=message):
-        import_modules(value)
-
-
 def test_modules_of_a_saved_run_are_trusted_if_something_else_imports_them(site):
     write(site, "guest_known", "")
     assert not_yet_trusted(["guest_known", "json", "guest_unknown"]) == ["guest_unknown"]
