@@ -28,19 +28,19 @@ PACKAGE = ROOT / "petl"
 BUDGETS = {
     "system": 3350,
     "ops": 2200,
-    "core": 10150,
+    "core": 10300,
     "efficiency": 8100,
-    "data": 9200,
+    "data": 9150,
     "training": 13300,
     "methods": 18150,
     "adapters": 7450,
     "generation": 4550,
-    "experiments": 6400,
+    "experiments": 6300,
     "cli": 3600,
     "testing": 2450,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 13300, "tests": 71000}
+OTHERS = {"scripts": 11900, "tests": 70750}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
@@ -363,7 +363,7 @@ def figures(*, run: bool) -> list[Figure]:
         ),
         Figure("packages", len(packages()), 12),
         Figure("arrows between packages", len(arrows()), 60),
-        Figure("annotations with Any", share_of_any(), 0.11),
+        Figure("annotations with Any", share_of_any(), 0.085),
         Figure("hooks of Method that methods have", len(hooks()), 25),
         Figure("other names of core that methods override", len(overridden_besides()), 29),
         Figure("guards", matches(GUARD), 231),
@@ -373,7 +373,7 @@ def figures(*, run: bool) -> list[Figure]:
         Figure("cycles between files", len(cycles()), 0),
         Figure("longest chain of imports", len(longest_chain()), 15),
         Figure("docstrings, of public names", counted.documented / counted.public, 0.9, False),
-        Figure("comments a code line", counted.comments / counted.code_lines, 0.08, False),
+        Figure("comments a code line", counted.comments / counted.code_lines, 0.079, False),
         Figure("messages with a value", counted.with_value / counted.raised, 0.95, False),
     ]
     if run:
@@ -386,7 +386,7 @@ def figures(*, run: bool) -> list[Figure]:
         count = re.search(r"^(\d+) files$", quickstart.stdout, re.MULTILINE)
         assert count is not None, quickstart.stdout
         found += [
-            Figure("files in three steps of the quickstart", int(count[1]), 91),
+            Figure("files in three steps of the quickstart", int(count[1]), 102),
             Figure("modules that three steps of LoRA load", len(loaded_by_lora()), 170),
             Figure("files in a training pass of a MoLA layer", len(forward_files("mola")), 5),
             Figure("files in a training pass of a fused LoRA", len(forward_files("lora")), 3),

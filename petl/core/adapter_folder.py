@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
@@ -24,11 +24,13 @@ from petl.core.parameters import check_memory
 from petl.core.spec.config import check_values
 from petl.core.spec.facts import Facts, facts_of
 from petl.errors import InputError, first_line, shown
-from petl.ops.ternary import FILE as TERNARY
-from petl.ops.ternary import Ternary
 from petl.system.files.disk import copy_file
+from petl.system.files.paths import TERNARY
 from petl.system.files.read import read_json
 from petl.system.files.tensor_file import Shapes, check_finite, read_shapes
+
+if TYPE_CHECKING:
+    from petl.ops.ternary import Ternary
 
 CONFIG = "adapter_config.json"
 
@@ -112,7 +114,7 @@ class Folder:
         return None if self.file(WEIGHTS) else self.file(TERNARY)
 
     @cached_property
-    def ternary(self) -> Ternary:
+    def ternary(self) -> "Ternary":
         """The content of the compressed file.
 
         Raises:
@@ -120,7 +122,7 @@ class Folder:
         """
         if self.compressed is None:
             raise InputError(f"{self.path} has no {TERNARY}: it is not compressed")
-        return Ternary.load(self.compressed)
+        return _ternary(self.compressed)
 
     @cached_property
     def weights(self) -> Path:
@@ -197,7 +199,7 @@ class Folder:
             read_weights(self.weights)
         file = self.file(TERNARY)
         if file is not None:
-            Ternary.load(file)
+            _ternary(file)
 
     def copy_weights(self, target: Path) -> None:
         """Copy its tensors to another folder, expanded."""
@@ -287,3 +289,9 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         raise InputError(f"{file} cannot be read: {first_line(error)}") from error
     check_finite(tensors, str(file))
     return tensors
+
+
+def _ternary(file: Path) -> "Ternary":
+    from petl.ops.ternary import Ternary  # few adapters are compressed
+
+    return Ternary.load(file)

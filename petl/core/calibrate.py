@@ -1,6 +1,6 @@
 """A pass over calibration data: a model runs over batches while hooks read what it computes."""
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,9 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from petl.core.model.modes import evaluation_mode
-
-# batches (dicts of model inputs), or a function that runs the model on its data
-Calibration = Iterable[Any] | Callable[[], Any]
+from petl.core.types import Calibration
 
 
 def forward(model: nn.Module, batch: Mapping[str, Any]) -> Any:

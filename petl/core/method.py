@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from petl.core.calibrate import Calibration
 from petl.core.compat import BaseTunerLayer, LoraModel, tuner_class
 from petl.core.layers.context import ForwardContext, InputCapture
 from petl.core.layers.layer import Adapter, LayerShape, shape_of
@@ -40,6 +39,7 @@ from petl.core.model.targets import matched_names, refuse_fused, resolve_targets
 from petl.core.spec.config import LR
 from petl.core.spec.facts import facts_of
 from petl.core.support import Capability, Lacks, Part, reason_of, without_lora
+from petl.core.types import Calibration
 from petl.errors import ModuleKindError
 from petl.system.files.paths import method_preset
 

@@ -11,7 +11,6 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from petl.core.calibrate import Calibration
 from petl.core.compat import (
     adjustments_refused,
     tuner_class,
@@ -48,6 +47,7 @@ from petl.core.spec.method import (
 from petl.core.support import BASES, NO_CONVERSION, Capability, Conflict, Part, require_compatible
 from petl.core.switching.tuner import apply_peft_fixes, enable_switching
 from petl.core.tuners.gradients import watch_gradients
+from petl.core.types import Calibration
 from petl.errors import (
     InputError,
     UnknownNameError,

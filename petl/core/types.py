@@ -1,6 +1,6 @@
 """Types for annotations: what models and batches have, and plain values by what they are."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ Groups = dict[str, Any]  # the settings of a run by group
 Fields = dict[str, Any]  # of a method, its name included
 Record = dict[str, Any]  # an object of a JSON file; its reader has checked the form
 Arguments = dict[str, Any]  # of a function of another library, by name
+# batches of model inputs, or a function that runs the model on some
+Calibration = Iterable[Any] | Callable[[], Any]
 Processor = Any  # tokenizer, image processor or feature extractor: transformers has no class of all
 
 

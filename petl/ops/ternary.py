@@ -26,11 +26,12 @@ from torch import Tensor
 
 from petl.errors import InputError, shown
 from petl.ops import rice
+from petl.system.files.paths import TERNARY
 from petl.system.files.read import parse_json, with_shape
 from petl.system.files.tensor_file import DTYPE_NAMES, DTYPES, check_finite, read_file
 
 State = Mapping[str, Tensor]
-FILE = "ternary.safetensors"
+FILE = TERNARY
 CODE, METADATA = "petl_ternary_code", "petl_ternary"
 TOGETHER, APART = FORMATS = (1, 2)  # one code of all tensors, or one of each
 LARGEST = 2**40  # entries, more than any adapter has: their sums do not overflow

@@ -69,7 +69,7 @@ def test_a_run_gets_a_drafter_from_its_training_examples(task_runs, command, tas
         ([], "no drafter is chosen: add +drafter=hydra"),
         (["drafter=hydra"], "the drafter is added with a plus"),
         (["+drafter=hydra", "drafter.kind=serial"], "kind='serial' is none of"),
-        (["+drafter=hydra", "draft.epochs=0"], "draft.epochs=0 is not 1 or more"),
+        (["+drafter=hydra", "draft.epochs=0"], "draft.epochs=0 is not an integer from 1"),
         (["+drafter=hydra", "train.lr=3"], "no setting train.lr"),
     ],
 )

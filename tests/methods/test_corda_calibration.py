@@ -189,7 +189,7 @@ def test_collecting_does_not_change_the_model():
     norm[0] = 1.0
     before = set(base.state_dict())
     model = wrap(base)
-    for module in model.get_base_model().modules():
+    for module in model.get_base_model().model.modules():  # the tuner's context is at the root
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
         assert not hasattr(module, "eigens")

@@ -19,7 +19,7 @@ from petl.core.model.heat_map import HeatMap
 from petl.core.model.weight_changes import CHANGES, change_map
 from petl.core.support import Capability, reason_of
 from petl.core.switching.tuner import SwitchingTuner, layers_of
-from petl.core.tuners.updates import updated, watch
+from petl.core.tuners.gradients import updated, watch_updates
 from petl.errors import InputError, UnsupportedError
 from petl.system.files.tensor_file import check_finite, check_shapes
 
@@ -159,7 +159,7 @@ class AskingTuner(SwitchingTuner):
                 self._take_back(adapter_name, trained)
                 raise
         if method.updates:
-            watch(self)
+            watch_updates(self)
 
     @contextmanager
     def _injection(self, c: WrapContext[Any], low_cpu_mem_usage: bool) -> Generator[None]:

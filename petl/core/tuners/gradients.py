@@ -1,4 +1,4 @@
-"""Names the trained tensors that get no gradient in the first optimizer steps, once, in any loop.
+"""Names trained tensors that get no gradient, and methods never updated, in any training loop.
 
 A tensor without a gradient is named after the first step. One whose gradient is zero is named after
 the second, since the zeros of B make that of A zero in the first; steps with a learning rate of 0
@@ -158,5 +158,43 @@ def _patient(model: nn.Module, names: Iterable[str]) -> set[str]:
     }
 
 
-# PyTorch calls it after each step of any optimizer, after the reduction over processes
+# Methods that are never updated
+
+
+# optimizer steps without an update, by tuner; one that was updated is no longer watched
+_WITHOUT_UPDATE: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+PATIENCE = 2  # steps; the first update may come after the first one
+
+
+def watch_updates(tuner: nn.Module) -> None:
+    """Warn if two optimizer steps change this tuner's parameters before `updated` is called."""
+    _WITHOUT_UPDATE[tuner] = 0
+
+
+def updated(tuner: nn.Module) -> None:
+    """Stop watching a tuner, whose update was called."""
+    _WITHOUT_UPDATE.pop(tuner, None)
+
+
+def _count_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for tuner in list(_WITHOUT_UPDATE):
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in stepped for p in tuner.parameters() if p.requires_grad):
+            continue
+        _WITHOUT_UPDATE[tuner] += 1
+        if _WITHOUT_UPDATE[tuner] >= PATIENCE:
+            del _WITHOUT_UPDATE[tuner]
+            if getattr(tuner, "needs_updates", True):
+                logger.warning(
+                    "%s has taken %d optimizer steps without an update, so it selects nothing: "
+                    "call petl.lifecycle(model).after_step(step, optimizer) after each "
+                    "optimizer.step(), or pass callbacks=[petl.Callback()] to a Trainer",
+                    type(tuner).__name__,
+                    PATIENCE,
+                )
+
+
+# PyTorch calls them after each step of any optimizer, after the reduction over processes; they cost
+# nothing while no model is watched
 register_optimizer_step_post_hook(_after_step)
+register_optimizer_step_post_hook(_count_step)

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from petl.core.calibrate import Calibration
 from petl.core.registry import no_calibration
+from petl.core.types import Calibration
 from petl.errors import InputError
 from petl.methods.corda.cache import (
     Cache,

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petl.core.calibrate import Calibration, run_over
+from petl.core.calibrate import run_over
 from petl.core.layers.context import is_encoder_decoder
 from petl.core.layers.layer import shape_of
 from petl.core.masks import Tokens, tokens_of
+from petl.core.types import Calibration
 from petl.methods.corda.oriented import DampedInverse
 from petl.system import collectives as distributed
 

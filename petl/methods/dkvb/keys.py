@@ -37,13 +37,10 @@ def nearest(pieces: Tensor, keys: Tensor) -> Tensor:
         # [C, n]; each pair alone, so the same in any batch
         found = (distances <= least).byte().argmax(-1)
         near = distances <= least + TIE * part.norm(dim=-1).t().unsqueeze(-1)
-        for codebook in (near.sum(-1) > 1).any(-1).nonzero().flatten().tolist():
-            own = keys[codebook]
-            apart = torch.cdist(
-                own[found[codebook]], own, compute_mode="donot_use_mm_for_euclid_dist"
-            )  # [n, K]
-            bound = 2 * TIE * own.norm(dim=-1)[found[codebook]].unsqueeze(-1)
-            found[codebook] = (near[codebook] & (apart <= bound)).byte().argmax(-1)
+        first = near.byte().argmax(-1)
+        own, other = (keys.take_along_dim(i.unsqueeze(-1), 1) for i in (found, first))  # [C, n, d]
+        equal = (own - other).norm(dim=-1) <= 2 * TIE * own.norm(dim=-1)
+        found = torch.where(equal, first, found)
         parts.append(found)
     return torch.cat(parts, 1).t() if parts else pieces.new_zeros(pieces.shape[:2]).long()
 

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
 
-from petl.core.calibrate import Calibration, calibration_pass, forward
+from petl.core.calibrate import calibration_pass, forward
 from petl.core.masks import without_padding
 from petl.core.method import (
     AdapterSet,
@@ -29,6 +29,7 @@ from petl.core.registry import no_calibration
 from petl.core.spec.config import require
 from petl.core.support import Capability
 from petl.core.tuners.asking import AskingTuner
+from petl.core.types import Calibration
 from petl.errors import InputError
 from petl.methods.dkvb.adapter import DkvbAdapter
 from petl.methods.dkvb.config import (

@@ -12,6 +12,7 @@ import yaml
 
 from petl.errors import InputError, did_you_mean
 
+TERNARY = "ternary.safetensors"  # the tensors of a compressed adapter
 LABELS = "labels.json"  # in an adapter's folder: names of the labels of its head
 
 

@@ -16,8 +16,8 @@ from petl.core.model.modes import evaluation_mode, has_enabled_adapter, without_
 from petl.core.parameters import trainable
 from petl.core.spec.config import MethodConfig
 from petl.core.tuners.gradients import kinds_of, stepped
+from petl.training.watch.batches import generators_kept
 from petl.training.watch.findings import Findings, Severity
-from petl.training.watch.rows import generators_kept
 
 MOST = 0.1  # a share of the base's tensors that are trained by mistake, above it an error
 EQUAL = 1e-4  # distance of two outputs, relative to the larger, that rounding explains

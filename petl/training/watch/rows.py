@@ -1,18 +1,12 @@
 """Encoded rows as the model reads them: labels, ends, beginnings, lengths, and equal rows."""
 
 import copy
-import random
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
-import numpy as np
-import torch
 import xxhash
 from datasets import Dataset
-from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -21,6 +15,7 @@ from petl.data.overlap import Overlap
 from petl.data.tasks.base import IGNORED
 from petl.data.tasks.chat import end_of_turn
 from petl.errors import printable
+from petl.training.watch.batches import Row, generators_kept, rows_of
 from petl.training.watch.findings import Findings, logger
 
 MANY = 0.1  # a share of rows above it is a warning
@@ -32,38 +27,6 @@ MOST = 20_000  # rows that are compared
 SHOWN = 300  # characters of a row in the log
 LABELS = ("labels", "label")
 NUMBERS = ("id", "idx", "index", "__index_level_0__")  # columns that number the rows
-
-
-@dataclass(frozen=True)
-class Row:
-    """An encoded row without its padding.
-
-    Attributes:
-        ids: tokens that the model reads.
-        labels: one for each of `ids`; of an encoder-decoder model, those of the output; of a
-            classifier, one. None for a loss without labels.
-    """
-
-    ids: list[int]
-    labels: list[int] | None
-
-    @property
-    def target(self) -> list[int]:
-        """What the model learns to write."""
-        return [label for label in self.labels or () if label != IGNORED]
-
-
-@contextmanager
-def generators_kept() -> Generator[None]:
-    """After the block, the generators of torch, NumPy and Python are as before."""
-    state, numpy_state = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(state)
-        np.random.set_state(numpy_state)
 
 
 def sample_rows(data: Any, count: int, kept: Sequence[object]) -> list[Row]:
@@ -94,34 +57,6 @@ def sample_rows(data: Any, count: int, kept: Sequence[object]) -> list[Row]:
             if len(found) >= count or not found:
                 break
     return found
-
-
-def rows_of(batch: Any) -> list[Row]:
-    """Return the rows of a batch, or of one row; of anything but encoded text, none."""
-    if not isinstance(batch, Mapping) or not len(batch.get("input_ids", ())):
-        return []
-    given, masks = _list(batch["input_ids"]), _list(batch.get("attention_mask"))
-    labels = _list(batch.get("labels"))
-    if not isinstance(given[0], list):
-        given, masks, labels = [given], masks and [masks], [labels]
-    if isinstance(given[0][0] if given[0] else 0, list):
-        return []  # choices, or images
-    rows = []
-    for number, ids in enumerate(given):
-        own = labels[number] if labels and number < len(labels) else None
-        mask = masks[number] if masks else None
-        if isinstance(mask, list) and len(mask) == len(ids) and not isinstance(mask[0], list):
-            if isinstance(own, list) and len(own) == len(ids):
-                own = [label for label, present in zip(own, mask, strict=True) if present]
-            ids = [token for token, present in zip(ids, mask, strict=True) if present]
-        rows.append(Row(ids, own if isinstance(own, list | None) else [own]))
-    return rows
-
-
-def _list(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_list(each) for each in value]
-    return value.tolist() if isinstance(value, Tensor | np.ndarray) else value
 
 
 def inspect_rows(

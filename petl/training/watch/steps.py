@@ -25,9 +25,9 @@ from petl.core.tuners.gradients import (
 )
 from petl.data.tasks.base import IGNORED
 from petl.errors import InputError
+from petl.training.watch.batches import Row, rows_of
 from petl.training.watch.findings import Findings, Severity
 from petl.training.watch.model import inspect_base, inspect_modes
-from petl.training.watch.rows import Row, rows_of
 
 UNEQUAL = 0.01  # share by which the weights of tokens may differ
 PIECE = 256  # positions whose logits are read at a time

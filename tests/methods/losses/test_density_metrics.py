@@ -23,7 +23,6 @@ from petl.data.tasks.base import Pad, batch_of_texts
 from petl.data.tasks.causal_lm import CausalLM
 from petl.errors import InputError
 from petl.training.evaluate import Evaluator
-from petl.training.runs.resume import identity
 
 pytest_plugins = ["training_fixtures"]
 
@@ -83,12 +82,6 @@ def test_a_report_is_without_the_search_if_the_config_says_so(petl_log):
     found = term.report([batch_of("llama-relu")])
     assert found == {"density": term.measure([batch_of("llama-relu")])["density"]}
     assert petl_log.messages == ["the metrics have no ppl_1_sparsity: ppl_sparsity=False"]
-
-
-def test_a_run_from_before_the_search_could_be_left_out_resumes_with_it_alone():
-    older = {"loss": {"name": "density", "eps": 1e-7}}
-    assert identity({"loss": older["loss"] | {"ppl_sparsity": True}}) == identity(older)
-    assert identity({"loss": older["loss"] | {"ppl_sparsity": False}}) != identity(older)
 
 
 def test_a_model_that_predicts_no_tokens_has_no_perplexity_to_report(petl_log):
