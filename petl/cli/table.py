@@ -148,7 +148,7 @@ class MethodsOptions(ConfigOptions):
     """
 
 
-@command("train", "train:main", usage=TRAIN_USAGE)
+@command("train", "start:main", usage=TRAIN_USAGE)
 class TrainOptions(Options):
     """Train one adapter and save it, or several: a sweep.
 

@@ -17,6 +17,7 @@ def main() -> None:
     """Run `petl train`, as train.py does."""
     request = json.load(sys.stdin)
     with rare_collections():
+        from petl.cli import start
         from petl.cli import train as command
         from petl.training.loop import Loop
         from petl.training.runs.records import read_log
@@ -37,7 +38,7 @@ def main() -> None:
 
     command.fit, Loop.evaluate = timed_fit, timed_evaluate
     try:
-        command.main(request["words"])
+        start.main(request["words"])
     finally:
         clock.write(Path(request["out"]))
 
