@@ -15,6 +15,7 @@ from petl import testing
 from petl.core.layers.context import ForwardContext
 from petl.core.layers.layer import AdapterLayer
 from petl.core.tuners.adapter import AdapterTuner
+from petl.core.tuners.asking import AskingTuner
 from petl.methods.mola import MolaAdapter, MolaConfig
 from petl.testing import Case, catalog
 from petl.testing.case import assert_close
@@ -205,7 +206,7 @@ def test_a_change_by_a_refused_merge_is_noticed(monkeypatch):
 
 
 def test_lenient_loading_is_noticed(monkeypatch):
-    lenient = super(AdapterTuner, AdapterTuner)._remap_adapter_state_dict_for_load.__func__
+    lenient = super(AskingTuner, AdapterTuner)._remap_adapter_state_dict_for_load.__func__
     monkeypatch.setattr(AdapterTuner, "_remap_adapter_state_dict_for_load", classmethod(lenient))
     assert_noticed("damaged_files_do_not_load")
 

@@ -50,7 +50,8 @@ TOGETHER = Part(
     (Capability.TOGETHER,),
     {
         Capability.CHANGED_BASE: "their initial values are taken out of the base weights, which "
-        "all jobs share; choose another initialization, or train them one by one",
+        "all jobs share (as with init_lora_weights=pissa); choose another initialization, or train "
+        "them one by one",
         Capability.BIASES: "it trains biases of the base, of which a pass of several has one",
         Capability.EXTRA_LOSS: "an extra loss observes one model, and the rows are of several",
         Capability.CHECKPOINTING: "it would draw other dropout masks; train fewer at once",
