@@ -72,7 +72,7 @@ def test_frozen_blocks_are_planned_with_the_size_of_their_store_and_what_it_save
 def test_dropout_below_the_first_trained_block_is_planned_as_a_reason(tiny):
     words = ["+method=lora", "method.layers_to_transform=top:1", "train.steps=14"]
     planned = plan_run(compose([*tiny.classify, *words])).frozen
-    assert planned.reason == "they have dropout, such as bert.embeddings.dropout (0.1)"
+    assert planned.reason.endswith("embeddings.dropout (0.1)")
     planned = plan_run(compose([*tiny.classify, *words, "train.cache_frozen=true"])).frozen
     assert planned.reason == ""
 
