@@ -23,8 +23,8 @@ PAGE = ROOT / "docs/silent-wrongs.md"
 PICTURE = ROOT / "docs/assets/refusals.svg"
 sys.path.insert(0, str(FIXTURES))
 
-from silent_wrongs.petl_side import CASES  # noqa: E402
-from silent_wrongs.verdicts import RIGHT, SILENT, Verdict  # noqa: E402
+from silent_cases.petl_side import CASES  # noqa: E402
+from silent_cases.verdicts import RIGHT, SILENT, Verdict  # noqa: E402
 
 GROUPS = {"D": "Data", "W": "Wrapping", "T": "Training", "S": "Saving and loading",
           "M": "Merging and exporting", "V": "Serving", "A": "Several adapters"}  # fmt: skip
@@ -44,7 +44,7 @@ Trainer are silent in {silent}.
 - **right**: the result is what it must be. **refuses**: an error that names the matter.
   **warns**: a line that names it. **silent**: a wrong result, and no word. An empty cell: not run
   there (petl has the step, they leave it to your code; or it needs several processes).
-- Written by `python scripts/silent_wrongs.py`; the cases are in `tests/fixtures/silent_wrongs`,
+- Written by `python scripts/silent_wrongs.py`; the cases are in `tests/fixtures/silent_cases`,
   and each is a test (`tests/silent_wrongs/test_cases.py`).
 
 Later versions of these libraries may have mended a case: run the script to see.
@@ -66,7 +66,7 @@ def petl_verdicts() -> dict[str, Verdict]:
 def peer_verdicts() -> tuple[dict[str, str], dict[str, Verdict]]:
     """Run the cases of PEFT and Trainer in a process without petl; also return the versions."""
     environment = {**os.environ, "PYTHONPATH": str(FIXTURES), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "silent_wrongs.peers"]
+    command = [sys.executable, "-m", "silent_cases.peers"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     content = json.loads(done.stdout.splitlines()[-1])
     return content["versions"], {name: Verdict(*each) for name, each in content["verdicts"].items()}

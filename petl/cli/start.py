@@ -2,9 +2,10 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, wraps
+from inspect import unwrap
 from pkgutil import resolve_name
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from omegaconf import DictConfig
@@ -15,7 +16,17 @@ from petl.system.imports.collector import rare_collections
 from petl.system.settings.command_line import CONFIG, config_dir
 from petl.training import program as app
 
+if TYPE_CHECKING:
+    from petl.training.bases import Bases
+    from petl.training.loop import Stepwise
 
+
+def train_with(cfg: DictConfig, bases: "Bases") -> "Stepwise[float]":
+    """Begin a run of a sweep that trains together with others, on the weights that they share."""
+    return unwrap(_run())(cfg, bases)
+
+
+@wraps(train_with, assigned=(), updated=())  # what `inspect.unwrap` gives to such a sweep
 def train(cfg: DictConfig) -> float:
     """Train one adapter, as a job of Hydra; return what a search optimizes."""
     with app.reported_to_hydra():

@@ -21,9 +21,9 @@ import petl
 from petl import testing
 from petl.adapters import deltas
 from petl.core.adapter_folder import Folder
-from petl.core.model import patterns
 from petl.core.registry import METHODS
 from petl.ops.ternary import FILE
+from petl.system import patterns
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OWN = sorted(name for name in adaptable("llama") if METHODS[name].own)

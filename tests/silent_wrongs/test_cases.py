@@ -1,8 +1,8 @@
 """Public cases of wrong results without an error: petl is right, refuses, or warns."""
 
 import pytest
-from silent_wrongs.petl_side import CASES
-from silent_wrongs.verdicts import SILENT
+from silent_cases.petl_side import CASES
+from silent_cases.verdicts import SILENT
 
 
 @pytest.mark.parametrize("name", CASES, ids=[f"{c.id} {c.threads}" for c in CASES.values()])

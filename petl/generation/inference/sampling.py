@@ -182,7 +182,9 @@ class AnswerText:
         """Return the text that was held back, once there are no more tokens."""
         # a character that was never completed is written as U+FFFD
         before = self._decoded(self.ids[self.begin : self.end])
-        return self.held + self._decoded(self.ids[self.begin :])[len(before) :]
+        text = self.held + self._decoded(self.ids[self.begin :])[len(before) :]
+        cut = before_stop(text, self.stop)
+        return text if cut is None else cut
 
     def _decoded(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
