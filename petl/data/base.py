@@ -1,5 +1,6 @@
 """Base classes of data sources: settings, shuffling and splitting of rows, streams."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ BY_CLASS = "by_class"  # value of data.order
 ENCODED_TOGETHER = 100  # rows of a call of `Task.encode_rows`; assumption
 SHARE = bounded(gt=0, lt=1)  # of rows to test on, which leaves some to train on
 T = TypeVar("T")
+READING = logging.getLogger("petl.data")
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,12 @@ def check_early(cfg: DictConfig | Mapping[str, object]) -> None:
         return
     source = data_source(data)
     source.check()
-    source.check_columns()
+    level = READING.level
+    READING.setLevel(logging.WARNING)  # the run says how it reads the files
+    try:
+        source.check_columns()
+    finally:
+        READING.setLevel(level)
 
 
 def shuffled(count: int, seed: int) -> list[int]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from petl.data.base import read_data
+from petl.data.base import check_early, read_data
 from petl.errors import InputError
 from petl.training.compose import compose
 from petl.training.runs.run_config import read_config
@@ -74,3 +74,13 @@ def test_the_message_is_that_of_the_check_of_all_settings(words, tmp_path, monke
     with pytest.raises(InputError) as raised:
         read_data(read_config(cfg).resolved["data"])
     assert done.stderr == f"error: {raised.value}\n"
+
+
+def test_how_a_file_is_read_is_said_by_the_run_alone(tmp_path, caplog):
+    caplog.set_level("INFO", logger="petl")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "q", "completion": "a"}\n' * 9)
+    files = {"source": "files", "name": "files", "train": str(tmp_path / "rows.jsonl")}
+    check_early({"data": {**files, "task": "causal_lm", "test": None}})
+    assert not caplog.text
+    read_data({**files, "task": "causal_lm", "test": None, "allow_overlap": True})
+    assert "rows.jsonl is read as" in caplog.text
