@@ -36,7 +36,7 @@ BUDGETS = {
     "adapters": 7450,
     "generation": 4550,
     "experiments": 6300,
-    "cli": 3600,
+    "cli": 3650,
     "testing": 2450,
 }
 OWN_LINES = 360  # of the files directly in petl/
