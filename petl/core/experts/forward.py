@@ -1,0 +1,123 @@
+"""The forward pass of a module of experts, with updates of its stacks, and the class that has it.
+
+Shapes: T tokens, K experts of each token, S = T K rows, E experts, H width of the tokens.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from petl.core.experts.layout import ExpertsLayout, Routing, experts_of
+from petl.core.layers.class_swap import SwappedClass, swap_class
+from petl.ops.grouped_experts import ExpertRows, StackedFactors, grouped_linear
+
+# An update of a stack: factors, which are computed with it, or a function (x [S, I], rows) that
+# returns the product with the updated stack, [S, O], its bias included; rows are sorted.
+Update = StackedFactors | Callable[[Tensor, ExpertRows], Tensor]
+Updates = Mapping[str, Update]  # by name of the parameter
+
+
+class UpdatedExperts(SwappedClass):
+    """A module of experts whose `forward` takes updates of its stacks as one more argument.
+
+    They come with a call, so that hooks of the module, which gather or move its weights, run first.
+    """
+
+    computes_as_before: ClassVar[bool] = True
+
+    def forward(self, *args: Any, updates: Updates | None = None, **kwargs: Any) -> Tensor:
+        """Compute as the module itself, or, with updates, by `updated_forward`."""
+        if updates is None:
+            return super().forward(*args, **kwargs)  # ty: ignore[missing-attribute]
+        module: Any = self
+        layout = experts_of(module)
+        assert layout is not None
+        return updated_forward(module, layout, (*args, *kwargs.values()), updates)
+
+
+def accept_updates(module: nn.Module) -> None:
+    """Let `forward` of a module of experts take `updates`; without them it computes as before."""
+    swap_class(module, UpdatedExperts)
+
+
+def updated_forward(
+    module: Any, layout: ExpertsLayout, inputs: tuple[Any, ...], updates: Updates
+) -> Tensor:
+    """Return the output of a module of experts for its inputs, with updates of its stacks.
+
+    Args:
+        module: with the parameters that the layout names.
+        layout: of the module.
+        inputs: of its own forward pass, in order, see `Routing`.
+        updates: by name of the parameter; those without are multiplied as they are.
+    """
+    projections = _Projections(module, layout, updates)
+    if layout.routing is Routing.SIZES:
+        x, sizes = inputs
+        return projections(layout.up, x, ExpertRows.of_sizes(sizes))
+    if layout.routing is Routing.ALL:
+        (x,) = inputs
+        count = layout.count(module)
+        return projections.expert(x, ExpertRows.of_sizes([len(x) // count] * count))
+    return _routed(projections, *inputs)
+
+
+class _Projections:
+    """The products of one pass of a module of experts."""
+
+    def __init__(self, module: Any, layout: ExpertsLayout, updates: Updates) -> None:
+        self.module, self.layout, self.updates = module, layout, updates
+
+    def __call__(self, name: str, x: Tensor, rows: ExpertRows) -> Tensor:
+        """Multiply rows x [S, I] with the stack called `name`, [S, O]."""
+        update = self.updates.get(name)
+        if update is not None and not isinstance(update, StackedFactors):
+            return update(x, rows)
+        weight = getattr(self.module, name)
+        bias = getattr(self.module, f"{name}_bias") if self.layout.bias else None
+        return grouped_linear(x, weight, rows, bias, update, transposed=self.layout.transposed)
+
+    def expert(self, x: Tensor, rows: ExpertRows) -> Tensor:
+        """Return the outputs of whole experts for rows x [S, H]."""
+        layout = self.layout
+        assert layout.down is not None
+        h = layout.activated(self.module, self(layout.up, x, rows))
+        y = self(layout.down, h, rows)
+        if layout.norm:
+            y = self.module.post_expert_norm(y)
+        if layout.identity and rows.rest is not None:
+            y = torch.where(rows.rest, x, y)
+        return y
+
+
+def _routed(projections: _Projections, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted sum of the outputs of each token's experts, [T, H].
+
+    Args:
+        projections: of the module.
+        x: [T, H].
+        index: [T, K], of the experts of each token.
+        weights: [T, K].
+    """
+    module, layout = projections.module, projections.layout
+    T, K = index.shape
+    count = layout.count(module)
+    has_rest = layout.identity or getattr(module, "_is_expert_parallel", False)
+    flat = index.reshape(-1)
+    if has_rest and not layout.identity:
+        weights = weights.masked_fill(index >= count, 0.0)
+    factors = all(isinstance(each, StackedFactors) for each in projections.updates.values())
+    # sorting needs no copies of weights, but its shapes depend on values
+    if factors and (x.is_meta or layout.implementation(module) == "batched_mm"):
+        rows = ExpertRows(flat, count, None, has_rest)
+        y = projections.expert(x.repeat_interleave(K, dim=0), rows)
+        return (y * weights.reshape(-1, 1)).view(T, K, -1).sum(1).to(x.dtype)
+    experts, order = torch.sort(flat)
+    rows = ExpertRows.ordered(experts, count, has_rest=has_rest)
+    y = projections.expert(x[order // K], rows) * weights.reshape(-1)[order].unsqueeze(-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    # in the order of each token's experts, as transformers sums them
+    return y[back].view(T, K, -1).sum(1).to(x.dtype)
