@@ -108,7 +108,6 @@ def _inject(skeleton: Any, config: Any) -> SkeletonShapes:
             f"no adapter of this config can be added to {type(skeleton).__name__}: "
             f"{first_line(error)}"
         ) from error
-    # also in files of petl's methods, until version 0.1
     state = wrapped.state_dict()
     everything |= {name: state[name] for name in embedding_weights(wrapped)}
     tuner = type(wrapped.base_model)

@@ -1,7 +1,7 @@
-"""Runs stopped at commit b7a8cc9 resume and reach the losses of the uninterrupted run.
+"""Stopped runs resume and reach the losses of the uninterrupted run.
 
-The folders of `checkpoints/` are a promise to users with stopped runs: they are never regenerated,
-only added to (`scripts/make_compatibility_fixtures.py`).
+The folders of `checkpoints/` are a promise to users with stopped runs that begins with version
+0.2.0: from then on they are only added to (`scripts/make_compatibility_fixtures.py`).
 """
 
 import json

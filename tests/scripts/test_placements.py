@@ -26,12 +26,14 @@ def test_shares_of_the_blocks_that_are_equal_are_one_placement():
 
 # what each finished run has, and the study does not use
 OTHERS = {
-    **dict.fromkeys(("validation", "best_step")),
+    **dict.fromkeys(("validation", "validation_scores", "best_step", "head_lr")),
     **dict.fromkeys(("tokens", "adapter_bytes", "trainable_parameters", "peak_rss_bytes"), 1),
     **dict.fromkeys(("padding", "seconds"), 0.5),
     "higher_is_better": True,
     "steps": 3,
     "unit": "tokens",
+    "task": "classification",
+    "time_split": {},
 }
 
 

@@ -159,14 +159,12 @@ class SavedAdapter:
             InputError: it is unknown.
         """
         saved = read_task(self.adapter)
-        if saved is not None:
-            return saved
-        if self.run is None:
+        if saved is None:
             raise InputError(
                 f"{self.adapter} has no {TASK}, so its task and classes are unknown; give the "
-                "folder of its run"
+                "folder that petl train saved"
             )
-        return self.data.task  # of a run of version 0.1
+        return saved
 
     @property
     def columns(self) -> Groups:

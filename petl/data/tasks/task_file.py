@@ -19,7 +19,7 @@ class TaskHeader(TypedDict):
 
 
 def read_task(folder: Path) -> Task | None:
-    """Return the task in an adapter's folder; None if there is none, as in those of version 0.1.
+    """Return the task in an adapter's folder; None if there is none.
 
     Raises:
         InputError: the file is damaged, or has a value that no task has.
@@ -31,7 +31,7 @@ def read_task(folder: Path) -> Task | None:
     kind = resolve_name(choose(TASKS, saved.pop("task"), f"task (in {file})"))
     # any kind of task may have rows of several; one has the names as a field of its own
     names = None if "tasks" in hints_of(kind) else saved.pop("tasks", None)
-    # other fields have defaults, which hold for files of earlier versions
+    # fields that are not there have defaults
     problem = type_problem(names, list[str] | None, "tasks") or type_problem(saved, kind)
     if problem:
         raise InputError(f"{file} cannot be used: {problem}")

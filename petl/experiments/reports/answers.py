@@ -189,7 +189,7 @@ def lines_of(run: Path) -> Iterator[Prediction]:
     if file is None:
         raise InputError(
             f"{run} has no {PREDICTIONS}: `petl eval {run}` writes the predictions of a run with "
-            "train.test=false, or of an older version of petl"
+            "train.test=false"
         )
     for line in iterate_json_lines(file, Line):
         # the merge needs ascending rows

@@ -76,9 +76,7 @@ class RunResult:
         }
         if not self.scores["after"]:
             found |= {key: self.settings.get(key) for key in HELD_OUT}
-        # version 0.1 did not count answers
-        counts = {name for name in COUNTS if name != "answers"} & self.evaluation.keys()
-        return found | {name: self.evaluation[name] for name in sorted(counts)}
+        return found | {name: self.evaluation[name] for name in COUNTS if name in self.evaluation}
 
     @property
     def device(self) -> str:
@@ -165,8 +163,7 @@ def validation_of(scores: Record) -> Mapping[str, float]:
     """Return the best validation evaluation in a run's scores.json; empty without any."""
     if scores["validation"] is None:
         return {}
-    # runs of version 0.1 have the task's metric alone
-    return scores.get("validation_scores") or {scores["metric"]: scores["validation"]}
+    return scores["validation_scores"]
 
 
 def quality_of(scores: Record, evaluation: Mapping[str, float]) -> tuple[float, float]:

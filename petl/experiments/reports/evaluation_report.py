@@ -34,10 +34,10 @@ def print_evaluation(
         print_table(("score", f">{', '.join(names)}"), [(k, exact(k, scores[k])) for k in scores])
         return
     then = scores_of(saved.run)
-    # older runs may lack a score that petl computes now
+    # another version may have saved other scores
     rows = [(k, exact(k, scores[k]), exact(k, then[k]) if k in then else "") for k in scores]
     print_table(("score", ">now", ">scores.json"), rows)
-    # `not <=`: also for a NaN, which older versions saved
+    # `not <=`: also for a NaN
     changed = [
         k
         for k in scores

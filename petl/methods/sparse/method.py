@@ -130,8 +130,7 @@ class Sparse(Method[SparseConfig, SparseAdapter]):
         for adapters in t.active:
             name = adapters.name
             step = int(left.pop(f"{name}.step", torch.tensor(0)))
-            # absent from states of earlier versions
-            at_zero = bool(left.pop(f"{name}.starts_at_zero", torch.tensor(True)))
+            at_zero = bool(left.pop(f"{name}.starts_at_zero"))
             for key, adapter in adapters.adapters.items():
                 keys = {f: f"{key}.{name}.{f}" for f in Candidates.FIELDS}
                 # empty: no accumulation was under way at the checkpoint

@@ -159,7 +159,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 @contextmanager
 def atomic_file(path: Path) -> Generator[BinaryIO]:
     """A file that is renamed to `path` at the end of the block; as `write_atomic`."""
-    remove(path.with_name(f"{UNFINISHED}{path.name}"))  # of an earlier version, or a stranger
+    remove(path.with_name(f"{UNFINISHED}{path.name}"))
     # of this writer alone: two of one file would rename each other's draft
     draft = path.with_name(f"{UNFINISHED}{os.getpid()}-{get_ident()}-{path.name}")
     try:

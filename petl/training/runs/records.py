@@ -106,10 +106,9 @@ class ScoresFile(TypedDict, total=False):
     peak_device_bytes: int
 
 
-# that runs of every version have, and reports need
+# that every finished run has
 FINAL = ScoresFile.__annotations__.keys() - {
-    *("linear_probe", "before", "task", "head_lr", "time_split", "peak_device_bytes"),
-    *("validation_scores", "method"),
+    *("linear_probe", "before", "method", "peak_device_bytes"),
 }
 SIZES = ("bytes", "parameters", "seconds")  # ends of the names of values that are not negative
 
@@ -142,10 +141,9 @@ def read_results(run: Path) -> Record:
 
 def _problem_of(scores: Settings) -> str:
     """Return what is wrong with the scores of a finished run, or ""."""
-    # "after" may be null, but a finished run has the key
-    missing = sorted({*FINAL, "after"} - scores.keys())
+    missing = sorted(FINAL - scores.keys())
     if missing:
-        return f"it has no {missing[0]}; damaged, or written by an older version of petl"
+        return f"it has no {missing[0]}; it is damaged"
     for name in ("after", "before", "linear_probe", "validation_scores"):
         problem = _problem_of_evaluation(scores.get(name) or {}, scores["metric"])
         if problem:
@@ -154,6 +152,8 @@ def _problem_of(scores: Settings) -> str:
         return "it has neither test scores nor a validation score"
     if scores["best_step"] is not None and scores["validation"] is None:
         return "it has a best_step, and no validation score"
+    if scores["validation"] is not None and not scores["validation_scores"]:
+        return "it has a validation score, and no validation_scores"
     if scores["steps"] < 0:
         return f"steps is {scores['steps']}, below 0"
     sizes = [name for name in ScoresFile.__annotations__ if name.endswith(SIZES)]

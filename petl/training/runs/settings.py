@@ -390,8 +390,7 @@ def read_train(cfg: DictConfig | Settings) -> TrainConfig:
 
 def adamr_text(train: Settings) -> str | None:
     """Describe AdamR for the report of a run with these settings; None for AdamW."""
-    # absent from runs of earlier versions
-    if train.get("optimizer") != "adamr":
+    if train["optimizer"] != "adamr":
         return None
     return f"AdamR, decay {train['delta_decay']:g} ({train['delta_norm']}) towards the start"
 

@@ -74,7 +74,7 @@ def test_a_packaged_model_stands_in_for_its_original_on_the_hub(lora_run, tmp_pa
 
 def test_without_its_run_an_adapter_keeps_the_names_of_its_labels(lora_run, tmp_path):
     folder = shutil.copytree(lora_run.path / "adapter", tmp_path / "adapter")
-    (folder / "task.json").unlink()  # adapters of earlier versions have none
+    (folder / "task.json").unlink()
     assert find(folder).task.labels == ["beast", "color", "tool"]
     (folder / "labels.json").unlink()
     assert find(folder).task.labels == ["LABEL_0", "LABEL_1", "LABEL_2"]
