@@ -28,7 +28,7 @@ PACKAGE = ROOT / "petl"
 BUDGETS = {
     "system": 3350,
     "ops": 2450,
-    "core": 10700,
+    "core": 10950,
     "efficiency": 8100,
     "data": 9150,
     "training": 13300,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 2450,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 11900, "tests": 71100}
+OTHERS = {"scripts": 11900, "tests": 71300}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 

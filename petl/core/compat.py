@@ -23,6 +23,7 @@ from peft.tuners.ln_tuning import LNTuningModel
 from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
 from peft.tuners.lora.conversion import _convert_module_to_lora
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import (
     AuxiliaryTrainingWrapper,
     BaseTuner,
@@ -54,10 +55,12 @@ __all__ = [
     "AuxiliaryTrainingWrapper",
     "BaseTuner",
     "BaseTunerLayer",
+    "LoraConfig",
     "LoraLayer",
     "LoraLinear",
     "LoraModel",
     "ModulesToSaveWrapper",
+    "ParamWrapper",
     "adapter_weights",
     "adapts_norms",
     "add_method",

@@ -16,6 +16,7 @@ from petl.core.compat import (
     tuner_class,
     without_noise,
 )
+from petl.core.experts.lora import check_stacks
 from petl.core.fingerprint import fingerprint, remember_base
 from petl.core.method import Method, WrapContext
 from petl.core.model.coverage import log_coverage
@@ -338,6 +339,7 @@ def refuse_other_kinds(model: nn.Module, config: PeftConfig) -> None:
     entry = method_of(config)
     if entry is None or not entry.own:
         check_kinds(config, model, entry.tuner if entry else tuner_class(type(config)))
+        check_stacks(config, model)
 
 
 def refuse_quantized(model: nn.Module, config: PeftConfig) -> None:

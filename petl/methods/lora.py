@@ -23,6 +23,7 @@ from petl.core.method import Finish, WrapContext
 from petl.core.model.targets import resolve_targets
 from petl.core.parameters import check_module
 from petl.core.registry import adopt, no_calibration
+from petl.core.spec.facts import facts_of
 from petl.core.spec.method import modifies_base_weights
 from petl.core.support import BASES, Capability
 from petl.errors import InputError
@@ -43,6 +44,19 @@ def needs_dense_weights(config: Any) -> str:
 
 
 DENSE_WEIGHTS = dict.fromkeys((Capability.FSDP, *BASES), needs_dense_weights)
+
+
+def sorts_rows(config: Any) -> str:
+    """Return why its layers take no batches of several adapters; "": they do."""
+    if not facts_of(config).target_parameters:
+        return ""
+    return (
+        f"target_parameters={min(config.target_parameters)!r} adapts stacked experts, whose rows "
+        "are sorted by expert and not by adapter; use one adapter at a time"
+    )
+
+
+OF_LORA = DENSE_WEIGHTS | dict.fromkeys((Capability.MIXED_BATCH, Capability.TOGETHER), sorts_rows)
 
 
 def initialize(c: WrapContext[Any]) -> Finish | None:
@@ -169,7 +183,7 @@ adopt(
     keeps_base=lambda config: not modifies_base_weights(config),
     needs_data=data_driven_initialization,
     calibrate=initialize,
-    lacks=DENSE_WEIGHTS,
+    lacks=OF_LORA,
 )
 adopt(
     "dora",
@@ -202,5 +216,5 @@ adopt(
     keeps_base=lambda config: not modifies_base_weights(config),
     needs_data=data_driven_initialization,
     calibrate=initialize,
-    lacks=DENSE_WEIGHTS,
+    lacks=OF_LORA,
 )

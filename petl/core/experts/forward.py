@@ -19,7 +19,7 @@ Update = StackedFactors | Callable[[Tensor, ExpertRows], Tensor]
 Updates = Mapping[str, Update]  # by name of the parameter
 
 
-class UpdatedExperts(SwappedClass):
+class UpdatedExperts(SwappedClass, nn.Module):
     """A module of experts whose `forward` takes updates of its stacks as one more argument.
 
     They come with a call, so that hooks of the module, which gather or move its weights, run first.
@@ -30,11 +30,10 @@ class UpdatedExperts(SwappedClass):
     def forward(self, *args: Any, updates: Updates | None = None, **kwargs: Any) -> Tensor:
         """Compute as the module itself, or, with updates, by `updated_forward`."""
         if updates is None:
-            return super().forward(*args, **kwargs)  # ty: ignore[missing-attribute]
-        module: Any = self
-        layout = experts_of(module)
+            return super().forward(*args, **kwargs)
+        layout = experts_of(self)
         assert layout is not None
-        return updated_forward(module, layout, (*args, *kwargs.values()), updates)
+        return updated_forward(self, layout, (*args, *kwargs.values()), updates)
 
 
 def accept_updates(module: nn.Module) -> None:
@@ -43,7 +42,7 @@ def accept_updates(module: nn.Module) -> None:
 
 
 def updated_forward(
-    module: Any, layout: ExpertsLayout, inputs: tuple[Any, ...], updates: Updates
+    module: nn.Module, layout: ExpertsLayout, inputs: tuple[Any, ...], updates: Updates
 ) -> Tensor:
     """Return the output of a module of experts for its inputs, with updates of its stacks.
 
@@ -59,6 +58,7 @@ def updated_forward(
         return projections(layout.up, x, ExpertRows.of_sizes(sizes))
     if layout.routing is Routing.ALL:
         (x,) = inputs
+        # all tokens of the first expert, then all of the second, ...
         count = layout.count(module)
         return projections.expert(x, ExpertRows.of_sizes([len(x) // count] * count))
     return _routed(projections, *inputs)
@@ -67,7 +67,7 @@ def updated_forward(
 class _Projections:
     """The products of one pass of a module of experts."""
 
-    def __init__(self, module: Any, layout: ExpertsLayout, updates: Updates) -> None:
+    def __init__(self, module: nn.Module, layout: ExpertsLayout, updates: Updates) -> None:
         self.module, self.layout, self.updates = module, layout, updates
 
     def __call__(self, name: str, x: Tensor, rows: ExpertRows) -> Tensor:
@@ -86,7 +86,8 @@ class _Projections:
         h = layout.activated(self.module, self(layout.up, x, rows))
         y = self(layout.down, h, rows)
         if layout.norm:
-            y = self.module.post_expert_norm(y)
+            y = self.module.get_submodule("post_expert_norm")(y)
+        # experts without weights
         if layout.identity and rows.rest is not None:
             y = torch.where(rows.rest, x, y)
         return y
@@ -104,6 +105,7 @@ def _routed(projections: _Projections, x: Tensor, index: Tensor, weights: Tensor
     module, layout = projections.module, projections.layout
     T, K = index.shape
     count = layout.count(module)
+    # of other processes, with a weight of 0
     has_rest = layout.identity or getattr(module, "_is_expert_parallel", False)
     flat = index.reshape(-1)
     if has_rest and not layout.identity:

@@ -17,7 +17,7 @@ TOLERANCE = 1e-5  # of the outputs, relative to the largest
 STEP = 64  # entries between the weights of two experts that overlap
 OTHER_KERNELS = ("deepgemm", "sonicmoe")  # implementations that take no update
 
-_faults: dict[tuple[Any, ...], str] = {}  # by class and settings of a module
+_faults: dict[tuple[object, ...], str] = {}  # by class and settings of a module
 
 
 def check_experts(module: nn.Module, name: str) -> ExpertsLayout:
@@ -47,6 +47,7 @@ def check_experts(module: nn.Module, name: str) -> ExpertsLayout:
             f"{name} is {kind} with weights in {stack.dtype}, on which adapters do not compute; "
             "load the model with its weights dequantized"
         )
+    # of a plan: the flags decide
     if stack.is_meta:
         return layout
     settings = (v for v in vars(module).items() if isinstance(v[1], str | int | float))
@@ -95,6 +96,7 @@ def _with_random_weights(module: Any, layout: ExpertsLayout, generator: torch.Ge
         if name in layout.stacks:
             shape = layout.shape(module, name)
             E, first, second = parameter.shape
+            # one buffer, in which each expert begins a little later than the one before
             values = torch.randn(first * second + E * STEP, generator=generator)
             values /= shape.in_features**0.5
             weight = values.as_strided((E, first, second), (STEP, second, 1))

@@ -1,0 +1,225 @@
+"""PEFT's LoRA on stacks of experts: its state, files and switching, with a forward pass of petl's.
+
+PEFT's own adds B A to the weights of all experts in each forward pass, and computes the gradient of
+the whole stack. Shapes: E experts, I in, O out, R rank.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from petl.core.compat import (
+    LoraConfig,
+    ParamWrapper,
+    check_adapters_to_merge,
+    extend_method,
+)
+from petl.core.experts.forward import Updates, accept_updates
+from petl.core.experts.layout import ExpertsLayout, experts_of
+from petl.core.experts.proof import check_experts
+from petl.core.layers.class_swap import SwappedClass, swap_class
+from petl.core.spec.facts import facts_of
+from petl.errors import InputError, UnsupportedError
+from petl.ops.grouped_experts import StackedFactors
+
+logger = logging.getLogger(__name__)
+
+
+class FusedExperts(SwappedClass, ParamWrapper):
+    """Mixin for PEFT's layer around a stack: it passes its factors on to the forward of experts.
+
+    PEFT wraps a layer for one stack around that for the other. Dropout, which PEFT's has none of,
+    is that of the rows of each expert.
+    """
+
+    computes_as_before: ClassVar[bool] = True
+
+    def forward(self, x: Any, *args: Any, updates: Updates | None = None, **kwargs: Any) -> Any:
+        """Compute with the active adapters of this stack, and of those around it, `updates`."""
+        self._check_forward_args(x, *args, **kwargs)
+        own = self._update()
+        # of a layer around this one, whose base this layer is
+        if own is not None:
+            updates = {**(updates or {}), self.parameter_name: own}
+        if updates is not None:
+            kwargs["updates"] = updates
+        return self.base_layer(x, *args, **kwargs)
+
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any
+    ) -> None:
+        """Add an adapter; PEFT refuses dropout, so it is added afterwards."""
+        plain = _without_dropout(config)
+        super().update_layer(adapter_name, r, lora_alpha, config=plain, **kwargs)
+        _add_dropout(self, adapter_name, config)
+
+    def _update(self) -> StackedFactors | None:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return None
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        updates = [self.factors(name) for name in names]
+        rates = {update.dropout for update in updates}
+        if len(rates) > 1:
+            raise UnsupportedError(
+                f"adapters {', '.join(names)} drop different shares of the rows of experts "
+                f"({', '.join(map(str, sorted(rates)))}); give them the same lora_dropout, or "
+                "train one at a time"
+            )
+        return StackedFactors.joined(updates) if updates else None
+
+    def factors(self, adapter_name: str) -> StackedFactors:
+        """Return the update of an adapter: views of its tensors, A [E, R, I] and B [E, O, R]."""
+        A = cast(Tensor, self.lora_A[adapter_name].weight)  # row e R + r
+        B = cast(Tensor, self.lora_B[adapter_name].weight)  # column r E + e
+        experts, rank = self.num_experts, self.r[adapter_name]
+        A_ERI = A.view(experts, rank, A.shape[1])
+        B_EOR = B.view(len(B), rank, experts).permute(2, 0, 1)
+        if self._has_sides_swapped():
+            A_ERI, B_EOR = B_EOR.mT, A_ERI.mT
+        dropout: Any = self.lora_dropout[adapter_name]
+        rate = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+        return StackedFactors(A_ERI, B_EOR, self.scaling[adapter_name], rate)
+
+    def _has_sides_swapped(self) -> bool:
+        """Return True where PEFT takes outputs for inputs: Llama 4 has no flag `is_transposed`."""
+        base: Any = self.get_base_layer()
+        return _layout(base).transposed != getattr(base, "is_transposed", False)
+
+    def _deltas(self, adapter_name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield weight and update of each expert, as stored, the update at least in float32."""
+        weight, update = self.get_param().data, self.factors(adapter_name)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        transposed = _layout(self.get_base_layer()).transposed
+        for W, A, B in zip(weight, update.A, update.B, strict=True):
+            delta = update.scale * (B.to(W.device, dtype) @ A.to(W.device, dtype))
+            yield W, delta.t() if transposed else delta
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates to the weights, one expert at a time.
+
+        Raises:
+            ValueError: `safe_merge`, and a sum is not finite; the weights are unchanged then.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.lora_A:
+                continue
+            # all are computed before one is written
+            sums = (W + delta for W, delta in self._deltas(name)) if safe_merge else ()
+            if not all(bool(each.isfinite().all()) for each in sums):
+                raise ValueError(
+                    f"the adapter {name!r} makes weights of experts that are not finite: it is "
+                    "damaged; train it again, or merge another one"
+                )
+            for W, delta in self._deltas(name):
+                W.copy_(W + delta)
+            self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Subtract the merged updates, one expert at a time."""
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.lora_A:
+                for W, delta in self._deltas(name):
+                    W.copy_(W - delta)
+
+
+def _layout(module: nn.Module) -> ExpertsLayout:
+    layout = experts_of(module)
+    assert layout is not None
+    return layout
+
+
+def _created(
+    original: Callable[..., None],
+    layer: ParamWrapper,
+    base_layer: nn.Module,
+    adapter_name: str,
+    parameter_name: str,
+    config: LoraConfig,
+    **kwargs: Any,
+) -> None:
+    """Create PEFT's layer around a parameter; around a stack, with petl's forward pass."""
+    own = _is_stack(base_layer, parameter_name)
+    given = _without_dropout(config) if own else config
+    original(layer, base_layer, adapter_name, parameter_name, config=given, **kwargs)
+    if own:
+        accept_updates(layer.get_base_layer())
+        swap_class(layer, FusedExperts)
+        _add_dropout(layer, adapter_name, config)
+
+
+# whoever creates it: petl.wrap, PEFT's loading, a trainer
+extend_method(ParamWrapper, "__init__", _created)
+
+
+def _save(original: Callable[..., None], config: LoraConfig, *args: Any, **kwargs: Any) -> None:
+    """Write a config that PEFT loads; it takes no dropout for stacks, which has no use there."""
+    if facts_of(config).target_parameters and config.lora_dropout:
+        logger.info(
+            "lora_dropout=%s is saved as 0, which PEFT needs to load an adapter of experts; set it "
+            "again to train on",
+            config.lora_dropout,
+        )
+        config = _without_dropout(config)
+    original(config, *args, **kwargs)
+
+
+extend_method(LoraConfig, "save_pretrained", _save)
+
+
+def _without_dropout(config: LoraConfig) -> LoraConfig:
+    """Return a copy of a config that PEFT takes for a parameter."""
+    plain = copy.copy(config)
+    plain.lora_dropout = 0.0
+    return plain
+
+
+def _add_dropout(layer: ParamWrapper, adapter_name: str, config: LoraConfig) -> None:
+    if config.lora_dropout:
+        layer.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
+
+
+def _is_stack(module: nn.Module, name: str) -> bool:
+    layout = experts_of(module)
+    return layout is not None and name in layout.stacks
+
+
+def check_stacks(config: Any, model: nn.Module) -> None:
+    """Check the stacks among the parameters that a LoRA targets; the model is not changed.
+
+    Raises:
+        InputError: an initialization that needs a weight of two dimensions, or DoRA; and as of
+            `check_experts`.
+    """
+    for name in stacks_of(config, model):
+        path, _, _ = name.rpartition(".")
+        check_experts(model.get_submodule(path), path)
+        start = facts_of(config).init_lora_weights
+        if isinstance(start, str) and start != "gaussian":
+            raise InputError(
+                f"init_lora_weights={start!r} reads a weight of two dimensions, and {name} holds "
+                "those of all experts; use true or gaussian"
+            )
+        for field in ("use_dora", "lora_bias", "fan_in_fan_out"):
+            if getattr(config, field, False):
+                raise InputError(
+                    f"{field}=true is not possible on {name}, which holds the weights of all "
+                    "experts; set it to false, or leave the experts out (target_parameters)"
+                )
+
+
+def stacks_of(config: Any, model: nn.Module) -> list[str]:
+    """Return the names of the stacks that `config.target_parameters` targets."""
+    given = facts_of(config).target_parameters or ()
+    endings = tuple(f".{name}" for name in given)
+    named = (name for name, _ in model.named_parameters() if f".{name}".endswith(endings))
+    owners = ((name, *name.rsplit(".", 1)) for name in named if "." in name)
+    return [name for name, path, last in owners if _is_stack(model.get_submodule(path), last)]
