@@ -175,7 +175,9 @@ class Folder:
                 memory of this machine.
         """
         if self.compressed is None:
-            return read_weights(self.weights)
+            found = read_weights(self.weights)
+            self.check_sealed()
+            return found
         found = self.ternary
         # torch counts the other sizes of a tensor without entries too
         size = sum(
@@ -197,9 +199,19 @@ class Folder:
         _ = self.config, self.base
         if self.compressed is None:
             read_weights(self.weights)
+            self.check_sealed()
         file = self.file(TERNARY)
         if file is not None:
             _ternary(file)
+
+    def check_sealed(self) -> None:
+        """Check that the file of tensors is the one that petl saved; a compressed one has a digest.
+
+        Raises:
+            InputError: it is another one, by the digest in the fingerprint.
+        """
+        if self.compressed is None:
+            fingerprint.check_sealed(self.weights, self.file(fingerprint.FILE))
 
     def copy_weights(self, target: Path) -> None:
         """Copy its tensors to another folder, expanded."""

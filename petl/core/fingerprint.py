@@ -14,7 +14,8 @@ that it was trained on. Their digests tell the two apart without the base model'
   values. Tensors that only one of two models has do not count as a difference.
 
 It is a guard against mistakes: a change of a few values may fall between the sampled ones, and
-whoever can write to the adapter's folder can change it.
+whoever can write to the adapter's folder can change it. The file also has a digest of the adapter's
+own file of tensors, so that one that a disk or another program changed is refused.
 
 The scale of an adapter is not in its tensors but in its config, which is read with defaults for
 what it lacks. So beside the digests the file has the values of the config that say what the tensors
@@ -48,7 +49,7 @@ from petl.core.layers.class_swap import AdapterDict
 from petl.core.spec.checks import pattern_value
 from petl.core.spec.facts import facts_of
 from petl.errors import InputError
-from petl.system.files.disk import as_json, write_atomic
+from petl.system.files.disk import as_json, sha256, write_atomic
 from petl.system.files.read import parse_json, read_json, read_text
 from petl.system.files.tensor_file import read_shapes
 from petl.version import __version__
@@ -287,6 +288,7 @@ class Content(TypedDict):
     tensors: dict[str, str]
     settings: NotRequired[dict[str, Any]]
     layers: NotRequired[dict[str, Layer]]
+    weights: NotRequired[str]  # SHA-256 of adapter_model.safetensors
 
 
 def write(
@@ -305,8 +307,36 @@ def write(
     content = {"version": VERSION, "tensors": dict(digests), **meaning}
     if any((digests, settings, layers)):
         write_atomic(folder / FILE, as_json(content))
+        seal(folder)
     else:
         (folder / FILE).unlink(missing_ok=True)
+
+
+def seal(folder: Path) -> None:
+    """Note in an adapter's fingerprint, if it has one, the digest of its tensors as they are now.
+
+    A compressed file has its own.
+    """
+    if (folder / FILE).is_file():
+        content: dict[str, Any] = {**_content(folder / FILE)}
+        content.pop("weights", None)
+        if (folder / WEIGHTS).is_file():
+            content["weights"] = sha256(folder / WEIGHTS)
+        write_atomic(folder / FILE, as_json(content))
+
+
+def check_sealed(tensors: Path, file: Path | None) -> None:
+    """Check that a file of tensors is the one that was saved, if the fingerprint `file` tells.
+
+    Raises:
+        InputError: it is another one.
+    """
+    known = _content(file).get("weights")
+    if known is not None and known != sha256(tensors):
+        raise InputError(
+            f"{tensors} is not the file that was saved there: damaged, or changed by another "
+            f"program; restore it, or delete {FILE} to use it as it is"
+        )
 
 
 def read(file: Path | None) -> Fingerprint:

@@ -126,12 +126,18 @@ def test_covariances_without_samples_are_cached(tmp_path, caplog):
     assert "is skipped" not in caplog.text
 
 
-def test_a_damaged_cache_file_is_skipped(tmp_path, caplog):
-    wrap(factors_cache=str(tmp_path))
+@pytest.mark.parametrize(("cut", "said"), [(True, "is skipped"), (False, "is damaged")])
+@pytest.mark.parametrize("kind", ["factors", "covariance"])
+def test_a_damaged_cache_file_is_made_again(kind, cut, said, tmp_path, caplog):
+    fields = {f"{kind}_cache": str(tmp_path)}
+    first = layers(wrap(**fields))
     file = next(tmp_path.glob("*.safetensors"))
-    file.write_bytes(file.read_bytes()[:100])
-    wrap(factors_cache=str(tmp_path))
-    assert "is skipped" in caplog.text
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1  # of a value's exponent
+    file.write_bytes(content[:100] if cut else content)
+    for key, layer in layers(wrap(**fields)).items():
+        assert torch.equal(update(layer), update(first[key]))
+    assert said in caplog.text
 
 
 # Saving

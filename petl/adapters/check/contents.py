@@ -25,6 +25,7 @@ from petl.adapters.check.folder import (
 )
 from petl.adapters.check.weights import TensorFile
 from petl.errors import InputError, shown
+from petl.system.files.disk import sha256
 from petl.system.files.read import read_json
 from petl.system.values import type_problem
 
@@ -378,6 +379,7 @@ class Meaning(TypedDict):
 
     settings: NotRequired[dict[str, Any]]
     layers: NotRequired[dict[str, dict[str, Any]]]
+    weights: NotRequired[str]
 
 
 def other_scale(subject: Subject) -> Iterator[Found]:
@@ -398,6 +400,16 @@ def other_scale(subject: Subject) -> Iterator[Found]:
     if changed:
         more = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
         yield Found(f"the config is not that of the tensors: {changed[0]}{more}", CONFIG)
+
+
+def changed(subject: Subject) -> Iterator[Found]:
+    """A file of tensors that is not the one that was saved there."""
+    if not subject.has(FINGERPRINT):
+        raise NotCheckedError(f"no {FINGERPRINT} (not written by petl)")
+    content: Meaning = read_json(subject.folder / FINGERPRINT, Meaning)
+    known = content.get("weights")
+    if known and subject.has(WEIGHTS) and sha256(subject.folder / WEIGHTS) != known:
+        yield Found("it is not the file that was saved: damaged, or changed afterwards", WEIGHTS)
 
 
 LARGE = 60_000  # float16 ends at 65,504

@@ -57,6 +57,7 @@ RULES = (
     Rule(
         "scale.config", ERROR, contents.other_scale, "restore it, or delete base_fingerprint.json"
     ),
+    Rule("format.changed", ERROR, contents.changed, "restore it, or delete base_fingerprint.json"),
     Rule("base.fits", ERROR, with_base.misfit, "--base with the model that it was trained on"),
     Rule("base.adapted", ERROR, with_base.other_weights, "use the base of the training"),
     Rule("base.others", NOTE, with_base.others_differ),

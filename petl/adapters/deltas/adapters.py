@@ -25,7 +25,7 @@ from petl.adapters.deltas.states import coded_names
 from petl.adapters.export.checked_folder import refuse_changed_base
 from petl.core.adapter_file import WEIGHTS, is_whole, reference_of, starts_at_one, type_of
 from petl.core.adapter_folder import Folder
-from petl.core.fingerprint import MEANING
+from petl.core.fingerprint import MEANING, seal
 from petl.core.spec.facts import facts_of
 from petl.errors import InputError
 from petl.ops.ternary import FILE, State, Ternary
@@ -181,6 +181,7 @@ def expand(folder: str | Path, out: str | Path) -> None:
     with new_folder(out) as draft:
         copy_others(folder, draft)
         saved.copy_weights(draft)
+        seal(draft)
         card = draft / CARD
         if card.is_file():
             write_atomic(card, f"{read_text(card).replace(NOTE, '').rstrip()}\n")
@@ -234,6 +235,7 @@ def write_state(material: Material, state: State, out: Path, record: dict[str, s
         copy_others(material.folder, draft)
         amend_card(draft / CARD, CHANGED)
         save_file(tensors, draft / WEIGHTS, {"format": "pt", **record})
+        seal(draft)
 
 
 # Pruning

@@ -156,6 +156,7 @@ class Bits(Feature):
         folder.mkdir()
         copy_others(self.saved.adapter, folder)
         self.save(state, folder)
+        fingerprint.seal(folder)
 
 
 FEATURES: dict[str, Callable[[SavedAdapter], Feature]] = {

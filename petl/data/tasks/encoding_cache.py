@@ -16,6 +16,7 @@ from datasets import Dataset, Features
 from datasets.utils.tqdm import are_progress_bars_disabled
 from transformers import BaseImageProcessor, FeatureExtractionMixin, PreTrainedTokenizerBase
 
+from petl.system.files.disk import is_as_noted, note_digest
 from petl.system.files.paths import cache_folder
 from petl.system.progress import Pass
 
@@ -55,6 +56,11 @@ def encode_once(task: Encoder[P], processor: P, split: Dataset) -> Dataset:
     # the hash names the file: a changed dependency is another file, and none becomes stale
     key = fingerprint(task, processor, split)
     folder = writable(cache_folder() / "encoded")
+    file = folder / f"{key}.arrow" if folder else None
+    is_cached = file is not None and is_as_noted(file)
+    if file and file.exists() and not is_cached:
+        logger.warning("%s is damaged or incomplete: encoding again", file)
+        file.unlink(missing_ok=True)
     what = f"encoding {len(split):,} examples"
     shown = Pass(what, len(split), unit="examples", quiet=True)  # the cache may have them
 
@@ -64,7 +70,7 @@ def encode_once(task: Encoder[P], processor: P, split: Dataset) -> Dataset:
         return encoded
 
     with without_progress_bars(), shown:
-        return split.map(
+        encoded = split.map(
             encode,
             batched=True,
             with_indices=True,
@@ -74,9 +80,12 @@ def encode_once(task: Encoder[P], processor: P, split: Dataset) -> Dataset:
             remove_columns=split.column_names,
             # without it `datasets` hashes the function, which holds the tokenizer with its state
             new_fingerprint=key,
-            cache_file_name=str(folder / f"{key}.arrow") if folder else None,
-            keep_in_memory=folder is None,
+            cache_file_name=str(file) if file else None,
+            keep_in_memory=file is None,
         )
+    if file and file.exists() and not is_cached:  # a split without rows has none
+        note_digest(file)
+    return encoded
 
 
 def fingerprint(task: Encoder[P], processor: P, split: Dataset) -> str:

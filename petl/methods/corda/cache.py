@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from petl.errors import InputError
-from petl.system.files.disk import create
+from petl.system.files.disk import create, is_as_noted, note_digest
 from petl.system.files.read import parse_json
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,9 @@ class Cache:
                 found.append(path)
             elif closest is None or len(gaps) < len(closest):
                 closest = gaps
+        for path in [each for each in found if not is_as_noted(each)]:
+            logger.warning("%s is damaged or incomplete: computing it again", path)
+            found.remove(path)
         if len(found) > 1:
             raise InputError(
                 f"{len(found)} files in {self.folder} match, of different calibration data; "
@@ -101,6 +104,7 @@ class Cache:
                 yield lambda tensor: self.put(file, tensor)
             # atomic: other runs see a complete file or none
             draft.replace(self.folder / name)
+            note_digest(self.folder / name)
         except OSError as error:
             raise self.not_writable(error) from error
 

@@ -190,6 +190,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def note_digest(file: Path) -> None:
+    """Write the SHA-256 of a complete file into a file beside it."""
+    write_atomic(file.with_name(f"{file.name}.sha256"), sha256(file))
+
+
+def is_as_noted(file: Path) -> bool:
+    """Return whether a file is there and equals the one whose digest was noted beside it."""
+    noted = file.with_name(f"{file.name}.sha256")
+    # bounded: a stranger may have written it
+    return file.is_file() and noted.is_file() and noted.read_bytes()[:64] == sha256(file).encode()
+
+
 def check_writable(folder: Path) -> None:
     """Raise InputError unless `folder`, or its closest existing parent, is writable."""
     existing = folder

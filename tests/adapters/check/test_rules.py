@@ -198,6 +198,7 @@ SICK = {
     "constant": ("dead.rows", each(f"{BLOCK_1}_A", torch.ones_like)),
     "no alpha": ("scale.alpha", without("lora_alpha")),
     "alpha 0": ("scale.alpha", config(lora_alpha=0)),
+    "changed weights": ("format.changed", each(f"{BLOCK_1}_B", lambda v: 1.001 * v)),
     "other alpha": ("scale.config", config(lora_alpha=64)),
     "other scale": ("scale.config", config(alpha_pattern={"q_proj": 64})),
     "float16": ("dtype.range", each(f"{BLOCK_1}_A", lambda v: torch.full_like(v, 64000).half())),
@@ -221,7 +222,7 @@ SICK = {
 @pytest.mark.parametrize("case", SICK)
 def test_a_sick_folder_is_found_by_its_class(case, tmp_path):
     wanted, damage = SICK[case]
-    layout = "petl" if wanted == "scale.config" else "llama-factory"
+    layout = "petl" if wanted in ("scale.config", "format.changed") else "llama-factory"
     folder = shutil.copytree(folders.healthy("lora", layout), tmp_path / "adapter")
     damage(folder)
     found = {each.id: each for each in petl.check(folder)}

@@ -33,7 +33,21 @@ def test_the_same_rows_are_tokenized_once(tokenizer, cache):
     again = task.encode(byte_tokenizer(pad_token="<|im_end|>"), Dataset.from_dict(SPLIT))
     assert Counting.seen == 3
     assert again.to_dict() == first.to_dict()
-    assert len(list((cache / "encoded").iterdir())) == 1
+    assert len(list((cache / "encoded").glob("*.arrow"))) == 1
+
+
+def test_rows_of_a_damaged_cache_are_encoded_again(tokenizer, cache, caplog):
+    task = Counting(classes=["x", "y"])
+    first = task.encode(tokenizer, Dataset.from_dict(SPLIT)).to_dict()
+    (file,) = (cache / "encoded").glob("*.arrow")
+    content = bytearray(file.read_bytes())
+    content[content.index(first["input_ids"][1][-1].to_bytes(4, "little"))] ^= 1
+    file.write_bytes(content)
+    assert task.encode(tokenizer, Dataset.from_dict(SPLIT)).to_dict() == first
+    assert Counting.seen == 6
+    assert f"{file} is damaged" in caplog.text
+    task.encode(tokenizer, Dataset.from_dict(SPLIT))
+    assert Counting.seen == 6
 
 
 def test_a_change_of_any_dependency_encodes_the_rows_again(tokenizer):
@@ -93,4 +107,4 @@ def test_another_process_reads_the_cached_rows(tokenizer, cache):
     before = {file: file.stat().st_mtime_ns for file in (cache / "encoded").iterdir()}
     CausalLM().encode(tokenizer, Dataset.from_dict(SPLIT))
     assert {file: file.stat().st_mtime_ns for file in (cache / "encoded").iterdir()} == before
-    assert len(before) == 1
+    assert len(before) == 2  # the rows and their digest
