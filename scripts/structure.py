@@ -26,7 +26,7 @@ PACKAGE = ROOT / "petl"
 # Lines that each package may have. A feature pays for its lines by what it makes unnecessary: lower
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
-    "system": 3350,
+    "system": 3400,
     "ops": 2450,
     "core": 10950,
     "efficiency": 8100,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 2450,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 11900, "tests": 71300}
+OTHERS = {"scripts": 11900, "tests": 71400}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
