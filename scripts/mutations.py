@@ -1,34 +1,58 @@
 """Plant faults in petl/, one at a time, and see which ones the tests of their room notice.
 
-    python scripts/mutations.py                  # all that have no result yet; minutes each
-    python scripts/mutations.py --only methods   # of one package
+    python scripts/mutations.py                  # all that have no result yet
+    python scripts/mutations.py --only methods   # of files whose path has this text
     python scripts/mutations.py --report         # the stored results: the score, and what survived
 
 `mutations/faults.yaml` lists the faults: a line of a file and the line in its place (another
-operator, sign, constant, branch, argument; a call left out). A line is looked up by its text, first
-in the file that is named, so that it is found again where code has moved. Each fault is planted in
-a copy of petl/; then the tests run that mirror the file: `tests/PLACE/test_NAME*.py`, or those of
-the folders above it. Results are in `mutations/results.json`: whether the fault is caught.
+operator, sign, constant, axis, branch, argument; a call left out). A line is looked up by its text,
+first in the file that is named, so that it is found again where code has moved. Each fault is
+planted in one copy of the project; then a process runs the tests that mirror the file, until one
+fails: `tests/PLACE/test_NAME*.py`, or those of the folders above it that name something of the
+file; for a method, also its share of `tests/contract`. The processes are forked from one that has
+imported the libraries, and never petl. `mutations/results.json` has the test that noticed a fault,
+or `survived`, by the digest of the fault: a fault that is edited is tried again.
 """
 
 import argparse
+import ast
 import collections
+import hashlib
+import importlib.util
 import json
 import os
+import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple, NoReturn
 
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 FAULTS = ROOT / "scripts/mutations/faults.yaml"
 RESULTS = ROOT / "scripts/mutations/results.json"
-LIMIT = 900  # seconds for the tests of one fault: one that never ends is noticed as well
-Verdict = Literal["caught", "survived", "no tests", "stale"]
+LIMIT = 900  # seconds for the tests of one fault
+NOT_CAUGHT = {"survived": "survived", "no tests": "no tests", "unfinished": "unfinished"}
+PYTEST = (
+    "-q",
+    "-x",
+    "-n",
+    "0",
+    "-p",
+    "no:cacheprovider",
+    "--tb",
+    "short",
+    "-o",
+    "console_output_style=classic",
+)
+NO_TESTS = 5  # exit status of pytest
 
 
 class Fault(NamedTuple):
@@ -43,14 +67,19 @@ class Fault(NamedTuple):
         """The package of petl/ that the line was in when it was listed."""
         return self.file.split("/")[1]
 
+    @property
+    def digest(self) -> str:
+        """The key of its result."""
+        return hashlib.sha256("\n".join(self[1:]).encode()).hexdigest()[:10]
+
 
 def read_faults() -> list[Fault]:
     """Return the listed faults."""
     return [Fault(**entry) for entry in yaml.safe_load(FAULTS.read_text())]
 
 
-def read_results() -> dict[str, Verdict]:
-    """Return the stored verdicts, by the text of the line."""
+def read_results() -> dict[str, str]:
+    """Return by the digest of a fault what noticed it, or a key of `NOT_CAUGHT`."""
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
@@ -59,80 +88,215 @@ def place_of(fault: Fault) -> Path | None:
 
     Code moves: if the listed file lacks the line, all files are searched.
     """
-    files = sorted((ROOT / "petl").rglob("*.py"))
-    named = ROOT / fault.file
-    having = [file for file in files if _has_line(file, fault.old)]
-    if named in having:
-        return named.relative_to(ROOT)
+    if (ROOT / fault.file).exists() and _lines(ROOT / fault.file).count(fault.old) == 1:
+        return Path(fault.file)
+    having = [file for file in _sources() if _lines(file).count(fault.old) == 1]
     return having[0].relative_to(ROOT) if len(having) == 1 else None
 
 
-def _has_line(file: Path, line: str) -> bool:
-    return [text.strip() for text in file.read_text().splitlines()].count(line) == 1
+def planted(fault: Fault, file: Path) -> str:
+    """Return the text of a file with the fault in it."""
+    lines = (ROOT / file).read_text().split("\n")
+    at = _lines(ROOT / file).index(fault.old)
+    indent = lines[at][: len(lines[at]) - len(lines[at].lstrip())]
+    return "\n".join([*lines[:at], indent + fault.new, *lines[at + 1 :]])
 
 
-def tests_of(file: Path) -> list[str]:
-    """Return the test files that mirror a file of petl/, or a folder above it.
+@cache
+def _sources() -> list[Path]:
+    return sorted((ROOT / "petl").rglob("*.py"))
 
-    The tests of a method stand beside each other, so a file of its folder has all of them.
+
+@cache
+def _lines(file: Path) -> list[str]:
+    return [line.strip() for line in file.read_text().split("\n")]
+
+
+def tests_of(file: Path) -> list[list[str]]:
+    """Return the arguments of each run of pytest that belongs to a file of petl/.
+
+    They name the test files that mirror it. If it has none of its own, and its folder has several,
+    those come that name the module or something public of it, the most telling first.
     """
     parts = file.with_suffix("").parts[1:]
+    runs = []
     for depth in range(len(parts), 0, -1):
-        folder, name = ROOT / "tests" / Path(*parts[: depth - 1]), parts[depth - 1]
-        own = folder / name
-        found = sorted(folder.glob(f"test_{name}.py")) + sorted(folder.glob(f"test_{name}_*.py"))
-        found += sorted(own.rglob("test_*.py")) if own.is_dir() else []
+        found = _mirroring(ROOT / "tests" / Path(*parts[: depth - 1]), parts[depth - 1])
         if found:
-            return [str(test.relative_to(ROOT)) for test in found]
-    return []
+            is_own = depth == len(parts) or parts[-1] == "__init__"
+            named = [] if is_own or len(found) == 1 else _naming(file, found)
+            runs.append([str(test.relative_to(ROOT)) for test in named or found])
+            break
+    if parts[0] == "methods" and len(parts) > 1:
+        runs.append(["tests/contract/test_contract.py", "-k", f"[{parts[1]}-"])
+    return runs
 
 
-def plant(fault: Fault, file: Path, copy: Path) -> None:
-    """Write the faulty line into `copy`, a copy of the root."""
-    text = (ROOT / file).read_text()
-    assert fault.old in text
-    (copy / file).write_text(text.replace(fault.old, fault.new, 1))
+def _mirroring(folder: Path, name: str) -> list[Path]:
+    own = folder / name
+    found = sorted(folder.glob(f"test_{name}.py")) + sorted(folder.glob(f"test_{name}_*.py"))
+    return found + (sorted(own.rglob("test_*.py")) if own.is_dir() else [])
 
 
-def try_fault(fault: Fault) -> Verdict:
-    """Return whether the tests of its room notice a fault."""
+def _naming(file: Path, room: Sequence[Path]) -> list[Path]:
+    """Return the tests that import a module, and those of `room` that have a public name of it."""
+    module = ".".join(file.with_suffix("").parts)
+    public = [
+        node.name
+        for node in ast.parse((ROOT / file).read_text()).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+    ]
+    names = re.compile(rf"\b({'|'.join(map(re.escape, [module, *public]))})\b")
+    counts = {}
+    for test in sorted((ROOT / "tests").rglob("test_*.py")):
+        text = test.read_text()
+        if test in room or re.search(rf"\b{re.escape(module)}\b", text):
+            counts[test] = len(names.findall(text))
+    named = [test for test in counts if counts[test] and "docs" not in test.parts]
+    return sorted(named, key=lambda test: (test not in room, -counts[test]))
+
+
+class Copy:
+    """A copy of the project in which faults are planted, one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "project"
+        left_out = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", ".hypothesis")
+        shutil.copytree(ROOT, self.folder, ignore=left_out)
+
+    @contextmanager
+    def having(self, fault: Fault, file: Path) -> Iterator[None]:
+        """Have the fault in the copy."""
+        before = (ROOT / file).read_text()
+        self._write(file, planted(fault, file))
+        try:
+            yield
+        finally:
+            self._write(file, before)
+
+    def _write(self, file: Path, text: str) -> None:
+        path = self.folder / file
+        path.write_text(text)
+        # bytecode is known by the second and the size of its source
+        Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
+
+    def run(self, arguments: Sequence[str]) -> str:
+        """Run tests in a forked process; what failed, or a key of `NOT_CAUGHT`."""
+        answer = self.folder / "answer.txt"
+        answer.unlink(missing_ok=True)
+        process = os.fork()
+        if not process:
+            self._become_pytest(arguments, answer)
+        status = _wait(process)
+        with suppress(ProcessLookupError):
+            os.killpg(process, signal.SIGKILL)  # what its tests started
+        if status is None:
+            return "unfinished"
+        if status in (0, NO_TESTS):
+            return "survived" if status == 0 else "no tests"
+        if answer.exists():
+            return answer.read_text()
+        if status > 0:
+            log = (self.folder / "log.txt").read_text()
+            if "while loading conftest" in log:
+                return "conftest.py"
+            raise RuntimeError(f"pytest {' '.join(arguments)} ended with {status}:\n{log}")
+        return f"ended by signal {-status}"
+
+    def _become_pytest(self, arguments: Sequence[str], answer: Path) -> NoReturn:
+        os.setsid()
+        log = os.open(self.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.chdir(self.folder)
+        os.environ["PYTHONPATH"] = str(self.folder)
+        sys.path[:] = [entry for entry in sys.path if not entry.startswith(str(ROOT))]
+        sys.path.insert(0, str(self.folder))
+        status = 1
+        try:
+            import pytest
+
+            status = int(pytest.main([*PYTEST, *arguments], [FirstFailure(answer)]))
+            sys.stdout.flush()
+        finally:
+            os._exit(status)
+
+
+class FirstFailure:
+    """A plugin of pytest that writes down which test fails first."""
+
+    def __init__(self, answer: Path) -> None:
+        self.answer = answer
+
+    def pytest_collectreport(self, report) -> None:
+        """Note a file that cannot be imported."""
+        self._note(report)
+
+    def pytest_runtest_logreport(self, report) -> None:
+        """Note a test that fails."""
+        self._note(report)
+
+    def _note(self, report) -> None:
+        if report.failed and not self.answer.exists():
+            self.answer.write_text(report.nodeid)
+
+
+def _wait(process: int) -> int | None:
+    """Return the exit status of a process, negative for a signal; None: it was stopped."""
+    until = time.monotonic() + LIMIT
+    while time.monotonic() < until:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return None
+
+
+def try_fault(fault: Fault, copy: Copy) -> str:
+    """Return what noticed a fault, or a key of `NOT_CAUGHT`."""
     file = place_of(fault)
     if file is None:
-        return "stale"
-    tests = tests_of(file)
-    if not tests:
-        return "no tests"
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder)
-        for name in ("petl", "tests", "scripts", "configs"):
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("pyproject.toml", "train.py"):
-            shutil.copy(ROOT / name, copy / name)
-        plant(fault, file, copy)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider"]
-        environment = {**os.environ, "PYTHONPATH": folder}
-        try:
-            run = subprocess.run(
-                [*command, *tests], cwd=copy, env=environment, capture_output=True, timeout=LIMIT
-            )
-        except subprocess.TimeoutExpired:
-            return "caught"
-    return "survived" if run.returncode == 0 else "caught"
+        raise SystemExit(f"{fault.file} has no such line, or several: {fault.old}")
+    found = "no tests"
+    with copy.having(fault, file):
+        for arguments in tests_of(file):
+            result = copy.run(arguments)
+            if result not in ("survived", "no tests"):
+                return result
+            found = result if result == "survived" else found
+    return found
 
 
-def report(results: dict[str, Verdict]) -> None:
+def report(faults: Sequence[Fault], results: dict[str, str]) -> None:
     """Print the score by package, and the faults that nothing noticed."""
     by_package = collections.defaultdict(collections.Counter)
-    for fault in read_faults():
-        by_package[fault.package][results.get(fault.old, "not tried")] += 1
+    for fault in faults:
+        result = results.get(fault.digest, "not tried")
+        by_package[fault.package][
+            NOT_CAUGHT.get(result, "caught") if result != "not tried" else result
+        ] += 1
     total = sum(by_package.values(), collections.Counter())
     for name, counts in [*sorted(by_package.items()), ("all", total)]:
-        tried = counts["caught"] + counts["survived"] + counts["no tests"]
         others = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()) if what != "caught")
-        print(f"{name:12} {counts['caught']:4} of {tried} caught; {others or 'nothing else'}")
-    for fault in read_faults():
-        if results.get(fault.old) in ("survived", "no tests"):
-            print(f"{results[fault.old]}: {place_of(fault)}: {fault.old}  ->  {fault.new}")
+        print(
+            f"{name:12} {counts['caught']:4} of {counts.total()} caught; {others or 'nothing else'}"
+        )
+    for fault in faults:
+        if results.get(fault.digest) in NOT_CAUGHT:
+            print(f"{results[fault.digest]}: {place_of(fault)}: {fault.old}  ->  {fault.new}")
+
+
+def import_libraries() -> None:
+    """Import what the tests import, but petl, and have their processes forked from such a one."""
+    sys.path.insert(0, str(ROOT / "tests/fixtures"))
+    import warm_python
+    from warm_python.server import ALL
+
+    for name in (*ALL, "hypothesis", "pytest"):
+        importlib.import_module(name)
+    warm_python.begin()
 
 
 def main() -> None:
@@ -140,18 +304,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", metavar="PACKAGE", help="faults of one package")
+    parser.add_argument("--only", metavar="TEXT", default="", help="faults of such paths")
     parser.add_argument("--report", action="store_true", help="run nothing")
-    parser.add_argument("--again", action="store_true", help="try all, whatever is stored")
+    parser.add_argument("--again", action="store_true", help="those that survived, too")
     arguments = parser.parse_args()
-    results = read_results()
-    for fault in [] if arguments.report else read_faults():
-        is_wanted = arguments.only in (None, fault.package)
-        if is_wanted and (arguments.again or fault.old not in results):
-            results[fault.old] = try_fault(fault)
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-            print(f"{results[fault.old]}: {fault.file}: {fault.old}", flush=True)
-    report(results)
+    faults, results = read_faults(), read_results()
+    results = {key: results[key] for key in (fault.digest for fault in faults) if key in results}
+    tried = {
+        key for key, result in results.items() if not arguments.again or result not in NOT_CAUGHT
+    }
+    wanted = [f for f in faults if arguments.only in f.file and f.digest not in tried]
+    if wanted and not arguments.report:
+        import_libraries()
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Copy(Path(folder))
+            for fault in wanted:
+                start = time.monotonic()
+                results[fault.digest] = try_fault(fault, copy)
+                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                took = time.monotonic() - start
+                print(
+                    f"{took:4.0f} s {results[fault.digest]}: {fault.file}: {fault.old}", flush=True
+                )
+    report(faults, results)
 
 
 if __name__ == "__main__":
