@@ -314,6 +314,7 @@ def main() -> None:
         key for key, result in results.items() if not arguments.again or result not in NOT_CAUGHT
     }
     wanted = [f for f in faults if arguments.only in f.file and f.digest not in tried]
+    wanted.sort(key=lambda fault: fault.digest)  # at random: a part that is tried is a sample
     if wanted and not arguments.report:
         import_libraries()
         with tempfile.TemporaryDirectory() as folder:
