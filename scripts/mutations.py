@@ -1,15 +1,15 @@
 """Plant faults in petl/, one at a time, and see which ones the tests of their room notice.
 
     python scripts/mutations.py                  # all that have no result yet
-    python scripts/mutations.py --only methods   # of files whose path has this text
+    python scripts/mutations.py --only methods   # of files or lines with this text
     python scripts/mutations.py --report         # the stored results: the score, and what survived
 
 `mutations/faults.yaml` lists the faults: a line of a file and the line in its place (another
 operator, sign, constant, axis, branch, argument; a call left out). A line is looked up by its text,
 first in the file that is named, so that it is found again where code has moved. Each fault is
 planted in one copy of the project; then a process runs the tests that mirror the file, until one
-fails: `tests/PLACE/test_NAME*.py`, or those of the folders above it that name something of the
-file; for a method, also its share of `tests/contract`. The processes are forked from one that has
+fails: `tests/PLACE/test_NAME*.py`, then others that name something of the file; for a method, also
+its share of `tests/contract`. The processes are forked from one that has
 imported the libraries, and never petl. `mutations/results.json` has the test that noticed a fault,
 or `survived`, by the digest of the fault: a fault that is edited is tried again.
 """
@@ -52,6 +52,7 @@ PYTEST = (
     "-o",
     "console_output_style=classic",
 )
+MOST = 6  # test files that name something of a file
 NO_TESTS = 5  # exit status of pytest
 
 
@@ -113,23 +114,29 @@ def _lines(file: Path) -> list[str]:
 
 
 def tests_of(file: Path) -> list[list[str]]:
-    """Return the arguments of each run of pytest that belongs to a file of petl/.
+    """Return the arguments of each run of pytest that belongs to a file of petl/, in order.
 
-    They name the test files that mirror it. If it has none of its own, and its folder has several,
-    those come that name the module or something public of it, the most telling first.
+    First the test files that mirror it, or the folder that it is in; then, of others, those that
+    name something public of it; for a method also its share of the contract.
     """
     parts = file.with_suffix("").parts[1:]
-    runs = []
+    own: list[Path] = []
+    room: list[Path] = []
     for depth in range(len(parts), 0, -1):
         found = _mirroring(ROOT / "tests" / Path(*parts[: depth - 1]), parts[depth - 1])
-        if found:
-            is_own = depth == len(parts) or parts[-1] == "__init__"
-            named = [] if is_own or len(found) == 1 else _naming(file, found)
-            runs.append([str(test.relative_to(ROOT)) for test in named or found])
+        if found and not own and (depth == len(parts) or parts[-1] == "__init__" or len(found) < 2):
+            own = found
+        elif found:
+            room = found
             break
-    if parts[0] == "methods" and len(parts) > 1:
-        runs.append(["tests/contract/test_contract.py", "-k", f"[{parts[1]}-"])
-    return runs
+    of_method = parts[0] == "methods" and parts[1:2] != ("losses",)
+    others = room if of_method else _naming(file, room)[:MOST]
+    naming = [test for test in others if test not in own]
+    runs = [own, naming] if own or naming else [room]
+    arguments = [[str(test.relative_to(ROOT)) for test in run] for run in runs if run]
+    if of_method:
+        arguments.append(["tests/contract/test_contract.py", "-k", f"[{parts[1]}-"])
+    return arguments
 
 
 def _mirroring(folder: Path, name: str) -> list[Path]:
@@ -254,14 +261,14 @@ def _wait(process: int) -> int | None:
     return None
 
 
-def try_fault(fault: Fault, copy: Copy) -> str:
-    """Return what noticed a fault, or a key of `NOT_CAUGHT`."""
+def try_fault(fault: Fault, copy: Copy, tests: Sequence[str] = ()) -> str:
+    """Return what noticed a fault, or a key of `NOT_CAUGHT`; `tests` take the place of its own."""
     file = place_of(fault)
     if file is None:
         raise SystemExit(f"{fault.file} has no such line, or several: {fault.old}")
     found = "no tests"
     with copy.having(fault, file):
-        for arguments in tests_of(file):
+        for arguments in [tests] if tests else tests_of(file):
             result = copy.run(arguments)
             if result not in ("survived", "no tests"):
                 return result
@@ -304,16 +311,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", metavar="TEXT", default="", help="faults of such paths")
+    parser.add_argument("--only", metavar="TEXT", default="", help="of such paths or lines")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--again", action="store_true", help="those that survived, too")
+    parser.add_argument("--tests", nargs="+", default=(), help="run these: files, -k WORDS")
     arguments = parser.parse_args()
     faults, results = read_faults(), read_results()
     results = {key: results[key] for key in (fault.digest for fault in faults) if key in results}
     tried = {
         key for key, result in results.items() if not arguments.again or result not in NOT_CAUGHT
     }
-    wanted = [f for f in faults if arguments.only in f.file and f.digest not in tried]
+    wanted = [f for f in faults if arguments.only in f"{f.file}: {f.old}" and f.digest not in tried]
     wanted.sort(key=lambda fault: fault.digest)  # at random: a part that is tried is a sample
     if wanted and not arguments.report:
         import_libraries()
@@ -321,7 +329,7 @@ def main() -> None:
             copy = Copy(Path(folder))
             for fault in wanted:
                 start = time.monotonic()
-                results[fault.digest] = try_fault(fault, copy)
+                results[fault.digest] = try_fault(fault, copy, arguments.tests)
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n")
                 took = time.monotonic() - start
                 print(
