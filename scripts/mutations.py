@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FAULTS = ROOT / "scripts/mutations/faults.yaml"
 RESULTS = ROOT / "scripts/mutations/results.json"
 LIMIT = 900  # seconds for the tests of one fault
-NOT_CAUGHT = {"survived": "survived", "no tests": "no tests", "unfinished": "unfinished"}
+NOT_CAUGHT, NOT_TRIED = ("survived", "no tests", "unfinished"), "not tried"
 PYTEST = (
     "-q",
     "-x",
@@ -71,7 +71,7 @@ class Fault(NamedTuple):
     @property
     def digest(self) -> str:
         """The key of its result."""
-        return hashlib.sha256("\n".join(self[1:]).encode()).hexdigest()[:10]
+        return hashlib.sha256("\n".join(self).encode()).hexdigest()[:10]
 
 
 def read_faults() -> list[Fault]:
@@ -80,7 +80,7 @@ def read_faults() -> list[Fault]:
 
 
 def read_results() -> dict[str, str]:
-    """Return by the digest of a fault what noticed it, or a key of `NOT_CAUGHT`."""
+    """Return by the digest of a fault what noticed it, or one of `NOT_CAUGHT`."""
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
@@ -188,7 +188,7 @@ class Copy:
         Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
 
     def run(self, arguments: Sequence[str]) -> str:
-        """Run tests in a forked process; what failed, or a key of `NOT_CAUGHT`."""
+        """Run tests in a forked process; what failed, or one of `NOT_CAUGHT`."""
         answer = self.folder / "answer.txt"
         answer.unlink(missing_ok=True)
         process = os.fork()
@@ -230,10 +230,23 @@ class Copy:
 
 
 class FirstFailure:
-    """A plugin of pytest that writes down which test fails first."""
+    """A plugin of pytest that tries each test once before its other parameters.
+
+    It writes down which test fails first.
+    """
 
     def __init__(self, answer: Path) -> None:
         self.answer = answer
+
+    def pytest_collection_modifyitems(self, items) -> None:
+        """Put the first parameters of all tests before the second ones, and so on."""
+        counts = collections.Counter()
+        places = {}
+        for item in items:
+            test = item.nodeid.partition("[")[0]
+            places[item] = counts[test]
+            counts[test] += 1
+        items.sort(key=places.__getitem__)
 
     def pytest_collectreport(self, report) -> None:
         """Note a file that cannot be imported."""
@@ -262,7 +275,7 @@ def _wait(process: int) -> int | None:
 
 
 def try_fault(fault: Fault, copy: Copy, tests: Sequence[str] = ()) -> str:
-    """Return what noticed a fault, or a key of `NOT_CAUGHT`; `tests` take the place of its own."""
+    """Return what noticed a fault, or one of `NOT_CAUGHT`; `tests` take the place of its own."""
     file = place_of(fault)
     if file is None:
         raise SystemExit(f"{fault.file} has no such line, or several: {fault.old}")
@@ -277,22 +290,19 @@ def try_fault(fault: Fault, copy: Copy, tests: Sequence[str] = ()) -> str:
 
 
 def report(faults: Sequence[Fault], results: dict[str, str]) -> None:
-    """Print the score by package, and the faults that nothing noticed."""
+    """Print the score by package as a table of Markdown, and the faults that nothing noticed."""
     by_package = collections.defaultdict(collections.Counter)
     for fault in faults:
-        result = results.get(fault.digest, "not tried")
-        by_package[fault.package][
-            NOT_CAUGHT.get(result, "caught") if result != "not tried" else result
-        ] += 1
-    total = sum(by_package.values(), collections.Counter())
-    for name, counts in [*sorted(by_package.items()), ("all", total)]:
+        result = results.get(fault.digest, NOT_TRIED)
+        by_package[fault.package][result if result in (*NOT_CAUGHT, NOT_TRIED) else "caught"] += 1
+    by_package["all"] = sum(by_package.values(), collections.Counter())
+    print("| package | faults | noticed | not |", "| --- | --: | --: | --- |", sep="\n")
+    for name, counts in by_package.items():
         others = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()) if what != "caught")
-        print(
-            f"{name:12} {counts['caught']:4} of {counts.total()} caught; {others or 'nothing else'}"
-        )
+        print(f"| {name} | {counts.total()} | {counts['caught']} | {others} |")
     for fault in faults:
         if results.get(fault.digest) in NOT_CAUGHT:
-            print(f"{results[fault.digest]}: {place_of(fault)}: {fault.old}  ->  {fault.new}")
+            print(f"{results[fault.digest]}: {fault.file}: {fault.old}  ->  {fault.new}")
 
 
 def import_libraries() -> None:

@@ -71,20 +71,23 @@ def test_with_one_scale_each_adapter_equals_its_own_call_to_the_bit(shape):
 
 def test_an_adapter_draws_its_mask_from_its_own_generator():
     x = torch.randn(2, T, I)
-    mask, means = grouped_masks(x, [0.5, 0.5], [torch.Generator().manual_seed(s) for s in (1, 2)])
+    rates = [0.5, 0.25]
+    mask, means = grouped_masks(x, rates, [torch.Generator().manual_seed(s) for s in (1, 2)])
     for k, seed in enumerate((1, 2)):
         torch.manual_seed(seed)
-        alone, mean = keep_mask(x[k], 0.5)
+        alone, mean = keep_mask(x[k], rates[k])
         assert torch.equal(mask[k], alone)
         assert means[k] == mean
 
 
-def test_a_gate_scales_the_rows_of_each_expert():
+@pytest.mark.parametrize("experts", [1, 2])
+def test_a_gate_scales_the_rows_of_each_expert(experts):
     x, W, b, A, B = pieces()
-    gate = torch.rand(K, T, 2, dtype=torch.float64, requires_grad=True)  # of R = 2 rows each one
+    gate = torch.rand(K, T, experts, dtype=torch.float64, requires_grad=True)
     found = grouped_low_rank_linear(x, (W, b), A, B, [0.7] * K, gate=gate)
+    rows = gate.repeat_interleave(R // experts, -1)  # an expert has R / E rows
     expected = torch.stack(
-        [x[k] @ W.T + b + 0.7 * (gate[k] * (x[k] @ A[k].T)) @ B[k].T for k in range(K)]
+        [x[k] @ W.T + b + 0.7 * (rows[k] * (x[k] @ A[k].T)) @ B[k].T for k in range(K)]
     )
     torch.testing.assert_close(found, expected)
     weight = torch.randn_like(found)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from bench.counters import Kernels, kept_bytes
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from petl.ops import low_rank
 from petl.ops.dropout import keep_mask
@@ -60,6 +62,13 @@ def test_a_float32_input_may_meet_a_half_precision_output():
     assert add_low_rank(y.bfloat16(), x, A, B, 1.0).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_products_under_autocast_have_the_dtype_of_torchs_own(dtype):
+    x, W = torch.randn(3, I, dtype=dtype), torch.randn(O, I, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert low_rank.product_dtype(x) == nn.functional.linear(x, W).dtype
+
+
 def test_an_output_that_is_a_view_is_unchanged():
     x, _, A, B = pieces()
     whole = torch.randn(2, 4, 2 * O)
@@ -68,7 +77,22 @@ def test_an_output_that_is_a_view_is_unchanged():
     assert torch.equal(whole, before)
 
 
+@pytest.mark.parametrize("base", [nn.Linear(I, O), Conv1D(O, I)])
+def test_a_layer_is_called_with_another_weight_however_it_stores_its_own(base):
+    x, _, A, B = pieces()
+    W = (B @ A).detach()  # [O, I]
+    torch.testing.assert_close(low_rank.call_with_weight(base, W, x), x @ W.T + base.bias)
+
+
 # The frozen layer and the update in one function
+
+
+def test_a_layer_that_trains_is_not_taken_for_a_frozen_one():
+    x, _, A, B = pieces()
+    base = nn.Linear(I, O).requires_grad_(False)
+    assert low_rank.linear_with_low_rank(x, base, A, B, 1.0) is not None
+    base.bias.requires_grad_()
+    assert low_rank.linear_with_low_rank(x, base, A, B, 1.0) is None
 
 
 def layer(rows=O, columns=I, dtype=torch.float64):

@@ -152,10 +152,11 @@ def test_a_reference_and_16_bits():
     assert torch.equal((dense - 1).sign()[dense != 1], (state["w"].float() - 1).sign()[dense != 1])
 
 
-def test_dot_is_that_of_the_dense_differences():
+@pytest.mark.parametrize("density", [0.3, 1.0])  # 1: the first entry of each tensor is kept, too
+def test_dot_is_that_of_the_dense_differences(density):
     torch.manual_seed(0)
-    states = [{"a": torch.randn(70), "b": torch.randn(3, 30)} for _ in range(2)]
-    one, two = (compress(state, density=0.3, scope="tensor") for state in states)
+    states = [{"a": torch.randn(70), "b": 3 * torch.randn(3, 30)} for _ in range(2)]
+    one, two = (compress(state, density=density, scope="tensor") for state in states)
     expected = sum((one.dense()[n] * two.dense()[n]).sum().item() for n in "ab")
     assert one.dot(two) == pytest.approx(expected, rel=1e-6)
     with pytest.raises(petl.InputError, match="other tensors"):

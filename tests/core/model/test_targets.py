@@ -157,6 +157,12 @@ def test_a_share_names_the_last_blocks(method, share, blocks):
     assert model.active_peft_config.layers_to_transform == blocks  # what is saved: plain indices
 
 
+@pytest.mark.parametrize("share", ["top:0", "top:0.0", "top:1.5", "top:-1", "top:4"])
+def test_a_share_of_no_blocks_or_more_than_there_are_is_refused(share):
+    with pytest.raises(petl.InputError, match=share):
+        petl.wrap(testing.tiny_llama(), "lora", layers_to_transform=share)
+
+
 def test_a_share_goes_through_a_config_and_add_adapter():
     config = petl.build_config("mola", layers_to_transform="top:1")
     model = petl.wrap(testing.tiny_llama(), config)

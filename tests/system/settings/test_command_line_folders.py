@@ -60,9 +60,11 @@ def test_of_equal_names_the_users_is_used_and_it_is_said(work, caplog):
     ]
 
 
-def test_the_folder_of_the_option_comes_before_the_working_directory(work):
+@pytest.mark.parametrize("option", ["--config-dir={}", "--config-dir {}", "-cd {}"])
+def test_the_folder_of_the_option_comes_before_the_working_directory(work, option):
     work(method__mola="name: mola\nr: 3\n", method__wide=WIDE)
-    command_line.add_config_dir(work("other", method__mola="name: mola\nr: 4\n"))
+    other = work("other", method__mola="name: mola\nr: 4\n")
+    assert not command_line.read_words([*option.format(other).split(), "+method=mola"])
     assert compose(["+method=mola"]).method.r == 4
     assert compose(["+method=wide"]).method.num_experts == 8
     assert command_line.config_dir_words() == ["--config-dir", str(work("other"))]
