@@ -19,6 +19,7 @@ import ast
 import collections
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -27,7 +28,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -187,13 +188,13 @@ class Copy:
         # bytecode is known by the second and the size of its source
         Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
 
-    def run(self, arguments: Sequence[str]) -> str:
+    def run(self, arguments: Sequence[str], words: Iterable[str] = ()) -> str:
         """Run tests in a forked process; what failed, or one of `NOT_CAUGHT`."""
         answer = self.folder / "answer.txt"
         answer.unlink(missing_ok=True)
         process = os.fork()
         if not process:
-            self._become_pytest(arguments, answer)
+            self._become_pytest(arguments, FirstFailure(answer, words))
         status = _wait(process)
         with suppress(ProcessLookupError):
             os.killpg(process, signal.SIGKILL)  # what its tests started
@@ -210,7 +211,7 @@ class Copy:
             raise RuntimeError(f"pytest {' '.join(arguments)} ended with {status}:\n{log}")
         return f"ended by signal {-status}"
 
-    def _become_pytest(self, arguments: Sequence[str], answer: Path) -> NoReturn:
+    def _become_pytest(self, arguments: Sequence[str], plugin: "FirstFailure") -> NoReturn:
         os.setsid()
         log = os.open(self.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
@@ -223,29 +224,47 @@ class Copy:
         try:
             import pytest
 
-            status = int(pytest.main([*PYTEST, *arguments], [FirstFailure(answer)]))
+            status = int(pytest.main([*PYTEST, *arguments], [plugin]))
             sys.stdout.flush()
         finally:
             os._exit(status)
 
 
-class FirstFailure:
-    """A plugin of pytest that tries each test once before its other parameters.
+def words_of(fault: Fault, file: Path) -> set[str]:
+    """Return the names in a line and of the functions and classes around it, and their parts."""
+    text = (ROOT / file).read_text()
+    number = _lines(ROOT / file).index(fault.old) + 1
+    around = [
+        node.name
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and node.lineno <= number <= (node.end_lineno or 0)
+    ]
+    names = {*around, *re.findall(r"[A-Za-z_]\w+", fault.old)}
+    parts = {part for name in names for part in re.findall(r"[A-Z]?[a-z]{3,}", name)}
+    return {word.lower() for word in names | parts if len(word) > 3}
 
-    It writes down which test fails first.
+
+class FirstFailure:
+    """A plugin of pytest that puts likely tests first, and writes down which test fails first.
+
+    Likely is a test whose text has words that few tests have. The first parameters of all tests
+    come before the second ones, and so on.
     """
 
-    def __init__(self, answer: Path) -> None:
-        self.answer = answer
+    def __init__(self, answer: Path, words: Iterable[str] = ()) -> None:
+        self.answer, self.words = answer, words
 
     def pytest_collection_modifyitems(self, items) -> None:
-        """Put the first parameters of all tests before the second ones, and so on."""
-        counts = collections.Counter()
-        places = {}
+        """Order the tests."""
+        texts = {item: inspect.getsource(item.function).lower() for item in items}
+        having = {word: {item for item in items if word in texts[item]} for word in self.words}
+        numbers, places = collections.Counter(), {}
         for item in items:
             test = item.nodeid.partition("[")[0]
-            places[item] = counts[test]
-            counts[test] += 1
+            score = sum(1 / len(found) for found in having.values() if item in found)
+            places[item] = numbers[test], -score
+            numbers[test] += 1
         items.sort(key=places.__getitem__)
 
     def pytest_collectreport(self, report) -> None:
@@ -282,7 +301,7 @@ def try_fault(fault: Fault, copy: Copy, tests: Sequence[str] = ()) -> str:
     found = "no tests"
     with copy.having(fault, file):
         for arguments in [tests] if tests else tests_of(file):
-            result = copy.run(arguments)
+            result = copy.run(arguments, words_of(fault, file))
             if result not in ("survived", "no tests"):
                 return result
             found = result if result == "survived" else found
