@@ -27,7 +27,7 @@ PACKAGE = ROOT / "petl"
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
     "system": 3400,
-    "ops": 2450,
+    "ops": 2600,
     "core": 10950,
     "efficiency": 8100,
     "data": 9150,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 2450,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 11900, "tests": 71400}
+OTHERS = {"scripts": 11950, "tests": 71400}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 

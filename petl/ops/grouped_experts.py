@@ -141,8 +141,13 @@ def grouped_linear(
         if rows.offsets is None:
             return _gathered(x, weight, rows, bias, factors)
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if x.device.type in ("cpu", "meta") and not trained and not torch.compiler.is_compiling():
-            A, B, mask, scale = factors
+        A, B, mask, scale = factors
+        if torch.compiler.is_compiling():
+            # torch compiles its grouped product in this dtype only
+            if not trained and x.dtype != torch.bfloat16:
+                y, _ = _compiled(x, A, B, mask, weight, rows.offsets, scale)
+                return y if bias is None else y + bias[rows.indices]
+        elif not trained and x.device.type in ("cpu", "meta"):
             return _GroupedLinear.apply(x, A, B, (weight, bias, mask), rows, scale)
         return _composed(x, weight, rows, bias, factors)
 
@@ -179,44 +184,136 @@ class _GroupedLinear(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         weight, bias, mask = frozen
-        y, h = x.new_empty(len(x), weight.shape[1]), x.new_empty(len(x), A.shape[1])
-        a, b = _contiguous(A, x), _contiguous(B, x)
-        dropped = x if mask is None else x * mask
-        for e, own in rows.ranges():
-            torch.mm(x[own], weight[e].t(), out=y[own])
-            if bias is not None:
-                y[own] += bias[e]
-            torch.mm(dropped[own], a[e].t(), out=h[own])
-            y[own].addmm_(h[own], b[e].t(), alpha=scale)
-        y[rows.ends[-1] :] = 0
-        ctx.save_for_backward(x, A, B, weight, mask, h)
+        y, h = _multiply(x, _Factors(A, B, mask, scale), weight, bias, rows.ends)
+        ctx.save_for_backward(x, A, B, mask, weight, h)
         ctx.rows, ctx.scale = rows, scale
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B, weight, mask, h = ctx.saved_tensors
-        # copied again, which takes less than to keep the copies
-        a, b = _contiguous(A, x), _contiguous(B, x)
-        to_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        to_a, to_b = torch.zeros_like(a), torch.zeros_like(b)
-        dropped = x if mask is None else x * mask
-        for e, own in ctx.rows.ranges():
-            g = grad[own]
-            u = torch.mm(g, b[e]).mul_(ctx.scale)
-            torch.mm(u.t(), dropped[own], out=to_a[e])
-            torch.mm(g.t(), h[own], out=to_b[e])
-            if to_x is None:
-                continue
-            torch.mm(g, weight[e], out=to_x[own])
-            if mask is None:
-                to_x[own].addmm_(u, a[e])
-            else:
-                to_x[own] += torch.mm(u, a[e]).mul_(mask[own])
-        if to_x is not None:
-            to_x[ctx.rows.ends[-1] :] = 0
-        return to_x, to_a.to(A.dtype), to_b.mul_(ctx.scale).to(B.dtype), None, None, None
+        x, A, B, mask, weight, h = ctx.saved_tensors
+        factors = _Factors(A, B, mask, ctx.scale)
+        needs_x = ctx.needs_input_grad[0]  # False in the first layer
+        gradients = _gradients(grad, x, factors, weight, h, ctx.rows.ends, needs_x=needs_x)
+        return *gradients, None, None, None
+
+
+def _multiply(
+    x: Tensor, factors: _Factors, weight: Tensor, bias: Tensor | None, ends: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Return the product with its update, [S, O], and `drop(x) A^T`, [S, R]."""
+    A, B, mask, scale = factors
+    y, h = x.new_empty(len(x), weight.shape[1]), x.new_empty(len(x), A.shape[1])
+    dropped = x if mask is None else x * mask
+    stacks = (weight.mT, _contiguous(A, x).mT, _contiguous(B, x).mT)
+    for e, W, a, b, x_e, dropped_e, h_e, y_e in _of_each(ends, stacks, (x, dropped, h, y)):
+        torch.mm(x_e, W, out=y_e)
+        if bias is not None:
+            y_e += bias[e]
+        torch.mm(dropped_e, a, out=h_e)
+        y_e.addmm_(h_e, b, alpha=scale)
+    y[ends[-1] :] = 0
+    return y, h
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    factors: _Factors,
+    weight: Tensor,
+    h: Tensor,
+    ends: Sequence[int],
+    *,
+    needs_x: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, which is undefined unless `needs_x`, A and B."""
+    A, B, mask, scale = factors
+    # copied again, which takes less than to keep the copies
+    stack_a, stack_b = _contiguous(A, x), _contiguous(B, x)
+    to_x = torch.empty_like(x)
+    to_a, to_b = torch.zeros_like(stack_a), torch.zeros_like(stack_b)
+    dropped = x if mask is None else x * mask
+    stacks = (weight, stack_a, stack_b, to_a, to_b)
+    tensors = (grad, dropped, h, to_x, x if mask is None else mask)
+    for _, W, a, b, to_a_e, to_b_e, *own in _of_each(ends, stacks, tensors):
+        g, dropped_e, h_e, to_x_e, mask_e = own
+        u = torch.mm(g, b).mul_(scale)
+        torch.mm(u.t(), dropped_e, out=to_a_e)
+        torch.mm(g.t(), h_e, out=to_b_e)
+        if not needs_x:
+            continue
+        torch.mm(g, W, out=to_x_e)
+        if mask is None:
+            to_x_e.addmm_(u, a)
+        else:
+            to_x_e += torch.mm(u, a).mul_(mask_e)
+    to_x[ends[-1] :] = 0
+    return to_x, to_a.to(A.dtype), to_b.mul_(scale).to(B.dtype)
+
+
+def _of_each(
+    ends: Sequence[int], stacks: Sequence[Tensor], tensors: Sequence[Tensor]
+) -> Iterator[tuple[Any, ...]]:
+    """Yield each expert that has rows, its entries of the stacks, and its rows of the tensors.
+
+    Views of all experts are made together, which takes a fifth of the time of slicing.
+    """
+    sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    sizes.append(len(tensors[0]) - ends[-1])
+    rows = zip(*(tensor.split(sizes) for tensor in tensors), strict=True)
+    each = zip(*(stack.unbind() for stack in stacks), strict=True)
+    for expert, (size, own, parts) in enumerate(zip(sizes, each, rows, strict=False)):
+        if size:
+            yield expert, *own, *parts
+
+
+# Under torch.compile, whose graph cannot depend on the number of rows of an expert
+
+
+@torch.library.custom_op("petl::grouped_experts", mutates_args=())
+def _compiled(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    offsets: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return _multiply(x, _Factors(A, B, mask, scale), weight, None, offsets.tolist())
+
+
+@torch.library.custom_op("petl::grouped_experts_backward", mutates_args=())
+def _compiled_backward(
+    grad: Tensor, tensors: Sequence[Tensor], mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, A, B, weight, h, offsets = tensors
+    return _gradients(grad, x, _Factors(A, B, mask, scale), weight, h, offsets.tolist())
+
+
+@_compiled.register_fake
+def _(x: Tensor, A: Tensor, _: Tensor, __: Tensor | None, weight: Tensor, *___: Any) -> Any:
+    return x.new_empty(len(x), weight.shape[1]), x.new_empty(len(x), A.shape[1])
+
+
+@_compiled_backward.register_fake
+def _(_: Tensor, tensors: Sequence[Tensor], *__: Any) -> Any:
+    return tuple(each.new_empty(each.shape) for each in tensors[:3])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, A, B, mask, weight, offsets, ctx.scale = inputs
+    ctx.save_for_backward(x, A, B, weight, output[1], offsets, mask)
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, mask = ctx.saved_tensors
+    gradients = _compiled_backward(grad, tensors, mask, ctx.scale)
+    return *gradients, None, None, None, None
+
+
+_compiled.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _contiguous(factor: Tensor, x: Tensor) -> Tensor:
@@ -236,8 +333,8 @@ def _composed(
         lacking = -factors.A.shape[1] % (ALIGNED // x.element_size())
         A, B = F.pad(factors.A, (0, 0, 0, lacking)), F.pad(factors.B, (0, lacking))
         dropped = x if factors.mask is None else x * factors.mask
-        h = F.grouped_mm(dropped, A.to(x.dtype).mT, offs=rows.offsets)
-        y = y + F.grouped_mm(factors.scale * h, B.to(x.dtype).mT, offs=rows.offsets)
+        h = F.grouped_mm(dropped, _contiguous(A, x).mT, offs=rows.offsets)
+        y = y + F.grouped_mm(factors.scale * h, _contiguous(B, x).mT, offs=rows.offsets)
     return y if rows.rest is None else y.masked_fill(rows.rest, 0.0)
 
 

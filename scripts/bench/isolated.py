@@ -19,7 +19,7 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from bench.clocks import Spread, Times, in_turn
+from bench.clocks import Spread, Step, Times, in_turn
 from bench.contenders import Contender
 from bench.counters import Collectives
 from bench.records import Record
@@ -85,16 +85,21 @@ def _peak(row: Contender | None, shape: Shape, threads: int) -> int:
     torch.set_num_threads(threads)
     bench = Bench(shape)
     step = floor_of(bench)[0] if row is None else bench.step(row.wrap(bench))
-    if shape.device != "cpu":
-        torch.cuda.synchronize(shape.device)
-        torch.cuda.reset_peak_memory_stats(shape.device)
-        before = torch.cuda.memory_allocated(shape.device)
-    else:
-        before = resident_from_here()
+    if shape.device == "cpu":
+        return peak_of_steps(step)
+    torch.cuda.synchronize(shape.device)
+    torch.cuda.reset_peak_memory_stats(shape.device)
+    before = torch.cuda.memory_allocated(shape.device)
     for _ in range(STEPS):
         step()
-    if shape.device != "cpu":
-        return torch.cuda.max_memory_allocated(shape.device) - before
+    return torch.cuda.max_memory_allocated(shape.device) - before
+
+
+def peak_of_steps(step: Step) -> int:
+    """Return the peak memory of this process during steps, beyond what it has before, in bytes."""
+    before = resident_from_here()
+    for _ in range(STEPS):
+        step()
     return _status("VmHWM") - before
 
 

@@ -19,6 +19,7 @@ from bench import (
     isolated,
     many,
     merging,
+    mixture,
     peers,
     scale,
     serve,
@@ -133,6 +134,7 @@ def _measures(
         "compile": lambda shape: compiled.measure(rows, shape, rounds),
         "merge": lambda shape: merging.measure(rounds),
         "unet": lambda shape: unet.measure(rounds),
+        "experts": lambda shape: mixture.measure(rounds),
         "gathered": lambda shape: gathered.measure(rounds),
         "frozen": lambda shape: (
             # once, beside the first shape
