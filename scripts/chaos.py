@@ -1,11 +1,14 @@
-"""Fault-injection test: kill training runs at random, resume them, compare with an undisturbed run.
+"""Fault-injection test: kill training at random, resume it, compare with what was undisturbed.
 
     python scripts/chaos.py --faults 20 --processes 1
+    python scripts/chaos.py --job stored       # states of frozen blocks, read from a store
+    python scripts/chaos.py --job study        # several runs, one after another
+    python scripts/chaos.py --job together     # runs that train in one pass
 
-Each fault hits a process of `train.py` (MiniLM on a few WordNet examples, checkpoints every few
-steps) at a random moment; `train.resume=auto` then resumes the run, with another number of
-DataLoader workers. At the end, losses, scores and adapter must equal those of the undisturbed run
-bit by bit. Prints the faults that were survived and how many steps had to be repeated.
+Each fault hits a process of training (MiniLM on a few WordNet examples, checkpoints every few
+steps) at a random moment; the same command then goes on, a run with another number of DataLoader
+workers. At the end, losses, scores and adapters must equal those of the undisturbed job bit by bit.
+Prints the faults that were survived and how many steps had to be repeated.
 """
 
 import argparse
@@ -49,6 +52,48 @@ MAX_MISSES = 20  # faults that may come after the end of the run
 TIMEOUT = 300  # seconds of an attempt
 
 
+@dataclass(frozen=True)
+class Job:
+    """What is disturbed: a command that goes on where it was stopped, and leaves runs.
+
+    Attributes:
+        words: the command, without the settings of all runs.
+        settings: further ones.
+        alone: one run, whose folder and number of workers are settings.
+        excluded: kinds of faults that do not apply.
+    """
+
+    words: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    alone: bool = True
+    excluded: frozenset[str] = frozenset()
+
+
+# a study goes on with its other runs, and runs in one pass have no workers
+ALONE = frozenset({"disk full", "worker killed"})
+SEVERAL = (
+    "--methods",
+    "lora",
+    "--rates",
+    "1e-3,3e-3",
+    "--tuning-seeds",
+    "1",
+    "--seeds",
+    "0,1",
+)
+JOBS = {
+    "train": Job(),
+    "stored": Job(settings=("method.layers_to_transform=[4,5]", "train.cache_frozen=true")),
+    "study": Job(SEVERAL, ("train.epochs=1",), alone=False, excluded=ALONE),
+    "together": Job(
+        (*SEVERAL, "--together", "2"),
+        ("train.epochs=1",),
+        alone=False,
+        excluded=ALONE,
+    ),
+}
+
+
 @dataclass
 class Outcome:
     """The effect of the faults of one type."""
@@ -63,7 +108,7 @@ def main() -> int:
     arguments = command_line.parse_args()
     if not kinds_of(arguments):
         command_line.error(f"--kinds {','.join(arguments.kinds)} needs --processes of 2 or more")
-    settings = [f"+method={arguments.method}", *SETTINGS, *arguments.settings]
+    settings = settings_of(arguments)
     status = app.reported(lambda: read_config(compose(settings)))  # not by a run that fails
     if status:
         return status
@@ -93,8 +138,18 @@ def main() -> int:
 
 def kinds_of(arguments: argparse.Namespace) -> list[str]:
     """Return the types of faults to inject, without those that need several processes."""
-    unfit = OF_SEVERAL if arguments.processes == 1 else set()
+    unfit = JOBS[arguments.job].excluded | (OF_SEVERAL if arguments.processes == 1 else set())
     return [kind for kind in FAULTS if kind in arguments.kinds and kind not in unfit]
+
+
+def settings_of(arguments: argparse.Namespace) -> list[str]:
+    """Return the settings of each run."""
+    return [
+        f"+method={arguments.method}",
+        *SETTINGS,
+        *JOBS[arguments.job].settings,
+        *arguments.settings,
+    ]
 
 
 def inject_faults(
@@ -107,7 +162,7 @@ def inject_faults(
     while done < arguments.faults:
         kind = kinds[done % len(kinds)]
         lost = inject(disturbed, kind, arguments, draw)
-        if lost is None and not is_finished(disturbed):
+        if lost is None and not is_done(disturbed):
             report(f"the run was not finished, see {disturbed}.log")
             return None
         if lost is None:  # the run ended before the fault, which does not count
@@ -118,6 +173,7 @@ def inject_faults(
             if not report_equal(reference, disturbed):
                 return None
             shutil.rmtree(disturbed)
+            shutil.rmtree(cache_of(disturbed), ignore_errors=True)
             continue
         done += 1
         outcomes[kind].count += 1
@@ -137,18 +193,22 @@ class Attempt:
 
     def __init__(self, folder: Path, arguments: argparse.Namespace, workers: int) -> None:
         self.folder, self.several = folder, arguments.processes > 1
+        self.alone = JOBS[arguments.job].alone
         self.log = folder.with_name(f"{folder.name}.log")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         line = [sys.executable, str(TRAIN)]
         if arguments.processes > 1:
             line[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
             line.insert(-1, str(arguments.processes))
-        where = [f"train.run={folder}", "train.resume=auto"]
-        where.append(f"train.num_workers={workers}")
-        line += [f"+method={arguments.method}", *SETTINGS, *arguments.settings, *where]
+        if self.alone:
+            where = [f"train.run={folder}", "train.resume=auto", f"train.num_workers={workers}"]
+            line += [*settings_of(arguments), *where]
+        else:
+            words, settings = JOBS[arguments.job].words, settings_of(arguments)[1:]
+            line = [sys.executable, "-m", "petl", "study", str(folder), *words, *settings]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                line, stdout=log, stderr=log, start_new_session=True, env=environment()
+                line, stdout=log, stderr=log, start_new_session=True, env=environment(folder)
             )
 
     @property
@@ -180,7 +240,9 @@ class Attempt:
         """The processes that train."""
         parent = psutil.Process(self.process.pid)
         workers = [p for p in parent.children() if trains_or_loads(p)]
-        return workers if self.several else [parent]
+        if self.alone and not self.several:
+            return [parent]
+        return workers or [parent]  # a study between two runs has none
 
     def kill(self) -> None:
         """Kill -9 all processes; ranks of torchrun have sessions of their own and would survive."""
@@ -193,9 +255,15 @@ class Attempt:
         self.process.wait()
 
 
-def environment() -> dict[str, str]:
-    """Return the environment of an attempt: offline, one thread."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+def environment(folder: Path) -> dict[str, str]:
+    """Return the environment of an attempt: offline, one thread, a cache of its own."""
+    own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PETL_CACHE": str(cache_of(folder))}
+    return {**os.environ, **own}
+
+
+def cache_of(folder: Path) -> Path:
+    """Return the folder of encoded rows and stored states of a job."""
+    return folder.with_name(f"{folder.name}.cache")
 
 
 # The faults
@@ -224,8 +292,7 @@ def kill_launcher(attempt: Attempt, draw: random.Random) -> None:
 
 def kill_saving(attempt: Attempt, draw: random.Random) -> None:
     """Kill -9 all while a checkpoint is being written."""
-    drafts = attempt.folder / "checkpoints"
-    attempt.wait_until(lambda: any(drafts.glob(".unfinished-*")))
+    attempt.wait_until(lambda: any(attempt.folder.rglob("checkpoints/.unfinished-*")))
     attempt.kill()
 
 
@@ -236,9 +303,9 @@ def kill_evaluating(attempt: Attempt, draw: random.Random) -> None:
 
 
 def is_evaluating(folder: Path) -> bool:
-    """Return True if the log ends at a step after which an evaluation runs."""
-    last = metrics(folder)[-1:]
-    return bool(last) and "validation" not in last[0] and last[0]["step"] % EVAL_STEPS == 0
+    """Return True if a log ends at a step after which an evaluation runs."""
+    last = [line for run in runs_of(folder) for line in metrics(run)[-1:] if not is_finished(run)]
+    return any("validation" not in line and line["step"] % EVAL_STEPS == 0 for line in last)
 
 
 def fill_disk(attempt: Attempt, draw: random.Random) -> None:
@@ -270,7 +337,7 @@ def kill_worker(attempt: Attempt, draw: random.Random) -> None:
 def trains_or_loads(process: psutil.Process) -> bool:
     """Return True if a process is a rank of train.py, or a DataLoader worker of one."""
     try:
-        return str(TRAIN) in process.cmdline()
+        return not {str(TRAIN), "train", "petl.cli.train_together"}.isdisjoint(process.cmdline())
     except psutil.Error:  # it has ended
         return False
 
@@ -288,9 +355,30 @@ def flip_bit(attempt: Attempt, draw: random.Random) -> None:
     attempt.kill()
     file = file_of_newest(attempt.folder, draw)
     if file is not None:
-        content = bytearray(file.read_bytes())
-        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-        file.write_bytes(content)
+        flip_bit_of(file, draw)
+
+
+def flip_bit_of(file: Path, draw: random.Random) -> None:
+    """Flip one bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    file.write_bytes(content)
+
+
+def set_clock_back(attempt: Attempt, draw: random.Random) -> None:
+    """Kill, and date all files a day ahead, as they are after a clock was set back."""
+    attempt.kill()
+    ahead = time.time() + 24 * 3600
+    for path in [*attempt.folder.rglob("*"), *cache_of(attempt.folder).rglob("*")]:
+        os.utime(path, (ahead, ahead), follow_symlinks=False)
+
+
+def damage_cache(attempt: Attempt, draw: random.Random) -> None:
+    """Kill, and flip a bit in a file of encoded rows or stored states."""
+    attempt.kill()
+    folders = [cache_of(attempt.folder) / name for name in ("encoded", "frozen")]
+    files = [f for each in folders for f in sorted(each.rglob("*")) if f.is_file()]
+    flip_bit_of(draw.choice([f for f in files if f.stat().st_size]), draw)
 
 
 FAULTS = {
@@ -304,6 +392,8 @@ FAULTS = {
     "worker killed": kill_worker,
     "checkpoint truncated": truncate,
     "checkpoint with a flipped bit": flip_bit,
+    "clock back": set_clock_back,
+    "cache with a flipped bit": damage_cache,
 }
 OF_SEVERAL = {"kill -9 of one rank", "kill -9 of torchrun"}  # the same as kill_all with one process
 
@@ -323,27 +413,49 @@ def inject(
     if not attempt.is_running:
         return None
     FAULTS[kind](attempt, draw)
-    if is_finished(folder):
+    if is_done(folder):
         return None
     if attempt.is_running:
         raise RuntimeError(f"{kind} did not end the run, see {attempt.log}")
-    reached = step_of(folder)
-    complete = [c for c in checkpoints(folder) if is_complete(c)]
-    return reached - (int(complete[-1].name.removeprefix("step-")) if complete else 0)
+    return sum(_lost(run) for run in runs_of(folder) if not is_finished(run))
 
 
-def is_finished(folder: Path) -> bool:
-    """Return True if the run in a folder is finished."""
-    scores = folder / "scores.json"
-    return scores.exists() and "after" in json.loads(scores.read_text())
+def _lost(run: Path) -> int:
+    complete = [c for c in checkpoints(run) if is_complete(c)]
+    saved = int(complete[-1].name.removeprefix("step-")) if complete else 0
+    return last_step(run) - saved
 
 
-# Files of a run
+def is_done(folder: Path) -> bool:
+    """Return True if the job in a folder has ended: its run is scored, or its page written."""
+    return is_finished(folder) or (folder / "index.html").exists()
+
+
+def is_finished(run: Path) -> bool:
+    """Return True if a run is finished."""
+    scores = run / "scores.json"
+    try:
+        return scores.exists() and "after" in json.loads(scores.read_text())
+    except ValueError:  # it is being written
+        return False
+
+
+# Files of a job
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """Return the folders of the runs of a job: its own, or those of a study."""
+    return sorted(file.parent for file in folder.rglob("metrics.jsonl"))
 
 
 def step_of(folder: Path) -> int:
+    """Return the sum of the last steps of all runs."""
+    return sum(last_step(run) for run in runs_of(folder))
+
+
+def last_step(run: Path) -> int:
     """Return the last step in metrics.jsonl, 0 without one."""
-    return max((line["step"] for line in metrics(folder)), default=0)
+    return max((line["step"] for line in metrics(run)), default=0)
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -377,29 +489,40 @@ def is_complete(checkpoint: Path) -> bool:
 
 def file_of_newest(folder: Path, draw: random.Random) -> Path | None:
     """Return a random file of the newest complete checkpoint."""
-    newest = [c for c in checkpoints(folder) if is_complete(c)][-1:]
+    runs = [run for run in runs_of(folder) if not is_finished(run)]
+    newest = [c for run in runs for c in [c for c in checkpoints(run) if is_complete(c)][-1:]]
     files = [f for c in newest for f in sorted(c.rglob("*")) if f.is_file() and f.stat().st_size]
     return draw.choice(files) if files else None
 
 
 def report_equal(reference: Path, disturbed: Path) -> bool:
-    """Return True if two finished runs are bit-exact; report what differs."""
-    different = []
-    if without_times(metrics(reference)) != without_times(metrics(disturbed)):
-        different.append("metrics.jsonl")
-    runs = reference, disturbed
-    scores = [json.loads((run / "scores.json").read_text()) for run in runs]
-    if scores[0]["after"] != scores[1]["after"]:
-        different.append("scores.json")
-    one, other = (load_file(run / "adapter" / "adapter_model.safetensors") for run in runs)
-    if one.keys() != other.keys() or any(not one[k].equal(other[k]) for k in one):
-        different.append("the adapter")
+    """Return True if two finished jobs are bit-exact; report what differs."""
+    runs = [run.relative_to(reference) for run in runs_of(reference)]
+    if runs != [run.relative_to(disturbed) for run in runs_of(disturbed)]:
+        report(f"other runs than those of the undisturbed job: see {reference} and {disturbed}")
+        return False
+    different = [
+        f"{name} of {disturbed / run}"
+        for run in runs
+        for name in _differences(reference / run, disturbed / run)
+    ]
     if different:
-        report(
-            f"not equal to the undisturbed run: {', '.join(different)}; see {reference} and "
-            f"{disturbed}"
-        )
+        report(f"not equal to the undisturbed run: {', '.join(different)}; see {reference}")
     return not different
+
+
+def _differences(one: Path, other: Path) -> list[str]:
+    different = []
+    if without_times(metrics(one)) != without_times(metrics(other)):
+        different.append("metrics.jsonl")
+    scores = [json.loads((run / "scores.json").read_text()) for run in (one, other)]
+    if any(scores[0].get(name) != scores[1].get(name) for name in ("after", "validation_scores")):
+        different.append("scores.json")
+    files = [run / "adapter" / "adapter_model.safetensors" for run in (one, other)]
+    a, b = (load_file(file) for file in files)
+    if a.keys() != b.keys() or any(not a[k].equal(b[k]) for k in a):
+        different.append("the adapter")
+    return different
 
 
 def without_times(lines: list[dict]) -> list[dict]:
@@ -417,6 +540,9 @@ def parser() -> argparse.ArgumentParser:
     )
     command_line.add_argument(
         "--processes", type=COUNT, default=1, metavar="N", help="of the run (1)"
+    )
+    command_line.add_argument(
+        "--job", choices=JOBS, default="train", help="what is disturbed (train)"
     )
     command_line.add_argument("--method", default="lora", metavar="NAME", help="method (lora)")
     command_line.add_argument("--seed", type=SEED, default=0, help="seed of the moments and files")
