@@ -49,7 +49,7 @@ FULL = (
 )
 TIMES = {"seconds", "cpu_seconds"}  # in the log; differ between equal runs
 MAX_MISSES = 20  # faults that may come after the end of the run
-TIMEOUT = 300  # seconds of an attempt
+TIMEOUT = 900  # seconds of an attempt
 
 
 @dataclass(frozen=True)
@@ -71,26 +71,13 @@ class Job:
 
 # a study goes on with its other runs, and runs in one pass have no workers
 ALONE = frozenset({"disk full", "worker killed"})
-SEVERAL = (
-    "--methods",
-    "lora",
-    "--rates",
-    "1e-3,3e-3",
-    "--tuning-seeds",
-    "1",
-    "--seeds",
-    "0,1",
-)
+SEVERAL = ("--methods=lora", "--rates=1e-3,3e-3", "--tuning-seeds=1", "--seeds=0,1")
+SHORT = ("train.epochs=1",)
 JOBS = {
     "train": Job(),
     "stored": Job(settings=("method.layers_to_transform=[4,5]", "train.cache_frozen=true")),
-    "study": Job(SEVERAL, ("train.epochs=1",), alone=False, excluded=ALONE),
-    "together": Job(
-        (*SEVERAL, "--together", "2"),
-        ("train.epochs=1",),
-        alone=False,
-        excluded=ALONE,
-    ),
+    "study": Job(SEVERAL, SHORT, alone=False, excluded=ALONE),
+    "together": Job((*SEVERAL, "--together", "2"), SHORT, alone=False, excluded=ALONE),
 }
 
 
@@ -445,7 +432,8 @@ def is_finished(run: Path) -> bool:
 
 def runs_of(folder: Path) -> list[Path]:
     """Return the folders of the runs of a job: its own, or those of a study."""
-    return sorted(file.parent for file in folder.rglob("metrics.jsonl"))
+    found = (file.parent for file in folder.rglob("metrics.jsonl"))
+    return sorted(run for run in found if run.parent.name != "checkpoints")
 
 
 def step_of(folder: Path) -> int:

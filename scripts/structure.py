@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 2450,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 11950, "tests": 71400}
+OTHERS = {"scripts": 12500, "tests": 72000}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
