@@ -176,6 +176,7 @@ class Folder:
         """
         if self.compressed is None:
             found = read_weights(self.weights)
+            # afterwards: of a file that cannot be read, the other message says more
             self.check_sealed()
             return found
         found = self.ternary

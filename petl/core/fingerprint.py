@@ -319,6 +319,7 @@ def seal(folder: Path) -> None:
     """
     if (folder / FILE).is_file():
         content: dict[str, Any] = {**_content(folder / FILE)}
+        # of an earlier file, which may be gone
         content.pop("weights", None)
         if (folder / WEIGHTS).is_file():
             content["weights"] = sha256(folder / WEIGHTS)

@@ -92,6 +92,7 @@ def load(
         refuse_other_kinds(base.get_base_model() if isinstance(base, PeftModel) else base, config)
         action = f"loading {path}"
         check_base(trained_on, present, found, other_base=other_base, action=action, insist=insist)
+        # last: of a file that lacks tensors, the messages above say more
         saved.check_sealed()
         # one that trains here is saved with the fingerprint of this base, others keep theirs
         others = {} if is_trainable else {adapter_name: trained_on}

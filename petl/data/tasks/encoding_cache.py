@@ -57,6 +57,7 @@ def encode_once(task: Encoder[P], processor: P, split: Dataset) -> Dataset:
     key = fingerprint(task, processor, split)
     folder = writable(cache_folder() / "encoded")
     file = folder / f"{key}.arrow" if folder else None
+    # `datasets` would read whatever bytes a disk gives it
     is_cached = file is not None and is_as_noted(file)
     if file and file.exists() and not is_cached:
         logger.warning("%s is damaged or incomplete: encoding again", file)

@@ -64,6 +64,7 @@ class Cache:
                 found.append(path)
             elif closest is None or len(gaps) < len(closest):
                 closest = gaps
+        # one that another process has just written has no digest yet
         for path in [each for each in found if not is_as_noted(each)]:
             logger.warning("%s is damaged or incomplete: computing it again", path)
             found.remove(path)

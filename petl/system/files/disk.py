@@ -198,8 +198,11 @@ def note_digest(file: Path) -> None:
 def is_as_noted(file: Path) -> bool:
     """Return whether a file is there and equals the one whose digest was noted beside it."""
     noted = file.with_name(f"{file.name}.sha256")
-    # bounded: a stranger may have written it
-    return file.is_file() and noted.is_file() and noted.read_bytes()[:64] == sha256(file).encode()
+    if not (file.is_file() and noted.is_file()):
+        return False
+    with noted.open("rb") as opened:
+        # bounded: a stranger may have written it
+        return opened.read(64) == sha256(file).encode()
 
 
 def check_writable(folder: Path) -> None:
