@@ -31,11 +31,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from petl.core.compat import BaseTunerLayer, LoraModel, tuner_class
+from petl.core.experts.layout import experts_of
+from petl.core.experts.linears import paths_of_experts
 from petl.core.layers.context import ForwardContext, InputCapture
 from petl.core.layers.layer import Adapter, LayerShape, shape_of
 from petl.core.model.heat_map import HeatMap
 from petl.core.model.linear import LINEAR_KINDS, refuse_other_kind
-from petl.core.model.targets import matched_names, refuse_fused, resolve_targets
+from petl.core.model.targets import NO_EXPERTS, matched_names, matched_stacks, refuse_fused, resolve_targets
 from petl.core.spec.config import LR
 from petl.core.spec.facts import facts_of
 from petl.core.support import Capability, Lacks, Part, reason_of, without_lora
@@ -62,6 +64,8 @@ class Target:
         source: path of the module whose first input the adapter gets as `x`; "": its own input.
             Both modules must run in the same call of their block, the source first, so that
             checkpointing recomputes them together.
+        stack: path of the parameter with the weights of all experts, of which the module, that of
+            one, is made before it is adapted; "": it is no expert.
         is_block: True for a whole block: the adapter gets its first input and first output, and in
             `with_base` all of its arguments; see `BlockAdapters`. It cannot be merged.
     """
@@ -70,6 +74,7 @@ class Target:
     shape: LayerShape
     source: str = ""
     is_block: bool = False
+    stack: str = ""
 
 
 @dataclass
@@ -334,14 +339,14 @@ class Method(Generic[C, A]):
     # Wrapping a model
 
     def targets(self, c: WrapContext[C]) -> list[Target]:
-        """Return what gets an adapter; by default, the linear layers that the config names.
+        """Return what gets an adapter; by default, the linear layers and experts of the config.
 
         Also replaces `config.target_modules` by what matches exactly these modules, which is saved.
 
         Raises:
             InputError: a module is missing, or of a kind that the method cannot adapt.
         """
-        return linear_targets(c)
+        return linear_targets(c, self.lacking(Capability.EXPERTS, c.config))
 
     def settings(self, c: WrapContext[C]) -> Mapping[str, Settings]:
         """Return, by path of the target, what an adapter needs besides its shape.
@@ -482,6 +487,11 @@ class Method(Generic[C, A]):
             return without_lora(self.lacks, config)
         if capability in self.lacks:
             return reason_of(self.lacks, capability, config)
+        if capability is Capability.EXPERTS:
+            # LoRA adapts single parameters, other methods of PEFT do not
+            is_lora = self.tuner is LoraModel and not facts_of(config).use_dora
+            takes = not self.overrides("targets") if self.own else is_lora
+            return "" if takes else NO_EXPERTS
         if capability is Capability.RANKS:
             # AdaLoRA has an `r` that it does not use
             known = {"r", "rank_pattern"} <= self.config_cls.__dataclass_fields__.keys()
@@ -560,14 +570,32 @@ class Method(Generic[C, A]):
 # Targets
 
 
-def linear_targets(c: WrapContext[Any]) -> list[Target]:
-    """Return the linear layers that `config.target_modules` names; None: all inside the blocks."""
+def linear_targets(c: WrapContext[Any], no_experts: str = NO_EXPERTS) -> list[Target]:
+    """Return the linear layers that `config.target_modules` names; None: all inside the blocks.
+
+    Args:
+        no_experts: why the method adapts no stacks of experts; "": it does, as one linear layer for
+            each expert.
+    """
     # PEFT's default, for which it has a table of models
     if c.config.target_modules is None:
         c.config.target_modules = "all-linear"
     # PEFT's word; here it leaves out layers outside of blocks
-    resolve_targets(c.config, c.model, words=("all-linear",))
-    return [linear_target(c, path) for path in matched_names(c.config, c.model)]
+    resolve_targets(c.config, c.model, words=("all-linear",), no_experts=no_experts)
+    linear = [linear_target(c, path) for path in matched_names(c.config, c.model)]
+    stacks = [] if no_experts else matched_stacks(c.config, c.model)
+    return linear + [target for stack in stacks for target in expert_targets(c, stack)]
+
+
+def expert_targets(c: WrapContext[Any], stack: str) -> list[Target]:
+    """Return a target for each expert of the stack at this path."""
+    path, _, name = stack.rpartition(".")
+    module = c.model.get_submodule(path)
+    layout = experts_of(module)
+    assert layout is not None
+    _, *widths = layout.shape(module, name)
+    paths = paths_of_experts(stack, layout.count(module))
+    return [Target(each, LayerShape(*widths), stack=stack) for each in paths]
 
 
 def linear_target(c: WrapContext[Any], path: str, source: str = "") -> Target:

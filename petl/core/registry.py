@@ -29,6 +29,7 @@ from petl.core.model.targets import (
     choose_default,
     frozen_head,
     leave_out,
+    name_parameters,
     resolve_blocks,
     resolve_targets,
     target_shapes,
@@ -267,14 +268,16 @@ def _choose_targets(entry: Method, config: Any, model: nn.Module) -> None:
     """Resolve presets and defaults, and leave out what a training pass never calls."""
     if not hasattr(config, "target_modules"):
         return
-    targets = config.target_modules
+    targets, no_experts = config.target_modules, entry.lacking(Capability.EXPERTS, config)
     # petl's tuners resolve words themselves, when PEFT injects them
     if entry.own and (targets is None or targets in (*PRESETS, "all-linear")):
         return
     if entry.own:
-        check_targets(config, model)
+        check_targets(config, model, no_experts=no_experts)
     else:
-        resolve_targets(config, model)
+        resolve_targets(config, model, no_experts=no_experts)
+        if not no_experts:
+            name_parameters(config, model)
         choose_default(config, model, entry.tuner)
     leave_out(config, model, entry.tuner, targets)
 

@@ -29,6 +29,7 @@ class Capability(StrEnum):
     BASE_4BIT = "4bit"
     BASE_8BIT = "8bit"
     BASE_TORCHAO = "torchao"
+    EXPERTS = "experts"  # stacked in one parameter, see petl/core/experts
     # a training step, and the rewrites of `petl.efficiency`
     CHECKPOINTING = "checkpointing"
     REENTRANT = "reentrant"

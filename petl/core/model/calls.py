@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
+from petl.core.experts.linears import ExpertLinears
 from petl.core.layers.class_swap import AdapterDict, original_class
 from petl.core.model.copies import skeleton_of
 from petl.errors import first_line
@@ -191,7 +192,7 @@ def _built(module: Any, path: str) -> Iterator[Any]:
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         yield name, None if tensor is None else tuple(tensor.shape)
     for name, child in module._modules.items():
-        if child is not None and not isinstance(child, AdapterDict):
+        if child is not None and not isinstance(child, AdapterDict | ExpertLinears):
             yield from _built(child, f"{path}.{name}")
 
 

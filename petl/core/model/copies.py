@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
+from petl.core.experts.linears import ExpertLinears
 from petl.core.layers.class_swap import AdapterDict, SwappedClass, original_class
 from petl.core.types import base_of
 
@@ -55,7 +56,7 @@ class _Copier:
         clone._modules = {
             k: self.of_module(m)
             for k, m in module._modules.items()
-            if not isinstance(m, AdapterDict)  # the adapters of a block
+            if not isinstance(m, AdapterDict | ExpertLinears)  # adapters of a block, of experts
         }
         return clone
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
+from petl.core.experts.linears import ExpertLinears, linears_of
 from petl.core.layers.class_swap import AdapterDict
 from petl.core.model.calls import place_of
 from petl.core.model.parts import LANGUAGE, language_path, part_in
@@ -142,12 +143,14 @@ def _weights(module: nn.Module, path: str) -> Iterator[_Weight]:
         # PEFT adapts single parameters of a module by layers around it
         adapted.add(getattr(inner, "parameter_name", "weight"))
         inner = vars(inner).get("base_layer") or inner._modules["base_layer"]
+    linears = linears_of(inner)
+    adapted |= set() if linears is None else set(linears._modules)
     if isinstance(inner, AuxiliaryTrainingWrapper):  # trained in full
         inner, adapted = inner.original_module, {"", *adapted}
     if not isinstance(inner, nn.Embedding):
         yield from _own_weights(inner, path, adapted)
     for name, child in inner.named_children():
-        if not isinstance(child, AdapterDict):
+        if not isinstance(child, AdapterDict | ExpertLinears):
             for weight in _weights(child, f"{path}.{name}" if path else name):
                 yield weight._replace(reached=weight.reached or "" in adapted)
 

@@ -2,13 +2,14 @@
 
 A target is a module name, a suffix of one, a regular expression for complete names (a string), or
 one of the words in `PRESETS`. A *block* is one entry of a list of layers, such as a decoder layer;
-see `is_stack`.
+see `is_stack`. A *stack* is a parameter that holds a linear layer of each of many experts; it is a
+target by its own path, by that of the module of experts, or by a name of `FORMER_NAMES`.
 """
 
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -27,6 +28,8 @@ from petl.core.compat import (
     refused_names,
     renamed_targets,
 )
+from petl.core.experts.layout import experts_of
+from petl.core.experts.linears import ExpertLinears
 from petl.core.layers.class_swap import AdapterDict
 from petl.core.model.calls import FUSED_KINDS, IDLE, READ, fused_parent, place_of, uncalled
 from petl.core.model.linear import LINEAR_KINDS, is_linear, refuse_other_kind
@@ -36,22 +39,37 @@ from petl.core.parameters import is_norm
 from petl.core.spec.blocks import last_blocks
 from petl.core.spec.checks import BLOCKS
 from petl.core.spec.facts import facts_of
-from petl.errors import InputError, ModuleKindError, UnknownNameError, did_you_mean
+from petl.errors import (
+    InputError,
+    ModuleKindError,
+    UnknownNameError,
+    UnsupportedError,
+    did_you_mean,
+)
 
 logger = logging.getLogger(__name__)
 
 PRESETS = {
-    "block-linear": "every linear layer inside the transformer blocks; of a model for images and "
-    "text, those of its language model",
+    "block-linear": "every linear layer inside the transformer blocks, those of experts included; of "
+    "a model for images and text, those of its language model",
     "attention-linear": "those of them that belong to attention",
     "mlp-linear": "those of them that do not",
+    "experts": "those of routed experts",
+    "shared-experts": "those of experts that every token goes through",
     "query-value": "the query and value projections (PEFT's table, or their usual names)",
     "language": "the same as block-linear, in a model for images and text",
     "vision": "every linear layer inside the blocks of its vision tower",
     "projector": "every linear layer between the two",
 }
-# of projections whose weights stand in a stack of experts
-FORMER_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+# names of projections in transformers 4, which tutorials have, by the name of their stack; those of
+# a tuple are two halves of it
+FORMER_NAMES = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+NO_EXPERTS = "it adapts linear layers, and no stacked experts; use lora"
+ROUTED = re.compile(r"(^|\.)(block_sparse_moe|\w*experts)\.")  # paths inside routed experts
+SHARED = re.compile(r"(^|\.)shared_(\w*expert\w*|mlp)(\.|$)")
 USUAL_NAMES = ("q_proj", "v_proj", "query", "value")  # where PEFT's table has no entry
 
 
@@ -74,24 +92,45 @@ def linear_names(model: nn.Module) -> list[str]:
     return names
 
 
-def block_linear_names(model: nn.Module, part: str = LANGUAGE) -> list[str]:
+def stack_names(model: nn.Module) -> list[str]:
+    """Return the paths of the stacks of experts of `model`, adapted or not."""
+    found = ((name, experts_of(model.get_submodule(name))) for name in candidate_names(model))
+    return [f"{name}.{each}" for name, layout in found if layout for each in layout.stacks]
+
+
+def block_linear_names(
+    model: nn.Module, part: str = LANGUAGE, *, with_stacks: bool = False
+) -> list[str]:
     """Return the names of linear layers inside blocks; of all if the model has no blocks.
 
     Args:
         part: of a model for images and text, see `PARTS`; others have one part.
+        with_stacks: also return those of stacks of experts.
     """
-    names = names_of(part, linear_names(model), language_path(model))
+    everything = [*linear_names(model), *(stack_names(model) if with_stacks else ())]
+    names = names_of(part, everything, language_path(model))
     # a model without blocks has other linear layers than its head, too
     return [name for name in names if place(model, name) is not None] or names
 
 
-def expand_preset(word: str, model: nn.Module) -> list[str]:
-    """Return the module names that a word of `PRESETS` means in `model`."""
+def expand_preset(word: str, model: nn.Module, *, with_stacks: bool = False) -> list[str]:
+    """Return the names that a word of `PRESETS` means in `model`.
+
+    Args:
+        word: the preset.
+        model: the model.
+        with_stacks: names of stacks of experts are among them.
+    """
     if word in PARTS:
-        return _names_of_part(word, model)
-    names = block_linear_names(model)
+        return _names_of_part(word, model, with_stacks=with_stacks)
+    names = block_linear_names(model, with_stacks=with_stacks)
     if word == "block-linear":
         return names
+    if word == "experts":
+        stacks = set(stack_names(model))
+        return [n for n in names if n in stacks or (ROUTED.search(n) and not SHARED.search(n))]
+    if word == "shared-experts":
+        return [n for n in names if SHARED.search(n) and "gate" != n.rpartition("_")[2]]
     if word == "query-value":
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         # PEFT's default targets for LoRA by type of model
@@ -112,7 +151,7 @@ def expand_preset(word: str, model: nn.Module) -> list[str]:
     return [name for name in names if bool(attention.search(name)) == in_attention]
 
 
-def _names_of_part(word: str, model: nn.Module) -> list[str]:
+def _names_of_part(word: str, model: nn.Module, *, with_stacks: bool) -> list[str]:
     language = language_path(model)
     if language is None:
         raise InputError(
@@ -121,40 +160,71 @@ def _names_of_part(word: str, model: nn.Module) -> list[str]:
         )
     if word == PROJECTOR:
         return names_of(word, linear_names(model), language)
-    return block_linear_names(model, word)
+    return block_linear_names(model, word, with_stacks=with_stacks)
 
 
-def resolve_targets(config: Any, model: nn.Module, *, words: tuple[str, ...] = ()) -> None:
-    """Replace a preset in `config.target_modules` by module names, then check every pattern.
+def resolve_targets(
+    config: Any, model: nn.Module, *, words: tuple[str, ...] = (), no_experts: str = NO_EXPERTS
+) -> None:
+    """Replace a preset in `config.target_modules` by names, then check every pattern.
 
     Args:
         config: any PEFT config; its `target_modules` is changed in place.
         model: the base model.
         words: further words that mean "block-linear"; for petl's own methods, "all-linear".
+        no_experts: why the method adapts no stacks of experts, which presets then leave out; "": it
+            does, and their names are among the targets.
 
     Raises:
-        InputError: a pattern, or all of them together, match nothing.
+        InputError: a pattern, or all of them together, match nothing, or stacks that the method
+            does not adapt.
     """
     resolve_blocks(config, model)
     targets = config.target_modules
     if isinstance(targets, str) and targets in (*PRESETS, *words):
         preset = targets if targets in PRESETS else "block-linear"
-        names = [n for n in expand_preset(preset, model) if in_layers(config, model, n)]
+        everything = expand_preset(preset, model, with_stacks=not no_experts)
+        names = [name for name in everything if in_layers(config, model, name)]
+        if not names and preset == "experts" and no_experts and stack_names(model):
+            raise UnsupportedError(f"target_modules='experts' is not possible: {no_experts}")
         if not names:
             raise InputError(
                 f"target_modules={targets!r} matches no module of {type(model).__name__}"
                 + _layer_hint(config)
             )
-        set_targets(config, model, without(model, names, uncalled(model, names)))
-    check_targets(config, model)
+        stacks = set(stack_names(model))
+        linear = [name for name in names if name not in stacks]
+        kept = without(model, linear, uncalled(model, linear)) if linear else []
+        set_targets(config, model, [*kept, *(name for name in names if name in stacks)])
+    check_targets(config, model, no_experts=no_experts)
 
 
 def set_targets(config: Any, model: nn.Module, names: Sequence[str]) -> None:
-    """Set `config.target_modules` to these modules, and no others."""
+    """Set `config.target_modules` to these modules and stacks, and no others."""
     config.target_modules = set(names)
     # a name is also a suffix: "1" would match "0.1" of nested nn.Sequential
-    if not set(matched_names(config, model)) <= set(names):
+    found = {*matched_names(config, model), *matched_stacks(config, model)}
+    if not found <= set(names):
         config.target_modules = "|".join(map(re.escape, sorted(names)))
+
+
+def name_parameters(config: Any, model: nn.Module) -> None:
+    """Name the stacks among the targets of a LoRA in `target_parameters`, as PEFT takes them.
+
+    The linear layers then are complete names, which PEFT does not take for `FORMER_NAMES`.
+    """
+    stacks = matched_stacks(config, model)
+    if not stacks:
+        return
+    # PEFT adapts those that `target_parameters` names already
+    given = tuple(f".{name}" for name in facts_of(config).target_parameters or ())
+    more = [name for name in stacks if not given or not f".{name}".endswith(given)]
+    config.target_parameters = [*(facts_of(config).target_parameters or ()), *more]
+    names = matched_names(config, model)
+    if names:
+        set_targets(config, model, names)
+    else:
+        config.target_modules = set()
 
 
 def without(
@@ -214,15 +284,19 @@ def resolve_blocks(config: Any, model: nn.Module) -> None:
     config.layers_to_transform = last_blocks(given, next(iter(lengths.values())))
 
 
-def check_targets(config: Any, model: nn.Module) -> None:
-    """Raise InputError, with suggestions, for a pattern that matches no module of `model`."""
+def check_targets(config: Any, model: nn.Module, *, no_experts: str = NO_EXPERTS) -> None:
+    """Raise InputError, with suggestions, for a pattern that matches nothing in `model`.
+
+    Args:
+        no_experts: see `resolve_targets`.
+    """
     targets = config.target_modules
     if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
         return
-    names = candidate_names(model)
+    names, stacks = candidate_names(model), [] if no_experts else stack_names(model)
     if isinstance(targets, str):
         try:
-            matches = any(re.fullmatch(targets, name) for name in names)
+            matches = any(re.fullmatch(targets, name) for name in (*names, *stacks))
         except re.error as error:
             raise InputError(
                 f"target_modules={targets!r} is not a regular expression: {error}"
@@ -238,11 +312,14 @@ def check_targets(config: Any, model: nn.Module) -> None:
             )
         known = {suffix for name in names for suffix in _suffixes(name)}
         known |= renamed_targets(config, model)
+        former = _former_names(targets, stacks, complete=True)
+        known |= {suffix for name in stacks for suffix in _suffixes(name)} | former
         unknown = sorted(set(targets) - known)
         if unknown:
-            _check_unknown(unknown, names, model, has_others=not known.isdisjoint(targets))
+            _check_unknown(unknown, names, model, no_experts, has_others=bool(known & {*targets}))
     # each pattern matches something, but exclude_modules or layers_to_transform leave nothing
-    if targets and not matched_names(config, model):
+    found = matched_names(config, model) or (not no_experts and matched_stacks(config, model))
+    if targets and not found:
         raise InputError(
             f"target_modules={_shown(targets)} matches modules, but none is left after "
             f"exclude_modules={config.exclude_modules}" + _layer_hint(config)
@@ -250,36 +327,71 @@ def check_targets(config: Any, model: nn.Module) -> None:
 
 
 def _check_unknown(
-    unknown: Sequence[str], names: list[str], model: nn.Module, *, has_others: bool
+    unknown: Sequence[str], names: list[str], model: nn.Module, no_experts: str, *, has_others: bool
 ) -> None:
     """Raise for targets that match nothing; warn if they name stacked experts beside others."""
-    in_stacks = expert_names(model)
+    stacks = stack_names(model)
+    of_stacks = {suffix for name in stacks for suffix in _suffixes(name)}
+    former = {name for each in FORMER_NAMES.values() for group in each for name in group}
     for target in unknown:
-        if target not in in_stacks:
+        if not (stacks and no_experts) or target not in of_stacks | former:
             raise _no_match(target, names)
-    error = UnknownNameError(
-        f"target {', '.join(unknown)} names projections of stacked experts "
-        f"({in_stacks[unknown[0]]}), which this method does not adapt; method 'lora' does by "
-        "target_parameters, and block-linear names the linear layers"
+    error = UnsupportedError(
+        f"target {', '.join(unknown)} names projections of stacked experts ({stacks[0]}): "
+        f"{no_experts}, or name linear layers, as block-linear does"
     )
     if not has_others:
         raise error
     logger.warning("%s", error)
 
 
-def expert_names(model: nn.Module) -> dict[str, str]:
-    """Return the names of projections of stacked experts, with the path of the first stack.
+def _former_names(
+    targets: Iterable[str], stacks: Sequence[str], *, complete: bool = False
+) -> set[str]:
+    """Return those of `targets` that are names of projections of stacks in transformers 4.
 
-    A stack is one parameter [E, O, I] of all E experts. Its projections had names of their own in
-    transformers 4, which tutorials give as targets.
+    Args:
+        targets: the patterns.
+        stacks: paths of the stacks of the model.
+        complete: raise InputError for one half of a stack without the other.
     """
-    found: dict[str, str] = {}
-    for path, module in model.named_modules():
-        stacks = [name for name, p in module._parameters.items() if p is not None and p.dim() == 3]
-        if stacks and "down_proj" in stacks:
-            for name in (*stacks, *FORMER_NAMES):
-                found.setdefault(name, path)
+    kinds, given, found = {name.rpartition(".")[2] for name in stacks}, {*targets}, set[str]()
+    for group in (group for kind in kinds for group in FORMER_NAMES.get(kind, ())):
+        present = given & {*group}
+        if present == {*group}:
+            found |= present
+        elif present and complete:
+            raise InputError(
+                f"target {min(present)} is one half of the stacked weights of experts, gate and up "
+                f"({stacks[0]}): name {min({*group} - present)} too"
+            )
     return found
+
+
+def matched_stacks(config: Any, model: nn.Module) -> list[str]:
+    """Return the paths of the stacks of experts that the targets of a config name."""
+    targets = config.target_modules
+    stacks = stack_names(model) if targets is not None else []
+    if not stacks:
+        return []
+    probe = copy(config)
+    if not isinstance(targets, str):
+        former = _former_names(targets, stacks)
+        kinds = {k for k, groups in FORMER_NAMES.items() for g in groups if former >= {*g}}
+        probe.target_modules = {*targets} | kinds
+    return [name for name in stacks if _takes(probe, model, name)]
+
+
+def _takes(config: Any, model: nn.Module, stack: str) -> bool:
+    """Return True if the targets name a stack, or its module, and no other field excludes it."""
+    named = copy(config)
+    named.target_modules = {stack}
+    module = stack.rpartition(".")[0]
+    return (
+        any(check_target_module_exists(config, name) for name in (stack, module))
+        and bool(check_target_module_exists(named, stack))
+        and in_layers(config, model, stack)
+    )
 
 
 def candidate_names(model: nn.Module) -> list[str]:
@@ -290,7 +402,10 @@ def candidate_names(model: nn.Module) -> list[str]:
             continue
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             skipped += (f"{name}.",)
-        if isinstance(module, AdapterDict):  # the adapters of a block, which is a name itself
+        if isinstance(module, ExpertLinears):
+            skipped += (f"{name}.",)
+        # the adapters of a block, or of stacks of experts, which are names themselves
+        if isinstance(module, AdapterDict | ExpertLinears):
             continue
         names.append(name)
     return names
@@ -412,7 +527,7 @@ def leave_out(config: Any, model: nn.Module, tuner: type[Any], given: Any) -> No
             del reasons[name]
     if reasons:
         kept = without(model, names, reasons, logging.INFO if is_word else logging.WARNING)
-        set_targets(config, model, kept)
+        set_targets(config, model, [*kept, *matched_stacks(config, model)])
 
 
 def target_shapes(config: Any, model: nn.Module, tuner: type[Any]) -> dict[str, tuple[int, int]]:

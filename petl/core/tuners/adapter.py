@@ -10,6 +10,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from petl.core.compat import AuxiliaryTrainingWrapper, get_quantization_kwargs
+from petl.core.experts.layer import ExpertLayer, collapse, expand
 from petl.core.layers.block import (
     BlockAdapters,
     add_to_block,
@@ -22,6 +23,7 @@ from petl.core.layers.layer import HALF, AdapterLayer, LayerInfo
 from petl.core.layers.task_rows import take_task_ids
 from petl.core.method import WrapContext
 from petl.core.model.targets import resolve_blocks
+from petl.ops.expert_linear import ExpertLinear
 from petl.core.serving.mixed_batch import AdapterRows, is_generation_call
 from petl.core.spec.checks import check_adapter_name, check_tensor_names
 from petl.core.spec.config import MethodConfig
@@ -29,7 +31,7 @@ from petl.core.support import Capability, without_lora
 from petl.core.switching.norms import original_norms
 from petl.core.switching.tuner import hosts_of, layers_of
 from petl.core.tuners.asking import AskingTuner
-from petl.errors import InputError, UnknownNameError, did_you_mean
+from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 
 
 class AdapterTuner(AskingTuner):
@@ -73,8 +75,12 @@ class AdapterTuner(AskingTuner):
     def _injection(self, c: WrapContext[Any], low_cpu_mem_usage: bool) -> Generator[None]:
         """Let the method check the model, and describe the adapters that PEFT injects."""
         model, adapter_name, config = c.model, c.adapter_name, c.config
-        self._prepare(c, low_cpu_mem_usage)
-        has_blocks = any(target.is_block for target in c.targets.values())
+        try:
+            self._prepare(c, low_cpu_mem_usage)
+        except Exception:
+            collapse(model)
+            raise
+        is_special = any(target.is_block or target.stack for target in c.targets.values())
         # PEFT deep-copies modules of modules_to_save, and would copy the capture hooks too
         for capture in _captures(model):
             capture.detach()
@@ -84,15 +90,16 @@ class AdapterTuner(AskingTuner):
         except Exception:  # PEFT forgets the config of a refused adapter
             if adapter_name in self.shared:
                 del self.shared[adapter_name]
+            collapse(model)
             raise
         finally:
             for capture in _captures(model):
                 capture.attach(model)
             self._wrapping, self._infos = None, {}
-        if config.layers_to_transform is not None or has_blocks:
+        if config.layers_to_transform is not None or is_special:
             # PEFT shortens long lists of names to suffixes, and with layers_to_transform it would
             # then read layer indices from names, which fails for models it does not know; of a
-            # block, nothing but its index would be left
+            # block, nothing but its index would be left, and stacks are no modules
             config.target_modules = targets
 
     def _prepare(self, c: WrapContext[Any], low_cpu_mem_usage: bool) -> None:
@@ -104,6 +111,9 @@ class AdapterTuner(AskingTuner):
             if target.is_block:
                 check_block_adapter_name(adapter_name)
                 refuse_own_forward(model.get_submodule(path), path)
+        if any(target.stack for target in c.targets.values()):
+            self.refuse_without_tuner("its file has one tensor for all experts of a layer")
+        expand(model, [*dict.fromkeys(t.stack for t in c.targets.values() if t.stack)])
         config.check_shapes(c.shapes)
         settings = method.settings(c)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
@@ -162,7 +172,8 @@ class AdapterTuner(AskingTuner):
             layer = target
         else:
             quantization = get_quantization_kwargs(self.model)
-            layer = AdapterLayer(target, self.prefix, self.shared, goal.shape, **quantization)
+            kind = ExpertLayer if goal.stack else AdapterLayer
+            layer = kind(target, self.prefix, self.shared, goal.shape, **quantization)
         layer.add(adapter_name, adapter, inference_mode=inference_mode)
         if goal.source:
             layer.captures[adapter_name] = self.method.capture_cls(
@@ -207,6 +218,11 @@ class AdapterTuner(AskingTuner):
     @contextmanager
     def _passing(self, names: Sequence[str], kwargs: Mapping[str, Any]) -> Generator[None]:
         """Pass `adapter_names`, one per row of the batch, to all layers."""
+        if any(isinstance(layer, ExpertLayer) for layer in layers_of(self.model)):
+            raise UnsupportedError(
+                "adapter_names is not possible with adapters on experts, whose rows are tokens of "
+                "the whole batch: call the model once for each adapter"
+            )
         if self.training:
             raise InputError(
                 f"adapter_names is for inference and model.training is {self.training}; call "
@@ -278,11 +294,13 @@ class AdapterTuner(AskingTuner):
             model = super()._unload_and_optionally_merge(*args, **kwargs)
         for capture in captures:
             capture.detach()
+        collapse(self.model)
         return model
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
         # a head may be of any class, a mixture of experts has no weight of its own: just replace
-        is_plain = isinstance(child, AuxiliaryTrainingWrapper) or not hasattr(child, "weight")
+        is_plain = isinstance(child, AuxiliaryTrainingWrapper | ExpertLayer)
+        is_plain = is_plain or isinstance(child, ExpertLinear) or not hasattr(child, "weight")
         if is_plain and not isinstance(child, BlockAdapters):
             setattr(parent, child_name, new_module)
         else:

@@ -1,0 +1,127 @@
+"""Adapters of petl's methods on stacked experts: one for each expert, as on a linear layer.
+
+Shapes: S rows (a token once for each of its experts), E experts, I in, O out, R rank.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from petl.core.experts.forward import Update, UpdatedExperts
+from petl.core.experts.layout import experts_of
+from petl.core.experts.linears import add_linears, drop_unused, linears_of
+from petl.core.layers.class_swap import restore_class, swap_class
+from petl.core.layers.grouped import stacked_factors
+from petl.core.layers.layer import Adapter, AdapterLayer
+from petl.ops.expert_linear import ExpertLinear
+from petl.ops.grouped_experts import ExpertRows, StackedFactors
+
+
+class ExpertLayer(AdapterLayer):
+    """An `AdapterLayer` around the linear layer of one expert, whose weight is a slice."""
+
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        """Write the weight [O, I] into the stack."""
+        base = self.get_base_layer()
+        if isinstance(base, ExpertLinear):
+            base.store(weight_data)
+        else:  # a copy of the layer alone
+            super().set_base_weight(weight_data)
+
+
+class AdaptedExperts(UpdatedExperts):
+    """A module of experts that computes with the active adapters of its `linears`."""
+
+    computes_as_before = False
+    holds_adapters = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute with the active adapters; without any, as the module itself."""
+        linears = linears_of(cast(nn.Module, self))
+        names = () if linears is None else linears._modules
+        found = {name: update_of(linears.layers(name)) for name in names if linears is not None}
+        updates = {name: update for name, update in found.items() if update is not None}
+        return super().forward(*args, updates=updates or None, **kwargs)
+
+
+def expand(model: nn.Module, stacks: Sequence[str]) -> None:
+    """Give the stacks at these paths of parameters the layers that adapters are put on."""
+    for stack in stacks:
+        path, _, name = stack.rpartition(".")
+        module = model.get_submodule(path)
+        layout = experts_of(module)
+        assert layout is not None
+        add_linears(module, layout, name)
+        swap_class(module, AdaptedExperts)
+
+
+def collapse(model: nn.Module) -> None:
+    """Undo `expand` for the stacks without an adapter."""
+    for module in [m for m in model.modules() if linears_of(m) is not None]:
+        if drop_unused(module):
+            restore_class(module, AdaptedExperts)
+
+
+def update_of(layers: Sequence[nn.Module]) -> Update | None:
+    """Return what the active adapters of the layers of a stack change; None: nothing."""
+    first = layers[0]
+    if not isinstance(first, AdapterLayer):
+        return None
+    own = cast(Sequence[AdapterLayer], layers)
+    if first.disable_adapters and first.merged_adapters:
+        for layer in own:
+            layer.unmerge()
+    if first.disable_adapters or first.merged_adapters:
+        return None
+    names = [name for name, _ in first.pick(first.active_adapters)]
+    if not names:
+        return None
+    for layer in own if len(names) > 1 else ():
+        layer.refuse_combination(names)
+    updates = [factors_of([cast(Adapter, layer.adapters[name]) for layer in own]) for name in names]
+    plain = [update for update in updates if update is not None]
+    # dropout of several adapters draws a mask for each
+    drops = len(plain) > 1 and any(update.dropout for update in plain)
+    if len(plain) == len(updates) and not drops:
+        return StackedFactors.joined(plain)
+    return partial(each_alone, own)
+
+
+def factors_of(adapters: Sequence[Adapter]) -> StackedFactors | None:
+    """Return the factors of the experts of a stack; None if they do not determine the output."""
+    if any(adapter.info.layer.captures for adapter in adapters[:1]):
+        return None
+    first = adapters[0].plain_factors()
+    if first is None:
+        return None
+    factors = [first, *(adapter.plain_factors() for adapter in adapters[1:])]
+    A, B, scales, _ = stacked_factors(factors)
+    if len(set(scales)) == 1:
+        return StackedFactors(A, B, scales[0], adapters[0].drop_rate)
+    scale = torch.tensor(scales, dtype=B.dtype, device=B.device)
+    return StackedFactors(A, B * scale[:, None, None], 1.0, adapters[0].drop_rate)
+
+
+def each_alone(layers: Sequence[AdapterLayer], x: Tensor, rows: ExpertRows) -> Tensor:
+    """Return the outputs [S, O] of the adapted layers of all experts for the rows x [S, I].
+
+    In training also those without rows compute: their tensors get gradients of zero, and all
+    processes run the same collectives.
+    """
+    if rows.offsets is None:
+        experts, order = torch.sort(rows.experts, stable=True)
+        ordered = ExpertRows.ordered(experts, rows.count, has_rest=rows.has_rest)
+        y = each_alone(layers, x[order], ordered)
+        return torch.empty_like(y).index_copy(0, order, y)
+    is_trained = torch.is_grad_enabled() and layers[0].training
+    parts, start = [], 0
+    for layer, end in zip(layers, rows.ends, strict=False):
+        if end > start or is_trained:
+            parts.append(layer(x[start:end]))
+        start = end
+    if start < len(x) or not parts:
+        parts.append(x.new_zeros(len(x) - start, layers[0].out_features))
+    return torch.cat([part.to(parts[0].dtype) for part in parts])

@@ -1,0 +1,66 @@
+"""The linear layer of one expert, whose weight is a slice of a stack. Shapes: E experts, I in, O out.
+
+Methods are written for linear layers. A stack [E, O, I] is E of them, each seen through an object
+of this class, which has no tensors of its own.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ExpertLinear(nn.Linear):
+    """nn.Linear whose weight [O, I] and bias [O] are slices of parameters of a module of experts.
+
+    A copy of this layer alone is an nn.Linear; a copy of the module of experts has its own.
+
+    Args:
+        owner: the module with the parameters.
+        name: of the stack; its biases are `<name>_bias`.
+        expert: index in the stack.
+        transposed: the stack is [E, I, O].
+        has_bias: the stack has biases.
+    """
+
+    def __init__(
+        self, owner: nn.Module, name: str, expert: int, *, transposed: bool, has_bias: bool
+    ) -> None:
+        nn.Module.__init__(self)  # without the tensors of nn.Linear
+        self.owner = (owner,)  # in a tuple, so that it is no child of this module
+        self.name, self.expert = name, expert
+        self.transposed, self.has_bias = transposed, has_bias
+        self.out_features, self.in_features = self.weight.shape
+
+    def _slice(self, name: str) -> Tensor:
+        # detached, so that it shares memory and version with the stack, and has no graph
+        return self.owner[0].get_parameter(name).detach()[self.expert]
+
+    @property
+    def weight(self) -> nn.Parameter:  # ty: ignore[invalid-attribute-override]
+        """The weight, [O, I]; writing into it writes into the stack."""
+        stored = self._slice(self.name)
+        return nn.Parameter(stored.t() if self.transposed else stored, requires_grad=False)
+
+    @property
+    def bias(self) -> nn.Parameter | None:  # ty: ignore[invalid-attribute-override]
+        """The bias, [O], or None."""
+        if not self.has_bias:
+            return None
+        return nn.Parameter(self._slice(f"{self.name}_bias"), requires_grad=False)
+
+    @torch.no_grad()
+    def store(self, weight: Tensor) -> None:
+        """Write a weight [O, I] into the stack."""
+        self.weight.copy_(weight)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Linear:
+        owner = memo.get(id(self.owner[0]))
+        if owner is not None:
+            options = {"transposed": self.transposed, "has_bias": self.has_bias}
+            return type(self)(owner, self.name, self.expert, **options)
+        alone = nn.Linear(self.in_features, self.out_features, bias=self.has_bias, device="meta")
+        alone.weight = nn.Parameter(self.weight.clone(), requires_grad=False)
+        if self.bias is not None:
+            alone.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
+        return alone
