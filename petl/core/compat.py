@@ -33,7 +33,12 @@ from peft.tuners.tuners_utils import (
     check_adapters_to_merge,
     check_target_module_exists,
 )
-from peft.utils import PeftType, hotswap, register_peft_method
+from peft.utils import (
+    PeftType,
+    hotswap,
+    register_peft_method,
+    transformers_weight_conversion,
+)
 from peft.utils.constants import (
     SEQ_CLS_HEAD_NAMES,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
@@ -41,10 +46,7 @@ from peft.utils.constants import (
 )
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
-from peft.utils.transformers_weight_conversion import (
-    _MOE_TARGET_MODULE_MAPPING,
-    convert_peft_config_for_transformers,
-)
+from peft.utils.transformers_weight_conversion import _MOE_TARGET_MODULE_MAPPING
 from torch import Tensor, nn
 
 __all__ = [
@@ -243,6 +245,43 @@ def refused_names(config: Any, model: nn.Module, names: Iterable[str]) -> dict[s
         reason = "PEFT takes its name for a part of the experts"
         refused |= {n: reason for n in names if n.rpartition(".")[2] in renamed}
     return refused
+
+
+def with_new_names(
+    original: Callable[..., None], config: Any, model: nn.Module, conversions: Any
+) -> None:
+    """Replace names of transformers 4 in the targets of a config, as PEFT does.
+
+    PEFT also takes the complete name of a module that the model has for one, such as that of the
+    `gate_proj` of shared experts, and would then adapt the routed ones instead.
+    """
+    targets = getattr(config, "target_modules", None)
+    known = {name for name, _ in model.named_modules()} if isinstance(targets, list | set) else set()
+    complete = {name for name in targets or () if name in known and "." in name}
+    if not complete:
+        original(config, model=model, conversions=conversions)
+        return
+    config.target_modules = {*targets} - complete
+    original(config, model=model, conversions=conversions)
+    config.target_modules = {*(config.target_modules or ())} | complete
+
+
+_with_new_names = transformers_weight_conversion.convert_peft_config_for_transformers
+
+
+@wraps(_with_new_names)
+def convert_peft_config_for_transformers(
+    peft_config: Any, model: nn.Module, conversions: Any
+) -> None:
+    """Call `with_new_names`; PEFT imports it by this name where it is called."""
+    with_new_names(_with_new_names, peft_config, model, conversions)
+
+
+setattr(  # noqa: B010
+    transformers_weight_conversion,
+    "convert_peft_config_for_transformers",
+    convert_peft_config_for_transformers,
+)
 
 
 def freeze_ranks(tuner: nn.Module) -> None:

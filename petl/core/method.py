@@ -488,9 +488,7 @@ class Method(Generic[C, A]):
         if capability in self.lacks:
             return reason_of(self.lacks, capability, config)
         if capability is Capability.EXPERTS:
-            # LoRA adapts single parameters, other methods of PEFT do not
-            is_lora = self.tuner is LoraModel and not facts_of(config).use_dora
-            takes = not self.overrides("targets") if self.own else is_lora
+            takes = not self.overrides("targets") if self.own else self._is_plain_lora(config)
             return "" if takes else NO_EXPERTS
         if capability is Capability.RANKS:
             # AdaLoRA has an `r` that it does not use
@@ -508,6 +506,15 @@ class Method(Generic[C, A]):
                 "with them"
             )
         return ""
+
+    def _is_plain_lora(self, config: Any) -> bool:
+        """Return True for a LoRA of PEFT, with a start from random numbers.
+
+        It adapts single parameters, which other methods of PEFT do not.
+        """
+        facts = facts_of(config)
+        is_random = facts.init_lora_weights in (None, True, False, "gaussian")
+        return self.tuner is LoraModel and is_random and not facts.use_dora
 
     @property
     def merges(self) -> bool:

@@ -276,9 +276,9 @@ def _choose_targets(entry: Method, config: Any, model: nn.Module) -> None:
         check_targets(config, model, no_experts=no_experts)
     else:
         resolve_targets(config, model, no_experts=no_experts)
-        if not no_experts:
+        choose_default(config, model, entry.tuner, no_experts)
+        if not no_experts and config.target_modules is not None:
             name_parameters(config, model)
-        choose_default(config, model, entry.tuner)
     leave_out(config, model, entry.tuner, targets)
 
 

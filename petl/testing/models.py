@@ -18,10 +18,14 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -129,6 +133,35 @@ def tiny_vit(layers: int = 2) -> ViTForImageClassification:
         attention_probs_dropout_prob=0.0,
     )
     return _build(ViTForImageClassification, config)
+
+
+# of a model with experts whose weights are stacked
+EXPERTS = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "use_cache": False,
+}
+
+
+def tiny_qwen3_moe() -> Qwen3MoeForCausalLM:
+    """Build a Qwen3 with 4 experts of width 24, of which each token has 2."""
+    config = Qwen3MoeConfig(**EXPERTS, num_experts=4, moe_intermediate_size=24)
+    return _build(Qwen3MoeForCausalLM, config)
+
+
+def tiny_gpt_oss() -> GptOssForCausalLM:
+    """Build a gpt-oss with 4 experts of width 24, which have biases and transposed weights."""
+    config = GptOssConfig(**EXPERTS, num_local_experts=4, intermediate_size=24)
+    return _build(GptOssForCausalLM, config)
 
 
 class UNetConfig(PreTrainedConfig):
@@ -375,5 +408,12 @@ TINY_MODELS = {
         TinyModel("gpt2", tiny_gpt2, causal_batch, None, True, True),
     )
 }
-# for methods that adapt nothing else
-OTHER_MODELS = {"unet": TinyModel("unet", tiny_unet, noise_batch)}
+# of kinds that few methods adapt
+OTHER_MODELS = {
+    model.name: model
+    for model in (
+        TinyModel("unet", tiny_unet, noise_batch),
+        TinyModel("qwen3_moe", tiny_qwen3_moe, causal_batch, "CAUSAL_LM", True, True),
+        TinyModel("gpt_oss", tiny_gpt_oss, causal_batch, "CAUSAL_LM", True, True),
+    )
+}

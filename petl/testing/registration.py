@@ -20,6 +20,8 @@ from torch import nn
 
 from petl.core.method import Method
 from petl.core.register import register
+from petl.core.experts.files import split_experts
+from petl.core.experts.linears import stack_of
 from petl.core.registry import build_config, wrap
 from petl.core.tuners.asking import method_asked
 from petl.errors import ModuleKindError
@@ -185,8 +187,10 @@ def tensor_names_follow_the_rule(case: Case) -> None:
         assert layer or in_pool.fullmatch(key), (
             f"key {key} matches neither {in_layer.pattern} nor {in_pool.pattern}"
         )
-        assert not layer or layer[1] in modules, f"{key}: {layer[1]} is no module of the base"
-    saved = set(get_peft_model_state_dict(model, adapter_name="some_name"))
+        # experts are slices of a parameter
+        owner = layer and (layer[1] if layer[1] in modules else stack_of(layer[1]).rpartition(".")[0])
+        assert not layer or owner in modules, f"{key}: {layer[1]} is no module of the base"
+    saved = set(split_experts(get_peft_model_state_dict(model, adapter_name="some_name")))
     # saved keys lack the adapter's name
     expected = {key.replace(".some_name.", ".", 1) for key in live}
     may_lack = method_asked(type(model.base_model)).optional_tensors

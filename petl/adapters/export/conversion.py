@@ -123,6 +123,7 @@ def factors_of(layer: nn.Module, adapter_name: str) -> Factors:
         (adapter,) = (adapter for _, adapter in layer.pick([adapter_name]))
         assert isinstance(adapter, Adapter)
         exact = adapter.factors()
+        layer.supports_lora_conversion(adapter_name)  # raises for experts
         if exact is not None:  # no SVD: exact and fast
             return exact
     A, B = svd_factors(layer, adapter_name)

@@ -5,23 +5,27 @@ Shapes: S rows (a token once for each of its experts), E experts, I in, O out, R
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from petl.core.experts.forward import Update, UpdatedExperts
-from petl.core.experts.layout import experts_of
+from petl.core.experts.proof import check_experts
 from petl.core.experts.linears import add_linears, drop_unused, linears_of
 from petl.core.layers.class_swap import restore_class, swap_class
 from petl.core.layers.grouped import stacked_factors
-from petl.core.layers.layer import Adapter, AdapterLayer
+from petl.core.layers.layer import Adapter, AdapterLayer, refuse_conversion
 from petl.ops.expert_linear import ExpertLinear
 from petl.ops.grouped_experts import ExpertRows, StackedFactors
 
 
 class ExpertLayer(AdapterLayer):
     """An `AdapterLayer` around the linear layer of one expert, whose weight is a slice."""
+
+    def get_base_weight(self) -> Tensor:
+        """Return a copy of the weight [O, I]; merging writes into the slice that it is of."""
+        return super().get_base_weight().clone()
 
     def set_base_weight(self, weight_data: Tensor) -> None:
         """Write the weight [O, I] into the stack."""
@@ -32,11 +36,17 @@ class ExpertLayer(AdapterLayer):
             super().set_base_weight(weight_data)
 
 
+    def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
+        """Refuse: PEFT has no LoRA on the layer of one expert."""
+        reason = "PEFT's layers of experts hold all of them; `petl merge` writes a merged model"
+        return refuse_conversion(reason, adapter_name)
+
+
 class AdaptedExperts(UpdatedExperts):
     """A module of experts that computes with the active adapters of its `linears`."""
 
-    computes_as_before = False
-    holds_adapters = True
+    computes_as_before: ClassVar[bool] = False
+    holds_adapters: ClassVar[bool] = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Compute with the active adapters; without any, as the module itself."""
@@ -48,14 +58,17 @@ class AdaptedExperts(UpdatedExperts):
 
 
 def expand(model: nn.Module, stacks: Sequence[str]) -> None:
-    """Give the stacks at these paths of parameters the layers that adapters are put on."""
+    """Give the stacks at these paths of parameters the layers that adapters are put on.
+
+    Raises:
+        ModuleKindError, UnsupportedError: as `check_experts`; nothing is changed.
+    """
+    owners = {path: model.get_submodule(path) for path in {s.rpartition(".")[0] for s in stacks}}
+    layouts = {path: check_experts(module, path) for path, module in owners.items()}
     for stack in stacks:
         path, _, name = stack.rpartition(".")
-        module = model.get_submodule(path)
-        layout = experts_of(module)
-        assert layout is not None
-        add_linears(module, layout, name)
-        swap_class(module, AdaptedExperts)
+        add_linears(owners[path], layouts[path], name)
+        swap_class(owners[path], AdaptedExperts)
 
 
 def collapse(model: nn.Module) -> None:
@@ -111,11 +124,6 @@ def each_alone(layers: Sequence[AdapterLayer], x: Tensor, rows: ExpertRows) -> T
     In training also those without rows compute: their tensors get gradients of zero, and all
     processes run the same collectives.
     """
-    if rows.offsets is None:
-        experts, order = torch.sort(rows.experts, stable=True)
-        ordered = ExpertRows.ordered(experts, rows.count, has_rest=rows.has_rest)
-        y = each_alone(layers, x[order], ordered)
-        return torch.empty_like(y).index_copy(0, order, y)
     is_trained = torch.is_grad_enabled() and layers[0].training
     parts, start = [], 0
     for layer, end in zip(layers, rows.ends, strict=False):

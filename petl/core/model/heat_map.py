@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from petl.core.experts.linears import stack_of
 from petl.core.model.places import place
 from petl.system.files.disk import write_atomic
 
@@ -86,7 +87,11 @@ def of_layers(
 
 
 def by_layer(model: nn.Module, values: Mapping[str, float]) -> dict[tuple[str, int | str], float]:
-    """Return the values by name inside the block and index of the block."""
+    """Return the values by name inside the block and index of the block; of experts, their mean."""
+    of_stacks: dict[str, list[float]] = {}
+    for key, value in values.items():
+        of_stacks.setdefault(stack_of(key), []).append(value)
+    values = {key: sum(own) / len(own) for key, own in of_stacks.items()}
     places = {key: place(model, key) for key in values}
     stacks = {where.stack for where in places.values() if where is not None}
     cells: dict[tuple[str, int | str], float] = {}

@@ -56,6 +56,7 @@ PRESETS = {
     "mlp-linear": "those of them that do not",
     "experts": "those of routed experts",
     "shared-experts": "those of experts that every token goes through",
+    "router": "what chooses the experts of a token; with lora, or if it is a linear layer",
     "query-value": "the query and value projections (PEFT's table, or their usual names)",
     "language": "the same as block-linear, in a model for images and text",
     "vision": "every linear layer inside the blocks of its vision tower",
@@ -84,7 +85,8 @@ def linear_names(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if skipped and name.startswith(skipped):  # inside an adapted layer or a trained copy
             continue
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) or module in heads:
+        kinds = BaseTunerLayer | AuxiliaryTrainingWrapper | ExpertLinears
+        if isinstance(module, kinds) or module in heads:
             skipped += (f"{name}.",)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if is_linear(base) and module not in heads and base not in heads:
@@ -96,6 +98,25 @@ def stack_names(model: nn.Module) -> list[str]:
     """Return the paths of the stacks of experts of `model`, adapted or not."""
     found = ((name, experts_of(model.get_submodule(name))) for name in candidate_names(model))
     return [f"{name}.{each}" for name, layout in found if layout for each in layout.stacks]
+
+
+def router_names(model: nn.Module) -> list[str]:
+    """Return the names of the modules beside experts whose weight has a row for each of them."""
+    found = []
+    for name in candidate_names(model):
+        module = model.get_submodule(name)
+        layout = experts_of(module)
+        is_list = isinstance(module, nn.ModuleList) and name.endswith("experts")
+        if layout is None and not is_list:
+            continue
+        count = len(module) if isinstance(module, nn.ModuleList) else layout and layout.count(module)
+        owner = name.rpartition(".")[0]
+        for child, beside in model.get_submodule(owner).named_children():
+            base = beside.get_base_layer() if isinstance(beside, BaseTunerLayer) else beside
+            weight = base._parameters.get("weight")
+            if weight is not None and weight.dim() == 2 and len(weight) == count:
+                found.append(f"{owner}.{child}")
+    return list(dict.fromkeys(found))
 
 
 def block_linear_names(
@@ -130,7 +151,9 @@ def expand_preset(word: str, model: nn.Module, *, with_stacks: bool = False) -> 
         stacks = set(stack_names(model))
         return [n for n in names if n in stacks or (ROUTED.search(n) and not SHARED.search(n))]
     if word == "shared-experts":
-        return [n for n in names if SHARED.search(n) and "gate" != n.rpartition("_")[2]]
+        return [n for n in names if SHARED.search(n) and not n.endswith("gate")]
+    if word == "router":
+        return router_names(model)
     if word == "query-value":
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         # PEFT's default targets for LoRA by type of model
@@ -185,8 +208,8 @@ def resolve_targets(
         preset = targets if targets in PRESETS else "block-linear"
         everything = expand_preset(preset, model, with_stacks=not no_experts)
         names = [name for name in everything if in_layers(config, model, name)]
-        if not names and preset == "experts" and no_experts and stack_names(model):
-            raise UnsupportedError(f"target_modules='experts' is not possible: {no_experts}")
+        if not names and no_experts and expand_preset(preset, model, with_stacks=True):
+            raise UnsupportedError(f"target_modules={targets!r} is not possible: {no_experts}")
         if not names:
             raise InputError(
                 f"target_modules={targets!r} matches no module of {type(model).__name__}"
@@ -211,16 +234,28 @@ def set_targets(config: Any, model: nn.Module, names: Sequence[str]) -> None:
 def name_parameters(config: Any, model: nn.Module) -> None:
     """Name the stacks among the targets of a LoRA in `target_parameters`, as PEFT takes them.
 
-    The linear layers then are complete names, which PEFT does not take for `FORMER_NAMES`.
+    Also weights of routers that are no linear layers. All others then are complete names of
+    modules, which PEFT does not take for `FORMER_NAMES`.
     """
-    stacks = matched_stacks(config, model)
-    if not stacks:
+    names, stacks = matched_names(config, model), matched_stacks(config, model)
+    routers = {n for n in router_names(model) if n in names}
+    routers = {n for n in routers if not isinstance(model.get_submodule(n), nn.Linear)}
+    stacks += [f"{name}.weight" for name in sorted(routers)]
+    # names that PEFT would take for stacks, also for those that are excluded
+    if not stacks and renamed_targets(config, model).isdisjoint(config.target_modules):
         return
+    targets, halves = config.target_modules, {*FORMER_NAMES["gate_up_proj"]}
+    is_list = not isinstance(targets, str)
+    if stacks and any(is_list and {*group} <= {*targets} for group in halves):
+        # as PEFT does, since each half had a LoRA of its own
+        kind = r".*\.gate_up_proj"
+        config.rank_pattern = {**(config.rank_pattern or {}), kind: 2 * config.r}
+        config.alpha_pattern = {**(config.alpha_pattern or {}), kind: 2 * config.lora_alpha}
     # PEFT adapts those that `target_parameters` names already
     given = tuple(f".{name}" for name in facts_of(config).target_parameters or ())
     more = [name for name in stacks if not given or not f".{name}".endswith(given)]
     config.target_parameters = [*(facts_of(config).target_parameters or ()), *more]
-    names = matched_names(config, model)
+    names = [name for name in names if name not in routers]
     if names:
         set_targets(config, model, names)
     else:
@@ -303,6 +338,7 @@ def check_targets(config: Any, model: nn.Module, *, no_experts: str = NO_EXPERTS
             ) from error
         if not matches:
             raise _no_match(targets, names, words=(*PRESETS, "all-linear"))
+        _refuse_experts([targets], model, no_experts)
     else:
         # PEFT takes none if `target_parameters` names weights instead
         if not targets and not facts_of(config).target_parameters:
@@ -317,6 +353,7 @@ def check_targets(config: Any, model: nn.Module, *, no_experts: str = NO_EXPERTS
         unknown = sorted(set(targets) - known)
         if unknown:
             _check_unknown(unknown, names, model, no_experts, has_others=bool(known & {*targets}))
+        _refuse_experts(targets, model, no_experts)
     # each pattern matches something, but exclude_modules or layers_to_transform leave nothing
     found = matched_names(config, model) or (not no_experts and matched_stacks(config, model))
     if targets and not found:
@@ -343,6 +380,18 @@ def _check_unknown(
     if not has_others:
         raise error
     logger.warning("%s", error)
+
+
+def _refuse_experts(targets: Iterable[str], model: nn.Module, no_experts: str) -> None:
+    """Raise UnsupportedError for a name of a module of experts, if the method adapts none."""
+    modules = {name.rpartition(".")[0] for name in stack_names(model)} if no_experts else ()
+    for target in targets:
+        for name in modules:
+            if target in _suffixes(name) or re.fullmatch(target, name):
+                raise UnsupportedError(
+                    f"target {target!r} names the experts of {name}, whose weights are stacked: "
+                    f"{no_experts}"
+                )
 
 
 def _former_names(
@@ -384,12 +433,12 @@ def matched_stacks(config: Any, model: nn.Module) -> list[str]:
 
 def _takes(config: Any, model: nn.Module, stack: str) -> bool:
     """Return True if the targets name a stack, or its module, and no other field excludes it."""
-    named = copy(config)
-    named.target_modules = {stack}
-    module = stack.rpartition(".")[0]
+    both = (stack, stack.rpartition(".")[0])
+    everything = copy(config)
+    everything.target_modules = {*both}
     return (
-        any(check_target_module_exists(config, name) for name in (stack, module))
-        and bool(check_target_module_exists(named, stack))
+        any(check_target_module_exists(config, name) for name in both)
+        and all(check_target_module_exists(everything, name) for name in both)
         and in_layers(config, model, stack)
     )
 
@@ -418,7 +467,11 @@ def matched_names(config: Any, model: nn.Module) -> list[str]:
         # PEFT compares each name with each target, which takes a second with thousands of targets
         suffixes = set(targets)
         names = [name for name in names if not suffixes.isdisjoint(_suffixes(name))]
-    return [name for name in names if check_target_module_exists(config, name)]
+    found = [name for name in names if check_target_module_exists(config, name)]
+    # a module of stacked experts stands for its stacks, see `matched_stacks`
+    owners = [name for name in found if experts_of(model.get_submodule(name)) is not None]
+    inside = tuple(f"{name}." for name in owners)
+    return [name for name in found if name not in owners and not f"{name}.".startswith(inside)]
 
 
 def chosen_names(config: Any, model: nn.Module, tuner: type[Any]) -> list[str]:
@@ -437,17 +490,23 @@ def chosen_names(config: Any, model: nn.Module, tuner: type[Any]) -> list[str]:
     return [] if targets is None else matched_names(config, model)
 
 
-def choose_default(config: Any, model: nn.Module, tuner: type[Any]) -> None:
+def choose_default(
+    config: Any, model: nn.Module, tuner: type[Any], no_experts: str = NO_EXPERTS
+) -> None:
     """Set the targets of a tuner of PEFT's that are left to it, where its table has none that fit.
 
     PEFT knows names by the type of model. They may match a vision tower too, or modules that are no
     linear layers; for other types, these are the layers of `block-linear`.
+
+    Args:
+        no_experts: see `resolve_targets`; "": all linear layers are also those of experts.
     """
     targets = config.target_modules
     if isinstance(targets, str) and targets.lower() == "all-linear":
+        stacks = [] if no_experts else stack_names(model)
         # PEFT takes every subclass of nn.Linear for a linear layer
-        if any(isinstance(m, nn.Linear) and not is_linear(m) for m in model.modules()):
-            set_targets(config, model, linear_names(model))
+        if stacks or any(isinstance(m, nn.Linear) and not is_linear(m) for m in model.modules()):
+            set_targets(config, model, [*linear_names(model), *stacks])
         return
     if targets is not None or facts_of(config).target_parameters:
         return
@@ -462,7 +521,7 @@ def choose_default(config: Any, model: nn.Module, tuner: type[Any]) -> None:
         set_targets(config, model, [name for name in norms if place(model, name) is not None])
     elif not fits:
         config.target_modules = "block-linear"
-        resolve_targets(config, model)
+        resolve_targets(config, model, no_experts=no_experts)
         # of (IA)3: the targets whose input is scaled instead of their output
         if getattr(config, "feedforward_modules", ()) is None:
             inside = set(expand_preset("mlp-linear", model))

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from petl.core.compat import drop_base_weights, tuner_of
+from petl.core.experts.files import split_experts, stack_experts, without_adapter
 from petl.core.layers.block import BlockAdapters
 from petl.core.layers.class_swap import AdapterDict
 from petl.core.layers.context import ForwardContext
@@ -332,7 +333,13 @@ class AskingTuner(SwitchingTuner):
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         drop_base_weights(model, state_dict)
-        return own.method.pack(own._set_in(model, adapter_name, config, state_dict), tensors)
+        found = own._set_in(model, adapter_name, config, state_dict)
+        return stack_experts(own.method.pack(found, tensors), own.method.free_dims)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        stacked = without_adapter(key, adapter_name)
+        return super()._remove_adapter_name_from_key(key, adapter_name) if stacked is None else stacked
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -347,7 +354,7 @@ class AskingTuner(SwitchingTuner):
         own: Any = cls.for_fields(vars(config))
         found = own._set_in(model, adapter_name, config, {})
         tensors = super(AskingTuner, own)._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, own.method.unpack(found, dict(state_dict))
+            model, config, adapter_name, own.method.unpack(found, split_experts(state_dict))
         )
         layers = [layer for layer in layers_of(found.model) if adapter_name in layer.adapters]
         for prefix in {layer.slot.removesuffix("adapters") for layer in layers}:

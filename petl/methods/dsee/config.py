@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from petl.core.model.targets import in_layers, matched_names, resolve_targets
+from petl.core.model.targets import in_layers, matched_names, matched_stacks, resolve_targets
 from petl.core.spec.checks import check_rank
 from petl.core.spec.config import MethodConfig, config_field, require
 from petl.errors import InputError
@@ -174,8 +174,8 @@ def resolve_lists(config: DseeConfig, model: nn.Module) -> None:
                 "leave them out of prune_modules",
             )
             config.only_masked = masked
-            config.target_modules = {*targets, *masked}
-    found = matched_names(config, model)
+            config.target_modules = {*targets, *masked, *matched_stacks(config, model)}
+    found = [*matched_names(config, model), *matched_stacks(config, model)]
     missing = [name for name in config.only_masked if name not in found]
     require(
         not missing,

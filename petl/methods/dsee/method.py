@@ -75,6 +75,7 @@ class Dsee(Method[DseeConfig, DseeAdapter]):
             "are none; `petl merge` writes the pruned model"
         ),
         Capability.ADAMR: "",  # masks change, and no trained tensor
+        Capability.EXPERTS: "",
         **dict.fromkeys(
             BASES,
             lambda config: QUANTIZED if config.prune_step is not None else "",
@@ -95,9 +96,9 @@ class Dsee(Method[DseeConfig, DseeAdapter]):
         """Resolve both lists of modules; `target_modules` is their union then."""
         if c.config.target_modules is None:
             c.config.target_modules = DseeConfig.target_modules
-        linear_targets(c)
+        experts = [target for target in linear_targets(c, "") if target.stack]
         resolve_lists(c.config, c.model)
-        return [linear_target(c, path) for path in matched_names(c.config, c.model)]
+        return [linear_target(c, path) for path in matched_names(c.config, c.model)] + experts
 
     def settings(self, c: WrapContext[DseeConfig]) -> dict[str, Settings]:
         """Return for each module whether it has an update."""

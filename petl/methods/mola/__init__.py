@@ -337,6 +337,12 @@ def across_layers(config: MolaConfig) -> str:
     return "" if kind == "linear" else f"router_type={kind!r} has a state across layers"
 
 
+def without_experts(config: MolaConfig) -> str:
+    """Why it adapts no stacked experts: their rows are not in the order of tokens; "": it does."""
+    reason = across_layers(config)
+    return reason and f"{reason}, which belongs to a token; set router_type=linear"
+
+
 @register
 class Mola(Method[MolaConfig, MolaAdapter]):
     """A top-k mixture of LoRA experts, with more experts in some layers than in others."""
@@ -353,6 +359,7 @@ class Mola(Method[MolaConfig, MolaAdapter]):
             "adapter, or call unload() for the base model"
         ),
         Capability.TOGETHER: across_layers,
+        Capability.EXPERTS: without_experts,
     }
 
     def settings(self, c: WrapContext[MolaConfig]) -> dict[str, Settings]:

@@ -178,7 +178,7 @@ class Pela(Method[PelaConfig, PelaAdapter]):
     need = "a smaller model"
     recommended = "a plain model with half of the weights, and fewer operations"
     lr = 3e-4
-    lacks = {Capability.MERGE: NO_MERGE}
+    lacks = {Capability.MERGE: NO_MERGE, Capability.EXPERTS: ""}
 
     def calibrate(self, c: WrapContext[PelaConfig]) -> None:
         """Start from the weights, also with a config that was read from a file."""
@@ -186,7 +186,7 @@ class Pela(Method[PelaConfig, PelaAdapter]):
 
     def targets(self, c: WrapContext[PelaConfig]) -> list[Target]:
         """The linear layers, without those of fewer than `min_out_features` outputs."""
-        found, least = linear_targets(c), c.config.min_out_features
+        found, least = linear_targets(c, ""), c.config.min_out_features
         kept = [target for target in found if target.shape.out_features >= least]
         if not kept:
             raise InputError(
@@ -194,7 +194,7 @@ class Pela(Method[PelaConfig, PelaAdapter]):
                 "other target_modules"
             )
         if len(kept) < len(found):
-            c.config.target_modules = {target.path for target in kept}
+            c.config.target_modules = {target.stack or target.path for target in kept}
         return kept
 
     def settings(self, c: WrapContext[PelaConfig]) -> dict[str, Settings]:

@@ -180,5 +180,5 @@ def share_of_busiest(counts_I: Tensor) -> float:
 def _settings(model: nn.Module, key: str, count: int) -> Settings:
     module: Any = model.get_submodule(key)
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    device = next(base.parameters()).device  # values live where the weight is
+    device = base.weight.device  # values live where the weight is
     return {"count": count, "device": device, "transposed": isinstance(base, Conv1D)}

@@ -183,7 +183,8 @@ def test_default_targets_exist_for_types_that_peft_does_not_know(build, method):
 
 def test_the_names_of_tutorials_reach_experts_where_peft_does(tmp_path):
     model = petl.wrap(qwen3_moe(), "lora", target_modules=SEVEN)
-    assert model.active_peft_config.target_parameters == {"gate_up_proj", "down_proj"}
+    stacks = {f"model.layers.{i}.mlp.experts.{n}_proj" for i in (0, 1) for n in ("gate_up", "down")}
+    assert set(model.active_peft_config.target_parameters) == stacks
     assert after_a_step(model) == []
     # two branches stand in gate_up_proj, so PEFT gives it twice the rank
     model.save_pretrained(tmp_path)
@@ -192,13 +193,13 @@ def test_the_names_of_tutorials_reach_experts_where_peft_does(tmp_path):
 
 
 def test_the_names_of_tutorials_adapt_the_rest_elsewhere_with_a_warning(caplog):
-    model = petl.wrap(qwen3_moe(), "mola", target_modules=SEVEN)
+    model = petl.wrap(qwen3_moe(), "loha", target_modules=SEVEN)
     assert len(adapted(model)) == 8
     assert (
         "target down_proj, gate_proj, up_proj names projections of stacked experts" in caplog.text
     )
-    with pytest.raises(petl.errors.UnknownNameError, match=r"stacked experts \(model\.layers\.0\."):
-        petl.wrap(qwen3_moe(), "mola", target_modules=["down_proj"])
+    with pytest.raises(petl.errors.UnsupportedError, match=r"stacked experts \(model\.layers\.0\."):
+        petl.wrap(qwen3_moe(), "loha", target_modules=["down_proj"])
     with pytest.raises(petl.errors.UnknownNameError, match="q_porj"):
         petl.wrap(qwen3_moe(), "mola", target_modules=["q_porj", "down_proj"])
 

@@ -73,8 +73,8 @@ def test_parameters_of_experts_are_reached_one_by_one():
 @pytest.mark.parametrize(
     ("build", "method", "fields"),
     [
-        (qwen3_moe, "lora", {"target_modules": "block-linear"}),
-        (qwen3_moe, "mola", {}),
+        (qwen3_moe, "loha", {"target_modules": "block-linear"}),
+        (qwen3_moe, "mola", {"target_modules": "attention-linear"}),
         (qwen3_moe, "lora", {"target_modules": ["q_proj", "v_proj"]}),
         (hybrid, "lora", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
     ],

@@ -1,0 +1,123 @@
+"""Names of stacked experts: presets, paths, names of transformers 4, and refusals in words."""
+
+import pytest
+import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+import petl
+from petl.core.model.coverage import coverage_of
+from petl.core.model.targets import router_names, stack_names
+from petl.errors import InputError, ModuleKindError, UnsupportedError
+from petl.testing.models import OTHER_MODELS
+
+ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
+ROUTER, EXPERTS = "mlp.gate", "mlp.experts"
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SHARED = {f"mlp.shared_experts.{name}" for name in SEVEN[4:]}
+FIELDS = {"mola": {"num_experts": 2, "top_k": 1}}
+
+
+def qwen3_moe():
+    return OTHER_MODELS["qwen3_moe"].base()
+
+
+def deepseek():
+    """Two blocks, of which the second has experts and shared ones."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+    config = DeepseekV3Config(
+        **sizes, **experts, **ranks, vocab_size=64, v_head_dim=8, moe_intermediate_size=16
+    )
+    return DeepseekV3ForCausalLM(config)
+
+
+def missed(base, method: str, targets) -> set[str]:
+    """Return the kinds of weights of the blocks without an adapter."""
+    model = petl.wrap(base, method, r=2, target_modules=targets, **FIELDS.get(method, {}))
+    return set(coverage_of(model).missed)
+
+
+@pytest.mark.parametrize("method", ["lora", "mola"])
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("block-linear", {ROUTER}),
+        ("mlp-linear", {ROUTER, *ATTENTION}),
+        ("attention-linear", {ROUTER, EXPERTS}),
+        ("experts", {ROUTER, *ATTENTION}),
+        (["experts"], {ROUTER, *ATTENTION}),
+        (["mlp.experts", "q_proj"], {ROUTER, *ATTENTION} - {"self_attn.q_proj"}),
+        (r".*\.mlp\.experts", {ROUTER, *ATTENTION}),
+        (["gate_up_proj", "experts.down_proj"], {ROUTER, *ATTENTION}),
+        (SEVEN, {ROUTER}),
+        (["w1", "w2", "w3"], {ROUTER, *ATTENTION}),
+    ],
+    ids=str,
+)
+def test_what_names_mean_in_a_model_with_experts(method, targets, expected):
+    assert missed(qwen3_moe(), method, targets) == expected
+
+
+@pytest.mark.parametrize("method", ["lora", "mola"])
+@pytest.mark.parametrize("targets", ["down_proj", "model.layers.1.mlp.experts.down_proj"])
+def test_one_stack_is_adapted_alone(method, targets):
+    base = qwen3_moe()
+    whole = sum(p.numel() for n, p in base.named_parameters() if "layers" in n and p.dim() > 1)
+    model = petl.wrap(base, method, r=2, target_modules=[targets], **FIELDS.get(method, {}))
+    blocks = 1 if "layers" in targets else 2
+    assert coverage_of(model).share == pytest.approx(blocks * 4 * 24 * 32 / whole)
+
+
+@pytest.mark.parametrize("method", ["lora", "mola"])
+def test_shared_experts_are_linear_layers(method):
+    rest = missed(deepseek(), method, "shared-experts")
+    assert EXPERTS in rest
+    assert not rest & SHARED
+    rest = missed(deepseek(), method, "experts")
+    assert rest >= SHARED
+    assert EXPERTS not in rest
+    # PEFT would take their complete names for those of routed experts
+    assert missed(deepseek(), method, "block-linear") == {ROUTER}
+
+
+def test_a_router_gets_a_lora():
+    assert router_names(qwen3_moe()) == [f"model.layers.{i}.mlp.gate" for i in (0, 1)]
+    assert missed(qwen3_moe(), "lora", "router") == {EXPERTS, *ATTENTION}
+    with pytest.raises(ModuleKindError, match="Qwen3MoeTopKRouter, not a linear layer"):
+        petl.wrap(qwen3_moe(), "mola", target_modules="router")
+
+
+@pytest.mark.parametrize("method", ["lora", "mola"])
+@pytest.mark.parametrize(("half", "other"), [("gate_proj", "up_proj"), ("w3", "w1")])
+def test_one_half_of_a_stack_is_refused(method, half, other):
+    with pytest.raises(InputError, match=f"{half} is one half of .*: name {other} too"):
+        petl.wrap(qwen3_moe(), method, target_modules=[half, "q_proj"])
+
+
+@pytest.mark.parametrize("method", ["loha", "dora", "adapter", "corda"])
+@pytest.mark.parametrize("targets", ["experts", ["experts"], ["gate_up_proj"], r".*\.experts"])
+def test_a_method_without_experts_says_so_before_anything_changes(method, targets):
+    base = qwen3_moe()
+    ids = torch.arange(8)[None]
+    calibration = [{"input_ids": ids, "labels": ids}] if method == "corda" else None
+    before = [(name, type(module)) for name, module in base.named_modules()]
+    with pytest.raises(UnsupportedError, match="experts"):
+        petl.wrap(base, method, target_modules=targets, calibration=calibration)
+    assert [(name, type(module)) for name, module in base.named_modules()] == before
+    assert all(parameter.requires_grad for parameter in base.parameters())
+
+
+@pytest.mark.parametrize("excluded", [["experts"], ["gate_up_proj", "down_proj"], r".*\.experts\..*"])
+@pytest.mark.parametrize("method", ["lora", "mola"])
+def test_experts_are_left_out_by_name(method, excluded):
+    model = petl.wrap(
+        qwen3_moe(), method, target_modules=SEVEN, exclude_modules=excluded, **FIELDS.get(method, {})
+    )
+    assert EXPERTS in coverage_of(model).missed
+
+
+def test_stacks_are_named_once_however_often_a_model_is_adapted():
+    model = petl.wrap(qwen3_moe(), "mola", **FIELDS["mola"])
+    model.add_adapter("other", petl.build_config("mola", **FIELDS["mola"]))
+    assert stack_names(model.get_base_model()) == stack_names(qwen3_moe())
