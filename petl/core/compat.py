@@ -255,9 +255,9 @@ def with_new_names(
     PEFT also takes the complete name of a module that the model has for one, such as that of the
     `gate_proj` of shared experts, and would then adapt the routed ones instead.
     """
-    targets = getattr(config, "target_modules", None)
-    known = {name for name, _ in model.named_modules()} if isinstance(targets, list | set) else set()
-    complete = {name for name in targets or () if name in known and "." in name}
+    targets: Any = getattr(config, "target_modules", None)
+    names = {name for name, _ in model.named_modules() if "." in name}
+    complete = names & {*targets} if isinstance(targets, list | set) else set[str]()
     if not complete:
         original(config, model=model, conversions=conversions)
         return

@@ -1,13 +1,21 @@
-"""The linear layer of one expert, whose weight is a slice of a stack. Shapes: E experts, I in, O out.
+"""The linear layer of one expert, whose weight is a slice of a stack.
 
 Methods are written for linear layers. A stack [E, O, I] is E of them, each seen through an object
-of this class, which has no tensors of its own.
+of this class, which has no tensors of its own. Shapes: E experts, I in, O out.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+class ExpertLinears(nn.Module):
+    """The layers of the experts of a module: a child for each stack, with children "0", "1", ..."""
+
+    def layers(self, name: str) -> list[nn.Module]:
+        """Return the layers of a stack, adapted or not; empty if it has none."""
+        return [*self.get_submodule(name).children()] if name in self._modules else []
 
 
 class ExpertLinear(nn.Linear):
@@ -37,13 +45,13 @@ class ExpertLinear(nn.Linear):
         return self.owner[0].get_parameter(name).detach()[self.expert]
 
     @property
-    def weight(self) -> nn.Parameter:  # ty: ignore[invalid-attribute-override]
+    def weight(self) -> nn.Parameter:  # ty: ignore[incompatible-property-override]
         """The weight, [O, I]; writing into it writes into the stack."""
         stored = self._slice(self.name)
         return nn.Parameter(stored.t() if self.transposed else stored, requires_grad=False)
 
     @property
-    def bias(self) -> nn.Parameter | None:  # ty: ignore[invalid-attribute-override]
+    def bias(self) -> nn.Parameter | None:
         """The bias, [O], or None."""
         if not self.has_bias:
             return None

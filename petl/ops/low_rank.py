@@ -19,7 +19,11 @@ from petl.ops.dropout import keep_mask
 from petl.ops.expert_linear import ExpertLinear
 
 WEIGHT_TYPES = (nn.Parameter, Tensor, FakeTensor)  # FakeTensor: a dry run must compute the same
-LINEAR = (nn.Linear, packed.PackedLinear, ExpertLinear)  # exactly these: a subclass may compute something else
+LINEAR = (
+    nn.Linear,
+    packed.PackedLinear,
+    ExpertLinear,
+)  # exactly these: a subclass may compute something else
 
 
 def is_frozen_linear(

@@ -107,7 +107,9 @@ def _compare_merged(model: Any, twin: Any) -> None:
     base = model.get_base_model()
     for path, module in base.named_modules():
         layout = experts_of(module)
-        for name in layout.stacks if layout else ():
+        if layout is None:
+            continue
+        for name in layout.stacks:
             for expert, weight in enumerate(module.get_parameter(name)):
                 layer = merged[f"{path}.{LINEARS}.{name}.{expert}"].get_base_layer()
                 own = weight.t() if layout.transposed else weight

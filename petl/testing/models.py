@@ -154,13 +154,13 @@ EXPERTS = {
 
 def tiny_qwen3_moe() -> Qwen3MoeForCausalLM:
     """Build a Qwen3 with 4 experts of width 24, of which each token has 2."""
-    config = Qwen3MoeConfig(**EXPERTS, num_experts=4, moe_intermediate_size=24)
+    config = _config(Qwen3MoeConfig, **EXPERTS, num_experts=4, moe_intermediate_size=24)
     return _build(Qwen3MoeForCausalLM, config)
 
 
 def tiny_gpt_oss() -> GptOssForCausalLM:
     """Build a gpt-oss with 4 experts of width 24, which have biases and transposed weights."""
-    config = GptOssConfig(**EXPERTS, num_local_experts=4, intermediate_size=24)
+    config = _config(GptOssConfig, **EXPERTS, num_local_experts=4, intermediate_size=24)
     return _build(GptOssForCausalLM, config)
 
 

@@ -18,10 +18,10 @@ from peft.mapping import (
 from peft.utils import PeftType
 from torch import nn
 
-from petl.core.method import Method
-from petl.core.register import register
 from petl.core.experts.files import split_experts
 from petl.core.experts.linears import stack_of
+from petl.core.method import Method
+from petl.core.register import register
 from petl.core.registry import build_config, wrap
 from petl.core.tuners.asking import method_asked
 from petl.errors import ModuleKindError
@@ -188,7 +188,9 @@ def tensor_names_follow_the_rule(case: Case) -> None:
             f"key {key} matches neither {in_layer.pattern} nor {in_pool.pattern}"
         )
         # experts are slices of a parameter
-        owner = layer and (layer[1] if layer[1] in modules else stack_of(layer[1]).rpartition(".")[0])
+        owner = layer and (
+            layer[1] if layer[1] in modules else stack_of(layer[1]).rpartition(".")[0]
+        )
         assert not layer or owner in modules, f"{key}: {layer[1]} is no module of the base"
     saved = set(split_experts(get_peft_model_state_dict(model, adapter_name="some_name")))
     # saved keys lack the adapter's name

@@ -36,7 +36,8 @@ def stack_experts(tensors: Mapping[str, Tensor], apart: Collection[str]) -> dict
         if match is None or match["tensor"] in apart:
             found[key] = tensor
         else:
-            groups.setdefault("{module}.{slot}.{stack}.{tensor}".format(**match.groupdict()), []).append(key)
+            name = "{module}.{slot}.{stack}.{tensor}".format(**match.groupdict())
+            groups.setdefault(name, []).append(key)
     for name, keys in groups.items():
         own = [tensors[key] for key in keys]
         if _are_alike(own):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from petl.core.experts.forward import Update, UpdatedExperts
-from petl.core.experts.proof import check_experts
 from petl.core.experts.linears import add_linears, drop_unused, linears_of
+from petl.core.experts.proof import check_experts
 from petl.core.layers.class_swap import restore_class, swap_class
 from petl.core.layers.grouped import stacked_factors
 from petl.core.layers.layer import Adapter, AdapterLayer, refuse_conversion
@@ -34,7 +34,6 @@ class ExpertLayer(AdapterLayer):
             base.store(weight_data)
         else:  # a copy of the layer alone
             super().set_base_weight(weight_data)
-
 
     def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
         """Refuse: PEFT has no LoRA on the layer of one expert."""

@@ -11,22 +11,10 @@ from typing import cast
 from torch import nn
 
 from petl.core.experts.layout import ExpertsLayout
-from petl.ops.expert_linear import ExpertLinear
+from petl.ops.expert_linear import ExpertLinear, ExpertLinears
 
 LINEARS = "linears"
 LAYER = re.compile(rf"^(.*)\.{LINEARS}\.([^.]+)\.\d+$")  # the path of the layer of one expert
-
-
-class ExpertLinears(nn.Module):
-    """By name of the stack, the layers of its experts, adapted or not."""
-
-    def layers(self, name: str) -> list[nn.Module]:
-        """Return the layers of a stack; empty if it has no adapter."""
-        return [*self.get_submodule(name).children()] if name in self._modules else []
-
-
-class ExpertLinearList(nn.Module):
-    """The layers of one stack, under the names "0", "1", ..."""
 
 
 def linears_of(module: nn.Module) -> ExpertLinears | None:
@@ -42,7 +30,7 @@ def add_linears(module: nn.Module, layout: ExpertsLayout, name: str) -> None:
     container = cast(ExpertLinears, linears_of(module))
     if name in container._modules:
         return
-    layers = ExpertLinearList()
+    layers = nn.Module()
     for expert in range(layout.count(module)):
         layer = ExpertLinear(
             module, name, expert, transposed=layout.transposed, has_bias=layout.bias

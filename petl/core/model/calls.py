@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
-from petl.core.experts.linears import ExpertLinears
 from petl.core.layers.class_swap import AdapterDict, original_class
 from petl.core.model.copies import skeleton_of
 from petl.errors import first_line
+from petl.ops.expert_linear import ExpertLinears
 
 # They read weights of their children without calling these, at least in evaluation mode (the fast
 # path of TransformerEncoderLayer), which no training pass shows.

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
-from petl.core.experts.linears import ExpertLinears
 from petl.core.layers.class_swap import AdapterDict, SwappedClass, original_class
 from petl.core.types import base_of
+from petl.ops.expert_linear import ExpertLinears
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -15,12 +15,13 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
-from petl.core.experts.linears import ExpertLinears, linears_of
+from petl.core.experts.linears import linears_of
 from petl.core.layers.class_swap import AdapterDict
 from petl.core.model.calls import place_of
 from petl.core.model.parts import LANGUAGE, language_path, part_in
 from petl.core.model.places import Place, place
 from petl.core.parameters import quantization_of
+from petl.ops.expert_linear import ExpertLinears
 
 logger = logging.getLogger(__name__)
 LOW = 0.5  # a share below it is a warning

@@ -29,7 +29,6 @@ from petl.core.compat import (
     renamed_targets,
 )
 from petl.core.experts.layout import experts_of
-from petl.core.experts.linears import ExpertLinears
 from petl.core.layers.class_swap import AdapterDict
 from petl.core.model.calls import FUSED_KINDS, IDLE, READ, fused_parent, place_of, uncalled
 from petl.core.model.linear import LINEAR_KINDS, is_linear, refuse_other_kind
@@ -46,12 +45,13 @@ from petl.errors import (
     UnsupportedError,
     did_you_mean,
 )
+from petl.ops.expert_linear import ExpertLinears
 
 logger = logging.getLogger(__name__)
 
 PRESETS = {
-    "block-linear": "every linear layer inside the transformer blocks, those of experts included; of "
-    "a model for images and text, those of its language model",
+    "block-linear": "every linear layer inside the transformer blocks, of experts too; of a model "
+    "for images and text, those of its language model",
     "attention-linear": "those of them that belong to attention",
     "mlp-linear": "those of them that do not",
     "experts": "those of routed experts",
@@ -105,11 +105,9 @@ def router_names(model: nn.Module) -> list[str]:
     found = []
     for name in candidate_names(model):
         module = model.get_submodule(name)
-        layout = experts_of(module)
-        is_list = isinstance(module, nn.ModuleList) and name.endswith("experts")
-        if layout is None and not is_list:
+        count = _count_experts(module, name)
+        if not count:
             continue
-        count = len(module) if isinstance(module, nn.ModuleList) else layout and layout.count(module)
         owner = name.rpartition(".")[0]
         for child, beside in model.get_submodule(owner).named_children():
             base = beside.get_base_layer() if isinstance(beside, BaseTunerLayer) else beside
@@ -117,6 +115,13 @@ def router_names(model: nn.Module) -> list[str]:
             if weight is not None and weight.dim() == 2 and len(weight) == count:
                 found.append(f"{owner}.{child}")
     return list(dict.fromkeys(found))
+
+
+def _count_experts(module: nn.Module, name: str) -> int:
+    if isinstance(module, nn.ModuleList):
+        return len(module) if name.endswith("experts") else 0
+    layout = experts_of(module)
+    return 0 if layout is None else layout.count(module)
 
 
 def block_linear_names(

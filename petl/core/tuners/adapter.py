@@ -23,7 +23,6 @@ from petl.core.layers.layer import HALF, AdapterLayer, LayerInfo
 from petl.core.layers.task_rows import take_task_ids
 from petl.core.method import WrapContext
 from petl.core.model.targets import resolve_blocks
-from petl.ops.expert_linear import ExpertLinear
 from petl.core.serving.mixed_batch import AdapterRows, is_generation_call
 from petl.core.spec.checks import check_adapter_name, check_tensor_names
 from petl.core.spec.config import MethodConfig
@@ -32,6 +31,7 @@ from petl.core.switching.norms import original_norms
 from petl.core.switching.tuner import hosts_of, layers_of
 from petl.core.tuners.asking import AskingTuner
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
+from petl.ops.expert_linear import ExpertLinear
 
 
 class AdapterTuner(AskingTuner):

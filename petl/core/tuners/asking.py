@@ -339,7 +339,9 @@ class AskingTuner(SwitchingTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         stacked = without_adapter(key, adapter_name)
-        return super()._remove_adapter_name_from_key(key, adapter_name) if stacked is None else stacked
+        return (
+            super()._remove_adapter_name_from_key(key, adapter_name) if stacked is None else stacked
+        )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -108,11 +108,17 @@ def test_a_method_without_experts_says_so_before_anything_changes(method, target
     assert all(parameter.requires_grad for parameter in base.parameters())
 
 
-@pytest.mark.parametrize("excluded", [["experts"], ["gate_up_proj", "down_proj"], r".*\.experts\..*"])
+@pytest.mark.parametrize(
+    "excluded", [["experts"], ["gate_up_proj", "down_proj"], r".*\.experts\..*"]
+)
 @pytest.mark.parametrize("method", ["lora", "mola"])
 def test_experts_are_left_out_by_name(method, excluded):
     model = petl.wrap(
-        qwen3_moe(), method, target_modules=SEVEN, exclude_modules=excluded, **FIELDS.get(method, {})
+        qwen3_moe(),
+        method,
+        target_modules=SEVEN,
+        exclude_modules=excluded,
+        **FIELDS.get(method, {}),
     )
     assert EXPERTS in coverage_of(model).missed
 
