@@ -20,7 +20,8 @@ from petl.core.layers.class_swap import AdapterDict
 from petl.core.model.calls import place_of
 from petl.core.model.parts import LANGUAGE, language_path, part_in
 from petl.core.model.places import Place, place
-from petl.core.parameters import quantization_of
+from petl.core.model.targets import stack_names
+from petl.core.parameters import quantization_of, trainable
 from petl.ops.expert_linear import ExpertLinears
 
 logger = logging.getLogger(__name__)
@@ -122,6 +123,22 @@ def log_coverage(model: PeftModel, given: Any, *, is_chosen: bool) -> None:
         return
     low = not is_chosen and is_low(found, model.active_peft_config, given)
     logger.log(logging.WARNING if low else logging.INFO, "%s", found)
+    on_experts = trained_on_experts(model)
+    if on_experts and not isinstance(given, list | set):
+        logger.info(
+            "%s of %s trained parameters are those of experts; name others to leave these out, "
+            "such as target_modules=attention-linear",
+            f"{on_experts:,}",
+            f"{sum(parameter.numel() for _, parameter in trainable(model)):,}",
+        )
+
+
+def trained_on_experts(model: PeftModel) -> int:
+    """Return the number of trained parameters on stacked experts."""
+    base = model.get_base_model()
+    modules = {stack.rpartition(".")[0] for stack in stack_names(base)}
+    inside = tuple(f"{path}." for path in modules)
+    return sum(p.numel() for name, p in trainable(base) if name.startswith(inside))
 
 
 def is_low(found: Coverage, config: Any, given: Any) -> bool:

@@ -87,7 +87,9 @@ class MethodConfig(PeftConfig):
     layers_pattern: list[str] | str | None = config_field(
         "name of the module list that layers_to_transform counts", None
     )
-    target_parameters: None = config_field("not supported; PEFT reads it", None)
+    target_parameters: list[str] | None = config_field(
+        "stacked parameters of experts, beside target_modules, of which they become a part", None
+    )
     trainable_token_indices: None = config_field("not supported; PEFT reads it", None)
 
     def __post_init__(self) -> None:
@@ -99,17 +101,29 @@ class MethodConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, tuple | set | range):
                 setattr(self, name, list(value))
-        for name in ("target_parameters", "trainable_token_indices"):
-            if getattr(self, name) is not None:
-                raise InputError(
-                    f"{name} is not supported by method {self.method!r}; leave it null"
-                )
+        if self.trainable_token_indices is not None:
+            raise InputError(
+                f"trainable_token_indices is not supported by method {self.method!r}; leave it null"
+            )
         check_values(type(self), {f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        self._take_parameters()
         super().__post_init__()
         # PEFT's `__post_init__` does not set it
         self.peft_type = PeftType[f"PETL_{self.method.upper()}"]
         check_rules(self)
         self.check()
+
+    def _take_parameters(self) -> None:
+        """Add `target_parameters` to the targets, where stacks are named as modules are."""
+        names, targets = self.target_parameters, self.target_modules
+        if not names:
+            return
+        if isinstance(targets, str):
+            raise InputError(
+                f"target_parameters={names} stands beside a list of target_modules, and "
+                f"target_modules={targets!r} is one word; list all names in target_modules"
+            )
+        self.target_modules, self.target_parameters = {*(targets or ()), *names}, None
 
     def check(self) -> None:
         """Raise InputError for values that are wrong together; bounds are checked before."""

@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, ModulesToSaveWrapper
+from petl.core.experts.layer import ExpertLayer
 from petl.core.layers.block import BlockAdapters
 from petl.core.layers.grouped import (
     GroupedLora,
@@ -124,7 +125,9 @@ def refuse_layer(path: str, layer: nn.Module) -> None:
                 f"the LoRA layer {path} is not two plain factors (DoRA, a bias, or another "
                 "variant), so adapters cannot train together"
             )
-    elif not isinstance(layer, AdapterLayer | ModulesToSaveWrapper):
+    elif isinstance(layer, ExpertLayer) or not isinstance(
+        layer, AdapterLayer | ModulesToSaveWrapper
+    ):
         raise UnsupportedError(
             f"{path} is {type(layer).__name__}, which cannot compute the rows of several adapters "
             "in training"

@@ -134,6 +134,7 @@ def _variant(outer: Any, entry: Method[Any, Any], inner: str | None) -> Method[A
         "inner": inner or "",
         "lacks": {
             **entry.lacks,
+            Capability.EXPERTS: "it is for linear layers; use the inner method alone",
             Capability.TOGETHER: "its layers change the tensors of an inner method on their way",
             **own.pop("lacks"),
         },

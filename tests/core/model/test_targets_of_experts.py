@@ -70,6 +70,14 @@ def test_one_stack_is_adapted_alone(method, targets):
 
 
 @pytest.mark.parametrize("method", ["lora", "mola"])
+def test_parameters_are_named_as_in_peft(method):
+    fields = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    model = petl.wrap(qwen3_moe(), method, r=2, **fields, **FIELDS.get(method, {}))
+    named = petl.wrap(qwen3_moe(), "lora", r=2, target_modules=["q_proj", "down_proj"])
+    assert coverage_of(model) == coverage_of(named)
+
+
+@pytest.mark.parametrize("method", ["lora", "mola"])
 def test_shared_experts_are_linear_layers(method):
     rest = missed(deepseek(), method, "shared-experts")
     assert EXPERTS in rest
@@ -121,6 +129,14 @@ def test_experts_are_left_out_by_name(method, excluded):
         **FIELDS.get(method, {}),
     )
     assert EXPERTS in coverage_of(model).missed
+
+
+def test_what_experts_add_is_said(caplog):
+    with caplog.at_level("INFO"):
+        model = petl.wrap(qwen3_moe(), "lora", r=2, target_modules="block-linear")
+    trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    own = sum(count for name, count in trained.items() if "experts" in name)
+    assert f"{own:,} of {sum(trained.values()):,} trained parameters are those of" in caplog.text
 
 
 def test_stacks_are_named_once_however_often_a_model_is_adapted():
