@@ -294,6 +294,11 @@ def sublayer_targets(
     by_placement = STREAMS.get(config.placement, "")
     return targets_with_streams(c, (lambda path: by_placement) if stream is None else stream)
 
+NO_NETWORKS = (
+    "a bottleneck for each of them is large and in no paper; adapt the block that holds them (the "
+    "module above), or use lora"
+)
+
 
 def sublayer_places(c: WrapContext[Any]) -> list[tuple[str, str]]:
     """Return location and path of the sub-layers of a model, and of its blocks if they are one."""
@@ -310,7 +315,7 @@ def targets_with_streams(c: WrapContext[Any], stream: Callable[[str], str]) -> l
             input, or "" for the input of the target itself.
     """
     config, model = c.config, c.model
-    resolve_targets(config, model, words=("all-linear",))
+    resolve_targets(config, model, words=("all-linear",), no_experts=NO_NETWORKS)
     subs = find_sublayers(model)
     known, blocks_of = {sub.closing: sub for sub in subs}, block_widths(model)
     # one module is both input and end: its experts have no linear layer to attach to
