@@ -256,14 +256,23 @@ def with_new_names(
     `gate_proj` of shared experts, and would then adapt the routed ones instead.
     """
     targets: Any = getattr(config, "target_modules", None)
-    names = {name for name, _ in model.named_modules() if "." in name}
-    complete = names & {*targets} if isinstance(targets, list | set) else set[str]()
+    names = targets if isinstance(targets, list | set) else ()
+    complete = {name for name in names if "." in name and _has_module(model, name)}
     if not complete:
         original(config, model=model, conversions=conversions)
         return
     config.target_modules = {*targets} - complete
     original(config, model=model, conversions=conversions)
     config.target_modules = {*(config.target_modules or ())} | complete
+
+
+def _has_module(model: nn.Module, name: str) -> bool:
+    # a walk over all modules would grow with the number of adapters
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
 
 
 _with_new_names = transformers_weight_conversion.convert_peft_config_for_transformers

@@ -520,7 +520,8 @@ class Method(Generic[C, A]):
         """
         facts = facts_of(config)
         is_random = facts.init_lora_weights in (None, True, False, "gaussian")
-        return self.tuner is LoraModel and is_random and not facts.use_dora
+        more = facts.use_dora or facts.lora_bias or facts.fan_in_fan_out
+        return self.tuner is LoraModel and is_random and not more
 
     @property
     def merges(self) -> bool:

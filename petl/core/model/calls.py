@@ -21,10 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
-from petl.core.layers.class_swap import AdapterDict, original_class
-from petl.core.model.copies import skeleton_of
+from petl.core.layers.class_swap import original_class
+from petl.core.model.copies import ADAPTERS, skeleton_of
 from petl.errors import first_line
-from petl.ops.expert_linear import ExpertLinears
 
 # They read weights of their children without calling these, at least in evaluation mode (the fast
 # path of TransformerEncoderLayer), which no training pass shows.
@@ -192,7 +191,7 @@ def _built(module: Any, path: str) -> Iterator[Any]:
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         yield name, None if tensor is None else tuple(tensor.shape)
     for name, child in module._modules.items():
-        if child is not None and not isinstance(child, AdapterDict | ExpertLinears):
+        if child is not None and not isinstance(child, ADAPTERS):
             yield from _built(child, f"{path}.{name}")
 
 

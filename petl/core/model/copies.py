@@ -12,6 +12,7 @@ from petl.core.types import base_of
 from petl.ops.expert_linear import ExpertLinears
 
 M = TypeVar("M", bound=nn.Module)
+ADAPTERS = (AdapterDict, ExpertLinears)  # of a block, and of experts
 
 
 def share_weights(model: M) -> M:
@@ -54,9 +55,7 @@ class _Copier:
         clone._parameters = {k: self.of_tensor(p) for k, p in module._parameters.items()}
         clone._buffers = {k: self.of_tensor(b) for k, b in module._buffers.items()}
         clone._modules = {
-            k: self.of_module(m)
-            for k, m in module._modules.items()
-            if not isinstance(m, AdapterDict | ExpertLinears)  # adapters of a block, of experts
+            k: self.of_module(m) for k, m in module._modules.items() if not isinstance(m, ADAPTERS)
         }
         return clone
 

@@ -25,6 +25,8 @@ class Facts:
     alpha: float | None = None
     use_rslora: bool = False
     use_dora: bool = False
+    lora_bias: bool = False
+    fan_in_fan_out: bool = False
     init_lora_weights: bool | str | None = None
     bias: str | None = None
     rank_pattern: Mapping[str, Any] | None = None

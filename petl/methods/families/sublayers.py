@@ -294,6 +294,7 @@ def sublayer_targets(
     by_placement = STREAMS.get(config.placement, "")
     return targets_with_streams(c, (lambda path: by_placement) if stream is None else stream)
 
+
 NO_NETWORKS = (
     "a bottleneck for each of them is large and in no paper; adapt the block that holds them (the "
     "module above), or use lora"
