@@ -27,8 +27,8 @@ PACKAGE = ROOT / "petl"
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
     "system": 3400,
-    "ops": 2600,
-    "core": 10950,
+    "ops": 2650,
+    "core": 11600,
     "efficiency": 8100,
     "data": 9150,
     "training": 13300,
@@ -37,7 +37,7 @@ BUDGETS = {
     "generation": 4550,
     "experiments": 6300,
     "cli": 3650,
-    "testing": 2450,
+    "testing": 2600,
 }
 OWN_LINES = 360  # of the files directly in petl/
 OTHERS = {"scripts": 12500, "tests": 72000}

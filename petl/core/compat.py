@@ -9,6 +9,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.auto import _BaseAutoPeftModel as AutoPeftClass
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -248,14 +249,14 @@ def refused_names(config: Any, model: nn.Module, names: Iterable[str]) -> dict[s
 
 
 def with_new_names(
-    original: Callable[..., None], config: Any, model: nn.Module, conversions: Any
+    original: Callable[..., None], config: Any, model: nn.Module, conversions: object
 ) -> None:
     """Replace names of transformers 4 in the targets of a config, as PEFT does.
 
     PEFT also takes the complete name of a module that the model has for one, such as that of the
     `gate_proj` of shared experts, and would then adapt the routed ones instead.
     """
-    targets: Any = getattr(config, "target_modules", None)
+    targets = vars(config).get("target_modules")
     names = targets if isinstance(targets, list | set) else ()
     complete = {name for name in names if "." in name and _has_module(model, name)}
     if not complete:
@@ -280,7 +281,7 @@ _with_new_names = transformers_weight_conversion.convert_peft_config_for_transfo
 
 @wraps(_with_new_names)
 def convert_peft_config_for_transformers(
-    peft_config: Any, model: nn.Module, conversions: Any
+    peft_config: PeftConfig, model: nn.Module, conversions: object
 ) -> None:
     """Call `with_new_names`; PEFT imports it by this name where it is called."""
     with_new_names(_with_new_names, peft_config, model, conversions)

@@ -5,7 +5,7 @@ Shapes: S rows (a token once for each of its experts), E experts, I in, O out, R
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class AdaptedExperts(UpdatedExperts):
     computes_as_before: ClassVar[bool] = False
     holds_adapters: ClassVar[bool] = True
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Compute with the active adapters; without any, as the module itself."""
         linears = linears_of(cast(nn.Module, self))
         names = () if linears is None else linears._modules

@@ -125,9 +125,7 @@ def refuse_layer(path: str, layer: nn.Module) -> None:
                 f"the LoRA layer {path} is not two plain factors (DoRA, a bias, or another "
                 "variant), so adapters cannot train together"
             )
-    elif isinstance(layer, ExpertLayer) or not isinstance(
-        layer, AdapterLayer | ModulesToSaveWrapper
-    ):
+    elif not isinstance(layer, AdapterLayer | ModulesToSaveWrapper) or type(layer) is ExpertLayer:
         raise UnsupportedError(
             f"{path} is {type(layer).__name__}, which cannot compute the rows of several adapters "
             "in training"
