@@ -47,7 +47,7 @@ class AdaptedExperts(UpdatedExperts):
     computes_as_before: ClassVar[bool] = False
     holds_adapters: ClassVar[bool] = True
 
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Compute with the active adapters; without any, as the module itself."""
         linears = linears_of(cast(nn.Module, self))
         names = () if linears is None else linears._modules
