@@ -5,7 +5,7 @@ Shapes: S rows (a token once for each of its experts), E experts, I in, O out, R
 
 from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
