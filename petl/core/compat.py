@@ -9,7 +9,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.auto import _BaseAutoPeftModel as AutoPeftClass
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -47,7 +47,10 @@ from peft.utils.constants import (
 )
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
-from peft.utils.transformers_weight_conversion import _MOE_TARGET_MODULE_MAPPING
+from peft.utils.transformers_weight_conversion import (
+    _MOE_TARGET_MODULE_MAPPING,
+    convert_peft_adapter_state_dict_for_transformers,
+)
 from torch import Tensor, nn
 
 __all__ = [
@@ -83,6 +86,7 @@ __all__ = [
     "renamed_targets",
     "resolve_quantization_backend",
     "svd_factors",
+    "tensors_for_stacks",
     "tuner_class",
     "tuner_of",
     "without_noise",
@@ -227,6 +231,12 @@ def renamed_targets(config: Any, model: nn.Module) -> set[str]:
         if probe.target_parameters:
             return set(names)
     return set()
+
+
+def tensors_for_stacks(model: Any, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of an adapter of transformers 4, whose experts had layers, for stacks."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return convert_peft_adapter_state_dict_for_transformers(base, config, tensors)
 
 
 def refused_names(config: Any, model: nn.Module, names: Iterable[str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from torch import nn
 from petl.core.adapter_file import type_of
 from petl.core.adapter_folder import CONFIG, ON_THE_HUB, Folder, read_weights
 from petl.core.compat import tuner_of, without_noise
+from petl.core.experts.earlier import in_todays_layout
 from petl.core.fingerprint import (
     FILE,
     check_base,
@@ -85,11 +86,12 @@ def load(
     insist = "--other-base (petl.load: other_base=True)"
     check_patterns(config, (name for name, _ in base.named_modules()))  # which it matches
     check_meaning(saved.file(FILE), config, path)
-    check_tokens(config, base.get_base_model() if isinstance(base, PeftModel) else base)
+    plain_base = base.get_base_model() if isinstance(base, PeftModel) else base
+    check_tokens(config, plain_base)
     fits = partial(check_header, base, config)
-    with saved.plain(fits) as source:
+    with saved.plain(fits) as plain, in_todays_layout(plain, plain_base, config) as source:
         found = check_file(base, config, source.weights)
-        refuse_other_kinds(base.get_base_model() if isinstance(base, PeftModel) else base, config)
+        refuse_other_kinds(plain_base, config)
         action = f"loading {path}"
         check_base(trained_on, present, found, other_base=other_base, action=action, insist=insist)
         # last: of a file that lacks tensors, the messages above say more

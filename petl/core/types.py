@@ -1,7 +1,7 @@
 """Types for annotations: what models and batches have, and plain values by what they are."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
@@ -25,3 +25,18 @@ def base_of(model: nn.Module) -> CausalModel:
     """Return the model of transformers in a PeftModel; another one is returned as it is."""
     get_base_model = getattr(model, "get_base_model", None)
     return cast(CausalModel, model if get_base_model is None else get_base_model())
+
+
+@runtime_checkable
+class StackLayer(Protocol):
+    """A layer whose adapters change the weights of experts, which are one parameter."""
+
+    parameter_name: str
+
+    def get_param(self) -> Tensor:
+        """Return the parameter, of three dimensions."""
+        ...
+
+    def merged_experts(self, names: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the weight of each expert without and with the updates of these adapters."""
+        ...

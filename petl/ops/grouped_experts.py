@@ -195,7 +195,9 @@ class _GroupedLinear(torch.autograd.Function):
         x, A, B, mask, weight, h = ctx.saved_tensors
         factors = _Factors(A, B, mask, ctx.scale)
         needs_x = ctx.needs_input_grad[0]  # False in the first layer
-        gradients = _gradients(grad, x, factors, weight, h, ctx.rows.ends, needs_x=needs_x)
+        # the caller of `backward` may have it enabled
+        with torch.autocast(x.device.type, enabled=False):
+            gradients = _gradients(grad, x, factors, weight, h, ctx.rows.ends, needs_x=needs_x)
         return *gradients, None, None, None
 
 

@@ -6,7 +6,7 @@ the whole stack. Shapes: E experts, I in, O out, R rank.
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -21,6 +21,7 @@ from petl.core.compat import (
 from petl.core.experts.forward import Updates, accept_updates
 from petl.core.experts.layout import ExpertsLayout, experts_of
 from petl.core.experts.proof import check_experts
+from petl.core.experts.stacks import has_sides_swapped, stacked_factors, stacks_of
 from petl.core.layers.class_swap import SwappedClass, swap_class
 from petl.core.spec.facts import facts_of
 from petl.errors import InputError, UnsupportedError
@@ -75,21 +76,14 @@ class FusedExperts(SwappedClass, ParamWrapper):
 
     def factors(self, adapter_name: str) -> StackedFactors:
         """Return the update of an adapter: views of its tensors, A [E, R, I] and B [E, O, R]."""
-        A = cast(Tensor, self.lora_A[adapter_name].weight)  # row e R + r
-        B = cast(Tensor, self.lora_B[adapter_name].weight)  # column r E + e
-        experts, rank = self.num_experts, self.r[adapter_name]
-        A_ERI = A.view(experts, rank, A.shape[1])
-        B_EOR = B.view(len(B), rank, experts).permute(2, 0, 1)
-        if self._has_sides_swapped():
-            A_ERI, B_EOR = B_EOR.mT, A_ERI.mT
+        base = self.get_base_layer()
+        A = cast(Tensor, self.lora_A[adapter_name].weight)
+        B = cast(Tensor, self.lora_B[adapter_name].weight)
+        swapped = has_sides_swapped(base, _layout(base))
+        A, B = stacked_factors(A, B, self.num_experts, swapped=swapped)
         dropout: Any = self.lora_dropout[adapter_name]
         rate = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-        return StackedFactors(A_ERI, B_EOR, self.scaling[adapter_name], rate)
-
-    def _has_sides_swapped(self) -> bool:
-        """Return True where PEFT takes outputs for inputs: Llama 4 has no flag `is_transposed`."""
-        base: Any = self.get_base_layer()
-        return _layout(base).transposed != getattr(base, "is_transposed", False)
+        return StackedFactors(A, B, self.scaling[adapter_name], rate)
 
     def _deltas(self, adapter_name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield weight and update of each expert, as stored, the update at least in float32."""
@@ -99,6 +93,16 @@ class FusedExperts(SwappedClass, ParamWrapper):
         for W, A, B in zip(weight, update.A, update.B, strict=True):
             delta = update.scale * (B.to(W.device, dtype) @ A.to(W.device, dtype))
             yield W, delta.t() if transposed else delta
+
+    def merged_experts(self, names: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield weight and weight with the updates of these adapters, of each expert, as stored.
+
+        Both are at least in float32; adapters that this layer lacks are left out.
+        """
+        own = [self._deltas(name) for name in names if name in self.lora_A]
+        for parts in zip(*own, strict=True):
+            before = parts[0][0].to(parts[0][1].dtype)
+            yield before, before + sum(delta for _, delta in parts)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -199,9 +203,9 @@ def check_stacks(config: Any, model: nn.Module) -> None:
         InputError: an initialization that needs a weight of two dimensions, or DoRA; and as of
             `check_experts`.
     """
-    for name in stacks_of(config, model):
-        path, _, _ = name.rpartition(".")
-        check_experts(model.get_submodule(path), path)
+    for stack in stacks_of(config, model):
+        name = f"{stack.path}.{stack.name}"
+        check_experts(stack.module, stack.path)
         start = facts_of(config).init_lora_weights
         if isinstance(start, str) and start != "gaussian":
             raise InputError(
@@ -214,12 +218,3 @@ def check_stacks(config: Any, model: nn.Module) -> None:
                     f"{field}=true is not possible on {name}, which holds the weights of all "
                     "experts; set it to false, or leave the experts out (target_parameters)"
                 )
-
-
-def stacks_of(config: Any, model: nn.Module) -> list[str]:
-    """Return the names of the stacks that `config.target_parameters` targets."""
-    given = facts_of(config).target_parameters or ()
-    endings = tuple(f".{name}" for name in given)
-    named = (name for name, _ in model.named_parameters() if f".{name}".endswith(endings))
-    owners = ((name, *name.rsplit(".", 1)) for name in named if "." in name)
-    return [name for name, path, last in owners if _is_stack(model.get_submodule(path), last)]

@@ -1,7 +1,7 @@
 """What rounding leaves of an update that is merged: into half precision, or quantized weights."""
 
 import copy
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from petl.core.compat import BaseTunerLayer
+from petl.core.types import StackLayer
 from petl.errors import UnsupportedError
 
 LARGEST = 0.05  # share of an update's norm that may be lost
@@ -42,12 +43,30 @@ def lost_share(model: nn.Module, names: Sequence[str] | None) -> tuple[float, st
     for layer in model.modules():
         if not isinstance(layer, BaseTunerLayer) or layer.merged_adapters:
             continue
-        found = _merged(layer, names)
-        if found is not None:
-            before, exact, rounded, what = found
+        for before, exact, rounded, kind in _merged_parts(layer, names):
+            what = kind
             lost += float((rounded - exact).square().sum(dtype=torch.float64))
             whole += float((exact - before).square().sum(dtype=torch.float64))
     return (lost / whole) ** 0.5 if whole else 0.0, what
+
+
+def _merged_parts(
+    layer: Any, names: Sequence[str] | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, str]]:
+    """Yield what `_merged` returns, of stacked experts one by one."""
+    if isinstance(layer, StackLayer):
+        weight = layer.get_param()
+        if weight.is_meta or weight.dtype in EXACT:
+            return
+        what = str(weight.dtype).removeprefix("torch.")
+        for before, exact in layer.merged_experts(
+            layer.active_adapters if names is None else names
+        ):
+            yield before, exact, exact.to(weight.dtype).float(), what
+        return
+    found = _merged(layer, names)
+    if found is not None:
+        yield found
 
 
 def _merged(layer: Any, names: Sequence[str] | None) -> tuple[Tensor, Tensor, Tensor, str] | None:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from petl.core.compat import BaseTunerLayer, LoraLayer
 from petl.core.layers.layer import AdapterLayer
 from petl.core.model.heat_map import HeatMap, of_layers
+from petl.core.types import StackLayer
 
 CHANGES = "weight_change"  # name of the map
 MEANING = "The Frobenius norm of the update, in percent of that of the weight which it changes."
@@ -37,6 +38,15 @@ def weight_changes(model: nn.Module, names: Sequence[str]) -> dict[str, float]:
     """
     changes = {}
     for path, layer in model.named_modules():
+        if isinstance(layer, StackLayer) and not layer.get_param().is_meta:
+            change = whole = 0.0
+            for before, after in layer.merged_experts(names):
+                change += float((after - before).square().sum())
+                whole += float(before.square().sum())
+            if whole:
+                stack = f"{path.replace('.base_layer', '')}.{layer.parameter_name}"
+                changes[stack] = 100 * (change / whole) ** 0.5
+            continue
         if not isinstance(layer, BaseTunerLayer):
             continue
         weight: Any = getattr(layer.get_base_layer(), "weight", None)

@@ -8,42 +8,15 @@ import sys
 import peft
 import pytest
 import torch
-from mixtures import MODELS, mixture
+from mixtures import IDS, MODELS, adapted, error, mixture, stir
 from torch import Tensor, nn
 
 import petl
 from petl.core.compat import ParamWrapper
 from petl.core.experts.lora import FusedExperts
 from petl.core.layers.class_swap import restore_class
+from petl.core.model.weight_changes import weight_changes
 from petl.errors import InputError, UnsupportedError
-
-IDS = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(0))
-NAMES = {
-    "nemotron_h": ["up_proj", "down_proj"],
-    "jetmoe": ["input_linear.weight", "output_linear.weight"],
-}
-
-
-def adapted(
-    name: str, *, stirred: bool = True, dtype: torch.dtype = torch.float32, **fields
-) -> peft.PeftModel:
-    """A tiny mixture with LoRA on all of its stacks, with values that change its outputs."""
-    names = NAMES.get(name, ["experts.gate_up_proj", "experts.down_proj"])
-    fields = {"r": 4, "lora_alpha": 8, "target_modules": [], "target_parameters": names} | fields
-    base = mixture(name).to(dtype)
-    if dtype == torch.float64 and base._can_set_experts_implementation():
-        base.set_experts_implementation("eager")  # torch's grouped product takes none
-    model = petl.wrap(base, "lora", **fields)
-    if stirred:
-        stir(model)
-    return model.eval()
-
-
-def stir(model: nn.Module, adapter: str = "default") -> None:
-    generator = torch.Generator().manual_seed(len(adapter))
-    for name, parameter in model.named_parameters():
-        if f".{adapter}." in name:
-            parameter.data.normal_(std=0.2, generator=generator)
 
 
 def peft_own(model: peft.PeftModel) -> peft.PeftModel:
@@ -61,10 +34,6 @@ def run(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     return y.detach(), {
         n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
     }
-
-
-def error(value: Tensor, expected: Tensor) -> float:
-    return float((value - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -140,6 +109,22 @@ def test_a_base_in_half_precision_keeps_adapters_in_float32():
     y, gradients = run(model)
     assert y.dtype == torch.bfloat16
     assert {g.dtype for g in gradients.values()} == {torch.float32}
+
+
+def test_updates_that_rounding_would_remove_are_not_merged_and_maps_name_the_stacks():
+    model = petl.wrap(
+        mixture("qwen3_moe").bfloat16(), "lora", target_parameters=["down_proj"], target_modules=[]
+    )
+    stir(model)
+    changes = weight_changes(model.get_base_model(), ["default"])
+    assert changes.keys() == {f"model.layers.{i}.mlp.experts.down_proj" for i in range(2)}
+    assert all(1 < change < 300 for change in changes.values())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 1e-4
+    with pytest.raises(UnsupportedError, match="bfloat16"):
+        model.merge_adapter()
+    model.merge_adapter(lossy=True)
 
 
 def test_two_adapters_switch_add_up_and_delete():
