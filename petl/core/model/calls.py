@@ -120,7 +120,7 @@ def _dry_pass(model: PreTrainedModel) -> Calls:
             torch.no_grad(),
             _Recorder(skeleton) as recorder,
         ):
-            skeleton(**_inputs(skeleton))
+            skeleton(**training_inputs(skeleton))
     # any error of any model's code: nothing is known then
     except Exception as error:
         return Calls(reason=f"a pass on shapes fails: {first_line(error)}")
@@ -134,7 +134,7 @@ def _dry_pass(model: PreTrainedModel) -> Calls:
 # The input
 
 
-def _inputs(model: Any) -> dict[str, Tensor]:
+def training_inputs(model: Any) -> dict[str, Tensor]:
     """Return the inputs of a training pass of `model`, on the meta device."""
     config, names = model.config, inspect.signature(model.forward).parameters
     tokens = torch.zeros(1, TOKENS, dtype=torch.long)

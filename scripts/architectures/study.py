@@ -1,0 +1,198 @@
+"""What one method does on one small model: wrap, step, save, load, merge; and is anything silent."""
+
+import logging
+import warnings
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import petl
+from architectures.small import Type, logits_of, loss_of
+from petl.core.model.coverage import coverage_of
+from petl.core.registry import keeps_base, needs_calibration
+from petl.core.tuners.gradients import AbsentGradients, GradientCheck, watch_steps
+from petl.errors import first_line
+from petl.testing import stir
+from petl.testing.case import difference
+
+METHODS = Path(__file__).parents[2] / "configs" / "method"
+STEPS = 2  # the zeros of B make the gradient of A zero in the first
+MERGED = 1e-3  # allowed difference of a merged model, relative to the largest logit
+# Fields that suit models of two layers and of width 64.
+SMALLER: dict[str, dict[str, Any]] = {
+    "adalora": {"total_step": 200},
+    "dkvb": {"codebooks": 4, "pairs": 8, "key_dim": 4},
+    "icv": {"train": True, "pairs": None, "scale": "plain", "keep_norm": False},
+    "increlora": {"total_step": 200},
+    "mos": {"r": 3, "equivalent_rank": 3},
+    "polyhistor": {"tasks": ["only"], "r": 16, "rank": 8},
+    "pyra": {"schedule": [2, 0]},
+    "sparse": {"total_step": 200},
+    "vblora": {"num_vectors": 16, "vector_length": 2},
+    "vl_pet": {"r": 8},
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a method on a model.
+
+    Attributes:
+        verdict: "works"; "refused" by an error of petl before training; "broken": another error, or
+            a difference that must not be.
+        detail: the reason of a refusal or what is broken.
+        coverage: share of block weights that the adapters reach; None if they adapt none.
+        no_gradient: kinds of trained tensors without a gradient, which petl's log names.
+        merges: True, or False if merging is refused.
+    """
+
+    verdict: str
+    detail: str = ""
+    coverage: float | None = None
+    no_gradient: str = ""
+    merges: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the attributes that say something."""
+        return {name: value for name, value in asdict(self).items() if value}
+
+
+class BrokenError(Exception):
+    """A method does something else than it promises."""
+
+
+def fields_of(method: str) -> dict[str, Any]:
+    """Return the fields of a method's YAML, which `petl train` uses, in small."""
+    fields = OmegaConf.to_container(OmegaConf.load(METHODS / f"{method}.yaml"))
+    assert isinstance(fields, dict)
+    return {str(k): v for k, v in fields.items() if k != "name"} | SMALLER.get(method, {})
+
+
+def study(each: Type, method: str) -> Outcome:
+    """Wrap the small model of a type with a method, train, save, load and merge it."""
+    found: dict[str, Any] = {}
+    try:
+        with quiet():
+            _study(each, method, found)
+    except (petl.InputError, NotImplementedError) as error:
+        if not isinstance(error, petl.InputError):
+            return Outcome("broken", f"{type(error).__name__}: {first_line(error)}", **found)
+        where = "broken" if "trained" in found else "refused"
+        found.pop("trained", None)
+        return Outcome(where, first_line(error), **found)
+    except BrokenError as error:
+        found.pop("trained", None)
+        return Outcome("broken", str(error), **found)
+    except Exception as error:  # of any code: the table says it
+        found.pop("trained", None)
+        return Outcome("broken", f"{type(error).__name__}: {first_line(error)}", **found)
+    found.pop("trained")
+    return Outcome("works", **found)
+
+
+def _study(each: Type, method: str, found: dict[str, Any]) -> None:
+    base = each.build()
+    inputs = each.inputs(base)
+    before = _logits(base, inputs)
+    model = wrapped(base, inputs, method)
+    coverage = coverage_of(model)
+    found["coverage"] = None if coverage is None else round(coverage.share, 3)
+    found["trained"] = True
+    absent = train(model, inputs)
+    found["no_gradient"] = absent
+    stir(model)
+    expected = _logits(model, inputs)
+    if not expected.isfinite().all():
+        raise BrokenError("the outputs are not finite")
+    if torch.equal(expected, before):
+        raise BrokenError("the adapters change no output")
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = petl.load(each.build(), folder).eval()
+    gap = difference(_logits(loaded, inputs), expected)
+    # a base that was changed and changed back is rounded
+    allowed = 0.0 if keeps_base(model.active_peft_config) else 1e-5
+    if gap > allowed:
+        raise BrokenError(f"loaded again, the outputs differ by {gap:.1e}")
+    found["merges"] = _merges(model, inputs, expected)
+
+
+def wrapped(base: PreTrainedModel, inputs: Mapping[str, Tensor], method: str) -> PeftModel:
+    """Wrap a small model with the fields of a method's YAML."""
+    torch.manual_seed(1)
+    fields = fields_of(method)
+    if not petl.method(method).own:
+        fields.pop("modules_to_save", None)
+    calibration = [inputs] if needs_calibration(petl.build_config(method, **fields)) else None
+    return petl.wrap(base, method, calibration=calibration, **fields)
+
+
+def train(model: PeftModel, inputs: Mapping[str, Tensor]) -> str:
+    """Take two steps as a training loop does; return the kinds of tensors without a gradient."""
+    hooks = petl.lifecycle(model)
+    hooks.prepare([dict(inputs)])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": parameters, "lr": 1e-3}]
+    optimizer = hooks.make_optimizer(groups) or torch.optim.AdamW(groups)
+    hooks.attach_optimizer(optimizer, 0, total_steps=STEPS)
+    check, said = GradientCheck(), list[AbsentGradients]()
+
+    def look(trained: Any, stepped: Any) -> bool:
+        absent = check.after_step(trained, stepped)
+        said.extend([] if absent is None else [absent])
+        return check.is_over
+
+    watch_steps(model, look)
+    model.train()
+    for step in range(1, STEPS + 1):
+        optimizer.zero_grad()
+        loss = loss_of(model, inputs)
+        if not loss.isfinite():
+            raise BrokenError(f"the loss of step {step} is {float(loss.detach())}")
+        loss.backward()
+        optimizer.step()
+        hooks.after_step(step, optimizer)
+    model.eval()
+    return "; ".join(str(absent) for absent in said)
+
+
+def _merges(model: Any, inputs: Mapping[str, Tensor], expected: Tensor) -> bool:
+    try:
+        merged = model.merge_and_unload()
+    except petl.InputError:
+        return False
+    except AttributeError:  # of PEFT, for methods without
+        return False
+    gap = difference(_logits(merged, inputs), expected)
+    allowed = MERGED * max(1.0, float(expected.abs().max()))
+    if not gap <= allowed:
+        raise BrokenError(f"merged, the outputs differ by {gap:.1e}, above {allowed:.0e}")
+    return True
+
+
+@torch.no_grad()
+def _logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    model.eval()
+    torch.manual_seed(3)
+    return logits_of(model(**inputs)).float()
+
+
+@contextmanager
+def quiet() -> Any:
+    """Without warnings and logs of other packages."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(level)
