@@ -386,6 +386,26 @@ _hotswap = hotswap.hotswap_adapter_from_state_dict
 setattr(hotswap, "hotswap_adapter_from_state_dict", hotswapped)  # noqa: B010
 
 
+def converted(
+    model: nn.Module, peft_config: Any, adapter_state_dict: dict[str, Tensor], adapter_name: str
+) -> dict[str, Tensor]:
+    """Rename the tensors of a saved LoRA as transformers 5 renamed modules, but none that fits.
+
+    PEFT applies the patterns for checkpoints of the base to every name, and drops a tensor whose
+    new name the model does not have: of Inkling, `k_proj.sconv` would be lost in some blocks.
+    """
+    names = (name for name, _ in model.named_parameters() if ".lora_" in name)
+    present = {re.sub(rf"\.{re.escape(adapter_name)}(?=\.weight$|\.bias$|$)", "", n) for n in names}
+    fitting = {key: value for key, value in adapter_state_dict.items() if key in present}
+    others = {key: value for key, value in adapter_state_dict.items() if key not in present}
+    return fitting | _convert(model, peft_config, others, adapter_name)
+
+
+_convert = transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers
+# by setattr: `set_peft_model_state_dict` looks the function up in its module
+setattr(transformers_weight_conversion, _convert.__name__, converted)
+
+
 QUESTION_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
@@ -405,6 +425,19 @@ def answered(forward: Callable[..., Any], model: Any, *args: Any, **kwargs: Any)
 
 
 extend_method(PeftModelForQuestionAnswering, "forward", answered)
+
+
+def computed(forward: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Compute the pass of an `AdaLoraModel`, also of one that was loaded for inference.
+
+    PEFT adds the penalty of the adapter that trains to a loss, and fails where none does.
+    """
+    if "trainable_adapter_name" in vars(model):
+        return forward(model, *args, **kwargs)
+    return model.model.forward(*args, **kwargs)
+
+
+extend_method(AdaLoraModel, "forward", computed)
 
 
 def embedding_weights(model: nn.Module) -> set[str]:

@@ -30,8 +30,17 @@ network, and leave the global random state seeded. `in_fresh_process`, `in_proce
 models may be used in other tests, too.
 """
 
-import petl.testing.experts  # noqa: F401
-from petl.testing import numerics, parallel, quantization, registration, saving, switching, training  # noqa: F401
+from petl.testing import (  # noqa: F401
+    experts,
+    fields,
+    numerics,
+    parallel,
+    quantization,
+    registration,
+    saving,
+    switching,
+    training,
+)
 from petl.testing.case import Case, difference, gradients, logits, stir, trainable, tuner_layers
 from petl.testing.catalog import CHECKS, Check, check, checks, params, run
 from petl.testing.models import (

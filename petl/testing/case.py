@@ -28,6 +28,9 @@ class Case:
         starts_at_base: True if the newly wrapped model computes what the base model does.
         refuses: names of checks in which the method must raise a `petl.InputError`.
         excused: names of checks that are not run, and why they do not suit the method.
+        acts_with: by field, or several of them, further fields beside which it acts, and its own
+            value if none follows from its annotation; see `petl.testing.fields`.
+        idle: by field, why it can change nothing on this model.
         lr: learning rate with which AdamW lowers the loss by 5 % in 20 steps.
         device: device of models and batches.
         name: of the case in test ids; the method if empty.
@@ -41,6 +44,8 @@ class Case:
     starts_at_base: bool = True
     refuses: tuple[str, ...] = ()
     excused: Mapping[str, str] = field(default_factory=dict)
+    acts_with: Mapping[str | tuple[str, ...], Mapping[str, Any]] = field(default_factory=dict)
+    idle: Mapping[str, str] = field(default_factory=dict)
     lr: float = 1e-2
     device: str = "cpu"
     name: str = ""

@@ -49,10 +49,12 @@ SIZES = {
     r"num_(local_|routed_)?experts|n_routed_experts|moe_num_experts": 4,
     r"num_experts_per_tok(en)?|moe_top_?k|top_?k_experts|moe_k": 2,
     r"(n|num_expert)_group|topk_group": 1,
-    r"\w*(ffn_dim|intermediate_size|d_ff|dff|dim_ff|n_inner|mlp_dim|ffn_hidden_size|d_inner)\w*": 96,
+    r"\w*(ffn_dim|intermediate_size|d_ff|dff|dim_ff|n_inner|mlp_dim|d_inner)\w*": 96,
+    r"ffn_hidden_size|expert_ffn_hidden_size": 96,
     r"(feed_forward|input|output)_size": 64,
     r"\w*(hidden_size|d_model|n_embd|embed_dim|emb_dim|hidden_dim|embedding_size)\w*": 64,
-    r"\w*(embedding_dim|proj_dim|projection_dim|projection_size|output_dim|lru_width|proj_size)": 64,
+    r"\w*(embedding_dim|proj_dim|projection_dim|projection_size|output_dim|proj_size)": 64,
+    r"lru_width": 64,
     r"encoder_layers|decoder_layers|layers|depth|n_layers?|num_layers|\w*num_hidden_layers": 2,
     r"num_(encoder|decoder|global)_layers|\w+_(encoder|decoder)_layers|\w+_num_layers": 2,
     r"\w*position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|context_length": 256,
@@ -181,40 +183,39 @@ def _fit_rotation(config: Any) -> None:
     """Give each axis of a rotary embedding for images its part of a head."""
     if "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ()):
         rope = config.rope_parameters
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
         half = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
         rope.setdefault("mrope_section", [half - 2 * (half // 3), half // 3, half // 3])
 
 
 def small_fields(config: PreTrainedConfig, tokens: Iterator[int]) -> dict[str, Any]:
     """Return the fields of a config that are to have other values, those inside it included."""
+    own = vars(config)
     fields: dict[str, Any] = _small_lists(config)
-    fields |= {name: size for name, size in ABSENT.items() if vars(config).get(name, 0) is None}
-    if hasattr(config, "num_key_value_heads") and hasattr(config, "num_attention_heads"):
-        if config.num_key_value_heads in (None, config.num_attention_heads):
-            fields["num_key_value_heads"] = 4
+    fields |= {name: size for name, size in ABSENT.items() if own.get(name, 0) is None}
+    if own.get("num_key_value_heads", 0) in (None, own.get("num_attention_heads")):
+        fields["num_key_value_heads"] = 4
+    # of multi-head latent attention: widths that its config computes
     derived = ("head_dim", "qk_head_dim") if hasattr(config, "qk_rope_head_dim") else ()
-    mapped = {v: k for k, v in config.attribute_map.items()}
-    for name, value in vars(config).items():
-        if name in fields or name in derived:
+    mapped = {value: key for key, value in config.attribute_map.items()}
+    for name, value in own.items():
+        if name in fields or name in derived or isinstance(value, bool):
             continue
         if isinstance(value, PreTrainedConfig):
             fields[name] = type(value)(**small_fields(value, tokens))
-        elif isinstance(value, bool) or name in ("id2label", "label2id"):
-            continue
         elif isinstance(value, int):
             new = _small_number(name, value, tokens)
-            if new == value and name in mapped:
-                new = _small_number(mapped[name], value, tokens)
-            if new != value:
-                fields[name] = new
+            new = new if new != value else _small_number(mapped.get(name, name), value, tokens)
+            fields |= {name: new} if new != value else {}
         elif name in USUAL and isinstance(value, list):
             fields[name] = USUAL[name]
     return fields
 
 
 def _small_lists(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the lists with an entry for each layer, cut to layers of each kind, and their number."""
+    """Return the lists with an entry a layer, cut to layers of each kind, and their number."""
     count = next((n for n in LAYERS if isinstance(getattr(config, n, None), int)), "")
     lists = {
         name: value

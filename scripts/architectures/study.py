@@ -1,4 +1,4 @@
-"""What one method does on one small model: wrap, step, save, load, merge; and is anything silent."""
+"""What a method does on a small model: wrap, step, save, load, merge; and is anything silent."""
 
 import logging
 import warnings

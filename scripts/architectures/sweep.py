@@ -29,10 +29,12 @@ def read_results(file: Path = RESULTS) -> Results:
 
 def write_results(results: Results, file: Path = RESULTS) -> None:
     """Write results, one line a type."""
-    lines = [f"{json.dumps(k)}: {json.dumps(v, sort_keys=True)}" for k, v in sorted(results.items())]
+    lines = [
+        f"{json.dumps(k)}: {json.dumps(v, sort_keys=True)}" for k, v in sorted(results.items())
+    ]
     new = file.with_suffix(".new")
     new.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    os.replace(new, file)
+    new.replace(file)
 
 
 def sweep(

@@ -24,7 +24,24 @@ import petl
 from petl import testing
 from petl.errors import InputError, ModuleKindError
 
-CONTRACT = {"fields": {"r": 8}, "lr": 4e-2}
+CONTRACT = {
+    "fields": {"r": 8},
+    "lr": 4e-2,
+    "acts_with": {
+        "reduction_factor": {"r": None},
+        "gate_rank": {"gate": "large"},
+        "identity_gate": {"gate": "large"},
+        "input_modules": {
+            "placement": "parallel",
+            "target_modules": ["o_proj"],
+            "input_modules": {"o_proj": "o_proj"},
+        },
+    },
+    "idle": {
+        "block": "a conformer reads future tokens, so a decoder refuses it",
+        "conv_kernel_size": "it is that of a conformer",
+    },
+}
 
 PLACEMENTS = ("sequential", "parallel", "parallel_residual")
 ALL = ["attn", "cross_attn", "ffn"]

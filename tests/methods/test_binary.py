@@ -17,6 +17,17 @@ from petl.testing.models import TINY_MODELS, tiny_bert, tiny_llama, tiny_vit
 CONTRACT = {
     "fields": {"r": 4, "bneck_dropout": 0.0, "save_format": "latent"},
     "lr": 3e-2,
+    "acts_with": {
+        "inner": {"inner": "compacter"},
+        "bits_pattern": {
+            "bits_pattern": {
+                "model.model.layers.0.mlp.down_proj.petl_adapter_adapters.down_weight": 4
+            }
+        },
+        "exclude_params": {"exclude_params": [".*down_weight"]},
+        "head_bits": {"head_module": "lm_head"},
+        "head_module": {"head_bits": 4, "head_module": "lm_head"},
+    },
 }
 
 CODES = {  # from the paper's table

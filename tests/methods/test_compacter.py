@@ -15,7 +15,18 @@ import petl
 from petl import testing
 from petl.errors import InputError
 
-CONTRACT = {"fields": {"r": 8}, "lr": 0.1}
+CONTRACT = {
+    "fields": {"r": 8},
+    "lr": 0.1,
+    "acts_with": {
+        "reduction_factor": {"r": None},
+        "input_modules": {
+            "placement": "parallel",
+            "target_modules": ["o_proj"],
+            "input_modules": {"o_proj": "o_proj"},
+        },
+    },
+}
 
 VARIANTS = {
     "compacter": {},

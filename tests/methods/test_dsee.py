@@ -30,7 +30,18 @@ from petl.testing.training import train
 from petl.training.optimizer import groups
 from petl.training.runs.settings import TrainConfig
 
-CONTRACT: dict[str, Any] = {"fields": {"r": 8, "num_sparse": 16}}
+CONTRACT = {
+    "fields": {"r": 8, "num_sparse": 16},
+    "acts_with": {
+        "prune_modules": {"prune_ratio": 0.5, "prune_modules": ["o_proj"]},
+        "prune_ratio": {"prune_modules": ["o_proj"], "prune_step": 2},
+        "target_prune_ratio": {"prune_step": 2},
+        "prune_mode": {"target_prune_ratio": 0.5, "prune_step": 2},
+        "prune_step": {"target_prune_ratio": 0.5, "prune_step": 2},
+        "prune_heads": {"prune_modules": ["o_proj"], "prune_step": 2, "prune_heads": 2},
+    },
+    "idle": {"only_masked": "the method fills it in"},
+}
 PRUNES = {
     "r": 4,
     "num_sparse": 16,

@@ -38,6 +38,14 @@ CONTRACT = {
         "only_the_adapter_trains": "one shift for all tokens cannot learn random tokens by heart",
         "layers_that_are_never_called_are_refused": "it refuses all target_modules that are given",
     },
+    "idle": {
+        "calibration_data": "runs read it, and take demonstrations from it",
+        "keep_norm": "vectors without demonstrations start at zero, which has no direction",
+        "scale": "likewise",
+        "rank": "likewise",
+        "pairs": "the cases have no demonstrations",
+        "train": "vectors without demonstrations are trained",
+    },
 }
 ZERO = {"train": True, "scale": "plain", "keep_norm": False}
 

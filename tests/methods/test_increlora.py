@@ -14,6 +14,19 @@ from petl.errors import InputError
 from petl.methods.increlora import growth_finished, rank_pattern
 from petl.testing import tiny_llama, tiny_vit
 
+CONTRACT = {
+    "acts_with": {
+        ("tinit", "deltaT", "restart_warmup", "warmup_steps"): {
+            "tinit": 1,
+            "deltaT": 2,
+            "total_step": 8,
+        },
+        "total_step": {"tinit": 1, "deltaT": 2, "total_step": 5},
+        "parameter_budget": {"tinit": 1, "deltaT": 1, "target_r": 3, "parameter_budget": 3000},
+        "target_total_rank": {"tinit": 1, "deltaT": 1, "top_h": 30, "target_total_rank": 30},
+    },
+}
+
 # The update
 
 

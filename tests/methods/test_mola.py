@@ -26,6 +26,18 @@ import petl
 from petl import testing
 from petl.testing import Case
 
+CONTRACT = {
+    "acts_with": {
+        (
+            "router_hidden_size",
+            "router_layers",
+            "router_heads",
+            "router_embedding",
+            "router_lookahead",
+        ): {"router_type": "pregated"},
+    },
+}
+
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize(("E", "k"), [(2, 2), (4, 2), (5, 1), (3, 3)])

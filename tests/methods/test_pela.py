@@ -26,7 +26,11 @@ CONTRACT = {
     "starts_at_base": False,
     "fields": {"compression": 1.2},
     "lr": 1e-2,
-    "refuses": ("both_adapters_can_be_active",),  # each replaces the layer
+    "refuses": ("both_adapters_can_be_active",),  # each replaces the layer,
+    "acts_with": {
+        "min_out_features": {"min_out_features": 80},
+        "perturb_eps": {"perturb_weight": 0.5},
+    },
 }
 
 

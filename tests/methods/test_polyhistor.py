@@ -19,6 +19,16 @@ CONTRACT = {
     "fields": {"tasks": ["only"], "r": 16, "rank": 8, "locations": ["attn", "ffn"]},
     "starts_at_base": False,
     "lr": 3e-2,
+    "acts_with": {
+        "reduction_factor": {"r": None},
+        "tasks": {"tasks": ["one", "two"]},
+        "input_modules": {
+            "placement": "parallel",
+            "target_modules": ["o_proj"],
+            "input_modules": {"o_proj": "o_proj"},
+        },
+    },
+    "idle": {"kernel_first": "all layers have the smallest width, which needs no kernel"},
 }
 TASKS = ["a", "b"]
 

@@ -49,6 +49,11 @@ CONTRACT = {
         "layers_that_are_never_called_are_refused": "its targets are blocks that it chooses"
     },
     "refuses": ("both_adapters_can_be_active",),
+    "acts_with": {"inner": {"inner": "lora"}, "schedule": {"schedule": [1, 0]}},
+    "idle": {
+        "num_tokens": "it refuses images of another size",
+        "vector_lr": "it refuses an optimizer with one learning rate",
+    },
 }
 SHAPE: dict[str, Any] = {
     "hidden_size": 32,

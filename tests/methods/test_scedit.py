@@ -24,6 +24,7 @@ CONTRACT = {
     "excused": {
         "layers_that_are_never_called_are_refused": "its targets are blocks that it chooses"
     },
+    "acts_with": {"skips": {"skips": [0]}},
 }
 UNET = OTHER_MODELS["unet"]
 CHANNELS = [16, 8, 8, 8]  # of the skips of the tiny U-Net

@@ -20,6 +20,8 @@ CONTRACT = {
         "layer_compiles_whole": "hooks of the model's blocks compute it, not the layer alone",
         "layers_that_are_never_called_are_refused": "it refuses all target_modules that are given",
     },
+    "acts_with": {"reduction_factor": {"r": None}, "side_layers": {"side_layers": [0]}},
+    "idle": {"encoder_memory": "a decoder has no encoder"},
 }
 
 

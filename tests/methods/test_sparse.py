@@ -29,7 +29,21 @@ from petl.errors import InputError, UnsupportedError
 from petl.methods.sparse import SparseSM3
 from petl.ops.sparse import BLOCK
 
-CONTRACT = {"fields": {"total_step": 100}}  # of the run; train.py fills it in
+CONTRACT = {
+    "fields": {"total_step": 100},
+    "acts_with": {
+        ("reselection_steps", "initial_reselection_rate"): {
+            "selection_accumulation_steps": 1,
+            "reselection_steps": 3,
+            "total_step": 8,
+        },
+        "rank_pattern": {"rank_pattern": {"q_proj": 5, "k_proj": 1}},
+        "num_deltas": {
+            "target_modules": ["0.self_attn.q_proj"],
+            "num_deltas": {"model.layers.0.self_attn.q_proj": 7},
+        },
+    },
+}  # of the run; train.py fills it in
 
 # The layer
 

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from unittest import SkipTest
 
@@ -21,7 +22,9 @@ from petl.testing import Case, catalog
 from petl.testing.case import assert_close
 
 OUTSIDE = Path(__file__).parent / "stranger"
-LLAMA = Case("mola", "llama")
+OF_ROUTERS = ("hidden_size", "heads", "layers", "embedding", "lookahead")
+BESIDE = {tuple(f"router_{name}" for name in OF_ROUTERS): {"router_type": "pregated"}}
+LLAMA = Case("mola", "llama", acts_with=BESIDE)
 RECURRENT = Case("mola", "llama", {"router_type": "recurrent"})
 
 
@@ -100,6 +103,28 @@ def test_a_tensor_without_a_gradient_is_noticed(monkeypatch):
 
     monkeypatch.setattr(MolaAdapter, "route", severed)
     assert_noticed("every_trainable_tensor_gets_a_gradient")
+
+
+def test_dropout_in_evaluation_is_noticed(monkeypatch):
+    dropout = nn.functional.dropout
+    always = lambda x, p, training: dropout(x, p, training=True)  # noqa: E731
+    monkeypatch.setattr(nn.functional, "dropout", always)
+    assert_noticed("dropout_acts_in_training_alone", Case("compacter", "llama", {"r": 8}))
+
+
+def test_a_field_without_effect_is_noticed(monkeypatch):
+    rank_and_scaling = MolaConfig.rank_and_scaling
+    monkeypatch.setattr(
+        MolaConfig, "rank_and_scaling", lambda *given: (rank_and_scaling(*given)[0], 1.0)
+    )
+    with pytest.raises(AssertionError, match=r"lora_alpha changes nothing.*use_rslora changes"):
+        testing.run("every_field_acts", LLAMA)
+
+
+def test_an_idle_field_that_acts_is_noticed():
+    case = replace(LLAMA, idle={"r": "no reason"})
+    with pytest.raises(AssertionError, match=r"r=.* acts, and the case calls it idle"):
+        testing.run("every_field_acts", case)
 
 
 def test_an_auxiliary_loss_that_counts_once_a_micro_batch_is_noticed(monkeypatch):

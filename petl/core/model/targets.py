@@ -311,8 +311,7 @@ def resolve_blocks(config: Any, model: nn.Module) -> None:
         return
     found = (place(model, name) for name in linear_names(model))
     lengths = {where.stack: where.length for where in found if where is not None}
-    patterns = facts_of(config).layers_pattern or ()
-    patterns = [patterns] if isinstance(patterns, str) else patterns
+    patterns = _patterns(config)
     if patterns:
         lengths = {k: n for k, n in lengths.items() if k.rpartition(".")[2] in patterns}
     if len(set(lengths.values())) != 1:
@@ -614,12 +613,22 @@ def _suffixes(name: str) -> list[str]:
 
 
 def in_layers(config: Any, model: nn.Module, name: str) -> bool:
-    """Return True if `layers_to_transform` includes the block of the module called `name`."""
+    """Return True if `layers_to_transform` includes the block of the module called `name`.
+
+    With `layers_pattern`, only blocks of lists with one of these names are included.
+    """
     indices = facts_of(config).layers_to_transform
     if indices is None or indices == []:
         return True
-    where = place(model, name)
-    return where is not None and where.index in ([indices] if isinstance(indices, int) else indices)
+    where, patterns = place(model, name), _patterns(config)
+    if where is None or (patterns and where.stack.rpartition(".")[2] not in patterns):
+        return False
+    return where.index in ([indices] if isinstance(indices, int) else indices)
+
+
+def _patterns(config: Any) -> list[str]:
+    patterns = facts_of(config).layers_pattern or []
+    return [patterns] if isinstance(patterns, str) else patterns
 
 
 def check_saved(config: Any, model: nn.Module) -> None:
@@ -680,7 +689,8 @@ def _no_match(target: str, names: list[str], words: Sequence[str] = ()) -> Unkno
 
 def _layer_hint(config: Any) -> str:
     indices = facts_of(config).layers_to_transform
-    return "" if indices is None else f" (layers_to_transform={indices})"
+    patterns = f", layers_pattern={', '.join(_patterns(config))}" if _patterns(config) else ""
+    return "" if indices is None else f" (layers_to_transform={indices}{patterns})"
 
 
 def _shown(targets: Any) -> Any:

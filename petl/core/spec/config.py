@@ -105,6 +105,11 @@ class MethodConfig(PeftConfig):
             raise InputError(
                 f"trainable_token_indices is not supported by method {self.method!r}; leave it null"
             )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise InputError(
+                f"layers_pattern={self.layers_pattern} names the list whose blocks "
+                "layers_to_transform counts, which is null; set it too"
+            )
         check_values(type(self), {f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
         self._take_parameters()
         super().__post_init__()

@@ -98,6 +98,11 @@ def check_lokr(config: Any) -> None:
 def check_oft(config: Any) -> None:
     """Check the block size and the Cayley transform."""
     at_least(config, 0, "oft_block_size")
+    require(
+        not config.module_dropout,
+        f"module_dropout={config.module_dropout} would do nothing: PEFT's OFT creates its dropout "
+        "and never applies it; leave it 0",
+    )
     require(config.oft_block_size != 1, "oft_block_size=1 trains nothing: 1x1 blocks cannot rotate")
     minimum = 2 if config.use_cayley_neumann else 1  # the first term alone is constant
     at_least(config, minimum, "num_cayley_neumann_terms")
