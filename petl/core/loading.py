@@ -19,6 +19,7 @@ from petl.core.fingerprint import (
     known_fingerprint,
     remember_base,
 )
+from petl.core.model.statistics import keep_statistics
 from petl.core.model.targets import check_tokens
 from petl.core.parameters import check_module
 from petl.core.refusals import refuse_adapted
@@ -123,6 +124,7 @@ def load(
             ) from error
     apply_peft_fixes(model, refusal(model.peft_config[adapter_name], Capability.MIXED_BATCH))
     enable_switching(model)
+    keep_statistics(model.get_base_model())
     remember_base(model, present, others)
     return model
 

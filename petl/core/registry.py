@@ -20,6 +20,7 @@ from petl.core.experts.lora import check_stacks
 from petl.core.fingerprint import fingerprint, remember_base
 from petl.core.method import Method, WrapContext
 from petl.core.model.coverage import log_coverage
+from petl.core.model.statistics import keep_statistics
 from petl.core.model.targets import (
     PRESETS,
     check_kinds,
@@ -240,7 +241,8 @@ def wrap(
             # a UserWarning is raised here, too, for a value that PEFT would replace
             wrapped = get_peft_model(model, config, adapter_name=adapter_name)
     except Exception as error:  # PEFT's methods have errors of any type for a wrong value
-        is_own = entry.own and not isinstance(error, UserWarning)
+        # a NotImplementedError is transformers', of a model without an embedding of tokens
+        is_own = entry.own and not isinstance(error, UserWarning | NotImplementedError)
         if is_own or isinstance(error, InputError):  # messages of petl need no context
             raise
         reason = first_line(error)
@@ -259,6 +261,7 @@ def wrap(
             type(wrapped.get_base_model()).__name__,
             head,
         )
+    keep_statistics(wrapped.get_base_model())
     watch_gradients(wrapped)
     log_coverage(wrapped, given, is_chosen=entry.own and given is None)
     return wrapped

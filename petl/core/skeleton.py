@@ -97,10 +97,7 @@ def _inject(skeleton: Any, config: Any) -> SkeletonShapes:
             )
             if isinstance(config, AdaLoraConfig) and config.rank_pattern is not None:
                 wrapped.base_model.resize_modules_by_rank_pattern(config.rank_pattern, NAME)
-            required, everything = (
-                get_peft_model_state_dict(wrapped, save_embedding_layers=with_embeddings)
-                for with_embeddings in (False, True)
-            )
+            required = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     except InputError:
         raise
     except Exception as error:  # of PEFT, on values that it does not check
@@ -108,8 +105,9 @@ def _inject(skeleton: Any, config: Any) -> SkeletonShapes:
             f"no adapter of this config can be added to {type(skeleton).__name__}: "
             f"{first_line(error)}"
         ) from error
+    # PEFT may save the embedding and the head of the base, too
     state = wrapped.state_dict()
-    everything |= {name: state[name] for name in embedding_weights(wrapped)}
+    everything = required | {name: state[name] for name in embedding_weights(wrapped)}
     tuner = type(wrapped.base_model)
     asked: Method = getattr(tuner, "method", None) or Method()  # of PEFT's tuners: defaults
     may_lack = asked.optional_tensors
@@ -119,10 +117,9 @@ def _inject(skeleton: Any, config: Any) -> SkeletonShapes:
         if name.rpartition(".")[2] in may_lack and f".{tuner.prefix}" in name
     }
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in everything.items()}
-    required = [name for name in required if name.rpartition(".")[2] not in may_lack]
     return SkeletonShapes(
         wrapped,
-        {name: shapes.pop(name) for name in required},
+        {name: shapes.pop(name) for name in required if name.rpartition(".")[2] not in may_lack},
         shapes,
         asked.free_dims,
     )

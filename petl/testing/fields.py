@@ -73,9 +73,9 @@ def every_field_acts(case: Case) -> None:
     known = {field.name for field in dataclasses.fields(case.entry.config_cls) if field.init}
     for name in (*_names(case), *case.idle):
         assert name in known, f"the case has an entry for {name}, which is no field"
-    faults = [
-        fault for name in sorted(known - OF_PEFT) if (fault := _fault(case, name)) is not None
-    ]
+    references: dict[str, Trace] = {}  # by the fields that differ from the case's
+    found = [_fault(case, name, references) for name in sorted(known - OF_PEFT)]
+    faults = [fault for fault in found if fault]
     assert not faults, "; ".join(faults)
 
 

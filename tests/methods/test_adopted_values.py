@@ -46,6 +46,12 @@ FACTOR = "is not -1 (no limit) or an integer from 1"
         ("miss", "init_weights", "foo", "init_weights=foo is not one of true, false, bat, mini"),
         ("miss", "mini_r", 0, "mini_r=0 is not an integer of at least 1"),
         ("oft", "num_cayley_neumann_terms", 1, "num_cayley_neumann_terms=1 is not an integer"),
+        (
+            "oft",
+            "module_dropout",
+            0.1,
+            "module_dropout=0.1 would do nothing: PEFT's OFT creates its",
+        ),
         ("oft", "oft_block_size", -4, "oft_block_size=-4 is not an integer of at least 0"),
         ("oft", "oft_block_size", 1, NO_ROTATION),
         ("shira", "mask_type", "x", "mask_type=x is not random, the only mask that has a name"),
