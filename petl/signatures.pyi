@@ -169,6 +169,7 @@ def wrap(
     block_share: Any = ...,
     block_size: Any = ...,
     block_size_pattern: Any = ...,
+    blocks: Any = ...,
     bneck_dropout: Any = ...,
     boft_block_num: Any = ...,
     boft_block_size: Any = ...,
@@ -768,6 +769,7 @@ def wrap(
     pairs: str | None = 'answers',
     rank: int = 1,
     layers: list[int] | None = None,
+    blocks: str | None = None,
     train: bool = False,
     calibration_data: dict[str, Any] | None = None,
 ) -> PeftModel:
@@ -994,6 +996,7 @@ def wrap(
     router_lookahead: int = 0,
     router_aux_loss_coef: float = 0.001,
     use_rslora: bool = False,
+    blocks: str | None = None,
     rank_pattern: dict[str, int] | None = None,
     init_weights: bool = True,
     bias: str = 'none',
@@ -1199,6 +1202,7 @@ def wrap(
     block_share: Any = ...,
     block_size: Any = ...,
     block_size_pattern: Any = ...,
+    blocks: Any = ...,
     bneck_dropout: Any = ...,
     boft_block_num: Any = ...,
     boft_block_size: Any = ...,
@@ -1534,6 +1538,7 @@ def wrap(
     reduction_factor: float = 8,
     gate_temperature: float = 0.1,
     encoder_memory: bool = True,
+    blocks: str | None = None,
     train_final_norm: bool = False,
 ) -> PeftModel:
     """A side network over frozen blocks feeds the last ones; no backward through the stack."""
@@ -1844,6 +1849,7 @@ def build_config(
     block_share: Any = ...,
     block_size: Any = ...,
     block_size_pattern: Any = ...,
+    blocks: Any = ...,
     bneck_dropout: Any = ...,
     boft_block_num: Any = ...,
     boft_block_size: Any = ...,
@@ -2407,6 +2413,7 @@ def build_config(
     pairs: str | None = 'answers',
     rank: int = 1,
     layers: list[int] | None = None,
+    blocks: str | None = None,
     train: bool = False,
     calibration_data: dict[str, Any] | None = None,
 ) -> IcvConfig:
@@ -2612,6 +2619,7 @@ def build_config(
     router_lookahead: int = 0,
     router_aux_loss_coef: float = 0.001,
     use_rslora: bool = False,
+    blocks: str | None = None,
     rank_pattern: dict[str, int] | None = None,
     init_weights: bool = True,
     bias: str = 'none',
@@ -2799,6 +2807,7 @@ def build_config(
     block_share: Any = ...,
     block_size: Any = ...,
     block_size_pattern: Any = ...,
+    blocks: Any = ...,
     bneck_dropout: Any = ...,
     boft_block_num: Any = ...,
     boft_block_size: Any = ...,
@@ -3122,6 +3131,7 @@ def build_config(
     reduction_factor: float = 8,
     gate_temperature: float = 0.1,
     encoder_memory: bool = True,
+    blocks: str | None = None,
     train_final_norm: bool = False,
 ) -> SherlConfig:
     """A side network over frozen blocks feeds the last ones; no backward through the stack."""

@@ -30,7 +30,11 @@ DROPOUT = 0.5
 OF_PEFT = {field.name for field in dataclasses.fields(PeftConfig)}
 SHARED = {field.name for field in dataclasses.fields(MethodConfig)}
 # values that follow neither from an annotation nor from a rule
-VALUES: dict[str, list[Any]] = {"non_linearity": ["relu"], "layers_pattern": ["no_such_list"]}
+VALUES: dict[str, list[Any]] = {
+    "non_linearity": ["relu"],
+    "layers_pattern": ["no_such_list"],
+    "blocks": ["no_such_list"],
+}
 BESIDE: dict[str, dict[str, Any]] = {"layers_pattern": {BLOCKS: [0]}}
 
 
@@ -107,8 +111,8 @@ def _fault(case: Case, name: str, references: dict[str, "Trace"]) -> str | None:
 
 
 def _may_be_refused(case: Case, name: str) -> bool:
-    """Return True for targets, which some methods choose, and fields of PEFT's with one value."""
-    return name in SHARED or len(rule_of(_declared(case, name)).options) == 1
+    """Return True for fields that name modules, and for those of PEFT's with one value."""
+    return name in (*SHARED, "blocks") or len(rule_of(_declared(case, name)).options) == 1
 
 
 def _is_without_effect(case: Case, name: str) -> bool:

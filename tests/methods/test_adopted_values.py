@@ -50,7 +50,7 @@ FACTOR = "is not -1 (no limit) or an integer from 1"
             "oft",
             "module_dropout",
             0.1,
-            "module_dropout=0.1 would do nothing: PEFT's OFT creates its",
+            "module_dropout=0.1 would do nothing: PEFT's OFT",
         ),
         ("oft", "oft_block_size", -4, "oft_block_size=-4 is not an integer of at least 0"),
         ("oft", "oft_block_size", 1, NO_ROTATION),

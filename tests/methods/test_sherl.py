@@ -392,7 +392,7 @@ def test_models_that_leave_out_blocks_are_refused_for_training(tmp_path):
 def test_models_that_do_not_fit_raise(tmp_path):
     with pytest.raises(InputError, match="has no norm behind its blocks"):
         petl.wrap(testing.tiny_bert(), "sherl", train_final_norm=True)
-    with pytest.raises(InputError, match="has 0 lists of blocks"):
+    with pytest.raises(InputError, match="has no list of blocks"):
         petl.wrap(nn.Sequential(nn.Linear(4, 4)), "sherl")
     t5 = testing.tiny_t5()
     nameless = type("Nameless", (type(t5.decoder.block[0]),), {})

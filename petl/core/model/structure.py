@@ -13,9 +13,10 @@ from petl.core.layers.class_swap import original_class
 from petl.core.layers.context import is_encoder_decoder
 from petl.core.layers.layer import Adapter, LayerShape, shape_of
 from petl.core.model.linear import LINEAR_KINDS
-from petl.core.model.places import is_stack
+from petl.core.model.places import Place, is_stack, place
 from petl.core.model.targets import candidate_names
 from petl.core.parameters import is_norm
+from petl.errors import InputError
 
 KINDS = ("attn", "cross_attn", "ffn")  # of sub-layers
 BLOCK = "block"  # the location of an adapter for a whole block
@@ -165,18 +166,39 @@ def _head_width(block: nn.Module, projection: _Leaf) -> int | None:
     return None if number is None else projection.shape.out_features // number
 
 
-def block_widths(model: nn.Module) -> dict[str, int]:
-    """Return the width of the residual stream of each transformer block, by path."""
-    return {path: _width(block) for path, block in blocks(model)}
+def block_widths(model: nn.Module, given: str | None = None) -> dict[str, int]:
+    """Return the width of the residual stream of each block, by path; `given` as of `blocks`."""
+    return {path: _width(block) for path, block in blocks(model, given)}
 
 
-def stacks(model: nn.Module) -> dict[str, list[str]]:
+def stacks_of(model: nn.Module, given: str | None, number: int, method: str) -> list[list[str]]:
+    """Return the paths of the blocks of each list, as `stacks`, of a model with `number` lists.
+
+    Args:
+        given: the field `blocks` of the method's config.
+
+    Raises:
+        InputError: the model has another number of them.
+    """
+    found = stacks(model, given)
+    if len(found) != number:
+        one = "one: name it with blocks=PATH" if number == 1 else "an encoder and a decoder"
+        raise InputError(
+            f"{type(model).__name__} has {lists_found(model)}, and {method} needs {one}"
+        )
+    return list(found.values())
+
+
+def stacks(model: nn.Module, given: str | None = None) -> dict[str, list[str]]:
     """Return the paths of the blocks by the path of their list, those of an encoder last.
 
     So the list that the head reads is the first one, also of an encoder-decoder.
+
+    Args:
+        given: as of `blocks`.
     """
     found: dict[str, list[str]] = {}
-    for path, _ in blocks(model):
+    for path, _ in blocks(model, given):
         found.setdefault(path.rpartition(".")[0], []).append(path)
     if not is_encoder_decoder(model):
         return found
@@ -193,7 +215,8 @@ def lists_found(model: nn.Module) -> str:
         for name in lists
         if name not in found and not any(name.startswith(f"{each}.") for each in lists)
     ]
-    text = f"{len(found)} lists of blocks with attention ({', '.join(found) or 'none'})"
+    number = f"{len(found)} lists" if len(found) > 1 else "one list" if found else "no list"
+    text = f"{number} of blocks with attention" + (f" ({', '.join(found)})" if found else "")
     return text + (f" and other lists of layers ({', '.join(others)})" if others else "")
 
 
@@ -229,8 +252,24 @@ def norm_names(model: nn.Module) -> list[str]:
     return [name for name, module in modules if id(module) in inside and is_norm(module)]
 
 
-def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield path and module of the transformer blocks: entries of the innermost lists of layers."""
+def blocks(model: nn.Module, given: str | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """Yield path and module of the transformer blocks: entries of the innermost lists of layers.
+
+    Args:
+        given: path of the list whose entries are the blocks; None: the lists with attention.
+
+    Raises:
+        InputError: there is no list of layers at the path.
+    """
+    if given is not None:
+        named = dict(model.named_modules()).get(given)
+        if named is None or not is_stack(named):
+            raise InputError(
+                f"blocks={given} is no list of layers of {type(model).__name__}, which has "
+                f"{lists_found(model)}"
+            )
+        yield from ((f"{given}.{part}", block) for part, block in named.named_children())
+        return
     lists = {
         name: module
         for name, module in model.named_modules()
@@ -240,6 +279,21 @@ def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         # the innermost list: Swin has stages of blocks
         if not any(other.startswith(f"{name}.") for other in lists):
             yield from ((f"{name}.{part}", block) for part, block in blocks.named_children())
+
+
+def place_in(model: nn.Module, key: str, given: str | None) -> Place | None:
+    """Return the place of the module called `key` in the list at path `given`; None: in any list.
+
+    Raises:
+        InputError: there is no list of layers at the path.
+    """
+    if given is None:
+        return place(model, key)
+    names = [path for path, _ in blocks(model, given)]
+    index = next((i for i, name in enumerate(names) if key.startswith(f"{name}.")), None)
+    if index is None:
+        return None
+    return Place(given, index, len(names), key.removeprefix(f"{names[index]}."))
 
 
 def _holds_blocks(stack: nn.Module) -> bool:
@@ -271,8 +325,12 @@ def is_causal(block: nn.Module) -> bool:
 def _width(block: nn.Module) -> int:
     """Return the width of the residual stream of a block: the queries are computed from it."""
     parts = _leaves_by_kind(block)
-    # a block may have cross-attention only (Perceiver)
+    # a block may have cross-attention only (Perceiver), or none (Mamba)
     attention = parts["attn"] or parts["cross_attn"]
+    if not attention:
+        norm = next((module for module in block.modules() if is_norm(module)), None)
+        entry = parts["ffn"][0].shape.in_features
+        return entry if norm is None else next(norm.parameters()).numel()
     return (_query(attention) or attention[0]).shape.in_features
 
 

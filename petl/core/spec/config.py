@@ -195,6 +195,14 @@ def in_proportion(config: Any, r: int) -> dict[str, Any]:
     return {"r": r, name: int(scaled) if scaled == int(scaled) else scaled}
 
 
+def blocks_field() -> Any:
+    """The field of a method that needs one list of blocks; `structure.blocks` reads it."""
+    return config_field(
+        "path of the list of blocks, such as model.layers; null: the list of blocks with attention",
+        None,
+    )
+
+
 def require(condition: bool, message: str) -> None:
     """Raise InputError with `message` unless `condition` holds, for checks across fields.
 

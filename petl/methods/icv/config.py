@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from petl.core.layers.context import is_encoder_decoder
-from petl.core.model.structure import find_sublayers, lists_found, stacks
-from petl.core.spec.config import MethodConfig, config_field, require
+from petl.core.model.structure import find_sublayers, stacks_of
+from petl.core.spec.config import MethodConfig, blocks_field, config_field, require
 from petl.errors import InputError, UnsupportedError
 
 AUTO = "auto"
@@ -48,6 +48,7 @@ class IcvConfig(MethodConfig):
     layers: list[int] | None = config_field(
         "indices of the blocks that are shifted, from 0; null: all", None
     )
+    blocks: str | None = blocks_field()
     train: bool = config_field("train the vectors, which start at the calibrated ones", False)
     calibration_data: dict[str, Any] | None = config_field(
         "demonstrations of petl train: data, num_samples, seq_len, batch_size, seed", None
@@ -134,16 +135,6 @@ def check_model(model: nn.Module, config: IcvConfig) -> None:
         )
 
 
-def block_paths(model: nn.Module) -> list[str]:
-    """Return the paths of the blocks of a model, which must have one list of them."""
-    found = stacks(model)
-    require(
-        len(found) == 1,
-        f"{type(model).__name__} has {lists_found(model)}; icv needs one",
-    )
-    return next(iter(found.values()))
-
-
 def hosts(config: IcvConfig, model: nn.Module) -> dict[str, int]:
     """Return the path of each module whose output is shifted, with the index of its block.
 
@@ -153,7 +144,7 @@ def hosts(config: IcvConfig, model: nn.Module) -> dict[str, int]:
     Raises:
         InputError: the model has no such block or MLP.
     """
-    paths = block_paths(model)
+    (paths,) = stacks_of(model, config.blocks, 1, "icv")
     chosen = range(len(paths)) if config.layers is None else config.layers
     require(
         max(chosen) < len(paths),

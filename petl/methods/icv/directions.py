@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from petl.core.calibrate import calibration_pass
 from petl.core.masks import positions_in
+from petl.core.model.structure import blocks
 from petl.core.spec.config import require
 from petl.errors import InputError
-from petl.methods.icv.config import IcvConfig, block_paths
+from petl.methods.icv.config import IcvConfig
 from petl.methods.icv.steering import direction
 from petl.system import collectives as distributed
 
@@ -40,7 +41,7 @@ def directions(model: nn.Module, config: IcvConfig, batches: Iterable[Any]) -> T
     """
     own: Tensor | InputError
     try:
-        own = differences(model, batches)
+        own = differences(model, batches, config.blocks)
     except InputError as error:
         own = error  # the other processes wait for this one
     parts: list[Tensor] = []
@@ -57,7 +58,7 @@ def directions(model: nn.Module, config: IcvConfig, batches: Iterable[Any]) -> T
     return direction(d.flatten(1), config.rank).view_as(d[0])
 
 
-def differences(model: nn.Module, batches: Iterable[Any]) -> Tensor:
+def differences(model: nn.Module, batches: Iterable[Any], given: str | None = None) -> Tensor:
     """Return d_i of this process's demonstrations, [N, L, H] float32 on the CPU; N may be 0."""
     if callable(batches) or isinstance(batches, str | Mapping):
         raise InputError(
@@ -68,7 +69,7 @@ def differences(model: nn.Module, batches: Iterable[Any]) -> Tensor:
     for batch in batches:
         _check_batch(batch)
         source, target = (
-            last_states(model, batch[f"{side}_input_ids"], batch[f"{side}_attention_mask"])
+            last_states(model, batch[f"{side}_input_ids"], batch[f"{side}_attention_mask"], given)
             for side in ("source", "target")
         )
         found.append(target - source)
@@ -102,10 +103,15 @@ def _check_batch(batch: Any) -> None:
         )
 
 
-def last_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def last_states(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, given: str | None = None
+) -> Tensor:
     """Return the last token's hidden state behind each block, [B, L, H] float32 on the CPU.
 
     Rows may be padded on either side.
+
+    Args:
+        given: path of the list of blocks; None: that with attention.
 
     Raises:
         InputError: a state is not finite.
@@ -126,7 +132,7 @@ def last_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> 
         rows = torch.arange(len(state), device=state.device)
         states.append(state[rows, last.to(state.device)].float().cpu())
 
-    hooks = [model.get_submodule(path).register_forward_hook(keep) for path in block_paths(model)]
+    hooks = [block.register_forward_hook(keep) for _, block in blocks(model, given)]
     with calibration_pass(model, hooks):
         backbone(
             input_ids=input_ids.to(device),

@@ -152,7 +152,7 @@ class Icv(Method[IcvConfig, IcvAdapter]):
             "load the adapter onto a model of its kind",
         )
         config.target_modules = set(found)
-        width = next(iter(block_widths(model).values()))
+        width = next(iter(block_widths(model, config.blocks).values()))
         linear = {sub.closing for sub in find_sublayers(model) if sub.closing != sub.source}
         shape = LayerShape(width, width)
         return [

@@ -34,10 +34,11 @@ from petl.core.layers.context import add_gradient, is_encoder_decoder
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
 from petl.core.method import Method, NewAdapters, Settings, TrainContext, WrapContext
 from petl.core.model.heat_map import HeatMap, layers_of, means, of_layers
-from petl.core.model.places import Place, place
+from petl.core.model.places import Place
+from petl.core.model.structure import place_in
 from petl.core.register import register
 from petl.core.serving.mixed_batch import BatchedAdapter
-from petl.core.spec.config import MethodConfig, config_field, require
+from petl.core.spec.config import MethodConfig, blocks_field, config_field, require
 from petl.core.support import Capability
 from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.methods.mola.grouped import GroupedMola
@@ -180,6 +181,7 @@ class MolaConfig(MethodConfig):
         "weight of the load-balancing loss, at least 0; 0 disables it", 0.001, ge=0
     )
     use_rslora: bool = config_field("scale by lora_alpha / sqrt(r) instead", False)
+    blocks: str | None = blocks_field()
     rank_pattern: dict[str, int] | None = config_field(
         "rank of an expert by module path, or by a regular expression for paths, as for PEFT's "
         "LoRA; the scaling stays lora_alpha / r",
@@ -373,7 +375,8 @@ class Mola(Method[MolaConfig, MolaAdapter]):
         config, model = c.config, c.model
         if config.router_type == "pregated":
             refuse_unroutable(model, c.targets)
-        places = {key: place(model, key) or layer_of_its_own(config, key) for key in c.targets}
+        found = {key: place_in(model, key, config.blocks) for key in c.targets}
+        places = {key: where or layer_of_its_own(config, key) for key, where in found.items()}
         settings: dict[str, Settings] = {}
         last: dict[tuple[str, str], int] = {}  # index of the highest layer so far, by chain
         layers = [(p.stack, p.index) for p in places.values()]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from petl.core.layers.context import is_encoder_decoder
-from petl.core.model.structure import lists_found, stacks
-from petl.core.spec.config import MethodConfig, config_field, require
+from petl.core.model.structure import stacks_of
+from petl.core.spec.config import MethodConfig, blocks_field, config_field, require
 
 
 @dataclass
@@ -27,6 +27,7 @@ class SherlConfig(MethodConfig):
     encoder_memory: bool = config_field(
         "encoder-decoders: a second side network reads the encoder; false: it is left alone", True
     )
+    blocks: str | None = blocks_field()
     train_final_norm: bool = config_field("also train and save the model's last norm", False)
 
     def check(self) -> None:
@@ -79,13 +80,13 @@ def plan_of(config: SherlConfig, model: nn.Module) -> SherlLayout:
     Raises:
         InputError: the model has no such blocks.
     """
-    has_encoder, found = is_encoder_decoder(model), stacks(model)
+    has_encoder = is_encoder_decoder(model)
     require(
-        len(found) == (2 if has_encoder else 1),
-        f"{type(model).__name__} has {lists_found(model)}; "
-        f"sherl needs {'an encoder and a decoder' if has_encoder else 'one'}",
+        config.blocks is None or not has_encoder,
+        f"blocks={config.blocks} names one list, and {type(model).__name__} is an encoder-decoder, "
+        "of which sherl takes two; leave it null",
     )
-    main, *encoders = found.values()
+    main, *encoders = stacks_of(model, config.blocks, 1 + has_encoder, "sherl")
     L = len(main)
     require(
         config.late_layers < L,

@@ -78,7 +78,7 @@ class Sherl(Method[SherlConfig, SherlAdapter]):
             f"the config of {type(model).__name__} has {drop}: in training it leaves out blocks at "
             "random, whose outputs the side network reads; set it to 0 in model.config",
         )
-        widths = block_widths(model)
+        widths = block_widths(model, config.blocks)
         return [
             Target(path, LayerShape(widths[path], widths[path]), is_block=True)
             for path in candidate_names(model)

@@ -4,9 +4,17 @@ import pytest
 import torch
 from tiny_families import FAMILIES, Family, K
 from torch import Tensor, nn
-from transformers import ASTConfig, ASTForAudioClassification
+from transformers import (
+    ASTConfig,
+    ASTForAudioClassification,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
+import petl
+from petl import testing
 from petl.core.model.structure import find_sublayers, norm_names
+from petl.errors import InputError
 
 PRE = [name for name, family in FAMILIES.items() if not family.post]
 POST = [name for name, family in FAMILIES.items() if family.post]
@@ -98,3 +106,36 @@ def test_norms_are_those_of_the_backbone():
     assert len(gemma) == 13  # per block four and two inside attention, and the last one
     classifier = ASTForAudioClassification(ASTConfig(**FAMILIES["ast"].settings))
     assert all(name.startswith("audio_spectrogram_transformer.") for name in norm_names(classifier))
+
+
+ICV = {"mode": "stream", "train": True, "pairs": None, "scale": "plain", "keep_norm": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("icv", ICV),
+        ("sherl", {"r": 4}),
+        ("mola", {"num_experts": [2, 4]}),
+    ],
+)
+def test_a_list_of_blocks_without_attention_can_be_named(name, fields):
+    config = MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=3, state_size=4)
+    base = MambaForCausalLM(config)
+    if name != "mola":  # which has a place for each layer
+        with pytest.raises(InputError, match=r"lists of layers .*backbone.layers.*blocks="):
+            petl.wrap(base, name, **fields)
+    with pytest.raises(InputError, match=r"blocks=backbone\.norm_f is no list of layers"):
+        petl.wrap(base, name, blocks="backbone.norm_f", **fields)
+    model = petl.wrap(base, name, blocks="backbone.layers", **fields).train()
+    model(input_ids=torch.arange(6)[None]).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_experts_are_counted_in_the_named_list_of_blocks():
+    blocks = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 4)}) for _ in range(4))
+    base = nn.Sequential(blocks)  # a list in a list: the outermost would count
+    fields = {"num_experts": [1, 2], "top_k": 1, "target_modules": ["up"]}
+    model = petl.wrap(base, "mola", blocks="0", **fields)
+    layers = testing.tuner_layers(model).values()
+    assert [layer.adapters["default"].num_experts for layer in layers] == [1, 1, 2, 2]
