@@ -3,7 +3,8 @@
     python scripts/architectures.py                        # what is not known yet, all of it
     python scripts/architectures.py --methods lora mola    # these methods
     python scripts/architectures.py --types mamba llama    # these types, or kinds
-    python scripts/architectures.py --types qwen3_moe --again   # also what is known
+    python scripts/architectures.py --again broken         # what did not work, or was not built
+    python scripts/architectures.py --types qwen3_moe --again all
     python scripts/architectures.py --write                # the page only
 
 Results are kept in scripts/architectures/results.json; a run goes on where the last one ended.
@@ -22,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", nargs="*", default=petl.list_methods())
     parser.add_argument("--types", nargs="*", default=[])
-    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--again", choices=("all", "broken"), default="")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     if not given.write:

@@ -38,13 +38,21 @@ def write_results(results: Results, file: Path = RESULTS) -> None:
 
 
 def sweep(
-    types: Iterable[Type], methods: list[str], *, again: bool = False, file: Path = RESULTS
+    types: Iterable[Type], methods: list[str], *, again: str = "", file: Path = RESULTS
 ) -> None:
-    """Study what is not known yet (again: everything), and write it after each type."""
+    """Study what is not known yet, and write it after each type.
+
+    Args:
+        again: "all", or "broken": study these once more.
+    """
     for each in types:
         row = read_results(file).get(str(each), {})
-        known = {} if again else row.get("methods", {})
-        missing = [name for name in methods if name not in known]
+        found = {} if again == "all" else row.get("methods", {})
+        missing = [
+            name
+            for name in methods
+            if name not in found or (again and found[name]["verdict"] == "broken")
+        ]
         if not missing or (row.get("reason") and not again):
             continue
         start = time.monotonic()
