@@ -12,8 +12,9 @@ Results are kept in scripts/architectures/results.json; a run goes on where the 
 
 import argparse
 
+from architectures.page import PAGE, page
 from architectures.small import types
-from architectures.sweep import RESULTS, sweep
+from architectures.sweep import read_results, sweep
 
 import petl
 
@@ -33,7 +34,8 @@ def main() -> None:
             if not given.types or {each.name, each.kind, str(each)} & {*given.types}
         ]
         sweep(wanted, given.methods, again=given.again)
-    print(RESULTS)
+    PAGE.write_text(page(read_results()))
+    print(f"written: {PAGE}")
 
 
 if __name__ == "__main__":

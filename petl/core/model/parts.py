@@ -30,9 +30,12 @@ def language_path(model: nn.Module) -> str | None:
     decoder: Any = model.get_decoder()
     found = (name for name, module in model.named_modules() if module is decoder)
     path = next(found, None)
-    # a vision transformer that is a model itself has no decoder of its own
-    others = (name for name, _ in model.named_modules() if part_in(name, path or "") == VISION)
-    return path if path is not None and any(others) else None
+    if path is None:
+        return None
+    parts = {name: part_in(name, path) for name, _ in model.named_modules()}
+    # a vision transformer has no decoder of its own; its head is no language model
+    has_blocks = any(p == LANGUAGE and re.search(r"\.\d+\.", name) for name, p in parts.items())
+    return path if has_blocks and VISION in parts.values() else None
 
 
 def part_in(name: str, language: str) -> str:

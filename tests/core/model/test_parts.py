@@ -4,6 +4,8 @@ import logging
 
 import pytest
 from transformers import (
+    CLIPConfig,
+    CLIPForImageClassification,
     CLIPVisionConfig,
     GitConfig,
     GitForCausalLM,
@@ -96,6 +98,12 @@ def test_models_of_one_part_refuse_the_presets():
     with pytest.raises(petl.InputError, match="LlamaForCausalLM has one part only"):
         petl.wrap(testing.tiny_llama(), "lora", target_modules="vision")
     assert {"language", "vision", "projector"} <= PRESETS.keys()
+
+
+def test_a_classifier_of_images_has_one_part():
+    parts = CLIPConfig(text_config=SIZES, vision_config=SEEN)
+    model = petl.wrap(CLIPForImageClassification(parts), "lora", target_modules="block-linear")
+    assert len(testing.tuner_layers(model)) == 2 * 6
 
 
 def test_pefts_all_linear_keeps_its_meaning():

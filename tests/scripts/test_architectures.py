@@ -1,0 +1,48 @@
+"""Types of models: a slice of each kind trains, saves and loads; all are as docs/models.md says."""
+
+import pytest
+from architectures.page import PAGE, page
+from architectures.small import Type
+from architectures.study import study
+from architectures.sweep import read_results
+
+RESULTS = read_results()
+BUILT = {name: row for name, row in RESULTS.items() if "reason" not in row}
+# a decoder, an encoder, both, Conv1D, mixtures of experts (also with modules that transformers
+# renames), state spaces, hybrids, images, images and text, sounds (also with batch norms)
+SLICE = (
+    "causal/llama",
+    "causal/gpt2",
+    "causal/gpt_oss",
+    "causal/inkling2_text",
+    "causal/mamba",
+    "causal/jamba",
+    "encoder/bert",
+    "encoder-decoder/bart",
+    "image-text/llava",
+    "vision/clip",
+    "speech/wav2vec2",
+    "speech/canary",
+)
+
+
+@pytest.mark.parametrize("method", ["lora", "mola"])
+@pytest.mark.parametrize("name", SLICE)
+def test_a_type_trains_saves_loads_and_merges(name, method):
+    found = study(Type(*name.split("/")), method)
+    assert (found.verdict, found.detail) == ("works", "")
+    assert found.coverage == BUILT[name]["methods"][method]["coverage"]
+    assert found.merges == (method == "lora")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "method"), [(name, method) for name, row in BUILT.items() for method in row["methods"]]
+)
+def test_a_method_does_on_a_type_what_the_page_says(name, method):
+    found = study(Type(*name.split("/")), method)
+    assert found.verdict == BUILT[name]["methods"][method]["verdict"], found.detail
+
+
+def test_the_page_is_that_of_the_results():
+    assert PAGE.read_text() == page(RESULTS)
