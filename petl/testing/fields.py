@@ -34,6 +34,7 @@ VALUES: dict[str, list[Any]] = {
     "non_linearity": ["relu"],
     "layers_pattern": ["no_such_list"],
     "blocks": ["no_such_list"],
+    "target_parameters": [["no_such_parameter"]],
 }
 BESIDE: dict[str, dict[str, Any]] = {"layers_pattern": {BLOCKS: [0]}}
 
