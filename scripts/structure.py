@@ -28,7 +28,7 @@ PACKAGE = ROOT / "petl"
 BUDGETS = {
     "system": 3400,
     "ops": 2650,
-    "core": 11800,
+    "core": 11950,
     "efficiency": 8100,
     "data": 9150,
     "training": 13300,
@@ -37,10 +37,10 @@ BUDGETS = {
     "generation": 4550,
     "experiments": 6300,
     "cli": 3650,
-    "testing": 2600,
+    "testing": 2900,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 12500, "tests": 72000}
+OTHERS = {"scripts": 13100, "tests": 72350}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
