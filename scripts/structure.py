@@ -33,7 +33,7 @@ BUDGETS = {
     "data": 9150,
     "training": 13300,
     "methods": 18150,
-    "adapters": 7450,
+    "adapters": 7650,
     "generation": 4550,
     "experiments": 6300,
     "cli": 3650,

@@ -222,7 +222,7 @@ def export(options: ExportOptions) -> None:
         return
     from petl.experiments.reports.differences import print_written
 
-    write, name, use = _export_format(options.format)
+    write, name, use = _export_format(options.format, options.engine)
     written = write(options.find(), options.out, options.tolerance)
     print_written(written, name)
     for line in use(written.folder):
@@ -230,9 +230,11 @@ def export(options: ExportOptions) -> None:
 
 
 def _export_format(
-    name: str,
+    name: str, engine: str | None
 ) -> tuple[Callable[..., "OutputFolder"], str, Callable[[Path], Iterable[str]]]:
     """Return the function that writes a format, what it writes, and how that is used."""
+    if engine is not None and name != "lora":
+        raise InputError(f"--engine {engine} is for --lora, not for --{name}; leave it out")
     # gguf and onnx need extras: only the chosen format is imported
     if name == "gguf":
         from petl.adapters.export.gguf import USE, export_gguf
@@ -247,9 +249,10 @@ def _export_format(
 
         return export_small, "small model", lambda out: [USE.format(out=out)]
     from petl.adapters.export.engines import serving_lines
-    from petl.adapters.export.lora import export_lora
+    from petl.adapters.export.lora import export_for_vllm, export_lora
 
-    return export_lora, "plain LoRA", serving_lines
+    write = export_lora if engine is None else export_for_vllm
+    return write, "plain LoRA", serving_lines
 
 
 # petl report, petl compare

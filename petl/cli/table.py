@@ -621,7 +621,8 @@ class ExportOptions(CheckOptions):
     without petl. The conversion is exact if the update is a low-rank product; any other update of
     the weight is factored by a full SVD. For a language model, the commands by which vLLM and
     SGLang serve the LoRA are printed, or why they cannot; `petl serve` serves the adapters of every
-    method.
+    method. A LoRA on stacks of experts is written as PEFT stores it; with --engine vllm, as vLLM
+    reads it: by expert, unless the model's checkpoints have stacks too.
     --small writes the model that PELA (method pela) makes smaller: two thin layers in place of each
     adapted one, and ranks.json; petl.methods.pela.load, or the lines in OUT/README.md, loads it.
     --vllm writes the parallel heads of a drafter (petl draft RUN +drafter=hydra
@@ -634,6 +635,7 @@ class ExportOptions(CheckOptions):
 
     ONE_OF = ("lora", "small", "gguf", "vllm", "onnx")
     lora: bool = switch("a plain LoRA, for PEFT and serving engines")
+    engine: str | None = choice("of --lora: what is to serve adapters of experts", ("vllm",))
     small: bool = switch("the plain small model of PELA (method pela), with low-rank layers")
     gguf: bool = switch(f"an adapter for llama.cpp ({install_hint('gguf')})")
     vllm: bool = switch("parallel heads of a drafter, RUN/drafter, as a Medusa model for vLLM")

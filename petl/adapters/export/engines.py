@@ -33,6 +33,10 @@ WEAK = (
     "it is an rsLoRA, and {engine} ignores use_rslora: the update would be {root:.1f} times too "
     "weak"
 )
+STACKS = (
+    " (if the checkpoints of the model have experts in stacks, as gpt_oss; else first: petl export "
+    "RUN OUT --lora --engine vllm)"
+)
 TYPE = "it is of type {type}, and {engine} serves LoRA alone"
 COMMON = {"type": TYPE, "modules": COPIES, "tokens": COPIES, "dora": DORA, "bias": BIASES}
 ENGINES = {
@@ -127,6 +131,8 @@ def serving_lines(folder: Path) -> list[str]:
         engine = ENGINES[key]
         reason = "its base model has random weights" if is_random else refusal(config, engine)
         cannot = f"{engine.name} cannot serve it: {reason}; `petl serve` and a merged model can"
+        if key == "vllm" and config.get("target_parameters"):
+            command += STACKS
         lines.append(cannot if reason else f"{engine.name}: {command}")
     return lines
 

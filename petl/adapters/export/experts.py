@@ -1,0 +1,139 @@
+"""A LoRA on stacks of experts for vLLM, which reads it as checkpoints store the experts.
+
+Of most models that is one linear layer for each projection of each expert; of those whose
+checkpoints have stacks themselves (gpt_oss), PEFT's own layout. Shapes: E experts, I in, O out,
+R rank.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from petl.core.adapter_file import PREFIX
+from petl.core.compat import LoraLayer
+from petl.core.experts.layout import experts_of
+from petl.core.experts.lora import FusedExperts
+from petl.core.experts.stacks import Stack, stacks_of
+from petl.core.layers.layer import Factors
+from petl.errors import UnsupportedError
+
+
+class Part(NamedTuple):
+    """A projection of one expert: its path in checkpoints, and the outputs that are its own."""
+
+    path: str
+    expert: int
+    outputs: Tensor
+
+
+def split_experts(model: PeftModel, adapter_name: str = "default") -> dict[str, Factors] | None:
+    """Return the factors of a LoRA whose experts are linear layers, by path in checkpoints.
+
+    Returns:
+        None if PEFT's layout is to be served: there are no stacks, or checkpoints have them too.
+
+    Raises:
+        UnsupportedError: not all stacks of a module are adapted.
+    """
+    base: Any = model.get_base_model()
+    stacks = [*stacks_of(model.peft_config[adapter_name], base)]
+    for stack in stacks:
+        layout = experts_of(stack.module)
+        own = {each.name for each in stacks if each.path == stack.path}
+        missing = set(layout.stacks) - own if layout else set()
+        if missing:
+            raise UnsupportedError(
+                f"the adapter adapts {stack.path}.{stack.name} and not {', '.join(missing)}, and "
+                "vLLM serves a LoRA on all projections of experts or on none: train it with "
+                "target_modules=experts, or merge it"
+            )
+    parts = {(s.path, s.name): [*parts_of(base, s)] for s in stacks}
+    if not stacks or not all(parts.values()):
+        return None
+    return dict(_factors(model, stacks, parts, adapter_name))
+
+
+Places = list[tuple[Tensor, str, Any]]  # weights [O, I], their paths in checkpoints, and rows
+
+
+def places_of(model: PeftModel) -> Places:
+    """Return the weights of the base model that a LoRA changes, by layer and expert."""
+    base: Any = model.get_base_model()
+    linear = [
+        (layer.get_base_layer().weight, _in_checkpoints(base, path), slice(None))
+        for path, layer in base.named_modules()
+        if isinstance(layer, LoraLayer) and not isinstance(layer, FusedExperts)
+    ]
+    return linear + [
+        (stack.module.get_parameter(stack.name)[part.expert], part.path, part.outputs)
+        for stack in stacks_of(model.peft_config["default"], base)
+        for part in parts_of(base, stack)
+    ]
+
+
+def _factors(
+    model: PeftModel,
+    stacks: list[Stack],
+    parts: dict[tuple[str, str], list[Part]],
+    adapter_name: str,
+) -> Iterator[tuple[str, Factors]]:
+    """Yield path in checkpoints and factors of each layer and expert."""
+    base: Any = model.get_base_model()
+    for stack in stacks:
+        layer: Any = base.get_submodule(stack.saved_path)
+        assert isinstance(layer, FusedExperts)
+        update = layer.factors(adapter_name)
+        for part in parts[stack.path, stack.name]:
+            A, B = update.A[part.expert], update.B[part.expert][part.outputs]
+            # a copy: gate and up share A
+            yield part.path, Factors(A.clone(), B, update.scale)
+    for path, layer in base.named_modules():
+        if isinstance(layer, FusedExperts) or not isinstance(layer, LoraLayer):
+            continue
+        A, B = (sides[adapter_name].weight for sides in (layer.lora_A, layer.lora_B))
+        yield _in_checkpoints(base, path), Factors(A, B, layer.scaling[adapter_name])
+
+
+def _in_checkpoints(model: PreTrainedModel, path: str) -> str:
+    """Return the path of a linear layer in checkpoints, such as with another name of its list."""
+    name = f"{path}.weight"
+    found = revert_weight_conversion(model, {name: torch.empty(1, 1, device="meta")})
+    return next(iter(found)).removesuffix(".weight") if len(found) == 1 else path
+
+
+def parts_of(model: PreTrainedModel, stack: Stack) -> Iterator[Part]:
+    """Yield the projections of each expert of a stack as checkpoints have them; else nothing.
+
+    Which rows they are is told by transformers' own conversion, of a stack of row numbers.
+    """
+    layout = experts_of(stack.module)
+    assert layout is not None
+    experts, _, outputs = layout.shape(stack.module, stack.name)
+    if layout.transposed:
+        return
+    numbers = torch.arange(experts * outputs).view(experts, outputs, 1)
+    name = f"{stack.path}.{stack.name}"
+    for key, rows in revert_weight_conversion(model, {name: numbers}).items():
+        if rows.dim() != 2 or rows.shape[1] != 1:
+            return
+        first = int(rows[0]) // outputs
+        yield Part(key.removesuffix(".weight"), first, rows[:, 0] % outputs)
+
+
+@torch.no_grad()
+def fold(tensors: Mapping[str, Tensor], scale: float, at: Places) -> None:
+    """Add the updates of a LoRA, whose experts are linear layers, to the weights of its base model.
+
+    Args:
+        tensors: of the LoRA, by key in its file.
+        scale: of all updates.
+        at: as of `places_of` the adapted model.
+    """
+    for weight, path, outputs in at:
+        A, B = (tensors[f"{PREFIX}{path}.lora_{side}.weight"] for side in "AB")
+        weight[outputs] += scale * (B.double() @ A.double()).to(weight)
