@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from petl.training import ranks as ranks
     from petl.training.adamr import AdamR
     from petl.training.integrations.trainer_callback import Callback
+    from petl.training.retain.measure import Retained, retained
     from petl.training.together.jobs import Job, TrainResult, train_together
     from petl.training.watch.watcher import Watch, watch
 
@@ -76,6 +77,7 @@ __all__ = [
     "MethodConfig",
     "NewAdapters",
     "Predictor",
+    "Retained",
     "SparseSM3",
     "Target",
     "TrainContext",
@@ -100,6 +102,7 @@ __all__ = [
     "predict",
     "recompute_mlp",
     "register",
+    "retained",
     "segment_loss",
     "train_together",
     "watch",
@@ -152,6 +155,7 @@ _NAMES = {
     "petl.methods.lora": ("lorafa_optimizer", "loraplus_optimizer"),
     "petl.methods.sparse": ("SparseSM3",),
     "petl.training.adamr": ("AdamR",),
+    "petl.training.retain.measure": ("Retained", "retained"),
     "petl.training.together.jobs": ("Job", "TrainResult", "train_together"),
     "petl.training.watch.watcher": ("Watch", "watch"),
     "petl.generation.prediction.library": ("evaluate", "predict"),

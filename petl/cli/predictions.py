@@ -1,8 +1,12 @@
 """The commands `petl predict` and `petl eval`: a saved adapter on files of the user."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from petl.cli.table import EvalOptions, PredictOptions
+
+if TYPE_CHECKING:
+    from petl.adapters.export.saved_adapter import SavedAdapter
 
 
 def predict(options: PredictOptions) -> None:
@@ -42,6 +46,9 @@ def evaluate(options: EvalOptions) -> None:
     from petl.system.processes import is_first
 
     saved = options.find()
+    if options.retain is not None:
+        print_retained(options, saved)
+        return
     names, settings = split_words([*options.data, *options.overrides])
     # without --data: RUN/eval-test
     folder = options.out or folder_of(saved, names)
@@ -58,6 +65,25 @@ def evaluate(options: EvalOptions) -> None:
     print_evaluation(saved, scores, names)
     if folder is not None:  # an adapter without a run, and no --out
         write_evaluation(saved, folder, scores, names)
+
+
+def print_retained(options: EvalOptions, saved: "SavedAdapter") -> None:
+    """Print what the model of a saved adapter has lost on retained texts, and write it."""
+    from petl.errors import InputError
+    from petl.experiments.reports.formatting import echo
+    from petl.generation.prediction.evaluation import folder_of
+    from petl.generation.prediction.retained import evaluate_retained
+    from petl.training.retain.texts import BUNDLED
+
+    others = [*options.data, *options.overrides]
+    if others or options.max_new_tokens is not None:
+        given = others[0] if others else "--max-new-tokens"
+        raise InputError(f"{given} is of another evaluation than --retain: leave one of them out")
+    folder = options.out or folder_of(saved, ["retained"])
+    found = evaluate_retained(saved, options.retain or [BUNDLED], folder, options.batch_size)
+    echo(found)
+    if folder is not None:
+        echo(f"written to {folder}")
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:

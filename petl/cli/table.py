@@ -357,6 +357,7 @@ class EvalOptions(BatchOptions):
 
       petl eval runs/mine
       petl eval runs/mine --data new.csv more.jsonl data.text=review
+      petl eval runs/mine --retain      # a model that writes: its loss on other texts, and before
 
     The files have one of the formats of data=files; data.SETTINGs name their columns if they are
     others than in training. Labels are compared by name with those of the run. Scores, predictions,
@@ -372,6 +373,12 @@ class EvalOptions(BatchOptions):
         "files with labels, or folders of images or sounds, in place of the test set",
         default=[],
         nargs="+",
+    )
+    retain: list[str] | None = option(
+        "measure what the model has lost on other texts: files with a column text, or none for "
+        "those that petl brings",
+        metavar="FILE",
+        nargs="*",
     )
     out: Path | None = option(
         "folder of the results (default: RUN/eval-NAME, by the name of the data)", folder_to_write

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from petl.core.calibrate import calibration_pass
 from petl.core.types import Batch, base_of
-from petl.data.tasks.base import IGNORED, sums_dtype
+from petl.data.tasks.base import IGNORED
 from petl.errors import InputError
+from petl.ops.divergence import divergence_terms
 
 TOP = 512
 LABELS = ("labels", "start_positions", "end_positions")  # columns that a model without loss lacks
@@ -192,21 +193,10 @@ def divergence(reference: CachedReference, logits: Tensor) -> Tensor:
     """Return KL(p || q) at each position, [N], of the first N of a reference."""
     classes = reference.classes[: len(logits)]
     log_q, other = logits.log_softmax(-1).gather(-1, classes), log_others(logits, classes)
-    found = terms(reference.log_p[: len(logits)], log_q).sum(-1)
+    found = divergence_terms(reference.log_p[: len(logits)], log_q).sum(-1)
     if reference.log_rest is not None and other is not None:
-        found += terms(reference.log_rest[: len(logits)], other)
+        found += divergence_terms(reference.log_rest[: len(logits)], other)
     return found
-
-
-def terms(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return p log(p / q) - p + q, whose sum over all classes is the divergence.
-
-    Since p and q sum to 1, the last two change nothing, but each term is then at least 0, and an
-    error that is common to all classes, as of the float32 normalization, is squared.
-    """
-    log_p, log_q = (t.to(sums_dtype(t.device)) for t in (log_p, log_q))
-    p = log_p.exp()
-    return p * (log_p - log_q) - p + log_q.exp()
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

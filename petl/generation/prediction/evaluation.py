@@ -47,7 +47,7 @@ def folder_of(saved: SavedAdapter, names: Sequence[str]) -> Path | None:
     return saved.run / f"{EVALUATED}-file" if folder.name == EVALUATED else folder
 
 
-def _is_place(saved: SavedAdapter, folder: Path) -> bool:
+def is_place(saved: SavedAdapter, folder: Path) -> bool:
     """Return True for a folder of the form that `folder_of` returns."""
     place = folder.absolute()
     in_run = saved.run is not None and place.parent.resolve() == saved.run.resolve()
@@ -87,7 +87,7 @@ def evaluate_saved(
     if not has_data and settings:
         raise InputError(f"{settings[0]} names columns of files: give them with {DATA} FILE")
     if folder is not None and is_first():  # one process writes, all of them compute
-        check_output(folder, *(OWN if _is_place(saved, folder) else ()))
+        check_output(folder, *(OWN if is_place(saved, folder) else ()))
         check_writable(folder)
         folder.mkdir(parents=True, exist_ok=True)
     kept = None if folder is None else folder / PREDICTIONS

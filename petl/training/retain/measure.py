@@ -1,0 +1,417 @@
+"""Retained texts: the loss of a model on texts that it was not trained on, before and after.
+
+Text t has n_t predicted tokens, all but the first, N in total. b_t and a_t are the mean losses in
+nats of the base and of the adapted model. What was lost is sum n_t (a_t - b_t) / N. Its interval
+takes texts as units: the estimate is a ratio, so with e_t = n_t (a_t - b_t - lost) and T texts the
+standard error is sqrt(T / (T - 1) sum e_t^2) / N, times Student's quantile with T - 1 degrees of
+freedom (Cochran 1977, Sampling Techniques, section 6.4). A loss may fall while a model becomes
+another one, so the divergence KL(base || adapted) over the vocabulary and the share of tokens whose
+likeliest next token is the base's are measured beside it.
+
+Shapes: B rows, T tokens, N positions, V tokens of the vocabulary.
+"""
+
+import logging
+import math
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from petl.core.calibrate import calibration_pass
+from petl.core.compat import BaseTunerLayer
+from petl.core.masks import IGNORED
+from petl.core.registry import keeps_base
+from petl.core.types import Batch, base_of
+from petl.errors import InputError, UnsupportedError, shown
+from petl.ops.divergence import divergence_terms
+
+MAX_LENGTH = 256
+FEWEST = 8  # texts with which an interval is stated
+LEVEL = 0.95
+CHUNK = 2**24  # logits of a model that are computed with at a time
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RetainedText:
+    """One text: a line of retained.jsonl.
+
+    Attributes:
+        tokens: predicted ones.
+        before, after: mean loss of the base and of the adapted model, in nats per token.
+        divergence: mean KL(base || adapted) per token, in nats; None if the base is not there.
+        agreement: share of tokens whose likeliest next token is the base's; None likewise.
+    """
+
+    text: str
+    tokens: int
+    before: float
+    after: float
+    divergence: float | None = None
+    agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Retained:
+    """What a model that writes has lost on retained texts.
+
+    Attributes:
+        rows, tokens: texts, and predicted tokens of all.
+        loss_before, loss_after: mean loss per token of the base and of the adapted model, in nats.
+        lost: the difference of the two.
+        interval: of `lost`, 95 %; None for fewer than eight texts.
+        ratio: of perplexities, after to before.
+        divergence, agreement: as of each text, over all tokens; None if the base is not there.
+        texts: each with the columns of retained.jsonl.
+    """
+
+    rows: int
+    tokens: int
+    loss_before: float
+    loss_after: float
+    lost: float
+    interval: tuple[float, float] | None
+    ratio: float
+    divergence: float | None
+    agreement: float | None
+    texts: tuple[RetainedText, ...] = field(repr=False, default=())
+    kind: str = "language"
+
+    @classmethod
+    def of(cls, texts: Sequence[RetainedText]) -> "Retained":
+        """Sum up texts, of which there is at least one."""
+        total = sum(each.tokens for each in texts)
+
+        def mean(values: Iterable[float | None]) -> float | None:
+            pairs = list(zip((each.tokens for each in texts), values, strict=True))
+            known = [count * value for count, value in pairs if value is not None]
+            return math.fsum(known) / total if len(known) == len(texts) else None
+
+        before, after = mean(each.before for each in texts), mean(each.after for each in texts)
+        lost = mean(each.after - each.before for each in texts)
+        assert before is not None
+        assert after is not None
+        assert lost is not None
+        return cls(
+            rows=len(texts),
+            tokens=total,
+            loss_before=before,
+            loss_after=after,
+            lost=lost,
+            interval=interval_of([(e.tokens, e.after - e.before) for e in texts], lost),
+            # of adapters that write nonsense, beyond what a float holds
+            ratio=math.exp(lost) if lost < 700 else math.inf,
+            divergence=mean(each.divergence for each in texts),
+            agreement=mean(each.agreement for each in texts),
+            texts=tuple(texts),
+        )
+
+    def __str__(self) -> str:
+        around = "" if self.interval is None else " ({:.2f} to {:.2f})".format(*self.interval)
+        text = (
+            f"on other text: loss {self.loss_before:.2f} -> {self.loss_after:.2f} nats, "
+            f"{self.lost:+.2f}{around}: perplexity {self.ratio - 1:+.0%}"
+        )
+        if self.agreement is not None:
+            text += f"; same next token {self.agreement:.0%}"
+        return text
+
+
+def interval_of(
+    differences: Sequence[tuple[int, float]], lost: float
+) -> tuple[float, float] | None:
+    """Return the 95 % interval of a mean over units with these numbers of tokens and differences.
+
+    None for fewer than eight units.
+    """
+    if len(differences) < FEWEST:
+        return None
+    from scipy import stats  # takes a quarter of a second
+
+    units, total = len(differences), sum(count for count, _ in differences)
+    squares = math.fsum((count * (value - lost)) ** 2 for count, value in differences)
+    error = math.sqrt(units / (units - 1) * squares) / total
+    half = float(stats.t.ppf((1 + LEVEL) / 2, units - 1)) * error
+    return lost - half, lost + half
+
+
+# The rows
+
+
+class RetainedRow(NamedTuple):
+    """A text and its tokens."""
+
+    text: str
+    ids: list[int]
+
+
+def encode_texts(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int = MAX_LENGTH
+) -> list[RetainedRow]:
+    """Tokenize texts without a template and without an end token, cut to `max_length` tokens.
+
+    Texts of fewer than two tokens, which have none to predict, are left out with a line in the log.
+
+    Raises:
+        InputError: no text is left, one is no text, or `max_length` is below 2.
+    """
+    if max_length < 2:
+        raise InputError(f"max_length={max_length} is below 2: one token has nothing to predict")
+    given = list(texts)
+    wrong = next((text for text in given if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise InputError(f"{shown(wrong)} is not a text: retained texts are strings")
+    end = tokenizer.eos_token_id
+    rows = []
+    for text in given:
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        # some tokenizers append it: it would measure the format
+        ids = ids[:-1] if end is not None and ids[-1:] == [end] else ids
+        rows.append(RetainedRow(text, ids[:max_length]))
+    kept = [row for row in rows if len(row.ids) > 1]
+    if len(kept) < len(rows):
+        logger.info(
+            "%d retained texts of fewer than two tokens are left out", len(rows) - len(kept)
+        )
+    if not kept:
+        raise InputError(
+            f"none of the {len(rows)} retained texts has two tokens or more: give plain texts"
+        )
+    return kept
+
+
+def batch_of(rows: Sequence[RetainedRow], model: nn.Module, pad: int) -> tuple[Batch, Tensor]:
+    """Return a batch of rows on the model's device, and its labels [B, T].
+
+    The label of a position is the token that its logits predict. An encoder reads the first half of
+    a text, its decoder's labels are the rest.
+    """
+    has_encoder = bool(getattr(base_of(model).config, "is_encoder_decoder", False))
+    halves = [max(1, len(row.ids) // 2) if has_encoder else len(row.ids) for row in rows]
+    inputs = [row.ids[:half] for row, half in zip(rows, halves, strict=True)]
+    labels = [
+        row.ids[half:] if has_encoder else row.ids[1:]
+        for row, half in zip(rows, halves, strict=True)
+    ]
+    device = next(model.parameters()).device
+    batch = {
+        "input_ids": _padded(inputs, pad).to(device),
+        "attention_mask": _padded([[1] * len(ids) for ids in inputs], 0).to(device),
+    }
+    wanted = _padded(labels, IGNORED).to(device)
+    if has_encoder:
+        batch["labels"] = wanted  # a decoder reads them, shifted
+    return batch, wanted
+
+
+def _padded(rows: Sequence[list[int]], value: int) -> Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+
+
+# The measure
+
+
+def retained(
+    model: nn.Module,
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    base: nn.Module | None = None,
+    max_length: int = MAX_LENGTH,
+    batch_size: int = 8,
+) -> Retained:
+    """Measure what a model has lost on texts that it was not trained on.
+
+    The model's mode, adapters, `requires_grad` and the random states are as before afterwards.
+
+    Args:
+        model: that writes, with its active adapters; or any model, with its `base`.
+        texts: plain texts.
+        tokenizer: of the model.
+        base: the model to compare with; None: `model` without its adapters.
+        max_length: tokens of a text, at least 2.
+        batch_size: texts in a pass.
+
+    Raises:
+        InputError: a text is no string, none has two tokens, adapters are merged, or an argument is
+            out of range.
+        UnsupportedError: the model without its adapters is not the base it was trained on (CorDA,
+            PiSSA), or it has no adapters, and there is no `base`.
+    """
+    rows = encode_texts(texts, tokenizer, max_length)
+    return compare(model, rows, tokenizer, base=base, batch_size=batch_size)
+
+
+def compare(
+    model: nn.Module,
+    rows: Sequence[RetainedRow],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    base: nn.Module | None = None,
+    before: Sequence[float] | None = None,
+    batch_size: int = 8,
+) -> Retained:
+    """Measure as `retained` does, on encoded texts.
+
+    Args:
+        before: mean losses of the base on these rows, from before its weights were changed: there
+            is no base to run.
+
+    Raises:
+        InputError, UnsupportedError: as of `retained`.
+    """
+    if before is None and base is None:
+        check_base_inside(model)
+    found: dict[int, RetainedText] = {}
+    for numbers, batch, labels in _batches(model, rows, tokenizer, batch_size):
+        with _undisturbed(model), calibration_pass(model):
+            after = _logits(model, batch, labels)
+        if before is None:
+            other = model if base is None else base
+            with _undisturbed(other), calibration_pass(other), _as_base(model, base):
+                measured = _compared(_logits(other, batch, labels), after, labels)
+        else:
+            measured = [
+                (loss, before[number], None, None)
+                for number, loss in zip(numbers, _losses(after, labels), strict=True)
+            ]
+        for number, (a, b, kl, same) in zip(numbers, measured, strict=True):
+            count = int((labels[numbers.index(number)] != IGNORED).sum())
+            found[number] = RetainedText(rows[number].text, count, b, a, kl, same)
+    return Retained.of([found[number] for number in range(len(rows))])
+
+
+def losses_of(
+    model: nn.Module,
+    rows: Sequence[RetainedRow],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = 8,
+) -> list[float]:
+    """Return the mean loss of each row in nats per predicted token."""
+    found: dict[int, float] = {}
+    for numbers, batch, labels in _batches(model, rows, tokenizer, batch_size):
+        with _undisturbed(model), calibration_pass(model):
+            found |= zip(numbers, _losses(_logits(model, batch, labels), labels), strict=True)
+    return [found[number] for number in range(len(rows))]
+
+
+def check_base_inside(model: nn.Module) -> None:
+    """Check that a model without its adapters is the base that they were trained on.
+
+    Raises:
+        InputError: adapters are merged.
+        UnsupportedError: it has none, or their method changes the base.
+    """
+    if not isinstance(model, PeftModel):
+        raise UnsupportedError(
+            f"{type(model).__name__} has no adapters, so there is nothing to compare it with: give "
+            "base=MODEL, the model before it was trained"
+        )
+    if not keeps_base(model.active_peft_config):
+        raise UnsupportedError(
+            f"an adapter of {model.active_peft_config.peft_type} changes the weights of its base: "
+            "without it the model is another one; give base=MODEL, the base loaded anew"
+        )
+    if any(isinstance(m, BaseTunerLayer) and m.merged for m in model.modules()):
+        raise InputError("adapters are merged: model.unmerge_adapter() first, or give base=MODEL")
+
+
+def _batches(
+    model: nn.Module,
+    rows: Sequence[RetainedRow],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+) -> Generator[tuple[list[int], Batch, Tensor]]:
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size} is below 1, the minimum")
+    pad = tokenizer.pad_token_id or 0
+    # of similar lengths, so that little is padding
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        yield numbers, *batch_of([rows[number] for number in numbers], model, pad)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Generator[None]:
+    """Restore random states and `requires_grad`, which PEFT's switching sets."""
+    needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    device = next(model.parameters()).device
+    try:
+        with torch.random.fork_rng(
+            [] if device.type == "cpu" else [device], device_type=device.type
+        ):
+            yield
+    finally:
+        for parameter, value in needed:
+            parameter.requires_grad_(value)
+
+
+def _as_base(model: nn.Module, base: nn.Module | None) -> AbstractContextManager[None]:
+    inside = base is None and isinstance(model, PeftModel)
+    return model.disable_adapter() if inside else nullcontext()
+
+
+def _logits(model: nn.Module, batch: Batch, labels: Tensor) -> Tensor:
+    """Return the logits that predict `labels`, [B, T, V]."""
+    logits = model(**batch).get("logits")
+    if logits is None or logits.dim() != 3:
+        raise UnsupportedError(
+            f"{type(base_of(model)).__name__} has no logits over a vocabulary for each token, so "
+            "it has no loss on texts"
+        )
+    if "labels" in batch:
+        return logits[:, -labels.shape[1] :]
+    # the last position predicts nothing; methods that prepend virtual tokens have more
+    return logits[:, -labels.shape[1] - 1 : -1]
+
+
+def _chunks(labels: Tensor, vocabulary: int) -> Generator[slice]:
+    step = max(1, CHUNK // (labels.shape[0] * vocabulary))
+    yield from (slice(start, start + step) for start in range(0, labels.shape[1], step))
+
+
+def _losses(logits: Tensor, labels: Tensor) -> list[float]:
+    """Return the mean loss of each row over its labels, in nats."""
+    total = labels.new_zeros(labels.shape[0], dtype=torch.float64, device="cpu")
+    for part in _chunks(labels, logits.shape[-1]):
+        total += _nll(logits[:, part].float().log_softmax(-1), labels[:, part])
+    return (total / (labels != IGNORED).sum(1).cpu()).tolist()
+
+
+def _nll(log_p: Tensor, labels: Tensor) -> Tensor:
+    """Return the summed loss of each row, [B], float64, on the CPU."""
+    losses = F.nll_loss(log_p.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    return losses.cpu().double().sum(1)
+
+
+def _compared(
+    before: Tensor, after: Tensor, labels: Tensor
+) -> list[tuple[float, float, float, float]]:
+    """Return loss after, loss before, divergence and agreement of each row, means over its tokens.
+
+    Args:
+        before, after: logits [B, T, V], converted to float32 in chunks.
+        labels: [B, T].
+    """
+    counted = labels != IGNORED
+    total = torch.zeros(4, labels.shape[0], dtype=torch.float64)
+    for part in _chunks(labels, before.shape[-1]):
+        own = counted[:, part]
+        log_p, log_q = (x[:, part].float().log_softmax(-1) for x in (before, after))
+        terms = divergence_terms(log_p, log_q).sum(-1).masked_fill(~own, 0)
+        same = (before[:, part].argmax(-1) == after[:, part].argmax(-1)) & own
+        total[0] += _nll(log_q, labels[:, part])
+        total[1] += _nll(log_p, labels[:, part])
+        total[2] += terms.cpu().double().sum(1)
+        total[3] += same.sum(1).cpu()
+    means = total / counted.sum(1).cpu()
+    return [tuple(row) for row in means.T.tolist()]

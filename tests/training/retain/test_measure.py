@@ -1,0 +1,164 @@
+"""`petl.retained`: against loops straight from the definitions, and what it leaves as it was."""
+
+import math
+
+import pytest
+import torch
+from peft import PromptTuningConfig, get_peft_model
+from tiny_tokenizers import byte_tokenizer
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import petl
+from petl import testing
+from petl.errors import UnsupportedError
+
+TEXTS = [("the quick brown fox " * 3)[: 5 + 7 * n] + str(n) for n in range(9)]
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3}
+METHODS = {"lora": {"r": 4}, "mola": {"r": 2, "num_experts": 3}}
+
+
+@pytest.fixture
+def tokenizer():
+    return byte_tokenizer(pad_token="<|im_end|>")
+
+
+def llama(kind=LlamaForCausalLM, **fields):
+    torch.manual_seed(0)
+    return kind(LlamaConfig(vocab_size=272, **SIZES, **HEADS, pad_token_id=0, **fields))
+
+
+def t5():
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(vocab_size=272, decoder_start_token_id=0, **sizes))
+
+
+def adapted(method, **fields):
+    if method == "prompt tuning":
+        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        return testing.stir(get_peft_model(llama(), config))
+    fields = {"task_type": "CAUSAL_LM", **METHODS[method], **fields}
+    return testing.stir(petl.wrap(llama(), method, **fields))
+
+
+def log_probabilities(model, ids):
+    """Of each position of one text alone, [T - 1, V]; virtual tokens come before it."""
+    with torch.no_grad():
+        logits = model.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    return logits[-len(ids) : -1].double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "prompt tuning"])
+def test_losses_divergence_and_agreement_are_those_of_a_loop_over_texts(method, tokenizer):
+    model, base = adapted(method), llama()
+    found = petl.retained(model, TEXTS, tokenizer, max_length=40, batch_size=4)
+    lost, total, kl, same = [], 0, 0.0, 0
+    for text, entry in zip(TEXTS, found.texts, strict=True):
+        ids = tokenizer(text)["input_ids"][:40]
+        p, q = (log_probabilities(each, ids) for each in (base, model))
+        target = torch.tensor(ids[1:])[:, None]
+        before, after = (-float(x.gather(1, target).mean()) for x in (p, q))
+        assert (entry.text, entry.tokens) == (text, len(ids) - 1)
+        assert (entry.before, entry.after) == pytest.approx((before, after), rel=1e-5)
+        lost.append((len(ids) - 1, after - before))
+        total += len(ids) - 1
+        kl += float((p.exp() * (p - q)).sum())
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+    mean = sum(n * d for n, d in lost) / total
+    assert (found.rows, found.tokens) == (len(TEXTS), total)
+    assert found.lost == pytest.approx(mean, rel=1e-4)
+    assert found.ratio == pytest.approx(math.exp(mean), rel=1e-4)
+    assert found.divergence == pytest.approx(kl / total, rel=1e-4)
+    assert found.agreement == pytest.approx(same / total)
+    # 2.306: Student's quantile of 8 degrees of freedom in tables
+    error = math.sqrt(9 / 8 * sum((n * (d - mean)) ** 2 for n, d in lost)) / total
+    assert found.interval == pytest.approx((mean - 2.306 * error, mean + 2.306 * error), rel=1e-3)
+
+
+def test_an_encoder_reads_the_first_half(tokenizer):
+    model = petl.wrap(t5(), "lora", task_type="SEQ_2_SEQ_LM")
+    found = petl.retained(testing.stir(model), TEXTS[3:5], tokenizer, base=t5())
+    base = t5().eval()
+    for text, entry in zip(TEXTS[3:5], found.texts, strict=True):
+        ids = tokenizer(text)["input_ids"]
+        half = len(ids) // 2
+        labels = torch.tensor([ids[half:]])
+        with torch.no_grad():
+            loss = base(input_ids=torch.tensor([ids[:half]]), labels=labels).loss
+        assert entry.tokens == len(ids) - half
+        assert entry.before == pytest.approx(float(loss), rel=1e-5)
+    assert found.interval is None  # of two texts
+
+
+@pytest.mark.parametrize("method", ["lora", "mola"])
+def test_a_new_adapter_has_lost_nothing_to_the_bit(method, tokenizer):
+    model = petl.wrap(llama(), method, task_type="CAUSAL_LM", **METHODS[method])
+    found = petl.retained(model, TEXTS, tokenizer)
+    assert (found.lost, found.divergence, found.agreement) == (0.0, 0.0, 1.0)
+    assert found.loss_before == found.loss_after
+
+
+def test_order_and_size_of_batches_and_a_base_beside_it_change_nothing(tokenizer):
+    model = adapted("lora")
+    first = petl.retained(model, TEXTS, tokenizer, batch_size=9)
+    for others in (
+        petl.retained(model, TEXTS[::-1], tokenizer, batch_size=2),
+        petl.retained(model, TEXTS, tokenizer, base=llama()),
+    ):
+        for name in ("lost", "loss_before", "divergence", "agreement"):
+            assert getattr(others, name) == pytest.approx(getattr(first, name), abs=1e-6)
+
+
+def test_the_model_and_random_numbers_stay_as_they_were(tokenizer):
+    model = adapted("lora", lora_dropout=0.5)
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("default")
+    model.train()
+    model.base_model.model.model.layers[0].eval()
+    frozen = next(p for p in model.parameters() if p.requires_grad)
+    frozen.requires_grad_(False)
+    before = [(p.requires_grad, p.clone()) for p in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    petl.retained(model, TEXTS, tokenizer)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert model.active_adapters == ["default"]
+    for parameter, (needed, value) in zip(model.parameters(), before, strict=True):
+        assert parameter.requires_grad == needed
+        assert torch.equal(parameter, value)
+
+
+def test_a_method_that_changes_its_base_needs_one(tokenizer):
+    model = petl.wrap(llama(), "lora", init_lora_weights="pissa", task_type="CAUSAL_LM")
+    with pytest.raises(UnsupportedError, match="base=MODEL"):
+        petl.retained(model, TEXTS, tokenizer)
+    # PiSSA starts where its base is, up to the rounding of a singular value decomposition
+    assert petl.retained(model, TEXTS, tokenizer, base=llama()).lost == pytest.approx(0, abs=1e-5)
+
+
+def test_what_cannot_be_measured_is_refused(tokenizer):
+    model = adapted("lora")
+    with pytest.raises(petl.InputError, match="none of the 2 retained texts has two tokens"):
+        petl.retained(model, ["a", ""], tokenizer)
+    with pytest.raises(petl.InputError, match="3 is not a text"):
+        petl.retained(model, ["abc", 3], tokenizer)
+    with pytest.raises(petl.InputError, match="max_length=1"):
+        petl.retained(model, TEXTS, tokenizer, max_length=1)
+    with pytest.raises(petl.InputError, match="batch_size=0"):
+        petl.retained(model, TEXTS, tokenizer, batch_size=0)
+    with pytest.raises(UnsupportedError, match="has no adapters"):
+        petl.retained(llama(), TEXTS, tokenizer)
+    classifier = petl.wrap(llama(LlamaForSequenceClassification), "lora", task_type="SEQ_CLS")
+    with pytest.raises(UnsupportedError, match="no logits over a vocabulary"):
+        petl.retained(classifier, TEXTS, tokenizer)
+    model.merge_adapter()
+    with pytest.raises(petl.InputError, match="unmerge_adapter"):
+        petl.retained(model, TEXTS, tokenizer)
