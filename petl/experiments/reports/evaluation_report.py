@@ -14,6 +14,7 @@ from petl.experiments.reports.formatting import score as format_score
 from petl.experiments.reports.page import render_page
 from petl.experiments.reports.predictions_section import Analysis, analyze, section_of
 from petl.system.files.disk import write_atomic
+from petl.training.runs.prediction_tables import never_predicted
 from petl.training.runs.records import PREDICTIONS
 
 SAME = 1e-6  # relative above 1: repeated evaluations of an adapter differ by less (assumption)
@@ -76,6 +77,9 @@ def write_evaluation(
     # readable in an editor, in any script
     lines = (json.dumps(line, ensure_ascii=False) for line in found.worst)
     write_atomic(folder / "worst.jsonl", "".join(f"{line}\n" for line in lines))
+    missed = never_predicted(folder / PREDICTIONS)
+    if missed:
+        echo(missed)
     page = render_page(
         f"Evaluation of {(saved.run or saved.adapter).absolute().name}",
         "evaluation.html",

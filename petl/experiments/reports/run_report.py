@@ -41,7 +41,9 @@ from petl.training.features import sections_of
 from petl.training.features.section import Curve, Section
 from petl.training.runs.card_code import placed
 from petl.training.runs.config import names_of
+from petl.training.runs.prediction_tables import never_predicted
 from petl.training.runs.records import (
+    PREDICTIONS,
     ADAPTER,
     CONFIG,
     ENVIRONMENT,
@@ -102,7 +104,9 @@ def print_summary(run: Run) -> None:
     else:
         echo(f"{title}: not scored on the test set (train.test=false)")
     sections = sections_of(run.path, run.config.resolved, scores)
-    for line in interval_line(scores), validation_line(scores), *(each.line for each in sections):
+    missed = never_predicted(run.path / PREDICTIONS)
+    others = (each.line for each in sections)
+    for line in interval_line(scores), missed, validation_line(scores), *others:
         if line:
             echo(line)
     if isinstance(run.config.model, RandomInit):

@@ -13,7 +13,7 @@ Shapes: B rows, T tokens, N positions, V tokens of the vocabulary.
 
 import logging
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -268,15 +268,13 @@ def compare(
     Raises:
         InputError, UnsupportedError: as of `retained`.
     """
-    if before is None and base is None:
-        check_base_inside(model)
+    other, as_base = _base_of(model, base) if before is None else (model, nullcontext)
     found: dict[int, RetainedText] = {}
     for numbers, batch, labels in _batches(model, rows, tokenizer, batch_size):
         with _undisturbed(model), calibration_pass(model):
             after = _logits(model, batch, labels)
         if before is None:
-            other = model if base is None else base
-            with _undisturbed(other), calibration_pass(other), _as_base(model, base):
+            with _undisturbed(other), calibration_pass(other), as_base():
                 measured = _compared(_logits(other, batch, labels), after, labels)
         else:
             measured = [
@@ -303,13 +301,16 @@ def losses_of(
     return [found[number] for number in range(len(rows))]
 
 
-def check_base_inside(model: nn.Module) -> None:
-    """Check that a model without its adapters is the base that they were trained on.
+def _base_of(
+    model: nn.Module, base: nn.Module | None
+) -> tuple[nn.Module, Callable[[], AbstractContextManager[None]]]:
+    """Return what computes as the base in a block, and the block.
 
     Raises:
-        InputError: adapters are merged.
-        UnsupportedError: it has none, or their method changes the base.
+        InputError, UnsupportedError: as of `retained`.
     """
+    if base is not None:
+        return base, nullcontext
     if not isinstance(model, PeftModel):
         raise UnsupportedError(
             f"{type(model).__name__} has no adapters, so there is nothing to compare it with: give "
@@ -322,6 +323,8 @@ def check_base_inside(model: nn.Module) -> None:
         )
     if any(isinstance(m, BaseTunerLayer) and m.merged for m in model.modules()):
         raise InputError("adapters are merged: model.unmerge_adapter() first, or give base=MODEL")
+    # not `without_adapters`, which leaves virtual tokens
+    return model, model.disable_adapter
 
 
 def _batches(
@@ -353,11 +356,6 @@ def _undisturbed(model: nn.Module) -> Generator[None]:
     finally:
         for parameter, value in needed:
             parameter.requires_grad_(value)
-
-
-def _as_base(model: nn.Module, base: nn.Module | None) -> AbstractContextManager[None]:
-    inside = base is None and isinstance(model, PeftModel)
-    return model.disable_adapter() if inside else nullcontext()
 
 
 def _logits(model: nn.Module, batch: Batch, labels: Tensor) -> Tensor:

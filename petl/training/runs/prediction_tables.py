@@ -13,6 +13,7 @@ from petl.training.tracking import TrackerTable
 
 ROWS = 1000  # of the test examples that a table shows; the file in the run's folder has all
 CLASSES = 50  # of a confusion matrix; it has a column for each
+NAMED = 5  # classes that a line names
 LONGEST = 2000  # characters of a cell
 Line = Mapping[str, Any]
 
@@ -37,6 +38,31 @@ def tables_of(run: Path) -> dict[str, TrackerTable]:
         rows = [[one, *(confusion[one, other] for other in names)] for one in names]
         tables["confusion matrix"] = TrackerTable(["label", *names], rows)
     return tables
+
+
+def never_predicted(file: Path) -> str:
+    """Name the classes of rows or words that no prediction has, and their counts; "" if all occur.
+
+    A model that learned little predicts the frequent classes alone, and its accuracy hides it.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    labels, predicted, total = Counter[str](), set[str](), 0
+    for line in lines_of(file) if file.exists() else ():
+        for label, prediction in classes_of(line):
+            labels[label] += 1
+            predicted.add(prediction)
+            total += 1
+    missed = [(name, count) for name, count in labels.most_common() if name not in predicted]
+    if not missed:
+        return ""
+    named = ", ".join(f"{name} ({count})" for name, count in missed[:NAMED])
+    more = f" and {len(missed) - NAMED} more" if len(missed) > NAMED else ""
+    return (
+        f"never predicted, of {total} examples: {named}{more}; train longer, or on more rows of "
+        "these classes"
+    )
 
 
 def lines_of(file: Path) -> Iterator[Line]:

@@ -3,7 +3,7 @@
 import json
 
 from petl.training.runs import prediction_tables
-from petl.training.runs.prediction_tables import tables_of
+from petl.training.runs.prediction_tables import never_predicted, tables_of
 
 
 def write(folder, *lines, name="predictions.jsonl"):
@@ -29,6 +29,18 @@ def test_classes_have_a_table_of_predictions_and_the_confusion_matrix(tmp_path, 
     assert predictions.rows[0][-1] == '{"a": 0.5, "b": 0.5}'
     confusion = tables["confusion matrix"]  # of all rows
     assert (confusion.columns, confusion.rows) == (["label", "a", "b"], [["a", 1, 1], ["b", 0, 2]])
+
+
+def test_classes_that_are_never_predicted_are_named_the_frequent_ones_first(tmp_path):
+    file = tmp_path / "predictions.jsonl"
+    assert never_predicted(file) == ""
+    pairs = [("a", "a"), ("b", "a"), ("c", "a"), ("c", "a"), ("d", "d")]
+    write(tmp_path, *(classified(i, *pair) for i, pair in enumerate(pairs)))
+    assert never_predicted(file).startswith("never predicted, of 5 examples: c (2), b (1); ")
+    write(tmp_path, *(classified(i, *pair) for i, pair in enumerate(pairs[:1])))
+    assert never_predicted(file) == ""
+    write(tmp_path, *(classified(i, str(i), "x") for i in range(9)))
+    assert "4 (1) and 4 more; " in never_predicted(file)
 
 
 def test_generated_answers_stand_beside_those_before_training(tmp_path):
