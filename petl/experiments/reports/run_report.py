@@ -43,11 +43,11 @@ from petl.training.runs.card_code import placed
 from petl.training.runs.config import names_of
 from petl.training.runs.prediction_tables import never_predicted
 from petl.training.runs.records import (
-    PREDICTIONS,
     ADAPTER,
     CONFIG,
     ENVIRONMENT,
     METRICS,
+    PREDICTIONS,
     REPORT,
     SCORES,
     is_finished,
