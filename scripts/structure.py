@@ -31,16 +31,16 @@ BUDGETS = {
     "core": 11950,
     "efficiency": 8100,
     "data": 9150,
-    "training": 13300,
+    "training": 13800,
     "methods": 18150,
     "adapters": 7650,
-    "generation": 4550,
-    "experiments": 6300,
+    "generation": 4600,
+    "experiments": 6350,
     "cli": 3650,
     "testing": 2900,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 13100, "tests": 72350}
+OTHERS = {"scripts": 13100, "tests": 72500}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
