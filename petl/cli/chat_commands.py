@@ -149,11 +149,11 @@ def _parsed(name: str, value: str) -> float | int | None:
 
 def retry(chat: ChatSession, rest: str) -> None:
     """Answer the last question again, such as with another adapter."""
-    turns, asked = [*chat.turns], chat.asked
+    before = replace(chat, turns=[*chat.turns], images=[*chat.images], waiting=[*chat.waiting])
     try:
         answer(chat, chat.take_back())
     except BaseException:  # also Ctrl-C
-        chat.turns, chat.asked = turns, asked
+        vars(chat).update(vars(before))
         raise
 
 
@@ -173,15 +173,22 @@ def save(chat: ChatSession, rest: str) -> None:
         file = Path(rest).expanduser()
     except RuntimeError as error:  # ~name of an unknown user
         raise InputError(f"cannot write {rest}: {error}") from error
-    system = [{"role": "system", "content": chat.system}] if chat.system else []
     # a format of data=files
-    row = json.dumps({"messages": [*system, *chat.turns]}, ensure_ascii=False)
+    row = json.dumps(chat.row(), ensure_ascii=False)
     try:
         with append_to(file) as opened:
             opened.write(f"{row}\n".encode())
     except OSError as error:
         raise InputError(f"cannot write {file}: {error.strerror}") from error
     echo(f"saved in {file}")
+
+
+def add_image(chat: ChatSession, rest: str) -> None:
+    """Let the next question begin with an image, or with several; without PATH: list them."""
+    if rest:
+        chat.show(rest)
+    for path in chat.waiting:
+        echo(f"the next question is about {path}")
 
 
 def end(chat: ChatSession, rest: str) -> None:
@@ -199,6 +206,7 @@ COMMANDS: dict[str, Callable[[ChatSession, str], None]] = {
     "/adapter": set_adapter,
     "/system": set_system,
     "/set": set_sampling,
+    "/image": add_image,
     "/retry": retry,
     "/reset": reset,
     "/save": save,
@@ -210,5 +218,6 @@ USAGES = {name: name for name in COMMANDS} | {
     "/adapter": "/adapter [NAME]",
     "/system": "/system [TEXT]",
     "/set": "/set [NAME VALUE]",
+    "/image": "/image [PATH]",
     "/save": "/save FILE",
 }

@@ -475,6 +475,7 @@ class GenerateOptions(AnswerOptions):
     user in the model's chat template, or plain text to continue for models without one.
 
       petl generate RUN --prompt "What is MoLA?"
+      petl generate RUN --image stamp.png --prompt "What is this?"
       petl generate RUN --file questions.jsonl --out answers.jsonl
       petl generate RUN --adapter other=RUN2 --base --prompt "What is MoLA?"  # answers side by side
 
@@ -490,6 +491,9 @@ class GenerateOptions(AnswerOptions):
     ONE_OF = ("prompt", "file")
     prompt: list[str] = option(
         "a prompt; may be repeated; - reads stdin", default=[], action="append"
+    )
+    image: list[str] = option(
+        "an image that each --prompt begins with; may be repeated", default=[], action="append"
     )
     file: str | None = option("prompts: .txt (one per line), .jsonl, .csv, .parquet, ...")
     out: Path | None = option(

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,16 +11,18 @@ from transformers import set_seed
 from petl.cli.answering import show, tell_if_cut, text_of
 from petl.cli.chat_commands import run
 from petl.cli.table import BATCH, AnswerOptions, ChatOptions, GenerateOptions
+from petl.data.tasks.image_text.prompt import Conversation
 from petl.efficiency.drafting import PROMISE, Costs, Stats, check_answer, verify
 from petl.errors import InputError, printable
 from petl.generation.inference import prompts
 from petl.generation.inference.chat import ChatSession as Session
-from petl.generation.inference.language_model import LanguageModel, Prompt
+from petl.generation.inference.language_model import LanguageModel, Prompt, message
 from petl.generation.inference.loading import load_language_model
 from petl.generation.inference.prompts import Question, read_prompts
 from petl.generation.inference.sampling import SETTINGS, Sample, Sampling
 from petl.generation.prediction.files import PredictionFile
 from petl.generation.prediction.tables import as_line, new_table
+from petl.system.files.paths import file_of
 from petl.system.progress import Pass
 
 logger = logging.getLogger("petl")
@@ -60,6 +62,11 @@ def sampling_of(options: AnswerOptions) -> Sampling:
 
 def generate(options: GenerateOptions) -> None:
     """Answer the prompts; print the answers, or write them to a file."""
+    if options.image and options.file is not None:
+        raise InputError(
+            f"--image={options.image[0]} is for --prompt; rows of --file={options.file} name their "
+            "images themselves"
+        )
     if options.out is not None:
         read = [] if options.file is None else [options.file]
         PredictionFile(options.out).check(read)  # before the model is loaded
@@ -140,8 +147,8 @@ def _print_answers(
 ) -> Stats:
     """Print the answers to `--prompt` while they are written; return what drafts did."""
     stats = Stats()
-    for prompt in _prompts(options):
-        ids = model.encode(prompt, options.system)
+    for question in _questions(options, model):
+        ids = model.encode(question.prompt, options.system)
         for name in names:
             if len(names) > 1:
                 show(f"[{_title(model, name)}]\n")
@@ -206,7 +213,17 @@ def _questions(options: GenerateOptions, model: LanguageModel) -> Iterator[Quest
     if options.file is not None:
         return read_prompts(options.file, model, system=options.system)
     # as rows of a file with the column prompt
-    return (Question({"prompt": prompt}, prompt) for prompt in _prompts(options))
+    return (
+        Question({"prompt": prompt}, _with_images(prompt, options.image))
+        for prompt in _prompts(options)
+    )
+
+
+def _with_images(prompt: str, paths: Sequence[str]) -> Prompt:
+    if not paths:
+        return prompt
+    images = tuple(str(file_of("--image", path)) for path in paths)
+    return Conversation([message("user", prompt, len(images))], images)
 
 
 def _record(row: Mapping[str, Any], found: Mapping[str, Sample]) -> dict[str, Any]:

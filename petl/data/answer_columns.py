@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, ClassVar
 
-from petl.data.conversations import without_last_answer
+from petl.data.conversations import refuse_images, without_last_answer
 from petl.data.formats import (
     RATED,
     Format,
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 class AnswerColumns(TaskColumns, ABC):
     """Rows in one of several formats, which is named by a setting or recognized from columns."""
 
+    reads_images: ClassVar[bool] = False  # parts of turns may be images
+
     def __init__(self, settings: ColumnSettings, *, labeled: bool = True) -> None:
         super().__init__(settings, labeled=labeled)
         self.found: dict[Format, list[str]] = {}  # formats of the rows read so far, their columns
@@ -48,7 +50,7 @@ class AnswerColumns(TaskColumns, ABC):
             own = choose(formats(), settings.format, "data.format")
         self.named = own
         # in the order of preference: the first whose columns are present is taken
-        self.formats = (self.named,) if self.named else (self.usual_format(), *recognized())
+        self.formats = (self.named,) if self.named else (self.usual_format(), *self.recognized())
 
     @abstractmethod
     def own_format(self) -> Format | None:
@@ -57,6 +59,10 @@ class AnswerColumns(TaskColumns, ABC):
     @abstractmethod
     def usual_format(self) -> Format:
         """The format that is recognized before the others."""
+
+    def recognized(self) -> tuple[Format, ...]:
+        """The formats that are recognized after `usual_format`."""
+        return recognized()
 
     def choose(self, present: Iterable[str], origin: str) -> list[str]:
         """Return the columns of the format that rows with these columns have.
@@ -154,6 +160,8 @@ class AnswerColumns(TaskColumns, ABC):
     def messages(self, row: Row, convert: Callable[[Row], list[Message]]) -> list[Message]:
         """The messages of a row, without its last answer if rows are not labeled."""
         found = convert(row)
+        if not self.reads_images:
+            refuse_images(found)
         template = self.settings.system
         # a system message of the row itself is more specific than the setting
         if template is not None and all(message["role"] != "system" for message in found):

@@ -1,9 +1,10 @@
 """Conversations in the forms in which files have them, as messages of one form.
 
 A message has the texts `role` and `content`, as chat templates take them. What only some messages
-have (`EXTRAS`, and `weight` 0 for an answer without loss) is in `more`, as JSON text: columns of
-rows in memory have one type, which calls of functions with different arguments have not. The
-functions that a conversation may call are the content of a first message with the role `TOOLS`.
+have (`EXTRAS`, `weight` 0 for an answer without loss, `parts` of a content with images) is in
+`more`, as JSON text: columns of rows in memory have one type, which calls of functions with
+different arguments have not. The functions that a conversation may call are the content of a first
+message with the role `TOOLS`.
 """
 
 import json
@@ -22,6 +23,8 @@ ROLES = {
     **dict.fromkeys(("tool", "observation", "function", "tool_response"), "tool"),
     "function_call": "assistant",
 }
+Part = dict[str, str]  # {"type": "text", "text": ...}, or {"type": "image", "source": ...}
+IMAGE = "image"
 EXTRAS = ("name", "tool_call_id", "reasoning_content")  # texts that some templates print
 
 
@@ -71,9 +74,12 @@ def parsed_turn(turn: object, place: str) -> Message:
         )
     if weight == 0:
         extras["weight"] = 0
-    more = {"more": json.dumps(extras)} if extras else {}
     empty = content is None and bool(calls)  # a turn that only calls functions
-    return {"role": name, "content": "" if empty else content_of(content, place), **more}
+    parts = content_parts("" if empty else content, place)
+    if any(part["type"] == IMAGE for part in parts):
+        extras["parts"] = parts
+    more = {"more": json.dumps(extras)} if extras else {}
+    return {"role": name, "content": text_of(parts), **more}
 
 
 def first(given: Mapping[str, object], *keys: str) -> object:
@@ -81,19 +87,58 @@ def first(given: Mapping[str, object], *keys: str) -> object:
     return next((given[key] for key in keys if given.get(key) is not None), None)
 
 
-def content_of(value: object, place: str) -> str:
-    """The text of a turn, which may be a list of parts."""
+def content_parts(value: object, place: str) -> list[Part]:
+    """The content of a turn as parts: texts, and images with their source if it is there."""
     if isinstance(value, str):
-        return value
+        return [{"type": "text", "text": value}]
     if not isinstance(value, list):
         raise ValueError(f"has {place} with content {shown(value)}, not text")
-    texts = []
+    parts: list[Part] = []
     for part in value:
         kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise ValueError(f"has a part of type {kind} in {place}; only text is supported")
-        texts.append(part["text"])
-    return "".join(texts)
+        if kind == "text" and isinstance(part.get("text"), str):
+            parts.append({"type": "text", "text": part["text"]})
+        elif kind in ("image_url", IMAGE):
+            parts.append({"type": IMAGE, **image_source(part, place)})
+        else:
+            raise ValueError(f"has a part of type {kind} in {place}; text and images are read")
+    return parts
+
+
+def image_source(part: Mapping[str, object], place: str) -> Part:
+    """The source of an image part; empty if another column has it."""
+    # OpenAI: {"image_url": {"url": ...}}; transformers: {"url": ...}, {"path": ...}, {"image": ...}
+    given = first(part, "image_url", "url", "path", IMAGE)
+    given = given.get("url") if isinstance(given, dict) else given
+    if given is None:
+        return {}
+    if not isinstance(given, str):
+        raise ValueError(f"has the image {shown(given)} in {place}, not a path or data URL")
+    return {"source": given}
+
+
+def text_of(parts: Sequence[Part]) -> str:
+    """The texts of parts, without images."""
+    return "".join(part["text"] for part in parts if part["type"] == "text")
+
+
+def parts_of(message: Message) -> list[Part]:
+    """The parts of a message's content."""
+    more = json.loads(message.get("more") or "{}")
+    return more.get("parts") or [{"type": "text", "text": message["content"]}]
+
+
+def with_parts(message: Message, parts: list[Part]) -> Message:
+    """The message with other parts."""
+    more = {**json.loads(message.get("more") or "{}"), "parts": parts}
+    return {**message, "content": text_of(parts), "more": json.dumps(more)}
+
+
+def refuse_images(messages: Sequence[Message]) -> None:
+    """Raise ValueError if a message has an image, which a task on texts cannot read."""
+    for number, message in enumerate(messages, start=1):
+        if any(part["type"] == IMAGE for part in parts_of(message)):
+            raise ValueError(f"has an image in turn {number}: data.task=image_text reads those")
 
 
 def tool_calls(value: object, place: str) -> list[dict[str, object]]:

@@ -9,7 +9,7 @@ import logging
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from petl.data.base import RawData
 from petl.data.tabular import Tabular
 from petl.data.validation import (
+    FOLDER,
     Choose,
     LazySourceRows,
     Row,
@@ -163,14 +164,21 @@ def iterate_rows(setting: str, name: str, choose: Choose) -> tuple[str, Table]:
     """
     path = data_file(setting, name)
     unit, reader = READERS[suffix_of(path)]
+    more: dict[str, object] = {}
+
+    def columns(present: Iterable[str], origin: str) -> list[str]:
+        names = choose(present, origin)
+        if FOLDER in names:
+            more[FOLDER] = str(path.parent)
+        return [name for name in names if name != FOLDER]
 
     def rows() -> Table:
         number = 0  # of the last row; 0 if there is none
         try:
             # an empty file is not valid parquet or JSON: treat it as one without rows
             if path.stat().st_size:
-                for number, row in reader(path, choose):
-                    yield number, row
+                for number, row in reader(path, columns):
+                    yield number, {**row, **more} if more else row
         except (EOFError, zlib.error) as error:  # of gzip
             raise InputError(
                 f"{setting}={name} is damaged after row {number}: {first_line(error)}"

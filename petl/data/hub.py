@@ -1,15 +1,15 @@
 """Data sets of the Hugging Face Hub, or of its local cache when there is no network."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import ClassLabel, Features, load_dataset
+from datasets import ClassLabel, Features, Image, List, load_dataset
 from datasets.exceptions import DatasetsError
 
 from petl.data.base import RawData
 from petl.data.tabular import Tabular
-from petl.data.validation import Choose, LazySourceRows, Row, SourceRows, from_table
+from petl.data.validation import FOLDER, Choose, LazySourceRows, Row, SourceRows, from_table
 from petl.errors import InputError, first_line
 from petl.system.files import hub
 
@@ -45,7 +45,7 @@ class HubData(Tabular):
         """Load the columns that the task reads of one split."""
         origin = f"{self.name} ({split})"
         loaded = self.load(split)
-        columns = self.task_columns.choose(loaded.column_names, origin)
+        columns = self.chosen(self.task_columns.choose, loaded.column_names, origin)
         if len(loaded) == 0:
             raise InputError(f"{origin} has no rows")
         return SourceRows(
@@ -73,10 +73,14 @@ class HubData(Tabular):
         """Yield the train rows as they arrive, each with its location for messages."""
         loaded = self.load(self.train_split, streaming=True)
         if loaded.features is not None:  # else only the rows tell the columns, see below
-            loaded = loaded.select_columns(choose(loaded.features, self.origin))
+            loaded = loaded.select_columns(self.chosen(choose, loaded.features, self.origin))
         for number, row in enumerate(loaded):
-            columns = choose(row, self.origin)
+            columns = self.chosen(choose, row, self.origin)
             yield f"{self.origin}, row {number}", from_table({name: row[name] for name in columns})
+
+    def chosen(self, choose: Choose, present: Iterable[str], origin: str) -> list[str]:
+        """The columns that `choose` returns, without the folder of a file."""
+        return [name for name in choose(present, origin) if name != FOLDER]
 
     def load(self, split: str, *, streaming: bool = False) -> Any:
         """Load one split with all columns: a Dataset, or with `streaming` an IterableDataset.
@@ -88,16 +92,27 @@ class HubData(Tabular):
         try:
             # without this, `datasets` retries the Hub before it reads the cache
             with hub.offline(not online):
-                return load_dataset(
+                loaded = load_dataset(
                     self.name,
                     self.config,
                     split=split,
                     revision=self.revision,
                     streaming=streaming,
                 )
+                for name, feature in (loaded.features or {}).items():
+                    if undecoded(feature) != feature:
+                        loaded = loaded.cast_column(name, undecoded(feature))
+                return loaded
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             if not online and isinstance(error, OSError):
                 raise hub.unavailable("dataset", self.name) from error
             raise InputError(
                 f"data set {self.name} cannot be loaded: {first_line(error)}"
             ) from error
+
+
+def undecoded(feature: Any) -> Any:
+    """The type of a column whose images stay files: their bytes, or a path."""
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    return List(undecoded(feature.feature)) if isinstance(feature, List) else feature

@@ -17,7 +17,17 @@ from petl.data.tasks.base import Task
 from petl.data.tasks.causal_lm import CausalLM
 from petl.data.tasks.media import AudioClassification, MediaTask
 from petl.data.tasks.multitask import MultitaskClassification
-from petl.data.validation import Choose, LazySourceRows, Row, every, label, read, require, text
+from petl.data.validation import (
+    FOLDER,
+    Choose,
+    LazySourceRows,
+    Row,
+    every,
+    label,
+    read,
+    require,
+    text,
+)
 from petl.errors import InputError, did_you_mean, shown
 from petl.system.files.disk import sha256
 from petl.system.files.paths import file_of, path_of
@@ -74,8 +84,8 @@ def read_inputs(
     def choose(present: Iterable[str], origin: str) -> list[str]:
         found = list(present)
         # raises for missing columns; its result is not used, since all columns are yielded
-        columns.choose(found, origin)
-        return every(found, origin)
+        own = columns.choose(found, origin)
+        return every([*found, *(name for name in own if name == FOLDER)], origin)
 
     opened = (
         partial(located_rows, setting, names) if rows is None else partial(located_in_memory, rows)
@@ -88,7 +98,12 @@ def read_inputs(
         )
     # of rows over all files, from 0
     numbers = count()
-    return lazy.map(lambda row: (row, source.numbered(next(numbers), columns.convert(row))), choose)
+
+    def converted(row: Row) -> tuple[Row, Row]:
+        own = {name: value for name, value in row.items() if name != FOLDER}
+        return own, source.numbered(next(numbers), columns.convert(row))
+
+    return lazy.map(converted, choose)
 
 
 def located_in_memory(

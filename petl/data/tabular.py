@@ -14,6 +14,7 @@ from petl.data.base import (
     held_rows,
     hold_out,
 )
+from petl.data.image_columns import ImageTextColumns
 from petl.data.overlap import input_columns, input_text, normalized
 from petl.data.question_columns import QuestionAnsweringColumns
 from petl.data.task_columns import (
@@ -40,6 +41,7 @@ TASK_COLUMNS: dict[str, type[TaskColumns]] = {
     "question_answering": QuestionAnsweringColumns,
     "causal_lm": CausalLMColumns,
     "seq2seq": Seq2SeqColumns,
+    "image_text": ImageTextColumns,
 }
 
 

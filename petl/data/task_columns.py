@@ -64,6 +64,9 @@ class ColumnSettings(TextSource, ABC):
     prompt: str | None = None  # column or template of questions: conversations of one turn each
     answer: str | None = None  # column or template of the answers to them
     system: str | None = None  # system prompt of conversations without one
+    image: str | None = None  # column of images; None: image or images, if there is one
+    # folder that paths of images are relative to and inside of; None: that of the file
+    image_folder: str | None = None
     pack: bool = False  # several whole texts in a row of max_length; no attention across texts
     # maximum new tokens when answers of test rows are generated and scored
     generate: int | None = field(None, integer(1))

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Row = dict[str, Any]
+# what `Choose` may return as well: a column with the folder of the file that a row is from
+FOLDER = "(folder)"
 # the columns to read of those that are present; raises InputError, which names the origin, if one
 # is missing
 Choose = Callable[[Iterable[str], str], list[str]]

@@ -23,7 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from petl.core.layers.class_swap import SwappedClass, original_class, swap_class
+from petl.core.layers.class_swap import (
+    SwappedClass,
+    original_class,
+    swap_class,
+    with_signature,
+)
 from petl.core.layers.context import ForwardContext
 from petl.core.parameters import check_module
 from petl.core.support import Capability
@@ -100,6 +105,11 @@ class _SegmentedLoss(SwappedClass):
 
     loss_segment: int
     adds_to_logits: bool | None = None
+
+    @classmethod
+    def extra_methods(cls, original: type[Any]) -> dict[str, Any]:
+        """Forward, with the arguments of the model's own."""
+        return {"forward": with_signature(cls.forward, original.forward)}
 
     def forward(self: Any, *args: object, **kwargs: object) -> object:
         own = super().forward

@@ -315,15 +315,14 @@ class Evaluator:
             when: as of `test`.
         """
         model, splits, accelerator = self.model, self.splits, self.accelerator
-        task, tokenizer = splits.task, splits.processor
+        task, processor = splits.task, splits.processor
         generation = import_module("petl.training.generation")  # for a task with answers
         rouge = resolve_name("petl.data.tasks.metrics:rouge")
-        is_encoder_decoder = generation.is_pair(model)
-        column = "input_ids" if is_encoder_decoder else "_prompt"
         ids = list(splits.test[IDS]) if task.tasks else None
-        rows = splits.test.select_columns([column, "_answer"])
+        rows = splits.test.select_columns([*task.prompt_columns, "_answer"])
+        lengths = [len(prompt) for prompt in rows[task.prompt_columns[0]]]
         # longest prompts first: an out-of-memory error comes early, and padding is small
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i][column]))
+        order = longest_first(lengths)
         # every process generates as many batches as the first, each as long as the longest of any:
         # a sharded model needs all processes in each forward pass
         processes = accelerator.num_processes
@@ -336,10 +335,11 @@ class Evaluator:
         for number, part in enumerate(ProgressItems(own + [order[:1]] * surplus, what)):
             batch = rows.select(part)
             with accelerator.autocast():
-                prompts, of_part = list(batch[column]), ids and [ids[row] for row in part]
+                prompts = [task.prompt(processor, row) for row in batch]
+                of_part = ids and [ids[row] for row in part]
                 most, is_chat = task.generate or 1, getattr(task, "chat", False)
                 texts = generation.written(
-                    model, tokenizer, prompts, most, of_part, is_chat=is_chat
+                    model, processor, prompts, most, of_part, is_chat=is_chat
                 )
             if number >= len(own):  # a surplus batch, computed for the other processes
                 continue

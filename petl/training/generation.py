@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from petl.core.parameters import max_positions
-from petl.core.types import Arguments, CausalModel, base_of
+from petl.core.types import Arguments, CausalModel, Processor, base_of
 from petl.data.tasks import IDS
-from petl.data.tasks.base import pad_id
-from petl.data.tasks.chat import end_of_turn
+from petl.data.tasks.base import pad_id, tokenizer_in
+from petl.data.tasks.chat import ChatTokenizer, end_of_turn
+from petl.data.tasks.image_text.prompt import ConversationEncoder, ImagePrompt, prompt_inputs
 from petl.errors import InputError
 from petl.system.collectives import is_sharded
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def written(
     model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     task_ids: Sequence[int] | None = None,
@@ -44,16 +45,16 @@ def written(
     Raises:
         InputError: the model has a table of positions, and a prompt leaves none for an answer.
     """
-    base = base_of(model)
+    base, tokenizer = base_of(model), tokenizer_in(processor)
     longest = 0 if is_pair(model) else max(map(len, prompts))
     max_new_tokens = min(max_new_tokens, positions_behind(base, longest) or max_new_tokens)
-    inputs = padded(prompts, pad_id(tokenizer), on_left=not is_pair(model))
+    inputs = batched_prompts(prompts, pad_id(tokenizer), on_left=not is_pair(model))
     # chat models end a turn by a token of their generation config, not by the tokenizer's
     ends = {tokenizer.eos_token_id, *as_list(base.generation_config.eos_token_id)}
     # a base model that was trained on a chat template knows the template's token only
-    ends |= {end_of_turn(tokenizer)} if is_chat else set()
+    ends |= {end_of_turn(encoder_in(processor))} if is_chat else set()
     more = {} if task_ids is None else {IDS: torch.tensor(task_ids)}
-    if len(prompts) == 1 and task_ids is None:
+    if len(prompts) == 1 and task_ids is None and not isinstance(prompts[0], ImagePrompt):
         more = free_drafts(model)
     generated = model.generate(
         **more,
@@ -122,6 +123,24 @@ def as_list(ids: int | list[int] | None) -> list[int]:
     if ids is None:
         return []
     return ids if isinstance(ids, list) else [ids]
+
+
+def encoder_in(processor: Processor) -> ChatTokenizer:
+    """What encodes conversations without images: a tokenizer, or it with the template of images."""
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return processor
+    return ConversationEncoder(processor)
+
+
+def batched_prompts(
+    prompts: Sequence[Sequence[int]], pad: int, *, on_left: bool
+) -> dict[str, Tensor]:
+    """Return the inputs of a model for prompts in a batch, with the pixels of their images."""
+    pictured = [prompt for prompt in prompts if isinstance(prompt, ImagePrompt)]
+    if not pictured:
+        return padded(prompts, pad, on_left=on_left)
+    assert len(pictured) == len(prompts), "prompts of one processor"
+    return pictured[0].inputs if len(pictured) == 1 else prompt_inputs(pictured)
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int, *, on_left: bool) -> dict[str, Tensor]:

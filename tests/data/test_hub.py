@@ -4,10 +4,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import datasets
 import pytest
 from huggingface_hub import constants
+from image_text_fixtures import save_picture
 
 from petl.data.base import read_data
 from petl.errors import InputError
 from petl.system.files import hub
+from petl.system.files.disk import sha256
 
 
 def settings(name, **more):
@@ -181,3 +183,24 @@ def test_errors_of_the_hub_become_one_sentence(answer, status, code, message):
 def test_an_invalid_name_is_refused(answer):
     with pytest.raises(InputError, match="'a/b/c' is not a valid name of a dataset on the Hub"):
         read_data(settings("a/b/c"))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_images_of_the_hub_are_read_as_files(tmp_path, monkeypatch, several):
+    file = save_picture(tmp_path / "a.png", "red")
+    images = datasets.Image() if not several else datasets.List(datasets.Image())
+    value = {"path": None, "bytes": file.read_bytes()}
+    columns = {"image": images, "prompt": datasets.Value("string")}
+    rows = {"image": [[value] if several else value] * 4, "prompt": ["What?"] * 4}
+    features = datasets.Features({**columns, "completion": datasets.Value("string")})
+    made = datasets.Dataset.from_dict({**rows, "completion": ["Red"] * 4}, features=features)
+    (tmp_path / "rows").mkdir()
+    made.to_parquet(tmp_path / "rows" / "train.parquet")
+    monkeypatch.setattr(hub, "reachable", lambda *_: True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    given = settings(str(tmp_path / "rows"), task="image_text", test_share=0.5)
+    for streaming in (False, True):
+        split = {"test_split": "train", "streaming": True} if streaming else {"test_split": None}
+        raw = read_data({**given, **split})
+        row = next(raw.train.rows()) if streaming else raw.train[0]
+        assert row["sha256"] == [sha256(file)]

@@ -5,9 +5,9 @@ entries, so that a walk over the model skips idle adapters.
 """
 
 import inspect
-from collections.abc import Iterable, Iterator, KeysView
-from functools import cache
-from types import CodeType
+from collections.abc import Callable, Iterable, Iterator, KeysView
+from functools import cache, update_wrapper
+from types import CodeType, FunctionType
 from typing import Any, ClassVar
 
 from torch import nn
@@ -51,6 +51,19 @@ def swapped_class(mixin: type[SwappedClass], original: type) -> type[Any]:
     attributes = {"original": original, "mixin": mixin, "__doc__": original.__doc__}
     body = {**mixin.extra_methods(original), **attributes, "__module__": original.__module__}
     return type(mixin.class_name(original), (mixin, original), body)
+
+
+def with_signature(function: FunctionType, like: Callable[..., Any]) -> FunctionType:
+    """Return a copy of a function that shows the arguments of another one.
+
+    `generate` looks at those of a model's forward to tell which inputs it takes.
+    """
+    made = FunctionType(
+        function.__code__, function.__globals__, None, function.__defaults__, function.__closure__
+    )
+    update_wrapper(made, function)
+    vars(made)["__signature__"] = inspect.signature(like)
+    return made
 
 
 def swap_class(target: Any, mixin: type[SwappedClass]) -> None:

@@ -9,7 +9,13 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import SAFE_WEIGHTS_NAME, find_adapter_config_file
 from transformers.utils import logging as transformers_logging
@@ -24,7 +30,7 @@ from petl.data.models.sources import (
     Settings,
     read_source,
 )
-from petl.data.tasks.base import P, Task
+from petl.data.tasks.base import P, Task, tokenizer_in
 from petl.errors import InputError, first_line
 from petl.system.files import hub
 from petl.system.files.disk import check_link
@@ -102,14 +108,17 @@ def load_processor(cfg: Settings, task: Task[P]) -> P:
     Raises:
         InputError: the model is not available, does not support the task, or has no such processor.
     """
-    if task.reads_text:
+    if task.processor_class is AutoTokenizer:
         return cast("P", load_tokenizer(cfg))
     source = read_source(cfg)
     with loading(source):
         check_task_support(
             source.config(), task, source.name
         )  # a clearer message than one about files
-        return source.processor(task.processor_class)
+        processor = source.processor(task.processor_class)
+    if task.reads_text:
+        with_padding_token(processor.tokenizer, source.name)
+    return processor
 
 
 def save_processor(cfg: Settings, task: Task, folder: Path, processor: Any = None) -> None:
@@ -208,8 +217,8 @@ def load_base(
     if task.reads_text:
         check_length(model, task, source.name)
         if not meta and processor is not False:
-            tokenizer = load_tokenizer(cfg) if processor is None else processor
-            set_padding_token(model, tokenizer, source.name)
+            tokenizer = load_processor(cfg, task) if processor is None else processor
+            set_padding_token(model, tokenizer_in(tokenizer), source.name)
     return model.eval()
 
 

@@ -4,15 +4,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
+from petl.data.models.image_processor import FILES, load_image_text_processor
 from petl.data.models.loading import (
     load_processor,
     loading,
     with_padding_token,
 )
-from petl.data.models.sources import PROCESSOR, Settings, has_tokenizer, read_source
-from petl.data.tasks.base import P, Task
+from petl.data.models.sources import Settings, has_tokenizer, read_source
+from petl.data.tasks.base import P, Task, tokenizer_in
 from petl.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -30,16 +31,22 @@ def load_saved_processor(cfg: Settings, task: Task[P], adapter: Path, base: P | 
     Raises:
         InputError: it cannot be read; or there is none, nor one of the base model.
     """
-    has_own = has_tokenizer(adapter) if task.reads_text else (adapter / PROCESSOR).is_file()
+    kind = task.processor_class
+    files = any((adapter / name).is_file() for name in FILES)
+    has_own = has_tokenizer(adapter) if kind is AutoTokenizer else files
     if not has_own:
         return load_processor(cfg, task) if base is None else base
     source = read_source(cfg)
+    options = {**source.options(), **HERE}
     try:
         with loading(source):
-            kind = AutoTokenizer if task.reads_text else task.processor_class
-            own: Any = kind.from_pretrained(adapter, **{**source.options(), **HERE})
+            own: Any = (
+                load_image_text_processor(adapter, source.config(), options)
+                if kind is AutoProcessor
+                else kind.from_pretrained(adapter, **options)
+            )
             if task.reads_text:
-                with_padding_token(own, str(adapter))
+                with_padding_token(tokenizer_in(own), str(adapter))
     except (InputError, KeyError) as error:
         raise InputError(f"{adapter} has a tokenizer or processor, but {error}") from error
     try:
@@ -63,7 +70,9 @@ def differences(own: Any, base: Any) -> list[str]:
     """Name what differs between two tokenizers, or two processors."""
     if not hasattr(own, "get_vocab"):
         one, other = own.to_dict(), base.to_dict()
-        return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+        keys = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+        pair = tokenizer_in(own), tokenizer_in(base)
+        return [*keys, *(differences(*pair) if pair[0] is not own else ())]
     parts = {
         "chat template": lambda tokenizer: tokenizer.chat_template,
         "vocabulary": lambda tokenizer: tokenizer.get_vocab(),

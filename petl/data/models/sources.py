@@ -14,11 +14,13 @@ from omegaconf import DictConfig
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoProcessor,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 
+from petl.data.models.image_processor import FILES, load_image_text_processor
 from petl.data.models.quantization import PACKAGES
 from petl.data.tasks.base import AutoProcessorClass
 from petl.errors import InputError, UnknownNameError, choose, did_you_mean
@@ -88,6 +90,10 @@ class ModelSource:
         """True if the model has a tokenizer."""
         return True
 
+    def has_processor(self) -> bool:
+        """True if the model has a processor for images; it may have one if that is not known."""
+        return True
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer as it was saved."""
         loaded = AutoTokenizer.from_pretrained(self.where(), **self.options())
@@ -95,7 +101,9 @@ class ModelSource:
         return loaded
 
     def processor(self, auto_class: type[AutoProcessorClass]) -> Any:
-        """The model's image processor or feature extractor as it was saved."""
+        """The model's image processor, feature extractor or processor of both as it was saved."""
+        if auto_class is AutoProcessor:
+            return load_image_text_processor(self.where(), self.config(), self.options())
         return auto_class.from_pretrained(self.where(), **self.options())
 
 
@@ -178,11 +186,15 @@ class Folder(ModelSource):
             )
         return super().tokenizer()
 
+    def has_processor(self) -> bool:
+        """True if the folder has one."""
+        return any((self.where() / name).is_file() for name in FILES)
+
     def processor(self, auto_class: type[AutoProcessorClass]) -> Any:
         """The processor in the folder."""
-        if not (self.where() / PROCESSOR).is_file():
+        if not self.has_processor():
             raise InputError(
-                f"model.path={self.path} has no {PROCESSOR}: save the model's "
+                f"model.path={self.path} has no {' or '.join(FILES)}: save the model's "
                 "image processor or feature extractor there too"
             )
         return super().processor(auto_class)
@@ -280,10 +292,18 @@ class RandomInit(ModelSource):
 
     def processor(self, auto_class: type[AutoProcessorClass]) -> Any:
         """The processor next to the config, or a default one of matching sizes."""
-        file = self.file()
-        if file is not None and (file.parent / PROCESSOR).is_file():
+        file, config = self.file(), self.config()
+        has_own = file is not None and any((file.parent / name).is_file() for name in FILES)
+        if file is not None and has_own and auto_class is AutoProcessor:
+            return load_image_text_processor(file.parent, config, self.options())
+        if file is not None and has_own:
             return auto_class.from_pretrained(file.parent, **self.options())
-        config = self.config()
+        if auto_class is AutoProcessor:
+            raise InputError(
+                f"model {self.name} is built from a config without processor: for tasks on images "
+                "and text set model.path=FOLDER, a folder with config.json, the files of a "
+                "tokenizer and those of a processor"
+            )
         # processors have no constructor from a model's config
         with TemporaryDirectory() as folder:
             config.save_pretrained(folder)

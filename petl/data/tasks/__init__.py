@@ -16,6 +16,7 @@ TASKS = {
     "question_answering": "petl.data.tasks.question_answering:QuestionAnswering",
     "causal_lm": "petl.data.tasks.causal_lm:CausalLM",
     "seq2seq": "petl.data.tasks.seq2seq:Seq2Seq",
+    "image_text": "petl.data.tasks.image_text:ImageText",
     "image_classification": "petl.data.tasks.media:ImageClassification",
     "audio_classification": "petl.data.tasks.media:AudioClassification",
     "multitask_classification": "petl.data.tasks.multitask:MultitaskClassification",

@@ -22,6 +22,7 @@ from transformers import (
     AutoFeatureExtractor,
     AutoImageProcessor,
     AutoModelForSequenceClassification,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -49,7 +50,7 @@ NON_INPUT_PREFIX = "_"  # begins the names of encoded columns that are not model
 Prediction = dict[str, Any]  # JSON values by name
 Batch = Mapping[str, Tensor]
 Collate = Callable[[Sequence[Row]], dict[str, Tensor]]
-AutoProcessorClass = AutoTokenizer | AutoImageProcessor | AutoFeatureExtractor
+AutoProcessorClass = AutoTokenizer | AutoImageProcessor | AutoFeatureExtractor | AutoProcessor
 Fields = dict[str, object]  # of a config, or of settings, by name
 P = TypeVar("P")  # a processor: a tokenizer, image processor or feature extractor
 
@@ -110,6 +111,7 @@ class Task(ABC, Generic[P]):
     processor_class: ClassVar[type[AutoProcessorClass]] = AutoTokenizer
     encoded_by: ClassVar[tuple[str, ...]] = ("max_length",)  # attributes that `encode_rows` reads
     reads_text: ClassVar[bool] = True
+    tensors_by_row: ClassVar[bool] = True  # each tensor of a batch has one entry for each row
     unit: ClassVar[str] = "tokens"  # what `lengths` counts
     encoded_at_once: ClassVar[int] = 1000  # rows of a call of `encode_rows`
     one_for_one: ClassVar[bool] = False  # each row gives exactly one encoded row
@@ -120,6 +122,8 @@ class Task(ABC, Generic[P]):
     group: ClassVar[str | None] = None  # column; rows with equal values are held out together
     by_row: ClassVar[bool] = False  # `score` returns values of each row, not sums over rows
     writes: ClassVar[bool] = False  # the model's prediction is a text that it generates
+    # of encoded rows with `generate`; the length of the first is that of the prompt
+    prompt_columns: ClassVar[tuple[str, ...]] = ("_prompt",)
     sums_predictions: ClassVar[bool] = False  # `score` returns the sum of `predict` over the rows
     shown: ClassVar[tuple[str, ...]] = ("text", "text_pair")  # raw columns kept with predictions
     tasks: Sequence[str] = ()  # names of the tasks of rows, see petl.data.tasks.row_tasks
@@ -271,9 +275,17 @@ class Task(ABC, Generic[P]):
 
     # Predictions
 
-    def prompts(self, processor: P, rows: Columns, /) -> list[list[int]]:
+    def prompts(self, processor: P, rows: Columns, /) -> Sequence[Sequence[int]]:
         """The tokens after which the model writes its answer to each raw row, if it `writes`."""
         raise NotImplementedError(f"{self.name} writes no answers")
+
+    def prompt(self, processor: P, row: Row, /) -> Sequence[int]:
+        """The tokens after which the model writes its answer to an encoded row.
+
+        Args:
+            row: with `prompt_columns`.
+        """
+        return row[self.prompt_columns[0]]
 
     def predict(self, outputs: Outputs, batch: Batch) -> Tensor:
         """What `described` needs of the model's outputs, for each row of a batch: [B, ...]."""
@@ -347,7 +359,7 @@ class TextTask(Task[PreTrainedTokenizerBase], ABC):
 
 
 @dataclass
-class WritingTask(Task[PreTrainedTokenizerBase], ABC):
+class WritingTask(Task[P], ABC):
     """Texts that the model writes token by token, with a loss for each token that has a label."""
 
     metric: ClassVar[str] = "loss"
@@ -355,10 +367,6 @@ class WritingTask(Task[PreTrainedTokenizerBase], ABC):
     new_head: ClassVar[bool] = False
     writes: ClassVar[bool] = True
     sums_predictions: ClassVar[bool] = True
-
-    def collate(self, tokenizer: PreTrainedTokenizerBase, /, multiple: int = 1) -> Collate:
-        """A collate function that pads tokens and labels."""
-        return partial(batch_of_tokens, Pad(pad_id(tokenizer), multiple))
 
     def score(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Number of predicted tokens, then their summed loss in nats: [2]."""
@@ -376,6 +384,14 @@ class WritingTask(Task[PreTrainedTokenizerBase], ABC):
         tokens, loss = total.double().cpu()  # float32 on some devices
         mean = loss / tokens
         return {"loss": mean.item(), "perplexity": mean.exp().item(), "tokens": tokens.item()}
+
+
+class TextWritingTask(WritingTask[PreTrainedTokenizerBase], ABC):
+    """A writing task whose rows are texts alone."""
+
+    def collate(self, tokenizer: PreTrainedTokenizerBase, /, multiple: int = 1) -> Collate:
+        """A collate function that pads tokens and labels."""
+        return partial(batch_of_tokens, Pad(pad_id(tokenizer), multiple))
 
 
 def batch_of_texts(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -398,6 +414,11 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     token = tokenizer.pad_token_id
     assert isinstance(token, int), "load_tokenizer sets a padding token"
     return token
+
+
+def tokenizer_in(processor: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a processor for images and text; a tokenizer is returned as it is."""
+    return getattr(processor, "tokenizer", processor)
 
 
 def sums_dtype(device: torch.device) -> torch.dtype:

@@ -1,5 +1,6 @@
 """Causal language modeling: plain text, or chat with the loss on the assistant's turns."""
 
+from abc import ABC
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +18,11 @@ from petl.data.tasks.base import (
     Columns,
     Fields,
     Outputs,
+    P,
     Pad,
     Row,
     Task,
+    TextWritingTask,
     WritingTask,
     pad_id,
     source_numbers,
@@ -32,12 +35,47 @@ from petl.ops.segmented_loss import shifted
 from petl.system.values import field, integer
 
 
+class DecoderTask(WritingTask[P], ABC):
+    """A decoder writes: each token is predicted from those before it, where it has a label."""
+
+    peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
+
+    def labeled_tokens(self, row: Row) -> tuple[list[int], list[bool]]:
+        """The tokens of a row, and for each whether the model predicts it."""
+        later = [label != IGNORED for label in row["labels"][1:]]
+        return row["input_ids"], [False, *later]  # the first token is never predicted
+
+    def items(self, batch: Batch) -> int:
+        """Number of predicted tokens."""
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
+        """As of any task; with `train.skip_unread`, logits of predicted tokens alone."""
+        # of a model of petl.efficiency.skip_unread.labelled_positions; a PeftModel passes the name
+        # on to it
+        logits_at = getattr(model, "logits_at", None)
+        if logits_at is None:
+            return super().outputs(model, batch)
+        with logits_at(batch["labels"]) as wanted:
+            outputs = super().outputs(model, batch)
+        if wanted is None:
+            return outputs
+        return cast("Outputs", LabelledText(outputs.logits[0], wanted))
+
+    def predict(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Number of predicted tokens and their summed loss in nats of each row: [B, 2]."""
+        if isinstance(outputs, LabelledText):
+            return summed_loss_at(outputs.wanted, outputs.logits, shifted(batch["labels"]))
+        # methods that prepend virtual tokens have more logits than labels
+        logits = outputs.logits[:, -batch["labels"].shape[1] : -1]
+        return summed_loss(logits, batch["labels"][:, 1:])
+
+
 @dataclass
-class CausalLM(WritingTask):
+class CausalLM(DecoderTask[PreTrainedTokenizerBase], TextWritingTask):
     """Texts (`text`), or conversations (`messages`: lists of role and content)."""
 
     name: ClassVar[str] = "causal_lm"
-    peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
     auto_class: ClassVar[type[AutoModelClass]] = AutoModelForCausalLM
     encoded_by: ClassVar[tuple[str, ...]] = ("max_length", "chat", "pack")
     shown: ClassVar[tuple[str, ...]] = ("text", "messages")
@@ -109,11 +147,6 @@ class CausalLM(WritingTask):
         """A copy that truncates no row; None with `pack`, whose blocks contain all tokens."""
         return None if self.pack else super().untruncated()
 
-    def labeled_tokens(self, row: Row) -> tuple[list[int], list[bool]]:
-        """The tokens of a row, and for each whether the model predicts it."""
-        later = [label != IGNORED for label in row["labels"][1:]]
-        return row["input_ids"], [False, *later]  # the first token is never predicted
-
     def blocks(self, texts: Iterable[list[int]]) -> Columns:
         """Pack texts into blocks, with each token's position in its text."""
         # a block with one token only has nothing to predict
@@ -129,36 +162,11 @@ class CausalLM(WritingTask):
             return partial(batch_of_blocks, Pad(pad_id(tokenizer), multiple))
         return super().collate(tokenizer, multiple)
 
-    def items(self, batch: Batch) -> int:
-        """Number of predicted tokens."""
-        return int((batch["labels"][:, 1:] != IGNORED).sum())
-
     def prompts(self, tokenizer: PreTrainedTokenizerBase, rows: Columns, /) -> list[list[int]]:
         """The tokens of each conversation or text, which the model continues."""
         if self.chat:
             return [question(tokenizer, chat) for chat in rows["messages"]]
         return tokenizer(rows["text"], verbose=False)["input_ids"]
-
-    def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
-        """As of any task; with `train.skip_unread`, logits of predicted tokens alone."""
-        # of a model of petl.efficiency.skip_unread.labelled_positions; a PeftModel passes the name
-        # on to it
-        logits_at = getattr(model, "logits_at", None)
-        if logits_at is None:
-            return super().outputs(model, batch)
-        with logits_at(batch["labels"]) as wanted:
-            outputs = super().outputs(model, batch)
-        if wanted is None:
-            return outputs
-        return cast("Outputs", LabelledText(outputs.logits[0], wanted))
-
-    def predict(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Number of predicted tokens and their summed loss in nats of each row: [B, 2]."""
-        if isinstance(outputs, LabelledText):
-            return summed_loss_at(outputs.wanted, outputs.logits, shifted(batch["labels"]))
-        # methods that prepend virtual tokens have more logits than labels
-        logits = outputs.logits[:, -batch["labels"].shape[1] : -1]
-        return summed_loss(logits, batch["labels"][:, 1:])
 
 
 class LabelledText(NamedTuple):

@@ -6,11 +6,12 @@ sandbox, which allows nested loops of any length; `petl.data.tasks.chat_template
 
 import json
 import re
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import BatchEncoding
 
 from petl.data.tasks import TOOLS, Message
 from petl.data.tasks.base import IGNORED
@@ -25,9 +26,39 @@ GENERATION_BLOCK = re.compile(
 )  # marks the assistant's text in a template
 
 
-def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message]
-) -> tuple[list[int], list[int]]:
+class ChatTokenizer(Protocol):
+    """What is used of a tokenizer, or of what encodes conversations with images as well."""
+
+    @property
+    def chat_template(self) -> object:
+        """The template, or several by name; None: there is none."""
+
+    @property
+    def name_or_path(self) -> object:
+        """For messages."""
+
+    @property
+    def is_fast(self) -> object:
+        """True if the template may mark the assistant's text."""
+
+    @property
+    def all_special_ids(self) -> Container[int]:
+        """Tokens that are no text."""
+
+    @property
+    def get_chat_template(self) -> Callable[..., str]:
+        """See the tokenizers of transformers, as the next two."""
+
+    @property
+    def apply_chat_template(self) -> Callable[..., object]:
+        """Encodes a conversation."""
+
+    @property
+    def decode(self) -> Callable[..., object]:
+        """Gives the text of tokens."""
+
+
+def encode_chat(tokenizer: ChatTokenizer, messages: list[Message]) -> tuple[list[int], list[int]]:
     """Token ids of a conversation and its labels, which are IGNORED outside assistant turns.
 
     The labels of a turn are the tokens that the model generates itself: from the end of the
@@ -81,7 +112,7 @@ def unpacked(messages: list[Message]) -> Chat:
     return Chat(turns, learned, options)
 
 
-def checked_template(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> str:
+def checked_template(tokenizer: ChatTokenizer, chat: Chat) -> str:
     """The template that renders a conversation, after `check_template`.
 
     Raises:
@@ -97,12 +128,12 @@ def checked_template(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> str:
     return template
 
 
-def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
+def name_of(tokenizer: ChatTokenizer) -> str:
     """The name of a tokenizer's template in messages."""
     return f"the chat template of {tokenizer.name_or_path}"
 
 
-def refuse_lost_parts(tokenizer: PreTrainedTokenizerBase, chat: Chat, template: str) -> None:
+def refuse_lost_parts(tokenizer: ChatTokenizer, chat: Chat, template: str) -> None:
     """Raise InputError if the chat template would leave out a part of a conversation."""
     turns = chat.turns
     used = [*chat.options, *(key for key in OPTIONAL_KEYS if any(key in turn for turn in turns))]
@@ -117,7 +148,7 @@ def refuse_lost_parts(tokenizer: PreTrainedTokenizerBase, chat: Chat, template: 
         printed_roles.add((template, role))
 
 
-def prints(tokenizer: PreTrainedTokenizerBase, chat: Chat, role: str) -> bool:
+def prints(tokenizer: ChatTokenizer, chat: Chat, role: str) -> bool:
     """Return True if the chat template prints the turns of a role, or refuses what is left."""
     others = [turn for turn in chat.turns if turn["role"] != role]
     try:
@@ -128,7 +159,7 @@ def prints(tokenizer: PreTrainedTokenizerBase, chat: Chat, role: str) -> bool:
     return without != render(tokenizer, chat.turns, **chat.options)
 
 
-def lost_part(tokenizer: PreTrainedTokenizerBase, what: str, turns: list[Message]) -> InputError:
+def lost_part(tokenizer: ChatTokenizer, what: str, turns: list[Message]) -> InputError:
     """The error for a conversation with something that the template leaves out."""
     return InputError(
         f"{name_of(tokenizer)} leaves out {what}, which {excerpt(turns)} has: choose a model whose "
@@ -136,9 +167,7 @@ def lost_part(tokenizer: PreTrainedTokenizerBase, what: str, turns: list[Message
     )
 
 
-def labels_from_template(
-    tokenizer: PreTrainedTokenizerBase, chat: Chat
-) -> tuple[list[int], list[int]]:
+def labels_from_template(tokenizer: ChatTokenizer, chat: Chat) -> tuple[list[int], list[int]]:
     """Encode a chat with a template that marks the assistant's text by `{% generation %}`."""
     rendered = render(tokenizer, chat.turns, **chat.options, return_assistant_tokens_mask=True)
     # the mask includes the end-of-turn token if it is inside the template's block
@@ -146,9 +175,7 @@ def labels_from_template(
     return ids, [token if is_own else IGNORED for token, is_own in zip(ids, mask, strict=True)]
 
 
-def labels_from_prefixes(
-    tokenizer: PreTrainedTokenizerBase, chat: Chat
-) -> tuple[list[int], list[int]]:
+def labels_from_prefixes(tokenizer: ChatTokenizer, chat: Chat) -> tuple[list[int], list[int]]:
     """Encode a chat and find the learned turns by rendering prefixes of the conversation."""
     turns, options = chat.turns, chat.options
     ids = render(tokenizer, turns, **options)["input_ids"]
@@ -181,15 +208,11 @@ def labels_from_prefixes(
     return ids, labels
 
 
-def last_answer(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message]
-) -> tuple[list[int], str]:
+def last_answer(tokenizer: ChatTokenizer, messages: list[Message]) -> tuple[list[int], str]:
     """The prompt tokens of the last answer with a loss, if any has, and the text of that answer."""
     chat = unpacked(messages)
     turns, options = chat.turns, chat.options
-    # later user turns, if any, are not part of the question
-    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-    last = max([i for i in answers if chat.learned[i]] or answers)
+    last = last_learned(chat)
     checked_template(tokenizer, chat)
 
     def question_and_answer() -> tuple[list[int], str]:
@@ -202,7 +225,14 @@ def last_answer(
     return within_deadline(question_and_answer, name_of(tokenizer))
 
 
-def question(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+def last_learned(chat: Chat) -> int:
+    """The number of the turn of the last answer, from 0; of those with a loss, if any has one."""
+    # later user turns, if any, are not part of the question
+    answers = [i for i, turn in enumerate(chat.turns) if turn["role"] == "assistant"]
+    return max([i for i in answers if chat.learned[i]] or answers)
+
+
+def question(tokenizer: ChatTokenizer, messages: list[Message]) -> list[int]:
     """The tokens of a conversation up to the header of the assistant's next turn.
 
     Raises:
@@ -219,7 +249,7 @@ def question(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> lis
     return within_deadline(encoded, name_of(tokenizer))
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def end_of_turn(tokenizer: ChatTokenizer) -> int | None:
     """The special token by which the chat template ends an answer; None if it has none."""
     said = (("user", "a"), ("assistant", "b"))
     try:
@@ -231,7 +261,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any
+    tokenizer: ChatTokenizer, messages: list[Message], **options: Any
 ) -> dict[str, list[int]]:
     """Render a conversation with the tokenizer's chat template, as token ids.
 

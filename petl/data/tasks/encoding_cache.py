@@ -14,7 +14,12 @@ import tokenizers
 import transformers
 from datasets import Dataset, Features
 from datasets.utils.tqdm import are_progress_bars_disabled
-from transformers import BaseImageProcessor, FeatureExtractionMixin, PreTrainedTokenizerBase
+from transformers import (
+    BaseImageProcessor,
+    FeatureExtractionMixin,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from petl.system.files.disk import is_as_noted, note_digest
 from petl.system.files.paths import cache_folder
@@ -118,6 +123,9 @@ def processor_state(processor: object) -> dict[str, object]:
     """All attributes that determine the output of a processor, JSON-serializable."""
     if isinstance(processor, PreTrainedTokenizerBase):
         return tokenizer_state(processor)
+    if isinstance(processor, ProcessorMixin):
+        parts = [getattr(processor, name) for name in processor.get_attributes()]
+        return {**processor.to_dict(), "parts": [processor_state(part) for part in parts]}
     assert isinstance(processor, BaseImageProcessor | FeatureExtractionMixin)
     return {"class": type(processor).__qualname__, **processor.to_dict()}
 

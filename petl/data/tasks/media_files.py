@@ -5,9 +5,11 @@ that a file gives the same samples on every machine.
 """
 
 import warnings
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from math import gcd
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -28,17 +30,62 @@ def read_image(path: str | Path) -> "Image":
     Raises:
         InputError: the file cannot be read, or Pillow is not installed.
     """
-    image, image_ops = optional("PIL.Image", "image"), optional("PIL.ImageOps", "image")
+    return decoded_image(path, path)
+
+
+def decoded_image(
+    file: str | Path | BinaryIO,
+    name: str | Path,
+    formats: Sequence[str] | None = None,
+    max_pixels: int | None = None,
+) -> "Image":
+    """Decode an image as `read_image`.
+
+    Args:
+        name: for messages.
+        formats: of Pillow that are read; None: all.
+        max_pixels: None: 179 million, above which Pillow refuses any.
+
+    Raises:
+        InputError: it cannot be decoded, or is larger.
+    """
+    image_ops = optional("PIL.ImageOps", "image")
     try:
-        with image.open(path) as opened:
-            if opened.mode[0] in "IF":  # Pillow would clip values above 255
-                raise ValueError(
-                    f"pixels of mode {opened.mode} have more than 8 bits; save it with 8"
-                )
+        with _opened(file, formats, max_pixels) as opened:
             return image_ops.exif_transpose(opened).convert("RGB")
-    # its decoders raise many types for a damaged file; above 179 million pixels they refuse any
+    # the decoders raise many types for a damaged file
     except Exception as error:
-        raise unreadable(path, "an image", error) from error
+        raise unreadable(name, "an image", error) from error
+
+
+def image_size(
+    file: str | Path | BinaryIO, name: str | Path, formats: Sequence[str], max_pixels: int
+) -> tuple[int, int]:
+    """The width and height in the header of an image, which is not decoded; see `decoded_image`.
+
+    Raises:
+        ValueError: it has no such header, or is larger.
+    """
+    try:
+        with _opened(file, formats, max_pixels) as opened:
+            return opened.size
+    except Exception as error:
+        raise ValueError(str(unreadable(name, "an image", error))) from error
+
+
+@contextmanager
+def _opened(
+    file: str | Path | BinaryIO, formats: Sequence[str] | None, max_pixels: int | None
+) -> Generator["Image"]:
+    image = optional("PIL.Image", "image")
+    with image.open(file, formats=formats) as opened:
+        if max_pixels is not None and opened.width * opened.height > max_pixels:
+            raise ValueError(
+                f"{opened.width} x {opened.height} pixels; at most {max_pixels:,} are read"
+            )
+        if opened.mode[0] in "IF":  # Pillow would clip values above 255
+            raise ValueError(f"pixels of mode {opened.mode} have more than 8 bits; save it with 8")
+        yield opened
 
 
 def gray_image(pixels: ArrayLike) -> "Image":

@@ -45,7 +45,7 @@ class RowTasks(Task[P]):
             encoded["_number"] = [rows["number"][place] for place in found]
         return {**encoded, IDS: [ids[place] for place in found]}
 
-    def prompts(self, processor: P, rows: Columns, /) -> list[list[int]]:
+    def prompts(self, processor: P, rows: Columns, /) -> Sequence[Sequence[int]]:
         return super().prompts(processor, {k: v for k, v in rows.items() if k != COLUMN})
 
     def features(self, processor: P, /) -> Features | None:

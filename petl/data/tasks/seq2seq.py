@@ -16,7 +16,7 @@ from petl.data.tasks.base import (
     Outputs,
     Row,
     Task,
-    WritingTask,
+    TextWritingTask,
     source_numbers,
     summed_loss,
 )
@@ -24,7 +24,7 @@ from petl.system.values import field, integer
 
 
 @dataclass
-class Seq2Seq(WritingTask):
+class Seq2Seq(TextWritingTask):
     """Texts (`text`) with target texts (`target`)."""
 
     name: ClassVar[str] = "seq2seq"
@@ -33,6 +33,8 @@ class Seq2Seq(WritingTask):
     encoded_by: ClassVar[tuple[str, ...]] = ("max_length", "max_target_length", "prefix")
     # the model needs the labels, since they are also the decoder's inputs, shifted by one
     label_columns: ClassVar[tuple[str, ...]] = ()
+
+    prompt_columns: ClassVar[tuple[str, ...]] = ("input_ids",)
 
     max_length: int = field(512, integer(1))
     max_target_length: int = field(128, integer(1))  # tokens

@@ -23,7 +23,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from petl.core.layers.class_swap import SwappedClass, original_class, swap_class
+from petl.core.layers.class_swap import (
+    SwappedClass,
+    original_class,
+    swap_class,
+    with_signature,
+)
 from petl.core.masks import IGNORED
 from petl.core.types import CausalModel
 from petl.efficiency.segment_loss import is_segmented, is_training, refusal_of_loss, signature_of
@@ -86,6 +91,11 @@ class LabelReader(SwappedClass):
     last_block: str | None
     reads_labels: bool
     wanted: Tensor | None = None
+
+    @classmethod
+    def extra_methods(cls, original: type[Any]) -> dict[str, Any]:
+        """Forward, with the arguments of the model's own."""
+        return {"forward": with_signature(cls.forward, original.forward)}
 
     def forward(self: Any, *args: object, **kwargs: Any) -> object:
         own, trains = super().forward, self.reads_labels and is_training(self, kwargs)

@@ -46,6 +46,11 @@ def joined(model: CausalModel, batches: Sequence[Batch]) -> GroupedBatch:
         InputError: they have other inputs, or one that cannot be padded.
     """
     inputs = [with_decoder_inputs(model, batch) for batch in batches]
+    if {"input_ids", "pixel_values"} <= inputs[0].keys():
+        raise UnsupportedError(
+            "batches of texts with images cannot be put side by side: which image belongs to "
+            "which row depends on the model; train these adapters one after the other"
+        )
     # the last batch of an epoch may have fewer
     rows = max(rows_of(batch) for batch in inputs)
     ids = [batch["input_ids"] for batch in inputs if "input_ids" in batch]

@@ -201,10 +201,10 @@ def search(
     for rows in ProgressItems(parts[::-1], "finding batch sizes", unit="length buckets"):
         longest, maximum = int(lengths[rows[-1]]), math.ceil(len(rows) / processes)
         # batches of copies of one row: all rows as long as the longest is the worst case
-        one = splits.collate([longest_row(splits, rows)])
+        row = longest_row(splits, rows)
         start_size = max(1, tokens // longest) if tokens else first
         start_size = min(start_size, maximum)
-        size = largest(lambda n, one=one: fits(repeat(one, n)), start_size, maximum)
+        size = largest(lambda n, row=row: fits(splits.collate([row] * n)), start_size, maximum)
         if size == 0:
             raise InputError(
                 f"not even one example of {longest} {splits.task.unit} fits: truncate examples "
@@ -232,12 +232,6 @@ def longest_row(splits: Splits, numbers: Ints) -> Row:
                 # columns such as labels may be longest in another row
                 longest[name] = max([value, *rows[name]], key=len)
     return longest
-
-
-def repeat(one: Batch, count: int) -> Batch:
-    """Return a batch of `count` copies of the one row of a batch."""
-    # contiguous: an expanded view would not use the memory of a real batch
-    return {name: t.expand(count, *t.shape[1:]).contiguous() for name, t in one.items()}
 
 
 # Does a batch fit?

@@ -268,7 +268,8 @@ def savings_of_passes(model: PeftModel, counted: RunCost) -> list[Saving]:
 def _together(model: PeftModel, counted: RunCost) -> Iterator[Saving]:
     """Runs of a sweep in one pass, where the steps of one are small."""
     settings, steps = counted.settings, counted.splits.sampler(counted.settings).steps
-    if settings.together > 1 or not counted.splits.task.reads_text or not steps:
+    task = counted.splits.task
+    if settings.together > 1 or not (task.reads_text and task.tensors_by_row and steps):
         return
     # padding is computed as well
     tokens = counted.positions / steps

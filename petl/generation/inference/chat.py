@@ -4,10 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Event
 
+from petl.data.conversations import IMAGE, parts_of
 from petl.data.tasks import Message
+from petl.data.tasks.image_text.images import image_of
+from petl.data.tasks.image_text.prompt import Conversation
+from petl.data.validation import Row
 from petl.errors import InputError
 from petl.generation.inference.language_model import LanguageModel, message
 from petl.generation.inference.sampling import Sample, Sampling
+from petl.system.files.paths import file_of
 
 
 @dataclass
@@ -20,6 +25,8 @@ class ChatSession:
         turns: questions and answers so far; always empty for a model that reads plain text, which
             answers each text by itself.
         asked: the last text that such a model has answered; empty: none.
+        images: of the turns, in their order.
+        waiting: images that the next question begins with.
     """
 
     model: LanguageModel
@@ -28,6 +35,35 @@ class ChatSession:
     system: str | None = None
     turns: list[Message] = field(default_factory=list)
     asked: str = ""
+    images: list[str] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)
+
+    def show(self, path: str) -> None:
+        """Let the next question begin with an image.
+
+        Raises:
+            InputError: it cannot be read, or the model reads texts alone.
+        """
+        if self.model.processor is None or not self.model.is_chat:
+            raise InputError(f"{self.model.name} reads texts alone, without images")
+        file = str(file_of("image", path).resolve())
+        image_of(file)  # each answer reads it again
+        self.waiting.append(file)
+
+    def row(self) -> Row:
+        """The chat as a row to train on."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        images, turns = iter(self.images), []
+        for turn in self.turns:
+            parts = [
+                {"type": "image_url", "image_url": {"url": next(images)}}
+                if part["type"] == IMAGE
+                else part
+                for part in parts_of(turn)
+            ]
+            content = parts if "more" in turn else turn["content"]
+            turns.append({"role": turn["role"], "content": content})
+        return {"messages": [*system, *turns]}
 
     def ask(self, text: str, write: Callable[[str], object], stop: Event | None = None) -> Sample:
         """Answer a text, and keep both as turns.
@@ -39,13 +75,16 @@ class ChatSession:
         Raises:
             InputError: the model does not take the text; the turns are as before.
         """
-        question = message("user", text)
-        prompt = self.model.encode([*self.turns, question], self.system)
+        question = message("user", text, len(self.waiting))
+        images = [*self.images, *self.waiting]
+        asked = Conversation([*self.turns, question], tuple(images))
+        prompt = self.model.encode(asked if self.model.is_chat else text, self.system)
         with self.model.using(self.adapter):
             (answer,) = self.model.answer([prompt], self.sampling, write=write, stop=stop)
         # after the answer: an error in it leaves the turns as they were
         if self.model.is_chat:
             self.turns += [question, message("assistant", answer.text)]
+            self.images, self.waiting = images, []
         else:  # plain text has one turn only
             self.asked = text
         return answer
@@ -61,9 +100,14 @@ class ChatSession:
         if not self.turns:
             raise InputError(f"there is no question yet to answer with {self.adapter}")
         *self.turns, question, _ = self.turns  # turns come in pairs
+        count = sum(part["type"] == IMAGE for part in parts_of(question))
+        start = len(self.images) - count
+        self.images, self.waiting = self.images[:start], [*self.images[start:], *self.waiting]
         return question["content"]
 
     def forget(self) -> None:
         """Remove all questions and answers."""
         self.turns.clear()
+        self.images.clear()
+        self.waiting.clear()
         self.asked = ""

@@ -285,9 +285,14 @@ def _prompts(
     Raises:
         InputError: there are none that leave room for an answer.
     """
+    if language.processor is not None:
+        raise UnsupportedError(
+            f"{language.name} reads images, and answers about images are decoded without drafts"
+        )
     draw = random.Random(settings.seed)
     if settings.file is not None:
-        chosen = [language.encode(each.prompt) for each in read_prompts(settings.file, language)]
+        read = read_prompts(settings.file, language)
+        chosen = [[*language.encode(each.prompt)] for each in read]
         draw.shuffle(chosen)
     elif isinstance(found, SavedAdapter) and found.run is not None:
         chosen = _training_prompts(language, found, settings, draw)

@@ -21,9 +21,13 @@ from petl.core.model.modes import has_enabled_adapter
 from petl.core.parameters import max_positions
 from petl.core.spec.method import modifies_base_weights
 from petl.core.types import CausalModel, Settings, base_of
+from petl.data.conversations import IMAGE, Part, with_parts
 from petl.data.tasks import TOOLS, Message
 from petl.data.tasks.base import pad_id
 from petl.data.tasks.chat import end_of_turn, question
+from petl.data.tasks.image_text import prompt_of
+from petl.data.tasks.image_text.images import ImageSource
+from petl.data.tasks.image_text.prompt import Conversation, ImagePrompt, ImageTextProcessor
 from petl.efficiency.drafting.calls import why_plain
 from petl.efficiency.drafting.engine import Stats, decode
 from petl.efficiency.drafting.folder import load_drafter
@@ -38,12 +42,12 @@ from petl.generation.inference.sampling import (
     TextStream,
     before_stop,
 )
-from petl.training.generation import as_list, padded
+from petl.training.generation import as_list, batched_prompts, encoder_in
 
 BASE = "base"  # the name of the model without an adapter
 NO_DRAFTS = "none"  # the value of `drafting` for plain decoding
 COPYING = ("free", "lookup")  # drafters that copy text by themselves
-Prompt = str | list[Message]
+Prompt = str | list[Message] | Conversation
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class LanguageModel:
         system: the system prompt of chats that have none, as in training.
         prefix: put before each text of an encoder-decoder, as in training.
         columns: the settings under `data` of the run that name the columns of rows.
+        processor: reads conversations with images; None: the model reads texts alone.
         drafting: what guesses tokens of single answers ahead (petl.drafting): "auto" is
             `own_drafter` for the first adapter, behind "lookup", and else "free"; "none"; a drafter
             without training; or the folder of a drafter.
@@ -71,6 +76,7 @@ class LanguageModel:
     system: str | None = None
     prefix: str = ""
     columns: Settings = field(default_factory=dict)
+    processor: ImageTextProcessor | None = None
     drafting: str = "auto"
     own_drafter: str | None = None
 
@@ -145,7 +151,8 @@ class LanguageModel:
         of_config = as_list(self.base.generation_config.eos_token_id)
         ends = {self.tokenizer.eos_token_id, *of_config}
         # a base model that was trained on a chat template knows the template's token only
-        ends |= {end_of_turn(self.tokenizer)} if self.is_chat else set()
+        reader = encoder_in(self.processor or self.tokenizer)
+        ends |= {end_of_turn(reader)} if self.is_chat else set()
         return sorted(ends - {None})
 
     @contextmanager
@@ -175,16 +182,21 @@ class LanguageModel:
 
     # Prompts
 
-    def encode(self, prompt: Prompt, system: str | None = None) -> list[int]:
-        """The token ids of a prompt: a text, or the messages of a conversation.
+    def encode(self, prompt: Prompt, system: str | None = None) -> Sequence[int]:
+        """The token ids of a prompt: a text, or the messages of a conversation, with its images.
 
         Args:
             system: the system prompt of a conversation without one; None: `self.system`.
 
         Raises:
             InputError: the chat template refuses the conversation; or the model reads plain text,
-                and this is more than one turn, or has a system prompt.
+                and this is more than one turn, or has a system prompt or images.
         """
+        images: tuple[ImageSource, ...] = ()
+        if isinstance(prompt, Conversation):
+            prompt, images = prompt.messages, prompt.images
+        if images and not (self.processor and self.is_chat):
+            raise InputError(f"{self.name} reads texts alone, and the prompt has images")
         system = self.system if system is None else system
         if self.is_chat:
             turns = [message("user", prompt)] if isinstance(prompt, str) else prompt
@@ -192,6 +204,8 @@ class LanguageModel:
                 # behind the message that declares functions, if there is one
                 place = int(turns[0]["role"] == TOOLS)
                 turns = [*turns[:place], message("system", system), *turns[place:]]
+            if self.processor is not None:
+                return prompt_of(self.processor, turns, images)
             return question(self.tokenizer, turns)
         if system or (not isinstance(prompt, str) and len(prompt) > 1):
             raise InputError(
@@ -230,7 +244,8 @@ class LanguageModel:
                 prompts does not allow prompt lookup.
         """
         longest = max(map(len, prompts))
-        inputs = padded(prompts, pad_id(self.tokenizer), on_left=not self.is_encoder_decoder)
+        on_left = not self.is_encoder_decoder
+        inputs = batched_prompts(prompts, pad_id(self.tokenizer), on_left=on_left)
         arguments = sampling.arguments(self.base.generation_config)
         room = self.room(prompts)
         if room is not None:
@@ -239,7 +254,8 @@ class LanguageModel:
         criteria: list[StoppingCriteria] = [] if stop is None else [StopEvent(stop)]
         if sampling.stop:
             criteria.append(StopTexts(self.tokenizer, sampling.stop, start))
-        drafts = len(prompts) == 1 and sampling.prompt_lookup is None and self.drafter is not None
+        is_single = len(prompts) == 1 and not isinstance(prompts[0], ImagePrompt)
+        drafts = is_single and sampling.prompt_lookup is None and self.drafter is not None
         if drafts:
             arguments |= {"custom_generate": decode, "drafter": self.drafter, "stats": stats}
         if write is not None:
@@ -303,6 +319,10 @@ class LanguageModel:
         return room
 
 
-def message(role: str, content: str) -> Message:
-    """One turn of a conversation."""
-    return {"role": role, "content": content}
+def message(role: str, content: str, images: int = 0) -> Message:
+    """One turn of a conversation, which begins with this number of images."""
+    turn = {"role": role, "content": content}
+    if not images:
+        return turn
+    parts: list[Part] = [{"type": IMAGE} for _ in range(images)]
+    return with_parts(turn, [*parts, {"type": "text", "text": content}])

@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from petl.adapters.export.saved_adapter import SavedAdapter, device, find, model_in
 from petl.core.loading import load
 from petl.core.spec.facts import facts_of
 from petl.core.spec.method import modifies_base_weights
-from petl.core.types import CausalModel, Settings
-from petl.data.models.loading import load_base, load_tokenizer, loading
+from petl.core.types import CausalModel, Processor, Settings
+from petl.data.models.loading import load_base, load_processor, loading
 from petl.data.models.saved_processor import differences, load_saved_processor
 from petl.data.models.sources import read_source
-from petl.data.tasks.base import Task
+from petl.data.tasks.base import Task, tokenizer_in
 from petl.data.tasks.causal_lm import CausalLM
+from petl.data.tasks.image_text import ImageText
 from petl.data.tasks.seq2seq import Seq2Seq
 from petl.data.tasks.task_file import read_task
 from petl.data.templates import fill, reads_columns
@@ -80,9 +82,9 @@ def load_language_model(
             "(init_lora_weights), which others need: give it alone, take petl serve, or save it "
             "with path_initial_model_for_weight_conversion"
         )
-    model, tokenizer = load_writer(found, run)
+    model, reader = load_writer(found, run)
     for name, saved in more.items():
-        differing = differences(tokenizer_of(saved), tokenizer)
+        differing = differences(reader_of(saved, task_of(saved, run)), reader)
         if differing:
             logger.warning(
                 "%s of adapter %r differs from that of %s, which all prompts are read with: start "
@@ -95,7 +97,7 @@ def load_language_model(
         model = load(model, saved.adapter, adapter_name=name, other_base=other_base)
     fuse_lora(model)  # as in training, and a switch takes the same time with many adapters
     names = {**({DEFAULT: str(run)} if first else {}), **(others or {})}
-    language = reading_as_trained(model.eval(), tokenizer, found, names, plain=plain)
+    language = reading_as_trained(model.eval(), reader, found, names, plain=plain)
     return replace(language, drafting=drafting, own_drafter=_own_drafter(Path(run), found))
 
 
@@ -118,29 +120,33 @@ def refuse_tasks(saved: SavedAdapter) -> None:
         )
 
 
-def load_writer(found: Found, path: str | Path) -> tuple[CausalModel, PreTrainedTokenizerBase]:
-    """Load the base model of `find_model(path)`, on the accelerator if there is one, and tokenizer.
+def load_writer(found: Found, path: str | Path) -> tuple[CausalModel, Processor]:
+    """Load the base model of `find_model(path)`, on the accelerator if there is one.
 
-    The tokenizer is the one that an adapter was trained with.
+    And its reader: the tokenizer, or processor of images and text, that an adapter was trained
+    with.
 
     Raises:
         InputError: it does not write text, or cannot be loaded.
     """
     settings = model_settings(found)
-    task, tokenizer = task_of(found, path), tokenizer_of(found)
-    model: Any = load_base(settings, task, processor=tokenizer)
+    task = task_of(found, path)
+    reader = reader_of(found, task)
+    model: Any = load_base(settings, task, processor=reader)
     if settings.get("quantization") is None:  # a quantized model was placed while it was loaded
         model = model.to(device())
-    return model, tokenizer
+    return model, reader
 
 
-def tokenizer_of(
-    found: Found, base: PreTrainedTokenizerBase | None = None
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of what `find_model` returns; `base` as of `load_saved_processor`."""
+def reader_of(found: Found, task: Task, base: Processor | None = None) -> Processor:
+    """The tokenizer, or processor of images and text, of what `find_model` returns.
+
+    Args:
+        task: from `task_of`.
+        base: as of `load_saved_processor`.
+    """
     if not isinstance(found, SavedAdapter):
-        return load_tokenizer(found)
-    task = CausalLM(max_length=1)
+        return load_processor(found, task)
     return load_saved_processor(found.settings["model"], task, found.adapter, base)
 
 
@@ -151,7 +157,7 @@ def model_settings(found: Found) -> Settings:
 
 def reading_as_trained(
     model: PeftModel | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    reader: Processor,
     found: Found,
     adapters: Mapping[str, str],
     *,
@@ -164,6 +170,7 @@ def reading_as_trained(
         plain: as of `load_language_model`.
     """
     config: Any = model.config
+    tokenizer = tokenizer_in(reader)
     data = found.settings.get("data", {}) if isinstance(found, SavedAdapter) else {}
     learned = read_task(found.adapter) if isinstance(found, SavedAdapter) else None
     if plain is None:
@@ -180,6 +187,7 @@ def reading_as_trained(
         system=fill(system, {}) if system and not reads_columns(system) else None,
         prefix=learned.prefix if isinstance(learned, Seq2Seq) else "",
         columns={key: value for key, value in data.items() if key not in NO_COLUMNS},
+        processor=None if reader is tokenizer else reader,
     )
 
 
@@ -205,12 +213,16 @@ def task_of(found: Found, path: str | Path) -> Task:
         InputError: the model does not write.
     """
     if isinstance(found, SavedAdapter):
+        if isinstance(read_task(found.adapter), ImageText):
+            return ImageText(max_length=1)
         kind = str(found.config.task_type)
         reads = {"CAUSAL_LM": False, "SEQ_2_SEQ_LM": True}.get(kind)  # None: no task that writes
     else:
         source = read_source(found)
         with loading(source):
             config = source.config()
+            if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and source.has_processor():
+                return ImageText(max_length=1)
         kind = ", ".join(config.architectures or ["no class of model"])
         # a config that names no class is tried
         writes = not config.architectures or kind.endswith(WRITERS)

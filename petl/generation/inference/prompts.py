@@ -7,6 +7,8 @@ from itertools import islice
 from petl.data.files import lines_of
 from petl.data.inputs import read_inputs
 from petl.data.tasks.causal_lm import CausalLM
+from petl.data.tasks.image_text import ImageText
+from petl.data.tasks.image_text.prompt import Conversation
 from petl.data.tasks.seq2seq import Seq2Seq
 from petl.data.validation import Row
 from petl.efficiency.drafting.engine import Stats
@@ -42,12 +44,19 @@ def read_prompts(
         yield from lines(file)
         return
     # nothing is truncated here
-    kind = Seq2Seq if model.is_encoder_decoder else CausalLM
-    task = kind(max_length=1)
+    of_texts = Seq2Seq if model.is_encoder_decoder else CausalLM
+    task = (of_texts if model.processor is None else ImageText)(max_length=1)
     # no system prompt from the columns: `encode` adds the one that is given
     columns = {**model.columns, "system": None} if system is not None else model.columns
     for row, read in read_inputs([file], task, columns, any_kind=True, setting="--file"):
-        yield Question(row, read["messages"] if "messages" in read else read["text"])
+        yield Question(row, prompt_in(read))
+
+
+def prompt_in(row: Row) -> Prompt:
+    """The prompt of a row of a task that writes."""
+    if "images" in row:
+        return Conversation(row["messages"], tuple(row["images"]))
+    return row["messages"] if "messages" in row else row["text"]
 
 
 def lines(file: str) -> Iterator[Question]:

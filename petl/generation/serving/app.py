@@ -17,7 +17,7 @@ from petl.errors import InputError, RunStopped, printable
 from petl.generation.serving.bodies import Body, read_body
 from petl.generation.serving.connections import CONNECTIONS, Connection
 from petl.generation.serving.engine import Busy, Engine
-from petl.generation.serving.gate import Gate
+from petl.generation.serving.gate import BODY_BYTES, IMAGE_BODY_BYTES, Gate
 from petl.generation.serving.replies import ApiError, Json, error_body
 from petl.generation.serving.service import AnswerService
 from petl.generation.serving.wire import ChatRequest, CompletionRequest
@@ -40,7 +40,9 @@ def build_app(
     """
     # no pages of documentation: they load scripts from elsewhere
     app = FastAPI(title="petl serve", version=__version__, docs_url=None, redoc_url=None)
-    app.add_middleware(Gate, api_key=api_key, hosts=hosts)
+    reads_images = any(each.language.processor for each in service.served.values())
+    most = IMAGE_BODY_BYTES if reads_images else BODY_BYTES
+    app.add_middleware(Gate, api_key=api_key, hosts=hosts, body_bytes=most)
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(HTTPException, _http_error)
     # Starlette takes the handler of the nearest class in an exception's MRO

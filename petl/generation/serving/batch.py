@@ -6,8 +6,9 @@ of prompt and answer, Q tokens of a pass, N nodes of one over drafts, V tokens o
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from petl.core.parameters import max_positions
 from petl.core.serving.mixed_batch import AdapterRows
 from petl.core.types import CausalModel
 from petl.data.tasks.base import pad_id
+from petl.data.tasks.image_text.prompt import ImagePrompt
 from petl.efficiency.drafting import tree
 from petl.efficiency.drafting.cache import cache_argument, compact
 from petl.efficiency.drafting.calls import why_plain
@@ -59,6 +61,9 @@ class BatchPasses:
         self.cache_argument = cache_argument(model.base)
         self.takes_positions = "position_ids" in accepted
         self.has_keep = "logits_to_keep" in accepted
+        # the module of a model whose positions depend on its images, and which stores their shift
+        modules = model.base.modules()
+        self.shifting: Any = next((m for m in modules if hasattr(m, "rope_deltas")), None)
         can_draft = drafter is not None and self.mergeable and not why_plain(model.base)
         self.drafts = Drafts(model.base, str(drafter)) if can_draft else None
 
@@ -67,7 +72,12 @@ class BatchPasses:
         return kv_cache.new_cache(self.model.base.config, mergeable=self.mergeable)
 
     def next_logits(
-        self, ids: Tensor, mask: Tensor, cache: DynamicCache, names: AdapterRows
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        cache: DynamicCache,
+        names: AdapterRows,
+        shifts: Sequence[int],
     ) -> Tensor:
         """Return the logits of the next tokens, [B, V].
 
@@ -75,32 +85,58 @@ class BatchPasses:
             ids: the tokens that are not in the cache, [B, Q].
             mask: 0 at padding, [B, T], with the tokens in the cache.
             names: the adapter of each row.
+            shifts: of the positions of each row, from `read_images`.
         """
         # positions count the row's own tokens, without the padding on its left
         positions = positions_in(mask)[:, -ids.shape[1] :]
+        positions = positions + torch.tensor(shifts, device=ids.device)[:, None]
         # only the last position: the logits of a long prompt would take much memory
         return self.logits(ids, mask, positions, cache, names, keep=1)[:, -1]
+
+    def read_images(
+        self, prompt: ImagePrompt, cache: DynamicCache, names: AdapterRows
+    ) -> tuple[Tensor, int]:
+        """Return the logits of the next token of a prompt with images, [1, V].
+
+        And the shift of the positions of its next tokens against their number, which is 0 but for
+        models whose images take fewer positions than tokens.
+        """
+        device = self.model.base.device
+        more = {name: value.to(device) for name, value in prompt.inputs.items()}
+        ids, mask = more.pop("input_ids"), more.pop("attention_mask")
+        # such models compute the positions of images themselves
+        own = self.shifting is not None and bool(prompt.images)
+        positions = None if own else positions_in(mask)
+        logits = self.logits(ids, mask, positions, cache, names, keep=1, more=more)[:, -1]
+        return logits, int(self.shifting.rope_deltas.sum()) if own else 0
 
     def logits(
         self,
         ids: Tensor,
         mask: Tensor | None,
-        positions: Tensor,
+        positions: Tensor | None,
         cache: DynamicCache,
         names: AdapterRows,
         *,
         keep: int,
+        more: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Return the logits after the last `keep` tokens, [B, keep, V].
 
         Args:
             ids: the tokens that are not in the cache, [B, Q].
             mask: 0 at padding, [B, T]; or the mask of a tree, [B, 1, Q, T]; None: no padding.
-            positions: of the tokens, [B, Q].
+            positions: of the tokens, [B, Q]; None: the model computes them.
             names: the adapter of each row.
+            more: other inputs.
         """
-        inputs = {"input_ids": ids, "attention_mask": mask, self.cache_argument: cache}
-        if self.takes_positions:
+        inputs: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            self.cache_argument: cache,
+        }
+        inputs |= more or {}
+        if self.takes_positions and positions is not None:
             inputs["position_ids"] = positions
         if self.has_keep:
             inputs["logits_to_keep"] = keep
@@ -131,26 +167,22 @@ class Batch:
         self.cache = self.passes.new_cache()
         self.mask = torch.zeros(0, 0, dtype=torch.long, device=self.device)
         self.last: list[int] = []  # the last token of each row, which is not in the cache
+        self.shifts: list[int] = []  # of the positions of each row
         self.names = AdapterRows([])
 
     def join(self, requests: Sequence[Request]) -> None:
         """Compute the first token of new requests in one pass, and add those that go on."""
         # a batch of its own for one pass: prompts have many tokens, running rows one
         newcomers = Batch(self.passes)
-        inputs = padded(
-            [request.prompt for request in requests],
-            pad_id(self.passes.model.tokenizer),
-            on_left=True,  # so that the newest token of each row is in the last column
-        )
         newcomers.requests = [*requests]
-        newcomers.mask = inputs["attention_mask"].to(self.device)
-        newcomers._pass(inputs["input_ids"].to(self.device))
+        newcomers._read()
         if not self.requests:
             self.requests, self.cache, self.mask = (
                 newcomers.requests,
                 newcomers.cache,
                 newcomers.mask,
             )
+            self.shifts = []
         elif newcomers.requests:  # some are left; the others ended at their first token
             kv_cache.append(self.cache, newcomers.cache)
             length = max(self.mask.shape[1], newcomers.mask.shape[1])
@@ -159,22 +191,47 @@ class Batch:
             self.mask = torch.cat([pad(mask, (length - mask.shape[1], 0)) for mask in masks])
             self.requests += newcomers.requests
         self.last += newcomers.last
+        self.shifts += newcomers.shifts
         self._rename()
+
+    def _read(self) -> None:
+        """Run the pass over the prompts of requests: of one with images, or of several texts."""
+        first = self.requests[0].prompt
+        if isinstance(first, ImagePrompt):
+            assert len(self.requests) == 1, "each by itself, see Slot.advance"
+            self._rename()
+            self.mask = first.inputs["attention_mask"].to(self.device)
+            logits, shift = self.passes.read_images(first, self.cache, self.names)
+            self.shifts = [shift]
+            self._take(logits)
+            return
+        inputs = padded(
+            [request.prompt for request in self.requests],
+            pad_id(self.passes.model.tokenizer),
+            on_left=True,  # so that the newest token of each row is in the last column
+        )
+        self.mask = inputs["attention_mask"].to(self.device)
+        self.shifts = [0] * len(self.requests)
+        self._pass(inputs["input_ids"].to(self.device))
 
     def step(self) -> None:
         """Compute the next token of all rows in one pass, and drafts if there is one row."""
         drafts = self.passes.drafts
-        if drafts is not None and len(self.requests) == 1:
+        is_alone = len(self.requests) == 1
+        if drafts is not None and is_alone and not isinstance(self.requests[0].prompt, ImagePrompt):
             drafts.step(self)
             return
         self.mask = pad(self.mask, (0, 1), value=1)  # for the tokens of `self.last`
         self._pass(torch.tensor(self.last, device=self.device)[:, None])
 
     def _pass(self, ids: Tensor) -> None:
-        """Run one pass, hand each request its token, and drop those that are finished."""
+        """Run one pass, and take its tokens."""
         if len(self.names) != len(self.requests):  # at the first pass of newcomers
             self._rename()
-        logits = self.passes.next_logits(ids, self.mask, self.cache, self.names)
+        self._take(self.passes.next_logits(ids, self.mask, self.cache, self.names, self.shifts))
+
+    def _take(self, logits: Tensor) -> None:
+        """Hand each request its token, and drop those that are finished."""
         likeliest = logits.argmax(-1).tolist()  # of all rows, in one transfer from the device
         self.last, going_on = [], []
         for row, request in enumerate(self.requests):
@@ -188,6 +245,7 @@ class Batch:
     def _keep(self, rows: list[int]) -> None:
         """Keep these rows only, without the padding that all of them have."""
         requests = [self.requests[row] for row in rows]
+        self.shifts = [self.shifts[row] for row in rows]
         if not rows:
             self.clear()
             return

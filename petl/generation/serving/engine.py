@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import Condition, Thread
 
+from petl.data.tasks.image_text.prompt import ImagePrompt
 from petl.errors import RunStopped
 from petl.generation.inference.language_model import LanguageModel
 from petl.generation.serving.batch import Batch, BatchPasses
@@ -41,7 +42,11 @@ class Slot:
             batch.step()
         if newcomers and self.passes.mergeable:
             self.batches = self.batches or [Batch(self.passes)]
-            self.batches[0].join(newcomers)
+            texts = [each for each in newcomers if not isinstance(each.prompt, ImagePrompt)]
+            # tensors of images are those of one request
+            pictured = [[each] for each in newcomers if isinstance(each.prompt, ImagePrompt)]
+            for group in ([texts] if texts else []) + pictured:
+                self.batches[0].join(group)
         else:  # each by itself
             for request in newcomers:
                 self.batches.append(Batch(self.passes))

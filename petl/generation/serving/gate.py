@@ -14,6 +14,7 @@ from petl.generation.serving.replies import error_body
 
 OPEN = ("/health",)  # paths without a key
 BODY_BYTES = 4 * 2**20  # 4 MiB: about a million tokens, at four bytes each
+IMAGE_BODY_BYTES = 2**26  # 64 MiB, of a server whose model reads images
 BODY_SECONDS = 30.0  # for a body to arrive
 
 
@@ -21,9 +22,13 @@ class Gate:
     """ASGI middleware that refuses requests without the key, and bodies that are too large."""
 
     def __init__(
-        self, app: ASGIApp, api_key: str | None = None, hosts: Collection[str] | None = None
+        self,
+        app: ASGIApp,
+        api_key: str | None = None,
+        hosts: Collection[str] | None = None,
+        body_bytes: int = BODY_BYTES,
     ) -> None:
-        self.app, self.hosts = app, hosts
+        self.app, self.hosts, self.body_bytes = app, hosts, body_bytes
         self.expected = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -45,12 +50,12 @@ class Gate:
             return
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                body = await read_body(headers, receive)
+                body = await read_body(headers, receive, self.body_bytes)
         except TimeoutError:
             await refuse(408, "the body did not arrive in time", scope, receive, send)
             return
         if body is None:
-            message = f"the body has more than {BODY_BYTES:,} bytes"
+            message = f"the body has more than {self.body_bytes:,} bytes"
             await refuse(413, message, scope, receive, send)
             return
         messages = [{"type": "http.request", "body": body, "more_body": False}]
@@ -79,11 +84,11 @@ def is_known_host(header: str, hosts: Collection[str]) -> bool:
         return False
 
 
-async def read_body(headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
-    """Return the body of a request; None: it is too large."""
+async def read_body(headers: dict[bytes, bytes], receive: Receive, most: int) -> bytes | None:
+    """Return the body of a request; None: it has more than `most` bytes."""
     announced = headers.get(b"content-length", b"0")
     # at most 12 digits: int() of a longer text is slow, or an error
-    if not announced.isdigit() or len(announced) > 12 or int(announced) > BODY_BYTES:
+    if not announced.isdigit() or len(announced) > 12 or int(announced) > most:
         return None
     parts, size, more = [], 0, True
     # counted too, since a body in chunks announces no length
@@ -92,7 +97,7 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive) -> bytes | No
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         more = message.get("more_body", False)  # also of a client that has gone
-        if size > BODY_BYTES:
+        if size > most:
             return None
     return b"".join(parts)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.core.loading import load
@@ -17,9 +17,10 @@ from petl.core.parameters import max_positions
 from petl.core.registry import keeps_base, refusal
 from petl.core.spec.method import modifies_base_weights
 from petl.core.support import Capability
-from petl.core.types import Settings
-from petl.data.models.loading import load_tokenizer
+from petl.core.types import Processor, Settings
+from petl.data.models.loading import load_processor
 from petl.data.models.sources import read_source
+from petl.data.tasks.base import tokenizer_in
 from petl.efficiency.fused_lora.switching import fuse_lora
 from petl.errors import InputError
 from petl.generation.inference.language_model import BASE, LanguageModel
@@ -28,9 +29,10 @@ from petl.generation.inference.loading import (
     find_model,
     load_writer,
     model_settings,
+    reader_of,
     reading_as_trained,
     refuse_tasks,
-    tokenizer_of,
+    task_of,
 )
 from petl.generation.serving.batch import BatchPasses
 from petl.generation.serving.engine import ServedAdapter, Slot
@@ -95,7 +97,7 @@ def load_served(
     first_name = next(iter(found))
     first = found[first_name]
     settings = model_settings(first)
-    base, tokenizer = load_writer(first, runs[first_name])
+    base, reader = load_writer(first, runs[first_name])
     if base.config.is_encoder_decoder:
         raise InputError(
             f"{settings['name']} is an encoder-decoder, and petl serve takes decoders; "
@@ -106,11 +108,20 @@ def load_served(
     base_name = str(settings["name"]) if saved else first_name
     if base_name in saved:
         raise InputError(f"{base_name!r} is the name of the base model: give the run another name")
-    own = load_tokenizer(settings) if read_source(settings).has_tokenizer() else tokenizer
-    tokenizers = {name: tokenizer_of(each, own) for name, each in saved.items()}
-    for each in (*tokenizers.values(), own):
-        each("")  # the first call may change its settings; later ones are made by several threads
-    loader = ModelLoader(base, own, tokenizers, max_positions(base), plain, drafter)
+    tasks = {name: task_of(each, runs[name]) for name, each in found.items()}
+    kinds = {type(task): name for name, task in tasks.items()}
+    if len(kinds) > 1:
+        raise InputError(
+            f"{' and '.join(map(repr, kinds.values()))} were trained on texts and on images: a "
+            "server loads one class of model; start another one with --port"
+        )
+    has_own = read_source(settings).has_tokenizer()
+    own = load_processor(settings, tasks[first_name]) if has_own else reader
+    readers = {name: reader_of(each, tasks[name], own) for name, each in saved.items()}
+    for each in (*readers.values(), own):
+        # the first call may change its settings; later ones are made by several threads
+        tokenizer_in(each)("")
+    loader = ModelLoader(base, own, readers, max_positions(base), plain, drafter)
     served = loader.adapters(saved, other_base)
     return {base_name: loader.base_model(base_name, first, served), **served}
 
@@ -150,8 +161,8 @@ class ModelLoader:
     """Puts adapters on a base model, which several models of different methods share."""
 
     base: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase  # of the base model
-    tokenizers: Mapping[str, PreTrainedTokenizerBase]  # of the adapters
+    reader: Processor  # of the base model: a tokenizer, or processor of images and text
+    readers: Mapping[str, Processor]  # of the adapters
     positions: int | None
     plain: bool | None
     drafter: str | None = None
@@ -186,7 +197,7 @@ class ModelLoader:
         paths = {name: str(each.run or each.adapter) for name, each in group.items()}
         adapters = {names[name]: path for name, path in paths.items()}
         languages = {
-            name: reading_as_trained(model, self.tokenizers[name], each, adapters, plain=self.plain)
+            name: reading_as_trained(model, self.readers[name], each, adapters, plain=self.plain)
             for name, each in group.items()
         }
         # why the rows of a batch cannot have adapters of their own; "": they can
@@ -224,7 +235,7 @@ class ModelLoader:
                 lane, model = each.lane, host
                 break
         plain = bool(self.plain)  # not as an adapter has learned it
-        language = reading_as_trained(model, self.tokenizer, found, {}, plain=plain)
+        language = reading_as_trained(model, self.reader, found, {}, plain=plain)
         language = replace(language, system=None)  # that of an adapter's training
         return ServedAdapter(
             name, language, BASE, lane or self._lane(language, BASE), self.positions

@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from petl.errors import did_you_mean, printable, shown
+from petl.data.tasks import Message
+from petl.data.tasks.image_text.images import image_of, is_data
+from petl.data.tasks.image_text.prompt import Conversation, ImagePrompt
+from petl.errors import InputError, did_you_mean, printable, shown
 from petl.generation.inference.language_model import LanguageModel
 from petl.generation.inference.sampling import AnswerText, Sampling
 from petl.generation.serving.choice import Chooser, TokenChooser
@@ -28,9 +31,17 @@ from petl.generation.serving.replies import (
     error_body,
 )
 from petl.generation.serving.request import AnswerPart, Emit, Request
-from petl.generation.serving.wire import MAX_CHOICES, MAX_ENTRIES, ChatRequest, CompletionRequest
+from petl.generation.serving.wire import (
+    MAX_CHOICES,
+    MAX_ENTRIES,
+    MAX_IMAGES,
+    ChatRequest,
+    CompletionRequest,
+)
 
 CLIENT_GONE = 499  # nobody reads it
+MAX_PIXELS = 2**24  # of all images in a request, 50 MB in memory; assumption
+DECODERS = 2  # requests whose images are decoded at a time
 logger = logging.getLogger(__name__)
 
 
@@ -41,11 +52,13 @@ class AnswerService:
     Attributes:
         served: what requests can choose, by name.
         max_tokens: of an answer at most.
+        decoding: held by requests whose images are decoded.
     """
 
     served: Mapping[str, ServedAdapter]
     engine: Engine
     max_tokens: int
+    decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(DECODERS))
 
     def models(self) -> Json:
         """The body of /v1/models."""
@@ -67,9 +80,14 @@ class AnswerService:
     async def chat(self, body: ChatRequest, request: HttpRequest) -> Response:
         """Reply to /v1/chat/completions."""
         served = self._find(body.model)
-        turns: list[Any] = [message.turn() for message in body.messages]
+        turns = [message.turn() for message in body.messages]
+        urls = [url for message in body.messages for url in message.images]
         # in another thread: a long prompt would hold up all connections
-        prompt = await run_in_threadpool(served.language.encode, turns)
+        if urls:
+            async with self.decoding:  # an image takes a hundred times the memory of its file
+                prompt = await run_in_threadpool(pictured, served.language, turns, urls)
+        else:
+            prompt = await run_in_threadpool(served.language.encode, turns)
         reply = ChatReply(served.name, served.language.tokenizer)
         return await self._reply(reply, body, served, [prompt], request)
 
@@ -94,7 +112,7 @@ class AnswerService:
         reply: Reply,
         body: ChatRequest | CompletionRequest,
         served: ServedAdapter,
-        prompts: Sequence[list[int]],
+        prompts: Sequence[Sequence[int]],
         request: HttpRequest,
     ) -> Response:
         # `n` answers to each of the prompts
@@ -132,7 +150,7 @@ class AnswerService:
         self,
         body: ChatRequest | CompletionRequest,
         served: ServedAdapter,
-        prompt: list[int],
+        prompt: Sequence[int],
         number: int,
         emit: Emit,
     ) -> Request:
@@ -163,7 +181,36 @@ class AnswerService:
         )
 
 
-def _encode(language: LanguageModel, prompt: str | list[int]) -> list[int]:
+def pictured(language: LanguageModel, turns: list[Message], urls: Sequence[str]) -> Sequence[int]:
+    """The prompt of a conversation with images, and their pixels as the model reads them.
+
+    Raises:
+        ApiError: an image is none, too large, or elsewhere: nothing is fetched.
+    """
+    if len(urls) > MAX_IMAGES:
+        message = f"{len(urls)} images in one request; allowed are {MAX_IMAGES}"
+        raise ApiError(message, param="messages")
+    images, pixels = [], 0
+    for number, url in enumerate(urls, start=1):
+        if not is_data(url):
+            raise ApiError(
+                f"image {number} has the URL {shown(url)}: this server fetches nothing; send the "
+                "image itself, as data:image/png;base64,...",
+                param="messages",
+            )
+        try:
+            images.append(image_of(url, max_pixels=MAX_PIXELS - pixels))
+        except InputError as error:
+            raise ApiError(f"image {number}: {error}", param="messages") from error
+        pixels += images[-1].width * images[-1].height
+    prompt = language.encode(Conversation(turns, tuple(images)))
+    # here, and not in the thread of the engine, where a failure would end other answers as well
+    if isinstance(prompt, ImagePrompt):
+        _ = prompt.inputs
+    return prompt
+
+
+def _encode(language: LanguageModel, prompt: str | list[int]) -> Sequence[int]:
     """The token ids of a prompt of /v1/completions, a text or ids already."""
     if isinstance(prompt, str):
         return language.encode(prompt)

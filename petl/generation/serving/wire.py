@@ -9,10 +9,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from petl.data.conversations import IMAGE, Part, text_of, with_parts
+from petl.data.tasks import Message
+
 # bounds of what one request may cost; assumptions
 MAX_STOPS = 16
 MAX_MESSAGES = 2000
 MAX_PROMPTS = 64
+MAX_IMAGES = 16  # in one request
 MAX_CHOICES = 64  # in one request, over all of its prompts
 TOP_LOGPROBS = 20  # OpenAI's limit
 MAX_ENTRIES = 2**20  # of logprobs in one reply
@@ -47,19 +51,51 @@ class TextPart(Strict):
     text: Text
 
 
+class ImageUrl(Strict):
+    """Where an image is: in the request itself."""
+
+    url: Annotated[str, StringConstraints(max_length=2**25)]  # below gate.IMAGE_BODY_BYTES
+    detail: Literal["auto"] | None = None  # the processor of the model decides
+
+
+class ImagePart(Strict):
+    """An image in a message's content."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Parts = Annotated[
+    list[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
+    Field(fail_fast=True, max_length=MAX_MESSAGES),
+]
+
+
 class ChatMessage(Strict):
     """A turn of a conversation."""
 
     # no "tool": requests cannot declare functions
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_MESSAGES)]
+    content: Text | Parts
 
-    def turn(self) -> dict[str, str]:
-        """The message as chat templates read it."""
-        parts = self.content
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+    def turn(self) -> Message:
+        """The message as it is encoded, see petl.data.conversations."""
         # templates know the older word
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        role = "system" if self.role == "developer" else self.role
+        if isinstance(self.content, str):
+            return {"role": role, "content": self.content}
+        parts: list[Part] = [
+            {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": IMAGE}
+            for part in self.content
+        ]
+        plain = {"role": role, "content": text_of(parts)}
+        return with_parts(plain, parts) if self.images else plain
+
+    @property
+    def images(self) -> list[str]:
+        """The URLs of its images."""
+        parts = () if isinstance(self.content, str) else self.content
+        return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
 
 
 class StreamOptions(Strict):

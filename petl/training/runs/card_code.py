@@ -8,6 +8,7 @@ from pprint import pformat
 from typing import Any
 
 import yaml
+from transformers import AutoTokenizer
 
 from petl.core.types import Settings
 from petl.data.models.sources import ModelSource, RandomInit
@@ -68,6 +69,19 @@ image = Image.new("RGB", (64, 64))  # or Image.open(FILE).convert("RGB")
 inputs = processor(image, return_tensors="pt")
 {LOGITS}
 {CLASS}""",
+    "image_text": """\
+image = Image.new("RGB", (64, 64))  # or Image.open(FILE).convert("RGB")
+question = "Replace this by your own question."
+content = [{{"type": "image", "image": image}}, {{"type": "text", "text": question}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+)
+output = model.generate(**inputs, max_new_tokens={new_tokens})
+print(processor.decode(output[{answer}], skip_special_tokens=True))""",
     "audio_classification": f"""\
 rate = processor.sampling_rate  # samples per second that the model was trained on
 sound = np.zeros({{seconds}} * rate, np.float32)  # mono
@@ -77,6 +91,7 @@ inputs = processor(sound, sampling_rate=rate, return_tensors="pt")
 }
 IMPORTS = {
     "image_classification": "from PIL import Image",
+    "image_text": "from PIL import Image",
     "audio_classification": "import numpy as np",
 }
 
@@ -157,7 +172,7 @@ class Usage:
     @property
     def word(self) -> str:
         """The name of the variable for the tokenizer or processor."""
-        return "tokenizer" if self.task.reads_text else "processor"
+        return "tokenizer" if self.task.processor_class is AutoTokenizer else "processor"
 
     def _pretrained(self) -> list[str]:
         fields = self.task.model_kwargs()
@@ -189,7 +204,7 @@ class Usage:
     def prediction(self) -> str:
         """The statements that make a prediction."""
         task: Any = self.task
-        name = "chat" if getattr(task, "chat", False) else task.name
+        name = "chat" if task.name == "causal_lm" and task.chat else task.name
         # of several sets, the code is for the first
         limit = getattr(task, "limits", [getattr(task, "max_length", None)])[0]
         is_pair = self.pair or (bool(task.tasks) and task.tasks[0] in getattr(task, "pairs", ()))

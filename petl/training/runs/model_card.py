@@ -38,6 +38,7 @@ PIPELINES = {  # the Hub's names of tasks
     "question_answering": "question-answering",
     "causal_lm": "text-generation",
     "seq2seq": "text2text-generation",
+    "image_text": "image-text-to-text",
     "image_classification": "image-classification",
     "audio_classification": "audio-classification",
 }

@@ -1,0 +1,54 @@
+"""The processor of a model for images and text: tokenizer, image processor, chat template."""
+
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoProcessor, PretrainedConfig, ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+from petl.errors import InputError
+from petl.system.imports.extras import optional
+
+VIDEOS = "video_processor"
+# the second in older versions of transformers, and beside image processors alone
+FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+def load_image_text_processor(
+    where: str | Path, config: PretrainedConfig, options: dict[str, Any]
+) -> ProcessorMixin:
+    """Load the processor of a model, without its part for videos if torchvision is not installed.
+
+    Args:
+        where: folder or name on the Hub.
+        config: of the model.
+        options: of `from_pretrained`.
+
+    Raises:
+        InputError: there is none, it has no image processor, tokenizer or chat template, or Pillow
+            is not installed.
+    """
+    optional("PIL.Image", "image")
+    kind: Any = AutoProcessor
+    own: Any = PROCESSOR_MAPPING.get(type(config), None)
+    if own is not None and VIDEOS in own.get_attributes() and find_spec("torchvision") is None:
+        kind = without_videos(own)
+    found = kind.from_pretrained(where, **options)
+    parts = ("tokenizer", "image_processor", "chat_template")
+    missing = [name for name in parts if getattr(found, name, None) is None]
+    if missing:
+        raise InputError(
+            f"the processor of {where} ({type(found).__name__}) has no {missing[0]}, which "
+            "data.task=image_text needs: choose a model that was tuned for chats with images"
+        )
+    return found
+
+
+@cache
+def without_videos(kind: type[ProcessorMixin]) -> type[Any]:
+    """Return a class of processors without the part for videos; its name is the same."""
+    # the name is saved
+    parts = [name for name in kind.get_attributes() if name != VIDEOS]
+    return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: parts)})
