@@ -16,6 +16,7 @@ SOURCES = {
     "audio_folder": "petl.data.folders:AudioFolder",
     "digits": "petl.data.bundled:Digits",
     "speech": "petl.data.folders:Speech",
+    "stamps": "petl.data.stamps:Stamps",
     "tasks": "petl.data.task_sets:TaskSets",
 }
 
