@@ -1,7 +1,9 @@
 """Code of how-to pages runs as it stands there, on tiny models, only shorter."""
 
+import io
 import json
 import math
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +12,16 @@ from typing import Any
 import pytest
 import torch
 from datasets import load_dataset
+from image_text_fixtures import save_picture, write_rows
 from run_page import blocks
 from tiny_tokenizers import byte_tokenizer
 from training_fixtures import CLASSES, train
 
 import petl
 from petl import testing
+from petl.cli.main import main
 
-pytest_plugins = ["training_fixtures"]
+pytest_plugins = ["image_text_fixtures", "training_fixtures"]
 
 HOW_TO = Path(__file__).parents[2] / "docs" / "how-to"
 
@@ -199,3 +203,35 @@ def test_faster_answers(monkeypatch, tmp_path):
     again = petl.drafting.drafter("again", times=3)
     found = model.generate(ids, **settings, custom_generate=petl.drafting.decode, drafter=again)
     assert torch.equal(found, plain)
+
+
+def test_images_and_text(bases, tmp_path, monkeypatch):
+    """Each command of the page, with a tiny model of random weights."""
+    monkeypatch.chdir(tmp_path)
+    page = (HOW_TO / "images-and-text.md").read_text()
+    Path("images").mkdir()
+    for number, color in enumerate(("red", "blue"), start=1):
+        save_picture(Path(f"images/{number}.png"), color)
+    shutil.copytree(bases["llava"], "base")
+    config = json.loads(Path("base/config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 4096  # of no tensor
+    Path("base/config.json").write_text(json.dumps(config))
+    (file,) = [block for block in blocks(page) if block.file == "chats.jsonl"]
+    shown = [json.loads(line) for line in file.code.splitlines()]
+    for each in shown[1:]:  # the other forms that are shown: files of their own
+        write_rows(Path("other.jsonl"), [each] * 4)
+        words = "model=path model.path=base data=files data.train=other.jsonl data.task=image_text"
+        assert main(["data", *words.split()]) == 0
+    write_rows(Path("chats.jsonl"), [shown[0]] * 4)
+    commands = [block.code.splitlines() for block in blocks(page) if block.language == "bash"]
+    lines = [line for block in commands for line in block]
+    commands = [line for line in lines if line.startswith("petl ") and "data=stamps" not in line]
+    assert len(commands) == 7
+    monkeypatch.setattr("sys.stdin", io.StringIO("/image images/1.png\nWhich color?\n"))
+    for line in commands:
+        short = " train.steps=2 data.allow_overlap=true" if "petl train" in line else ""
+        try:
+            status = main(shlex.split(line + short)[1:])
+        except SystemExit as left:  # of Hydra
+            status = left.code
+        assert status == 0, line
