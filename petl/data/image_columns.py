@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from petl.data.answer_columns import AnswerColumns
 from petl.data.conversations import IMAGE, Part, parts_of, with_parts
+from petl.data.downloads import check_prefixes, downloaded
 from petl.data.formats import Format, pair_format, recognized, turns_format
 from petl.data.task_columns import AnySourceRows, ColumnSettings
 from petl.data.tasks import Message, task_class
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 MARK = "<image>"  # LLaVA's, in a text
 USUAL = ("image", "images")
+MAX_BYTES = 2**26  # of a download, as of a file
 URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 IMAGES = "petl.data.tasks.image_text.images"  # imported where there are images to read
 
@@ -33,7 +35,7 @@ class ImageTextColumns(AnswerColumns):
     reads_images = True
     own_settings: ClassVar[tuple[str, ...]] = (
         *("messages", "prompt", "answer", "format", "system", "generate"),
-        *("image", "image_folder"),
+        *("image", "image_folder", "image_urls"),
     )
 
     def __init__(self, settings: ColumnSettings, *, labeled: bool = True) -> None:
@@ -50,6 +52,7 @@ class ImageTextColumns(AnswerColumns):
                 f"data.format={settings.format} is not for data.task=image_text: "
                 f"{', '.join(each.name for each in _conversations())}"
             )
+        check_prefixes(settings.image_urls or ())
         if settings.image_folder is not None:
             folder = path_of("data.image_folder", settings.image_folder)
             if not folder.is_dir():
@@ -118,10 +121,7 @@ class ImageTextColumns(AnswerColumns):
         if source[:5].lower() == "data:":
             return source
         if URL.match(source):
-            raise ValueError(
-                f"has the image {shown(source)}: nothing is fetched from the network; download it, "
-                "and give its path"
-            )
+            return str(downloaded(source, self.settings.image_urls or (), MAX_BYTES))
         reason = why_impossible(source)
         if reason:
             raise ValueError(f"has the image {shown(source)}, which is not a path: {reason}")

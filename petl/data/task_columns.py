@@ -67,6 +67,8 @@ class ColumnSettings(TextSource, ABC):
     image: str | None = None  # column of images; None: image or images, if there is one
     # folder that paths of images are relative to and inside of; None: that of the file
     image_folder: str | None = None
+    # beginnings of URLs of images that are downloaded; None: none are
+    image_urls: list[str] | None = None
     pack: bool = False  # several whole texts in a row of max_length; no attention across texts
     # maximum new tokens when answers of test rows are generated and scored
     generate: int | None = field(None, integer(1))

@@ -140,7 +140,7 @@ def batched_prompts(
     if not pictured:
         return padded(prompts, pad, on_left=on_left)
     assert len(pictured) == len(prompts), "prompts of one processor"
-    return pictured[0].inputs if len(pictured) == 1 else prompt_inputs(pictured)
+    return pictured[0].inputs() if len(pictured) == 1 else prompt_inputs(pictured)
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int, *, on_left: bool) -> dict[str, Tensor]:

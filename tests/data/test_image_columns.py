@@ -1,11 +1,14 @@
 """Conversations with images in files: where images may be, and what is refused, with its line."""
 
 import base64
+import hashlib
 import io
 import json
 import os
 import struct
+import threading
 import zlib
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -220,3 +223,49 @@ def test_a_damaged_image_is_refused_before_training_by_its_conversation(tmp_path
     data = read_data(settings(file))
     with pytest.raises(InputError, match=r"Which color.*a\.png cannot be read"):
         data.task.encode(built("llava")[1], data.train)
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A web server on this machine, and the paths that it was asked for."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            if self.path == "/moved.png":
+                self.send_response(302)
+                self.send_header("Location", "/elsewhere.png")
+            else:
+                self.send_response(200)
+            self.end_headers()
+            self.wfile.write((tmp_path / "a.png").read_bytes())
+
+        def log_message(self, *words):
+            pass
+
+    monkeypatch.setenv("PETL_CACHE", str(tmp_path / "cache"))
+    save_picture(tmp_path / "a.png", "red")
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/", asked
+        server.shutdown()
+
+
+def test_a_url_that_a_setting_names_is_downloaded_once(tmp_path, site, monkeypatch):
+    address, asked = site
+    file = write_rows(tmp_path / "rows.jsonl", [row(f"{address}some/a.png", "red")] * 3)
+    found = read(file, image_urls=[f"{address}some/"])
+    assert found[0]["sha256"] == [hashlib.sha256((tmp_path / "a.png").read_bytes()).hexdigest()]
+    read(file, image_urls=[f"{address}some/"])
+    assert asked == ["/some/a.png"]
+    assert "data.image_urls" in refused(tmp_path, row(f"{address}other.png", "red"))
+    other = refused(tmp_path, row(f"{address}other.png", "red"), image_urls=[f"{address}some/"])
+    assert f"{address}some/" in other
+    # a redirect may lead anywhere
+    moved = refused(tmp_path, row(f"{address}moved.png", "red"), image_urls=[address])
+    assert "302" in moved
+    assert "/elsewhere.png" not in asked
+    monkeypatch.setattr("petl.data.image_columns.MAX_BYTES", 10)
+    large = refused(tmp_path, row(f"{address}b.png", "red"), image_urls=[address])
+    assert "more than 10 bytes" in large

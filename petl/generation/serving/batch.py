@@ -102,7 +102,7 @@ class BatchPasses:
         models whose images take fewer positions than tokens.
         """
         device = self.model.base.device
-        more = {name: value.to(device) for name, value in prompt.inputs.items()}
+        more = {name: value.to(device) for name, value in prompt.inputs().items()}
         ids, mask = more.pop("input_ids"), more.pop("attention_mask")
         # such models compute the positions of images themselves
         own = self.shifting is not None and bool(prompt.images)
@@ -200,8 +200,9 @@ class Batch:
         if isinstance(first, ImagePrompt):
             assert len(self.requests) == 1, "each by itself, see Slot.advance"
             self._rename()
-            self.mask = first.inputs["attention_mask"].to(self.device)
             logits, shift = self.passes.read_images(first, self.cache, self.names)
+            # of one prompt: no padding
+            self.mask = torch.ones(1, len(first), dtype=torch.long, device=self.device)
             self.shifts = [shift]
             self._take(logits)
             return

@@ -204,10 +204,9 @@ def pictured(language: LanguageModel, turns: list[Message], urls: Sequence[str])
             raise ApiError(f"image {number}: {error}", param="messages") from error
         pixels += images[-1].width * images[-1].height
     prompt = language.encode(Conversation(turns, tuple(images)))
+    assert isinstance(prompt, ImagePrompt), "models of texts alone refuse images"
     # here, and not in the thread of the engine, where a failure would end other answers as well
-    if isinstance(prompt, ImagePrompt):
-        _ = prompt.inputs
-    return prompt
+    return replace(prompt, prepared=prompt.inputs())
 
 
 def _encode(language: LanguageModel, prompt: str | list[int]) -> Sequence[int]:

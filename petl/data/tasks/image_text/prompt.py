@@ -8,7 +8,6 @@ only it knows the layout of its tensors.
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol, overload
 
 import numpy as np
@@ -77,19 +76,25 @@ def model_inputs(
 
 
 class _Remembering:
-    """An image processor that computes the same images once."""
+    """An image processor that computes the images of each beginning of a conversation once.
+
+    Attributes:
+        count: number of images of the beginning that is encoded now.
+    """
 
     def __init__(self, inner: Callable[..., Any]) -> None:
-        self.inner = inner
-        self.found: dict[tuple[int, ...], object] = {}
+        self.inner, self.count = inner, 0
+        self.found: dict[tuple[int, str], object] = {}
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.inner, name)
 
-    def __call__(self, images: Sequence[Sequence[object]], **options: object) -> object:
-        key = tuple(id(image) for own in images for image in own)
+    def __call__(self, images: object, **options: object) -> object:
+        # beginnings with as many images have the same ones
+        key = self.count, str(options)
         if key not in self.found:
             self.found[key] = self.inner(images, **options)
+        # a processor may remove entries of what it gets
         return copy.copy(self.found[key])
 
 
@@ -104,8 +109,10 @@ class ConversationEncoder:
     is_fast = False  # beginnings are compared: marks of the assistant's text count no images
 
     def __init__(self, processor: ImageTextProcessor, images: Iterable[ImageSource] = ()) -> None:
+        # a copy, since other threads use the processor as well
         self.processor = copy.copy(processor)
-        self.processor.image_processor = _Remembering(processor.image_processor)
+        self.memory = _Remembering(processor.image_processor)
+        self.processor.image_processor = self.memory
         self.images = [image_of(each) for each in images]
         self.name_or_path = processor.tokenizer.name_or_path
         self.all_special_ids = processor.tokenizer.all_special_ids
@@ -149,6 +156,7 @@ class ConversationEncoder:
     ) -> BatchEncoding:
         """The tokens of turns, those of their images included."""
         text, count = self.text(messages, **options)
+        self.memory.count = count
         inputs = model_inputs(self.processor, [text], [self.images[:count]])
         return BatchEncoding({"input_ids": [int(token) for token in inputs["input_ids"][0]]})
 
@@ -165,17 +173,18 @@ class ImagePrompt(Sequence[int]):
 
     Attributes:
         text: with a mark for each image.
+        prepared: the inputs of a model for this prompt alone, if they were computed before.
     """
 
     ids: tuple[int, ...]
     text: str
     images: tuple[ImageSource, ...]
     processor: ImageTextProcessor
+    prepared: dict[str, Tensor] | None = None
 
-    @cached_property  # it writes to __dict__, which a frozen dataclass allows
     def inputs(self) -> dict[str, Tensor]:
         """The inputs of a model for this prompt alone."""
-        return prompt_inputs([self])
+        return prompt_inputs([self]) if self.prepared is None else self.prepared
 
     def __len__(self) -> int:
         return len(self.ids)
