@@ -29,18 +29,18 @@ BUDGETS = {
     "system": 3400,
     "ops": 2650,
     "core": 11950,
-    "efficiency": 8100,
-    "data": 9150,
+    "efficiency": 8150,
+    "data": 10400,
     "training": 13800,
     "methods": 18150,
     "adapters": 7650,
-    "generation": 4600,
+    "generation": 4850,
     "experiments": 6350,
     "cli": 3650,
     "testing": 2900,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 13100, "tests": 72500}
+OTHERS = {"scripts": 13100, "tests": 73750}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 

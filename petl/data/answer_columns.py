@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, ClassVar
 
-from petl.data.conversations import refuse_images, without_last_answer
+from petl.data.conversations import turn_with_image, without_last_answer
 from petl.data.formats import (
     RATED,
     Format,
@@ -160,8 +160,9 @@ class AnswerColumns(TaskColumns, ABC):
     def messages(self, row: Row, convert: Callable[[Row], list[Message]]) -> list[Message]:
         """The messages of a row, without its last answer if rows are not labeled."""
         found = convert(row)
-        if not self.reads_images:
-            refuse_images(found)
+        place = turn_with_image(found)
+        if place and not self.reads_images:
+            raise ValueError(f"has an image in turn {place}: data.task=image_text reads those")
         template = self.settings.system
         # a system message of the row itself is more specific than the setting
         if template is not None and all(message["role"] != "system" for message in found):

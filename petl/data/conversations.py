@@ -134,11 +134,10 @@ def with_parts(message: Message, parts: list[Part]) -> Message:
     return {**message, "content": text_of(parts), "more": json.dumps(more)}
 
 
-def refuse_images(messages: Sequence[Message]) -> None:
-    """Raise ValueError if a message has an image, which a task on texts cannot read."""
-    for number, message in enumerate(messages, start=1):
-        if any(part["type"] == IMAGE for part in parts_of(message)):
-            raise ValueError(f"has an image in turn {number}: data.task=image_text reads those")
+def turn_with_image(messages: Sequence[Message]) -> int:
+    """The number of the first turn with an image, from 1; 0 if there is none."""
+    marked = (any(part["type"] == IMAGE for part in parts_of(message)) for message in messages)
+    return next((number for number, has_one in enumerate(marked, start=1) if has_one), 0)
 
 
 def tool_calls(value: object, place: str) -> list[dict[str, object]]:

@@ -8,9 +8,10 @@ from typing import IO
 from urllib.error import URLError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from petl.errors import InputError, first_line, shown
+from petl.errors import first_line, shown
 from petl.system.files.disk import write_atomic
 from petl.system.files.paths import cache_folder
+from petl.system.values import Rule
 
 SCHEMES = ("https://", "http://")
 SECONDS = 30.0  # for an answer to begin, and between its parts
@@ -27,16 +28,17 @@ class _NoRedirects(HTTPRedirectHandler):
         return
 
 
-def check_prefixes(prefixes: Sequence[str]) -> None:
-    """Raise InputError unless each is the beginning of URLs, with the whole name of a host."""
-    for prefix in prefixes:
-        host = prefix.partition("://")[2].partition("/")
-        # without the slash, the name of another host could go on behind it
-        if not prefix.lower().startswith(SCHEMES) or not host[0] or not host[1] or "@" in host[0]:
-            raise InputError(
-                f"data.image_urls has {shown(prefix)}, which is no beginning of URLs, such as "
-                "https://example.org/photos/"
-            )
+def is_prefix(text: str) -> bool:
+    """Return True for the beginning of URLs, with the whole name of a host."""
+    # without the slash behind it, the name of another host could go on
+    host, slash, _ = text.partition("://")[2].partition("/")
+    return text.lower().startswith(SCHEMES) and bool(host and slash) and "@" not in host
+
+
+PREFIXES = Rule(
+    "a list of beginnings of URLs, such as https://example.org/photos/",
+    lambda given: all(map(is_prefix, given)),
+)
 
 
 def downloaded(url: str, prefixes: Sequence[str], most: int) -> Path:

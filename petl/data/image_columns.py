@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from petl.data.answer_columns import AnswerColumns
 from petl.data.conversations import IMAGE, Part, parts_of, with_parts
-from petl.data.downloads import check_prefixes, downloaded
+from petl.data.downloads import downloaded
 from petl.data.formats import Format, pair_format, recognized, turns_format
 from petl.data.task_columns import AnySourceRows, ColumnSettings
 from petl.data.tasks import Message, task_class
@@ -52,7 +52,6 @@ class ImageTextColumns(AnswerColumns):
                 f"data.format={settings.format} is not for data.task=image_text: "
                 f"{', '.join(each.name for each in _conversations())}"
             )
-        check_prefixes(settings.image_urls or ())
         if settings.image_folder is not None:
             folder = path_of("data.image_folder", settings.image_folder)
             if not folder.is_dir():

@@ -9,6 +9,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, ClassVar
 
 from petl.data.base import SHARE, TextSource
+from petl.data.downloads import PREFIXES
 from petl.data.label_column import refuse_class_per_row
 from petl.data.other_tasks import fitting_task
 from petl.data.tasks import CLASSES, COLUMN, task_class
@@ -68,7 +69,7 @@ class ColumnSettings(TextSource, ABC):
     # folder that paths of images are relative to and inside of; None: that of the file
     image_folder: str | None = None
     # beginnings of URLs of images that are downloaded; None: none are
-    image_urls: list[str] | None = None
+    image_urls: list[str] | None = field(None, PREFIXES)
     pack: bool = False  # several whole texts in a row of max_length; no attention across texts
     # maximum new tokens when answers of test rows are generated and scored
     generate: int | None = field(None, integer(1))
