@@ -44,13 +44,6 @@ class Strict(BaseModel):
         return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
 
 
-class TextPart(Strict):
-    """A part of a message's content."""
-
-    type: Literal["text"]
-    text: Text
-
-
 class ImageUrl(Strict):
     """Where an image is: in the request itself."""
 
@@ -58,17 +51,21 @@ class ImageUrl(Strict):
     detail: Literal["auto"] | None = None  # the processor of the model decides
 
 
-class ImagePart(Strict):
-    """An image in a message's content."""
+class ContentPart(Strict):
+    """A part of a message's content: a text or an image."""
 
-    type: Literal["image_url"]
-    image_url: ImageUrl
+    type: Literal["text", "image_url"]
+    text: Text | None = None
+    image_url: ImageUrl | None = None
 
-
-Parts = Annotated[
-    list[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
-    Field(fail_fast=True, max_length=MAX_MESSAGES),
-]
+    # not two classes: errors of a union would name them
+    @model_validator(mode="after")
+    def with_content(self) -> "ContentPart":
+        """Refuse a part that has something other than its type says."""
+        has_text, has_image = self.text is not None, self.image_url is not None
+        if (has_text, has_image) != (self.type == "text", self.type == "image_url"):
+            raise ValueError(f"a part of type {self.type} has the field {self.type}, and no other")
+        return self
 
 
 class ChatMessage(Strict):
@@ -76,7 +73,7 @@ class ChatMessage(Strict):
 
     # no "tool": requests cannot declare functions
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Parts
+    content: Text | Annotated[list[ContentPart], Field(fail_fast=True, max_length=MAX_MESSAGES)]
 
     def turn(self) -> Message:
         """The message as it is encoded, see petl.data.conversations."""
@@ -85,7 +82,7 @@ class ChatMessage(Strict):
         if isinstance(self.content, str):
             return {"role": role, "content": self.content}
         parts: list[Part] = [
-            {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": IMAGE}
+            {"type": IMAGE} if part.text is None else {"type": "text", "text": part.text}
             for part in self.content
         ]
         plain = {"role": role, "content": text_of(parts)}
@@ -95,7 +92,7 @@ class ChatMessage(Strict):
     def images(self) -> list[str]:
         """The URLs of its images."""
         parts = () if isinstance(self.content, str) else self.content
-        return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+        return [part.image_url.url for part in parts if part.image_url is not None]
 
 
 class StreamOptions(Strict):

@@ -24,7 +24,7 @@ def message_of(kind, body) -> tuple[str, str | None]:
     ("body", "param", "message"),
     [
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "string or a"),
-        ({"messages": [{"role": "user", "content": [5]}]}, "messages.0.content.0", "TextPart"),
+        ({"messages": [{"role": "user", "content": [5]}]}, "messages.0.content.0", "ContentPart"),
         (
             {"messages": [{"role": "user", "content": [TEXT, {"type": "text", "text": 5}]}]},
             "messages.0.content.1.text",
@@ -32,8 +32,8 @@ def message_of(kind, body) -> tuple[str, str | None]:
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "messages.0.content.0.type",
-            "'image_url': Input should be 'text'",
+            "messages.0.content.0",
+            "a part of type image_url has the field image_url",
         ),
         ({"messages": HI, "stop": ["a", 5]}, "stop.1", "=5: Input should be a valid string"),
         ({"messages": HI, "stop": ["a", "x" * 2000]}, "stop.1", "at most 1000 characters"),
