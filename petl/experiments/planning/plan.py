@@ -9,9 +9,11 @@ from typing import Any, cast
 
 from omegaconf import DictConfig
 from peft import PeftModel
+from torch import nn
 
 from petl.core.adapter_file import safetensors_bytes, saved_shapes
 from petl.core.compat import AdaLoraModel
+from petl.core.experts.linears import by_stack
 from petl.core.lifecycle import lifecycle
 from petl.core.model.coverage import Coverage, coverage_of
 from petl.core.model.heat_map import role_of
@@ -269,15 +271,21 @@ def targets_of(model: PeftModel, patterns: object) -> list[PlannedTarget]:
     # a preset, or PEFT's default, matches several places, which say what it stands for
     prefix = f"{patterns or DEFAULT}: " if patterns is None or isinstance(patterns, str) else ""
     groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
-    for name in tuner.targeted_module_names:
-        # the first parameter is the weight, also of convolutions and embeddings
-        weight = next(base_layer(base.get_submodule(name)).parameters())
-        place = prefix + role_of(base, name)
-        groups.setdefault((place, tuple(weight.shape)), []).append(name)
+    for name in by_stack([*tuner.targeted_module_names, *tuner.targeted_parameter_names]):
+        place, shape = prefix + role_of(base, name), tuple(_weight_of(base, name).shape)
+        groups.setdefault((place, shape), []).append(name)
     return [
         PlannedTarget(place, shape, len(names), names[0])
         for (place, shape), names in groups.items()
     ]
+
+
+def _weight_of(base: nn.Module, name: str) -> nn.Parameter:
+    """Return the weight of the target of this name, a module or a stack of experts."""
+    owner, _, last = name.rpartition(".")
+    own = base_layer(base.get_submodule(owner))._parameters.get(last)
+    # the first parameter is the weight, also of convolutions and embeddings
+    return next(base_layer(base.get_submodule(name)).parameters()) if own is None else own
 
 
 def groups_of(model: PeftModel, settings: TrainConfig) -> list[PlanGroup]:
