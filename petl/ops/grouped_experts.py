@@ -56,12 +56,16 @@ class ExpertRows:
         offsets: [E] int32, where the rows of each expert end: rows are sorted by expert, those of
             none last. None: rows have any order, and each is multiplied by a copy of its weight.
         has_rest: True if there may be rows of no expert; their products are 0.
+        tokens: [S], the token of each row, of `total`; None: not known.
+        total: the number of tokens.
     """
 
     experts: Tensor
     count: int
     offsets: Tensor | None
     has_rest: bool = False
+    tokens: Tensor | None = None
+    total: int = 0
 
     @classmethod
     def ordered(cls, experts: Tensor, count: int, *, has_rest: bool = False) -> "ExpertRows":

@@ -6,7 +6,7 @@ R rank.
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mode
@@ -25,6 +25,10 @@ from petl.core import fingerprint
 from petl.core.adapter_file import PREFIX, WEIGHTS, trained_modules
 from petl.core.adapter_folder import CONFIG, Folder
 from petl.core.compat import BaseTunerLayer, svd_factors
+from petl.core.experts.layout import experts_of
+from petl.core.experts.linears import stack_of
+from petl.core.experts.stacks import Stack, has_sides_swapped, saved_factors, stacks_of
+from petl.core.layers.grouped import stacked_factors
 from petl.core.layers.layer import Adapter, AdapterLayer, Factors
 from petl.core.model.targets import matched_names
 from petl.core.refusals import is_lora, is_plain
@@ -108,12 +112,18 @@ def as_lora(
         name.removeprefix(PREFIX): factors_of(layer, adapter_name)
         for name, layer in ProgressItems(layers, "factoring the updates", unit="layers", quiet=True)
     }
+    by_expert = [name for name in factors if stack_of(name) != name]
+    stacks: dict[str, list[Factors]] = {}
+    for name in by_expert:
+        stacks.setdefault(stack_of(name), []).append(factors.pop(name))
     tensors = {}
     for name, (A, B, _) in factors.items():  # the scale goes into the config as alpha / r
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = B
     tensors |= trained_modules(model, adapter_name)
-    config = lora_config(model, factors, adapter_name)
+    config = lora_config(model, factors, adapter_name, stacks)
+    for stack in stacks_of(config, model.get_base_model()):
+        tensors |= stack_tensors(stack, stacks[f"{stack.path}.{stack.name}"])
     return config, {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
 
 
@@ -123,7 +133,6 @@ def factors_of(layer: nn.Module, adapter_name: str) -> Factors:
         (adapter,) = (adapter for _, adapter in layer.pick([adapter_name]))
         assert isinstance(adapter, Adapter)
         exact = adapter.factors()
-        layer.supports_lora_conversion(adapter_name)  # raises for experts
         if exact is not None:  # no SVD: exact and fast
             return exact
     A, B = svd_factors(layer, adapter_name)
@@ -137,17 +146,49 @@ def factors_of(layer: nn.Module, adapter_name: str) -> Factors:
     return Factors(A[significant], B[:, significant], 1.0)
 
 
-def lora_config(model: PeftModel, factors: dict[str, Factors], adapter_name: str) -> LoraConfig:
-    """Return the config of a LoRA with these factors; patterns hold the ranks that differ."""
+def stack_tensors(stack: Stack, factors: Sequence[Factors]) -> dict[str, Tensor]:
+    """Return the tensors of a LoRA on a stack of experts by their names in a file.
+
+    Args:
+        stack: of the base model.
+        factors: of each expert; smaller ranks than the largest are filled up with zeros.
+    """
+    A, B, scales, _ = stacked_factors(factors)
+    B = B * torch.tensor(scales, dtype=B.dtype, device=B.device)[:, None, None]
+    layout = experts_of(stack.module)
+    assert layout is not None
+    names = (f"{PREFIX}{stack.saved_path}.lora_{side}.weight" for side in "AB")
+    swapped = has_sides_swapped(stack.module, layout)
+    return dict(zip(names, saved_factors(A, B, swapped=swapped), strict=True))
+
+
+def lora_config(
+    model: PeftModel,
+    factors: dict[str, Factors],
+    adapter_name: str,
+    stacks: Mapping[str, Sequence[Factors]],
+) -> LoraConfig:
+    """Return the config of a LoRA with these factors; patterns hold the ranks that differ.
+
+    Args:
+        model: with the adapter.
+        factors: by path of a linear layer.
+        adapter_name: the adapter.
+        stacks: by path of a stack, those of its experts, whose scale is in B.
+    """
     config: Any = model.peft_config[adapter_name]
     ranks = {name: len(A) for name, (A, _, _) in factors.items()}
     alphas = {name: scale * ranks[name] for name, (_, _, scale) in factors.items()}
+    for stack, own in stacks.items():
+        ranks[stack] = max(len(A) for A, _, _ in own)
+        alphas[stack] = ranks[stack]
     layers: list[Any] = [model.get_base_model().get_submodule(name) for name in factors]
     return ranked_config(
         config,
         ranks,
         alphas,
-        target_modules=shortest_targets(model, list(factors)),
+        target_modules=shortest_targets(model, list(factors)) if factors else [],
+        target_parameters=list(stacks) or None,
         fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers),
     )
 
@@ -170,6 +211,8 @@ def in_one_scale(
     rank = max(layer["rank"] for layer in layers.values())
     scale = mode(layer["scale"] for layer in layers.values())
     plain = not (config.use_rslora or config.rank_pattern or config.alpha_pattern)
+    # the rows of several experts are one tensor, at whose end no zeros can stand
+    plain |= bool(config.target_parameters)
     sizes = [tensors[key].numel() for pair in pairs.values() for key in pair]
     padded = sum(rank * (tensors[A].shape[-1] + len(tensors[B])) for A, B in pairs.values())
     if plain or any(tensors[key].dim() != 2 for pair in pairs.values() for key in pair):

@@ -118,6 +118,7 @@ def _routed(projections: _Projections, x: Tensor, index: Tensor, weights: Tensor
         return (y * weights.reshape(-1, 1)).view(T, K, -1).sum(1).to(x.dtype)
     experts, order = torch.sort(flat)
     rows = ExpertRows.ordered(experts, count, has_rest=has_rest)
+    rows.tokens, rows.total = order // K, T
     y = projections.expert(x[order // K], rows) * weights.reshape(-1)[order].unsqueeze(-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)

@@ -19,6 +19,11 @@ from petl.core.layers.layer import Adapter, AdapterLayer, refuse_conversion
 from petl.ops.expert_linear import ExpertLinear
 from petl.ops.grouped_experts import ExpertRows, StackedFactors
 
+NO_ROWS = (
+    "adapters on experts see the tokens of all rows in an order of their own; call the model once "
+    "for each adapter"
+)
+
 
 class ExpertLayer(AdapterLayer):
     """An `AdapterLayer` around the linear layer of one expert, whose weight is a slice."""
@@ -37,7 +42,7 @@ class ExpertLayer(AdapterLayer):
 
     def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
         """Refuse: PEFT has no LoRA on the layer of one expert."""
-        reason = "PEFT's layers of experts hold all of them; `petl merge` writes a merged model"
+        reason = "PEFT's own conversion has no stacks of experts; use petl export --lora"
         return refuse_conversion(reason, adapter_name)
 
 
@@ -54,6 +59,11 @@ class AdaptedExperts(UpdatedExperts):
         found = {name: update_of(linears.layers(name)) for name in names if linears is not None}
         updates = {name: update for name, update in found.items() if update is not None}
         return super().forward(*args, updates=updates or None, **kwargs)
+
+
+def has_adapted_experts(model: nn.Module) -> bool:
+    """Return True if a method of petl has an adapter on experts."""
+    return any(isinstance(module, AdaptedExperts) for module in model.modules())
 
 
 def expand(model: nn.Module, stacks: Sequence[str]) -> None:
@@ -124,10 +134,13 @@ def each_alone(layers: Sequence[AdapterLayer], x: Tensor, rows: ExpertRows) -> T
     processes run the same collectives.
     """
     is_trained = torch.is_grad_enabled() and layers[0].training
+    context = cast(Adapter, next(iter(layers[0].adapters.values()))).info.context
     parts, start = [], 0
     for layer, end in zip(layers, rows.ends, strict=False):
         if end > start or is_trained:
-            parts.append(layer(x[start:end]))
+            tokens = None if rows.tokens is None else rows.tokens[start:end]
+            with context.only_tokens(tokens, rows.total):
+                parts.append(layer(x[start:end]))
         start = end
     if start < len(x) or not parts:
         parts.append(x.new_zeros(len(x) - start, layers[0].out_features))

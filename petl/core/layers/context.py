@@ -69,6 +69,8 @@ class ForwardContext:
         given_tasks: the tasks of the rows during one call of the PeftModel, or None.
         is_mixed: True during a call of the PeftModel with an adapter for each row.
         rows: the rows of the batch that a layer computes, in `only_rows`; None: all.
+        tokens: the tokens of the batch that a layer computes, in `only_tokens`, and the number of
+            all; None: all.
     """
 
     def __init__(self) -> None:
@@ -86,6 +88,7 @@ class ForwardContext:
         self.given_tasks: TaskRows | None = None
         self.is_mixed = False
         self.rows: Sequence[int] | None = None
+        self.tokens: tuple[Tensor, int] | None = None
         self._once: dict[Any, Any] = {}
         self._sharding_is_known = False  # see `refuse_wrapper`
         # one without and one with gradients, see `state`
@@ -145,6 +148,15 @@ class ForwardContext:
             yield
         finally:
             self.given_tasks, self.rows = before
+
+    @contextmanager
+    def only_tokens(self, tokens: Tensor | None, of: int) -> Generator[None]:
+        """Let `mask_of` return the entries of these of `of` tokens, as an expert has them."""
+        self.tokens = None if tokens is None else (tokens, of)
+        try:
+            yield
+        finally:
+            self.tokens = None
 
     def keep_mask(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook of a module whose layers read `token_mask`: keep its attention mask.
@@ -327,10 +339,12 @@ class ForwardContext:
         A layer of the decoder of an encoder-decoder may see either's tokens (cross-attention), so
         both masks are tried, the decoder's first.
         """
+        own, tokens = (None, tokens) if self.tokens is None else self.tokens
         # compared by number of tokens, since a layer does not know what it attends to
         masks = (self.decoder_mask, self.mask) if in_decoder else (self.mask,)
         fits = (m.reshape(-1) for m in masks if m is not None and m.numel() == tokens)
-        return next(fits, None)
+        found = next(fits, None)
+        return found if own is None or found is None else found[own]
 
     def _scale(self, model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor:
         labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")

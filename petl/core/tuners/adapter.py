@@ -10,7 +10,13 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from petl.core.compat import AuxiliaryTrainingWrapper, get_quantization_kwargs
-from petl.core.experts.layer import ExpertLayer, collapse, expand
+from petl.core.experts.layer import (
+    NO_ROWS,
+    ExpertLayer,
+    collapse,
+    expand,
+    has_adapted_experts,
+)
 from petl.core.layers.block import (
     BlockAdapters,
     add_to_block,
@@ -218,11 +224,8 @@ class AdapterTuner(AskingTuner):
     @contextmanager
     def _passing(self, names: Sequence[str], kwargs: Mapping[str, Any]) -> Generator[None]:
         """Pass `adapter_names`, one per row of the batch, to all layers."""
-        if any(isinstance(layer, ExpertLayer) for layer in layers_of(self.model)):
-            raise UnsupportedError(
-                "adapter_names is not possible with adapters on experts, whose rows are tokens of "
-                "the whole batch: call the model once for each adapter"
-            )
+        if has_adapted_experts(self.model):
+            raise UnsupportedError(f"adapter_names is not possible: {NO_ROWS}")
         if self.training:
             raise InputError(
                 f"adapter_names is for inference and model.training is {self.training}; call "

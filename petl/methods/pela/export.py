@@ -16,7 +16,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from petl.core.experts.layer import ExpertLayer
+from petl.core.experts.layer import has_adapted_experts
 from petl.core.layers.class_swap import mixins_of, restore_class
 from petl.core.layers.layer import AdapterLayer, shape_of
 from petl.core.model.linear import LINEAR_KINDS
@@ -57,7 +57,7 @@ def export(model: PeftModel) -> nn.Module:
             "stay so: load the adapter onto the model without quantization and export that"
         )
     (name,) = tuner.active_adapters
-    if any(isinstance(module, ExpertLayer) for module in base.modules()):
+    if has_adapted_experts(base):
         raise UnsupportedError(
             "the class of the model keeps the weights of experts in one tensor, which has no place "
             "for factors: adapt it without them (exclude_modules=[experts]) to export it"
