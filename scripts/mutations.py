@@ -53,6 +53,7 @@ PYTEST = (
     "-o",
     "console_output_style=classic",
 )
+CONTRACT = ("tests/contract/test_dropout.py", "tests/contract/test_contract.py")
 MOST = 6  # test files that name something of a file
 NO_TESTS = 5  # exit status of pytest
 
@@ -136,7 +137,7 @@ def tests_of(file: Path) -> list[list[str]]:
     runs = [own, naming] if own or naming else [room]
     arguments = [[str(test.relative_to(ROOT)) for test in run] for run in runs if run]
     if of_method:
-        arguments.append(["tests/contract/test_contract.py", "-k", f"[{parts[1]}-"])
+        arguments.append([*CONTRACT, "-k", f"[{parts[1]}-"])
     return arguments
 
 

@@ -50,8 +50,8 @@ def test_sm3_follows_the_equations_entry_by_entry():
             expected = torch.tensor(values[key])
             torch.testing.assert_close(adapter.values.detach(), expected, atol=1e-5, rtol=1e-4)
             state = optimizer.state[adapter.values]
-            torch.testing.assert_close(state["row"], torch.tensor(row[key]))
-            torch.testing.assert_close(state["column"], torch.tensor(column[key]))
+            for name, sums in (("row", row[key]), ("column", column[key])):  # squares: tiny
+                torch.testing.assert_close(state[name], torch.tensor(sums), atol=0, rtol=1e-4)
 
 
 def test_sm3_grows_at_the_largest_products_of_accumulators():
