@@ -7,7 +7,7 @@ from sklearn.metrics import f1_score
 
 from petl.data.tasks.base import IGNORED
 from petl.data.tasks.entities import are_entities, entities
-from petl.data.tasks.token_classification import TokenClassification
+from petl.data.tasks.token_classification import TokenClassification, words_of_tokens
 from petl.errors import InputError
 
 TAGS = ["B-LOC", "B-PER", "I-LOC", "I-PER", "O"]
@@ -78,6 +78,12 @@ def test_the_first_token_of_each_word_has_its_label(tokenizer):
     # one token per byte: Ann_is_in_ is truncated before Oslo
     assert labels == [1, IGNORED, IGNORED, IGNORED, 4, IGNORED, IGNORED, 4, IGNORED, IGNORED]
     assert tokenizer.decode(task.encode_rows(tokenizer, rows)["input_ids"][0]) == "Ann is in "
+
+
+@pytest.mark.parametrize("space", [0, 1])  # 1: a byte-level token begins with the space
+def test_a_word_without_tokens_leaves_the_next_one_its_own(space):
+    offsets = [(0, 0), (0, 2), (5 - space, 6), (0, 0)]  # of "ab ? c", whose ? is left out
+    assert words_of_tokens(["ab", "?", "c"], offsets) == [IGNORED, 0, 2, IGNORED]
 
 
 def test_a_tokenizer_without_offsets_is_refused():
