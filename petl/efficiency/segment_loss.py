@@ -29,7 +29,7 @@ from petl.core.layers.class_swap import (
     swap_class,
     with_signature,
 )
-from petl.core.layers.context import ForwardContext
+from petl.core.layers.layer import Adapter
 from petl.core.parameters import check_module
 from petl.core.support import Capability
 from petl.core.types import Arguments, CausalModel, base_of
@@ -336,7 +336,7 @@ def _leaves(logits: Tensor) -> list[Tensor]:
 def _records_terms(model: CausalModel) -> bool:
     """Return True if an adapter of the head recorded an auxiliary term in this forward."""
     head = model.get_output_embeddings()
-    contexts = [getattr(layer, "context", None) for layer in head.modules()]
-    terms = {key for c in contexts if isinstance(c, ForwardContext) for key in c.terms}
+    adapters = [module for module in head.modules() if isinstance(module, Adapter)]
+    terms = {key for adapter in adapters for key in adapter.info.context.terms}
     names = [f"{name}." for name, module in model.named_modules() if module is head]
     return any(key.startswith(tuple(names)) for key in terms)

@@ -73,7 +73,7 @@ HEADS = {
     "frozen": ("lora", ["q_proj"], {}),
     "trained": ("lora", ["q_proj"], {"modules_to_save": ["lm_head"]}),
     "adapted": ("lora", ["q_proj", "lm_head"], {}),
-    "mola": ("mola", ["q_proj", "lm_head"], {"num_experts": 2}),
+    "mola": ("mola", ["q_proj", "lm_head"], {"num_experts": 4, "router_aux_loss_coef": 1.0}),
 }
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -186,7 +187,7 @@ def by_hand(layers: Any, x: Tensor, removed: list[int], weights: Any, protected:
 
 
 CASES = [
-    (vit, [4, 0, 3], {}, 1),
+    (partial(vit, attention_probs_dropout_prob=0.5), [4, 0, 3], {}, 1),  # none in evaluation
     (vit, [5, 3, 1], {"protected_tokens": 2, "proportional_attention": False}, 2),
     (deit, [4, 2, 1], {}, 2),
     (ast, [2, 1, 1], {}, 2),

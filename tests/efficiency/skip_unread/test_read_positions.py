@@ -178,9 +178,12 @@ def test_checkpointing_of_two_passes_recomputes_each_at_its_own_positions(reentr
         torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["Bert", "Llama"])
-def test_evaluation_in_bfloat16_computes_less_and_the_same(family: str) -> None:
-    plain = with_lora(build(family)).eval()
+@pytest.mark.parametrize(
+    ("family", "dropout"),
+    [("Bert", "attention_probs_dropout_prob"), ("Llama", "attention_dropout")],
+)
+def test_evaluation_in_bfloat16_computes_the_same(family: str, dropout: str) -> None:
+    plain = with_lora(build(family, **{dropout: 0.5})).eval()
     model = copy.deepcopy(plain)
     assert SkipUnread().apply(model) == 1
     batch = padded(plain.get_base_model(), batch_of(family))
