@@ -243,6 +243,15 @@ def test_further_adapters_of_peft_load_strictly(tmp_path):
     assert list(model.peft_config) == ["default", "second"]
 
 
+def test_an_adapter_that_cannot_adapt_a_quantized_base_is_refused(tmp_path):
+    case = Case("pst", "llama")
+    case.wrap().save_pretrained(tmp_path)
+    base = case.base()
+    base.is_loaded_in_4bit = True  # as transformers' loader sets it
+    with pytest.raises(petl.InputError, match=r"4bit.*bf16"):
+        petl.load(base, tmp_path)
+
+
 @pytest.mark.parametrize("base", [None, "bert", torch.nn.Linear])
 def test_what_is_no_model_is_refused(saved, base):
     with pytest.raises(petl.InputError, match=r"petl\.load needs a model"):

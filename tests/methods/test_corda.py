@@ -187,10 +187,12 @@ def test_the_best_of_several_covariances_is_used():
         torch.testing.assert_close(update(found[key]).double(), best, rtol=0, atol=1e-3)
 
 
-def test_a_rank_budget_is_distributed_greedily_at_one_scale():
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 2.0), (True, 2 * R**0.5)])
+def test_a_rank_budget_is_distributed_greedily_at_one_scale(rslora, scale):
     base, data = tiny_llama(2), batches(12)
-    budget = 6000
-    model = wrap(calibration=data, corda_method="kpm", rank_budget=budget, lora_alpha=2 * R)
+    budget, alpha = 6000, 2 * R
+    fields = {"corda_method": "kpm", "rank_budget": budget, "use_rslora": rslora}
+    model = wrap(calibration=data, lora_alpha=alpha, **fields)
     spectra, logs, cost = {}, {}, {}
     for key, C in moments(base, data, "signed_max").items():
         W = base.get_submodule(key).weight.detach().double()
@@ -210,7 +212,8 @@ def test_a_rank_budget_is_distributed_greedily_at_one_scale():
     found = {key: len(layer.lora_A["default"].weight) for key, layer in layers(model).items()}
     assert found == ranks
     assert len(set(ranks.values())) > 1
-    assert {layer.scaling["default"] for layer in layers(model).values()} == {2.0}
+    scales = [layer.scaling["default"] for layer in layers(model).values()]
+    assert scales == pytest.approx([scale] * len(scales))
     for key, layer in layers(model).items():
         W = base.get_submodule(key).weight
         torch.testing.assert_close(layer.base_layer.weight + update(layer), W, rtol=0, atol=1e-5)

@@ -58,7 +58,7 @@ def batch(*rows):
 @torch.no_grad()
 def test_a_text_does_not_attend_to_the_text_before_it(build, attn):
     model = build(attn)
-    isolate_packed_texts(model)
+    CausalLM(pack=True).adjust(model)
     logits = model(**batch(row(FIRST, SECOND), row(OTHER, SECOND), row(SECOND))).logits
     assert not torch.equal(logits[0, :5], logits[1, :5])
     assert torch.equal(logits[0, 5:], logits[1, 5:])

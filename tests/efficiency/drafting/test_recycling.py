@@ -160,11 +160,13 @@ def test_without_keep_the_drafts_depend_on_the_prompt_only(model):
     assert drafts[2] != drafts[3]
 
 
-def test_a_table_is_filled_from_answers(model):
+@pytest.mark.parametrize("name", ["recycling", "free"])
+def test_a_table_is_filled_from_answers(name, model):
     prompts = [prompt(i)[0].tolist() for i in range(4)]
     made = answers(model, prompts, tokens=20, batch_size=1, pad_token_id=PAD)
-    filled = drafter("recycling", model=model, k=4, prompt=False)
+    filled = drafter(name, model=model, k=4, prompt=False)
     filled.fill(made, model)
+    filled = getattr(filled, "recycling", filled)
     # each token of an answer but the last has the likeliest ones after its last occurrence, and a
     # true token that its row has by then is a hit at depth 0, or deeper behind other hits
     expected, hits, depth, deepest = {}, [], 0, 6
