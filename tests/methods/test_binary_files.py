@@ -31,14 +31,23 @@ def batch():
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
-@pytest.mark.parametrize("fields", [LORA, MOS, {"r": 3}], ids=["lora", "mos", "adapter"])
+@pytest.mark.parametrize(
+    "fields",
+    [LORA, MOS, {"r": 3}, {"r": 3, "use_bias": True}],
+    ids=["lora", "mos", "adapter", "biases"],
+)
 def test_packed_file_has_codes_and_stats_and_loads_to_equal_outputs(batch, tmp_path, bits, fields):
     model = train(wrapped(**fields, bits=bits), batch)
     model.save_pretrained(tmp_path / "first")
     tensors = load_file(tmp_path / "first" / WEIGHTS)
-    quantized = {k: t for k, t in tensors.items() if not k.rpartition(".")[2].startswith("index_")}
-    sizes = {p.numel() for p in trained(model).values()}
-    assert len(quantized) == 2 * len(trained(model))
+    biases = {k: t for k, t in tensors.items() if k.endswith("_bias")}
+    assert {t.dtype for t in biases.values()} == (
+        {torch.float32} if "use_bias" in fields else set()
+    )
+    kept = {*biases, *(k for k in tensors if k.rpartition(".")[2].startswith("index_"))}
+    quantized = {k: t for k, t in tensors.items() if k not in kept}
+    sizes = [p.numel() for p in trained(model).values() if p.dim() > 1]
+    assert len(quantized) == 2 * len(sizes)
     for key, tensor in quantized.items():
         if key.endswith("_stats"):
             assert (tensor.dtype, tensor.shape) == (torch.float32, (2,))

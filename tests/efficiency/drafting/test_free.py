@@ -6,6 +6,7 @@ from draft_fixtures import VOCABULARY
 from petl import testing
 from petl.efficiency.drafting import Costs, Draft, PassOutput, Root, drafter
 from petl.efficiency.drafting.free import merge
+from petl.efficiency.drafting.registry import untrained
 
 
 def tree(tokens, parents, chances):
@@ -18,6 +19,12 @@ def paths(draft):
     for token, parent in zip(draft.tokens.tolist(), draft.parents.tolist(), strict=True):
         found.append((*found[parent], token))
     return found[1:]
+
+
+def test_drafters_that_need_no_training_are_made_by_their_names():
+    model = testing.tiny_llama()
+    assert [type(drafter(name, model=model)).name for name in untrained()] == untrained()
+    assert "recycling" in untrained()
 
 
 def test_equal_beginnings_are_merged_and_the_chain_comes_first():

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from matrix_rows import Rows
+from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
@@ -100,9 +101,16 @@ def test_loss_and_gradients_equal_the_plain_model(family: str, head: str) -> Non
     assert (base.last_block is not None) == (family in KIN)
 
 
-@pytest.mark.parametrize("family", CAUSAL)
-def test_evaluation_computes_the_logits_of_labelled_positions(family: str) -> None:
-    model, batch = wrapped(built(family)).eval(), batch_of()
+PROMPT = {"num_virtual_tokens": 4}  # tokens before those of the batch
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"), [*((each, {}) for each in CAUSAL), ("llama", PROMPT)]
+)
+def test_evaluation_computes_the_logits_of_labelled_positions(family: str, fields: Any) -> None:
+    base, batch = built(family), batch_of()
+    config = PromptTuningConfig(task_type="CAUSAL_LM", **fields)
+    model = (get_peft_model(base, config) if fields else wrapped(base)).eval()
     task = CausalLM(max_length=T)
     with torch.no_grad():
         expected = task.predict(model(**inputs_of(batch)), batch)
@@ -113,7 +121,7 @@ def test_evaluation_computes_the_logits_of_labelled_positions(family: str) -> No
         with Rows() as all_rows:
             logits = model(**inputs_of(batch)).logits  # a pass that asks for nothing has all
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    assert logits.shape[:2] == (B, T)
+    assert logits.shape[:2] == (B, T + fields.get("num_virtual_tokens", 0))
     assert len(outputs.logits) == int((batch["labels"][:, 1:] != -100).sum())
     assert rows.total < all_rows.total
 

@@ -115,6 +115,16 @@ def test_loss_and_gradients_equal_the_plain_model(family: str, attention: str) -
     assert found[2] < expected[2]  # it has computed less
 
 
+def test_a_single_row_is_read_at_its_end_by_a_model_without_a_padding_token() -> None:
+    base = build("Llama")
+    base.config.pad_token_id = None
+    plain = with_lora(base)
+    model = copy.deepcopy(plain)
+    row = {name: values[:1] for name, values in batch_of("Llama").items()}
+    assert SkipUnread().apply(model) == 1
+    assert_same(run(model, row), run(plain, row))
+
+
 @pytest.mark.parametrize("family", CLASSIFIERS)
 def test_a_classifier_reads_the_position_that_is_computed(family: str) -> None:
     """The output of the last block has a gradient there only: which the class is known to read."""
