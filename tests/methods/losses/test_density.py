@@ -23,6 +23,7 @@ from trl import SFTConfig, SFTTrainer
 import petl
 from petl import testing
 from petl.errors import InputError, UnsupportedError
+from petl.methods.losses.density.tokens import rows_of
 
 # The term alone
 
@@ -133,6 +134,11 @@ def test_a_module_called_twice_counts_as_one_layer():
     torch.testing.assert_close(loss, task + term)
     loss.backward()
     assert_same(gradients(model), expected)
+
+
+def test_activations_of_the_last_tokens_have_the_end_of_the_mask():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 0]])  # of tokens in front of them, too
+    assert rows_of(mask, torch.zeros(2, 3, 4)).tolist() == [1, 1, 1, 1, 1, 0]
 
 
 def test_mask_padding_leaves_out_padding():
