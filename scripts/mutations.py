@@ -54,6 +54,7 @@ PYTEST = (
     "console_output_style=classic",
 )
 CONTRACT = ("tests/contract/test_dropout.py", "tests/contract/test_contract.py")
+THOROUGH = "thorough and not slow and not hub"
 MOST = 6  # test files that name something of a file
 NO_TESTS = 5  # exit status of pytest
 
@@ -119,7 +120,8 @@ def tests_of(file: Path) -> list[list[str]]:
     """Return the arguments of each run of pytest that belongs to a file of petl/, in order.
 
     First the test files that mirror it, or the folder that it is in; then, of others, those that
-    name something public of it; for a method also its share of the contract.
+    name something public of it; for a method also its share of the contract; at last the thorough
+    tests of the first ones, which may start several processes.
     """
     parts = file.with_suffix("").parts[1:]
     own: list[Path] = []
@@ -138,7 +140,7 @@ def tests_of(file: Path) -> list[list[str]]:
     arguments = [[str(test.relative_to(ROOT)) for test in run] for run in runs if run]
     if of_method:
         arguments.append([*CONTRACT, "-k", f"[{parts[1]}-"])
-    return arguments
+    return [*arguments, *([*run, "-m", THOROUGH] for run in arguments[:1])]
 
 
 def _mirroring(folder: Path, name: str) -> list[Path]:
