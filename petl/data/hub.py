@@ -6,6 +6,7 @@ from typing import Any
 
 from datasets import ClassLabel, Features, Image, List, load_dataset
 from datasets.exceptions import DatasetsError
+from datasets.features.features import FeatureType
 
 from petl.data.base import RawData
 from petl.data.tabular import Tabular
@@ -111,7 +112,7 @@ class HubData(Tabular):
             ) from error
 
 
-def undecoded(feature: Any) -> Any:
+def undecoded(feature: FeatureType) -> FeatureType:
     """The type of a column whose images stay files: their bytes, or a path."""
     if isinstance(feature, Image):
         return Image(decode=False)

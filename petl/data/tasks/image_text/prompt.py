@@ -27,7 +27,7 @@ class ImageTextProcessor(Protocol):
     """What is used of the processors of transformers for images and text."""
 
     tokenizer: PreTrainedTokenizerBase
-    image_processor: Callable[..., Any]
+    image_processor: Callable[..., object]
     chat_template: str | dict[str, str]
 
     def __call__(self, **inputs: object) -> Mapping[str, Any]:
@@ -82,7 +82,7 @@ class _Remembering:
         count: number of images of the beginning that is encoded now.
     """
 
-    def __init__(self, inner: Callable[..., Any]) -> None:
+    def __init__(self, inner: Callable[..., object]) -> None:
         self.inner, self.count = inner, 0
         self.found: dict[tuple[int, str], object] = {}
 
