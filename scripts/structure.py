@@ -36,11 +36,11 @@ BUDGETS = {
     "adapters": 7650,
     "generation": 4850,
     "experiments": 6350,
-    "cli": 3650,
+    "cli": 3700,
     "testing": 2900,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 13100, "tests": 73750}
+OTHERS = {"scripts": 13300, "tests": 74150}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
