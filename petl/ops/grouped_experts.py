@@ -151,7 +151,7 @@ def grouped_linear(
             if not trained and x.dtype != torch.bfloat16:
                 y, _ = _compiled(x, A, B, mask, weight, rows.offsets, scale)
                 return y if bias is None else y + bias[rows.indices]
-        elif not trained and x.device.type in ("cpu", "meta"):
+        elif not trained and (x.device.type in ("cpu", "meta") or isinstance(x, FakeTensor)):
             return _GroupedLinear.apply(x, A, B, (weight, bias, mask), rows, scale)
         return _composed(x, weight, rows, bias, factors)
 
@@ -299,12 +299,14 @@ def _compiled_backward(
 
 
 @_compiled.register_fake
-def _(x: Tensor, A: Tensor, _: Tensor, __: Tensor | None, weight: Tensor, *___: Any) -> Any:
+def _(
+    x: Tensor, A: Tensor, _: Tensor, __: Tensor | None, weight: Tensor, *___: object
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(len(x), weight.shape[1]), x.new_empty(len(x), A.shape[1])
 
 
 @_compiled_backward.register_fake
-def _(_: Tensor, tensors: Sequence[Tensor], *__: Any) -> Any:
+def _(_: Tensor, tensors: Sequence[Tensor], *__: object) -> tuple[Tensor, ...]:
     return tuple(each.new_empty(each.shape) for each in tensors[:3])
 
 

@@ -58,7 +58,9 @@ def split_experts(model: PeftModel, adapter_name: str = "default") -> dict[str, 
     return dict(_factors(model, stacks, parts, adapter_name))
 
 
-Places = list[tuple[Tensor, str, Any]]  # weights [O, I], their paths in checkpoints, and rows
+Places = list[
+    tuple[Tensor, str, Tensor | slice]
+]  # weights [O, I], their paths in checkpoints, and rows
 
 
 def places_of(model: PeftModel) -> Places:
@@ -85,9 +87,9 @@ def _factors(
     """Yield path in checkpoints and factors of each layer and expert."""
     base: Any = model.get_base_model()
     for stack in stacks:
-        layer: Any = base.get_submodule(stack.saved_path)
-        assert isinstance(layer, FusedExperts)
-        update = layer.factors(adapter_name)
+        fused = base.get_submodule(stack.saved_path)
+        assert isinstance(fused, FusedExperts)
+        update = fused.factors(adapter_name)
         for part in parts[stack.path, stack.name]:
             A, B = update.A[part.expert], update.B[part.expert][part.outputs]
             # a copy: gate and up share A

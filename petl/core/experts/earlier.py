@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from peft import PeftConfig, PeftType
 from safetensors.torch import save_file
@@ -57,8 +56,7 @@ def _is_earlier(folder: Folder, stacks: Sequence[Stack]) -> bool:
         # those with the flag are the same in both
         if getattr(stack.module, "is_transposed", False) or key not in shapes:
             continue
-        parameter: Any = stack.module._parameters[stack.name]
-        *_, first, second = parameter.shape
+        *_, first, second = stack.module.get_parameter(stack.name).shape
         if first != second:
             return shapes[key][1][-1] == first
         ambiguous = stack

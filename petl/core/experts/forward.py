@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from petl.core.compat import BaseTunerLayer
 from petl.core.experts.layout import ExpertsLayout, Routing, experts_of
 from petl.core.layers.class_swap import SwappedClass, swap_class
 from petl.ops.grouped_experts import ExpertRows, StackedFactors, grouped_linear
@@ -27,7 +28,7 @@ class UpdatedExperts(SwappedClass, nn.Module):
 
     computes_as_before: ClassVar[bool] = True
 
-    def forward(self, *args: Any, updates: Updates | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, *args: object, updates: Updates | None = None, **kwargs: object) -> Tensor:
         """Compute as the module itself, or, with updates, by `updated_forward`."""
         if updates is None:
             return super().forward(*args, **kwargs)
@@ -39,6 +40,22 @@ class UpdatedExperts(SwappedClass, nn.Module):
 def accept_updates(module: nn.Module) -> None:
     """Let `forward` of a module of experts take `updates`; without them it computes as before."""
     swap_class(module, UpdatedExperts)
+
+
+class ShapedExperts(UpdatedExperts):
+    """A module of experts without adapters that computes by `updated_forward` nevertheless."""
+
+    def forward(self, *args: object, updates: Updates | None = None, **kwargs: object) -> Tensor:
+        """Compute as with updates of nothing."""
+        return super().forward(*args, updates=updates or {}, **kwargs)
+
+
+def on_shapes(model: nn.Module) -> None:
+    """Let the experts of a model compute on shapes alone, for which torch lacks some products."""
+    for module in model.modules():
+        is_adapted = isinstance(module, UpdatedExperts | BaseTunerLayer)
+        if not is_adapted and experts_of(module) is not None:
+            swap_class(module, ShapedExperts)
 
 
 def updated_forward(

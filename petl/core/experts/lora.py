@@ -7,9 +7,11 @@ the whole stack. Shapes: E experts, I in, O out, R rank.
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, cast
+from functools import cache
+from typing import ClassVar, cast
 
 import torch
+from peft import PeftConfig
 from torch import Tensor, nn
 
 from petl.core.compat import (
@@ -39,7 +41,9 @@ class FusedExperts(SwappedClass, ParamWrapper):
 
     computes_as_before: ClassVar[bool] = True
 
-    def forward(self, x: Any, *args: Any, updates: Updates | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, x: Tensor, *args: object, updates: Updates | None = None, **kwargs: object
+    ) -> Tensor:
         """Compute with the active adapters of this stack, and of those around it, `updates`."""
         self._check_forward_args(x, *args, **kwargs)
         own = self._update()
@@ -51,7 +55,7 @@ class FusedExperts(SwappedClass, ParamWrapper):
         return self.base_layer(x, *args, **kwargs)
 
     def update_layer(
-        self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any
+        self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: object
     ) -> None:
         """Add an adapter; PEFT refuses dropout, so it is added afterwards."""
         plain = _without_dropout(config)
@@ -81,8 +85,8 @@ class FusedExperts(SwappedClass, ParamWrapper):
         B = cast(Tensor, self.lora_B[adapter_name].weight)
         swapped = has_sides_swapped(base, _layout(base))
         A, B = stacked_factors(A, B, self.num_experts, swapped=swapped)
-        dropout: Any = self.lora_dropout[adapter_name]
-        rate = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+        dropout = self.lora_dropout[adapter_name]
+        rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         return StackedFactors(A, B, self.scaling[adapter_name], rate)
 
     def _deltas(self, adapter_name: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -148,7 +152,7 @@ def _created(
     adapter_name: str,
     parameter_name: str,
     config: LoraConfig,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> None:
     """Create PEFT's layer around a parameter; around a stack, with petl's forward pass."""
     own = _is_stack(base_layer, parameter_name)
@@ -164,19 +168,26 @@ def _created(
 extend_method(ParamWrapper, "__init__", _created)
 
 
-def _save(original: Callable[..., None], config: LoraConfig, *args: Any, **kwargs: Any) -> None:
+def _save(
+    original: Callable[..., None], config: LoraConfig, *args: object, **kwargs: object
+) -> None:
     """Write a config that PEFT loads; it takes no dropout for stacks, which has no use there."""
     if facts_of(config).target_parameters and config.lora_dropout:
-        logger.info(
-            "lora_dropout=%s is saved as 0, which PEFT needs to load an adapter of experts; set it "
-            "again to train on",
-            config.lora_dropout,
-        )
+        _announce(config.lora_dropout)
         config = _without_dropout(config)
     original(config, *args, **kwargs)
 
 
 extend_method(LoraConfig, "save_pretrained", _save)
+
+
+@cache  # once, not for each checkpoint
+def _announce(dropout: float) -> None:
+    logger.info(
+        "lora_dropout=%s is saved as 0, which PEFT needs to load an adapter of experts; set it "
+        "again to train on",
+        dropout,
+    )
 
 
 def _without_dropout(config: LoraConfig) -> LoraConfig:
@@ -196,7 +207,7 @@ def _is_stack(module: nn.Module, name: str) -> bool:
     return layout is not None and name in layout.stacks
 
 
-def check_stacks(config: Any, model: nn.Module) -> None:
+def check_stacks(config: PeftConfig, model: nn.Module) -> None:
     """Check the stacks among the parameters that a LoRA targets; the model is not changed.
 
     Raises:

@@ -63,7 +63,7 @@ def check_experts(module: nn.Module, name: str) -> ExpertsLayout:
     return layout
 
 
-def _fault(module: Any, layout: ExpertsLayout) -> str:
+def _fault(module: nn.Module, layout: ExpertsLayout) -> str:
     """Return how the outputs of a module differ from those of its layout; "" if they do not."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad(), torch.device("cpu"):
@@ -83,16 +83,20 @@ def _fault(module: Any, layout: ExpertsLayout) -> str:
     return "" if error <= TOLERANCE else f"outputs differ by {error:.0e}"
 
 
-def _with_random_weights(module: Any, layout: ExpertsLayout, generator: torch.Generator) -> Any:
+def _with_random_weights(
+    module: nn.Module, layout: ExpertsLayout, generator: torch.Generator
+) -> nn.Module:
     """Return a copy of a module with other weights; it takes the memory of one expert.
 
     Weights of neighbouring experts overlap in memory, so that they differ nevertheless.
     """
     tried = copy.copy(module)
     tried.__dict__ |= {"training": False, "_forward_hooks": {}, "_forward_pre_hooks": {}}
-    tried._modules = {k: copy.deepcopy(m).cpu().float() for k, m in module._modules.items()}
+    tried._modules = {k: copy.deepcopy(m).cpu().float() for k, m in module.named_children()}
     tried._parameters = dict(module._parameters)
     for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
         if name in layout.stacks:
             shape = layout.shape(module, name)
             E, first, second = parameter.shape
@@ -100,10 +104,8 @@ def _with_random_weights(module: Any, layout: ExpertsLayout, generator: torch.Ge
             values = torch.randn(first * second + E * STEP, generator=generator)
             values /= shape.in_features**0.5
             weight = values.as_strided((E, first, second), (STEP, second, 1))
-        elif parameter is not None:
-            weight = torch.randn(parameter.shape, generator=generator)
         else:
-            continue
+            weight = torch.randn(parameter.shape, generator=generator)
         tried._parameters[name] = nn.Parameter(weight, requires_grad=False)
     return tried
 

@@ -69,5 +69,5 @@ def stacks_of(config: PeftConfig, model: nn.Module) -> Iterator[Stack]:
         layout = None if isinstance(module, BaseTunerLayer) else experts_of(module)
         path = inside.replace(".base_layer", "")
         named = [s for s in layout.stacks if f".{path}.{s}".endswith(endings)] if layout else []
-        for depth, name in enumerate(reversed(named)):
+        for depth, name in zip(reversed(range(len(named))), named, strict=True):
             yield Stack(path, name, module, depth)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from petl.core.compat import BaseTunerLayer
+from petl.core.experts.forward import on_shapes
 from petl.core.layers.block import BlockAdapters
 from petl.core.parameters import LiveBytes
 from petl.core.registry import refusal
@@ -49,6 +50,7 @@ def without_values(model: PeftModel, device: torch.device) -> Generator[None]:
     """
     # real inputs: constants that a forward pass makes of Python numbers
     with FakeTensorMode(allow_non_fake_inputs=True):
+        on_shapes(model)
         replaced: dict[Tensor, Tensor] = {}  # tensors that modules share stay shared
         for module in model.modules():
             own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))

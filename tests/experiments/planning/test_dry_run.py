@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from mixtures import IDS, adapted
 
-from petl.experiments.planning.dry_run import takes_mixed_batches, without_values
+from petl.experiments.planning.dry_run import pass_memory, takes_mixed_batches, without_values
 from petl.testing import Case
 
 
@@ -20,3 +21,15 @@ def test_whether_a_method_takes_mixed_batches_is_found_without_values(case, expe
     model = case.wrap()
     with without_values(model, torch.device("cpu")):
         assert takes_mixed_batches(model) is expected
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "aria"])
+def test_experts_run_on_shapes_with_and_without_adapters(name, capfd):
+    # the other block keeps its own forward pass, whose product torch has not for these tensors
+    model = adapted(name, target_parameters=["layers.1.mlp.experts.down_proj"])
+    batch = {"input_ids": IDS, "labels": IDS}
+    with without_values(model, torch.device("cpu")):
+        found = pass_memory(model, batch, torch.device("cpu"))
+    assert 0 < found.kept <= found.peak
+    assert found.operations > 2 * 3 * 32 * 24 * 2 * IDS.numel()  # of the experts of a block
+    assert "Traceback" not in capfd.readouterr().err
