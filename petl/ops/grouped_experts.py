@@ -41,6 +41,7 @@ class StackedFactors:
         """Return the sum of several updates; entries of x are dropped as for the first of them."""
         if len(updates) == 1:
             return updates[0]
+        # a sum of products is one product of a larger rank
         A = torch.cat([each.A for each in updates], dim=1)
         B = torch.cat([each.scale * each.B for each in updates], dim=2)
         return cls(A, B, 1.0, updates[0].dropout)
@@ -134,6 +135,7 @@ def grouped_linear(
     Returns:
         [S, O], in the dtype of the weight.
     """
+    # as transformers does, also under autocast, which would cast the whole stack
     x = x.to(weight.dtype)
     weight = (weight.mT if transposed else weight)[: rows.count]
     bias = None if bias is None else bias[: rows.count]
@@ -141,9 +143,11 @@ def grouped_linear(
         A, B = weight.new_empty(rows.count, 0, x.shape[1]), weight.new_empty(*weight.shape[:2], 0)
         update = StackedFactors(A, B, 1.0)
     factors = _Factors.of(update, rows.count, x)
+    # all factors have the dtype of x from here on
     with torch.autocast(x.device.type, enabled=False):
         if rows.offsets is None:
             return _gathered(x, weight, rows, bias, factors)
+        # the functions of this module give the weight no gradient
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         A, B, mask, scale = factors
         if torch.compiler.is_compiling():
@@ -219,6 +223,7 @@ def _multiply(
             y_e += bias[e]
         torch.mm(dropped_e, a, out=h_e)
         y_e.addmm_(h_e, b, alpha=scale)
+    # rows of no expert, which no product has written
     y[ends[-1] :] = 0
     return y, h
 
@@ -238,6 +243,7 @@ def _gradients(
     # copied again, which takes less than to keep the copies
     stack_a, stack_b = _contiguous(A, x), _contiguous(B, x)
     to_x = torch.empty_like(x)
+    # zero where an expert has no rows: without a gradient, processes would wait for one another
     to_a, to_b = torch.zeros_like(stack_a), torch.zeros_like(stack_b)
     dropped = x if mask is None else x * mask
     stacks = (weight, stack_a, stack_b, to_a, to_b)
@@ -254,6 +260,7 @@ def _gradients(
             to_x_e.addmm_(u, a)
         else:
             to_x_e += torch.mm(u, a).mul_(mask_e)
+    # of empty memory, and added up over the experts of a token
     to_x[ends[-1] :] = 0
     return to_x, to_a.to(A.dtype), to_b.mul_(scale).to(B.dtype)
 
@@ -332,11 +339,13 @@ def _composed(
     x: Tensor, weight: Tensor, rows: ExpertRows, bias: Tensor | None, factors: _Factors
 ) -> Tensor:
     """The product of sorted rows, by torch's grouped products; they leave the rest undefined."""
+    # for the backward pass, in which their gradients are undefined as well
     if rows.rest is not None:
         x = x.masked_fill(rows.rest, 0.0)
     y = F.grouped_mm(x, weight.mT, offs=rows.offsets)
     if bias is not None:
         y = y + bias[rows.indices]
+    # of rank 0 there is no update
     if factors.A.shape[1]:
         lacking = -factors.A.shape[1] % (ALIGNED // x.element_size())
         A, B = F.pad(factors.A, (0, 0, 0, lacking)), F.pad(factors.B, (0, lacking))
@@ -350,6 +359,7 @@ def _gathered(
     x: Tensor, weight: Tensor, rows: ExpertRows, bias: Tensor | None, factors: _Factors
 ) -> Tensor:
     """The product of rows in any order, each with its own copy of a weight."""
+    # no sort, and no shape that depends on values: for graphs of a device
     index = rows.indices
     dropped = x if factors.mask is None else x * factors.mask
     h = torch.bmm(factors.A[index].to(x.dtype), dropped.unsqueeze(-1))

@@ -116,11 +116,14 @@ def parts_of(model: PreTrainedModel, stack: Stack) -> Iterator[Part]:
     layout = experts_of(stack.module)
     assert layout is not None
     experts, _, outputs = layout.shape(stack.module, stack.name)
+    # no conversion of transformers splits these
     if layout.transposed:
         return
+    # float32 would lose numbers above 2^24
     numbers = torch.arange(experts * outputs).view(experts, outputs, 1)
     name = f"{stack.path}.{stack.name}"
     for key, rows in revert_weight_conversion(model, {name: numbers}).items():
+        # still a stack, whatever its name
         if rows.dim() != 2 or rows.shape[1] != 1:
             return
         first = int(rows[0]) // outputs

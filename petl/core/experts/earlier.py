@@ -34,6 +34,7 @@ def in_todays_layout(folder: Folder, model: nn.Module, config: PeftConfig) -> Ge
     found = None
     if config.peft_type == PeftType.LORA:
         if any(OF_ONE.search(key) for key in folder.shapes):
+            # PEFT converts them on loading, after the strict check of the file
             found = tensors_for_stacks(model, config, folder.tensors)
         else:
             stacks = [*stacks_of(config, model)]

@@ -32,6 +32,7 @@ class UpdatedExperts(SwappedClass, nn.Module):
         """Compute as the module itself, or, with updates, by `updated_forward`."""
         if updates is None:
             return super().forward(*args, **kwargs)
+        # read for each call, since flags may be set after wrapping (expert parallelism)
         layout = experts_of(self)
         assert layout is not None
         return updated_forward(self, layout, (*args, *kwargs.values()), updates)
@@ -137,6 +138,7 @@ def _routed(projections: _Projections, x: Tensor, index: Tensor, weights: Tensor
     rows = ExpertRows.ordered(experts, count, has_rest=has_rest)
     rows.tokens, rows.total = order // K, T
     y = projections.expert(x[order // K], rows) * weights.reshape(-1)[order].unsqueeze(-1)
+    # the inverse of the sort; an index_add would sum in an order that changes on a GPU
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     # in the order of each token's experts, as transformers sums them

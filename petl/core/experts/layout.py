@@ -77,6 +77,7 @@ class ExpertsLayout:
         """Return what `down` reads, [S, I], for the output of `up`, [S, O]."""
         if not self.gated:
             return module.act_fn(y)
+        # of classes that limit their gate, and set by the decorator
         if hasattr(module, "_apply_gate"):
             return module._apply_gate(y)
         gate, up = (y[..., ::2], y[..., 1::2]) if self.interleaved else y.chunk(2, dim=-1)
@@ -115,6 +116,7 @@ def experts_of(module: nn.Module) -> ExpertsLayout | None:
 
 
 def _read(module: Any) -> ExpertsLayout | None:
+    # by name: importing the classes would import their models
     names = {cls.__name__ for cls in original_class(module).__mro__}
     for name in names & ENTRIES.keys():
         return ENTRIES[name]
@@ -131,6 +133,7 @@ def _read(module: Any) -> ExpertsLayout | None:
     stacks = [module._parameters.get(name) for name in usual.stacks]
     if any(stack is None or len(_shape(stack)) != 3 for stack in stacks):
         return None
+    # without flags, only the widths tell on which side the outputs are
     (_, rows, columns), (_, out, inner) = map(_shape, stacks)
     return ExpertsLayout(
         transposed=(rows, columns) != (2 * inner, out),

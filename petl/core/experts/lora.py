@@ -69,6 +69,7 @@ class FusedExperts(SwappedClass, ParamWrapper):
             return None
         names = [name for name in self.active_adapters if name in self.lora_A]
         updates = [self.factors(name) for name in names]
+        # they share one product, and so one mask
         rates = {update.dropout for update in updates}
         if len(rates) > 1:
             raise UnsupportedError(
@@ -134,6 +135,7 @@ class FusedExperts(SwappedClass, ParamWrapper):
         """Subtract the merged updates, one expert at a time."""
         while self.merged_adapters:
             name = self.merged_adapters.pop()
+            # it may have been deleted since
             if name in self.lora_A:
                 for W, delta in self._deltas(name):
                     W.copy_(W - delta)
@@ -155,6 +157,7 @@ def _created(
     **kwargs: object,
 ) -> None:
     """Create PEFT's layer around a parameter; around a stack, with petl's forward pass."""
+    # parameters of two dimensions, and stacks without a layout, stay PEFT's
     own = _is_stack(base_layer, parameter_name)
     given = _without_dropout(config) if own else config
     original(layer, base_layer, adapter_name, parameter_name, config=given, **kwargs)

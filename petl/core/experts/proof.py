@@ -50,6 +50,7 @@ def check_experts(module: nn.Module, name: str) -> ExpertsLayout:
     # of a plan: the flags decide
     if stack.is_meta:
         return layout
+    # blocks are built alike, so that one proof holds for all of them
     settings = (v for v in vars(module).items() if isinstance(v[1], str | int | float))
     key = (original_class(module), layout, *(item for item in settings if item[0] != "training"))
     if key not in _faults:
@@ -90,6 +91,7 @@ def _with_random_weights(
 
     Weights of neighbouring experts overlap in memory, so that they differ nevertheless.
     """
+    # its own may be zero, on another device, or of half precision
     tried = copy.copy(module)
     tried.__dict__ |= {"training": False, "_forward_hooks": {}, "_forward_pre_hooks": {}}
     tried._modules = {k: copy.deepcopy(m).cpu().float() for k, m in module.named_children()}

@@ -55,6 +55,7 @@ def _merged_parts(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, str]]:
     """Yield what `_merged` returns, of stacked experts one by one."""
     if isinstance(layer, StackLayer):
+        # one by one: the sums of a whole stack would be a second one in float32
         weight = layer.get_param()
         if weight.is_meta or weight.dtype in EXACT:
             return
