@@ -13,6 +13,7 @@ from petl.adapters.export.merge import merge
 
 pytest_plugins = ["image_text_fixtures", "training_fixtures"]
 # accelerations that each run has where its model allows them
+SLOW = [pytest.param(k, marks=pytest.mark.thorough) for k in ("gemma3", "idefics3")]
 PLAIN = [f"train.{name}" for name in ("loss_segment=null", "skip_unread=false", "fuse_lora=false")]
 
 
@@ -53,7 +54,7 @@ def test_a_run_learns_adapts_the_language_model_alone_and_scores_again(runs, kin
     assert all("pictures/" in json.loads(line)["messages"][0]["more"] for line in lines)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl", *SLOW])
 def test_the_same_losses_without_accelerations_and_with_checkpointing(
     runs, bases, chats, tmp_path, kind
 ):
