@@ -437,16 +437,24 @@ def filled(text: str, made: dict[str, str]) -> str:
 
 
 def with_comments(text: str) -> str:
-    """Return configs/train.yaml with the meaning of each setting under `train` as its comment.
+    """Return configs/train.yaml with the meaning of each setting of a group as its comment.
 
     Raises:
         ValueError: it lacks a setting, or has one that there is not.
     """
+    from petl.training.retain.settings import RetainConfig
     from petl.training.runs.settings import TrainConfig
 
-    meaning = {each.name: each.metadata["help"] for each in dataclasses.fields(TrainConfig)}
-    before, mark, block = text.partition("\ntrain:\n")
-    own, end, after = block.partition("\nhydra:\n")
+    for group, kind in (("train", TrainConfig), ("retain", RetainConfig)):
+        text = _with_comments(text, group, kind)
+    return text
+
+
+def _with_comments(text: str, group: str, kind: type) -> str:
+    meaning = {each.name: each.metadata["help"] for each in dataclasses.fields(kind)}
+    before, mark, block = text.partition(f"\n{group}:\n")
+    # up to the next group
+    own, end, after = re.split(r"(\n(?=\w+:\n))", block, maxsplit=1)
     setting = re.compile(r"^  (\w+): (\S.*?) +# .*$", re.MULTILINE)
     listed = {name for name, _ in setting.findall(own)}
     if listed != set(meaning):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.core.registry import keeps_base
-from petl.core.types import Record
 from petl.generation.prediction.evaluation import is_place
 from petl.system.files.disk import as_json, check_writable, write_atomic
 from petl.system.files.outputs import check_output
@@ -49,14 +48,9 @@ def evaluate_retained(
         folder.mkdir(parents=True, exist_ok=True)
         lines = "".join(f"{json.dumps(asdict(each))}\n" for each in found.texts)
         write_atomic(folder / TEXTS, lines)
-        write_atomic(folder / SCORES, as_json({KEY: entry_of(found)}))
+        write_atomic(folder / SCORES, as_json({KEY: found.entry()}))
     if saved.run is not None and (saved.run / SCORES).is_file():
         scores = read_scores(saved.run)
         if KEY not in scores:
-            write_atomic(saved.run / SCORES, as_json({**scores, KEY: entry_of(found)}))
+            write_atomic(saved.run / SCORES, as_json({**scores, KEY: found.entry()}))
     return found
-
-
-def entry_of(found: Retained) -> Record:
-    """Return the entry of scores.json, without the texts."""
-    return {name: value for name, value in asdict(found).items() if name != "texts"}

@@ -3,7 +3,8 @@
 `FEATURES` has the class of each by the setting that asks for it, with any value but null or false.
 A method brings features of its own (`petl.core.spec.method.Method.features`), which come first. A
 package adds an entry in a module of `imports`. A feature with `Settings` has a group of settings
-with its name, such as `ranks`. A run asks its features in this order, for each of their hooks.
+with its name, such as `ranks`, or with that of the setting that asks for it, such as `retain.data`.
+A run asks its features in this order, for each of their hooks.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -45,6 +46,7 @@ FEATURES = {
     "train.linear_probe": "petl.training.linear_probe:LinearProbe",
     "train.score_before": "petl.training.features.score_before:ScoreBefore",
     "train.find_lr": "petl.training.lr_finder:LrFinder",
+    "retain.data": "petl.training.retain.run:RetainedLoss",
 }
 
 
@@ -234,7 +236,9 @@ def features_of(settings: Groups) -> list[RunFeature]:
     """
     features = []
     for kind, name, value in _wanted(settings):
-        feature = kind(_read(kind, name, value), settings)
+        # a class with Settings takes its whole group
+        value = value if kind.Settings is None else settings[name.partition(".")[0]]
+        feature = kind(_read(kind, name.partition(".")[0], value), settings)
         feature.setting = name
         features.append(feature)
     return features

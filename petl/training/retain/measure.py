@@ -15,7 +15,7 @@ import logging
 import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from petl.core.calibrate import calibration_pass
 from petl.core.compat import BaseTunerLayer
 from petl.core.masks import IGNORED
 from petl.core.registry import keeps_base
-from petl.core.types import Batch, base_of
+from petl.core.types import Batch, Record, base_of
 from petl.errors import InputError, UnsupportedError, shown
 from petl.ops.divergence import divergence_terms
 
@@ -112,6 +112,10 @@ class Retained:
             agreement=mean(each.agreement for each in texts),
             texts=tuple(texts),
         )
+
+    def entry(self) -> Record:
+        """Return the entry of scores.json, without the texts."""
+        return {name: value for name, value in asdict(self).items() if name != "texts"}
 
     def __str__(self) -> str:
         around = "" if self.interval is None else " ({:.2f} to {:.2f})".format(*self.interval)

@@ -185,7 +185,7 @@ def with_row_tasks(data: Settings, fields: Fields) -> Record:
 
 def check_groups(settings: Settings) -> None:
     """Raise InputError for an unknown group, or one that is missing or a value in its place."""
-    own = [name for name in FEATURES if "." not in name]
+    own = sorted({name.partition(".")[0] for name in FEATURES} - {*GROUPS})
     known = (*GROUPS, *OPTIONAL, *own)
     for name in settings:
         # Hydra refuses unknown keys, except those added with a plus
