@@ -31,7 +31,7 @@ BUDGETS = {
     "core": 12050,
     "efficiency": 8150,
     "data": 10400,
-    "training": 13800,
+    "training": 14000,
     "methods": 18150,
     "adapters": 7700,
     "generation": 4850,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 2900,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 13300, "tests": 74150}
+OTHERS = {"scripts": 13300, "tests": 74400}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
@@ -373,7 +373,7 @@ def figures(*, run: bool) -> list[Figure]:
         Figure("cycles between files", len(cycles()), 0),
         Figure("longest chain of imports", len(longest_chain()), 15),
         Figure("docstrings, of public names", counted.documented / counted.public, 0.9, False),
-        Figure("comments a code line", counted.comments / counted.code_lines, 0.079, False),
+        Figure("comments a code line", counted.comments / counted.code_lines, 0.077, False),
         Figure("messages with a value", counted.with_value / counted.raised, 0.95, False),
     ]
     if run:
