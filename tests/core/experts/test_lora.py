@@ -77,6 +77,13 @@ def test_all_implementations_agree(name, way):
     assert max(error(g, expected[1][n]) for n, g in gradients.items()) < 2e-6
 
 
+def test_an_adapted_mixture_compiles_as_one_graph():
+    model = adapted("qwen3_moe")
+    expected = model(IDS).logits
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert error(compiled(IDS, use_cache=False).logits, expected) < 1e-6
+
+
 def test_dropout_is_that_of_each_expert_and_off_in_evaluation(tmp_path):
     model = adapted("qwen3_moe", lora_dropout=0.5)
     assert torch.equal(model(IDS).logits, model(IDS).logits)
