@@ -47,6 +47,12 @@ def batches(count: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": batch, "labels": batch} for batch in ids]
 
 
+def test_adapters_on_experts():
+    base = testing.OTHER_MODELS["qwen3_moe"].base()
+    model = run(code("adapt-experts", "mola"), base=base)["model"]
+    assert any("experts.linears" in name for name in testing.tuner_layers(model))
+
+
 def test_the_hand_written_loop(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     left = run(code("own-loop", "petl.wrap"), base=testing.tiny_llama(2), batches=batches(4))

@@ -127,6 +127,8 @@ def factors_of(adapters: Sequence[Adapter]) -> StackedFactors | None:
     return StackedFactors(A, B * scale[:, None, None], 1.0, adapters[0].drop_rate)
 
 
+# an expert gets another number of rows in each pass, for which a graph would be compiled again
+@torch.compiler.disable
 def each_alone(layers: Sequence[AdapterLayer], x: Tensor, rows: ExpertRows) -> Tensor:
     """Return the outputs [S, O] of the adapted layers of all experts for the rows x [S, I].
 

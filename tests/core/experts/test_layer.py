@@ -78,6 +78,20 @@ def test_a_copy_has_weights_of_its_own():
     assert not torch.equal(testing.logits(other, batch), testing.logits(model, batch))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mola", "mos"])
+def test_a_compiled_model_computes_the_same(method):
+    fields = {"mola": MOLA, "mos": {"r": 3, "equivalent_rank": 2, "target_modules": ["experts"]}}
+    case = Case(method, "qwen3_moe", fields[method])
+    model, batch = case.wrap_stirred(), case.batch()
+    expected = testing.logits(model, batch)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert testing.difference(testing.logits(compiled, batch), expected) < 1e-5
+    own = testing.gradients(model, batch)
+    for name, gradient in testing.gradients(compiled, batch).items():
+        assert testing.difference(gradient, own[name.removeprefix("_orig_mod.")]) < 1e-5
+
+
 def test_other_kernels_of_experts_are_refused_before_anything_changes():
     base = Case("mola", "qwen3_moe").base()
     base.config._experts_implementation = "sonicmoe"
