@@ -42,14 +42,15 @@ def test_a_cached_initialization_needs_no_forward_and_is_bit_exact(tmp_path, kin
     assert "no covariances" not in caplog.text
 
 
-def test_cached_factors_of_another_mode_or_rank_are_not_used(tmp_path, caplog):
+def test_cached_factors_of_another_mode_rank_or_base_are_not_used(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     wrap(factors_cache=str(tmp_path))
     wrap(factors_cache=str(tmp_path), corda_method="kpm")
     assert "the closest differ in corda_method" in caplog.text
     wrap(factors_cache=str(tmp_path), r=3)
     assert "the closest differ in ranks" in caplog.text
-    assert len(list(tmp_path.glob("factors-*.safetensors"))) == 3
+    wrap(edited(), factors_cache=str(tmp_path))
+    assert len(list(tmp_path.glob("factors-*.safetensors"))) == 4
     kept = load_file(next(tmp_path.glob("*.safetensors")))
     key = "model.layers.0.mlp.down_proj"
     assert kept[f"{key}.spectrum"].shape == (64,)  # the complete spectrum, for analysis

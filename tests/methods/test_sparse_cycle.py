@@ -61,6 +61,8 @@ def test_the_schedule_accumulates_over_a_updates_in_every_phase():
 def test_the_fraction_exchanged_decays_by_its_policy(fields, fractions):
     config = SparseConfig(**CYCLE | {"total_step": 20} | fields)
     assert [schedule.exchange_fraction(config, u) for u in (3, 11)] == pytest.approx(fractions)
+    # of a set that was trained before, few are exchanged also at first
+    assert schedule.exchange_fraction(config, 3, is_random=False) <= config.initial_reselection_rate
 
 
 @pytest.mark.parametrize("expected_count", [None, 1])
