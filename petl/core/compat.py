@@ -304,6 +304,47 @@ setattr(  # noqa: B010
 )
 
 
+def extend_method(cls: type, name: str, extension: Callable[..., Any]) -> None:
+    """Let a method of PEFT's class be `extension(original, self, *args, **kwargs)`.
+
+    On the class: a subclass would change the class of a wrapped model, and an attribute of the
+    model would keep it in memory by a cycle.
+    """
+    original = getattr(cls, name)
+
+    @wraps(original)
+    def extended(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return extension(original, self, *args, **kwargs)
+
+    setattr(cls, name, extended)
+
+
+def with_complete_names(
+    inject: Callable[..., None],
+    tuner: Any,
+    model: nn.Module,
+    adapter_name: str,
+    *args: Any,
+    **more: Any,
+) -> None:
+    """Inject a LoRA, and keep complete names of modules whose last part is one of transformers 4.
+
+    PEFT shortens many names to the parts that they share. In a saved config, `down_proj` would then
+    stand for the experts, and not for the linear layers that it was made from.
+    """
+    given = tuner.peft_config[adapter_name].target_modules
+    inject(tuner, model, adapter_name, *args, **more)
+    config = tuner.peft_config[adapter_name]
+    targets = config.target_modules
+    shortened = isinstance(targets, list | set) and any("." not in name for name in targets)
+    if shortened and not renamed_targets(config, model).isdisjoint(targets):
+        is_word = isinstance(given, str)
+        config.target_modules = set(tuner.targeted_module_names if is_word else given)
+
+
+extend_method(LoraModel, "inject_adapter", with_complete_names)
+
+
 def freeze_ranks(tuner: nn.Module) -> None:
     """Freeze the rank counters (`ranknum`) of PEFT's AdaLoRA; other tuners have none.
 
@@ -347,21 +388,6 @@ def drop_base_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
     inside = tuple(f"{path}.base_layer." for path in layers)
     for key in [key for key in state if key.startswith(inside)]:
         del state[key]
-
-
-def extend_method(cls: type, name: str, extension: Callable[..., Any]) -> None:
-    """Let a method of PEFT's class be `extension(original, self, *args, **kwargs)`.
-
-    On the class: a subclass would change the class of a wrapped model, and an attribute of the
-    model would keep it in memory by a cycle.
-    """
-    original = getattr(cls, name)
-
-    @wraps(original)
-    def extended(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return extension(original, self, *args, **kwargs)
-
-    setattr(cls, name, extended)
 
 
 def hotswapped(

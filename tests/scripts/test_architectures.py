@@ -13,6 +13,7 @@ BUILT = {name: row for name, row in RESULTS.items() if "reason" not in row}
 SLICE = (
     "causal/llama",
     "causal/gpt2",
+    "causal/exaone_moe",
     "causal/gpt_oss",
     "causal/inkling2_text",
     "causal/mamba",

@@ -1,15 +1,18 @@
 """Initialization of a CorDA adapter: checks, initial factors, and the ranks of CorDA++."""
 
 import heapq
+import logging
 import math
 from typing import Any, NamedTuple
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
+from petl.core.compat import refused_names
 from petl.core.method import WrapContext
 from petl.core.model.linear import LINEAR_KINDS
-from petl.core.model.targets import matched_names, resolve_targets
+from petl.core.model.targets import matched_names, resolve_targets, set_targets, without
 from petl.core.parameters import shared_weights
 from petl.errors import InputError, ModuleKindError, UnsupportedError
 from petl.methods.corda.calibration import Covariances, weight_of
@@ -64,7 +67,13 @@ def targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
     if config.target_modules is None:  # PEFT's default table has query and value only
         config.target_modules = "block-linear"
     resolve_targets(config, model, words=("all-linear",))  # as for petl's own methods
-    found = {key: model.get_submodule(key) for key in matched_names(config, model)}
+    names = matched_names(config, model)
+    # the LoRA that is saved could not be loaded
+    refused = refused_names(LoraConfig(target_modules=names), model, names)
+    if refused:
+        names = without(model, names, refused, logging.WARNING)
+        set_targets(config, model, names)
+    found = {key: model.get_submodule(key) for key in names}
     # subtracting from a tied weight would change both modules
     twins = shared_weights(model)
     for key, layer in found.items():
