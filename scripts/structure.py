@@ -37,7 +37,7 @@ BUDGETS = {
     "generation": 4850,
     "experiments": 6350,
     "cli": 3700,
-    "testing": 2900,
+    "testing": 3050,
 }
 OWN_LINES = 360  # of the files directly in petl/
 OTHERS = {"scripts": 13300, "tests": 74400}

@@ -13,13 +13,16 @@ import make_stubs
 from petl import methods
 from petl.cli.catalog.listing import write_cache
 from petl.cli.catalog.support import HEADINGS, row
-from petl.core.registry import method
+from petl.core.registry import build_config, method, refusal
 from petl.core.support import Capability
 from petl.methods import BUILT_IN, losses
 from petl.system.imports.tables import INDEX, LOSSES, METHODS, Indexed
 from petl.testing import CHECKS
+from petl.testing.bases import REFUSED
 
 PAGE = Path(__file__).parents[1] / "docs" / "support.md"
+# bases of petl.testing.bases, in words
+BASES = {"mamba": "Mamba", "llava": "image-text", "plain": "no config"}
 HEAD = """\
 # What works together
 
@@ -34,7 +37,10 @@ The checks use the fields of tests/contract/test_contract.py. Run one with
     pytest -m 'slow or not slow' tests/contract/test_contract.py -k 'NAME-llama-CHECK'
 
 (for PEFT's own LoRA, which is a plain LoRA already, `test_a_lora_of_pefts_own_is_copied` of
-tests/adapters/export/test_lora.py). `python scripts/support.py` writes this page from what methods
+tests/adapters/export/test_lora.py). The cells of a row hold for the kinds of base
+models in its last column: dense, with stacked experts (Qwen3-MoE, gpt-oss), Mamba, images and text
+(LLaVA), and a module of PyTorch without a config; exporting a LoRA does not hold for Mamba, since
+PEFT has none on its `out_proj`. `python scripts/support.py` writes this page from what methods
 `lacks`; a test compares it with the code.
 
 | column | meaning of "yes" | check |
@@ -69,12 +75,22 @@ def page() -> str:
     rows = []
     for name in BUILT_IN:
         cells = [_cell(reason, reasons) for reason in row(name).values()]
+        cells.append(_bases(name))
         rows.append(f"| `{name}` | {method(name).by} | {' | '.join(cells)} |")
-    headings = " | ".join(HEADINGS.values())
-    rule = "| --- " * (len(HEADINGS) + 2) + "|"
+    headings = " | ".join([*HEADINGS.values(), "bases"])
+    rule = "| --- " * (len(HEADINGS) + 3) + "|"
     notes = [f"{number}. {reason}" for reason, number in reasons.items()]
     table = "\n".join([f"| method | by | {headings} |", rule, *rows])
     return HEAD + "\n".join(columns) + f"\n\n{table}\n\n" + "\n".join(notes) + "\n"
+
+
+def _bases(name: str) -> str:
+    """The kinds of base models on which the cells of a method's row are checked."""
+    if not method(name).own:
+        return "dense"
+    found = [] if refusal(build_config(name), Capability.EXPERTS) else ["experts"]
+    found += [words for base, words in BASES.items() if name not in REFUSED[base]]
+    return ", ".join(["dense", *found])
 
 
 def _cell(reason: str, reasons: dict[str, int]) -> str:

@@ -31,6 +31,7 @@ models may be used in other tests, too.
 """
 
 from petl.testing import (  # noqa: F401
+    bases,
     experts,
     fields,
     numerics,

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from typing import Any
 from unittest import SkipTest
 
+from transformers import PreTrainedModel
+
 from petl.core.registry import refusal
 from petl.core.support import Capability
 from petl.errors import InputError, choose
@@ -71,6 +73,11 @@ def own(case: Case) -> bool:
 def merging(case: Case) -> bool:
     """Checks for methods that merge."""
     return case.promises.merges
+
+
+def of_transformers(case: Case) -> bool:
+    """Checks of what transformers' models have: checkpointing, `from_pretrained`."""
+    return isinstance(case.tiny.base(), PreTrainedModel)
 
 
 def on_llama(case: Case) -> bool:

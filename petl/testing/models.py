@@ -55,7 +55,7 @@ def tiny_llama(layers: int = 3, vocabulary: int = VOCABULARY) -> LlamaForCausalL
         eos_token_id=None,
         use_cache=False,
     )
-    return _build(LlamaForCausalLM, config)
+    return build_seeded(LlamaForCausalLM, config)
 
 
 def tiny_gpt2(layers: int = 2) -> GPT2LMHeadModel:
@@ -75,7 +75,7 @@ def tiny_gpt2(layers: int = 2) -> GPT2LMHeadModel:
         attn_pdrop=0.0,
         use_cache=False,
     )
-    model = _build(GPT2LMHeadModel, config)
+    model = build_seeded(GPT2LMHeadModel, config)
     model.loss_type = "ForCausalLM"  # transformers' fallback, without its warning
     return model
 
@@ -95,7 +95,7 @@ def tiny_bert(layers: int = 2) -> BertForSequenceClassification:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    return _build(BertForSequenceClassification, config)
+    return build_seeded(BertForSequenceClassification, config)
 
 
 def tiny_t5(layers: int = 2) -> T5ForConditionalGeneration:
@@ -115,7 +115,7 @@ def tiny_t5(layers: int = 2) -> T5ForConditionalGeneration:
         eos_token_id=None,
         use_cache=False,
     )
-    return _build(T5ForConditionalGeneration, config)
+    return build_seeded(T5ForConditionalGeneration, config)
 
 
 def tiny_vit(layers: int = 2) -> ViTForImageClassification:
@@ -132,7 +132,7 @@ def tiny_vit(layers: int = 2) -> ViTForImageClassification:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    return _build(ViTForImageClassification, config)
+    return build_seeded(ViTForImageClassification, config)
 
 
 # of a model with experts whose weights are stacked
@@ -155,13 +155,13 @@ EXPERTS = {
 def tiny_qwen3_moe() -> Qwen3MoeForCausalLM:
     """Build a Qwen3 with 4 experts of width 24, of which each token has 2."""
     config = _config(Qwen3MoeConfig, **EXPERTS, num_experts=4, moe_intermediate_size=24)
-    return _build(Qwen3MoeForCausalLM, config)
+    return build_seeded(Qwen3MoeForCausalLM, config)
 
 
 def tiny_gpt_oss() -> GptOssForCausalLM:
     """Build a gpt-oss with 4 experts of width 24, which have biases and transposed weights."""
     config = _config(GptOssConfig, **EXPERTS, num_local_experts=4, intermediate_size=24)
-    return _build(GptOssForCausalLM, config)
+    return build_seeded(GptOssForCausalLM, config)
 
 
 class UNetConfig(PreTrainedConfig):
@@ -291,7 +291,7 @@ class TinyUNet(PreTrainedModel):
 
 def tiny_unet(more: int = 0) -> TinyUNet:
     """Build a U-Net for feature maps of 8 x 8 with `more` further blocks in its encoder."""
-    return _build(TinyUNet, UNetConfig(more=more))
+    return build_seeded(TinyUNet, UNetConfig(more=more))
 
 
 def _config(cls: Any, **fields: Any) -> Any:
@@ -299,7 +299,7 @@ def _config(cls: Any, **fields: Any) -> Any:
     return cls(**fields)
 
 
-def _build(cls: Any, config: Any) -> Any:
+def build_seeded(cls: Any, config: Any) -> Any:
     """Create a model with the same weights each time, without touching the random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

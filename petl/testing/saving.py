@@ -18,7 +18,7 @@ from petl.core.loading import load
 from petl.core.support import Capability
 from petl.errors import InputError, UnsupportedError
 from petl.testing.case import Case, assert_close, gradients, logits, stir
-from petl.testing.catalog import check, own
+from petl.testing.catalog import check, of_transformers, own
 from petl.testing.processes import in_fresh_process
 from petl.testing.training import assert_close_gradients
 
@@ -102,7 +102,7 @@ def _assert_refused(
     raise AssertionError(f"{what}: loaded without an error; {names} is expected")
 
 
-@check(own)
+@check(lambda case: own(case) and of_transformers(case))
 def transformers_loads_it_or_it_is_refused(case: Case) -> None:
     """`from_pretrained` of the adapter's folder gives the same outputs, or raises with a reason."""
     with TemporaryDirectory() as base, TemporaryDirectory() as folder:

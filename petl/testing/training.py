@@ -27,7 +27,7 @@ from petl.testing.case import (
     logits,
     trainable,
 )
-from petl.testing.catalog import check, own, own_on_llama
+from petl.testing.catalog import check, of_transformers, own, own_on_llama
 from petl.testing.models import Batch
 
 STEPS = 20
@@ -146,13 +146,13 @@ def _selections(model: nn.Module, case: Case) -> dict[str, Tensor]:
     return {n: t for n, t in state if _is_adapter(n, case) and not t.is_floating_point()}
 
 
-@check(of=Capability.CHECKPOINTING)
+@check(of_transformers, of=Capability.CHECKPOINTING)
 def checkpointing_gives_the_same_gradients(case: Case) -> None:
     """Gradient checkpointing (not reentrant) changes neither loss nor gradients."""
     _compare_checkpointing(case, use_reentrant=False)
 
 
-@check()
+@check(of_transformers)
 def reentrant_checkpointing_gives_the_same_gradients(case: Case) -> None:
     """Reentrant checkpointing, whose first forward has no graph, changes neither."""
     _compare_checkpointing(case, use_reentrant=True)

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import standin
-from contract_cases import ADOPTED_CASES, OWN_CASES, promises
+from contract_cases import ADOPTED_CASES, OWN_CASES, own, promises
 
+import petl
 from petl import testing
 from petl.testing import Case
+from petl.testing.bases import REFUSED
 
 
 @pytest.mark.parametrize(("case", "check"), promises(OWN_CASES))
@@ -19,6 +21,12 @@ def test_own_method_keeps_its_promise(case, check, device):
 @pytest.mark.parametrize(("case", "check"), testing.params(ADOPTED_CASES))
 def test_adopted_method_keeps_its_promise(case, check, device):
     hold(case, check, device)
+
+
+@pytest.mark.parametrize(("name", "base"), [(n, b) for b in REFUSED for n in REFUSED[b]])
+def test_a_method_refuses_the_bases_that_it_cannot_adapt(name, base):
+    with pytest.raises(petl.InputError):
+        own(name, base).wrap()
 
 
 def hold(case: Case, check: str, device: str) -> None:

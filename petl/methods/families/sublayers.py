@@ -24,6 +24,7 @@ from petl.core.layers.grouped import GroupedNetworks, InputHook
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
 from petl.core.method import Target, TrainContext, WrapContext, linear_target
 from petl.core.model.heat_map import HeatMap, of_layers
+from petl.core.model.parts import LANGUAGE, language_path, names_of
 from petl.core.model.structure import (
     BLOCK,
     KINDS,
@@ -304,7 +305,10 @@ NO_NETWORKS = (
 def sublayer_places(c: WrapContext[Any]) -> list[tuple[str, str]]:
     """Return location and path of the sub-layers of a model, and of its blocks if they are one."""
     found = [(sub.kind, sub.closing) for sub in find_sublayers(c.model)]
-    return found + [(BLOCK, path) for path in block_widths(c.model) if BLOCK in c.config.locations]
+    found += [(BLOCK, path) for path in block_widths(c.model) if BLOCK in c.config.locations]
+    # of a model for images and text, those of its language model, as of the presets
+    inside = {*names_of(LANGUAGE, (path for _, path in found), language_path(c.model))}
+    return [(kind, path) for kind, path in found if path in inside]
 
 
 def targets_with_streams(c: WrapContext[Any], stream: Callable[[str], str]) -> list[Target]:
