@@ -23,6 +23,7 @@ from petl.testing.models import (
     TinyModel,
     build_seeded,
     causal_batch,
+    create_config,
 )
 
 IMAGE = 3  # the token in whose place a patch of an image stands
@@ -46,18 +47,22 @@ def tiny_mamba(layers: int = 2) -> MambaForCausalLM:
 
 def tiny_llava(layers: int = 2) -> LlavaForConditionalGeneration:
     """Build a LLaVA: a Llama that reads the patches of images of 16 x 16 pixels."""
-    sizes: Any = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
     sizes |= {"num_hidden_layers": layers}
-    ids: Any = {
+    ids = {
         "vocab_size": VOCABULARY,
         "pad_token_id": PAD,
         "bos_token_id": 1,
         "eos_token_id": None,
     }
-    text: Any = LlamaConfig(**sizes, **ids, num_key_value_heads=2)
-    vision: Any = CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
-    config = LlavaConfig(
-        text_config=text, vision_config=vision, image_token_index=IMAGE, image_seq_length=PATCHES
+    text = create_config(LlamaConfig, **sizes, **ids, num_key_value_heads=2)
+    vision = create_config(CLIPVisionConfig, **sizes, image_size=16, patch_size=8)
+    config = create_config(
+        LlavaConfig,
+        text_config=text,
+        vision_config=vision,
+        image_token_index=IMAGE,
+        image_seq_length=PATCHES,
     )
     return build_seeded(LlavaForConditionalGeneration, config)
 

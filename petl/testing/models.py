@@ -82,7 +82,7 @@ def tiny_gpt2(layers: int = 2) -> GPT2LMHeadModel:
 
 def tiny_bert(layers: int = 2) -> BertForSequenceClassification:
     """Build a BERT with a classification head."""
-    config = _config(
+    config = create_config(
         BertConfig,
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -100,7 +100,7 @@ def tiny_bert(layers: int = 2) -> BertForSequenceClassification:
 
 def tiny_t5(layers: int = 2) -> T5ForConditionalGeneration:
     """Build a T5 with `layers` blocks in encoder and decoder each."""
-    config = _config(
+    config = create_config(
         T5Config,
         vocab_size=VOCABULARY,
         d_model=64,
@@ -120,7 +120,7 @@ def tiny_t5(layers: int = 2) -> T5ForConditionalGeneration:
 
 def tiny_vit(layers: int = 2) -> ViTForImageClassification:
     """Build a ViT for images of 16 x 16 pixels in 4 patches."""
-    config = _config(
+    config = create_config(
         ViTConfig,
         image_size=16,
         patch_size=8,
@@ -154,13 +154,13 @@ EXPERTS = {
 
 def tiny_qwen3_moe() -> Qwen3MoeForCausalLM:
     """Build a Qwen3 with 4 experts of width 24, of which each token has 2."""
-    config = _config(Qwen3MoeConfig, **EXPERTS, num_experts=4, moe_intermediate_size=24)
+    config = create_config(Qwen3MoeConfig, **EXPERTS, num_experts=4, moe_intermediate_size=24)
     return build_seeded(Qwen3MoeForCausalLM, config)
 
 
 def tiny_gpt_oss() -> GptOssForCausalLM:
     """Build a gpt-oss with 4 experts of width 24, which have biases and transposed weights."""
-    config = _config(GptOssConfig, **EXPERTS, num_local_experts=4, intermediate_size=24)
+    config = create_config(GptOssConfig, **EXPERTS, num_local_experts=4, intermediate_size=24)
     return build_seeded(GptOssForCausalLM, config)
 
 
@@ -294,7 +294,7 @@ def tiny_unet(more: int = 0) -> TinyUNet:
     return build_seeded(TinyUNet, UNetConfig(more=more))
 
 
-def _config(cls: Any, **fields: Any) -> Any:
+def create_config(cls: Any, **fields: Any) -> Any:
     """Create a config; the type checker does not know the fields of its base class."""
     return cls(**fields)
 
