@@ -28,11 +28,11 @@ PACKAGE = ROOT / "petl"
 BUDGETS = {
     "system": 3400,
     "ops": 2650,
-    "core": 12050,
+    "core": 12100,
     "efficiency": 8150,
     "data": 10400,
     "training": 14000,
-    "methods": 18150,
+    "methods": 18200,
     "adapters": 7700,
     "generation": 4850,
     "experiments": 6350,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3050,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 13300, "tests": 74400}
+OTHERS = {"scripts": 13300, "tests": 74450}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
