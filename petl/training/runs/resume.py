@@ -37,7 +37,8 @@ FREE = {
         )
     ),
 }
-FREE_GROUPS = ("tracker.", "launch.")  # another tracker, another number of processes
+# another tracker, another number of processes, other texts to measure on
+FREE_GROUPS = ("tracker.", "launch.", "retain.")
 # settings in which a run that is trained further may differ from its earlier part
 LENGTH = {"train.steps", "train.epochs", "train.early_stopping"}
 PRECISION, AUTO = "train.precision", "auto"
