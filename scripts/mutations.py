@@ -32,6 +32,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple, NoReturn
 
 import yaml
@@ -223,6 +224,8 @@ class Copy:
         os.environ["PYTHONPATH"] = str(self.folder)
         sys.path[:] = [entry for entry in sys.path if not entry.startswith(str(ROOT))]
         sys.path.insert(0, str(self.folder))
+        # processes that tests start would run this script again
+        sys.modules["__main__"] = ModuleType("__main__")
         status = 1
         try:
             import pytest
