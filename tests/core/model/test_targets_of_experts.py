@@ -53,7 +53,7 @@ def missed(base, method: str, targets) -> set[str]:
         (SEVEN, {ROUTER}),
         (["w1", "w2", "w3"], {ROUTER, *ATTENTION}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_what_names_mean_in_a_model_with_experts(method, targets, expected):
     assert missed(qwen3_moe(), method, targets) == expected
