@@ -494,8 +494,9 @@ class Method(Generic[C, A]):
         if capability in self.lacks:
             return reason_of(self.lacks, capability, config)
         if capability is Capability.EXPERTS:
-            takes = not self.overrides("targets") if self.own else self._is_plain_lora(config)
-            return "" if takes else NO_EXPERTS
+            if not self.own:
+                return self._why_no_experts(config)
+            return NO_EXPERTS if self.overrides("targets") else ""
         if capability is Capability.RANKS:
             # AdaLoRA has an `r` that it does not use
             known = {"r", "rank_pattern"} <= self.config_cls.__dataclass_fields__.keys()
@@ -513,15 +514,21 @@ class Method(Generic[C, A]):
             )
         return ""
 
-    def _is_plain_lora(self, config: Any) -> bool:
-        """Return True for a LoRA of PEFT, with a start from random numbers.
+    def _why_no_experts(self, config: Any) -> str:
+        """Return why a method of PEFT adapts no stacks of experts; "": a plain LoRA does.
 
-        It adapts single parameters, which other methods of PEFT do not.
+        PEFT's LoRA adapts single parameters, which its other methods do not.
         """
+        if self.tuner is not LoraModel:
+            return NO_EXPERTS
         facts = facts_of(config)
-        is_random = facts.init_lora_weights in (None, True, False, "gaussian")
-        more = facts.use_dora or facts.lora_bias or facts.fan_in_fan_out
-        return self.tuner is LoraModel and is_random and not more
+        start = facts.init_lora_weights
+        # a start from random numbers reads no weight
+        wrong = [] if start in (None, True, False, "gaussian") else [f"init_lora_weights={start}"]
+        fields = ("use_dora", "lora_bias", "fan_in_fan_out")
+        wrong += [f"{field}=true" for field in fields if getattr(facts, field)]
+        what = f"with {', '.join(wrong)} it adapts linear layers, and no stacked experts"
+        return f"{what}; use lora without it" if wrong else ""
 
     @property
     def merges(self) -> bool:

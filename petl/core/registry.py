@@ -24,6 +24,7 @@ from petl.core.model.statistics import keep_statistics
 from petl.core.model.targets import (
     PRESETS,
     check_kinds,
+    check_parameters,
     check_saved,
     check_targets,
     check_tokens,
@@ -278,6 +279,7 @@ def _choose_targets(entry: Method, config: Any, model: nn.Module) -> None:
     if entry.own:
         check_targets(config, model, no_experts=no_experts)
     else:
+        check_parameters(config, model)
         resolve_targets(config, model, no_experts=no_experts)
         choose_default(config, model, entry.tuner, no_experts)
         if not no_experts and config.target_modules is not None:

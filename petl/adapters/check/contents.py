@@ -201,9 +201,7 @@ def literals(subject: Subject) -> Iterator[Found]:
 def is_target(subject: Subject, path: str) -> bool:
     """Return True if the config's targets have a module, by its path in the base model."""
     config = subject.patterns
-    owners = [name.rpartition(".")[0] for name in config.get("target_parameters") or ()]
-    # the name of a parameter alone does not say which module owns it
-    if any(not owner or f".{path}".endswith(f".{owner}") for owner in owners):
+    if subject.is_stacked(path):
         return True
     blocks, index = config.get("layers_to_transform"), BLOCK.search(path)
     wanted = [blocks] if isinstance(blocks, int) else blocks
@@ -271,9 +269,9 @@ def ranks(subject: Subject) -> Iterator[Found]:
     for path, parts in subject.pairs.items():
         rank = sum(parts["lora_A"].shape[:1]) if "lora_A" in parts else 0
         own = subject.scale_of(module_of(path))[0]
-        # of experts in one parameter, a pair for each
-        stacked = subject.config.get("target_parameters") and rank % own == 0
-        if rank and rank != own and not stacked:
+        # the factors of a stack have the ranks of all its experts
+        fits = rank % own == 0 if subject.is_stacked(path) else rank == own
+        if rank and not fits:
             wrong.append((path, f"{rank}, not {own}"))
     if wrong:
         what = f"{len(wrong)} of {len(subject.pairs)} modules have another rank than the config"

@@ -124,8 +124,8 @@ class Subject:
 
     @property
     def kind(self) -> str:
-        """The PEFT type."""
-        return str(self.config.get("peft_type"))
+        """The PEFT type, without the words for a reader without petl that a file may have."""
+        return str(self.config.get("peft_type")).partition(" ")[0]
 
     @cached_property
     def pairs(self) -> dict[str, dict[str, Stored]]:
@@ -142,6 +142,12 @@ class Subject:
             if end:
                 found.setdefault(name[: end.start()], {})[end[1].replace("embedding_", "")] = stored
         return found
+
+    def is_stacked(self, path: str) -> bool:
+        """Return True for a module whose parameters are targets, such as experts in a stack."""
+        owners = [n.rpartition(".")[0] for n in self.config.get("target_parameters") or ()]
+        # the name of a parameter alone does not say which module owns it
+        return any(not each or f".{module_of(path)}".endswith(f".{each}") for each in owners)
 
     def factor(self, letter: str) -> list[str]:
         """Return the names of the tensors A, or those of B."""
@@ -285,7 +291,8 @@ class Subject:
         names = [("use_dora", "DoRA"), ("use_rslora", "rsLoRA")]
         name = next((name for field, name in names if self.config.get(field)), "LoRA")
         try:
-            factors = [each["lora_A"] for each in self.pairs.values() if "lora_A" in each]
+            pairs = {path: each for path, each in self.pairs.items() if not self.is_stacked(path)}
+            factors = [each["lora_A"] for each in pairs.values() if "lora_A" in each]
             blocks = {found[1] for path in self.pairs if (found := BLOCK.search(path))}
         except NotCheckedError:
             return name

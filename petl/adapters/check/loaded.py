@@ -104,6 +104,7 @@ def load(subject: Subject) -> Loaded:
     source = Folder(subject.folder)
     try:
         config, trained_on = source.config, source.base
+        source.check_sealed()
     except InputError as error:
         raise NotCheckedError(str(error)) from error
     base = str(subject.base)

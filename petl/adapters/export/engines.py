@@ -94,7 +94,7 @@ def refusal(config: Mapping[str, Any], engine: Engine) -> str:
     lacking = next((name for name in features(config) if name in engine.lacks), None)
     if lacking is None:
         return ""
-    kind = config["peft_type"]
+    kind = str(config["peft_type"]).partition(" ")[0]
     rank = largest_rank(config) if kind == "LORA" else 1
     reason = engine.lacks[lacking]
     return reason.format(engine=engine.name, type=kind, rank=rank, root=math.sqrt(rank))

@@ -63,7 +63,7 @@ class Coverage:
         text = f"adapters reach {_percent(self.share)} of the block weights"
         kinds = [f"{kind} ({_percent(part)})" for kind, part in self.missed.items()]
         if kinds:
-            more = f" and {len(kinds) - SHOWN} more kinds" if len(kinds) > SHOWN else ""
+            more = f" and {len(kinds) - SHOWN} others" if len(kinds) > SHOWN else ""
             text += f"; not reached: {', '.join(kinds[:SHOWN])}{more}"
         for part, share in self.without.items():
             text += f"; no adapter on the part {part!r} ({_percent(share)} of all block weights)"
@@ -78,9 +78,11 @@ def coverage_of(model: PeftModel) -> Coverage | None:
     places = {weight: place(base, weight.path) for weight in _weights(base, "")}
     inside = {weight: where for weight, where in places.items() if where is not None}
     counted = inside or places  # a model without lists of layers
-    if not any(weight.reached for weight in counted):
-        return None
     language = language_path(base)
+    # a projector is in no block
+    seen = counted if language is None else places
+    if not any(weight.reached for weight in seen):
+        return None
     parts = {w: LANGUAGE if language is None else part_in(w.path, language) for w in counted}
     adapted = {parts[weight] for weight in counted if weight.reached}
     sizes, missed, without = Counter[bool](), Counter[str](), Counter[str]()
@@ -97,8 +99,8 @@ def coverage_of(model: PeftModel) -> Coverage | None:
         {(w.stack, w.index) for each, w in inside.items() if parts[each] in adapted and take(each)}
         for take in (lambda each: True, lambda each: each.reached)
     )
-    total = sizes.total()
-    everything = total + without.total()
+    total = max(sizes.total(), 1)
+    everything = sizes.total() + without.total()
     full = sum(w.size for w in counted if not w.quantized and parts[w] in adapted) / total
     return Coverage(
         sizes[True] / total,

@@ -447,6 +447,23 @@ def _takes(config: Any, model: nn.Module, stack: str) -> bool:
     )
 
 
+def check_parameters(config: Any, model: nn.Module) -> None:
+    """Raise UnknownNameError for one of `config.target_parameters` that `model` lacks.
+
+    PEFT adapts the others, and warns only if none is left.
+    """
+    given = facts_of(config).target_parameters or ()
+    names = [name for name, _ in model.named_parameters()] if given else []
+    known = {suffix for name in names for suffix in _suffixes(name)}
+    for target in given:
+        if target not in known:
+            parts = target.count(".") + 1
+            last = {".".join(name.split(".")[-parts:]) for name in names}
+            raise UnknownNameError(
+                f"target_parameters: {target!r} matches no parameter" + did_you_mean(target, last)
+            )
+
+
 def candidate_names(model: nn.Module) -> list[str]:
     """Return the names of all modules except those inside adapted layers and trained copies."""
     names, skipped = [], tuple[str, ...]()

@@ -120,7 +120,7 @@ def kinds_of(names: Iterable[str]) -> str:
     """Return the kinds of tensors among these names, with their counts, the most frequent first."""
     kinds = Counter(place_of(name.removeprefix("base_model.model.")) for name in sorted(names))
     shown = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common(SHOWN))
-    return shown + (f" and {len(kinds) - SHOWN} more kinds" if len(kinds) > SHOWN else "")
+    return shown + (f" and {len(kinds) - SHOWN} others" if len(kinds) > SHOWN else "")
 
 
 def has_rate(optimizer: Optimizer) -> bool:

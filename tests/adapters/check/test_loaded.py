@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import petl
+from petl.core.fingerprint import seal
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -23,6 +24,7 @@ def saved(tmp_path):
             found = load_file(folder / WEIGHTS)
             found = {k: make(v) if part in k else v for k, v in found.items()}
             save_file(found, folder / WEIGHTS)
+            seal(folder)
         return folder
 
     return copy
@@ -55,6 +57,14 @@ def test_a_base_with_other_weights_below_the_adapter_is_an_error(saved, tmp_path
     checked = petl.check(saved(), base=base_of(tmp_path, seed=1))
     assert ids(checked) >= {"base.adapted"}
     assert "1 of 12 tensors" in next(f.what for f in checked if f.id == "base.adapted")
+
+
+def test_a_file_that_was_changed_is_a_finding_beside_a_base_too(saved):
+    folder = saved()
+    save_file({k: 2 * v for k, v in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+    checked = petl.check(folder, base=folders.base())
+    assert ids(checked) == {"format.changed"}
+    assert "is not the file that was saved there" in dict(checked.not_checked)["base.fits"]
 
 
 def test_without_a_fingerprint_weights_are_not_compared(tmp_path):

@@ -48,6 +48,7 @@ def test_what_a_method_of_petl_saves_is_healthy(method, tmp_path):
     checked = petl.check(tmp_path)
     assert checked.ok, [*checked]
     assert checked.made_by.startswith("petl ")
+    assert "import petl" not in checked.kind
 
 
 @pytest.mark.parametrize("method", ["adalora", "ia3", "ln_tuning", "vblora", "vera"])
@@ -76,6 +77,8 @@ def test_experts_embeddings_and_patterns_are_healthy(fields, tmp_path):
     stir(get_peft_model(FAMILIES["mixtral"].build(), config)).save_pretrained(tmp_path)
     checked = petl.check(tmp_path)
     assert checked.ok, [*checked]
+    # not that of all experts
+    assert checked.kind.partition(",")[0] in ("LoRA r 8", "rsLoRA r 2 to 8")
 
 
 def test_of_a_repository_only_the_adapter_is_downloaded(hub_server):

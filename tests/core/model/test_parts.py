@@ -92,6 +92,15 @@ def test_each_part_is_a_preset(build, part):
     assert all(name.startswith(path) for name in names)
 
 
+def test_blocks_without_an_adapter_are_said_where_the_projector_has_one(caplog):
+    with caplog.at_level(logging.INFO):
+        petl.wrap(llava(), "lora", target_modules="projector")
+    (line,) = [m for m in caplog.messages if "of the block weights" in m]
+    assert line.startswith("adapters reach 0.0 %")
+    assert "'language'" in line
+    assert "'vision'" in line
+
+
 def test_models_of_one_part_refuse_the_presets():
     for build in testing.TINY_MODELS.values():
         assert language_path(build.base()) is None

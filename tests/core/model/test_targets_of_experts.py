@@ -7,7 +7,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 import petl
 from petl.core.model.coverage import coverage_of
 from petl.core.model.targets import router_names, stack_names
-from petl.errors import InputError, ModuleKindError, UnsupportedError
+from petl.errors import InputError, ModuleKindError, UnknownNameError, UnsupportedError
 from petl.testing.models import OTHER_MODELS
 
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
@@ -143,3 +143,16 @@ def test_stacks_are_named_once_however_often_a_model_is_adapted():
     model = petl.wrap(qwen3_moe(), "mola", **FIELDS["mola"])
     model.add_adapter("other", petl.build_config("mola", **FIELDS["mola"]))
     assert stack_names(model.get_base_model()) == stack_names(qwen3_moe())
+
+
+@pytest.mark.parametrize("names", [["mlp.experts.down_prj"], ["down_proj", "down_prj"]])
+def test_a_parameter_that_the_model_lacks_is_refused_beside_others(names):
+    with pytest.raises(UnknownNameError, match=r"down_prj' matches no parameter; .*down_proj"):
+        petl.wrap(qwen3_moe(), "lora", target_modules=["q_proj"], target_parameters=names)
+
+
+@pytest.mark.parametrize("field", [{"use_dora": True}, {"init_lora_weights": "pissa"}])
+def test_what_a_lora_has_that_experts_do_not_take_is_named(field):
+    (name,) = field
+    with pytest.raises(UnsupportedError, match=f"with {name}="):
+        petl.wrap(qwen3_moe(), "lora", target_modules="experts", **field)
