@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from peft import PeftModel
@@ -156,8 +156,21 @@ class RetainedRow(NamedTuple):
     ids: list[int]
 
 
+class Processor(Protocol):
+    """What is used of a processor for images and text."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+
+def tokenizer_of(given: PreTrainedTokenizerBase | Processor) -> PreTrainedTokenizerBase:
+    """Return a tokenizer, or that of a processor for images and text."""
+    return given if isinstance(given, PreTrainedTokenizerBase) else given.tokenizer
+
+
 def encode_texts(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int = MAX_LENGTH
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase | Processor,
+    max_length: int = MAX_LENGTH,
 ) -> list[RetainedRow]:
     """Tokenize texts without a template and without an end token, cut to `max_length` tokens.
 
@@ -172,6 +185,7 @@ def encode_texts(
     wrong = next((text for text in given if not isinstance(text, str)), None)
     if wrong is not None:
         raise InputError(f"{shown(wrong)} is not a text: retained texts are strings")
+    tokenizer = tokenizer_of(tokenizer)
     end = tokenizer.eos_token_id
     rows = []
     for text in given:
@@ -226,7 +240,7 @@ def _padded(rows: Sequence[list[int]], value: int) -> Tensor:
 def retained(
     model: nn.Module,
     texts: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | Processor,
     *,
     base: nn.Module | None = None,
     max_length: int = MAX_LENGTH,
@@ -239,7 +253,7 @@ def retained(
     Args:
         model: that writes, with its active adapters; or any model, with its `base`.
         texts: plain texts.
-        tokenizer: of the model.
+        tokenizer: of the model, or its processor.
         base: the model to compare with; None: `model` without its adapters.
         max_length: tokens of a text, at least 2.
         batch_size: texts in a pass.
@@ -257,7 +271,7 @@ def retained(
 def compare(
     model: nn.Module,
     rows: Sequence[RetainedRow],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | Processor,
     *,
     base: nn.Module | None = None,
     before: Sequence[float] | None = None,
@@ -294,7 +308,7 @@ def compare(
 def losses_of(
     model: nn.Module,
     rows: Sequence[RetainedRow],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | Processor,
     batch_size: int = 8,
 ) -> list[float]:
     """Return the mean loss of each row in nats per predicted token."""
@@ -334,12 +348,12 @@ def _base_of(
 def _batches(
     model: nn.Module,
     rows: Sequence[RetainedRow],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | Processor,
     batch_size: int,
 ) -> Generator[tuple[list[int], Batch, Tensor]]:
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} is below 1, the minimum")
-    pad = tokenizer.pad_token_id or 0
+    pad = tokenizer_of(tokenizer).pad_token_id or 0
     # of similar lengths, so that little is padding
     order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))
     for start in range(0, len(order), batch_size):

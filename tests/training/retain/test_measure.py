@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from image_text_fixtures import built
 from peft import PromptTuningConfig, get_peft_model
 from tiny_tokenizers import byte_tokenizer
 from transformers import (
@@ -162,3 +163,11 @@ def test_what_cannot_be_measured_is_refused(tokenizer):
     model.merge_adapter()
     with pytest.raises(petl.InputError, match="unmerge_adapter"):
         petl.retained(model, TEXTS, tokenizer)
+
+
+def test_a_processor_for_images_and_text_gives_its_tokenizer():
+    base, processor = built("llava")
+    model = testing.stir(petl.wrap(base, "lora", task_type="CAUSAL_LM"))
+    found = petl.retained(model, TEXTS, processor)
+    assert found == petl.retained(model, TEXTS, processor.tokenizer)
+    assert found.lost != 0
