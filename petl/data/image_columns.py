@@ -1,9 +1,10 @@
 """The columns of conversations with images, and the images that they name, checked."""
 
 import base64
+import logging
 import re
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from pkgutil import resolve_name
@@ -27,6 +28,9 @@ USUAL = ("image", "images")
 MAX_BYTES = 2**26  # of a download, as of a file
 URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 IMAGES = "petl.data.tasks.image_text.images"  # imported where there are images to read
+
+
+logger = logging.getLogger(__name__)
 
 
 class ImageTextColumns(AnswerColumns):
@@ -85,6 +89,17 @@ class ImageTextColumns(AnswerColumns):
         if self.settings.image is not None:
             require([self.settings.image], names, origin)
         return [*super().choose(names, origin), FOLDER]
+
+    def announce(self, chosen: Format, names: Collection[str], origin: str) -> None:
+        """Also warn of a pair of texts without a column of images; turns have parts for them."""
+        super().announce(chosen, names, origin)
+        if self.labeled and chosen.learned and {*self.columns}.isdisjoint(names):
+            logger.warning(
+                "%s has no column %s, so no image; data.image names another one: %s",
+                origin,
+                " or ".join(self.columns),
+                ", ".join(sorted({*names} - {FOLDER})),
+            )
 
     def task(self, rows: AnySourceRows) -> "Task":
         """Build a task on images and text."""

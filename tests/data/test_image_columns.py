@@ -118,6 +118,16 @@ def test_rows_without_images_and_with_several_are_read(tmp_path):
     assert images == [0, 2]
 
 
+@pytest.mark.parametrize("column", ["picture", "image"])
+def test_a_file_of_questions_without_a_column_of_images_is_said(tmp_path, column, caplog):
+    save_picture(tmp_path / "a.png", "red")
+    pair = {"prompt": QUESTION, "completion": ANSWER, column: "a.png"}
+    read(write_rows(tmp_path / "rows.jsonl", [pair, {**pair, "completion": "blue"}]))
+    said = [m for m in caplog.messages if "has no column image or images" in m]
+    assert len(said) == (column == "picture")
+    assert all(line.endswith("completion, picture, prompt") for line in said)
+
+
 def test_paths_are_relative_to_their_file_or_to_a_folder_that_is_named(tmp_path):
     for name in ("one", "two", "elsewhere"):
         (tmp_path / name).mkdir()
