@@ -87,6 +87,8 @@ def write_lora(saved: SavedAdapter, folder: Path) -> tuple[PeftModel, Reference]
         saved.folder.copy_weights(folder)
         if (saved.adapter / fingerprint.FILE).is_file():
             copy_file(saved.adapter / fingerprint.FILE, folder / fingerprint.FILE)
+            # of a compressed adapter the tensors are written anew
+            fingerprint.seal(folder)
         if is_plain(saved.config):
             config: Any = saved.config
             converted = in_one_scale(config, Folder(folder).tensors)

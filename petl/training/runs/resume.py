@@ -87,7 +87,8 @@ def as_begun(then: Identity, now: Identity) -> Identity:
 
 def is_same(then: Identity | None, now: Identity) -> bool:
     """Return True if a run (`then`) is one with these settings (`now`)."""
-    return then is not None and then == as_begun(then, now)
+    # a setting that was not there yet is null now
+    return then is not None and not _changed(then, as_begun(then, now))
 
 
 def lengthens(then: Identity, now: Identity) -> bool:
