@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from petl.core.experts.forward import Update, UpdatedExperts
 from petl.core.experts.linears import add_linears, drop_unused, linears_of
 from petl.core.experts.proof import check_experts
-from petl.core.layers.class_swap import restore_class, swap_class
+from petl.core.layers.class_swap import outside_adapter_dicts, restore_class, swap_class
 from petl.core.layers.grouped import stacked_factors
 from petl.core.layers.layer import Adapter, AdapterLayer, refuse_conversion
 from petl.ops.expert_linear import ExpertLinear
@@ -63,7 +63,8 @@ class AdaptedExperts(UpdatedExperts):
 
 def has_adapted_experts(model: nn.Module) -> bool:
     """Return True if a method of petl has an adapter on experts."""
-    return any(isinstance(module, AdaptedExperts) for module in model.modules())
+    # each pass of a mixed batch asks, so not in time that grows with the adapters
+    return any(isinstance(module, AdaptedExperts) for module in outside_adapter_dicts(model))
 
 
 def expand(model: nn.Module, stacks: Sequence[str]) -> None:

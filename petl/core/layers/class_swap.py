@@ -203,3 +203,22 @@ def convert_module_dicts(owner: nn.Module) -> None:
     for child in owner.children():
         if type(child) is nn.ModuleDict:  # not subclasses: they may override the same methods
             child.__class__ = AdapterDict
+
+
+def outside_adapter_dicts(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of a model, AdapterDicts included but not their contents."""
+    # depth first with a stack: `modules()` would descend into AdapterDicts
+    left, seen = [model], {model}
+    while left:
+        module = left.pop()
+        yield module
+        inner = () if isinstance(module, AdapterDict) else module.children()
+        unseen = [child for child in inner if child not in seen]
+        seen.update(unseen)
+        # reversed, so that modules come in the order of `modules()`
+        left += reversed(unseen)
+
+
+def adapter_dicts_of(model: nn.Module) -> Iterator[AdapterDict]:
+    """Yield the AdapterDicts of a model that are not inside others."""
+    return (module for module in outside_adapter_dicts(model) if isinstance(module, AdapterDict))

@@ -30,7 +30,9 @@ from petl.core.compat import (
 from petl.core.layers.class_swap import (
     AdapterDict,
     SwappedClass,
+    adapter_dicts_of,
     convert_module_dicts,
+    outside_adapter_dicts,
     restore_class,
     restore_module_dict,
     swap_class,
@@ -270,25 +272,6 @@ def _active_heads(model: nn.Module) -> Iterator[nn.Parameter]:
 
 def _names(names: str | Sequence[str]) -> Sequence[str]:
     return [names] if isinstance(names, str) else names
-
-
-def outside_adapter_dicts(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules of a model, AdapterDicts included but not their contents."""
-    # depth first with a stack: `modules()` would descend into AdapterDicts
-    left, seen = [model], {model}
-    while left:
-        module = left.pop()
-        yield module
-        inner = () if isinstance(module, AdapterDict) else module.children()
-        unseen = [child for child in inner if child not in seen]
-        seen.update(unseen)
-        # reversed, so that modules come in the order of `modules()`
-        left += reversed(unseen)
-
-
-def adapter_dicts_of(model: nn.Module) -> Iterator[AdapterDict]:
-    """Yield the AdapterDicts of a model that are not inside others."""
-    return (module for module in outside_adapter_dicts(model) if isinstance(module, AdapterDict))
 
 
 def hosts_of(model: nn.Module) -> Iterator[AdapterLayer | AuxiliaryTrainingWrapper]:

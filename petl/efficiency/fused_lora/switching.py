@@ -8,17 +8,19 @@ from peft import PeftModel
 from torch import nn
 
 from petl.core.compat import LoraLayer, LoraLinear, LoraModel
-from petl.core.layers.class_swap import convert_module_dicts
+from petl.core.layers.class_swap import (
+    adapter_dicts_of,
+    convert_module_dicts,
+    outside_adapter_dicts,
+)
 from petl.core.parameters import check_module
 from petl.core.serving.mixed_batch import is_generation_call
 from petl.core.support import Capability
 from petl.core.switching.tuner import (
     SwitchingModel,
     SwitchingTuner,
-    adapter_dicts_of,
     enable_switching,
     is_trainable,
-    outside_adapter_dicts,
 )
 from petl.efficiency.fused_lora.layer import FusedLoraLinear, fuse_layers
 from petl.efficiency.rewrite import Rewrite, Value
