@@ -453,7 +453,7 @@ def check_parameters(config: Any, model: nn.Module) -> None:
     PEFT adapts the others, and warns only if none is left.
     """
     given = facts_of(config).target_parameters or ()
-    names = [name for name, _ in model.named_parameters()] if given else []
+    names = [n for n, _ in model.named_parameters(remove_duplicate=False)] if given else []
     known = {suffix for name in names for suffix in _suffixes(name)}
     for target in given:
         if target not in known:
