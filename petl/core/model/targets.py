@@ -448,9 +448,11 @@ def _takes(config: Any, model: nn.Module, stack: str) -> bool:
 
 
 def check_parameters(config: Any, model: nn.Module) -> None:
-    """Raise UnknownNameError for one of `config.target_parameters` that `model` lacks.
+    """Check `config.target_parameters`, of which PEFT says too little.
 
-    PEFT adapts the others, and warns only if none is left.
+    Raises:
+        UnknownNameError: the model lacks one; PEFT adapts the others.
+        InputError: layers or modules are left out, which PEFT does for `target_modules` alone.
     """
     given = facts_of(config).target_parameters or ()
     names = [n for n, _ in model.named_parameters(remove_duplicate=False)] if given else []
@@ -461,6 +463,14 @@ def check_parameters(config: Any, model: nn.Module) -> None:
             last = {".".join(name.split(".")[-parts:]) for name in names}
             raise UnknownNameError(
                 f"target_parameters: {target!r} matches no parameter" + did_you_mean(target, last)
+            )
+    short = next((target for target in given if target not in names), None)
+    for field in ("layers_to_transform", "exclude_modules"):
+        if short is not None and getattr(config, field, None) is not None:
+            raise InputError(
+                f"{field} leaves out modules of target_modules alone, and target_parameters names "
+                f"{short!r} in all blocks: name complete parameters, or the experts in "
+                "target_modules"
             )
 
 

@@ -118,10 +118,12 @@ class Retained:
         return {name: value for name, value in asdict(self).items() if name != "texts"}
 
     def __str__(self) -> str:
-        around = "" if self.interval is None else " ({:.2f} to {:.2f})".format(*self.interval)
+        # 0.0 is added, or a small negative number would be printed as -0.00
+        limits = [round(limit, 2) + 0.0 for limit in self.interval or ()]
+        around = " ({:.2f} to {:.2f})".format(*limits) if limits else ""
         text = (
             f"on other text: loss {self.loss_before:.2f} -> {self.loss_after:.2f} nats, "
-            f"{self.lost:+.2f}{around}: perplexity {self.ratio - 1:+.0%}"
+            f"{round(self.lost, 2) + 0.0:+.2f}{around}: perplexity {self.ratio - 1:+.0%}"
         )
         if self.agreement is not None:
             text += f"; same next token {self.agreement:.0%}"

@@ -96,7 +96,7 @@ class RetainedLoss(RunFeature):
             if length <= SHORTEST:
                 return [], (
                     f"retained texts are not measured: {SHARE:.0%} of this run pays for "
-                    f"{len(chosen)} texts of {length} tokens, and {FEWEST} say little; set "
+                    f"{len(chosen)} of {length} tokens, and {FEWEST} say little; set "
                     "retain.rows to measure them nevertheless"
                 )
             length = max(SHORTEST, length // 2)

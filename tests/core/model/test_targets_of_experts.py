@@ -151,6 +151,19 @@ def test_a_parameter_that_the_model_lacks_is_refused_beside_others(names):
         petl.wrap(qwen3_moe(), "lora", target_modules=["q_proj"], target_parameters=names)
 
 
+@pytest.mark.parametrize(
+    "fields", [{"layers_to_transform": [1]}, {"exclude_modules": ["layers.0.mlp.experts"]}]
+)
+def test_parameters_in_all_blocks_and_fewer_layers_are_refused(fields):
+    (field,) = fields
+    short = {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"], **fields}
+    with pytest.raises(InputError, match=f"{field} leaves out modules of target_modules alone"):
+        petl.wrap(qwen3_moe(), "lora", **short)
+    whole = [f"model.layers.{n}.mlp.experts.down_proj" for n in (0, 1)]
+    model = petl.wrap(qwen3_moe(), "lora", **{**short, "target_parameters": whole})
+    assert sum("experts.lora_A" in name for name, _ in model.named_parameters()) == 2
+
+
 @pytest.mark.parametrize("field", [{"use_dora": True}, {"init_lora_weights": "pissa"}])
 def test_what_a_lora_has_that_experts_do_not_take_is_named(field):
     (name,) = field
