@@ -211,6 +211,7 @@ def test_faster_answers(monkeypatch, tmp_path):
     assert torch.equal(found, plain)
 
 
+@pytest.mark.thorough
 def test_images_and_text(bases, tmp_path, monkeypatch):
     """Each command of the page, with a tiny model of random weights."""
     monkeypatch.chdir(tmp_path)

@@ -204,6 +204,7 @@ def claim(tiny) -> Claim:
     )
 
 
+@pytest.mark.thorough
 def test_a_claim_is_tried_written_and_resumed(claim, tmp_path, made, monkeypatch):
     found = running.try_claim(claim, tmp_path, "the command")
     assert len(made) == 3 * (2 + 2)  # each of three contenders: two rates, two seeds
@@ -339,6 +340,7 @@ def test_a_claim_with_some_of_its_seeds_has_no_verdict(claim, tmp_path, made, mo
     assert "(1 of 2 seeds)" in "\n".join(page.section(claim, found))
 
 
+@pytest.mark.thorough
 def test_predictions_that_do_not_give_the_score_are_refused(claim, tmp_path, made):
     running.try_claim(claim, tmp_path, "")
     file = tmp_path / "tiny/runs/lora-r-4/seed-0/predictions.jsonl"

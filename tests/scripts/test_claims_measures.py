@@ -119,6 +119,7 @@ def test_words_that_are_no_edit_are_refused(words, message):
         edits.parsed(words)
 
 
+@pytest.mark.thorough
 def test_edited_adapters_are_scored_beside_their_origin(tiny, tmp_path, made):
     validated = ("train.validation_share=0.3",)
     setting = Setting("tiny", "a tiny task", (*tiny.steady, *validated), (3e-2,), (0, 1))

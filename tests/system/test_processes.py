@@ -49,6 +49,7 @@ accelerate.Accelerator.prepare = watching
 """
 
 
+@pytest.mark.thorough
 def test_two_processes_train_as_one_does_on_the_same_rows(tiny, tmp_path):
     # 49 rows in batches of 8: the last of each epoch has one, none for the second process; uneven
     # labels; and a balance loss that is of all tokens of a step

@@ -261,6 +261,7 @@ def _searched():
     return [(each.state, each.fitness, each.evaluations) for each in found.history], len(calls)
 
 
+@pytest.mark.thorough
 def test_processes_share_the_candidates_and_find_the_same():
     alone, calls = _searched()
     assert calls == 3 * (8 + 5)

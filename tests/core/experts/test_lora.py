@@ -167,6 +167,7 @@ assert "petl" not in sys.modules
 """
 
 
+@pytest.mark.thorough
 def test_peft_loads_our_files_and_we_load_theirs(tmp_path):
     outputs = {}
     for name in ("qwen3_moe", "gpt_oss", "llama4"):

@@ -586,6 +586,7 @@ def test_a_file_is_no_folder_of_stores(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.thorough
 def test_a_compiled_model_reads_the_store(name, tmp_path):
     rows, passes = examples(name), []
     new = {key: value.flip(0) if key == "input_ids" else value for key, value in rows[0].items()}

@@ -98,6 +98,7 @@ def test_runs_that_differ_are_those_that_they_would_be_alone(program, tiny, tmp_
         assert_equal_adapters(run, alone)
 
 
+@pytest.mark.thorough
 def test_a_run_that_fails_ends_no_other_and_finished_ones_are_skipped(program, tiny, tmp_path):
     words = ["-m", "+method=lora", *tiny.steady, *HELD_OUT, "train.together=2", "train.resume=auto"]
     said = program(*words, "method.r=2,-1", status=1)
@@ -160,6 +161,7 @@ def results(folder):
     return found
 
 
+@pytest.mark.thorough
 def test_a_killed_sweep_goes_on_with_the_same_random_numbers(tiny, tmp_path):
     """Dropout in the base and in the adapters; batches of several widths; killed at step 20."""
     words = ["-m", "+method=lora", "method.lora_dropout=0.1", "train.seed=0,1,2"]

@@ -139,6 +139,7 @@ def train_in_a_process(folder, words):
     return torch.distributed.get_world_size(), result
 
 
+@pytest.mark.thorough
 def test_two_processes_write_the_drafter_of_one(writers, file, tmp_path):
     words = ["draft.measured=2", f"draft.file={file}", "draft.batch_size=4"]
     for name in ("one", "two"):

@@ -46,6 +46,7 @@ def test_connections_with_unfinished_headers_keep_nobody_out(server):
         assert held[0].recv(100) == b""  # the oldest one has made room
 
 
+@pytest.mark.thorough
 def test_headers_have_to_arrive_in_time(server):
     place = urlsplit(server.url)
     with socket.create_connection((place.hostname, place.port), 5) as one:

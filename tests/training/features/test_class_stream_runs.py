@@ -30,6 +30,7 @@ def test_a_stage_has_the_accuracy_of_each_class():
     }
 
 
+@pytest.mark.thorough
 def test_a_stream_is_scored_after_each_class_and_resumes_bit_exactly(tiny, tmp_path):
     words = [*tiny.classify, *DKVB, *STREAM]
     run = train(words, tmp_path / "straight")

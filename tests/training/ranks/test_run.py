@@ -57,6 +57,7 @@ def test_a_resumed_run_has_its_ranks_again_and_measures_nothing(tiny, tmp_path, 
     assert (half.path / "ranks.json").read_text() == (whole.path / "ranks.json").read_text()
 
 
+@pytest.mark.thorough
 def test_the_ranks_spread_the_size_that_the_budget_chose(tiny, tmp_path):
     words = ["+method=adapter", "+ranks=cfsp", "ranks.budget=params", "ranks.power=40"]
     words += ["train.budget=3000"]
