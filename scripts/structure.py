@@ -31,7 +31,7 @@ BUDGETS = {
     "core": 12100,
     "efficiency": 8150,
     "data": 10400,
-    "training": 14000,
+    "training": 14050,
     "methods": 18200,
     "adapters": 7700,
     "generation": 4850,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3050,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 13350, "tests": 74450}
+OTHERS = {"scripts": 13350, "tests": 74600}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
@@ -366,7 +366,7 @@ def figures(*, run: bool) -> list[Figure]:
         Figure("annotations with Any", share_of_any(), 0.085),
         Figure("hooks of Method that methods have", len(hooks()), 25),
         Figure("other names of core that methods override", len(overridden_besides()), 29),
-        Figure("guards", matches(GUARD), 231),
+        Figure("guards", matches(GUARD), 232),
         Figure("kinds of refusal", len(refusals()), 3),
         Figure("flags of configs by getattr", matches(FLAG), 23),
         Figure("Python files directly in petl/", len(list(PACKAGE.glob("*.py"))), 4),
