@@ -19,7 +19,7 @@ HEAD = """\
 
 Every type of model in the auto maps of transformers {version} that builds from a small config on a
 CPU, with the methods of petl and of PEFT through petl. {built} of {all} types build; LoRA and MoLA
-were run on all of these, all {methods} methods on {complete}. A run wraps the model with the
+were run on all of these{others}. A run wraps the model with the
 fields of the method's YAML (targets: `block-linear`, or what the method chooses), takes two steps,
 saves, loads into a new model, and merges. The outputs after loading are equal to the bit but for
 rounding (1e-5) where a kernel sums in another order, those after merging to 1e-3. Models for images
@@ -41,12 +41,13 @@ def page(results: Results) -> str:
     rare = _rare(built)
     found = [f for row in built.values() for f in row["methods"].values()]
     verdicts = [each["verdict"] for each in found]
+    methods = petl.list_methods()
+    complete = sum(len(row["methods"]) == len(methods) for row in built.values())
     text = HEAD.format(
         version=transformers.__version__,
         built=len(built),
         all=len(results),
-        methods=len(petl.list_methods()),
-        complete=sum(len(row["methods"]) == len(petl.list_methods()) for row in built.values()),
+        others=f", all {len(methods)} methods on {complete}" if complete else "",
         pairs=len(found),
         works=verdicts.count("works"),
         refused=verdicts.count("refused"),
@@ -56,10 +57,11 @@ def page(results: Results) -> str:
     for kind in KINDS:
         text += f"\n## {kind}\n\n" + _table(kind, built, rare, notes)
     text += "\n## Reasons\n\n" + "".join(f"{n}. {reason}\n" for reason, n in notes.items())
-    text += "\n## Methods for a few kinds of models\n\n" + "".join(
-        f"- `{method}`: {', '.join(sorted(types)) or 'none of these types'}\n"
-        for method, types in rare.items()
-    )
+    if rare:
+        text += "\n## Methods for a few kinds of models\n\n" + "".join(
+            f"- `{method}`: {', '.join(sorted(types)) or 'none of these types'}\n"
+            for method, types in rare.items()
+        )
     missing = {name: row["reason"] for name, row in results.items() if "reason" in row}
     groups = defaultdict(list)
     for name, reason in missing.items():
