@@ -33,7 +33,8 @@ def hold(case: Case, check: str, device: str) -> None:
     """Run a check on a device; checks with processes of their own run on the CPU only."""
     if device != "cpu" and "process" in check:
         pytest.skip("its processes use the CPU only")
-    lacks = [standin.LACKING[name] for name in (case.method, check) if name in standin.LACKING]
+    asked = (case.method, str(case.model), check)
+    lacks = [standin.LACKING[name] for name in asked if name in standin.LACKING]
     if device == standin.NAME and lacks:
         pytest.skip(f"the device has no {lacks[0]}")
     testing.run(check, replace(case, device=device))
