@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import standin
 from mixtures import IDS, error, mixture, stir
 from safetensors.torch import load_file
 from training_fixtures import write_model
@@ -29,7 +30,9 @@ def saved_on(name: str, folder: Path, **fields):
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h"])
-def test_exports_and_merged_checkpoints_have_the_outputs_of_the_adapter(name, tmp_path):
+def test_exports_and_merged_checkpoints_have_the_outputs_of_the_adapter(name, tmp_path, device):
+    if device == standin.NAME:
+        pytest.skip(f"the device has no {standin.LACKING['qwen3_moe']}")
     saved, y = saved_on(name, tmp_path, target_modules="block-linear", use_rslora=True)
     written = export_for_vllm(saved, tmp_path / "vllm", None)
     assert written.difference.relative < 1e-5 < 0.05 < written.difference.effect
