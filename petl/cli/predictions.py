@@ -73,6 +73,7 @@ def print_retained(options: EvalOptions, saved: "SavedAdapter") -> None:
     from petl.experiments.reports.formatting import echo
     from petl.generation.prediction.evaluation import folder_of
     from petl.generation.prediction.retained import evaluate_retained
+    from petl.system.processes import is_first
     from petl.training.retain.texts import BUNDLED
 
     others = [*options.data, *options.overrides]
@@ -81,6 +82,8 @@ def print_retained(options: EvalOptions, saved: "SavedAdapter") -> None:
         raise InputError(f"{given} is of another evaluation than --retain: leave one of them out")
     folder = options.out or folder_of(saved, ["retained"])
     found = evaluate_retained(saved, options.retain or [BUNDLED], folder, options.batch_size)
+    if not is_first():
+        return
     echo(found)
     if folder is not None:
         echo(f"written to {folder}")

@@ -14,6 +14,7 @@ from petl.core.adapter_file import PREFIX, WEIGHTS
 from petl.core.adapter_folder import CONFIG, Folder
 from petl.core.compat import tensors_for_stacks
 from petl.core.experts.stacks import Stack, saved_factors, stacked_factors, stacks_of
+from petl.core.model.targets import stack_names
 from petl.errors import InputError
 from petl.system.files.read import read_json
 
@@ -33,7 +34,8 @@ def in_todays_layout(folder: Folder, model: nn.Module, config: PeftConfig) -> Ge
     """
     found = None
     if config.peft_type == PeftType.LORA:
-        if any(OF_ONE.search(key) for key in folder.shapes):
+        # a layer with a number is none of an expert where the model has no stacks, as in BART
+        if any(OF_ONE.search(key) for key in folder.shapes) and stack_names(model):
             # PEFT converts them on loading, after the strict check of the file
             found = tensors_for_stacks(model, config, folder.tensors)
         else:

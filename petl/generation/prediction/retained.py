@@ -10,6 +10,7 @@ from petl.core.registry import keeps_base
 from petl.generation.prediction.evaluation import is_place
 from petl.system.files.disk import as_json, check_writable, write_atomic
 from petl.system.files.outputs import check_output
+from petl.system.processes import is_first
 from petl.training.retain.measure import Retained, compare, encode_texts
 from petl.training.retain.texts import read_texts
 from petl.training.runs.records import SCORES, read_scores
@@ -34,7 +35,7 @@ def evaluate_retained(
         InputError: a text, a file or the folder cannot be used.
         UnsupportedError: the model has no loss on texts.
     """
-    if folder is not None:
+    if folder is not None and is_first():  # one process writes, all of them compute
         check_output(folder, *(OWN if is_place(saved, folder) else ()))
         check_writable(folder)
     # before a model is loaded
@@ -44,6 +45,8 @@ def evaluate_retained(
     # others, such as CorDA, change the weights of their base
     base = None if keeps_base(saved.config) else saved.base().eval()
     found = compare(model, rows, saved.processor, base=base, batch_size=batch_size or BATCH_SIZE)
+    if not is_first():
+        return found
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         lines = "".join(f"{json.dumps(asdict(each))}\n" for each in found.texts)

@@ -35,7 +35,7 @@ from petl.ops.divergence import divergence_terms
 MAX_LENGTH = 256
 FEWEST = 8  # texts with which an interval is stated
 LEVEL = 0.95
-CHUNK = 2**24  # logits of a model that are computed with at a time
+CHUNK = 2**22  # logits of a model that are computed with at a time, in float64
 logger = logging.getLogger(__name__)
 
 
@@ -290,20 +290,18 @@ def compare(
     """
     other, as_base = _base_of(model, base) if before is None else (model, nullcontext)
     found: dict[int, RetainedText] = {}
-    for numbers, batch, labels in _batches(model, rows, tokenizer, batch_size):
-        with _undisturbed(model), calibration_pass(model):
+    with _measuring(model), nullcontext() if other is model else _measuring(other):
+        for numbers, batch, labels in _batches(model, rows, tokenizer, batch_size):
             after = _logits(model, batch, labels)
-        if before is None:
-            with _undisturbed(other), calibration_pass(other), as_base():
-                measured = _compared(_logits(other, batch, labels), after, labels)
-        else:
-            measured = [
-                (loss, before[number], None, None)
-                for number, loss in zip(numbers, _losses(after, labels), strict=True)
-            ]
-        for number, (a, b, kl, same) in zip(numbers, measured, strict=True):
-            count = int((labels[numbers.index(number)] != IGNORED).sum())
-            found[number] = RetainedText(rows[number].text, count, b, a, kl, same)
+            if before is None:
+                with as_base():
+                    measured = _compared(_logits(other, batch, labels), after, labels)
+            else:
+                losses = zip(numbers, _losses(after, labels), strict=True)
+                measured = [(loss, before[number], None, None) for number, loss in losses]
+            counts = (labels != IGNORED).sum(1).tolist()
+            for number, count, (a, b, kl, same) in zip(numbers, counts, measured, strict=True):
+                found[number] = RetainedText(rows[number].text, count, b, a, kl, same)
     return Retained.of([found[number] for number in range(len(rows))])
 
 
@@ -315,8 +313,8 @@ def losses_of(
 ) -> list[float]:
     """Return the mean loss of each row in nats per predicted token."""
     found: dict[int, float] = {}
-    for numbers, batch, labels in _batches(model, rows, tokenizer, batch_size):
-        with _undisturbed(model), calibration_pass(model):
+    with _measuring(model):
+        for numbers, batch, labels in _batches(model, rows, tokenizer, batch_size):
             found |= zip(numbers, _losses(_logits(model, batch, labels), labels), strict=True)
     return [found[number] for number in range(len(rows))]
 
@@ -364,13 +362,15 @@ def _batches(
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Generator[None]:
-    """Restore random states and `requires_grad`, which PEFT's switching sets."""
+def _measuring(model: nn.Module) -> Generator[None]:
+    """Run calibration passes; restore random states and `requires_grad`, which PEFT sets."""
     needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     device = next(model.parameters()).device
+    devices = [] if device.type == "cpu" else [device]
     try:
-        with torch.random.fork_rng(
-            [] if device.type == "cpu" else [device], device_type=device.type
+        with (
+            torch.random.fork_rng(devices, device_type=device.type),
+            calibration_pass(model),
         ):
             yield
     finally:
