@@ -347,7 +347,7 @@ def refuse_other_kinds(model: nn.Module, config: PeftConfig) -> None:
     entry = method_of(config)
     if entry is None or not entry.own:
         check_kinds(config, model, entry.tuner if entry else tuner_class(type(config)))
-        check_stacks(config, model)
+        check_stacks(config, model, entry.lacking(Capability.EXPERTS, config) if entry else "")
 
 
 def refuse_quantized(model: nn.Module, config: PeftConfig) -> None:

@@ -26,7 +26,7 @@ from petl.core.experts.proof import check_experts
 from petl.core.experts.stacks import has_sides_swapped, stacked_factors, stacks_of
 from petl.core.layers.class_swap import SwappedClass, swap_class
 from petl.core.spec.facts import facts_of
-from petl.errors import InputError, UnsupportedError
+from petl.errors import UnsupportedError
 from petl.ops.grouped_experts import StackedFactors
 
 logger = logging.getLogger(__name__)
@@ -210,25 +210,18 @@ def _is_stack(module: nn.Module, name: str) -> bool:
     return layout is not None and name in layout.stacks
 
 
-def check_stacks(config: PeftConfig, model: nn.Module) -> None:
+def check_stacks(config: PeftConfig, model: nn.Module, no_experts: str) -> None:
     """Check the stacks among the parameters that a LoRA targets; the model is not changed.
 
+    Args:
+        no_experts: why the method adapts no stacks with this config; "": it does.
+
     Raises:
-        InputError: an initialization that needs a weight of two dimensions, or DoRA; and as of
-            `check_experts`.
+        UnsupportedError: it does not; and as of `check_experts`.
     """
     for stack in stacks_of(config, model):
-        name = f"{stack.path}.{stack.name}"
         check_experts(stack.module, stack.path)
-        start = facts_of(config).init_lora_weights
-        if isinstance(start, str) and start != "gaussian":
-            raise InputError(
-                f"init_lora_weights={start!r} reads a weight of two dimensions, and {name} holds "
-                "those of all experts; use true or gaussian"
+        if no_experts:
+            raise UnsupportedError(
+                f"{stack.path}.{stack.name} holds the weights of all experts: {no_experts}"
             )
-        for field in ("use_dora", "lora_bias", "fan_in_fan_out"):
-            if getattr(config, field, False):
-                raise InputError(
-                    f"{field}=true is not possible on {name}, which holds the weights of all "
-                    "experts; set it to false, or leave the experts out (target_parameters)"
-                )
