@@ -44,7 +44,7 @@ from petl.core.model.targets import (
     refuse_fused,
     resolve_targets,
 )
-from petl.core.spec.config import LR
+from petl.core.spec.config import LR, Acts
 from petl.core.spec.facts import facts_of
 from petl.core.support import Capability, Lacks, Part, reason_of, without_lora
 from petl.core.types import Calibration
@@ -240,6 +240,7 @@ class Method(Generic[C, A]):
             (I + O) parameters; "" if it has none.
         rank_step: `r` must be a multiple of this.
         defaults: fields that it sets, such as `use_dora` of "dora".
+        acts: for a method of PEFT, fields that act only beside others; petl's fields say so.
         lacks: its rows of the table of petl/core/support.py: by capability, why it is lacking.
         needs_tuner: why its adapters cannot be loaded without the tuner, by transformers' own
             `load_adapter`; "": they can, if no tensors are shared.
@@ -276,6 +277,7 @@ class Method(Generic[C, A]):
     rank: str = ""
     rank_step: int = 1
     defaults: Mapping[str, Any] = {}
+    acts: Mapping[str, Acts] = {}
     lacks: Lacks = {}
     needs_tuner: str = ""
     free_dims: Mapping[str, int] = {}

@@ -172,6 +172,14 @@ def lorafa_optimizer(model: PeftModel, **kwargs: Any) -> Optimizer:
     return create_lorafa_optimizer(model, **kwargs)
 
 
+DATA_DRIVEN = {  # fields of a start, without which PEFT reads none of them
+    f"{start}_config": (
+        f"init_lora_weights={start}",
+        lambda config, start=start: config.init_lora_weights == start,
+    )
+    for start in ("eva", "corda", "lora_ga")
+}
+OF_QALORA = {"qalora_group_size": ("use_qalora=true", lambda config: config.use_qalora)}
 adopt(
     "lora",
     peft.LoraConfig,
@@ -183,6 +191,7 @@ adopt(
     keeps_base=lambda config: not modifies_base_weights(config),
     needs_data=data_driven_initialization,
     calibrate=initialize,
+    acts=DATA_DRIVEN | OF_QALORA,
     lacks=OF_LORA,
 )
 adopt(
@@ -196,6 +205,7 @@ adopt(
     keeps_base=lambda config: not modifies_base_weights(config),
     needs_data=data_driven_initialization,
     calibrate=initialize,
+    acts=DATA_DRIVEN | OF_QALORA,
     lacks={
         **DENSE_WEIGHTS,
         Capability.BASE_8BIT: "PEFT's DoRA computes the norm of the base weight, which it cannot "
@@ -216,5 +226,6 @@ adopt(
     keeps_base=lambda config: not modifies_base_weights(config),
     needs_data=data_driven_initialization,
     calibrate=initialize,
+    acts=DATA_DRIVEN | OF_QALORA,
     lacks=OF_LORA,
 )

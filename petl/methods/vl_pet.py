@@ -21,7 +21,6 @@ that of the code for BART, each sub-layer of the encoder begins at about half of
 start of published results; `zero_up` with `identity_gate` and the gate `large` starts at the base.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -37,7 +36,15 @@ from petl.core.spec.checks import check_rank
 from petl.core.spec.config import MethodConfig, config_field, require
 from petl.core.support import Capability
 from petl.errors import ModuleKindError
-from petl.methods.families.gates import GATES, READING, GatedAdapter, gate_settings, keep_mask
+from petl.methods.families.gates import (
+    GATES,
+    LARGE,
+    READING,
+    READS,
+    GatedAdapter,
+    gate_settings,
+    keep_mask,
+)
 from petl.methods.families.stacked import linear
 from petl.methods.families.sublayers import (
     add_saved,
@@ -45,8 +52,6 @@ from petl.methods.families.sublayers import (
     network_sizes,
     targets_with_streams,
 )
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -68,7 +73,9 @@ class VlPetConfig(MethodConfig):
         "large",
         choices=GATES,
     )
-    gate_rank: int | None = config_field("bottleneck of the gate large; null: r", None, ge=1)
+    gate_rank: int | None = config_field(
+        "bottleneck of the gate large; null: r", None, ge=1, acts=LARGE
+    )
     value_rank: int | None = config_field(
         "bottleneck beside the values of cross-attention; null: r, 0: the decoder stays as it is",
         None,
@@ -85,6 +92,7 @@ class VlPetConfig(MethodConfig):
         "double the sigmoid of the gate: with zero_up and the gate large, training starts at the "
         "base model's outputs",
         False,
+        acts=READS,
     )
     train_encoder_norms: bool = config_field("also train and save all norms of the encoder", True)
 
@@ -181,10 +189,6 @@ class VlPet(Method[VlPetConfig, VlPetAdapter]):
         if config.train_encoder_norms:
             encoder = _encoder(model)
             add_saved(config, [name for name in norm_names(model) if name.startswith(encoder)])
-        idle = {"gate_rank": config.gate_rank is not None and config.gate != "large"}
-        idle["identity_gate"] = config.identity_gate and config.gate not in READING
-        for name in (name for name, has_no_effect in idle.items() if has_no_effect):
-            logger.warning("vl_pet: %s has no effect with gate=%s", name, config.gate)
         resolve_targets(config, model)
         for key in matched_names(config, model):
             require(

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from petl.core.parameters import adapter_parameters
 from petl.core.registry import build_config, method, on_shapes, without_data
-from petl.core.spec.config import MethodConfig, in_proportion
+from petl.core.spec.config import MethodConfig, idle_fields, in_proportion
 from petl.core.support import Capability
 from petl.core.types import Fields
 from petl.errors import InputError
@@ -93,7 +93,11 @@ def resized(fields: Fields, size: int) -> Fields:
             f"method {fields['name']!r} has no rank to choose: leave train.budget null"
         )
     if own is not None:
-        return {**fields, **own(size)}
+        sizes = own(size)
+        # what gave it another size, such as reduction_factor, gives way
+        vars(config).update(sizes)
+        idle = idle_fields(config, fields["name"]).keys() - sizes.keys()
+        return {**{k: v for k, v in fields.items() if k not in idle}, **sizes}
     # for methods whose rank must be a multiple of something
     step = method(fields["name"]).variant(fields).rank_step
     return {**fields, **in_proportion(config, step * size)}

@@ -181,11 +181,11 @@ def test_counts_of_the_audio_spectrogram_transformer(fields, expected):
     assert count(petl.wrap(model, "adapter", placement="parallel", **fields)) == expected
 
 
-def test_width_follows_reduction_factor_and_r_overrides_it():
+def test_width_follows_reduction_factor_or_r():
     for fields, width in (
         ({"reduction_factor": 5}, 6),
         ({"reduction_factor": 1000}, 1),
-        ({"reduction_factor": 2, "r": 3}, 3),
+        ({"r": 3}, 3),
     ):
         model = petl.wrap(FAMILIES["vit"].build(), "adapter", **fields)
         assert {a.down_weight.shape for a in adapters(model).values()} == {(width, K)}

@@ -170,8 +170,6 @@ def test_saved_activations_are_those_of_the_equation():
     ("fields", "message"),
     [
         ({"gate": "wide"}, "gate='wide' is not one of"),
-        ({"gate": "small", "gate_rank": 3}, "gate_rank=3 has no effect with gate='small'"),
-        ({"gate_rank": 3}, "gate_rank=3 has no effect with gate='none'"),
         ({"gate": "large", "locations": ["block"]}, "has whole blocks"),
         ({"gate": "large", "locations": ["value"]}, "has no effect at locations"),
         ({"gate": "large", "placement": "parallel"}, "use placement='parallel_residual'"),

@@ -392,7 +392,7 @@ BAD_SETTINGS = {
     },
     "exclude_params: 'router' matches none": {**LORA, "exclude_params": ["router"]},
     "exclude_params: 'lora' matches all": {**LORA, "exclude_params": ["lora"]},
-    "head_module='score' has no effect without head_bits": {"head_module": "score"},
+    "head_module='score' has no effect: it acts with head_bits": {"head_module": "score"},
     "the model has no module classifier, score or head": {"head_bits": 1},
 }
 

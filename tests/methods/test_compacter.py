@@ -342,7 +342,7 @@ def test_initial_values_have_the_expected_distributions():
     assert shared(model).rule.std().item() == pytest.approx(1e-4, rel=0.05)
     free = adapters(start(factorized_phm=False))["wide"].down_weight
     assert 0.98 * math.sqrt(12 / 320) < free.abs().max() <= math.sqrt(12 / 320)
-    own = adapters(start(shared_phm_rule=False, phm_init_range=0.5))["wide"]
+    own = adapters(start(shared_phm_rule=False))["wide"]
     for rule in (own.down_rule, own.up_rule):
         assert rule.std().item() == pytest.approx(0.01, rel=0.05)
     normal = adapters(start(w_init="glorot-normal", factorized_phm=False))["wide"].up_weight
@@ -351,7 +351,7 @@ def test_initial_values_have_the_expected_distributions():
     assert plain.up_weight.std().item() == pytest.approx(0.3, rel=0.02)
     uniform = shared(start(phm_c_init="uniform")).rule
     assert 0.98 < uniform.abs().max() <= 1
-    low = adapters(start(projection="lowrank"))["wide"]
+    low = adapters(start(projection="lowrank", phm_dim=4))["wide"]
     assert low.down_left.shape == (4096, 1)
     assert low.down_left.abs().max() <= math.sqrt(12 / 4097)
 
@@ -427,7 +427,7 @@ def test_reentrant_checkpointing_in_several_processes_raises(monkeypatch):
         ({"projection": "kron"}, "projection='kron' is not one of phm, lowrank"),
         ({"phm_c_init": "zeros"}, "phm_c_init='zeros'"),
         ({"w_init": "xavier"}, "w_init='xavier'"),
-        ({"learn_phm": False, "shared_phm_rule": False}, "there is none"),
+        ({"learn_phm": False, "shared_phm_rule": False}, "learn_phm=False has no effect"),
         ({"placement": "before"}, "placement='before'"),
         ({"block": "conformer"}, "has no field 'block'"),
     ],

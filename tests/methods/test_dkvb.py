@@ -31,6 +31,12 @@ CONTRACT = {
 SMALL = {"codebooks": 4, "pairs": 6, "key_dim": 3}
 
 
+def small(**fields) -> dict:
+    """Fields of small codebooks; split pieces have the width that follows."""
+    of_split = {"key_dim": 8} if fields.get("projection") == "split" else {}
+    return {**SMALL, **of_split, **fields}
+
+
 class Plain(nn.Module):
     """A model of a head alone: its input is the encoder's output."""
 
@@ -47,7 +53,7 @@ class Plain(nn.Module):
 def on_plain(rows: Tensor, classes: int = 3, **fields) -> PeftModel:
     torch.manual_seed(0)
     model = Plain(rows.shape[1], classes)
-    return petl.wrap(model, "dkvb", calibration=[{"x": rows}], **{**SMALL, **fields})
+    return petl.wrap(model, "dkvb", calibration=[{"x": rows}], **small(**fields))
 
 
 def adapter_of(model):
@@ -435,7 +441,7 @@ def test_a_saved_head_gives_the_same_logits_and_leaves_out_the_models_own(tmp_pa
     batch = testing.TINY_MODELS["bert"].batch(6)
     base = testing.tiny_bert()
     own = base(**batch).logits
-    model = petl.wrap(base, "dkvb", calibration=[batch], task_type="SEQ_CLS", **SMALL, **fields)
+    model = petl.wrap(base, "dkvb", calibration=[batch], task_type="SEQ_CLS", **small(**fields))
     assert model(**batch).logits.eq(0).all()
     testing.stir(model).eval()
     model.save_pretrained(tmp_path)
@@ -525,7 +531,7 @@ def test_an_added_adapter_learns_keys_of_its_own(caplog):
     ("fields", "message"),
     [
         ({"projection": "split", "codebooks": 5}, "codebooks=5 does not divide 12"),
-        ({"value_dim": 4}, "value_dim=4 is for decoder=linear"),
+        ({"value_dim": 4}, "value_dim=4 has no effect: it acts with decoder=linear"),
         ({"modules_to_save": ["encoder"]}, "modules_to_save"),
         ({"target_modules": ["encoder"]}, "encoder"),
         ({"layers_to_transform": [0]}, "layers_to_transform"),

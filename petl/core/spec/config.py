@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -17,6 +17,7 @@ from petl.core.spec.checks import BLOCKS, check_rank, config_hints, rank_of
 from petl.core.spec.facts import facts_of
 from petl.errors import InputError, shown
 from petl.system.files.disk import as_json, write_atomic
+from petl.system.files.paths import method_preset
 from petl.system.files.read import read_json
 from petl.system.values import (
     FREE,
@@ -29,16 +30,18 @@ from petl.system.values import (
     type_problem,
 )
 
+# other values beside which a field acts, in words and as a test of the config
+Acts = tuple[str, Callable[[Any], bool]]
+NONE: Mapping[str, Acts] = {}
+
 
 def config_field(
     text: str,
     default: Any,
     *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
     choices: Iterable[Any] = (),
+    acts: Acts | None = None,
+    **bounds: Any,
 ) -> Any:
     """A config field with its meaning, as `petl show` prints it, its default and its bounds.
 
@@ -46,14 +49,38 @@ def config_field(
     >>> start: str = config_field("zero or normal", "zero", choices=("zero", "normal"))
 
     Args:
-        ge, gt, le, lt: bounds of a number: at least, above, at most, below.
         choices: the allowed values; of a list, of its entries.
+        acts: what else has to be set for it to act; None: nothing.
+        bounds: of a number: `ge` at least, `gt` above, `le` at most, `lt` below.
     """
     options = tuple(choices)
-    if options:
-        return field(default, one_of(*options), text)
-    has_bound = any(bound is not None for bound in (ge, gt, le, lt))
-    return field(default, bounded(ge, gt, le, lt) if has_bound else FREE, text)
+    rule = one_of(*options) if options else bounded(**bounds) if bounds else FREE
+    return field(default, rule, text, **({"acts": acts} if acts else {}))
+
+
+def idle_fields(config: Any, method: str, others: Mapping[str, Acts] = NONE) -> dict[str, str]:
+    """Return the fields of a config that were set and do nothing, with what each acts beside.
+
+    Args:
+        method: its name; the values of its YAML file do not count as set.
+        others: by name, what fields without metadata act beside, those of PEFT.
+    """
+    found = {}
+    for each in dataclasses.fields(config):
+        acts = others.get(each.name) or each.metadata.get("acts")
+        if acts and getattr(config, each.name) not in (None, each.default) and not acts[1](config):
+            found[each.name] = acts[0]
+    preset = method_preset(method) if found else {}
+    return {k: words for k, words in found.items() if getattr(config, k) != preset.get(k)}
+
+
+def refuse_idle(config: Any, method: str, others: Mapping[str, Acts] = NONE) -> None:
+    """Raise InputError for a field that was set and does nothing beside the others."""
+    for name, words in idle_fields(config, method, others).items():
+        raise InputError(
+            f"{name}={shown(getattr(config, name))} has no effect: it acts with {words} only; set "
+            f"that too, or leave {name} out"
+        )
 
 
 @dataclass
@@ -93,6 +120,7 @@ class MethodConfig(PeftConfig):
     trainable_token_indices: None = config_field("not supported; PEFT reads it", None)
 
     def __post_init__(self) -> None:
+        is_saved = self.peft_type is not None  # only a file names the type
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, list | tuple):
@@ -117,6 +145,8 @@ class MethodConfig(PeftConfig):
         self.peft_type = PeftType[f"PETL_{self.method.upper()}"]
         check_rules(self)
         self.check()
+        if not is_saved:
+            refuse_idle(self, self.method)
 
     def _take_parameters(self) -> None:
         """Add `target_parameters` to the targets, where stacks are named as modules are."""

@@ -66,7 +66,10 @@ class AdapterConfig(GatedConfig):
         choices=("bottleneck", "conformer"),
     )
     conv_kernel_size: int = config_field(
-        "kernel size of the conformer block in tokens, an odd number", 31, ge=1
+        "kernel size of the conformer block in tokens, an odd number",
+        31,
+        ge=1,
+        acts=("block=conformer", lambda config: config.block == "conformer"),
     )
     ln_before: bool = config_field("apply layer norm to the network's input", False)
     ln_after: bool = config_field("apply layer norm to the network's output", False)

@@ -99,6 +99,7 @@ adopt(
     need="keeping what the model knows",
     paper="Qiu et al. 2023, Controlling Text-to-Image Diffusion by Orthogonal FT, arXiv:2306.07280",
     check=check_oft,
+    acts={"num_cayley_neumann_terms": ("use_cayley_neumann=true", lambda c: c.use_cayley_neumann)},
     fit=fit_oft,
     lacks=IGNORES_NAMES | NO_LORA,
 )
@@ -175,6 +176,7 @@ adopt(
     need="updates of high rank",
     paper="Kang and Yin 2024, MiSS: Matrix Shard Sharing, arXiv:2409.15371",
     check=check_miss,
+    acts={"mini_r": ("init_weights=mini", lambda config: config.init_weights == "mini")},
     fit=fit_miss,
     lacks=IGNORES_NAMES,
 )

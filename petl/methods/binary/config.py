@@ -73,17 +73,15 @@ class BinaryConfig(OuterConfig):
         choices=BITS,
     )
     head_module: str | None = config_field(
-        "name of the head; null: classifier, score or head", None
+        "name of the head; null: classifier, score or head",
+        None,
+        acts=("head_bits", lambda config: config.head_bits is not None),
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.exclude_params = list(self.exclude_params)  # from a tuple or OmegaConf's list
         self.bits_pattern = dict(self.bits_pattern)
-        require(
-            self.head_module is None or self.head_bits is not None,
-            f"head_module={self.head_module!r} has no effect without head_bits; set head_bits too",
-        )
         for name, bits in self.bits_pattern.items():
             require(
                 bits in BITS,

@@ -34,6 +34,7 @@ from petl.core.support import Capability
 from petl.errors import InputError
 from petl.methods.compacter.kronecker import times_factored, times_full
 from petl.methods.families.sublayers import (
+    BY_FACTOR,
     SubLayerAdapter,
     SubLayerConfig,
     network_sizes,
@@ -43,6 +44,11 @@ from petl.methods.families.sublayers import (
 from petl.system.collectives import num_processes
 
 OWN_RULE_STD = 0.01  # of rules that are not shared, as in the authors' code
+KRONECKER = ("projection=phm", lambda config: config.projection == "phm")
+SHARED = (
+    "projection=phm and shared_phm_rule=true",
+    lambda config: config.projection == "phm" and config.shared_phm_rule,
+)
 
 
 @dataclass
@@ -50,7 +56,7 @@ class CompacterConfig(SubLayerConfig):
     """Fields of Compacter; N of the module's docstring is `phm_dim`, Q is `phm_rank`."""
 
     reduction_factor: float | None = config_field(
-        "bottleneck width = model width / reduction_factor, a number above 0", 32
+        "bottleneck width = model width / reduction_factor, a number above 0", 32, acts=BY_FACTOR
     )
     non_linearity: str = config_field(
         "activation in the bottleneck, a name in transformers' ACT2FN", "gelu_new"
@@ -59,26 +65,41 @@ class CompacterConfig(SubLayerConfig):
         "phm (sum of Kronecker products), or lowrank", "phm", choices=("phm", "lowrank")
     )
     phm_dim: int = config_field(
-        "number of Kronecker terms; must divide the model's width and the bottleneck", 4, ge=1
+        "number of Kronecker terms; must divide the model's width and the bottleneck",
+        4,
+        ge=1,
+        acts=KRONECKER,
     )
-    phm_rank: int = config_field("rank of the factors, and of projection='lowrank'", 1, ge=1)
+    phm_rank: int = config_field(
+        "rank of the factors, and of projection='lowrank'",
+        1,
+        ge=1,
+        acts=("factorized_phm=true", lambda c: c.factorized_phm or c.projection == "lowrank"),
+    )
     factorized_phm: bool = config_field(
-        "low-rank terms B = left right; false: full matrices B (PHM-Adapter)", True
+        "low-rank terms B = left right; false: full matrices B (PHM-Adapter)", True, acts=KRONECKER
     )
     shared_phm_rule: bool = config_field(
-        "share one rule in the whole model; false: one rule per projection", True
+        "share one rule in the whole model; false: one rule per projection", True, acts=KRONECKER
     )
     factorized_phm_rule: bool = config_field(
-        "rank-1 rules, each the product of a column and a row", False
+        "rank-1 rules, each the product of a column and a row", False, acts=KRONECKER
     )
-    learn_phm: bool = config_field("train the shared rule; false: freeze it", True)
+    learn_phm: bool = config_field("train the shared rule; false: freeze it", True, acts=SHARED)
     phm_c_init: str = config_field(
         "initialization of the shared rule: normal, or uniform in (-1, 1)",
         "normal",
         choices=("normal", "uniform"),
+        acts=SHARED,
     )
     phm_init_range: float = config_field(
-        "standard deviation of normal initializations, at least 0", 1e-4, ge=0
+        "standard deviation of normal initializations, at least 0",
+        1e-4,
+        ge=0,
+        acts=(
+            "w_init=normal, or a shared rule with phm_c_init=normal",
+            lambda c: c.w_init == "normal" or (SHARED[1](c) and c.phm_c_init == "normal"),
+        ),
     )
     w_init: str = config_field(
         "initialization of left, right and B: glorot-uniform, glorot-normal, or normal with "
@@ -86,16 +107,6 @@ class CompacterConfig(SubLayerConfig):
         "glorot-uniform",
         choices=("glorot-uniform", "glorot-normal", "normal"),
     )
-
-    def check(self) -> None:
-        """Raise InputError for values that are wrong together."""
-        super().check()
-        require(
-            self.learn_phm or self.has_shared_rule,
-            "learn_phm=false freezes the shared rule, but there is none with "
-            f"projection={self.projection!r} and shared_phm_rule={self.shared_phm_rule}; set "
-            "learn_phm=true",
-        )
 
     def sized(self, size: int) -> dict[str, Any]:
         """Fields for rank `size`: `phm_rank`, and a bottleneck of at least `phm_dim * size`.

@@ -17,6 +17,7 @@ HEADS = ("classifier", "score", "head")
 VALUE_DIM = 16  # of a value that a linear decoder reads
 # PEFT trains and saves a copy of the head of a text classifier, which it finds by these names in
 # `modules_to_save`; it accepts no empty list in their place, so they give way to this name
+RANDOM = ("projection=random", lambda config: config.projection == "random")
 NO_MODULE = "petl_dkvb_trains_no_module"
 
 
@@ -32,7 +33,7 @@ class DkvbConfig(MethodConfig):
     )
     codebooks: int = config_field("number of codebooks", 64, ge=1)
     pairs: int = config_field("keys, each with a value, of a codebook", 256, ge=1)
-    key_dim: int = config_field("width of a key, with random projections", 8, ge=1)
+    key_dim: int = config_field("width of a key, with random projections", 8, ge=1, acts=RANDOM)
     projection: str = config_field(
         "random: fixed random projections of the encoder's output; split: its consecutive parts",
         "random",
@@ -52,6 +53,7 @@ class DkvbConfig(MethodConfig):
         f"width of a value; null: the number of classes, with decoder=linear {VALUE_DIM}",
         None,
         ge=1,
+        acts=("decoder=linear", lambda config: config.decoder == "linear"),
     )
     pool: str = config_field(
         "model: what the head gets; mean: the mean of the encoder's last states over the mask",
@@ -68,11 +70,6 @@ class DkvbConfig(MethodConfig):
     seed: int = config_field("seed of the projections and of the key phase", 0, ge=0, lt=2**32)
 
     def check(self) -> None:
-        require(
-            self.value_dim is None or self.decoder == "linear",
-            f"value_dim={self.value_dim} is for decoder=linear: with decoder={self.decoder} a "
-            "value has one entry for each class; leave value_dim null",
-        )
         for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
             value = getattr(self, name)
             require(

@@ -39,9 +39,13 @@ class DseeConfig(MethodConfig):
         "magnitude: the largest ones of the weight; random",
         "grebsmo",
         choices=SPARSE_INITS,
+        acts=("num_sparse above 0", lambda config: config.num_sparse > 0),
     )
     decomp_rank: int | None = config_field(
-        "rank of the low-rank part of the weight, for grebsmo; null: r", None, ge=1
+        "rank of the low-rank part of the weight, for grebsmo; null: r",
+        None,
+        ge=1,
+        acts=("sparse_init=grebsmo", lambda config: config.sparse_init == "grebsmo"),
     )
     init_seed: int = config_field("seed of positions and random scores", 0)
     prune_ratio: float = config_field(
@@ -55,6 +59,7 @@ class DseeConfig(MethodConfig):
         "their sum, or random",
         "delta",
         choices=PRUNE_MODES,
+        acts=("target_prune_ratio above 0", lambda config: config.target_prune_ratio > 0),
     )
     prune_heads: int = config_field(
         "attention heads to prune in each layer, by the magnitude of the update", 0, ge=0
@@ -64,6 +69,7 @@ class DseeConfig(MethodConfig):
         "only by a call of prune()",
         None,
         gt=0,
+        acts=("prune_ratio, target_prune_ratio or prune_heads", lambda config: config.prunes),
     )
     only_masked: list[str] | None = config_field("paths of prune_modules; filled in", None)
     init_weights: bool = config_field(
@@ -97,11 +103,6 @@ class DseeConfig(MethodConfig):
             require(
                 step < 1 or step == int(step),
                 f"prune_step={step:g} is neither a number of steps nor a share below 1",
-            )
-            require(
-                self.prunes,
-                f"prune_step={step:g} has nothing to prune; set prune_ratio, target_prune_ratio "
-                "or prune_heads",
             )
 
     def step_to_prune(self, total: int | None) -> int | None:

@@ -46,6 +46,8 @@ from petl.methods.families.sublayers import (
 
 GATES = ("large", "middle_x", "middle_y", "small", "none")
 READING = ("large", "middle_x", "small")  # those that read the residual stream
+LARGE = ("gate=large", lambda config: config.gate == "large")
+READS = (f"gate one of {', '.join(READING)}", lambda config: config.gate in READING)
 ROLE = "role"  # key of `LayerInfo.settings`, for adapters at `VALUE`
 CHANNEL_STD = 0.02  # of the start of middle_y
 
@@ -67,20 +69,18 @@ class GatedConfig(SubLayerConfig):
         choices=GATES,
     )
     gate_rank: int | None = config_field(
-        "bottleneck of the gate large; null: that of the adapter", None, ge=1
+        "bottleneck of the gate large; null: that of the adapter", None, ge=1, acts=LARGE
     )
     identity_gate: bool = config_field(
-        "double the sigmoid of the gate, so that training starts with a factor of 1, not 1/2", True
+        "double the sigmoid of the gate, so that training starts with a factor of 1, not 1/2",
+        True,
+        acts=READS,
     )
 
     def check(self) -> None:
         """Raise InputError for a gate that does not fit the other fields, or would do nothing."""
         super().check()
         gate, gated = self.gate, self.gate != "none"
-        require(
-            gate == "large" or self.gate_rank is None,
-            f"gate_rank={self.gate_rank} has no effect with gate={gate!r}; leave it null",
-        )
         require(
             not gated or BLOCK not in self.locations,
             f"gate={gate!r} multiplies the output of a sub-layer, and locations={self.locations} "

@@ -19,7 +19,7 @@ from petl.core.compat import LoraModel
 from petl.core.method import Method
 from petl.core.register import make_tuner
 from petl.core.registry import METHODS, method
-from petl.core.spec.config import check_values
+from petl.core.spec.config import check_values, refuse_idle
 from petl.core.support import Capability
 from petl.core.tuners.adapter import AdapterTuner
 from petl.efficiency.fused_lora.switching import SwitchingLora
@@ -60,11 +60,14 @@ class OuterConfig(PeftConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        is_saved = self.peft_type is not None  # only a file names the type
         # the inner method's fields as well, before PEFT computes with them
         check_values(type(self), {f.name: getattr(self, f.name) for f in fields(self)})
         super().__post_init__()
         self.peft_type = PeftType[f"PETL_{self.method.upper()}"]
         check_rules(self)  # PEFT's own configs do not
+        if not is_saved:
+            refuse_idle(self, self.method)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the generated class cannot be imported by name

@@ -49,6 +49,7 @@ PLACEMENTS = ("sequential", "parallel", "parallel_residual")
 # by placement, the attribute of a `SubLayer` that names the input; targets that are no known
 # sub-layer need input_modules
 STREAMS = {"parallel": "source", "parallel_residual": "residual"}
+BY_FACTOR = ("r=null", lambda config: config.r is None)  # beside which reduction_factor acts
 ONE_CALL = {"gelu_new": "gelu_pytorch_tanh"}  # the same function, as one kernel of torch
 
 
@@ -62,7 +63,9 @@ class SubLayerConfig(MethodConfig):
         None,
     )
     r: int | None = config_field("width of the bottleneck; null: by reduction_factor", None, ge=1)
-    reduction_factor: float | None = config_field("the bottleneck is width / reduction_factor", 16)
+    reduction_factor: float | None = config_field(
+        "the bottleneck is width / reduction_factor", 16, acts=BY_FACTOR
+    )
     locations: list[str] = config_field(
         "subset of attn, cross_attn, ffn, and block for one adapter beside each whole block",
         ["attn", "ffn"],

@@ -72,7 +72,10 @@ class IncreloraConfig(MethodConfig):
         "components added during training have their own learning-rate schedule", True
     )
     warmup_steps: int = config_field(
-        "warmup of that schedule in optimizer steps; paper: as tinit", 0, ge=0
+        "warmup of that schedule in optimizer steps; paper: as tinit",
+        0,
+        ge=0,
+        acts=("restart_warmup=true", lambda config: config.restart_warmup),
     )
     total_step: int | None = config_field(
         "length of the training in optimizer steps, where that schedule ends; null: from the run",

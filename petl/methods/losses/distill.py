@@ -74,8 +74,14 @@ class DistillConfig(LossConfig):
         "of the student's probabilities from the teacher's)",
         "mse",
         choices=LOGITS,
+        acts=("logit_weight above 0", lambda config: config.logit_weight > 0),
     )
-    temperature: float = config_field("divisor of the logits in kl, above 0", 1.0, gt=0)
+    temperature: float = config_field(
+        "divisor of the logits in kl, above 0",
+        1.0,
+        gt=0,
+        acts=("logits=kl", lambda config: config.logits == "kl"),
+    )
     layers: list[int] | None = config_field(
         "indices of the blocks whose outputs are compared, from 0, the encoder's first; null: all",
         None,

@@ -138,6 +138,9 @@ def layer_of_its_own(config: "MolaConfig", key: str) -> Place:
     return Place(stack=key, index=0, length=1, name="")
 
 
+PREGATED = ("router_type=pregated", lambda config: config.router_type == "pregated")
+
+
 @dataclass
 class MolaConfig(MethodConfig):
     """Fields of MoLA; `router_aux_loss_coef` is the weight c of the balance loss."""
@@ -163,19 +166,30 @@ class MolaConfig(MethodConfig):
         "width of the recurrent or pre-gated router; of the latter a multiple of 2 router_heads",
         32,
         ge=1,
+        acts=("router_type one of recurrent, pregated", lambda c: c.router_type != "linear"),
     )
     router_layers: int = config_field(
-        "blocks of the pre-gated router; 0: logits depend on the token alone", 1, ge=0
+        "blocks of the pre-gated router; 0: logits depend on the token alone",
+        1,
+        ge=0,
+        acts=PREGATED,
     )
-    router_heads: int = config_field("attention heads of the pre-gated router", 2, ge=1)
+    router_heads: int = config_field(
+        "attention heads of the pre-gated router", 2, ge=1, acts=PREGATED
+    )
     router_embedding: str = config_field(
         "input of the pre-gated router: projected from the base's frozen embedding, or its own "
         "table, which starts as columns of the base's",
         "projected",
         choices=("projected", "own"),
+        acts=PREGATED,
     )
     router_lookahead: int = config_field(
-        "of the pre-gated router; 1: a token uses the logits of the token before it", 0, ge=0, le=1
+        "of the pre-gated router; 1: a token uses the logits of the token before it",
+        0,
+        ge=0,
+        le=1,
+        acts=PREGATED,
     )
     router_aux_loss_coef: float = config_field(
         "weight of the load-balancing loss, at least 0; 0 disables it", 0.001, ge=0

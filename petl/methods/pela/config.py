@@ -20,7 +20,10 @@ class PelaConfig(MethodConfig):
     """
 
     compression: float = config_field(
-        "c, from 1: a layer gets 1/c of its weights, rank floor(in out / (c (in + out)))", 2.0, ge=1
+        "c, from 1: a layer gets 1/c of its weights, rank floor(in out / (c (in + out)))",
+        2.0,
+        ge=1,
+        acts=("r=null", lambda config: config.r is None),
     )
     r: int | None = config_field("rank of all layers; null: by compression", None, ge=1)
     rank_pattern: dict[str, int] = config_field(
@@ -43,7 +46,10 @@ class PelaConfig(MethodConfig):
         ge=0,
     )
     perturb_eps: float = config_field(
-        "difference of an entry that the perturbation term aims at, at least 0", 1e-3, ge=0
+        "difference of an entry that the perturbation term aims at, at least 0",
+        1e-3,
+        ge=0,
+        acts=("perturb_weight above 0", lambda config: config.perturb_weight > 0),
     )
 
     def __post_init__(self) -> None:

@@ -46,6 +46,7 @@ from petl.core.tuners.adapter import AdapterTuner
 from petl.errors import UnknownNameError, did_you_mean
 from petl.methods.families.stacked import layer_norm, linear
 from petl.methods.families.sublayers import (
+    BY_FACTOR,
     SubLayerAdapter,
     SubLayerConfig,
     sublayer_places,
@@ -71,6 +72,7 @@ class PolyhistorConfig(SubLayerConfig):
         "bottleneck of the narrowest layer = its width / reduction_factor; wider layers have as "
         "many times more",
         8,
+        acts=BY_FACTOR,
     )
     rank: int = config_field("rank of the templates", 2, ge=1)
     task_dim: int = config_field("width of the embeddings of tasks and layers", 64, ge=1)
@@ -87,17 +89,15 @@ class PolyhistorConfig(SubLayerConfig):
         "enlarge a template as kernel (x) template; false: template (x) kernel", True
     )
     zero_init_norm: bool = config_field(
-        "start at the base model's outputs: the generators of the norm start at zero", False
+        "start at the base model's outputs: the generators of the norm start at zero",
+        False,
+        acts=("post_norm=true", lambda config: config.post_norm),
     )
 
     def check(self) -> None:
         """Raise InputError for values that are wrong together."""
         super().check()
         check_tasks(self.tasks)
-        require(
-            self.post_norm or not self.zero_init_norm,
-            "zero_init_norm=true has no effect with post_norm=false; leave one of them out",
-        )
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Raise InputError for widths that are no multiples of the smallest, or without tasks."""

@@ -64,7 +64,10 @@ class PyraConfig(OuterConfig):
         "modules trained in full and saved, such as a head", None
     )
     vector_lr: float | None = config_field(
-        "peak learning rate of its vectors in petl's training; null: that of the run", None, gt=0
+        "peak learning rate of its vectors in petl's training; null: that of the run",
+        None,
+        gt=0,
+        acts=("reactivate=true", lambda config: config.reactivate),
     )
     num_tokens: int | None = config_field(
         "tokens before the first block; set when a model is wrapped, to refuse other image sizes",

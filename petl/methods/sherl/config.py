@@ -22,7 +22,12 @@ class SherlConfig(MethodConfig):
     )
     late_layers: int = config_field("number of last blocks that run with a gradient", 1, ge=1)
     r: int | None = config_field("width of the side network; null: by reduction_factor", None, ge=1)
-    reduction_factor: float = config_field("the side network is width / reduction_factor", 8, gt=0)
+    reduction_factor: float = config_field(
+        "the side network is width / reduction_factor",
+        8,
+        gt=0,
+        acts=("r=null", lambda config: config.r is None),
+    )
     gate_temperature: float = config_field("divides the gate of the late block's input", 0.1, gt=0)
     encoder_memory: bool = config_field(
         "encoder-decoders: a second side network reads the encoder; false: it is left alone", True

@@ -4,16 +4,31 @@ from dataclasses import dataclass
 
 from petl.core.spec.config import MethodConfig, config_field, require
 
+SELECTS = (
+    "selection_algorithm one of rigl, sm3",
+    lambda config: config.selection_algorithm != "none",
+)
+
 
 @dataclass
 class SparseConfig(MethodConfig):
     """Fields of sparse fine-tuning; `schedule` defines the cycle of selections."""
 
     density: float = config_field(
-        "fraction of all base parameters to tune, in (0, 1]", 0.01, gt=0, le=1
+        "fraction of all base parameters to tune, in (0, 1]",
+        0.01,
+        gt=0,
+        le=1,
+        acts=(
+            "r and num_tunable_weights null",
+            lambda config: config.r is None and config.num_tunable_weights is None,
+        ),
     )
     r: int | None = config_field(
-        "tune as many weights as LoRA of this rank has parameters; overrides density", None, ge=1
+        "tune as many weights as LoRA of this rank has parameters; overrides density",
+        None,
+        ge=1,
+        acts=("num_tunable_weights=null", lambda config: config.num_tunable_weights is None),
     )
     num_tunable_weights: int | None = config_field(
         "number of tuned weights in the model; overrides r and density", None, ge=1
@@ -32,23 +47,33 @@ class SparseConfig(MethodConfig):
         "rigl",
         choices=("rigl", "sm3", "none"),
     )
-    reselection_steps: int = config_field("optimizer steps between selections", 20, ge=2)
+    reselection_steps: int = config_field(
+        "optimizer steps between selections", 20, ge=2, acts=SELECTS
+    )
     selection_accumulation_steps: int = config_field(
         "optimizer steps over which candidate gradients are accumulated before a selection, below "
         "reselection_steps",
         5,
         ge=1,
+        acts=SELECTS,
     )
     reselection_rate_policy: str = config_field(
         "decay of the exchanged fraction to 0 at total_step: linear or cosine",
         "linear",
         choices=("linear", "cosine"),
+        acts=SELECTS,
     )
     initial_reselection_rate: float = config_field(
-        "fraction of the tuned weights exchanged at the start, in [0, 1]", 0.2, ge=0, le=1
+        "fraction of the tuned weights exchanged at the start, in [0, 1]",
+        0.2,
+        ge=0,
+        le=1,
+        acts=SELECTS,
     )
     full_first_reselection: bool | None = config_field(
-        "the first selection may exchange all weights; null: true if the policy is linear", None
+        "the first selection may exchange all weights; null: true if the policy is linear",
+        None,
+        acts=SELECTS,
     )
     total_step: int | None = config_field(
         "length of the training in optimizer steps; no selection happens after it", None, ge=1
