@@ -82,6 +82,7 @@ __all__ = [
     "get_pattern_key",
     "get_quantization_kwargs",
     "has_boft_kernel",
+    "read_by_kernels",
     "refused_names",
     "renamed_targets",
     "resolve_quantization_backend",
@@ -239,15 +240,20 @@ def tensors_for_stacks(model: Any, config: Any, tensors: dict[str, Tensor]) -> d
     return convert_peft_adapter_state_dict_for_transformers(base, config, tensors)
 
 
-def refused_names(config: Any, model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Return why PEFT refuses modules of this model as targets, by name; of most none."""
-    refused, renamed = dict[str, str](), renamed_targets(config, model)
+def read_by_kernels(config: Any, model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Return the modules that PEFT's LoRA may not adapt in a Mamba, with the reason."""
+    refused = dict[str, str]()
     for name in names:
-        last = name.rpartition(".")[2]
         try:
-            _check_lora_target_modules_mamba(config, model, last)
+            _check_lora_target_modules_mamba(config, model, name.rpartition(".")[2])
         except ValueError:
             refused[name] = "kernels of Mamba read its weight without calling it"
+    return refused
+
+
+def refused_names(config: Any, model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Return why PEFT refuses modules of this model as targets, by name; of most none."""
+    refused, renamed = read_by_kernels(config, model, names), renamed_targets(config, model)
     ours = copy.deepcopy(config)
     ours.target_modules = set(names) - refused.keys()
     try:

@@ -49,7 +49,7 @@ from petl.core.layers.class_swap import AdapterDict
 from petl.core.spec.checks import pattern_value
 from petl.core.spec.facts import facts_of
 from petl.errors import InputError
-from petl.system.files.disk import as_json, sha256, write_atomic
+from petl.system.files.disk import as_json, follow_umask, sha256, write_atomic
 from petl.system.files.read import parse_json, read_json, read_text
 from petl.system.files.tensor_file import read_shapes
 from petl.version import __version__
@@ -397,6 +397,7 @@ def _save(original: Callable[..., None], model: PeftModel, *args: Any, **kwargs:
         layers = {} if converted else layers_of(model, name)
         write(folder, _fingerprint_for(model, name), settings, layers)
         sign_card(folder)
+        follow_umask(folder / WEIGHTS)
 
 
 extend_method(PeftModel, "save_pretrained", _save)

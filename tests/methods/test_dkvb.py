@@ -25,7 +25,7 @@ CONTRACT = {
     "excused": {
         "layers_that_are_never_called_are_refused": "it refuses all target_modules that are given",
     },
-    "acts_with": {"value_dim": {"decoder": "linear"}},
+    "acts_with": {"value_dim": {"decoder": "linear"}, "projection": {"key_dim": 8}},
     "idle": {"key_batches": "the keys of the cases are those of one batch"},
 }
 SMALL = {"codebooks": 4, "pairs": 6, "key_dim": 3}

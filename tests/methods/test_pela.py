@@ -30,6 +30,7 @@ CONTRACT = {
     "acts_with": {
         "min_out_features": {"min_out_features": 80},
         "perturb_eps": {"perturb_weight": 0.5},
+        "r": {"compression": 2.0},
     },
 }
 

@@ -16,6 +16,7 @@ from petl.errors import InputError, UnsupportedError
 
 CONTRACT = {
     "fields": {"r": 8, "gate_rank": 4},
+    "acts_with": {"gate": {"gate_rank": None}},
     "models": ["t5"],
     "lr": 2e-2,
     "starts_at_base": False,

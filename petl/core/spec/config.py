@@ -17,7 +17,7 @@ from petl.core.spec.checks import BLOCKS, check_rank, config_hints, rank_of
 from petl.core.spec.facts import facts_of
 from petl.errors import InputError, shown
 from petl.system.files.disk import as_json, write_atomic
-from petl.system.files.paths import method_preset
+from petl.system.files.paths import method_preset, recipes_of
 from petl.system.files.read import read_json
 from petl.system.values import (
     FREE,
@@ -62,7 +62,7 @@ def idle_fields(config: Any, method: str, others: Mapping[str, Acts] = NONE) -> 
     """Return the fields of a config that were set and do nothing, with what each acts beside.
 
     Args:
-        method: its name; the values of its YAML file do not count as set.
+        method: its name; the values of its YAML file, and of recipes, do not count as set.
         others: by name, what fields without metadata act beside, those of PEFT.
     """
     found = {}
@@ -70,8 +70,12 @@ def idle_fields(config: Any, method: str, others: Mapping[str, Acts] = NONE) -> 
         acts = others.get(each.name) or each.metadata.get("acts")
         if acts and getattr(config, each.name) not in (None, each.default) and not acts[1](config):
             found[each.name] = acts[0]
-    preset = method_preset(method) if found else {}
-    return {k: words for k, words in found.items() if getattr(config, k) != preset.get(k)}
+    presets = [method_preset(method), *recipes_of(method)] if found else []
+    return {
+        k: words
+        for k, words in found.items()
+        if getattr(config, k) not in [preset.get(k) for preset in presets]
+    }
 
 
 def refuse_idle(config: Any, method: str, others: Mapping[str, Acts] = NONE) -> None:

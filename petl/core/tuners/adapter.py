@@ -7,9 +7,10 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
+from peft import LoraConfig
 from torch import Tensor, nn
 
-from petl.core.compat import AuxiliaryTrainingWrapper, get_quantization_kwargs
+from petl.core.compat import AuxiliaryTrainingWrapper, get_quantization_kwargs, read_by_kernels
 from petl.core.experts.layer import (
     NO_ROWS,
     ExpertLayer,
@@ -131,16 +132,31 @@ class AdapterTuner(AskingTuner):
             check_tensor_names(adapter_name, pool)
             self.shared[adapter_name] = pool  # `AdapterLayer.add` moves it to the device
         no_lora, self._wrapping = without_lora(method.lacks, config), c
+        read = {
+            path: f"{path}: {why}"
+            for path, why in read_by_kernels(LoraConfig(), model, c.targets).items()
+        }
         self._infos = {
-            path: LayerInfo(path, adapter_name, self.context, pool, settings.get(path, {}), no_lora)
+            path: LayerInfo(
+                path,
+                adapter_name,
+                self.context,
+                pool,
+                settings.get(path, {}),
+                no_lora or read.get(path, ""),
+            )
             for path in c.targets
         }
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
         """Return True for the targets during `inject_adapter`; else ask PEFT."""
-        if self._wrapping is None:
-            return super()._check_target_module_exists(peft_config, key)
-        return key in self._wrapping.targets
+        if self._wrapping is not None and key in self._wrapping.targets:
+            return True
+        if self._wrapping is not None and not peft_config.exclude_modules:
+            return False
+        answer = super()._check_target_module_exists(peft_config, key)
+        # PEFT's mark of an excluded module is false, too
+        return answer if self._wrapping is None or not answer else False
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config  # `inject_adapter` has resolved the targets

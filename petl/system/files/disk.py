@@ -56,6 +56,8 @@ def atomic_folder(target: Path, *, manifest: bool = False) -> Generator[Path]:
         yield draft
         if manifest:
             write_json(draft / MANIFEST, {"files": fingerprints(draft)})
+        for path in draft.rglob("*"):
+            follow_umask(path)
         # flushed before the rename: else a power failure may leave empty files
         for path in (*draft.rglob("*"), draft):
             flush(path)
@@ -72,6 +74,15 @@ def atomic_folder(target: Path, *, manifest: bool = False) -> Generator[Path]:
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+
+
+def follow_umask(path: Path) -> None:
+    """Let those read and write a file who may do so with its folder.
+
+    safetensors writes for the user alone, so that no group and no server could read an adapter.
+    """
+    if path.is_file() and not path.is_symlink():
+        path.chmod(path.stat().st_mode | path.parent.stat().st_mode & 0o666)
 
 
 def cannot_write(path: Path, error: Exception, folder: Path) -> RunStopped:

@@ -108,6 +108,14 @@ def method_preset(name: str) -> dict[str, Any]:
     return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
+def recipes_of(name: str) -> list[dict[str, Any]]:
+    """Return the fields that each recipe over method NAME sets, such as conformer over adapter."""
+    files = sorted((config_dir() / "method").glob("*.yaml"))
+    found = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in files]
+    over = [each for each in found if f"{name}@method" in each.get("defaults", ())]
+    return [each.get("method", {}) for each in over]
+
+
 @dataclass(frozen=True)
 class Package:
     """A package that contains data files; `module` is its import name."""

@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora.conversion import save_as_lora
 from torch import nn
 
 import petl
-from petl.errors import UnsupportedError
+from petl.errors import InputError, UnsupportedError
 from petl.testing import tiny_llama
+from petl.testing.bases import tiny_mamba
 from petl.testing.case import assert_close, logits, stir, tuner_layers
 from petl.testing.models import causal_batch
 
@@ -135,3 +137,15 @@ def test_the_conversion_of_a_corda_adapter_is_refused(tmp_path):
     model = with_two("corda")
     with pytest.raises(UnsupportedError, match="relative to the original weights"):
         model.save_pretrained(tmp_path / "a", path_initial_model_for_weight_conversion=tmp_path)
+
+
+def test_a_layer_that_no_lora_may_adapt_is_not_converted(tmp_path):
+    model = petl.wrap(tiny_mamba(), "increlora", target_modules=["in_proj", "out_proj"])
+    with pytest.raises(InputError, match="out_proj: kernels of Mamba read its weight"):
+        save_as_lora(tmp_path, stir(model), rank=2)
+
+
+@pytest.mark.parametrize(("left_out", "told"), [("gate_proj", 0), ("no_such_layer", 1)])
+def test_a_layer_that_was_left_out_is_not_told_as_missing(left_out, told, recwarn):
+    petl.wrap(tiny_llama(), "mola", exclude_modules=[left_out])
+    assert sum("no modules were excluded" in str(each.message) for each in recwarn) == told
