@@ -672,7 +672,7 @@ def test_lora_plus_and_decay_know_its_tensors():
         ({"prune_ratio": 1.0}, "prune_ratio=1.0 is not in"),
         ({"target_prune_ratio": -0.1}, "target_prune_ratio=-0.1 is not in"),
         ({"prune_ratio": 0.2}, "prune_ratio=0.2 is the share to prune of prune_modules"),
-        ({"prune_step": 5}, "prune_step=5 has nothing to prune"),
+        ({"prune_step": 5}, "prune_step=5 has no effect: it acts with prune_ratio"),
         ({"prune_step": 5.5, "target_prune_ratio": 0.1}, "prune_step=5.5 is neither"),
         ({"prune_modules": ["o_porj"]}, "prune_modules: target 'o_porj' matches no module"),
         ({"prune_modules": ["v_proj"]}, "in target_modules and in prune_modules"),

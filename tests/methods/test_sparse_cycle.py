@@ -280,7 +280,7 @@ def test_a_layer_called_twice_is_judged_by_both_calls():
 def test_evaluation_and_a_static_mask_have_no_candidates():
     model = wrapped().eval()
     model(**batches(1)[0]).loss.backward()
-    static = wrapped(selection_algorithm="none", total_step=None)
+    static = petl.wrap(testing.tiny_llama(), "sparse", density=0.05, selection_algorithm="none")
     before = {key: a.indices.clone() for key, a in adapters(static).items()}
     step_through(static, torch.optim.SGD(trained(static), lr=0.1), [[b] for b in batches(A)])
     for m in (model, static):

@@ -464,9 +464,9 @@ def test_training_with_the_term_stays_nearer_to_the_base_model():
 
 def test_wrap_puts_the_term_on_the_method_named():
     base = testing.TINY_MODELS["llama"].base()
-    model = petl.wrap(base, "distill", method="mola", method_config={"r": 2}, logits="kl")
+    model = petl.wrap(base, "distill", method="mola", method_config={"r": 2}, logit_weight=0.5)
     assert model.active_peft_config.r == 2
-    assert model.distillation.config.logits == "kl"
+    assert model.distillation.config.logit_weight == 0.5
     assert petl.get("distill") is DistillConfig
     assert "distill" in petl.list_losses()
 
