@@ -39,7 +39,7 @@ from petl.core.model.targets import (
 from petl.core.parameters import check_module, quantization_of, within_memory
 from petl.core.refusals import refuse_adapted
 from petl.core.spec.checks import check_adapter_name, check_rank
-from petl.core.spec.config import check_values, refuse_idle
+from petl.core.spec.config import check_values, require_effect
 from petl.core.spec.facts import facts_of
 from petl.core.spec.method import (
     LossConfig,
@@ -158,7 +158,7 @@ def build_config(name: str, **fields: Any) -> PeftConfig:
         config = _construct(entry.config_cls, {**entry.defaults, **fields})
         # after PEFT's own `__post_init__`, which fills in some fields
         entry.check(config)
-        refuse_idle(config, name, entry.acts)
+        require_effect(config, name, entry.acts)
         return config
     except InputError:
         raise

@@ -78,7 +78,7 @@ def idle_fields(config: Any, method: str, others: Mapping[str, Acts] = NONE) -> 
     }
 
 
-def refuse_idle(config: Any, method: str, others: Mapping[str, Acts] = NONE) -> None:
+def require_effect(config: Any, method: str, others: Mapping[str, Acts] = NONE) -> None:
     """Raise InputError for a field that was set and does nothing beside the others."""
     for name, words in idle_fields(config, method, others).items():
         raise InputError(
@@ -150,7 +150,7 @@ class MethodConfig(PeftConfig):
         check_rules(self)
         self.check()
         if not is_saved:
-            refuse_idle(self, self.method)
+            require_effect(self, self.method)
 
     def _take_parameters(self) -> None:
         """Add `target_parameters` to the targets, where stacks are named as modules are."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from petl.core.spec.config import config_field, refuse_idle
+from petl.core.spec.config import config_field, require_effect
 from petl.core.spec.facts import facts_of
 from petl.core.support import Capability, Part
 from petl.errors import InputError, UnknownNameError, choose, did_you_mean
@@ -47,7 +47,7 @@ class LossConfig:
     def __post_init__(self) -> None:
         check_rules(self)
         self.check()
-        refuse_idle(self, self.name)
+        require_effect(self, self.name)
 
     def check(self) -> None:
         """Raise InputError for values that are wrong together; bounds are checked before."""

@@ -132,21 +132,12 @@ class AdapterTuner(AskingTuner):
             check_tensor_names(adapter_name, pool)
             self.shared[adapter_name] = pool  # `AdapterLayer.add` moves it to the device
         no_lora, self._wrapping = without_lora(method.lacks, config), c
-        read = {
-            path: f"{path}: {why}"
-            for path, why in read_by_kernels(LoraConfig(), model, c.targets).items()
-        }
         self._infos = {
-            path: LayerInfo(
-                path,
-                adapter_name,
-                self.context,
-                pool,
-                settings.get(path, {}),
-                no_lora or read.get(path, ""),
-            )
+            path: LayerInfo(path, adapter_name, self.context, pool, settings.get(path, {}), no_lora)
             for path in c.targets
         }
+        for path, why in read_by_kernels(LoraConfig(), model, c.targets).items():
+            self._infos[path].no_lora = no_lora or f"{path}: {why}"
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
         """Return True for the targets during `inject_adapter`; else ask PEFT."""

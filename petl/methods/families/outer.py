@@ -19,7 +19,7 @@ from petl.core.compat import LoraModel
 from petl.core.method import Method
 from petl.core.register import make_tuner
 from petl.core.registry import METHODS, method
-from petl.core.spec.config import check_values, refuse_idle
+from petl.core.spec.config import check_values, require_effect
 from petl.core.support import Capability
 from petl.core.tuners.adapter import AdapterTuner
 from petl.efficiency.fused_lora.switching import SwitchingLora
@@ -67,7 +67,7 @@ class OuterConfig(PeftConfig):
         self.peft_type = PeftType[f"PETL_{self.method.upper()}"]
         check_rules(self)  # PEFT's own configs do not
         if not is_saved:
-            refuse_idle(self, self.method)
+            require_effect(self, self.method)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the generated class cannot be imported by name
