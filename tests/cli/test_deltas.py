@@ -79,13 +79,6 @@ def test_what_loses_more_than_two_points_is_said_before_it_is_written(command, r
     assert (tmp_path / "thin").is_dir()
 
 
-def test_a_compressed_adapter_is_compressed_again(command, runs, tmp_path):
-    for source, out in ((runs / "lora", tmp_path / "small"), (tmp_path / "small", tmp_path / "x")):
-        status, printed, err = command("compress", source, out, "--density", "0.2")
-        assert status == 0, err
-        assert "times smaller" in printed
-
-
 def test_a_changed_adapter_has_no_scores_of_the_adapter_before(command, runs, tmp_path):
     before = (runs / "lora/adapter/README.md").read_text()
     assert "model-index" in before

@@ -16,15 +16,15 @@ WITH_DROPOUT = [
 ]
 
 
-@pytest.mark.parametrize("with_gradients", [True, False])
 @pytest.mark.parametrize(("name", "field"), WITH_DROPOUT)
-def test_dropout_acts_in_training_alone(name, field, with_gradients):
+def test_dropout_acts_in_training_alone(name, field):
     case = own(name, models_of(name)[0])
     with_dropout, without = (
         replace(case, fields={**case.fields, field: p}).wrap_stirred() for p in (0.5, 0.0)
     )
     batch = case.batch()
-    with torch.set_grad_enabled(with_gradients):
-        assert torch.equal(with_dropout(**batch).logits, without(**batch).logits)
-        trained = with_dropout.train()(**batch).logits
-        assert not torch.allclose(trained, without.train()(**batch).logits, atol=1e-3)
+    for with_gradients in (True, False):
+        with torch.set_grad_enabled(with_gradients):
+            assert torch.equal(with_dropout.eval()(**batch).logits, without.eval()(**batch).logits)
+            trained = with_dropout.train()(**batch).logits
+            assert not torch.allclose(trained, without.train()(**batch).logits, atol=1e-3)

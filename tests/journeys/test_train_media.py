@@ -8,7 +8,6 @@ from media_fixtures import AST, VIT, WHISPER, audio, images
 from task_runs import executed
 from training_fixtures import main, train
 
-import petl
 from petl.adapters.export import saved_adapter
 from petl.adapters.export.merge import merge
 from petl.errors import InputError
@@ -61,10 +60,8 @@ def test_the_configurations_of_the_audio_study_train_and_load_again(
     "method",
     [
         ["+method=houlsby"],
-        ["+method=pfeiffer", "method.placement=parallel_residual"],
         ["+method=adaptformer", "method.r=4"],
         ["+method=compacter", "method.r=8"],
-        ["+method=lora"],
     ],
     ids=lambda words: words[0].removeprefix("+method="),
 )
@@ -75,9 +72,8 @@ def test_pictures_are_learned_by_a_vision_transformer(pictures, tmp_path, method
     assert "classifier" in "".join(run.adapter)  # PEFT has no task of this kind: petl saves it
 
 
-@pytest.mark.parametrize("model", [AST, WHISPER], ids=["ast", "whisper"])
-def test_the_readme_draws_the_same_base_again(sounds, tmp_path, model):
-    run = train([*model, "+method=conformer", "method.r=4", *audio(sounds)], tmp_path / "run")
+def test_the_readme_draws_the_same_base_again(sounds, tmp_path):
+    run = train([*WHISPER, "+method=conformer", "method.r=4", *audio(sounds)], tmp_path / "run")
     readme = (run.path / "adapter" / "README.md").read_text()
     assert "The base model has random weights" in readme
     torch.manual_seed(5)
@@ -113,31 +109,6 @@ def test_the_head_alone_is_scored_and_steps_may_be_cut_into_pieces(pictures, tmp
     pieces = train([*words, "train.micro_batch_size=4"], tmp_path / "pieces")
     for name, tensor in whole.adapter.items():
         torch.testing.assert_close(pieces.adapter[name], tensor, rtol=1e-3, atol=1e-4)
-
-
-def test_a_run_over_sounds_that_was_killed_resumes_bit_exactly(sounds, tmp_path, monkeypatch):
-    words = [*AST, "+method=conformer", "method.r=4", *audio(sounds), "train.save_steps=3"]
-    straight = train(words, tmp_path / "straight")
-    with monkeypatch.context() as patch:
-        patch.setattr(petl.Lifecycle, "after_step", stop_at(5))
-        with pytest.raises(KeyboardInterrupt):
-            train(words, tmp_path / "killed")
-    resumed = train([*words, "train.resume=auto"], tmp_path / "killed")
-    assert resumed.adapter.keys() == straight.adapter.keys()
-    for name, tensor in straight.adapter.items():
-        assert torch.equal(tensor, resumed.adapter[name]), name
-    assert resumed.scores["after"] == straight.scores["after"]
-
-
-def stop_at(step):
-    original = petl.Lifecycle.after_step
-
-    def after_step(self, now, optimizer):
-        if now == step:
-            raise KeyboardInterrupt
-        original(self, now, optimizer)
-
-    return after_step
 
 
 @pytest.mark.parametrize("kind", ["audio", "images"])

@@ -134,25 +134,6 @@ def test_names_of_many_blocks_stay_complete_in_the_config(tmp_path):
     assert set(saved["target_modules"]) == {f"encoder.layer.{i}" for i in range(24)}
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_cached_generation_equals_uncached(beams):
-    family = FAMILIES["t5"]
-    model = testing.stir(petl.wrap(family.build(), "adapter", r=4, **BESIDE)).eval()
-    ids = family.batch()["input_ids"]
-    settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
-    cached, plain = (
-        model.generate(input_ids=ids, decoder_start_token_id=0, use_cache=use, **settings)
-        for use in (True, False)
-    )
-    assert torch.equal(cached, plain)
-
-
-def test_the_map_of_a_run_has_a_column_for_each_block():
-    model = testing.stir(petl.wrap(FAMILIES["llama"].build(), "adapter", r=4, **BESIDE))
-    (heat_map,) = petl.lifecycle(model).heat_maps()
-    assert (heat_map.rows, heat_map.columns) == (["block"], ["0", "1"])
-
-
 def test_compacter_and_quantized_weights_work_beside_blocks(tmp_path):
     family, batch = FAMILIES["bert"], FAMILIES["bert"].batch()
     cases = (("compacter", {"r": 8}), ("binary", {"inner": "adapter", "r": 4}))

@@ -120,24 +120,6 @@ def test_over_lora_the_update_is_the_product_of_quantized_factors(batch, bits):
         torch.testing.assert_close(gradients[name], p.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_over_lora_merging_gives_the_same_outputs(batch, tmp_path):
-    model = stir(wrapped(**LORA))
-    adapted = logits(model, batch)
-    weight = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.clone()
-    model.merge_adapter()
-    torch.testing.assert_close(logits(model, batch), adapted, atol=2e-5, rtol=0)
-    model.unmerge_adapter()
-    layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    torch.testing.assert_close(layer.base_layer.weight, weight, atol=1e-6, rtol=0)
-    model.save_pretrained(tmp_path)
-    final = petl.load(tiny_llama(), tmp_path)  # not quantized a second time
-    for adapter in (final, model):
-        plain = adapter.merge_and_unload()
-        torch.testing.assert_close(logits(plain, batch), adapted, atol=2e-5, rtol=0)
-    assert not plain._forward_pre_hooks
-    assert not plain._forward_hooks
-
-
 def test_over_mos_the_pool_is_quantized_before_routing(batch):
     model = stir(wrapped(**MOS))
     plain = petl.wrap(tiny_llama(), "mos", r=3, equivalent_rank=2).eval()
@@ -151,14 +133,6 @@ def test_over_mos_the_pool_is_quantized_before_routing(batch):
     torch.testing.assert_close(
         logits(model.merge_and_unload(), batch), logits(plain, batch), atol=2e-5, rtol=0
     )
-
-
-def test_merging_raises_where_the_inner_method_does(batch):
-    model = petl.wrap(tiny_vit(), "binary")
-    with pytest.raises(NotImplementedError, match="bottleneck"):
-        model.merge_adapter()
-    assert not petl.method("binary").merges
-    assert petl.method("binary").variant({"inner": "lora"}).merges
 
 
 def test_names_shapes_and_count_are_those_of_the_inner_method():

@@ -1,7 +1,5 @@
 """Files of quantized adapters: contents, sizes, and loading."""
 
-import json
-
 import pytest
 import torch
 from binary_fixtures import LORA, MOS, logits, train, trained, wrapped
@@ -123,18 +121,6 @@ def test_file_on_disk_is_within_five_per_cent_of_the_bits(tmp_path, bits):
     assert counted <= size <= 1.05 * counted
 
 
-def test_the_rest_of_a_file_is_the_names_of_its_tensors(tmp_path):
-    model = wrapped(r=4)
-    model.save_pretrained(tmp_path)
-    content = (tmp_path / WEIGHTS).read_bytes()
-    header = int.from_bytes(content[:8], "little")
-    assert len(content) == 8 + header + counted_bytes(model)
-    names = json.loads(content[8 : 8 + header])
-    assert names.pop("__metadata__") == {"format": "pt"}
-    assert len(names) == 2 * len(trained(model))
-    assert header < sum(len(name) + 64 for name in names) + 64
-
-
 def decoder(hidden, ffn, layers):
     with torch.device("meta"):
         return LlamaForCausalLM(
@@ -148,14 +134,6 @@ NAMES_COST = {  # overhead of the default adapter's file over codes and statisti
     "ViT-B": (lambda: vit_base().vit, 0.085),
     "Llama 3 8B": (lambda: decoder(4096, 14336, 32), 0.018),
 }
-
-
-@pytest.mark.parametrize("model", NAMES_COST)
-def test_overhead_of_tensor_names_is_that_of_the_module_docstring(model):
-    build, overhead = NAMES_COST[model]
-    adapted = petl.wrap(build(), "binary")
-    size = safetensors_bytes(saved_shapes(adapted))
-    assert size / counted_bytes(adapted) - 1 == pytest.approx(overhead, abs=1e-3)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

@@ -366,44 +366,7 @@ def test_initial_outputs_are_close_to_the_base_but_not_equal(name):
     assert 0 < adapter.network(h).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
-def test_a_half_precision_base_keeps_float32_tensors(autocast_adapter_dtype):
-    from peft import get_peft_model
-
-    family = FAMILIES["t5"]
-    config = petl.build_config("compacter", r=8)
-    model = get_peft_model(
-        family.build().bfloat16(), config, autocast_adapter_dtype=autocast_adapter_dtype
-    )
-    tensors = {n: p for n, p in model.named_parameters() if "petl_compacter" in n}
-    assert {p.dtype for p in tensors.values()} == {torch.float32}
-    stir(model)
-    adapter = next(iter(adapters(model).values()))
-    h = torch.randn(2, 3, K).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        z = adapter.network(h)
-    assert z.dtype == torch.float32
-    exact = F.gelu(
-        h.float() @ dense(model, adapter, "down") + adapter.down_bias, approximate="tanh"
-    )
-    exact = exact @ dense(model, adapter, "up") + adapter.up_bias
-    torch.testing.assert_close(z, exact, rtol=1e-4, atol=1e-4)
-    assert family.outputs(model, **family.batch()).dtype == torch.bfloat16
-
-
 # Behavior
-
-
-def test_disabling_restores_trained_norms(tmp_path):
-    family, batch = FAMILIES["t5"], FAMILIES["t5"].batch()
-    model = stir(wrapped("t5", train_layer_norms=True))
-    expected = family.outputs(model, **batch)
-    with model.disable_adapter():
-        base = family.outputs(family.build(), **batch)
-        torch.testing.assert_close(family.outputs(model, **batch), base)
-    model.save_pretrained(tmp_path)
-    again = petl.load(family.build(), tmp_path, adapter_name="other").eval()
-    assert torch.equal(family.outputs(again, **batch), expected)
 
 
 def test_reentrant_checkpointing_in_several_processes_raises(monkeypatch):

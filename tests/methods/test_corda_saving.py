@@ -14,7 +14,6 @@ from corda_fixtures import TARGETS, R, batches, layers, stir, update, wrap
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
-from transformers import Trainer, TrainingArguments
 
 import petl
 from petl.errors import InputError
@@ -209,17 +208,6 @@ def test_peft_alone_loads_the_file_and_computes_the_same(tmp_path):
     torch.testing.assert_close(found, model(**batch).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_exported_adapters_combine(tmp_path):
-    batch = causal_batch(3, 50)
-    for name, mode in (("one", "ipm"), ("two", "kpm")):
-        stir(wrap(corda_method=mode)).save_pretrained(tmp_path / name)
-    model: Any = load_stock(tmp_path / "one")
-    single = model(**batch).logits
-    model.load_adapter(tmp_path / "two", "two")
-    model.base_model.set_adapter(["default", "two"])
-    assert not torch.allclose(model(**batch).logits, single, atol=1e-3)
-
-
 def test_a_saved_state_loads_into_its_own_model_only(tmp_path):
     model = stir(wrap())
     model.save_pretrained(tmp_path)
@@ -236,43 +224,7 @@ def test_a_saved_state_loads_into_its_own_model_only(tmp_path):
             other.load_adapter(tmp_path / "plain", "default")
 
 
-def test_trainer_resumes(tmp_path):
-    class Rows(torch.utils.data.Dataset):
-        def __len__(self) -> int:
-            return 16
-
-        def __getitem__(self, index: int) -> dict[str, Tensor]:
-            return {name: tensor[0] for name, tensor in causal_batch(1, index).items()}
-
-    def trainer(model: PeftModel) -> Trainer:
-        args = TrainingArguments(
-            str(tmp_path),
-            max_steps=4,
-            save_steps=2,
-            learning_rate=1e-3,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        return Trainer(model, args, train_dataset=Rows(), callbacks=[petl.Callback()])
-
-    uninterrupted = wrap()
-    trainer(uninterrupted).train()
-    other = wrap()
-    trainer(other).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    for key, layer in layers(uninterrupted).items():
-        assert torch.equal(update(layer), update(layers(other)[key]))
-
-
 # One adapter on a residual base
-
-
-def test_merging_gives_the_adapted_model():
-    batch = causal_batch(3, 50)
-    model = stir(wrap()).eval()
-    expected = model(**batch).logits
-    plain = model.merge_and_unload()
-    torch.testing.assert_close(plain(**batch).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_disabling_gives_the_residual_and_unloading_the_pretrained_model(caplog):

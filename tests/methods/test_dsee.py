@@ -638,19 +638,6 @@ def test_contract_holds_while_weights_are_pruned(check):
     testing.run(check, PrunedCase("dsee", "llama", PRUNES))
 
 
-def test_gradients_with_checkpointing_are_the_same_while_pruned():
-    case = PrunedCase("dsee", "llama", PRUNES)
-    batch = case.batch()
-    expected = gradients(case.wrap_stirred(), batch)
-    for reentrant in (False, True):
-        model = case.wrap_stirred()
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        found = gradients(model, batch)
-        for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient, msg=name)
-
-
 def test_lora_plus_and_decay_know_its_tensors():
     model = Case("dsee", "bert", CONTRACT["fields"]).wrap()
     found = groups(model, TrainConfig(lr=1e-3, loraplus_ratio=4.0, weight_decay=0.1))

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from increlora_fixtures import dense, grown, layers, orthogonality, tokens, train, trained
-from matplotlib import image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -220,13 +219,3 @@ def test_one_adapter_grows_at_a_time_and_any_number_can_be_active_in_inference()
 def test_unsupported_settings_raise(fields, message):
     with pytest.raises(InputError, match=message):
         petl.wrap(tiny_llama(2), "increlora", **fields)
-
-
-def test_plot_shows_the_final_rank_by_layer_and_module(tmp_path):
-    model = grown()
-    train(model, range(1, 4), torch.optim.SGD(trained(model), lr=0.01))
-    files = petl.lifecycle(model).plots(tmp_path)
-    assert files[:2] == [tmp_path / "heat_maps.json", tmp_path / "ranks.png"]
-    pixels = image.imread(files[1])
-    assert pixels.shape[0] > 100
-    assert len({tuple(p) for p in pixels.reshape(-1, 4)[::97].tolist()}) > 3

@@ -402,14 +402,6 @@ def test_heads_are_adapted_with_one_number_of_experts(target):
     assert [name for name in gradients if ".router" in name]
 
 
-def test_merging_raises_with_the_reason():
-    model = petl.wrap(Stack(8, 8), "mola")
-    words = "MoLA adapters depend on the input through the router and cannot be merged"
-    for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(NotImplementedError, match=words):
-            merge()
-
-
 def test_the_config_file_holds_num_experts_as_given():
     for given in (5, "2468", "diamond", [2, 3]):
         assert petl.build_config("mola", num_experts=given).to_dict()["num_experts"] == given

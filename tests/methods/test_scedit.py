@@ -452,9 +452,3 @@ def test_training_with_petls_loop_is_refused_with_the_reason():
     with pytest.raises(petl.InputError, match="method scedit: petl has no diffusion task"):
         read_config(cfg)
     assert "not in petl train: petl has no diffusion task" in "\n".join(page_of("scedit").facts)
-
-
-def test_the_map_of_edits_has_a_row_for_each_block():
-    model = stirred()
-    (heat_map,) = model.base_model.heat_maps()
-    assert sum(value is not None for row in heat_map.cells for value in row) == 4

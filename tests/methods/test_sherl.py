@@ -193,36 +193,6 @@ def test_tiers_of_zeros_give_no_nan():
     assert all(grad is not None and grad.isfinite().all() for grad in grads)
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_cached_generation_of_pairs_equals_uncached(beams):
-    family = FAMILIES["bart" if beams == 1 else "t5"]
-    model = testing.stir(petl.wrap(family.build(), "sherl")).eval()
-    settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
-    cached, plain = (
-        model.generate(
-            input_ids=family.batch()["input_ids"], decoder_start_token_id=2, use_cache=use,
-            **settings,
-        )
-        for use in (True, False)
-    )  # fmt: skip
-    assert torch.equal(cached, plain)
-
-
-def test_disabled_and_several_adapters():
-    tiny = testing.TINY_MODELS["llama"]
-    model, batch = petl.wrap(tiny.base(), "sherl").eval(), tiny.batch()
-    model.add_adapter("deep", petl.build_config("sherl", late_layers=2))
-    with model.disable_adapter():
-        assert torch.equal(testing.logits(model, batch), testing.logits(tiny.base(), batch))
-    one = testing.logits(model, batch)
-    model.set_adapter("deep")
-    assert not torch.equal(testing.logits(model, batch), one)
-    with pytest.raises(InputError, match="cannot be active together"):
-        model.base_model.set_adapter(["default", "deep"])
-    model.set_adapter("default")
-    assert torch.equal(testing.logits(model, batch), one)
-
-
 def test_unloading_restores_a_norm_that_trained():
     tiny = testing.TINY_MODELS["llama"]
     batch = tiny.batch()
@@ -338,18 +308,6 @@ def test_the_heat_map_shows_the_parts_of_the_sum_without_padding():
     model.add_adapter("other", petl.build_config("sherl", side_layers=[1]))
     model.set_adapter("other")  # which has not been trained
     assert petl.lifecycle(model).heat_maps() == []
-
-
-def test_the_heat_map_of_an_encoder_decoder_has_a_row_for_each_side_network():
-    model = petl.wrap(testing.tiny_t5(layers=4), "sherl", side_layers=[0, 3]).train()
-    model(**testing.TINY_MODELS["t5"].batch())
-    (shown,) = petl.lifecycle(model).heat_maps()
-    assert shown.rows == ["encoder.block", "decoder.block"]
-    assert shown.columns == ["input", "0", "3"]
-    of_encoder, (*of_decoder, none) = shown.cells
-    assert none is None
-    assert sum(of_encoder) == pytest.approx(100)
-    assert sum(of_decoder) == pytest.approx(100)
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_the_first_selection_of_a_further_training_exchanges_no_more_than_later_
 # Processes and resuming
 
 
-@pytest.mark.parametrize("stop", [2, 3, 5, 9, 10])
+@pytest.mark.parametrize("stop", [2, 5, 9])
 def test_a_run_resumed_in_any_phase_equals_the_uninterrupted_one(tmp_path, stop):
     data = [[b] for b in batches(13)]
     whole = wrapped()
@@ -184,7 +184,7 @@ def test_a_run_resumed_in_any_phase_equals_the_uninterrupted_one(tmp_path, stop)
     step_through(first, optimizer, data, stop=stop)
     first.save_pretrained(tmp_path)
     state = petl.lifecycle(first).state_dict()
-    assert bool(sum(".candidates" in key for key in state)) == (stop in (2, 9, 10))
+    assert bool(sum(".candidates" in key for key in state)) == (stop in (2, 9))
 
     second = petl.load(testing.tiny_llama(), tmp_path, is_trainable=True)
     resumed = adamw(second)

@@ -310,25 +310,6 @@ def test_mixed_batches_equal_each_adapter_alone(gate):
         torch.testing.assert_close(mixed[i], alone[name][i], rtol=1e-4, atol=1e-5)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("beams", [1, 2])
-@pytest.mark.parametrize("gate", ["large", "small"])
-def test_cached_generation_equals_uncached(gate, beams):
-    family = FAMILIES["t5"]
-    model = stirred(family, gate=gate)
-    batch = padded(family)
-    ids = {
-        "input_ids": batch["input_ids"],
-        "attention_mask": batch["attention_mask"],
-        "max_new_tokens": 5,
-        "do_sample": False,
-        "num_beams": beams,
-        "decoder_start_token_id": 0,
-    }
-    cached, plain = (model.generate(**ids, use_cache=use) for use in (True, False))
-    assert torch.equal(cached, plain)
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_small_recomputes_with_the_mask_of_its_forward_pass(reentrant):
     """An evaluation between forward and backward pass has another mask."""

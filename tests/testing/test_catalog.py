@@ -57,11 +57,6 @@ def assert_noticed(check: str, case: Case = LLAMA) -> None:
     assert len(str(raised.value)) > len(f"{case}, {check}: "), f"{check} has no message"
 
 
-def test_an_intact_method_passes():
-    for check in testing.checks(LLAMA, slow=False):
-        testing.run(check, LLAMA)
-
-
 def after(function, change):
     """Return `function`, followed by a call of `change` on its object."""
 

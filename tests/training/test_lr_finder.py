@@ -117,9 +117,7 @@ def assert_search_leaves_no_trace(tiny, folder, *words):
 
 
 METHODS = {
-    "mola": [],
     "increlora": ["method.target_r=2"],
-    "sparse": [],
     "adalora": ["method.tinit=1", "method.tfinal=1"],
 }
 

@@ -65,6 +65,12 @@ def assert_lossless(model, seed=1, *, decoys=True):
     return generated(model, seed, do_sample=False)
 
 
+def drafted(model, name="free", seed=1):
+    """The greedy answer with drafts and packed weights."""
+    more = {"custom_generate": decode, "drafter": drafter(name, model=model), "pack": True}
+    return generated(model, seed, do_sample=False, **more)
+
+
 TWO_BLOCKS = replace(testing.TINY_MODELS["llama"], build=partial(testing.tiny_llama, 2))
 
 
@@ -81,11 +87,10 @@ def test_every_method_is_decoded_as_without_drafts(name):
     assert verify(model) < 1e-3
     adapted = assert_lossless(model)
     if case.promises.merges:
-        model.merge_adapter()
         # packed copies of the weights before merging must not be used
-        assert torch.equal(assert_lossless(model), adapted)
-        model.unmerge_adapter()
-        assert torch.equal(assert_lossless(model), adapted)
+        for change in (model.merge_adapter, model.unmerge_adapter):
+            change()
+            assert torch.equal(drafted(model), adapted)
 
 
 def test_the_others_are_refused_for_decoders_by_name():
@@ -124,7 +129,7 @@ def test_sharded_weights_are_refused():
         assert "LlamaForCausalLM are sharded over processes, and a drafter reads" in heads
 
 
-@pytest.mark.parametrize("name", ["lora", "mola", "adapter", "mos"])
+@pytest.mark.parametrize("name", ["lora", "mos"])
 def test_adapters_that_are_switched_between_calls(name):
     case = of_two_blocks(name)
     model = case.wrap()
@@ -137,12 +142,13 @@ def test_adapters_that_are_switched_between_calls(name):
     texts = {}
     for adapter in ("default", "other", "default"):
         model.set_adapter(adapter)
-        texts[adapter] = assert_lossless(model)
+        texts[adapter] = generated(model, 1, do_sample=False)
+        assert torch.equal(drafted(model), texts[adapter])
         more = {"custom_generate": decode, "drafter": recycling}
         assert torch.equal(generated(model, 1, do_sample=False, **more), texts[adapter])
     assert not torch.equal(texts["default"], texts["other"])
     with model.disable_adapter():
-        assert torch.equal(assert_lossless(model), generated(case.base(), 1))
+        assert torch.equal(drafted(model), generated(case.base(), 1))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +161,7 @@ def test_adapters_that_are_switched_between_calls(name):
 )
 def test_routers_of_mola_that_keep_states(fields):
     torch.manual_seed(0)
-    model = petl.wrap(testing.tiny_llama(), "mola", task_type="CAUSAL_LM", **fields)
+    model = petl.wrap(testing.tiny_llama(2), "mola", task_type="CAUSAL_LM", **fields)
     # in a chain, the first child of the root would be a decoy
     assert_lossless(testing.stir(model.eval()), decoys="router_lookahead" not in fields)
 

@@ -7,7 +7,6 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
-from bench import drafting
 from bench.drafting import (
     FREE,
     HEADS,
@@ -52,53 +51,6 @@ def test_rows_have_times_passes_memory_and_equal_answers(tmp_path):
     # more passes than before are a regression
     worse = [replace(r, counts={**r.counts, "passes / token": 2.0}) for r in found]
     assert "passes / token" in " ".join(regressions(Result({}, found), Result({}, worse)))
-
-
-class Ended(Exception):
-    """In place of a signal."""
-
-
-@pytest.mark.thorough
-def test_a_run_that_was_ended_goes_on_behind_its_last_prompt(tmp_path, monkeypatch):
-    plan = replace(TINY, states=("base",), prompts=2)
-    whole = measure(replace(plan, folder=tmp_path / "whole"))
-    said = []
-
-    def end(line):
-        said.append(line)
-        if line.endswith("copy 1"):
-            raise Ended
-
-    parts = replace(plan, folder=tmp_path / "parts")
-    with pytest.raises(Ended):
-        measure(parts, end)
-    finished = {path: path.read_bytes() for path in parts.folder.rglob("*.json")}
-    names = [path.name for path in finished if path.parent.parent == parts.folder]
-    assert sorted(names) == ["000-puzzle.json", "001-play.json", "about.json"]
-    # what is finished is reported without a model
-    report = measure(replace(parts, report=True))
-    assert [record.row for record in report] == [NONE, *PARTS, FREE, HEADS, THEIRS]
-    again, loaded = [], []
-    load = drafting.load_drafter
-    monkeypatch.setattr(
-        drafting, "load_drafter", lambda f, model: loaded.append(f) or load(f, model)
-    )
-    resumed = measure(parts, again.append)
-    assert [line.rpartition(", ")[2] for line in again[1:3]] == ["copy 1", "explain 1"]
-    for path, content in finished.items():
-        if path.parent.parent == parts.folder:
-            assert path.read_bytes() == content
-    # each drafter has gone on with what it had learned from two prompts
-    assert {place.parent.name for place in loaded} == {"drafters-2"}
-    assert len(loaded) == len([*PARTS, FREE, HEADS])
-    assert [(r.row, r.counts["unequal answers"]) for r in resumed] == [
-        (r.row, r.counts["unequal answers"]) for r in whole
-    ]
-    (left,) = parts.folder.glob("*/drafters-*")
-    assert left.name == "drafters-12"
-    nothing = []
-    assert measure(parts, nothing.append) == resumed
-    assert not nothing
 
 
 def arguments(words, *, quick=False, finished=False):

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 from bench.jobs import child, definitions, petl_job, section, trainer_job
-from bench.jobs.definitions import GROUPED, PLAIN, Job, Settings
+from bench.jobs.definitions import Job, Settings
 from bench.jobs.runs import Runner
-from bench.records import Result
-from bench.report import tables
 from datasets import load_from_disk
 from safetensors.torch import load_file
 from training_fixtures import drawing_once, train
@@ -72,46 +70,6 @@ def petl_job_targets():
 
 def settings(folder, **more):
     return Settings(folder=folder, names=("quickstart",), rates=(1e-3, 1e-2), **more)
-
-
-@pytest.mark.thorough
-def test_a_job_is_done_by_turns_and_no_run_is_repeated(job, here, tmp_path):
-    lines, names = [], [PLAIN, GROUPED, *UPPER]
-    chosen = settings(tmp_path, tunes=True, head_rates=(1e-2,), variants=names)
-    found = section.measure(chosen, lines.append)
-    assert [record.row for record in found] == names
-    # two rates for each of two arms, one of which fills the store first; a timed run of each
-    # variant; the curves of the two that choose no rates
-    total = 2 * 2 + 1 + 4 + 2
-    assert len(here) == total
-    assert len(lines) == total - 1
-
-    rows = {record.row: record for record in found}
-    assert set(rows[PLAIN].ratios) == {f"training / {GROUPED}", f"job / {GROUPED}"}
-    fast = rows[UPPER[0]]
-    assert set(fast.ratios) == {f"{p} / {b}" for p in ("training", "job") for b in (PLAIN, GROUPED)}
-    assert fast.ratios[f"job / {PLAIN}"].median == 1  # 12 seconds each
-    assert fast.facts["job s"] == 12
-    assert fast.facts["goal job / Trainer"] == 0.22
-    assert 0 <= fast.facts["accuracy %"] <= 100
-    assert not fast.note
-
-    rates = json.loads((tmp_path / "quickstart" / "rates.json").read_text())
-    assert set(rates) == {"Trainer", "petl, upper blocks"}
-    for entry in rates.values():
-        best = max(entry["validation"].values(), key=lambda s: (s["accuracy"], -s["loss"]))
-        assert entry["validation"]["{:g}, {:g}".format(*entry["taken"])] == best
-    assert "petl, fast, reads the store" in (tmp_path / "quickstart" / "curves.svg").read_text()
-
-    assert section.measure(chosen, lines.append) == found
-    report = section.measure(replace(chosen, report=True, seeds=(0, 1)), lines.append)
-    assert [record.facts["seeds"] for record in report] == [1] * 4
-    assert len(here) == total
-    some = replace(chosen, report=True, variants=names[1:])  # without what a goal is relative to
-    assert "goal job / Trainer" not in section.measure(some, lines.append)[1].facts
-    (table,) = tables(Result({}, found)).values()
-    assert "goal training / Trainer, by length" not in table.columns  # those rows have none
-    assert table.columns[table.columns.index("job / Trainer") + 1] == "goal job / Trainer"
 
 
 def test_the_seconds_are_those_to_a_score_that_all_reach():
