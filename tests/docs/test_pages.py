@@ -66,6 +66,7 @@ def test_extras_that_pages_name_exist():
             assert set(found.split(",")) <= extras, f"{page.name}: {found}"
 
 
+@pytest.mark.thorough
 def test_generated_parts_are_current():
     script = ROOT / "scripts" / "build_docs.py"
     command = [warm_python.python(), str(script), "check"]

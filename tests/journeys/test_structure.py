@@ -4,11 +4,13 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
 import warm_python
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "structure.py"
 
 
+@pytest.mark.thorough
 def test_every_figure_keeps_its_bound():
     # petl is imported anew, so that the files that run in its imports count
     command = [warm_python.python(), str(SCRIPT), "--run"]

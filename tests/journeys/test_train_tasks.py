@@ -161,7 +161,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(run, tmp_path):
         torch.testing.assert_close(pieces.adapter[name], tensor, rtol=2e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("task", sorted(SETTINGS))
+@pytest.mark.parametrize("task", ["causal_lm", "question_answering"])
 def test_it_can_be_planned_without_weights(families, task):
     plan = plan_run(compose(families(task, "+method=lora")))
     assert plan.saved > 0

@@ -1,5 +1,6 @@
 """PEFT's own tuners, which train with a YAML file and no code."""
 
+from itertools import cycle
 from pathlib import Path
 
 import peft
@@ -40,8 +41,7 @@ def test_a_wrapped_model_equals_pefts(name):
     assert set(testing.trainable(ours)) == set(testing.trainable(theirs))
 
 
-@pytest.mark.parametrize("load", [False, True])
-@pytest.mark.parametrize("name", ADOPTED)
+@pytest.mark.parametrize(("name", "load"), zip(ADOPTED, cycle([False, True]), strict=False))
 def test_the_same_trains_on_a_base_in_half_precision(name, load, tmp_path):
     """PEFT leaves AdaLoRA's rank counters trainable there, and on every device but the CPU."""
     fields = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))

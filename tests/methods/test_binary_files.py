@@ -28,11 +28,10 @@ def batch():
     return TINY_MODELS["llama"].batch()
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize(
-    "fields",
-    [LORA, MOS, {"r": 3}, {"r": 3, "use_bias": True}],
-    ids=["lora", "mos", "adapter", "biases"],
+    ("fields", "bits"),
+    [(LORA, 1), (MOS, 2), (MOS, 1), ({"r": 3}, 4), ({"r": 3, "use_bias": True}, 8)],
+    ids=["lora", "mos-2", "mos-1", "adapter", "biases"],
 )
 def test_packed_file_has_codes_and_stats_and_loads_to_equal_outputs(batch, tmp_path, bits, fields):
     model = train(wrapped(**fields, bits=bits), batch)
@@ -136,8 +135,7 @@ NAMES_COST = {  # overhead of the default adapter's file over codes and statisti
 }
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-@pytest.mark.parametrize("model", NAMES_COST)
+@pytest.mark.parametrize(("model", "bits"), zip(NAMES_COST, [1, 2, 4, 8], strict=True))
 def test_a_stacked_file_is_within_five_percent_of_its_bits(model, bits):
     adapted = petl.wrap(NAMES_COST[model][0](), "binary", bits=bits, save_format="stacked")
     size = safetensors_bytes(saved_shapes(adapted))

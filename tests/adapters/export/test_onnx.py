@@ -78,6 +78,7 @@ def test_a_classifier_runs_without_torch_at_any_size(classifier, lora_run, monke
     assert not any(label.startswith("LABEL") for label in labels.values())
 
 
+@pytest.mark.thorough
 def test_an_adapter_without_its_run_tells_two_texts_apart(tmp_path):
     names = ["input_ids", "attention_mask", "token_type_ids"]
     write_model(

@@ -100,17 +100,6 @@ def written_by_a_process(settings):
 SIZES = {"tokens": 6, "batch_size": 2, "pad_token_id": PAD}  # four batches
 
 
-@pytest.mark.parametrize(
-    "settings", [{"eos_token_id": [5, 9, 23]}, {"do_sample": True, "temperature": 1.5}]
-)
-def test_two_processes_write_the_rows_of_one(settings):
-    ids, states, *numbers = written_by_a_process(settings)
-    for own_ids, own_states, *own in testing.in_processes(2, written_by_a_process, settings):
-        assert torch.equal(own_ids, ids)
-        assert torch.equal(own_states, states)
-        assert own == numbers
-
-
 def rows_answered_by_a_process():
     """Return the number of prompts that this process's model has seen."""
     model, seen = testing.tiny_llama(), []
@@ -118,11 +107,6 @@ def rows_answered_by_a_process():
     model.generate = lambda **inputs: (seen.append(len(inputs["input_ids"])), generate(**inputs))[1]
     found = answers(model, PROMPTS, **SIZES)
     return torch.distributed.get_world_size(), sum(seen), len(found)
-
-
-def test_each_process_answers_its_share():
-    # batches of 2, 2, 2, 1 prompts, by turns
-    assert testing.in_processes(2, rows_answered_by_a_process) == [(2, 4, 7), (2, 3, 7)]
 
 
 def refused_by_a_process():
@@ -139,8 +123,37 @@ def fail(**inputs):
     raise InputError("refused here")
 
 
-def test_an_error_of_one_process_is_raised_in_all():
-    assert testing.in_processes(2, refused_by_a_process) == ["refused here"] * 2
+def all_by_a_process():
+    written = [written_by_a_process(settings) for settings in WAYS]
+    return written, rows_answered_by_a_process(), refused_by_a_process()
+
+
+WAYS = [{"eos_token_id": [5, 9, 23]}, {"do_sample": True, "temperature": 1.5}]
+
+
+@pytest.fixture(scope="module")
+def both():
+    """What each of two processes has written, answered and refused."""
+    return testing.in_processes(2, all_by_a_process)
+
+
+@pytest.mark.parametrize("way", range(len(WAYS)))
+def test_two_processes_write_the_rows_of_one(both, way):
+    ids, states, *numbers = written_by_a_process(WAYS[way])
+    for written, *_ in both:
+        own_ids, own_states, *own = written[way]
+        assert torch.equal(own_ids, ids)
+        assert torch.equal(own_states, states)
+        assert own == numbers
+
+
+def test_each_process_answers_its_share(both):
+    # batches of 2, 2, 2, 1 prompts, by turns
+    assert [answered for _, answered, _ in both] == [(2, 4, 7), (2, 3, 7)]
+
+
+def test_an_error_of_one_process_is_raised_in_all(both):
+    assert [said for *_, said in both] == ["refused here"] * 2
 
 
 def test_sampled_answers_draw_one_number_and_no_more():

@@ -2,6 +2,7 @@
 
 import gc
 
+import pytest
 from bench.clocks import Spread, Times, in_turn, uncollected
 
 
@@ -20,6 +21,7 @@ def test_ratios_are_of_each_round():
     assert times.over("a", "b").median == 2  # of 1, 3, 2
 
 
+@pytest.mark.thorough
 def test_what_was_frozen_before_is_frozen_after():
     frozen = gc.get_freeze_count()
     gc.freeze()

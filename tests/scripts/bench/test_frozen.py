@@ -31,6 +31,7 @@ def test_upper_blocks_are_measured_with_and_without_a_store():
     assert f"{LABELLED:.0%} of" in FEW
 
 
+@pytest.mark.thorough
 def test_an_encoder_is_also_measured_as_a_classifier_that_reads_one_position():
     shape = replace(MINILM, **{**SMALL, "layers": 6}, kv_heads=2, length=6)
     found = measure(shape, 1)
@@ -42,6 +43,7 @@ def test_an_encoder_is_also_measured_as_a_classifier_that_reads_one_position():
     assert len(tables(Result({}, found))) == 2
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_images_have_a_row_for_each_share():
     found = measure_images(1, num_hidden_layers=6, hidden_size=32, image_size=32, patch_size=8)

@@ -124,6 +124,7 @@ def test_variants_share_rows_and_the_places_of_their_adapters(job, here, tmp_pat
     assert own == {name.replace(".modules_to_save", "") for name in trained}
 
 
+@pytest.mark.thorough
 def test_stored_states_are_read_by_the_variant_that_reads_and_absent_for_the_one_that_fills(
     job, here, tmp_path
 ):

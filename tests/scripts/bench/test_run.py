@@ -138,6 +138,7 @@ def test_a_larger_shape_keeps_the_share_of_the_head():
     assert not axis["rank"].has(sparse)
 
 
+@pytest.mark.thorough
 def test_the_peak_section_measures_processes_of_their_own():
     floor, lora, mola = records("peak", "mola 8/2")
     assert floor.facts["peak MB"] > 0
@@ -238,6 +239,7 @@ def test_information_of_chosen_weights_counts_the_choice():
     assert information(row, model) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.thorough
 def test_the_script_writes_a_result_and_fails_on_a_worse_one(tmp_path, monkeypatch, capsys):
     spec = spec_from_file_location("bench_script", SCRIPT)
     script = module_from_spec(spec)
