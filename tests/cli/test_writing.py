@@ -1,6 +1,5 @@
 """`petl generate` and `petl chat`: what they print and write, and what they refuse."""
 
-import csv
 import io
 import json
 import os
@@ -127,15 +126,6 @@ def test_generate_prints_the_same_answer_with_drafts_and_what_they_saved(command
         assert "Every token is the one the model chose for exactly the text before it." in err
 
 
-def test_generate_answers_a_file_one_by_one_with_a_named_drafter(command, writers, tmp_path):
-    (tmp_path / "in.txt").write_text("Hi\na b a b\n")
-    words = ["generate", writers.folder / "lora", "--file", tmp_path / "in.txt", *TEN]
-    _, plain, _ = command(*words)
-    status, out, err = command(*words, "--drafter", "free", "--stats")
-    assert (status, out) == (0, plain)
-    assert "20 tokens in" in err
-
-
 def test_generate_refuses_several_prompts_at_a_time_with_drafts(command, writers):
     words = ["generate", writers.folder / "lora", "--prompt", "Hi", "--batch-size", "4"]
     for more in (["--drafter", "free"], ["--stats"], ["--prompt-lookup", "3"]):
@@ -150,20 +140,6 @@ def test_generate_refuses_a_drafter_that_is_not_there(command, writers, tmp_path
     status, out, err = command(*words)
     assert (status, out) == (2, "")
     assert "has no drafter_config.json: give the folder of a drafter" in err
-
-
-def test_generate_writes_tables(command, writers, tmp_path):
-    file, out = tmp_path / "rows.csv", tmp_path / "answers.csv"
-    file.write_text("id,prompt\n7,Hi\n8,Yes\n")
-    status, _, err = command(
-        "generate", writers.folder / "lora", "--file", file, *TEN, "--out", out
-    )
-    assert (status, "2 answers in" in err) == (0, True)
-    model = writers.load("lora")
-    with out.open(newline="") as opened:
-        rows = list(csv.DictReader(opened))
-    expected = [("7", "Hi", answer(model, "Hi")), ("8", "Yes", answer(model, "Yes"))]
-    assert [tuple(row.values()) for row in rows] == expected
 
 
 def test_generate_never_writes_through_a_link(command, writers, tmp_path):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from run_page import blocks
 from tiny_tokenizers import byte_tokenizer
-from torch import nn
 from training_fixtures import bert_config
 from transformers import BertModel
 
@@ -110,29 +109,3 @@ def test_sentence_transformers(name, reads_alone, tmp_path, monkeypatch):
     else:
         with pytest.raises(UnsupportedError, match="layers share tensors"):
             library.SentenceTransformer("embedder", device="cpu")
-
-
-def test_mola_on_a_vit_of_timm():
-    timm: Any = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
-    create = timm.create_model
-    small = {"img_size": 32, "patch_size": 16, "depth": 2, "embed_dim": 48}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timm, "create_model", lambda *a, **fields: create(*a, **fields, **small))
-        left: dict[str, Any] = {}
-        exec(code("timm.create_model"), left)
-    model = left["model"]
-    optimizer = torch.optim.AdamW(testing.trainable(model).values(), lr=1e-2)
-    images, classes = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
-    losses = []
-    for _ in range(8):
-        loss = nn.functional.cross_entropy(model(images), classes)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    names = [name for name, module in model.named_modules() if name.endswith("attn.qkv")]
-    assert len(names) == 2
-    varied = create("vit_tiny_patch16_224", num_classes=10, **small)
-    targets = ["attn.qkv", "attn.proj"]
-    petl.wrap(varied, "mola", target_modules=targets, num_experts=[2, 3])

@@ -14,7 +14,7 @@ from petl import testing
 from petl.cli.catalog.method_page import page_of
 from petl.cli.catalog.reference import build_for_diffusion, counted
 from petl.core.layers.layer import LayerInfo, LayerShape
-from petl.methods.scedit import SceditAdapter, SceditConfig, skips_of
+from petl.methods.scedit import SceditAdapter, SceditConfig
 from petl.testing.models import OTHER_MODELS, TinyUNet, noise_batch, tiny_unet
 
 CONTRACT = {
@@ -326,50 +326,6 @@ def _shallow() -> nn.Module:
     model: Any = Plain()
     del model.up_blocks[1]
     return model
-
-
-def diffusers_unet() -> Any:
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
-
-
-@pytest.mark.filterwarnings("ignore:::diffusers")
-def test_diffusers_unet_is_saved_loaded_and_trained(tmp_path):
-    base = diffusers_unet().eval()
-    assert [skip.channels for skip in skips_of(base)] == CHANNELS
-    inputs = (torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 16))
-    expected = base(*inputs).sample
-    assert torch.equal(petl.wrap(diffusers_unet(), "scedit").eval()(*inputs).sample, expected)
-    model = stirred(diffusers_unet())
-    edited = model(*inputs).sample
-    assert not torch.allclose(edited, expected)
-    with model.disable_adapter():
-        assert torch.equal(model(*inputs).sample, expected)
-    model.save_pretrained(tmp_path)
-    again = petl.load(diffusers_unet(), tmp_path).eval()
-    assert torch.equal(again(*inputs).sample, edited)
-
-    def gradients(checkpointing):
-        trained = stirred(diffusers_unet()).train()
-        if checkpointing:
-            trained.get_base_model().enable_gradient_checkpointing()
-        trained(*inputs).sample.square().mean().backward()
-        return {name: p.grad for name, p in testing.trainable(trained).items()}
-
-    plain, checkpointed = gradients(False), gradients(True)
-    assert len(plain) == 16
-    for name, grad in plain.items():
-        torch.testing.assert_close(checkpointed[name], grad)
 
 
 # Several adapters

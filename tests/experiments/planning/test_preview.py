@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from media_fixtures import AST, VIT, audio, images
 
-from petl.cli import main
 from petl.data.base import read_data
 from petl.data.learned import BRACKETS
 from petl.data.models.loading import load_processor
@@ -101,18 +100,6 @@ def test_a_split_without_examples_has_no_quantiles(families, tiny, task):
         assert all(len(row) == len(columns) for row in rows)
 
 
-def test_the_format_of_the_rows_is_in_the_title(families, tmp_path):
-    file = tmp_path / "alpaca.jsonl"
-    file.write_text('{"instruction": "the cat", "input": "dog", "output": "cat"}\n' * 20)
-    plain = [word for word in families("causal_lm") if "data.prompt" not in word]
-    cfg = compose(
-        [w for w in plain if "data.answer" not in w] + [f"data.train={file}", "data.test=null"]
-    )
-    found = preview(cfg, examples=1)
-    assert found.title.startswith("files · causal_lm · alpaca (instruction, input; loss on output)")
-    assert bracketed(found) == [["cat [SEP]"]]
-
-
 def test_windows_are_counted_with_their_questions(families):
     train = preview(compose(families("question_answering"))).parts[0]
     assert train.counts["questions"] == train.rows == 60
@@ -149,18 +136,3 @@ def test_images_and_audio_are_described_by_shape_and_label(kind, request):
     expected = {"pixel_values": (3, 16, 16)} if kind == "pictures" else {"input_values": (64, 16)}
     assert found.examples[0].shapes == expected
     assert " x 16  " in next(example_texts(found, color=False)).plain
-
-
-def test_the_command_prints_tables_and_examples(families, capsys):
-    words = families("causal_lm", "data.max_length=13")
-    assert main.main(["data", *words, "--examples", "2"]) == 0
-    out = capsys.readouterr().out
-    told = "prompt and answer (text; loss on target)"
-    assert out.startswith(f"files · causal_lm · {told} · as path reads it\n\nexamples ")
-    train = next(line.split() for line in out.splitlines() if line.startswith("train"))
-    rows, encoded, dropped, truncated = map(int, train[1:5])
-    assert rows == 60 == encoded + dropped
-    assert dropped > 0  # the answer begins after max_length
-    assert truncated >= dropped
-    assert "the first 2 training examples; ⟦ ⟧: tokens with loss" in out
-    assert "\n2  [CLS] " in out

@@ -67,23 +67,6 @@ def test_of_equal_scores_the_entry_with_the_lower_loss_comes_first(tmp_path):
     assert [entry.name for entry in only([tmp_path]).entries] == ["mola", "mos", "lora"]
 
 
-def test_ranks_of_modules_and_by_importance_have_short_names(tmp_path):
-    patterns = {"first": (2, 4), "second": (4, 2)}
-    for name, (low, high) in patterns.items():
-        pattern = f"{{query: {low}, value: {high}}}"
-        write_run(tmp_path / name, 0.5, "+method=lora", f"+method.rank_pattern={pattern}")
-    write_run(tmp_path / "measured", 0.4, "+method=lora", "+ranks=cfsp")
-    write_run(tmp_path / "other", 0.3, "+method=lora", "+ranks=cfsp", "ranks.least=2")
-    write_run(tmp_path / "equal", 0.2, "+method=lora")
-    assert [entry.name for entry in only([tmp_path]).entries] == [
-        "lora rank_pattern=2,4",
-        "lora rank_pattern=4,2",
-        "lora ranks.least=1 ranks=cfsp",
-        "lora ranks.least=2 ranks=cfsp",
-        "lora",
-    ]
-
-
 def test_scores_on_other_examples_are_compared_apart(tmp_path):
     rows = {"accuracy": 0.5, "rows": 64.0}
     write_run(tmp_path / "a", 0.5, "+method=lora")
@@ -159,18 +142,6 @@ def test_an_entry_of_a_recipe_has_the_name_of_the_recipe(tmp_path):
         write_run(tmp_path / method, 0.5, f"+method={method}")
     names = {entry.name for entry in only([tmp_path]).entries}
     assert names == {"adapter", "houlsby", "deft+density"}
-
-
-def test_settings_in_a_name_are_written_as_on_the_command_line(tmp_path):
-    words = [], ["train.find_lr=true"], ["train.eval_steps=5", "train.log_steps=1"]
-    for i, more in enumerate(words):
-        write_run(tmp_path / str(i), 0.5, "+method=lora", *more)
-    names = {entry.name for entry in only([tmp_path]).entries}
-    assert names == {
-        "lora train.eval_steps=null train.find_lr=false",
-        "lora train.eval_steps=null train.find_lr=true",
-        "lora train.eval_steps=5 train.find_lr=false",
-    }
 
 
 def test_entries_have_different_names_where_rates_and_other_settings_differ(tmp_path):

@@ -1,12 +1,8 @@
 """The report of a comparison: table, sentences, charts."""
 
-import json
-import re
-
 import pytest
 from comparable import write_run
 
-from petl.cli import main
 from petl.experiments.reports.comparison import compare
 from petl.experiments.reports.comparison_report import (
     results,
@@ -51,17 +47,6 @@ def test_entries_whose_seeds_disagree_are_not_ranked(runs):
     assert interval.startswith("The 95 % interval is Wilson's, for the choice of the test examples")
 
 
-def test_one_seed_has_no_spread(tmp_path):
-    for method in ("lora", "mola"):
-        write_run(tmp_path / method, 1.0, f"+method={method}")
-    found = compare([tmp_path])
-    _, single, interval = summary(*found)
-    assert single == "1 seed: no spread is known of lora, mola."
-    assert interval.startswith("The 95 % interval is Wilson's")
-    (row, *_) = results(*found).rows
-    assert row[:4] == ["lora", "100.0 %", "96.3 to 100.0 %", "1"]  # 100 of 100
-
-
 @pytest.mark.parametrize(("last", "named"), [(0.40, True), (0.53, False)])
 def test_a_seed_far_from_the_others_is_named(tmp_path, last, named):
     for seed, score in enumerate((0.51, 0.52, 0.53, 0.52, last)):
@@ -80,32 +65,6 @@ def test_a_loss_has_no_interval(tmp_path):
     assert "interval" not in " ".join(summary(*found))
 
 
-def test_different_learning_rates_and_devices_of_an_entry_are_reported(tmp_path):
-    for seed, lr in enumerate((0.001, 0.003)):
-        words = "+method=lora", "train.find_lr=true", f"train.seed={seed}"
-        run = write_run(tmp_path / str(seed), 0.5, *words, lr=lr)
-        environment = json.loads((run / "environment.json").read_text())
-        environment["processor"] = f"processor {seed}"
-        (run / "environment.json").write_text(json.dumps(environment))
-    found = compare([tmp_path])
-    assert results(*found).rows[0][4] == "0.001 to 0.003"
-    different = "Times and memory are those of different devices: processor 0; processor 1."
-    assert different in summary(*found)
-
-
-def test_the_page_has_the_table_and_charts_and_needs_no_other_file(runs, tmp_path):
-    page, table, *charts = write_page(compare([runs]), tmp_path / "page")
-    text = page.read_text()
-    assert "61.0 ± 1.0 %" in text
-    assert text.count("<svg ") == 5
-    assert "adapter parameters (thousands)" in text
-    assert not re.search(r"src=\"(?!data:)|href=\"\w+:|@import|url\((?!#)", text)
-    assert table.read_text().startswith("| method | test accuracy, n = 100 | 95 % interval |")
-    names = ["parameters.svg", "file.svg", "step.svg", "memory.svg", "legend.svg"]
-    assert [chart.name for chart in charts] == names
-    assert charts[0].read_text() in text
-
-
 def test_a_run_without_training_has_no_time_of_a_step(tmp_path):
     write_run(tmp_path / "lora", 0.5, "+method=lora")
     write_run(tmp_path / "icv", 0.6, "+method=icv", steps=0, tokens=0, seconds=0.0, cpu_seconds=0.0)
@@ -121,24 +80,3 @@ def test_a_run_without_training_has_no_time_of_a_step(tmp_path):
     names = [file.name for file in write_page(alone, tmp_path / "alone")]
     assert "step.svg" not in names
     assert "file.svg" in names
-
-
-def test_the_learning_rates_of_a_study_are_listed_and_the_chosen_one_is_marked(runs, tmp_path):
-    rates = {"lora": {"validation": {"0.01": 0.5, "0.001": 0.625}, "taken": 0.001}}
-    rates["mos"] = {"validation": {"0.01": 0.25}, "taken": 0.01}
-    _, table, *_ = write_page(compare([runs]), tmp_path / "page", rates)
-    assert "| lora | 62.5 % * | 50.0 % |" in table.read_text()
-    assert "| mos | failed | 25.0 % * |" in table.read_text()
-
-
-def test_each_data_set_is_a_section_of_its_own(runs, tmp_path, capsys):
-    write_run(tmp_path / "runs" / "other", 0.3, "+method=lora", "data=files", "data.train=x.csv")
-    status = main.main(["compare", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
-    assert status == 0
-    printed = capsys.readouterr().out
-    assert printed.index("files x.csv on minilm\n") < printed.index("wordnet on minilm\n")
-    text = (tmp_path / "out" / "results.md").read_text()
-    assert text.startswith("## files x.csv on minilm\n\n| method |")
-    assert "\n## wordnet on minilm\n" in text
-    assert (tmp_path / "out" / "index.html").read_text().count("<svg ") == 10
-    assert {"step-1.svg", "step-2.svg"} < {p.name for p in (tmp_path / "out").glob("*.svg")}

@@ -6,9 +6,6 @@ from petl.experiments.reports.formatting import (
     duration,
     mean_text,
     number,
-    sample_size,
-    score,
-    seeds_text,
     size,
 )
 
@@ -57,26 +54,7 @@ def test_numbers_are_short(value, text):
     assert number(value) == text
 
 
-def test_a_score_has_its_unit():
-    assert score("accuracy", 0.5925) == "59.2 %"
-    assert score("loss", 0.5925) == "0.593"
-    assert score("rows", 1234.0) == "1,234"
-
-
-def test_the_number_of_examples_has_its_unit():
-    assert sample_size({"accuracy": 0.5, "rows": 2000.0}) == "n = 2,000"
-    assert (
-        sample_size({"loss": 1.0, "tokens": 512.0, "answers": 20.0}) == "n = 512 tokens, 20 answers"
-    )
-    assert sample_size({"loss": 1.0}) == ""
-
-
 def test_a_mean_has_a_spread_from_two_values_on():
     assert mean_text("accuracy", [0.5]) == "50.0 %"
     assert mean_text("accuracy", [0.5, 0.5]) == "50.0 ± 0.0 %"
     assert mean_text("loss", [1.0, 2.0, 3.0]) == "2.000 ± 1.000"
-
-
-def test_many_seeds_are_counted_only():
-    assert seeds_text([3]) == "1 seed (3)"
-    assert seeds_text(range(11)) == "11 seeds"

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from petl.experiments.reports.page import render_page
-from petl.experiments.reports.predictions_section import LONGEST, MAX_CLASSES, section_of
+from petl.experiments.reports.predictions_section import MAX_CLASSES, section_of
 
 HOSTILE = '<script>alert("1")</script>\u202e${x}{{ 7 * 7 }}'
 
@@ -55,21 +55,6 @@ def test_few_classes_have_a_matrix_and_many_their_most_frequent_confusions(tmp_p
     assert "<h3>Confusion matrix</h3>" not in text
     frequent = text.partition("Most frequent confusions")[2]
     assert "<td>c0</td><td>c1</td><td>2</td>" in frequent
-
-
-def test_answers_stand_beside_the_right_ones_before_and_after(tmp_path):
-    messages = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]
-    row = {"row": 3, "messages": messages, "label": "so", "prediction": "as such", "rougeL": 0.0}
-    text = page(tmp_path, [row], [{**row, "prediction": "before it"}])
-    assert "<th>expected</th><th>before training</th><th>predicted</th>" in text
-    assert "<td>so</td><td>before it</td><td>as such</td>" in text
-    assert "<td>user: why?</td>" in text
-
-
-def test_long_texts_are_cut(tmp_path):
-    text = page(tmp_path, [classified(0, "a", "b", text="x" * 5000)])
-    assert f"{'x' * LONGEST}... (5,000 characters)" in text
-    assert "x" * (LONGEST + 1) not in text
 
 
 @pytest.mark.parametrize("messages", ["no list", [1], [{"role": "user"}]])

@@ -60,17 +60,6 @@ def first_and_last(space):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_wandb_accepts_a_sweep_and_proposes_values(name):
-    sweeps = pytest.importorskip("sweeps", reason="pip install --no-deps sweeps==0.3.0")
-    sweep = sweep_of(name)
-    assert sweeps.schema_violations_from_proposed_config(sweep) == []
-    proposal = sweeps.next_run(sweeps.config.SweepConfig(sweep), [])
-    values = {key: value["value"] for key, value in proposal.config.items()}
-    assert values.keys() == sweep["parameters"].keys()
-    read_config(compose(command_for(sweep, values)))
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_the_command_of_an_agent_composes_into_the_values_it_proposes(name):
     sweep = sweep_of(name)
     assert sweep["program"] == "petl"
