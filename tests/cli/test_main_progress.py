@@ -12,17 +12,10 @@ LOADING = ["loading model path", "loading the adapter"]
 COMPARED = ["outputs of the adapted model", "outputs of the model without adapter"]
 COMMANDS = {
     "predict RUN TEXTS --out OUT": [*LOADING, "predicting TEXTS", "predicting the next 20 rows"],
-    "eval RUN --data TEXTS --out OUT": [
-        *("reading TEXTS", *LOADING, "encoding 20 examples", "scoring 20 test examples"),
-        "analyzing predictions",
-    ],
     "merge RUN OUT": [
         *(*LOADING, *COMPARED, "merging the adapter", "outputs of the merged model"),
         *("writing the merged model", LOADING[0], "outputs of the written model"),
     ],
-    "export RUN OUT --lora": [*LOADING, *COMPARED, "outputs of the LoRA"],
-    "compress RUN OUT": ["compressing", *LOADING, *COMPARED, LOADING[0]],
-    "prune RUN OUT --drop 0.5": [LOADING[0], "outputs of the changed adapter", *LOADING, *COMPARED],
     "prune RUN OUT --drop 0.5 --q auto": [
         *(*LOADING, "measuring outputs of layers", *LOADING, *COMPARED),
     ],

@@ -193,6 +193,17 @@ def test_tiers_of_zeros_give_no_nan():
     assert all(grad is not None and grad.isfinite().all() for grad in grads)
 
 
+def test_cached_generation_with_beams_equals_uncached():
+    family = FAMILIES["t5"]
+    model = testing.stir(petl.wrap(family.build(), "sherl")).eval()
+    settings = {"max_new_tokens": 6, "num_beams": 3, "decoder_start_token_id": 2}
+    ids = family.batch()["input_ids"]
+    cached, plain = (
+        model.generate(input_ids=ids, use_cache=use, **settings) for use in (True, False)
+    )
+    assert torch.equal(cached, plain)
+
+
 def test_unloading_restores_a_norm_that_trained():
     tiny = testing.TINY_MODELS["llama"]
     batch = tiny.batch()

@@ -233,8 +233,11 @@ def test_a_run_without_tracker_imports_none():
     assert ran.stdout == "[]\n", ran.stderr
 
 
-@pytest.mark.parametrize("spec", [None, ModuleSpec("wandb", None)])
-@pytest.mark.parametrize("name", ["wandb", "tensorboard", *SERVICES])
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [("wandb", None), ("tensorboard", ModuleSpec("tensorboard", None))]
+    + [(name, None) for name in SERVICES],
+)
 def test_a_tracker_that_is_not_installed_names_its_extra(name, spec, monkeypatch):
     monkeypatch.setattr(extras, "find_spec", lambda _: spec)  # a spec without origin: some folder
     extra = name if name in SERVICES else "tracking"
