@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from petl.data import SOURCES
 from petl.data.tasks import TASKS
-from petl.data.validation import Row
+from petl.data.validation import FaultyRow, Row
 from petl.errors import InputError, choose
 from petl.system.imports.peft_hook import import_modules
 from petl.system.settings.schema import plain
@@ -91,6 +91,7 @@ class RawData:
     Attributes:
         format: in which format the rows were; "" if settings name all columns.
         temperature: at which rows of several tasks are sampled; None: by the sizes of the tasks.
+        skipped: rows that were left out since they cannot be used, by split.
     """
 
     task: "Task"
@@ -99,6 +100,7 @@ class RawData:
     name: str
     format: str = ""
     temperature: float | None = None
+    skipped: Mapping[str, Sequence[FaultyRow]] = field({})
 
 
 @dataclass(kw_only=True)

@@ -3,44 +3,55 @@
 `datasets` reads these formats too, but its errors do not say which line is invalid.
 """
 
-import csv
-import gzip
 import logging
-import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from io import BufferedReader, TextIOWrapper
 from pathlib import Path
-from typing import TextIO
 
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from petl.data.base import RawData
+from petl.data.delimited import lines_of, read_delimited, refuse_repeated
+from petl.data.faulty_rows import SKIP, described
 from petl.data.tabular import Tabular
 from petl.data.validation import (
     FOLDER,
     Choose,
+    FaultyRow,
     LazySourceRows,
     Row,
     SourceRows,
+    Table,
     every,
     from_table,
 )
 from petl.errors import InputError, first_line, shown
 from petl.system.files.paths import file_of, path_of
 from petl.system.files.read import parse_json
+from petl.system.values import Rule, field
 
-Table = Iterator[tuple[int, dict[str, object]]]  # numbered rows
 BATCH = 1000  # rows of a parquet file in memory at a time; assumption: small next to a model
 CHECKED = 100_000  # rows after which the memory is looked at again
+FIRST = 100  # rows of JSON that tell whether a file has the columns of the task
 MIN_FREE = 0.02  # fraction of the memory that rows must leave free; assumption
 logger = logging.getLogger(__name__)
+
+
+def is_encoding(name: str) -> bool:
+    """True if Python knows an encoding of text by this name."""
+    try:
+        "".encode(name)
+    except LookupError:
+        return False
+    return True
+
+
+ENCODING = Rule("the name of an encoding, such as utf-8, cp1252 or utf-16", is_encoding)
 
 
 @dataclass(kw_only=True)
@@ -49,6 +60,7 @@ class Files(Tabular):
 
     train: object  # a file, or a list of files
     test: object = None  # likewise; None: test_share of the training rows is held out
+    encoding: str | None = field(None, ENCODING)  # of text; None: recognized
 
     def check(self) -> None:
         """Raise InputError unless all files exist and have a supported format."""
@@ -62,7 +74,13 @@ class Files(Tabular):
             for name in file_names(setting, value) if value else ():
                 # a list in JSON is read as a whole, which may take long
                 if suffix_of(data_file(setting, name)) != ".json":
-                    next(iterate_rows(setting, name, self.task_columns.choose)[1], None)
+                    choose = self.task_columns.choose
+                    unit, rows = iterate_rows(setting, name, choose, self.encoding)
+                    for number, row in rows:
+                        if not isinstance(row, ValueError):
+                            break
+                        if self.bad_rows != SKIP:
+                            raise InputError(f"{name}, {unit} {number}: {row}")
 
     def read(self) -> RawData:
         """Read the files; with `streaming` the train rows are read later."""
@@ -70,12 +88,12 @@ class Files(Tabular):
         if self.streaming:
             rows = LazySourceRows(
                 ", ".join(names),
-                partial(located_rows, "data.train", names),
+                partial(located_rows, "data.train", names, encoding=self.encoding),
                 self.train_rows,
-                whole=partial(whole, names),
+                whole=partial(whole, names, self.encoding),
             )
             return self.stream(rows, self.test_file_rows(names))
-        train = read_rows("data.train", names, self.task_columns.choose)
+        train = read_rows("data.train", names, self.task_columns.choose, self.encoding)
         return self.assemble(train, self.test_file_rows(names))
 
     def test_file_rows(self, train: Sequence[str]) -> SourceRows | None:
@@ -83,7 +101,7 @@ class Files(Tabular):
         if not self.test:
             return None
         names = file_names("data.test", self.test)
-        test = read_rows("data.test", names, self.task_columns.choose)
+        test = read_rows("data.test", names, self.task_columns.choose, self.encoding)
         paths = [Path(name).expanduser() for name in train]
         # samefile: also through links and relative paths
         if any(Path(name).expanduser().samefile(path) for name in names for path in paths):
@@ -107,43 +125,56 @@ def file_names(setting: str, value: object) -> list[str]:
     return names
 
 
-def read_rows(setting: str, names: Sequence[str], choose: Choose) -> SourceRows:
+def read_rows(
+    setting: str, names: Sequence[str], choose: Choose, encoding: str | None = None
+) -> SourceRows:
     """Read the columns that `choose` returns of all rows of the files into memory.
 
     Raises:
         InputError: a file is missing, empty or malformed (the message names the line), or lacks a
             column.
     """
-    files, numbers, values = [], [], []
-    for name in names:
-        unit, rows = iterate_rows(setting, name, choose)
-        files.append((len(values), f"{name}, {unit}"))
-        for number, row in rows:
-            numbers.append(number)
-            values.append(row)
-            if len(values) % CHECKED == 0:  # a compressed file of kilobytes can have billions
-                check_memory(f"{setting}={name}", len(values))
+    files, lines, numbers, values, unread = [], [], [], [], []
 
     def locate(position: int) -> str:
         place = next(place for start, place in reversed(files) if start <= position)
-        return f"{place} {numbers[position]}"
+        return f"{place} {lines[position]}"
 
-    return SourceRows(
-        ", ".join(names), range(len(values)), values, locate, whole=partial(whole, names)
-    )
+    for name in names:
+        unit, rows = iterate_rows(setting, name, choose, encoding)
+        files.append((len(lines), f"{name}, {unit}"))
+        for line, row in rows:
+            position = len(lines)
+            lines.append(line)
+            if isinstance(row, ValueError):
+                unread.append(FaultyRow(position, locate(position), str(row)))
+            else:
+                numbers.append(position)
+                values.append(row)
+            if len(lines) % CHECKED == 0:  # a compressed file of kilobytes can have billions
+                check_memory(f"{setting}={name}", len(lines))
+    origin, all_columns = ", ".join(names), partial(whole, names, encoding)
+    found = SourceRows(origin, numbers, values, locate, whole=all_columns, unread=unread)
+    if not values:
+        raise InputError(described(unread, found))
+    return found
 
 
-def located_rows(setting: str, names: Sequence[str], choose: Choose) -> Iterator[tuple[str, Row]]:
+def located_rows(
+    setting: str, names: Sequence[str], choose: Choose, encoding: str | None = None
+) -> Iterator[tuple[str, Row]]:
     """Yield the rows of files as they are read, each with its location for messages."""
     for name in names:
-        unit, rows = iterate_rows(setting, name, choose)
+        unit, rows = iterate_rows(setting, name, choose, encoding)
         for number, row in rows:
+            if isinstance(row, ValueError):
+                raise InputError(f"{name}, {unit} {number}: {row}")
             yield f"{name}, {unit} {number}", row
 
 
-def whole(names: Sequence[str]) -> Iterator[Row]:
+def whole(names: Sequence[str], encoding: str | None) -> Iterator[Row]:
     """Yield the rows of training files with all of their columns."""
-    return (row for _, row in located_rows("data.train", names, every))
+    return (row for _, row in located_rows("data.train", names, every, encoding))
 
 
 def check_memory(what: str, rows: int) -> None:
@@ -156,8 +187,13 @@ def check_memory(what: str, rows: int) -> None:
         )
 
 
-def iterate_rows(setting: str, name: str, choose: Choose) -> tuple[str, Table]:
+def iterate_rows(
+    setting: str, name: str, choose: Choose, encoding: str | None = None
+) -> tuple[str, Table]:
     """Open a file: the unit that numbers its rows ("line", "item", "row"), and an iterator of rows.
+
+    Args:
+        encoding: of text; None: recognized.
 
     Raises:
         InputError: as `read_rows`; errors inside the file are raised while iterating.
@@ -177,8 +213,9 @@ def iterate_rows(setting: str, name: str, choose: Choose) -> tuple[str, Table]:
         try:
             # an empty file is not valid parquet or JSON: treat it as one without rows
             if path.stat().st_size:
-                for number, row in reader(path, columns):
-                    yield number, {**row, **more} if more else row
+                for number, row in reader(path, columns, encoding):
+                    has_more = more and not isinstance(row, ValueError)
+                    yield number, {**row, **more} if has_more else row
         except (EOFError, zlib.error) as error:  # of gzip
             raise InputError(
                 f"{setting}={name} is damaged after row {number}: {first_line(error)}"
@@ -202,11 +239,6 @@ def suffix_of(path: Path) -> str:
     return Path(name).suffix
 
 
-def opened(path: Path) -> gzip.GzipFile | BufferedReader:
-    """Open a file, which may be compressed, to read its bytes."""
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
-
-
 def data_file(setting: str, name: str) -> Path:
     """Return the path of a data file; nothing is read.
 
@@ -222,87 +254,9 @@ def data_file(setting: str, name: str) -> Path:
     return file_of(setting, name, [*READERS, ".gz"])
 
 
-@contextmanager
-def lines_of(path: Path, newline: str) -> Generator[TextIO]:
-    """Open a UTF-8 file for reading by line, without its byte order mark.
-
-    Raises:
-        InputError: a byte is not UTF-8; the message names its line.
-    """
-    try:
-        # utf-8-sig: Excel writes a byte order mark, which would be part of the first column name
-        with opened(path) as content:
-            yield TextIOWrapper(content, encoding="utf-8-sig", newline=newline)
-    except UnicodeDecodeError as error:  # its position counts from a buffer, not from the file
-        raise not_utf8(path) from error
-
-
-def not_utf8(path: Path) -> InputError:
-    """The error for a file that is not UTF-8, with the first such line and byte."""
-    with opened(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                return InputError(
-                    f"{path}, line {number}: byte {line[error.start]:#04x} is not UTF-8; "
-                    "save the file as UTF-8"
-                )
-    return InputError(f"{path} was changed while it was read")
-
-
-def read_delimited(path: Path, choose: Choose, delimiter: str) -> Table:
-    """Rows of a csv or tsv file, numbered by the line they begin on."""
-    with lines_of(path, newline="") as lines:
-        # strict: malformed quotes are errors
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
-        header, columns = None, []
-        while True:
-            line = reader.line_num + 1  # a quoted field may span several lines
-            try:
-                fields = next_of_any_size(reader)
-            except csv.Error as error:
-                raise InputError(f"{path}, line {line}: {error}; check its quotes") from error
-            if fields is None:
-                return
-            if not fields:  # skip an empty line
-                continue
-            if header is None:
-                # spaces after commas are common in hand-written headers
-                header = [field.strip() for field in fields]
-                columns = choose(header, str(path))
-                refuse_repeated(columns, header, path)
-                continue
-            if len(fields) != len(header):
-                raise InputError(
-                    f"{path}, line {line}: {len(fields)} fields, but the header has {len(header)}"
-                )
-            row = dict(zip(header, fields, strict=True))
-            yield line, {column: row[column] for column in columns}
-
-
-def refuse_repeated(columns: Sequence[str], header: Sequence[str], path: Path) -> None:
-    """Raise InputError if a header has one of `columns` more than once."""
-    for column in columns:
-        if header.count(column) > 1:
-            raise InputError(
-                f"{path} has {header.count(column)} columns named {column!r}: rename all but one"
-            )
-
-
-def next_of_any_size(reader: Iterator[list[str]]) -> list[str] | None:
-    """The next row of a csv reader, with fields of any length; None at the end."""
-    # the module's limit (128 KB by default) holds for all readers, others of ours among them
-    before = csv.field_size_limit(sys.maxsize)
-    try:
-        return next(reader, None)
-    finally:
-        csv.field_size_limit(before)
-
-
-def read_json(path: Path, choose: Choose) -> Table:
+def read_json(path: Path, choose: Choose, encoding: str | None = None) -> Table:
     """Rows of a JSON file that holds one list of objects, numbered from 1."""
-    with lines_of(path, newline="\n") as lines:
+    with lines_of(path, "\n", encoding) as lines:
         text = lines.read()
     try:
         content = parse_json(text)
@@ -311,32 +265,53 @@ def read_json(path: Path, choose: Choose) -> Table:
         raise InputError(f"{path}: {error}{hint}") from error
     if not isinstance(content, list):
         raise InputError(f"{path} holds {shown(content)}, not a list of objects")
-    for number, row in enumerate(content, start=1):
-        yield number, select_columns(row, choose, f"{path}, item {number}")
+    yield from selected(enumerate(content, start=1), choose, f"{path}, item")
 
 
-def read_jsonl(path: Path, choose: Choose) -> Table:
+def read_jsonl(path: Path, choose: Choose, encoding: str | None = None) -> Table:
     """Rows of a JSON Lines file, numbered by line; empty lines are skipped."""
-    # newline: a JSON string may contain other characters that Unicode counts as line ends
-    with lines_of(path, newline="\n") as lines:
+
+    def parsed() -> Iterator[tuple[int, object]]:
         for line, content in enumerate(lines, start=1):
             if not content.strip():
                 continue
             try:
-                row = parse_json(content)
+                yield line, parse_json(content)
             except ValueError as error:
-                raise InputError(f"{path}, line {line}: {error}") from error
-            yield line, select_columns(row, choose, f"{path}, line {line}")
+                yield line, error
+
+    # newline: a JSON string may contain other characters that Unicode counts as line ends
+    with lines_of(path, "\n", encoding) as lines:
+        yield from selected(parsed(), choose, f"{path}, line")
 
 
-def select_columns(row: object, choose: Choose, origin: str) -> dict[str, object]:
-    """The values of one JSON object that `choose` returns the names of."""
-    if not isinstance(row, dict):
-        raise InputError(f"{origin}: {shown(row)} is not an object")
-    return {column: row[column] for column in choose(row, origin)}
+def selected(rows: Iterable[tuple[int, object]], choose: Choose, origin: str) -> Table:
+    """The values of JSON objects that `choose` returns the names of.
+
+    Raises:
+        InputError: the first `FIRST` rows all lack a column: the file has other columns.
+    """
+    first, errors, found = None, 0, False
+    for number, row in rows:
+        place = f"{origin} {number}"
+        if isinstance(row, dict):
+            try:
+                kept = {column: row[column] for column in choose(row, place)}
+            except InputError as error:
+                first, errors = first or error, errors + 1
+                if not found and errors == FIRST:
+                    raise first from error
+                kept = ValueError(str(error).removeprefix(place).lstrip(": "))
+            found = found or isinstance(kept, dict)
+            yield number, kept
+        else:
+            is_read = not isinstance(row, ValueError)
+            yield number, ValueError(f"{shown(row)} is not an object") if is_read else row
+    if first is not None and not found:
+        raise first
 
 
-def read_parquet(path: Path, choose: Choose) -> Table:
+def read_parquet(path: Path, choose: Choose, encoding: str | None = None) -> Table:
     """Rows of a parquet file, numbered from 1."""
     number = 0
     try:
@@ -356,7 +331,7 @@ def read_parquet(path: Path, choose: Choose) -> Table:
         ) from error
 
 
-Reader = Callable[[Path, Choose], Table]
+Reader = Callable[[Path, Choose, str | None], Table]
 READERS: dict[str, tuple[str, Reader]] = {
     ".csv": ("line", partial(read_delimited, delimiter=",")),
     ".tsv": ("line", partial(read_delimited, delimiter="\t")),

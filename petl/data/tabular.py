@@ -1,7 +1,8 @@
 """Base class of local files and the Hub: reads the columns of a task and splits the rows."""
 
+import logging
 from abc import ABC
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pkgutil import resolve_name
@@ -14,6 +15,7 @@ from petl.data.base import (
     held_rows,
     hold_out,
 )
+from petl.data.faulty_rows import SKIP, described
 from petl.data.image_columns import ImageTextColumns
 from petl.data.overlap import input_columns, input_text, normalized
 from petl.data.question_columns import QuestionAnsweringColumns
@@ -26,7 +28,7 @@ from petl.data.task_columns import (
     with_row_tasks,
 )
 from petl.data.templates import check_braces, check_template
-from petl.data.validation import LazySourceRows, Row, SourceRows
+from petl.data.validation import FaultyRow, LazySourceRows, Row, SourceRows
 from petl.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
     from petl.data.tasks.base import Task
 
+logger = logging.getLogger(__name__)
 TASK_COLUMNS: dict[str, type[TaskColumns]] = {
     "classification": ClassificationColumns,
     "regression": RegressionColumns,
@@ -67,6 +70,11 @@ class Tabular(ColumnSettings, ABC):
         if self.system is not None:  # a text, which need not have a column
             check_braces("data.system", self.system)
         self.refuse_unused_settings()
+        if self.bad_rows == SKIP and self.streaming:
+            raise InputError(
+                f"data.bad_rows={SKIP} counts the rows that it leaves out, which data.streaming="
+                "true reads during training: set data.streaming=false"
+            )
         if self.tasks is None and self.task_column != "task":
             raise InputError(
                 f"data.task_column={self.task_column} is for data.tasks: name the tasks"
@@ -95,15 +103,46 @@ class Tabular(ColumnSettings, ABC):
 
     def assemble(self, train: SourceRows, test: SourceRows | None) -> RawData:
         """Check, shuffle and limit the rows; without `test` hold out `test_share` of `train`."""
+        try:
+            if test is None:  # too few rows have no classes
+                held_rows(len(train), self.test_share, train.origin)
+            # classes of all rows, so that a rare one in the test part is known
+            task = self.task_columns.task(train)
+        except InputError as error:
+            if train.unread:  # without which too few rows are left
+                raise self.refused(train.unread, train) from error
+            raise
+        skipped = {}
         if test is None:
-            held_rows(len(train), self.test_share, train.origin)  # too few rows have no classes
-        # classes of all rows, so that a rare one in the test part is known
-        task = self.task_columns.task(train)
-        if test is None:
-            train, test = self.hold_out(train, task)
-        train = train.select(self.sample("train", len(train)))
-        test = test.select(self.sample("test", len(test)))
-        return self.raw(task, self.split(train), self.split(test))
+            usable, skipped["training"] = self.usable(train)
+            train, test = self.hold_out(usable, task)
+            train = train.select(self.sample("train", len(train)))
+            test = test.select(self.sample("test", len(test)))
+        else:
+            train, skipped["training"] = self.usable(train.select(self.sample("train", len(train))))
+            test, skipped["test"] = self.usable(test.select(self.sample("test", len(test))))
+        return self.raw(task, self.split(train), self.split(test), skipped)
+
+    def usable(self, rows: SourceRows) -> tuple[SourceRows, list[FaultyRow]]:
+        """The rows with the columns that `Task.encode_rows` reads, and those that have a fault.
+
+        Raises:
+            InputError: rows have a fault, and `data.bad_rows` is not skip; or all of them do.
+        """
+        found, faulty = rows.usable(self.task_columns.convert)
+        if faulty and (self.bad_rows != SKIP or not len(found)):
+            raise self.refused(faulty, rows)
+        if faulty:
+            logger.warning("%s\ndata.bad_rows=skip leaves them out", described(faulty, rows))
+        return found, faulty
+
+    def refused(self, faulty: Sequence[FaultyRow], rows: SourceRows) -> InputError:
+        """The error for rows that cannot be used."""
+        message = described(faulty, rows)
+        if self.bad_rows == SKIP:
+            return InputError(f"{message}; data.bad_rows=skip leaves no row")
+        end = "\n" if "\n" in message else "; "
+        return InputError(f"{message}{end}data.bad_rows=skip leaves such rows out")
 
     def stream(self, rows: LazySourceRows, test: SourceRows | None) -> RawData:
         """Train rows that are checked while they are read, and test rows that are checked now.
@@ -118,16 +157,23 @@ class Tabular(ColumnSettings, ABC):
                 f"data.streaming=true cannot hold out data.test_share={self.test_share} of rows "
                 "that are not read in advance: give data.test or data.test_split"
             )
-        test = test.select(self.sample("test", len(test)))
         # may read the whole stream once, for the classes
         task = self.task_columns.task(rows)
         next(self.converted(rows))  # so that an error in the first row is raised before training
         stream = Stream(partial(self.converted, rows), self.shuffle_buffer, self.held_rows)
-        return self.raw(task, stream, self.split(test))
+        test, _ = self.usable(test.select(self.sample("test", len(test))))
+        return self.raw(task, stream, self.split(test), {})
 
-    def raw(self, task: "Task", train: "Dataset | Stream", test: "Dataset") -> RawData:
+    def raw(
+        self,
+        task: "Task",
+        train: "Dataset | Stream",
+        test: "Dataset",
+        skipped: Mapping[str, Sequence[FaultyRow]],
+    ) -> RawData:
         """The rows of this source."""
-        return RawData(task, train, test, self.name, format=self.task_columns.described())
+        described = self.task_columns.described()
+        return RawData(task, train, test, self.name, format=described, skipped=skipped)
 
     def converted(self, rows: LazySourceRows) -> Iterator[Row]:
         """Yield rows with the columns that `Task.encode_rows` reads."""
@@ -139,16 +185,15 @@ class Tabular(ColumnSettings, ABC):
         return {**row, "number": number} if self.task == "question_answering" else row
 
     def hold_out(self, rows: SourceRows, task: "Task") -> tuple[SourceRows, SourceRows]:
-        """Split rows at random into training and test rows; those of one input are on one side."""
+        """Split usable rows at random: to train on, to test on; those of one input on one side."""
         keys = [
             normalized(input_text({name: row[name] for name in input_columns(task, row)})) or str(i)
-            for i, row in enumerate(rows.map(self.task_columns.convert))
+            for i, row in enumerate(rows.values)
         ]
         train, test = hold_out(len(rows), self.test_share, self.seed, rows.origin, keys)
         return rows.select(train), rows.select(test)
 
     def split(self, rows: SourceRows) -> "Dataset":
-        """A data set with the columns that `Task.encode_rows` reads."""
-        converted = rows.map(self.task_columns.convert)
-        numbered = [self.numbered(number, row) for number, row in enumerate(converted)]
+        """A data set of usable rows."""
+        numbered = [self.numbered(number, row) for number, row in enumerate(rows.values)]
         return resolve_name("datasets:Dataset").from_list(numbered)  # takes a second

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from petl.data.base import SHARE, TextSource
 from petl.data.downloads import PREFIXES
+from petl.data.faulty_rows import ERROR, SKIP
 from petl.data.label_column import refuse_class_per_row
 from petl.data.other_tasks import fitting_task
 from petl.data.tasks import CLASSES, COLUMN, task_class
@@ -28,7 +29,7 @@ from petl.data.validation import (
     text,
 )
 from petl.errors import InputError, shown
-from petl.system.values import Rule, field, integer
+from petl.system.values import Rule, field, integer, one_of
 
 if TYPE_CHECKING:
     from petl.data.tasks.base import Task
@@ -78,6 +79,8 @@ class ColumnSettings(TextSource, ABC):
     shuffle_buffer: int = field(10_000, integer(1))
     # encoded rows of a stream, its first, that are held out if train.eval_steps is set
     held_rows: int = field(1000, integer(1))
+    # rows that cannot be used: error, or skip: they are left out
+    bad_rows: str = field(ERROR, one_of(ERROR, SKIP))
     # fraction of the training rows that is held out if there are no test rows
     test_share: float = field(0.1, SHARE)
 

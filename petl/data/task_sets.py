@@ -150,7 +150,12 @@ class TaskSets(Source):
         task = MultitaskClassification(classes, max(limits), [*parts], limits, pairs)
         train = together(task, {name: data.train for name, data in parts.items()})
         test = together(task, {name: data.test for name, data in parts.items()})
-        return RawData(task, train, test, self.name, temperature=self.temperature)
+        splits = {split for data in parts.values() for split in data.skipped}
+        skipped = {
+            split: [row for data in parts.values() for row in data.skipped.get(split, ())]
+            for split in splits
+        }
+        return RawData(task, train, test, self.name, temperature=self.temperature, skipped=skipped)
 
 
 def together(task: MultitaskClassification, parts: Mapping[str, Dataset | Stream]) -> Dataset:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from petl.errors import InputError, did_you_mean, shown
 
@@ -16,12 +16,29 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Row = dict[str, Any]
+# numbered rows; an error in place of a row that cannot be read
+Table = Iterator[tuple[int, Row | ValueError]]
 # what `Choose` may return as well: a column with the folder of the file that a row is from
 FOLDER = "(folder)"
 # the columns to read of those that are present; raises InputError, which names the origin, if one
 # is missing
 Choose = Callable[[Iterable[str], str], list[str]]
 logger = logging.getLogger(__name__)
+
+
+class FaultyRow(NamedTuple):
+    """A row that cannot be used.
+
+    Attributes:
+        number: its position in the origin.
+        place: the same for messages: "a.csv, line 3".
+        values: its columns; None if it could not be read.
+    """
+
+    number: int
+    place: str
+    reason: str
+    values: Row | None = None
 
 
 @dataclass(frozen=True)
@@ -34,14 +51,16 @@ class SourceRows:
         locate: gives the location of the row at a position, for messages: "a.csv, line 3".
         classes: names of integer labels, if the origin has them.
         whole: starts an iterator over rows of the origin with all of their columns, for messages.
+        unread: rows of the origin that could not be read.
     """
 
     origin: str
     numbers: Sequence[int]
-    values: "list[dict[str, object]] | Dataset"
+    values: "list[Row] | Dataset"
     locate: Callable[[int], str]
     classes: list[str] | None = None
     whole: Callable[[], Iterable[Row]] | None = None
+    unread: Sequence[FaultyRow] = ()
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -55,36 +74,47 @@ class SourceRows:
         return replace(self, numbers=numbers, values=values)
 
     def column(self, name: str, parse: Callable[[object], T]) -> list[T]:
-        """Apply `parse` to all values of a column; it raises ValueError for an invalid value.
+        """Apply `parse` to the values of a column, without those that are not valid.
+
+        It raises ValueError for an invalid value; `usable` reports the rows that have one.
 
         Raises:
-            InputError: values are not valid; the message names the first and counts the others.
+            InputError: no value is valid; the message names the first.
         """
         values = self.values
         if not isinstance(values, list):
             # other columns may be long texts, which would be decoded
             values = values.select_columns([name])
-        return replace(self, values=values).map(lambda row: read(row, name, parse))
+        parsed, first = [], None
+        for number, row in zip(self.numbers, self.rows(values), strict=True):
+            try:
+                parsed.append(read(row, name, parse))
+            except ValueError as error:
+                first = first or InputError(f"{self.locate(number)}: {error}, as in all rows")
+        if first is not None and not parsed:
+            raise first
+        return parsed
 
-    def map(self, convert: Callable[[Row], T]) -> list[T]:
+    def usable(self, convert: Callable[[Row], Row]) -> "tuple[SourceRows, list[FaultyRow]]":
         """Apply `convert` to all rows; it raises ValueError for an invalid row.
 
-        Raises:
-            InputError: rows are not valid; the message names the first and counts the others.
+        Returns:
+            The converted rows, and those that are not valid or could not be read.
         """
-        converted, errors = [], []
-        tables = not isinstance(self.values, list)
-        for number, row in zip(self.numbers, self.values, strict=True):
+        numbers, converted, faulty = [], [], list(self.unread)
+        for number, row in zip(self.numbers, self.rows(self.values), strict=True):
             try:
-                converted.append(convert(from_table(row) if tables else row))
+                converted.append(convert(row))
+                numbers.append(number)
             except ValueError as error:
-                errors.append((number, str(error)))
-        if errors:
-            number, message = min(errors)  # rows may be shuffled; the first line counts
-            others = len(errors) - 1
-            more = f" (and {others} more with errors)" if others else ""
-            raise InputError(f"{self.locate(number)}: {message}{more}")
-        return converted
+                faulty.append(FaultyRow(number, self.locate(number), str(error), row))
+        # rows may be shuffled; messages name lines in order
+        faulty.sort(key=lambda row: row.number)
+        return replace(self, numbers=numbers, values=converted, unread=()), faulty
+
+    def rows(self, values: "list[Row] | Dataset") -> Iterator[Row]:
+        """Yield values as rows."""
+        return map(from_table, values) if not isinstance(values, list) else iter(values)
 
 
 @dataclass(frozen=True)

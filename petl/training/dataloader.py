@@ -8,7 +8,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
@@ -39,6 +39,7 @@ from petl.data.tasks import IDS
 from petl.data.tasks.base import NON_INPUT_PREFIX, Row, Task
 from petl.data.tasks.classification import SingleLabelTask
 from petl.data.tasks.encoding_cache import encode_once
+from petl.data.validation import FaultyRow
 from petl.errors import InputError
 from petl.system.processes import endings_blocked, ignore_foreign_signals
 from petl.training.runs.settings import TrainConfig
@@ -70,6 +71,7 @@ class Splits:
         sources: the test rows before they were encoded; None: unknown.
         mixture: of the tasks of the train rows; None: each epoch visits each row once.
         overlap: test rows that are training rows; None: unknown.
+        skipped: rows that cannot be used and were left out, by split.
     """
 
     task: Task
@@ -83,6 +85,7 @@ class Splits:
     order: StepOrder | None = None
     mixture: "TaskMixture | None" = None
     overlap: Overlap | None = None
+    skipped: Mapping[str, Sequence[FaultyRow]] = field(default_factory=dict)
 
     @property
     def mixed(self) -> "Splits":
@@ -214,6 +217,7 @@ def encode_splits(
         order=order,
         mixture=mixture,
         overlap=overlap,
+        skipped=data.skipped,
     )
     settings.warmup_steps(splits.sampler(settings).steps)  # raise before a model is loaded
     return splits

@@ -41,8 +41,15 @@ CSV = 'text,label\ngood film,pos\nbad film,neg\n"fine, really",pos\n"a ""must""\
         b"\xef\xbb\xbf" + CSV.encode(),
         CSV.replace("pos\nbad", "pos\n\n\nbad").encode(),
         CSV.rstrip("\n").encode(),
+        CSV.encode("utf-16"),
+        CSV.replace(",", ";").replace("fine;", "fine,").encode(),
+        CSV.replace(",", "\t").replace("fine\t", "fine,").encode(),
+        CSV.replace('""', '\\"').encode(),
     ],
-    ids=["plain", "crlf", "bom", "empty lines", "no last newline"],
+    ids=[
+        *("plain", "crlf", "bom", "empty lines", "no last newline", "utf-16", "semicolons", "tabs"),
+        "backslashes",
+    ],
 )
 def test_csv_variants_give_the_same_rows(tmp_path, content):
     file = write(tmp_path, "a.csv", content)
@@ -166,10 +173,15 @@ NONSENSE = [
     ("a.jsonl", f'\n{{"text": "a", "label": {"1" * 5000}}}', r"line 2: it has an integer of 5,000"),
     ("a.jsonl", '{"text": "\\ud800", "label": 1}', r"line 1: .*is not valid Unicode"),
     ("a.jsonl", f'{{"text": "a", "label": 1{"0" * 400}}}', "integer of 401 digits"),
-    ("a.csv", "text,label\na," + "1" * 5000 + "\nb,2\n\xff", "not UTF-8"),
+    ("a.csv", "text,label\na," + "1" * 5000 + "\nb,2\n\xff", "line 4: 1 field, but the header"),
     ("a.csv", b"text,label\na\0b,\0\n", "too few to hold out"),
-    ("a.csv", b"\xff\xfet\0e\0x\0t\0", r"line 1: byte 0xff is not UTF-8"),
-    ("a.csv", b"text,label\ngood,x\nb\xe9d,y\n", r"line 3: byte 0xe9 is not UTF-8"),
+    ("a.csv", b"\xff\xfet\0e\0x\0t\0", "has no column 'label'; available: text"),
+    (
+        "a.csv",
+        b"text,label\ngood,x\nb\x9dd,y\n",
+        r"line 3: byte 0x9d is not cp1252.*data\.encoding",
+    ),
+    ("a.csv", b"text,label\n" + b"good,x\n" * 50_000 + b"b\xe9d,y\n", "line 50002: byte 0xe9 is"),
     ("a.csv", '"' + "a" * 1_000_000, "check its quotes"),
     ("a.parquet", b"PAR1" + bytes(200), "cannot be read as parquet"),
     ("a.xlsx", b"PK\3\4", "is not in a supported format"),
@@ -218,3 +230,28 @@ def test_rows_that_fill_the_memory_are_refused(tmp_path, monkeypatch):
         InputError, match="fills the 100 GB of memory of this machine after 100,000"
     ):
         read(tmp_path / "a.parquet")
+
+
+def test_a_file_of_windows_is_read_and_said(tmp_path, petl_log):
+    file = write(tmp_path, "a.csv", "text;label\ncafé €;pos\nthé;neg\n".encode("cp1252"))
+    assert named(read(file, file), "train") == {"café €": "pos", "thé": "neg"}
+    assert "Windows-1252, by which line 2 has 'café'" in petl_log.text
+    assert "separated by semicolons" in petl_log.text
+
+
+def test_an_encoding_that_is_named_is_taken(tmp_path):
+    file = write(tmp_path, "a.csv", "text,label\n良い,はい\n悪い,いいえ\n".encode("shift_jis"))
+    assert named(read(file, file, encoding="shift_jis"), "test") == {
+        "良い": "はい",
+        "悪い": "いいえ",
+    }
+
+
+def test_quotes_within_the_texts_of_a_tsv_file_are_kept(tmp_path):
+    file = write(tmp_path, "a.tsv", 'text\tlabel\n"Ah" he said\tpos\nno "way\tneg\n')
+    assert named(read(file, file), "train") == {'"Ah" he said': "pos", 'no "way': "neg"}
+
+
+def test_a_delimiter_that_the_texts_have_is_not_taken_for_that_of_the_file(tmp_path):
+    file = write(tmp_path, "a.csv", "text;raw,label\na;b;c,pos\nd;e,neg\n")
+    assert named(read(file, file, text="text;raw"), "train") == {"a;b;c": "pos", "d;e": "neg"}

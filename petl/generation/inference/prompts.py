@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from petl.data.files import lines_of
+from petl.data.delimited import lines_of
 from petl.data.inputs import read_inputs
 from petl.data.tasks.causal_lm import CausalLM
 from petl.data.tasks.image_text import ImageText

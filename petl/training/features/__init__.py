@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 FEATURES = {
     "data.source": "petl.training.features.overlap:TrainingRowsInTest",
+    "data.bad_rows": "petl.training.features.skipped_rows:SkippedRows",
     "model.adapter": "petl.training.features.below:AdapterBelow",
     "train.init_from": "petl.training.features.init_from:InitFrom",
     "data.order": "petl.training.features.class_stream:ClassOrder",

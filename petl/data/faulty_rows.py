@@ -1,0 +1,44 @@
+"""Rows of a source that cannot be used: all of them in one message, by kind; or they are left out.
+
+`data.bad_rows` says which of the two. A row that is left out stands in `skipped.jsonl` of the run.
+"""
+
+import re
+from collections.abc import Sequence
+
+from petl.data.validation import FaultyRow, SourceRows
+
+ERROR, SKIP = "error", "skip"  # values of data.bad_rows
+KINDS, PLACES = 10, 8  # that a message names
+VALUES = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")  # in which the reasons of one kind differ
+
+
+def described(faulty: Sequence[FaultyRow], rows: SourceRows) -> str:
+    """All faults of a source: of each kind the first in full, and the places of the others.
+
+    Args:
+        faulty: at least one, in the order of the source.
+        rows: of the source, before faulty ones were left out.
+    """
+    if len(faulty) == 1:
+        return f"{faulty[0].place}: {faulty[0].reason}"
+    kinds: dict[str, list[FaultyRow]] = {}
+    for each in faulty:
+        kinds.setdefault(VALUES.sub("", each.reason), []).append(each)
+    most = sorted(kinds.values(), key=len, reverse=True)
+    lines = [f"  {same[0].place}: {same[0].reason}{others(same)}" for same in most[:KINDS]]
+    if len(most) > KINDS:
+        lines.append(f"  and {sum(map(len, most[KINDS:]))} rows with other faults")
+    listed = "\n".join(lines)
+    count = len(rows) + len(rows.unread)
+    return f"{rows.origin}: {len(faulty)} of {count} rows cannot be used\n{listed}"
+
+
+def others(same: Sequence[FaultyRow]) -> str:
+    """The places of all faults of a kind but the first, for the end of its line."""
+    first = same[0].place.rpartition(" ")[0]
+    places = [each.place.removeprefix(f"{first} ") for each in same[1:]]
+    if not places:
+        return ""
+    more = f" and {len(places) - PLACES} more" if len(places) > PLACES else ""
+    return f" ({len(same)} such rows, also {', '.join(places[:PLACES])}{more})"
