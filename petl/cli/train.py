@@ -43,6 +43,7 @@ def train(cfg: DictConfig, bases: Bases | None = None) -> Stepwise[float]:
         shard(model, accelerator)
         before_training(context)
         state = yield from fit(context)
+        splits.task.settle(state.best_scores)
         # before saving: it may compute what a loss saves with the adapter
         after = context.test("after training", run.path / PREDICTIONS)
         save(context)

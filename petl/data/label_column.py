@@ -9,6 +9,7 @@ from petl.errors import InputError
 
 MIN_LABELS = 20  # assumption: fewer are an example of a file, or a test
 FEW = 0.5  # classes per label: above, a class has fewer than two examples on average
+SEPARATORS = ("|", ";", ",", "/")  # between classes in a cell
 SAMPLE = 1000  # rows in which other columns are searched; assumption: enough to tell them apart
 
 
@@ -44,6 +45,29 @@ def refuse_class_per_row(
         f"few examples of each to learn from; {others}{numbers}.\n"
         "If these are the classes, list them in data.labels"
     )
+
+
+def refuse_several_in_a_cell(counts: Counter[str], column: str, origin: str) -> None:
+    """Raise InputError if values of a column are several classes each, with a separator.
+
+    Each part of such values is a part of others, or a value by itself, so that there are fewer
+    parts than values.
+
+    Args:
+        counts, column, origin: as in `refuse_class_per_row`.
+    """
+    for separator in SEPARATORS:
+        parts = {name: [part.strip() for part in name.split(separator)] for name in counts}
+        several = [name for name, own in parts.items() if len(own) > 1]
+        found = Counter(part for own in parts.values() for part in {*own})
+        recur = all(part and found[part] > 1 for name in several for part in parts[name])
+        if len(several) > 1 and recur and len(found) < len(counts):
+            raise InputError(
+                f"{origin} has several classes in a cell of column {column!r}, such as "
+                f"{several[0]!r}: for {len(found)} classes, any number of them in a row, set "
+                f"data.task=multi_label data.separator={separator!r}.\nIf each of the "
+                f"{len(counts)} values is a class of its own, list them in data.labels"
+            )
 
 
 def candidates(rows: list[Row], used: Collection[str]) -> dict[str, int]:

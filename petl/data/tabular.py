@@ -22,6 +22,7 @@ from petl.data.question_columns import QuestionAnsweringColumns
 from petl.data.task_columns import (
     ClassificationColumns,
     ColumnSettings,
+    MultiLabelColumns,
     RegressionColumns,
     TaskColumns,
     TokenClassificationColumns,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 TASK_COLUMNS: dict[str, type[TaskColumns]] = {
     "classification": ClassificationColumns,
+    "multi_label": MultiLabelColumns,
     "regression": RegressionColumns,
     "token_classification": TokenClassificationColumns,
     "question_answering": QuestionAnsweringColumns,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from petl.data.base import SHARE, TextSource
 from petl.data.downloads import PREFIXES
 from petl.data.faulty_rows import ERROR, SKIP
-from petl.data.label_column import refuse_class_per_row
+from petl.data.label_column import refuse_class_per_row, refuse_several_in_a_cell
 from petl.data.other_tasks import fitting_task
 from petl.data.tasks import CLASSES, COLUMN, task_class
 from petl.data.templates import columns_of, read_text
@@ -27,13 +27,16 @@ from petl.data.validation import (
     require,
     similar,
     text,
+    truth,
 )
 from petl.errors import InputError, shown
-from petl.system.values import Rule, field, integer, one_of
+from petl.system.files.read import parse_json
+from petl.system.values import Rule, bounded, field, integer, one_of
 
 if TYPE_CHECKING:
     from petl.data.tasks.base import Task
 
+SEPARATOR = Rule("a text that is not empty", bool)
 TASKS = Rule("a list of distinct names", lambda names: len(names) == len({*names} - {""}) > 0)
 AnySourceRows = SourceRows | LazySourceRows
 
@@ -47,6 +50,12 @@ class ColumnSettings(TextSource, ABC):
     label: str = "label"
     # names of the classes in order; None: taken from the rows
     labels: list[str] | None = field(None, CLASSES)
+    # between the classes of a cell, with multi_label; None: cells are lists
+    separator: str | None = field(None, SEPARATOR)
+    # columns of 0 or 1, one for each class, in place of `label`
+    label_columns: list[str] | None = field(None, CLASSES)
+    # from which probability on a class is predicted; None: validation rows choose it, else 0.5
+    threshold: float | None = field(None, bounded(gt=0, lt=1))
     # names of the tasks of rows, in the order of their ids
     tasks: list[str] | None = field(None, TASKS)
     task_column: str = "task"  # with tasks: column of each row's task, a name or an id
@@ -241,6 +250,7 @@ class ClassLabelColumns(NamedColumns, ABC):
             InputError: hardly any class occurs twice, so that the column holds something else.
         """
         counts = Counter(self.names(rows))
+        refuse_several_in_a_cell(counts, self.column, rows.origin)
         refuse_class_per_row(counts, self.column, rows.origin, rows.whole, self.columns())
         return counts
 
@@ -288,6 +298,77 @@ class ClassificationColumns(ClassLabelColumns):
         if not self.labeled:
             return texts
         return {**texts, "label": read(row, self.column, self.class_of)}
+
+
+class MultiLabelColumns(ClassLabelColumns):
+    """Texts, or pairs of texts, with any number of classes each."""
+
+    own_settings = (
+        *("text", "text_pair", "label", "labels", "separator", "label_columns", "threshold"),
+    )
+
+    def __init__(self, settings: ColumnSettings, *, labeled: bool = True) -> None:
+        super().__init__(settings, labeled=labeled)
+        self.column, self.each = settings.label, settings.label_columns
+        if self.each and settings.separator is not None:
+            raise InputError(
+                f"data.separator={settings.separator!r} is for one column of classes, and "
+                f"data.label_columns names {len(self.each)}: give one of both"
+            )
+        if self.each and settings.labels not in (None, self.each):
+            raise InputError(
+                f"data.labels={settings.labels} and data.label_columns={self.each} name classes: "
+                "give one of both"
+            )
+        self.inputs, self.targets = text_columns(settings), self.each or [self.column]
+
+    def task(self, rows: AnySourceRows) -> "Task":
+        """Build the task; the columns of classes name them."""
+        return self.with_classes(self.each) if self.each else super().task(rows)
+
+    def names(self, rows: AnySourceRows) -> Iterable[str]:
+        """The classes of all rows."""
+        # numbers of classes that the origin names are not read
+        return (name for names in rows.column(self.column, self.cell) for name in names)
+
+    def with_classes(self, classes: list[str]) -> "Task":
+        """Build a multi-label task."""
+        settings = self.settings
+        return task_class("multi_label")(
+            classes=classes, max_length=settings.max_length, threshold=settings.threshold
+        )
+
+    def convert(self, row: Row) -> Row:
+        """Columns `text`, `text_pair` if there is one, and `label`: numbers of classes."""
+        texts = texts_of(self.settings, row)
+        if not self.labeled:
+            return texts
+        if self.each:
+            has = [read(row, name, truth) for name in self.each]
+            return {**texts, "label": [number for number, value in enumerate(has) if value]}
+        numbers = read(row, self.column, self.numbers_of)
+        return {**texts, "label": sorted({*numbers})}
+
+    def numbers_of(self, value: object) -> list[int]:
+        """The numbers of the classes in a cell."""
+        return [self.class_of(name) for name in self.values(value)]
+
+    def cell(self, value: object) -> list[str]:
+        """The names of the classes in a cell."""
+        return [label(each) for each in self.values(value)]
+
+    def values(self, value: object) -> list[object]:
+        """The values in a cell: of a list, or of a text at the separator; none if it is empty."""
+        separator = self.settings.separator
+        if value is None or value != value or value == "":  # NaN, of a table
+            return []
+        if not isinstance(value, str):
+            return value if isinstance(value, list) else [value]
+        if value.lstrip().startswith("[") and separator is None:  # a csv file has no lists
+            parsed = parse_json(value)
+            return parsed if isinstance(parsed, list) else [value]
+        parts = [value] if separator is None else value.split(separator)
+        return [part for part in parts if part.strip()]
 
 
 class RegressionColumns(NamedColumns):

@@ -239,11 +239,24 @@ def label(value: object) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a column of integers with missing values is read as floats
     if not isinstance(value, str | int):
-        raise ValueError(f"is {shown(value)}, not the name or number of a class")
+        several = "; several classes in a row are for data.task=multi_label"
+        hint = several if isinstance(value, list) else ""
+        raise ValueError(f"is {shown(value)}, not the name or number of a class{hint}")
     name = str(value).strip()
     if not name:
         raise ValueError("is empty")
     return name
+
+
+TRUTHS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
+def truth(value: object) -> bool:
+    """Whether a value of a column of 0 or 1, true or false, yes or no is the first of these."""
+    found = TRUTHS.get(label(value).lower())
+    if found is None:
+        raise ValueError(f"is {shown(value)}, not 0 or 1")
+    return found
 
 
 def number(value: object) -> float:

@@ -130,10 +130,14 @@ class ScoredPart(NamedTuple):
     rows: Dataset
     order: list[int]
 
-    def summarized(self, task: Task, found: Tensor) -> dict[str, float]:
-        """Return the scores, from what `Evaluator.one_pass` returned."""
+    def summarized(self, task: Task, found: Tensor, *, tunes: bool) -> dict[str, float]:
+        """Return the scores, from what `Evaluator.one_pass` returned.
+
+        Args:
+            tunes: as in `Evaluator.rows`.
+        """
         if not task.by_row:
-            return task.summarize(found)
+            return (task.tuned(found) if tunes else task).summarize(found)
         if len(self.order) == len(self.rows):
             return task.summarize_rows(in_place(found, self.order), self.rows)
         return task.summarize_rows(found, self.rows.select(self.order))
@@ -231,7 +235,12 @@ class Evaluator:
 
     @torch.no_grad()
     def rows(
-        self, rows: Dataset, predictions: Predictions | None = None, what: str | None = None
+        self,
+        rows: Dataset,
+        predictions: Predictions | None = None,
+        what: str | None = None,
+        *,
+        tunes: bool = False,
     ) -> dict[str, float]:
         """Return the task's scores over some rows. Rows of several tasks also give those of each.
 
@@ -239,13 +248,14 @@ class Evaluator:
             predictions: gets those of this process.
             what: the pass does, for the display of its progress; None: the validation of a
                 training, whose passes are frequent.
+            tunes: True for validation rows: what predictions depend on is chosen for them.
         """
         task = self.splits.task
         ids = list(rows[IDS]) if task.tasks and not task.scores_by_task else None
         order = longest_first(task.lengths(rows))
         if ids is None:
             part = ScoredPart(rows, order)
-            return part.summarized(task, self.one_pass(part, predictions, what))
+            return part.summarized(task, self.one_pass(part, predictions, what), tunes=tunes)
         parts, orders, by_task = [], [], {}
         for number, name in enumerate(task.tasks):
             own = [row for row in order if ids[row] == number]
@@ -255,11 +265,11 @@ class Evaluator:
             shown = what and f"{what}: the {len(own):,} of task {name}"
             part = ScoredPart(rows, own)
             found = self.one_pass(part, predictions, shown)
-            by_task |= named(name, part.summarized(task, found), task.metric)
+            by_task |= named(name, part.summarized(task, found, tunes=tunes), task.metric)
             parts.append(found)
             orders += own
         total = torch.cat(parts) if task.by_row else torch.stack(parts).sum(0)
-        return ScoredPart(rows, orders).summarized(task, total) | by_task
+        return ScoredPart(rows, orders).summarized(task, total, tunes=tunes) | by_task
 
     def one_pass(
         self, part: ScoredPart, predictions: Predictions | None, what: str | None

@@ -159,13 +159,14 @@ def linear_probe(
     original = head.original_module if isinstance(head, ModulesToSaveWrapper) else head
     # PEFT keeps the original head next to the trained copy
     head = copy.deepcopy(original).float().requires_grad_(True)
-    probe = ProbeTrainer(head, train, splits.task, settings, splits.sampler(settings).steps)
+    task = copy.copy(splits.task)  # which settles on what suits this head
+    probe = ProbeTrainer(head, train, task, settings, splits.sampler(settings).steps)
     device = accelerator.device
     with torch.random.fork_rng(
         [device] if device.type == "cuda" else []
     ):  # a head may have dropout
         trained, lr = probe.train_at_best_lr()
-    scores = head_scores(trained, test, splits.task)
+    scores = head_scores(trained, test, task)
     if not_finite(scores):
         logger.warning("no linear probe: its outputs on the test examples are not finite")
         return None
@@ -236,12 +237,13 @@ def features(
         ):
             # without labels the model computes no loss of its own
             inputs = {name: batch[name] for name in batch if name not in labels}
-            for name, values in labels.items():
-                values.append(padded_to(batch[name], width, IGNORED))
             inputs_of_head.clear()
             with accelerator.autocast():
                 logits = task.head_logits(base(**inputs))
                 by_token = logits.dim() == 3
+                for name, values in labels.items():
+                    own = batch[name]
+                    values.append(padded_to(own, width, IGNORED) if by_token else own)
                 if by_token:
                     masks.append(padded_to(inputs["attention_mask"], width, 0))
                 read = inputs_of_head[0]
@@ -269,8 +271,8 @@ def features(
 
 
 def padded_to(values: Tensor, width: int | None, value: float) -> Tensor:
-    """Pad values of tokens, [B, T, ...], to [B, width, ...]; return values of rows, [B], as is."""
-    missing = 0 if values.dim() == 1 or width is None else width - values.shape[1]
+    """Pad values of tokens, [B, T, ...], to [B, width, ...]; None: as they are."""
+    missing = 0 if width is None else width - values.shape[1]
     return F.pad(values, (*(0, 0) * (values.dim() - 2), 0, missing), value=value)
 
 
@@ -326,8 +328,14 @@ def agree(vote: bool, accelerator: Accelerator) -> bool:
     return int(accelerator.reduce(votes, reduction="sum")) == accelerator.num_processes
 
 
-def head_scores(head: nn.Module, data: Features, task: Task) -> dict[str, float]:
-    """Return the task's scores of a head."""
+def head_scores(
+    head: nn.Module, data: Features, task: Task, *, tunes: bool = False
+) -> dict[str, float]:
+    """Return the task's scores of a head.
+
+    Args:
+        tunes: as in `petl.training.evaluate.Evaluator.rows`.
+    """
     parts = []
     with torch.no_grad():
         for start in range(0, len(data.x), ROWS):
@@ -336,7 +344,8 @@ def head_scores(head: nn.Module, data: Features, task: Task) -> dict[str, float]
             parts.append(task.score(task.outputs_from_logits(head(data.x[batch])), labels))
     if task.by_row:
         return task.summarize_rows(torch.cat(parts), data.rows)
-    return task.summarize(torch.stack(parts).sum(0))
+    total = torch.stack(parts).sum(0)
+    return (task.tuned(total) if tunes else task).summarize(total)
 
 
 class ProbeTrainer:
@@ -360,8 +369,11 @@ class ProbeTrainer:
         total = (len(LEARNING_RATES) + 1) * self.steps
         with Pass("linear probe: training the head", total, unit="steps") as shown:
             heads = {lr: self.train(remaining, lr, shown) for lr in LEARNING_RATES}
-            scores = {lr: head_scores(head, unseen, self.task) for lr, head in heads.items()}
+            scores = {
+                lr: head_scores(head, unseen, self.task, tunes=True) for lr, head in heads.items()
+            }
             best = max(LEARNING_RATES, key=lambda lr: self.task.quality(scores[lr]))
+            self.task.settle(scores[best])
             return self.train(order, best, shown), best
 
     def train(self, rows: Tensor, lr: float, shown: Pass) -> nn.Module:

@@ -380,7 +380,7 @@ class Loop:
         """
         splits, state, task = self.splits, self.state, self.splits.task
         assert splits.validation is not None
-        scores = self.context.evaluator.rows(splits.validation)
+        scores = self.context.evaluator.rows(splits.validation, tunes=True)
         broken = not_finite(scores)
         if broken:
             raise self.diverged(

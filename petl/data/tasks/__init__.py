@@ -11,6 +11,7 @@ from petl.system.values import Rule
 # by `data.task`, "module:class", imported when it is chosen
 TASKS = {
     "classification": "petl.data.tasks.classification:Classification",
+    "multi_label": "petl.data.tasks.multi_label:MultiLabel",
     "regression": "petl.data.tasks.regression:Regression",
     "token_classification": "petl.data.tasks.token_classification:TokenClassification",
     "question_answering": "petl.data.tasks.question_answering:QuestionAnswering",

@@ -273,6 +273,17 @@ class Task(ABC, Generic[P]):
         """
         raise NotImplementedError(f"{self.name} has scores by sums: call summarize")
 
+    def tuned(self, total: Tensor) -> "Task":
+        """This task with what its predictions depend on chosen for validation rows.
+
+        Args:
+            total: the sum of the results of `score` over them.
+        """
+        return self
+
+    def settle(self, scores: Mapping[str, float]) -> None:
+        """Take what `tuned` has chosen from the scores on validation rows."""
+
     # Predictions
 
     def prompts(self, processor: P, rows: Columns, /) -> Sequence[Sequence[int]]:

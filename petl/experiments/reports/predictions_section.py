@@ -17,8 +17,10 @@ from petl.experiments.reports.formatting import number
 from petl.experiments.reports.page import Curve, line_chart
 from petl.system.files.read import iterate_json_lines
 from petl.system.progress import ProgressItems
+from petl.training.runs.prediction_tables import has_several
 from petl.training.runs.records import BEFORE, PREDICTIONS, of_task
 
+ABSENT = ""  # in place of a class that a row does not have
 BINS = 10  # of equal width, in which confidence is compared with accuracy (Guo et al. 2017)
 WORST, TYPICAL = 20, 5  # examples that are kept
 Words = list[str | None]
@@ -76,6 +78,8 @@ class Analysis:
         bins: by confidence; all are empty if predictions have no probability.
         worst: lines with the largest loss or the lowest score.
         typical: lines in the middle of that order.
+        several: True if a row has any number of classes; the confusion of a class is then that with
+            its absence, `ABSENT`.
     """
 
     rows: int = 0
@@ -84,6 +88,7 @@ class Analysis:
     bins: list[Bin] = field(default_factory=lambda: [Bin() for _ in range(BINS)])
     worst: list[Prediction] = field(default_factory=list)
     typical: list[Prediction] = field(default_factory=list)
+    several: bool = False
 
     def by_class(self) -> list[ClassScores]:
         """Precision, recall and F1 of each class; 0 where there is nothing to divide by."""
@@ -129,6 +134,10 @@ def analyze(file: Path) -> Analysis:
         badness.append(badness_of(line))
         # a dict as an ordered set: keys are in the order of the task's classes
         names |= dict.fromkeys(of_task(line, name) for name in line.get("probabilities", {}))
+        if has_several(line):
+            found.several = True
+            count_several(found, line)
+            continue
         for label, prediction, sure in classified(line):
             found.confusion[label, prediction] += 1
             note(found.bins, sure, label == prediction)
@@ -136,7 +145,7 @@ def analyze(file: Path) -> Analysis:
         if is_span(line) and "exact_match" in line:
             note(found.bins, line["probability"], line["exact_match"] == 1)
     # classes without a column of probabilities, as of taggers: alphabetical
-    seen = sorted({name for pair in found.confusion for name in pair} - names.keys())
+    seen = sorted({name for pair in found.confusion for name in pair} - {*names, ABSENT})
     found.classes = [*names, *seen] if found.confusion else []
     # stable: of equally bad rows, the earlier one is shown
     order = sorted(
@@ -163,6 +172,16 @@ def classified(line: Prediction) -> Iterator[tuple[str, str, float]]:
             # None: a word beyond `max_length`, which the model has not read
             if one is not None and other is not None and value is not None:
                 yield one, other, float(value)
+
+
+def count_several(found: Analysis, line: Prediction) -> None:
+    """Count the classes of a row that may have any number of them."""
+    label, prediction = {*line["label"]}, {*line["prediction"]}
+    for name in label | prediction:
+        pair = name if name in label else ABSENT, name if name in prediction else ABSENT
+        found.confusion[pair] += 1
+    for name, probability in line["probabilities"].items():
+        note(found.bins, float(probability), name in label)
 
 
 def is_span(line: Prediction) -> bool:
@@ -249,14 +268,14 @@ def section_of(folder: Path) -> PredictionsSection | None:
         lines = iterate_json_lines(folder / BEFORE, Line)
         # only the shown rows are kept in memory
         before = {line["row"]: line for line in lines if line["row"] in wanted}
-    few = len(found.classes) <= MAX_CLASSES
+    few = len(found.classes) <= MAX_CLASSES and not found.several
     return PredictionsSection(
         classes=[
             [c.name, percent(c.precision), percent(c.recall), percent(c.f1), f"{c.examples:,}"]
             for c in found.by_class()
         ],
         matrix=matrix_of(found) if found.classes and few else None,
-        confused=[] if few else confused_of(found),
+        confused=[] if few or found.several else confused_of(found),
         calibration=calibration_text(found),
         reliability=reliability_chart(found.bins) if found.calibration_error is not None else "",
         examples=examples_of(found, before),

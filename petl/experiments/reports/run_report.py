@@ -65,7 +65,11 @@ LABELS = {  # of the evaluations in scores.json
     "linear_probe": "linear probe (head only, frozen backbone)",
     "after": "adapted",
 }
-LOSS_UNITS = {"classification": " (nats per example)", "causal_lm": " (nats per token)"}
+LOSS_UNITS = {
+    "classification": " (nats per example)",
+    "multi_label": " (nats per example and class)",
+    "causal_lm": " (nats per token)",
+}
 OWN_CHARTS = {"loss", "validation"}  # of the log: drawn first, together
 CHARTS = {  # of further keys of the log: title, and label of the vertical axis
     "aux_loss": ("Auxiliary loss", "auxiliary loss (weighted)"),

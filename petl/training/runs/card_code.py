@@ -30,6 +30,10 @@ print(tokenizer.decode(output[{answer}], skip_special_tokens=True))"""
 # by the task's name; `texts` are the arguments of the tokenizer
 PREDICT = {
     "classification": f"inputs = {{encode}}\n{LOGITS}\n{CLASS}",
+    "multi_label": f"""\
+inputs = {{encode}}
+{LOGITS}
+print([classes[i] for i in (logits[0].sigmoid() >= {{threshold}}).nonzero().flatten().tolist()])""",
     "multitask_classification": f"""\
 inputs = {{encode}}
 {LOGITS}
@@ -218,6 +222,7 @@ class Usage:
         code = PREDICT[name].format(
             encode=encode.removeprefix("inputs = "),
             max_length=limit,
+            threshold=getattr(task, "threshold", None) or 0.5,
             seconds=round(getattr(task, "max_seconds", 1)) or 1,
             new_tokens=task.generate or getattr(task, "max_target_length", 64),
             answer="0" if name == "seq2seq" else '0, inputs["input_ids"].shape[1] :',

@@ -33,6 +33,7 @@ README = "README.md"
 PIPELINES = {  # the Hub's names of tasks
     "classification": "text-classification",
     "multitask_classification": "text-classification",
+    "multi_label": "text-classification",
     "regression": "text-classification",
     "token_classification": "token-classification",
     "question_answering": "question-answering",

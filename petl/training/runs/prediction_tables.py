@@ -50,6 +50,10 @@ def never_predicted(file: Path) -> str:
     """
     labels, predicted, total = Counter[str](), set[str](), 0
     for line in lines_of(file) if file.exists() else ():
+        if has_several(line):
+            labels.update(line["label"])
+            predicted.update(line["prediction"])
+            total += 1
         for label, prediction in classes_of(line):
             labels[label] += 1
             predicted.add(prediction)
@@ -95,6 +99,12 @@ def classes_of(line: Line) -> Iterator[tuple[str, str]]:
     label, prediction = line.get("label"), line.get("prediction")
     if isinstance(label, str) and isinstance(prediction, str) and "probability" in line:
         yield of_task(line, label), of_task(line, prediction)
-    elif isinstance(label, list) and isinstance(prediction, list):
+    elif isinstance(label, list) and isinstance(prediction, list) and not has_several(line):
         pairs = zip(label, prediction, strict=False)
         yield from ((a, b) for a, b in pairs if isinstance(a, str) and isinstance(b, str))
+
+
+def has_several(line: Line) -> bool:
+    """Return True if a row may have any number of classes, of which a list has the names."""
+    lists = all(isinstance(line.get(key), list) for key in ("label", "prediction"))
+    return lists and isinstance(line.get("probabilities"), dict)
