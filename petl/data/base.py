@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from petl.data.tasks.base import P, Task
 
 BY_CLASS = "by_class"  # value of data.order
+BALANCED = "balanced"  # of data.sampling and train.class_weights
 ENCODED_TOGETHER = 100  # rows of a call of `Task.encode_rows`; assumption
 SHARE = bounded(gt=0, lt=1)  # of rows to test on, which leaves some to train on
 T = TypeVar("T")
@@ -90,7 +91,6 @@ class RawData:
 
     Attributes:
         format: in which format the rows were; "" if settings name all columns.
-        temperature: at which rows of several tasks are sampled; None: by the sizes of the tasks.
         skipped: rows that were left out since they cannot be used, by split.
     """
 
@@ -99,7 +99,6 @@ class RawData:
     test: "Dataset"
     name: str
     format: str = ""
-    temperature: float | None = None
     skipped: Mapping[str, Sequence[FaultyRow]] = field({})
 
 
@@ -118,6 +117,8 @@ class Source(ABC):
     seed: int = field(13, integer(0, 2**32 - 1))
     # of the train rows: by_class, or None: shuffled in each epoch
     order: str | None = field(None, one_of(BY_CLASS))
+    # which rows an epoch visits: balanced, of all classes equally many; None: each row once
+    sampling: str | None = field(None, one_of(BALANCED))
     # with by_class: passes over the rows of a class; None: 1
     stream_repeats: int | None = field(None, integer(1))
     allow_overlap: bool = False  # a test set that is mostly training rows
@@ -128,6 +129,11 @@ class Source(ABC):
                 f"data.task={self.task}, but data {self.name} is for {' or '.join(self.serves)}"
             )
         check_rules(self, "data")
+        if self.sampling == BALANCED and self.order is not None:
+            raise InputError(
+                f"data.sampling={BALANCED} and data.order={self.order} both say which rows a step "
+                "has: give one of them"
+            )
         if self.stream_repeats is not None and self.order is None:
             raise InputError(
                 f"data.stream_repeats={self.stream_repeats} needs data.order={BY_CLASS}, the order "

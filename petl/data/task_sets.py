@@ -91,7 +91,7 @@ class TaskSets(Source):
 
     task: str = MultitaskClassification.name
     sets: Any = None
-    sampling: str = field("size", one_of("size", "temperature"))
+    sampling: str | None = field("size", one_of("size", "temperature"))
     # with 1, tasks are sampled by size; the higher, the more equally
     temperature: float | None = field(None, real(1, 1e6))
 
@@ -155,7 +155,7 @@ class TaskSets(Source):
             split: [row for data in parts.values() for row in data.skipped.get(split, ())]
             for split in splits
         }
-        return RawData(task, train, test, self.name, temperature=self.temperature, skipped=skipped)
+        return RawData(task, train, test, self.name, skipped=skipped)
 
 
 def together(task: MultitaskClassification, parts: Mapping[str, Dataset | Stream]) -> Dataset:

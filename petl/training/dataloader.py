@@ -9,7 +9,6 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -35,7 +34,6 @@ from petl.data.batch_sampler import (
 )
 from petl.data.overlap import Overlap
 from petl.data.streaming import StreamedRows
-from petl.data.tasks import IDS
 from petl.data.tasks.base import NON_INPUT_PREFIX, Row, Task
 from petl.data.tasks.classification import SingleLabelTask
 from petl.data.tasks.encoding_cache import encode_once
@@ -48,7 +46,6 @@ if TYPE_CHECKING:
     from petl.data.task_mixture import TaskMixture
 
 logger = logging.getLogger(__name__)
-MIXTURE = "petl.data.task_mixture:TaskMixture.of_temperature"  # imported for several tasks
 REGRESSION = "regression"  # the name of the task
 Batch = dict[str, Tensor]
 AnyBatch = TypeVar("AnyBatch")  # also with values that are no tensors
@@ -146,12 +143,14 @@ class TrainingRows(NamedTuple):
         settings: under `train`.
         train: encoded rows; a stream is encoded while it is read.
         order: of the rows; None: shuffled in each epoch.
+        mixture: which rows an epoch visits; None: each row once.
     """
 
     task: Task
     settings: TrainConfig
     train: Dataset | Stream
     order: StepOrder | None = None
+    mixture: "TaskMixture | None" = None
 
 
 def encode_splits(
@@ -192,12 +191,8 @@ def encode_splits(
     rows = TrainingRows(task, settings, train)
     for choose in orders:
         rows = choose(rows)
-    train, order = rows.train, rows.order
+    train, order, mixture = rows.train, rows.order, rows.mixture
     assert isinstance(train, Dataset), "no stream, as above"
-    mixture = None
-    if data.temperature is not None:
-        of_temperature = resolve_name(MIXTURE)
-        mixture = of_temperature(train[IDS], len(task.tasks), data.temperature)
     # an order by class or by task, and packed rows, have steps of their own
     free = order is None and mixture is None and not task.packs
     may_sort = free if settings.buckets == "auto" else settings.buckets is not None

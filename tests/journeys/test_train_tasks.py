@@ -18,8 +18,9 @@ from petl.training.compose import compose
 
 pytest_plugins = ["task_fixtures"]
 
-HEADS = {"regression", "token_classification", "question_answering"}
+HEADS = {"multi_label", "regression", "token_classification", "question_answering"}
 EXPECTED = {
+    "multi_label": {"micro_f1", "macro_f1", "loss", "threshold", "rows"},
     "regression": {"pearson", "spearman", "mse", "rows"},
     "token_classification": {"f1", "precision", "recall", "macro_f1", "accuracy", "loss", "words"},
     "question_answering": {"exact_match", "f1", "loss", "rows"},

@@ -93,9 +93,9 @@ def find(cfg: DictConfig, memory: int | None = None) -> dict[str, Any]:
     config = read_config(cfg)
     settings = config.train
     refuse_limits(settings)
-    for name in ("order", "temperature"):
+    for name in ("order", "sampling"):
         value = getattr(config.data, name, None)
-        if value is not None:
+        if value not in (None, "size"):
             raise InputError(
                 f"data.{name}={value} decides which rows a step has, so that buckets by length are "
                 f"not possible: a search for batch sizes is for a run without data.{name}"

@@ -41,6 +41,8 @@ FEATURES = {
     "model.adapter": "petl.training.features.below:AdapterBelow",
     "train.init_from": "petl.training.features.init_from:InitFrom",
     "data.order": "petl.training.features.class_stream:ClassOrder",
+    "data.sampling": "petl.training.features.sampling:Sampling",
+    "train.class_weights": "petl.training.features.class_weights:ClassWeights",
     "train.budget": "petl.training.budget:Budget",
     "ranks": "petl.training.ranks.run:RanksByImportance",
     "train.cache_frozen": "petl.training.frozen:FrozenStore",

@@ -12,7 +12,6 @@ from petl.training.runs.settings import TrainConfig
 
 SCHEMES = dict(zip(PACKAGES, BASES, strict=True))
 FLATTENED = "it flattens the parameters and their state; use +launch=fsdp, or ddp"
-REPEATS = "it repeats rows, and buckets take each row once an epoch"
 
 
 def choice_of(fields: Fields, run: RunConfig, features: Iterable[Part]) -> list[Part]:
@@ -53,6 +52,4 @@ def _settings(train: TrainConfig, data: Settings) -> list[Part]:
     several = data.get("tasks") or data.get("sets")
     if several:
         parts.append(Part(f"data with {[*several]}", (Capability.TASKS,)))
-    if data.get("sampling") == "temperature":
-        parts.append(Part("data.sampling=temperature", (), {Capability.BUCKETS: REPEATS}))
     return parts

@@ -64,8 +64,8 @@ def never_predicted(file: Path) -> str:
     named = ", ".join(f"{name} ({count})" for name, count in missed[:NAMED])
     more = f" and {len(missed) - NAMED} more" if len(missed) > NAMED else ""
     return (
-        f"never predicted, of {total} examples: {named}{more}; train longer, or on more rows of "
-        "these classes"
+        f"never predicted, of {total} examples: {named}{more}; train longer, on more rows of these "
+        "classes, or with train.class_weights=balanced"
     )
 
 

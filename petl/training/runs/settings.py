@@ -28,9 +28,19 @@ SIZES = Rule(
     "a file of `petl batch-sizes`, or batch sizes by longest length such as {16: 64}",
     lambda sizes: bool(sizes) and all(1 <= n <= LARGEST for n in (*sizes, *sizes.values())),
 )
+WEIGHTS = Rule(
+    "balanced, or weights from 0 by class, such as {rare: 5}",
+    lambda value: value == "balanced" if isinstance(value, str) else are_weights(value),
+)
 SEED = Rule("an integer from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
 LOG_POINTS, MOST_LOG_STEPS = 20, 10  # points of a short run's curve; steps between them otherwise
 VALIDATION_FRACTION = 0.1  # of the training examples, with eval_steps and no validation_share
+
+
+def are_weights(value: dict[str | int, float]) -> bool:
+    """True if a mapping has numbers from 0, not all of them 0."""
+    weights = [*value.values()]
+    return all(0 <= weight < math.inf for weight in weights) and any(weights)
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,7 @@ class TrainConfig:
     """Each step holds examples of similar length, which reduces padding. Auto: the fewest that
     leave at most 2 % more positions than the best number, with 3 steps each or more; none where
     that saves nothing, where an epoch has fewer than 16 steps, and where rows are packed,
-    streamed, ordered by class or sampled at a temperature. Null: none.
+    streamed, ordered by class or sampled by class or at a temperature. Null: none.
     """
     max_tokens: int | None = field(
         None, integer(1), "with buckets, instead of batch_size: maximum tokens per step, padded"
@@ -184,6 +194,10 @@ class TrainConfig:
         None, integer(1), "evaluations without improvement after which training stops"
     )
     """An improvement is one of the task's metric; of equal metrics, the lower loss is kept."""
+    class_weights: str | dict[str | int, float] | None = field(
+        None, WEIGHTS, "weights of classes in the loss: balanced, or {NAME: WEIGHT}; null: all 1"
+    )
+    """Balanced: rare classes count as much as frequent ones. See also data.sampling."""
     linear_probe: bool = field(
         True, one_of(True, False), "also train and score the head alone on the frozen model"
     )
