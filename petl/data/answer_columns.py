@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, ClassVar
 
-from petl.data.conversations import turn_with_image, without_last_answer
+from petl.data.conversations import TurnKeys, turn_with_image, without_last_answer
 from petl.data.formats import (
     RATED,
     Format,
@@ -63,6 +63,19 @@ class AnswerColumns(TaskColumns, ABC):
     def recognized(self) -> tuple[Format, ...]:
         """The formats that are recognized after `usual_format`."""
         return recognized()
+
+    def conversations(self) -> Format | None:
+        """Conversations in a column, or with turns, that settings describe; None: none do."""
+        settings, usual = self.settings, TurnKeys()
+        given = (settings.role, settings.content, settings.roles)
+        if settings.messages is None and given == (None, None, None):
+            return None
+        keys = TurnKeys(
+            usual.role if settings.role is None else (settings.role,),
+            usual.content if settings.content is None else (settings.content,),
+            settings.roles or {},
+        )
+        return turns_format("messages", settings.messages or "messages", "system", keys=keys)
 
     def choose(self, present: Iterable[str], origin: str) -> list[str]:
         """Return the columns of the format that rows with these columns have.
@@ -181,7 +194,8 @@ class CausalLMColumns(AnswerColumns):
     """Texts, or conversations in one of the formats of `petl.data.formats`."""
 
     own_settings: ClassVar[tuple[str, ...]] = (
-        *("text", "messages", "prompt", "answer", "format", "system", "pack", "generate"),
+        *("text", "messages", "role", "content", "roles", "prompt", "answer", "format", "system"),
+        *("pack", "generate"),
     )
 
     def __init__(self, settings: ColumnSettings, *, labeled: bool = True) -> None:
@@ -191,9 +205,10 @@ class CausalLMColumns(AnswerColumns):
                 f"data.prompt={prompt} and data.answer={answer}: give both, the columns of "
                 "questions and answers, or neither"
             )
-        if messages is not None and prompt is not None:
-            raise InputError(f"data.messages={messages} and data.prompt={prompt}: give one of them")
         super().__init__(settings, labeled=labeled)
+        if prompt is not None and self.conversations() is not None:
+            column = "data.role" if messages is None else f"data.messages={messages}"
+            raise InputError(f"{column} and data.prompt={prompt}: give one of them")
         if self.named:
             # a named format is known before any row: settings that contradict it fail at once
             self.check_found(self.named, "the file")
@@ -216,9 +231,9 @@ class CausalLMColumns(AnswerColumns):
 
     def own_format(self) -> Format | None:
         """Conversations, prompts with answers, or texts in columns that settings name."""
-        settings = self.settings
-        if settings.messages is not None:
-            return turns_format("messages", settings.messages)
+        settings, described = self.settings, self.conversations()
+        if described is not None:
+            return described
         if settings.prompt is not None and settings.answer is not None:
             return pair_format("prompt and answer", settings.prompt, settings.answer)
         # "text" is the default, which does not show that the user named it

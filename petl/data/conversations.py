@@ -9,9 +9,10 @@ message with the role `TOOLS`.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from petl.data.tasks import TOOLS, Message
-from petl.data.validation import passage, text
+from petl.data.validation import nested, passage, text
 from petl.errors import shown
 from petl.system.files.read import parse_json
 
@@ -23,23 +24,56 @@ ROLES = {
     **dict.fromkeys(("tool", "observation", "function", "tool_response"), "tool"),
     "function_call": "assistant",
 }
+MEANINGS = ("user", "assistant", "system", "tool")
 Part = dict[str, str]  # {"type": "text", "text": ...}, or {"type": "image", "source": ...}
 IMAGE = "image"
 EXTRAS = ("name", "tool_call_id", "reasoning_content")  # texts that some templates print
 
 
-def conversation(value: object) -> list[Message]:
+@dataclass(frozen=True)
+class TurnKeys:
+    """How the turns of a file are written.
+
+    Attributes:
+        role, content: the keys of a turn, of which the first that it has is read.
+        roles: what the words of its roles mean; words that are not there, see `ROLES`.
+    """
+
+    role: tuple[str, ...] = ("role", "from")
+    content: tuple[str, ...] = ("content", "value")
+    roles: Mapping[str, str] = field(default_factory=dict)
+
+    def described(self) -> str:
+        """What a turn has."""
+        pairs = [f"{one} and {other}" for one, other in zip(self.role, self.content, strict=False)]
+        return ", or ".join(pairs)
+
+
+USUAL = TurnKeys()
+
+
+def conversation(value: object, keys: TurnKeys = USUAL) -> list[Message]:
     """Parse a list of turns with role and content (OpenAI), or from and value (ShareGPT).
 
     Raises:
         ValueError: it is not such a list, or a turn has anything but text and calls of functions.
     """
     if not isinstance(value, list) or not value:
-        raise ValueError(f"is {shown(value)}, not a list of turns with role and content")
-    return [parsed_turn(turn, f"turn {number}") for number, turn in enumerate(value, start=1)]
+        raise ValueError(f"is {shown(value)}, not a list of turns with {keys.described()}")
+    turns = enumerate(value, start=1)
+    messages = [parsed_turn(turn, f"turn {number}", keys) for number, turn in turns]
+    roles = list(dict.fromkeys(message["role"] for message in messages))
+    others = [role for role in roles if role not in MEANINGS]
+    if others and "assistant" not in roles:
+        meant = ", ".join(f"{role}: ..." for role in others)
+        raise ValueError(
+            f"has the roles {', '.join(roles)}, of which none is the assistant: say what they "
+            f"mean, data.roles={{{meant}}}, each {', '.join(MEANINGS[:-1])} or {MEANINGS[-1]}"
+        )
+    return messages
 
 
-def parsed_turn(turn: object, place: str) -> Message:
+def parsed_turn(turn: object, place: str, keys: TurnKeys = USUAL) -> Message:
     """Parse one turn.
 
     Args:
@@ -47,12 +81,14 @@ def parsed_turn(turn: object, place: str) -> Message:
     """
     # anything but an object has no role, which the message below says
     given = turn if isinstance(turn, dict) else {}
-    role = first(given, "role", "from")
+    role = first(given, *keys.role)
     if not isinstance(role, str):
+        present = f"; its keys are {', '.join(map(str, given))}" if given else ""
         raise ValueError(
-            f"has {shown(turn)} as {place}, not an object with role and content, or from and value"
+            f"has {shown(turn)} as {place}, not an object with {keys.described()}{present}: name "
+            "them with data.role=KEY data.content=KEY"
         )
-    content = first(given, "content", "value")
+    content = first(given, *keys.content)
     # function_call: OpenAI's older name, a single call
     calls = given.get("tool_calls") or given.get("function_call")
     if role == "function_call" and not calls:  # ShareGPT: the call is the turn's text
@@ -60,7 +96,7 @@ def parsed_turn(turn: object, place: str) -> Message:
     extras: dict[str, object] = {
         key: given[key] for key in EXTRAS if isinstance(given.get(key), str) and given[key]
     }
-    name = ROLES.get(role.lower(), role)
+    name = keys.roles.get(role) or ROLES.get(role.lower(), role)
     if name != "tool":
         extras.pop("name", None)  # of a person, which templates do not print
     if calls:
@@ -84,7 +120,8 @@ def parsed_turn(turn: object, place: str) -> Message:
 
 def first(given: Mapping[str, object], *keys: str) -> object:
     """The first value that is not None; tables fill in the keys of other rows with None."""
-    return next((given[key] for key in keys if given.get(key) is not None), None)
+    values = (given[key] if key in given else nested(given, key) for key in keys)
+    return next((value for value in values if value is not None), None)
 
 
 def content_parts(value: object, place: str) -> list[Part]:

@@ -29,6 +29,8 @@ from petl.data.validation import (
     Table,
     every,
     from_table,
+    nested,
+    with_paths,
 )
 from petl.errors import InputError, first_line, shown
 from petl.system.files.paths import file_of, path_of
@@ -296,7 +298,8 @@ def selected(rows: Iterable[tuple[int, object]], choose: Choose, origin: str) ->
         place = f"{origin} {number}"
         if isinstance(row, dict):
             try:
-                kept = {column: row[column] for column in choose(row, place)}
+                columns = choose(with_paths(row, row), place)
+                kept = {name: row[name] if name in row else nested(row, name) for name in columns}
             except InputError as error:
                 first, errors = first or error, errors + 1
                 if not found and errors == FIRST:
@@ -316,19 +319,32 @@ def read_parquet(path: Path, choose: Choose, encoding: str | None = None) -> Tab
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            columns = choose(file.schema_arrow.names, str(path))
-            refuse_repeated(columns, file.schema_arrow.names, path)
+            top = file.schema_arrow.names
+            columns = choose([*top, *paths_of(file.schema_arrow)], str(path))
+            refuse_repeated(columns, top, path)
             # only the columns that the task reads are decompressed
             for batch in file.iter_batches(BATCH, columns=columns):
-                for row in batch.to_pylist():
+                for row in map(from_table, batch.to_pylist()):
                     number += 1
-                    yield number, from_table(row)
+                    found = {n: row[n] if n in row else nested(row, n) for n in columns}
+                    yield number, found
     except InputError:
         raise
     except (pa.ArrowException, ValueError, OverflowError) as error:  # the latter two of values
         raise InputError(
             f"{path} cannot be read as parquet: after row {number}: {first_line(error)}"
         ) from error
+
+
+def paths_of(fields: Iterable[pa.Field], before: str = "") -> list[str]:
+    """The paths with dots of what is in structs of a table."""
+    paths = []
+    for each in fields:
+        if before:
+            paths.append(f"{before}{each.name}")
+        if pa.types.is_struct(each.type):
+            paths += paths_of(each.type, f"{before}{each.name}.")
+    return paths
 
 
 Reader = Callable[[Path, Choose, str | None], Table]

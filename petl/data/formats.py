@@ -6,6 +6,8 @@ from functools import cache, partial
 from itertools import takewhile
 
 from petl.data.conversations import (
+    USUAL,
+    TurnKeys,
     conversation,
     declared_tools,
     past_turns,
@@ -57,10 +59,10 @@ class Format:
 # Rows to messages
 
 
-def turns(row: Row, column: str) -> list[Message]:
+def turns(row: Row, column: str, keys: TurnKeys) -> list[Message]:
     """The turns in one column, after functions and system prompt in columns of their own."""
     # a list of at least one turn: `conversation` refuses others
-    found = read(row, column, conversation)
+    found = read(row, column, partial(conversation, keys=keys))
     # ShareGPT has a system prompt in a column or as the first turn
     system = optional_system(row) if found[0]["role"] != "system" else []
     return [*optional_tools(row), *system, *found]
@@ -130,9 +132,10 @@ def text_format(value: str) -> Format:
     return Format("text", tuple(columns_of(value)), (), (), None)
 
 
-def turns_format(name: str, column: str, *optional: str) -> Format:
-    """Conversations in one column."""
-    return Format(name, (column,), (), (*optional, "tools"), partial(turns, column=column))
+def turns_format(name: str, column: str, *optional: str, keys: TurnKeys = USUAL) -> Format:
+    """Conversations in one column, with turns of these keys."""
+    convert = partial(turns, column=column, keys=keys)
+    return Format(name, (column,), (), (*optional, "tools"), convert)
 
 
 def pair_format(name: str, prompt: str, answer: str, *optional: str) -> Format:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from petl.data.answer_columns import AnswerColumns
 from petl.data.conversations import IMAGE, Part, parts_of, with_parts
 from petl.data.downloads import downloaded
-from petl.data.formats import Format, pair_format, recognized, turns_format
+from petl.data.formats import Format, pair_format, recognized
 from petl.data.task_columns import AnySourceRows, ColumnSettings
 from petl.data.tasks import Message, task_class
 from petl.data.validation import FOLDER, Row, require
@@ -38,7 +38,8 @@ class ImageTextColumns(AnswerColumns):
 
     reads_images = True
     own_settings: ClassVar[tuple[str, ...]] = (
-        *("messages", "prompt", "answer", "format", "system", "generate"),
+        *("messages", "role", "content", "roles", "prompt", "answer", "format", "system"),
+        "generate",
         *("image", "image_folder", "image_urls"),
     )
 
@@ -69,8 +70,9 @@ class ImageTextColumns(AnswerColumns):
                 f"data.prompt={settings.prompt} and data.answer={settings.answer}: give both, or "
                 "neither"
             )
-        if settings.messages is not None:
-            return turns_format("messages", settings.messages)
+        described = self.conversations()
+        if described is not None:
+            return described
         if settings.prompt is not None and settings.answer is not None:
             return pair_format("prompt and answer", settings.prompt, settings.answer)
         return None

@@ -27,6 +27,7 @@ from petl.data.validation import (
     read,
     require,
     text,
+    without_paths,
 )
 from petl.errors import InputError, did_you_mean, shown
 from petl.system.files.disk import sha256
@@ -85,7 +86,7 @@ def read_inputs(
         found = list(present)
         # raises for missing columns; its result is not used, since all columns are yielded
         own = columns.choose(found, origin)
-        return every([*found, *(name for name in own if name == FOLDER)], origin)
+        return every(dict.fromkeys([*without_paths(found), *own]), origin)
 
     opened = (
         partial(located_rows, setting, names) if rows is None else partial(located_in_memory, rows)
@@ -100,7 +101,9 @@ def read_inputs(
     numbers = count()
 
     def converted(row: Row) -> tuple[Row, Row]:
-        own = {name: value for name, value in row.items() if name != FOLDER}
+        own = {
+            n: v for n, v in row.items() if n != FOLDER and n.partition(".")[0] not in {*row} - {n}
+        }
         return own, source.numbered(next(numbers), columns.convert(row))
 
     return lazy.map(converted, choose)

@@ -9,6 +9,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, ClassVar
 
 from petl.data.base import SHARE, TextSource
+from petl.data.conversations import MEANINGS
 from petl.data.downloads import PREFIXES
 from petl.data.faulty_rows import ERROR, SKIP
 from petl.data.label_column import refuse_class_per_row, refuse_several_in_a_cell
@@ -36,6 +37,9 @@ from petl.system.values import Rule, bounded, field, integer, one_of
 if TYPE_CHECKING:
     from petl.data.tasks.base import Task
 
+ROLES = Rule(
+    f"a mapping of words to {', '.join(MEANINGS)}", lambda roles: {*roles.values()} <= {*MEANINGS}
+)
 SEPARATOR = Rule("a text that is not empty", bool)
 TASKS = Rule("a list of distinct names", lambda names: len(names) == len({*names} - {""}) > 0)
 AnySourceRows = SourceRows | LazySourceRows
@@ -72,6 +76,10 @@ class ColumnSettings(TextSource, ABC):
     max_target_length: int = field(128, integer(1))  # tokens
     format: str | None = None  # of rows to write from, see `petl.data.formats`; None: recognized
     messages: str | None = None  # column of conversations, in place of text
+    role: str | None = None  # key of a turn's role; None: role or from
+    content: str | None = None  # key of its text; None: content or value
+    # what the words of roles mean, such as {customer: user, agent: assistant}
+    roles: dict[str, str] | None = field(None, ROLES)
     prompt: str | None = None  # column or template of questions: conversations of one turn each
     answer: str | None = None  # column or template of the answers to them
     system: str | None = None  # system prompt of conversations without one

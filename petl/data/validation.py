@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import partial
@@ -167,6 +167,30 @@ def _without_nulls(value: object) -> object:
         if isinstance(sample, dict | list):
             return [_without_nulls(each) for each in value]
     return value
+
+
+def nested(values: Mapping[str, object], path: str) -> object:
+    """The value at a path with dots in objects inside objects; None if there is none."""
+    found: object = values
+    for key in path.split("."):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
+
+
+def with_paths(names: Iterable[str], values: Mapping[str, object]) -> list[str]:
+    """The names of columns, and the paths with dots of what is in objects inside them."""
+    inner = [
+        f"{name}.{path}"
+        for name, value in values.items()
+        if isinstance(value, Mapping)
+        for path in with_paths(value, value)
+    ]
+    return [*names, *inner]
+
+
+def without_paths(names: Collection[str]) -> list[str]:
+    """The names of columns, without paths into objects in others of them."""
+    return [name for name in names if "." not in name or name.partition(".")[0] not in names]
 
 
 def read(row: Row, column: str, parse: Callable[[object], T]) -> T:

@@ -13,6 +13,8 @@ from petl.data.task_columns import in_order
 from petl.data.validation import every
 from petl.errors import InputError
 
+pytest_plugins = ["training_fixtures"]
+
 
 def read(train, test=None, **settings):
     cfg = {"name": "files", "source": "files", "task": "classification", "max_length": 32}
