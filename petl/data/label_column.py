@@ -18,14 +18,14 @@ def has_too_many_classes(counts: Counter[str]) -> bool:
     return counts.total() >= MIN_LABELS and len(counts) > FEW * counts.total()
 
 
-def refuse_class_per_row(
+def refuse_unlikely_classes(
     counts: Counter[str],
     column: str,
     origin: str,
     rows: Callable[[], Iterable[Row]] | None,
     used: Collection[str],
 ) -> None:
-    """Raise InputError if the classes of a column are too many to be learned.
+    """Raise InputError if a column holds several classes in a cell, or too many to be learned.
 
     Args:
         counts: how often each class occurs in the column.
@@ -34,6 +34,15 @@ def refuse_class_per_row(
         rows: starts an iterator over the rows with all columns, among which others are searched.
         used: names of the columns that the task reads.
     """
+    several = separator_of(counts)
+    if several is not None:
+        separator, example, classes = several
+        raise InputError(
+            f"{origin} has several classes in a cell of column {column!r}, such as {example!r}: for "
+            f"{classes} classes, any number of them in a row, set data.task=multi_label "
+            f"data.separator={separator!r}.\nIf each of the {len(counts)} values is a class of its "
+            "own, list them in data.labels"
+        )
     if not has_too_many_classes(counts):
         return
     found = candidates(list(islice(rows(), SAMPLE)), used) if rows else {}
@@ -47,14 +56,17 @@ def refuse_class_per_row(
     )
 
 
-def refuse_several_in_a_cell(counts: Counter[str], column: str, origin: str) -> None:
-    """Raise InputError if values of a column are several classes each, with a separator.
+def separator_of(counts: Counter[str]) -> tuple[str, str, int] | None:
+    """The separator in values of a column that are several classes each; None if they are none.
 
     Each part of such values is a part of others, or a value by itself, so that there are fewer
     parts than values.
 
     Args:
-        counts, column, origin: as in `refuse_class_per_row`.
+        counts: how often each value occurs.
+
+    Returns:
+        The separator, a value with it, and the number of parts.
     """
     for separator in SEPARATORS:
         parts = {name: [part.strip() for part in name.split(separator)] for name in counts}
@@ -62,12 +74,8 @@ def refuse_several_in_a_cell(counts: Counter[str], column: str, origin: str) -> 
         found = Counter(part for own in parts.values() for part in {*own})
         recur = all(part and found[part] > 1 for name in several for part in parts[name])
         if len(several) > 1 and recur and len(found) < len(counts):
-            raise InputError(
-                f"{origin} has several classes in a cell of column {column!r}, such as "
-                f"{several[0]!r}: for {len(found)} classes, any number of them in a row, set "
-                f"data.task=multi_label data.separator={separator!r}.\nIf each of the "
-                f"{len(counts)} values is a class of its own, list them in data.labels"
-            )
+            return separator, several[0], len(found)
+    return None
 
 
 def candidates(rows: list[Row], used: Collection[str]) -> dict[str, int]:

@@ -12,7 +12,7 @@ from petl.data.base import SHARE, TextSource
 from petl.data.conversations import MEANINGS
 from petl.data.downloads import PREFIXES
 from petl.data.faulty_rows import ERROR, SKIP
-from petl.data.label_column import refuse_class_per_row, refuse_several_in_a_cell
+from petl.data.label_column import refuse_unlikely_classes
 from petl.data.other_tasks import fitting_task
 from petl.data.tasks import CLASSES, COLUMN, task_class
 from petl.data.templates import columns_of, read_text
@@ -258,8 +258,7 @@ class ClassLabelColumns(NamedColumns, ABC):
             InputError: hardly any class occurs twice, so that the column holds something else.
         """
         counts = Counter(self.names(rows))
-        refuse_several_in_a_cell(counts, self.column, rows.origin)
-        refuse_class_per_row(counts, self.column, rows.origin, rows.whole, self.columns())
+        refuse_unlikely_classes(counts, self.column, rows.origin, rows.whole, self.columns())
         return counts
 
     @abstractmethod
