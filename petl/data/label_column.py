@@ -38,8 +38,8 @@ def refuse_unlikely_classes(
     if several is not None:
         separator, example, classes = several
         raise InputError(
-            f"{origin} has several classes in a cell of column {column!r}, such as {example!r}: for "
-            f"{classes} classes, any number of them in a row, set data.task=multi_label "
+            f"{origin} has several classes in a cell of column {column!r}, such as {example!r}: "
+            f"for {classes} classes, any number of them in a row, set data.task=multi_label "
             f"data.separator={separator!r}.\nIf each of the {len(counts)} values is a class of its "
             "own, list them in data.labels"
         )

@@ -39,8 +39,8 @@ from petl.system.settings.command_line import (
     search_users_dirs,
     shown_path,
     users_dir,
-    with_quoted_templates,
 )
+from petl.system.settings.run_file import hydra_words
 
 # the extra with each launcher of Hydra, by the first word of its name (submitit_slurm)
 LAUNCHERS = {"submitit": "cluster", "joblib": "cluster", "ray": "ray"}
@@ -60,9 +60,10 @@ def compose(overrides: Sequence[str], config: str = CONFIG) -> DictConfig:
     # Hydra keeps one global configuration, which an earlier call or hydra.main has set
     GlobalHydra.instance().clear()
     search_users_dirs()
+    words = hydra_words(overrides)
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return hydra_compose(config, with_quoted_templates(overrides))
+            return hydra_compose(config, words)
     except Exception as error:  # for some values Hydra raises a ValueError or an OSError
         raise InputError(explain(error, overrides, config)) from error
 

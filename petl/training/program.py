@@ -40,8 +40,8 @@ from petl.system.settings.command_line import (
     is_optuna,
     log_conflicts,
     search_users_dirs,
-    with_quoted_templates,
 )
+from petl.system.settings.run_file import hydra_words
 from petl.training.compose import explain, is_refusal
 
 Options = TypeVar("Options")  # of a command
@@ -197,7 +197,6 @@ closing: list[Callable[[], None]] = []  # called after the last run of a sweep
 
 def entry(main: Callable[[], object]) -> NoReturn:
     """Run a `hydra.main` function as the program, and exit."""
-    sys.argv[1:] = with_quoted_templates(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises exceptions instead of printing them
     log_to_stderr()
     search_users_dirs()
@@ -206,6 +205,7 @@ def entry(main: Callable[[], object]) -> NoReturn:
     end_with_launcher()
 
     def program() -> object:
+        sys.argv[1:] = hydra_words(sys.argv[1:])
         refuse_run_dir()
         return main()
 

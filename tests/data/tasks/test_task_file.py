@@ -14,6 +14,7 @@ from petl.data.tasks.task_file import FILE, read_task
 CLASSES = {"classes": ["a", "${oc.env:HOME}"]}
 OTHERS = {
     "causal_lm": {"chat": True, "generate": 7},
+    "multi_label": {"classes": ["a", "b"], "threshold": 0.31},
     "question_answering": {"unanswerable": True},
     "multitask_classification": {
         "classes": ["x/a", "x/b", "y/a", "y/b"],
