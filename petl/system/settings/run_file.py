@@ -155,4 +155,6 @@ def literal(value: object) -> str:
         return "[" + ",".join(map(literal, value)) + "]"
     if isinstance(value, str):
         return quoted(value)
-    return {None: "null", True: "true", False: "false"}.get(value, str(value))  # ty: ignore
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value)

@@ -13,7 +13,13 @@ from petl.training.compose import compose
 
 pytest_plugins = ["training_fixtures"]
 RUNS = [
-    ["+method=mola", "method.r=4", "train.lr=1e-3", "method.target_modules=[q_proj,v_proj]"],
+    [
+        "+method=mola",
+        "method.r=1",
+        "train.lr=1.0",
+        "train.steps=0",
+        "method.target_modules=[q_proj,v_proj]",
+    ],
     ["+method=lora", "data=files", "data.train=[a.csv,b.csv]", "data.text='{title}: {text}'"],
     ["+method=deft", "model=hub", "model.name=owner/name", "data=hub", "data.name=o/d"],
     ["+method=sparse", "+loss=distill", "train.betas=[0.8,0.99]", "train.precision=bf16"],
