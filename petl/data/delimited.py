@@ -150,8 +150,7 @@ def read_delimited(
                 refuse_repeated(columns, header, path)
                 continue
             if len(fields) != len(header):
-                unit = "field" if len(fields) == 1 else "fields"
-                message = f"{len(fields)} {unit}, but the header has {len(header)}"
+                message = f"{len(fields)} in place of the {len(header)} fields of the header"
                 yield line, ValueError(message)
                 continue
             row = dict(zip(header, fields, strict=True))

@@ -175,7 +175,7 @@ NONSENSE = [
     ("a.jsonl", f'\n{{"text": "a", "label": {"1" * 5000}}}', r"line 2: it has an integer of 5,000"),
     ("a.jsonl", '{"text": "\\ud800", "label": 1}', r"line 1: .*is not valid Unicode"),
     ("a.jsonl", f'{{"text": "a", "label": 1{"0" * 400}}}', "integer of 401 digits"),
-    ("a.csv", "text,label\na," + "1" * 5000 + "\nb,2\n\xff", "line 4: 1 field, but the header"),
+    ("a.csv", "text,label\na," + "1" * 5000 + "\nb,2\n\xff", "line 4: 1 in place of the 2 fields"),
     ("a.csv", b"text,label\na\0b,\0\n", "too few to hold out"),
     ("a.csv", b"\xff\xfet\0e\0x\0t\0", "has no column 'label'; available: text"),
     (

@@ -84,7 +84,7 @@ def test_files_are_read_as_they_are_needed(tmp_path):
     file.write_text("text\n" + "x\n" * 5 + "a,b\n")
     rows = read_inputs([str(file)], TWO, {})
     assert [next(rows)[1] for _ in range(5)] == [{"text": "x"}] * 5
-    with pytest.raises(InputError, match="line 7: 2 fields, but the header has 1"):
+    with pytest.raises(InputError, match="line 7: 2 in place of the 1 fields"):
         next(rows)
     with pytest.raises(InputError, match=r"FILE=.*gone\.csv does not exist"):
         next(read_inputs([str(tmp_path / "gone.csv")], TWO, {}))

@@ -168,7 +168,7 @@ def test_only_errors_of_writing_are_about_the_output(tmp_path, monkeypatch):
         (["gone.csv"], r"FILE=gone.csv does not exist"),
         (["empty.csv"], "has no rows"),
         (["in.csv", "--out", "o.csv"], "the input has a column 'prediction' already"),
-        (["short.csv"], "line 2: 1 fields, but the header has 2"),
+        (["short.csv"], "line 2: 1 in place of the 2 fields"),
         (["data.text=more"], "no FILE is given"),
     ],
 )
