@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,16 +42,24 @@ WRONG = {
 RIGHT = {"--help": "compare", "train --help": "train.steps", "methods": "mola", "configs": "method"}
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with rows.csv."""
+    made = tmp_path_factory.mktemp("start")
+    (made / "rows.csv").write_text("text,label\n" + "good,a\nbad,b\n" * 20)
+    return made
+
+
+@cache
 def petl(words: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run `petl` in a new process, in a folder with rows.csv."""
-    (folder / "rows.csv").write_text("text,label\n" + "good,a\nbad,b\n" * 20)
+    """What `petl` does in a new process, in the folder."""
     code = [sys.executable, "-c", RUN, *words.split()]
     return subprocess.run(code, cwd=folder, capture_output=True, text=True, timeout=280)
 
 
 @pytest.mark.parametrize("words", WRONG)
-def test_wrong_words_are_answered_without_torch(words, tmp_path):
-    done = petl(words, tmp_path)
+def test_wrong_words_are_answered_without_torch(words, folder):
+    done = petl(words, folder)
     assert done.returncode in (1, 2), done.stderr
     for word in WRONG[words]:
         assert word in done.stderr
@@ -59,17 +68,17 @@ def test_wrong_words_are_answered_without_torch(words, tmp_path):
 
 
 @pytest.mark.parametrize("words", RIGHT)
-def test_help_and_lists_need_no_torch(words, tmp_path):
-    done = petl(words, tmp_path)
+def test_help_and_lists_need_no_torch(words, folder):
+    done = petl(words, folder)
     assert done.returncode == 0, done.stderr
     assert RIGHT[words] in done.stdout
     assert "imported:\n" in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize("words", [w for w in WRONG if w.startswith("train") and " data" in w])
-def test_the_message_is_that_of_the_check_of_all_settings(words, tmp_path, monkeypatch):
-    done = petl(words, tmp_path)
-    monkeypatch.chdir(tmp_path)
+def test_the_message_is_that_of_the_check_of_all_settings(words, folder, monkeypatch):
+    done = petl(words, folder)
+    monkeypatch.chdir(folder)
     cfg = compose(words.split()[1:])
     with pytest.raises(InputError) as raised:
         read_data(read_config(cfg).resolved["data"])

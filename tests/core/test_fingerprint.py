@@ -5,7 +5,6 @@ import json
 import pickle
 import shutil
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import warm_python
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -388,7 +388,7 @@ def test_a_wrapped_model_says_which_package_saved_it(method, tmp_path):
 
 def test_plain_peft_says_in_words_that_it_needs_petl(saved):
     script = "import sys, peft; peft.PeftConfig.from_pretrained(sys.argv[1])"
-    line = [sys.executable, "-W", "ignore", "-c", script, str(saved)]
+    line = [warm_python.without_peft(), "-c", script, str(saved)]
     done = subprocess.run(line, capture_output=True, text=True)
     assert "PETL_MOLA of the package petl-peft: pip install petl-peft" in done.stderr
 

@@ -84,8 +84,7 @@ def test_the_loop_does_what_a_loop_written_by_hand_does(tiny, tmp_path):
 # Any split of the same rows
 
 
-@pytest.mark.parametrize("task", ["steady", "complete"])
-@pytest.mark.parametrize("method", ["lora", "mola"])
+@pytest.mark.parametrize(("task", "method"), [("steady", "lora"), ("complete", "mola")])
 def test_micro_batches_of_any_size_train_like_the_whole_batch(tiny, tmp_path, task, method):
     common = [*getattr(tiny, task), f"+method={method}", "train.steps=8", "train.log_steps=1"]
     if method == "mola":  # its balance statistics are about one forward, so a split changes them

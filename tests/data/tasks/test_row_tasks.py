@@ -20,7 +20,6 @@ from petl.training.runs.run_config import read_config
 
 pytest_plugins = ["task_fixtures"]
 NAMES = ["left", "right"]
-KINDS = ["regression", "token_classification", "question_answering", "causal_lm", "seq2seq"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,7 @@ def run_of(families, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["regression", "question_answering", "seq2seq"])
 def test_each_kind_of_task_trains_scores_and_predicts_by_task(run_of, kind, tmp_path):
     run = run_of(kind)
     after, metric = run.scores["after"], read_task(run.path / "adapter").metric

@@ -144,7 +144,6 @@ class Slow(Oracle):
     [
         # of 399 tokens after the first: 128 with drafts, 128 plain ones, 128 with drafts, 15
         (2.1, True, 64 + 64),
-        (2.1, False, 200),
         (1.9, True, 200),
     ],
 )

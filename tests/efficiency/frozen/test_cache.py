@@ -465,6 +465,7 @@ def test_copies_for_nn_data_parallel_run_their_blocks(tmp_path):
         assert cache.hits == 1
 
 
+@pytest.mark.thorough
 def test_a_base_that_is_sharded_over_processes_is_refused(tmp_path):
     for said in testing.in_processes(2, refused_when_sharded, str(tmp_path)):
         assert "sharded over processes" in said

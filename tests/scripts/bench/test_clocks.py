@@ -6,6 +6,7 @@ import pytest
 from bench.clocks import Spread, Times, in_turn, uncollected
 
 
+@pytest.mark.thorough
 def test_the_floor_runs_before_every_second_candidate():
     calls = []
     steps = {name: (lambda n=name: calls.append(n)) for name in ("a", "b", "c")}

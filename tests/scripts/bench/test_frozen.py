@@ -11,6 +11,7 @@ from bench.shapes import LLAMA, MINILM
 SMALL = {"hidden": 32, "heads": 2, "ff": 48, "layers": 3, "vocabulary": 64, "rows": 2}
 
 
+@pytest.mark.thorough
 def test_upper_blocks_are_measured_with_and_without_a_store():
     found = measure(replace(LLAMA, **SMALL, kv_heads=1, length=10), 2)
     # a third and a quarter of three blocks are one, and so is top:1

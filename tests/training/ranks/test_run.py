@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from training_fixtures import train
+from training_fixtures import stopped_before, train
 
 from petl.errors import InputError
 from petl.experiments.planning.plan import plan_run
@@ -46,9 +46,7 @@ def test_a_run_trains_with_the_ranks_that_it_measured(tiny, tmp_path):
 def test_a_resumed_run_has_its_ranks_again_and_measures_nothing(tiny, tmp_path, monkeypatch):
     common = [*tiny.complete, *LORA, "train.save_steps=2"]
     whole = train(common, tmp_path / "whole")
-    half = train(common, tmp_path / "half")
-    for later in ("scores.json", "adapter", "checkpoints/step-000004"):
-        (half.path / later).rename(tmp_path / later.replace("/", "-"))
+    half = stopped_before(whole, tmp_path / "half", "step-000004")
     monkeypatch.setattr(module, "block_importance", None)  # calling it would raise
     train([*common, f"train.resume={half.path}/checkpoints/step-000002"], half.path)
     assert saved(half)["rank_pattern"] == saved(whole)["rank_pattern"]
