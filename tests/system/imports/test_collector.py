@@ -10,7 +10,11 @@ from petl.cli import main
 from petl.system.imports.collector import RARE, rare_collections
 from petl.training import program as app
 
-OWN = gc.get_threshold()
+
+@pytest.fixture
+def own() -> tuple[int, int, int]:
+    """The thresholds of the process of the tests."""
+    return gc.get_threshold()
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +31,7 @@ def test_full_collections_skip_what_the_block_made() -> None:
     assert gc.get_freeze_count() >= len(made)
 
 
-def test_thresholds_are_those_of_before_also_after_an_error() -> None:
+def test_thresholds_are_those_of_before_also_after_an_error(own) -> None:
     seen = []
 
     def import_nothing() -> None:
@@ -38,7 +42,7 @@ def test_thresholds_are_those_of_before_also_after_an_error() -> None:
     with pytest.raises(ImportError):
         import_nothing()
     assert seen == [RARE]
-    assert gc.get_threshold() == OWN
+    assert gc.get_threshold() == own
 
 
 def test_importing_petl_changes_no_threshold() -> None:
@@ -49,14 +53,14 @@ def test_importing_petl_changes_no_threshold() -> None:
     assert done.stdout == "True\n"
 
 
-def test_training_collects_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_collects_as_usual(own, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr("petl.cli.start.main", lambda words: seen.append(gc.get_threshold()) or 0)
     assert main.main(["train", "+method=lora"]) == 0
-    assert seen == [OWN]
+    assert seen == [own]
 
 
-def test_a_command_imports_with_rare_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_imports_with_rare_collections(own, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def run(command: object, arguments: argparse.Namespace, **options: object) -> int:
@@ -66,4 +70,4 @@ def test_a_command_imports_with_rare_collections(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(app, "run_command", run)
     assert main.main(["methods"]) == 0
     assert seen == [RARE]
-    assert gc.get_threshold() == OWN
+    assert gc.get_threshold() == own
