@@ -12,6 +12,17 @@ from petl.cli.table import COMMANDS
 from petl.errors import did_you_mean, printable
 from petl.version import __version__
 
+# the commands of `petl --help`: those that everybody needs, and others by purpose
+PURPOSES = {
+    "from data to answers": (
+        *("data", "plan", "train", "compare", "predict", "chat", "serve", "merge"),
+    ),
+    "methods and settings": ("methods", "show", "configs", "batch-sizes", "buckets"),
+    "what a run reached": ("report", "eval", "study", "strength"),
+    "answers": ("generate", "draft"),
+    "files for others": ("check", "export", "push", "pull"),
+    "smaller adapters, and several in one": ("compress", "prune", "squeeze", "combine"),
+}
 EPILOG = """\
 Train with `petl train +method=NAME`; `petl plan +method=NAME` estimates its cost beforehand. Your
 own configurations, such as configs/method/mine.yaml, are found in ./configs and in --config-dir.
@@ -27,18 +38,37 @@ class Parser(argparse.ArgumentParser):
         super().error(printable(message))
 
 
+def listed() -> str:
+    """Return the commands by purpose, each with its first sentence."""
+    known = {name for names in PURPOSES.values() for name in names}
+    rest = tuple(name for name in COMMANDS if name not in known)
+    width = max(map(len, COMMANDS))
+    parts = []
+    for purpose, names in {**PURPOSES, "others": rest}.items():
+        lines = [
+            f"  {name:<{width}}  {COMMANDS[name].text.split(chr(10))[0].rstrip('.')}"
+            for name in names
+            if name in COMMANDS
+        ]
+        parts += [f"{purpose}:", *lines, ""] if lines else []
+    return "\n".join(parts).rstrip()
+
+
 def parser() -> Parser:
     """Return the parser of the `petl` command."""
     command_line = Parser(
         prog="petl",
-        description="Parameter-efficient fine-tuning: list methods; plan, train, evaluate, "
-        "compare, merge, export, push and pull runs; let models answer.",
+        usage="petl [-h] [--version] COMMAND ...",
+        description="Parameter-efficient fine-tuning: adapts any Hugging Face model by training "
+        f"a small\nfraction of its parameters.\n\n{listed()}",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # a new option would change the meaning of abbreviations
     )
     command_line.add_argument("--version", action="version", version=f"petl {__version__}")
-    commands = command_line.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = command_line.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS
+    )
     for name, command in COMMANDS.items():
         child = commands.add_parser(
             name,
