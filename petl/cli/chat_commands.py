@@ -149,7 +149,8 @@ def _parsed(name: str, value: str) -> float | int | None:
 
 def retry(chat: ChatSession, rest: str) -> None:
     """Answer the last question again, such as with another adapter."""
-    before = replace(chat, turns=[*chat.turns], images=[*chat.images], waiting=[*chat.waiting])
+    lists = ("turns", "images", "waiting", "ends")
+    before = replace(chat, **{name: [*getattr(chat, name)] for name in lists})
     try:
         answer(chat, chat.take_back())
     except BaseException:  # also Ctrl-C
@@ -181,6 +182,9 @@ def save(chat: ChatSession, rest: str) -> None:
     except OSError as error:
         raise InputError(f"cannot write {file}: {error.strerror}") from error
     echo(f"saved in {file}")
+    cut = sum(end != "stop" for end in chat.ends)
+    if cut:
+        echo(f"{cut} of {len(chat.ends)} answers were cut or stopped: complete them in the file")
 
 
 def add_image(chat: ChatSession, rest: str) -> None:

@@ -27,6 +27,7 @@ class ChatSession:
         asked: the last text that such a model has answered; empty: none.
         images: of the turns, in their order.
         waiting: images that the next question begins with.
+        ends: how each answer of `turns` ended, see `Sample.finish`.
     """
 
     model: LanguageModel
@@ -37,6 +38,7 @@ class ChatSession:
     asked: str = ""
     images: list[str] = field(default_factory=list)
     waiting: list[str] = field(default_factory=list)
+    ends: list[str] = field(default_factory=list)
 
     def show(self, path: str) -> None:
         """Let the next question begin with an image.
@@ -85,6 +87,7 @@ class ChatSession:
         if self.model.is_chat:
             self.turns += [question, message("assistant", answer.text)]
             self.images, self.waiting = images, []
+            self.ends.append(answer.finish)
         else:  # plain text has one turn only
             self.asked = text
         return answer
@@ -100,6 +103,7 @@ class ChatSession:
         if not self.turns:
             raise InputError(f"there is no question yet to answer with {self.adapter}")
         *self.turns, question, _ = self.turns  # turns come in pairs
+        self.ends = self.ends[:-1]
         count = sum(part["type"] == IMAGE for part in parts_of(question))
         start = len(self.images) - count
         self.images, self.waiting = self.images[:start], [*self.images[start:], *self.waiting]
@@ -110,4 +114,5 @@ class ChatSession:
         self.turns.clear()
         self.images.clear()
         self.waiting.clear()
+        self.ends.clear()
         self.asked = ""

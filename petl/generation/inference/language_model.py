@@ -1,5 +1,6 @@
 """A language model with adapters, one of which writes at a time."""
 
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -237,7 +238,7 @@ class LanguageModel:
         Args:
             write: gets the text of the answer to a single prompt in pieces.
             stop: set it, in another thread or a signal handler, to end the answers early.
-            stats: is filled with the counts of drafts.
+            stats: gets the counts of drafts; without drafts, tokens, answers and seconds.
 
         Raises:
             InputError: a prompt is empty or longer than the model allows, or the model or number of
@@ -263,6 +264,7 @@ class LanguageModel:
             name = "stream" if drafts else "streamer"
             arguments[name] = TextStream(self.tokenizer, write, sampling.stop, self.ends)
         writer: Any = self.model  # of transformers or PEFT, whose types differ
+        began = time.monotonic()
         try:
             generated = writer.generate(
                 **{name: tensor.to(self.base.device) for name, tensor in inputs.items()},
@@ -277,7 +279,12 @@ class LanguageModel:
             raise InputError(f"prompt lookup is not possible: {first_line(error)}") from error
         rows = generated[:, start:].tolist()
         is_interrupted = stop is not None and stop.is_set()
-        return [self._answer_of(row, sampling.stop, is_interrupted) for row in rows]
+        answers = [self._answer_of(row, sampling.stop, is_interrupted) for row in rows]
+        if stats is not None and not drafts:  # which count themselves
+            stats.seconds += time.monotonic() - began
+            stats.answers += len(answers)
+            stats.tokens += sum(answer.tokens for answer in answers)
+        return answers
 
     def _answer_of(self, ids: list[int], stop: Sequence[str], is_interrupted: bool) -> Sample:
         """The answer in generated tokens, which may have padding after its end token."""

@@ -97,7 +97,8 @@ def finish(context: Context, state: TrainState, after: dict[str, float] | None) 
     run.end()
     if run.tracker:
         pictures = sorted(run.path.glob("*.png"))
-        scores = named({**run.scores, "objective": run.scores.objective})
+        # under the name that other trainers have as well
+        scores = named({**run.scores, "test": after, "objective": run.scores.objective})
         run.tracker.end(scores, pictures, run.path / ADAPTER, tables_of(run.path))
 
 

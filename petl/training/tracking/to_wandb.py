@@ -18,11 +18,13 @@ from petl.errors import InputError, first_line
 from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.read import read_json
 from petl.system.values import check_rules, field, one_of, real
+from petl.training.runs.config import names_of
 from petl.training.tracking.base import Tracker, TrackerConfig, TrackerTable, metrics_of
 
 ID_FILE = "wandb.json"  # in the run's folder
 Mode = Any  # one of `MODES`, a Literal of W&B
 MODES = ("online", "offline", "disabled", "shared")
+LONGEST_TAG = 64  # characters, W&B's limit
 TIMEOUT = 5.0  # seconds until a network counts as absent; assumption
 logger = logging.getLogger(__name__)
 
@@ -39,8 +41,9 @@ class WandbConfig(TrackerConfig):
 
     project: str = "petl"
     entity: str | None = None
-    group: str | None = None
-    tags: list[str] = field([])
+    group: str | None = None  # None: the method
+    job_type: str = "train"
+    tags: list[str] = field([])  # none: method, ranks, loss, model and data
     run_name: str | None = None
     mode: str | None = field(None, one_of(*MODES))
     save_adapter: bool = False
@@ -78,8 +81,9 @@ class WandbTracker(Tracker):
             self.run = wandb.init(
                 project=settings.project,
                 entity=settings.entity,
-                group=settings.group,
-                tags=settings.tags,
+                group=settings.group or " ".join(names_of(config)[:1]) or None,
+                job_type=settings.job_type,
+                tags=settings.tags or [name[:LONGEST_TAG] for name in names_of(config)],
                 name=settings.run_name or run.name,
                 config=dict(config),
                 dir=run,

@@ -59,6 +59,7 @@ def test_wandb_gets_configuration_and_metadata(tracked):
     (file,) = offline_files(tracked.path)
     (run,) = kinds(file, "run")[:1]
     assert (run.project, run.run_group, run.display_name) == ("mine", "few", "run")
+    assert run.job_type == "train"
     assert list(run.tags) == ["one", "two"]
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["method"]["name"] == "increlora"
@@ -83,7 +84,7 @@ def test_every_line_of_metrics_is_a_step_on_wandb(tracked):
 def test_scores_plots_and_adapter_are_sent_to_wandb(tracked):
     (file,) = offline_files(tracked.path)
     told, scores = summary(file), tracked.scores
-    assert told["after/accuracy"] == scores["after"]["accuracy"]
+    assert told["after/accuracy"] == told["test/accuracy"] == scores["after"]["accuracy"]
     assert told["objective"] == scores["validation"]
     assert told["adapter_bytes"] == scores["adapter_bytes"]
     assert history(file)[4]["pictures/ranks/_type"] == "image-file"
