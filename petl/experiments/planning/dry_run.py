@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -113,6 +114,8 @@ def pass_memory(
             with (
                 torch.set_grad_enabled(trains),
                 torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+                # of values that are not there: transformers counts the tokens of images
+                patch_environment(transformers_disable_torch_check="1"),
             ):
                 loss = model(**inputs).loss
             # between forward and backward, only what autograd saved is alive

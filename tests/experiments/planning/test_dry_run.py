@@ -33,3 +33,11 @@ def test_experts_run_on_shapes_with_and_without_adapters(name, capfd):
     assert 0 < found.kept <= found.peak
     assert found.operations > 2 * 3 * 32 * 24 * 2 * IDS.numel()  # of the experts of a block
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_model_that_counts_the_tokens_of_its_images_runs_on_shapes():
+    case = Case("lora", "llava", {"target_modules": "all-linear"})
+    model, batch = case.wrap(), case.batch()
+    with without_values(model, torch.device("cpu")):
+        found = pass_memory(model, batch, torch.device("cpu"))
+    assert found.peak > found.kept > 0
