@@ -63,7 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
         published = read_published()
         for claim in claims:
             folder = arguments.folder.absolute() / "quick"
-            spot_table(claim, spot_check(claim, published[claim.name], folder)).print(claim.title)
+            known = published[claim.name]
+            spot_table(claim, known, spot_check(claim, known, folder)).print(claim.title)
     else:
         try_all(claims, arguments)
 

@@ -9,6 +9,7 @@ from claims.claim import EDIT, Claim, Statement
 from claims.measures import ACCURACY, Measure
 from claims.results import Map, Result, Scored, read_published
 from claims.verdicts import NOT_YET, Verdict, verdict
+from petl.experiments.reports.comparison_report import DEVIATIONS, outlying
 from petl.experiments.reports.formatting import Table, duration, mean_text, number, seeds_text, size
 from petl.experiments.sweeps.study import FIRST
 
@@ -82,12 +83,15 @@ def summary(claim: Claim, result: Result | None) -> Table:
     return Table([*columns, "asked for", "would tell with a power of 0.5"], rows)
 
 
-def spot_table(claim: Claim, found: Mapping[str, tuple[float, float]]) -> Table:
+def spot_table(claim: Claim, known: Result, found: Mapping[str, float]) -> Table:
     """Return what a spot check found beside what is published, by contender."""
-    measure = claim.measures[0]
-    rows = [[words, measure.show(old), measure.show(new)] for words, (old, new) in found.items()]
-    title = f"{measure.title}, seed {claim.setting.seeds[0]}"
-    return Table(["contender", f"{title}: published", "now"], rows)
+    measure, seed, rows = claim.measures[0], claim.setting.seeds[0], []
+    for words, now in found.items():
+        scores = known.contenders[words].scores
+        spread = f"{measure.show(min(scores.values()))} to {measure.show(max(scores.values()))}"
+        rows.append([words, measure.show(scores[str(seed)]), measure.show(now), spread])
+    title = f"{measure.title}, seed {seed}"
+    return Table(["contender", f"{title}: published", "now", "all published seeds"], rows)
 
 
 def listing() -> Table:
@@ -188,7 +192,12 @@ def section(claim: Claim, result: Result | None) -> Iterator[str]:
         if claim.since:
             yield f"In brackets: the difference from {claim.labels[claim.since]!r}."
         yield from (table for each in result.maps for table in heat_map(each))
-    limits = [*at_the_edge(claim, result), *claim.setting.limits, *claim.limits]
+    limits = [
+        *at_the_edge(claim, result),
+        *far_off(claim, result),
+        *claim.setting.limits,
+        *claim.limits,
+    ]
     yield "\n".join(["What this does not cover:\n", *(f"- {each}" for each in limits)])
     if result is not None and result.environment:
         yield "\n".join(f"- {key}: {value}" for key, value in circumstances(result))
@@ -254,6 +263,18 @@ def at_the_edge(claim: Claim, result: Result | None) -> list[str]:
         return []
     said = "Learning rates at an end of those that were tried, beyond which a better one may lie"
     return [f"{said}: {', '.join(edge)}."]
+
+
+def far_off(claim: Claim, result: Result | None) -> list[str]:
+    """Return a sentence on seeds that are far from the others of their contender."""
+    show, found = claim.measures[0].show, []
+    for words, each in result.contenders.items() if result else ():
+        for seed in outlying(each.scores):
+            rest = fmean(score for other, score in each.scores.items() if other != seed)
+            score = show(each.scores[seed])
+            found.append(f"{claim.labels[words]}, seed {seed} ({score}, the others {show(rest)})")
+    said = f"Seeds more than {DEVIATIONS} standard deviations from the others"
+    return [f"{said}: {'; '.join(found)}."] if found else []
 
 
 def heat_map(found: Map) -> list[str]:

@@ -144,7 +144,7 @@ def try_claim(claim: Claim, folder: Path, command: str, jobs: int = 1, together:
     return measure(claim, folder, command)
 
 
-def spot_check(claim: Claim, known: Result, folder: Path) -> dict[str, tuple[float, float]]:
+def spot_check(claim: Claim, known: Result, folder: Path) -> dict[str, float]:
     """Train one seed of the contenders of a claim's first statement, at the published rates.
 
     Args:
@@ -152,7 +152,7 @@ def spot_check(claim: Claim, known: Result, folder: Path) -> dict[str, tuple[flo
         folder: of the runs; a stopped check resumes in it.
 
     Returns:
-        The published value of the claim's first measure and the one found now, by contender.
+        The value of the claim's first measure, by contender.
     """
     statement, seed, found = claim.statements[0], claim.setting.seeds[0], {}
     main = claim.measures[0]
@@ -167,7 +167,7 @@ def spot_check(claim: Claim, known: Result, folder: Path) -> dict[str, tuple[flo
         if EDIT in words:
             edit_all(one, Contender(words), folder)
         run = finished(one, Contender(words), folder)[seed]
-        found[words] = known.contenders[words].scores[str(seed)], float(main.values(run).mean())
+        found[words] = float(main.values(run).mean())
     return found
 
 

@@ -244,7 +244,10 @@ def test_a_claim_is_tried_written_and_resumed(claim, tmp_path, made, monkeypatch
     # a spot check trains one seed of the first statement again, and finds the same
     checked = running.spot_check(claim, found, tmp_path / "quick")
     assert made == ["runs/lora-r-4/seed-0", "runs/lora-r-1/seed-0"]
-    assert checked == {words: (found.contenders[words].scores["0"],) * 2 for words in (WIDE, THIN)}
+    assert checked == {words: found.contenders[words].scores["0"] for words in (WIDE, THIN)}
+    _, published, now, spread = page.spot_table(claim, found, checked).rows[0]
+    assert published == now
+    assert published in spread.split(" to ")
 
     # the page has the numbers of the file, the picture its verdicts
     monkeypatch.setattr(page, "CLAIMS", {"tiny": claim})

@@ -1,9 +1,10 @@
 """The file of a store: states of rows, unpadded and end to end, memory-mapped.
 
 A store is a folder, complete or absent, with states.bin (values of all rows [N, ...]), index.npy
-(of each row its key, where its values start and stop, and the XXH3 of their bytes, sorted by key)
-and store.json, which has the XXH3 of the index and of its own entries. All of them are compared
-before a value is used: who finds a damaged store makes it again.
+(of each row its key, and where its values start and stop, sorted by key) and store.json, which has
+the XXH3 of both files and of its own entries. All of them are compared before a value is used: who
+finds a damaged store makes it again. Once a process, that takes about a fifth of the processor time
+of reading the rows once, 0.1 s a gigabyte: as fast as memory is read.
 """
 
 import json
@@ -30,9 +31,9 @@ from petl.system.files.disk import as_json, atomic_folder, create, remove, write
 from petl.system.files.read import read_json
 from petl.system.processes import release, try_claim
 
-FORMAT = 3  # increment when files or the meaning of keys change
+FORMAT = 4  # increment when files or the meaning of keys change
 STATES, INDEX, ABOUT = "states.bin", "index.npy", "store.json"
-ENTRY = np.dtype([("key", f"S{KEY_BYTES}"), ("start", "i8"), ("stop", "i8"), ("check", "u8")])
+ENTRY = np.dtype([("key", f"S{KEY_BYTES}"), ("start", "i8"), ("stop", "i8")])
 CONTENT = "content"  # the folder that is complete or absent, next to the lock
 MARGIN = 64 * 2**20  # bytes that stay free on the disk
 WAIT = 0.2  # seconds between looks at a store that another process fills
@@ -85,6 +86,7 @@ class About(TypedDict):
 
     form: Settings
     index: str  # XXH3 of the file
+    states: str  # likewise
     own: str  # XXH3 of the other entries
 
 
@@ -117,10 +119,7 @@ class Store:
         ).view(shape)
         # all at once, in the order of the file, which also brings it into memory
         content = memoryview(self.states.view(-1).view(torch.uint8).numpy())
-        each = self.form.bytes_each
-        for entry in np.sort(self.index, order="start"):
-            part = content[entry["start"] * each : entry["stop"] * each]
-            self._compare(STATES, xxhash.xxh3_64_intdigest(part) == entry["check"])
+        self._compare(STATES, _digest(content) == about["states"])
 
     def _compare(self, name: str, is_equal: bool) -> None:
         if not is_equal:
@@ -213,19 +212,20 @@ def write(
     index: np.ndarray = np.empty(len(keys), ENTRY)
     index["key"], index["start"], index["stop"] = keys, ends - lengths, ends
     with atomic_folder(folder / CONTENT) as draft:
+        written = xxhash.xxh3_64()
         with create(draft / STATES) as opened:
-            for entry, part in zip(index, parts, strict=True):
+            for part, _ in zip(parts, keys, strict=True):
                 content = part.contiguous().view(torch.uint8).numpy()
-                entry["check"] = xxhash.xxh3_64_intdigest(content)
+                written.update(content)
                 opened.write(content)
         with create(draft / INDEX) as opened:
             np.save(opened, np.sort(index, order="key"), allow_pickle=False)
-        digest = _digest((draft / INDEX).read_bytes())
-        content = {"format": FORMAT, "form": asdict(form), "index": digest, **about}
+        digests = {"index": _digest((draft / INDEX).read_bytes()), "states": written.hexdigest()}
+        content = {"format": FORMAT, "form": asdict(form), **digests, **about}
         write_json(draft / ABOUT, {**content, "own": _digest(as_json(content).encode())})
 
 
-def _digest(content: bytes) -> str:
+def _digest(content: bytes | memoryview) -> str:
     return xxhash.xxh3_64_hexdigest(content)
 
 

@@ -4,7 +4,7 @@ import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from petl.data.tasks.scores import is_percentage
 from petl.errors import markdown as escaped
@@ -27,6 +27,7 @@ from petl.training.runs.records import REPORT
 HTML, MARKDOWN = "index.html", "results.md"
 DEVIATIONS = 4  # of a seed's score from the others, beyond which it is named
 MIN_SEEDS = 3  # below this, the sentences do not rank the entries (assumption)
+Seed = TypeVar("Seed", int, str)
 logger = logging.getLogger(__name__)
 
 
@@ -271,7 +272,7 @@ def about_seeds(comparison: Comparison) -> list[str]:
     return sentences
 
 
-def outlying(scores: Mapping[int, float]) -> list[int]:
+def outlying(scores: Mapping[Seed, float]) -> list[Seed]:
     """Return the seeds whose score is far from those of the others, of at least four seeds."""
     found = []
     for seed, value in scores.items():

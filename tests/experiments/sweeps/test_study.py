@@ -11,7 +11,7 @@ from training_fixtures import Tiny, main
 
 import petl
 from petl.errors import InputError, RunStopped
-from petl.experiments.sweeps.study import Contender, Study, StudyJob
+from petl.experiments.sweeps.study import Contender, Study, StudyJob, told_apart
 from petl.training.compose import compose
 
 pytest_plugins = ["training_fixtures"]
@@ -239,6 +239,13 @@ def test_a_rate_is_chosen_by_three_seeds_and_the_lower_of_equals(
     before = len(tuned)
     small(tiny, tmp_path, **one).run()  # the same command trains nothing
     assert len(tuned) == before
+
+
+@pytest.mark.parametrize(("gains", "expected"), [((0, 1, 4), True), ((-1, 0, 3), False)])
+def test_rates_are_told_apart_by_one_standard_error_of_the_mean(gains, expected):
+    """The deviation of both is 2.1 and the error 1.2; the means are 1.7 and 0.7."""
+    best = {seed: (0.5 + gain, 0.0) for seed, gain in enumerate(gains)}
+    assert told_apart(best, dict.fromkeys(best, (0.5, 0.0))) is expected
 
 
 def test_a_rate_that_was_tried_before_counts_and_runs_with_another_one_are_replaced(
