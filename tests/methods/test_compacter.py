@@ -350,7 +350,8 @@ def test_initial_values_have_the_expected_distributions():
     plain = adapters(start(w_init="normal", phm_init_range=0.3, factorized_phm=False))["wide"]
     assert plain.up_weight.std().item() == pytest.approx(0.3, rel=0.02)
     uniform = shared(start(phm_c_init="uniform")).rule
-    assert 0.98 < uniform.abs().max() <= 1
+    assert 0.98 < uniform.max() <= 1
+    assert -1 <= uniform.min() < -0.98
     low = adapters(start(projection="lowrank", phm_dim=4))["wide"]
     assert low.down_left.shape == (4096, 1)
     assert low.down_left.abs().max() <= math.sqrt(12 / 4097)

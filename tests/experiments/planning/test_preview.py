@@ -96,6 +96,9 @@ def test_a_split_without_examples_has_no_quantiles(families, tiny, task):
     columns, rows = size_table(found)
     assert [len(row) for row in rows] == [len(columns)] * 2
     assert rows[1][5:] == ["-"] * (len(columns) - 5)
+    assert rows[0][5:10] == full.lengths
+    columns, _ = size_table(Preview("", "pixels", [empty], []))
+    assert not any("median" in name for name in columns)
     for columns, rows in label_tables(found):
         assert all(len(row) == len(columns) for row in rows)
 

@@ -8,7 +8,14 @@ from tiny_tokenizers import byte_tokenizer
 from transformers import GenerationConfig
 
 from petl.errors import InputError
-from petl.generation.inference.sampling import Sampling, StopEvent, StopTexts, TextStream
+from petl.generation.inference.sampling import (
+    AnswerText,
+    Sampling,
+    StopEvent,
+    StopTexts,
+    TextStream,
+    before_stop,
+)
 
 GREEDY = GenerationConfig()
 SAMPLED = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, max_new_tokens=7)
@@ -93,3 +100,19 @@ def test_an_event_stops_all_rows():
     assert criterion(torch.zeros(2, 3), None).tolist() == [False, False]
     event.set()
     assert criterion(torch.zeros(2, 3), None).tolist() == [True, True]
+
+
+class Words:
+    """A tokenizer that writes a space in front of each word but the first, as SentencePiece."""
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join("abcd"[i] for i in ids)
+
+
+def test_a_word_is_decoded_behind_the_one_before_it():
+    answer = AnswerText(Words(), ())
+    assert [answer.add(token)[0] for token in (0, 1, 2, 3)] == ["a", " b", " c", " d"]
+
+
+def test_a_text_ends_before_the_first_of_several_stop_texts():
+    assert before_stop("one. two! three", ["!", "."]) == "one"

@@ -71,6 +71,18 @@ def test_evaluation_missing_labels_and_weight_0_leave_the_task_loss():
     torch.testing.assert_close(term.loss, value)  # computed anyway, for the log
 
 
+def test_a_part_in_evaluation_mode_is_not_counted():
+    """Such as a frozen part of a model that trains."""
+    batch, acts = batch_of("llama-relu"), [f"model.layers.{i}.mlp.act_fn" for i in (0, 1)]
+    whole, part = lora(llama()).train(), lora(llama()).train()
+    both, other = dense(whole, activation_modules=acts), dense(part, activation_modules=acts[1:])
+    whole.get_base_model().get_submodule(acts[0]).eval()
+    for model in (whole, part):
+        model(**batch).loss.backward()
+    torch.testing.assert_close(both.loss, other.loss)
+    assert_same(gradients(whole), gradients(part))
+
+
 def test_forwards_without_a_loss_do_not_add_up():
     model, batch = lora(llama()), batch_of("llama-relu")
     total, expected, _, _ = written_out(model, batch)

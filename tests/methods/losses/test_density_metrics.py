@@ -22,6 +22,7 @@ from petl.adapters.export import saved_adapter
 from petl.data.tasks.base import Pad, batch_of_texts
 from petl.data.tasks.causal_lm import CausalLM
 from petl.errors import InputError
+from petl.methods.losses.density.ppl import PplLayer
 from petl.training.evaluate import Evaluator
 
 pytest_plugins = ["training_fixtures"]
@@ -148,6 +149,18 @@ def cett(weight, a, threshold):
     parts = [a[t][:, None] * weight.t() for t in range(len(a))]  # [F, O]: each neuron's output
     left = [p[p.norm(dim=1) < threshold].sum(0).norm() / p.sum(0).norm() for p in parts]
     return float(torch.stack(left).mean())
+
+
+@torch.no_grad()
+def test_the_bias_of_a_layer_is_no_part_of_what_is_left_out():
+    layer = nn.Linear(6, 3)
+    a = torch.randn(5, 6)
+    found = PplLayer("down", layer)
+    found.held = [a]
+    found.begin()
+    left = a * (a.abs() * layer.weight.norm(dim=0) < 0.4)
+    expected = (left @ layer.weight.t()).norm(dim=1) / layer(a).norm(dim=1)
+    assert found.cett(0.4) == pytest.approx(float(expected.mean()), rel=1e-5)
 
 
 def trained(model, batch):
