@@ -4,6 +4,8 @@
     python scripts/chaos.py --job stored       # states of frozen blocks, read from a store
     python scripts/chaos.py --job study        # several runs, one after another
     python scripts/chaos.py --job together     # runs that train in one pass
+    python scripts/chaos.py --job draft        # petl draft, and the drafter that it writes
+    python scripts/chaos.py --job serve        # petl serve, its clients and its adapters
 
 Each fault hits a process of training (MiniLM on a few WordNet examples, checkpoints every few
 steps) at a random moment; the same command then goes on, a run with another number of DataLoader
@@ -28,6 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from chaos_serving import JOBS as OF_ANSWERS
+from chaos_serving import try_faults
 from safetensors.torch import load_file
 
 from petl.cli.arguments import COUNT, SEED, folder_to_write, number, some_of
@@ -93,6 +97,8 @@ def main() -> int:
     """Run the command; return its exit status."""
     command_line = parser()
     arguments = command_line.parse_args()
+    if arguments.job in OF_ANSWERS:
+        return try_faults(arguments.job, arguments.faults, arguments.seed)
     if not kinds_of(arguments):
         command_line.error(f"--kinds {','.join(arguments.kinds)} needs --processes of 2 or more")
     settings = settings_of(arguments)
@@ -530,7 +536,7 @@ def parser() -> argparse.ArgumentParser:
         "--processes", type=COUNT, default=1, metavar="N", help="of the run (1)"
     )
     command_line.add_argument(
-        "--job", choices=JOBS, default="train", help="what is disturbed (train)"
+        "--job", choices=[*JOBS, *OF_ANSWERS], default="train", help="what is disturbed (train)"
     )
     command_line.add_argument("--method", default="lora", metavar="NAME", help="method (lora)")
     command_line.add_argument("--seed", type=SEED, default=0, help="seed of the moments and files")

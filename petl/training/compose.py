@@ -61,6 +61,10 @@ def compose(overrides: Sequence[str], config: str = CONFIG) -> DictConfig:
     GlobalHydra.instance().clear()
     search_users_dirs()
     words = hydra_words(overrides)
+    for group, name in re.findall(r"^\+?(\w+)=(\S*/\S*)$", "\n".join(words), re.MULTILINE):
+        # Hydra would follow a path to a configuration of another kind
+        if group in groups() and name not in options_of(group):
+            raise InputError(f"no {group} {name!r}{did_you_mean(name, options_of(group))}")
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             return hydra_compose(config, words)
@@ -91,7 +95,8 @@ def explain(error: Exception, overrides: Sequence[str] | None = None, config: st
             return explain_word(error.override)
         return f"{error.override!r} cannot be read; put values with special characters in quotes"
     # Hydra has no error classes for these two
-    twice = re.match(r"(?P<group>\w+) appears more than once", str(error))
+    several = r"(Multiple values for )?(?P<group>\w+)( appears more than once|\. To override)"
+    twice = re.match(several, str(error))
     if twice:
         return (
             f"{twice['group']} is chosen twice; a recipe such as +method=deft chooses one itself, "

@@ -42,6 +42,8 @@ def find_runs(paths: Iterable[Path]) -> RunList:
     for path in paths:
         # a run in progress has scores.json too, hence `is_finished`
         folders = {file.parent for file in Path(path).rglob(SCORES)}
+        # `petl eval` writes one beside the files of its run
+        folders = {f for f in folders if (f / CONFIG).exists() or not (f.parent / CONFIG).exists()}
         for folder in sorted(folders):
             try:
                 if is_finished(folder):

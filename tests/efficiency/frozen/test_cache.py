@@ -22,6 +22,7 @@ from petl.efficiency.frozen.prefix import find_prefix
 from petl.errors import UnsupportedError
 
 ROWS, K = 12, 2  # of 3 blocks in the tiny Llama
+pytest_plugins = ["training_fixtures"]
 NEAR = {"rtol": 0, "atol": 1e-5}
 
 

@@ -12,6 +12,7 @@ from petl.efficiency.frozen.keys import KEY_BYTES
 from petl.efficiency.frozen.store import CONTENT, OutputSpec, Store, exists, locked, size_of, write
 from petl.errors import InputError
 
+pytest_plugins = ["training_fixtures"]
 FORM = OutputSpec("float32", [4], 0, 0)
 KEYS = [bytes([n]) * (KEY_BYTES - 1) + b"\0" for n in (7, 3, 200)]
 LENGTHS = [3, 1, 2]
