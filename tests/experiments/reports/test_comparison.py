@@ -5,6 +5,7 @@ from comparable import write_run
 
 from petl.errors import InputError
 from petl.experiments.reports import comparison
+from petl.experiments.reports.find_runs import find_runs
 
 pytest_plugins = ["training_fixtures"]
 
@@ -186,6 +187,14 @@ def test_each_data_set_has_a_comparison_of_its_own(tmp_path):
 def test_unfinished_runs_are_left_out(study):
     write_run(study / "tuned", 0.9, "+method=lora", "train.seed=7", after=None)
     assert all(run.seed < 3 for run in only([study]).runs)
+
+
+def test_an_evaluation_in_a_run_is_no_run(study):
+    """That of a writer has a count of tokens that no run has."""
+    place = study / "lora" / "seed-0" / "eval-new"
+    place.mkdir()
+    (place / "scores.json").write_text('{"loss": 7.0, "tokens": 50.0, "after": {"loss": 7.0}}')
+    assert find_runs([study]).left_out == []
 
 
 def test_runs_without_test_scores_are_compared_by_validation_scores(tmp_path):
