@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,8 @@ def serve(options: ServeOptions) -> None:
             logger.info("model %s: %s", each.name, _described(each))
         logger.info("serving on http://%s:%d/v1 (Ctrl-C ends it)", host, port)
 
+    # uvicorn ends its connections, then lets the signal end the process: as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     hosts = {LOCAL, options.host.lower(), *map(str.lower, options.allow_host)}
     app.run(app.build_app(service, key, hosts), engine, bound, ready)
     logger.info("the server has ended")

@@ -1,6 +1,7 @@
 """`petl serve` as its clients see it: the official client, and a process that the test starts."""
 
 import asyncio
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -182,7 +183,10 @@ def test_a_client_that_goes_frees_its_place(client, server):
         time.sleep(0.02)
 
 
-def test_ctrl_c_ends_answers_and_the_server(writers, tmp_path):
+@pytest.mark.parametrize(
+    "sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.thorough)]
+)
+def test_a_signal_ends_answers_and_the_server(writers, tmp_path, sent):
     with started(tmp_path / "log", f"m={writers.folder / 'lora'}", "--api-key", "secret") as server:
         with pytest.raises(openai.AuthenticationError), server.client() as client:
             client.models.list()
@@ -191,7 +195,7 @@ def test_ctrl_c_ends_answers_and_the_server(writers, tmp_path):
                 model="m", messages=HI, max_tokens=200, stream=True, logit_bias={"3": -100}
             )
             next(iter(stream))
-            interrupting = threading.Thread(target=server.interrupt)
+            interrupting = threading.Thread(target=server.interrupt, args=(sent,))
             interrupting.start()
             with pytest.raises(openai.APIError, match="stopping"):
                 for _ in stream:
