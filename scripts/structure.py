@@ -31,7 +31,7 @@ BUDGETS = {
     "core": 12200,
     "efficiency": 8150,
     "data": 11150,
-    "training": 14300,
+    "training": 14350,
     "methods": 18250,
     "adapters": 7700,
     "generation": 4850,
