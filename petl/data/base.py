@@ -4,7 +4,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, ClassVar, TypeVar
@@ -92,6 +92,7 @@ class RawData:
     Attributes:
         format: in which format the rows were; "" if settings name all columns.
         skipped: rows that were left out since they cannot be used, by split.
+        near_duplicates: similarity from which on a test row is nearly a training row; None: none.
     """
 
     task: "Task"
@@ -100,6 +101,7 @@ class RawData:
     name: str
     format: str = ""
     skipped: Mapping[str, Sequence[FaultyRow]] = field({})
+    near_duplicates: float | None = None
 
 
 @dataclass(kw_only=True)
@@ -122,6 +124,8 @@ class Source(ABC):
     # with by_class: passes over the rows of a class; None: 1
     stream_repeats: int | None = field(None, integer(1))
     allow_overlap: bool = False  # a test set that is mostly training rows
+    # similarity of test rows and training rows from which on they are counted too, by MinHash
+    near_duplicates: float | None = field(None, bounded(gt=0, lt=1))
 
     def __post_init__(self) -> None:
         if self.task not in self.serves:
@@ -188,7 +192,8 @@ def read_data(cfg: DictConfig | Mapping[str, object]) -> RawData:
     Raises:
         InputError: a setting or a row is wrong.
     """
-    return data_source(cfg).read()
+    source = data_source(cfg)
+    return replace(source.read(), near_duplicates=source.near_duplicates)
 
 
 def as_dataset(data: RawData, max_rows: int) -> "Dataset":

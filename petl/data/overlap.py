@@ -1,10 +1,13 @@
-"""Test rows that are training rows: exactly, or but for case, space and punctuation."""
+"""Test rows that are training rows: exactly, but for case, space and punctuation, or nearly."""
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from petl.errors import InputError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -12,6 +15,8 @@ if TYPE_CHECKING:
     from petl.data.tasks.base import Task
 
 WORDS = re.compile(r"\w+")
+PERMUTATIONS, SHINGLE = 128, 3  # of MinHash; words of a shingle
+RECALL = (0.1, 0.9)  # weights of candidates that are not similar, and of misses
 CONTENT = ("sha256", "pixels")  # columns of images and sounds, whose paths may differ
 
 
@@ -22,46 +27,130 @@ class Overlap:
     Attributes:
         exact: exactly.
         alike: further ones that differ in case, space or punctuation alone.
+        near: further ones that are similar (`data.near_duplicates`); None: not looked for.
     """
 
     rows: int
     exact: int
     alike: int
+    near: int | None = None
 
-    @classmethod
-    def of(cls, task: "Task", train: "Dataset", test: "Dataset") -> "Overlap | None":
-        """Compare raw rows; None if their columns name no input."""
-        columns = input_columns(task, train.column_names)
-        if not columns or not {*columns} <= {*test.column_names}:
-            return None
-        train, test = train.select_columns(columns), test.select_columns(columns)
-        return cls.of_texts(map(input_text, train), map(input_text, test))
-
-    @classmethod
-    def of_texts(cls, train: Iterable[str], test: Iterable[str]) -> "Overlap":
-        """Compare the inputs of rows."""
-        # hashes: the texts of all rows at once may fill the memory
-        known, near = set(), set()
-        for text in train:
-            known.add(hash(text))
-            near.add(hash(normalized(text)))
-        rows = exact = alike = 0
-        for text in test:
-            rows += 1
-            if hash(text) in known:
-                exact += 1
-            elif hash(normalized(text)) in near:
-                alike += 1
-        return cls(rows, exact, alike)
+    @property
+    def found(self) -> int:
+        """Test rows that are training rows, of each kind."""
+        return self.exact + self.alike + (self.near or 0)
 
     @property
     def is_most(self) -> bool:
         """True if more than half of the test rows are training rows."""
-        return 2 * (self.exact + self.alike) > self.rows
+        return 2 * self.found > self.rows
+
+    def entry(self) -> dict[str, int]:
+        """The entry of scores.json."""
+        return {name: count for name, count in vars(self).items() if count is not None}
 
     def __str__(self) -> str:
-        near = f", {self.alike} of them but for case, space and punctuation" if self.alike else ""
-        return f"{self.exact + self.alike} of {self.rows} test rows occur in training{near}"
+        other = f", {self.alike} of them but for case, space and punctuation" if self.alike else ""
+        other += f", {self.near} of them nearly" if self.near else ""
+        return f"{self.found} of {self.rows} test rows occur in training{other}"
+
+
+class TrainingInputs:
+    """The inputs of training rows, as hashes: the texts of all rows at once may fill the memory.
+
+    Args:
+        texts: one a row.
+        similarity: from which on a text is nearly one of them, in (0, 1): the Jaccard index of
+            their sets of three words in a row, estimated by MinHash; None: none is.
+        columns: of raw rows that are their input.
+    """
+
+    def __init__(
+        self, texts: Iterable[str], similarity: float | None = None, columns: Sequence[str] = ()
+    ) -> None:
+        self.columns = columns
+        self._exact, self._alike = set[int](), set[int]()
+        self._near = None if similarity is None else NearTexts(similarity)
+        for text in texts:
+            self._exact.add(hash(text))
+            words = normalized(text)
+            if self._near is not None and hash(words) not in self._alike:
+                self._near.add(words)
+            self._alike.add(hash(words))
+
+    @classmethod
+    def of(
+        cls, task: "Task", train: "Dataset", similarity: float | None = None
+    ) -> "TrainingInputs | None":
+        """Read the inputs of raw rows; None if their columns name none."""
+        columns = input_columns(task, train.column_names)
+        rows = train.select_columns(columns)
+        return cls(map(input_text, rows), similarity, columns) if columns else None
+
+    def __contains__(self, text: str) -> bool:
+        return hash(normalized(text)) in self._alike
+
+    def overlap(self, test: "Dataset") -> Overlap | None:
+        """Compare raw test rows; None if they lack a column of the training rows."""
+        if not {*self.columns} <= {*test.column_names}:
+            return None
+        return self.compare(map(input_text, test.select_columns(self.columns)))
+
+    def compare(self, texts: Iterable[str]) -> Overlap:
+        """Compare the inputs of test rows."""
+        rows = exact = alike = near = 0
+        for text in texts:
+            rows += 1
+            words = normalized(text)
+            if hash(text) in self._exact:
+                exact += 1
+            elif hash(words) in self._alike:
+                alike += 1
+            elif self._near is not None and words in self._near:
+                near += 1
+        return Overlap(rows, exact, alike, None if self._near is None else near)
+
+
+class NearTexts:
+    """Texts of which one that is similar is found, by the package datasketch.
+
+    Raises:
+        InputError: the package is missing.
+    """
+
+    def __init__(self, similarity: float) -> None:
+        try:
+            self._package: Any = import_module("datasketch")
+        except ImportError as error:
+            raise InputError(
+                f"data.near_duplicates={similarity:g} needs the package datasketch: pip install "
+                "'petl[near]', or leave it null"
+            ) from error
+        self._similarity, self._sketches = similarity, list[Any]()
+        self._index = self._package.MinHashLSH(
+            threshold=similarity, num_perm=PERMUTATIONS, weights=RECALL
+        )
+
+    def add(self, words: str) -> None:
+        """Add a text, as `normalized` returns it."""
+        sketch = self._sketch(words)
+        self._index.insert(len(self._sketches), sketch)
+        self._sketches.append(sketch)
+
+    def __contains__(self, words: str) -> bool:
+        sketch = self._sketch(words)
+        return any(
+            sketch.jaccard(self._sketches[number]) >= self._similarity
+            for number in self._index.query(sketch)
+        )
+
+    def _sketch(self, words: str) -> Any:
+        each = words.split()
+        parts = zip(*(each[i:] for i in range(SHINGLE)), strict=False)
+        shingles = {" ".join(part) for part in parts} or {words}
+        sketch = self._package.MinHash(num_perm=PERMUTATIONS)
+        sketch.update_batch([shingle.encode() for shingle in shingles])
+        return sketch
 
 
 def input_columns(task: "Task", names: Iterable[str]) -> list[str]:

@@ -32,7 +32,7 @@ from petl.data.batch_sampler import (
     StepSampler,
     permutation,
 )
-from petl.data.overlap import Overlap
+from petl.data.overlap import Overlap, TrainingInputs
 from petl.data.streaming import StreamedRows
 from petl.data.tasks.base import NON_INPUT_PREFIX, Row, Task
 from petl.data.tasks.classification import SingleLabelTask
@@ -69,6 +69,7 @@ class Splits:
         mixture: of the tasks of the train rows; None: each epoch visits each row once.
         overlap: test rows that are training rows; None: unknown.
         skipped: rows that cannot be used and were left out, by split.
+        inputs: of the training rows; None: unknown.
     """
 
     task: Task
@@ -83,6 +84,7 @@ class Splits:
     mixture: "TaskMixture | None" = None
     overlap: Overlap | None = None
     skipped: Mapping[str, Sequence[FaultyRow]] = field(default_factory=dict)
+    inputs: TrainingInputs | None = None
 
     @property
     def mixed(self) -> "Splits":
@@ -141,16 +143,20 @@ class TrainingRows(NamedTuple):
 
     Attributes:
         settings: under `train`.
+        processor: that encoded the rows.
         train: encoded rows; a stream is encoded while it is read.
         order: of the rows; None: shuffled in each epoch.
         mixture: which rows an epoch visits; None: each row once.
+        inputs: of the raw rows; None: unknown.
     """
 
     task: Task
     settings: TrainConfig
+    processor: Processor
     train: Dataset | Stream
     order: StepOrder | None = None
     mixture: "TaskMixture | None" = None
+    inputs: TrainingInputs | None = None
 
 
 def encode_splits(
@@ -175,20 +181,21 @@ def encode_splits(
     # a stream is encoded while it is read, by the loader
     if isinstance(data.train, Stream):
         for choose in orders:  # which may refuse it
-            choose(TrainingRows(task, settings, data.train))
+            choose(TrainingRows(task, settings, processor, data.train))
         return stream_splits(data, processor, settings, accelerator)
     sources = numbered(data.test)
     with accelerator.main_process_first():  # the others then read its cache
         train, test = task.encode(processor, data.train), task.encode(processor, sources)
         warn_about_truncation(task, processor, data.test, test)
-    overlap = Overlap.of(task, data.train, data.test)
-    if overlap is not None and overlap.exact + overlap.alike:
+    inputs = TrainingInputs.of(task, data.train, data.near_duplicates)
+    overlap = inputs.overlap(data.test) if inputs else None
+    if overlap is not None and overlap.found:
         logger.warning("%s: the model may know them by heart", overlap)
     train, validation = hold_out(train, settings.validation_fraction, task.group)
     warn_about_labels(task, {"training": train, "validation": validation, "test": test})
     multiple = 1 if accelerator.device.type == "cpu" else 8  # tensor cores need multiples of 8
     collate = task.collate(processor, multiple)
-    rows = TrainingRows(task, settings, train)
+    rows = TrainingRows(task, settings, processor, train, inputs=inputs)
     for choose in orders:
         rows = choose(rows)
     train, order, mixture = rows.train, rows.order, rows.mixture
@@ -213,6 +220,7 @@ def encode_splits(
         mixture=mixture,
         overlap=overlap,
         skipped=data.skipped,
+        inputs=inputs,
     )
     settings.warmup_steps(splits.sampler(settings).steps)  # raise before a model is loaded
     return splits

@@ -386,10 +386,13 @@ class Loop:
             raise self.diverged(
                 f"after step {state.step} the validation {broken} was {scores[broken]:g}"
             )
-        self.run.log.append({"step": state.step, "validation": scores})
+        features = self.context.features
+        beyond = max((each.at_evaluation(self.context, state.step) for each in features), default=0)
+        line = {"step": state.step, "validation": scores}
+        self.run.log.append({**line, "excess": beyond} if beyond else line)
         self.bar.show_validation(task.metric, scores[task.metric])
         logger.info("step %d: validation %s %.4f", state.step, task.metric, scores[task.metric])
-        return state.note(scores, task)
+        return state.note(scores, task, beyond)
 
     def save(self) -> None:
         """Write a checkpoint, never of a state that is not finite."""

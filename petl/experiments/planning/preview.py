@@ -12,7 +12,7 @@ from rich.text import Text
 from petl.data.base import Stream, as_dataset, read_data
 from petl.data.learned import BRACKETS, PreviewSpan, pieces
 from petl.data.models.loading import load_processor
-from petl.data.overlap import Overlap
+from petl.data.overlap import Overlap, TrainingInputs
 from petl.data.tasks.base import Row, Task
 from petl.data.tasks.encoding_cache import encode_once
 from petl.errors import printable
@@ -81,6 +81,7 @@ def preview(cfg: DictConfig, examples: int = 3) -> Preview:
     limited = (
         f", the first {STREAM_ROWS} rows of the stream" if isinstance(data.train, Stream) else ""
     )
+    inputs = TrainingInputs.of(task, splits["train"], data.near_duplicates)
     train = encoded["train"].select(range(min(examples, len(encoded["train"]))))
     return Preview(
         title=" · ".join(
@@ -96,7 +97,7 @@ def preview(cfg: DictConfig, examples: int = 3) -> Preview:
         unit=task.unit,
         parts=[statistics(name, task, processor, splits[name], encoded[name]) for name in splits],
         examples=[decode(task, processor, row) for row in train],
-        overlap=Overlap.of(task, splits["train"], data.test),
+        overlap=inputs.overlap(data.test) if inputs else None,
     )
 
 

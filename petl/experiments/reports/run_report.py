@@ -87,7 +87,16 @@ CHARTS = {  # of further keys of the log: title, and label of the vertical axis
     "sparsity": ("Sparsity", "share of the adapted weights to prune"),
     "pruned_share": ("Changes of the mask", "share of weights pruned or restored"),
 }
-NOT_DRAWN = {"step", "epoch", "tokens", "padding", "seconds"}
+NOT_DRAWN = {
+    "retained_lost",
+    "retained_drift",
+    "excess",
+    "step",
+    "epoch",
+    "tokens",
+    "padding",
+    "seconds",
+}
 NOT_SCORES = (*COUNTS, "lr")  # next to the scores of an evaluation
 MIN_SECONDS = 1e-3  # activities that took less are left out of the chart of times
 

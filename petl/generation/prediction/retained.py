@@ -1,28 +1,27 @@
 """What a saved adapter's model has lost on retained texts: `petl eval RUN --retain`."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from petl.adapters.export.saved_adapter import SavedAdapter
-from petl.core.registry import keeps_base
 from petl.generation.prediction.evaluation import is_place
 from petl.system.files.disk import as_json, check_writable, write_atomic
 from petl.system.files.outputs import check_output
 from petl.system.processes import is_first
-from petl.training.retain.measure import Retained, compare, encode_texts
+from petl.training.retain.drift import Drift
+from petl.training.retain.measure import Retained, has_base, measured
+from petl.training.retain.page import TEXTS, TOKENS, write_texts
 from petl.training.retain.texts import read_texts
 from petl.training.runs.records import SCORES, read_scores
 
-TEXTS, KEY = "retained.jsonl", "retained"
-OWN = (SCORES, TEXTS), (TEXTS,)  # what it writes to its place in a run, with the mark of it
+KEY = "retained"
+OWN = (SCORES, TEXTS, TOKENS), (TEXTS,)  # what it writes to its place in a run, with the mark of it
 BATCH_SIZE = 8
 
 
 def evaluate_retained(
     saved: SavedAdapter, names: Sequence[str], folder: Path | None, batch_size: int | None = None
-) -> Retained:
+) -> Retained | Drift:
     """Measure a saved adapter on retained texts, and write the result.
 
     A run whose scores.json has no such measure gets it there as well.
@@ -33,24 +32,23 @@ def evaluate_retained(
 
     Raises:
         InputError: a text, a file or the folder cannot be used.
-        UnsupportedError: the model has no loss on texts.
+        UnsupportedError: the model reads no texts.
     """
     if folder is not None and is_first():  # one process writes, all of them compute
         check_output(folder, *(OWN if is_place(saved, folder) else ()))
         check_writable(folder)
     # before a model is loaded
     texts = read_texts(names, "--retain")
-    rows = encode_texts(texts, saved.processor)
-    model = saved.model()
+    model, processor = saved.model(), saved.processor
     # others, such as CorDA, change the weights of their base
-    base = None if keeps_base(saved.config) else saved.base().eval()
-    found = compare(model, rows, saved.processor, base=base, batch_size=batch_size or BATCH_SIZE)
+    base = None if has_base(saved.config) else saved.base().eval()
+    size = batch_size or BATCH_SIZE
+    found, rows = measured(model, texts, processor, base=base, batch_size=size)
     if not is_first():
         return found
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        lines = "".join(f"{json.dumps(asdict(each))}\n" for each in found.texts)
-        write_atomic(folder / TEXTS, lines)
+        write_texts(folder, found, rows, processor)
         write_atomic(folder / SCORES, as_json({KEY: found.entry()}))
     if saved.run is not None and (saved.run / SCORES).is_file():
         scores = read_scores(saved.run)

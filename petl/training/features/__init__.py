@@ -49,7 +49,7 @@ FEATURES = {
     "train.linear_probe": "petl.training.linear_probe:LinearProbe",
     "train.score_before": "petl.training.features.score_before:ScoreBefore",
     "train.find_lr": "petl.training.lr_finder:LrFinder",
-    "retain.data": "petl.training.retain.run:RetainedLoss",
+    "retain": "petl.training.retain.run:Retaining",
 }
 
 
@@ -209,6 +209,14 @@ class RunFeature:
 
     def before_training(self, context: Context) -> None:
         """Measure or change the wrapped model; a resumed run finds earlier scores in the run."""
+
+    def at_evaluation(self, context: Context, step: int) -> float:
+        """Measure at an evaluation on validation rows; return by how much a limit is exceeded.
+
+        0.0 within it, and without one. The best checkpoint is the best of those that exceed it
+        least. All processes call it.
+        """
+        return 0.0
 
     def after_step(self, context: Context, step: int) -> None:
         """Do what is due after an optimizer step, counted from 1; all processes call it."""

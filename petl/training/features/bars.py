@@ -29,7 +29,7 @@ class Bars(NamedTuple):
     Attributes:
         title: one line.
         x, y: labels of the axes.
-        bars: at least one, with values from 0.
+        bars: at least one.
         line: name and height of a horizontal line, or None.
     """
 
@@ -55,7 +55,10 @@ def add_bars(axes: "Axes", chart: Bars, colors: Sequence[str]) -> bool:
     shown = range(0, len(bars), step)
     axes.set_xticks(list(shown), [bars[i].name for i in shown])
     axes.set_xlim(-0.6, len(bars) - 0.4)
-    axes.set_ylim(0, 1.05 * max([bar.value for bar in bars]) or 1)
+    values = [bar.value for bar in bars]
+    axes.set_ylim(
+        min(0, 1.05 * min(values)), max(0, 1.05 * max(values)) or (1 if min(values) >= 0 else 0)
+    )
     axes.grid(visible=False, axis="x")
     return len(groups) > 1 or chart.line is not None
 

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from petl.core.types import Fields, Record
+from petl.data.overlap import Overlap
 from petl.errors import InputError
 from petl.training.features import Context, RunFeature, Setup
 from petl.training.features.section import Section
@@ -35,19 +36,21 @@ class TrainingRowsInTest(RunFeature):
         """Add the counts to the scores."""
         overlap = context.splits.overlap
         if overlap is not None and self.key not in context.run.scores:
-            context.run.scores.add({self.key: vars(overlap)})
+            context.run.scores.add({self.key: overlap.entry()})
 
     @classmethod
     def section(cls, folder: Path, scores: Record) -> Section | None:
         """Return the counts, if there are any such rows."""
         found = scores.get(cls.key) or {}
-        known = found.get("exact", 0) + found.get("alike", 0)
-        if not known:
+        overlap = Overlap(**found) if found else None
+        if overlap is None or not overlap.found:
             return None
-        line = f"{known} of {found['rows']} test rows occur in training"
+        line = f"{overlap.found} of {overlap.rows} test rows occur in training"
+        near = f", {overlap.near} nearly" if overlap.near else ""
         return Section(
             "Test rows that are training rows",
-            f"{line}: {found['exact']} exactly, {found['alike']} but for case, space and "
-            "punctuation. The model may know them by heart; their scores say nothing of new rows.",
+            f"{line}: {overlap.exact} exactly, {overlap.alike} but for case, space and "
+            f"punctuation{near}. The model may know them by heart; their scores say nothing of new "
+            "rows.",
             line=line,
         )

@@ -33,6 +33,18 @@ class Lines(NamedTuple):
     marked: tuple[str, float] | None = None
 
 
+class Passage(NamedTuple):
+    """A text whose parts are colored.
+
+    Attributes:
+        title: a line above it.
+        pieces: its parts in their order, each with a number: above 0 is worse; None: not colored.
+    """
+
+    title: str
+    pieces: Sequence[tuple[str, float | None]]
+
+
 @dataclass(frozen=True)
 class Section:
     """A part of the page of a run.
@@ -43,6 +55,8 @@ class Section:
         line: for the terminal, at the end of the run.
         pictures: PNG files of the folder that the section shows.
         drawn: PNG files of the folder whose content is among charts and heat maps.
+        alarm: a sentence in red.
+        passages: colored texts, side by side.
     """
 
     title: str
@@ -52,3 +66,5 @@ class Section:
     line: str = ""
     pictures: Sequence[str] = ()
     drawn: Sequence[str] = ()
+    alarm: str = ""
+    passages: Sequence[Passage] = ()

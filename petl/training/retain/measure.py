@@ -6,7 +6,8 @@ takes texts as units: the estimate is a ratio, so with e_t = n_t (a_t - b_t - lo
 standard error is sqrt(T / (T - 1) sum e_t^2) / N, times Student's quantile with T - 1 degrees of
 freedom (Cochran 1977, Sampling Techniques, section 6.4). A loss may fall while a model becomes
 another one, so the divergence KL(base || adapted) over the vocabulary and the share of tokens whose
-likeliest next token is the base's are measured beside it.
+likeliest next token is the base's are measured beside it. A model without a vocabulary has the
+drift of its features instead, see drift.py.
 
 Shapes: B rows, T tokens, N positions, V tokens of the vocabulary.
 """
@@ -16,10 +17,11 @@ import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import torch
-from peft import PeftModel
+from accelerate.utils import gather_object
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
@@ -28,26 +30,34 @@ from petl.core.calibrate import calibration_pass
 from petl.core.compat import BaseTunerLayer
 from petl.core.masks import IGNORED
 from petl.core.registry import keeps_base
+from petl.core.spec.facts import facts_of
 from petl.core.types import Batch, Record, base_of
+from petl.efficiency.frozen.feed import paused
+from petl.efficiency.frozen.repeat import RepeatedPasses, repeated_passes
 from petl.errors import InputError, UnsupportedError, shown
 from petl.ops.divergence import divergence_terms
+
+if TYPE_CHECKING:
+    from petl.training.retain.drift import Drift
 
 MAX_LENGTH = 256
 FEWEST = 8  # texts with which an interval is stated
 LEVEL = 0.95
 CHUNK = 2**22  # logits of a model that are computed with at a time, in float64
 logger = logging.getLogger(__name__)
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
 class RetainedText:
-    """One text: a line of retained.jsonl.
+    """One text: a line of retained.jsonl, without `gained`.
 
     Attributes:
         tokens: predicted ones.
         before, after: mean loss of the base and of the adapted model, in nats per token.
         divergence: mean KL(base || adapted) per token, in nats; None if the base is not there.
         agreement: share of tokens whose likeliest next token is the base's; None likewise.
+        gained: loss that each predicted token has more, in nats; None likewise.
     """
 
     text: str
@@ -56,6 +66,7 @@ class RetainedText:
     after: float
     divergence: float | None = None
     agreement: float | None = None
+    gained: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,11 @@ class Retained:
     agreement: float | None
     texts: tuple[RetainedText, ...] = field(repr=False, default=())
     kind: str = "language"
+
+    @property
+    def change(self) -> float:
+        """What `retain.limit` limits."""
+        return self.lost
 
     @classmethod
     def of(cls, texts: Sequence[RetainedText]) -> "Retained":
@@ -169,14 +185,25 @@ def tokenizer_of(given: PreTrainedTokenizerBase | Processor) -> PreTrainedTokeni
     return given if isinstance(given, PreTrainedTokenizerBase) else given.tokenizer
 
 
+def longest_for(tokenizer: PreTrainedTokenizerBase | Processor, max_length: int) -> int:
+    """Return `max_length`, or what a model with positions of its own reads at most."""
+    return min(max_length, tokenizer_of(tokenizer).model_max_length)
+
+
 def encode_texts(
     texts: Iterable[str],
     tokenizer: PreTrainedTokenizerBase | Processor,
     max_length: int = MAX_LENGTH,
+    *,
+    special: bool = False,
 ) -> list[RetainedRow]:
     """Tokenize texts without a template and without an end token, cut to `max_length` tokens.
 
     Texts of fewer than two tokens, which have none to predict, are left out with a line in the log.
+
+    Args:
+        special: as a model that does not write reads them: with all special tokens, also at the end
+            of a text that is cut.
 
     Raises:
         InputError: no text is left, one is no text, or `max_length` is below 2.
@@ -191,6 +218,10 @@ def encode_texts(
     end = tokenizer.eos_token_id
     rows = []
     for text in given:
+        if special:
+            ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+            rows.append(RetainedRow(text, ids))
+            continue
         ids = tokenizer(text, verbose=False)["input_ids"]
         # some tokenizers append it: it would measure the format
         ids = ids[:-1] if end is not None and ids[-1:] == [end] else ids
@@ -222,21 +253,59 @@ def batch_of(rows: Sequence[RetainedRow], model: nn.Module, pad: int) -> tuple[B
     ]
     device = next(model.parameters()).device
     batch = {
-        "input_ids": _padded(inputs, pad).to(device),
-        "attention_mask": _padded([[1] * len(ids) for ids in inputs], 0).to(device),
+        "input_ids": padded(inputs, pad).to(device),
+        "attention_mask": padded([[1] * len(ids) for ids in inputs], 0).to(device),
     }
-    wanted = _padded(labels, IGNORED).to(device)
+    wanted = padded(labels, IGNORED).to(device)
     if has_encoder:
         batch["labels"] = wanted  # a decoder reads them, shifted
     return batch, wanted
 
 
-def _padded(rows: Sequence[list[int]], value: int) -> Tensor:
+def predicted(row: RetainedRow, model: nn.Module) -> int:
+    """Return how many tokens of a row a model predicts."""
+    has_encoder = bool(getattr(base_of(model).config, "is_encoder_decoder", False))
+    return len(row.ids) - max(1, len(row.ids) // 2) if has_encoder else len(row.ids) - 1
+
+
+def padded(rows: Sequence[list[int]], value: int) -> Tensor:
+    """Return lists of unequal lengths as one tensor, [B, T] int64."""
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
 
 # The measure
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes among which rows are divided; all run the same number of passes.
+
+    Attributes:
+        rank: of this one, below `count`.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    def own(self, order: Sequence[int]) -> list[int]:
+        """Return this process's part of some rows, as many as every other has."""
+        each = -(-len(order) // self.count)
+        mine = [*order[self.rank :: self.count]]
+        # a row that another process has, too: a sharded model needs all processes in each pass
+        return mine + [order[0]] * (each - len(mine))
+
+    def all(self, found: dict[int, Found]) -> dict[int, Found]:
+        """Return what all processes have found, by row."""
+        if self.count == 1:
+            return found
+        merged: dict[int, Found] = {}
+        for part in gather_object([found]):
+            merged |= part
+        return merged
+
+
+ALONE = Processes()
 
 
 def retained(
@@ -247,13 +316,14 @@ def retained(
     base: nn.Module | None = None,
     max_length: int = MAX_LENGTH,
     batch_size: int = 8,
-) -> Retained:
+) -> "Retained | Drift":
     """Measure what a model has lost on texts that it was not trained on.
 
-    The model's mode, adapters, `requires_grad` and the random states are as before afterwards.
+    The model's mode, adapters, `requires_grad` and the random states are as before afterwards. Of
+    a model that does not write, such as a classifier, it is the drift of its features.
 
     Args:
-        model: that writes, with its active adapters; or any model, with its `base`.
+        model: with its active adapters; or any model, with its `base`.
         texts: plain texts.
         tokenizer: of the model, or its processor.
         base: the model to compare with; None: `model` without its adapters.
@@ -266,8 +336,36 @@ def retained(
         UnsupportedError: the model without its adapters is not the base it was trained on (CorDA,
             PiSSA), or it has no adapters, and there is no `base`.
     """
+    return measured(
+        model, texts, tokenizer, base=base, max_length=max_length, batch_size=batch_size
+    )[0]
+
+
+def measured(
+    model: nn.Module,
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase | Processor,
+    *,
+    base: nn.Module | None = None,
+    max_length: int = MAX_LENGTH,
+    batch_size: int = 8,
+) -> "tuple[Retained | Drift, list[RetainedRow]]":
+    """Return what `retained` does, and the encoded texts."""
+    if not writes(model):
+        from petl.training.retain import drift  # which imports this module
+
+        length = longest_for(tokenizer, max_length)
+        rows = encode_texts(texts, tokenizer, length, special=True)
+        of_texts = drift.of_texts(rows, tokenizer, batch_size)
+        return drift.compare(model, of_texts, base=base), rows
     rows = encode_texts(texts, tokenizer, max_length)
-    return compare(model, rows, tokenizer, base=base, batch_size=batch_size)
+    return compare(model, rows, tokenizer, base=base, batch_size=batch_size), rows
+
+
+def writes(model: nn.Module) -> bool:
+    """Return True unless a model is known to have no head that predicts the next token."""
+    can_generate = getattr(base_of(model), "can_generate", None)
+    return not callable(can_generate) or bool(can_generate())
 
 
 def compare(
@@ -278,48 +376,68 @@ def compare(
     base: nn.Module | None = None,
     before: Sequence[float] | None = None,
     batch_size: int = 8,
+    processes: Processes = ALONE,
 ) -> Retained:
     """Measure as `retained` does, on encoded texts.
 
     Args:
         before: mean losses of the base on these rows, from before its weights were changed: there
             is no base to run.
+        processes: among which the rows are divided.
 
     Raises:
         InputError, UnsupportedError: as of `retained`.
     """
-    other, as_base = _base_of(model, base) if before is None else (model, nullcontext)
+    other, as_base = base_with(model, base) if before is None else (model, nullcontext)
     found: dict[int, RetainedText] = {}
-    with _measuring(model), nullcontext() if other is model else _measuring(other):
-        for numbers, batch, labels in _batches(model, rows, tokenizer, batch_size):
+    with both_measured(model, other) as passes:
+        for numbers, batch, labels in _batches(model, rows, tokenizer, batch_size, processes):
             after = _logits(model, batch, labels)
             if before is None:
-                with as_base():
+                with as_base(), passes.second():
                     measured = _compared(_logits(other, batch, labels), after, labels)
             else:
                 losses = zip(numbers, _losses(after, labels), strict=True)
-                measured = [(loss, before[number], None, None) for number, loss in losses]
+                measured = [Numbers(before[number], loss) for number, loss in losses]
             counts = (labels != IGNORED).sum(1).tolist()
-            for number, count, (a, b, kl, same) in zip(numbers, counts, measured, strict=True):
-                found[number] = RetainedText(rows[number].text, count, b, a, kl, same)
-    return Retained.of([found[number] for number in range(len(rows))])
+            for number, count, each in zip(numbers, counts, measured, strict=True):
+                found[number] = RetainedText(rows[number].text, count, *each)
+    every = processes.all(found)
+    return Retained.of([every[number] for number in range(len(rows))])
 
 
 def losses_of(
     model: nn.Module,
     rows: Sequence[RetainedRow],
     tokenizer: PreTrainedTokenizerBase | Processor,
+    *,
     batch_size: int = 8,
+    processes: Processes = ALONE,
 ) -> list[float]:
     """Return the mean loss of each row in nats per predicted token."""
     found: dict[int, float] = {}
-    with _measuring(model):
-        for numbers, batch, labels in _batches(model, rows, tokenizer, batch_size):
+    with measuring(model):
+        for numbers, batch, labels in _batches(model, rows, tokenizer, batch_size, processes):
             found |= zip(numbers, _losses(_logits(model, batch, labels), labels), strict=True)
-    return [found[number] for number in range(len(rows))]
+    every = processes.all(found)
+    return [every[number] for number in range(len(rows))]
 
 
-def _base_of(
+def lost_by(
+    rows: Sequence[RetainedRow], before: Sequence[float], after: Sequence[float], model: nn.Module
+) -> float:
+    """Return the mean loss per token that was added, in nats, from the losses of each row."""
+    counts = [predicted(row, model) for row in rows]
+    added = (n * (a - b) for n, a, b in zip(counts, after, before, strict=True))
+    return math.fsum(added) / sum(counts)
+
+
+def has_base(config: PeftConfig) -> bool:
+    """Return True if a trained model without its adapter of this config is the pretrained one."""
+    return keeps_base(config) and not facts_of(config).trains_biases
+
+
+def base_with(
     model: nn.Module, base: nn.Module | None
 ) -> tuple[nn.Module, Callable[[], AbstractContextManager[None]]]:
     """Return what computes as the base in a block, and the block.
@@ -334,7 +452,7 @@ def _base_of(
             f"{type(model).__name__} has no adapters, so there is nothing to compare it with: give "
             "base=MODEL, the model before it was trained"
         )
-    if not keeps_base(model.active_peft_config):
+    if not has_base(model.active_peft_config):
         raise UnsupportedError(
             f"an adapter of {model.active_peft_config.peft_type} changes the weights of its base: "
             "without it the model is another one; give base=MODEL, the base loaded anew"
@@ -350,19 +468,38 @@ def _batches(
     rows: Sequence[RetainedRow],
     tokenizer: PreTrainedTokenizerBase | Processor,
     batch_size: int,
+    processes: Processes,
 ) -> Generator[tuple[list[int], Batch, Tensor]]:
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size} is below 1, the minimum")
     pad = tokenizer_of(tokenizer).pad_token_id or 0
-    # of similar lengths, so that little is padding
-    order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
+    for numbers in by_length([len(row.ids) for row in rows], batch_size, processes):
         yield numbers, *batch_of([rows[number] for number in numbers], model, pad)
 
 
+def by_length(lengths: Sequence[int], batch_size: int, processes: Processes) -> list[list[int]]:
+    """Return this process's rows in batches of similar lengths, so that little is padding.
+
+    Raises:
+        InputError: the size of a batch is below 1.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size} is below 1, the minimum")
+    order = processes.own(sorted(range(len(lengths)), key=lambda number: lengths[number]))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
 @contextmanager
-def _measuring(model: nn.Module) -> Generator[None]:
+def both_measured(model: nn.Module, other: nn.Module) -> Generator[RepeatedPasses]:
+    """Measure a model and its base, which may be the model without its adapters, in passes."""
+    if other is not model:
+        with measuring(model), measuring(other):
+            yield RepeatedPasses()
+        return
+    with measuring(model), repeated_passes(model) as passes:
+        yield passes
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Generator[None]:
     """Run calibration passes; restore random states and `requires_grad`, which PEFT sets."""
     needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     device = next(model.parameters()).device
@@ -371,6 +508,7 @@ def _measuring(model: nn.Module) -> Generator[None]:
         with (
             torch.random.fork_rng(devices, device_type=device.type),
             calibration_pass(model),
+            paused(model),
         ):
             yield
     finally:
@@ -401,35 +539,46 @@ def _losses(logits: Tensor, labels: Tensor) -> list[float]:
     """Return the mean loss of each row over its labels, in nats."""
     total = labels.new_zeros(labels.shape[0], dtype=torch.float64, device="cpu")
     for part in _chunks(labels, logits.shape[-1]):
-        total += _nll(logits[:, part].float().log_softmax(-1), labels[:, part])
+        losses = _nll(logits[:, part].float().log_softmax(-1), labels[:, part])
+        total += losses.cpu().double().sum(1)
     return (total / (labels != IGNORED).sum(1).cpu()).tolist()
 
 
 def _nll(log_p: Tensor, labels: Tensor) -> Tensor:
-    """Return the summed loss of each row, [B], float64, on the CPU."""
-    losses = F.nll_loss(log_p.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-    return losses.cpu().double().sum(1)
+    """Return the loss of each position, [B, T]; 0 without a label."""
+    return F.nll_loss(log_p.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
 
 
-def _compared(
-    before: Tensor, after: Tensor, labels: Tensor
-) -> list[tuple[float, float, float, float]]:
-    """Return loss after, loss before, divergence and agreement of each row, means over its tokens.
+class Numbers(NamedTuple):
+    """What is measured of a text, as `RetainedText` has it."""
+
+    before: float
+    after: float
+    divergence: float | None = None
+    agreement: float | None = None
+    gained: tuple[float, ...] | None = None
+
+
+def _compared(before: Tensor, after: Tensor, labels: Tensor) -> list[Numbers]:
+    """Return losses, divergence and agreement of each row, means over its tokens.
 
     Args:
         before, after: logits [B, T, V], converted to float32 in chunks.
         labels: [B, T].
     """
     counted = labels != IGNORED
-    total = torch.zeros(4, labels.shape[0], dtype=torch.float64)
+    losses, divergence, same = [], [], []
     for part in _chunks(labels, before.shape[-1]):
         own = counted[:, part]
         log_p, log_q = (x[:, part].float().log_softmax(-1) for x in (before, after))
-        terms = divergence_terms(log_p, log_q).sum(-1).masked_fill(~own, 0)
-        same = (before[:, part].argmax(-1) == after[:, part].argmax(-1)) & own
-        total[0] += _nll(log_q, labels[:, part])
-        total[1] += _nll(log_p, labels[:, part])
-        total[2] += terms.cpu().double().sum(1)
-        total[3] += same.sum(1).cpu()
-    means = total / counted.sum(1).cpu()
-    return [tuple(row) for row in means.T.tolist()]
+        divergence.append(divergence_terms(log_p, log_q).sum(-1).masked_fill(~own, 0))
+        same.append((before[:, part].argmax(-1) == after[:, part].argmax(-1)) & own)
+        losses.append(torch.stack([_nll(log, labels[:, part]) for log in (log_p, log_q)]))
+    b, a = torch.cat(losses, 2).cpu().double()
+    values = [b, a, *(torch.cat(parts, 1).cpu().double() for parts in (divergence, same))]
+    means = [(each.sum(1) / counted.sum(1).cpu()).tolist() for each in values]
+    gained = [row[kept].tolist() for row, kept in zip(a - b, counted.cpu(), strict=True)]
+    return [
+        Numbers(*row, tuple(more))
+        for row, more in zip(zip(*means, strict=True), gained, strict=True)
+    ]

@@ -1,157 +1,339 @@
-"""What a run loses on other texts (`retain.data`): measured after training, or as a curve.
+"""What a run loses on other texts (`retain`): measured after training, as a curve, and limited.
 
-Nothing here changes training: it draws no random number, and adds no row to a batch.
+Nothing here changes training, but for `retain.mix` and `retain.limit`: it draws no random number,
+and adds no row to a batch.
 """
 
-import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from peft import TaskType
 
-from petl.core.registry import build_config, keeps_base
-from petl.core.types import Fields, Record
-from petl.data.files import file_names
+from petl.core.registry import build_config
+from petl.core.support import Capability
+from petl.core.types import Batch, Fields, Record
+from petl.data.base import as_dataset, read_data
+from petl.data.overlap import TrainingInputs
 from petl.data.streaming import StreamedRows
-from petl.errors import InputError, UnsupportedError
+from petl.errors import InputError
 from petl.system.collectives import on_main
-from petl.system.files.disk import write_atomic
-from petl.system.files.read import read_json_lines
-from petl.system.values import type_problem
-from petl.training.dataloader import Splits
+from petl.training.dataloader import Splits, TrainingRows, batched
 from petl.training.features import Context, RunFeature, Setup
-from petl.training.features.section import Curve, Lines, Section
-from petl.training.retain.measure import Retained, RetainedRow, compare, encode_texts, losses_of
+from petl.training.features.section import Section
+from petl.training.retain import drift, measure
+from petl.training.retain.measure import (
+    Processes,
+    Retained,
+    RetainedRow,
+    encode_texts,
+    has_base,
+    longest_for,
+)
+from petl.training.retain.page import section_of, write_texts
+from petl.training.retain.replay import check_task, replayed_rows, with_texts
 from petl.training.retain.settings import RetainConfig
-from petl.training.retain.texts import read_texts
+from petl.training.retain.texts import BUNDLED, check_texts, halves, texts_of
 from petl.training.runs.config import RunConfig
-from petl.training.runs.records import METRICS, SCORES
 from petl.training.runs.settings import TrainConfig
 
-TEXTS = "retained.jsonl"
 WRITES = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 SHARE = 0.03  # of a run's cost, unless the number of texts is set
-BACKWARD = 3  # forward passes that a training step costs
+BACKWARD = 2  # forward passes that a training step costs: of frozen weights there is no gradient
 MOST, FEWEST, SHORTEST = 256, 32, 64  # texts, and tokens of a text
 SAMPLE = 1000  # rows whose lengths are looked at
+DATA, MIX_DATA = "retain.data", "retain.mix_data"
+CURVE = {"language": "retained_lost", "features": "retained_drift"}  # in metrics.jsonl
+BATCH_SIZE = 8
 logger = logging.getLogger(__name__)
 
 
-class RetainedLoss(RunFeature):
-    """Measures the loss on retained texts with and without what was trained."""
+@dataclass(frozen=True)
+class OtherRows:
+    """Encoded rows of images or sounds, as settings of `data` name them.
+
+    Attributes:
+        names: of the rows.
+        collate: makes a batch of the rows at some numbers.
+        lengths: of the rows.
+    """
+
+    names: Sequence[str]
+    collate: Callable[[Sequence[int]], Batch]
+    lengths: Sequence[int]
+
+    @classmethod
+    def of(cls, value: object, splits: Splits, most: int) -> "OtherRows":
+        """Read at most so many rows of other data.
+
+        Raises:
+            InputError: the value is no group of settings, or they are data of another kind.
+        """
+        if not isinstance(value, Mapping):
+            raise InputError(
+                f"retain.data={value} are texts, and data.task={splits.task.name} reads none: "
+                "choose other data by +data@retain.data=NAME, or set retain.data=null"
+            )
+        data = read_data(cast("Mapping[str, Any]", value))
+        task, processor = data.task, splits.processor
+        if task.reads_text or type(task) is not type(splits.task):
+            raise InputError(
+                f"retain.data: data.task={task.name} is not that of the run, {splits.task.name}"
+            )
+        raw = as_dataset(data, most)
+        raw = raw.select(range(min(most, len(raw))))
+        rows = task.encode(processor, raw)
+        inputs, together = rows.select_columns(batched(rows)), task.collate(processor, 1)
+        labels = task.label_columns
+
+        def collate(numbers: Sequence[int]) -> Batch:
+            batch = together(list(inputs.select(numbers)))
+            return {name: tensor for name, tensor in batch.items() if name not in labels}
+
+        paths = raw["path"] if "path" in raw.column_names else range(len(raw))
+        names = [str(each) for each in paths]
+        return cls(names, collate, task.lengths(rows))
+
+    def batches(self, processes: Processes) -> drift.Rows:
+        """Return the rows in batches."""
+        parts = measure.by_length(self.lengths, BATCH_SIZE, processes)
+        batches = [(numbers, partial(self.collate, numbers)) for numbers in parts]
+        return drift.Rows(self.names, batches, processes)
+
+
+class Retaining(RunFeature):
+    """Measures what a model loses on retained texts, limits it, and replays some of them."""
 
     key = "retained"
     Settings = RetainConfig
     settings: RetainConfig
+    kind = "language"
+    lacks = {
+        Capability.BUCKETS: lambda own: own.reason("it puts texts of any length into each batch"),
+        Capability.TASKS: lambda own: own.reason("its texts are of no task"),
+    }
     rows: Sequence[RetainedRow] = ()  # none: not measured
-    before: list[float] | None = None  # of a base whose weights the method changes
+    other: OtherRows | None = None  # of models that read no text
+    before: Any = None  # losses or features of the base, once they are known
+
+    def reason(self, reason: str) -> str:
+        """Return why something is lacking; "" without retain.mix."""
+        return reason if self.settings.mix else ""
 
     def check(self, config: RunConfig) -> None:
-        """Raise InputError for files that are not there, or a curve without evaluations."""
-        if self.settings.curve and not config.train.eval_steps:
+        """Raise InputError for texts that are not there, or settings that are wrong together."""
+        own, steps = self.settings, config.train.eval_steps
+        for name in ("curve", "limit"):
+            value = getattr(own, name)
+            if value not in (False, None) and not steps:
+                raise InputError(
+                    f"retain.{name}={value} measures at each evaluation, and train.eval_steps is "
+                    f"null: set train.eval_steps, or leave retain.{name} out"
+                )
+            if value not in (False, None) and own.data is None:
+                raise InputError(
+                    f"retain.{name}={value} measures texts, and retain.data is null: set it, or "
+                    f"leave retain.{name} out"
+                )
+        own.most("language")
+        if own.mix_data is not None and not own.mix:
             raise InputError(
-                "retain.curve=true measures at each evaluation, and train.eval_steps is null: set "
-                "train.eval_steps, or retain.curve=false"
+                f"retain.mix_data={own.mix_data} are texts for retain.mix, which is {own.mix:g}: "
+                "set the share of each batch"
             )
-        read_texts(self._names(), "retain.data")
+        if own.mix and own.mix_data is None and own.data is None:
+            raise InputError(
+                f"retain.mix={own.mix:g} replays texts, and retain.data is null: set it, or "
+                "retain.mix_data"
+            )
+        if own.mix:
+            replayed_rows(config.train.batch_size, own.mix)
+        check_texts(own.data, DATA)
+        check_texts(own.mix_data, MIX_DATA)
 
-    def _names(self) -> list[str]:
-        return file_names("retain.data", self.settings.data)
+    # Replay
+
+    def order(self, rows: TrainingRows) -> TrainingRows:
+        """Put texts among the training rows."""
+        own = self.settings
+        if not own.mix:
+            return rows
+        check_task(rows.task, own.mix)
+        if rows.order is not None:
+            raise InputError(
+                f"retain.mix={own.mix:g} chooses the rows of each batch, as data.order does: leave "
+                "one of them out"
+            )
+        if own.mix_data is None:
+            _, texts = halves(texts_of(own.data, DATA, own.max_length))
+        else:
+            measured = TrainingInputs(self._measured()) if own.data is not None else ()
+            texts = texts_of(own.mix_data, MIX_DATA, own.max_length)
+            texts = [text for text in texts if text not in measured]
+        if not texts:
+            raise InputError(
+                f"retain.mix={own.mix:g} has no text that is not measured: give more, or other "
+                "ones, in retain.mix_data"
+            )
+        return with_texts(rows, encode_texts(texts, rows.processor, own.max_length), own.mix)
+
+    def _measured(self) -> list[str]:
+        """Return the texts that may be measured."""
+        own = self.settings
+        texts = texts_of(own.data, DATA, own.max_length)
+        return halves(texts)[0] if own.mix and own.mix_data is None else texts
+
+    # The rows
 
     def before_wrapping(self, setup: Setup, fields: Fields) -> Fields:
-        """Choose the texts; measure a base that the method will change."""
-        splits = setup.splits
-        if splits.task.peft_task_type not in WRITES:
-            raise UnsupportedError(
-                f"retain.data={self.settings.data} is for models that write, and data.task="
-                f"{splits.task.name} has no loss on texts; set retain.data=null"
-            )
-        texts = read_texts(self._names(), "retain.data")
-        rows = encode_texts(texts, splits.processor, self.settings.max_length)
-        self.rows, note = self._chosen(rows, splits, setup.config.train)
-        if note:
-            (logger.info if setup.run else setup.notes.append)(note)
-        if setup.run is not None and self.rows and not keeps_base(build_config(**fields)):
+        """Choose what is measured; measure a base that the method will change."""
+        own, splits = self.settings, setup.splits
+        if own.data is None or (own.data == BUNDLED and not splits.task.reads_text):
+            return fields
+        self.kind = "language" if splits.task.peft_task_type in WRITES else "features"
+        if splits.task.reads_text:
+            note = self._choose(splits, setup.config.train)
+            if note:
+                (logger.info if setup.run else setup.notes.append)(note)
+        else:
+            self.other = OtherRows.of(own.data, splits, own.rows or MOST)
+        config = build_config(**fields)
+        if setup.run is not None and self.is_measured and not has_base(config):
             assert setup.accelerator is not None
             with setup.accelerator.autocast():
-                self.before = losses_of(setup.base, self.rows, splits.processor)
+                self.before = self._of_model(setup.base, splits)
         return fields
 
-    def _chosen(
-        self, rows: list[RetainedRow], splits: Splits, train: TrainConfig
-    ) -> tuple[list[RetainedRow], str]:
-        """Return the rows that are measured, and what to say of their number."""
-        if self.settings.rows is not None:
-            return rows[: self.settings.rows], ""
-        # each row twice, with and without the adapter
-        affordable = SHARE * BACKWARD * trained_tokens(splits, train) / 2
-        length = self.settings.max_length
-        while True:
-            shorter = [RetainedRow(row.text, row.ids[:length]) for row in rows[:MOST]]
-            chosen = within(shorter, affordable)
-            if len(chosen) >= min(FEWEST, len(rows)):
-                return chosen, ""
-            if length <= SHORTEST:
-                return [], (
-                    f"retained texts are not measured: {SHARE:.0%} of this run pays for "
-                    f"{len(chosen)} of {length} tokens, and {FEWEST} say little; set "
-                    "retain.rows to measure them nevertheless"
+    @property
+    def is_measured(self) -> bool:
+        """True if there are rows to measure."""
+        return bool(self.rows) or self.other is not None
+
+    def _choose(self, splits: Splits, train: TrainConfig) -> str:
+        """Choose the texts that are measured; return what to say of their number."""
+        own, most = self.settings, self.settings.rows
+        affordable = SHARE * (1 + BACKWARD) / 2 * trained_tokens(splits, train)
+        # the shortest that the bundled texts are cut to: no text need be read to know
+        if most is None and own.data == BUNDLED and affordable < FEWEST * SHORTEST:
+            return too_few(int(affordable // SHORTEST), SHORTEST)
+        texts = self._measured()
+        if splits.inputs is not None:
+            kept = [text for text in texts if text not in splits.inputs]
+            if len(kept) < len(texts):
+                logger.info(
+                    "%d retained texts are training rows, and are left out", len(texts) - len(kept)
                 )
+            texts = kept
+        rows = encode_texts(
+            texts[: most or MOST],
+            splits.processor,
+            longest_for(splits.processor, own.max_length),
+            special=self.kind == "features",
+        )
+        if most is not None:
+            self.rows = rows
+            return ""
+        length = own.max_length
+        while True:
+            shorter = [RetainedRow(row.text, row.ids[:length]) for row in rows]
+            self.rows = within(shorter, affordable)
+            if len(self.rows) >= min(FEWEST, len(rows)):
+                return ""
+            if length <= SHORTEST:
+                note = too_few(len(self.rows), length)
+                self.rows = ()
+                return note
             length = max(SHORTEST, length // 2)
 
-    def measure(self, context: Context) -> Retained:
-        """Return the measure of the model as it is; on every process the same."""
-        splits = context.splits
-        with context.accelerator.autocast():
-            return compare(context.model, self.rows, splits.processor, before=self.before)
+    # What is measured
 
-    def after_step(self, context: Context, step: int) -> None:
-        """Add a point to the curve after the steps with an evaluation."""
-        every = context.settings.eval_steps
-        if self.settings.curve and self.rows and every and step % every == 0:
-            context.run.timer.start()
-            context.log({"step": step, "retained_lost": self.measure(context).lost})
-            context.run.timer.mark(self.key)
+    def _of_model(self, model: Any, splits: Splits, processes: Processes = measure.ALONE) -> Any:
+        """Return the losses of each row, or the features, of a model as it is."""
+        if self.kind == "language":
+            return measure.losses_of(model, self.rows, splits.processor, processes=processes)
+        return drift.features_of(model, self._batches(splits, processes))
+
+    def _batches(self, splits: Splits, processes: Processes) -> drift.Rows:
+        if self.other is not None:
+            return self.other.batches(processes)
+        return drift.of_texts(self.rows, splits.processor, BATCH_SIZE, processes)
+
+    def measure(self, context: Context) -> Retained | drift.Drift:
+        """Return the measure of the model as it is; on every process the same."""
+        splits, parts = context.splits, processes_of(context)
+        before = None if has_base(context.model.active_peft_config) else self.before
+        with context.accelerator.autocast():
+            if self.kind == "features":
+                rows = self._batches(splits, parts)
+                return drift.compare(context.model, rows, before=before)
+            return measure.compare(
+                context.model, self.rows, splits.processor, before=before, processes=parts
+            )
+
+    def _change(self, context: Context) -> float:
+        """Return what the model has lost so far, from one pass: the base's is computed once."""
+        if self.kind == "features":
+            return self.measure(context).change
+        splits, parts, model = context.splits, processes_of(context), context.model
+        with context.accelerator.autocast():
+            if self.before is None:
+                with model.disable_adapter():
+                    self.before = self._of_model(model, splits, parts)
+            after = self._of_model(model, splits, parts)
+        return measure.lost_by(self.rows, self.before, after, model)
+
+    def at_evaluation(self, context: Context, step: int) -> float:
+        """Add a point to the curve; return by how much it is above the limit."""
+        if not self.settings.measures_curve or not self.is_measured:
+            return 0.0
+        context.run.timer.start()
+        change = self._change(context)
+        context.log({"step": step, CURVE[self.kind]: change})
+        context.run.timer.mark(self.key)
+        most = self.settings.most(self.kind)
+        return 0.0 if most is None else max(0.0, change - most)
 
     def after_training(self, context: Context, step: int) -> Mapping[str, object]:
-        """Measure the trained model, and write the losses of each text."""
-        if not self.rows:
+        """Measure the trained model, and write what was measured of each text."""
+        if not self.is_measured:
             return {}
         context.run.timer.start()
         found = self.measure(context)
-        lines = "".join(f"{json.dumps(asdict(each))}\n" for each in found.texts)
-        file = context.run.path / TEXTS
-        on_main(context.accelerator, lambda: write_atomic(file, lines))
+        folder, processor = context.run.path, context.splits.processor
+        on_main(context.accelerator, lambda: write_texts(folder, found, self.rows, processor))
         context.run.timer.mark(self.key)
+        most = self.settings.most(self.kind)
+        if most is not None and found.change > most:
+            logger.warning(
+                "no checkpoint is within retain.limit=%s: the one that lost least is kept, with "
+                "%.4f",
+                self.settings.limit,
+                found.change,
+            )
         return {self.key: found.entry()}
 
     @classmethod
     def section(cls, folder: Path, scores: Record) -> Section | None:
-        """Return the measure in words, and its curve."""
+        """Return the measure in words and pictures."""
         found: Record | None = scores.get(cls.key)
-        if not found:
-            return None
-        problem = type_problem({**found, "interval": None, "texts": ()}, Retained)
-        if problem:
-            raise InputError(f"{folder / SCORES} cannot be used: {cls.key} has {problem}")
-        limits = found["interval"]
-        given: Record = {**found, "interval": None if limits is None else tuple(limits)}
-        line = str(Retained(**given))
-        points = [
-            (entry["step"], entry["retained_lost"])
-            for entry in (read_json_lines(folder / METRICS) if (folder / METRICS).exists() else ())
-            if "retained_lost" in entry
-        ]
-        charts = [Lines("Lost on other texts", "step", "nats", [Curve("lost", points)])]
-        return Section(
-            "What was lost",
-            f"{line}. Measured on {found['rows']} texts of {found['tokens']:,} tokens that the "
-            f"model was not trained on; {TEXTS} has each of them.",
-            charts=charts if points else (),
-            line=line,
-        )
+        return section_of(folder, found) if found else None
+
+
+def processes_of(context: Context) -> Processes:
+    """Return the processes of a run, among which rows are divided."""
+    accelerator = context.accelerator
+    return Processes(accelerator.process_index, accelerator.num_processes)
+
+
+def too_few(count: int, length: int) -> str:
+    """Return the line for a run that is too short to pay for the texts."""
+    return (
+        f"retained texts are not measured: {SHARE:.0%} of this run pays for {count} of {length} "
+        f"tokens, and {FEWEST} say little; set retain.rows to measure them nevertheless"
+    )
 
 
 def trained_tokens(splits: Splits, train: TrainConfig) -> float:

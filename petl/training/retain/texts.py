@@ -1,10 +1,13 @@
-"""Retained texts: those that petl brings, and those of files."""
+"""Retained texts: those that petl brings, those of files, and those of other data of petl."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict, cast
 
-from petl.data.files import located_rows
+from petl.data.base import as_dataset, data_source, read_data
+from petl.data.files import file_names, located_rows
+from petl.data.overlap import normalized
 from petl.data.validation import Row
 from petl.errors import InputError, did_you_mean, shown
 from petl.system.files.read import iterate_json_lines
@@ -12,6 +15,8 @@ from petl.system.files.read import iterate_json_lines
 BUNDLED = "bundled"
 FILE = Path(__file__).with_name("texts.jsonl")
 COLUMN = "text"
+MOST = 100_000  # texts of other data that are read
+CHARACTERS = 4  # of a token, about: the length of passages of a text that other data pack
 
 
 class BundledText(TypedDict):
@@ -19,6 +24,65 @@ class BundledText(TypedDict):
 
     kind: str
     text: str
+
+
+def check_texts(value: object, setting: str) -> None:
+    """Raise InputError if the texts that a setting names cannot be read; other data are not read.
+
+    Args:
+        value: "bundled", a file or several, or settings as of `data`.
+    """
+    if isinstance(value, Mapping):
+        data_source(cast("Mapping[str, Any]", value)).check()
+    elif value is not None:
+        read_texts(file_names(setting, value), setting)
+
+
+def texts_of(value: object, setting: str, max_length: int) -> list[str]:
+    """Return the texts that a setting names.
+
+    Args:
+        value: as of `check_texts`.
+        max_length: tokens of a text, for passages of long ones.
+
+    Raises:
+        InputError: they cannot be read, or there is no text among them.
+    """
+    if isinstance(value, Mapping):
+        return _of_data(cast("Mapping[str, Any]", value), setting, CHARACTERS * max_length)
+    return read_texts(file_names(setting, value), setting)
+
+
+def _of_data(settings: Mapping[str, Any], setting: str, length: int) -> list[str]:
+    data = read_data(settings)
+    rows = as_dataset(data, MOST)
+    if COLUMN not in rows.column_names:
+        raise InputError(
+            f"{setting}: the data {data.name} have no column {COLUMN}, which retained texts need: "
+            f"there are {', '.join(rows.column_names)}; a template of a chat is not put around them"
+        )
+    texts = cast("list[str]", list(rows.select(range(min(MOST, len(rows))))[COLUMN]))
+    return [part for text in texts for part in passages(text, length)] if data.task.packs else texts
+
+
+def passages(text: str, length: int) -> Iterator[str]:
+    """Yield a text in parts of whole lines, each of about `length` characters or one line."""
+    part = ""
+    for line in text.splitlines(keepends=True):
+        if part and len(part) + len(line) > length:
+            yield part
+            part = ""
+        part += line
+    if part.strip():
+        yield part
+
+
+def halves(texts: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Divide texts in two by a hash of their words, so that equal ones are on one side."""
+    sides: tuple[list[str], list[str]] = ([], [])
+    for text in texts:
+        sides[sha256(normalized(text).encode()).digest()[0] & 1].append(text)
+    return sides
 
 
 def read_texts(names: Sequence[str], setting: str) -> list[str]:

@@ -74,6 +74,7 @@ class TrainState:
         best: the best validation score; of evaluations that share it, the one with the lowest loss
             was that of `best_step` and gave `best_scores`.
         stale: evaluations since the score rose; a lower loss at the same score is no rise.
+        excess: by how much the model of `best_step` exceeds the limits of features.
         schedule_from: steps done when the schedule of the learning rate began.
         group_step: steps of the group that the run trains in, see petl/training/together/runs.py.
     """
@@ -91,15 +92,24 @@ class TrainState:
     best_scores: dict[str, float] = field(default_factory=dict)
     schedule_from: int = 0
     group_step: int = 0
+    excess: float = 0.0
 
-    def note(self, scores: dict[str, float], task: Task) -> bool:
-        """Record an evaluation on the validation examples; return True if it is the best so far."""
-        # pairs (score, -loss): Python compares the score first
-        new, best = task.quality(scores), task.quality(self.best_scores)
-        self.stale = 0 if new[0] > best[0] else self.stale + 1
+    def note(self, scores: dict[str, float], task: Task, excess: float = 0.0) -> bool:
+        """Record an evaluation on the validation examples; return True if it is the best so far.
+
+        Args:
+            excess: by how much the model exceeds a limit: of two, the one that does by less is
+                better, and of equal ones the one with the better score.
+        """
+        earlier = excess if self.best_step is None else self.excess
+        # (-excess, score, -loss): Python compares the first ones first
+        new = (-excess, *task.quality(scores))
+        best = (-earlier, *task.quality(self.best_scores))
+        self.stale = 0 if new[:2] > best[:2] else self.stale + 1
         if new <= best:
             return False
         self.best, self.best_step, self.best_scores = scores[task.metric], self.step, scores
+        self.excess = excess
         return True
 
     @property
@@ -240,7 +250,8 @@ def verify_best(state: TrainState, checkpoints: Path, log: Path, task: Task) -> 
     step = state.best_step
     if step is None or state.best is None:
         return state
-    scores = {s: v for s, v in validations(log).items() if s <= state.step}
+    lines = [line for line in read_log(log) if "validation" in line and line["step"] <= state.step]
+    scores = {line["step"]: line["validation"] for line in lines}
     if step == state.step:
         return state
     try:
@@ -250,7 +261,9 @@ def verify_best(state: TrainState, checkpoints: Path, log: Path, task: Task) -> 
     else:
         return state
     left = {s: v for s, v in scores.items() if s == state.step or is_complete(checkpoints, s)}
-    state.best_step = best_of(left, task)
+    beyond = {line["step"]: line.get("excess", 0.0) for line in lines}
+    state.best_step = best_of(left, task, beyond)
+    state.excess = beyond.get(state.best_step or 0, 0.0)
     state.best_scores = left.get(state.best_step, {})
     state.best = state.best_scores.get(task.metric)
     # a tie of scores does not make a new best, so patience counts from the first
@@ -269,14 +282,22 @@ def verify_best(state: TrainState, checkpoints: Path, log: Path, task: Task) -> 
     return state
 
 
-def best_of(evaluations: Mapping[int, Mapping[str, float]], task: Task) -> int | None:
-    """Return the first step with the best evaluation, or None if there are none."""
-    return max(evaluations, key=lambda step: (task.quality(evaluations[step]), -step), default=None)
+def best_of(
+    evaluations: Mapping[int, Mapping[str, float]],
+    task: Task,
+    beyond: Mapping[int, float] | None = None,
+) -> int | None:
+    """Return the first step with the best evaluation, or None if there are none.
 
-
-def validations(log: Path) -> dict[int, dict[str, float]]:
-    """Read the evaluations in metrics.jsonl, by step."""
-    return {line["step"]: line["validation"] for line in read_log(log) if "validation" in line}
+    Args:
+        beyond: by step, how much a limit is exceeded.
+    """
+    beyond = beyond or {}
+    return max(
+        evaluations,
+        key=lambda step: (-beyond.get(step, 0.0), task.quality(evaluations[step]), -step),
+        default=None,
+    )
 
 
 # Writing and reading

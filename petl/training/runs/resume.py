@@ -26,7 +26,12 @@ from petl.training.runs.settings import TrainConfig
 # settings by which a run may differ from its earlier part: they do not change its course, or up to
 # rounding and to dropout's draws only
 FREE = {
-    *("recipe", "imports", "data.allow_overlap"),  # a recipe's settings are all in the identity
+    *(
+        "recipe",
+        "imports",
+        "data.allow_overlap",
+        "data.near_duplicates",
+    ),  # a recipe's settings are all in the identity
     *(
         f"train.{name}"
         for name in (
@@ -37,8 +42,10 @@ FREE = {
         )
     ),
 }
-# another tracker, another number of processes, other texts to measure on
-FREE_GROUPS = ("tracker.", "launch.", "retain.")
+FREE_GROUPS = ("tracker.", "launch.")  # another tracker, another number of processes
+# with retain.mix or retain.limit, texts are trained on, or choose the checkpoint; else they are
+# measured alone
+CHANGES_TRAINING = (("retain.mix", 0), ("retain.limit", None))
 # settings in which a run that is trained further may differ from its earlier part
 LENGTH = {"train.steps", "train.epochs", "train.early_stopping"}
 PRECISION, AUTO = "train.precision", "auto"
@@ -61,7 +68,10 @@ def identity(config: Mapping[str, object]) -> dict[str, object]:
     free = FREE
     if entries.get("train.cache_frozen") is not True:  # up to rounding; true leaves out dropout
         free = FREE | {"train.cache_frozen"}
-    kept = {k: v for k, v in entries.items() if k not in free and not k.startswith(FREE_GROUPS)}
+    groups = FREE_GROUPS
+    if all(entries.get(name) in (usual, None) for name, usual in CHANGES_TRAINING):
+        groups = (*FREE_GROUPS, "retain.")
+    kept = {k: v for k, v in entries.items() if k not in free and not k.startswith(groups)}
     return json.loads(json.dumps(kept))
 
 

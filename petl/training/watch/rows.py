@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from petl.data.learned import BRACKETS, pieces
-from petl.data.overlap import Overlap
+from petl.data.overlap import TrainingInputs
 from petl.data.tasks.base import IGNORED
 from petl.data.tasks.chat import end_of_turn
 from petl.errors import printable
@@ -191,17 +191,15 @@ def inspect_same_rows(train: Any, test: Any, findings: Findings) -> None:
     known, asked = (_keys(data, MOST) for data in (train, test))
     if not known or not asked or not findings.wants("same rows"):
         return
-    texts = [text for text, _ in known]
+    inputs = TrainingInputs(text for text, _ in known)
     long, short = (
-        Overlap.of_texts(texts, (text for text, is_long in asked if is_long == wanted))
+        inputs.compare(text for text, is_long in asked if is_long == wanted)
         for wanted in (True, False)
     )
-    count = long.exact + long.alike
-    if short.exact + short.alike >= COMMON * len(asked):
-        count += short.exact + short.alike
+    count = long.found + (short.found if short.found >= COMMON * len(asked) else 0)
     if not count:
         return
-    known_texts = set(texts)
+    known_texts = {text for text, _ in known}
     example = next((i for i, (text, _) in enumerate(asked) if text in known_texts), None)
     shown = "" if example is None else f", such as row {example}"
     findings.add(

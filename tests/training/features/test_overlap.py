@@ -8,6 +8,7 @@ from training_fixtures import train
 
 from petl.cli import main
 from petl.data.base import hold_out, read_data
+from petl.data.overlap import TrainingInputs
 
 pytest_plugins = ["training_fixtures"]
 
@@ -38,6 +39,16 @@ def test_it_is_counted_everywhere_if_it_is_allowed(leaking, tmp_path, capsys, pe
     capsys.readouterr()
     assert main.main(["data", *(word for word in leaking if not word.startswith("+"))]) == 0
     assert "10 of 10 test rows occur in training" in capsys.readouterr().out
+
+
+def test_near_rows_are_counted_on_request():
+    train = ["the old red cat sat on the mat and saw a dog", "something else is written here"]
+    test = ["the old red cat sat on the mat and saw a pig", "nothing of the kind, at all", train[1]]
+    assert TrainingInputs(train).compare(test).entry() == {"rows": 3, "exact": 1, "alike": 0}
+    pytest.importorskip("datasketch")
+    found = TrainingInputs(train, 0.6).compare(test)
+    assert (found.exact, found.near, found.found) == (1, 1, 2)
+    assert TrainingInputs(train, 0.95).compare(test).near == 0
 
 
 def test_a_random_split_has_no_row_on_both_sides(tmp_path):

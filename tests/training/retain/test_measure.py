@@ -1,6 +1,8 @@
 """`petl.retained`: against loops straight from the definitions, and what it leaves as it was."""
 
 import math
+from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from transformers import (
 import petl
 from petl import testing
 from petl.errors import UnsupportedError
+from petl.training.retain.measure import Processes
 
 TEXTS = [("the quick brown fox " * 3)[: 5 + 7 * n] + str(n) for n in range(9)]
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -117,6 +120,58 @@ def test_order_and_size_of_batches_and_a_base_beside_it_change_nothing(tokenizer
             assert getattr(others, name) == pytest.approx(getattr(first, name), abs=1e-6)
 
 
+def test_several_processes_have_equally_many_rows_and_together_all():
+    order = list(range(10, 21))
+    parts = [Processes(rank, 3).own(order) for rank in range(3)]
+    assert {len(part) for part in parts} == {4}
+    assert {row for part in parts for row in part} == {*order}
+
+
+@pytest.mark.parametrize(("layers", "skipped"), [([1], 3), ([0], 0)])
+def test_blocks_below_the_first_adapter_run_once(layers, skipped, tokenizer, monkeypatch):
+    model = adapted("lora", layers_to_transform=layers)
+    calls = Counter()
+    for number, block in enumerate(model.base_model.model.model.layers):
+        forward = block.mlp.forward
+        monkeypatch.setattr(
+            block.mlp, "forward", lambda x, n=number, f=forward: calls.update([n]) or f(x)
+        )
+    whole = petl.retained(model, TEXTS, tokenizer, base=llama(), batch_size=3)
+    calls.clear()
+    found = petl.retained(model, TEXTS, tokenizer, batch_size=3)
+    assert (calls[0], calls[1]) == (6 - skipped, 6)
+    assert found.lost == pytest.approx(whole.lost, abs=1e-6)
+    assert type(model.base_model.model.model.layers[0]) is type(llama().model.layers[0])
+
+
+def test_features_of_a_classifier_are_compared_with_their_definitions(tokenizer):
+    model = testing.stir(
+        petl.wrap(llama(LlamaForSequenceClassification), "lora", task_type="SEQ_CLS")
+    ).eval()
+    model.base_model.model.config.pad_token_id = tokenizer.pad_token_id
+    found = petl.retained(model, TEXTS, tokenizer, batch_size=4)
+    sides = []
+    for side in (model.disable_adapter, nullcontext):
+        with side(), torch.no_grad():
+            body = model.base_model.model.model
+            ids = [torch.tensor([tokenizer(text)["input_ids"]]) for text in TEXTS]
+            sides.append(torch.cat([body(each).last_hidden_state[:, -1] for each in ids]).double())
+    X, Y = sides
+    drifts = 1 - torch.cosine_similarity(X, Y)
+    assert found.drift == pytest.approx(float(drifts.mean()), rel=1e-4)
+    assert [each.drift for each in found.texts] == pytest.approx(drifts.tolist(), rel=1e-3)
+    assert (found.kind, found.rows) == ("features", 9)
+    assert found.interval[0] < found.drift < found.interval[1]
+    X, Y = X - X.mean(0), Y - Y.mean(0)
+    cka = (Y.T @ X).square().sum() / ((X.T @ X).norm() * (Y.T @ Y).norm())
+    assert found.cka == pytest.approx(float(cka), rel=1e-5)
+
+
+def test_a_new_adapter_of_a_classifier_has_drifted_by_nothing_to_the_bit(tokenizer):
+    model = petl.wrap(llama(LlamaForSequenceClassification), "lora", task_type="SEQ_CLS")
+    assert petl.retained(model, TEXTS, tokenizer).drift == 0.0
+
+
 def test_the_model_and_random_numbers_stay_as_they_were(tokenizer):
     model = adapted("lora", lora_dropout=0.5)
     model.add_adapter("other", model.peft_config["default"])
@@ -157,9 +212,6 @@ def test_what_cannot_be_measured_is_refused(tokenizer):
         petl.retained(model, TEXTS, tokenizer, batch_size=0)
     with pytest.raises(UnsupportedError, match="has no adapters"):
         petl.retained(llama(), TEXTS, tokenizer)
-    classifier = petl.wrap(llama(LlamaForSequenceClassification), "lora", task_type="SEQ_CLS")
-    with pytest.raises(UnsupportedError, match="no logits over a vocabulary"):
-        petl.retained(classifier, TEXTS, tokenizer)
     model.merge_adapter()
     with pytest.raises(petl.InputError, match="unmerge_adapter"):
         petl.retained(model, TEXTS, tokenizer)

@@ -8,8 +8,11 @@ from safetensors.torch import load_file
 from training_fixtures import train
 
 from petl.cli.main import main
+from petl.data.overlap import normalized
 from petl.errors import InputError
 from petl.experiments.reports.run_report import write_page
+from petl.training.retain.replay import ReplayOrder
+from petl.training.retain.texts import halves
 
 pytest_plugins = ["task_fixtures", "training_fixtures"]
 TEXTS = [f"{'the cat and a red dog ' * (1 + n % 3)}{n}" for n in range(12)]
@@ -76,7 +79,7 @@ def test_the_summary_and_the_page_say_it_and_eval_agrees(families, texts, tmp_pa
 
 def test_a_short_run_does_not_pay_for_texts(families, tmp_path, petl_log):
     words = families("causal_lm", "+method=lora", "train.linear_probe=false")
-    run = train([*words, "retain.data=bundled"], tmp_path / "run")
+    run = train(words, tmp_path / "run")  # by default
     assert "retained" not in run.scores
     assert "retained texts are not measured: 3% of this run pays for" in petl_log.text
 
@@ -91,7 +94,18 @@ def test_a_short_run_does_not_pay_for_texts(families, tmp_path, petl_log):
             ["retain.data=bundled", "retain.curve=true", "train.eval_steps=null"],
             "train.eval_steps is null",
         ),
-        ("regression", ["retain.data=bundled"], "has no loss on texts; set retain.data=null"),
+        (
+            "causal_lm",
+            ["retain.limit=0.1", "train.eval_steps=null"],
+            "retain.limit=0.1 .* train.eval_steps is null",
+        ),
+        ("causal_lm", ["retain.limit=5 percent"], "no loss above 0 in nats"),
+        ("causal_lm", ["retain.limit=0.1", "retain.data=null"], "retain.data is null"),
+        ("causal_lm", ["retain.mix=0.5", "retain.data=null"], "retain.data is null"),
+        ("causal_lm", ["retain.mix=0.99"], "leaves none of the"),
+        ("causal_lm", ["retain.mix_data=bundled"], "texts for retain.mix, which is 0"),
+        ("regression", ["retain.mix=0.5"], "no loss of a language model"),
+        ("causal_lm", ["retain.mix=0.5", "train.buckets=3"], "texts of any length"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_training(
@@ -102,3 +116,72 @@ def test_what_cannot_be_measured_is_refused_before_training(
         words = [*words, "train.validation_share=null"]
     with pytest.raises(InputError, match=message):
         train([*given, *words], tmp_path / "run")
+
+
+def test_the_best_checkpoint_is_the_best_within_the_limit(families, texts, tmp_path, petl_log):
+    words = families("causal_lm", "+method=lora", "train.linear_probe=false", texts, *MEASURED)
+    words += ["train.lr=0.3", "train.eval_steps=1", "train.schedule=constant"]
+    free = train(words, tmp_path / "free")
+    curve = train([*words, "retain.curve=true"], tmp_path / "curve")
+    lost = {l["step"]: l["retained_lost"] for l in curve.metrics if "retained_lost" in l}
+    metric, sign = curve.scores["metric"], 1 if curve.scores["higher_is_better"] else -1
+    scores = {l["step"]: l["validation"] for l in curve.metrics if "validation" in l}
+    quality = {step: (sign * v[metric], -v["loss"]) for step, v in scores.items()}
+    assert curve.scores["best_step"] == free.scores["best_step"]
+    border = sorted(value for value in lost.values() if value > 0)[0] + 1e-9
+    limited = train([*words, f"retain.limit={border}"], tmp_path / "limited")
+    within = [step for step, value in lost.items() if value <= border]
+    assert limited.scores["best_step"] == max(within, key=quality.get)
+    assert limited.scores["retained"]["lost"] <= border
+    none = train([*words, "retain.limit=0.00001%"], tmp_path / "none")
+    assert none.scores["best_step"] == min(lost, key=lost.get)
+    assert "no checkpoint is within retain.limit=0.00001%" in petl_log.text
+    assert 'class="alarm"' in (none.path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "seq2seq", "regression"])
+def test_texts_are_replayed_or_features_measured(task, families, texts, tmp_path):
+    words = families(task, "+method=lora", "train.linear_probe=false", texts, *MEASURED)
+    plain = train(words, tmp_path / "plain")
+    if task == "regression":
+        found = plain.scores["retained"]
+        assert (found["kind"], found["rows"]) == ("features", 10)
+        assert found["drift"] > 0
+        return
+    mixed = train([*words, "retain.mix=0.25"], tmp_path / "mixed")
+    assert mixed.scores["steps"] == plain.scores["steps"]
+    assert mixed.scores["tokens"] != plain.scores["tokens"]
+    measured = (mixed.path / "retained.jsonl").read_text().splitlines()
+    assert 0 < len(measured) < 10  # the other texts are trained on
+    assert not torch.equal(*(next(iter(weights(run).values())) for run in (plain, mixed)))
+
+
+def test_a_batch_with_replay_has_each_row_once_an_epoch_and_texts_in_turn():
+    order = ReplayOrder(rows=10, texts=3, batch_size=5, replayed=2)
+    assert order.sizes.tolist() == [5, 5, 5, 3]
+    epochs = [[batch.tolist() for batch in order.batches(0, epoch)] for epoch in range(3)]
+    for batches in epochs:
+        assert [len(batch) for batch in batches] == [5, 5, 5, 3]
+        assert sorted(row for batch in batches for row in batch if row < 10) == list(range(10))
+        assert all(sum(row >= 10 for row in batch) == 2 for batch in batches)
+    texts = [row - 10 for batches in epochs for batch in batches for row in batch if row >= 10]
+    for start in range(0, len(texts), 3):
+        assert sorted(texts[start : start + 3]) == [0, 1, 2]
+    assert epochs[0] == [batch.tolist() for batch in order.batches(0, 0)]
+    assert epochs[0] != epochs[1]
+
+
+def test_a_text_is_replayed_or_measured_never_both(tmp_path):
+    one, other = halves([*TEXTS, *(text.upper() + "!" for text in TEXTS)])
+    assert len(one) + len(other) == 2 * len(TEXTS)
+    assert not {normalized(text) for text in one} & {normalized(text) for text in other}
+    assert min(len(one), len(other)) > 0
+
+
+def test_long_texts_of_other_data_are_measured_in_passages(families, tmp_path):
+    (tmp_path / "play.jsonl").write_text(json.dumps({"text": "\n".join(TEXTS)}))
+    words = families("causal_lm", "+method=lora", "train.linear_probe=false", "retain.rows=9")
+    other = f"+data@retain.data=files retain.data.train={tmp_path}/play.jsonl retain.data.pack=true"
+    other += f" retain.data.test={tmp_path}/play.jsonl retain.data.task=causal_lm"
+    run = train([*words, *other.split(), "retain.max_length=8"], tmp_path / "run")
+    assert run.scores["retained"]["rows"] == 9
