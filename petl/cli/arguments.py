@@ -71,6 +71,15 @@ def some_of(options: Collection[str]) -> Callable[[str], list[str]]:
     return parse
 
 
+def strength(text: str) -> tuple[str, float]:
+    """Parse a strength to choose: a number, or limit=NUMBER."""
+    kind, mark, value = text.partition("=")
+    if mark and kind != "limit":
+        raise argparse.ArgumentTypeError(f"{text} is neither a strength nor limit=NUMBER")
+    parse = number(float, 0)
+    return ("limit" if mark else "strength", parse(value if mark else text))
+
+
 def alphas(text: str) -> list[float | str]:
     """Return numbers above 0, and fit, of a text with commas in between."""
     return [part if part == "fit" else POSITIVE(part) for part in text.split(",")]

@@ -23,6 +23,7 @@ from petl.cli.arguments import (
     named_run,
     new_folder_to_write,
     number,
+    strength,
     weights,
 )
 from petl.cli.options import Command, Options, argument, choice, either, option, switch
@@ -834,6 +835,36 @@ class CombineOptions(LoadOptions, ExcludeOptions):
     scope: str = choice(
         "the largest values of all tensors together, or of each", ("global", "tensor"), "global"
     )
+
+
+@command("strength", "strength:strength")
+class StrengthOptions(RunOptions):
+    """Turn an adapter up or down: what it learned and lost at each strength.
+
+    The outputs of a layer are those of the base plus the strength times the adapter's update.
+    Prints the score on the run's validation rows and what was lost on retained texts, and adds both
+    to the run's scores and page; test rows decide nothing.
+
+      petl strength runs/mine
+      petl strength runs/mine --choose 0.75 --out softer
+      petl strength runs/mine --choose limit=0.1 --out softer
+
+    --choose writes an adapter with that strength in its weights, in its own format, which every
+    command and PEFT load: with limit=L, the one with the best score of those that lose at most L
+    nats per token (of models that do not write: a drift of L).
+    """
+
+    strengths: list[float] | None = option(
+        "to try (default: 0 to 1.25; of icv, 0 to 0.4)", each(number(float, 0)), metavar="S[,S...]"
+    )
+    choose: tuple[str, float] | None = option(
+        "the strength to write: a number, or limit=L", strength, metavar="S"
+    )
+    retain: list[str] | None = option(
+        "files with a column text (default: the texts that petl brings)", metavar="FILE", nargs="+"
+    )
+    out: Path | None = option("folder to write with --choose: new or empty", new_folder_to_write())
+    batch_size: int | None = option("texts per batch", COUNT)
 
 
 @command("squeeze", "squeeze:squeeze")

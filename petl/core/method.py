@@ -261,6 +261,8 @@ class Method(Generic[C, A]):
         decays: False if weight decay leaves the adapter's tensors out; the head's may decay.
         keep_float32: True if its tensors never take the base model's half precision.
         resumable: values of fields of the config with which training can resume from a file.
+        strength_field: the field of its config with the strength of an adapter; "": none.
+        strengths: that are tried where none are given, see petl/core/strengths.py; (): the default.
         over: the tuner of PEFT whose layers it trains; None: petl's own layers.
         tuner_cls: the tuner, which `make_tuner` generates; None: PEFT's.
     """
@@ -293,6 +295,8 @@ class Method(Generic[C, A]):
     decays: bool = True
     keep_float32: bool = False
     resumable: Mapping[str, Any] = {}
+    strength_field: str = ""
+    strengths: Sequence[float] = ()
     over: type[Any] | None = None
     tuner_cls: type[Any] | None = None
 
@@ -343,6 +347,13 @@ class Method(Generic[C, A]):
         A run then has train.steps=0, and its scores before are the base model's.
         """
         return False
+
+    def strength_tensors(self, config: C) -> Sequence[str]:
+        """Return patterns of the names of tensors in which the update of a layer is linear.
+
+        A pattern is for a part of the name between dots. (): there are none.
+        """
+        return ()
 
     # Wrapping a model
 

@@ -192,6 +192,7 @@ adopt(
     needs_data=data_driven_initialization,
     calibrate=initialize,
     acts=DATA_DRIVEN | OF_QALORA,
+    strength_tensors=lambda config: ("lora_B",),
     lacks=OF_LORA,
 )
 adopt(
@@ -227,5 +228,6 @@ adopt(
     needs_data=data_driven_initialization,
     calibrate=initialize,
     acts=DATA_DRIVEN | OF_QALORA,
+    strength_tensors=lambda config: ("lora_B",),
     lacks=OF_LORA,
 )

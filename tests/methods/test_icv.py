@@ -12,12 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 import petl
 from petl import testing
+from petl.core.strengths import best_strength
 from petl.errors import InputError, UnknownNameError, UnsupportedError
 from petl.methods import icv
 from petl.methods.icv.config import hosts
 from petl.methods.icv.directions import last_states
 from petl.methods.icv.steering import Steer, steered
-from petl.methods.icv.strengths import best_strength
 from petl.testing import TINY_MODELS, logits
 from petl.testing.models import tiny_gpt2, tiny_llama, tiny_t5
 from petl.testing.training import train
@@ -451,8 +451,8 @@ def test_pairs_of_stacks_and_unknown_adapters_are_refused():
         icv.calibrate(wrapped(), demonstrations(), "c")
     with pytest.raises(InputError, match="has no ICV adapter"):
         icv.calibrate(petl.wrap(tiny_llama(), "lora"), demonstrations())
-    with pytest.raises(InputError, match="has no strength"):
-        icv.choose_strength(petl.wrap(tiny_llama(), "lora"), float)
+    with pytest.raises(UnsupportedError, match="has no strength"):
+        icv.choose_strength(petl.wrap(tiny_llama(), "ia3"), float)
 
 
 def test_states_that_are_not_finite_are_refused():

@@ -241,6 +241,10 @@ class BottleneckMethod(Method[AdapterConfig, BottleneckAdapter]):
         Capability.TOGETHER: whole_batch,
     }
 
+    def strength_tensors(self, config: AdapterConfig) -> tuple[str, ...]:
+        """What the output is last multiplied by and added to."""
+        return ("norm_after_*",) if config.ln_after else ("up_weight", "up_bias")
+
     def targets(self, c: WrapContext[AdapterConfig]) -> list[Target]:
         """The ends of sub-layers, projections to values, or whole blocks."""
         return gated_targets(c)

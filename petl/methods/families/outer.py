@@ -135,6 +135,8 @@ def _variant(outer: Any, entry: Method[Any, Any], inner: str | None) -> Method[A
         "needs_tuner": outer.needs_tuner,
         "defaults": {**entry.defaults, "inner": inner},
         "inner": inner or "",
+        # the inner method's tensors mean something else here
+        "strength_tensors": outer.strength_tensors,
         "lacks": {
             **entry.lacks,
             Capability.EXPERTS: "it is for linear layers; use the inner method alone",

@@ -26,9 +26,9 @@ normalized where it is applied, so that their relative sizes have no effect (wit
 `mode="stream"`, `scale="plain"`, `keep_norm=False`, `layers` and `train` are additions.
 """
 
+from petl.core.strengths import choose_strength, scores_by_strength
 from petl.methods.icv.config import IcvConfig
 from petl.methods.icv.method import Icv, IcvAdapter, calibrate
-from petl.methods.icv.strengths import choose_strength, scores_by_strength
 
 __all__ = [
     "Icv",

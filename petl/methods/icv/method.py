@@ -94,6 +94,7 @@ class Icv(Method[IcvConfig, IcvAdapter]):
     need = "adapting in seconds, without training"
     recommended = "a few demonstrations give one vector per block, of adjustable strength"
     features = ("petl.methods.icv.run:Strengths",)
+    strength_field, strengths = "strength", (0.0, 0.05, 0.1, 0.2, 0.4)
     lacks = {
         Capability.MERGE: (
             "ICV shifts hidden states by amounts that depend on them, which no weight can; keep "

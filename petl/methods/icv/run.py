@@ -1,31 +1,14 @@
 """What a run does for ICV: demonstrations of its rows, and scores by strength on further ones."""
 
 import logging
-import math
-from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from petl.core.registry import build_config, needs_calibration
-from petl.core.types import Record
-from petl.data.tasks.scores import is_percentage
-from petl.errors import InputError
+from petl.core.strengths import best_strength, default_strengths, scores_by_strength
 from petl.methods.icv.demonstrations import demonstrations, held_rows, settings_of
-from petl.methods.icv.strengths import STRENGTHS, best_strength, scores_by_strength
-from petl.system.values import type_problem
 from petl.training.features import Context, Fields, RunFeature, Setup
-from petl.training.features.section import Curve, Lines, Section
-from petl.training.runs.records import SCORES
 
 logger = logging.getLogger(__name__)
-
-
-class StrengthScores(TypedDict):
-    """Scores on training rows by strength of the adapter, and the strength that is used."""
-
-    metric: str
-    rows: int
-    used: float
-    scores: dict[str, float]
 
 
 class Strengths(RunFeature):
@@ -58,7 +41,8 @@ class Strengths(RunFeature):
                 what = f"scoring {len(rows)} training examples with strength {config.strength:g}"
                 return context.evaluate(rows, what)[task.metric]
 
-            tried = {*STRENGTHS} if is_auto else {*STRENGTHS, config.strength}
+            usual = default_strengths(config)
+            tried = {*usual} if is_auto else {*usual, config.strength}
             found = scores_by_strength(context.model, score, sorted(tried))
             used = config.strength
             if is_auto:
@@ -69,25 +53,3 @@ class Strengths(RunFeature):
         if is_auto:
             config.strength = run.scores[self.key]["used"]
             logger.info("strength %g: the best on %d training rows", config.strength, len(rows))
-
-    @classmethod
-    def section(cls, folder: Path, scores: Record) -> Section | None:
-        """Return a chart of the scores by strength."""
-        found = scores.get(cls.key)
-        if found is None:
-            return None
-        problem = type_problem(found, StrengthScores)
-        if problem:
-            raise InputError(f"{folder / SCORES} cannot be used: {cls.key}: {problem}")
-        metric, used, rows = found["metric"], found["used"], found["rows"]
-        factor = 100 if is_percentage(metric) else 1
-        by_strength = ((float(strength), value) for strength, value in found["scores"].items())
-        points = [(place, factor * value) for place, value in by_strength if math.isfinite(value)]
-        chart = Lines(
-            f"{metric.replace('_', ' ').capitalize()} on {rows:,} held-out training examples",
-            "strength",
-            f"{metric} (%)" if factor == 100 else metric,
-            [Curve(metric, sorted(points))],
-            (f"used: {used:g}", used),
-        )
-        return Section("Strength", charts=[chart]) if points else None

@@ -63,6 +63,10 @@ class Increlora(Method[IncreloraConfig, IncreloraAdapter]):
     }
     free_dims = ROWS  # a file has as many components as have grown
 
+    def strength_tensors(self, config: IncreloraConfig) -> tuple[str, ...]:
+        """B, as of a LoRA."""
+        return ("lora_B",)
+
     def settings(self, c: WrapContext[IncreloraConfig]) -> dict[str, Settings]:
         """Capacity of each target, and the state of growth that all targets share."""
         config, shapes = c.config, c.shapes

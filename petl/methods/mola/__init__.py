@@ -378,6 +378,10 @@ class Mola(Method[MolaConfig, MolaAdapter]):
         Capability.EXPERTS: without_experts,
     }
 
+    def strength_tensors(self, config: MolaConfig) -> tuple[str, ...]:
+        """B of all experts."""
+        return ("lora_B",)
+
     def settings(self, c: WrapContext[MolaConfig]) -> dict[str, Settings]:
         """Number of experts, weight in the balance loss and router chain of each target.
 

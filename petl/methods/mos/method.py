@@ -30,6 +30,10 @@ class Mos(Method[MosConfig, MosAdapter]):
     }
     by_position = True
 
+    def strength_tensors(self, config: MosConfig) -> tuple[str, ...]:
+        """The pools of B."""
+        return ("pool_B_*",)
+
     def settings(self, c: WrapContext[MosConfig]) -> dict[str, Settings]:
         """The group of each target, and the pool rows that it draws."""
         config, groups = c.config, groups_of(c.shapes)  # layers of one role

@@ -42,6 +42,10 @@ class Sparse(Method[SparseConfig, SparseAdapter]):
     }
     by_position = True
 
+    def strength_tensors(self, config: SparseConfig) -> tuple[str, ...]:
+        """The values that are added to weights."""
+        return ("values",)
+
     def settings(self, c: WrapContext[SparseConfig]) -> dict[str, Settings]:
         """The number of tuned weights of each target, which is also written into the config."""
         # saved: a loaded adapter needs the sizes, not the rule

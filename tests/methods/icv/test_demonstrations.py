@@ -12,8 +12,8 @@ import petl
 from petl.data.models.loading import load_processor
 from petl.errors import InputError
 from petl.experiments.planning.plan import plan_run
+from petl.methods.icv import Icv
 from petl.methods.icv.demonstrations import Pairs, demonstrations, held_rows, settings_of, texts_of
-from petl.methods.icv.strengths import STRENGTHS
 from petl.training.compose import compose
 from petl.training.dataloader import encode_splits
 from petl.training.runs.run_config import read_config
@@ -98,10 +98,10 @@ def test_a_run_computes_scores_and_saves_without_training(families, tmp_path):
     assert run.scores["trainable_parameters"] == 0
     curve = run.scores["strengths"]
     assert (curve["metric"], curve["rows"], curve["used"]) == ("loss", 40, 0.2)
-    assert list(curve["scores"]) == [f"{strength:g}" for strength in STRENGTHS]
-    assert len(set(curve["scores"].values())) == len(STRENGTHS)
+    assert list(curve["scores"]) == [f"{strength:g}" for strength in Icv.strengths]
+    assert len(set(curve["scores"].values())) == len(Icv.strengths)
     page = (tmp_path / "report.html").read_text()
-    assert "Loss on 40 held-out training examples" in page
+    assert "Loss on 40 held-out examples" in page
     assert "ICV: size of the vectors" in page
     # the scores before are the base model's, those after the saved adapter's
     _, splits = splits_of(chat(families))

@@ -118,7 +118,11 @@ def test_what_cannot_be_measured_is_refused_before_training(
         train([*given, *words], tmp_path / "run")
 
 
-def test_the_best_checkpoint_is_the_best_within_the_limit(families, texts, tmp_path, petl_log):
+def test_the_best_checkpoint_is_the_best_within_the_limit(families, tmp_path, petl_log):
+    # words that training makes unlikely
+    strange = [{"text": "zz " * (5 + n)} for n in range(10)]
+    (tmp_path / "strange.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in strange))
+    texts = f"retain.data={tmp_path}/strange.jsonl"
     words = families("causal_lm", "+method=lora", "train.linear_probe=false", texts, *MEASURED)
     words += ["train.lr=0.3", "train.eval_steps=1", "train.schedule=constant"]
     free = train(words, tmp_path / "free")
@@ -128,7 +132,8 @@ def test_the_best_checkpoint_is_the_best_within_the_limit(families, texts, tmp_p
     scores = {l["step"]: l["validation"] for l in curve.metrics if "validation" in l}
     quality = {step: (sign * v[metric], -v["loss"]) for step, v in scores.items()}
     assert curve.scores["best_step"] == free.scores["best_step"]
-    border = sorted(value for value in lost.values() if value > 0)[0] + 1e-9
+    assert min(lost.values()) > 1e-4
+    border = sorted(lost.values())[2]
     limited = train([*words, f"retain.limit={border}"], tmp_path / "limited")
     within = [step for step, value in lost.items() if value <= border]
     assert limited.scores["best_step"] == max(within, key=quality.get)
