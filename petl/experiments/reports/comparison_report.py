@@ -94,6 +94,9 @@ def results(comparison: Comparison) -> Table:
     columns = ["method", f"{comparison.split} {comparison.metric}" + (counted and f", {counted}")]
     has_interval = limits_of(comparison, comparison.entries[0]) is not None
     columns += ["95 % interval"] if has_interval else []
+    # a column only where something was measured
+    has_lost = any(entry.lost for entry in comparison.entries)
+    columns += ["lost on other texts"] if has_lost else []
     columns += ["seeds", "learning rate", "parameters", "adapter file", "s/step"]
     # columns here and cells below must stay in the same order
     columns += [] if comparison.on_device else ["CPU s/step"]
@@ -104,6 +107,7 @@ def results(comparison: Comparison) -> Table:
         row = [entry.name, mean_text(comparison.metric, entry.scores)]
         limits = limits_of(comparison, entry)
         row += [interval_text(limits)] if limits else []
+        row += [lost_text(entry.lost)] if has_lost else []
         # seeds differ in the rate with train.find_lr
         lowest, highest = entry.lrs[0], entry.lrs[-1]
         rates = f"{lowest:.3g}" + (f" to {highest:.3g}" if highest > lowest else "")
@@ -133,6 +137,14 @@ def results(comparison: Comparison) -> Table:
     # an entry of several seeds has no single report to link to
     single = [(i, e.runs[0]) for i, e in enumerate(comparison.entries) if len(e.runs) == 1]
     return Table(columns, rows, {(i, 0): run.path / REPORT for i, run in single})
+
+
+def lost_text(values: Sequence[float]) -> str:
+    """Format what was lost, the mean over seeds, in nats per token; "" if it is not known."""
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):+.3f}{spread}"
 
 
 def of_step(seconds: float | None) -> str:
@@ -369,6 +381,11 @@ def costs_of(comparison: Comparison) -> dict[str, tuple[str, str, Sequence[float
             [entry.file_bytes / 1e6 for entry in entries],
         ),
         "step": ("Score and step time", *step),
+        "lost": (
+            "Learned and lost",
+            "lost on other texts (nats per token)",
+            [statistics.fmean(entry.lost) if entry.lost else None for entry in entries],
+        ),
         "memory": (
             "Score and peak memory",
             "peak memory (MB)",

@@ -142,6 +142,12 @@ class Entry:
         """Processor seconds per optimizer step; the median over seeds; None without steps."""
         return self._per_step("cpu_seconds")
 
+    @property
+    def lost(self) -> list[float]:
+        """What each run lost on retained texts, in nats per token; empty unless all have it."""
+        found = [(run.scores.get("retained") or {}).get("lost") for run in self.runs]
+        return [value for value in found if value is not None] if None not in found else []
+
     def _per_step(self, name: str) -> float | None:
         # train.steps=0: what a method computes before training is the adapter
         found = [r.scores[name] / r.scores["steps"] for r in self.runs if r.scores["steps"]]

@@ -10,9 +10,11 @@ from datasets import Dataset
 
 from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.adapters.export.saved_adapter import score as score_on_test
+from petl.core.types import Settings
 from petl.data.files import READERS, suffix_of
 from petl.data.inputs import read_inputs
-from petl.data.tasks.base import Row
+from petl.data.tasks.base import Row, Task
+from petl.data.tasks.causal_lm import CausalLM
 from petl.errors import InputError, printable
 from petl.generation.prediction.columns import data_settings
 from petl.generation.prediction.predictor import Predictor
@@ -25,7 +27,9 @@ from petl.training.dataloader import Splits, numbered
 from petl.training.evaluate import Evaluator
 from petl.training.runs.records import EVALUATED, PREDICTIONS, SCORES
 
-DATA = "--data"
+DATA, TEXT = "--data", "data.format=text"
+# settings of the columns of conversations
+OF_CHATS = ("format", "messages", "prompt", "answer", "system", "generate")
 # what an evaluation writes to its place in a run, with the marks of one
 OWN = (SCORES, PREDICTIONS, "index.html", "worst.jsonl", "*.csv"), (SCORES, PREDICTIONS)
 
@@ -92,13 +96,13 @@ def evaluate_saved(
         folder.mkdir(parents=True, exist_ok=True)
     kept = None if folder is None else folder / PREDICTIONS
     if has_data:
-        task = saved.saved_task
-        columns = data_settings(saved.columns, task, settings)
+        task, known = read_as(saved, settings)
+        columns = data_settings(known, task, settings)
         inputs = read_inputs(names, task, columns, rows=rows, labels=True, setting=DATA)
         what = f"reading {printable(', '.join(names))}".rstrip()
         # all in memory: metrics over classes need every row
         parsed = [row for _, row in ProgressItems(inputs, what, unit="rows", quiet=True)]
-        scores = score_on_rows(saved, parsed, kept, limits)
+        scores = score_on_rows(saved, task, parsed, kept, limits)
     else:
         scores = score_on_test(saved, kept)
     if folder is not None and is_first():
@@ -106,11 +110,26 @@ def evaluate_saved(
     return scores
 
 
+def read_as(saved: SavedAdapter, settings: Sequence[str]) -> tuple[Task, Settings]:
+    """Return the task of files, and the settings of their columns that the run has.
+
+    With data.format=text, a model of conversations reads texts without its template.
+    """
+    task, known = saved.saved_task, saved.columns
+    if not (isinstance(task, CausalLM) and task.chat and TEXT in settings):
+        return task, known
+    plain = {name: value for name, value in known.items() if name not in OF_CHATS}
+    return replace(task, chat=False, generate=None), plain
+
+
 def score_on_rows(
-    saved: SavedAdapter, rows: list[Row], kept: Path | None, limits: Mapping[str, int | None]
+    saved: SavedAdapter,
+    task: Task,
+    rows: list[Row],
+    kept: Path | None,
+    limits: Mapping[str, int | None],
 ) -> dict[str, float]:
     """Return the scores of an adapter on rows with labels, as `read_inputs` reads them."""
-    task = saved.saved_task
     predictor = Predictor.of(saved, **limits)
     # the task decides how long answers may be
     if task.writes and limits.get("max_new_tokens"):

@@ -1,6 +1,7 @@
 """A callback that runs the lifecycle of petl's methods in transformers' Trainer and in TRL."""
 
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +22,7 @@ from petl.core.types import Record
 from petl.errors import InputError, UnsupportedError
 from petl.system.collectives import made_by
 from petl.system.files.disk import write_atomic
+from petl.training.retain.measure import CURVE, retained
 from petl.training.runs.checkpoint import LIFECYCLE, contiguous
 from petl.training.runs.resume import NOT_RESUMABLE
 
@@ -37,6 +39,8 @@ class Callback(TrainerCallback, ExportableState):
       (such as rank growth);
     - scales auxiliary losses under gradient accumulation, and logs them apart from the task loss;
     - saves the method's training state in checkpoints, for exact resumption;
+    - with `retain`, logs what the model has lost on these texts, `retained_lost` in nats per token
+      (of models that do not write: `retained_drift`), at evaluations and at the end;
     - completes the reference adapter `ref` of TRL's trainers, see `complete_reference`.
 
     Methods without auxiliary losses that do not change during training work without it.
@@ -51,22 +55,26 @@ class Callback(TrainerCallback, ExportableState):
 
     Args:
         other_base: resume even on a base model of other weights than those of the checkpoint.
+        retain: texts that are not trained on, tokenized with Trainer's `processing_class`; None:
+            not measured. The model has to keep its base (not CorDA or PiSSA).
 
     Raises:
         InputError: the file in a checkpoint cannot be read, or belongs to another model.
         UnsupportedError: fp16 loss scaling is combined with an auxiliary loss.
     """
 
-    def __init__(self, other_base: bool = False) -> None:
+    def __init__(self, other_base: bool = False, retain: Sequence[str] | None = None) -> None:
         self.other_base = other_base
+        self.retain = None if retain is None else list(retain)
         self._lifecycle: Lifecycle | None = None
         self._training = ExitStack()
+        self._measured = -1  # the step of the last measure of retained texts
         self.run = self.folder = ""  # identifier of this training, and folder of its checkpoints
 
     def state(self) -> Record:
         """The entry of this callback in `trainer_state.json`."""
         # Trainer makes the callback again from "args" on resuming, then sets "attributes"
-        args = {"other_base": self.other_base}
+        args = {"other_base": self.other_base, "retain": self.retain}
         return {"args": args, "attributes": {"run": self.run, "folder": self.folder}}
 
     def on_init_end(
@@ -142,8 +150,35 @@ class Callback(TrainerCallback, ExportableState):
         control: TrainerControl,
         **kwargs: Given,
     ) -> None:
-        """Release what `on_train_begin` set up."""
+        """Release what `on_train_begin` set up; measure the retained texts."""
         self._training.close()
+        self._measure(args, state, kwargs)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Given,
+    ) -> None:
+        """Measure the retained texts."""
+        self._measure(args, state, kwargs)
+
+    def _measure(self, args: TrainingArguments, state: TrainerState, given: Given) -> None:
+        """Log what the model has lost on the retained texts, once a step."""
+        if not self.retain or self._measured == state.global_step:
+            return
+        self._measured = state.global_step
+        tokenizer = given.get("processing_class")
+        if tokenizer is None:
+            raise InputError(
+                f"petl.Callback(retain=...) tokenizes {len(self.retain)} texts, and Trainer has no "
+                "processing_class: pass the tokenizer as Trainer(processing_class=...)"
+            )
+        found = retained(given["model"], self.retain, tokenizer)
+        logs = {CURVE[found.kind]: found.change}
+        logger.info("step %d: %s", state.global_step, found)
+        state.log_history.append({**logs, "step": state.global_step})
 
     def on_optimizer_step(
         self,

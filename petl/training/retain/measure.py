@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 MAX_LENGTH = 256
 FEWEST = 8  # texts with which an interval is stated
 LEVEL = 0.95
+CURVE = {"language": "retained_lost", "features": "retained_drift"}  # names in logs
 CHUNK = 2**22  # logits of a model that are computed with at a time, in float64
 logger = logging.getLogger(__name__)
 Found = TypeVar("Found")
@@ -147,13 +148,14 @@ class Retained:
 
 
 def interval_of(
-    differences: Sequence[tuple[int, float]], lost: float
+    differences: Sequence[tuple[int, float]], lost: float, fewest: int = FEWEST
 ) -> tuple[float, float] | None:
     """Return the 95 % interval of a mean over units with these numbers of tokens and differences.
 
-    None for fewer than eight units.
+    Args:
+        fewest: units, below which there is none.
     """
-    if len(differences) < FEWEST:
+    if len(differences) < fewest:
         return None
     from scipy import stats  # takes a quarter of a second
 

@@ -26,6 +26,7 @@ from petl.training.features import Context, RunFeature, Setup
 from petl.training.features.section import Section
 from petl.training.retain import drift, measure
 from petl.training.retain.measure import (
+    CURVE,
     Processes,
     Retained,
     RetainedRow,
@@ -46,7 +47,6 @@ BACKWARD = 2  # forward passes that a training step costs: of frozen weights the
 MOST, FEWEST, SHORTEST = 256, 32, 64  # texts, and tokens of a text
 SAMPLE = 1000  # rows whose lengths are looked at
 DATA, MIX_DATA = "retain.data", "retain.mix_data"
-CURVE = {"language": "retained_lost", "features": "retained_drift"}  # in metrics.jsonl
 BATCH_SIZE = 8
 logger = logging.getLogger(__name__)
 

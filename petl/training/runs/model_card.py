@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import PurePath
+from pkgutil import resolve_name
 
 import torch
 import transformers
@@ -278,7 +279,11 @@ def _score_table(scores: Settings) -> list[str]:
     rows = [
         [text, *(_number(values.get(name)) for name in names)] for text, values in evaluated.items()
     ]
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+    table = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+    lost = scores.get("retained")
+    # imported for runs that have measured it
+    words = resolve_name("petl.training.retain.page:measured_in")(lost, "retained") if lost else ""
+    return [*table, "", f"{words}."] if words else table
 
 
 def _number(value: float | None) -> str:

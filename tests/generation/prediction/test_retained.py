@@ -4,11 +4,17 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from training_fixtures import train
 
 import petl
+from petl.adapters.export.saved_adapter import find
 from petl.cli.main import main
+from petl.core.adapter_file import WEIGHTS
+from petl.data.tasks.causal_lm import end_text
 
-pytest_plugins = ["writer_fixtures", "task_fixtures", "kept_runs"]
+pytest_plugins = ["writer_fixtures", "task_fixtures", "kept_runs", "training_fixtures"]
 TEXTS = [f"{'a plain sentence ' * (1 + n % 3)}{n}" for n in range(9)]
 
 
@@ -69,3 +75,39 @@ def test_a_run_gets_the_measure_once(kept_run, texts, tmp_path):
     again = json.loads((run / "eval-retained" / "scores.json").read_text())
     assert again["retained"]["rows"] == 1
     assert json.loads((run / "scores.json").read_text()) == scores
+
+
+def test_a_chat_adapter_reads_plain_text_without_its_template(families, texts, tmp_path, capsys):
+    words = families("causal_lm", "+method=lora", "train.steps=2")
+    run = train([*words, "train.linear_probe=false"], tmp_path / "run").path
+    assert main(["eval", str(run), "--data", str(texts), "data.format=text"]) == 0
+    found = json.loads((run / "eval-texts" / "scores.json").read_text())
+    saved = find(run)
+    ids = [saved.processor(text)["input_ids"] for text in TEXTS]
+    end = saved.processor.eos_token_id
+    assert found["tokens"] == sum(len(end_text(each, end)) - 1 for each in ids)
+
+
+def test_strength_is_a_dial_of_a_finished_run(families, texts, tmp_path, capsys):
+    words = families("causal_lm", "+method=lora", "train.steps=4", "train.lr=0.1")
+    run = train([*words, "train.linear_probe=false"], tmp_path / "run").path
+    given = ["strength", str(run), "--retain", str(texts)]
+    out = tmp_path / "softer"
+    assert main([*given, "--choose", "limit=1000", "--out", str(out)]) == 0
+    found = json.loads((run / "scores.json").read_text())["strengths"]
+    assert [*found["scores"]] == [*found["lost"]] == ["0", "0.25", "0.5", "0.75", "1", "1.25"]
+    assert (found["lost"]["0"], found["used"]) == (0.0, 1.0)
+    scores = json.loads((run / "scores.json").read_text())
+    assert found["scores"]["1"] == pytest.approx(scores["validation"], rel=1e-4)
+    assert "What was learned and lost" in (run / "report.html").read_text()
+    chosen = float(capsys.readouterr().out.rpartition("strength ")[2].partition(":")[0])
+    sign = 1 if scores["higher_is_better"] else -1
+    assert found["scores"][f"{chosen:g}"] == sign * max(sign * v for v in found["scores"].values())
+    one, other = (load_file(folder / WEIGHTS) for folder in (run / "adapter", out))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        expected = chosen * tensor if "lora_B" in name else tensor
+        torch.testing.assert_close(other[name], expected)
+    assert main([*given, "--choose", "limit=-1", "--out", str(tmp_path / "no")]) == 2
+    assert main([*given, "--choose", "0.5"]) == 2
+    assert "go together" in capsys.readouterr().err

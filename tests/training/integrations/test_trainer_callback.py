@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from decoder_fixtures import COEF, FIELDS, LR, plain_sgd, wrapped
 from peft import PeftModel, get_peft_model_state_dict
+from tiny_tokenizers import byte_tokenizer
 from torch import Tensor
 from transformers import Trainer, TrainingArguments, default_data_collator
 
@@ -410,3 +411,44 @@ def test_fp16_loss_scaling_with_an_auxiliary_loss_is_refused():
     model(**batches(rows(4), 4)[0])
     with pytest.raises(petl.InputError, match="use bf16=True"):
         callback.on_optimizer_step(settings, state, None)
+
+
+# Retained texts
+
+
+def test_retained_texts_are_measured_at_evaluations_and_at_the_end(tmp_path):
+    texts = [f"{'a plain sentence ' * (1 + n % 3)}{n}" for n in range(9)]
+    plain, model, tokenizer = (
+        wrapped("lora"),
+        wrapped("lora"),
+        byte_tokenizer(pad_token="<|im_end|>"),
+    )
+    settings = arguments(tmp_path, max_steps=5, eval_strategy="steps", eval_steps=2)
+    for each, callbacks in ((plain, []), (model, [petl.Callback(retain=texts)])):
+        trainer = Trainer(
+            each,
+            settings,
+            train_dataset=rows(20),
+            eval_dataset=rows(4),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        trainer.train()
+    assert_same_adapter(model, get_peft_model_state_dict(plain), atol=0)
+    lines = [line for line in trainer.state.log_history if "retained_lost" in line]
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    expected = petl.retained(model, texts, tokenizer).lost
+    assert lines[-1]["retained_lost"] == pytest.approx(expected, abs=1e-6)
+    again = petl.Callback(**petl.Callback(retain=texts).state()["args"])
+    assert again.retain == texts
+
+
+def test_retained_texts_without_a_tokenizer_are_refused(tmp_path):
+    trainer = Trainer(
+        wrapped("lora"),
+        arguments(tmp_path, max_steps=1),
+        train_dataset=rows(4),
+        callbacks=[petl.Callback(retain=["a text"])],
+    )
+    with pytest.raises(petl.InputError, match="processing_class"):
+        trainer.train()

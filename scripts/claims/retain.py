@@ -1,0 +1,273 @@
+"""What loses less: replay, self-distillation, CorDA, lower rates, fewer blocks, less strength.
+
+    python scripts/claims.py retain            # five seeds of two jobs; resumes where it stopped
+    python scripts/claims.py retain --quick    # one seed of one job with few rows
+
+Each contender is trained at several rates, or evaluated at several strengths, and gives a curve of
+what was lost against the test loss. Contenders are compared at one test loss, that of LoRA at a
+rate in the middle, by linear interpolation on the curve of each seed, which begins at the base.
+The bundled texts are divided in two by a hash: one half is measured, the other is for replay and
+for the calibration of CorDA.
+"""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from claims.texts import write_lines, write_verbs
+from petl.adapters.deltas.adapters import new_folder
+from petl.adapters.deltas.measured import splits_of
+from petl.adapters.export.saved_adapter import find
+from petl.core.strengths import at_strength
+from petl.experiments.reports.formatting import Table, echo
+from petl.experiments.sweeps.study import Contender, Study
+from petl.system.files.disk import as_json, write_atomic
+from petl.system.files.read import read_json
+from petl.training.distributed.launch import start
+from petl.training.evaluate import Evaluator
+from petl.training.retain.measure import interval_of, retained
+from petl.training.retain.texts import BUNDLED, halves, read_texts
+from petl.training.runs.records import read_results
+
+NAME, RESULT, PICTURE, TURNED = "retain", "retain.json", "retain.svg", "strengths.json"
+RATES = (3e-4, 1e-3, 3e-3)
+AT = 1e-3  # the rate of LoRA whose test loss is the one at which all are compared
+STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
+LORA, STRENGTH = "LoRA, by rate", "LoRA at 3e-3, by strength"
+SEEDS = tuple(range(5))
+Point = tuple[float, float]  # test loss, and what was lost, in nats per token
+Curve = Mapping[str, Mapping[str, Point]]  # by seed, then by rate or strength
+
+CONTENDERS = {  # words of `petl train`, at each of the rates
+    LORA: "lora",
+    "replay, retain.mix=0.05": "lora retain.mix=0.05 retain.mix_data={data}/replayed.jsonl",
+    "replay, retain.mix=0.2": "lora retain.mix=0.2 retain.mix_data={data}/replayed.jsonl",
+    "self-distillation, +loss=distill": "lora +loss=distill",
+    "CorDA, knowledge preserved": "corda method.corda_method=kpm "
+    "+data@method.calibration_data.data=files method.calibration_data.data.task=causal_lm "
+    "method.calibration_data.data.train={data}/replayed.jsonl "
+    "method.calibration_data.data.test={data}/replayed.jsonl "
+    "method.calibration_data.data.allow_overlap=true "
+    "method.calibration_data.num_samples=48 method.factors_cache={data}/factors",
+    "upper third of the blocks": "lora method.layers_to_transform=top:0.33",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task that contenders learn.
+
+    Attributes:
+        overrides: of `petl train`; {data} is the folder of the files.
+        quick: further ones of a quick trial.
+    """
+
+    title: str
+    overrides: tuple[str, ...]
+    quick: tuple[str, ...] = ()
+
+
+COMMON = (
+    *("model=smollm2", "train.precision=auto", "train.linear_probe=false"),
+    *("train.score_before=true", "train.epochs=1", "retain.data={data}/measured.jsonl"),
+    *("retain.rows=64", "retain.max_length=128"),
+)
+JOBS = {
+    "verbs": Job(
+        "definitions of WordNet verbs with their class as plain text: 900 rows",
+        (
+            *("data=files", "data.task=causal_lm", "data.train={data}/verbs-train.jsonl"),
+            *("data.test={data}/verbs-test.jsonl", "data.max_length=64", "data.train_rows=900"),
+            *("data.test_rows=500", "train.batch_size=16"),
+        ),
+        (
+            *("data.train_rows=16", "data.test_rows=8", "data.max_length=32"),
+            *("train.batch_size=8", "retain.rows=8", "retain.max_length=32"),
+        ),
+    ),
+    "reasoning": Job(
+        "word problems and sums as chat (reasoning-gym): 300 rows",
+        (
+            *("data=reasoning", "data.train_rows=300", "data.test_rows=100"),
+            *("data.max_length=192", "train.batch_size=8", "train.buckets=null"),
+        ),
+    ),
+}
+
+
+def run(folder: Path, *, jobs: int = 1, quick: bool = False) -> None:
+    """Train what is not finished, write the result and its picture, and print it.
+
+    Args:
+        folder: of the runs; a stopped trial resumes in it.
+        jobs: runs at a time.
+        quick: one job with few rows, one seed and two rates.
+    """
+    place = folder / ("quick-retain" if quick else NAME)
+    data = place / "data"
+    if not data.exists():
+        with new_folder(data) as draft:
+            write_data(draft)
+    found: dict[str, dict[str, Curve]] = {}
+    for name, job in JOBS.items():
+        if quick and not job.quick:
+            continue
+        seeds, rates = ((0,), RATES[1:]) if quick else (SEEDS, RATES)
+        found[name] = curves(place / name, job, data, seeds, rates, jobs=jobs, quick=quick)
+        # after each job, so that a stopped trial leaves what there is
+        write_atomic(place / RESULT, as_json(found, in_order=True))
+    draw(found, place / PICTURE)
+    for name, contenders in found.items():
+        table(contenders).print(f"{name}: {JOBS[name].title}")
+    echo(f"written to {place / RESULT} and {place / PICTURE}")
+
+
+def write_data(folder: Path) -> None:
+    """Write the verbs, and the two halves of the bundled texts."""
+    write_verbs(folder)
+    for name, texts in zip(
+        ("measured", "replayed"), halves(read_texts([BUNDLED], NAME)), strict=True
+    ):
+        write_lines(folder / f"{name}.jsonl", texts)
+
+
+def curves(
+    folder: Path,
+    job: Job,
+    data: Path,
+    seeds: Sequence[int],
+    rates: Sequence[float],
+    *,
+    jobs: int,
+    quick: bool,
+) -> dict[str, Curve]:
+    """Return the points of each contender, by seed, then by rate or strength."""
+
+    def placed(words: str) -> str:
+        return words.replace("{data}", str(data.absolute()))
+
+    of_rate = {
+        (label, rate): Contender(f"{placed(words)} train.lr={rate:g}")
+        for label, words in CONTENDERS.items()
+        for rate in rates
+    }
+    overrides = [placed(word) for word in (*COMMON, *job.overrides, *(job.quick if quick else ()))]
+    study = Study(folder, [*of_rate.values()], list(seeds), [], overrides, jobs)
+    study.run()
+    found: dict[str, dict[str, dict[str, Point]]] = {}
+    for (label, rate), contender in of_rate.items():
+        for seed in seeds:
+            run = study._final(contender, seed, None).folder
+            points = found.setdefault(label, {}).setdefault(str(seed), base_of(run))
+            points[f"{rate:g}"] = point_of(run)
+            if label == LORA and rate == rates[-1]:
+                turned = found.setdefault(STRENGTH, {}).setdefault(str(seed), base_of(run))
+                turned |= by_strength(run, data / "measured.jsonl")
+    return dict(found)
+
+
+def base_of(run: Path) -> dict[str, Point]:
+    """Return the point of the base: nothing is lost."""
+    return {"base": (read_results(run)["before"]["loss"], 0.0)}
+
+
+def point_of(run: Path) -> Point:
+    """Return the point of a finished run."""
+    scores = read_results(run)
+    return scores["after"]["loss"], scores["retained"]["lost"]
+
+
+def by_strength(run: Path, texts: Path) -> dict[str, Point]:
+    """Return the points of an adapter at several strengths, which are kept in its folder."""
+    file = run / TURNED
+    if file.exists():
+        return {key: (loss, lost) for key, (loss, lost) in read_json(file).items()}
+    saved = find(run)
+    settings, model = saved.run_config.train, saved.model()
+    accelerator = start(settings.seed, saved.run_config.precision)
+    splits = splits_of(saved, accelerator)
+    evaluator = Evaluator(model, splits, accelerator, settings.eval_batch_size)
+    found: dict[str, Point] = {}
+    for strength in STRENGTHS:
+        with at_strength(model, strength), accelerator.autocast():
+            loss = evaluator.rows(splits.test)["loss"]
+            rows = [json.loads(line)["text"] for line in texts.read_text().splitlines()][:64]
+            measured: Any = retained(model, rows, saved.processor, max_length=128)
+            found[f"{strength:g}"] = loss, measured.lost
+    write_atomic(file, as_json(found, in_order=True))
+    return found
+
+
+# Comparison
+
+
+def lost_at(points: Mapping[str, Point], loss: float) -> float | None:
+    """Return what is lost at a test loss, by linear interpolation; None where it is not reached.
+
+    Of several crossings, the least.
+    """
+    ordered = [*points.values()]
+    crossings = []
+    for (one, lost), (other, more) in pairwise(ordered):
+        if min(one, other) <= loss <= max(one, other):
+            share = (loss - one) / (other - one) if other != one else 0.0
+            crossings.append(lost + share * (more - lost))
+    return min(crossings, default=None)
+
+
+def compared(contenders: Mapping[str, Curve]) -> dict[str, list[float | None]]:
+    """Return what each contender loses at the test loss of LoRA in the middle, by seed."""
+    targets = {seed: points[f"{AT:g}"][0] for seed, points in contenders[LORA].items()}
+    return {
+        label: [lost_at(points, targets[seed]) for seed, points in curve.items()]
+        for label, curve in contenders.items()
+    }
+
+
+def table(contenders: Mapping[str, Curve]) -> Table:
+    """Return the comparison: mean over seeds, and the difference from LoRA with its interval."""
+    values = compared(contenders)
+    rows = []
+    for label, found in values.items():
+        pairs = [
+            (own, lora)
+            for own, lora in zip(found, values[LORA], strict=True)
+            if own is not None and lora is not None
+        ]
+        if len(pairs) < len(found):
+            rows.append([label, f"reached by {len(pairs)} of {len(found)} seeds", ""])
+            continue
+        means = [statistics.fmean(side) for side in zip(*pairs, strict=True)]
+        differences = [(1, own - lora) for own, lora in pairs]
+        limits = interval_of(differences, means[0] - means[1], fewest=2)
+        around = " ({:+.3f} to {:+.3f})".format(*limits) if limits else ""
+        text = "" if label == LORA else f"{means[0] - means[1]:+.3f}{around}"
+        rows.append([label, f"{means[0]:+.3f}", text])
+    rows.sort(key=lambda row: row[1])
+    return Table(["contender", "lost at LoRA's test loss (nats)", "less LoRA's, 95 %"], rows)
+
+
+def draw(found: Mapping[str, Mapping[str, Curve]], file: Path) -> None:
+    """Draw the curves of all jobs, means over the seeds, as an SVG file."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * max(1, len(found)) + 3.2, 4.0), layout="constrained")
+    places = figure.subplots(1, len(found), squeeze=False)[0]
+    for axes, (name, contenders) in zip(places, found.items(), strict=True):
+        for label, curve in contenders.items():
+            keys = [*next(iter(curve.values()))]
+            of_key = ([points[key] for points in curve.values()] for key in keys)
+            points = [[*map(statistics.fmean, zip(*each, strict=True))] for each in of_key]
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("test loss (nats per token)", fontsize=9)
+        axes.set_ylabel("lost on other texts (nats per token)", fontsize=9)
+    handles, labels = places[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
+    with mpl.rc_context({"svg.hashsalt": NAME, "svg.fonttype": "none"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
