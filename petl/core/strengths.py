@@ -48,7 +48,7 @@ def require_strength(config: PeftConfig) -> None:
 def default_strengths(config: PeftConfig) -> Sequence[float]:
     """Return the strengths that are tried where none are given."""
     entry = method_of(config)
-    return (entry and entry.strengths) or STRENGTHS
+    return entry.strengths if entry is not None and entry.strengths else STRENGTHS
 
 
 def strength_of(config: PeftConfig) -> float:
