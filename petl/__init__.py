@@ -56,7 +56,9 @@ if TYPE_CHECKING:
     from petl.training import ranks as ranks
     from petl.training.adamr import AdamR
     from petl.training.integrations.trainer_callback import Callback
-    from petl.training.retain.measure import Retained, retained
+    from petl.training.retain.compare import retained
+    from petl.training.retain.drift import Drift
+    from petl.training.retain.measure import Retained
     from petl.training.together.jobs import Job, TrainResult, train_together
     from petl.training.watch.watcher import Watch, watch
 
@@ -67,6 +69,7 @@ __all__ = [
     "AdapterSet",
     "Callback",
     "Checked",
+    "Drift",
     "Factors",
     "InputError",
     "Job",
@@ -155,7 +158,9 @@ _NAMES = {
     "petl.methods.lora": ("lorafa_optimizer", "loraplus_optimizer"),
     "petl.methods.sparse": ("SparseSM3",),
     "petl.training.adamr": ("AdamR",),
-    "petl.training.retain.measure": ("Retained", "retained"),
+    "petl.training.retain.compare": ("retained",),
+    "petl.training.retain.drift": ("Drift",),
+    "petl.training.retain.measure": ("Retained",),
     "petl.training.together.jobs": ("Job", "TrainResult", "train_together"),
     "petl.training.watch.watcher": ("Watch", "watch"),
     "petl.generation.prediction.library": ("evaluate", "predict"),

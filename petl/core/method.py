@@ -261,6 +261,9 @@ class Method(Generic[C, A]):
         decays: False if weight decay leaves the adapter's tensors out; the head's may decay.
         keep_float32: True if its tensors never take the base model's half precision.
         resumable: values of fields of the config with which training can resume from a file.
+        strength_tensors: patterns of the names of tensors in which the update of a layer is linear,
+            or a function of the config that returns them, see petl/core/strengths.py; a pattern is
+            for a part of the name between dots. (): there are none.
         strength_field: the field of its config with the strength of an adapter; "": none.
         strengths: that are tried where none are given, see petl/core/strengths.py; (): the default.
         over: the tuner of PEFT whose layers it trains; None: petl's own layers.
@@ -295,6 +298,7 @@ class Method(Generic[C, A]):
     decays: bool = True
     keep_float32: bool = False
     resumable: Mapping[str, Any] = {}
+    strength_tensors: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()
     strength_field: str = ""
     strengths: Sequence[float] = ()
     over: type[Any] | None = None
@@ -347,13 +351,6 @@ class Method(Generic[C, A]):
         A run then has train.steps=0, and its scores before are the base model's.
         """
         return False
-
-    def strength_tensors(self, config: C) -> Sequence[str]:
-        """Return patterns of the names of tensors in which the update of a layer is linear.
-
-        A pattern is for a part of the name between dots. (): there are none.
-        """
-        return ()
 
     # Wrapping a model
 

@@ -21,7 +21,7 @@ from petl.errors import InputError, UnsupportedError
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 
 
-def strength_refusal(config: PeftConfig) -> str:
+def why_no_strength(config: PeftConfig) -> str:
     """Return why an adapter of this config has no strength; "": it has one."""
     if config.is_prompt_learning or config.is_adaption_prompt:
         return "what it adds to the input, or to attention, is no update of a layer"
@@ -32,13 +32,13 @@ def strength_refusal(config: PeftConfig) -> str:
         return f"it trains biases of the base (bias={facts.bias}), which are no update to multiply"
     if facts.trainable_token_indices:
         return "it has rows of an embedding"
-    named = entry is not None and (entry.strength_field or entry.strength_tensors(config))
+    named = entry is not None and (entry.strength_field or _patterns(config))
     return "" if named else "there is no tensor in which its update is linear"
 
 
 def require_strength(config: PeftConfig) -> None:
     """Raise UnsupportedError, with the reason, for an adapter without a strength."""
-    reason = strength_refusal(config)
+    reason = why_no_strength(config)
     if reason:
         entry = method_of(config)
         name = entry.name if entry else config.peft_type
@@ -59,9 +59,15 @@ def strength_of(config: PeftConfig) -> float:
 
 def is_scaled(config: PeftConfig, name: str) -> bool:
     """Return True for a tensor that is multiplied by the strength, by its name in file or model."""
-    entry = method_of(config)
-    patterns = entry.strength_tensors(config) if entry else ()
+    patterns = _patterns(config)
     return any(fnmatchcase(part, each) for part in name.split(".") for each in patterns)
+
+
+def _patterns(config: PeftConfig) -> Sequence[str]:
+    """Return those of the names of tensors that are multiplied by the strength."""
+    entry = method_of(config)
+    named = () if entry is None else entry.strength_tensors
+    return named if isinstance(named, tuple) else named(config)
 
 
 def at_strength_in_file(

@@ -192,7 +192,7 @@ adopt(
     needs_data=data_driven_initialization,
     calibrate=initialize,
     acts=DATA_DRIVEN | OF_QALORA,
-    strength_tensors=lambda config: ("lora_B",),
+    strength_tensors=("lora_B",),
     lacks=OF_LORA,
 )
 adopt(
@@ -228,6 +228,6 @@ adopt(
     needs_data=data_driven_initialization,
     calibrate=initialize,
     acts=DATA_DRIVEN | OF_QALORA,
-    strength_tensors=lambda config: ("lora_B",),
+    strength_tensors=("lora_B",),
     lacks=OF_LORA,
 )

@@ -29,7 +29,8 @@ from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.read import read_json
 from petl.training.distributed.launch import start
 from petl.training.evaluate import Evaluator
-from petl.training.retain.measure import interval_of, retained
+from petl.training.retain.compare import retained
+from petl.training.retain.measure import interval_of
 from petl.training.retain.texts import BUNDLED, halves, read_texts
 from petl.training.runs.records import read_results
 

@@ -28,7 +28,7 @@ from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.read import read_json
 from petl.training.distributed.launch import start
 from petl.training.evaluate import Evaluator
-from petl.training.retain import measure
+from petl.training.retain.compare import retained
 from petl.training.runs.records import SCORES, read_scores
 
 KEY = "strengths"
@@ -116,7 +116,7 @@ def trade_of(
 
     def lost() -> float:
         with accelerator.autocast():
-            return measure.retained(model, texts, saved.processor, batch_size=size).change
+            return retained(model, texts, saved.processor, batch_size=size).change
 
     by = partial(scores_by_strength, model, strengths=tried)
     return Trade(

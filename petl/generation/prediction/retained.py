@@ -8,8 +8,9 @@ from petl.generation.prediction.evaluation import is_place
 from petl.system.files.disk import as_json, check_writable, write_atomic
 from petl.system.files.outputs import check_output
 from petl.system.processes import is_first
+from petl.training.retain.compare import measured
 from petl.training.retain.drift import Drift
-from petl.training.retain.measure import Retained, has_base, measured
+from petl.training.retain.measure import Retained, has_base
 from petl.training.retain.page import TEXTS, TOKENS, write_texts
 from petl.training.retain.texts import read_texts
 from petl.training.runs.records import SCORES, read_scores

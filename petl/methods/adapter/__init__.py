@@ -223,6 +223,11 @@ def whole_batch(config: AdapterConfig) -> str:
     return "" if config.gate == "none" else f"gate={config.gate!r} reads the mask of one batch"
 
 
+def last_tensors(config: AdapterConfig) -> tuple[str, ...]:
+    """Return patterns of what the output is last multiplied by and added to."""
+    return ("norm_after_*",) if config.ln_after else ("up_weight", "up_bias")
+
+
 @register
 class BottleneckMethod(Method[AdapterConfig, BottleneckAdapter]):
     """A two-layer network at the end of each sub-layer."""
@@ -240,10 +245,7 @@ class BottleneckMethod(Method[AdapterConfig, BottleneckAdapter]):
         ),
         Capability.TOGETHER: whole_batch,
     }
-
-    def strength_tensors(self, config: AdapterConfig) -> tuple[str, ...]:
-        """What the output is last multiplied by and added to."""
-        return ("norm_after_*",) if config.ln_after else ("up_weight", "up_bias")
+    strength_tensors = staticmethod(last_tensors)
 
     def targets(self, c: WrapContext[AdapterConfig]) -> list[Target]:
         """The ends of sub-layers, projections to values, or whole blocks."""

@@ -61,11 +61,8 @@ class Increlora(Method[IncreloraConfig, IncreloraAdapter]):
         Capability.TOGETHER: "",
         Capability.ZERO: needs_own_learning_rates,
     }
+    strength_tensors = ("lora_B",)
     free_dims = ROWS  # a file has as many components as have grown
-
-    def strength_tensors(self, config: IncreloraConfig) -> tuple[str, ...]:
-        """B, as of a LoRA."""
-        return ("lora_B",)
 
     def settings(self, c: WrapContext[IncreloraConfig]) -> dict[str, Settings]:
         """Capacity of each target, and the state of growth that all targets share."""

@@ -377,10 +377,7 @@ class Mola(Method[MolaConfig, MolaAdapter]):
         Capability.TOGETHER: across_layers,
         Capability.EXPERTS: without_experts,
     }
-
-    def strength_tensors(self, config: MolaConfig) -> tuple[str, ...]:
-        """B of all experts."""
-        return ("lora_B",)
+    strength_tensors = ("lora_B",)
 
     def settings(self, c: WrapContext[MolaConfig]) -> dict[str, Settings]:
         """Number of experts, weight in the balance loss and router chain of each target.

@@ -28,11 +28,8 @@ class Mos(Method[MosConfig, MosAdapter]):
         Capability.RANKS: "its layers share their pools",
         Capability.TOGETHER: "",
     }
+    strength_tensors = ("pool_B_*",)
     by_position = True
-
-    def strength_tensors(self, config: MosConfig) -> tuple[str, ...]:
-        """The pools of B."""
-        return ("pool_B_*",)
 
     def settings(self, c: WrapContext[MosConfig]) -> dict[str, Settings]:
         """The group of each target, and the pool rows that it draws."""

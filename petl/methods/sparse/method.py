@@ -40,11 +40,8 @@ class Sparse(Method[SparseConfig, SparseAdapter]):
     lacks = {
         Capability.ZERO: lambda config: "" if config.selection_algorithm == "none" else SINGLE,
     }
+    strength_tensors = ("values",)
     by_position = True
-
-    def strength_tensors(self, config: SparseConfig) -> tuple[str, ...]:
-        """The values that are added to weights."""
-        return ("values",)
 
     def settings(self, c: WrapContext[SparseConfig]) -> dict[str, Settings]:
         """The number of tuned weights of each target, which is also written into the config."""

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -36,9 +36,6 @@ from petl.efficiency.frozen.feed import paused
 from petl.efficiency.frozen.repeat import RepeatedPasses, repeated_passes
 from petl.errors import InputError, UnsupportedError, shown
 from petl.ops.divergence import divergence_terms
-
-if TYPE_CHECKING:
-    from petl.training.retain.drift import Drift
 
 MAX_LENGTH = 256
 FEWEST = 8  # texts with which an interval is stated
@@ -308,66 +305,6 @@ class Processes:
 
 
 ALONE = Processes()
-
-
-def retained(
-    model: nn.Module,
-    texts: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase | Processor,
-    *,
-    base: nn.Module | None = None,
-    max_length: int = MAX_LENGTH,
-    batch_size: int = 8,
-) -> "Retained | Drift":
-    """Measure what a model has lost on texts that it was not trained on.
-
-    The model's mode, adapters, `requires_grad` and the random states are as before afterwards. Of
-    a model that does not write, such as a classifier, it is the drift of its features.
-
-    Args:
-        model: with its active adapters; or any model, with its `base`.
-        texts: plain texts.
-        tokenizer: of the model, or its processor.
-        base: the model to compare with; None: `model` without its adapters.
-        max_length: tokens of a text, at least 2.
-        batch_size: texts in a pass.
-
-    Raises:
-        InputError: a text is no string, none has two tokens, adapters are merged, or an argument is
-            out of range.
-        UnsupportedError: the model without its adapters is not the base it was trained on (CorDA,
-            PiSSA), or it has no adapters, and there is no `base`.
-    """
-    return measured(
-        model, texts, tokenizer, base=base, max_length=max_length, batch_size=batch_size
-    )[0]
-
-
-def measured(
-    model: nn.Module,
-    texts: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase | Processor,
-    *,
-    base: nn.Module | None = None,
-    max_length: int = MAX_LENGTH,
-    batch_size: int = 8,
-) -> "tuple[Retained | Drift, list[RetainedRow]]":
-    """Return what `retained` does, and the encoded texts."""
-    if not writes(model):
-        from petl.training.retain import drift  # which imports this module
-
-        length = longest_for(tokenizer, max_length)
-        rows = encode_texts(texts, tokenizer, length, special=True)
-        of_texts = drift.of_texts(rows, tokenizer, batch_size)
-        return drift.compare(model, of_texts, base=base), rows
-    rows = encode_texts(texts, tokenizer, max_length)
-    return compare(model, rows, tokenizer, base=base, batch_size=batch_size), rows
-
-
-def writes(model: nn.Module) -> bool:
-    """Return True unless a model is known to have no head that predicts the next token."""
-    can_generate = getattr(base_of(model), "can_generate", None)
-    return not callable(can_generate) or bool(can_generate())
 
 
 def compare(

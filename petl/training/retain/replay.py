@@ -87,7 +87,7 @@ def replayed_rows(batch_size: int, mix: float) -> int:
     return replayed
 
 
-def check_task(task: Task, mix: float) -> None:
+def require_text_task(task: Task, mix: float) -> None:
     """Raise UnsupportedError unless the rows of a task are texts with a loss on their tokens."""
     if isinstance(task, CausalLM | Seq2Seq) and not task.tasks:
         return
@@ -105,7 +105,7 @@ def with_texts(rows: TrainingRows, texts: Sequence[RetainedRow], mix: float) -> 
         InputError: the rows are a stream, or none would be left of a batch, or of the texts.
         UnsupportedError: the task has no loss of a language model.
     """
-    check_task(rows.task, mix)
+    require_text_task(rows.task, mix)
     if isinstance(rows.train, Stream):
         raise stream_refused(f"retain.mix={mix:g}")
     size = rows.settings.batch_size

@@ -35,9 +35,9 @@ from petl.training.retain.measure import (
     longest_for,
 )
 from petl.training.retain.page import section_of, write_texts
-from petl.training.retain.replay import check_task, replayed_rows, with_texts
+from petl.training.retain.replay import replayed_rows, require_text_task, with_texts
 from petl.training.retain.settings import RetainConfig
-from petl.training.retain.texts import BUNDLED, check_texts, halves, texts_of
+from petl.training.retain.texts import BUNDLED, halves, require_texts, texts_of
 from petl.training.runs.config import RunConfig
 from petl.training.runs.settings import TrainConfig
 
@@ -151,8 +151,8 @@ class Retaining(RunFeature):
             )
         if own.mix:
             replayed_rows(config.train.batch_size, own.mix)
-        check_texts(own.data, DATA)
-        check_texts(own.mix_data, MIX_DATA)
+        require_texts(own.data, DATA)
+        require_texts(own.mix_data, MIX_DATA)
 
     # Replay
 
@@ -161,7 +161,7 @@ class Retaining(RunFeature):
         own = self.settings
         if not own.mix:
             return rows
-        check_task(rows.task, own.mix)
+        require_text_task(rows.task, own.mix)
         if rows.order is not None:
             raise InputError(
                 f"retain.mix={own.mix:g} chooses the rows of each batch, as data.order does: leave "

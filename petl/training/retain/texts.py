@@ -26,7 +26,7 @@ class BundledText(TypedDict):
     text: str
 
 
-def check_texts(value: object, setting: str) -> None:
+def require_texts(value: object, setting: str) -> None:
     """Raise InputError if the texts that a setting names cannot be read; other data are not read.
 
     Args:
@@ -42,7 +42,7 @@ def texts_of(value: object, setting: str, max_length: int) -> list[str]:
     """Return the texts that a setting names.
 
     Args:
-        value: as of `check_texts`.
+        value: as of `require_texts`.
         max_length: tokens of a text, for passages of long ones.
 
     Raises:
