@@ -28,15 +28,15 @@ PACKAGE = ROOT / "petl"
 BUDGETS = {
     "system": 3400,
     "ops": 2650,
-    "core": 12200,
-    "efficiency": 8150,
-    "data": 11150,
-    "training": 14350,
+    "core": 12350,
+    "efficiency": 8250,
+    "data": 11250,
+    "training": 15550,
     "methods": 18250,
-    "adapters": 7700,
+    "adapters": 7850,
     "generation": 4850,
     "experiments": 6350,
-    "cli": 3700,
+    "cli": 3800,
     "testing": 3050,
 }
 OWN_LINES = 360  # of the files directly in petl/

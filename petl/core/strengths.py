@@ -25,6 +25,7 @@ def why_no_strength(config: PeftConfig) -> str:
     """Return why an adapter of this config has no strength; "": it has one."""
     if config.is_prompt_learning or config.is_adaption_prompt:
         return "what it adds to the input, or to attention, is no update of a layer"
+    # before the general reason, which says less
     facts, entry = facts_of(config), method_of(config)
     if facts.use_dora:
         return "DoRA divides by a norm of base and update together"
@@ -79,6 +80,7 @@ def at_strength_in_file(
         UnsupportedError: it has none, or has an adapter of an embedding.
     """
     require_strength(config)
+    # its factors are not those of a linear layer
     embedding = next((name for name in tensors if "lora_embedding_" in name), None)
     if embedding:
         raise UnsupportedError(f"{embedding} is of an embedding, whose update has no strength here")
@@ -106,6 +108,7 @@ def at_strength(model: PeftModel, strength: float) -> Generator[None]:
         finally:
             setattr(config, entry.strength_field, given)
         return
+    # values are kept: multiplying back would round
     tensors = _scaled(model)
     kept = [tensor.detach().clone() for tensor in tensors]
     with torch.no_grad():

@@ -74,6 +74,7 @@ class TrainingInputs:
         for text in texts:
             self._exact.add(hash(text))
             words = normalized(text)
+            # equal texts have one sketch
             if self._near is not None and hash(words) not in self._alike:
                 self._near.add(words)
             self._alike.add(hash(words))
@@ -139,6 +140,7 @@ class NearTexts:
 
     def __contains__(self, words: str) -> bool:
         sketch = self._sketch(words)
+        # the index gives candidates, some of which are not similar
         return any(
             sketch.jaccard(self._sketches[number]) >= self._similarity
             for number in self._index.query(sketch)
@@ -146,6 +148,7 @@ class NearTexts:
 
     def _sketch(self, words: str) -> Any:
         each = words.split()
+        # a text of fewer words is a shingle itself
         parts = zip(*(each[i:] for i in range(SHINGLE)), strict=False)
         shingles = {" ".join(part) for part in parts} or {words}
         sketch = self._package.MinHash(num_perm=PERMUTATIONS)

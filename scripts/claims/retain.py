@@ -40,22 +40,52 @@ AT = 1e-3  # the rate of LoRA whose test loss is the one at which all are compar
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
 LORA, STRENGTH = "LoRA, by rate", "LoRA at 3e-3, by strength"
 SEEDS = tuple(range(5))
+CALIBRATION = "method.calibration_data"
 Point = tuple[float, float]  # test loss, and what was lost, in nats per token
 Curve = Mapping[str, Mapping[str, Point]]  # by seed, then by rate or strength
 
-CONTENDERS = {  # words of `petl train`, at each of the rates
-    LORA: "lora",
-    "replay, retain.mix=0.05": "lora retain.mix=0.05 retain.mix_data={data}/replayed.jsonl",
-    "replay, retain.mix=0.2": "lora retain.mix=0.2 retain.mix_data={data}/replayed.jsonl",
-    "self-distillation, +loss=distill": "lora +loss=distill",
-    "CorDA, knowledge preserved": "corda method.corda_method=kpm "
-    "+data@method.calibration_data.data=files method.calibration_data.data.task=causal_lm "
-    "method.calibration_data.data.train={data}/replayed.jsonl "
-    "method.calibration_data.data.test={data}/replayed.jsonl "
-    "method.calibration_data.data.allow_overlap=true "
-    "method.calibration_data.num_samples=48 method.factors_cache={data}/factors",
-    "upper third of the blocks": "lora method.layers_to_transform=top:0.33",
+CONTENDERS = {  # by label: name of the folder, and words of `petl train`, at each of the rates
+    LORA: ("lora", ("+method=lora",)),
+    "replay, retain.mix=0.05": (
+        "replay-0.05",
+        ("+method=lora", "retain.mix=0.05", "retain.mix_data={data}/replayed.jsonl"),
+    ),
+    "replay, retain.mix=0.2": (
+        "replay-0.2",
+        ("+method=lora", "retain.mix=0.2", "retain.mix_data={data}/replayed.jsonl"),
+    ),
+    "self-distillation, +loss=distill": ("distill", ("+method=lora", "+loss=distill")),
+    "CorDA, knowledge preserved": (
+        "corda",
+        (
+            *("+method=corda", "method.corda_method=kpm"),
+            *("+data@method.calibration_data.data=files", f"{CALIBRATION}.data.task=causal_lm"),
+            f"{CALIBRATION}.data.train={{data}}/replayed.jsonl",
+            f"{CALIBRATION}.data.test={{data}}/replayed.jsonl",
+            *(f"{CALIBRATION}.num_samples=48", "method.factors_cache={data}/factors"),
+        ),
+    ),
+    "upper third of the blocks": (
+        "upper",
+        ("+method=lora", "method.layers_to_transform=top:0.33"),
+    ),
 }
+
+
+@dataclass(frozen=True)
+class Placed(Contender):
+    """A contender with a short name, which its folder has.
+
+    Attributes:
+        settings: of `petl train`.
+    """
+
+    settings: tuple[str, ...] = ()
+
+    @property
+    def overrides(self) -> list[str]:
+        """The settings."""
+        return [*self.settings]
 
 
 @dataclass(frozen=True)
@@ -152,8 +182,8 @@ def curves(
         return words.replace("{data}", str(data.absolute()))
 
     of_rate = {
-        (label, rate): Contender(f"{placed(words)} train.lr={rate:g}")
-        for label, words in CONTENDERS.items()
+        (label, rate): Placed(f"{name} lr={rate:g}", (*map(placed, words), f"train.lr={rate:g}"))
+        for label, (name, words) in CONTENDERS.items()
         for rate in rates
     }
     overrides = [placed(word) for word in (*COMMON, *job.overrides, *(job.quick if quick else ()))]

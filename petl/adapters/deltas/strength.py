@@ -98,6 +98,7 @@ def trade_of(
         InputError: there is no run, or it held out no validation rows.
         UnsupportedError: the adapter has no strength.
     """
+    # before data and model are loaded
     config = saved.config
     require_strength(config)
     refuse_changed_base(saved.adapter, config)
@@ -112,6 +113,7 @@ def trade_of(
     model, task, rows = saved.model(), splits.task, splits.validation
     evaluator = Evaluator(model, splits, accelerator, run.train.eval_batch_size)
     size = batch_size or BATCH_SIZE
+    # of ICV, its own
     tried = list(default_strengths(config) if strengths is None else strengths)
 
     def lost() -> float:

@@ -67,6 +67,7 @@ class RepeatedPasses:
             self._first = given if is_first else self._first
             self._last = output if is_last else self._last
             return output
+        # virtual tokens, or an embedding with an adapter, give another input
         if is_first:
             self._skips = self._first is not None and torch.equal(given, self._first)
             self.skipped += self._skips

@@ -52,6 +52,7 @@ class StrengthSection(RunFeature):
         title = f"{metric.replace('_', ' ').capitalize()} on {rows:,} held-out examples"
         mark = (f"used: {used:g}", used)
         charts = [Lines(title, "strength", name, [Curve(metric, points)], mark)]
+        # of `petl strength` alone
         lost = _points(found.get("lost", {}))
         if lost:
             charts.append(Lines(LOST.capitalize(), "strength", "lost", [Curve("lost", lost)], mark))

@@ -169,6 +169,7 @@ class Callback(TrainerCallback, ExportableState):
         """Log what the model has lost on the retained texts, once a step."""
         if not self.retain or self._measured == state.global_step:
             return
+        # an evaluation after the last step is also the end
         self._measured = state.global_step
         tokenizer = given.get("processing_class")
         if tokenizer is None:

@@ -150,9 +150,11 @@ def compare(
             else:
                 start = before[numbers]
             found |= zip(numbers, zip(start, after, strict=True), strict=True)
+    # in the order of the rows, whatever that of the batches was
     every = rows.processes.all(found)
     pairs = [every[number] for number in range(len(rows.texts))]
     X, Y = (torch.stack(side) for side in zip(*pairs, strict=True))
+    # not 1 - cos, which of equal vectors is not 0 to the bit
     drifts = ((F.normalize(X, dim=1) - F.normalize(Y, dim=1)).square().sum(1) / 2).tolist()
     mean = math.fsum(drifts) / len(drifts)
     return Drift(
@@ -179,6 +181,7 @@ def linear_cka(X: Tensor, Y: Tensor) -> float | None:
 
     None where the features of all rows are the same.
     """
+    # without it, a common offset of all rows would count as similarity
     X, Y = X - X.mean(0), Y - Y.mean(0)
     # |Y'X|^2 = <XX', YY'>: matrices of rows, of which there are fewer than features
     K, L = X @ X.T, Y @ Y.T
@@ -190,6 +193,7 @@ def _features(model: nn.Module, batch: Batch) -> Tensor:
     """Return what the head of a model reads of each row, [B, H] float64, on the CPU."""
     device = next(model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+    # of several modules that are trained, the first one that runs is read
     read: list[tuple[nn.Module, Tensor]] = []
     handles = [
         module.register_forward_pre_hook(lambda own, given: read.append((own, given[0])))
@@ -210,6 +214,7 @@ def _features(model: nn.Module, batch: Batch) -> Tensor:
         raise UnsupportedError(
             f"{type(base_of(model)).__name__} has no head that is known, so what it reads is not"
         )
+    # on the CPU: those of all rows are needed at once
     return vectors.flatten(1).cpu().double()
 
 
@@ -231,6 +236,7 @@ def _pooled(head: nn.Module, read: Tensor, logits: Tensor | None, mask: Tensor |
     """Return one vector a row of the input of a head, [B, H] or [B, T, H]."""
     if read.dim() == 2:
         return read
+    # the head scores each token, and the model takes one of them
     if logits is not None and logits.dim() == 2:
         return one_vector(head, read, logits)
     return _mean(read, mask)
@@ -240,5 +246,6 @@ def _mean(states: Tensor, mask: Tensor | None) -> Tensor:
     """Return the mean over tokens of states [B, T, H], without padding."""
     if mask is None or mask.shape != states.shape[:2]:
         return states.mean(1)
+    # padding is no part of a row
     weights = mask[..., None].to(states.dtype)
     return (states * weights).sum(1) / weights.sum(1)

@@ -46,6 +46,7 @@ def write_texts(
         rows: the encoded texts; none for rows that are no texts.
         tokenizer: of the model, or its processor.
     """
+    # what each token lost is for a few texts, in a file of its own
     names = [each.name for each in fields(found.texts[0]) if each.name != "gained"]
     lines = ({name: getattr(text, name) for name in names} for text in found.texts)
     write_atomic(folder / TEXTS, "".join(f"{json.dumps(line)}\n" for line in lines))
@@ -54,9 +55,11 @@ def write_texts(
         for text, row in zip(found.texts, rows, strict=False)
         if isinstance(text, RetainedText) and text.gained is not None
     ]
+    # the most lost first
     pairs.sort(key=lambda pair: pair[0].before - pair[0].after)
     if not pairs:
         return
+    # of few texts, each once
     chosen = pairs if len(pairs) <= 2 * SHOWN else [*pairs[:SHOWN], *pairs[-SHOWN:]]
     entries = [
         {"before": text.before, "after": text.after, "pieces": pieces_of(text, row, tokenizer)}
@@ -114,6 +117,7 @@ def measured_in(found: Record, where: object) -> Retained | Drift:
     problem = type_problem({**found, "interval": None, "texts": ()}, kind)
     if problem:
         raise InputError(f"{where} cannot be used: retained has {problem}")
+    # JSON has lists only
     limits = found.get("interval")
     return kind(**{**found, "interval": None if limits is None else tuple(limits)})
 

@@ -40,6 +40,7 @@ class ReplayOrder:
 
     def __init__(self, rows: int, texts: int, batch_size: int, replayed: int) -> None:
         self.rows, self.texts, self.replayed = rows, texts, replayed
+        # a batch keeps its size: replay takes the place of rows of the task
         self.own = batch_size - replayed
         # the last step has the remaining rows, and as many texts as the others
         of_task = np.full(math.ceil(rows / self.own), self.own)
@@ -52,6 +53,7 @@ class ReplayOrder:
 
     def batches(self, seed: int, epoch: int) -> Iterator[Ints]:
         """Yield the rows of each step of an epoch: those of the task, then texts."""
+        # the order of a run without replay
         order = random_permutation(self.rows, epoch_generator(seed, epoch))
         needed = len(self.sizes) * self.replayed
         turns = islice(self._texts(seed, epoch), needed)
@@ -63,6 +65,7 @@ class ReplayOrder:
 
     def _texts(self, seed: int, epoch: int) -> Iterator[int]:
         """Yield texts without end; an epoch goes on where the one before it stopped."""
+        # all epochs have as many texts
         done = epoch * len(self.sizes) * self.replayed
         first, skipped = divmod(done, self.texts)
         rounds = (
@@ -108,11 +111,13 @@ def with_texts(rows: TrainingRows, texts: Sequence[RetainedRow], mix: float) -> 
     require_text_task(rows.task, mix)
     if isinstance(rows.train, Stream):
         raise stream_refused(f"retain.mix={mix:g}")
+    # before the texts are tokenized
     size = rows.settings.batch_size
     order = ReplayOrder(len(rows.train), len(texts), size, replayed_rows(size, mix))
     assert IDS not in rows.train.column_names, "checked above"
     has_encoder, names = isinstance(rows.task, Seq2Seq), rows.train.column_names
     encoded = [_encoded(text.ids, names, has_encoder=has_encoder) for text in texts]
+    # of the same types, or the two could not be one
     added = Dataset.from_list(encoded, features=rows.train.features)
     return rows._replace(train=concatenate_datasets([rows.train, added]), order=order)
 

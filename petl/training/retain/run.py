@@ -138,6 +138,7 @@ class Retaining(RunFeature):
                     f"retain.{name}={value} measures texts, and retain.data is null: set it, or "
                     f"leave retain.{name} out"
                 )
+        # raises for a limit that is none
         own.most("language")
         if own.mix_data is not None and not own.mix:
             raise InputError(
@@ -173,6 +174,7 @@ class Retaining(RunFeature):
             measured = TrainingInputs(self._measured()) if own.data is not None else ()
             texts = texts_of(own.mix_data, MIX_DATA, own.max_length)
             texts = [text for text in texts if text not in measured]
+        # such as a file of one text, which is measured
         if not texts:
             raise InputError(
                 f"retain.mix={own.mix:g} has no text that is not measured: give more, or other "
@@ -227,12 +229,14 @@ class Retaining(RunFeature):
                     "%d retained texts are training rows, and are left out", len(texts) - len(kept)
                 )
             texts = kept
+        # no more than may be measured: a file may have millions
         rows = encode_texts(
             texts[: most or MOST],
             splits.processor,
             longest_for(splits.processor, own.max_length),
             special=self.kind == "features",
         )
+        # a number that is set by hand is measured whatever it costs
         if most is not None:
             self.rows = rows
             return ""
@@ -240,6 +244,7 @@ class Retaining(RunFeature):
         while True:
             shorter = [RetainedRow(row.text, row.ids[:length]) for row in rows]
             self.rows = within(shorter, affordable)
+            # of fewer texts than say much, all
             if len(self.rows) >= min(FEWEST, len(rows)):
                 return ""
             if length <= SHORTEST:
@@ -279,6 +284,7 @@ class Retaining(RunFeature):
             return self.measure(context).change
         splits, parts, model = context.splits, processes_of(context), context.model
         with context.accelerator.autocast():
+            # of a base that stays, once for all points
             if self.before is None:
                 with model.disable_adapter():
                     self.before = self._of_model(model, splits, parts)
@@ -289,6 +295,7 @@ class Retaining(RunFeature):
         """Add a point to the curve; return by how much it is above the limit."""
         if not self.settings.measures_curve or not self.is_measured:
             return 0.0
+        # its time is no part of that of training
         context.run.timer.start()
         change = self._change(context)
         context.log({"step": step, CURVE[self.kind]: change})
@@ -305,6 +312,7 @@ class Retaining(RunFeature):
         folder, processor = context.run.path, context.splits.processor
         on_main(context.accelerator, lambda: write_texts(folder, found, self.rows, processor))
         context.run.timer.mark(self.key)
+        # the limit is that of the restored checkpoint
         most = self.settings.most(self.kind)
         if most is not None and found.change > most:
             logger.warning(
@@ -341,6 +349,7 @@ def trained_tokens(splits: Splits, train: TrainConfig) -> float:
     steps = splits.sampler(train).steps
     if isinstance(splits.train, StreamedRows):
         return steps * train.batch_size * splits.task.longest
+    # the lengths of all rows would take long
     sample = splits.train.select(range(min(SAMPLE, len(splits.train))))
     lengths = splits.task.lengths(sample)
     return steps * train.batch_size * sum(lengths) / max(1, len(lengths))

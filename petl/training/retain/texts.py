@@ -69,6 +69,7 @@ def passages(text: str, length: int) -> Iterator[str]:
     """Yield a text in parts of whole lines, each of about `length` characters or one line."""
     part = ""
     for line in text.splitlines(keepends=True):
+        # a line that is longer is a part of its own
         if part and len(part) + len(line) > length:
             yield part
             part = ""
@@ -81,6 +82,7 @@ def halves(texts: Iterable[str]) -> tuple[list[str], list[str]]:
     """Divide texts in two by a hash of their words, so that equal ones are on one side."""
     sides: tuple[list[str], list[str]] = ([], [])
     for text in texts:
+        # of the words, so that the same text in capitals is on the same side
         sides[sha256(normalized(text).encode()).digest()[0] & 1].append(text)
     return sides
 

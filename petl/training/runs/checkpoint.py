@@ -101,6 +101,7 @@ class TrainState:
             excess: by how much the model exceeds a limit: of two, the one that does by less is
                 better, and of equal ones the one with the better score.
         """
+        # the first one has nothing to be better than
         earlier = excess if self.best_step is None else self.excess
         # (-excess, score, -loss): Python compares the first ones first
         new = (-excess, *task.quality(scores))

@@ -108,6 +108,8 @@ def test_strength_is_a_dial_of_a_finished_run(families, texts, tmp_path, capsys)
     for name, tensor in one.items():
         expected = chosen * tensor if "lora_B" in name else tensor
         torch.testing.assert_close(other[name], expected)
-    assert main([*given, "--choose", "limit=-1", "--out", str(tmp_path / "no")]) == 2
+    one = [*given, "--strengths", "1"]
+    assert main([*one, "--choose", "limit=0", "--out", str(tmp_path / "no")]) == 2
+    assert "each strength loses more" in capsys.readouterr().err
     assert main([*given, "--choose", "0.5"]) == 2
     assert "go together" in capsys.readouterr().err

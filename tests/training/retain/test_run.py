@@ -11,7 +11,9 @@ from petl.cli.main import main
 from petl.data.overlap import normalized
 from petl.errors import InputError
 from petl.experiments.reports.run_report import write_page
+from petl.training.retain.measure import Retained
 from petl.training.retain.replay import ReplayOrder
+from petl.training.retain.run import Retaining
 from petl.training.retain.texts import halves
 
 pytest_plugins = ["task_fixtures", "training_fixtures"]
@@ -118,29 +120,30 @@ def test_what_cannot_be_measured_is_refused_before_training(
         train([*given, *words], tmp_path / "run")
 
 
-def test_the_best_checkpoint_is_the_best_within_the_limit(families, tmp_path, petl_log):
-    # words that training makes unlikely
-    strange = [{"text": "zz " * (5 + n)} for n in range(10)]
-    (tmp_path / "strange.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in strange))
-    texts = f"retain.data={tmp_path}/strange.jsonl"
+def test_the_best_checkpoint_is_the_best_within_the_limit(
+    families, texts, tmp_path, petl_log, monkeypatch
+):
+    lost = {1: 0.01, 2: 0.04, 3: 0.02, 4: 0.05, 5: 0.03, 6: 0.07, 7: 0.06, 8: 0.09}
     words = families("causal_lm", "+method=lora", "train.linear_probe=false", texts, *MEASURED)
-    words += ["train.lr=0.3", "train.eval_steps=1", "train.schedule=constant"]
-    free = train(words, tmp_path / "free")
-    curve = train([*words, "retain.curve=true"], tmp_path / "curve")
-    lost = {l["step"]: l["retained_lost"] for l in curve.metrics if "retained_lost" in l}
-    metric, sign = curve.scores["metric"], 1 if curve.scores["higher_is_better"] else -1
-    scores = {l["step"]: l["validation"] for l in curve.metrics if "validation" in l}
-    quality = {step: (sign * v[metric], -v["loss"]) for step, v in scores.items()}
-    assert curve.scores["best_step"] == free.scores["best_step"]
-    assert min(lost.values()) > 1e-4
-    border = sorted(lost.values())[2]
-    limited = train([*words, f"retain.limit={border}"], tmp_path / "limited")
-    within = [step for step, value in lost.items() if value <= border]
+    words += ["train.lr=0.05", "train.eval_steps=1", "train.schedule=constant"]
+
+    def best(name, limit):
+        steps = iter(lost.values())
+        monkeypatch.setattr(Retaining, "_change", lambda own, context: next(steps))
+        return train([*words, f"retain.limit={limit}"], tmp_path / name)
+
+    limited = best("limited", 0.04)
+    assert {l["step"]: l["retained_lost"] for l in limited.metrics if "retained_lost" in l} == lost
+    sign = 1 if limited.scores["higher_is_better"] else -1
+    scores = {l["step"]: l["validation"] for l in limited.metrics if "validation" in l}
+    quality = {s: (sign * v[limited.scores["metric"]], -v["loss"]) for s, v in scores.items()}
+    within = [step for step, value in lost.items() if value <= 0.04]
     assert limited.scores["best_step"] == max(within, key=quality.get)
-    assert limited.scores["retained"]["lost"] <= border
-    none = train([*words, "retain.limit=0.00001%"], tmp_path / "none")
-    assert none.scores["best_step"] == min(lost, key=lost.get)
-    assert "no checkpoint is within retain.limit=0.00001%" in petl_log.text
+    assert "no checkpoint" not in petl_log.text
+    monkeypatch.setattr(Retained, "change", property(lambda own: 0.01))
+    none = best("none", "0.5%")
+    assert none.scores["best_step"] == 1
+    assert "no checkpoint is within retain.limit=0.5%" in petl_log.text
     assert 'class="alarm"' in (none.path / "report.html").read_text()
 
 
