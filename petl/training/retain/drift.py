@@ -9,7 +9,7 @@ Shapes: B rows of a batch, N rows, T tokens, H features.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from petl.core.compat import AuxiliaryTrainingWrapper
+from petl.core.spec.facts import facts_of
 from petl.core.types import Batch, Record, base_of
 from petl.errors import UnsupportedError
 from petl.training.linear_probe import find_head, one_vector
@@ -166,12 +166,16 @@ def compare(
     )
 
 
-def features_of(model: nn.Module, rows: Rows) -> Tensor:
-    """Return the features of all rows, [N, H] float64, on the CPU."""
+def features_of(model: nn.Module, rows: Rows, trained: Collection[str] | None = None) -> Tensor:
+    """Return the features of all rows, [N, H] float64, on the CPU.
+
+    Args:
+        trained: names of modules that are trained as a whole; None: those of the adapter.
+    """
     found: dict[int, Tensor] = {}
     with measuring(model):
         for numbers, batch in rows.batches:
-            found |= zip(numbers, _features(model, batch()), strict=True)
+            found |= zip(numbers, _features(model, batch(), trained), strict=True)
     every = rows.processes.all(found)
     return torch.stack([every[number] for number in range(len(rows.texts))])
 
@@ -189,7 +193,7 @@ def linear_cka(X: Tensor, Y: Tensor) -> float | None:
     return float((K * L).sum()) / scale if scale else None
 
 
-def _features(model: nn.Module, batch: Batch) -> Tensor:
+def _features(model: nn.Module, batch: Batch, trained: Collection[str] | None = None) -> Tensor:
     """Return what the head of a model reads of each row, [B, H] float64, on the CPU."""
     device = next(model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -197,7 +201,7 @@ def _features(model: nn.Module, batch: Batch) -> Tensor:
     read: list[tuple[nn.Module, Tensor]] = []
     handles = [
         module.register_forward_pre_hook(lambda own, given: read.append((own, given[0])))
-        for module in _heads(model)
+        for module in _heads(model, trained)
     ]
     try:
         output = model(**inputs)
@@ -218,18 +222,15 @@ def _features(model: nn.Module, batch: Batch) -> Tensor:
     return vectors.flatten(1).cpu().double()
 
 
-def _heads(model: nn.Module) -> list[nn.Module]:
+def _heads(model: nn.Module, trained: Collection[str] | None) -> list[nn.Module]:
     """Return the modules that are trained as a whole, and the head; the first to run reads it."""
     base = base_of(model)
-    blocks = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-    kept = model.active_peft_config if isinstance(model, PeftModel) else None
-    names = set(getattr(kept, "modules_to_save", None) or ())
+    if trained is None and isinstance(model, PeftModel):
+        trained = facts_of(model.active_peft_config).modules_to_save
     # a norm that trains in a block is no head
-    trained = [
-        module for name, module in base.named_children() if module in blocks and name in names
-    ]
+    found = [module for name, module in base.named_children() if name in (trained or ())]
     head = find_head(base)
-    return [*trained, *([head] if head is not None and head not in trained else [])]
+    return [*found, *([head] if head is not None and head not in found else [])]
 
 
 def _pooled(head: nn.Module, read: Tensor, logits: Tensor | None, mask: Tensor | None) -> Tensor:

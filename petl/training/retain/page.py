@@ -98,8 +98,8 @@ def section_of(folder: Path, found: Record) -> Section:
     tokens = f" of {measured.tokens:,} tokens" if isinstance(measured, Retained) else ""
     return Section(
         "What was lost",
-        f"{line}. Measured on {measured.rows} {unit}{tokens} that the model was not trained on; "
-        f"{TEXTS} has each of them.",
+        f"{line[0].upper()}{line[1:]}. Measured on {measured.rows} {unit}{tokens} that the model "
+        f"was not trained on; {TEXTS} has each of them.",
         charts=[*_curve(folder), *_bars(folder)],
         line=f"{line} ({alarm})" if alarm else line,
         alarm=alarm,

@@ -40,6 +40,7 @@ from petl.training.retain.settings import RetainConfig
 from petl.training.retain.texts import BUNDLED, halves, require_texts, texts_of
 from petl.training.runs.config import RunConfig
 from petl.training.runs.settings import TrainConfig
+from petl.training.wrapping import train_new_modules
 
 WRITES = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 SHARE = 0.03  # of a run's cost, unless the number of texts is set
@@ -206,7 +207,8 @@ class Retaining(RunFeature):
         if setup.run is not None and self.is_measured and not has_base(config):
             assert setup.accelerator is not None
             with setup.accelerator.autocast():
-                self.before = self._of_model(setup.base, splits)
+                trained = train_new_modules(fields, setup.base).get("modules_to_save")
+                self.before = self._of_model(setup.base, splits, trained=trained or ())
         return fields
 
     @property
@@ -255,11 +257,21 @@ class Retaining(RunFeature):
 
     # What is measured
 
-    def _of_model(self, model: Any, splits: Splits, processes: Processes = measure.ALONE) -> Any:
-        """Return the losses of each row, or the features, of a model as it is."""
+    def _of_model(
+        self,
+        model: Any,
+        splits: Splits,
+        processes: Processes = measure.ALONE,
+        trained: Any = None,
+    ) -> Any:
+        """Return the losses of each row, or the features, of a model as it is.
+
+        Args:
+            trained: names of modules that an adapter will train as a whole.
+        """
         if self.kind == "language":
             return measure.losses_of(model, self.rows, splits.processor, processes=processes)
-        return drift.features_of(model, self._batches(splits, processes))
+        return drift.features_of(model, self._batches(splits, processes), trained)
 
     def _batches(self, splits: Splits, processes: Processes) -> drift.Rows:
         if self.other is not None:
@@ -280,14 +292,14 @@ class Retaining(RunFeature):
 
     def _change(self, context: Context) -> float:
         """Return what the model has lost so far, from one pass: the base's is computed once."""
-        if self.kind == "features":
-            return self.measure(context).change
         splits, parts, model = context.splits, processes_of(context), context.model
         with context.accelerator.autocast():
             # of a base that stays, once for all points
             if self.before is None:
                 with model.disable_adapter():
                     self.before = self._of_model(model, splits, parts)
+            if self.kind == "features":
+                return drift.compare(model, self._batches(splits, parts), before=self.before).change
             after = self._of_model(model, splits, parts)
         return measure.lost_by(self.rows, self.before, after, model)
 

@@ -41,8 +41,9 @@ def weights(run):
         ),
         ("causal_lm", ["+method=corda", "method.calibration_data.num_samples=8"]),
         ("seq2seq", ["+method=mola", "method.lora_dropout=0.2"]),
+        ("regression", ["+method=corda", "method.calibration_data.num_samples=8"]),
     ],
-    ids=["lora", "corda", "mola"],
+    ids=["lora", "corda", "mola", "corda-features"],
 )
 def test_measuring_changes_no_bit_of_training(task, method, families, texts, tmp_path):
     words = families(task, *method, "train.linear_probe=false")
@@ -54,16 +55,19 @@ def test_measuring_changes_no_bit_of_training(task, method, families, texts, tmp
     assert plain.scores["after"] == measured.scores["after"]
     found = measured.scores["retained"]
     assert found["rows"] == 10
-    assert (found["divergence"] is None) == ("+method=corda" in method)
+    is_features = task == "regression"
+    assert (found.get("divergence") is None) == ("+method=corda" in method)
     lines = [
         json.loads(line) for line in (measured.path / "retained.jsonl").read_text().splitlines()
     ]
     assert [line["text"] for line in lines] == TEXTS[:10]
-    curve = [line["retained_lost"] for line in measured.metrics if "retained_lost" in line]
+    name, key = ("drift", "retained_drift") if is_features else ("lost", "retained_lost")
+    curve = [line[key] for line in measured.metrics if key in line]
     assert len(curve) == 2
     assert "retained" not in plain.scores
     # of the best step, which is one of the two
-    assert min(abs(point - found["lost"]) for point in curve) < 1e-5
+    assert min(abs(point - found[name]) for point in curve) < 1e-5
+    assert found[name] != 0
 
 
 def test_the_summary_and_the_page_say_it_and_eval_agrees(families, texts, tmp_path, capsys):
@@ -71,7 +75,7 @@ def test_the_summary_and_the_page_say_it_and_eval_agrees(families, texts, tmp_pa
     run = train(words, tmp_path / "run")
     capsys.readouterr()
     write_page(run.path)
-    assert "on other text: loss " in (run.path / "report.html").read_text()
+    assert "n other text: loss " in (run.path / "report.html").read_text()
     file = texts.removeprefix("retain.data=")
     assert main(["eval", str(run.path), "--retain", file]) == 0
     again = json.loads((run.path / "eval-retained" / "scores.json").read_text())["retained"]
