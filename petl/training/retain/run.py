@@ -113,8 +113,8 @@ class Retaining(RunFeature):
     settings: RetainConfig
     kind = "language"
     lacks = {
-        Capability.BUCKETS: lambda own: own.reason("it puts texts of any length into each batch"),
-        Capability.TASKS: lambda own: own.reason("its texts are of no task"),
+        Capability.BUCKETS: lambda own: own.reason("the texts of retain.mix are of any length"),
+        Capability.TASKS: lambda own: own.reason("the texts of retain.mix are of no task"),
     }
     rows: Sequence[RetainedRow] = ()  # none: not measured
     other: OtherRows | None = None  # of models that read no text

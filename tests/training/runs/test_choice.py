@@ -54,6 +54,8 @@ PAIRS: dict[tuple[str, Capability], dict[str, Any]] = {
         "data": {"order": "by_class"},
     },
     ("data.order=by_class", C.TASKS): {"data": {"order": "by_class", "tasks": ["one", "two"]}},
+    ("retain", C.BUCKETS): {"train": {"buckets": 3}, "retain": {"mix": 0.5}},
+    ("retain", C.TASKS): {"retain": {"mix": 0.5}, "data": {"tasks": ["one", "two"]}},
     ("train.init_from=runs/saved", C.SIZE): {"train": {"init_from": "runs/saved", "budget": 9}},
     ("method adalora", C.EXTRA_LOSS): {
         "method": {"name": "adalora", "total_step": 2000},
@@ -98,6 +100,7 @@ def chosen(changes: dict[str, Any]) -> list:
         "train": {"cache_frozen": False, "linear_probe": False} | run["train"],
         "data": run.get("data", {}),
     }
+    settings |= {"retain": run["retain"]} if "retain" in run else {}
     config: Any = SimpleNamespace(
         train=TrainConfig(**run["train"]),
         model=SimpleNamespace(quantization=run["scheme"]),
@@ -135,7 +138,7 @@ def test_every_row_of_a_loss_a_launch_and_a_feature_is_tried():
     tables |= {f"launch={name}": kind.lacks for name, kind in KINDS.items()}
     values = {"data.order": "by_class", "train.init_from": "runs/saved"}
     tables |= {
-        f"{setting}={values[setting]}": kind.lacks
+        setting if kind.Settings else f"{setting}={values[setting]}": kind.lacks
         for setting, place in FEATURES.items()
         if (kind := resolve_name(place)).lacks
     }
