@@ -34,8 +34,8 @@ BUDGETS = {
     "training": 15550,
     "methods": 18250,
     "adapters": 7850,
-    "generation": 4850,
-    "experiments": 6350,
+    "generation": 4900,
+    "experiments": 6400,
     "cli": 3800,
     "testing": 3050,
 }

@@ -21,6 +21,7 @@ def strength(options: StrengthOptions) -> None:
         return
     texts = read_texts(options.retain or [BUNDLED], "--retain")
     trade = trade_of(saved, texts, options.strengths, batch_size=options.batch_size)
+    # before the table, so that it is kept if the terminal is closed
     note_trade(saved, trade)
     if saved.run is not None:
         write_page(saved.run)

@@ -81,6 +81,7 @@ class RepeatedPasses:
 def repeated_passes(model: nn.Module) -> Generator[RepeatedPasses]:
     """Let a model, inside the block, run its blocks below the first adapter once a batch."""
     passes = RepeatedPasses(_below(model))
+    # not setattr, which a module would check for parameters
     for block in passes.blocks:
         block.__dict__["petl_repeated"] = passes
         swap_class(block, RepeatedBlock)

@@ -118,6 +118,7 @@ def read_as(saved: SavedAdapter, settings: Sequence[str]) -> tuple[Task, Setting
     task, known = saved.saved_task, saved.columns
     if not (isinstance(task, CausalLM) and task.chat and TEXT in settings):
         return task, known
+    # columns of conversations, and answers to generate, are of no text
     plain = {name: value for name, value in known.items() if name not in OF_CHATS}
     return replace(task, chat=False, generate=None), plain
 

@@ -42,6 +42,7 @@ class TrainingRowsInTest(RunFeature):
     def section(cls, folder: Path, scores: Record) -> Section | None:
         """Return the counts, if there are any such rows."""
         found = scores.get(cls.key) or {}
+        # of a run before they were counted
         overlap = Overlap(**found) if found else None
         if overlap is None or not overlap.found:
             return None

@@ -62,6 +62,7 @@ def measured(
     batch_size: int = 8,
 ) -> tuple[Retained | Drift, list[RetainedRow]]:
     """Return what `retained` does, and the encoded texts."""
+    # a model without a vocabulary has no loss on texts
     if not writes(model):
         length = longest_for(tokenizer, max_length)
         rows = encode_texts(texts, tokenizer, length, special=True)

@@ -290,6 +290,7 @@ class Processes:
     def own(self, order: Sequence[int]) -> list[int]:
         """Return this process's part of some rows, as many as every other has."""
         each = -(-len(order) // self.count)
+        # every n-th one: those of a batch then have similar lengths in all of them
         mine = [*order[self.rank :: self.count]]
         # a row that another process has, too: a sharded model needs all processes in each pass
         return mine + [order[0]] * (each - len(mine))
@@ -422,6 +423,7 @@ def by_length(lengths: Sequence[int], batch_size: int, processes: Processes) -> 
     """
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} is below 1, the minimum")
+    # the same division for the same rows, so that points of a curve can be compared
     order = processes.own(sorted(range(len(lengths)), key=lambda number: lengths[number]))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -429,6 +431,7 @@ def by_length(lengths: Sequence[int], batch_size: int, processes: Processes) -> 
 @contextmanager
 def both_measured(model: nn.Module, other: nn.Module) -> Generator[RepeatedPasses]:
     """Measure a model and its base, which may be the model without its adapters, in passes."""
+    # two models have no blocks in common
     if other is not model:
         with measuring(model), measuring(other):
             yield RepeatedPasses()
@@ -513,6 +516,7 @@ def _compared(before: Tensor, after: Tensor, labels: Tensor) -> list[Numbers]:
         divergence.append(divergence_terms(log_p, log_q).sum(-1).masked_fill(~own, 0))
         same.append((before[:, part].argmax(-1) == after[:, part].argmax(-1)) & own)
         losses.append(torch.stack([_nll(log, labels[:, part]) for log in (log_p, log_q)]))
+    # sums in float64: thousands of tokens are added up
     b, a = torch.cat(losses, 2).cpu().double()
     values = [b, a, *(torch.cat(parts, 1).cpu().double() for parts in (divergence, same))]
     means = [(each.sum(1) / counted.sum(1).cpu()).tolist() for each in values]

@@ -74,6 +74,7 @@ def pieces_of(text: RetainedText, row: RetainedRow, tokenizer: Any) -> list[list
     None for tokens that the model does not predict.
     """
     own, gained = tokenizer_of(tokenizer), list(text.gained or ())
+    # of the text that was cut, the tokens that were read
     if own.is_fast:  # parts of the text itself, with its white space
         encoded = own(text.text, verbose=False, return_offsets_mapping=True)
         ends = [end for _, end in encoded["offset_mapping"][: len(row.ids)]]
@@ -125,6 +126,7 @@ def measured_in(found: Record, where: object) -> Retained | Drift:
 def _alarm(folder: Path, measured: Retained | Drift) -> str:
     """Return what to say of a run beyond its limit; ""."""
     settings = read_yaml(folder / CONFIG).get("retain") if (folder / CONFIG).exists() else None
+    # of a run before there were limits
     if not settings or settings.get("limit") is None:
         return ""
     most = RetainConfig(limit=settings["limit"]).most(measured.kind)
@@ -169,6 +171,7 @@ def _passages(folder: Path) -> list[Passage]:
         return []
     texts: list[ShownText] = read_json(file, list[ShownText])
     passages = []
+    # tuples, which JSON has not
     for text in texts:
         pieces = [(str(piece[0]), piece[1]) for piece in text["pieces"]]
         before, after = text["before"], text["after"]

@@ -85,12 +85,14 @@ class OtherRows:
                 f"retain.data: data.task={task.name} is not that of the run, {splits.task.name}"
             )
         raw = as_dataset(data, most)
+        # a stream gives no more than that anyway
         raw = raw.select(range(min(most, len(raw))))
         rows = task.encode(processor, raw)
         inputs, together = rows.select_columns(batched(rows)), task.collate(processor, 1)
         labels = task.label_columns
 
         def collate(numbers: Sequence[int]) -> Batch:
+            # the labels of other data mean nothing here
             batch = together(list(inputs.select(numbers)))
             return {name: tensor for name, tensor in batch.items() if name not in labels}
 
@@ -194,6 +196,7 @@ class Retaining(RunFeature):
     def before_wrapping(self, setup: Setup, fields: Fields) -> Fields:
         """Choose what is measured; measure a base that the method will change."""
         own, splits = self.settings, setup.splits
+        # there are no bundled images or sounds
         if own.data is None or (own.data == BUNDLED and not splits.task.reads_text):
             return fields
         self.kind = "language" if splits.task.peft_task_type in WRITES else "features"
