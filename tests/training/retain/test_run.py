@@ -111,7 +111,7 @@ def test_a_short_run_does_not_pay_for_texts(families, tmp_path, petl_log):
         ("causal_lm", ["retain.mix=0.99"], "leaves none of the"),
         ("causal_lm", ["retain.mix_data=bundled"], "texts for retain.mix, which is 0"),
         ("regression", ["retain.mix=0.5"], "no loss of a language model"),
-        ("causal_lm", ["retain.mix=0.5", "train.buckets=3"], "texts of any length"),
+        ("causal_lm", ["retain.mix=0.5", "train.buckets=3"], "are of any length"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_training(
