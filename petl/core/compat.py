@@ -18,9 +18,10 @@ from peft.mapping import (
 )
 from peft.peft_model import PeftModelForQuestionAnswering
 from peft.tuners.adalora import AdaLoraModel
-from peft.tuners.adalora.layer import AdaLoraLayer
+from peft.tuners.adalora.layer import AdaLoraLayer, RankAllocator
 from peft.tuners.boft.layer import get_fbd_cuda
 from peft.tuners.ln_tuning import LNTuningModel
+from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
 from peft.tuners.lora.conversion import _convert_module_to_lora
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -42,6 +43,7 @@ from peft.utils import (
 )
 from peft.utils.constants import (
     SEQ_CLS_HEAD_NAMES,
+    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
 )
@@ -75,6 +77,7 @@ __all__ = [
     "check_adapters_to_merge",
     "check_target_module_exists",
     "config_class",
+    "default_feedforward",
     "default_targets",
     "drop_base_weights",
     "embedding_weights",
@@ -211,6 +214,11 @@ def default_targets(tuner: type[Any], model_type: str | None) -> set[str] | str 
     table = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING  # of the only one without its own
     found = getattr(tuner, "target_module_mapping", table).get(model_type or "")
     return set(found) if isinstance(found, list) else found
+
+
+def default_feedforward(model_type: str | None) -> list[str] | None:
+    """Return PEFT's names of the targets of (IA)3 whose input it scales; None: it has none."""
+    return TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(model_type or "")
 
 
 def adapts_norms(tuner: type[Any]) -> bool:
@@ -428,6 +436,8 @@ def converted(
     """
     names = (name for name, _ in model.named_parameters() if ".lora_" in name)
     present = {re.sub(rf"\.{re.escape(adapter_name)}(?=\.weight$|\.bias$|$)", "", n) for n in names}
+    # DoRA's is a module, and saved as if it were a parameter
+    present |= {n.removesuffix(".weight") for n in present if n.endswith("_vector.weight")}
     fitting = {key: value for key, value in adapter_state_dict.items() if key in present}
     others = {key: value for key, value in adapter_state_dict.items() if key not in present}
     return fitting | _convert(model, peft_config, others, adapter_name)
@@ -470,6 +480,49 @@ def computed(forward: Callable[..., Any], model: Any, *args: Any, **kwargs: Any)
 
 
 extend_method(AdaLoraModel, "forward", computed)
+
+
+def rated(update: Callable[..., None], allocator: Any, model: nn.Module) -> None:
+    """Rate the triplets of AdaLoRA, those without a gradient as if it were zero.
+
+    PEFT fails for a tensor that a step does not reach, such as that of an indexer.
+    """
+    absent = [p for n, p in model.named_parameters() if "lora_" in n and p.grad is None]
+    for parameter in absent:
+        parameter.grad = torch.zeros_like(parameter)
+    update(allocator, model)
+    for parameter in absent:
+        parameter.grad = None
+
+
+extend_method(RankAllocator, "update_ipt", rated)
+
+
+def norm_in_use(layer: Any) -> Any:
+    """Return the norm that PEFT's layer around it computes with: the trained one, or the base's."""
+    names = () if layer.disable_adapters or layer.merged else layer.active_adapters
+    return layer.ln_tuning_layers[names[0]] if names else layer.base_layer
+
+
+def attribute_of_norm(look_up: Callable[..., Any], layer: Any, name: str) -> Any:
+    """Return an attribute of PEFT's layer around a norm; what it lacks, of the norm in use.
+
+    Blocks of Mamba read weight and epsilon of their norm.
+    """
+    try:
+        return look_up(layer, name)
+    except AttributeError:
+        norm = (
+            norm_in_use(layer) if {"base_layer", "ln_tuning_layers"} <= {*layer._modules} else None
+        )
+        if name not in vars(norm or layer):
+            raise
+        return getattr(norm, name)
+
+
+extend_method(LNTuningLayer, "__getattr__", attribute_of_norm)
+# PEFT's is the base's: a kernel that reads it would compute without the adapter
+setattr(LNTuningLayer, "weight", property(lambda layer: norm_in_use(layer).weight))  # noqa: B010
 
 
 def embedding_weights(model: nn.Module) -> set[str]:

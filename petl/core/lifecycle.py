@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from petl.core.compat import AdaLoraModel
 from petl.core.losses import TrainingPart, loss_list
 from petl.core.model.heat_map import HEAT_MAPS, HeatMap, draw
+from petl.core.model.names import router_names
 from petl.core.model.weight_changes import change_map
 from petl.core.tuners.asking import AskingTuner
 from petl.core.tuners.gradients import watch_gradients
@@ -77,7 +78,16 @@ class Lifecycle:
         return any(part.context.terms for part in self.parts)
 
     def prepare(self, batches: Iterable[Any]) -> None:
-        """Pass training batches to the extra losses, before the optimizer exists."""
+        """Pass training batches to the extra losses, before the optimizer exists.
+
+        Where an adapter trains the routers of a mixture, the model's own loss of their balance is
+        asked for, by `output_router_logits` of its config.
+        """
+        base = self.model.get_base_model()
+        if router_names(base):
+            from petl.core.experts.balance import router_balance
+
+            self.parts += [part for part in router_balance(base) if part not in self.parts]
         for loss in self.losses:
             loss.prepare(batches)
 

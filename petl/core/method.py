@@ -37,13 +37,8 @@ from petl.core.layers.context import ForwardContext, InputCapture
 from petl.core.layers.layer import Adapter, LayerShape, shape_of
 from petl.core.model.heat_map import HeatMap
 from petl.core.model.linear import LINEAR_KINDS, refuse_other_kind
-from petl.core.model.targets import (
-    NO_EXPERTS,
-    matched_names,
-    matched_stacks,
-    refuse_fused,
-    resolve_targets,
-)
+from petl.core.model.names import NO_EXPERTS, matched_stacks
+from petl.core.model.targets import matched_names, refuse_fused, resolve_targets
 from petl.core.spec.config import LR, Acts
 from petl.core.spec.facts import facts_of
 from petl.core.support import Capability, Lacks, Part, reason_of, without_lora

@@ -20,16 +20,14 @@ from petl.core.experts.lora import check_stacks
 from petl.core.fingerprint import fingerprint, remember_base
 from petl.core.method import Method, WrapContext
 from petl.core.model.coverage import log_coverage
+from petl.core.model.names import PRESETS, check_parameters, frozen_head
 from petl.core.model.statistics import keep_statistics
 from petl.core.model.targets import (
-    PRESETS,
     check_kinds,
-    check_parameters,
     check_saved,
     check_targets,
     check_tokens,
     choose_default,
-    frozen_head,
     leave_out,
     name_parameters,
     resolve_blocks,

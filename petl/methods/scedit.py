@@ -33,7 +33,7 @@ from transformers.activations import ACT2FN
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
 from petl.core.method import Method, NewAdapters, Settings, Target, TrainContext, WrapContext
 from petl.core.model.heat_map import HeatMap, of_layers
-from petl.core.model.targets import candidate_names
+from petl.core.model.names import candidate_names
 from petl.core.register import register
 from petl.core.spec.config import MethodConfig, config_field, require
 from petl.core.support import Capability

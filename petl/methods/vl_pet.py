@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from petl.core.layers.layer import LayerInfo, LayerShape
 from petl.core.method import Method, NewAdapters, Settings, Target, TrainContext, WrapContext
 from petl.core.model.heat_map import HeatMap
+from petl.core.model.names import in_layers
 from petl.core.model.structure import encoder_of, find_sublayers, norm_names, value_projections
-from petl.core.model.targets import in_layers, matched_names, resolve_targets
+from petl.core.model.targets import matched_names, resolve_targets
 from petl.core.register import register
 from petl.core.spec.checks import check_rank
 from petl.core.spec.config import MethodConfig, config_field, require

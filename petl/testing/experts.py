@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from petl.core.experts.layout import ExpertsLayout, experts_of
 from petl.core.experts.linears import LINEARS
-from petl.core.model.targets import stack_names
+from petl.core.model.names import stack_names
 from petl.core.registry import refusal
 from petl.core.support import Capability
 from petl.testing.case import Case, assert_close, gradients, logits, stir, trainable, tuner_layers

@@ -15,7 +15,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
-from petl.core.model.targets import linear_names
+from petl.core.model.linear import linear_names
 from petl.core.spec.checks import BLOCKS
 from petl.core.spec.config import MethodConfig
 from petl.errors import InputError

@@ -98,6 +98,8 @@ class Type:
         """Build the small model, in eval mode, with the same weights each time."""
         import transformers
 
+        if "reason" in self.own:
+            raise NotImplementedError(self.own["reason"])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model_cls, config = getattr(transformers, self.class_name), self.config()
@@ -126,6 +128,10 @@ class Type:
         filled = {name: _filled(name, value, generator) for name, value in made.items()}
         for name, shape in self.own.get("inputs", {}).items():
             filled[name] = torch.randn(ROWS, *shape, generator=generator)
+        for name, values in self.own.get("rows", {}).items():
+            filled[name] = torch.tensor([values] * ROWS)
+        if "last_token" in self.own:
+            filled["input_ids"][:, -1] = self.own["last_token"]
         return {name: filled[name] for name in filled if name not in self.own.get("without", ())}
 
 
@@ -158,20 +164,31 @@ def _is_encoder_decoder(name: str) -> bool:
         return True
 
 
-def small_config(config_cls: type[PreTrainedConfig], own: Mapping[str, Any]) -> PreTrainedConfig:
-    """Return a config of a class with small numbers, and with the values of `own`."""
-    default = config_cls() if not own.get("no_default") else None
-    fields = {} if default is None else small_fields(default, _tokens())
+def small_config(
+    config_cls: type[PreTrainedConfig],
+    own: Mapping[str, Any],
+    default: PreTrainedConfig | None = None,
+    tokens: Iterator[int] | None = None,
+) -> PreTrainedConfig:
+    """Return a config of a class with small numbers, and with the values of `own`.
+
+    Args:
+        config_cls: the class.
+        own: exceptions; of a config inside it, a dict of its own.
+        default: with the numbers of usual size; None: the class's defaults.
+        tokens: ids of special tokens that no other config has; None: all.
+    """
+    own = dict(own)
+    if own.pop("no_default", False):
+        default, fields = None, {}
+    else:
+        default = config_cls() if default is None else default
+        fields = small_fields(default, tokens or _tokens(), own)
     for name, value in own.items():
-        if name == "no_default":
-            continue
-        sub = fields.get(name)
-        if isinstance(value, dict) and isinstance(sub, PreTrainedConfig):
-            fields[name] = small_config(type(sub), value)
-        elif isinstance(value, dict) and "model_type" in value:
+        if isinstance(value, dict) and "model_type" in value:
             rest = {k: v for k, v in value.items() if k != "model_type"}
             fields[name] = small_config(CONFIG_MAPPING[value["model_type"]], rest)
-        else:
+        elif not isinstance(fields.get(name), PreTrainedConfig):
             fields[name] = value
     config = config_cls(**fields)
     for part in [config, *(getattr(config, name) for name in config.sub_configs)]:
@@ -190,7 +207,9 @@ def _fit_rotation(config: Any) -> None:
         rope.setdefault("mrope_section", [half - 2 * (half // 3), half // 3, half // 3])
 
 
-def small_fields(config: PreTrainedConfig, tokens: Iterator[int]) -> dict[str, Any]:
+def small_fields(
+    config: PreTrainedConfig, tokens: Iterator[int], own_values: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the fields of a config that are to have other values, those inside it included."""
     own = vars(config)
     fields: dict[str, Any] = _small_lists(config)
@@ -204,11 +223,15 @@ def small_fields(config: PreTrainedConfig, tokens: Iterator[int]) -> dict[str, A
         if name in fields or name in derived or isinstance(value, bool):
             continue
         if isinstance(value, PreTrainedConfig):
-            fields[name] = type(value)(**small_fields(value, tokens))
+            given = own_values.get(name, {})
+            if "model_type" not in given:
+                fields[name] = small_config(type(value), given, value, tokens)
         elif isinstance(value, int):
             new = _small_number(name, value, tokens)
             new = new if new != value else _small_number(mapped.get(name, name), value, tokens)
             fields |= {name: new} if new != value else {}
+        elif "layerdrop" in name:  # of two layers both would be dropped at times
+            fields[name] = 0.0
         elif name in USUAL and isinstance(value, list):
             fields[name] = USUAL[name]
     return fields

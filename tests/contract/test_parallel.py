@@ -61,6 +61,7 @@ CASES = {
 }
 CASES["lora"] = CASES["lora with density"] = Case("lora", LLAMA, {"r": 4, **TARGETS})
 CASES["lora with distill"] = CASES["lora"]
+CASES["lora on experts"] = Case("lora", "qwen3_moe", {"r": 4, "target_modules": "block-linear"})
 CASES["adapter beside blocks"] = Case(
     "adapter", LLAMA, {"r": 8, "locations": ["block"], "placement": "parallel"}
 )

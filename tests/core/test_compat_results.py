@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from peft.utils.hotswap import hotswap_adapter
-from transformers import BertConfig, BertForQuestionAnswering
+from transformers import BartConfig, BartForCausalLM, BertConfig, BertForQuestionAnswering
 
 import petl
 from petl import testing
@@ -54,6 +54,39 @@ def test_an_adalora_that_was_loaded_takes_labels(tmp_path):
     expected = torch.nn.functional.cross_entropy(found.logits[0, :-1], IDS[0, 1:])
     torch.testing.assert_close(found.loss, expected)
     assert model(input_ids=IDS, labels=IDS).loss > found.loss  # with its penalty
+
+
+def test_adalora_takes_tensors_that_no_step_reaches():
+    model = petl.wrap(testing.tiny_llama(), "adalora", task_type="CAUSAL_LM", total_step=10)
+    hooks, absent = petl.lifecycle(model), next(p for n, p in model.named_parameters() if "_A" in n)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    absent.grad = None
+    hooks.after_step(1)
+    assert absent.grad is None
+
+
+def test_the_norm_that_trains_is_read_by_a_kernel_of_its_block():
+    model = petl.wrap(testing.tiny_llama(), "ln_tuning", task_type="CAUSAL_LM")
+    layer = model.base_model.model.model.layers[0].input_layernorm
+    norm = layer.ln_tuning_layers["default"]
+    assert layer.weight is norm.weight
+    assert layer.variance_epsilon == norm.variance_epsilon
+    with model.disable_adapter():
+        assert layer.weight is layer.base_layer.weight
+    assert not hasattr(layer, "no_such_attribute")
+
+
+def test_targets_that_ia3_scales_at_their_input_are_saved_by_the_names_of_the_targets(tmp_path):
+    config = BartConfig(
+        vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, decoder_ffn_dim=16,
+        decoder_attention_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    base = BartForCausalLM(config)
+    model = petl.wrap(copy.deepcopy(base), "ia3", task_type="CAUSAL_LM")
+    testing.stir(model).save_pretrained(tmp_path)
+    assert torch.equal(logits(petl.load(base, tmp_path)), logits(model))
+    inputs = [n for n, p in model.named_parameters() if "ia3" in n and p.shape == (1, 16)]
+    assert any("fc2" in name for name in inputs)
 
 
 @pytest.mark.parametrize("deed", ["merge_and_unload", "merge_adapter"])

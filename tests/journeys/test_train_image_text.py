@@ -13,7 +13,7 @@ from petl.adapters.export.merge import merge
 
 pytest_plugins = ["image_text_fixtures", "training_fixtures"]
 # accelerations that each run has where its model allows them
-SLOW = [pytest.param(k, marks=pytest.mark.thorough) for k in ("gemma3", "idefics3")]
+SLOW = [pytest.param(k, marks=pytest.mark.thorough) for k in ("gemma3", "smolvlm")]
 PLAIN = [f"train.{name}" for name in ("loss_segment=null", "skip_unread=false", "fuse_lora=false")]
 
 

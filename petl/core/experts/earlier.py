@@ -14,7 +14,7 @@ from petl.core.adapter_file import PREFIX, WEIGHTS
 from petl.core.adapter_folder import CONFIG, Folder
 from petl.core.compat import tensors_for_stacks
 from petl.core.experts.stacks import Stack, saved_factors, stacked_factors, stacks_of
-from petl.core.model.targets import stack_names
+from petl.core.model.names import stack_names
 from petl.errors import InputError
 from petl.system.files.read import read_json
 

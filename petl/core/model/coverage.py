@@ -18,9 +18,8 @@ from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 from petl.core.experts.linears import linears_of
 from petl.core.layers.class_swap import AdapterDict
 from petl.core.model.calls import place_of
-from petl.core.model.parts import LANGUAGE, language_path, part_in
+from petl.core.model.names import LANGUAGE, language_path, part_in, stack_names
 from petl.core.model.places import Place, place
-from petl.core.model.targets import stack_names
 from petl.core.parameters import quantization_of, trainable
 from petl.ops.expert_linear import ExpertLinears
 

@@ -6,10 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from petl.core.compat import SEQ_CLS_HEAD_NAMES, AuxiliaryTrainingWrapper, BaseTunerLayer
 from petl.core.layers.class_swap import original_class
 from petl.errors import ModuleKindError
+from petl.ops.expert_linear import ExpertLinears
 
 LINEAR_KINDS = (nn.Linear, Conv1D)
 QUANTIZED = ("bitsandbytes.", "torchao.", "transformers.integrations.")  # modules of such classes
@@ -68,3 +71,23 @@ def refuse_other_kind(module: nn.Module, name: str) -> None:
             "else than x W^T + b, so an adapter for linear layers does not fit; choose other "
             "targets, or train it in full by modules_to_save"
         )
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers of `model`, adapted or not, without its output head."""
+    # heads are trained in full or not at all
+    heads = {getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES}
+    if isinstance(model, PreTrainedModel):
+        heads.add(model.get_output_embeddings())
+    heads.discard(None)
+    names, skipped = [], tuple[str, ...]()
+    for name, module in model.named_modules():
+        if skipped and name.startswith(skipped):  # inside an adapted layer or a trained copy
+            continue
+        kinds = BaseTunerLayer | AuxiliaryTrainingWrapper | ExpertLinears
+        if isinstance(module, kinds) or module in heads:
+            skipped += (f"{name}.",)
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if is_linear(base) and module not in heads and base not in heads:
+            names.append(name)
+    return names

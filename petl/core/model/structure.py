@@ -1,5 +1,6 @@
 """Structure of a base model: transformer blocks, sub-layers, norms, quantized weights."""
 
+import logging
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
@@ -13,16 +14,19 @@ from petl.core.layers.class_swap import original_class
 from petl.core.layers.context import is_encoder_decoder
 from petl.core.layers.layer import Adapter, LayerShape, shape_of
 from petl.core.model.linear import LINEAR_KINDS
+from petl.core.model.names import LANGUAGE, candidate_names, language_path, names_of
 from petl.core.model.places import Place, is_stack, place
-from petl.core.model.targets import candidate_names
 from petl.core.parameters import is_norm
 from petl.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 KINDS = ("attn", "cross_attn", "ffn")  # of sub-layers
 BLOCK = "block"  # the location of an adapter for a whole block
 VALUE = "value"  # the location of an adapter beside the values of cross-attention
 
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+BLOCK_CLASS = re.compile(r"(Layer|Block)$")
 CROSS = re.compile(r"cross|encdec|encoder_attn", re.IGNORECASE)
 QUERIES = (  # names of the projection whose input is the sub-layer's own, the surest first
     "q", "q_proj", "query", "query_proj", "q_lin", "q_attn",
@@ -112,6 +116,7 @@ class AttentionInfo(NamedTuple):
 class _Leaf(NamedTuple):
     path: str  # in the block
     shape: LayerShape
+    in_attention: bool
 
 
 def find_sublayers(model: nn.Module) -> list[SubLayer]:
@@ -174,6 +179,8 @@ def block_widths(model: nn.Module, given: str | None = None) -> dict[str, int]:
 def stacks_of(model: nn.Module, given: str | None, number: int, method: str) -> list[list[str]]:
     """Return the paths of the blocks of each list, as `stacks`, of a model with `number` lists.
 
+    Of a model for images and text, they are those of its language model.
+
     Args:
         given: the field `blocks` of the method's config.
 
@@ -181,6 +188,9 @@ def stacks_of(model: nn.Module, given: str | None, number: int, method: str) -> 
         InputError: the model has another number of them.
     """
     found = stacks(model, given)
+    if len(found) > number:
+        language = names_of(LANGUAGE, found, language_path(model))
+        found = {path: found[path] for path in language}
     if len(found) != number:
         one = "one: name it with blocks=PATH" if number == 1 else "an encoder and a decoder"
         raise InputError(
@@ -297,11 +307,12 @@ def place_in(model: nn.Module, key: str, given: str | None) -> Place | None:
 
 
 def _holds_blocks(stack: nn.Module) -> bool:
-    # blocks of a stack have one class; lists of heads or levels do not
+    # blocks have one class, or one for each kind of mixer; lists of heads or levels do not
     entries = list(stack.children())
-    if len({original_class(entry) for entry in entries}) != 1:
+    classes = {original_class(entry) for entry in entries}
+    if len(classes) != 1 and not all(BLOCK_CLASS.search(cls.__name__) for cls in classes):
         return False
-    return any(ATTENTION.search(leaf.path) for leaf in _leaves(entries[0]))
+    return any(leaf.in_attention for entry in entries for leaf in _leaves(entry))
 
 
 def _leaves(block: nn.Module) -> list[_Leaf]:
@@ -311,7 +322,10 @@ def _leaves(block: nn.Module) -> list[_Leaf]:
         module = block.get_submodule(name)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if isinstance(base, LINEAR_KINDS) or hasattr(base, "in_features"):
-            leaves.append(_Leaf(name, shape_of(base)))
+            # of a hybrid, "mixer" is the name of attention too
+            owner = original_class(block.get_submodule(name.rpartition(".")[0]))
+            where = f"{name} {owner.__name__}" if "." in name else name
+            leaves.append(_Leaf(name, shape_of(base), bool(ATTENTION.search(where))))
     return leaves
 
 
@@ -337,7 +351,9 @@ def _width(block: nn.Module) -> int:
 def _leaves_by_kind(block: nn.Module) -> dict[str, list[_Leaf]]:
     parts: dict[str, list[_Leaf]] = {kind: [] for kind in KINDS}
     for leaf in _leaves(block):
-        if ATTENTION.search(leaf.path):
+        if "norm" in leaf.path:  # of a norm with a gate
+            continue
+        if leaf.in_attention:
             parts["cross_attn" if CROSS.search(leaf.path) else "attn"].append(leaf)
         elif "adapter" not in leaf.path:  # wav2vec2 has modules of that name
             parts["ffn"].append(leaf)
@@ -367,8 +383,11 @@ def _ends(
 
     Paths are relative to the block.
     """
-    if kind == "ffn" and (owner := _owner_of_experts(block)):
-        return owner, owner
+    if kind == "ffn" and (owners := _owners_of_experts(block)):
+        if len(owners) > 1:
+            # of ERNIE, for text and for images; their outputs are tokens in another order
+            logger.warning("no bottleneck on %s: a block has several such", ", ".join(owners))
+        return (owners[0], owners[0]) if len(owners) == 1 else None
     closings = [leaf.path for leaf in leaves if leaf.shape.out_features == width]
     if not closings:
         return None
@@ -379,17 +398,19 @@ def _ends(
     return closings[-1], entry.path if entry else None
 
 
-def _owner_of_experts(block: nn.Module) -> str | None:
-    """Return the module of a block that routes tokens to experts, or None."""
+def _owners_of_experts(block: nn.Module) -> list[str]:
+    """Return the modules of a block that route tokens to experts."""
+    owners = dict[str, None]()
     for name, module in block.named_modules():
         if ATTENTION.search(name) or isinstance(module, _ConvNd | Adapter):
             continue
         is_stacked = any(p.dim() > 2 for p in module.parameters(recurse=False))  # [E, O, I]
-        if is_stacked or "experts" in name.rpartition(".")[2]:
-            # the owner of the experts, by its path without petl's wrappers
-            owner = re.sub(r"\.base_layer(?=\.|$)", "", name).rpartition(".")[0]
-            return owner or None
-    return None
+        # the owner of the experts, by its path without petl's wrappers
+        owner = re.sub(r"\.base_layer(?=\.|$)", "", name).rpartition(".")[0]
+        is_known = any(f"{owner}.".startswith(f"{other}.") for other in owners)
+        if owner and not is_known and (is_stacked or "experts" in name.rpartition(".")[2]):
+            owners[owner] = None
+    return list(owners)
 
 
 def _residual(block: nn.Module, kind: str, closing: str, source: str | None) -> str | None:
@@ -429,8 +450,8 @@ def _norms_first(block: nn.Module) -> bool | None:
 
 
 def _has(block: nn.Module, path: str) -> bool:
-    """Return True if the block has a module at `path`."""
+    """Return True if the block has a module at `path` that it can call: LongCat has lists there."""
     module = block
     for part in path.split("."):
         module = getattr(module, part, None)
-    return isinstance(module, nn.Module)
+    return isinstance(module, nn.Module) and not isinstance(module, nn.ModuleList)

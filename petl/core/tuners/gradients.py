@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from petl.core.model.calls import place_of
-from petl.core.model.parts import LANGUAGE, language_path, part_in
+from petl.core.model.names import LANGUAGE, language_path, part_in
 
 logger = logging.getLogger(__name__)
 FEW, MANY = 2, 10  # steps until a tensor is named

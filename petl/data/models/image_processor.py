@@ -2,13 +2,15 @@
 
 from functools import cache
 from importlib.util import find_spec
+from inspect import Parameter, signature
 from pathlib import Path
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 from transformers import AutoProcessor, PretrainedConfig, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from petl.errors import InputError
+from petl.errors import InputError, first_line
 from petl.system.imports.extras import optional
 
 VIDEOS = "video_processor"
@@ -35,7 +37,12 @@ def load_image_text_processor(
     own: Any = PROCESSOR_MAPPING.get(type(config), None)
     if own is not None and VIDEOS in own.get_attributes() and find_spec("torchvision") is None:
         kind = without_videos(own)
-    found = kind.from_pretrained(where, **options)
+    try:
+        found = kind.from_pretrained(where, **options)
+    except ImportError as error:  # of transformers, with what to install
+        raise InputError(
+            f"the processor of {where} cannot be loaded: {first_line(error)}"
+        ) from error
     parts = ("tokenizer", "image_processor", "chat_template")
     missing = [name for name in parts if getattr(found, name, None) is None]
     if missing:
@@ -49,6 +56,16 @@ def load_image_text_processor(
 @cache
 def without_videos(kind: type[ProcessorMixin]) -> type[Any]:
     """Return a class of processors without the part for videos; its name is the same."""
-    # the name is saved
     parts = [name for name in kind.get_attributes() if name != VIDEOS]
-    return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: parts)})
+    # SmolVLM reads these for chats without a video, too
+    unused = SimpleNamespace(num_frames=None, fps=None)
+    own: dict[str, Any] = {"get_attributes": classmethod(lambda cls: parts), VIDEOS: unused}
+    init: Any = kind.__init__
+    # transformers reads the names of arguments in the code of the function
+    if signature(init).parameters[VIDEOS].default is Parameter.empty:
+        defaults = (None, *(init.__defaults__ or ()))
+        own["__init__"] = FunctionType(
+            init.__code__, init.__globals__, init.__name__, defaults, init.__closure__
+        )
+    # the name is saved
+    return type(kind.__name__, (kind,), own)

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 from petl.core.layers.class_swap import mixins_of
 from petl.core.layers.context import arguments_of_forward, is_encoder_decoder
+from petl.core.model.linear import linear_names
 from petl.core.model.places import place
 from petl.core.model.structure import layer_drop
-from petl.core.model.targets import linear_names
 from petl.core.parameters import quantization_of
 from petl.core.types import CausalModel, base_of
 from petl.efficiency.frozen.keys import IDS, MEDIA

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from petl.core.compat import BaseTunerLayer, LoraLayer
+from petl.core.compat import BaseTunerLayer, LoraConfig, LoraLayer, renamed_targets
 from petl.core.method import (
     AdapterSet,
     Method,
@@ -111,6 +111,9 @@ class Corda(Method[CordaConfig, Any]):
     def added(self, new: NewAdapters[CordaConfig, Any]) -> None:
         """Split each weight into the initial update, which replaces PEFT's, and the residual."""
         initial, new.config.initial = new.config.initial, None  # configs are copied and saved
+        # PEFT shortens names, and would take `down_proj` of the saved LoRA for that of experts
+        if renamed_targets(LoraConfig(), new.model) & {*(new.config.target_modules or ())}:
+            new.config.target_modules = list(initial)
         layers = {
             path: module
             for path, module in new.model.named_modules()

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from petl.core.model.targets import in_layers, matched_names, matched_stacks, resolve_targets
+from petl.core.model.names import in_layers, matched_stacks
+from petl.core.model.targets import matched_names, resolve_targets
 from petl.core.spec.checks import check_rank
 from petl.core.spec.config import MethodConfig, config_field, require
 from petl.errors import InputError

@@ -24,7 +24,7 @@ from petl.core.layers.grouped import GroupedNetworks, InputHook
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
 from petl.core.method import Target, TrainContext, WrapContext, linear_target
 from petl.core.model.heat_map import HeatMap, of_layers
-from petl.core.model.parts import LANGUAGE, language_path, names_of
+from petl.core.model.names import LANGUAGE, candidate_names, in_layers, language_path, names_of
 from petl.core.model.structure import (
     BLOCK,
     KINDS,
@@ -36,7 +36,7 @@ from petl.core.model.structure import (
     is_causal,
     norm_names,
 )
-from petl.core.model.targets import candidate_names, in_layers, matched_names, resolve_targets
+from petl.core.model.targets import matched_names, resolve_targets
 from petl.core.serving.mixed_batch import BatchedAdapter
 from petl.core.serving.stacked_adapter import stacked
 from petl.core.spec.checks import check_rank, rank_of

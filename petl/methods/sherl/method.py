@@ -11,8 +11,8 @@ from petl.core.layers.block import place_of_argument
 from petl.core.layers.layer import LayerShape
 from petl.core.method import Method, NewAdapters, Settings, Target, TrainContext, WrapContext
 from petl.core.model.heat_map import HeatMap, finite
+from petl.core.model.names import candidate_names
 from petl.core.model.structure import block_widths, final_norm, layer_drop, norm_kind
-from petl.core.model.targets import candidate_names
 from petl.core.register import register
 from petl.core.spec.config import require
 from petl.core.support import Capability

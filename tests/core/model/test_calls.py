@@ -31,8 +31,7 @@ from transformers import (
 import petl
 from petl import testing
 from petl.core.model.calls import IDLE, READ, Calls, calls_of, uncalled
-from petl.core.model.linear import is_linear
-from petl.core.model.targets import linear_names
+from petl.core.model.linear import is_linear, linear_names
 
 SIZES = {
     "vocab_size": 64,

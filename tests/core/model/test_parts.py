@@ -18,8 +18,7 @@ from transformers import (
 
 import petl
 from petl import testing
-from petl.core.model.parts import language_path
-from petl.core.model.targets import PRESETS
+from petl.core.model.names import PRESETS, language_path
 
 SIZES = {
     "hidden_size": 32,

@@ -1,12 +1,23 @@
 """Names of stacked experts: presets, paths, names of transformers 4, and refusals in words."""
 
+import copy
+
+import peft
 import pytest
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    AfmoeConfig,
+    AfmoeForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    JetMoeConfig,
+    JetMoeForCausalLM,
+)
 
 import petl
+from petl import testing
 from petl.core.model.coverage import coverage_of
-from petl.core.model.targets import router_names, stack_names
+from petl.core.model.names import block_linear_names, router_names, stack_names
 from petl.errors import InputError, ModuleKindError, UnknownNameError, UnsupportedError
 from petl.testing.models import OTHER_MODELS
 
@@ -96,6 +107,58 @@ def test_a_router_gets_a_lora():
         petl.wrap(qwen3_moe(), "mola", target_modules="router")
 
 
+def nested_routers(name: str):
+    """A model whose router has its linear layer inside, with the paths of these."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 16}
+    if name == "jetmoe":
+        base = JetMoeForCausalLM(JetMoeConfig(**sizes, num_local_experts=4, kv_channels=8))
+        where = ("mlp.router.layer", "self_attention.experts.router.layer")
+        return base, {f"model.layers.{n}.{each}" for n in (0, 1) for each in where}
+    config = AfmoeConfig(
+        **sizes, num_experts=4, num_attention_heads=4, moe_intermediate_size=16, num_dense_layers=1
+    )
+    return AfmoeForCausalLM(config), {"model.layers.1.mlp.router.gate"}
+
+
+@pytest.mark.parametrize("name", ["jetmoe", "afmoe"])
+def test_presets_leave_routers_out_that_are_linear_layers(name):
+    base, routers = nested_routers(name)
+    assert set(router_names(base)) == routers
+    assert not routers & set(block_linear_names(base))
+    model = petl.wrap(base, "mola", target_modules="router", **FIELDS["mola"])
+    assert {n.partition(".petl_mola")[0] for n in trained_names(model)} == routers
+
+
+def trained_names(model) -> set[str]:
+    names = (n for n, p in model.named_parameters() if p.requires_grad)
+    return {name.removeprefix("base_model.model.") for name in names}
+
+
+@pytest.mark.parametrize("targets", ["all-linear", SEVEN, ["q_proj", "gate", "down_proj"]])
+def test_the_targets_of_peft_mean_the_same(targets):
+    base = qwen3_moe()
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=copy.copy(targets))
+    )
+    ours = petl.wrap(base, "lora", r=2, target_modules=copy.copy(targets))
+    assert trained_names(ours) == trained_names(theirs)
+    state = {n: torch.randn_like(t) for n, t in theirs.named_parameters() if "lora_" in n}
+    for model in (ours, theirs):
+        model.load_state_dict(state, strict=False)
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+
+
+def test_the_names_of_tutorials_may_be_more_than_the_model_has(caplog):
+    assert missed(deepseek(), "lora", SEVEN) == {
+        ROUTER, *(f"self_attn.{name}" for name in ("q_a_proj", "q_b_proj", "kv_b_proj")),
+        "self_attn.kv_a_proj_with_mqa",
+    }  # fmt: skip
+    assert "no adapter on k_proj, q_proj, v_proj: DeepseekV3ForCausalLM has no" in caplog.text
+    with pytest.raises(UnknownNameError, match="target 'q_porj' matches no module"):
+        petl.wrap(deepseek(), "lora", target_modules=[*SEVEN, "q_porj"])
+
+
 @pytest.mark.parametrize("method", ["lora", "mola"])
 @pytest.mark.parametrize(("half", "other"), [("gate_proj", "up_proj"), ("w3", "w1")])
 def test_one_half_of_a_stack_is_refused(method, half, other):
@@ -169,3 +232,16 @@ def test_what_a_lora_has_that_experts_do_not_take_is_named(field):
     (name,) = field
     with pytest.raises(UnsupportedError, match=f"with {name}="):
         petl.wrap(qwen3_moe(), "lora", target_modules="experts", **field)
+
+
+@pytest.mark.parametrize("targets", ["block-linear", ["q_proj", "experts"]])
+def test_copies_of_blocks_are_adapted_and_saved(targets, tmp_path):
+    model = petl.wrap(
+        qwen3_moe(), "lora", r=2, target_modules=targets, layer_replication=[(0, 2), (0, 2)]
+    )
+    of_experts = {n.split(".")[2] for n in trained_names(model) if "experts" in n}
+    assert of_experts == {"0", "1", "2", "3"}
+    testing.stir(model).eval().save_pretrained(tmp_path)
+    loaded = petl.load(qwen3_moe(), tmp_path).eval()
+    ids = torch.arange(8)[None]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)

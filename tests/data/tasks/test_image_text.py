@@ -6,9 +6,12 @@ import pytest
 import torch
 from image_text_fixtures import KINDS, built, row, save_picture, write_rows
 from PIL import Image
+from transformers import Florence2Config
 
 from petl.data.base import read_data
+from petl.data.models.loading import check_task_support
 from petl.data.tasks.base import IGNORED
+from petl.data.tasks.image_text import ImageText
 from petl.data.tasks.image_text.prompt import ImagePrompt, prompt_inputs
 from petl.errors import InputError
 
@@ -189,3 +192,8 @@ def test_prompts_in_a_batch_are_answered_as_alone(mixed, kind):
 
     alone = torch.cat([logits([each]) for each in prompts])
     torch.testing.assert_close(logits(prompts), alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_reads_and_writes_apart_is_refused():
+    with pytest.raises(InputError, match="answer in its decoder, and the task image_text has both"):
+        check_task_support(Florence2Config(), ImageText(), "florence2")

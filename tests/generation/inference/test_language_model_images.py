@@ -130,7 +130,7 @@ def test_a_model_of_texts_refuses_images(tmp_path, writers):
 
 
 def test_a_merged_or_plain_model_reads_images(bases, tmp_path):
-    model = load_language_model(bases["idefics3"])
+    model = load_language_model(bases["smolvlm"])
     chat = ChatSession(model, SHORT, BASE)
     file = save_picture(tmp_path / "a.png", "red")
     chat.show(str(file))

@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from petl.core.compat import BaseTunerLayer
+from petl.core.experts.layout import experts_of
+from petl.core.model.names import candidate_names, stack_names
 from petl.core.model.places import place
-from petl.core.model.targets import candidate_names
 from petl.errors import InputError, UnknownNameError, did_you_mean
 
 # names of modules in transformers' MLP blocks
@@ -79,11 +81,14 @@ def _at_input(visit: Any, name: str, module: nn.Module, args: Any) -> tuple[Any,
 def activation_names(model: nn.Module) -> list[str]:
     """Names of the nonlinearities of all MLP blocks; raises as `find_sites` does."""
     found = [name for name in candidate_names(model) if _is_mlp_activation(model, name)]
+    # a LoRA on experts is a layer around their module
+    inside = (name for name, module in model.named_modules() if experts_of(module) is not None)
+    found += [f"{n}.act_fn" for n in inside if n.endswith("base_layer") and _has_act(model, n)]
     if not found:
         options = [n for n in candidate_names(model) if _is_nonlinearity(model.get_submodule(n))]
         raise InputError(
             f"no activation module found in the MLP blocks of {type(model).__name__}; name them in "
-            f"activation_modules, or use signal='down_input'{_listed(options)}"
+            f"activation_modules, or use signal='down_input'{_listed_or_stacks(model, options)}"
         )
     return found
 
@@ -94,10 +99,22 @@ def down_names(model: nn.Module) -> list[str]:
     if not found:
         linear = [n for n in candidate_names(model) if _is_linear(model.get_submodule(n))]
         raise InputError(
-            f"no down projection found in the MLP blocks of {type(model).__name__} (experts fused "
-            f"into one tensor have none); name them in activation_modules{_listed(linear)}"
+            f"no down projection found in the MLP blocks of {type(model).__name__}; name them in "
+            f"activation_modules{_listed_or_stacks(model, linear)}"
         )
     return found
+
+
+def _has_act(model: nn.Module, name: str) -> bool:
+    module = model.get_submodule(name)
+    return not isinstance(module, BaseTunerLayer) and "act_fn" in module._modules
+
+
+def _listed_or_stacks(model: nn.Module, options: Sequence[str]) -> str:
+    stacks = stack_names(model)
+    if not stacks:
+        return _listed(options)
+    return f"; its experts are stacked ({stacks[0]}) without a module for what is counted"
 
 
 def has_down(model: nn.Module) -> bool:
@@ -119,7 +136,7 @@ def _layer(model: nn.Module, name: str) -> str:
     if where is None:
         return name
     # experts of a block have one name without their number
-    return name.removesuffix(where.name) + EXPERT.sub("", where.name)
+    return name.removesuffix(where.name) + EXPERT.sub("", where.name.replace(".base_layer", ""))
 
 
 def _stacks(model: Any, layers: Sequence[str]) -> dict[str, str]:
