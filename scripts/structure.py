@@ -26,11 +26,11 @@ PACKAGE = ROOT / "petl"
 # Lines that each package may have. A feature pays for its lines by what it makes unnecessary: lower
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
-    "system": 3400,
+    "system": 3550,
     "ops": 2650,
     "core": 12650,
     "efficiency": 8250,
-    "data": 11300,
+    "data": 11350,
     "training": 15550,
     "methods": 18250,
     "adapters": 7850,

@@ -18,6 +18,7 @@ SOURCES = {
     "speech": "petl.data.folders:Speech",
     "stamps": "petl.data.stamps:Stamps",
     "tasks": "petl.data.task_sets:TaskSets",
+    "mixture": "petl.data.set_mixture:SetMixture",
 }
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from petl.data.tasks.base import P, Task
 
 BY_CLASS = "by_class"  # value of data.order
+SEVERAL = ("tasks", "mixture")  # values of data.source that read several sets
 BALANCED = "balanced"  # of data.sampling and train.class_weights
 ENCODED_TOGETHER = 100  # rows of a call of `Task.encode_rows`; assumption
 SHARE = bounded(gt=0, lt=1)  # of rows to test on, which leaves some to train on
@@ -93,6 +94,7 @@ class RawData:
         format: in which format the rows were; "" if settings name all columns.
         skipped: rows that were left out since they cannot be used, by split.
         near_duplicates: similarity from which on a test row is nearly a training row; None: none.
+        sets: names of the sets of a mixture, whose rows have the number of theirs.
     """
 
     task: "Task"
@@ -102,6 +104,7 @@ class RawData:
     format: str = ""
     skipped: Mapping[str, Sequence[FaultyRow]] = field({})
     near_duplicates: float | None = None
+    sets: Sequence[str] = ()
 
 
 @dataclass(kw_only=True)
@@ -237,7 +240,7 @@ def check_early(cfg: DictConfig | Mapping[str, object]) -> None:
     import_modules(settings.get("imports"))  # which may add sources and tasks
     data, method = settings.get("data"), settings.get("method")
     # the run checks what is not a group, and data that get settings from a method of several tasks
-    if not isinstance(data, Mapping) or data.get("source") == "tasks":
+    if not isinstance(data, Mapping) or data.get("source") in SEVERAL:
         return
     if isinstance(method, Mapping) and method.get("tasks"):
         return

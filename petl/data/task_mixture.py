@@ -41,6 +41,14 @@ class TaskMixture:
         members = tuple(np.flatnonzero(ids == task) for task in range(number))
         return cls(members, rows_of_tasks([len(own) for own in members], temperature))
 
+    @classmethod
+    def of_shares(cls, tasks: Sequence[int], shares: Sequence[float]) -> "TaskMixture":
+        """Return the mixture of rows with these task ids, in proportion to shares."""
+        ids = np.asarray(tasks)
+        members = tuple(np.flatnonzero(ids == task) for task in range(len(shares)))
+        weights = np.asarray(shares, float) * [len(own) > 0 for own in members]
+        return cls(members, apportioned(len(ids), weights))
+
     def order(self, seed: int, epoch: int) -> list[int]:
         """The rows of an epoch in the order in which they are visited."""
         parts = [
@@ -66,11 +74,16 @@ class TaskMixture:
 def rows_of_tasks(sizes: Sequence[int], temperature: float) -> tuple[int, ...]:
     """Return the rows of each task in an epoch of as many rows as all tasks have together.
 
-    Rounded by largest remainders; of equal ones, the earlier task gets the row.
+    Of equal remainders, the earlier task gets the row.
     """
     weights = np.asarray(sizes, float) ** (1 / temperature) * (np.asarray(sizes) > 0)
-    exact = sum(sizes) * weights / weights.sum()
+    return apportioned(sum(sizes), weights)
+
+
+def apportioned(rows: int, weights: np.ndarray) -> tuple[int, ...]:
+    """Return how many of the rows each weight gets, rounded by largest remainders."""
+    exact = rows * weights / weights.sum()
     counts = np.floor(exact).astype(int)
     order = np.argsort(counts - exact, kind="stable")
-    counts[order[: sum(sizes) - counts.sum()]] += 1
+    counts[order[: rows - counts.sum()]] += 1
     return tuple(counts.tolist())

@@ -5,6 +5,7 @@
 complete settings of each set in place of the names.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,16 +14,18 @@ from typing import Any, ClassVar
 
 from datasets import Dataset
 
-from petl.data.base import RawData, Source, Stream, data_source
+from petl.data.base import SEVERAL, RawData, Source, Stream, data_source
 from petl.data.tasks import COLUMN
 from petl.data.tasks.classification import Classification
 from petl.data.tasks.multitask import SEPARATOR, MultitaskClassification
+from petl.data.validation import FaultyRow
 from petl.errors import InputError, choose
 from petl.system.settings.command_line import options_of, raw
 from petl.system.settings.schema import plain
 from petl.system.values import Rule, field, one_of, real
 
 SOURCE = "tasks"  # `data.source`
+GENERAL = ("files", "hub")  # sources that read rows of several kinds of task
 # mean_accuracy is that of all tasks
 NAME = Rule(
     f"a printable text without {SEPARATOR!r}, other than mean",
@@ -31,8 +34,13 @@ NAME = Rule(
 EXAMPLE = "data.sets=[wordnet,...], or data.sets={verbs:{data:wordnet,train_rows:2000},...}"
 
 
-def with_sets(data: Mapping[str, object]) -> dict[str, object]:
+def with_sets(
+    data: Mapping[str, object], usual: Mapping[str, object] | None = None
+) -> dict[str, object]:
     """Return settings under `data` with the complete settings of each set, by the task's name.
+
+    Args:
+        usual: settings of files and of the Hub that a set has unless it names others.
 
     Raises:
         InputError: `data.sets` does not name at least two tasks with data configurations.
@@ -48,11 +56,11 @@ def with_sets(data: Mapping[str, object]) -> dict[str, object]:
     for name, given in sets.items():
         NAME.check("name of a task in data.sets", name, str)
         with of_set(name):
-            complete[name] = settings_of(given)
+            complete[name] = settings_of(given, usual or {})
     return {**data, "sets": complete}
 
 
-def settings_of(given: object) -> dict[str, object]:
+def settings_of(given: object, usual: Mapping[str, object]) -> dict[str, object]:
     """Return all settings of a set, from the name of a configuration or settings of it.
 
     Raises:
@@ -68,9 +76,12 @@ def settings_of(given: object) -> dict[str, object]:
     else:
         options = {option: option for option in options_of("data")}
         file = plain(raw("data", choose(options, settings["data"], "data")))
-        complete = {**file, **{key: value for key, value in settings.items() if key != "data"}}
-    if complete.get("source") == SOURCE:
-        raise InputError(f"a set of data={SOURCE} is one data set, and cannot be several itself")
+        own = usual if file.get("source") in GENERAL else {}
+        complete = {**file, **own, **{k: v for k, v in settings.items() if k != "data"}}
+    if complete.get("source") in SEVERAL:
+        raise InputError(
+            f"a set is one data set, and cannot be several itself (data={complete['source']})"
+        )
     return complete
 
 
@@ -84,21 +95,22 @@ def of_set(name: str) -> Generator[None]:
 
 
 @dataclass(kw_only=True)
-class TaskSets(Source):
-    """Sets of texts with classes, each a task of its own."""
+class SeveralSets(Source, ABC):
+    """Settings of several sets, each of which its own source reads."""
 
-    serves: ClassVar[tuple[str, ...]] = (MultitaskClassification.name,)
-
-    task: str = MultitaskClassification.name
     sets: Any = None
-    sampling: str | None = field("size", one_of("size", "temperature"))
-    # with 1, tasks are sampled by size; the higher, the more equally
+    # with 1, sets are sampled by size; the higher, the more equally
     temperature: float | None = field(None, real(1, 1e6))
+
+    @staticmethod
+    def usual(task: str) -> dict[str, object]:
+        """Settings of files and of the Hub that a set has unless it names others."""
+        return {}
 
     @classmethod
     def completed(cls, settings: Mapping[str, object]) -> dict[str, object]:
         """Return the settings with those of each set, see `with_sets`."""
-        return with_sets(settings)
+        return with_sets(settings, cls.usual(str(settings.get("task", cls.task))))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,18 +125,22 @@ class TaskSets(Source):
                 f"data.sampling={self.sampling} and data.temperature={self.temperature}: give a "
                 "temperature from 1 to 1e6 with data.sampling=temperature, and only there"
             )
-        self.sets = with_sets({"sets": self.sets})["sets"]
+        self.sets: Any = self.completed({"sets": self.sets, "task": self.task})["sets"]
         _ = self.sources  # created here to check the settings
 
     @cached_property
     def sources(self) -> dict[str, Source]:
-        """The source of each set, checked, by the task's name."""
+        """The source of each set, checked, by name."""
         found = {}
         for name, settings in self.sets.items():
             with of_set(name):
                 found[name] = data_source(settings)
-                refuse(found[name])
+                self.accept(found[name])
         return found
+
+    @abstractmethod
+    def accept(self, source: Source) -> None:
+        """Raise InputError if a set is none of those that are read together."""
 
     def check(self) -> None:
         """Raise InputError if files of a set are missing."""
@@ -132,12 +148,40 @@ class TaskSets(Source):
             with of_set(name):
                 source.check()
 
-    def read(self) -> RawData:
-        """Read each set; columns `text`, `text_pair` if a set has it, `label` and `task`."""
+    def parts(self) -> dict[str, RawData]:
+        """The rows of each set, by name."""
         parts: dict[str, RawData] = {}
         for name, source in self.sources.items():
             with of_set(name):
                 parts[name] = source.read()
+        return parts
+
+    @staticmethod
+    def skipped(parts: Mapping[str, RawData]) -> dict[str, list[FaultyRow]]:
+        """The rows that all sets have left out, by split."""
+        found: dict[str, list[FaultyRow]] = {}
+        for data in parts.values():
+            for split, rows in data.skipped.items():
+                found.setdefault(split, []).extend(rows)
+        return found
+
+
+@dataclass(kw_only=True)
+class TaskSets(SeveralSets):
+    """Sets of texts with classes, each a task of its own."""
+
+    serves: ClassVar[tuple[str, ...]] = (MultitaskClassification.name,)
+
+    task: str = MultitaskClassification.name
+    sampling: str | None = field("size", one_of("size", "temperature"))
+
+    def accept(self, source: Source) -> None:
+        """Raise InputError if a set is no text classification that is read before training."""
+        refuse(source)
+
+    def read(self) -> RawData:
+        """Read each set; columns `text`, `text_pair` if a set has it, `label` and `task`."""
+        parts = self.parts()
         kinds: dict[str, Any] = {name: data.task for name, data in parts.items()}
         for name, kind in kinds.items():
             assert type(kind) is Classification, f"the source of {name} has another task"
@@ -150,12 +194,7 @@ class TaskSets(Source):
         task = MultitaskClassification(classes, max(limits), [*parts], limits, pairs)
         train = together(task, {name: data.train for name, data in parts.items()})
         test = together(task, {name: data.test for name, data in parts.items()})
-        splits = {split for data in parts.values() for split in data.skipped}
-        skipped = {
-            split: [row for data in parts.values() for row in data.skipped.get(split, ())]
-            for split in splits
-        }
-        return RawData(task, train, test, self.name, skipped=skipped)
+        return RawData(task, train, test, self.name, skipped=self.skipped(parts))
 
 
 def together(task: MultitaskClassification, parts: Mapping[str, Dataset | Stream]) -> Dataset:

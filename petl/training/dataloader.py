@@ -34,6 +34,7 @@ from petl.data.batch_sampler import (
 )
 from petl.data.overlap import Overlap, TrainingInputs
 from petl.data.streaming import StreamedRows
+from petl.data.tasks import SET
 from petl.data.tasks.base import NON_INPUT_PREFIX, Row, Task
 from petl.data.tasks.classification import SingleLabelTask
 from petl.data.tasks.encoding_cache import encode_once
@@ -70,6 +71,7 @@ class Splits:
         overlap: test rows that are training rows; None: unknown.
         skipped: rows that cannot be used and were left out, by split.
         inputs: of the training rows; None: unknown.
+        sets: names of the sets of a mixture, whose encoded rows have the number of theirs.
     """
 
     task: Task
@@ -85,6 +87,7 @@ class Splits:
     overlap: Overlap | None = None
     skipped: Mapping[str, Sequence[FaultyRow]] = field(default_factory=dict)
     inputs: TrainingInputs | None = None
+    sets: Sequence[str] = ()
 
     @property
     def mixed(self) -> "Splits":
@@ -187,6 +190,8 @@ def encode_splits(
     with accelerator.main_process_first():  # the others then read its cache
         train, test = task.encode(processor, data.train), task.encode(processor, sources)
         warn_about_truncation(task, processor, data.test, test)
+    if data.sets:
+        train, test = in_sets(train, data.train), in_sets(test, sources)
     inputs = TrainingInputs.of(task, data.train, data.near_duplicates)
     overlap = inputs.overlap(data.test) if inputs else None
     if overlap is not None and overlap.found:
@@ -221,6 +226,7 @@ def encode_splits(
         overlap=overlap,
         skipped=data.skipped,
         inputs=inputs,
+        sets=data.sets,
     )
     settings.warmup_steps(splits.sampler(settings).steps)  # raise before a model is loaded
     return splits
@@ -268,6 +274,13 @@ def stream_splits(
     # for its error only, as in `encode_splits`
     settings.warmup_steps(settings.steps)
     return splits
+
+
+def in_sets(encoded: Dataset, raw: Dataset) -> Dataset:
+    """Return encoded rows with the number of the set that each is from."""
+    kept = encoded.column_names
+    numbers = np.asarray(encoded["_number"] if "_number" in kept else range(len(encoded)))
+    return encoded.add_column(SET, np.asarray(raw[SET])[numbers])
 
 
 def numbered(rows: Dataset) -> Dataset:

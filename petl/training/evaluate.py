@@ -26,7 +26,7 @@ from torch import Tensor
 from petl.core.lifecycle import lifecycle
 from petl.core.types import base_of
 from petl.data.batch_sampler import chunks
-from petl.data.tasks import IDS
+from petl.data.tasks import IDS, SET
 from petl.data.tasks.base import NON_INPUT_PREFIX, Prediction, Row, Task, not_finite, rounded
 from petl.data.tasks.scores import named
 from petl.errors import RunStopped
@@ -242,7 +242,7 @@ class Evaluator:
         *,
         tunes: bool = False,
     ) -> dict[str, float]:
-        """Return the task's scores over some rows. Rows of several tasks also give those of each.
+        """Return the task's scores over some rows; also of each task or set, if there are several.
 
         Args:
             predictions: gets those of this process.
@@ -251,18 +251,19 @@ class Evaluator:
             tunes: True for validation rows: what predictions depend on is chosen for them.
         """
         task = self.splits.task
-        ids = list(rows[IDS]) if task.tasks and not task.scores_by_task else None
+        names, column = (task.tasks, IDS) if task.tasks else (self.splits.sets, SET)
         order = longest_first(task.lengths(rows))
-        if ids is None:
+        if not names or task.scores_by_task:
             part = ScoredPart(rows, order)
             return part.summarized(task, self.one_pass(part, predictions, what), tunes=tunes)
+        ids = list(rows[column])
         parts, orders, by_task = [], [], {}
-        for number, name in enumerate(task.tasks):
+        for number, name in enumerate(names):
             own = [row for row in order if ids[row] == number]
             if not own:
-                logger.warning("no examples of task %s are among those that are scored", name)
+                logger.warning("no examples of %s are among those that are scored", name)
                 continue
-            shown = what and f"{what}: the {len(own):,} of task {name}"
+            shown = what and f"{what}: the {len(own):,} of {name}"
             part = ScoredPart(rows, own)
             found = self.one_pass(part, predictions, shown)
             by_task |= named(name, part.summarized(task, found, tunes=tunes), task.metric)

@@ -271,8 +271,8 @@ def features(
 
 
 def padded_to(values: Tensor, width: int | None, value: float) -> Tensor:
-    """Pad values of tokens, [B, T, ...], to [B, width, ...]; None: as they are."""
-    missing = 0 if width is None else width - values.shape[1]
+    """Pad values of tokens, [B, T, ...], to [B, width, ...]; values of rows, [B], stay as is."""
+    missing = 0 if values.dim() == 1 or width is None else width - values.shape[1]
     return F.pad(values, (*(0, 0) * (values.dim() - 2), 0, missing), value=value)
 
 

@@ -27,6 +27,7 @@ TASKS = {
 Message = dict[str, Any]
 TOOLS = "(tools)"  # role of a first message whose content are the functions, as JSON text
 COLUMN, IDS = "task", "task_ids"  # of rows of several tasks, of encoded rows and batches
+SET = "_set"  # column of the rows of a mixture: the number of their set
 # of `data.labels` and of tasks
 CLASSES = Rule(
     "a list of at least two distinct classes", lambda names: len(names) == len({*names}) > 1

@@ -1,6 +1,6 @@
-"""Which rows an epoch visits: of tasks at a temperature, or of all classes equally many.
+"""Which rows an epoch visits: of sets at a temperature or by share, or of classes equally many.
 
-`data.sampling=temperature` is for rows of several sets, `balanced` for rows with one class each.
+`temperature` and `shares` are for rows of several sets, `balanced` for rows with one class each.
 """
 
 import math
@@ -8,7 +8,7 @@ import math
 from petl.core.support import Capability, Part
 from petl.data.base import BALANCED, Stream, stream_refused
 from petl.data.task_mixture import TaskMixture
-from petl.data.tasks import IDS
+from petl.data.tasks import IDS, SET
 from petl.data.tasks.classification import SingleLabelTask
 from petl.errors import InputError
 from petl.training.dataloader import TrainingRows
@@ -16,7 +16,7 @@ from petl.training.features import RunFeature
 
 
 class Sampling(RunFeature):
-    """Draws rows of small tasks or classes more often than once an epoch, others less often."""
+    """Draws rows of small sets or classes more often than once an epoch, others less often."""
 
     repeats = {Capability.BUCKETS: "it repeats rows, and buckets take each row once an epoch"}
 
@@ -38,10 +38,14 @@ class Sampling(RunFeature):
         """
         if self.by_size:
             return rows
+        data = self.groups["data"]
         if self.settings != BALANCED:
             assert not isinstance(rows.train, Stream), "sets are no streams"
-            ids, number = rows.train[IDS], len(rows.task.tasks)
-            temperature = float(self.groups["data"]["temperature"])
+            ids = rows.train[SET if SET in rows.train.column_names else IDS]
+            if self.settings == "shares":
+                shares = [float(data["shares"][name]) for name in data["sets"]]
+                return rows._replace(mixture=TaskMixture.of_shares(ids, shares))
+            number, temperature = len(data["sets"]), float(data["temperature"])
             return rows._replace(mixture=TaskMixture.of_temperature(ids, number, temperature))
         given = f"data.sampling={BALANCED}"
         if isinstance(rows.train, Stream):

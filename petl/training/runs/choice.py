@@ -49,7 +49,7 @@ def _settings(train: TrainConfig, data: Settings) -> list[Part]:
         parts.append(Part(train.bucket_settings, (Capability.BUCKETS,)))
     if train.eval_steps is not None:
         parts.append(Part(f"train.eval_steps={train.eval_steps}", (Capability.EVALUATION,)))
-    several = data.get("tasks") or data.get("sets")
+    several = data.get("tasks") or (data.get("source") == "tasks" and data.get("sets"))
     if several:
         parts.append(Part(f"data with {[*several]}", (Capability.TASKS,)))
     return parts

@@ -149,7 +149,7 @@ def fill_tasks(fields: Fields, data: Settings) -> None:
     Raises:
         InputError: the data names tasks, and the method serves none, or others.
     """
-    has_sets = "sets" in data
+    has_sets = data.get("source") == "tasks"
     names = [*data["sets"]] if has_sets else data.get("tasks")
     if not names or (has_sets and "tasks" not in fields):  # a head for each suits any method
         return
@@ -173,7 +173,7 @@ def with_row_tasks(data: Settings, fields: Fields) -> Record:
         InputError: the source has no column for it.
     """
     names = fields.get("tasks") or []
-    if len(names) < 2 or "sets" in data:
+    if len(names) < 2 or data.get("source") == "tasks":
         return dict(data)
     if "task_column" not in data:
         raise InputError(
