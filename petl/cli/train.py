@@ -4,6 +4,7 @@ import logging
 
 from omegaconf import DictConfig
 
+from petl.data.base import read_from
 from petl.data.models.loading import load_base, load_processor
 from petl.errors import InputError
 from petl.experiments.reports.run_report import print_summary, write_report
@@ -33,7 +34,7 @@ def train(cfg: DictConfig, bases: Bases | None = None) -> Stepwise[float]:
     # a run that is resumed keeps its defaults, and its precision
     settings, accelerator = run.config.train, run.accelerator
     features = features_of(run.config.resolved)
-    data = run.config.data.read()
+    data = read_from(run.config.data)
     processor = load_processor(run.config.model, data.task)
     splits = encode_splits(data, processor, settings, accelerator, orders_of(features))
     model = wrapped(Setup(load_base, run.config, splits, features, accelerator, run), bases)

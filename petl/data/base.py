@@ -195,7 +195,15 @@ def read_data(cfg: DictConfig | Mapping[str, object]) -> RawData:
     Raises:
         InputError: a setting or a row is wrong.
     """
-    source = data_source(cfg)
+    return read_from(data_source(cfg))
+
+
+def read_from(source: Source) -> RawData:
+    """Read the rows of a source, with what its settings say of all of them.
+
+    Raises:
+        InputError: as `Source.read`.
+    """
     return replace(source.read(), near_duplicates=source.near_duplicates)
 
 

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from petl.core.lifecycle import lifecycle
 from petl.core.parameters import trainable
-from petl.data.base import refuse_stream
+from petl.data.base import read_from, refuse_stream
 from petl.data.batch_sampler import Buckets, Ints, split_by
 from petl.data.bucketing import bucket_edges, distinct
 from petl.data.models.loading import load_base, load_processor
@@ -102,7 +102,7 @@ def find(cfg: DictConfig, memory: int | None = None) -> dict[str, Any]:
             )
     with alone():  # one process measures for all
         accelerator = start(settings.seed, config.precision)
-    data = config.data.read()
+    data = read_from(config.data)
     refuse_stream(data.train, "a search for batch sizes")  # its lengths are unknown
     unsorted = replace(settings, buckets=None)  # sorted below
     splits = encode_splits(data, load_processor(config.model, data.task), unsorted, accelerator)

@@ -22,7 +22,7 @@ from petl.core.parameters import trainable
 from petl.core.registry import build_config, method, refusal
 from petl.core.spec.method import modifies_base_weights
 from petl.core.support import Capability
-from petl.data.base import refuse_stream
+from petl.data.base import read_from, refuse_stream
 from petl.data.batch_sampler import padding_fraction
 from petl.data.models.loading import load_base, load_processor
 from petl.errors import InputError, UnsupportedError
@@ -138,7 +138,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     settings = run.train
     with alone():  # a plan is made by one process
         accelerator = start(settings.seed, run.precision)
-    data = run.data.read()
+    data = read_from(run.data)
     refuse_stream(data.train, "petl plan")  # its length is unknown
     processor = load_processor(run.model, data.task)
     features = features_of(run.resolved)

@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from petl.data.base import RawData, Row, Stream, as_dataset, read_data
+from petl.data.base import RawData, Row, Stream, as_dataset, read_data, read_from
 from petl.data.batch_sampler import permutation
 from petl.data.tasks.base import Pad, pad_id
 from petl.data.tasks.chat import unpacked
@@ -104,7 +104,7 @@ def demonstrations(config: Any, run: RunConfig, splits: Splits) -> CalibrationBa
     """
     settings = settings_of(config)
     if settings.data is None:
-        rows = training_sources(run.data.read(), run, splits)
+        rows = training_sources(read_from(run.data), run, splits)
     else:
         rows = as_dataset(read_data(settings.data), settings.num_samples)
     if config.strength == "auto" and held_rows(splits, settings) is None:

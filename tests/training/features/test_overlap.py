@@ -51,6 +51,13 @@ def test_near_rows_are_counted_on_request():
     assert TrainingInputs(train, 0.95).compare(test).near == 0
 
 
+def test_a_run_counts_near_rows(leaking, tmp_path):
+    pytest.importorskip("datasketch", reason="pip install 'petl-peft[near]'")
+    words = [*leaking, "data.allow_overlap=true", "data.near_duplicates=0.5"]
+    found = train(words, tmp_path / "run").scores["test_rows_in_training"]
+    assert found["near"] is not None
+
+
 def test_a_random_split_has_no_row_on_both_sides(tmp_path):
     texts = [f"text number {i % 10}" + "!" * (i % 2) for i in range(100)]
     random.Random(0).shuffle(texts)
