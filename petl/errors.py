@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 LONGEST_WORD = 400  # characters of a value in a message; above that of any usual path
@@ -44,7 +44,7 @@ def markdown(text: object) -> str:
     return html.escape(SPECIAL.sub(lambda found: f"\\{found[0]}", line), quote=False)
 
 
-def described(value: Any) -> str:
+def described(value: object) -> str:
     """Describe a value for a message, in one short line of ASCII."""
     if isinstance(value, dict | list):
         return "a mapping" if isinstance(value, dict) else "a list"
@@ -112,7 +112,7 @@ def did_you_mean(name: str, options: Iterable[str], *, limit: int = 40) -> str:
     return f"; available: {', '.join(names[:limit])}{more}"
 
 
-def choose(options: Mapping[str, T], name: Any, kind: str, *, others: Iterable[str] = ()) -> T:
+def choose(options: Mapping[str, T], name: object, kind: str, *, others: Iterable[str] = ()) -> T:
     """Return the option called `name`, which may be of any type.
 
     Args:

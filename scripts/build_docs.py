@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, CONFIGS = ROOT / "docs", ROOT / "configs"
 MARKS = re.compile(r"(<!-- generated: ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
-SCRIPTS = ("bench", "chaos", "claims", "placements")  # of a checkout
+SCRIPTS = ("bench", "chaos", "claims")  # of a checkout
 # groups that a run has only if they are added with a plus
 ADDED = ("drafter", "launch", "loss", "ranks", "search")
 # files of groups whose settings are all listed

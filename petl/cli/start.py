@@ -17,8 +17,8 @@ from petl.system.settings.command_line import CONFIG, config_dir
 from petl.training import program as app
 
 if TYPE_CHECKING:
-    from petl.training.bases import Bases
     from petl.training.loop import Stepwise
+    from petl.training.wrapping import Bases
 
 
 def train_with(cfg: DictConfig, bases: "Bases") -> "Stepwise[float]":

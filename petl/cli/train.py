@@ -9,7 +9,6 @@ from petl.data.models.loading import load_base, load_processor
 from petl.errors import InputError
 from petl.experiments.reports.run_report import print_summary, write_report
 from petl.training import program as app
-from petl.training.bases import Bases
 from petl.training.dataloader import encode_splits
 from petl.training.distributed.launch import shard, start
 from petl.training.features import Context, Setup, features_of, orders_of
@@ -19,7 +18,7 @@ from petl.training.runs.records import PREDICTIONS
 from petl.training.runs.results import finish, save
 from petl.training.runs.run_config import read_config
 from petl.training.runs.run_folder import Run
-from petl.training.wrapping import wrapped
+from petl.training.wrapping import Bases, wrapped
 
 logger = logging.getLogger(__name__)
 

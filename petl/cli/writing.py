@@ -4,13 +4,13 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 from transformers import set_seed
 
 from petl.cli.answering import show, tell_if_cut, text_of
 from petl.cli.chat_commands import run
 from petl.cli.table import BATCH, AnswerOptions, ChatOptions, GenerateOptions
+from petl.core.types import Record
 from petl.data.tasks.image_text.prompt import Conversation
 from petl.efficiency.drafting import PROMISE, Costs, Stats, check_answer, verify
 from petl.errors import InputError, printable
@@ -231,7 +231,7 @@ def _with_images(prompt: str, paths: Sequence[str]) -> Prompt:
     return Conversation([message("user", prompt, len(images))], images)
 
 
-def _record(row: Mapping[str, Any], found: Mapping[str, Sample]) -> dict[str, Any]:
+def _record(row: Mapping[str, object], found: Mapping[str, Sample]) -> Record:
     """A row with its answers: that of the first adapter, and others by name."""
     first, *others = found  # in the order of `names`
     more = {f"generated_{name}": found[name].text for name in others}

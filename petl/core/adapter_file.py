@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
@@ -79,7 +79,8 @@ def is_whole(name: str) -> bool:
 
 def type_of(config: PeftConfig | PeftModel) -> str:
     """Return the name of the PEFT type of a config or model."""
-    return str(getattr(config.peft_type, "value", config.peft_type))
+    kind = config.peft_type
+    return str(kind.value if isinstance(kind, PeftType) else kind)
 
 
 def reference_of(config: PeftConfig, sizes: Mapping[str, torch.Size]) -> dict[str, Tensor] | None:

@@ -5,7 +5,8 @@ import re
 import warnings
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
-from functools import wraps
+from functools import partial, wraps
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -226,7 +227,7 @@ def adapts_norms(tuner: type[Any]) -> bool:
     return issubclass(tuner, LNTuningModel)
 
 
-def renamed_targets(config: Any, model: nn.Module) -> set[str]:
+def renamed_targets(config: PeftConfig, model: nn.Module) -> set[str]:
     """Return the names that PEFT takes for parameters of stacked experts in this model.
 
     They are names of transformers 4, such as `gate_proj`, where the experts were linear layers.
@@ -242,7 +243,9 @@ def renamed_targets(config: Any, model: nn.Module) -> set[str]:
     return set()
 
 
-def tensors_for_stacks(model: Any, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def tensors_for_stacks(
+    model: nn.Module, config: PeftConfig, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """Return the tensors of an adapter of transformers 4, whose experts had layers, for stacks."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return convert_peft_adapter_state_dict_for_transformers(base, config, tensors)
@@ -318,7 +321,7 @@ setattr(  # noqa: B010
 )
 
 
-def extend_method(cls: type, name: str, extension: Callable[..., Any]) -> None:
+def extend_method(cls: type, name: str, extension: Callable[..., object]) -> None:
     """Let a method of PEFT's class be `extension(original, self, *args, **kwargs)`.
 
     On the class: a subclass would change the class of a wrapped model, and an attribute of the
@@ -327,7 +330,7 @@ def extend_method(cls: type, name: str, extension: Callable[..., Any]) -> None:
     original = getattr(cls, name)
 
     @wraps(original)
-    def extended(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def extended(self: Any, *args: object, **kwargs: object) -> object:
         return extension(original, self, *args, **kwargs)
 
     setattr(cls, name, extended)
@@ -338,8 +341,8 @@ def with_complete_names(
     tuner: Any,
     model: nn.Module,
     adapter_name: str,
-    *args: Any,
-    **more: Any,
+    *args: object,
+    **more: object,
 ) -> None:
     """Inject a LoRA, and keep complete names of modules whose last part is one of transformers 4.
 
@@ -356,6 +359,22 @@ def with_complete_names(
         config.target_modules = set(tuner.targeted_module_names if is_word else given)
 
 
+def save_config(
+    save: Callable[..., None], config: LoraConfig, *args: object, **more: object
+) -> None:
+    """Save the config of a LoRA, on parameters by a module that is imported with the first one."""
+    if config.target_parameters:
+        save = partial(resolve_name("petl.core.experts.lora:saved"), save)
+    save(config, *args, **more)
+
+
+# whoever calls them: petl, PEFT's loading, a trainer
+extend_method(
+    ParamWrapper,
+    "__init__",
+    lambda *a, **k: resolve_name("petl.core.experts.lora:created")(*a, **k),
+)
+extend_method(LoraConfig, "save_pretrained", save_config)
 extend_method(LoraModel, "inject_adapter", with_complete_names)
 
 
@@ -427,7 +446,10 @@ setattr(hotswap, "hotswap_adapter_from_state_dict", hotswapped)  # noqa: B010
 
 
 def converted(
-    model: nn.Module, peft_config: Any, adapter_state_dict: dict[str, Tensor], adapter_name: str
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_state_dict: dict[str, Tensor],
+    adapter_name: str,
 ) -> dict[str, Tensor]:
     """Rename the tensors of a saved LoRA as transformers 5 renamed modules, but none that fits.
 
@@ -451,7 +473,7 @@ setattr(transformers_weight_conversion, _convert.__name__, converted)
 QUESTION_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
-def answered(forward: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+def answered(forward: Callable[..., object], model: Any, *args: Any, **kwargs: object) -> object:
     """Compute the pass of a `PeftModelForQuestionAnswering` with all of its inputs.
 
     PEFT's own drops `token_type_ids` and `position_ids`: BERT would not tell the question from the

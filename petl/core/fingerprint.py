@@ -48,6 +48,7 @@ from petl.core.compat import (
 from petl.core.layers.class_swap import AdapterDict
 from petl.core.spec.checks import pattern_value
 from petl.core.spec.facts import facts_of
+from petl.core.types import Fields, Record
 from petl.errors import InputError
 from petl.system.files.disk import as_json, follow_umask, sha256, write_atomic
 from petl.system.files.read import parse_json, read_json, read_text
@@ -206,7 +207,7 @@ class Layer(TypedDict):
     variant: str
 
 
-def settings_of(config: Any) -> dict[str, Any]:
+def settings_of(config: PeftConfig) -> Record:
     """Return the values of a config that say what an adapter's tensors mean, as JSON.
 
     They are those that are saved: CorDA is saved as a LoRA of twice the rank.
@@ -250,7 +251,7 @@ def layer_in(config: Any, path: str) -> Layer:
     return {"rank": rank, "scale": scale, "variant": variant_of(config)}
 
 
-def check_meaning(file: Path | None, config: Any, path: str | Path) -> None:
+def check_meaning(file: Path | None, config: PeftConfig, path: str | Path) -> None:
     """Raise InputError if an adapter's config says something else than when it was saved.
 
     Args:
@@ -286,7 +287,7 @@ class Content(TypedDict):
 
     version: int
     tensors: dict[str, str]
-    settings: NotRequired[dict[str, Any]]
+    settings: NotRequired[Fields]
     layers: NotRequired[dict[str, Layer]]
     weights: NotRequired[str]  # SHA-256 of adapter_model.safetensors
 
@@ -294,7 +295,7 @@ class Content(TypedDict):
 def write(
     folder: Path,
     digests: Fingerprint,
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, object] | None = None,
     layers: Mapping[str, Layer] | None = None,
 ) -> None:
     """Write a fingerprint into an adapter's folder, in place of an earlier one; none if empty.
@@ -382,7 +383,7 @@ class Base:
     others: dict[str, tuple[PeftConfig, Fingerprint]] = field(default_factory=dict)
 
 
-def _save(original: Callable[..., None], model: PeftModel, *args: Any, **kwargs: Any) -> None:
+def _save(original: Callable[..., None], model: PeftModel, *args: object, **kwargs: object) -> None:
     """Save adapters as `PeftModel.save_pretrained` does, those of petl with its files."""
     original(model, *args, **kwargs)
     given = inspect.signature(original).bind(model, *args, **kwargs).arguments

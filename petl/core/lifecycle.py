@@ -18,6 +18,7 @@ from petl.core.model.names import router_names
 from petl.core.model.weight_changes import change_map
 from petl.core.tuners.asking import AskingTuner
 from petl.core.tuners.gradients import watch_gradients
+from petl.core.types import Group
 from petl.errors import InputError
 from petl.system.files.disk import as_json, write_atomic
 
@@ -77,7 +78,7 @@ class Lifecycle:
         """True if the last training forward had an auxiliary loss."""
         return any(part.context.terms for part in self.parts)
 
-    def prepare(self, batches: Iterable[Any]) -> None:
+    def prepare(self, batches: Iterable[object]) -> None:
         """Pass training batches to the extra losses, before the optimizer exists.
 
         Where an adapter trains the routers of a mixture, the model's own loss of their balance is
@@ -91,7 +92,7 @@ class Lifecycle:
         for loss in self.losses:
             loss.prepare(batches)
 
-    def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer | None:
+    def make_optimizer(self, groups: list[Group]) -> Optimizer | None:
         """Return the optimizer that the method requires, over these parameter groups, or None."""
         own = self._own
         return None if own is None else own.method.optimizer(own.context_of_training(groups=groups))
@@ -171,7 +172,7 @@ class Lifecycle:
         own = self._own
         return {} if own is None else own.method.figures(own.context_of_training())
 
-    def report(self, batches: Iterable[Any]) -> dict[str, float]:
+    def report(self, batches: Iterable[object]) -> dict[str, float]:
         """Return metrics of the extra losses over validation batches.
 
         Without extra losses the batches are not read.
@@ -255,7 +256,7 @@ class Lifecycle:
                 vars(config).update(values)
 
 
-def _foreign(tuner: Any, state: Mapping[str, Any]) -> InputError:
+def _foreign(tuner: object, state: Mapping[str, object]) -> InputError:
     return InputError(
         f"the training state does not fit {type(tuner).__name__} on this model: it has "
         f"{len(state)} entries, such as {next(iter(state))!r}; load the state that the same method "

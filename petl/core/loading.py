@@ -19,7 +19,6 @@ from petl.core.fingerprint import (
     known_fingerprint,
     remember_base,
 )
-from petl.core.model.statistics import keep_statistics
 from petl.core.model.targets import check_tokens
 from petl.core.parameters import check_module
 from petl.core.refusals import refuse_adapted
@@ -28,7 +27,9 @@ from petl.core.skeleton import SkeletonShapes, check_tables, expected_tensors
 from petl.core.spec.checks import check_adapter_name
 from petl.core.spec.method import modifies_base_weights
 from petl.core.support import Capability
+from petl.core.switching.norms import keep_statistics
 from petl.core.switching.tuner import apply_peft_fixes, enable_switching, only_visible
+from petl.core.types import Arguments
 from petl.errors import InputError, first_line
 from petl.system.files import hub
 from petl.system.files.tensor_file import Shapes, check_shapes, read_shapes
@@ -129,7 +130,7 @@ def load(
     return model
 
 
-def _located(path: object, kwargs: Mapping[str, Any]) -> tuple[Folder, dict[str, Any]]:
+def _located(path: object, kwargs: Mapping[str, object]) -> tuple[Folder, Arguments]:
     """Return the adapter, whose files are found or missed without a delay, and other `kwargs`."""
     if not isinstance(path, str | Path):
         raise InputError(

@@ -24,7 +24,7 @@ class Tokens(NamedTuple):
     decoder: Tensor | None
 
 
-def as_2d(mask: Any) -> Tensor | None:
+def as_2d(mask: object) -> Tensor | None:
     """Return `mask` if it is a 2-D tensor, else None (4-D masks and block masks are not used)."""
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 

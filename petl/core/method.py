@@ -42,7 +42,7 @@ from petl.core.model.targets import matched_names, refuse_fused, resolve_targets
 from petl.core.spec.config import LR, Acts
 from petl.core.spec.facts import facts_of
 from petl.core.support import Capability, Lacks, Part, reason_of, without_lora
-from petl.core.types import Calibration
+from petl.core.types import Calibration, Group
 from petl.errors import ModuleKindError
 from petl.system.files.paths import method_preset
 
@@ -160,7 +160,7 @@ class NewAdapters(AdapterSet[C, A]):
     hooks: list[RemovableHandle] = field(kw_only=True)
     placed: Mapping[str, Mapping[str, A]] = field(kw_only=True)
 
-    def once(self, key: Any) -> bool:
+    def once(self, key: object) -> bool:
         """Return True the first time that it is asked for this key and model."""
         is_new = key not in self.kept
         self.kept[key] = True
@@ -192,7 +192,7 @@ class TrainContext(Generic[C, A]):
     step: int = 0
     first: int = 0
     total: int | None = None
-    groups: list[dict[str, Any]] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
 
     @property
     def names(self) -> list[str]:
@@ -303,7 +303,7 @@ class Method(Generic[C, A]):
         """Create the method; `facts` are attributes, or functions in place of hooks."""
         vars(self).update(facts)
 
-    def changed(self, **facts: Any) -> Self:
+    def changed(self, **facts: object) -> Self:
         """Return a copy with other facts."""
         other = copy.copy(self)
         vars(other).update(facts)
@@ -316,7 +316,7 @@ class Method(Generic[C, A]):
 
     # What a config means
 
-    def variant(self, fields: Mapping[str, Any]) -> "Method[Any, Any]":
+    def variant(self, fields: Mapping[str, object]) -> "Method[Any, Any]":
         """Return the method for these fields of the config: itself, unless it has an inner one."""
         return self
 
@@ -557,14 +557,14 @@ class Method(Generic[C, A]):
         """The tuner class of the method."""
         return self.tuner_cls or tuner_class(self.config_cls)
 
-    def default_lr(self, fields: Mapping[str, Any]) -> float:
+    def default_lr(self, fields: Mapping[str, object]) -> float:
         """Return the default peak learning rate with these fields of the config."""
         if self.lr_by is None:
             return self.lr
         name, rates = self.lr_by
         return rates.get(str(fields.get(name)), self.lr)
 
-    def log_other_defaults(self, config: PeftConfig, given: Mapping[str, Any]) -> None:
+    def log_other_defaults(self, config: PeftConfig, given: Mapping[str, object]) -> None:
         """Log, in one line, the fields that are not given and have other defaults in train.py.
 
         There each field has the value of the method's YAML file, here that of the config class:

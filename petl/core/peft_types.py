@@ -13,10 +13,10 @@ from petl.system.imports.tables import METHODS
 class StandIn(type):
     """The class of stand-ins: what is asked of one is asked of the class that it stands for."""
 
-    def __getattribute__(cls, name: str) -> Any:
+    def __getattribute__(cls, name: str) -> object:
         return getattr(_real(cls), name)
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __call__(cls, *args: object, **kwargs: object) -> object:
         """Create an instance of the class."""
         return _real(cls)(*args, **kwargs)
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -16,12 +17,10 @@ from petl.core.compat import (
     tuner_class,
     without_noise,
 )
-from petl.core.experts.lora import check_stacks
 from petl.core.fingerprint import fingerprint, remember_base
 from petl.core.method import Method, WrapContext
 from petl.core.model.coverage import log_coverage
 from petl.core.model.names import PRESETS, check_parameters, frozen_head
-from petl.core.model.statistics import keep_statistics
 from petl.core.model.targets import (
     check_kinds,
     check_saved,
@@ -47,9 +46,10 @@ from petl.core.spec.method import (
     modifies_base_weights,
 )
 from petl.core.support import BASES, NO_CONVERSION, Capability, Conflict, Part, require_compatible
+from petl.core.switching.norms import keep_statistics
 from petl.core.switching.tuner import apply_peft_fixes, enable_switching
 from petl.core.tuners.gradients import watch_gradients
-from petl.core.types import Calibration
+from petl.core.types import Calibration, Fields
 from petl.errors import (
     InputError,
     UnknownNameError,
@@ -66,7 +66,7 @@ OF_WRAP = ("adapter_name", "calibration")  # arguments of `wrap` that are no fie
 
 
 def adopt(
-    name: str, config_cls: type[PeftConfig], *, summary: str, paper: str, **facts: Any
+    name: str, config_cls: type[PeftConfig], *, summary: str, paper: str, **facts: object
 ) -> None:
     """Register a method that PEFT itself implements; `facts` are further ones of `Method`."""
     check_free(name, config_cls)
@@ -137,7 +137,7 @@ def method_of(config: PeftConfig) -> Method | None:
     return max(candidates, key=lambda m: len(m.defaults), default=None)
 
 
-def build_config(name: str, **fields: Any) -> PeftConfig:
+def build_config(name: str, **fields: object) -> PeftConfig:
     """Build the config of method `name` with these fields.
 
     Raises:
@@ -164,7 +164,7 @@ def build_config(name: str, **fields: Any) -> PeftConfig:
         raise InputError(f"method {name!r}: {error}") from error
 
 
-def _construct(config_cls: Any, fields: dict[str, Any]) -> PeftConfig:
+def _construct(config_cls: Any, fields: Fields) -> PeftConfig:
     """Create the config, with a preset as `target_modules`.
 
     PEFT would read a preset as a regular expression, with which it refuses layers_to_transform, so
@@ -185,7 +185,7 @@ def wrap(
     *,
     adapter_name: str = "default",
     calibration: Calibration | None = None,
-    **fields: Any,
+    **fields: object,
 ) -> PeftModel:
     """Wrap `model`, in place, in a PeftModel that trains it with method `name`.
 
@@ -225,7 +225,7 @@ def wrap(
             f"method {entry.name!r} does not use calibration data; leave calibration out"
         )
     resolve_blocks(config, model)
-    given = getattr(config, "target_modules", None)
+    given = facts_of(config).target_modules
     _choose_targets(entry, config, model)
     # before anything changes the model
     _check_shapes(entry, config, model)
@@ -237,7 +237,8 @@ def wrap(
     digests = fingerprint(model)  # some initializations change the base weights
     finish = entry.calibrate(WrapContext(model, config, adapter_name, calibration))
     try:
-        with without_noise(), adjustments_refused(), within_memory(*_memory_of(entry)):
+        memory = f"an adapter of method {entry.name!r}", "lower its size, or adapt fewer modules"
+        with without_noise(), adjustments_refused(), within_memory(*memory):
             # a UserWarning is raised here, too, for a value that PEFT would replace
             wrapped = get_peft_model(model, config, adapter_name=adapter_name)
     except Exception as error:  # PEFT's methods have errors of any type for a wrong value
@@ -267,7 +268,7 @@ def wrap(
     return wrapped
 
 
-def _choose_targets(entry: Method, config: Any, model: nn.Module) -> None:
+def _choose_targets(entry: Method, config: PeftConfig, model: nn.Module) -> None:
     """Resolve presets and defaults, and leave out what a training pass never calls."""
     if not hasattr(config, "target_modules"):
         return
@@ -296,16 +297,8 @@ def _check_shapes(entry: Method, config: PeftConfig, model: nn.Module) -> None:
         check_rank(config, entry.rank, shapes)
 
 
-def _memory_of(entry: Method) -> tuple[str, str]:
-    """What needs memory when a method wraps a model, and how it needs less, for a message."""
-    return (
-        f"an adapter of method {entry.name!r}",
-        "lower its size (such as r), or adapt fewer modules",
-    )
-
-
 def _chosen(
-    name: str | PeftConfig | LossConfig, fields: Mapping[str, Any]
+    name: str | PeftConfig | LossConfig, fields: Mapping[str, object]
 ) -> LossConfig | tuple[Method, PeftConfig]:
     """What `wrap` puts on the model: the config of a loss, or a method and its config."""
     if isinstance(name, str):
@@ -346,7 +339,9 @@ def refuse_other_kinds(model: nn.Module, config: PeftConfig) -> None:
     entry = method_of(config)
     if entry is None or not entry.own:
         check_kinds(config, model, entry.tuner if entry else tuner_class(type(config)))
-        check_stacks(config, model, entry.lacking(Capability.EXPERTS, config) if entry else "")
+        if facts_of(config).target_parameters:
+            check_stacks = resolve_name("petl.core.experts.lora:check_stacks")
+            check_stacks(config, model, entry.lacking(Capability.EXPERTS, config) if entry else "")
 
 
 def refuse_quantized(model: nn.Module, config: PeftConfig) -> None:
@@ -381,7 +376,7 @@ def _wrap_with_loss(
     return wrapped
 
 
-def attach(model: PeftModel, config: LossConfig | None) -> Any:
+def attach(model: PeftModel, config: LossConfig | None) -> object:
     """Attach the loss of `config` to a PeftModel and return its controller; None without one.
 
     Raises:
@@ -394,7 +389,7 @@ def attach(model: PeftModel, config: LossConfig | None) -> Any:
     return loss(config.name).controller_cls(model, config)
 
 
-def without_data(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def without_data(fields: Mapping[str, Any]) -> tuple[Fields, list[str]]:
     """Replace an initialization that needs data or weights, and return the fields and notes.
 
     Shapes do not depend on it; the notes are sentences for the user, none if nothing was replaced.
@@ -438,7 +433,7 @@ def needs_values(error: Exception) -> bool:
     return isinstance(error, NotImplementedError | RuntimeError)
 
 
-def check_on_shapes(build: Callable[[], PreTrainedModel], fields: Mapping[str, Any]) -> None:
+def check_on_shapes(build: Callable[[], PreTrainedModel], fields: Mapping[str, object]) -> None:
     """Raise InputError if `petl.wrap` would with these fields; no weights are read.
 
     Nothing is allocated, and the random numbers of a run stay the same. A method that computes with

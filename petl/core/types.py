@@ -12,6 +12,7 @@ Groups = dict[str, Any]  # the settings of a run by group
 Fields = dict[str, Any]  # of a method, its name included
 Record = dict[str, Any]  # an object of a JSON file; its reader has checked the form
 Arguments = dict[str, Any]  # of a function of another library, by name
+Group = dict[str, Any]  # of an optimizer: its parameters and their options
 # batches of model inputs, or a function that runs the model on some
 Calibration = Iterable[Any] | Callable[[], Any]
 Processor = Any  # tokenizer, image processor or feature extractor: transformers has no class of all

@@ -9,6 +9,7 @@ from petl.data.conversations import TurnKeys, turn_with_image, without_last_answ
 from petl.data.formats import (
     RATED,
     Format,
+    fitting_task,
     formats,
     naming,
     pair_format,
@@ -16,7 +17,6 @@ from petl.data.formats import (
     text_format,
     turns_format,
 )
-from petl.data.other_tasks import fitting_task
 from petl.data.task_columns import AnySourceRows, ColumnSettings, TaskColumns
 from petl.data.tasks import TOOLS, Message, task_class
 from petl.data.templates import columns_of, fill, is_template, read_text

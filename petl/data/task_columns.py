@@ -12,8 +12,8 @@ from petl.data.base import SHARE, TextSource
 from petl.data.conversations import MEANINGS
 from petl.data.downloads import PREFIXES
 from petl.data.faulty_rows import ERROR, SKIP
+from petl.data.formats import fitting_task
 from petl.data.label_column import refuse_unlikely_classes
-from petl.data.other_tasks import fitting_task
 from petl.data.tasks import CLASSES, COLUMN, task_class
 from petl.data.templates import columns_of, read_text
 from petl.data.validation import (

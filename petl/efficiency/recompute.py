@@ -97,7 +97,7 @@ def _saved_as_recipe(x: Tensor) -> Generator[None]:
             return outer_pack(tensor)
         return _SavedView(node, (tensor.size(), tensor.stride(), int(tensor.storage_offset())))
 
-    def unpack(packed: Any) -> Tensor:
+    def unpack(packed: object) -> Tensor:
         return packed.tensor() if isinstance(packed, _SavedView) else outer_unpack(packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):

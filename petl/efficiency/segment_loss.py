@@ -107,7 +107,7 @@ class _SegmentedLoss(SwappedClass):
     adds_to_logits: bool | None = None
 
     @classmethod
-    def extra_methods(cls, original: type[Any]) -> dict[str, Any]:
+    def extra_methods(cls, original: type[Any]) -> Arguments:
         """Forward, with the arguments of the model's own."""
         return {"forward": with_signature(cls.forward, original.forward)}
 
@@ -186,7 +186,7 @@ def _loss(
     model: Any, own: Callable[..., Any], outputs: list[Any], *args: object, **kwargs: object
 ) -> Tensor:
     """Return the loss of `ForCausalLMLoss` from the decoder's last output; logits are not read."""
-    given: dict[str, Any] = inspect.signature(ForCausalLMLoss).bind(*args, **kwargs).arguments
+    given: Arguments = inspect.signature(ForCausalLMLoss).bind(*args, **kwargs).arguments
     ignore, items = given.get("ignore_index", -100), given.get("num_items_in_batch")
     shift_labels = given.get("shift_labels")
     output = outputs[-1]
@@ -252,7 +252,7 @@ def _logits(model: Any, own: Callable[..., Any], output: Any, hidden: Tensor) ->
 
 
 @contextmanager
-def _returning(module: nn.Module, output: Any) -> Generator[None]:
+def _returning(module: nn.Module, output: object) -> Generator[None]:
     """In the block, a call of `module` runs its hooks and returns `output`."""
     # accelerate and others set `forward` on the instance as well
     before = module.__dict__.get("forward")
@@ -292,7 +292,9 @@ class _AroundProduct(TorchDispatchMode):
         self.products = 0
         self.changes = False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: Any = (), kwargs: Any = None
+    ) -> object:
         name = func.overloadpacket.__name__
         result = func(*args, **(kwargs or {}))
         is_same = any(given is known for given in args for known in self.same)

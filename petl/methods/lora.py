@@ -14,7 +14,7 @@ from typing import Any
 
 import peft
 from accelerate.utils import send_to_device
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from torch.optim import Optimizer
 
@@ -111,7 +111,7 @@ def initialize(c: WrapContext[Any]) -> Finish | None:
     return None
 
 
-def no_batches(config: Any) -> InputError:
+def no_batches(config: PeftConfig) -> InputError:
     """Return the error for calibration data without a batch."""
     return InputError(
         f"calibration has no batches, and {data_driven_initialization(config)} reads them: pass a "
@@ -136,7 +136,7 @@ def loraplus_optimizer(
     loraplus_lr_ratio: float,
     loraplus_weight_decay: float = 0.0,
     loraplus_lr_embedding: float = 1e-6,
-    **opt_kwargs: Any,
+    **opt_kwargs: object,
 ) -> Optimizer:
     """An optimizer whose learning rate for B matrices is `loraplus_lr_ratio` times `lr` (LoRA+).
 

@@ -64,7 +64,7 @@ def has_no_hooks(module: nn.Module) -> bool:
 
 
 def call_with_weight(
-    base: nn.Module, weight: Tensor, x: Tensor, *args: Any, **kwargs: Any
+    base: nn.Module, weight: Tensor, x: Tensor, *args: object, **kwargs: object
 ) -> Tensor:
     """Call an nn.Linear or Conv1D, whose hooks run, with `weight` [O, I] in place of its own."""
     stored = weight.t() if isinstance(base, Conv1D) else weight

@@ -6,7 +6,6 @@ from the least significant.
 """
 
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +52,7 @@ def encode(positions: Positions, signs: Signs, b: int) -> tuple[Bits, int]:
 
 
 def decode(
-    code: Bits, bits: int, kept: int, entries: int, b: int, what: Any
+    code: Bits, bits: int, kept: int, entries: int, b: int, what: object
 ) -> tuple[Positions, Signs]:
     """Return the positions and signs of a code.
 

@@ -247,7 +247,7 @@ def segmented_loss(
     )
 
 
-def require_tokens(tokens: Any) -> None:
+def require_tokens(tokens: object) -> None:
     """Raise InputError if `tokens` is not an integer from 1."""
     fits = isinstance(tokens, int) and not isinstance(tokens, bool) and tokens >= 1
     if not fits:

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from peft import PeftConfig
+
 from petl.errors import InputError, shown
 
 SECONDS = 5.0  # assumption: thousands of names take some milliseconds
@@ -44,7 +46,7 @@ MATCH = (
 )
 
 
-def patterns_of(config: Any) -> Iterator[tuple[str, str]]:
+def patterns_of(config: PeftConfig) -> Iterator[tuple[str, str]]:
     """Yield the patterns of a config, each with its field."""
     for field, form in FORMS.items():
         value = getattr(config, field, None) or ()

@@ -13,6 +13,7 @@ from petl.core.compat import BaseTunerLayer
 from petl.core.method import Method
 from petl.core.registry import build_config, method, needs_calibration, wrap
 from petl.core.spec.facts import facts_of
+from petl.core.types import Fields
 from petl.system.collectives import num_processes, number
 from petl.testing.models import OTHER_MODELS, TINY_MODELS, Batch, TinyModel
 
@@ -89,7 +90,7 @@ class Case:
         """Return model inputs with labels, the same for the same arguments."""
         return {n: t.to(self.device) for n, t in self.tiny.batch(rows, seed).items()}
 
-    def all_fields(self) -> dict[str, Any]:
+    def all_fields(self) -> Fields:
         """Return the case's fields, with the model's task type unless they have another."""
         # PEFT picks the class of the PeftModel, and the head to train, by the task type
         task = {} if self.tiny.task_type is None else {"task_type": self.tiny.task_type}
@@ -197,7 +198,7 @@ class LayerCall(nn.Module):
         self.layer = layer
         self.inputs: list[tuple[Any, Tensor]] = []  # the capture, and what it gets
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         """Return the layer's output."""
         for capture, x in self.inputs:
             capture(self.layer, (x,), {})
@@ -213,7 +214,7 @@ def first_call(model: nn.Module, batch: Batch) -> tuple[LayerCall, tuple[Any, ..
     call = LayerCall(next(iter(tuner_layers(model).values())))
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-    def listen(_: Any, args: Any, kwargs: Any) -> None:
+    def listen(_: object, args: Any, kwargs: Any) -> None:
         calls.append((args, kwargs))
         for capture in getattr(call.layer, "captures", {}).values():
             call.inputs.append((capture, capture.context.state[capture.place]))

@@ -44,7 +44,7 @@ class SeparateExperts(nn.Module):
         return y
 
 
-def _layers(module: Any, layout: ExpertsLayout, name: str) -> nn.Module:
+def _layers(module: nn.Module, layout: ExpertsLayout, name: str) -> nn.Module:
     layers = nn.Module()
     for expert in range(layout.count(module)):
         weight = getattr(module, name)[expert].detach()
@@ -57,7 +57,7 @@ def _layers(module: Any, layout: ExpertsLayout, name: str) -> nn.Module:
     return layers
 
 
-def separated(model: Any) -> Any:
+def separated(model: nn.Module) -> Any:
     """Replace, in place, modules of stacked experts by linear layers; return the model."""
     for path, module in list(model.named_modules()):
         layout = experts_of(module)

@@ -18,6 +18,7 @@ from torch import Tensor
 from petl.core.model.linear import linear_names
 from petl.core.spec.checks import BLOCKS
 from petl.core.spec.config import MethodConfig
+from petl.core.types import Fields
 from petl.errors import InputError
 from petl.system.values import hints_of, rule_of, type_problem
 from petl.testing.case import Case, gradients, logits, stir, trainable, tuner_layers
@@ -126,7 +127,7 @@ def _declared(case: Case, name: str) -> dataclasses.Field:
     return next(field for field in dataclasses.fields(kind) if field.name == name)
 
 
-def acts_with(case: Case, name: str) -> dict[str, Any]:
+def acts_with(case: Case, name: str) -> Fields:
     """Return the further fields beside which a field acts."""
     given = _given(case, name) or BESIDE.get(name, {})
     return {k: v for k, v in given.items() if k != name}

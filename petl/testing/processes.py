@@ -29,7 +29,7 @@ PRELOAD = (
 
 
 def in_fresh_process(
-    function: Callable[..., Any], *args: Any, imports: tuple[str, ...] = ()
+    function: Callable[..., object], *args: object, imports: tuple[str, ...] = ()
 ) -> Any:
     """Return `function(*args)`, run in a new process that has imported only what it needs.
 
@@ -43,7 +43,7 @@ def in_fresh_process(
 
 
 def in_processes(
-    count: int, function: Callable[..., Any], *args: Any, imports: tuple[str, ...] = ()
+    count: int, function: Callable[..., object], *args: object, imports: tuple[str, ...] = ()
 ) -> list[Any]:
     """Return `function(*args)` of each of `count` new processes of one gloo group, by rank.
 
@@ -72,7 +72,7 @@ def _context() -> BaseContext:
     return context
 
 
-def _call(function: Callable[..., Any], imports: tuple[str, ...], *args: Any) -> Any:
+def _call(function: Callable[..., object], imports: tuple[str, ...], *args: object) -> object:
     # several processes would compete for the cores
     torch.set_num_threads(1)
     for module in imports:
@@ -84,10 +84,10 @@ def _call_in_group(
     store: Path,
     rank: int,
     count: int,
-    function: Callable[..., Any],
+    function: Callable[..., object],
     imports: tuple[str, ...],
-    *args: Any,
-) -> Any:
+    *args: object,
+) -> object:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ["MASTER_ADDR"] = "localhost"  # Accelerate reads it, although the group exists
     distributed.init_process_group(

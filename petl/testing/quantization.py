@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from petl.core.loading import load
 from petl.core.support import Capability
+from petl.core.types import Arguments
 from petl.data.models.quantization import keep_gradients, quantization_config
 from petl.testing.case import Case, assert_close, difference, gradients, logits, stir, trainable
 from petl.testing.catalog import check, on_llama
@@ -49,7 +50,7 @@ def quantized(case: Case, kind: str) -> PreTrainedModel:
         with TemporaryDirectory() as folder:
             base.save_pretrained(folder)
             config = quantization_config(kind, torch.float32, dense)
-            options: dict[str, Any] = {"quantization_config": config, "dtype": torch.float32}
+            options: Arguments = {"quantization_config": config, "dtype": torch.float32}
             model = type(base).from_pretrained(folder, **options)
     finally:
         logging.set_verbosity(level)

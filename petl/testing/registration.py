@@ -205,6 +205,6 @@ def tensor_names_follow_the_rule(case: Case) -> None:
     assert not others, f"the adapter file also has {others}"
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Return JSON types: sets as sorted lists, enum members as their values."""
     return json.loads(json.dumps(value, sort_keys=True, default=sorted))

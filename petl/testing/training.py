@@ -17,6 +17,7 @@ from petl.core.lifecycle import lifecycle
 from petl.core.loading import load
 from petl.core.registry import refusal
 from petl.core.support import Capability
+from petl.core.types import Record
 from petl.errors import UnsupportedError
 from petl.testing.case import (
     Case,
@@ -254,7 +255,9 @@ class CountSyncs(TorchDispatchMode):
         super().__init__()
         self.counts: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: Any = (), kwargs: Any = None
+    ) -> object:
         name = func.overloadpacket.__name__
         result = func(*args, **(kwargs or {}))
         is_copy = name in self.COPYING and len({t.device for t in _tensors((args, result))}) > 1
@@ -263,7 +266,7 @@ class CountSyncs(TorchDispatchMode):
         return result
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
+def _tensors(tree: object) -> Iterator[Tensor]:
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
@@ -317,7 +320,7 @@ def train(
     lr: float,
     done: int = 0,
     micro: Sequence[tuple[Batch, float]] = (),
-    state: dict[str, Any] | None = None,
+    state: Record | None = None,
     **options: Any,
 ) -> TrainCheck:
     """Train on one batch up to optimizer step `steps`, as a training loop does.

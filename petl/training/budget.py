@@ -87,17 +87,16 @@ def resized(fields: Fields, size: int) -> Fields:
         InputError: the method has no size.
     """
     config = build_config(**fields)
-    own = getattr(config, "sized", None)
-    if own is None and not hasattr(config, "r"):
-        raise InputError(
-            f"method {fields['name']!r} has no rank to choose: leave train.budget null"
-        )
-    if own is not None:
-        sizes = own(size)
+    if isinstance(config, MethodConfig):
+        sizes = config.sized(size)
         # what gave it another size, such as reduction_factor, gives way
         vars(config).update(sizes)
         idle = idle_fields(config, fields["name"]).keys() - sizes.keys()
         return {**{k: v for k, v in fields.items() if k not in idle}, **sizes}
+    if not hasattr(config, "r"):
+        raise InputError(
+            f"method {fields['name']!r} has no rank to choose: leave train.budget null"
+        )
     # for methods whose rank must be a multiple of something
     step = method(fields["name"]).variant(fields).rank_step
     return {**fields, **in_proportion(config, step * size)}

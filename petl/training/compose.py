@@ -72,7 +72,7 @@ def compose(overrides: Sequence[str], config: str = CONFIG) -> DictConfig:
         raise InputError(explain(error, overrides, config)) from error
 
 
-def is_refusal(error: Exception) -> bool:
+def is_of_hydra(error: Exception) -> bool:
     """True if Hydra refused the command line, be it by an exception that is not its own."""
     if isinstance(error, HYDRAS):
         return True

@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -33,7 +34,6 @@ from petl.data.batch_sampler import (
     permutation,
 )
 from petl.data.overlap import Overlap, TrainingInputs
-from petl.data.streaming import StreamedRows
 from petl.data.tasks import SET
 from petl.data.tasks.base import NON_INPUT_PREFIX, Row, Task
 from petl.data.tasks.classification import SingleLabelTask
@@ -44,6 +44,7 @@ from petl.system.processes import endings_blocked, ignore_foreign_signals
 from petl.training.runs.settings import TrainConfig
 
 if TYPE_CHECKING:
+    from petl.data.streaming import StreamedRows
     from petl.data.task_mixture import TaskMixture
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class Splits:
 
     task: Task
     collate: Collate
-    train: Dataset | StreamedRows
+    train: "Dataset | StreamedRows"
     validation: Dataset | None
     test: Dataset
     processor: Processor
@@ -109,14 +110,14 @@ class Splits:
     @property
     def known(self) -> Dataset:
         """The train rows, which must not be a stream."""
-        assert not isinstance(self.train, StreamedRows), "callers refuse streams"
+        assert isinstance(self.train, Dataset), "callers refuse streams"
         return self.train
 
     def sampler(
         self, settings: TrainConfig, done: int = 0, rank: int = 0, processes: int = 1
     ) -> StepSampler:
         """Return the rows of the steps after `done`, for one of the processes of a run."""
-        if isinstance(self.train, StreamedRows):
+        if not isinstance(self.train, Dataset):
             # the number of rows is unknown: the run is one epoch of as many rows as it needs
             # steps is set: `stream_splits` refuses a stream without it
             kind, rows = SequentialStepSampler, (settings.steps or 0) * settings.batch_size
@@ -262,7 +263,8 @@ def stream_splits(
         )
     held = stream.held if settings.eval_steps is not None else 0
     recent = settings.batch_size  # a step may read its first row again
-    train = StreamedRows(stream, task, processor, settings.seed, recent, held)
+    streamed = resolve_name("petl.data.streaming:StreamedRows")
+    train = streamed(stream, task, processor, settings.seed, recent, held)
     sources = numbered(data.test)
     with accelerator.main_process_first():
         test = task.encode(processor, sources)
@@ -350,7 +352,7 @@ def unique_inputs(rows: Dataset) -> np.ndarray:
 
 
 def load(
-    rows: Dataset | StreamedRows,
+    rows: "Dataset | StreamedRows",
     collate: Collate,
     batches: Iterable[list[int]],
     device: torch.device,
@@ -362,7 +364,7 @@ def load(
 
 
 def load_on_cpu(
-    rows: Dataset | StreamedRows,
+    rows: "Dataset | StreamedRows",
     collate: Collate,
     batches: Iterable[list[int]],
     device: torch.device,
@@ -378,7 +380,7 @@ def load_on_cpu(
         InputError: a row cannot be read, by this process or a worker.
     """
     # columns that no batch needs are not read
-    if isinstance(rows, StreamedRows):
+    if not isinstance(rows, Dataset):
         source = rows.restarted()
     else:
         source = rows.select_columns(batched(rows))
@@ -438,12 +440,12 @@ def without_labels(batch: Batch) -> Batch:
     return {k: torch.zeros_like(v) if k == "labels" else v for k, v in batch.items()}
 
 
-def digest(rows: Dataset | StreamedRows) -> str:
+def digest(rows: "Dataset | StreamedRows") -> str:
     """Hash the number of rows and a thousand of them; of a stream, the first hundred.
 
     It tells a resumed run whether its training examples have changed.
     """
-    if isinstance(rows, StreamedRows):
+    if not isinstance(rows, Dataset):
         rows = rows.first_rows(100)
     sample = rows.select(range(0, len(rows), max(1, len(rows) // SAMPLED)))  # evenly spaced
     hasher = hashlib.sha256(str(len(rows)).encode())

@@ -24,6 +24,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from petl.core.lifecycle import lifecycle
+from petl.core.model.modes import without_cache
 from petl.core.types import base_of
 from petl.data.batch_sampler import chunks
 from petl.data.tasks import IDS, SET
@@ -34,7 +35,6 @@ from petl.system.collectives import gathered, is_sharded
 from petl.system.files.disk import atomic_file, stop_when_full
 from petl.system.progress import Pass, ProgressItems
 from petl.training.dataloader import Splits, load, longest_first
-from petl.training.non_finite import first_not_finite
 from petl.training.runs.settings import TrainConfig
 
 SCORES = ("exact_match", "rouge1", "rouge2", "rougeL")
@@ -227,7 +227,9 @@ class Evaluator:
             for batch in load(splits.test, splits.collate, batches, accelerator.device)
         )
         with accelerator.autocast():
-            where = first_not_finite(self.model.eval(), inputs)
+            where = resolve_name("petl.training.non_finite:first_not_finite")(
+                self.model.eval(), inputs
+            )
         raise RunStopped(
             f"the outputs on the test examples are not finite ({name} is {scores[name]:g}): "
             f"{where}; nothing is known about this model's scores"
@@ -398,9 +400,6 @@ def in_place(values: Tensor, order: list[int]) -> Tensor:
 def for_training(model: PeftModel, settings: TrainConfig) -> Generator[None]:
     """Inside the block: training mode, no KV cache, gradient checkpointing as configured."""
     base = base_of(model)
-    use_cache = getattr(base.config, "use_cache", None)
-    if use_cache is not None:
-        base.config.use_cache = False
     kind = settings.gradient_checkpointing
     if kind:
         if kind == "reentrant":  # it needs an input that requires a gradient
@@ -409,7 +408,8 @@ def for_training(model: PeftModel, settings: TrainConfig) -> Generator[None]:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     model.train()
     try:
-        yield
+        with without_cache(base):
+            yield
     finally:
         model.eval()
         if kind:
@@ -417,5 +417,3 @@ def for_training(model: PeftModel, settings: TrainConfig) -> Generator[None]:
         # undo both: evaluation and saving expect the model as it was
         if kind == "reentrant":
             base.disable_input_require_grads()
-        if use_cache is not None:
-            base.config.use_cache = use_cache

@@ -3,7 +3,8 @@
 import logging
 from collections.abc import Mapping
 
-from petl.data.streaming import StreamedRows
+from datasets import Dataset
+
 from petl.efficiency.frozen.cache import PAYS, CacheRequest, FrozenCache, StoreFrozen, cache_frozen
 from petl.efficiency.frozen.store import check_space
 from petl.errors import InputError
@@ -71,7 +72,7 @@ def nothing_frozen(context: Context) -> str:
 
 def _cache(context: Context) -> FrozenCache:
     model, splits, settings = context.model, context.splits, context.settings
-    if isinstance(splits.train, StreamedRows):
+    if not isinstance(splits.train, Dataset):
         raise InputError("the training examples are a stream (data.streaming=true)")
     cache = cache_frozen(model, without_dropout=settings.cache_frozen is True)
     try:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from petl.core.registry import keeps_base
 from petl.data.batch_sampler import chunks, permutation
-from petl.data.streaming import StreamedRows
 from petl.data.tasks.base import IGNORED, Task, not_finite
 from petl.system.collectives import is_sharded
 from petl.system.progress import Pass, ProgressItems
@@ -133,7 +132,7 @@ def linear_probe(
     """
     if not splits.task.new_head:
         return None
-    if isinstance(splits.train, StreamedRows):
+    if not isinstance(splits.train, Dataset):
         logger.info("no linear probe: the train rows are a stream")
         return None
     if is_sharded(model):

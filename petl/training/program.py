@@ -42,7 +42,7 @@ from petl.system.settings.command_line import (
     search_users_dirs,
 )
 from petl.system.settings.run_file import hydra_words
-from petl.training.compose import explain, is_refusal
+from petl.training.compose import explain, is_of_hydra
 
 Options = TypeVar("Options")  # of a command
 BAD_INPUT = 2  # exit status, the same as argparse's
@@ -109,7 +109,7 @@ def reported(function: Callable[[], object]) -> int:
             reason = " ".join(str(error).split("\n")[:2])
             report(f"a job of the sweep ended without a result: {reason}")
             return 1
-        if not is_refusal(error) and not (isinstance(error, OSError) and error.errno in DISK):
+        if not is_of_hydra(error) and not (isinstance(error, OSError) and error.errno in DISK):
             raise
         return report_error(error)
     return 0
@@ -150,7 +150,7 @@ def report_error(error: Exception) -> int:
     if isinstance(error, RunStopped):
         report(str(error))
         return error.status
-    print_error(explain(error) if is_refusal(error) else error)
+    print_error(explain(error) if is_of_hydra(error) else error)
     return BAD_INPUT
 
 

@@ -23,9 +23,9 @@ from petl.core.layers.block import BlockAdapters, BlockCall, split_arguments
 from petl.core.layers.layer import Adapter, AdapterLayer
 from petl.efficiency.fused_lora.layer import FusedLoraLinear
 from petl.methods.mola.routes import gates_of
-from petl.ops.dropout import keep_mask
+from petl.ops.low_rank import keep_mask
 from petl.ops.masks import unpack_mask
-from petl.ops.normal_codes import POSITIVE_CODES
+from petl.ops.quantize import POSITIVE_CODES
 
 Terms = list[Tensor]
 Dense = Callable[[Any, Any, Tensor, Terms], Tensor]  # layer, adapter, input, terms of the loss

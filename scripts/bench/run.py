@@ -14,7 +14,6 @@ from bench import (
     drafting,
     files,
     frozen,
-    gathered,
     generate,
     isolated,
     many,
@@ -135,7 +134,6 @@ def _measures(
         "merge": lambda shape: merging.measure(rounds),
         "unet": lambda shape: unet.measure(rounds),
         "experts": lambda shape: mixture.measure(rounds),
-        "gathered": lambda shape: gathered.measure(rounds),
         "frozen": lambda shape: (
             # once, beside the first shape
             (frozen.measure_images(rounds) if shape.name == settings.shapes[0] else [])

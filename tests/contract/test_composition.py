@@ -18,7 +18,7 @@ from petl.methods import losses
 from petl.system.settings.command_line import preset_of
 from petl.testing.training import train
 from petl.training.compose import compose
-from petl.training.runs.method_fields import method_fields
+from petl.training.runs.config import method_fields
 from petl.training.runs.run_config import read_config
 
 STEPS, RATE = 10, 2e-2

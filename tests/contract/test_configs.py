@@ -16,7 +16,7 @@ from petl.core.spec.method import WRAP_ONLY
 from petl.core.support import Capability
 from petl.system.settings.schema import plain
 from petl.training.compose import compose
-from petl.training.runs.method_fields import method_fields
+from petl.training.runs.config import method_fields
 from petl.training.runs.run_config import read_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -20,9 +20,8 @@ import petl
 from petl import testing
 from petl.core.lifecycle import lifecycle
 from petl.errors import InputError, UnsupportedError
-from petl.methods.pst import PstConfig
+from petl.methods.pst import PstConfig, sparsity_after
 from petl.methods.pst import adapter as pst_adapter
-from petl.methods.pst.schedule import sparsity_after
 from petl.ops.masks import pack_mask, unpack_mask
 from petl.testing import Case
 from petl.testing.case import logits, stir, trainable, tuner_layers

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.special import ndtr, ndtri
 
-from petl.ops.normal_codes import POSITIVE_CODES
 from petl.ops.quantize import (
     BITS,
+    POSITIVE_CODES,
     code_book,
     decode,
     decode_latent,

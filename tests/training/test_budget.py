@@ -15,7 +15,7 @@ from petl.methods.increlora import growth_finished
 from petl.system.settings.command_line import preset_of
 from petl.training.budget import largest, resized, within_budget
 from petl.training.compose import compose
-from petl.training.runs.method_fields import method_fields
+from petl.training.runs.config import method_fields
 
 pytest_plugins = ["training_fixtures"]
 

@@ -15,7 +15,7 @@ from petl.data.models.loading import load_base
 from petl.data.tasks.classification import Classification
 from petl.system.settings.command_line import preset_of
 from petl.training.compose import compose
-from petl.training.runs.method_fields import method_fields, with_inner
+from petl.training.runs.config import method_fields, with_inner
 from petl.training.wrapping import train_new_modules
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}

@@ -27,6 +27,7 @@ from petl.core.adapter_file import WEIGHTS, is_whole, reference_of, starts_at_on
 from petl.core.adapter_folder import Folder
 from petl.core.fingerprint import MEANING, seal
 from petl.core.spec.facts import facts_of
+from petl.core.types import Fields
 from petl.errors import InputError
 from petl.ops.ternary import FILE, State, Ternary
 from petl.system.files.disk import check_links, copy_file, write_atomic
@@ -212,7 +213,7 @@ def amend_card(card: Path, *notes: str) -> None:
     head = FRONT_MATTER.match(text)
     if head:
         try:
-            fields = with_shape(parse_yaml(head[1]), dict[str, Any])
+            fields = with_shape(parse_yaml(head[1]), Fields)
         except ValueError as error:
             raise InputError(f"{card.name} has metadata that cannot be used: {error}") from error
         kept = {key: value for key, value in fields.items() if key not in RESULTS}

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from petl.adapters.deltas.states import DROPPED, SHARE, coded_names
-from petl.core.calibrate import calibration_pass
 from petl.core.masks import without_padding
+from petl.core.model.modes import calibration_pass
 from petl.errors import InputError, shown
 from petl.ops.ternary import State
 

@@ -232,7 +232,10 @@ def in_one_scale(
 
 
 def ranked_config(
-    template: Any, ranks: dict[str, int], alphas: Mapping[str, float] | None = None, **fields: Any
+    template: Any,
+    ranks: dict[str, int],
+    alphas: Mapping[str, float] | None = None,
+    **fields: object,
 ) -> LoraConfig:
     """Return the config of a LoRA with these ranks and alphas, by layer.
 

@@ -85,7 +85,7 @@ def features(config: Mapping[str, Any]) -> Iterator[str]:
         yield "rank"
 
 
-def refusal(config: Mapping[str, Any], engine: Engine) -> str:
+def refusal(config: Mapping[str, object], engine: Engine) -> str:
     """Return why an engine cannot serve an adapter, or would compute another update; "": it can.
 
     Args:

@@ -357,7 +357,7 @@ def adapter_in(folder: str | Path) -> Path:
     return inside if inside.is_dir() else Path(folder)
 
 
-def _import(names: Any, path: str | Path, trust_remote_code: bool) -> None:
+def _import(names: object, path: str | Path, trust_remote_code: bool) -> None:
     """Import the modules that registered a run's method; a stranger's run may name any module."""
     new = not_yet_trusted(names)
     if new and not trust_remote_code:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import AutoConfig
 
 from petl.adapters.export.checked_folder import (
@@ -57,7 +58,7 @@ def export_small(saved: SavedAdapter, out: Path, tolerance: float | None) -> Out
     return OutputFolder(out, difference)
 
 
-def card(saved: SavedAdapter, small: Any) -> str:
+def card(saved: SavedAdapter, small: nn.Module) -> str:
     """The text of README.md: what the model is, and how it is loaded with and without petl."""
     name, count = type(small).__name__, sum(p.numel() for p in small.parameters())
     source = read_source(saved.settings["model"])

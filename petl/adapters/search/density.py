@@ -6,7 +6,6 @@ tensor has a Rice code of its own, whose bytes are the cost.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -15,6 +14,7 @@ from petl.adapters.deltas.compress import compress_groups
 from petl.adapters.search.tensors import active_adapter, adapter_tensors, config_of, grouped
 from petl.adapters.search.units import Unit
 from petl.core.adapter_file import reference_of
+from petl.core.types import Fields
 from petl.ops.ternary import State, Ternary
 from petl.system.files.tensor_file import check_finite
 
@@ -79,7 +79,7 @@ class CompressedCandidate:
         return apart(found, {"density": density, "alpha": ALPHA, "scope": SCOPE})
 
 
-def apart(ternary: Ternary, settings: dict[str, Any]) -> Ternary:
+def apart(ternary: Ternary, settings: Fields) -> Ternary:
     """Return the same state with a code for each tensor."""
     return replace(ternary, apart=True, settings=settings)
 

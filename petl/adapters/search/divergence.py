@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from petl.core.calibrate import calibration_pass
+from petl.core.model.modes import calibration_pass
 from petl.core.types import Batch, base_of
 from petl.data.tasks.base import IGNORED
 from petl.errors import InputError

@@ -25,7 +25,7 @@ from petl.core.registry import build_config, is_computed, on_shapes
 from petl.core.spec.facts import facts_of
 from petl.errors import InputError, ModuleKindError, UnsupportedError
 from petl.system.settings.command_line import preset_of
-from petl.training.runs.method_fields import method_fields
+from petl.training.runs.config import method_fields
 
 REFERENCE = "a BERT of MiniLM's shape without a head (6 layers, width 384, 22.7 M parameters)"
 OF_IMAGES = "a ViT-B/16 without a head (12 layers, width 768, 86.4 M parameters)"

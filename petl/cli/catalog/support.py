@@ -7,7 +7,7 @@ from peft import PeftConfig
 from petl.core.registry import build_config, refusal
 from petl.core.support import Capability
 from petl.system.settings.command_line import preset_of
-from petl.training.runs.method_fields import method_fields
+from petl.training.runs.config import method_fields
 
 STEPS = 1000  # length of a run, for methods with a schedule (assumption)
 # the columns of docs/support.md, in order

@@ -14,18 +14,12 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from petl.core.compat import (
-    LoraConfig,
-    ParamWrapper,
-    check_adapters_to_merge,
-    extend_method,
-)
+from petl.core.compat import LoraConfig, ParamWrapper, check_adapters_to_merge
 from petl.core.experts.forward import Updates, accept_updates
 from petl.core.experts.layout import ExpertsLayout, experts_of
 from petl.core.experts.proof import check_experts
 from petl.core.experts.stacks import has_sides_swapped, stacked_factors, stacks_of
 from petl.core.layers.class_swap import SwappedClass, swap_class
-from petl.core.spec.facts import facts_of
 from petl.errors import UnsupportedError
 from petl.ops.grouped_experts import StackedFactors
 
@@ -147,7 +141,7 @@ def _layout(module: nn.Module) -> ExpertsLayout:
     return layout
 
 
-def _created(
+def created(
     original: Callable[..., None],
     layer: ParamWrapper,
     base_layer: nn.Module,
@@ -167,21 +161,12 @@ def _created(
         _add_dropout(layer, adapter_name, config)
 
 
-# whoever creates it: petl.wrap, PEFT's loading, a trainer
-extend_method(ParamWrapper, "__init__", _created)
-
-
-def _save(
-    original: Callable[..., None], config: LoraConfig, *args: object, **kwargs: object
-) -> None:
+def saved(original: Callable[..., None], config: LoraConfig, *args: object, **kw: object) -> None:
     """Write a config that PEFT loads; it takes no dropout for stacks, which has no use there."""
-    if facts_of(config).target_parameters and config.lora_dropout:
+    if config.lora_dropout:
         _announce(config.lora_dropout)
         config = _without_dropout(config)
-    original(config, *args, **kwargs)
-
-
-extend_method(LoraConfig, "save_pretrained", _save)
+    original(config, *args, **kw)
 
 
 @cache  # once, not for each checkpoint

@@ -23,6 +23,7 @@ from petl.core.layers.class_swap import (
     swap_class,
 )
 from petl.core.layers.layer import Adapter, AdapterLayer, LayerShape, joined
+from petl.core.types import Arguments
 from petl.errors import InputError, UnsupportedError
 
 SLOT = "petl_slot"  # attribute of an adapted block: the name of its BlockAdapters
@@ -126,7 +127,7 @@ class BlockAdapters(AdapterLayer, AdapterDict):
             y = adapter(x, y)
         return call.complete(y)
 
-    def carried(self) -> dict[str, Any]:
+    def carried(self) -> Arguments:
         """Return what the first active adapter gets beside the block's arguments."""
         first = None if self._disable_adapters else next(self.pick(self.active_adapters), None)
         return {} if first is None else first[1].carried()

@@ -27,6 +27,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from petl.core.layers.task_rows import TaskRows, take_task_ids
 from petl.core.masks import as_2d, tokens_of
+from petl.core.types import Arguments
 from petl.errors import InputError, UnsupportedError
 from petl.system.collectives import REPLICA, num_processes, summed
 
@@ -129,7 +130,7 @@ class ForwardContext:
         # the first pass of reentrant checkpointing runs without gradients, in a training forward
         return self._states[torch.is_grad_enabled() or self.recording].get(TASKS)
 
-    def take_tasks(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def take_tasks(self, model: nn.Module, args: Any, kwargs: Arguments) -> Any:
         """Forward pre-hook of the base model, after `begin`: remove `task_ids` and keep them."""
         tasks, kwargs = take_task_ids(args, kwargs)
         tasks = self.given_tasks if tasks is None else tasks
@@ -189,7 +190,7 @@ class ForwardContext:
             )
         return mask
 
-    def compute_once(self, key: Any, make: Callable[[], T]) -> T:
+    def compute_once(self, key: object, make: Callable[[], T]) -> T:
         """Return `make()`, called once per forward pass and its backward pass, then cached.
 
         For values that depend on parameters alone and carry no gradient, so that the result is the
@@ -199,7 +200,7 @@ class ForwardContext:
             self._once[key] = make()
         return self._once[key]
 
-    def begin(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def begin(self, model: nn.Module, args: object, kwargs: Mapping[str, object]) -> None:
         """Forward pre-hook of the base model: clear the state, read masks and scale."""
         # the state first: values of an aborted forward pass must not be read by this one
         self.state.clear()
@@ -215,12 +216,12 @@ class ForwardContext:
         self.series.clear()
         self.joint.clear()
 
-    def read_masks(self, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    def read_masks(self, model: nn.Module, kwargs: Mapping[str, object]) -> None:
         """Set `mask` and `decoder_mask` from the inputs of the base model."""
         # from keyword arguments only: trainers of transformers pass batches so
         self.mask, self.decoder_mask = tokens_of(kwargs, has_decoder=is_encoder_decoder(model))
 
-    def refuse_wrapper(self, model: nn.Module, args: Any) -> None:
+    def refuse_wrapper(self, model: nn.Module, args: object) -> None:
         """Forward pre-hook of the base model: raise UnsupportedError under a parallel wrapper.
 
         nn.DataParallel runs a copy of the model for each GPU, which would share this context and

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,13 @@ from petl.core.compat import (
 )
 from petl.core.layers.class_swap import AdapterDict, SwappedClass
 from petl.core.layers.context import ForwardContext, InputCapture
-from petl.core.layers.grouped import GroupedAdapters, GroupedFactors, InputHook
 from petl.core.serving.mixed_batch import AdapterRows, BatchedAdapter
+from petl.core.types import Arguments, Fields
 from petl.errors import InputError, ModuleKindError, UnsupportedError
 from petl.ops.low_rank import LowRankRows, add_low_rank, linear_with_low_rank, owns_output
+
+if TYPE_CHECKING:
+    from petl.core.layers.grouped import InputHook
 
 # dtypes in which a sum with an update loses digits of the update
 HALF = (torch.float16, torch.bfloat16)
@@ -73,7 +76,7 @@ class LayerInfo:
     adapter_name: str
     context: ForwardContext
     shared: nn.Module | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Fields = field(default_factory=dict)
     no_lora: str = ""
     layer: "AdapterLayer" = field(init=False, repr=False, compare=False)
 
@@ -163,7 +166,7 @@ class Adapter(nn.Module):
             raise NotImplementedError(f"{type(self).__name__} has neither factors nor a forward")
         return add_low_rank(y, self.drop(x), *factors)
 
-    def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def with_base(self, x: Tensor, base: nn.Module, *args: object, **kwargs: object) -> Tensor:
         """Compute base layer and update in one step, [..., O]: called for the first active adapter.
 
         By default, low-rank factors on a frozen linear layer run fused with it, and everything else
@@ -189,7 +192,7 @@ class Adapter(nn.Module):
         """Return the base layer's output `y` [..., O] with several adapters; see `is_joint`."""
         raise NotImplementedError(f"{cls.__name__} has no joint computation")
 
-    def carried(self) -> dict[str, Any]:
+    def carried(self) -> Arguments:
         """Return further keyword arguments of `with_base`, for the adapter of a whole block.
 
         They are what blocks before it have left. Taken when the block is called, outside of
@@ -239,7 +242,7 @@ class Adapter(nn.Module):
         adapters: Sequence[Any],
         base_layer: nn.Module,
         generators: Sequence[torch.Generator | None],
-        captured: InputHook | None,
+        captured: "InputHook | None",
     ) -> nn.Module:
         """Return the layer that trains several adapters in one pass, each with rows of its own.
 
@@ -252,6 +255,9 @@ class Adapter(nn.Module):
             generators: random numbers of each adapter's dropout; None: the default ones.
             captured: the input of another module, if the adapters read that; None: the layer's.
         """
+        # imported where adapters train together
+        from petl.core.layers.grouped import GroupedAdapters, GroupedFactors
+
         if captured is None and all(a.plain_factors() is not None for a in adapters):
             return GroupedFactors(base_layer, generators, adapters)
         return GroupedAdapters(base_layer, adapters, generators, captured)

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from petl.core.serving.mixed_batch import Groups, group_size, grouped
+from petl.core.types import Arguments
 from petl.errors import InputError
 
 ARGUMENT = "task_ids"
@@ -68,7 +69,7 @@ class TaskRows:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def check_batch(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def check_batch(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
         """Raise InputError unless there is one id for each row of a model's inputs."""
         inputs = (kwargs.get(name) for name in ROWS)
         first = next((t for t in (*inputs, *args) if isinstance(t, Tensor)), None)
@@ -121,7 +122,7 @@ class TaskRows:
 
 
 def take_task_ids(
-    args: Sequence[Any], kwargs: dict[str, Any]
+    args: Sequence[object], kwargs: Arguments
 ) -> tuple[TaskRows | None, dict[str, Any]]:
     """Return the tasks of a model's rows, or None, and its keyword arguments without them.
 
@@ -139,14 +140,14 @@ def take_task_ids(
     return tasks, kwargs
 
 
-def pass_task_ids(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def pass_task_ids(module: nn.Module, args: object, kwargs: Arguments) -> tuple[Any, Arguments]:
     """Forward pre-hook of a PeftModel: give `task_ids` the name that PEFT passes on."""
     if ARGUMENT in kwargs:
         kwargs = {PASSED if name == ARGUMENT else name: value for name, value in kwargs.items()}
     return args, kwargs
 
 
-def _checked(ids: Any) -> list[int]:
+def _checked(ids: object) -> list[int]:
     is_list = isinstance(ids, list) and all(type(i) is int for i in ids)
     if not is_list or any(i < 0 for i in ids):
         raise InputError(

@@ -145,7 +145,7 @@ def training_inputs(model: Any) -> dict[str, Tensor]:
             found["attention_mask"] = torch.ones_like(tokens)
     else:
         found |= _other_input(model.main_input_name, config)
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
+    if config.is_encoder_decoder and "decoder_input_ids" in names:
         found["decoder_input_ids"] = tokens
     if "use_cache" in names:
         found["use_cache"] = False

@@ -43,7 +43,11 @@ class _Copier:
             return self.of_module(module.original_module)
         if module is None or id(module) in self.copies:
             return self.copies.get(id(module))
-        cls: Any = original_class(module) if _is_adapted_block(module) else type(module)
+        cls: Any = (
+            original_class(module)
+            if isinstance(module, SwappedClass) and module.holds_adapters
+            else type(module)
+        )
         self.copies[id(module)] = clone = cls.__new__(cls)
         for name, value in vars(module).items():
             # a method would otherwise add its hooks to the model itself
@@ -69,10 +73,6 @@ class _Copier:
                 empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
             self.copies[id(tensor)] = empty
         return self.copies[id(tensor)]
-
-
-def _is_adapted_block(module: Any) -> bool:
-    return isinstance(module, SwappedClass) and module.holds_adapters
 
 
 def skeleton_of(model: nn.Module, device: str = "meta") -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -21,6 +21,7 @@ from petl.core.model.calls import place_of
 from petl.core.model.names import LANGUAGE, language_path, part_in, stack_names
 from petl.core.model.places import Place, place
 from petl.core.parameters import quantization_of, trainable
+from petl.core.spec.facts import facts_of
 from petl.ops.expert_linear import ExpertLinears
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ def coverage_of(model: PeftModel) -> Coverage | None:
     )
 
 
-def log_coverage(model: PeftModel, given: Any, *, is_chosen: bool) -> None:
+def log_coverage(model: PeftModel, given: object, *, is_chosen: bool) -> None:
     """Log the coverage of a wrapped model: a warning if it is low and not asked for.
 
     Args:
@@ -142,7 +143,7 @@ def trained_on_experts(model: PeftModel) -> int:
     return sum(p.numel() for name, p in trainable(base) if name.startswith(inside))
 
 
-def is_low(found: Coverage, config: Any, given: Any) -> bool:
+def is_low(found: Coverage, config: PeftConfig, given: object) -> bool:
     """Return True for a share below LOW, unless it is what was asked for.
 
     Asked for is a part of the blocks (`layers_to_transform`), and a low share of names that reach
@@ -150,7 +151,7 @@ def is_low(found: Coverage, config: Any, given: Any) -> bool:
     """
     everything = given in ("all-linear", "block-linear", LANGUAGE)
     named = not everything and not found.bare and found.stacked < LOW
-    asked = named or getattr(config, "layers_to_transform", None) is not None
+    asked = named or facts_of(config).layers_to_transform is not None
     return found.share < LOW and not asked
 
 
@@ -174,7 +175,7 @@ def _weights(module: nn.Module, path: str) -> Iterator[_Weight]:
                 yield weight._replace(reached=weight.reached or "" in adapted)
 
 
-def _own_weights(module: Any, path: str, adapted: set[str]) -> Iterator[_Weight]:
+def _own_weights(module: nn.Module, path: str, adapted: set[str]) -> Iterator[_Weight]:
     sides: int = getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
     for name, parameter in module._parameters.items():
         quantized = parameter is not None and not parameter.is_floating_point()

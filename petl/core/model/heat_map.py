@@ -12,6 +12,7 @@ from torch import nn
 
 from petl.core.experts.linears import stack_of
 from petl.core.model.places import place
+from petl.core.types import Arguments
 from petl.system.files.disk import write_atomic
 
 HEAT_MAPS = "heat_maps.json"  # in the folder of a run
@@ -162,7 +163,7 @@ def draw(heat_map: HeatMap, path: Path) -> None:
     figure.suptitle(heat_map.title, fontsize=10)
     axes = figure.subplots()
     axes.set_facecolor("0.85")  # of cells without a value
-    options: dict[str, Any] = {"edgecolors": "white", "linewidth": 0.5}
+    options: Arguments = {"edgecolors": "white", "linewidth": 0.5}
     grid = [[float("nan") if v is None else float(v) for v in row] for row in heat_map.cells]
     colors = axes.pcolormesh(grid, cmap="Blues", vmin=0, vmax=top or 1, **options)
     axes.invert_yaxis()

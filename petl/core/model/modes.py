@@ -1,11 +1,16 @@
-"""Temporary states of a model: evaluation mode, without its adapters, checkpointing."""
+"""Temporary states of a model, such as evaluation mode, and passes over calibration data."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+import torch
+from accelerate.utils import send_to_device
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
+from petl.core.types import Calibration
 
 
 @contextmanager
@@ -18,6 +23,20 @@ def evaluation_mode(model: nn.Module) -> Generator[None]:
     finally:
         for module, training in modes:
             module.training = training  # not `train`, which changes its children as well
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Generator[None]:
+    """Inside the block a model of transformers keeps no keys and values."""
+    config: Any = getattr(model, "config", None)
+    cache = getattr(config, "use_cache", None)
+    if cache is not None:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if cache is not None:
+            config.use_cache = cache
 
 
 @contextmanager
@@ -50,3 +69,38 @@ def checkpoints_reentrantly(model: nn.Module) -> bool:
     functions = [getattr(module, "_gradient_checkpointing_func", None) for module in running]
     # a partial of torch's `checkpoint`
     return any(getattr(f, "keywords", {}).get("use_reentrant", False) for f in functions)
+
+
+# A pass over calibration data: a model runs over batches while hooks read what it computes
+
+
+def forward(model: nn.Module, batch: Mapping[str, object]) -> Any:
+    """Run a model on a batch, on the model's device, and return its output."""
+    return model(**send_to_device(dict(batch), next(model.parameters()).device))
+
+
+@contextmanager
+def calibration_pass(model: nn.Module, hooks: Iterable[RemovableHandle] = ()) -> Generator[None]:
+    """Inside the block a model runs in evaluation mode, without gradients and key-value cache.
+
+    Modes and the cache setting are restored afterwards.
+
+    Args:
+        hooks: are removed at the end of the block.
+    """
+    try:
+        with evaluation_mode(model), without_cache(model), torch.no_grad():
+            yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def run_over(model: nn.Module, data: Calibration, hooks: Iterable[RemovableHandle] = ()) -> None:
+    """Run a model once over calibration data; arguments as of `calibration_pass`."""
+    with calibration_pass(model, hooks):
+        if callable(data):
+            data()
+        else:
+            for batch in data:
+                forward(model, batch)

@@ -51,7 +51,7 @@ def lost_share(model: nn.Module, names: Sequence[str] | None) -> tuple[float, st
 
 
 def _merged_parts(
-    layer: Any, names: Sequence[str] | None
+    layer: nn.Module, names: Sequence[str] | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, str]]:
     """Yield what `_merged` returns, of stacked experts one by one."""
     if isinstance(layer, StackLayer):

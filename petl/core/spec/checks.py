@@ -4,10 +4,12 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from peft import PeftConfig
 from torch import nn
 
 from petl.core.compat import get_pattern_key
 from petl.core.spec.facts import facts_of
+from petl.core.types import Fields
 from petl.errors import InputError
 from petl.system.values import hints_of
 
@@ -17,7 +19,7 @@ logger = logging.getLogger(__name__)
 BLOCKS = "layers_to_transform"
 
 
-def config_hints(config_cls: type[Any]) -> dict[str, Any]:
+def config_hints(config_cls: type[Any]) -> Fields:
     """Return the type of each field of a config class.
 
     `layers_to_transform` may also be text: a share of the blocks, which
@@ -38,7 +40,7 @@ BASE = "__base__"  # PEFT's word in `adapter_names` for rows without an adapter
 OF_PEFT = ("base_model", "base_layer", "modules_to_save", "original_module")
 
 
-def check_adapter_name(name: Any, model: nn.Module, tuner: type[Any]) -> None:
+def check_adapter_name(name: object, model: nn.Module, tuner: type[Any]) -> None:
     """Raise InputError if an adapter of `model` cannot be called `name`.
 
     A name is a part of the keys of state dicts, by which PEFT tells adapters apart: of two, saving
@@ -68,7 +70,7 @@ def check_tensor_names(name: str, tensors: nn.Module) -> None:
         )
 
 
-def _reason(name: Any, model: nn.Module, tuner: type[Any]) -> str:
+def _reason(name: object, model: nn.Module, tuner: type[Any]) -> str:
     prefix = getattr(tuner, "prefix", None) or ""
     layer = getattr(tuner, "tuner_layer_cls", None)
     if not isinstance(name, str) or not name.strip():
@@ -110,12 +112,12 @@ def _parts(model: nn.Module, prefix: str) -> set[str]:
 MAX_EXCESS = 100
 
 
-def rank_of(config: Any, key: str, default: Any) -> Any:
+def rank_of(config: PeftConfig, key: str, default: object) -> Any:
     """Return the rank that `rank_pattern` of a config has for module `key`, else `default`."""
     return pattern_value(facts_of(config).rank_pattern, key, default)
 
 
-def pattern_value(pattern: Mapping[str, Any] | None, key: str, default: Any) -> Any:
+def pattern_value(pattern: Mapping[str, object] | None, key: str, default: object) -> Any:
     """Return the value that a pattern of a config has for module `key`, else `default`."""
     pattern = pattern or {}
     return pattern.get(get_pattern_key(list(pattern), key), default)

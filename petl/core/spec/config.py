@@ -15,6 +15,7 @@ from petl.core.compat import saved_type
 from petl.core.spec import blocks
 from petl.core.spec.checks import BLOCKS, check_rank, config_hints, rank_of
 from petl.core.spec.facts import facts_of
+from petl.core.types import Fields, Record
 from petl.errors import InputError, shown
 from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.paths import method_preset, recipes_of
@@ -37,9 +38,9 @@ NONE: Mapping[str, Acts] = {}
 
 def config_field(
     text: str,
-    default: Any,
+    default: object,
     *,
-    choices: Iterable[Any] = (),
+    choices: Iterable[object] = (),
     acts: Acts | None = None,
     **bounds: Any,
 ) -> Any:
@@ -187,14 +188,14 @@ class MethodConfig(PeftConfig):
         alpha, root = facts.lora_alpha, math.sqrt(r) if facts.use_rslora else r
         return rank_of(config, key, r), 1.0 if alpha is None else alpha / root
 
-    def sized(self, size: int) -> dict[str, Any]:
+    def sized(self, size: int) -> Fields:
         """Return the fields that give the method this size, from 1; `train.budget` chooses it.
 
         Modules that `rank_pattern` matches keep the rank that it gives them.
         """
         return in_proportion(self, size)
 
-    def bounded(self, budget: int) -> dict[str, Any]:
+    def bounded(self, budget: int) -> Fields:
         """Return the fields that limit growth in training to `budget` parameters."""
         return {}
 
@@ -207,13 +208,13 @@ class MethodConfig(PeftConfig):
             file, as_json({**content, "peft_type": saved_type(f"PETL_{self.method.upper()}")})
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Return the fields as JSON types; sets sorted, so that equal configs give equal files."""
         fields = dataclasses.asdict(self)
         return {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
 
 
-def in_proportion(config: Any, r: int) -> dict[str, Any]:
+def in_proportion(config: Any, r: int) -> Fields:
     """Return this `r`, and the `lora_alpha` with which the scaling lora_alpha / r is unchanged.
 
     The field of PEFT's LoHa and LoKr is `alpha`.
@@ -253,7 +254,7 @@ RANK = bounded(ge=1)
 RANK_OR_NONE = bounded(ge=0)  # PEFT's OFT has r=0 and takes a block size instead
 
 
-def check_values(config_cls: type[Any], fields: Mapping[str, Any]) -> None:
+def check_values(config_cls: type[Any], fields: Mapping[str, object]) -> None:
     """Check the types of values, and ranks, dropouts and alphas, which PEFT itself does not.
 
     Raises:

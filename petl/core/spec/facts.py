@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from petl.core.types import Fields
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -30,6 +32,7 @@ class Facts:
     init_lora_weights: bool | str | None = None
     bias: str | None = None
     rank_pattern: Mapping[str, Any] | None = None
+    target_modules: Any = None
     target_parameters: Sequence[str] | None = None
     trainable_token_indices: Any = None
     modules_to_save: Sequence[str] | None = None
@@ -46,7 +49,7 @@ class Facts:
         return self.bias not in (None, "none")
 
 
-DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Facts)}
+DEFAULTS: Fields = {field.name: field.default for field in fields(Facts)}
 
 
 def facts_of(config: object) -> Facts:

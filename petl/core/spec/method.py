@@ -5,9 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+from peft import PeftConfig
+
 from petl.core.spec.config import config_field, require_effect
 from petl.core.spec.facts import facts_of
 from petl.core.support import Capability, Part
+from petl.core.types import Fields
 from petl.errors import InputError, UnknownNameError, choose, did_you_mean
 from petl.system.imports.tables import LOSSES
 from petl.system.values import check_rules
@@ -16,7 +19,7 @@ from petl.system.values import check_rules
 MODIFIES_BASE_WEIGHTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
-def modifies_base_weights(config: Any) -> bool:
+def modifies_base_weights(config: PeftConfig) -> bool:
     """Return True if the initialization of an adapter of this config changes the base weights.
 
     Such an adapter gives correct outputs on the original base only if it is saved relative to its
@@ -42,7 +45,7 @@ class LossConfig:
     name: ClassVar[str]  # set by `register_loss`
 
     method: str = config_field("only for petl.wrap: the method that trains; any", "lora")
-    method_config: dict[str, Any] = config_field("only for petl.wrap: fields of that method", {})
+    method_config: Fields = config_field("only for petl.wrap: fields of that method", {})
 
     def __post_init__(self) -> None:
         check_rules(self)

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
+from pkgutil import resolve_name
 from threading import RLock
 from typing import Any, Self, cast
 
@@ -39,12 +40,10 @@ from petl.core.layers.class_swap import (
 )
 from petl.core.layers.layer import AdapterLayer
 from petl.core.layers.task_rows import ARGUMENT, PASSED, pass_task_ids
-from petl.core.model.rounding import refuse_rounding
 from petl.core.parameters import is_norm, refuse_shared_targets
-from petl.core.serving.mixed_batch import AdapterRows
+from petl.core.serving.mixed_batch import AdapterRows, KeptRows
 from petl.core.spec.checks import check_adapter_name
 from petl.core.spec.facts import facts_of
-from petl.core.switching.kept_rows import KeptRows
 from petl.core.switching.norms import TrainedNorm
 from petl.errors import UnsupportedError
 
@@ -433,6 +432,7 @@ def _merge(
         tuner._check_merge_allowed()
         refuse_shared_targets(tuner.model)
         if not lossy:
+            refuse_rounding = resolve_name("petl.core.model.rounding:refuse_rounding")
             refuse_rounding(tuner.model, given.get("adapter_names"))
     return original(tuner, *args, **kwargs)
 

@@ -37,6 +37,7 @@ from petl.core.support import Capability, without_lora
 from petl.core.switching.norms import original_norms
 from petl.core.switching.tuner import hosts_of, layers_of
 from petl.core.tuners.asking import AskingTuner
+from petl.core.types import Fields
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 from petl.ops.expert_linear import ExpertLinear
 
@@ -149,7 +150,7 @@ class AdapterTuner(AskingTuner):
         # PEFT's mark of an excluded module is false, too
         return answer if self._wrapping is None or not answer else False
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Fields) -> Any:
         return peft_config  # `inject_adapter` has resolved the targets
 
     def _create_and_replace(

@@ -4,7 +4,7 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -53,7 +53,7 @@ class AskingTuner(SwitchingTuner):
         return super().__new__(cls if config is None else cls.for_fields(vars(config)))
 
     @classmethod
-    def for_fields(cls, fields: Mapping[str, Any]) -> "type[AskingTuner]":
+    def for_fields(cls, fields: Mapping[str, object]) -> "type[AskingTuner]":
         """Return the class of the method's variant for these fields of a config."""
         variant = cls.method.variant(fields)
         return cls if variant is cls.method else variant.tuner
@@ -76,7 +76,7 @@ class AskingTuner(SwitchingTuner):
             self._remove_hooks()  # the model must be unchanged if its adapter is refused
             raise
 
-    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
         # PEFT calls this hook once per tuner, before the first adapter is injected
         self.context = ForwardContext()
@@ -106,7 +106,7 @@ class AskingTuner(SwitchingTuner):
 
     @classmethod
     def _set_in(
-        cls, model: nn.Module, adapter_name: str, config: Any, state: Tensors
+        cls, model: nn.Module, adapter_name: str, config: PeftConfig, state: Tensors
     ) -> AdapterSet[Any, Any]:
         is_wrapped = isinstance(model, PeftModel)
         base: Any = model.get_base_model() if is_wrapped else model
@@ -219,7 +219,7 @@ class AskingTuner(SwitchingTuner):
 
     # Merging, unloading
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def add_weighted_adapter(self, *args: object, **kwargs: object) -> None:
         """Raise UnsupportedError: a sum of adapters is in general none of the same kind."""
         raise UnsupportedError(
             "add_weighted_adapter works for PEFT's LoRA only: export each adapter as a LoRA (petl "
@@ -233,7 +233,9 @@ class AskingTuner(SwitchingTuner):
         if reason:
             raise UnsupportedError(reason)
 
-    def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
+    def _replace_module(
+        self, parent: object, child_name: str, new_module: object, child: object
+    ) -> None:
         if isinstance(child, BlockAdapters):
             child.detach()
         else:
@@ -318,8 +320,8 @@ class AskingTuner(SwitchingTuner):
     @classmethod
     def _get_adapter_state_dict(
         cls,
-        model: Any,
-        config: Any,
+        model: nn.Module,
+        config: PeftConfig,
         adapter_name: str,
         state_dict: Tensors,
         unwanted_adapter_names: list[str],
@@ -345,7 +347,7 @@ class AskingTuner(SwitchingTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: Any, config: Any, adapter_name: str, state_dict: Tensors
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: Tensors
     ) -> Tensors:
         """Return the tensors of a file under the model's names.
 

@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -128,7 +128,7 @@ def has_rate(optimizer: Optimizer) -> bool:
     return any(group.get("lr", 1) for group in optimizer.param_groups)
 
 
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     for model, after_step in list(_WATCHED.items()):
         if after_step is not None and after_step(model, optimizer):
             _WATCHED[model] = None
@@ -176,7 +176,7 @@ def updated(tuner: nn.Module) -> None:
     _WITHOUT_UPDATE.pop(tuner, None)
 
 
-def _count_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _count_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     for tuner in list(_WITHOUT_UPDATE):
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in stepped for p in tuner.parameters() if p.requires_grad):

@@ -21,6 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from petl.core.parameters import max_positions, within_memory
+from petl.core.types import Fields
 from petl.data.models.quantization import keep_gradients, quantization_config
 from petl.data.models.sources import (
     DTYPES,
@@ -168,7 +169,7 @@ def with_padding_token(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrai
 
 
 def load_base(
-    cfg: Settings, task: Task, *, meta: bool = False, processor: Any = None
+    cfg: Settings, task: Task, *, meta: bool = False, processor: object = None
 ) -> PreTrainedModel:
     """Load the model with the head for `task`, in eval mode, on the CPU.
 
@@ -186,11 +187,11 @@ def load_base(
         config = source.config()
         check_task_support(config, task, source.name)
         # before the model is built: the number of classes sets the size of the head
-        known, settings_of_task = getattr(config, "id2label", None), task.model_kwargs()
+        known, settings_of_task = config.id2label, task.model_kwargs()
         other_labels = settings_of_task.get("id2label", known) != known
         for key, value in settings_of_task.items():
             setattr(config, key, value)
-        settings: dict[str, Any] = {
+        settings: Fields = {
             "dtype": DTYPES[source.dtype],
             "attn_implementation": source.attn,
         }
@@ -312,7 +313,7 @@ def quantization_settings(
     task: Task,
     config: PretrainedConfig,
     source: ModelSource,
-    settings: dict[str, Any],
+    settings: Fields,
 ) -> dict[str, object]:
     """Arguments with which `from_pretrained` quantizes all linear layers except those of heads."""
     # names of modules do not depend on weights
@@ -376,13 +377,13 @@ def check_task_support(config: PretrainedConfig, task: Task, name: str) -> None:
             f"transformers has no {auto_class} for it; choose another model with model=hub "
             "model.name=NAME, or one of configs/model"
         )
-    if task.name == "image_text" and getattr(config, "is_encoder_decoder", False):
+    if task.name == "image_text" and config.is_encoder_decoder:
         raise InputError(
             f"model {name} ({config.model_type}) reads a question in its encoder and writes the "
             "answer in its decoder, and the task image_text has both in one sequence: choose a "
             "decoder that sees images, such as LLaVA or Qwen2.5-VL"
         )
-    decodes = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
+    decodes = getattr(config, "is_decoder", False) or config.is_encoder_decoder
     if task.name == "causal_lm" and type(config) in MODEL_FOR_MASKED_LM_MAPPING and not decodes:
         raise InputError(
             f"model {name} is an encoder ({config.model_type}), whose attention includes the next "

@@ -9,10 +9,11 @@ import re
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Protocol
 
 from transformers import BatchEncoding
 
+from petl.core.types import Arguments
 from petl.data.tasks import TOOLS, Message
 from petl.data.tasks.base import IGNORED
 from petl.data.tasks.chat_template import check_template, within_deadline
@@ -94,7 +95,7 @@ class Chat:
 
     turns: list[Message]
     learned: list[bool]
-    options: dict[str, Any]
+    options: Arguments
 
 
 def unpacked(messages: list[Message]) -> Chat:
@@ -261,7 +262,7 @@ def end_of_turn(tokenizer: ChatTokenizer) -> int | None:
 
 
 def render(
-    tokenizer: ChatTokenizer, messages: list[Message], **options: Any
+    tokenizer: ChatTokenizer, messages: list[Message], **options: object
 ) -> dict[str, list[int]]:
     """Render a conversation with the tokenizer's chat template, as token ids.
 

@@ -10,12 +10,12 @@ with either it attends across texts silently. Methods read the mask, so batches 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from petl.core.types import Arguments
 from petl.data.tasks.base import IGNORED, Pad, Row
 from petl.errors import InputError
 
@@ -88,7 +88,7 @@ def isolate_packed_texts(model: PreTrainedModel) -> None:
 
 
 def by_positions(
-    module: PreTrainedModel, args: tuple[object, ...], kwargs: dict[str, Any]
+    module: PreTrainedModel, args: tuple[object, ...], kwargs: Arguments
 ) -> tuple[tuple[object, ...], dict[str, object]] | None:
     """Forward pre-hook: remove the attention mask of packed batches, except in generation."""
     generates = kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None

@@ -30,7 +30,7 @@ def answers(
     *,
     tokens: int = 128,
     batch_size: int = 16,
-    **generation: Any,
+    **generation: object,
 ) -> DraftAnswers:
     """Let an adapted model answer prompts, and keep its states.
 

@@ -75,7 +75,7 @@ def plain_reason(given: GenerateCall, kwargs: ModelInputs) -> str:
     return refusal(kwargs.get(cache_argument(model)))
 
 
-def plainly(given: GenerateCall, stream: BaseStreamer | None, kwargs: ModelInputs) -> Any:
+def plainly(given: GenerateCall, stream: BaseStreamer | None, kwargs: ModelInputs) -> object:
     """Decode as `generate` does without `custom_generate`."""
     mode = given.config.get_generation_mode()
     method = GENERATION_MODES_MAPPING[mode]

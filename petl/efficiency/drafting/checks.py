@@ -4,14 +4,14 @@ Shapes: L tokens of prompt and answer, T tokens of the answer, V tokens of the v
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from petl.core.model.modes import evaluation_mode
 from petl.core.parameters import max_positions
-from petl.core.types import CausalModel, base_of
+from petl.core.types import CausalModel, Fields, base_of
 from petl.efficiency.drafting import tree
 from petl.efficiency.drafting.cache import cache_argument, compact
 from petl.efficiency.drafting.calls import why_plain
@@ -98,7 +98,7 @@ def check_answer(
     if room < 1:
         raise InputError(f"the prompt has {len(ids)} tokens, and the model {limit} positions")
     prompt = torch.tensor([list(ids)], device=base.device)
-    settings: dict[str, Any] = {
+    settings: Fields = {
         "attention_mask": torch.ones_like(prompt), "max_new_tokens": room, "do_sample": False,
         "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "use_cache": True,
         "pad_token_id": 0,

@@ -34,9 +34,8 @@ from petl.efficiency.drafting.calls import (
     plainly,
 )
 from petl.efficiency.drafting.costs import Costs
-from petl.efficiency.drafting.fields import check_vocabulary
 from petl.efficiency.drafting.passes import DraftPasses
-from petl.efficiency.drafting.registry import Drafter
+from petl.efficiency.drafting.registry import Drafter, check_vocabulary
 from petl.efficiency.drafting.registry import drafter as build
 from petl.efficiency.drafting.rounds import Rounds, Take
 from petl.errors import InputError
@@ -85,7 +84,7 @@ def decode(  # noqa: PLR0913 - its keywords are those of `generate`
     costs: Costs | None = None,
     clock: Callable[[], float] = time.perf_counter,
     switch: bool = True,
-    **model_kwargs: Any,
+    **model_kwargs: object,
 ) -> Any:
     """Generate with drafts: `model.generate(..., custom_generate=decode, drafter=...)`.
 
@@ -296,7 +295,7 @@ class Decoding:
             ended = bool(self.others(ids, scores).all()) or ended
         return ended
 
-    def _result(self) -> Any:
+    def _result(self) -> object:
         ids = self.passes.all_ids(self.tokens)
         if not self.given.config.return_dict_in_generate:
             return ids

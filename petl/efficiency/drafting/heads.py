@@ -10,10 +10,10 @@ from torch.nn.functional import linear, silu
 
 from petl.core.types import Settings
 from petl.efficiency.drafting.ends import Ends
-from petl.efficiency.drafting.fields import check_bool, check_integer
 from petl.efficiency.drafting.prefix import Prefix, prefix_layer
 from petl.efficiency.drafting.registry import Drafter
 from petl.errors import InputError
+from petl.system.values import FREE, integer
 
 EPS = 1e-6  # of the root mean square
 KINDS = ("recurrent", "sequential", "parallel")
@@ -194,11 +194,11 @@ def check_fields(fields: Settings) -> None:
     """Raise InputError for a field of another type or out of range."""
     if fields["kind"] not in KINDS:
         raise InputError(f"kind={fields['kind']!r} is none of {', '.join(KINDS)}")
-    limits = {"heads": (1, MOST), "layers": (1, MOST), "draft_vocab": (1, None), "seed": (0, LAST)}
-    for name, (low, high) in limits.items():
-        check_integer(name, fields[name], low, high)
+    ranges = {**dict.fromkeys(("heads", "layers"), integer(1, MOST)), "draft_vocab": integer(1)}
+    for name, rule in {**ranges, "seed": integer(0, LAST)}.items():
+        rule.check(name, fields[name], int)
     for name in ("prefix", "own_head"):
-        check_bool(name, fields[name])
+        FREE.check(name, fields[name], bool)
     if fields["kind"] == "recurrent" and fields["layers"] > 1:
         raise InputError(
             f"layers={fields['layers']}: the recurrent kind has one cell; set layers=1, or "

@@ -22,9 +22,8 @@ from petl.efficiency.drafting import folder as files
 from petl.efficiency.drafting import tree
 from petl.efficiency.drafting.answers import DraftAnswers
 from petl.efficiency.drafting.costs import TYPICAL
-from petl.efficiency.drafting.frequencies import Frequencies, path_probabilities
-from petl.efficiency.drafting.identity import hash_of_tokenizer, hashes_of
-from petl.efficiency.drafting.learning import LearningHeads
+from petl.efficiency.drafting.folder import hash_of_tokenizer, hashes_of
+from petl.efficiency.drafting.learning import Frequencies, LearningHeads, path_probabilities
 from petl.efficiency.drafting.levels import Levels
 from petl.efficiency.drafting.registry import (
     Draft,

@@ -15,17 +15,18 @@ from transformers import PreTrainedTokenizerBase
 
 from petl.efficiency.drafting import folder as files
 from petl.efficiency.drafting.costs import TYPICAL
-from petl.efficiency.drafting.fields import check_count, check_integer
-from petl.efficiency.drafting.frequencies import Frequencies
+from petl.efficiency.drafting.learning import Frequencies
 from petl.efficiency.drafting.registry import (
     Draft,
     Drafter,
     DrafterConfig,
     PassOutput,
     Root,
+    auto_or_count,
     register,
 )
 from petl.efficiency.drafting.tree import best_count
+from petl.system.values import integer
 
 LONGEST = 15  # drafts of length="auto"
 MOST_NGRAM, MOST_COPIED = 32, 1024  # of `max_ngram` and `length`
@@ -61,9 +62,9 @@ class Lookup(Drafter):
             InputError: a value is out of range.
         """
         super().__init__()
-        check_integer("max_ngram", max_ngram, 1, MOST_NGRAM)
-        check_integer("min_ngram", min_ngram, 1, max_ngram)
-        check_count("length", length, MOST_COPIED)
+        integer(1, MOST_NGRAM).check("max_ngram", max_ngram, int)
+        integer(1, max_ngram).check("min_ngram", min_ngram, int)
+        auto_or_count(MOST_COPIED).check("length", length)
         self.max_ngram, self.min_ngram, self.length = max_ngram, min_ngram, length
         self.frequencies = Frequencies(PRIOR)
         self._clear()

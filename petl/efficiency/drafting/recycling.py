@@ -23,9 +23,8 @@ from petl.efficiency.drafting import folder as files
 from petl.efficiency.drafting import tree
 from petl.efficiency.drafting.answers import DraftAnswers
 from petl.efficiency.drafting.costs import TYPICAL
-from petl.efficiency.drafting.fields import check_bool, check_count, check_integer, vocabulary_of
-from petl.efficiency.drafting.frequencies import Frequencies, path_probabilities
-from petl.efficiency.drafting.identity import hash_of_tokenizer
+from petl.efficiency.drafting.folder import hash_of_tokenizer
+from petl.efficiency.drafting.learning import Frequencies, path_probabilities
 from petl.efficiency.drafting.registry import (
     Draft,
     Drafter,
@@ -33,10 +32,13 @@ from petl.efficiency.drafting.registry import (
     Needs,
     PassOutput,
     Root,
+    auto_or_count,
     register,
+    vocabulary_of,
 )
 from petl.errors import InputError
 from petl.system.files.tensor_file import read_file
+from petl.system.values import FREE, integer
 
 # by rank, seen with SmolLM2-135M on four kinds of text; the start of `Frequencies`
 RANKS = (0.474, 0.083, 0.039, 0.022, 0.015, 0.011, 0.009, 0.007)
@@ -309,12 +311,12 @@ class Recycling(Drafter):
 
 def _check(fields: Settings) -> None:
     """Raise InputError for a field of another type or out of range."""
-    limits = {"k": (1, MOST_RANKS), "depth": (1, DEEPEST), "entries": (1, None), "order": (2, 3)}
-    for name, (low, high) in limits.items():
-        check_integer(name, fields[name], low, high)
-    check_count("nodes", fields["nodes"], MOST_NODES)
+    ranges = {"k": integer(1, MOST_RANKS), "depth": integer(1, DEEPEST), "entries": integer(1)}
+    for name, rule in {**ranges, "order": integer(2, 3)}.items():
+        rule.check(name, fields[name], int)
+    auto_or_count(MOST_NODES).check("nodes", fields["nodes"])
     for name in ("prompt", "keep"):
-        check_bool(name, fields[name])
+        FREE.check(name, fields[name], bool)
 
 
 def most_likely(logits: Tensor, k: int) -> Tensor:

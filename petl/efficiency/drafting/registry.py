@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict, TypeVar, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, TypedDict, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from petl.core.types import CausalModel, Settings
+from petl.core.types import CausalModel, Fields, Settings, base_of
 from petl.efficiency.drafting.costs import Costs
-from petl.errors import UnknownNameError, UnsupportedError, choose, did_you_mean
+from petl.errors import InputError, UnknownNameError, UnsupportedError, choose, did_you_mean
+from petl.system.values import Rule, integer
 
 DrafterClass = TypeVar("DrafterClass", bound=type["Drafter"])
 
@@ -164,7 +165,7 @@ class DrafterConfig(TypedDict):
     """
 
     name: str
-    fields: dict[str, Any]
+    fields: Fields
     vocabulary: int
     hashes: dict[str, str]
     frequencies: list[list[float]]
@@ -288,7 +289,7 @@ def untrained() -> list[str]:
     return sorted(name for name, cls in DRAFTERS.items() if not issubclass(cls, FittedDrafter))
 
 
-def fields_of(name: str) -> dict[str, Any]:
+def fields_of(name: str) -> Fields:
     """Return the fields of a drafter with their defaults.
 
     Raises:
@@ -304,7 +305,7 @@ def fields_of(name: str) -> dict[str, Any]:
     return own
 
 
-def drafter(name: str, *, model: nn.Module | None = None, **fields: Any) -> Drafter:
+def drafter(name: str, *, model: nn.Module | None = None, **fields: object) -> Drafter:
     """Build the drafter `name`.
 
     Args:
@@ -330,3 +331,36 @@ def of_fields(name: str, model: nn.Module | None, fields: Settings) -> Drafter:
             )
     build: Callable[..., Drafter] = DRAFTERS[name]
     return build(model, **fields)
+
+
+# Checks of a drafter's fields and vocabulary, which may be those of somebody else's file
+
+
+def auto_or_count(high: int) -> Rule:
+    """Rule for "auto", or an integer from 1 to `high`."""
+    count = integer(1, high)
+    return Rule(
+        f"auto or {count.words}", lambda v: v == "auto" or (type(v) is int and count.holds(v))
+    )
+
+
+def vocabulary_of(model: nn.Module | None) -> int:
+    """Return the number of tokens of a model.
+
+    Raises:
+        InputError: there is no model.
+    """
+    if model is None:
+        raise InputError(f"model={model}: this drafter needs the model that it drafts for")
+    # not the tokenizer's number: heads are often filled up to a round number of rows
+    return base_of(model).config.get_text_config().vocab_size
+
+
+def check_vocabulary(what: str, size: int, model: nn.Module) -> None:
+    """Raise InputError unless a drafter of a vocabulary of this size, 0: any, fits a model."""
+    own = vocabulary_of(model)
+    if size not in (0, own):
+        raise InputError(
+            f"{what} has a vocabulary of {size} tokens and {type(model).__name__} one of {own}: "
+            "it belongs to another model"
+        )

@@ -46,7 +46,7 @@ class FusedLoraLinear(LoraLinear):
         return linear and type(self.lora_dropout[name]) in (nn.Identity, nn.Dropout)
 
     def _mixed_batch_forward(
-        self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+        self, x: Tensor, *args: object, adapter_names: list[str], **kwargs: object
     ) -> Tensor:
         """Apply one adapter per row: all together if they are plain, else one by one as PEFT."""
         has_arguments = args or any(value is not None for value in kwargs.values())

@@ -42,7 +42,7 @@ class SwitchingLora(SwitchingTuner, LoraModel):
                 convert_module_dicts(module)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:
+    def _enable_peft_forward_hooks(self, *args: object, **kwargs: Any) -> Generator[None]:
         """Register PEFT's hooks for `adapter_names` while all adapters are hidden.
 
         PEFT looks for layers among all modules of the model.

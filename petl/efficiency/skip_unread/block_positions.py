@@ -149,7 +149,7 @@ def _last_blocks(base: nn.Module) -> list[str]:
     ]
 
 
-def _has_form(block: Any, form: Form) -> bool:
+def _has_form(block: nn.Module, form: Form) -> bool:
     # at other than all positions, a block of a decoder with cross-attention, or chunks, would fail
     if getattr(block, "is_decoder", False) or getattr(block, "chunk_size_feed_forward", 0):
         return False
@@ -219,9 +219,9 @@ class Block(SwappedClass):
     def forward(
         self: Any,
         hidden_states: Tensor,
-        *args: Any,
+        *args: object,
         read_positions: Tensor | str | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Any:
         positions = read_positions
         if positions is None or not _has_known_arguments(args, kwargs):
@@ -252,7 +252,7 @@ class _Reading(NamedTuple):
     states: Tensor
 
 
-def _has_known_arguments(args: tuple[Any, ...], kwargs: Arguments) -> bool:
+def _has_known_arguments(args: tuple[object, ...], kwargs: Arguments) -> bool:
     mask = args[0] if args else kwargs.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
         return False

@@ -30,7 +30,7 @@ from petl.core.layers.class_swap import (
     with_signature,
 )
 from petl.core.masks import IGNORED
-from petl.core.types import CausalModel
+from petl.core.types import Arguments, CausalModel
 from petl.efficiency.segment_loss import is_segmented, is_training, refusal_of_loss, signature_of
 from petl.efficiency.skip_unread.block_positions import (
     is_observed,
@@ -93,7 +93,7 @@ class LabelReader(SwappedClass):
     wanted: Tensor | None = None
 
     @classmethod
-    def extra_methods(cls, original: type[Any]) -> dict[str, Any]:
+    def extra_methods(cls, original: type[Any]) -> Arguments:
         """Forward, with the arguments of the model's own."""
         return {"forward": with_signature(cls.forward, original.forward)}
 

@@ -15,7 +15,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 
 from petl.core.layers.context import is_encoder_decoder
 from petl.core.layers.task_rows import ARGUMENT
-from petl.core.types import CausalModel, base_of
+from petl.core.types import Arguments, CausalModel, base_of
 from petl.errors import InputError, UnsupportedError
 
 Batch = Mapping[str, Any]
@@ -35,7 +35,7 @@ class GroupedBatch(NamedTuple):
         rows: N.
     """
 
-    inputs: dict[str, Any]
+    inputs: Arguments
     rows: int
 
 
@@ -72,7 +72,7 @@ def joined(model: CausalModel, batches: Sequence[Batch]) -> GroupedBatch:
     return GroupedBatch(side_by_side, rows)
 
 
-def with_decoder_inputs(model: CausalModel, batch: Batch) -> dict[str, Any]:
+def with_decoder_inputs(model: CausalModel, batch: Batch) -> Arguments:
     """Return the batch without labels; of an encoder-decoder, with the inputs that they make."""
     inputs = {name: value for name, value in batch.items() if name not in LABELS}
     if is_encoder_decoder(model) and "decoder_input_ids" not in inputs and "labels" in batch:
@@ -91,7 +91,7 @@ def rows_of(batch: Batch) -> int:
     return next(len(value) for value in batch.values() if isinstance(value, Tensor))
 
 
-def _joined(name: str, values: Sequence[Any], rows: int, pad: int) -> Any:
+def _joined(name: str, values: Sequence[Any], rows: int, pad: int) -> object:
     first = values[0]
     if not isinstance(first, Tensor):
         if any(value != first for value in values):

@@ -23,14 +23,14 @@ from petl.core.layers.grouped import (
     GroupedModules,
     InputHook,
     RowDropout,
+    Stack,
 )
 from petl.core.layers.layer import AdapterLayer
-from petl.core.layers.stack import Stack
 from petl.core.model.copies import share_weights
 from petl.core.model.structure import layer_drop
 from petl.core.parameters import trainable
 from petl.core.support import Capability, Part, require_compatible
-from petl.core.types import base_of
+from petl.core.types import Arguments, base_of
 from petl.efficiency.frozen.feed import feed_of
 from petl.efficiency.fused_lora.layer import FusedLoraLinear
 from petl.efficiency.rewrite import parts_of
@@ -362,7 +362,7 @@ def attach_captures(lead: nn.Module, members: Sequence[Member]) -> None:
 # The hooks of the members' base models, by which tuners follow a pass
 
 
-def context_of(member: Member, batch: Batch, together: GroupedBatch, k: int) -> dict[str, Any]:
+def context_of(member: Member, batch: Batch, together: GroupedBatch, k: int) -> Arguments:
     """Return the inputs as member k's own hooks shall see them: of its rows, with its labels.
 
     Rows that were added to fill up the batch are masked: statistics over tokens leave them out.

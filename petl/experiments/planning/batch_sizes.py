@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import psutil
 import torch
@@ -19,6 +18,7 @@ from omegaconf import DictConfig
 
 from petl.core.lifecycle import lifecycle
 from petl.core.parameters import trainable
+from petl.core.types import Record
 from petl.data.base import read_from, refuse_stream
 from petl.data.batch_sampler import Buckets, Ints, split_by
 from petl.data.bucketing import bucket_edges, distinct
@@ -74,7 +74,7 @@ def bytes_of(text: str) -> int:
     return round(amount)
 
 
-def find(cfg: DictConfig, memory: int | None = None) -> dict[str, Any]:
+def find(cfg: DictConfig, memory: int | None = None) -> Record:
     """Find the length buckets and batch sizes of a run; return them as plain values for YAML.
 
     Keys: `processes`; `memory` (bytes per process, of which `MEMORY_FRACTION` was used);

@@ -1,10 +1,10 @@
 """Estimate how much padding length buckets save on the training data of a configuration."""
 
 from dataclasses import replace
-from typing import Any
 
 from omegaconf import DictConfig
 
+from petl.core.types import Record
 from petl.data.base import as_dataset, read_data
 from petl.data.batch_sampler import Ints, chunks, padding_fraction, permutation
 from petl.data.models.loading import load_processor
@@ -14,7 +14,7 @@ from petl.training.runs.settings import TrainConfig, read_train
 STREAM_ROWS = 10_000  # rows of a stream that are read (assumption: their lengths represent it)
 
 
-def estimate(cfg: DictConfig) -> dict[str, Any]:
+def estimate(cfg: DictConfig) -> Record:
     """Return `describe` for the training data of a configuration, truncated as in training.
 
     Raises:
@@ -26,7 +26,7 @@ def estimate(cfg: DictConfig) -> dict[str, Any]:
     return describe(row_lengths(data.task, rows), settings)
 
 
-def describe(lengths: Ints, settings: TrainConfig) -> dict[str, Any]:
+def describe(lengths: Ints, settings: TrainConfig) -> Record:
     """Describe the length buckets of rows of these lengths, as plain values for YAML.
 
     Keys: `rows`; `tokens`; `edges` (for `BucketBatchSampler`); `buckets` (for each its longest row

@@ -131,7 +131,7 @@ def statistics(name: str, task: Task, processor: Any, raw: Dataset, encoded: Dat
     )
 
 
-def quantiles(values: Any, *, integer: bool = False) -> list[Any]:
+def quantiles(values: object, *, integer: bool = False) -> list[Any]:
     """Return the `QUANTILES` of values, each one of the values itself."""
     # "higher": lengths that occur, not interpolated ones
     result = np.quantile(np.asarray(values), QUANTILES, method="higher").tolist()

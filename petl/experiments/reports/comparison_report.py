@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 def write_page(
     comparisons: Sequence[Comparison],
     folder: Path,
-    learning_rates: Mapping[str, Any] | None = None,
+    learning_rates: Mapping[str, object] | None = None,
     answers: Differences | None = None,
 ) -> list[Path]:
     """Write index.html, results.md and the charts as SVG files; return the files.
@@ -75,7 +75,9 @@ def title_of(comparison: Comparison) -> str:
     return f"{comparison.topic}{examples} on {', '.join(models)}"
 
 
-def tables_of(comparison: Comparison, learning_rates: Mapping[str, Any] | None) -> dict[str, Table]:
+def tables_of(
+    comparison: Comparison, learning_rates: Mapping[str, object] | None
+) -> dict[str, Table]:
     """Return the tables of a section by heading."""
     tables = {"Results": results(comparison), "Each seed": each_seed(comparison)}
     if learning_rates:

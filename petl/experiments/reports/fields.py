@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Literal, Union, get_args, get_origin
 
 from peft import PeftConfig
 
@@ -49,7 +49,7 @@ class Field:
         return f"{self.meaning[: end.start()]} [...]"
 
 
-def fields_of(name: str, preset: Mapping[str, Any]) -> list[Field]:
+def fields_of(name: str, preset: Mapping[str, object]) -> list[Field]:
     """Return the fields of a method or loss that a user can set, in the order of its config.
 
     Args:
@@ -91,9 +91,9 @@ def describe_inner_fields(entry: Method) -> str:
 def _describe(
     config_cls: type,
     field: dataclasses.Field,
-    annotation: Any,
-    defaults: Mapping[str, Any],
-    preset: Mapping[str, Any],
+    annotation: object,
+    defaults: Mapping[str, object],
+    preset: Mapping[str, object],
 ) -> Field:
     default = defaults.get(field.name, _default(field))
     value = preset.get(field.name, default)
@@ -106,13 +106,13 @@ def _describe(
     )
 
 
-def _default(field: dataclasses.Field) -> Any:
+def _default(field: dataclasses.Field) -> object:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return None if field.default is dataclasses.MISSING else field.default
 
 
-def _type_name(annotation: Any) -> str:
+def _type_name(annotation: object) -> str:
     """Format an annotation: "list[str] | null"; short literals by their values."""
     if get_origin(annotation) in (Union, UnionType):
         # sorted, null last: typing caches equal unions, so their order depends on the imports

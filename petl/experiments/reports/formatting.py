@@ -22,7 +22,7 @@ from petl.system.output import results
 LEVEL = 0.95  # of intervals
 
 
-def as_yaml(value: Any) -> str:
+def as_yaml(value: object) -> str:
     """Format a value in the syntax of `method.FIELD=VALUE`."""
     try:
         plain = sorted(value) if isinstance(value, set) else value

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from pkgutil import resolve_name
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
@@ -22,16 +23,18 @@ from xml.sax.saxutils import escape
 from jinja2 import Environment, FileSystemLoader
 
 from petl.core.model.heat_map import cell_text
+from petl.core.types import Arguments
 from petl.errors import printable
 from petl.experiments.reports.formatting import number
 from petl.system.files.disk import open_inside
-from petl.training.features.bars import BAR_COLORS, Bars, add_bars
 from petl.training.features.section import Curve, Lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+
+    from petl.training.features.bars import Bars
 
 ASSETS = Path(__file__).with_name("assets")
 
@@ -102,7 +105,7 @@ def embed_png(file: Path) -> str:
 WIDTH, HEIGHT = 4.9, 3.1  # inches; 4.9 in are 470 CSS pixels, so a 500 px window does not shrink it
 INK = "#222222"  # replaced by currentColor in the SVG, so that text follows the page's dark mode
 # Okabe and Ito's palette, readable for color-blind people; dashes tell curves apart in grayscale
-COLORS = BAR_COLORS
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 DASHES = ("-", "--", ":", "-.")
 SPOT = 16  # points, the side of the mark of a point
 MOST_MARKS = 150  # places of a chart that show their values under the pointer
@@ -121,11 +124,11 @@ class Point(NamedTuple):
     spread: float
 
 
-def chart(data: Lines | Bars) -> str:
+def chart(data: "Lines | Bars") -> str:
     """Draw a chart of a section; return an SVG element."""
-    if isinstance(data, Bars):
-        return column_chart(data)
-    return line_chart(data.curves, data.title, x=data.x, y=data.y, marked=data.marked)
+    if isinstance(data, Lines):
+        return line_chart(data.curves, data.title, x=data.x, y=data.y, marked=data.marked)
+    return column_chart(data)
 
 
 def line_chart(
@@ -249,11 +252,11 @@ class Mark(NamedTuple):
     text: str
 
 
-def column_chart(chart: Bars) -> str:
+def column_chart(chart: "Bars") -> str:
     """Draw bars side by side, each with its text under the pointer; return an SVG element."""
     with _figure(HEIGHT) as figure:
         axes = figure.add_subplot()
-        has_legend = add_bars(axes, chart, COLORS)
+        has_legend = resolve_name("petl.training.features.bars:add_bars")(axes, chart, COLORS)
         names = axes.xaxis.get_major_formatter()  # of the bars, not the numbers of their places
         _finish(axes, chart.title, chart.x, chart.y, None)
         axes.xaxis.set_major_formatter(names)
@@ -262,7 +265,7 @@ def column_chart(chart: Bars) -> str:
         return _svg(figure, chart.title, lambda: _bar_marks(axes, chart))
 
 
-def _bar_marks(axes: "Axes", chart: Bars) -> list[Mark]:
+def _bar_marks(axes: "Axes", chart: "Bars") -> list[Mark]:
     """One mark for each bar, as high as the chart."""
     frame = axes.bbox
     ends = [axes.transData.transform((i - 0.5, 0))[0] for i in range(len(chart.bars) + 1)]
@@ -313,7 +316,7 @@ def cost_legend(names: Sequence[str]) -> str:
         return _svg(figure, "legend")
 
 
-def _marker(i: int) -> dict[str, Any]:
+def _marker(i: int) -> Arguments:
     """Marker and color of the i-th point of `cost_chart`."""
     return {"marker": MARKERS[i % len(MARKERS)], "color": f"C{i % 10}", "markersize": 7}
 

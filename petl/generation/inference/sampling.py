@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from threading import Event
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation import BaseStreamer
 
+from petl.core.types import Arguments
 from petl.errors import InputError
 
 MAX_NEW_TOKENS = 512  # the default, where a model's generation config has none
@@ -60,7 +60,7 @@ class Sampling:
         if not all(self.stop):
             raise InputError(f"stop={[*self.stop]} has an empty text, at which every answer ends")
 
-    def arguments(self, defaults: GenerationConfig) -> dict[str, Any]:
+    def arguments(self, defaults: GenerationConfig) -> Arguments:
         """The arguments of `generate` for a model with these `defaults`."""
         names = ("temperature", "top_p", "top_k")
         chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from petl.core.masks import positions_in
 from petl.core.parameters import max_positions
 from petl.core.serving.mixed_batch import AdapterRows
-from petl.core.types import CausalModel
+from petl.core.types import Arguments, CausalModel
 from petl.data.tasks.base import pad_id
 from petl.data.tasks.image_text.prompt import ImagePrompt
 from petl.efficiency.drafting import tree
@@ -130,7 +130,7 @@ class BatchPasses:
             names: the adapter of each row.
             more: other inputs.
         """
-        inputs: dict[str, Any] = {
+        inputs: Arguments = {
             "input_ids": ids,
             "attention_mask": mask,
             self.cache_argument: cache,

@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from peft import PeftConfig
+
 from petl.core.compat import has_boft_kernel
 from petl.core.spec.config import require
 from petl.errors import InputError
@@ -15,7 +17,7 @@ from petl.errors import InputError
 Shapes = Mapping[str, tuple[int, int]]
 
 
-def at_least(config: Any, minimum: int, *names: str) -> None:
+def at_least(config: PeftConfig, minimum: int, *names: str) -> None:
     """Raise unless the fields `names` are integers of at least `minimum`."""
     for name in names:
         value = getattr(config, name)
@@ -23,20 +25,20 @@ def at_least(config: Any, minimum: int, *names: str) -> None:
         require(valid, f"{name}={value} is not an integer of at least {minimum}")
 
 
-def above_zero(config: Any, name: str, reason: str) -> None:
+def above_zero(config: PeftConfig, name: str, reason: str) -> None:
     """Raise unless the field `name` is above 0."""
     value = getattr(config, name)
     require(value > 0, f"{name}={value} is not above 0: {reason}")
 
 
-def one_of(config: Any, name: str, *choices: str) -> None:
+def one_of(config: PeftConfig, name: str, *choices: str) -> None:
     """Raise if the field `name` is a string that is not in `choices`."""
     value = getattr(config, name)
     known = not isinstance(value, str) or value in choices  # bools are always allowed
     require(known, f"{name}={value} is not one of true, false, {', '.join(choices)}")
 
 
-def divides(config: Any, name: str, widths: Mapping[str, int], minimum: int = 1) -> None:
+def divides(config: PeftConfig, name: str, widths: Mapping[str, int], minimum: int = 1) -> None:
     """Raise unless the field `name` divides all `widths`; the message has the nearest valid value.
 
     Args:
@@ -165,7 +167,7 @@ def check_vblora(config: Any) -> None:
     require(std >= 0, f"init_logits_std={std} is below 0")
 
 
-def fit_vblora(config: Any, shapes: Shapes) -> None:
+def fit_vblora(config: PeftConfig, shapes: Shapes) -> None:
     """Check that vectors divide both widths."""
     divides(config, "vector_length", input_widths(shapes) | output_widths(shapes))
 
@@ -181,7 +183,7 @@ def check_shira(config: Any) -> None:
     require(mask == "random", f"mask_type={mask} is not random, the only mask that has a name")
 
 
-def check_miss(config: Any) -> None:
+def check_miss(config: PeftConfig) -> None:
     """Check the initialization and `mini_r`."""
     one_of(config, "init_weights", "bat", "mini")
     at_least(config, 1, "mini_r")

@@ -50,13 +50,13 @@ class QuantizedHead(ModulesToSaveWrapper):
 
     # The tuner writes these weights as codes, so PEFT must not write or expect them.
 
-    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> Any:
+    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> object:
         """The entries to save; none for a quantized head."""
         if adapter_name in self.low_bit:
             return {}
         return super().adapter_state_dict(adapter_name, state_dict)
 
-    def adapter_state_dict_load_map(self, adapter_name: str) -> Any:
+    def adapter_state_dict_load_map(self, adapter_name: str) -> object:
         """The entries to load; none for a quantized head."""
         if adapter_name in self.low_bit:
             return {}

@@ -23,6 +23,7 @@ from petl.core.method import (
 from petl.core.model.heat_map import HeatMap, means
 from petl.core.register import register
 from petl.core.support import Capability, reason_of
+from petl.core.types import Fields
 from petl.errors import InputError, UnsupportedError
 from petl.methods.binary.config import (
     DEFAULT_INNER,
@@ -71,7 +72,7 @@ class Binary(Outer):
     needs_tuner = "it decodes the codes in its files"
     refused, purpose, first_inner = UNSUPPORTED_INNER, "quantized", DEFAULT_INNER
 
-    def facts_over(self, inner: Method[Any, Any]) -> dict[str, Any]:
+    def facts_over(self, inner: Method[Any, Any]) -> Fields:
         """Return the facts that differ from this inner method's."""
 
         def lora_reason(config: Any) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from petl.core.layers.class_swap import SwappedClass, swap_class
 from petl.core.layers.context import ForwardContext, num_processes
 from petl.core.layers.layer import HALF
+from petl.core.types import Arguments, Record
 from petl.errors import InputError
 from petl.ops.quantize import decode, decode_latent, encode, packed_bytes, quantize, quantize_each
 
@@ -57,11 +58,11 @@ class Quantizer:
         self._reentrant = False  # whether reentrant checkpointing was noticed in this forward
         self._warned = False
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Record:
         """State for copies and pickles, without the cache, whose values have a graph."""
         return {**self.__dict__, "depth": 0, "_cache": {False: {}, True: {}}}
 
-    def begin(self, model: nn.Module, args: Any) -> None:
+    def begin(self, model: nn.Module, args: object) -> None:
         """Forward pre-hook of the base model: quantize all weights for a training forward."""
         if torch.compiler.is_compiling():
             return
@@ -193,7 +194,7 @@ class QuantizedOwner(SwappedClass, nn.Module):
         return f"Quantized{original.__name__}"
 
     @classmethod
-    def extra_methods(cls, original: type) -> dict[str, Any]:
+    def extra_methods(cls, original: type) -> Arguments:
         """The computing methods of `original`, wrapped to read quantized weights."""
         return {name: _computing(name) for name in COMPUTING if hasattr(original, name)}
 
@@ -204,7 +205,7 @@ class QuantizedOwner(SwappedClass, nn.Module):
         return super().__getattr__(name)
 
 
-def _computing(name: str) -> Callable[..., Any]:
+def _computing(name: str) -> Callable[..., object]:
     """Wrap the method `name` of the next class so that it reads quantized weights."""
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:

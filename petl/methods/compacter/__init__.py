@@ -31,6 +31,7 @@ from petl.core.model.heat_map import HeatMap
 from petl.core.register import register
 from petl.core.spec.config import config_field, require
 from petl.core.support import Capability
+from petl.core.types import Fields
 from petl.errors import InputError
 from petl.methods.compacter.kronecker import times_factored, times_full
 from petl.methods.families.sublayers import (
@@ -108,7 +109,7 @@ class CompacterConfig(SubLayerConfig):
         choices=("glorot-uniform", "glorot-normal", "normal"),
     )
 
-    def sized(self, size: int) -> dict[str, Any]:
+    def sized(self, size: int) -> Fields:
         """Fields for rank `size`: `phm_rank`, and a bottleneck of at least `phm_dim * size`.
 
         A narrower bottleneck would bound the rank of the projections and leave factors unused.

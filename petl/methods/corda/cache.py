@@ -83,7 +83,7 @@ class Cache:
         return found[0] if found else None
 
     @contextmanager
-    def writing(self, key: Key, shapes: Mapping[str, Tensor], notes: Any) -> Generator[Write]:
+    def writing(self, key: Key, shapes: Mapping[str, Tensor], notes: object) -> Generator[Write]:
         """Write a new file atomically: yields a function that appends the next tensor.
 
         Args:
@@ -165,7 +165,7 @@ def header(shapes: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
 # Hashes of the inputs
 
 
-def hash_of_batches(batches: Iterable[Mapping[str, Any]]) -> str:
+def hash_of_batches(batches: Iterable[Mapping[str, object]]) -> str:
     """SHA-256 of the names and values in all batches."""
     digest = hashlib.sha256()
     for batch in batches:

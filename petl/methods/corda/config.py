@@ -11,6 +11,7 @@ from peft.utils import PeftType
 from petl.core.compat import get_pattern_key
 from petl.core.spec.checks import rank_of
 from petl.core.spec.config import config_field, require
+from petl.core.types import Record
 from petl.system.values import check_rules
 
 PEFT_TYPE = "PETL_CORDA"
@@ -123,7 +124,7 @@ class CordaConfig(LoraConfig):
         alpha = alphas.get(get_pattern_key(list(alphas), key), self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Fields of the plain LoRA that is saved: twice the rank, with the same scaling."""
         values = super().to_dict()
         for field in fields(CordaConfig):

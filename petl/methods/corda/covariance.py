@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petl.core.calibrate import run_over
 from petl.core.layers.context import is_encoder_decoder
 from petl.core.layers.layer import shape_of
 from petl.core.masks import Tokens, tokens_of
+from petl.core.model.modes import run_over
 from petl.core.types import Calibration
 from petl.methods.corda.oriented import DampedInverse
 from petl.system import collectives as distributed
@@ -115,7 +115,7 @@ class PaddingMasks:
         self.rows = 1 if first is None else len(first)
         self.tokens = tokens_of(named, has_decoder=bool(self.in_decoder))
 
-    def note_encoded(self, encoder: nn.Module, args: Any, output: Any) -> None:
+    def note_encoded(self, encoder: nn.Module, args: object, output: Any) -> None:
         """Forward hook of the encoder: store its output, which cross-attention reads."""
         states = output[0] if not isinstance(output, Tensor) else output
         # weak: the encoder's output must not outlive the pass
@@ -183,7 +183,7 @@ def collect(
     first, step = distributed.number(), distributed.num_processes()
 
     def hook_of(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        def hook(module: nn.Module, args: object, kwargs: Mapping[str, object]) -> None:
             x, mask = tokens.samples(module, first_input(args, kwargs))
             x = scaled(x, mask, norm).to(torch.promote_types(dtype, torch.float32))
             # global sample numbers, so that rounds do not depend on the number of processes
@@ -219,7 +219,7 @@ def leaders(model: nn.Module, layers: Mapping[str, nn.Module], data: Calibration
     alive: list[tuple[int, weakref.ref[Tensor]]] = []
 
     def hook_of(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        def hook(module: nn.Module, args: object, kwargs: Mapping[str, object]) -> None:
             x = first_input(args, kwargs)
             number = next((n for n, reference in alive if reference() is x), None)
             if number is None:

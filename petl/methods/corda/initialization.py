@@ -3,7 +3,7 @@
 import heapq
 import logging
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -98,7 +98,7 @@ def targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
     return found
 
 
-def is_quantized(weight: Any) -> bool:
+def is_quantized(weight: object) -> bool:
     """True if a weight is stored as codes, not as floating-point numbers."""
     is_float = isinstance(weight, Tensor) and weight.is_floating_point()
     # torchao's quantized weights are tensor subclasses that report a floating-point dtype

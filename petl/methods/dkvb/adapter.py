@@ -1,7 +1,5 @@
 """Keys and values of one head."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -51,7 +49,7 @@ class DkvbAdapter(Adapter):
         self.collected: list[Tensor] | None = None
         self.has_keys = False
 
-    def check_saved(self, tensors: Any) -> None:
+    def check_saved(self, tensors: object) -> None:
         """Note that the keys of a file come from a key phase."""
         self.has_keys = True
 
@@ -101,6 +99,6 @@ class DkvbAdapter(Adapter):
             out = out.unsqueeze(-2).expand_as(y)
         return out.to(y.dtype)
 
-    def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def with_base(self, x: Tensor, base: nn.Module, *args: object, **kwargs: object) -> Tensor:
         """Return the logits [..., O]; the head itself is not computed."""
         return self.logits(x).to(x.dtype)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -11,6 +11,7 @@ from petl.core.layers.context import is_encoder_decoder
 from petl.core.model.linear import LINEAR_KINDS
 from petl.core.model.structure import stacks
 from petl.core.spec.config import MethodConfig, config_field, require
+from petl.core.types import Fields, Record
 from petl.errors import InputError, ModuleKindError
 
 HEADS = ("classifier", "score", "head")
@@ -114,11 +115,11 @@ class DkvbConfig(MethodConfig):
         """Return v for this number of classes."""
         return classes if self.decoder == "sum" else self.value_dim or VALUE_DIM
 
-    def sized(self, size: int) -> dict[str, Any]:
+    def sized(self, size: int) -> Fields:
         """Return the fields for `size` pairs."""
         return {"pairs": size}
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Return the fields as JSON types, without the names that are there for PEFT only."""
         fields = super().to_dict()
         return {**fields, "modules_to_save": without_head_names(self.modules_to_save) or None}

@@ -10,7 +10,6 @@ from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
 
-from petl.core.calibrate import calibration_pass, forward
 from petl.core.masks import without_padding
 from petl.core.method import (
     AdapterSet,
@@ -23,6 +22,7 @@ from petl.core.method import (
     linear_target,
 )
 from petl.core.model.heat_map import HeatMap
+from petl.core.model.modes import calibration_pass, forward
 from petl.core.model.targets import matched_names
 from petl.core.register import register
 from petl.core.registry import no_calibration
@@ -39,9 +39,8 @@ from petl.methods.dkvb.config import (
     head_of,
     without_head_names,
 )
-from petl.methods.dkvb.keys import Keys, nearest, start_keys, use_of
+from petl.methods.dkvb.keys import Keys, MeanCapture, nearest, start_keys, use_of
 from petl.methods.dkvb.optimizer import ADAM_LR, SGD_LR, check_optimizer, make_optimizer
-from petl.methods.dkvb.pooling import MeanCapture
 from petl.system.collectives import gathered
 
 Training = TrainContext[DkvbConfig, DkvbAdapter]
@@ -274,7 +273,8 @@ def _collected(
                 for batch in islice(iter(calibration), limit):
                     adapter.collected = []
                     forward(tuner.model, {k: v for k, v in batch.items() if k != "labels"})
-                    found = torch.cat(adapter.collected or [adapter.pieces(_nothing(adapter))])
+                    no_rows = adapter.keys.new_empty(0, adapter.shape.in_features)
+                    found = torch.cat(adapter.collected or [adapter.pieces(no_rows)])
                     # pieces of one token in a row, as without_padding takes them
                     tokens = without_padding(found.flatten(1), batch.get("attention_mask"))
                     batches.append(tokens.unflatten(1, found.shape[1:]).cpu())
@@ -282,8 +282,3 @@ def _collected(
         adapter.collected = None
         tuner.set_adapter(active)
     return batches
-
-
-def _nothing(adapter: DkvbAdapter) -> Tensor:
-    """Return an input of the head without rows."""
-    return adapter.keys.new_empty(0, adapter.shape.in_features)

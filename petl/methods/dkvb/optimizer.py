@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Optimizer
 
+from petl.core.types import Group
 from petl.errors import InputError
 
 SGD_LR, ADAM_LR = 0.3, 1e-2
@@ -49,7 +50,7 @@ class SparseAdam(Optimizer):
                     self._update(parameter, parameter.grad, group)
         return loss
 
-    def _update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameter: nn.Parameter, gradient: Tensor, group: Group) -> None:
         state, (first, second) = self.state[parameter], group["betas"]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU, as in torch's Adam
@@ -66,7 +67,7 @@ class SparseAdam(Optimizer):
         parameter.copy_(torch.where(has_gradient, parameter - update, parameter))
 
 
-def make_optimizer(name: str, groups: list[dict[str, Any]]) -> Optimizer:
+def make_optimizer(name: str, groups: list[Group]) -> Optimizer:
     """Return the optimizer `name` of a config over these groups, without momentum and decay."""
     kept = ("params", "lr", "initial_lr")
     own = [{key: value for key, value in group.items() if key in kept} for group in groups]

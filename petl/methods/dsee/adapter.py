@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from petl.core.layers.layer import LayerInfo, LayerShape
+from petl.core.types import Record
 from petl.errors import InputError, UnsupportedError
 from petl.methods.dsee.entries import (
     Frozen,
@@ -105,17 +106,17 @@ class DseeAdapter(RewritingAdapter):
             check_index(f"{key}: indices", tensors["indices"], self.size, unique=True)
         check_mask(f"{key}: mask", tensors["mask"], self.size)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.is_empty = False
         self._count()
 
-    def _apply(self, *args: Any, **kwargs: Any) -> "DseeAdapter":
+    def _apply(self, *args: object, **kwargs: object) -> "DseeAdapter":
         super()._apply(*args, **kwargs)
         self.forget()
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Record:
         return {**self.__dict__, "_masked": None}
 
     def combination_refusal(self) -> str | None:
@@ -163,7 +164,7 @@ class DseeAdapter(RewritingAdapter):
         update = self.update
         return y if update is None else add_update(y, x, update)
 
-    def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def with_base(self, x: Tensor, base: nn.Module, *args: object, **kwargs: object) -> Tensor:
         if not (self.pruned or self.is_target):
             return base(x, *args, **kwargs)
         is_plain = not (args or kwargs) and is_frozen_linear(base, WEIGHT_TYPES)
@@ -192,7 +193,7 @@ class DseeAdapter(RewritingAdapter):
                 self._masked = key, masked_weight(weight, self.mask).to(dtype)
         return self._masked[1]
 
-    def _called(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def _called(self, x: Tensor, base: nn.Module, *args: object, **kwargs: object) -> Tensor:
         """Call the base layer, whose hooks run, with m W in place of its weight; add the update."""
         if not self.pruned:
             return self(x, base(x, *args, **kwargs))

@@ -1,5 +1,9 @@
 """Masks of a file: checks of their bits."""
 
+import itertools
+from typing import Any
+from weakref import WeakValueDictionary
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,3 +34,23 @@ def check_mask(name: str, packed: Tensor, entries: int, pruned: int | None = Non
     found = entries - int(bits[:entries].sum())
     if pruned is not None and found != pruned:
         raise InputError(f"{name} prunes {found} of {entries} entries, and num_pruned is {pruned}")
+
+
+# Numbers for adapters: a custom operator takes tensors and numbers only, and no modules
+
+
+# weak: the registry must not keep deleted models alive
+_ADAPTERS: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def register_adapter(adapter: object) -> int:
+    """Register an adapter, weakly referenced, and return its number."""
+    number = next(_numbers)
+    _ADAPTERS[number] = adapter
+    return number
+
+
+def adapter_of(number: int) -> Any:
+    """Return the adapter with this number."""
+    return _ADAPTERS[number]

@@ -22,6 +22,7 @@ from petl.core.registry import METHODS, method
 from petl.core.spec.config import check_values, require_effect
 from petl.core.support import Capability
 from petl.core.tuners.adapter import AdapterTuner
+from petl.core.types import Arguments, Fields
 from petl.efficiency.fused_lora.switching import SwitchingLora
 from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.system.values import check_rules
@@ -74,7 +75,7 @@ class OuterConfig(PeftConfig):
         return _config_without_state, (self.method, self.inner), self.__getstate__()
 
 
-def _config_without_state(name: str, inner: str | None) -> Any:
+def _config_without_state(name: str, inner: str | None) -> object:
     """Return a config, which pickle and copy then fill in."""
     cls: Any = METHODS[name].variant({"inner": inner}).config_cls
     return object.__new__(cls)
@@ -99,7 +100,7 @@ class Outer(Method[Any, Any]):
     alone: ClassVar[Method[Any, Any] | None] = None
     needs_tuner = "the tuner has what its layers share"
 
-    def variant(self, fields: Mapping[str, Any]) -> Method[Any, Any]:
+    def variant(self, fields: Mapping[str, object]) -> Method[Any, Any]:
         """Return the method for the inner one in these fields, with its fields and capabilities.
 
         Raises:
@@ -116,7 +117,7 @@ class Outer(Method[Any, Any]):
             )
         return _variant(METHODS[self.name], entry, inner)
 
-    def facts_over(self, inner: Method[Any, Any]) -> dict[str, Any]:
+    def facts_over(self, inner: Method[Any, Any]) -> Fields:
         """Return facts that differ from this inner method's; of `lacks` the rows that do."""
         raise NotImplementedError(f"{self.name} over {inner.name}")
 
@@ -158,7 +159,7 @@ def _variant(outer: Any, entry: Method[Any, Any], inner: str | None) -> Method[A
 
 
 def _config_over(
-    outer: type[Any], name: str, config_cls: type[Any], defaults: Mapping[str, Any]
+    outer: type[Any], name: str, config_cls: type[Any], defaults: Mapping[str, object]
 ) -> type[Any]:
     """Generate the subclass `<outer>_<name>` of the outer and of the inner method's config.
 
@@ -169,7 +170,7 @@ def _config_over(
         defaults: fields of either that get another default.
     """
     inherited = {f.name: f for f in (*fields(config_cls), *fields(outer))}
-    namespace: dict[str, Any] = {
+    namespace: Arguments = {
         "__module__": outer.__module__,
         "__doc__": outer.__doc__,
         "__annotations__": {name: inherited[name].type for name in defaults},
@@ -199,7 +200,7 @@ def _without_unknown_fields(init: Callable[..., None]) -> Callable[..., None]:
     """
 
     @wraps(init)
-    def filtered(self: Any, *args: Any, **given: Any) -> None:
+    def filtered(self: Any, *args: object, **given: object) -> None:
         unknown = _unknown_fields(type(self), given)
         if unknown:
             warnings.warn(

@@ -37,8 +37,7 @@ from petl.core.model.structure import (
     norm_names,
 )
 from petl.core.model.targets import matched_names, resolve_targets
-from petl.core.serving.mixed_batch import BatchedAdapter
-from petl.core.serving.stacked_adapter import stacked
+from petl.core.serving.mixed_batch import BatchedAdapter, stacked
 from petl.core.spec.checks import check_rank, rank_of
 from petl.core.spec.config import MethodConfig, config_field, require
 from petl.errors import InputError, UnknownNameError, did_you_mean
@@ -332,15 +331,11 @@ def targets_with_streams(c: WrapContext[Any], stream: Callable[[str], str]) -> l
     for path in matched_names(config, model):
         width = blocks_of.get(path, whole.get(path))
         is_block = path in blocks_of
-        target = linear_target(c, path) if width is None else Target(path, _square(width))
+        target = linear_target(c, path) if width is None else Target(path, LayerShape(width, width))
         name = "" if is_block else stream(path)  # a block's own input is the residual stream
         source = _source(c, target, known.get(path), name) if name else ""
         found.append(replace(target, source=source, is_block=is_block))
     return found
-
-
-def _square(width: int) -> LayerShape:
-    return LayerShape(width, width)
 
 
 @torch.no_grad()

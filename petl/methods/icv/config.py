@@ -9,6 +9,7 @@ from torch import nn
 from petl.core.layers.context import is_encoder_decoder
 from petl.core.model.structure import find_sublayers, stacks_of
 from petl.core.spec.config import MethodConfig, blocks_field, config_field, require
+from petl.core.types import Fields, Record
 from petl.errors import InputError, UnsupportedError
 
 AUTO = "auto"
@@ -96,10 +97,10 @@ class IcvConfig(MethodConfig):
             "strength=0 with train=True leaves the vectors without a gradient; choose another",
         )
 
-    def check_shapes(self, shapes: Any) -> None:
+    def check_shapes(self, shapes: object) -> None:
         """Accept all shapes: there is no rank."""
 
-    def sized(self, size: int) -> dict[str, Any]:
+    def sized(self, size: int) -> Fields:
         """Raise InputError: the size is that of the model."""
         raise InputError(
             f"method 'icv' has one vector per block, so no size to choose: leave "
@@ -111,7 +112,7 @@ class IcvConfig(MethodConfig):
         """True if the vectors can train from zero."""
         return self.train and self.scale == "plain" and not self.keep_norm
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Return the fields to save, without those of the run that computed the vectors."""
         return {**super().to_dict(), "calibration_data": None}
 

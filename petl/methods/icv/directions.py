@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from petl.core.calibrate import calibration_pass
 from petl.core.masks import positions_in
+from petl.core.model.modes import calibration_pass
 from petl.core.model.structure import blocks
 from petl.core.spec.config import require
+from petl.core.types import Arguments
 from petl.errors import InputError
 from petl.methods.icv.config import IcvConfig
 from petl.methods.icv.steering import direction
@@ -25,7 +26,7 @@ KEYS = tuple(
 )
 
 
-def directions(model: nn.Module, config: IcvConfig, batches: Iterable[Any]) -> Tensor:
+def directions(model: nn.Module, config: IcvConfig, batches: Iterable[object]) -> Tensor:
     """Return v of all blocks, [L, H] float32 on the CPU, the same on all processes.
 
     Args:
@@ -76,7 +77,7 @@ def differences(model: nn.Module, batches: Iterable[Any], given: str | None = No
     return torch.cat(found[1:]) if found[1:] else found[0]
 
 
-def _check_batch(batch: Any) -> None:
+def _check_batch(batch: object) -> None:
     """Raise InputError unless a batch has the four tensors, of as many rows each."""
     given = batch if isinstance(batch, Mapping) else {}
     missing = [key for key in KEYS if not isinstance(given.get(key), Tensor)]
@@ -120,7 +121,7 @@ def last_states(
     device = next(model.parameters()).device
     mask = (attention_mask != 0).long().to(device)
     last = (mask * torch.arange(mask.shape[1], device=device)).argmax(1)
-    options: dict[str, Any] = {"use_cache": False}
+    options: Arguments = {"use_cache": False}
     if not mask[:, 0].all():
         # padded on the left: from the first token; else as the model counts, from 2 in RoBERTa
         options["position_ids"] = positions_in(mask)

@@ -211,7 +211,7 @@ def set_vectors(model: PeftModel, directions: Tensor, adapter_name: str | None =
 
 
 def calibrate(
-    model: PeftModel, calibration: Iterable[Any], adapter_name: str | None = None
+    model: PeftModel, calibration: Iterable[object], adapter_name: str | None = None
 ) -> None:
     """Compute the vectors of an adapter from other demonstrations, or of one that was just added.
 

@@ -12,7 +12,6 @@ from petl.methods.increlora.components import Pull, first_components
 from petl.methods.increlora.config import IncreloraConfig
 from petl.methods.increlora.grouped import GroupedIncrelora
 from petl.methods.increlora.importance import watch
-from petl.methods.increlora.orthogonality import gram_distances
 from petl.ops.low_rank import add_low_rank, linear_with_low_rank
 
 STD = 0.02  # initial standard deviation of A and B, as in the authors' code
@@ -171,7 +170,7 @@ class IncreloraAdapter(Adapter):
             return self.factors()
         return self.components(self.num_trained, self.penalty_gradients())
 
-    def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def with_base(self, x: Tensor, base: nn.Module, *args: object, **kwargs: object) -> Tensor:
         scores_dropped_input = self.is_scored and self.drop_rate > 0  # needs the dropout's output
         if args or kwargs or scores_dropped_input:
             return self(x, base(x, *args, **kwargs))
@@ -195,7 +194,7 @@ class IncreloraAdapter(Adapter):
 
     @classmethod
     def grouped(
-        cls, adapters: Sequence[Any], base_layer: nn.Module, generators: Any, captured: Any
+        cls, adapters: Sequence[Any], base_layer: nn.Module, generators: Any, captured: object
     ) -> nn.Module:
         """The layer that trains several adapters in one pass, with the scores of each."""
         return GroupedIncrelora(base_layer, generators, adapters)
@@ -249,8 +248,40 @@ class IncreloraAdapter(Adapter):
         started = self.steps[0, : self.num_trained]
         started.copy_(torch.where(started < 0, step, started))
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if not self.rank.is_meta:
             self.growth.ranks[self.info.key] = int(self.rank)
             self.growth.refresh()
+
+
+# Distance of the rows of many matrices from orthonormality, with gradients
+
+
+@torch.no_grad()
+def gram_distances(matrices: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the Frobenius norm `||M M^T - 1||` of each M [R, I], and its gradient.
+
+    Matrices of one shape are computed together. Autograd records nothing, and autocast does not
+    lower the precision.
+
+    Returns:
+        The norms, 0-d each; and the gradients, [R, I] each, 0 where the norm is 0.
+    """
+    groups: dict[tuple, list[int]] = {}
+    for i, M in enumerate(matrices):
+        groups.setdefault((M.shape, M.dtype, M.device), []).append(i)
+    norms, slopes = list(matrices), list(matrices)
+    for members in groups.values():
+        M = torch.stack([matrices[i] for i in members])
+        # in half precision M M^T - 1 would cancel
+        with torch.autocast(M.device.type, enabled=False):
+            gap = M @ M.mT
+            gap.diagonal(dim1=1, dim2=2).sub_(1)
+            norm = torch.linalg.vector_norm(gap, dim=(1, 2))
+            # d||G||/dM = 2 G M / ||G|| with G = M M^T - 1, symmetric; clamped: 0 where G is 0
+            factor = 2 / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+            slope = (gap @ M).mul_(factor[:, None, None])
+        for i, n, s in zip(members, norm.unbind(), slope.unbind(), strict=True):
+            norms[i], slopes[i] = n, s
+    return norms, slopes

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from petl.core.spec.checks import check_rank
 from petl.core.spec.config import MethodConfig, config_field, require
+from petl.core.types import Fields
 from petl.errors import InputError
 
 # fraction of the training after which growth ends; 0.21 to 0.42 in the paper's GLUE settings
@@ -107,11 +107,11 @@ class IncreloraConfig(MethodConfig):
         """Check the average rank at the end."""
         check_rank(self, "target_r", shapes)
 
-    def sized(self, size: int) -> dict[str, Any]:
+    def sized(self, size: int) -> Fields:
         """Fields for an average rank of `size` at the end."""
         return {"target_r": size, "target_total_rank": None}  # a total would override target_r
 
-    def bounded(self, budget: int) -> dict[str, Any]:
+    def bounded(self, budget: int) -> Fields:
         """Large modules may grow more than others, so the average rank alone is no bound."""
         return {"parameter_budget": budget}
 

@@ -6,6 +6,7 @@ S = sum |M * G|. AdaLoRA smooths it over steps t, arXiv:2303.10512, equations 9 
 I_t = beta1 I_(t-1) + (1 - beta1) S_t, U_t = beta2 U_(t-1) + (1 - beta2) |S_t - I_t|.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,3 +74,45 @@ def smooth(score_N: Tensor, ema_N2: Tensor, beta1: float, beta2: float) -> Tenso
     # an overflow under mixed precision would stay in the moving averages for ever
     finite = score_N.isfinite().all()
     return torch.where(finite, torch.stack([importance_N, spread_N], dim=1), ema_N2)
+
+
+# Allocation of ranks to modules
+
+
+def grant(
+    scores: Sequence[float],
+    room: Sequence[int],
+    *,
+    top_h: int,
+    step: int,
+    left: int,
+    costs: Sequence[int] = (),
+    budget: int | None = None,
+) -> dict[int, int]:
+    """Return the number of components that each chosen module receives, by its index.
+
+    The `top_h` modules with the highest scores get `step` each, the last one the remainder of
+    `left`. Of equal scores the first module wins. Modules without room, or for which the budget is
+    too small, are skipped.
+
+    Args:
+        scores: score of each module.
+        room: components that each module can still take.
+        top_h: number of modules to choose.
+        step: components for each of them.
+        left: components to distribute in total.
+        costs: parameters of one component of each module; needed with a budget.
+        budget: maximum parameters of all new components; None: no limit.
+    """
+    grants: dict[int, int] = {}
+    for index in sorted(range(len(scores)), key=lambda i: (-scores[i], i)):
+        # limited by step, by room and by what is left
+        count = min(step, room[index], left - sum(grants.values()))
+        if budget is not None:
+            spent = sum(costs[i] * n for i, n in grants.items())
+            count = min(count, (budget - spent) // costs[index])
+        if count > 0:
+            grants[index] = count
+        if len(grants) == top_h:
+            break
+    return grants

@@ -8,13 +8,13 @@ by the one that was used. That is exact for updates proportional to the learning
 import logging
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 from torch.utils.hooks import RemovableHandle
 
+from petl.core.types import Group, Record
 from petl.errors import UnsupportedError
 from petl.methods.increlora.adapter import IncreloraAdapter
 from petl.system.collectives import to_local, to_shards
@@ -22,7 +22,6 @@ from petl.system.collectives import to_local, to_shards
 logger = logging.getLogger(__name__)
 
 PROPORTIONAL = (SGD, RMSprop)  # optimizers with update = lr * (a term without a step count)
-Group = dict[str, Any]
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
@@ -91,7 +90,7 @@ class ComponentLearningRates:
             optimizer.register_step_post_hook(self.rescale_step),
         )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Record:
         """Copies and pickles of a model are not attached to the optimizer."""
         return {}
 
@@ -106,12 +105,12 @@ class ComponentLearningRates:
         return [t for a in self.adapters for t in (a.lora_A, a.lora_B, a.E)]
 
     @torch.no_grad()
-    def store_tensors(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def store_tensors(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         """Store the tensors before the optimizer step."""
         torch._foreach_copy_(self.before, [to_local(t) for t in self.tensors()])
 
     @torch.no_grad()
-    def rescale_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def rescale_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         """Rescale the change of each row by the optimizer step."""
         started = torch.cat([a.steps for a in self.adapters], dim=1)
         sizes = [a.steps.shape[1] for a in self.adapters]

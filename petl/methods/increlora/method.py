@@ -22,9 +22,8 @@ from petl.core.support import Capability
 from petl.core.tuners.asking import AskingTuner
 from petl.errors import InputError
 from petl.methods.increlora.adapter import Growth, IncreloraAdapter
-from petl.methods.increlora.allocation import grant
 from petl.methods.increlora.config import IncreloraConfig
-from petl.methods.increlora.importance import smooth
+from petl.methods.increlora.importance import grant, smooth
 from petl.methods.increlora.learning_rates import ComponentLearningRates
 from petl.system import collectives as distributed
 from petl.system.files.tensor_file import check_finite

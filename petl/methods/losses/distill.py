@@ -49,6 +49,7 @@ from petl.core.registry import METHODS
 from petl.core.spec.config import config_field, require
 from petl.core.spec.method import LossConfig, register_loss
 from petl.core.support import Capability
+from petl.core.types import Arguments
 from petl.efficiency.segment_loss import SegmentLoss
 from petl.errors import InputError, UnsupportedError, choose
 
@@ -208,14 +209,14 @@ class Distillation:
 
     # For the lifecycle
 
-    def prepare(self, batches: Iterable[Any]) -> None:
+    def prepare(self, batches: Iterable[object]) -> None:
         """Do nothing: the term needs no data before training."""
 
     def series(self) -> dict[str, float]:
         """`distill_features` and `distill_logits` of the last training forward, unweighted."""
         return {name: float(value) for name, value in self.values.items()}
 
-    def report(self, batches: Iterable[Any]) -> dict[str, float]:
+    def report(self, batches: Iterable[object]) -> dict[str, float]:
         """No metrics: the log has the term."""
         return {}
 
@@ -284,7 +285,7 @@ class Distillation:
         if self.config.logit_weight > 0:
             self.teacher_logits = logits_of(output, self.base)
 
-    def _teacher_inputs(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def _teacher_inputs(self, kwargs: Mapping[str, object]) -> Arguments:
         """The keyword arguments of the teacher: without what only its loss needs."""
         inputs = dict(kwargs)
         if "use_cache" in self.parameters:
@@ -362,7 +363,7 @@ class Distillation:
         context.record("distill", total)
         return context.end(model, args, kwargs, output)
 
-    def _compare_logits(self, output: Any, teacher: Tensor) -> Tensor:
+    def _compare_logits(self, output: object, teacher: Tensor) -> Tensor:
         """The difference of the logits; their backward pass adds its gradient."""
         y = logits_of(output, self.base)
         require_same_shape(y, teacher, "the logits")
@@ -486,7 +487,7 @@ def teaching(model: nn.Module) -> Generator[None]:
         yield
 
 
-def logits_of(output: Any, model: nn.Module) -> Tensor:
+def logits_of(output: object, model: nn.Module) -> Tensor:
     """The logits in a model's output.
 
     Raises:

@@ -43,14 +43,15 @@ from petl.core.support import Capability
 from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.methods.mola.grouped import GroupedMola
 from petl.methods.mola.pregate import PreGate
-from petl.methods.mola.recurrent import Gru, next_state
 from petl.methods.mola.routes import ROUTER, Routes, gates_of, refuse_unroutable
 from petl.methods.mola.routing import (
+    Gru,
     RoutedRows,
     balance_weights,
     busiest,
     expert_sums,
     float_linear,
+    next_state,
     top_k_gates,
     uniform,
 )
@@ -248,7 +249,7 @@ class MolaAdapter(Adapter):
         elif config.router_type == "linear":
             self.router = uniform(E, I)
 
-    def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def with_base(self, x: Tensor, base: nn.Module, *args: object, **kwargs: object) -> Tensor:
         config = self.config
         frozen = None if args or kwargs else frozen_weight_and_bias(base, x)
         if frozen is None:  # the base layer has hooks or adapters of its own: call it

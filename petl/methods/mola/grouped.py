@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petl.core.layers.grouped import GroupedLowRank, GroupedUpdate
-from petl.core.layers.stack import Stack
+from petl.core.layers.grouped import GroupedLowRank, GroupedUpdate, Stack
 from petl.methods.mola.routing import top_k_gates
 
 

@@ -20,6 +20,7 @@ from petl.core.layers.layer import LayerInfo
 from petl.core.method import NewAdapters
 from petl.core.model.modes import checkpoints_reentrantly
 from petl.core.model.places import place
+from petl.core.types import Arguments
 from petl.errors import InputError, UnsupportedError
 from petl.methods.mola.pregate import PreGate
 from petl.methods.mola.routing import balance_weights, expert_sums, top_k_gates
@@ -202,7 +203,7 @@ class Routes:
                 routers[name] = info.shared
         return routers
 
-    def begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def begin(self, model: nn.Module, args: Any, kwargs: Arguments) -> Any:
         """Forward pre-hook, after `ForwardContext.begin`: compute the gates of all layers."""
         self._stop_joining()  # of an aborted pass
         routers = self.running()
@@ -278,7 +279,7 @@ class Routes:
 
     # Reentrant checkpointing
 
-    def _join(self, model: Any, args: Any, kwargs: dict[str, Any], join: Any) -> Any:
+    def _join(self, model: Any, args: Any, kwargs: Arguments, join: Any) -> Any:
         """Apply `join` to the model's embedded tokens in this pass; return its inputs."""
         if kwargs.get("inputs_embeds") is not None:
             return args, {**kwargs, "inputs_embeds": join(kwargs["inputs_embeds"])}

@@ -49,7 +49,7 @@ class RoutedTokens:
             )
 
 
-def cache_in(given: Mapping[str, Any]) -> Cache | None:
+def cache_in(given: Mapping[str, object]) -> Cache | None:
     """Return the cache among a model's arguments, or None.
 
     Raises:
@@ -64,7 +64,7 @@ def cache_in(given: Mapping[str, Any]) -> Cache | None:
     return cache
 
 
-def cache_of(output: Any) -> Cache | None:
+def cache_of(output: object) -> Cache | None:
     """Return the cache in a model's output, or None."""
     values = output.values() if isinstance(output, Mapping) else output
     values = values if isinstance(values, Iterable) and not isinstance(values, Tensor) else ()
@@ -119,7 +119,7 @@ def tokens_of(
     )
 
 
-def _as_keys(mask: Any, columns: int) -> Tensor | None:
+def _as_keys(mask: object, columns: int) -> Tensor | None:
     """Return a 2-D mask as [B, S + T] booleans, or None if it is not 2-D."""
     keys = as_2d(mask)
     if keys is None:
@@ -132,7 +132,7 @@ def _as_keys(mask: Any, columns: int) -> Tensor | None:
     return keys[:, :columns].bool()
 
 
-def _as_tree(mask: Any, T: int, columns: int) -> Tensor | None:
+def _as_tree(mask: object, T: int, columns: int) -> Tensor | None:
     """Return a 4-D mask, boolean or additive, as [B, 1, T, S + T] booleans; None for others."""
     if mask is None or as_2d(mask) is not None:
         return None

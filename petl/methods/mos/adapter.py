@@ -4,7 +4,7 @@ Shapes: I in, O out, R rank, S shards per vector.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +110,9 @@ def versions(pools: Sequence[Tensor]) -> list[int]:
     return [pool._version for pool in pools]
 
 
-def gather_all(placed: Mapping[str, Mapping[str, MosAdapter]], model: nn.Module, args: Any) -> None:
+def gather_all(
+    placed: Mapping[str, Mapping[str, MosAdapter]], model: nn.Module, args: object
+) -> None:
     """Forward pre-hook of the base model: gather for all layers, outside checkpointed segments.
 
     Args:

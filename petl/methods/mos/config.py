@@ -1,9 +1,9 @@
 """The config of MoS."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from petl.core.spec.config import MethodConfig, config_field, in_proportion, require
+from petl.core.types import Fields
 
 
 @dataclass
@@ -59,7 +59,7 @@ class MosConfig(MethodConfig):
             f"(private_rank={private})",
         )
 
-    def sized(self, size: int) -> dict[str, Any]:
+    def sized(self, size: int) -> Fields:
         """Fields for equivalent rank `size`: `r` scales with it, `private_rank` only down."""
         ratio = size / self.equivalent_rank
         r, private = max(size, round(ratio * self.r)), min(1.0, ratio) * self.private_rank

@@ -76,7 +76,7 @@ class PelaAdapter(Adapter):
             self.bias.copy_(bias)
         self.is_empty, self.error = False, factors.error
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.is_empty = False
 
@@ -91,7 +91,7 @@ class PelaAdapter(Adapter):
             )
         self.is_empty = False  # transformers' own loader sets tensors one by one
 
-    def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def with_base(self, x: Tensor, base: nn.Module, *args: object, **kwargs: object) -> Tensor:
         """Return the output of the low-rank layer, [..., O]; the base layer is not called."""
         y, context = self.product(x), self.info.context
         if self.training and self.perturb_weight > 0 and context.scale is not None:

@@ -34,10 +34,10 @@ from petl.core.register import register
 from petl.core.spec.checks import check_rank
 from petl.core.spec.config import MethodConfig, config_field, require
 from petl.core.support import BASES, Capability
+from petl.core.types import Fields, Record
 from petl.errors import InputError
 from petl.methods.pst.adapter import ALONE, PstAdapter
 from petl.methods.pst.pruned import PruningFactors
-from petl.methods.pst.schedule import sparsity_after
 from petl.ops.masks import keep_largest, unpack_mask
 from petl.system.collectives import to_full
 
@@ -83,7 +83,7 @@ class PstConfig(MethodConfig):
         self.set_by_trainer: int | None = None
         super().__post_init__()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Return the fields as JSON types, without a length that a trainer has set."""
         is_chosen = self.total_step != self.set_by_trainer
         return {**super().to_dict(), "total_step": self.total_step if is_chosen else None}
@@ -110,7 +110,7 @@ class PstConfig(MethodConfig):
         check_rank(self, "r", shapes)
         check_rank(self, "mask_r", shapes)
 
-    def sized(self, size: int) -> dict[str, Any]:
+    def sized(self, size: int) -> Fields:
         """Return both ranks, in proportion."""
         return {"r": size, "mask_r": max(1, round(size * self.mask_r / self.r))}
 
@@ -258,3 +258,20 @@ def spared_by_magnitude(adapter: PstAdapter) -> float | None:
     kept = unpack_mask(packed, tuple(weight.shape))
     by_magnitude = keep_largest(weight.detach().float().abs(), adapter.pruned)
     return float((by_magnitude & ~kept).sum()) / adapter.pruned
+
+
+# The share of weights to prune after each optimizer step
+
+
+def sparsity_after(step: int, config: Any) -> float:
+    """Return the share of weights to prune after optimizer step `step`, from 0.
+
+    Cubic, as in Zhu and Gupta 2017, "To Prune, or Not to Prune" (arXiv:1710.01878).
+    """
+    total, first, last = config.total_step, config.initial_sparsity, config.final_sparsity
+    start, end = config.initial_warmup * total, total - config.final_warmup * total
+    if step <= start:
+        return first
+    if step > end:
+        return last
+    return last + (first - last) * (1 - (step - start) / (end - start)) ** 3

@@ -14,9 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from petl.core.layers.layer import LayerInfo, LayerShape
 from petl.core.spec.config import require
+from petl.core.types import Record
 from petl.errors import UnsupportedError
-from petl.methods.families.masks import check_mask
-from petl.methods.families.numbered import register_adapter
+from petl.methods.families.masks import check_mask, register_adapter
 from petl.methods.families.rewriting import RewritingAdapter
 from petl.methods.pst.compiled import compiled_linear
 from petl.methods.pst.pruned import (
@@ -107,13 +107,13 @@ class PstAdapter(RewritingAdapter):
         if self.saves_mask:
             check_mask(f"{key}: mask", tensors["mask"], self.size, pruned)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if not self.num_pruned.is_meta:
             self.pruned = int(self.num_pruned)
         self.forget()
 
-    def _apply(self, *args: Any, **kwargs: Any) -> "PstAdapter":
+    def _apply(self, *args: object, **kwargs: object) -> "PstAdapter":
         super()._apply(*args, **kwargs)
         standing = self._masks.get(True)
         self.forget()
@@ -121,10 +121,10 @@ class PstAdapter(RewritingAdapter):
             self._masks[True] = None, standing[1].to(self.U.device)
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Record:
         return {**self.__dict__, "_dense": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Record) -> None:
         super().__setstate__(state)
         self.number = register_adapter(self)  # a copy needs a number of its own
 
@@ -157,7 +157,7 @@ class PstAdapter(RewritingAdapter):
         # an attribute that FSDP2 sets on all modules
         return hasattr(self, "_is_fsdp_managed_module")
 
-    def _key(self, weight: Tensor) -> Any:
+    def _key(self, weight: Tensor) -> object:
         """Return a value that changes with the parameters."""
         tensors = (*self.factors_of_pruning, weight)
         counts = [0 if t.is_inference() else t._version for t in tensors]
@@ -244,7 +244,7 @@ class PstAdapter(RewritingAdapter):
     def combination_refusal(self) -> str | None:
         return ALONE
 
-    def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def with_base(self, x: Tensor, base: nn.Module, *args: object, **kwargs: object) -> Tensor:
         stored = base.get_parameter("weight")
         if isinstance(stored, DTensor):
             raise UnsupportedError(f"{self.info.key}: {SHARDED}")
@@ -280,7 +280,9 @@ class PstAdapter(RewritingAdapter):
             self._dense = key, masked
         return masked, packed
 
-    def _called(self, base: nn.Module, weight: Tensor, x: Tensor, *args: Any, **kw: Any) -> Tensor:
+    def _called(
+        self, base: nn.Module, weight: Tensor, x: Tensor, *args: object, **kw: object
+    ) -> Tensor:
         """Call the base layer, whose hooks run, with M W' in place of its weight."""
         packed, _ = self.mask_now(weight, stands=self.training and self.interval > 1)
         if self.info.context.recording:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from petl.methods.families.numbered import adapter_of
+from petl.methods.families.masks import adapter_of
 from petl.methods.pst.pruned import PruningFactors, backward_pass
 from petl.ops.masks import all_kept, packed_size
 

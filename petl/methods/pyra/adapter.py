@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
+from petl.core.types import Arguments
 from petl.errors import InputError, UnsupportedError
 from petl.methods.pyra.blocks import KEYS
 from petl.methods.pyra.token_merging import match, merge
@@ -43,7 +44,7 @@ class PyraAdapter(Adapter):
             self.norm_weight = nn.Parameter(torch.ones(C))
             self.norm_bias = nn.Parameter(torch.zeros(C))
 
-    def carried(self) -> dict[str, Any]:
+    def carried(self) -> Arguments:
         """Return the sizes that the host before this one has left, if there is one."""
         info, before = self.info, self.info.settings["before"]
         if before is None:

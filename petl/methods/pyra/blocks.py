@@ -1,6 +1,5 @@
 """The forms of blocks and of attention that token merging can run, and attention with its keys."""
 
-from collections.abc import Callable
 from inspect import unwrap
 from typing import Any
 
@@ -38,7 +37,8 @@ class KeyedAttention(SwappedClass):
         )
         keys.append(key.detach().mean(-2))  # over heads
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, _eager(original_class(self))
+            self.config._attn_implementation,
+            _forward_of(original_class(self)).__globals__["eager_attention_forward"],
         )
         output, weights = attend(
             self,
@@ -49,11 +49,6 @@ class KeyedAttention(SwappedClass):
             **kwargs,
         )
         return self.o_proj(output.flatten(-2).contiguous()), weights
-
-
-def _eager(attention: type) -> Callable[..., Any]:
-    """Return the attention function that the module of a class of attention has for "eager"."""
-    return _forward_of(attention).__globals__["eager_attention_forward"]
 
 
 def check_form(path: str, block: nn.Module) -> None:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from petl.core.model.structure import block_widths
 from petl.core.spec.config import config_field, require
+from petl.core.types import Fields
 from petl.errors import ModuleKindError, UnsupportedError
 from petl.methods.families.outer import OuterConfig
 from petl.methods.pyra.blocks import check_form
@@ -116,7 +117,7 @@ class PyraLayout:
     width: int
     proportional: bool
 
-    def hosts(self) -> dict[str, dict[str, Any]]:
+    def hosts(self) -> dict[str, Fields]:
         """Return the settings of each block that has an adapter, by path.
 
         Those are blocks that merge tokens, and those behind them whose attention counts sizes.

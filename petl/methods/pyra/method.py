@@ -24,6 +24,7 @@ from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.register import register
 from petl.core.spec.config import MethodConfig, require
 from petl.core.support import Capability
+from petl.core.types import Fields
 from petl.methods.families.outer import Outer
 from petl.methods.pyra.adapter import MERGED_TOKENS, ONE_ACTIVE, PyraAdapter
 from petl.methods.pyra.blocks import KeyedAttention
@@ -101,7 +102,7 @@ class Pyra(Outer):
     needs_tuner = "its blocks pass the sizes of merged tokens on through it"
     refused, purpose, alone = UNSUPPORTED_INNER, "trained beside pyra", ALONE
 
-    def facts_over(self, inner: Method[Any, Any]) -> dict[str, Any]:
+    def facts_over(self, inner: Method[Any, Any]) -> Fields:
         """Return the facts that differ from this inner method's."""
         own = {"need": self.need, "recommended": self.recommended} if inner is ALONE else {}
         return {**own, "lacks": Pyra.lacks}
@@ -143,7 +144,7 @@ class Pyra(Outer):
         attentions = [model.get_submodule(f"{key}.attention") for key in hosts]
         new.hooks.append(cast(Any, KeyedBlocks(attentions)))
 
-    def joins(self, configs: Any) -> str:
+    def joins(self, configs: object) -> str:
         """Return why no two adapters can be active together."""
         return ONE_ACTIVE
 

@@ -1,7 +1,6 @@
 """The side network of one stack of blocks."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +40,7 @@ class SherlAdapter(Adapter):
             if self.norm[1]:
                 self.norm_bias = nn.Parameter(torch.zeros(K))
 
-    def forward(self, x: Any, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the input of the late block, or the memory of an encoder, [N, T, K].
 
         Hooks of the blocks call it, not the block that holds the adapter.
@@ -72,7 +71,7 @@ class SherlAdapter(Adapter):
             mean = (mask.unsqueeze(-1) * sizes).sum(0) / mask.sum().clamp(min=1)
         info.context.series.setdefault(SIZES, {})[f"{info.key}.{info.adapter_name}"] = mean
 
-    def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def with_base(self, x: Tensor, base: nn.Module, *args: object, **kwargs: object) -> Tensor:
         return base(x, *args, **kwargs)  # a hook has changed what the block gets
 
 

@@ -17,6 +17,7 @@ from petl.core.layers.block import (
     with_argument,
 )
 from petl.core.layers.context import ForwardContext
+from petl.core.types import Record
 from petl.errors import InputError
 from petl.methods.sherl.adapter import SherlAdapter
 
@@ -42,7 +43,7 @@ class BlockStack:
         self.path, self.host, self.context, self.names = path, self.around[0], context, names
         self.memories: dict[str, Tensor] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Record:
         # a memory is a part of a graph, which cannot be copied
         return {**self.__dict__, "memories": {}}
 
@@ -107,7 +108,7 @@ class Collect:
     def __init__(self, stack: BlockStack, index: int, *, ends: bool = False) -> None:
         self.stack, self.index, self.ends = stack, index, ends
 
-    def __call__(self, block: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, block: nn.Module, args: object, output: Any) -> None:
         stack, adapter = self.stack, self.stack.active()
         if adapter is None or self.index not in adapter.sides:
             return

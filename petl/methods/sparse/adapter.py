@@ -5,15 +5,16 @@ Shapes: K tuned entries and as many candidates, T tokens, weights stored as [P, 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
+from petl.core.types import Record
 from petl.errors import UnsupportedError
-from petl.methods.families.numbered import register_adapter
+from petl.methods.families.masks import register_adapter
 from petl.methods.sparse.compiled import compiled_linear
 from petl.methods.sparse.config import SparseConfig
 from petl.methods.sparse.schedule import accumulates
@@ -148,12 +149,12 @@ class SparseAdapter(Adapter):
         size = self.shape.in_features * self.shape.out_features
         check_index(f"{self.info.key}: indices", tensors["indices"], size, unique=True)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if not self.values.is_meta:
             self.starts_at_zero = self._is_zero()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Record) -> None:
         super().__setstate__(state)
         self.number = register_adapter(self)  # a copy needs a number of its own
 
@@ -164,7 +165,7 @@ class SparseAdapter(Adapter):
         """The tuned positions, as the products take them."""
         return Support(self.indices, self.transposed)
 
-    def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def with_base(self, x: Tensor, base: nn.Module, *args: object, **kwargs: object) -> Tensor:
         if args or kwargs or not is_frozen_linear(base):
             return super().with_base(x, base, *args, **kwargs)
         self._count_call()
@@ -188,7 +189,9 @@ class SparseAdapter(Adapter):
         own = products_at(left, right, self.indices)
         if not self._accumulates():
             return own
-        if self.candidates is None and self._is_whole_update():
+        # the only backward pass of this layer, as far as is known
+        is_whole = self.info.context.micro_batches == 1 and self.calls == 1
+        if self.candidates is None and is_whole:
             K, dtype = len(self.indices), self.indices.dtype
             self.candidates = Candidates.at(largest_products(left, right, K, dtype, summed))
         if self.candidates is not None:
@@ -209,10 +212,6 @@ class SparseAdapter(Adapter):
         # not when recomputed by checkpointing; a compiled call cannot count, which is no fault
         if not torch.compiler.is_compiling() and self.info.context.recording:
             self.calls += self._accumulates()
-
-    def _is_whole_update(self) -> bool:
-        """True if the current backward pass of this layer is known to be the only one."""
-        return self.info.context.micro_batches == 1 and self.calls == 1
 
     def _no_gradient(self, dtype: torch.dtype) -> FirstUpdate:
         device = self.values.device
@@ -312,7 +311,7 @@ def per_entry_state(
     Raises:
         UnsupportedError: a tensor of bytes, which 8-bit optimizers scale by blocks.
     """
-    state: dict[str, Any] = optimizer.state.get(values, {})
+    state: Record = optimizer.state.get(values, {})
     found = {k: t for k, t in state.items() if isinstance(t, Tensor) and t.shape == values.shape}
     for key, tensor in found.items():
         if tensor.dtype in (torch.uint8, torch.int8):
@@ -329,7 +328,7 @@ def per_entry_state(
 
 
 def _initial_moments(
-    candidates: Candidates, source: Tensor, group: dict[str, Any], state: dict[str, Any]
+    candidates: Candidates, source: Tensor, group: Record, state: Record
 ) -> dict[str, Tensor]:
     """Adam's moments whose bias-corrected values are the mean gradient and mean square.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from petl.methods.families.numbered import adapter_of
+from petl.methods.families.masks import adapter_of
 from petl.ops.sparse import input_gradient, linear_forward, values_gradient
 
 

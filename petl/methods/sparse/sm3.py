@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from petl.core.types import Record
 from petl.errors import InputError
 from petl.methods.sparse.adapter import SparseAdapter
 from petl.system.collectives import to_full, to_shards
@@ -56,7 +57,7 @@ class SparseSM3(Optimizer):
             )
         self.adapters = {adapter.values: adapter for adapter in found}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Record) -> None:
         """Restore what `state_dict` returned; torch would round the state to a tensor's dtype."""
         super().load_state_dict(state_dict)
         saved = state_dict["state"]
@@ -108,7 +109,7 @@ class SparseSM3(Optimizer):
         return second
 
 
-def _adam(state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
+def _adam(state: Record, gradient: Tensor, group: Record) -> Tensor:
     """Update the moments of Adam, and return the step for a learning rate of 1.
 
     torch's AdamW would keep shards of the moments under FSDP2, beside the whole state of SM3.

@@ -210,7 +210,7 @@ for _tag, _pattern in {
     )
 
 
-def parse_yaml(text: str) -> Any:
+def parse_yaml(text: str) -> object:
     """Parse YAML as plain data.
 
     Raises:

@@ -28,7 +28,7 @@ from importlib import import_module
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from petl.errors import InputError
 
@@ -113,7 +113,7 @@ def failure(name: str) -> str:
 # The setting `imports`
 
 
-def import_modules(names: Any) -> None:
+def import_modules(names: object) -> None:
     """Import the modules that the setting `imports` names; None stands for an empty list.
 
     Raises:

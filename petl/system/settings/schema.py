@@ -27,7 +27,7 @@ def plain(cfg: DictConfig | Mapping[str, object]) -> dict[str, Any]:
     return {str(key): value for key, value in resolved.items()}
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, Any]:
     """Flatten nested settings to one dictionary with dotted names."""
     entries: dict[str, Any] = {}
     for key, value in settings.items():

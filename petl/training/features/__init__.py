@@ -26,7 +26,7 @@ from petl.errors import InputError
 from petl.system.values import check_rules, read_fields
 from petl.training.distributed.launch import on_device
 from petl.training.features.section import Section
-from petl.training.runs.method_fields import method_fields
+from petl.training.runs.config import method_fields
 from petl.training.runs.settings import TrainConfig
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from petl.training.runs.run_folder import Run
 
 FEATURES = {
-    "data.source": "petl.training.features.overlap:TrainingRowsInTest",
+    "data.source": "petl.training.features.before:TrainingRowsInTest",
     "data.bad_rows": "petl.training.features.skipped_rows:SkippedRows",
-    "model.adapter": "petl.training.features.below:AdapterBelow",
+    "model.adapter": "petl.training.features.before:AdapterBelow",
     "train.init_from": "petl.training.features.init_from:InitFrom",
     "data.order": "petl.training.features.class_stream:ClassOrder",
     "data.sampling": "petl.training.features.sampling:Sampling",
@@ -47,7 +47,7 @@ FEATURES = {
     "ranks": "petl.training.ranks.run:RanksByImportance",
     "train.cache_frozen": "petl.training.frozen:FrozenStore",
     "train.linear_probe": "petl.training.linear_probe:LinearProbe",
-    "train.score_before": "petl.training.features.score_before:ScoreBefore",
+    "train.score_before": "petl.training.features.before:ScoreBefore",
     "train.find_lr": "petl.training.lr_finder:LrFinder",
     "method": "petl.training.features.strengths:StrengthSection",
     "retain": "petl.training.retain.run:Retaining",
@@ -282,7 +282,7 @@ def _wanted(settings: Groups) -> Iterator[tuple[type[RunFeature], str, Any]]:
             yield resolve_name(place), name, value
 
 
-def _read(kind: type[RunFeature], name: str, value: Any) -> Any:
+def _read(kind: type[RunFeature], name: str, value: object) -> Any:
     if kind.Settings is None:
         return value
     if not isinstance(value, Mapping):

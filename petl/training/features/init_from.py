@@ -34,7 +34,7 @@ from petl.system.files.paths import method_preset
 from petl.system.files.tensor_file import Shapes, read_shapes
 from petl.training.features import RunFeature, Setup
 from petl.training.runs.checkpoint import load_adapter
-from petl.training.runs.method_fields import with_inner
+from petl.training.runs.config import with_inner
 from petl.training.runs.records import ADAPTER, CONFIG, read_stored
 from petl.training.runs.settings import TrainConfig
 

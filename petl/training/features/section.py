@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from petl.core.model.heat_map import HeatMap
-from petl.training.features.bars import Bars
+
+if TYPE_CHECKING:
+    from petl.training.features.bars import Bars
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Section:
 
     title: str
     text: str = ""
-    charts: Sequence[Lines | Bars] = ()
+    charts: "Sequence[Lines | Bars]" = ()
     heat_maps: Sequence[HeatMap] = ()
     line: str = ""
     pictures: Sequence[str] = ()

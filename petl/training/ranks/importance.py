@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from petl.core.calibrate import calibration_pass, forward
 from petl.core.layers.context import ForwardContext, is_encoder_decoder
 from petl.core.masks import without_padding
 from petl.core.model.linear import LINEAR_KINDS
+from petl.core.model.modes import calibration_pass, forward
 from petl.core.model.places import is_stack
 from petl.core.parameters import check_module
 from petl.errors import InputError, choose
@@ -52,7 +52,7 @@ METRICS = {"angular": angular, "cosine": cosine, "mse": mse, "mae": mae}
 
 
 def block_importance(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]], metric: str = "angular"
+    model: nn.Module, batches: Iterable[Mapping[str, object]], metric: str = "angular"
 ) -> dict[str, float]:
     """Return the mean over tokens of a metric of each block's input and output, by block path.
 

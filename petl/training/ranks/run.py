@@ -24,8 +24,7 @@ from petl.training.features.section import Section
 from petl.training.ranks.allocation import allocate, check_method, check_unset, with_ranks
 from petl.training.ranks.file import PICTURE, RANKS, draw_ranks, rank_charts, read_ranks
 from petl.training.ranks.importance import block_importance
-from petl.training.ranks.settings import RanksConfig
-from petl.training.ranks.targets import rank_targets
+from petl.training.ranks.targets import RanksConfig, rank_targets
 from petl.training.runs.config import RunConfig
 from petl.training.runs.records import ADAPTER
 

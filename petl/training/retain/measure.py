@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from petl.core.calibrate import calibration_pass
 from petl.core.compat import BaseTunerLayer
 from petl.core.masks import IGNORED
+from petl.core.model.modes import calibration_pass
 from petl.core.registry import keeps_base
 from petl.core.spec.facts import facts_of
 from petl.core.types import Batch, Record, base_of

@@ -5,17 +5,19 @@ of a run takes.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from omegaconf import DictConfig
 
 from petl.core.losses import read as read_loss
 from petl.core.method import Method
-from petl.core.registry import build_config, is_computed, list_methods, method
-from petl.core.support import Capability, Conflict, require_compatible
+from petl.core.registry import build_config, is_computed, list_methods, method, method_part
+from petl.core.spec.method import loss_part
+from petl.core.support import BASES, Capability, Conflict, Part, require_compatible
 from petl.core.types import Fields, Record, Settings
 from petl.data.base import data_source, source_class
+from petl.data.models.quantization import PACKAGES
 from petl.data.models.sources import read_source
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 from petl.system.imports.peft_hook import import_modules
@@ -23,9 +25,7 @@ from petl.system.settings.schema import plain
 from petl.system.values import LARGEST
 from petl.training.distributed.launch import read_launch
 from petl.training.features import FEATURES, Groups, features_of
-from petl.training.runs.choice import choice_of
-from petl.training.runs.config import GROUPS, RunConfig
-from petl.training.runs.method_fields import method_fields, with_inner
+from petl.training.runs.config import GROUPS, RunConfig, method_fields, with_inner
 from petl.training.runs.settings import TrainConfig, read_train
 from petl.training.tracking import read_tracker
 
@@ -214,3 +214,51 @@ def check_machine(train: TrainConfig) -> None:
             f"train.num_workers={train.num_workers} is too many for this machine, which has "
             f"{os.cpu_count()} cores: at most {most} processes load data"
         )
+
+
+# What is chosen, as parts of which none may lack what another uses
+
+
+SCHEMES = dict(zip(PACKAGES, BASES, strict=True))
+FLATTENED = "it flattens the parameters and their state; use +launch=fsdp, or ddp"
+
+
+def choice_of(fields: Fields, run: RunConfig, features: Iterable[Part]) -> list[Part]:
+    """Return what is chosen for a run: method, loss, launch, quantization, features, settings.
+
+    Args:
+        fields: of the method, its name included, with the steps of the run.
+    """
+    launch, scheme = run.launch, run.model.quantization
+    parts = [
+        method_part(build_config(**fields)),
+        Part(f"launch={launch.name}", (Capability(launch.name),), launch.lacks, launch),
+        *features,
+        *_settings(run.train, run.resolved["data"]),
+    ]
+    if run.loss is not None:
+        parts.append(loss_part(run.loss))
+    if scheme is not None:
+        parts.append(Part(f"model.quantization={scheme}", (SCHEMES[scheme],)))
+    return parts
+
+
+def _settings(train: TrainConfig, data: Settings) -> list[Part]:
+    """Return the settings that exclude others."""
+    parts, kind, tokens = [], train.gradient_checkpointing, train.loss_segment
+    if train.optimizer == "adamr":
+        lacks = {Capability.ZERO: FLATTENED}
+        parts.append(Part(f"train.optimizer={train.optimizer}", (Capability.ADAMR,), lacks))
+    if kind:
+        used = Capability.REENTRANT if kind == "reentrant" else Capability.CHECKPOINTING
+        parts.append(Part(f"train.gradient_checkpointing={str(kind).lower()}", (used,)))
+    if tokens not in (None, "auto"):
+        parts.append(Part(f"train.loss_segment={tokens}", (Capability.SEGMENTS,)))
+    if train.bucket_settings:
+        parts.append(Part(train.bucket_settings, (Capability.BUCKETS,)))
+    if train.eval_steps is not None:
+        parts.append(Part(f"train.eval_steps={train.eval_steps}", (Capability.EVALUATION,)))
+    several = data.get("tasks") or (data.get("source") == "tasks" and data.get("sets"))
+    if several:
+        parts.append(Part(f"data with {[*several]}", (Capability.TASKS,)))
+    return parts

@@ -24,7 +24,6 @@ from petl.system.output import written_to
 from petl.system.processes import StopRequest, explain_process_failures, release_all
 from petl.system.settings.command_line import as_run, how_to_resume
 from petl.training import program as app
-from petl.training.bases import Bases
 from petl.training.dataloader import FirstBatches
 from petl.training.distributed.precision import device_of_run
 from petl.training.loop import Loop, Stepwise
@@ -32,6 +31,7 @@ from petl.training.runs.checkpoint import checkpoints, read_state
 from petl.training.runs.run_config import read_config
 from petl.training.runs.run_folder import Run
 from petl.training.together.driver import Together, Training
+from petl.training.wrapping import Bases
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,12 @@ import torch.nn.functional as F
 from sklearn.metrics import f1_score
 
 from petl.data.tasks.base import IGNORED
-from petl.data.tasks.entities import are_entities, entities
-from petl.data.tasks.token_classification import TokenClassification, words_of_tokens
+from petl.data.tasks.token_classification import (
+    TokenClassification,
+    are_entities,
+    entities,
+    words_of_tokens,
+)
 from petl.errors import InputError
 
 TAGS = ["B-LOC", "B-PER", "I-LOC", "I-PER", "O"]

@@ -21,7 +21,7 @@ from petl.experiments.planning.memory import Storage, weight_bytes
 from petl.experiments.planning.plan import plan_run
 from petl.system.collectives import to_local
 from petl.training.compose import compose
-from petl.training.runs.method_fields import method_fields
+from petl.training.runs.config import method_fields
 
 pytest_plugins = ["training_fixtures"]
 LACKING = any(find_spec(package) is None for package in PACKAGES.values())

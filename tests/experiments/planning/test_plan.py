@@ -23,7 +23,7 @@ from petl.experiments.planning.plan import RunPlan, groups_of, plan_run
 from petl.system.settings.command_line import preset_of
 from petl.training.compose import compose
 from petl.training.runs.checkpoint import save_adapter
-from petl.training.runs.method_fields import method_fields
+from petl.training.runs.config import method_fields
 from petl.training.runs.run_config import read_config
 from petl.training.runs.settings import TrainConfig
 

@@ -181,7 +181,7 @@ def test_lookup_comes_first_and_the_heads_go_on_behind_it():
     [
         ([], "draft.file=None: without a run there are no training examples"),
         (["draft.file=none.jsonl"], "none.jsonl"),
-        (["drafter.heads=9", "draft.file=x"], "heads=9 is no integer from 1 to 8"),
+        (["drafter.heads=9", "draft.file=x"], "heads=9 is not an integer from 1 to 8"),
         (["draft.tokens=0"], "draft.tokens=0 is not an integer from 1"),
         (["draft.lr=0"], "draft.lr=0.0 is not a number above 0"),
         (["draft.target=firm"], "draft.target"),

@@ -20,7 +20,7 @@ from petl.experiments.planning.preview import preview
 from petl.training.compose import compose
 from petl.training.features.init_from import find_start, load_start, method_settings
 from petl.training.runs.checkpoint import save_adapter
-from petl.training.runs.method_fields import method_fields
+from petl.training.runs.config import method_fields
 from petl.training.runs.run_config import read_config
 from petl.training.runs.settings import TrainConfig
 from petl.training.wrapping import train_new_modules

@@ -43,6 +43,7 @@ from petl.core.model.modes import evaluation_mode, has_enabled_adapter
 from petl.core.spec.config import require
 from petl.core.spec.method import WRAP_ONLY, register_loss
 from petl.core.support import Capability
+from petl.core.types import Record
 from petl.errors import InputError, UnsupportedError
 from petl.methods.losses.density.config import ActivationDensityConfig
 from petl.methods.losses.density.counts import count_nonzero
@@ -238,7 +239,7 @@ class ActivationDensity:
 
     # Metrics
 
-    def measure(self, batches: Batches, threshold: float | None = None) -> dict[str, Any]:
+    def measure(self, batches: Batches, threshold: float | None = None) -> Record:
         """The fraction of values with `|a| > threshold`, in [0, 1].
 
         It is computed for each example, then averaged over examples and over modules. With several
@@ -257,7 +258,7 @@ class ActivationDensity:
         return self._measure(batches, threshold)
 
     @torch.no_grad()
-    def _measure(self, batches: Batches, threshold: float) -> dict[str, Any]:
+    def _measure(self, batches: Batches, threshold: float) -> Record:
         sites, inputs = self.sites, on_device(batches, self.base)
         with evaluation_mode(self.model):
             fractions = active_fractions(
@@ -278,7 +279,7 @@ class ActivationDensity:
         return sorted(stacks) if len(stacks) > 1 else []
 
     @torch.no_grad()
-    def ppl_sparsity(self, batches: Batches, p: float = 1.0) -> dict[str, Any]:
+    def ppl_sparsity(self, batches: Batches, p: float = 1.0) -> Record:
         """The fraction of neurons that can be left out at `p` % more perplexity; see `Search`.
 
         Perplexity is the exponential of the model's loss per label. A classifier's is over its

@@ -65,7 +65,7 @@ def on_device(batches: Iterable[Batch], model: nn.Module) -> Iterator[dict[str, 
         yield send_to_device(dict(batch), device)
 
 
-def predicts_tokens(model: Any) -> bool:
+def predicts_tokens(model: nn.Module) -> bool:
     """True if a model has a language-model head."""
     head = getattr(model, "get_output_embeddings", None)
     return head is not None and head() is not None

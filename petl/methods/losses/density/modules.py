@@ -70,11 +70,11 @@ def register_hooks(model: nn.Module, sites: ActivationSites, visit: Any) -> list
     return handles
 
 
-def _at_output(visit: Any, name: str, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+def _at_output(visit: Any, name: str, module: nn.Module, args: object, output: Tensor) -> Tensor:
     return visit(name, module, output)
 
 
-def _at_input(visit: Any, name: str, module: nn.Module, args: Any) -> tuple[Any, ...]:
+def _at_input(visit: Any, name: str, module: nn.Module, args: Any) -> tuple[object, ...]:
     return (visit(name, module, args[0]), *args[1:])
 
 

@@ -28,6 +28,7 @@ from petl.core.compat import BaseTunerLayer
 from petl.core.layers.context import counted_labels, num_processes
 from petl.core.layers.layer import AdapterLayer
 from petl.core.spec.config import require
+from petl.core.types import Record
 from petl.errors import InputError, UnsupportedError
 from petl.methods.losses.density.tokens import inputs_of
 
@@ -76,7 +77,7 @@ class Search:
             for layer in group:
                 layer.begin()
 
-    def run(self, p: float) -> dict[str, Any]:
+    def run(self, p: float) -> Record:
         """Bisect the common CETT; returns the result of `ActivationDensity.ppl_sparsity`."""
         thresholds = dict.fromkeys(self.layers, 0.0)
         best = (0.0, thresholds, *self.perplexity(thresholds))

@@ -2,26 +2,26 @@
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from petl.core.masks import NAMES, tokens_of
+from petl.core.types import Arguments
 from petl.errors import InputError
 
 Masks = dict[str, Tensor | None]
 
 
 @contextmanager
-def inputs_of(model: nn.Module) -> Generator[dict[str, Any]]:
+def inputs_of(model: nn.Module) -> Generator[Arguments]:
     """Context that yields a dict with the inputs of the model's last forward pass, by name.
 
     A base model's inputs differ from the batch where a method prepends virtual tokens.
     """
-    inputs: dict[str, Any] = {}
+    inputs: Arguments = {}
 
-    def store(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def store(module: nn.Module, args: object, kwargs: Mapping[str, object]) -> None:
         inputs.clear()
         inputs.update(kwargs)
 
@@ -32,7 +32,7 @@ def inputs_of(model: nn.Module) -> Generator[dict[str, Any]]:
         handle.remove()
 
 
-def token_masks(inputs: Mapping[str, Any], is_encoder_decoder: bool) -> Masks:
+def token_masks(inputs: Mapping[str, object], is_encoder_decoder: bool) -> Masks:
     """The mask [B, T] of each stack for a forward pass with these inputs; None if there is none.
 
     Without a decoder mask, the tokens of a decoder are those with labels.

@@ -2,7 +2,7 @@
 
 import torch
 
-from petl.methods.increlora.orthogonality import gram_distances
+from petl.methods.increlora.adapter import gram_distances
 
 
 def plain(M):

@@ -1,6 +1,6 @@
 """Allocation of components to modules."""
 
-from petl.methods.increlora.allocation import grant
+from petl.methods.increlora.importance import grant
 
 
 def test_the_highest_scores_get_a_step_each():

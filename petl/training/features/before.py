@@ -1,13 +1,18 @@
-"""Test rows that are training rows: counted, and refused where they are most of the test set."""
+"""What a run looks at before it trains: test rows that it trains on, an adapter below, scores."""
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 
+from petl.core.registry import is_computed
 from petl.core.types import Fields, Record
+from petl.data.models.finished_adapter import checked_config
 from petl.data.overlap import Overlap
 from petl.errors import InputError
 from petl.training.features import Context, RunFeature, Setup
 from petl.training.features.section import Section
+from petl.training.runs.config import RunConfig
+from petl.training.runs.records import BEFORE
 
 logger = logging.getLogger(__name__)
 
@@ -55,3 +60,35 @@ class TrainingRowsInTest(RunFeature):
             "rows.",
             line=line,
         )
+
+
+# A finished adapter below the one that a run trains (model.adapter), merged as the base loads
+
+
+class AdapterBelow(RunFeature):
+    """Checks the finished adapter before anything is loaded."""
+
+    def check(self, config: RunConfig) -> None:
+        """Raise InputError for an adapter that is missing or cannot be merged."""
+        checked_config(self.settings)
+
+
+# The scores on the test rows before training (`train.score_before`)
+
+
+class ScoreBefore(RunFeature):
+    """Scores the model that training starts from."""
+
+    key = "before"
+
+    def before_training(self, context: Context) -> None:
+        """Score it, unless a stopped run has done so."""
+        run, model = context.run, context.model
+        if self.key in run.scores:
+            return
+        # answers from before are kept too, to show what training has changed
+        kept = run.path / BEFORE if context.splits.task.generate else None
+        # without an adapter that calibration has made
+        with model.disable_adapter() if is_computed(model.active_peft_config) else nullcontext():
+            scores = context.test("before training", kept, known=context.known)
+        context.add({self.key: scores}, "evaluation")

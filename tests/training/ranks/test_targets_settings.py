@@ -5,7 +5,7 @@ import yaml
 
 from petl.system.files.paths import config_dir
 from petl.training.compose import compose
-from petl.training.ranks.settings import RanksConfig
+from petl.training.ranks.targets import RanksConfig
 from petl.training.runs.run_config import read_config
 
 

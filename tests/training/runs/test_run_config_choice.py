@@ -11,7 +11,7 @@ from petl.core.spec.method import LOSSES, build_loss
 from petl.core.support import Capability, conflicts
 from petl.training.distributed.launch import FSDP, DeepSpeed, Launch
 from petl.training.features import FEATURES, features_of
-from petl.training.runs.choice import choice_of
+from petl.training.runs.run_config import choice_of
 from petl.training.runs.settings import TrainConfig
 
 C = Capability
