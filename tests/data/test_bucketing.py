@@ -137,6 +137,12 @@ def test_single_remaining_rows_are_grouped_at_the_end():
     assert sampler.bucket_indices()[4:] == [0, 1, 2]
 
 
+def test_incomplete_batches_can_be_left_out():
+    batches = [*BucketBatchSampler([5] * 11, batch_sizes=4, drop_last=True)]
+    assert [len(batch) for batch in batches] == [4, 4]
+    assert len([*BucketBatchSampler([5] * 12, batch_sizes=4, drop_last=True)]) == 3
+
+
 def test_no_batch_exceeds_the_budget_and_each_is_filled():
     budget = 2048
     sampler = BucketBatchSampler(SOME, n_buckets=3, max_tokens=budget)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import petl
 from petl import testing
 from petl.adapters import deltas
-from petl.adapters.deltas.adapters import pruned_names, read
+from petl.adapters.deltas.adapters import amend_card, pruned_names, read
 from petl.adapters.search import levels_of
 from petl.errors import UnsupportedError
 from petl.ops.ternary import FILE
@@ -244,3 +244,11 @@ def test_a_pruned_adapter_keeps_its_dtypes(tmp_path):
 def test_an_expanded_folder_is_no_compressed_one(folders, tmp_path):
     with pytest.raises(petl.InputError, match=f"has no {FILE}"):
         deltas.expand(folders("lora"), tmp_path / "out")
+
+
+def test_scores_of_the_hub_are_no_part_of_the_card_of_a_changed_adapter(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: mit\nmetrics: [accuracy]\nmodel-index: []\n---\n\nText.\n")
+    amend_card(card, "Changed.")
+    amend_card(card, "Changed.")
+    assert card.read_text() == "---\nlicense: mit\n---\n\nText.\n\nChanged."

@@ -116,3 +116,12 @@ def test_a_word_is_decoded_behind_the_one_before_it():
 
 def test_a_text_ends_before_the_first_of_several_stop_texts():
     assert before_stop("one. two! three", ["!", "."]) == "one"
+
+
+def test_nothing_is_written_behind_a_stop_text():
+    written = list[str]()
+    stream = TextStream(Words(), written.append, ["b"])
+    stream.put(torch.tensor([0]))  # the prompt
+    stream.put(torch.tensor([0, 1, 2, 3]))
+    stream.end()
+    assert "".join(written) == "a "
