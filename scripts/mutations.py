@@ -349,7 +349,9 @@ def main() -> None:
     parser.add_argument("--only", metavar="TEXT", default="", help="of such paths or lines")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--again", action="store_true", help="those that survived, too")
-    parser.add_argument("--tests", nargs="+", default=(), help="run these: files, -k WORDS")
+    parser.add_argument(
+        "--tests", nargs=argparse.REMAINDER, default=(), help="last: run these: files, -k WORDS"
+    )
     arguments = parser.parse_args()
     faults, results = read_faults(), read_results()
     results = {key: results[key] for key in (fault.digest for fault in faults) if key in results}

@@ -67,7 +67,7 @@ def parser() -> Parser:
     )
     command_line.add_argument("--version", action="version", version=f"petl {__version__}")
     commands = command_line.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS
+        dest="command", required=True, prog="petl", metavar="COMMAND", help=argparse.SUPPRESS
     )
     for name, command in COMMANDS.items():
         child = commands.add_parser(

@@ -59,6 +59,13 @@ def assert_holds(run: Finished, step: int) -> None:
     assert run.scores["best_step"] == step
 
 
+def test_the_best_evaluation_has_a_checkpoint_whatever_save_steps_is(tiny, tmp_path, monkeypatch):
+    scripted(monkeypatch, [0.3, 0.9, 0.5, 0.6, 0.1])
+    settings = ["train.save_steps=100", "train.keep_checkpoints=9"]
+    run = train([*tiny.classify, "+method=lora", *COURSE, *settings], tmp_path / "run")
+    assert_holds(run, 2)
+
+
 @pytest.mark.parametrize(
     ("keep", "accuracies", "step", "best"),
     [
