@@ -27,8 +27,20 @@ SLICE = (
 )
 
 
-@pytest.mark.parametrize("method", ["lora", "mola"])
-@pytest.mark.parametrize("name", SLICE)
+# by default a router on a state space, on experts and beside images, too
+ROUTED = ("causal/gpt_oss", "causal/mamba", "image-text/llava")
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *((name, "lora") for name in SLICE),
+        *(
+            pytest.param(name, "mola", marks=[] if name in ROUTED else pytest.mark.thorough)
+            for name in SLICE
+        ),
+    ],
+)
 def test_a_type_trains_saves_loads_and_merges(name, method):
     found = study(Type(*name.split("/")), method)
     assert (found.verdict, found.detail) == ("works", "")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -24,8 +25,13 @@ def saved(run, name="adapter_config.json"):
     return json.loads((run.path / "adapter" / name).read_text())
 
 
-def test_a_run_trains_with_the_ranks_that_it_measured(tiny, tmp_path):
-    run = train([*tiny.complete, *LORA, "ranks.metric=mse"], tmp_path / "run")
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks") / "run"
+    return train([*tiny.complete, *LORA, "ranks.metric=mse"], folder)
+
+
+def test_a_run_trains_with_the_ranks_that_it_measured(run):
     written = json.loads((run.path / "ranks.json").read_text())
     ranks = {block["path"]: block["rank"] for block in written["blocks"]}
     assert (written["metric"], written["mean"]) == ("mse", 3)
@@ -127,10 +133,10 @@ def test_a_file_of_ranks_that_no_run_writes_is_refused(changed, tmp_path):
         ranks_file.read_ranks(tmp_path)
 
 
-def test_names_of_blocks_cannot_add_to_a_page(tmp_path, tiny):
-    run = train([*tiny.complete, *LORA], tmp_path / "run")
+def test_names_of_blocks_cannot_add_to_a_page(tmp_path, run):
+    folder = shutil.copytree(run.path, tmp_path / "run")
     evil = {**BLOCK, "path": "<script>alert(1)</script>.0", "rank": None}
-    (run.path / "ranks.json").write_text(json.dumps({**GOOD, "blocks": [BLOCK, evil]}))
-    page = write_page(run.path).read_text()
+    (folder / "ranks.json").write_text(json.dumps({**GOOD, "blocks": [BLOCK, evil]}))
+    page = write_page(folder).read_text()
     assert "alert(1)" in page
     assert "<script>alert" not in page

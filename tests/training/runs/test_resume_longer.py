@@ -31,6 +31,13 @@ def short(tiny, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def longer(tiny, tmp_path_factory):
+    """The same with fourteen steps."""
+    folder = tmp_path_factory.mktemp("longer") / "run"
+    return train([*tiny.classify, *CONSTANT, *COURSE, "train.steps=14"], folder)
+
+
 @pytest.fixture
 def copied(short, tmp_path):
     shutil.copytree(short, tmp_path / "run")
@@ -47,9 +54,7 @@ def lines(run):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in run.metrics]
 
 
-def test_a_finished_run_trained_further_equals_one_longer_run(tiny, copied, tmp_path, petl_log):
-    longer = train([*tiny.classify, *CONSTANT, *COURSE, "train.steps=14"], tmp_path / "longer")
-    petl_log.clear()
+def test_a_finished_run_trained_further_equals_one_longer_run(tiny, copied, longer, petl_log):
     resumed = further(tiny, copied)
     assert lines(resumed) == lines(longer)
     assert resumed.scores["after"] == longer.scores["after"]
@@ -115,7 +120,7 @@ RESULTS = ["config.yaml", "scores.json", "adapter/adapter_model.safetensors", "r
 
 @pytest.mark.parametrize("step", [7, 11])
 def test_a_kill_while_training_further_leaves_the_earlier_results(
-    tiny, copied, short, tmp_path, monkeypatch, step
+    tiny, copied, short, longer, monkeypatch, step
 ):
     words = [*tiny.classify, *CONSTANT, *COURSE, "train.steps=14"]
     killed_at(monkeypatch, step, [*words, f"train.resume={copied}"], copied)
@@ -123,7 +128,6 @@ def test_a_kill_while_training_further_leaves_the_earlier_results(
         assert (copied / name).read_bytes() == (short / name).read_bytes(), name
     again = copied if step == 7 else "auto"  # of the longer run there is a checkpoint, of step 9
     resumed = train([*words, f"train.resume={again}"], copied)
-    longer = train(words, tmp_path / "longer")
     assert lines(resumed) == lines(longer)
     assert resumed.scores["after"] == longer.scores["after"]
 
