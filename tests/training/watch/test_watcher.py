@@ -20,7 +20,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
     Trainer,
 )
-from watch_fixtures import END, QUESTION, TOKENIZER, answers, decoder, full_texts, lora, trainer
+from watch_fixtures import QUESTION, TOKENIZER, answers, decoder, full_texts, lora, trainer
 
 import petl
 from petl import testing
@@ -418,13 +418,6 @@ def test_rows_that_a_collator_takes_apart_stay_as_they_are(tmp_path):
 def test_values_that_are_not_allowed_are_refused(options, words, tmp_path):
     with pytest.raises(InputError, match=words):
         petl.watch(trainer(lora(), tmp_path), **options)
-
-
-def test_plain_text_in_blocks_has_no_ends():
-    rows = [{k: v[:12] for k, v in row.items()} for row in full_texts()]
-    rows[-1] = {k: v[:7] for k, v in rows[-1].items()}
-    assert petl.watch(lora(), tokenizer=TOKENIZER, train=rows).report().ok
-    assert END not in {token for row in rows for token in row["input_ids"]}
 
 
 def test_a_few_short_rows_in_both_sets_are_chance():
