@@ -1,6 +1,8 @@
 """What a plan says comes true: sizes, steps, tokens, memory."""
 
+import os
 import shutil
+from functools import cache
 
 import pytest
 import torch
@@ -33,7 +35,13 @@ CPU = torch.device("cpu")
 
 
 def plan(tiny: Tiny, *overrides: str) -> RunPlan:
-    return plan_run(compose([*tiny.steady, *overrides]))
+    return planned((*tiny.steady, *overrides), os.environ.get("PETL_CACHE"))
+
+
+@cache
+def planned(overrides: tuple[str, ...], stores: str | None) -> RunPlan:
+    """A plan, computed once for each folder of stores."""
+    return plan_run(compose([*overrides]))
 
 
 def classifier() -> BertForSequenceClassification:
