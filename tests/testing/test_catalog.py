@@ -57,6 +57,10 @@ def assert_noticed(check: str, case: Case = LLAMA) -> None:
     assert len(str(raised.value)) > len(f"{case}, {check}: "), f"{check} has no message"
 
 
+def test_an_intact_method_passes_in_two_processes():
+    testing.run("two_processes_equal_one", LLAMA)
+
+
 def after(function, change):
     """Return `function`, followed by a call of `change` on its object."""
 
