@@ -217,6 +217,16 @@ def test_adding_an_adapter_does_not_change_what_trains(method):
     assert all(("a1" in name.split(".")) == train for name, train in flags(model).items())
 
 
+def test_hidden_adapters_have_the_mode_of_the_model():
+    _, model = crowd("mola", 3)
+    layers = testing.tuner_layers(model).values()
+    adapters = [layer.adapters[name] for layer in layers for name in ("a0", "a1", "a2")]
+    with model.base_model.only_visible({"a1"}):
+        for mode in (True, False):
+            model.train(mode)
+            assert {part.training for each in adapters for part in each.modules()} == {mode}
+
+
 def test_a_forward_pass_finds_hidden_adapters():
     case, model = crowd("mos", 3)
     for index in range(3):
