@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3050,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 13450, "tests": 74600}
+OTHERS = {"scripts": 13950, "tests": 74600}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 

@@ -49,7 +49,7 @@ FEATURES = {
     "train.linear_probe": "petl.training.linear_probe:LinearProbe",
     "train.score_before": "petl.training.features.before:ScoreBefore",
     "train.find_lr": "petl.training.lr_finder:LrFinder",
-    "method": "petl.training.features.strengths:StrengthSection",
+    "model.name": "petl.training.features.strengths:StrengthSection",
     "retain": "petl.training.retain.run:Retaining",
 }
 

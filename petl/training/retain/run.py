@@ -44,7 +44,8 @@ from petl.training.wrapping import train_new_modules
 
 WRITES = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 SHARE = 0.03  # of a run's cost, unless the number of texts is set
-BACKWARD = 2  # forward passes that a training step costs: of frozen weights there is no gradient
+# of training, that a measured token costs: two forward passes, and the comparison of all logits
+COST = 2.0  # measured: 1.5 with a vocabulary that is large for the model
 MOST, FEWEST, SHORTEST = 256, 32, 64  # texts, and tokens of a text
 SAMPLE = 1000  # rows whose lengths are looked at
 DATA, MIX_DATA = "retain.data", "retain.mix_data"
@@ -222,7 +223,7 @@ class Retaining(RunFeature):
     def _choose(self, splits: Splits, train: TrainConfig) -> str:
         """Choose the texts that are measured; return what to say of their number."""
         own, most = self.settings, self.settings.rows
-        affordable = SHARE * (1 + BACKWARD) / 2 * trained_tokens(splits, train)
+        affordable = SHARE / COST * trained_tokens(splits, train)
         # the shortest that the bundled texts are cut to: no text need be read to know
         if most is None and own.data == BUNDLED and affordable < FEWEST * SHORTEST:
             return too_few(int(affordable // SHORTEST), SHORTEST)

@@ -81,7 +81,6 @@ def finish(context: Context, state: TrainState, after: dict[str, float] | None) 
         "trainable_parameters": model.get_nb_trainable_parameters()[0],
         "adapter_parameters": adapter_parameters(model),
         "adapter_bytes": size,
-        "time_split": run.timer.totals(),
     }
     coverage = coverage_of(model)
     if coverage is not None:
@@ -91,6 +90,7 @@ def finish(context: Context, state: TrainState, after: dict[str, float] | None) 
         entries["method"] = figures
     for feature in context.features:
         entries |= feature.after_training(context, state.step)
+    entries["time_split"] = run.timer.totals()  # with that of features
     # before the scores, which mark a finished run
     on_main(run.accelerator, lambda: _write_card(context, entries))
     run.scores.add({**entries, **peak_memory(run.accelerator.device)})
