@@ -51,8 +51,8 @@ def sorts_rows(config: Any) -> str:
     if not facts_of(config).target_parameters:
         return ""
     return (
-        f"target_parameters={min(config.target_parameters)!r} adapts stacked experts, whose rows "
-        "are sorted by expert and not by adapter; use one adapter at a time"
+        f"target_parameters={min(config.target_parameters)!r} adapts a parameter for all rows of a "
+        "batch, as those of stacked experts are sorted by expert; use one adapter at a time"
     )
 
 

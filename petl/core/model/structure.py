@@ -14,7 +14,7 @@ from petl.core.layers.class_swap import original_class
 from petl.core.layers.context import is_encoder_decoder
 from petl.core.layers.layer import Adapter, LayerShape, shape_of
 from petl.core.model.linear import LINEAR_KINDS
-from petl.core.model.names import LANGUAGE, candidate_names, language_path, names_of
+from petl.core.model.names import candidate_names
 from petl.core.model.places import Place, is_stack, place
 from petl.core.parameters import is_norm
 from petl.errors import InputError
@@ -179,8 +179,6 @@ def block_widths(model: nn.Module, given: str | None = None) -> dict[str, int]:
 def stacks_of(model: nn.Module, given: str | None, number: int, method: str) -> list[list[str]]:
     """Return the paths of the blocks of each list, as `stacks`, of a model with `number` lists.
 
-    Of a model for images and text, they are those of its language model.
-
     Args:
         given: the field `blocks` of the method's config.
 
@@ -188,9 +186,6 @@ def stacks_of(model: nn.Module, given: str | None, number: int, method: str) -> 
         InputError: the model has another number of them.
     """
     found = stacks(model, given)
-    if len(found) > number:
-        language = names_of(LANGUAGE, found, language_path(model))
-        found = {path: found[path] for path in language}
     if len(found) != number:
         one = "one: name it with blocks=PATH" if number == 1 else "an encoder and a decoder"
         raise InputError(

@@ -250,7 +250,9 @@ def check_targets(config: Any, model: nn.Module, *, no_experts: str = NO_EXPERTS
         known |= {suffix for name in stacks for suffix in suffixes(name)} | former
         unknown = sorted(set(targets) - known)
         wrong = [name for name in unknown if name not in TUTORIALS]
-        if unknown and not wrong and known & {*targets}:
+        # what names stacks that the method does not adapt is said below
+        is_known = not (no_experts and stack_names(model)) and bool(known & {*targets})
+        if unknown and not wrong and is_known:
             kind = type(model).__name__
             logger.warning("no adapter on %s: %s has no such modules", ", ".join(unknown), kind)
         elif unknown:

@@ -112,10 +112,15 @@ def test_a_preset_takes_no_layer_that_computes_something_else(build, method):
     assert [name for name in after_a_step(model) if "compressor" not in name] == []
 
 
-@pytest.mark.parametrize("method", ["lora", "mola", "loha"])
+@pytest.mark.parametrize("method", ["mola", "loha"])
 def test_a_layer_that_computes_something_else_is_refused_by_name(method):
     with pytest.raises(petl.errors.ModuleKindError, match="PhimoeTopKRouter, a subclass of"):
         petl.wrap(phimoe(), method, target_modules=["router"])
+
+
+@pytest.mark.parametrize("build", [phimoe, llama4])
+def test_a_lora_adapts_the_weight_of_a_router_that_computes_something_else(build):
+    assert after_a_step(petl.wrap(build(), "lora", r=2, target_modules="router")) == []
 
 
 def test_pefts_all_linear_takes_no_layer_that_computes_something_else():
