@@ -4,6 +4,7 @@ A type's config is built from its class's defaults with smaller numbers, chosen 
 fields (`SIZES`); EXCEPTIONS has the types that need other fields.
 """
 
+import copy
 import inspect
 import re
 from collections.abc import Iterator, Mapping
@@ -178,7 +179,7 @@ def small_config(
         default: with the numbers of usual size; None: the class's defaults.
         tokens: ids of special tokens that no other config has; None: all.
     """
-    own = dict(own)
+    own = copy.deepcopy(dict(own))  # a config keeps and changes them
     if own.pop("no_default", False):
         default, fields = None, {}
     else:
@@ -299,7 +300,8 @@ def logits_of(outputs: Any) -> Tensor:
 def loss_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     """Return a loss on all outputs of `model`, which needs no labels."""
     with suppress(KeyError):
-        return logits_of(model(**inputs)).float().pow(2).mean()
+        # tokens that a model never writes have the lowest number
+        return logits_of(model(**inputs)).float().clamp(-1e4, 1e4).pow(2).mean()
     raise TypeError(f"{type(model).__name__} returns no tensor of numbers")
 
 
