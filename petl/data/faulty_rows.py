@@ -6,7 +6,7 @@
 import re
 from collections.abc import Sequence
 
-from petl.data.validation import FaultyRow, SourceRows
+from petl.data.validation import FaultyRow, SourceRows, placed
 
 ERROR, SKIP = "error", "skip"  # values of data.bad_rows
 KINDS, PLACES = 10, 8  # that a message names
@@ -21,12 +21,12 @@ def described(faulty: Sequence[FaultyRow], rows: SourceRows) -> str:
         rows: of the source, before faulty ones were left out.
     """
     if len(faulty) == 1:
-        return f"{faulty[0].place}: {faulty[0].reason}"
+        return placed(faulty[0].place, faulty[0].reason)
     kinds: dict[str, list[FaultyRow]] = {}
     for each in faulty:
         kinds.setdefault(VALUES.sub("", each.reason), []).append(each)
     most = sorted(kinds.values(), key=len, reverse=True)
-    lines = [f"  {same[0].place}: {same[0].reason}{others(same)}" for same in most[:KINDS]]
+    lines = [f"  {placed(same[0].place, same[0].reason)}{others(same)}" for same in most[:KINDS]]
     if len(most) > KINDS:
         lines.append(f"  and {sum(map(len, most[KINDS:]))} rows with other faults")
     listed = "\n".join(lines)

@@ -30,6 +30,7 @@ from petl.data.validation import (
     every,
     from_table,
     nested,
+    placed,
     with_paths,
 )
 from petl.errors import InputError, first_line, shown
@@ -82,7 +83,7 @@ class Files(Tabular):
                         if not isinstance(row, ValueError):
                             break
                         if self.bad_rows != SKIP:
-                            raise InputError(f"{name}, {unit} {number}: {row}")
+                            raise InputError(placed(f"{name}, {unit} {number}", str(row)))
 
     def read(self) -> RawData:
         """Read the files; with `streaming` the train rows are read later."""
@@ -170,7 +171,7 @@ def located_rows(
         unit, rows = iterate_rows(setting, name, choose, encoding)
         for number, row in rows:
             if isinstance(row, ValueError):
-                raise InputError(f"{name}, {unit} {number}: {row}")
+                raise InputError(placed(f"{name}, {unit} {number}", str(row)))
             yield f"{name}, {unit} {number}", row
 
 

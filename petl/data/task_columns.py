@@ -96,8 +96,8 @@ class ColumnSettings(TextSource, ABC):
     shuffle_buffer: int = field(10_000, integer(1))
     # encoded rows of a stream, its first, that are held out if train.eval_steps is set
     held_rows: int = field(1000, integer(1))
-    # rows that cannot be used: error, or skip: they are left out
-    bad_rows: str = field(ERROR, one_of(ERROR, SKIP))
+    # rows that cannot be used: error, as None, or skip: they are left out
+    bad_rows: str | None = field(None, one_of(ERROR, SKIP))
     # fraction of the training rows that is held out if there are no test rows
     test_share: float = field(0.1, SHARE)
 

@@ -26,6 +26,11 @@ Choose = Callable[[Iterable[str], str], list[str]]
 logger = logging.getLogger(__name__)
 
 
+def placed(place: str, reason: str) -> str:
+    """The message about a row: its place, and what it lacks or what is wrong with it."""
+    return f"{place} {reason}" if reason.startswith("has no ") else f"{place}: {reason}"
+
+
 class FaultyRow(NamedTuple):
     """A row that cannot be used.
 

@@ -10,11 +10,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
-
-from peft import PeftConfig
+from typing import TYPE_CHECKING, Any
 
 from petl.errors import InputError, shown
+
+if TYPE_CHECKING:
+    from peft import PeftConfig  # `petl check` needs none of its packages
 
 SECONDS = 5.0  # assumption: thousands of names take some milliseconds
 MAX_LENGTH = 10_000  # of a pattern; the longest in use have some hundred letters
@@ -46,7 +47,7 @@ MATCH = (
 )
 
 
-def patterns_of(config: PeftConfig) -> Iterator[tuple[str, str]]:
+def patterns_of(config: "PeftConfig") -> Iterator[tuple[str, str]]:
     """Yield the patterns of a config, each with its field."""
     for field, form in FORMS.items():
         value = getattr(config, field, None) or ()

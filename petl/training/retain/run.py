@@ -122,6 +122,7 @@ class Retaining(RunFeature):
     rows: Sequence[RetainedRow] = ()  # none: not measured
     other: OtherRows | None = None  # of models that read no text
     before: Any = None  # losses or features of the base, once they are known
+    note = ""  # why there are none
 
     def reason(self, reason: str) -> str:
         """Return why something is lacking; "" without retain.mix."""
@@ -203,8 +204,9 @@ class Retaining(RunFeature):
         self.kind = "language" if splits.task.peft_task_type in WRITES else "features"
         if splits.task.reads_text:
             note = self._choose(splits, setup.config.train)
-            if note:
-                (logger.info if setup.run else setup.notes.append)(note)
+            if note and setup.run is None:
+                setup.notes.append(note)
+            self.note = note
         else:
             self.other = OtherRows.of(own.data, splits, own.rows or MOST)
         config = build_config(**fields)
@@ -214,6 +216,11 @@ class Retaining(RunFeature):
                 trained = train_new_modules(fields, setup.base).get("modules_to_save")
                 self.before = self._of_model(setup.base, splits, trained=trained or ())
         return fields
+
+    def before_training(self, context: Context) -> None:
+        """Say why nothing is measured, once the run begins."""
+        if self.note:
+            logger.info(self.note)
 
     @property
     def is_measured(self) -> bool:

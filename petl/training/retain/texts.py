@@ -1,12 +1,12 @@
 """Retained texts: those that petl brings, those of files, and those of other data of petl."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from petl.data.base import as_dataset, data_source, read_data
-from petl.data.files import file_names, located_rows
 from petl.data.overlap import normalized
 from petl.data.validation import Row
 from petl.errors import InputError, did_you_mean, shown
@@ -35,7 +35,7 @@ def require_texts(value: object, setting: str) -> None:
     if isinstance(value, Mapping):
         data_source(cast("Mapping[str, Any]", value)).check()
     elif value is not None:
-        read_texts(file_names(setting, value), setting)
+        read_texts(value, setting)
 
 
 def texts_of(value: object, setting: str, max_length: int) -> list[str]:
@@ -50,7 +50,7 @@ def texts_of(value: object, setting: str, max_length: int) -> list[str]:
     """
     if isinstance(value, Mapping):
         return _of_data(cast("Mapping[str, Any]", value), setting, CHARACTERS * max_length)
-    return read_texts(file_names(setting, value), setting)
+    return read_texts(value, setting)
 
 
 def _of_data(settings: Mapping[str, Any], setting: str, length: int) -> list[str]:
@@ -87,21 +87,23 @@ def halves(texts: Iterable[str]) -> tuple[list[str], list[str]]:
     return sides
 
 
-def read_texts(names: Sequence[str], setting: str) -> list[str]:
+def read_texts(value: object, setting: str) -> list[str]:
     """Return the texts of files with a column `text`, or those that petl brings.
 
     The bundled texts are of ten kinds, in turn, so that the first ones of them are of all kinds.
 
     Args:
-        names: of files in the formats of `petl.data.files`, or "bundled" alone.
+        value: a file in the formats of `petl.data.files` or several, or "bundled" alone.
         setting: that names them, for messages.
 
     Raises:
         InputError: a file cannot be read or has no column `text`, or a value is no text.
     """
-    if list(names) == [BUNDLED]:
+    if value in (BUNDLED, [BUNDLED]):
         return [line["text"] for line in iterate_json_lines(FILE, BundledText)]
-    return [_text(row, where) for where, row in located_rows(setting, names, _choose)]
+    files = import_module("petl.data.files")  # which reads the columns of all tasks
+    located = files.located_rows(setting, files.file_names(setting, value), _choose)
+    return [_text(row, where) for where, row in located]
 
 
 def _choose(present: Iterable[str], origin: str) -> list[str]:
