@@ -201,7 +201,6 @@ def test_plan_prints_counts_sizes_and_capabilities(petl_command, tiny):
         (["+method=lora", "model=minilmm"], "no model 'minilmm'; did you mean 'minilm'"),
         (["+method=lora", "method.rr=2"], "no setting method.rr; did you mean 'r'"),
         (["+method=mola", "method.top_k=0"], "top_k=0 is not at least 1"),
-        (["method=lora"], "write +method=NAME"),
         ([], "add +method=NAME"),
         (["+method=density"], "no method 'density'; did you mean +loss=density?"),
         (["+method=lora", "+loss=deft"], "no loss 'deft'; did you mean +method=deft?"),

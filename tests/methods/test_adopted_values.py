@@ -117,7 +117,6 @@ def test_blocks_of_size_1_and_widths_that_no_block_divides_raise():
     ("name", "fields"),
     [
         ("oft", {"oft_block_size": 16}),
-        ("oft", {"oft_block_size": 16, "use_cayley_neumann": False, "num_cayley_neumann_terms": 1}),
         ("oft", {"oft_block_size": 16, "num_cayley_neumann_terms": 2}),
         ("oft", {"oft_block_size": 0, "r": 4}),
         ("boft", {"boft_block_size": 8}),

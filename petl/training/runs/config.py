@@ -1,20 +1,23 @@
 """The checked settings of a run, as `petl.training.runs.run_config.read_config` returns them."""
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from petl.core.registry import build_config, method
 from petl.core.spec.method import LossConfig
 from petl.core.types import Fields, Groups, Settings
-from petl.data.base import Source
-from petl.data.models.sources import ModelSource
 from petl.errors import InputError
 from petl.system.settings.command_line import preset_of
 from petl.system.settings.schema import plain
-from petl.training.distributed.launch import Launch
 from petl.training.runs.settings import TrainConfig
-from petl.training.tracking import TrackerConfig
+
+if TYPE_CHECKING:  # `petl show` reads the fields of a method, and no data
+    from petl.data.base import Source
+    from petl.data.models.sources import ModelSource
+    from petl.training.distributed.launch import Launch
+    from petl.training.tracking import TrackerConfig
 
 GROUPS = ("method", "model", "data", "train", "tracker")  # every configuration has these
 NAMED = ("method", "ranks", "loss", "model", "data")  # groups whose names make the name of a run
@@ -35,12 +38,12 @@ class RunConfig:
     """
 
     train: TrainConfig
-    model: ModelSource
-    data: Source
+    model: "ModelSource"
+    data: "Source"
     method: Fields
     loss: LossConfig | None
-    launch: Launch
-    tracker: TrackerConfig | None
+    launch: "Launch"
+    tracker: "TrackerConfig | None"
     resolved: Groups
 
     @property
