@@ -30,7 +30,7 @@ BUDGETS = {
     "ops": 2650,
     "core": 12650,
     "efficiency": 8250,
-    "data": 11450,
+    "data": 11500,
     "training": 15600,
     "methods": 18250,
     "adapters": 7850,
