@@ -14,7 +14,7 @@ FORMS = {
     "adapter, half": {"r": 4, "scaling": 0.5, "residual": False},
     "adapter, parallel": {"r": 4, "placement": "parallel"},
     "adapter, residual stream": {"r": 4, "placement": "parallel_residual", "residual": True},
-    "compacter": {"r": 4, "factorized_phm": True, "phm_rank": 2},
+    "compacter": {"r": 4, "phm_rank": 2},
     "compacter, own rules": {"r": 4, "shared_phm_rule": False, "factorized_phm_rule": True},
     "compacter, low rank": {"r": 4, "projection": "lowrank"},
     "binary": {"inner": "adapter", "r": 4},
@@ -58,7 +58,7 @@ def test_networks_of_one_form_are_computed_together(form):
         ("adapter", {"scaling": 0.5}),
         ("adapter", {"r": 8}),
         ("adapter", {"use_bias": False}),
-        ("compacter", {"factorized_phm": False}),
+        ("compacter", {"factorized_phm": False, "phm_rank": 1}),
     ],
 )
 def test_networks_of_several_forms_are_computed_one_by_one(form, fields):
