@@ -34,8 +34,6 @@ from petl.training.retain.measure import (
     has_base,
     longest_for,
 )
-from petl.training.retain.page import section_of, write_texts
-from petl.training.retain.replay import replayed_rows, require_text_task, with_texts
 from petl.training.retain.settings import RetainConfig
 from petl.training.retain.texts import BUNDLED, halves, require_texts, texts_of
 from petl.training.runs.config import RunConfig
@@ -156,6 +154,8 @@ class Retaining(RunFeature):
                 "retain.mix_data"
             )
         if own.mix:
+            from petl.training.retain.replay import replayed_rows  # of runs that replay texts
+
             replayed_rows(config.train.batch_size, own.mix)
         require_texts(own.data, DATA)
         require_texts(own.mix_data, MIX_DATA)
@@ -167,6 +167,8 @@ class Retaining(RunFeature):
         own = self.settings
         if not own.mix:
             return rows
+        from petl.training.retain.replay import require_text_task, with_texts  # as in `check`
+
         require_text_task(rows.task, own.mix)
         if rows.order is not None:
             raise InputError(
@@ -330,6 +332,8 @@ class Retaining(RunFeature):
         """Measure the trained model, and write what was measured of each text."""
         if not self.is_measured:
             return {}
+        from petl.training.retain.page import write_texts  # where something was measured
+
         context.run.timer.start()
         found = self.measure(context)
         folder, processor = context.run.path, context.splits.processor
@@ -350,7 +354,11 @@ class Retaining(RunFeature):
     def section(cls, folder: Path, scores: Record) -> Section | None:
         """Return the measure in words and pictures."""
         found: Record | None = scores.get(cls.key)
-        return section_of(folder, found) if found else None
+        if not found:
+            return None
+        from petl.training.retain.page import section_of  # as in `after_training`
+
+        return section_of(folder, found)
 
 
 def processes_of(context: Context) -> Processes:
