@@ -7,6 +7,7 @@ from mos_fixtures import (
     LINEARS,
     TINY,
     adapter_at,
+    batch,
     dense_weights,
     pools,
     randomize,
@@ -23,6 +24,8 @@ from petl.training.optimizer import groups
 from petl.training.runs.settings import TrainConfig
 
 CONTRACT = {"fields": {"r": 3, "equivalent_rank": 3}}
+
+__all__ = ["batch"]
 
 
 def test_initially_only_b_pools_get_a_gradient(batch):
