@@ -92,7 +92,7 @@ def stirred(family, **fields):
     """A wrapped model with large random tensors in its adapters, and norms as they were."""
     torch.manual_seed(0)
     rank = {"gate_rank": 5} if fields.get("gate", "large") == "large" else {}
-    model = petl.wrap(family.build(), "vl_pet", r=6, **rank, **fields).eval()
+    model = petl.wrap(family.build(), "vl_pet", **{"r": 6, **rank, **fields}).eval()
     for adapter in adapters(model).values():
         for parameter in adapter.parameters():
             parameter.normal_(std=0.4)
