@@ -100,7 +100,7 @@ def test_the_time_of_a_plan_with_a_store_is_that_of_its_parts(tiny: Tiny, monkey
     assert frozen.missing == frozen.bytes
     # a position has 32 values in float32; a row a key, an offset, a number and a checksum
     rows = on.length.rows + 20
-    assert frozen.unfilled == (frozen.bytes - rows * (16 + 8 + 8 + 8)) / (4 * 32)
+    assert frozen.unfilled == (frozen.bytes - rows * (16 + 8 + 8)) / (4 * 32)
     assert off.time.filling == 0
     assert on.time.filling == pytest.approx(frozen.unfilled * each * frozen.saved)
     assert on.time.filling > on.time.steps

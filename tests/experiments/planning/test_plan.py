@@ -63,7 +63,7 @@ def test_frozen_blocks_are_planned_with_the_size_of_their_store_and_what_it_save
     # float32 states of width 32; a key, an offset, a number and a check of each of 50 + 20 rows
     splits = small_splits(tiny)
     tokens = sum(len(row) for part in splits for row in part["input_ids"])
-    assert frozen.bytes == tokens * 32 * 4 + 70 * (16 + 8 + 8 + 8)
+    assert frozen.bytes == tokens * 32 * 4 + 70 * (16 + 8 + 8)
     # of block 0: four projections, two of the MLP; torch does not count a CPU's fused attention
     positions = planned.memory.rows * planned.memory.tokens
     block = 2 * positions * (4 * 32 * 32 + 2 * 32 * 48)
