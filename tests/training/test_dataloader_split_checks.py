@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 from training_fixtures import train
 
-from petl.data.overlap import Overlap
+from petl.data.overlap import Overlap, TrainingInputs
 from petl.data.tasks.classification import Classification
 from petl.data.tasks.regression import Regression
 from petl.training.dataloader import warn_about_labels
@@ -56,7 +56,7 @@ def test_labels_that_make_scores_meaningless_are_reported(petl_log, task, splits
 def test_test_rows_that_are_training_rows_as_well_are_counted():
     train = Dataset.from_dict({"text": ["A cat.", "dogs", "dogs"], "label": [0, 1, 1]})
     test = Dataset.from_dict({"text": ["dogs", "a  CAT", "cat", "dogs"], "label": [0, 0, 0, 1]})
-    assert Overlap.of(TASK, train, test) == Overlap(4, 2, 1)
+    assert TrainingInputs.of(TASK, train).overlap(test) == Overlap(4, 2, 1)
 
 
 def test_ordinary_labels_are_not_reported(petl_log):
