@@ -294,7 +294,8 @@ def commands(_: str) -> str:
 
     whole = parser()
     (children,) = (a for a in whole._actions if isinstance(a, argparse._SubParsersAction))
-    parts = [" ".join(whole.description.split())]
+    sentence, _, commands = whole.description.partition("\n\n")
+    parts = [" ".join(sentence.split()), f"```text\n{commands}\n```"]
     for name, child in children.choices.items():
         arguments = child.format_usage().removeprefix("usage: ")
         usage = " ".join(arguments.replace(" [-h]", "").split())
