@@ -348,8 +348,14 @@ def examples_of(
         # a column that no example has is left out
         names = [name for name in COLUMNS if any(name in line for line in lines)]
         header = ["row", "input", *(HEADERS.get(name, name) for name in names)]
+        # words of a text, or classes whose names may have spaces
+        between = ", " if found.several else " "
         rows = [
-            [f"{line['row']:,}", input_of(line), *(text_of(line.get(name)) for name in names)]
+            [
+                f"{line['row']:,}",
+                input_of(line),
+                *(text_of(line.get(name), between) for name in names),
+            ]
             for line in lines
         ]
         if before and "prediction" in names:
@@ -388,8 +394,12 @@ def conversation_text(messages: list[object]) -> str:
     return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in turns)
 
 
-def text_of(value: object) -> str:
-    """A label, prediction or score as text."""
+def text_of(value: object, between: str = " ") -> str:
+    """A label, prediction or score as text.
+
+    Args:
+        between: the items of a list.
+    """
     if value is None:
         return ""
     # before the numbers: bool is a subclass of int
@@ -397,7 +407,7 @@ def text_of(value: object) -> str:
         return cut(str(value))
     if isinstance(value, list):
         # None: a word beyond `max_length`, see `classified`
-        return cut(" ".join("-" if each is None else text_of(each) for each in value))
+        return cut(between.join("-" if each is None else text_of(each) for each in value))
     assert isinstance(value, int | float)
     return number(value, 4)
 

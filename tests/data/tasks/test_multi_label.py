@@ -203,6 +203,7 @@ def test_a_run_chooses_the_threshold_on_validation_rows(tiny, tmp_path, capsys):
     assert {"linear_probe", "before", "after"} <= run.scores.keys()
     page = (run.path / "report.html").read_text()
     assert all(f">{word}<" in page for word in words)
+    assert "apple, bread" in page, "expected classes of an example"
     # the same for new rows, from the saved adapter alone
     capsys.readouterr()
     out = tmp_path / "new.jsonl"
