@@ -205,6 +205,7 @@ def write_page(folder: Path) -> Path:
             about=about(record),
             links=links(record),
             summary=summary(record),
+            lines=[each.line for each in record.sections if each.line],
             header=header,
             rows=rows,
             facts=facts(record),

@@ -75,7 +75,10 @@ def test_the_summary_and_the_page_say_it_and_eval_agrees(families, texts, tmp_pa
     run = train(words, tmp_path / "run")
     capsys.readouterr()
     write_page(run.path)
-    assert "n other text: loss " in (run.path / "report.html").read_text()
+    page = (run.path / "report.html").read_text()
+    first, _, rest = page.partition("What was lost")
+    assert "on other text: loss " in first, "beside the scores"
+    assert "On other text: loss " in rest
     file = texts.removeprefix("retain.data=")
     assert main(["eval", str(run.path), "--retain", file]) == 0
     again = json.loads((run.path / "eval-retained" / "scores.json").read_text())["retained"]
