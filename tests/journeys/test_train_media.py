@@ -23,9 +23,9 @@ AUDIO = [
     for kinds in ("[ffn]", "[attn,ffn]")
     for placement in ("sequential", "parallel")
     for residual in ("true", "false")
-    for block in ("bottleneck", "conformer")
+    for block in ("bottleneck", "conformer method.conv_kernel_size=5")
 ]
-NETWORK = ["method.r=4", "method.conv_kernel_size=5", "method.train_layer_norms=true"]
+NETWORK = ["method.r=4", "method.train_layer_norms=true"]
 
 
 @pytest.fixture(autouse=True, scope="module")
