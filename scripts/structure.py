@@ -26,7 +26,7 @@ PACKAGE = ROOT / "petl"
 # Lines that each package may have. A feature pays for its lines by what it makes unnecessary: lower
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
-    "system": 3550,
+    "system": 3600,
     "ops": 2650,
     "core": 12650,
     "efficiency": 8250,

@@ -29,6 +29,8 @@ from petl.system.settings.command_line import (
 SUFFIXES = (".yaml", ".yml")
 # of a finished run: where it is, and what it was resumed from; a recipe's settings are all there
 OF_ONE_RUN = {"train": ("run", "resume"), "recipe": ()}
+# a file may be a stranger's; these are taken from the command line alone
+RUNS_CODE = ("imports", "model.trust_remote_code")
 logger = logging.getLogger(__name__)
 
 
@@ -78,6 +80,12 @@ def words_of(file: Path, others: Sequence[str]) -> list[str]:
         if name in given and name in groups():
             continue  # another of its configurations is chosen
         words += [word for word in _words(file, name, value) if key_of(word) not in given]
+    code = next((word for word in words if key_of(word) in RUNS_CODE), None)
+    if code is not None:
+        raise InputError(
+            f"{file} sets {code}, which runs code that is not petl's: if you trust it, write "
+            f"{code} behind the file"
+        )
     logger.info("%s: %s", file, " ".join(words))
     return words
 

@@ -86,6 +86,34 @@ def test_what_is_no_run_is_refused(tmp_path, content, message):
         compose([str(tmp_path / "run.yaml")])
 
 
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ("imports: [antigravity]\n", "imports=['antigravity']"),
+        ("model: {source: hub, name: a/b, trust_remote_code: true}\n", "trust_remote_code=true"),
+    ],
+)
+def test_code_is_run_only_if_the_command_line_says_so(tmp_path, content, word):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"method: lora\n{content}")
+    with pytest.raises(InputError, match="runs code that is not petl's") as refused:
+        hydra_words([str(file)])
+    assert word in str(refused.value)
+    said = "imports=[json]" if "imports" in word else "model.trust_remote_code=true"
+    assert said in hydra_words([str(file), said])
+
+
+def test_no_value_of_a_file_reads_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "hidden")
+    file = tmp_path / "run.yaml"
+    given = "${oc.env:SECRET}"
+    file.write_text(yaml.safe_dump({"method": "lora", "train": {"run": given}, "data": {
+        "source": "files", "train": [given], "text": given}}))  # fmt: skip
+    data = OmegaConf.to_container(compose([str(file)]).data, resolve=True)
+    assert data["train"] == [given]
+    assert data["text"] == given
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"nothing\.yaml"):
         compose([str(tmp_path / "nothing.yaml")])
