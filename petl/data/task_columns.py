@@ -14,7 +14,7 @@ from petl.data.downloads import PREFIXES
 from petl.data.faulty_rows import ERROR, SKIP
 from petl.data.formats import fitting_task
 from petl.data.label_column import refuse_unlikely_classes
-from petl.data.tasks import CLASSES, COLUMN, task_class
+from petl.data.tasks import CLASSES, COLUMN, THRESHOLD, task_class
 from petl.data.templates import columns_of, read_text
 from petl.data.validation import (
     LazySourceRows,
@@ -32,7 +32,7 @@ from petl.data.validation import (
 )
 from petl.errors import InputError, shown
 from petl.system.files.read import parse_json
-from petl.system.values import Rule, bounded, field, integer, one_of
+from petl.system.values import Rule, field, integer, one_of
 
 if TYPE_CHECKING:
     from petl.data.tasks.base import Task
@@ -59,7 +59,7 @@ class ColumnSettings(TextSource, ABC):
     # columns of 0 or 1, one for each class, in place of `label`
     label_columns: list[str] | None = field(None, CLASSES)
     # from which probability on a class is predicted; None: validation rows choose it, else 0.5
-    threshold: float | None = field(None, bounded(gt=0, lt=1))
+    threshold: float | None = field(None, THRESHOLD)
     # names of the tasks of rows, in the order of their ids
     tasks: list[str] | None = field(None, TASKS)
     task_column: str = "task"  # with tasks: column of each row's task, a name or an id

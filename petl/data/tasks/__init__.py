@@ -33,6 +33,12 @@ CLASSES = Rule(
     "a list of at least two distinct classes", lambda names: len(names) == len({*names}) > 1
 )
 
+# of `data.threshold` and of multi-label tasks, which count probabilities in such steps
+THRESHOLD = Rule(
+    "a multiple of 0.01 from 0.01 to 0.99",
+    lambda value: 0 < value < 1 and abs(100 * value - round(100 * value)) < 1e-9,
+)
+
 
 def task_class(name: str) -> type[Any]:
     """Return the class of a task in `TASKS`."""

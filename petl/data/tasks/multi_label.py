@@ -18,6 +18,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from petl.data.tasks import THRESHOLD
 from petl.data.tasks.base import (
     Batch,
     Columns,
@@ -30,7 +31,7 @@ from petl.data.tasks.base import (
     sums_dtype,
 )
 from petl.data.tasks.classification import MAX_LISTED, MOST_PROBABLE, SMALLEST, ClassTask
-from petl.system.values import bounded, field, integer
+from petl.system.values import field, integer
 
 STEPS = 100  # K; thresholds are multiples of 1 / K
 UNTUNED = 0.5  # threshold of a run without validation rows
@@ -45,7 +46,7 @@ class MultiLabel(TextTask, ClassTask[PreTrainedTokenizerBase]):
 
     max_length: int = field(128, integer(1))
     # from which probability on a class is predicted; None: validation rows choose it
-    threshold: float | None = field(None, bounded(gt=0, lt=1))
+    threshold: float | None = field(None, THRESHOLD)
 
     def model_kwargs(self) -> Fields:
         """Number and names of the classes, and the type of the model's loss."""
@@ -80,7 +81,8 @@ class MultiLabel(TextTask, ClassTask[PreTrainedTokenizerBase]):
         logits, labels = outputs.logits.float(), batch["labels"]
         C, dtype = len(self.classes), sums_dtype(logits.device)
         losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
-        steps = (logits.sigmoid() * STEPS).long().clamp_(max=STEPS - 1)
+        # a probability that is NaN has some step; the loss tells it
+        steps = (logits.sigmoid() * STEPS).long().clamp_(0, STEPS - 1)
         cells = ((labels > 0).long() * C + torch.arange(C, device=logits.device)) * STEPS + steps
         counts = torch.zeros(2 * C * STEPS, dtype=dtype, device=logits.device)
         counts.index_add_(0, cells.flatten(), torch.ones_like(cells.flatten(), dtype=dtype))

@@ -177,6 +177,20 @@ def test_predictions_are_what_is_scored(scored):
     assert np.mean(losses) == pytest.approx(scores["loss"], rel=1e-4)
 
 
+def test_outputs_that_are_no_numbers_give_a_loss_that_is_none(scored):
+    task, logits, labels = scored
+    logits[3, 1] = float("nan")
+    outputs = task.outputs_from_logits(logits)
+    assert np.isnan(task.summarize(task.score(outputs, {"labels": labels}))["loss"])
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.004, 0.996, 1.0, 0.375])
+def test_a_threshold_between_steps_is_refused(tmp_path, threshold):
+    (tmp_path / "a.jsonl").write_text(LISTS)
+    with pytest.raises(InputError, match=r"a multiple of 0\.01"):
+        read(tmp_path / "a.jsonl", threshold=threshold)
+
+
 # A run
 
 
