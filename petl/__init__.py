@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from petl.methods import losses as losses
     from petl.methods.lora import lorafa_optimizer, loraplus_optimizer
     from petl.methods.sparse import SparseSM3
+    from petl.ops import retrieval as retrieval
     from petl.signatures import build_config, get, wrap  # of petl.core.registry, method by method
     from petl.training import ranks as ranks
     from petl.training.adamr import AdamR
@@ -122,6 +123,7 @@ _PACKAGES = {  # public packages by name
     "methods": "petl.methods",
     "ops": "petl.ops",
     "ranks": "petl.training.ranks",
+    "retrieval": "petl.ops.retrieval",
     "search": "petl.adapters.search",
 }
 _NAMES = {

@@ -1,0 +1,150 @@
+"""Exact search by scalar products, and scores of rankings. Q queries, N documents."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from petl.errors import InputError
+
+RECALLS = (1, 5, 10, 100)  # ranks at which recall is measured
+CUTS = (1, 5, 10, 100)  # ranks at which some score ends
+
+
+def top_k(
+    queries: Tensor, documents: Tensor, k: int, *, chunk: int = 4096
+) -> tuple[Tensor, Tensor]:
+    """Return the k largest scalar products of each query, and their rows: [Q, k] each.
+
+    They are exact. Of equal ones, the smaller row comes first.
+
+    Args:
+        queries: [Q, D].
+        documents: [N, D], on any device; such as of a memory map.
+        k: at most N.
+        chunk: rows of both that are multiplied at a time, which bounds the memory.
+
+    Raises:
+        InputError: k is not in 1..N, or a product is no number.
+    """
+    if not 1 <= k <= len(documents):
+        raise InputError(f"k={k} is not in 1..{len(documents)}, the number of documents")
+    found = [_best(part, documents, k, chunk) for part in queries.split(chunk)]
+    scores, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
+    if not scores.isfinite().all():
+        raise InputError("a scalar product of two vectors is not finite: nothing can be ranked")
+    return scores, rows
+
+
+Take = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # the largest of each row, their places
+
+
+def _best(queries: Tensor, documents: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """Return what `top_k` does, of at most `chunk` queries."""
+    # one more shows whether the last is tied with what is left out: which is taken is then open
+    more = min(k + 1, len(documents))
+    scores, rows = _merged(queries, documents, more, chunk, partial(torch.topk, sorted=True))
+    tied = scores[:, k - 1] == scores[:, -1] if more > k else torch.zeros(0, dtype=torch.bool)
+    scores, rows = scores[:, :k], rows[:, :k]
+    if tied.any():
+        # the same products, of all queries: of fewer, they could be rounded otherwise
+        exact = _merged(queries, documents, k, chunk, _stable, tied)
+        scores[tied], rows[tied] = exact
+    rows, order = rows.sort(dim=1)
+    ordered = scores.gather(1, order)
+    scores, places = ordered.sort(dim=1, descending=True, stable=True)
+    return scores, rows.gather(1, places)
+
+
+def _merged(
+    queries: Tensor,
+    documents: Tensor,
+    k: int,
+    chunk: int,
+    take: Take,
+    which: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return scores and rows of the k best documents, of which each chunk leaves the best.
+
+    Args:
+        which: of the queries, [Q] bool; None: all.
+    """
+    count = len(queries) if which is None else int(which.sum())
+    scores = queries.new_empty(count, 0)
+    rows = torch.empty(count, 0, dtype=torch.long, device=queries.device)
+    for start in range(0, len(documents), chunk):
+        part = documents[start : start + chunk].to(queries)
+        products = queries @ part.T
+        products = products if which is None else products[which]
+        new, places = take(products, min(k, len(part)))
+        scores, rows = torch.cat([scores, new], 1), torch.cat([rows, places + start], 1)
+        scores, places = take(scores, min(k, scores.shape[1]))
+        rows = rows.gather(1, places)
+    return scores, rows
+
+
+def _stable(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, and of equal ones the first."""
+    ordered, places = values.sort(dim=1, descending=True, stable=True)
+    return ordered[:, :k], places[:, :k]
+
+
+def metrics(
+    ranked: Mapping[str, Sequence[str]], relevant: Mapping[str, Mapping[str, float]]
+) -> dict[str, float]:
+    """Return the mean over queries of each score of `query_metrics`, and the number of queries.
+
+    Queries without a relevant document are left out; `queries_left_out` counts them.
+
+    Args:
+        ranked: the documents of each query, best first, at least 100 where there are as many.
+        relevant: the grades of documents, by query; documents that are not there have grade 0.
+
+    Raises:
+        InputError: no query has a relevant document, a grade is below 0, or a document is ranked
+            twice.
+    """
+    by_query = {
+        query: query_metrics(documents, relevant[query])
+        for query, documents in ranked.items()
+        if any(grade > 0 for grade in relevant.get(query, {}).values())
+    }
+    if not by_query:
+        raise InputError(f"none of the {len(ranked)} queries has a relevant document")
+    values = list(by_query.values())
+    count = len(values)
+    means = {name: math.fsum(v[name] for v in values) / count for name in values[0]}
+    return {**means, "queries": count, "queries_left_out": len(ranked) - count}
+
+
+def query_metrics(documents: Sequence[str], grades: Mapping[str, float]) -> dict[str, float]:
+    """Return the scores of one query, of which at least one document has a grade above 0.
+
+    `accuracy_at_1` is 1 if the first is relevant, `recall_at_k` the part of the relevant ones among
+    the first k, `mrr_at_10` 1 / rank of the first hit, `ndcg_at_10` with the grade as gain, and
+    `map_at_100` the sum of the precisions at hits / min(100, relevant).
+
+    Raises:
+        InputError: a grade is below 0, or a document is ranked twice.
+    """
+    if min(grades.values()) < 0:
+        raise InputError(f"a relevance grade is {min(grades.values())}: they begin at 0")
+    if len({*documents}) < len(documents):
+        raise InputError("a document is ranked twice for one query")
+    gains = [grades.get(document, 0) for document in documents[: max(CUTS)]]
+    ideal = sorted((grade for grade in grades.values() if grade > 0), reverse=True)
+    hits = [rank for rank, gain in enumerate(gains, 1) if gain > 0]
+    precisions = (number / rank for number, rank in enumerate(hits, 1))
+    return {
+        "accuracy_at_1": float(1 in hits),
+        **{f"recall_at_{k}": sum(rank <= k for rank in hits) / len(ideal) for k in RECALLS},
+        "mrr_at_10": 1 / hits[0] if hits and hits[0] <= 10 else 0.0,
+        "ndcg_at_10": _discounted(gains[:10]) / _discounted(ideal[:10]),
+        "map_at_100": math.fsum(precisions) / min(100, len(ideal)),
+    }
+
+
+def _discounted(gains: Sequence[float]) -> float:
+    return math.fsum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, 1))
