@@ -27,7 +27,7 @@ PACKAGE = ROOT / "petl"
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
     "system": 3600,
-    "ops": 3100,
+    "ops": 3150,
     "core": 12650,
     "efficiency": 8250,
     "data": 11500,
