@@ -34,7 +34,7 @@ BUDGETS = {
     "training": 15600,
     "methods": 18250,
     "adapters": 7850,
-    "generation": 4900,
+    "generation": 5150,
     "experiments": 6400,
     "cli": 3850,
     "testing": 3050,

@@ -20,7 +20,7 @@ def serve(options: ServeOptions) -> None:
     """Load the models and serve them until Ctrl-C."""
     from petl.system.imports.extras import need_extra
 
-    for package in ("fastapi", "uvicorn"):
+    for package in ("fastapi", "uvicorn", "llguidance"):
         need_extra("serve", package, "petl serve")
     from petl.generation.serving import app
     from petl.generation.serving.engine import Engine

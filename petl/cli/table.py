@@ -18,6 +18,7 @@ from petl.cli.arguments import (
     byte_count,
     divisor,
     each,
+    file_to_read,
     file_to_write,
     folder_to_write,
     named_run,
@@ -464,6 +465,9 @@ class AnswerOptions(RunOptions):
     )
     stop: list[str] = option(
         "end an answer before this text; may be repeated", default=[], action="append"
+    )
+    json_schema: Path | None = option(
+        "answer with JSON that follows the schema in this file", file_to_read
     )
     seed: int = option("of sampling", SEED, 0)
 

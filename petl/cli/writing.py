@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from transformers import set_seed
 
@@ -16,6 +17,7 @@ from petl.efficiency.drafting import PROMISE, Costs, Stats, check_answer, verify
 from petl.errors import InputError, printable
 from petl.generation.inference import prompts
 from petl.generation.inference.chat import ChatSession as Session
+from petl.generation.inference.grammar import json_grammar
 from petl.generation.inference.language_model import LanguageModel, Prompt, message
 from petl.generation.inference.loading import load_language_model
 from petl.generation.inference.prompts import Question, read_prompts
@@ -23,6 +25,7 @@ from petl.generation.inference.sampling import SETTINGS, Sample, Sampling
 from petl.generation.prediction.files import PredictionFile
 from petl.generation.prediction.tables import as_line, new_table
 from petl.system.files.paths import file_of
+from petl.system.files.read import read_json
 from petl.system.progress import Pass
 
 logger = logging.getLogger("petl")
@@ -54,7 +57,9 @@ def sampling_of(options: AnswerOptions) -> Sampling:
     """Return the settings of sampling of a command, and seed the random numbers."""
     set_seed(options.seed)
     given = {name: getattr(options, name) for name in SETTINGS}
-    return Sampling(**given, stop=tuple(options.stop))
+    file = options.json_schema
+    grammar = None if file is None else json_grammar(read_json(file, dict[str, Any]))
+    return Sampling(**given, stop=tuple(options.stop), grammar=grammar)
 
 
 # petl generate

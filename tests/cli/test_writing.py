@@ -63,6 +63,19 @@ def test_generate_prints_the_answer_with_control_characters_escaped(command, wri
     assert other != out
 
 
+def test_generate_and_chat_answer_with_json_of_a_schema(command, writers, tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps({"enum": [{"a": 1}, [True]]}))
+    words = (writers.folder / "lora", "--json-schema", schema)
+    _, out, _ = command("generate", *words, "--prompt", "Hi")
+    assert json.loads(out) in ({"a": 1}, [True])
+    _, chat, _ = command("chat", *words, lines=["Hi"])
+    assert out.strip() in chat
+    schema.write_text(json.dumps({"type": "foo"}))
+    status, _, err = command("generate", *words, "--prompt", "Hi")
+    assert (status, "Invalid type: foo" in err) == (2, True)
+
+
 def test_generate_prints_answers_of_adapters_and_base_side_by_side(command, writers):
     lora = writers.folder / "lora"
     more = ["--adapter", f"second={writers.folder / 'other'}", "--base", *TEN]

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +18,22 @@ CHAT = "/v1/chat/completions"
 JSON = {"content-type": "application/json"}
 HI = [{"role": "user", "content": "Hi"}]
 GOOD = {"model": "lora", "messages": HI, "max_tokens": 1}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "a"}}
+# fields by which a value comes deeper into a request
+NESTED = {
+    "response_format": lambda value: {"response_format": value},
+    "json_schema": lambda value: {"response_format": {**SCHEMA, "json_schema": value}},
+    "schema": lambda value: with_schema({"properties": {"a": value}}),
+}
+
+FIELDS = [*GOOD, "stop", "n", "seed", "logit_bias", "new", *NESTED]
+
+
+def with_schema(schema: object) -> dict[str, object]:
+    named = {**SCHEMA, "json_schema": {"name": "a", "schema": schema}}
+    return {"response_format": named}
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
@@ -77,12 +95,40 @@ def test_only_json_is_read(api):
 
 
 @settings(max_examples=60)
-@given(field=st.sampled_from([*GOOD, "stop", "n", "seed", "logit_bias", "new"]), value=VALUES)
+@given(field=st.sampled_from(FIELDS), value=VALUES)
 def test_any_value_of_a_field_is_answered_or_refused(api, field, value):
-    body = json.dumps({**GOOD, field: value}).encode()
+    given = NESTED[field](value) if field in NESTED else {field: value}
+    body = json.dumps({**GOOD, **given}).encode()
     reply = api.post(CHAT, content=body, headers=JSON)
     if reply.status_code != 200:
         refused(reply, 400, 404)
+
+
+def test_hostile_schemas_end_in_errors_and_hold_up_nobody(writers, api):
+    """Other clients are answered meanwhile; what a schema refers to is not fetched."""
+    many = [{f"p{i} {j}": {} for i in range(1000)} for j in range(3)]
+    schemas = [
+        {"anyOf": [{"type": "object", "properties": each} for each in many]},
+        {"$ref": "#"},
+        {"$ref": "file:///etc/passwd"},
+        {"type": "string", "pattern": "(((a{1,1000}){1,1000}){1,1000}b?){1000}"},
+        {"type": "integer", "multipleOf": 987654321},
+        {"allOf": [{"anyOf": [{"pattern": f"^.*{i}.*{j}"} for j in range(30)]} for i in range(30)]},
+    ]
+    begun = time.monotonic()
+    with ThreadPoolExecutor(len(schemas)) as pool:
+        asked = [
+            pool.submit(api.post, CHAT, json={**GOOD, "max_tokens": 5, **with_schema(schema)})
+            for schema in schemas
+        ]
+        while not all(each.done() for each in asked):
+            assert api.get("/health").status_code == 200
+            assert api.post(CHAT, json=GOOD).status_code == 200
+    assert time.monotonic() - begun < 30
+    for each in asked:
+        if each.result().status_code != 200:  # not too many ways to go on
+            assert "schema" in refused(each.result())
+    assert api.post(CHAT, json=GOOD).status_code == 200
 
 
 def test_what_a_request_says_is_shown_and_not_obeyed(api, capsys):

@@ -12,6 +12,7 @@ from typing import Any
 
 from peft import PeftModel
 from transformers import (
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -35,6 +36,7 @@ from petl.efficiency.drafting.folder import load_drafter
 from petl.efficiency.drafting.lookup import LookupFirst
 from petl.efficiency.drafting.registry import Drafter, drafter, untrained
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean, first_line
+from petl.generation.inference.grammar import GrammarMask, matcher
 from petl.generation.inference.sampling import (
     Sample,
     Sampling,
@@ -241,8 +243,8 @@ class LanguageModel:
             stats: gets the counts of drafts; without drafts, tokens, answers and seconds.
 
         Raises:
-            InputError: a prompt is empty or longer than the model allows, or the model or number of
-                prompts does not allow prompt lookup.
+            InputError: a prompt is empty or longer than the model allows, the model or number of
+                prompts does not allow prompt lookup, or its tokenizer no grammar.
         """
         longest = max(map(len, prompts))
         on_left = not self.is_encoder_decoder
@@ -263,6 +265,9 @@ class LanguageModel:
             # generate itself keeps `streamer` from a function that it calls
             name = "stream" if drafts else "streamer"
             arguments[name] = TextStream(self.tokenizer, write, sampling.stop, self.ends)
+        if sampling.grammar is not None:
+            mask = GrammarMask(matcher(self.tokenizer, self.ends, sampling.grammar), start)
+            arguments["logits_processor"] = LogitsProcessorList([mask])
         writer: Any = self.model  # of transformers or PEFT, whose types differ
         began = time.monotonic()
         try:

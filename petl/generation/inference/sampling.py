@@ -39,6 +39,7 @@ class Sampling:
         prompt_lookup: tokens that are copied from earlier text and verified in one pass, which does
             not change a greedy answer in float32.
         stop: texts before which an answer ends.
+        grammar: that an answer follows, see petl/generation/inference/grammar.py; None: any text.
 
     Raises:
         InputError: a value is out of range.
@@ -51,6 +52,7 @@ class Sampling:
     repetition_penalty: float | None = None
     prompt_lookup: int | None = None
     stop: tuple[str, ...] = ()
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         for name, (low, high) in BOUNDS.items():
@@ -59,6 +61,11 @@ class Sampling:
                 raise InputError(f"{name}={value} is not from {low:g} to {high:g}")
         if not all(self.stop):
             raise InputError(f"stop={[*self.stop]} has an empty text, at which every answer ends")
+        if self.grammar is not None and self.prompt_lookup is not None:
+            raise InputError(
+                f"prompt_lookup={self.prompt_lookup} guesses tokens that a JSON schema may not "
+                "allow: leave it out; drafts follow the schema"
+            )
 
     def arguments(self, defaults: GenerationConfig) -> Arguments:
         """The arguments of `generate` for a model with these `defaults`."""

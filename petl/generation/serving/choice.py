@@ -6,14 +6,18 @@ Shapes: V tokens of the vocabulary, T tokens of prompt and answer so far.
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from petl.core.types import Arguments, CausalModel
+from petl.generation.inference.grammar import GrammarMask
 from petl.generation.inference.sampling import Sampling
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 # below it the most likely token is taken: the division by it would overflow, in float32
 LOWEST_TEMPERATURE = 1e-5
@@ -37,6 +41,7 @@ class TokenChooser:
         logit_bias: added to the logits of these tokens.
         top_logprobs: number of most likely tokens to report with each token; None: no
             probabilities at all.
+        matcher: of the grammar that the answer follows; None: any text.
     """
 
     seed: int | None = None
@@ -44,6 +49,7 @@ class TokenChooser:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     top_logprobs: int | None = None
+    matcher: "LLMatcher | None" = None
 
 
 class OccurrencePenalty(LogitsProcessor):
@@ -147,6 +153,9 @@ def processors(
     if choosing.presence_penalty or choosing.frequency_penalty:
         presence, frequency = choosing.presence_penalty, choosing.frequency_penalty
         own.append(OccurrencePenalty(presence, frequency, len(prompt)))
+    if choosing.matcher is not None:
+        # before the cuts to the likeliest tokens, which the grammar might forbid
+        own.append(GrammarMask(choosing.matcher, len(prompt)))
     return model._get_logits_processor(  # ty: ignore[invalid-argument-type] - the mixin's own self
         config, len(prompt), logits_processor=own, device="cpu"
     )

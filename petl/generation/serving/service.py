@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
@@ -17,6 +17,7 @@ from petl.data.tasks import Message
 from petl.data.tasks.image_text.images import image_of, is_data
 from petl.data.tasks.image_text.prompt import Conversation, ImagePrompt
 from petl.errors import InputError, did_you_mean, printable, shown
+from petl.generation.inference.grammar import json_grammar, matcher
 from petl.generation.inference.language_model import LanguageModel
 from petl.generation.inference.sampling import AnswerText, Sampling
 from petl.generation.serving.choice import Chooser, TokenChooser
@@ -39,9 +40,12 @@ from petl.generation.serving.wire import (
     CompletionRequest,
 )
 
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
 CLIENT_GONE = 499  # nobody reads it
 MAX_PIXELS = 2**24  # of all images in a request, 50 MB in memory; assumption
-DECODERS = 2  # requests whose images are decoded at a time
+PREPARING = 2  # requests whose images are decoded, or whose schemas are compiled, at a time
 logger = logging.getLogger(__name__)
 
 
@@ -52,13 +56,13 @@ class AnswerService:
     Attributes:
         served: what requests can choose, by name.
         max_tokens: of an answer at most.
-        decoding: held by requests whose images are decoded.
+        preparing: held by requests whose images are decoded, or whose schemas are compiled.
     """
 
     served: Mapping[str, ServedAdapter]
     engine: Engine
     max_tokens: int
-    decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(DECODERS))
+    preparing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(PREPARING))
 
     def models(self) -> Json:
         """The body of /v1/models."""
@@ -84,7 +88,7 @@ class AnswerService:
         urls = [url for message in body.messages for url in message.images]
         # in another thread: a long prompt would hold up all connections
         if urls:
-            async with self.decoding:  # an image takes a hundred times the memory of its file
+            async with self.preparing:  # an image takes a hundred times the memory of its file
                 prompt = await run_in_threadpool(pictured, served.language, turns, urls)
         else:
             prompt = await run_in_threadpool(served.language.encode, turns)
@@ -128,11 +132,14 @@ class AnswerService:
                     "answers, tokens (max_tokens) or logprobs",
                     param="logprobs",
                 )
+        matcher = await self._matcher(body, served)
         answers = ServedAnswers(served.name, sum(map(len, prompts)))
         for prompt in prompts:
             for number in range(body.n or 1):
+                choosing = choosing_of(body, number, len(served.language.tokenizer))
+                choosing = replace(choosing, matcher=matcher)
                 answers.requests.append(
-                    self._request(body, served, prompt, number, answers.receiver())
+                    self._request(body, served, prompt, choosing, answers.receiver())
                 )
         # after all checks, so that a refused request computes nothing
         self.engine.submit([(served.lane, each) for each in answers.requests])
@@ -146,15 +153,34 @@ class AnswerService:
         whole = partial(reply.whole, answers.found, answers.prompt_tokens)
         return await run_in_threadpool(lambda: JSONResponse(whole()))
 
+    async def _matcher(
+        self, body: ChatRequest | CompletionRequest, served: ServedAdapter
+    ) -> "LLMatcher | None":
+        """The compiled grammar that the answers to a request follow; None: any text."""
+        wanted = body.response_format
+        schema = None if wanted is None else wanted.schema_of_answer
+        if schema is None:
+            return None
+        language = served.language
+
+        def compiled() -> "LLMatcher":
+            return matcher(language.tokenizer, language.ends, json_grammar(schema))
+
+        try:
+            async with self.preparing:  # it may take a second
+                return await run_in_threadpool(compiled)
+        except InputError as error:
+            raise ApiError(f"response_format: {error}", param="response_format") from error
+
     def _request(
         self,
         body: ChatRequest | CompletionRequest,
         served: ServedAdapter,
         prompt: Sequence[int],
-        number: int,
+        choosing: TokenChooser,
         emit: Emit,
     ) -> Request:
-        """The request for the answer of this number to a prompt."""
+        """The request for one answer to a prompt."""
         limit = body.limit
         if limit is not None and limit > self.max_tokens:
             message = f"max_tokens={limit} is more than this server allows ({self.max_tokens})"
@@ -167,7 +193,6 @@ class AnswerService:
             repetition_penalty=body.repetition_penalty,
         )
         language = served.language
-        choosing = choosing_of(body, number, len(language.tokenizer))
         chooser = Chooser(sampling, choosing, language.base, prompt)
         room = room_for(prompt, served, limit or 1)  # without a limit, room for one token is enough
         return Request(

@@ -7,10 +7,18 @@ setting looks like one that obeys it.
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 from petl.data.conversations import IMAGE, Part, text_of, with_parts
 from petl.data.tasks import Message
+from petl.generation.inference.grammar import JSON_OBJECT, bounded_schema
 
 # bounds of what one request may cost; assumptions
 MAX_STOPS = 16
@@ -29,6 +37,8 @@ Token = Annotated[int, Field(ge=0, lt=2**31)]
 # fail_fast: a list of a million wrong items is one error, not a million
 Tokens = Annotated[list[Token], Field(fail_fast=True, min_length=1, max_length=2**20)]
 Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Name = Annotated[str, StringConstraints(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+Schema = Annotated[dict[str, object], AfterValidator(bounded_schema)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 
 
@@ -101,10 +111,34 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class PlainText(Strict):
-    """The only format of answers."""
+class JsonSchema(Strict):
+    """A schema that the JSON of an answer follows."""
 
-    type: Literal["text"]
+    name: Name
+    definition: Annotated[Schema, Field(alias="schema")]
+    description: Text | None = None
+    strict: bool | None = None  # the schema is followed either way
+
+
+class AnswerFormat(Strict):
+    """The format of answers."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def with_schema(self) -> "AnswerFormat":
+        """Refuse a format without the schema that it names, and one with a schema it has not."""
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("the type json_schema has the field json_schema, and no other has")
+        return self
+
+    @property
+    def schema_of_answer(self) -> dict[str, object] | None:
+        """What the JSON of an answer follows; None: it is any text."""
+        if self.json_schema is not None:
+            return self.json_schema.definition
+        return JSON_OBJECT if self.type == "json_object" else None
 
 
 class Common(Strict):
@@ -134,6 +168,7 @@ class Common(Strict):
     ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: AnswerFormat | None = None
     # they change no answer: labels of the caller's, and settings of OpenAI's own service
     user: object = None
     metadata: object = None
@@ -164,7 +199,6 @@ class ChatRequest(Common):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
-    response_format: PlainText | None = None
 
     @model_validator(mode="after")
     def with_logprobs(self) -> "ChatRequest":

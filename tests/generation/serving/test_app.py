@@ -1,6 +1,7 @@
 """`petl serve` as its clients see it: the official client, and a process that the test starts."""
 
 import asyncio
+import json
 import signal
 import threading
 import time
@@ -134,6 +135,60 @@ def test_sampling_repeats_with_a_seed_and_n_answers_differ(client):
     assert len({*texts(top_p=0.0)}) == 1  # of the most likely tokens alone
 
 
+POINT = {
+    "type": "object",
+    "properties": {"x": {"type": "integer"}, "on": {"type": "boolean"}},
+    "required": ["x", "on"],
+    "additionalProperties": False,
+}
+AS_POINT = {"type": "json_schema", "json_schema": {"name": "point", "schema": POINT}}
+
+
+def test_answers_follow_a_schema_beside_others_of_any_adapter(client, alone):
+    def ask(job):
+        name, more = job
+        asked = {"model": name, "messages": HI, "max_tokens": 150, **more}
+        return client.chat.completions.create(**asked).choices
+
+    form = {"response_format": AS_POINT, "n": 2, "temperature": 1.0}
+    jobs = [("llama", form), ("lora", form), ("mola", form), ("lora", {})]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        *found, plain = pool.map(ask, jobs)
+    for choice in (choice for choices in found for choice in choices):
+        assert choice.finish_reason == "stop"
+        point = json.loads(choice.message.content)
+        assert (type(point["x"]), type(point["on"]), len(point)) == (int, bool, 2)
+    # a request without one answers as alone
+    assert plain[0].message.content == alone("lora", "Hi", 150).text
+
+
+def test_a_stream_follows_a_schema_until_its_limit(client):
+    asked = {"model": "lora", "prompt": "a b a b a", "extra_body": {"response_format": AS_POINT}}
+    (whole,) = client.completions.create(**asked, max_tokens=150).choices
+    assert {*json.loads(whole.text)} == {"x", "on"}
+    assert whole.finish_reason == "stop"
+    chunks = [
+        chunk.choices[0] for chunk in client.completions.create(**asked, max_tokens=7, stream=True)
+    ]
+    text = "".join(chunk.text for chunk in chunks)
+    assert whole.text.startswith(text)
+    assert chunks[-1].finish_reason == "length"
+    cut = client.completions.create(**asked, max_tokens=150, stop=":").choices[0]
+    assert (cut.text, cut.finish_reason) == (whole.text.partition(":")[0], "stop")
+
+
+def test_any_json_object_is_an_answer(client):
+    reply = client.chat.completions.create(
+        model="other",
+        messages=HI,
+        max_tokens=150,
+        response_format={"type": "json_object"},
+        logit_bias={str(token): -30 for token in range(200, 260)},
+        stop="}",
+    )
+    assert reply.choices[0].message.content.startswith("{")
+
+
 def test_an_answer_ends_before_a_stop_text(client, alone):
     whole = alone("lora", "Hi", 20).text
     stop = whole[6:8]
@@ -258,6 +313,11 @@ def test_other_clients_are_answered_while_a_large_reply_is_made(writers, monkeyp
         engine.join(10)
 
 
+def formatted(response_format=None, **json_schema):
+    named = {"type": "json_schema", "json_schema": {"name": "a", **json_schema}}
+    return {"model": "lora", "messages": HI, "response_format": response_format or named}
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -275,6 +335,13 @@ def test_other_clients_are_answered_while_a_large_reply_is_made(writers, monkeyp
         ({"model": "lora", "messages": HI, "seed": 2**70}, "seed="),
         ({"model": "lora", "messages": HI, "tools": []}, "tools=[]: this server has no such"),
         ({"model": "lora", "messages": HI, "top_logprobs": 21}, "top_logprobs=21"),
+        (formatted({"type": "json"}), "type='json'"),
+        (formatted({"type": "json_schema"}), "the type json_schema has the field json_schema"),
+        (formatted({"type": "text", "json_schema": {"name": "a", "schema": {}}}), "no other has"),
+        (formatted(schema={}, name="a b"), "json_schema.name='a b'"),
+        (formatted(schema=[]), "json_schema.schema=[]: Input should be a valid dictionary"),
+        (formatted(schema={"const": "x" * 2**16}), "allowed are 65,536"),
+        (formatted(schema={"type": "foo"}), "response_format: the schema cannot be followed: Inv"),
         ({"model": "lora", "messages": HI, "logit_bias": {"x": 1.0}}, "logit_bias has 'x'"),
         ({"model": "lora", "messages": HI, "logit_bias": {"260": 1.0}}, "no token below 260"),
         ({"model": "lora", "messages": HI, "logit_bias": {"²": 1.0}}, "logit_bias has"),
