@@ -34,7 +34,7 @@ BUDGETS = {
     "training": 15600,
     "methods": 18250,
     "adapters": 7850,
-    "generation": 5150,
+    "generation": 5550,
     "experiments": 6400,
     "cli": 3850,
     "testing": 3050,

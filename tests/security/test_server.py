@@ -19,11 +19,16 @@ JSON = {"content-type": "application/json"}
 HI = [{"role": "user", "content": "Hi"}]
 GOOD = {"model": "lora", "messages": HI, "max_tokens": 1}
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "a"}}
+TOOL = {"type": "function", "function": {"name": "now"}}
 # fields by which a value comes deeper into a request
 NESTED = {
     "response_format": lambda value: {"response_format": value},
     "json_schema": lambda value: {"response_format": {**SCHEMA, "json_schema": value}},
     "schema": lambda value: with_schema({"properties": {"a": value}}),
+    "tool_choice": lambda value: {"tools": [TOOL], "tool_choice": value},
+    "tools": lambda value: {"tools": value},
+    "function": lambda value: {"tools": [{**TOOL, "function": value}]},
+    "tool_calls": lambda value: {"messages": [{"role": "assistant", "tool_calls": value}]},
 }
 
 FIELDS = [*GOOD, "stop", "n", "seed", "logit_bias", "new", *NESTED]

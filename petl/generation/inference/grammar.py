@@ -7,7 +7,9 @@ answer, V tokens of the vocabulary.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence, ValuesView
+from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -15,7 +17,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedTokenizerBase
+from transformers import AddedToken, LogitsProcessor, PreTrainedTokenizerBase
 
 from petl.errors import InputError, UnsupportedError, first_line
 from petl.system.imports.extras import optional
@@ -31,11 +33,6 @@ LIMITS = {"max_lexer_states": 20_000, "verbose_errors": False}
 # a run of line breaks and spaces is bounded, or a small model would write them until its limit
 FORMAT = {"whitespace_pattern": r"[ \n\t]{0,20}", "lenient": False}
 JSON_OBJECT: dict[str, object] = {"type": "object"}
-
-_vocabularies: "WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, ...], LLTokenizer]]" = (
-    WeakKeyDictionary()
-)
-_building = Lock()  # of `_vocabularies`: requests are read in several threads
 
 
 def bounded_schema(schema: dict[str, object]) -> dict[str, object]:
@@ -77,33 +74,60 @@ def json_grammar(schema: dict[str, object]) -> str:
         raise InputError(f"the schema cannot be read: {first_line(error)}") from error
 
 
-def matcher(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], grammar: str) -> "LLMatcher":
-    """Compile a grammar for the tokens of a tokenizer; takes from a millisecond to a second.
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of a tokenizer, as llguidance knows them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    tokens: "LLTokenizer"
+
+    def matcher(self, grammar: str) -> "LLMatcher":
+        """Compile a grammar, which takes from a millisecond to a second.
+
+        Args:
+            grammar: from `json_grammar`, or in llguidance's variant of Lark.
+
+        Raises:
+            InputError: it is wrong, too large, or allows no text.
+        """
+        guidance: Any = optional("llguidance", EXTRA)
+        limits = guidance.LLParserLimits(**LIMITS)
+        made = guidance.LLMatcher(self.tokens, grammar, log_level=0, limits=limits)
+        if made.is_error():
+            raise InputError(f"the schema cannot be followed: {_reason(made)}")
+        made.compute_bitmask()
+        if made.is_error():
+            raise InputError(
+                f"the schema allows no text, or its texts have too many forms ({_reason(made)})"
+            )
+        return made
+
+    def literal(self, text: str) -> str:
+        """A text in a grammar, in which special tokens are those, and not their letters."""
+        added: dict[int, AddedToken] = self.tokenizer.added_tokens_decoder
+        ids = {each.content: i for i, each in added.items() if self.tokens.is_special_token(i)}
+        pattern = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
+        parts = re.split(f"({pattern})", text) if ids else [text]
+        return " ".join(
+            f"<[{ids[part]}]>" if part in ids else json.dumps(part) for part in parts if part
+        )
+
+
+_vocabularies: "WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, ...], LLTokenizer]]" = (
+    WeakKeyDictionary()
+)
+_building = Lock()  # of `_vocabularies`: requests are read in several threads
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> Vocabulary:
+    """The vocabulary of a tokenizer; the first time takes a second, for 50,000 tokens.
 
     Args:
         ends: tokens at which an answer ends.
-        grammar: from `json_grammar`, or in llguidance's variant of Lark.
 
     Raises:
-        InputError: the grammar is wrong, too large, or allows no text.
-        UnsupportedError: the texts of the tokenizer's tokens are not known, or no token ends an
-            answer.
+        UnsupportedError: the texts of its tokens are not known, or no token ends an answer.
     """
-    guidance: Any = optional("llguidance", EXTRA)
-    limits = guidance.LLParserLimits(**LIMITS)
-    made = guidance.LLMatcher(_vocabulary(tokenizer, ends), grammar, log_level=0, limits=limits)
-    if made.is_error():
-        raise InputError(f"the schema cannot be followed: {_reason(made)}")
-    made.compute_bitmask()
-    if made.is_error():
-        raise InputError(
-            f"the schema allows no text, or its texts have too many forms ({_reason(made)})"
-        )
-    return made
-
-
-def _vocabulary(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> "LLTokenizer":
-    """The tokens of a tokenizer as llguidance knows them."""
     name = tokenizer.name_or_path
     if not tokenizer.is_fast or not ends:
         what = "no token that ends an answer" if tokenizer.is_fast else "no fast version"
@@ -119,12 +143,14 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> "LLT
                 raise UnsupportedError(
                     f"the tokenizer of {name} cannot follow a JSON schema: {first_line(error)}"
                 ) from error
-        return known[key]
+        return Vocabulary(tokenizer, known[key])
 
 
 def _reason(state: "LLMatcher") -> str:
     """Why an answer cannot go on, in one line; empty: it can."""
-    return " ".join(state.get_error().replace("<non-verbose/>", "").split())[:300]
+    # without the place in a grammar that was made here, and its lines around it
+    said = re.split(r"\n *\d+ \|", state.get_error().replace("<non-verbose/>", ""))[0]
+    return " ".join(re.sub(r"^at \d+\(\d+\): ", "", said).split())[:300]
 
 
 class GrammarMask(LogitsProcessor):

@@ -36,7 +36,7 @@ from petl.efficiency.drafting.folder import load_drafter
 from petl.efficiency.drafting.lookup import LookupFirst
 from petl.efficiency.drafting.registry import Drafter, drafter, untrained
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean, first_line
-from petl.generation.inference.grammar import GrammarMask, matcher
+from petl.generation.inference.grammar import GrammarMask, vocabulary_of
 from petl.generation.inference.sampling import (
     Sample,
     Sampling,
@@ -266,8 +266,8 @@ class LanguageModel:
             name = "stream" if drafts else "streamer"
             arguments[name] = TextStream(self.tokenizer, write, sampling.stop, self.ends)
         if sampling.grammar is not None:
-            mask = GrammarMask(matcher(self.tokenizer, self.ends, sampling.grammar), start)
-            arguments["logits_processor"] = LogitsProcessorList([mask])
+            matcher = vocabulary_of(self.tokenizer, self.ends).matcher(sampling.grammar)
+            arguments["logits_processor"] = LogitsProcessorList([GrammarMask(matcher, start)])
         writer: Any = self.model  # of transformers or PEFT, whose types differ
         began = time.monotonic()
         try:

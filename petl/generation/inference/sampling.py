@@ -158,8 +158,11 @@ class StopEvent(StoppingCriteria):
 class AnswerText:
     """Decodes tokens one by one, and ends before a stop text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
-        self.tokenizer, self.stop = tokenizer, stop
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], *, special: bool = False
+    ) -> None:
+        """Decode with a tokenizer; `special`: with the texts of special tokens."""
+        self.tokenizer, self.stop, self.special = tokenizer, stop, special
         self.ids: list[int] = []
         # decoding begins at the first; text up to the second was returned or is held
         self.begin = self.end = 0
@@ -194,7 +197,7 @@ class AnswerText:
         return text if cut is None else cut
 
     def _decoded(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self.tokenizer.decode(ids, skip_special_tokens=not self.special))
 
 
 class TextStream(BaseStreamer):

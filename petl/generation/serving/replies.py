@@ -4,18 +4,20 @@ import re
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from petl.errors import printable
+from petl.generation.inference.calls import Call, CallReader, CallStream
 from petl.generation.inference.sampling import UNFINISHED
 from petl.generation.serving.choice import LogProb
 from petl.generation.serving.request import AnswerPart
 
 Json = dict[str, object]  # an object of a body
+GOING_ON: Json = {"logprobs": None, "finish_reason": None}  # in a chunk that is not the last
 LOWEST = -9999.0  # in place of minus infinity, which JSON does not have
 # error types of OpenAI's API by HTTP status; all others below 500 are invalid requests
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -79,10 +81,12 @@ class Reply:
         """The chunk before the pieces of an answer, if there is one."""
         return None
 
-    def chunk(self, index: int, piece: AnswerPart, offset: int) -> Json:
-        """The chunk of a piece; `offset` is the number of characters before it."""
+    def chunks(self, index: int, piece: AnswerPart, offset: int) -> list[Json]:
+        """The chunks of a piece; `offset` is the number of characters before it."""
+        if not (piece.text or piece.logprobs or piece.finish):
+            return []  # of a token whose text is held back
         logprobs = [piece.logprobs] if piece.logprobs else []
-        return self._body(self.chunk_kind, [self._delta(index, piece, logprobs, offset)])
+        return [self._body(self.chunk_kind, [self._delta(index, piece, logprobs, offset)])]
 
     def usage_chunk(self, answers: Sequence[ReplyText], prompt_tokens: int) -> Json:
         """The chunk with the number of tokens, at the end of a stream."""
@@ -118,18 +122,54 @@ class ChatReply(Reply):
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(
+        self,
+        model: str,
+        tokenizer: PreTrainedTokenizerBase,
+        reader: CallReader | None = None,
+    ) -> None:
+        """Read calls of functions with `reader`, if answers may have them."""
+        super().__init__(model, tokenizer)
+        self.reader = reader
+        self._streams: dict[int, CallStream] = {}
+
     def first_chunk(self, index: int) -> Json:
         """The role of the answer."""
         # an empty content instead of none, as in OpenAI's own first chunk
         start = {"index": index, "delta": {"role": "assistant", "content": ""}}
-        return self._body(self.chunk_kind, [{**start, "logprobs": None, "finish_reason": None}])
+        return self._body(self.chunk_kind, [{**start, **GOING_ON}])
+
+    def chunks(self, index: int, piece: AnswerPart, offset: int) -> list[Json]:
+        """The chunks of a piece: its text as far as it is no call, calls once they are complete."""
+        if self.reader is None:
+            return super().chunks(index, piece, offset)
+        stream = self._streams.setdefault(index, CallStream(self.reader))
+        text, calls = stream.add(piece.text), []
+        if piece.finish:
+            held, calls = stream.end()
+            text += held
+        found: list[Json] = []
+        if calls:
+            deltas = [{"index": i, **_called(call)} for i, call in enumerate(calls)]
+            choice: Json = {"index": index, "delta": {"tool_calls": deltas}}
+            found = [self._body(self.chunk_kind, [{**choice, **GOING_ON}])]
+        finish = "tool_calls" if calls and piece.finish == "stop" else piece.finish
+        return [*found, *super().chunks(index, replace(piece, text=text, finish=finish), offset)]
 
     def _choice(self, index: int, answer: ReplyText) -> Json:
+        message: Json = {"role": "assistant", "content": answer.text}
+        finish = answer.finish
+        if self.reader is not None:
+            content, calls = self.reader.read(self.reader.clean(answer.text))
+            message["content"] = content or (None if calls else "")
+            if calls:
+                message["tool_calls"] = [_called(call) for call in calls]
+                finish = "tool_calls" if finish == "stop" else finish
         return {
             "index": index,
-            "message": {"role": "assistant", "content": answer.text},
+            "message": message,
             "logprobs": self._logprobs(answer.logprobs),
-            "finish_reason": answer.finish,
+            "finish_reason": finish,
         }
 
     def _delta(
@@ -158,6 +198,11 @@ class ChatReply(Reply):
             "logprob": max(found.value, LOWEST),
             "bytes": [*bytes_of(self.tokenizer, found.token)],
         }
+
+
+def _called(call: Call) -> Json:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 class CompletionReply(Reply):

@@ -17,7 +17,8 @@ from petl.data.tasks import Message
 from petl.data.tasks.image_text.images import image_of, is_data
 from petl.data.tasks.image_text.prompt import Conversation, ImagePrompt
 from petl.errors import InputError, did_you_mean, printable, shown
-from petl.generation.inference.grammar import json_grammar, matcher
+from petl.generation.inference.calls import MAX_CALLS, CallReader, call_form
+from petl.generation.inference.grammar import json_grammar, vocabulary_of
 from petl.generation.inference.language_model import LanguageModel
 from petl.generation.inference.sampling import AnswerText, Sampling
 from petl.generation.serving.choice import Chooser, TokenChooser
@@ -39,6 +40,7 @@ from petl.generation.serving.wire import (
     ChatRequest,
     CompletionRequest,
 )
+from petl.training.generation import encoder_in
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -84,7 +86,7 @@ class AnswerService:
     async def chat(self, body: ChatRequest, request: HttpRequest) -> Response:
         """Reply to /v1/chat/completions."""
         served = self._find(body.model)
-        turns = [message.turn() for message in body.messages]
+        turns = body.turns
         urls = [url for message in body.messages for url in message.images]
         # in another thread: a long prompt would hold up all connections
         if urls:
@@ -92,7 +94,8 @@ class AnswerService:
                 prompt = await run_in_threadpool(pictured, served.language, turns, urls)
         else:
             prompt = await run_in_threadpool(served.language.encode, turns)
-        reply = ChatReply(served.name, served.language.tokenizer)
+        reader = await run_in_threadpool(call_reader, served.language, body)
+        reply = ChatReply(served.name, served.language.tokenizer, reader)
         return await self._reply(reply, body, served, [prompt], request)
 
     async def complete(self, body: CompletionRequest, request: HttpRequest) -> Response:
@@ -132,7 +135,8 @@ class AnswerService:
                     "answers, tokens (max_tokens) or logprobs",
                     param="logprobs",
                 )
-        matcher = await self._matcher(body, served)
+        reader = reply.reader if isinstance(reply, ChatReply) else None
+        matcher = await self._matcher(body, served, reader)
         answers = ServedAnswers(served.name, sum(map(len, prompts)))
         for prompt in prompts:
             for number in range(body.n or 1):
@@ -154,23 +158,34 @@ class AnswerService:
         return await run_in_threadpool(lambda: JSONResponse(whole()))
 
     async def _matcher(
-        self, body: ChatRequest | CompletionRequest, served: ServedAdapter
+        self,
+        body: ChatRequest | CompletionRequest,
+        served: ServedAdapter,
+        reader: CallReader | None,
     ) -> "LLMatcher | None":
         """The compiled grammar that the answers to a request follow; None: any text."""
-        wanted = body.response_format
+        language, wanted = served.language, body.response_format
         schema = None if wanted is None else wanted.schema_of_answer
-        if schema is None:
+        has_calls = isinstance(body, ChatRequest) and body.must_call
+        if schema is None and not has_calls:
             return None
-        language = served.language
+        param = "tools" if has_calls else "response_format"
 
         def compiled() -> "LLMatcher":
-            return matcher(language.tokenizer, language.ends, json_grammar(schema))
+            vocabulary = vocabulary_of(language.tokenizer, language.ends)
+            if schema is not None:
+                return vocabulary.matcher(json_grammar(schema))
+            assert isinstance(body, ChatRequest)
+            assert reader is not None
+            called = [each for each in body.functions if body.called in (None, each.name)]
+            most = reader.most or (1 if body.called else MAX_CALLS)
+            return vocabulary.matcher(reader.form.grammar(called, most, vocabulary))
 
         try:
             async with self.preparing:  # it may take a second
                 return await run_in_threadpool(compiled)
         except InputError as error:
-            raise ApiError(f"response_format: {error}", param="response_format") from error
+            raise ApiError(f"{param}: {error}", param=param) from error
 
     def _request(
         self,
@@ -193,13 +208,15 @@ class AnswerService:
             repetition_penalty=body.repetition_penalty,
         )
         language = served.language
+        has_tools = isinstance(body, ChatRequest) and bool(body.active_tools)
         chooser = Chooser(sampling, choosing, language.base, prompt)
         room = room_for(prompt, served, limit or 1)  # without a limit, room for one token is enough
         return Request(
             prompt,
             served.adapter,
             chooser,
-            AnswerText(language.tokenizer, body.stops),
+            # calls may begin with a special token
+            AnswerText(language.tokenizer, body.stops, special=has_tools),
             language.ends,
             emit,
             min(chooser.max_tokens, self.max_tokens, room),
@@ -232,6 +249,24 @@ def pictured(language: LanguageModel, turns: list[Message], urls: Sequence[str])
     assert isinstance(prompt, ImagePrompt), "models of texts alone refuse images"
     # here, and not in the thread of the engine, where a failure would end other answers as well
     return replace(prompt, prepared=prompt.inputs())
+
+
+def call_reader(language: LanguageModel, body: ChatRequest) -> CallReader | None:
+    """What reads calls of functions in answers; None: there are no tools.
+
+    Raises:
+        ApiError: the model's chat template does not write calls in a form that can be read.
+    """
+    if not body.active_tools:
+        return None
+    try:
+        form = call_form(encoder_in(language.processor or language.tokenizer), language.ends)
+    except InputError as error:
+        raise ApiError(str(error), param="tools") from error
+    names = [each.name for each in body.functions]
+    specials = language.tokenizer.all_special_tokens
+    most = 1 if body.parallel_tool_calls is False else None
+    return CallReader(form, names, specials, most)
 
 
 def _encode(language: LanguageModel, prompt: str | list[int]) -> Sequence[int]:
@@ -362,11 +397,10 @@ class ServedAnswers:
             raise
         try:
             async for index, piece in self.pieces():
-                # a token whose text is held back has no chunk
-                if piece.text or piece.logprobs or piece.finish:
-                    # `pieces` has added this piece already
-                    before = len(self.found[index].text) - len(piece.text)
-                    yield event(reply.chunk(index, piece, before))
+                # `pieces` has added this piece already
+                before = len(self.found[index].text) - len(piece.text)
+                for chunk in reply.chunks(index, piece, before):
+                    yield event(chunk)
         except Exception as error:  # the status of the reply was sent already
             logger.error("%s: %s", self.model, error)
             yield event(error_body(printable(error), 500))

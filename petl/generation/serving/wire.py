@@ -10,18 +10,23 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
     model_validator,
 )
 
-from petl.data.conversations import IMAGE, Part, text_of, with_parts
+from petl.data.conversations import IMAGE, Part, declared_tools, parsed_turn, text_of, with_parts
 from petl.data.tasks import Message
+from petl.generation.inference.calls import Function
 from petl.generation.inference.grammar import JSON_OBJECT, bounded_schema
+from petl.system.files.read import parse_json
 
 # bounds of what one request may cost; assumptions
 MAX_STOPS = 16
+MAX_TOOLS = 128  # OpenAI's limit; also of the calls in a message
+MAX_TOOLS_TEXT = 2**18  # characters of them all
 MAX_MESSAGES = 2000
 MAX_PROMPTS = 64
 MAX_IMAGES = 16  # in one request
@@ -78,19 +83,65 @@ class ContentPart(Strict):
         return self
 
 
+def arguments_of(text: str) -> str:
+    """Return the arguments of a call, an object as JSON text.
+
+    Raises:
+        ValueError: they are none.
+    """
+    if not isinstance(parse_json(text or "{}"), dict):
+        raise ValueError("the arguments of a call are a JSON object")
+    return text
+
+
+class CalledFunction(Strict):
+    """A function that an earlier answer has called."""
+
+    name: Name
+    arguments: Annotated[Text, AfterValidator(arguments_of)]
+
+
+class ToolCall(Strict):
+    """A call in an earlier answer."""
+
+    id: Annotated[str, StringConstraints(max_length=100)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(Strict):
     """A turn of a conversation."""
 
-    # no "tool": requests cannot declare functions
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[ContentPart], Field(fail_fast=True, max_length=MAX_MESSAGES)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: (
+        Text | Annotated[list[ContentPart], Field(fail_fast=True, max_length=MAX_MESSAGES)] | None
+    ) = None
+    tool_calls: (
+        Annotated[list[ToolCall], Field(fail_fast=True, min_length=1, max_length=MAX_TOOLS)] | None
+    ) = None
+    tool_call_id: Annotated[str, StringConstraints(max_length=100)] | None = None
+    name: Annotated[str, StringConstraints(max_length=100)] | None = None
+
+    @model_validator(mode="after")
+    def with_role(self) -> "ChatMessage":
+        """Refuse fields that do not belong to a message of its role."""
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"a message of the role {self.role} has no tool_calls")
+        if (self.tool_call_id or self.name) and self.role != "tool":
+            raise ValueError(f"a message of the role {self.role} has no tool_call_id or name")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing")
+        return self
 
     def turn(self) -> Message:
         """The message as it is encoded, see petl.data.conversations."""
         # templates know the older word
         role = "system" if self.role == "developer" else self.role
-        if isinstance(self.content, str):
-            return {"role": role, "content": self.content}
+        if not isinstance(self.content, list):
+            calls = {"tool_calls": [call.model_dump() for call in self.tool_calls or ()]}
+            named = {"tool_call_id": self.tool_call_id, "name": self.name}
+            turn = {"role": role, "content": self.content or "", **calls, **named}
+            return parsed_turn(turn, f"the turn of the {role}")
         parts: list[Part] = [
             {"type": IMAGE} if part.text is None else {"type": "text", "text": part.text}
             for part in self.content
@@ -101,7 +152,7 @@ class ChatMessage(Strict):
     @property
     def images(self) -> list[str]:
         """The URLs of its images."""
-        parts = () if isinstance(self.content, str) else self.content
+        parts = self.content if isinstance(self.content, list) else ()
         return [part.image_url.url for part in parts if part.image_url is not None]
 
 
@@ -190,6 +241,47 @@ class Common(Strict):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
+class DeclaredFunction(Strict):
+    """A function that answers may call, with the JSON schema of its arguments."""
+
+    name: Name
+    description: Text | None = None
+    parameters: Schema | None = None
+    strict: bool | None = None  # required calls follow the schema either way
+
+
+class Tool(Strict):
+    """A function that answers may call."""
+
+    type: Literal["function"]
+    function: DeclaredFunction
+
+
+class NamedFunction(Strict):
+    """The name of a function."""
+
+    name: Name
+
+
+class ToolChoice(Strict):
+    """Whether answers may call functions or have to, or the function that they have to call."""
+
+    type: Literal["none", "auto", "required", "function"]
+    function: NamedFunction | None = None
+
+    @model_validator(mode="after")
+    def with_function(self) -> "ToolChoice":
+        """Refuse a function without its name, and a name without a function."""
+        if (self.type == "function") != (self.function is not None):
+            raise ValueError("the type function has the field function, and no other has")
+        return self
+
+
+def choice_of(value: object) -> object:
+    """A choice by a word as the object that names a function is one."""
+    return {"type": value} if isinstance(value, str) else value
+
+
 class ChatRequest(Common):
     """The body of /v1/chat/completions."""
 
@@ -199,6 +291,64 @@ class ChatRequest(Common):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
+    tools: (
+        Annotated[list[Tool], Field(fail_fast=True, min_length=1, max_length=MAX_TOOLS)] | None
+    ) = None
+    # not a union with words: errors would name the class
+    tool_choice: Annotated[ToolChoice | None, BeforeValidator(choice_of)] = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def with_tools(self) -> "ChatRequest":
+        """Refuse tools that are too long, have one name, or cannot be chosen."""
+        size = len(self.model_dump_json(include={"tools"}))
+        if size > MAX_TOOLS_TEXT:
+            raise ValueError(f"tools have {size:,} characters; allowed are {MAX_TOOLS_TEXT:,}")
+        names = [each.function.name for each in self.tools or ()]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"tools has two functions with the name {twice!r}")
+        if self.choice != "none" and self.tool_choice is not None and not names:
+            raise ValueError("tool_choice needs tools")
+        if self.called not in (None, *names):
+            raise ValueError(f"tool_choice names {self.called!r}, which is none of the tools")
+        has_format = self.response_format is not None and self.response_format.type != "text"
+        if has_format and self.active_tools:
+            raise ValueError("tools and response_format exclude each other: tool_choice='none'")
+        return self
+
+    @property
+    def choice(self) -> str:
+        """Whether answers may call functions or have to."""
+        return "auto" if self.tool_choice is None else self.tool_choice.type
+
+    @property
+    def called(self) -> str | None:
+        """The function that the answer has to call; None: any or none."""
+        named = None if self.tool_choice is None else self.tool_choice.function
+        return None if named is None else named.name
+
+    @property
+    def must_call(self) -> bool:
+        """True if an answer has to call a function."""
+        return self.choice in ("required", "function")
+
+    @property
+    def active_tools(self) -> list[Tool]:
+        """The tools that an answer may call."""
+        return [] if self.choice == "none" else self.tools or []
+
+    @property
+    def functions(self) -> list[Function]:
+        """The functions that an answer may call."""
+        functions = [each.function for each in self.active_tools]
+        return [Function(each.name, each.parameters) for each in functions]
+
+    @property
+    def turns(self) -> list[Message]:
+        """The conversation, the tools before it."""
+        tools = [each.model_dump(exclude_none=True) for each in self.active_tools]
+        return [*declared_tools(tools), *(message.turn() for message in self.messages)]
 
     @model_validator(mode="after")
     def with_logprobs(self) -> "ChatRequest":

@@ -7,7 +7,7 @@ import torch
 from tiny_tokenizers import byte_tokenizer
 
 from petl.errors import InputError, UnsupportedError
-from petl.generation.inference.grammar import GrammarMask, json_grammar, matcher
+from petl.generation.inference.grammar import GrammarMask, json_grammar, vocabulary_of
 from petl.generation.inference.sampling import Sampling
 
 pytest_plugins = ["writer_fixtures"]
@@ -22,7 +22,7 @@ TOKENIZER = byte_tokenizer()
 
 
 def mask_of(schema, start=0) -> GrammarMask:
-    return GrammarMask(matcher(TOKENIZER, [3], json_grammar(schema)), start)
+    return GrammarMask(vocabulary_of(TOKENIZER, [3]).matcher(json_grammar(schema)), start)
 
 
 def allowed(mask: GrammarMask, *rows: str) -> list[str]:
@@ -136,4 +136,4 @@ def test_an_answer_that_could_go_on_in_too_many_ways_ends_in_an_error():
 
 def test_a_tokenizer_without_end_is_refused():
     with pytest.raises(UnsupportedError, match="no token that ends an answer"):
-        matcher(TOKENIZER, [], json_grammar({}))
+        vocabulary_of(TOKENIZER, [])

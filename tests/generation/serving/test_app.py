@@ -333,7 +333,7 @@ def formatted(response_format=None, **json_schema):
         ({"model": "lora", "messages": HI, "stop": ""}, "stop="),
         ({"model": "lora", "messages": HI, "stop": ["x"] * 17}, "stop="),
         ({"model": "lora", "messages": HI, "seed": 2**70}, "seed="),
-        ({"model": "lora", "messages": HI, "tools": []}, "tools=[]: this server has no such"),
+        ({"model": "lora", "messages": HI, "audio": {}}, "audio={}: this server has no such"),
         ({"model": "lora", "messages": HI, "top_logprobs": 21}, "top_logprobs=21"),
         (formatted({"type": "json"}), "type='json'"),
         (formatted({"type": "json_schema"}), "the type json_schema has the field json_schema"),
@@ -345,7 +345,7 @@ def formatted(response_format=None, **json_schema):
         ({"model": "lora", "messages": HI, "logit_bias": {"x": 1.0}}, "logit_bias has 'x'"),
         ({"model": "lora", "messages": HI, "logit_bias": {"260": 1.0}}, "no token below 260"),
         ({"model": "lora", "messages": HI, "logit_bias": {"²": 1.0}}, "logit_bias has"),
-        ({"model": "lora", "messages": [{"role": "tool", "content": ""}]}, "messages.0.role"),
+        ({"model": "lora", "messages": [{"role": "critic", "content": ""}]}, "messages.0.role"),
         ({"model": "lora", "messages": [{"role": "user", "content": "x" * 300}]}, "positions"),
     ],
 )
