@@ -34,7 +34,7 @@ BUDGETS = {
     "training": 15600,
     "methods": 18250,
     "adapters": 7850,
-    "generation": 5550,
+    "generation": 5650,
     "experiments": 6400,
     "cli": 3850,
     "testing": 3050,

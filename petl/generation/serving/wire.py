@@ -19,6 +19,7 @@ from pydantic import (
 
 from petl.data.conversations import IMAGE, Part, declared_tools, parsed_turn, text_of, with_parts
 from petl.data.tasks import Message
+from petl.errors import shown
 from petl.generation.inference.calls import Function
 from petl.generation.inference.grammar import JSON_OBJECT, bounded_schema
 from petl.system.files.read import parse_json
@@ -90,7 +91,7 @@ def arguments_of(text: str) -> str:
         ValueError: they are none.
     """
     if not isinstance(parse_json(text or "{}"), dict):
-        raise ValueError("the arguments of a call are a JSON object")
+        raise ValueError(f"the arguments of a call are {shown(text)}, not a JSON object")
     return text
 
 
@@ -130,7 +131,7 @@ class ChatMessage(Strict):
         if (self.tool_call_id or self.name) and self.role != "tool":
             raise ValueError(f"a message of the role {self.role} has no tool_call_id or name")
         if self.content is None and not self.tool_calls:
-            raise ValueError("content is missing")
+            raise ValueError(f"content is missing in a message of the role {self.role}")
         return self
 
     def turn(self) -> Message:
@@ -181,7 +182,9 @@ class AnswerFormat(Strict):
     def with_schema(self) -> "AnswerFormat":
         """Refuse a format without the schema that it names, and one with a schema it has not."""
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("the type json_schema has the field json_schema, and no other has")
+            raise ValueError(
+                f"the type is {self.type}: json_schema has the field json_schema, and no other has"
+            )
         return self
 
     @property
@@ -273,7 +276,9 @@ class ToolChoice(Strict):
     def with_function(self) -> "ToolChoice":
         """Refuse a function without its name, and a name without a function."""
         if (self.type == "function") != (self.function is not None):
-            raise ValueError("the type function has the field function, and no other has")
+            raise ValueError(
+                f"the type is {self.type}: function has the field function, and no other has"
+            )
         return self
 
 
@@ -309,12 +314,15 @@ class ChatRequest(Common):
         if twice is not None:
             raise ValueError(f"tools has two functions with the name {twice!r}")
         if self.choice != "none" and self.tool_choice is not None and not names:
-            raise ValueError("tool_choice needs tools")
+            raise ValueError(f"tool_choice={self.choice!r} needs tools")
         if self.called not in (None, *names):
             raise ValueError(f"tool_choice names {self.called!r}, which is none of the tools")
-        has_format = self.response_format is not None and self.response_format.type != "text"
-        if has_format and self.active_tools:
-            raise ValueError("tools and response_format exclude each other: tool_choice='none'")
+        kind = "text" if self.response_format is None else self.response_format.type
+        if kind != "text" and self.active_tools:
+            raise ValueError(
+                f"tools and response_format={kind!r} exclude each other: leave out one, or set "
+                "tool_choice='none'"
+            )
         return self
 
     @property

@@ -336,7 +336,7 @@ def formatted(response_format=None, **json_schema):
         ({"model": "lora", "messages": HI, "audio": {}}, "audio={}: this server has no such"),
         ({"model": "lora", "messages": HI, "top_logprobs": 21}, "top_logprobs=21"),
         (formatted({"type": "json"}), "type='json'"),
-        (formatted({"type": "json_schema"}), "the type json_schema has the field json_schema"),
+        (formatted({"type": "json_schema"}), "json_schema has the field json_schema"),
         (formatted({"type": "text", "json_schema": {"name": "a", "schema": {}}}), "no other has"),
         (formatted(schema={}, name="a b"), "json_schema.name='a b'"),
         (formatted(schema=[]), "json_schema.schema=[]: Input should be a valid dictionary"),

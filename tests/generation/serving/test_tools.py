@@ -165,7 +165,7 @@ TURN = {"role": "assistant", "tool_calls": [{"id": "a", "type": "function"}]}
         ("hermes", {"tools": [NOW, NOW]}, "two functions with the name 'now'"),
         ("hermes", {"tools": [named("a b")]}, "tools.0.function.name='a b'"),
         ("hermes", {"tools": [{"type": "code"}]}, "tools.0.type='code'"),
-        ("hermes", {"tool_choice": "required"}, "tool_choice needs tools"),
+        ("hermes", {"tool_choice": "required"}, "tool_choice='required' needs tools"),
         ("hermes", {"tools": TOOLS, "tool_choice": "any"}, "tool_choice.type='any'"),
         ("hermes", {"tools": TOOLS, "tool_choice": named("sub")}, "'sub', which is none of the"),
         ("hermes", {"tools": TOOLS, "response_format": {"type": "json_object"}}, "exclude each"),
