@@ -2,13 +2,13 @@
 
     python scripts/bench.py                                  # the main sections, six layers
     python scripts/bench.py --sections step,dist --methods mola,mos --shape minilm
-    python scripts/bench.py --sections all --peers ENV/bin/python  # ENV has the adapters package
+    python scripts/bench.py --sections all --peers ENV/bin/python  # ENV has adapters
     python scripts/bench.py --model smollm2 --shape ""       # a model of configs/model
-    python scripts/bench.py --sections job --tune            # whole jobs beside Trainer; resumable
-    python scripts/bench.py --check bench.json               # exit status 1 if a value has grown
-    python scripts/bench.py --import mypackage.mymethod --methods mymethod  # a method of your own
-    python scripts/bench.py --sections drafting             # drafts; --quick: on a tiny model
-    python scripts/bench.py --read bench.json --page docs/performance/*.md  # update their tables
+    python scripts/bench.py --sections job --tune        # whole jobs beside Trainer
+    python scripts/bench.py --check bench.json           # exit status 1 if a value has grown
+    python scripts/bench.py --import mypackage.mymethod --methods mymethod
+    python scripts/bench.py --sections drafting          # drafts; --quick: on a tiny model
+    python scripts/bench.py --read bench.json --page docs/performance/*.md
 
 The lower bound is the step of the frozen backbone, without any adapter. Times are processor time of
 one thread, alternating between lower bound and methods; nothing is downloaded. On a GPU (--device

@@ -22,6 +22,7 @@ import re
 import runpy
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -35,6 +36,7 @@ SCRIPTS = ("bench", "chaos", "claims")  # of a checkout
 ADDED = ("drafter", "launch", "loss", "ranks", "search")
 # files of groups whose settings are all listed
 FULL = ("files", "hub", "wandb", "density", "distill")
+COLUMN = 88  # characters of a page's column
 SETTING = re.compile(r"^(?P<indent> *)(?P<key>[\w.+/]+):(?P<value> [^#]*?)?(?: *# ?(?P<note>.*))?$")
 
 
@@ -288,6 +290,14 @@ def _examples(text: str) -> str:
     return "\n\n".join(parts)
 
 
+def wrapped(usage: str) -> str:
+    """A usage line over several lines of the page's column; an option stays with its value."""
+    units = re.findall(r"\[[^\[\]]*(?:\[[^\]]*\][^\[\]]*)*\](?:\.\.\.)?|\S+", usage)
+    kept = [unit.replace(" ", "\0") for unit in units]
+    lines = textwrap.wrap(" ".join(kept), COLUMN, subsequent_indent="    ", break_on_hyphens=False)
+    return "\n".join(lines).replace("\0", " ")
+
+
 def commands(_: str) -> str:
     """Every sub-command of `petl`."""
     from petl.cli.parser import parser
@@ -298,7 +308,7 @@ def commands(_: str) -> str:
     parts = [" ".join(sentence.split()), f"```text\n{commands}\n```"]
     for name, child in children.choices.items():
         arguments = child.format_usage().removeprefix("usage: ")
-        usage = " ".join(arguments.replace(" [-h]", "").split())
+        usage = wrapped(" ".join(arguments.replace(" [-h]", "").split()))
         parts.append(f"### `petl {name}`\n\n```text\n{usage}\n```\n\n{described(child)}")
     return "\n\n".join(parts)
 
@@ -500,10 +510,11 @@ def check() -> int:
     return 1 if stale else 0
 
 
-def mkdocs(*words: str) -> int:
-    """Run MkDocs in the root of the repository."""
-    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"}
-    return subprocess.run([sys.executable, "-m", "mkdocs", *words], cwd=ROOT, env=env).returncode
+def zensical(*words: str) -> int:
+    """Run Zensical in the root of the repository, which has the code of formulas."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "zensical", *words, "--config-file", "mkdocs.yml"]
+    return subprocess.run(command, cwd=ROOT, env=env).returncode
 
 
 def main() -> int:
@@ -519,8 +530,8 @@ def main() -> int:
         return check()
     refresh()
     if task == "build":
-        return mkdocs("build", "--strict", "--clean")
-    return mkdocs("serve") if task == "serve" else 0
+        return zensical("build", "--strict", "--clean")
+    return zensical("serve") if task == "serve" else 0
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """What the papers claim, tried on real data: one command a claim.
 
-    python scripts/claims.py mola                      # one claim; resumes where it was stopped
-    python scripts/claims.py mola increlora --jobs 2   # several, in this order
-    python scripts/claims.py mola --quick              # spot check: a seed at the published rates
-    python scripts/claims.py retain                    # curves of what is lost; also with --quick
-    python scripts/claims.py --list                    # the claims
-    python scripts/claims.py --publish runs/claims     # results of a folder into the pages
+    python scripts/claims.py mola                    # one claim; resumes where it was stopped
+    python scripts/claims.py mola increlora --jobs 2 # several, in this order
+    python scripts/claims.py mola --quick            # spot check: a seed, published rates
+    python scripts/claims.py retain                  # curves of what is lost
+    python scripts/claims.py --list                  # the claims
+    python scripts/claims.py --publish runs/claims   # results of a folder into the pages
 
 Trains the contenders of a claim: the learning rate of each is chosen on validation rows, from the
 same rates outward, then each is trained with five seeds and scored on the test rows.

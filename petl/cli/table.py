@@ -206,7 +206,7 @@ class DataOptions(ComposeOptions):
 
       petl data
       petl data model=smollm2 data=reasoning --examples 1
-      petl data model=path model.path=FOLDER data=files data.train=examples.jsonl data.task=seq2seq
+      petl data model=path model.path=FOLDER data=files data.train=rows.jsonl data.task=seq2seq
     """
 
     examples: int = option("number of training examples to print", number(int, 0, 10**6), 3)
@@ -254,7 +254,7 @@ class CompareOptions(Options):
 
 @command("study", "studies:study")
 class StudyOptions(ComposeOptions):
-    """Train several methods and write a page that compares them (FOLDER/index.html).
+    """Train several methods; write a page that compares them (FOLDER/index.html).
 
       petl study runs/nine --methods lora,mola,mos --seeds 0,1,2 \\
           --rates 3e-4,1e-3,3e-3 train.budget=340000
@@ -310,7 +310,7 @@ class BatchSizesOptions(ComposeOptions):
 class BucketsOptions(ComposeOptions):
     """Estimate how much padding length buckets save, and write their edges.
 
-      petl buckets buckets.yaml model=smollm2 data=reasoning train.buckets=30 train.max_tokens=4096
+      petl buckets buckets.yaml model=smollm2 data=reasoning train.buckets=30
 
     SETTINGs are those of `petl train`; no method is needed. Without train.max_tokens, each step has
     train.batch_size examples. train.buckets=null counts as auto here.
@@ -359,7 +359,7 @@ class EvalOptions(BatchOptions):
 
       petl eval runs/mine
       petl eval runs/mine --data new.csv more.jsonl data.text=review
-      petl eval runs/mine --retain      # a model that writes: its loss on other texts, and before
+      petl eval runs/mine --retain      # of a model that writes: its loss on other texts
 
     The files have one of the formats of data=files; data.SETTINGs name their columns if they are
     others than in training. Labels are compared by name with those of the run. Scores, predictions,
@@ -482,7 +482,7 @@ class GenerateOptions(AnswerOptions):
       petl generate RUN --prompt "What is MoLA?"
       petl generate RUN --image stamp.png --prompt "What is this?"
       petl generate RUN --file questions.jsonl --out answers.jsonl
-      petl generate RUN --adapter other=RUN2 --base --prompt "What is MoLA?"  # answers side by side
+      petl generate RUN --adapter other=RUN2 --base --prompt "What is MoLA?"  # side by side
 
     Rows of a file have the columns that the run was trained on, or those of a known format
     (messages, prompt, instruction, text); answers need not be there. Answers come in the order of
@@ -591,7 +591,7 @@ class DraftOptions(RunOptions, ConfigOptions):
       petl draft runs/mine +drafter=hydra
       petl draft runs/mine +drafter=hydra drafter.heads=4 draft.answers=500 draft.tokens=256
       petl draft runs/mine/adapter +drafter=hydra draft.file=prompts.jsonl
-      petl draft runs/mine +drafter=recycling    # fill the table of a drafter that has no weights
+      petl draft runs/mine +drafter=recycling    # the table of a drafter without weights
 
     SETTINGs are those of configs/draft.yaml and configs/drafter. The folder of an adapter or a
     merged model has no training examples: draft.file names prompts. An earlier RUN/drafter is

@@ -52,6 +52,13 @@ def test_links_between_pages_lead_somewhere(page):
             assert anchor in anchors(target), link
 
 
+def test_commands_fit_the_column_of_a_page():
+    for page in (ROOT / "docs").rglob("*.md"):
+        shell = [b for b in blocks(page.read_text()) if b.language == "bash"]
+        too_long = [line for b in shell for line in b.code.splitlines() if len(line) > 91]
+        assert too_long == [], page
+
+
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").rglob("*.md"):

@@ -301,7 +301,7 @@ def reason_for_new_head(
             f"train.init_head=keep is not possible: the task head of {start.given} has "
             f"{in_words(there) or 'no tensors'}, and this task needs {in_words(here)}"
         )
-    # an explicit choice needs no labels, which older adapters did not save
+    # an explicit choice needs no labels
     if choice is not None:
         return "the task head is new (train.init_head=new)" if choice == "new" else None
     then, now = labels_of(read_labels(start.place, **start.where)), labels_of(task.model_kwargs())
