@@ -313,6 +313,13 @@ def commands(_: str) -> str:
     return "\n\n".join(parts)
 
 
+def version(_: str) -> str:
+    """The version that the pages are about, one sentence."""
+    import petl
+
+    return f"These pages are of version {petl.__version__}."
+
+
 def scripts(_: str) -> str:
     """The command lines of the scripts."""
     parts = []
@@ -427,6 +434,7 @@ PARTS: dict[str, Callable[[str], str]] = {
     "commands": commands,
     "scripts": scripts,
     "settings": settings,
+    "version": version,
 }
 
 

@@ -12,9 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-import textwrap
 from collections import Counter
-from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +23,7 @@ sys.path.insert(0, str(FIXTURES))
 
 from silent_cases.petl_side import CASES  # noqa: E402
 from silent_cases.verdicts import RIGHT, SILENT, Verdict  # noqa: E402
+from terminal import COMMAND, FAILURE, drawn  # noqa: E402
 
 GROUPS = {"D": "Data", "W": "Wrapping", "T": "Training", "S": "Saving and loading",
           "M": "Merging and exporting", "V": "Serving", "A": "Several adapters"}  # fmt: skip
@@ -33,7 +32,6 @@ SHOWN = {  # cases in the picture, and the commands of a user that meet them
     "D12": "petl train +method=lora data=files data.train=reviews.csv data.test=holdout.csv",
     "M2": "petl merge runs/reviews merged",
 }
-COLUMNS, LINE, GLYPH = 96, 20, 7.8  # characters of a line of the picture; pixels of a line, of one
 HEAD = """# Silent wrongs
 
 Public reports in which somebody who fine-tuned a model got a wrong result without an error, each
@@ -108,23 +106,9 @@ def picture(own: dict[str, Verdict]) -> str:
     """The messages of two cases as a terminal shows them, as SVG."""
     lines: list[tuple[str, str]] = []
     for name, command in SHOWN.items():
-        lines.append((f"$ {command}", "#8fd18f"))
         message = own[name].detail.splitlines()[-1].removeprefix("error: ")
-        lines += [(text, "#f2b8b8") for text in textwrap.wrap(f"error: {message}", COLUMNS)]
-        lines.append(("", ""))
-    rows = [
-        f'<text x="14" y="{28 + LINE * i}" fill="{color}">{escape(text)}</text>'
-        for i, (text, color) in enumerate(lines)
-        if text
-    ]
-    width, height = int(COLUMNS * GLYPH) + 28, LINE * len(lines) + 8
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
-        'aria-label="Two refusals of petl in a terminal">\n'
-        f'<rect width="{width}" height="{height}" rx="8" fill="#1e2227"/>\n'
-        '<g font-family="ui-monospace, Menlo, Consolas, monospace" font-size="13" '
-        f'xml:space="preserve">\n{chr(10).join(rows)}\n</g>\n</svg>\n'
-    )
+        lines += [(f"$ {command}", COMMAND), (f"error: {message}", FAILURE), ("", "")]
+    return drawn("Two refusals of petl in a terminal", lines[:-1])
 
 
 def main() -> None:
