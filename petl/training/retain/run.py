@@ -370,8 +370,9 @@ def processes_of(context: Context) -> Processes:
 def too_few(count: int, length: int) -> str:
     """Return the line for a run that is too short to pay for the texts."""
     return (
-        f"retained texts are not measured: {SHARE:.0%} of this run pays for {count} of {length} "
-        f"tokens, and {FEWEST} say little; set retain.rows to measure them nevertheless"
+        f"what is lost on other texts is not measured: {SHARE:.0%} of this run's cost pays for "
+        f"{count} tokens of {length}, and fewer than {FEWEST} tell little; retain.rows=N measures "
+        "N texts whatever they cost"
     )
 
 
