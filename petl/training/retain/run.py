@@ -371,8 +371,8 @@ def too_few(count: int, length: int) -> str:
     """Return the line for a run that is too short to pay for the texts."""
     return (
         f"what is lost on other texts is not measured: {SHARE:.0%} of this run's cost pays for "
-        f"{count} tokens of {length}, and fewer than {FEWEST} tell little; retain.rows=N measures "
-        "N texts whatever they cost"
+        f"{count} texts of {length} tokens, and fewer than {FEWEST} tell little; retain.rows=N "
+        "measures N texts whatever they cost"
     )
 
 
