@@ -13,12 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from terminal import ANSWER, COMMAND, drawn
+
 ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "docs/assets"
-sys.path.insert(0, str(ROOT))
-
-from scripts.terminal import ANSWER, COMMAND, drawn  # noqa: E402
-
 PETL = (sys.executable, "-m", "petl")
 CAPITALS = {
     "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo",
