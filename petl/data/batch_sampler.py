@@ -41,6 +41,13 @@ class StepOrder(Protocol):
         """True if the run is one epoch, no part of which has rows of all kinds."""
 
     @property
+    def apart(self) -> int:
+        """How many rows, the last of each step, get forward passes of their own.
+
+        Rows of another length than the others would pad them, or be padded.
+        """
+
+    @property
     def sizes(self) -> Ints:
         """Rows of each step of an epoch, before the steps are permuted."""
 
@@ -72,7 +79,7 @@ class Buckets:
         sizes: number of rows of each step of an epoch before the steps are permuted, [S].
     """
 
-    repeats, is_stream = 1, False
+    repeats, is_stream, apart = 1, False, 0
 
     def __init__(self, lengths: Ints, parts: Sequence[tuple[Ints, int]]) -> None:
         self.rows = [rows for rows, _ in parts]
@@ -286,20 +293,31 @@ class StepSampler:
         give no weight (`num_spare_micro_batches`): methods may communicate between processes in
         each forward pass, so all processes need the same number of passes.
         """
-        # every n-th row: with buckets rows are sorted, and so each process gets long and short ones
-        own_rows = batch[self.rank :: self.processes]
-        micro_batches = chunks(own_rows, self.micro_batch_size or max(1, len(own_rows)))
-        needed = self._micro_batches_for(math.ceil(len(batch) / self.processes))
-        return micro_batches + [batch[:1]] * (needed - len(micro_batches))
+        found: list[list[int]] = []
+        end = 0
+        for size in self._parts(len(batch)):
+            start, end = end, end + size
+            # every n-th row: buckets are sorted, and so each process gets long and short ones
+            own_rows = batch[start:end][self.rank :: self.processes]
+            found += chunks(own_rows, self.micro_batch_size or max(1, len(own_rows)))
+        return found + [batch[:1]] * (self._most_micro_batches(len(batch)) - len(found))
+
+    def _parts(self, rows: int) -> list[int]:
+        """The sizes of the parts of a step of so many rows, which share no forward pass."""
+        apart = 0 if self.buckets is None else self.buckets.apart
+        return [rows - apart, apart] if apart else [rows]
 
     def num_spare_micro_batches(self, step: int) -> int:
         """How many of this process's micro-batches of step `step`, from 1, get no weight.
 
         They are the last ones of the step.
         """
-        # number of rows rank, rank + processes, ... below the size of the step
-        own_rows = math.ceil(max(0, self.size(step) - self.rank) / self.processes)
-        return self.num_micro_batches(step) - self._micro_batches_for(own_rows)
+        # number of rows rank, rank + processes, ... below the size of each part
+        own = [
+            math.ceil(max(0, size - self.rank) / self.processes)
+            for size in self._parts(self.size(step))
+        ]
+        return self.num_micro_batches(step) - sum(map(self._micro_batches_for, own))
 
     def size(self, step: int) -> int:
         """Rows of step `step`, from 1, over all processes; the last of an epoch may be short."""
@@ -311,7 +329,12 @@ class StepSampler:
 
     def num_micro_batches(self, step: int) -> int:
         """Number of micro-batches that each process computes in step `step`, from 1."""
-        return self._micro_batches_for(math.ceil(self.size(step) / self.processes))
+        return self._most_micro_batches(self.size(step))
+
+    def _most_micro_batches(self, rows: int) -> int:
+        """The micro-batches of the process that has most of a step of so many rows."""
+        parts = (math.ceil(size / self.processes) for size in self._parts(rows))
+        return sum(map(self._micro_batches_for, parts))
 
     def _micro_batches_for(self, rows: int) -> int:
         return math.ceil(rows / (self.micro_batch_size or max(1, rows)))

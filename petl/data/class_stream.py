@@ -27,6 +27,7 @@ class ClassStream:
     batch_size: int
     repeats: int
     is_stream: bool = True
+    apart: int = 0
 
     @cached_property
     def stages(self) -> list[tuple[int, Ints]]:

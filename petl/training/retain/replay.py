@@ -3,7 +3,8 @@
 A step of B rows has m = max(1, round(mix B)) texts and B - m rows of the task. An epoch visits each
 row of the task once, in an order that depends on the seed and the epoch alone; texts come in turn,
 in random orders of all of them, one after the other. The loss of a text is that of a language model
-over its tokens, weighted as every other token of the batch.
+over its tokens, weighted as every other token of the batch. Texts get a forward pass of their own,
+or short rows would be padded to their length.
 """
 
 import math
@@ -37,6 +38,11 @@ class ReplayOrder:
     """
 
     repeats, is_stream = 1, False
+
+    @property
+    def apart(self) -> int:
+        """The texts of a step, whose lengths are not those of the task's rows."""
+        return self.replayed
 
     def __init__(self, rows: int, texts: int, batch_size: int, replayed: int) -> None:
         self.rows, self.texts, self.replayed = rows, texts, replayed

@@ -1,6 +1,7 @@
 """`retain.data` in a run: measured, shown, and without effect on training."""
 
 import json
+from itertools import chain, islice
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file
 from training_fixtures import train
 
 from petl.cli.main import main
+from petl.data.batch_sampler import StepSampler
 from petl.data.overlap import normalized
 from petl.errors import InputError
 from petl.experiments.reports.run_report import write_page
@@ -184,6 +186,29 @@ def test_a_batch_with_replay_has_each_row_once_an_epoch_and_texts_in_turn():
         assert sorted(texts[start : start + 3]) == [0, 1, 2]
     assert epochs[0] == [batch.tolist() for batch in order.batches(0, 0)]
     assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("micro", [None, 1, 2])
+def test_texts_and_rows_of_the_task_share_no_forward_pass(processes, micro):
+    order = ReplayOrder(rows=10, texts=3, batch_size=5, replayed=2)
+    plans = [
+        StepSampler(10, 5, micro, 8, 0, rank=r, processes=processes, buckets=order)
+        for r in range(processes)
+    ]
+    whole = [batch.tolist() for epoch in (0, 1) for batch in order.batches(0, epoch)]
+    streams = [iter(plan) for plan in plans]
+    for step, batch in enumerate(whole, start=1):
+        found = []
+        count = {plan.num_micro_batches(step) for plan in plans}
+        assert len(count) == 1, "each process has as many passes"
+        for plan, stream in zip(plans, streams, strict=True):
+            passes = list(islice(stream, *count))
+            own = passes[: len(passes) - plan.num_spare_micro_batches(step)]
+            assert all(len({row < 10 for row in each}) == 1 for each in own)
+            assert all(len(each) <= (micro or 5) for each in own)
+            found += chain(*own)
+        assert sorted(found) == sorted(batch)
 
 
 def test_a_text_is_replayed_or_measured_never_both(tmp_path):
