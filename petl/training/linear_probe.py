@@ -241,8 +241,8 @@ def features(
                 logits = task.head_logits(base(**inputs))
                 by_token = logits.dim() == 3
                 for name, values in labels.items():
-                    own = batch[name]
-                    values.append(padded_to(own, width, IGNORED) if by_token else own)
+                    given = batch[name]
+                    values.append(padded_to(given, width, IGNORED) if by_token else given)
                 if by_token:
                     masks.append(padded_to(inputs["attention_mask"], width, 0))
                 read = inputs_of_head[0]

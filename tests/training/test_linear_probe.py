@@ -159,18 +159,19 @@ def test_it_measures_the_frozen_model_not_the_adapted_one(parts):
     assert linear_probe(model, splits, settings, accelerator) == expected
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_its_pass_scores_the_untrained_model(parts, monkeypatch, precision):
+@pytest.mark.parametrize(("precision", "size"), [("no", 64), ("bf16", 64), ("no", 2)])
+def test_its_pass_scores_the_untrained_model(parts, monkeypatch, precision, size):
     model, splits, settings, _ = parts
+    settings = replace(settings, eval_batch_size=size)
     accelerator = start(settings.seed, precision)
     untrained = BaselineScores()
-    size = settings.eval_batch_size
     expected = Evaluator(model, splits, accelerator, size).rows(splits.test)
     linear_probe(model, splits, settings, accelerator, untrained)
     with monkeypatch.context() as patch:
         patch.setattr(Evaluator, "rows", None)  # no other pass is made
         found = Evaluator(model, splits, accelerator, size).test(known=untrained.scores_of)
     assert found == expected
+    assert found["rows"] == len(splits.test) > 2
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)
