@@ -25,7 +25,7 @@ CAPITALS = {
     "Finland": "Helsinki", "Sweden": "Stockholm", "Denmark": "Copenhagen", "Russia": "Moscow",
 }  # fmt: skip
 QUESTIONS = ("What is the capital of {}?", "Which city is the capital of {}?")
-ASKED = ("What is the capital of Germany?", "And of Poland?")
+ASKED = ("What is the capital of Germany?", "Which city is the capital of Hungary?")
 CHAT = "lora-smollm2"
 TRAINED = ("+method=lora", "model=smollm2", "data=files", "data.task=causal_lm", "data.test=null",
            "train.epochs=4", "train.batch_size=8", "train.lr=1e-3")  # fmt: skip
@@ -40,8 +40,8 @@ def train(folder: Path) -> None:
         "lora": ("+method=lora", "train.eval_steps=50"),
         CHAT: (*TRAINED, f"data.train={rows}"),
     }.items():
-        petl("train", *words, f"train.run={folder / name}", "train.resume=auto")
-    petl("compare", str(folder / "mola"), str(folder / "lora"), "--out", str(folder / "compared"))
+        petl("train", *words, f"train.run=runs/{name}", "train.resume=auto", within=folder)
+    petl("compare", "runs/mola", "runs/lora", "--out", "compared", within=folder)
 
 
 def chats() -> list[dict[str, list[dict[str, str]]]]:
@@ -65,14 +65,18 @@ def petl(*words: str, said: str | None = None) -> str:
     return done.stdout
 
 
-def photograph(page: Path, picture: Path, height: int) -> None:
-    """Write the upper part of a page, 1000 pixels wide, as PNG."""
+def photograph(page: Path, picture: Path, size: tuple[int, int]) -> None:
+    """Write the upper part of a page, of so many pixels, as PNG."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         sys.exit("no Chromium: apt-get install chromium")
     with tempfile.TemporaryDirectory() as profile:
         words = ("--headless", "--no-sandbox", "--hide-scrollbars", f"--user-data-dir={profile}")
-        shot = (f"--screenshot={picture}", f"--window-size=1000,{height}", page.absolute().as_uri())
+        shot = (
+            f"--screenshot={picture}",
+            f"--window-size={size[0]},{size[1]}",
+            page.absolute().as_uri(),
+        )
         subprocess.run([browser, *words, *shot], check=True, capture_output=True)
 
 
@@ -82,12 +86,23 @@ def main() -> None:
     folder: Path = parser.parse_args().folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     train(folder)
-    photograph(folder / "mola/report.html", ASSETS / "run.png", 760)
-    photograph(folder / "compared/index.html", ASSETS / "compared.png", 620)
-    answers = petl("chat", str(folder / CHAT), said="\n".join((*ASKED, "/quit", "")))
+    photograph(folder / "runs/mola/report.html", ASSETS / "run.png", (1000, 760))
+    photograph(folder / "compared/index.html", ASSETS / "compared.png", (1300, 620))
+    (ASSETS / "chat.svg").write_text(drawn("A chat in a terminal", chat(folder)))
+
+
+def chat(folder: Path) -> list[tuple[str, str]]:
+    """The lines of a chat, with their colors."""
+    said = petl("chat", f"runs/{CHAT}", said="\n".join((*ASKED, "/exit", "")), within=folder)
+    questions = iter(ASKED)
     lines = [(f"$ petl chat runs/{CHAT}", COMMAND)]
-    lines += [(line, ANSWER) for line in answers.splitlines() if line.strip()]
-    (ASSETS / "chat.svg").write_text(drawn("A chat in a terminal", lines))
+    for line in said.splitlines():
+        answer = line.removeprefix("> ").strip()
+        if answer != line and answer:
+            lines.append((f"> {next(questions)}", COMMAND))
+        if answer and answer != ">":
+            lines.append((answer, ANSWER))
+    return lines
 
 
 if __name__ == "__main__":

@@ -129,9 +129,8 @@ class Comparison:
             word, count = ("better" if gains[0] > 0 else "worse"), ""
         else:
             word, count = "better", f"{sum(gain > 0 for gain in gains)} of "
-        unknown = ": no spread is known" if len(gains) == 1 else ""
         every = "" if count or len(gains) == 1 else "all "
-        return f"{word} in {count or every}{seeds_text(seeds)}{unknown}"
+        return f"{word} in {count or every}{seeds_text(seeds)}"
 
 
 def compare(paths: Iterable[Path], baseline: str = BASELINE) -> list[Comparison]:
