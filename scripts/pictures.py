@@ -57,12 +57,11 @@ def chats() -> list[dict[str, list[dict[str, str]]]]:
     ]
 
 
-def petl(*words: str, said: str | None = None) -> str:
-    """Run a command of petl; return what it prints."""
-    done = subprocess.run(
-        [*PETL, *words], input=said, stdout=subprocess.PIPE, text=True, check=True
-    )
-    return done.stdout
+def petl(*words: str, within: Path, said: str | None = None) -> str:
+    """Run a command of petl within a folder; return what it prints."""
+    return subprocess.run(
+        [*PETL, *words], input=said, stdout=subprocess.PIPE, cwd=within, text=True, check=True
+    ).stdout
 
 
 def photograph(page: Path, picture: Path, size: tuple[int, int]) -> None:
