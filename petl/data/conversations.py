@@ -223,11 +223,11 @@ def from_json(value: object, what: str) -> object:
         raise ValueError(f"has {shown(value)} as {what}: {error}") from error
 
 
-def side(value: object, role: str) -> list[Message]:
+def side(value: object, role: str, keys: TurnKeys = USUAL) -> list[Message]:
     """One side of a pair: a text, which is a turn of `role`, or a list of turns."""
-    return (
-        conversation(value) if isinstance(value, list) else [{"role": role, "content": text(value)}]
-    )
+    if isinstance(value, list):
+        return conversation(value, keys)
+    return [{"role": role, "content": text(value)}]
 
 
 def system_turn(value: object) -> list[Message]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import takewhile
+from typing import NamedTuple
 
 from petl.data.conversations import (
     USUAL,
@@ -98,20 +99,55 @@ def read_side(row: Row, value: str, role: str) -> list[Message]:
     return read_text(row, value, lambda found: side(found, role))
 
 
+class Sides(NamedTuple):
+    """The columns of preference pairs, and how turns in them are written."""
+
+    prompt: str = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    keys: TurnKeys = USUAL
+
+    def read(self, row: Row) -> tuple[list[Message], list[Message], list[Message]]:
+        """The prompt, without loss, and both answers, which may be conversations that begin alike.
+
+        Raises:
+            ValueError: the answers are the same, or there is no prompt.
+        """
+        chosen, rejected = (self.side(row, each) for each in (self.chosen, self.rejected))
+        refuse_same(self, chosen, rejected)
+        # explicit prompt in TRL's words; otherwise the prompt is implicit, in both answers
+        if all(turn["role"] == "assistant" for turn in chosen):
+            if row.get(self.prompt) is None:
+                raise ValueError(f"{self.chosen} is an answer alone, and there is no prompt")
+            return self.asked(row), chosen, rejected
+        both = zip(chosen, rejected, strict=False)
+        # TRL's implicit prompt: the turns that both conversations begin with
+        shared = len(list(takewhile(lambda turns: turns[0] == turns[1], both)))
+        prompt = [*optional_tools(row), *optional_system(row), *without_loss(chosen[:shared])]
+        return prompt, chosen[shared:], rejected[shared:]
+
+    def asked(self, row: Row) -> list[Message]:
+        """The turns of the prompt in a column of its own."""
+        prompt = without_loss(self.side(row, self.prompt, "user"))
+        return [*optional_tools(row), *optional_system(row), *prompt]
+
+    def side(self, row: Row, column: str, role: str = "assistant") -> list[Message]:
+        """The turns of a column; a text is a turn of the role."""
+        return read_text(row, column, lambda found: side(found, role, self.keys))
+
+
+def refuse_same(sides: Sides, chosen: object, rejected: object) -> None:
+    """Raise ValueError if both answers of a pair are the same."""
+    if chosen == rejected:
+        raise ValueError(
+            f"{sides.chosen} and {sides.rejected} are the same, so none is preferred: drop the row"
+        )
+
+
 def preference(row: Row) -> list[Message]:
     """The prompt and the chosen answer, which may be a conversation that begins with the prompt."""
-    chosen, rejected = (read_side(row, name, "assistant") for name in ("chosen", "rejected"))
-    if chosen == rejected:
-        raise ValueError("chosen and rejected are the same, so none is preferred: drop the row")
-    # explicit prompt in TRL's words; otherwise the prompt is implicit, in both answers
-    if all(turn["role"] == "assistant" for turn in chosen):
-        if row.get("prompt") is None:
-            raise ValueError("chosen is an answer alone, and there is no prompt")
-        return [*optional_tools(row), *without_loss(read_side(row, "prompt", "user")), *chosen]
-    both = zip(chosen, rejected, strict=False)
-    # TRL's implicit prompt: the turns that both conversations begin with
-    shared = len(list(takewhile(lambda turns: turns[0] == turns[1], both)))
-    return [*optional_tools(row), *without_loss(chosen[:shared]), *chosen[shared:]]
+    prompt, chosen, _ = Sides().read(row)
+    return [*prompt, *chosen]
 
 
 def optional_system(row: Row) -> list[Message]:
@@ -148,8 +184,8 @@ def pair_format(name: str, prompt: str, answer: str, *optional: str) -> Format:
 
 
 RATED = (
-    "has completions with a label: where it rates them, TRL's KTOTrainer learns from both, and "
-    "takes a model of petl.wrap.\ndata.format=prompt_completion trains on all, whatever their label"
+    "has completions with a label: where it rates them, +task=kto learns from good and bad ones.\n"
+    "data.format=prompt_completion trains on all, whatever their label"
 )
 
 
@@ -168,8 +204,8 @@ def recognized() -> tuple[Format, ...]:
             ("prompt", "tools"),
             preference,
             refusal=(
-                "has preference pairs (chosen, rejected): TRL's DPOTrainer learns from both, and "
-                "takes a model of petl.wrap.\n"
+                "has preference pairs (chosen, rejected): +task=dpo learns from both, as do orpo, "
+                "kto and reward.\n"
                 "data.format=preference trains on the chosen answers alone"
             ),
         ),
@@ -197,6 +233,8 @@ def naming(columns: Iterable[str]) -> str:
 
 
 SETTINGS = (
+    (("chosen", "rejected"), "+task=dpo"),
+    (("prompt", "completion", "label"), "+task=kto"),
     *((tuple(each.required(labeled=True)), "data.task=causal_lm") for each in recognized()),
     (("tokens", "tags"), "data.task=token_classification"),
     (("tokens", "ner_tags"), "data.task=token_classification data.tags=ner_tags"),

@@ -18,6 +18,7 @@ from petl.data.base import (
 from petl.data.faulty_rows import SKIP, described
 from petl.data.image_columns import ImageTextColumns
 from petl.data.overlap import input_columns, input_text, normalized
+from petl.data.preference_columns import PairColumns, RatedColumns, RewardColumns
 from petl.data.question_columns import QuestionAnsweringColumns
 from petl.data.task_columns import (
     ClassificationColumns,
@@ -47,6 +48,10 @@ TASK_COLUMNS: dict[str, type[TaskColumns]] = {
     "causal_lm": CausalLMColumns,
     "seq2seq": Seq2SeqColumns,
     "image_text": ImageTextColumns,
+    "dpo": PairColumns,
+    "orpo": PairColumns,
+    "kto": RatedColumns,
+    "reward": RewardColumns,
 }
 
 

@@ -74,6 +74,8 @@ def _cache(context: Context) -> FrozenCache:
     model, splits, settings = context.model, context.splits, context.settings
     if not isinstance(splits.train, Dataset):
         raise InputError("the training examples are a stream (data.streaming=true)")
+    if not splits.task.tensors_by_row:
+        raise InputError(f"data.task={splits.task.name} has several texts a row")
     cache = cache_frozen(model, without_dropout=settings.cache_frozen is True)
     try:
         # the precision of training: it is part of a store's name, and of what the blocks compute

@@ -130,7 +130,7 @@ def linear_probe(
     Args:
         untrained: gets the scores of the frozen model.
     """
-    if not splits.task.new_head:
+    if not (splits.task.new_head and splits.task.tensors_by_row):
         return None
     if not isinstance(splits.train, Dataset):
         logger.info("no linear probe: the train rows are a stream")

@@ -287,7 +287,9 @@ class Loop:
                 self.lifecycle.aux_weight = weight
                 with self.accelerator.autocast():
                     # weighted before backward, so that accumulated gradients are a mean
-                    loss = self.engine.wrapped(**to_device(batch, self.device)).loss * weight
+                    moved = to_device(batch, self.device)
+                    inputs = self.splits.task.completed(self.model, moved)
+                    loss = self.engine.wrapped(**inputs).loss * weight
                 self.timer.mark("forward")
                 self.engine.backward(loss)
                 self.timer.mark("backward")
@@ -358,6 +360,7 @@ class Loop:
             )
         record = {
             **self.lifecycle.metrics(),
+            **self.splits.task.metrics(),
             "step": state.step,
             "epoch": state.step / self.sampler.steps_per_epoch,
             "loss": loss - aux,  # of the task alone: comparable between methods

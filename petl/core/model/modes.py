@@ -44,8 +44,13 @@ def without_adapters(model: nn.Module) -> Generator[None]:
     """Inside the block the model computes as its base model.
 
     Unlike PEFT's `disable_adapter`, it leaves `requires_grad` of all parameters alone, so that it
-    may be used within a training forward. Prompt-learning methods are not covered.
+    may be used within a training forward; of prompt-learning methods it is PEFT's.
     """
+    config: Any = getattr(model, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        with model.disable_adapter():  # ty: ignore[call-non-callable]
+            yield
+        return
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     states = [(m, m._disable_adapters) for m in model.modules() if isinstance(m, kinds)]
     for module, _ in states:

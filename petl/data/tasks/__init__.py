@@ -21,6 +21,10 @@ TASKS = {
     "image_classification": "petl.data.tasks.media:ImageClassification",
     "audio_classification": "petl.data.tasks.media:AudioClassification",
     "multitask_classification": "petl.data.tasks.multitask:MultitaskClassification",
+    "dpo": "petl.data.tasks.preferences.pairs:DPO",
+    "orpo": "petl.data.tasks.preferences.pairs:ORPO",
+    "kto": "petl.data.tasks.preferences.rated:KTO",
+    "reward": "petl.data.tasks.preferences.reward:Reward",
 }
 
 # of a conversation: `role`, `content`, and `more`, the JSON text of what only some messages have

@@ -146,6 +146,11 @@ class Task(ABC, Generic[P]):
         return self.max_length
 
     @property
+    def used_as(self) -> str:
+        """The name of the task whose lines of Python use a finished adapter."""
+        return self.name
+
+    @property
     def packs(self) -> bool:
         """True if a row may hold several texts, between which there must be no attention."""
         return False
@@ -248,6 +253,27 @@ class Task(ABC, Generic[P]):
     @abstractmethod
     def items(self, batch: Batch) -> int:
         """Number of terms that the model's loss averages over. The batch must be on the CPU."""
+
+    def completed(self, model: nn.Module, batch: Batch) -> Batch:
+        """A batch with what the loss needs of passes without gradients; it itself, if nothing.
+
+        Args:
+            model: with its adapters, in any mode, which is kept.
+            batch: on the model's device.
+        """
+        return batch
+
+    def own_loss(self, outputs: Outputs, labels: Batch) -> Tensor:
+        """The loss of a task that does not train by the model's own, see `compute_loss_of`.
+
+        Args:
+            labels: the `label_columns` of a batch, as far as it has them.
+        """
+        raise NotImplementedError(f"{self.name} trains by the loss of the model")
+
+    def metrics(self) -> dict[str, float]:
+        """Further metrics of the last micro-batch of training, for the log."""
+        return {}
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         """A model's outputs for a batch without its labels, as `score` and `predict` take them."""

@@ -89,6 +89,11 @@ class CausalLM(DecoderTask[PreTrainedTokenizerBase], TextWritingTask):
     generate: int | None = field(None, integer(1))
 
     @property
+    def used_as(self) -> str:
+        """`chat` for conversations."""
+        return "chat" if self.chat else self.name
+
+    @property
     def packs(self) -> bool:
         """True with `pack`."""
         return self.pack

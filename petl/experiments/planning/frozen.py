@@ -86,7 +86,7 @@ def frozen_plan(
     Args:
         measured: a training pass over the longest rows.
     """
-    if settings.steps == 0 or measured is None:
+    if settings.steps == 0 or measured is None or not splits.task.tensors_by_row:
         return None
     try:
         prefix = prefix_of(model)

@@ -12,10 +12,12 @@ from rich.text import Text
 from petl.data.base import Stream, as_dataset, read_data
 from petl.data.learned import BRACKETS, PreviewSpan, pieces
 from petl.data.models.loading import load_processor
+from petl.data.objectives import with_objective
 from petl.data.overlap import Overlap, TrainingInputs
 from petl.data.tasks.base import Row, Task
 from petl.data.tasks.encoding_cache import encode_once
 from petl.errors import printable
+from petl.system.settings.schema import plain
 
 STREAM_ROWS = 1000  # rows of a stream that are read
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)  # of lengths, and of regression targets
@@ -73,7 +75,7 @@ def preview(cfg: DictConfig, examples: int = 3) -> Preview:
     Raises:
         InputError: an error in the data or settings that would stop the run.
     """
-    data = read_data(cfg.data)
+    data = read_data(with_objective(plain(cfg))["data"])
     task, processor = data.task, load_processor(cfg.model, data.task)
     splits = {"train": as_dataset(data, STREAM_ROWS), "test": data.test}
     encoded = {name: task.encode(processor, rows) for name, rows in splits.items()}

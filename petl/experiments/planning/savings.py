@@ -192,7 +192,7 @@ def _scoring(counted: RunCost) -> Iterator[Saving]:
         return
     each, forward = operations_of(counted.memory, counted.stored.saved)
     steps = max(counted.positions * each, 1.0)
-    probes = settings.linear_probe and task.new_head
+    probes = settings.linear_probe and task.new_head and task.tensors_by_row
     rows, positions, off = [f"{len(splits.test):,} test"], counted.scored, []
     if probes:
         rows.insert(0, f"{len(splits.known):,} train")

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from petl.training.runs.run_folder import Run
 
 FEATURES = {
+    "task": "petl.training.features.objective:LearnFromPreferences",
     "data.source": "petl.training.features.before:TrainingRowsInTest",
     "data.bad_rows": "petl.training.features.skipped_rows:SkippedRows",
     "model.adapter": "petl.training.features.before:AdapterBelow",

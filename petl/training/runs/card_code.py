@@ -68,6 +68,14 @@ inputs = tokenizer(
 )
 {GENERATE}""",
     "seq2seq": f"inputs = {{encode}}\n{GENERATE}",
+    "reward": f"""\
+messages = [
+    {{{{"role": "user", "content": "Replace this by your own question."}}}},
+    {{{{"role": "assistant", "content": "Replace this by an answer."}}}},
+]
+inputs = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")
+{LOGITS}
+print(float(logits))""",
     "image_classification": f"""\
 image = Image.new("RGB", (64, 64))  # or Image.open(FILE).convert("RGB")
 inputs = processor(image, return_tensors="pt")
@@ -208,7 +216,7 @@ class Usage:
     def prediction(self) -> str:
         """The statements that make a prediction."""
         task: Any = self.task
-        name = "chat" if task.name == "causal_lm" and task.chat else task.name
+        name = task.used_as
         # of several sets, the code is for the first
         limit = getattr(task, "limits", [getattr(task, "max_length", None)])[0]
         is_pair = self.pair or (bool(task.tasks) and task.tasks[0] in getattr(task, "pairs", ()))

@@ -39,6 +39,8 @@ PIPELINES = {  # the Hub's names of tasks
     "token_classification": "token-classification",
     "question_answering": "question-answering",
     "causal_lm": "text-generation",
+    **dict.fromkeys(("dpo", "orpo", "kto"), "text-generation"),
+    "reward": "text-classification",
     "seq2seq": "text2text-generation",
     "image_text": "image-text-to-text",
     "image_classification": "image-classification",

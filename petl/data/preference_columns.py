@@ -1,0 +1,164 @@
+"""Columns of preferences: pairs of answers, answers with a label, in the forms that TRL reads.
+
+A prompt is in a column of its own, or both answers begin with it. Prompts and answers are texts or
+lists of turns; a text is a turn of its own, or with `task.plain` stands as it is.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict
+from itertools import takewhile
+from typing import TYPE_CHECKING, ClassVar
+
+from petl.data.conversations import TurnKeys
+from petl.data.formats import Sides, fitting_task, refuse_same
+from petl.data.objectives import read_objective
+from petl.data.task_columns import AnySourceRows, ColumnSettings, TaskColumns
+from petl.data.tasks import TOOLS, Message, task_class
+from petl.data.templates import columns_of, fill, is_template
+from petl.data.validation import Row, passage, read, require, text, truth
+from petl.errors import InputError
+
+if TYPE_CHECKING:
+    from petl.data.tasks.base import Task
+
+OPTIONAL = ("system", "tools")  # columns that conversations may have
+
+
+class PairColumns(TaskColumns):
+    """Pairs of a chosen and a rejected answer."""
+
+    own_settings: ClassVar[tuple[str, ...]] = (
+        *("prompt", "chosen", "rejected", "system", "role", "content", "roles", "objective"),
+    )
+
+    def __init__(self, settings: ColumnSettings, *, labeled: bool = True) -> None:
+        super().__init__(settings, labeled=labeled)
+        self.objective = read_objective(settings.task, settings.objective)
+        usual = TurnKeys()
+        keys = TurnKeys(
+            usual.role if settings.role is None else (settings.role,),
+            usual.content if settings.content is None else (settings.content,),
+            settings.roles or {},
+        )
+        self.sides = Sides(settings.prompt or "prompt", settings.chosen, settings.rejected, keys)
+        if self.objective.plain and settings.system is not None:
+            raise InputError(
+                f"data.system={settings.system} is a turn of a conversation, and task.plain=true "
+                "reads texts: leave one of them out"
+            )
+
+    def choose(self, present: Iterable[str], origin: str) -> list[str]:
+        """Return the columns of prompts and answers, and those that conversations may have."""
+        names = list(present)
+        needed, settings = self.needed(names), self.settings
+        missing = any(name not in names for name in needed)
+        found = fitting_task(names, settings.task) if missing else None
+        # a template reads columns that must be there
+        template = settings.system if settings.system and is_template(settings.system) else None
+        needed = [*needed, *(columns_of(template) if template else ())]
+        own = columns_of(self.sides.prompt)
+        optional = [name for name in (*own, *OPTIONAL) if name in names]
+        return require([*needed, *optional], names, origin, found)
+
+    def needed(self, names: Collection[str]) -> list[str]:
+        """The columns that rows must have, of which `names` are present."""
+        if not self.labeled:
+            return columns_of(self.sides.prompt)
+        prompt = self.sides.prompt
+        # the prompt may be in both answers, unless a setting names its column
+        asked = columns_of(prompt) if self.settings.prompt else []
+        return [*asked, self.sides.chosen, self.sides.rejected]
+
+    def task(self, rows: AnySourceRows) -> "Task":
+        """Build the task with its settings."""
+        fields = asdict(self.objective)
+        return task_class(self.settings.task)(max_length=self.settings.max_length, **fields)
+
+    def convert(self, row: Row) -> Row:
+        """Columns `prompt`, `chosen` and `rejected`: turns, or texts with `task.plain`."""
+        if not self.labeled:
+            return {"prompt": self.asked(row)}
+        if not self.objective.plain:
+            prompt, chosen, rejected = self.sides.read(row)
+            return {"prompt": self.context(prompt, row), "chosen": chosen, "rejected": rejected}
+        chosen, rejected = (read(row, n, text) for n in (self.sides.chosen, self.sides.rejected))
+        refuse_same(self.sides, chosen, rejected)
+        if row.get(self.sides.prompt) is not None:
+            prompt = read(row, self.sides.prompt, passage)
+            return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        prompt = chosen[: shared_length([chosen, rejected])]
+        start = len(prompt) - prompt.endswith(" ")  # a space belongs to the word after it
+        return {"prompt": prompt[:start], "chosen": chosen[start:], "rejected": rejected[start:]}
+
+    def asked(self, row: Row) -> str | list[Message]:
+        """The prompt of a row that has it in a column of its own."""
+        if self.objective.plain:
+            return read(row, self.sides.prompt, passage)
+        return self.context(self.sides.asked(row), row)
+
+    def context(self, prompt: list[Message], row: Row) -> list[Message]:
+        """The turns of a prompt, with the system prompt of the settings if it has none."""
+        template = self.settings.system
+        if template is None or any(message["role"] == "system" for message in prompt):
+            return prompt
+        system = {"role": "system", "content": text(fill(template, row))}
+        place = int(bool(prompt) and prompt[0]["role"] == TOOLS)  # after the functions
+        return [*prompt[:place], system, *prompt[place:]]
+
+
+class RewardColumns(PairColumns):
+    """Pairs of a chosen and a rejected answer; to predict a reward, answers."""
+
+    own_settings: ClassVar[tuple[str, ...]] = (*PairColumns.own_settings, "completion")
+
+    def needed(self, names: Collection[str]) -> list[str]:
+        """As of pairs; to predict, prompt and completion."""
+        more = [] if self.labeled else [self.settings.completion]
+        return [*super().needed(names), *more]
+
+    def convert(self, row: Row) -> Row:
+        """As of pairs; to predict, columns `prompt` and `completion`."""
+        return super().convert(row) if self.labeled else self.answered(row)
+
+    def answered(self, row: Row) -> Row:
+        """Columns `prompt` and `completion`."""
+        column = self.settings.completion
+        if self.objective.plain:
+            return {"prompt": self.asked(row), "completion": read(row, column, text)}
+        return {"prompt": self.asked(row), "completion": self.sides.side(row, column)}
+
+
+class RatedColumns(RewardColumns):
+    """Answers with a label, true for a good one, or pairs, of which one is good."""
+
+    own_settings: ClassVar[tuple[str, ...]] = (*RewardColumns.own_settings, "label")
+    rated: bool | None = None  # False for pairs; known with the first row
+
+    def needed(self, names: Collection[str]) -> list[str]:
+        """Prompt, completion and label, or the columns of pairs where rows have these."""
+        if not self.labeled:
+            return columns_of(self.sides.prompt)
+        rated = [*columns_of(self.sides.prompt), self.settings.completion, self.settings.label]
+        is_rated = not {self.sides.chosen, self.sides.rejected} <= {*names} or {*rated} <= {*names}
+        if self.rated is None:
+            self.rated = is_rated
+        if self.rated != is_rated:
+            raise InputError(
+                "data.task=kto reads answers with a label, or pairs, and the files have both: "
+                "give files of one kind"
+            )
+        return rated if is_rated else super().needed(names)
+
+    def convert(self, row: Row) -> Row:
+        """Columns `prompt`, `completion` and `good`, or those of pairs."""
+        if not self.labeled:
+            return {"prompt": self.asked(row)}
+        if not self.rated:
+            return super().convert(row)
+        return {**self.answered(row), "good": read(row, self.settings.label, truth)}
+
+
+def shared_length(sequences: Iterable[Sequence[object]]) -> int:
+    """The number of entries with which all of these sequences begin."""
+    places = zip(*sequences, strict=False)
+    return len([*takewhile(lambda entries: len({*entries}) == 1, places)])

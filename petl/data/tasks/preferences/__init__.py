@@ -1,0 +1,5 @@
+"""Learning from preferences: pairs of answers (DPO, ORPO, reward models), or rated ones (KTO).
+
+The losses are those of TRL's trainers, up to rounding; tests compare them on the same rows. The
+reference model is the base: the model with its adapter disabled, which needs no second copy.
+"""

@@ -1,0 +1,148 @@
+"""The losses of preference tasks equal those of TRL's trainers on the same rows."""
+
+from functools import partial
+
+import pytest
+import torch
+from contract_cases import OWN, own
+from datasets import Dataset
+from tiny_tokenizers import byte_tokenizer
+from transformers import LlamaForSequenceClassification
+
+import petl
+from petl import testing
+from petl.data.base import encode
+from petl.data.tasks import task_class
+
+trl = pytest.importorskip("trl", reason="pip install 'petl-peft[trl]'")
+
+PAIRS = [
+    {"prompt": "who? ", "chosen": "a fox", "rejected": "no"},
+    {"prompt": "what is it? ", "chosen": "it", "rejected": "nothing at all"},
+    {"prompt": "so? ", "chosen": "yes", "rejected": "a"},
+]
+RATED = [
+    {"prompt": "who? ", "completion": "a fox", "label": True},
+    {"prompt": "what is it? ", "completion": "nothing", "label": False},
+    {"prompt": "why? ", "completion": "as it is", "label": True},
+]
+BETA = 0.3
+decoder = partial(testing.tiny_llama, 2, vocabulary=260)
+
+
+def scorer(tokenizer):
+    config = decoder().config
+    config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
+    torch.manual_seed(3)
+    return LlamaForSequenceClassification(config)
+
+
+@pytest.fixture
+def tokenizer():
+    return byte_tokenizer(pad_token="<unk>")
+
+
+def wrapped(base, method, task_type="CAUSAL_LM"):
+    """A model whose adapter has an effect, so that the reference is not the policy."""
+    fields = own(method, "llama").fields if method in OWN else {"target_modules": "block-linear"}
+    torch.manual_seed(4)
+    return testing.stir(petl.wrap(base, method, **fields, task_type=task_type))
+
+
+def trainer_of(name, folder, model, rows, tokenizer, module=trl, **settings):
+    reference = settings.pop("ref_model", None)
+    given = {} if reference is None else {"ref_model": reference}
+    args = getattr(module, f"{name}Config")(
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        per_device_train_batch_size=len(rows),
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        **settings,
+    )
+    return getattr(module, f"{name}Trainer")(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        **given,
+    )
+
+
+def theirs(trainer):
+    """The loss of TRL's trainer over all of its rows."""
+    rows = [trainer.train_dataset[i] for i in range(len(trainer.train_dataset))]
+    batch = trainer.data_collator(rows)
+    return trainer.compute_loss(trainer.model.train(), batch)
+
+
+def ours(task, model, rows, tokenizer):
+    """The loss of a training forward of petl over the rows, and its gradients."""
+    batch = task.collate(tokenizer)(encode(task, tokenizer, rows))
+    model.train().zero_grad()
+    loss = model(**task.completed(model, batch)).loss
+    return loss - petl.lifecycle(model).aux_loss()
+
+
+def task_of(name, base, **fields):
+    task = task_class(name)(max_length=64, plain=True, **fields)
+    task.adjust(base)
+    return task
+
+
+@pytest.mark.parametrize(
+    ("method", "loss"), [("lora", "sigmoid"), ("mola", "ipo"), ("lora", "hinge")]
+)
+def test_dpo(method, loss, tokenizer, tmp_path):
+    base = decoder()
+    task = task_of("dpo", base, beta=BETA, loss=loss)
+    model = wrapped(base, method)
+    found = ours(task, model, PAIRS, tokenizer)
+    trainer = trainer_of(
+        "DPO", tmp_path, wrapped(decoder(), method), PAIRS, tokenizer,
+        ref_model=decoder(), beta=BETA, loss_type=[loss],
+    )  # fmt: skip
+    assert abs(found - theirs(trainer)) < 1e-6
+    assert found.requires_grad
+
+
+@pytest.mark.parametrize("method", ["lora", "mola"])
+def test_orpo(method, tokenizer, tmp_path):
+    from trl.experimental import orpo
+
+    base = decoder()
+    task = task_of("orpo", base, beta=BETA)
+    # TRL's trainer adds the first token to any prompt
+    rows = [{**row, "prompt": f"<s>{row['prompt']}"} for row in PAIRS]
+    found = ours(task, wrapped(base, method), rows, tokenizer)
+    model = wrapped(decoder(), method)
+    trainer = trainer_of("ORPO", tmp_path, model, rows, tokenizer, module=orpo, beta=BETA)
+    assert abs(found - theirs(trainer)) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["lora", "mola"])
+def test_kto(method, tokenizer, tmp_path):
+    base = decoder()
+    weights = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
+    task = task_of("kto", base, beta=BETA, **weights)
+    rows = [{**row, "good": row["label"]} for row in RATED]
+    found = ours(task, wrapped(base, method), rows, tokenizer)
+    trainer = trainer_of(
+        "KTO", tmp_path, wrapped(decoder(), method), RATED, tokenizer,
+        ref_model=decoder(), beta=BETA, **weights,
+    )  # fmt: skip
+    assert abs(found - theirs(trainer)) < 1e-6
+
+
+@pytest.mark.parametrize(("method", "center"), [("lora", None), ("mola", 0.2)])
+def test_reward(method, center, tokenizer, tmp_path):
+    base = scorer(tokenizer)
+    task = task_of("reward", base, center=center)
+    found = ours(task, wrapped(base, method, "SEQ_CLS"), PAIRS, tokenizer)
+    trainer = trainer_of(
+        "Reward", tmp_path, wrapped(scorer(tokenizer), method, "SEQ_CLS"), PAIRS, tokenizer,
+        center_rewards_coefficient=center,
+    )  # fmt: skip
+    assert abs(found - theirs(trainer)) < 1e-6
