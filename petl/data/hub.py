@@ -46,7 +46,7 @@ class HubData(Tabular):
         """Load the columns that the task reads of one split."""
         origin = f"{self.name} ({split})"
         loaded = self.load(split)
-        columns = self.chosen(self.task_columns.choose, loaded.column_names, origin)
+        columns = self.columns_of(self.task_columns.choose, loaded.column_names, origin)
         if len(loaded) == 0:
             raise InputError(f"{origin} has no rows")
         return SourceRows(
@@ -74,12 +74,12 @@ class HubData(Tabular):
         """Yield the train rows as they arrive, each with its location for messages."""
         loaded = self.load(self.train_split, streaming=True)
         if loaded.features is not None:  # else only the rows tell the columns, see below
-            loaded = loaded.select_columns(self.chosen(choose, loaded.features, self.origin))
+            loaded = loaded.select_columns(self.columns_of(choose, loaded.features, self.origin))
         for number, row in enumerate(loaded):
-            columns = self.chosen(choose, row, self.origin)
+            columns = self.columns_of(choose, row, self.origin)
             yield f"{self.origin}, row {number}", from_table({name: row[name] for name in columns})
 
-    def chosen(self, choose: Choose, present: Iterable[str], origin: str) -> list[str]:
+    def columns_of(self, choose: Choose, present: Iterable[str], origin: str) -> list[str]:
         """The columns that `choose` returns, without the folder of a file."""
         return [name for name in choose(present, origin) if name != FOLDER]
 

@@ -48,7 +48,7 @@ def without_adapters(model: nn.Module) -> Generator[None]:
     """
     config: Any = getattr(model, "active_peft_config", None)
     if getattr(config, "is_prompt_learning", False):
-        with model.disable_adapter():  # ty: ignore[call-non-callable]
+        with model.disable_adapter():  # ty: ignore[not-callable]
             yield
         return
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)

@@ -41,6 +41,7 @@ class _OwnLoss(SwappedClass):
 def compute_loss_of(task: Task, model: PreTrainedModel) -> None:
     """Let a model compute the loss of a task that has one."""
     swap_class(model, _OwnLoss)
-    model.loss_task = task
+    swapped: Any = model
+    swapped.loss_task = task
     # what changes how the loss of next tokens is computed recognizes it by this function
-    model.loss_function = task.own_loss
+    swapped.loss_function = task.own_loss

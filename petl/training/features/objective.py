@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import ClassVar
 
-from petl.core.support import Capability, Lacks
+from petl.core.support import Capability, Lacks, Part
 from petl.core.types import Groups, Record
 from petl.data.objectives import with_objective
+from petl.errors import InputError
 from petl.training.features import RunFeature
 from petl.training.features.section import Section
+from petl.training.runs.config import RunConfig
 
-SHARDED = "its reference is a pass of the whole model beside that of training; use +launch=ddp"
+REFERENCED = ("dpo", "kto")  # compared with the base model
 TITLES = {
     "dpo": "Direct preference optimization (DPO)",
     "orpo": "Odds ratio preference optimization (ORPO)",
@@ -33,15 +35,34 @@ class LearnFromPreferences(RunFeature):
     """Sets the task of the data, and excludes what does not go with it."""
 
     lacks: ClassVar[Lacks] = {
-        Capability.CHANGED_BASE: "the reference is the base model, by disabling the adapter, and "
-        "this method changes the base weights: train with another method",
-        Capability.FSDP: SHARDED,
-        Capability.ZERO: SHARDED,
-        Capability.STORE: "the store has one text a row, and rows here have two",
-        Capability.TOGETHER: "its loss is no loss of the model",
-        Capability.EXTRA_LOSS: "its loss is no loss of the model",
+        Capability.CHANGED_BASE: lambda own: own.of_reference(
+            "the reference is the base model, by disabling the adapter, and this method changes "
+            "the base weights; orpo and reward need no reference"
+        ),
+        Capability.STORE: "a row has several texts, and the store has one for each row",
+        Capability.TOGETHER: "its loss is not that of the model",
+        Capability.EXTRA_LOSS: "its loss is not that of the model",
         Capability.TASKS: "its rows are of one task",
     }
+
+    @property
+    def part(self) -> Part:
+        """The feature by the name of the objective."""
+        return Part(f"task={self.settings['name']}", self.uses, self.lacks, self)
+
+    def of_reference(self, reason: str) -> str:
+        """Return why something is lacking; "" for an objective without a reference."""
+        return reason if self.settings["name"] in REFERENCED else ""
+
+    def check(self, config: RunConfig) -> None:
+        """Raise InputError if the run begins with an adapter that is not part of the reference."""
+        start = config.train.init_from
+        if start is not None and self.of_reference("it has one"):
+            raise InputError(
+                f"train.init_from={start} is not possible with task={self.settings['name']}, whose "
+                "reference is the base model without this adapter: set "
+                f"model.adapter={start} to learn on top of it, with it as the reference"
+            )
 
     def settle(self, settings: Groups) -> Groups:
         """Give the data the task and its settings."""

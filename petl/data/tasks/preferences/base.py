@@ -7,8 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
-from typing import ClassVar, cast
+from typing import ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -45,6 +44,13 @@ from petl.system.values import field, integer
 
 Text = str | list[Message]  # with `plain`, or turns of a conversation
 Encoded = tuple[list[int], list[int]]  # tokens and labels
+
+
+class LabelledOutputs(NamedTuple):
+    """Logits of a batch, and its labels with what `Task.completed` has added."""
+
+    logits: Tensor
+    labels: Batch
 
 
 @dataclass
@@ -105,15 +111,20 @@ class PreferenceTask(Objective, Task[PreTrainedTokenizerBase], ABC):
         batch = self.completed(model, batch)
         labels = {name: batch[name] for name in self.label_columns if name in batch}
         logits = super().outputs(model, batch).logits
-        return cast("Outputs", SimpleNamespace(logits=logits, labels_of_task=labels))
+        return cast("Outputs", LabelledOutputs(logits, labels))
+
+    def scores(self, outputs: Outputs) -> Tensor:
+        """`values` of what `outputs` has returned."""
+        assert isinstance(outputs, LabelledOutputs)
+        return self.values(outputs, outputs.labels)
 
     def predict(self, outputs: Outputs, batch: Batch) -> Tensor:
         """The columns `scored` of each pair or text, [P, S] or [N, S]."""
-        return self.values(outputs, outputs.labels_of_task).float()
+        return self.scores(outputs).float()
 
     def score(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Number of pairs or texts, then the sums of the columns `scored`: [1 + S]."""
-        values = self.values(outputs, outputs.labels_of_task)
+        values = self.scores(outputs)
         sums = values.to(sums_dtype(values.device)).sum(0)
         return torch.cat([sums.new_tensor([len(values)]), sums])
 

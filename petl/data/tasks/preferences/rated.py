@@ -114,7 +114,7 @@ class KTO(KTOSettings, AnswerTask):
     def score(self, outputs: Outputs, batch: Batch) -> Tensor:
         """As of other tasks, then number and rewards of the good answers: [6]."""
         sums = super().score(outputs, batch)
-        good, rewards = batch["good"].to(sums), self.values(outputs, outputs.labels_of_task)[:, 2]
+        good, rewards = batch["good"].to(sums), self.scores(outputs)[:, 2]
         return torch.cat([sums, torch.stack([good.sum(), good @ rewards.to(sums)])])
 
     def summarize(self, total: Tensor) -> dict[str, float]:
