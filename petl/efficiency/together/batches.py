@@ -194,7 +194,8 @@ def check_loss(model: PeftModel, batch: Batch) -> None:
         )
     base = base_of(model)
     kind = getattr(base, "loss_type", None)
-    is_known = is_encoder_decoder(base) or kind in LOSS_MAPPING
+    is_own = vars(base).get("_loss_function") is None  # not that of a task
+    is_known = is_own and (is_encoder_decoder(base) or kind in LOSS_MAPPING)
     training = model.training
     model.eval()
     try:

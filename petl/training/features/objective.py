@@ -9,7 +9,6 @@ from petl.data.objectives import with_objective
 from petl.errors import InputError
 from petl.training.features import RunFeature
 from petl.training.features.section import Section
-from petl.training.runs.config import RunConfig
 
 REFERENCED = ("dpo", "kto")  # compared with the base model
 TITLES = {
@@ -39,8 +38,6 @@ class LearnFromPreferences(RunFeature):
             "the reference is the base model, by disabling the adapter, and this method changes "
             "the base weights; orpo and reward need no reference"
         ),
-        Capability.STORE: "a row has several texts, and the store has one for each row",
-        Capability.TOGETHER: "its loss is not that of the model",
         Capability.EXTRA_LOSS: "its loss is not that of the model",
         Capability.TASKS: "its rows are of one task",
     }
@@ -54,18 +51,20 @@ class LearnFromPreferences(RunFeature):
         """Return why something is lacking; "" for an objective without a reference."""
         return reason if self.settings["name"] in REFERENCED else ""
 
-    def check(self, config: RunConfig) -> None:
-        """Raise InputError if the run begins with an adapter that is not part of the reference."""
-        start = config.train.init_from
+    def settle(self, settings: Groups) -> Groups:
+        """Give the data the task and its settings.
+
+        Raises:
+            InputError: they are not allowed, or the run begins with an adapter that is not part of
+                the reference.
+        """
+        start = settings["train"].get("init_from")
         if start is not None and self.of_reference("it has one"):
             raise InputError(
                 f"train.init_from={start} is not possible with task={self.settings['name']}, whose "
                 "reference is the base model without this adapter: set "
                 f"model.adapter={start} to learn on top of it, with it as the reference"
             )
-
-    def settle(self, settings: Groups) -> Groups:
-        """Give the data the task and its settings."""
         return with_objective(settings)
 
     @classmethod

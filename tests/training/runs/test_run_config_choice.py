@@ -56,6 +56,12 @@ PAIRS: dict[tuple[str, Capability], dict[str, Any]] = {
     ("data.order=by_class", C.TASKS): {"data": {"order": "by_class", "tasks": ["one", "two"]}},
     ("retain", C.BUCKETS): {"train": {"buckets": 3}, "retain": {"mix": 0.5}},
     ("retain", C.TASKS): {"retain": {"mix": 0.5}, "data": {"tasks": ["one", "two"]}},
+    ("task=dpo", C.TASKS): {"task": {"name": "dpo"}, "data": {"tasks": ["one", "two"]}},
+    ("task=dpo", C.EXTRA_LOSS): {"task": {"name": "dpo"}, "loss": "density"},
+    ("task=dpo", C.CHANGED_BASE): {
+        "task": {"name": "dpo"},
+        "method": {"name": "lora", "init_lora_weights": "pissa"},
+    },
     ("train.init_from=runs/saved", C.SIZE): {"train": {"init_from": "runs/saved", "budget": 9}},
     ("method adalora", C.EXTRA_LOSS): {
         "method": {"name": "adalora", "total_step": 2000},
@@ -82,6 +88,7 @@ WORKING: list[dict[str, Any]] = [
     {"launch": "fsdp", "train": {"optimizer": "adamr"}},
     {"loss": "distill", "train": {"gradient_checkpointing": True, "loss_segment": 64}},
     {"loss": "logits", "train": {"loss_segment": "auto"}},
+    {"task": {"name": "orpo"}, "method": {"name": "lora", "init_lora_weights": "pissa"}},
     {"method": {"name": "adalora", "total_step": 2000}, "train": {"optimizer": "adamr"}},
     {"method": {"name": "lora", "init_lora_weights": "pissa"}, "launch": "deepspeed"},
 ]
@@ -100,7 +107,7 @@ def chosen(changes: dict[str, Any]) -> list:
         "train": {"cache_frozen": False, "linear_probe": False} | run["train"],
         "data": run.get("data", {}),
     }
-    settings |= {"retain": run["retain"]} if "retain" in run else {}
+    settings |= {group: run[group] for group in ("retain", "task") if group in run}
     config: Any = SimpleNamespace(
         train=TrainConfig(**run["train"]),
         model=SimpleNamespace(quantization=run["scheme"]),
@@ -136,7 +143,7 @@ def test_what_no_row_excludes_is_possible(changes):
 def test_every_row_of_a_loss_a_launch_and_a_feature_is_tried():
     tables = {f"loss={name}": loss.controller_cls.lacks for name, loss in LOSSES.items()}
     tables |= {f"launch={name}": kind.lacks for name, kind in KINDS.items()}
-    values = {"data.order": "by_class", "train.init_from": "runs/saved"}
+    values = {"data.order": "by_class", "train.init_from": "runs/saved", "task": "dpo"}
     tables |= {
         setting if kind.Settings else f"{setting}={values[setting]}": kind.lacks
         for setting, place in FEATURES.items()

@@ -1,0 +1,110 @@
+"""Runs that learn from preferences."""
+
+import json
+from random import Random
+
+import pytest
+from training_fixtures import CLASSES, FILLERS, assert_same_course, stopped_before, train
+
+from petl.cli.main import main
+from petl.errors import InputError, UnsupportedError
+from petl.experiments.reports.run_report import write_page
+from petl.training.compose import compose
+from petl.training.runs.run_config import read_config
+
+pytest_plugins = ["task_fixtures", "training_fixtures"]
+SHORT = [
+    "data=files", "data.max_length=40", "train.steps=6", "train.batch_size=8", "train.lr=1e-2",
+    "train.log_steps=1", "train.save_steps=3", "train.warmup=0",
+]  # fmt: skip
+
+
+def sentence(rng, kind):
+    return " ".join([rng.choice(CLASSES[kind]), *rng.choices(FILLERS, k=rng.randint(1, 5))])
+
+
+@pytest.fixture(scope="module")
+def preferences(families, tmp_path_factory):
+    """Settings of a run on pairs, whose chosen answers begin with a beast, others with a tool."""
+    folder, rng = tmp_path_factory.mktemp("preferences"), Random(0)
+    for name, count in (("train", 48), ("test", 12)):
+        rows = [
+            {
+                "prompt": " ".join(rng.choices(FILLERS, k=rng.randint(2, 6))),
+                "chosen": sentence(rng, "beast"),
+                "rejected": sentence(rng, "tool"),
+            }
+            for _ in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    files = [f"data.train={folder}/train.jsonl", f"data.test={folder}/test.jsonl"]
+    return [*SHORT, "model=path", f"model.path={families.folder}/llama", *files]
+
+
+@pytest.mark.parametrize(
+    ("task", "method"),
+    [("dpo", "lora"), ("kto", "mola")],
+)
+def test_a_run_learns_and_resumes_exactly(task, method, preferences, tmp_path):
+    words = [*preferences, f"+task={task}", f"+method={method}"]
+    run = train(words, tmp_path / "whole")
+    before, after = run.scores["before"], run.scores["after"]
+    assert after["loss"] < before["loss"]
+    assert after["margin"] > before["margin"]
+    assert after["accuracy"] > 0.5
+    lines = [line for line in run.metrics if "loss" in line]
+    assert all("accuracy" in line for line in lines), "of the last micro-batch"
+    stopped = stopped_before(run, tmp_path / "stopped", "step-000006")
+    resumed = train([*words, "train.resume=auto"], stopped.path)
+    assert_same_course(resumed, run, atol=0)
+    assert resumed.scores["after"] == after
+
+
+def test_what_follows_a_run(preferences, tmp_path, capsys):
+    run = train([*preferences, "+task=dpo", "+method=increlora"], tmp_path / "run")
+    write_page(run.path)
+    page = (run.path / "report.html").read_text()
+    assert "Direct preference optimization" in page
+    assert "log-ratio of an answer to the base model" in page
+    assert "Margin" in page
+    capsys.readouterr()
+    assert main(["eval", str(run.path)]) == 0
+    evaluated = json.loads((run.path / "eval-test" / "scores.json").read_text())
+    assert evaluated == pytest.approx(run.scores["after"], abs=1e-6)
+    assert main(["generate", str(run.path), "--prompt", "the cat", "--max-new-tokens", "2"]) == 0
+    assert main(["merge", str(run.path), str(tmp_path / "merged")]) == 0
+    assert main(["data", *preferences[:1], *preferences[-4:], "+task=dpo"]) == 0
+    assert "tokens with loss" in capsys.readouterr().out
+
+
+def test_odds_without_a_reference(preferences, tmp_path):
+    scores = train([*preferences, "+task=orpo", "+method=corda"], tmp_path / "run").scores
+    assert scores["after"]["loss"] < scores["before"]["loss"]
+
+
+def test_a_reward_model_rates_answers(preferences, tmp_path):
+    run = train([*preferences, "+task=reward", "+method=mola"], tmp_path / "run")
+    assert run.scores["after"]["accuracy"] > run.scores["before"]["accuracy"]
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows = [{"prompt": "the old", "completion": text} for text in ("cat a big", "saw a big")]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert main(["predict", str(run.path), str(file), "--out", str(out)]) == 0
+    beast, tool = (json.loads(line)["prediction"] for line in out.read_text().splitlines())
+    assert beast > tool
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        (["+task=dpo", "+method=corda"], UnsupportedError, "reference is the base model"),
+        (["+task=kto", "+loss=distill"], UnsupportedError, "its loss is not that of the model"),
+        (["+task=dpo", "train.init_from=runs/sft"], InputError, "model.adapter=runs/sft"),
+        (["+task=dpo", "task.beta=0"], InputError, "task.beta=0.0 is not above 0"),
+        (["+task=dpo", "task.loss=log"], InputError, "sigmoid, hinge, ipo"),
+        (["+task=kto", "data.pack=true"], InputError, "data.pack=true is for data.task=causal_lm"),
+    ],
+)
+def test_what_is_refused_before_a_model_is_loaded(words, error, message, preferences):
+    method = [] if any("method" in word for word in words) else ["+method=lora"]
+    with pytest.raises(error, match=message):
+        read_config(compose([*preferences, *method, *words]))
