@@ -114,7 +114,7 @@ class Sides(NamedTuple):
             ValueError: the answers are the same, or there is no prompt.
         """
         chosen, rejected = (self.side(row, each) for each in (self.chosen, self.rejected))
-        refuse_same(self, chosen, rejected)
+        self.differing(chosen, rejected)
         # explicit prompt in TRL's words; otherwise the prompt is implicit, in both answers
         if all(turn["role"] == "assistant" for turn in chosen):
             if row.get(self.prompt) is None:
@@ -126,6 +126,14 @@ class Sides(NamedTuple):
         prompt = [*optional_tools(row), *optional_system(row), *without_loss(chosen[:shared])]
         return prompt, chosen[shared:], rejected[shared:]
 
+    def differing(self, chosen: object, rejected: object) -> None:
+        """Raise ValueError if both answers of a pair are the same."""
+        if chosen == rejected:
+            raise ValueError(
+                f"{self.chosen} and {self.rejected} are the same, so none is preferred: drop the "
+                "row"
+            )
+
     def asked(self, row: Row) -> list[Message]:
         """The turns of the prompt in a column of its own."""
         prompt = without_loss(self.side(row, self.prompt, "user"))
@@ -134,14 +142,6 @@ class Sides(NamedTuple):
     def side(self, row: Row, column: str, role: str = "assistant") -> list[Message]:
         """The turns of a column; a text is a turn of the role."""
         return read_text(row, column, lambda found: side(found, role, self.keys))
-
-
-def refuse_same(sides: Sides, chosen: object, rejected: object) -> None:
-    """Raise ValueError if both answers of a pair are the same."""
-    if chosen == rejected:
-        raise ValueError(
-            f"{sides.chosen} and {sides.rejected} are the same, so none is preferred: drop the row"
-        )
 
 
 def preference(row: Row) -> list[Message]:

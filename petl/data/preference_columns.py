@@ -10,7 +10,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, ClassVar
 
 from petl.data.conversations import TurnKeys
-from petl.data.formats import Sides, fitting_task, refuse_same
+from petl.data.formats import Sides, fitting_task
 from petl.data.objectives import read_objective
 from petl.data.task_columns import AnySourceRows, ColumnSettings, TaskColumns
 from petl.data.tasks import TOOLS, Message, task_class
@@ -40,7 +40,9 @@ class PairColumns(TaskColumns):
             usual.content if settings.content is None else (settings.content,),
             settings.roles or {},
         )
-        self.sides = Sides(settings.prompt or "prompt", settings.chosen, settings.rejected, keys)
+        prompt, chosen = settings.prompt or "prompt", settings.chosen or "chosen"
+        self.sides = Sides(prompt, chosen, settings.rejected or "rejected", keys)
+        self.completion = settings.completion or "completion"
         if self.objective.plain and settings.system is not None:
             raise InputError(
                 f"data.system={settings.system} is a turn of a conversation, and task.plain=true "
@@ -82,7 +84,7 @@ class PairColumns(TaskColumns):
             prompt, chosen, rejected = self.sides.read(row)
             return {"prompt": self.context(prompt, row), "chosen": chosen, "rejected": rejected}
         chosen, rejected = (read(row, n, text) for n in (self.sides.chosen, self.sides.rejected))
-        refuse_same(self.sides, chosen, rejected)
+        self.sides.differing(chosen, rejected)
         if row.get(self.sides.prompt) is not None:
             prompt = read(row, self.sides.prompt, passage)
             return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -113,7 +115,7 @@ class RewardColumns(PairColumns):
 
     def needed(self, names: Collection[str]) -> list[str]:
         """As of pairs; to predict, prompt and completion."""
-        more = [] if self.labeled else [self.settings.completion]
+        more = [] if self.labeled else [self.completion]
         return [*super().needed(names), *more]
 
     def convert(self, row: Row) -> Row:
@@ -122,7 +124,7 @@ class RewardColumns(PairColumns):
 
     def answered(self, row: Row) -> Row:
         """Columns `prompt` and `completion`."""
-        column = self.settings.completion
+        column = self.completion
         if self.objective.plain:
             return {"prompt": self.asked(row), "completion": read(row, column, text)}
         return {"prompt": self.asked(row), "completion": self.sides.side(row, column)}
@@ -138,7 +140,7 @@ class RatedColumns(RewardColumns):
         """Prompt, completion and label, or the columns of pairs where rows have these."""
         if not self.labeled:
             return columns_of(self.sides.prompt)
-        rated = [*columns_of(self.sides.prompt), self.settings.completion, self.settings.label]
+        rated = [*columns_of(self.sides.prompt), self.completion, self.settings.label]
         is_rated = not {self.sides.chosen, self.sides.rejected} <= {*names} or {*rated} <= {*names}
         if self.rated is None:
             self.rated = is_rated

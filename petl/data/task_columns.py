@@ -83,9 +83,10 @@ class ColumnSettings(TextSource, ABC):
     prompt: str | None = None  # column or template of questions: conversations of one turn each
     answer: str | None = None  # column or template of the answers to them
     system: str | None = None  # system prompt of conversations without one
-    chosen: str = "chosen"  # columns of preference pairs: the better answer, and the other one
-    rejected: str = "rejected"
-    completion: str = "completion"  # column of answers with a label, good or bad
+    # columns of preference pairs, the better answer and the other one; None: chosen and rejected
+    chosen: str | None = None
+    rejected: str | None = None
+    completion: str | None = None  # column of answers with a label, good or bad; None: completion
     # settings of a task that is an objective: the group `task` of a run, which +task=NAME sets
     objective: dict[str, str | float | bool | None] | None = None
     image: str | None = None  # column of images; None: image or images, if there is one

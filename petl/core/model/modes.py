@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from peft import PeftModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -46,9 +47,8 @@ def without_adapters(model: nn.Module) -> Generator[None]:
     Unlike PEFT's `disable_adapter`, it leaves `requires_grad` of all parameters alone, so that it
     may be used within a training forward; of prompt-learning methods it is PEFT's.
     """
-    config: Any = getattr(model, "active_peft_config", None)
-    if getattr(config, "is_prompt_learning", False):
-        with model.disable_adapter():  # ty: ignore[not-callable]
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        with model.disable_adapter():
             yield
         return
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
