@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from petl.core.registry import adopt, list_methods, method
     from petl.core.spec.config import MethodConfig
     from petl.core.spec.method import list_losses
+    from petl.data.models.new_tokens import add_tokens
     from petl.efficiency import drafting as drafting
     from petl.efficiency.drafting.folder import load_drafter
     from petl.efficiency.frozen.cache import cache_frozen
@@ -88,6 +89,7 @@ __all__ = [
     "TrainResult",
     "Watch",
     "WrapContext",
+    "add_tokens",
     "adopt",
     "build_config",
     "cache_frozen",
@@ -128,6 +130,7 @@ _PACKAGES = {  # public packages by name
 }
 _NAMES = {
     "petl.adapters.check.rules": ("Checked", "check"),
+    "petl.data.models.new_tokens": ("add_tokens",),
     "petl.efficiency.frozen.cache": ("cache_frozen",),
     "petl.training.integrations.trainer_callback": ("Callback",),
     "petl.core.layers.layer": ("Adapter", "AdapterLayer", "Factors", "LayerShape", "LayerInfo"),

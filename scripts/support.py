@@ -60,6 +60,8 @@ MEANINGS = {
     Capability.CHECKPOINTING: "the same gradients with `train.gradient_checkpointing=true`",
     Capability.COMPILE: "`torch.compile(fullgraph=True)` compiles the training step without "
     "a graph break",
+    Capability.NEW_TOKENS: "rows of tokens train beside the adapter (`data.new_tokens`, "
+    "`trainable_token_indices`)",
     Capability.MIXED_BATCH: "`adapter_names`: examples of one batch use different adapters",
     Capability.MERGE: "the model with merged weights has the same outputs (`petl merge`)",
     Capability.LORA_EXPORT: "the exported plain LoRA has the same outputs (`petl export --lora`)",

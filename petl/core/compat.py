@@ -27,6 +27,7 @@ from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
 from peft.tuners.lora.conversion import _convert_module_to_lora
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import (
     AuxiliaryTrainingWrapper,
     BaseTuner,
@@ -70,6 +71,7 @@ __all__ = [
     "LoraModel",
     "ModulesToSaveWrapper",
     "ParamWrapper",
+    "TrainableTokensLayer",
     "adapter_weights",
     "adapts_norms",
     "add_method",

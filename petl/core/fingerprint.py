@@ -67,6 +67,7 @@ import petl
 model = petl.load(base, FOLDER)
 ```
 """
+ROWS = ".token_adapter.trainable_tokens_delta"  # ends the name of trained rows of a table
 VERSION = 2  # 1: without layers and settings
 SAMPLES = 512  # per tensor, at least, and fewer than twice as many
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -130,7 +131,10 @@ def difference(trained_on: Fingerprint, present: Fingerprint, saved: Iterable[st
         present: that of the base model in use.
         saved: names of the tensors in the adapter's file, which replace those of the base model.
     """
-    replaced = {name.removeprefix(PREFIX).replace(".base_layer.", ".") for name in saved}
+    names = [name.removeprefix(PREFIX) for name in saved]
+    replaced = {name.replace(".base_layer.", ".") for name in names}
+    # of a table, rows of tokens are, and more of them give it another size
+    replaced |= {f"{name.removesuffix(ROWS)}.weight" for name in names if name.endswith(ROWS)}
     compared = [
         name
         for name in sorted((trained_on.keys() & present.keys()) - replaced)

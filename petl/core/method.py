@@ -506,6 +506,9 @@ class Method(Generic[C, A]):
             # AdaLoRA has an `r` that it does not use
             known = {"r", "rank_pattern"} <= self.config_cls.__dataclass_fields__.keys()
             return "" if known and self.rank in ("", "r") else "it has no rank_pattern"
+        if capability is Capability.NEW_TOKENS:
+            known = "trainable_token_indices" in self.config_cls.__dataclass_fields__
+            return "" if known else "PEFT's config of it has no trainable_token_indices"
         is_computed = config is not None and self.is_computed(config)
         if is_computed and capability in (Capability.EXTRA_LOSS, Capability.FIND_LR):
             return "it computes its adapter from data and trains nothing (train.steps=0)"

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
+from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, TrainableTokensLayer
 from petl.errors import InputError, UnsupportedError
 
 Named = tuple[str, nn.Parameter]
@@ -61,7 +61,9 @@ def refuse_shared_targets(model: nn.Module) -> None:
     tied = shared_weights(model)
     for path, layer in model.named_modules():
         # PEFT only warns
-        if isinstance(layer, BaseTunerLayer) and f"{path}.base_layer" in tied:
+        # rows of tokens are meant to change in all of them
+        is_tuned = isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer)
+        if is_tuned and f"{path}.base_layer" in tied:
             raise UnsupportedError(
                 f"{path} shares its weight with {tied[f'{path}.base_layer']}, which merging would "
                 "change as well; keep the adapter, or untie the weights before training"

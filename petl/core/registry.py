@@ -231,7 +231,9 @@ def wrap(
     _check_shapes(entry, config, model)
     check_adapter_name(adapter_name, model, entry.tuner)
     check_saved(config, model)
-    check_tokens(config, model)
+    if facts_of(config).trainable_token_indices is not None:
+        require_capability(config, Capability.NEW_TOKENS, "trainable_token_indices")
+        check_tokens(config, model)
     refuse_other_kinds(model, config)
     refuse_quantized(model, config)
     digests = fingerprint(model)  # some initializations change the base weights

@@ -54,6 +54,7 @@ class Capability(StrEnum):
     FIND_LR = "find_lr"
     SIZE = "budget"
     TASKS = "tasks"
+    NEW_TOKENS = "new_tokens"
     # what a method does to the model
     NEW_HEAD = "new_head"
     CHANGED_BASE = "changed_base"

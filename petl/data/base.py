@@ -128,6 +128,8 @@ class Source(ABC):
     # with by_class: passes over the rows of a class; None: 1
     stream_repeats: int | None = field(None, integer(1))
     allow_overlap: bool = False  # a test set that is mostly training rows
+    # texts that become tokens of their own, whose rows of the embedding train
+    new_tokens: list[str] | None = None
     # similarity of test rows and training rows from which on they are counted too, by MinHash
     near_duplicates: float | None = field(None, bounded(gt=0, lt=1))
 
@@ -205,7 +207,10 @@ def read_from(source: Source) -> RawData:
     Raises:
         InputError: as `Source.read`.
     """
-    return replace(source.read(), near_duplicates=source.near_duplicates)
+    data = source.read()
+    if source.new_tokens is not None:
+        data.task.new_tokens = source.new_tokens
+    return replace(data, near_duplicates=source.near_duplicates)
 
 
 def as_dataset(data: RawData, max_rows: int) -> "Dataset":

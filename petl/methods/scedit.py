@@ -233,6 +233,7 @@ class Scedit(Method[SceditConfig, SceditAdapter]):
             "petl has no diffusion task; use it in your own code, such as a training script of "
             'diffusers, with petl.wrap(unet, "scedit", ...) and petl.load(unet, FOLDER)'
         ),
+        Capability.NEW_TOKENS: "it is for images",
         Capability.MIXED_BATCH: "the edits of a batch are those of one adapter",
     }
 

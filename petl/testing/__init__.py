@@ -40,6 +40,7 @@ from petl.testing import (  # noqa: F401
     registration,
     saving,
     switching,
+    token_rows,
     training,
 )
 from petl.testing.case import Case, difference, gradients, logits, stir, trainable, tuner_layers

@@ -121,8 +121,12 @@ def peak_lr(name: str, settings: TrainConfig, heads: set[str]) -> float:
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Return True for tensors with weight decay: matrices, and `values`, a sparse one."""
-    return parameter.dim() > 1 or name.endswith(".values")
+    """Return True for tensors with weight decay: matrices, and `values`, a sparse one.
+
+    Rows of tokens are weights of the base, not what is added to them.
+    """
+    is_row = ".trainable_tokens_delta." in name
+    return (parameter.dim() > 1 and not is_row) or name.endswith(".values")
 
 
 def fraction_of_peak(step: int, total: int, warmup: int, schedule: str) -> float:

@@ -20,6 +20,7 @@ HEADINGS = {
     Capability.BASE_TORCHAO: "torchao base",
     Capability.CHECKPOINTING: "gradient checkpointing",
     Capability.COMPILE: "torch.compile",
+    Capability.NEW_TOKENS: "new tokens",
     Capability.MIXED_BATCH: "mixed batch",
     Capability.MERGE: "merge",
     Capability.LORA_EXPORT: "LoRA export",

@@ -60,6 +60,7 @@ from petl.errors import (
     UnknownNameError,
     UnsupportedError,
     did_you_mean,
+    shown,
 )
 
 logger = logging.getLogger(__name__)
@@ -444,18 +445,43 @@ def check_saved(config: Any, model: nn.Module) -> None:
 
 
 def check_tokens(config: Any, model: nn.Module) -> None:
-    """Raise InputError for a trained token that the embedding of `model` has no row for."""
-    given = getattr(config, "trainable_token_indices", None) or {}
-    for name, tokens in (given if isinstance(given, Mapping) else {"": given}).items():
-        named = (m for n, m in model.named_modules() if n.endswith(name))
-        table = next(named, None) if name else input_embedding(model)
-        rows = getattr(getattr(table, "weight", None), "shape", (math.inf,))[0]
-        if tokens and max(tokens) >= rows:
-            raise InputError(
-                f"trainable_token_indices has the token {max(tokens)}, and the embedding of "
-                f"{type(model).__name__} has {rows:,} rows: resize it to {max(tokens) + 1:,} or "
-                "more by model.resize_token_embeddings, as where the adapter was trained"
+    """Raise InputError for trained rows of tokens that `model` lacks, or computes otherwise."""
+    given = facts_of(config).trainable_token_indices
+    if given is None:
+        return
+    tables = [
+        _table_with(model, name, tokens)
+        for name, tokens in (given if isinstance(given, Mapping) else {"": given}).items()
+    ]
+    # PEFT computes a head that is tied to the embedding with its rows, too
+    weights = [getattr(table, "weight", None) for table in tables]
+    for path, module in model.named_modules():
+        own = module.weight if isinstance(module, nn.Linear) and module.bias is not None else None
+        if own is not None and any(own is each for each in weights):
+            raise ModuleKindError(
+                f"{path} has a bias, which PEFT leaves out where rows of tokens train: take "
+                f"modules_to_save=[{path}] in place of trainable_token_indices"
             )
+
+
+def _table_with(model: nn.Module, name: str, tokens: Sequence[int]) -> nn.Module | None:
+    """Return the table that has rows for tokens: the module of this name, ""; the embedding."""
+    if not tokens or min(tokens) < 0 or len({*tokens}) < len(tokens):
+        raise InputError(
+            f"trainable_token_indices={shown(tokens)} are no distinct numbers from 0 on: "
+            "petl.add_tokens returns those of new tokens"
+        )
+    named = (m for n, m in model.named_modules() if n.endswith(name))
+    table = next(named, None) if name else input_embedding(model)
+    rows = getattr(getattr(table, "weight", None), "shape", (math.inf,))[0]
+    if max(tokens) >= rows:
+        raise InputError(
+            f"trainable_token_indices has the token {max(tokens)}, and the embedding of "
+            f"{type(model).__name__} has {rows:,} rows: resize it to {max(tokens) + 1:,} or more "
+            "by petl.add_tokens or model.resize_token_embeddings, as where the adapter was trained "
+            "(data.new_tokens of a run)"
+        )
+    return table
 
 
 def _no_match(target: str, names: list[str], words: Sequence[str] = ()) -> UnknownNameError:

@@ -122,7 +122,9 @@ class MethodConfig(PeftConfig):
     target_parameters: list[str] | None = config_field(
         "stacked parameters of experts, beside target_modules, of which they become a part", None
     )
-    trainable_token_indices: None = config_field("not supported; PEFT reads it", None)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = config_field(
+        "tokens whose rows of the embedding train; by module: those of each", None
+    )
 
     def __post_init__(self) -> None:
         is_saved = self.peft_type is not None  # only a file names the type
@@ -134,10 +136,6 @@ class MethodConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, tuple | set | range):
                 setattr(self, name, list(value))
-        if self.trainable_token_indices is not None:
-            raise InputError(
-                f"trainable_token_indices is not supported by method {self.method!r}; leave it null"
-            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise InputError(
                 f"layers_pattern={self.layers_pattern} names the list whose blocks "

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from petl.core.parameters import max_positions, within_memory
 from petl.core.types import Fields
+from petl.data.models.new_tokens import extend_tables, extend_tokenizer, pieces_of
 from petl.data.models.quantization import keep_gradients, quantization_config
 from petl.data.models.sources import (
     DTYPES,
@@ -106,9 +107,19 @@ logger = logging.getLogger(__name__)
 def load_processor(cfg: Settings, task: Task[P]) -> P:
     """Load the processor for `task`: a tokenizer, image processor or feature extractor.
 
+    A tokenizer has the task's new tokens.
+
     Raises:
         InputError: the model is not available, does not support the task, or has no such processor.
     """
+    processor = _load_processor(cfg, task)
+    if task.new_tokens:
+        extend_tokenizer(tokenizer_in(processor), task.new_tokens)
+    return processor
+
+
+def _load_processor(cfg: Settings, task: Task[P]) -> P:
+    """Load the processor of the model, without new tokens of the task."""
     if task.processor_class is AutoTokenizer:
         return cast("P", load_tokenizer(cfg))
     source = read_source(cfg)
@@ -217,6 +228,11 @@ def load_base(
     task.adjust(model)
     if task.reads_text:
         check_length(model, task, source.name)
+        if task.new_tokens:
+            processor = processor or load_processor(cfg, task)
+            own = tokenizer_in(_load_processor(cfg, task))
+            pieces = pieces_of(own, task.new_tokens)
+            extend_tables(model, tokenizer_in(processor), pieces)
         if not meta and processor is not False:
             tokenizer = load_processor(cfg, task) if processor is None else processor
             set_padding_token(model, tokenizer_in(tokenizer), source.name)

@@ -96,7 +96,18 @@ class Pad:
         return {key: self.stack(rows, key, fill) for key, fill in fills.items() if key in rows[0]}
 
 
-class Task(ABC, Generic[P]):
+@dataclass(kw_only=True)
+class Vocabulary:
+    """What a task adds to the vocabulary of a model.
+
+    Attributes:
+        new_tokens: whose rows train, see petl/data/models/new_tokens.py.
+    """
+
+    new_tokens: list[str] | None = None
+
+
+class Task(Vocabulary, ABC, Generic[P]):
     """A task. Its attributes depend on the data set: classes, lengths.
 
     The methods on rows and batches here are for texts; tasks on images and sounds override them.
@@ -206,7 +217,7 @@ class Task(ABC, Generic[P]):
 
     def untruncated(self) -> "Task | None":
         """A copy of this task that truncates no row; None if the task never truncates."""
-        return replace(self, max_length=UNTRUNCATED)  # ty: ignore[invalid-argument-type]
+        return replace(self, max_length=UNTRUNCATED)
 
     def is_truncated(self, row: Row) -> bool:
         """True if a row that `untruncated()` encoded is longer than this task allows."""
@@ -548,7 +559,9 @@ def not_finite(scores: Mapping[str, float]) -> str | None:
 def write_task(folder: Path, task: Task) -> None:
     """Save a task, with its classes and lengths, in an adapter's folder; see tasks/task_file.py."""
     # in order: the order of classes is the numbering of the head's outputs
-    saved = {"task": task.name, **asdict(task)}  # ty: ignore[invalid-argument-type]
+    saved = {"task": task.name, **asdict(task)}
+    if not task.new_tokens:
+        saved.pop("new_tokens")
     if task.tasks:
         saved["tasks"] = list(task.tasks)
     write_atomic(folder / FILE, as_json(saved, in_order=True))

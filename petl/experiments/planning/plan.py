@@ -295,7 +295,9 @@ def groups_of(model: PeftModel, settings: TrainConfig) -> list[PlanGroup]:
     heads, life = head_names(model), lifecycle(model)
     for name, parameter in trainable(model):
         # PEFT trains complete copies of heads and norms as `modules_to_save`
-        backbone = "norm" if "modules_to_save" in name.split(".") else "adapter"
+        parts = name.split(".")
+        tokens = "tokens" if "trainable_tokens_delta" in parts else "adapter"
+        backbone = "norm" if "modules_to_save" in parts else tokens
         role = "head" if name in heads else backbone
         own = life.learning_rate_of(name)  # that of the method, if it sets one
         peak = peak_lr(name, settings, heads) if own is None else own

@@ -212,9 +212,12 @@ def task_of(found: Found, path: str | Path) -> Task:
     Raises:
         InputError: the model does not write.
     """
+    tokens = None
     if isinstance(found, SavedAdapter):
-        if isinstance(read_task(found.adapter), ImageText):
-            return ImageText(max_length=1)
+        learned = read_task(found.adapter)
+        tokens = None if learned is None else learned.new_tokens
+        if isinstance(learned, ImageText):
+            return ImageText(max_length=1, new_tokens=tokens)
         kind = str(found.config.task_type)
         reads = {"CAUSAL_LM": False, "SEQ_2_SEQ_LM": True}.get(kind)  # None: no task that writes
     else:
@@ -233,4 +236,6 @@ def task_of(found: Found, path: str | Path) -> Task:
             "`petl predict` labels examples"
         )
     # lengths are those of the prompts
-    return Seq2Seq(max_length=1, max_target_length=1) if reads else CausalLM(max_length=1)
+    if reads:
+        return Seq2Seq(max_length=1, max_target_length=1, new_tokens=tokens)
+    return CausalLM(max_length=1, new_tokens=tokens)

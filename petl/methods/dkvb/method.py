@@ -61,6 +61,7 @@ class Dkvb(Method[DkvbConfig, DkvbAdapter]):
     lr = SGD_LR
     lr_by = ("optimizer", {"sparse_adam": ADAM_LR})
     lacks = {
+        Capability.NEW_TOKENS: "its keys stay right only if the encoder stays as it is",
         Capability.MERGE: (
             "dkvb reads a table of values in place of the head and is no update of a weight; it "
             "cannot be merged: keep the adapter, or call unload() for the model with its own head"

@@ -100,6 +100,7 @@ class Icv(Method[IcvConfig, IcvAdapter]):
             "ICV shifts hidden states by amounts that depend on them, which no weight can; keep "
             "the adapter, or call unload() for the base model"
         ),
+        Capability.NEW_TOKENS: "it computes vectors from activations and trains no rows",
         Capability.RANKS: "it has one vector per block, of no rank",
     }
 

@@ -97,6 +97,7 @@ class Pyra(Outer):
     )
     lacks = {
         Capability.MERGE: MERGED_TOKENS,
+        Capability.NEW_TOKENS: "it is for images",
         Capability.MIXED_BATCH: "rows of other adapters would have other numbers of tokens",
     }
     needs_tuner = "its blocks pass the sizes of merged tokens on through it"

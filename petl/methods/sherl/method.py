@@ -41,6 +41,7 @@ class Sherl(Method[SherlConfig, SherlAdapter]):
             "SHERL's side network is no update of a weight and cannot be merged; keep the adapter, "
             "or call unload() for the base model"
         ),
+        Capability.NEW_TOKENS: "the model below its side network computes no gradients",
         Capability.MIXED_BATCH: "one side network at a time feeds the late blocks",
     }
 

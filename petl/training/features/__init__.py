@@ -40,6 +40,7 @@ FEATURES = {
     "data.source": "petl.training.features.before:TrainingRowsInTest",
     "data.bad_rows": "petl.training.features.skipped_rows:SkippedRows",
     "model.adapter": "petl.training.features.before:AdapterBelow",
+    "data.new_tokens": "petl.training.features.new_tokens:NewTokens",
     "train.init_from": "petl.training.features.init_from:InitFrom",
     "data.order": "petl.training.features.class_stream:ClassOrder",
     "data.sampling": "petl.training.features.sampling:Sampling",
@@ -102,7 +103,8 @@ class Setup:
 
     def shapes(self) -> PreTrainedModel:
         """Return the base model on the meta device."""
-        return self.load(self.config.model, self.splits.task, meta=True)
+        task, processor = self.splits.task, self.splits.processor
+        return self.load(self.config.model, task, meta=True, processor=processor)
 
 
 @dataclass
