@@ -14,6 +14,7 @@ from torch import Tensor
 from petl.system.files.tensor_file import DTYPE_NAMES, Shapes
 
 WEIGHTS = "adapter_model.safetensors"
+ROWS = ".token_adapter.trainable_tokens_delta"  # ends the name of trained rows of a table
 PREFIX = "base_model.model."  # of every key in an adapter file
 # tensors of PEFT's methods that are no differences from 0: norms of weights, factors that start at
 # another value, random matrices that stay as they are, rows of an embedding
@@ -36,6 +37,12 @@ def trained_modules(model: PeftModel, adapter_name: str = "default") -> dict[str
     # saved names have the wrapper's path, without `modules_to_save`
     inside = tuple(f"{name}." for name in wrappers)
     return {name: tensor for name, tensor in state.items() if name.startswith(inside)}
+
+
+def trained_rows(model: PeftModel, adapter_name: str = "default") -> dict[str, Tensor]:
+    """Return the rows of tokens that an adapter saves, by name in its file."""
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    return {name: tensor for name, tensor in state.items() if name.endswith(ROWS)}
 
 
 def widened(name: str, shape: torch.Size, factor: int) -> torch.Size:

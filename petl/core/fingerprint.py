@@ -37,7 +37,7 @@ import torch
 from peft import PeftConfig, PeftModel, PeftType
 from torch import Tensor, nn
 
-from petl.core.adapter_file import PREFIX, WEIGHTS
+from petl.core.adapter_file import PREFIX, ROWS, WEIGHTS
 from petl.core.compat import (
     PACKAGE,
     BaseTunerLayer,
@@ -67,7 +67,6 @@ import petl
 model = petl.load(base, FOLDER)
 ```
 """
-ROWS = ".token_adapter.trainable_tokens_delta"  # ends the name of trained rows of a table
 VERSION = 2  # 1: without layers and settings
 SAMPLES = 512  # per tensor, at least, and fewer than twice as many
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from petl.data import SOURCES
 from petl.data.objectives import with_objective
-from petl.data.tasks import TASKS
+from petl.data.tasks import NEW_TOKENS, NO_TEXT, TASKS
 from petl.data.validation import FaultyRow, Row
 from petl.errors import InputError, choose
 from petl.system.imports.peft_hook import import_modules
@@ -129,7 +129,7 @@ class Source(ABC):
     stream_repeats: int | None = field(None, integer(1))
     allow_overlap: bool = False  # a test set that is mostly training rows
     # texts that become tokens of their own, whose rows of the embedding train
-    new_tokens: list[str] | None = None
+    new_tokens: list[str] | None = field(None, NEW_TOKENS)
     # similarity of test rows and training rows from which on they are counted too, by MinHash
     near_duplicates: float | None = field(None, bounded(gt=0, lt=1))
 
@@ -139,6 +139,11 @@ class Source(ABC):
                 f"data.task={self.task}, but data {self.name} is for {' or '.join(self.serves)}"
             )
         check_rules(self, "data")
+        if self.new_tokens is not None and self.task in NO_TEXT:
+            raise InputError(
+                f"data.new_tokens={self.new_tokens} are for rows of text, and data.task="
+                f"{self.task} has no tokenizer: leave data.new_tokens out"
+            )
         if self.sampling == BALANCED and self.order is not None:
             raise InputError(
                 f"data.sampling={BALANCED} and data.order={self.order} both say which rows a step "

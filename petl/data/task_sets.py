@@ -136,6 +136,8 @@ class SeveralSets(Source, ABC):
             with of_set(name):
                 found[name] = data_source(settings)
                 self.accept(found[name])
+                if found[name].new_tokens is not None:
+                    raise InputError("new_tokens are those of all sets: set data.new_tokens")
         return found
 
     @abstractmethod

@@ -9,7 +9,7 @@ import torch
 from petl.core.loading import load
 from petl.core.registry import require_capability
 from petl.core.support import Capability
-from petl.data.models.new_tokens import indices_of, tables_of
+from petl.data.models.new_tokens import indices_of, weights_of
 from petl.testing.case import Case, assert_close, gradients, logits, stir, trainable
 from petl.testing.catalog import check, of_transformers, on_llama
 
@@ -32,7 +32,7 @@ def rows_of_tokens_train(case: Case) -> None:
             known.pop(name).copy_(parameter)
     assert known, "no row of a token trains"
     original: Any = plain.get_base_model()
-    whole = {f"{name}.": table.weight for name, table in tables_of(original).items()}
+    whole = {f"{name}.": weight for name, weight in weights_of(original).items()}
     for weight in whole.values():
         weight.requires_grad_(True)
     torch.manual_seed(0)

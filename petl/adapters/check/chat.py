@@ -46,22 +46,36 @@ def rows_of(subject: Subject) -> int:
 
 
 def more_tokens(subject: Subject) -> Iterator[Found]:
-    """Tokens of the tokenizer that no row of the embedding has."""
-    added, rows = subject.added, rows_of(subject)
-    beyond = sorted(number for number in added if number >= rows)
+    """Tokens of the tokenizer that no row of the embedding has, and none that was trained."""
+    added, rows, trained = subject.added, rows_of(subject), trained_rows(subject)
+    beyond = sorted(number for number in added if number >= rows and number not in trained)
     if beyond:
         what = f"{len(beyond)} tokens from {shown(added[beyond[0]])} (id {beyond[0]})"
         yield Found(f"{what} are beyond the {rows:,} rows of the embedding", TOKENIZER)
 
 
 def tokens_beyond(subject: Subject) -> Iterator[Found]:
-    """Trainable tokens that the base does not have."""
-    given = subject.config.get("trainable_token_indices") or []
-    indices = given if isinstance(given, list) else [i for each in given.values() for i in each]
-    beyond = [index for index in indices if not 0 <= index < rows_of(subject)]
+    """Trained rows that neither the base has nor the tokenizer a token for."""
+    rows, trained = rows_of(subject), trained_rows(subject)
+    beyond = sorted(i for i in trained if i < 0 or (i >= rows and i not in subject.added))
     if beyond:
         what = f"trainable_token_indices has {beyond[0]}"
         yield Found(f"{what}, and the embedding has {rows_of(subject):,} rows", CONFIG)
+
+
+def new_rows(subject: Subject) -> Iterator[Found]:
+    """Trained rows of new tokens, for which the table of the base has to grow."""
+    rows, trained = rows_of(subject), trained_rows(subject)
+    new = sorted(i for i in trained if i >= rows and i in subject.added)
+    if new:
+        what = f"{len(new)} new tokens from {shown(subject.added[new[0]])} (id {new[0]})"
+        yield Found(f"{what} have trained rows, and the base has {rows:,}", CONFIG)
+
+
+def trained_rows(subject: Subject) -> set[int]:
+    """Return the tokens whose rows the adapter has."""
+    given = subject.config.get("trainable_token_indices") or []
+    return {*given} if isinstance(given, list) else {i for each in given.values() for i in each}
 
 
 # template

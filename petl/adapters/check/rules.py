@@ -70,6 +70,7 @@ RULES = (
     Rule("tied.gguf", ERROR, serving.tied_gguf, "petl serve"),
     Rule("vocabulary.tokens", ERROR, chat.more_tokens, RESIZE),
     Rule("vocabulary.indices", ERROR, chat.tokens_beyond, RESIZE),
+    Rule("vocabulary.rows", NOTE, chat.new_rows, RESIZE),
     Rule("template.missing", WARNING, chat.no_template, TEMPLATES),
     Rule(
         "template.base", WARNING, chat.other_template, "serve with --chat-template, or petl serve"

@@ -22,9 +22,9 @@ from transformers.pytorch_utils import Conv1D
 from petl.adapters.export.checked_folder import Reference, refuse_changed_base, unwrap_trained
 from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.core import fingerprint
-from petl.core.adapter_file import PREFIX, WEIGHTS, trained_modules
+from petl.core.adapter_file import PREFIX, WEIGHTS, trained_modules, trained_rows
 from petl.core.adapter_folder import CONFIG, Folder
-from petl.core.compat import BaseTunerLayer, svd_factors
+from petl.core.compat import BaseTunerLayer, TrainableTokensLayer, svd_factors
 from petl.core.experts.layout import experts_of
 from petl.core.experts.linears import stack_of
 from petl.core.experts.stacks import Stack, has_sides_swapped, saved_factors, stacks_of
@@ -33,6 +33,7 @@ from petl.core.layers.layer import Adapter, AdapterLayer, Factors
 from petl.core.model.targets import matched_names
 from petl.core.refusals import is_lora, is_plain
 from petl.core.registry import require_capability
+from petl.core.spec.facts import facts_of
 from petl.core.support import Capability
 from petl.system.files.disk import copy_file
 from petl.system.progress import Pass, ProgressItems
@@ -107,9 +108,13 @@ def as_lora(
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Return config and tensors, by saved key, of the LoRA that equals an adapter.
 
-    The tensors include the trained copies of `modules_to_save`.
+    The tensors include the trained copies of `modules_to_save`, and rows of tokens.
     """
-    layers = [(n, layer) for n, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
+    layers = [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer)
+    ]
     factors = {
         name.removeprefix(PREFIX): factors_of(layer, adapter_name)
         for name, layer in ProgressItems(layers, "factoring the updates", unit="layers", quiet=True)
@@ -122,7 +127,7 @@ def as_lora(
     for name, (A, B, _) in factors.items():  # the scale goes into the config as alpha / r
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = B
-    tensors |= trained_modules(model, adapter_name)
+    tensors |= trained_modules(model, adapter_name) | trained_rows(model, adapter_name)
     config = lora_config(model, factors, adapter_name, stacks)
     for stack in stacks_of(config, model.get_base_model()):
         tensors |= stack_tensors(stack, stacks[f"{stack.path}.{stack.name}"])
@@ -258,6 +263,7 @@ def ranked_config(
         inference_mode=True,  # PEFT saves it so; loading with is_trainable overrides it
         # PEFT may list heads twice
         modules_to_save=list(dict.fromkeys(template.modules_to_save or [])) or None,
+        trainable_token_indices=facts_of(template).trainable_token_indices,
         r=rank,
         lora_alpha=as_integer(alpha),
         rank_pattern=exceptions(ranks, rank),

@@ -48,6 +48,13 @@ class Facts:
         """True if biases of the base model train with the adapter."""
         return self.bias not in (None, "none")
 
+    @property
+    def trained_tokens(self) -> set[int]:
+        """The tokens of which rows train, in any table."""
+        given = self.trainable_token_indices or ()
+        parts = given.values() if isinstance(given, Mapping) else [given]
+        return {token for part in parts for token in part}
+
 
 DEFAULTS: Fields = {field.name: field.default for field in fields(Facts)}
 

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from petl.core.parameters import max_positions, within_memory
 from petl.core.types import Fields
-from petl.data.models.new_tokens import extend_tables, extend_tokenizer, pieces_of
+from petl.data.models.new_tokens import extend_tables, extend_tokenizer, pieces_of, plain_of
 from petl.data.models.quantization import keep_gradients, quantization_config
 from petl.data.models.sources import (
     DTYPES,
@@ -112,24 +112,19 @@ def load_processor(cfg: Settings, task: Task[P]) -> P:
     Raises:
         InputError: the model is not available, does not support the task, or has no such processor.
     """
-    processor = _load_processor(cfg, task)
+    if task.processor_class is AutoTokenizer:
+        processor = cast("P", load_tokenizer(cfg))
+    else:
+        source = read_source(cfg)
+        with loading(source):
+            check_task_support(
+                source.config(), task, source.name
+            )  # a clearer message than one about files
+            processor = source.processor(task.processor_class)
+        if task.reads_text:
+            with_padding_token(processor.tokenizer, source.name)
     if task.new_tokens:
         extend_tokenizer(tokenizer_in(processor), task.new_tokens)
-    return processor
-
-
-def _load_processor(cfg: Settings, task: Task[P]) -> P:
-    """Load the processor of the model, without new tokens of the task."""
-    if task.processor_class is AutoTokenizer:
-        return cast("P", load_tokenizer(cfg))
-    source = read_source(cfg)
-    with loading(source):
-        check_task_support(
-            source.config(), task, source.name
-        )  # a clearer message than one about files
-        processor = source.processor(task.processor_class)
-    if task.reads_text:
-        with_padding_token(processor.tokenizer, source.name)
     return processor
 
 
@@ -217,6 +212,10 @@ def load_base(
             f"model {source.name} has new parameters that belong to no submodule, which an adapter "
             "cannot save: set use_weighted_layer_sum to false in its config"
         )
+    if task.new_tokens:
+        processor = processor or load_processor(cfg, task)
+        tokenizer = tokenizer_in(processor)
+        extend_tables(model, tokenizer, pieces_of(plain_of(tokenizer), task.new_tokens))
     if source.adapter is not None:
         # not imported by other runs
         from petl.data.models.finished_adapter import checked_config, with_adapter
@@ -228,11 +227,6 @@ def load_base(
     task.adjust(model)
     if task.reads_text:
         check_length(model, task, source.name)
-        if task.new_tokens:
-            processor = processor or load_processor(cfg, task)
-            own = tokenizer_in(_load_processor(cfg, task))
-            pieces = pieces_of(own, task.new_tokens)
-            extend_tables(model, tokenizer_in(processor), pieces)
         if not meta and processor is not False:
             tokenizer = load_processor(cfg, task) if processor is None else processor
             set_padding_token(model, tokenizer_in(tokenizer), source.name)

@@ -9,19 +9,23 @@ that the tokenizer has start as they are.
 The rows themselves train by PEFT's `trainable_token_indices`, with any method whose config has it.
 """
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from petl.data.tasks import NEW_TOKENS
 from petl.errors import InputError
 
 CONTROL = re.compile(r"<\|.*\|>")
 Indices = list[int] | dict[str, list[int]]
 Pieces = Mapping[str, Sequence[int]]  # by new token, the tokens that it was divided into
 ADDED = "petl_added_rows"  # attribute of a model
+PLAIN = "petl_plain"  # attribute of a tokenizer
 
 
 def add_tokens(
@@ -43,23 +47,11 @@ def add_tokens(
     Raises:
         InputError: a token is empty or there twice, or the model has no tables that can grow.
     """
-    check_tokens(tokens)
+    NEW_TOKENS.check("tokens", [*tokens] if isinstance(tokens, tuple) else tokens, list[str])
     pieces = pieces_of(tokenizer, tokens)
     extend_tokenizer(tokenizer, tokens)
     extend_tables(model, tokenizer, pieces)
     return indices_of(model, numbers_of(tokenizer, tokens))
-
-
-def check_tokens(tokens: object) -> None:
-    """Raise InputError unless these are texts to add to a tokenizer."""
-    if not isinstance(tokens, list | tuple) or not tokens:
-        raise InputError(f"new_tokens={tokens!r} is no list of texts, such as ['<|tool|>', 'word']")
-    wrong = next((each for each in tokens if not isinstance(each, str) or not each.strip()), None)
-    if wrong is not None:
-        raise InputError(f"new_tokens has {wrong!r}, and a token is a text that is not blank")
-    twice = next((each for each in tokens if tokens.count(each) > 1), None)
-    if twice is not None:
-        raise InputError(f"new_tokens has {twice!r} twice: leave one out")
 
 
 def pieces_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Pieces:
@@ -73,9 +65,16 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) 
     """Add those of the tokens that a tokenizer does not have."""
     known = tokenizer.get_vocab()
     new = [token for token in tokens if token not in known]
+    if new and not hasattr(tokenizer, PLAIN):
+        setattr(tokenizer, PLAIN, copy.deepcopy(tokenizer))
     special = [token for token in new if CONTROL.fullmatch(token)]
     tokenizer.add_tokens(special, special_tokens=True)
     tokenizer.add_tokens([token for token in new if token not in special])
+
+
+def plain_of(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a tokenizer as it was before it got new tokens, if it got them in this process."""
+    return getattr(tokenizer, PLAIN, tokenizer)
 
 
 def numbers_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
@@ -107,18 +106,23 @@ def extend_tables(
     """
     # some models raise it, which have no table or one of their own kind
     try:
-        if len(tokenizer) > rows_of(model.get_input_embeddings()):
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        before = len(next(iter(weights_of(model).values())))
+        if len(tokenizer) > before:
+            # new rows are drawn before they are replaced
+            with torch.random.fork_rng(devices=[]):
+                model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     except NotImplementedError as error:
         raise InputError(f"{type(model).__name__} has no table of tokens that can grow") from error
     known = tokenizer.get_vocab()
-    tables = {id(table.weight): table.weight for table in (tables_of(model).values())}
-    for weight in tables.values():
-        for token, parts in pieces.items() if not weight.is_meta else ():
-            # no text becomes no token: the mean of all
-            own = weight[list(parts)] if parts else weight[: min(known[each] for each in pieces)]
-            weight[known[token]] = own.float().mean(0).to(weight.dtype)
-    setattr(model, ADDED, sorted({*added_rows(model), *(known[token] for token in pieces)}))
+    starts = {known[token]: [*parts] for token, parts in pieces.items()}
+    for weight in {id(weight): weight for weight in weights_of(model).values()}.values():
+        if weight.is_meta:
+            continue
+        for row in {*range(before, len(weight)), *starts}:
+            # of a tokenizer that had the token, or a text that is divided into none: of all rows
+            own = weight[starts.get(row) or slice(before)]
+            weight[row] = own.float().mean(0).to(weight.dtype)
+    setattr(model, ADDED, sorted({*added_rows(model), *range(before, len(tokenizer)), *starts}))
 
 
 def added_rows(model: nn.Module) -> list[int]:
@@ -126,22 +130,16 @@ def added_rows(model: nn.Module) -> list[int]:
     return getattr(model, ADDED, [])
 
 
-def rows_of(table: nn.Module) -> int:
-    """Return the number of rows of a table, or of tokens that a head scores."""
-    weight = table.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.shape[0]
-
-
-def tables_of(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Return the embedding of a model's tokens, and a head that scores them, by path."""
+def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the tables of a model by path: that of its embedding, and of a head for tokens."""
     own = (model.get_input_embeddings(), model.get_output_embeddings())
-    return {name: m for name, m in model.named_modules() if any(m is each for each in own)}
+    tables = {name: m for name, m in model.named_modules() if any(m is each for each in own)}
+    return {name: cast(Tensor, table.weight) for name, table in tables.items()}
 
 
 def indices_of(model: PreTrainedModel, numbers: Sequence[int]) -> Indices:
     """Return the `trainable_token_indices` of tokens: also those of a head that is not tied."""
-    tables = tables_of(model)
-    if len({id(table.weight) for table in tables.values()}) == 1:
+    weights = weights_of(model)
+    if len({id(weight) for weight in weights.values()}) == 1:
         return [*numbers]
-    return {name: [*numbers] for name in tables}
+    return {name: [*numbers] for name in weights}

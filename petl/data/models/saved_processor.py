@@ -6,12 +6,15 @@ from typing import Any
 
 from transformers import AutoProcessor, AutoTokenizer
 
+from petl.core.adapter_folder import Folder
+from petl.core.spec.facts import facts_of
 from petl.data.models.image_processor import FILES, load_image_text_processor
 from petl.data.models.loading import (
     load_processor,
     loading,
     with_padding_token,
 )
+from petl.data.models.new_tokens import numbers_of
 from petl.data.models.sources import Settings, has_tokenizer, read_source
 from petl.data.tasks.base import P, Task, tokenizer_in
 from petl.errors import InputError
@@ -29,8 +32,22 @@ def load_saved_processor(cfg: Settings, task: Task[P], adapter: Path, base: P | 
         base: the processor of the base model, if it is loaded already.
 
     Raises:
-        InputError: it cannot be read; or there is none, nor one of the base model.
+        InputError: it cannot be read; or there is none, nor one of the base model; or its new
+            tokens have other numbers than the rows of the adapter.
     """
+    processor = _saved_or_base(cfg, task, adapter, base)
+    trained = facts_of(Folder(adapter).config).trained_tokens
+    for token in task.new_tokens or ():
+        (number,) = numbers_of(tokenizer_in(processor), [token])
+        if number not in trained:
+            raise InputError(
+                f"{adapter} has no row for its new token {token!r}, which is number {number} of "
+                "this tokenizer: use the tokenizer that was saved with the adapter"
+            )
+    return processor
+
+
+def _saved_or_base(cfg: Settings, task: Task[P], adapter: Path, base: P | None) -> P:
     kind = task.processor_class
     files = any((adapter / name).is_file() for name in FILES)
     has_own = has_tokenizer(adapter) if kind is AutoTokenizer else files

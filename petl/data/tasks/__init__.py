@@ -37,6 +37,13 @@ CLASSES = Rule(
     "a list of at least two distinct classes", lambda names: len(names) == len({*names}) > 1
 )
 
+# of `data.new_tokens`, of tasks and of `petl.add_tokens`
+NEW_TOKENS = Rule(
+    "a list of distinct texts that are not blank",
+    lambda tokens: 0 < len(tokens) == len({*tokens}) and all(token.strip() for token in tokens),
+)
+NO_TEXT = ("image_classification", "audio_classification")  # tasks without a tokenizer
+
 # of `data.threshold` and of multi-label tasks, which count probabilities in such steps
 THRESHOLD = Rule(
     "a multiple of 0.01 from 0.01 to 0.99",

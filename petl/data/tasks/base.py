@@ -29,12 +29,14 @@ from transformers import (
 )
 from transformers.models.auto.auto_factory import _BaseAutoModelClass as AutoModelClass
 
+from petl.data.tasks import NEW_TOKENS
 from petl.data.tasks.encoding_cache import Columns, encode_once
 from petl.data.tasks.scores import LOSSES
 from petl.data.validation import Row
 from petl.errors import InputError
 from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.paths import LABELS
+from petl.system.values import field
 
 CHUNK = 1024  # tokens whose logits are converted to float32 at a time; assumption
 logger = logging.getLogger(__name__)
@@ -104,7 +106,7 @@ class Vocabulary:
         new_tokens: whose rows train, see petl/data/models/new_tokens.py.
     """
 
-    new_tokens: list[str] | None = None
+    new_tokens: list[str] | None = field(None, NEW_TOKENS)
 
 
 class Task(Vocabulary, ABC, Generic[P]):

@@ -74,6 +74,7 @@ def load_language_model(
         raise InputError(f"the adapter name {taken[0]!r} is taken; choose another one")
     for saved in (first | more).values():
         refuse_tasks(saved)
+    refuse_other_tokens({**first, **more})
     given = first | more
     changing = [name for name, saved in given.items() if modifies_base_weights(saved.config)]
     if changing and len(given) > 1:
@@ -117,6 +118,21 @@ def refuse_tasks(saved: SavedAdapter) -> None:
             f"{saved.adapter} serves the tasks {', '.join(tasks)}, and a prompt has no task: use "
             "petl predict with rows that name it, or take one as a plain adapter with "
             "petl.methods.polyhistor.export_task"
+        )
+
+
+def refuse_other_tokens(found: Mapping[str, Found]) -> None:
+    """Raise InputError for adapters with different new tokens, which have the same numbers."""
+    tokens = {}
+    for name, each in found.items():
+        learned = read_task(each.adapter) if isinstance(each, SavedAdapter) else None
+        tokens[name] = None if learned is None else learned.new_tokens
+    first = next(iter(tokens), "")
+    other = next((name for name in tokens if tokens[name] != tokens[first]), None)
+    if other is not None:
+        raise InputError(
+            f"{first!r} has the new tokens {tokens[first] or []} and {other!r} has "
+            f"{tokens[other] or []}, and a model has one vocabulary: start each of them alone"
         )
 
 

@@ -31,6 +31,7 @@ from petl.generation.inference.loading import (
     model_settings,
     reader_of,
     reading_as_trained,
+    refuse_other_tokens,
     refuse_tasks,
     task_of,
 )
@@ -94,6 +95,7 @@ def load_served(
     for each in found.values():
         if isinstance(each, SavedAdapter):
             refuse_tasks(each)
+    refuse_other_tokens(found)
     first_name = next(iter(found))
     first = found[first_name]
     settings = model_settings(first)

@@ -4,12 +4,10 @@ import logging
 
 from petl.core.support import Capability
 from petl.core.types import Fields
-from petl.data.models.new_tokens import added_rows, check_tokens, indices_of, numbers_of
-from petl.data.tasks import task_class
+from petl.data.models.new_tokens import added_rows, indices_of, numbers_of
 from petl.data.tasks.base import tokenizer_in
 from petl.errors import InputError
 from petl.training.features import RunFeature, Setup
-from petl.training.runs.config import RunConfig
 
 logger = logging.getLogger(__name__)
 WHOLE = "rows of new tokens are read from a table that {} divides among processes"
@@ -27,15 +25,6 @@ class NewTokens(RunFeature):
         Capability.ZERO: WHOLE.format("DeepSpeed"),
         Capability.TOGETHER: "runs that train together share one tokenizer and one embedding",
     }
-
-    def check(self, config: RunConfig) -> None:
-        """Raise InputError for wrong tokens, or a task whose rows have none."""
-        check_tokens(self.settings)
-        if not task_class(config.data.task).reads_text:
-            raise InputError(
-                f"data.new_tokens={self.settings} are for rows of text, and data.task="
-                f"{config.data.task} has no tokenizer: leave data.new_tokens out"
-            )
 
     def before_wrapping(self, setup: Setup, fields: Fields) -> Fields:
         """Return the fields with the rows that train."""

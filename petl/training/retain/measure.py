@@ -32,6 +32,7 @@ from petl.core.model.modes import calibration_pass
 from petl.core.registry import keeps_base
 from petl.core.spec.facts import facts_of
 from petl.core.types import Batch, Record, base_of
+from petl.data.models.new_tokens import added_rows, plain_of
 from petl.efficiency.frozen.feed import paused
 from petl.efficiency.frozen.repeat import RepeatedPasses, repeated_passes
 from petl.errors import InputError, UnsupportedError, shown
@@ -198,6 +199,8 @@ def encode_texts(
 ) -> list[RetainedRow]:
     """Tokenize texts without a template and without an end token, cut to `max_length` tokens.
 
+    New tokens of a run are left out: the base reads its own.
+
     Texts of fewer than two tokens, which have none to predict, are left out with a line in the log.
 
     Args:
@@ -213,7 +216,7 @@ def encode_texts(
     wrong = next((text for text in given if not isinstance(text, str)), None)
     if wrong is not None:
         raise InputError(f"{shown(wrong)} is not a text: retained texts are strings")
-    tokenizer = tokenizer_of(tokenizer)
+    tokenizer = plain_of(tokenizer_of(tokenizer))
     end = tokenizer.eos_token_id
     rows = []
     for text in given:
@@ -335,7 +338,9 @@ def compare(
             after = _logits(model, batch, labels)
             if before is None:
                 with as_base(), passes.second():
-                    measured = _compared(_logits(other, batch, labels), after, labels)
+                    logits = _logits(other, batch, labels)
+                logits = as_it_was(logits, other, after.shape[-1])
+                measured = _compared(logits, after, labels)
             else:
                 losses = zip(numbers, _losses(after, labels), strict=True)
                 measured = [Numbers(before[number], loss) for number, loss in losses]
@@ -351,14 +356,21 @@ def losses_of(
     rows: Sequence[RetainedRow],
     tokenizer: PreTrainedTokenizerBase | Processor,
     *,
+    is_base: bool = False,
     batch_size: int = 8,
     processes: Processes = ALONE,
 ) -> list[float]:
-    """Return the mean loss of each row in nats per predicted token."""
+    """Return the mean loss of each row in nats per predicted token.
+
+    Args:
+        is_base: the model computes as its base: tokens that it got for a run count nothing.
+    """
     found: dict[int, float] = {}
     with measuring(model):
         for numbers, batch, labels in _batches(model, rows, tokenizer, batch_size, processes):
-            found |= zip(numbers, _losses(_logits(model, batch, labels), labels), strict=True)
+            logits = _logits(model, batch, labels)
+            logits = as_it_was(logits, model, logits.shape[-1]) if is_base else logits
+            found |= zip(numbers, _losses(logits, labels), strict=True)
     every = processes.all(found)
     return [every[number] for number in range(len(rows))]
 
@@ -470,6 +482,16 @@ def _logits(model: nn.Module, batch: Batch, labels: Tensor) -> Tensor:
         return logits[:, -labels.shape[1] :]
     # the last position predicts nothing; methods that prepend virtual tokens have more
     return logits[:, -labels.shape[1] - 1 : -1]
+
+
+def as_it_was(logits: Tensor, base: nn.Module, width: int) -> Tensor:
+    """Return the logits of a base, [..., width], in which tokens that it got later have none."""
+    least, rows = torch.finfo(logits.dtype).min, added_rows(base_of(base))
+    if rows:
+        logits = logits.index_fill(-1, torch.tensor(rows, device=logits.device), least)
+    # a base that was loaded anew has no columns for them
+    more = width - logits.shape[-1]
+    return F.pad(logits, (0, more), value=least) if more > 0 else logits
 
 
 def _chunks(labels: Tensor, vocabulary: int) -> Generator[slice]:

@@ -216,7 +216,9 @@ class Retaining(RunFeature):
             assert setup.accelerator is not None
             with setup.accelerator.autocast():
                 trained = train_new_modules(fields, setup.base).get("modules_to_save")
-                self.before = self._of_model(setup.base, splits, trained=trained or ())
+                self.before = self._of_model(
+                    setup.base, splits, trained=trained or (), is_base=True
+                )
         return fields
 
     def before_training(self, context: Context) -> None:
@@ -276,14 +278,18 @@ class Retaining(RunFeature):
         splits: Splits,
         processes: Processes = measure.ALONE,
         trained: Any = None,
+        is_base: bool = False,
     ) -> Any:
         """Return the losses of each row, or the features, of a model as it is.
 
         Args:
             trained: names of modules that an adapter will train as a whole.
+            is_base: as of `measure.losses_of`.
         """
         if self.kind == "language":
-            return measure.losses_of(model, self.rows, splits.processor, processes=processes)
+            return measure.losses_of(
+                model, self.rows, splits.processor, is_base=is_base, processes=processes
+            )
         return drift.features_of(model, self._batches(splits, processes), trained)
 
     def _batches(self, splits: Splits, processes: Processes) -> drift.Rows:
@@ -310,7 +316,7 @@ class Retaining(RunFeature):
             # of a base that stays, once for all points
             if self.before is None:
                 with model.disable_adapter():
-                    self.before = self._of_model(model, splits, parts)
+                    self.before = self._of_model(model, splits, parts, is_base=True)
             if self.kind == "features":
                 return drift.compare(model, self._batches(splits, parts), before=self.before).change
             after = self._of_model(model, splits, parts)

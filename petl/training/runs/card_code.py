@@ -22,6 +22,9 @@ ADAPTER = 'adapter = "."  # this folder'
 MERGED = 'merged = "."  # this folder'
 LOCAL_BASE = 'base_model = "path/to/base_model"  # a folder of your own, see below'
 TEXT = '"Replace this by your own text."'
+RESIZED = """\
+if len({tokenizer}) > base.get_input_embeddings().num_embeddings:  # rows for new tokens
+    base.resize_token_embeddings(len({tokenizer}), mean_resizing=False)"""
 LOGITS = "with torch.no_grad():\n    logits = model(**inputs).logits"
 CLASS = "print(classes[int(logits.argmax())])"
 GENERATE = """\
@@ -173,6 +176,10 @@ class Usage:
             return "\n".join([*named, call("model", auto, words), loading])
         base = self._random() if self.is_random else self._pretrained()
         model = f"model = {self.loader}(base, adapter).eval()"
+        if self.task.new_tokens:
+            is_text = self.word == "tokenizer"
+            resized = RESIZED.format(tokenizer="tokenizer" if is_text else "processor.tokenizer")
+            return "\n".join([*named, *base, loading, resized, model])
         return "\n".join([*named, *base, model, loading])
 
     @property
