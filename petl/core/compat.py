@@ -34,6 +34,7 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _check_lora_target_modules_mamba,
     _get_tuner_state_dict_key_prefixes,
+    cast_adapter_dtype,
     check_adapters_to_merge,
     check_target_module_exists,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "add_method",
     "adjustments_refused",
     "announce_method",
+    "cast_adapter_dtype",
     "check_adapters_to_merge",
     "check_target_module_exists",
     "config_class",

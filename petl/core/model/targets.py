@@ -453,6 +453,13 @@ def check_tokens(config: Any, model: nn.Module) -> None:
         _table_with(model, name, tokens)
         for name, tokens in (given if isinstance(given, Mapping) else {"": given}).items()
     ]
+    whole = facts_of(config).modules_to_save or ()
+    both = next((n for n in whole if isinstance(given, Mapping) and n in given), None)
+    if both is not None:
+        raise InputError(
+            f"modules_to_save={[*whole]} trains all rows of {both}, and trainable_token_indices "
+            "some of them: leave it out of one of the two"
+        )
     # PEFT computes a head that is tied to the embedding with its rows, too
     weights = [getattr(table, "weight", None) for table in tables]
     for path, module in model.named_modules():

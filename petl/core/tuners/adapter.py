@@ -10,7 +10,12 @@ from accelerate import init_empty_weights
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from petl.core.compat import AuxiliaryTrainingWrapper, get_quantization_kwargs, read_by_kernels
+from petl.core.compat import (
+    AuxiliaryTrainingWrapper,
+    cast_adapter_dtype,
+    get_quantization_kwargs,
+    read_by_kernels,
+)
 from petl.core.experts.layer import (
     NO_ROWS,
     ExpertLayer,
@@ -208,6 +213,9 @@ class AdapterTuner(AskingTuner):
             for _, adapter in layer.pick([adapter_name]):
                 dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
                 _cast(adapter, dtype, autocast or adapter.keep_float32)
+        for host in hosts_of(self.model):
+            if isinstance(host, AuxiliaryTrainingWrapper):  # those with rows of tokens
+                cast_adapter_dtype(host, adapter_name, autocast)
         if adapter_name in self.shared:
             dtype = next((p.dtype for p in self.model.parameters()), None)
             _cast(self.shared[adapter_name], dtype, autocast)

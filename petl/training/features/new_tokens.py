@@ -10,7 +10,6 @@ from petl.errors import InputError
 from petl.training.features import RunFeature, Setup
 
 logger = logging.getLogger(__name__)
-WHOLE = "rows of new tokens are read from a table that {} divides among processes"
 SHOWN = 8  # tokens that a line names
 
 
@@ -21,8 +20,7 @@ class NewTokens(RunFeature):
     settings: list[str]
     uses = (Capability.NEW_TOKENS,)
     lacks = {
-        Capability.FSDP: WHOLE.format("FSDP"),
-        Capability.ZERO: WHOLE.format("DeepSpeed"),
+        Capability.ZERO: "PEFT reads the rows from tables that DeepSpeed may divide",
         Capability.TOGETHER: "runs that train together share one tokenizer and one embedding",
     }
 

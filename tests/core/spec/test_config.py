@@ -49,13 +49,6 @@ def test_tuples_and_ranges_become_lists():
     assert config.layers_pattern == ["h"]
 
 
-@pytest.mark.parametrize("name", OWN)
-@pytest.mark.parametrize("field", ["trainable_token_indices"])
-def test_fields_that_peft_reads_and_petl_lacks_are_refused(name, field):
-    with pytest.raises(petl.InputError, match=f"{field} is not supported by method '{name}'"):
-        petl.build_config(name, **{field: [1]})
-
-
 @pytest.mark.parametrize(("name", "fields", "words"), IDLE)
 def test_a_field_that_does_nothing_beside_the_others_is_refused(name, fields, words):
     field = next(iter(fields))
