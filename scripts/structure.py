@@ -28,16 +28,16 @@ PACKAGE = ROOT / "petl"
 BUDGETS = {
     "system": 3600,
     "ops": 3150,
-    "core": 12650,
+    "core": 12700,
     "efficiency": 8250,
-    "data": 12550,
-    "training": 15700,
+    "data": 12800,
+    "training": 15800,
     "methods": 18250,
-    "adapters": 7850,
+    "adapters": 7900,
     "generation": 5650,
     "experiments": 6400,
     "cli": 3850,
-    "testing": 3050,
+    "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
 OTHERS = {"scripts": 13950, "tests": 74600}

@@ -72,9 +72,7 @@ def load_language_model(
     taken = [name for name in more if name in (*first, BASE)]
     if taken:
         raise InputError(f"the adapter name {taken[0]!r} is taken; choose another one")
-    for saved in (first | more).values():
-        refuse_tasks(saved)
-    refuse_other_tokens({**first, **more})
+    refuse_apart({**first, **more})
     given = first | more
     changing = [name for name, saved in given.items() if modifies_base_weights(saved.config)]
     if changing and len(given) > 1:
@@ -110,29 +108,28 @@ def _own_drafter(folder: Path, found: Found) -> str | None:
     return next((str(place) for place in places if (place / CONFIG).is_file()), None)
 
 
-def refuse_tasks(saved: SavedAdapter) -> None:
-    """Raise UnsupportedError for an adapter of several tasks, of which a prompt names none."""
-    tasks = list(facts_of(saved.config).tasks)
-    if len(tasks) > 1:
-        raise UnsupportedError(
-            f"{saved.adapter} serves the tasks {', '.join(tasks)}, and a prompt has no task: use "
-            "petl predict with rows that name it, or take one as a plain adapter with "
-            "petl.methods.polyhistor.export_task"
-        )
+def refuse_apart(found: Mapping[str, Found]) -> None:
+    """Raise InputError for adapters that cannot answer beside each other, or one of several tasks.
 
-
-def refuse_other_tokens(found: Mapping[str, Found]) -> None:
-    """Raise InputError for adapters with different new tokens, which have the same numbers."""
-    tokens = {}
-    for name, each in found.items():
-        learned = read_task(each.adapter) if isinstance(each, SavedAdapter) else None
-        tokens[name] = None if learned is None else learned.new_tokens
+    Those with different new tokens give the same numbers to them.
+    """
+    saved = {name: each for name, each in found.items() if isinstance(each, SavedAdapter)}
+    tokens = dict[str, list[str]]()
+    for name, each in saved.items():
+        learned, tasks = read_task(each.adapter), list(facts_of(each.config).tasks)
+        tokens[name] = [] if learned is None else learned.new_tokens or []
+        if len(tasks) > 1:
+            raise UnsupportedError(
+                f"{each.adapter} serves the tasks {', '.join(tasks)}, and a prompt has no task: "
+                "use petl predict with rows that name it, or take one as a plain adapter with "
+                "petl.methods.polyhistor.export_task"
+            )
     first = next(iter(tokens), "")
     other = next((name for name in tokens if tokens[name] != tokens[first]), None)
     if other is not None:
         raise InputError(
-            f"{first!r} has the new tokens {tokens[first] or []} and {other!r} has "
-            f"{tokens[other] or []}, and a model has one vocabulary: start each of them alone"
+            f"{first!r} has the new tokens {tokens[first]} and {other!r} has {tokens[other]}, and "
+            "a model has one vocabulary: start each of them alone"
         )
 
 

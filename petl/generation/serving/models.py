@@ -31,8 +31,7 @@ from petl.generation.inference.loading import (
     model_settings,
     reader_of,
     reading_as_trained,
-    refuse_other_tokens,
-    refuse_tasks,
+    refuse_apart,
     task_of,
 )
 from petl.generation.serving.batch import BatchPasses
@@ -92,10 +91,7 @@ def load_served(
         name: find_model(path, trust_remote_code=trust_remote_code) for name, path in runs.items()
     }
     check_same_base(found)  # before any weights are loaded
-    for each in found.values():
-        if isinstance(each, SavedAdapter):
-            refuse_tasks(each)
-    refuse_other_tokens(found)
+    refuse_apart(found)
     first_name = next(iter(found))
     first = found[first_name]
     settings = model_settings(first)
