@@ -4,17 +4,24 @@
     python scripts/make_wordnet.py DIR
 
 Writes `petl/data/wordnet_verbs.tsv.gz`, one verb definition per line (class, tab, definition) in
-the order of the database, and `petl/data/wordnet_license.txt`, the notice of the database, which
-every copy must contain. The same input gives the same bytes.
+the order of the database; `petl/data/wordnet_examples.tsv.gz`, one example of use per line (the
+line of its definition in the other file, from 1, tab, example); and
+`petl/data/wordnet_license.txt`, the notice of the database, which every copy must contain. The same
+input gives the same bytes.
 """
 
 import argparse
 import gzip
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from petl.data.bundled import WORDNET_CLASSES, WORDNET_FILE, WORDNET_NOTICE
+from petl.data.bundled import (
+    WORDNET_CLASSES,
+    WORDNET_EXAMPLES,
+    WORDNET_FILE,
+    WORDNET_NOTICE,
+)
 
 FIRST_VERB_CLASS = 29  # the number of `verb.body` in lexnames(5WN)
 
@@ -44,6 +51,23 @@ def definitions(
     return rows
 
 
+def examples(database: str) -> list[tuple[int, str]]:
+    """Return the number of the synonym set, from 1, and each example that its gloss ends with."""
+    glosses = (line.split("|", 1)[1] for line in database.splitlines() if line[:2] != "  ")
+    return [
+        (number, part.strip().strip('";').strip())
+        for number, gloss in enumerate(glosses, start=1)
+        for part in gloss.split('; "')[1:]
+    ]
+
+
+def write(file: Path, lines: Iterable[str]) -> None:
+    """Write lines compressed."""
+    # without time and name in the archive, so that it depends on the database alone
+    table = "".join(f"{line}\n" for line in lines)
+    file.write_bytes(gzip.compress(table.encode("ascii"), compresslevel=9, mtime=0))
+
+
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -53,11 +77,12 @@ def main() -> None:
         parser.error(f"{file} does not exist: give the folder of an unpacked wordnet-base package")
     database = file.read_text("ascii")
     rows = definitions(database)
-    table = "".join(f"{label}\t{text}\n" for label, text in rows)
-    # without time and name in the archive, so that it depends on the database alone
-    WORDNET_FILE.write_bytes(gzip.compress(table.encode("ascii"), compresslevel=9, mtime=0))
+    write(WORDNET_FILE, (f"{label}\t{text}" for label, text in rows))
+    uses = examples(database)
+    write(WORDNET_EXAMPLES, (f"{number}\t{text}" for number, text in uses))
     WORDNET_NOTICE.write_text(notice(database), encoding="ascii")
     print(f"{len(rows)} definitions in {WORDNET_FILE.stat().st_size} bytes: {WORDNET_FILE}")
+    print(f"{len(uses)} examples in {WORDNET_EXAMPLES.stat().st_size} bytes: {WORDNET_EXAMPLES}")
 
 
 if __name__ == "__main__":

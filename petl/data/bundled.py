@@ -1,7 +1,8 @@
 """Data sets from packages: WordNet (inside petl), digits, Hamlet and reasoning puzzles."""
 
 import gzip
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
@@ -12,12 +13,14 @@ import numpy as np
 from datasets import Dataset
 
 from petl.data.base import RawData, Source, TextSource, limited, shuffled, train_test_split
-from petl.data.tasks import task_class
+from petl.data.judgements import Judgements, judged, without_queries
+from petl.data.retrieval_columns import retrieval_task
+from petl.data.tasks import DIMS, POOLING, task_class
 from petl.data.tasks.classification import Classification
 from petl.errors import InputError, choose
 from petl.system.files.paths import Package
 from petl.system.imports.extras import install_hint, optional
-from petl.system.values import Rule, field, integer
+from petl.system.values import Rule, field, integer, one_of
 
 # The lexicographer files of verbs by ascending number, 29 to 43: lexnames(5WN).
 WORDNET_CLASSES = [
@@ -26,6 +29,7 @@ WORDNET_CLASSES = [
     *("perception", "possession", "social", "stative", "weather"),
 ]
 WORDNET_FILE = Path(__file__).parent / "wordnet_verbs.tsv.gz"
+WORDNET_EXAMPLES = Path(__file__).parent / "wordnet_examples.tsv.gz"
 WORDNET_NOTICE = Path(__file__).parent / "wordnet_license.txt"
 WORDNET_TEST_START = 4000  # position in the shuffled order where the test rows begin
 
@@ -45,8 +49,7 @@ class WordNet(TextSource):
 
     def read(self) -> RawData:
         """Read the definitions; columns `text` and `label`."""
-        with gzip.open(WORDNET_FILE, "rt", encoding="ascii") as lines:
-            rows = [line.rstrip("\n").split("\t") for line in lines]
+        rows = lines_of(WORDNET_FILE)
         # training rows come from both sides of the test rows, see WORDNET_TEST_START
         order = shuffled(len(rows), self.seed)
         test = limited(order[WORDNET_TEST_START:], self.test_rows, "test_rows")
@@ -64,6 +67,66 @@ class WordNet(TextSource):
             test=split(test),
             name=self.name,
         )
+
+
+@dataclass(kw_only=True)
+class WordNetRetrieval(TextSource):
+    """Verbs of WordNet 3.0: queries are examples of use, documents the definitions of verbs.
+
+    All 13,634 different definitions are documents. Of the test rows, which `test_rows` counts, no
+    definition is one of the training rows.
+    """
+
+    serves: ClassVar[tuple[str, ...]] = ("retrieval",)
+
+    task: str = "retrieval"
+    loss: str | None = field(None, one_of("in_batch"))
+    pooling: str | None = field(None, POOLING)
+    normalize: bool | None = None
+    dims: list[int] | None = field(None, DIMS)
+    query_prefix: str | None = None
+    document_prefix: str | None = None
+    mask_duplicates: bool = True
+
+    def read(self) -> RawData:
+        """Read examples and definitions; columns `query` and `positive`, and those of test rows."""
+        definitions = [text for _, text in lines_of(WORDNET_FILE)]
+        uses = lines_of(WORDNET_EXAMPLES)
+        pairs = [{"query": use, "positive": definitions[int(i) - 1]} for i, use in uses]
+        held = self.held([pair["positive"] for pair in pairs])
+        test = limited([p for p in pairs if p["positive"] in held], self.test_rows, "test_rows")
+        asked, documents = judged((p["query"], [(p["positive"], 1.0)]) for p in test)
+        for text in definitions:
+            documents.setdefault(text, f"d{len(documents)}")
+        numbered = {f"q{i}": entry for i, entry in enumerate(asked.items())}
+        judgements = Judgements(numbered, {name: text for text, name in documents.items()})
+        train = without_queries([p for p in pairs if p["positive"] not in held], asked)
+        order = shuffled(len(train), self.seed)
+        kept = limited(order, self.train_rows, "train_rows")
+        return RawData(
+            task=retrieval_task(self, "in_batch"),
+            train=Dataset.from_list([train[i] for i in kept]),
+            test=Dataset.from_list(judgements.rows()),
+            name=self.name,
+        )
+
+    def held(self, definitions: Sequence[str]) -> set[str]:
+        """Definitions for the test rows: as many as have `test_rows` examples, a fifth for null."""
+        count = len(definitions) // 5 if self.test_rows is None else self.test_rows
+        counts, taken = Counter(definitions), 0
+        different, held = [*counts], set[str]()
+        for i in shuffled(len(different), self.seed):
+            if taken >= count:
+                break
+            held.add(different[i])
+            taken += counts[different[i]]
+        return held
+
+
+def lines_of(file: Path) -> list[list[str]]:
+    """The columns of a compressed table."""
+    with gzip.open(file, "rt", encoding="ascii") as lines:
+        return [line.rstrip("\n").split("\t") for line in lines]
 
 
 @dataclass(kw_only=True)

@@ -239,6 +239,9 @@ SETTINGS = (
     (("tokens", "tags"), "data.task=token_classification"),
     (("tokens", "ner_tags"), "data.task=token_classification data.tags=ner_tags"),
     (("question", "context", "answers"), "data.task=question_answering"),
+    (("query", "positive"), "data.task=retrieval"),
+    (("query", "documents", "scores"), "data.task=retrieval"),
+    (("sentence1", "sentence2", "score"), "data.task=retrieval"),
     (("text", "target"), "data.task=seq2seq"),
     (("text", "label"), "data.task=classification"),
 )

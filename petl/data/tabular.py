@@ -20,6 +20,7 @@ from petl.data.image_columns import ImageTextColumns
 from petl.data.overlap import input_columns, input_text, normalized
 from petl.data.preference_columns import PairColumns, RatedColumns, RewardColumns
 from petl.data.question_columns import QuestionAnsweringColumns
+from petl.data.retrieval_columns import RetrievalColumns
 from petl.data.task_columns import (
     ClassificationColumns,
     ColumnSettings,
@@ -48,10 +49,14 @@ TASK_COLUMNS: dict[str, type[TaskColumns]] = {
     "causal_lm": CausalLMColumns,
     "seq2seq": Seq2SeqColumns,
     "image_text": ImageTextColumns,
+<<<<<<< HEAD
     "dpo": PairColumns,
     "orpo": PairColumns,
     "kto": RatedColumns,
     "reward": RewardColumns,
+=======
+    "retrieval": RetrievalColumns,
+>>>>>>> 8ae2d78e (data.task=retrieval: embedders from pairs, triples, lists, scores and labels; WordNet's examples and definitions)
 }
 
 
@@ -111,7 +116,7 @@ class Tabular(ColumnSettings, ABC):
     def assemble(self, train: SourceRows, test: SourceRows | None) -> RawData:
         """Check, shuffle and limit the rows; without `test` hold out `test_share` of `train`."""
         try:
-            if test is None:  # too few rows have no classes
+            if test is None and not self.task_columns.has_test_set:  # too few have no classes
                 held_rows(len(train), self.test_share, train.origin)
             # classes of all rows, so that a rare one in the test part is known
             task = self.task_columns.task(train)
@@ -120,7 +125,10 @@ class Tabular(ColumnSettings, ABC):
                 raise self.refused(train.unread, train) from error
             raise
         skipped = {}
-        if test is None:
+        if self.task_columns.has_test_set:
+            train, skipped["training"] = self.usable(train.select(self.sample("train", len(train))))
+            test = train.select([])
+        elif test is None:
             usable, skipped["training"] = self.usable(train)
             train, test = self.hold_out(usable, task)
             train = train.select(self.sample("train", len(train)))
@@ -128,7 +136,8 @@ class Tabular(ColumnSettings, ABC):
         else:
             train, skipped["training"] = self.usable(train.select(self.sample("train", len(train))))
             test, skipped["test"] = self.usable(test.select(self.sample("test", len(test))))
-        return self.raw(task, self.split(train), self.split(test), skipped)
+        to_train, to_score = self.task_columns.split(list(train.values), list(test.values))
+        return self.raw(task, self.split(to_train), self.split(to_score), skipped)
 
     def usable(self, rows: SourceRows) -> tuple[SourceRows, list[FaultyRow]]:
         """The rows with the columns that `Task.encode_rows` reads, and those that have a fault.
@@ -169,7 +178,7 @@ class Tabular(ColumnSettings, ABC):
         next(self.converted(rows))  # so that an error in the first row is raised before training
         stream = Stream(partial(self.converted, rows), self.shuffle_buffer, self.held_rows)
         test, _ = self.usable(test.select(self.sample("test", len(test))))
-        return self.raw(task, stream, self.split(test), {})
+        return self.raw(task, stream, self.split(list(test.values)), {})
 
     def raw(
         self,
@@ -200,7 +209,7 @@ class Tabular(ColumnSettings, ABC):
         train, test = hold_out(len(rows), self.test_share, self.seed, rows.origin, keys)
         return rows.select(train), rows.select(test)
 
-    def split(self, rows: SourceRows) -> "Dataset":
+    def split(self, rows: Sequence[Row]) -> "Dataset":
         """A data set of usable rows."""
-        numbered = [self.numbered(number, row) for number, row in enumerate(rows.values)]
+        numbered = [self.numbered(number, row) for number, row in enumerate(rows)]
         return resolve_name("datasets:Dataset").from_list(numbered)  # takes a second

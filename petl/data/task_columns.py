@@ -14,7 +14,7 @@ from petl.data.downloads import PREFIXES
 from petl.data.faulty_rows import ERROR, SKIP
 from petl.data.formats import fitting_task
 from petl.data.label_column import refuse_unlikely_classes
-from petl.data.tasks import CLASSES, COLUMN, THRESHOLD, task_class
+from petl.data.tasks import CLASSES, COLUMN, DIMS, POOLING, THRESHOLD, task_class
 from petl.data.templates import columns_of, read_text
 from petl.data.validation import (
     LazySourceRows,
@@ -104,6 +104,23 @@ class ColumnSettings(TextSource, ABC):
     held_rows: int = field(1000, integer(1))
     # rows that cannot be used: error, as None, or skip: they are left out
     bad_rows: str | None = field(None, one_of(ERROR, SKIP))
+    # of retrieval: columns, and how texts become vectors, see `petl.data.tasks.retrieval`
+    query: str = "query"
+    positive: str = "positive"
+    negatives: str | None = None  # of a text or a list; None: negative or negatives
+    loss: str | None = None  # None: the first that reads the columns of the rows
+    pooling: str | None = field(
+        None, POOLING
+    )  # None: as the base model's folder says, as the next three
+    normalize: bool | None = None
+    query_prefix: str | None = None
+    document_prefix: str | None = None
+    # widths for which the loss is computed; None: the full one
+    dims: list[int] | None = field(None, DIMS)
+    mask_duplicates: bool = True  # copies of the own positive are no negatives
+    corpus: str | None = None  # test set: files of documents and queries with id and text
+    queries: str | None = None
+    qrels: str | None = None  # and of judgements, TREC's four columns
     # fraction of the training rows that is held out if there are no test rows
     test_share: float = field(0.1, SHARE)
 
@@ -116,6 +133,7 @@ class TaskColumns(ABC):
     """
 
     own_settings: ClassVar[tuple[str, ...]]  # settings that only some tasks use, this one included
+    has_test_set = False  # settings of the task name test rows
 
     def __init__(self, settings: ColumnSettings, *, labeled: bool = True) -> None:
         self.settings, self.labeled = settings, labeled
@@ -147,6 +165,10 @@ class TaskColumns(ABC):
     def described(self) -> str:
         """The format of the rows; "" if settings name all columns."""
         return ""
+
+    def split(self, train: list[Row], test: list[Row]) -> tuple[list[Row], list[Row]]:
+        """Return the rows to train on and those to score, from converted rows."""
+        return train, test
 
 
 class RowTaskColumns(TaskColumns):

@@ -198,6 +198,10 @@ def encode_splits(
     if overlap is not None and overlap.found:
         logger.warning("%s: the model may know them by heart", overlap)
     train, validation = hold_out(train, settings.validation_fraction, task.group)
+    if reason := task.nothing_to_learn(train, settings.batch_size):
+        raise InputError(reason)
+    if validation is not None:
+        validation = task.scored_rows(train, validation)
     warn_about_labels(task, {"training": train, "validation": validation, "test": test})
     multiple = 1 if accelerator.device.type == "cpu" else 8  # tensor cores need multiples of 8
     collate = task.collate(processor, multiple)
@@ -271,7 +275,7 @@ def stream_splits(
         warn_about_truncation(task, processor, data.test, test)
     warn_about_labels(task, {"test": test})
     collate = task.collate(processor, 1 if accelerator.device.type == "cpu" else 8)
-    validation = train.held_out() if held else None
+    validation = task.scored_rows(train.held_out(), train.held_out()) if held else None
     splits = Splits(task, collate, train, validation, test, processor, sources=sources)
     # for its error only, as in `encode_splits`
     settings.warmup_steps(settings.steps)

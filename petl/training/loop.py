@@ -23,7 +23,7 @@ from torch import Tensor
 
 from petl.core.lifecycle import lifecycle
 from petl.core.types import Record
-from petl.data.tasks.base import not_finite
+from petl.data.tasks.base import Outputs, not_finite
 from petl.errors import InputError, RunStopped
 from petl.system.collectives import Counts, on_main
 from petl.system.files.disk import flush, stop_when_full
@@ -282,7 +282,8 @@ class Loop:
         Args:
             weighted: micro-batches with their weight in the loss of the step.
         """
-        for i, (batch, weight) in enumerate(weighted, start=1):
+        micro = self.splits.task.whole_step(weighted, self.forward)
+        for i, (batch, weight) in enumerate(micro, start=1):
             with self.engine.passes(last=i == len(weighted)):
                 self.lifecycle.aux_weight = weight
                 with self.accelerator.autocast():
@@ -294,6 +295,12 @@ class Loop:
                 self.engine.backward(loss)
                 self.timer.mark("backward")
             self.add(loss, weight)
+
+    @torch.no_grad()
+    def forward(self, batch: Mapping[str, Tensor]) -> Outputs:
+        """The model's outputs for a micro-batch, in training mode and without a graph."""
+        with self.accelerator.autocast():
+            return self.engine.wrapped(**to_device(batch, self.device))
 
     def add(self, loss: Tensor, weight: float) -> None:
         """Count the weighted loss of a micro-batch, and its auxiliary loss, on device."""

@@ -1,4 +1,5 @@
 import importlib.util
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -73,3 +74,29 @@ def test_script_reads_class_and_definition_and_leaves_examples_out(script):
         ("weather", "precipitate as rain"),
     ]
     assert script.notice(database) == "This software and database is being provided\n\n"
+
+
+def test_examples_are_those_behind_the_definition(script):
+    database = (
+        "  1 notice\n"
+        '00001740 29 v 01 breathe 0 000 | draw air; "I can breathe"; "He is alive";  \n'
+        "00001741 29 v 01 rest 0 000 | be quiet  \n"
+        '00001742 30 v 01 act 0 000 | do; try; "Act now!"  \n'
+    )
+    assert script.examples(database) == [(1, "I can breathe"), (1, "He is alive"), (3, "Act now!")]
+
+
+def test_no_definition_of_a_test_example_is_trained():
+    settings = {"source": "wordnet_retrieval", "task": "retrieval", "test_rows": 1000}
+    raw = read_data({**SETTINGS, **settings, "train_rows": None})
+    roles = Counter(raw.test["role"])
+    assert roles["document"] == 13_634  # different definitions, of all 13,767 verbs
+    assert roles["query"] >= 1000
+    text = dict(zip(raw.test["id"], raw.test["text"], strict=True))
+    relevant = {text[name] for each in raw.test["relevant"] for name in json.loads(each)}
+    assert not relevant & set(raw.train["positive"])
+    queries = {
+        t for t, role in zip(raw.test["text"], raw.test["role"], strict=True) if role == "query"
+    }
+    assert not queries & set(raw.train["query"])
+    assert len(raw.train) > 11_000

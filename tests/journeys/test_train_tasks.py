@@ -35,6 +35,11 @@ EXPECTED = {
         "answers",
     },
 }
+EXPECTED["retrieval"] = {
+    *("accuracy_at_1", "recall_at_1", "recall_at_5", "recall_at_10", "recall_at_100"),
+    *("mrr_at_10", "ndcg_at_10", "ndcg_at_10_interval", "map_at_100"),
+    *("queries", "queries_left_out", "queries_with_ties"),
+}
 EXPECTED["seq2seq"] = EXPECTED["causal_lm"]
 
 

@@ -26,10 +26,10 @@ from petl.data.models.sources import DTYPES, has_tokenizer, packaged_as, read_so
 from petl.data.tasks.base import Task
 from petl.data.tasks.causal_lm import CausalLM
 from petl.data.tasks.classification import Classification
-from petl.data.tasks.embedding import Embedding
 from petl.data.tasks.media import MediaTask
 from petl.data.tasks.question_answering import QuestionAnswering
 from petl.data.tasks.regression import Regression
+from petl.data.tasks.retrieval import Retrieval
 from petl.data.tasks.seq2seq import Seq2Seq
 from petl.data.tasks.task_file import FILE as TASK
 from petl.data.tasks.task_file import read_task
@@ -136,7 +136,7 @@ class SavedAdapter:
         if task_type == "SEQ_2_SEQ_LM":
             return Seq2Seq(max_length=TOKENS, max_target_length=TOKENS)
         if task_type == "FEATURE_EXTRACTION":
-            return Embedding(max_length=TOKENS)
+            return Retrieval(max_length=TOKENS)
         if task_type == "QUESTION_ANS":
             return QuestionAnswering(max_length=TOKENS, stride=0)
         if task_type in CLASSIFIERS:

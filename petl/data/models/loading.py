@@ -112,6 +112,7 @@ def load_processor(cfg: Settings, task: Task[P]) -> P:
     Raises:
         InputError: the model is not available, does not support the task, or has no such processor.
     """
+<<<<<<< HEAD
     if task.processor_class is AutoTokenizer:
         processor = cast("P", load_tokenizer(cfg))
     else:
@@ -125,6 +126,20 @@ def load_processor(cfg: Settings, task: Task[P]) -> P:
             with_padding_token(processor.tokenizer, source.name)
     if task.new_tokens:
         extend_tokenizer(tokenizer_in(processor), task.new_tokens)
+=======
+    source = read_source(cfg)
+    with loading(source):
+        task.take_base(source)
+    if task.processor_class is AutoTokenizer:
+        return cast("P", load_tokenizer(source))
+    with loading(source):
+        check_task_support(
+            source.config(), task, source.name
+        )  # a clearer message than one about files
+        processor = source.processor(task.processor_class)
+    if task.reads_text:
+        with_padding_token(processor.tokenizer, source.name)
+>>>>>>> 8ae2d78e (data.task=retrieval: embedders from pairs, triples, lists, scores and labels; WordNet's examples and definitions)
     return processor
 
 
@@ -298,6 +313,7 @@ def pretrained_model(
     # a mismatch in the head is expected, in the body it means another model
     mismatched = {key for key, *_ in report["mismatched_keys"]}
     missing = set(report["missing_keys"]) | mismatched
+    missing = {key for key in missing if key.partition(".")[0] not in task.unread}
     head = head_keys(model, task)
     in_body = sorted(missing - head)
     # a new pooler is accepted; if more than half of the body is missing, it is another model

@@ -19,6 +19,11 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+)
+from transformers.utils.hub import cached_file
 
 from petl.data.models.image_processor import FILES, load_image_text_processor
 from petl.data.models.quantization import PACKAGES
@@ -28,6 +33,7 @@ from petl.system.files import hub
 from petl.system.files.disk import write_json
 from petl.system.files.hub import OnHub
 from petl.system.files.paths import Package, path_of
+from petl.system.files.read import parse_json
 from petl.system.imports.extras import need_extra
 from petl.system.settings.schema import plain
 from petl.system.values import check_rules, field, integer, one_of, read_fields
@@ -85,6 +91,25 @@ class ModelSource:
     def config(self) -> PretrainedConfig:
         """The model's config, without its weights."""
         return AutoConfig.from_pretrained(self.where(), **self.options())
+
+    @property
+    def is_decoder(self) -> bool:
+        """True if tokens see only those before them, and there is no encoder."""
+        kind = type(self.config())
+        return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
+
+    @property
+    def has_decoder(self) -> bool:
+        """True if there are an encoder and a decoder."""
+        return bool(getattr(self.config(), "is_encoder_decoder", False))
+
+    def json_file(self, name: str) -> object:
+        """The content of a JSON file beside the weights; None if there is none."""
+        options = {k: v for k, v in self.options().items() if k != "trust_remote_code"}
+        file = cached_file(
+            self.where(), name, _raise_exceptions_for_missing_entries=False, **options
+        )
+        return None if file is None else parse_json(Path(file).read_text("utf-8"))
 
     def has_tokenizer(self) -> bool:
         """True if the model has a tokenizer."""
@@ -272,6 +297,9 @@ class RandomInit(ModelSource):
             known = (*ARCHITECTURES, *CONFIG_MAPPING)
             raise UnknownNameError(f"no architecture {name!r}{did_you_mean(name, known, limit=0)}")
         return AutoConfig.for_model(model_type, **settings)
+
+    def json_file(self, name: str) -> None:
+        """No file but the config is read."""
 
     def has_tokenizer(self) -> bool:
         """True if there is one next to the config."""

@@ -98,6 +98,7 @@ class Pad:
         return {key: self.stack(rows, key, fill) for key, fill in fills.items() if key in rows[0]}
 
 
+<<<<<<< HEAD
 @dataclass(kw_only=True)
 class Vocabulary:
     """What a task adds to the vocabulary of a model.
@@ -110,6 +111,27 @@ class Vocabulary:
 
 
 class Task(Vocabulary, ABC, Generic[P]):
+=======
+class BaseFiles(Protocol):
+    """The base model of a task, as far as a task reads it before it is loaded."""
+
+    @property
+    def is_decoder(self) -> bool:
+        """True if tokens see only those before them, and there is no encoder."""
+        ...
+
+    @property
+    def has_decoder(self) -> bool:
+        """True if there are an encoder and a decoder."""
+        ...
+
+    def json_file(self, name: str) -> object:
+        """The content of a JSON file beside the weights; None if there is none."""
+        ...
+
+
+class Task(ABC, Generic[P]):
+>>>>>>> 8ae2d78e (data.task=retrieval: embedders from pairs, triples, lists, scores and labels; WordNet's examples and definitions)
     """A task. Its attributes depend on the data set: classes, lengths.
 
     The methods on rows and batches here are for texts; tasks on images and sounds override them.
@@ -129,6 +151,7 @@ class Task(Vocabulary, ABC, Generic[P]):
     encoded_at_once: ClassVar[int] = 1000  # rows of a call of `encode_rows`
     one_for_one: ClassVar[bool] = False  # each row gives exactly one encoded row
     new_head: ClassVar[bool] = True  # the task has a head that pretrained weights may lack
+    unread: ClassVar[tuple[str, ...]] = ()  # modules of the model whose weights may be absent
     label_columns: ClassVar[tuple[str, ...]] = (
         "labels",
     )  # columns of a batch that a model without loss does not take
@@ -172,6 +195,9 @@ class Task(Vocabulary, ABC, Generic[P]):
         """Fields of the model's config that depend on the task."""
         return {}
 
+    def take_base(self, base: BaseFiles) -> None:
+        """Take from the files of the base model what settings leave open, before rows are read."""
+
     def adjust(self, model: PreTrainedModel) -> None:
         """Modify a model that was just loaded for the batches of this task (hooks, flags)."""
 
@@ -214,6 +240,18 @@ class Task(Vocabulary, ABC, Generic[P]):
     def why_dropped(self) -> str:
         """Why `encode_rows` drops rows, for the end of a message."""
         return ""
+
+    def nothing_to_learn(self, rows: Dataset, batch_size: int) -> str:
+        """Why steps of so many of these encoded rows cannot teach anything; "" if they can."""
+        return ""
+
+    def scored_rows(self, train: Dataset, validation: Dataset) -> Dataset:
+        """The encoded rows that validation scores, from those that were held out.
+
+        Args:
+            train: the other encoded rows.
+        """
+        return validation
 
     # For `petl data`, which previews rows
 
@@ -267,6 +305,7 @@ class Task(Vocabulary, ABC, Generic[P]):
     def items(self, batch: Batch) -> int:
         """Number of terms that the model's loss averages over. The batch must be on the CPU."""
 
+<<<<<<< HEAD
     def completed(self, model: nn.Module, batch: Batch) -> Batch:
         """A batch with what the loss needs of passes without gradients; it itself, if nothing.
 
@@ -287,6 +326,19 @@ class Task(Vocabulary, ABC, Generic[P]):
     def metrics(self) -> dict[str, float]:
         """Further metrics of the last micro-batch of training, for the log."""
         return {}
+=======
+    def whole_step(
+        self, weighted: Sequence[tuple[Batch, float]], forward: Callable[[Batch], Outputs]
+    ) -> Iterable[tuple[Batch, float]]:
+        """The micro-batches of a step with their weights, as they are computed one by one.
+
+        A task whose loss does not add up over micro-batches gives each what it needs of all.
+
+        Args:
+            forward: the outputs for a batch, without a graph.
+        """
+        return weighted
+>>>>>>> 8ae2d78e (data.task=retrieval: embedders from pairs, triples, lists, scores and labels; WordNet's examples and definitions)
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         """A model's outputs for a batch without its labels, as `score` and `predict` take them."""

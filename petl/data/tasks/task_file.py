@@ -11,6 +11,8 @@ from petl.errors import InputError, choose
 from petl.system.files.read import read_json
 from petl.system.values import check_rules, hints_of, type_problem
 
+EARLIER = {"embedding": "retrieval"}  # names in files of before
+
 
 class TaskHeader(TypedDict):
     """The entry that each file has; the others are the fields of that task."""
@@ -28,7 +30,8 @@ def read_task(folder: Path) -> Task | None:
     if not file.is_file():
         return None
     saved = read_json(file, TaskHeader)
-    kind = resolve_name(choose(TASKS, saved.pop("task"), f"task (in {file})"))
+    name = saved.pop("task")
+    kind = resolve_name(choose(TASKS, EARLIER.get(name, name), f"task (in {file})"))
     # any kind of task may have rows of several; one has the names as a field of its own
     names = None if "tasks" in hints_of(kind) else saved.pop("tasks", None)
     # fields that are not there have defaults

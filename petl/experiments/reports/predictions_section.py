@@ -40,6 +40,7 @@ class Line(TypedDict):
     exact_match: NotRequired[Real]
     f1: NotRequired[Real]
     rougeL: NotRequired[Real]
+    ndcg_at_10: NotRequired[Real]
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def note(bins: list[Bin], sure: float, correct: bool) -> None:
 def badness_of(line: Prediction) -> float | None:
     """How wrong a prediction is, by the score of its task; None if it has no label."""
     # scores of the whole answer say more than the loss, so they come first
-    for score in ("rougeL", "f1"):
+    for score in ("rougeL", "f1", "ndcg_at_10"):
         if score in line:
             return finite(1 - float(line[score]))
     if "loss" in line:

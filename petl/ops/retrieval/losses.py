@@ -165,17 +165,18 @@ def matryoshka(
         InputError: `dims` are not falling, or wider than the vectors.
     """
     first = vectors[0]
-    check_dims(dims, (first if isinstance(first, Tensor) else first[0]).shape[-1])
+    full = (first if isinstance(first, Tensor) else first[0]).shape[-1]
+    if (
+        not dims
+        or list(dims) != sorted({*dims}, reverse=True)
+        or not 1 <= dims[-1] <= dims[0] <= full
+    ):
+        raise InputError(
+            f"dims={list(dims)} must fall, from at most the {full} numbers of a vector to at least "
+            "1, such as [384, 128, 32]"
+        )
     parts = (loss(*(_cut(value, width) for value in vectors), **settings) for width in dims)
     return torch.stack(list(parts)).sum()
-
-
-def check_dims(dims: Sequence[int], width: int) -> None:
-    """Raise InputError unless `dims` fall from at most the width of the vectors to at least 1."""
-    if not dims or list(dims) != sorted({*dims}, reverse=True) or dims[-1] < 1:
-        raise InputError(f"dims={list(dims)} must fall, to at least 1, such as [384, 128, 32]")
-    if dims[0] > width:
-        raise InputError(f"dims={list(dims)} is wider than the {width} numbers of a vector")
 
 
 def _cut(value: Tensor | Sequence[Tensor], width: int) -> Tensor | list[Tensor]:

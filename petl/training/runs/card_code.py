@@ -43,11 +43,11 @@ inputs = {{encode}}
 own = [i for i, name in enumerate(classes) if name.startswith(task + "/")]
 print(classes[own[int(logits[0, own].argmax())]])""",
     "regression": f"inputs = {{encode}}\n{LOGITS}\nprint(float(logits))",
-    "embedding": """\
+    "retrieval": """\
 inputs = {encode}
 with torch.no_grad():
-    tokens = model(**inputs).last_hidden_state
-print(tokens.mean(1))  # of one text; of several, leave padding out""",
+    states = model(**inputs).last_hidden_state[0]
+print({vector})  # of a document""",
     "token_classification": f"""\
 inputs = {{encode}}
 {LOGITS}
@@ -228,8 +228,9 @@ class Usage:
         limit = getattr(task, "limits", [getattr(task, "max_length", None)])[0]
         is_pair = self.pair or (bool(task.tasks) and task.tasks[0] in getattr(task, "pairs", ()))
         texts = [TEXT, *(['"The second text."'] if is_pair else [])]
-        if getattr(task, "prefix", ""):  # of seq2seq
-            texts = [f"{literal(task.prefix)} + {TEXT}"]
+        prefix = getattr(task, "prefix", getattr(task, "document_prefix", ""))
+        if prefix:  # of seq2seq and of retrieval
+            texts = [f"{literal(prefix)} + {TEXT}"]
         options = ["truncation=True", f"max_length={limit}"]
         if name == "seq2seq":
             options += ["return_token_type_ids=False"]
@@ -238,6 +239,7 @@ class Usage:
             encode=encode.removeprefix("inputs = "),
             max_length=limit,
             threshold=getattr(task, "threshold", None) or 0.5,
+            vector=vector_of(task) if name == "retrieval" else "",
             seconds=round(getattr(task, "max_seconds", 1)) or 1,
             new_tokens=task.generate or getattr(task, "max_target_length", 64),
             answer="0" if name == "seq2seq" else '0, inputs["input_ids"].shape[1] :',
@@ -252,6 +254,13 @@ class Usage:
             lines.append("task_ids = torch.tensor([tasks.index(task)])")
             code = code.replace("(**inputs", "(**inputs, task_ids=task_ids")
         return "\n".join([*lines, code])
+
+
+def vector_of(task: Any) -> str:
+    """The expression of a text's vector, from the states of its tokens."""
+    pooled = {"mean": "states.mean(0)", "cls": "states[0]", "last": "states[-1]"}
+    vector = pooled[task.pooling or "mean"]
+    return f"torch.nn.functional.normalize({vector}, dim=0)" if task.normalize else vector
 
 
 def call(name: str, function: str, arguments: list[str]) -> str:

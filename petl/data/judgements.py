@@ -1,0 +1,162 @@
+"""Which documents answer which queries, from rows or from files; rows to score."""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+from petl.data.validation import Row
+from petl.errors import InputError
+
+logger = logging.getLogger(__name__)
+QUERY, DOCUMENT = "query", "document"  # roles of rows to score
+LABELLED = 1000  # training rows that labelled texts are compared with; assumption: enough to tell
+Key = TypeVar("Key")  # a text, or its tokens
+Grades = dict[str, float]  # by the id of a document
+
+
+class Judgements(NamedTuple):
+    """Queries with the grades of documents, and documents.
+
+    Attributes:
+        queries: by id, a text and the grades of documents, by their ids.
+        documents: texts by id.
+    """
+
+    queries: Mapping[str, tuple[str, Grades]]
+    documents: Mapping[str, str]
+
+    def rows(self) -> list[Row]:
+        """Rows to score: `text`, `role`, `id`, and `relevant`, the grades as JSON text."""
+        asked = [
+            {"text": text, "role": QUERY, "id": name, "relevant": json.dumps(grades)}
+            for name, (text, grades) in self.queries.items()
+        ]
+        return asked + [
+            {"text": text, "role": DOCUMENT, "id": name, "relevant": "{}"}
+            for name, text in self.documents.items()
+        ]
+
+
+def judged(
+    rows: Iterable[tuple[Key, Sequence[tuple[Key, float]]]],
+) -> tuple[dict[Key, Grades], dict[Key, str]]:
+    """Return the grades of each query, and the id of each document: equal ones are one.
+
+    Args:
+        rows: queries with their documents and grades; a query may occur several times.
+    """
+    queries: dict[Key, Grades] = {}
+    documents: dict[Key, str] = {}
+    for query, own in rows:
+        grades = queries.setdefault(query, {})
+        for document, grade in own:
+            name = documents.setdefault(document, f"d{len(documents)}")
+            if grade > 0:
+                grades[name] = max(grade, grades.get(name, 0))
+    return queries, documents
+
+
+def grades_of(scores: Sequence[float], *, are_grades: bool) -> list[float]:
+    """The grades of documents with these scores: their own, or 1 for the best and 0 for others."""
+    return list(scores) if are_grades else [float(score == max(scores)) for score in scores]
+
+
+def are_grades(rows: Iterable[Sequence[float]]) -> bool:
+    """True if all scores are whole numbers from 0: a teacher's are not."""
+    return all(score >= 0 and score == int(score) for scores in rows for score in scores)
+
+
+def alike(
+    queries: Iterable[tuple[Key, object]], train: Iterable[tuple[Key, object]]
+) -> tuple[dict[Key, Grades], dict[Key, str]]:
+    """As `judged`, of labelled texts: documents with the label of a query are relevant."""
+    documents: dict[Key, str] = {}
+    by_label: dict[object, Grades] = {}
+    for key, label in train:
+        name = documents.setdefault(key, f"d{len(documents)}")
+        by_label.setdefault(label, {})[name] = 1.0
+    return {key: by_label.get(label, {}) for key, label in queries}, documents
+
+
+def test_rows(train: Sequence[Row], test: Sequence[Row]) -> list[Row]:
+    """Rows to score, from test rows as a task trains on.
+
+    Each positive is a document, and so is each document of a list, see `are_grades`; labelled
+    texts are compared with the first `LABELLED` training rows.
+    """
+    if "label" in test[0]:
+        first = [(row["text"], row["label"]) for row in train[:LABELLED]]
+        queries, documents = alike([(row["text"], row["label"]) for row in test], first)
+    elif "documents" in test[0]:
+        given = are_grades(row["scores"] for row in test)
+        pairs = (
+            (
+                row["query"],
+                [*zip(row["documents"], grades_of(row["scores"], are_grades=given), strict=True)],
+            )
+            for row in test
+        )
+        queries, documents = judged(pairs)
+    else:
+        queries, documents = judged((row["query"], [(row["positive"], 1.0)]) for row in test)
+    numbered = {f"q{i}": entry for i, entry in enumerate(queries.items())}
+    return Judgements(numbered, {name: text for text, name in documents.items()}).rows()
+
+
+def without_queries(train: Sequence[Row], asked: Iterable[str]) -> list[Row]:
+    """The training rows whose query is none of these; says how many others there are."""
+    known = set(asked)
+    left = [row for row in train if row.get("query") not in known]
+    if len(left) < len(train):
+        logger.warning(
+            "%d of %d training rows have a query of the test rows, and are left out",
+            len(train) - len(left),
+            len(train),
+        )
+    if not left:
+        raise InputError("each training row has a query of the test rows: none is left to train on")
+    return left
+
+
+def read_judgements(
+    corpus: Iterable[tuple[str, Row]],
+    queries: Iterable[tuple[str, Row]],
+    judgements: Iterable[tuple[str, Row]],
+) -> Judgements:
+    """Read a test set: texts by id, and TREC's rows of query, iteration, document and grade.
+
+    Args:
+        corpus, queries: places for messages, and rows with `id` and `text`.
+        judgements: places, and rows with `query`, `document` and `grade`.
+
+    Raises:
+        InputError: an id occurs twice or is unknown, or a grade is below 0.
+    """
+    documents, asked = texts_by_id(corpus), texts_by_id(queries)
+    grades: dict[str, Grades] = {name: {} for name in asked}
+    for place, row in judgements:
+        for name, known, what in (
+            (row["query"], asked, "data.queries"),
+            (row["document"], documents, "data.corpus"),
+        ):
+            if name not in known:
+                raise InputError(f"{place} names {name!r}, which {what} does not have")
+        if row["grade"] < 0:
+            raise InputError(f"{place} has the grade {row['grade']:g}: grades begin at 0")
+        grades[row["query"]][row["document"]] = row["grade"]
+    return Judgements({name: (text, grades[name]) for name, text in asked.items()}, documents)
+
+
+def texts_by_id(rows: Iterable[tuple[str, Row]]) -> dict[str, str]:
+    """The texts of rows by their ids.
+
+    Raises:
+        InputError: an id occurs twice.
+    """
+    found: dict[str, str] = {}
+    for place, row in rows:
+        if row["id"] in found:
+            raise InputError(f"{place} has the id {row['id']!r} a second time")
+        found[row["id"]] = row["text"]
+    return found

@@ -1,0 +1,210 @@
+"""Columns of retrieval: pairs, triples, scored pairs, graded lists, labelled texts; test sets."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from petl.data.judgements import (
+    Judgements,
+    read_judgements,
+    test_rows,
+    without_queries,
+)
+from petl.data.task_columns import AnySourceRows, ColumnSettings, TaskColumns
+from petl.data.tasks import task_class
+from petl.data.validation import Row, items, label, number, read, require, text
+from petl.errors import InputError
+from petl.system.files.paths import file_of
+from petl.system.files.read import parse_json
+
+if TYPE_CHECKING:
+    from petl.data.tasks.retrieval import Retrieval
+
+# of an embedder, beside those of its data
+FIELDS = (*("pooling", "normalize", "dims", "query_prefix", "document_prefix", "mask_duplicates"),)
+TEST_SET = ("corpus", "queries", "qrels")
+COLUMNS = ("query", "positive", "negatives")  # that have a setting with their name
+
+
+class Shape(NamedTuple):
+    """Columns that rows may have, and the losses that read them, the default one first."""
+
+    columns: tuple[str, ...]
+    losses: tuple[str, ...]
+
+
+# the most specific first
+SHAPES = {
+    "graded lists": Shape(("query", "documents", "scores"), ("listwise",)),
+    "triples": Shape(("query", "positive", "negatives"), ("in_batch", "triplet")),
+    "pairs": Shape(("query", "positive"), ("in_batch",)),
+    "scored pairs": Shape(("sentence1", "sentence2", "score"), ("cosent", "cosine")),
+    "labelled texts": Shape(("text", "label"), ("supervised",)),
+}
+
+
+class RetrievalColumns(TaskColumns):
+    """Rows of one of `SHAPES`, which their columns tell."""
+
+    own_settings = ("query", "positive", "negatives", "text", "label", "loss", *FIELDS, *TEST_SET)
+
+    def __init__(self, settings: ColumnSettings, *, labeled: bool = True) -> None:
+        super().__init__(settings, labeled=labeled)
+        self.shape = ""
+        self.columns: dict[str, str] = {}  # names in the rows, by those of the shape
+        self.labels: dict[str, int] = {}  # their numbers
+        if settings.streaming:
+            raise InputError(
+                "data.streaming=true reads rows one by one, and data.task=retrieval tells copies "
+                "and test queries from others by all of them: set data.streaming=false"
+            )
+        given = [name for name in TEST_SET if getattr(settings, name) is not None]
+        if given and len(given) < len(TEST_SET):
+            raise InputError(
+                f"data.{given[0]} is given: give all of data.corpus, queries and qrels"
+            )
+
+    @property
+    def has_test_set(self) -> bool:
+        """True if settings name files of queries, documents and grades."""
+        return self.settings.corpus is not None
+
+    def choose(self, present: Iterable[str], origin: str) -> list[str]:
+        """Return the columns of the first shape that is there and that `data.loss` reads."""
+        found, settings = list(present), self.settings
+        if not self.labeled:
+            return require([settings.text], found, origin)
+        wanted = []
+        for name, shape in SHAPES.items():
+            if settings.loss is None or settings.loss in shape.losses:
+                columns = {each: self.named(each, found) for each in shape.columns}
+                wanted.append(f"{', '.join(columns.values())} ({' or '.join(shape.losses)})")
+                if {*columns.values()} <= {*found}:
+                    return self.of_shape(name, columns, origin)
+        reads = "data.task=retrieval" if settings.loss is None else f"data.loss={settings.loss}"
+        raise InputError(
+            f"{origin} has the columns {', '.join(found)}, and {reads} reads {'; '.join(wanted)}"
+        )
+
+    def named(self, column: str, present: Sequence[str]) -> str:
+        """The name that a column of a shape has in rows with these columns."""
+        if column == "negatives" and self.settings.negatives is None:
+            return "negative" if "negative" in present else column
+        return getattr(self.settings, column) if column in (*COLUMNS, "text", "label") else column
+
+    def of_shape(self, name: str, columns: dict[str, str], origin: str) -> list[str]:
+        """Take rows to have a shape; return their columns.
+
+        Raises:
+            InputError: rows before had another one.
+        """
+        if self.shape not in ("", name):
+            raise InputError(f"{origin} has {name}, and rows before it are {self.shape}")
+        self.shape, self.columns = name, columns
+        return list(columns.values())
+
+    def task(self, rows: AnySourceRows) -> "Retrieval":
+        """Build the task with the loss of the rows' shape."""
+        if self.shape == "labelled texts":
+            names = dict.fromkeys(rows.column(self.columns["label"], label))
+            self.labels = {name: i for i, name in enumerate(names)}
+        return retrieval_task(self.settings, SHAPES[self.shape].losses[0])
+
+    def convert(self, row: Row) -> Row:
+        """The columns of the shape; or `text` alone, of rows without labels."""
+        if not self.labeled:
+            return {"text": read(row, self.settings.text, text)}
+        parsers: dict[str, Callable[[object], Any]] = {
+            "documents": texts,
+            "scores": items(number),
+            "score": number,
+            "negatives": texts,
+        }
+        parsers["label"] = self.number_of
+        found: Row = {n: read(row, own, parsers.get(n, text)) for n, own in self.columns.items()}
+        if "scores" in found and len(found["documents"]) != len(found["scores"]):
+            raise ValueError(
+                f"documents has {len(found['documents'])} texts, and scores "
+                f"{len(found['scores'])} numbers: give as many of each"
+            )
+        return found
+
+    def number_of(self, value: object) -> int:
+        """The number of a label.
+
+        Raises:
+            ValueError: no training row has it.
+        """
+        name = label(value)
+        if name not in self.labels:
+            raise ValueError(f"is {name!r}, which no training row has")
+        return self.labels[name]
+
+    def described(self) -> str:
+        """The shape of the rows."""
+        return self.shape
+
+    def split(self, train: list[Row], test: list[Row]) -> tuple[list[Row], list[Row]]:
+        """Training rows without the queries of the test rows, and the rows to score."""
+        if self.shape == "scored pairs":
+            if self.has_test_set:
+                raise InputError(f"data.corpus={self.settings.corpus} is for rows with queries")
+            return train, test
+        scored = self.test_set().rows() if self.has_test_set else test_rows(train, test)
+        asked = (row["text"] for row in scored if row["role"] == "query")
+        return (without_queries(train, asked) if "query" in train[0] else train), scored
+
+    def test_set(self) -> Judgements:
+        """Read `data.corpus`, `data.queries` and `data.qrels`."""
+        located_rows = resolve_name("petl.data.files:located_rows")  # imports this module
+        settings = self.settings
+
+        def texts_of(setting: str) -> Iterator[tuple[str, Row]]:
+            names = [str(getattr(settings, setting))]
+            rows = located_rows(f"data.{setting}", names, with_id)
+            for place, row in rows:
+                own = row.get("id", row.get("_id"))
+                yield place, {"id": str(own), "text": read(row, "text", text)}
+
+        judgements = qrels(str(settings.qrels))
+        return read_judgements(texts_of("corpus"), texts_of("queries"), judgements)
+
+
+def with_id(present: Iterable[str], origin: str) -> list[str]:
+    """Choose the columns `text` and `id`, or `_id`."""
+    found = list(present)
+    return require(["_id" if "id" not in found and "_id" in found else "id", "text"], found, origin)
+
+
+def qrels(name: str) -> Iterator[tuple[str, Row]]:
+    """Yield place, query, document and grade of the lines of TREC's file of judgements.
+
+    Raises:
+        InputError: a line has other than four columns, or no number as the grade.
+    """
+    with file_of("data.qrels", name, [".txt", ".tsv", ".qrels"]).open(encoding="utf-8") as lines:
+        for count, line in enumerate(lines, 1):
+            place, parts = f"{name}, line {count}", line.split()
+            if not parts:
+                continue
+            try:
+                query, _, document, grade = parts
+                yield place, {"query": query, "document": document, "grade": float(grade)}
+            except ValueError as error:
+                raise InputError(
+                    f"{place} is {line.strip()!r}, not TREC's query, iteration, document and grade"
+                ) from error
+
+
+def texts(value: object) -> list[str]:
+    """Check a text or a list of texts, in a csv file as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith('["'):
+        value = parse_json(value)
+    return [text(value)] if isinstance(value, str) else items(text)(value)
+
+
+def retrieval_task(settings: Any, loss: str) -> "Retrieval":
+    """Build the task from settings with `FIELDS`; `loss` is that of the rows if they name none."""
+    fields = {name: getattr(settings, name) for name in FIELDS}
+    given = settings.loss or loss
+    return task_class("retrieval")(max_length=settings.max_length, loss=given, **fields)

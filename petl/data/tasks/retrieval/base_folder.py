@@ -1,0 +1,81 @@
+"""What the folder of an embedding model says of pooling, normalization and prefixes.
+
+The files are those of sentence-transformers, of versions to 5 and from 6 on.
+"""
+
+from collections.abc import Mapping
+from typing import cast
+
+from petl.data.tasks.base import BaseFiles
+from petl.errors import InputError
+
+MODULES = "modules.json"
+SUPPORTED = ("Transformer", "Pooling", "Normalize")
+# the form of versions to 5, with a boolean for each
+FLAGS = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "last",
+}
+NAMES = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
+
+
+class Folder:
+    """The folder of a base model, read as an embedding model's; it need not be one."""
+
+    def __init__(self, base: BaseFiles) -> None:
+        self.base = base
+        modules = cast("list[dict[str, str]]", base.json_file(MODULES) or [])
+        # such as sentence_transformers.models.Pooling: the last word is the same in all versions
+        self.paths = {each["type"].rpartition(".")[2]: each["path"] for each in modules}
+
+    def check(self) -> None:
+        """Raise InputError if the model does more than to pool and normalize, or decodes."""
+        if self.base.has_decoder:
+            raise InputError(
+                "the base model has an encoder and a decoder: data.task=retrieval needs one of "
+                "both alone, such as BERT, ModernBERT or Qwen3"
+            )
+        others = [name for name in self.paths if name not in SUPPORTED]
+        if others:
+            raise InputError(
+                f"the base model has the module {others[0]} behind its layers, which petl does not "
+                f"compute; supported are {', '.join(SUPPORTED)}"
+            )
+
+    def pooling(self) -> str:
+        """The pooling of the folder; without one, `last` for decoders and `mean` for encoders.
+
+        Raises:
+            InputError: it is another one, or leaves prompts out.
+        """
+        path = self.paths.get("Pooling", "1_Pooling")
+        config = cast("Mapping[str, object]", self.base.json_file(f"{path}/config.json"))
+        if config is None:
+            return "last" if self.base.is_decoder else "mean"
+        if config.get("include_prompt") is False:
+            raise InputError(
+                f"{path}/config.json of the base model leaves prompts out of the pooling "
+                "(include_prompt=false), which petl does not: give data.pooling"
+            )
+        named = config.get("pooling_mode")
+        flags = [name for name, value in config.items() if value is True and name in FLAGS]
+        others = [n for n, v in config.items() if v is True and n.startswith("pooling_mode")]
+        if named is None and len(flags) == len(others) == 1:
+            return FLAGS[flags[0]]
+        if isinstance(named, str) and named in NAMES:
+            return NAMES[named]
+        raise InputError(
+            f"{path}/config.json of the base model asks for the pooling "
+            f"{named or ' and '.join(others)}: give data.pooling={', '.join(NAMES.values())}"
+        )
+
+    def normalizes(self) -> bool:
+        """True if the folder has a module that gives vectors unit length."""
+        return "Normalize" in self.paths
+
+    def prompts(self) -> dict[str, str]:
+        """The prompts by name, of which `query` and `document` are used."""
+        found = self.base.json_file("config_sentence_transformers.json")
+        config = cast("Mapping[str, dict[str, str]]", found or {})
+        return config.get("prompts") or {}

@@ -1,0 +1,283 @@
+"""A base model that returns vectors, and the loss of a batch of them.
+
+B rows, n texts of a row, N texts of a batch, D numbers of a vector, P processes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.nn.functional import all_gather
+from transformers.utils.generic import ModelOutput
+
+from petl.core.layers.class_swap import SwappedClass
+from petl.data.tasks.base import Batch, Outputs
+from petl.ops.retrieval import (
+    cosent,
+    cosine,
+    in_batch,
+    listwise,
+    matryoshka,
+    pool,
+    supervised,
+    triplet,
+)
+from petl.ops.retrieval.cached import random_state, set_random_state
+
+
+class Settings(Protocol):
+    """What an embedder and its loss read of the task, see `Retrieval`."""
+
+    loss: str
+    pooling: str | None
+    normalize: bool | None
+    dims: list[int] | None
+    mask_duplicates: bool
+    label_columns: ClassVar[tuple[str, ...]]
+
+
+class Texts(NamedTuple):
+    """The vectors of the rows that a loss is computed of.
+
+    Attributes:
+        vectors: [B, n, D].
+        there: [B, n], False where a row has fewer texts.
+        identity: [B, n], equal for equal texts.
+        scores: [B, m], or [B, 0].
+    """
+
+    vectors: Tensor
+    there: Tensor
+    identity: Tensor
+    scores: Tensor
+
+    @classmethod
+    def of(cls, vectors: Tensor, batch: Batch) -> "Texts":
+        """The texts of the rows of a batch from its vectors, [N, D]."""
+        places = batch["places"]
+        scores = batch.get("scores", vectors.new_zeros(len(places), 0))
+        return cls(vectors[places.clamp(min=0)], places >= 0, batch["identity"], scores)
+
+    def column(self, number: int) -> Tensor:
+        """The vectors of a text of each row, [B, D]."""
+        return self.vectors[:, number]
+
+
+@dataclass
+class Embedded(ModelOutput):
+    """What an `Embedder` returns; `loss` of batches with the columns of a loss."""
+
+    loss: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    sentence_embedding: Tensor | None = None
+
+
+class Embedder(SwappedClass):
+    """Mixin of a base model without head: pools its states, and computes the loss."""
+
+    petl_task: Settings
+
+    def forward(self, *args: Any, **inputs: Any) -> Embedded:
+        """Return vectors [N, D], and the loss if there are `places`, see `batch_of`."""
+        names = self.petl_task.label_columns
+        batch = {name: inputs.pop(name) for name in names if name in inputs}
+        states = cast("Any", super()).forward(*args, **inputs).last_hidden_state
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
+        task = self.petl_task
+        # the mask also covers the keys of a prefix, which have no states
+        vectors = pool(states, mask[:, -states.shape[1] :], task.pooling or "mean")
+        if task.normalize:
+            vectors = F.normalize(vectors, dim=-1)
+        loss = loss_of(task, vectors, batch) if "places" in batch else None
+        return Embedded(loss, states, vectors)
+
+
+def loss_of(task: Settings, vectors: Tensor, batch: Batch) -> Tensor:
+    """The loss of a batch, or what has the gradient that `whole_step` has found for it."""
+    with torch.autocast(vectors.device.type, enabled=False):
+        vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
+        if "gradient" in batch:
+            inner = (vectors * batch["gradient"]).sum()
+            return batch["value"] + inner - inner.detach()
+        texts = Texts.of(vectors, batch)
+        return _loss(task, everybodys(texts, batch["labels"]) if is_coupled(task) else texts)
+
+
+def is_coupled(task: Settings) -> bool:
+    """True if the loss of a row depends on the other rows of a step."""
+    return task.loss in COUPLED
+
+
+def _loss(task: Settings, texts: Texts) -> Tensor:
+    arguments, settings = LOSSES[task.loss].arguments(task, texts)
+    function = LOSSES[task.loss].function
+    if task.dims is None:
+        return function(*arguments, **settings)
+    return matryoshka(function, task.dims, *arguments, **settings)
+
+
+Arguments = tuple[Sequence[Tensor | Sequence[Tensor]], dict[str, object]]
+
+
+def _in_batch(task: Settings, texts: Texts) -> Arguments:
+    rows, count = texts.there.shape
+    # in the order of the documents of `in_batch`: positives, first negatives, ...
+    keep = texts.there.T[1:].reshape(1, -1).expand(rows, -1)
+    if task.mask_duplicates:
+        keep = keep & (texts.identity.T[1:].reshape(1, -1) != texts.identity[:, 1:2])
+    negatives = [texts.column(number) for number in range(2, count)]
+    return (texts.column(0), texts.column(1), negatives), {"keep": keep}
+
+
+def _triplet(task: Settings, texts: Texts) -> Arguments:
+    rows, numbers = texts.there[:, 2:].nonzero(as_tuple=True)
+    anchors, positives = texts.column(0)[rows], texts.column(1)[rows]
+    return (anchors, positives, texts.vectors[rows, numbers + 2]), {}
+
+
+def _pairs(task: Settings, texts: Texts) -> Arguments:
+    return (texts.column(0), texts.column(1)), {"scores": texts.scores[:, 0]}
+
+
+def _listwise(task: Settings, texts: Texts) -> Arguments:
+    return (texts.column(0), texts.vectors[:, 1:]), {"scores": texts.scores}
+
+
+def _labelled(task: Settings, texts: Texts) -> Arguments:
+    return (texts.column(0),), {"labels": texts.scores[:, 0]}
+
+
+class LossKind(NamedTuple):
+    """A loss, and the arguments that it takes of the texts of rows.
+
+    Attributes:
+        compares: rows of a step with one another: each row's loss depends on all.
+        queries: rows begin with a query.
+        scored_pairs: rows are pairs with a score.
+        products: scalar products in place of cosines.
+    """
+
+    function: Callable[..., Tensor]
+    arguments: Callable[[Settings, Texts], Arguments]
+    compares: bool = False
+    queries: bool = False
+    scored_pairs: bool = False
+    products: bool = False
+
+
+LOSSES = {  # by data.loss
+    "in_batch": LossKind(in_batch, _in_batch, compares=True, queries=True),
+    "triplet": LossKind(triplet, _triplet, queries=True),
+    "cosent": LossKind(cosent, _pairs, compares=True, scored_pairs=True),
+    "cosine": LossKind(cosine, _pairs, scored_pairs=True),
+    "listwise": LossKind(listwise, _listwise, queries=True, products=True),
+    "supervised": LossKind(supervised, _labelled, compares=True),
+}
+COUPLED = tuple(name for name, kind in LOSSES.items() if kind.compares)
+
+
+# Several micro-batches, several processes
+
+
+def whole_step(
+    task: Settings,
+    weighted: Sequence[tuple[Batch, float]],
+    forward: Callable[[Batch], Outputs],
+) -> Iterator[tuple[Batch, float]]:
+    """Yield micro-batches with the gradient of the loss of all of them at their vectors.
+
+    The random state is then that in which their vectors were computed: the forward pass that
+    follows draws the same numbers.
+
+    Args:
+        weighted: micro-batches with their weight in the loss.
+        forward: a pass without graph.
+    """
+    states, leaves, texts = [], [], []
+    for batch, _ in weighted:
+        inputs = {name: t for name, t in batch.items() if name not in task.label_columns}
+        # before the pass, whose device is known afterwards
+        states.append(random_state(_device()))
+        vectors = forward(inputs).sentence_embedding.detach()
+        vectors = (vectors if vectors.dtype == torch.float64 else vectors.float()).requires_grad_()
+        leaves.append(vectors)
+        own = {name: t.to(vectors.device) for name, t in batch.items() if name not in inputs}
+        texts.append((Texts.of(vectors, own), own["labels"] * (1.0 if _ else 0.0)))
+    after = random_state(_device())
+    everything = everybodys(_joined([t for t, _ in texts]), torch.cat([w for _, w in texts]))
+    value = _loss(task, everything)
+    gradients = torch.autograd.grad(value, leaves)
+    for (batch, weight), state, gradient in zip(weighted, states, gradients, strict=True):
+        set_random_state(state, _device())
+        # the loop multiplies by the weight; a micro-batch of weight 0 takes part in nothing
+        scaled = gradient / weight if weight else torch.zeros_like(gradient)
+        yield {**batch, "gradient": scaled, "value": value.detach()}, weight
+    set_random_state(after, _device())
+
+
+def _device() -> torch.device:
+    """The device that forward passes draw random numbers on."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else found
+
+
+def _joined(parts: Sequence[Texts]) -> Texts:
+    """The rows of several micro-batches, with as many texts each as the longest."""
+    n, m = (max(getattr(p, name).shape[1] for p in parts) for name in ("there", "scores"))
+    return Texts(
+        *(torch.cat(column) for column in zip(*(widened(p, n, m) for p in parts), strict=True))
+    )
+
+
+def widened(texts: Texts, n: int, m: int) -> Texts:
+    """Rows of `n` texts and `m` scores, of which the further ones are not there."""
+    more = n - texts.there.shape[1]
+    return Texts(
+        F.pad(texts.vectors, (0, 0, 0, more)),
+        F.pad(texts.there, (0, more)),
+        F.pad(texts.identity, (0, more)),
+        F.pad(texts.scores, (0, m - texts.scores.shape[1]), value=-torch.inf),
+    )
+
+
+def everybodys(texts: Texts, counted: Tensor) -> Texts:
+    """The rows of all processes, in the same order in each; gradients flow back to their own.
+
+    Each process computes the loss of all rows. The gradient of a vector is then the sum over
+    processes, and DDP's mean of it that of one process with the whole batch.
+
+    Args:
+        counted: [B], 0 for rows that only keep processes in step.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return texts
+    sizes = torch.tensor(
+        [len(texts.there), texts.there.shape[1], texts.scores.shape[1]], device=counted.device
+    )
+    dist.all_reduce(sizes, op=dist.ReduceOp.MAX)
+    rows, n, m = sizes.tolist()
+    wide = widened(texts, n, m)
+    missing = rows - len(counted)
+    kept = _gathered(F.pad(counted, (0, missing))) > 0
+    parts = []
+    for tensor in wide:
+        filled = torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+        parts.append(_gathered(filled)[kept])
+    return Texts(*parts)
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    """The rows of all processes; with a gradient if the tensor has one."""
+    if tensor.requires_grad:
+        return torch.cat(all_gather(tensor))
+    is_bool = tensor.dtype == torch.bool
+    own = tensor.to(torch.uint8).contiguous() if is_bool else tensor.contiguous()
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
+    return torch.cat(parts).bool() if is_bool else torch.cat(parts)

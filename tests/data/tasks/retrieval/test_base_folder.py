@@ -1,0 +1,75 @@
+"""What a base model's folder says of pooling, normalization and prompts, in both forms."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from petl.data.tasks.retrieval import Retrieval
+from petl.errors import InputError
+
+POOLING, NORMALIZE = (
+    {"type": f"sentence_transformers.models.{name}", "path": f"{i}_{name}"}
+    for i, name in enumerate(("Pooling", "Normalize"), 1)
+)
+TRANSFORMER = {"type": "sentence_transformers.base.modules.transformer.Transformer", "path": ""}
+
+
+def taken(files=None, is_decoder=False, has_decoder=False, **fields) -> Retrieval:
+    files = files or {}
+    task = Retrieval(**fields)
+    task.take_base(
+        SimpleNamespace(json_file=files.get, is_decoder=is_decoder, has_decoder=has_decoder)
+    )
+    return task
+
+
+def folder(pooling: dict, *modules: dict) -> dict:
+    return {"modules.json": [TRANSFORMER, POOLING, *modules], "1_Pooling/config.json": pooling}
+
+
+@pytest.mark.parametrize(
+    ("config", "pooling"),
+    [
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, "mean"),
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}, "cls"),
+        ({"pooling_mode_lasttoken": True, "include_prompt": True}, "last"),
+        ({"pooling_mode": "lasttoken", "embedding_dimension": 8}, "last"),
+        ({"pooling_mode": "cls"}, "cls"),
+    ],
+)
+def test_pooling_is_that_of_the_folder(config, pooling):
+    task = taken(folder(config, NORMALIZE))
+    assert (task.pooling, task.normalize) == (pooling, True)
+    assert taken(folder(config), pooling="cls").pooling == "cls"
+
+
+def test_without_a_folder_decoders_have_their_last_token_and_encoders_the_mean():
+    assert taken(is_decoder=True).pooling == "last"
+    task = taken()
+    assert (task.pooling, task.normalize, task.query_prefix) == ("mean", False, "")
+
+
+def test_prefixes_are_the_prompts_of_the_folder():
+    files = {"config_sentence_transformers.json": {"prompts": {"query": "Q: ", "document": "D: "}}}
+    task = taken(files)
+    assert (task.query_prefix, task.document_prefix) == ("Q: ", "D: ")
+    assert taken(files, query_prefix="").query_prefix == ""
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (folder({"pooling_mode": "max"}), "max.*data.pooling=mean, cls, last"),
+        (folder({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}), "max_tokens"),
+        (folder({"pooling_mode": "mean", "include_prompt": False}), "include_prompt=false"),
+        (folder({"pooling_mode": "mean"}, {"type": "models.Dense", "path": "2_Dense"}), "Dense"),
+    ],
+)
+def test_what_petl_does_not_compute_is_refused(files, words):
+    with pytest.raises(InputError, match=words):
+        taken(files)
+
+
+def test_an_encoder_with_a_decoder_is_refused():
+    with pytest.raises(InputError, match="encoder and a decoder"):
+        taken(has_decoder=True)

@@ -1,0 +1,263 @@
+"""The loss of a batch of a run: in one pass, in slices, on several processes."""
+
+import copy
+from itertools import product
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from datasets import Dataset
+from tiny_tokenizers import byte_tokenizer
+from transformers import BertConfig, BertModel
+
+from petl import retrieval, testing
+from petl.data.tasks.retrieval import Retrieval
+from petl.data.tasks.retrieval.embedder import LOSSES, loss_of, whole_step
+
+PAIRS = [(f"q{i} ask", f"answer {i * i} {'x' * i}") for i in range(6)]
+ROWS = {
+    "in_batch": [
+        # unlike numbers of negatives, a copy of another row's positive, one of the own
+        {"query": q, "positive": d, "negatives": [d[::-1], PAIRS[0][1], d][: 1 + i % 3]}
+        for i, (q, d) in enumerate(PAIRS)
+    ],
+    "triplet": [
+        {"query": q, "positive": d, "negatives": [d[::-1], "no"][: 1 + i % 2]}
+        for i, (q, d) in enumerate(PAIRS)
+    ],
+    "cosent": [{"sentence1": q, "sentence2": d, "score": i % 3} for i, (q, d) in enumerate(PAIRS)],
+    "cosine": [{"sentence1": q, "sentence2": d, "score": i / 5} for i, (q, d) in enumerate(PAIRS)],
+    "listwise": [
+        {
+            "query": q,
+            "documents": [d, d[::-1], q][: 2 + i % 2],
+            "scores": [2.0, 1.0, -1.0][: 2 + i % 2],
+        }
+        for i, (q, d) in enumerate(PAIRS)
+    ],
+    "supervised": [{"text": q + d, "label": i % 2} for i, (q, d) in enumerate(PAIRS)],
+}
+
+
+def tokenizer():
+    return byte_tokenizer(pad_token="<|im_end|>")
+
+
+def model_for(task: Retrieval, dropout: float = 0.0) -> BertModel:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer()),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    model = BertModel(config, add_pooling_layer=False).double().train()
+    task.adjust(model)
+    return model
+
+
+def batch_for(task: Retrieval, rows) -> dict[str, torch.Tensor]:
+    encoded = task.encode(tokenizer(), Dataset.from_list(rows))
+    batch = task.collate(tokenizer())(list(encoded))
+    return {n: t.double() if t.is_floating_point() else t for n, t in batch.items()}
+
+
+def gradients(model) -> torch.Tensor:
+    found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    return found
+
+
+def vectors(model, texts: list[str]) -> torch.Tensor:
+    """Each text alone, mean over its tokens."""
+    found = []
+    for text in texts:
+        ids = torch.tensor([tokenizer()(text)["input_ids"]])
+        mask = torch.ones_like(ids)
+        found.append(model(input_ids=ids, attention_mask=mask).last_hidden_state[0].mean(0))
+    return torch.stack(found)
+
+
+def by_hand(loss: str, model, rows) -> torch.Tensor:
+    def column(name):
+        return vectors(model, [row[name] for row in rows])
+
+    if loss == "in_batch":
+        total = 0.0
+        texts = [row["positive"] for row in rows] + [n for row in rows for n in row["negatives"]]
+        for row in rows:
+            others = [text for text in texts if text != row["positive"]]
+            q, *documents = vectors(model, [row["query"], row["positive"], *others])
+            cosines = torch.stack([F.cosine_similarity(q, d, dim=0) for d in documents])
+            total = total - (20 * cosines).log_softmax(0)[0]
+        return total / len(rows)
+    if loss == "triplet":
+        flat = [(r["query"], r["positive"], n) for r in rows for n in r["negatives"]]
+        return retrieval.triplet(*(vectors(model, list(each)) for each in zip(*flat, strict=True)))
+    if loss in ("cosent", "cosine"):
+        scores = torch.tensor([row["score"] for row in rows], dtype=torch.float64)
+        return LOSSES[loss].function(column("sentence1"), column("sentence2"), scores)
+    if loss == "listwise":
+        each = []
+        for row in rows:
+            q, *documents = vectors(model, [row["query"], *row["documents"]])
+            scores = torch.tensor([row["scores"]], dtype=torch.float64)
+            each.append(retrieval.listwise(q[None], torch.stack(documents)[None], scores))
+        return torch.stack(each).mean()
+    return retrieval.supervised(column("text"), torch.tensor([row["label"] for row in rows]))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_batch_has_the_loss_and_gradients_of_its_texts_alone(loss):
+    task = Retrieval(loss=loss, max_length=64)
+    model, rows = model_for(task), ROWS[loss]
+    found = model(**batch_for(task, rows)).loss
+    found.backward()
+    got = gradients(model)
+    expected = by_hand(loss, model, rows)
+    expected.backward()
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(got, gradients(model), atol=1e-6, rtol=1e-6)
+
+
+def test_dims_add_the_loss_of_shorter_vectors():
+    rows = ROWS["in_batch"][:3]
+    task = Retrieval(dims=[16, 4], mask_duplicates=False)
+    model, batch = (
+        model_for(task),
+        batch_for(task, [{**r, "negatives": r["negatives"][:1]} for r in rows]),
+    )
+    q, p, n = (
+        vectors(model, texts)
+        for texts in (
+            [r["query"] for r in rows],
+            [r["positive"] for r in rows],
+            [r["negatives"][0] for r in rows],
+        )
+    )
+    expected = sum(retrieval.in_batch(q[:, :w], p[:, :w], [n[:, :w]]) for w in (16, 4))
+    torch.testing.assert_close(model(**batch).loss, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_without_masking_copies_of_the_positive_are_negatives():
+    rows = [{"query": q, "positive": "same"} for q, _ in PAIRS]
+    losses = {}
+    for mask in (True, False):
+        task = Retrieval(mask_duplicates=mask)
+        losses[mask] = model_for(task)(**batch_for(task, rows)).loss.item()
+    assert losses[True] == pytest.approx(0, abs=1e-9)
+    assert losses[False] == pytest.approx(torch.log(torch.tensor(6.0)).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", [name for name, kind in LOSSES.items() if kind.compares])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_micro_batches_have_the_gradients_of_the_whole_step(loss, dropout):
+    task = Retrieval(loss=loss, max_length=64)
+    model, rows = model_for(task, dropout), ROWS[loss]
+    parts = [batch_for(task, part) for part in (rows[:3], rows[3:5], rows[5:])]
+    weighted = [(part, len(part["places"]) / len(rows)) for part in parts]
+
+    def forward(batch):
+        assert "places" not in batch
+        with torch.no_grad():
+            return model(**batch)
+
+    torch.manual_seed(5)
+    losses = []
+    for batch, weight in whole_step(task, weighted, forward):
+        loss_of_part = model(**batch).loss * weight
+        loss_of_part.backward()
+        losses.append(loss_of_part.detach())
+    after = torch.rand(1)
+    found = gradients(model)
+    # all vectors with one graph, drawn part by part as before
+    torch.manual_seed(5)
+    each = [
+        model(**{n: t for n, t in part.items() if n not in task.label_columns}).sentence_embedding
+        for part in parts
+    ]
+    assert torch.rand(1) == after
+    expected = loss_of_vectors(task, torch.cat(each), parts)
+    expected.backward()
+    torch.testing.assert_close(sum(losses), expected.detach(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found, gradients(model), atol=1e-6, rtol=1e-6)
+
+
+def loss_of_vectors(task, every, parts) -> torch.Tensor:
+    """The loss of several batches as one, from their vectors."""
+    count = max(part["places"].shape[1] for part in parts)
+    places, identity, start = [], [], 0
+    for part in parts:
+        own = part["places"]
+        places.append(
+            F.pad(torch.where(own < 0, -1, own + start), (0, count - own.shape[1]), value=-1)
+        )
+        identity.append(F.pad(part["identity"], (0, count - own.shape[1])))
+        start += len(part["input_ids"])
+    batch = {"places": torch.cat(places), "identity": torch.cat(identity)}
+    batch["labels"] = torch.ones(len(batch["places"]))
+    if "scores" in parts[0]:
+        batch["scores"] = torch.cat([part["scores"] for part in parts])
+    return loss_of(task, every, batch)
+
+
+def test_one_micro_batch_is_left_as_it_is():
+    task = Retrieval()
+    weighted = [(batch_for(task, ROWS["in_batch"]), 1.0)]
+    assert task.whole_step(weighted, pytest.fail) is weighted
+    several = weighted * 2
+    assert Retrieval(loss="cosine").whole_step(several, pytest.fail) is several
+
+
+COMPARING = [name for name, kind in LOSSES.items() if kind.compares]
+
+
+def gradients_of_a_part():
+    """In a process: the gradients of its part of a step, averaged as DDP does, by loss."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    found = {}
+    for loss, slices in product(COMPARING, (1, 2)):
+        task = Retrieval(loss=loss, max_length=64)
+        model, rows = model_for(task), ROWS[loss]
+        own = rows[:4] if rank == 0 else rows[4:]
+        each = [own] if slices == 1 else [own[:1], own[1:]]
+        weighted = [(batch_for(task, part), len(part) * size / len(rows)) for part in each]
+
+        def forward(batch, model=model):
+            with torch.no_grad():
+                return model(**batch)
+
+        value = 0.0
+        for batch, weight in task.whole_step(weighted, forward):
+            part = model(**batch).loss * weight
+            part.backward()
+            value += part.item()
+        mean = torch.cat([gradients(model), torch.tensor([value], dtype=torch.float64)])
+        dist.all_reduce(mean)
+        found[loss, slices] = (mean / size).tolist()
+    return found
+
+
+def test_processes_have_the_gradients_of_one_with_all_rows():
+    for found in testing.in_processes(2, gradients_of_a_part):
+        for (loss, _), values in found.items():
+            task = Retrieval(loss=loss, max_length=64)
+            model = model_for(task)
+            value = model(**batch_for(task, ROWS[loss])).loss
+            value.backward()
+            expected = torch.cat([gradients(model), value.detach()[None]])
+            got = torch.tensor(values, dtype=torch.float64)
+            torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_the_model_can_be_copied():
+    task = Retrieval(normalize=True)
+    model = copy.deepcopy(model_for(task).eval())
+    batch = batch_for(task, [{"text": "some words"}])
+    vector = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    assert vector.sentence_embedding.norm().item() == pytest.approx(1)
+    assert vector.loss is None

@@ -1,0 +1,161 @@
+"""Files for retrieval: shapes of rows, test sets, and what is refused."""
+
+import json
+
+import pytest
+
+from petl.data.base import read_data
+from petl.errors import InputError
+
+PAIRS = [{"query": f"q{i}", "positive": f"d{i // 2}"} for i in range(8)]
+
+
+def write(folder, name, rows) -> str:
+    file = folder / name
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return str(file)
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(rows, test=None, **settings):
+        if test is not None:
+            settings["test"] = write(tmp_path, "test.jsonl", test)
+        given = {"train": write(tmp_path, "train.jsonl", rows), "name": "x", "source": "files"}
+        return read_data({**given, "task": "retrieval", **settings})
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("row", "loss", "converted"),
+    [
+        ({"query": "q", "positive": "d", "id": 1}, "in_batch", {"query": "q", "positive": "d"}),
+        (
+            {"query": "q", "positive": "d", "negative": "n"},
+            "in_batch",
+            {"query": "q", "positive": "d", "negatives": ["n"]},
+        ),
+        (
+            {"query": "q", "positive": "d", "negatives": ["n", "m"]},
+            "in_batch",
+            {"query": "q", "positive": "d", "negatives": ["n", "m"]},
+        ),
+        (
+            {"sentence1": "a", "sentence2": "b", "score": "0.5"},
+            "cosent",
+            {"sentence1": "a", "sentence2": "b", "score": 0.5},
+        ),
+        (
+            {"query": "q", "documents": ["a", "b"], "scores": [1, 0.5]},
+            "listwise",
+            {"query": "q", "documents": ["a", "b"], "scores": [1, 0.5]},
+        ),
+        ({"text": "t", "label": "x"}, "supervised", {"text": "t", "label": 0}),
+    ],
+)
+def test_the_columns_tell_the_shape_and_its_loss(read, row, loss, converted):
+    test = {**row, **({"query": "other"} if "query" in row else {})}
+    data = read([row], [test])
+    assert data.task.loss == loss
+    assert data.train[0] == converted
+
+
+def test_a_loss_chooses_among_shapes_and_columns_can_have_other_names(read):
+    row = {"anchor": "q", "answer": "d", "wrong": "n"}
+    named = {"query": "anchor", "positive": "answer", "negatives": "wrong"}
+    data = read([row], [{**row, "anchor": "r"}], loss="triplet", **named)
+    assert data.train[0] == {"query": "q", "positive": "d", "negatives": ["n"]}
+    assert data.task.loss == "triplet"
+    with pytest.raises(InputError, match=r"anchor, answer, wrong, and data.loss=triplet reads"):
+        read([row], [row], loss="triplet")
+
+
+def scored(data, role) -> dict[str, str]:
+    return {row["id"]: row["text"] for row in data.test if row["role"] == role}
+
+
+def test_each_positive_is_a_document_and_equal_texts_are_one(read):
+    data = read([{"query": "x", "positive": "y"}], [*PAIRS, {"query": "q0", "positive": "d3"}])
+    documents = scored(data, "document")
+    assert sorted(documents.values()) == ["d0", "d1", "d2", "d3"]
+    grades = {
+        row["text"]: {documents[name] for name in json.loads(row["relevant"])}
+        for row in data.test
+        if row["role"] == "query"
+    }
+    assert grades["q0"] == {"d0", "d3"}
+    assert grades["q5"] == {"d2"}
+    assert len(grades) == 8
+
+
+def test_training_rows_with_a_test_query_are_left_out(read, caplog):
+    data = read([*PAIRS, {"query": "own", "positive": "d0"}], PAIRS[:7])
+    assert data.train["query"] == ["q7", "own"]
+    assert "7 of 9 training rows have a query of the test rows" in caplog.text
+    with pytest.raises(InputError, match="none is left to train on"):
+        read(PAIRS, PAIRS)
+
+
+def test_without_test_rows_some_queries_are_held_out(read):
+    data = read([*PAIRS, *PAIRS], test_share=0.25)
+    held = set(scored(data, "query").values())
+    assert held
+    assert not held & set(data.train["query"])
+
+
+def files(folder, corpus, queries, lines) -> dict[str, str]:
+    (folder / "qrels.txt").write_text("\n".join(lines))
+    return {
+        "corpus": write(folder, "corpus.jsonl", corpus),
+        "queries": write(folder, "queries.jsonl", queries),
+        "qrels": str(folder / "qrels.txt"),
+    }
+
+
+CORPUS = [{"_id": "a", "text": "A"}, {"_id": "b", "text": "B"}]
+QUERIES = [{"id": 7, "text": "seven"}, {"id": 8, "text": "q0"}]
+
+
+def test_a_test_set_has_trecs_judgements(read, tmp_path):
+    names = files(tmp_path, CORPUS, QUERIES, ["7 0 a 2", "7\t0\tb\t0", "", "8 0 b 1"])
+    data = read(PAIRS, **names)
+    assert scored(data, "document") == {"a": "A", "b": "B"}
+    relevant = {row["id"]: json.loads(row["relevant"]) for row in data.test}
+    assert relevant == {"7": {"a": 2, "b": 0}, "8": {"b": 1}, "a": {}, "b": {}}
+    assert len(data.train) == 7  # q0 is a test query
+
+
+@pytest.mark.parametrize(
+    ("corpus", "line", "words"),
+    [
+        (CORPUS, "9 0 a 1", "line 1 names '9', which data.queries does not have"),
+        (CORPUS, "7 0 c 1", "line 1 names 'c', which data.corpus does not have"),
+        (CORPUS, "7 0 a -1", "grade -1: grades begin at 0"),
+        (CORPUS, "7 a 1", "not TREC's query, iteration, document and grade"),
+        ([*CORPUS, CORPUS[0]], "7 0 a 1", "the id 'a' a second time"),
+    ],
+)
+def test_judgements_that_do_not_fit_are_refused(read, tmp_path, corpus, line, words):
+    with pytest.raises(InputError, match=words):
+        read(PAIRS, **files(tmp_path, corpus, QUERIES, [line]))
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "words"),
+    [
+        ({"query": "q"}, {}, "columns query, and data.task=retrieval reads query, documents"),
+        ({"query": "q", "positive": ""}, {}, "positive is empty"),
+        ({"query": "q", "documents": ["a"], "scores": [1, 2]}, {}, "1 texts, and scores 2"),
+        ({"sentence1": "a", "sentence2": "b", "score": "nan"}, {}, "score is 'nan', not a number"),
+        (PAIRS[0], {"streaming": True}, "data.streaming=true"),
+        (PAIRS[0], {"corpus": "x"}, "data.corpus is given"),
+        (PAIRS[0], {"dims": [4, 8]}, "dims"),
+        (PAIRS[0], {"loss": "ranknet"}, "data.loss=ranknet"),
+        (PAIRS[0], {"pooling": "max"}, "pooling"),
+        (PAIRS[0], {"generate": 5}, "data.generate=5 is for"),
+    ],
+)
+def test_rows_and_settings_that_do_not_fit_are_refused(read, row, settings, words):
+    with pytest.raises(InputError, match=words):
+        read([row, row, row], [row], **settings)
