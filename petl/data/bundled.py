@@ -86,7 +86,7 @@ class WordNetRetrieval(TextSource):
     dims: list[int] | None = field(None, DIMS)
     query_prefix: str | None = None
     document_prefix: str | None = None
-    mask_duplicates: bool = True
+    mask_duplicates: bool | None = None
 
     def read(self) -> RawData:
         """Read examples and definitions; columns `query` and `positive`, and those of test rows."""

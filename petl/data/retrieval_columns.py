@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # of an embedder, beside those of its data
 FIELDS = (*("pooling", "normalize", "dims", "query_prefix", "document_prefix", "mask_duplicates"),)
 TEST_SET = ("corpus", "queries", "qrels")
-COLUMNS = ("query", "positive", "negatives")  # that have a setting with their name
+RENAMED = ("query", "positive", "negatives", "text", "label")  # by settings
 
 
 class Shape(NamedTuple):
@@ -88,9 +88,10 @@ class RetrievalColumns(TaskColumns):
 
     def named(self, column: str, present: Sequence[str]) -> str:
         """The name that a column of a shape has in rows with these columns."""
-        if column == "negatives" and self.settings.negatives is None:
+        given = getattr(self.settings, column, None)
+        if column == "negatives" and given is None:
             return "negative" if "negative" in present else column
-        return getattr(self.settings, column) if column in (*COLUMNS, "text", "label") else column
+        return given if given is not None and column in RENAMED else column
 
     def of_shape(self, name: str, columns: dict[str, str], origin: str) -> list[str]:
         """Take rows to have a shape; return their columns.
@@ -206,5 +207,6 @@ def texts(value: object) -> list[str]:
 def retrieval_task(settings: Any, loss: str) -> "Retrieval":
     """Build the task from settings with `FIELDS`; `loss` is that of the rows if they name none."""
     fields = {name: getattr(settings, name) for name in FIELDS}
+    fields["mask_duplicates"] = settings.mask_duplicates is not False
     given = settings.loss or loss
     return task_class("retrieval")(max_length=settings.max_length, loss=given, **fields)

@@ -105,8 +105,8 @@ class ColumnSettings(TextSource, ABC):
     # rows that cannot be used: error, as None, or skip: they are left out
     bad_rows: str | None = field(None, one_of(ERROR, SKIP))
     # of retrieval: columns, and how texts become vectors, see `petl.data.tasks.retrieval`
-    query: str = "query"
-    positive: str = "positive"
+    query: str | None = None
+    positive: str | None = None
     negatives: str | None = None  # of a text or a list; None: negative or negatives
     loss: str | None = None  # None: the first that reads the columns of the rows
     pooling: str | None = field(
@@ -117,7 +117,8 @@ class ColumnSettings(TextSource, ABC):
     document_prefix: str | None = None
     # widths for which the loss is computed; None: the full one
     dims: list[int] | None = field(None, DIMS)
-    mask_duplicates: bool = True  # copies of the own positive are no negatives
+    # copies of the own positive are no negatives; None: true
+    mask_duplicates: bool | None = None
     corpus: str | None = None  # test set: files of documents and queries with id and text
     queries: str | None = None
     qrels: str | None = None  # and of judgements, TREC's four columns
