@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from petl.errors import InputError
     from petl.generation.prediction.library import evaluate, predict
     from petl.generation.prediction.predictor import Predictor
+    from petl.generation.prediction.vectors import embed
     from petl.methods import losses as losses
     from petl.methods.lora import lorafa_optimizer, loraplus_optimizer
     from petl.methods.sparse import SparseSM3
@@ -94,6 +95,7 @@ __all__ = [
     "build_config",
     "cache_frozen",
     "check",
+    "embed",
     "evaluate",
     "fuse_lora",
     "get",
@@ -170,6 +172,7 @@ _NAMES = {
     "petl.training.watch.watcher": ("Watch", "watch"),
     "petl.generation.prediction.library": ("evaluate", "predict"),
     "petl.generation.prediction.predictor": ("Predictor",),
+    "petl.generation.prediction.vectors": ("embed",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 

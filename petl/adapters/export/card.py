@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from petl.adapters.export.saved_adapter import SavedAdapter
@@ -60,7 +61,10 @@ def write_companions(saved: SavedAdapter, folder: Path, config: PeftConfig, **mo
     Args:
         config, more: as of `described`.
     """
-    save_processor(saved.settings["model"], saved.task, folder, saved.processor)
+    own = saved.processor
+    if more.get("merged") and isinstance(own, PreTrainedTokenizerBase):
+        own = saved.task.saved_tokenizer(own)
+    save_processor(saved.settings["model"], saved.task, folder, own)
     # a merged model has label names in its own config, and is no adapter
     if not more.get("merged"):
         for name in (LABELS, TASK, f"{BASE}/{CONFIG_NAME}"):

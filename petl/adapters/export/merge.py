@@ -13,6 +13,7 @@ from petl.adapters.export.checked_folder import (
 from petl.adapters.export.conversion import merged_model
 from petl.adapters.export.saved_adapter import SavedAdapter, device
 from petl.data.models.loading import load_base
+from petl.system.files.disk import write_json
 from petl.system.files.outputs import check_output, new_folder
 from petl.system.progress import Pass
 
@@ -38,6 +39,9 @@ def merge(saved: SavedAdapter, out: Path, tolerance: float | None) -> OutputFold
         with Pass("writing the merged model", None):
             save_model(merged, draft)
         write_companions(saved, draft, saved.config, merged=True)
+        for name, content in saved.task.model_files(merged.config).items():
+            (draft / name).parent.mkdir(exist_ok=True)
+            write_json(draft / name, content)
         del merged  # frees memory before the same model is loaded again
         # loading may apply conversions of its own, so the files are checked as well
         reread = load_base(saved.model_at(draft), saved.task).to(device())

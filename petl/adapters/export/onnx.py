@@ -1,7 +1,7 @@
 """Write an adapted model as ONNX: the adapter merged, one file, which ONNX runtime computes.
 
 For models that read a row and give one answer: classifiers, taggers, regression, extractive
-question answering, and models without head, whose tokens are averaged to an embedding. The folder
+question answering, and embedders, with their pooling. The folder
 has the layout of Hugging Face Optimum: model.onnx, config.json, the files of the processor.
 """
 
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from petl.adapters.export.checked_folder import (
     OutputFolder,
     Outputs,
-    mean_pooled,
 )
 from petl.adapters.export.conversion import merged_model
 from petl.adapters.export.saved_adapter import SavedAdapter
@@ -86,15 +85,14 @@ class OnnxGraph(nn.Module):
         """Return the outputs that `output_names` lists."""
         batch = dict(zip(self.inputs, tensors, strict=True))
         output = self.model(**batch)
-        if "last_hidden_state" in output:
-            hidden = output.last_hidden_state
-            return hidden, mean_pooled(hidden, batch["attention_mask"])
+        if "sentence_embedding" in output:
+            return output.last_hidden_state, output.sentence_embedding
         return tuple(output[name] for name in output_names(output))
 
 
 def output_names(output: Outputs) -> list[str]:
     """Return the names of a graph's outputs, from those of the model."""
-    if "last_hidden_state" in output:
+    if "sentence_embedding" in output:
         return ["token_embeddings", "sentence_embedding"]
     return ["start_logits", "end_logits"] if "start_logits" in output else ["logits"]
 

@@ -205,6 +205,7 @@ def load_base(
     source = read_source(cfg)
     shown = nullcontext() if meta else Pass(f"loading model {source.name}", None)
     with shown, loading(source):
+        task.take_base(source)
         config = source.config()
         check_task_support(config, task, source.name)
         # before the model is built: the number of classes sets the size of the head

@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoProcessor,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -200,6 +201,14 @@ class Task(ABC, Generic[P]):
 
     def adjust(self, model: PreTrainedModel) -> None:
         """Modify a model that was just loaded for the batches of this task (hooks, flags)."""
+
+    def model_files(self, config: PretrainedConfig) -> dict[str, object]:
+        """JSON files, by name, that belong beside a model of this task with this config."""
+        return {}
+
+    def saved_tokenizer(self, tokenizer: PreTrainedTokenizerBase, /) -> PreTrainedTokenizerBase:
+        """The tokenizer that gives the tokens of this task by itself."""
+        return tokenizer
 
     @abstractmethod
     def encode_rows(self, processor: P, rows: Columns, /) -> Columns:

@@ -5,6 +5,7 @@ query, then of its documents. A row to score is one text with its `role` and id,
 B rows, n texts of a row, N texts of a batch, T tokens, D numbers of a vector.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from tokenizers.processors import Sequence as Sequenced
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from petl.core.layers.class_swap import swap_class
 from petl.data.judgements import DOCUMENT
@@ -37,7 +40,7 @@ from petl.data.tasks.base import (
     rounded,
 )
 from petl.data.tasks.regression import correlation, ranks
-from petl.data.tasks.retrieval.base_folder import Folder
+from petl.data.tasks.retrieval.base_folder import Folder, folder_files
 from petl.data.tasks.retrieval.embedder import COUPLED, LOSSES, Embedder, whole_step
 from petl.data.tasks.retrieval.scores import Rankings, held_out
 from petl.errors import InputError
@@ -128,6 +131,33 @@ class Retrieval(TextTask):
     def similarity(self) -> str:
         """How two vectors are compared: `dot` or `cosine`."""
         return "dot" if LOSSES[self.loss].products and not self.normalize else "cosine"
+
+    def model_files(self, config: PretrainedConfig) -> dict[str, object]:
+        """The files with which sentence-transformers opens a model of this task."""
+        prompts = {"query": self.query_prefix or "", "document": self.document_prefix or ""}
+        files = folder_files(
+            self.pooling or "mean",
+            config.get_text_config().hidden_size,
+            normalize=bool(self.normalize),
+            prompts=prompts,
+            similarity=self.similarity,
+        )
+        lengths = {"max_seq_length": self.max_length, "do_lower_case": False}
+        return {**files, "sentence_bert_config.json": lengths}
+
+    def saved_tokenizer(self, tokenizer: PreTrainedTokenizerBase, /) -> PreTrainedTokenizerBase:
+        """A tokenizer that appends the end token by itself, where it is the vector."""
+        end, ids = tokenizer.eos_token, tokenizer("a")["input_ids"]
+        if self.pooling != "last" or end is None or ids[-1] == tokenizer.eos_token_id:
+            return tokenizer
+        copied = copy.deepcopy(tokenizer)
+        backend = copied.backend_tokenizer
+        parts = [] if backend.post_processor is None else [backend.post_processor]
+        appended = TemplateProcessing(
+            single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+        )
+        backend.post_processor = Sequenced([*parts, appended])
+        return copied
 
     # Rows
 

@@ -1,6 +1,7 @@
-"""What the folder of an embedding model says of pooling, normalization and prefixes.
+"""The folder of an embedding model: what it says of pooling, normalization and prefixes.
 
-The files are those of sentence-transformers, of versions to 5 and from 6 on.
+The files are those of sentence-transformers, of versions to 5 and from 6 on; both read what is
+written.
 """
 
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from petl.data.tasks.base import BaseFiles
 from petl.errors import InputError
 
 MODULES = "modules.json"
+PROMPTS = "config_sentence_transformers.json"
 SUPPORTED = ("Transformer", "Pooling", "Normalize")
 # the form of versions to 5, with a boolean for each
 FLAGS = {
@@ -76,6 +78,30 @@ class Folder:
 
     def prompts(self) -> dict[str, str]:
         """The prompts by name, of which `query` and `document` are used."""
-        found = self.base.json_file("config_sentence_transformers.json")
+        found = self.base.json_file(PROMPTS)
         config = cast("Mapping[str, dict[str, str]]", found or {})
         return config.get("prompts") or {}
+
+
+def folder_files(
+    pooling: str, width: int, *, normalize: bool, prompts: Mapping[str, str], similarity: str
+) -> dict[str, object]:
+    """The JSON files, by name, that make a folder of a model one that sentence-transformers opens.
+
+    Args:
+        width: numbers of a vector.
+        similarity: `cosine` or `dot`.
+    """
+    names = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
+    paths = ["", "1_Pooling", "2_Normalize"]
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for i, (name, path) in enumerate(zip(names, paths, strict=False))
+    ]
+    others = dict.fromkeys(("pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens"), False)
+    modes = {flag: name == pooling for flag, name in FLAGS.items()}
+    return {
+        MODULES: modules,
+        "1_Pooling/config.json": {"word_embedding_dimension": width, **modes, **others},
+        PROMPTS: {"prompts": dict(prompts), "similarity_fn_name": similarity},
+    }
