@@ -97,6 +97,7 @@ class WordNetRetrieval(TextSource):
         test = limited([p for p in pairs if p["positive"] in held], self.test_rows, "test_rows")
         asked, documents = judged((p["query"], [(p["positive"], 1.0)]) for p in test)
         for text in definitions:
+            # training definitions are searched as well: the test is not easier than use
             documents.setdefault(text, f"d{len(documents)}")
         numbered = {f"q{i}": entry for i, entry in enumerate(asked.items())}
         judgements = Judgements(numbered, {name: text for text, name in documents.items()})

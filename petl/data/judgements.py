@@ -48,6 +48,7 @@ def judged(
     """
     queries: dict[Key, Grades] = {}
     documents: dict[Key, str] = {}
+    # a document is known by what it says, not by the row that it is in
     for query, own in rows:
         grades = queries.setdefault(query, {})
         for document, grade in own:

@@ -49,14 +49,11 @@ TASK_COLUMNS: dict[str, type[TaskColumns]] = {
     "causal_lm": CausalLMColumns,
     "seq2seq": Seq2SeqColumns,
     "image_text": ImageTextColumns,
-<<<<<<< HEAD
     "dpo": PairColumns,
     "orpo": PairColumns,
     "kto": RatedColumns,
     "reward": RewardColumns,
-=======
     "retrieval": RetrievalColumns,
->>>>>>> 8ae2d78e (data.task=retrieval: embedders from pairs, triples, lists, scores and labels; WordNet's examples and definitions)
 }
 
 

@@ -1,8 +1,8 @@
 """Write an adapted model as ONNX: the adapter merged, one file, which ONNX runtime computes.
 
 For models that read a row and give one answer: classifiers, taggers, regression, extractive
-question answering, and embedders, with their pooling. The folder
-has the layout of Hugging Face Optimum: model.onnx, config.json, the files of the processor.
+question answering, and embedders, with their pooling. The folder has the layout of Hugging Face
+Optimum: model.onnx, config.json, the files of the processor.
 """
 
 import logging

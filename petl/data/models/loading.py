@@ -112,11 +112,12 @@ def load_processor(cfg: Settings, task: Task[P]) -> P:
     Raises:
         InputError: the model is not available, does not support the task, or has no such processor.
     """
-<<<<<<< HEAD
+    source = read_source(cfg)
+    with loading(source):
+        task.take_base(source)
     if task.processor_class is AutoTokenizer:
-        processor = cast("P", load_tokenizer(cfg))
+        processor = cast("P", load_tokenizer(source))
     else:
-        source = read_source(cfg)
         with loading(source):
             check_task_support(
                 source.config(), task, source.name
@@ -126,20 +127,6 @@ def load_processor(cfg: Settings, task: Task[P]) -> P:
             with_padding_token(processor.tokenizer, source.name)
     if task.new_tokens:
         extend_tokenizer(tokenizer_in(processor), task.new_tokens)
-=======
-    source = read_source(cfg)
-    with loading(source):
-        task.take_base(source)
-    if task.processor_class is AutoTokenizer:
-        return cast("P", load_tokenizer(source))
-    with loading(source):
-        check_task_support(
-            source.config(), task, source.name
-        )  # a clearer message than one about files
-        processor = source.processor(task.processor_class)
-    if task.reads_text:
-        with_padding_token(processor.tokenizer, source.name)
->>>>>>> 8ae2d78e (data.task=retrieval: embedders from pairs, triples, lists, scores and labels; WordNet's examples and definitions)
     return processor
 
 

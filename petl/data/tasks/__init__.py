@@ -38,21 +38,18 @@ CLASSES = Rule(
     "a list of at least two distinct classes", lambda names: len(names) == len({*names}) > 1
 )
 
-<<<<<<< HEAD
 # of `data.new_tokens`, of tasks and of `petl.add_tokens`
 NEW_TOKENS = Rule(
     "a list of distinct texts that are not blank",
     lambda tokens: 0 < len(tokens) == len({*tokens}) and all(token.strip() for token in tokens),
 )
 NO_TEXT = ("image_classification", "audio_classification")  # tasks without a tokenizer
-=======
 # of `data.pooling` and `data.dims`, and of retrieval
 POOLING = one_of("mean", "cls", "last")
 DIMS = Rule(
     "falling widths, such as [384, 128, 32]",
     lambda dims: bool(dims) and dims == sorted({*dims}, reverse=True) and dims[-1] > 0,
 )
->>>>>>> 8ae2d78e (data.task=retrieval: embedders from pairs, triples, lists, scores and labels; WordNet's examples and definitions)
 
 # of `data.threshold` and of multi-label tasks, which count probabilities in such steps
 THRESHOLD = Rule(

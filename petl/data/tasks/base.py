@@ -99,20 +99,6 @@ class Pad:
         return {key: self.stack(rows, key, fill) for key, fill in fills.items() if key in rows[0]}
 
 
-<<<<<<< HEAD
-@dataclass(kw_only=True)
-class Vocabulary:
-    """What a task adds to the vocabulary of a model.
-
-    Attributes:
-        new_tokens: whose rows train, see petl/data/models/new_tokens.py.
-    """
-
-    new_tokens: list[str] | None = field(None, NEW_TOKENS)
-
-
-class Task(Vocabulary, ABC, Generic[P]):
-=======
 class BaseFiles(Protocol):
     """The base model of a task, as far as a task reads it before it is loaded."""
 
@@ -131,8 +117,18 @@ class BaseFiles(Protocol):
         ...
 
 
-class Task(ABC, Generic[P]):
->>>>>>> 8ae2d78e (data.task=retrieval: embedders from pairs, triples, lists, scores and labels; WordNet's examples and definitions)
+@dataclass(kw_only=True)
+class Vocabulary:
+    """What a task adds to the vocabulary of a model.
+
+    Attributes:
+        new_tokens: whose rows train, see petl/data/models/new_tokens.py.
+    """
+
+    new_tokens: list[str] | None = field(None, NEW_TOKENS)
+
+
+class Task(Vocabulary, ABC, Generic[P]):
     """A task. Its attributes depend on the data set: classes, lengths.
 
     The methods on rows and batches here are for texts; tasks on images and sounds override them.
@@ -314,7 +310,6 @@ class Task(ABC, Generic[P]):
     def items(self, batch: Batch) -> int:
         """Number of terms that the model's loss averages over. The batch must be on the CPU."""
 
-<<<<<<< HEAD
     def completed(self, model: nn.Module, batch: Batch) -> Batch:
         """A batch with what the loss needs of passes without gradients; it itself, if nothing.
 
@@ -335,7 +330,7 @@ class Task(ABC, Generic[P]):
     def metrics(self) -> dict[str, float]:
         """Further metrics of the last micro-batch of training, for the log."""
         return {}
-=======
+
     def whole_step(
         self, weighted: Sequence[tuple[Batch, float]], forward: Callable[[Batch], Outputs]
     ) -> Iterable[tuple[Batch, float]]:
@@ -347,7 +342,6 @@ class Task(ABC, Generic[P]):
             forward: the outputs for a batch, without a graph.
         """
         return weighted
->>>>>>> 8ae2d78e (data.task=retrieval: embedders from pairs, triples, lists, scores and labels; WordNet's examples and definitions)
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         """A model's outputs for a batch without its labels, as `score` and `predict` take them."""

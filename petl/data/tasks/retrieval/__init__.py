@@ -147,6 +147,7 @@ class Retrieval(TextTask):
 
     def saved_tokenizer(self, tokenizer: PreTrainedTokenizerBase, /) -> PreTrainedTokenizerBase:
         """A tokenizer that appends the end token by itself, where it is the vector."""
+        # a probe: tokenizers say in many ways whether they do
         end, ids = tokenizer.eos_token, tokenizer("a")["input_ids"]
         if self.pooling != "last" or end is None or ids[-1] == tokenizer.eos_token_id:
             return tokenizer
@@ -340,6 +341,7 @@ def batch_of(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
             ids = row["input_ids"][start : start + size]
             start += size
             places[number, column] = len(texts)
+            # of integers, so that it is the same in all processes
             identity[number, column] = hash(tuple(ids))
             texts.append({"input_ids": ids, "attention_mask": [1] * size})
     batch = {**pad.inputs(texts), "places": places, "identity": identity}

@@ -101,6 +101,7 @@ class Embedder(SwappedClass):
 def loss_of(task: Settings, vectors: Tensor, batch: Batch) -> Tensor:
     """The loss of a batch, or what has the gradient that `whole_step` has found for it."""
     with torch.autocast(vectors.device.type, enabled=False):
+        # similarities of half precision are too coarse for a softmax with scale 20
         vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
         if "gradient" in batch:
             inner = (vectors * batch["gradient"]).sum()
@@ -136,6 +137,7 @@ def _in_batch(task: Settings, texts: Texts) -> Arguments:
 
 
 def _triplet(task: Settings, texts: Texts) -> Arguments:
+    # a term for each negative that is there
     rows, numbers = texts.there[:, 2:].nonzero(as_tuple=True)
     anchors, positives = texts.column(0)[rows], texts.column(1)[rows]
     return (anchors, positives, texts.vectors[rows, numbers + 2]), {}
@@ -200,15 +202,16 @@ def whole_step(
         forward: a pass without graph.
     """
     states, leaves, texts = [], [], []
-    for batch, _ in weighted:
+    for batch, weight in weighted:
         inputs = {name: t for name, t in batch.items() if name not in task.label_columns}
-        # before the pass, whose device is known afterwards
+        # before the pass: the one with a graph draws the same numbers again
         states.append(random_state(_device()))
+        # new leaves: the gradient of the loss ends at the vectors
         vectors = forward(inputs).sentence_embedding.detach()
         vectors = (vectors if vectors.dtype == torch.float64 else vectors.float()).requires_grad_()
         leaves.append(vectors)
         own = {name: t.to(vectors.device) for name, t in batch.items() if name not in inputs}
-        texts.append((Texts.of(vectors, own), own["labels"] * (1.0 if _ else 0.0)))
+        texts.append((Texts.of(vectors, own), own["labels"] if weight else 0 * own["labels"]))
     after = random_state(_device())
     everything = everybodys(_joined([t for t, _ in texts]), torch.cat([w for _, w in texts]))
     value = _loss(task, everything)
@@ -262,6 +265,7 @@ def everybodys(texts: Texts, counted: Tensor) -> Texts:
     )
     dist.all_reduce(sizes, op=dist.ReduceOp.MAX)
     rows, n, m = sizes.tolist()
+    # gather takes tensors of one shape
     wide = widened(texts, n, m)
     missing = rows - len(counted)
     kept = _gathered(F.pad(counted, (0, missing))) > 0
@@ -276,6 +280,7 @@ def _gathered(tensor: Tensor) -> Tensor:
     """The rows of all processes; with a gradient if the tensor has one."""
     if tensor.requires_grad:
         return torch.cat(all_gather(tensor))
+    # gloo does not gather booleans
     is_bool = tensor.dtype == torch.bool
     own = tensor.to(torch.uint8).contiguous() if is_bool else tensor.contiguous()
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
