@@ -30,17 +30,17 @@ BUDGETS = {
     "ops": 3150,
     "core": 12700,
     "efficiency": 8250,
-    "data": 14200,
+    "data": 14300,
     "training": 15800,
     "methods": 18250,
     "adapters": 7900,
-    "generation": 5650,
+    "generation": 5800,
     "experiments": 6400,
     "cli": 3850,
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 13950, "tests": 74850}
+OTHERS = {"scripts": 13950, "tests": 76400}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
