@@ -29,6 +29,7 @@ from petl.core.spec.method import modifies_base_weights
 from petl.core.support import Capability
 from petl.core.switching.norms import keep_statistics
 from petl.core.switching.tuner import apply_peft_fixes, enable_switching, only_visible
+from petl.core.tuners.gradients import reach_reversible_blocks
 from petl.core.types import Arguments
 from petl.errors import InputError, first_line
 from petl.system.files import hub
@@ -126,6 +127,7 @@ def load(
     apply_peft_fixes(model, refusal(model.peft_config[adapter_name], Capability.MIXED_BATCH))
     enable_switching(model)
     keep_statistics(model.get_base_model())
+    reach_reversible_blocks(model.get_base_model())
     remember_base(model, present, others)
     return model
 

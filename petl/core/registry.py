@@ -48,7 +48,7 @@ from petl.core.spec.method import (
 from petl.core.support import BASES, NO_CONVERSION, Capability, Conflict, Part, require_compatible
 from petl.core.switching.norms import keep_statistics
 from petl.core.switching.tuner import apply_peft_fixes, enable_switching
-from petl.core.tuners.gradients import watch_gradients
+from petl.core.tuners.gradients import reach_reversible_blocks, watch_gradients
 from petl.core.types import Calibration, Fields
 from petl.errors import (
     InputError,
@@ -265,6 +265,7 @@ def wrap(
             head,
         )
     keep_statistics(wrapped.get_base_model())
+    reach_reversible_blocks(wrapped.get_base_model())
     watch_gradients(wrapped)
     log_coverage(wrapped, given, is_chosen=entry.own and given is None)
     return wrapped

@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import PreTrainedModel
 
 from petl.core.model.calls import place_of
 from petl.core.model.names import LANGUAGE, language_path, part_in
@@ -25,6 +26,8 @@ from petl.core.model.names import LANGUAGE, language_path, part_in
 logger = logging.getLogger(__name__)
 FEW, MANY = 2, 10  # steps until a tensor is named
 SHOWN = 6  # kinds of tensors that a line names
+# types whose blocks are one autograd function of their inputs, the weights not among them
+REVERSIBLE = ("reformer",)
 REMEDY = "leave their modules out with exclude_modules"
 
 
@@ -83,6 +86,17 @@ class GradientCheck:
         self._named |= due
         self.is_over = self.steps >= MANY or (self.steps >= FEW and not waits)
         return AbsentGradients(frozenset(due), len(trained), self.steps) if due else None
+
+
+def has_reversible_blocks(base: nn.Module) -> bool:
+    """Return True if the blocks of a model compute their inputs from their outputs in backward."""
+    return isinstance(base, PreTrainedModel) and base.config.model_type in REVERSIBLE
+
+
+def reach_reversible_blocks(base: nn.Module) -> None:
+    """Let the inputs of reversible blocks require a gradient, or their weights would get none."""
+    if isinstance(base, PreTrainedModel) and has_reversible_blocks(base):
+        base.enable_input_require_grads()
 
 
 # called after each optimizer step with model and optimizer; returns True once all is said

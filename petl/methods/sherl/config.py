@@ -7,6 +7,7 @@ from torch import nn
 from petl.core.layers.context import is_encoder_decoder
 from petl.core.model.structure import stacks_of
 from petl.core.spec.config import MethodConfig, blocks_field, config_field, require
+from petl.core.tuners.gradients import has_reversible_blocks
 
 
 @dataclass
@@ -85,6 +86,11 @@ def plan_of(config: SherlConfig, model: nn.Module) -> SherlLayout:
     Raises:
         InputError: the model has no such blocks.
     """
+    require(
+        not has_reversible_blocks(model),
+        f"the blocks of {type(model).__name__} are reversible: each returns two streams, and "
+        "sherl's side network reads one; take lora",
+    )
     has_encoder = is_encoder_decoder(model)
     require(
         config.blocks is None or not has_encoder,

@@ -3,7 +3,12 @@
 import peft
 import pytest
 import torch
-from transformers import BartConfig, BartForCausalLM
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    ReformerConfig,
+    ReformerModelWithLMHead,
+)
 
 import petl
 from petl import testing
@@ -93,3 +98,29 @@ def test_no_method_is_accused(method, caplog):
     caplog.clear()
     train(model, 12)
     assert "got no gradient" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["lora", "mola"])
+def test_the_reversible_blocks_of_reformer_pass_gradients(name, tmp_path):
+    def base():
+        torch.manual_seed(0)
+        return ReformerModelWithLMHead(ReformerConfig(
+            attn_layers=["local", "lsh"], axial_pos_shape=[4, 8], axial_pos_embds_dim=[16, 16],
+            hidden_size=32, num_attention_heads=2, attention_head_size=16, feed_forward_size=32,
+            vocab_size=50, is_decoder=True, local_attn_chunk_length=4, lsh_attn_chunk_length=4,
+            num_buckets=2, max_position_embeddings=32, hash_seed=0,
+        ))  # fmt: skip
+
+    def trained(model):
+        ids = torch.arange(32)[None]
+        model.train()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    model = petl.wrap(base(), name, r=2)
+    grads = trained(model)
+    assert grads
+    assert all(grad is not None for grad in grads.values())
+    model.save_pretrained(tmp_path)
+    again = petl.load(base(), tmp_path, is_trainable=True)
+    assert all(grad is not None for grad in trained(again).values())
