@@ -33,7 +33,9 @@ LORA = re.compile(r"\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.weigh
 BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 # what programs write into the card, the surest first; the group is a version
 MAKERS = {
-    "petl": re.compile(r"[Ss]aved by petl-peft ([\w.]*\w)|library_name: petl|petl-peft"),
+    "petl": re.compile(
+        r"(?:[Ss]aved by petl-peft|^- versions: petl) ([\w.]*\w)|library_name: petl|petl-peft", re.M
+    ),
     "unsloth": re.compile(r"unsloth(?:[ =:`]+v?(\d[\w.]+))?", re.I),
     "LLaMA-Factory": re.compile(r"llama-?factory", re.I),
     "axolotl": re.compile(r"axolotl(?: version: `([\w.]+)`)?", re.I),
@@ -310,6 +312,8 @@ class Subject:
             return f"unsloth ({CONFIG})"
         card = read_text(self.folder / README) if self.has(README) else ""
         for name, mark in MAKERS.items():
+            if name == "petl" and self.has(FINGERPRINT) and not mark.search(card):
+                return f"petl ({FINGERPRINT})"
             if found := mark.search(card):
                 version = found[1] if found.re.groups else None
                 return f"{name} {version} ({README})" if version else f"{name} ({README})"

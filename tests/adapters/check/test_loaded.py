@@ -50,6 +50,7 @@ def ids(checked) -> set[str]:
 def test_an_adapter_on_its_own_base_is_fine(config):
     checked = petl.check(folders.healthy(config, "petl"), base=folders.base())
     assert checked.ok, [*checked]
+    assert checked.made_by.startswith("petl ")
     assert not {name for name, _ in checked.not_checked} & {"base.adapted", "base.effect"}
 
 
