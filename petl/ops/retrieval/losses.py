@@ -93,7 +93,8 @@ def cosent(one: Tensor, other: Tensor, scores: Tensor, *, scale: float = 20.0) -
     c are the cosines of the pairs: a pair with a higher score shall have a higher one.
 
     Args:
-        one, other: [B, D].
+        one: vectors of the first sentences, [B, D].
+        other: of the second, [B, D].
         scores: [B].
     """
     cosines = scale * _cosines(one, other)
