@@ -40,6 +40,7 @@ STUDY_FILES = ("runs", "tune", "replaced", "rates.json", "index.html", "results.
 BATCH = 8  # prompts of a file at a time
 API_KEY = "PETL_API_KEY"  # environment variable; words of a command are seen by all users
 NO_DRAFTS = "none"  # the value of --drafter for plain decoding
+PETL = "petl"  # the engine of petl serve that serves all methods
 TRAIN_USAGE = "petl train [-m] [--config-dir DIR] +method=NAME [GROUP=NAME ...] [SETTING=VALUE ...]"
 
 Kind = TypeVar("Kind", bound=Options)
@@ -577,6 +578,12 @@ class ServeOptions(LoadOptions):
         "time: free (copies and recycles tokens), or none",
         ("free", NO_DRAFTS),
         "free",
+    )
+    engine: str = choice(
+        "what computes: petl serves all methods; llama.cpp, through xllamacpp, is faster on a CPU "
+        "and serves merged models and methods that export to LoRA, without drafts and schemas",
+        (PETL, "llama.cpp"),
+        PETL,
     )
 
 

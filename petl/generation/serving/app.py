@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from petl.errors import InputError, RunStopped, printable
 from petl.generation.serving.bodies import Body, read_body
 from petl.generation.serving.connections import CONNECTIONS, Connection
-from petl.generation.serving.engine import Busy, Engine
+from petl.generation.serving.engine import AnswerEngine, Busy
 from petl.generation.serving.gate import BODY_BYTES, IMAGE_BODY_BYTES, Gate
 from petl.generation.serving.replies import ApiError, Json, error_body
 from petl.generation.serving.service import AnswerService
@@ -100,7 +100,9 @@ async def _failed(request: HttpRequest, error: Exception) -> Response:
 class Server(uvicorn.Server):
     """A server that ends its answers at Ctrl-C instead of waiting for them."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, ready: Callable[[], object]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, engine: AnswerEngine, ready: Callable[[], object]
+    ) -> None:
         super().__init__(config)
         self.engine, self.ready = engine, ready
 
@@ -144,7 +146,9 @@ def bind(host: str, port: int) -> socket.socket:
     return opened
 
 
-def run(app: FastAPI, engine: Engine, bound: socket.socket, ready: Callable[[], object]) -> None:
+def run(
+    app: FastAPI, engine: AnswerEngine, bound: socket.socket, ready: Callable[[], object]
+) -> None:
     """Serve until Ctrl-C or SIGTERM.
 
     Args:

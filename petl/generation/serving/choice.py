@@ -84,7 +84,7 @@ class Chooser:
     ) -> None:
         arguments = sampling.arguments(model.generation_config)
         self.max_tokens: int = arguments["max_new_tokens"]
-        self.top_logprobs = choosing.top_logprobs
+        self.seed, self.top_logprobs = choosing.seed, choosing.top_logprobs
         self.ids = [*prompt]  # then of the answer too: the repetition penalty counts both
         temperature = arguments.get("temperature") or model.generation_config.temperature or 1.0
         self.samples = arguments["do_sample"] and temperature >= LOWEST_TEMPERATURE

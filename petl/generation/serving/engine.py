@@ -6,11 +6,13 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import Condition, Thread
+from typing import Any, Protocol
 
 from petl.data.tasks.image_text.prompt import ImagePrompt
 from petl.errors import RunStopped
 from petl.generation.inference.language_model import LanguageModel
 from petl.generation.serving.batch import Batch, BatchPasses
+from petl.generation.serving.choice import Chooser
 from petl.generation.serving.request import Request
 
 # of all prompts that one pass reads, padded, unless a single one is longer: a pass delays running
@@ -21,6 +23,13 @@ logger = logging.getLogger(__name__)
 
 class Busy(Exception):
     """No more requests can wait."""
+
+
+class Lane(Protocol):
+    """Requests that an engine answers in one way."""
+
+    def admit(self, chooser: Chooser) -> None:
+        """Raise InputError if the engine cannot choose tokens in this way."""
 
 
 class Slot:
@@ -34,6 +43,9 @@ class Slot:
     def requests(self) -> list[Request]:
         """The requests in progress."""
         return [request for batch in self.batches for request in batch.requests]
+
+    def admit(self, chooser: Chooser) -> None:
+        """Take any choice of tokens."""
 
     def advance(self, newcomers: Sequence[Request]) -> None:
         """Compute a token of each answer in progress, and the first one of each new answer."""
@@ -70,15 +82,15 @@ class ServedAdapter:
     name: str
     language: LanguageModel
     adapter: str
-    lane: Slot
+    lane: Lane
     positions: int | None
     path: str | None = None
     # seconds since 1970: `created` in /v1/models
     created: int = field(default_factory=lambda: int(time.time()))
 
 
-class Engine:
-    """Answers requests in batches, in a thread of its own.
+class AnswerEngine:
+    """Answers requests in a thread of its own, which the loop of the server hands them to.
 
     Attributes:
         max_batch: number of answers in progress at most.
@@ -87,8 +99,7 @@ class Engine:
 
     def __init__(self, *, max_batch: int, max_waiting: int) -> None:
         self.max_batch, self.max_waiting = max_batch, max_waiting
-        self._waiting: deque[tuple[Slot, Request]] = deque()
-        self._active: dict[Slot, None] = {}  # lanes with answers in progress, in order
+        self._waiting: deque[tuple[Any, Request]] = deque()  # with their lanes
         self._changed = Condition()
         self._closed = False
         # daemon: a pass that hangs does not keep the process from ending
@@ -98,7 +109,7 @@ class Engine:
         """Begin to compute."""
         self._thread.start()
 
-    def submit(self, jobs: Sequence[tuple[Slot, Request]]) -> None:
+    def submit(self, jobs: Sequence[tuple[Lane, Request]]) -> None:
         """Add requests, all or none of them.
 
         Raises:
@@ -121,8 +132,7 @@ class Engine:
     @property
     def running(self) -> int:
         """The number of answers in progress."""
-        # a copy: the engine's thread changes it while a request for /health reads
-        return sum(len(lane.requests) for lane in list(self._active))
+        raise NotImplementedError
 
     @property
     def waiting(self) -> int:
@@ -141,6 +151,29 @@ class Engine:
             self._thread.join(timeout)
 
     def _run(self) -> None:
+        """Answer requests until `close`."""
+        raise NotImplementedError
+
+    def _end_waiting(self) -> None:
+        # without the lock: `submit` adds nothing after `close`
+        for _, request in self._waiting:
+            request.emit(RunStopped("the server is stopping"))
+
+
+class Engine(AnswerEngine):
+    """Answers requests in batches, by passes of torch."""
+
+    def __init__(self, *, max_batch: int, max_waiting: int) -> None:
+        super().__init__(max_batch=max_batch, max_waiting=max_waiting)
+        self._active: dict[Slot, None] = {}  # lanes with answers in progress, in order
+
+    @property
+    def running(self) -> int:
+        """The number of answers in progress."""
+        # a copy: the engine's thread changes it while a request for /health reads
+        return sum(len(lane.requests) for lane in list(self._active))
+
+    def _run(self) -> None:
         while True:
             with self._changed:
                 # returns at once while there are answers in progress
@@ -151,12 +184,9 @@ class Engine:
             # one pass for each lane in turn: none waits until the answers of another have ended
             for lane in dict.fromkeys([*self._active, *(lane for lane, _ in admitted)]):
                 self._advance(lane, [request for own, request in admitted if own is lane])
-        stopped = RunStopped("the server is stopping")
         for request in [*(r for lane in self._active for r in lane.requests)]:
-            request.emit(stopped)
-        # without the lock: `submit` adds nothing after `close`
-        for _, request in self._waiting:
-            request.emit(stopped)
+            request.emit(RunStopped("the server is stopping"))
+        self._end_waiting()
 
     def _admit(self) -> list[tuple[Slot, Request]]:
         """Take waiting requests, in order, for which there is room."""

@@ -2,13 +2,12 @@
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel
 
 from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.core.loading import load
@@ -17,7 +16,7 @@ from petl.core.parameters import max_positions
 from petl.core.registry import keeps_base, refusal
 from petl.core.spec.method import modifies_base_weights
 from petl.core.support import Capability
-from petl.core.types import Processor, Settings
+from petl.core.types import CausalModel, Processor, Settings
 from petl.data.models.loading import load_processor
 from petl.data.models.sources import read_source
 from petl.data.tasks.base import tokenizer_in
@@ -64,25 +63,60 @@ def named_runs(words: list[str]) -> dict[str, str]:
     return runs
 
 
-def load_served(
+@dataclass(frozen=True)
+class SharedBase:
+    """What several adapters have in common: their base model, in memory once.
+
+    Attributes:
+        name: of the base model, for requests.
+        found: what stands at the paths of the command line, by name.
+        model: without adapters.
+        reader: of the base model: a tokenizer, or processor of images and text.
+        readers: of the adapters.
+        plain: as of `load_language_model`.
+    """
+
+    name: str
+    found: Mapping[str, Found]
+    model: CausalModel
+    reader: Processor
+    readers: Mapping[str, Processor]
+    plain: bool | None
+
+    @property
+    def saved(self) -> dict[str, SavedAdapter]:
+        """The adapters."""
+        return {n: each for n, each in self.found.items() if isinstance(each, SavedAdapter)}
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens of prompt and answer at most; None: no limit."""
+        return max_positions(self.model)
+
+    def language(self, model: PeftModel | CausalModel) -> LanguageModel:
+        """A model that reads prompts as the base model does, without what an adapter has learned.
+
+        Args:
+            model: the base model, or one with adapters on it.
+        """
+        first = next(iter(self.found.values()))
+        language = reading_as_trained(model, self.reader, first, {}, plain=bool(self.plain))
+        return replace(language, system=None)
+
+
+def read_base(
     runs: Mapping[str, str],
     *,
     plain: bool | None = None,
     trust_remote_code: bool = False,
-    other_base: bool = False,
-    drafter: str | None = "free",
-) -> dict[str, ServedAdapter]:
-    """Load one base model with all adapters, and return what requests can choose, by name.
-
-    The base model is in memory once, also if the adapters belong to several methods; and once more
-    for each adapter whose initialization changes its weights, such as PiSSA.
+    inspect: Callable[[Mapping[str, Found]], None] = lambda found: None,
+) -> SharedBase:
+    """Load the base model of runs, and what reads their prompts.
 
     Args:
         runs: folders of runs, of adapters, or of a plain model, by name.
         plain: as of `load_language_model`.
-        other_base: as of `petl.load`.
-        drafter: guesses tokens of a request that is decoded alone, as of `petl.drafting.drafter`;
-            None: nothing does.
+        inspect: raises for what cannot be served, before weights are loaded.
 
     Raises:
         InputError: there is no such run, the base models differ, or one is no decoder of text.
@@ -92,6 +126,7 @@ def load_served(
     }
     check_same_base(found)  # before any weights are loaded
     refuse_apart(found)
+    inspect(found)
     first_name = next(iter(found))
     first = found[first_name]
     settings = model_settings(first)
@@ -119,9 +154,35 @@ def load_served(
     for each in (*readers.values(), own):
         # the first call may change its settings; later ones are made by several threads
         tokenizer_in(each)("")
-    loader = ModelLoader(base, own, readers, max_positions(base), plain, drafter)
-    served = loader.adapters(saved, other_base)
-    return {base_name: loader.base_model(base_name, first, served), **served}
+    return SharedBase(base_name, found, base, own, readers, plain)
+
+
+def load_served(
+    runs: Mapping[str, str],
+    *,
+    plain: bool | None = None,
+    trust_remote_code: bool = False,
+    other_base: bool = False,
+    drafter: str | None = "free",
+) -> dict[str, ServedAdapter]:
+    """Load one base model with all adapters, and return what requests can choose, by name.
+
+    The base model is in memory once, also if the adapters belong to several methods; and once more
+    for each adapter whose initialization changes its weights, such as PiSSA.
+
+    Args:
+        runs, plain: as of `read_base`.
+        other_base: as of `petl.load`.
+        drafter: guesses tokens of a request that is decoded alone, as of `petl.drafting.drafter`;
+            None: nothing does.
+
+    Raises:
+        InputError: as of `read_base`.
+    """
+    shared = read_base(runs, plain=plain, trust_remote_code=trust_remote_code)
+    loader = ModelLoader(shared, drafter)
+    served = loader.adapters(other_base)
+    return {shared.name: loader.base_model(served), **served}
 
 
 def check_same_base(found: Mapping[str, Found]) -> None:
@@ -158,17 +219,12 @@ def base_of(settings: Settings) -> dict[str, object]:
 class ModelLoader:
     """Puts adapters on a base model, which several models of different methods share."""
 
-    base: PreTrainedModel
-    reader: Processor  # of the base model: a tokenizer, or processor of images and text
-    readers: Mapping[str, Processor]  # of the adapters
-    positions: int | None
-    plain: bool | None
+    shared: SharedBase
     drafter: str | None = None
 
-    def adapters(
-        self, saved: Mapping[str, SavedAdapter], other_base: bool
-    ) -> dict[str, ServedAdapter]:
+    def adapters(self, other_base: bool) -> dict[str, ServedAdapter]:
         """Load adapters; those of one method on the same model."""
+        saved = self.shared.saved
         # a PEFT model takes adapters of one method only; a base that one of them changes suits no
         # other
         methods: dict[tuple[object, str | None], dict[str, SavedAdapter]] = {}
@@ -184,7 +240,9 @@ class ModelLoader:
         self, group: Mapping[str, SavedAdapter], other_base: bool
     ) -> dict[str, ServedAdapter]:
         changes_base = any(modifies_base_weights(each.config) for each in group.values())
-        model: Any = copy.deepcopy(self.base) if changes_base else share_weights(self.base)
+        model: Any = (
+            copy.deepcopy(self.shared.model) if changes_base else share_weights(self.shared.model)
+        )
         # names of requests may be any; those in a model become parts of the names of tensors
         names = {name: f"served{i}" for i, name in enumerate(group)}
         # of a list: the items of a dict have no length for the bar
@@ -195,7 +253,9 @@ class ModelLoader:
         paths = {name: str(each.run or each.adapter) for name, each in group.items()}
         adapters = {names[name]: path for name, path in paths.items()}
         languages = {
-            name: reading_as_trained(model, self.readers[name], each, adapters, plain=self.plain)
+            name: reading_as_trained(
+                model, self.shared.readers[name], each, adapters, plain=self.shared.plain
+            )
             for name, each in group.items()
         }
         # why the rows of a batch cannot have adapters of their own; "": they can
@@ -211,33 +271,27 @@ class ModelLoader:
                 language,
                 names[name],
                 shared or self._lane(language, names[name]),
-                self.positions,
+                self.shared.positions,
                 paths[name],
             )
             for name, language in languages.items()
         }
 
-    def base_model(
-        self,
-        name: str,
-        found: Found,
-        served: Mapping[str, ServedAdapter],
-    ) -> ServedAdapter:
+    def base_model(self, served: Mapping[str, ServedAdapter]) -> ServedAdapter:
         """The base model without an adapter, in the passes of a method that allows it."""
-        lane, model = None, self.base
+        lane, model = None, self.shared.model
         for each in served.values():
             host = each.language.model
             assert isinstance(host, PeftModel)
             # a row without an adapter needs the pretrained weights, which some methods change
-            if each.lane.passes.adapter is None and all(map(keeps_base, host.peft_config.values())):
-                lane, model = each.lane, host
+            own = each.lane
+            assert isinstance(own, Slot)
+            if own.passes.adapter is None and all(map(keeps_base, host.peft_config.values())):
+                lane, model = own, host
                 break
-        plain = bool(self.plain)  # not as an adapter has learned it
-        language = reading_as_trained(model, self.reader, found, {}, plain=plain)
-        language = replace(language, system=None)  # that of an adapter's training
-        return ServedAdapter(
-            name, language, BASE, lane or self._lane(language, BASE), self.positions
-        )
+        language = self.shared.language(model)
+        lane = lane or self._lane(language, BASE)
+        return ServedAdapter(self.shared.name, language, BASE, lane, self.shared.positions)
 
     def _lane(self, language: LanguageModel, adapter: str | None) -> Slot:
         return Slot(BatchPasses(language, adapter, drafter=self.drafter))

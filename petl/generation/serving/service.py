@@ -22,7 +22,7 @@ from petl.generation.inference.grammar import json_grammar, vocabulary_of
 from petl.generation.inference.language_model import LanguageModel
 from petl.generation.inference.sampling import AnswerText, Sampling
 from petl.generation.serving.choice import Chooser, TokenChooser
-from petl.generation.serving.engine import Engine, ServedAdapter
+from petl.generation.serving.engine import AnswerEngine, ServedAdapter
 from petl.generation.serving.replies import (
     ApiError,
     ChatReply,
@@ -62,7 +62,7 @@ class AnswerService:
     """
 
     served: Mapping[str, ServedAdapter]
-    engine: Engine
+    engine: AnswerEngine
     max_tokens: int
     preparing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(PREPARING))
 
@@ -210,6 +210,7 @@ class AnswerService:
         language = served.language
         has_tools = isinstance(body, ChatRequest) and bool(body.active_tools)
         chooser = Chooser(sampling, choosing, language.base, prompt)
+        served.lane.admit(chooser)
         room = room_for(prompt, served, limit or 1)  # without a limit, room for one token is enough
         return Request(
             prompt,

@@ -1,0 +1,192 @@
+"""`petl serve --engine llama.cpp`: greedy answers of petl's own engine, and what is refused."""
+
+import json
+import stat
+
+import gguf_bases
+import pytest
+import torch
+from server_fixtures import MAX_TOKENS
+from starlette.testclient import TestClient
+from tiny_tokenizers import CHATML, byte_tokenizer
+from writer_fixtures import adapt
+
+from petl.adapters.export.gguf import DECODERS
+from petl.errors import InputError, UnsupportedError
+from petl.generation.serving import llama_cpp
+from petl.generation.serving.app import build_app
+from petl.generation.serving.engine import Engine
+from petl.generation.serving.models import load_served
+from petl.generation.serving.service import AnswerService
+
+pytest.importorskip("xllamacpp", reason="not installed: pip install 'petl-peft[llama]'")
+pytest.importorskip("gguf", reason="not installed: pip install 'petl-peft[llama]'")
+pytest_plugins = ["writer_fixtures"]
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+HI = [{"role": "user", "content": "Hi"}]
+LIMITS = {"max_batch": 4, "max_waiting": 20}
+
+
+def client_of(served, engine) -> TestClient:
+    return TestClient(build_app(AnswerService(served, engine, MAX_TOKENS)))
+
+
+@pytest.fixture(scope="module")
+def runs(writers):
+    """Two LoRAs of `llama`, and a merged model's folder."""
+    return {name: str(writers.folder / name) for name in ("lora", "other")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("llama-cpp")
+
+
+@pytest.fixture(scope="module")
+def llama(runs, folder):
+    """A client of llama.cpp."""
+    served, engine = llama_cpp.load_llama(runs, folder, **LIMITS)
+    engine.start()
+    with client_of(served, engine) as client:
+        yield client
+    engine.close()
+    engine.join(10)
+
+
+@pytest.fixture(scope="module")
+def own(runs):
+    """A client of petl's engine."""
+    engine = Engine(**LIMITS)
+    engine.start()
+    with client_of(load_served(runs), engine) as client:
+        yield client
+    engine.close()
+    engine.join(10)
+
+
+def same(reply: dict) -> dict:
+    """What two engines have in common."""
+    return {key: value for key, value in reply.items() if key not in ("id", "created")}
+
+
+@pytest.mark.parametrize("name", ["llama", "lora", "other"])
+def test_greedy_answers_of_each_adapter_are_those_of_petl(llama, own, name):
+    for body in (
+        {"messages": HI, "max_tokens": 40},
+        {"messages": [{"role": "user", "content": "a b a b a"}], "max_tokens": 20, "n": 2},
+        {"messages": HI, "max_tokens": 30, "stop": ["e", "z"]},
+        {"messages": HI, "max_tokens": 10, "logit_bias": {"40": 50, "3": -100}},
+        {"messages": HI, "max_tokens": 20, "repetition_penalty": 1.3},
+    ):
+        asked = {"model": name, "temperature": 0, **body}
+        expected = own.post(CHAT, json=asked).json()
+        assert same(llama.post(CHAT, json=asked).json()) == same(expected)
+    assert llama.get("/v1/models").json()["data"][1]["id"] == "lora"
+
+
+def test_streams_texts_and_probabilities_are_those_of_petl(llama, own):
+    asked = {"model": "other", "prompt": ["Hi", "a b a"], "max_tokens": 12, "logprobs": 2}
+    found, expected = (client.post(COMPLETIONS, json=asked).json() for client in (llama, own))
+    for one, other in zip(found["choices"], expected["choices"], strict=True):
+        assert one["text"] == other["text"]
+        assert one["logprobs"]["token_logprobs"] == pytest.approx(
+            other["logprobs"]["token_logprobs"], abs=1e-3
+        )
+        assert [{*each} for each in one["logprobs"]["top_logprobs"]] == [
+            {*each} for each in other["logprobs"]["top_logprobs"]
+        ]
+    stream = llama.post(COMPLETIONS, json={**asked, "prompt": "Hi", "stream": True}).text
+    *events, end = (line.removeprefix("data: ") for line in stream.split("\n\n")[:-1])
+    pieces = [json.loads(event)["choices"][0]["text"] for event in events]
+    assert "".join(pieces) == found["choices"][0]["text"]
+    assert (end, sum(map(bool, pieces)) > 3) == ("[DONE]", True)
+
+
+def test_sampled_answers_repeat_with_a_seed(llama):
+    def texts(**more):
+        asked = {"model": "lora", "messages": HI, "max_tokens": 20, "temperature": 1.2, "n": 2}
+        reply = llama.post(CHAT, json={**asked, "top_k": 50, "top_p": 0.9, **more}).json()
+        return [choice["message"]["content"] for choice in reply["choices"]]
+
+    first = texts(seed=1)
+    assert first == texts(seed=1) != texts(seed=2)
+    assert first[0] != first[1]
+    assert texts() != texts()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"presence_penalty": 1.0}, "presence_penalty and frequency_penalty"),
+        ({"response_format": {"type": "json_object"}}, "answers that follow a schema"),
+        ({"messages": [{"role": "user", "content": "x" * 300}]}, "positions"),
+        ({"max_tokens": 1000}, "max_tokens=1000"),
+        ({"model": "mola"}, "no model 'mola'"),
+    ],
+)
+def test_what_llama_cpp_has_not_is_refused_and_bounds_hold(llama, fields, message):
+    reply = llama.post(CHAT, json={"model": "lora", "messages": HI, **fields})
+    assert reply.status_code in (400, 404)
+    assert message in reply.json()["error"]["message"]
+
+
+def test_its_own_server_is_reached_by_this_user_alone(llama, folder):
+    """It has no port, and its socket is in a folder of this user."""
+    (socket,) = folder.glob("*.sock")
+    assert socket.is_socket()
+    assert stat.S_IMODE(folder.stat().st_mode) & 0o077 == 0
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_each_architecture_is_written_as_llama_cpp_reads_it(family, tmp_path):
+    base = gguf_bases.build(family)
+    base.generation_config.eos_token_id = 3
+    base.save_pretrained(tmp_path / "base")
+    byte_tokenizer(chat_template=CHATML).save_pretrained(tmp_path / "base")
+    words = {"base": str(tmp_path / "base")}
+    (tmp_path / "files").mkdir()
+    served, engine = llama_cpp.load_llama(words, tmp_path / "files", **LIMITS)
+    asked = {"model": "base", "prompt": [5, 9, 200, 17, 64, 31], "max_tokens": 30}
+    texts = []
+    for models, each in ((served, engine), (load_served(words), Engine(**LIMITS))):
+        each.start()
+        with client_of(models, each) as client:
+            texts.append(client.post(COMPLETIONS, json=asked).json()["choices"][0]["text"])
+        each.close()
+        each.join(10)
+    assert texts[0] == texts[1]
+    assert len(texts[0]) > 5
+
+
+def test_what_cannot_be_served_is_refused_before_weights_are_loaded(writers, tmp_path, monkeypatch):
+    monkeypatch.setattr("petl.generation.serving.models.load_writer", None)
+
+    def refused(path, message):
+        with pytest.raises(InputError, match=message):
+            llama_cpp.load_llama({"a": str(path)}, tmp_path, **LIMITS)
+
+    refused(writers.folder / "mola", "--engine llama.cpp.*MoLA")
+    refused(writers.folder / "t5", "a model of the type t5 is not written for llama.cpp")
+    config = gguf_bases.build("llama").config
+    config.rope_parameters = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    config.save_pretrained(tmp_path / "scaled")
+    refused(tmp_path / "scaled", "positions of the type linear")
+
+
+def test_a_model_that_is_written_wrong_is_not_served(writers, tmp_path, monkeypatch):
+    monkeypatch.setattr(llama_cpp, "next_token", lambda model, ids: torch.zeros(260) - 1.0)
+    with pytest.raises(UnsupportedError, match="computes something else for this model"):
+        llama_cpp.load_llama({"a": str(writers.folder / "llama")}, tmp_path, **LIMITS)
+
+
+def test_methods_that_are_matrices_are_served_as_loras(writers, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    adapt(LlamaForCausalLM, writers.folder / "llama", "loha", "CAUSAL_LM", tmp_path / "loha", 0)
+    (tmp_path / "files").mkdir()
+    served, engine = llama_cpp.load_llama(
+        {"loha": str(tmp_path / "loha")}, tmp_path / "files", **LIMITS
+    )
+    assert [*served] == ["llama", "loha"]
+    assert engine.waiting == engine.running == 0
