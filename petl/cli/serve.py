@@ -51,6 +51,8 @@ def _loaded(
     """Load the models into the engine of `options`; files that it needs go with `stack`."""
     limits = {"max_batch": options.max_batch, "max_waiting": options.max_waiting}
     if options.engine == PETL:
+        if options.weights is not None:
+            raise InputError(f"--weights={options.weights} is for --engine llama.cpp")
         from petl.generation.serving.engine import Engine
         from petl.generation.serving.models import load_served
 
@@ -71,6 +73,7 @@ def _loaded(
         plain=options.plain,
         trust_remote_code=options.trust_remote_code,
         other_base=options.other_base,
+        weights=options.weights,
         **limits,
     )
 

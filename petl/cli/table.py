@@ -585,6 +585,11 @@ class ServeOptions(LoadOptions):
         (PETL, "llama.cpp"),
         PETL,
     )
+    weights: str | None = choice(
+        "of llama.cpp: their type (default: float32, or float16 if the model has 16 bits)",
+        ("float32", "float16", "q8_0"),
+        None,
+    )
 
 
 @command("draft", "drafts:draft")

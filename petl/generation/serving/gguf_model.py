@@ -5,81 +5,60 @@ the model's own tokenizer. The file therefore has, in place of the vocabulary, t
 token as a word of `DIGITS` digits, which also the pieces of an answer are.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from petl.adapters.export.gguf import DECODERS, Decoder, row_order
 from petl.core.types import CausalModel
-from petl.errors import UnsupportedError
 from petl.system.imports.extras import optional
 
 EXTRA = "llama"
 DIGITS = 7
-PLAIN_ROPE = "default"
-
-
-def decoder_of(config: Any) -> Decoder:
-    """Return the architecture in llama.cpp of a model with this config.
-
-    Raises:
-        UnsupportedError: it is none of `DECODERS`, or has a part that the file does not hold.
-    """
-    kind = config.model_type
-    if kind not in DECODERS:
-        raise UnsupportedError(
-            f"a model of the type {kind} is not written for llama.cpp; possible: "
-            f"{', '.join(DECODERS)}; --engine petl serves any decoder"
-        )
-    ropes = [config.rope_parameters, *config.rope_parameters.values()]
-    scaled = {each["rope_type"] for each in ropes if isinstance(each, dict) and "rope_type" in each}
-    windows = not kind.startswith("gemma") and "sliding_attention" in _layer_types(config)
-    if scaled - {PLAIN_ROPE} or windows:
-        what = f"positions of the type {max(scaled)}" if scaled - {PLAIN_ROPE} else "a window"
-        raise UnsupportedError(
-            f"a {kind} with {what} is not written for llama.cpp: take --engine petl"
-        )
-    return DECODERS[kind]
-
-
-def _layer_types(config: Any) -> list[str]:
-    if getattr(config, "layer_types", None):
-        return config.layer_types
-    # of Mistral: one window for all layers
-    return ["sliding_attention"] if getattr(config, "sliding_window", None) else []
+TYPES = {"float32": "F32", "float16": "F16", "q8_0": "Q8_0"}  # of gguf
+RowOrder = Callable[[int, int], Tensor]
 
 
 @torch.no_grad()
-def write_model(model: CausalModel, end: int, file: Path) -> None:
-    """Write a decoder: in float32, or float16 if its weights have 16 bits.
+def write_model(
+    model: CausalModel, arch: str, end: int, file: Path, *, weights: str, reorder: RowOrder | None
+) -> None:
+    """Write a decoder.
 
     Args:
+        arch: in llama.cpp.
         end: the token at which llama.cpp ends an answer.
+        weights: a name of `TYPES`, for matrices; vectors stay in float32, as llama.cpp wants them.
+        reorder: gives the order of rows of query and key by their number and that of heads; None:
+            llama.cpp has the order of transformers.
     """
     gguf: Any = optional("gguf", EXTRA)
     config: Any = model.config
-    decoder = decoder_of(config)
-    writer = gguf.GGUFWriter(file, decoder.name)
-    write_sizes(writer, config, decoder.name)
+    writer = gguf.GGUFWriter(file, arch)
+    write_sizes(writer, config, arch)
     write_numbers(writer, config.vocab_size, end)
-    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == decoder.name)
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    code = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    names = gguf.get_tensor_name_map(code, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    kind = np.float32 if model.dtype == torch.float32 else np.float16
     for key, tensor in model.state_dict().items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
             continue  # llama.cpp takes the embedding
         values = tensor.detach().float().cpu()
-        count = heads.get(key.split(".")[-2]) if decoder.reorders else None
-        values = values if count is None else values[row_order(len(values), count)]
-        if decoder.name.startswith("gemma") and key.endswith("norm.weight"):
+        count = heads.get(key.split(".")[-2])
+        if reorder is not None and count is not None:
+            values = values[reorder(len(values), count)]
+        if arch.startswith("gemma") and key.endswith("norm.weight"):
             values = values + 1  # transformers adds it in the forward pass
-        # vectors stay in float32, as llama.cpp wants them
-        array = values.contiguous().numpy().astype(kind if values.dim() > 1 else np.float32)
-        writer.add_tensor(names.get_name(key, try_suffixes=(".weight", ".bias")), array)
+        # rows that do not divide into the blocks of a type stay in float16
+        kind = gguf.GGMLQuantizationType[TYPES[weights]]
+        block = gguf.GGML_QUANT_SIZES[kind][0]
+        fitting = kind if values.shape[-1] % block == 0 else gguf.GGMLQuantizationType.F16
+        kind = fitting if values.dim() > 1 else gguf.GGMLQuantizationType.F32
+        array = gguf.quants.quantize(values.contiguous().numpy(), kind)
+        name = names.get_name(key, try_suffixes=(".weight", ".bias"))
+        writer.add_tensor(name, array, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -88,7 +67,8 @@ def write_model(model: CausalModel, end: int, file: Path) -> None:
 
 def write_sizes(writer: Any, config: Any, arch: str) -> None:
     """Write the sizes of a decoder."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # not each config has the size of a head
+    size = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

@@ -20,7 +20,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from petl.adapters.export.gguf import FILE, export_gguf
+from petl.adapters.export.engines import COMMON, features
+from petl.adapters.export.gguf import DECODERS, FILE, Decoder, export_gguf, row_order
 from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.core.parameters import max_positions
 from petl.core.registry import require_capability
@@ -36,7 +37,6 @@ from petl.generation.serving.choice import Chooser, LogProb, OccurrencePenalty
 from petl.generation.serving.engine import AnswerEngine, ServedAdapter
 from petl.generation.serving.gguf_model import (
     EXTRA,
-    decoder_of,
     next_token,
     tokens_in,
     write_model,
@@ -47,9 +47,11 @@ from petl.system.imports.extras import need_extra, optional
 
 NAME = "llama.cpp"
 MODEL = "model.gguf"
+PLAIN = "default"  # positions without scaling
 CONTEXTS = 2  # of the longest requests that fit into memory together; assumption
 POSITIONS = 8192  # of a prompt with its answer at most; assumption
-TOLERANCE = 0.1  # of the log probability of a token; float16 changes it by a few hundredths
+# of the log probability of a token, by the type of the weights; assumptions
+TOLERANCES = {"float32": 0.01, "float16": 0.1, "q8_0": 0.5}
 logger = logging.getLogger(__name__)
 
 Fields = dict[str, object]
@@ -229,6 +231,36 @@ def _logprobs(entry: Mapping[str, Any], request: Request) -> list[LogProb]:
 # Loading
 
 
+def decoder_of(config: Any) -> Decoder:
+    """Return the architecture in llama.cpp of a model with this config.
+
+    Raises:
+        UnsupportedError: it is none of `DECODERS`, or has a part that the file does not hold.
+    """
+    kind = config.model_type
+    if kind not in DECODERS:
+        raise UnsupportedError(
+            f"a model of the type {kind} is not written for llama.cpp; possible: "
+            f"{', '.join(DECODERS)}; --engine petl serves any decoder"
+        )
+    ropes = [config.rope_parameters, *config.rope_parameters.values()]
+    scaled = {each["rope_type"] for each in ropes if isinstance(each, dict) and "rope_type" in each}
+    windows = not kind.startswith("gemma") and "sliding_attention" in _layer_types(config)
+    if scaled - {PLAIN} or windows:
+        what = f"positions of the type {max(scaled)}" if scaled - {PLAIN} else "a window"
+        raise UnsupportedError(
+            f"a {kind} with {what} is not written for llama.cpp: take --engine petl"
+        )
+    return DECODERS[kind]
+
+
+def _layer_types(config: Any) -> list[str]:
+    values = config.to_dict()
+    # Mistral has one window for all layers
+    window = ["sliding_attention"] if values.get("sliding_window") else []
+    return values.get("layer_types") or window
+
+
 def inspect_llama(found: Mapping[str, Found]) -> None:
     """Raise UnsupportedError, before weights are loaded, for what llama.cpp cannot serve.
 
@@ -248,15 +280,23 @@ def inspect_llama(found: Mapping[str, Found]) -> None:
             decoder_of(source.config())
         if isinstance(each, SavedAdapter):
             require_capability(each.config, Capability.LORA_EXPORT, f"--engine {NAME}")
+            config = {**each.config.to_dict(), "peft_type": each.config.peft_type.value}
+            lacking = [COMMON[word] for word in features(config) if word in COMMON]
+            if config["peft_type"] == "LORA" and lacking:
+                raise UnsupportedError(
+                    f"--engine {NAME} cannot serve {name}: {lacking[0]}; take --engine petl, or "
+                    "petl merge"
+                )
 
 
-def load_llama(
+def load_llama(  # noqa: PLR0913 - all but two by name
     runs: Mapping[str, str],
     folder: Path,
     *,
     plain: bool | None = None,
     trust_remote_code: bool = False,
     other_base: bool = False,
+    weights: str | None = None,
     max_batch: int,
     max_waiting: int,
 ) -> tuple[dict[str, ServedAdapter], LlamaEngine]:
@@ -267,6 +307,7 @@ def load_llama(
     Args:
         runs, plain: as of `read_base`.
         other_base: as of `petl.load`.
+        weights: a name of `TYPES`; None: float32, or float16 if the weights have 16 bits.
         folder: an empty one that is kept while the engine runs, which others may not enter.
         max_batch, max_waiting: as of `AnswerEngine`.
 
@@ -284,11 +325,15 @@ def load_llama(
     for number, each in enumerate(saved.values()):
         files.append(folder / f"lora{number}" / FILE)
         export_gguf(replace(each, other_base=other_base), files[-1].parent, None)
-    write_model(base, language.ends[0], folder / MODEL)
+    decoder = decoder_of(base.config)
+    order = row_order if decoder.reorders else None
+    weights = weights or ("float32" if base.dtype == torch.float32 else "float16")
+    end = language.ends[0]
+    write_model(base, decoder.name, end, folder / MODEL, weights=weights, reorder=order)
     positions = min(shared.positions or POSITIONS, POSITIONS)
     cells = CONTEXTS * positions
-    server = start_server(folder, files, base.dtype, slots=max_batch, cells=cells)
-    compare(server, base, len(files))
+    server = start_server(folder, files, weights, slots=max_batch, cells=cells)
+    compare(server, base, len(files), TOLERANCES[weights])
     base.to("meta")
     served = {
         shared.name: ServedAdapter(
@@ -303,14 +348,14 @@ def load_llama(
 
 
 def start_server(
-    folder: Path, loras: Sequence[Path], dtype: torch.dtype, *, slots: int, cells: int
+    folder: Path, loras: Sequence[Path], weights: str, *, slots: int, cells: int
 ) -> Any:
     """Load a written model into llama.cpp.
 
     Args:
         folder: of the model.
         loras: files of adapters.
-        dtype: of the weights, of which keys and values have the precision.
+        weights: their type; with float32, keys and values have it too, else float16.
         slots: answers at a time.
         cells: tokens of all of them.
     """
@@ -321,7 +366,7 @@ def start_server(
     options.hostnames = [str(folder / "socket.sock")]  # no port of this machine
     options.n_parallel, options.n_ctx, options.kv_unified = slots, cells, True
     options.cpuparams.n_threads = options.cpuparams_batch.n_threads = torch.get_num_threads()
-    precise = dtype == torch.float32
+    precise = weights == "float32"
     kind = llama.ggml_type.GGML_TYPE_F32 if precise else llama.ggml_type.GGML_TYPE_F16
     options.cache_type_k = options.cache_type_v = kind
     if precise:  # its fused attention computes in 16 bits
@@ -332,8 +377,12 @@ def start_server(
     return llama.Server(options)
 
 
-def compare(server: Any, model: CausalModel, loras: int) -> None:
+def compare(server: Any, model: CausalModel, loras: int, tolerance: float) -> None:
     """Compare llama.cpp with transformers at one prompt of random tokens.
+
+    Args:
+        loras: number of adapters, which are left out.
+        tolerance: of the log probability of the likeliest token.
 
     Raises:
         UnsupportedError: the likeliest token has another probability, as of a model with a part
@@ -352,8 +401,8 @@ def compare(server: Any, model: CausalModel, loras: int) -> None:
     gap = max(abs(float(expected[entry["id"]]) - entry["logprob"]), 0.0)
     gap = max(gap, float(expected.max() - expected[entry["id"]]))
     logger.info("%s: log probability of a token differs by %.1e from transformers", NAME, gap)
-    if gap > TOLERANCE:
+    if gap > tolerance:
         raise UnsupportedError(
             f"{NAME} computes something else for this model: the log probability of a token "
-            f"differs by {gap:.2g}, at most {TOLERANCE}: take --engine petl"
+            f"differs by {gap:.2g}, at most {tolerance}: take --engine petl"
         )

@@ -2,13 +2,16 @@
 
 import json
 import stat
+import threading
 
 import gguf_bases
+import openai
 import pytest
 import torch
-from server_fixtures import MAX_TOKENS
+from server_fixtures import MAX_TOKENS, started
 from starlette.testclient import TestClient
 from tiny_tokenizers import CHATML, byte_tokenizer
+from transformers import LlamaForCausalLM
 from writer_fixtures import adapt
 
 from petl.adapters.export.gguf import DECODERS
@@ -131,6 +134,28 @@ def test_what_llama_cpp_has_not_is_refused_and_bounds_hold(llama, fields, messag
     assert message in reply.json()["error"]["message"]
 
 
+def test_the_command_serves_until_ctrl_c_and_leaves_no_files(writers, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    words = [f"m={writers.folder / 'lora'}", "--engine", "llama.cpp", "--api-key", "secret"]
+    with started(tmp_path / "log", *words) as server:
+        with pytest.raises(openai.AuthenticationError), server.client() as client:
+            client.models.list()
+        with server.client(api_key="secret") as client:
+            asked = {"model": "m", "messages": HI, "stream": True, "logit_bias": {"3": -100}}
+            stream = client.chat.completions.create(**asked, max_tokens=200)
+            next(iter(stream))
+            interrupting = threading.Thread(target=server.interrupt)
+            interrupting.start()
+            with pytest.raises(openai.APIError, match="stopping"):
+                for _ in stream:
+                    pass
+            interrupting.join()
+        assert server.process.returncode == 0
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert not list((tmp_path / "temporary").glob("petl-serve-*"))
+
+
 def test_its_own_server_is_reached_by_this_user_alone(llama, folder):
     """It has no port, and its socket is in a folder of this user."""
     (socket,) = folder.glob("*.sock")
@@ -147,16 +172,19 @@ def test_each_architecture_is_written_as_llama_cpp_reads_it(family, tmp_path):
     words = {"base": str(tmp_path / "base")}
     (tmp_path / "files").mkdir()
     served, engine = llama_cpp.load_llama(words, tmp_path / "files", **LIMITS)
-    asked = {"model": "base", "prompt": [5, 9, 200, 17, 64, 31], "max_tokens": 30}
-    texts = []
+    # ten tokens: later ones may be nearly equally likely in a random model
+    asked = {"model": "base", "prompt": [5, 9, 200, 17, 64, 31], "max_tokens": 10, "logprobs": 1}
+    found = []
     for models, each in ((served, engine), (load_served(words), Engine(**LIMITS))):
         each.start()
         with client_of(models, each) as client:
-            texts.append(client.post(COMPLETIONS, json=asked).json()["choices"][0]["text"])
+            found.append(client.post(COMPLETIONS, json=asked).json()["choices"][0])
         each.close()
         each.join(10)
-    assert texts[0] == texts[1]
-    assert len(texts[0]) > 5
+    assert found[0]["text"] == found[1]["text"]
+    values = [each["logprobs"]["token_logprobs"] for each in found]
+    assert values[0] == pytest.approx(values[1], abs=1e-3)
+    assert len(values[0]) == 10
 
 
 def test_what_cannot_be_served_is_refused_before_weights_are_loaded(writers, tmp_path, monkeypatch):
@@ -167,6 +195,9 @@ def test_what_cannot_be_served_is_refused_before_weights_are_loaded(writers, tmp
             llama_cpp.load_llama({"a": str(path)}, tmp_path, **LIMITS)
 
     refused(writers.folder / "mola", "--engine llama.cpp.*MoLA")
+    llama, dora = writers.folder / "llama", tmp_path / "dora"
+    adapt(LlamaForCausalLM, llama, "dora", "CAUSAL_LM", dora, 0)
+    refused(dora, "cannot serve a: it is a DoRA")
     refused(writers.folder / "t5", "a model of the type t5 is not written for llama.cpp")
     config = gguf_bases.build("llama").config
     config.rope_parameters = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
@@ -180,9 +211,22 @@ def test_a_model_that_is_written_wrong_is_not_served(writers, tmp_path, monkeypa
         llama_cpp.load_llama({"a": str(writers.folder / "llama")}, tmp_path, **LIMITS)
 
 
-def test_methods_that_are_matrices_are_served_as_loras(writers, tmp_path):
-    from transformers import LlamaForCausalLM
+@pytest.mark.parametrize(("weights", "gap"), [("float16", 0.02), ("q8_0", 0.3)])
+def test_weights_of_fewer_bits_change_probabilities_a_little(writers, own, tmp_path, weights, gap):
+    served, engine = llama_cpp.load_llama(
+        {"llama": str(writers.folder / "llama")}, tmp_path, weights=weights, **LIMITS
+    )
+    asked = {"model": "llama", "prompt": "Hi", "max_tokens": 1, "logprobs": 1}
+    engine.start()
+    with client_of(served, engine) as client:
+        replies = [each.post(COMPLETIONS, json=asked).json() for each in (client, own)]
+    engine.close()
+    engine.join(10)
+    values = [each["choices"][0]["logprobs"]["token_logprobs"][0] for each in replies]
+    assert 1e-6 < abs(values[0] - values[1]) < gap
 
+
+def test_methods_that_are_matrices_are_served_as_loras(writers, tmp_path):
     adapt(LlamaForCausalLM, writers.folder / "llama", "loha", "CAUSAL_LM", tmp_path / "loha", 0)
     (tmp_path / "files").mkdir()
     served, engine = llama_cpp.load_llama(
