@@ -2,9 +2,10 @@
 
     taskset -c 1 python scripts/serve_engines.py FOLDER
 
-The table of docs/how-to/serve.md is from it. FOLDER is that of a plain model or of a LoRA. Each engine is started by itself, and gets the same
-requests one after the other, whose prompts differ in their first word, so that none is reused.
-Processor seconds of the server are printed, since other work on a machine does not count in them.
+The table of docs/how-to/serve.md is from it. FOLDER is that of a plain model or of a LoRA. Each
+engine is started by itself, and gets the same requests one after the other, whose prompts differ in
+their first word, so that none is reused. Processor seconds of the server are printed, since other
+work on a machine does not count in them.
 """
 
 import argparse

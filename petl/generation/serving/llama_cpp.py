@@ -24,6 +24,7 @@ from petl.adapters.export.engines import COMMON, features
 from petl.adapters.export.gguf import DECODERS, FILE, Decoder, export_gguf, row_order
 from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.core.parameters import max_positions
+from petl.core.refusals import is_lora
 from petl.core.registry import require_capability
 from petl.core.support import Capability
 from petl.core.types import CausalModel
@@ -280,9 +281,10 @@ def inspect_llama(found: Mapping[str, Found]) -> None:
             decoder_of(source.config())
         if isinstance(each, SavedAdapter):
             require_capability(each.config, Capability.LORA_EXPORT, f"--engine {NAME}")
-            config = {**each.config.to_dict(), "peft_type": each.config.peft_type.value}
+            config = {**each.config.to_dict(), "peft_type": "LORA"}
             lacking = [COMMON[word] for word in features(config) if word in COMMON]
-            if config["peft_type"] == "LORA" and lacking:
+            # other methods become a LoRA, which has none of it
+            if is_lora(each.config) and lacking:
                 raise UnsupportedError(
                     f"--engine {NAME} cannot serve {name}: {lacking[0]}; take --engine petl, or "
                     "petl merge"
