@@ -1,12 +1,15 @@
 """The commands study, batch-sizes, buckets and configs: what they print."""
 
+import signal
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from omegaconf import OmegaConf
 
 from petl.cli.commands import composed
 from petl.cli.table import BatchSizesOptions, BucketsOptions, ConfigsOptions, StudyOptions
-from petl.errors import InputError
+from petl.errors import InputError, RunStopped
 from petl.experiments.reports.formatting import echo, print_table
 from petl.system.files.disk import write_atomic
 from petl.system.settings.command_line import (
@@ -14,11 +17,13 @@ from petl.system.settings.command_line import (
     config_dirs,
     file_named,
     groups,
+    how_to_continue,
     in_shell,
     options_of,
     plus,
     word_of,
 )
+from petl.training.program import SIGNALLED
 
 
 def study(options: StudyOptions) -> None:
@@ -45,11 +50,18 @@ def study(options: StudyOptions) -> None:
         together=options.together,
         tuning_seeds=options.tuning_seeds,
     )
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         study.run()
+    except KeyboardInterrupt as error:
+        raise RunStopped(f"interrupted; {how_to_continue()}", status=130) from error
     finally:
         if any((folder / "runs").rglob("scores.json")):  # else there is nothing to compare
             write_page(compare([folder / "runs"]), folder, study.tried)
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    raise RunStopped(f"terminated; {how_to_continue()}", status=SIGNALLED + number)
 
 
 def batch_sizes(options: BatchSizesOptions) -> None:

@@ -7,8 +7,8 @@
     *.log                next to each run: its output
     rates.json           the validation score of each learning rate, and the chosen one
 
-Each run is a process of `petl train`. Finished runs are kept: the same command resumes a stopped
-study.
+Each run is a process of `petl train`, forked from one that has imported what they need. Finished
+runs are kept: the same command resumes a stopped study.
 """
 
 import logging
@@ -20,9 +20,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import cached_property
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -30,15 +30,15 @@ from petl.core.types import Record
 from petl.errors import InputError, RunStopped
 from petl.experiments.reports.entries import mean_quality, quality_of, validation_of
 from petl.experiments.reports.formatting import duration
+from petl.experiments.sweeps.forked_runs import ForkedRuns
 from petl.system.files.disk import append_to, as_json, remove, write_atomic
 from petl.system.files.read import read_json
-from petl.system.settings.command_line import config_dir_words, quoted
+from petl.system.settings.command_line import config_dir_words, how_to_continue, quoted
 from petl.training.compose import compose
 from petl.training.runs.records import is_finished, read_results
 from petl.training.runs.resume import as_begun, differences, identity, identity_of
 from petl.training.runs.run_config import read_config
 
-TRAIN = (sys.executable, "-m", "petl", "train")  # this interpreter, whatever PATH has
 TOGETHER = (sys.executable, "-m", "petl.cli.train_together")
 RATES = "rates.json"
 REPLACED = "replaced"
@@ -152,6 +152,13 @@ class Study:
             RunStopped: final runs failed, or all tuning runs of a method; the message has the logs.
         """
         self._check()
+        try:
+            self._run()
+        finally:
+            for idle in self._idle:
+                idle.close()
+
+    def _run(self) -> None:
         self._tune()
         chosen = {contender: self.best_rate(contender) for contender in self.contenders}
         for contender, rate in chosen.items():
@@ -162,9 +169,7 @@ class Study:
         )
         if failed:
             logs = ", ".join(str(job.log) for job in failed)
-            raise RunStopped(
-                f"{len(failed)} runs failed, see {logs}; the same command resumes the study"
-            )
+            raise RunStopped(f"{len(failed)} runs failed, see {logs}; {how_to_continue()}")
 
     # The runs
 
@@ -357,27 +362,30 @@ class Study:
         due = [job for job in jobs if not is_finished(job.folder)]
         if len(due) < len(jobs):
             logger.info("%d of %d runs are already finished", len(jobs) - len(due), len(jobs))
+        begun, done = time.monotonic(), 0
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
-                # in the order of the jobs: one that ends early is reported later
-                ended = chain.from_iterable(pool.map(self._train_unit, self._units(due)))
-                for i, (job, seconds) in enumerate(ended, start=1):
-                    name = job.folder.relative_to(self.folder)
-                    if is_finished(job.folder):
-                        logger.info(
-                            "[%d/%d] %s: %s, %s",
-                            i,
-                            len(due),
-                            name,
-                            score_line(job),
-                            duration(seconds),
-                        )
-                    else:
-                        logger.warning("[%d/%d] %s failed, see %s", i, len(due), name, job.log)
+                started = [pool.submit(self._train_unit, unit) for unit in self._units(due)]
+                for ended in as_completed(started):
+                    for job, seconds in ended.result():
+                        done += 1
+                        self._report(job, seconds, done, len(due), time.monotonic() - begun)
             except BaseException:  # Ctrl-C included: do not start the runs in the queue
-                pool.shutdown(cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in self._forking:
+                    process.terminate()
                 raise
         return [job for job in due if not is_finished(job.folder)]
+
+    def _report(self, job: StudyJob, seconds: float, done: int, count: int, elapsed: float) -> None:
+        """Log how a run ended, and how many remain."""
+        name, left = job.folder.relative_to(self.folder), count - done
+        rest = f"; {left} left, about {duration(elapsed / done * left)}" if left else ""
+        if not is_finished(job.folder):
+            logger.warning("[%d/%d] %s failed, see %s%s", done, count, name, job.log, rest)
+            return
+        score, took = score_line(job), duration(seconds)
+        logger.info("[%d/%d] %s: %s, %s%s", done, count, name, score, took, rest)
 
     def _units(self, due: list[StudyJob]) -> list[list[StudyJob]]:
         """Return the jobs by process: one for each, or all of a method that train together."""
@@ -402,23 +410,53 @@ class Study:
 
     def _train(self, job: StudyJob) -> tuple[StudyJob, float]:
         """Train one run in a process of its own; return the job and its seconds."""
-        return job, self._start(job, [*TRAIN, *config_dir_words(), *job.overrides])
+        self._begin(job)
+        start = time.monotonic()
+        process = self._idle.pop() if self._idle else self._new_process()
+        try:
+            process.run([*config_dir_words(), *job.overrides], job.log)
+        finally:
+            self._idle.append(process)
+        return job, time.monotonic() - start
 
-    def _start(self, job: StudyJob, line: list[str], given: str = "") -> float:
+    @cached_property
+    def _forking(self) -> list[ForkedRuns]:
+        """The processes that fork runs, at most one for each of those at a time."""
+        return []
+
+    @cached_property
+    def _idle(self) -> list[ForkedRuns]:
+        """Those of them that have no run now."""
+        return []
+
+    def _new_process(self) -> ForkedRuns:
+        self._forking.append(ForkedRuns(self.environment))
+        return self._forking[-1]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment of runs."""
+        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))  # all cores, among the jobs
+        return {"OMP_NUM_THREADS": threads, **os.environ}  # a user's setting wins
+
+    def _begin(self, job: StudyJob) -> None:
+        """Say that a run begins, and create the folder of its log."""
+        job.folder.parent.mkdir(parents=True, exist_ok=True)
+        logger.info("%s: started, log: %s", job.folder.relative_to(self.folder), job.log)
+
+    def _start(self, job: StudyJob, line: list[str], given: str) -> float:
         """Run a process whose output goes to the log of a job; return its seconds.
 
         Args:
             given: the standard input.
         """
-        job.folder.parent.mkdir(parents=True, exist_ok=True)
-        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))  # all cores, among the jobs
-        environment = {"OMP_NUM_THREADS": threads, **os.environ}  # a user's setting wins
+        self._begin(job)
         start = time.monotonic()
         with append_to(job.log) as log:  # appended: a resumed run keeps its earlier output
             # no check of the status: is_finished tells whether the run succeeded
             subprocess.run(
                 line,
-                env=environment,
+                env=self.environment,
                 input=given.encode(),
                 stdout=log,
                 stderr=log,

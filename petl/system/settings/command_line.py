@@ -188,6 +188,11 @@ def how_to_resume_sweep() -> str:
     return f"to resume the sweep: {in_shell(words)}\n({note})"
 
 
+def how_to_continue() -> str:
+    """Return the end of a message: the command that goes on with this study."""
+    return f"to continue, with finished runs kept: {shlex.join(['petl', *sys.argv[1:]])}"
+
+
 # Folders of configurations
 
 CONFIG = "train"  # the file in `config_dir`, without its suffix

@@ -21,7 +21,6 @@ class NewTokens(RunFeature):
     uses = (Capability.NEW_TOKENS,)
     lacks = {
         Capability.ZERO: "PEFT reads the rows from tables that DeepSpeed may divide",
-        Capability.TOGETHER: "runs that train together share one tokenizer and one embedding",
     }
 
     def before_wrapping(self, setup: Setup, fields: Fields) -> Fields:

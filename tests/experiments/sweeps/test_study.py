@@ -1,7 +1,6 @@
 """Studies: learning rates are chosen on validation examples, seeds scored on the test set."""
 
 import json
-import sys
 
 import pytest
 import warm_python
@@ -10,7 +9,9 @@ from omegaconf import OmegaConf
 from training_fixtures import Tiny, main
 
 import petl
+from petl.cli.main import main as command
 from petl.errors import InputError, RunStopped
+from petl.experiments.sweeps import forked_runs
 from petl.experiments.sweeps.study import Contender, Study, StudyJob, told_apart
 from petl.training.compose import compose
 
@@ -87,6 +88,27 @@ def test_a_stopped_study_resumes(tiny, tmp_path, made, monkeypatch):
         "runs/lora/seed-0",
         "runs/lora/seed-1",
     ]
+
+
+def test_a_study_says_what_it_does_and_how_to_continue(tiny, tmp_path, made, monkeypatch, capsys):
+    real = Study._train
+
+    def stop(self, job):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return real(self, job)
+
+    monkeypatch.setattr(Study, "_train", stop)
+    words = ["study", str(tmp_path), "--methods", "lora", "--seeds", "0,1,2", *tiny.steady]
+    monkeypatch.setattr("sys.argv", ["petl", *words])
+    assert command(words) == 130
+    err = capsys.readouterr().err
+    assert "[1/3] runs/lora/seed-0: test accuracy" in err
+    assert "; 1 left, about " in err
+    assert f"petl study {tmp_path} --methods lora --seeds 0,1,2" in err
+    monkeypatch.setattr(Study, "_train", real)
+    assert command(words) == 0
+    assert "2 of 3 runs are already finished" in capsys.readouterr().err
 
 
 def test_failed_runs_are_named_and_the_others_trained(tiny, tmp_path, made, monkeypatch):
@@ -289,6 +311,11 @@ def test_each_run_of_a_study_is_a_process_of_petl_train(tiny, tmp_path, monkeypa
     found = Study(tmp_path, [Contender("lora")], [0], [1e-3])
     quoted = found._job(job.folder, Contender("lora"), 0, []).overrides
     assert compose(quoted).train.run == str(job.folder)
-    monkeypatch.setattr(sys, "executable", warm_python.python())
+    monkeypatch.setattr(forked_runs, "FORKING", (warm_python.python(), *forked_runs.FORKING[1:]))
     found._train(StudyJob(job.folder, ["+method=mloa"]))
     assert "no method 'mloa'" in job.log.read_text()
+    # systems without fork
+    monkeypatch.setattr(forked_runs, "FORKS", False)
+    monkeypatch.setattr(forked_runs, "TRAIN", (warm_python.python(), *forked_runs.TRAIN[1:]))
+    found._train(StudyJob(job.folder, ["+method=mlao"]))
+    assert "no method 'mlao'" in job.log.read_text()

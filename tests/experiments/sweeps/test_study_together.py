@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from training_fixtures import main as train_here
 
 from petl.cli.main import main
-from petl.experiments.sweeps import study
+from petl.experiments.sweeps import forked_runs, study
 from petl.training.compose import compose
 
 pytest_plugins = ["training_fixtures"]
@@ -31,7 +31,7 @@ def started(monkeypatch):
     # as `sys.executable`, with the libraries imported already
     python = warm_python.python()
     monkeypatch.setattr(study, "TOGETHER", (python, *study.TOGETHER[1:]))
-    monkeypatch.setattr(study, "TRAIN", (python, *study.TRAIN[1:]))
+    monkeypatch.setattr(forked_runs, "FORKING", (python, *forked_runs.FORKING[1:]))
     return found
 
 

@@ -45,6 +45,7 @@ PAIRS: dict[tuple[str, Capability], dict[str, Any]] = {
         "train": {"buckets": 3},
         "data": {"sampling": "temperature"},
     },
+    ("data.new_tokens=['a']", C.ZERO): {"data": {"new_tokens": ["a"]}, "launch": "deepspeed"},
     ("data.order=by_class", C.BUCKETS): {
         "train": {"max_tokens": 99},
         "data": {"order": "by_class"},
@@ -143,7 +144,12 @@ def test_what_no_row_excludes_is_possible(changes):
 def test_every_row_of_a_loss_a_launch_and_a_feature_is_tried():
     tables = {f"loss={name}": loss.controller_cls.lacks for name, loss in LOSSES.items()}
     tables |= {f"launch={name}": kind.lacks for name, kind in KINDS.items()}
-    values = {"data.order": "by_class", "train.init_from": "runs/saved", "task": "dpo"}
+    values = {
+        "data.order": "by_class",
+        "data.new_tokens": ["a"],
+        "train.init_from": "runs/saved",
+        "task": "dpo",
+    }
     tables |= {
         setting if kind.Settings else f"{setting}={values[setting]}": kind.lacks
         for setting, place in FEATURES.items()
