@@ -28,15 +28,15 @@ PACKAGE = ROOT / "petl"
 BUDGETS = {
     "system": 3600,
     "ops": 3150,
-    "core": 12700,
+    "core": 12750,
     "efficiency": 8250,
     "data": 14300,
     "training": 15800,
     "methods": 18250,
     "adapters": 7900,
     "generation": 6400,
-    "experiments": 6400,
-    "cli": 3900,
+    "experiments": 6550,
+    "cli": 4000,
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
