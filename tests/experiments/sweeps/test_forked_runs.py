@@ -17,7 +17,7 @@ from petl.experiments.sweeps import forked_runs
 from petl.experiments.sweeps.forked_runs import ForkedRuns
 
 pytest_plugins = ["training_fixtures"]
-pytestmark = [pytest.mark.thorough, pytest.mark.skipif(not forked_runs.FORKS, reason="no fork")]
+pytestmark = pytest.mark.skipif(not forked_runs.FORKS, reason="no fork")
 WEIGHTS = "adapter/adapter_model.safetensors"
 
 
@@ -40,6 +40,7 @@ def wait_for(metrics: Path) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("words", [["+method=lora"], ["+method=sparse", "train.eval_steps=2"]])
 def test_a_forked_run_is_to_the_bit_one_of_its_own_process(tiny, tmp_path, forked, words):
     for seed in (0, 1):  # the second one follows another run
@@ -55,27 +56,42 @@ def test_a_forked_run_is_to_the_bit_one_of_its_own_process(tiny, tmp_path, forke
         assert "saved in" in (tmp_path / f"{seed}.log").read_text()
 
 
-def test_a_run_that_is_killed_ends_no_other(tiny, tmp_path, monkeypatch):
+# runs that take some seconds, without the libraries
+SLEEPING = """
+import time, petl.cli.train_forked as forked
+forked.IMPORTED = ()
+forked.petl = lambda words: time.sleep(float(words[1])) or print("ended", flush=True)
+forked.main()
+"""
+
+
+@pytest.mark.parametrize("victim", ["run", "server", "both", "asked"])
+def test_a_run_that_ends_early_ends_no_other(tmp_path, monkeypatch, victim):
     """Neither does the end of the process that forks them."""
-    runs, words = ForkedRuns(dict(os.environ)), [*tiny.steady, "+method=lora"]
-    for victim in ("run", "server"):
-        long, after = tmp_path / f"long-{victim}", tmp_path / f"after-{victim}"
-        given = [*words, "train.steps=100000", f"train.run={long}"]
-        thread = threading.Thread(target=runs.run, args=(given, tmp_path / f"{victim}.log"))
-        thread.start()
-        wait_for(long / "metrics.jsonl")
-        server = runs._process.pid
-        (child,) = children(server)
-        if victim == "server":
-            os.kill(server, signal.SIGKILL)
-        os.kill(child, signal.SIGKILL)
-        thread.join(60)
-        assert not thread.is_alive()
-        runs.run([*words, f"train.run={after}"], tmp_path / "after.log")
-        assert (after / WEIGHTS).is_file()
+    monkeypatch.setattr(forked_runs, "FORKING", (sys.executable, "-c", SLEEPING))
+    runs = ForkedRuns(dict(os.environ))
+    thread = threading.Thread(target=runs.run, args=(["1000"], tmp_path / "long.log"))
+    thread.start()
+    until, found = time.monotonic() + 100, []
+    while time.monotonic() < until and not found:
+        time.sleep(0.05)
+        found = children(runs._process.pid) if runs._process is not None else []
+    if victim == "asked":
+        runs.terminate()
+    if victim in ("server", "both"):
+        os.kill(runs._process.pid, signal.SIGKILL)
+    if victim in ("run", "both"):
+        os.kill(found[0], signal.SIGKILL)
+    thread.join(60)
+    assert not thread.is_alive()
+    runs.run(["0"], tmp_path / "next.log")
+    assert (tmp_path / "next.log").read_text() == "ended\n"
     runs.close()
+    if victim == "server":
+        os.kill(found[0], signal.SIGKILL)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_study_saves_its_run_and_goes_on_by_the_same_command(tiny, tmp_path, number):
     line = [sys.executable, "-m", "petl", "study", str(tmp_path / "study"), "--methods", "lora"]
