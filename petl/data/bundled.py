@@ -1,9 +1,10 @@
 """Data sets from packages: WordNet (inside petl), digits, Hamlet and reasoning puzzles."""
 
 import gzip
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ from datasets import Dataset
 
 from petl.data.base import RawData, Source, TextSource, limited, shuffled, train_test_split
 from petl.data.judgements import Judgements, judged, without_queries
+from petl.data.objectives import read_objective
 from petl.data.retrieval_columns import retrieval_task
 from petl.data.tasks import DIMS, POOLING, task_class
 from petl.data.tasks.classification import Classification
@@ -22,6 +24,7 @@ from petl.system.files.paths import Package
 from petl.system.imports.extras import install_hint, optional
 from petl.system.values import Rule, field, integer, one_of
 
+Puzzle = tuple[str, str, dict[str, object]]  # question, answer, and what else tells its score
 # The lexicographer files of verbs by ascending number, 29 to 43: lexnames(5WN).
 WORDNET_CLASSES = [
     *("body", "change", "cognition", "communication", "competition"),
@@ -190,14 +193,16 @@ class Reasoning(TextSource):
     All kinds of puzzle have equally many rows up to rounding, and no question occurs twice.
     """
 
-    serves: ClassVar[tuple[str, ...]] = ("causal_lm",)
+    serves: ClassVar[tuple[str, ...]] = ("causal_lm", "grpo")
 
     puzzles: list[str] = field(["gsm_symbolic", "chain_sum"], Rule("a list of puzzles", bool))
     # maximum new tokens when answers of test rows are generated and scored
     generate: int | None = field(None, integer(1))
+    # settings of the task grpo: the group `task` of a run, which +task=grpo sets
+    objective: dict[str, str | float | bool | None] | None = None
 
     def read(self) -> RawData:
-        """Generate the puzzles; column `messages`."""
+        """Generate the puzzles; column `messages`, with the task grpo `prompt` and `given`."""
         if self.train_rows is None or self.test_rows is None:
             raise InputError(
                 f"data.train_rows={self.train_rows} and data.test_rows={self.test_rows}: the data "
@@ -207,9 +212,12 @@ class Reasoning(TextSource):
         per_puzzle = -(-count // len(self.puzzles))  # rounded up
         rows = [row for puzzle in self.puzzles for row in self.generate_rows(puzzle, per_puzzle)]
         order = shuffled(len(rows), self.seed)
+        chosen = [rows[i] for i in order[:count]]
+        if self.task == "grpo":
+            return self.asked(chosen)
         conversations = [
             [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            for question, answer in (rows[i] for i in order[:count])
+            for question, answer, _ in chosen
         ]
         return RawData(
             task=task_class("causal_lm")(
@@ -220,19 +228,38 @@ class Reasoning(TextSource):
             name=self.name,
         )
 
-    def generate_rows(self, puzzle: str, count: int) -> list[tuple[str, str]]:
+    def asked(self, rows: list[Puzzle]) -> RawData:
+        """The puzzles as prompts, with what a reward needs to score an answer."""
+        objective = asdict(read_objective(self.task, self.objective))
+        asked = {
+            "prompt": [[{"role": "user", "content": question}] for question, _, _ in rows],
+            "given": [
+                json.dumps({**more, "answer": answer}, default=str) for _, answer, more in rows
+            ],
+        }
+        if objective["plain"]:
+            asked["prompt"] = [question for question, _, _ in rows]
+        whole, end = Dataset.from_dict(asked), self.test_rows or 0
+        return RawData(
+            task=task_class(self.task)(max_length=self.max_length, **objective),
+            train=whole.select(range(end, len(whole))),
+            test=whole.select(range(end)),
+            name=self.name,
+        )
+
+    def generate_rows(self, puzzle: str, count: int) -> list[Puzzle]:
         """Generate `count` different questions of one kind with their answers."""
         # 10 tries a question: small puzzles repeat themselves; assumption
-        answers = dict(islice(distinct(puzzle, self.seed, tries=10 * count), count))
-        if len(answers) < count:
+        found = list(islice(distinct(puzzle, self.seed, tries=10 * count), count))
+        if len(found) < count:
             raise InputError(
-                f"puzzle {puzzle!r} has only about {len(answers)} different questions, but {count} "
+                f"puzzle {puzzle!r} has only about {len(found)} different questions, but {count} "
                 "are asked for: lower data.train_rows, or name more data.puzzles"
             )
-        return list(answers.items())
+        return found
 
 
-def distinct(puzzle: str, seed: int, tries: int) -> Iterator[tuple[str, str]]:
+def distinct(puzzle: str, seed: int, tries: int) -> Iterator[Puzzle]:
     """Yield different questions of one kind with their answers, from `tries` generated ones."""
     gym, puzzles = reasoning_gym()
     choose(puzzles, puzzle, "puzzle")
@@ -240,10 +267,11 @@ def distinct(puzzle: str, seed: int, tries: int) -> Iterator[tuple[str, str]]:
     generated = gym.create_dataset(puzzle, seed=seed, size=tries)
     seen: set[str] = set()
     for i in range(tries):
-        question, answer = generated[i]["question"], str(generated[i]["answer"])
+        entry = generated[i]
+        question = entry["question"]
         if question not in seen:
             seen.add(question)
-            yield question, answer
+            yield question, str(entry["answer"]), {"puzzle": puzzle, "metadata": entry["metadata"]}
 
 
 def reasoning_gym() -> tuple[Any, Mapping[str, object]]:

@@ -4,14 +4,18 @@ They are known without torch, so that a wrong one is found at once; `petl.data.t
 has the losses. A run has them under `task`, and its data under `data.objective`.
 """
 
+import ast
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from petl.errors import InputError, choose
-from petl.system.values import bounded, check_rules, field, one_of, read_fields
+from petl.system.values import Rule, bounded, check_rules, field, integer, one_of, read_fields
 
 ABOVE_0 = bounded(gt=0)
+REWARDS = ("exact", "regex", "reasoning")
 
 
 @dataclass
@@ -55,11 +59,57 @@ class RewardSettings(Objective):
     center: float | None = field(None, ABOVE_0)
 
 
+def is_pattern(text: str) -> bool:
+    """True if a text is a regular expression with at most one group."""
+    try:
+        return re.compile(text).groups <= 1
+    except re.error:
+        return False
+
+
+def names_function(text: str) -> bool:
+    """True if a text is a built-in reward, or a function in a file that is there."""
+    file, _, function = text.rpartition(":")
+    if text in REWARDS or not file.endswith(".py"):
+        return text in REWARDS
+    try:
+        tree = ast.parse(Path(file).expanduser().read_text())  # not run: a plan needs no reward
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return any(isinstance(each, ast.FunctionDef) and each.name == function for each in tree.body)
+
+
+@dataclass
+class GRPOSettings(Objective):
+    """Group relative policy optimization: answers that the model samples, and their rewards."""
+
+    reward: str = field(
+        "exact",
+        Rule(f"{', '.join(REWARDS)}, or FILE.py:FUNCTION of a file that is there", names_function),
+    )
+    # with reward=regex: what is found has the reward 1; of a group, if it is the answer
+    pattern: str | None = field(None, Rule("a regular expression of one group", is_pattern))
+    generations: int = field(8, integer(2))  # answers to each prompt
+    max_new_tokens: int = field(128, integer(1))  # of an answer
+    temperature: float = field(1.0, ABOVE_0)  # of the sampling
+    beta: float = field(0.0, bounded(ge=0))  # weight of the divergence from the base model
+    # mean over the tokens of all answers of a micro-batch, or of the means of each answer
+    loss: str = field("dapo", one_of("dapo", "grpo"))
+
+    def __post_init__(self) -> None:
+        if (self.reward == "regex") != (self.pattern is not None):
+            raise InputError(
+                f"task.reward={self.reward} and task.pattern={self.pattern}: give a pattern with "
+                "task.reward=regex, and only there"
+            )
+
+
 OBJECTIVES: Mapping[str, type[Objective]] = {
     "dpo": DPOSettings,
     "orpo": ORPOSettings,
     "kto": KTOSettings,
     "reward": RewardSettings,
+    "grpo": GRPOSettings,
 }
 
 

@@ -4,10 +4,12 @@ A prompt is in a column of its own, or both answers begin with it. Prompts and a
 lists of turns; a text is a turn of its own, or with `task.plain` stands as it is.
 """
 
+import json
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from itertools import takewhile
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from petl.data.conversations import TurnKeys
 from petl.data.formats import Sides, fitting_task
@@ -15,7 +17,16 @@ from petl.data.objectives import read_objective
 from petl.data.task_columns import AnySourceRows, ColumnSettings, TaskColumns
 from petl.data.tasks import TOOLS, Message, task_class
 from petl.data.templates import columns_of, fill, is_template
-from petl.data.validation import Row, passage, read, require, text, truth
+from petl.data.validation import (
+    Row,
+    every,
+    passage,
+    read,
+    require,
+    text,
+    truth,
+    without_paths,
+)
 from petl.errors import InputError
 
 if TYPE_CHECKING:
@@ -158,6 +169,39 @@ class RatedColumns(RewardColumns):
         if not self.rated:
             return super().convert(row)
         return {**self.answered(row), "good": read(row, self.settings.label, truth)}
+
+
+class PromptColumns(PairColumns):
+    """Prompts, with all other columns of a row for the reward of an answer."""
+
+    own_settings: ClassVar[tuple[str, ...]] = (
+        *("prompt", "answer", "system", "role", "content", "roles", "objective"),
+    )
+
+    def needed(self, names: Collection[str]) -> list[str]:
+        """The columns of the prompt, and that of the answer if a reward compares with it."""
+        objective: Any = self.objective
+        pattern = objective.pattern
+        compares = objective.reward == "exact" or (pattern and re.compile(pattern).groups)
+        answer = [self.settings.answer or "answer"] if compares and self.labeled else []
+        return [*columns_of(self.sides.prompt), *answer]
+
+    def choose(self, present: Iterable[str], origin: str) -> list[str]:
+        """Return all columns, after a check of those that are needed."""
+        names = list(present)
+        super().choose(names, origin)
+        return every(without_paths(names), origin)
+
+    def convert(self, row: Row) -> Row:
+        """Columns `prompt` and `given`: the other columns as JSON text."""
+        prompt = {"prompt": self.asked(row)}
+        if not self.labeled:
+            return prompt
+        others = {k: v for k, v in row.items() if k not in columns_of(self.sides.prompt)}
+        answer = self.settings.answer
+        if answer is not None:
+            others["answer"] = read(row, answer, lambda value: value)
+        return {**prompt, "given": json.dumps(others, default=str)}
 
 
 def shared_length(sequences: Iterable[Sequence[object]]) -> int:

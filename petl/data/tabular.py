@@ -18,7 +18,7 @@ from petl.data.base import (
 from petl.data.faulty_rows import SKIP, described
 from petl.data.image_columns import ImageTextColumns
 from petl.data.overlap import input_columns, input_text, normalized
-from petl.data.preference_columns import PairColumns, RatedColumns, RewardColumns
+from petl.data.preference_columns import PairColumns, PromptColumns, RatedColumns, RewardColumns
 from petl.data.question_columns import QuestionAnsweringColumns
 from petl.data.retrieval_columns import RetrievalColumns
 from petl.data.task_columns import (
@@ -53,6 +53,7 @@ TASK_COLUMNS: dict[str, type[TaskColumns]] = {
     "orpo": PairColumns,
     "kto": RatedColumns,
     "reward": RewardColumns,
+    "grpo": PromptColumns,
     "retrieval": RetrievalColumns,
 }
 

@@ -26,6 +26,7 @@ TASKS = {
     "orpo": "petl.data.tasks.preferences.pairs:ORPO",
     "kto": "petl.data.tasks.preferences.rated:KTO",
     "reward": "petl.data.tasks.preferences.reward:Reward",
+    "grpo": "petl.data.tasks.preferences.grpo:GRPO",
 }
 
 # of a conversation: `role`, `content`, and `more`, the JSON text of what only some messages have

@@ -31,6 +31,7 @@ SUFFIXES = (".yaml", ".yml")
 OF_ONE_RUN = {"train": ("run", "resume"), "recipe": ()}
 # a file may be a stranger's; these are taken from the command line alone
 RUNS_CODE = ("imports", "model.trust_remote_code")
+REWARD = "task.reward"  # likewise if it is a function of a file
 logger = logging.getLogger(__name__)
 
 
@@ -65,6 +66,12 @@ def key_of(word: str) -> str:
     return word.partition("=")[0].lstrip("+~")
 
 
+def runs_code(word: str) -> bool:
+    """True if a setting runs code that is not petl's."""
+    key = key_of(word)
+    return key in RUNS_CODE or (key == REWARD and ".py:" in word)
+
+
 def words_of(file: Path, others: Sequence[str]) -> list[str]:
     """The words that a file stands for, without those that other words replace.
 
@@ -80,7 +87,7 @@ def words_of(file: Path, others: Sequence[str]) -> list[str]:
         if name in given and name in groups():
             continue  # another of its configurations is chosen
         words += [word for word in _words(file, name, value) if key_of(word) not in given]
-    code = next((word for word in words if key_of(word) in RUNS_CODE), None)
+    code = next((word for word in words if runs_code(word)), None)
     if code is not None:
         raise InputError(
             f"{file} sets {code}, which runs code that is not petl's: if you trust it, write "

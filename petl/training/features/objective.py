@@ -1,21 +1,23 @@
 """Learning from preferences in a run: `+task=dpo|orpo|kto|reward` with settings under `task`."""
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from petl.core.support import Capability, Lacks, Part
 from petl.core.types import Groups, Record
-from petl.data.objectives import with_objective
+from petl.data.objectives import REWARDS, with_objective
+from petl.data.tasks.preferences.rewards import from_file
 from petl.errors import InputError
-from petl.training.features import RunFeature
+from petl.training.features import Context, RunFeature
 from petl.training.features.section import Section
 
-REFERENCED = ("dpo", "kto")  # compared with the base model
+REFERENCED = ("dpo", "kto")  # compared with the base model, as grpo with task.beta above 0
 TITLES = {
     "dpo": "Direct preference optimization (DPO)",
     "orpo": "Odds ratio preference optimization (ORPO)",
     "kto": "Kahneman-Tversky optimization (KTO)",
     "reward": "Reward model",
+    "grpo": "Group relative policy optimization (GRPO)",
 }
 # what the scores of each are
 MEANINGS = {
@@ -27,6 +29,8 @@ MEANINGS = {
     "of good answers over bad ones.",
     "reward": "A reward is the model's output, the margin that of the chosen text over the "
     "rejected one.",
+    "grpo": "Rewards on test rows are those of the most probable answer to each prompt, in "
+    "training those of sampled ones.",
 }
 
 
@@ -49,7 +53,8 @@ class LearnFromPreferences(RunFeature):
 
     def of_reference(self, reason: str) -> str:
         """Return why something is lacking; "" for an objective without a reference."""
-        return reason if self.settings["name"] in REFERENCED else ""
+        name, beta = self.settings["name"], self.settings.get("beta")
+        return reason if name in REFERENCED or (name == "grpo" and beta) else ""
 
     def settle(self, settings: Groups) -> Groups:
         """Give the data the task and its settings.
@@ -67,11 +72,20 @@ class LearnFromPreferences(RunFeature):
             )
         return with_objective(settings)
 
+    def before_training(self, context: Context) -> None:
+        """Run the file of a reward that is no built-in one."""
+        task: Any = context.splits.task
+        reward = getattr(task, "reward", None)
+        if reward is not None and reward not in REWARDS:
+            task.rate = from_file(reward, plain=task.plain)
+
     @classmethod
     def section(cls, folder: Path, scores: Record) -> Section | None:
         """Return what the scores mean."""
         task = scores.get("task")
         if task not in TITLES:
             return None
-        accuracy = "Accuracy is the share with the higher reward on the right side; equal ones "
-        return Section(TITLES[task], f"{MEANINGS[task]} {accuracy}count half.")
+        accuracy = (
+            "Accuracy is the share with the higher reward on the right side; equal ones count half."
+        )
+        return Section(TITLES[task], " ".join([MEANINGS[task], accuracy][: 1 + (task != "grpo")]))

@@ -39,7 +39,7 @@ PIPELINES = {  # the Hub's names of tasks
     "token_classification": "token-classification",
     "question_answering": "question-answering",
     "causal_lm": "text-generation",
-    **dict.fromkeys(("dpo", "orpo", "kto"), "text-generation"),
+    **dict.fromkeys(("dpo", "orpo", "kto", "grpo"), "text-generation"),
     "reward": "text-classification",
     "seq2seq": "text2text-generation",
     "image_text": "image-text-to-text",

@@ -1,0 +1,90 @@
+"""Rewards of answers: built-in ones, or a function of a file, which has the form of TRL's.
+
+A function is called as `reward(prompts=..., completions=..., COLUMN=..., ...)` with lists of equal
+length, and returns a number for each completion. Prompts are turns, and completions a turn each,
+unless `task.plain=true`, with which both are texts.
+"""
+
+import re
+import runpy
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from petl.data.objectives import REWARDS, GRPOSettings
+from petl.errors import InputError, shown
+from petl.system.imports.extras import install_hint
+
+Given = Mapping[str, Any]  # the columns of a row besides the prompt
+Reward = Callable[[Sequence[Any], Sequence[str], Sequence[Given]], list[float]]
+
+
+def reward_of(settings: GRPOSettings) -> Reward:
+    """Return a built-in reward.
+
+    Raises:
+        InputError: it is a function of a file, which only training runs.
+    """
+    if settings.reward not in REWARDS:
+        raise InputError(
+            f"task.reward={settings.reward} is code, which runs in petl train alone: score answers "
+            "with petl eval --data FILE of other tasks, or with task.reward=exact"
+        )
+    rate = {"exact": exact, "regex": matching(settings.pattern), "reasoning": reasoning}
+    chosen = rate[settings.reward]
+    return lambda prompts, texts, rows: [chosen(*pair) for pair in zip(texts, rows, strict=True)]
+
+
+def exact(text: str, row: Given) -> float:
+    """1 if a text is the answer of the row, spaces around it aside."""
+    return float(text.strip() == str(row["answer"]).strip())
+
+
+def matching(pattern: str | None) -> Callable[[str, Given], float]:
+    """A reward of 1 where the pattern is found, with the answer of the row as its group."""
+    compiled = re.compile(pattern or "")
+
+    def rate(text: str, row: Given) -> float:
+        found = compiled.search(text)
+        if found is None or not compiled.groups:
+            return float(found is not None)
+        return float((found[1] or "").strip() == str(row["answer"]).strip())
+
+    return rate
+
+
+def reasoning(text: str, row: Given) -> float:
+    """The score of reasoning-gym for an answer to one of its puzzles, from 0 to 1."""
+    try:
+        gym = import_module("reasoning_gym")
+    except ImportError as error:
+        raise InputError(
+            f"task.reward=reasoning needs reasoning-gym ({error}); run: {install_hint('reasoning')}"
+        ) from error
+    entry = {"answer": row["answer"], "metadata": row.get("metadata") or {}}
+    return float(gym.get_score_answer_fn(row["puzzle"])(text.strip(), entry))
+
+
+def from_file(place: str, *, plain: bool) -> Reward:
+    """Run a file and return its function as a reward.
+
+    Args:
+        place: FILE.py:FUNCTION.
+        plain: completions are texts, not turns.
+    """
+    file, _, name = place.rpartition(":")
+    function = runpy.run_path(str(Path(file).expanduser()))[name]
+
+    def rate(prompts: Sequence[Any], texts: Sequence[str], rows: Sequence[Given]) -> list[float]:
+        turns = [[{"role": "assistant", "content": text}] for text in texts]
+        columns = {key: [row[key] for row in rows] for key in rows[0]}
+        found = function(prompts=[*prompts], completions=[*texts] if plain else turns, **columns)
+        if not isinstance(found, list | tuple) or len(found) != len(texts):
+            raise InputError(
+                f"task.reward={place} returned {shown(found)} for {len(texts)} completions: return "
+                "a list with a number for each"
+            )
+        return [float(value) for value in found]
+
+    return rate
