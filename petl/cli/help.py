@@ -22,7 +22,7 @@ MEANINGS = {
     "loss": "an extra loss, for any method",
     "model": "the base model",
     "data": "the data set and task",
-    "task": "learning from preferences",
+    "task": "learning from preferences and rewards",
     "tracker": "where metrics are logged, besides the folder of the run",
     "launch": "how several processes train together, under torchrun",
     "search": "a search for the best settings: several runs",

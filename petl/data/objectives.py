@@ -1,4 +1,4 @@
-"""What a run learns from preferences by, and the settings of each such objective: `+task=NAME`.
+"""What a run learns from preferences or rewards by, and the settings of each such objective: `+task=NAME`.
 
 They are known without torch, so that a wrong one is found at once; `petl.data.tasks.preferences`
 has the losses. A run has them under `task`, and its data under `data.objective`.

@@ -1,4 +1,4 @@
-"""Learning from preferences in a run: `+task=dpo|orpo|kto|reward` with settings under `task`."""
+"""Learning from preferences and rewards: `+task=dpo|orpo|kto|reward|grpo`, settings in `task`."""
 
 from pathlib import Path
 from typing import Any, ClassVar

@@ -93,6 +93,25 @@ def test_a_reward_model_rates_answers(preferences, tmp_path):
     assert beast > tool
 
 
+def test_sampled_answers_are_learned_from_and_resumed(preferences, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def cats(completions, **_):\n"
+        "    return [c[0]['content'].split().count('cat') for c in completions]"
+    )
+    sampling = ["task.generations=4", "task.max_new_tokens=3", f"task.reward={file}:cats"]
+    words = [*preferences, "+task=grpo", "+method=mola", "train.lr=2e-2", *sampling]
+    run = train(words, tmp_path / "whole")
+    assert run.scores["after"]["reward"] > run.scores["before"]["reward"]
+    assert all(0 < line["length"] <= 3 for line in run.metrics)
+    line = (run.path / "predictions.jsonl").read_text().splitlines()[0]
+    assert {"prediction", "reward", "given"} <= json.loads(line).keys()
+    stopped = stopped_before(run, tmp_path / "stopped", "step-000006")
+    resumed = train([*words, "train.resume=auto"], stopped.path)
+    assert_same_course(resumed, run, atol=0)
+    assert [each["reward"] for each in resumed.metrics] == [each["reward"] for each in run.metrics]
+
+
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
@@ -101,6 +120,7 @@ def test_a_reward_model_rates_answers(preferences, tmp_path):
         (["+task=dpo", "train.init_from=runs/sft"], InputError, "model.adapter=runs/sft"),
         (["+task=dpo", "task.beta=0"], InputError, "task.beta=0.0 is not above 0"),
         (["+task=dpo", "task.loss=log"], InputError, "sigmoid, hinge, ipo"),
+        (["+task=grpo", "task.reward=regex"], InputError, "give a pattern"),
         (["+task=kto", "data.pack=true"], InputError, "data.pack=true is for data.task=causal_lm"),
     ],
 )

@@ -70,6 +70,10 @@ class GRPO(GRPOSettings, AnswerTask):
     def untruncated(self) -> None:
         """None: no row is truncated."""
 
+    def labeled_tokens(self, row: Row) -> tuple[list[int], list[bool]]:
+        """The tokens of a prompt, none of which is learned."""
+        return row["input_ids"], [False] * len(row["input_ids"])
+
     def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns, /) -> Columns:
         """Encode prompts; longer ones than `max_length` are dropped. JSON text is kept as bytes."""
         prompts = self.prompts(tokenizer, rows)

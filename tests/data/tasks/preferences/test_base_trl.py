@@ -13,6 +13,8 @@ import petl
 from petl import testing
 from petl.data.base import encode
 from petl.data.tasks import task_class
+from petl.data.tasks.base import Pad
+from petl.data.tasks.preferences.grpo import texts_of
 
 trl = pytest.importorskip("trl", reason="pip install 'petl-peft[trl]'")
 
@@ -52,6 +54,8 @@ def wrapped(base, method, task_type="CAUSAL_LM"):
 def trainer_of(name, folder, model, rows, tokenizer, module=trl, **settings):
     reference = settings.pop("ref_model", None)
     given = {} if reference is None else {"ref_model": reference}
+    if "reward_funcs" in settings:
+        given["reward_funcs"] = settings.pop("reward_funcs")
     args = getattr(module, f"{name}Config")(
         output_dir=str(folder),
         use_cpu=True,
@@ -146,3 +150,34 @@ def test_reward(method, center, tokenizer, tmp_path):
         center_rewards_coefficient=center,
     )  # fmt: skip
     assert abs(found - theirs(trainer)) < 1e-6
+
+
+@pytest.mark.parametrize(("method", "loss", "beta"), [("lora", "dapo", 0.2), ("mola", "grpo", 0.0)])
+def test_grpo(method, loss, beta, tokenizer, tmp_path):
+    base = decoder()
+    task_of("grpo", base, generations=2, max_new_tokens=4, loss=loss, beta=beta)
+    model = wrapped(base, method)
+    texts = texts_of(Pad(0), [[50, 51, 52]] * 4, [[60, 61], [62, 63, 64], [65], [66, 67]])
+    advantages = torch.tensor([0.7, -0.7, 1.0, -1.0])
+    reference = torch.randn(4, texts["labels"].shape[1] - 1) - 5 if beta else None
+    more = {"advantages": advantages} | ({} if reference is None else {"reference": reference})
+    found = model.train()(**texts, **more).loss - petl.lifecycle(model).aux_loss()
+    trainer = trainer_of(
+        "GRPO", tmp_path, wrapped(decoder(), method), [{"prompt": "who? "}] * 4, tokenizer,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        num_generations=2, max_completion_length=4, beta=beta, loss_type=loss,
+    )  # fmt: skip
+    trainer.current_gradient_accumulation_steps = 1
+    answers = (texts["labels"] != -100)[:, 3:].long()
+    given = {
+        "prompt_ids": texts["input_ids"][:, :3],
+        "prompt_mask": texts["attention_mask"][:, :3],
+        "completion_ids": texts["input_ids"][:, 3:],
+        "completion_mask": answers,
+        "advantages": advantages,
+        "num_items_in_batch": answers.sum(),
+    }
+    if reference is not None:
+        given["ref_per_token_logps"] = reference[:, 2:]
+    assert abs(found - trainer._compute_loss(trainer.model.train(), given)) < 1e-6
+    assert found.requires_grad
