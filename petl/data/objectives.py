@@ -1,4 +1,4 @@
-"""What a run learns from preferences or rewards by, and the settings of each such objective: `+task=NAME`.
+"""Objectives of learning from preferences and rewards, `+task=NAME`, and the settings of each.
 
 They are known without torch, so that a wrong one is found at once; `petl.data.tasks.preferences`
 has the losses. A run has them under `task`, and its data under `data.objective`.
@@ -144,5 +144,6 @@ def with_objective(settings: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(group, Mapping):
         return dict(settings)
     choose(OBJECTIVES, group.get("name"), "task")
+    # whatever task the file of the data has
     data = {**settings["data"], "task": group["name"], "objective": dict(group)}
     return {**settings, "data": data}

@@ -152,6 +152,7 @@ class RatedColumns(RewardColumns):
         if not self.labeled:
             return columns_of(self.sides.prompt)
         rated = [*columns_of(self.sides.prompt), self.completion, self.settings.label]
+        # rows with both are rated, the more specific form
         is_rated = not {self.sides.chosen, self.sides.rejected} <= {*names} or {*rated} <= {*names}
         if self.rated is None:
             self.rated = is_rated

@@ -32,6 +32,7 @@ class _OwnLoss(SwappedClass):
     def forward(self: Any, *args: object, **kwargs: Any) -> Any:
         names = [name for name in self.loss_task.label_columns if name in kwargs]
         labels: Mapping[str, Tensor] = {name: kwargs.pop(name) for name in names}
+        # without labels, for which the model would compute a loss of its own
         outputs = super().forward(*args, **kwargs)
         if labels.get("labels") is not None:
             outputs["loss"] = self.loss_task.own_loss(outputs, labels)

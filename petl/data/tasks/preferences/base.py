@@ -162,6 +162,7 @@ class AnswerTask(PreferenceTask, DecoderTask[PreTrainedTokenizerBase], TextWriti
         """The batch with `reference`: the base model's log-probability of each answer, [N]."""
         if not self.has_reference:
             return batch
+        # without dropout, which would make another reference in each step
         with torch.no_grad(), evaluation_mode(model), without_adapters(model):
             return {**batch, "reference": self.answers(model, batch)}
 
@@ -277,6 +278,7 @@ def encoded(
     """
     if not plain:
         return [encode_chat(tokenizer, [*prompt, *answer]) for answer in answers]  # ty: ignore
+    # together with the prompt: tokens may merge where the answer begins
     asked, *texts = tokenizer([prompt, *(f"{prompt}{each}" for each in answers)], verbose=False)[
         "input_ids"
     ]

@@ -89,6 +89,7 @@ class GRPO(GRPOSettings, AnswerTask):
 
     def collate(self, tokenizer: PreTrainedTokenizerBase, /, multiple: int = 1) -> Collate:
         """A collate function that repeats each prompt, with room for its answers."""
+        # rewards are of texts, and whoever computes them has collated rows before
         self.tokenizer = tokenizer
         room = self.generations, self.max_new_tokens
         return partial(batch_of_prompts, Pad(pad_id(tokenizer), multiple), *room)
@@ -106,6 +107,7 @@ class GRPO(GRPOSettings, AnswerTask):
         spread = grouped.std(1, keepdim=True)
         advantages = ((grouped - grouped.mean(1, keepdim=True)) / (spread + 1e-4)).flatten()
         labels = texts["labels"]
+        # sampling waits for the device anyway
         self.sampled = {
             "reward": rewards.mean().item(),
             "reward_spread": spread.mean().item(),
@@ -133,6 +135,7 @@ class GRPO(GRPOSettings, AnswerTask):
         Args:
             count: of answers to each prompt; one is the most probable, several are sampled.
         """
+        # each prompt once, without the room for its answers
         asked = {n: batch[n][:: self.generations, : -self.max_new_tokens] for n in INPUTS}
         end, pad = self.ends(model), pad_id(self.tokenizer)
         sampling = {"temperature": self.temperature, "top_k": 0, "top_p": 1.0} if count > 1 else {}
@@ -143,17 +146,19 @@ class GRPO(GRPOSettings, AnswerTask):
                 do_sample=count > 1,
                 num_return_sequences=count,
                 num_beams=1,
-                use_cache=True,
+                use_cache=True,  # which training switches off
                 eos_token_id=end,
                 pad_token_id=pad,
                 **sampling,
             )
         answers = [until(ids, end) for ids in written[:, asked["input_ids"].shape[1] :].tolist()]
+        # padded on the right from here on: positions then begin at 0 in any model
         prompts = [
             ids[mask.bool()].tolist()
             for ids, mask in zip(asked["input_ids"], asked["attention_mask"], strict=True)
         ]
         repeated = [ids for ids in prompts for _ in range(count)]
+        # a batch has tensors alone, so JSON text travels as bytes, padded by 0
         given = [json.loads(bytes(row[row > 0].tolist())) for row in batch["given"].cpu()]
         rows = [row for row in given[:: self.generations] for _ in range(count)]
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
@@ -181,6 +186,7 @@ class GRPO(GRPOSettings, AnswerTask):
         own = token_log_probabilities(outputs.logits, labels["labels"])
         mask = (labels["labels"][:, 1:] != IGNORED).to(own)
         advantages = labels.get("advantages")
+        # 1, with the gradient of the log-probability
         ratio = torch.exp(own - own.detach())
         losses = -ratio if advantages is None else -ratio * advantages.to(own)[:, None]
         reference = labels.get("reference")
@@ -201,6 +207,7 @@ class GRPO(GRPOSettings, AnswerTask):
         labels = texts["labels"]
         is_own = labels != IGNORED
         answers = [row[own] for row, own in zip(labels, is_own, strict=True)]
+        # float32 has all numbers of tokens exactly
         wide = [F.pad(ids, (0, self.max_new_tokens - len(ids)), value=-1) for ids in answers]
         columns = torch.stack([rewards, is_own.sum(1).to(rewards)], 1)
         return cast("Outputs", LabelledOutputs(torch.cat([columns, torch.stack(wide)], 1), {}))

@@ -89,11 +89,13 @@ class KTO(KTOSettings, AnswerTask):
 
     def completed(self, model: nn.Module, batch: Batch) -> Batch:
         """The batch with `reference`, [N], and with the reference `point`, 0-d."""
+        # dropout would make a reference of its own in each step
         with torch.no_grad(), evaluation_mode(model):
             point = self.answers(model, batch, OTHER)
             with without_adapters(model):
                 point = (point - self.answers(model, batch, OTHER)).mean()
                 reference = self.answers(model, batch)
+        # one point for all processes, as if one had all rows
         point = summed(point) / num_processes()
         own = {name: value for name, value in batch.items() if not name.startswith(OTHER)}
         return {**own, "reference": reference, "point": point.clamp(min=0)}

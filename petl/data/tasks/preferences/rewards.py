@@ -28,8 +28,8 @@ def reward_of(settings: GRPOSettings) -> Reward:
     """
     if settings.reward not in REWARDS:
         raise InputError(
-            f"task.reward={settings.reward} is code, which petl train alone runs: its scores are in "
-            "scores.json of the run, and its answers in predictions.jsonl"
+            f"task.reward={settings.reward} is code, which petl train alone runs: scores.json of "
+            "the run has its scores, and predictions.jsonl the answers"
         )
     rate = {"exact": exact, "regex": matching(settings.pattern), "reasoning": reasoning}
     chosen = rate[settings.reward]
