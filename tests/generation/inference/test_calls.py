@@ -6,7 +6,7 @@ import pytest
 from tool_templates import HERMES, LLAMA, MISTRAL, XML, tool_tokenizer
 
 from petl.errors import InputError, UnsupportedError
-from petl.generation.inference.calls import CallForm, CallReader, CallStream, call_form
+from petl.generation.inference.calls import CallForm, CallReader, CallStream, Function, call_form
 from petl.generation.inference.grammar import vocabulary_of
 
 ONE = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
@@ -92,6 +92,35 @@ def test_text_before_a_call_is_not_held_back():
 
 def test_a_single_call_is_taken_if_no_more_are_wanted():
     assert [call.name for call in reader_of(HERMES, 1).read(f"{ONE}\n{NOW}")[1]] == ["add"]
+
+
+ADDS = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "most"),
+    [
+        (HERMES, ONE, 1),
+        (HERMES, f"{ONE}\n{NOW}", 2),
+        (MISTRAL, f"[TOOL_CALLS]{LISTED}", 2),
+        (LLAMA, THEN, 1),
+    ],
+)
+def test_the_grammar_takes_the_calls_of_a_template_and_no_more_than_asked_for(template, text, most):
+    tokenizer = tool_tokenizer(template)
+    vocabulary, form = vocabulary_of(tokenizer, [3]), call_form(tokenizer, [3])
+
+    def is_taken(text: str, count: int) -> bool:
+        functions = [Function("add", ADDS), Function("now", None)]
+        matcher = vocabulary.matcher(form.grammar(functions, count, vocabulary))
+        ids = tokenizer(text)["input_ids"]
+        return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+    assert is_taken(text, most)
+    assert is_taken(text, 16)
+    assert most == 1 or not is_taken(text, most - 1)
+    assert not is_taken(text.replace('"now"', '"new"').replace('"add"', '"sub"'), most)
+    assert not is_taken(text.replace("{}", '{"a": 1}').replace('{"a": 1}', '{"b": 1}'), most)
 
 
 def test_identities_are_those_that_mistral_takes():

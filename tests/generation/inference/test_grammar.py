@@ -14,7 +14,7 @@ pytest_plugins = ["writer_fixtures"]
 
 POINT = {
     "type": "object",
-    "properties": {"x": {"type": "integer"}, "on": {"type": "boolean"}},
+    "properties": {"x": {"type": "integer", "minimum": 0, "maximum": 9}, "on": {"type": "boolean"}},
     "required": ["x", "on"],
     "additionalProperties": False,
 }
@@ -55,7 +55,7 @@ def test_answers_follow_the_schema_with_and_without_drafts(writers, drafting, te
     from petl.generation.inference.loading import load_language_model
 
     model = load_language_model(writers.folder / "lora", drafting=drafting)
-    sampling = Sampling(max_new_tokens=150, temperature=temperature, grammar=json_grammar(POINT))
+    sampling = Sampling(max_new_tokens=200, temperature=temperature, grammar=json_grammar(POINT))
     torch.manual_seed(3)
     with model.using("default"):
         (answer,) = model.answer([model.encode("a b a b a")], sampling)

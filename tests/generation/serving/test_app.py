@@ -137,7 +137,7 @@ def test_sampling_repeats_with_a_seed_and_n_answers_differ(client):
 
 POINT = {
     "type": "object",
-    "properties": {"x": {"type": "integer"}, "on": {"type": "boolean"}},
+    "properties": {"x": {"type": "integer", "minimum": 0, "maximum": 9}, "on": {"type": "boolean"}},
     "required": ["x", "on"],
     "additionalProperties": False,
 }
@@ -147,7 +147,7 @@ AS_POINT = {"type": "json_schema", "json_schema": {"name": "point", "schema": PO
 def test_answers_follow_a_schema_beside_others_of_any_adapter(client, alone):
     def ask(job):
         name, more = job
-        asked = {"model": name, "messages": HI, "max_tokens": 150, **more}
+        asked = {"model": name, "messages": HI, "max_tokens": 200, **more}
         return client.chat.completions.create(**asked).choices
 
     form = {"response_format": AS_POINT, "n": 2, "temperature": 1.0}
@@ -159,12 +159,12 @@ def test_answers_follow_a_schema_beside_others_of_any_adapter(client, alone):
         point = json.loads(choice.message.content)
         assert (type(point["x"]), type(point["on"]), len(point)) == (int, bool, 2)
     # a request without one answers as alone
-    assert plain[0].message.content == alone("lora", "Hi", 150).text
+    assert plain[0].message.content == alone("lora", "Hi", 200).text
 
 
 def test_a_stream_follows_a_schema_until_its_limit(client):
     asked = {"model": "lora", "prompt": "a b a b a", "extra_body": {"response_format": AS_POINT}}
-    (whole,) = client.completions.create(**asked, max_tokens=150).choices
+    (whole,) = client.completions.create(**asked, max_tokens=200).choices
     assert {*json.loads(whole.text)} == {"x", "on"}
     assert whole.finish_reason == "stop"
     chunks = [
@@ -173,7 +173,7 @@ def test_a_stream_follows_a_schema_until_its_limit(client):
     text = "".join(chunk.text for chunk in chunks)
     assert whole.text.startswith(text)
     assert chunks[-1].finish_reason == "length"
-    cut = client.completions.create(**asked, max_tokens=150, stop=":").choices[0]
+    cut = client.completions.create(**asked, max_tokens=200, stop=":").choices[0]
     assert (cut.text, cut.finish_reason) == (whole.text.partition(":")[0], "stop")
 
 
