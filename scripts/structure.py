@@ -34,7 +34,7 @@ BUDGETS = {
     "training": 15850,
     "methods": 18250,
     "adapters": 7900,
-    "generation": 6400,
+    "generation": 6550,
     "experiments": 6550,
     "cli": 4000,
     "testing": 3150,

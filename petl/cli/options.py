@@ -109,4 +109,6 @@ def add_options(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
         if is_required(each):
             keywords["required"] = True
         group = exclusive if each.name in kind.ONE_OF else parser
-        group.add_argument(f"--{each.name.replace('_', '-')}", **keywords)
+        # `as` is a word of Python: a name may end with an underscore
+        word = each.name.rstrip("_").replace("_", "-")
+        group.add_argument(f"--{word}", dest=each.name, **keywords)

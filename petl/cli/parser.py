@@ -19,7 +19,7 @@ PURPOSES = {
     ),
     "methods and settings": ("methods", "show", "configs", "batch-sizes", "buckets"),
     "what a run reached": ("report", "eval", "study", "strength"),
-    "answers": ("generate", "draft"),
+    "answers": ("generate", "draft", "retrieve"),
     "files for others": ("check", "export", "push", "pull"),
     "smaller adapters, and several in one": ("compress", "prune", "squeeze", "combine"),
 }

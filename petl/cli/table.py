@@ -37,6 +37,7 @@ MODEL = "folder of a run, of an adapter, or of a merged model"
 JOBS = number(int, 1, 8 * (os.cpu_count() or 1))  # assumption: more jobs would only wait
 # of the folder of a study
 STUDY_FILES = ("runs", "tune", "replaced", "rates.json", "index.html", "results.md", "*.svg")
+ROLES, VECTOR_DTYPES = ("query", "document"), ("float32", "float16", "int8", "binary")
 BATCH = 8  # prompts of a file at a time
 API_KEY = "PETL_API_KEY"  # environment variable; words of a command are seen by all users
 NO_DRAFTS = "none"  # the value of --drafter for plain decoding
@@ -406,6 +407,10 @@ class PredictOptions(BatchOptions):
     they are others than in training. For images and sounds, FILE is one of them, a folder, or a
     table with the column path. With --processes, or under torchrun, several processes divide the
     rows; the output has the order of the input.
+
+    An embedder (data.task=retrieval) writes vectors, one row a text, to a file of NumPy:
+
+      petl predict runs/mine corpus.jsonl --out vectors.npy --as document --dtype int8
     """
 
     # in any order: `split_words` tells them apart
@@ -413,11 +418,43 @@ class PredictOptions(BatchOptions):
         "files or folders, and data.SETTINGs", metavar="FILE", nargs="+"
     )
     out: Path | None = option(
-        "csv, tsv, jsonl or parquet to write (default: JSON lines on standard output)",
+        "csv, tsv, jsonl, parquet, or npy of vectors, to write (default: JSON lines on standard "
+        "output)",
         file_to_write,
     )
     prefix: str = option("of the added columns", default="", metavar="NAME_")
+    as_: str | None = choice(
+        "of vectors: whose prefix is put before each text (default: document)", ROLES
+    )
+    dtype: str | None = choice(
+        "of vectors: int8 in 255 steps, binary as bits of signs (default: float32)", VECTOR_DTYPES
+    )
+    calibrate: str | None = option(
+        "of int8: texts whose vectors give the range of each column (default: those of FILE)",
+        file_to_read,
+        metavar="FILE",
+    )
     processes: int | None = option("processes on this machine, one per GPU", number(int, 1, 1024))
+
+
+@command("retrieve", "retrieve:retrieve")
+class RetrieveOptions(RunOptions):
+    """Find the texts of a file that are nearest to queries, with a run of data.task=retrieval.
+
+      petl retrieve runs/mine corpus.jsonl --query "to draw breath"
+      petl predict runs/mine corpus.jsonl --out vectors.npy
+      petl retrieve runs/mine corpus.jsonl --vectors vectors.npy --query "to draw breath"
+
+    The search is exact. The file has a column text, and may have one with ids (id or _id).
+    """
+
+    corpus: str = argument("csv, tsv, json, jsonl or parquet", metavar="FILE")
+    query: list[str] = option("a text; may be repeated", action="append", default=MISSING)
+    k: int = option("texts for each query", COUNT, default=10)
+    vectors: Path | None = option(
+        "those of the file, as petl predict --out=NAME.npy writes them (default: computed)",
+        file_to_read,
+    )
 
 
 @dataclass(kw_only=True)

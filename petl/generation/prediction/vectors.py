@@ -5,20 +5,28 @@ N texts, D numbers of a vector.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.core.types import base_of
 from petl.data.batch_sampler import chunks
+from petl.data.files import located_rows
+from petl.data.inputs import read_inputs
 from petl.data.judgements import DOCUMENT, QUERY
-from petl.data.tasks.base import Pad, pad_id
+from petl.data.tasks.base import Pad, Task, pad_id
 from petl.data.tasks.retrieval import Retrieval
-from petl.errors import InputError, shown
+from petl.data.validation import every
+from petl.errors import InputError, first_line, shown
+from petl.generation.prediction.columns import data_settings
 from petl.generation.prediction.predictor import Predictor
-from petl.ops.retrieval import pool
+from petl.ops.retrieval import pool, top_k
+from petl.system.files.disk import atomic_file
 from petl.system.progress import ProgressItems
 from petl.training.dataloader import longest_first, to_device
 
@@ -73,7 +81,7 @@ def vectors_of(predictor: Predictor, texts: Sequence[str], role: str, size: int)
     """
     task = predictor.task
     if not isinstance(task, Retrieval):
-        raise InputError(f"the run is of data.task={task.name}: vectors need data.task=retrieval")
+        raise another_task(task)
     with predictor.autocast():
         return vectors(predictor.model, task, predictor.processor, texts, role, size)
 
@@ -131,3 +139,146 @@ def quantized(values: np.ndarray, dtype: str, calibration: np.ndarray | None = N
     steps = np.where(high > low, (high - low) / 255, 1)
     # values outside of the ranges would wrap around
     return (np.clip(np.floor((values - low) / steps), 0, 255) - 128).astype(np.int8)
+
+
+# Files
+
+
+class VectorFile(NamedTuple):
+    """Where vectors go, and which.
+
+    Attributes:
+        role: `query` or `document`.
+        dtype: in `DTYPES`.
+        calibrate: file of texts that give the ranges of int8; None: those of the vectors.
+    """
+
+    file: Path
+    role: str = DOCUMENT
+    dtype: str = "float32"
+    calibrate: str | None = None
+
+
+def write_vectors(
+    saved: SavedAdapter,
+    names: Sequence[str],
+    out: VectorFile,
+    settings: Sequence[str] = (),
+    batch_size: int | None = None,
+) -> None:
+    """Write the vectors of the texts of files, one row a text, as NumPy's .npy.
+
+    Args:
+        settings: of columns, such as "data.text=review", in place of those of the run.
+
+    Raises:
+        InputError: a file or row is wrong, the run is of another task, or `calibrate` is given
+            without int8.
+    """
+    if out.calibrate is not None and out.dtype != "int8":
+        raise InputError(f"--calibrate={out.calibrate} is for --dtype=int8, not {out.dtype}")
+    texts = texts_of(saved, names, settings)
+    ranges = [] if out.calibrate is None else texts_of(saved, [out.calibrate], settings)
+    predictor = Predictor.of(saved, batch_size)
+    size = predictor.batch_size
+    found = vectors_of(predictor, texts, out.role, size)
+    calibration = vectors_of(predictor, ranges, out.role, size) if ranges else None
+    with atomic_file(out.file) as opened:
+        np.save(opened, quantized(found, out.dtype, calibration))
+
+
+def texts_of(saved: SavedAdapter, names: Sequence[str], settings: Sequence[str]) -> list[str]:
+    """The texts of files, read as the task of a saved adapter reads them.
+
+    Raises:
+        InputError: a file or row is wrong, or the run is of another task.
+    """
+    task = saved.saved_task
+    if not isinstance(task, Retrieval):
+        raise another_task(task)
+    columns = data_settings(saved.columns, task, settings)
+    return [row["text"] for _, row in read_inputs(names, task, columns)]
+
+
+def another_task(task: Task) -> InputError:
+    """The error for a run without vectors."""
+    return InputError(f"the run is of data.task={task.name}: vectors need data.task=retrieval")
+
+
+# Search
+
+
+class Hit(NamedTuple):
+    """A text that was found."""
+
+    similarity: float
+    id: str
+    text: str
+
+
+def read_corpus(name: str) -> list[tuple[str, str]]:
+    """Ids and texts of a file; without ids, the numbers of its rows, from 0.
+
+    Raises:
+        InputError: the file cannot be read, or a row has no text.
+    """
+    found = []
+    for number, (place, row) in enumerate(located_rows("FILE", [name], every)):
+        value = row.get("text")
+        if not isinstance(value, str) or not value.strip():
+            raise InputError(f"{place} has no text in its column text: {shown(row)}")
+        found.append((str(row.get("id", row.get("_id", number))), value))
+    return found
+
+
+def nearest(
+    saved: SavedAdapter,
+    corpus: Sequence[tuple[str, str]],
+    queries: Sequence[str],
+    k: int,
+    file: Path | None = None,
+) -> list[list[Hit]]:
+    """The `k` nearest texts of each query, the nearest first.
+
+    Args:
+        corpus: ids and texts.
+        file: their vectors, float32 or float16; None: they are computed.
+
+    Raises:
+        InputError: the run is of another task, or the vectors are not those of the corpus.
+    """
+    predictor = Predictor.of(saved)
+    asked = vectors_of(predictor, queries, QUERY, predictor.batch_size)
+    if file is None:
+        texts = [text for _, text in corpus]
+        documents = vectors_of(predictor, texts, DOCUMENT, predictor.batch_size)
+    else:
+        documents = read_vectors(file, (len(corpus), asked.shape[1]))
+    both = [torch.from_numpy(np.asarray(each, np.float32)) for each in (asked, documents)]
+    task = predictor.task
+    assert isinstance(task, Retrieval), "vectors_of refuses others"
+    if task.similarity == "cosine":
+        both = [F.normalize(each, dim=-1) for each in both]
+    scores, rows = top_k(*both, min(k, len(corpus)))
+    return [
+        [Hit(score, *corpus[row]) for score, row in zip(*each, strict=True)]
+        for each in zip(scores.tolist(), rows.tolist(), strict=True)
+    ]
+
+
+def read_vectors(file: Path, shape: tuple[int, int]) -> np.ndarray:
+    """The vectors in a file of NumPy.
+
+    Raises:
+        InputError: it is none, or has another shape or type than floats.
+    """
+    try:
+        found = np.load(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read as vectors: {first_line(error)}") from error
+    if found.shape != shape or found.dtype.kind != "f":
+        raise InputError(
+            f"{file} has {found.dtype} {list(found.shape)}, and the texts have float vectors "
+            f"{list(shape)}: write them with petl predict --out=NAME.npy"
+        )
+    return found

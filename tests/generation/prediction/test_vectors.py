@@ -1,5 +1,7 @@
 """Vectors of texts: of a run, of its merged folder in sentence-transformers, in fewer bits."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,16 @@ from training_fixtures import train
 import petl
 from petl.adapters.export.merge import merge
 from petl.adapters.export.saved_adapter import find
+from petl.cli.main import main
 from petl.errors import InputError
 from petl.generation.prediction.predictor import Predictor
-from petl.generation.prediction.vectors import quantized
+from petl.generation.prediction.vectors import (
+    VectorFile,
+    nearest,
+    quantized,
+    read_corpus,
+    write_vectors,
+)
 
 pytest_plugins = ["task_runs"]
 
@@ -47,6 +56,8 @@ def test_a_model_and_a_run_have_equal_vectors(run):
     found = petl.embed(predictor.model, TEXTS, tokenizer=predictor.processor)
     np.testing.assert_array_equal(found, expected)
     assert petl.embed(predictor, []).shape == (0, expected.shape[1])
+    rows = petl.predict(predictor, [{"text": text} for text in TEXTS])
+    np.testing.assert_allclose([row["vector"] for row in rows], expected, atol=1e-5)
 
 
 def test_petls_adapter_loads_into_the_model_of_sentence_transformers(run, families):
@@ -85,3 +96,41 @@ def test_fewer_bits_are_those_of_sentence_transformers():
     assert np.array_equal(quantized(values, "int8", others), given)
     assert np.array_equal(quantized(values, "binary"), theirs(values, "ubinary"))
     assert quantized(values, "float16").dtype == np.float16
+
+
+def test_files_of_vectors_and_the_search_in_them(run, tmp_path, capsys):
+    rows = [{"_id": f"d{i}", "text": text} for i, text in enumerate(TEXTS)]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n".join(map(json.dumps, rows)))
+    saved, file = find(run.path), tmp_path / "vectors.npy"
+    write_vectors(saved, [str(corpus)], VectorFile(file))
+    documents = np.load(file)
+    np.testing.assert_allclose(documents, petl.embed(run.path, TEXTS), atol=1e-6)
+    queries = ["green", "bird red"]
+    asked = petl.embed(run.path, queries, as_="query")
+    expected = np.argsort(-asked @ documents.T, axis=1)[:, :3]
+    texts = read_corpus(str(corpus))
+    for given in (None, file):
+        found = nearest(saved, texts, queries, 3, given)
+        assert [[hit.id for hit in hits] for hits in found] == [
+            [f"d{place}" for place in each] for each in expected
+        ]
+        assert found[0][0].similarity == pytest.approx((asked @ documents.T)[0].max(), abs=1e-5)
+    words = ["retrieve", str(run.path), str(corpus), "--vectors", str(file)]
+    assert main([*words, "--query", queries[0], "--k", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert queries[0] in shown
+    assert TEXTS[expected[0][0]].split()[0] in shown
+    binary = tmp_path / "binary.npy"
+    write_vectors(saved, [str(corpus)], VectorFile(binary, dtype="binary"))
+    assert np.array_equal(np.load(binary), np.packbits(documents > 0, axis=1))
+    with pytest.raises(InputError, match=r"uint8 \[4, 4\], and the texts have float"):
+        nearest(saved, texts, queries, 3, binary)
+    with pytest.raises(InputError, match="for --dtype=int8, not float32"):
+        write_vectors(saved, [str(corpus)], VectorFile(file, calibrate=str(corpus)))
+
+
+def test_a_text_without_words_is_named(tmp_path):
+    (tmp_path / "corpus.csv").write_text('text\na\n" "\n')
+    with pytest.raises(InputError, match=r"corpus.csv, line 3 has no text"):
+        read_corpus(str(tmp_path / "corpus.csv"))

@@ -94,8 +94,10 @@ class Embedder(SwappedClass):
         vectors = pool(states, mask[:, -states.shape[1] :], task.pooling or "mean")
         if task.normalize:
             vectors = F.normalize(vectors, dim=-1)
-        loss = loss_of(task, vectors, batch) if "places" in batch else None
-        return Embedded(loss, states, vectors)
+        # a row to embed or to rank is one text without a label
+        places = batch.get("places")
+        trains = places is not None and (places.shape[1] > 1 or "scores" in batch)
+        return Embedded(loss_of(task, vectors, batch) if trains else None, states, vectors)
 
 
 def loss_of(task: Settings, vectors: Tensor, batch: Batch) -> Tensor:
