@@ -36,11 +36,11 @@ BUDGETS = {
     "adapters": 7900,
     "generation": 6550,
     "experiments": 6550,
-    "cli": 4000,
+    "cli": 4050,
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 13950, "tests": 76850}
+OTHERS = {"scripts": 13950, "tests": 77050}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
