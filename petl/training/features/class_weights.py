@@ -109,7 +109,8 @@ def weigh(model: nn.Module, weights: Tensor, *, several: bool) -> None:
             outputs.loss = loss_of(outputs.logits.float(), labels, own)
         return outputs
 
-    model.register_forward_hook(replaced, with_kwargs=True)
+    # before the hooks that add auxiliary losses to it
+    model.register_forward_hook(replaced, with_kwargs=True, prepend=True)
 
 
 def single_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from training_fixtures import train
 
+import petl
 from petl.data.batch_sampler import StepSampler
 from petl.data.task_mixture import TaskMixture
 from petl.data.tasks.classification import Classification
@@ -42,6 +43,19 @@ def test_the_loss_is_the_mean_of_weighted_terms():
         own = {name: values[part] for name, values in given.items()}
         (model(**own).loss * len(own["labels"]) / 6).backward()
     assert torch.allclose(model.classifier.weight.grad, whole, atol=1e-6)
+
+
+def test_an_auxiliary_loss_is_added_to_the_weighted_one():
+    wrapped = petl.wrap(
+        tiny_bert(), "mola", r=2, num_experts=4, router_aux_loss_coef=1.0, task_type="SEQ_CLS"
+    )
+    given = batch(torch.tensor([0, 1, 1, 4, 2, 3]))
+    weights = torch.zeros(5)
+    weigh(wrapped.get_base_model(), weights, several=False)
+    loss = wrapped.train()(**given).loss.item()
+    aux = petl.lifecycle(wrapped).aux_loss().item()
+    assert loss == pytest.approx(aux, rel=1e-6)  # all weights are 0
+    assert aux > 0.1
 
 
 def test_the_loss_of_several_classes_weighs_labels_that_have_one():
