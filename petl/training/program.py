@@ -140,7 +140,7 @@ def run_command(command: Callable[[Options], None], options: Options) -> int:
 def is_of_launcher(error: Exception) -> bool:
     """True if a launcher of Hydra raised the error, for example since a job was killed."""
     frames = traceback.walk_tb(error.__traceback__)
-    names = [frame.f_globals["__name__"] for frame, _ in frames]
+    names = [frame.f_globals.get("__name__", "") for frame, _ in frames]
     last = next((n for n in reversed(names) if n.startswith(("hydra", "petl."))), "")
     return last.startswith("hydra_plugins.") and "launcher" in last
 
