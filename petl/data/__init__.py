@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 # by `data.source`, "module:class", imported when it is chosen
 SOURCES = {
     "wordnet": "petl.data.bundled:WordNet",
-    "wordnet_retrieval": "petl.data.bundled:WordNetRetrieval",
+    "wordnet_retrieval": "petl.data.wordnet_retrieval:WordNetRetrieval",
     "hamlet": "petl.data.bundled:Hamlet",
     "reasoning": "petl.data.bundled:Reasoning",
     "files": "petl.data.files:Files",

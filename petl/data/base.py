@@ -13,7 +13,6 @@ import numpy as np
 from omegaconf import DictConfig
 
 from petl.data import SOURCES
-from petl.data.objectives import with_objective
 from petl.data.tasks import NEW_TOKENS, NO_TEXT, TASKS
 from petl.data.validation import FaultyRow, Row
 from petl.errors import InputError, choose
@@ -255,7 +254,9 @@ def check_early(cfg: DictConfig | Mapping[str, object]) -> None:
     Raises:
         InputError: as `data_source`, or as its `check` and `check_columns`.
     """
-    settings = with_objective(plain(cfg))
+    settings = plain(cfg)
+    if settings.get("task") is not None:
+        settings = resolve_name("petl.data.objectives:with_objective")(settings)
     import_modules(settings.get("imports"))  # which may add sources and tasks
     data, method = settings.get("data"), settings.get("method")
     # the run checks what is not a group, and data that get settings from a method of several tasks

@@ -2,27 +2,24 @@
 
 import gzip
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset
 
 from petl.data.base import RawData, Source, TextSource, limited, shuffled, train_test_split
-from petl.data.judgements import Judgements, judged, without_queries
-from petl.data.objectives import read_objective
-from petl.data.retrieval_columns import retrieval_task
-from petl.data.tasks import DIMS, POOLING, task_class
+from petl.data.tasks import task_class
 from petl.data.tasks.classification import Classification
 from petl.errors import InputError, choose
 from petl.system.files.paths import Package
 from petl.system.imports.extras import install_hint, optional
-from petl.system.values import Rule, field, integer, one_of
+from petl.system.values import Rule, field, integer
 
 Puzzle = tuple[str, str, dict[str, object]]  # question, answer, and what else tells its score
 # The lexicographer files of verbs by ascending number, 29 to 43: lexnames(5WN).
@@ -32,7 +29,6 @@ WORDNET_CLASSES = [
     *("perception", "possession", "social", "stative", "weather"),
 ]
 WORDNET_FILE = Path(__file__).parent / "wordnet_verbs.tsv.gz"
-WORDNET_EXAMPLES = Path(__file__).parent / "wordnet_examples.tsv.gz"
 WORDNET_NOTICE = Path(__file__).parent / "wordnet_license.txt"
 WORDNET_TEST_START = 4000  # position in the shuffled order where the test rows begin
 
@@ -70,61 +66,6 @@ class WordNet(TextSource):
             test=split(test),
             name=self.name,
         )
-
-
-@dataclass(kw_only=True)
-class WordNetRetrieval(TextSource):
-    """Verbs of WordNet 3.0: queries are examples of use, documents the definitions of verbs.
-
-    All 13,634 different definitions are documents. Of the test rows, which `test_rows` counts, no
-    definition is one of the training rows.
-    """
-
-    serves: ClassVar[tuple[str, ...]] = ("retrieval",)
-
-    task: str = "retrieval"
-    loss: str | None = field(None, one_of("in_batch"))
-    pooling: str | None = field(None, POOLING)
-    normalize: bool | None = None
-    dims: list[int] | None = field(None, DIMS)
-    query_prefix: str | None = None
-    document_prefix: str | None = None
-    mask_duplicates: bool | None = None
-
-    def read(self) -> RawData:
-        """Read examples and definitions; columns `query` and `positive`, and those of test rows."""
-        definitions = [text for _, text in lines_of(WORDNET_FILE)]
-        uses = lines_of(WORDNET_EXAMPLES)
-        pairs = [{"query": use, "positive": definitions[int(i) - 1]} for i, use in uses]
-        held = self.held([pair["positive"] for pair in pairs])
-        test = limited([p for p in pairs if p["positive"] in held], self.test_rows, "test_rows")
-        asked, documents = judged((p["query"], [(p["positive"], 1.0)]) for p in test)
-        for text in definitions:
-            # training definitions are searched as well: the test is not easier than use
-            documents.setdefault(text, f"d{len(documents)}")
-        numbered = {f"q{i}": entry for i, entry in enumerate(asked.items())}
-        judgements = Judgements(numbered, {name: text for text, name in documents.items()})
-        train = without_queries([p for p in pairs if p["positive"] not in held], asked)
-        order = shuffled(len(train), self.seed)
-        kept = limited(order, self.train_rows, "train_rows")
-        return RawData(
-            task=retrieval_task(self, "in_batch"),
-            train=Dataset.from_list([train[i] for i in kept]),
-            test=Dataset.from_list(judgements.rows()),
-            name=self.name,
-        )
-
-    def held(self, definitions: Sequence[str]) -> set[str]:
-        """Definitions for the test rows: as many as have `test_rows` examples, a fifth for null."""
-        count = len(definitions) // 5 if self.test_rows is None else self.test_rows
-        counts, taken = Counter(definitions), 0
-        different, held = [*counts], set[str]()
-        for i in shuffled(len(different), self.seed):
-            if taken >= count:
-                break
-            held.add(different[i])
-            taken += counts[different[i]]
-        return held
 
 
 def lines_of(file: Path) -> list[list[str]]:
@@ -230,6 +171,7 @@ class Reasoning(TextSource):
 
     def asked(self, rows: list[Puzzle]) -> RawData:
         """The puzzles as prompts, with what a reward needs to score an answer."""
+        read_objective = resolve_name("petl.data.objectives:read_objective")
         objective = asdict(read_objective(self.task, self.objective))
         asked = {
             "prompt": [[{"role": "user", "content": question}] for question, _, _ in rows],

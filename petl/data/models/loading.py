@@ -22,7 +22,6 @@ from transformers.utils import logging as transformers_logging
 
 from petl.core.parameters import max_positions, within_memory
 from petl.core.types import Fields
-from petl.data.models.new_tokens import extend_tables, extend_tokenizer, pieces_of, plain_of
 from petl.data.models.quantization import keep_gradients, quantization_config
 from petl.data.models.sources import (
     DTYPES,
@@ -126,6 +125,9 @@ def load_processor(cfg: Settings, task: Task[P]) -> P:
         if task.reads_text:
             with_padding_token(processor.tokenizer, source.name)
     if task.new_tokens:
+        # not imported by other runs
+        from petl.data.models.new_tokens import extend_tokenizer
+
         extend_tokenizer(tokenizer_in(processor), task.new_tokens)
     return processor
 
@@ -216,6 +218,8 @@ def load_base(
             "cannot save: set use_weighted_layer_sum to false in its config"
         )
     if task.new_tokens:
+        from petl.data.models.new_tokens import extend_tables, pieces_of, plain_of
+
         processor = processor or load_processor(cfg, task)
         tokenizer = tokenizer_in(processor)
         extend_tables(model, tokenizer, pieces_of(plain_of(tokenizer), task.new_tokens))
