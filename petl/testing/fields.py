@@ -36,6 +36,7 @@ VALUES: dict[str, list[Any]] = {
     "layers_pattern": ["no_such_list"],
     "blocks": ["no_such_list"],
     "target_parameters": [["no_such_parameter"]],
+    "trainable_token_indices": [[1, 2]],
 }
 BESIDE: dict[str, dict[str, Any]] = {"layers_pattern": {BLOCKS: [0]}}
 

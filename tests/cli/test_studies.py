@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 from training_fixtures import ROOT, Tiny
 
 from petl.cli.main import main
-from petl.experiments.sweeps import study
+from petl.experiments.sweeps import forked_runs
 
 pytest_plugins = ["training_fixtures"]
 
@@ -47,7 +47,8 @@ def test_a_study_whose_runs_fail_writes_the_page_of_the_others(
     monkeypatch.setattr(
         "petl.experiments.reports.comparison_report.write_page", lambda *_: written.append(1)
     )
-    monkeypatch.setattr(study, "TRAIN", ("false",))
+    monkeypatch.setattr(forked_runs, "FORKS", False)
+    monkeypatch.setattr(forked_runs, "TRAIN", ("false",))
     (tmp_path / "runs" / "lora" / "seed-0").mkdir(parents=True)
     words = ["study", str(tmp_path), "--methods", "lora", "--seeds", "0", *tiny.classify]
     assert main(words) == 1

@@ -33,6 +33,10 @@ TEMPLATE = re.compile(
     r"(?P<key>\+*data\.(?:text|text_pair|target|prompt|answer|system))=(?!['\"\[])(?P<value>.*\{.*)",
     re.DOTALL,
 )
+# texts put before others, whose last space Hydra would cut off
+PREFIX = re.compile(
+    r"(?P<key>\+*data\.(?:query|document)_prefix)=(?!['\"])(?P<value>.*\s)", re.DOTALL
+)
 OPTUNA = "hydra_plugins.hydra_optuna_sweeper"  # prefix of the sweeper's module
 
 
@@ -91,11 +95,14 @@ def quoted(text: str) -> str:
     return "'" + text.replace("${", r"\${") + "'"
 
 
-def with_quoted_templates(words: Sequence[str]) -> list[str]:
-    """The words of a command line, with quotes around templates such as data.prompt={question}."""
+def with_quoted_texts(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with quotes around templates such as data.prompt={question}.
+
+    And around prefixes that end in a space.
+    """
 
     def quoted(word: str) -> str:
-        found = TEMPLATE.fullmatch(word)
+        found = TEMPLATE.fullmatch(word) or PREFIX.fullmatch(word)
         if found is None or "${" in word:  # an interpolation, which Hydra reads as it is
             return word
         escaped = found["value"].replace('"', '\\"')

@@ -22,7 +22,7 @@ from petl.system.settings.command_line import (
     plus,
     quoted,
     raw,
-    with_quoted_templates,
+    with_quoted_texts,
     word_of,
 )
 
@@ -47,7 +47,7 @@ def hydra_words(words: Sequence[str]) -> list[str]:
     found: list[str] = []
     for word in words:
         found += words_of(Path(word), words) if is_file(word) else [with_plus(word)]
-    return with_quoted_templates(found)
+    return with_quoted_texts(found)
 
 
 def is_file(word: str) -> bool:

@@ -24,7 +24,7 @@ from petl.generation.prediction.vectors import (
 pytest_plugins = ["task_runs"]
 
 TEXTS = ["a green cat", "the red dog and the bird", "cat", "red " * 60]
-PREFIXES = ["data.query_prefix=red", "data.document_prefix=the ", "data.normalize=true"]
+PREFIXES = ["data.query_prefix=red ", "data.document_prefix=the ", "data.normalize=true"]
 
 
 @pytest.fixture(scope="module", params=["bert", "llama"])

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from petl.system.settings.command_line import command, in_shell, with_quoted_templates
+from petl.system.settings.command_line import command, in_shell, with_quoted_texts
 from petl.training.compose import compose
 
 
@@ -36,11 +36,17 @@ def test_a_template_is_read_as_it_was_typed(template):
     assert (cfg.data.prompt, cfg.data.answer) == (template, "{a}")
 
 
+@pytest.mark.parametrize("prefix", ["the ", "query: ", " a, b ", 'say "it" '])
+def test_a_prefix_keeps_its_last_space(prefix):
+    cfg = compose(["data=wordnet_retrieval", f"data.query_prefix={prefix}"])
+    assert cfg.data.query_prefix == prefix
+
+
 @pytest.mark.parametrize(
     "word", ["data.prompt='{a}'", 'data.prompt="{a}","{b}"', "data.prompt=${data.text}", "x={a: 1}"]
 )
 def test_other_words_are_left_as_they_are(word):
-    assert with_quoted_templates([word]) == [word]
+    assert with_quoted_texts([word]) == [word]
 
 
 @pytest.mark.parametrize(
