@@ -76,7 +76,9 @@ def is_of_hydra(error: Exception) -> bool:
     """True if Hydra refused the command line, be it by an exception that is not its own."""
     if isinstance(error, HYDRAS):
         return True
-    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    frames = [
+        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
     packages = [name.partition(".")[0] for name in frames]
     # the job of a run is called by Hydra as well
     return next((p for p in reversed(packages) if p in ("hydra", "petl")), "") == "hydra"

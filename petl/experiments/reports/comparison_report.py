@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from petl.data.tasks.scores import is_percentage
+from petl.data.tasks.scores import PROPORTIONS, is_percentage
 from petl.errors import markdown as escaped
 from petl.experiments.reports.answers import Differences
 from petl.experiments.reports.comparison import Comparison, Entry
@@ -108,7 +108,7 @@ def results(comparison: Comparison) -> Table:
     for entry in comparison.entries:
         row = [entry.name, mean_text(comparison.metric, entry.scores)]
         limits = limits_of(comparison, entry)
-        row += [interval_text(limits)] if limits else []
+        row += [interval_text(comparison.metric, limits)] if limits else []
         row += [lost_text(entry.lost)] if has_lost else []
         # seeds differ in the rate with train.find_lr
         lowest, highest = entry.lrs[0], entry.lrs[-1]
@@ -224,10 +224,10 @@ def summary(comparison: Comparison) -> list[str]:
     if comparison.unscored:
         sentences.append(f"Runs left out because they have no test scores: {comparison.unscored}.")
     if limits_of(comparison, comparison.entries[0]) is not None:
+        kind = "is Wilson's, " if comparison.metric in PROPORTIONS else "is "
         sentences.append(
-            "The 95 % interval is Wilson's, for the choice of the "
-            f"{comparison.split} examples, however many seeds there are; it does not contain the "
-            "spread over seeds."
+            f"The 95 % interval {kind}for the choice of the {comparison.split} examples, however "
+            "many seeds there are; it does not contain the spread over seeds."
         )
     return sentences
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from petl.data.tasks.scores import COUNTS, PROPORTIONS, is_percentage
+from petl.data.tasks.scores import COUNTS, INTERVAL, NOTES, PROPORTIONS, is_percentage
 from petl.errors import markdown, printable
 from petl.system.output import results
 
@@ -53,7 +53,7 @@ def duration(seconds: float) -> str:
 
 def score(name: str, value: Any) -> str:
     """Format a score with its unit; a count without decimals."""
-    if name in COUNTS:
+    if name in (*COUNTS, *NOTES):
         return f"{value:,.0f}"
     return f"{100 * value:.1f} %" if is_percentage(name) else f"{value:.3f}"
 
@@ -91,6 +91,9 @@ def interval(metric: str, value: float, scores: Mapping[str, float]) -> tuple[fl
         value: the metric, or its mean over evaluations on the same examples.
         scores: an evaluation, which has the number of examples.
     """
+    if f"{metric}{INTERVAL}" in scores:
+        half = scores[f"{metric}{INTERVAL}"]
+        return value - half, value + half
     # others, such as F1, have no interval of this kind; a bootstrap would need single examples
     if metric not in PROPORTIONS or not scores.get("rows"):
         return None
@@ -115,8 +118,10 @@ def sign_test(one: int, other: int) -> float:
     return min(1.0, 2 * sum_of_ways / 2**total)
 
 
-def interval_text(limits: tuple[float, float]) -> str:
-    """Format an interval of proportions: "51.2 to 70.0 %"."""
+def interval_text(metric: str, limits: tuple[float, float]) -> str:
+    """Format an interval of a metric: "51.2 to 70.0 %", "0.312 to 0.348"."""
+    if not is_percentage(metric):
+        return "{:.3f} to {:.3f}".format(*limits)
     return "{:.1f} to {:.1f} %".format(*(100 * limit for limit in limits))
 
 

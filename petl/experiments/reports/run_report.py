@@ -13,7 +13,7 @@ import yaml
 from petl.core.model.heat_map import HEAT_MAPS, HeatMap
 from petl.core.types import Record
 from petl.data.models.sources import RandomInit
-from petl.data.tasks.scores import COUNTS, is_percentage
+from petl.data.tasks.scores import is_beside, is_percentage, shown
 from petl.errors import InputError
 from petl.experiments.reports.entries import validation_of
 from petl.experiments.reports.formatting import (
@@ -97,7 +97,6 @@ NOT_DRAWN = {
     "padding",
     "seconds",
 }
-NOT_SCORES = (*COUNTS, "lr")  # next to the scores of an evaluation
 MIN_SECONDS = 1e-3  # activities that took less are left out of the chart of times
 
 
@@ -147,14 +146,14 @@ def _score_rows(scores: Record) -> list[list[str]]:
     # a dict as an ordered set: the first column is the metric that selects the best checkpoint
     names = {scores["metric"]: None} if "metric" in scores else {}
     names |= dict.fromkeys(name for values in evaluated.values() for name in values)
-    columns = [name for name in names if name not in NOT_SCORES]
+    columns = [name for name in names if name != "lr" and not is_beside(name)]
     rows = [
         [label, *(score(name, values[name]) if name in values else "" for name in columns)]
         for label, values in evaluated.items()
     ]
     # all evaluations are on the same test set
     counted = sample_size(next(iter(evaluated.values()), {}))
-    return [["test scores" + (counted and f", {counted}"), *columns], *rows]
+    return [["test scores" + (counted and f", {counted}"), *map(shown, columns)], *rows]
 
 
 def interval_line(scores: Record) -> str:
@@ -163,7 +162,8 @@ def interval_line(scores: Record) -> str:
     limits = interval(metric, after[metric], after) if after else None
     if limits is None:
         return ""
-    return f"adapted {metric}: 95 % interval {interval_text(limits)}, for the choice of examples"
+    found = interval_text(metric, limits)
+    return f"adapted {shown(metric)}: 95 % interval {found}, for the choice of examples"
 
 
 def validation_line(scores: Record) -> str:
@@ -173,7 +173,7 @@ def validation_line(scores: Record) -> str:
     metric, found = scores["metric"], validation_of(scores)
     counted = sample_size(found)
     best = score(metric, scores["validation"])
-    return f"best validation {metric}: {best}" + (counted and f" ({counted})")
+    return f"best validation {shown(metric)}: {best}" + (counted and f" ({counted})")
 
 
 # On a page
@@ -270,7 +270,7 @@ class RunRecord:
         """Names of the scores on the validation examples, without the loss."""
         lines: list[Record] = [line.get("validation", {}) for line in self.metrics]
         names = dict.fromkeys(name for line in lines for name in line)
-        return [name for name in names if name not in (*NOT_SCORES, "loss")]
+        return [name for name in names if name not in ("lr", "loss") and not is_beside(name)]
 
     @property
     def times(self) -> dict[str, float]:
@@ -362,7 +362,8 @@ def summary(record: RunRecord) -> str:
         best = validation_line(scores).capitalize()
         return f"{best}. The test set was not scored (train.test=false)."
     examples = f"{after['rows']:,.0f} test examples" if "rows" in after else "the test examples"
-    result = f"{metric.capitalize()} on {examples}: {score(metric, after[metric])}"
+    title = metric.capitalize() if shown(metric) == metric else shown(metric)
+    result = f"{title} on {examples}: {score(metric, after[metric])}"
     others = [
         f"{score(metric, scores[key][metric])} {name}"
         for key, name in (("before", "before training"), ("linear_probe", "with a linear probe"))
@@ -370,7 +371,7 @@ def summary(record: RunRecord) -> str:
     ]
     limits = interval(metric, after[metric], after)
     if limits is not None:
-        result += f", 95 % interval {interval_text(limits)}"
+        result += f", 95 % interval {interval_text(metric, limits)}"
     return f"{result} ({', '.join(others)})." if others else f"{result}."
 
 

@@ -23,7 +23,7 @@ from petl.core.spec.facts import facts_of
 from petl.core.types import Record, Settings
 from petl.data.models.sources import Folder, ModelSource, RandomInit, SmolLM2
 from petl.data.tasks.base import Task
-from petl.data.tasks.scores import COUNTS
+from petl.data.tasks.scores import is_beside
 from petl.errors import markdown, printable
 from petl.system.files.hub import OnHub
 from petl.system.files.paths import is_repository
@@ -204,7 +204,7 @@ def metadata(it: CardInfo) -> Record:
         )
         for name, value in (it.scores.get("after") or {}).items()
         # a diverged score: JSON, which the Hub converts metadata to, has no NaN
-        if name not in COUNTS and math.isfinite(value)
+        if not is_beside(name) and math.isfinite(value)
     ]
     card = ModelCardData(
         library_name="transformers" if it.merged else "peft",

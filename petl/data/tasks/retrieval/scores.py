@@ -27,12 +27,13 @@ from petl.data.judgements import (
     judged,
 )
 from petl.data.tasks.base import Columns, Prediction, rounded
+from petl.data.tasks.scores import INTERVAL
 from petl.errors import InputError
 from petl.ops.retrieval import top_k
 from petl.ops.retrieval.ranking import CUTS, query_metrics
 
 Tokens = tuple[int, ...]  # of a text
-INTERVAL = "ndcg_at_10_interval"  # half of it
+NDCG_INTERVAL = f"ndcg_at_10{INTERVAL}"
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Rankings:
         values = [each["ndcg_at_10"] for each in all_scores]
         return {
             **means,
-            INTERVAL: half_interval(values),
+            NDCG_INTERVAL: half_interval(values),
             "queries": float(len(values)),
             "queries_left_out": float(self.left_out),
             "queries_with_ties": float(sum(query.has_tie for query in self.queries)),
