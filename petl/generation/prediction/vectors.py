@@ -273,7 +273,7 @@ def read_vectors(file: Path, shape: tuple[int, int]) -> np.ndarray:
         InputError: it is none, or has another shape or type than floats.
     """
     try:
-        found = np.load(file, allow_pickle=False)
+        found = np.lib.format.open_memmap(file, mode="c")
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read as vectors: {first_line(error)}") from error
     if found.shape != shape or found.dtype.kind != "f":
