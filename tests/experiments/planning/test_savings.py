@@ -45,6 +45,7 @@ class Texts:
         self.task = SimpleNamespace(
             reads_text=True,
             new_head=True,
+            tensors_by_row=True,
             generate=None,
             scores_by_task=False,
             packs=False,

@@ -16,9 +16,7 @@ def test_the_name_of_the_distribution_is_that_of_the_project_file():
 
 def test_every_extra_in_a_hint_exists():
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert {"sweep", "quantized", "smollm2", "reasoning", "tracking", "image"} <= set(
-        known
-    )
+    assert {"sweep", "quantized", "smollm2", "reasoning", "tracking", "image"} <= set(known)
 
 
 def test_messages_take_install_commands_of_extras_from_one_function():
