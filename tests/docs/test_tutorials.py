@@ -1,4 +1,7 @@
-"""Every code block of the tutorials runs, in order, page by page, as a reader would run it."""
+"""Every code block of the tutorials runs, in order, page by page, as a reader would run it.
+
+A tiny random model stands in for SmolLM2, so that its package is not needed.
+"""
 
 import os
 import re
@@ -8,10 +11,14 @@ from pathlib import Path
 
 import pytest
 import run_page
+import torch
 import warm_python
 from run_page import blocks
+from tiny_tokenizers import MARKED_CHATML, byte_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import petl
+from petl.data.models import smollm2
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in (ROOT / "docs/tutorials").glob("*.md") if path.stem != "index")
@@ -45,8 +52,10 @@ COMMANDS = {"python": "", "petl": "-m petl", "torchrun": "-m torch.distributed.r
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """The environment of a page: `python` and `petl` are ours, `pip` is a stand-in."""
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The environment of a page: `python` and `petl` are ours, `pip` and SmolLM2 are stand-ins."""
+    monkeypatch.setenv("PETL_CACHE", str(tmp_path / "cache"))
+    save_tiny_decoder(smollm2.target())
     site, tools = tmp_path / "site", tmp_path / "tools"
     site.mkdir(), tools.mkdir()
     (tools / "pip").write_text(PIP.format(python=sys.executable, site=site))
@@ -61,11 +70,30 @@ def environment(tmp_path: Path) -> dict[str, str]:
         **os.environ,
         "PATH": os.pathsep.join(path),
         "PYTHONPATH": os.pathsep.join(filter(None, modules)),
-        "PETL_CACHE": str(tmp_path / "cache"),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": "1",
     }
+
+
+def save_tiny_decoder(folder: Path) -> None:
+    """Save a random chat model with a token for each byte."""
+    tokenizer = byte_tokenizer(chat_template=MARKED_CHATML, pad_token="<unk>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def marked(page: Path) -> object:
