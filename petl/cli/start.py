@@ -15,10 +15,21 @@ from petl.errors import RunStopped
 from petl.system.imports.collector import rare_collections
 from petl.system.settings.command_line import CONFIG, config_dir
 from petl.training import program as app
+from petl.training.runs.settings import read_train
 
 if TYPE_CHECKING:
     from petl.training.loop import Stepwise
     from petl.training.wrapping import Bases
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Check the settings of a run as far as it needs no torch.
+
+    Raises:
+        InputError: as `check_early` and `read_train`.
+    """
+    read_train(cfg)
+    check_early(cfg)
 
 
 def train_with(cfg: DictConfig, bases: "Bases") -> "Stepwise[float]":
@@ -31,7 +42,7 @@ def train(cfg: DictConfig) -> float:
     """Train one adapter, as a job of Hydra; return what a search optimizes."""
     with app.reported_to_hydra():
         try:
-            check_early(cfg)
+            check_settings(cfg)
             run = _run()
         except KeyboardInterrupt as error:  # there is nothing to resume yet
             raise RunStopped("interrupted", status=130) from error

@@ -39,12 +39,13 @@ from petl.core.model.heat_map import HeatMap
 from petl.core.model.linear import LINEAR_KINDS, refuse_other_kind
 from petl.core.model.names import NO_EXPERTS, matched_stacks
 from petl.core.model.targets import matched_names, refuse_fused, resolve_targets
-from petl.core.spec.config import LR, Acts
+from petl.core.spec.config import Acts
 from petl.core.spec.facts import facts_of
 from petl.core.support import Capability, Lacks, Part, reason_of, without_lora
 from petl.core.types import Calibration, Group
 from petl.errors import ModuleKindError
 from petl.system.files.paths import method_preset
+from petl.system.values import LR
 
 Finish = Callable[[PeftModel], None]
 Settings = dict[str, Any]  # by name, what an adapter needs besides its shape

@@ -2,24 +2,25 @@
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from datasets import Dataset
 
 from petl.data.base import RawData, Source, TextSource, limited, shuffled, train_test_split
 from petl.data.tasks import task_class
-from petl.data.tasks.classification import Classification
 from petl.errors import InputError, choose
 from petl.system.files.paths import Package
 from petl.system.imports.extras import install_hint, optional
 from petl.system.values import Rule, field, integer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Puzzle = tuple[str, str, dict[str, object]]  # question, answer, and what else tells its score
 # The lexicographer files of verbs by ascending number, 29 to 43: lexnames(5WN).
@@ -55,17 +56,24 @@ class WordNet(TextSource):
         remaining = order[:WORDNET_TEST_START] + order[WORDNET_TEST_START + len(test) :]
         number = {label: i for i, label in enumerate(WORDNET_CLASSES)}
 
-        def split(picked: list[int]) -> Dataset:
+        def split(picked: list[int]) -> "Dataset":
             # a line of the file: class, tab, definition
             labels, texts = zip(*(rows[i] for i in picked), strict=True)
-            return Dataset.from_dict({"text": texts, "label": [number[label] for label in labels]})
+            return table({"text": texts, "label": [number[label] for label in labels]})
 
         return RawData(
-            task=Classification(classes=list(WORDNET_CLASSES), max_length=self.max_length),
+            task=task_class("classification")(
+                classes=list(WORDNET_CLASSES), max_length=self.max_length
+            ),
             train=split(limited(remaining, self.train_rows, "train_rows")),
             test=split(test),
             name=self.name,
         )
+
+
+def table(columns: Mapping[str, Sequence[object]]) -> "Dataset":
+    """A data set of these columns."""
+    return resolve_name("datasets:Dataset").from_dict(columns)  # its import takes a second
 
 
 def lines_of(file: Path) -> list[list[str]]:
@@ -92,9 +100,9 @@ class Digits(Source):
         )  # the data set has gray levels from 0 to 16
         rows = list(zip(pixels.tolist(), digits.target.tolist(), strict=True))
 
-        def split(picked: list[tuple[object, object]]) -> Dataset:
+        def split(picked: list[tuple[object, object]]) -> "Dataset":
             images, labels = zip(*picked, strict=True)
-            return Dataset.from_dict({"pixels": images, "label": labels})
+            return table({"pixels": images, "label": labels})
 
         train, test = (split(part) for part in train_test_split(rows, self))
         classes = [str(name) for name in digits.target_names]
@@ -121,8 +129,8 @@ class Hamlet(TextSource):
         test = limited(lines[test_start:], self.test_rows, "test_rows")
         return RawData(
             task=task_class("causal_lm")(max_length=self.max_length, pack=True),
-            train=Dataset.from_dict({"text": ["".join(train)]}),
-            test=Dataset.from_dict({"text": ["".join(test)]}),
+            train=table({"text": ["".join(train)]}),
+            test=table({"text": ["".join(test)]}),
             name=self.name,
         )
 
@@ -164,8 +172,8 @@ class Reasoning(TextSource):
             task=task_class("causal_lm")(
                 max_length=self.max_length, chat=True, generate=self.generate
             ),
-            train=Dataset.from_dict({"messages": conversations[self.test_rows :]}),
-            test=Dataset.from_dict({"messages": conversations[: self.test_rows]}),
+            train=table({"messages": conversations[self.test_rows :]}),
+            test=table({"messages": conversations[: self.test_rows]}),
             name=self.name,
         )
 
@@ -181,7 +189,7 @@ class Reasoning(TextSource):
         }
         if objective["plain"]:
             asked["prompt"] = [question for question, _, _ in rows]
-        whole, end = Dataset.from_dict(asked), self.test_rows or 0
+        whole, end = table(asked), self.test_rows or 0
         return RawData(
             task=task_class(self.task)(max_length=self.max_length, **objective),
             train=whole.select(range(end, len(whole))),

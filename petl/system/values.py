@@ -26,6 +26,7 @@ from petl.errors import InputError, UnknownNameError, described, did_you_mean, s
 
 T = TypeVar("T")
 
+LR = 1e-3  # default peak learning rate of most methods
 # Of integers, all of which count or bound something: far above what runs, and exact in float64.
 LARGEST = 10**12
 COLLECTIONS = (list, set, tuple, range, frozenset)

@@ -245,7 +245,6 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-LR = 1e-3  # default peak learning rate of most methods
 DROPOUT = bounded(ge=0, lt=1)
 ALPHA = bounded(gt=0, reason="it scales the update")
 RANK = bounded(ge=1)

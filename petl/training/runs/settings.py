@@ -3,18 +3,29 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, TypedDict
 
 from omegaconf import DictConfig
 
-from petl.core.spec.config import LR
-from petl.core.types import Settings
 from petl.errors import InputError
 from petl.system.files.paths import file_of, why_impossible
 from petl.system.files.read import read_yaml
 from petl.system.settings.schema import plain
-from petl.system.values import LARGEST, Rule, check_rules, field, integer, one_of, read_fields, real
-from petl.training.distributed.precision import automatic
+from petl.system.values import (
+    LARGEST,
+    LR,
+    Rule,
+    check_rules,
+    field,
+    integer,
+    one_of,
+    read_fields,
+    real,
+)
+
+if TYPE_CHECKING:
+    from petl.core.types import Settings
 
 ANY_PATH = Rule("a path", lambda value: not why_impossible(value))
 AUTO_OR_COUNT = Rule(
@@ -386,10 +397,13 @@ class TrainConfig:
         """
         if dtype == "bfloat16":
             return "bf16"
-        return automatic() if self.precision == "auto" else self.precision
+        if self.precision == "auto":
+            # with torch, which is not imported to check settings
+            return resolve_name("petl.training.distributed.precision:automatic")()
+        return self.precision
 
 
-def read_train(cfg: DictConfig | Settings) -> TrainConfig:
+def read_train(cfg: "DictConfig | Settings") -> TrainConfig:
     """Check the settings under `train` of a configuration that may have no method.
 
     Raises:
@@ -402,7 +416,7 @@ def read_train(cfg: DictConfig | Settings) -> TrainConfig:
     return read_fields(TrainConfig, given, "train")
 
 
-def adamr_text(train: Settings) -> str | None:
+def adamr_text(train: "Settings") -> str | None:
     """Describe AdamR for the report of a run with these settings; None for AdamW."""
     if train["optimizer"] != "adamr":
         return None
