@@ -71,6 +71,8 @@ def encoding_of(path: Path) -> str:
         # final=False: the sample may end within a character
         codecs.getincrementaldecoder("utf-8")().decode(sample)
     except UnicodeDecodeError as error:
+        if is_mostly_utf8(sample):
+            raise not_decoded(path, "utf-8-sig") from error
         start = max(sample.rfind(b" ", 0, error.start), sample.rfind(b"\n", 0, error.start)) + 1
         word = sample[start : error.end + 20].decode(WESTERN, "replace").split()[0]
         logger.info(
@@ -83,6 +85,13 @@ def encoding_of(path: Path) -> str:
         return WESTERN
     # Excel writes a byte order mark, which would be part of the first column name
     return "utf-8-sig"
+
+
+def is_mostly_utf8(sample: bytes) -> bool:
+    """True for UTF-8 with single bytes that are not: of other encodings hardly a byte is valid."""
+    text = sample.decode("utf-8", "surrogateescape")
+    wrong = sum("\udc80" <= letter <= "\udcff" for letter in text)
+    return sum(letter > "\x7f" for letter in text) > 2 * wrong
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """A column that holds a class for (nearly) each row, such as an id, is not a column of labels."""
 
+from ast import literal_eval
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 
 from petl.data.validation import Row, label, number
 from petl.errors import InputError
+from petl.system.files.read import parse_json
 
 MIN_LABELS = 20  # assumption: fewer are an example of a file, or a test
 FEW = 0.5  # classes per label: above, a class has fewer than two examples on average
@@ -34,14 +36,22 @@ def refuse_unlikely_classes(
         rows: starts an iterator over the rows with all columns, among which others are searched.
         used: names of the columns that the task reads.
     """
+    own = "If each of the {} values is a class of its own, list them in data.labels"
+    lists = {name: found for name in counts if (found := list_in(name)) is not None}
+    if len(lists) > 1 and 2 * len(lists) >= len(counts):
+        classes = {str(each) for found in lists.values() for each in found}
+        raise InputError(
+            f"{origin} has a list of classes in each cell of column {column!r}, such as "
+            f"{next(iter(lists))!r}: for {len(classes)} classes, any number of them in a row, set "
+            f"data.task=multi_label.\n{own.format(len(counts))}"
+        )
     several = separator_of(counts)
     if several is not None:
         separator, example, classes = several
         raise InputError(
             f"{origin} has several classes in a cell of column {column!r}, such as {example!r}: "
             f"for {classes} classes, any number of them in a row, set data.task=multi_label "
-            f"data.separator={separator!r}.\nIf each of the {len(counts)} values is a class of its "
-            "own, list them in data.labels"
+            f"data.separator={separator!r}.\n{own.format(len(counts))}"
         )
     if not has_too_many_classes(counts):
         return
@@ -54,6 +64,23 @@ def refuse_unlikely_classes(
         f"few examples of each to learn from; {others}{numbers}.\n"
         "If these are the classes, list them in data.labels"
     )
+
+
+def list_in(text: str) -> list[object] | None:
+    """The values of a list that stands as text in a cell, as JSON or Python writes it; else None.
+
+    `DataFrame.to_csv` of pandas writes lists so.
+    """
+    if not (text.lstrip().startswith("[") and text.rstrip().endswith("]")):
+        return None
+    for parse in (parse_json, literal_eval):
+        try:
+            found = parse(text.strip())
+        except (InputError, ValueError, SyntaxError, MemoryError, RecursionError):
+            continue  # of the other form, or a text in brackets
+        if isinstance(found, list):
+            return found
+    return None
 
 
 def separator_of(counts: Counter[str]) -> tuple[str, str, int] | None:

@@ -13,7 +13,7 @@ from petl.data.conversations import MEANINGS
 from petl.data.downloads import PREFIXES
 from petl.data.faulty_rows import ERROR, SKIP
 from petl.data.formats import fitting_task
-from petl.data.label_column import refuse_unlikely_classes
+from petl.data.label_column import list_in, refuse_unlikely_classes
 from petl.data.tasks import CLASSES, COLUMN, DIMS, POOLING, THRESHOLD, task_class
 from petl.data.templates import columns_of, read_text
 from petl.data.validation import (
@@ -31,7 +31,6 @@ from petl.data.validation import (
     truth,
 )
 from petl.errors import InputError, shown
-from petl.system.files.read import parse_json
 from petl.system.values import Rule, field, integer, one_of
 
 if TYPE_CHECKING:
@@ -266,9 +265,9 @@ class ClassLabelColumns(NamedColumns, ABC):
         # `names` reads the complete column: of a stream one pass over the file
         classes = names or rows.classes or in_order(self.counted(rows))
         if len(classes) < 2:
+            found = f"a single class, {classes[0]!r}," if classes else "no class"
             raise InputError(
-                f"{rows.origin} has a single class, {classes[0]!r}, in column {self.column!r}: at "
-                "least two are needed"
+                f"{rows.origin} has {found} in column {self.column!r}: at least two are needed"
             )
         # `class_of` needs these; `task` is always called before `convert`
         self.number = {name: i for i, name in enumerate(classes)}
@@ -400,9 +399,9 @@ class MultiLabelColumns(ClassLabelColumns):
             return []
         if not isinstance(value, str):
             return value if isinstance(value, list) else [value]
-        if value.lstrip().startswith("[") and separator is None:  # a csv file has no lists
-            parsed = parse_json(value)
-            return parsed if isinstance(parsed, list) else [value]
+        # a csv file has no lists
+        if separator is None and (several := list_in(value)) is not None:
+            return several
         parts = [value] if separator is None else value.split(separator)
         return [part for part in parts if part.strip()]
 

@@ -241,6 +241,14 @@ def test_a_file_of_windows_is_read_and_said(tmp_path, petl_log):
     assert "separated by semicolons" in petl_log.text
 
 
+def test_utf8_with_a_wrong_byte_is_not_taken_for_another_encoding(tmp_path):
+    lines = ["text,label", *(f"thé {i},pos" for i in range(20)), "x,neg"]
+    content = "\n".join(lines).encode() + b"\ncaf\xe9,neg\n"
+    file = write(tmp_path, "a.csv", content)
+    with pytest.raises(InputError, match=r"a\.csv, line 23: byte 0xe9 is not UTF-8"):
+        read(file, file)
+
+
 def test_an_encoding_that_is_named_is_taken(tmp_path):
     file = write(tmp_path, "a.csv", "text,label\n良い,はい\n悪い,いいえ\n".encode("shift_jis"))
     assert named(read(file, file, encoding="shift_jis"), "test") == {

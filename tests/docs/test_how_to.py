@@ -231,7 +231,9 @@ def test_images_and_text(bases, tmp_path, monkeypatch):
         assert main(["data", *words.split()]) == 0
     write_rows(Path("chats.jsonl"), [shown[0]] * 4)
     commands = [block.code.splitlines() for block in blocks(page) if block.language == "bash"]
-    lines = [line for block in commands for line in block]
+    lines = (
+        "\n".join(line for block in commands for line in block).replace("\\\n", " ").splitlines()
+    )
     commands = [line for line in lines if line.startswith("petl ") and "data=stamps" not in line]
     assert len(commands) == 7
     monkeypatch.setattr("sys.stdin", io.StringIO("/image images/1.png\nWhich color?\n"))

@@ -4,6 +4,7 @@ import itertools
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from training_fixtures import train
@@ -55,6 +56,24 @@ def test_every_form_gives_the_same_rows(tmp_path, name, content, settings):
     raw = read(tmp_path / name, **settings)
     assert raw.task.classes == CLASSES
     assert sets_of(raw) == [sorted(own) for own in SETS]
+
+
+def test_lists_that_pandas_writes_as_text_are_lists(tmp_path):
+    cells = [["sales", "it's"], [], ["tech"], ["sales", "tech"], ["it's"]] * 4
+    file = tmp_path / "lists.csv"
+    pd.DataFrame({"text": [f"row {i}" for i in range(20)], "label": cells}).to_csv(
+        file, index=False
+    )
+    raw = read(file)
+    assert raw.task.classes == ["it's", "sales", "tech"]
+    assert sets_of(raw)[:4] == [["it's", "sales"], [], ["tech"], ["sales", "tech"]]
+    with pytest.raises(InputError, match="for 3 classes") as refused:
+        read(file, task="classification")
+    assert "data.task=multi_label" in str(refused.value)
+    assert "separator" not in str(refused.value)
+    file.write_text("text,label\n" + "".join(f"row {i},[]\n" for i in range(20)))
+    with pytest.raises(InputError, match="no class in column 'label'"):
+        read(file)
 
 
 @pytest.mark.parametrize("separator", ["|", ";", ",", "/"])
