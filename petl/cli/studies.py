@@ -31,6 +31,7 @@ def study(options: StudyOptions) -> None:
     from petl.experiments.reports.comparison import compare
     from petl.experiments.reports.comparison_report import write_page
     from petl.experiments.sweeps.study import Contender, Study
+    from petl.training.runs.records import is_finished
 
     # without --methods, splitting "" gives an empty word
     words = [word for word in (*options.methods.split(","), *options.method) if word.strip()]
@@ -56,7 +57,8 @@ def study(options: StudyOptions) -> None:
     except KeyboardInterrupt as error:
         raise RunStopped(f"interrupted; {how_to_continue()}", status=130) from error
     finally:
-        if any((folder / "runs").rglob("scores.json")):  # else there is nothing to compare
+        # else there is nothing to compare
+        if any(is_finished(file.parent) for file in (folder / "runs").rglob("scores.json")):
             write_page(compare([folder / "runs"]), folder, study.tried)
 
 

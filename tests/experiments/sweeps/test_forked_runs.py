@@ -101,7 +101,7 @@ def test_a_stopped_study_saves_its_run_and_goes_on_by_the_same_command(tiny, tmp
     wait_for(run / "metrics.jsonl")
     study.send_signal(number)  # to this process alone, not to its group
     _, err = study.communicate(timeout=120)
-    assert study.returncode == 128 + number
+    assert study.returncode == 128 + number, err
     assert f"to continue, with finished runs kept: petl study {tmp_path / 'study'}" in err
     steps = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     assert [*(run / "checkpoints").iterdir()]
