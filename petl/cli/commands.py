@@ -85,7 +85,7 @@ def show(options: ShowOptions) -> None:
 def composed(overrides: Sequence[str]) -> DictConfig:
     """Return the settings of a run, of which what needs no torch is checked."""
     cfg = compose(overrides)
-    resolve_name("petl.cli.start:check_settings")(cfg)  # other commands read no data
+    resolve_name("petl.cli.start:read_early")(cfg)  # other commands read no data
     return cfg
 
 

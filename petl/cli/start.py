@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from petl.training.wrapping import Bases
 
 
-def check_settings(cfg: DictConfig) -> None:
+def read_early(cfg: DictConfig) -> None:
     """Check the settings of a run as far as it needs no torch.
 
     Raises:
@@ -42,7 +42,7 @@ def train(cfg: DictConfig) -> float:
     """Train one adapter, as a job of Hydra; return what a search optimizes."""
     with app.reported_to_hydra():
         try:
-            check_settings(cfg)
+            read_early(cfg)
             run = _run()
         except KeyboardInterrupt as error:  # there is nothing to resume yet
             raise RunStopped("interrupted", status=130) from error
