@@ -84,7 +84,10 @@ class Case:
 
     def base(self) -> PreTrainedModel:
         """Return a new base model, in eval mode, with the same weights each time."""
-        return self.tiny.base().to(self.device)
+        base = self.tiny.base().to(self.device)
+        if isinstance(base, PreTrainedModel):
+            base.tie_weights()  # a copy to a device that is no CUDA may have ended the ties
+        return base
 
     def batch(self, rows: int = 4, seed: int = 0) -> Batch:
         """Return model inputs with labels, the same for the same arguments."""

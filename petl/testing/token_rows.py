@@ -39,10 +39,6 @@ def rows_of_tokens_train(case: Case) -> None:
     expected = gradients(plain, batch)
     torch.manual_seed(0)
     found = gradients(model, batch)
-    # a copy to another device may end the ties of T5's tables: `shared` is then read by none
-    unread = [t for t in whole if not any(t in name for name in expected)]
-    if unread and next(plain.parameters()).device.type != "cpu":
-        return
     scale = max(float(gradient.abs().max()) for gradient in expected.values())
     for name, gradient in found.items():
         table = next((t for t in whole if t in name and name in known), None)

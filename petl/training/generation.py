@@ -16,7 +16,7 @@ from petl.core.parameters import max_positions
 from petl.core.types import Arguments, CausalModel, Processor, base_of
 from petl.data.tasks import IDS
 from petl.data.tasks.base import pad_id, tokenizer_in
-from petl.data.tasks.chat import ChatTokenizer, end_of_turn
+from petl.data.tasks.chat import ChatTokenizer, answer_ends
 from petl.data.tasks.image_text.prompt import ConversationEncoder, ImagePrompt, prompt_inputs
 from petl.errors import InputError
 from petl.system.collectives import is_sharded
@@ -49,10 +49,7 @@ def written(
     longest = 0 if is_pair(model) else max(map(len, prompts))
     max_new_tokens = min(max_new_tokens, positions_behind(base, longest) or max_new_tokens)
     inputs = batched_prompts(prompts, pad_id(tokenizer), on_left=not is_pair(model))
-    # chat models end a turn by a token of their generation config, not by the tokenizer's
-    ends = {tokenizer.eos_token_id, *as_list(base.generation_config.eos_token_id)}
-    # a base model that was trained on a chat template knows the template's token only
-    ends |= {end_of_turn(encoder_in(processor))} if is_chat else set()
+    chat = encoder_in(processor) if is_chat else None
     more = {} if task_ids is None else {IDS: torch.tensor(task_ids)}
     if len(prompts) == 1 and task_ids is None and not isinstance(prompts[0], ImagePrompt):
         more = free_drafts(model)
@@ -62,7 +59,7 @@ def written(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
-        eos_token_id=sorted(ends - {None}),
+        eos_token_id=answer_ends(tokenizer.eos_token_id, base, chat),
         pad_token_id=pad_id(tokenizer),
         synced_gpus=is_sharded(model),
     )
@@ -116,13 +113,6 @@ def is_pair(model: PeftModel) -> bool:
     """Return True if the model is an encoder with a decoder."""
     base = base_of(model)
     return base.config.is_encoder_decoder
-
-
-def as_list(ids: int | list[int] | None) -> list[int]:
-    """Return end tokens as a list: a model may have one, several or none."""
-    if ids is None:
-        return []
-    return ids if isinstance(ids, list) else [ids]
 
 
 def encoder_in(processor: Processor) -> ChatTokenizer:

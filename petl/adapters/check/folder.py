@@ -311,9 +311,9 @@ class Subject:
         if "unsloth" in json.dumps(self.config.get("auto_mapping") or {}):
             return f"unsloth ({CONFIG})"
         card = read_text(self.folder / README) if self.has(README) else ""
+        if self.has(FINGERPRINT) and not MAKERS["petl"].search(card):
+            return f"petl ({FINGERPRINT})"
         for name, mark in MAKERS.items():
-            if name == "petl" and self.has(FINGERPRINT) and not mark.search(card):
-                return f"petl ({FINGERPRINT})"
             if found := mark.search(card):
                 version = found[1] if found.re.groups else None
                 return f"{name} {version} ({README})" if version else f"{name} ({README})"

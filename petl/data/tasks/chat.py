@@ -13,7 +13,7 @@ from typing import Protocol
 
 from transformers import BatchEncoding
 
-from petl.core.types import Arguments
+from petl.core.types import Arguments, CausalModel
 from petl.data.tasks import TOOLS, Message
 from petl.data.tasks.base import IGNORED
 from petl.data.tasks.chat_template import check_template, within_deadline
@@ -259,6 +259,27 @@ def end_of_turn(tokenizer: ChatTokenizer) -> int | None:
         return None
     learned = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
     return learned[-1] if learned and learned[-1] in tokenizer.all_special_ids else None
+
+
+def answer_ends(end: int | None, base: CausalModel, chat: ChatTokenizer | None) -> list[int]:
+    """The tokens at which an answer of a model ends, in ascending order.
+
+    Args:
+        end: the tokenizer's end of a text.
+        chat: encodes prompts that are turns of the chat template; None: they are texts.
+    """
+    # chat models end a turn by a token of their generation config, not by the tokenizer's
+    ends = {end, *as_list(base.generation_config.eos_token_id)}
+    # a base model that was trained on a chat template knows the template's token only
+    ends |= {end_of_turn(chat)} if chat else set()
+    return sorted(token for token in ends if token is not None)
+
+
+def as_list(ids: int | list[int] | None) -> list[int]:
+    """Return end tokens as a list: a model may have one, several or none."""
+    if ids is None:
+        return []
+    return ids if isinstance(ids, list) else [ids]
 
 
 def render(

@@ -26,7 +26,7 @@ from petl.core.types import CausalModel, Settings, base_of
 from petl.data.conversations import IMAGE, Part, with_parts
 from petl.data.tasks import TOOLS, Message
 from petl.data.tasks.base import pad_id
-from petl.data.tasks.chat import end_of_turn, question
+from petl.data.tasks.chat import answer_ends, question
 from petl.data.tasks.image_text import prompt_of
 from petl.data.tasks.image_text.images import ImageSource
 from petl.data.tasks.image_text.prompt import Conversation, ImagePrompt, ImageTextProcessor
@@ -45,7 +45,7 @@ from petl.generation.inference.sampling import (
     TextStream,
     before_stop,
 )
-from petl.training.generation import as_list, batched_prompts, encoder_in
+from petl.training.generation import batched_prompts, encoder_in
 
 BASE = "base"  # the name of the model without an adapter
 NO_DRAFTS = "none"  # the value of `drafting` for plain decoding
@@ -150,13 +150,8 @@ class LanguageModel:
     @cached_property  # it writes to __dict__, which a frozen dataclass allows
     def ends(self) -> list[int]:
         """The tokens at which an answer ends."""
-        # chat models end a turn by a token of their generation config, not by the tokenizer's
-        of_config = as_list(self.base.generation_config.eos_token_id)
-        ends = {self.tokenizer.eos_token_id, *of_config}
-        # a base model that was trained on a chat template knows the template's token only
-        reader = encoder_in(self.processor or self.tokenizer)
-        ends |= {end_of_turn(reader)} if self.is_chat else set()
-        return sorted(ends - {None})
+        chat = encoder_in(self.processor or self.tokenizer) if self.is_chat else None
+        return answer_ends(self.tokenizer.eos_token_id, self.base, chat)
 
     @contextmanager
     def using(self, name: str) -> Generator[None]:

@@ -63,7 +63,15 @@ class LearnFromPreferences(RunFeature):
             InputError: they are not allowed, or the run begins with an adapter that is not part of
                 the reference.
         """
-        start = settings["train"].get("init_from")
+        train = settings["train"]
+        sizes = {name: train.get(name) for name in ("batch_size", "micro_batch_size")}
+        lone = next((name for name, size in sizes.items() if size == 1), None)
+        if self.settings["name"] == "kto" and lone is not None:
+            raise InputError(
+                f"train.{lone}=1 leaves task=kto no answer of another row for its reference "
+                "point: set 2 or more"
+            )
+        start = train.get("init_from")
         if start is not None and self.of_reference("it has one"):
             raise InputError(
                 f"train.init_from={start} is not possible with task={self.settings['name']}, whose "

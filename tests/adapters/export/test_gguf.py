@@ -15,6 +15,7 @@ from petl import testing
 from petl.adapters.export.gguf import DECODERS, FILE, export_gguf, row_order
 from petl.adapters.export.saved_adapter import find
 from petl.errors import InputError, RunStopped, UnsupportedError
+from petl.generation.serving.gguf_model import tokens_in
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'petl-peft[gguf]'")
 pytest_plugins = ["gguf_bases"]
@@ -195,7 +196,7 @@ def test_llama_cpp_continues_as_petl_does(family, llama_cpp: Answer, tmp_path):
     base = gguf_bases.build(family)
     base.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
-    gguf_bases.write(base, family, DECODERS[family].name, tmp_path / "base.gguf")
+    gguf_bases.write(base, family, tmp_path / "base.gguf")
     saved = adapter_of(tmp_path / "base", "lora", tmp_path / "adapter", r=4)
     export_gguf(saved, tmp_path / "out", None)
     prompts = [[5, 9, 33, 60, 7, 12], [21, 22, 23]]
@@ -206,8 +207,8 @@ def test_llama_cpp_continues_as_petl_does(family, llama_cpp: Answer, tmp_path):
 
     adapter = tmp_path / "out" / FILE
     answers = llama_cpp(tmp_path / "base.gguf", adapter, prompts, 12)
-    assert [gguf_bases.tokens(answer) for answer in answers] == [own(p) for p in prompts]
+    assert [tokens_in(answer) for answer in answers] == [own(p) for p in prompts]
     plain = llama_cpp(tmp_path / "base.gguf", None, prompts, 12)
     with model.disable_adapter():
-        assert [gguf_bases.tokens(answer) for answer in plain] == [own(p) for p in prompts]
+        assert [tokens_in(answer) for answer in plain] == [own(p) for p in prompts]
     assert plain != answers

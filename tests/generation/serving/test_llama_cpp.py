@@ -143,7 +143,8 @@ def test_the_command_serves_until_ctrl_c_and_leaves_no_files(writers, tmp_path, 
             client.models.list()
         with server.client(api_key="secret") as client:
             asked = {"model": "m", "messages": HI, "stream": True, "logit_bias": {"3": -100}}
-            stream = client.chat.completions.create(**asked, max_tokens=200)
+            # as many answers as take longer than the signal
+            stream = client.chat.completions.create(**asked, max_tokens=200, n=16)
             next(iter(stream))
             interrupting = threading.Thread(target=server.interrupt)
             interrupting.start()

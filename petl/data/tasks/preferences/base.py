@@ -195,6 +195,16 @@ def log_probabilities(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of the log-probabilities of each row's labels, and their number: [N] each.
 
     Args:
+        logits, labels: as of `token_log_probabilities`.
+    """
+    found = token_log_probabilities(logits, labels)
+    return found.sum(1), (labels[:, 1:] != IGNORED).sum(1)
+
+
+def token_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
+    """The log-probability of each label but the first, [N, T - 1]; 0 where it is ignored.
+
+    Args:
         logits: [N, T, V], or more positions at the beginning (virtual tokens).
         labels: that each position is, [N, T], or IGNORED.
     """
@@ -202,7 +212,7 @@ def log_probabilities(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     losses = F.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
     )
-    return -losses.view(labels.shape).sum(1), (labels != IGNORED).sum(1)
+    return -losses.view(labels.shape)
 
 
 class PairTask(PreferenceTask, ABC):

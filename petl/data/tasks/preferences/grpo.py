@@ -37,9 +37,14 @@ from petl.data.tasks.base import (
     rounded,
     source_numbers,
 )
-from petl.data.tasks.chat import end_of_turn
-from petl.data.tasks.preferences.base import AnswerTask, LabelledOutputs
+from petl.data.tasks.chat import answer_ends
+from petl.data.tasks.preferences.base import (
+    AnswerTask,
+    LabelledOutputs,
+    token_log_probabilities,
+)
 from petl.data.tasks.preferences.rewards import Given, Reward, reward_of
+from petl.system.collectives import is_sharded
 
 
 @dataclass
@@ -137,7 +142,9 @@ class GRPO(GRPOSettings, AnswerTask):
         """
         # each prompt once, without the room for its answers
         asked = {n: batch[n][:: self.generations, : -self.max_new_tokens] for n in INPUTS}
-        end, pad = self.ends(model), pad_id(self.tokenizer)
+        chat = self.tokenizer if self.chat else None
+        end = answer_ends(self.tokenizer.eos_token_id, base_of(model), chat)
+        pad = pad_id(self.tokenizer)
         sampling = {"temperature": self.temperature, "top_k": 0, "top_p": 1.0} if count > 1 else {}
         with evaluation_mode(model):
             written = cast(Any, model).generate(
@@ -149,6 +156,8 @@ class GRPO(GRPOSettings, AnswerTask):
                 use_cache=True,  # which training switches off
                 eos_token_id=end,
                 pad_token_id=pad,
+                # of a sharded model each pass needs all processes, also those that are done
+                synced_gpus=is_sharded(model),
                 **sampling,
             )
         answers = [until(ids, end) for ids in written[:, asked["input_ids"].shape[1] :].tolist()]
@@ -171,13 +180,6 @@ class GRPO(GRPOSettings, AnswerTask):
             {name: tensor.to(device) for name, tensor in found.items()},
             torch.tensor(rewards, device=device),
         )
-
-    def ends(self, model: nn.Module) -> list[int]:
-        """The tokens that end an answer."""
-        given = getattr(base_of(model).generation_config, "eos_token_id", None)
-        ends = [self.tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])]
-        ends += [end_of_turn(self.tokenizer)] if self.chat else []
-        return sorted({token for token in ends if token is not None})
 
     # Loss and scores
 
@@ -233,15 +235,6 @@ class GRPO(GRPOSettings, AnswerTask):
 
 
 INPUTS = ("input_ids", "attention_mask")
-
-
-def token_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
-    """The log-probability of each labelled token but the first, [N, T - 1]; 0 for others."""
-    logits, labels = logits[:, -labels.shape[1] : -1].float(), labels[:, 1:]
-    losses = F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return -losses.view(labels.shape)
 
 
 def until(ids: list[int], ends: Sequence[int]) -> list[int]:
