@@ -1,13 +1,12 @@
 """A column that holds a class for (nearly) each row, such as an id, is not a column of labels."""
 
-from ast import literal_eval
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 
 from petl.data.validation import Row, label, number
 from petl.errors import InputError
-from petl.system.files.read import parse_json
+from petl.system.files.read import parse_list
 
 MIN_LABELS = 20  # assumption: fewer are an example of a file, or a test
 FEW = 0.5  # classes per label: above, a class has fewer than two examples on average
@@ -37,7 +36,7 @@ def refuse_unlikely_classes(
         used: names of the columns that the task reads.
     """
     own = "If each of the {} values is a class of its own, list them in data.labels"
-    lists = {name: found for name in counts if (found := list_in(name)) is not None}
+    lists = {name: found for name in counts if (found := parse_list(name)) is not None}
     if len(lists) > 1 and 2 * len(lists) >= len(counts):
         classes = {str(each) for found in lists.values() for each in found}
         raise InputError(
@@ -64,23 +63,6 @@ def refuse_unlikely_classes(
         f"few examples of each to learn from; {others}{numbers}.\n"
         "If these are the classes, list them in data.labels"
     )
-
-
-def list_in(text: str) -> list[object] | None:
-    """The values of a list that stands as text in a cell, as JSON or Python writes it; else None.
-
-    `DataFrame.to_csv` of pandas writes lists so.
-    """
-    if not (text.lstrip().startswith("[") and text.rstrip().endswith("]")):
-        return None
-    for parse in (parse_json, literal_eval):
-        try:
-            found = parse(text.strip())
-        except (InputError, ValueError, SyntaxError, MemoryError, RecursionError):
-            continue  # of the other form, or a text in brackets
-        if isinstance(found, list):
-            return found
-    return None
 
 
 def separator_of(counts: Counter[str]) -> tuple[str, str, int] | None:

@@ -13,7 +13,7 @@ from petl.data.conversations import MEANINGS
 from petl.data.downloads import PREFIXES
 from petl.data.faulty_rows import ERROR, SKIP
 from petl.data.formats import fitting_task
-from petl.data.label_column import list_in, refuse_unlikely_classes
+from petl.data.label_column import refuse_unlikely_classes
 from petl.data.tasks import CLASSES, COLUMN, DIMS, POOLING, THRESHOLD, task_class
 from petl.data.templates import columns_of, read_text
 from petl.data.validation import (
@@ -31,6 +31,7 @@ from petl.data.validation import (
     truth,
 )
 from petl.errors import InputError, shown
+from petl.system.files.read import parse_list
 from petl.system.values import Rule, field, integer, one_of
 
 if TYPE_CHECKING:
@@ -400,7 +401,7 @@ class MultiLabelColumns(ClassLabelColumns):
         if not isinstance(value, str):
             return value if isinstance(value, list) else [value]
         # a csv file has no lists
-        if separator is None and (several := list_in(value)) is not None:
+        if separator is None and (several := parse_list(value)) is not None:
             return several
         parts = [value] if separator is None else value.split(separator)
         return [part for part in parts if part.strip()]

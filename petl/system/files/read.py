@@ -11,6 +11,7 @@ A shape is an annotation, as `petl.system.values.type_problem` takes it.
 import json
 import os
 import re
+from ast import literal_eval
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -138,6 +139,24 @@ def parse_json(text: str) -> Any:
         raise ValueError(TOO_DEEP) from error
     check_bounds(value)
     return value
+
+
+def parse_list(text: str) -> list[object] | None:
+    """The values of a list that stands in a cell, as JSON or Python writes it; None: it is none.
+
+    `DataFrame.to_csv` of pandas writes lists as Python does.
+    """
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    for parse in (parse_json, literal_eval):
+        try:
+            found = parse(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue  # of the other form, or a text in brackets
+        if isinstance(found, list):
+            return found
+    return None
 
 
 def _short(digits: str) -> str:

@@ -13,6 +13,7 @@ from petl.cli import main
 from petl.data.base import read_data
 from petl.data.tasks.multi_label import MultiLabel
 from petl.errors import InputError
+from petl.system.files.read import parse_list
 from petl.testing import tiny_bert
 
 pytest_plugins = ["training_fixtures"]
@@ -56,6 +57,11 @@ def test_every_form_gives_the_same_rows(tmp_path, name, content, settings):
     raw = read(tmp_path / name, **settings)
     assert raw.task.classes == CLASSES
     assert sets_of(raw) == [sorted(own) for own in SETS]
+
+
+@pytest.mark.parametrize("text", ["[a, b]", "[1], [2]", "[1][0]", "a]", "[" * 999 + "]" * 999])
+def test_a_text_in_brackets_that_is_no_list_is_left_as_it_is(text):
+    assert parse_list(text) is None
 
 
 def test_lists_that_pandas_writes_as_text_are_lists(tmp_path):

@@ -121,6 +121,7 @@ def test_sampled_answers_are_learned_from_and_resumed(preferences, tmp_path):
         (["+task=dpo", "task.beta=0"], InputError, "task.beta=0.0 is not above 0"),
         (["+task=dpo", "task.loss=log"], InputError, "sigmoid, hinge, ipo"),
         (["+task=grpo", "task.reward=regex"], InputError, "give a pattern"),
+        (["+task=kto", "train.micro_batch_size=1"], InputError, "train.micro_batch_size=1 leaves"),
         (["+task=kto", "data.pack=true"], InputError, "data.pack=true is for data.task=causal_lm"),
     ],
 )

@@ -33,6 +33,7 @@ from petl.data.tasks.base import (
     Pad,
     Prediction,
     Row,
+    batch_of_tokens,
     pad_id,
     rounded,
     source_numbers,
@@ -41,6 +42,7 @@ from petl.data.tasks.chat import answer_ends
 from petl.data.tasks.preferences.base import (
     AnswerTask,
     LabelledOutputs,
+    text_of,
     token_log_probabilities,
 )
 from petl.data.tasks.preferences.rewards import Given, Reward, reward_of
@@ -122,14 +124,8 @@ class GRPO(GRPOSettings, AnswerTask):
         if not self.beta:
             return found
         with torch.no_grad(), evaluation_mode(model), without_adapters(model):
-            return {
-                **found,
-                "reference": token_log_probabilities(self.logits(model, found), labels),
-            }
-
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The logits of a model for texts."""
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            logits = model(**{name: found[name] for name in INPUTS}).logits
+            return {**found, "reference": token_log_probabilities(logits, labels)}
 
     @torch.no_grad()
     def answered(
@@ -267,13 +263,8 @@ def texts_of(
     pad: Pad, prompts: Sequence[list[int]], answers: Sequence[list[int]]
 ) -> dict[str, Tensor]:
     """Prompts with answers, padded on the right, with labels on the answers: [N, T] each."""
-    pairs = [*zip(prompts, answers, strict=True)]
-    rows: list[Row] = [
-        {
-            "input_ids": [*prompt, *answer],
-            "attention_mask": [1] * (len(prompt) + len(answer)),
-            "labels": [IGNORED] * len(prompt) + answer,
-        }
-        for prompt, answer in pairs
+    rows = [
+        text_of([*prompt, *answer], [IGNORED] * len(prompt) + answer)
+        for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    return {**pad.inputs(rows), "labels": pad.stack(rows, "labels", IGNORED)}
+    return batch_of_tokens(pad, rows)

@@ -109,12 +109,8 @@ def loss_of(task: Settings, vectors: Tensor, batch: Batch) -> Tensor:
             inner = (vectors * batch["gradient"]).sum()
             return batch["value"] + inner - inner.detach()
         texts = Texts.of(vectors, batch)
-        return _loss(task, everybodys(texts, batch["labels"]) if is_coupled(task) else texts)
-
-
-def is_coupled(task: Settings) -> bool:
-    """True if the loss of a row depends on the other rows of a step."""
-    return task.loss in COUPLED
+        coupled = task.loss in COUPLED
+        return _loss(task, everybodys(texts, batch["labels"]) if coupled else texts)
 
 
 def _loss(task: Settings, texts: Texts) -> Tensor:
