@@ -130,7 +130,9 @@ def batched_prompts(
     if not pictured:
         return padded(prompts, pad, on_left=on_left)
     assert len(pictured) == len(prompts), "prompts of one processor"
-    return pictured[0].inputs() if len(pictured) == 1 else prompt_inputs(pictured)
+    if len(pictured) == 1:
+        return pictured[0].inputs()
+    return prompt_inputs(pictured, on_left=on_left)
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int, *, on_left: bool) -> dict[str, Tensor]:

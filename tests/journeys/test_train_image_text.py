@@ -10,6 +10,9 @@ from training_fixtures import Finished, assert_same_course, launch, stopped_befo
 import petl
 from petl.adapters.export import saved_adapter
 from petl.adapters.export.merge import merge
+from petl.data.tasks.image_text.prompt import Conversation
+from petl.generation.inference.loading import load_language_model
+from petl.generation.inference.sampling import Sampling
 
 pytest_plugins = ["image_text_fixtures", "training_fixtures"]
 # accelerations that each run has where its model allows them
@@ -109,3 +112,37 @@ def test_rows_of_a_batch_without_any_image_train(bases, tmp_path):
     file.write_text("".join(json.dumps(each) + "\n" for each in rows))
     run = train([*run_of(bases["gemma3"], file), "train.batch_size=1"], tmp_path / "run")
     assert run.scores["after"]["loss"] < run.scores["before"]["loss"]
+
+
+@pytest.mark.parametrize(
+    "kind", ["florence2", pytest.param("t5gemma2", marks=pytest.mark.thorough)]
+)
+def test_an_encoder_decoder_learns_resumes_writes_and_merges(kind, bases, chats, tmp_path):
+    given = [*run_of(bases[kind], chats), "data.generate=4", "method.target_modules=block-linear"]
+    run = train(given, tmp_path / "run")
+    assert run.scores["after"]["loss"] < run.scores["before"]["loss"]
+    saved = saved_adapter.find(run.path)
+    assert saved_adapter.score(saved) == pytest.approx(run.scores["after"], rel=1e-5)
+    stopped = stopped_before(run, tmp_path / "stopped", "step-000006")
+    assert_same_course(train([*given, "train.resume=auto"], stopped.path), run, atol=0)
+    assert merge(saved, tmp_path / "merged", None).difference.relative < 1e-5
+    # as in training: greedily, after each question with its image
+    expected = [json.loads(line) for line in (run.path / "predictions.jsonl").open()]
+    model = load_language_model(run.path)
+    for line in expected:
+        asked = [{"role": "user", "content": "Which color?", "more": line["messages"][0]["more"]}]
+        (image,) = [p for p in chats.parent.glob("pictures/*") if p.name in asked[0]["more"]]
+        prompt = model.encode(Conversation(asked, (str(image),)))
+        assert model.answer([prompt], Sampling(max_new_tokens=4))[0].text == line["prediction"]
+
+
+def test_vl_pet_trains_on_images_and_text(bases, chats, tmp_path):
+    """The task of its paper: an encoder of question and image, and a decoder of the answer."""
+    given = [word for word in run_of(bases["florence2"], chats) if not word.startswith("method")]
+    given = [word.replace("+method=lora", "+method=vl_pet") for word in given]
+    run = train([*given, "method.r=4"], tmp_path / "run")
+    assert run.scores["after"]["loss"] < run.scores["before"]["loss"]
+    assert any("encoder" in name for name in run.adapter)
+    assert not any("vision" in name for name in run.adapter)
+    again = saved_adapter.score(saved_adapter.find(run.path))
+    assert again == pytest.approx(run.scores["after"], rel=1e-5)

@@ -1,5 +1,8 @@
 """Runs of train.py over each family of tasks, and what comes after: eval, merge, export, resume."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -116,6 +119,16 @@ def test_eval_gives_the_scores_of_the_run(run):
     finished, _, _ = run
     again = saved_adapter.score(saved_adapter.find(finished.path))
     assert again == pytest.approx(finished.scores["after"], rel=1e-6)
+
+
+def test_eval_reads_texts_with_the_prompts_of_the_base(families, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(families.folder / "bert", base)
+    prompts = {"prompts": {"query": "what is a ", "document": "it is "}}
+    (base / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    run = train(["+method=lora", *families("retrieval"), f"model.path={base}"], tmp_path / "run")
+    again = saved_adapter.score(saved_adapter.find(run.path))
+    assert again == pytest.approx(run.scores["after"], rel=1e-6)
 
 
 def test_it_merges_and_the_merged_model_scores_the_same(run, tmp_path):

@@ -104,14 +104,18 @@ class SavedAdapter:
 
     @cached_property
     def data(self) -> RawData:
-        """The run's data.
+        """The run's data, whose task knows the base model.
 
         Raises:
-            InputError: the data cannot be loaded any more, or there is no run.
+            InputError: the data or the files of the base cannot be loaded any more, or there is no
+                run.
         """
         if self.run is None:
             raise without_run(self.adapter)
-        return read_data(self.settings["data"])
+        found, source = read_data(self.settings["data"]), read_source(self.settings["model"])
+        with loading(source):
+            found.task.take_base(source)
+        return found
 
     @cached_property
     def data_if_any(self) -> RawData | None:

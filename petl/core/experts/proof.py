@@ -30,7 +30,8 @@ def check_experts(module: nn.Module, name: str) -> ExpertsLayout:
     Raises:
         ModuleKindError: its weights are quantized, or it computes something else than its layout
             says. On the meta device the layout is trusted.
-        UnsupportedError: the model is set to kernels that take no update.
+        UnsupportedError: the model is set to kernels that take no update, or each process holds
+            other experts.
     """
     layout = experts_of(module)
     assert layout is not None, name
@@ -41,6 +42,12 @@ def check_experts(module: nn.Module, name: str) -> ExpertsLayout:
         raise UnsupportedError(
             f"{name}: experts_implementation={implementation!r} computes experts by kernels that "
             "take no update; load the model with experts_implementation='grouped_mm'"
+        )
+    if getattr(module, "_is_expert_parallel", False):
+        raise UnsupportedError(
+            f"{name}: the model was loaded with expert parallelism, and an adapter's file would "
+            "have the experts of one process only; load it without ep_size, and divide it among "
+            "processes by FSDP"
         )
     if stack.element_size() == 1:
         raise ModuleKindError(

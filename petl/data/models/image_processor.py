@@ -16,6 +16,14 @@ from petl.system.imports.extras import optional
 VIDEOS = "video_processor"
 # the second in older versions of transformers, and beside image processors alone
 FILES = ("processor_config.json", "preprocessor_config.json")
+# Of an encoder-decoder whose processor has none: the text of one question, with its images.
+QUESTION = (
+    "{% for m in messages %}{% if m.role != 'user' or not loop.first %}"
+    "{{ raise_exception('it has no chat template, and reads one question of the user') }}"
+    "{% endif %}{% for p in m.content %}{% if p.type == 'image' %}MARK{% else %}{{ p.text }}"
+    "{% endif %}{% endfor %}{% endfor %}"
+)
+MARKED_BY_ITSELF = ("Florence2Processor",)  # they put the mark of one image before each text
 
 
 def load_image_text_processor(
@@ -30,7 +38,7 @@ def load_image_text_processor(
 
     Raises:
         InputError: there is none, it has no image processor, tokenizer or chat template, or Pillow
-            is not installed.
+            is not installed. An encoder-decoder needs no template: `QUESTION` is put in its place.
     """
     optional("PIL.Image", "image")
     kind: Any = AutoProcessor
@@ -43,6 +51,10 @@ def load_image_text_processor(
         raise InputError(
             f"the processor of {where} cannot be loaded: {first_line(error)}"
         ) from error
+    if config.is_encoder_decoder and getattr(found, "chat_template", None) is None:
+        own_mark = type(found).__name__ in MARKED_BY_ITSELF
+        mark = "" if own_mark else getattr(found, "image_token", "")
+        found.chat_template = found.tokenizer.chat_template = QUESTION.replace("MARK", mark)
     parts = ("tokenizer", "image_processor", "chat_template")
     missing = [name for name in parts if getattr(found, name, None) is None]
     if missing:

@@ -395,12 +395,6 @@ def check_task_support(config: PretrainedConfig, task: Task, name: str) -> None:
             f"transformers has no {auto_class} for it; choose another model with model=hub "
             "model.name=NAME, or one of configs/model"
         )
-    if task.name == "image_text" and config.is_encoder_decoder:
-        raise InputError(
-            f"model {name} ({config.model_type}) reads a question in its encoder and writes the "
-            "answer in its decoder, and the task image_text has both in one sequence: choose a "
-            "decoder that sees images, such as LLaVA or Qwen2.5-VL"
-        )
     decodes = getattr(config, "is_decoder", False) or config.is_encoder_decoder
     if task.name == "causal_lm" and type(config) in MODEL_FOR_MASKED_LM_MAPPING and not decodes:
         raise InputError(

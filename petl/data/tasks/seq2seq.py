@@ -1,5 +1,6 @@
 """Sequence to sequence: an encoder-decoder model writes a target text for a text."""
 
+from abc import ABC
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -14,26 +15,61 @@ from petl.data.tasks.base import (
     Batch,
     Columns,
     Outputs,
+    P,
     Row,
     Task,
     TextWritingTask,
+    WritingTask,
     source_numbers,
     summed_loss,
 )
 from petl.system.values import field, integer
 
 
-@dataclass
-class Seq2Seq(TextWritingTask):
-    """Texts (`text`) with target texts (`target`)."""
+class PairTask(WritingTask[P], ABC):
+    """An encoder reads a text, and a decoder writes another one."""
 
-    name: ClassVar[str] = "seq2seq"
     peft_task_type: ClassVar[str | None] = "SEQ_2_SEQ_LM"
-    auto_class: ClassVar[type[AutoModelClass]] = AutoModelForSeq2SeqLM
-    encoded_by: ClassVar[tuple[str, ...]] = ("max_length", "max_target_length", "prefix")
     # the model needs the labels, since they are also the decoder's inputs, shifted by one
     label_columns: ClassVar[tuple[str, ...]] = ()
 
+    def labeled_tokens(self, row: Row) -> tuple[list[int], list[bool]]:
+        """The tokens of text and target; those of the target are labels."""
+        ids, labels = row["input_ids"], row["labels"]
+        # the decoder predicts all target tokens, the first included
+        return [*ids, *labels], [False] * len(ids) + [True] * len(labels)
+
+    def lengths(self, rows: Dataset) -> list[int]:
+        """Number of tokens of text and target together."""
+        pairs = zip(rows["input_ids"], rows["labels"], strict=True)
+        return [len(ids) + len(labels) for ids, labels in pairs]
+
+    def count(self, batch: Batch) -> int:
+        """Number of tokens of texts and targets, without padding."""
+        return super().count(batch) + self.items(batch)
+
+    def positions(self, batch: Batch) -> int:
+        """Number of tokens of texts and targets, with padding."""
+        return super().positions(batch) + batch["labels"].numel()
+
+    def items(self, batch: Batch) -> int:
+        """Number of target tokens."""
+        return int((batch["labels"] != IGNORED).sum())
+
+    def predict(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Number of target tokens and their summed loss in nats of each row: [B, 2]."""
+        labels = batch["labels"]
+        # methods that prepend virtual tokens have more logits than labels
+        return summed_loss(outputs.logits[:, -labels.shape[1] :], labels)
+
+
+@dataclass
+class Seq2Seq(PairTask[PreTrainedTokenizerBase], TextWritingTask):
+    """Texts (`text`) with target texts (`target`)."""
+
+    name: ClassVar[str] = "seq2seq"
+    auto_class: ClassVar[type[AutoModelClass]] = AutoModelForSeq2SeqLM
+    encoded_by: ClassVar[tuple[str, ...]] = ("max_length", "max_target_length", "prefix")
     prompt_columns: ClassVar[tuple[str, ...]] = ("input_ids",)
 
     max_length: int = field(512, integer(1))
@@ -82,32 +118,3 @@ class Seq2Seq(TextWritingTask):
     def is_truncated(self, row: Row) -> bool:
         """True if the text or the target is longer than this task allows."""
         return super().is_truncated(row) or len(row["labels"]) > self.max_target_length
-
-    def labeled_tokens(self, row: Row) -> tuple[list[int], list[bool]]:
-        """The tokens of text and target; those of the target are labels."""
-        ids, labels = row["input_ids"], row["labels"]
-        # the decoder predicts all target tokens, the first included
-        return [*ids, *labels], [False] * len(ids) + [True] * len(labels)
-
-    def lengths(self, rows: Dataset) -> list[int]:
-        """Number of tokens of text and target together."""
-        pairs = zip(rows["input_ids"], rows["labels"], strict=True)
-        return [len(ids) + len(labels) for ids, labels in pairs]
-
-    def count(self, batch: Batch) -> int:
-        """Number of tokens of texts and targets, without padding."""
-        return super().count(batch) + self.items(batch)
-
-    def positions(self, batch: Batch) -> int:
-        """Number of tokens of texts and targets, with padding."""
-        return super().positions(batch) + batch["labels"].numel()
-
-    def items(self, batch: Batch) -> int:
-        """Number of target tokens."""
-        return int((batch["labels"] != IGNORED).sum())
-
-    def predict(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Number of target tokens and their summed loss in nats of each row: [B, 2]."""
-        labels = batch["labels"]
-        # methods that prepend virtual tokens have more logits than labels
-        return summed_loss(outputs.logits[:, -labels.shape[1] :], labels)

@@ -188,7 +188,9 @@ def reading_as_trained(
     learned = read_task(found.adapter) if isinstance(found, SavedAdapter) else None
     if plain is None:
         plain = isinstance(learned, CausalLM) and not learned.chat
-    is_chat = bool(tokenizer.chat_template) and not plain and not config.is_encoder_decoder
+    # an encoder reads questions about images by a template, and other texts as they are
+    templates = reader is not tokenizer or not config.is_encoder_decoder
+    is_chat = bool(tokenizer.chat_template) and not plain and templates
     system = data.get("system") if is_chat else None
     return LanguageModel(
         model,

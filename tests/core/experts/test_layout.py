@@ -7,6 +7,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+import petl
 from petl.core.experts.layout import ExpertsLayout, Routing, experts_of
 from petl.core.experts.proof import check_experts
 from petl.errors import ModuleKindError, UnsupportedError
@@ -83,6 +84,19 @@ def test_kernels_without_updates_and_quantized_weights_are_refused():
     )
     with pytest.raises(ModuleKindError, match="float8"):
         check_experts(experts, "experts")
+
+
+def test_experts_that_are_divided_among_processes_are_refused():
+    """As transformers loads a model with expert parallelism: a process has some experts only."""
+    model = mixture("qwen3_moe")
+    for module in model.modules():
+        if experts_of(module) is not None:
+            module._is_expert_parallel = True
+    before = {name for name, _ in model.named_parameters()}
+    for method in ("lora", "mola"):
+        with pytest.raises(UnsupportedError, match="ep_size"):
+            petl.wrap(model, method, target_modules="block-linear", task_type="CAUSAL_LM")
+    assert {name for name, _ in model.named_parameters()} == before
 
 
 def test_other_modules_have_no_layout():

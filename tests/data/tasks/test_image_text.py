@@ -4,18 +4,23 @@ import json
 
 import pytest
 import torch
-from image_text_fixtures import KINDS, built, row, save_picture, write_rows
+from image_text_fixtures import KINDS, PAIRS, built, row, save_picture, write_rows
 from PIL import Image
-from transformers import Florence2Config
 
 from petl.data.base import read_data
-from petl.data.models.loading import check_task_support
+from petl.data.models.loading import load_processor
 from petl.data.tasks.base import IGNORED
-from petl.data.tasks.image_text import ImageText
 from petl.data.tasks.image_text.prompt import ImagePrompt, prompt_inputs
 from petl.errors import InputError
 
 SHARED = {"name": "files", "source": "files", "task": "image_text", "test_share": 0.4}
+
+
+def bases_of(kind, folder):
+    """The folder of a model with its processor."""
+    for part in built(kind):
+        part.save_pretrained(folder / kind)
+    return folder / kind
 
 
 def turns(*pairs):
@@ -194,6 +199,59 @@ def test_prompts_in_a_batch_are_answered_as_alone(mixed, kind):
     torch.testing.assert_close(logits(prompts), alone, rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_that_reads_and_writes_apart_is_refused():
-    with pytest.raises(InputError, match="answer in its decoder, and the task image_text has both"):
-        check_task_support(Florence2Config(), ImageText(), "florence2")
+@pytest.mark.parametrize("kind", PAIRS)
+def test_an_encoder_reads_the_question_and_a_decoder_the_answer(tmp_path, kind):
+    """The model's own loss for what its processor makes of a question with an image."""
+    for name, size in {"a": (20, 14), "b": (9, 30)}.items():
+        save_picture(tmp_path / f"{name}.png", "red", size)
+    save_picture(tmp_path / "c.png", "blue")
+    asked = ["Which color?", "And what is this?", "Which?"]
+    answers = ["red", "no idea", "blue"]
+    rows = [
+        turns([[image(f"{name}.png"), text(words)], answer])
+        for name, words, answer in zip("abc", asked, answers, strict=True)
+    ]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    data = read_data({**SHARED, "train": str(file), "test": str(file), "generate": 4})
+    model, folder = built(kind)[0], bases_of(kind, tmp_path)
+    model_settings = {"name": kind, "source": "path", "path": str(folder)}
+    processor = load_processor(model_settings, data.task)
+    rows = list(data.task.encode(processor, data.test))
+    batch = data.task.collate(processor, 8)(rows)
+    assert batch["input_ids"].shape[1] % 8 == batch["labels"].shape[1] % 8 == 0
+    with torch.no_grad():
+        found = data.task.predict(data.task.outputs(model, batch), batch)
+    plain = built(kind)[1]
+    mark = "" if kind == "florence2" else plain.image_token
+    for each, (count, loss) in zip(rows, found.tolist(), strict=True):
+        place = answers.index(each["_answer"])
+        labels = plain.tokenizer(answers[place], return_tensors="pt")["input_ids"]
+        inputs = plain(
+            text=[mark + asked[place]],
+            images=[[Image.open(tmp_path / f"{'abc'[place]}.png").convert("RGB")]],
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            expected = model(**inputs, labels=labels).loss.item()
+        assert count == labels.numel()
+        assert loss / count == pytest.approx(expected, rel=1e-4)
+        assert [*data.task.prompt(processor, each)] == inputs["input_ids"][0].tolist()
+    assert data.task.items(batch) == sum(len(each["labels"]) for each in rows)
+    assert data.task.count(batch) == sum(data.task.lengths(data.task.encode(processor, data.test)))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (turns(["Hello", "Hi"]), "0 images, and the model reads one"),
+        (turns([[image("a.png"), text("or"), image("a.png")], "no"]), "2 images"),
+        (turns([[image("a.png"), text("What?")], "x"], ["And?", "y"]), "one question of the user"),
+    ],
+)
+def test_what_a_question_to_an_encoder_cannot_be_is_said(tmp_path, given, said):
+    save_picture(tmp_path / "a.png", "red")
+    file = write_rows(tmp_path / "rows.jsonl", [given] * 3)
+    data = read_data({**SHARED, "train": str(file)})
+    settings = {"source": "path", "path": str(bases_of("florence2", tmp_path)), "name": "florence2"}
+    with pytest.raises(InputError, match=said):
+        data.task.encode(load_processor(settings, data.task), data.train)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -20,10 +21,15 @@ from petl.data.tasks.base import (
     IGNORED,
     AutoModelClass,
     AutoProcessorClass,
+    BaseFiles,
+    Batch,
     Collate,
     Columns,
     Fields,
+    Outputs,
+    Pad,
     Row,
+    Task,
     source_numbers,
 )
 from petl.data.tasks.causal_lm import DecoderTask, has_targets
@@ -42,6 +48,7 @@ from petl.data.tasks.image_text.prompt import (
     ImageTextProcessor,
     training_inputs,
 )
+from petl.data.tasks.seq2seq import PairTask
 from petl.errors import InputError
 from petl.system.values import field, integer
 
@@ -50,8 +57,13 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class ImageText(DecoderTask[ImageTextProcessor]):
-    """Conversations (`messages`) with their `images`, and `sha256` of the content of each."""
+class ImageText(DecoderTask[ImageTextProcessor], PairTask[ImageTextProcessor]):
+    """Conversations (`messages`) with their `images`, and `sha256` of the content of each.
+
+    Attributes:
+        apart: the encoder of the model reads the question, and its decoder writes the last answer;
+            None until the base is known.
+    """
 
     name: ClassVar[str] = "image_text"
     auto_class: ClassVar[type[AutoModelClass]] = AutoModelForImageTextToText
@@ -63,15 +75,31 @@ class ImageText(DecoderTask[ImageTextProcessor]):
     max_length: int = field(2048, integer(1))  # tokens, those of images included
     # maximum new tokens of generated answers
     generate: int | None = field(None, integer(1))
+    apart: bool | None = None
     chat: ClassVar[bool] = True
     prompt_columns: ClassVar[tuple[str, ...]] = (
         *("_prompt", "_prompt_text", "_prompt_images", "images"),
     )
 
+    @property
+    def peft_task_type(self) -> str:  # ty: ignore[incompatible-property-override]
+        """That of encoder-decoders, or of decoders."""
+        return "SEQ_2_SEQ_LM" if self.apart else "CAUSAL_LM"
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:  # ty: ignore[incompatible-property-override]
+        """None of encoder-decoders, whose decoder reads the labels, shifted by one."""
+        return () if self.apart else ("labels",)
+
+    def take_base(self, base: BaseFiles) -> None:
+        """See whether the model has an encoder."""
+        self.apart = base.has_decoder
+
     def settings(self) -> Fields:
         """As of texts, with the version of Pillow, which decodes the images."""
-        answers = {"answers": True} if self.generate else {}
-        return {**super().settings(), "pillow": version("pillow"), **answers}
+        more = {"answers": True} if self.generate else {}
+        more |= {"apart": True} if self.apart else {}
+        return {**super().settings(), "pillow": version("pillow"), **more}
 
     @property
     def longest(self) -> int:
@@ -95,7 +123,8 @@ class ImageText(DecoderTask[ImageTextProcessor]):
         kept = {
             i: row
             for i, row in enumerate(encoded)
-            if len(row["input_ids"]) <= self.max_length and has_targets(row["labels"])
+            if len(self.labeled_tokens(row)[0]) <= self.max_length
+            and (row["labels"] if self.apart else has_targets(row["labels"]))
         }
         names = ["input_ids", "attention_mask", "labels", "text", "images"]
         names += [] if self.generate is None else [*self.prompt_columns, "_answer"]
@@ -111,9 +140,24 @@ class ImageText(DecoderTask[ImageTextProcessor]):
     ) -> Row:
         """Encode one conversation; with `generate` also the prompt of the last answer."""
         encoder = encoder_of(processor, messages, images)
-        ids, labels = encode_chat(encoder, messages)
         chat = unpacked(messages)
-        text, _ = encoder.text(chat.turns, **chat.options)
+        turns, answer = chat.turns, ""
+        prompt: Row = {}
+        if any(chat.learned) and (self.apart or self.generate is not None):
+            asked, answer = last_answer(encoder, messages)
+            words, count = encoder.text(
+                turns[: last_learned(chat)], **chat.options, add_generation_prompt=True
+            )
+            prompt = {"_prompt": asked, "_prompt_text": words, "_prompt_images": count}
+        if self.apart and not prompt:
+            ids, labels, text = [], [], ""  # no answer: it is dropped
+        elif self.apart:
+            ids, text, count = prompt["_prompt"], prompt["_prompt_text"], prompt["_prompt_images"]
+            labels = processor.tokenizer(text_target=answer)["input_ids"]
+            images, digests = images[:count], digests[:count]
+        else:
+            ids, labels = encode_chat(encoder, messages)
+            text, _ = encoder.text(turns, **chat.options)
         row = {
             "input_ids": ids,
             "attention_mask": [1] * len(ids),
@@ -122,17 +166,39 @@ class ImageText(DecoderTask[ImageTextProcessor]):
             # one text, not lists: batches are made of it, and runs are told apart by its bytes
             "images": json.dumps([*zip(images, digests, strict=True)]),
         }
-        if self.generate is None or not has_targets(labels):
-            return row
-        asked, answer = last_answer(encoder, messages)
-        turns = chat.turns[: last_learned(chat)]
-        words, count = encoder.text(turns, **chat.options, add_generation_prompt=True)
-        prompt = {"_prompt": asked, "_prompt_text": words, "_prompt_images": count}
         return {**row, **prompt, "_answer": answer}
 
     def collate(self, processor: ImageTextProcessor, /, multiple: int = 1) -> Collate:
         """A collate function that reads the images of the rows, and pads tokens and labels."""
-        return BatchOfConversations(processor, multiple)
+        return BatchOfConversations(processor, multiple, apart=bool(self.apart))
+
+    def lengths(self, rows: Dataset) -> list[int]:
+        """The number of tokens of each row, those of an answer of a decoder included."""
+        return (PairTask if self.apart else Task).lengths(self, rows)
+
+    def labeled_tokens(self, row: Row) -> tuple[list[int], list[bool]]:
+        """The tokens of question and answer, and for each whether the model predicts it."""
+        return (PairTask if self.apart else DecoderTask).labeled_tokens(self, row)
+
+    def items(self, batch: Batch) -> int:
+        """Number of predicted tokens."""
+        return (PairTask if self.apart else DecoderTask).items(self, batch)
+
+    def count(self, batch: Batch) -> int:
+        """Number of tokens of questions and answers, without padding."""
+        return (PairTask if self.apart else Task).count(self, batch)
+
+    def positions(self, batch: Batch) -> int:
+        """Number of tokens of questions and answers, with padding."""
+        return (PairTask if self.apart else Task).positions(self, batch)
+
+    def predict(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Number of predicted tokens and their summed loss in nats of each row: [B, 2]."""
+        return (
+            PairTask.predict(self, outputs, batch)
+            if self.apart
+            else super().predict(outputs, batch)
+        )
 
     def prompts(self, processor: ImageTextProcessor, rows: Columns, /) -> list[Sequence[int]]:
         """The tokens and images of each conversation, which the model continues."""
@@ -151,9 +217,13 @@ class BatchOfConversations:
 
     processor: ImageTextProcessor
     multiple: int
+    apart: bool = False
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """The inputs of a model and `labels`, [B, T]; images as the processor puts them."""
+        """The inputs of a model and `labels`, [B, T]; images as the processor puts them.
+
+        Labels of a decoder of its own, `apart`, are [B, T of the longest answer].
+        """
         images = [[*decoded(row["images"])] for row in rows]
         texts = [row["text"] for row in rows]
         inputs = training_inputs(self.processor, texts, images, self.multiple)
@@ -166,7 +236,10 @@ class BatchOfConversations:
                     f"{type(self.processor).__name__} gives other tokens to the images of "
                     f"{row['text'][:60]!r} in a batch than to them alone"
                 )
-            labels[i, :length] = row["labels"]
+            if not self.apart:
+                labels[i, :length] = row["labels"]
+        if self.apart:
+            labels = Pad(IGNORED, self.multiple).stack(rows, "labels", IGNORED).numpy()
         arrays = {**inputs, "labels": labels}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 

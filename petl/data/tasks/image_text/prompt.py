@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from petl.data.models.image_processor import MARKED_BY_ITSELF
 from petl.data.tasks import Message
 from petl.data.tasks.image_text.images import ImageSource, image_of
 from petl.errors import InputError, first_line
@@ -46,6 +47,11 @@ def adds_special_tokens(processor: ImageTextProcessor, text: str) -> bool:
     return not (isinstance(first, str) and text.startswith(first))
 
 
+def marks_itself(processor: ImageTextProcessor) -> bool:
+    """Return True if a processor puts the mark of one image before each text."""
+    return type(processor).__name__ in MARKED_BY_ITSELF
+
+
 def model_inputs(
     processor: ImageTextProcessor,
     texts: Sequence[str],
@@ -60,7 +66,8 @@ def model_inputs(
     Raises:
         InputError: the processor refuses them.
     """
-    adds = {adds_special_tokens(processor, text) for text in texts}
+    # one that marks images itself adds these tokens around the question
+    adds = {not marks_itself(processor) and adds_special_tokens(processor, t) for t in texts}
     assert len(adds) == 1, "texts of one template"
     decoded = [[image_of(each) for each in own] for own in images]
     try:
@@ -137,6 +144,10 @@ class ConversationEncoder:
         ]
         text = self.processor.apply_chat_template(turns, tokenize=False, **options)
         count = sum(part["type"] == IMAGE for turn in turns for part in turn["content"])
+        if marks_itself(self.processor):
+            if count != 1:
+                raise InputError(f"has {count} images, and the model reads one with a question")
+            return text, count
         mark = getattr(self.processor, "image_token", None)
         found = count if mark is None else text.count(mark)
         if found != count:
@@ -205,11 +216,12 @@ class Conversation:
     images: tuple[ImageSource, ...] = ()
 
 
-def prompt_inputs(prompts: Sequence[ImagePrompt]) -> dict[str, Tensor]:
-    """The inputs of a model for prompts in one batch, padded on the left."""
+def prompt_inputs(prompts: Sequence[ImagePrompt], *, on_left: bool = True) -> dict[str, Tensor]:
+    """The inputs of a model for prompts in one batch, padded on one side."""
     texts, images = [each.text for each in prompts], [each.images for each in prompts]
+    side = "left" if on_left else "right"
     return model_inputs(
-        prompts[0].processor, texts, images, padding=True, padding_side="left", return_tensors="pt"
+        prompts[0].processor, texts, images, padding=True, padding_side=side, return_tensors="pt"
     )
 
 
