@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from petl.data.validation import Row
@@ -89,23 +89,94 @@ def test_rows(train: Sequence[Row], test: Sequence[Row]) -> list[Row]:
     if "label" in test[0]:
         first = [(row["text"], row["label"]) for row in train[:LABELLED]]
         queries, documents = alike([(row["text"], row["label"]) for row in test], first)
-    elif "documents" in test[0]:
-        given = are_grades(row["scores"] for row in test)
-        pairs = (
-            (
-                row["query"],
-                [*zip(row["documents"], grades_of(row["scores"], are_grades=given), strict=True)],
-            )
-            for row in test
-        )
-        queries, documents = judged(pairs)
     else:
-        queries, documents = judged((row["query"], [(row["positive"], 1.0)]) for row in test)
+        given = are_grades(row["scores"] for row in test if "scores" in row)
+        # of test rows only the positives are documents
+        own = ({name: row[name] for name in row if name != "negatives"} for row in test)
+        queries, documents = judged(graded(own, are_grades=given))
     numbered = {f"q{i}": entry for i, entry in enumerate(queries.items())}
     return Judgements(numbered, {name: text for text, name in documents.items()}).rows()
 
 
-def without_queries(train: Sequence[Row], asked: Iterable[str]) -> list[Row]:
+def candidates(
+    rows: Iterable[tuple[Key, Sequence[tuple[Key, float]]]],
+) -> dict[Key, dict[Key, float]]:
+    """The documents that are ranked for each query, with their grades, the highest of each.
+
+    Args:
+        rows: as of `judged`.
+    """
+    found: dict[Key, dict[Key, float]] = {}
+    for query, own in rows:
+        grades = found.setdefault(query, {})
+        for document, grade in own:
+            grades[document] = max(grade, grades.get(document, 0.0))
+    return found
+
+
+def is_ranked(grades: Iterable[float]) -> bool:
+    """True if documents of these grades can be in a wrong order: some are relevant, others not."""
+    relevant = {grade > 0 for grade in grades}
+    return len(relevant) == 2
+
+
+def candidate_rows(given: Judgements | Sequence[Row]) -> list[Row]:
+    """Pairs to score: `query`, `document`, their ids, and `grade`.
+
+    Args:
+        given: a test set, of whose queries the judged documents are ranked; or test rows as a task
+            trains on, see `are_grades`.
+
+    Raises:
+        InputError: no query has a document that is relevant and one that is not.
+    """
+    if isinstance(given, Judgements):
+        by_query = {
+            (name, text): {(i, given.documents[i]): grade for i, grade in own.items()}
+            for name, (text, own) in given.queries.items()
+        }
+    else:
+        scores = [row["scores"] for row in given if "scores" in row]
+        found = candidates(graded(given, are_grades=are_grades(scores)))
+        # by text, as ties are in the order of the ids: not by relevance
+        names = {
+            text: f"d{i}" for i, text in enumerate(sorted({t for d in found.values() for t in d}))
+        }
+        by_query = {
+            (f"q{i}", query): {(names[text], text): grade for text, grade in own.items()}
+            for i, (query, own) in enumerate(found.items())
+        }
+    if not any(is_ranked(own.values()) for own in by_query.values()):
+        raise InputError(
+            f"none of the {len(by_query)} test queries has a document that is relevant and one "
+            "that is not: give negatives (petl mine finds some), or judgements of grade 0"
+        )
+    return [
+        {"query": query, "document": text, "query_id": own, "document_id": name, "grade": grade}
+        for (own, query), documents in by_query.items()
+        for (name, text), grade in documents.items()
+    ]
+
+
+def graded(
+    rows: Iterable[Row], *, are_grades: bool
+) -> Iterator[tuple[str, list[tuple[str, float]]]]:
+    """Yield the query and the documents with grades of rows as a task trains on.
+
+    Args:
+        are_grades: as of `grades_of`.
+    """
+    for row in rows:
+        if "documents" in row:
+            grades = grades_of(row["scores"], are_grades=are_grades)
+            yield row["query"], [*zip(row["documents"], grades, strict=True)]
+        else:
+            negatives = [(text, 0.0) for text in row.get("negatives", ())]
+            # a positive that is among the negatives is relevant
+            yield row["query"], [*negatives, (row["positive"], 1.0)]
+
+
+def without_queries(train: Sequence[Row], asked: Iterable[str | None]) -> list[Row]:
     """The training rows whose query is none of these; says how many others there are."""
     known = set(asked)
     left = [row for row in train if row.get("query") not in known]

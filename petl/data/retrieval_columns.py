@@ -1,11 +1,14 @@
-"""Columns of retrieval: pairs, triples, scored pairs, graded lists, labelled texts; test sets."""
+"""Columns of retrieval and reranking: pairs, triples, scored pairs, lists, labels; test sets."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from petl.data.judgements import (
+    DOCUMENT,
     Judgements,
+    candidate_rows,
     read_judgements,
     test_rows,
     without_queries,
@@ -18,8 +21,10 @@ from petl.system.files.paths import file_of
 from petl.system.files.read import parse_json
 
 if TYPE_CHECKING:
+    from petl.data.tasks.base import Task
     from petl.data.tasks.retrieval import Retrieval
 
+logger = logging.getLogger(__name__)
 # of an embedder, beside those of its data
 FIELDS = (*("pooling", "normalize", "dims", "query_prefix", "document_prefix", "mask_duplicates"),)
 TEST_SET = ("corpus", "queries", "qrels")
@@ -41,11 +46,17 @@ SHAPES = {
     "scored pairs": Shape(("sentence1", "sentence2", "score"), ("cosent", "cosine")),
     "labelled texts": Shape(("text", "label"), ("supervised",)),
 }
+RERANKED = {  # of reranking
+    "graded lists": Shape(("query", "documents", "scores"), ("mse", "binary")),
+    "triples": Shape(("query", "positive", "negatives"), ("binary", "listwise")),
+    "scored pairs": Shape(("sentence1", "sentence2", "score"), ("binary", "mse")),
+}
 
 
 class RetrievalColumns(TaskColumns):
-    """Rows of one of `SHAPES`, which their columns tell."""
+    """Rows of one of `shapes`, which their columns tell."""
 
+    shapes: ClassVar[Mapping[str, Shape]] = SHAPES
     own_settings = ("query", "positive", "negatives", "text", "label", "loss", *FIELDS, *TEST_SET)
 
     def __init__(self, settings: ColumnSettings, *, labeled: bool = True) -> None:
@@ -55,8 +66,8 @@ class RetrievalColumns(TaskColumns):
         self.labels: dict[str, int] = {}  # their numbers
         if settings.streaming:
             raise InputError(
-                "data.streaming=true reads rows one by one, and data.task=retrieval tells copies "
-                "and test queries from others by all of them: set data.streaming=false"
+                f"data.streaming=true reads rows one by one, and data.task={settings.task} tells "
+                "copies and test queries from others by all of them: set data.streaming=false"
             )
         given = [name for name in TEST_SET if getattr(settings, name) is not None]
         if given and len(given) < len(TEST_SET):
@@ -75,16 +86,28 @@ class RetrievalColumns(TaskColumns):
         if not self.labeled:
             return require([settings.text], found, origin)
         wanted = []
-        for name, shape in SHAPES.items():
+        for name, shape in self.shapes.items():
             if settings.loss is None or settings.loss in shape.losses:
                 columns = {each: self.named(each, found) for each in shape.columns}
                 wanted.append(f"{', '.join(columns.values())} ({' or '.join(shape.losses)})")
                 if {*columns.values()} <= {*found}:
                     return self.of_shape(name, columns, origin)
-        reads = "data.task=retrieval" if settings.loss is None else f"data.loss={settings.loss}"
+        if not wanted:
+            losses = dict.fromkeys(name for shape in self.shapes.values() for name in shape.losses)
+            raise InputError(
+                f"data.loss={settings.loss} is none of data.task={settings.task}: "
+                f"{', '.join(losses)}"
+            )
+        task = f"data.task={settings.task}"
+        reads = task if settings.loss is None else f"data.loss={settings.loss}"
         raise InputError(
-            f"{origin} has the columns {', '.join(found)}, and {reads} reads {'; '.join(wanted)}"
+            f"{origin} has the columns {', '.join(found)}, and {reads} reads "
+            f"{'; '.join(wanted)}{self.hint(found)}"
         )
+
+    def hint(self, present: Sequence[str]) -> str:
+        """The end of the message about rows of no shape; "" if there is nothing to add."""
+        return ""
 
     def named(self, column: str, present: Sequence[str]) -> str:
         """The name that a column of a shape has in rows with these columns."""
@@ -104,7 +127,7 @@ class RetrievalColumns(TaskColumns):
         self.shape, self.columns = name, columns
         return list(columns.values())
 
-    def task(self, rows: AnySourceRows) -> "Retrieval":
+    def task(self, rows: AnySourceRows) -> "Task":
         """Build the task with the loss of the rows' shape."""
         if self.shape == "labelled texts":
             names = dict.fromkeys(rows.column(self.columns["label"], label))
@@ -151,9 +174,21 @@ class RetrievalColumns(TaskColumns):
             if self.has_test_set:
                 raise InputError(f"data.corpus={self.settings.corpus} is for rows with queries")
             return train, test
-        scored = self.test_set().rows() if self.has_test_set else test_rows(train, test)
-        asked = (row["text"] for row in scored if row["role"] == "query")
-        return (without_queries(train, asked) if "query" in train[0] else train), scored
+        scored = self.to_score(train, test)
+        asked = (row.get("query", row.get("text")) for row in scored if row.get("role") != DOCUMENT)
+        train = without_queries(train, asked) if "query" in train[0] else train
+        same = sum(row["query"] == row["positive"] for row in train if "positive" in row)
+        if same:
+            logger.warning(
+                "%d of %d training rows have their query as positive: nothing is learned from them",
+                same,
+                len(train),
+            )
+        return train, scored
+
+    def to_score(self, train: Sequence[Row], test: Sequence[Row]) -> list[Row]:
+        """Rows to score, of the test set or of test rows as a task trains on."""
+        return self.test_set().rows() if self.has_test_set else test_rows(train, test)
 
     def test_set(self) -> Judgements:
         """Read `data.corpus`, `data.queries` and `data.qrels`."""
@@ -169,6 +204,57 @@ class RetrievalColumns(TaskColumns):
 
         judgements = qrels(str(settings.qrels))
         return read_judgements(texts_of("corpus"), texts_of("queries"), judgements)
+
+
+class RerankingColumns(RetrievalColumns):
+    """Queries with the documents that are ranked for them; to predict, pairs of both."""
+
+    shapes = RERANKED
+    own_settings = ("query", "positive", "negatives", "loss", *TEST_SET)
+
+    def choose(self, present: Iterable[str], origin: str) -> list[str]:
+        """Return the columns to read; to predict, those of queries and documents."""
+        if self.labeled:
+            return super().choose(present, origin)
+        found, settings = list(present), self.settings
+        both = (("query", settings.query), ("document", settings.positive))
+        # the settings are of the training rows: other files may have the usual names
+        self.columns = {n: own if own is not None and own in found else n for n, own in both}
+        return require([*self.columns.values()], found, origin)
+
+    def hint(self, present: Sequence[str]) -> str:
+        """How pairs get negatives."""
+        if self.named("positive", present) not in present:
+            return ""
+        return ".\nPairs have no negatives: petl mine finds some with an embedder"
+
+    def task(self, rows: AnySourceRows) -> "Task":
+        """Build the task with the loss of the rows' shape."""
+        return task_class("reranking")(
+            max_length=self.settings.max_length,
+            loss=self.settings.loss or self.shapes[self.shape].losses[0],
+            scored_pairs=self.shape == "scored pairs",
+        )
+
+    def convert(self, row: Row) -> Row:
+        """The columns of the shape; or `query` and `document`, of rows without labels."""
+        if not self.labeled:
+            return {name: read(row, own, text) for name, own in self.columns.items()}
+        found = super().convert(row)
+        name = "scores" if "scores" in found else "score"
+        given = found.get(name, 0)
+        scores = given if isinstance(given, list) else [given]
+        loss = self.settings.loss or self.shapes[self.shape].losses[0]
+        if loss == "binary" and not all(0 <= score <= 1 for score in scores):
+            raise ValueError(
+                f"{name} is {given}, and data.loss=binary needs numbers from 0 to 1: data.loss=mse "
+                "learns others"
+            )
+        return found
+
+    def to_score(self, train: Sequence[Row], test: Sequence[Row]) -> list[Row]:
+        """Pairs of the queries and the documents that are judged for them."""
+        return candidate_rows(self.test_set() if self.has_test_set else test)
 
 
 def with_id(present: Iterable[str], origin: str) -> list[str]:

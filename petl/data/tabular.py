@@ -20,7 +20,7 @@ from petl.data.image_columns import ImageTextColumns
 from petl.data.overlap import input_columns, input_text, normalized
 from petl.data.preference_columns import PairColumns, PromptColumns, RatedColumns, RewardColumns
 from petl.data.question_columns import QuestionAnsweringColumns
-from petl.data.retrieval_columns import RetrievalColumns
+from petl.data.retrieval_columns import RerankingColumns, RetrievalColumns
 from petl.data.task_columns import (
     ClassificationColumns,
     ColumnSettings,
@@ -55,6 +55,7 @@ TASK_COLUMNS: dict[str, type[TaskColumns]] = {
     "reward": RewardColumns,
     "grpo": PromptColumns,
     "retrieval": RetrievalColumns,
+    "reranking": RerankingColumns,
 }
 
 

@@ -151,7 +151,7 @@ def test_judgements_that_do_not_fit_are_refused(read, tmp_path, corpus, line, wo
         (PAIRS[0], {"streaming": True}, "data.streaming=true"),
         (PAIRS[0], {"corpus": "x"}, "data.corpus is given"),
         (PAIRS[0], {"dims": [4, 8]}, "dims"),
-        (PAIRS[0], {"loss": "ranknet"}, "data.loss=ranknet"),
+        (PAIRS[0], {"loss": "ranknet"}, "data.loss=ranknet is none of .*: listwise, in_batch"),
         (PAIRS[0], {"pooling": "max"}, "pooling"),
         (PAIRS[0], {"generate": 5}, "data.generate=5 is for"),
     ],
@@ -159,3 +159,54 @@ def test_judgements_that_do_not_fit_are_refused(read, tmp_path, corpus, line, wo
 def test_rows_and_settings_that_do_not_fit_are_refused(read, row, settings, words):
     with pytest.raises(InputError, match=words):
         read([row, row, row], [row], **settings)
+
+
+RANKED = {"query": "q", "positive": "d", "negatives": ["n", "m"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "loss", "pairs"),
+    [
+        (RANKED, "binary", False),
+        ({"query": "q", "documents": ["a", "b"], "scores": [3, -0.5]}, "mse", False),
+        ({"sentence1": "a", "sentence2": "b", "score": 0.5}, "binary", True),
+    ],
+)
+def test_the_columns_of_reranking_tell_the_loss(read, row, loss, pairs):
+    test = {**row, **({"query": "other"} if "query" in row else {})}
+    data = read([row], [test], task="reranking")
+    assert (data.task.loss, data.task.scored_pairs) == (loss, pairs)
+    assert data.train[0] == row
+
+
+def test_the_judged_documents_of_a_test_set_are_ranked(read, tmp_path):
+    names = files(tmp_path, CORPUS, QUERIES, ["7 0 a 2", "7 0 b 0", "8 0 b 1"])
+    data = read([{**row, "negatives": ["x"]} for row in PAIRS], task="reranking", **names)
+    found = {(r["query"], r["document"], r["document_id"], r["grade"]) for r in data.test}
+    assert found == {("seven", "A", "a", 2), ("seven", "B", "b", 0), ("q0", "B", "b", 1)}
+    assert len(data.train) == 7  # q0 is a test query
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "words"),
+    [
+        (PAIRS[0], {}, "columns query, positive, and data.task=reranking reads(.|\\n)*petl mine"),
+        (RANKED, {"loss": "mse"}, "data.loss=mse reads query, documents"),
+        (
+            {"query": "q", "documents": ["a"], "scores": [2]},
+            {"loss": "binary"},
+            r"scores is \[2.0\], and data.loss=binary needs numbers from 0 to 1: data.loss=mse",
+        ),
+        (RANKED, {"loss": "cosent"}, "data.loss=cosent is none of .*: mse, binary, listwise"),
+        (RANKED, {"pooling": "mean"}, "data.pooling=mean is for data.task=retrieval"),
+        (RANKED, {"streaming": True}, "data.task=reranking tells"),
+    ],
+)
+def test_rows_and_settings_that_do_not_fit_reranking_are_refused(read, row, settings, words):
+    with pytest.raises(InputError, match=words):
+        read([row, row, row], [row], task="reranking", **settings)
+
+
+def test_positives_that_are_their_query_are_counted(read, caplog):
+    read([*PAIRS, {"query": "d0", "positive": "d0"}], [{"query": "x", "positive": "y"}])
+    assert "1 of 9 training rows have their query as positive" in caplog.text

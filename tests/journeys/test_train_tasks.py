@@ -43,6 +43,7 @@ EXPECTED["retrieval"] = {
     *("mrr_at_10", "ndcg_at_10", "ndcg_at_10_interval", "map_at_100"),
     *("queries", "queries_left_out", "queries_with_ties"),
 }
+EXPECTED["reranking"] = EXPECTED["retrieval"]
 EXPECTED["seq2seq"] = EXPECTED["causal_lm"]
 
 
@@ -91,7 +92,7 @@ def test_a_new_head_is_also_trained_alone_and_saved(run):
     if alone is not None:
         assert set(alone) == EXPECTED[task] | {"lr"}
     heads = [key for key in finished.adapter if "classifier" in key or "qa_outputs" in key]
-    assert bool(heads) == (task in HEADS)
+    assert bool(heads) == (task in {*HEADS, "reranking"})
 
 
 def test_the_scores_before_training_are_those_without_a_linear_probe(run, tmp_path):

@@ -21,6 +21,7 @@ TASKS = {
     "image_classification": "petl.data.tasks.media:ImageClassification",
     "audio_classification": "petl.data.tasks.media:AudioClassification",
     "retrieval": "petl.data.tasks.retrieval:Retrieval",
+    "reranking": "petl.data.tasks.retrieval.reranking:Reranking",
     "multitask_classification": "petl.data.tasks.multitask:MultitaskClassification",
     "dpo": "petl.data.tasks.preferences.pairs:DPO",
     "orpo": "petl.data.tasks.preferences.pairs:ORPO",

@@ -250,6 +250,10 @@ class Task(Vocabulary, ABC, Generic[P]):
         """Why steps of so many of these encoded rows cannot teach anything; "" if they can."""
         return ""
 
+    def rows_to_score(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """The raw rows to score, from rows with labels as the task trains on."""
+        return rows
+
     def scored_rows(self, train: Dataset, validation: Dataset) -> Dataset:
         """The encoded rows that validation scores, from those that were held out.
 

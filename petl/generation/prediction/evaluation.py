@@ -136,7 +136,7 @@ def score_on_rows(
     if task.writes and limits.get("max_new_tokens"):
         writing: Any = task
         task = replace(writing, generate=limits["max_new_tokens"])
-    sources = numbered(Dataset.from_list(rows))
+    sources = numbered(Dataset.from_list([*task.rows_to_score(rows)]))
     encoded = task.encode(predictor.processor, sources)
     collate = task.collate(predictor.processor, predictor.multiple)
     # in the place of the train rows too, which nothing reads here

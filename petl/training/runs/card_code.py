@@ -43,6 +43,12 @@ inputs = {{encode}}
 own = [i for i, name in enumerate(classes) if name.startswith(task + "/")]
 print(classes[own[int(logits[0, own].argmax())]])""",
     "regression": f"inputs = {{encode}}\n{LOGITS}\nprint(float(logits))",
+    "reranking": f"""\
+inputs = tokenizer(
+    "a query", "a document", truncation=True, max_length={{max_length}}, return_tensors="pt"
+)
+{LOGITS}
+print(float(logits))  # the higher, the earlier the document comes for this query""",
     "retrieval": """\
 inputs = {encode}
 with torch.no_grad():

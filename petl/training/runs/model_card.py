@@ -41,6 +41,7 @@ PIPELINES = {  # the Hub's names of tasks
     "causal_lm": "text-generation",
     **dict.fromkeys(("dpo", "orpo", "kto", "grpo"), "text-generation"),
     "reward": "text-classification",
+    "reranking": "text-ranking",
     "seq2seq": "text2text-generation",
     "image_text": "image-text-to-text",
     "image_classification": "image-classification",

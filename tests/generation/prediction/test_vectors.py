@@ -73,6 +73,17 @@ def test_petls_adapter_loads_into_the_model_of_sentence_transformers(run, famili
     torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=1e-6)
 
 
+def test_files_with_positives_are_scored(run, tmp_path):
+    file = tmp_path / "test.jsonl"
+    rows = [{"text": text, "part": text} for text in TEXTS[:3]]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    scores = petl.evaluate(run.path, file)
+    asked, documents = (petl.embed(run.path, TEXTS[:3], as_=role) for role in ("query", "document"))
+    own = (asked @ documents.T).argmax(1) == np.arange(3)
+    assert scores["accuracy_at_1"] == pytest.approx(own.mean())
+    assert scores["queries"] == 3
+
+
 @pytest.mark.parametrize(
     ("words", "arguments", "settings"),
     [

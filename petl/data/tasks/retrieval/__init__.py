@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from petl.core.layers.class_swap import swap_class
-from petl.data.judgements import DOCUMENT
+from petl.data.judgements import DOCUMENT, test_rows
 from petl.data.tasks import DIMS, POOLING
 from petl.data.tasks.base import (
     AutoModelClass,
@@ -247,6 +247,20 @@ class Retrieval(TextTask):
         if kind.queries and len(np.unique(rows["_group"])) == 1:
             return f"all {len(rows)} training rows have one query: nothing tells documents apart"
         return ""
+
+    def rows_to_score(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Queries and documents, see `test_rows`; scored pairs as they are.
+
+        Raises:
+            InputError: the rows are labelled texts.
+        """
+        if LOSSES[self.loss].scored_pairs:
+            return rows
+        if "label" in rows[0]:
+            raise InputError(
+                "labelled texts are compared with those of training: evaluate the run without files"
+            )
+        return test_rows([], rows)
 
     def scored_rows(self, train: Dataset, validation: Dataset) -> Dataset:
         """The held-out rows as queries, and as documents those of all rows, see `held_out`."""

@@ -94,10 +94,7 @@ def folder_files(
     """
     names = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
     paths = ["", "1_Pooling", "2_Normalize"]
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
-        for i, (name, path) in enumerate(zip(names, paths, strict=False))
-    ]
+    modules = [module(i, *each) for i, each in enumerate(zip(names, paths, strict=False))]
     others = dict.fromkeys(("pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens"), False)
     modes = {flag: name == pooling for flag, name in FLAGS.items()}
     return {
@@ -105,3 +102,9 @@ def folder_files(
         "1_Pooling/config.json": {"word_embedding_dimension": width, **modes, **others},
         PROMPTS: {"prompts": dict(prompts), "similarity_fn_name": similarity},
     }
+
+
+def module(number: int, name: str, path: str) -> dict[str, object]:
+    """An entry of `MODULES`."""
+    kind = f"sentence_transformers.models.{name}"
+    return {"idx": number, "name": str(number), "path": path, "type": kind}

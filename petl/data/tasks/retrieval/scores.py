@@ -24,6 +24,7 @@ from petl.data.judgements import (
     alike,
     are_grades,
     grades_of,
+    is_ranked,
     judged,
 )
 from petl.data.tasks.base import Columns, Prediction, rounded
@@ -125,6 +126,36 @@ class Rankings:
             scores = query_metrics(ranked, grades[query])
             found.append(Ranked(query, ranked, own, grades[query], scores))
         return cls(found, len(grades) - len(queries))
+
+    @classmethod
+    def of_candidates(cls, values: Sequence[float], rows: Dataset | Columns) -> "Rankings":
+        """Rank the documents of each query by their scores; equal ones by their ids, as text.
+
+        Args:
+            values: the score of each row.
+            rows: with the columns `_query_id`, `_id` and `_grade`.
+
+        Raises:
+            InputError: no query has a document that is relevant and one that is not.
+        """
+        by_query: dict[str, list[tuple[float, str, float, int]]] = {}
+        columns = (rows[name] for name in ("_query_id", "_id", "_grade"))
+        for row, (value, query, name, grade) in enumerate(zip(values, *columns, strict=True)):
+            by_query.setdefault(query, []).append((-value, name, grade, row))
+        found = []
+        for own in by_query.values():
+            near, names, grades, places = zip(*sorted(own), strict=True)
+            if is_ranked(grades):
+                by_name = dict(zip(names, grades, strict=True))
+                relevant = {name: grade for name, grade in by_name.items() if grade > 0}
+                scores = query_metrics(names, by_name)
+                found.append(Ranked(min(places), [*names], [*near], relevant, scores))
+        if not found:
+            raise InputError(
+                f"none of {len(by_query)} queries has a document that is relevant and one that is "
+                "not: nothing can be scored"
+            )
+        return cls(found, len(by_query) - len(found))
 
     def scores(self) -> dict[str, float]:
         """The mean of each score over queries, half of nDCG's 95 % interval, and counts."""
