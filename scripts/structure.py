@@ -27,20 +27,20 @@ PACKAGE = ROOT / "petl"
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
     "system": 3600,
-    "ops": 3150,
+    "ops": 3250,
     "core": 12750,
     "efficiency": 8250,
-    "data": 15400,
+    "data": 15450,
     "training": 15850,
     "methods": 18250,
     "adapters": 7900,
-    "generation": 6550,
+    "generation": 6800,
     "experiments": 6550,
-    "cli": 4050,
+    "cli": 4100,
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 13950, "tests": 77400}
+OTHERS = {"scripts": 13950, "tests": 77600}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 

@@ -19,7 +19,7 @@ PURPOSES = {
     ),
     "methods and settings": ("methods", "show", "configs", "batch-sizes", "buckets"),
     "what a run reached": ("report", "eval", "study", "strength"),
-    "answers": ("generate", "draft", "retrieve"),
+    "answers": ("generate", "draft", "retrieve", "mine"),
     "files for others": ("check", "export", "push", "pull"),
     "smaller adapters, and several in one": ("compress", "prune", "squeeze", "combine"),
 }

@@ -1,6 +1,6 @@
-"""The command `petl retrieve`: the texts of a file that are nearest to queries."""
+"""The commands `petl retrieve` and `petl mine`: the texts of a file that are near to queries."""
 
-from petl.cli.table import RetrieveOptions
+from petl.cli.table import MineOptions, RetrieveOptions
 
 
 def retrieve(options: RetrieveOptions) -> None:
@@ -14,3 +14,22 @@ def retrieve(options: RetrieveOptions) -> None:
         echo(query)
         rows = [[f"{each.similarity:.3f}", each.id, each.text] for each in hits]
         print_table([">similarity", "id", "text"], rows)
+
+
+def mine(options: MineOptions) -> None:
+    """Write triples with the negatives that an embedder finds hard."""
+    from petl.experiments.reports.formatting import echo
+    from petl.generation.prediction.mining import Choice, mine
+    from petl.generation.prediction.vectors import load_embedder
+
+    predictor = load_embedder(
+        options.run,
+        batch_size=options.batch_size,
+        trust_remote_code=options.trust_remote_code,
+        other_base=options.other_base,
+    )
+    choice = Choice(options.k, options.margin, options.skip)
+    rows, negatives = mine(
+        predictor, options.corpus, options.queries, options.out, choice, options.vectors
+    )
+    echo(f"{options.out}: {rows:,} rows with {negatives / rows:.1f} negatives each")

@@ -457,6 +457,36 @@ class RetrieveOptions(RunOptions):
     )
 
 
+@command("mine", "retrieve:mine")
+class MineOptions(LoadOptions):
+    """Find hard negatives: texts that an embedder has near to a query, and that are no answers.
+
+      petl mine runs/mine corpus.jsonl pairs.jsonl --out triples.jsonl --margin 0.05
+      petl train +method=lora data=files data.task=reranking data.train=triples.jsonl
+
+    The corpus has a column text; the rows of QUERIES have query and positive, and are written with
+    negatives, a list. The nearest texts are taken without the positives of the query in any row.
+    """
+
+    run: str = argument(MODEL)
+    corpus: str = argument("csv, tsv, json, jsonl or parquet", metavar="CORPUS")
+    queries: str = argument("likewise", metavar="QUERIES")
+    out: Path = option("csv, tsv, jsonl or parquet to write", file_to_write, MISSING)
+    k: int = option("negatives of a row at most", COUNT, default=5)
+    margin: float | None = option(
+        "similarity at most that of the positive less this (default: any)", number(float, -2)
+    )
+    skip: int = option(
+        "leave out so many of the nearest, which may be answers", number(int, 0), default=0
+    )
+    vectors: Path | None = option(
+        "those of the corpus, as petl predict --out=NAME.npy writes them, read in chunks (default: "
+        "computed)",
+        file_to_read,
+    )
+    batch_size: int | None = option("texts per batch", COUNT)
+
+
 @dataclass(kw_only=True)
 class AnswerOptions(RunOptions):
     """A command that lets a language model answer.

@@ -110,6 +110,7 @@ def candidates(
     for query, own in rows:
         grades = found.setdefault(query, {})
         for document, grade in own:
+            # in one row a document may be a negative, and the positive in another
             grades[document] = max(grade, grades.get(document, 0.0))
     return found
 
@@ -130,6 +131,7 @@ def candidate_rows(given: Judgements | Sequence[Row]) -> list[Row]:
     Raises:
         InputError: no query has a document that is relevant and one that is not.
     """
+    # a whole corpus for each query would take a pass for each pair of both
     if isinstance(given, Judgements):
         by_query = {
             (name, text): {(i, given.documents[i]): grade for i, grade in own.items()}
@@ -146,6 +148,7 @@ def candidate_rows(given: Judgements | Sequence[Row]) -> list[Row]:
             (f"q{i}", query): {(names[text], text): grade for text, grade in own.items()}
             for i, (query, own) in enumerate(found.items())
         }
+    # before the model is loaded: every score would be 1 or left out
     if not any(is_ranked(own.values()) for own in by_query.values()):
         raise InputError(
             f"none of the {len(by_query)} test queries has a document that is relevant and one "

@@ -92,6 +92,7 @@ class RetrievalColumns(TaskColumns):
                 wanted.append(f"{', '.join(columns.values())} ({' or '.join(shape.losses)})")
                 if {*columns.values()} <= {*found}:
                     return self.of_shape(name, columns, origin)
+        # no shape has this loss
         if not wanted:
             losses = dict.fromkeys(name for shape in self.shapes.values() for name in shape.losses)
             raise InputError(
@@ -177,6 +178,7 @@ class RetrievalColumns(TaskColumns):
         scored = self.to_score(train, test)
         asked = (row.get("query", row.get("text")) for row in scored if row.get("role") != DOCUMENT)
         train = without_queries(train, asked) if "query" in train[0] else train
+        # often a slip of columns, and for a loss of cosines a row without gradient
         same = sum(row["query"] == row["positive"] for row in train if "positive" in row)
         if same:
             logger.warning(
@@ -241,6 +243,7 @@ class RerankingColumns(RetrievalColumns):
         if not self.labeled:
             return {name: read(row, own, text) for name, own in self.columns.items()}
         found = super().convert(row)
+        # a row without scores has a positive and negatives: 1 and 0
         name = "scores" if "scores" in found else "score"
         given = found.get(name, 0)
         scores = given if isinstance(given, list) else [given]

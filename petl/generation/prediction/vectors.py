@@ -4,8 +4,9 @@ N texts, D numbers of a vector.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -13,24 +14,30 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from petl.adapters.export.saved_adapter import SavedAdapter
-from petl.core.types import base_of
+from petl.adapters.export.saved_adapter import SavedAdapter, device
+from petl.core.types import Settings, base_of
 from petl.data.batch_sampler import chunks
 from petl.data.files import located_rows
 from petl.data.inputs import read_inputs
 from petl.data.judgements import DOCUMENT, QUERY
+from petl.data.models.loading import load_base, load_processor
+from petl.data.models.sources import read_source
 from petl.data.tasks.base import Pad, Task, pad_id
 from petl.data.tasks.retrieval import Retrieval
+from petl.data.tasks.retrieval.base_folder import LENGTHS
 from petl.data.validation import every
 from petl.errors import InputError, first_line, shown
+from petl.generation.inference.loading import find_model
 from petl.generation.prediction.columns import data_settings
 from petl.generation.prediction.predictor import Predictor
 from petl.ops.retrieval import pool, top_k
 from petl.system.files.disk import atomic_file
 from petl.system.progress import ProgressItems
 from petl.training.dataloader import longest_first, to_device
+from petl.training.distributed.launch import Launch, accelerate_restored, make_accelerator
 
 ROLES = (QUERY, DOCUMENT)
+LONGEST = 512  # tokens, of a model whose folder does not say; assumption
 DTYPES = ("float32", "float16", "int8", "binary")  # of written vectors
 
 
@@ -47,9 +54,9 @@ def embed(
         petl.embed("runs/mine", ["what is a verb"], as_="query")
 
     Args:
-        run_or_model: folder of a run or adapter of `data.task=retrieval`; a `petl.Predictor` of
-            one; or a model, whose pooling is that of its task, or without one the mean over the
-            tokens.
+        run_or_model: folder of a run or adapter of `data.task=retrieval`, or of a model, such as a
+            merged one; a `petl.Predictor` of one; or a model, whose pooling is that of its task, or
+            without one the mean over the tokens.
         tokenizer: of a model.
         as_: `query` or `document`, whose prefix is put before each text.
         batch_size: texts of a batch, which has texts of similar length.
@@ -69,8 +76,41 @@ def embed(
         task = getattr(base_of(run_or_model), "petl_task", None) or Retrieval(max_length=512)
         return vectors(run_or_model, task, tokenizer, [*texts], as_, batch_size)
     is_loaded = isinstance(run_or_model, Predictor)
-    predictor = run_or_model if is_loaded else Predictor.load(run_or_model)
+    predictor = run_or_model if is_loaded else load_embedder(run_or_model)
     return vectors_of(predictor, [*texts], as_, batch_size)
+
+
+def load_embedder(
+    path: str | Path,
+    *,
+    batch_size: int | None = None,
+    trust_remote_code: bool = False,
+    other_base: bool = False,
+) -> Predictor:
+    """Load the model of a run or adapter, or of a folder as sentence-transformers writes it.
+
+    Raises:
+        InputError: there is none, or it cannot be loaded.
+    """
+    found = find_model(path, trust_remote_code=trust_remote_code)
+    if isinstance(found, SavedAdapter):
+        with accelerate_restored(), torch.random.fork_rng(devices=[]):
+            return Predictor.of(replace(found, other_base=other_base), batch_size)
+    task = Retrieval()
+    tokenizer = load_processor(found, task)
+    task.max_length = length_of(found, tokenizer)
+    model = load_base(found, task, processor=tokenizer).to(device())
+    accelerator = make_accelerator(Launch(), "no")
+    return Predictor(model, task, tokenizer, accelerator, batch_size or 64, 1, {})
+
+
+def length_of(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of a text at most, of a plain model: those of its folder, else `LONGEST`."""
+    source = read_source(settings)
+    lengths = cast("dict[str, int | None]", source.json_file(LENGTHS) or {})
+    given = lengths.get("max_seq_length")
+    most = getattr(source.config().get_text_config(), "max_position_embeddings", None) or LONGEST
+    return given or min(tokenizer.model_max_length, most, LONGEST)
 
 
 def vectors_of(predictor: Predictor, texts: Sequence[str], role: str, size: int) -> np.ndarray:
@@ -103,7 +143,7 @@ def vectors(
     pad, device = Pad(pad_id(tokenizer)), next(model.parameters()).device
     was_training = model.training
     model.eval()
-    found: list[np.ndarray | None] = [None] * len(ids)
+    found = np.zeros((0, 0), np.float32)
     batches = chunks(longest_first([len(own) for own in ids]), size)
     for part in ProgressItems(batches, f"vectors of {len(ids):,} texts", quiet=True):
         rows = [{"input_ids": ids[i], "attention_mask": [1] * len(ids[i])} for i in part]
@@ -114,10 +154,11 @@ def vectors(
             vector = pool(
                 outputs.last_hidden_state, inputs["attention_mask"], task.pooling or "mean"
             )
-        for i, own in zip(part, vector.float().cpu().numpy(), strict=True):
-            found[i] = own
+        if not len(found):  # the width is that of the first batch
+            found = np.zeros((len(ids), vector.shape[1]), np.float32)
+        found[part] = vector.float().cpu().numpy()
     model.train(was_training)
-    return np.stack([each for each in found if each is not None])
+    return found
 
 
 def quantized(values: np.ndarray, dtype: str, calibration: np.ndarray | None = None) -> np.ndarray:

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from petl.errors import InputError
@@ -39,50 +40,125 @@ def top_k(
 
 
 Take = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # the largest of each row, their places
+# of queries with some documents, of which the first has this number: [Q, N]
+Products = Callable[[Tensor, int], Tensor]
 
 
 def _best(queries: Tensor, documents: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:
     """Return what `top_k` does, of at most `chunk` queries."""
+
+    def products(part: Tensor, start: int) -> Tensor:
+        return queries @ part.to(queries).T
+
     # one more shows whether the last is tied with what is left out: which is taken is then open
     more = min(k + 1, len(documents))
-    scores, rows = _merged(queries, documents, more, chunk, partial(torch.topk, sorted=True))
+    scores, rows = _merged(products, documents, more, chunk, _largest)
     tied = scores[:, k - 1] == scores[:, -1] if more > k else torch.zeros(0, dtype=torch.bool)
     scores, rows = scores[:, :k], rows[:, :k]
     if tied.any():
         # the same products, of all queries: of fewer, they could be rounded otherwise
-        exact = _merged(queries, documents, k, chunk, _stable, tied)
+        exact = _merged(lambda *part: products(*part)[tied], documents, k, chunk, _stable)
         scores[tied], rows[tied] = exact
+    return _in_order(scores, rows)
+
+
+class LeftOut(NamedTuple):
+    """Documents that are no hard negatives.
+
+    Attributes:
+        known: a query and a document, in the order of documents, [P, 2].
+        limits: larger products of a query are left out, [Q]; None: any are taken.
+        skip: so many of the largest are left out, of those that are not known.
+        copies: documents that are known for all queries, in order, [C]; None: none are.
+    """
+
+    known: Tensor
+    limits: Tensor | None = None
+    skip: int = 0
+    copies: Tensor | None = None
+
+
+def hardest(
+    queries: Tensor,
+    documents: Tensor,
+    k: int,
+    left_out: LeftOut,
+    *,
+    cosine: bool = False,
+    chunk: int = 4096,
+) -> tuple[Tensor, Tensor]:
+    """Return the k largest products of each query with other documents, and their rows: [Q, k].
+
+    Of fewer, the others are -inf. Of equal ones at the end, any is taken.
+
+    Args:
+        queries: [Q, D], as many as fit in memory with a chunk of documents.
+        documents: [N, D], such as of a memory map.
+        cosine: documents are normalized; queries are already.
+        chunk: documents that are multiplied at a time.
+
+    Raises:
+        InputError: a product is no number.
+    """
+    above = torch.zeros(len(queries), dtype=torch.long)
+    which, places_of_known = left_out.known.T.contiguous()
+    limits, skip = left_out.limits, left_out.skip
+
+    def products(part: Tensor, start: int) -> Tensor:
+        part = part.to(queries)
+        found = queries @ (F.normalize(part, dim=-1) if cosine else part).T
+        ends = torch.tensor([start, start + len(part)])
+        if left_out.copies is not None:
+            own = slice(*torch.searchsorted(left_out.copies, ends).tolist())
+            found[:, left_out.copies[own] - start] = -torch.inf
+        own = slice(*torch.searchsorted(places_of_known, ends).tolist())
+        found[which[own], places_of_known[own] - start] = -torch.inf
+        if limits is not None:
+            out = found > limits[:, None]
+            above.add_(out.sum(1))
+            found.masked_fill_(out, -torch.inf)
+        return found
+
+    count = min(skip + k, len(documents))
+    scores, rows = _in_order(*_merged(products, documents, count, chunk, _largest))
+    if scores.isnan().any() or (scores == torch.inf).any():
+        raise InputError("a scalar product of two vectors is not finite: nothing can be ranked")
+    # what is above the limit is among the first as well
+    places = (skip - above).clamp(min=0)[:, None] + torch.arange(k)
+    inside = places.clamp(max=count - 1)
+    scores = scores.gather(1, inside).masked_fill(places >= count, -torch.inf)
+    return scores, rows.gather(1, inside)
+
+
+def _merged(
+    products: Products, documents: Tensor, k: int, chunk: int, take: Take
+) -> tuple[Tensor, Tensor]:
+    """Return scores and rows of the k best documents, of which each chunk leaves the best."""
+    best: tuple[Tensor, Tensor] | None = None
+    for start in range(0, len(documents), chunk):
+        found = products(documents[start : start + chunk], start)
+        scores, places = take(found, min(k, found.shape[1]))
+        rows = places + start
+        if best is not None:
+            scores, rows = torch.cat([best[0], scores], 1), torch.cat([best[1], rows], 1)
+            scores, places = take(scores, min(k, scores.shape[1]))
+            rows = rows.gather(1, places)
+        best = scores, rows
+    assert best is not None, "there are documents"
+    return best
+
+
+def _in_order(scores: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest first, and of equal ones the smaller row."""
     rows, order = rows.sort(dim=1)
     ordered = scores.gather(1, order)
     scores, places = ordered.sort(dim=1, descending=True, stable=True)
     return scores, rows.gather(1, places)
 
 
-def _merged(
-    queries: Tensor,
-    documents: Tensor,
-    k: int,
-    chunk: int,
-    take: Take,
-    which: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return scores and rows of the k best documents, of which each chunk leaves the best.
-
-    Args:
-        which: of the queries, [Q] bool; None: all.
-    """
-    count = len(queries) if which is None else int(which.sum())
-    scores = queries.new_empty(count, 0)
-    rows = torch.empty(count, 0, dtype=torch.long, device=queries.device)
-    for start in range(0, len(documents), chunk):
-        part = documents[start : start + chunk].to(queries)
-        products = queries @ part.T
-        products = products if which is None else products[which]
-        new, places = take(products, min(k, len(part)))
-        scores, rows = torch.cat([scores, new], 1), torch.cat([rows, places + start], 1)
-        scores, places = take(scores, min(k, scores.shape[1]))
-        rows = rows.gather(1, places)
-    return scores, rows
+def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, the largest first."""
+    return values.topk(k)
 
 
 def _stable(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 
 from petl.errors import InputError
 from petl.ops.retrieval import metrics, top_k
-from petl.ops.retrieval.ranking import query_metrics
+from petl.ops.retrieval.ranking import LeftOut, hardest, query_metrics
 
 
 @pytest.mark.parametrize("chunk", [3, 7, 4096])
@@ -21,6 +21,40 @@ def test_top_k_is_the_sorted_product_with_ties_by_row(chunk):
         expected = sorted(range(40), key=lambda j: (-float(products[i, j]), j))[:6]
         assert rows[i].tolist() == expected
         assert scores[i].tolist() == products[i, expected].tolist()
+
+
+@pytest.mark.parametrize("chunk", [3, 7, 4096])
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("skip", [0, 2, 8])
+def test_hard_negatives_are_the_sorted_products_without_what_is_left_out(chunk, limited, skip):
+    queries, documents = torch.randn(9, 4), torch.randn(23, 4)
+    products = queries @ documents.T
+    known = [(i, j) for j in range(23) for i in range(9) if (i + j) % 5 == 0]
+    limits = products.median(1).values + 0.5 if limited else None
+    copies = [2, 9, 22]
+    left_out = LeftOut(torch.tensor(known), limits, skip, torch.tensor(copies))
+    scores, rows = hardest(queries, documents, 4, left_out, chunk=chunk)
+    for i in range(9):
+        others = [j for j in range(23) if (i, j) not in known and j not in copies]
+        ranked = sorted(others, key=lambda j: -products[i, j].item())[skip:]
+        expected = [j for j in ranked if limits is None or products[i, j] <= limits[i]][:4]
+        found = [j for j, s in zip(rows[i].tolist(), scores[i], strict=True) if s > -math.inf]
+        assert found == expected
+        torch.testing.assert_close(scores[i, : len(found)], products[i, expected])
+
+
+def test_hard_negatives_by_cosine_and_all_of_them_left_out():
+    queries = torch.nn.functional.normalize(torch.randn(2, 3), dim=1)
+    documents = torch.tensor([[9.0, 0, 0], [0, 0.1, 0]])
+    left_out = LeftOut(torch.tensor([[0, 0], [0, 1]]))
+    scores, rows = hardest(queries, documents, 3, left_out, cosine=True)
+    assert (scores[0] == -math.inf).all()
+    axes = queries[1, :2]
+    assert rows[1, :2].tolist() == axes.argsort(descending=True).tolist()
+    torch.testing.assert_close(scores[1, :2], axes.sort(descending=True).values)
+    assert scores[1, 2] == -math.inf
+    with pytest.raises(InputError, match="not finite"):
+        hardest(queries, documents * math.nan, 1, left_out)
 
 
 def test_top_k_gives_all_documents_if_asked_for():

@@ -40,7 +40,7 @@ from petl.data.tasks.base import (
     rounded,
 )
 from petl.data.tasks.regression import correlation, ranks
-from petl.data.tasks.retrieval.base_folder import Folder, folder_files
+from petl.data.tasks.retrieval.base_folder import LENGTHS, Folder, folder_files
 from petl.data.tasks.retrieval.embedder import COUPLED, LOSSES, Embedder, whole_step
 from petl.data.tasks.retrieval.scores import Rankings, held_out
 from petl.errors import InputError
@@ -143,7 +143,7 @@ class Retrieval(TextTask):
             similarity=self.similarity,
         )
         lengths = {"max_seq_length": self.max_length, "do_lower_case": False}
-        return {**files, "sentence_bert_config.json": lengths}
+        return {**files, LENGTHS: lengths}
 
     def saved_tokenizer(self, tokenizer: PreTrainedTokenizerBase, /) -> PreTrainedTokenizerBase:
         """A tokenizer that appends the end token by itself, where it is the vector."""

@@ -12,6 +12,7 @@ from petl.errors import InputError
 
 MODULES = "modules.json"
 PROMPTS = "config_sentence_transformers.json"
+LENGTHS = "sentence_bert_config.json"  # `max_seq_length`, and how a model is called
 SUPPORTED = ("Transformer", "Pooling", "Normalize")
 # the form of versions to 5, with a boolean for each
 FLAGS = {

@@ -36,7 +36,7 @@ from petl.data.tasks.base import (
 )
 from petl.data.tasks.own_loss import compute_loss_of
 from petl.data.tasks.regression import correlation, ranks
-from petl.data.tasks.retrieval.base_folder import MODULES, PROMPTS, module
+from petl.data.tasks.retrieval.base_folder import LENGTHS, MODULES, PROMPTS, module
 from petl.data.tasks.retrieval.scores import Rankings
 from petl.errors import InputError
 from petl.system.values import field, integer, one_of
@@ -60,6 +60,7 @@ def listwise(logits: Tensor, scores: Tensor, places: Tensor) -> Tensor:
     Args:
         places: of the documents of each query in `logits`, -1: none, [B, n].
     """
+    # -1 would be the last pair of the batch
     of_query = logits[places.clamp(min=0)].masked_fill(places < 0, -torch.inf)
     return -of_query.log_softmax(1)[:, 0].mean()
 
@@ -102,6 +103,7 @@ class Reranking(TextTask):
 
     def model_kwargs(self) -> Fields:
         """One output, with the name that heads for one have by default: a trained one is kept."""
+        # other names would make the head of a pretrained reranker a new one
         names = {"id2label": {0: "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         return {"num_labels": 1, "problem_type": "regression", **names}
 
@@ -121,7 +123,7 @@ class Reranking(TextTask):
         """The files with which CrossEncoder from version 6 on reads pairs without a template."""
         return {
             MODULES: [module(0, "Transformer", "")],
-            "sentence_bert_config.json": {
+            LENGTHS: {
                 "transformer_task": "sequence-classification",
                 "modality_config": {"text": {"method": "forward", "method_output_name": "logits"}},
                 "module_output_name": "scores",
@@ -135,6 +137,7 @@ class Reranking(TextTask):
 
     def saved_tokenizer(self, tokenizer: PreTrainedTokenizerBase, /) -> PreTrainedTokenizerBase:
         """The tokenizer with the length of this task, to which CrossEncoder truncates."""
+        # a copy: that of the run truncates where `encode_rows` says
         copied = copy.deepcopy(tokenizer)
         copied.model_max_length = self.max_length
         return copied
@@ -148,6 +151,7 @@ class Reranking(TextTask):
             InputError: a pair has no tokens.
         """
         queries, documents = paired(rows)
+        # all pairs in one call: the tokenizer works in parallel
         flat = [(q, d) for q, own in zip(queries, documents, strict=True) for d in own]
         texts, others = ([*each] for each in zip(*flat, strict=True))
         found = tokenizer(texts, others, truncation=True, max_length=self.max_length)
@@ -165,6 +169,7 @@ class Reranking(TextTask):
         }
         columns["sizes"] = [sizes[a:b] for a, b in ends]
         columns["_group"] = [number_of(query) for query in queries]
+        # rows to score: what the ranking needs, under names that batches leave out
         if "grade" in rows:
             kept = {"_query_id": "query_id", "_id": "document_id", "_grade": "grade"}
             return columns | {name: rows[column] for name, column in kept.items()}
@@ -195,6 +200,7 @@ class Reranking(TextTask):
         """The held-out rows as pairs, of which the documents of each query are ranked."""
         if self.scored_pairs:
             return validation
+        # over all rows, as of test rows
         given = are_grades(validation["scores"])
         pairs, by_query = {}, []
         for row in validation:
@@ -215,6 +221,7 @@ class Reranking(TextTask):
 
     def lengths(self, rows: Dataset) -> list[int]:
         """The tokens of the pairs of each row, with padding."""
+        # each pair is padded to the longest
         return [len(sizes) * max(sizes) for sizes in rows["sizes"]]
 
     def collate(self, tokenizer: PreTrainedTokenizerBase, /, multiple: int = 1) -> Collate:
@@ -227,6 +234,7 @@ class Reranking(TextTask):
 
     def own_loss(self, outputs: Outputs, labels: Batch) -> Tensor:
         """The loss of a batch."""
+        # in float32: a softmax over half precision is too coarse
         logits = outputs.logits.squeeze(-1).float()
         return LOSSES[self.loss](logits, labels["labels"], labels["places"])
 
@@ -240,6 +248,7 @@ class Reranking(TextTask):
         """Scores of rankings, means over queries; or the correlations of scored pairs."""
         if not self.scored_pairs:
             return Rankings.of_candidates(values[:, 0].tolist(), rows).scores()
+        # Pearson's correlation is that of what users see
         found = self.activated(values[:, 0]).double().cpu()
         given = torch.tensor(rows["_score"], dtype=torch.float64)
         return {
@@ -260,6 +269,7 @@ class Reranking(TextTask):
         self, values: Iterable[np.ndarray], rows: Iterable[Row]
     ) -> Iterator[tuple[int, Prediction]]:
         """The score of each pair; of a document to rank also its rank, from 1."""
+        # twice: the rank of a pair needs all of its query
         both = [(row, float(value)) for value, row in zip(values, rows, strict=True)]
         by_query: dict[str, list[tuple[float, str]]] = {}
         for row, value in both:
@@ -302,6 +312,7 @@ def scores_of(rows: Columns) -> list[list[float]] | None:
 
 def number_of(text: str) -> int:
     """A number that equal texts have, the same in each process."""
+    # not `hash`, which differs between processes; 7 bytes fit a signed integer of 64 bits
     return int.from_bytes(blake2b(text.encode(), digest_size=7).digest())
 
 
@@ -320,6 +331,7 @@ def batch_of(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
         [B, n]: which pairs are those of each row, -1: none.
     """
     inputs = pad.inputs([part for row in rows for part in parts_of(row)])
+    # rows to score and to predict have no loss
     if "scores" not in rows[0]:
         return inputs
     count = max(len(row["sizes"]) for row in rows)
