@@ -86,7 +86,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     train(folder)
     photograph(folder / "runs/mola/report.html", ASSETS / "run.png", (1000, 760))
-    photograph(folder / "compared/index.html", ASSETS / "compared.png", (1300, 620))
+    photograph(folder / "compared/index.html", ASSETS / "compared.png", (1280, 590))
     (ASSETS / "chat.svg").write_text(drawn("A chat in a terminal", chat(folder)))
 
 

@@ -1,6 +1,6 @@
 """Runs the public cases of silent wrongs with PEFT and Trainer, and with petl.
 
-Writes docs/silent-wrongs.md, and the picture of two refusals for README:
+Writes docs/silent-wrongs.md, and the picture of a refusal for README:
 
 python scripts/silent_wrongs.py            # write the page, about a minute
 python scripts/silent_wrongs.py --check    # fail if the page is not that of these versions
@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests/fixtures"
 PAGE = ROOT / "docs/silent-wrongs.md"
-PICTURE = ROOT / "docs/assets/refusals.svg"
+PICTURE = ROOT / "docs/assets/refusal.svg"
 sys.path.insert(0, str(FIXTURES))
 
 from silent_cases.petl_side import CASES  # noqa: E402
@@ -28,10 +28,8 @@ from terminal import COMMAND, FAILURE, drawn  # noqa: E402
 GROUPS = {"D": "Data", "W": "Wrapping", "T": "Training", "S": "Saving and loading",
           "M": "Merging and exporting", "V": "Serving", "A": "Several adapters"}  # fmt: skip
 LENGTH = 110  # characters of a detail
-SHOWN = {  # cases in the picture, and the commands of a user that meet them
-    "D12": "petl train +method=lora data=files data.train=reviews.csv data.test=holdout.csv",
-    "M2": "petl merge runs/reviews merged",
-}
+# the case in the picture, and the command of a user that meets it
+SHOWN = ("D12", "petl train +method=lora data=files data.train=reviews.csv data.test=holdout.csv")
 HEAD = """# Silent wrongs
 
 Public reports in which somebody who fine-tuned a model got a wrong result without an error, each
@@ -103,12 +101,11 @@ def page(versions: dict[str, str], peers: dict[str, Verdict], own: dict[str, Ver
 
 
 def picture(own: dict[str, Verdict]) -> str:
-    """The messages of two cases as a terminal shows them, as SVG."""
-    lines: list[tuple[str, str]] = []
-    for name, command in SHOWN.items():
-        message = own[name].detail.splitlines()[-1].removeprefix("error: ")
-        lines += [(f"$ {command}", COMMAND), (f"error: {message}", FAILURE), ("", "")]
-    return drawn("Two refusals of petl in a terminal", lines[:-1])
+    """The message of a case as a terminal shows it, as SVG."""
+    name, command = SHOWN
+    message = own[name].detail.splitlines()[-1].removeprefix("error: ")
+    lines = [(f"$ {command}", COMMAND), (f"error: {message}", FAILURE)]
+    return drawn("A refusal of petl in a terminal", lines)
 
 
 def main() -> None:

@@ -8,12 +8,19 @@ from contextlib import contextmanager
 from threading import Event
 from typing import TYPE_CHECKING
 
+from petl.cli.table import LLAMA, EngineOptions
 from petl.errors import InputError, printable
 
 if TYPE_CHECKING:
     from petl.generation.inference.sampling import Sample
 
 logger = logging.getLogger("petl")
+
+
+def require_own_weights(options: EngineOptions) -> None:
+    """Raise InputError if weights are converted for an engine that takes them as they are."""
+    if options.weights is not None:
+        raise InputError(f"--weights={options.weights} is for --engine {LLAMA}")
 
 
 def show(text: str) -> None:

@@ -1,7 +1,7 @@
 """What texts of a command line mean: types for `add_argument(type=...)`.
 
-A wrong value ends the command before any work. Imports the standard library only, as
-`petl.cli.main` does.
+A wrong value ends the command before any work, and before torch is imported. Folders of runs and
+files are looked up here for all commands that take one.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from petl.errors import InputError, did_you_mean
 from petl.system.files.outputs import check_output, check_output_file
 from petl.system.files.paths import file_of, path_of
 from petl.system.values import LARGEST, convert, integer, real, type_problem
+from petl.training.runs.lookup import adapter_at, folder_at, model_at, run_at
 
 Number = TypeVar("Number", int, float)
 Checked = TypeVar("Checked")
@@ -95,12 +96,52 @@ def divisor(text: str) -> float | str:
     return text if text in ("auto", "dare", "searched") else FRACTION(text)
 
 
+def saved_run(text: str) -> str:
+    """Return the path of the folder of a run."""
+    return _found(run_at, text)
+
+
+def saved_adapter(text: str) -> str:
+    """Return the path of the folder of a run with an adapter, or of an adapter."""
+    return _found(adapter_at, text)
+
+
+def saved_model(text: str) -> str:
+    """Return the path of the folder of a run, an adapter, a model or a drafter."""
+    return _found(model_at, text)
+
+
 def named_run(text: str) -> tuple[str, str]:
     """Return the name and the folder of NAME=RUN."""
     name, separator, path = text.partition("=")  # a path may contain =, a name does not
     if not (name and separator and path):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=RUN")
-    return name, path
+    return name, saved_adapter(path)
+
+
+def served_run(text: str) -> str:
+    """Return [NAME=]RUN, whose folder exists."""
+    _, separator, path = text.partition("=")
+    # a folder may have = in its name
+    saved_model(text if not separator or Path(text).exists() else path)
+    return text
+
+
+def repository_or_folder(text: str) -> str:
+    """Return a name on the Hub, OWNER/NAME, or the path of an existing folder."""
+    # a folder of this form is looked up first, and the Hub asked if there is none
+    return text if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text) else _found(folder_at, text)
+
+
+def existing(text: str) -> str:
+    """Return the path of an existing file or folder, or - for standard input."""
+    _or_message(lambda: text == "-" or Path(text).is_dir() or file_to_read(text))
+    return text
+
+
+def file_or_setting(text: str) -> str:
+    """Return a setting such as data.text=NAME, or the path of an existing file or folder."""
+    return text if text.startswith("data.") and "=" in text else existing(text)
 
 
 def byte_count(text: str) -> int:
@@ -114,7 +155,7 @@ def byte_count(text: str) -> int:
 
 def file_to_read(text: str) -> Path:
     """Return the path of an existing file."""
-    return _or_message(lambda: file_of("the file", text))
+    return _or_message(lambda: file_of("FILE", text, [Path(text).suffix]))
 
 
 def file_to_write(text: str) -> Path:
@@ -146,6 +187,11 @@ def new_folder_to_write(
         return path
 
     return parse
+
+
+def _found(find: Callable[[str], Path], text: str) -> str:
+    _or_message(lambda: find(text))
+    return text
 
 
 def _or_message(check: Callable[[], Checked]) -> Checked:

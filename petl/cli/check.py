@@ -1,9 +1,11 @@
 """The command check: its table, or JSON."""
 
 from collections import defaultdict
+from pathlib import Path
 
 from petl.cli.table import CheckAdapterOptions
-from petl.errors import RunStopped
+from petl.errors import InputError, RunStopped
+from petl.training.runs.lookup import similar
 
 
 def check(options: CheckAdapterOptions) -> None:
@@ -16,7 +18,12 @@ def check(options: CheckAdapterOptions) -> None:
     from petl.experiments.reports.formatting import echo, print_table
     from petl.system.files.disk import as_json
 
-    found = check(options.path, options.base, options.engine, options.data)
+    try:
+        found = check(options.path, options.base, options.engine, options.data)
+    except InputError as error:
+        if Path(options.path).exists():
+            raise
+        raise InputError(f"{error}{similar(options.path)}") from error
     if options.json:
         echo(as_json(found.as_json(), in_order=True), end="")
     else:

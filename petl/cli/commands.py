@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 from rich.console import Console
 
+from petl.cli.catalog.names import look_up
 from petl.cli.table import (
     CompareOptions,
     DataOptions,
@@ -25,6 +26,7 @@ from petl.cli.table import (
 from petl.errors import InputError, RunStopped
 from petl.experiments.reports.formatting import duration, echo, print_table, size
 from petl.training.compose import compose
+from petl.training.runs.lookup import look_for_scores
 
 if TYPE_CHECKING:
     from petl.adapters.export.checked_folder import OutputFolder
@@ -52,6 +54,7 @@ def methods(options: MethodsOptions) -> None:
 
 def show(options: ShowOptions) -> None:
     """Print the page of a method, loss or recipe, or one field of it."""
+    look_up(options.name, options.field)
     from petl.cli.catalog.method_page import page_of
 
     page = page_of(options.name)
@@ -85,7 +88,7 @@ def show(options: ShowOptions) -> None:
 def composed(overrides: Sequence[str]) -> DictConfig:
     """Return the settings of a run, of which what needs no torch is checked."""
     cfg = compose(overrides)
-    resolve_name("petl.cli.start:read_early")(cfg)  # other commands read no data
+    resolve_name("petl.training.runs.early:read_early")(cfg)  # other commands read no data
     return cfg
 
 
@@ -271,6 +274,7 @@ def compare(options: CompareOptions) -> None:
     Raises:
         RunStopped: at the end, if a run or folder was left out, with status 1.
     """
+    look_for_scores(options.runs)
     from petl.experiments.reports import comparison, comparison_report
     from petl.experiments.reports.find_runs import find_runs
 

@@ -2,13 +2,14 @@
 
 from petl.cli.table import DraftOptions
 from petl.experiments.reports.formatting import echo, print_table
-from petl.generation.inference.draft_training import train_drafter
 from petl.training.compose import compose
 
 
 def draft(options: DraftOptions) -> None:
     """Train a drafter, and print what it gives."""
     cfg = compose(options.overrides, "draft")
+    from petl.generation.inference.draft_training import train_drafter
+
     trained = train_drafter(
         options.run,
         cfg,

@@ -4,6 +4,7 @@ No torch and no Hydra is imported here, so that help and wrong words are answere
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -35,7 +36,11 @@ class Parser(argparse.ArgumentParser):
     """Shows a word that it refuses with control characters escaped: `runs/*` may contain any."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(printable(message))
+        """End with a message, and the usage unless a value is wrong."""
+        shown = printable(message)
+        if isinstance(sys.exception(), argparse.ArgumentError) and message.startswith("argument "):
+            self.exit(2, f"{self.prog}: error: {shown}\n")
+        super().error(shown)
 
 
 def listed() -> str:

@@ -10,6 +10,7 @@ from socket import socket
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from petl.cli.answering import require_own_weights
 from petl.cli.table import API_KEY, NO_DRAFTS, PETL, ServeOptions
 from petl.errors import InputError
 
@@ -51,8 +52,7 @@ def _loaded(
     """Load the models into the engine of `options`; files that it needs go with `stack`."""
     limits = {"max_batch": options.max_batch, "max_waiting": options.max_waiting}
     if options.engine == PETL:
-        if options.weights is not None:
-            raise InputError(f"--weights={options.weights} is for --engine llama.cpp")
+        require_own_weights(options)
         from petl.generation.serving.engine import Engine
         from petl.generation.serving.models import load_served
 

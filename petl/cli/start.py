@@ -10,26 +10,16 @@ from typing import TYPE_CHECKING, NoReturn
 import hydra
 from omegaconf import DictConfig
 
-from petl.data.base import check_early
 from petl.errors import RunStopped
 from petl.system.imports.collector import rare_collections
 from petl.system.settings.command_line import CONFIG, config_dir
 from petl.training import program as app
-from petl.training.runs.settings import read_train
+from petl.training.runs.early import read_early
+from petl.training.runs.settings import require_method
 
 if TYPE_CHECKING:
     from petl.training.loop import Stepwise
     from petl.training.wrapping import Bases
-
-
-def read_early(cfg: DictConfig) -> None:
-    """Check the settings of a run as far as it needs no torch.
-
-    Raises:
-        InputError: as `check_early` and `read_train`.
-    """
-    read_train(cfg)
-    check_early(cfg)
 
 
 def train_with(cfg: DictConfig, bases: "Bases") -> "Stepwise[float]":
@@ -42,6 +32,7 @@ def train(cfg: DictConfig) -> float:
     """Train one adapter, as a job of Hydra; return what a search optimizes."""
     with app.reported_to_hydra():
         try:
+            require_method(cfg)
             read_early(cfg)
             run = _run()
         except KeyboardInterrupt as error:  # there is nothing to resume yet

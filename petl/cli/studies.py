@@ -28,11 +28,6 @@ from petl.training.program import SIGNALLED
 
 def study(options: StudyOptions) -> None:
     """Run a study, and write its page, also when runs failed."""
-    from petl.experiments.reports.comparison import compare
-    from petl.experiments.reports.comparison_report import write_page
-    from petl.experiments.sweeps.study import Contender, Study
-    from petl.training.runs.records import is_finished
-
     # without --methods, splitting "" gives an empty word
     words = [word for word in (*options.methods.split(","), *options.method) if word.strip()]
     if not words:
@@ -40,6 +35,15 @@ def study(options: StudyOptions) -> None:
             f"no method is given (--methods={options.methods!r}): use --methods A,B or "
             "--method WORDS"
         )
+    for word in words:
+        # {seed} stands for that of each run
+        method, *others = word.replace("{seed}", "0").split()
+        composed([f"+method={method}", *others, *options.overrides])
+    from petl.experiments.reports.comparison import compare
+    from petl.experiments.reports.comparison_report import write_page
+    from petl.experiments.sweeps.study import Contender, Study
+    from petl.training.runs.records import is_finished
+
     folder = options.folder
     study = Study(
         folder=folder,

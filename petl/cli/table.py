@@ -18,12 +18,19 @@ from petl.cli.arguments import (
     byte_count,
     divisor,
     each,
+    existing,
+    file_or_setting,
     file_to_read,
     file_to_write,
     folder_to_write,
     named_run,
     new_folder_to_write,
     number,
+    repository_or_folder,
+    saved_adapter,
+    saved_model,
+    saved_run,
+    served_run,
     strength,
     weights,
 )
@@ -41,7 +48,7 @@ ROLES, VECTOR_DTYPES = ("query", "document"), ("float32", "float16", "int8", "bi
 BATCH = 8  # prompts of a file at a time
 API_KEY = "PETL_API_KEY"  # environment variable; words of a command are seen by all users
 NO_DRAFTS = "none"  # the value of --drafter for plain decoding
-PETL = "petl"  # the engine of petl serve that serves all methods
+PETL, LLAMA = "petl", "llama.cpp"  # engines; the first serves all methods
 TRAIN_USAGE = "petl train [-m] [--config-dir DIR] +method=NAME [GROUP=NAME ...] [SETTING=VALUE ...]"
 
 Kind = TypeVar("Kind", bound=Options)
@@ -106,7 +113,7 @@ class LoadOptions(TrustOptions):
 class RunOptions(LoadOptions):
     """A command that loads the adapter of one run."""
 
-    run: str = argument("folder of a run, or of an adapter")
+    run: str = argument("folder of a run, or of an adapter", saved_adapter)
 
     def find(self) -> "SavedAdapter":
         """Return the adapter that is saved there."""
@@ -223,7 +230,7 @@ class ReportOptions(Options):
     this file already; use the command for a run that was stopped, or after an update of petl.
     """
 
-    run: str = argument("folder of a run, finished or not")
+    run: str = argument("folder of a run, finished or not", saved_run)
 
 
 @command("compare", "commands:compare")
@@ -375,12 +382,14 @@ class EvalOptions(BatchOptions):
     )
     data: list[str] = option(
         "files with labels, or folders of images or sounds, in place of the test set",
+        existing,
         default=[],
         nargs="+",
     )
     retain: list[str] | None = option(
         "measure what the model has lost on other texts: files with a column text, or none for "
         "those that petl brings",
+        existing,
         metavar="FILE",
         nargs="*",
     )
@@ -415,7 +424,7 @@ class PredictOptions(BatchOptions):
 
     # in any order: `split_words` tells them apart
     overrides: list[str] = argument(
-        "files or folders, and data.SETTINGs", metavar="FILE", nargs="+"
+        "files or folders, and data.SETTINGs", file_or_setting, metavar="FILE", nargs="+"
     )
     out: Path | None = option(
         "csv, tsv, jsonl, parquet, or npy of vectors, to write (default: JSON lines on standard "
@@ -448,7 +457,7 @@ class RetrieveOptions(RunOptions):
     The search is exact. The file has a column text, and may have one with ids (id or _id).
     """
 
-    corpus: str = argument("csv, tsv, json, jsonl or parquet", metavar="FILE")
+    corpus: str = argument("csv, tsv, json, jsonl or parquet", existing, metavar="FILE")
     query: list[str] = option("a text; may be repeated", action="append", default=MISSING)
     k: int = option("texts for each query", COUNT, default=10)
     vectors: Path | None = option(
@@ -488,13 +497,30 @@ class MineOptions(LoadOptions):
 
 
 @dataclass(kw_only=True)
-class AnswerOptions(RunOptions):
+class EngineOptions(Options):
+    """A command that answers with a model."""
+
+    engine: str = choice(
+        "what computes: petl serves all methods; llama.cpp, through xllamacpp, is faster on a CPU "
+        "and serves merged models and methods that export to LoRA, without drafts and schemas",
+        (PETL, LLAMA),
+        PETL,
+    )
+    weights: str | None = choice(
+        "of llama.cpp: their type (default: float32, or float16 if the model has 16 bits)",
+        ("float32", "float16", "q8_0"),
+        None,
+    )
+
+
+@dataclass(kw_only=True)
+class AnswerOptions(RunOptions, EngineOptions):
     """A command that lets a language model answer.
 
     Settings of sampling that are None have the value of the model's generation config.
     """
 
-    run: str = argument(MODEL)
+    run: str = argument(MODEL, saved_model)
     adapter: list[tuple[str, str]] = option(
         "a further adapter on the same base model, and its name; may be repeated",
         named_run,
@@ -566,9 +592,12 @@ class GenerateOptions(AnswerOptions):
         "a prompt; may be repeated; - reads stdin", default=[], action="append"
     )
     image: list[str] = option(
-        "an image that each --prompt begins with; may be repeated", default=[], action="append"
+        "an image that each --prompt begins with; may be repeated",
+        existing,
+        default=[],
+        action="append",
     )
-    file: str | None = option("prompts: .txt (one per line), .jsonl, .csv, .parquet, ...")
+    file: str | None = option("prompts: .txt (one per line), .jsonl, .csv, .parquet, ...", existing)
     out: Path | None = option(
         "write answers to this file: .jsonl, .csv, .tsv, .parquet", file_to_write
     )
@@ -601,7 +630,7 @@ class ChatOptions(AnswerOptions):
 
 
 @command("serve", "serve:serve")
-class ServeOptions(LoadOptions):
+class ServeOptions(LoadOptions, EngineOptions):
     """Serve adapters over HTTP, with OpenAI's API.
 
     Any number of adapters share one base model. A request chooses an adapter by `model`: the name
@@ -616,6 +645,7 @@ class ServeOptions(LoadOptions):
 
     runs: list[str] = argument(
         "folder of a run, of an adapter, or of a merged model, and its name for requests",
+        served_run,
         metavar="[NAME=]RUN",
         nargs="+",
     )
@@ -646,17 +676,6 @@ class ServeOptions(LoadOptions):
         ("free", NO_DRAFTS),
         "free",
     )
-    engine: str = choice(
-        "what computes: petl serves all methods; llama.cpp, through xllamacpp, is faster on a CPU "
-        "and serves merged models and methods that export to LoRA, without drafts and schemas",
-        (PETL, "llama.cpp"),
-        PETL,
-    )
-    weights: str | None = choice(
-        "of llama.cpp: their type (default: float32, or float16 if the model has 16 bits)",
-        ("float32", "float16", "q8_0"),
-        None,
-    )
 
 
 @command("draft", "drafts:draft")
@@ -677,7 +696,7 @@ class DraftOptions(RunOptions, ConfigOptions):
     replaced.
     """
 
-    run: str = argument(MODEL)
+    run: str = argument(MODEL, saved_model)
     overrides: list[str] = argument(
         "+drafter=NAME, drafter.FIELD=VALUE, draft.SETTING=VALUE",
         default=[],
@@ -728,6 +747,7 @@ class ExportOptions(CheckOptions):
     (task_type=FEATURE_EXTRACTION), and writes OUT/model.onnx in float32 with config and tokenizer.
     """
 
+    run: str = argument("folder of a run, or of an adapter", saved_model)
     ONE_OF = ("lora", "small", "gguf", "vllm", "onnx")
     lora: bool = switch("a plain LoRA, for PEFT and serving engines")
     engine: str | None = choice("of --lora: what is to serve adapters of experts", ("vllm",))
@@ -760,7 +780,9 @@ class CheckAdapterOptions(Options):
     cannot be read. What could not be checked is listed with the reason.
     """
 
-    path: str = argument("folder of an adapter or of a run, or OWNER/NAME on the Hub")
+    path: str = argument(
+        "folder of an adapter or of a run, or OWNER/NAME on the Hub", repository_or_folder
+    )
     base: str | None = option(
         "the base model: also compare weights, outputs, and what merging loses",
         metavar="FOLDER|NAME",
@@ -769,7 +791,7 @@ class CheckAdapterOptions(Options):
         "what is to serve it: also an error if it cannot, or would compute something else",
         ("vllm", "sglang", "llama.cpp", "peft", "petl"),
     )
-    data: Path | None = option("JSON Lines with rows of the training, such as chats", Path)
+    data: Path | None = option("JSON Lines with rows of the training, such as chats", file_to_read)
     json: bool = switch("print JSON")
     strict: bool = switch("a warning gives exit status 1 as well")
 
@@ -788,7 +810,7 @@ class PushOptions(TrustOptions):
       petl push runs/verbs ada/verbs --private
     """
 
-    run: str = argument("folder of a run, an adapter, or of `petl export` or `merge`")
+    run: str = argument("folder of a run, an adapter, or of `petl export` or `merge`", saved_model)
     name: str = argument("repository: OWNER/NAME, or NAME in your account")
     private: bool = switch("create a private repository")
     revision: str | None = option("branch to commit to (default: main)")
@@ -873,6 +895,7 @@ class PruneOptions(FolderOptions, ExcludeOptions):
       petl prune FINE_TUNED thin --drop 0.9 --q dare --base BASE
     """
 
+    run: str = argument("folder of a run, or of an adapter", saved_model)
     drop: float = option("fraction of the values dropped", FRACTION, MISSING, metavar="P")
     q: float | Literal["auto", "dare", "searched"] = option(
         "divisor of the others: searched (the nearest outputs), dare (1 - P), auto (least "
@@ -898,7 +921,9 @@ class CombineOptions(LoadOptions, ExcludeOptions):
     """
 
     # one RUN alone is refused later, with a message that says why
-    runs: list[str] = argument("folder of a run, or of an adapter", metavar="RUN", nargs="+")
+    runs: list[str] = argument(
+        "folder of a run, or of an adapter", saved_adapter, metavar="RUN", nargs="+"
+    )
     out: Path = option("folder to write: new or empty", new_folder_to_write(), MISSING)
     # as in petl.adapters.deltas.combine, which imports torch
     method: str = choice(
@@ -944,7 +969,10 @@ class StrengthOptions(RunOptions):
         "the strength to write: a number, or limit=L", strength, metavar="S"
     )
     retain: list[str] | None = option(
-        "files with a column text (default: the texts that petl brings)", metavar="FILE", nargs="+"
+        "files with a column text (default: the texts that petl brings)",
+        existing,
+        metavar="FILE",
+        nargs="+",
     )
     out: Path | None = option("folder to write with --choose: new or empty", new_folder_to_write())
     batch_size: int | None = option("texts per batch", COUNT)

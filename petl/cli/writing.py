@@ -3,14 +3,18 @@
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
+from pkgutil import resolve_name
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import set_seed
 
-from petl.cli.answering import show, tell_if_cut, text_of
+from petl.cli.answering import require_own_weights, show, tell_if_cut, text_of
 from petl.cli.chat_commands import run
-from petl.cli.table import BATCH, AnswerOptions, ChatOptions, GenerateOptions
+from petl.cli.table import BATCH, LLAMA, PETL, AnswerOptions, ChatOptions, GenerateOptions
 from petl.core.types import Record
 from petl.data.tasks.image_text.prompt import Conversation
 from petl.efficiency.drafting import PROMISE, Costs, Stats, check_answer, verify
@@ -18,8 +22,9 @@ from petl.errors import InputError, printable
 from petl.generation.inference import prompts
 from petl.generation.inference.chat import ChatSession as Session
 from petl.generation.inference.grammar import json_grammar
+from petl.generation.inference.language_model import BASE as BASE_NAME
 from petl.generation.inference.language_model import LanguageModel, Prompt, message
-from petl.generation.inference.loading import load_language_model
+from petl.generation.inference.loading import DEFAULT, load_language_model
 from petl.generation.inference.prompts import Question, read_prompts
 from petl.generation.inference.sampling import SETTINGS, Sample, Sampling
 from petl.generation.prediction.files import PredictionFile
@@ -28,17 +33,21 @@ from petl.system.files.paths import file_of
 from petl.system.files.read import read_json
 from petl.system.progress import Pass
 
+ENDING = 10.0  # seconds that an engine may take to end
 logger = logging.getLogger("petl")
 
 # Shared by both
 
 
-def load(options: AnswerOptions) -> LanguageModel:
-    """Load the model of a command."""
+def load(options: AnswerOptions, stack: ExitStack) -> LanguageModel:
+    """Load the model of a command; files that its engine needs go with `stack`."""
     # dict() would keep the last one without a message
     names = [name for name, _ in options.adapter]
     if len({*names}) < len(names):
         raise InputError(f"--adapter names {max(names, key=names.count)!r} twice")
+    if options.engine == LLAMA:
+        return _load_engine(options, stack)
+    require_own_weights(options)
     model = load_language_model(
         options.run,
         dict(options.adapter),
@@ -50,6 +59,31 @@ def load(options: AnswerOptions) -> LanguageModel:
     if options.drafter != "auto":
         with model.using(model.names[0]):
             _ = model.drafter  # one that cannot be used is refused before the first answer
+    return model
+
+
+def _load_engine(options: AnswerOptions, stack: ExitStack) -> LanguageModel:
+    """Load the model into llama.cpp."""
+    if options.drafter not in ("auto", "none"):
+        raise InputError(f"--drafter={options.drafter} is for --engine {PETL}: {LLAMA} has none")
+    if isinstance(options, GenerateOptions) and options.check:
+        raise InputError(f"--check is of drafts, and --engine {LLAMA} has none: leave it out")
+    taken = next((name for name, _ in options.adapter if name in (DEFAULT, BASE_NAME)), None)
+    if taken is not None:
+        raise InputError(f"the adapter name {taken!r} is taken; choose another one")
+    # imports what `petl serve` needs
+    load_engine_model = resolve_name("petl.generation.serving.engine_model:load_engine_model")
+    model = load_engine_model(
+        {DEFAULT: options.run, **dict(options.adapter)},
+        Path(stack.enter_context(TemporaryDirectory(prefix="petl-engine-"))),
+        seed=options.seed,
+        plain=options.plain,
+        trust_remote_code=options.trust_remote_code,
+        other_base=options.other_base,
+        weights=options.weights,
+    )
+    stack.callback(model.engine.join, ENDING)
+    stack.callback(model.engine.close)  # the last is called first
     return model
 
 
@@ -67,6 +101,11 @@ def sampling_of(options: AnswerOptions) -> Sampling:
 
 def generate(options: GenerateOptions) -> None:
     """Answer the prompts; print the answers, or write them to a file."""
+    with ExitStack() as stack:
+        _generate(options, stack)
+
+
+def _generate(options: GenerateOptions, stack: ExitStack) -> None:
     if options.image and options.file is not None:
         raise InputError(
             f"--image={options.image[0]} is for --prompt; rows of --file={options.file} name their "
@@ -77,7 +116,7 @@ def generate(options: GenerateOptions) -> None:
         PredictionFile(options.out).check(read)  # before the model is loaded
     sampling = sampling_of(options)
     batch_size = _batch_size(options)
-    model = load(options)
+    model = load(options, stack)
     # the last name is that of the base model, see `LanguageModel.names`
     names = [*model.adapters] or [model.names[-1]]
     if options.base and model.adapters:
@@ -249,7 +288,8 @@ def _record(row: Mapping[str, object], found: Mapping[str, Sample]) -> Record:
 def chat(options: ChatOptions) -> None:
     """Chat until the end of the input."""
     sampling = sampling_of(options)
-    model = load(options)
-    # names[0]: the first adapter, if there is one
-    adapter = model.names[-1] if options.base else model.names[0]
-    run(Session(model, sampling, adapter, options.system))
+    with ExitStack() as stack:
+        model = load(options, stack)
+        # names[0]: the first adapter, if there is one
+        adapter = model.names[-1] if options.base else model.names[0]
+        run(Session(model, sampling, adapter, options.system))

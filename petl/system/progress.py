@@ -237,6 +237,12 @@ class ProgressBar(Pass):
         every = "every step" if self.log_steps == 1 else f"every {self.log_steps} steps"
         return f"{super().opening()}, metrics {every} (train.log_steps)"
 
+    def advance(self, count: int = 1) -> None:
+        """Count steps that are over; those with a record have a line of their own."""
+        if (self.done + count) % self.log_steps == 0 or self.done + count == self.total:
+            self.spoke = time.monotonic()
+        super().advance(count)
+
     def show(self, record: Mapping[str, float]) -> None:
         """Show a record of the training log: loss, learning rate, throughput."""
         tokens, seconds = self.last

@@ -359,7 +359,10 @@ class Loop:
         state, rows = self.state, self.fetch()
         state.spent = self.timer.totals()  # cheap here: `fetch` has just synchronized
         loss, aux, norm = (sum(column) / len(rows) for column in zip(*rows, strict=True))
-        if norm == 0 and state.step <= self.log_steps:  # the first line of the log
+        is_first = state.step <= self.log_steps  # line of the log
+        if is_first and norm == 0 and loss == 0:  # as of answers whose rewards are all equal
+            logger.info("the loss has been 0 up to step %d: these rows taught nothing", state.step)
+        elif is_first and norm == 0:
             logger.warning(
                 "the gradient has been 0 up to step %d, so nothing is trained: does the loss "
                 "depend on the layers that the method adapts?",

@@ -289,9 +289,9 @@ def test_merge_and_export_print_how_outputs_compare(petl_command, run, tmp_path)
 
 
 def test_a_folder_that_is_not_empty_is_refused_before_the_run_is_read(tmp_path, capsys):
-    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "adapter_config.json").write_text("no JSON")
     with pytest.raises(SystemExit, match="2"):
-        main.main(["merge", "RUN", str(tmp_path)])
+        main.main(["merge", str(tmp_path), str(tmp_path)])
     assert "already exists" in capsys.readouterr().err
 
 
@@ -324,12 +324,13 @@ def test_export_writes_one_format_and_says_how_it_is_used(petl_command, run, tmp
     assert f"llama-cli -m BASE.gguf --lora {tmp_path / 'out'}/adapter.gguf" in out
 
 
-def test_a_missing_run_is_refused(petl_command, tmp_path):
+def test_a_missing_run_is_refused(petl_command, tmp_path, capsys):
     for words in (["eval"], ["merge"], ["export", "--lora"]):
         rest = [] if words == ["eval"] else [tmp_path / "out"]
-        status, _, err = petl_command(*words, tmp_path / "none", *rest)
-        assert status == 2
-        assert "is not a directory" in err
+        with pytest.raises(SystemExit) as stopped:
+            petl_command(*words, tmp_path / "none", *rest)
+        assert stopped.value.code == 2
+        assert "none is not a directory" in capsys.readouterr().err
 
 
 def test_a_difference_above_the_tolerance_has_status_1(petl_command, run, tmp_path, monkeypatch):
@@ -361,9 +362,7 @@ def test_each_command_explains_itself(command, capsys):
     assert len(capsys.readouterr().out.splitlines()) > 6
 
 
-@pytest.mark.parametrize(
-    "words", [[], ["nonsense"], ["export", "RUN", "OUT"], ["merge", "RUN"], ["show"]]
-)
+@pytest.mark.parametrize("words", [[], ["nonsense"], ["export", "--foo"], ["merge"], ["show"]])
 def test_wrong_arguments_have_status_2(words, capsys):
     with pytest.raises(SystemExit) as stopped:
         main.main(words)

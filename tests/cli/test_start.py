@@ -25,6 +25,13 @@ sys.argv = ["petl", *sys.argv[1:]]
 runpy.run_module("petl", run_name="__main__")
 """
 FILES = "data=files data.train=rows.csv"
+NO_RUN = (
+    *("chat runs/mine", "merge runs/mine out", "eval runs/mine", "predict runs/mine rows.csv"),
+    *("export runs/mine out --lora", "retrieve runs/mine rows.csv --query a"),
+    *("push runs/mine a/b", "compress runs/mine out", "strength runs/mine"),
+    *("prune runs/mine out --drop 0.5", "combine runs/mina runs/mine --out out"),
+    "squeeze runs/mine --share 1",
+)
 WRONG = {
     "train +method=moal": ("'moal'", "'mola'"),
     "train +method=lora train.lrr=1": ("train.lrr", "'lr'"),
@@ -38,15 +45,36 @@ WRONG = {
     "plan +method=moal": ("'moal'", "'mola'"),
     f"data {FILES} data.text=txt": ("'txt'", "'text'"),
     "pln": ("'pln'", "'plan'"),
+    "train": ("+method=NAME", "mola"),
+    "train -m +method=lora,moal": ("'moal'", "'mola'"),
+    "train +method=lora model=path model.path=none": ("none", "save_pretrained"),
+    "train +method=lora train.resume=runs/mine": ("train.resume=runs/mine", "runs/mina"),
+    "train +method=lora train.init_from=mine": ("train.init_from=mine", "runs/mina"),
+    f"train +method=lora {FILES} train.class_weights={{c:2}}": ("'c'", "a, b"),
+    "train +method=lora train.class_weights={wether:2}": ("'wether'", "'weather'"),
+    "study new --methods lora,moal": ("'moal'", "'mola'"),
+    "show moal": ("'moal'", "'mola'"),
+    "show mola rr": ("'rr'", "'r'"),
+    "report mina": ("mina", "runs/mina"),
+    "compare runs/mine": ("runs/mine does not exist", "runs/mina"),
+    "serve a=runs/mine": ("runs/mine", "runs/mina"),
+    "serve file.gguf": ("file.gguf", "llama-server"),
+    "generate runs/mina --prompt a --adapter b=runs/mine": ("runs/mine", "runs/mina"),
+    "predict runs/mina row.csv": ("row.csv", "'rows.csv'"),
+    "draft runs/mina +drafter=hydar": ("'hydar'", "'hydra'"),
+    **dict.fromkeys(NO_RUN, ("runs/mine", "runs/mina")),
 }
 RIGHT = {"--help": "compare", "train --help": "train.steps", "methods": "mola", "configs": "method"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with rows.csv."""
+    """A folder with rows.csv, a file of llama.cpp and an adapter in runs/mina."""
     made = tmp_path_factory.mktemp("start")
     (made / "rows.csv").write_text("text,label\n" + "good,a\nbad,b\n" * 20)
+    (made / "file.gguf").touch()
+    (made / "runs/mina").mkdir(parents=True)
+    (made / "runs/mina/adapter_config.json").write_text("{}")
     return made
 
 
@@ -75,7 +103,7 @@ def test_help_and_lists_need_no_torch(words, folder):
     assert "imported:\n" in done.stdout, done.stdout
 
 
-@pytest.mark.parametrize("words", [w for w in WRONG if w.startswith("train") and " data" in w])
+@pytest.mark.parametrize("words", [w for w in WRONG if w.startswith("train") and " data." in w])
 def test_the_message_is_that_of_the_check_of_all_settings(words, folder, monkeypatch):
     done = petl(words, folder)
     monkeypatch.chdir(folder)

@@ -20,6 +20,7 @@ from petl.generation.inference.sampling import Sampling
 pytest_plugins = ["writer_fixtures"]
 
 TEN = ["--max-new-tokens", "10"]
+LLAMA = ["--engine", "llama.cpp"]
 SAMPLED = ["--max-new-tokens", "60", "--temperature", "1", "--seed", "1"]
 
 
@@ -167,15 +168,17 @@ def test_generate_never_writes_through_a_link(command, writers, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--prompt", "Hi", "--file", "x.txt"], "not allowed with argument"),
+        (["--prompt", "Hi", "--file", __file__], "not allowed with argument"),
         ([], "one of the arguments --prompt --file is required"),
         (["--prompt", "Hi", "--temperature", "-1"], "'-1' is not a number from 0 to 100"),
         (["--prompt", "Hi", "--adapter", "runs/a"], "'runs/a' is not NAME=RUN"),
     ],
 )
-def test_a_wrong_option_is_refused_before_the_model_is_loaded(command, words, message, capsys):
+def test_a_wrong_option_is_refused_before_the_model_is_loaded(
+    command, writers, words, message, capsys
+):
     with pytest.raises(SystemExit):
-        command("generate", "nowhere", *words)
+        command("generate", writers.folder / "lora", *words)
     assert message in capsys.readouterr().err
 
 
@@ -187,22 +190,24 @@ def test_a_wrong_option_is_refused_before_the_model_is_loaded(command, words, me
             "--out=answers.txt is not in a supported",
         ),
         (["--prompt", "Hi", "--stop", ""], "stop=[''] has an empty text"),
-        (["--prompt", "Hi", "--adapter", "a=x", "--adapter", "a=y"], "--adapter names 'a' twice"),
-        (["--prompt", "Hi"], "nowhere is not a directory"),
+        (["--prompt", "Hi", *["--adapter", "a=other"] * 2], "--adapter names 'a' twice"),
+        (["--prompt", "Hi", "--drafter", "lookup", *LLAMA], "--drafter=lookup is for --engine"),
+        (["--prompt", "Hi", "--weights", "q8_0"], "--weights=q8_0 is for --engine llama.cpp"),
+        (["--prompt", "Hi", "--adapter", "base=other", *LLAMA], "the adapter name 'base' is taken"),
     ],
 )
-def test_a_wrong_value_is_one_line(command, words, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    status, _, err = command("generate", "nowhere", *words)
+def test_a_wrong_value_is_one_line(command, writers, words, message, monkeypatch):
+    monkeypatch.chdir(writers.folder)
+    status, _, err = command("generate", "lora", *words)
     assert status == 2
     assert f"error: {message}" in err
     assert len(err.splitlines()) == 1
 
 
-def test_generate_never_replaces_the_file_of_prompts(command, tmp_path):
+def test_generate_never_replaces_the_file_of_prompts(command, writers, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "Hi"}\n')
-    status, _, err = command("generate", "nowhere", "--file", file, "--out", file)
+    status, _, err = command("generate", writers.folder / "lora", "--file", file, "--out", file)
     assert status == 2
     assert f"--out={file} is the file that is read" in err
     assert file.read_text() == '{"prompt": "Hi"}\n'

@@ -1,4 +1,4 @@
-"""The figures in README are those of the generated tables of the performance pages."""
+"""The figures in README, and in short tables, are those of the generated tables."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ README = (ROOT / "README.md").read_text()
 STEPS = (ROOT / "docs" / "performance.md").read_text()
 WHOLE_JOBS = (ROOT / "docs" / "performance" / "jobs.md").read_text()
 QUICKSTART, DECODER = "MiniLM on WordNet verbs", "SmolLM2-135M on reasoning chats"
-# lines of README's table, and the rows of the quickstart's job
+# lines of the short table, and the rows of the quickstart's job
 JOBS = {
     "PEFT's LoRA, Trainer with `group_by_length`": "Trainer, by length",
     "`petl train +method=lora`": "petl",
@@ -34,7 +34,7 @@ def median(cell: str) -> float:
 
 @pytest.mark.parametrize("start", JOBS)
 def test_the_table_of_jobs_is_that_of_the_benchmark(start):
-    lines = table(README, "Processor time of the quickstart's whole job")
+    lines = table(STEPS, "Processor time of the quickstart's whole job")
     assert len(lines) == len(JOBS)
     (shown,) = (cells for name, cells in lines.items() if name.startswith(start))
     measured = table(WHOLE_JOBS, QUICKSTART)[JOBS[start]]
@@ -47,7 +47,10 @@ def test_the_table_of_jobs_is_that_of_the_benchmark(start):
 
 def test_the_number_of_seeds_is_that_of_the_benchmark():
     assert "(three seeds, rates tuned alike" in README
+    assert "(three seeds, rates tuned alike" in STEPS
     measured = table(WHOLE_JOBS, QUICKSTART)
+    share = re.search(r"takes (\d\.\d+) of\s+the processor time", README)[1]
+    assert float(share) == median(measured["petl"]["job / Trainer, by length"])
     assert {measured[row]["seeds"] for row in JOBS.values()} == {"3"}
 
 

@@ -25,7 +25,7 @@ from petl.adapters.deltas.combine import combine
 from petl.adapters.deltas.states import coded_names
 from petl.adapters.export.checked_folder import refuse_changed_base
 from petl.adapters.export.conversion import as_lora, ranked_config, save_lora
-from petl.adapters.export.saved_adapter import adapter_in, find
+from petl.adapters.export.saved_adapter import find
 from petl.core import fingerprint
 from petl.core.adapter_file import PREFIX
 from petl.core.adapter_folder import Folder
@@ -36,6 +36,7 @@ from petl.errors import InputError, UnsupportedError
 from petl.system.files.outputs import new_folder
 from petl.system.progress import Pass, ProgressItems
 from petl.system.values import integer, one_of
+from petl.training.runs.lookup import adapter_in
 
 LEVELS = one_of("tensors", "update")
 Pair = tuple[Tensor, Tensor]  # A [R, I] and B [O, R] with the scale in it

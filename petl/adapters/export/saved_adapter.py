@@ -12,7 +12,6 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from petl.core.adapter_folder import CONFIG as ADAPTER_CONFIG
 from petl.core.adapter_folder import Folder
 from petl.core.auto_classes import read_labels
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
@@ -44,6 +43,7 @@ from petl.training.dataloader import Batch, encode_splits, longest_first, to_dev
 from petl.training.distributed.launch import start
 from petl.training.evaluate import Evaluator
 from petl.training.runs.config import GROUPS, RunConfig
+from petl.training.runs.lookup import adapter_at
 from petl.training.runs.records import (
     ADAPTER,
     CONFIG,
@@ -327,19 +327,7 @@ def find(
         InputError: there is no adapter; a link in the folder leads out of it; or the run's model
             needs code of its own, which only `trust_remote_code` allows.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise InputError(f"{path} is not a directory; give the folder of a run, or of an adapter")
-    adapter = adapter_in(folder)
-    if not (adapter / ADAPTER_CONFIG).is_file():
-        if (folder / CONFIG).is_file():
-            raise InputError(
-                f"{path} is a run that has saved no adapter yet; finish it with train.resume={path}"
-            )
-        raise InputError(
-            f"{path} contains neither {ADAPTER}/ nor adapter_config.json; give the folder of a "
-            "run, or of an adapter"
-        )
+    adapter = adapter_at(path)
     run = adapter.absolute().parent  # also for a path to RUN/adapter
     of_run = adapter.name == ADAPTER and (run / CONFIG).is_file()
     check_links(run if of_run else adapter)
@@ -353,12 +341,6 @@ def find(
         _import(settings.get("imports"), path, trust_remote_code)
         return SavedAdapter(adapter, run, settings, other_base)
     return SavedAdapter(adapter, None, {"model": _model_of(adapter)}, other_base)
-
-
-def adapter_in(folder: str | Path) -> Path:
-    """Return the folder of the adapter in the folder of a run, or an adapter folder as it is."""
-    inside = Path(folder, ADAPTER)
-    return inside if inside.is_dir() else Path(folder)
 
 
 def _import(names: object, path: str | Path, trust_remote_code: bool) -> None:

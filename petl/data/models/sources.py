@@ -32,7 +32,7 @@ from petl.errors import InputError, UnknownNameError, choose, did_you_mean
 from petl.system.files import hub
 from petl.system.files.disk import write_json
 from petl.system.files.hub import OnHub
-from petl.system.files.paths import Package, path_of
+from petl.system.files.paths import Package, model_folder, path_of
 from petl.system.files.read import parse_json
 from petl.system.imports.extras import need_extra
 from petl.system.settings.schema import plain
@@ -191,13 +191,7 @@ class Folder(ModelSource):
 
     def where(self) -> Path:
         """The folder, which must have a config.json."""
-        folder = path_of("model.path", self.path)
-        if not (folder / "config.json").is_file():
-            reason = "has no config.json" if folder.is_dir() else "is not a directory"
-            raise InputError(
-                f"model.path={self.path} {reason}: give a folder that save_pretrained wrote"
-            )
-        return folder
+        return model_folder("model.path", self.path)
 
     def has_tokenizer(self) -> bool:
         """True if the folder has one."""

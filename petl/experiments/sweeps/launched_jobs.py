@@ -15,11 +15,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NotRequired, TextIO, TypedDict
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
 from petl.errors import InputError, RunStopped, shortened
+from petl.experiments.sweeps.progress import fixed_settings
 from petl.system.files.disk import append_text, as_json, write_atomic
 from petl.system.files.read import read_json
 from petl.training import program as app
@@ -27,7 +27,6 @@ from petl.training.runs.records import read_results
 from petl.training.runs.resume import finished_run, identity, objective_of
 from petl.training.runs.run_config import read_config
 
-BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # runs jobs in this process
 JOBS = "jobs"  # in the folder of a sweep
 SECONDS = 1.0  # between two looks at the folder; assumption: nobody waits for less
 logger = logging.getLogger(__name__)
@@ -51,11 +50,6 @@ class SweepJob(TypedDict):
     log: str
     result: NotRequired[str]
     failed: NotRequired[bool]
-
-
-def is_launched(config: DictConfig) -> bool:
-    """True if the jobs of this sweep run in other processes."""
-    return config.hydra.launcher._target_ != BASIC
 
 
 def folder_of(config: DictConfig) -> Path:
@@ -185,12 +179,6 @@ class JobWatch:
                     job["log"],
                 )
         return jobs
-
-
-def fixed_settings(config: DictConfig) -> set[str]:
-    """The settings that the command line gives one value for all jobs."""
-    parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-    return {entry.get_key_element() for entry in parsed if not entry.is_sweep_override()}
 
 
 def jobs_in(folder: Path) -> Iterator[SweepJob]:

@@ -19,7 +19,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from petl.errors import InputError, RunStopped, shortened
-from petl.experiments.sweeps.launched_jobs import BASIC, described, folder_of
+from petl.experiments.sweeps.launched_jobs import described, folder_of
+from petl.experiments.sweeps.progress import BASIC
 from petl.system.processes import refuse_processes
 from petl.system.settings.command_line import how_to_resume_sweep, is_optuna
 from petl.training import program as app

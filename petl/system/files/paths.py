@@ -64,6 +64,19 @@ def file_of(setting: str, text: str, suffixes: Collection[str] = ()) -> Path:
     raise InputError(f"{setting}={text} {reason}")
 
 
+def model_folder(setting: str, text: str) -> Path:
+    """Return the folder of a model that a setting names.
+
+    Raises:
+        InputError: there is none, or it has no config.json.
+    """
+    folder = path_of(setting, text)
+    if not (folder / "config.json").is_file():
+        reason = "has no config.json" if folder.is_dir() else "is not a directory"
+        raise InputError(f"{setting}={text} {reason}: give a folder that save_pretrained wrote")
+    return folder
+
+
 def _why_no_file(path: Path, suffixes: Collection[str]) -> str:
     if path.is_dir():
         return "is a directory, not a file"

@@ -24,8 +24,9 @@ from petl.data.tasks.base import IGNORED
 from petl.data.tasks.classification import ClassTask
 from petl.data.tasks.multi_label import MultiLabel
 from petl.data.tasks.multitask import MultitaskClassification
-from petl.errors import InputError, did_you_mean
+from petl.errors import InputError
 from petl.training.features import Context, RunFeature
+from petl.training.runs.settings import no_class
 
 SHOWN = 8  # weights that a line names
 logger = logging.getLogger(__name__)
@@ -76,10 +77,7 @@ def given_weights(given: Any, classes: list[str]) -> list[float]:
     found = {str(name): float(weight) for name, weight in given.items()}
     unknown = next((name for name in found if name not in classes), None)
     if unknown is not None:
-        raise InputError(
-            f"train.class_weights names {unknown!r}, which is no class of the data"
-            f"{did_you_mean(unknown, classes)}"
-        )
+        raise no_class(unknown, classes)
     return [found.get(name, 1.0) for name in classes]
 
 

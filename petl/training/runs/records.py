@@ -7,17 +7,21 @@ config.yaml are data: an interpolation such as `${oc.env:HOME}` stays text.
 import math
 from numbers import Real
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
-from petl.core.types import Record, Settings
 from petl.data.tasks.scores import COUNTS, PROPORTIONS
 from petl.errors import InputError
 from petl.system.files.read import read_json, read_json_lines, read_yaml
 from petl.system.settings.schema import flat
 from petl.system.values import type_problem
+from petl.training.runs.lookup import ADAPTER as ADAPTER
+from petl.training.runs.lookup import CONFIG as CONFIG
+from petl.training.runs.lookup import SCORES
 
-CONFIG, SCORES, REPORT = "config.yaml", "scores.json", "report.html"
-ADAPTER = "adapter"  # the folder of the adapter in that of a run
+if TYPE_CHECKING:  # petl.core imports torch
+    from petl.core.types import Record, Settings
+
+REPORT = "report.html"
 ENVIRONMENT, METRICS = "environment.json", "metrics.jsonl"
 EVALUATED = "eval-test"  # folder in which `petl eval RUN` writes
 PREDICTIONS, BEFORE = "predictions.jsonl", "predictions_before.jsonl"  # of the test examples
@@ -51,7 +55,7 @@ class Config(TypedDict):
     recipe: NotRequired[str | None]
 
 
-def read_stored(file: Path) -> Record:
+def read_stored(file: Path) -> "Record":
     """Read the config.yaml of a run.
 
     Raises:
@@ -60,7 +64,7 @@ def read_stored(file: Path) -> Record:
     return read_yaml(file, Config)
 
 
-def refuse_interpolations(settings: Settings, file: Path) -> None:
+def refuse_interpolations(settings: "Settings", file: Path) -> None:
     """Check that no setting of a run needs resolving; runs of petl store the resolved values.
 
     Raises:
@@ -113,20 +117,20 @@ FINAL = ScoresFile.__annotations__.keys() - {
 SIZES = ("bytes", "parameters", "seconds")  # ends of the names of values that are not negative
 
 
-def read_scores(run: Path) -> Record:
+def read_scores(run: Path) -> "Record":
     """Read scores.json of a run's folder.
 
     Raises:
         InputError: it cannot be read, or a value has another type.
     """
-    scores = read_json(run / SCORES, Record)
+    scores = read_json(run / SCORES, dict[str, Any])
     problem = type_problem(scores, ScoresFile)
     if problem:
         raise InputError(f"{run / SCORES} cannot be used: {problem}")
     return scores
 
 
-def read_results(run: Path) -> Record:
+def read_results(run: Path) -> "Record":
     """Read scores.json of a finished run, whose values are complete and belong together.
 
     Raises:
@@ -139,7 +143,7 @@ def read_results(run: Path) -> Record:
     return scores
 
 
-def _problem_of(scores: Settings) -> str:
+def _problem_of(scores: "Settings") -> str:
     """Return what is wrong with the scores of a finished run, or ""."""
     missing = sorted(FINAL - scores.keys())
     if missing:
@@ -161,7 +165,7 @@ def _problem_of(scores: Settings) -> str:
     return f"{negative[0]} is {scores[negative[0]]}, below 0" if negative else ""
 
 
-def _problem_of_evaluation(evaluation: Settings, metric: str) -> str:
+def _problem_of_evaluation(evaluation: "Settings", metric: str) -> str:
     """Return what is wrong with an evaluation, or "": an absent one has no problem."""
     if evaluation and metric not in evaluation:
         return f"no {metric}, the metric"
@@ -204,7 +208,7 @@ class Environment(TypedDict):
     init_from: NotRequired[str | None]
 
 
-def read_environment(run: Path) -> Record:
+def read_environment(run: Path) -> "Record":
     """Read environment.json of a run's folder.
 
     Raises:
@@ -220,7 +224,7 @@ class LogLine(TypedDict):
     validation: NotRequired[Evaluation]
 
 
-def read_log(file: Path) -> list[Record]:
+def read_log(file: Path) -> "list[Record]":
     """Read metrics.jsonl, without a last line that a killed process left incomplete.
 
     Raises:
@@ -235,6 +239,6 @@ def read_log(file: Path) -> list[Record]:
     return lines
 
 
-def of_task(line: Settings, label: str) -> str:
+def of_task(line: "Settings", label: str) -> str:
     """The name of a class: of several tasks, whose labels may have equal names, with the task's."""
     return f"{line['task']}/{label}" if isinstance(line.get("task"), str) else label

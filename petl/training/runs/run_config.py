@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from petl.core.losses import read as read_loss
 from petl.core.method import Method
-from petl.core.registry import build_config, is_computed, list_methods, method, method_part
+from petl.core.registry import build_config, is_computed, method, method_part
 from petl.core.spec.method import loss_part
 from petl.core.support import BASES, Capability, Conflict, Part, require_compatible
 from petl.core.types import Fields, Record, Settings
@@ -26,7 +26,7 @@ from petl.system.values import LARGEST
 from petl.training.distributed.launch import read_launch
 from petl.training.features import FEATURES, Groups, features_of
 from petl.training.runs.config import GROUPS, RunConfig, method_fields, with_inner
-from petl.training.runs.settings import TrainConfig, read_train
+from petl.training.runs.settings import TrainConfig, read_train, require_method
 from petl.training.tracking import read_tracker
 
 # added with a plus, by a recipe of configs/method, or absent from old runs
@@ -101,17 +101,9 @@ def chosen_method(settings: Settings) -> Method:
         InputError: there is none, or an unknown one.
         UnsupportedError: `petl train` cannot train it.
     """
-    chosen = settings.get("method")
-    if not isinstance(chosen, Mapping) or "name" not in chosen:
-        names = ", ".join(list_methods())
-        missing = (
-            "no method is chosen: add +method=NAME"
-            if chosen is None
-            else "the YAML of the method has no `name`"
-        )
-        raise InputError(f"{missing}; available: {names}")
+    require_method({**settings, "train": {}})  # a feature has put that of init_from there
     try:
-        entry = method(chosen["name"])
+        entry = method(settings["method"]["name"])
     except UnknownNameError as error:  # there is a YAML of that name, so it may be a plugin's
         raise UnknownNameError(
             f"{error} (a method of your own: install its package, or add imports=[MODULE])"

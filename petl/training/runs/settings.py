@@ -1,6 +1,7 @@
 """How a run trains: its settings under `train` in configs/train.yaml."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
@@ -8,9 +9,10 @@ from typing import TYPE_CHECKING, TypedDict
 
 from omegaconf import DictConfig
 
-from petl.errors import InputError
+from petl.errors import InputError, did_you_mean
 from petl.system.files.paths import file_of, why_impossible
 from petl.system.files.read import read_yaml
+from petl.system.imports.tables import METHODS
 from petl.system.settings.schema import plain
 from petl.system.values import (
     LARGEST,
@@ -414,6 +416,29 @@ def read_train(cfg: "DictConfig | Settings") -> TrainConfig:
     if isinstance(given.get("batch_sizes"), str):
         given["batch_sizes"] = read_batch_sizes(given["batch_sizes"])
     return read_fields(TrainConfig, given, "train")
+
+
+def require_method(cfg: DictConfig | Mapping[str, object]) -> None:
+    """Raise InputError if no method is chosen, also by no adapter that the run starts from."""
+    settings = plain(cfg)
+    chosen = settings.get("method")
+    if isinstance(chosen, Mapping) and "name" in chosen:
+        return
+    if settings["train"].get("init_from") is None:
+        missing = (
+            "no method is chosen: add +method=NAME"
+            if chosen is None
+            else "the YAML of the method has no `name`"
+        )
+        raise InputError(f"{missing}; available: {', '.join(METHODS)}")
+
+
+def no_class(name: str, known: Sequence[str]) -> InputError:
+    """Return the error for a name in train.class_weights that is none of the classes."""
+    return InputError(
+        f"train.class_weights names {name!r}, which is no class of the data"
+        f"{did_you_mean(name, known)}"
+    )
 
 
 def adamr_text(train: "Settings") -> str | None:

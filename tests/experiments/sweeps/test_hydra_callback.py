@@ -19,7 +19,7 @@ from training_fixtures import ROOT, command_after
 
 import petl
 from petl.errors import JobSkipped
-from petl.experiments.sweeps.hydra_callback import best_setting_lines
+from petl.experiments.sweeps.best_setting import best_setting_lines
 from petl.system.settings.command_line import config_dir
 from petl.training.compose import compose
 from petl.training.runs import resume

@@ -12,13 +12,17 @@ from server_fixtures import MAX_TOKENS, started
 from starlette.testclient import TestClient
 from tiny_tokenizers import CHATML, byte_tokenizer
 from transformers import LlamaForCausalLM
-from writer_fixtures import adapt
+from writer_fixtures import PROMPTS, adapt
 
 from petl.adapters.export.gguf import DECODERS
+from petl.cli.main import main
 from petl.errors import InputError, UnsupportedError
+from petl.generation.inference.loading import DEFAULT
+from petl.generation.inference.sampling import Sampling
 from petl.generation.serving import llama_cpp
 from petl.generation.serving.app import build_app
 from petl.generation.serving.engine import Engine
+from petl.generation.serving.engine_model import load_engine_model
 from petl.generation.serving.models import load_served
 from petl.generation.serving.service import AnswerService
 
@@ -235,3 +239,38 @@ def test_methods_that_are_matrices_are_served_as_loras(writers, tmp_path):
     )
     assert [*served] == ["llama", "loha"]
     assert engine.waiting == engine.running == 0
+
+
+def test_generate_writes_the_answers_of_petl(writers, tmp_path):
+    folder = writers.folder
+    words = ["generate", str(folder / "lora"), "--adapter", f"b={folder / 'other'}", "--base"]
+    words += ["--file", str(tmp_path / "rows.jsonl"), "--max-new-tokens", "12"]
+    rows = [{"prompt": text} for text in PROMPTS]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    written = []
+    for engine in ("petl", "llama.cpp"):
+        out = tmp_path / f"{engine}.jsonl"
+        assert main([*words, "--out", str(out), "--engine", engine]) == 0
+        written.append(out.read_text())
+    assert written[0] == written[1]
+    assert len(written[0].splitlines()) == len(rows)
+
+
+def test_an_answer_ends_early_when_it_is_stopped(writers, tmp_path):
+    model = load_engine_model({DEFAULT: str(writers.folder / "lora")}, tmp_path)
+    stop, pieces = threading.Event(), []
+
+    def write(text):
+        pieces.append(text)
+        stop.set()
+
+    with model.using(DEFAULT):
+        prompt = model.encode("Hi")
+        (answer,) = model.answer([prompt], Sampling(max_new_tokens=200), write=write, stop=stop)
+        (whole,) = model.answer([prompt], Sampling(max_new_tokens=3))
+        with pytest.raises(InputError, match="prompt lookup is of --engine petl"):
+            model.answer([prompt], Sampling(prompt_lookup=3))
+    assert (answer.finish, answer.text) == ("interrupted", "".join(pieces))
+    assert (whole.finish, whole.tokens) == ("length", 3)
+    model.engine.close()
+    model.engine.join(10)
