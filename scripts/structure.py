@@ -26,21 +26,21 @@ PACKAGE = ROOT / "petl"
 # Lines that each package may have. A feature pays for its lines by what it makes unnecessary: lower
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
-    "system": 3600,
+    "system": 3650,
     "ops": 3250,
     "core": 12750,
     "efficiency": 8250,
     "data": 15450,
-    "training": 15850,
+    "training": 16100,
     "methods": 18250,
     "adapters": 7900,
-    "generation": 6800,
-    "experiments": 6550,
-    "cli": 4100,
+    "generation": 6950,
+    "experiments": 6650,
+    "cli": 4250,
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 13950, "tests": 77600}
+OTHERS = {"scripts": 13950, "tests": 77950}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 

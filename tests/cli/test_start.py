@@ -103,7 +103,7 @@ def test_help_and_lists_need_no_torch(words, folder):
     assert "imported:\n" in done.stdout, done.stdout
 
 
-@pytest.mark.parametrize("words", [w for w in WRONG if w.startswith("train") and " data." in w])
+@pytest.mark.parametrize("words", [w for w in WRONG if "lora data" in w and "weights" not in w])
 def test_the_message_is_that_of_the_check_of_all_settings(words, folder, monkeypatch):
     done = petl(words, folder)
     monkeypatch.chdir(folder)
