@@ -15,7 +15,9 @@ from petl.cli.table import API_KEY, NO_DRAFTS, PETL, ServeOptions
 from petl.errors import InputError
 
 if TYPE_CHECKING:
+    from petl.generation.serving.app import Service
     from petl.generation.serving.engine import AnswerEngine, ServedAdapter
+    from petl.generation.serving.scoring import ScoringService
 
 LOCAL = "localhost"
 logger = logging.getLogger("petl")
@@ -29,6 +31,7 @@ def serve(options: ServeOptions) -> None:
         need_extra("serve", package, "petl serve")
     from petl.generation.serving import app
     from petl.generation.serving.models import named_runs
+    from petl.generation.serving.service import AnswerService
 
     key = options.api_key
     if key is None:
@@ -39,11 +42,54 @@ def serve(options: ServeOptions) -> None:
             f"{API_KEY}, or --allow-anyone"
         )
     runs = named_runs(options.runs)
+    # from files alone: the port is taken, and models are loaded, after it
+    scoring = scores(options, runs)
     bound = app.bind(options.host, options.port)  # before the models, which take longer
     with ExitStack() as stack:
-        served, engine = _loaded(options, runs, stack)
-        _run(options, served, engine, bound, key)
+        if scoring:
+            service: Service = _scoring(options, runs)
+            described = runs
+        else:
+            served, engine = _loaded(options, runs, stack)
+            service = AnswerService(served, engine, options.max_tokens)
+            described = {each.name: _described(each) for each in served.values()}
+        _run(options, service, described, bound, key)
     logger.info("the server has ended")
+
+
+def scores(options: ServeOptions, runs: dict[str, str]) -> bool:
+    """Return True if the models give vectors or scores, and False if they write.
+
+    Raises:
+        InputError: some do the one and some the other, or an option is of those that write.
+    """
+    from petl.generation.serving.scoring import scoring_of
+
+    trust = options.trust_remote_code
+    found = {name: scoring_of(path, trust_remote_code=trust) for name, path in runs.items()}
+    scoring = [name for name, task in found.items() if task]
+    if not scoring:
+        return False
+    if len(scoring) < len(found):
+        other = next(name for name, task in found.items() if not task)
+        raise InputError(
+            f"{scoring[0]!r} gives vectors or scores and {other!r} writes: start a server for each "
+            "of them, the second with --port"
+        )
+    if options.engine != PETL or options.weights is not None or options.plain is not None:
+        raise InputError("--engine, --weights and --plain are of models that write: leave them out")
+    return True
+
+
+def _scoring(options: ServeOptions, runs: dict[str, str]) -> "ScoringService":
+    """Load models that give vectors or scores."""
+    from petl.generation.serving.scoring import ScoringEngine, ScoringService, load_scoring
+
+    served = load_scoring(
+        runs, trust_remote_code=options.trust_remote_code, other_base=options.other_base
+    )
+    engine = ScoringEngine(max_batch=options.max_batch, max_waiting=options.max_waiting)
+    return ScoringService(served, engine)
 
 
 def _loaded(
@@ -80,28 +126,27 @@ def _loaded(
 
 def _run(
     options: ServeOptions,
-    served: "dict[str, ServedAdapter]",
-    engine: "AnswerEngine",
+    service: "Service",
+    described: dict[str, str],
     bound: socket,
     key: str | None,
 ) -> None:
+    """Serve models, which `described` tells of by name."""
     from petl.generation.serving import app
-    from petl.generation.serving.service import AnswerService
 
-    service = AnswerService(served, engine, options.max_tokens)
     port = bound.getsockname()[1]  # the system has chosen it, if --port is 0
     # an address of IPv6 has brackets in a URL
     host = f"[{options.host}]" if ":" in options.host else options.host
 
     def ready() -> None:
-        for each in served.values():
-            logger.info("model %s: %s", each.name, _described(each))
+        for name, what in described.items():
+            logger.info("model %s: %s", name, what)
         logger.info("serving on http://%s:%d/v1 (Ctrl-C ends it)", host, port)
 
     # uvicorn ends its connections, then lets the signal end the process: as Ctrl-C does
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     hosts = {LOCAL, options.host.lower(), *map(str.lower, options.allow_host)}
-    app.run(app.build_app(service, key, hosts), engine, bound, ready)
+    app.run(app.build_app(service, key, hosts), service.engine, bound, ready)
 
 
 def is_local(host: str) -> bool:

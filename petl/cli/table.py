@@ -640,7 +640,8 @@ class ServeOptions(LoadOptions, EngineOptions):
       petl serve runs/french runs/legal
       petl serve fr=runs/french --port 8001 --max-batch 32
 
-    Paths: /v1/models, /v1/chat/completions, /v1/completions, /health. Ctrl-C ends the server.
+    Paths: /v1/models, /v1/chat/completions, /v1/completions, /health; of embedders
+    (data.task=retrieval) /v1/embeddings, of rerankers /rerank. Ctrl-C ends the server.
     """
 
     runs: list[str] = argument(
@@ -661,7 +662,9 @@ class ServeOptions(LoadOptions, EngineOptions):
         default=[],
         action="append",
     )
-    max_batch: int = option("answers that are computed at the same time", number(int, 1, 10**6), 16)
+    max_batch: int = option(
+        "answers, or texts, that are computed at the same time", number(int, 1, 10**6), 16
+    )
     max_waiting: int = option(
         "further requests that may wait; the next ones get status 429", number(int, 1, 10**6), 256
     )

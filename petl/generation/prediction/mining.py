@@ -82,6 +82,7 @@ def mine(
     Raises:
         InputError: the model is no embedder, a file cannot be used, or no row has a negative.
     """
+    # all files before any vector: a wrong one is told in seconds
     check_format("--out", out)
     rows = read_pairs(queries)
     texts = [text for _, text in read_corpus(corpus)]
@@ -128,6 +129,7 @@ def read_pairs(name: str) -> list[Row]:
 def _pairs_of(predictor: Predictor, rows: list[Row], margin: float | None) -> Pairs:
     """The vectors of queries; with a margin, those of positives give the limits."""
     size = predictor.batch_size
+    # a query may have several rows, and one vector
     different = list(dict.fromkeys(row["query"] for row in rows))
     numbers = {query: i for i, query in enumerate(different)}
     places = torch.tensor([numbers[row["query"]] for row in rows])
@@ -159,11 +161,13 @@ def _with_negatives(
     known: dict[str, set[str]] = defaultdict(set)
     for row in pairs.rows:
         known[row["query"]] |= {row["query"], row["positive"]}
+    # the first of equal texts stands for all
     places: dict[str, int] = {}
     copies = [i for i, one in enumerate(texts) if places.setdefault(one, i) != i]
     starts = range(0, len(pairs.rows), QUERIES)
     for start in ProgressItems(starts, f"searching {len(texts):,} texts", quiet=True):
         rows, part = pairs.rows[start : start + QUERIES], slice(start, start + QUERIES)
+        # in the order of documents, as chunks of them are searched
         left_out = sorted(
             (places[one], i)
             for i, row in enumerate(rows)

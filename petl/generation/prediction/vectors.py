@@ -25,6 +25,7 @@ from petl.data.models.sources import read_source
 from petl.data.tasks.base import Pad, Task, pad_id
 from petl.data.tasks.retrieval import Retrieval
 from petl.data.tasks.retrieval.base_folder import LENGTHS
+from petl.data.tasks.retrieval.reranking import Reranking
 from petl.data.validation import every
 from petl.errors import InputError, first_line, shown
 from petl.generation.inference.loading import find_model
@@ -96,10 +97,16 @@ def load_embedder(
     if isinstance(found, SavedAdapter):
         with accelerate_restored(), torch.random.fork_rng(devices=[]):
             return Predictor.of(replace(found, other_base=other_base), batch_size)
-    task = Retrieval()
-    tokenizer = load_processor(found, task)
-    task.max_length = length_of(found, tokenizer)
-    model = load_base(found, task, processor=tokenizer).to(device())
+    return plain_predictor(found, Retrieval(), batch_size)
+
+
+def plain_predictor(
+    settings: Settings, task: Retrieval | Reranking, batch_size: int | None = None
+) -> Predictor:
+    """Load the model of a folder without task.json, which says the rest of its task."""
+    tokenizer = load_processor(settings, task)
+    task.max_length = length_of(settings, tokenizer)
+    model = load_base(settings, task, processor=tokenizer).to(device())
     accelerator = make_accelerator(Launch(), "no")
     return Predictor(model, task, tokenizer, accelerator, batch_size or 64, 1, {})
 
@@ -110,6 +117,7 @@ def length_of(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> int:
     lengths = cast("dict[str, int | None]", source.json_file(LENGTHS) or {})
     given = lengths.get("max_seq_length")
     most = getattr(source.config().get_text_config(), "max_position_embeddings", None) or LONGEST
+    # some tokenizers have no length, and say 1e30
     return given or min(tokenizer.model_max_length, most, LONGEST)
 
 
@@ -126,7 +134,6 @@ def vectors_of(predictor: Predictor, texts: Sequence[str], role: str, size: int)
         return vectors(predictor.model, task, predictor.processor, texts, role, size)
 
 
-@torch.no_grad()
 def vectors(
     model: nn.Module,
     task: Retrieval,
@@ -140,7 +147,22 @@ def vectors(
         return np.zeros((0, base_of(model).config.get_text_config().hidden_size), np.float32)
     prefix = (task.query_prefix if role == QUERY else task.document_prefix) or ""
     ids = task.tokens(tokenizer, [prefix + text for text in texts])
-    pad, device = Pad(pad_id(tokenizer)), next(model.parameters()).device
+    return _pooled(model, task, Pad(pad_id(tokenizer)), ids, size)
+
+
+def vectors_of_tokens(predictor: Predictor, ids: Sequence[Sequence[int]]) -> np.ndarray:
+    """The vectors of texts that are tokens already, in one batch."""
+    task = predictor.task
+    assert isinstance(task, Retrieval), "the caller looks"
+    with predictor.autocast():
+        return _pooled(predictor.model, task, Pad(pad_id(predictor.processor)), ids, len(ids))
+
+
+@torch.no_grad()
+def _pooled(
+    model: nn.Module, task: Retrieval, pad: Pad, ids: Sequence[Sequence[int]], size: int
+) -> np.ndarray:
+    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     found = np.zeros((0, 0), np.float32)

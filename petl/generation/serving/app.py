@@ -2,9 +2,10 @@
 
 import logging
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from functools import partial
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
 from fastapi import FastAPI
@@ -14,13 +15,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from petl.errors import InputError, RunStopped, printable
-from petl.generation.serving.bodies import Body, read_body
+from petl.generation.serving.bodies import Body, Paths, read_body
 from petl.generation.serving.connections import CONNECTIONS, Connection
-from petl.generation.serving.engine import AnswerEngine, Busy
-from petl.generation.serving.gate import BODY_BYTES, IMAGE_BODY_BYTES, Gate
+from petl.generation.serving.engine import Busy
+from petl.generation.serving.gate import Gate
 from petl.generation.serving.replies import ApiError, Json, error_body
-from petl.generation.serving.service import AnswerService
-from petl.generation.serving.wire import ChatRequest, CompletionRequest
 from petl.version import __version__
 
 SHUTDOWN_SECONDS = 10  # for open connections to end
@@ -29,8 +28,60 @@ JOIN_SECONDS = 60.0  # for the last pass
 STATUS: dict[type[Exception], int] = {InputError: 400, Busy: 429, RunStopped: 503}
 
 
+class ServerEngine(Protocol):
+    """What computes the replies of a server."""
+
+    @property
+    def running(self) -> int:
+        """How many are in progress."""
+        ...
+
+    @property
+    def waiting(self) -> int:
+        """How many wait."""
+        ...
+
+    def start(self) -> None:
+        """Begin to compute."""
+
+    def close(self) -> None:
+        """End, and refuse further requests."""
+
+    def join(self, timeout: float) -> None:
+        """Wait for the end, after `close`."""
+
+
+class Service(Protocol):
+    """What a server answers."""
+
+    @property
+    def engine(self) -> ServerEngine:
+        """What computes the replies."""
+        ...
+
+    @property
+    def paths(self) -> Paths:
+        """What requests are posted to."""
+        ...
+
+    @property
+    def body_bytes(self) -> int:
+        """Bytes of a body at most."""
+        ...
+
+    def models(self) -> Json:
+        """The body of /v1/models."""
+        ...
+
+    def model(self, name: str) -> Json:
+        """The body of /v1/models/NAME."""
+        ...
+
+
 def build_app(
-    service: AnswerService, api_key: str | None = None, hosts: Collection[str] | None = None
+    service: Service,
+    api_key: str | None = None,
+    hosts: Collection[str] | None = None,
 ) -> FastAPI:
     """Return the application, without its engine being started.
 
@@ -40,9 +91,7 @@ def build_app(
     """
     # no pages of documentation: they load scripts from elsewhere
     app = FastAPI(title="petl serve", version=__version__, docs_url=None, redoc_url=None)
-    reads_images = any(each.language.processor for each in service.served.values())
-    most = IMAGE_BODY_BYTES if reads_images else BODY_BYTES
-    app.add_middleware(Gate, api_key=api_key, hosts=hosts, body_bytes=most)
+    app.add_middleware(Gate, api_key=api_key, hosts=hosts, body_bytes=service.body_bytes)
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(HTTPException, _http_error)
     # Starlette takes the handler of the nearest class in an exception's MRO
@@ -62,15 +111,17 @@ def build_app(
     async def model(name: str) -> Json:
         return service.model(name)
 
-    @app.post("/v1/chat/completions")
-    async def chat(request: HttpRequest) -> Response:
-        return await service.chat(await _body(ChatRequest, request), request)
-
-    @app.post("/v1/completions")
-    async def completions(request: HttpRequest) -> Response:
-        return await service.complete(await _body(CompletionRequest, request), request)
-
+    for path, (kind, reply) in service.paths.items():
+        app.add_api_route(path, partial(_replied, kind, reply), methods=["POST"])
     return app
+
+
+async def _replied(
+    kind: type[Body],
+    reply: Callable[[Body, HttpRequest], Awaitable[Response]],
+    request: HttpRequest,
+) -> Response:
+    return await reply(await _body(kind, request), request)
 
 
 async def _body(kind: type[Body], request: HttpRequest) -> Body:
@@ -101,7 +152,10 @@ class Server(uvicorn.Server):
     """A server that ends its answers at Ctrl-C instead of waiting for them."""
 
     def __init__(
-        self, config: uvicorn.Config, engine: AnswerEngine, ready: Callable[[], object]
+        self,
+        config: uvicorn.Config,
+        engine: ServerEngine,
+        ready: Callable[[], object],
     ) -> None:
         super().__init__(config)
         self.engine, self.ready = engine, ready
@@ -147,7 +201,10 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def run(
-    app: FastAPI, engine: AnswerEngine, bound: socket.socket, ready: Callable[[], object]
+    app: FastAPI,
+    engine: ServerEngine,
+    bound: socket.socket,
+    ready: Callable[[], object],
 ) -> None:
     """Serve until Ctrl-C or SIGTERM.
 

@@ -4,15 +4,19 @@ In a thread, not in the loop that serves all connections.
 """
 
 import json
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
 
 from petl.errors import printable, shown
 from petl.generation.serving.replies import ApiError
 from petl.generation.serving.wire import Strict
 
+# by path: the class of bodies, and what replies to one
+Paths = Mapping[str, tuple[type[Strict], Callable[[Any, Request], Awaitable[Response]]]]
 Body = TypeVar("Body", bound=Strict)
 MAX_FIELDS = 1024  # of one JSON object: each unknown one is an error
 NO_OBJECT = "the body is not a JSON object, sent with Content-Type: application/json"

@@ -4,7 +4,13 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Coroutine,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,8 +27,10 @@ from petl.generation.inference.calls import MAX_CALLS, CallReader, call_form
 from petl.generation.inference.grammar import json_grammar, vocabulary_of
 from petl.generation.inference.language_model import LanguageModel
 from petl.generation.inference.sampling import AnswerText, Sampling
+from petl.generation.serving.bodies import Paths
 from petl.generation.serving.choice import Chooser, TokenChooser
 from petl.generation.serving.engine import AnswerEngine, ServedAdapter
+from petl.generation.serving.gate import BODY_BYTES, IMAGE_BODY_BYTES
 from petl.generation.serving.replies import (
     ApiError,
     ChatReply,
@@ -65,6 +73,20 @@ class AnswerService:
     engine: AnswerEngine
     max_tokens: int
     preparing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(PREPARING))
+
+    @property
+    def paths(self) -> Paths:
+        """What requests are posted to."""
+        return {
+            "/v1/chat/completions": (ChatRequest, self.chat),
+            "/v1/completions": (CompletionRequest, self.complete),
+        }
+
+    @property
+    def body_bytes(self) -> int:
+        """Bytes of a body at most."""
+        reads_images = any(each.language.processor for each in self.served.values())
+        return IMAGE_BODY_BYTES if reads_images else BODY_BYTES
 
     def models(self) -> Json:
         """The body of /v1/models."""

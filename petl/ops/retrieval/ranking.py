@@ -105,6 +105,7 @@ def hardest(
     limits, skip = left_out.limits, left_out.skip
 
     def products(part: Tensor, start: int) -> Tensor:
+        # of a memory map, in half precision perhaps: here and not at once
         part = part.to(queries)
         found = queries @ (F.normalize(part, dim=-1) if cosine else part).T
         ends = torch.tensor([start, start + len(part)])
@@ -115,10 +116,12 @@ def hardest(
         found[which[own], places_of_known[own] - start] = -torch.inf
         if limits is not None:
             out = found > limits[:, None]
+            # before they are lost: `skip` counts them too
             above.add_(out.sum(1))
             found.masked_fill_(out, -torch.inf)
         return found
 
+    # skipped ones may be above the limit, and are then none of these
     count = min(skip + k, len(documents))
     scores, rows = _in_order(*_merged(products, documents, count, chunk, _largest))
     if scores.isnan().any() or (scores == torch.inf).any():

@@ -77,11 +77,23 @@ class Folder:
         """True if the folder has a module that gives vectors unit length."""
         return "Normalize" in self.paths
 
+    @property
+    def is_cross_encoder(self) -> bool:
+        """True if the folder is that of a reranker."""
+        return self._config().get("model_type") == "CrossEncoder"
+
+    @property
+    def has_probabilities(self) -> bool:
+        """True if the scores of a reranker are probabilities."""
+        # the default of CrossEncoder
+        return str(self._config().get("activation_fn", "Sigmoid")).endswith("Sigmoid")
+
+    def _config(self) -> Mapping[str, object]:
+        return cast("Mapping[str, object]", self.base.json_file(PROMPTS) or {})
+
     def prompts(self) -> dict[str, str]:
         """The prompts by name, of which `query` and `document` are used."""
-        found = self.base.json_file(PROMPTS)
-        config = cast("Mapping[str, dict[str, str]]", found or {})
-        return config.get("prompts") or {}
+        return cast("dict[str, str]", self._config().get("prompts") or {})
 
 
 def folder_files(

@@ -1,0 +1,346 @@
+"""Vectors of texts and scores of documents over HTTP, from runs of retrieval and reranking."""
+
+import asyncio
+import base64
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from petl.adapters.export.saved_adapter import SavedAdapter
+from petl.data.batch_sampler import chunks
+from petl.data.judgements import QUERY
+from petl.data.models.sources import read_source
+from petl.data.tasks.retrieval import Retrieval
+from petl.data.tasks.retrieval.base_folder import MODULES, Folder
+from petl.data.tasks.retrieval.reranking import Reranking
+from petl.data.tasks.task_file import read_task
+from petl.errors import InputError, RunStopped, did_you_mean, shown
+from petl.generation.inference.loading import find_model
+from petl.generation.prediction.predictor import Predictor
+from petl.generation.prediction.vectors import load_embedder, plain_predictor, vectors_of_tokens
+from petl.generation.serving.bodies import Paths
+from petl.generation.serving.engine import Busy
+from petl.generation.serving.gate import BODY_BYTES
+from petl.generation.serving.replies import ApiError, Json
+from petl.generation.serving.service import CLIENT_GONE, unless_gone
+from petl.generation.serving.wire import Strict, Text, Tokens
+
+# bounds of what one request may cost; assumptions
+MAX_TEXTS = 2048  # OpenAI's limit
+MAX_NUMBERS = 2**22  # of all vectors in a reply
+SCORING = ("retrieval", "reranking")  # tasks of the runs that are served here
+# how many is checked later: of a union, the message would be that of another type
+Texts = Annotated[list[Text], Field(fail_fast=True, min_length=1)]
+Rows = Annotated[list[Tokens], Field(fail_fast=True, min_length=1)]
+
+
+class EmbeddingRequest(Strict):
+    """The body of /v1/embeddings; `input_type` is beyond OpenAI's."""
+
+    model: str
+    input: Text | Texts | Tokens | Rows
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    input_type: Literal["query", "document"] | None = None
+    user: str | None = None  # a label
+
+    @property
+    def inputs(self) -> list[str] | list[list[int]]:
+        """The texts, or the tokens of each."""
+        given: Any = self.input
+        # one text, or the tokens of one
+        is_one = isinstance(given, str) or isinstance(given[0], int)
+        return [given] if is_one else given
+
+
+class TextDocument(Strict):
+    """A document as an object."""
+
+    text: Text
+
+
+Document = Text | TextDocument
+
+
+class RerankRequest(Strict):
+    """The body of /rerank, in the form of Jina and Cohere."""
+
+    model: str
+    query: Text
+    documents: Annotated[list[Document], Field(fail_fast=True, min_length=1, max_length=MAX_TEXTS)]
+    top_n: Annotated[int, Field(ge=1)] | None = None
+    return_documents: bool | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The documents."""
+        return [each if isinstance(each, str) else each.text for each in self.documents]
+
+
+class ScoringEngine:
+    """Lets requests compute in turn, a part of one at a time.
+
+    Attributes:
+        max_batch: texts of a part.
+        max_waiting: requests at a time, beside the one that computes.
+    """
+
+    def __init__(self, *, max_batch: int, max_waiting: int) -> None:
+        self.max_batch, self.max_waiting = max_batch, max_waiting
+        self.waiting, self.running = 0, 0
+        self._closed = False
+        self._turn = asyncio.Lock()
+
+    def start(self) -> None:
+        """Nothing: the loop of the server hands parts to its threads."""
+
+    def close(self) -> None:
+        """Refuse further parts."""
+        self._closed = True
+
+    def join(self, timeout: float) -> None:
+        """Nothing: the server waits for its threads."""
+
+    async def compute(self, parts: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Return the results of all parts, between which other requests have theirs computed.
+
+        Raises:
+            Busy: too many requests are waiting.
+            RunStopped: the engine is closed.
+        """
+        if self.waiting > self.max_waiting:
+            raise Busy(f"{self.waiting} requests are waiting; try again later")
+        self.waiting += 1
+        try:
+            return [await self._one(part) for part in parts]
+        finally:
+            self.waiting -= 1
+
+    async def _one(self, part: Callable[[], Any]) -> Any:
+        # a lock of asyncio is fair: a request of many parts does not hold up others
+        async with self._turn:
+            if self._closed:
+                raise RunStopped("the server is stopping")
+            self.running = 1
+            try:
+                return await run_in_threadpool(part)
+            finally:
+                self.running = 0
+
+
+@dataclass(frozen=True)
+class ScoringService:
+    """Answers requests for vectors and scores.
+
+    Attributes:
+        served: models by name.
+    """
+
+    served: Mapping[str, Predictor]
+    engine: ScoringEngine
+    body_bytes: int = BODY_BYTES
+    # seconds since 1970
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def paths(self) -> Paths:
+        """See `AnswerService.paths`."""
+        rerank = (RerankRequest, self.rerank)
+        embed = (EmbeddingRequest, self.embed)
+        return {"/v1/embeddings": embed, "/rerank": rerank, "/v1/rerank": rerank}
+
+    def models(self) -> Json:
+        """The body of /v1/models."""
+        return {"object": "list", "data": [self.model(name) for name in self.served]}
+
+    def model(self, name: str) -> Json:
+        """The body of /v1/models/NAME."""
+        most = self._find(name).task.max_length
+        own = {"created": self.created, "owned_by": "petl", "max_model_len": most}
+        return {"id": name, "object": "model", "parent": None, **own}
+
+    async def embed(self, body: EmbeddingRequest, request: HttpRequest) -> Response:
+        """Reply to /v1/embeddings."""
+        predictor = self._find(body.model)
+        task = predictor.task
+        if not isinstance(task, Retrieval):
+            raise ApiError(f"{body.model} is a reranker: ask it at /rerank", param="model")
+        if len(body.inputs) > MAX_TEXTS:
+            message = f"{len(body.inputs):,} inputs in one request; allowed are {MAX_TEXTS:,}"
+            raise ApiError(message, param="input")
+        width = width_of(predictor)
+        wanted = body.dimensions or width
+        # before anything is computed
+        if wanted > width:
+            message = f"dimensions={wanted} is more than the {width} numbers of a vector"
+            raise ApiError(message, param="dimensions")
+        if len(body.inputs) * wanted > MAX_NUMBERS:
+            message = f"{len(body.inputs)} vectors of {wanted} numbers; allowed are {MAX_NUMBERS:,}"
+            raise ApiError(f"{message} in all: ask for fewer at a time", param="input")
+        # in another thread: a long text would hold up all connections
+        rows = await run_in_threadpool(partial(tokens_of, predictor, body))
+        # texts of similar length share a part
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        parts = chunks(order, self.engine.max_batch)
+        work = [partial(vectors_of_tokens, predictor, [rows[i] for i in part]) for part in parts]
+
+        def reply(found: list[np.ndarray]) -> Json:
+            vectors = np.concatenate(found)[np.argsort(order)]
+            if wanted < width:  # as vectors of fewer numbers were trained
+                vectors = vectors[:, :wanted]
+                vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+            written = encoded if body.encoding_format == "base64" else np.ndarray.tolist
+            data = [
+                {"object": "embedding", "index": i, "embedding": written(vector)}
+                for i, vector in enumerate(vectors)
+            ]
+            # of the texts as they are read, with prefixes and end tokens
+            count = sum(map(len, rows))
+            usage = {"prompt_tokens": count, "total_tokens": count}
+            return {"object": "list", "data": data, "model": body.model, "usage": usage}
+
+        return await self._answer(work, reply, request)
+
+    async def rerank(self, body: RerankRequest, request: HttpRequest) -> Response:
+        """Reply to /rerank and /v1/rerank."""
+        predictor, texts = self._find(body.model), body.texts
+        if not isinstance(predictor.task, Reranking):
+            raise ApiError(f"{body.model} is an embedder: ask it at /v1/embeddings", param="model")
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        parts = chunks(order, self.engine.max_batch)
+        pairs = [[{"query": body.query, "document": texts[i]} for i in part] for part in parts]
+        work = [partial(scores_of, predictor, part) for part in pairs]
+
+        def reply(found: list[tuple[list[float], int]]) -> Json:
+            # in the order of the parts, which are by length
+            flat = [score for scores, _ in found for score in scores]
+            scores = dict(zip(order, flat, strict=True))
+            # the best first, and of equal ones the one that was given first
+            ranked = sorted(scores, key=lambda i: (-scores[i], i))[: body.top_n]
+            results = [
+                {
+                    "index": i,
+                    "relevance_score": scores[i],
+                    **({"document": {"text": texts[i]}} if body.return_documents else {}),
+                }
+                for i in ranked
+            ]
+            usage = {"total_tokens": sum(count for _, count in found)}
+            return {"model": body.model, "results": results, "usage": usage}
+
+        return await self._answer(work, reply, request)
+
+    def _find(self, name: str) -> Predictor:
+        if name not in self.served:
+            message = f"no model {shown(name)}{did_you_mean(name, self.served)}"
+            raise ApiError(message, 404, code="model_not_found", param="model")
+        return self.served[name]
+
+    async def _answer(
+        self,
+        work: Sequence[Callable[[], Any]],
+        reply: Callable[[list[Any]], Json],
+        request: HttpRequest,
+    ) -> Response:
+        """The response with what `reply` makes of the results of `work`."""
+        results: list[Any] = []
+
+        async def computed() -> None:
+            results.extend(await self.engine.compute(work))
+
+        if not await unless_gone(computed(), request):
+            return Response(status_code=CLIENT_GONE)
+        return await run_in_threadpool(lambda: JSONResponse(reply(results)))
+
+
+def tokens_of(predictor: Predictor, body: EmbeddingRequest) -> list[list[int]]:
+    """The tokens of each input of a request.
+
+    Raises:
+        ApiError: a text is empty, or tokens are unknown or too many.
+    """
+    task, tokenizer = predictor.task, predictor.processor
+    assert isinstance(task, Retrieval), "others are refused before"
+    if isinstance(body.inputs[0], str):
+        prefix = task.query_prefix if body.input_type == QUERY else task.document_prefix
+        try:
+            return task.tokens(tokenizer, [f"{prefix or ''}{text}" for text in body.inputs])
+        except InputError as error:
+            raise ApiError(str(error), param="input") from error
+    rows: Any = body.inputs
+    highest, longest = max(map(max, rows)), max(map(len, rows))
+    if highest >= len(tokenizer):
+        message = f"input has the token {highest}; there are {len(tokenizer):,}"
+        raise ApiError(message, param="input")
+    if longest > task.max_length:
+        raise ApiError(
+            f"input has {longest:,} tokens; the model reads {task.max_length:,}",
+            param="input",
+            code="context_length_exceeded",
+        )
+    return rows
+
+
+def scores_of(predictor: Predictor, rows: list[dict[str, str]]) -> tuple[list[float], int]:
+    """The scores of pairs, and their number of tokens."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    # once more than `predict` does: it keeps no counts
+    tokens = predictor.task.encode_rows(predictor.processor, columns)["input_ids"]
+    found = predictor.predict(rows)
+    return [row["prediction"] for row in found], sum(map(len, tokens))
+
+
+def encoded(vector: np.ndarray) -> str:
+    """A vector as base64 of float32, the least significant byte first."""
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+
+
+def width_of(predictor: Predictor) -> int:
+    """Numbers of a vector."""
+    return predictor.model.config.get_text_config().hidden_size
+
+
+# Loading
+
+
+def scoring_of(path: str, *, trust_remote_code: bool = False) -> str:
+    """The task of a run or model that gives vectors or scores, one of `SCORING`; "" of others."""
+    found = find_model(path, trust_remote_code=trust_remote_code)
+    if isinstance(found, SavedAdapter):
+        task = read_task(found.adapter)
+        return task.name if task is not None and task.name in SCORING else ""
+    # a plain model says by the files of sentence-transformers what it is
+    folder = Folder(read_source(found))
+    if folder.is_cross_encoder:
+        return "reranking"
+    return "retrieval" if folder.base.json_file(MODULES) is not None else ""
+
+
+def load_scoring(
+    runs: Mapping[str, str], *, trust_remote_code: bool = False, other_base: bool = False
+) -> dict[str, Predictor]:
+    """Load runs and models that give vectors or scores, by name; each with its own base model."""
+    options = {"trust_remote_code": trust_remote_code, "other_base": other_base}
+    served = {name: load_scorer(path, **options) for name, path in runs.items()}
+    for predictor in served.values():
+        # the first call may change its settings; later ones are made by several threads
+        predictor.processor("")
+    return served
+
+
+def load_scorer(path: str, **options: bool) -> Predictor:
+    """Load a run or model of `SCORING`."""
+    found = find_model(path, trust_remote_code=options["trust_remote_code"])
+    if isinstance(found, SavedAdapter) or not Folder(read_source(found)).is_cross_encoder:
+        return load_embedder(path, **options)
+    loss = "binary" if Folder(read_source(found)).has_probabilities else "mse"
+    task = Reranking(loss=loss)
+    return plain_predictor(found, task)

@@ -1,0 +1,202 @@
+"""Vectors and scores over HTTP: in the forms of OpenAI, Jina and Cohere; hostile requests."""
+
+import base64
+import threading
+
+import numpy as np
+import openai
+import pytest
+from fastapi.testclient import TestClient
+from server_fixtures import started
+from training_fixtures import train
+
+import petl
+from petl.adapters.export.merge import merge
+from petl.adapters.export.saved_adapter import find
+from petl.cli.main import main
+from petl.generation.serving.app import build_app
+from petl.generation.serving.scoring import ScoringEngine, ScoringService, load_scoring
+
+pytest_plugins = ["task_runs"]
+
+TEXTS = ["a green cat", "the red dog and the bird", "cat", "red " * 60]
+PAIRS = [{"query": "the cat", "document": text} for text in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def folders(families, tmp_path_factory):
+    place = tmp_path_factory.mktemp("served")
+    short = ("+method=lora", "train.steps=2", "train.test=false")
+    train(families("retrieval", *short, "data.query_prefix=red "), place / "embedder")
+    train(families("reranking", *short), place / "reranker")
+    for name in ("embedder", "reranker"):
+        merge(find(place / name), place / f"merged-{name}", None)
+    return place
+
+
+@pytest.fixture(scope="module")
+def service(folders):
+    names = ("embedder", "reranker", "merged-embedder", "merged-reranker")
+    served = load_scoring({name: str(folders / name) for name in names})
+    return ScoringService(served, ScoringEngine(max_batch=3, max_waiting=4))
+
+
+@pytest.fixture(scope="module")
+def api(service):
+    with TestClient(build_app(service), raise_server_exceptions=False) as client:
+        yield client
+
+
+def embedded(api, **fields):
+    reply = api.post("/v1/embeddings", json={"model": "embedder", **fields})
+    assert reply.status_code == 200, reply.text
+    assert [each["index"] for each in reply.json()["data"]] == list(
+        range(len(reply.json()["data"]))
+    )
+    return np.array([each["embedding"] for each in reply.json()["data"]], np.float32)
+
+
+def test_vectors_are_those_of_embed(api, folders, service):
+    for role in ("query", "document"):
+        expected = petl.embed(folders / "embedder", TEXTS, as_=role)
+        found = embedded(api, input=TEXTS, input_type=role)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(embedded(api, input=TEXTS[0]), expected[:1], atol=1e-5)
+    np.testing.assert_allclose(
+        embedded(api, model="merged-embedder", input=TEXTS), expected, atol=1e-5
+    )
+    predictor = service.served["embedder"]
+    tokens = predictor.task.tokens(predictor.processor, TEXTS)
+    np.testing.assert_allclose(embedded(api, input=tokens), expected, atol=1e-5)
+    np.testing.assert_allclose(embedded(api, input=tokens[1]), expected[1:2], atol=1e-5)
+    cut = expected[:, :5] / np.linalg.norm(expected[:, :5], axis=1, keepdims=True)
+    np.testing.assert_allclose(embedded(api, input=TEXTS, dimensions=5), cut, atol=1e-5)
+
+
+def test_the_clients_form_of_base64_and_usage(api, service):
+    fields = {"model": "embedder", "input": TEXTS, "encoding_format": "base64", "user": "me"}
+    body = api.post("/v1/embeddings", json=fields).json()
+    found = [np.frombuffer(base64.b64decode(e["embedding"]), "<f4") for e in body["data"]]
+    np.testing.assert_array_equal(np.stack(found), embedded(api, input=TEXTS))
+    predictor = service.served["embedder"]
+    count = sum(map(len, predictor.task.tokens(predictor.processor, TEXTS)))
+    assert body["usage"] == {"prompt_tokens": count, "total_tokens": count}
+    assert (body["object"], body["model"], body["data"][0]["object"]) == (
+        "list",
+        "embedder",
+        "embedding",
+    )
+
+
+@pytest.mark.parametrize("name", ["reranker", "merged-reranker"])
+def test_documents_are_ranked_by_their_scores(api, folders, name):
+    expected = [row["prediction"] for row in petl.predict(folders / "reranker", PAIRS)]
+    documents = [TEXTS[0], {"text": TEXTS[1]}, *TEXTS[2:]]
+    body = {"model": name, "query": "the cat", "documents": documents}
+    found = api.post("/rerank", json=body).json()["results"]
+    assert [each["index"] for each in found] == sorted(range(4), key=lambda i: -expected[i])
+    scores = [each["relevance_score"] for each in found]
+    assert scores == pytest.approx(sorted(expected, reverse=True), abs=1e-5)
+    assert "document" not in found[0]
+    more = {**body, "top_n": 2, "return_documents": True}
+    shown = api.post("/v1/rerank", json=more).json()
+    assert [each["document"]["text"] for each in shown["results"]] == [
+        TEXTS[e["index"]] for e in found[:2]
+    ]
+    assert shown["usage"]["total_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "status", "message"),
+    [
+        ("/v1/embeddings", {}, 400, "input is missing"),
+        ("/v1/embeddings", {"input": []}, 400, "input="),
+        ("/v1/embeddings", {"input": ["a"] * 2049}, 400, "2,049 inputs in one request"),
+        ("/v1/embeddings", {"input": [1, "a"]}, 400, "input"),
+        ("/v1/embeddings", {"input": [-1]}, 400, "input"),
+        ("/v1/embeddings", {"input": [10**6]}, 400, "token 1000000"),
+        ("/v1/embeddings", {"input": [5] * 40}, 400, "40 tokens; the model reads 32"),
+        (
+            "/v1/embeddings",
+            {"input": "a", "dimensions": 33},
+            400,
+            "dimensions=33 is more than the 32",
+        ),
+        ("/v1/embeddings", {"input": "a", "dimensions": 0}, 400, "dimensions=0"),
+        ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, 400, "encoding_format='hex'"),
+        ("/v1/embeddings", {"input": "a", "truncate": True}, 400, "truncate"),
+        ("/v1/embeddings", {"input": "a", "model": "embeder"}, 404, "'embeder'; did you mean"),
+        ("/v1/embeddings", {"input": "a", "model": "reranker"}, 400, "ask it at /rerank"),
+        ("/rerank", {"query": "a", "documents": ["b"]}, 400, "ask it at /v1/embeddings"),
+        ("/rerank", {"model": "reranker", "query": "a", "documents": []}, 400, "documents="),
+        ("/rerank", {"model": "reranker", "query": "a", "documents": [{"t": 1}]}, 400, "documents"),
+        ("/rerank", {"model": "reranker", "query": 1, "documents": ["b"]}, 400, "query=1"),
+        ("/v1/chat/completions", {"messages": []}, 404, "Not Found"),
+    ],
+)
+def test_wrong_requests_are_refused(api, path, fields, status, message):
+    reply = api.post(path, json={"model": "embedder", **fields})
+    assert reply.status_code == status, reply.text
+    assert message in reply.json()["error"]["message"]
+
+
+def test_numbers_of_a_reply_are_bounded(api, monkeypatch):
+    monkeypatch.setattr("petl.generation.serving.scoring.MAX_NUMBERS", 40)
+    reply = api.post("/v1/embeddings", json={"model": "embedder", "input": ["a", "b"]})
+    assert (reply.status_code, "2 vectors of 32 numbers" in reply.text) == (400, True)
+    assert len(embedded(api, input=["a", "b"], dimensions=20)) == 2
+
+
+def test_requests_beyond_those_that_may_wait_are_refused(api, service, monkeypatch):
+    entered, go_on = threading.Event(), threading.Event()
+    original = service.served["embedder"].model.forward
+
+    def slow(*args, **kwargs):
+        entered.set()
+        assert go_on.wait(60)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(service.served["embedder"].model, "forward", slow)
+    statuses = []
+
+    def ask():
+        fields = {"model": "embedder", "input": "a cat"}
+        statuses.append(api.post("/v1/embeddings", json=fields).status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    assert entered.wait(60)
+    while service.engine.waiting < 5:
+        threading.Event().wait(0.01)
+    assert api.get("/health").json() == {"status": "ok", "running": 1, "waiting": 5}
+    ask()
+    assert statuses == [429]
+    go_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(statuses) == [200] * 5 + [429]
+    assert service.engine.waiting == 0
+
+
+def test_the_official_client_asks_a_server(folders, tmp_path):
+    words = (str(folders / "embedder"), f"ranks={folders / 'reranker'}", "--api-key", "secret")
+    with started(tmp_path / "log", *words) as server:
+        client = server.client(api_key="secret")
+        assert [model.id for model in client.models.list()] == ["embedder", "ranks"]
+        # base64, unless another format is asked for
+        reply = client.embeddings.create(model="embedder", input=TEXTS, dimensions=7)
+        expected = petl.embed(folders / "embedder", TEXTS)[:, :7]
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+        np.testing.assert_allclose([e.embedding for e in reply.data], expected, atol=1e-5)
+        with pytest.raises(openai.AuthenticationError):
+            server.client(api_key="x").embeddings.create(model="embedder", input="a")
+        assert server.interrupt() == 0
+
+
+def test_models_that_write_have_a_server_of_their_own(folders, families, tmp_path, capsys):
+    writer = train(families("causal_lm", "+method=lora", "train.steps=1"), tmp_path / "writer")
+    assert main(["serve", str(folders / "embedder"), str(writer.path), "--port", "0"]) == 2
+    assert "start a server for each" in capsys.readouterr().err
+    assert main(["serve", str(folders / "embedder"), "--engine", "llama.cpp", "--port", "0"]) == 2
+    assert "--engine" in capsys.readouterr().err
