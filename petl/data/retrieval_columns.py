@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 # of an embedder, beside those of its data
-FIELDS = (*("pooling", "normalize", "dims", "query_prefix", "document_prefix", "mask_duplicates"),)
+FIELDS = (
+    *("pooling", "normalize", "dims", "query_prefix", "document_prefix", "mask_duplicates"),
+    *("scale", "margin", "symmetric", "distance", "temperature"),
+)
 TEST_SET = ("corpus", "queries", "qrels")
 RENAMED = ("query", "positive", "negatives", "text", "label")  # by settings
 
@@ -295,7 +298,8 @@ def texts(value: object) -> list[str]:
 
 def retrieval_task(settings: Any, loss: str) -> "Retrieval":
     """Build the task from settings with `FIELDS`; `loss` is that of the rows if they name none."""
-    fields = {name: getattr(settings, name) for name in FIELDS}
+    # the bundled set has those of its loss
+    fields = {name: getattr(settings, name, None) for name in FIELDS}
     fields["mask_duplicates"] = settings.mask_duplicates is not False
     given = settings.loss or loss
     return task_class("retrieval")(max_length=settings.max_length, loss=given, **fields)

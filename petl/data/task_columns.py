@@ -14,7 +14,17 @@ from petl.data.downloads import PREFIXES
 from petl.data.faulty_rows import ERROR, SKIP
 from petl.data.formats import fitting_task
 from petl.data.label_column import refuse_unlikely_classes
-from petl.data.tasks import CLASSES, COLUMN, DIMS, POOLING, THRESHOLD, task_class
+from petl.data.tasks import (
+    ABOVE_0,
+    CLASSES,
+    COLUMN,
+    DIMS,
+    DISTANCE,
+    MARGIN,
+    POOLING,
+    THRESHOLD,
+    task_class,
+)
 from petl.data.templates import columns_of, read_text
 from petl.data.validation import (
     LazySourceRows,
@@ -119,6 +129,12 @@ class ColumnSettings(TextSource, ABC):
     dims: list[int] | None = field(None, DIMS)
     # copies of the own positive are no negatives; None: true
     mask_duplicates: bool | None = None
+    # of the loss; None: its default
+    scale: float | None = field(None, ABOVE_0)
+    margin: float | None = field(None, MARGIN)
+    symmetric: bool | None = None
+    distance: str | None = field(None, DISTANCE)
+    temperature: float | None = field(None, ABOVE_0)
     corpus: str | None = None  # test set: files of documents and queries with id and text
     queries: str | None = None
     qrels: str | None = None  # and of judgements, TREC's four columns

@@ -12,7 +12,7 @@ from petl.data.base import RawData, TextSource, limited, shuffled
 from petl.data.bundled import WORDNET_FILE, lines_of
 from petl.data.judgements import Judgements, judged, without_queries
 from petl.data.retrieval_columns import retrieval_task
-from petl.data.tasks import DIMS, POOLING
+from petl.data.tasks import ABOVE_0, DIMS, MARGIN, POOLING
 from petl.system.values import field, one_of
 
 WORDNET_EXAMPLES = Path(__file__).parent / "wordnet_examples.tsv.gz"
@@ -36,6 +36,10 @@ class WordNetRetrieval(TextSource):
     query_prefix: str | None = None
     document_prefix: str | None = None
     mask_duplicates: bool | None = None
+    # of in_batch; None: its default
+    scale: float | None = field(None, ABOVE_0)
+    margin: float | None = field(None, MARGIN)
+    symmetric: bool | None = None
 
     def read(self) -> RawData:
         """Read examples and definitions; columns `query` and `positive`, and those of test rows."""

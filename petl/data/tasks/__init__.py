@@ -3,10 +3,11 @@
 A task needs torch, and is imported when it is chosen. What its rows are called is known before.
 """
 
+import math
 from pkgutil import resolve_name
 from typing import Any
 
-from petl.system.values import Rule, one_of
+from petl.system.values import Rule, one_of, real
 
 # by `data.task`, "module:class", imported when it is chosen
 TASKS = {
@@ -52,6 +53,10 @@ DIMS = Rule(
     "falling widths, such as [384, 128, 32]",
     lambda dims: bool(dims) and dims == sorted({*dims}, reverse=True) and dims[-1] > 0,
 )
+
+# of losses of retrieval
+ABOVE_0, MARGIN = real(0, above=True), real(-2, math.inf)
+DISTANCE = one_of("euclidean", "cosine")
 
 # of `data.threshold` and of multi-label tasks, which count probabilities in such steps
 THRESHOLD = Rule(

@@ -24,7 +24,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTraine
 
 from petl.core.layers.class_swap import swap_class
 from petl.data.judgements import DOCUMENT, test_rows
-from petl.data.tasks import DIMS, POOLING
+from petl.data.tasks import ABOVE_0, DIMS, DISTANCE, MARGIN, POOLING
 from petl.data.tasks.base import (
     AutoModelClass,
     BaseFiles,
@@ -41,7 +41,7 @@ from petl.data.tasks.base import (
 )
 from petl.data.tasks.regression import correlation, ranks
 from petl.data.tasks.retrieval.base_folder import LENGTHS, Folder, folder_files
-from petl.data.tasks.retrieval.embedder import COUPLED, LOSSES, Embedder, whole_step
+from petl.data.tasks.retrieval.embedder import COUPLED, LOSSES, OPTIONS, Embedder, whole_step
 from petl.data.tasks.retrieval.scores import Rankings, held_out
 from petl.errors import InputError
 from petl.system.values import field, integer, one_of
@@ -64,6 +64,7 @@ class Retrieval(TextTask):
         dims: widths for which the loss is computed as well; None: the full one alone.
         query_prefix, document_prefix: put before each text.
         mask_duplicates: copies of the own positive are no negatives.
+        scale, margin, symmetric, distance, temperature: of the loss; None: its default.
     """
 
     name: ClassVar[str] = "retrieval"
@@ -90,8 +91,21 @@ class Retrieval(TextTask):
     query_prefix: str | None = None
     document_prefix: str | None = None
     mask_duplicates: bool = True
+    scale: float | None = field(None, ABOVE_0)
+    margin: float | None = field(None, MARGIN)
+    symmetric: bool | None = None
+    distance: str | None = field(None, DISTANCE)
+    temperature: float | None = field(None, ABOVE_0)
 
     def __post_init__(self) -> None:
+        for name in OPTIONS:
+            users = [loss for loss, kind in LOSSES.items() if name in kind.options]
+            value = getattr(self, name)
+            if value is not None and self.loss not in users:
+                raise InputError(
+                    f"data.{name}={value} is for data.loss={' or '.join(users)}, and the loss is "
+                    f"{self.loss}"
+                )
         if LOSSES[self.loss].scored_pairs:
             self.metric = "spearman"  # ty: ignore[invalid-attribute-access]
 

@@ -37,6 +37,11 @@ class Settings(Protocol):
     normalize: bool | None
     dims: list[int] | None
     mask_duplicates: bool
+    scale: float | None
+    margin: float | None
+    symmetric: bool | None
+    distance: str | None
+    temperature: float | None
     label_columns: ClassVar[tuple[str, ...]]
 
 
@@ -114,8 +119,11 @@ def loss_of(task: Settings, vectors: Tensor, batch: Batch) -> Tensor:
 
 
 def _loss(task: Settings, texts: Texts) -> Tensor:
-    arguments, settings = LOSSES[task.loss].arguments(task, texts)
-    function = LOSSES[task.loss].function
+    kind = LOSSES[task.loss]
+    arguments, settings = kind.arguments(task, texts)
+    given = {name: getattr(task, name) for name in kind.options}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    function = kind.function
     if task.dims is None:
         return function(*arguments, **settings)
     return matryoshka(function, task.dims, *arguments, **settings)
@@ -161,6 +169,7 @@ class LossKind(NamedTuple):
         queries: rows begin with a query.
         scored_pairs: rows are pairs with a score.
         products: scalar products in place of cosines.
+        options: its further arguments that settings give; None there: the function's default.
     """
 
     function: Callable[..., Tensor]
@@ -169,16 +178,22 @@ class LossKind(NamedTuple):
     queries: bool = False
     scored_pairs: bool = False
     products: bool = False
+    options: tuple[str, ...] = ()
 
 
 LOSSES = {  # by data.loss
-    "in_batch": LossKind(in_batch, _in_batch, compares=True, queries=True),
-    "triplet": LossKind(triplet, _triplet, queries=True),
-    "cosent": LossKind(cosent, _pairs, compares=True, scored_pairs=True),
+    "in_batch": LossKind(
+        in_batch, _in_batch, compares=True, queries=True, options=("scale", "margin", "symmetric")
+    ),
+    "triplet": LossKind(triplet, _triplet, queries=True, options=("margin", "distance")),
+    "cosent": LossKind(cosent, _pairs, compares=True, scored_pairs=True, options=("scale",)),
     "cosine": LossKind(cosine, _pairs, scored_pairs=True),
-    "listwise": LossKind(listwise, _listwise, queries=True, products=True),
-    "supervised": LossKind(supervised, _labelled, compares=True),
+    "listwise": LossKind(
+        listwise, _listwise, queries=True, products=True, options=("temperature",)
+    ),
+    "supervised": LossKind(supervised, _labelled, compares=True, options=("scale",)),
 }
+OPTIONS = tuple(dict.fromkeys(name for kind in LOSSES.values() for name in kind.options))
 COUPLED = tuple(name for name, kind in LOSSES.items() if kind.compares)
 
 

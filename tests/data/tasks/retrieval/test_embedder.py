@@ -14,6 +14,7 @@ from transformers import BertConfig, BertModel
 from petl import retrieval, testing
 from petl.data.tasks.retrieval import Retrieval
 from petl.data.tasks.retrieval.embedder import LOSSES, loss_of, whole_step
+from petl.errors import InputError
 
 PAIRS = [(f"q{i} ask", f"answer {i * i} {'x' * i}") for i in range(6)]
 ROWS = {
@@ -203,6 +204,56 @@ def loss_of_vectors(task, every, parts) -> torch.Tensor:
     if "scores" in parts[0]:
         batch["scores"] = torch.cat([part["scores"] for part in parts])
     return loss_of(task, every, batch)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        ("in_batch", {"scale": 7.0, "margin": -0.01, "symmetric": True}),
+        ("triplet", {"margin": 0.3, "distance": "cosine"}),
+        ("cosent", {"scale": 7.0}),
+        ("listwise", {"temperature": 3.0}),
+        ("supervised", {"scale": 7.0}),
+    ],
+)
+def test_settings_of_a_loss_are_arguments_of_its_function(loss, options):
+    rows = [dict(row) for row in ROWS[loss][:3]]
+    for row in rows:  # of one length
+        for name in ("negatives", "documents", "scores"):
+            if name in row:
+                row[name] = row[name][:2] if name != "negatives" else row[name][:1]
+    if loss == "supervised":
+        rows = ROWS[loss]
+    task = Retrieval(loss=loss, max_length=64, mask_duplicates=False, **options)
+    model = model_for(task)
+    found = model(**batch_for(task, rows)).loss
+
+    def column(name):
+        return vectors(model, [row[name] for row in rows])
+
+    function = LOSSES[loss].function
+    if loss in ("in_batch", "triplet"):
+        negatives = vectors(model, [row["negatives"][0] for row in rows])
+        more = [negatives] if loss == "in_batch" else negatives
+        expected = function(column("query"), column("positive"), more, **options)
+    elif loss == "cosent":
+        scores = torch.tensor([row["score"] for row in rows])
+        expected = function(column("sentence1"), column("sentence2"), scores, **options)
+    elif loss == "listwise":
+        documents = torch.stack([vectors(model, row["documents"]) for row in rows])
+        scores = torch.tensor([row["scores"] for row in rows])
+        expected = function(column("query"), documents, scores, **options)
+    else:
+        labels = torch.tensor([row["label"] for row in rows])
+        expected = function(column("text"), labels, **options)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    plain = Retrieval(loss=loss, max_length=64, mask_duplicates=False)
+    assert abs(model_for(plain)(**batch_for(plain, rows)).loss - found) > 1e-4
+
+
+def test_a_setting_of_another_loss_is_refused():
+    with pytest.raises(InputError, match=r"data.margin=0.1 is for data.loss=in_batch or triplet"):
+        Retrieval(loss="cosent", margin=0.1)
 
 
 def test_one_micro_batch_is_left_as_it_is():
