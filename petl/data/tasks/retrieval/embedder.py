@@ -3,10 +3,11 @@
 B rows, n texts of a row, N texts of a batch, D numbers of a vector, P processes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -27,6 +28,9 @@ from petl.ops.retrieval import (
     triplet,
 )
 from petl.ops.retrieval.cached import random_state, set_random_state
+
+# positions that are computed in the time that a pass takes beside them; assumption
+CALL, DEVICE_CALL = 256, 8192  # of a CPU, of another device
 
 
 class Settings(Protocol):
@@ -90,19 +94,69 @@ class Embedder(SwappedClass):
         """Return vectors [N, D], and the loss if there are `places`, see `batch_of`."""
         names = self.petl_task.label_columns
         batch = {name: inputs.pop(name) for name in names if name in inputs}
-        states = cast("Any", super()).forward(*args, **inputs).last_hidden_state
-        mask = inputs.get("attention_mask")
-        if mask is None:
-            mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
+        parts = self.parts_of(inputs) if self.training and not args else []
+        states = None
+        if parts:
+            found = [self.embedded(**part_of(inputs, rows, length))[1] for rows, length in parts]
+            order = torch.cat([rows for rows, _ in parts])
+            vectors = torch.cat(found)[order.argsort()]
+        else:
+            states, vectors = self.embedded(*args, **inputs)
         task = self.petl_task
-        # the mask also covers the keys of a prefix, which have no states
-        vectors = pool(states, mask[:, -states.shape[1] :], task.pooling or "mean")
-        if task.normalize:
-            vectors = F.normalize(vectors, dim=-1)
         # a row to embed or to rank is one text without a label
         places = batch.get("places")
         trains = places is not None and (places.shape[1] > 1 or "scores" in batch)
         return Embedded(loss_of(task, vectors, batch) if trains else None, states, vectors)
+
+    def embedded(self, *args: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
+        """The states of tokens, [N, T, D], and the vectors of texts, [N, D]."""
+        states = cast("Any", super()).forward(*args, **inputs).last_hidden_state
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
+        # the mask also covers the keys of a prefix, which have no states
+        vectors = pool(states, mask[:, -states.shape[1] :], self.petl_task.pooling or "mean")
+        return states, F.normalize(vectors, dim=-1) if self.petl_task.normalize else vectors
+
+    def parts_of(self, inputs: Mapping[str, object]) -> list[tuple[Tensor, int]]:
+        """Rows of a padded batch that are computed apart, with their length; [] for all at once."""
+        mask = inputs.get("attention_mask")
+        # a hook has the mask, or a state, of one forward pass
+        if not isinstance(mask, Tensor) or self._forward_hooks or self._forward_pre_hooks:
+            return []
+        if any(not isinstance(t, Tensor) or t.shape != mask.shape for t in inputs.values()):
+            return []
+        call = CALL if mask.device.type == "cpu" else DEVICE_CALL
+        if mask.numel() <= 2 * call:
+            return []
+        # the last token of each text, whose padding may be on either side
+        columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        lengths, rows = (mask * columns).amax(1).sort(stable=True)
+        sizes = of_alike(lengths.tolist(), call)
+        return [
+            (part, int(own[-1]))
+            for part, own in zip(rows.split(sizes), lengths.split(sizes), strict=True)
+        ]
+
+
+def part_of(inputs: Mapping[str, Tensor], rows: Tensor, length: int) -> dict[str, Tensor]:
+    """These rows of a batch, without what is padding in all of them."""
+    return {name: tensor[rows, :length] for name, tensor in inputs.items()}
+
+
+def of_alike(lengths: Sequence[int], call: int) -> list[int]:
+    """Sizes of neighboring parts of ascending lengths, which save padding.
+
+    Args:
+        call: positions that a further pass must save.
+    """
+    own = np.asarray(lengths)
+    before = np.arange(1, len(own))
+    saved = before * (own[-1] - own[:-1])
+    best = int(saved.argmax()) if len(saved) else 0
+    if not len(saved) or saved[best] <= call:
+        return [len(own)]
+    return [*of_alike(own[: best + 1], call), *of_alike(own[best + 1 :], call)]
 
 
 def loss_of(task: Settings, vectors: Tensor, batch: Batch) -> Tensor:

@@ -12,7 +12,7 @@ from tiny_tokenizers import byte_tokenizer
 from transformers import BertConfig, BertModel
 
 from petl import retrieval, testing
-from petl.data.tasks.retrieval import Retrieval
+from petl.data.tasks.retrieval import Retrieval, embedder
 from petl.data.tasks.retrieval.embedder import LOSSES, loss_of, whole_step
 from petl.errors import InputError
 
@@ -312,3 +312,50 @@ def test_the_model_can_be_copied():
     vector = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     assert vector.sentence_embedding.norm().item() == pytest.approx(1)
     assert vector.loss is None
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_texts_of_unlike_lengths_are_computed_apart_with_equal_results(pooling, side, monkeypatch):
+    task = Retrieval(pooling=pooling, max_length=64)
+    model, batch = model_for(task), batch_for(task, ROWS["in_batch"])
+    if side == "left":
+        shifts = [int((row == 0).sum()) for row in batch["attention_mask"]]
+        for name in ("input_ids", "attention_mask"):
+            rows = zip(batch[name], shifts, strict=True)
+            batch[name] = torch.stack([row.roll(shift) for row, shift in rows])
+    found = {}
+    for call in (10**6, 8):
+        monkeypatch.setattr(embedder, "CALL", call)
+        widths = []
+        handle = model.embeddings.register_forward_hook(
+            lambda _, __, out, widths=widths: widths.append([*out.shape[:2]])
+        )
+        loss = model(**batch).loss
+        loss.backward()
+        handle.remove()
+        found[call] = torch.cat([loss.detach()[None], gradients(model)]), widths
+    (one, (whole,)), (parts, several) = found.values()
+    torch.testing.assert_close(parts, one, atol=1e-9, rtol=1e-9)
+    assert sum(rows for rows, _ in several) == whole[0]
+    if side == "right":
+        assert len(several) > 2
+        assert sum(rows * width for rows, width in several) < 0.8 * whole[0] * whole[1]
+
+
+def test_hooks_see_all_texts_in_one_pass(monkeypatch):
+    monkeypatch.setattr(embedder, "CALL", 8)
+    task = Retrieval(max_length=64)
+    model, batch = model_for(task), batch_for(task, ROWS["in_batch"])
+    model.register_forward_pre_hook(lambda *_: None)
+    widths = []
+    model.embeddings.register_forward_hook(lambda _, __, out: widths.append(out.shape[:2]))
+    model(**batch)
+    assert widths == [batch["input_ids"].shape]
+
+
+def test_parts_save_more_positions_than_a_pass_costs():
+    assert embedder.of_alike([5, 5, 6, 6, 50, 52], call=10) == [4, 2]
+    assert embedder.of_alike([5, 5, 6, 6, 50, 52], call=1) == [2, 2, 1, 1]
+    assert embedder.of_alike([5, 5, 6, 6, 50, 52], call=1000) == [6]
+    assert embedder.of_alike([7], call=0) == [1]
