@@ -448,16 +448,20 @@ class PredictOptions(BatchOptions):
 
 @command("retrieve", "retrieve:retrieve")
 class RetrieveOptions(RunOptions):
-    """Find the texts of a file that are nearest to queries, with a run of data.task=retrieval.
+    """Find the texts that are nearest to queries, with a run of data.task=retrieval.
 
       petl retrieve runs/mine corpus.jsonl --query "to draw breath"
+      petl retrieve runs/mine notes --query "where is the key"
       petl predict runs/mine corpus.jsonl --out vectors.npy
       petl retrieve runs/mine corpus.jsonl --vectors vectors.npy --query "to draw breath"
 
-    The search is exact. The file has a column text, and may have one with ids (id or _id).
+    The search is exact. A file has a column text, and may have one with ids (id or _id); of a
+    folder, the passages of its texts are searched (.md, .markdown, .txt), each with file and line.
     """
 
-    corpus: str = argument("csv, tsv, json, jsonl or parquet", existing, metavar="FILE")
+    corpus: str = argument(
+        "csv, tsv, json, jsonl or parquet, or a folder of texts", existing, metavar="FILE"
+    )
     query: list[str] = option("a text; may be repeated", action="append", default=MISSING)
     k: int = option("texts for each query", COUNT, default=10)
     vectors: Path | None = option(

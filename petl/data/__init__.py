@@ -10,7 +10,7 @@ SOURCES = {
     "wordnet": "petl.data.bundled:WordNet",
     "wordnet_retrieval": "petl.data.retrieval_sets:WordNetRetrieval",
     "newsgroups_retrieval": "petl.data.retrieval_sets:NewsgroupsRetrieval",
-    "stamps_retrieval": "petl.data.retrieval_sets:StampsRetrieval",
+    "stamps_retrieval": "petl.data.stamps:StampsRetrieval",
     "documents": "petl.data.documents:Documents",
     "hamlet": "petl.data.bundled:Hamlet",
     "reasoning": "petl.data.bundled:Reasoning",

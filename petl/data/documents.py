@@ -21,7 +21,7 @@ FEWEST = 10  # pairs, of which a fifth is to score
 HEADING = re.compile(r" {0,3}(#{1,6})\s+(.+?)(?:\s+#+)?\s*")
 UNDERLINE = re.compile(r" {0,3}(=+|-+)\s*")
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
+SENTENCE_END = re.compile("(?<=[.!?])\\s+|(?<=[\u3002\uff01\uff1f])")
 
 
 class Passage(NamedTuple):
@@ -95,6 +95,8 @@ def texts_in(setting: str, name: str) -> list[Path]:
         InputError: there is none.
     """
     folder = path_of(setting, name)
+    if not folder.is_dir():
+        raise InputError(f"{setting}={name} is no folder")
     found = [
         file
         for file in folder.rglob("*")

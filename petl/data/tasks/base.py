@@ -146,6 +146,7 @@ class Task(Vocabulary, ABC, Generic[P]):
     tensors_by_row: ClassVar[bool] = True  # each tensor of a batch has one entry for each row
     unit: ClassVar[str] = "tokens"  # what `lengths` counts
     encoded_at_once: ClassVar[int] = 1000  # rows of a call of `encode_rows`
+    keeps_before: ClassVar[bool] = False  # a run keeps the predictions before training, too
     one_for_one: ClassVar[bool] = False  # each row gives exactly one encoded row
     new_head: ClassVar[bool] = True  # the task has a head that pretrained weights may lack
     unread: ClassVar[tuple[str, ...]] = ()  # modules of the model whose weights may be absent

@@ -41,6 +41,10 @@ class Line(TypedDict):
     f1: NotRequired[Real]
     rougeL: NotRequired[Real]
     ndcg_at_10: NotRequired[Real]
+    rank: NotRequired[Real | None]
+    similarity: NotRequired[Real]
+    nearest_relevant: NotRequired[Real]
+    nearest_other: NotRequired[Real | None]
 
 
 @dataclass(frozen=True)
@@ -263,7 +267,7 @@ def section_of(folder: Path) -> PredictionsSection | None:
         return None
     found = analyze(file)
     wanted = {line["row"] for line in (*found.worst, *found.typical)}
-    # only tasks that generate text keep the answers before training
+    # some tasks keep the predictions before training
     before = {}
     if (folder / BEFORE).exists():
         lines = iterate_json_lines(folder / BEFORE, Line)
@@ -382,6 +386,8 @@ def input_of(line: Prediction) -> str:
     if isinstance(given.get("tokens"), list):
         return cut(" ".join(map(str, given["tokens"])))
     given.pop("tokens", None)  # the number of tokens of a loss
+    if "ndcg_at_10" in line:  # each is a query
+        given.pop("role", None)
     texts = [str(value) for value in given.values() if value is not None]
     return cut("\n".join(texts))
 

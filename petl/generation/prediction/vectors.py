@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from petl.adapters.export.saved_adapter import SavedAdapter, device
 from petl.core.types import Settings, base_of
 from petl.data.batch_sampler import chunks
+from petl.data.documents import passages
 from petl.data.files import located_rows
 from petl.data.inputs import read_inputs
 from petl.data.judgements import DOCUMENT, QUERY
@@ -229,7 +230,7 @@ def write_vectors(
     settings: Sequence[str] = (),
     batch_size: int | None = None,
 ) -> None:
-    """Write the vectors of the texts of files, one row a text, as NumPy's .npy.
+    """Write the vectors of the texts of files and folders, one row a text, as NumPy's .npy.
 
     Args:
         settings: of columns, such as "data.text=review", in place of those of the run.
@@ -260,7 +261,13 @@ def texts_of(saved: SavedAdapter, names: Sequence[str], settings: Sequence[str])
     if not isinstance(task, Retrieval):
         raise another_task(task)
     columns = data_settings(saved.columns, task, settings)
-    return [row["text"] for _, row in read_inputs(names, task, columns)]
+    found = []
+    for name in names:
+        if Path(name).expanduser().is_dir():
+            found += [passage.text for passage in passages("FILE", name)]
+        else:
+            found += [row["text"] for _, row in read_inputs([name], task, columns)]
+    return found
 
 
 def another_task(task: Task) -> InputError:
@@ -280,11 +287,15 @@ class Hit(NamedTuple):
 
 
 def read_corpus(name: str) -> list[tuple[str, str]]:
-    """Ids and texts of a file; without ids, the numbers of its rows, from 0.
+    """Ids and texts of a file, or places and passages of a folder of texts.
+
+    Without ids, they are the numbers of the rows, from 0.
 
     Raises:
         InputError: the file cannot be read, or a row has no text.
     """
+    if Path(name).expanduser().is_dir():
+        return [(passage.place, passage.text) for passage in passages("FILE", name)]
     found = []
     for number, (place, row) in enumerate(located_rows("FILE", [name], every)):
         value = row.get("text")

@@ -1,6 +1,7 @@
 """What a run does besides training: a `RunFeature` each, imported when a run has it.
 
-`FEATURES` has the class of each by the setting that asks for it, with any value but null or false.
+`FEATURES` has the class of each by the setting that asks for it, with any value but null or false,
+or with the one value that stands behind it.
 A method brings features of its own (`petl.core.spec.method.Method.features`), which come first. A
 package adds an entry in a module of `imports`. A feature with `Settings` has a group of settings
 with its name, such as `ranks`, or with that of the setting that asks for it, such as `retain.data`.
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 FEATURES = {
     "task": "petl.training.features.objective:LearnFromPreferences",
     "data.source": "petl.training.features.before:TrainingRowsInTest",
+    "data.task=retrieval": "petl.training.features.rankings:RankingSection",
     "data.bad_rows": "petl.training.features.skipped_rows:SkippedRows",
     "model.adapter": "petl.training.features.before:AdapterBelow",
     "data.new_tokens": "petl.training.features.new_tokens:NewTokens",
@@ -277,11 +279,12 @@ def _wanted(settings: Groups) -> Iterator[tuple[type[RunFeature], str, Any]]:
     entry = METHODS.get(str(method.get("name")))
     for place in entry.features if entry else ():
         yield resolve_name(place), "method", None
-    for name, place in FEATURES.items():
+    for asked, place in FEATURES.items():
+        name, _, only = asked.partition("=")
         group, _, key = name.partition(".")
         value = settings.get(group)
         value = value.get(key) if key and isinstance(value, Mapping) else value
-        if value is not None and value is not False:
+        if value is not None and value is not False and (not only or value == only):
             yield resolve_name(place), name, value
 
 

@@ -87,7 +87,8 @@ class ScoreBefore(RunFeature):
         if self.key in run.scores:
             return
         # answers from before are kept too, to show what training has changed
-        kept = run.path / BEFORE if context.splits.task.generate else None
+        task = context.splits.task
+        kept = run.path / BEFORE if task.generate or task.keeps_before else None
         # without an adapter that calibration has made
         with model.disable_adapter() if is_computed(model.active_peft_config) else nullcontext():
             scores = context.test("before training", kept, known=context.known)

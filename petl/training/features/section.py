@@ -47,6 +47,18 @@ class Passage(NamedTuple):
     pieces: Sequence[tuple[str, float | None]]
 
 
+class Examples(NamedTuple):
+    """A table of texts.
+
+    Attributes:
+        header: names of the columns.
+        rows: a cell for each of these.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
 @dataclass(frozen=True)
 class Section:
     """A part of the page of a run.
@@ -59,6 +71,7 @@ class Section:
         drawn: PNG files of the folder whose content is among charts and heat maps.
         alarm: a sentence in red.
         passages: colored texts, side by side.
+        examples: a table below them.
     """
 
     title: str
@@ -70,3 +83,4 @@ class Section:
     drawn: Sequence[str] = ()
     alarm: str = ""
     passages: Sequence[Passage] = ()
+    examples: Examples | None = None

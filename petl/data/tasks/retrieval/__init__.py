@@ -76,6 +76,7 @@ class Retrieval(TextTask):
         *("max_length", "pooling", "query_prefix", "document_prefix"),
     )
     tensors_by_row: ClassVar[bool] = False
+    keeps_before: ClassVar[bool] = True
     new_head: ClassVar[bool] = False
     unread: ClassVar[tuple[str, ...]] = ("pooler",)
     label_columns: ClassVar[tuple[str, ...]] = INPUTS

@@ -46,6 +46,7 @@ class Ranked:
         documents: ids, the nearest first.
         similarities: of these.
         relevant: the grades of relevant documents, by id.
+        nearest_relevant: the similarity of the nearest of these.
         scores: see `query_metrics`.
     """
 
@@ -53,7 +54,14 @@ class Ranked:
     documents: list[str]
     similarities: list[float]
     relevant: Mapping[str, float]
+    nearest_relevant: float
     scores: dict[str, float]
+
+    @property
+    def nearest_other(self) -> float | None:
+        """The similarity of the nearest document that is not relevant; None: none is near."""
+        near = zip(self.documents, self.similarities, strict=True)
+        return next((value for name, value in near if name not in self.relevant), None)
 
     @property
     def rank(self) -> int | None:
@@ -75,6 +83,8 @@ class Ranked:
             "prediction": text(self.documents[0]),
             "rank": self.rank,
             "similarity": rounded(self.similarities[0]),
+            "nearest_relevant": rounded(self.nearest_relevant),
+            "nearest_other": None if self.nearest_other is None else rounded(self.nearest_other),
             "ndcg_at_10": rounded(self.scores["ndcg_at_10"]),
         }
 
@@ -120,11 +130,14 @@ class Rankings:
         count = min(max(CUTS) + 1, len(documents))  # one more, which shows a tie at the last cut
         near, places = top_k(vectors[queries], vectors[documents], count)
         names = [ids[i] for i in documents]
+        place = dict(zip(names, documents, strict=True))
         found = []
         for query, own, row in zip(queries, near.tolist(), places.tolist(), strict=True):
             ranked = [names[place] for place in row]
             scores = query_metrics(ranked, grades[query])
-            found.append(Ranked(query, ranked, own, grades[query], scores))
+            relevant = vectors[[place[name] for name in grades[query]]] @ vectors[query]
+            nearest = relevant.max().item()
+            found.append(Ranked(query, ranked, own, grades[query], nearest, scores))
         return cls(found, len(grades) - len(queries))
 
     @classmethod
