@@ -1,6 +1,8 @@
-"""The commands `petl retrieve` and `petl mine`: the texts of a file that are near to queries."""
+"""The commands `petl retrieve` and `petl mine`: the texts that are near to queries."""
 
 from petl.cli.table import MineOptions, RetrieveOptions
+
+SHOWN = 240  # characters of a text; its id tells where the rest is
 
 
 def retrieve(options: RetrieveOptions) -> None:
@@ -12,8 +14,14 @@ def retrieve(options: RetrieveOptions) -> None:
     found = nearest(options.find(), texts, options.query, options.k, options.vectors)
     for query, hits in zip(options.query, found, strict=True):
         echo(query)
-        rows = [[f"{each.similarity:.3f}", each.id, each.text] for each in hits]
+        rows = [[f"{each.similarity:.3f}", each.id, on_a_line(each.text)] for each in hits]
         print_table([">similarity", "id", "text"], rows)
+
+
+def on_a_line(text: str) -> str:
+    """Return the beginning of a text, with single spaces."""
+    words = " ".join(text.split())
+    return words if len(words) <= SHOWN else f"{words[:SHOWN]}…"
 
 
 def mine(options: MineOptions) -> None:

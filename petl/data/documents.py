@@ -39,6 +39,11 @@ class Passage(NamedTuple):
     is_first: bool
 
     @property
+    def searched(self) -> str:
+        """The text below its heading."""
+        return f"{self.heading}\n{self.text}" if self.heading else self.text
+
+    @property
     def pair(self) -> Pair | None:
         """The passage with its heading as the query, or else its rest with its first sentence.
 

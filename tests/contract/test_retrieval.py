@@ -25,7 +25,7 @@ REFUSED = {
     "vl_pet": "vl_pet",
 }
 # with larger ones, all texts of these random models soon have one vector
-RATES = {"lora": 1e-3, "mos": 1e-3, "polyhistor": 3e-3, "rslora": 1e-3, "pst": 2e-2}
+RATES = {"lora": 1e-3, "mos": 1e-3, "polyhistor": 3e-3, "rslora": 1e-3, "pst": 5e-3}
 
 
 def pairs(rows: int = 4, seed: int = 0) -> Batch:

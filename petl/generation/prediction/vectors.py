@@ -264,7 +264,7 @@ def texts_of(saved: SavedAdapter, names: Sequence[str], settings: Sequence[str])
     found = []
     for name in names:
         if Path(name).expanduser().is_dir():
-            found += [passage.text for passage in passages("FILE", name)]
+            found += [passage.searched for passage in passages("FILE", name)]
         else:
             found += [row["text"] for _, row in read_inputs([name], task, columns)]
     return found
@@ -295,7 +295,7 @@ def read_corpus(name: str) -> list[tuple[str, str]]:
         InputError: the file cannot be read, or a row has no text.
     """
     if Path(name).expanduser().is_dir():
-        return [(passage.place, passage.text) for passage in passages("FILE", name)]
+        return [(passage.place, passage.searched) for passage in passages("FILE", name)]
     found = []
     for number, (place, row) in enumerate(located_rows("FILE", [name], every)):
         value = row.get("text")

@@ -1,0 +1,72 @@
+"""An embedder trains alike with less memory or time, or the setting is refused with its reason."""
+
+import math
+
+import pytest
+import torch
+from task_fixtures import families  # noqa: F401
+from training_fixtures import train
+
+from petl.errors import InputError
+
+SHORTER = ["train.eval_steps=null", "train.validation_share=null", "train.steps=3"]
+SHORTER += ["train.score_before=false", "train.buckets=null"]
+
+
+@pytest.fixture(scope="module")
+def words(families):  # noqa: F811
+    target = "method.target_modules=all-linear"
+    return families("retrieval", "+method=lora", target, *SHORTER)
+
+
+@pytest.fixture(scope="module")
+def plain(words, tmp_path_factory):
+    return train(words, tmp_path_factory.mktemp("retrieval") / "plain")
+
+
+def losses(run):
+    return [line["loss"] for line in run.metrics if "loss" in line]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "train.gradient_checkpointing=true",
+        "train.micro_batch_size=3",
+        "train.recompute_mlp=true",
+        "train.fuse_lora=false",
+    ],
+)
+def test_settings_of_memory_change_nothing(setting, plain, words, tmp_path):
+    other = train([*words, setting], tmp_path / "run")
+    assert losses(other) == pytest.approx(losses(plain), rel=1e-5)
+    for name, tensor in plain.adapter.items():
+        torch.testing.assert_close(other.adapter[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_half_precision_is_close(plain, words, tmp_path):
+    other = train([*words, "train.precision=bf16"], tmp_path / "run")
+    assert losses(other) == pytest.approx(losses(plain), rel=0.03)
+    assert losses(other) != losses(plain)
+
+
+def test_buckets_have_whole_steps_of_every_row(words, tmp_path):
+    epoch = ["train.steps=null", "train.epochs=1"]
+    runs = [
+        train([*words, *epoch, setting], tmp_path / name)
+        for name, setting in (("plain", "train.buckets=null"), ("sorted", "train.buckets=3"))
+    ]
+    rows = 60
+    for run in runs:
+        assert run.scores["steps"] == math.ceil(rows / 8)
+    one, other = (run.scores for run in runs)
+    # all texts once; similar ones together need less padding
+    assert other["tokens"] == one["tokens"]
+    assert other["padding"] < one["padding"]
+
+
+def test_a_store_of_frozen_blocks_is_refused_with_the_reason(words, tmp_path):
+    upper = [*words, "method.target_modules=[query,value]", "method.layers_to_transform=[1]"]
+    with pytest.raises(InputError, match="has several texts a row"):
+        train([*upper, "train.cache_frozen=true"], tmp_path / "run")
+    train([*upper, "train.cache_frozen=auto"], tmp_path / "auto")
