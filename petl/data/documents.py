@@ -51,6 +51,7 @@ class Passage(NamedTuple):
         """
         if self.heading and self.is_first:
             return Pair(self.heading, self.text)
+        # as in the inverse cloze task: its first sentence stands for a question
         first, *others = sentences(self.text)
         rest = self.text[len(first) :].strip()
         return Pair(first, rest) if others and rest else None
@@ -134,6 +135,7 @@ def parts_of(section: Section, file: str) -> Iterator[Passage]:
         longer = f"{joined}\n\n{piece}" if joined else piece
         if joined and len(longer) > LONGEST:
             yield Passage(f"{file}:{start}", section.heading, joined, is_first)
+            # what follows continues a thought, whose heading is no query for it
             joined, is_first, longer = "", False, piece
         start, joined = start if joined else line, longer
     if joined:

@@ -67,9 +67,7 @@ class PairSource(TextSource):
             [pair.positive for pair in pairs],
         )
 
-    def raw(
-        self, train: Sequence[Pair], test: Sequence[Pair], *documents: Iterable[str]
-    ) -> RawData:
+    def raw(self, train: Sequence[Pair], test: list[Pair], *documents: Iterable[str]) -> RawData:
         """The rows to train on, and the queries to score with all documents."""
         test = limited(test, self.test_rows, "test_rows")
         asked, found = judged((pair.query, [(pair.positive, 1.0)]) for pair in test)
@@ -78,6 +76,7 @@ class PairSource(TextSource):
             found.setdefault(text, f"d{len(found)}")
         numbered = {f"q{i}": entry for i, entry in enumerate(asked.items())}
         judgements = Judgements(numbered, {name: text for text, name in found.items()})
+        # a query that is asked must not be known from training
         rows = without_queries([pair._asdict() for pair in train], asked)
         kept = limited(shuffled(len(rows), self.seed), self.train_rows, "train_rows")
         return RawData(

@@ -124,6 +124,7 @@ def similarities(named: Mapping[str, Mapping[int, Query]]) -> Iterator[Lines]:
         for when, own in named.items()
     }
     every = [value for own in values.values() for each in own.values() for value in each]
+    # the same bins for both times, so that the charts can be compared
     edges = np.linspace(min(every), max(every), BINS + 1)
     for when, own in values.items():
         curves = [

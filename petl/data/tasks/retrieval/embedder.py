@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from transformers.utils.generic import ModelOutput
 
@@ -94,10 +94,13 @@ class Embedder(SwappedClass):
         """Return vectors [N, D], and the loss if there are `places`, see `batch_of`."""
         names = self.petl_task.label_columns
         batch = {name: inputs.pop(name) for name in names if name in inputs}
-        parts = self.parts_of(inputs) if self.training and not args else []
+        # other batches than those of training are of alike texts already
+        trained = cast("nn.Module", self).training and not args
+        parts = self.parts_of(inputs) if trained else []
         states = None
         if parts:
             found = [self.embedded(**part_of(inputs, rows, length))[1] for rows, length in parts]
+            # back to the order of the batch, which `places` count in
             order = torch.cat([rows for rows, _ in parts])
             vectors = torch.cat(found)[order.argsort()]
         else:
@@ -120,9 +123,9 @@ class Embedder(SwappedClass):
 
     def parts_of(self, inputs: Mapping[str, object]) -> list[tuple[Tensor, int]]:
         """Rows of a padded batch that are computed apart, with their length; [] for all at once."""
-        mask = inputs.get("attention_mask")
+        mask, base = inputs.get("attention_mask"), cast("nn.Module", self)
         # a hook has the mask, or a state, of one forward pass
-        if not isinstance(mask, Tensor) or self._forward_hooks or self._forward_pre_hooks:
+        if not isinstance(mask, Tensor) or base._forward_hooks or base._forward_pre_hooks:
             return []
         if any(not isinstance(t, Tensor) or t.shape != mask.shape for t in inputs.values()):
             return []
@@ -156,7 +159,11 @@ def of_alike(lengths: Sequence[int], call: int) -> list[int]:
     best = int(saved.argmax()) if len(saved) else 0
     if not len(saved) or saved[best] <= call:
         return [len(own)]
-    return [*of_alike(own[: best + 1], call), *of_alike(own[best + 1 :], call)]
+    # where one cut saves most, both sides may be cut again
+    return [
+        *of_alike(own[: best + 1].tolist(), call),
+        *of_alike(own[best + 1 :].tolist(), call),
+    ]
 
 
 def loss_of(task: Settings, vectors: Tensor, batch: Batch) -> Tensor:
