@@ -74,6 +74,7 @@ class StampsRetrieval(PairSource):
         pairs = [
             Pair(each[self.language], each["en"]) for each in captions if self.language in each
         ]
+        # one caption may stand for several stamps
         if len({pair.query for pair in pairs}) < 2:
             raise InputError(
                 f"data.language={self.language} has {len(pairs)} captions: at least two are needed"

@@ -152,6 +152,7 @@ def by_length(named: Mapping[str, Mapping[int, Query]]) -> Bars:
     words = {row: len(query.text.split()) for row, query in named[WHEN[1]].items()}
     ordered = sorted(words.values())
     # the last length of each part, of which equal ones are one
+    # many queries may have one length: the parts are then unequal
     ends = sorted({ordered[(i * len(ordered)) // PARTS - 1] for i in range(1, PARTS + 1)})
     bars, least = [], ordered[0]
     for end in ends:
