@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
         published = read_published()
         for claim in claims:
             folder = arguments.folder.absolute() / "quick"
-            known = published[claim.name]
+            known = published.get(claim.name)
             spot_table(claim, known, spot_check(claim, known, folder)).print(claim.title)
     else:
         try_all(claims, arguments)

@@ -22,7 +22,7 @@ MEASURES = {
     each.name: each
     for each in (
         *(measures.ACCURACY, measures.SECONDS, measures.MEMORY, measures.DENSITY),
-        *(measures.RUN_LOSS, measures.LOSS),
+        *(measures.RUN_LOSS, measures.LOSS, measures.NDCG),
         measures.loss_on("hamlet", "loss on Hamlet"),
         measures.loss_on("reviews", "loss on reviews"),
         measures.loss_at(48, "validation loss after a quarter"),

@@ -106,6 +106,12 @@ def entry(*path: str) -> Callable[[Path], np.ndarray]:
     return read
 
 
+def of_queries(folder: Path) -> np.ndarray:
+    """Return nDCG@10 of each query [N] of a run of data.task=retrieval, in the order of rows."""
+    lines = sorted(iterate_json_lines(folder / PREDICTIONS), key=lambda line: line["row"])
+    return np.array([float(line["ndcg_at_10"]) for line in lines])
+
+
 def losses(file: str) -> Callable[[Path], np.ndarray]:
     """Return a function that reads the loss of each row [N] from predictions in a folder."""
 
@@ -166,4 +172,5 @@ MEMORY = Measure(
 )
 DENSITY = Measure("density", "active neurons", entry("after", "density"), share, ratio=True)
 RUN_LOSS = Measure("run_loss", "test loss", entry("after", "loss"), nats, "nats", lower=True)
+NDCG = Measure("ndcg_at_10", "test nDCG@10", of_queries, share, "points", POINTS)
 LOSS = Measure("loss", "test loss", losses(PREDICTIONS), nats, "nats", lower=True)

@@ -83,9 +83,12 @@ def summary(claim: Claim, result: Result | None) -> Table:
     return Table([*columns, "asked for", "would tell with a power of 0.5"], rows)
 
 
-def spot_table(claim: Claim, known: Result, found: Mapping[str, float]) -> Table:
+def spot_table(claim: Claim, known: Result | None, found: Mapping[str, float]) -> Table:
     """Return what a spot check found beside what is published, by contender."""
     measure, seed, rows = claim.measures[0], claim.setting.seeds[0], []
+    if known is None:
+        shown = [[words, measure.show(now)] for words, now in found.items()]
+        return Table(["contender", f"{measure.title}, seed {seed}"], shown)
     for words, now in found.items():
         scores = known.contenders[words].scores
         spread = f"{measure.show(min(scores.values()))} to {measure.show(max(scores.values()))}"

@@ -144,11 +144,13 @@ def try_claim(claim: Claim, folder: Path, command: str, jobs: int = 1, together:
     return measure(claim, folder, command)
 
 
-def spot_check(claim: Claim, known: Result, folder: Path) -> dict[str, float]:
+def spot_check(claim: Claim, known: Result | None, folder: Path) -> dict[str, float]:
     """Train one seed of the contenders of a claim's first statement, at the published rates.
 
+    Without a result, the rate is the middle one of those that a trial begins with.
+
     Args:
-        known: the published result.
+        known: the published result; None: there is none.
         folder: of the runs; a stopped check resumes in it.
 
     Returns:
@@ -159,8 +161,11 @@ def spot_check(claim: Claim, known: Result, folder: Path) -> dict[str, float]:
     prepare(claim, folder)
     for words, _ in statement.signs:
         for part in made_of(words):
-            rate = known.contenders[part].rate if part in known.contenders else None
-            rates = claim.setting.rates if rate is None else (rate,)
+            rates = claim.setting.rates
+            rate = None if known else rates[len(rates) // 2]
+            if known and part in known.contenders:
+                rate = known.contenders[part].rate
+            rates = rates if rate is None else (rate,)
             one = replace(claim, setting=replace(claim.setting, seeds=(seed,), rates=rates))
             study_of(one, [Contender(part)], folder).run()
             score_also(one, Contender(part), folder)
