@@ -59,6 +59,7 @@ class RankingSection(RunFeature):
             return None
         named = {when: own for when, own in zip(WHEN, found, strict=True) if own}
         changed = [row for row in before if row in after and before[row].first != after[row].first]
+        # the largest change in either direction says most about what was learned
         by_change = sorted(changed, key=lambda row: -abs(after[row].ndcg - before[row].ndcg))
         return Section(
             "Rankings",

@@ -130,12 +130,13 @@ class Rankings:
         count = min(max(CUTS) + 1, len(documents))  # one more, which shows a tie at the last cut
         near, places = top_k(vectors[queries], vectors[documents], count)
         names = [ids[i] for i in documents]
-        place = dict(zip(names, documents, strict=True))
+        row_of = dict(zip(names, documents, strict=True))
         found = []
         for query, own, row in zip(queries, near.tolist(), places.tolist(), strict=True):
             ranked = [names[place] for place in row]
             scores = query_metrics(ranked, grades[query])
-            relevant = vectors[[place[name] for name in grades[query]]] @ vectors[query]
+            # which may be farther away than all that are ranked
+            relevant = vectors[[row_of[name] for name in grades[query]]] @ vectors[query]
             nearest = relevant.max().item()
             found.append(Ranked(query, ranked, own, grades[query], nearest, scores))
         return cls(found, len(grades) - len(queries))
@@ -162,7 +163,9 @@ class Rankings:
                 by_name = dict(zip(names, grades, strict=True))
                 relevant = {name: grade for name, grade in by_name.items() if grade > 0}
                 scores = query_metrics(names, by_name)
-                found.append(Ranked(min(places), [*names], [*near], relevant, scores))
+                both = zip(names, near, strict=True)
+                nearest = max(value for name, value in both if name in relevant)
+                found.append(Ranked(min(places), [*names], [*near], relevant, nearest, scores))
         if not found:
             raise InputError(
                 f"none of {len(by_query)} queries has a document that is relevant and one that is "
