@@ -130,6 +130,7 @@ def passages(setting: str, name: str, encoding: str | None = None) -> Iterator[P
 def parts_of(section: Section, file: str) -> Iterator[Passage]:
     """Yield paragraphs of a section, joined and cut to at most `LONGEST` characters."""
     pieces = [(line, piece) for line, text in section.paragraphs for piece in cut(text)]
+    # the line of the first piece is that of the passage
     start, joined, is_first = 0, "", True
     for line, piece in pieces:
         longer = f"{joined}\n\n{piece}" if joined else piece

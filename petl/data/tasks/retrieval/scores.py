@@ -163,8 +163,9 @@ class Rankings:
                 by_name = dict(zip(names, grades, strict=True))
                 relevant = {name: grade for name, grade in by_name.items() if grade > 0}
                 scores = query_metrics(names, by_name)
+                # negative, so that the largest come first
                 both = zip(names, near, strict=True)
-                nearest = max(value for name, value in both if name in relevant)
+                nearest = -min(value for name, value in both if name in relevant)
                 found.append(Ranked(min(places), [*names], [*near], relevant, nearest, scores))
         if not found:
             raise InputError(
