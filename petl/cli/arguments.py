@@ -21,6 +21,8 @@ from petl.training.runs.lookup import adapter_at, folder_at, model_at, run_at
 
 Number = TypeVar("Number", int, float)
 Checked = TypeVar("Checked")
+# as in petl.efficiency.drafting, which imports torch
+DRAFTERS = ("auto", "none", "free", "lookup", "recycling")
 UNITS = {"": 1, "kb": 1000, "mb": 10**6, "gb": 10**9}
 
 
@@ -136,6 +138,16 @@ def repository_or_folder(text: str) -> str:
 def existing(text: str) -> str:
     """Return the path of an existing file or folder, or - for standard input."""
     _or_message(lambda: text == "-" or Path(text).is_dir() or file_to_read(text))
+    return text
+
+
+def drafter(text: str) -> str:
+    """Return the name of a drafter that needs no training, or the path of an existing folder."""
+    if text not in DRAFTERS and not Path(text).exists():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither the folder of a drafter nor the name of one"
+            f"{did_you_mean(text, DRAFTERS)}"
+        )
     return text
 
 

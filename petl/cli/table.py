@@ -17,6 +17,7 @@ from petl.cli.arguments import (
     alphas,
     byte_count,
     divisor,
+    drafter,
     each,
     existing,
     file_or_setting,
@@ -481,9 +482,9 @@ class MineOptions(LoadOptions):
     negatives, a list. The nearest texts are taken without the positives of the query in any row.
     """
 
-    run: str = argument(MODEL)
-    corpus: str = argument("csv, tsv, json, jsonl or parquet", metavar="CORPUS")
-    queries: str = argument("likewise", metavar="QUERIES")
+    run: str = argument(MODEL, saved_model)
+    corpus: str = argument("csv, tsv, json, jsonl or parquet", existing, metavar="CORPUS")
+    queries: str = argument("likewise", existing, metavar="QUERIES")
     out: Path = option("csv, tsv, jsonl or parquet to write", file_to_write, MISSING)
     k: int = option("negatives of a row at most", COUNT, default=5)
     margin: float | None = option(
@@ -537,6 +538,7 @@ class AnswerOptions(RunOptions, EngineOptions):
         "what guesses tokens ahead, for the same answer in less time: free (copies and recycles "
         "tokens), lookup or recycling (one of the two), none, the folder of a drafter, or auto, "
         "the run's own or else free",
+        drafter,
         default="auto",
     )
     plain: bool | None = either(  # None is decided by the run

@@ -30,7 +30,7 @@ NO_RUN = (
     *("export runs/mine out --lora", "retrieve runs/mine rows.csv --query a"),
     *("push runs/mine a/b", "compress runs/mine out", "strength runs/mine"),
     *("prune runs/mine out --drop 0.5", "combine runs/mina runs/mine --out out"),
-    "squeeze runs/mine --share 1",
+    *("squeeze runs/mine --share 1", "mine runs/mine rows.csv rows.csv --out triples.jsonl"),
 )
 WRONG = {
     "train +method=moal": ("'moal'", "'mola'"),
@@ -60,6 +60,7 @@ WRONG = {
     "serve a=runs/mine": ("runs/mine", "runs/mina"),
     "serve file.gguf": ("file.gguf", "llama-server"),
     "generate runs/mina --prompt a --adapter b=runs/mine": ("runs/mine", "runs/mina"),
+    "generate runs/mina --prompt a --drafter fre": ("'fre'", "'free'"),
     "predict runs/mina row.csv": ("row.csv", "'rows.csv'"),
     "draft runs/mina +drafter=hydar": ("'hydar'", "'hydra'"),
     **dict.fromkeys(NO_RUN, ("runs/mine", "runs/mina")),
