@@ -111,8 +111,9 @@ def cells(before: Query, after: Query) -> list[str]:
 
 
 def shown_text(text: str) -> str:
-    """Return the beginning of a text."""
-    return text if len(text) <= 200 else f"{text[:199]}…"
+    """Return the beginning of a text, with single spaces."""
+    words = " ".join(text.split())
+    return words if len(words) <= 200 else f"{words[:199]}…"
 
 
 def similarities(named: Mapping[str, Mapping[int, Query]]) -> Iterator[Lines]:
@@ -133,7 +134,7 @@ def similarities(named: Mapping[str, Mapping[int, Query]]) -> Iterator[Lines]:
             for name, each in own.items()
             if each
         ]
-        title = f"Similarity of documents with their query, {when}"
+        title = f"Similarities with the query, {when}"
         yield Lines(title, "similarity", "queries (%)", curves)
 
 
