@@ -29,20 +29,26 @@ def predict(options: PredictOptions) -> None:
         raise InputError(
             f"no FILE is given beside {' '.join(settings)}: name the files whose rows to predict"
         )
-    if options.out is not None and options.out.suffix == ".npy":
-        from petl.generation.prediction.vectors import VectorFile, write_vectors
+    saved = options.find()
+    if options.out is not None and options.out.suffix in (".npy", ".parquet"):
+        from petl.generation.prediction.vectors import VectorFile, gives_vectors, write_vectors
 
-        file = VectorFile(
-            options.out, options.as_ or "document", options.dtype or "float32", options.calibrate
-        )
-        write_vectors(options.find(), names, file, settings, options.batch_size)
-        return
+        # rows of other tasks are written to parquet with their predictions
+        if options.out.suffix == ".npy" or gives_vectors(saved):
+            file = VectorFile(
+                options.out,
+                options.as_ or "document",
+                options.dtype or "float32",
+                options.calibrate,
+            )
+            write_vectors(saved, names, file, settings, options.batch_size)
+            return
     given = {"as": options.as_, "dtype": options.dtype, "calibrate": options.calibrate}
     alone = next((name for name, value in given.items() if value is not None), None)
     if alone is not None:
-        raise InputError(f"--{alone}={given[alone]} is of vectors: give --out=NAME.npy as well")
+        raise InputError(f"--{alone}={given[alone]} is of vectors: give --out=NAME.npy or .parquet")
     predict_files(
-        options.find(),
+        saved,
         names,
         PredictionFile(options.out, options.prefix),
         settings,

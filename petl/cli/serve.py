@@ -77,7 +77,10 @@ def scores(options: ServeOptions, runs: dict[str, str]) -> bool:
             "of them, the second with --port"
         )
     if options.engine != PETL or options.weights is not None or options.plain is not None:
-        raise InputError("--engine, --weights and --plain are of models that write: leave them out")
+        raise InputError(
+            f"--engine={options.engine} --weights={options.weights} --plain={options.plain} are of "
+            f"models that write, and {scoring[0]!r} gives vectors or scores: leave them out"
+        )
     return True
 
 

@@ -418,7 +418,8 @@ class PredictOptions(BatchOptions):
     table with the column path. With --processes, or under torchrun, several processes divide the
     rows; the output has the order of the input.
 
-    An embedder (data.task=retrieval) writes vectors, one row a text, to a file of NumPy:
+    An embedder (data.task=retrieval) writes vectors, one row a text, to a file of NumPy, or to
+    parquet with the columns of the rows:
 
       petl predict runs/mine corpus.jsonl --out vectors.npy --as document --dtype int8
     """

@@ -3,12 +3,14 @@
 N texts, D numbers of a vector.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, cast
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,7 +29,7 @@ from petl.data.tasks.base import Pad, Task, pad_id
 from petl.data.tasks.retrieval import Retrieval
 from petl.data.tasks.retrieval.base_folder import LENGTHS
 from petl.data.tasks.retrieval.reranking import Reranking
-from petl.data.validation import every
+from petl.data.validation import Row, every
 from petl.errors import InputError, first_line, shown
 from petl.generation.inference.loading import find_model
 from petl.generation.prediction.columns import data_settings
@@ -230,7 +232,9 @@ def write_vectors(
     settings: Sequence[str] = (),
     batch_size: int | None = None,
 ) -> None:
-    """Write the vectors of the texts of files and folders, one row a text, as NumPy's .npy.
+    """Write the vectors of the texts of files and folders, one row a text.
+
+    As NumPy's .npy; or .parquet, with the columns of the rows before `vector`.
 
     Args:
         settings: of columns, such as "data.text=review", in place of those of the run.
@@ -241,18 +245,55 @@ def write_vectors(
     """
     if out.calibrate is not None and out.dtype != "int8":
         raise InputError(f"--calibrate={out.calibrate} is for --dtype=int8, not {out.dtype}")
-    texts = texts_of(saved, names, settings)
+    rows = [*rows_of(saved, names, settings)]
+    texts = [row["text"] for _, row in rows]
     ranges = [] if out.calibrate is None else texts_of(saved, [out.calibrate], settings)
     predictor = Predictor.of(saved, batch_size)
     size = predictor.batch_size
     found = vectors_of(predictor, texts, out.role, size)
     calibration = vectors_of(predictor, ranges, out.role, size) if ranges else None
+    values = quantized(found, out.dtype, calibration)
     with atomic_file(out.file) as opened:
-        np.save(opened, quantized(found, out.dtype, calibration))
+        if out.file.suffix == ".npy":
+            np.save(opened, values)
+        else:
+            pq.write_table(with_vectors([own for own, _ in rows], values), opened)
+
+
+def gives_vectors(saved: SavedAdapter) -> bool:
+    """True if the task of a saved adapter is retrieval."""
+    return isinstance(saved.saved_task, Retrieval)
+
+
+def with_vectors(rows: list[Row], values: np.ndarray) -> pa.Table:
+    """A table of rows with `vector`, a list of as many numbers each.
+
+    Raises:
+        InputError: rows have a column `vector`, or one of several types.
+    """
+    if any("vector" in row for row in rows):
+        raise InputError(
+            f"the {len(rows)} rows have a column vector, as that of their vectors: rename it"
+        )
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+    lists = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+    try:
+        return pa.Table.from_pylist(rows).append_column("vector", lists)
+    except pa.ArrowException as error:
+        raise InputError(
+            f"{first_line(error)}: columns of parquet have one type; write vectors to .npy"
+        ) from error
 
 
 def texts_of(saved: SavedAdapter, names: Sequence[str], settings: Sequence[str]) -> list[str]:
-    """The texts of files, read as the task of a saved adapter reads them.
+    """The texts of files; errors as of `rows_of`."""
+    return [row["text"] for _, row in rows_of(saved, names, settings)]
+
+
+def rows_of(
+    saved: SavedAdapter, names: Sequence[str], settings: Sequence[str]
+) -> Iterator[tuple[Row, Row]]:
+    """The rows of files, and with their text, as the task of a saved adapter reads it.
 
     Raises:
         InputError: a file or row is wrong, or the run is of another task.
@@ -261,13 +302,12 @@ def texts_of(saved: SavedAdapter, names: Sequence[str], settings: Sequence[str])
     if not isinstance(task, Retrieval):
         raise another_task(task)
     columns = data_settings(saved.columns, task, settings)
-    found = []
     for name in names:
         if Path(name).expanduser().is_dir():
-            found += [passage.searched for passage in passages("FILE", name)]
+            for passage in passages("FILE", name):
+                yield {"text": passage.searched}, {"text": passage.searched}
         else:
-            found += [row["text"] for _, row in read_inputs([name], task, columns)]
-    return found
+            yield from read_inputs([name], task, columns)
 
 
 def another_task(task: Task) -> InputError:

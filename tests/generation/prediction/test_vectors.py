@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from training_fixtures import train
@@ -139,6 +140,22 @@ def test_files_of_vectors_and_the_search_in_them(run, tmp_path, capsys):
         nearest(saved, texts, queries, 3, binary)
     with pytest.raises(InputError, match="for --dtype=int8, not float32"):
         write_vectors(saved, [str(corpus)], VectorFile(file, calibrate=str(corpus)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "binary"])
+def test_a_table_has_the_vectors_beside_the_columns(run, tmp_path, dtype):
+    rows = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n".join(map(json.dumps, rows)))
+    words = ["predict", str(run.path), str(corpus), "--as", "query", "--dtype", dtype]
+    for name in ("vectors.npy", "vectors.parquet"):
+        assert main([*words, "--out", str(tmp_path / name)]) == 0
+    table = pq.read_table(tmp_path / "vectors.parquet")
+    assert table.select(["id", "text"]).to_pylist() == rows
+    expected = np.load(tmp_path / "vectors.npy")
+    np.testing.assert_array_equal(table["vector"].to_pylist(), expected.tolist())
+    kinds = {"float32": "float", "float16": "halffloat", "int8": "int8", "binary": "uint8"}
+    assert str(table.schema.field("vector").type.value_type) == kinds[dtype]
 
 
 def test_a_text_without_words_is_named(tmp_path):
