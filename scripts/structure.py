@@ -34,7 +34,7 @@ BUDGETS = {
     "training": 16250,
     "methods": 18250,
     "adapters": 7900,
-    "generation": 7400,
+    "generation": 7450,
     "experiments": 6650,
     "cli": 4350,
     "testing": 3150,
