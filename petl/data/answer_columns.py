@@ -16,11 +16,12 @@ from petl.data.formats import (
     recognized,
     text_format,
     turns_format,
+    with_system,
 )
 from petl.data.task_columns import AnySourceRows, ColumnSettings, TaskColumns
-from petl.data.tasks import TOOLS, Message, task_class
-from petl.data.templates import columns_of, fill, is_template, read_text
-from petl.data.validation import LazySourceRows, Row, passage, require, text
+from petl.data.tasks import Message, task_class
+from petl.data.templates import columns_of, is_template, read_text
+from petl.data.validation import LazySourceRows, Row, passage, require
 from petl.errors import InputError, choose
 
 if TYPE_CHECKING:
@@ -66,15 +67,11 @@ class AnswerColumns(TaskColumns, ABC):
 
     def conversations(self) -> Format | None:
         """Conversations in a column, or with turns, that settings describe; None: none do."""
-        settings, usual = self.settings, TurnKeys()
+        settings = self.settings
         given = (settings.role, settings.content, settings.roles)
         if settings.messages is None and given == (None, None, None):
             return None
-        keys = TurnKeys(
-            usual.role if settings.role is None else (settings.role,),
-            usual.content if settings.content is None else (settings.content,),
-            settings.roles or {},
-        )
+        keys = TurnKeys.of(*given)
         return turns_format("messages", settings.messages or "messages", "system", keys=keys)
 
     def choose(self, present: Iterable[str], origin: str) -> list[str]:
@@ -176,13 +173,10 @@ class AnswerColumns(TaskColumns, ABC):
         place = turn_with_image(found)
         if place and not self.reads_images:
             raise ValueError(f"has an image in turn {place}: data.task=image_text reads those")
-        template = self.settings.system
-        # a system message of the row itself is more specific than the setting
-        if template is not None and all(message["role"] != "system" for message in found):
-            system = {"role": "system", "content": text(fill(template, row))}
-            place = int(found[0]["role"] == TOOLS)  # after the functions, if there are any
-            found = [*found[:place], system, *found[place:]]
+        found = with_system(found, self.settings.system, row)
         if self.labeled:
+            if all(message["role"] != "assistant" for message in found):
+                raise ValueError("has no turn of the assistant, from which to learn")
             return found
         asked = without_last_answer(found)
         if not asked:

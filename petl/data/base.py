@@ -333,7 +333,8 @@ def hold_out(
     """Split the numbers below `count` at random: to train on, and `fraction` of them to test on.
 
     Args:
-        keys: of the rows; those with the same one are on one side. Empty: all differ.
+        keys: of the rows; those with the same one are on one side, unless there are but few keys.
+            Empty: all differ.
 
     Raises:
         InputError: no row would be left to train on.
@@ -342,13 +343,13 @@ def hold_out(
     order = shuffled(count, seed)
     if not keys:
         return order[test_rows:], order[:test_rows]
-    sizes, held, taken = Counter(keys), {}, 0
+    sizes, held, taken = Counter(keys), set[str](), 0
+    # a key of too many rows stays on the side of training, if there is another
+    most = max(2 * test_rows, min(sizes.values()))
     for i in order:
-        if taken >= test_rows:
-            break
-        if keys[i] not in held:
-            held[keys[i]] = None
+        if taken < test_rows and keys[i] not in held and sizes[keys[i]] <= most:
+            held.add(keys[i])
             taken += sizes[keys[i]]
-    if taken == count:  # all are one row, which is then counted on both sides
+    if taken > count / 2:  # hardly more than one key, whose rows are then on both sides
         return order[test_rows:], order[:test_rows]
     return [i for i in order if keys[i] not in held], [i for i in order if keys[i] in held]

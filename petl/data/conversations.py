@@ -16,7 +16,7 @@ from petl.data.validation import nested, passage, text
 from petl.errors import shown
 from petl.system.files.read import parse_json
 
-# the words of OpenAI, ShareGPT and exports of chat programs; other roles stay as they are
+# the words of OpenAI, ShareGPT and exports of chat programs
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
@@ -43,6 +43,17 @@ class TurnKeys:
     content: tuple[str, ...] = ("content", "value")
     roles: Mapping[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls, role: str | None, content: str | None, roles: Mapping[str, str] | None
+    ) -> "TurnKeys":
+        """Those of settings; None: the usual ones."""
+        role_keys, content_keys = (
+            (role,) if role else cls.role,
+            (content,) if content else cls.content,
+        )
+        return cls(role_keys, content_keys, roles or {})
+
     def described(self) -> str:
         """What a turn has."""
         pairs = [f"{one} and {other}" for one, other in zip(self.role, self.content, strict=False)]
@@ -56,20 +67,27 @@ def conversation(value: object, keys: TurnKeys = USUAL) -> list[Message]:
     """Parse a list of turns with role and content (OpenAI), or from and value (ShareGPT).
 
     Raises:
-        ValueError: it is not such a list, or a turn has anything but text and calls of functions.
+        ValueError: it is not such a list, or a turn has an unknown role, nothing, or anything but
+            text and calls of functions.
     """
     if not isinstance(value, list) or not value:
         raise ValueError(f"is {shown(value)}, not a list of turns with {keys.described()}")
     turns = enumerate(value, start=1)
     messages = [parsed_turn(turn, f"turn {number}", keys) for number, turn in turns]
     roles = list(dict.fromkeys(message["role"] for message in messages))
-    others = [role for role in roles if role not in MEANINGS]
-    if others and "assistant" not in roles:
+    # a role that means itself is one of the model's template
+    others = [role for role in roles if role not in (*MEANINGS, *keys.roles.values())]
+    if others:
         meant = ", ".join(f"{role}: ..." for role in others)
         raise ValueError(
-            f"has the roles {', '.join(roles)}, of which none is the assistant: say what they "
-            f"mean, data.roles={{{meant}}}, each {', '.join(MEANINGS[:-1])} or {MEANINGS[-1]}"
+            f"has the roles {', '.join(roles)}: name the meaning of {' and of '.join(others)}, "
+            f"data.roles={{{meant}}}, {', '.join(MEANINGS)}, or the word itself if the template of "
+            "the model has it"
         )
+    for number, message in enumerate(messages, start=1):
+        said = message["content"].strip() or "more" in message
+        if not said and message["role"] in ("user", "assistant"):
+            raise ValueError(f"has nothing in turn {number}, of the {message['role']}")
     return messages
 
 

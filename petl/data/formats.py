@@ -1,6 +1,6 @@
 """Formats of rows from which a model learns to write: which columns each has, and its messages."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import takewhile
@@ -16,8 +16,8 @@ from petl.data.conversations import (
     system_turn,
     without_loss,
 )
-from petl.data.tasks import Message
-from petl.data.templates import columns_of, read_text
+from petl.data.tasks import TOOLS, Message
+from petl.data.templates import columns_of, fill, read_text
 from petl.data.validation import Row, passage, read, text
 
 
@@ -99,6 +99,12 @@ def read_side(row: Row, value: str, role: str) -> list[Message]:
     return read_text(row, value, lambda found: side(found, role))
 
 
+def shared_length(sequences: Iterable[Sequence[object]]) -> int:
+    """The number of entries with which all of these sequences begin."""
+    places = zip(*sequences, strict=False)
+    return len([*takewhile(lambda entries: all(e == entries[0] for e in entries), places)])
+
+
 class Sides(NamedTuple):
     """The columns of preference pairs, and how turns in them are written."""
 
@@ -116,13 +122,20 @@ class Sides(NamedTuple):
         chosen, rejected = (self.side(row, each) for each in (self.chosen, self.rejected))
         self.differing(chosen, rejected)
         # explicit prompt in TRL's words; otherwise the prompt is implicit, in both answers
-        if all(turn["role"] == "assistant" for turn in chosen):
+        if all(turn["role"] == "assistant" for turn in [*chosen, *rejected]):
             if row.get(self.prompt) is None:
                 raise ValueError(f"{self.chosen} is an answer alone, and there is no prompt")
             return self.asked(row), chosen, rejected
-        both = zip(chosen, rejected, strict=False)
         # TRL's implicit prompt: the turns that both conversations begin with
-        shared = len(list(takewhile(lambda turns: turns[0] == turns[1], both)))
+        shared = shared_length([chosen, rejected])
+        for column, turns in ((self.chosen, chosen), (self.rejected, rejected)):
+            role = turns[shared]["role"] if len(turns) > shared else "none"
+            if role != "assistant":
+                raise ValueError(
+                    f"{self.chosen} and {self.rejected} have different prompts, or one has no "
+                    f"answer: they part at turn {shared + 1}, which in {column} is of the role "
+                    f"{role}, not of the assistant"
+                )
         prompt = [*optional_tools(row), *optional_system(row), *without_loss(chosen[:shared])]
         return prompt, chosen[shared:], rejected[shared:]
 
@@ -148,6 +161,15 @@ def preference(row: Row) -> list[Message]:
     """The prompt and the chosen answer, which may be a conversation that begins with the prompt."""
     prompt, chosen, _ = Sides().read(row)
     return [*prompt, *chosen]
+
+
+def with_system(messages: list[Message], template: str | None, row: Row) -> list[Message]:
+    """The messages of a row with the system prompt of a template, unless they have their own."""
+    if template is None or any(message["role"] == "system" for message in messages):
+        return messages
+    system = {"role": "system", "content": text(fill(template, row))}
+    place = int(bool(messages) and messages[0]["role"] == TOOLS)  # after the functions
+    return [*messages[:place], system, *messages[place:]]
 
 
 def optional_system(row: Row) -> list[Message]:

@@ -28,6 +28,8 @@ def refuse_unlikely_classes(
 ) -> None:
     """Raise InputError if a column holds several classes in a cell, or too many to be learned.
 
+    Also if classes are the same but for case and space.
+
     Args:
         counts: how often each class occurs in the column.
         column: its name.
@@ -43,6 +45,16 @@ def refuse_unlikely_classes(
             f"{origin} has a list of classes in each cell of column {column!r}, such as "
             f"{next(iter(lists))!r}: for {len(classes)} classes, any number of them in a row, set "
             f"data.task=multi_label.\n{own.format(len(counts))}"
+        )
+    written: dict[str, list[str]] = {}
+    for name in counts:
+        written.setdefault(" ".join(name.casefold().split()), []).append(name)
+    alike = next((names for names in written.values() if len(names) > 1), None)
+    if alike is not None:
+        listed = " and ".join(f"{name!r} ({counts[name]} times)" for name in alike)
+        raise InputError(
+            f"{origin} has {listed} in column {column!r}, which differ in case or space alone: "
+            f"write them alike.\n{own.format(len(counts))}"
         )
     several = separator_of(counts)
     if several is not None:

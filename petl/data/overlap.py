@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from petl.data.conversations import without_last_answer
 from petl.errors import InputError
 
 if TYPE_CHECKING:
@@ -158,8 +159,27 @@ class NearTexts:
 
 def input_columns(task: "Task", names: Iterable[str]) -> list[str]:
     """The columns of raw rows that are their input; empty if they are unknown."""
-    found = [name for name in names if name in task.shown or name in CONTENT]
+    # `given`: columns for the reward of an answer
+    found = [n for n in names if (n in task.shown or n in CONTENT) and n != "given"]
     return [name for name in found if name != "path"] or found
+
+
+def question_text(task: "Task", row: Mapping[str, Any]) -> str:
+    """The input of a raw row, of conversations and preferences without the answer."""
+    names = ["prompt"] if "prompt" in row else input_columns(task, row)
+    asked = {name: row[name] for name in names}
+    if "messages" in asked:
+        asked["messages"] = without_last_answer(asked["messages"])
+    return normalized(input_text(asked))
+
+
+def beginnings(texts: Sequence[str]) -> list[str]:
+    """Of each text the shortest of them with which it begins, by whole words."""
+    found, first = {}, None
+    for text in sorted({*texts}):
+        first = first if first and f"{text} ".startswith(f"{first} ") else text
+        found[text] = first
+    return [found[text] for text in texts]
 
 
 def input_text(row: Mapping[str, object]) -> str:

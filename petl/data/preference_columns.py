@@ -5,20 +5,21 @@ lists of turns; a text is a turn of its own, or with `task.plain` stands as it i
 """
 
 import json
+import logging
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import asdict
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from petl.data.conversations import TurnKeys
-from petl.data.formats import Sides, fitting_task
+from petl.data.formats import Sides, fitting_task, shared_length, with_system
 from petl.data.objectives import read_objective
 from petl.data.task_columns import AnySourceRows, ColumnSettings, TaskColumns
-from petl.data.tasks import TOOLS, Message, task_class
-from petl.data.templates import columns_of, fill, is_template
+from petl.data.tasks import Message, task_class
+from petl.data.templates import columns_of, is_template
 from petl.data.validation import (
     Row,
+    SourceRows,
     every,
     passage,
     read,
@@ -32,6 +33,7 @@ from petl.errors import InputError
 if TYPE_CHECKING:
     from petl.data.tasks.base import Task
 
+logger = logging.getLogger(__name__)
 OPTIONAL = ("system", "tools")  # columns that conversations may have
 
 
@@ -45,12 +47,7 @@ class PairColumns(TaskColumns):
     def __init__(self, settings: ColumnSettings, *, labeled: bool = True) -> None:
         super().__init__(settings, labeled=labeled)
         self.objective = read_objective(settings.task, settings.objective)
-        usual = TurnKeys()
-        keys = TurnKeys(
-            usual.role if settings.role is None else (settings.role,),
-            usual.content if settings.content is None else (settings.content,),
-            settings.roles or {},
-        )
+        keys = TurnKeys.of(settings.role, settings.content, settings.roles)
         prompt, chosen = settings.prompt or "prompt", settings.chosen or "chosen"
         self.sides = Sides(prompt, chosen, settings.rejected or "rejected", keys)
         self.completion = settings.completion or "completion"
@@ -93,13 +90,18 @@ class PairColumns(TaskColumns):
             return {"prompt": self.asked(row)}
         if not self.objective.plain:
             prompt, chosen, rejected = self.sides.read(row)
-            return {"prompt": self.context(prompt, row), "chosen": chosen, "rejected": rejected}
+            prompt = with_system(prompt, self.settings.system, row)
+            return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
         chosen, rejected = (read(row, n, text) for n in (self.sides.chosen, self.sides.rejected))
         self.sides.differing(chosen, rejected)
         if row.get(self.sides.prompt) is not None:
             prompt = read(row, self.sides.prompt, passage)
             return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
         prompt = chosen[: shared_length([chosen, rejected])]
+        if not prompt.strip():
+            raise ValueError(
+                f"{self.sides.chosen} and {self.sides.rejected} begin with no prompt that both have"
+            )
         start = len(prompt) - prompt.endswith(" ")  # a space belongs to the word after it
         return {"prompt": prompt[:start], "chosen": chosen[start:], "rejected": rejected[start:]}
 
@@ -107,16 +109,7 @@ class PairColumns(TaskColumns):
         """The prompt of a row that has it in a column of its own."""
         if self.objective.plain:
             return read(row, self.sides.prompt, passage)
-        return self.context(self.sides.asked(row), row)
-
-    def context(self, prompt: list[Message], row: Row) -> list[Message]:
-        """The turns of a prompt, with the system prompt of the settings if it has none."""
-        template = self.settings.system
-        if template is None or any(message["role"] == "system" for message in prompt):
-            return prompt
-        system = {"role": "system", "content": text(fill(template, row))}
-        place = int(bool(prompt) and prompt[0]["role"] == TOOLS)  # after the functions
-        return [*prompt[:place], system, *prompt[place:]]
+        return with_system(self.sides.asked(row), self.settings.system, row)
 
 
 class RewardColumns(PairColumns):
@@ -163,6 +156,21 @@ class RatedColumns(RewardColumns):
             )
         return rated if is_rated else super().needed(names)
 
+    def task(self, rows: AnySourceRows) -> "Task":
+        """Build the task; say if no answer is good, or none is bad."""
+        # a stream would be read to its end
+        if self.rated and isinstance(rows, SourceRows):
+            label = self.settings.label
+            kinds = {*rows.column(label, truth)}
+            if len(kinds) == 1:
+                one, other = ("good", "bad") if True in kinds else ("bad", "good")
+                logger.warning(
+                    "%s: by column %r all answers are %s: KTO learns from %s ones as well, without "
+                    "which only the reference model holds it",
+                    *(rows.origin, label, one, other),
+                )
+        return super().task(rows)
+
     def convert(self, row: Row) -> Row:
         """Columns `prompt`, `completion` and `good`, or those of pairs."""
         if not self.labeled:
@@ -203,9 +211,3 @@ class PromptColumns(PairColumns):
         if answer is not None:
             others["answer"] = read(row, answer, lambda value: value)
         return {**prompt, "given": json.dumps(others, default=str)}
-
-
-def shared_length(sequences: Iterable[Sequence[object]]) -> int:
-    """The number of entries with which all of these sequences begin."""
-    places = zip(*sequences, strict=False)
-    return len([*takewhile(lambda entries: len({*entries}) == 1, places)])

@@ -17,7 +17,7 @@ from petl.data.base import (
 )
 from petl.data.faulty_rows import SKIP, described
 from petl.data.image_columns import ImageTextColumns
-from petl.data.overlap import input_columns, input_text, normalized
+from petl.data.overlap import beginnings, question_text
 from petl.data.preference_columns import PairColumns, PromptColumns, RatedColumns, RewardColumns
 from petl.data.question_columns import QuestionAnsweringColumns
 from petl.data.retrieval_columns import RerankingColumns, RetrievalColumns
@@ -201,10 +201,9 @@ class Tabular(ColumnSettings, ABC):
 
     def hold_out(self, rows: SourceRows, task: "Task") -> tuple[SourceRows, SourceRows]:
         """Split usable rows at random: to train on, to test on; those of one input on one side."""
-        keys = [
-            normalized(input_text({name: row[name] for name in input_columns(task, row)})) or str(i)
-            for i, row in enumerate(rows.values)
-        ]
+        keys = [question_text(task, row) or str(i) for i, row in enumerate(rows.values)]
+        if getattr(task, "plain", False):  # a prompt that both answers begin with has words of them
+            keys = beginnings(keys)
         train, test = hold_out(len(rows), self.test_share, self.seed, rows.origin, keys)
         return rows.select(train), rows.select(test)
 

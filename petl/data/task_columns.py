@@ -48,7 +48,8 @@ if TYPE_CHECKING:
     from petl.data.tasks.base import Task
 
 ROLES = Rule(
-    f"a mapping of words to {', '.join(MEANINGS)}", lambda roles: {*roles.values()} <= {*MEANINGS}
+    f"a mapping of words to {', '.join(MEANINGS)} or themselves",
+    lambda roles: all(to in (*MEANINGS, word) for word, to in roles.items()),
 )
 SEPARATOR = Rule("a text that is not empty", bool)
 TASKS = Rule("a list of distinct names", lambda names: len(names) == len({*names} - {""}) > 0)

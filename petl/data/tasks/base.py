@@ -277,6 +277,10 @@ class Task(Vocabulary, ABC, Generic[P]):
         """The tokens of an encoded row, and for each True if it is a target of the model."""
         return row["input_ids"], [False] * len(row["input_ids"])
 
+    def labeled_texts(self, row: Row) -> dict[str, tuple[list[int], list[bool]]]:
+        """The `labeled_tokens` of each text of an encoded row, by a name; "" if it has one."""
+        return {"": self.labeled_tokens(row)}
+
     def label_text(self, row: Row) -> str:
         """The label of an encoded row as text; "" if the labels are tokens (`labeled_tokens`)."""
         return ""

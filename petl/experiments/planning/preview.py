@@ -114,7 +114,7 @@ def statistics(name: str, task: Task, processor: Any, raw: Dataset, encoded: Dat
     # an empty split has neither lengths nor tokens
     if task.reads_text and len(encoded):
         lengths = quantiles(task.lengths(encoded), integer=True)
-        marks = [task.labeled_tokens(row)[1] for row in encoded]
+        marks = [marks for row in encoded for _, marks in task.labeled_texts(row).values()]
         # None instead of 0: the loss of this task is per example, not per token
         loss_fraction = sum(map(sum, marks)) / sum(map(len, marks)) or None
     # classification labels are integers
@@ -145,7 +145,11 @@ def decode(task: Task, processor: Any, row: Row) -> Example:
     if not task.reads_text:
         shapes = {name: np.shape(value) for name, value in row.items() if name != "labels"}
         return Example([], task.label_text(row), shapes)
-    return Example(list(pieces(processor, *task.labeled_tokens(row))), task.label_text(row), {})
+    spans = []
+    for name, text in task.labeled_texts(row).items():
+        spans += [PreviewSpan(f"\n{name}: ", has_loss=False)] if name else []
+        spans += pieces(processor, *text)
+    return Example(spans, task.label_text(row), {})
 
 
 # As tables and text

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from petl.core.model.modes import evaluation_mode, without_adapters
+from petl.data.formats import shared_length
 from petl.data.objectives import Objective
-from petl.data.preference_columns import shared_length
 from petl.data.tasks import Message
 from petl.data.tasks.base import (
     IGNORED,
@@ -250,6 +250,11 @@ class PairTask(PreferenceTask, ABC):
 
     def is_truncated(self, row: Row) -> bool:
         return max(len(row["input_ids"]), len(row["rejected_ids"])) > self.max_length
+
+    def labeled_texts(self, row: Row) -> dict[str, tuple[list[int], list[bool]]]:
+        """Both texts of a pair."""
+        other = text_of(row["rejected_ids"], row["rejected_labels"])
+        return {"chosen": self.labeled_tokens(row), "rejected": self.labeled_tokens(other)}
 
     def lengths(self, rows: Iterable[Row]) -> list[int]:
         """The tokens of both texts of each pair."""

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -78,6 +79,11 @@ class KTO(KTOSettings, AnswerTask):
 
     def label_text(self, row: Row) -> str:
         return "good" if row["good"] else "bad"
+
+    def label_counts(self, rows: Dataset) -> dict[str, int]:
+        """Number of good and of bad answers."""
+        good = sum(rows["good"])
+        return {"good": good, "bad": len(rows) - good}
 
     def collate(self, tokenizer: PreTrainedTokenizerBase, /, multiple: int = 1) -> Collate:
         """A collate function that pads the texts, and each prompt with another row's answer."""
