@@ -88,6 +88,10 @@ class UnsupportedError(InputError, NotImplementedError):
     """An operation that a method does not support."""
 
 
+# other words for settings of petl
+MEANT = {**dict.fromkeys(("turns", "conversations", "dialog", "dialogue"), "messages")}
+
+
 def did_you_mean(name: str, options: Iterable[str], *, limit: int = 40) -> str:
     """Return the end of a message about an unknown `name`: the closest options, or all of them.
 
@@ -104,6 +108,7 @@ def did_you_mean(name: str, options: Iterable[str], *, limit: int = 40) -> str:
     names = sorted(set(options))
     # 0.5 rather than difflib's 0.6: names of methods are short
     close = get_close_matches(name[:NEAREST_OF], names, n=3, cutoff=0.5)
+    close = [MEANT[name]] if MEANT.get(name) in names else close
     if close:
         return f"; did you mean {' or '.join(repr(c) for c in close)}?"
     if not names:

@@ -2,7 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from petl.data.conversations import TurnKeys, turn_with_image, without_last_answer
@@ -53,9 +53,25 @@ class AnswerColumns(TaskColumns, ABC):
         # in the order of preference: the first whose columns are present is taken
         self.formats = (self.named,) if self.named else (self.usual_format(), *self.recognized())
 
-    @abstractmethod
     def own_format(self) -> Format | None:
-        """The format that settings of columns describe; None if they are not given."""
+        """The format that settings of columns describe; None if they are not given.
+
+        Raises:
+            InputError: a prompt without an answer, or both them and conversations.
+        """
+        described, prompt, answer = self.conversations(), self.settings.prompt, self.settings.answer
+        if (prompt is None) != (answer is None):
+            raise InputError(
+                f"data.prompt={prompt} and data.answer={answer}: give both, the columns of "
+                "questions and answers, or neither"
+            )
+        if prompt is None or answer is None:
+            return described
+        if described is not None:
+            messages = self.settings.messages
+            column = "data.role" if messages is None else f"data.messages={messages}"
+            raise InputError(f"{column} and data.prompt={prompt}: give one of them")
+        return pair_format("prompt and answer", prompt, answer)
 
     @abstractmethod
     def usual_format(self) -> Format:
@@ -83,7 +99,9 @@ class AnswerColumns(TaskColumns, ABC):
         names = tuple(present)
         chosen = self.format_of(names)
         if chosen is None:
-            raise self.unknown(names, origin)
+            chosen = self.formats[0]
+            needed = chosen.required(labeled=self.labeled)
+            require(needed, names, origin, self.hint(needed, names))  # one is missing
         columns = chosen.required(labeled=self.labeled)
         columns += [name for name in chosen.optional if name in names]
         # checks those of data.system, which no format knows, and removes repeats
@@ -133,20 +151,16 @@ class AnswerColumns(TaskColumns, ABC):
             f"; data.format={others[0].name} reads its other columns" if others else "",
         )
 
-    def unknown(self, names: tuple[str, ...], origin: str) -> InputError:
-        """The error about rows without the columns of any format."""
+    def hint(self, needed: Collection[str], names: Sequence[str]) -> str:
+        """The end of the message about rows without the columns of any format."""
         hint = fitting_task(names, self.settings.task)
         if self.settings.format:
             others = [f for f in recognized() if {*f.required(labeled=self.labeled)} <= {*names}]
             hint = f".\nIt fits data.format={others[0].name}" if others else hint
         elif hint is None and not self.named:
             hint = f".\nNo known format fits: name the columns, {naming(names)}"
-        try:
-            # raises the message for a missing column, with the hint
-            require(self.formats[0].required(labeled=self.labeled), names, origin, hint)
-        except InputError as error:
-            return error
-        raise AssertionError("the columns of the first format are present")
+        missing = next(name for name in needed if name not in names)
+        return hint or self.naming(missing, names)
 
     def check_found(self, chosen: Format, origin: str) -> None:
         """Raise InputError if a format does not suit the settings or the formats before it."""
@@ -193,16 +207,7 @@ class CausalLMColumns(AnswerColumns):
     )
 
     def __init__(self, settings: ColumnSettings, *, labeled: bool = True) -> None:
-        prompt, answer, messages = settings.prompt, settings.answer, settings.messages
-        if (prompt is None) != (answer is None):
-            raise InputError(
-                f"data.prompt={prompt} and data.answer={answer}: give both, the columns of "
-                "questions and answers, or neither"
-            )
         super().__init__(settings, labeled=labeled)
-        if prompt is not None and self.conversations() is not None:
-            column = "data.role" if messages is None else f"data.messages={messages}"
-            raise InputError(f"{column} and data.prompt={prompt}: give one of them")
         if self.named:
             # a named format is known before any row: settings that contradict it fail at once
             self.check_found(self.named, "the file")
@@ -225,13 +230,9 @@ class CausalLMColumns(AnswerColumns):
 
     def own_format(self) -> Format | None:
         """Conversations, prompts with answers, or texts in columns that settings name."""
-        settings, described = self.settings, self.conversations()
-        if described is not None:
-            return described
-        if settings.prompt is not None and settings.answer is not None:
-            return pair_format("prompt and answer", settings.prompt, settings.answer)
+        own, text = super().own_format(), self.settings.text
         # "text" is the default, which does not show that the user named it
-        return text_format(settings.text) if settings.text != "text" else None
+        return text_format(text) if own is None and text != "text" else own
 
     def usual_format(self) -> Format:
         """Plain text."""

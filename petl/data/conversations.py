@@ -81,8 +81,8 @@ def conversation(value: object, keys: TurnKeys = USUAL) -> list[Message]:
         meant = ", ".join(f"{role}: ..." for role in others)
         raise ValueError(
             f"has the roles {', '.join(roles)}: name the meaning of {' and of '.join(others)}, "
-            f"data.roles={{{meant}}}, {', '.join(MEANINGS)}, or the word itself if the template of "
-            "the model has it"
+            f"data.roles={{{meant}}}, each {', '.join(MEANINGS)}, or the word itself if the "
+            "template of the model has it"
         )
     for number, message in enumerate(messages, start=1):
         said = message["content"].strip() or "more" in message
@@ -100,15 +100,15 @@ def parsed_turn(turn: object, place: str, keys: TurnKeys = USUAL) -> Message:
     # anything but an object has no role, which the message below says
     given = turn if isinstance(turn, dict) else {}
     role = first(given, *keys.role)
-    if not isinstance(role, str):
+    content = first(given, *keys.content)
+    # function_call: OpenAI's older name, a single call
+    calls = given.get("tool_calls") or given.get("function_call")
+    if not isinstance(role, str) or (content is None and not calls and given.keys() - keys.content):
         present = f"; its keys are {', '.join(map(str, given))}" if given else ""
         raise ValueError(
             f"has {shown(turn)} as {place}, not an object with {keys.described()}{present}: name "
             "them with data.role=KEY data.content=KEY"
         )
-    content = first(given, *keys.content)
-    # function_call: OpenAI's older name, a single call
-    calls = given.get("tool_calls") or given.get("function_call")
     if role == "function_call" and not calls:  # ShareGPT: the call is the turn's text
         content, calls = "", content
     extras: dict[str, object] = {

@@ -1,20 +1,22 @@
 """Tables in text: encoding, delimiter and quotes of csv and tsv files are recognized, and said.
 
 What is recognized stands in the first `SAMPLE` bytes. A file is UTF-8 unless it is seen to be
-something else; the delimiter is the usual one of its suffix unless its header has another.
+something else; the delimiter is the usual one of its suffix unless its header has another. A row
+with malformed quotes is a fault of one line: the lines after it are read for themselves.
 """
 
 import codecs
 import csv
 import gzip
 import logging
+import re
 import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader, StringIO, TextIOWrapper
 from pathlib import Path
-from typing import Literal, Protocol, TextIO
+from typing import Literal, NamedTuple, TextIO
 
 from petl.data.validation import Choose, Table
 from petl.errors import InputError, shown
@@ -25,25 +27,58 @@ WESTERN = "cp1252"  # what Windows and older spreadsheets write in Western Europ
 logger = logging.getLogger(__name__)
 
 
-class Reader(Iterator[list[str]], Protocol):
-    """A reader of the module csv: the fields of each row."""
+class Written(NamedTuple):
+    """What settings say of a file of text; None: it is recognized, or in its first line."""
 
-    line_num: int
+    encoding: str | None = None
+    header: Sequence[str] | None = None  # names of the columns of a table without them
+
+
+FOUND = Written()
+
+
+class Lines(Iterator[str]):
+    """The lines of a file, in parts: one can be read again without its first line.
+
+    Attributes:
+        number: of the next line, from 1.
+    """
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.number = 1
+        self._lines, self._part, self._again = iter(lines), list[str](), list[str]()
+
+    def __next__(self) -> str:
+        line = self._again.pop() if self._again else next(self._lines)
+        self.number += 1
+        self._part.append(line)
+        return line
+
+    def begin(self) -> int:
+        """Begin a part; return the number of its first line."""
+        self._part = []
+        return self.number
+
+    def back(self) -> None:
+        """Go back to the second line of the part."""
+        self._again += reversed(self._part[1:])
+        self.number -= len(self._part) - 1
 
 
 @dataclass(frozen=True)
 class Quotes:
     """How a field that has the delimiter or a line end is written."""
 
+    char: str = '"'
     escape: str | None = None  # before a quote in a quoted field; None: the quote is doubled
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL
     said: str = ""
 
-    def reader(self, lines: Iterable[str], delimiter: str) -> Reader:
+    def reader(self, lines: Iterable[str], delimiter: str) -> Iterator[list[str]]:
         """A reader of fields; malformed quotes are errors."""
         doubled = self.escape is None
         return csv.reader(
-            lines, delimiter=delimiter, strict=True,
+            lines, delimiter=delimiter, strict=True, quotechar=self.char,
             doublequote=doubled, escapechar=self.escape, quoting=self.quoting,
         )  # fmt: skip
 
@@ -53,6 +88,8 @@ QUOTES = (
     Quotes(escape="\\", said="quotes in quoted fields have a backslash before them"),
     Quotes(quoting=csv.QUOTE_NONE, said="quotes are part of the texts"),
 )
+SINGLE = Quotes("'", said="fields are in single quotes")
+MOST = 0.9  # of the lines have a field in single quotes; assumption: others have a fault
 
 
 def opened(path: Path) -> gzip.GzipFile | BufferedReader:
@@ -129,27 +166,29 @@ def not_decoded(path: Path, encoding: str) -> InputError:
 
 
 def read_delimited(
-    path: Path, choose: Choose, encoding: str | None = None, *, delimiter: str
+    path: Path, choose: Choose, written: Written = FOUND, *, delimiter: str
 ) -> Table:
     """Rows of a csv or tsv file, numbered by the line they begin on.
 
     Args:
         delimiter: the usual one of such files.
     """
-    with lines_of(path, "", encoding) as lines:
-        sample = lines.read(SAMPLE)
-        is_whole = not lines.read(1)
-        lines.seek(0)
-        delimiter, columns = delimiter_of(path, sample, choose, delimiter)
-        quotes = quotes_of(path, sample, delimiter, is_whole=is_whole)
-        reader = quotes.reader(lines, delimiter)
-        header = None
+    with lines_of(path, "", written.encoding) as file:
+        sample = file.read(SAMPLE)
+        is_whole = not file.read(1)
+        file.seek(0)
+        delimiter, columns = delimiter_of(path, sample, choose, delimiter, written.header)
+        lines, header = Lines(file), written.header
+        reader = quotes_of(path, sample, delimiter, is_whole=is_whole).reader(lines, delimiter)
         while True:
-            line = reader.line_num + 1  # a quoted field may span several lines
+            line = lines.begin()  # a quoted field may span several lines
             try:
                 fields = next_of_any_size(reader)
             except csv.Error as error:
-                raise InputError(f"{path}, line {line}: {error}; check its quotes") from error
+                # a quote that is not closed takes lines that are rows of their own
+                lines.back()
+                yield line, ValueError(f"{error}; check its quotes")
+                continue
             if fields is None:
                 return
             if not fields:  # skip an empty line
@@ -157,6 +196,9 @@ def read_delimited(
             if header is None:
                 header = names_of(fields)
                 refuse_repeated(columns, header, path)
+                continue
+            if written.header is not None and fields == [*header]:
+                yield line, ValueError("the names of the columns: leave data.header out")
                 continue
             if len(fields) != len(header):
                 message = f"{len(fields)} in place of the {len(header)} fields of the header"
@@ -169,13 +211,18 @@ def read_delimited(
 def names_of(fields: Sequence[str]) -> list[str]:
     """The names of a header."""
     # spaces after commas are common in hand-written headers
-    return [field.strip() for field in fields]
+    return [re.sub("^'(.+)'$", r"\1", field.strip()) for field in fields]
 
 
-def delimiter_of(path: Path, sample: str, choose: Choose, usual: str) -> tuple[str, list[str]]:
+def delimiter_of(
+    path: Path, sample: str, choose: Choose, usual: str, header: Sequence[str] | None
+) -> tuple[str, list[str]]:
     """The delimiter of a file, and the columns that `choose` returns of its header.
 
     It is the usual one unless the header lacks columns by it and has them by another.
+
+    Args:
+        header: None: the first line.
 
     Raises:
         InputError: it has them by none.
@@ -186,7 +233,10 @@ def delimiter_of(path: Path, sample: str, choose: Choose, usual: str) -> tuple[s
     for delimiter in order:
         try:
             first = next((row for row in QUOTES[0].reader(StringIO(sample), delimiter) if row), [])
-            columns = choose(names_of(first), str(path))
+            if header is not None and len(header) != len(first):
+                named = f"data.header has {len(header)} names, and line 1 of {path}"
+                raise InputError(f"{named} {len(first)} fields")
+            columns = choose(header or names_of(first), str(path))
         except (InputError, csv.Error) as error:
             refused = refused or error
             continue
@@ -196,7 +246,21 @@ def delimiter_of(path: Path, sample: str, choose: Choose, usual: str) -> tuple[s
     if isinstance(refused, csv.Error):
         raise InputError(f"{path}, line 1: {refused}; check its quotes") from refused
     assert refused is not None, "there is at least the usual delimiter"
+    fields = header_line(sample).split(order[0])
+    if header is None and recurs(fields, sample, order[0]):
+        names = ",".join(["NAME"] * len(fields))
+        raise InputError(
+            f"{refused}.\nLine 1 looks like a row: put one with the names of the columns before "
+            f"it, or give them, data.header=[{names}]"
+        ) from refused
     raise refused
+
+
+def recurs(fields: Sequence[str], sample: str, delimiter: str) -> bool:
+    """True if a field of the first line is a number, or is in its column again."""
+    rows = [line.split(delimiter) for line in sample.splitlines()[1:]]
+    same = (field in (row[i] for row in rows if i < len(row)) for i, field in enumerate(fields))
+    return any(same) or any(re.fullmatch(r"-?[\d.]+", field) for field in fields)
 
 
 def header_line(sample: str) -> str:
@@ -209,6 +273,9 @@ def quotes_of(path: Path, sample: str, delimiter: str, *, is_whole: bool) -> Quo
 
     The first of them if none does, so that its errors name the lines.
     """
+    if is_single_quoted(sample, delimiter):
+        logger.info("%s: %s", path, SINGLE.said)
+        return replace(SINGLE, escape="\\") if "\\'" in sample else SINGLE
     # quotes that are part of a text are usual in tsv files alone; in others one is missing
     escaped = QUOTES[1:2] if '\\"' in sample else ()
     possible = [QUOTES[0], *escaped, *(QUOTES[2:] if delimiter == "\t" else ())]
@@ -220,9 +287,18 @@ def quotes_of(path: Path, sample: str, delimiter: str, *, is_whole: bool) -> Quo
     return QUOTES[0]
 
 
+def is_single_quoted(sample: str, delimiter: str) -> bool:
+    """True if nearly each line but the first has a field in single quotes."""
+    end = re.escape(delimiter)
+    field = re.compile(rf"(^|{end})'.*'($|{end})")
+    lines = [line for line in sample.splitlines()[1:] if line.strip()]
+    return len(lines) > 1 and sum(map(bool, map(field.search, lines))) > MOST * len(lines)
+
+
 def is_readable(sample: str, quotes: Quotes, delimiter: str, *, is_whole: bool) -> bool:
     """True if no quote is malformed in a sample, and another way of quoting is one of its rows."""
-    reader = quotes.reader(StringIO(sample, newline=""), delimiter)
+    rows = Lines(StringIO(sample, newline=""))
+    reader = quotes.reader(rows, delimiter)
     widths: set[int] = set()
     try:
         while (fields := next_of_any_size(reader)) is not None:
@@ -234,7 +310,7 @@ def is_readable(sample: str, quotes: Quotes, delimiter: str, *, is_whole: bool) 
     except csv.Error:
         lines = sample.count("\n") + sample.count("\r")
         # the last row of a part of a file may end within quotes
-        return not is_whole and reader.line_num >= lines
+        return not is_whole and rows.number > lines
     return quotes is QUOTES[0] or len(widths) == 1
 
 
@@ -247,7 +323,7 @@ def refuse_repeated(columns: Sequence[str], header: Sequence[str], path: Path) -
             )
 
 
-def next_of_any_size(reader: Reader) -> list[str] | None:
+def next_of_any_size(reader: Iterator[list[str]]) -> list[str] | None:
     """The next row of a csv reader, with fields of any length; None at the end."""
     # the module's limit (128 KB by default) holds for all readers, others of ours among them
     before = csv.field_size_limit(sys.maxsize)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import psutil
@@ -16,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from petl.data.base import RawData
-from petl.data.delimited import lines_of, read_delimited, refuse_repeated
-from petl.data.faulty_rows import SKIP, described
+from petl.data.delimited import FOUND, Written, lines_of, read_delimited, refuse_repeated
+from petl.data.faulty_rows import described
 from petl.data.tabular import Tabular
 from petl.data.validation import (
     FOLDER,
@@ -54,6 +55,7 @@ def is_encoding(name: str) -> bool:
     return True
 
 
+HEADER = Rule("a list of distinct names", lambda names: 0 < len(names) == len({*names}))
 ENCODING = Rule("the name of an encoding, such as utf-8, cp1252 or utf-16", is_encoding)
 
 
@@ -64,26 +66,38 @@ class Files(Tabular):
     train: object  # a file, or a list of files
     test: object = None  # likewise; None: test_share of the training rows is held out
     encoding: str | None = field(None, ENCODING)  # of text; None: recognized
+    # names of the columns of csv and tsv files without a line of them
+    header: list[str] | None = field(None, HEADER)
+
+    @property
+    def written(self) -> Written:
+        """What the settings say of text."""
+        return Written(self.encoding, self.header)
+
+    def given(self) -> Iterator[tuple[str, str, str]]:
+        """Yield setting, name and suffix of each file.
+
+        Raises:
+            InputError: it is not there, or its format is not supported.
+        """
+        for setting, value in (("data.train", self.train), ("data.test", self.test)):
+            for name in file_names(setting, value) if value else ():
+                yield setting, name, suffix_of(data_file(setting, name))
 
     def check(self) -> None:
         """Raise InputError unless all files exist and have a supported format."""
-        for setting, value in (("data.train", self.train), ("data.test", self.test)):
-            for name in file_names(setting, value) if value else ():
-                data_file(setting, name)
+        list(self.given())
 
     def check_columns(self) -> None:
-        """Raise InputError unless the first row of each file has the columns of the task."""
-        for setting, value in (("data.train", self.train), ("data.test", self.test)):
-            for name in file_names(setting, value) if value else ():
-                # a list in JSON is read as a whole, which may take long
-                if suffix_of(data_file(setting, name)) != ".json":
-                    choose = self.task_columns.choose
-                    unit, rows = iterate_rows(setting, name, choose, self.encoding)
-                    for number, row in rows:
-                        if not isinstance(row, ValueError):
-                            break
-                        if self.bad_rows != SKIP:
-                            raise InputError(placed(f"{name}, {unit} {number}", str(row)))
+        """Raise InputError unless a row of each file has the columns of the task."""
+        for setting, name, suffix in self.given():
+            # a list in JSON is read as a whole, which may take long
+            if suffix != ".json":
+                rows = iterate_rows(setting, name, self.task_columns.choose, self.written)[1]
+                # faults of the first rows are told with all others
+                next(
+                    (row for _, row in islice(rows, FIRST) if not isinstance(row, ValueError)), None
+                )
 
     def read(self) -> RawData:
         """Read the files; with `streaming` the train rows are read later."""
@@ -91,12 +105,12 @@ class Files(Tabular):
         if self.streaming:
             rows = LazySourceRows(
                 ", ".join(names),
-                partial(located_rows, "data.train", names, encoding=self.encoding),
+                partial(located_rows, "data.train", names, written=self.written),
                 self.train_rows,
-                whole=partial(whole, names, self.encoding),
+                whole=partial(whole, names, self.written),
             )
             return self.stream(rows, self.test_file_rows(names))
-        train = read_rows("data.train", names, self.task_columns.choose, self.encoding)
+        train = read_rows("data.train", names, self.task_columns.choose, self.written)
         return self.assemble(train, self.test_file_rows(names))
 
     def test_file_rows(self, train: Sequence[str]) -> SourceRows | None:
@@ -104,7 +118,7 @@ class Files(Tabular):
         if not self.test:
             return None
         names = file_names("data.test", self.test)
-        test = read_rows("data.test", names, self.task_columns.choose, self.encoding)
+        test = read_rows("data.test", names, self.task_columns.choose, self.written)
         paths = [Path(name).expanduser() for name in train]
         # samefile: also through links and relative paths
         if any(Path(name).expanduser().samefile(path) for name in names for path in paths):
@@ -129,7 +143,7 @@ def file_names(setting: str, value: object) -> list[str]:
 
 
 def read_rows(
-    setting: str, names: Sequence[str], choose: Choose, encoding: str | None = None
+    setting: str, names: Sequence[str], choose: Choose, written: Written = FOUND
 ) -> SourceRows:
     """Read the columns that `choose` returns of all rows of the files into memory.
 
@@ -144,7 +158,7 @@ def read_rows(
         return f"{place} {lines[position]}"
 
     for name in names:
-        unit, rows = iterate_rows(setting, name, choose, encoding)
+        unit, rows = iterate_rows(setting, name, choose, written)
         files.append((len(lines), f"{name}, {unit}"))
         for line, row in rows:
             position = len(lines)
@@ -156,7 +170,7 @@ def read_rows(
                 values.append(row)
             if len(lines) % CHECKED == 0:  # a compressed file of kilobytes can have billions
                 check_memory(f"{setting}={name}", len(lines))
-    origin, all_columns = ", ".join(names), partial(whole, names, encoding)
+    origin, all_columns = ", ".join(names), partial(whole, names, written)
     found = SourceRows(origin, numbers, values, locate, whole=all_columns, unread=unread)
     if not values:
         raise InputError(described(unread, found))
@@ -164,20 +178,20 @@ def read_rows(
 
 
 def located_rows(
-    setting: str, names: Sequence[str], choose: Choose, encoding: str | None = None
+    setting: str, names: Sequence[str], choose: Choose, written: Written = FOUND
 ) -> Iterator[tuple[str, Row]]:
     """Yield the rows of files as they are read, each with its location for messages."""
     for name in names:
-        unit, rows = iterate_rows(setting, name, choose, encoding)
+        unit, rows = iterate_rows(setting, name, choose, written)
         for number, row in rows:
             if isinstance(row, ValueError):
                 raise InputError(placed(f"{name}, {unit} {number}", str(row)))
             yield f"{name}, {unit} {number}", row
 
 
-def whole(names: Sequence[str], encoding: str | None) -> Iterator[Row]:
+def whole(names: Sequence[str], written: Written) -> Iterator[Row]:
     """Yield the rows of training files with all of their columns."""
-    return (row for _, row in located_rows("data.train", names, every, encoding))
+    return (row for _, row in located_rows("data.train", names, every, written))
 
 
 def check_memory(what: str, rows: int) -> None:
@@ -191,18 +205,23 @@ def check_memory(what: str, rows: int) -> None:
 
 
 def iterate_rows(
-    setting: str, name: str, choose: Choose, encoding: str | None = None
+    setting: str, name: str, choose: Choose, written: Written = FOUND
 ) -> tuple[str, Table]:
     """Open a file: the unit that numbers its rows ("line", "item", "row"), and an iterator of rows.
 
     Args:
-        encoding: of text; None: recognized.
+        written: what settings say of text.
 
     Raises:
         InputError: as `read_rows`; errors inside the file are raised while iterating.
     """
     path = data_file(setting, name)
     unit, reader = READERS[suffix_of(path)]
+    if written.header is not None and suffix_of(path) not in TABLES:
+        raise InputError(
+            f"data.header={written.header} is for {' and '.join(TABLES)} files, which "
+            f"{setting}={name} is not: leave it out"
+        )
     more: dict[str, object] = {}
 
     def columns(present: Iterable[str], origin: str) -> list[str]:
@@ -216,7 +235,7 @@ def iterate_rows(
         try:
             # an empty file is not valid parquet or JSON: treat it as one without rows
             if path.stat().st_size:
-                for number, row in reader(path, columns, encoding):
+                for number, row in reader(path, columns, written):
                     has_more = more and not isinstance(row, ValueError)
                     yield number, {**row, **more} if has_more else row
         except (EOFError, zlib.error) as error:  # of gzip
@@ -257,21 +276,27 @@ def data_file(setting: str, name: str) -> Path:
     return file_of(setting, name, [*READERS, ".gz"])
 
 
-def read_json(path: Path, choose: Choose, encoding: str | None = None) -> Table:
+def read_json(path: Path, choose: Choose, written: Written = FOUND) -> Table:
     """Rows of a JSON file that holds one list of objects, numbered from 1."""
-    with lines_of(path, "\n", encoding) as lines:
+    with lines_of(path, "\n", written.encoding) as lines:
         text = lines.read()
     try:
         content = parse_json(text)
     except ValueError as error:
         hint = "; a file with one object per line is .jsonl" if "Extra data" in str(error) else ""
         raise InputError(f"{path}: {error}{hint}") from error
+    inner = content if isinstance(content, dict) else {}
+    lists = {key: value for key, value in inner.items() if isinstance(value, list)}
+    if len(lists) == 1:
+        ((key, content),) = lists.items()
+        logger.info("%s: its rows are the list %r", path, key)
     if not isinstance(content, list):
-        raise InputError(f"{path} holds {shown(content)}, not a list of objects")
+        several = f" but {len(lists)}: {', '.join(lists)}" if lists else ""
+        raise InputError(f"{path} holds {shown(content)}, not a list of objects{several}")
     yield from selected(enumerate(content, start=1), choose, f"{path}, item")
 
 
-def read_jsonl(path: Path, choose: Choose, encoding: str | None = None) -> Table:
+def read_jsonl(path: Path, choose: Choose, written: Written = FOUND) -> Table:
     """Rows of a JSON Lines file, numbered by line; empty lines are skipped."""
 
     def parsed() -> Iterator[tuple[int, object]]:
@@ -284,7 +309,7 @@ def read_jsonl(path: Path, choose: Choose, encoding: str | None = None) -> Table
                 yield line, error
 
     # newline: a JSON string may contain other characters that Unicode counts as line ends
-    with lines_of(path, "\n", encoding) as lines:
+    with lines_of(path, "\n", written.encoding) as lines:
         yield from selected(parsed(), choose, f"{path}, line")
 
 
@@ -315,7 +340,7 @@ def selected(rows: Iterable[tuple[int, object]], choose: Choose, origin: str) ->
         raise first
 
 
-def read_parquet(path: Path, choose: Choose, encoding: str | None = None) -> Table:
+def read_parquet(path: Path, choose: Choose, written: Written = FOUND) -> Table:
     """Rows of a parquet file, numbered from 1."""
     number = 0
     try:
@@ -348,7 +373,7 @@ def paths_of(fields: Iterable[pa.Field], before: str = "") -> list[str]:
     return paths
 
 
-Reader = Callable[[Path, Choose, str | None], Table]
+Reader = Callable[[Path, Choose, Written], Table]
 READERS: dict[str, tuple[str, Reader]] = {
     ".csv": ("line", partial(read_delimited, delimiter=",")),
     ".tsv": ("line", partial(read_delimited, delimiter="\t")),
@@ -356,4 +381,5 @@ READERS: dict[str, tuple[str, Reader]] = {
     ".jsonl": ("line", read_jsonl),
     ".parquet": ("row", read_parquet),
 }
+TABLES = (".csv", ".tsv")  # also with .gz
 COMPRESSIBLE = (".csv", ".tsv", ".json", ".jsonl")  # parquet compresses by itself

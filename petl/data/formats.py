@@ -277,6 +277,6 @@ def fitting_task(columns: Iterable[str], task: str) -> str | None:
     """
     names = set(columns)
     for required, setting in SETTINGS:
-        if names.issuperset(required) and setting != f"data.task={task}":
+        if names.issuperset(required) and setting not in (f"data.task={task}", f"+task={task}"):
             return f".\nIt has {' and '.join(required)}: add {setting}"
     return None

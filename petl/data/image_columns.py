@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from petl.data.answer_columns import AnswerColumns
 from petl.data.conversations import IMAGE, Part, parts_of, with_parts
 from petl.data.downloads import downloaded
-from petl.data.formats import Format, pair_format, recognized
+from petl.data.formats import Format, recognized
 from petl.data.task_columns import AnySourceRows, ColumnSettings
 from petl.data.tasks import Message, task_class
 from petl.data.validation import FOLDER, Row, require
@@ -61,21 +61,6 @@ class ImageTextColumns(AnswerColumns):
             folder = path_of("data.image_folder", settings.image_folder)
             if not folder.is_dir():
                 raise InputError(f"data.image_folder={settings.image_folder} is not a directory")
-
-    def own_format(self) -> Format | None:
-        """Conversations, or prompts with answers, in columns that settings name."""
-        settings = self.settings
-        if (settings.prompt is None) != (settings.answer is None):
-            raise InputError(
-                f"data.prompt={settings.prompt} and data.answer={settings.answer}: give both, or "
-                "neither"
-            )
-        described = self.conversations()
-        if described is not None:
-            return described
-        if settings.prompt is not None and settings.answer is not None:
-            return pair_format("prompt and answer", settings.prompt, settings.answer)
-        return None
 
     def usual_format(self) -> Format:
         """Conversations in the column messages."""

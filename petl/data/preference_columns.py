@@ -61,8 +61,8 @@ class PairColumns(TaskColumns):
         """Return the columns of prompts and answers, and those that conversations may have."""
         names = list(present)
         needed, settings = self.needed(names), self.settings
-        missing = any(name not in names for name in needed)
-        found = fitting_task(names, settings.task) if missing else None
+        missing = next((name for name in needed if name not in names), None)
+        found = missing and (fitting_task(names, settings.task) or self.naming(missing, names))
         # a template reads columns that must be there
         template = settings.system if settings.system and is_template(settings.system) else None
         needed = [*needed, *(columns_of(template) if template else ())]

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from datasets import Dataset, concatenate_datasets
 
-from petl.data.base import RawData, Source, Stream
+from petl.data.base import RawData, Stream
 from petl.data.task_sets import SeveralSets
 from petl.data.tasks import SET, TASKS
 from petl.errors import InputError
@@ -48,19 +48,6 @@ class SetMixture(SeveralSets):
         if self.shares is not None and {*self.shares} != {*self.sets}:
             raise InputError(
                 f"data.shares={self.shares} has other names than the sets: {', '.join(self.sets)}"
-            )
-
-    def accept(self, source: Source) -> None:
-        """Raise InputError if a set has another task, or an order of its own."""
-        if source.task != self.task:
-            raise InputError(
-                f"data.task={source.task}, and the mixture has data.task={self.task}: all sets "
-                "have one task (data=tasks is for several)"
-            )
-        if getattr(source, "tasks", None) or source.order is not None:
-            raise InputError(
-                "data.tasks and data.order say which rows belong together, which the mixture does: "
-                "leave them out"
             )
 
     def read(self) -> RawData:
@@ -102,15 +89,11 @@ def together(parts: Mapping[str, Dataset | Stream]) -> Dataset:
     """The rows of all sets, with the number of their set (`SET`) and new numbers.
 
     Raises:
-        InputError: a set is a stream, or has other columns than another.
+        InputError: a set has other columns than another.
     """
     numbered = []
-    for number, (name, rows) in enumerate(parts.items()):
-        if isinstance(rows, Stream):
-            raise InputError(
-                f"data.streaming=true of the set {name} is not possible in a mixture, which knows "
-                "all rows: set streaming:false and train_rows:N"
-            )
+    for number, rows in enumerate(parts.values()):
+        assert isinstance(rows, Dataset), "streams are refused"
         kept = rows.remove_columns([n for n in ("number",) if n in rows.column_names])
         numbered.append(kept.add_column(SET, [number] * len(rows)))
     columns = [{*rows.column_names} for rows in numbered]

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pkgutil import resolve_name
@@ -184,6 +184,15 @@ class TaskColumns(ABC):
         """The format of the rows; "" if settings name all columns."""
         return ""
 
+    def naming(self, missing: str, names: Sequence[str]) -> str:
+        """The end of the message about a missing column: a similar name, and its setting."""
+        hint = similar(missing, names) or "."
+        for setting in self.own_settings:  # a column of a template has none
+            value = getattr(self.settings, setting) or setting
+            if missing in (value if isinstance(value, list) else [value]):
+                return f"{hint} Name the column with data.{setting}=NAME"
+        return hint.removesuffix(".")
+
     def split(self, train: list[Row], test: list[Row]) -> tuple[list[Row], list[Row]]:
         """Return the rows to train on and those to score, from converted rows."""
         return train, test
@@ -253,14 +262,6 @@ class NamedColumns(TaskColumns, ABC):
         if missing is not None:
             hint = fitting_task(names, self.settings.task) or self.naming(missing, names)
         return require(columns, names, origin, hint)
-
-    def naming(self, missing: str, names: list[str]) -> str:
-        """The end of the message about a missing column: a similar name, and its setting."""
-        hint = similar(missing, names) or "."
-        for setting in self.own_settings:  # a column of a template has none
-            if getattr(self.settings, setting) == missing:
-                return f"{hint} Name the column with data.{setting}=NAME"
-        return hint.removesuffix(".")
 
 
 class ClassLabelColumns(NamedColumns, ABC):
@@ -378,6 +379,11 @@ class MultiLabelColumns(ClassLabelColumns):
     def task(self, rows: AnySourceRows) -> "Task":
         """Build the task; the columns of classes name them."""
         return self.with_classes(self.each) if self.each else super().task(rows)
+
+    def naming(self, missing: str, names: Sequence[str]) -> str:
+        """Also that each class may have a column."""
+        columns = "" if self.each else ", or columns of 0 or 1 with data.label_columns=[NAME,NAME]"
+        return f"{super().naming(missing, names)}{columns}"
 
     def names(self, rows: AnySourceRows) -> Iterable[str]:
         """The classes of all rows."""

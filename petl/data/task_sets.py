@@ -5,7 +5,7 @@
 complete settings of each set in place of the names.
 """
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +24,6 @@ from petl.system.settings.command_line import options_of, raw
 from petl.system.settings.schema import plain
 from petl.system.values import Rule, field, one_of, real
 
-SOURCE = "tasks"  # `data.source`
 GENERAL = ("files", "hub")  # sources that read rows of several kinds of task
 # mean_accuracy is that of all tasks
 NAME = Rule(
@@ -98,6 +97,8 @@ def of_set(name: str) -> Generator[None]:
 class SeveralSets(Source, ABC):
     """Settings of several sets, each of which its own source reads."""
 
+    of: ClassVar[str | None] = None  # the task of each set; None: that of all sets
+
     sets: Any = None
     # with 1, sets are sampled by size; the higher, the more equally
     temperature: float | None = field(None, real(1, 1e6))
@@ -140,9 +141,25 @@ class SeveralSets(Source, ABC):
                     raise InputError("new_tokens are those of all sets: set data.new_tokens")
         return found
 
-    @abstractmethod
     def accept(self, source: Source) -> None:
-        """Raise InputError if a set is none of those that are read together."""
+        """Raise InputError if a set has another task, an order of its own, or is a stream."""
+        of = self.of or self.task
+        if source.task != of:
+            raise InputError(
+                f"data.task={source.task} is not read with data={self.source}, whose sets have "
+                f"data.task={of}"
+            )
+        if getattr(source, "streaming", False):
+            raise InputError(
+                f"data.streaming=true is not possible with data={self.source}, which mixes the "
+                "rows of all sets: set streaming:false and train_rows:N"
+            )
+        for key in ("tasks", "order"):
+            if getattr(source, key, None):
+                raise InputError(
+                    f"data.{key}={getattr(source, key)} says which rows belong together, as "
+                    f"data={self.source} does: leave it out"
+                )
 
     def check(self) -> None:
         """Raise InputError if files of a set are missing."""
@@ -174,12 +191,10 @@ class TaskSets(SeveralSets):
 
     serves: ClassVar[tuple[str, ...]] = (MultitaskClassification.name,)
 
+    of: ClassVar[str | None] = Classification.name
+
     task: str = MultitaskClassification.name
     sampling: str | None = field("size", one_of("size", "temperature"))
-
-    def accept(self, source: Source) -> None:
-        """Raise InputError if a set is no text classification that is read before training."""
-        refuse(source)
 
     def read(self) -> RawData:
         """Read each set; columns `text`, `text_pair` if a set has it, `label` and `task`."""
@@ -212,27 +227,3 @@ def together(task: MultitaskClassification, parts: Mapping[str, Dataset | Stream
         if task.pairs:
             columns["text_pair"] += rows["text_pair"] if name in task.pairs else [None] * len(rows)
     return Dataset.from_dict(columns)
-
-
-def refuse(source: Source) -> None:
-    """Raise InputError if a set is no text classification that is read before training."""
-    if source.task != Classification.name:
-        raise InputError(
-            f"data.task={source.task} is not trained with other tasks: data={SOURCE} is for texts "
-            f"with classes (data.task={Classification.name})"
-        )
-    if getattr(source, "streaming", False):
-        raise InputError(
-            f"data.streaming=true is not possible with data={SOURCE}, which mixes the rows of all "
-            "sets: set streaming:false and train_rows:N"
-        )
-    if source.order is not None:
-        raise InputError(
-            f"data.order={source.order} is not possible with data={SOURCE}, which mixes the rows "
-            "of all sets: leave it out"
-        )
-    if getattr(source, "tasks", None):
-        raise InputError(
-            f"data.tasks={source.tasks} divides the rows of a set into tasks: with data={SOURCE} "  # ty: ignore
-            "each set is one"
-        )

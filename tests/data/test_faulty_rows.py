@@ -52,6 +52,25 @@ def test_all_faults_are_in_one_message(dirty):
     assert "data.bad_rows=skip" in message
 
 
+def test_a_bad_quote_costs_one_row_and_hides_no_other_fault(tmp_path):
+    lines = CSV.splitlines()
+    lines[4], lines[9] = '"not "quoted,pos', '"never closed,neg'
+    lines[20], lines[25] = "film,", '"two\nlines",pos'
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    with pytest.raises(InputError, match="3 of 30 rows") as refused:
+        read(train=f"{tmp_path}/a.csv")
+    assert all(f"line {line}" in str(refused.value) for line in (5, 10, 21))
+    raw = read(train=f"{tmp_path}/a.csv", bad_rows="skip")
+    assert [row.place.rpartition(" ")[2] for row in raw.skipped["training"]] == ["5", "10", "21"]
+    texts = {*raw.train["text"], *raw.test["text"]}
+    assert texts == {f"film {i}" for i in range(30)} - {
+        "film 3",
+        "film 8",
+        "film 19",
+        "film 24",
+    } | {"two\nlines"}
+
+
 def test_rows_that_are_left_out_leave_the_others_as_they_are(dirty, tmp_path):
     raw = read(train=dirty, bad_rows="skip", test_share=0.2)
     assert len(raw.train) + len(raw.test) == 33

@@ -262,6 +262,28 @@ def test_quotes_within_the_texts_of_a_tsv_file_are_kept(tmp_path):
     assert named(read(file, file), "train") == {'"Ah" he said': "pos", 'no "way': "neg"}
 
 
+@pytest.mark.parametrize("header", ["text,label", "'text','label'"])
+def test_fields_in_single_quotes_are_recognized_and_said(tmp_path, petl_log, header):
+    file = write(tmp_path, "a.csv", f"{header}\n'a, it''s','pos'\n'b, c','neg'\n'd',neg\n")
+    assert named(read(file, file), "train") == {"a, it's": "pos", "b, c": "neg", "d": "neg"}
+    assert "single quotes" in petl_log.text
+    quotes = write(tmp_path, "b.csv", "text,label\n'tis so,pos\nso 'tis,neg\n")
+    assert named(read(quotes, quotes), "train") == {"'tis so": "pos", "so 'tis": "neg"}
+
+
+def test_a_table_without_names_of_columns_gets_them_from_a_setting(tmp_path):
+    file = write(tmp_path, "a.csv", "pos;good film\nneg;bad film\n")
+    found = read(file, file, header=["label", "text"])
+    assert named(found, "train") == {"good film": "pos", "bad film": "neg"}
+
+
+def test_the_list_in_a_json_object_is_read(tmp_path, petl_log):
+    rows = [{"text": "a", "label": "pos"}, {"text": "b", "label": "neg"}]
+    file = write(tmp_path, "a.json", json.dumps({"version": "1", "data": rows}))
+    assert named(read(file, file), "train") == {"a": "pos", "b": "neg"}
+    assert "its rows are the list 'data'" in petl_log.text
+
+
 def test_a_delimiter_that_the_texts_have_is_not_taken_for_that_of_the_file(tmp_path):
     file = write(tmp_path, "a.csv", "text;raw,label\na;b;c,pos\nd;e,neg\n")
     assert named(read(file, file, text="text;raw"), "train") == {"a;b;c": "pos", "d;e": "neg"}

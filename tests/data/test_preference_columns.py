@@ -7,7 +7,7 @@ import pytest
 from petl.data.base import read_data
 from petl.errors import InputError
 
-ASKED = [{"role": "user", "content": "q"}]
+ASKED, OTHER = ([{"role": "user", "content": text}] for text in ("q", "another"))
 GOOD, BAD = ([{"role": "assistant", "content": text}] for text in ("yes", "no"))
 PAIR = {"prompt": "q", "chosen": "yes", "rejected": "no"}
 
@@ -56,6 +56,14 @@ def test_rated_answers(read):
     assert {*found["good"]} == {True, False}
 
 
+def test_answers_of_one_kind_are_said(read, petl_log):
+    rows = [{"prompt": "q", "completion": answer, "label": True} for answer in "ab"]
+    assert read(rows, "kto")["good"] == [True, True]
+    assert "all answers are good" in petl_log.text
+    read([*rows, {**rows[0], "label": False}], "kto")
+    assert petl_log.text.count("all answers are") == 1
+
+
 def test_names_of_columns_keys_of_turns_and_a_system_prompt(read):
     turns = [{"who": "customer", "says": "q"}]
     row = {"question": turns, "better": "yes", "worse": "no", "tone": "brief"}
@@ -74,6 +82,13 @@ def test_names_of_columns_keys_of_turns_and_a_system_prompt(read):
         ([{"prompt": "q", "completion": "a", "label": "fine"}], "kto", "'fine', not 0 or 1"),
         ([{"prompt": "q", "chosen": "a"}], "reward", "no column 'rejected'"),
         ([PAIR, {"prompt": "q", "completion": "a", "label": 1}], "kto", "files of one kind"),
+        ([{"chosen": [*ASKED, *GOOD], "rejected": [*OTHER, *BAD]}], "dpo", "part at turn 1"),
+        (
+            [{"chosen": [*ASKED, *GOOD], "rejected": ASKED}],
+            "dpo",
+            "role none, not of the assistant",
+        ),
+        ([{"prompt": "q", "chosen": GOOD, "rejected": [*ASKED, *BAD]}], "dpo", "different prompts"),
     ],
 )
 def test_rows_that_are_refused(rows, task, words, read):

@@ -414,10 +414,12 @@ def check_length(model: PreTrainedModel, task: Task, name: str) -> None:
             f"data.max_length={task.max_length} is more than the {limit} positions of model "
             f"{name}: lower it"
         )
+    other = "task" if hasattr(task, "max_new_tokens") else "data"
+    names = ("max_new_tokens", "max_target_length", "generate")
+    others = [f"{other}.{each}" for each in names if getattr(task, each, None)]
     raise InputError(
         f"rows with generated or target tokens may have {task.longest} tokens, more than the "
-        f"{limit} positions of model {name}: lower data.max_length, "
-        "data.max_target_length or data.generate"
+        f"{limit} positions of model {name}: lower data.max_length or {' or '.join(others)}"
     )
 
 

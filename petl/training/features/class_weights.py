@@ -11,7 +11,7 @@ Of any number of classes for each row: w_c multiplies the loss of a label that h
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +20,16 @@ from torch import Tensor, nn
 
 from petl.core.types import base_of
 from petl.data.base import BALANCED
-from petl.data.tasks.base import IGNORED
+from petl.data.tasks.base import IGNORED, Task
 from petl.data.tasks.classification import ClassTask
 from petl.data.tasks.multi_label import MultiLabel
 from petl.data.tasks.multitask import MultitaskClassification
 from petl.errors import InputError
 from petl.training.features import Context, RunFeature
 from petl.training.runs.settings import no_class
+
+if TYPE_CHECKING:
+    from petl.training.dataloader import TrainingRows
 
 SHOWN = 8  # weights that a line names
 logger = logging.getLogger(__name__)
@@ -37,27 +40,36 @@ class ClassWeights(RunFeature):
 
     key = "class_weights"
 
-    def before_training(self, context: Context) -> None:
-        """Replace the loss of the model for the labels of training.
+    def order(self, rows: "TrainingRows") -> "TrainingRows":
+        """Check the weights before a model is loaded."""
+        self.weights(rows.task, rows.train)
+        return rows
+
+    def weights(self, task: Task, train: object) -> list[float]:
+        """Return the weight of each class.
 
         Raises:
             InputError: the task has no classes, or a weight is of none of them.
         """
-        task, train = context.splits.task, context.splits.train
         given = f"train.class_weights={self.settings}"
         if not isinstance(task, ClassTask) or isinstance(task, MultitaskClassification):
             raise InputError(
                 f"{given} is for tasks with classes, and data.task={task.name} has none of its own"
             )
         if self.settings != BALANCED:
-            weights = given_weights(self.settings, task.classes)
-        elif isinstance(train, Dataset):
-            weights = balanced(task, train)
-        else:
-            raise InputError(
-                f"{given} counts the labels of all rows, which data.streaming=true does not read "
-                "in advance: give the weights, train.class_weights={NAME: WEIGHT}"
-            )
+            return given_weights(self.settings, task.classes)
+        if isinstance(train, Dataset):
+            return balanced(task, train)
+        raise InputError(
+            f"{given} counts the labels of all rows, which data.streaming=true does not read "
+            "in advance: give the weights, train.class_weights={NAME: WEIGHT}"
+        )
+
+    def before_training(self, context: Context) -> None:
+        """Replace the loss of the model for the labels of training."""
+        task = context.splits.task
+        assert isinstance(task, ClassTask), "weights() refuses others"
+        weights = self.weights(task, context.splits.train)
         named = dict(zip(task.classes, (round(w, 4) for w in weights), strict=True))
         shown = sorted(named.items(), key=lambda item: -item[1])[:SHOWN]
         more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""

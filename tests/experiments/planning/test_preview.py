@@ -80,6 +80,21 @@ def test_tokens_with_loss_are_in_brackets(families, task, pattern):
     assert all(text.endswith("→ no answer in this window") for text in absent)
 
 
+def test_both_answers_of_a_pair_are_shown(tiny, tmp_path):
+    rows = [{"prompt": "one ", "chosen": "cat", "rejected": "dog"}] * 8
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = [
+        "model=path",
+        f"model.path={tiny.folder}/llama",
+        "data=files",
+        f"data.train={tmp_path}/pairs.jsonl",
+        "data.test_share=0.5",
+    ]
+    found = preview(compose([*words, "+task=dpo", "task.plain=true"]), examples=1)
+    shown = next(example_texts(found, color=False)).plain
+    assert re.search(r"chosen: .*one.*⟦.*cat.*⟧\s+rejected: .*one.*⟦.*dog.*⟧", shown, re.DOTALL)
+
+
 @pytest.mark.parametrize("task", ["causal_lm", "regression", "classification"])
 def test_a_split_without_examples_has_no_quantiles(families, tiny, task):
     overrides = tiny.classify if task == "classification" else families(task)

@@ -64,6 +64,13 @@ def test_a_short_file_is_completed_and_words_change_it(tmp_path):
     assert composed([str(file), "method.r=3"])["method"]["r"] == 3
 
 
+def test_a_configuration_is_named_within_its_group(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("method: {method: lora, r: 2}\ndata: {data: files, train: a.csv}\n")
+    expected = composed(["+method=lora", "method.r=2", "data=files", "data.train=a.csv"])
+    assert composed([str(file)]) == expected
+
+
 def test_groups_without_a_default_need_no_plus():
     assert composed(["method=lora", "loss=density"]) == composed(["+method=lora", "+loss=density"])
     assert hydra_words(["method=lora,mola", "-m"]) == ["+method=lora,mola", "-m"]
@@ -76,6 +83,7 @@ def test_groups_without_a_default_need_no_plus():
         ("methd: lora\n", "'methd', which no run has; did you mean 'method'"),
         ("method: 3\n", "write the name of one, or its settings"),
         ("data: {source: nowhere}\n", "data.source=nowhere, which no configuration"),
+        ("data: {train: a.csv}\n", "data: {data: NAME, ...} names one of .*files"),
         ("- a\n- b\n", "cannot be used"),
         ("method: lora\ntrain: {learning_rate: 1}\n", "learning_rate"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 from training_fixtures import train
@@ -68,6 +69,44 @@ def test_a_random_split_has_no_row_on_both_sides(tmp_path):
     sides = [{text.rstrip("!") for text in rows["text"]} for rows in (data.train, data.test)]
     assert not sides[0] & sides[1]
     assert (len(data.train), len(data.test)) == (80, 20)
+
+
+TURNS = [{"role": "user", "content": "q{}"}, {"role": "assistant", "content": "a{}"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "more"),
+    [
+        ({"prompt": "q{}", "chosen": "a{}", "rejected": "b{}"}, {"task": "dpo"}),
+        ({"prompt": "q{}", "completion": "a{}", "label": 1}, {"task": "kto"}),
+        ({"prompt": "q{}", "answer": "a{}"}, {"task": "grpo"}),
+        ({"messages": TURNS}, {"task": "causal_lm"}),
+        ({"query": "q{}", "positive": "a{}"}, {"task": "retrieval"}),
+        (
+            {"chosen": "ask q{}: so a{}", "rejected": "ask q{}: so b{}"},
+            {"task": "dpo", "objective": {"name": "dpo", "plain": True}},
+        ),
+    ],
+    ids=["pairs", "rated", "rewards", "chat", "queries", "fused"],
+)
+def test_a_random_split_has_no_prompt_on_both_sides(tmp_path, row, more):
+    lines = [
+        json.dumps(row).replace("q{}", f"question{i // 4}").replace("a{}", f"a{i}")
+        for i in range(80)
+    ]
+    lines = [line.replace("so ", "") if i % 4 else line for i, line in enumerate(lines)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    words = {"name": "rows", "source": "files", "train": str(tmp_path / "rows.jsonl")}
+    data = read_data({**words, "test_share": 0.2, **more})
+    sides = [{*re.findall(r"question\d+", json.dumps(rows[:]))} for rows in (data.train, data.test)]
+    assert all(sides)
+    assert not sides[0] & sides[1]
+
+
+def test_a_prompt_of_most_rows_stays_in_training():
+    keys = ["usual"] * 40 + [str(i) for i in range(10)]
+    train, test = hold_out(50, 0.1, 13, "rows", keys)
+    assert (len(train), {keys[i] for i in test} & {"usual"}) == (45, set())
 
 
 def test_rows_that_all_differ_are_split_as_ever():
