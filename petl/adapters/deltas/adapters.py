@@ -21,9 +21,9 @@ from transformers.utils import CONFIG_NAME
 from petl.adapters.deltas.combine import combine
 from petl.adapters.deltas.compress import Setting, compress_each
 from petl.adapters.deltas.prune import Q, prune
-from petl.adapters.deltas.states import coded_names
+from petl.adapters.deltas.states import coded_names, names_without
 from petl.adapters.export.checked_folder import refuse_changed_base
-from petl.core.adapter_file import WEIGHTS, is_whole, reference_of, starts_at_one, type_of
+from petl.core.adapter_file import ROWS, WEIGHTS, is_whole, reference_of, starts_at_one, type_of
 from petl.core.adapter_folder import Folder
 from petl.core.fingerprint import MEANING, seal
 from petl.core.spec.facts import facts_of
@@ -336,6 +336,15 @@ def combine_tensors(
                 raise InputError(
                     f"{first.folder} has {key}={one!r} and {other.folder} {two!r}: tensors of "
                     "other methods or scales cannot be combined; use --level update"
+                )
+        rows = [{n for n in m.state if n.endswith(ROWS)} for m in (first, other)]
+        for name in names_without(rows[0] | rows[1], exclude):
+            own = [m.state.get(name) for m in (first, other)]
+            if own[0] is None or own[1] is None or not torch.equal(own[0], own[1]):
+                raise InputError(
+                    f"{first.folder} and {other.folder} have other trained rows of tokens, which "
+                    "are full weights, of which there is no sum: --exclude trainable_tokens takes "
+                    "those of the first"
                 )
     # a head of any adapter is excluded in all
     excluded = {pattern for material in materials for pattern in material.exclude}
