@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from petl.errors import InputError, choose
+from petl.errors import InputError, choose, did_you_mean
+from petl.system.imports.extras import need_extra
 from petl.system.values import Rule, bounded, check_rules, field, integer, one_of, read_fields
 
 ABOVE_0 = bounded(gt=0)
@@ -67,16 +68,34 @@ def is_pattern(text: str) -> bool:
         return False
 
 
-def names_function(text: str) -> bool:
-    """True if a text is a built-in reward, or a function in a file that is there."""
-    file, _, function = text.rpartition(":")
-    if text in REWARDS or not file.endswith(".py"):
-        return text in REWARDS
+def is_reward(text: str) -> bool:
+    """True for the name of a built-in reward, and FILE.py:FUNCTION."""
+    return text in REWARDS or bool(re.fullmatch(r".+\.py:\w+", text))
+
+
+def check_reward(reward: str) -> None:
+    """Raise InputError unless a run can have a reward: the function of a file, or a package."""
+    if reward == "reasoning":
+        need_extra("reasoning", "reasoning_gym", "task.reward=reasoning")
+    if reward in REWARDS or not is_reward(reward):
+        return
+    file, _, name = reward.rpartition(":")
     try:
-        tree = ast.parse(Path(file).expanduser().read_text())  # not run: a plan needs no reward
-    except (OSError, SyntaxError, ValueError):
-        return False
-    return any(isinstance(each, ast.FunctionDef) and each.name == function for each in tree.body)
+        tree = ast.parse(Path(file).expanduser().read_text("utf-8"))  # not run
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"task.reward={reward}: {file} cannot be read: {error}") from error
+    found = {each.name: each for each in tree.body if isinstance(each, ast.FunctionDef)}
+    if name not in found:
+        raise InputError(
+            f"task.reward={reward}: {file} has no function {name}{did_you_mean(name, found)}"
+        )
+    given = found[name].args
+    names = {each.arg for each in (*given.args, *given.kwonlyargs)}
+    if given.kwarg is None and not {"prompts", "completions"} <= names:
+        raise InputError(
+            f"task.reward={reward} has the arguments {ast.unparse(given)}: begin it with def "
+            f"{name}(prompts, completions, **columns), which are lists"
+        )
 
 
 @dataclass
@@ -85,7 +104,7 @@ class GRPOSettings(Objective):
 
     reward: str = field(
         "exact",
-        Rule(f"{', '.join(REWARDS)}, or FILE.py:FUNCTION of a file that is there", names_function),
+        Rule(f"{', '.join(REWARDS)}, or FILE.py:FUNCTION of a file that is there", is_reward),
     )
     # with reward=regex: what is found has the reward 1; of a group, if it is the answer
     pattern: str | None = field(None, Rule("a regular expression of one group", is_pattern))

@@ -1,6 +1,7 @@
 """Rows that cannot be used: all named in one message, or left out and written beside the scores."""
 
 import json
+import re
 
 import pytest
 from training_fixtures import train
@@ -59,7 +60,7 @@ def test_a_bad_quote_costs_one_row_and_hides_no_other_fault(tmp_path):
     (tmp_path / "a.csv").write_text("\n".join(lines))
     with pytest.raises(InputError, match="3 of 30 rows") as refused:
         read(train=f"{tmp_path}/a.csv")
-    assert all(f"line {line}" in str(refused.value) for line in (5, 10, 21))
+    assert all(re.search(rf"\b{line}\b", str(refused.value)) for line in (5, 10, 21))
     raw = read(train=f"{tmp_path}/a.csv", bad_rows="skip")
     assert [row.place.rpartition(" ")[2] for row in raw.skipped["training"]] == ["5", "10", "21"]
     texts = {*raw.train["text"], *raw.test["text"]}

@@ -100,7 +100,7 @@ class SavedAdapter:
         # the adapter that it started from may not be there any more
         train = {**self.settings["train"], "init_from": None, "init_head": None}
         with named(self.run / CONFIG):
-            return read_run_config({**self.settings, "train": train})
+            return read_run_config({**self.settings, "train": train}, reads_data=False)
 
     @cached_property
     def data(self) -> RawData:

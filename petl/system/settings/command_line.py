@@ -30,12 +30,13 @@ from petl.system.files.paths import config_dir
 logger = logging.getLogger(__name__)
 # settings that may be templates, with a brace that Hydra would take for the begin of a dictionary
 TEMPLATE = re.compile(
-    r"(?P<key>\+*data\.(?:text|text_pair|target|prompt|answer|system))=(?!['\"\[])(?P<value>.*\{.*)",
+    r"\+*data\.(?:text|text_pair|target|prompt|answer|system)=(?!['\"\[]).*\{.*",
     re.DOTALL,
 )
-# texts put before others, whose last space Hydra would cut off
+# texts put before others, whose last space Hydra would cut off, and patterns with brackets
 PREFIX = re.compile(
-    r"(?P<key>\+*data\.(?:query|document)_prefix)=(?!['\"])(?P<value>.*\s)", re.DOTALL
+    r"\+*data\.(?:query|document)_prefix=(?!['\"]).*\s|\+*task\.pattern=(?!['\"]).*[^\w.-].*",
+    re.DOTALL,
 )
 OPTUNA = "hydra_plugins.hydra_optuna_sweeper"  # prefix of the sweeper's module
 
@@ -105,8 +106,9 @@ def with_quoted_texts(words: Sequence[str]) -> list[str]:
         found = TEMPLATE.fullmatch(word) or PREFIX.fullmatch(word)
         if found is None or "${" in word:  # an interpolation, which Hydra reads as it is
             return word
-        escaped = found["value"].replace('"', '\\"')
-        return f'{found["key"]}="{escaped}"'
+        key, _, value = word.partition("=")
+        escaped = value.replace('"', '\\"')
+        return f'{key}="{escaped}"'
 
     return [quoted(word) for word in words]
 

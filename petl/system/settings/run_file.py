@@ -112,8 +112,11 @@ def _words(file: Path, name: str, value: Any) -> Iterator[str]:
         return
     for key, own in value.items():
         is_new = key not in usual[name] or usual[name][key] != own
-        if is_new and key not in OF_ONE_RUN.get(name, ()):
-            yield setting(f"{name}.{key}", own)
+        word = setting(f"{name}.{key}", own)
+        if is_new and key in OF_ONE_RUN.get(name, ()):
+            logger.info("%s: %s is of one run: to have it, write it behind the file", file, word)
+        elif is_new:
+            yield word
 
 
 def usual_settings() -> dict[str, Any]:

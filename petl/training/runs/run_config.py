@@ -34,8 +34,11 @@ OPTIONAL = ("loss", "launch", "recipe", "imports")
 WORKERS_PER_CORE = 8  # more only wait for each other; assumption
 
 
-def read_config(cfg: DictConfig | Settings) -> RunConfig:
+def read_config(cfg: DictConfig | Settings, *, reads_data: bool = True) -> RunConfig:
     """Check all settings of a run; no data or model is read.
+
+    Args:
+        reads_data: the files of the data have to be there; a run that is used needs none.
 
     Raises:
         InputError: an unknown name, a value of another type or out of range, no method or one that
@@ -48,6 +51,9 @@ def read_config(cfg: DictConfig | Settings) -> RunConfig:
     for feature in features_of(settings):
         settings = feature.settle(settings)
     config = completed(settings)
+    config.model.check()
+    if reads_data:
+        config.data.check()
     for feature in features_of(config.resolved):
         feature.check(config)
     return config
@@ -87,8 +93,6 @@ def completed(settings: Groups) -> RunConfig:
         tracker=tracker,
         resolved=settings | {"method": fields, "train": settings["train"] | known, "data": data},
     )
-    config.model.check()
-    config.data.check()
     parts = [feature.part for feature in features_of(config.resolved)]
     require_compatible(choice_of(chosen, config, parts))
     return config

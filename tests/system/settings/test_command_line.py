@@ -67,3 +67,9 @@ def test_the_command_that_resumes_names_the_checkpoint_whatever_its_path(monkeyp
     monkeypatch.setattr(sys, "argv", ["petl", "+method=lora", "train.resume=other"])
     *_, word = shlex.split(command(resume=folder))
     assert str(compose([word]).train.resume) == folder
+
+
+@pytest.mark.parametrize("pattern", [r"answer: (\d+)", "a", "^[ab]{2}$"])
+def test_a_pattern_needs_no_quotes(pattern):
+    words = ["+task=grpo", "task.reward=regex", f"task.pattern={pattern}"]
+    assert compose(words).task.pattern == pattern

@@ -171,3 +171,10 @@ def test_a_conflict_names_both_and_the_reason():
     assert C.CHANGED_BASE in part.uses
     words = str(conflicts(chosen(PAIRS["loss=distill", C.BIASES]))[0])
     assert words.startswith("method lora is not possible with loss=distill: its teacher is")
+
+
+def test_a_run_that_is_used_needs_no_files_of_data():
+    cfg = compose(["+method=lora", "data=files", "data.train=gone.csv"])
+    with pytest.raises(InputError, match=r"data\.train=gone\.csv does not exist"):
+        read_config(cfg)
+    assert read_config(cfg, reads_data=False).data.train == "gone.csv"

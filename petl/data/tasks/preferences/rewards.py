@@ -5,15 +5,18 @@ length, and returns a number for each completion. Prompts are turns, and complet
 unless `task.plain=true`, with which both are texts.
 """
 
+import math
 import re
 import runpy
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from petl.data.objectives import REWARDS, GRPOSettings
-from petl.errors import InputError, shown
+from petl.errors import InputError, first_line, shown
 from petl.system.imports.extras import install_hint
 
 Given = Mapping[str, Any]  # the columns of a row besides the prompt
@@ -74,17 +77,37 @@ def from_file(place: str, *, plain: bool) -> Reward:
         plain: completions are texts, not turns.
     """
     file, _, name = place.rpartition(":")
-    function = runpy.run_path(str(Path(file).expanduser()))[name]
+    with failing(place):
+        function = runpy.run_path(str(Path(file).expanduser()))[name]
 
     def rate(prompts: Sequence[Any], texts: Sequence[str], rows: Sequence[Given]) -> list[float]:
         turns = [[{"role": "assistant", "content": text}] for text in texts]
         columns = {key: [row[key] for row in rows] for key in rows[0]}
-        found = function(prompts=[*prompts], completions=[*texts] if plain else turns, **columns)
-        if not isinstance(found, list | tuple) or len(found) != len(texts):
+        with failing(place):
+            own = [*texts] if plain else turns
+            found = function(prompts=[*prompts], completions=own, **columns)
+        try:
+            numbers = [float(value) for value in found]
+        except (TypeError, ValueError):
+            numbers = []
+        if len(numbers) != len(texts) or not all(map(math.isfinite, numbers)):
             raise InputError(
                 f"task.reward={place} returned {shown(found)} for {len(texts)} completions: return "
-                "a list with a number for each"
+                "a list with a finite number for each"
             )
-        return [float(value) for value in found]
+        return numbers
 
     return rate
+
+
+@contextmanager
+def failing(place: str) -> Generator[None]:
+    """Say where a reward fails, whatever error its code raises."""
+    try:
+        yield
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputError(
+            f"task.reward={place} fails: {type(error).__name__}: {first_line(error)} ("
+            f"{last.filename}, line {last.lineno})"
+        ) from error

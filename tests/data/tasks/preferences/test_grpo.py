@@ -13,7 +13,7 @@ from tiny_tokenizers import byte_tokenizer
 import petl
 from petl import testing
 from petl.data.base import encode
-from petl.data.objectives import GRPOSettings, read_objective
+from petl.data.objectives import GRPOSettings, check_reward, read_objective
 from petl.data.tasks import task_class
 from petl.data.tasks.base import IGNORED
 from petl.data.tasks.preferences.rewards import from_file, reward_of
@@ -116,14 +116,45 @@ def test_a_function_has_the_arguments_of_trl(tmp_path):
         f"{head}    return [float(c[0]['content'] == a) for c, a in zip(completions, answer)]"
     )
     rows = [{"answer": "a"}, {"answer": "b"}]
+    check_reward(place)
     assert from_file(place, plain=False)(["q", "q"], ["a", "a"], rows) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("", "mine.py has no function rate"),
+        ("def rates(**_): ...", "has no function rate; did you mean 'rates'"),
+        ("def rate(", "cannot be read"),
+        ("def rate(a, b): ...", r"rate has the arguments a, b: .*rate\(prompts, completions"),
+        ("import nothing_there\ndef rate(**_): ...", r"nothing_there' \(.*mine.py, line 1\)"),
+        ("def rate(**_):\n    raise OSError('gone')", r"OSError: gone \(.*mine.py, line 2\)"),
+        ("def rate(**_): return [float('nan')]", r"returned \[nan\] for 1 completions"),
+        ("def rate(**_): return ['x']", "a finite number for each"),
+        ("def rate(**_): return None", "returned None"),
+    ],
+)
+def test_what_is_wrong_with_a_function_is_said(tmp_path, code, words):
+    file = tmp_path / "mine.py"
+    file.write_text(code)
+
+    def reward():
+        check_reward(f"{file}:rate")
+        return from_file(f"{file}:rate", plain=True)(["q"], ["a"], [{"answer": "b"}])
+
+    with pytest.raises(InputError, match=words):
+        reward()
+
+
+def test_a_finished_run_needs_no_reward():
+    assert GRPOSettings(reward="gone.py:rate").reward == "gone.py:rate"
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"reward": "best"}, "exact, regex, reasoning, or FILE.py:FUNCTION"),
-        ({"reward": "no.py:rate"}, "of a file that is there"),
+        ({"reward": "no.py"}, "FILE.py:FUNCTION"),
         ({"reward": "regex"}, "task.pattern=None"),
         ({"reward": "regex", "pattern": "("}, "regular expression"),
         ({"generations": 1}, "task.generations=1"),
