@@ -257,7 +257,9 @@ def check_early(cfg: DictConfig | Mapping[str, object]) -> None:
     settings = plain(cfg)
     if settings.get("task") is not None:
         settings = resolve_name("petl.data.objectives:with_objective")(settings)
-        resolve_name("petl.data.objectives:check_reward")(settings["task"].get("reward", "exact"))
+        resolve_name("petl.data.objectives:reward_function")(
+            settings["task"].get("reward", "exact")
+        )
     import_modules(settings.get("imports"))  # which may add sources and tasks
     data, method = settings.get("data"), settings.get("method")
     # the run checks what is not a group, and data that get settings from a method of several tasks

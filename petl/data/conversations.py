@@ -85,6 +85,7 @@ def conversation(value: object, keys: TurnKeys = USUAL) -> list[Message]:
             "template of the model has it"
         )
     for number, message in enumerate(messages, start=1):
+        # calls of functions, images and thoughts are in `more`
         said = message["content"].strip() or "more" in message
         if not said and message["role"] in ("user", "assistant"):
             raise ValueError(f"has nothing in turn {number}, of the {message['role']}")

@@ -184,6 +184,7 @@ def read_delimited(
             line = lines.begin()  # a quoted field may span several lines
             try:
                 fields = next_of_any_size(reader)
+            # the module begins another row with the next call
             except csv.Error as error:
                 # a quote that is not closed takes lines that are rows of their own
                 lines.back()
@@ -289,6 +290,7 @@ def quotes_of(path: Path, sample: str, delimiter: str, *, is_whole: bool) -> Quo
 
 def is_single_quoted(sample: str, delimiter: str) -> bool:
     """True if nearly each line but the first has a field in single quotes."""
+    # apostrophes at both ends of a field, next to delimiters or the ends of the line
     end = re.escape(delimiter)
     field = re.compile(rf"(^|{end})'.*'($|{end})")
     lines = [line for line in sample.splitlines()[1:] if line.strip()]

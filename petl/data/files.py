@@ -285,6 +285,7 @@ def read_json(path: Path, choose: Choose, written: Written = FOUND) -> Table:
     except ValueError as error:
         hint = "; a file with one object per line is .jsonl" if "Extra data" in str(error) else ""
         raise InputError(f"{path}: {error}{hint}") from error
+    # such as {"version": ..., "data": [...]}
     inner = content if isinstance(content, dict) else {}
     lists = {key: value for key, value in inner.items() if isinstance(value, list)}
     if len(lists) == 1:

@@ -128,6 +128,7 @@ class Sides(NamedTuple):
             return self.asked(row), chosen, rejected
         # TRL's implicit prompt: the turns that both conversations begin with
         shared = shared_length([chosen, rejected])
+        # what a person or a function said in one of them alone is no answer
         for column, turns in ((self.chosen, chosen), (self.rejected, rejected)):
             role = turns[shared]["role"] if len(turns) > shared else "none"
             if role != "assistant":

@@ -46,6 +46,7 @@ def refuse_unlikely_classes(
             f"{next(iter(lists))!r}: for {len(classes)} classes, any number of them in a row, set "
             f"data.task=multi_label.\n{own.format(len(counts))}"
         )
+    # such as Spam and spam: two classes that compete for one meaning
     written: dict[str, list[str]] = {}
     for name in counts:
         written.setdefault(" ".join(name.casefold().split()), []).append(name)

@@ -73,12 +73,16 @@ def is_reward(text: str) -> bool:
     return text in REWARDS or bool(re.fullmatch(r".+\.py:\w+", text))
 
 
-def check_reward(reward: str) -> None:
-    """Raise InputError unless a run can have a reward: the function of a file, or a package."""
+def reward_function(reward: str) -> ast.FunctionDef | None:
+    """The function of a file that a reward names, which is not run; None for built-in ones.
+
+    Raises:
+        InputError: there is none, it cannot take what it is given, or a package is missing.
+    """
     if reward == "reasoning":
         need_extra("reasoning", "reasoning_gym", "task.reward=reasoning")
-    if reward in REWARDS or not is_reward(reward):
-        return
+    if reward in REWARDS or not is_reward(reward):  # the latter is refused by its field
+        return None
     file, _, name = reward.rpartition(":")
     try:
         tree = ast.parse(Path(file).expanduser().read_text("utf-8"))  # not run
@@ -90,12 +94,14 @@ def check_reward(reward: str) -> None:
             f"task.reward={reward}: {file} has no function {name}{did_you_mean(name, found)}"
         )
     given = found[name].args
+    # columns of the data, which are not known yet, may be arguments as well
     names = {each.arg for each in (*given.args, *given.kwonlyargs)}
     if given.kwarg is None and not {"prompts", "completions"} <= names:
         raise InputError(
             f"task.reward={reward} has the arguments {ast.unparse(given)}: begin it with def "
             f"{name}(prompts, completions, **columns), which are lists"
         )
+    return found[name]
 
 
 @dataclass

@@ -166,6 +166,7 @@ def input_columns(task: "Task", names: Iterable[str]) -> list[str]:
 
 def question_text(task: "Task", row: Mapping[str, Any]) -> str:
     """The input of a raw row, of conversations and preferences without the answer."""
+    # other answers to it are no other input
     names = ["prompt"] if "prompt" in row else input_columns(task, row)
     asked = {name: row[name] for name in names}
     if "messages" in asked:
@@ -175,6 +176,7 @@ def question_text(task: "Task", row: Mapping[str, Any]) -> str:
 
 def beginnings(texts: Sequence[str]) -> list[str]:
     """Of each text the shortest of them with which it begins, by whole words."""
+    # a text stands right before those that begin with it: a space is before any letter
     found, first = {}, None
     for text in sorted({*texts}):
         first = first if first and f"{text} ".startswith(f"{first} ") else text

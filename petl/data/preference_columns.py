@@ -161,6 +161,7 @@ class RatedColumns(RewardColumns):
         # a stream would be read to its end
         if self.rated and isinstance(rows, SourceRows):
             label = self.settings.label
+            # rows that are no label are refused with all other faults
             kinds = {*rows.column(label, truth)}
             if len(kinds) == 1:
                 one, other = ("good", "bad") if True in kinds else ("bad", "good")

@@ -137,18 +137,13 @@ def group_words(file: Path, group: str, value: Any) -> Iterator[str]:
         raise InputError(f"{file} has {group}: {value!r}; write the name of one, or its settings")
     # by hand, a configuration is named within the group, as the sets of data.sets are
     key = next((key for key in (group, "source") if key in value), "name")
-    usual = {name: dict(raw(group, name)) for name in options_of(group)}
-    alike = [
-        name
-        for name, own in usual.items()
-        if value.get(key) == (name if key == group else own.get(key)) is not None
-    ]
+    usual = {name: {**raw(group, name), group: name} for name in options_of(group)}
+    alike = [name for name, own in usual.items() if own.get(key) == value.get(key) is not None]
     if not alike:
         raise InputError(
             f"{file} has {group}.{key}={value.get(key)}, which no configuration of {group} has: "
             f"{group}: {{{group}: NAME, ...}} names one of {', '.join(usual)}"
         )
-    value = {name: own for name, own in value.items() if name != group}
 
     def agreeing(name: str) -> int:
         return sum(own == usual[name].get(key, ...) for key, own in value.items())

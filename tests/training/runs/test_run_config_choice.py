@@ -9,9 +9,11 @@ import pytest
 import petl
 from petl.core.spec.method import LOSSES, build_loss
 from petl.core.support import Capability, conflicts
+from petl.errors import InputError
+from petl.training.compose import compose
 from petl.training.distributed.launch import FSDP, DeepSpeed, Launch
 from petl.training.features import FEATURES, features_of
-from petl.training.runs.run_config import choice_of
+from petl.training.runs.run_config import choice_of, read_config
 from petl.training.runs.settings import TrainConfig
 
 C = Capability

@@ -88,7 +88,7 @@ def from_file(place: str, *, plain: bool) -> Reward:
             found = function(prompts=[*prompts], completions=own, **columns)
         try:
             numbers = [float(value) for value in found]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError):  # no list, or of other things than numbers
             numbers = []
         if len(numbers) != len(texts) or not all(map(math.isfinite, numbers)):
             raise InputError(
@@ -106,6 +106,7 @@ def failing(place: str) -> Generator[None]:
     try:
         yield
     except Exception as error:
+        # the innermost place: the traceback is mostly petl's
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise InputError(
             f"task.reward={place} fails: {type(error).__name__}: {first_line(error)} ("

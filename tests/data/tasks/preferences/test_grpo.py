@@ -13,7 +13,7 @@ from tiny_tokenizers import byte_tokenizer
 import petl
 from petl import testing
 from petl.data.base import encode
-from petl.data.objectives import GRPOSettings, check_reward, read_objective
+from petl.data.objectives import GRPOSettings, reward_function, read_objective
 from petl.data.tasks import task_class
 from petl.data.tasks.base import IGNORED
 from petl.data.tasks.preferences.rewards import from_file, reward_of
@@ -116,7 +116,7 @@ def test_a_function_has_the_arguments_of_trl(tmp_path):
         f"{head}    return [float(c[0]['content'] == a) for c, a in zip(completions, answer)]"
     )
     rows = [{"answer": "a"}, {"answer": "b"}]
-    check_reward(place)
+    reward_function(place)
     assert from_file(place, plain=False)(["q", "q"], ["a", "a"], rows) == [1.0, 0.0]
 
 
@@ -139,7 +139,7 @@ def test_what_is_wrong_with_a_function_is_said(tmp_path, code, words):
     file.write_text(code)
 
     def reward():
-        check_reward(f"{file}:rate")
+        reward_function(f"{file}:rate")
         return from_file(f"{file}:rate", plain=True)(["q"], ["a"], [{"answer": "b"}])
 
     with pytest.raises(InputError, match=words):
