@@ -33,12 +33,23 @@ class SetMixture(SeveralSets):
     # of an epoch's rows, by set; divided by their sum
     shares: dict[str, float] | None = field(None, SHARES)
 
-    @staticmethod
-    def usual(task: str) -> dict[str, object]:
-        """The task of the mixture."""
-        return {"task": task}
+    # settings of a task that is an objective, as of files
+    objective: dict[str, str | float | bool | None] | None = None
+
+    @classmethod
+    def usual(cls, settings: Mapping[str, object]) -> dict[str, object]:
+        """The task of the mixture, and its settings."""
+        objective = settings.get("objective")
+        more = {} if objective is None else {"objective": objective}
+        return {"task": settings.get("task", cls.task), **more}
 
     def __post_init__(self) -> None:
+        # queries are answered from the documents of all rows, whatever set they are of
+        if self.task in ("retrieval", "reranking"):
+            raise InputError(
+                f"data.task={self.task} is not possible with data={self.source}: data=files "
+                "'data.train=[a.jsonl,b.jsonl]' reads several files"
+            )
         super().__post_init__()
         if (self.sampling == "shares") != (self.shares is not None):
             raise InputError(

@@ -103,15 +103,15 @@ class SeveralSets(Source, ABC):
     # with 1, sets are sampled by size; the higher, the more equally
     temperature: float | None = field(None, real(1, 1e6))
 
-    @staticmethod
-    def usual(task: str) -> dict[str, object]:
+    @classmethod
+    def usual(cls, settings: Mapping[str, object]) -> dict[str, object]:
         """Settings of files and of the Hub that a set has unless it names others."""
         return {}
 
     @classmethod
     def completed(cls, settings: Mapping[str, object]) -> dict[str, object]:
         """Return the settings with those of each set, see `with_sets`."""
-        return with_sets(settings, cls.usual(str(settings.get("task", cls.task))))
+        return with_sets(settings, cls.usual(settings))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,7 +126,7 @@ class SeveralSets(Source, ABC):
                 f"data.sampling={self.sampling} and data.temperature={self.temperature}: give a "
                 "temperature from 1 to 1e6 with data.sampling=temperature, and only there"
             )
-        self.sets: Any = self.completed({"sets": self.sets, "task": self.task})["sets"]
+        self.sets: Any = self.completed(vars(self))["sets"]
         _ = self.sources  # created here to check the settings
 
     @cached_property

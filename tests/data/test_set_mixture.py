@@ -65,6 +65,7 @@ def test_an_epoch_has_the_shares():
         ({"temperature": 2.0}, "data.sampling=temperature"),
         ({"train_rows": 3}, "for one data set"),
         ({"task": "seq2seq"}, "no column 'target'"),
+        ({"task": "retrieval"}, r"data=files 'data\.train="),
         ({"sets": ["wordnet"]}, "at least two"),
     ],
 )
@@ -113,3 +114,13 @@ def test_a_run_scores_each_set(families, tmp_path, task):
     assert {"one_loss", "two_loss"} <= run.metrics[-1].get("validation", after).keys()
     saved = json.loads((run.path / "adapter/task.json").read_text())
     assert "tasks" not in saved, "new rows need no set"
+
+
+def test_sets_of_preferences_have_the_objective_of_the_mixture(tmp_path):
+    sets = {}
+    for name in "ab":
+        rows = [{"prompt": f"{name}{i}", "chosen": "yes", "rejected": "no"} for i in range(10)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        sets[name] = {"data": "files", "train": f"{tmp_path}/{name}.jsonl"}
+    raw = read(sets, task="dpo", objective={"name": "dpo", "beta": 0.5})
+    assert (raw.task.beta, len(raw.train), len(raw.test)) == (0.5, 18, 2)

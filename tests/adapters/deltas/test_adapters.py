@@ -130,7 +130,11 @@ def test_weights_in_an_adapter_file_stay_as_they_are(
     found = deltas.compress_adapter(tmp_path / "0", tmp_path / "small", density=0.3)
     deltas.prune_adapter(tmp_path / "0", tmp_path / "thin", 0.5)
     folders = [tmp_path / "0", tmp_path / "1"]
-    deltas.combine_adapters(folders, tmp_path / "both", "linear", level="tensors")
+    how, first_of = {"level": "tensors"}, {"exclude": ["trainable_tokens"]}
+    deltas.combine_adapters(folders, tmp_path / "both", "linear", **how, **first_of)
+    if ending == "trainable_tokens":
+        with pytest.raises(InputError, match="--exclude trainable_tokens"):
+            deltas.combine_adapters(folders, tmp_path / "none", "linear", **how)
     for state in (
         found.others,
         load_file(tmp_path / "thin" / WEIGHTS),

@@ -13,7 +13,7 @@ from tiny_tokenizers import byte_tokenizer
 import petl
 from petl import testing
 from petl.data.base import encode
-from petl.data.objectives import GRPOSettings, reward_function, read_objective
+from petl.data.objectives import GRPOSettings, read_objective, reward_function
 from petl.data.tasks import task_class
 from petl.data.tasks.base import IGNORED
 from petl.data.tasks.preferences.rewards import from_file, reward_of
