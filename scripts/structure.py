@@ -30,8 +30,8 @@ BUDGETS = {
     "ops": 3250,
     "core": 12750,
     "efficiency": 8250,
-    "data": 16000,
-    "training": 16250,
+    "data": 16250,
+    "training": 16300,
     "methods": 18250,
     "adapters": 7900,
     "generation": 7450,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 13950, "tests": 78750}
+OTHERS = {"scripts": 13950, "tests": 78950}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 

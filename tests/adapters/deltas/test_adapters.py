@@ -133,7 +133,7 @@ def test_weights_in_an_adapter_file_stay_as_they_are(
     how, first_of = {"level": "tensors"}, {"exclude": ["trainable_tokens"]}
     deltas.combine_adapters(folders, tmp_path / "both", "linear", **how, **first_of)
     if ending == "trainable_tokens":
-        with pytest.raises(InputError, match="--exclude trainable_tokens"):
+        with pytest.raises(petl.InputError, match="--exclude trainable_tokens"):
             deltas.combine_adapters(folders, tmp_path / "none", "linear", **how)
     for state in (
         found.others,
