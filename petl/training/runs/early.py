@@ -73,4 +73,4 @@ def classes_of(source: Source) -> list[str]:
     # of larger files, the run compares the names once it has read them
     if sum(Path(file).expanduser().stat().st_size for file in files) > READ:
         return []
-    return [*columns.counted(read_rows("data.train", files, columns.choose, source.encoding))]
+    return [*columns.counted(read_rows("data.train", files, columns.choose, source.written))]
