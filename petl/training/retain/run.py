@@ -42,8 +42,9 @@ from petl.training.wrapping import train_new_modules
 
 WRITES = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 SHARE = 0.03  # of a run's cost, unless the number of texts is set
-# of training, that a measured token costs: two forward passes, and the comparison of all logits
-COST = 2.0  # measured: 1.5 with a vocabulary that is large for the model
+# of a trained token, that a measured one costs: two forward passes, and for a language model the
+# comparison of all logits (measured: 1.5 with a vocabulary that is large for the model)
+COST = {"language": 2.0, "features": 1.0}
 MOST, FEWEST, SHORTEST = 256, 32, 64  # texts, and tokens of a text
 SAMPLE = 1000  # rows whose lengths are looked at
 DATA, MIX_DATA = "retain.data", "retain.mix_data"
@@ -234,7 +235,7 @@ class Retaining(RunFeature):
     def _choose(self, splits: Splits, train: TrainConfig) -> str:
         """Choose the texts that are measured; return what to say of their number."""
         own, most = self.settings, self.settings.rows
-        affordable = SHARE / COST * trained_tokens(splits, train)
+        affordable = SHARE / COST[self.kind] * trained_tokens(splits, train)
         # the shortest that the bundled texts are cut to: no text need be read to know
         if most is None and own.data == BUNDLED and affordable < FEWEST * SHORTEST:
             return too_few(int(affordable // SHORTEST), SHORTEST)
