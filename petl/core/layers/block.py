@@ -22,7 +22,7 @@ from petl.core.layers.class_swap import (
     restore_class,
     swap_class,
 )
-from petl.core.layers.layer import Adapter, AdapterLayer, LayerShape, joined
+from petl.core.layers.layer import Adapter, AdapterLayer, FirstOutput, LayerShape, joined
 from petl.core.types import Arguments
 from petl.errors import InputError, UnsupportedError
 
@@ -42,33 +42,18 @@ class AdaptedBlock(SwappedClass):
         return self._modules[self.__dict__[SLOT]](*args, **kwargs)
 
 
-class BlockCall:
-    """The block without its adapters, called like the block: it returns the first output.
-
-    Attributes:
-        block: the block.
-        others: its further outputs in the last call; None if it returned one tensor, or did not
-            run.
-    """
+class BlockCall(FirstOutput):
+    """The block without its adapters, called like the block: it returns the first output."""
 
     def __init__(self, block: nn.Module, keyword: str | None) -> None:
-        self.block = block
+        super().__init__(block)
         self.keyword = keyword  # name of the hidden states; None: they are positional
-        self.others: tuple[Any, ...] | None = None
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def outputs(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return what the block computes without its adapters."""
         if self.keyword is None:
-            output = plain_forward(self.block, x, *args, **kwargs)
-        else:
-            output = plain_forward(self.block, *args, **{self.keyword: x, **kwargs})
-        if not isinstance(output, tuple):
-            return output
-        self.others = output[1:]
-        return output[0]
-
-    def complete(self, y: Tensor) -> Any:
-        """Return `y` in the form of the block's output."""
-        return y if self.others is None else (y, *self.others)
+            return plain_forward(self.module, x, *args, **kwargs)
+        return plain_forward(self.module, *args, **{self.keyword: x, **kwargs})
 
 
 def plain_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -223,10 +208,16 @@ def add_to_block(
     """Add an adapter, under its `LayerInfo.adapter_name`, to a block.
 
     Raises:
-        UnsupportedError: the block has a `forward` of its own, which would run without adapters.
+        UnsupportedError: the block has a `forward` of its own, which would run without adapters,
+            or it calls all of its children in turn.
     """
     layer = adapters_of(block)
     if layer is None:
+        if isinstance(block, nn.Sequential):
+            raise UnsupportedError(
+                f"{adapter.info.key} is an nn.Sequential, which would call what holds its adapters "
+                "as one of its layers; adapt its sub-layers instead"
+            )
         refuse_own_forward(block, adapter.info.key)
         layer = BlockAdapters(block, prefix, pools, shape)
         block.add_module(layer.slot, layer)

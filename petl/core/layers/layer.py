@@ -284,12 +284,44 @@ def _plus(weight: Tensor, delta: Tensor, sign: int) -> Tensor:
     return weight.add(delta.to(weight), alpha=sign)
 
 
+class FirstOutput:
+    """A module that may return several outputs, called for the first of them.
+
+    Attributes:
+        others: its further outputs in the last call; None if it returned one tensor, or did not
+            run.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.others: tuple[Any, ...] | list[Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        output = self.outputs(*args, **kwargs)
+        if not isinstance(output, tuple | list):
+            return output
+        self.others = output[1:]
+        return output[0]
+
+    def outputs(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module returns."""
+        return self.module(*args, **kwargs)
+
+    def complete(self, y: Tensor) -> Any:
+        """Return `y` in the form of the module's output."""
+        others = self.others
+        if others is None:
+            return y
+        return [y, *others] if isinstance(others, list) else (y, *others)
+
+
 class AdapterLayer(nn.Module, BaseTunerLayer):
     """PEFT tuner layer: a base layer and its adapters by name.
 
     The adapters are in one container, `petl_<method>_adapters`, so that a key of the state dict is
     `<module path>.petl_<method>_adapters.<adapter>.<tensor>`. The base is a linear layer, or a
-    larger module that maps one tensor to one tensor (a mixture of experts, say).
+    larger module whose first output has the width of its input (a mixture of experts, say, which
+    may return the scores of its router as well).
     """
 
     def __init__(
@@ -316,6 +348,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = []
         self.merged_adapters = []
         self.in_features, self.out_features = shape or shape_of(base_layer)
+        self.is_linear = shape is None
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)
         self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
 
@@ -341,7 +374,15 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         adapters = self.adapters
         return ((n, cast(Adapter, adapters[n])) for n in names if n in adapters)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.is_linear:
+            return self._adapted(self.base_layer, x, *args, **kwargs)
+        call = FirstOutput(self.base_layer)
+        return call.complete(self._adapted(call, x, *args, **kwargs))
+
+    def _adapted(
+        self, base_layer: nn.Module | FirstOutput, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         names = kwargs.pop("adapter_names", None)
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
@@ -350,9 +391,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         joint = joined(adapters)
         if adapters and joint is None and adapters[0][0] not in self.captures:
             # not for a captured input: the base layer and the adapter then have different ones
-            y = adapters.pop(0)[1].with_base(x, self.base_layer, *args, **kwargs)
+            y = adapters.pop(0)[1].with_base(x, cast(Any, base_layer), *args, **kwargs)
         else:
-            y = self.base_layer(x, *args, **kwargs)
+            y = base_layer(x, *args, **kwargs)
         # all of them, those of idle adapters too: an input must not outlive the forward pass
         captured = {name: capture.pop() for name, capture in self.captures.items()}
         if names is not None and not self._disable_adapters:

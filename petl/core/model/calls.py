@@ -10,7 +10,7 @@ import inspect
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,13 +45,34 @@ class Calls:
         called: places of modules that it calls.
         read: places of modules that it does not call, though it reads their weight.
         entered: places of the blocks that it calls.
-        reason: why no pass could be run; then the other sets are empty.
+        inputs, outputs: the shape of the first tensor that a module gets and returns, without the
+            last dimension; in the order in which modules are called.
+        reason: why no pass could be run; then the others are empty.
     """
 
     called: frozenset[str] = frozenset()
     read: frozenset[str] = frozenset()
     entered: frozenset[str] = frozenset()
+    inputs: Mapping[str, torch.Size] = field(default_factory=dict)
+    outputs: Mapping[str, torch.Size] = field(default_factory=dict)
     reason: str = ""
+
+    def why_no_input(self, source: str, name: str) -> str:
+        """Return why the input of one module cannot be that of an adapter on another.
+
+        Returns:
+            "" if it can, or nothing is known.
+        """
+        first, then = place_of(source), place_of(name)
+        if first not in self.inputs or then not in self.outputs:
+            return ""
+        order = list(self.inputs)
+        if order.index(first) > order.index(then):
+            return f"{source} is called after it"
+        given, wanted = self.inputs[first], self.outputs[then]
+        if given == wanted:
+            return ""
+        return f"{source} gets {[*given]} tokens in a pass in which it gives {[*wanted]}"
 
     def why_not(self, name: str) -> str:
         """Return READ or IDLE for a module that is not called; "": it is, or nothing is known.
@@ -128,6 +149,8 @@ def _dry_pass(model: PreTrainedModel) -> Calls:
         frozenset(recorder.called),
         frozenset(recorder.read - recorder.called),
         frozenset(recorder.entered),
+        recorder.inputs,
+        recorder.outputs,
     )
 
 
@@ -203,6 +226,8 @@ class _Recorder(TorchDispatchMode):
     called: set[str] = field(default_factory=set)
     read: set[str] = field(default_factory=set)
     entered: set[str] = field(default_factory=set)
+    inputs: dict[str, torch.Size] = field(default_factory=dict)
+    outputs: dict[str, torch.Size] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -223,8 +248,10 @@ class _Recorder(TorchDispatchMode):
         module.training = True
         # blocks would be dropped, or run in another way
         state |= {name: False for name in ("gradient_checkpointing", "layerdrop") if name in state}
-        module.register_forward_pre_hook(lambda *_: self._begin(where))
-        module.register_forward_hook(lambda *_: self._running.discard(where))
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs: self._begin(where, (*args, *kwargs.values())), with_kwargs=True
+        )
+        module.register_forward_hook(lambda *given: self._end(where, given[-1]))
         weight = module._parameters.get("weight")
         if weight is None:
             return
@@ -234,9 +261,17 @@ class _Recorder(TorchDispatchMode):
             # quantized: of a class of its own, which a skeleton shares with the model
             state["forward"] = lambda x, **_: x.new_empty(*x.shape[:-1], rows)
 
-    def _begin(self, where: str) -> None:
+    def _begin(self, where: str, given: Sequence[object]) -> None:
         self.called.add(where)
         self._running.add(where)
+        if given and isinstance(given[0], Tensor):
+            self.inputs.setdefault(where, given[0].shape[:-1])
+
+    def _end(self, where: str, output: Any) -> None:
+        self._running.discard(where)
+        first = output[0] if isinstance(output, tuple | list) and output else output
+        if isinstance(first, Tensor):
+            self.outputs.setdefault(where, first.shape[:-1])
 
     def _run_once(self, path: str, stack: nn.Module) -> None:
         """Let blocks that are built as an earlier one return what that returned."""

@@ -45,6 +45,7 @@ ROUTERS = ("router", "gate")  # names of modules that choose the experts of a to
 SHARED = re.compile(r"(^|\.)shared_(\w*expert\w*|mlp)(\.|$)")
 LANGUAGE, VISION, PROJECTOR = PARTS = ("language", "vision", "projector")
 OTHER = "other"  # such as a tower for sound
+_AUDIO = re.compile(r"(^|\.)\w*(audio|speech)\w*(\.|$)")
 _VISION = re.compile(r"(^|\.)\w*(vision|visual|image|video)\w*(\.|$)")
 _PROJECTOR = re.compile(
     r"(^|\.)\w*(projector|projection|_proj|merger|connector|align|resampler|adapter|qformer)\w*"
@@ -219,7 +220,7 @@ def part_in(name: str, language: str) -> str:
         return PROJECTOR
     if sees:
         return VISION
-    return LANGUAGE if inside else OTHER
+    return LANGUAGE if inside and not _AUDIO.search(rest) else OTHER
 
 
 def names_of(part: str, names: Iterable[str], language: str | None) -> list[str]:

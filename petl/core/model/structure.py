@@ -28,6 +28,7 @@ VALUE = "value"  # the location of an adapter beside the values of cross-attenti
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 BLOCK_CLASS = re.compile(r"(Layer|Block)$")
 CROSS = re.compile(r"cross|encdec|encoder_attn", re.IGNORECASE)
+MIXER = re.compile(r"(mamba|mixer|ssm)\.")  # of a state-space model
 QUERIES = (  # names of the projection whose input is the sub-layer's own, the surest first
     "q", "q_proj", "query", "query_proj", "q_lin", "q_attn",
     "in_proj", "c_attn", "qkv_proj", "query_key_value", "Wqkv",
@@ -56,6 +57,7 @@ PRE_NORMS = (
     ("norm1", "norm2"),
     ("attn_norm", "mlp_norm"),
 )
+TOKENS_FIRST = ("LEDEncoderSelfAttention", "LongformerSelfAttention")  # queries of [T, B, K]
 CROSS_PRE_NORMS = ("ln_cross_attn", "pre_cross_attn_layernorm")
 POST_NORMS = ("attention.output.LayerNorm", "sa_layer_norm")  # in blocks that normalize afterwards
 EITHER_NORMS = (  # names for norms before or after the sub-layer: the class of the block decides
@@ -243,8 +245,17 @@ def final_norm(model: nn.Module, stack: str) -> str | None:
 
 
 def norm_kind(block: nn.Module) -> tuple[float, bool]:
-    """Return epsilon of the norms of a block, and whether they have a bias."""
-    norm: Any = next(module for module in block.modules() if is_norm(module))
+    """Return epsilon of the norms of a block, and whether they have a bias.
+
+    Raises:
+        InputError: it has none of a known kind.
+    """
+    norm: Any = next((module for module in block.modules() if is_norm(module)), None)
+    if norm is None:
+        raise InputError(
+            f"{type(block).__name__} has no LayerNorm or RMSNorm, and a norm like that of the "
+            "blocks is needed: choose another method, such as lora"
+        )
     eps = next(getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name))
     return float(eps), getattr(norm, "bias", None) is not None
 
@@ -338,8 +349,10 @@ def _width(block: nn.Module) -> int:
     attention = parts["attn"] or parts["cross_attn"]
     if not attention:
         norm = next((module for module in block.modules() if is_norm(module)), None)
-        entry = parts["ffn"][0].shape.in_features
-        return entry if norm is None else next(norm.parameters()).numel()
+        if norm is not None:
+            return next(norm.parameters()).numel()
+        # one of convolutions alone (Emu3's images) has no residual stream of tokens
+        return parts["ffn"][0].shape.in_features if parts["ffn"] else 0
     return (_query(attention) or attention[0]).shape.in_features
 
 
@@ -352,7 +365,9 @@ def _leaves_by_kind(block: nn.Module) -> dict[str, list[_Leaf]]:
             parts["cross_attn" if CROSS.search(leaf.path) else "attn"].append(leaf)
         elif "adapter" not in leaf.path:  # wav2vec2 has modules of that name
             parts["ffn"].append(leaf)
-    return parts
+    # Falcon-H1 has both, and the mixer is no feed-forward
+    others = [leaf for leaf in parts["ffn"] if not MIXER.match(leaf.path)]
+    return {**parts, "ffn": others or parts["ffn"]}
 
 
 def _sublayers_of(path: str, block: nn.Module) -> Iterator[SubLayer]:
@@ -383,13 +398,21 @@ def _ends(
             # of ERNIE, for text and for images; their outputs are tokens in another order
             logger.warning("no bottleneck on %s: a block has several such", ", ".join(owners))
         return (owners[0], owners[0]) if len(owners) == 1 else None
-    closings = [leaf.path for leaf in leaves if leaf.shape.out_features == width]
+    inner = () if kind == "ffn" else (*QUERIES, *KEYS, *VALUES)
+    closings = [
+        leaf.path
+        for leaf in leaves
+        if leaf.shape.out_features == width and leaf.path.rpartition(".")[2] not in inner
+    ]
     if not closings:
         return None
     if kind == "ffn":
         entry = next((leaf for leaf in leaves if leaf.shape.in_features == width), None)
     else:
         entry = _query(leaves)
+        owner = block.get_submodule(entry.path.rpartition(".")[0]) if entry else None
+        if type(owner).__name__.startswith(TOKENS_FIRST):
+            entry = None
     return closings[-1], entry.path if entry else None
 
 

@@ -23,6 +23,7 @@ from transformers.activations import ACT2FN
 from petl.core.layers.grouped import GroupedNetworks, InputHook
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
 from petl.core.method import Target, TrainContext, WrapContext, linear_target
+from petl.core.model.calls import calls_of
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.model.names import LANGUAGE, candidate_names, in_layers, language_path, names_of
 from petl.core.model.structure import (
@@ -402,7 +403,15 @@ def _source(c: WrapContext[Any], target: Target, sub: SubLayer | None, stream: s
         "adapter must be as wide as its output",
     )
     # equal for modules adapted as a unit, which have the input already
-    return "" if source == path else source
+    if source == path:
+        return ""
+    reason = calls_of(c.model).why_no_input(source, path)
+    require(
+        not reason,
+        f"the adapter on {path} would read the input of {source}, and {reason}; name another "
+        "module with input_modules, or leave the module out with exclude_modules",
+    )
+    return source
 
 
 def _named_source(config: Any, key: str, sub: SubLayer | None, stream: str) -> str:

@@ -112,7 +112,7 @@ class Collect:
         stack, adapter = self.stack, self.stack.active()
         if adapter is None or self.index not in adapter.sides:
             return
-        last = (output[0] if isinstance(output, tuple) else output).detach()
+        last = (output[0] if isinstance(output, tuple | list) else output).detach()
         stack.context.state[stack.key].append(last)
         if self.ends:  # the encoder's
             memory = adapter(stack.taken(), last)
