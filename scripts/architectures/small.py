@@ -274,9 +274,13 @@ def _tokens() -> Iterator[int]:
 
 
 def _fill(model: PreTrainedModel) -> None:
-    """Give parameters that transformers leaves as memory was a value."""
-    for parameter in model.parameters():
-        if parameter.numel() and not parameter.abs().max() < 1e4:
+    """Give a value to parameters that transformers leaves as memory was, and to scales of zero."""
+    for name, parameter in model.named_parameters():
+        if not parameter.numel():
+            continue
+        largest = parameter.abs().max()
+        # what a zero multiplies has no gradient, such as the keys of Zaya
+        if not largest < 1e4 or (largest == 0 and "bias" not in name):
             torch.nn.init.normal_(parameter, std=0.02)
 
 

@@ -57,6 +57,7 @@ PRE_NORMS = (
     ("norm1", "norm2"),
     ("attn_norm", "mlp_norm"),
 )
+WITH_SCALE = "transformers.models.ibert"  # its layers return integers and their scale
 TOKENS_FIRST = ("LEDEncoderSelfAttention", "LongformerSelfAttention")  # queries of [T, B, K]
 CROSS_PRE_NORMS = ("ln_cross_attn", "pre_cross_attn_layernorm")
 POST_NORMS = ("attention.output.LayerNorm", "sa_layer_norm")  # in blocks that normalize afterwards
@@ -327,7 +328,8 @@ def _leaves(block: nn.Module) -> list[_Leaf]:
     for name in candidate_names(block):
         module = block.get_submodule(name)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if isinstance(base, LINEAR_KINDS) or hasattr(base, "in_features"):
+        returns_scale = type(base).__module__.startswith(WITH_SCALE)
+        if isinstance(base, LINEAR_KINDS) or (hasattr(base, "in_features") and not returns_scale):
             # of a hybrid, "mixer" is the name of attention too
             owner = original_class(block.get_submodule(name.rpartition(".")[0]))
             where = f"{name} {owner.__name__}" if "." in name else name

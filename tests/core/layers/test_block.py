@@ -139,6 +139,19 @@ def test_a_forward_that_would_run_without_the_adapters_raises():
     assert type(block) is Passed
 
 
+def test_a_list_of_outputs_stays_a_list():
+    block, x = adapt(Passed(lambda x: [x, "more"])), torch.randn(2, 5, K)
+    y, *others = block(x)
+    assert torch.equal(y, 2 * x + 1)
+    assert others == ["more"]
+    assert isinstance(block(x), list)
+
+
+def test_a_sequence_would_run_the_adapters_as_a_layer_of_its_own():
+    with pytest.raises(UnsupportedError, match=r"is an nn\.Sequential"):
+        adapt(nn.Sequential(nn.Linear(K, K), nn.Linear(K, K)))
+
+
 @pytest.mark.parametrize(
     ("output", "message"),
     [

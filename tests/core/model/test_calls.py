@@ -22,6 +22,8 @@ from transformers import (
     MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     PhimoeConfig,
     PhimoeForCausalLM,
     Qwen3MoeConfig,
@@ -212,6 +214,50 @@ def test_experts_count_as_called_whatever_the_tokens():
     calls = Calls(called=frozenset({"layers.*.mlp"}), entered=frozenset({"layers.*"}))
     assert calls.why_not("layers.1.experts.3.up") == calls.why_not("tower.layers.0.up") == ""
     assert calls.why_not("layers.1.cross.up") == IDLE
+
+
+def test_an_adapter_cannot_read_what_comes_later_or_has_another_shape():
+    calls = calls_of(jamba())
+    first, norm = "model.layers.0.input_layernorm", "model.layers.0.pre_ff_layernorm"
+    closing = "model.layers.0.mamba.out_proj"
+    assert calls.why_no_input(first, closing) == ""
+    assert norm in calls.why_no_input(norm, closing)
+    assert calls.why_no_input("model.layers.0.absent", closing) == ""
+    known = Calls(inputs={"q": torch.Size([16, 1])}, outputs={"o": torch.Size([1, 16])})
+    known.inputs["o"] = torch.Size([1, 16])
+    assert "[16, 1] tokens" in known.why_no_input("q", "o")
+
+
+def test_gpt_has_its_norms_behind_the_sublayers():
+    """The names of its norms are those that GPT-2 has before them."""
+    base = OpenAIGPTLMHeadModel(OpenAIGPTConfig(n_layer=2, n_embd=32, n_head=4, vocab_size=64))
+    with pytest.raises(petl.InputError, match=r"ln_1 is called after it"):
+        petl.wrap(base, "adapter", placement="parallel_residual", task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize("method", ["adapter", "compacter"])
+def test_a_mixture_may_return_the_scores_of_its_router(method, tmp_path):
+    """The feed-forward of gpt-oss returns a pair; a bottleneck changes the first of it."""
+    case = testing.Case(method, "gpt_oss", {"r": 8, "locations": ["ffn"]})
+    model = case.wrap_stirred().eval()
+    layer, *_ = [
+        module
+        for name, module in model.named_modules()
+        if name.endswith("layers.0.mlp") and hasattr(module, "adapters")
+    ]
+    x = torch.randn(1, 5, layer.in_features)
+    with torch.no_grad():
+        y, scores = layer(x)
+        base_y, base_scores = layer.base_layer(x)
+        (adapter,) = layer.adapters.values()
+        torch.testing.assert_close(y, adapter(x, base_y))
+    assert (y - base_y).abs().max() > 1e-3
+    assert torch.equal(scores, base_scores)
+    batch = case.tiny.batch(2)
+    model.save_pretrained(tmp_path)
+    loaded = petl.load(case.tiny.base(), tmp_path, other_base=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)
 
 
 def test_a_pass_changes_neither_the_model_nor_random_numbers():

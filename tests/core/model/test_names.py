@@ -18,7 +18,7 @@ from transformers import (
 
 import petl
 from petl import testing
-from petl.core.model.names import PRESETS, language_path
+from petl.core.model.names import PRESETS, language_path, part_in
 
 SIZES = {
     "hidden_size": 32,
@@ -98,6 +98,14 @@ def test_blocks_without_an_adapter_are_said_where_the_projector_has_one(caplog):
     assert line.startswith("adapters reach 0.0 %")
     assert "'language'" in line
     assert "'vision'" in line
+
+
+def test_towers_for_sound_belong_to_no_part():
+    """As in Phi-4 multimodal, where both towers are inside of the decoder."""
+    path = "model.embed_tokens_extend.{}_embed.encoder.encoders.0.self_attn.q_proj"
+    assert part_in(path.format("audio"), "model") == "other"
+    assert part_in(path.format("image"), "model") == "vision"
+    assert part_in("model.layers.0.self_attn.q_proj", "model") == "language"
 
 
 def test_models_of_one_part_refuse_the_presets():

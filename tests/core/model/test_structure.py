@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from transformers import (
     ASTConfig,
     ASTForAudioClassification,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
 )
@@ -96,6 +98,28 @@ def test_the_input_of_the_source_is_the_normalized_stream(name):
 
 def test_a_model_without_blocks_has_no_sublayers():
     assert find_sublayers(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))) == []
+
+
+def test_a_mixer_beside_a_feed_forward_is_no_feed_forward():
+    config = FalconH1Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        mamba_d_ssm=64,
+        mamba_n_heads=8,
+        mamba_d_head=8,
+        mamba_d_state=8,
+        mamba_n_groups=1,
+    )
+    found = {s.kind: s.closing for s in find_sublayers(FalconH1ForCausalLM(config))}
+    assert found == {
+        "attn": "model.layers.0.self_attn.o_proj",
+        "ffn": "model.layers.0.feed_forward.down_proj",
+    }
 
 
 def test_norms_are_those_of_the_backbone():
