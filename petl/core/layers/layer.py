@@ -348,8 +348,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = []
         self.merged_adapters = []
         self.in_features, self.out_features = shape or shape_of(base_layer)
-        self.is_linear = shape is None
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)
+        self.is_linear = self.fan_in_fan_out or hasattr(base_layer, "in_features")
         self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
 
     def _hold(self, base_layer: nn.Module, slot: str) -> None:
