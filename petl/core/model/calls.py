@@ -264,14 +264,15 @@ class _Recorder(TorchDispatchMode):
     def _begin(self, where: str, given: Sequence[object]) -> None:
         self.called.add(where)
         self._running.add(where)
-        if given and isinstance(given[0], Tensor):
-            self.inputs.setdefault(where, given[0].shape[:-1])
+        first = given[0] if given else None
+        if isinstance(first, Tensor) and where not in self.inputs:
+            self.inputs[where] = first.shape[:-1]
 
     def _end(self, where: str, output: Any) -> None:
         self._running.discard(where)
         first = output[0] if isinstance(output, tuple | list) and output else output
-        if isinstance(first, Tensor):
-            self.outputs.setdefault(where, first.shape[:-1])
+        if isinstance(first, Tensor) and where not in self.outputs:
+            self.outputs[where] = first.shape[:-1]
 
     def _run_once(self, path: str, stack: nn.Module) -> None:
         """Let blocks that are built as an earlier one return what that returned."""
