@@ -116,6 +116,22 @@ def scale_of(config: Any, name: str, rank: int) -> float:
     return config.alpha_pattern.get(name, config.lora_alpha) / rank
 
 
+def check_one_base(folders: Sequence[str | Path]) -> None:
+    """Raise InputError for adapters that were trained on different base models, where it is known.
+
+    Args:
+        folders: of adapters, or of runs.
+    """
+    first, *others = (fingerprint.read(adapter_in(each) / fingerprint.FILE) for each in folders)
+    for folder, other in zip(folders[1:], others, strict=True):
+        if fingerprint.difference(first, other):
+            raise InputError(
+                f"{folder} was trained on another base model than {folders[0]}: what it adds means "
+                "nothing to the weights of that one; combine adapters of one base, or set "
+                "other_base=True (--other-base) if the bases are meant to differ"
+            )
+
+
 def combined_updates(
     updates: Sequence[Update],
     method: str,
@@ -243,7 +259,8 @@ def combine_adapters(
             LoRA then. None: as `level_for`.
         rank: with level "update", the largest rank; None: as of `combined_updates`.
         trust_remote_code: with level "update", allow base models to run code of their own.
-        other_base: with level "update", as of `petl.load`.
+        other_base: combine adapters of different bases too; with level "update", also as of
+            `petl.load`.
         settings: further arguments of `combine`.
 
     Returns:
@@ -256,6 +273,8 @@ def combine_adapters(
     if len(folders) < 2:
         raise InputError(f"combining needs at least two adapters, and got {len(folders)}")
     LEVELS.check("level", level, str | None)
+    if not other_base:
+        check_one_base(folders)
     level = level or level_for(folders)
     if level == "tensors":
         if rank is not None:

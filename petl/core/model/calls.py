@@ -53,8 +53,8 @@ class Calls:
     called: frozenset[str] = frozenset()
     read: frozenset[str] = frozenset()
     entered: frozenset[str] = frozenset()
-    inputs: Mapping[str, torch.Size] = field(default_factory=dict)
-    outputs: Mapping[str, torch.Size] = field(default_factory=dict)
+    inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    outputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     reason: str = ""
 
     def why_no_input(self, source: str, name: str) -> str:
@@ -226,8 +226,8 @@ class _Recorder(TorchDispatchMode):
     called: set[str] = field(default_factory=set)
     read: set[str] = field(default_factory=set)
     entered: set[str] = field(default_factory=set)
-    inputs: dict[str, torch.Size] = field(default_factory=dict)
-    outputs: dict[str, torch.Size] = field(default_factory=dict)
+    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__init__()

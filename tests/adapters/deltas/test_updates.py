@@ -135,6 +135,22 @@ def test_other_methods_are_those_of_the_updates(folders, method):
         torch.testing.assert_close(B @ A, tensor, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("level", ["tensors", "update"])
+def test_adapters_of_two_bases_are_combined_only_if_it_is_meant(folders, tmp_path, level):
+    write_model(tmp_path / "base", LlamaForCausalLM, llama_config())
+    torch.manual_seed(5)
+    LlamaForCausalLM(llama_config()).save_pretrained(tmp_path / "base")
+    kind, fields = KINDS["lora"]
+    model = petl.wrap(base(tmp_path), kind, task_type="CAUSAL_LM", **fields)
+    testing.stir(model).save_pretrained(tmp_path / "other")
+    both = [folders / "lora", tmp_path / "other"]
+    with pytest.raises(petl.InputError, match=r"other was trained on another base model than"):
+        deltas.combine_adapters(both, tmp_path / "sum", "linear", level=level)
+    assert not (tmp_path / "sum").exists()
+    deltas.combine_adapters(both, tmp_path / "sum", "linear", level=level, other_base=True)
+    assert (tmp_path / "sum" / "adapter_model.safetensors").is_file()
+
+
 def test_a_rank_cuts_by_singular_values():
     torch.manual_seed(0)
     A, B = torch.randn(6, 20), torch.randn(30, 6)
