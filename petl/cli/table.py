@@ -383,14 +383,14 @@ class EvalOptions(BatchOptions):
     )
     data: list[str] = option(
         "files with labels, or folders of images or sounds, in place of the test set",
-        existing,
+        file_or_setting,
         default=[],
         nargs="+",
     )
     retain: list[str] | None = option(
         "measure what the model has lost on other texts: files with a column text, or none for "
         "those that petl brings",
-        existing,
+        file_or_setting,
         metavar="FILE",
         nargs="*",
     )
@@ -980,7 +980,7 @@ class StrengthOptions(RunOptions):
     )
     retain: list[str] | None = option(
         "files with a column text (default: the texts that petl brings)",
-        existing,
+        file_or_setting,
         metavar="FILE",
         nargs="+",
     )

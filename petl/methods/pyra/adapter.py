@@ -64,7 +64,7 @@ class PyraAdapter(Adapter):
         Returns:
             The block's output, [N, T - R, C] for x [N, T, C].
         """
-        block: Any = base.block
+        block: Any = base.module
         sizes: Tensor | None = kwargs.pop(SIZES, None)
         self._check_call(x, args[0] if args else kwargs.pop("attention_mask", None))
         keys: list[Tensor] = []

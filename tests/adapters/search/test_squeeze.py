@@ -228,6 +228,7 @@ def test_an_adapter_without_a_run_has_no_rows_to_compare_on(command, runs, tmp_p
 def test_without_out_the_folder_is_beside_that_of_the_adapter(monkeypatch, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "weights").write_bytes(b"0123456789")
+    (tmp_path / "mine" / "adapter_config.json").write_text("{}")
     monkeypatch.chdir(tmp_path / "mine")
     files = SimpleNamespace(weights=Path("weights"))
     saved, outs = SimpleNamespace(run=None, adapter=Path(), folder=files), []
