@@ -27,6 +27,7 @@ from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
 from peft.tuners.lora.conversion import _convert_module_to_lora
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.oft.layer import OFTRotationModule
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import (
     AuxiliaryTrainingWrapper,
@@ -522,6 +523,20 @@ def rated(update: Callable[..., None], allocator: Any, model: nn.Module) -> None
 
 
 extend_method(RankAllocator, "update_ipt", rated)
+
+
+def rotated(forward: Callable[..., Tensor], rotation: OFTRotationModule, x: Tensor) -> Tensor:
+    """Rotate the input of a layer that OFT adapts.
+
+    PEFT takes every input of four dimensions for that of a convolution; a linear layer may have one
+    too (FocalNet, ProphetNet).
+    """
+    if x.dim() != 4 or rotation.kernel_size != (0, 0):
+        return forward(rotation, x)
+    return forward(rotation, x.flatten(0, -2)).view(x.shape)
+
+
+extend_method(OFTRotationModule, "forward", rotated)
 
 
 def norm_in_use(layer: Any) -> Any:

@@ -4,9 +4,12 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch import nn
 
 import petl
 from petl.core.adapter_file import WEIGHTS
@@ -78,3 +81,18 @@ def test_embeddings_that_are_not_adapted_are_saved_on_request(tmp_path):
     batch["attention_mask"] = batch["attention_mask"] * 0 + 1
     loaded = petl.load(fresh, tmp_path)
     assert_close(logits(loaded, batch), logits(model, batch), 1e-6, "logits of the new tokens")
+
+
+def test_oft_on_a_linear_layer_takes_inputs_of_any_number_of_dimensions():
+    """PEFT takes four dimensions for an image."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(32, 16))
+    model = peft.get_peft_model(base, peft.OFTConfig(target_modules=["0"], r=0, oft_block_size=8))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, 3, 5, 32)
+    with torch.no_grad():
+        expected = model(x.view(30, 32)).view(2, 3, 5, 16)
+        torch.testing.assert_close(model(x), expected)
+        assert (expected - model.base_model.model[0].base_layer(x)).abs().max() > 0.01

@@ -45,8 +45,8 @@ class Calls:
         called: places of modules that it calls.
         read: places of modules that it does not call, though it reads their weight.
         entered: places of the blocks that it calls.
-        inputs, outputs: the shape of the first tensor that a module gets and returns, without the
-            last dimension; in the order in which modules are called.
+        inputs, outputs: the shape of the first tensor that a module gets and returns, in the order
+            in which modules are called.
         reason: why no pass could be run; then the others are empty.
     """
 
@@ -69,7 +69,7 @@ class Calls:
         order = list(self.inputs)
         if order.index(first) > order.index(then):
             return f"{source} is called after it"
-        given, wanted = self.inputs[first], self.outputs[then]
+        given, wanted = self.inputs[first][:-1], self.outputs[then][:-1]
         if given == wanted:
             return ""
         return f"{source} gets {[*given]} tokens in a pass in which it gives {[*wanted]}"
@@ -87,6 +87,10 @@ class Calls:
             return READ
         is_known = any(where.startswith(f"{block}.") for block in self.entered)
         return IDLE if is_known and "expert" not in where else ""
+
+    def width_of(self, name: str) -> int | None:
+        """Return the last dimension of what a module returns; None: nothing is known."""
+        return self.outputs.get(place_of(name), (None,))[-1]
 
 
 def place_of(name: str) -> str:
@@ -266,13 +270,13 @@ class _Recorder(TorchDispatchMode):
         self._running.add(where)
         first = given[0] if given else None
         if isinstance(first, Tensor) and where not in self.inputs:
-            self.inputs[where] = first.shape[:-1]
+            self.inputs[where] = first.shape
 
     def _end(self, where: str, output: Any) -> None:
         self._running.discard(where)
         first = output[0] if isinstance(output, tuple | list) and output else output
         if isinstance(first, Tensor) and where not in self.outputs:
-            self.outputs[where] = first.shape[:-1]
+            self.outputs[where] = first.shape
 
     def _run_once(self, path: str, stack: nn.Module) -> None:
         """Let blocks that are built as an earlier one return what that returned."""

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from petl.core.layers.block import place_of_argument
 from petl.core.layers.layer import LayerShape
 from petl.core.method import Method, NewAdapters, Settings, Target, TrainContext, WrapContext
+from petl.core.model.calls import calls_of
 from petl.core.model.heat_map import HeatMap, finite
 from petl.core.model.names import candidate_names
 from petl.core.model.structure import block_widths, final_norm, layer_drop, norm_kind
@@ -79,7 +80,15 @@ class Sherl(Method[SherlConfig, SherlAdapter]):
             f"the config of {type(model).__name__} has {drop}: in training it leaves out blocks at "
             "random, whose outputs the side network reads; set it to 0 in model.config",
         )
-        widths = block_widths(model, config.blocks)
+        widths, calls = block_widths(model, config.blocks), calls_of(model)
+        for path in hosts:
+            returned = calls.width_of(path) or widths[path]
+            require(
+                returned == widths[path],
+                f"the blocks of {type(model).__name__} return {returned} numbers a token and their "
+                f"sub-layers read {widths[path]}: it has several streams, and a side network reads "
+                "one; choose another method, such as lora",
+            )
         return [
             Target(path, LayerShape(widths[path], widths[path]), is_block=True)
             for path in candidate_names(model)

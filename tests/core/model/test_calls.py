@@ -223,8 +223,9 @@ def test_an_adapter_cannot_read_what_comes_later_or_has_another_shape():
     assert calls.why_no_input(first, closing) == ""
     assert norm in calls.why_no_input(norm, closing)
     assert calls.why_no_input("model.layers.0.absent", closing) == ""
-    shape = torch.Size([1, 16])
-    known = Calls(inputs={"q": torch.Size([16, 1]), "o": shape}, outputs={"o": shape})
+    shape = (1, 16, 8)
+    known = Calls(inputs={"q": (16, 1, 8), "o": shape}, outputs={"o": shape})
+    assert (known.width_of("o"), known.width_of("q")) == (8, None)
     assert "[16, 1] tokens" in known.why_no_input("q", "o")
 
 
