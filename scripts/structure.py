@@ -28,7 +28,7 @@ PACKAGE = ROOT / "petl"
 BUDGETS = {
     "system": 3650,
     "ops": 3250,
-    "core": 12750,
+    "core": 12850,
     "efficiency": 8250,
     "data": 16250,
     "training": 16300,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 13950, "tests": 78950}
+OTHERS = {"scripts": 13950, "tests": 79100}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 

@@ -116,20 +116,15 @@ def scale_of(config: Any, name: str, rank: int) -> float:
     return config.alpha_pattern.get(name, config.lora_alpha) / rank
 
 
-def check_one_base(folders: Sequence[str | Path]) -> None:
-    """Raise InputError for adapters that were trained on different base models, where it is known.
+def of_another_base(folders: Sequence[str | Path]) -> str | Path | None:
+    """Return the first adapter that was trained on another base model than the first of all.
 
     Args:
-        folders: of adapters, or of runs.
+        folders: of adapters, or of runs; what has no fingerprint of its base differs from none.
     """
     first, *others = (fingerprint.read(adapter_in(each) / fingerprint.FILE) for each in folders)
-    for folder, other in zip(folders[1:], others, strict=True):
-        if fingerprint.difference(first, other):
-            raise InputError(
-                f"{folder} was trained on another base model than {folders[0]}: what it adds means "
-                "nothing to the weights of that one; combine adapters of one base, or set "
-                "other_base=True (--other-base) if the bases are meant to differ"
-            )
+    pairs = zip(folders[1:], others, strict=True)
+    return next((folder for folder, other in pairs if fingerprint.difference(first, other)), None)
 
 
 def combined_updates(
@@ -273,8 +268,12 @@ def combine_adapters(
     if len(folders) < 2:
         raise InputError(f"combining needs at least two adapters, and got {len(folders)}")
     LEVELS.check("level", level, str | None)
-    if not other_base:
-        check_one_base(folders)
+    if not other_base and (other := of_another_base(folders)):
+        raise InputError(
+            f"{other} was trained on another base model than {folders[0]}: what it adds means "
+            "nothing to the weights of that one; combine adapters of one base, or set "
+            "other_base=True (--other-base) if the bases are meant to differ"
+        )
     level = level or level_for(folders)
     if level == "tensors":
         if rank is not None:
