@@ -95,7 +95,7 @@ class Documents(PairSource):
 
 
 def texts_in(setting: str, name: str) -> list[Path]:
-    """The texts of a folder, at any depth, sorted, without hidden ones.
+    """The texts of a folder, at any depth, sorted, without hidden ones and links that lead out.
 
     Raises:
         InputError: there is none.
@@ -103,10 +103,12 @@ def texts_in(setting: str, name: str) -> list[Path]:
     folder = path_of(setting, name)
     if not folder.is_dir():
         raise InputError(f"{setting}={name} is no folder")
+    root = folder.resolve()
     found = [
         file
         for file in folder.rglob("*")
         if file.suffix.lower() in SUFFIXES
+        and file.resolve().is_relative_to(root)
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     ]
     if not found:

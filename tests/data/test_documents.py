@@ -136,6 +136,16 @@ def test_a_folder_without_texts_is_refused_before_anything_is_read(tmp_path):
             given.check()
 
 
+def test_links_that_lead_out_of_the_folder_are_not_read(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "secret.md").write_text("# Secret\n\nHidden.\n")
+    (tmp_path / "notes" / "own.md").write_text("# Own\n\nSeen.\n")
+    (tmp_path / "notes" / "link.md").symlink_to(tmp_path / "secret.md")
+    (tmp_path / "notes" / "again.md").symlink_to("own.md")
+    found = [passage.text for passage in passages("data.path", str(tmp_path / "notes"))]
+    assert found == ["Seen.", "Seen."]
+
+
 def test_texts_of_another_encoding_are_read(tmp_path):
     rows = [f"## Caf\u00e9 {i}\n\nTh\u00e9 num\u00e9ro {i}." for i in range(12)]
     (tmp_path / "a.md").write_bytes(textwrap.dedent("\n\n".join(rows)).encode("cp1252"))
