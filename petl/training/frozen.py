@@ -36,8 +36,11 @@ class FrozenStore(RunFeature):
         if nothing and self.settings is not True:  # as usual: there is nothing to report
             return
         try:
+            task = context.splits.task
+            if not task.tensors_by_row:
+                raise InputError(f"data.task={task.name} has several texts a row")
             if nothing:
-                raise InputError(_several_texts(context) or nothing)
+                raise InputError(nothing)
             self.cache = _cache(context)
         except InputError as error:
             if self.settings is True:
@@ -70,18 +73,10 @@ def nothing_frozen(context: Context) -> str:
     return StoreFrozen().refusal(context.model)
 
 
-def _several_texts(context: Context) -> str:
-    """Return why the rows of a task have no output of their own; "" if they have."""
-    task = context.splits.task
-    return "" if task.tensors_by_row else f"data.task={task.name} has several texts a row"
-
-
 def _cache(context: Context) -> FrozenCache:
     model, splits, settings = context.model, context.splits, context.settings
     if not isinstance(splits.train, Dataset):
         raise InputError("the training examples are a stream (data.streaming=true)")
-    if several := _several_texts(context):
-        raise InputError(several)
     cache = cache_frozen(model, without_dropout=settings.cache_frozen is True)
     try:
         # the precision of training: it is part of a store's name, and of what the blocks compute

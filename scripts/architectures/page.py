@@ -22,8 +22,8 @@ CPU, with the methods of petl and of PEFT through petl. {built} of {all} types b
 were run on all of these{others}. A run wraps the model with the
 fields of the method's YAML (targets: `block-linear`, or what the method chooses), takes two steps,
 saves, loads into a new model, and merges. The outputs after loading are equal to the bit but for
-rounding (1e-5) where a kernel sums in another order, those after merging to 1e-3. Models for images
-and text get texts.
+rounding (1e-5) where a kernel sums in another order (2e-5 for a method that takes weights of the
+base apart), those after merging to 1e-3. Models for images and text get texts.
 
 **{works} of {pairs} pairs of a type and a method work, {refused} are refused before training, with
 a reason; {broken} do not work.** `python scripts/architectures.py` runs it, and

@@ -6,6 +6,7 @@ import pytest
 
 from petl.cli.arguments import (
     COUNT,
+    DRAFTERS,
     POSITIVE,
     SEED,
     each,
@@ -15,6 +16,8 @@ from petl.cli.arguments import (
     number,
     some_of,
 )
+from petl.efficiency.drafting.registry import untrained
+from petl.generation.inference.language_model import NO_DRAFTS
 
 
 def test_numbers_within_their_bounds_are_converted():
@@ -71,3 +74,8 @@ def test_outputs_that_cannot_be_written_are_refused(tmp_path, parse, place, mess
     (tmp_path / "file").touch()
     with pytest.raises(argparse.ArgumentTypeError, match=message):
         parse(str(tmp_path / place))
+
+
+def test_the_drafters_that_need_no_training_are_those_that_are_known():
+    """The command line has their names, since their modules import torch."""
+    assert {*DRAFTERS} == {"auto", NO_DRAFTS, *untrained()}

@@ -3,20 +3,21 @@
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from petl.errors import printable
+from petl.errors import did_you_mean, printable, shown
 from petl.generation.inference.calls import Call, CallReader, CallStream
 from petl.generation.inference.sampling import UNFINISHED
 from petl.generation.serving.choice import LogProb
 from petl.generation.serving.request import AnswerPart
 
 Json = dict[str, object]  # an object of a body
+Served = TypeVar("Served")  # a model or an adapter
 GOING_ON: Json = {"logprobs": None, "finish_reason": None}  # in a chunk that is not the last
 LOWEST = -9999.0  # in place of minus infinity, which JSON does not have
 # error types of OpenAI's API by HTTP status; all others below 500 are invalid requests
@@ -40,6 +41,18 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.body = error_body(printable(message), status, code=code, param=param)
+
+
+def served_as(name: str, served: Mapping[str, Served]) -> Served:
+    """What a server has under the name in a request.
+
+    Raises:
+        ApiError: nothing.
+    """
+    if name not in served:
+        message = f"no model {shown(name)}{did_you_mean(name, served)}"
+        raise ApiError(message, 404, code="model_not_found", param="model")
+    return served[name]
 
 
 @dataclass

@@ -22,14 +22,14 @@ from petl.data.tasks.retrieval import Retrieval
 from petl.data.tasks.retrieval.base_folder import MODULES, Folder
 from petl.data.tasks.retrieval.reranking import Reranking
 from petl.data.tasks.task_file import read_task
-from petl.errors import InputError, RunStopped, did_you_mean, shown
+from petl.errors import InputError, RunStopped
 from petl.generation.inference.loading import find_model
 from petl.generation.prediction.predictor import Predictor
 from petl.generation.prediction.vectors import load_embedder, plain_predictor, vectors_of_tokens
 from petl.generation.serving.bodies import Paths
 from petl.generation.serving.engine import Busy
 from petl.generation.serving.gate import BODY_BYTES
-from petl.generation.serving.replies import ApiError, Json
+from petl.generation.serving.replies import ApiError, Json, served_as
 from petl.generation.serving.service import CLIENT_GONE, unless_gone
 from petl.generation.serving.wire import Strict, Text, Tokens
 
@@ -163,13 +163,13 @@ class ScoringService:
 
     def model(self, name: str) -> Json:
         """The body of /v1/models/NAME."""
-        most = self._find(name).task.max_length
+        most = served_as(name, self.served).task.max_length
         own = {"created": self.created, "owned_by": "petl", "max_model_len": most}
         return {"id": name, "object": "model", "parent": None, **own}
 
     async def embed(self, body: EmbeddingRequest, request: HttpRequest) -> Response:
         """Reply to /v1/embeddings."""
-        predictor = self._find(body.model)
+        predictor = served_as(body.model, self.served)
         task = predictor.task
         if not isinstance(task, Retrieval):
             raise ApiError(f"{body.model} is a reranker: ask it at /rerank", param="model")
@@ -211,7 +211,7 @@ class ScoringService:
 
     async def rerank(self, body: RerankRequest, request: HttpRequest) -> Response:
         """Reply to /rerank and /v1/rerank."""
-        predictor, texts = self._find(body.model), body.texts
+        predictor, texts = served_as(body.model, self.served), body.texts
         if not isinstance(predictor.task, Reranking):
             raise ApiError(f"{body.model} is an embedder: ask it at /v1/embeddings", param="model")
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -237,12 +237,6 @@ class ScoringService:
             return {"model": body.model, "results": results, "usage": usage}
 
         return await self._answer(work, reply, request)
-
-    def _find(self, name: str) -> Predictor:
-        if name not in self.served:
-            message = f"no model {shown(name)}{did_you_mean(name, self.served)}"
-            raise ApiError(message, 404, code="model_not_found", param="model")
-        return self.served[name]
 
     async def _answer(
         self,

@@ -4,13 +4,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Coroutine,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,7 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from petl.data.tasks import Message
 from petl.data.tasks.image_text.images import image_of, is_data
 from petl.data.tasks.image_text.prompt import Conversation, ImagePrompt
-from petl.errors import InputError, did_you_mean, printable, shown
+from petl.errors import InputError, printable, shown
 from petl.generation.inference.calls import MAX_CALLS, CallReader, call_form
 from petl.generation.inference.grammar import json_grammar, vocabulary_of
 from petl.generation.inference.language_model import LanguageModel
@@ -39,6 +33,7 @@ from petl.generation.serving.replies import (
     Reply,
     ReplyText,
     error_body,
+    served_as,
 )
 from petl.generation.serving.request import AnswerPart, Emit, Request
 from petl.generation.serving.wire import (
@@ -94,7 +89,8 @@ class AnswerService:
 
     def model(self, name: str) -> Json:
         """The body of /v1/models/NAME."""
-        served, base = self._find(name), next(iter(self.served))  # `load_served` puts it first
+        # `load_served` puts the base first
+        served, base = served_as(name, self.served), next(iter(self.served))
         return {
             "id": name,
             "object": "model",
@@ -107,7 +103,7 @@ class AnswerService:
 
     async def chat(self, body: ChatRequest, request: HttpRequest) -> Response:
         """Reply to /v1/chat/completions."""
-        served = self._find(body.model)
+        served = served_as(body.model, self.served)
         turns = body.turns
         urls = [url for message in body.messages for url in message.images]
         # in another thread: a long prompt would hold up all connections
@@ -122,19 +118,13 @@ class AnswerService:
 
     async def complete(self, body: CompletionRequest, request: HttpRequest) -> Response:
         """Reply to /v1/completions."""
-        served = self._find(body.model)
+        served = served_as(body.model, self.served)
         # this path has no turns: a prompt is the text itself
         plain = replace(served.language, is_chat=False, system=None)
         encode = partial(_encode, plain)
         prompts = [await run_in_threadpool(encode, prompt) for prompt in body.prompts]
         reply = CompletionReply(served.name, served.language.tokenizer)
         return await self._reply(reply, body, served, prompts, request)
-
-    def _find(self, name: str) -> ServedAdapter:
-        if name not in self.served:
-            message = f"no model {shown(name)}{did_you_mean(name, self.served)}"
-            raise ApiError(message, 404, code="model_not_found", param="model")
-        return self.served[name]
 
     async def _reply(
         self,

@@ -10,7 +10,7 @@ Of any number of classes for each row: w_c multiplies the loss of a label that h
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,10 +39,11 @@ class ClassWeights(RunFeature):
     """Computes the loss of training with a weight for each class."""
 
     key = "class_weights"
+    found: Sequence[float] = ()  # by class, once the rows are known
 
     def order(self, rows: "TrainingRows") -> "TrainingRows":
         """Check the weights before a model is loaded."""
-        self.weights(rows.task, rows.train)
+        self.found = self.weights(rows.task, rows.train)
         return rows
 
     def weights(self, task: Task, train: object) -> list[float]:
@@ -69,15 +70,16 @@ class ClassWeights(RunFeature):
         """Replace the loss of the model for the labels of training."""
         task = context.splits.task
         assert isinstance(task, ClassTask), "weights() refuses others"
-        weights = self.weights(task, context.splits.train)
-        named = dict(zip(task.classes, (round(w, 4) for w in weights), strict=True))
+        named = dict(zip(task.classes, (round(w, 4) for w in self.found), strict=True))
         shown = sorted(named.items(), key=lambda item: -item[1])[:SHOWN]
         more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
         listed = ", ".join(f"{name} {weight:g}" for name, weight in shown)
         logger.info("weights of classes in the loss: %s%s", listed, more)
         if self.key not in context.run.scores:
             context.run.scores.add({self.key: named})
-        weigh(base_of(context.model), torch.tensor(weights), several=isinstance(task, MultiLabel))
+        weigh(
+            base_of(context.model), torch.tensor(self.found), several=isinstance(task, MultiLabel)
+        )
 
 
 def given_weights(given: Any, classes: list[str]) -> list[float]:
