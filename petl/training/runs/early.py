@@ -7,7 +7,6 @@ from typing import Any
 from omegaconf import DictConfig
 
 from petl.data.base import Source, check_early, data_source
-from petl.data.task_columns import ClassLabelColumns
 from petl.errors import InputError
 from petl.system.files.paths import is_repository, model_folder
 from petl.system.settings.schema import plain
@@ -61,6 +60,7 @@ def classes_of(source: Source) -> list[str]:
     # the imports of pyarrow are for runs with weights alone
     from petl.data.bundled import WORDNET_CLASSES, WordNet
     from petl.data.files import Files, file_names, read_rows
+    from petl.data.task_columns import ClassLabelColumns
 
     if isinstance(source, WordNet):
         return WORDNET_CLASSES
