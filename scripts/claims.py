@@ -27,7 +27,7 @@ from claims.claim import Claim
 from claims.page import listing, spot_table, summary
 from claims.pictures import publish
 from claims.results import PUBLISHED, read_published
-from claims.running import refuse_at_a_time, refuse_finished, spot_check, try_claim
+from claims.running import refuse_at_a_time, spot_check, try_claim
 
 from petl.cli.arguments import folder_to_write
 from petl.cli.table import JOBS
@@ -62,7 +62,6 @@ def run(arguments: argparse.Namespace) -> None:
             raise InputError(
                 f"no claim {name!r}{did_you_mean(name, CLAIMS)}: use some of {', '.join(CLAIMS)}"
             )
-        refuse_finished(CLAIMS[name])
     claims = [CLAIMS[name] for name in arguments.names]
     if arguments.list:
         listing().print()

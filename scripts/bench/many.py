@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from bench.clocks import Spread, in_turn, milliseconds, seconds, uncollected
 from bench.contenders import Contender
 from bench.isolated import own_memory, resident
 from bench.records import Record
+from bench.scale import exponent
 from bench.serve import bytes_of, forward, served
 from bench.shapes import Bench, Shape
 
@@ -156,12 +156,6 @@ def _modules(row: Contender, shape: Shape) -> Record:
     if len(counts) > 1:
         facts |= {f"{name} exponent": exponent(counts, taken) for name, taken in costs.items()}
     return row.record("many", f"{counts[-1]} linear layers", facts=facts)
-
-
-def exponent(counts: Sequence[int], costs: Sequence[float]) -> float:
-    """Return the slope of log(cost) over log(count), by least squares."""
-    logs = ([math.log(value) for value in values] for values in (counts, costs))
-    return statistics.linear_regression(*logs).slope
 
 
 def _costs(row: Contender, bench: Bench) -> dict[str, float]:

@@ -16,14 +16,18 @@ TITLES = {
     "generate": "greedy decoding, relative to the base model",
     "dist": "data-parallel training with the optimizer, processes x threads",
     "many": "many adapters, many modules",
+    "peers": "training step of the adapters package",
     "serve": "a batch with several adapters, relative to the base model",
     "together": "training several adapters in one pass, relative to a pass for each of them",
+    "scale": "growth of the cost",
     "compile": "training step with torch.compile, relative to without",
     "merge": "merged tokens, relative to all tokens",
     "unet": "tuners of skip connections, relative to LoRA of rank 8 on attention",
     "experts": "LoRA on stacks of experts, relative to PEFT's forward pass",
     "frozen": "training step without what need not be computed",
+    "drafting": "answers with drafts, relative to plain decoding",
     "start-up": "start of a process",
+    "job": "whole jobs, one process each",
     "watch": "training step under petl.watch after its first steps, relative to without",
 }
 ITSELF = "floor"  # the row that times the lower bound against itself
@@ -51,6 +55,8 @@ LABELS = {
     "B / position": "bytes on disk per position",
     "goal kernels": "goal: kernel launches",
     "goal base": "goal: time / base",
+    "goal speed": "goal: speed",
+    "goal speed / plain base": "goal: speed / plain base",
     "goal 8 adapters": "goal: 8 adapters",
     "goal 64 adapters": "goal: 64 adapters",
     "peak / parts": "peak memory / base, adapters and passes of each",
@@ -82,9 +88,16 @@ GOALS = {  # and the values they bound
     "goal base": "time / base",
     "goal plain": "time / plain merging",
     "goal saved": "saved / inner",
+    "goal speed": "speed",
+    "goal speed / plain base": "speed / plain base",
     "goal 8 adapters": "8 adapters",
     "goal 64 adapters": "64 adapters",
     "goal peak": "peak / parts",
+    **{
+        f"goal {part} / {base}": f"{part} / {base}"
+        for part in ("training", "job")
+        for base in ("Trainer", "Trainer, by length")
+    },
 }
 FAIL, NOISY = "FAIL", "NOISY"
 MAIN = ("petl", "torch", "transformers", "peft")  # packages that fit into a line

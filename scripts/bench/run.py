@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from bench import (
     compiled,
+    drafting,
     files,
     frozen,
     generate,
@@ -18,6 +19,8 @@ from bench import (
     many,
     merging,
     mixture,
+    peers,
+    scale,
     serve,
     start_up,
     together,
@@ -25,9 +28,10 @@ from bench import (
     watched,
 )
 from bench.contenders import contenders
+from bench.jobs.definitions import Settings as JobSettings
 from bench.records import Record, Result
 from bench.report import TITLES
-from bench.shapes import Shape, hydra_shape, on_device, short, suite
+from bench.shapes import Shape, hydra_shape, on_device, suite
 from bench.step import Steps
 from petl.errors import InputError
 from petl.training.runs.environment import (
@@ -38,6 +42,7 @@ from petl.training.runs.environment import (
 )
 
 SECTIONS = tuple(TITLES)
+LONG = "job"  # hours: not in `--sections all`
 USUAL = ("step", "file", "peak", "generate", "start-up")  # the default of `--sections`
 
 
@@ -51,6 +56,9 @@ class Settings:
         rows: names of rows or methods; empty: all.
         rounds: timed rounds of a step.
         threads: of the processor; times are comparable with one thread only.
+        peers: the python of an environment with the `adapters` package; "": skip it.
+        drafts: what section `drafting` measures.
+        jobs: of section `job`.
     """
 
     suite: str = "quick"
@@ -61,6 +69,9 @@ class Settings:
     rounds: int = 5
     device: str = "cpu"
     threads: int = 1
+    peers: str = ""
+    drafts: drafting.Plan = field(default_factory=drafting.Plan)
+    jobs: JobSettings = field(default_factory=JobSettings)
 
 
 def run(
@@ -85,7 +96,7 @@ def run(
         raise InputError(f"device {settings.device!r}: torch finds no GPU on this machine; use cpu")
     shapes = suite(settings.suite, list(settings.shapes), settings.device)
     shapes += [on_device(hydra_shape(name), settings.device) for name in settings.models]
-    measures = _measures(settings)
+    measures = _measures(settings, progress)
     torch.set_num_threads(settings.threads)
     environment = describe(settings)
     records: list[Record] = []
@@ -98,10 +109,12 @@ def run(
 
 
 # sections that measure all shapes, not the first one only
-EACH = ("step", "small", "bf16", "file", "peak", "generate", "frozen", "together")
+EACH = ("step", "small", "bf16", "file", "peak", "generate", "frozen", "together", "peers")
 
 
-def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
+def _measures(
+    settings: Settings, progress: Callable[[str], Any]
+) -> dict[str, Callable[[Shape], list[Record]]]:
     rows = [row for row in contenders(settings.rows) if not row.elsewhere]
     rounds = settings.rounds
     fewer = max(3, rounds // 2)
@@ -113,9 +126,10 @@ def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
         "file": lambda shape: files.measure(rows, shape),
         "peak": lambda shape: isolated.peaks(rows, shape),
         "generate": lambda shape: generate.measure(rows, shape, rounds),
-        "dist": lambda shape: isolated.throughput(rows, short(shape), fewer),
+        "dist": lambda shape: isolated.throughput(rows, scale.short(shape), fewer),
         "serve": lambda shape: serve.measure(rows, shape, fewer),
         "many": lambda shape: many.adapters(rows, shape, fewer) + many.modules(rows, shape),
+        "scale": lambda shape: scale.measure(rows, shape, fewer),
         "compile": lambda shape: compiled.measure(rows, shape, rounds),
         "merge": lambda shape: merging.measure(rounds),
         "unet": lambda shape: unet.measure(rounds),
@@ -126,9 +140,19 @@ def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
             + frozen.measure(shape, rounds)
         ),
         "start-up": lambda shape: start_up.measure(),
+        "job": lambda shape: _whole_jobs(settings.jobs, progress),
+        "peers": lambda shape: peers.measure(shape, rounds, settings.peers),
+        "drafting": lambda shape: drafting.measure(settings.drafts, progress),
         "together": lambda shape: together.measure(rows, shape, rounds),
         "watch": lambda shape: watched.measure(shape, rounds),
     }
+
+
+def _whole_jobs(settings: JobSettings, progress: Callable[[str], Any]) -> list[Record]:
+    # other sections do not wait for what it imports
+    from bench.jobs.section import measure
+
+    return measure(settings, progress)
 
 
 def describe(settings: Settings) -> dict[str, Any]:

@@ -260,16 +260,6 @@ def suite(name: str, shapes: list[str], device: str) -> list[Shape]:
     return [on_device(known[shape], device) for shape in shapes]
 
 
-def short(shape: Shape) -> Shape:
-    """Return the shape with two layers, a model of configs/model as it is.
-
-    The vocabulary is scaled with the layers, so that the head keeps its fraction of the FLOPs.
-    """
-    if shape.source is not None:
-        return shape
-    return replace(shape, layers=2, vocabulary=max(512, 2 * shape.vocabulary // shape.layers))
-
-
 def on_device(shape: Shape, device: str) -> Shape:
     """Return the shape on a device; in bfloat16 on an accelerator."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16

@@ -1,30 +1,36 @@
 """All claims, in the order in which a user would ask for them, as claims.yaml describes them."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from claims import measures, texts
+from claims import fashion, measures, neurons, prompts, routers, task_files, texts
 from claims.claim import ONCE, Claim, Kind, Setting, Shown, Statement, Untried, around
 from claims.measures import Measure
 from petl.system.files.read import read_yaml
 
 FILE = Path(__file__).with_name("claims.yaml")
-# by the entry `files` of a setting
-FILES: dict[str, Callable[[Path], None]] = {"verbs": texts.write_verbs}
+FILES: dict[str, Callable[..., None]] = {  # by the entry `files` of a setting
+    "images": fashion.write_images,
+    "prompts": prompts.write_prompts,
+    "tasks": task_files.write_tasks,
+    "texts": texts.write_texts,
+    "verbs": texts.write_verbs,
+}
 MEASURES = {
     each.name: each
     for each in (
         *(measures.ACCURACY, measures.SECONDS, measures.MEMORY, measures.DENSITY),
         *(measures.RUN_LOSS, measures.LOSS, measures.NDCG),
-        Measure("loss_hamlet", "loss on Hamlet", None, measures.nats, "nats", lower=True),
-        Measure("loss_reviews", "loss on reviews", None, measures.nats, "nats", lower=True),
+        measures.loss_on("hamlet", "loss on Hamlet"),
+        measures.loss_on("reviews", "loss on reviews"),
         measures.loss_at(48, "validation loss after a quarter"),
-        Measure("router_agreement", "agreement of routers", None, "{:.3f}".format),
+        Measure("router_agreement", "agreement of routers", routers.agreement, "{:.3f}".format),
         Measure(
             "neurons_at_ppl_1",
             "neurons needed at 1 % more perplexity",
-            None,
+            neurons.needed,
             measures.share,
             ratio=True,
         ),
@@ -39,11 +45,14 @@ def setting_of(name: str, entries: Mapping[str, Any]) -> Setting:
         name = own.pop("like")
         own = {**entries[name], **own}
     rates = own.pop("rates", None) or around(own.pop("around", 1e-3))
+    write, models = FILES.get(own.pop("files", "")), own.pop("models", None)
+    if write is not None and models is not None:
+        write = partial(write, models=models)
     return Setting(
         name=name,
         rates=tuple(rates),
         seeds=tuple(range(own.pop("seeds", len(ONCE)))),
-        write_files=FILES.get(own.pop("files", "")),
+        write_files=write,
         **{key: tuple(value) if isinstance(value, list) else value for key, value in own.items()},
     )
 
@@ -83,7 +92,6 @@ def claim_of(name: str, entry: Mapping[str, Any], settings: Mapping[str, Setting
         limits=tuple(entry.get("limits", ())),
         beside=tuple(words[key] for key in entry.get("beside", ())),
         since=words.get(entry.get("since", ""), ""),
-        finished=str(entry.get("finished", "")),
     )
 
 

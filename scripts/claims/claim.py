@@ -1,13 +1,14 @@
 """Claims: what a paper says, the contenders that try it, and the data, as descriptions.
 
 A contender is given by words: those of a method and settings of `petl train`, as
-`petl.experiments.sweeps.study.Contender` takes them. Finished claims have edited contenders too,
-made of one or several trained ones: "lora | prune drop=0.9 q=dare".
+`petl.experiments.sweeps.study.Contender` takes them. An edited contender is what `claims.edits`
+makes of a trained one: "lora | prune drop=0.9 q=dare". One of several trained ones, each of another
+task, is what `claims.several` makes of them: "lora on=verbs + lora on=reviews | own".
 """
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -15,11 +16,16 @@ from claims.measures import ACCURACY, Measure
 from petl.experiments.sweeps.study import TUNING_SEEDS, Contender
 
 MARGIN = 0.01  # of accuracy: smaller differences are no reason to choose a method
-EDIT = " | "
+EDIT, AND = " | ", " + "
 Kind = Literal["beats", "equals", "no_worse", "share"]
 LADDER = tuple(float(f"{digit}e{power}") for power in range(-7, 1) for digit in (1, 3))  # rates
 ONCE = tuple(range(5))  # seeds of a first look; of a second one, twice as many
 BEYOND = 3  # rates on each side of the middle one: the first is tried at once, two if need be
+
+
+def made_of(words: str) -> list[str]:
+    """Return the words of the trained contenders that one is made of: of a trained one, its own."""
+    return words.partition(EDIT)[0].split(AND)
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,10 @@ class Setting:
             statement could not be told with ONCE.
         limits: sentences on what no trial with this setting covers.
         write_files: writes the files of the data to a new folder; None: there are none.
+        also_on: files whose rows each finished run is scored on too, by name; see
+            `claims.measures.loss_on`.
+        stands_for: settings of `petl train` that a word of a contender stands for, such as
+            "on=verbs" for the data of a task.
         tuning_seeds: that choose a rate, as of `Study`.
     """
 
@@ -122,6 +132,8 @@ class Setting:
     seeds: tuple[int, ...] = ONCE
     limits: tuple[str, ...] = ()
     write_files: Callable[[Path], None] | None = None
+    also_on: tuple[str, ...] = ()
+    stands_for: dict[str, tuple[str, ...]] = field(default_factory=dict)
     tuning_seeds: int = TUNING_SEEDS
 
 
@@ -144,8 +156,6 @@ class Claim:
         beside: words of contenders that no statement compares and that the table shows.
         since: words of the contender from which the table counts all measures but the first, such
             as the untrained model; "": it does not.
-        finished: the commit at which its scripts stand, of a study that is not repeated; "": it can
-            be tried.
     """
 
     name: str
@@ -160,12 +170,26 @@ class Claim:
     limits: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     since: str = ""
-    finished: str = ""
+
+    def __post_init__(self) -> None:
+        if self.edited and self.setting.also_on:
+            raise ValueError(f"{self.name}: edited adapters are scored on the test rows alone")
 
     @property
     def contenders(self) -> list[Contender]:
         """All contenders in the order in which the statements name them, then those beside."""
         return [Contender(words) for words in dict.fromkeys(self._named())]
+
+    @property
+    def trained(self) -> list[Contender]:
+        """The contenders that are trained, and those that the edited ones are made of."""
+        words = dict.fromkeys(part for each in self.contenders for part in made_of(each.words))
+        return [Contender(each) for each in words]
+
+    @property
+    def edited(self) -> list[Contender]:
+        """The contenders that are made of trained ones."""
+        return [each for each in self.contenders if EDIT in each.words]
 
     @property
     def measures(self) -> list[Measure]:
@@ -179,11 +203,12 @@ class Claim:
 
     @property
     def groups(self) -> list[list[Contender]]:
-        """The contenders in the order of training: those of a group are trained seed by seed.
+        """The contenders in the order of their making: those of a group are trained seed by seed.
 
         All of them if runs are timed; else each is finished before the next one.
         """
-        return [self.contenders] if self.alone else [[each] for each in self.contenders]
+        trained = [self.trained] if self.alone else [[each] for each in self.trained]
+        return [*trained, *([each] for each in self.edited)]
 
     def _named(self) -> Iterator[str]:
         for statement in self.statements:

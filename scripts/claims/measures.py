@@ -1,4 +1,4 @@
-"""What statements compare: numbers of the folder of a run.
+"""What statements compare: numbers of the folder of a run, or of an edited adapter.
 
 A measure has a value for each test example [N], or one of the whole run [1]. Those that are
 compared by their ratio, such as seconds, are compared by differences of logarithms.
@@ -30,8 +30,7 @@ class Measure:
     Attributes:
         name: in the files of results.
         title: in tables and pictures.
-        values: of a folder: [N], one for each test example in the order of the rows, or [1]; None:
-            only finished claims have it.
+        values: of a folder: [N], one for each test example in the order of the rows, or [1].
         show: formats a value.
         unit: of differences; "" of ratios.
         scale: of differences in this unit, such as 100 for points.
@@ -42,7 +41,7 @@ class Measure:
 
     name: str
     title: str
-    values: Callable[[Path], np.ndarray] | None
+    values: Callable[[Path], np.ndarray]
     show: Callable[[float], str]
     unit: str = ""
     scale: float = 1
@@ -74,7 +73,7 @@ class Measure:
 
 
 def scores(folder: Path) -> dict[str, Any]:
-    """Return scores.json of a run."""
+    """Return scores.json of a run, or of an edited adapter, which has fewer entries."""
     return read_json(folder / SCORES, dict[str, Any])
 
 
@@ -123,8 +122,14 @@ def losses(file: str) -> Callable[[Path], np.ndarray]:
     return read
 
 
+def loss_on(name: str, title: str) -> "Measure":
+    """Return the measure of the loss on the rows of a file of `Setting.also_on`."""
+    values = losses(f"{also_folder(name)}/{PREDICTIONS}")
+    return Measure(f"loss_{name}", title, values, nats, "nats", lower=True)
+
+
 def validation_losses(folder: Path) -> dict[int, float]:
-    """Return the loss on the validation rows by step of a run."""
+    """Return the loss on the validation rows by step of a run; empty for an edited adapter."""
     log = read_log(folder / METRICS) if (folder / METRICS).exists() else []
     return {each["step"]: each["validation"]["loss"] for each in log if "validation" in each}
 
@@ -136,6 +141,11 @@ def loss_at(step: int, title: str) -> "Measure":
         return np.array([validation_losses(folder)[step]])
 
     return Measure(f"validation_loss_{step}", title, read, nats, "nats", lower=True)
+
+
+def also_folder(name: str) -> str:
+    """Return the folder in a run of the scores on a file, as `petl eval` names it."""
+    return f"eval-{name}"
 
 
 def share(value: float) -> str:

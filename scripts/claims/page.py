@@ -203,15 +203,16 @@ def section(claim: Claim, result: Result | None) -> Iterator[str]:
     ]
     yield "\n".join(["What this does not cover:\n", *(f"- {each}" for each in limits)])
     if result is not None and result.environment:
-        yield "\n".join(f"- {key}: {value}" for key, value in circumstances(claim, result))
+        yield "\n".join(f"- {key}: {value}" for key, value in circumstances(result))
 
 
 def cost(claim: Claim) -> str:
     """Return the number of runs of a claim that shares none with another."""
-    setting, count = claim.setting, len(claim.contenders)
+    setting, count, edited = claim.setting, len(claim.trained), len(claim.edited)
     tuning = count * min(FIRST, len(setting.rates)) if len(setting.rates) > 1 else 0
     runs = f"{tuning} or more runs that choose learning rates and " if tuning else ""
-    return f"{runs}{count * len(setting.seeds)} that count"
+    runs += f"{count * len(setting.seeds)} that count"
+    return f"{runs}, {edited * len(setting.seeds)} edits of them" if edited else runs
 
 
 def contenders(claim: Claim, result: Result) -> Table:
@@ -289,13 +290,12 @@ def heat_map(found: Map) -> list[str]:
     return [title, Table(["", *found.columns], rows).markdown()]
 
 
-def circumstances(claim: Claim, result: Result) -> list[tuple[str, str]]:
+def circumstances(result: Result) -> list[tuple[str, str]]:
     """Return command, settings, seeds, machine, versions and time, by label."""
     given = result.environment
-    before = f"git checkout {claim.finished} && " if claim.finished else ""
     packages = ", ".join(f"{name} {version}" for name, version in given["packages"].items())
     return [
-        ("command", f"`{before}{given['command']}`"),
+        ("command", f"`{given['command']}`"),
         ("settings", f"`{' '.join(result.settings)}`"),
         ("seeds", seeds_text(result.seeds)),
         ("machine", "; ".join(given["machines"])),

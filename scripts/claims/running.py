@@ -1,24 +1,35 @@
-"""Train the contenders of a claim, and compare them example by example."""
+"""Train the contenders of a claim, edit them, and compare them example by example."""
 
 import logging
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from claims.claim import Claim, Shown, Statement
+from claims.claim import AND, EDIT, Claim, Shown, Statement, made_of
+from claims.edits import MADE_OF, edit, origin
 from claims.intervals import Estimate, estimate
-from claims.measures import Measure, scores, validation_losses
+from claims.measures import also_folder, scores, validation_losses
 from claims.results import Map, Result, Scored
+from claims.score import Scorer
+from claims.several import Tasks, assemble
 from petl.adapters.deltas.adapters import new_folder
+from petl.adapters.export.saved_adapter import find
 from petl.errors import InputError, RunStopped
 from petl.experiments.reports.run_report import read_heat_maps
 from petl.experiments.sweeps.study import AT_THE_END, Contender, Study, slug
-from petl.training.runs.records import is_finished, read_environment, read_results
+from petl.generation.prediction.evaluation import evaluate_saved
+from petl.training.runs.records import (
+    SCORES,
+    is_finished,
+    read_environment,
+    read_results,
+)
 
 # the test rows are scored once, after training; validation rows are held out in all runs alike, so
 # that the runs that choose a learning rate and those that are compared have the same training rows
@@ -32,17 +43,20 @@ logger = logging.getLogger("petl.claims")  # below petl, whose messages the comm
 
 @dataclass(frozen=True)
 class Placed(Contender):
-    """A contender whose words may have {data}.
+    """A contender whose words may have {data}, or stand for settings.
 
     Attributes:
         data: the folder of the files of the claim's data.
+        stands_for: as of `Setting`.
     """
 
     data: Path
+    stands_for: Mapping[str, Sequence[str]] = field(default_factory=dict, compare=False)
 
     @property
     def overrides(self) -> list[str]:
-        return settings_in(self.data, super().overrides)
+        words = (self.stands_for.get(word, (word,)) for word in super().overrides)
+        return settings_in(self.data, [*chain.from_iterable(words)])
 
 
 def study_of(
@@ -52,7 +66,7 @@ def study_of(
     setting, data = claim.setting, data_folder(claim, folder)
     return Study(
         folder=folder / setting.name,
-        contenders=[Placed(each.words, data) for each in contenders],
+        contenders=[Placed(each.words, data, setting.stands_for) for each in contenders],
         seeds=list(setting.seeds),
         rates=list(setting.rates),
         overrides=[*PLAIN, *settings_in(data, setting.overrides)],
@@ -81,6 +95,23 @@ def prepare(claim: Claim, folder: Path) -> None:
             claim.setting.write_files(draft)
 
 
+def score_also(claim: Claim, contender: Contender, folder: Path) -> None:
+    """Score the trained runs of a contender on the further files of the setting."""
+    place = folder_of(claim, contender, folder)
+    for run in (place / f"seed-{seed}" for seed in claim.setting.seeds):
+        if is_finished(run):
+            for name in missing(claim, run):
+                file = data_folder(claim, folder) / f"{name}.jsonl"
+                evaluate_saved(find(run), [str(file)], [], run / also_folder(name))
+
+
+def missing(claim: Claim, run: Path) -> list[str]:
+    """Return the further files that a run has not been scored on."""
+    # scores.json is written last
+    names = claim.setting.also_on
+    return [name for name in names if not (run / also_folder(name) / SCORES).exists()]
+
+
 def try_claim(claim: Claim, folder: Path, command: str, jobs: int = 1, together: int = 1) -> Result:
     """Train what is not finished, and write the claim's file after each contender.
 
@@ -99,9 +130,14 @@ def try_claim(claim: Claim, folder: Path, command: str, jobs: int = 1, together:
         names = ", ".join(each.name for each in group)
         logger.info("%s [%d/%d]: %s", claim.name, number, len(claim.groups), names)
         try:
-            study_of(claim, group, folder, jobs, together).run()
+            if EDIT in group[0].words:
+                edit_all(claim, group[0], folder)
+            else:
+                study_of(claim, group, folder, jobs, together).run()
         except RunStopped as error:
             failed.append(f"{names}: {error}")
+        for contender in group:
+            score_also(claim, contender, folder)
         measure(claim, folder, command).write(folder)
     if failed:
         raise RunStopped(f"{claim.name}: {'; '.join(failed)}", status=1)
@@ -124,23 +160,20 @@ def spot_check(claim: Claim, known: Result | None, folder: Path) -> dict[str, fl
     main = claim.measures[0]
     prepare(claim, folder)
     for words, _ in statement.signs:
-        rates = claim.setting.rates
-        rate = known.contenders[words].rate if known else rates[len(rates) // 2]
-        rates = rates if rate is None else (rate,)
-        one = replace(claim, setting=replace(claim.setting, seeds=(seed,), rates=rates))
-        study_of(one, [Contender(words)], folder).run()
+        for part in made_of(words):
+            rates = claim.setting.rates
+            rate = None if known else rates[len(rates) // 2]
+            if known and part in known.contenders:
+                rate = known.contenders[part].rate
+            rates = rates if rate is None else (rate,)
+            one = replace(claim, setting=replace(claim.setting, seeds=(seed,), rates=rates))
+            study_of(one, [Contender(part)], folder).run()
+            score_also(one, Contender(part), folder)
+        if EDIT in words:
+            edit_all(one, Contender(words), folder)
         run = finished(one, Contender(words), folder)[seed]
-        found[words] = float(values_of(main, run).mean())
+        found[words] = float(main.values(run).mean())
     return found
-
-
-def refuse_finished(claim: Claim) -> None:
-    """Raise InputError for a claim whose scripts are no longer in the tree."""
-    if claim.finished:
-        raise InputError(
-            f"the study of {claim.name} is finished, its results are in docs/claims.md: to repeat "
-            f"it, run git checkout {claim.finished}, then the same command"
-        )
 
 
 def refuse_at_a_time(claim: Claim, jobs: int = 1, together: int = 1) -> None:
@@ -152,13 +185,36 @@ def refuse_at_a_time(claim: Claim, jobs: int = 1, together: int = 1) -> None:
         )
 
 
+def edit_all(claim: Claim, contender: Contender, folder: Path) -> None:
+    """Edit the adapters of the finished runs that a contender is made of, and score them."""
+    change, of = contender.words.partition(EDIT)[2], made_of(contender.words)
+    done = finished(claim, contender, folder)
+    trained = [finished(claim, Contender(words), folder) for words in of]
+    ready = sorted(set.intersection(*map(set, trained)) - set(done))
+    if not ready:
+        return
+    place = folder_of(claim, contender, folder)
+    if AND in contender.words:
+        tasks = Tasks([each[ready[0]] for each in trained], of)  # one base of a task for all seeds
+        for seed in ready:
+            assemble(change, [each[seed] for each in trained], tasks, place / f"seed-{seed}")
+        return
+    (runs,) = trained
+    scorer = Scorer(runs[ready[0]])  # one base model for all seeds
+    for seed in ready:
+        edit(change, runs[seed], seed, scorer, place / f"seed-{seed}")
+
+
 def measure(claim: Claim, folder: Path, command: str) -> Result:
-    """Return what the finished runs of a claim show; trains nothing."""
-    runs = {c.words: finished(claim, c, folder) for c in claim.contenders}
-    found = {words: own for words, own in runs.items() if own}
+    """Return what the finished runs of a claim show; trains nothing.
+
+    Measures that take a pass over rows, such as that of routers, are computed once for each run.
+    """
+    runs = {c.words: finished(claim, c, folder) for c in (*claim.trained, *claim.edited)}
+    found = {c.words: runs[c.words] for c in claim.contenders if runs[c.words]}
     values = {
         each.name: {
-            words: {seed: values_of(each, run) for seed, run in of_seeds.items()}
+            words: {seed: each.values(run) for seed, run in of_seeds.items()}
             for words, of_seeds in found.items()
         }
         for each in claim.measures
@@ -172,7 +228,7 @@ def measure(claim: Claim, folder: Path, command: str) -> Result:
         name: {w: {str(s): float(v.mean()) for s, v in by.items()} for w, by in of_words.items()}
         for name, of_words in values.items()
     }
-    trained = [run for own in found.values() for run in own.values()]
+    trained = [run for c in claim.trained for run in runs[c.words].values()]
     return Result(
         claim.name,
         [*PLAIN, *claim.setting.overrides],
@@ -192,12 +248,6 @@ def measure(claim: Claim, folder: Path, command: str) -> Result:
     )
 
 
-def values_of(measure: Measure, run: Path) -> np.ndarray:
-    """Return the values of a measure of a run."""
-    assert measure.values is not None, "its claims are finished"
-    return measure.values(run)
-
-
 def curve_of(runs: Iterable[Path]) -> dict[str, list[float]]:
     """Return the validation losses of runs by the steps at which all of them have one."""
     losses = [validation_losses(run) for run in runs]
@@ -206,10 +256,29 @@ def curve_of(runs: Iterable[Path]) -> dict[str, list[float]]:
 
 
 def finished(claim: Claim, contender: Contender, folder: Path) -> dict[int, Path]:
-    """Return the folders of a contender's finished runs by seed."""
-    place = folder / claim.setting.name / "runs" / slug(contender.name)
+    """Return the folders of a contender's finished runs, or edited adapters, by seed.
+
+    A run is finished when it is scored on the further files of the setting as well, an edited
+    adapter when it is made of the runs that are there now.
+    """
+    place = folder_of(claim, contender, folder)
     found = {seed: place / f"seed-{seed}" for seed in claim.setting.seeds}
-    return {seed: run for seed, run in found.items() if is_finished(run)}
+    done = {s: run for s, run in found.items() if is_finished(run) and not missing(claim, run)}
+    if EDIT not in contender.words:
+        return done
+    runs = [finished(claim, Contender(words), folder) for words in made_of(contender.words)]
+    return {
+        seed: made
+        for seed, made in done.items()
+        if all(seed in of_part for of_part in runs)
+        and scores(made).get(MADE_OF) == origin([of_part[seed] for of_part in runs])
+    }
+
+
+def folder_of(claim: Claim, contender: Contender, folder: Path) -> Path:
+    """Return the folder of a contender's runs, or edited adapters."""
+    kind = "edited" if EDIT in contender.words else "runs"
+    return folder / claim.setting.name / kind / slug(contender.name)
 
 
 def difference(statement: Statement, values: dict[str, dict[int, np.ndarray]]) -> Estimate | None:
@@ -242,14 +311,16 @@ def scored(
         means: the mean value of each run, by measure, contender and seed.
     """
     results = [scores(run) for run in runs.values()]
-    first = read_results(next(iter(runs.values())))
-    tried = study_of(claim, [contender], folder).tried.get(contender.name)
+    trained, *more = [Contender(words) for words in made_of(contender.words)]
+    of_training = next(iter(finished(claim, trained, folder).values()))
+    first = read_results(of_training)
+    tried = study_of(claim, [trained], folder).tried.get(trained.name)
     main, *others = claim.measures
     return Scored(
         means[main.name][contender.words],
-        first["lr"],
-        tried["validation"] if tried else {},  # a single rate is not tuned
-        max(result["adapter_parameters"] for result in results),
+        None if more else first["lr"],  # each part has a rate of its own, in its row of the table
+        tried["validation"] if tried and not more else {},  # a single rate is not tuned
+        max(result.get("adapter_parameters", first["adapter_parameters"]) for result in results),
         max(result["adapter_bytes"] for result in results),
         statistics.fmean(result["cpu_seconds"] for result in results),
         {each.name: means[each.name][contender.words] for each in others},

