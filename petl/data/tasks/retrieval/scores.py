@@ -155,18 +155,19 @@ class Rankings:
         by_query: dict[str, list[tuple[float, str, float, int]]] = {}
         columns = (rows[name] for name in ("_query_id", "_id", "_grade"))
         for row, (value, query, name, grade) in enumerate(zip(values, *columns, strict=True)):
+            # negated: the largest come first
             by_query.setdefault(query, []).append((-value, name, grade, row))
         found = []
         for own in by_query.values():
-            near, names, grades, places = zip(*sorted(own), strict=True)
+            negated, names, grades, places = zip(*sorted(own), strict=True)
             if is_ranked(grades):
+                near = [-value for value in negated]
                 by_name = dict(zip(names, grades, strict=True))
                 relevant = {name: grade for name, grade in by_name.items() if grade > 0}
                 scores = query_metrics(names, by_name)
-                # negative, so that the largest come first
                 both = zip(names, near, strict=True)
-                nearest = -min(value for name, value in both if name in relevant)
-                found.append(Ranked(min(places), [*names], [*near], relevant, nearest, scores))
+                nearest = max(value for name, value in both if name in relevant)
+                found.append(Ranked(min(places), [*names], near, relevant, nearest, scores))
         if not found:
             raise InputError(
                 f"none of {len(by_query)} queries has a document that is relevant and one that is "
