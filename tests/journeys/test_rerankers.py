@@ -61,6 +61,7 @@ def test_rows_of_a_file_are_predicted_and_scored(run, tmp_path, capsys):
     assert scores["accuracy_at_1"] == (scores["mrr_at_10"] == 1)
 
 
+@pytest.mark.thorough
 def test_the_graph_has_the_scores(run, tmp_path):
     pytest.importorskip("onnxruntime")
     written = export_onnx(find(run.path), tmp_path / "onnx", None)

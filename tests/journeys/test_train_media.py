@@ -115,6 +115,7 @@ def test_the_head_alone_is_scored_and_steps_may_be_cut_into_pieces(pictures, tmp
 def test_what_is_planned_is_what_is_trained(sounds, pictures, tmp_path, kind):
     data = audio(sounds) if kind == "audio" else images(pictures)
     words = [*(WHISPER if kind == "audio" else VIT), "+method=conformer", "method.r=4", *data]
+    words.append("train.steps=2")
     planned, run = plan_run(compose(words)), train(words, tmp_path / "run")
     assert sum(g.parameters for g in planned.groups) == run.scores["trainable_parameters"]
     assert {g.role: g.lr for g in planned.groups} == {"adapter": 5e-3, "head": 1e-2, "norm": 5e-3}

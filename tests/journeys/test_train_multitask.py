@@ -141,7 +141,7 @@ def test_no_onnx_is_written(run, tmp_path):
 
 
 def test_the_plan_counts_the_heads_and_the_rows_of_both(sets, capsys):
-    main(["plan", *METHODS["polyhistor"], *sets, *MIXED])
+    main(["plan", *METHODS["lora"], *sets, *MIXED])
     shown = capsys.readouterr().out
     assert "12 steps" in shown
     assert "70 examples" in shown

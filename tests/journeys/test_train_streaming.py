@@ -31,7 +31,7 @@ def streamed(families, task, *more):
 @pytest.mark.parametrize("task", ["causal_lm", "regression", "question_answering"])
 def test_a_stopped_run_resumes_bit_exactly_over_several_passes(families, tmp_path, task):
     more = ["train.save_steps=3", "train.steps=16", "train.test=false"]
-    more += ["train.keep_checkpoints=9"]
+    more += ["train.keep_checkpoints=9", "train.eval_steps=8"]
     words = streamed(families, task, *more)  # 16 steps of 8 rows: the stream has 50 beside 10
     straight = train(words, tmp_path / "straight")
     assert straight.metrics[-1]["step"] == 16

@@ -95,18 +95,16 @@ def test_a_new_head_is_also_trained_alone_and_saved(run):
     assert bool(heads) == (task in {*HEADS, "reranking"})
 
 
+@pytest.mark.parametrize("run", ["multi_label", "question_answering"], indirect=True)
 def test_the_scores_before_training_are_those_without_a_linear_probe(run, tmp_path):
-    finished, task, words = run
-    if task not in HEADS:
-        pytest.skip("no head that could be trained alone")
+    finished, _, words = run
     alone = train([*words, "train.linear_probe=false", "train.steps=4"], tmp_path / "alone")
     assert alone.scores["before"] == finished.scores["before"]
 
 
+@pytest.mark.parametrize("run", ["causal_lm"], indirect=True)
 def test_a_language_model_trains_alike_if_it_computes_all_positions(run, tmp_path, monkeypatch):
-    finished, task, words = run
-    if task != "causal_lm":
-        pytest.skip("no positions without a label")
+    finished, _, words = run
     reader = labelled_positions.LabelReader
     monkeypatch.setattr(reader, "forward", None)  # not used
     plain = train([*words, "train.skip_unread=false"], tmp_path / "plain")
@@ -161,6 +159,8 @@ def test_another_method_trains_it_and_becomes_a_plain_lora(families, tmp_path, t
     assert written.difference.relative < 1e-4
 
 
+# others: test_train_streaming.py, test_resume.py
+@pytest.mark.parametrize("run", ["multi_label", "retrieval", "seq2seq"], indirect=True)
 def test_a_stopped_run_resumes_bit_exactly(run, tmp_path):
     straight, _, words = run
     stopped = stopped_before(straight, tmp_path / "resumed", "step-000008")

@@ -48,8 +48,10 @@ def start_of(layer: Any, kind: str, i: int) -> int:
     return int(layer.steps[1 if kind == "E" else 0, i])
 
 
-@pytest.mark.parametrize("order", ["allocate, step", "step, allocate", "lifecycle"])
-@pytest.mark.parametrize("warmup", [0, 2])
+@pytest.mark.parametrize(
+    ("order", "warmup"),
+    [("allocate, step", 2), ("step, allocate", 0), ("lifecycle", 0), ("lifecycle", 2)],
+)
 def test_each_component_has_its_own_learning_rate_under_sgd(order, warmup):
     model = wrap(warmup_steps=warmup)
     tuner: Any = model.base_model

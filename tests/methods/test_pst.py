@@ -239,8 +239,7 @@ def test_merging_writes_exact_zeros_and_unmerging_the_original_bits():
     assert torch.equal(logits(plain, batch), expected)
 
 
-@pytest.mark.parametrize("save_mask", [False, True])
-@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize(("save_mask", "interval"), [(False, 1), (True, 3)])
 def test_resumed_in_mid_schedule_the_masks_are_those_of_a_straight_run(
     save_mask, interval, tmp_path
 ):

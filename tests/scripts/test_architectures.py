@@ -49,12 +49,12 @@ def test_a_type_trains_saves_loads_and_merges(name, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "method"), [(name, method) for name, row in BUILT.items() for method in row["methods"]]
-)
-def test_a_method_does_on_a_type_what_the_page_says(name, method):
-    found = study(Type(*name.split("/")), method)
-    assert found.verdict == BUILT[name]["methods"][method]["verdict"], found.detail
+@pytest.mark.parametrize("name", BUILT)
+def test_each_method_does_on_a_type_what_the_page_says(name):
+    told = {method: row["verdict"] for method, row in BUILT[name]["methods"].items()}
+    found = {method: study(Type(*name.split("/")), method) for method in told}
+    wrong = {m: each.detail for m, each in found.items() if each.verdict != told[m]}
+    assert not wrong
 
 
 def test_the_page_is_that_of_the_results():

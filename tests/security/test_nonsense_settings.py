@@ -7,7 +7,7 @@ import dataclasses
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nonsense import answered, values
 from training_fixtures import ROOT, tiny  # noqa: F401
@@ -46,6 +46,7 @@ def test_any_words_are_composed_and_checked_or_refused(overrides):
     answered(lambda: read_config(compose(overrides)))
 
 
+@settings(max_examples=settings.default.max_examples // 2)  # each is a plan of a run
 @given(runs())
 def test_any_settings_of_a_run_are_planned_or_refused(tiny, overrides):  # noqa: F811
     start = time.process_time()

@@ -34,7 +34,7 @@ def parts(tiny):
 
 def parts_of(tiny, *words):
     """The model, rows, settings and Accelerator of a run."""
-    cfg = compose([*tiny.classify, "+method=lora", "train.epochs=20", "train.steps=null", *words])
+    cfg = compose([*tiny.classify, "+method=lora", "train.epochs=2", "train.steps=null", *words])
     cfg.train.linear_probe = True
     settings = read_config(cfg).train
     accelerator = start(settings.seed, settings.computes_in("float32"))
@@ -108,8 +108,8 @@ def test_logits_that_the_head_alone_does_not_make_are_left_out_with_the_reason(
     assert "no linear probe" in petl_log.text
 
 
-def test_the_head_alone_does_about_as_well_as_logistic_regression(parts):
-    model, splits, settings, accelerator = parts
+def test_the_head_alone_does_about_as_well_as_logistic_regression(tiny):
+    model, splits, settings, accelerator = parts_of(tiny, "train.epochs=20")
     base = model.get_base_model()
     train, test = (
         features(base, find_head(base), splits, rows, accelerator)
@@ -123,7 +123,7 @@ def test_the_head_alone_does_about_as_well_as_logistic_regression(parts):
 
 
 def test_the_head_has_the_steps_of_the_run_also_under_max_tokens(tiny, petl_log):
-    words = ["train.epochs=2", "train.buckets=auto", "train.max_tokens=50"]
+    words = ["train.buckets=auto", "train.max_tokens=50"]
     model, splits, settings, accelerator = parts_of(tiny, *words)
     steps = splits.sampler(settings).steps
     assert steps > 2 * -(-len(splits.train) // settings.batch_size)

@@ -97,6 +97,7 @@ def test_an_adapter_without_its_run_tells_two_texts_apart(tmp_path):
     torch.testing.assert_close(session(**pair)["logits"], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_an_embedding_is_the_mean_over_the_tokens(tmp_path, monkeypatch, capsys):
     config = bert_config()
     config.vocab_size = 264

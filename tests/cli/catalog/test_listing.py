@@ -66,7 +66,9 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return copy
 
 
-def test_a_changed_yaml_is_counted_again(configs, caplog):
+def test_a_changed_yaml_is_counted_again(configs, caplog, monkeypatch):
+    monkeypatch.setattr("petl.methods.BUILT_IN", ("lora", "mola"))  # all would take seconds
+
     def of_lora() -> int:
         (row,) = [row for row in listing.listing()[0].rows if row[0] == "lora"]
         return int(row[1].replace(",", ""))

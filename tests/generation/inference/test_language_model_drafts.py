@@ -12,9 +12,9 @@ from petl.system.files.disk import remove
 
 pytest_plugins = ["writer_fixtures"]
 SETTINGS = [
-    Sampling(max_new_tokens=40),
-    Sampling(max_new_tokens=40, temperature=1.0, top_p=0.9, repetition_penalty=1.2),
-    Sampling(max_new_tokens=60, stop=("a", "e")),
+    Sampling(max_new_tokens=25),
+    Sampling(max_new_tokens=25, temperature=1.0, top_p=0.9, repetition_penalty=1.2),
+    Sampling(max_new_tokens=30, stop=("a", "e")),
 ]
 
 

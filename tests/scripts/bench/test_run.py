@@ -42,12 +42,16 @@ def contender(name):
 
 
 def test_the_step_section_measures_the_floor_lora_and_what_was_asked_for():
+    """In half precision other activations are saved."""
     floor, lora, mola = records("step", "mola 8/2")
     assert (floor.row, lora.row, mola.row) == ("floor", "PEFT's lora", "mola 8/2")
     assert set(mola.ratios) == {"time / floor", "time / LoRA"}
     assert mola.counts["kernels / layer"] > lora.counts["kernels / layer"] > 0
     assert lora.counts["waits"] == mola.counts["waits"] == 0
     assert lora.counts["peak / floor"] > 1
+    _, half = records("bf16", LORA)[:2]
+    assert half.shape == "llama 2 x 32 bf16"
+    assert half.counts["kept B / token, layer"] != lora.counts["kept B / token, layer"]
 
 
 def test_a_row_with_an_error_has_no_values(monkeypatch):
@@ -60,12 +64,6 @@ def test_a_row_with_an_error_has_no_values(monkeypatch):
     ]
     assert not others[1].ratios
     assert not others[1].counts
-
-
-def test_a_half_precision_base_saves_other_activations():
-    (_, full), (_, half) = records("step", LORA)[:2], records("bf16", LORA)[:2]
-    assert half.shape == "llama 2 x 32 bf16"
-    assert half.counts["kept B / token, layer"] != full.counts["kept B / token, layer"]
 
 
 def test_the_file_section_counts_bytes_and_merges_what_merges():
@@ -145,6 +143,7 @@ def test_the_peak_section_measures_processes_of_their_own():
     assert set(lora.facts) == set(mola.facts) == {"peak MB", "peak / floor"}
 
 
+@pytest.mark.thorough
 def test_the_generate_section_decodes_merged_and_not(monkeypatch):
     monkeypatch.setattr("bench.generate.NEW", 3)
     found = {r.row: set(r.ratios) for r in records("generate", "lora", "mola")}
@@ -164,6 +163,7 @@ def test_the_dist_section_runs_processes_and_threads():
     assert {f"steps / s, {way}" for way in ("1 x 1", "1 x 2", "2 x 1")} <= set(lora.facts)
 
 
+@pytest.mark.thorough
 def test_the_many_section_adds_adapters_and_wraps_many_modules(monkeypatch):
     monkeypatch.setattr(many, "COUNTS", (1, 3))
     monkeypatch.setattr(many, "MODULES", (14, 28))

@@ -3,10 +3,10 @@
 import json
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
+import warm_python
 from peft import PeftModel
 from training_fixtures import (
     Finished,
@@ -72,7 +72,8 @@ def test_the_code_of_the_card_loads_it(run, tiny, tmp_path):
     )
     script = tmp_path / "card.py"
     script.write_text(code.replace("max_new_tokens=64", "max_new_tokens=2"))
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    line = [warm_python.python(), script]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

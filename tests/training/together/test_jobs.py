@@ -86,7 +86,7 @@ def jobs_of(make, method: str, fields: dict[str, Any], rate: float = 1e-3) -> li
         petl.Job(
             method,
             [make(4, 10 * k + i) for i in range(4)],
-            {"steps": 5 + k, "lr": rate * (k + 1), "warmup": k, "seed": k, "max_grad_norm": 0.5},
+            {"steps": 4 + k, "lr": rate * (k + 1), "warmup": k, "seed": k, "max_grad_norm": 0.5},
             fields,
         )
         for k in range(5)
