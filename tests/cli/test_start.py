@@ -1,11 +1,11 @@
 """What is wrong in the words of a command is answered without torch, as it is found later."""
 
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+import warm_python
 
 from petl.data.base import check_early, read_data
 from petl.errors import InputError
@@ -82,7 +82,7 @@ def folder(tmp_path_factory) -> Path:
 @cache
 def petl(words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """What `petl` does in a new process, in the folder."""
-    code = [sys.executable, "-c", RUN, *words.split()]
+    code = [warm_python.without_torch(), "-c", RUN, *words.split()]
     return subprocess.run(code, cwd=folder, capture_output=True, text=True, timeout=280)
 
 

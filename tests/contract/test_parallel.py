@@ -30,7 +30,7 @@ from petl.testing import Case, TinyModel, tiny_llama
 from petl.testing.models import Batch, causal_batch
 from petl.testing.training import rows_of, train
 
-PROCESSES, ROWS, STEPS, LR = 2, 5, 3, 1e-3
+PROCESSES, ROWS, LR = 2, 5, 1e-3
 LLAMA = TinyModel("llama", partial(tiny_llama, 2), causal_batch, "CAUSAL_LM", True, True)
 TARGETS = {"target_modules": ["q_proj", "down_proj"]}
 GROWTH = {"rank_step": 1, "top_h": 2, "tinit": 0, "deltaT": 1}  # of two modules in every step
@@ -50,6 +50,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "sparse": {"selection_algorithm": "none", **TARGETS},
     "vl_pet": {"r": 8},
 }
+# methods that change something after the second step
+IN_THREE_STEPS = ("dsee", "increlora", "pst", "sparse")
 # exchanged are entries after the first step and after the third
 CYCLE = {"total_step": 9, "reselection_steps": 2, "selection_accumulation_steps": 1, **TARGETS}
 CASES = {
@@ -151,7 +153,8 @@ def trained_on(
         share = rows_of(batch, list(range(rank, ROWS, processes)))
         weight = tiny.items(share) * processes / tiny.items(batch)
     petl.lifecycle(inner).aux_weight = weight
-    train(model, share, steps=STEPS, lr=LR, micro=[(share, weight)])
+    steps = 3 if name.startswith(IN_THREE_STEPS) else 2
+    train(model, share, steps=steps, lr=LR, micro=[(share, weight)])
     return model
 
 
@@ -165,17 +168,20 @@ def by_one_process(name: str) -> PeftModel:
 # In each process
 
 
-def train_all(folder: str) -> dict[str, dict[str, dict[str, Tensor]]]:
+def train_all(folder: str) -> dict[str, Any]:
     """Return the adapters by type of parallelism and case; sharded ones are also saved."""
-    found: dict[str, dict[str, dict[str, Tensor]]] = {"ddp": {}, "fsdp": {}}
+    found: dict[str, Any] = {"ddp": {}, "fsdp": {}, "refused": refused()}
     rank = distributed.get_rank()
     for name in CASES:
         model = wrapped(name)
         trained_on(name, DistributedDataParallel(model), model, rank, PROCESSES)
         found["ddp"][name] = get_peft_model_state_dict(model)
-    for name in CASES | OTHERS:
-        found["fsdp"][name] = train_sharded(name, rank, Path(folder))
+    found["fsdp"] = train_all_sharded([*CASES], folder)
     return found
+
+
+def train_all_sharded(names: list[str], folder: str) -> dict[str, dict[str, Tensor]]:
+    return {name: train_sharded(name, distributed.get_rank(), Path(folder)) for name in names}
 
 
 def train_sharded(name: str, rank: int, folder: Path) -> dict[str, Tensor]:
@@ -210,6 +216,22 @@ def both(tmp_path_factory):
     return folder, testing.in_processes(PROCESSES, train_all, str(folder))
 
 
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Return the same of further models, which are sharded only."""
+    folder = tmp_path_factory.mktemp("others")
+    found = testing.in_processes(PROCESSES, train_all_sharded, [*OTHERS], str(folder))
+    return folder, [{"fsdp": each} for each in found]
+
+
+@pytest.fixture
+def sharded(request, name):
+    return request.getfixturevalue("others" if name in OTHERS else "both")
+
+
+SHARDED = [*CASES, *(pytest.param(name, marks=pytest.mark.thorough) for name in OTHERS)]
+
+
 def assert_equal_to_one(ranks: list[dict[str, Tensor]], expected: dict[str, Tensor]):
     assert all(rank.keys() == expected.keys() for rank in ranks)
     for key, tensor in expected.items():
@@ -227,16 +249,16 @@ def test_data_parallel_training_equals_one_process(both, name):
     assert_equal_to_one([rank["ddp"][name] for rank in ranks], expected)
 
 
-@pytest.mark.parametrize("name", CASES | OTHERS)
-def test_fully_sharded_training_equals_one_process(both, name):
-    _, ranks = both
+@pytest.mark.parametrize("name", SHARDED)
+def test_fully_sharded_training_equals_one_process(sharded, name):
+    _, ranks = sharded
     expected = values(by_one_process(name))
     assert_equal_to_one([rank["fsdp"][name] for rank in ranks], expected)
 
 
-@pytest.mark.parametrize("name", CASES | OTHERS)
-def test_a_sharded_adapter_is_saved_gathered(both, name):
-    folder, _ = both
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_sharded_adapter_is_saved_gathered(sharded, name):
+    folder, _ = sharded
     case = (CASES | OTHERS)[name]
     loaded = petl.load(case.base(), folder / name)
     batch = case.batch(ROWS)
@@ -244,9 +266,9 @@ def test_a_sharded_adapter_is_saved_gathered(both, name):
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
 
 
-def test_sparse_refuses_to_reselect_parameters_ignored_by_sharding():
-    for said in testing.in_processes(PROCESSES, refused):
-        assert "let FSDP2 shard them" in said
+def test_sparse_refuses_to_reselect_parameters_ignored_by_sharding(both):
+    _, ranks = both
+    assert all("let FSDP2 shard them" in rank["refused"] for rank in ranks)
 
 
 def refused() -> str:

@@ -125,19 +125,27 @@ def test_a_run_has_what_the_feature_adds(tiny: Tiny, package: Path):
     assert "<h2>Thermometer</h2>" not in write_page(run.path).read_text()
 
 
-def test_its_settings_are_refused_before_anything_is_loaded(tiny: Tiny, package: Path):
-    for words, message in [
+# commands in one process, each after a line with its number
+COMMANDS = """
+import json, sys
+from petl.cli.main import main
+for number, words in enumerate(json.loads(sys.argv[1])):
+    print(number, file=sys.stderr)
+    assert main(words) == (2 if number else 0)
+"""
+
+
+def test_a_plan_says_what_it_notes_and_its_settings_are_refused(tiny: Tiny, package: Path):
+    wrong = [
         (["+thermometer.every=0"], "thermometer.every=0 is not an integer from 1"),
         (["+thermometer.evry=2"], "no setting thermometer.evry; did you mean"),
         (["+thermometer.every=2", "train.seed=13"], "train.seed=13 is unlucky"),
         (["+thermometr.every=2"], "no setting thermometr; did you mean"),
-    ]:
-        ran = petl(["-m", "petl", "plan", *WORDS, *tiny.classify, *words], package)
-        assert ran.returncode == 2, ran.stderr
-        assert message in ran.stderr
-
-
-def test_a_plan_says_what_it_notes(tiny: Tiny, package: Path):
-    ran = petl(["-m", "petl", "plan", *WORDS, *tiny.classify, "+thermometer.every=2"], package)
+    ]
+    given = [["+thermometer.every=2"], *(words for words, _ in wrong)]
+    plans = json.dumps([["plan", *WORDS, *tiny.classify, *words] for words in given])
+    ran = petl(["-c", COMMANDS, plans], package)
     assert ran.returncode == 0, ran.stderr
     assert "it is warm" in ran.stdout
+    for number, (_, message) in enumerate(wrong, 1):
+        assert message in ran.stderr.partition(f"\n{number}\n")[2].partition(f"\n{number + 1}\n")[0]

@@ -4,8 +4,21 @@ import pytest
 from silent_cases.petl_side import CASES
 from silent_cases.verdicts import SILENT
 
+# two processes that equal one: tests/contract/test_parallel.py has it of every method
+SLOW = ("T2", "T3")
 
-@pytest.mark.parametrize("name", CASES, ids=[f"{c.id} {c.threads}" for c in CASES.values()])
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            id=f"{case.id} {case.threads}",
+            marks=[pytest.mark.thorough] if case.id in SLOW else [],
+        )
+        for name, case in CASES.items()
+    ],
+)
 def test_petl_is_right_or_says_so(name, tmp_path, monkeypatch):
     monkeypatch.setenv("PETL_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)

@@ -34,6 +34,21 @@ def made(monkeypatch) -> list[str]:
     return folders
 
 
+@pytest.fixture
+def faked(monkeypatch) -> list[str]:
+    """Folders of the runs that were made, which have scores and settings without training."""
+    folders = []
+
+    def make(self: Study, job: StudyJob) -> tuple[StudyJob, float]:
+        folders.append(str(job.folder.relative_to(self.folder)))
+        write_run(job.folder, 0.5, *job.overrides, validation=0.5)
+        job.log.write_text("")
+        return job, 0.0
+
+    monkeypatch.setattr(Study, "_train", make)
+    return folders
+
+
 def small(tiny: Tiny, folder, **changes) -> Study:
     given = {
         "contenders": [Contender("lora"), Contender("lora method.r=2")],
@@ -68,11 +83,11 @@ def test_each_method_is_tuned_and_then_run_with_every_seed(tiny, tmp_path, made)
             assert scores["after"]["rows"] == 20
 
 
-def test_a_stopped_study_resumes(tiny, tmp_path, made, monkeypatch):
+def test_a_stopped_study_resumes(tiny, tmp_path, faked, monkeypatch):
     real = Study._train
 
     def stop(self, job):
-        if len(made) == 2:
+        if len(faked) == 2:
             raise KeyboardInterrupt
         return real(self, job)
 
@@ -82,7 +97,7 @@ def test_a_stopped_study_resumes(tiny, tmp_path, made, monkeypatch):
         small(tiny, tmp_path, **one).run()
     monkeypatch.setattr(Study, "_train", real)
     small(tiny, tmp_path, **one).run()
-    assert made == [
+    assert faked == [
         "tune/lora/lr-1e-05",
         "tune/lora/lr-0.01",
         "runs/lora/seed-0",
@@ -90,11 +105,11 @@ def test_a_stopped_study_resumes(tiny, tmp_path, made, monkeypatch):
     ]
 
 
-def test_a_study_says_what_it_does_and_how_to_continue(tiny, tmp_path, made, monkeypatch, capsys):
+def test_a_study_says_what_it_does_and_how_to_continue(tiny, tmp_path, faked, monkeypatch, capsys):
     real = Study._train
 
     def stop(self, job):
-        if len(made) == 2:
+        if len(faked) == 2:
             raise KeyboardInterrupt
         return real(self, job)
 
@@ -111,7 +126,7 @@ def test_a_study_says_what_it_does_and_how_to_continue(tiny, tmp_path, made, mon
     assert "2 of 3 runs are already finished" in capsys.readouterr().err
 
 
-def test_failed_runs_are_named_and_the_others_trained(tiny, tmp_path, made, monkeypatch):
+def test_failed_runs_are_named_and_the_others_trained(tiny, tmp_path, faked, monkeypatch):
     real = Study._train
 
     def fail(self, job):
@@ -121,23 +136,23 @@ def test_failed_runs_are_named_and_the_others_trained(tiny, tmp_path, made, monk
     found = small(tiny, tmp_path, contenders=[Contender("lora")], rates=[1e-3])
     with pytest.raises(RunStopped, match=r"1 runs failed, see .*seed-0\.log"):
         found.run()
-    assert made == ["runs/lora/seed-1"]
+    assert faked == ["runs/lora/seed-1"]
 
 
-def test_without_rates_each_method_has_its_default(tiny, tmp_path, made):
+def test_without_rates_each_method_has_its_default(tiny, tmp_path, faked):
     found = small(tiny, tmp_path, contenders=[Contender("compacter method.r=4")], rates=[])
     found.run()
-    assert made == ["runs/compacter-r-4/seed-0", "runs/compacter-r-4/seed-1"]
-    config = OmegaConf.load(tmp_path / made[0] / "config.yaml")
+    assert faked == ["runs/compacter-r-4/seed-0", "runs/compacter-r-4/seed-1"]
+    config = OmegaConf.load(tmp_path / faked[0] / "config.yaml")
     assert config.train.lr == petl.method("compacter").lr
 
 
-def test_the_seed_of_a_run_can_be_that_of_its_method(tiny, tmp_path, made):
+def test_the_seed_of_a_run_can_be_that_of_its_method(tiny, tmp_path, faked):
     words = "sparse method.r=1 method.selection_algorithm=none method.init_seed={seed}"
     found = small(tiny, tmp_path, contenders=[Contender(words)], seeds=[0, 3])
     found.run()
     seeds = {
-        name: OmegaConf.load(tmp_path / name / "config.yaml").method.init_seed for name in made
+        name: OmegaConf.load(tmp_path / name / "config.yaml").method.init_seed for name in faked
     }
     folder = "sparse-r-1-selection_algorithm-none-init_seed-seed-"
     assert seeds == {
@@ -146,12 +161,12 @@ def test_the_seed_of_a_run_can_be_that_of_its_method(tiny, tmp_path, made):
     }
 
 
-def test_a_method_with_a_rate_of_its_own_keeps_it(tiny, tmp_path, made):
+def test_a_method_with_a_rate_of_its_own_keeps_it(tiny, tmp_path, faked):
     contenders = [Contender("lora train.lr=2e-3"), Contender("lora")]
     found = small(tiny, tmp_path, contenders=contenders, seeds=[0])
     found.run()
     kept, chosen = "runs/lora-train.lr-2e-3/seed-0", "runs/lora/seed-0"
-    assert made == ["tune/lora/lr-1e-05", "tune/lora/lr-0.01", kept, chosen]
+    assert faked == ["tune/lora/lr-1e-05", "tune/lora/lr-0.01", kept, chosen]
     rates = [OmegaConf.load(tmp_path / name / "config.yaml").train.lr for name in (kept, chosen)]
     assert rates == [2e-3, found.tried["lora"]["taken"]]
     assert found.tried.keys() == {"lora"}
@@ -287,7 +302,7 @@ def test_a_rate_that_was_tried_before_counts_and_runs_with_another_one_are_repla
         assert json.loads(before.read_text())["lr"] == 1e-2
 
 
-def test_a_folder_of_another_study_is_refused(tiny, tmp_path, made):
+def test_a_folder_of_another_study_is_refused(tiny, tmp_path, faked):
     one = {"contenders": [Contender("lora")], "rates": [1e-3], "seeds": [0]}
     small(tiny, tmp_path, **one).run()
     other = small(tiny, tmp_path, **one, overrides=[*tiny.steady, "train.batch_size=4"])
@@ -295,14 +310,14 @@ def test_a_folder_of_another_study_is_refused(tiny, tmp_path, made):
         other.run()
 
 
-def test_a_study_of_several_data_sets_resumes(tiny, tmp_path, made):
+def test_a_study_of_several_data_sets_resumes(tiny, tmp_path, faked):
     rows = f"train:{tiny.folder}/train.csv,test:{tiny.folder}/test.csv,max_length:16"
     sets = f"data.sets={{one:{{data:files,{rows}}},two:{{data:files,{rows}}}}}"
     words = [*tiny.steady[:2], "data=tasks", sets, "train.steps=2", "train.linear_probe=false"]
     several = {"contenders": [Contender("lora")], "rates": [1e-3], "overrides": words}
     small(tiny, tmp_path, **several, seeds=[0]).run()
     small(tiny, tmp_path, **several, seeds=[0, 1]).run()
-    assert made == ["runs/lora/seed-0", "runs/lora/seed-1"]
+    assert faked == ["runs/lora/seed-0", "runs/lora/seed-1"]
 
 
 @pytest.mark.thorough

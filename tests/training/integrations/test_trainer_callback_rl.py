@@ -35,6 +35,11 @@ NO_REFERENCE = {
 }
 ALL = [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
 REFERENCED = [entry for name, entry in zip(CASES, ALL, strict=True) if name not in NO_REFERENCE]
+TWO_REFERENCED = [
+    n if n in ("mola", "vera") else pytest.param(n, marks=pytest.mark.slow)
+    for n in CASES
+    if n not in NO_REFERENCE
+]
 TOKENIZER = byte_tokenizer(pad_token="<unk>")
 PAIRS = {"prompt": ["who? ", "what? "], "chosen": ["a fox", "it"], "rejected": ["no", "none"]}
 
@@ -154,13 +159,13 @@ def test_kto_trains_the_adapter_against_the_model_at_the_start(method, tmp_path)
     assert (line["loss"], line["kl"]) == (pytest.approx(0.5, abs=1e-6), 0.0)
 
 
-@pytest.mark.parametrize("method", REFERENCED)
+@pytest.mark.parametrize("method", TWO_REFERENCED)
 def test_grpo_trains_the_adapter_against_the_model_at_the_start(method, tmp_path):
     line = one_step(grpo(tmp_path, model_of(method)))
     assert line["kl"] == pytest.approx(0.0, abs=1e-7)
 
 
-@pytest.mark.parametrize("method", REFERENCED)
+@pytest.mark.parametrize("method", TWO_REFERENCED)
 def test_dpo_starts_with_the_model_at_the_start_as_reference(method, tmp_path):
     line = one_step(dpo(tmp_path, model_of(method)))
     assert line["loss"] == pytest.approx(math.log(2), abs=1e-6)  # of equal policies

@@ -7,8 +7,6 @@ import shutil
 import signal
 import subprocess
 import time
-from concurrent.futures.process import BrokenProcessPool
-from importlib import import_module
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from training_fixtures import (
     slow_after,
     stopped_before,
     train,
+    trained_once,
 )
 from transformers import BertForSequenceClassification
 
@@ -33,7 +32,6 @@ from petl.core.adapter_folder import Folder
 from petl.data.tasks.classification import Classification
 from petl.errors import InputError, JobSkipped, RunStopped
 from petl.system.processes import explain_process_failures, release
-from petl.testing import in_fresh_process
 from petl.training import loop
 from petl.training.compose import compose
 from petl.training.evaluate import Evaluator
@@ -87,11 +85,9 @@ def assert_equal_runs(one: Finished, other: Finished) -> None:
     "choice",
     [
         ["+method=mola", "method.lora_dropout=0.2", "method.router_aux_loss_coef=0.1"],
-        ["+method=lora", "train.precision=bf16"],
-        ["+method=lora", "model.dtype=bfloat16"],
+        ["+method=lora", "train.precision=bf16", "train.eval_steps=4", "train.loraplus_ratio=4"],
+        ["+method=lora", "model.dtype=bfloat16", "train.batch_sizes={6: 9, 16: 5}"],
         ["+method=lora", "train.buckets=3", "train.max_tokens=64", "train.micro_batch_size=2"],
-        ["+method=lora", "train.batch_sizes={6: 9, 16: 5}"],
-        ["+method=lora", "train.eval_steps=4", "train.loraplus_ratio=4"],
         ["+method=binary", "method.inner=lora", "train.eval_steps=4"],  # the result is packed
         # the last checkpoint is within a phase of observation
         ["+method=sparse", *PHASES, "method.selection_algorithm=sm3"],
@@ -160,18 +156,17 @@ def test_a_run_killed_in_mid_accumulation_or_evaluation_resumes_bit_exactly(
     assert_resumes(undisturbed, tiny, tmp_path / "run", step)
 
 
-def killed_at(place, name, overrides, folder):
-    """Train in this process, which is killed where it comes to `name` for step 9, or at the end."""
-    module = import_module(place)
-    original = getattr(module, name)
-
-    def killing(*args, **kwargs):
-        if name == "write_task" or any("step-000009" in str(arg) for arg in args):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-
-    setattr(module, name, killing)
-    train(overrides, Path(folder))
+# a run that is killed where it comes to a function for step 9, or at the end
+KILLED_AT = """
+import os, signal
+import {place} as module
+original = module.{name}
+def killing(*args, **kwargs):
+    if "{name}" == "write_task" or any("step-000009" in str(arg) for arg in args):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+module.{name} = killing
+"""
 
 
 @pytest.mark.parametrize(
@@ -185,9 +180,9 @@ def killed_at(place, name, overrides, folder):
 def test_kill_minus_nine_in_a_write_costs_no_checkpoint(
     undisturbed, tiny, tmp_path, place, name, left, step
 ):
-    common = [*tiny.classify, *COURSE, *ACCUMULATING]
-    with pytest.raises(BrokenProcessPool):
-        in_fresh_process(killed_at, place, name, common, str(tmp_path / "run"))
+    words = [*tiny.classify, *COURSE, *ACCUMULATING, f"train.run={tmp_path / 'run'}"]
+    ended = launch(words, tmp_path, code=KILLED_AT.format(place=place, name=name))
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert (tmp_path / "run" / left).is_dir()
     assert_resumes(undisturbed, tiny, tmp_path / "run", step)
     assert not list((tmp_path / "run").rglob(".unfinished-*"))
@@ -523,7 +518,7 @@ def run_in_output(overrides):
 
 def test_a_run_killed_in_its_last_evaluation_is_finished_by_a_resume(tiny, tmp_path, monkeypatch):
     common = [*tiny.classify, *COURSE, "+method=lora"]
-    straight = train(common, tmp_path / "straight")
+    straight = trained_once(*common)
 
     def killing(self, *args, **kwargs):
         raise Killed
@@ -554,7 +549,7 @@ def test_scores_from_before_the_stop_are_not_measured_again(stopped, monkeypatch
 
 def test_a_stopped_run_resumes_by_the_command_it_prints(tiny, tmp_path, monkeypatch):
     common = [*tiny.classify, *COURSE, "+method=lora"]
-    straight = train(common, tmp_path / "straight")
+    straight = trained_once(*common)
     after_step = petl.Lifecycle.after_step
 
     def interrupting(self, step, optimizer):
