@@ -6,7 +6,8 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Generator, Iterator
+from collections import defaultdict
+from collections.abc import Generator, Iterator, Sequence
 from functools import cache
 from tempfile import TemporaryDirectory
 
@@ -69,6 +70,29 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Leave the default run the diagonal of each product of parameters, unless marked `every_cell`.
+
+    A product is made by several `parametrize` above one another; all of its cells are `thorough`.
+    """
+    products: dict[object, list[tuple[pytest.Item, tuple[int, ...]]]] = defaultdict(list)
+    later = ("thorough", "slow", "hub", "every_cell")
+    for item in items:
+        marks = [*item.iter_markers("parametrize")]
+        if len(marks) > 1 and not any(map(item.get_closest_marker, later)):
+            names = (str(m.args[0] if isinstance(m.args[0], str) else m.args[0][0]) for m in marks)
+            place = tuple(item.callspec.indices[n.partition(",")[0].strip()] for n in names)  # ty: ignore[unresolved-attribute]
+            products[item.function].append((item, place))  # ty: ignore[unresolved-attribute]
+    for cells in products.values():
+        axes = [sorted({place[i] for _, place in cells}) for i in range(len(cells[0][1]))]
+        longest = max(map(len, axes))
+        diagonal = {tuple(axis[m % len(axis)] for axis in axes) for m in range(longest)}
+        for item, place in cells:
+            if place not in diagonal:
+                item.add_marker(pytest.mark.thorough)
+
+
 def pytest_unconfigure() -> None:
     warm_python.end()
 
@@ -83,15 +107,17 @@ def device(request: pytest.FixtureRequest) -> str:
 def _once_per_process() -> Iterator[None]:
     """Use one thread, compose each choice of configurations once, compile each template once.
 
-    PEFT compiles that of its model card whenever it saves.
+    PEFT compiles that of its model card whenever it saves. One pair of processes serves all checks.
     """
     import torch
     from composed_once import composed_once
     from jinja2 import Environment
+    from kept_processes import in_processes
 
     torch.set_num_threads(1)
     with composed_once(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Environment, "compile", cache(Environment.compile))
+        patch.setattr("petl.testing.parallel.in_processes", in_processes)
         yield
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from contract_cases import adaptable, models_of
+from kept_processes import in_processes
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -213,14 +214,14 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 def both(tmp_path_factory):
     """Return the folder of the saved adapters, and the results of each process."""
     folder = tmp_path_factory.mktemp("sharded")
-    return folder, testing.in_processes(PROCESSES, train_all, str(folder))
+    return folder, in_processes(PROCESSES, train_all, str(folder))
 
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
     """Return the same of further models, which are sharded only."""
     folder = tmp_path_factory.mktemp("others")
-    found = testing.in_processes(PROCESSES, train_all_sharded, [*OTHERS], str(folder))
+    found = in_processes(PROCESSES, train_all_sharded, [*OTHERS], str(folder))
     return folder, [{"fsdp": each} for each in found]
 
 

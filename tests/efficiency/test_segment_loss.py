@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from kept_processes import in_processes
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -29,7 +30,6 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import petl
-from petl import testing
 from petl.errors import UnsupportedError
 from petl.system.collectives import to_full
 
@@ -248,7 +248,7 @@ def test_labels_of_another_shape_are_refused():
 
 
 def test_two_processes_average_to_the_gradients_of_one():
-    found = testing.in_processes(2, gradients_sharded_or_not)
+    found = in_processes(2, gradients_sharded_or_not)
     for name, head, gradients in gradients_of_all():
         for process in [each for processes in found for each in processes]:
             ours = process[name, head]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from kept_processes import in_processes
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -188,7 +189,7 @@ def test_two_processes_equal_one_on_the_joint_batch():
     for batch in batches:
         joint.update(batch)
     assert (joint.counts == 1).any()  # some restarted
-    (keys, counts), (others, _) = testing.in_processes(2, update_a_part, start, batches)
+    (keys, counts), (others, _) = in_processes(2, update_a_part, start, batches)
     assert torch.equal(keys, others)
     torch.testing.assert_close(keys, joint.keys)
     torch.testing.assert_close(counts, joint.counts)

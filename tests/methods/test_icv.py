@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from kept_processes import in_processes
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
@@ -349,7 +350,7 @@ def of_rank():
 def test_two_processes_give_the_vectors_of_one():
     rows = list(zip(texts(5, 1), texts(5, 101), strict=True))
     expected = torch.cat(list(vectors(wrapped(calibration=[batch_of(rows)])).values()))
-    for found, bad in testing.in_processes(2, of_rank):
+    for found, bad in in_processes(2, of_rank):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
         assert "has no tensor source_input_ids" in bad  # in both processes
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import warm_python
+from kept_processes import in_processes
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -267,7 +268,7 @@ def started_by_one_process():
 
 @pytest.mark.thorough
 def test_all_processes_have_the_same_factors(monkeypatch):
-    one, other = testing.in_processes(2, started_by_one_process)
+    one, other = in_processes(2, started_by_one_process)
     for key, tensor in one.items():
         assert torch.equal(tensor, other[key])
 

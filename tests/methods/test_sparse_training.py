@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from kept_processes import in_processes
 from sparse_fixtures import (
     CYCLE,
     A,
@@ -265,7 +266,7 @@ def train_a_share():
 
 @pytest.mark.thorough
 def test_two_processes_with_different_data_agree_and_equal_one_on_the_joined_batch():
-    ranks = testing.in_processes(2, train_a_share)
+    ranks = in_processes(2, train_a_share)
     model = wrapped()
     for key, (indices, values) in ranks[0].items():
         assert torch.equal(ranks[1][key][0], indices), key

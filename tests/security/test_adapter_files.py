@@ -25,6 +25,8 @@ from petl.core.registry import METHODS
 from petl.ops.ternary import FILE
 from petl.system import patterns
 
+pytestmark = pytest.mark.every_cell
+
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OWN = sorted(name for name in adaptable("llama") if METHODS[name].own)
 NAMES = [*OWN, "lora", "adalora", "vera", "ia3", "vblora"]

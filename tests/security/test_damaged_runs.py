@@ -28,6 +28,8 @@ from petl.system.processes import release_all
 from petl.training.runs.resume import choose_checkpoint, identity_of
 from petl.training.runs.settings import TrainConfig
 
+pytestmark = pytest.mark.every_cell
+
 READERS = {  # the commands that read a file
     "config.yaml": ("report", "compare", "eval", "auto"),
     "scores.json": ("report", "compare", "eval", "auto"),

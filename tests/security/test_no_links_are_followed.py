@@ -39,7 +39,8 @@ from petl.training.runs.run_folder import MetricsLog
 from petl.training.runs.settings import TrainConfig
 
 pytest_plugins = ["training_fixtures"]
-pytestmark = pytest.mark.timeout(120)  # instead of a command that waits for a pipe
+# instead of a command that waits for a pipe
+pytestmark = [pytest.mark.every_cell, pytest.mark.timeout(120)]
 
 SECRET = "the secret of the user\n"
 OUTSIDE = r"is a link to .*, outside of .*: such links are not followed; remove it"

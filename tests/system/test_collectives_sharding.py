@@ -1,17 +1,17 @@
 """Sharded tensors on two processes, with rows that do not divide evenly."""
 
 import torch
+from kept_processes import in_processes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from petl import testing
 from petl.system.collectives import to_full, to_local, to_shards
 
 WHOLE = torch.arange(6.0).view(3, 2)
 
 
 def test_a_tensor_is_sharded_changed_and_gathered():
-    first, second = testing.in_processes(2, shares)
+    first, second = in_processes(2, shares)
     assert first["cut"].tolist() == [[0.0, 1.0], [2.0, 3.0]]
     assert second["cut"].tolist() == [[4.0, 5.0]]
     for found in (first, second):

@@ -4,11 +4,11 @@ import os
 
 import pytest
 import torch
+from kept_processes import in_processes
 from kept_runs import lines
 from task_fixtures import Families
 
 import petl
-from petl import testing
 from petl.data.base import read_data
 from petl.data.models.loading import load_base, load_processor
 from petl.training.compose import compose
@@ -53,7 +53,7 @@ def test_two_processes_score_as_one(families, tmp_path, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "localhost")  # both are put back after the test
     monkeypatch.setenv("MASTER_PORT", "0")
     expected = scores(families.folder, tmp_path)
-    first, second = testing.in_processes(2, scores, families.folder, tmp_path)
+    first, second = in_processes(2, scores, families.folder, tmp_path)
     for task in TASKS:
         assert first[task] == second[task] == pytest.approx(expected[task], abs=1e-4)
         assert len(expected[task]) > 0

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from draft_fixtures import DECODERS, PAD, prompt
+from kept_processes import in_processes
 
 import petl
 from petl import testing
@@ -134,7 +135,7 @@ WAYS = [{"eos_token_id": [5, 9, 23]}, {"do_sample": True, "temperature": 1.5}]
 @pytest.fixture(scope="module")
 def both():
     """What each of two processes has written, answered and refused."""
-    return testing.in_processes(2, all_by_a_process)
+    return in_processes(2, all_by_a_process)
 
 
 @pytest.mark.parametrize("way", range(len(WAYS)))

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from contract_cases import OWN, adaptable, adopted, own
 from draft_fixtures import PAD, Oracle, Random, prompt, tiny_qwen
+from kept_processes import in_processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -123,7 +124,7 @@ def _of_sharded_weights():
 
 @pytest.mark.thorough
 def test_sharded_weights_are_refused():
-    for plain, heads, training in testing.in_processes(2, _of_sharded_weights):
+    for plain, heads, training in in_processes(2, _of_sharded_weights):
         assert "LlamaForCausalLM is sharded over processes" in plain
         assert training == plain
         assert "LlamaForCausalLM are sharded over processes, and a drafter reads" in heads

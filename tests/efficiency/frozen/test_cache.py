@@ -5,6 +5,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+from kept_processes import in_processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -468,7 +469,7 @@ def test_copies_for_nn_data_parallel_run_their_blocks(tmp_path):
 
 @pytest.mark.thorough
 def test_a_base_that_is_sharded_over_processes_is_refused(tmp_path):
-    for said in testing.in_processes(2, refused_when_sharded, str(tmp_path)):
+    for said in in_processes(2, refused_when_sharded, str(tmp_path)):
         assert "sharded over processes" in said
     assert not list(tmp_path.iterdir())
 

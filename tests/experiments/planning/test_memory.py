@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from kept_processes import in_processes
 from peft import PeftModel
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -74,7 +75,7 @@ def test_quantized_weights_take_the_planned_bytes(tiny, task, kind, dtype):
 def test_one_process_has_a_shard_of_the_planned_size(tiny):
     common = [*tiny.steady, "+method=lora"]
     planned = plan_run(compose([*common, SHARDED])).memory
-    first, second = testing.in_processes(2, bytes_of_share, common)
+    first, second = in_processes(2, bytes_of_share, common)
     assert planned.weights == max(first, second)
     whole = plan_run(compose(common)).memory
     assert planned.weights < 0.6 * whole.weights

@@ -5,6 +5,7 @@ from shutil import copytree
 
 import pytest
 import torch
+from kept_processes import in_processes
 from safetensors.torch import load_file
 from writer_fixtures import PROMPTS
 
@@ -145,7 +146,7 @@ def test_two_processes_write_the_drafter_of_one(writers, file, tmp_path):
     for name in ("one", "two"):
         copytree(writers.folder / "lora", tmp_path / name)
     alone = train_drafter(tmp_path / "one", settings(*words))
-    results = testing.in_processes(2, train_in_a_process, tmp_path / "two", words)
+    results = in_processes(2, train_in_a_process, tmp_path / "two", words)
     assert [size for size, _ in results] == [2, 2]
     (_, first), (_, second) = results
     assert first.loss == alone.loss

@@ -15,6 +15,7 @@ from density_cases import (
     lora,
     written_out,
 )
+from kept_processes import in_processes
 from tiny_tokenizers import byte_tokenizer
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -383,7 +384,7 @@ def gradients_of_one_process():
 
 @pytest.mark.thorough
 def test_two_processes_average_their_terms_and_agree_on_metrics():
-    results = testing.in_processes(2, gradients_of_one_process)
+    results = in_processes(2, gradients_of_one_process)
     (first, (density, ppl), of_one), (second, others, of_none) = results
     batch = batch_of("llama-relu")
     batch = {"input_ids": batch["input_ids"], "labels": batch["input_ids"]}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from density_cases import assert_same, gradients, lora
 from hydra import compose, initialize_config_dir
+from kept_processes import in_processes
 from omegaconf import OmegaConf
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
@@ -430,7 +431,7 @@ def gradients_of_one_process():
 
 
 def test_two_processes_average_their_terms():
-    first, second = testing.in_processes(2, gradients_of_one_process)
+    first, second = in_processes(2, gradients_of_one_process)
     batch = testing.TINY_MODELS["llama"].batch()
     batch = {"input_ids": batch["input_ids"], "labels": batch["input_ids"]}
     model = wrapped("llama")[0]

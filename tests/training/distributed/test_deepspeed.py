@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kept_processes import in_processes
 from launched_runs import EVALUATED, LR, assert_same_run
 from torch import Tensor, distributed, nn
 from training_fixtures import (
@@ -18,7 +19,6 @@ from training_fixtures import (
     train,
 )
 
-from petl import testing
 from petl.training.distributed.deepspeed import FlatGroup
 
 pytest_plugins = ["training_fixtures"]
@@ -39,7 +39,7 @@ def there_and_back() -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
 
 def test_the_state_of_shares_is_put_together_and_cut_up_again():
     shares = [[0.0, 10.0, 20.0, 30.0], [40.0, 50.0, 60.0, 0.0]]
-    for (whole, back), share in zip(testing.in_processes(2, there_and_back), shares, strict=True):
+    for (whole, back), share in zip(in_processes(2, there_and_back), shares, strict=True):
         assert [entries["exp_avg"].tolist() for entries in whole] == [
             [[0.0, 10.0], [20.0, 30.0]],
             [40.0, 50.0],

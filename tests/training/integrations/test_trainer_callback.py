@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from decoder_fixtures import COEF, FIELDS, LR, plain_sgd, wrapped
+from kept_processes import in_processes
 from peft import PeftModel, get_peft_model_state_dict
 from tiny_tokenizers import byte_tokenizer
 from torch import Tensor
@@ -351,7 +352,7 @@ def stop_and_resume(folder: Path) -> tuple[int, list[str], dict[str, Tensor]]:
 
 @pytest.mark.thorough
 def test_processes_resume_from_the_state_of_the_main_process(tmp_path):
-    (size, *differs, first), (_, *differs_there, second) = testing.in_processes(
+    (size, *differs, first), (_, *differs_there, second) = in_processes(
         2, stop_and_resume, tmp_path
     )
     assert size == 2

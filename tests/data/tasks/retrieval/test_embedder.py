@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from datasets import Dataset
+from kept_processes import in_processes
 from tiny_tokenizers import byte_tokenizer
 from transformers import BertConfig, BertModel
 
-from petl import retrieval, testing
+from petl import retrieval
 from petl.data.tasks.retrieval import Retrieval, embedder
 from petl.data.tasks.retrieval.embedder import LOSSES, loss_of, whole_step
 from petl.errors import InputError
@@ -294,7 +295,7 @@ def gradients_of_a_part():
 
 
 def test_processes_have_the_gradients_of_one_with_all_rows():
-    for found in testing.in_processes(2, gradients_of_a_part):
+    for found in in_processes(2, gradients_of_a_part):
         for (loss, _), values in found.items():
             task = Retrieval(loss=loss, max_length=64)
             model = model_for(task)
