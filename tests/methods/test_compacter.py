@@ -19,7 +19,7 @@ CONTRACT = {
     "fields": {"r": 8},
     "lr": 0.1,
     "acts_with": {
-        "reduction_factor": {"r": None},
+        "reduction_factor": {"r": None, "reduction_factor": 4},
         "input_modules": {
             "placement": "parallel",
             "target_modules": ["o_proj"],

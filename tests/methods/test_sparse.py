@@ -37,6 +37,7 @@ CONTRACT = {
             "reselection_steps": 3,
             "total_step": 8,
         },
+        "total_step": {"total_step": 1},
         "num_tunable_weights": {"num_tunable_weights": 1000},
         "rank_pattern": {"rank_pattern": {"q_proj": 5, "k_proj": 1}},
         "num_deltas": {

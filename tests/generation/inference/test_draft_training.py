@@ -60,8 +60,8 @@ def test_a_drafter_is_trained_written_and_used_behind_lookup(writers, file):
         stats = Stats()
         for each in (model, alone):
             for sampling in (
-                Sampling(max_new_tokens=40),
-                Sampling(max_new_tokens=40, temperature=1.0),
+                Sampling(max_new_tokens=20),
+                Sampling(max_new_tokens=20, temperature=1.0),
             ):
                 for prompt in PROMPTS:
                     found = []
@@ -82,7 +82,7 @@ def test_a_drafter_is_trained_written_and_used_behind_lookup(writers, file):
 @pytest.mark.parametrize("source", ["decode", "answers"])
 def test_a_table_is_filled_and_used_behind_lookup(writers, file, source):
     folder = writers.folder / "lora"
-    words = ["drafter.k=4", "draft.answers=11", "draft.measured=3", "draft.tokens=20"]
+    words = ["drafter.k=4", "draft.answers=11", "draft.measured=3", "draft.tokens=12"]
     words += [f"draft.file={file}", f"draft.source={source}"]
     try:
         result = train_drafter(folder, compose(["+drafter=recycling", *words], "draft"))
@@ -104,7 +104,7 @@ def test_a_table_is_filled_and_used_behind_lookup(writers, file, source):
             found = []
             for one in (model, plain):
                 with one.using("default"):
-                    found += one.answer([one.encode(prompt)], Sampling(max_new_tokens=40))
+                    found += one.answer([one.encode(prompt)], Sampling(max_new_tokens=20))
             assert found[0] == found[1]
     finally:
         remove(folder / "drafter")

@@ -44,8 +44,11 @@ pytest_plugins = ["training_fixtures"]
 
 # two epochs of seven steps; the rows of the last of each are two, not eight
 COURSE = ["train.steps=14", "train.save_steps=3", "train.log_steps=4", "train.keep_checkpoints=9"]
+# two epochs of four steps
+SHORT = ["train.steps=8", "train.batch_size=16", "train.save_steps=2", "train.log_steps=3"]
+SHORT += ["train.keep_checkpoints=9"]
 TIMES = {"seconds"}
-PHASES = ["method.reselection_steps=7", "method.selection_accumulation_steps=3"]
+PHASES = ["method.reselection_steps=4", "method.selection_accumulation_steps=3"]
 
 
 class Killed(BaseException):
@@ -91,17 +94,17 @@ def assert_equal_runs(one: Finished, other: Finished) -> None:
         ["+method=binary", "method.inner=lora", "train.eval_steps=4"],  # the result is packed
         # the last checkpoint is within a phase of observation
         ["+method=sparse", *PHASES, "method.selection_algorithm=sm3"],
-        ["+method=increlora", "method.tinit=3", "method.deltaT=3"],  # ranks grow
+        ["+method=increlora", "method.tinit=2", "method.deltaT=2"],  # ranks grow
         ["+method=lora", "data.pack=true", "train.batch_size=3", "method.lora_dropout=0.2"],
     ],
     ids=lambda words: " ".join(w.split(".")[-1] for w in words),
 )
 def test_a_run_stopped_after_a_checkpoint_resumes_bit_exactly(tiny, tmp_path, choice):
     task = tiny.complete if "data.pack=true" in choice else tiny.classify
-    common = [*task, *COURSE, *choice]
+    common = [*task, *SHORT, *choice]
     straight = train(common, tmp_path / "straight")
-    # from step 9, in the second epoch
-    stopped = stopped_before(straight, tmp_path / "stopped", "step-000012")
+    # from step 6, in the second epoch
+    stopped = stopped_before(straight, tmp_path / "stopped", "step-000008")
     resumed = train([*common, "train.resume=auto"], stopped.path)
     assert_equal_runs(straight, resumed)
 
