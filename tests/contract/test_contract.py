@@ -1,10 +1,10 @@
 """Every registered method keeps the promises of a PEFT tuner; see `petl.testing`."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import standin
-from contract_cases import ADOPTED_CASES, OWN_CASES, own, promises
+from contract_cases import ADOPTED_CASES, OWN_CASES, KeptCase, own, promises
 
 import petl
 from petl import testing
@@ -37,4 +37,8 @@ def hold(case: Case, check: str, device: str) -> None:
     lacks = [standin.LACKING[name] for name in asked if name in standin.LACKING]
     if device == standin.NAME and lacks:
         pytest.skip(f"the device has no {lacks[0]}")
-    testing.run(check, replace(case, device=device))
+    case = replace(case, device=device)
+    # where copies are known to be equal, and the case goes to no other process
+    if "copies" not in " ".join(case.excused) and "process" not in check and "field" not in check:
+        case = KeptCase(**{each.name: getattr(case, each.name) for each in fields(case)})
+    testing.run(check, case)

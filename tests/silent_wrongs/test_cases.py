@@ -4,8 +4,8 @@ import pytest
 from silent_cases.petl_side import CASES
 from silent_cases.verdicts import SILENT
 
-# two processes that equal one: tests/contract/test_parallel.py has it of every method
-SLOW = ("T2", "T3")
+# what other tests have as well: micro-batches, two processes, resuming, the best checkpoint
+SLOW = ("T1", "T2", "T3", "T6", "T8")
 
 
 @pytest.mark.parametrize(

@@ -310,14 +310,14 @@ def test_a_folder_of_another_study_is_refused(tiny, tmp_path, faked):
         other.run()
 
 
-def test_a_study_of_several_data_sets_resumes(tiny, tmp_path, faked):
+def test_a_study_of_several_data_sets_resumes(tiny, tmp_path, made):
     rows = f"train:{tiny.folder}/train.csv,test:{tiny.folder}/test.csv,max_length:16"
     sets = f"data.sets={{one:{{data:files,{rows}}},two:{{data:files,{rows}}}}}"
     words = [*tiny.steady[:2], "data=tasks", sets, "train.steps=2", "train.linear_probe=false"]
     several = {"contenders": [Contender("lora")], "rates": [1e-3], "overrides": words}
     small(tiny, tmp_path, **several, seeds=[0]).run()
     small(tiny, tmp_path, **several, seeds=[0, 1]).run()
-    assert faked == ["runs/lora/seed-0", "runs/lora/seed-1"]
+    assert made == ["runs/lora/seed-0", "runs/lora/seed-1"]
 
 
 @pytest.mark.thorough
