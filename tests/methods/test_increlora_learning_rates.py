@@ -50,7 +50,7 @@ def start_of(layer: Any, kind: str, i: int) -> int:
 
 @pytest.mark.parametrize(
     ("order", "warmup"),
-    [("allocate, step", 2), ("step, allocate", 0), ("lifecycle", 0), ("lifecycle", 2)],
+    [("allocate, step", 0), ("step, allocate", 2), ("lifecycle", 0), ("lifecycle", 2)],
 )
 def test_each_component_has_its_own_learning_rate_under_sgd(order, warmup):
     model = wrap(warmup_steps=warmup)
