@@ -70,22 +70,31 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+Place = tuple[int, ...]  # the values of one `parametrize`, by identity
+
+
+def arguments_of(mark: pytest.Mark) -> Sequence[str]:
+    """The names in the first argument of a `parametrize`."""
+    names = mark.args[0] if mark.args else mark.kwargs["argnames"]
+    return [n.strip() for n in names.split(",")] if isinstance(names, str) else names
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     """Leave the default run the diagonal of each product of parameters, unless marked `every_cell`.
 
     A product is made by several `parametrize` above one another; all of its cells are `thorough`.
     """
-    products: dict[object, list[tuple[pytest.Item, tuple[int, ...]]]] = defaultdict(list)
+    products: dict[object, list[tuple[pytest.Item, tuple[Place, ...]]]] = defaultdict(list)
     later = ("thorough", "slow", "hub", "every_cell")
     for item in items:
         marks = [*item.iter_markers("parametrize")]
         if len(marks) > 1 and not any(map(item.get_closest_marker, later)):
-            names = (str(m.args[0] if isinstance(m.args[0], str) else m.args[0][0]) for m in marks)
-            place = tuple(item.callspec.indices[n.partition(",")[0].strip()] for n in names)  # ty: ignore[unresolved-attribute]
+            given = item.callspec.params  # ty: ignore[unresolved-attribute]
+            place = tuple(tuple(id(given[name]) for name in arguments_of(mark)) for mark in marks)
             products[item.function].append((item, place))  # ty: ignore[unresolved-attribute]
     for cells in products.values():
-        axes = [sorted({place[i] for _, place in cells}) for i in range(len(cells[0][1]))]
+        axes = [[*dict.fromkeys(place[i] for _, place in cells)] for i in range(len(cells[0][1]))]
         longest = max(map(len, axes))
         diagonal = {tuple(axis[m % len(axis)] for axis in axes) for m in range(longest)}
         for item, place in cells:

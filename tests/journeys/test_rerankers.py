@@ -22,7 +22,7 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["bert", "llama"])
+@pytest.fixture(scope="module", params=["bert", pytest.param("llama", marks=pytest.mark.thorough)])
 def run(request, families, tmp_path_factory):
     words = [word for word in families("reranking") if not word.startswith("model.path")]
     base = f"model.path={families.folder}/{request.param}"

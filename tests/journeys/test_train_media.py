@@ -60,8 +60,8 @@ def test_the_configurations_of_the_audio_study_train_and_load_again(
     "method",
     [
         ["+method=houlsby"],
-        ["+method=adaptformer", "method.r=4"],
-        ["+method=compacter", "method.r=8"],
+        pytest.param(["+method=adaptformer", "method.r=4"], marks=pytest.mark.thorough),
+        pytest.param(["+method=compacter", "method.r=8"], marks=pytest.mark.thorough),
     ],
     ids=lambda words: words[0].removeprefix("+method="),
 )
@@ -111,7 +111,7 @@ def test_the_head_alone_is_scored_and_steps_may_be_cut_into_pieces(pictures, tmp
         torch.testing.assert_close(pieces.adapter[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["audio", "images"])
+@pytest.mark.parametrize("kind", ["audio", pytest.param("images", marks=pytest.mark.thorough)])
 def test_what_is_planned_is_what_is_trained(sounds, pictures, tmp_path, kind):
     data = audio(sounds) if kind == "audio" else images(pictures)
     words = [*(WHISPER if kind == "audio" else VIT), "+method=conformer", "method.r=4", *data]

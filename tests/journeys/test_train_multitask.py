@@ -55,7 +55,9 @@ def sets(tmp_path_factory, tiny):
     ]
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(
+    scope="module", params=["polyhistor", pytest.param("lora", marks=pytest.mark.thorough)]
+)
 def run(request, sets, tmp_path_factory):
     """A run of each method, with a linear probe and validation."""
     folder = tmp_path_factory.mktemp(request.param) / "run"

@@ -33,8 +33,8 @@ def losses(run):
     [
         "train.gradient_checkpointing=true",
         "train.micro_batch_size=3",
-        "train.recompute_mlp=true",
-        "train.fuse_lora=false",
+        pytest.param("train.recompute_mlp=true", marks=pytest.mark.thorough),
+        pytest.param("train.fuse_lora=false", marks=pytest.mark.thorough),
     ],
 )
 def test_settings_of_memory_change_nothing(setting, plain, words, tmp_path):

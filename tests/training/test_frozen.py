@@ -34,7 +34,12 @@ def losses(run):
 
 
 @pytest.mark.parametrize(
-    "more", [["train.buckets=3"], ["train.gradient_checkpointing=reentrant"]], ids=str
+    "more",
+    [
+        pytest.param(["train.buckets=3"], marks=pytest.mark.thorough),
+        ["train.gradient_checkpointing=reentrant"],
+    ],
+    ids=str,
 )
 def test_runs_from_one_store_are_equal_and_near_the_run_without(
     tiny, tmp_path, cache, petl_log, more

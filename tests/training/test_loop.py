@@ -206,7 +206,7 @@ def test_gradient_checkpointing_changes_losses_by_rounding_only(tiny, tmp_path, 
     assert_same(plain, saving, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.thorough)])
 def test_a_segmented_loss_trains_alike(tiny, tmp_path, precision):
     common = [*tiny.complete, "+method=mola", f"train.precision={precision}"]
     whole = train([*common, "train.loss_segment=null"], tmp_path / "whole")

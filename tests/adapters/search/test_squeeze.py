@@ -92,7 +92,7 @@ def test_densities_within_a_share_of_the_bytes(command, runs, tmp_path):
     assert status == 0, err
 
 
-@pytest.mark.parametrize("name", ["lora", "corda"])
+@pytest.mark.parametrize("name", ["lora", pytest.param("corda", marks=pytest.mark.thorough)])
 def test_ranks_become_a_lora_with_a_rank_for_each_layer(command, runs, tmp_path, name):
     whole = tmp_path / "whole"
     words = ("squeeze", runs / name, "--what", "rank", *QUICK)

@@ -33,9 +33,10 @@ from petl.errors import InputError, UnsupportedError
 
 PLAIN = {"max_new_tokens": 16, "pad_token_id": PAD, "use_cache": True}
 METHODS = [name for name in adaptable("llama") if name != "dkvb"]
+# in the default run: plain, routed, with pools, at its sub-layers, of states, in a side network
+FEW = ("lora", "mola", "mos", "adapter", "icv", "sherl")
 OWN_AND_OTHERS = [
-    pytest.param(name, marks=[] if name in (*OWN, "lora") else pytest.mark.thorough)
-    for name in METHODS
+    pytest.param(name, marks=[] if name in FEW else pytest.mark.thorough) for name in METHODS
 ]
 # methods that no decoder has, and the words by which petl.wrap refuses one
 REFUSED = {

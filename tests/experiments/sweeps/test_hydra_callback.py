@@ -210,7 +210,10 @@ def test_a_grid_with_a_failed_run_reports_the_best_of_the_others(program, tiny, 
     assert f"its folder: {run}\n" in err
 
 
-@pytest.mark.parametrize("lrs", [("0.00001", "0.02"), ("0.02", "0.00001")])
+@pytest.mark.parametrize(
+    "lrs",
+    [("0.02", "0.00001"), pytest.param(("0.00001", "0.02"), marks=pytest.mark.thorough)],
+)
 def test_an_optuna_search_adds_to_its_storage_and_reports_the_best_of_all_trials(
     program, tiny, tmp_path, lrs
 ):

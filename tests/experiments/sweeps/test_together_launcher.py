@@ -79,7 +79,7 @@ def test_each_run_is_the_one_that_it_would_be_alone(program, tiny, tmp_path, siz
 @pytest.mark.parametrize(
     ("key", "values"),
     [
-        ("train.precision", "bf16,no"),
+        pytest.param("train.precision", "bf16,no", marks=pytest.mark.thorough),
         # the second run changes weights of its base, before or while it trains
         ("method.init_lora_weights", "true,pissa"),
     ],

@@ -41,7 +41,11 @@ def weights(run):
             "causal_lm",
             ["+method=lora", "method.layers_to_transform=[1]", "train.cache_frozen=true"],
         ),
-        ("causal_lm", ["+method=corda", "method.calibration_data.num_samples=8"]),
+        pytest.param(
+            "causal_lm",
+            ["+method=corda", "method.calibration_data.num_samples=8"],
+            marks=pytest.mark.thorough,
+        ),
         ("seq2seq", ["+method=mola", "method.lora_dropout=0.2"]),
         ("regression", ["+method=corda", "method.calibration_data.num_samples=8"]),
     ],
@@ -156,7 +160,9 @@ def test_the_best_checkpoint_is_the_best_within_the_limit(
     assert 'class="alarm"' in (none.path / "report.html").read_text()
 
 
-@pytest.mark.parametrize("task", ["causal_lm", "seq2seq", "regression"])
+@pytest.mark.parametrize(
+    "task", ["causal_lm", pytest.param("seq2seq", marks=pytest.mark.thorough), "regression"]
+)
 def test_texts_are_replayed_or_features_measured(task, families, texts, tmp_path):
     words = families(task, "+method=lora", "train.linear_probe=false", texts, *MEASURED)
     plain = train(words, tmp_path / "plain")
