@@ -107,16 +107,6 @@ def test_a_job_of_a_sweep_that_fails_does_not_stop_the_others(program, tiny, tmp
     assert "top_k: 2" in (folder / "config.yaml").read_text()
 
 
-def test_every_method_of_the_package_trains_by_its_name_alone(tiny, tmp_path):
-    # PEFT's with a schedule, PEFT's without a low rank; ours: the other tests
-    for name in ("adalora", "ia3"):
-        extra = ["method.tinit=1", "method.tfinal=1"] if name == "adalora" else []
-        run = train([*tiny.classify, f"+method={name}", *extra], tmp_path / name)
-        config = json.loads((run.path / "adapter" / "adapter_config.json").read_text())
-        assert config["peft_type"].lower().removeprefix("petl_").split()[0] == name
-        assert run.scores["steps"] == 4
-
-
 def test_a_method_that_needs_data_to_begin_gets_train_batches(tiny, tmp_path):
     eva = ["+method=lora", "method.init_lora_weights=eva", "method.r=4"]
     still = ["train.lr=1e-12", "train.weight_decay=0"]  # to see the start at the end

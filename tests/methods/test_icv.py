@@ -21,7 +21,6 @@ from petl.methods.icv.directions import last_states
 from petl.methods.icv.steering import Steer, steered
 from petl.testing import TINY_MODELS, logits
 from petl.testing.models import tiny_gpt2, tiny_llama, tiny_t5
-from petl.testing.training import train
 
 CONTRACT = {
     "models": ("llama", "gpt2", "bert", "vit"),  # a T5 has two stacks
@@ -302,17 +301,6 @@ def test_training_starts_at_the_base_and_moves_the_vectors_alone():
     found = testing.gradients(model, batch)
     assert {name.rpartition(".")[2] for name in found} == {"vector"}
     assert all(gradient.abs().sum() > 0 for gradient in found.values())
-
-
-@pytest.mark.parametrize("name", CONTRACT["models"])
-def test_twenty_steps_lower_the_loss_and_move_nothing_but_the_vectors(name):
-    case = testing.Case("icv", name, CONTRACT["fields"]).without_head()
-    model = case.wrap().train()
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    losses = train(model, case.batch(), steps=20, lr=0.1).losses
-    assert losses[-1] < 0.99 * losses[0]
-    changed = {k for k, tensor in model.state_dict().items() if not torch.equal(tensor, before[k])}
-    assert changed == {key for key in before if key.endswith(".vector")}
 
 
 def test_calibrated_vectors_can_train():

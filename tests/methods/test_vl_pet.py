@@ -310,16 +310,6 @@ def test_mixed_batches_equal_each_adapter_alone(gate):
         torch.testing.assert_close(mixed[i], alone[name][i], rtol=1e-4, atol=1e-5)
 
 
-@torch.no_grad()
-def test_cached_generation_with_beams_equals_uncached():
-    family = FAMILIES["t5"]
-    model, batch = stirred(family, gate="small"), padded(family)
-    ids = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    settings = {"max_new_tokens": 5, "num_beams": 2, "decoder_start_token_id": 0}
-    cached, plain = (model.generate(**ids, use_cache=use, **settings) for use in (True, False))
-    assert torch.equal(cached, plain)
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_small_recomputes_with_the_mask_of_its_forward_pass(reentrant):
     """An evaluation between forward and backward pass has another mask."""

@@ -130,8 +130,8 @@ def test_dropout_in_the_base_is_that_of_each_adapter_to_the_bit(build, attention
         assert all(batch[n].shape == shapes[n].shape for n in batch)
         return batch | masks
 
-    jobs = jobs_of(whole, "lora", {**LORA, "task_type": kind})
-    for job, trained in zip(jobs, petl.train_together(base, jobs, together=3), strict=True):
+    jobs = jobs_of(whole, "lora", {**LORA, "task_type": kind})[:3]
+    for job, trained in zip(jobs, petl.train_together(base, jobs, together=2), strict=True):
         losses, tensors, _ = separate(base, job)
         assert trained.losses == losses
         assert difference(tensors, trained) == 0
@@ -177,8 +177,8 @@ def test_padded_rows_heads_and_other_families_equal_their_own_training(family):
         fields |= {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
         fields["target_modules"] = "all-linear"
         fields["exclude_modules"] = ["classifier"]
-    jobs = jobs_of(make, "lora", fields)
-    for job, trained in zip(jobs, petl.train_together(base, jobs, together=3), strict=True):
+    jobs = jobs_of(make, "lora", fields)[:3]
+    for job, trained in zip(jobs, petl.train_together(base, jobs, together=2), strict=True):
         losses, tensors, _ = separate(base, job)
         torch.testing.assert_close(trained.losses, losses, atol=2e-6, rtol=1e-6)
         assert difference(tensors, trained) < 1e-5
@@ -195,8 +195,8 @@ def test_padded_rows_heads_and_other_families_equal_their_own_training(family):
 )
 def test_other_methods_equal_their_own_training(method, fields):
     base = tiny_bert()
-    jobs = jobs_of(class_batch, method, {**fields, "task_type": "SEQ_CLS"}, rate=3e-4)
-    for job, trained in zip(jobs, petl.train_together(base, jobs, together=3), strict=True):
+    jobs = jobs_of(class_batch, method, {**fields, "task_type": "SEQ_CLS"}, rate=3e-4)[:3]
+    for job, trained in zip(jobs, petl.train_together(base, jobs, together=2), strict=True):
         losses, tensors, _ = separate(base, job)
         torch.testing.assert_close(trained.losses, losses, atol=1e-5, rtol=1e-5)
         assert difference(tensors, trained) < 2e-5
