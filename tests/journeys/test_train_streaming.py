@@ -28,7 +28,10 @@ def streamed(families, task, *more):
     return [*words, *STREAM, *more]
 
 
-@pytest.mark.parametrize("task", ["causal_lm", "regression", "question_answering"])
+@pytest.mark.parametrize(
+    "task",
+    ["causal_lm", "regression", pytest.param("question_answering", marks=pytest.mark.thorough)],
+)
 def test_a_stopped_run_resumes_bit_exactly_over_several_passes(families, tmp_path, task):
     more = ["train.save_steps=3", "train.steps=16", "train.test=false"]
     more += ["train.keep_checkpoints=9", "train.eval_steps=8"]

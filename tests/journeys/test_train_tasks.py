@@ -55,7 +55,17 @@ def cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="module", params=sorted(SETTINGS))
+# tests/journeys/test_rerankers.py and test_train_streaming.py have these, too
+LATER = ("reranking", "regression")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(task, marks=pytest.mark.thorough if task in LATER else [])
+        for task in sorted(SETTINGS)
+    ],
+)
 def run(request, families, tmp_path_factory):
     """A run of a family whose adapter is PEFT's own, the task, and its overrides."""
     words = families(request.param, "+method=lora", "method.target_modules=all-linear")

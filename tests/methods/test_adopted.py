@@ -24,7 +24,10 @@ def test_the_config_is_pefts_own(name):
 
 @pytest.mark.parametrize("name", ADOPTED)
 def test_a_wrapped_model_equals_pefts(name):
-    """Tensors are bit-exact those of `get_peft_model`, once presets are resolved."""
+    """Tensors are bit-exact those of `get_peft_model`, once presets are resolved.
+
+    `exports_lora` equals the answer of PEFT's layers.
+    """
     fields = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))
     del fields["name"]
     if "total_step" in fields:
@@ -39,6 +42,9 @@ def test_a_wrapped_model_equals_pefts(name):
     assert list(state) == list(expected)
     assert not [key for key in state if not torch.equal(state[key], expected[key])]
     assert set(testing.trainable(ours)) == set(testing.trainable(theirs))
+    layers = testing.tuner_layers(ours).values()
+    supported = all(layer.supports_lora_conversion("default") for layer in layers)
+    assert petl.method(name).exports_lora == supported
 
 
 @pytest.mark.parametrize(("name", "load"), zip(ADOPTED, cycle([False, True]), strict=False))
@@ -60,16 +66,3 @@ def test_the_same_trains_on_a_base_in_half_precision(name, load, tmp_path):
 
 def test_useful_tuners_of_peft_are_registered():
     assert {"adalora", "ia3", "vera", "dora", "loha", "lokr", "oft", "shira"} <= set(ADOPTED)
-
-
-@pytest.mark.parametrize("name", ADOPTED)
-def test_exports_lora_agrees_with_pefts_layers(name):
-    """`exports_lora` equals the answer of PEFT's layers."""
-    fields = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))
-    del fields["name"]
-    if "total_step" in fields:
-        fields["total_step"] = 200
-    model = petl.wrap(testing.tiny_llama(), name, **fields)
-    layers = testing.tuner_layers(model).values()
-    supported = all(layer.supports_lora_conversion("default") for layer in layers)
-    assert petl.method(name).exports_lora == supported

@@ -27,18 +27,17 @@ SLICE = (
 )
 
 
-# by default a router on a state space, on experts and beside images, too
+# by default a few of them, and a router on a state space, on experts and beside images
+FEW = ("causal/llama", "causal/gpt2", "encoder-decoder/bart", "speech/canary")
 ROUTED = ("causal/gpt_oss", "causal/mamba", "image-text/llava")
 
 
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        *((name, "lora") for name in SLICE),
-        *(
-            pytest.param(name, "mola", marks=[] if name in ROUTED else pytest.mark.thorough)
-            for name in SLICE
-        ),
+        pytest.param(name, method, marks=[] if name in quick else pytest.mark.thorough)
+        for method, quick in (("lora", FEW), ("mola", ROUTED))
+        for name in SLICE
     ],
 )
 def test_a_type_trains_saves_loads_and_merges(name, method):

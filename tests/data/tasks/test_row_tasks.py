@@ -46,7 +46,13 @@ def run_of(families, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("kind", ["regression", "question_answering", "seq2seq"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "question_answering",
+        *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("regression", "seq2seq")),
+    ],
+)
 def test_each_kind_of_task_trains_scores_and_predicts_by_task(run_of, kind, tmp_path):
     run = run_of(kind)
     after, metric = run.scores["after"], read_task(run.path / "adapter").metric
