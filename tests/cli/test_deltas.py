@@ -131,7 +131,9 @@ def test_of_several_settings_the_best_on_validation_rows_is_written(command, run
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("q", ["auto", "dare", "searched", "0.7"])
+@pytest.mark.parametrize(
+    "q", ["auto", "dare", pytest.param("searched", marks=pytest.mark.thorough), "0.7"]
+)
 def test_prune_writes_and_says_by_what_it_divides(command, runs, tmp_path, q):
     status, out, err = command("prune", runs / "lora", tmp_path / "thin", "--drop", "0.5", "--q", q)
     assert status == 0, err

@@ -106,7 +106,7 @@ CASES["polyhistor with two tasks"] = Case(
 CASES["vl_pet with a gate of rows"] = Case("vl_pet", "t5", {"r": 8, "gate": "small"})
 CASES["sparse that reselects"] = Case("sparse", LLAMA, CYCLE)
 CASES["sparse by sm3"] = Case("sparse", LLAMA, {"selection_algorithm": "sm3", **CYCLE})
-# Of other kinds of models, those that are sharded in the default run; the others are under `slow`.
+# Of other kinds of models, which are sharded only.
 ALL = {"increlora": {"top_h": 99}}  # modules grow at once
 OTHERS = {
     f"{name} on {kind}": Case(
@@ -117,6 +117,8 @@ OTHERS = {
 }
 # a side network in each stack, and one in an encoder
 OTHERS |= {f"sherl on {kind}": Case("sherl", kind) for kind in ("bert", "t5")}
+# the cases that are sharded in the default run, too
+FEW = ["lora", "mola", "mos", "adapter", "increlora", "sparse that reselects", "pyra beside lora"]
 
 
 def of_two_tasks(batch: Batch) -> Batch:
@@ -171,13 +173,13 @@ def by_one_process(name: str) -> PeftModel:
 
 def train_all(folder: str) -> dict[str, Any]:
     """Return the adapters by type of parallelism and case; sharded ones are also saved."""
-    found: dict[str, Any] = {"ddp": {}, "fsdp": {}, "refused": refused()}
+    found: dict[str, Any] = {"ddp": {}, "refused": refused()}
     rank = distributed.get_rank()
     for name in CASES:
         model = wrapped(name)
         trained_on(name, DistributedDataParallel(model), model, rank, PROCESSES)
         found["ddp"][name] = get_peft_model_state_dict(model)
-    found["fsdp"] = train_all_sharded([*CASES], folder)
+    found["fsdp"] = train_all_sharded(FEW, folder)
     return found
 
 
@@ -219,18 +221,22 @@ def both(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    """Return the same of further models, which are sharded only."""
+    """Return the same of the other cases, which are sharded only."""
     folder = tmp_path_factory.mktemp("others")
-    found = in_processes(PROCESSES, train_all_sharded, [*OTHERS], str(folder))
+    names = [name for name in CASES | OTHERS if name not in FEW]
+    found = in_processes(PROCESSES, train_all_sharded, names, str(folder))
     return folder, [{"fsdp": each} for each in found]
 
 
 @pytest.fixture
 def sharded(request, name):
-    return request.getfixturevalue("others" if name in OTHERS else "both")
+    return request.getfixturevalue("both" if name in FEW else "others")
 
 
-SHARDED = [*CASES, *(pytest.param(name, marks=pytest.mark.thorough) for name in OTHERS)]
+SHARDED = [
+    name if name in FEW else pytest.param(name, marks=pytest.mark.thorough)
+    for name in CASES | OTHERS
+]
 
 
 def assert_equal_to_one(ranks: list[dict[str, Tensor]], expected: dict[str, Tensor]):

@@ -351,6 +351,7 @@ def test_checkpointing_recomputes_with_the_same_tasks(use_reentrant):
         torch.testing.assert_close(found, gradient, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.thorough
 def test_compiled_models_take_ids_without_reading_them():
     tiny = TINY_MODELS["bert"]
     model = wrapped(tiny.base(), r=4)

@@ -324,6 +324,7 @@ def test_results_of_other_comparisons_are_refused(claim, tmp_path, monkeypatch):
     assert not (tmp_path / "published").exists()
 
 
+@pytest.mark.thorough
 def test_a_claim_with_some_of_its_seeds_has_no_verdict(claim, tmp_path, made, monkeypatch):
     real = Study._train
 

@@ -20,6 +20,7 @@ def pretrained(folder, steps):
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.thorough
 def test_a_pretraining_that_goes_on_ends_as_one_that_was_not_stopped(tmp_path, monkeypatch):
     # the rate depends on the number of steps: a run that is stopped has that of the whole
     straight = pretrained(tmp_path / "straight", 4)

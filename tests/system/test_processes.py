@@ -180,6 +180,7 @@ def test_two_processes_of_which_one_or_all_are_killed_resume_bit_exactly(tiny, t
     assert [m["loss"] for m in one.metrics] == [m["loss"] for m in two.metrics]
 
 
+@pytest.mark.thorough
 def test_bad_input_is_told_once_whatever_the_number_of_processes(tiny, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes").write_text("keep me")

@@ -111,6 +111,7 @@ def test_dropout_in_evaluation_is_noticed(monkeypatch):
     assert_noticed("dropout_acts_in_training_alone", Case("compacter", "llama", {"r": 8}))
 
 
+@pytest.mark.thorough
 def test_a_field_without_effect_is_noticed(monkeypatch):
     rank_and_scaling = MolaConfig.rank_and_scaling
     monkeypatch.setattr(

@@ -77,6 +77,7 @@ def test_all_implementations_agree(name, way):
     assert max(error(g, expected[1][n]) for n, g in gradients.items()) < 2e-6
 
 
+@pytest.mark.thorough
 def test_an_adapted_mixture_compiles_as_one_graph():
     model = adapted("qwen3_moe")
     expected = model(IDS).logits

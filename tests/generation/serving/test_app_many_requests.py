@@ -72,7 +72,7 @@ def answer(client, body):
 
 
 @pytest.mark.parametrize(
-    "count", [60, pytest.param(2000, marks=[pytest.mark.thorough, pytest.mark.timeout(900)])]
+    "count", [30, pytest.param(2000, marks=[pytest.mark.thorough, pytest.mark.timeout(900)])]
 )
 def test_each_answer_of_many_is_the_one_it_gets_alone(client, count):
     draw = random.Random(count)

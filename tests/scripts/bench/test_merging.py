@@ -7,6 +7,7 @@ from bench.report import tables
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.thorough
 def test_merged_tokens_save_activations_and_have_a_table():
     small = {"num_hidden_layers": 2, "image_size": 64, "patch_size": 8}  # 65 tokens
     found = measure(2, {64: 1}, schedules={"half": [32, 16]}, **small)

@@ -176,7 +176,10 @@ module.{name} = killing
     ("place", "name", "left", "step"),
     [
         ("petl.system.files.disk", "fingerprints", "checkpoints/.unfinished-step-000009", 9),
-        ("petl.training.runs.results", "write_task", ".unfinished-adapter", 15),
+        pytest.param(
+            *("petl.training.runs.results", "write_task", ".unfinished-adapter", 15),
+            marks=pytest.mark.thorough,
+        ),
     ],
     ids=["in a write", "while the adapter is saved"],
 )
