@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import re
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -14,13 +15,18 @@ from petl import methods
 from petl.cli.catalog.listing import write_cache
 from petl.cli.catalog.support import HEADINGS, row
 from petl.core.registry import build_config, method, refusal
+from petl.core.spec.checks import config_hints
+from petl.core.spec.config import usual_rule
 from petl.core.support import Capability
 from petl.methods import BUILT_IN, losses
 from petl.system.imports.tables import INDEX, LOSSES, METHODS, Indexed
+from petl.system.values import FREE, rule_of, type_name
 from petl.testing import CHECKS
 from petl.testing.bases import REFUSED
 
 PAGE = Path(__file__).parents[1] / "docs" / "support.md"
+# types of fields that the index can hold
+PLAIN = {"int", "float", "str", "bool", "list", "dict", "set", "tuple", "None"}
 # bases of petl.testing.bases, in words
 BASES = {"mamba": "Mamba", "llava": "image-text", "plain": "no config"}
 HEAD = """\
@@ -133,10 +139,26 @@ def indexed(module: str, entry: Any) -> dict[str, Any]:
     """Return what the index has of a method or loss."""
     parts = 4 if module.startswith(losses.__name__) else 3  # petl.methods.NAME
     config_cls, tuner = entry.config_cls, getattr(entry, "tuner", None)
-    fields = [field.name for field in dataclasses.fields(config_cls) if field.init]
+    hints = config_hints(config_cls)
+    fields = {f.name: declared(f, hints[f.name]) for f in dataclasses.fields(config_cls) if f.init}
     prefix = tuner.prefix if tuner is not None and tuner.__module__.startswith("petl.") else ""
     module = ".".join(module.split(".")[:parts])
     return Indexed(module, config_cls.__name__, fields, prefix)._asdict()
+
+
+def declared(field: dataclasses.Field, hint: object) -> dict[str, Any]:
+    """Return what the index has of a field: its type and its rule, where JSON can hold them."""
+    rule = rule_of(field)
+    if rule is FREE:
+        rule = usual_rule(field.name, field.default)
+    words = type_name(hint).replace("null", "None")
+    found: dict[str, Any] = {}
+    if set(re.findall(r"\w+", words)) <= PLAIN:
+        found["type"] = words
+    if rule.options:
+        return found | {"options": [*rule.options]}
+    reason = {"reason": rule.reason} if rule.reason else {}
+    return {**found, **rule.bounds, **reason} if rule.bounds else found
 
 
 def adopted() -> dict[str, str]:

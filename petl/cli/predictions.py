@@ -19,8 +19,8 @@ def predict(options: PredictOptions) -> None:
         run_in_processes(processes, without_processes(options.words))
         return
     from petl.errors import InputError
-    from petl.generation.prediction.files import PredictionFile, predict_files
     from petl.system.processes import end_with_launcher
+    from petl.training.runs.early import check_inputs
 
     # under torchrun: a process that outlives the launcher would keep its GPU
     end_with_launcher()
@@ -29,6 +29,10 @@ def predict(options: PredictOptions) -> None:
         raise InputError(
             f"no FILE is given beside {' '.join(settings)}: name the files whose rows to predict"
         )
+    check_inputs(options.run, names, settings, labels=False)
+    # with torch
+    from petl.generation.prediction.files import PredictionFile, predict_files
+
     saved = options.find()
     if options.out is not None and options.out.suffix in (".npy", ".parquet"):
         from petl.generation.prediction.vectors import VectorFile, gives_vectors, write_vectors
@@ -59,6 +63,12 @@ def predict(options: PredictOptions) -> None:
 
 def evaluate(options: EvalOptions) -> None:
     """Print the scores of a saved adapter on data, and write them with their analysis."""
+    from petl.training.runs.early import check_inputs
+
+    names, settings = split_words([*options.data, *options.overrides])
+    if options.retain is None:
+        check_inputs(options.run, names, settings, labels=True)
+    # with torch
     from petl.experiments.reports.evaluation_report import print_evaluation, write_evaluation
     from petl.generation.prediction.evaluation import evaluate_saved, folder_of
     from petl.system.processes import is_first
@@ -67,7 +77,6 @@ def evaluate(options: EvalOptions) -> None:
     if options.retain is not None:
         print_retained(options, saved)
         return
-    names, settings = split_words([*options.data, *options.overrides])
     # without --data: RUN/eval-test
     folder = options.out or folder_of(saved, names)
     scores = evaluate_saved(

@@ -20,6 +20,7 @@ from petl.data.base import RawData
 from petl.data.delimited import FOUND, Written, lines_of, read_delimited, refuse_repeated
 from petl.data.faulty_rows import described
 from petl.data.tabular import Tabular
+from petl.data.task_columns import TaskColumns
 from petl.data.validation import (
     FOLDER,
     Choose,
@@ -88,12 +89,13 @@ class Files(Tabular):
         """Raise InputError unless all files exist and have a supported format."""
         list(self.given())
 
-    def check_columns(self) -> None:
-        """Raise InputError unless a row of each file has the columns of the task."""
+    def check_columns(self, columns: TaskColumns | None = None) -> None:
+        """Raise InputError unless a row of each file has the columns of the task, or these."""
+        choose = (columns or self.task_columns).choose
         for setting, name, suffix in self.given():
             # a list in JSON is read as a whole, which may take long
             if suffix != ".json":
-                rows = iterate_rows(setting, name, self.task_columns.choose, self.written)[1]
+                rows = iterate_rows(setting, name, choose, self.written)[1]
                 # faults of the first rows are told with all others
                 next(
                     (row for _, row in islice(rows, FIRST) if not isinstance(row, ValueError)), None

@@ -260,7 +260,9 @@ class NamedColumns(TaskColumns, ABC):
         missing = next((column for column in columns if column not in names), None)
         hint = None
         if missing is not None:
-            hint = fitting_task(names, self.settings.task) or self.naming(missing, names)
+            # rows to predict are of the task of the run
+            other = fitting_task(names, self.settings.task) if self.labeled else None
+            hint = other or self.naming(missing, names)
         return require(columns, names, origin, hint)
 
 

@@ -22,7 +22,8 @@ from numbers import Real
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, is_typeddict
 
-from petl.errors import InputError, UnknownNameError, described, did_you_mean, shown
+from petl.errors import InputError, UnknownNameError, described, shown
+from petl.system.settings.other_names import named_here
 
 T = TypeVar("T")
 
@@ -196,12 +197,14 @@ class Rule:
         words: the end of "... is not".
         options: all allowed values, if they can be listed; of a collection, of its entries.
         reason: the end of a message, after a colon.
+        bounds: the arguments of `bounded`, if it made the rule.
     """
 
     words: str
     holds: Callable[[Any], bool]
     options: tuple[Any, ...] = ()
     reason: str = ""
+    bounds: Mapping[str, float] | None = None
 
     def check(self, name: str, value: object, hint: object = Any) -> None:
         """Raise InputError if the field `name` may not have a value.
@@ -282,7 +285,9 @@ def bounded(
             and (lt is None or value < lt)
         )
 
-    return Rule(words, holds, reason=reason)
+    given = {"ge": ge, "gt": gt, "le": le, "lt": lt}
+    bounds = {name: bound for name, bound in given.items() if bound is not None}
+    return Rule(words, holds, reason=reason, bounds=bounds)
 
 
 def field(default: object, rule: Rule = FREE, text: str = "", **more: object) -> Any:
@@ -398,4 +403,4 @@ def convert(value: object, hint: Any) -> Any:
 
 def unknown_setting(key: str, known: Iterable[str]) -> UnknownNameError:
     """Return the error for the setting `key`; `known` holds the last parts of names it may have."""
-    return UnknownNameError(f"no setting {key}{did_you_mean(key.rpartition('.')[2], known)}")
+    return UnknownNameError(f"no setting {key}{named_here(key.rpartition('.')[2], known)}")

@@ -40,6 +40,7 @@ from petl.system.settings.command_line import (
     shown_path,
     users_dir,
 )
+from petl.system.settings.other_names import HERE, named_here
 from petl.system.settings.run_file import hydra_words
 
 # the extra with each launcher of Hydra, by the first word of its name (submitit_slurm)
@@ -182,11 +183,11 @@ def explain_key(key: str, overrides: Sequence[str], config: str = CONFIG) -> str
         return f"{key} needs a method: add +method=NAME"
     node = OmegaConf.select(composed, group) if group else composed
     if not isinstance(node, DictConfig):
-        return f"no setting {key}{did_you_mean(group, [*map(str, composed), *groups()])}"
+        return f"no setting {key}{named_here(group, [*map(str, composed), *groups()])}"
     elsewhere = [f"{group}={other}" for other in options_of(group) if name in raw(group, other)]
     if elsewhere:
         return f"no setting {key} here; it belongs to {', '.join(elsewhere)}"
-    return f"no setting {key}{did_you_mean(name, [str(entry) for entry in node])}"
+    return f"no setting {key}{named_here(name, [str(entry) for entry in node])}"
 
 
 def explain_field(key: str, settings: DictConfig, overrides: Sequence[str]) -> str:
@@ -200,14 +201,16 @@ def explain_field(key: str, settings: DictConfig, overrides: Sequence[str]) -> s
         file = config_file("method", method)
         where = f"configs/method/{method}.yaml" if file is None else shown_path(file)
         return f"{key} is not in {where}: write +{key}=..."
-    return f"no setting {key}{did_you_mean(name, [*fields, *preset_of(inner)])}"
+    every = [*fields, *preset_of(inner)]
+    meant = HERE.get(name, "").removeprefix("method.")
+    return f"no setting {key}{did_you_mean(meant if meant in every else name, every)}"
 
 
 def known_fields(settings: Mapping[str, object]) -> tuple[list[str], str]:
     """Return the fields of a method with these settings, and its inner method or ""."""
     indexed = METHODS.index.get(settings["name"])
     if indexed is not None and "inner" not in indexed.fields:  # known without torch
-        return indexed.fields, ""
+        return [*indexed.fields], ""
     entry = resolve_name("petl.core.registry:method")(settings["name"]).variant(settings)
     return [field.name for field in dataclasses.fields(entry.config_cls)], entry.inner
 

@@ -9,7 +9,10 @@ import warm_python
 
 from petl.data.base import check_early, read_data
 from petl.errors import InputError
+from petl.system.settings.command_line import options_of, plus
+from petl.system.settings.schema import plain
 from petl.training.compose import compose
+from petl.training.runs.early import check_fields
 from petl.training.runs.run_config import read_config
 
 # runs `petl`, and prints which of the slow packages it has imported
@@ -52,6 +55,15 @@ WRONG = {
     "train +method=lora train.init_from=mine": ("train.init_from=mine", "runs/mina"),
     f"train +method=lora {FILES} train.class_weights={{c:2}}": ("'c'", "a, b"),
     "train +method=lora train.class_weights={wether:2}": ("'wether'", "'weather'"),
+    "train +method=lora method.r=-1": ("method.r=-1", "at least 1"),
+    "train +method=lora method.target_modules=[key,quer]": ("'quer'", "'query'"),
+    "train +method=lora model.dtype=foo": ("model.dtype='foo'", "bfloat16"),
+    "train +method=lora +loss=density loss.weight=x": ("loss.weight='x'", "number"),
+    "train +method=lora retain.rows=-1": ("retain.rows=-1", "integer from 1"),
+    "train +method=lora learning_rate=1": ("learning_rate", "train.lr"),
+    "train +method=lora train.output_dir=runs": ("train.output_dir", "train.run=FOLDER"),
+    "predict runs/meno rows.csv data.text=txt": ("'txt'", "'text'"),
+    "eval runs/meno --data other.csv": ("'label'", "labels"),
     "study new --methods lora,moal": ("'moal'", "'mola'"),
     "show moal": ("'moal'", "'mola'"),
     "show mola rr": ("'rr'", "'r'"),
@@ -70,10 +82,14 @@ RIGHT = {"--help": "compare", "train --help": "train.steps", "methods": "mola", 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with rows.csv, a file of llama.cpp and an adapter in runs/mina."""
+    """A folder with rows, a file of llama.cpp, an adapter in runs/mina, a run in runs/meno."""
     made = tmp_path_factory.mktemp("start")
     (made / "rows.csv").write_text("text,label\n" + "good,a\nbad,b\n" * 20)
+    (made / "other.csv").write_text("text,labels\ngood,a\n")
     (made / "file.gguf").touch()
+    (made / "runs/meno/adapter").mkdir(parents=True)
+    (made / "runs/meno/adapter/adapter_config.json").write_text("{}")
+    (made / "runs/meno/config.yaml").write_text("data: {task: classification, source: files}")
     (made / "runs/mina").mkdir(parents=True)
     (made / "runs/mina/adapter_config.json").write_text("{}")
     return made
@@ -112,6 +128,16 @@ def test_the_message_is_that_of_the_check_of_all_settings(words, folder, monkeyp
     with pytest.raises(InputError) as raised:
         read_data(read_config(cfg).resolved["data"])
     assert done.stderr == f"error: {raised.value}\n"
+
+
+def test_no_configuration_of_petl_is_refused_early():
+    for group in ("method", "loss", "model"):
+        for name in options_of(group):
+            chosen = {"method": "lora"} | {group: name}
+            words = [f"{plus(key)}{key}={value}" for key, value in chosen.items()]
+            more = {"hub": ["model.name=a/b"], "config": ["model.architecture=bert"]}.get(name, [])
+            if name != "path":  # of which the folder has to be there
+                check_fields(plain(compose([*words, *more])))
 
 
 def test_how_a_file_is_read_is_said_by_the_run_alone(tmp_path, caplog):

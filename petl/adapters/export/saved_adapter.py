@@ -21,7 +21,7 @@ from petl.data.base import RawData, data_source, read_data
 from petl.data.batch_sampler import chunks
 from petl.data.models.loading import load_base, loading
 from petl.data.models.saved_processor import load_saved_processor
-from petl.data.models.sources import DTYPES, has_tokenizer, packaged_as, read_source
+from petl.data.models.sources import has_tokenizer, packaged_as, read_source
 from petl.data.tasks.base import Task
 from petl.data.tasks.causal_lm import CausalLM
 from petl.data.tasks.classification import Classification
@@ -261,7 +261,7 @@ class SavedAdapter:
 
     def as_inputs(self, batches: Iterable[Batch]) -> list[Batch]:
         """Return batches without labels, in the dtype of the base model, on the accelerator."""
-        dtype = DTYPES[self.settings["model"].get("dtype", "float32")]
+        dtype = getattr(torch, self.settings["model"].get("dtype", "float32"))
         labels = self.task.label_columns
         return [to_device(as_inputs(batch, labels, dtype), device()) for batch in batches]
 

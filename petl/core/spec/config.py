@@ -22,6 +22,7 @@ from petl.system.files.paths import method_preset, recipes_of
 from petl.system.files.read import read_json
 from petl.system.values import (
     FREE,
+    Rule,
     bounded,
     check_rules,
     field,
@@ -251,6 +252,13 @@ RANK = bounded(ge=1)
 RANK_OR_NONE = bounded(ge=0)  # PEFT's OFT has r=0 and takes a block size instead
 
 
+def usual_rule(name: str, default: object) -> Rule:
+    """Return the rule of a field of this name in any method, of PEFT's too, if there is one."""
+    if name == "r":
+        return RANK if default else RANK_OR_NONE
+    return DROPOUT if name.endswith("dropout") else ALPHA if name.endswith("alpha") else FREE
+
+
 def check_values(config_cls: type[Any], fields: Mapping[str, object]) -> None:
     """Check the types of values, and ranks, dropouts and alphas, which PEFT itself does not.
 
@@ -262,7 +270,7 @@ def check_values(config_cls: type[Any], fields: Mapping[str, object]) -> None:
     hints = config_hints(config_cls)
     for name, value in fields.items():
         if name == "r" and isinstance(value, float | int) and not isinstance(value, bool):
-            (RANK if known[name].default else RANK_OR_NONE).check(name, value, int)
+            usual_rule(name, known[name].default).check(name, value, int)
         hint = hints[name]
         if not is_finite(value):
             raise InputError(f"{name}={shown(value)} is not a finite number")
@@ -273,10 +281,9 @@ def check_values(config_cls: type[Any], fields: Mapping[str, object]) -> None:
             continue
         if name == BLOCKS and isinstance(value, str):
             blocks.parse(value)
-        if name.endswith("dropout"):
-            DROPOUT.check(name, value, float)
-        if name.endswith("alpha"):
-            ALPHA.check(name, value, float)
+        rule = usual_rule(name, known[name].default)
+        if name != "r" and rule is not FREE:
+            rule.check(name, value, float)
         _check_pattern(name, value)
 
 

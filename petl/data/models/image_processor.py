@@ -14,8 +14,6 @@ from petl.errors import InputError, first_line
 from petl.system.imports.extras import optional
 
 VIDEOS = "video_processor"
-# the second in older versions of transformers, and beside image processors alone
-FILES = ("processor_config.json", "preprocessor_config.json")
 # Of an encoder-decoder whose processor has none: the text of one question, with its images.
 QUESTION = (
     "{% for m in messages %}{% if m.role != 'user' or not loop.first %}"

@@ -24,7 +24,6 @@ from petl.core.parameters import max_positions, within_memory
 from petl.core.types import Fields
 from petl.data.models.quantization import keep_gradients, quantization_config
 from petl.data.models.sources import (
-    DTYPES,
     HubModel,
     ModelSource,
     RandomInit,
@@ -203,7 +202,7 @@ def load_base(
         for key, value in settings_of_task.items():
             setattr(config, key, value)
         settings: Fields = {
-            "dtype": DTYPES[source.dtype],
+            "dtype": getattr(torch, source.dtype),
             "attn_implementation": source.attn,
         }
         if meta:

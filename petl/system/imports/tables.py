@@ -5,11 +5,14 @@ compares with the code. So a name is known, and a misspelt one answered, without
 """
 
 import json
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from types import SimpleNamespace
+from typing import Any, NamedTuple, TypeVar, get_type_hints
+
+from petl.system.values import FREE, Rule, bounded, one_of
 
 T = TypeVar("T")
 INDEX = Path(__file__).parents[2] / "methods" / "index.json"
@@ -21,14 +24,35 @@ class Indexed(NamedTuple):
     Attributes:
         module: whose import registers it.
         config: the name of its config's class.
-        fields: of its config.
+        fields: of its config, each with its type, if Python's own types make it, and its rule:
+            `options`, or the arguments of `bounded`.
         prefix: of its tensors, for a type that petl adds to PEFT's; else "".
     """
 
     module: str
     config: str
-    fields: list[str]
+    fields: Mapping[str, Mapping[str, Any]]
     prefix: str = ""
+
+    def check(self, group: str, settings: Mapping[str, object]) -> None:
+        """Raise InputError for a value that a field may not have, as far as the index knows.
+
+        Args:
+            group: the word before the dot in the message: "method" for `method.r`.
+        """
+        known = {name: self.fields[name] for name in settings if name in self.fields}
+        words = {name: field["type"] for name, field in known.items() if "type" in field}
+        hints = get_type_hints(SimpleNamespace(__annotations__=words))
+        for name, field in known.items():
+            rule_in(field).check(f"{group}.{name}", settings[name], hints.get(name, Any))
+
+
+def rule_in(field: Mapping[str, Any]) -> Rule:
+    """Return the rule of a field of the index."""
+    bounds = {name: value for name, value in field.items() if name not in ("type", "options")}
+    if "options" in field:
+        return one_of(*field["options"])
+    return bounded(**bounds) if bounds else FREE
 
 
 class LazyTable(MutableMapping[str, T]):

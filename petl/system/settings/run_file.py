@@ -6,13 +6,13 @@ configurations of petl becomes words, so that the command line of the run is wha
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from petl.errors import InputError, did_you_mean
+from petl.errors import InputError
 from petl.system.files.paths import config_dir, file_of
 from petl.system.files.read import read_yaml
 from petl.system.settings.command_line import (
@@ -25,6 +25,7 @@ from petl.system.settings.command_line import (
     with_quoted_texts,
     word_of,
 )
+from petl.system.settings.other_names import named_here
 
 SUFFIXES = (".yaml", ".yml")
 # of a finished run: where it is, and what it was resumed from; a recipe's settings are all there
@@ -86,7 +87,7 @@ def words_of(file: Path, others: Sequence[str]) -> list[str]:
             continue
         if name in given and name in groups():
             continue  # another of its configurations is chosen
-        words += [word for word in _words(file, name, value) if key_of(word) not in given]
+        words += [word for word in _words(file, name, value, given) if key_of(word) not in given]
     code = next((word for word in words if runs_code(word)), None)
     if code is not None:
         raise InputError(
@@ -97,7 +98,7 @@ def words_of(file: Path, others: Sequence[str]) -> list[str]:
     return words
 
 
-def _words(file: Path, name: str, value: Any) -> Iterator[str]:
+def _words(file: Path, name: str, value: Any, given: Set[str]) -> Iterator[str]:
     """Yield the words of a group, or of a section of train.yaml."""
     if name in groups():
         yield from group_words(file, name, value)
@@ -105,7 +106,7 @@ def _words(file: Path, name: str, value: Any) -> Iterator[str]:
     usual = usual_settings()
     known = {*usual, *groups()} - {"defaults", "hydra"}
     if name not in known:
-        raise InputError(f"{file} has {name!r}, which no run has{did_you_mean(name, known)}")
+        raise InputError(f"{file} has {name!r}, which no run has{named_here(name, known)}")
     if not isinstance(value, Mapping):
         if value != usual[name]:
             yield f"{name}={literal(value)}"
@@ -113,7 +114,7 @@ def _words(file: Path, name: str, value: Any) -> Iterator[str]:
     for key, own in value.items():
         is_new = key not in usual[name] or usual[name][key] != own
         word = setting(f"{name}.{key}", own)
-        if is_new and key in OF_ONE_RUN.get(name, ()):
+        if is_new and key in OF_ONE_RUN.get(name, ()) and key_of(word) not in given:
             logger.info("%s: %s is of one run: to have it, write it behind the file", file, word)
         elif is_new:
             yield word

@@ -1,19 +1,31 @@
 """What of a run's settings is checked before torch is imported: a misspelt name costs no import."""
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from petl.data.base import Source, check_early, data_source
-from petl.errors import InputError
-from petl.system.files.paths import is_repository, model_folder
+from petl.data.base import SEVERAL, Source, check_early, data_source
+from petl.data.models.sources import Folder, MiniLM, ModelSource, read_source
+from petl.errors import InputError, UnknownNameError, did_you_mean
+from petl.system.files.paths import is_repository
+from petl.system.files.read import read_yaml
+from petl.system.imports.tables import LOSSES, METHODS
 from petl.system.settings.schema import plain
-from petl.training.runs.lookup import folder_at, model_at
+from petl.system.values import check_rules, read_fields
+from petl.training.retain.settings import RetainConfig
+from petl.training.runs.lookup import CONFIG, folder_at, model_at
 from petl.training.runs.settings import no_class, read_train
 
 READ = 2**23  # bytes of files whose labels are read for their names; assumption: half a second
+INDEXES = {"method": METHODS, "loss": LOSSES}  # of groups whose fields are in petl's index
+# presets of petl.core.model.names that could be names of modules; the others have hyphens
+PRESETS = ("experts", "router")
+NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*")  # of modules, and no regular expression
 
 
 def read_early(cfg: DictConfig | Mapping[str, object]) -> None:
@@ -21,14 +33,13 @@ def read_early(cfg: DictConfig | Mapping[str, object]) -> None:
 
     Raises:
         InputError: as `check_early` and `read_train`; or a folder that the settings name is not
-            there, or a class.
+            there, or a class; or a field of the method, the loss, `retain` or the model is wrong.
     """
     read_train(cfg)
     check_early(cfg)
     settings = plain(cfg)
-    model, train = settings.get("model"), settings["train"]
-    if isinstance(model, Mapping) and model.get("source") == "path":
-        model_folder("model.path", str(model.get("path")))
+    check_fields(settings)
+    train = settings["train"]
     if train.get("resume") not in (None, "auto"):
         with_name("train.resume", train["resume"], folder_at)
     start = train.get("init_from")
@@ -41,6 +52,107 @@ def read_early(cfg: DictConfig | Mapping[str, object]) -> None:
     unknown = [str(name) for name in weights if str(name) not in known] if known else []
     if unknown:
         raise no_class(unknown[0], known)
+
+
+def check_fields(settings: Mapping[str, Any]) -> None:
+    """Check the fields of the groups `method`, `loss`, `retain` and `model` as far as possible.
+
+    Raises:
+        InputError: a value is wrong, or a target is no module of the model.
+    """
+    for group, table in INDEXES.items():
+        given = settings.get(group)
+        indexed = table.index.get(given.get("name")) if isinstance(given, Mapping) else None
+        if indexed is not None:
+            indexed.check(group, given)
+    retain, model, method = (settings.get(name) for name in ("retain", "model", "method"))
+    if isinstance(retain, Mapping):
+        check_rules(read_fields(RetainConfig, retain, "retain"), "retain")
+    if isinstance(model, Mapping):
+        source = read_source(model)
+        source.check()
+        targets = method.get("target_modules") if isinstance(method, Mapping) else None
+        check_names(source, [targets] if isinstance(targets, str) else targets or [])
+
+
+def check_names(source: ModelSource, targets: list[str]) -> None:
+    """Check that targets that are words occur in the weights of a local model, or in its source.
+
+    Raises:
+        UnknownNameError: one is in neither, so that it is no module.
+    """
+    words = [word for word in targets if NAME.fullmatch(word) and word not in PRESETS]
+    if not words or not isinstance(source, Folder | MiniLM):
+        return
+    folder = Path(source.where())
+    tensors, written = names_in(folder), source_of(folder)
+    for word in words:
+        last = word.rpartition(".")[2]
+        if not tensors or not written or last in tensors:
+            continue
+        if re.search(rf"\b{last}\b", written) is None:
+            raise UnknownNameError(
+                f"method.target_modules: {word!r} is no module of {source.name}"
+                f"{did_you_mean(word, [part for part in tensors if not part.isdigit()])}"
+            )
+
+
+def names_in(folder: Path) -> set[str]:
+    """Return the names of the modules that have weights in a folder; none, if it is not known."""
+    index, file = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        keys = json.loads(index.read_bytes())["weight_map"]
+    elif file.is_file():
+        with file.open("rb") as opened:
+            keys = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    else:
+        keys = ()
+    return {part for key in keys for part in key.split(".")[:-1]}
+
+
+def source_of(folder: Path) -> str:
+    """Return the source of transformers' model of the type that a folder has; "" without one."""
+    kind = json.loads((folder / "config.json").read_bytes()).get("model_type", "")
+    package = find_spec("transformers")
+    places = (package.submodule_search_locations if package else None) or []
+    files = (
+        file
+        for place in places
+        for file in Path(place, "models", kind.replace("-", "_")).glob("modeling_*.py")
+    )
+    return "\n".join(file.read_text("utf-8") for file in files)
+
+
+def check_inputs(run: str, names: Sequence[str], words: Sequence[str], *, labels: bool) -> None:
+    """Check that files of texts have the columns that a run reads, if it is known without torch.
+
+    Args:
+        run: the folder of a run, or of an adapter alone, of which nothing is known.
+        names: of the files.
+        words: settings of columns, such as "data.text=review".
+        labels: True if the rows have labels.
+
+    Raises:
+        InputError: a file is not there, or its first row lacks a column.
+    """
+    # the imports of pyarrow are for these commands alone
+    from petl.data.files import Files
+    from petl.data.tabular import TASK_COLUMNS
+    from petl.data.task_columns import NamedColumns
+
+    file = Path(run, CONFIG)
+    data = read_yaml(file, dict[str, Any]).get("data") if file.is_file() else None
+    kind = TASK_COLUMNS.get(str(data.get("task"))) if isinstance(data, Mapping) else None
+    # other tasks choose by more than names, and of several sets the task knows the columns
+    if kind is None or not issubclass(kind, NamedColumns) or data.get("tasks"):
+        return
+    if not names or data.get("source") in SEVERAL or any(Path(name).is_dir() for name in names):
+        return
+    given = {word.partition("=")[0].removeprefix("data."): word.partition("=")[2] for word in words}
+    known = {name: given.get(name, data.get(name)) for name in kind.own_settings}
+    base = {"name": "files", "source": "files", "task": data["task"], "train": [*names]}
+    source = read_fields(Files, {**known, **base}, "data")
+    source.check_columns(kind(source, labeled=labels))
 
 
 def with_name(setting: str, value: object, find: Any) -> None:

@@ -17,8 +17,7 @@ from petl.core.spec.method import loss_part
 from petl.core.support import BASES, Capability, Conflict, Part, require_compatible
 from petl.core.types import Fields, Record, Settings
 from petl.data.base import data_source, source_class
-from petl.data.models.quantization import PACKAGES
-from petl.data.models.sources import read_source
+from petl.data.models.sources import PACKAGES, read_source
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 from petl.system.imports.peft_hook import import_modules
 from petl.system.settings.schema import plain

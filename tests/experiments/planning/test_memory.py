@@ -16,7 +16,7 @@ from petl import testing
 from petl.core.model.structure import blocks
 from petl.data.base import read_data
 from petl.data.models.loading import load_base
-from petl.data.models.quantization import PACKAGES
+from petl.data.models.sources import PACKAGES
 from petl.errors import InputError
 from petl.experiments.planning.memory import Storage, weight_bytes
 from petl.experiments.planning.plan import plan_run
