@@ -198,8 +198,11 @@ def read_delimited(
                 header = names_of(fields)
                 refuse_repeated(columns, header, path)
                 continue
-            if written.header is not None and fields == [*header]:
-                yield line, ValueError("the names of the columns: leave data.header out")
+            is_given = written.header is not None
+            # of one column, a row may well be its name
+            if names_of(fields) == [*header] and (is_given or len(fields) > 1):
+                more = ": leave data.header out" if is_given else ", once more"
+                yield line, ValueError(f"the names of the columns{more}")
                 continue
             if len(fields) != len(header):
                 message = f"{len(fields)} in place of the {len(header)} fields of the header"

@@ -22,8 +22,8 @@ from numbers import Real
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, is_typeddict
 
-from petl.errors import InputError, UnknownNameError, described, shown
-from petl.system.settings.other_names import named_here
+from petl.errors import InputError, UnknownNameError, described, did_you_mean, shown
+from petl.system.settings.other_names import HERE
 
 T = TypeVar("T")
 
@@ -404,3 +404,15 @@ def convert(value: object, hint: Any) -> Any:
 def unknown_setting(key: str, known: Iterable[str]) -> UnknownNameError:
     """Return the error for the setting `key`; `known` holds the last parts of names it may have."""
     return UnknownNameError(f"no setting {key}{named_here(key.rpartition('.')[2], known)}")
+
+
+def named_here(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message about an unknown setting: how it is named here, or near names.
+
+    >>> named_here("num_train_epochs", ["lr"]), named_here("lrr", ["lr"])
+    ('; write train.epochs', "; did you mean 'lr'?")
+
+    Args:
+        known: the last parts of names that it may have.
+    """
+    return f"; write {HERE[name]}" if name in HERE else did_you_mean(name, known)

@@ -40,8 +40,9 @@ from petl.system.settings.command_line import (
     shown_path,
     users_dir,
 )
-from petl.system.settings.other_names import HERE, named_here
+from petl.system.settings.other_names import HERE
 from petl.system.settings.run_file import hydra_words
+from petl.system.values import named_here
 
 # the extra with each launcher of Hydra, by the first word of its name (submitit_slurm)
 LAUNCHERS = {"submitit": "cluster", "joblib": "cluster", "ray": "ray"}

@@ -86,7 +86,7 @@ def test_a_field_longer_than_the_csv_module_allows_is_read(tmp_path):
 def test_a_csv_file_of_long_fields_is_read_beside_others(tmp_path):
     limit = csv.field_size_limit()
     short = write(tmp_path, "short.csv", "text,label\na,x\nb,y\n")
-    long = write(tmp_path, "long.csv", f"text,label\n{'x' * 200_000},a\n" * 2)
+    long = write(tmp_path, "long.csv", "text,label\n" + f"{'x' * 200_000},a\n" * 3)
     first, second = (located_rows("data.train", [str(file)], every) for file in (short, long))
     next(first), next(second)
     assert csv.field_size_limit() == limit  # that of other code

@@ -82,7 +82,7 @@ def test_what_does_not_fit_data_or_model_leaves_nothing_behind(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["method.r=a"], "r='a' is not of type int"),
+        (["method.r=a"], "method.r='a' is not an integer"),
         (["train.num_workers=100000"], "is too many for this machine"),
         (["data.test=missing.csv"], "data.test=missing.csv does not exist"),
         (["model.path=nowhere"], "is not a directory"),

@@ -373,8 +373,15 @@ def examples_of(
     return tables
 
 
-COLUMNS = ("label", "prediction", "probability", "loss", "exact_match", "f1", "rougeL")
-HEADERS = {"label": "expected", "prediction": "predicted", "exact_match": "exact match"}
+REWARDS = ("reward", "chosen_reward", "rejected_reward", "margin")  # of preferences
+COLUMNS = ("label", "prediction", "probability", "loss", "exact_match", "f1", "rougeL", *REWARDS)
+HEADERS = {
+    "label": "expected",
+    "prediction": "predicted",
+    "exact_match": "exact match",
+    "chosen_reward": "reward of chosen",
+    "rejected_reward": "of rejected",
+}
 
 
 def input_of(line: Prediction) -> str:
@@ -388,8 +395,19 @@ def input_of(line: Prediction) -> str:
     given.pop("tokens", None)  # the number of tokens of a loss
     if "ndcg_at_10" in line:  # each is a query
         given.pop("role", None)
-    texts = [str(value) for value in given.values() if value is not None]
+    if not line.keys().isdisjoint(REWARDS):
+        given = {k: v for k, v in given.items() if k not in (*REWARDS, "accuracy", "length")}
+    texts = [named_text(*each) for each in given.items() if each[1] is not None]
     return cut("\n".join(texts))
+
+
+def named_text(name: str, value: object) -> str:
+    """A column as text; of a conversation the turns, those of an answer with the column's name."""
+    is_conversation = isinstance(value, list) and value and all(isinstance(v, dict) for v in value)
+    if not is_conversation:
+        return str(value)
+    is_answer = len(value) == 1 and value[0].get("role") == "assistant"
+    return f"{name}: {value[0].get('content')}" if is_answer else turns_text(value)
 
 
 def conversation_text(messages: list[object]) -> str:
@@ -398,6 +416,11 @@ def conversation_text(messages: list[object]) -> str:
     # the answer that the model was asked for, shown as "expected"
     if turns and turns[-1].get("role") == "assistant":
         turns = turns[:-1]
+    return turns_text(turns)
+
+
+def turns_text(turns: list[dict[str, object]]) -> str:
+    """The turns of a conversation with their roles."""
     return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in turns)
 
 

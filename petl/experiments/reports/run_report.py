@@ -67,7 +67,7 @@ LABELS = {  # of the evaluations in scores.json
 }
 LOSS_UNITS = {
     "classification": " (nats per example)",
-    "multi_label": " (nats per example and class)",
+    "multi_label": " (nats per class)",
     "causal_lm": " (nats per token)",
 }
 OWN_CHARTS = {"loss", "validation"}  # of the log: drawn first, together
@@ -381,9 +381,11 @@ def facts(record: RunRecord) -> dict[str, str]:
     # the run has not finished training
     if "steps" not in scores:
         return {}
+    trained, own = scores["trainable_parameters"], scores["adapter_parameters"]
+    has_head = trained > own
     rows = {
-        "trainable parameters": f"{scores['trainable_parameters']:,} (including a trained head)",
-        "adapter parameters": f"{scores['adapter_parameters']:,}",
+        "trainable parameters": f"{trained:,}{' (including a trained head)' if has_head else ''}",
+        "adapter parameters": f"{own:,}",
         **({"coverage": scores["coverage"]["summary"]} if scores.get("coverage") else {}),
         "adapter file": f"{size(scores['adapter_bytes'])} ({scores['adapter_bytes']:,} bytes)",
         "length": f"{scores['steps']:,} steps, {scores['tokens']:,} {scores['unit']}",
@@ -401,7 +403,7 @@ def facts(record: RunRecord) -> dict[str, str]:
     if scores["best_step"] is not None:
         # the best on the validation examples, which need not be the last step
         rows["saved checkpoint"] = f"step {scores['best_step']:,}, {validation_line(scores)}"
-    head = f", of the head {scores['head_lr']:.3g}" if scores.get("head_lr") else ""
+    head = f", of the head {scores['head_lr']:.3g}" if has_head and scores.get("head_lr") else ""
     rows["peak learning rate"] = f"{scores['lr']:.3g}{head}"
     optimizer = adamr_text(record.config["train"])
     if optimizer is not None:

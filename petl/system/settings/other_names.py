@@ -1,9 +1,5 @@
 """What other trainers call a setting: TrainingArguments, TRL, LLaMA-Factory, axolotl."""
 
-from collections.abc import Iterable
-
-from petl.errors import did_you_mean
-
 STEPS = "train.batch_size=N, the examples of a step, and train.micro_batch_size=N, those of a pass"
 FILES = "data=files data.train=FILE, or data=hub data.name=NAME"
 MODEL = "model=hub model.name=NAME, or model=path model.path=FOLDER"
@@ -59,15 +55,3 @@ HERE = {
     "load_in_8bit": "model.quantization=bnb_8bit",
     **dict.fromkeys(("stage", "rl"), "+task=dpo, orpo, kto, reward or grpo"),
 }
-
-
-def named_here(name: str, known: Iterable[str]) -> str:
-    """Return the end of a message about an unknown setting: how it is named here, or near names.
-
-    >>> named_here("num_train_epochs", ["lr"]), named_here("lrr", ["lr"])
-    ('; write train.epochs', "; did you mean 'lr'?")
-
-    Args:
-        known: the last parts of names that it may have.
-    """
-    return f"; write {HERE[name]}" if name in HERE else did_you_mean(name, known)

@@ -25,7 +25,7 @@ from petl.system.settings.command_line import (
     with_quoted_texts,
     word_of,
 )
-from petl.system.settings.other_names import named_here
+from petl.system.values import named_here
 
 SUFFIXES = (".yaml", ".yml")
 # of a finished run: where it is, and what it was resumed from; a recipe's settings are all there

@@ -62,9 +62,9 @@ def check_fields(settings: Mapping[str, Any]) -> None:
     """
     for group, table in INDEXES.items():
         given = settings.get(group)
-        indexed = table.index.get(given.get("name")) if isinstance(given, Mapping) else None
-        if indexed is not None:
-            indexed.check(group, given)
+        # a plugin's is not in the index
+        if isinstance(given, Mapping) and given.get("name") in table.index:
+            table.index[given["name"]].check(group, given)
     retain, model, method = (settings.get(name) for name in ("retain", "model", "method"))
     if isinstance(retain, Mapping):
         check_rules(read_fields(RetainConfig, retain, "retain"), "retain")
@@ -141,8 +141,9 @@ def check_inputs(run: str, names: Sequence[str], words: Sequence[str], *, labels
     from petl.data.task_columns import NamedColumns
 
     file = Path(run, CONFIG)
-    data = read_yaml(file, dict[str, Any]).get("data") if file.is_file() else None
-    kind = TASK_COLUMNS.get(str(data.get("task"))) if isinstance(data, Mapping) else None
+    run_data = read_yaml(file, dict[str, Any]).get("data") if file.is_file() else None
+    data = run_data if isinstance(run_data, Mapping) else {}
+    kind = TASK_COLUMNS.get(str(data.get("task")))
     # other tasks choose by more than names, and of several sets the task knows the columns
     if kind is None or not issubclass(kind, NamedColumns) or data.get("tasks"):
         return

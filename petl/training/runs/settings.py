@@ -425,6 +425,12 @@ def require_method(cfg: DictConfig | Mapping[str, object]) -> None:
     if isinstance(chosen, Mapping) and "name" in chosen:
         return
     if settings["train"].get("init_from") is None:
+        resumed = settings["train"].get("resume")
+        if chosen is None and resumed and Path(str(resumed), "config.yaml").is_file():
+            raise InputError(
+                f"train.resume={resumed} without the settings of that run: write petl train "
+                f"{resumed}/config.yaml train.resume={resumed}"
+            )
         missing = (
             "no method is chosen: add +method=NAME"
             if chosen is None

@@ -10,8 +10,7 @@ from petl.adapters.export import saved_adapter
 from petl.adapters.export.lora import export_lora
 from petl.adapters.export.merge import merge
 from petl.core.adapter_folder import Folder
-from petl.data.models.sources import PACKAGES
-from petl.data.models.sources import read_source
+from petl.data.models.sources import PACKAGES, read_source
 from petl.errors import InputError
 from petl.training.compose import compose
 
