@@ -26,21 +26,21 @@ PACKAGE = ROOT / "petl"
 # Lines that each package may have. A feature pays for its lines by what it makes unnecessary: lower
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
-    "system": 3650,
+    "system": 3750,
     "ops": 3250,
     "core": 12850,
     "efficiency": 8250,
     "data": 16250,
-    "training": 16300,
+    "training": 16400,
     "methods": 18250,
     "adapters": 7900,
     "generation": 7450,
-    "experiments": 6650,
+    "experiments": 6700,
     "cli": 4350,
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 14100, "tests": 78900}
+OTHERS = {"scripts": 14150, "tests": 78900}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 

@@ -20,7 +20,7 @@ def predict(options: PredictOptions) -> None:
         return
     from petl.errors import InputError
     from petl.system.processes import end_with_launcher
-    from petl.training.runs.early import check_inputs
+    from petl.training.runs.early import look_up_columns
 
     # under torchrun: a process that outlives the launcher would keep its GPU
     end_with_launcher()
@@ -29,7 +29,7 @@ def predict(options: PredictOptions) -> None:
         raise InputError(
             f"no FILE is given beside {' '.join(settings)}: name the files whose rows to predict"
         )
-    check_inputs(options.run, names, settings, labels=False)
+    look_up_columns(options.run, names, settings, labels=False)
     # with torch
     from petl.generation.prediction.files import PredictionFile, predict_files
 
@@ -63,11 +63,11 @@ def predict(options: PredictOptions) -> None:
 
 def evaluate(options: EvalOptions) -> None:
     """Print the scores of a saved adapter on data, and write them with their analysis."""
-    from petl.training.runs.early import check_inputs
+    from petl.training.runs.early import look_up_columns
 
     names, settings = split_words([*options.data, *options.overrides])
     if options.retain is None:
-        check_inputs(options.run, names, settings, labels=True)
+        look_up_columns(options.run, names, settings, labels=True)
     # with torch
     from petl.experiments.reports.evaluation_report import print_evaluation, write_evaluation
     from petl.generation.prediction.evaluation import evaluate_saved, folder_of

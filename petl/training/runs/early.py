@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from petl.data.base import SEVERAL, Source, check_early, data_source
 from petl.data.models.sources import Folder, MiniLM, ModelSource, read_source
 from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.system.files.paths import is_repository
-from petl.system.files.read import read_yaml
+from petl.system.files.read import read_json, read_yaml
 from petl.system.imports.tables import LOSSES, METHODS
 from petl.system.settings.schema import plain
 from petl.system.values import check_rules, read_fields
@@ -23,8 +23,6 @@ from petl.training.runs.settings import no_class, read_train
 
 READ = 2**23  # bytes of files whose labels are read for their names; assumption: half a second
 INDEXES = {"method": METHODS, "loss": LOSSES}  # of groups whose fields are in petl's index
-# presets of petl.core.model.names that could be names of modules; the others have hyphens
-PRESETS = ("experts", "router")
 NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*")  # of modules, and no regular expression
 
 
@@ -38,7 +36,7 @@ def read_early(cfg: DictConfig | Mapping[str, object]) -> None:
     read_train(cfg)
     check_early(cfg)
     settings = plain(cfg)
-    check_fields(settings)
+    look_up_fields(settings)
     train = settings["train"]
     if train.get("resume") not in (None, "auto"):
         with_name("train.resume", train["resume"], folder_at)
@@ -54,8 +52,8 @@ def read_early(cfg: DictConfig | Mapping[str, object]) -> None:
         raise no_class(unknown[0], known)
 
 
-def check_fields(settings: Mapping[str, Any]) -> None:
-    """Check the fields of the groups `method`, `loss`, `retain` and `model` as far as possible.
+def look_up_fields(settings: Mapping[str, Any]) -> None:
+    """Look up the fields of the groups `method`, `loss`, `retain` and `model` as far as possible.
 
     Raises:
         InputError: a value is wrong, or a target is no module of the model.
@@ -72,16 +70,16 @@ def check_fields(settings: Mapping[str, Any]) -> None:
         source = read_source(model)
         source.check()
         targets = method.get("target_modules") if isinstance(method, Mapping) else None
-        check_names(source, [targets] if isinstance(targets, str) else targets or [])
+        look_up_targets(source, [targets] if isinstance(targets, str) else targets or [])
 
 
-def check_names(source: ModelSource, targets: list[str]) -> None:
-    """Check that targets that are words occur in the weights of a local model, or in its source.
+def look_up_targets(source: ModelSource, targets: Iterable[object]) -> None:
+    """Look up targets that are words in the weights of a local model, and in its source.
 
     Raises:
         UnknownNameError: one is in neither, so that it is no module.
     """
-    words = [word for word in targets if NAME.fullmatch(word) and word not in PRESETS]
+    words = [word for word in targets if isinstance(word, str) and NAME.fullmatch(word)]
     if not words or not isinstance(source, Folder | MiniLM):
         return
     folder = Path(source.where())
@@ -100,31 +98,38 @@ def check_names(source: ModelSource, targets: list[str]) -> None:
 def names_in(folder: Path) -> set[str]:
     """Return the names of the modules that have weights in a folder; none, if it is not known."""
     index, file = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        keys = json.loads(index.read_bytes())["weight_map"]
-    elif file.is_file():
-        with file.open("rb") as opened:
-            keys = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-    else:
-        keys = ()
+    keys: Iterable[str] = ()
+    try:
+        if index.is_file():
+            keys = json.loads(index.read_bytes())["weight_map"]
+        elif file.is_file():
+            with file.open("rb") as opened:
+                size = int.from_bytes(opened.read(8), "little")
+                keys = json.loads(opened.read(min(size, READ)))
+    except (ValueError, LookupError):  # a damaged file, which loading the model tells
+        return set()
     return {part for key in keys for part in key.split(".")[:-1]}
 
 
 def source_of(folder: Path) -> str:
-    """Return the source of transformers' model of the type that a folder has; "" without one."""
-    kind = json.loads((folder / "config.json").read_bytes()).get("model_type", "")
-    package = find_spec("transformers")
-    places = (package.submodule_search_locations if package else None) or []
-    files = (
-        file
-        for place in places
-        for file in Path(place, "models", kind.replace("-", "_")).glob("modeling_*.py")
-    )
-    return "\n".join(file.read_text("utf-8") for file in files)
+    """Return the source of transformers' model of the type that a folder has; "" without one.
+
+    With it are the former names of modules, and petl's own words.
+    """
+    kind = str(read_json(folder / "config.json", dict[str, Any]).get("model_type") or "")
+    package, own = find_spec("transformers"), find_spec("petl")
+    if package is None or package.origin is None or own is None or own.origin is None:
+        return ""
+    library = Path(package.origin).parent
+    files = [*(library / "models" / kind.replace("-", "_")).glob("modeling_*.py")]
+    if not files:
+        return ""
+    files += [library / "conversion_mapping.py", Path(own.origin).parent / "core/model/names.py"]
+    return "\n".join(file.read_text("utf-8") for file in files if file.is_file())
 
 
-def check_inputs(run: str, names: Sequence[str], words: Sequence[str], *, labels: bool) -> None:
-    """Check that files of texts have the columns that a run reads, if it is known without torch.
+def look_up_columns(run: str, names: Sequence[str], words: Sequence[str], *, labels: bool) -> None:
+    """Look up the columns that a run reads in files of texts, if they are known without torch.
 
     Args:
         run: the folder of a run, or of an adapter alone, of which nothing is known.
