@@ -114,6 +114,7 @@ def test_runs_in_one_pass_are_those_of_their_own_processes(tiny, tmp_path):
         assert_equal_runs(tmp_path / "together" / name, alone)
 
 
+@pytest.mark.thorough
 def test_passes_of_runs_with_stored_blocks_read_the_rows_of_all_of_them(
     tiny, tmp_path, monkeypatch, petl_log
 ):

@@ -29,7 +29,10 @@ pytest_plugins = ["training_fixtures"]
 # Resuming
 
 
-@pytest.mark.parametrize(("stop", "score_window"), [(4, None), (4, 1), (10, None)])
+@pytest.mark.parametrize(
+    ("stop", "score_window"),
+    [(4, None), pytest.param(4, 1, marks=pytest.mark.thorough), (10, None)],
+)
 def test_resumed_training_equals_uninterrupted_training(tmp_path, stop, score_window):
     fields = {"warmup_steps": 1, "score_window": score_window}
 

@@ -33,6 +33,7 @@ pytest_plugins = ["training_fixtures"]
 MEMORY = 750_000  # bytes: the tiny BERT, its adapter, and the pass of some rows
 
 
+@pytest.mark.thorough
 def test_the_command_writes_a_file_that_a_run_trains_with(tiny, tmp_path, capsys):
     common = [*tiny.steady, "+method=lora", "train.log_steps=1"]
     words = [*common, "train.buckets=3", f"--memory={MEMORY}", f"--output={tmp_path}/sizes.yaml"]
