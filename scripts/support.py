@@ -45,9 +45,9 @@ The checks use the fields of tests/contract/test_contract.py. Run one with
 (for PEFT's own LoRA, which is a plain LoRA already, `test_a_lora_of_pefts_own_is_copied` of
 tests/adapters/export/test_lora.py). The cells of a row hold for the kinds of base
 models in its last column: dense, with stacked experts (Qwen3-MoE, gpt-oss), Mamba, images and text
-(LLaVA), and a module of PyTorch without a config. Three do not hold everywhere: exporting a LoRA
-for Mamba, since PEFT has none on its `out_proj`; mixed batches with adapters on experts, which are
-refused; `torch.compile` with experts, at which the graph breaks (`mos`: it does not).
+(LLaVA), and a module of PyTorch without a config. Two do not hold everywhere: exporting a LoRA
+for Mamba, since PEFT has none on its `out_proj`; `torch.compile` with experts, at which the graph
+breaks (`mos`: it does not).
 `python scripts/support.py` writes this page from what methods `lacks`; a test compares it with the
 code.
 

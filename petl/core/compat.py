@@ -111,10 +111,14 @@ def without_noise() -> Generator[None]:
     """Suppress, in the block, warnings of PEFT that its user cannot act on.
 
     PEFT reads `is_gradient_checkpointing`, which is deprecated in transformers, and without a GPU
-    its BOFT warns that the CUDA kernel is missing.
+    its BOFT warns that the CUDA kernel is missing. It applies a rank to stacked experts, and says
+    that it does not.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        warnings.filterwarnings(
+            "ignore", r"(?s).*_pattern keys .*\.gate_up_proj'\]", RuntimeWarning
+        )
         if not torch.cuda.is_available():
             warnings.filterwarnings("ignore", "Failed to load the CUDA extension")
             warnings.filterwarnings("ignore", "Setting boft_n_butterfly_factor to 1 to speed up")

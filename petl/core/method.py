@@ -536,7 +536,7 @@ class Method(Generic[C, A]):
         wrong = [] if start in (None, True, False, "gaussian") else [f"init_lora_weights={start}"]
         fields = ("use_dora", "lora_bias", "fan_in_fan_out")
         wrong += [f"{field}=true" for field in fields if getattr(facts, field)]
-        what = f"with {', '.join(wrong)} it adapts linear layers, and no stacked experts"
+        what = f"with {', '.join(wrong)} LoRA adapts linear layers, and no stacked experts"
         return f"{what}; use lora without it" if wrong else ""
 
     @property

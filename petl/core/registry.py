@@ -267,7 +267,9 @@ def wrap(
     keep_statistics(wrapped.get_base_model())
     reach_reversible_blocks(wrapped.get_base_model())
     watch_gradients(wrapped)
-    log_coverage(wrapped, given, is_chosen=entry.own and given is None)
+    adapts_experts = not entry.lacking(Capability.EXPERTS, config)
+    is_chosen = entry.own and given is None
+    log_coverage(wrapped, given, is_chosen=is_chosen, adapts_experts=adapts_experts)
     return wrapped
 
 

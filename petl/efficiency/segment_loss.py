@@ -12,7 +12,7 @@ Fine-tuning", arXiv 2501.09767.
 
 import copy
 import inspect
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -78,6 +78,17 @@ def refusal_of_loss(base: nn.Module) -> str:
     return ""
 
 
+def decoder_of(base: CausalModel) -> nn.Module | None:
+    """Return the module inside a causal LM that computes hidden states; None: it is not known."""
+    # transformers looks for usual names: it returns the model itself (Llama 4), or a head that has
+    # such a name (ModernBERT)
+    inner = [m for m in base.children() if isinstance(m, PreTrainedModel)]
+    found = base.get_decoder()
+    if isinstance(found, PreTrainedModel) and found is not base:
+        return found
+    return inner[0] if len(inner) == 1 else None
+
+
 def signature_of(base: nn.Module) -> inspect.Signature:
     """Return the arguments of a model's own forward."""
     return inspect.signature(_forward_of(base))
@@ -115,7 +126,7 @@ class _SegmentedLoss(SwappedClass):
         own = super().forward
         if not is_segmented(self, kwargs):
             return own(*args, **kwargs)
-        decoder, outputs = self.get_decoder(), []
+        decoder, outputs = cast(nn.Module, decoder_of(self)), []
         # the model passes only logits to its loss function: hidden states come from the hook
         hook = decoder.register_forward_hook(lambda *call: outputs.append(call[-1]))
         # `loss_function` is a property of transformers that stores what is set in this name
@@ -149,6 +160,8 @@ class SegmentLoss(Rewrite):
         reason = super().refusal(model, value) or refusal_of_loss(base)
         if not reason and "logits_to_keep" not in signature_of(base).parameters:
             reason = "its forward has no argument logits_to_keep"
+        if not reason and decoder_of(cast(CausalModel, base)) is None:
+            reason = "it is not known which of its modules computes the hidden states"
         if not reason and value == AUTO and not has_frozen_head(base):
             reason = "its head is trained, or no linear layer"
         return reason and f"the loss of {type(base).__name__} is not segmented: {reason}"
@@ -247,8 +260,31 @@ def _logits(model: Any, own: Callable[..., Any], output: Any, hidden: Tensor) ->
     returned["last_hidden_state"] = hidden
     # never read: the decoder is replaced; forward requires ids of the shape
     ids = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
-    with _returning(model.get_decoder(), returned):
+    decoder = cast(nn.Module, decoder_of(model))
+    with _returning(decoder, returned), _evaluating(_around(model, decoder)):
         return own(input_ids=ids, use_cache=False).logits
+
+
+def _around(model: nn.Module, module: nn.Module) -> list[nn.Module]:
+    """Return the modules that `module` is inside of, the model first."""
+    path = next(name for name, each in model.named_modules() if each is module).split(".")
+    return [model.get_submodule(".".join(path[:depth])) for depth in range(len(path))]
+
+
+@contextmanager
+def _evaluating(modules: Sequence[nn.Module]) -> Generator[None]:
+    """In the block, these modules, and not their children, are in evaluation mode.
+
+    Some require more inputs in training, such as the types of tokens.
+    """
+    before = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in zip(modules, before, strict=True):
+            module.training = training
 
 
 @contextmanager

@@ -46,17 +46,21 @@ def needs_dense_weights(config: Any) -> str:
 DENSE_WEIGHTS = dict.fromkeys((Capability.FSDP, *BASES), needs_dense_weights)
 
 
-def sorts_rows(config: Any) -> str:
+def adapts_a_weight(config: Any) -> str:
     """Return why its layers take no batches of several adapters; "": they do."""
-    if not facts_of(config).target_parameters:
+    names = facts_of(config).target_parameters or ()
+    # of a router that is no linear layer; layers of stacked experts tell rows apart
+    name = next((each for each in names if each.rpartition(".")[2] == "weight"), None)
+    if name is None:
         return ""
     return (
-        f"target_parameters={min(config.target_parameters)!r} adapts a parameter for all rows of a "
-        "batch, as those of stacked experts are sorted by expert; use one adapter at a time"
+        f"target_parameters={name!r} adapts a parameter for all rows of a batch; leave it out, "
+        "or use one adapter at a time"
     )
 
 
-OF_LORA = DENSE_WEIGHTS | dict.fromkeys((Capability.MIXED_BATCH, Capability.TOGETHER), sorts_rows)
+OF_ROWS = dict.fromkeys((Capability.MIXED_BATCH, Capability.TOGETHER), adapts_a_weight)
+OF_LORA = DENSE_WEIGHTS | OF_ROWS
 
 
 def initialize(c: WrapContext[Any]) -> Finish | None:

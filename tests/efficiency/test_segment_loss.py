@@ -18,6 +18,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -67,6 +69,11 @@ MODELS = {
     "scale": (CohereForCausalLM, CohereConfig(**GROUPED, logit_scale=0.3)),
     "divided": (DividedForCausalLM, LlamaConfig(**GROUPED)),
     "bias": (PhiForCausalLM, PhiConfig(**SMALL, resid_pdrop=0.0)),
+    # whose `get_decoder` returns the model itself
+    "llama4": (
+        Llama4ForCausalLM,
+        Llama4TextConfig(**GROUPED, head_dim=8, num_local_experts=2, intermediate_size_mlp=48),
+    ),
     "router": (MixtralForCausalLM, MixtralConfig(**GROUPED, **ROUTED)),
 }
 HEADS = {

@@ -3,26 +3,24 @@
 Shapes: S rows (a token once for each of its experts), E experts, I in, O out, R rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from petl.core.experts.forward import Update, UpdatedExperts
+from petl.core.compat import AuxiliaryTrainingWrapper
+from petl.core.experts.forward import MixedUpdates, Update, UpdatedExperts
 from petl.core.experts.linears import add_linears, drop_unused, linears_of
 from petl.core.experts.proof import check_experts
 from petl.core.layers.class_swap import outside_adapter_dicts, restore_class, swap_class
 from petl.core.layers.grouped import stacked_factors
 from petl.core.layers.layer import Adapter, AdapterLayer, refuse_conversion
+from petl.core.serving.mixed_batch import AdapterRows
+from petl.errors import InputError
 from petl.ops.expert_linear import ExpertLinear
 from petl.ops.grouped_experts import ExpertRows, StackedFactors
-
-NO_ROWS = (
-    "adapters on experts see the tokens of all rows in an order of their own; call the model once "
-    "for each adapter"
-)
 
 
 class ExpertLayer(AdapterLayer):
@@ -52,19 +50,39 @@ class AdaptedExperts(UpdatedExperts):
     computes_as_before: ClassVar[bool] = False
     holds_adapters: ClassVar[bool] = True
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute with the active adapters; without any, as the module itself."""
+    def forward(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Compute with the active adapters, or with that of each row; without any, as before."""
+        if adapter_names is None:
+            return super().forward(*args, updates=dict(self._updates()) or None, **kwargs)
+        rows = AdapterRows.of(adapter_names)
+        each = {name: dict(self._updates(name)) for name in rows.distinct}
+        return super().forward(*args, updates=MixedUpdates(rows, each), **kwargs)
+
+    def _updates(self, adapter_name: str = "") -> Iterator[tuple[str, Update]]:
+        """Yield the updates of the stacks by one adapter, or by the active ones."""
         linears = linears_of(cast(nn.Module, self))
-        names = () if linears is None else linears._modules
-        found = {name: update_of(linears.layers(name)) for name in names if linears is not None}
-        updates = {name: update for name, update in found.items() if update is not None}
-        return super().forward(*args, updates=updates or None, **kwargs)
+        for name in () if linears is None else linears._modules:
+            update = update_of(linears.layers(name), adapter_name)
+            if update is not None:
+                yield name, update
 
 
 def has_adapted_experts(model: nn.Module) -> bool:
     """Return True if a method of petl has an adapter on experts."""
-    # each pass of a mixed batch asks, so not in time that grows with the adapters
     return any(isinstance(module, AdaptedExperts) for module in outside_adapter_dicts(model))
+
+
+HOSTS = (AdapterLayer, AuxiliaryTrainingWrapper, AdaptedExperts)
+
+
+def row_hosts(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that take `adapter_names`, one for each row of a batch."""
+    # experts see tokens, and pass them on to the layers of theirs
+    for module in outside_adapter_dicts(model):
+        if isinstance(module, HOSTS) and not isinstance(module, ExpertLayer):
+            yield module
 
 
 def expand(model: nn.Module, stacks: Sequence[str]) -> None:
@@ -88,8 +106,12 @@ def collapse(model: nn.Module) -> None:
             restore_class(module, AdaptedExperts)
 
 
-def update_of(layers: Sequence[nn.Module]) -> Update | None:
-    """Return what the active adapters of the layers of a stack change; None: nothing."""
+def update_of(layers: Sequence[nn.Module], adapter_name: str = "") -> Update | None:
+    """Return what adapters of the layers of a stack change; None: nothing.
+
+    Args:
+        adapter_name: of one adapter; "": the active ones.
+    """
     first = layers[0]
     if not isinstance(first, AdapterLayer):
         return None
@@ -97,9 +119,12 @@ def update_of(layers: Sequence[nn.Module]) -> Update | None:
     if first.disable_adapters and first.merged_adapters:
         for layer in own:
             layer.unmerge()
+    if adapter_name and first.merged_adapters:
+        raise InputError("adapter_names cannot be used while adapters are merged; unmerge first")
     if first.disable_adapters or first.merged_adapters:
         return None
-    names = [name for name, _ in first.pick(first.active_adapters)]
+    wanted = [adapter_name] if adapter_name else first.active_adapters
+    names = [name for name, _ in first.pick(wanted)]
     if not names:
         return None
     for layer in own if len(names) > 1 else ():
@@ -110,7 +135,7 @@ def update_of(layers: Sequence[nn.Module]) -> Update | None:
     drops = len(plain) > 1 and any(update.dropout for update in plain)
     if len(plain) == len(updates) and not drops:
         return StackedFactors.joined(plain)
-    return partial(each_alone, own)
+    return partial(each_alone, own, adapter_name=adapter_name)
 
 
 def factors_of(adapters: Sequence[Adapter]) -> StackedFactors | None:
@@ -130,7 +155,9 @@ def factors_of(adapters: Sequence[Adapter]) -> StackedFactors | None:
 
 # an expert gets another number of rows in each pass, for which a graph would be compiled again
 @torch.compiler.disable
-def each_alone(layers: Sequence[AdapterLayer], x: Tensor, rows: ExpertRows) -> Tensor:
+def each_alone(
+    layers: Sequence[AdapterLayer], x: Tensor, rows: ExpertRows, *, adapter_name: str = ""
+) -> Tensor:
     """Return the outputs [S, O] of the adapted layers of all experts for the rows x [S, I].
 
     In training also those without rows compute: their tensors get gradients of zero, and all
@@ -142,8 +169,10 @@ def each_alone(layers: Sequence[AdapterLayer], x: Tensor, rows: ExpertRows) -> T
     for layer, end in zip(layers, rows.ends, strict=False):
         if end > start or is_trained:
             tokens = None if rows.tokens is None else rows.tokens[start:end]
+            own = x[start:end]
+            names = {"adapter_names": [adapter_name] * len(own)} if adapter_name else {}
             with context.only_tokens(tokens, rows.total):
-                parts.append(layer(x[start:end]))
+                parts.append(layer(own, **names))
         start = end
     if start < len(x) or not parts:
         parts.append(x.new_zeros(len(x) - start, layers[0].out_features))

@@ -15,12 +15,13 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from petl.core.compat import LoraConfig, ParamWrapper, check_adapters_to_merge
-from petl.core.experts.forward import Updates, accept_updates
+from petl.core.experts.forward import MixedUpdates, Updates, accept_updates
 from petl.core.experts.layout import ExpertsLayout, experts_of
 from petl.core.experts.proof import check_experts
 from petl.core.experts.stacks import has_sides_swapped, stacked_factors, stacks_of
 from petl.core.layers.class_swap import SwappedClass, swap_class
-from petl.errors import UnsupportedError
+from petl.core.serving.mixed_batch import AdapterRows
+from petl.errors import InputError, UnsupportedError
 from petl.ops.grouped_experts import StackedFactors
 
 logger = logging.getLogger(__name__)
@@ -36,10 +37,21 @@ class FusedExperts(SwappedClass, ParamWrapper):
     computes_as_before: ClassVar[bool] = True
 
     def forward(
-        self, x: Tensor, *args: object, updates: Updates | None = None, **kwargs: object
+        self,
+        x: Tensor,
+        *args: object,
+        updates: Updates | MixedUpdates | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: object,
     ) -> Tensor:
-        """Compute with the active adapters of this stack, and of those around it, `updates`."""
-        self._check_forward_args(x, *args, **kwargs)
+        """Compute with the active adapters of this stack, and of those around it, `updates`.
+
+        With `adapter_names`, each row of the batch has its own; see `mixed_forward`.
+        """
+        if adapter_names is not None and not self.disable_adapters:
+            mixed = self._mixed(AdapterRows.of(adapter_names), updates)
+            return self.base_layer(x, *args, updates=mixed, **kwargs)
+        assert not isinstance(updates, MixedUpdates)
         own = self._update()
         # of a layer around this one, whose base this layer is
         if own is not None:
@@ -55,6 +67,20 @@ class FusedExperts(SwappedClass, ParamWrapper):
         plain = _without_dropout(config)
         super().update_layer(adapter_name, r, lora_alpha, config=plain, **kwargs)
         _add_dropout(self, adapter_name, config)
+
+    def _mixed(self, rows: AdapterRows, around: Updates | MixedUpdates | None) -> MixedUpdates:
+        """Return the updates of each row's adapter, those of the layer around this one included."""
+        if self.merged:
+            raise InputError(
+                "adapter_names cannot be used while adapters are merged; unmerge first"
+            )
+        found = around.updates if isinstance(around, MixedUpdates) else {}
+        own = {
+            name: {**found.get(name, {}), self.parameter_name: self.factors(name)}
+            for name in rows.distinct
+            if name in self.lora_A
+        }
+        return MixedUpdates(rows, {**found, **own})
 
     def _update(self) -> StackedFactors | None:
         if self.disable_adapters and self.merged:
@@ -133,6 +159,45 @@ class FusedExperts(SwappedClass, ParamWrapper):
             if name in self.lora_A:
                 for W, delta in self._deltas(name):
                     W.copy_(W - delta)
+
+
+class GroupedExperts(nn.Module):
+    """A module of experts for rows of K adapters that train together, those of one side by side.
+
+    Args:
+        experts: the module itself.
+        layers: the outermost one around it in the model of each adapter.
+        names: of the adapters there.
+        generators: random numbers of each adapter's dropout; None: the default ones.
+    """
+
+    def __init__(
+        self,
+        experts: nn.Module,
+        layers: Sequence[FusedExperts],
+        names: Sequence[str],
+        generators: Sequence[torch.Generator | None],
+    ) -> None:
+        super().__init__()
+        self.experts = experts
+        self.members = tuple(zip(layers, names, strict=True))  # no modules of this one
+        self.rows = AdapterRows([str(k) for k in range(len(layers))])
+        self.generators = dict(zip(self.rows, generators, strict=True))
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        """Compute as each adapter's own model for its tokens."""
+        updates = {str(k): _all_factors(*own) for k, own in enumerate(self.members)}
+        mixed = MixedUpdates(self.rows, updates, self.generators)
+        return self.experts(*args, updates=mixed, **kwargs)
+
+
+def _all_factors(layer: nn.Module, adapter_name: str) -> dict[str, StackedFactors]:
+    """Return the updates of the stacks of a layer and of those inside it, by parameter."""
+    found = {}
+    while isinstance(layer, FusedExperts):
+        found[layer.parameter_name] = layer.factors(adapter_name)
+        layer = layer.base_layer
+    return found
 
 
 def _layout(module: nn.Module) -> ExpertsLayout:

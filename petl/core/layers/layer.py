@@ -438,7 +438,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 return prepared.compute(source, y, is_own=owns_output(self.base_layer))
         mixed = y.clone()  # one copy, however many adapters
         for name, adapter in self.pick(rows.distinct):
-            places = [i for i, n in enumerate(rows) if n == name]
+            places = rows.places[name]
             own = torch.tensor(places, device=x.device)
             with adapter.info.context.only_rows(places, len(rows)):
                 mixed.index_copy_(0, own, adapter(captured.get(name, x)[own], y[own]))

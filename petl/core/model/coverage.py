@@ -112,19 +112,22 @@ def coverage_of(model: PeftModel) -> Coverage | None:
     )
 
 
-def log_coverage(model: PeftModel, given: object, *, is_chosen: bool) -> None:
+def log_coverage(model: PeftModel, given: object, *, is_chosen: bool, adapts_experts: bool) -> None:
     """Log the coverage of a wrapped model: a warning if it is low and not asked for.
 
     Args:
         given: the targets as the user gave them.
         is_chosen: the method finds its own places.
+        adapts_experts: the method can adapt stacked experts.
     """
     found = coverage_of(model)
     # of a model without values, such as that of a plan, other places tell
     if found is None or next(model.parameters()).device.type == "meta":
         return
     low = not is_chosen and is_low(found, model.active_peft_config, given)
-    logger.log(logging.WARNING if low else logging.INFO, "%s", found)
+    way_out = low and found.stacked >= LOW and adapts_experts
+    hint = "; target_modules=block-linear adapts the experts too" if way_out else ""
+    logger.log(logging.WARNING if low else logging.INFO, "%s%s", found, hint)
     on_experts = trained_on_experts(model)
     if on_experts and not isinstance(given, list | set):
         logger.info(

@@ -60,7 +60,7 @@ FORMER_NAMES = {
 }
 # the list of most tutorials, some of which a model may lack
 TUTORIALS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-NO_EXPERTS = "it adapts linear layers, and no stacked experts; use lora"
+NO_EXPERTS = "the method adapts linear layers, and no stacked experts; use lora"
 
 
 def candidate_names(model: nn.Module) -> list[str]:

@@ -125,6 +125,7 @@ class AdapterRows(list[str]):
     may serve several calls as long as neither the rows nor the adapters change.
 
     Attributes:
+        places: the rows of each name.
         distinct: the names without repetitions.
         is_generation_call: True if the call is known to be `generate`; otherwise a layer's second
             forward pass shows it.
@@ -132,7 +133,10 @@ class AdapterRows(list[str]):
 
     def __init__(self, names: Sequence[str], *, is_generation_call: bool = False) -> None:
         super().__init__(names)
-        self.distinct = list(dict.fromkeys(names))
+        self.places: dict[str, list[int]] = {}
+        for row, name in enumerate(names):
+            self.places.setdefault(name, []).append(row)
+        self.distinct = list(self.places)
         self.is_generation_call = is_generation_call
         self._groups: dict[tuple[frozenset[str], int, torch.device], Groups] = {}
         # by layer; None: it ran once, and nothing is cached before it runs again
@@ -192,10 +196,7 @@ class AdapterRows(list[str]):
         present = frozenset(name for name in self.distinct if name in adapters)
         if not present:
             return None
-        rows_of: dict[str, list[int]] = {}
-        for row, name in enumerate(self):
-            if name in present:
-                rows_of.setdefault(name, []).append(row)
+        rows_of = {name: rows for name, rows in self.places.items() if name in present}
         n = group_size(rows_of, tokens)
         # layers with the same adapters share the index tensors
         key = present, n, device

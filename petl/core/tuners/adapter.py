@@ -16,13 +16,7 @@ from petl.core.compat import (
     get_quantization_kwargs,
     read_by_kernels,
 )
-from petl.core.experts.layer import (
-    NO_ROWS,
-    ExpertLayer,
-    collapse,
-    expand,
-    has_adapted_experts,
-)
+from petl.core.experts.layer import ExpertLayer, collapse, expand, row_hosts
 from petl.core.layers.block import (
     BlockAdapters,
     add_to_block,
@@ -43,7 +37,7 @@ from petl.core.switching.norms import original_norms
 from petl.core.switching.tuner import hosts_of, layers_of
 from petl.core.tuners.asking import AskingTuner
 from petl.core.types import Fields
-from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
+from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.ops.expert_linear import ExpertLinear
 
 
@@ -240,8 +234,6 @@ class AdapterTuner(AskingTuner):
     @contextmanager
     def _passing(self, names: Sequence[str], kwargs: Mapping[str, Any]) -> Generator[None]:
         """Pass `adapter_names`, one per row of the batch, to all layers."""
-        if has_adapted_experts(self.model):
-            raise UnsupportedError(f"adapter_names is not possible: {NO_ROWS}")
         if self.training:
             raise InputError(
                 f"adapter_names is for inference and model.training is {self.training}; call "
@@ -264,7 +256,7 @@ class AdapterTuner(AskingTuner):
         if beams > 1:
             repeated = [name for name in names for _ in range(beams)]
             beamed = AdapterRows(repeated, is_generation_call=generates)
-        for host in hosts_of(self.model):
+        for host in row_hosts(self.model):
             hook = partial(_inject_names, once if host in encoder else beamed)
             handles.append(host.register_forward_pre_hook(hook, with_kwargs=True))
         try:

@@ -31,7 +31,13 @@ from petl.core.layers.class_swap import (
 )
 from petl.core.masks import IGNORED
 from petl.core.types import Arguments, CausalModel
-from petl.efficiency.segment_loss import is_segmented, is_training, refusal_of_loss, signature_of
+from petl.efficiency.segment_loss import (
+    decoder_of,
+    is_segmented,
+    is_training,
+    refusal_of_loss,
+    signature_of,
+)
 from petl.efficiency.skip_unread.block_positions import (
     is_observed,
     may_skip,
@@ -73,8 +79,10 @@ def read_labelled(base: CausalModel, *, by_position: bool) -> None:
 
 def _is_by_position(base: CausalModel) -> bool:
     """Return True if all that follows the last block of a model computes single positions."""
-    decoder = base.get_decoder()
+    decoder = decoder_of(base)
     known = original_class(base).__module__.startswith("transformers.models.")
+    if decoder is None:
+        return False
     inside, outside = ({name for name, _ in m.named_children()} for m in (decoder, base))
     return known and inside <= DECODER and outside <= OUTSIDE
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, ModulesToSaveWrapper
 from petl.core.experts.layer import ExpertLayer
+from petl.core.experts.lora import FusedExperts, GroupedExperts
 from petl.core.layers.block import BlockAdapters
 from petl.core.layers.grouped import (
     GroupedLora,
@@ -58,6 +59,9 @@ TOGETHER = Part(
         Capability.CHECKPOINTING: "it would draw other dropout masks; train fewer at once",
     },
 )
+
+
+GROUPED = AdapterLayer | ModulesToSaveWrapper | FusedExperts
 
 
 class Member:
@@ -125,7 +129,7 @@ def refuse_layer(path: str, layer: nn.Module) -> None:
                 f"the LoRA layer {path} is not two plain factors (DoRA, a bias, or another "
                 "variant), so adapters cannot train together"
             )
-    elif not isinstance(layer, AdapterLayer | ModulesToSaveWrapper) or type(layer) is ExpertLayer:
+    elif isinstance(layer, ExpertLayer) or not isinstance(layer, GROUPED):
         raise UnsupportedError(
             f"{path} is {type(layer).__name__}, which cannot compute the rows of several adapters "
             "in training"
@@ -342,6 +346,8 @@ def grouped(
         factors = [layer._factors(name) for layer, name in pairs]
         dropouts = [layer.lora_dropout[name] for layer, name in pairs]
         return GroupedLora(copied.base_layer, generators, factors, dropouts)
+    if isinstance(first, FusedExperts):
+        return GroupedExperts(copied.get_base_layer(), layers, names, generators)
     for capture in copied.captures.values():  # a copy, which would keep the input
         capture.detach()
     adapters = [layer.adapters[name] for layer, name in pairs]

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from petl.core.compat import BaseTunerLayer
 from petl.core.experts.forward import on_shapes
+from petl.core.experts.lora import FusedExperts
 from petl.core.layers.block import BlockAdapters
 from petl.core.parameters import LiveBytes
 from petl.core.registry import refusal
@@ -142,11 +143,11 @@ def takes_mixed_batches(model: PeftModel) -> bool:
         return False
     if not hasattr(type(model.base_model), "_enable_peft_forward_hooks"):
         return False
-    # a block needs more arguments than hidden states, and its adapters always take the argument
+    # blocks and experts need more arguments than hidden states, and always take the names
     layers: dict[type, Any] = {
         type(m): m
         for m in model.modules()
-        if isinstance(m, BaseTunerLayer) and not isinstance(m, BlockAdapters)
+        if isinstance(m, BaseTunerLayer) and not isinstance(m, BlockAdapters | FusedExperts)
     }
     # the same adapter twice: the argument matters, not the result
     names = [model.active_adapter] * 2

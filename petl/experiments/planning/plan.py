@@ -13,7 +13,6 @@ from torch import nn
 
 from petl.core.adapter_file import safetensors_bytes, saved_shapes
 from petl.core.compat import AdaLoraModel
-from petl.core.experts.layer import NO_ROWS, has_adapted_experts
 from petl.core.experts.linears import by_stack
 from petl.core.lifecycle import lifecycle
 from petl.core.model.coverage import Coverage, coverage_of
@@ -355,7 +354,6 @@ def supports(model: PeftModel) -> dict[str, str]:
         refusal(config, capability)
         for capability in (Capability.MERGE, Capability.LORA_EXPORT, Capability.MIXED_BATCH)
     )
-    mixing = mixing or (NO_ROWS if has_adapted_experts(model) else "")
     mixes = not mixing and takes_mixed_batches(model)
     base: Any = model.get_base_model()
     return {

@@ -70,7 +70,7 @@ class Corda(Method[CordaConfig, Any]):
     )
     paper = "Yang et al. 2024, CorDA: Context-Oriented Decomposition Adaptation, arXiv:2406.05223"
     lacks = {
-        Capability.EXPERTS: "it splits the weights of linear layers, and no stacks of experts",
+        Capability.EXPERTS: "CorDA splits the weights of linear layers, and no stacks of experts",
         Capability.NEW_TOKENS: "its export holds the updates of linear layers alone",
         Capability.RANKS: "it distributes ranks itself, by rank_budget",
         **dict.fromkeys(BASES, QUANTIZED),

@@ -140,7 +140,7 @@ def _variant(outer: Any, entry: Method[Any, Any], inner: str | None) -> Method[A
         "strength_tensors": outer.strength_tensors,
         "lacks": {
             **entry.lacks,
-            Capability.EXPERTS: "it is for linear layers; use the inner method alone",
+            Capability.EXPERTS: "the method is for linear layers; use its inner method alone",
             Capability.TOGETHER: "its layers change the tensors of an inner method on their way",
             **own.pop("lacks"),
         },

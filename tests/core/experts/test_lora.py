@@ -4,6 +4,8 @@ import copy
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 
 import peft
 import pytest
@@ -200,7 +202,25 @@ def test_values_that_a_stack_cannot_have_are_refused_before_the_model_changes():
     assert str(model) == before
 
 
-def test_a_batch_of_several_adapters_is_refused():
-    model = adapted("qwen3_moe")
-    with pytest.raises(UnsupportedError, match="sorted by expert"):
-        model(IDS, adapter_names=["default", "__base__"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "jetmoe"])
+def test_a_row_of_a_mixed_batch_has_its_own_adapter(name):
+    model = adapted(name)
+    model.add_adapter("second", replace(model.peft_config["default"], r=2))
+    stir(model, "second")
+    names, rows = ["second", "default", "__base__", "second"], IDS.repeat(2, 1)
+    with torch.no_grad():
+        mixed = model.eval()(rows, adapter_names=names).logits
+        for row, own in enumerate(names[:3]):
+            model.set_adapter(own if own in model.peft_config else "default")
+            with model.disable_adapter() if own == "__base__" else nullcontext():
+                alone = model(rows[row : row + 1]).logits
+            assert error(mixed[row : row + 1], alone) < 2e-6
+    assert error(mixed[2], mixed[0]) > 0.01
+
+
+def test_rows_of_sorted_tokens_are_refused():
+    with pytest.raises(UnsupportedError, match="target_parameters"):
+        adapted("jetmoe")(IDS, adapter_names=["default", "__base__"])
+    model = petl.wrap(mixture("jetmoe"), "mola", target_modules="experts", num_experts=2)
+    with pytest.raises(UnsupportedError, match="JetMoeParallelExperts gets"):
+        model.eval()(IDS, adapter_names=["default", "__base__"])
