@@ -49,7 +49,8 @@ ENGINES = {
         {
             **COMMON,
             "alphas": "it has an alpha_pattern, and {engine} reads lora_alpha alone",
-            "experts": "it adapts experts that are one parameter, which {engine} cannot name",
+            "experts": "it adapts experts that are one parameter, which {engine} cannot name: "
+            "serve the model that petl merge writes",
             "rslora": WEAK,
         },
     ),

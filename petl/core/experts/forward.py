@@ -199,8 +199,9 @@ def _routed(projections: _Projections, x: Tensor, index: Tensor, weights: Tensor
     if weights.dtype != y.dtype:
         # of more digits
         return (each * weights.unsqueeze(-1)).sum(1).to(x.dtype)
-    # without a weighted copy of the rows, which took a tenth of a step
-    return torch.bmm(weights.unsqueeze(1), each).squeeze(1).to(x.dtype)
+    # without a weighted copy of the rows; in their own dtype, as the products
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.bmm(weights.unsqueeze(1), each).squeeze(1).to(x.dtype)
 
 
 def _taken(x: Tensor, rows: Tensor) -> Tensor:
