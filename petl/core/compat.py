@@ -4,7 +4,7 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial, wraps
 from pkgutil import resolve_name
 from typing import Any
@@ -385,6 +385,19 @@ extend_method(
 )
 extend_method(LoraConfig, "save_pretrained", save_config)
 extend_method(LoraModel, "inject_adapter", with_complete_names)
+
+
+def with_tokens(
+    hooks: Callable[..., Any], tuner: Any, *args: object, **kwargs: object
+) -> AbstractContextManager[None]:
+    """Let layers beside experts, which see tokens, take `adapter_names` too."""
+    given = hooks(tuner, *args, **kwargs)
+    if kwargs.get("adapter_names") is None:
+        return given
+    return resolve_name("petl.core.experts.rows:telling_tokens")(given, tuner.model)
+
+
+extend_method(LoraModel, "_enable_peft_forward_hooks", with_tokens)
 
 
 def freeze_ranks(tuner: nn.Module) -> None:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from petl.core.compat import AuxiliaryTrainingWrapper
 from petl.core.experts.forward import MixedUpdates, Update, UpdatedExperts
 from petl.core.experts.linears import add_linears, drop_unused, linears_of
 from petl.core.experts.proof import check_experts
@@ -72,17 +71,6 @@ class AdaptedExperts(UpdatedExperts):
 def has_adapted_experts(model: nn.Module) -> bool:
     """Return True if a method of petl has an adapter on experts."""
     return any(isinstance(module, AdaptedExperts) for module in outside_adapter_dicts(model))
-
-
-HOSTS = (AdapterLayer, AuxiliaryTrainingWrapper, AdaptedExperts)
-
-
-def row_hosts(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules that take `adapter_names`, one for each row of a batch."""
-    # experts see tokens, and pass them on to the layers of theirs
-    for module in outside_adapter_dicts(model):
-        if isinstance(module, HOSTS) and not isinstance(module, ExpertLayer):
-            yield module
 
 
 def expand(model: nn.Module, stacks: Sequence[str]) -> None:

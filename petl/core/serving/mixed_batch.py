@@ -138,6 +138,7 @@ class AdapterRows(list[str]):
             self.places.setdefault(name, []).append(row)
         self.distinct = list(self.places)
         self.is_generation_call = is_generation_call
+        self._repeated: dict[int, AdapterRows] = {}
         self._groups: dict[tuple[frozenset[str], int, torch.device], Groups] = {}
         # by layer; None: it ran once, and nothing is cached before it runs again
         self._cache: dict[nn.Module, CachedKernel | None] = {}
@@ -148,6 +149,14 @@ class AdapterRows(list[str]):
         if isinstance(names, AdapterRows):
             return names
         return cls(names, is_generation_call=is_generation_call)
+
+    def repeated(self, times: int) -> "AdapterRows":
+        """Return the names with each of them `times` times in a row, the same object each time."""
+        if times not in self._repeated:
+            names = [name for name in self for _ in range(times)]
+            generates = self.is_generation_call
+            self._repeated[times] = AdapterRows(names, is_generation_call=generates)
+        return self._repeated[times]
 
     def prepared(
         self,

@@ -16,7 +16,8 @@ from petl.core.compat import (
     get_quantization_kwargs,
     read_by_kernels,
 )
-from petl.core.experts.layer import ExpertLayer, collapse, expand, row_hosts
+from petl.core.experts.layer import ExpertLayer, collapse, expand
+from petl.core.experts.rows import repeat_names, row_hosts, token_layers
 from petl.core.layers.block import (
     BlockAdapters,
     add_to_block,
@@ -254,11 +255,14 @@ class AdapterTuner(AskingTuner):
         generates = is_generation_call(kwargs)
         once = beamed = self.rows_of(names, is_generation_call=generates)
         if beams > 1:
-            repeated = [name for name in names for _ in range(beams)]
-            beamed = AdapterRows(repeated, is_generation_call=generates)
+            beamed = once.repeated(beams)
         for host in row_hosts(self.model):
             hook = partial(_inject_names, once if host in encoder else beamed)
             handles.append(host.register_forward_pre_hook(hook, with_kwargs=True))
+        handles += [
+            layer.register_forward_pre_hook(repeat_names, with_kwargs=True)
+            for layer in token_layers(self.model)
+        ]
         try:
             yield
         finally:

@@ -204,7 +204,7 @@ def test_values_that_a_stack_cannot_have_are_refused_before_the_model_changes():
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "jetmoe"])
 def test_a_row_of_a_mixed_batch_has_its_own_adapter(name):
-    model = adapted(name)
+    model = adapted(name, target_modules="block-linear", target_parameters=None)
     model.add_adapter("second", replace(model.peft_config["default"], r=2))
     stir(model, "second")
     names, rows = ["second", "default", "__base__", "second"], IDS.repeat(2, 1)
@@ -214,7 +214,7 @@ def test_a_row_of_a_mixed_batch_has_its_own_adapter(name):
             model.set_adapter(own if own in model.peft_config else "default")
             with model.disable_adapter() if own == "__base__" else nullcontext():
                 alone = model(rows[row : row + 1]).logits
-            assert error(mixed[row : row + 1], alone) < 2e-6
+            assert error(mixed[row : row + 1], alone) < 1e-5
     assert error(mixed[2], mixed[0]) > 0.01
 
 
