@@ -111,7 +111,7 @@ def test_gradient_checkpointing_changes_nothing():
         assert max(error(g, expected[1][n]) for n, g in gradients.items()) < 1e-6
 
 
-def test_a_base_in_half_precision_keeps_adapters_in_float32():
+def test_a_base_in_half_precision_keeps_float32_and_merges_nothing_that_rounding_removes():
     model = petl.wrap(
         mixture("qwen3_moe").bfloat16(), "lora", target_parameters=["down_proj"], target_modules=[]
     )
@@ -119,13 +119,6 @@ def test_a_base_in_half_precision_keeps_adapters_in_float32():
     y, gradients = run(model)
     assert y.dtype == torch.bfloat16
     assert {g.dtype for g in gradients.values()} == {torch.float32}
-
-
-def test_updates_that_rounding_would_remove_are_not_merged_and_maps_name_the_stacks():
-    model = petl.wrap(
-        mixture("qwen3_moe").bfloat16(), "lora", target_parameters=["down_proj"], target_modules=[]
-    )
-    stir(model)
     changes = weight_changes(model.get_base_model(), ["default"])
     assert changes.keys() == {f"model.layers.{i}.mlp.experts.down_proj" for i in range(2)}
     assert all(1 < change < 300 for change in changes.values())
@@ -219,8 +212,6 @@ def test_a_row_of_a_mixed_batch_has_its_own_adapter(name):
 
 
 def test_rows_of_sorted_tokens_are_refused():
-    with pytest.raises(UnsupportedError, match="target_parameters"):
-        adapted("jetmoe")(IDS, adapter_names=["default", "__base__"])
     model = petl.wrap(mixture("jetmoe"), "mola", target_modules="experts", num_experts=2)
     with pytest.raises(UnsupportedError, match="JetMoeParallelExperts gets"):
         model.eval()(IDS, adapter_names=["default", "__base__"])
