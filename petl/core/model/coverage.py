@@ -63,8 +63,9 @@ class Coverage:
         text = f"adapters reach {_percent(self.share)} of the block weights"
         kinds = [f"{kind} ({_percent(part)})" for kind, part in self.missed.items()]
         if kinds:
-            more = f" and {len(kinds) - SHOWN} others" if len(kinds) > SHOWN else ""
-            text += f"; not reached: {', '.join(kinds[:SHOWN])}{more}"
+            shown = kinds if len(kinds) <= SHOWN + 1 else kinds[:SHOWN]
+            more = f" and {len(kinds) - SHOWN} others" if len(kinds) > len(shown) else ""
+            text += f"; not reached: {', '.join(shown)}{more}"
         for part, share in self.without.items():
             text += f"; no adapter on the part {part!r} ({_percent(share)} of all block weights)"
         if self.full:
