@@ -160,7 +160,7 @@ class SegmentLoss(Rewrite):
         reason = super().refusal(model, value) or refusal_of_loss(base)
         if not reason and "logits_to_keep" not in signature_of(base).parameters:
             reason = "its forward has no argument logits_to_keep"
-        if not reason and decoder_of(cast(CausalModel, base)) is None:
+        if not reason and decoder_of(base) is None:
             reason = "it is not known which of its modules computes the hidden states"
         if not reason and value == AUTO and not has_frozen_head(base):
             reason = "its head is trained, or no linear layer"

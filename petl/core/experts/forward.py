@@ -55,8 +55,10 @@ class UpdatedExperts(SwappedClass, nn.Module):
         # read for each call, since flags may be set after wrapping (expert parallelism)
         layout = experts_of(self)
         assert layout is not None
-        compute = mixed_forward if isinstance(updates, MixedUpdates) else updated_forward
-        return compute(self, layout, (*args, *kwargs.values()), updates)
+        inputs = (*args, *kwargs.values())
+        if isinstance(updates, MixedUpdates):
+            return mixed_forward(self, layout, inputs, updates)
+        return updated_forward(self, layout, inputs, updates)
 
 
 def accept_updates(module: nn.Module) -> None:

@@ -49,20 +49,21 @@ class AdaptedExperts(UpdatedExperts):
     computes_as_before: ClassVar[bool] = False
     holds_adapters: ClassVar[bool] = True
 
-    def forward(
-        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
-    ) -> Tensor:
-        """Compute with the active adapters, or with that of each row; without any, as before."""
-        if adapter_names is None:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute with the active adapters, or with `adapter_names`; without any, as before."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
             return super().forward(*args, updates=dict(self._updates()) or None, **kwargs)
-        rows = AdapterRows.of(adapter_names)
+        rows = AdapterRows.of(names)
         each = {name: dict(self._updates(name)) for name in rows.distinct}
         return super().forward(*args, updates=MixedUpdates(rows, each), **kwargs)
 
     def _updates(self, adapter_name: str = "") -> Iterator[tuple[str, Update]]:
         """Yield the updates of the stacks by one adapter, or by the active ones."""
         linears = linears_of(cast(nn.Module, self))
-        for name in () if linears is None else linears._modules:
+        if linears is None:
+            return
+        for name in linears._modules:
             update = update_of(linears.layers(name), adapter_name)
             if update is not None:
                 yield name, update
