@@ -88,17 +88,6 @@ def test_the_run_gives_the_metric_of_its_task_to_a_sweeper(tiny, tmp_path):
         assert main()(cfg) == Finished(folder).scores["after"][metric]
 
 
-def test_a_sweep_runs_each_job_in_its_own_folder(program, tiny, tmp_path):
-    words = ["-m", *tiny.classify, "+method=lora", "train.precision=no,bf16"]
-    status, _, err = program(*words)
-    assert status == 0, err
-    folders = [path for path in (tmp_path / "runs").iterdir() if path.name != "sweeps"]
-    assert len(folders) == 2
-    settings = {(folder / "config.yaml").read_text() for folder in folders}
-    assert len(settings) == 2
-    assert all("after" in Finished(folder).scores for folder in folders)
-
-
 def test_a_job_of_a_sweep_that_fails_does_not_stop_the_others(program, tiny, tmp_path):
     status, _, err = program("-m", *tiny.classify, "+method=mola", "method.top_k=9,2")
     assert status == 2
