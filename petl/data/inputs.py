@@ -79,6 +79,7 @@ def read_inputs(
         columns: TaskColumns = MultitaskColumns(source, task, labeled=labels)
     else:
         columns = columns_of(source, labeled=labels)
+    columns.of_run = True
     if isinstance(columns, CausalLMColumns) and isinstance(task, CausalLM) and not any_kind:
         columns.restrict(task)
 

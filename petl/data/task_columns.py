@@ -152,6 +152,7 @@ class TaskColumns(ABC):
 
     own_settings: ClassVar[tuple[str, ...]]  # settings that only some tasks use, this one included
     has_test_set = False  # settings of the task name test rows
+    of_run = False  # the rows are for the task of a finished run, and for no other
 
     def __init__(self, settings: ColumnSettings, *, labeled: bool = True) -> None:
         self.settings, self.labeled = settings, labeled
@@ -260,8 +261,7 @@ class NamedColumns(TaskColumns, ABC):
         missing = next((column for column in columns if column not in names), None)
         hint = None
         if missing is not None:
-            # rows to predict are of the task of the run
-            other = fitting_task(names, self.settings.task) if self.labeled else None
+            other = None if self.of_run else fitting_task(names, self.settings.task)
             hint = other or self.naming(missing, names)
         return require(columns, names, origin, hint)
 

@@ -158,7 +158,9 @@ def look_up_columns(run: str, names: Sequence[str], words: Sequence[str], *, lab
     known = {name: given.get(name, data.get(name)) for name in kind.own_settings}
     base = {"name": "files", "source": "files", "task": data["task"], "train": [*names]}
     source = read_fields(Files, {**known, **base}, "data")
-    source.check_columns(kind(source, labeled=labels))
+    columns = kind(source, labeled=labels)
+    columns.of_run = True
+    source.check_columns(columns)
 
 
 def with_name(setting: str, value: object, find: Any) -> None:
