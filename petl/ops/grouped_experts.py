@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from petl.ops import Ctx
 from petl.ops.dropout import keep_mask
 
 ALIGNED = 16  # bytes, of the rows of matrices that torch's grouped product takes
@@ -183,7 +184,7 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Ctx,
         x: Tensor,
         A: Tensor,
         B: Tensor,
@@ -199,7 +200,7 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, mask, weight, h = ctx.saved_tensors
         factors = _Factors(A, B, mask, ctx.scale)
         needs_x = ctx.needs_input_grad[0]  # False in the first layer
@@ -317,12 +318,12 @@ def _(_: Tensor, tensors: Sequence[Tensor], *__: object) -> tuple[Tensor, ...]:
     return tuple(each.new_empty(each.shape) for each in tensors[:3])
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _keep(ctx: Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, A, B, mask, weight, offsets, ctx.scale = inputs
     ctx.save_for_backward(x, A, B, weight, output[1], offsets, mask)
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, mask = ctx.saved_tensors
     gradients = _compiled_backward(grad, tensors, mask, ctx.scale)
     return *gradients, None, None, None, None

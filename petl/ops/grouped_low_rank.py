@@ -5,12 +5,12 @@ k, so one product with the base weight serves all of them, and the thin products
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from petl.ops import Ctx
 from petl.ops.dropout import keep_mask
 
 
@@ -98,7 +98,7 @@ class _GroupedLowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Ctx,
         x: Tensor,
         A: Tensor,
         B: Tensor,
@@ -122,7 +122,7 @@ class _GroupedLowRankLinear(torch.autograd.Function):
         return y.detach()  # no view, as in `_LowRankLinear`
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
+    def backward(ctx: Ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
         x, A, B, gate, weight, mask, h_KRT = ctx.saved_tensors
         a, b = A.to(x.dtype), B.to(x.dtype)
         grad = grad.contiguous()

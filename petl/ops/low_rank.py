@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from petl.ops import packed
+from petl.ops import Ctx, packed
 from petl.ops.dropout import keep_mask
 from petl.ops.expert_linear import ExpertLinear
 
@@ -230,7 +230,7 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Ctx,
         x: Tensor,
         A: Tensor,
         B: Tensor,
@@ -251,7 +251,7 @@ class _LowRankLinear(torch.autograd.Function):
         return y_TO.view(*x.shape[:-1], len(weight)).detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
+    def backward(ctx: Ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
         x, A, B, gate, weight, mask, h_RT = ctx.saved_tensors
         a, b = A.to(x.dtype), B.to(x.dtype)
         g_TO = grad.reshape(-1, grad.shape[-1])

@@ -1,11 +1,12 @@
 """Functions of tensors that save their inputs for backward, and compute the rest again."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from petl.ops import Ctx
 
 
 def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
@@ -24,7 +25,7 @@ def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 class _Checkpoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    def forward(ctx: Ctx, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         device = tensors[0].device.type
         ctx.function = function
         ctx.autocast = {
@@ -37,7 +38,7 @@ class _Checkpoint(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[1:]
         inputs = [
             tensor.detach().requires_grad_(need)

@@ -10,7 +10,7 @@ Fine-tuning", arXiv 2501.09767, which computes logits again in backward.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from petl.errors import InputError
+from petl.ops import Ctx
 
 
 class Head(Protocol):
@@ -126,7 +127,7 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, head: Head, tokens: int, hidden: Tensor, labels: Tensor, *parameters: Tensor
+        ctx: Ctx, head: Head, tokens: int, hidden: Tensor, labels: Tensor, *parameters: Tensor
     ) -> Tensor:
         to_hidden, to_parameters = ctx.needs_input_grad[2], ctx.needs_input_grad[4:]
         kept = labelled(labels)
@@ -154,7 +155,7 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
         gradient, *sums = ctx.saved_tensors
         if gradient is not None:
             gradient = gradient * scale

@@ -9,11 +9,13 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from petl.ops import Ctx
 
 Products = Callable[[Tensor, Tensor], Tensor]
 
@@ -130,7 +132,7 @@ def values_gradient(
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Ctx,
         x: Tensor,
         values: Tensor,
         weight: Tensor,
@@ -146,7 +148,7 @@ class _SparseLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, values, weight = ctx.saved_tensors
         to_x = to_values = None
         if ctx.needs_input_grad[0]:
@@ -169,7 +171,7 @@ def add_sparse(
 class _AddSparse(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, values: Tensor, support: Support, products: Products | None
+        ctx: Ctx, y: Tensor, x: Tensor, values: Tensor, support: Support, products: Products | None
     ) -> Tensor:
         # y is not needed: it only passes its gradient on
         ctx.save_for_backward(x, values)
@@ -178,7 +180,7 @@ class _AddSparse(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, values = ctx.saved_tensors
         to_x = to_values = None
         if ctx.needs_input_grad[1]:

@@ -5,10 +5,10 @@ Shapes: T tokens, N terms of the sum, I in, O out, Q rank. The matrix is `H = su
 Row a I/N + j, column c O/N + l of term n is `R_n[a, c] B_n[j, l]`, the usual order.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from petl.ops import Ctx
 
 
 def times_factored(
@@ -42,7 +42,7 @@ def times_factored(
 class _KroneckerProduct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Ctx,
         x: Tensor,
         rule: Tensor,
         left: Tensor,
@@ -58,7 +58,7 @@ class _KroneckerProduct(torch.autograd.Function):
         return y.detach()  # no view, as in `_LowRankLinear`
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
+    def backward(ctx: Ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
         x, rule, left, right, u, z = ctx.saved_tensors
         if torch.is_grad_enabled():  # double backward: the saved u and z have no graph
             u = _down(x, left)

@@ -9,13 +9,13 @@ S [O, I] is never formed, forward or backward: its entries take 2 T N operations
 size of the weight is kept for backward but what the caller holds anyway.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from petl.ops import packed
+from petl.ops import Ctx, packed
 from petl.ops.low_rank import add_low_rank
 from petl.ops.masks import mask_factors
 
@@ -116,7 +116,7 @@ def _forward(
 class _UpdatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Ctx,
         x: Tensor,
         A: Tensor | None,
         B: Tensor | None,
@@ -135,7 +135,7 @@ class _UpdatedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, values, weight, masked, h_RT = ctx.saved_tensors
         g_TO = grad.reshape(-1, grad.shape[-1])
         to_x = to_A = to_B = to_values = None

@@ -3,11 +3,11 @@
 Shapes: I in, O out, C components allocated, R of them in use, L of these with a learned weight.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from petl.ops import Ctx
 
 # an additional gradient: of A [R, I], of B [O, R], and two factors, a 0-d tensor and a number
 Pull = tuple[Tensor, Tensor, Tensor, float]
@@ -52,7 +52,7 @@ class _FirstComponents(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Ctx,
         A: Tensor,
         B: Tensor,
         E: Tensor,
@@ -66,7 +66,7 @@ class _FirstComponents(torch.autograd.Function):
         return _weights(E, *size) * A[:count], B[:, :count]
 
     @staticmethod
-    def backward(ctx: Any, to_rows: Tensor, to_B: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
+    def backward(ctx: Ctx, to_rows: Tensor, to_B: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
         A, E, pull_A, pull_B, scale = ctx.saved_tensors
         live, count, _ = ctx.size
         # the product rule: rows are E * A

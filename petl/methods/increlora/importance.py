@@ -7,10 +7,11 @@ I_t = beta1 I_(t-1) + (1 - beta1) S_t, U_t = beta2 U_(t-1) + (1 - beta2) |S_t - 
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from petl.ops import Ctx
 
 BLOCK_BYTES = 2**27  # maximum size of a block of the gradient G
 
@@ -20,14 +21,14 @@ class _RankWatch(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, probe: Tensor
+        ctx: Ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, probe: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x, A, B)
         ctx.scale = scale
         return y.detach()  # no view, as in `_LowRankLinear`
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
+    def backward(ctx: Ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
         x, A, B = ctx.saved_tensors
         score = ctx.scale * update_score(grad, x, A, B)
         return grad, None, None, None, None, score.float()

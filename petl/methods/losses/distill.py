@@ -52,6 +52,7 @@ from petl.core.support import Capability
 from petl.core.types import Arguments
 from petl.efficiency.segment_loss import SegmentLoss
 from petl.errors import InputError, UnsupportedError, choose
+from petl.ops import Ctx
 
 __all__ = ["DistillConfig", "Distillation"]
 
@@ -404,14 +405,14 @@ class _AddSlope(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, slope: Tensor, factor: Tensor) -> Tensor:
+    def forward(ctx: Ctx, y: Tensor, slope: Tensor, factor: Tensor) -> Tensor:
         ctx.slope, ctx.factor = slope, factor
         # a new tensor, so that autograd calls this node's backward; no view: models may change it
         return y.detach()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         return plus_slope(ctx.slope, ctx.factor, grad), None, None
 
 

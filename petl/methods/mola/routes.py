@@ -25,6 +25,7 @@ from petl.errors import InputError, UnsupportedError
 from petl.methods.mola.pregate import PreGate
 from petl.methods.mola.routing import balance_weights, expert_sums, top_k_gates
 from petl.methods.mola.tokens import cache_in, cache_of, tokens_of
+from petl.ops import Ctx
 
 ROUTES = "routes of tokens"  # key in `ForwardContext.passed_on`
 PRESENT = "router states of tokens"  # key in `ForwardContext.state`
@@ -159,12 +160,12 @@ class _Join(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, leaves: list[Tensor], *gates: Tensor) -> Tensor:
+    def forward(ctx: Ctx, x: Tensor, leaves: list[Tensor], *gates: Tensor) -> Tensor:
         ctx.leaves = leaves
         return x.detach()  # no view: models may change it in place
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
+    def backward(ctx: Ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
         collected = [leaf.grad for leaf in ctx.leaves]
         for leaf in ctx.leaves:
             leaf.grad = None

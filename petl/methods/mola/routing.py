@@ -7,7 +7,7 @@ of batches it is linear in the sums of the probabilities: `balance_weights(picks
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from petl.core.layers.layer import LayerInfo
 from petl.errors import InputError
+from petl.ops import Ctx
 
 
 def uniform(rows: int, fan_in: int) -> nn.Parameter:
@@ -33,7 +34,7 @@ class _FloatLinear(torch.autograd.Function):
     """See `float_linear`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Ctx, x: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, W)
         # an output without a gradient gives None instead of zeros
         ctx.set_materialize_grads(False)
@@ -42,7 +43,7 @@ class _FloatLinear(torch.autograd.Function):
         return logit_ET.t(), x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, to_x: Tensor | None) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
+    def backward(ctx: Ctx, grad: Tensor | None, to_x: Tensor | None) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
         x, W = ctx.saved_tensors
         if grad is None:
             return to_x, None

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from petl.methods.families.masks import adapter_of
 from petl.methods.pst.pruned import PruningFactors, backward_pass
+from petl.ops import Ctx
 from petl.ops.masks import all_kept, packed_size
 
 
@@ -56,12 +57,12 @@ def _(
     return [torch.empty_like(tensor) for tensor in (x, *factors)]
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _keep(ctx: Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, factors, ctx.number = inputs
     ctx.save_for_backward(x, weight, output[1], *factors)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+def _backward(ctx: Ctx, grad: Tensor, _: Any) -> tuple[Any, ...]:
     x, weight, packed, *factors = ctx.saved_tensors
     to_x, *to_factors = _compiled_backward(grad, x, weight, packed, factors, ctx.number)
     return to_x, None, None, to_factors, None

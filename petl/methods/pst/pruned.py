@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from petl.ops import Ctx
 from petl.ops.masks import mask_factors
 
 
@@ -162,7 +163,7 @@ def pruned_linear(
 
 class _PrunedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, frozen: Any, scales: Scales, *factors: Tensor) -> Tensor:
+    def forward(ctx: Ctx, x: Tensor, frozen: Any, scales: Scales, *factors: Tensor) -> Tensor:
         weight, bias, masked, packed = frozen
         ctx.save_for_backward(x, weight, packed, *factors)
         ctx.scales = scales
@@ -171,7 +172,7 @@ class _PrunedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, packed, *factors = ctx.saved_tensors
         needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:])
         to_x, to_factors = backward_pass(
@@ -193,7 +194,7 @@ def differentiable_weight(
 
 class _MaskedWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, packed: Any, scales: Scales, *factors: Tensor) -> Tensor:
+    def forward(ctx: Ctx, weight: Tensor, packed: Any, scales: Scales, *factors: Tensor) -> Tensor:
         ctx.save_for_backward(weight, packed, *factors)
         ctx.scales = scales
         moved = moved_weight(weight, PruningFactors(*factors), scales)
@@ -201,7 +202,7 @@ class _MaskedWeight(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, packed, *tensors = ctx.saved_tensors
         factors = PruningFactors(*tensors)
         moved = moved_weight(weight, factors, ctx.scales)

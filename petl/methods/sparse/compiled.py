@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from petl.methods.families.masks import adapter_of
+from petl.ops import Ctx
 from petl.ops.sparse import input_gradient, linear_forward, values_gradient
 
 
@@ -43,12 +44,12 @@ def _(
     return torch.empty_like(x), torch.empty_like(values)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _keep(ctx: Ctx, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, weight, _, ctx.number = inputs
     ctx.save_for_backward(x, values, weight)  # bias is frozen
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *_compiled_backward(grad, *ctx.saved_tensors, ctx.number), None, None, None
 
 

@@ -1,7 +1,6 @@
 """The density term of one training forward, and its gradient."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from petl.core.layers.context import add_gradient
 from petl.methods.losses.density.counts import add_slope
+from petl.ops import Ctx
 from petl.system.collectives import summed
 
 
@@ -111,7 +111,7 @@ def count_in_loss(
 class _CountInLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, layer: str, eps: float, mask: Tensor | None, tally: Tally | None
+        ctx: Ctx, a: Tensor, layer: str, eps: float, mask: Tensor | None, tally: Tally | None
     ) -> Tensor:
         ctx.save_for_backward(a)
         ctx.layer, ctx.eps, ctx.mask, ctx.tally = layer, eps, mask, tally
@@ -120,7 +120,7 @@ class _CountInLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (a,) = ctx.saved_tensors
         if ctx.tally is not None:
             factor = ctx.tally.factor(ctx.layer).to(a.device)
