@@ -14,7 +14,7 @@ from typing import Any
 
 import peft
 from accelerate.utils import send_to_device
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from torch.optim import Optimizer
 
@@ -29,13 +29,13 @@ from petl.core.support import BASES, Capability
 from petl.errors import InputError
 
 
-def data_driven_initialization(config: Any) -> str:
+def data_driven_initialization(config: peft.LoraConfig) -> str:
     """The setting of this config that needs calibration data, as `name=value`, or ""."""
     init = config.init_lora_weights
     return f"init_lora_weights={init!r}" if init in ("eva", "lora_ga") else ""
 
 
-def needs_dense_weights(config: Any) -> str:
+def needs_dense_weights(config: peft.LoraConfig) -> str:
     """The reason why this config needs unsharded, unquantized base weights, or ""."""
     init = config.init_lora_weights
     if not modifies_base_weights(config) and not data_driven_initialization(config):
@@ -46,7 +46,7 @@ def needs_dense_weights(config: Any) -> str:
 DENSE_WEIGHTS = dict.fromkeys((Capability.FSDP, *BASES), needs_dense_weights)
 
 
-def adapts_a_weight(config: Any) -> str:
+def adapts_a_weight(config: peft.LoraConfig) -> str:
     """Return why its layers take no batches of several adapters; "": they do."""
     names = facts_of(config).target_parameters or ()
     # of a router that is no linear layer; layers of stacked experts tell rows apart
@@ -63,7 +63,7 @@ OF_ROWS = dict.fromkeys((Capability.MIXED_BATCH, Capability.TOGETHER), adapts_a_
 OF_LORA = DENSE_WEIGHTS | OF_ROWS
 
 
-def initialize(c: WrapContext[Any]) -> Finish | None:
+def initialize(c: WrapContext[peft.LoraConfig]) -> Finish | None:
     """Run the initializations that PEFT leaves to the caller; called before wrapping.
 
     Returns:
@@ -108,17 +108,17 @@ def initialize(c: WrapContext[Any]) -> Finish | None:
             on_device = send_to_device(dict(batch), device)
             model(**on_device).loss.backward()  # gradients accumulate over batches
         if batch is None:
-            raise no_batches(config)
+            raise no_batches("lora_ga")
 
     # stores gradients on the layers, which PEFT reads on injection
     peft.preprocess_loraga(model, config, backward_over_calibration)
     return None
 
 
-def no_batches(config: PeftConfig) -> InputError:
-    """Return the error for calibration data without a batch."""
+def no_batches(start: str) -> InputError:
+    """Return the error for calibration data without a batch, which a start at these data reads."""
     return InputError(
-        f"calibration has no batches, and {data_driven_initialization(config)} reads them: pass a "
+        f"calibration has no batches, and init_lora_weights={start!r} reads them: pass a "
         "list of batches or a DataLoader, which may have been read to its end already"
     )
 
@@ -128,7 +128,7 @@ def initialize_eva(model: PeftModel, calibration: Any) -> None:
     (name,) = model.peft_config  # PEFT's default is the name "default", whatever the adapter's is
     batches = calibration if hasattr(calibration, "__len__") else list(calibration)
     if not len(batches):
-        raise no_batches(model.peft_config[name])
+        raise no_batches("eva")
     peft.initialize_lora_eva_weights(model, dataloader=batches, adapter_name=name)
 
 

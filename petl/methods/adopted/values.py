@@ -6,8 +6,8 @@ by name. All of them raise InputError.
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
+import peft
 from peft import PeftConfig
 
 from petl.core.compat import has_boft_kernel
@@ -72,7 +72,7 @@ def output_widths(shapes: Shapes) -> dict[str, int]:
 # One function for each method
 
 
-def check_adalora(config: Any) -> None:
+def check_adalora(config: peft.AdaLoraConfig) -> None:
     """Check the schedule, the ranks and the smoothing factors."""
     at_least(config, 1, "target_r", "deltaT")
     at_least(config, 0, "tinit", "tfinal")
@@ -83,13 +83,13 @@ def check_adalora(config: Any) -> None:
         require(0 < value < 1, f"{name}={value} is not between 0 and 1")
 
 
-def check_vera(config: Any) -> None:
+def check_vera(config: peft.VeraConfig) -> None:
     """Check the initial scale."""
     # lambda_b starts at 0; if lambda_d does too, neither has a gradient
     require(config.d_initial != 0, "d_initial=0 trains nothing: it blocks the gradients")
 
 
-def check_lokr(config: Any) -> None:
+def check_lokr(config: peft.LoKrConfig) -> None:
     """Check the initialization and the factorization of widths."""
     one_of(config, "init_weights", "lycoris")
     factor = config.decompose_factor
@@ -97,7 +97,7 @@ def check_lokr(config: Any) -> None:
     require(allowed, f"decompose_factor={factor} is not -1 (no limit) or an integer from 1")
 
 
-def check_oft(config: Any) -> None:
+def check_oft(config: peft.OFTConfig) -> None:
     """Check the block size and the Cayley transform."""
     at_least(config, 0, "oft_block_size")
     require(
@@ -111,7 +111,7 @@ def check_oft(config: Any) -> None:
     require(config.eps > 0, f"eps={config.eps} is not above 0")
 
 
-def fit_oft(config: Any, shapes: Shapes) -> None:
+def fit_oft(config: peft.OFTConfig, shapes: Shapes) -> None:
     """Check that blocks divide the input widths and can rotate."""
     widths = input_widths(shapes)
     if config.oft_block_size:
@@ -123,7 +123,7 @@ def fit_oft(config: Any, shapes: Shapes) -> None:
         require(config.r < width, f"r={config.r} is the {description}: {reason}")
 
 
-def check_boft(config: Any) -> None:
+def check_boft(config: peft.BOFTConfig) -> None:
     """Check the block sizes, and that the CUDA kernel of butterfly factors exists."""
     at_least(config, 0, "boft_block_size", "boft_block_num")
     at_least(config, 1, "boft_n_butterfly_factor")
@@ -136,13 +136,13 @@ def check_boft(config: Any) -> None:
     )
 
 
-def fit_boft(config: Any, shapes: Shapes) -> None:
+def fit_boft(config: peft.BOFTConfig, shapes: Shapes) -> None:
     """Check that blocks divide the input widths."""
     field = "boft_block_size" if config.boft_block_size else "boft_block_num"
     divides(config, field, input_widths(shapes))
 
 
-def check_hra(config: Any) -> None:
+def check_hra(config: peft.HRAConfig) -> None:
     """Check that reflections can cancel in pairs at the start."""
     if config.init_weights:
         require(
@@ -157,7 +157,7 @@ def check_hra(config: Any) -> None:
         )
 
 
-def check_vblora(config: Any) -> None:
+def check_vblora(config: peft.VBLoRAConfig) -> None:
     """Check the vector bank and its logits."""
     at_least(config, 1, "num_vectors", "vector_length")
     top_k, num_vectors = config.topk, config.num_vectors
@@ -167,29 +167,29 @@ def check_vblora(config: Any) -> None:
     require(std >= 0, f"init_logits_std={std} is below 0")
 
 
-def fit_vblora(config: PeftConfig, shapes: Shapes) -> None:
+def fit_vblora(config: peft.VBLoRAConfig, shapes: Shapes) -> None:
     """Check that vectors divide both widths."""
     divides(config, "vector_length", input_widths(shapes) | output_widths(shapes))
 
 
-def check_fourierft(config: Any) -> None:
+def check_fourierft(config: peft.FourierFTConfig) -> None:
     """Check the scaling."""
     require(config.scaling != 0, "scaling=0 trains nothing: it scales the update")
 
 
-def check_shira(config: Any) -> None:
+def check_shira(config: peft.ShiraConfig) -> None:
     """Check the mask type."""
     mask = config.mask_type  # PEFT has others only as Python functions
     require(mask == "random", f"mask_type={mask} is not random, the only mask that has a name")
 
 
-def check_miss(config: PeftConfig) -> None:
+def check_miss(config: peft.MissConfig) -> None:
     """Check the initialization and `mini_r`."""
     one_of(config, "init_weights", "bat", "mini")
     at_least(config, 1, "mini_r")
 
 
-def fit_miss(config: Any, shapes: Shapes) -> None:
+def fit_miss(config: peft.MissConfig, shapes: Shapes) -> None:
     """Check that ranks divide the widths that the initialization splits."""
     if config.init_weights == "bat":
         divides(config, "r", input_widths(shapes) | output_widths(shapes))
@@ -197,7 +197,7 @@ def fit_miss(config: Any, shapes: Shapes) -> None:
         divides(config, "mini_r", output_widths(shapes))
 
 
-def check_delora(config: Any) -> None:
+def check_delora(config: peft.DeloraConfig) -> None:
     """Check the bounds on the norm of the update."""
     reason = "it bounds the norm of the update"
     above_zero(config, "delora_lambda", reason)

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from petl.core.layers.layer import LayerInfo, LayerShape
 from petl.core.types import Record
 from petl.errors import InputError, UnsupportedError
+from petl.methods.dsee.config import DseeConfig
 from petl.methods.dsee.entries import (
     Frozen,
     SparseUpdate,
@@ -52,7 +53,7 @@ class DseeAdapter(RewritingAdapter):
 
     keep_float32 = True  # scores of half precision would tie
 
-    def __init__(self, shape: LayerShape, config: Any, info: LayerInfo) -> None:
+    def __init__(self, shape: LayerShape, config: DseeConfig, info: LayerInfo) -> None:
         super().__init__(shape, config, info)
         I, O, R, N = *shape, config.r, config.num_sparse
         self.is_target: bool = info.settings["is_target"]

@@ -4,7 +4,7 @@ Shapes: I in, O out.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -14,6 +14,7 @@ from petl.core.layers.layer import AdapterLayer, LayerShape, weight_of
 from petl.core.model.structure import find_attention
 from petl.core.spec.config import require
 from petl.methods.dsee.adapter import DseeAdapter
+from petl.methods.dsee.config import DseeConfig
 from petl.methods.dsee.entries import SparseUpdate
 from petl.ops.masks import count_kept, pack_mask, prune_smallest, unpack_mask
 from petl.ops.positions import generator_of
@@ -42,7 +43,7 @@ class PrunedHeads(NamedTuple):
 
 
 def heads_of(
-    config: Any, model: nn.Module, shapes: Mapping[str, LayerShape], targets: set[str]
+    config: DseeConfig, model: nn.Module, shapes: Mapping[str, LayerShape], targets: set[str]
 ) -> list[PrunedHeads]:
     """Return the attention sub-layers whose heads are pruned; none if `prune_heads` is 0.
 
@@ -101,7 +102,7 @@ class Pruning:
         masks: the packed masks by path, so far.
     """
 
-    def __init__(self, config: Any, placed: Placed, heads: list[PrunedHeads]) -> None:
+    def __init__(self, config: DseeConfig, placed: Placed, heads: list[PrunedHeads]) -> None:
         self.config, self.placed, self.heads = config, placed, heads
         self.masks = {key: adapter.mask.clone() for key, (_, adapter) in placed.items()}
         tensors = [t for layer, a in placed.values() for t in (weight_of(layer), *a.parameters())]

@@ -377,7 +377,7 @@ def refuse_in_decoders(model: nn.Module, keys: Iterable[str], setting: str, inst
         )
 
 
-def add_saved(config: Any, names: Sequence[str]) -> None:
+def add_saved(config: MethodConfig, names: Sequence[str]) -> None:
     """Add modules to those that a config trains in full and saves."""
     saved = config.modules_to_save or []
     # a second adapter, or a loaded config, names them already
@@ -414,7 +414,7 @@ def _source(c: WrapContext[Any], target: Target, sub: SubLayer | None, stream: s
     return source
 
 
-def _named_source(config: Any, key: str, sub: SubLayer | None, stream: str) -> str:
+def _named_source(config: SubLayerConfig, key: str, sub: SubLayer | None, stream: str) -> str:
     for target, source in (config.input_modules or {}).items():
         # with the dot, "o_proj" is no suffix of "two_proj"
         if f".{key}".endswith(f".{target}"):

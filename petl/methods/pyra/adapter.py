@@ -10,6 +10,7 @@ from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
 from petl.core.types import Arguments
 from petl.errors import InputError, UnsupportedError
 from petl.methods.pyra.blocks import KEYS
+from petl.methods.pyra.config import PyraConfig
 from petl.methods.pyra.token_merging import match, merge
 
 SIZES = "petl_sizes"  # keyword of an adapted block: the sizes of its tokens
@@ -31,7 +32,7 @@ class PyraAdapter(Adapter):
 
     keep_float32 = True  # in half precision small updates of a few numbers are lost
 
-    def __init__(self, shape: LayerShape, config: Any, info: LayerInfo) -> None:
+    def __init__(self, shape: LayerShape, config: PyraConfig, info: LayerInfo) -> None:
         super().__init__(shape, config, info)
         self.r: int = info.settings["r"]
         self.reactivates: bool = config.reactivate and self.r > 0

@@ -132,7 +132,7 @@ class PyraLayout:
         return found
 
 
-def plan_of(config: Any, model: nn.Module) -> PyraLayout:
+def plan_of(config: "PyraConfig", model: nn.Module) -> PyraLayout:
     """Return what a config means in `model`.
 
     Raises:
@@ -200,7 +200,7 @@ def _check_model(model: nn.Module, backbone: Any) -> None:
         )
 
 
-def _check_attention(config: Any, backbone: Any) -> None:
+def _check_attention(config: "PyraConfig", backbone: Any) -> None:
     attention = backbone.config._attn_implementation
     if config.proportional_attention and attention not in WITH_A_MASK:
         raise UnsupportedError(
