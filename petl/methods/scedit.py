@@ -186,7 +186,7 @@ class SceditAdapter(Adapter):
         out.narrow(1, h, self.channels).add_(change, alpha=self.config.scaling)
         return out
 
-    def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def with_base(self, x: Tensor, base: nn.Module, *args: object, **kwargs: object) -> Tensor:
         return base(self.edited(x), *args, **kwargs)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -283,7 +283,7 @@ class Detach:
     def __init__(self, placed: Mapping[str, Mapping[str, SceditAdapter]]) -> None:
         self.placed = placed
 
-    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
+    def __call__(self, model: nn.Module, args: object, kwargs: object) -> Any:
         if not (model.training and torch.is_grad_enabled() and self._edits()):
             return None
         return recursively_apply(torch.detach, (args, kwargs))

@@ -160,7 +160,7 @@ def stir(model: PeftModel, adapter_name: str = "default", *, seed: int = 2) -> P
 
 
 @torch.no_grad()
-def logits(model: nn.Module, batch: Batch, **kwargs: Any) -> Tensor:
+def logits(model: nn.Module, batch: Batch, **kwargs: object) -> Tensor:
     """Return the logits of `model` in eval mode, in float32; the mode is restored."""
     was_training = model.training
     # dropout off

@@ -147,7 +147,7 @@ def _given(case: Case, name: str) -> Mapping[str, Any]:
     return next(found, {})
 
 
-def varied(case: Case, fields: Mapping[str, Any]) -> Case:
+def varied(case: Case, fields: Mapping[str, object]) -> Case:
     """Return a case with other fields."""
     return dataclasses.replace(case, fields={**case.fields, **fields})
 
@@ -223,7 +223,7 @@ def _equal(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 # Values
 
 
-def candidates(case: Case, name: str, beside: Mapping[str, Any]) -> Iterator[Any]:
+def candidates(case: Case, name: str, beside: Mapping[str, object]) -> Iterator[Any]:
     """Yield values of a field other than the one that it has in a case."""
     try:
         now = getattr(varied(case, beside).config(), name)
@@ -243,7 +243,7 @@ def candidates(case: Case, name: str, beside: Mapping[str, Any]) -> Iterator[Any
             yield value
 
 
-def _of_targets(case: Case, name: str, beside: Mapping[str, Any]) -> Iterator[Any]:
+def _of_targets(case: Case, name: str, beside: Mapping[str, object]) -> Iterator[Any]:
     """Yield values that name modules of the case's model."""
     if name in (BLOCKS, "layers"):
         yield [0]
@@ -266,7 +266,7 @@ def _of_targets(case: Case, name: str, beside: Mapping[str, Any]) -> Iterator[An
         yield from ([name] for name in reversed(outside))
 
 
-def _of_type(now: Any, hint: Any, options: tuple[Any, ...]) -> Iterator[Any]:
+def _of_type(now: object, hint: object, options: tuple[object, ...]) -> Iterator[Any]:
     """Yield values of an annotation other than `now`."""
     hints = get_args(hint) if NoneType in get_args(hint) or get_origin(hint) is None else (hint,)
     collection = any(get_origin(each) is list for each in (hint, *get_args(hint)))

@@ -176,7 +176,7 @@ class Subject:
             raise NotCheckedError(self._pattern_problem)
         return self.config
 
-    def by_pattern(self, field: str, path: str, default: Any) -> Any:
+    def by_pattern(self, field: str, path: str, default: object) -> Any:
         """Return the value of rank_pattern or alpha_pattern for a module, as PEFT finds it."""
         given = self.patterns.get(field) or {}
         matching = (key for key in given if re.match(rf"(.*\.)?({key})$", path))
@@ -333,7 +333,7 @@ def read_tokenizer(file: Path) -> dict[str, Any]:
         raise InputError(f"{file} cannot be used: {error}") from error
 
 
-def template_in(tokenizer: Mapping[str, Any]) -> str:
+def template_in(tokenizer: Mapping[str, object]) -> str:
     """Return the chat template in a tokenizer_config.json; of several the default, "": none."""
     given = tokenizer.get("chat_template")
     if isinstance(given, list):

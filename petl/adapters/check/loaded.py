@@ -68,7 +68,7 @@ class Loaded:
         batches = [self._encoded(row) for row in self.rows]
         return adapted_outputs(self.model, batches)[1], f"{len(batches)} rows"
 
-    def _encoded(self, row: Mapping[str, Any]) -> Batch:
+    def _encoded(self, row: Mapping[str, object]) -> Batch:
         """A row as the model reads it: a chat by the template, else its texts one after another."""
         tokenizer = self.saved.processor
         if isinstance(chat := row.get("messages"), list):

@@ -309,7 +309,7 @@ def count_kept(material: Material, state: State, names: Iterable[str]) -> int:
     return sum(int((state[name] != start).sum()) for name in names)
 
 
-def write_pruned(material: Material, state: State, out: Path, **settings: Any) -> None:
+def write_pruned(material: Material, state: State, out: Path, **settings: object) -> None:
     """Write a pruned adapter; its metadata `petl_pruned` holds drop, q and seed."""
     write_state(material, state, out, {"petl_pruned": json.dumps(settings)})
 

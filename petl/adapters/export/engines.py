@@ -61,7 +61,7 @@ ENGINES = {
 }
 
 
-def features(config: Mapping[str, Any]) -> Iterator[str]:
+def features(config: Mapping[str, object]) -> Iterator[str]:
     """Yield what an adapter has besides the factors of a LoRA with one scale."""
     kind = str(config["peft_type"])
     if kind.startswith("PETL_"):

@@ -140,7 +140,7 @@ def quantiles(values: object, *, integer: bool = False) -> list[Any]:
     return [int(value) for value in result] if integer else result
 
 
-def decode(task: Task, processor: Any, row: Row) -> Example:
+def decode(task: Task, processor: object, row: Row) -> Example:
     """Return an encoded row in readable form."""
     if not task.reads_text:
         shapes = {name: np.shape(value) for name, value in row.items() if name != "labels"}

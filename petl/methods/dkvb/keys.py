@@ -172,7 +172,9 @@ class MeanCapture(InputCapture):
         module = model.get_submodule(self.source)
         self.handle = module.register_forward_hook(self.keep, with_kwargs=True)
 
-    def keep(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+    def keep(
+        self, module: nn.Module, args: object, kwargs: Mapping[str, object], output: Any
+    ) -> None:
         """Store the mean of the states in `output`."""
         # not under no_grad: `state` is that of the grad mode in which the head runs
         states = output[0] if isinstance(output, tuple) else output.last_hidden_state

@@ -39,7 +39,7 @@ class OuterConfig(PeftConfig):
     method: ClassVar[str]  # set by `register`
     inner: Any  # its name, or None
 
-    def __new__(cls, *args: Any, **given: Any) -> Self:
+    def __new__(cls, *args: object, **given: object) -> Self:
         """Create an instance of the class for `inner`.
 
         Raises:
@@ -70,7 +70,7 @@ class OuterConfig(PeftConfig):
         if not is_saved:
             require_effect(self, self.method)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: object) -> Any:
         # the generated class cannot be imported by name
         return _config_without_state, (self.method, self.inner), self.__getstate__()
 
@@ -200,7 +200,7 @@ def _without_unknown_fields(init: Callable[..., None]) -> Callable[..., None]:
     """
 
     @wraps(init)
-    def filtered(self: Any, *args: object, **given: object) -> None:
+    def filtered(self: object, *args: object, **given: object) -> None:
         unknown = _unknown_fields(type(self), given)
         if unknown:
             warnings.warn(

@@ -1,10 +1,9 @@
 """Base class of adapters whose merged weight is not the base weight plus a matrix."""
 
-from typing import Any
-
 from torch import Tensor
 
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
+from petl.core.spec.config import MethodConfig
 
 
 class RewritingAdapter(Adapter):
@@ -15,7 +14,7 @@ class RewritingAdapter(Adapter):
             the original bits; else None.
     """
 
-    def __init__(self, shape: LayerShape, config: Any, info: LayerInfo) -> None:
+    def __init__(self, shape: LayerShape, config: MethodConfig, info: LayerInfo) -> None:
         super().__init__(shape, config, info)
         self.unmerged: Tensor | None = None
 

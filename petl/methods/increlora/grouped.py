@@ -1,7 +1,5 @@
 """IncreLoRA adapters that train in one pass over one base, see `petl.train_together`."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from petl.core.layers.grouped import GroupedFactors, GroupedUpdate, each_alone, 
 class GroupedIncrelora(GroupedFactors):
     """IncreLoRA: components that grow, each adapter's on its own, and their scores."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         # scores are of the dropped input, which the fused product does not have
         if any(adapter.is_scored and adapter.drop_rate > 0 for adapter in self.adapters):
             return each_alone(self, self.adapters, self.generators, x, args, kwargs)

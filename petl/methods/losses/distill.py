@@ -244,7 +244,7 @@ class Distillation:
     # The teacher
 
     @torch.compiler.disable
-    def _begin(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def _begin(self, model: nn.Module, args: object, kwargs: Mapping[str, object]) -> None:
         """Forward pre-hook of the base model: in a training forward, run the teacher."""
         self.context.begin(model, args, kwargs)
         # what an aborted forward pass left
@@ -336,7 +336,9 @@ class Distillation:
         return _AddSlope.apply(y, difference.to(y.dtype), factor.to(y.device))
 
     @torch.compiler.disable
-    def _end(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
+    def _end(
+        self, model: nn.Module, args: object, kwargs: Mapping[str, object], output: object
+    ) -> Any:
         """Forward hook of the base model: compare the logits, add the value to the loss."""
         context, config = self.context, self.config
         is_on = bool(self.calls) or self.teacher_logits is not None

@@ -236,7 +236,7 @@ class Routes:
             return None
         return self._join(model, args, kwargs, lambda x: _Join.apply(x, leaves, *gates))
 
-    def end(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+    def end(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: object) -> None:
         """Forward hook: keep the routers' states on the model's cache, if it has one."""
         self._stop_joining()
         state = self.context.state

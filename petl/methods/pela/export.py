@@ -143,7 +143,7 @@ def load(config: PretrainedConfig, folder: str | Path) -> PreTrainedModel:
     require(bool(ranks), f"{folder / RANKS} has no ranks; export the model again")
     cls = model_class(config, folder)
 
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+    def init(self: Any, *args: object, **kwargs: object) -> None:
         cls.__init__(self, *args, **kwargs)
         put_low_rank(self, ranks, folder / RANKS)
 

@@ -187,7 +187,7 @@ def _schedule(schedule: str | list[int], depth: int) -> list[int]:
     return schedule
 
 
-def _check_model(model: nn.Module, backbone: Any) -> None:
+def _check_model(model: nn.Module, backbone: object) -> None:
     """Raise ModuleKindError unless the model and all around its blocks are of a known class."""
     around = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     unknown = [m for m in around if KNOWN.isdisjoint(c.__name__ for c in type(m).__mro__)]

@@ -60,7 +60,7 @@ class BlockStack:
         picked = layer.pick([name for name in layer.active_adapters if name in self.names])
         return cast(Any, next((adapter for _, adapter in picked), None))
 
-    def start(self, block: nn.Module, args: Any, kwargs: Any) -> Any:
+    def start(self, block: nn.Module, args: object, kwargs: object) -> Any:
         """Pre-hook of block 0: cut the graph, and begin to collect features."""
         self.memories.clear()  # of another input
         if self.active() is None:
@@ -87,7 +87,7 @@ class BlockStack:
         # beam search repeats rows behind the encoder
         return memory.repeat_interleave(rows // len(memory), dim=0)
 
-    def cut(self, block: nn.Module, args: Any, kwargs: Any) -> Any:
+    def cut(self, block: nn.Module, args: object, kwargs: object) -> Any:
         """Pre-hook of block 0 of a stack without a side network: cut the graph."""
         return None if self.active() is None else _detached(args, kwargs)[1:]
 

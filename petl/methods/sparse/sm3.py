@@ -69,7 +69,7 @@ class SparseSM3(Optimizer):
                     self.state[tensor][name] = value.to(tensor.device, copy=True)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], object] | None = None) -> Any:
         """One update of every parameter that has a gradient."""
         with torch.enable_grad():
             loss = None if closure is None else closure()

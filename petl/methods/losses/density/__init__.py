@@ -140,7 +140,7 @@ class ActivationDensity:
 
     # In training
 
-    def prepare(self, batches: Iterable[Any]) -> None:
+    def prepare(self, batches: Iterable[object]) -> None:
         """Check the config for training by petl, which scales the term itself."""
         self.config.check_driven()
 
@@ -161,7 +161,7 @@ class ActivationDensity:
             "the evaluated examples.",
         )
 
-    def _begin(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def _begin(self, model: nn.Module, args: object, kwargs: Mapping[str, object]) -> None:
         """Forward pre-hook of the base model: start the tally of a training forward.
 
         Of the base model, because PEFT's own forward is not called for all task types.
@@ -207,7 +207,9 @@ class ActivationDensity:
                 "checkpointing; pass gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
 
-    def _end(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
+    def _end(
+        self, model: nn.Module, args: object, kwargs: Mapping[str, object], output: object
+    ) -> Any:
         """Forward hook of the base model: add the term's value to the output's loss."""
         if self.context.recording:
             if not self.tally.sums:
@@ -234,7 +236,7 @@ class ActivationDensity:
             return True
         return has_enabled_adapter(self.base)
 
-    def _token_masks(self, inputs: Mapping[str, Any]) -> Masks:
+    def _token_masks(self, inputs: Mapping[str, object]) -> Masks:
         return token_masks(inputs, self.is_encoder_decoder) if self.config.mask_padding else {}
 
     # Metrics
@@ -270,7 +272,7 @@ class ActivationDensity:
         self.metrics["density"], self.fractions = found["density"], fractions
         return found
 
-    def _run(self, batch: Mapping[str, Any]) -> Any:
+    def _run(self, batch: Mapping[str, object]) -> Any:
         return self.model(**batch)
 
     def _separate_stacks(self) -> list[str]:
@@ -302,7 +304,7 @@ class ActivationDensity:
         names = list(find_sites(self.base, "down_input", given).layers)
         sites = find_sites(self.base, "down_input", names)
 
-        def token_mask(name: str, inputs: Mapping[str, Any], a: Tensor) -> Tensor | None:
+        def token_mask(name: str, inputs: Mapping[str, object], a: Tensor) -> Tensor | None:
             return rows_of(self._token_masks(inputs).get(sites.stack(name)), a)
 
         with evaluation_mode(self.model):

@@ -48,7 +48,7 @@ def active_fractions(
 
 
 @contextmanager
-def hooked(base: nn.Module, sites: ActivationSites, visit: Any) -> Generator[None]:
+def hooked(base: nn.Module, sites: ActivationSites, visit: object) -> Generator[None]:
     """Context with the hooks of `register_hooks`."""
     handles = register_hooks(base, sites, visit)
     try:
