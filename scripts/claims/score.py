@@ -1,13 +1,7 @@
 """Scores of adapter folders on the test rows of a task."""
 
-import re
-import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
-
-from petl.adapters.deltas.adapters import Material, read, write_state
 from petl.adapters.deltas.measured import restore, splits_of
 from petl.adapters.export.saved_adapter import SavedAdapter, device, find
 from petl.core.loading import load
@@ -30,11 +24,7 @@ def first_batches(saved: SavedAdapter, rows: int) -> tuple[Task, list[Batch]]:
 
 
 class Scorer:
-    """Scores adapters of one base model on the test rows of a run.
-
-    Attributes:
-        rows: their number.
-    """
+    """Scores adapters of one base model on the test rows of a run."""
 
     def __init__(self, run: Path) -> None:
         saved = find(run)
@@ -42,13 +32,7 @@ class Scorer:
         self.accelerator = start(settings.seed, saved.run_config.precision)
         self.batch_size, self.fuse_lora = settings.eval_batch_size, settings.fuse_lora
         self.splits = splits_of(saved, self.accelerator)
-        self.metric = self.splits.task.metric
         self.base = saved.base()  # used for all adapters: `restore` removes them again
-        self.rows = len(self.splits.test)
-
-    def score(self, adapter: Path) -> float:
-        """Return the metric of the task with the adapter in a folder."""
-        return self.scores(adapter)[self.metric]
 
     def scores(self, adapter: Path, kept: Path | None = None) -> dict[str, float]:
         """Return all scores of the task with the adapter in a folder.
@@ -62,25 +46,3 @@ class Scorer:
         found = Evaluator(model, self.splits, self.accelerator, self.batch_size).test(kept=kept)
         restore(model)
         return found
-
-    def score_with_head(self, adapter: Path, other: Path) -> float:
-        """Return the metric of the task with an adapter and the trained head of another one."""
-        with tempfile.TemporaryDirectory() as folder:
-            material = read(adapter)
-            state = {**without_heads(material), **heads(read(other))}
-            write_state(material, state, Path(folder) / "adapter", {})
-            return self.score(Path(folder) / "adapter")
-
-
-def heads(material: Material) -> dict[str, Tensor]:
-    """Return the trained heads of an adapter, by name in the file."""
-    return {name: tensor for name, tensor in material.state.items() if _is_head(material, name)}
-
-
-def without_heads(material: Material) -> Mapping[str, Tensor]:
-    """Return the tensors of an adapter but its trained heads."""
-    return {name: tensor for name, tensor in material.state.items() if not _is_head(material, name)}
-
-
-def _is_head(material: Material, name: str) -> bool:
-    return any(re.search(pattern, name) for pattern in material.exclude)
