@@ -6,7 +6,7 @@
 
 The files are a promise, from version 0.2.0 on, to users who have saved adapters and stopped runs:
 they are only added to, and this script changes no file that exists. To pin something new, add an
-entry to tests/fixtures/compatibility_cases.yaml or compatibility_runs.py and run it again.
+entry to tests/fixtures/compatibility_cases.yaml and run it again.
 
 The tests compare within tolerances, so that they pass on other processors. `--record` and `--check`
 compare bits, on one machine with the same packages: run the first before a refactor and the second
