@@ -90,12 +90,3 @@ def test_a_compiled_model_computes_the_same(method):
     own = testing.gradients(model, batch)
     for name, gradient in testing.gradients(compiled, batch).items():
         assert testing.difference(gradient, own[name.removeprefix("_orig_mod.")]) < 1e-5
-
-
-def test_other_kernels_of_experts_are_refused_before_anything_changes():
-    base = Case("mola", "qwen3_moe").base()
-    base.config._experts_implementation = "sonicmoe"
-    with pytest.raises(petl.errors.UnsupportedError, match="experts_implementation='grouped_mm'"):
-        petl.wrap(base, "mola", **MOLA)
-    assert not testing.tuner_layers(base)
-    assert not any("linears" in name for name, _ in base.named_modules())
