@@ -96,9 +96,8 @@ def page() -> str:
 
 def _bases(name: str) -> str:
     """The kinds of base models on which the cells of a method's row are checked."""
-    # of PEFT's methods, LoRA is checked on all
-    if not method(name).own and name != "lora":
-        return "dense"
+    if not method(name).own:
+        return "dense, experts" if name == "lora" else "dense"
     found = [] if refusal(build_config(name), Capability.EXPERTS) else ["experts"]
     found += [words for base, words in BASES.items() if name not in REFUSED[base]]
     return ", ".join(["dense", *found])
