@@ -6,6 +6,6 @@
     FOLDER/NAME/rates.json                the scores of the rates, and those that were chosen
     FOLDER/NAME/curves.svg                validation score against processor seconds
 
-Runs that have a file are not run again. Their children import the modules `petl_job` and
-`trainer_job`; the latter imports nothing of petl.
+Runs that have a file are not run again. Their children import the modules `petl_job`, `trainer_job`
+and `sentence_job`; the latter two import nothing of petl.
 """

@@ -22,6 +22,7 @@ from petl.training.wrapping import train_new_modules
 SETTINGS = (
     "epochs", "batch_size", "eval_batch_size", "weight_decay", "warmup", "max_grad_norm",
 )  # fmt: skip
+RANKED = ("_role", "_id", "_relevant")  # of queries and documents that are scored
 LORA = ("r", "lora_alpha", "target_modules", "modules_to_save", "task_type", "bias")
 
 
@@ -55,6 +56,7 @@ def export(job: Job, words: list[str], folder: Path, where: Path) -> dict[str, A
         "rows": {"train": len(rows.known), "rest": len(splits.known), "test": len(rows.test)},
         "lora": lora_of(config, splits, processor),
         "model": str(config.model.where()),
+        "max_length": getattr(data.task, "max_length", None),
         "arguments": data.task.model_kwargs(),
         "settings": {name: getattr(config.train, name) for name in SETTINGS},
         "rates": {"lr": config.train.lr, "head_lr": config.train.head_lr or config.train.lr},
@@ -67,7 +69,8 @@ def export(job: Job, words: list[str], folder: Path, where: Path) -> dict[str, A
     }
     with atomic_folder(where) as draft:
         for name, part in parts.items():
-            part.select_columns(batched(part)).save_to_disk(str(draft / name))
+            ranked = [column for column in RANKED if column in part.column_names]
+            part.select_columns([*batched(part), *ranked]).save_to_disk(str(draft / name))
         (draft / "about.json").write_text(json.dumps(about, indent=1, default=str))
     return read_json(where / "about.json", dict[str, Any])
 

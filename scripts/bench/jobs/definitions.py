@@ -55,6 +55,7 @@ class Job:
         bf16: True where its products are large enough to gain from bfloat16; `petl, fast` uses it.
         by_length: True if rows have different lengths.
         has_head: True if a new head trains, at a rate of its own.
+        trainer: the module of the runs that are not petl's.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Job:
     bf16: bool = False
     by_length: bool = True
     has_head: bool = True
+    trainer: str = "trainer_job"
 
     @property
     def variants(self) -> list[Variant]:
@@ -144,6 +146,22 @@ JOBS = {
             upper=1,
             by_length=False,
         ),
+        Job(
+            "embedder",
+            "MiniLM on examples of WordNet verbs",
+            (
+                "data=wordnet_retrieval",
+                "model=minilm",
+                "train.epochs=1",
+                "train.batch_size=64",
+            ),
+            ("data.train_rows=128", "data.test_rows=32"),
+            blocks=6,
+            upper=2,
+            bf16=True,
+            has_head=False,
+            trainer="sentence_job",
+        ),
     )
 }
 
@@ -155,6 +173,7 @@ GOALS: dict[tuple[str, str], dict[str, float]] = {
         f"job / {PLAIN}": 0.47,
         f"job / {GROUPED}": 0.93,
     },
+    ("embedder", "petl"): {f"job / {GROUPED}": 0.75},
     ("quickstart", "petl, fast, fills the store"): {
         f"job / {PLAIN}": 0.22,
         f"job / {GROUPED}": 0.43,

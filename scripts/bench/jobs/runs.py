@@ -158,7 +158,8 @@ class Runner:
     def quality(self, scores: dict[str, float]) -> tuple[float, float]:
         """The order of scores: by the metric, then by the loss."""
         sign = 1 if self.about["higher_is_better"] else -1
-        return sign * scores[self.about["metric"]], -scores["loss"]
+        # rankings have no loss
+        return sign * scores[self.about["metric"]], -scores.get("loss", 0.0)
 
     @property
     def tuned(self) -> dict[str, Any]:
@@ -187,7 +188,7 @@ class Runner:
                     "out": str(out),
                     "options": self._options(variant, rates, seed),
                 }
-                module = "bench.jobs.trainer_job"
+                module = f"bench.jobs.{self.job.trainer}"
             job_seconds = self._process(module, request)
             found = json.loads(out.read_text())
             results = read_results(run) if variant.is_petl else found

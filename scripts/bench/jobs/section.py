@@ -148,12 +148,12 @@ def seconds_to_score(curves: Mapping[str, Curve], metric: str) -> dict[str, dict
 
     The score is the best one that each variant with adapters in all blocks reaches.
     """
-    sign = 1 if metric == "accuracy" else -1
+    sign = -1 if metric == "loss" else 1
     best = [max(sign * score for _, score in c) for name, c in curves.items() if "fast" not in name]
     if not best:
         return {}
     least = min(best)
-    title = f"s to {100 * least:.1f} %" if metric == "accuracy" else f"s to {metric} {-least:.2f}"
+    title = f"s to {100 * least:.1f} %" if metric == "accuracy" else f"s to {metric} {sign * least:.2f}"
     found = {}
     for name, curve in curves.items():
         first = next((seconds for seconds, score in curve if sign * score >= least), None)
