@@ -13,7 +13,7 @@ from petl.adapters.export.checked_folder import (
 from petl.adapters.export.conversion import merged_model
 from petl.adapters.export.saved_adapter import SavedAdapter, device
 from petl.data.models.loading import load_base
-from petl.system.files.disk import write_json
+from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.outputs import check_output, new_folder
 from petl.system.progress import Pass
 
@@ -39,9 +39,10 @@ def merge(saved: SavedAdapter, out: Path, tolerance: float | None) -> OutputFold
         with Pass("writing the merged model", None):
             save_model(merged, draft)
         write_companions(saved, draft, saved.config, merged=True)
-        for name, content in saved.task.model_files(merged.config).items():
+        for name, content in saved.task.model_files(merged).items():
             (draft / name).parent.mkdir(exist_ok=True)
-            write_json(draft / name, content)
+            content = content if isinstance(content, bytes) else as_json(content)
+            write_atomic(draft / name, content)
         del merged  # frees memory before the same model is loaded again
         # loading may apply conversions of its own, so the files are checked as well
         reread = load_base(saved.model_at(draft), saved.task).to(device())

@@ -26,6 +26,7 @@ from petl.system.settings.schema import plain
 from petl.system.values import check_rules, field, integer, one_of, read_fields
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from petl.data.tasks.base import AutoProcessorClass
@@ -108,13 +109,23 @@ class ModelSource:
 
     def json_file(self, name: str) -> object:
         """The content of a JSON file beside the weights; None if there is none."""
+        file = self._file(name)
+        return None if file is None else parse_json(Path(file).read_text("utf-8"))
+
+    def tensors(self, name: str) -> "dict[str, Tensor]":
+        """The tensors of a further safetensors file; {} if there is none."""
+        from safetensors.torch import load_file
+
+        file = self._file(name)
+        return {} if file is None else load_file(file)
+
+    def _file(self, name: str) -> str | None:
         from transformers.utils.hub import cached_file
 
         options = {k: v for k, v in self.options().items() if k != "trust_remote_code"}
-        file = cached_file(
+        return cached_file(
             self.where(), name, _raise_exceptions_for_missing_entries=False, **options
         )
-        return None if file is None else parse_json(Path(file).read_text("utf-8"))
 
     def has_tokenizer(self) -> bool:
         """True if the model has a tokenizer."""
@@ -299,6 +310,10 @@ class RandomInit(ModelSource):
 
     def json_file(self, name: str) -> None:
         """No file but the config is read."""
+
+    def tensors(self, name: str) -> "dict[str, Tensor]":
+        """No file but the config is read."""
+        return {}
 
     def has_tokenizer(self) -> bool:
         """True if there is one next to the config."""

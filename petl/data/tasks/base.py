@@ -24,7 +24,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoProcessor,
     AutoTokenizer,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -116,6 +115,10 @@ class BaseFiles(Protocol):
         """The content of a JSON file beside the weights; None if there is none."""
         ...
 
+    def tensors(self, name: str) -> Mapping[str, Tensor]:
+        """The tensors of a further safetensors file; {} if there is none."""
+        ...
+
 
 @dataclass(kw_only=True)
 class Vocabulary:
@@ -199,8 +202,8 @@ class Task(Vocabulary, ABC, Generic[P]):
     def adjust(self, model: PreTrainedModel) -> None:
         """Modify a model that was just loaded for the batches of this task (hooks, flags)."""
 
-    def model_files(self, config: PretrainedConfig) -> dict[str, object]:
-        """JSON files, by name, that belong beside a model of this task with this config."""
+    def model_files(self, model: PreTrainedModel) -> dict[str, object]:
+        """Files, by name, that belong beside a model of this task: content of JSON, or bytes."""
         return {}
 
     def saved_tokenizer(self, tokenizer: PreTrainedTokenizerBase, /) -> PreTrainedTokenizerBase:

@@ -147,7 +147,7 @@ def vectors(
 ) -> np.ndarray:
     """The vectors of texts, in batches of `size` of similar length."""
     if not texts:
-        return np.zeros((0, base_of(model).config.get_text_config().hidden_size), np.float32)
+        return np.zeros((0, task.vector_width(base_of(model).config)), np.float32)
     prefix = (task.query_prefix if role == QUERY else task.document_prefix) or ""
     ids = task.tokens(tokenizer, [prefix + text for text in texts])
     return _pooled(model, task, Pad(pad_id(tokenizer)), ids, size)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 from pydantic import Field
@@ -299,7 +299,7 @@ def encoded(vector: np.ndarray) -> str:
 
 def width_of(predictor: Predictor) -> int:
     """Numbers of a vector."""
-    return predictor.model.config.get_text_config().hidden_size
+    return cast("Retrieval", predictor.task).vector_width(predictor.model.config)
 
 
 # Loading

@@ -51,6 +51,32 @@ def test_the_merged_folder_has_equal_vectors_in_sentence_transformers(run, tmp_p
     assert model.similarity_fn_name == "cosine"
 
 
+@pytest.mark.parametrize("trains", [False, True])
+def test_layers_behind_the_pooling_are_kept_or_trained(trains, families, tmp_path):
+    st = pytest.importorskip("sentence_transformers")
+    modules = st.sentence_transformer.modules
+    torch.manual_seed(0)
+    transformer = modules.Transformer(str(families.folder / "bert"))
+    width = transformer.get_embedding_dimension()
+    wide = modules.Dense(width, 3 * width, activation_function=torch.nn.GELU())
+    narrow = modules.Dense(3 * width, 6, bias=False, activation_function=None, use_residual=trains)
+    parts = [transformer, modules.Pooling(width, "cls"), wide, narrow, modules.Normalize()]
+    base = st.SentenceTransformer(modules=parts, device="cpu")
+    base.save(str(tmp_path / "base"))
+    words = [word for word in families("retrieval") if not word.startswith("model.path")]
+    words += ["+method=lora", f"model.path={tmp_path / 'base'}", "train.steps=2", "train.lr=0.1"]
+    own = train([*words, *(["method.modules_to_save=[petl_dense]"] * trains)], tmp_path / "run")
+    merge(find(own.path), tmp_path / "merged", None)
+    model = st.SentenceTransformer(str(tmp_path / "merged"), device="cpu")
+    found = petl.embed(Predictor.load(own.path), TEXTS)
+    np.testing.assert_allclose(found, model.encode(TEXTS), atol=1e-5)
+    assert found.shape == (len(TEXTS), 6)
+    assert np.abs(found - base.encode(TEXTS)).max() > 1e-3
+    assert torch.equal(model[2].linear.weight, wide.linear.weight) is not trains
+    with pytest.raises(InputError, match="dims"):
+        train([*words, "data.dims=[12]"], tmp_path / "wide")
+
+
 def test_a_model_and_a_run_have_equal_vectors(run):
     predictor = Predictor.load(run.path)
     expected = petl.embed(predictor, TEXTS)

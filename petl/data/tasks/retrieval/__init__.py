@@ -41,6 +41,7 @@ from petl.data.tasks.base import (
 )
 from petl.data.tasks.regression import correlation, ranks
 from petl.data.tasks.retrieval.base_folder import LENGTHS, Folder, folder_files
+from petl.data.tasks.retrieval.dense import NAME, DenseLayers
 from petl.data.tasks.retrieval.embedder import COUPLED, LOSSES, OPTIONS, Embedder, whole_step
 from petl.data.tasks.retrieval.scores import Rankings, held_out
 from petl.errors import InputError
@@ -99,6 +100,7 @@ class Retrieval(TextTask):
     temperature: float | None = field(None, ABOVE_0)
 
     def __post_init__(self) -> None:
+        self._dense: DenseLayers | None = None  # until the base is known
         for name in OPTIONS:
             users = [loss for loss, kind in LOSSES.items() if name in kind.options]
             value = getattr(self, name)
@@ -118,6 +120,7 @@ class Retrieval(TextTask):
         """
         folder = Folder(base)
         folder.check()
+        self._dense = folder.dense()
         if self.pooling is None:
             self.pooling = folder.pooling()
         if self.normalize is None:
@@ -130,7 +133,7 @@ class Retrieval(TextTask):
 
     def adjust(self, model: PreTrainedModel) -> None:
         """Let the model return vectors, and the loss of a batch with the columns of `INPUTS`."""
-        width = model.config.get_text_config().hidden_size
+        width = self.vector_width(model.config)
         if self.dims is not None and self.dims[0] > width:
             raise InputError(
                 f"data.dims={self.dims} is wider than the {width} numbers of the base's vectors"
@@ -139,26 +142,40 @@ class Retrieval(TextTask):
             model.register_module(
                 "pooler", None
             )  # its output is not read: no adapter and no time for it
+        if self._dense is not None:
+            inner = model.config.get_text_config().hidden_size
+            layers = self._dense.module(inner).to(model.device, model.dtype)
+            model.register_module(NAME, layers)
+            # they have files of their own
+            names = {f"{NAME}.{name}" for name in layers.state_dict()}
+            model._keys_to_ignore_on_save = names | set(model._keys_to_ignore_on_save or ())
         swap_class(model, Embedder)
         cast("Embedder", model).petl_task = self
+
+    def vector_width(self, config: PretrainedConfig) -> int:
+        """Numbers of a vector."""
+        dense = self._dense
+        return config.get_text_config().hidden_size if dense is None else dense.width
 
     @property
     def similarity(self) -> str:
         """How two vectors are compared: `dot` or `cosine`."""
         return "dot" if LOSSES[self.loss].products and not self.normalize else "cosine"
 
-    def model_files(self, config: PretrainedConfig) -> dict[str, object]:
+    def model_files(self, model: PreTrainedModel) -> dict[str, object]:
         """The files with which sentence-transformers opens a model of this task."""
         prompts = {"query": self.query_prefix or "", "document": self.document_prefix or ""}
         files = folder_files(
             self.pooling or "mean",
-            config.get_text_config().hidden_size,
+            model.config.get_text_config().hidden_size,
+            dense=[] if self._dense is None else [*self._dense.configs],
             normalize=bool(self.normalize),
             prompts=prompts,
             similarity=self.similarity,
         )
         lengths = {"max_seq_length": self.max_length, "do_lower_case": False}
-        return {**files, LENGTHS: lengths}
+        dense = {} if self._dense is None else self._dense.files(model.get_submodule(NAME))
+        return {**files, **dense, LENGTHS: lengths}
 
     def saved_tokenizer(self, tokenizer: PreTrainedTokenizerBase, /) -> PreTrainedTokenizerBase:
         """A tokenizer that appends the end token by itself, where it is the vector."""

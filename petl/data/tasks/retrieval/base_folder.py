@@ -4,16 +4,18 @@ The files are those of sentence-transformers, of versions to 5 and from 6 on; bo
 written.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import cast
 
 from petl.data.tasks.base import BaseFiles
+from petl.data.tasks.retrieval.dense import DenseLayers
 from petl.errors import InputError
 
 MODULES = "modules.json"
 PROMPTS = "config_sentence_transformers.json"
 LENGTHS = "sentence_bert_config.json"  # `max_seq_length`, and how a model is called
-SUPPORTED = ("Transformer", "Pooling", "Normalize")
+ORDER = ("Transformer", "Pooling", "Dense", "Normalize")  # of the modules that petl computes
 # the form of versions to 5, with a boolean for each
 FLAGS = {
     "pooling_mode_mean_tokens": "mean",
@@ -30,7 +32,8 @@ class Folder:
         self.base = base
         modules = cast("list[dict[str, str]]", base.json_file(MODULES) or [])
         # such as sentence_transformers.models.Pooling: the last word is the same in all versions
-        self.paths = {each["type"].rpartition(".")[2]: each["path"] for each in modules}
+        self.modules = [(each["type"].rpartition(".")[2], each["path"]) for each in modules]
+        self.paths = dict(self.modules)
 
     def check(self) -> None:
         """Raise InputError if the model does more than to pool and normalize, or decodes."""
@@ -39,12 +42,23 @@ class Folder:
                 "the base model has an encoder and a decoder: data.task=retrieval needs one of "
                 "both alone, such as BERT, ModernBERT or Qwen3"
             )
-        others = [name for name in self.paths if name not in SUPPORTED]
-        if others:
+        outside = [p for _, p in self.modules if Path(p).is_absolute() or ".." in Path(p).parts]
+        if outside:
             raise InputError(
-                f"the base model has the module {others[0]} behind its layers, which petl does not "
-                f"compute; supported are {', '.join(SUPPORTED)}"
+                f"{MODULES} of the base model names {outside[0]}, which leads out of its folder"
             )
+        names = [name for name, _ in self.modules]
+        others = [name for name in names if name not in ORDER]
+        if others or names != sorted(names, key=ORDER.index):
+            raise InputError(
+                f"the base model has the modules {', '.join(names)}, and petl computes "
+                f"{', '.join(ORDER)} in this order, of which there may be several Dense"
+            )
+
+    def dense(self) -> DenseLayers | None:
+        """The layers behind the pooling; None if there are none."""
+        paths = [path for name, path in self.modules if name == "Dense"]
+        return DenseLayers(self.base, paths) if paths else None
 
     def pooling(self) -> str:
         """The pooling of the folder; without one, `last` for decoders and `mean` for encoders.
@@ -97,17 +111,25 @@ class Folder:
 
 
 def folder_files(
-    pooling: str, width: int, *, normalize: bool, prompts: Mapping[str, str], similarity: str
+    pooling: str,
+    width: int,
+    *,
+    dense: Sequence[str] = (),
+    normalize: bool,
+    prompts: Mapping[str, str],
+    similarity: str,
 ) -> dict[str, object]:
     """The JSON files, by name, that make a folder of a model one that sentence-transformers opens.
 
     Args:
-        width: numbers of a vector.
+        width: numbers of a vector behind the pooling.
+        dense: paths of the layers behind it.
         similarity: `cosine` or `dot`.
     """
-    names = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
-    paths = ["", "1_Pooling", "2_Normalize"]
-    modules = [module(i, *each) for i, each in enumerate(zip(names, paths, strict=False))]
+    placed = [("Transformer", ""), ("Pooling", "1_Pooling"), *(("Dense", path) for path in dense)]
+    if normalize:
+        placed.append(("Normalize", f"{len(placed)}_Normalize"))
+    modules = [module(i, *each) for i, each in enumerate(placed)]
     others = dict.fromkeys(("pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens"), False)
     modes = {flag: name == pooling for flag, name in FLAGS.items()}
     return {

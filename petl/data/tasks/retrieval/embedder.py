@@ -17,6 +17,7 @@ from transformers.utils.generic import ModelOutput
 
 from petl.core.layers.class_swap import SwappedClass
 from petl.data.tasks.base import Batch, Outputs
+from petl.data.tasks.retrieval.dense import NAME
 from petl.ops.retrieval import (
     cosent,
     cosine,
@@ -119,6 +120,8 @@ class Embedder(SwappedClass):
             mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
         # the mask also covers the keys of a prefix, which have no states
         vectors = pool(states, mask[:, -states.shape[1] :], self.petl_task.pooling or "mean")
+        dense = getattr(self, NAME, None)
+        vectors = vectors if dense is None else dense(vectors)
         return states, F.normalize(vectors, dim=-1) if self.petl_task.normalize else vectors
 
     def parts_of(self, inputs: Mapping[str, object]) -> list[tuple[Tensor, int]]:

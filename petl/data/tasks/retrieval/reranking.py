@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from petl.data.judgements import are_grades, candidate_rows, candidates, grades_of
 from petl.data.tasks.base import (
@@ -119,7 +119,7 @@ class Reranking(TextTask):
         kind = "activation.Sigmoid" if self.loss == "binary" else "linear.Identity"
         return f"torch.nn.modules.{kind}"
 
-    def model_files(self, config: PretrainedConfig) -> dict[str, object]:
+    def model_files(self, model: PreTrainedModel) -> dict[str, object]:
         """The files with which CrossEncoder from version 6 on reads pairs without a template."""
         return {
             MODULES: [module(0, "Transformer", "")],

@@ -11,6 +11,12 @@ POOLING, NORMALIZE = (
     {"type": f"sentence_transformers.models.{name}", "path": f"{i}_{name}"}
     for i, name in enumerate(("Pooling", "Normalize"), 1)
 )
+DENSE = {"type": "sentence_transformers.models.Dense", "path": "2_Dense"}
+SOFTMAX = {
+    "in_features": 4,
+    "out_features": 2,
+    "activation_function": "torch.nn.modules.activation.Softmax",
+}
 TRANSFORMER = {"type": "sentence_transformers.base.modules.transformer.Transformer", "path": ""}
 
 
@@ -62,7 +68,14 @@ def test_prefixes_are_the_prompts_of_the_folder():
         (folder({"pooling_mode": "max"}), "max.*data.pooling=mean, cls, last"),
         (folder({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}), "max_tokens"),
         (folder({"pooling_mode": "mean", "include_prompt": False}), "include_prompt=false"),
-        (folder({"pooling_mode": "mean"}, {"type": "models.Dense", "path": "2_Dense"}), "Dense"),
+        (folder({"pooling_mode": "mean"}, {"type": "models.WordWeights", "path": "2"}), "Weights"),
+        (folder({"pooling_mode": "mean"}, NORMALIZE, DENSE), "Normalize, Dense"),
+        (folder({"pooling_mode": "mean"}, DENSE), "2_Dense/config.json.*missing"),
+        (folder({"pooling_mode": "mean"}, {**DENSE, "path": "../up"}), "../up.*out of"),
+        (
+            {**folder({"pooling_mode": "mean"}, DENSE), "2_Dense/config.json": SOFTMAX},
+            "Softmax.*Tanh",
+        ),
     ],
 )
 def test_what_petl_does_not_compute_is_refused(files, words):
