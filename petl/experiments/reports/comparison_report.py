@@ -26,6 +26,10 @@ from petl.training.runs.records import REPORT
 
 HTML, MARKDOWN = "index.html", "results.md"
 DEVIATIONS = 4  # of a seed's score from the others, beyond which it is named
+LOST = {  # entries of `retained` in scores.json, as columns and axes
+    "lost": "lost on other texts (nats per token)",
+    "drift": "drift of features on other texts",
+}
 MIN_SEEDS = 3  # below this, the sentences do not rank the entries (assumption)
 Seed = TypeVar("Seed", int, str)
 logger = logging.getLogger(__name__)
@@ -97,8 +101,8 @@ def results(comparison: Comparison) -> Table:
     has_interval = limits_of(comparison, comparison.entries[0]) is not None
     columns += ["95 % interval"] if has_interval else []
     # a column only where something was measured
-    has_lost = any(entry.lost for entry in comparison.entries)
-    columns += ["lost on other texts"] if has_lost else []
+    measured = [name for name in LOST if any(entry.lost(name) for entry in comparison.entries)]
+    columns += [LOST[name] for name in measured]
     columns += ["seeds", "learning rate", "parameters", "adapter file", "s/step"]
     # columns here and cells below must stay in the same order
     columns += [] if comparison.on_device else ["CPU s/step"]
@@ -109,7 +113,7 @@ def results(comparison: Comparison) -> Table:
         row = [entry.name, mean_text(comparison.metric, entry.scores)]
         limits = limits_of(comparison, entry)
         row += [interval_text(comparison.metric, limits)] if limits else []
-        row += [lost_text(entry.lost)] if has_lost else []
+        row += [lost_text(entry.lost(name)) for name in measured]
         # seeds differ in the rate with train.find_lr
         lowest, highest = entry.lrs[0], entry.lrs[-1]
         rates = f"{lowest:.3g}" + (f" to {highest:.3g}" if highest > lowest else "")
@@ -142,7 +146,7 @@ def results(comparison: Comparison) -> Table:
 
 
 def lost_text(values: Sequence[float]) -> str:
-    """Format what was lost, the mean over seeds, in nats per token; "" if it is not known."""
+    """Format what was lost, the mean over seeds; "" if it is not known."""
     if not values:
         return ""
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
@@ -383,11 +387,14 @@ def costs_of(comparison: Comparison) -> dict[str, tuple[str, str, Sequence[float
             [entry.file_bytes / 1e6 for entry in entries],
         ),
         "step": ("Score and step time", *step),
-        "lost": (
-            "Learned and lost",
-            "lost on other texts (nats per token)",
-            [statistics.fmean(entry.lost) if entry.lost else None for entry in entries],
-        ),
+        **{
+            name: (
+                "Learned and lost",
+                x,
+                [statistics.fmean(lost) if (lost := e.lost(name)) else None for e in entries],
+            )
+            for name, x in LOST.items()
+        },
         "memory": (
             "Score and peak memory",
             "peak memory (MB)",

@@ -142,10 +142,13 @@ class Entry:
         """Processor seconds per optimizer step; the median over seeds; None without steps."""
         return self._per_step("cpu_seconds")
 
-    @property
-    def lost(self) -> list[float]:
-        """What each run lost on retained texts, in nats per token; empty unless all have it."""
-        found = [(run.scores.get("retained") or {}).get("lost") for run in self.runs]
+    def lost(self, measure: str) -> list[float]:
+        """Return what each run lost on retained texts; empty unless all have it.
+
+        Args:
+            measure: `lost`, in nats per token, or `drift` of models that do not write.
+        """
+        found = [(run.scores.get("retained") or {}).get(measure) for run in self.runs]
         return [value for value in found if value is not None] if None not in found else []
 
     def _per_step(self, name: str) -> float | None:

@@ -138,10 +138,10 @@ class Retained:
         around = " ({:.2f} to {:.2f})".format(*limits) if limits else ""
         text = (
             f"on other text: loss {self.loss_before:.2f} -> {self.loss_after:.2f} nats, "
-            f"{round(self.lost, 2) + 0.0:+.2f}{around}: perplexity {self.ratio - 1:+.0%}"
+            f"{round(self.lost, 2) + 0.0:+.2f}{around}: perplexity {100 * (self.ratio - 1):+.0f} %"
         )
         if self.agreement is not None:
-            text += f"; same next token {self.agreement:.0%}"
+            text += f"; same next token {100 * self.agreement:.0f} %"
         return text
 
 

@@ -5,6 +5,7 @@ from comparable import write_run
 
 from petl.experiments.reports.comparison import compare
 from petl.experiments.reports.comparison_report import (
+    charts_of,
     results,
     summary,
     write_page,
@@ -37,6 +38,25 @@ def test_the_table_has_score_size_time_and_difference(runs):
     assert first["s/step"] == "0.500"
     assert first["vs lora"] == "+9.0 (+8.0 to +10.0)"
     assert table.rows[-1][:2] == ["before training", "10.0 %"]
+
+
+@pytest.mark.parametrize("name", ["lost", "drift"])
+def test_what_was_lost_is_a_column_and_an_axis_where_all_seeds_have_it(name, tmp_path):
+    for method, values in {"lora": (0.1, 0.3), "mola": (0.05, None), "mos": (-0.02, -0.02)}.items():
+        for seed, value in enumerate(values):
+            words = [f"+method={method}", f"train.seed={seed}"]
+            figures = {} if value is None else {"retained": {name: value}}
+            write_run(tmp_path / method / str(seed), 0.5 + seed / 10, *words, **figures)
+    (comparison,) = compare([tmp_path])
+    table = results(comparison)
+    (column,) = (i for i, title in enumerate(table.columns) if "other texts" in title)
+    found = {row[0]: row[column] for row in table.rows}
+    assert found["lora"] == "+0.200 ± 0.141"  # the sample's standard deviation
+    assert found["mos"] == "-0.020 ± 0.000"
+    assert found["mola"] == found["before training"] == ""
+    chart = charts_of(comparison)[name]  # with a point of each entry that has it
+    assert "mos" in chart
+    assert "mola" not in chart
 
 
 def test_entries_whose_seeds_disagree_are_not_ranked(runs):

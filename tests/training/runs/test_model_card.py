@@ -46,6 +46,17 @@ def test_packaged_models_have_their_names_on_the_hub(name, base):
     assert ("4-bit weights" in card) == (name == "smollm2")
 
 
+def test_the_card_says_what_was_lost_on_other_text():
+    source = read_source({"name": "smollm2", "source": "smollm2"})
+    lost = {"loss_before": 3.2, "loss_after": 3.331, "lost": 0.131, "ratio": 1.14, "rows": 9}
+    more = {"kind": "language", "tokens": 900, "divergence": 0.2, "agreement": 0.913}
+    scores = {"after": {"loss": 1.5}, "retained": {**lost, **more, "interval": [0.09, 0.172]}}
+    it = CardInfo(TASKS["smollm2"], source, LoraConfig(), known_base(source, None), scores=scores)
+    (line,) = (line for line in model_card(it).splitlines() if "other text" in line)
+    for part in ("3.20", "3.33", "+0.13", "0.09 to 0.17", "+14 %", "91 %"):
+        assert part in line
+
+
 def test_of_a_path_only_the_last_part_is_shown():
     words = {
         "data.train=/home/ada/a.csv": "data.train=a.csv",
