@@ -30,7 +30,7 @@ BUDGETS = {
     "ops": 3250,
     "core": 13100,
     "efficiency": 8300,
-    "data": 16250,
+    "data": 16500,
     "training": 16400,
     "methods": 18250,
     "adapters": 7900,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 14100, "tests": 78900}
+OTHERS = {"scripts": 14300, "tests": 79000}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 

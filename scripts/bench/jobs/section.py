@@ -153,7 +153,8 @@ def seconds_to_score(curves: Mapping[str, Curve], metric: str) -> dict[str, dict
     if not best:
         return {}
     least = min(best)
-    title = f"s to {100 * least:.1f} %" if metric == "accuracy" else f"s to {metric} {sign * least:.2f}"
+    reached = f"{100 * least:.1f} %" if metric == "accuracy" else f"{metric} {sign * least:.2f}"
+    title = f"s to {reached}"
     found = {}
     for name, curve in curves.items():
         first = next((seconds for seconds, score in curve if sign * score >= least), None)
