@@ -31,7 +31,10 @@ FIT = "restore the config of the training, target_modules, modules_to_save, r an
 TRAIN = "train again: the loss must reach these layers, or leave them out of target_modules"
 RESIZE = "base.resize_token_embeddings(len(tokenizer)) before the adapter is loaded, and save both"
 TEMPLATES = "tokenizer.save_pretrained(FOLDER) with the template of the training"
-FOLD = "petl export RUN OUT --lora writes one rank and scale, which engines read, or petl serve"
+FOLD = (
+    "petl export RUN OUT --lora writes one rank and scale, which engines read; merge what is no "
+    "LoRA, such as new tokens (petl merge), or petl serve"
+)
 FORMAT = (  # others read what these have found to be right
     Rule("format.type", ERROR, contents.unknown_type, SAVE),
     Rule("format.values", ERROR, contents.wrong_values, SAVE),

@@ -321,9 +321,11 @@ def calibration_text(found: Analysis) -> str:
         sum(getattr(each, name) for each in found.bins) / total
         for name in ("confidence", "correct")
     )
+    # of several classes a row, the probabilities are those of each class
+    hits = "of the classes apply" if found.several else "right"
     return (
         f"Expected calibration error {percent(error)}: mean confidence {percent(sure)}, "
-        f"{percent(right)} right (n = {total:,}; bins of equal width)."
+        f"{percent(right)} {hits} (n = {total:,}; bins of equal width)."
     )
 
 
