@@ -4,13 +4,15 @@
     python scripts/claims.py retain --quick    # one seed of one job with few rows
 
 Each contender is trained at several rates, or evaluated at several strengths, and gives a curve of
-what was lost against the test loss. Contenders are compared at one test loss, that of LoRA at a
-rate in the middle, by linear interpolation on the curve of each seed, which begins at the base.
+what was lost against the test loss. Contenders are compared at two test losses, those of LoRA at a low
+rate and at one in the middle, by linear interpolation on the curve of each seed, which begins at
+the base.
 The bundled texts are divided in two by a hash: one half is measured, the other is for replay and
 for the calibration of CorDA.
 """
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +38,7 @@ from petl.training.runs.records import read_results
 
 NAME, RESULT, PICTURE, TURNED = "retain", "retain.json", "retain.svg", "strengths.json"
 RATES = (3e-4, 1e-3, 3e-3)
-AT = 1e-3  # the rate of LoRA whose test loss is the one at which all are compared
+AT = (3e-4, 1e-3)  # rates of LoRA whose test losses are those at which all are compared
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
 LORA, STRENGTH = "LoRA, by rate", "LoRA at 3e-3, by strength"
 SEEDS = tuple(range(5))
@@ -153,7 +155,9 @@ def run(folder: Path, *, jobs: int = 1, quick: bool = False) -> None:
         write_atomic(place / RESULT, as_json(found, in_order=True))
     draw(found, place / PICTURE)
     for name, contenders in found.items():
-        table(contenders).print(f"{name}: {JOBS[name].title}")
+        for rate in AT if not quick else AT[1:]:
+            title = f"{name}: {JOBS[name].title}; at the test loss of LoRA with lr={rate:g}"
+            table(contenders, rate).print(title)
     echo(f"written to {place / RESULT} and {place / PICTURE}")
 
 
@@ -250,19 +254,19 @@ def lost_at(points: Mapping[str, Point], loss: float) -> float | None:
     return min(crossings, default=None)
 
 
-def compared(contenders: Mapping[str, Curve]) -> dict[str, list[float | None]]:
-    """Return what each contender loses at the test loss of LoRA in the middle, by seed."""
-    targets = {seed: points[f"{AT:g}"][0] for seed, points in contenders[LORA].items()}
+def compared(contenders: Mapping[str, Curve], rate: float) -> dict[str, list[float | None]]:
+    """Return what each contender loses at the test loss of LoRA at a rate, by seed."""
+    targets = {seed: points[f"{rate:g}"][0] for seed, points in contenders[LORA].items()}
     return {
         label: [lost_at(points, targets[seed]) for seed, points in curve.items()]
         for label, curve in contenders.items()
     }
 
 
-def table(contenders: Mapping[str, Curve]) -> Table:
+def table(contenders: Mapping[str, Curve], rate: float) -> Table:
     """Return the comparison: mean over seeds, and the difference from LoRA with its interval."""
-    values = compared(contenders)
-    rows = []
+    values = compared(contenders, rate)
+    rows: dict[tuple[float, str], list[str]] = {}  # by what is lost
     for label, found in values.items():
         pairs = [
             (own, lora)
@@ -270,16 +274,18 @@ def table(contenders: Mapping[str, Curve]) -> Table:
             if own is not None and lora is not None
         ]
         if len(pairs) < len(found):
-            rows.append([label, f"reached by {len(pairs)} of {len(found)} seeds", ""])
+            # behind all others
+            text = f"reached by {len(pairs)} of {len(found)} seeds"
+            rows[math.inf, label] = [label, text, ""]
             continue
         means = [statistics.fmean(side) for side in zip(*pairs, strict=True)]
         differences = [(1, own - lora) for own, lora in pairs]
         limits = interval_of(differences, means[0] - means[1], fewest=2)
         around = " ({:+.3f} to {:+.3f})".format(*limits) if limits else ""
         text = "" if label == LORA else f"{means[0] - means[1]:+.3f}{around}"
-        rows.append([label, f"{means[0]:+.3f}", text])
-    rows.sort(key=lambda row: row[1])
-    return Table(["contender", "lost at LoRA's test loss (nats)", "less LoRA's, 95 %"], rows)
+        rows[means[0], label] = [label, f"{means[0]:+.3f}", text]
+    columns = ["contender", "lost at LoRA's test loss (nats)", "less LoRA's, 95 %"]
+    return Table(columns, [rows[key] for key in sorted(rows)])
 
 
 def draw(found: Mapping[str, Mapping[str, Curve]], file: Path) -> None:
