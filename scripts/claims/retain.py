@@ -4,9 +4,9 @@
     python scripts/claims.py retain --quick    # one seed of one job with few rows
 
 Each contender is trained at several rates, or evaluated at several strengths, and gives a curve of
-what was lost against the test loss. Contenders are compared at two test losses, those of LoRA at a low
-rate and at one in the middle, by linear interpolation on the curve of each seed, which begins at
-the base.
+what was lost against the test loss. Contenders are compared at two test losses, those of LoRA at a
+low rate and at one in the middle, by linear interpolation on the curve of each seed, which begins
+at the base.
 The bundled texts are divided in two by a hash: one half is measured, the other is for replay and
 for the calibration of CorDA.
 """
