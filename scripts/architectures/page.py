@@ -23,7 +23,9 @@ were run on all of these{others}. A run wraps the model with the
 fields of the method's YAML (targets: `block-linear`, or what the method chooses), takes two steps,
 saves, loads into a new model, and merges. The outputs after loading are equal to the bit but for
 rounding (1e-5) where a kernel sums in another order (2e-5 for a method that takes weights of the
-base apart), those after merging to 1e-3. Models for images and text get texts.
+base apart), those after merging to 1e-3. Of causal models, loss and gradients of LoRA under the
+rewrites that `petl train` makes by default are those without (1e-4). Models for images and text get
+texts.
 
 **{works} of {pairs} pairs of a type and a method work, {refused} are refused before training, with
 a reason; {broken} do not work.** `python scripts/architectures.py` runs it, and

@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from peft import PeftModel
-from torch import Tensor
+from peft import PeftModel, PeftType
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import petl
 from architectures.small import Type, logits_of, loss_of
+from petl.core.masks import IGNORED
 from petl.core.model.coverage import coverage_of
 from petl.core.registry import keeps_base, needs_calibration
 from petl.core.tuners.gradients import AbsentGradients, GradientCheck, kinds_of, watch_steps
+from petl.efficiency.rewrite import apply_rewrites
 from petl.errors import first_line
 from petl.testing import stir
 from petl.testing.case import difference
@@ -28,6 +31,9 @@ METHODS = Path(__file__).parents[2] / "configs" / "method"
 STEPS = 2  # the zeros of B make the gradient of A zero in the first
 ROUNDING = 1e-5  # of outputs, relative to the largest
 CHANGED = 2e-5  # likewise, of a base whose weights a method takes apart and puts together again
+REWRITES = {"fuse_lora": True, "loss_segment": "auto", "skip_unread": True}  # of `petl train`
+REWRITTEN = (PeftType.LORA,)  # others differ in nothing that rewrites read
+REWRITE_GAP = 1e-4  # of loss and gradients, relative to the largest
 MERGED = 1e-3  # allowed difference of a merged model, relative to the largest logit
 # Fields that suit models of two layers and of width 64.
 SMALLER: dict[str, dict[str, Any]] = {
@@ -119,7 +125,7 @@ def _study(each: Type, method: str, found: dict[str, Any]) -> None:
         raise BrokenError("the adapters change no output")
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        loaded = petl.load(each.build(), folder).eval()
+        loaded = petl.load(each.build(), folder, is_trainable=True).eval()
     gap = difference(_logits(loaded, inputs), expected)
     # rounding depends on where tensors lie, and a base that was changed and changed back is rounded
     keeps = keeps_base(model.active_peft_config)
@@ -128,7 +134,58 @@ def _study(each: Type, method: str, found: dict[str, Any]) -> None:
     if others or gap > allowed * max(1.0, float(expected.abs().max())):
         where = f", and so do {kinds_of(others)}" if others else ""
         raise BrokenError(f"loaded again, the outputs differ by {gap:.1e}{where}")
+    check_rewrites(loaded, inputs)
     found["merges"] = _merges(model, inputs, expected)
+
+
+def check_rewrites(model: PeftModel, inputs: Mapping[str, Tensor]) -> None:
+    """Compare a step with one under the rewrites that `petl train` makes by default.
+
+    Half of the tokens of a row, or more, have no label, so that there is something to leave out.
+
+    Raises:
+        BrokenError: loss or gradients differ.
+    """
+    if model.peft_type not in REWRITTEN or "input_ids" not in inputs or not has_loss(model):
+        return
+    labels = inputs["input_ids"].clone()
+    for row, tokens in enumerate(labels):
+        tokens[: max(1, len(tokens) * (row + 2) // (row + 3))] = IGNORED
+    labelled = {**inputs, "labels": labels}
+    without_dropout(model)
+    loss, gradients = _step(model, labelled)
+    apply_rewrites(model, REWRITES)
+    other, others = _step(model, labelled)
+    gap = abs(float(other - loss)) / max(1.0, abs(float(loss)))
+    largest = max(float(tensor.abs().max()) for tensor in gradients.values())
+    gaps = [difference(others[name], tensor) for name, tensor in gradients.items()]
+    if max(gap, max(gaps) / largest) > REWRITE_GAP:
+        raise BrokenError(
+            f"rewritten, the loss differs by {gap:.1e} and gradients by {max(gaps) / largest:.1e}"
+        )
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Train without dropout, whose numbers are not drawn in one order."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and (name == "p" or "drop" in name):
+                setattr(module, name, 0.0)
+
+
+def has_loss(model: PeftModel) -> bool:
+    """Return True if the base computes a loss of the labels of tokens, as causal LMs do."""
+    return type(model.get_base_model()) in MODEL_FOR_CAUSAL_LM_MAPPING.values()
+
+
+def _step(model: PeftModel, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    model.train()
+    model.zero_grad()
+    torch.manual_seed(3)
+    loss = model(**inputs).loss
+    loss.backward()
+    named = model.named_parameters()
+    return loss.detach(), {n: p.grad.clone() for n, p in named if p.grad is not None}
 
 
 def changed(model: PeftModel, loaded: PeftModel) -> list[str]:
