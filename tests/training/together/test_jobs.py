@@ -301,7 +301,7 @@ def test_without_a_number_small_steps_share_a_pass(monkeypatch):
     )
     jobs = jobs_of(class_batch, "lora", {"task_type": "SEQ_CLS"})
     petl.train_together(tiny_bert(), jobs)
-    assert sizes == [5] * 5 + [4, 3, 2, 1]
+    assert sizes == [5] * 4 + [4, 3, 2, 1]
 
 
 def test_jobs_of_two_methods_or_on_other_modules_are_refused():
