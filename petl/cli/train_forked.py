@@ -21,6 +21,7 @@ from petl.training import program as app
 
 # what a run imports, but for the class of its model
 IMPORTED = ("petl.cli.train", "petl.cli.start", "matplotlib.figure")
+ENDING = (signal.SIGTERM,)
 
 
 class AskedRun(TypedDict):
@@ -48,9 +49,12 @@ def main() -> None:
             import_module(name)
     gc.freeze()  # a collection would copy the pages of all that is imported
     for line in sys.stdin:
+        # one that comes meanwhile waits until both processes know what to do with it
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         child = os.fork()
         if not child:
             sys.exit(made(json.loads(line)))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         _, status = os.waitpid(child, 0)
         child = 0
         sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
@@ -61,6 +65,7 @@ def made(run: AskedRun) -> int:
     """Make a run in this process as the command `petl train`; return its exit status."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     with append_to(Path(run["log"])) as log:
         os.dup2(log.fileno(), 1)
