@@ -4,6 +4,7 @@ Methods are written for linear layers. A stack [E, O, I] is E of them, each seen
 of this class, which has no tensors of its own. Shapes: E experts, I in, O out.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -34,11 +35,16 @@ class ExpertLinear(nn.Linear):
     def __init__(
         self, owner: nn.Module, name: str, expert: int, *, transposed: bool, has_bias: bool
     ) -> None:
+        self._place(owner, name, expert, transposed, has_bias)
+        self.out_features, self.in_features = self.weight.shape
+
+    def _place(
+        self, owner: nn.Module, name: str, expert: int, transposed: bool, has_bias: bool
+    ) -> None:
         nn.Module.__init__(self)  # without the tensors of nn.Linear
         self.owner = (owner,)  # in a tuple, so that it is no child of this module
         self.name, self.expert = name, expert
         self.transposed, self.has_bias = transposed, has_bias
-        self.out_features, self.in_features = self.weight.shape
 
     def _slice(self, name: str) -> Tensor:
         # detached, so that it shares memory and version with the stack, and has no graph
@@ -63,12 +69,31 @@ class ExpertLinear(nn.Linear):
         self.weight.copy_(weight)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Linear:
+        if id(self.owner[0]) not in memo and is_part(memo):
+            # it is reached before its owner, such as by what several layers share
+            copy.deepcopy(self.owner[0], memo)
+            if id(self) in memo:  # as a part of its owner
+                return memo[id(self)]
         owner = memo.get(id(self.owner[0]))
         if owner is not None:
-            options = {"transposed": self.transposed, "has_bias": self.has_bias}
-            return type(self)(owner, self.name, self.expert, **options)
+            copied = type(self).__new__(type(self))
+            copied._place(owner, self.name, self.expert, self.transposed, self.has_bias)
+            # the owner's copy has no tensors yet
+            copied.out_features, copied.in_features = self.out_features, self.in_features
+            return copied
         alone = nn.Linear(self.in_features, self.out_features, bias=self.has_bias, device="meta")
         alone.weight = nn.Parameter(self.weight.clone(), requires_grad=False)
         if self.bias is not None:
             alone.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
         return alone
+
+
+def is_part(memo: dict[int, Any]) -> bool:
+    """Return True if what `copy.deepcopy` began with is more than a layer.
+
+    Args:
+        memo: of `copy.deepcopy`; its first module is the copy of what it began with.
+    """
+    first = next((copied for copied in memo.values() if isinstance(copied, nn.Module)), None)
+    # a layer around another one has the latter under a name of PEFT
+    return first is not None and not hasattr(type(first), "get_base_layer")

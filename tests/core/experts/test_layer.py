@@ -72,7 +72,10 @@ def test_unloading_leaves_the_module_as_it_was(device):
 def test_a_copy_has_weights_of_its_own():
     model, batch = increlora(), Case("mola", "qwen3_moe").batch()
     other = copy.deepcopy(model)
-    assert torch.equal(testing.logits(other, batch), testing.logits(model, batch))
+    expected = testing.logits(model, batch)
+    assert torch.equal(testing.logits(other, batch), expected)
+    merged = testing.logits(copy.deepcopy(other).merge_and_unload(), batch)
+    assert testing.difference(merged, expected) < 1e-5
     with torch.no_grad():
         other.get_base_model().model.layers[0].mlp.experts.down_proj.zero_()
     assert not torch.equal(testing.logits(other, batch), testing.logits(model, batch))
