@@ -27,7 +27,7 @@ PACKAGE = ROOT / "petl"
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
     "system": 3750,
-    "ops": 3250,
+    "ops": 3300,
     "core": 13100,
     "efficiency": 8300,
     "data": 16500,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 14300, "tests": 79000}
+OTHERS = {"scripts": 14350, "tests": 79000}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
