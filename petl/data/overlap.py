@@ -5,9 +5,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from petl.data.conversations import without_last_answer
+from petl.data.judgements import QUERY
 from petl.errors import InputError
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
     from petl.data.tasks.base import Task
 
+ROLE = "role"  # of texts that are queries and documents
 WORDS = re.compile(r"\w+")
 PERMUTATIONS, SHINGLE = 128, 3  # of MinHash; words of a shingle
 RECALL = (0.1, 0.9)  # weights of candidates that are not similar, and of misses
@@ -93,7 +96,14 @@ class TrainingInputs:
         return hash(normalized(text)) in self._alike
 
     def overlap(self, test: "Dataset") -> Overlap | None:
-        """Compare raw test rows; None if they lack a column of the training rows."""
+        """Compare raw test rows; None if they lack a column of the training rows.
+
+        Of rows that are queries and documents to rank, the queries.
+        """
+        if ROLE in test.column_names:
+            # documents are those of training too
+            is_query = [role == QUERY for role in test[ROLE]]
+            return self.compare(compress(test["text"], is_query))
         if not {*self.columns} <= {*test.column_names}:
             return None
         return self.compare(map(input_text, test.select_columns(self.columns)))

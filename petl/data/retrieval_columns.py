@@ -18,7 +18,7 @@ from petl.data.tasks import task_class
 from petl.data.validation import Row, items, label, number, read, require, text
 from petl.errors import InputError
 from petl.system.files.paths import file_of
-from petl.system.files.read import parse_json
+from petl.system.files.read import parse_list
 
 if TYPE_CHECKING:
     from petl.data.tasks.base import Task
@@ -290,10 +290,14 @@ def qrels(name: str) -> Iterator[tuple[str, Row]]:
 
 
 def texts(value: object) -> list[str]:
-    """Check a text or a list of texts, in a csv file as JSON."""
-    if isinstance(value, str) and value.lstrip().startswith('["'):
-        value = parse_json(value)
-    return [text(value)] if isinstance(value, str) else items(text)(value)
+    """Check a text or a list of texts, in a cell of a csv file as JSON or Python writes it."""
+    if isinstance(value, str):
+        listed = parse_list(value)
+        # a text in brackets may be a list of numbers
+        if listed is None or not all(isinstance(each, str) for each in listed):
+            return [text(value)]
+        value = listed
+    return [] if value == [] else items(text)(value)
 
 
 def retrieval_task(settings: Any, loss: str) -> "Retrieval":

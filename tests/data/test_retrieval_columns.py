@@ -71,6 +71,22 @@ def test_a_loss_chooses_among_shapes_and_columns_can_have_other_names(read):
         read([row], [row], loss="triplet")
 
 
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("['n1', 'm1']", ["n1", "m1"]),
+        (' [ "n1" ]', ["n1"]),
+        ("[1] see the notes", ["[1] see the notes"]),
+        ("[12]", ["[12]"]),
+        ([], []),
+    ],
+)
+def test_negatives_of_a_cell_are_a_list_or_a_text(read, written, expected):
+    row = {"query": "q", "positive": "d", "negatives": written}
+    data = read([row, {**row, "negatives": ["m"]}], [{**row, "query": "r", "negatives": ["m"]}])
+    assert expected in [each["negatives"] for each in data.train]
+
+
 def scored(data, role) -> dict[str, str]:
     return {row["id"]: row["text"] for row in data.test if row["role"] == role}
 

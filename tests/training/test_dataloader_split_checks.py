@@ -7,6 +7,7 @@ from training_fixtures import train
 from petl.data.overlap import Overlap, TrainingInputs
 from petl.data.tasks.classification import Classification
 from petl.data.tasks.regression import Regression
+from petl.data.tasks.retrieval import Retrieval
 from petl.training.dataloader import warn_about_labels
 
 pytest_plugins = ["training_fixtures"]
@@ -57,6 +58,14 @@ def test_test_rows_that_are_training_rows_as_well_are_counted():
     train = Dataset.from_dict({"text": ["A cat.", "dogs", "dogs"], "label": [0, 1, 1]})
     test = Dataset.from_dict({"text": ["dogs", "a  CAT", "cat", "dogs"], "label": [0, 0, 0, 1]})
     assert TrainingInputs.of(TASK, train).overlap(test) == Overlap(4, 2, 1)
+
+
+@pytest.mark.parametrize(("loss", "column"), [("supervised", "text"), ("in_batch", "query")])
+def test_of_rows_to_rank_the_queries_are_compared(loss, column):
+    train = Dataset.from_dict({column: ["what is 3", "b"], "positive": ["x", "y"]})
+    texts = {"What is 3?": "query", "b": "document", "what is 3": "document", "c": "query"}
+    test = Dataset.from_dict({"text": [*texts], "role": [*texts.values()]})
+    assert TrainingInputs.of(Retrieval(loss=loss), train).overlap(test) == Overlap(2, 0, 1)
 
 
 def test_ordinary_labels_are_not_reported(petl_log):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from petl.adapters.export.saved_adapter import SavedAdapter
+from petl.errors import UnsupportedError
 from petl.generation.prediction.evaluation import is_place
 from petl.system.files.disk import as_json, check_writable, write_atomic
 from petl.system.files.outputs import check_output
@@ -12,7 +13,7 @@ from petl.training.retain.compare import measured
 from petl.training.retain.drift import Drift
 from petl.training.retain.measure import Retained, has_base
 from petl.training.retain.page import TEXTS, TOKENS, write_texts
-from petl.training.retain.texts import read_texts
+from petl.training.retain.texts import texts_for
 from petl.training.runs.records import SCORES, read_scores
 
 KEY = "retained"
@@ -39,7 +40,11 @@ def evaluate_retained(
         check_output(folder, *(OWN if is_place(saved, folder) else ()))
         check_writable(folder)
     # before a model is loaded
-    texts = read_texts(names, "--retain")
+    texts = texts_for(names, "--retain", saved.settings)
+    if not saved.task.reads_text:
+        raise UnsupportedError(
+            f"a model for {saved.task.name} reads no texts, so that nothing can be measured on them"
+        )
     model, processor = saved.model(), saved.processor
     # others, such as CorDA, change the weights of their base
     base = None if has_base(saved.config) else saved.base().eval()

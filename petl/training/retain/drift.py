@@ -210,7 +210,10 @@ def _features(model: nn.Module, batch: Batch, trained: Collection[str] | None = 
             handle.remove()
     mask = inputs.get("attention_mask")
     states = output.get("last_hidden_state")
-    if read:
+    if (embedded := output.get("sentence_embedding")) is not None:
+        # as the task pools
+        vectors = embedded
+    elif read:
         vectors = _pooled(*read[0], output.get("logits"), mask)
     elif states is not None:
         vectors = _mean(states, mask)

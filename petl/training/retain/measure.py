@@ -212,6 +212,8 @@ def encode_texts(
     """
     if max_length < 2:
         raise InputError(f"max_length={max_length} is below 2: one token has nothing to predict")
+    if isinstance(texts, str):
+        raise InputError(f"{shown(texts)} is one text, or the name of a file: give a list of texts")
     given = list(texts)
     wrong = next((text for text in given if not isinstance(text, str)), None)
     if wrong is not None:

@@ -5,6 +5,7 @@ and adds no row to a batch.
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -203,6 +204,11 @@ class Retaining(RunFeature):
         own, splits = self.settings, setup.splits
         # there are no bundled images or sounds
         if own.data is None or (own.data == BUNDLED and not splits.task.reads_text):
+            if own.data is not None and own.measures_curve:
+                raise InputError(
+                    f"retain.limit={own.limit} retain.curve={str(own.curve).lower()} measure other "
+                    f"rows, and petl has none for {splits.task.name}: give retain.data"
+                )
             return fields
         self.kind = "language" if splits.task.peft_task_type in WRITES else "features"
         if splits.task.reads_text:
@@ -235,6 +241,9 @@ class Retaining(RunFeature):
     def _choose(self, splits: Splits, train: TrainConfig) -> str:
         """Choose the texts that are measured; return what to say of their number."""
         own, most = self.settings, self.settings.rows
+        # what a run depends on is measured whatever it costs
+        if most is None and own.measures_curve:
+            most = MOST
         affordable = SHARE / COST[self.kind] * trained_tokens(splits, train)
         # the shortest that the bundled texts are cut to: no text need be read to know
         if most is None and own.data == BUNDLED and affordable < FEWEST * SHORTEST:
@@ -333,7 +342,9 @@ class Retaining(RunFeature):
         context.log({"step": step, CURVE[self.kind]: change})
         context.run.timer.mark(self.key)
         most = self.settings.most(self.kind)
-        return 0.0 if most is None else max(0.0, change - most)
+        if most is None:
+            return 0.0
+        return math.inf if math.isnan(change) else max(0.0, change - most)
 
     def after_training(self, context: Context, step: int) -> Mapping[str, object]:
         """Measure the trained model, and write what was measured of each text."""

@@ -1,6 +1,6 @@
 """Retained texts: those that petl brings, those of files, and those of other data of petl."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
@@ -85,6 +85,26 @@ def halves(texts: Iterable[str]) -> tuple[list[str], list[str]]:
         # of the words, so that the same text in capitals is on the same side
         sides[sha256(normalized(text).encode()).digest()[0] & 1].append(text)
     return sides
+
+
+def texts_for(names: Sequence[str], setting: str, settings: Mapping[str, object]) -> list[str]:
+    """Return the texts that a finished run is measured on: none that it has replayed.
+
+    Args:
+        names: as the value of `read_texts`.
+        setting: that names them, for messages.
+        settings: of the run.
+
+    Raises:
+        InputError: as `read_texts`.
+    """
+    texts, retain = read_texts([*names], setting), settings.get("retain")
+    own = retain if isinstance(retain, Mapping) else {}
+    replayed = own.get("data")
+    is_replayed = [*names] == (replayed if isinstance(replayed, list) else [replayed])
+    if own.get("mix") and own.get("mix_data") is None and is_replayed:
+        return halves(texts)[0]
+    return texts
 
 
 def read_texts(value: object, setting: str) -> list[str]:

@@ -10,6 +10,8 @@ from image_text_fixtures import built
 from peft import PromptTuningConfig, get_peft_model
 from tiny_tokenizers import byte_tokenizer
 from transformers import (
+    BertConfig,
+    BertModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -19,6 +21,7 @@ from transformers import (
 
 import petl
 from petl import testing
+from petl.data.tasks.retrieval import Retrieval
 from petl.errors import UnsupportedError
 from petl.training.retain.measure import Processes
 
@@ -167,6 +170,24 @@ def test_features_of_a_classifier_are_compared_with_their_definitions(tokenizer)
     assert found.cka == pytest.approx(float(cka), rel=1e-5)
 
 
+@pytest.mark.parametrize("pooling", ["cls", "last", "mean"])
+def test_features_of_an_embedder_are_its_vectors(pooling, tokenizer):
+    config = BertConfig(vocab_size=272, **SIZES, num_attention_heads=4)
+    base = BertModel(config, add_pooling_layer=False)
+    Retrieval(pooling=pooling).adjust(base)
+    model = testing.stir(petl.wrap(base, "lora", task_type="FEATURE_EXTRACTION")).eval()
+    found = petl.retained(model, TEXTS, tokenizer, batch_size=4)
+    sides = []
+    for side in (model.disable_adapter, nullcontext):
+        with side(), torch.no_grad():
+            ids = [torch.tensor([tokenizer(text)["input_ids"]]) for text in TEXTS]
+            states = [base(input_ids=each).last_hidden_state[0] for each in ids]
+        pools = {"cls": lambda s: s[0], "last": lambda s: s[-1], "mean": lambda s: s.mean(0)}
+        sides.append(torch.stack([pools[pooling](each) for each in states]).double())
+    drifts = 1 - torch.cosine_similarity(*sides)
+    assert found.drift == pytest.approx(float(drifts.mean()), rel=1e-4)
+
+
 def test_a_new_adapter_of_a_classifier_has_drifted_by_nothing_to_the_bit(tokenizer):
     model = petl.wrap(llama(LlamaForSequenceClassification), "lora", task_type="SEQ_CLS")
     assert petl.retained(model, TEXTS, tokenizer).drift == 0.0
@@ -206,6 +227,8 @@ def test_what_cannot_be_measured_is_refused(tokenizer):
         petl.retained(model, ["a", ""], tokenizer)
     with pytest.raises(petl.InputError, match="3 is not a text"):
         petl.retained(model, ["abc", 3], tokenizer)
+    with pytest.raises(petl.InputError, match=r"letters.jsonl.*list of texts"):
+        petl.retained(model, "letters.jsonl", tokenizer)
     with pytest.raises(petl.InputError, match="max_length=1"):
         petl.retained(model, TEXTS, tokenizer, max_length=1)
     with pytest.raises(petl.InputError, match="batch_size=0"):

@@ -311,8 +311,9 @@ class Retrieval(TextTask):
         return partial(batch_of, Pad(pad_id(tokenizer), multiple))
 
     def items(self, batch: Batch) -> int:
-        """Number of rows."""
-        return len(batch["places"])
+        """Number of rows; with `triplet` of negatives, each of which has a term in the loss."""
+        places = batch["places"]
+        return int((places[:, 2:] >= 0).sum()) if self.loss == "triplet" else len(places)
 
     def whole_step(
         self,

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
+from torch.distributed.tensor import DTensor
 from transformers.utils.generic import ModelOutput
 
 from petl.core.layers.class_swap import SwappedClass
@@ -131,7 +132,11 @@ class Embedder(SwappedClass):
         # a hook has the mask, or a state, of one forward pass
         if not isinstance(mask, Tensor) or base._forward_hooks or base._forward_pre_hooks:
             return []
-        if any(not isinstance(t, Tensor) or t.shape != mask.shape for t in inputs.values()):
+        given = [each for each in inputs.values() if each is not None]
+        if any(not isinstance(t, Tensor) or t.shape != mask.shape for t in given):
+            return []
+        # processes gather the weights of a pass together: all of them need equally many
+        if any(isinstance(parameter, DTensor) for parameter in base.parameters()):
             return []
         call = CALL if mask.device.type == "cpu" else DEVICE_CALL
         if mask.numel() <= 2 * call:
@@ -146,9 +151,10 @@ class Embedder(SwappedClass):
         ]
 
 
-def part_of(inputs: Mapping[str, Tensor], rows: Tensor, length: int) -> dict[str, Tensor]:
+def part_of(inputs: Mapping[str, Tensor | None], rows: Tensor, length: int) -> dict[str, Tensor]:
     """These rows of a batch, without what is padding in all of them."""
-    return {name: tensor[rows, :length] for name, tensor in inputs.items()}
+    given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+    return {name: tensor[rows, :length] for name, tensor in given.items()}
 
 
 def of_alike(lengths: Sequence[int], call: int) -> list[int]:

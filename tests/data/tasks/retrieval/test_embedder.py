@@ -12,6 +12,7 @@ from kept_processes import in_processes
 from tiny_tokenizers import byte_tokenizer
 from transformers import BertConfig, BertModel
 
+import petl
 from petl import retrieval
 from petl.data.tasks.retrieval import Retrieval, embedder
 from petl.data.tasks.retrieval.embedder import LOSSES, loss_of, whole_step
@@ -342,6 +343,30 @@ def test_texts_of_unlike_lengths_are_computed_apart_with_equal_results(pooling, 
     if side == "right":
         assert len(several) > 2
         assert sum(rows * width for rows, width in several) < 0.8 * whole[0] * whole[1]
+
+
+def test_texts_are_computed_apart_in_a_model_with_adapters(monkeypatch):
+    """PEFT's model of features passes its arguments on, None among them."""
+    monkeypatch.setattr(embedder, "CALL", 8)
+    task = Retrieval(max_length=64)
+    fields = {"task_type": "FEATURE_EXTRACTION", "target_modules": ["query"]}
+    model = petl.wrap(model_for(task), "lora", r=2, **fields).double().train()
+    widths = []
+    embeddings = model.get_base_model().embeddings
+    embeddings.register_forward_hook(lambda _, __, out: widths.append(out.shape[:2]))
+    assert model(**batch_for(task, ROWS["in_batch"])).loss.isfinite()
+    assert len(widths) > 2
+
+
+def test_negatives_of_micro_batches_count_as_those_of_the_whole_step():
+    """Rows have unlike numbers of negatives, each with a term in the loss."""
+    task = Retrieval(loss="triplet", max_length=64)
+    model, rows = model_for(task), ROWS["triplet"]
+    whole = batch_for(task, rows)
+    parts = [batch_for(task, part) for part in (rows[:3], rows[3:4], rows[4:])]
+    weighted = [model(**part).loss * task.items(part) for part in parts]
+    expected = model(**whole).loss * task.items(whole)
+    torch.testing.assert_close(sum(weighted), expected, atol=1e-9, rtol=1e-9)
 
 
 def test_hooks_see_all_texts_in_one_pass(monkeypatch):
