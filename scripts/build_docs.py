@@ -334,8 +334,8 @@ def scripts(_: str) -> str:
 
 def settings(group: str) -> str:
     """The settings of a file such as configs/train.yaml (`train`), or of the files of a group."""
-    if (CONFIGS / f"{group}.yaml").is_file():
-        return _tables(CONFIGS / f"{group}.yaml", "", under=group)
+    if group in ("train", "retain"):
+        return _tables(CONFIGS / "train.yaml", "", under=group)
     parts = []
     for path in sorted((CONFIGS / group).glob("*.yaml")):
         plus = "+" if group in ADDED else ""

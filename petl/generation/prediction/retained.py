@@ -9,6 +9,7 @@ from petl.generation.prediction.evaluation import is_place
 from petl.system.files.disk import as_json, check_writable, write_atomic
 from petl.system.files.outputs import check_output
 from petl.system.processes import is_first
+from petl.training.distributed.launch import Launch, make_accelerator
 from petl.training.retain.compare import measured
 from petl.training.retain.drift import Drift
 from petl.training.retain.measure import Retained, has_base
@@ -49,7 +50,9 @@ def evaluate_retained(
     # others, such as CorDA, change the weights of their base
     base = None if has_base(saved.config) else saved.base().eval()
     size = batch_size or BATCH_SIZE
-    found, rows = measured(model, texts, processor, base=base, batch_size=size)
+    # in the precision of the run, as the run itself
+    with make_accelerator(Launch(), saved.precision).autocast():
+        found, rows = measured(model, texts, processor, base=base, batch_size=size)
     if not is_first():
         return found
     if folder is not None:

@@ -121,6 +121,7 @@ class Callback(TrainerCallback, ExportableState):
             method_lifecycle.prepare([] if loader is None else loader)
         else:
             self._restore(method_lifecycle, args, state)
+        self._measured = -1
         # after `_restore`, which needs the identifier in the checkpoint
         self.run, self.folder = uuid4().hex, str(output_folder(args))
         # a checkpoint written without this callback lacks this entry, which Trainer reads on save
@@ -153,6 +154,8 @@ class Callback(TrainerCallback, ExportableState):
     ) -> None:
         """Release what `on_train_begin` set up; measure the retained texts."""
         self._training.close()
+        if args.load_best_model_at_end:  # another model than the last evaluation's
+            self._measured = -1
         self._measure(args, state, kwargs)
 
     def on_evaluate(
