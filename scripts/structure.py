@@ -31,7 +31,7 @@ BUDGETS = {
     "core": 13100,
     "efficiency": 8300,
     "data": 16500,
-    "training": 16400,
+    "training": 16450,
     "methods": 18250,
     "adapters": 7900,
     "generation": 7450,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 14350, "tests": 79000}
+OTHERS = {"scripts": 14350, "tests": 79050}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
