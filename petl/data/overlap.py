@@ -9,7 +9,6 @@ from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from petl.data.conversations import without_last_answer
-from petl.data.judgements import QUERY
 from petl.errors import InputError
 
 if TYPE_CHECKING:
@@ -101,6 +100,8 @@ class TrainingInputs:
         Of rows that are queries and documents to rank, the queries.
         """
         if ROLE in test.column_names:
+            from petl.data.judgements import QUERY  # for rows to rank alone
+
             # documents are those of training too
             is_query = [role == QUERY for role in test[ROLE]]
             return self.compare(compress(test["text"], is_query))
