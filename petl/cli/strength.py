@@ -2,7 +2,7 @@
 
 from petl.adapters.deltas.strength import note_trade, trade_of, write_strength
 from petl.cli.table import StrengthOptions
-from petl.errors import InputError, UnsupportedError
+from petl.errors import InputError
 from petl.experiments.reports.formatting import echo, print_table, score
 from petl.experiments.reports.run_report import write_page
 from petl.training.retain.texts import BUNDLED, texts_for
@@ -19,12 +19,7 @@ def strength(options: StrengthOptions) -> None:
         write_strength(saved, value, options.out)
         echo(f"written with strength {value:g} to {options.out}")
         return
-    texts = texts_for(options.retain or [BUNDLED], "--retain", saved.settings)
-    if not saved.task.reads_text:
-        raise UnsupportedError(
-            f"a model for {saved.task.name} reads no texts, so that what it loses is not known: "
-            "give --choose STRENGTH and --out FOLDER"
-        )
+    texts = texts_for(options.retain or [BUNDLED], "--retain", saved.task, saved.settings)
     trade = trade_of(saved, texts, options.strengths, batch_size=options.batch_size)
     # before the table, so that it is kept if the terminal is closed
     note_trade(saved, trade)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from petl.adapters.export.saved_adapter import SavedAdapter
-from petl.errors import UnsupportedError
 from petl.generation.prediction.evaluation import is_place
 from petl.system.files.disk import as_json, check_writable, write_atomic
 from petl.system.files.outputs import check_output
@@ -41,11 +40,7 @@ def evaluate_retained(
         check_output(folder, *(OWN if is_place(saved, folder) else ()))
         check_writable(folder)
     # before a model is loaded
-    texts = texts_for(names, "--retain", saved.settings)
-    if not saved.task.reads_text:
-        raise UnsupportedError(
-            f"a model for {saved.task.name} reads no texts, so that nothing can be measured on them"
-        )
+    texts = texts_for(names, "--retain", saved.task, saved.settings)
     model, processor = saved.model(), saved.processor
     # others, such as CorDA, change the weights of their base
     base = None if has_base(saved.config) else saved.base().eval()

@@ -4,13 +4,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from petl.data.base import as_dataset, data_source, read_data
 from petl.data.overlap import normalized
 from petl.data.validation import Row
-from petl.errors import InputError, did_you_mean, shown
+from petl.errors import InputError, UnsupportedError, did_you_mean, shown
 from petl.system.files.read import iterate_json_lines
+
+if TYPE_CHECKING:
+    from petl.data.tasks.base import Task
 
 BUNDLED = "bundled"
 FILE = Path(__file__).with_name("texts.jsonl")
@@ -87,7 +90,9 @@ def halves(texts: Iterable[str]) -> tuple[list[str], list[str]]:
     return sides
 
 
-def texts_for(names: Sequence[str], setting: str, settings: Mapping[str, object]) -> list[str]:
+def texts_for(
+    names: Sequence[str], setting: str, task: "Task", settings: Mapping[str, object]
+) -> list[str]:
     """Return the texts that a finished run is measured on: none that it has replayed.
 
     Args:
@@ -97,7 +102,12 @@ def texts_for(names: Sequence[str], setting: str, settings: Mapping[str, object]
 
     Raises:
         InputError: as `read_texts`.
+        UnsupportedError: the run's task is not about texts.
     """
+    if not task.reads_text:
+        raise UnsupportedError(
+            f"{setting} measures texts, and a model for {task.name} reads none of them"
+        )
     texts, retain = read_texts([*names], setting), settings.get("retain")
     own = retain if isinstance(retain, Mapping) else {}
     replayed = own.get("data")

@@ -13,6 +13,10 @@ import pytest
 
 import petl
 from petl.data.bundled import WORDNET_FILE
+from petl.data.tasks.causal_lm import CausalLM
+from petl.data.tasks.media import ImageClassification
+from petl.errors import UnsupportedError
+from petl.training.retain.texts import halves, texts_for
 
 FILE = Path(petl.__file__).parent / "training" / "retain" / "texts.jsonl"
 SHA256 = "dec95c5eeb6875f7f3895e137fb209fe38c0f5676d7ef183550428b4d528329a"
@@ -140,3 +144,14 @@ def test_results_are_right(problem, phrase, result):
 
 def test_each_problem_has_a_result_that_is_checked():
     assert {problem for problem, *_ in RESULTS} == set(range(12))
+
+
+def test_a_run_is_not_measured_on_texts_that_it_replayed():
+    every = texts_for(["bundled"], "--retain", CausalLM(), {})
+    own = {"data": "bundled", "mix": 0.1, "mix_data": None}
+    kept = texts_for(["bundled"], "--retain", CausalLM(), {"retain": own})
+    assert kept == halves(every)[0]
+    others = {**own, "mix_data": "letters.jsonl"}
+    assert texts_for(["bundled"], "--retain", CausalLM(), {"retain": others}) == every
+    with pytest.raises(UnsupportedError, match=r"--retain.*image_classification"):
+        texts_for(["bundled"], "--retain", ImageClassification(classes=["a", "b"]), {})
