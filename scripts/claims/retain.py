@@ -150,7 +150,9 @@ def run(folder: Path, *, jobs: int = 1, quick: bool = False) -> None:
         with new_folder(data) as draft:
             write_data(draft)
     file = place / RESULT
-    found: dict[str, dict[str, dict[str, dict[str, Point]]]] = read_json(file) if file.exists() else {}
+    found: dict[str, dict[str, dict[str, dict[str, Point]]]] = {}
+    if file.exists():
+        found = read_json(file)
     seeds, rates = ((0,), RATES[1:]) if quick else (SEEDS, RATES)
     for name, job in JOBS.items():
         if quick and not job.quick:
