@@ -161,10 +161,9 @@ def run(folder: Path, *, jobs: int = 1, quick: bool = False) -> None:
         for seed in seeds:
             if str(seed) in known.get(STRENGTH, {}):
                 continue
-            for label, points in curves(
-                place / name, job, data, seed, rates, jobs=jobs, quick=quick
-            ).items():
-                known[label] = {**known.get(label, {}), str(seed): points}
+            points = curves(place / name, job, data, seed, rates, jobs=jobs, quick=quick)
+            for label, own in points.items():
+                known[label] = {**known.get(label, {}), str(seed): own}
             # after each seed, so that a stopped trial leaves what there is
             write_atomic(file, as_json(found, in_order=True))
     draw(found, place / PICTURE)
