@@ -129,9 +129,10 @@ def loss_on(name: str, title: str) -> "Measure":
 
 
 def validation_losses(folder: Path) -> dict[int, float]:
-    """Return the loss on the validation rows by step of a run; empty for an edited adapter."""
+    """Return the loss on the validation rows by step of a run; empty without one."""
     log = read_log(folder / METRICS) if (folder / METRICS).exists() else []
-    return {each["step"]: each["validation"]["loss"] for each in log if "validation" in each}
+    found = {each["step"]: each["validation"].get("loss") for each in log if "validation" in each}
+    return {step: loss for step, loss in found.items() if loss is not None}
 
 
 def loss_at(step: int, title: str) -> "Measure":
