@@ -38,6 +38,7 @@ class Capability(StrEnum):
     RECOMPUTE = "recompute_mlp"
     SEGMENTS = "loss_segment"
     SKIP = "skip_unread"
+    FAST_DROPOUT = "fast_dropout"
     STORE = "cache_frozen"
     TOGETHER = "together"
     # what a trained adapter can do

@@ -26,6 +26,7 @@ REWRITES = {
     "recompute_mlp": "petl.efficiency.recompute:RecomputeMlp",
     "loss_segment": "petl.efficiency.segment_loss:SegmentLoss",
     "skip_unread": "petl.efficiency.skip_unread.read_positions:SkipUnread",
+    "fast_dropout": "petl.efficiency.fast_dropout:FastDropout",
     "cache_frozen": "petl.efficiency.frozen.cache:StoreFrozen",
 }
 Value = bool | int | str | None  # of a setting

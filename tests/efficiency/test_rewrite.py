@@ -30,7 +30,7 @@ CASES = {
 TAKES = {
     "lora on llama": {"fuse_lora", "recompute_mlp", "loss_segment", "skip_unread"},
     "lora on bert": {"fuse_lora", "recompute_mlp", "skip_unread"},
-    "lora on the top": {*REWRITES},
+    "lora on the top": {*REWRITES} - {"fast_dropout"},  # its base has no dropout
     "lora with a head": {"fuse_lora", "recompute_mlp", "skip_unread"},
     "mola on llama": {"recompute_mlp", "loss_segment", "skip_unread"},
     "sparse on bert": {"recompute_mlp", "skip_unread"},
@@ -130,7 +130,8 @@ def test_an_evaluation_asks_for_what_changes_passes_without_gradients():
     settings = TrainConfig(recompute_mlp=True)
     assert [*rewrites_of(settings), "cache_frozen"] == list(REWRITES)
     assert list(rewrites_of(settings, trains=False)) == ["fuse_lora", "skip_unread"]
-    assert rewrites_of(TrainConfig(fuse_lora=False, skip_unread=False, loss_segment=None)) == {}
+    off = {"fuse_lora": False, "skip_unread": False, "fast_dropout": False, "loss_segment": None}
+    assert rewrites_of(TrainConfig(**off)) == {}
 
 
 def test_a_loss_that_reads_logits_or_positions_excludes_what_leaves_them_out():
