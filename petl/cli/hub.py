@@ -5,7 +5,7 @@ from pathlib import Path
 from petl.adapters.export import download, upload
 from petl.cli.table import PullOptions, PushOptions
 from petl.experiments.reports.formatting import echo, print_table, size
-from petl.system.files.hub import OnHub
+from petl.system.files.paths import OnHub
 
 
 def push(options: PushOptions) -> None:

@@ -4,11 +4,11 @@ No torch and no Hydra is imported here, so that help and wrong words are answere
 function of a command is imported once its words were parsed.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 
 from petl.system.imports.collector import rare_collections
+from petl.system.output import until_closed
 
 
 def train(words: Sequence[str]) -> int:
@@ -42,13 +42,7 @@ def run(words: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     try:
-        status = run(sys.argv[1:] if argv is None else [*argv])
-        sys.stdout.flush()  # inside the block, so that a broken pipe is noticed here
-        return status
+        return until_closed(lambda: run(sys.argv[1:] if argv is None else [*argv]))
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130  # 128 + SIGINT, as of a shell
-    except BrokenPipeError:  # the reader of the pipe has ended, as `head` does
-        # or the interpreter would report the error again when it flushes at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # 128 + SIGPIPE

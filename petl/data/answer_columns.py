@@ -19,7 +19,7 @@ from petl.data.formats import (
     with_system,
 )
 from petl.data.task_columns import AnySourceRows, ColumnSettings, TaskColumns
-from petl.data.tasks import Message, task_class
+from petl.data.tasks import Message, later
 from petl.data.templates import columns_of, is_template, read_text
 from petl.data.validation import LazySourceRows, Row, passage, require
 from petl.errors import InputError, choose
@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 class AnswerColumns(TaskColumns, ABC):
     """Rows in one of several formats, which is named by a setting or recognized from columns."""
-
-    reads_images: ClassVar[bool] = False  # parts of turns may be images
 
     def __init__(self, settings: ColumnSettings, *, labeled: bool = True) -> None:
         super().__init__(settings, labeled=labeled)
@@ -263,11 +261,12 @@ class CausalLMColumns(AnswerColumns):
                 f"({', '.join(chosen.asked)}): see data.format"
             )
 
-    def task(self, rows: AnySourceRows) -> "Task":
+    def task(self, rows: AnySourceRows) -> "Callable[[], Task]":
         """Build a causal language modeling task."""
         self.look(rows)
         settings = self.settings
-        return task_class("causal_lm")(
+        return later(
+            "causal_lm",
             max_length=settings.max_length,
             chat=any(found.convert is not None for found in self.found),
             pack=settings.pack,
@@ -306,11 +305,12 @@ class Seq2SeqColumns(AnswerColumns):
         """Columns text and target."""
         return pair_format("text and target", self.settings.text, self.settings.target)
 
-    def task(self, rows: AnySourceRows) -> "Task":
+    def task(self, rows: AnySourceRows) -> "Callable[[], Task]":
         """Build a sequence-to-sequence task."""
         self.look(rows)
         settings = self.settings
-        return task_class("seq2seq")(
+        return later(
+            "seq2seq",
             max_length=settings.max_length,
             max_target_length=settings.max_target_length,
             prefix=settings.prefix,

@@ -167,6 +167,10 @@ class Source(ABC):
         """Raise InputError if the first row of a local file lacks a column that settings name."""
         return
 
+    def check_rows(self) -> None:
+        """Raise InputError if rows that are soon read have faults; imports no torch."""
+        return
+
     def sample(self, split: str, count: int) -> list[int]:
         """The rows of a split, train or test, in random order, as many as the settings ask for.
 
@@ -249,10 +253,10 @@ def source_class(settings: Mapping[str, object]) -> type[Source]:
 
 
 def check_early(cfg: DictConfig | Mapping[str, object]) -> None:
-    """Check the data of a run as far as it needs no torch: names, files, and their columns.
+    """Check the data of a run as far as it needs no torch: names, files, columns and rows.
 
     Raises:
-        InputError: as `data_source`, or as its `check` and `check_columns`.
+        InputError: as `data_source`, or as its `check`, `check_columns` and `check_rows`.
     """
     settings = plain(cfg)
     if settings.get("task") is not None:
@@ -270,9 +274,10 @@ def check_early(cfg: DictConfig | Mapping[str, object]) -> None:
     source = data_source(data)
     source.check()
     level = READING.level
-    READING.setLevel(logging.WARNING)  # the run says how it reads the files
+    READING.setLevel(logging.ERROR)  # the run says how it reads the files
     try:
         source.check_columns()
+        source.check_rows()
     finally:
         READING.setLevel(level)
 

@@ -43,6 +43,7 @@ from petl.system.values import Rule, field
 BATCH = 1000  # rows of a parquet file in memory at a time; assumption: small next to a model
 CHECKED = 100_000  # rows after which the memory is looked at again
 FIRST = 100  # rows of JSON that tell whether a file has the columns of the task
+SMALL = 2**21  # bytes of files that are read before torch is imported; assumption: 0.2 s
 MIN_FREE = 0.02  # fraction of the memory that rows must leave free; assumption
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,17 @@ class Files(Tabular):
                 next(
                     (row for _, row in islice(rows, FIRST) if not isinstance(row, ValueError)), None
                 )
+
+    def check_rows(self) -> None:
+        """Raise InputError if rows of small files have faults, or do not suit the task."""
+        names = file_names("data.train", self.train)
+        files = [*names, *(file_names("data.test", self.test) if self.test else ())]
+        size = sum(Path(name).expanduser().stat().st_size for name in files)
+        # images are read once, with the task
+        if size > SMALL or self.streaming or self.task_columns.reads_images:
+            return
+        train = read_rows("data.train", names, self.task_columns.choose, self.written)
+        self.checked(train, self.test_file_rows(names))
 
     def read(self) -> RawData:
         """Read the files; with `streaming` the train rows are read later."""

@@ -4,7 +4,7 @@ import base64
 import logging
 import re
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from pkgutil import resolve_name
@@ -15,7 +15,7 @@ from petl.data.conversations import IMAGE, Part, parts_of, with_parts
 from petl.data.downloads import downloaded
 from petl.data.formats import Format, recognized
 from petl.data.task_columns import AnySourceRows, ColumnSettings
-from petl.data.tasks import Message, task_class
+from petl.data.tasks import Message, later
 from petl.data.validation import FOLDER, Row, require
 from petl.errors import InputError, shown
 from petl.system.files.paths import path_of, why_impossible
@@ -88,11 +88,11 @@ class ImageTextColumns(AnswerColumns):
                 ", ".join(sorted({*names} - {FOLDER})),
             )
 
-    def task(self, rows: AnySourceRows) -> "Task":
+    def task(self, rows: AnySourceRows) -> "Callable[[], Task]":
         """Build a task on images and text."""
         self.look(rows)
-        return task_class("image_text")(
-            max_length=self.settings.max_length, generate=self.settings.generate
+        return later(
+            "image_text", max_length=self.settings.max_length, generate=self.settings.generate
         )
 
     def convert(self, row: Row) -> Row:

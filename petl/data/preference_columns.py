@@ -7,7 +7,7 @@ lists of turns; a text is a turn of its own, or with `task.plain` stands as it i
 import json
 import logging
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +15,7 @@ from petl.data.conversations import TurnKeys
 from petl.data.formats import Sides, fitting_task, shared_length, with_system
 from petl.data.objectives import read_objective
 from petl.data.task_columns import AnySourceRows, ColumnSettings, TaskColumns
-from petl.data.tasks import Message, task_class
+from petl.data.tasks import Message, later
 from petl.data.templates import columns_of, is_template
 from petl.data.validation import (
     Row,
@@ -79,10 +79,10 @@ class PairColumns(TaskColumns):
         asked = columns_of(prompt) if self.settings.prompt else []
         return [*asked, self.sides.chosen, self.sides.rejected]
 
-    def task(self, rows: AnySourceRows) -> "Task":
+    def task(self, rows: AnySourceRows) -> "Callable[[], Task]":
         """Build the task with its settings."""
         fields = asdict(self.objective)
-        return task_class(self.settings.task)(max_length=self.settings.max_length, **fields)
+        return later(self.settings.task, max_length=self.settings.max_length, **fields)
 
     def convert(self, row: Row) -> Row:
         """Columns `prompt`, `chosen` and `rejected`: turns, or texts with `task.plain`."""
@@ -156,7 +156,7 @@ class RatedColumns(RewardColumns):
             )
         return rated if is_rated else super().needed(names)
 
-    def task(self, rows: AnySourceRows) -> "Task":
+    def task(self, rows: AnySourceRows) -> "Callable[[], Task]":
         """Build the task; say if no answer is good, or none is bad."""
         # a stream would be read to its end
         if self.rated and isinstance(rows, SourceRows):

@@ -1,10 +1,10 @@
 """Columns of extractive question answering, with the formats in which answers are given."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from petl.data.task_columns import AnySourceRows, ColumnSettings, NamedColumns
-from petl.data.tasks import task_class
+from petl.data.tasks import later
 from petl.data.validation import Row, read, text
 from petl.errors import shown
 from petl.system.files.read import parse_json
@@ -26,10 +26,11 @@ class QuestionAnsweringColumns(NamedColumns):
         if settings.answer_start:
             self.targets.append(settings.answer_start)
 
-    def task(self, rows: AnySourceRows) -> "Task":
+    def task(self, rows: AnySourceRows) -> "Callable[[], Task]":
         """Build the task; it is `unanswerable` if a question has no answers."""
         has_unanswerable = not all(rows.column(self.settings.answers, self.answers_of))
-        return task_class("question_answering")(
+        return later(
+            "question_answering",
             max_length=self.settings.max_length,
             stride=self.settings.stride,
             max_answer_length=self.settings.max_answer_length,

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -14,7 +15,7 @@ from petl.data.judgements import (
     without_queries,
 )
 from petl.data.task_columns import AnySourceRows, ColumnSettings, TaskColumns
-from petl.data.tasks import task_class
+from petl.data.tasks import later
 from petl.data.validation import Row, items, label, number, read, require, text
 from petl.errors import InputError
 from petl.system.files.paths import file_of
@@ -131,12 +132,12 @@ class RetrievalColumns(TaskColumns):
         self.shape, self.columns = name, columns
         return list(columns.values())
 
-    def task(self, rows: AnySourceRows) -> "Task":
+    def task(self, rows: AnySourceRows) -> "Callable[[], Task]":
         """Build the task with the loss of the rows' shape."""
         if self.shape == "labelled texts":
             names = dict.fromkeys(rows.column(self.columns["label"], label))
             self.labels = {name: i for i, name in enumerate(names)}
-        return retrieval_task(self.settings, SHAPES[self.shape].losses[0])
+        return partial(retrieval_task, self.settings, SHAPES[self.shape].losses[0])
 
     def convert(self, row: Row) -> Row:
         """The columns of the shape; or `text` alone, of rows without labels."""
@@ -233,9 +234,10 @@ class RerankingColumns(RetrievalColumns):
             return ""
         return ".\nPairs have no negatives: petl mine finds some with an embedder"
 
-    def task(self, rows: AnySourceRows) -> "Task":
+    def task(self, rows: AnySourceRows) -> "Callable[[], Task]":
         """Build the task with the loss of the rows' shape."""
-        return task_class("reranking")(
+        return later(
+            "reranking",
             max_length=self.settings.max_length,
             loss=self.settings.loss or self.shapes[self.shape].losses[0],
             scored_pairs=self.shape == "scored pairs",
@@ -306,4 +308,4 @@ def retrieval_task(settings: Any, loss: str) -> "Retrieval":
     fields = {name: getattr(settings, name, None) for name in FIELDS}
     fields["mask_duplicates"] = settings.mask_duplicates is not False
     given = settings.loss or loss
-    return task_class("retrieval")(max_length=settings.max_length, loss=given, **fields)
+    return later("retrieval", max_length=settings.max_length, loss=given, **fields)()

@@ -2,7 +2,7 @@
 
 import logging
 from abc import ABC
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pkgutil import resolve_name
@@ -114,29 +114,45 @@ class Tabular(ColumnSettings, ABC):
 
     def assemble(self, train: SourceRows, test: SourceRows | None) -> RawData:
         """Check, shuffle and limit the rows; without `test` hold out `test_share` of `train`."""
+        build, train, test, skipped = self.checked(train, test)
+        task = build()
+        if test is None:
+            train, test = self.hold_out(train, task)
+            train = train.select(self.sample("train", len(train)))
+            test = test.select(self.sample("test", len(test)))
+        to_train, to_score = self.task_columns.split(list(train.values), list(test.values))
+        return self.raw(task, self.split(to_train), self.split(to_score), skipped)
+
+    def checked(
+        self, train: SourceRows, test: SourceRows | None
+    ) -> tuple[Callable[[], "Task"], SourceRows, SourceRows | None, dict[str, list[FaultyRow]]]:
+        """Check the rows, without torch.
+
+        Returns:
+            The function that builds the task; the usable rows to train on, and to test on, None if
+            they are held out; rows that are left out, by split.
+
+        Raises:
+            InputError: as `usable`, or the rows do not suit the task.
+        """
+        columns, skipped = self.task_columns, dict[str, list[FaultyRow]]()
         try:
-            if test is None and not self.task_columns.has_test_set:  # too few have no classes
+            if test is None and not columns.has_test_set:  # too few have no classes
                 held_rows(len(train), self.test_share, train.origin)
             # classes of all rows, so that a rare one in the test part is known
-            task = self.task_columns.task(train)
+            build = columns.task(train)
         except InputError as error:
             if train.unread:  # without which too few rows are left
                 raise self.refused(train.unread, train) from error
             raise
-        skipped = {}
-        if self.task_columns.has_test_set:
-            train, skipped["training"] = self.usable(train.select(self.sample("train", len(train))))
-            test = train.select([])
-        elif test is None:
-            usable, skipped["training"] = self.usable(train)
-            train, test = self.hold_out(usable, task)
+        if test is not None or columns.has_test_set:
             train = train.select(self.sample("train", len(train)))
-            test = test.select(self.sample("test", len(test)))
-        else:
-            train, skipped["training"] = self.usable(train.select(self.sample("train", len(train))))
+        train, skipped["training"] = self.usable(train)
+        if columns.has_test_set:
+            test = train.select([])
+        elif test is not None:
             test, skipped["test"] = self.usable(test.select(self.sample("test", len(test))))
-        to_train, to_score = self.task_columns.split(list(train.values), list(test.values))
-        return self.raw(task, self.split(to_train), self.split(to_score), skipped)
+        return build, train, test, skipped
 
     def usable(self, rows: SourceRows) -> tuple[SourceRows, list[FaultyRow]]:
         """The rows with the columns that `Task.encode_rows` reads, and those that have a fault.
@@ -173,7 +189,7 @@ class Tabular(ColumnSettings, ABC):
                 "that are not read in advance: give data.test or data.test_split"
             )
         # may read the whole stream once, for the classes
-        task = self.task_columns.task(rows)
+        task = self.task_columns.task(rows)()
         next(self.converted(rows))  # so that an error in the first row is raised before training
         stream = Stream(partial(self.converted, rows), self.shuffle_buffer, self.held_rows)
         test, _ = self.usable(test.select(self.sample("test", len(test))))

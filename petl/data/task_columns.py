@@ -23,7 +23,7 @@ from petl.data.tasks import (
     MARGIN,
     POOLING,
     THRESHOLD,
-    task_class,
+    later,
 )
 from petl.data.templates import columns_of, read_text
 from petl.data.validation import (
@@ -152,6 +152,7 @@ class TaskColumns(ABC):
 
     own_settings: ClassVar[tuple[str, ...]]  # settings that only some tasks use, this one included
     has_test_set = False  # settings of the task name test rows
+    reads_images: ClassVar[bool] = False  # parts of turns may be images
     of_run = False  # the rows are for the task of a finished run, and for no other
 
     def __init__(self, settings: ColumnSettings, *, labeled: bool = True) -> None:
@@ -166,8 +167,11 @@ class TaskColumns(ABC):
         """
 
     @abstractmethod
-    def task(self, rows: AnySourceRows) -> "Task":
-        """Build the task, with what depends on all training rows (such as the classes).
+    def task(self, rows: AnySourceRows) -> "Callable[[], Task]":
+        """Read what the task takes from all training rows (such as the classes), without torch.
+
+        Returns:
+            The function that builds the task, and imports torch.
 
         Raises:
             InputError: a value is not valid, or the rows do not suit the task.
@@ -208,10 +212,10 @@ class RowTaskColumns(TaskColumns):
         more = require([self.settings.task_column], names, origin)
         return list(dict.fromkeys([*super().choose(names, origin), *more]))
 
-    def task(self, rows: AnySourceRows) -> "Task":
+    def task(self, rows: AnySourceRows) -> "Callable[[], Task]":
         """Build the task of the kind, for rows of several tasks."""
-        of_tasks = resolve_name("petl.data.tasks.row_tasks:of_tasks")  # imports torch
-        return of_tasks(super().task(rows), self.settings.tasks or ())
+        build, tasks = super().task(rows), self.settings.tasks or ()
+        return lambda: resolve_name("petl.data.tasks.row_tasks:of_tasks")(build(), tasks)
 
     def convert(self, row: Row) -> Row:
         """The columns of the kind, and `task`: the name of the row's task."""
@@ -271,7 +275,7 @@ class ClassLabelColumns(NamedColumns, ABC):
 
     column: str  # the column with the class, or with a list of classes
 
-    def task(self, rows: AnySourceRows) -> "Task":
+    def task(self, rows: AnySourceRows) -> "Callable[[], Task]":
         """Build the task with all classes, and remember their numbers for `class_of`.
 
         Raises:
@@ -315,7 +319,7 @@ class ClassLabelColumns(NamedColumns, ABC):
         """The name of the class of each label in the rows."""
 
     @abstractmethod
-    def with_classes(self, classes: list[str]) -> "Task":
+    def with_classes(self, classes: list[str]) -> "Callable[[], Task]":
         """Build the task with these classes."""
 
     def class_of(self, value: object) -> int:
@@ -344,9 +348,9 @@ class ClassificationColumns(ClassLabelColumns):
         """The values of the label column."""
         return rows.column(self.column, label)
 
-    def with_classes(self, classes: list[str]) -> "Task":
+    def with_classes(self, classes: list[str]) -> "Callable[[], Task]":
         """Build a classification task."""
-        return task_class("classification")(classes=classes, max_length=self.settings.max_length)
+        return later("classification", classes=classes, max_length=self.settings.max_length)
 
     def convert(self, row: Row) -> Row:
         """Columns `text`, `text_pair` if there is one, and `label` of labeled rows."""
@@ -378,7 +382,7 @@ class MultiLabelColumns(ClassLabelColumns):
             )
         self.inputs, self.targets = text_columns(settings), self.each or [self.column]
 
-    def task(self, rows: AnySourceRows) -> "Task":
+    def task(self, rows: AnySourceRows) -> "Callable[[], Task]":
         """Build the task; the columns of classes name them."""
         return self.with_classes(self.each) if self.each else super().task(rows)
 
@@ -392,11 +396,14 @@ class MultiLabelColumns(ClassLabelColumns):
         # numbers of classes that the origin names are not read
         return (name for names in rows.column(self.column, self.cell) for name in names)
 
-    def with_classes(self, classes: list[str]) -> "Task":
+    def with_classes(self, classes: list[str]) -> "Callable[[], Task]":
         """Build a multi-label task."""
         settings = self.settings
-        return task_class("multi_label")(
-            classes=classes, max_length=settings.max_length, threshold=settings.threshold
+        return later(
+            "multi_label",
+            classes=classes,
+            max_length=settings.max_length,
+            threshold=settings.threshold,
         )
 
     def convert(self, row: Row) -> Row:
@@ -441,9 +448,9 @@ class RegressionColumns(NamedColumns):
         super().__init__(settings, labeled=labeled)
         self.inputs, self.targets = text_columns(settings), [settings.label]
 
-    def task(self, rows: AnySourceRows) -> "Task":
+    def task(self, rows: AnySourceRows) -> "Callable[[], Task]":
         """Build a regression task."""
-        return task_class("regression")(max_length=self.settings.max_length)
+        return later("regression", max_length=self.settings.max_length)
 
     def convert(self, row: Row) -> Row:
         """Columns `text`, `text_pair` if there is one, and `label` of labeled rows."""
@@ -467,11 +474,9 @@ class TokenClassificationColumns(ClassLabelColumns):
         """The tags in all rows."""
         return (name for tags in rows.column(self.column, items(label)) for name in tags)
 
-    def with_classes(self, classes: list[str]) -> "Task":
+    def with_classes(self, classes: list[str]) -> "Callable[[], Task]":
         """Build a token classification task."""
-        return task_class("token_classification")(
-            classes=classes, max_length=self.settings.max_length
-        )
+        return later("token_classification", classes=classes, max_length=self.settings.max_length)
 
     def convert(self, row: Row) -> Row:
         """Columns `tokens` and, of labeled rows, `tags`: lists of equal length."""

@@ -1,11 +1,13 @@
 """Where a run writes its lines: the terminal, or the file of one of several runs of a process."""
 
+import os
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TextIO
 
+PIPE_CLOSED = 141  # exit status: 128 + SIGPIPE, as of a shell
 _file: ContextVar[TextIO | None] = ContextVar("_file", default=None)
 
 
@@ -32,3 +34,18 @@ def results() -> TextIO:
 def messages() -> TextIO:
     """Return where messages go: standard error as it is now, unless `written_to` names a file."""
     return _file.get() or sys.stderr
+
+
+def until_closed(write: Callable[[], int]) -> int:
+    """Return the exit status of `write`, or that of a command whose output nobody reads any more.
+
+    Such as with `petl methods | head`, which ends before the command does.
+    """
+    try:
+        status = write()
+        sys.stdout.flush()  # here, so that a closed pipe is noticed
+    except BrokenPipeError:
+        # or the interpreter would report the error again when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    return status

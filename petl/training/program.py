@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from petl.errors import InputError, JobSkipped, RunStopped, printable, shortened
-from petl.system.output import messages
+from petl.system.output import messages, until_closed
 from petl.system.processes import (
     begin_job,
     end_with_launcher,
@@ -91,9 +91,13 @@ def print_error(error: object) -> None:
 def reported(function: Callable[[], object]) -> int:
     """Run `function` and return the exit status.
 
-    Errors of the input, of the disk and of Hydra, and signals, become one message; any other
-    exception is a bug and keeps its traceback.
+    Errors of the input, of the disk and of Hydra, and signals, become one message, and the end of
+    a pipe's reader none; any other exception is a bug and keeps its traceback.
     """
+    return until_closed(lambda: _reported(function))
+
+
+def _reported(function: Callable[[], object]) -> int:
     try:
         function()
     except WrappedError as passing:

@@ -1,13 +1,18 @@
 """What is wrong in the words of a command is answered without torch, as it is found later."""
 
+import signal
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 import warm_python
+from safetensors.torch import save_file
 
 from petl.data.base import check_early, read_data
+from petl.data.models.sources import SMOLLM2_FOLDER
 from petl.errors import InputError
 from petl.system.settings.command_line import options_of, plus
 from petl.system.settings.schema import plain
@@ -45,6 +50,11 @@ WRONG = {
     "train +method=lora data=files data.train=row.csv": ("row.csv", "'rows.csv'"),
     f"train +method=lora {FILES} data.test=rows.txt": ("rows.txt", ".csv"),
     f"train +method=lora {FILES} data.label=labl": ("'labl'", "'label'"),
+    "train +method=lora data=files data.train=faulty.csv": ("line 3", "line 4", "bad_rows=skip"),
+    "plan +method=lora data=files data.train=cells.csv": ("data.separator='|'", "multi_label"),
+    f"train +method=lora {FILES} data.test=faulty.csv": ("line 3", "line 4", "bad_rows=skip"),
+    f"data {FILES} data.task=regression": ("'a', not a number", "40 of 40 rows"),
+    "train +method=lora model=hub model.name=a/b": ("a/b", "model=path"),
     "plan +method=moal": ("'moal'", "'mola'"),
     f"data {FILES} data.text=txt": ("'txt'", "'text'"),
     "pln": ("'pln'", "'plan'"),
@@ -85,6 +95,8 @@ def folder(tmp_path_factory) -> Path:
     """Rows, a file of llama.cpp, an adapter in runs/mina, a run in runs/meno."""
     made = tmp_path_factory.mktemp("start")
     (made / "rows.csv").write_text("text,label\n" + "good,a\nbad,b\n" * 20)
+    (made / "faulty.csv").write_text("text,label\n" + "good,a\n,b\nbad,\n" * 9)
+    (made / "cells.csv").write_text("text,label\n" + "both,a|b\nlast,b|c\none,c\none,a\n" * 9)
     (made / "other.csv").write_text("text,labels\ngood,a\n")
     (made / "file.gguf").touch()
     (made / "runs/meno/adapter").mkdir(parents=True)
@@ -134,9 +146,46 @@ def test_no_configuration_of_petl_is_refused_early():
     for group in ("method", "loss", "model"):
         for name in options_of(group):
             words = [f"{plus(k)}{k}={v}" for k, v in {"method": "lora", group: name}.items()]
-            more = {"hub": ["model.name=a"], "config": ["model.architecture=bert"]}.get(name, [])
-            if name != "path":  # of which the folder has to be there
+            more = {"config": ["model.architecture=bert"]}.get(name, [])
+            if name not in ("path", "hub"):  # which have to be there
                 look_up_fields(plain(compose([*words, *more])))
+
+
+def test_a_target_is_looked_up_in_a_model_of_the_cache(tmp_path, monkeypatch):
+    folder = tmp_path / SMOLLM2_FOLDER
+    folder.mkdir()
+    save_file(
+        {"model.layers.0.self_attn.q_proj.weight": torch.zeros(1)}, folder / "model.safetensors"
+    )
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.setenv("PETL_CACHE", str(tmp_path))
+    words = ["+method=lora", "model=smollm2"]
+    look_up_fields(plain(compose([*words, "method.target_modules=[q_proj]"])))
+    with pytest.raises(InputError, match="'q_prj' is no module of smollm2; did you mean 'q_proj'"):
+        look_up_fields(plain(compose([*words, "method.target_modules=[q_prj]"])))
+
+
+def test_rows_of_streams_are_not_read_early(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "good", "label": "a"}\n{"text": ""}\n' * 9)
+    files = {"source": "files", "name": "files", "train": str(tmp_path / "rows.jsonl")}
+    stream = {"streaming": True, "test": str(tmp_path / "rows.jsonl")}
+    check_early({"data": {**files, **stream}})
+    with pytest.raises(InputError, match="9 of 18 rows"):
+        check_early({"data": files})
+
+
+def test_output_that_nobody_reads_ends_a_command_silently():
+    code = "from petl.training.program import reported; import sys; "
+    code += "sys.exit(reported(lambda: [print('line' * 99) for _ in range(9999)]))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 def test_how_a_file_is_read_is_said_by_the_run_alone(tmp_path, caplog):

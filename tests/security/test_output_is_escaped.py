@@ -27,7 +27,7 @@ from petl.experiments.reports import comparison, comparison_report
 from petl.experiments.reports.formatting import Table, echo, print_table
 from petl.experiments.reports.page import ASSETS
 from petl.experiments.reports.run_report import write_page
-from petl.system.files.hub import OnHub
+from petl.system.files.paths import OnHub
 from petl.training import program as app
 from petl.training.runs.card_code import front_matter
 from petl.training.runs.model_card import CardInfo, model_card

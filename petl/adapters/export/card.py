@@ -12,8 +12,7 @@ from petl.data.models.loading import save_processor
 from petl.data.models.sources import read_source
 from petl.data.tasks.task_file import FILE as TASK
 from petl.system.files.disk import copy_file, write_atomic
-from petl.system.files.hub import OnHub
-from petl.system.files.paths import LABELS
+from petl.system.files.paths import LABELS, OnHub
 from petl.training.runs.card_code import BASE
 from petl.training.runs.config import names_of
 from petl.training.runs.model_card import README, CardInfo, known_base, model_card

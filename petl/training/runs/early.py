@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from petl.data.base import SEVERAL, Source, check_early, data_source
-from petl.data.models.sources import Folder, MiniLM, ModelSource, read_source
+from petl.data.models.sources import ModelSource, read_source
 from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.system.files.paths import is_repository
 from petl.system.files.read import read_json, read_yaml
@@ -74,15 +74,15 @@ def look_up_fields(settings: Mapping[str, Any]) -> None:
 
 
 def look_up_targets(source: ModelSource, targets: Iterable[object]) -> None:
-    """Look up targets that are words in the weights of a local model, and in its source.
+    """Look up targets that are words in the weights of a model that is here, and in its source.
 
     Raises:
         UnknownNameError: one is in neither, so that it is no module.
     """
     words = [word for word in targets if isinstance(word, str) and NAME.fullmatch(word)]
-    if not words or not isinstance(source, Folder | MiniLM):
+    folder = source.local() if words else None
+    if folder is None:
         return
-    folder = Path(source.where())
     tensors, written = names_in(folder), source_of(folder)
     for word in words:
         last = word.rpartition(".")[2]

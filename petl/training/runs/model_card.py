@@ -25,8 +25,7 @@ from petl.data.models.sources import Folder, ModelSource, RandomInit, SmolLM2
 from petl.data.tasks.base import Task
 from petl.data.tasks.scores import is_beside
 from petl.errors import markdown, printable
-from petl.system.files.hub import OnHub
-from petl.system.files.paths import is_repository
+from petl.system.files.paths import OnHub, is_repository
 from petl.training.runs.card_code import Usage, front_matter
 from petl.training.runs.settings import adamr_text
 

@@ -10,7 +10,7 @@ from petl.adapters.export.upload import prepare, push
 from petl.cli import main
 from petl.errors import InputError, RunStopped
 from petl.ops.ternary import FILE
-from petl.system.files.hub import OnHub
+from petl.system.files.paths import OnHub
 
 pytest_plugins = ["export_fixtures", "hub_server", "training_fixtures"]
 

@@ -11,7 +11,7 @@ from petl.data.models.sources import read_source
 from petl.data.tasks.causal_lm import CausalLM
 from petl.data.tasks.classification import Classification
 from petl.data.tasks.token_classification import TokenClassification
-from petl.system.files.hub import OnHub, origin_of
+from petl.system.files.paths import OnHub, origin_of
 from petl.training.runs.card_code import TEXT, Usage, placed
 from petl.training.runs.model_card import CardInfo, known_base, model_card, without_folders
 
