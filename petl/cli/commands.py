@@ -172,9 +172,10 @@ def print_memory(memory: "Memory") -> None:
 def data(options: DataOptions) -> None:
     """Print sizes, labels and examples of the training data."""
     cfg = composed(options.overrides)
-    from petl.experiments.planning import preview
+    from petl.experiments.planning import preview, texts
 
-    result = preview.preview(cfg, options.examples)
+    # texts with classes for MiniLM need no torch
+    result = texts.preview_texts(cfg, options.examples) or preview.preview(cfg, options.examples)
     echo(result.title, end="\n\n")
     print_table(*preview.size_table(result))
     if result.overlap is not None and result.overlap.rows:

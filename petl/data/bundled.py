@@ -14,6 +14,7 @@ import numpy as np
 
 from petl.data.base import RawData, Source, TextSource, limited, shuffled, train_test_split
 from petl.data.tasks import task_class
+from petl.data.validation import Row
 from petl.errors import InputError, choose
 from petl.system.files.paths import Package
 from petl.system.imports.extras import install_hint, optional
@@ -49,6 +50,18 @@ class WordNet(TextSource):
 
     def read(self) -> RawData:
         """Read the definitions; columns `text` and `label`."""
+        train, test = self.rows()
+        return RawData(
+            task=task_class("classification")(
+                classes=list(WORDNET_CLASSES), max_length=self.max_length
+            ),
+            train=from_rows(train),
+            test=from_rows(test),
+            name=self.name,
+        )
+
+    def rows(self) -> tuple[list[Row], list[Row]]:
+        """The rows to train on and to test on, without torch."""
         rows = lines_of(WORDNET_FILE)
         # training rows come from both sides of the test rows, see WORDNET_TEST_START
         order = shuffled(len(rows), self.seed)
@@ -56,19 +69,16 @@ class WordNet(TextSource):
         remaining = order[:WORDNET_TEST_START] + order[WORDNET_TEST_START + len(test) :]
         number = {label: i for i, label in enumerate(WORDNET_CLASSES)}
 
-        def split(picked: list[int]) -> "Dataset":
+        def split(picked: list[int]) -> list[Row]:
             # a line of the file: class, tab, definition
-            labels, texts = zip(*(rows[i] for i in picked), strict=True)
-            return table({"text": texts, "label": [number[label] for label in labels]})
+            return [{"text": rows[i][1], "label": number[rows[i][0]]} for i in picked]
 
-        return RawData(
-            task=task_class("classification")(
-                classes=list(WORDNET_CLASSES), max_length=self.max_length
-            ),
-            train=split(limited(remaining, self.train_rows, "train_rows")),
-            test=split(test),
-            name=self.name,
-        )
+        return split(limited(remaining, self.train_rows, "train_rows")), split(test)
+
+
+def from_rows(rows: Sequence[Row]) -> "Dataset":
+    """A data set of these rows, which have the columns of the first."""
+    return table({name: [row[name] for row in rows] for name in rows[0]})
 
 
 def table(columns: Mapping[str, Sequence[object]]) -> "Dataset":

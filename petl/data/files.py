@@ -110,8 +110,12 @@ class Files(Tabular):
         # images are read once, with the task
         if size > SMALL or self.streaming or self.task_columns.reads_images:
             return
+        self.checked(*self.loaded(names))
+
+    def loaded(self, names: Sequence[str]) -> tuple[SourceRows, SourceRows | None]:
+        """Read the training files, of these names, and the test files, if there are any."""
         train = read_rows("data.train", names, self.task_columns.choose, self.written)
-        self.checked(train, self.test_file_rows(names))
+        return train, self.test_file_rows(names)
 
     def read(self) -> RawData:
         """Read the files; with `streaming` the train rows are read later."""
@@ -124,8 +128,7 @@ class Files(Tabular):
                 whole=partial(whole, names, self.written),
             )
             return self.stream(rows, self.test_file_rows(names))
-        train = read_rows("data.train", names, self.task_columns.choose, self.written)
-        return self.assemble(train, self.test_file_rows(names))
+        return self.assemble(*self.loaded(names))
 
     def test_file_rows(self, train: Sequence[str]) -> SourceRows | None:
         """Read the test files; None if `data.test` is not set."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import compress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from petl.data.conversations import without_last_answer
 from petl.errors import InputError
@@ -168,14 +168,20 @@ class NearTexts:
         return sketch
 
 
-def input_columns(task: "Task", names: Iterable[str]) -> list[str]:
+class Shows(Protocol):
+    """What a task says of its rows: the columns that are their input."""
+
+    shown: ClassVar[tuple[str, ...]]
+
+
+def input_columns(task: Shows, names: Iterable[str]) -> list[str]:
     """The columns of raw rows that are their input; empty if they are unknown."""
     # `given`: columns for the reward of an answer
     found = [n for n in names if (n in task.shown or n in CONTENT) and n != "given"]
     return [name for name in found if name != "path"] or found
 
 
-def question_text(task: "Task", row: Mapping[str, Any]) -> str:
+def question_text(task: Shows, row: Mapping[str, Any]) -> str:
     """The input of a raw row, of conversations and preferences without the answer."""
     # other answers to it are no other input
     names = ["prompt"] if "prompt" in row else input_columns(task, row)

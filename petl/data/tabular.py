@@ -17,7 +17,7 @@ from petl.data.base import (
 )
 from petl.data.faulty_rows import SKIP, described
 from petl.data.image_columns import ImageTextColumns
-from petl.data.overlap import beginnings, question_text
+from petl.data.overlap import Shows, beginnings, question_text
 from petl.data.preference_columns import PairColumns, PromptColumns, RatedColumns, RewardColumns
 from petl.data.question_columns import QuestionAnsweringColumns
 from petl.data.retrieval_columns import RerankingColumns, RetrievalColumns
@@ -116,12 +116,19 @@ class Tabular(ColumnSettings, ABC):
         """Check, shuffle and limit the rows; without `test` hold out `test_share` of `train`."""
         build, train, test, skipped = self.checked(train, test)
         task = build()
-        if test is None:
-            train, test = self.hold_out(train, task)
-            train = train.select(self.sample("train", len(train)))
-            test = test.select(self.sample("test", len(test)))
+        train, test = self.divided(train, test, task)
         to_train, to_score = self.task_columns.split(list(train.values), list(test.values))
         return self.raw(task, self.split(to_train), self.split(to_score), skipped)
+
+    def divided(
+        self, train: SourceRows, test: SourceRows | None, task: Shows
+    ) -> tuple[SourceRows, SourceRows]:
+        """Checked rows to train on and to test on, the latter held out if there are none."""
+        if test is not None:
+            return train, test
+        train, test = self.hold_out(train, task)
+        train = train.select(self.sample("train", len(train)))
+        return train, test.select(self.sample("test", len(test)))
 
     def checked(
         self, train: SourceRows, test: SourceRows | None
@@ -215,7 +222,7 @@ class Tabular(ColumnSettings, ABC):
         """Add the column `number` of questions, by which a question's windows are found again."""
         return {**row, "number": number} if self.task == "question_answering" else row
 
-    def hold_out(self, rows: SourceRows, task: "Task") -> tuple[SourceRows, SourceRows]:
+    def hold_out(self, rows: SourceRows, task: Shows) -> tuple[SourceRows, SourceRows]:
         """Split usable rows at random: to train on, to test on; those of one input on one side."""
         keys = [question_text(task, row) or str(i) for i, row in enumerate(rows.values)]
         if getattr(task, "plain", False):  # a prompt that both answers begin with has words of them

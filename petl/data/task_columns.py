@@ -273,6 +273,7 @@ class NamedColumns(TaskColumns, ABC):
 class ClassLabelColumns(NamedColumns, ABC):
     """Rows with classes: those of `data.labels`, else all that occur in the training rows."""
 
+    shown: ClassVar[tuple[str, ...]] = ("text", "text_pair")  # as of tasks on texts
     column: str  # the column with the class, or with a list of classes
 
     def task(self, rows: AnySourceRows) -> "Callable[[], Task]":

@@ -87,7 +87,14 @@ WRONG = {
     "draft runs/mina +drafter=hydar": ("'hydar'", "'hydra'"),
     **dict.fromkeys(NO_RUN, ("runs/mine", "runs/mina")),
 }
-RIGHT = {"--help": "compare", "train --help": "train.steps", "methods": "mola", "configs": "method"}
+RIGHT = {
+    "--help": "compare",
+    "train --help": "train.steps",
+    "methods": "mola",
+    "configs": "method",
+    f"data {FILES}": "[CLS] bad [SEP]",
+    "data": "weather",
+}
 
 
 @pytest.fixture(scope="module")

@@ -2,22 +2,23 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset
 from omegaconf import DictConfig
 from rich.text import Text
 
 from petl.data.base import Stream, as_dataset, read_data
 from petl.data.learned import BRACKETS, PreviewSpan, pieces
-from petl.data.models.loading import load_processor
 from petl.data.objectives import with_objective
 from petl.data.overlap import Overlap, TrainingInputs
-from petl.data.tasks.base import Row, Task
-from petl.data.tasks.encoding_cache import encode_once
 from petl.errors import printable
 from petl.system.settings.schema import plain
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from petl.data.tasks.base import Row, Task
 
 STREAM_ROWS = 1000  # rows of a stream that are read
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)  # of lengths, and of regression targets
@@ -75,6 +76,9 @@ def preview(cfg: DictConfig, examples: int = 3) -> Preview:
     Raises:
         InputError: an error in the data or settings that would stop the run.
     """
+    # imports torch, which rows for MiniLM do not need
+    from petl.data.models.loading import load_processor
+
     data = read_data(with_objective(plain(cfg))["data"])
     task, processor = data.task, load_processor(cfg.model, data.task)
     splits = {"train": as_dataset(data, STREAM_ROWS), "test": data.test}
@@ -103,8 +107,12 @@ def preview(cfg: DictConfig, examples: int = 3) -> Preview:
     )
 
 
-def statistics(name: str, task: Task, processor: Any, raw: Dataset, encoded: Dataset) -> SplitPart:
+def statistics(
+    name: str, task: "Task", processor: Any, raw: "Dataset", encoded: "Dataset"
+) -> SplitPart:
     """Return the statistics of a split."""
+    from petl.data.tasks.encoding_cache import encode_once  # imports torch
+
     untruncated, one_to_one = task.untruncated(), task.group is None and not task.packs
     truncated = None
     if untruncated is not None:  # the same task without truncation, to compare with
@@ -140,7 +148,7 @@ def quantiles(values: object, *, integer: bool = False) -> list[Any]:
     return [int(value) for value in result] if integer else result
 
 
-def decode(task: Task, processor: object, row: Row) -> Example:
+def decode(task: "Task", processor: object, row: "Row") -> Example:
     """Return an encoded row in readable form."""
     if not task.reads_text:
         shapes = {name: np.shape(value) for name, value in row.items() if name != "labels"}
