@@ -32,7 +32,6 @@ from petl.data.models.sources import (
 )
 from petl.data.tasks.base import P, Task, tokenizer_in
 from petl.errors import InputError, first_line
-from petl.system.files import hub
 from petl.system.files.disk import check_link
 from petl.system.progress import Pass
 
@@ -82,7 +81,7 @@ def cannot_load(source: ModelSource, error: Exception) -> InputError:
     # transformers' own message about a missing file does not mention the network
     offline = isinstance(source, HubModel) and source.options()["local_files_only"]
     if offline and isinstance(error, OSError):
-        return hub.unavailable("model", source.name)
+        return source.unavailable()
     return InputError(f"model {source.name} cannot be loaded: {first_line(error)}")
 
 

@@ -390,7 +390,11 @@ class HubModel(ModelSource):
         hub, name = import_module(HUB), self.where()
         known = hub.reachable("model", name, self.revision) or Path(name).is_dir()
         if not known and self.local() is None:
-            raise hub.unavailable("model", name)
+            raise self.unavailable()
+
+    def unavailable(self) -> InputError:
+        """The error for a model that is not in the cache while the Hub does not answer."""
+        return import_module(HUB).unavailable("model", self.name)
 
     def local(self) -> Path | None:
         """Its folder in the cache of the Hub, if it is there."""
