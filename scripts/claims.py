@@ -66,7 +66,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.list:
         listing().print()
     elif arguments.publish:
-        for name in publish(arguments.publish, PUBLISHED, ASSETS):
+        folder = arguments.publish
+        names = [retain.NAME] if retain.publish(folder, ASSETS) else []
+        names += publish(folder, PUBLISHED, ASSETS)
+        if not names:
+            known = ", ".join([retain.NAME, *CLAIMS])
+            raise InputError(f"{folder} has no results of claims ({known}): try one first")
+        for name in names:
             echo(f"published: {name}")
         echo("to update the pages: python scripts/build_docs.py refresh")
     elif not arguments.names:

@@ -3,6 +3,8 @@
     python scripts/claims.py retain            # five seeds of two jobs; resumes where it stopped
     python scripts/claims.py retain --quick    # one seed of one job with few rows
 
+    python scripts/claims.py --publish FOLDER  # scripts/claims/retain.json, and the picture
+
 FOLDER/retain/retain.json has the points of each finished seed: seeds that are there are not trained
 again, be it with the file alone, as it is published.
 
@@ -17,7 +19,7 @@ for the calibration of CorDA.
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -40,6 +42,7 @@ from petl.training.retain.texts import BUNDLED, halves, read_texts
 from petl.training.runs.records import read_results
 
 NAME, RESULT, PICTURE, TURNED = "retain", "retain.json", "retain.svg", "strengths.json"
+PUBLISHED = Path(__file__).with_name(RESULT)
 RATES = (3e-4, 1e-3, 3e-3)
 AT = (3e-4, 1e-3)  # rates of LoRA whose test losses are those at which all are compared
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
@@ -48,6 +51,7 @@ SEEDS = tuple(range(5))
 CALIBRATION = "method.calibration_data"
 Point = tuple[float, float]  # test loss, and what was lost, in nats per token
 Curve = Mapping[str, Mapping[str, Point]]  # by seed, then by rate or strength
+Found = Mapping[str, Mapping[str, Curve]]  # by job, then by contender
 
 CONTENDERS = {  # by label: name of the folder, and words of `petl train`, at each of the rates
     LORA: ("lora", ("+method=lora",)),
@@ -167,10 +171,8 @@ def run(folder: Path, *, jobs: int = 1, quick: bool = False) -> None:
             # after each seed, so that a stopped trial leaves what there is
             write_atomic(file, as_json(found, in_order=True))
     draw(found, place / PICTURE)
-    for name, contenders in found.items():
-        for rate in AT if not quick else AT[1:]:
-            title = f"{name}: {JOBS[name].title}; at the test loss of LoRA with lr={rate:g}"
-            table(contenders, rate).print(title)
+    for title, each in tables(found, AT[1:] if quick else AT):
+        each.print(title)
     echo(f"written to {place / RESULT} and {place / PICTURE}")
 
 
@@ -273,6 +275,18 @@ def compared(contenders: Mapping[str, Curve], rate: float) -> dict[str, list[flo
     }
 
 
+def tables(found: Found, rates: Sequence[float]) -> Iterator[tuple[str, Table]]:
+    """Yield the comparisons of all jobs, each with its title."""
+    for name, contenders in found.items():
+        count = len(contenders[LORA])
+        for rate in rates:
+            yield (
+                f"{name}: {JOBS[name].title}; at the test loss of LoRA with lr={rate:g}; {count} "
+                f"seed{'s' if count > 1 else ''}",
+                table(contenders, rate),
+            )
+
+
 def table(contenders: Mapping[str, Curve], rate: float) -> Table:
     """Return the comparison: mean over seeds, and the difference from LoRA with its interval."""
     values = compared(contenders, rate)
@@ -298,7 +312,19 @@ def table(contenders: Mapping[str, Curve], rate: float) -> Table:
     return Table(columns, [rows[key] for key in sorted(rows)])
 
 
-def draw(found: Mapping[str, Mapping[str, Curve]], file: Path) -> None:
+def publish(folder: Path, assets: Path) -> bool:
+    """Copy the points of a folder beside this file, and draw them; False: it has none."""
+    file = folder / NAME / RESULT
+    if not file.exists():
+        return False
+    found: dict[str, dict[str, Curve]] = read_json(file)
+    write_atomic(PUBLISHED, as_json(found, in_order=True))
+    assets.mkdir(parents=True, exist_ok=True)
+    draw(found, assets / PICTURE)
+    return True
+
+
+def draw(found: Found, file: Path) -> None:
     """Draw the curves of all jobs, means over the seeds, as an SVG file."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
