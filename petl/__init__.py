@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from petl.adapters import deltas as deltas
     from petl.adapters import search as search
     from petl.adapters.check.rules import Checked, check
+    from petl.adapters.shrink.folder import load_shrunk
+    from petl.adapters.shrink.model import Shrunk, shrink
     from petl.core.layers.layer import Adapter, AdapterLayer, Factors, LayerInfo, LayerShape
     from petl.core.lifecycle import Lifecycle, lifecycle
     from petl.core.loading import load
@@ -84,6 +86,7 @@ __all__ = [
     "NewAdapters",
     "Predictor",
     "Retained",
+    "Shrunk",
     "SparseSM3",
     "Target",
     "TrainContext",
@@ -104,6 +107,7 @@ __all__ = [
     "list_methods",
     "load",
     "load_drafter",
+    "load_shrunk",
     "lorafa_optimizer",
     "loraplus_optimizer",
     "method",
@@ -112,6 +116,7 @@ __all__ = [
     "register",
     "retained",
     "segment_loss",
+    "shrink",
     "train_together",
     "watch",
     "wrap",
@@ -132,6 +137,8 @@ _PACKAGES = {  # public packages by name
 }
 _NAMES = {
     "petl.adapters.check.rules": ("Checked", "check"),
+    "petl.adapters.shrink.folder": ("load_shrunk",),
+    "petl.adapters.shrink.model": ("Shrunk", "shrink"),
     "petl.data.models.new_tokens": ("add_tokens",),
     "petl.efficiency.frozen.cache": ("cache_frozen",),
     "petl.training.integrations.trainer_callback": ("Callback",),

@@ -149,7 +149,7 @@ def find_attention(model: nn.Module) -> list[AttentionInfo]:
     """Return the attention sub-layers of all blocks, adapted or not."""
     found = []
     for path, block in blocks(model):
-        parts, width = _leaves_by_kind(block), _width(block)
+        parts, width = _leaves_by_kind(block), width_of(block)
         for kind in ("attn", "cross_attn"):
             ends = _ends(kind, parts[kind], block, width)
             if ends is None:
@@ -176,7 +176,7 @@ def _head_width(block: nn.Module, projection: _Leaf) -> int | None:
 
 def block_widths(model: nn.Module, given: str | None = None) -> dict[str, int]:
     """Return the width of the residual stream of each block, by path; `given` as of `blocks`."""
-    return {path: _width(block) for path, block in blocks(model, given)}
+    return {path: width_of(block) for path, block in blocks(model, given)}
 
 
 def stacks_of(model: nn.Module, given: str | None, number: int, method: str) -> list[list[str]]:
@@ -344,7 +344,12 @@ def is_causal(block: nn.Module) -> bool:
     )
 
 
-def _width(block: nn.Module) -> int:
+def feed_forward_layers(block: nn.Module) -> dict[str, LayerShape]:
+    """Return the linear layers of a block outside of attention, by path in it, in their order."""
+    return {leaf.path: leaf.shape for leaf in _leaves_by_kind(block)["ffn"]}
+
+
+def width_of(block: nn.Module) -> int:
     """Return the width of the residual stream of a block: the queries are computed from it."""
     parts = _leaves_by_kind(block)
     # a block may have cross-attention only (Perceiver), or none (Mamba)
@@ -373,7 +378,7 @@ def _leaves_by_kind(block: nn.Module) -> dict[str, list[_Leaf]]:
 
 
 def _sublayers_of(path: str, block: nn.Module) -> Iterator[SubLayer]:
-    parts, width, causal = _leaves_by_kind(block), _width(block), is_causal(block)
+    parts, width, causal = _leaves_by_kind(block), width_of(block), is_causal(block)
     for kind, leaves in parts.items():
         ends = _ends(kind, leaves, block, width)
         if ends is not None:
@@ -395,7 +400,7 @@ def _ends(
 
     Paths are relative to the block.
     """
-    if kind == "ffn" and (owners := _owners_of_experts(block)):
+    if kind == "ffn" and (owners := owners_of_experts(block)):
         if len(owners) > 1:
             # of ERNIE, for text and for images; their outputs are tokens in another order
             logger.warning("no bottleneck on %s: a block has several such", ", ".join(owners))
@@ -418,7 +423,7 @@ def _ends(
     return closings[-1], entry.path if entry else None
 
 
-def _owners_of_experts(block: nn.Module) -> list[str]:
+def owners_of_experts(block: nn.Module) -> list[str]:
     """Return the modules of a block that route tokens to experts."""
     owners = dict[str, None]()
     for name, module in block.named_modules():

@@ -5,31 +5,27 @@ of each replaced layer by its path.
 """
 
 import copy
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from petl.core.experts.layer import has_adapted_experts
-from petl.core.layers.class_swap import mixins_of, restore_class
 from petl.core.layers.layer import AdapterLayer, shape_of
+from petl.core.model.changed import changed_copy, load_changed
 from petl.core.model.linear import LINEAR_KINDS
 from petl.core.parameters import quantization_of
 from petl.core.spec.config import require
-from petl.errors import InputError, UnsupportedError, first_line
+from petl.errors import InputError, UnsupportedError
 from petl.methods.pela.method import Pela, PelaAdapter
 from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.read import read_json
 
 RANKS = "ranks.json"
-# of a module: dicts of hooks, which a copy does not take over
-HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 
 
 @torch.no_grad()
@@ -62,20 +58,14 @@ def export(model: PeftModel) -> nn.Module:
             "the class of the model keeps the weights of experts in one tensor, which has no place "
             "for factors: adapt it without them (exclude_modules=[experts]) to export it"
         )
-    memo: dict[int, Any] = {}  # what `deepcopy` puts in the place of an object
+    changes: dict[int, object] = {}
     for module in base.modules():
         if isinstance(module, AdapterLayer) and name in module.adapters:
-            memo[id(module)] = plain_layer(module, name)
+            changes[id(module)] = plain_layer(module, name)
         elif isinstance(module, ModulesToSaveWrapper):
             trained = module.modules_to_save[module.active_adapters[0]]
-            memo[id(module)] = copy.deepcopy(trained)
-        for hooks in HOOKS:
-            memo[id(getattr(module, hooks))] = OrderedDict()
-    copied = copy.deepcopy(base, memo)
-    for module in copied.modules():
-        for mixin in mixins_of(module):
-            restore_class(module, mixin)
-    return copied.requires_grad_(True)
+            changes[id(module)] = copy.deepcopy(trained)
+    return changed_copy(base, changes).requires_grad_(True)
 
 
 def plain_layer(layer: AdapterLayer, name: str) -> nn.Sequential:
@@ -141,50 +131,12 @@ def load(config: PretrainedConfig, folder: str | Path) -> PreTrainedModel:
     folder = Path(folder)
     ranks = read_json(folder / RANKS, dict[str, dict[str, int]]).get("ranks")
     require(bool(ranks), f"{folder / RANKS} has no ranks; export the model again")
-    cls = model_class(config, folder)
-
-    def init(self: Any, *args: object, **kwargs: object) -> None:
-        cls.__init__(self, *args, **kwargs)
-        put_low_rank(self, ranks, folder / RANKS)
-
-    # under the same name, from which transformers chooses the loss
-    small: Any = type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
-    try:
-        model, report = small.from_pretrained(
-            str(folder),
-            config=config,
-            output_loading_info=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are in the report, and raise below
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{folder} cannot be loaded: {first_line(error)}") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report.get(kind):
-            first = sorted(map(str, report[kind]))[0]
-            raise InputError(
-                f"{folder} does not fit {cls.__name__} and its {RANKS}: {kind.replace('_', ' ')}, "
-                f"such as {first}"
-            )
-    model.__class__ = cls
+    model = load_changed(
+        config, folder, lambda model: put_low_rank(model, ranks, folder / RANKS), RANKS
+    )
     for path in ranks:
         with_weight(model.get_submodule(path))  # the loader has made new tensors
-    return model.eval()
-
-
-def model_class(config: PretrainedConfig, folder: Path) -> type[Any]:
-    """The class of transformers that a config, or the one in the folder, names."""
-    names = config.architectures
-    if not names:
-        names = read_json(folder / "config.json", dict[str, Any]).get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        raise InputError(
-            f"{folder / 'config.json'} names no model class of transformers in architectures "
-            f"({name!r}); set config.architectures"
-        )
-    return found
+    return model
 
 
 def put_low_rank(model: nn.Module, ranks: dict[str, int], file: Path) -> None:
