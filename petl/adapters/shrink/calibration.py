@@ -53,6 +53,7 @@ class InputSums:
             UnsupportedError: a layer is not called once a pass, after those before it.
             InputError: as of `petl.ranks.block_importance`.
         """
+        # one pass for both: importance has hooks of its own
         first = {path for paths in self.before.values() for path in paths}
         module = self.model.get_submodule
         hooks = [
@@ -100,7 +101,7 @@ class InputSums:
 
     def add(self, path: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Forward pre-hook of a layer: add up its input."""
-        if path in self.running:
+        if path in self.running:  # its rows would be those of several blocks
             raise UnsupportedError(
                 f"a forward pass calls {path} more than once: blocks share it, or rows are "
                 "computed in parts, and it has no channels of one block; choose another model"
@@ -113,6 +114,7 @@ class InputSums:
             )
         mask = self.masks.decoder_mask if layer in self.decoder else self.masks.mask
         x_TI = without_padding(args[0], mask)
+        # without a copy of x in float32
         norms = torch.linalg.vector_norm(x_TI, dim=0, dtype=torch.float32)
         sums = x_TI.sum(0, dtype=torch.float32) if self.with_means else norms[:0]
         count = norms.new_full((1,), len(x_TI))

@@ -59,6 +59,7 @@ class Heads:
         Args:
             norms: of the inputs of the output projection, [H N].
         """
+        # neither up nor gate: the term of the output projection alone
         scores = channel_scores(matrix_of(model.get_submodule(self.output)).cpu(), norms)
         totals = scores.view(self.groups, -1).sum(1)
         order = totals.sort(descending=True, stable=True).indices
@@ -131,7 +132,7 @@ def set_heads(config: Config, before: Heads, groups: int) -> None:
     """Set the numbers of heads of a config, and the width of a head, which does not change."""
     for each in configs_of(config):
         if "head_dim" in each.to_dict() and each.num_attention_heads == before.queries:
-            each.head_dim = before.width
+            each.head_dim = before.width  # else derived from the number of heads
             each.num_attention_heads = groups * before.shared
             each.num_key_value_heads = groups
 
@@ -140,5 +141,5 @@ def note_heads(model: Any, before: Heads, groups: int) -> None:
     """Let the attributes of an attention module follow its numbers of heads."""
     owner = vars(model.get_submodule(before.query.rpartition(".")[0]))
     for name in FIELDS:
-        if isinstance(owner.get(name), int):
+        if isinstance(owner.get(name), int):  # most classes read the config
             owner[name] = groups * (1 if "key_value" in name else before.shared)

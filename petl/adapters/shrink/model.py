@@ -99,6 +99,7 @@ def shrink(  # noqa: PLR0913 - all but two by name
     require(
         isinstance(multiple, int) and multiple >= 1, f"multiple={multiple} is not an integer from 1"
     )
+    # before the pass, which may take minutes
     choose(WIDTHS, widths, "widths")
     choose(METRICS, metric, "metric")
     plan = Plan.of(model, sparsity if heads else 0.0)
@@ -117,7 +118,8 @@ def shrink(  # noqa: PLR0913 - all but two by name
         for path, each in plan.heads.items()
     }
     means = sums.means if bias_correction else {}
-    small = plan.cut({path: own["channels"] for path, own in kept.items()}, groups, means)
+    channels = {path: own["channels"] for path, own in kept.items()}
+    small = plan.cut(channels, groups, means, even=widths == EVEN)
     for path, own in groups.items():
         kept[path]["heads"] = plan.heads[path].heads_of(own)
     return Shrunk(small, kept, importance, (count(model), count(small)))
@@ -180,6 +182,7 @@ class Plan:
     def scores(self, mlp: Mlp, norms: Tensor, b: float, c: float) -> Tensor:
         """Return the scores of the channels of an MLP, [F]."""
         down = self.matrix(mlp.down)
+        # the score does not depend on which of the two is the gate
         inputs = [part for path in mlp.inputs for part in self.matrix(path).split(mlp.width)]
         return channel_scores(down, norms.to(down.device), *inputs, b=b, c=c).cpu()
 
@@ -192,25 +195,29 @@ class Plan:
         channels: Mapping[str, Tensor],
         groups: Mapping[str, Tensor],
         means: Mapping[str, Tensor],
+        *,
+        even: bool,
     ) -> Model:
         """Return a copy of the model with these channels and groups of heads.
 
         Args:
             channels, groups: by path of a block, what stays.
             means: of the inputs of down projections, whose biases are corrected.
+            even: the config is to say how many channels there are.
 
         Raises:
             UnsupportedError: the class of the model does not take the new sizes.
         """
+        # what is replaced is not copied: no second copy of the dense weights
         model, changes = self.model, dict[int, object]()
         for path, mlp in self.mlps.items():
             changes |= self.without_channels(mlp, channels[path], means)
         for path, own in groups.items():
             changes |= self.heads[path].changes(model, own)
         small = changed_copy(model, changes)
-        new = {mlp.width: len(channels[path]) for path, mlp in self.mlps.items()}
-        even = all(len(channels[path]) == new[mlp.width] for path, mlp in self.mlps.items())
         if even:
+            # blocks of one width have one new width
+            new = {mlp.width: len(channels[path]) for path, mlp in self.mlps.items()}
             set_widths(small.config, new)
         else:
             set_list(small.config, [len(kept) for kept in channels.values()])
@@ -224,6 +231,7 @@ class Plan:
             for each in (heads.query, heads.key, heads.value, heads.output):
                 note_shape(small, each)
         own = {path for mlp in self.mlps.values() for path in (*mlp.inputs, mlp.down)}
+        # the config is checked by what its class builds from it
         odd = odd_parameters(small, self.mlps)
         odd = odd if even else [name for name in odd if name.rpartition(".")[0] not in own]
         if odd:
@@ -242,6 +250,7 @@ class Plan:
         at = kept.to(down.weight.device)
         changes = kept_inputs(down, at)
         for path in mlp.inputs:
+            # gate and up are the halves of one layer
             both = torch.cat([at, at + mlp.width]) if mlp.fused else at
             changes |= kept_outputs(self.model.get_submodule(path), both)
         if means and down.bias is not None:

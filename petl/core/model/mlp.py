@@ -58,7 +58,7 @@ def find_mlp(model: nn.Module, path: str, widths: Iterable[int] = ()) -> Mlp:
             "with one MLP a block"
         )
     layers, D = feed_forward_layers(block), width_of(block)
-    known = {*widths}
+    known = {*widths}  # Gemma 3n has low-rank layers of the same form beside its MLP
     found = list(_candidates(layers, D))
     found = [mlp for mlp in found if mlp.width in known] or found
     if len(found) != 1:

@@ -12,7 +12,7 @@ are `keep_ratios` and `channel_scores`. How ranks follow from importance, `alloc
 
     importance.py   block_importance: hooks on the blocks, over padding-free tokens, all processes
     allocation.py   allocate, with_ranks
-    pruning.py      keep_ratios, channel_scores: pure functions, which `petl train` does not use
+    pruning.py      keep_ratios, channel_scores: pure functions, which `petl.shrink` uses
     settings.py     the settings under `ranks` of a run
     run.py          the feature of a run: checks, measurement, ranks.json
     targets.py      the blocks with targets in a run, the mean, and the cost of a rank

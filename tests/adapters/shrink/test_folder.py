@@ -11,7 +11,8 @@ from shrink_fixtures import batches, dense
 
 import petl
 from petl import testing
-from petl.adapters.shrink.folder import WIDTHS, write_widths
+from petl.adapters.shrink.folder import write_widths
+from petl.core.model.widths import FILE as WIDTHS
 from petl.errors import InputError
 
 SETTINGS = {"sparsity": 0.4, "multiple": 4}
@@ -59,8 +60,7 @@ def test_a_fresh_process_computes_the_same(name, widths, heads, tmp_path):
 @pytest.mark.parametrize("widths", ["even", "by_block"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "bart", "phi3", "bloom"])
 def test_a_folder_loads_with_the_same_weights(name, widths, tmp_path):
-    if name == "bloom":
-        widths = "by_block"
+    widths = "by_block" if name == "bloom" else widths
     model = dense(name).to(torch.bfloat16)
     small = petl.shrink(model, batches(model), widths=widths, **SETTINGS).model
     loaded = petl.load_shrunk(saved(small, tmp_path))

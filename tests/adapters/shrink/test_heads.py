@@ -50,7 +50,7 @@ def test_groups_with_the_largest_sums_of_scores_stay():
         n = rows.double().square().sum(0).sqrt()
         V = o.weight.double().abs() * n
         scores = (V / V.sum(0) * n).mean(0)
-        sums = [float(scores[16 * g : 16 * g + 16].sum()) for g in range(3)]  # two heads of width 8
+        sums = [scores[16 * g : 16 * g + 16].sum().item() for g in range(3)]  # two heads of width 8
         best = sorted(sorted(range(3), key=lambda g: -sums[g])[:2])
         assert kept["heads"].tolist() == [2 * g + i for g in best for i in range(2)]
 
