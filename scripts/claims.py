@@ -4,6 +4,7 @@
     python scripts/claims.py mola increlora --jobs 2 # several, in this order
     python scripts/claims.py mola --quick            # spot check: a seed, published rates
     python scripts/claims.py retain                  # curves of what is lost
+    python scripts/claims.py shrink                  # widths and ranks by importance
     python scripts/claims.py --list                  # the claims
     python scripts/claims.py --publish runs/claims   # results of a folder into the pages
 
@@ -21,7 +22,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
 
-from claims import retain
+from claims import retain, shrink
 from claims.catalog import CLAIMS
 from claims.claim import Claim
 from claims.page import listing, spot_table, summary
@@ -35,6 +36,7 @@ from petl.errors import InputError, did_you_mean
 from petl.experiments.reports.formatting import echo
 from petl.training import program as app
 
+OWN = {retain.NAME: retain, shrink.NAME: shrink}  # claims with a module of their own
 ASSETS = Path(__file__).resolve().parents[1] / "docs/assets/claims"
 
 
@@ -46,13 +48,13 @@ def main() -> int:
 
 
 def run_all(arguments: argparse.Namespace) -> None:
-    """Try the claim of curves, which has no statements, and then the others."""
-    if retain.NAME in arguments.names:
-        arguments.names.remove(retain.NAME)
-        retain.run(arguments.folder.absolute(), jobs=arguments.jobs, quick=arguments.quick)
-        if not arguments.names:
-            return
-    run(arguments)
+    """Try the claims that have no statements, and then the others."""
+    own = [name for name in arguments.names if name in OWN]
+    for name in own:
+        OWN[name].run(arguments.folder.absolute(), jobs=arguments.jobs, quick=arguments.quick)
+    arguments.names = [name for name in arguments.names if name not in OWN]
+    if arguments.names or not own:
+        run(arguments)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -105,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = command_line.add_argument
-    add("names", metavar="NAME", nargs="*", help=", ".join([*CLAIMS, retain.NAME]))
+    add("names", metavar="NAME", nargs="*", help=", ".join([*CLAIMS, *OWN]))
     add(
         "--folder",
         type=folder_to_write,

@@ -28,19 +28,19 @@ PACKAGE = ROOT / "petl"
 BUDGETS = {
     "system": 3750,
     "ops": 3300,
-    "core": 13390,
+    "core": 13410,
     "efficiency": 8300,
     "data": 16500,
     "training": 16450,
     "methods": 18200,
-    "adapters": 8630,
+    "adapters": 8990,
     "generation": 7450,
-    "experiments": 6700,
-    "cli": 4350,
+    "experiments": 6835,
+    "cli": 4445,
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 14350, "tests": 79710}
+OTHERS = {"scripts": 14525, "tests": 79890}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 

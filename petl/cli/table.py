@@ -49,6 +49,8 @@ ROLES, VECTOR_DTYPES = ("query", "document"), ("float32", "float16", "int8", "bi
 BATCH = 8  # prompts of a file at a time
 API_KEY = "PETL_API_KEY"  # environment variable; words of a command are seen by all users
 NO_DRAFTS = "none"  # the value of --drafter for plain decoding
+# as in petl.adapters.shrink and petl.ranks, which import torch
+WIDTHS, METRICS = ("even", "by_block"), ("angular", "cosine", "mse", "mae")
 PETL, LLAMA = "petl", "llama.cpp"  # engines; the first serves all methods
 TRAIN_USAGE = "petl train [-m] [--config-dir DIR] +method=NAME [GROUP=NAME ...] [SETTING=VALUE ...]"
 
@@ -732,6 +734,48 @@ class MergeOptions(CheckOptions):
         "dtype of the merged model (default: that of the base; bfloat16 rounds the sum)",
         ("float32", "bfloat16"),
     )
+
+
+@command("shrink", "shrink:shrink")
+class ShrinkOptions(LoadOptions):
+    """Make a model smaller: prune MLP channels, recover with a LoRA, merge.
+
+      petl shrink runs/mine smaller --sparsity 0.3
+      petl shrink runs/mine smaller --sparsity 0.5 --heads --recover 500 --rank 16
+      petl shrink MODEL smaller --data reviews.csv data.label=stars
+
+    RUN is the folder of a run, whose adapter is merged first, or of a model, to which --data gives
+    rows. One forward pass over 128 training rows chooses the channels. Then a LoRA is trained on
+    the training rows, with more rank in more important blocks, and merged. OUT is a plain model
+    with shrink.json, README and page, which AutoModel...from_pretrained(OUT) loads; with --widths
+    by_block, petl.load_shrunk(OUT). The model is scored on the test rows as it was, shrunk and
+    recovered. OUT.train has the recovery, with which the same command goes on after an
+    interruption.
+    """
+
+    run: str = argument("folder of a run, or of a model", saved_model)
+    out: Path = argument("folder to write: new or empty", new_folder_to_write())
+    overrides: list[str] = argument(
+        "settings of `petl train` for a model, such as data.label=NAME",
+        default=[],
+        metavar="SETTING",
+        nargs="*",
+    )
+    sparsity: float = option(
+        "share of the MLP channels to remove", number(float, 0, 1, above=True), 0.3
+    )
+    widths: str = choice("channels of the blocks: equal, or by importance", WIDTHS, "even")
+    multiple: int = option("of which the numbers of channels are multiples", COUNT, 8)
+    heads: bool = switch("also remove heads of attention, the same number in every block")
+    metric: str = choice("of the importance of blocks", METRICS, "angular")
+    bias_correction: bool = switch("add what is removed, on average, to biases")
+    recover: int | None = option(
+        "optimizer steps of the recovery, 0 for none (default: as many as the run had)",
+        number(int, 0, 10**9),
+        metavar="STEPS",
+    )
+    rank: int = option("mean rank of the recovery's LoRA", COUNT, 8)
+    data: Path | None = option("of a model: the file with its rows", file_to_read, metavar="FILE")
 
 
 @command("export", "commands:export")

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from petl.core.lifecycle import lifecycle
 from petl.core.model.modes import without_cache
@@ -152,7 +153,7 @@ class Evaluator:
         batch_size: rows of a forward pass of a process.
     """
 
-    model: PeftModel
+    model: PreTrainedModel | PeftModel
     splits: Splits
     accelerator: Accelerator
     batch_size: int
@@ -189,6 +190,8 @@ class Evaluator:
 
     def _extra_metrics(self) -> dict[str, float]:
         """Return the metrics of the extra losses of the model over the first test rows."""
+        if not isinstance(self.model, PeftModel):  # without an adapter it has no such losses
+            return {}
         splits, accelerator, life = self.splits, self.accelerator, lifecycle(self.model)
         # those metrics call single layers, which are not gathered in a sharded model
         if not life.losses or is_sharded(self.model):

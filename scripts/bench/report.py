@@ -28,6 +28,7 @@ TITLES = {
     "drafting": "answers with drafts, relative to plain decoding",
     "start-up": "start of a process",
     "job": "whole jobs, one process each",
+    "shrink": "forward pass of a shrunk model, relative to the dense one's",
     "watch": "training step under petl.watch after its first steps, relative to without",
 }
 ITSELF = "floor"  # the row that times the lower bound against itself
@@ -55,6 +56,9 @@ LABELS = {
     "B / position": "bytes on disk per position",
     "goal kernels": "goal: kernel launches",
     "goal base": "goal: time / base",
+    "time / passes": "petl.shrink / forward passes over its rows",
+    "goal dense": "goal: time / dense",
+    "goal passes": "goal: petl.shrink / forward passes",
     "goal speed": "goal: speed",
     "goal speed / plain base": "goal: speed / plain base",
     "goal 8 adapters": "goal: 8 adapters",
@@ -86,6 +90,8 @@ GOALS = {  # and the values they bound
     "goal kept / LoRA": "kept / LoRA",
     "goal peak / LoRA": "peak / LoRA",
     "goal base": "time / base",
+    "goal dense": "time / dense",
+    "goal passes": "time / passes",
     "goal plain": "time / plain merging",
     "goal saved": "saved / inner",
     "goal speed": "speed",

@@ -22,6 +22,7 @@ from bench import (
     peers,
     scale,
     serve,
+    shrunk,
     start_up,
     together,
     unet,
@@ -109,7 +110,18 @@ def run(
 
 
 # sections that measure all shapes, not the first one only
-EACH = ("step", "small", "bf16", "file", "peak", "generate", "frozen", "together", "peers")
+EACH = (
+    "step",
+    "small",
+    "bf16",
+    "file",
+    "peak",
+    "generate",
+    "frozen",
+    "together",
+    "peers",
+    "shrink",
+)
 
 
 def _measures(
@@ -144,6 +156,7 @@ def _measures(
         "peers": lambda shape: peers.measure(shape, rounds, settings.peers),
         "drafting": lambda shape: drafting.measure(settings.drafts, progress),
         "together": lambda shape: together.measure(rows, shape, rounds),
+        "shrink": lambda shape: shrunk.measure(shape, fewer),
         "watch": lambda shape: watched.measure(shape, rounds),
     }
 

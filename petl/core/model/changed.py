@@ -2,7 +2,8 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +38,25 @@ def changed_copy(model: M, changes: Mapping[int, object]) -> M:
     return copied
 
 
+@contextmanager
+def changed_class(cls: type[Any], change: Callable[[Any], None]) -> Generator[type[Any]]:
+    """Yield a class that builds models of `cls` and changes them before weights are read.
+
+    Models that were loaded by it in the block have the class `cls` after it.
+    """
+    made = []
+
+    def init(self: Any, *args: object, **kwargs: object) -> None:
+        cls.__init__(self, *args, **kwargs)
+        change(self)
+        made.append(self)
+
+    # under the same name, from which transformers chooses the loss
+    yield type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
+    for model in made:
+        model.__class__ = cls
+
+
 def load_changed(
     config: PretrainedConfig, folder: Path, change: Callable[[Any], None], file: str
 ) -> PreTrainedModel:
@@ -52,21 +72,15 @@ def load_changed(
         InputError: the folder has other tensors than the changed model.
     """
     cls = model_class(config, folder)
-
-    def init(self: Any, *args: object, **kwargs: object) -> None:
-        cls.__init__(self, *args, **kwargs)
-        change(self)
-
-    # under the same name, from which transformers chooses the loss
-    changed: Any = type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
     try:
-        model, report = changed.from_pretrained(
-            str(folder),
-            config=config,
-            output_loading_info=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are in the report, and raise below
-        )
+        with changed_class(cls, change) as changed:
+            model, report = changed.from_pretrained(
+                str(folder),
+                config=config,
+                output_loading_info=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are in the report, and raise below
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder} cannot be loaded: {first_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -76,7 +90,6 @@ def load_changed(
                 f"{folder} does not fit {cls.__name__} and its {file}: {kind.replace('_', ' ')}, "
                 f"such as {first}"
             )
-    model.__class__ = cls
     return model.eval()
 
 

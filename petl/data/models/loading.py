@@ -16,14 +16,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.auto_factory import _get_model_class
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import SAFE_WEIGHTS_NAME, find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
+from petl.core.model.changed import changed_class
+from petl.core.model.widths import put_widths, read_widths
 from petl.core.parameters import max_positions, within_memory
 from petl.core.types import Fields
 from petl.data.models.quantization import keep_gradients, quantization_config
 from petl.data.models.sources import (
+    Folder,
     HubModel,
     ModelSource,
     RandomInit,
@@ -245,6 +249,8 @@ def meta_model(
     trusted = source.options()["trust_remote_code"]
     with torch.device("meta"):
         model = task.auto_class.from_config(config, trust_remote_code=trusted, **settings)
+        if isinstance(source, Folder):
+            put_widths(model, read_widths(source.where()), source.where())
     model.petl_new_modules = outermost_modules(model, head_keys(model, task))
     return model
 
@@ -291,15 +297,16 @@ def pretrained_model(
             **settings,
             **quantization_settings(source.quantization, task, config, source, settings),
         }
-    model, report = task.auto_class.from_pretrained(
-        source.where(),
-        config=config,
-        output_loading_info=True,
-        use_safetensors=True,  # other formats can contain code
-        ignore_mismatched_sizes=True,  # a head for another number of classes is replaced
-        **source.options(),
-        **settings,
-    )
+    with loader_of(task, config, source) as loader:
+        model, report = loader.from_pretrained(
+            source.where(),
+            config=config,
+            output_loading_info=True,
+            use_safetensors=True,  # other formats can contain code
+            ignore_mismatched_sizes=True,  # a head for another number of classes is replaced
+            **source.options(),
+            **settings,
+        )
     # a mismatch in the head is expected, in the body it means another model
     mismatched = {key for key, *_ in report["mismatched_keys"]}
     missing = set(report["missing_keys"]) | mismatched
@@ -322,6 +329,22 @@ def pretrained_model(
     if getattr(model, "hf_quantizer", None) is not None:
         keep_gradients(model)
     return model
+
+
+@contextmanager
+def loader_of(task: Task, config: PretrainedConfig, source: ModelSource) -> Generator[Any]:
+    """Yield what loads a pretrained model; with widths.json, a class with layers of these widths.
+
+    Models that it has loaded are of the usual class afterwards.
+    """
+    widths = read_widths(source.where()) if isinstance(source, Folder) else {}
+    if not widths:
+        yield task.auto_class
+        return
+    # the auto class builds models of one class for each config
+    cls = _get_model_class(config, task.auto_class._model_mapping)
+    with changed_class(cls, lambda model: put_widths(model, widths, source.where())) as loader:
+        yield loader
 
 
 def quantization_settings(

@@ -1,0 +1,164 @@
+"""petl shrink: from a run or a model to a smaller plain model, with a recovery that resumes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from training_fixtures import train
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import petl
+from petl.adapters.export.saved_adapter import find
+from petl.cli import main
+from petl.cli import shrink as command
+from petl.data.models.loading import load_base
+from petl.errors import RunStopped
+from petl.training.program import WrappedError
+
+pytest_plugins = ["export_fixtures", "training_fixtures"]
+CLASSIFIER = AutoModelForSequenceClassification
+IDS = torch.tensor([[2, 5, 9, 12, 7, 3], [2, 8, 13, 4, 15, 3]])
+
+
+def run(*words):
+    return main.main([*map(str, ("shrink", *words))])
+
+
+def record(folder):
+    return json.loads((folder / "shrink.json").read_text())
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def dense_of(path):
+    saved = find(path)
+    return saved.model().merge_and_unload().eval()
+
+
+def silenced(dense, blocks):
+    """The dense model with the down columns of dropped channels set to 0."""
+    for block in blocks:
+        down = dense.get_submodule(block["path"]).output.dense
+        dropped = [j for j in range(block["width"]) if j not in block["channels"]]
+        down.weight.data[:, dropped] = 0
+    return dense
+
+
+def test_a_run_becomes_a_plain_model_that_stock_classes_load(lora_run, tmp_path, capsys):
+    out = tmp_path / "small"
+    assert run(lora_run.path, out, "--sparsity", 0.5, "--recover", 0) == 0
+    found = record(out)
+    assert [len(block["channels"]) for block in found["blocks"]] == [24, 24]
+    small = CLASSIFIER.from_pretrained(out)
+    assert small.config.intermediate_size == 24
+    assert small.config.id2label == {0: "beast", 1: "color", 2: "tool"}
+    assert AutoTokenizer.from_pretrained(out)("the cat")["input_ids"][0] == 2
+    expected = logits(silenced(dense_of(lora_run.path), found["blocks"]))
+    torch.testing.assert_close(logits(small), expected, atol=1e-5, rtol=1e-5)
+    assert found["parameters"][1] == sum(p.numel() for p in small.parameters())
+    assert found["scores"]["dense"]["accuracy"] == pytest.approx(
+        lora_run.scores["after"]["accuracy"]
+    )
+    assert json.loads((out / "task.json").read_text())["classes"] == ["beast", "color", "tool"]
+    printed = capsys.readouterr().out
+    for text in (printed, (out / "README.md").read_text(), (out / "shrink.html").read_text()):
+        assert f"{found['parameters'][0]:,}" in text
+        assert f"{100 * found['scores']['shrunk']['accuracy']:.1f} %" in text
+    assert not out.with_name("small.train").exists()
+
+
+def test_the_recovery_is_a_run_with_the_ranks_of_the_dense_blocks(lora_run, tmp_path):
+    out = tmp_path / "small"
+    words = ("--sparsity", 0.4, "--widths", "by_block", "--multiple", 4)
+    assert run(lora_run.path, out, *words, "--recover", 6, "--rank", 4) == 0
+    found = record(out)
+    recovery = out.with_name("small.train") / "run"
+    scores = json.loads((recovery / "scores.json").read_text())
+    assert scores["steps"] == 6
+    assert found["scores"]["recovered"] == scores["after"]
+    importance = {block["path"]: block["importance"] for block in found["blocks"]}
+    expected = petl.ranks.allocate(importance, 4)
+    ranks = json.loads((recovery / "adapter" / "adapter_config.json").read_text())["rank_pattern"]
+    assert sorted(ranks.values()) == sorted(expected.values())
+    counts = [len(block["channels"]) for block in found["blocks"]]
+    loaded = petl.load_shrunk(out)
+    assert [layer.intermediate.dense.out_features for layer in loaded.bert.encoder.layer] == counts
+    # the small model before, with its adapter, is the one that was written
+    torch.testing.assert_close(logits(loaded), logits(dense_of(recovery)), atol=1e-5, rtol=1e-5)
+    again = load_base(find(recovery).model_at(out), find(recovery).task)
+    assert type(again).__name__ == "BertForSequenceClassification"
+    assert torch.equal(logits(again), logits(loaded))
+
+
+def test_an_interrupted_recovery_goes_on_with_the_same_command(lora_run, tmp_path, monkeypatch):
+    out, words = tmp_path / "small", ("--sparsity", 0.5, "--recover", 4)
+
+    def interrupted(cfg):
+        raise WrappedError(RunStopped("stopped by a signal", status=143))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "train", interrupted)
+        assert run(lora_run.path, out, *words) == 143
+    assert not out.exists()
+    base = out.with_name("small.train") / "model"
+    before = record(base)
+    assert run(lora_run.path, out, "--sparsity", 0.3, "--recover", 4) == 2  # another model
+    assert run(lora_run.path, out, *words) == 0
+    after = record(out)
+    assert after["blocks"] == before["blocks"]
+    assert after["seconds"] == before["seconds"]  # nothing was measured again
+    whole = tmp_path / "whole"
+    assert run(lora_run.path, whole, *words) == 0
+    small, other = (CLASSIFIER.from_pretrained(path).state_dict() for path in (out, whole))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in small.items())
+
+
+def test_a_model_takes_its_rows_from_a_file(tiny, tmp_path):
+    out, rows = tmp_path / "small", tiny.folder / "train.csv"
+    words = ("data.task=causal_lm", "data.max_length=16", "train.batch_size=8")
+    model = tiny.folder / "llama"
+    more = ("--sparsity", 0.3, "--recover", 3)
+    assert run(model, out, *words, "--data", rows, *more) == 0
+    small = AutoModelForCausalLM.from_pretrained(out)
+    assert small.config.intermediate_size == 32
+    assert {*record(out)["scores"]} == {"dense", "shrunk", "recovered"}
+    longer = train(
+        [*tiny.complete, "+method=lora", f"model.path={out}"], tmp_path / "run"
+    )  # a base for further runs
+    assert longer.scores["after"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("{model}", "{out}"), "--data FILE"),
+        (("{run}", "{out}", "--data", "{rows}"), "leave out --data"),
+        (("{run}", "{out}", "data.label=other"), "leave out data.label=other"),
+        (("{adapter}", "{out}"), "is an adapter without a run"),
+        (("{run}", "{out}", "--sparsity", "0.01"), "nothing to prune"),
+        (("{run}", "{out}", "--heads"), "head_dim"),
+        (("{run}", "{model}"), "already exists"),
+        (("{run}", "{out}", "--sparsity", "0"), "above 0"),
+    ],
+)
+def test_what_cannot_be_shrunk_is_refused(words, message, lora_run, tiny, tmp_path, capfd):
+    shutil.copytree(lora_run.path / "adapter", tmp_path / "adapter")
+    places = {
+        "model": tiny.folder / "bert",
+        "rows": tiny.folder / "train.csv",
+        "run": lora_run.path,
+        "out": tmp_path / "out",
+        "adapter": tmp_path / "adapter",
+    }
+    try:
+        status = run(*(word.format(**places) for word in words))
+    except SystemExit as error:  # of argparse
+        status = error.code
+    assert status == 2
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.train").exists()
