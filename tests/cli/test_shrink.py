@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import subprocess
 
 import pytest
 import torch
+import warm_python
 from training_fixtures import train
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -162,3 +164,37 @@ def test_what_cannot_be_shrunk_is_refused(words, message, lora_run, tiny, tmp_pa
     assert message in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.train").exists()
+
+
+STOCK = """
+import sys
+import torch
+import warm_python
+{code}
+assert "petl" not in sys.modules
+ids = torch.tensor([[2, 5, 9, 12, 7, 3], [2, 8, 13, 4, 15, 3]])
+torch.save(model(input_ids=ids).logits.detach(), "logits.pt")
+"""
+
+
+def test_the_lines_of_the_readme_load_unequal_widths_without_petl(lora_run, tmp_path):
+    out = tmp_path / "small"
+    words = ("--sparsity", 0.4, "--multiple", 4, "--recover", 0)
+    assert run(lora_run.path, out, *words, "--widths", "by_block") == 0
+    code = (out / "README.md").read_text().split("```python\n")[1].partition("```")[0]
+    (out / "stock.py").write_text(STOCK.format(code=code))
+    line = [warm_python.python(), "stock.py"]
+    subprocess.run(line, cwd=out, check=True, capture_output=True)
+    assert torch.equal(torch.load(out / "logits.pt"), logits(petl.load_shrunk(out)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_the_recovery_raises_the_score_of_the_shrunk_model(seed, tmp_path):
+    rows = ("data.train_rows=1000", "data.test_rows=1000", "train.linear_probe=false")
+    words = ["+method=lora", *rows, "train.epochs=3", f"train.seed={seed}"]
+    dense = train(words, tmp_path / "dense")
+    assert run(dense.path, tmp_path / "small", "--sparsity", 0.5) == 0
+    scores = record(tmp_path / "small")["scores"]
+    assert scores["dense"]["accuracy"] > scores["shrunk"]["accuracy"] + 0.05
+    assert scores["recovered"]["accuracy"] > scores["shrunk"]["accuracy"] + 0.05
