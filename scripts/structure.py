@@ -28,19 +28,19 @@ PACKAGE = ROOT / "petl"
 BUDGETS = {
     "system": 3750,
     "ops": 3300,
-    "core": 13410,
-    "efficiency": 8300,
-    "data": 16500,
-    "training": 16450,
-    "methods": 18200,
-    "adapters": 8990,
-    "generation": 7450,
-    "experiments": 6835,
-    "cli": 4445,
+    "core": 13900,
+    "efficiency": 8400,
+    "data": 16600,
+    "training": 16650,
+    "methods": 19100,
+    "adapters": 9000,
+    "generation": 7550,
+    "experiments": 6950,
+    "cli": 4550,
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 14535, "tests": 79920}
+OTHERS = {"scripts": 14550, "tests": 80600}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
