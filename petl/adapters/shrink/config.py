@@ -19,14 +19,14 @@ def configs_of(config: Config) -> Iterator[Config]:
     yield config
     for name in config.sub_configs:
         inner = getattr(config, name, None)
-        if isinstance(inner, PretrainedConfig):
+        if isinstance(inner, PretrainedConfig):  # it may be null
             yield from configs_of(inner)
 
 
 def width_fields(config: Config) -> Iterator[tuple[Config, str, int | list[int]]]:
     """Yield each field with a number of channels, as (config, name, value)."""
     for each in configs_of(config):
-        for name in WIDTHS:
+        for name in WIDTHS:  # BART has two of them
             if name in vars(each):
                 value = getattr(each, name)
                 # GPT-2 and its relatives mean four times the width by null
@@ -43,7 +43,7 @@ def set_widths(config: Config, new: Mapping[int, int]) -> None:
     """Replace numbers of channels in a config, by the number that stands there."""
     for each, name, value in width_fields(config):
         found = [new.get(n, n) for n in value] if isinstance(value, list) else new.get(value, value)
-        if found != value:
+        if found != value:  # null stays null
             setattr(each, name, found)
 
 
@@ -64,5 +64,6 @@ def odd_parameters(model: Any, blocks: Collection[str]) -> list[str]:
     return [
         name
         for name, p in model.named_parameters()
+        # a task may have changed the head
         if name.startswith(inside) and shapes.get(name, p.shape) != p.shape
     ]

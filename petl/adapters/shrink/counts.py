@@ -50,6 +50,7 @@ def counts_by_block(
     scale = goal / sum(ratios[path] * width for path, width in widths.items()) / multiple
     real = {path: scale * ratios[path] * width for path, width in widths.items()}
     most = {path: width // multiple for path, width in widths.items()}
+    # none could keep a multiple
     narrow = next((path for path in most if not most[path]), "")
     require(
         not narrow,

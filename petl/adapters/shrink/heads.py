@@ -96,6 +96,7 @@ def find_heads(model: Any, blocks: Collection[str], sparsity: float) -> dict[str
         )
     found = {}
     for path in blocks:
+        # of a decoder behind an encoder two, and cross-attention shares the numbers of heads
         own = [each for each in find_attention(model) if each.output.startswith(f"{path}.")]
         heads = _heads_of(model, own[0]) if len(own) == 1 else None
         if heads is None:
@@ -115,7 +116,7 @@ def find_heads(model: Any, blocks: Collection[str], sparsity: float) -> dict[str
 def _heads_of(model: Any, info: Any) -> Heads | None:
     """Return the heads of an attention; None if it has another form."""
     paths = [info.query, info.key, info.value, info.output]
-    if not info.head_width or None in paths:
+    if not info.head_width or None in paths:  # one layer for all three, or unknown names
         return None
     layers = [model.get_submodule(path) for path in paths]
     if any(type(layer) not in LINEAR_KINDS for layer in layers):
@@ -123,6 +124,7 @@ def _heads_of(model: Any, info: Any) -> Heads | None:
     q, k, v, o = map(shape_of, layers)
     queries, groups = o.in_features // info.head_width, k.out_features // info.head_width
     is_known = q.out_features == o.in_features and k.out_features == v.out_features
+    # a gate beside the queries, as in Qwen3-Next, makes them wider
     if not is_known or not groups or queries % groups:
         return None
     return Heads(*paths, info.head_width, queries, groups)

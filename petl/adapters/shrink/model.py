@@ -152,6 +152,7 @@ class Plan:
             UnsupportedError: as of `shrink`.
         """
         name = type(model).__name__
+        # adapted layers would be cut without their adapters
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise UnsupportedError(
                 f"{name} has an adapter on it; merge it first (merge_and_unload(), `petl merge`)"

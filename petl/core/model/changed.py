@@ -53,6 +53,7 @@ def changed_class(cls: type[Any], change: Callable[[Any], None]) -> Generator[ty
 
     # under the same name, from which transformers chooses the loss
     yield type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
+    # models of the derived class could not be pickled
     for model in made:
         model.__class__ = cls
 
