@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from petl.data.tasks.base import Task
 
 ROLE = "role"  # of texts that are queries and documents
-WORDS = re.compile(r"\w+")
+# between or before numbers these are no punctuation: 12 - 7 is not 12 / 7, and -5 is not 5
+OPERATORS = re.compile(r"[-*/](?=\s*\d)")
+SIGNS = {"-": "\u2212", "*": "\u00d7", "/": "\u00f7"}  # which are symbols
 PERMUTATIONS, SHINGLE = 128, 3  # of MinHash; words of a shingle
 RECALL = (0.1, 0.9)  # weights of candidates that are not similar, and of misses
 CONTENT = ("sha256", "pixels")  # columns of images and sounds, whose paths may differ
@@ -207,6 +210,31 @@ def input_text(row: Mapping[str, object]) -> str:
     return "\x1f".join(values)
 
 
+class _Kept(dict[int, str]):
+    """What each character of a text becomes, by its code: computed once each."""
+
+    def __missing__(self, code: int) -> str:
+        letter = chr(code)
+        # letters with their marks, numbers, symbols; identifiers have underscores
+        match unicodedata.category(letter)[0]:
+            case "L" | "M" | "N":
+                self[code] = letter
+            case "S":
+                self[code] = f" {letter} "
+            case _:
+                self[code] = "_" if letter == "_" else " "
+        return self[code]
+
+
+KEPT = _Kept()
+
+
 def normalized(text: str) -> str:
-    """The words of a text in lower case; the text itself if it has none."""
-    return " ".join(WORDS.findall(text.casefold())) or text
+    """The words and symbols of a text in lower case; the text itself if it has none.
+
+    Characters that are one in Unicode are one: letters may be composed with their marks or not.
+    """
+    # caseless matching of canonically equal texts (The Unicode Standard, section 3.13)
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFD", text).casefold())
+    signs = OPERATORS.sub(lambda found: SIGNS[found[0]], folded)
+    return " ".join(signs.translate(KEPT).split()) or text

@@ -1,5 +1,6 @@
 """Retained texts: those that petl brings, those of files, and those of other data of petl."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from importlib import import_module
@@ -19,6 +20,7 @@ BUNDLED = "bundled"
 FILE = Path(__file__).with_name("texts.jsonl")
 COLUMN = "text"
 MOST = 100_000  # texts of other data that are read
+WORDS = re.compile(r"\w+")
 CHARACTERS = 4  # of a token, about: the length of passages of a text that other data pack
 
 
@@ -85,8 +87,10 @@ def halves(texts: Iterable[str]) -> tuple[list[str], list[str]]:
     """Divide texts in two by a hash of their words, so that equal ones are on one side."""
     sides: tuple[list[str], list[str]] = ([], [])
     for text in texts:
-        # of the words, so that the same text in capitals is on the same side
-        sides[sha256(normalized(text).encode()).digest()[0] & 1].append(text)
+        # of the words, so that the same text in capitals is on the same side; without symbols, so
+        # that what a finished run replayed is on the side where it was
+        words = " ".join(WORDS.findall(normalized(text))) or text
+        sides[sha256(words.encode()).digest()[0] & 1].append(text)
     return sides
 
 
