@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, TrainableTokensLayer
 from petl.errors import InputError, UnsupportedError
@@ -78,7 +78,12 @@ def max_positions(model: PreTrainedModel) -> int | None:
             # RoBERTa and its relatives number positions from after the padding entry
             skipped = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - skipped
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions_in(model.config)
+
+
+def positions_in(config: PretrainedConfig) -> int | None:
+    """The maximum number of tokens of a sequence that a config names; None: it names none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from petl.core.parameters import max_positions
 from petl.core.types import base_of
 from petl.training.retain import drift
 from petl.training.retain.drift import Drift
@@ -38,7 +39,7 @@ def retained(
         texts: plain texts.
         tokenizer: of the model, or its processor.
         base: the model to compare with; None: `model` without its adapters.
-        max_length: tokens of a text, at least 2.
+        max_length: tokens of a text, at least 2; no more than the model has positions.
         batch_size: texts in a pass.
 
     Raises:
@@ -62,13 +63,13 @@ def measured(
     batch_size: int = 8,
 ) -> tuple[Retained | Drift, list[RetainedRow]]:
     """Return what `retained` does, and the encoded texts."""
+    length = longest_for(tokenizer, max_length, max_positions(base_of(model)))
     # a model without a vocabulary has no loss on texts
     if not writes(model):
-        length = longest_for(tokenizer, max_length)
         rows = encode_texts(texts, tokenizer, length, special=True)
         of_texts = drift.of_texts(rows, tokenizer, batch_size)
         return drift.compare(model, of_texts, base=base), rows
-    rows = encode_texts(texts, tokenizer, max_length)
+    rows = encode_texts(texts, tokenizer, length)
     return compare(model, rows, tokenizer, base=base, batch_size=batch_size), rows
 
 

@@ -185,9 +185,22 @@ def tokenizer_of(given: PreTrainedTokenizerBase | Processor) -> PreTrainedTokeni
     return given if isinstance(given, PreTrainedTokenizerBase) else given.tokenizer
 
 
-def longest_for(tokenizer: PreTrainedTokenizerBase | Processor, max_length: int) -> int:
-    """Return `max_length`, or what a model with positions of its own reads at most."""
-    return min(max_length, tokenizer_of(tokenizer).model_max_length)
+def longest_for(
+    tokenizer: PreTrainedTokenizerBase | Processor, max_length: int, positions: int | None
+) -> int:
+    """Return `max_length`, or what a model reads at most.
+
+    Args:
+        positions: that the model has; None: any number.
+    """
+    most = min(tokenizer_of(tokenizer).model_max_length, positions or max_length)
+    if most < max_length:
+        logger.info(
+            "retained texts are cut to the %d tokens that the model reads, not to %d",
+            most,
+            max_length,
+        )
+    return min(most, max_length)
 
 
 def encode_texts(

@@ -14,10 +14,13 @@ from typing import Any, cast
 
 from peft import TaskType
 
+from petl.core.parameters import positions_in
 from petl.core.registry import build_config
 from petl.core.support import Capability
 from petl.core.types import Batch, Fields, Record
+from petl.core.types import Processor as AnyProcessor
 from petl.data.base import as_dataset, read_data
+from petl.data.models.sources import read_source
 from petl.data.overlap import TrainingInputs
 from petl.data.streaming import StreamedRows
 from petl.errors import InputError
@@ -177,6 +180,7 @@ class Retaining(RunFeature):
                 f"retain.mix={own.mix:g} chooses the rows of each batch, as data.order does: leave "
                 "one of them out"
             )
+        longest = self._longest(rows.processor)
         if own.mix_data is None:
             _, texts = halves(texts_of(own.data, DATA, own.max_length))
         else:
@@ -189,7 +193,12 @@ class Retaining(RunFeature):
                 f"retain.mix={own.mix:g} has no text that is not measured: give more, or other "
                 "ones, in retain.mix_data"
             )
-        return with_texts(rows, encode_texts(texts, rows.processor, own.max_length), own.mix)
+        return with_texts(rows, encode_texts(texts, rows.processor, longest), own.mix)
+
+    def _longest(self, processor: AnyProcessor) -> int:
+        """Return how many tokens of a text are read: no more than the model has positions."""
+        positions = positions_in(read_source(self.groups["model"]).config())
+        return longest_for(processor, self.settings.max_length, positions)
 
     def _measured(self) -> list[str]:
         """Return the texts that may be measured."""
@@ -256,18 +265,15 @@ class Retaining(RunFeature):
                     "%d retained texts are training rows, and are left out", len(texts) - len(kept)
                 )
             texts = kept
+        length = self._longest(splits.processor)
         # no more than may be measured: a file may have millions
         rows = encode_texts(
-            texts[: most or MOST],
-            splits.processor,
-            longest_for(splits.processor, own.max_length),
-            special=self.kind == "features",
+            texts[: most or MOST], splits.processor, length, special=self.kind == "features"
         )
         # a number that is set by hand is measured whatever it costs
         if most is not None:
             self.rows = rows
             return ""
-        length = own.max_length
         while True:
             shorter = [RetainedRow(row.text, row.ids[:length]) for row in rows]
             self.rows = within(shorter, affordable)

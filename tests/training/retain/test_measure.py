@@ -12,6 +12,8 @@ from tiny_tokenizers import byte_tokenizer
 from transformers import (
     BertConfig,
     BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -25,6 +27,7 @@ from petl.data.tasks.retrieval import Retrieval
 from petl.errors import UnsupportedError
 from petl.training.retain.measure import Processes
 
+pytest_plugins = ["training_fixtures"]
 TEXTS = [("the quick brown fox " * 3)[: 5 + 7 * n] + str(n) for n in range(9)]
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3}
@@ -238,6 +241,25 @@ def test_what_cannot_be_measured_is_refused(tokenizer):
     model.merge_adapter()
     with pytest.raises(petl.InputError, match="unmerge_adapter"):
         petl.retained(model, TEXTS, tokenizer)
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_texts_are_cut_to_the_positions_of_the_model(writes, tokenizer, petl_log):
+    if writes:
+        sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2}
+        base = GPT2LMHeadModel(GPT2Config(vocab_size=272, n_positions=24, **sizes))
+        config = {"task_type": "CAUSAL_LM"}
+    else:
+        sizes = {**SIZES, "num_attention_heads": 4, "max_position_embeddings": 24}
+        base = BertModel(BertConfig(vocab_size=272, **sizes))
+        config = {"task_type": "FEATURE_EXTRACTION", "target_modules": ["query"]}
+    model = testing.stir(petl.wrap(base, "lora", **config))
+    found = petl.retained(model, TEXTS, tokenizer)
+    assert "cut to the 24 tokens" in petl_log.text
+    petl_log.clear()
+    assert found == petl.retained(model, TEXTS, tokenizer, max_length=24)
+    assert "are cut" not in petl_log.text
+    assert found.change != 0
 
 
 def test_a_processor_for_images_and_text_gives_its_tokenizer():

@@ -6,7 +6,9 @@ from itertools import chain, islice
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_fixtures import train
+from task_fixtures import TEMPLATE
+from training_fixtures import train, words, write_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from petl.cli.main import main
 from petl.data.batch_sampler import StepSampler
@@ -231,3 +233,21 @@ def test_long_texts_of_other_data_are_measured_in_passages(families, tmp_path):
     other += f" retain.data.test={tmp_path}/play.jsonl retain.data.task=causal_lm"
     run = train([*words, *other.split(), "retain.max_length=8"], tmp_path / "run")
     assert run.scores["retained"]["rows"] == 9
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "regression"])
+def test_long_texts_are_cut_to_the_positions_of_the_model(task, families, tmp_path, petl_log):
+    file, sizes = tmp_path / "long.jsonl", {"n_embd": 32, "n_layer": 1, "n_head": 2}
+    file.write_text("".join(f"{json.dumps({'text': f'{text} ' * 9})}\n" for text in TEXTS))
+    given = families(task, "+method=lora", "train.linear_probe=false", f"retain.data={file}")
+    given += ["retain.rows=12", "train.steps=2", "train.eval_steps=null"]
+    if task == "causal_lm":
+        ends = {"bos_token_id": 2, "eos_token_id": 3}
+        config = GPT2Config(vocab_size=len(words()), n_positions=40, **sizes, **ends)
+        chat = {"cls_token": "[CLS]", "chat_template": TEMPLATE}
+        write_model(tmp_path / "gpt2", GPT2LMHeadModel, config, **chat)
+        given += [f"model.path={tmp_path}/gpt2", "retain.mix=0.25"]
+    positions = 40 if task == "causal_lm" else 32
+    run = train([*given, "train.validation_share=null"], tmp_path / "run")
+    assert f"are cut to the {positions} tokens that the model reads" in petl_log.text
+    assert run.scores["retained"]["rows"] == (12 if task == "regression" else 6)
