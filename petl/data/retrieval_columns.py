@@ -62,6 +62,7 @@ class RetrievalColumns(TaskColumns):
 
     shapes: ClassVar[Mapping[str, Shape]] = SHAPES
     own_settings = ("query", "positive", "negatives", "text", "label", "loss", *FIELDS, *TEST_SET)
+    to_predict = ("text",)
 
     def __init__(self, settings: ColumnSettings, *, labeled: bool = True) -> None:
         super().__init__(settings, labeled=labeled)
@@ -217,6 +218,7 @@ class RerankingColumns(RetrievalColumns):
 
     shapes = RERANKED
     own_settings = ("query", "positive", "negatives", "loss", *TEST_SET)
+    to_predict = ("query", "positive")
 
     def choose(self, present: Iterable[str], origin: str) -> list[str]:
         """Return the columns to read; to predict, those of queries and documents."""

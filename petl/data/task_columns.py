@@ -151,6 +151,8 @@ class TaskColumns(ABC):
     """
 
     own_settings: ClassVar[tuple[str, ...]]  # settings that only some tasks use, this one included
+    # of these, those that rows without labels are read by; empty: all
+    to_predict: ClassVar[tuple[str, ...]] = ()
     has_test_set = False  # settings of the task name test rows
     reads_images: ClassVar[bool] = False  # parts of turns may be images
     of_run = False  # the rows are for the task of a finished run, and for no other

@@ -124,7 +124,8 @@ def predict_files(
     """
     output.check(names)
     task = saved.saved_task
-    columns, listed = data_settings(saved.columns, task, settings), printable(", ".join(names))
+    columns = data_settings(saved.columns, task, settings, labels=False)
+    listed = printable(", ".join(names))
     checked = ProgressItems(
         read_inputs(names, task, columns), f"reading {listed}", unit="rows", quiet=True
     )

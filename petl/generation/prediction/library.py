@@ -67,7 +67,7 @@ def predict(
             other_base=other_base,
         )
     names, rows = files_or_rows(data)
-    settings = data_settings(predictor.columns, predictor.task, words_of(columns))
+    settings = data_settings(predictor.columns, predictor.task, words_of(columns), labels=False)
     inputs = list(read_inputs(names, predictor.task, settings, rows=rows, setting="data"))
     with Pass("predicting", len(inputs), unit="rows") as progress:
         windows = predicted(predictor, inputs, progress.advance)

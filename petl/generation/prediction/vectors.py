@@ -5,6 +5,7 @@ N texts, D numbers of a vector.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -35,6 +36,7 @@ from petl.generation.inference.loading import find_model
 from petl.generation.prediction.columns import data_settings
 from petl.generation.prediction.predictor import Predictor
 from petl.ops.retrieval import pool, top_k
+from petl.system.collectives import shared_out
 from petl.system.files.disk import atomic_file
 from petl.system.progress import ProgressItems
 from petl.training.dataloader import longest_first, to_device
@@ -135,6 +137,18 @@ def vectors_of(predictor: Predictor, texts: Sequence[str], role: str, size: int)
         raise another_task(task)
     with predictor.autocast():
         return vectors(predictor.model, task, predictor.processor, texts, role, size)
+
+
+def divided(predictor: Predictor, texts: Sequence[str], role: str, size: int) -> np.ndarray:
+    """The vectors of texts, of which each process computes a part; on every process all of them."""
+    processes = predictor.accelerator.num_processes
+    parts = shared_out(
+        [partial(vectors_of, predictor, texts[i::processes], role, size) for i in range(processes)]
+    )
+    found = np.empty((len(texts), parts[0].shape[1]), np.float32)
+    for i, part in enumerate(parts):
+        found[i::processes] = part
+    return found
 
 
 def vectors(
@@ -250,8 +264,10 @@ def write_vectors(
     ranges = [] if out.calibrate is None else texts_of(saved, [out.calibrate], settings)
     predictor = Predictor.of(saved, batch_size)
     size = predictor.batch_size
-    found = vectors_of(predictor, texts, out.role, size)
-    calibration = vectors_of(predictor, ranges, out.role, size) if ranges else None
+    found = divided(predictor, texts, out.role, size)
+    calibration = divided(predictor, ranges, out.role, size) if ranges else None
+    if not predictor.accelerator.is_main_process:
+        return
     values = quantized(found, out.dtype, calibration)
     with atomic_file(out.file) as opened:
         if out.file.suffix == ".npy":
@@ -301,7 +317,7 @@ def rows_of(
     task = saved.saved_task
     if not isinstance(task, Retrieval):
         raise another_task(task)
-    columns = data_settings(saved.columns, task, settings)
+    columns = data_settings(saved.columns, task, settings, labels=False)
     for name in names:
         if Path(name).expanduser().is_dir():
             for passage in passages("FILE", name):

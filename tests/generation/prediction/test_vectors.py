@@ -1,6 +1,8 @@
 """Vectors of texts: of a run, of its merged folder in sentence-transformers, in fewer bits."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -134,6 +136,38 @@ def test_fewer_bits_are_those_of_sentence_transformers():
     assert np.array_equal(quantized(values, "int8", others), given)
     assert np.array_equal(quantized(values, "binary"), theirs(values, "ubinary"))
     assert quantized(values, "float16").dtype == np.float16
+
+
+def test_processes_divide_the_texts_of_a_file(run, tmp_path, monkeypatch):
+    file, predictor = tmp_path / "texts.jsonl", Predictor.load(run.path)
+    texts = [f"the {text}" for text in TEXTS] + TEXTS
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    write_vectors(find(run.path), [str(file)], VectorFile(tmp_path / "one.npy"))
+    # the collectives of a single process run the parts of all three
+    three = SimpleNamespace(num_processes=3, device=torch.device("cpu"), is_main_process=True)
+    shares = []
+    predictor.model.register_forward_pre_hook(
+        lambda module, args, given: shares.append(len(given["input_ids"])), with_kwargs=True
+    )
+    divided = replace(predictor, accelerator=three)
+    monkeypatch.setattr(Predictor, "of", lambda *given: divided)
+    write_vectors(find(run.path), [str(file)], VectorFile(tmp_path / "three.npy"))
+    assert shares == [3, 3, 2]
+    found = [np.load(tmp_path / f"{name}.npy") for name in ("one", "three")]
+    np.testing.assert_allclose(*found, atol=1e-6)
+
+
+def test_settings_of_the_run_are_refused_where_they_change_nothing(run, tmp_path):
+    file = tmp_path / "texts.jsonl"
+    file.write_text(json.dumps({"text": "a", "part": "b"}))
+    saved = find(run.path)
+    for word in ("data.query_prefix=x", "data.corpus=x", "data.loss=cosent", "data.positive=part"):
+        with pytest.raises(InputError, match=f"{word}.*a run keeps its own; there are data.text"):
+            write_vectors(saved, [str(file)], VectorFile(tmp_path / "out.npy"), [word])
+    for name in ("pooling", "document_prefix", "qrels"):
+        with pytest.raises(InputError, match=f"data.{name}=.x. is not a setting"):
+            petl.evaluate(run.path, file, columns={name: "x"})
+    assert petl.evaluate(run.path, file, columns={"positive": "part"})["queries"] == 1
 
 
 def test_files_of_vectors_and_the_search_in_them(run, tmp_path, capsys):
