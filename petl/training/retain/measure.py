@@ -43,6 +43,7 @@ FEWEST = 8  # texts with which an interval is stated
 LEVEL = 0.95
 CURVE = {"language": "retained_lost", "features": "retained_drift"}  # names in logs
 CHUNK = 2**22  # logits of a model that are computed with at a time, in float64
+LOGITS = 2**27  # of a pass at most, unless one row has more: half a gigabyte in float32
 logger = logging.getLogger(__name__)
 Found = TypeVar("Found")
 
@@ -438,7 +439,11 @@ def _batches(
     processes: Processes,
 ) -> Generator[tuple[list[int], Batch, Tensor]]:
     pad = tokenizer_of(tokenizer).pad_token_id or 0
-    for numbers in by_length([len(row.ids) for row in rows], batch_size, processes):
+    lengths = [len(row.ids) for row in rows]
+    # those of a large vocabulary would take more memory than a step of training
+    of_row = max(lengths) * getattr(base_of(model).config.get_text_config(), "vocab_size", 1)
+    size = min(batch_size, max(1, LOGITS // of_row))
+    for numbers in by_length(lengths, size, processes):
         yield numbers, *batch_of([rows[number] for number in numbers], model, pad)
 
 

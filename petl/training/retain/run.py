@@ -50,6 +50,7 @@ SHARE = 0.03  # of a run's cost, unless the number of texts is set
 # comparison of all logits (measured: 1.5 with a vocabulary that is large for the model)
 COST = {"language": 2.0, "features": 1.0}
 MOST, FEWEST, SHORTEST = 256, 32, 64  # texts, and tokens of a text
+TEXTS = "texts of {} tokens"  # what is measured, in words
 SAMPLE = 1000  # rows whose lengths are looked at
 DATA, MIX_DATA = "retain.data", "retain.mix_data"
 BATCH_SIZE = 8
@@ -221,12 +222,11 @@ class Retaining(RunFeature):
             return fields
         self.kind = "language" if splits.task.peft_task_type in WRITES else "features"
         if splits.task.reads_text:
-            note = self._choose(splits, setup.config.train)
-            if note and setup.run is None:
-                setup.notes.append(note)
-            self.note = note
+            self.note = self._choose(splits, setup.config.train)
         else:
-            self.other = OtherRows.of(own.data, splits, own.rows or MOST)
+            self.note = self._choose_other(splits, setup.config.train)
+        if self.note and setup.run is None:
+            setup.notes.append(self.note)
         config = build_config(**fields)
         if setup.run is not None and self.is_measured and not has_base(config):
             assert setup.accelerator is not None
@@ -256,7 +256,7 @@ class Retaining(RunFeature):
         affordable = SHARE / COST[self.kind] * trained_tokens(splits, train)
         # the shortest that the bundled texts are cut to: no text need be read to know
         if most is None and own.data == BUNDLED and affordable < FEWEST * SHORTEST:
-            return too_few(int(affordable // SHORTEST), SHORTEST)
+            return too_few(int(affordable // SHORTEST), TEXTS.format(SHORTEST))
         texts = self._measured()
         if splits.inputs is not None:
             kept = [text for text in texts if text not in splits.inputs]
@@ -281,10 +281,24 @@ class Retaining(RunFeature):
             if len(self.rows) >= min(FEWEST, len(rows)):
                 return ""
             if length <= SHORTEST:
-                note = too_few(len(self.rows), length)
+                note = too_few(len(self.rows), TEXTS.format(length))
                 self.rows = ()
                 return note
             length = max(SHORTEST, length // 2)
+
+    def _choose_other(self, splits: Splits, train: TrainConfig) -> str:
+        """Choose the rows that are no texts, as `_choose`."""
+        most = self.settings.rows
+        if most is None and self.settings.measures_curve:
+            most = MOST
+        if most is None:
+            # rows of images, and about those of sounds, are of one size
+            trained = splits.sampler(train).steps * train.batch_size
+            most = min(MOST, int(SHARE / COST["features"] * trained))
+            if most < FEWEST:
+                return too_few(most, "rows")
+        self.other = OtherRows.of(self.settings.data, splits, most)
+        return ""
 
     # What is measured
 
@@ -391,12 +405,12 @@ def processes_of(context: Context) -> Processes:
     return Processes(accelerator.process_index, accelerator.num_processes)
 
 
-def too_few(count: int, length: int) -> str:
-    """Return the line for a run that is too short to pay for the texts."""
+def too_few(count: int, rows: str) -> str:
+    """Return the line for a run that is too short to pay for what is measured."""
     return (
-        f"what is lost on other texts is not measured: {SHARE:.0%} of this run's cost pays for "
-        f"{count} texts of {length} tokens, and fewer than {FEWEST} tell little; retain.rows=N "
-        "measures N texts whatever they cost"
+        f"what is lost on other {rows.partition(' ')[0]} is not measured: {SHARE:.0%} of this "
+        f"run's cost pays for {count} {rows}, and fewer than {FEWEST} tell little; retain.rows=N "
+        "measures N whatever they cost"
     )
 
 

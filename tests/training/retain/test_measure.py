@@ -25,6 +25,7 @@ import petl
 from petl import testing
 from petl.data.tasks.retrieval import Retrieval
 from petl.errors import UnsupportedError
+from petl.training.retain import measure
 from petl.training.retain.measure import Processes
 
 pytest_plugins = ["training_fixtures"]
@@ -124,6 +125,21 @@ def test_order_and_size_of_batches_and_a_base_beside_it_change_nothing(tokenizer
     ):
         for name in ("lost", "loss_before", "divergence", "agreement"):
             assert getattr(others, name) == pytest.approx(getattr(first, name), abs=1e-6)
+
+
+def test_a_large_vocabulary_makes_passes_of_fewer_rows(tokenizer, monkeypatch):
+    model, shapes = adapted("lora"), []
+    model.register_forward_hook(lambda module, args, output: shapes.append(output.logits.shape))
+    whole = petl.retained(model, TEXTS, tokenizer, batch_size=9)
+    assert {shape[0] for shape in shapes} == {9}
+    shapes.clear()
+    most = 3 * 272 * max(len(text) for text in TEXTS)
+    monkeypatch.setattr(measure, "LOGITS", most)
+    found = petl.retained(model, TEXTS, tokenizer, batch_size=9)
+    assert {shape[0] for shape in shapes} == {3}
+    assert max(shape.numel() for shape in shapes) <= most
+    assert found.lost == pytest.approx(whole.lost, abs=1e-6)
+    assert found.divergence == pytest.approx(whole.divergence, abs=1e-6)
 
 
 def test_several_processes_have_equally_many_rows_and_together_all():

@@ -5,6 +5,7 @@ from itertools import chain, islice
 
 import pytest
 import torch
+from media_fixtures import VIT, images
 from safetensors.torch import load_file
 from task_fixtures import TEMPLATE
 from training_fixtures import train, words, write_model
@@ -20,7 +21,7 @@ from petl.training.retain.replay import ReplayOrder
 from petl.training.retain.run import Retaining
 from petl.training.retain.texts import halves
 
-pytest_plugins = ["task_fixtures", "training_fixtures"]
+pytest_plugins = ["media_fixtures", "task_fixtures", "training_fixtures"]
 TEXTS = [f"{'the cat and a red dog ' * (1 + n % 3)}{n}" for n in range(12)]
 MEASURED = ("retain.rows=10", "retain.max_length=32")
 
@@ -251,3 +252,15 @@ def test_long_texts_are_cut_to_the_positions_of_the_model(task, families, tmp_pa
     run = train([*given, "train.validation_share=null"], tmp_path / "run")
     assert f"are cut to the {positions} tokens that the model reads" in petl_log.text
     assert run.scores["retained"]["rows"] == (12 if task == "regression" else 6)
+
+
+@pytest.mark.parametrize(("steps", "rows"), [(4, None), (200, None), (4, 5)])
+def test_images_are_measured_where_a_run_pays_for_them(steps, rows, pictures, tmp_path, petl_log):
+    other = ["+data@retain.data=image_folder", f"retain.data.train={pictures}"]
+    other += [f"retain.data.test={pictures}", f"retain.rows={rows or 'null'}"]
+    words = [*VIT, *images(pictures), "+method=lora", *other, f"train.steps={steps}"]
+    run = train([*words, "train.log_steps=100"], tmp_path / "run")
+    # 3 % of 200 steps of 6 images are 36, of which there are 6
+    expected = None if (steps, rows) == (4, None) else rows or 6
+    assert run.scores.get("retained", {}).get("rows") == expected
+    assert ("pays for 0 rows" in petl_log.text) is (expected is None)
