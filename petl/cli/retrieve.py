@@ -10,7 +10,7 @@ def retrieve(options: RetrieveOptions) -> None:
     from petl.experiments.reports.formatting import echo, print_table
     from petl.generation.prediction.vectors import nearest, read_corpus
 
-    texts = read_corpus(options.corpus)
+    texts = read_corpus(options.corpus, options.column)
     found = nearest(options.find(), texts, options.query, options.k, options.vectors)
     for query, hits in zip(options.query, found, strict=True):
         echo(query)
@@ -27,17 +27,21 @@ def on_a_line(text: str) -> str:
 def mine(options: MineOptions) -> None:
     """Write triples with the negatives that an embedder finds hard."""
     from petl.experiments.reports.formatting import echo
-    from petl.generation.prediction.mining import Choice, mine
-    from petl.generation.prediction.vectors import load_embedder
+    from petl.generation.prediction.mining import Choice, mine, read_pairs
+    from petl.generation.prediction.tables import check_format
+    from petl.generation.prediction.vectors import load_embedder, read_corpus
 
+    # all files before the model: a wrong one is told in seconds
+    check_format("--out", options.out)
+
+    choice = Choice(options.k, options.margin, options.skip)
+    texts = [text for _, text in read_corpus(options.corpus, options.column)]
+    pairs = read_pairs(options.queries, options.query, options.positive)
     predictor = load_embedder(
         options.run,
         batch_size=options.batch_size,
         trust_remote_code=options.trust_remote_code,
         other_base=options.other_base,
     )
-    choice = Choice(options.k, options.margin, options.skip)
-    rows, negatives = mine(
-        predictor, options.corpus, options.queries, options.out, choice, options.vectors
-    )
+    rows, negatives = mine(predictor, texts, pairs, options.out, choice, options.vectors)
     echo(f"{options.out}: {rows:,} rows with {negatives / rows:.1f} negatives each")

@@ -20,7 +20,9 @@ def strength(options: StrengthOptions) -> None:
         echo(f"written with strength {value:g} to {options.out}")
         return
     texts = texts_for(options.retain or [BUNDLED], "--retain", saved.task, saved.settings)
-    trade = trade_of(saved, texts, options.strengths, batch_size=options.batch_size)
+    trade = trade_of(
+        saved, texts, options.strengths, files=options.data, batch_size=options.batch_size
+    )
     # before the table, so that it is kept if the terminal is closed
     note_trade(saved, trade)
     if saved.run is not None:
@@ -29,7 +31,7 @@ def strength(options: StrengthOptions) -> None:
         [f"{each:g}", score(trade.metric, trade.scores[each]), f"{trade.lost[each]:+.4f}"]
         for each in trade.scores
     ]
-    title = f"{trade.rows:,} validation examples"
+    title = f"{trade.rows:,} {'examples of files' if options.data else 'validation examples'}"
     print_table(["strength", f">{trade.metric}", ">lost on other texts"], rows, title)
     if options.out is not None:
         chosen = trade.within(value)

@@ -468,6 +468,7 @@ class RetrieveOptions(RunOptions):
     )
     query: list[str] = option("a text; may be repeated", action="append", default=MISSING)
     k: int = option("texts for each query", COUNT, default=10)
+    column: str | None = option("of the texts of a file (default: text)", metavar="NAME")
     vectors: Path | None = option(
         "those of the file, as petl predict --out=NAME.npy writes them (default: computed)",
         file_to_read,
@@ -483,6 +484,7 @@ class MineOptions(LoadOptions):
 
     The corpus has a column text; the rows of QUERIES have query and positive, and are written with
     negatives, a list. The nearest texts are taken without the positives of the query in any row.
+    --column, --query and --positive name columns that are called otherwise.
     """
 
     run: str = argument(MODEL, saved_model)
@@ -490,6 +492,9 @@ class MineOptions(LoadOptions):
     queries: str = argument("likewise", existing, metavar="QUERIES")
     out: Path = option("csv, tsv, jsonl or parquet to write", file_to_write, MISSING)
     k: int = option("negatives of a row at most", COUNT, default=5)
+    column: str | None = option("of the corpus (default: text)", metavar="NAME")
+    query: str = option("column of QUERIES", default="query", metavar="NAME")
+    positive: str = option("column of QUERIES", default="positive", metavar="NAME")
     margin: float | None = option(
         "similarity at most that of the positive less this (default: any)", number(float, -2)
     )
@@ -1005,11 +1010,13 @@ class StrengthOptions(RunOptions):
 
     The outputs of a layer are those of the base plus the strength times the adapter's update.
     Prints the score on the run's validation rows and what was lost on retained texts, and adds both
-    to the run's scores and page; test rows decide nothing.
+    to the run's scores and page; test rows decide nothing. A run without validation rows
+    (train.eval_steps=null) needs --data.
 
       petl strength runs/mine
       petl strength runs/mine --choose 0.75 --out softer
       petl strength runs/mine --choose limit=0.1 --out softer
+      petl strength runs/mine --data held-out.csv
 
     --choose writes an adapter with that strength in its weights, in its own format, which every
     command and PEFT load: with limit=L, the one with the best score of those that lose at most L
@@ -1021,6 +1028,13 @@ class StrengthOptions(RunOptions):
     )
     choose: tuple[str, float] | None = option(
         "the strength to write: a number, or limit=L", strength, metavar="S"
+    )
+    data: list[str] = option(
+        "files with labels that the run was not trained on, in place of its validation rows",
+        existing,
+        default=[],
+        metavar="FILE",
+        nargs="+",
     )
     retain: list[str] | None = option(
         "files with a column text (default: the texts that petl brings)",

@@ -282,6 +282,17 @@ def stream_splits(
     return splits
 
 
+def splits_to_score(
+    task: Task, processor: Processor, rows: Iterable[Mapping[str, object]], multiple: int = 1
+) -> Splits:
+    """Return the splits of rows that are only scored, as `read_inputs` reads them."""
+    sources = numbered(Dataset.from_list([*task.rows_to_score([*rows])]))
+    encoded = task.encode(processor, sources)
+    # in the place of the train rows too, which nothing reads
+    collate = task.collate(processor, multiple)
+    return Splits(task, collate, encoded, encoded, encoded, processor, sources=sources)
+
+
 def in_sets(encoded: Dataset, raw: Dataset) -> Dataset:
     """Return encoded rows with the number of the set that each is from."""
     kept = encoded.column_names

@@ -1,7 +1,7 @@
 """The strength of a finished adapter as a dial: what it learned and lost at each, and the choice.
 
-The score is that on the run's validation rows, which training has not seen; test rows decide
-nothing. What is lost is measured on retained texts, see `petl.training.retain`.
+The score is that on the run's validation rows or on other files, which training has not seen; test
+rows decide nothing. What is lost is measured on retained texts, see `petl.training.retain`.
 """
 
 from collections.abc import Sequence
@@ -23,15 +23,18 @@ from petl.core.strengths import (
     strength_of,
 )
 from petl.core.types import Record
+from petl.data.inputs import read_inputs
 from petl.errors import InputError
 from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.read import read_json
+from petl.training.dataloader import Splits, splits_to_score
 from petl.training.distributed.launch import start
 from petl.training.evaluate import Evaluator
 from petl.training.retain.compare import retained
 from petl.training.runs.records import SCORES, read_scores
 
 KEY = "strengths"
+DATA = "--data"
 BATCH_SIZE = 8
 
 
@@ -41,7 +44,7 @@ class Trade:
 
     Attributes:
         metric: name of the scores.
-        rows: validation rows that they are of.
+        rows: validation rows that they are of, or rows of files.
         used: strength of the adapter as it is.
         scores: by strength.
         lost: on retained texts, by strength: nats per token, or drift.
@@ -86,6 +89,7 @@ def trade_of(
     texts: Sequence[str],
     strengths: Sequence[float] | None = None,
     *,
+    files: Sequence[str] = (),
     batch_size: int | None = None,
 ) -> Trade:
     """Score a saved adapter of a run at several strengths, and measure what it lost.
@@ -93,9 +97,11 @@ def trade_of(
     Args:
         texts: retained ones.
         strengths: None: those of the method.
+        files: with labels, whose rows are scored in place of validation rows.
 
     Raises:
-        InputError: there is no run, or it held out no validation rows.
+        InputError: there is no run, or it held out no validation rows and there are no files; or
+            these are test rows, or wrong.
         UnsupportedError: the adapter has no strength.
     """
     # before data and model are loaded
@@ -104,11 +110,12 @@ def trade_of(
     refuse_changed_base(saved.adapter, config)
     run = saved.run_config
     accelerator = start(run.train.seed, run.precision)
-    splits = splits_of(saved, accelerator)
+    splits = rows_of(saved, files) if files else splits_of(saved, accelerator)
     if splits.validation is None:
         raise InputError(
-            f"{saved.adapter} was trained without validation rows, and on test rows nothing may be "
-            "chosen: train with train.eval_steps=N, or choose by petl eval yourself"
+            f"{saved.adapter} was trained on all of its training rows (train.eval_steps=null), and "
+            "on test rows nothing may be chosen: give others with --data FILE, or train with "
+            "train.eval_steps=N"
         )
     model, task, rows = saved.model(), splits.task, splits.validation
     evaluator = Evaluator(model, splits, accelerator, run.train.eval_batch_size)
@@ -129,6 +136,27 @@ def trade_of(
         lost=by(score=lost),
         higher_is_better=task.higher_is_better,
     )
+
+
+def rows_of(saved: SavedAdapter, files: Sequence[str]) -> Splits:
+    """Return the rows of files with labels, to score.
+
+    Raises:
+        InputError: a file is the test set of the run, or a row is wrong.
+    """
+    tested = saved.settings["data"].get("test")
+    tests = {
+        Path(name).resolve() for name in (tested if isinstance(tested, list) else [tested or ""])
+    }
+    test = next((name for name in files if Path(name).resolve() in tests), None)
+    if test is not None:
+        raise InputError(
+            f"{DATA} {test} is data.test of the run, and on test rows nothing may be chosen: give "
+            "other rows"
+        )
+    task = saved.saved_task
+    inputs = read_inputs(files, task, saved.columns, labels=True, setting=DATA)
+    return splits_to_score(task, saved.processor, (row for _, row in inputs))
 
 
 def note_trade(saved: SavedAdapter, trade: Trade) -> None:

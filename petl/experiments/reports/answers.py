@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from numbers import Real
 from pathlib import Path
+from statistics import fmean
 
 from petl.data.tasks.base import Prediction
 from petl.errors import InputError
@@ -23,6 +24,7 @@ from petl.system.progress import ProgressItems
 from petl.training.runs.records import EVALUATED, PREDICTIONS
 
 FIRST, SECOND, BOTH, NEITHER = "first", "second", "both", "neither"
+NDCG = "ndcg_at_10"  # of the ranking of a query
 CLEAR = 0.05  # p-value below which a difference is called clear
 Lines = tuple[Prediction, Prediction]  # of one example, from both runs
 
@@ -38,6 +40,7 @@ class Differences:
             both (equal losses), or neither.
         changed: number of examples with different predictions.
         missing: number of examples that only one of the runs has a prediction of.
+        gained: of queries, nDCG@10 of the second less that of the first.
         examples: those that tell the runs apart most, by the run that they favor.
     """
 
@@ -46,6 +49,7 @@ class Differences:
     outcomes: Counter[str] = field(default_factory=Counter)
     changed: int = 0
     missing: int = 0
+    gained: list[float] = field(default_factory=list)
     examples: dict[str, list[Lines]] = field(default_factory=dict)
 
     def table(self) -> Table:
@@ -73,6 +77,15 @@ class Differences:
         test = "McNemar's exact test" if self.is_graded else "sign test"
         found = [f"{one:,} against {other:,} examples: {verdict} ({test}, p = {p:.2g})."]
         found.append(f"Predictions that differ: {self.changed:,} of {self.outcomes.total():,}.")
+        if len(self.gained) > 1:
+            from petl.data.tasks.retrieval.scores import half_interval  # with torch
+
+            mean, half = fmean(self.gained), half_interval(self.gained)
+            found.append(
+                f"nDCG@10 of {self.names[1]} less that of {self.names[0]}: {mean:+.4f}, 95 % "
+                f"interval {mean - half:+.4f} to {mean + half:+.4f}, paired over "
+                f"{len(self.gained):,} queries."
+            )
         if self.missing:
             found.append(f"Examples with a prediction of one run only: {self.missing:,}.")
         return found
@@ -121,6 +134,8 @@ def compare_answers(first: Path, second: Path, examples: int) -> Differences:
             continue
         rights = is_right(one), is_right(other)
         found.is_graded &= None not in rights
+        if NDCG in one and NDCG in other:
+            found.gained.append(other[NDCG] - one[NDCG])
         # positive: the first run is better
         bad, good = badness_of(other) or 0.0, badness_of(one) or 0.0
         # both may be infinite, whose difference is NaN

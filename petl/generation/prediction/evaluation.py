@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
 from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.adapters.export.saved_adapter import score as score_on_test
 from petl.core.types import Settings
@@ -23,7 +21,7 @@ from petl.system.files.disk import as_json, check_writable, write_atomic
 from petl.system.files.outputs import check_output
 from petl.system.processes import is_first
 from petl.system.progress import ProgressItems
-from petl.training.dataloader import Splits, numbered
+from petl.training.dataloader import splits_to_score
 from petl.training.evaluate import Evaluator
 from petl.training.runs.records import EVALUATED, PREDICTIONS, SCORES
 
@@ -136,11 +134,7 @@ def score_on_rows(
     if task.writes and limits.get("max_new_tokens"):
         writing: Any = task
         task = replace(writing, generate=limits["max_new_tokens"])
-    sources = numbered(Dataset.from_list([*task.rows_to_score(rows)]))
-    encoded = task.encode(predictor.processor, sources)
-    collate = task.collate(predictor.processor, predictor.multiple)
-    # in the place of the train rows too, which nothing reads here
-    splits = Splits(task, collate, encoded, None, encoded, predictor.processor, sources=sources)
+    splits = splits_to_score(task, predictor.processor, rows, predictor.multiple)
     if saved.run is not None:
         losses.attach(predictor.model, saved.run_config.loss)  # for its metrics
     evaluator = Evaluator(predictor.model, splits, predictor.accelerator, predictor.batch_size)

@@ -20,8 +20,8 @@ from petl.data.tasks.retrieval import Retrieval
 from petl.data.validation import Row, read, require, text
 from petl.errors import InputError
 from petl.generation.prediction.predictor import Predictor
-from petl.generation.prediction.tables import check_format, new_table
-from petl.generation.prediction.vectors import read_corpus, read_vectors, vectors_of
+from petl.generation.prediction.tables import new_table
+from petl.generation.prediction.vectors import read_vectors, vectors_of
 from petl.ops.retrieval.ranking import LeftOut, hardest
 from petl.system.progress import ProgressItems
 
@@ -61,8 +61,8 @@ class Pairs(NamedTuple):
 
 def mine(
     predictor: Predictor,
-    corpus: str,
-    queries: str,
+    texts: Sequence[str],
+    rows: list[Row],
     out: Path,
     choice: Choice,
     vectors: Path | None = None,
@@ -73,8 +73,8 @@ def mine(
     Rows without a negative are left out.
 
     Args:
-        corpus: file with the column `text`.
-        queries: file with the columns `query` and `positive`.
+        texts: of the corpus.
+        rows: with `query` and `positive`, as of `read_pairs`.
         out: csv, tsv, jsonl or parquet; its rows have `query`, `positive` and `negatives`.
         vectors: of the corpus, float32 or float16, in a file of NumPy that is read in chunks; None:
             they are computed.
@@ -82,10 +82,6 @@ def mine(
     Raises:
         InputError: the model is no embedder, a file cannot be used, or no row has a negative.
     """
-    # all files before any vector: a wrong one is told in seconds
-    check_format("--out", out)
-    rows = read_pairs(queries)
-    texts = [text for _, text in read_corpus(corpus)]
     pairs = _pairs_of(predictor, rows, choice.margin)
     if vectors is None:
         found = vectors_of(predictor, texts, DOCUMENT, predictor.batch_size)
@@ -99,26 +95,30 @@ def mine(
             negatives += sum(len(row["negatives"]) for row in part)
         if not written:
             raise InputError(
-                f"no text of {corpus} is a negative of a query of {queries} with --k={choice.k} "
+                f"none of {len(texts)} texts is a negative of {len(rows)} rows with --k={choice.k} "
                 f"--margin={choice.margin} --skip={choice.skip}: lower margin or skip"
             )
     return written, negatives
 
 
-def read_pairs(name: str) -> list[Row]:
-    """The rows of a file with `query` and `positive`.
+def read_pairs(name: str, query: str = "query", positive: str = "positive") -> list[Row]:
+    """The rows of a file as `query` and `positive`.
+
+    Args:
+        query, positive: what the columns are called.
 
     Raises:
         InputError: a column is missing, or a text is empty.
     """
 
     def choose(present: Iterable[str], origin: str) -> list[str]:
-        return require(["query", "positive"], present, origin)
+        return require([query, positive], present, origin)
 
     rows = []
     for place, row in located_rows("QUERIES", [name], choose):
         try:
-            rows.append({column: read(row, column, text) for column in ("query", "positive")})
+            both = (("query", query), ("positive", positive))
+            rows.append({name: read(row, column, text) for name, column in both})
         except ValueError as error:
             raise InputError(f"{place}: {error}") from error
     if not rows:

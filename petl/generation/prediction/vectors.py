@@ -31,7 +31,7 @@ from petl.data.tasks.retrieval import Retrieval
 from petl.data.tasks.retrieval.base_folder import LENGTHS
 from petl.data.tasks.retrieval.reranking import Reranking
 from petl.data.validation import Row, every
-from petl.errors import InputError, first_line, shown
+from petl.errors import InputError, did_you_mean, first_line, shown
 from petl.generation.inference.loading import find_model
 from petl.generation.prediction.columns import data_settings
 from petl.generation.prediction.predictor import Predictor
@@ -342,21 +342,30 @@ class Hit(NamedTuple):
     text: str
 
 
-def read_corpus(name: str) -> list[tuple[str, str]]:
+def read_corpus(name: str, column: str | None = None) -> list[tuple[str, str]]:
     """Ids and texts of a file, or places and passages of a folder of texts.
 
     Without ids, they are the numbers of the rows, from 0.
+
+    Args:
+        column: of the texts of a file; None: text.
 
     Raises:
         InputError: the file cannot be read, or a row has no text.
     """
     if Path(name).expanduser().is_dir():
+        if column is not None:
+            raise InputError(f"--column={column} is for a file, and {name} is a folder of texts")
         return [(passage.place, passage.searched) for passage in passages("FILE", name)]
     found = []
     for number, (place, row) in enumerate(located_rows("FILE", [name], every)):
-        value = row.get("text")
+        value = row.get(column or "text")
         if not isinstance(value, str) or not value.strip():
-            raise InputError(f"{place} has no text in its column text: {shown(row)}")
+            hint = did_you_mean(column or "text", row)
+            raise InputError(
+                f"{place} has no text in its column {column or 'text'}{hint}: {shown(row)}; "
+                "--column=NAME names another one"
+            )
         found.append((str(row.get("id", row.get("_id", number))), value))
     return found
 

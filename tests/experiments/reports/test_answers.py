@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from comparable import write_run
 
@@ -56,6 +57,25 @@ def test_each_example_is_counted_by_who_is_right(compared):
         "2 against 1 examples: no clear difference (McNemar's exact test, p = 1).",
         "Predictions that differ: 4 of 6.",
     ]
+
+
+def test_rankings_are_compared_in_pairs(compared):
+    before, after = [0.1, 0.9, 0.5, 0.4], [0.3, 0.8, 0.9, 0.4]
+    rows = (
+        [{**line, "ndcg_at_10": n} for line, n in zip(labeled(*"abcd"), side, strict=True)]
+        for side in (before, after)
+    )
+    found = compared(*rows)
+    gained = np.subtract(after, before)
+    # 3.1824: Student's quantile of 3 degrees of freedom in tables
+    half = 3.1824 * gained.std(ddof=1) / 2
+    words = [
+        f"{value:+.4f}" for value in (gained.mean(), gained.mean() - half, gained.mean() + half)
+    ]
+    (line,) = (line for line in found.sentences() if "nDCG@10" in line)
+    assert all(word in line for word in words), (line, words)
+    assert "4 queries" in line
+    assert "nDCG" not in "".join(compared(labeled(*"abcd"), labeled(*"abcd")).sentences())
 
 
 def test_the_examples_are_those_that_tell_the_runs_apart_most(compared):

@@ -88,6 +88,26 @@ def test_negatives_are_the_nearest_texts_that_are_no_positives(run, words, optio
     assert 0 < len(wanted) <= len(PAIRS)
 
 
+def test_columns_may_be_called_otherwise(run, words, tmp_path, capsys):
+    wanted = written(words)
+    renamed = {"text": "body", "query": "asked", "positive": "answer"}
+    for number in (2, 3):
+        rows = map(json.loads, Path(words[number]).read_text().splitlines())
+        named = ({renamed.get(name, name): value for name, value in row.items()} for row in rows)
+        words[number] = str(tmp_path / f"renamed{number}.jsonl")
+        Path(words[number]).write_text("\n".join(map(json.dumps, named)))
+    named = ["--column", "body", "--query", "asked", "--positive", "answer"]
+    assert written(words, *named, name="renamed.jsonl") == wanted
+    capsys.readouterr()
+    asked = ["retrieve", str(run.path), words[2], "--query", "green", "--k", "1"]
+    assert main([*asked, "--column", "body"]) == 0
+    assert "green" in capsys.readouterr().out
+    assert main(asked) == 2
+    assert "--column=NAME" in capsys.readouterr().err
+    assert main(["retrieve", str(run.path), str(tmp_path), "--query", "a", "--column", "body"]) == 2
+    assert "is a folder of texts" in capsys.readouterr().err
+
+
 def test_vectors_of_a_file_and_a_merged_model_have_the_same_negatives(run, words, tmp_path):
     wanted = written(words)
     file = tmp_path / "vectors.npy"

@@ -113,3 +113,23 @@ def test_strength_is_a_dial_of_a_finished_run(families, texts, tmp_path, capsys)
     assert "each strength loses more" in capsys.readouterr().err
     assert main([*given, "--choose", "0.5"]) == 2
     assert "go together" in capsys.readouterr().err
+
+
+def test_a_run_without_validation_rows_is_scored_on_a_file(families, texts, tmp_path, capsys):
+    none = ["train.eval_steps=null", "train.validation_share=null", "train.linear_probe=false"]
+    words = families("regression", "+method=lora", "train.steps=2", "train.lr=0.1", *none)
+    run = train(words, tmp_path / "run").path
+    given = ["strength", str(run), "--retain", str(texts), "--strengths", "0.5,1"]
+    assert main(given) == 2
+    assert "give others with --data FILE" in capsys.readouterr().err
+    tested = f"{families.folder}/test.jsonl"
+    assert main([*given, "--data", tested]) == 2
+    assert "is data.test of the run" in capsys.readouterr().err
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join((families.folder / "train.jsonl").read_text().splitlines()[:7]))
+    assert main([*given, "--data", str(other)]) == 0
+    found = json.loads((run / "scores.json").read_text())["strengths"]
+    assert found["rows"] == 7
+    expected = petl.evaluate(run, other)[found["metric"]]
+    assert found["scores"]["1"] == pytest.approx(expected, rel=1e-4)
+    assert found["scores"]["0.5"] != found["scores"]["1"]

@@ -42,7 +42,14 @@ from petl.data.tasks.base import (
 from petl.data.tasks.regression import correlation, ranks
 from petl.data.tasks.retrieval.base_folder import LENGTHS, Folder, folder_files
 from petl.data.tasks.retrieval.dense import NAME, DenseLayers
-from petl.data.tasks.retrieval.embedder import COUPLED, LOSSES, OPTIONS, Embedder, whole_step
+from petl.data.tasks.retrieval.embedder import (
+    COUPLED,
+    LOSSES,
+    OPTIONS,
+    Embedder,
+    alike_parts,
+    whole_step,
+)
 from petl.data.tasks.retrieval.scores import Rankings, held_out
 from petl.errors import InputError
 from petl.system.values import field, integer, one_of
@@ -309,6 +316,11 @@ class Retrieval(TextTask):
     def collate(self, tokenizer: PreTrainedTokenizerBase, /, multiple: int = 1) -> Collate:
         """A collate function that pads all texts of the rows into one batch, see `batch_of`."""
         return partial(batch_of, Pad(pad_id(tokenizer), multiple))
+
+    def positions(self, batch: Batch) -> int:
+        """The positions of a batch that a model without hooks computes, padding included."""
+        parts = alike_parts(batch["attention_mask"])
+        return sum(len(rows) * length for rows, length in parts) or super().positions(batch)
 
     def items(self, batch: Batch) -> int:
         """Number of rows; with `triplet` of negatives, each of which has a term in the loss."""

@@ -139,19 +139,28 @@ class Embedder(SwappedClass):
         # processes gather the weights of a pass together: all of them need equally many
         if any(isinstance(parameter, DTensor) for parameter in base.parameters()):
             return []
-        call = DEVICE_CALL
-        if mask.device.type == "cpu":
-            call = BF16_CALL if torch.is_autocast_enabled("cpu") else CALL
-        if mask.numel() <= 2 * call:
-            return []
-        # the last token of each text, whose padding may be on either side
-        columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-        lengths, rows = (mask * columns).amax(1).sort(stable=True)
-        sizes = of_alike(lengths.tolist(), call)
-        return [
-            (part, int(own[-1]))
-            for part, own in zip(rows.split(sizes), lengths.split(sizes), strict=True)
-        ]
+        return alike_parts(mask)
+
+
+def alike_parts(mask: Tensor) -> list[tuple[Tensor, int]]:
+    """Rows of a padded batch that are computed apart, with their length; [] for all at once.
+
+    Args:
+        mask: [N, T].
+    """
+    call = DEVICE_CALL
+    if mask.device.type == "cpu":
+        call = BF16_CALL if torch.is_autocast_enabled("cpu") else CALL
+    if mask.numel() <= 2 * call:
+        return []
+    # the last token of each text, whose padding may be on either side
+    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    lengths, rows = (mask * columns).amax(1).sort(stable=True)
+    sizes = of_alike(lengths.tolist(), call)
+    return [
+        (part, int(own[-1]))
+        for part, own in zip(rows.split(sizes), lengths.split(sizes), strict=True)
+    ]
 
 
 def part_of(inputs: Mapping[str, Tensor | None], rows: Tensor, length: int) -> dict[str, Tensor]:

@@ -200,6 +200,7 @@ def half_interval(values: Sequence[float]) -> float:
 def held_out(train: Dataset, validation: Dataset) -> Dataset:
     """Encoded rows of one text each: the held-out rows as queries, documents of all rows.
 
+    As `test_rows`: each positive is a document, and each text of a list; negatives are none.
     Labelled texts, which are alone in their row, are compared with the first `LABELLED` training
     rows; graded lists as `are_grades` says.
     """
@@ -213,7 +214,8 @@ def held_out(train: Dataset, validation: Dataset) -> Dataset:
         given = are_grades(validation["scores"])
         grades = [grades_of(scores, are_grades=given) for scores in validation["scores"]]
     else:
-        grades = [[1.0] + [0.0] * (len(own) - 2) for own in parts]
+        parts, others = ([own[:2] for own in rows] for rows in (parts, others))
+        grades = [[1.0]] * len(parts)
     queries, documents = judged(
         (own[0], [*zip(own[1:], each, strict=True)])
         for own, each in zip(parts, grades, strict=True)

@@ -337,6 +337,8 @@ def test_texts_of_unlike_lengths_are_computed_apart_with_equal_results(pooling, 
         loss.backward()
         handle.remove()
         found[call] = torch.cat([loss.detach()[None], gradients(model)]), widths
+        # what a run says of its padding
+        assert model.petl_task.positions(batch) == sum(rows * width for rows, width in widths)
     (one, (whole,)), (parts, several) = found.values()
     torch.testing.assert_close(parts, one, atol=1e-9, rtol=1e-9)
     assert sum(rows for rows, _ in several) == whole[0]
