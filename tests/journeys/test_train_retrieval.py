@@ -7,6 +7,8 @@ import torch
 from task_fixtures import families  # noqa: F401
 from training_fixtures import train
 
+import petl
+from petl.adapters.export.saved_adapter import find
 from petl.errors import InputError
 
 SHORTER = ["train.eval_steps=null", "train.validation_share=null", "train.steps=3"]
@@ -70,3 +72,26 @@ def test_a_store_of_frozen_blocks_is_refused_with_the_reason(words, tmp_path):
     with pytest.raises(InputError, match="has several texts a row"):
         train([*upper, "train.cache_frozen=true"], tmp_path / "run")
     train([*upper, "train.cache_frozen=auto"], tmp_path / "auto")
+
+
+def test_what_keeps_a_model_near_itself_goes_on_top(plain, words, tmp_path):
+    other = train([*words, "+loss=distill", "loss.feature_weight=50"], tmp_path / "run")
+    assert losses(other)[0] == pytest.approx(losses(plain)[0], rel=1e-5)  # of the task alone
+    pairs = zip(other.adapter.values(), plain.adapter.values(), strict=True)
+    assert not all(map(torch.equal, *zip(*pairs, strict=True)))
+
+
+def test_a_trained_embedder_has_equal_vectors_in_onnx(plain, tmp_path):
+    pytest.importorskip("onnxruntime", reason="pip install 'petl-peft[onnx]'")
+    pytest.importorskip("onnxscript", reason="pip install 'petl-peft[onnx]'")
+    from petl.adapters.export.onnx import FILE, Session, export_onnx
+
+    saved = find(plain.path)
+    export_onnx(saved, tmp_path / "onnx", None)
+    texts = ["a green cat", "the red dog and the old cat"]
+    inputs = saved.processor(texts, padding=True, return_tensors="pt")
+    found = Session(tmp_path / "onnx" / FILE)(
+        **{name: inputs[name] for name in ("input_ids", "attention_mask")}
+    )["sentence_embedding"]
+    expected = torch.from_numpy(petl.embed(plain.path, texts))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, field
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
-from accelerate.utils import gather_object
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,6 +36,7 @@ from petl.efficiency.frozen.feed import paused
 from petl.efficiency.frozen.repeat import RepeatedPasses, repeated_passes
 from petl.errors import InputError, UnsupportedError, shown
 from petl.ops.divergence import divergence_terms
+from petl.system.collectives import gathered
 
 MAX_LENGTH = 256
 FEWEST = 8  # texts with which an interval is stated
@@ -316,10 +316,8 @@ class Processes:
 
     def all(self, found: dict[int, Found]) -> dict[int, Found]:
         """Return what all processes have found, by row."""
-        if self.count == 1:
-            return found
         merged: dict[int, Found] = {}
-        for part in gather_object([found]):
+        for part in gathered(found):
             merged |= part
         return merged
 

@@ -28,6 +28,7 @@ from petl.system.collectives import on_main
 from petl.training.dataloader import Splits, TrainingRows, batched
 from petl.training.features import Context, RunFeature, Setup
 from petl.training.features.section import Section
+from petl.training.frozen import FrozenStore
 from petl.training.retain import drift, measure
 from petl.training.retain.measure import (
     CURVE,
@@ -373,6 +374,7 @@ class Retaining(RunFeature):
         from petl.training.retain.page import write_texts  # where something was measured
 
         context.run.timer.start()
+        self._spare(context)
         found = self.measure(context)
         folder, processor = context.run.path, context.splits.processor
         on_main(context.accelerator, lambda: write_texts(folder, found, self.rows, processor))
@@ -387,6 +389,19 @@ class Retaining(RunFeature):
                 found.change,
             )
         return {self.key: found.entry()}
+
+    def _spare(self, context: Context) -> None:
+        """Leave out rows of a run that stored its frozen blocks, and so was cheaper."""
+        caches = (f.cache for f in context.features if isinstance(f, FrozenStore))
+        cache = next((each for each in caches if each is not None), None)
+        if cache is None or self.settings.rows is not None or self.settings.measures_curve:
+            return
+        share, passes = cache.k / len(cache.prefix.blocks), context.splits.passes(context.settings)
+        # of a step's three passes, and of the two of a measured row
+        trained = 1 - share + share / (3 * max(1, passes))
+        left = trained / (1 - share / 2) * sum(len(row.ids) for row in self.rows)
+        # fewer tell little
+        self.rows = self.rows[: max(FEWEST, len(within(self.rows, left)))]
 
     @classmethod
     def section(cls, folder: Path, scores: Record) -> Section | None:

@@ -37,7 +37,14 @@ FREE = {
         for name in (
             *("resume", "other_base", "run", "output", "save_steps", "keep_checkpoints"),
             *("num_workers", "eval_batch_size", "linear_probe", "score_before", "test"),
-            *("log_steps", "resume_schedule", "init_head", "loss_segment", "skip_unread", "fast_dropout"),
+            *(
+                "log_steps",
+                "resume_schedule",
+                "init_head",
+                "loss_segment",
+                "skip_unread",
+                "fast_dropout",
+            ),
             "together",
         )
     ),

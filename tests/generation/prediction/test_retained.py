@@ -133,3 +133,38 @@ def test_a_run_without_validation_rows_is_scored_on_a_file(families, texts, tmp_
     expected = petl.evaluate(run, other)[found["metric"]]
     assert found["scores"]["1"] == pytest.approx(expected, rel=1e-4)
     assert found["scores"]["0.5"] != found["scores"]["1"]
+
+
+def test_eval_computes_in_the_precision_of_the_run(families, texts, tmp_path):
+    words = families("causal_lm", "+method=lora", "train.steps=2", "train.precision=bf16")
+    run = train([*words, "train.linear_probe=false"], tmp_path / "run").path
+    assert main(["eval", str(run), "--retain", str(texts)]) == 0
+    found = json.loads((run / "eval-retained" / "scores.json").read_text())["retained"]
+    saved = find(run)
+    exact = petl.retained(saved.model(), TEXTS, saved.processor)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = petl.retained(saved.model(), TEXTS, saved.processor)
+    assert found["loss_after"] == pytest.approx(rounded.loss_after, abs=1e-6)
+    assert found["loss_after"] != pytest.approx(exact.loss_after, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["+method=lora", "method.init_lora_weights=pissa", "method.r=4"],
+        ["+method=corda", "method.calibration_data.num_samples=8", "method.r=4"],
+    ],
+    ids=["pissa", "corda"],
+)
+def test_the_strength_of_a_changed_base_is_of_what_training_added(words, families, texts, tmp_path):
+    own = families("causal_lm", *words, "train.steps=4", "train.linear_probe=false")
+    run = train([*own, "train.lr=0.05"], tmp_path / "run").path
+    out = tmp_path / "softer"
+    given = ["strength", str(run), "--retain", str(texts), "--strengths", "0,0.5,1"]
+    assert main([*given, "--choose", "limit=1000", "--out", str(out)]) == 0
+    lost = json.loads((run / "scores.json").read_text())["strengths"]["lost"]
+    # a plain LoRA of twice the rank on the base as it was
+    assert lost["0"] == pytest.approx(0.0, abs=1e-6)
+    assert lost["1"] != pytest.approx(lost["0"], abs=1e-4)
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["r"], config["init_lora_weights"]) == (8, True)

@@ -445,6 +445,37 @@ def test_retained_texts_are_measured_at_evaluations_and_at_the_end(tmp_path):
     assert again.retain == texts
 
 
+def test_the_last_measure_is_of_the_model_that_is_returned(tmp_path):
+    """The best model is loaded after the last evaluation, and is another one."""
+    texts, tokenizer = ["a plain sentence", "and another"], byte_tokenizer(pad_token="<|im_end|>")
+    model = wrapped("lora")
+    settings = arguments(
+        tmp_path,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # the first: training lowers the loss
+    )
+    trainer = Trainer(
+        model,
+        settings,
+        train_dataset=rows(20),
+        eval_dataset=rows(20),
+        processing_class=tokenizer,
+        callbacks=[petl.Callback(retain=texts)],
+    )
+    trainer.train()
+    found = [line["retained_lost"] for line in trainer.state.log_history if "retained_lost" in line]
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert found[-1] == pytest.approx(petl.retained(model, texts, tokenizer).lost, abs=1e-6)
+    assert found[-1] == pytest.approx(found[0], abs=1e-6)
+    assert found[-1] != pytest.approx(found[-2], abs=1e-6)
+
+
 def test_retained_texts_without_a_tokenizer_are_refused(tmp_path):
     trainer = Trainer(
         wrapped("lora"),

@@ -3,10 +3,12 @@
 import math
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import asdict
 
 import pytest
 import torch
 from image_text_fixtures import built
+from kept_processes import in_processes
 from peft import PromptTuningConfig, get_peft_model
 from tiny_tokenizers import byte_tokenizer
 from transformers import (
@@ -140,6 +142,33 @@ def test_a_large_vocabulary_makes_passes_of_fewer_rows(tokenizer, monkeypatch):
     assert max(shape.numel() for shape in shapes) <= most
     assert found.lost == pytest.approx(whole.lost, abs=1e-6)
     assert found.divergence == pytest.approx(whole.divergence, abs=1e-6)
+
+
+def part_of(rank):
+    """What a process of two gets; it has the model and the texts of the other one."""
+    tokenizer = byte_tokenizer(pad_token="<|im_end|>")
+    model = adapted("lora")
+    rows = measure.encode_texts(TEXTS, tokenizer, 40)
+    passes = []
+    model.register_forward_hook(lambda module, args, output: passes.append(len(output.logits)))
+    found = measure.compare(model, rows, tokenizer, batch_size=2, processes=Processes(rank, 2))
+    return found.entry(), [asdict(each) for each in found.texts], sum(passes)
+
+
+def test_two_processes_have_the_numbers_of_one(tokenizer):
+    alone = petl.retained(adapted("lora"), TEXTS, tokenizer, max_length=40)
+    for entry, texts, rows in in_processes(2, ranked):
+        assert rows == 2 * 5  # of 9 texts, with and without the adapter
+        for name in ("lost", "loss_before", "divergence", "agreement"):
+            assert entry[name] == pytest.approx(getattr(alone, name), abs=1e-6)
+        assert [text["text"] for text in texts] == TEXTS
+        assert [text["after"] for text in texts] == pytest.approx(
+            [text.after for text in alone.texts], abs=1e-5
+        )
+
+
+def ranked():
+    return part_of(torch.distributed.get_rank())
 
 
 def test_several_processes_have_equally_many_rows_and_together_all():

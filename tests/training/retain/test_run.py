@@ -1,7 +1,9 @@
 """`retain.data` in a run: measured, shown, and without effect on training."""
 
 import json
+import math
 from itertools import chain, islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +18,11 @@ from petl.data.batch_sampler import StepSampler
 from petl.data.overlap import normalized
 from petl.errors import InputError
 from petl.experiments.reports.run_report import write_page
-from petl.training.retain.measure import Retained
+from petl.training.frozen import FrozenStore
+from petl.training.retain.measure import Retained, RetainedRow
 from petl.training.retain.replay import ReplayOrder
 from petl.training.retain.run import Retaining
+from petl.training.retain.settings import RetainConfig
 from petl.training.retain.texts import halves
 
 pytest_plugins = ["media_fixtures", "task_fixtures", "training_fixtures"]
@@ -95,6 +99,25 @@ def test_the_summary_and_the_page_say_it_and_eval_agrees(families, texts, tmp_pa
     assert json.loads((run.path / "scores.json").read_text())["retained"]["rows"] == 10
 
 
+def test_a_limit_is_measured_in_a_short_run_too(families, texts, tmp_path):
+    words = families("causal_lm", "+method=lora", "train.linear_probe=false", texts)
+    run = train([*words, "retain.limit=5"], tmp_path / "run")
+    assert run.scores["retained"]["rows"] == len(TEXTS)
+    assert [line["step"] for line in run.metrics if "retained_lost" in line] == [4, 8]
+
+
+@pytest.mark.parametrize(("k", "passes", "kept"), [(0, 1.0, 60), (2, 4.0, 43), (3, 30.0, 32)])
+def test_a_run_that_stored_frozen_blocks_pays_for_fewer_texts(k, passes, kept):
+    """With k of 4 blocks stored: 1 - k/4 + k/4 / (3 passes) of the cost, of 1 - k/8 a row."""
+    own = Retaining(RetainConfig(data="bundled"), {})
+    own.rows = [RetainedRow("x", [1] * 10)] * 60
+    store = FrozenStore(True, {})
+    store.cache = SimpleNamespace(k=k, prefix=SimpleNamespace(blocks=[None] * 4))
+    splits = SimpleNamespace(passes=lambda settings: passes)
+    own._spare(SimpleNamespace(features=[own, store], splits=splits, settings=None))
+    assert len(own.rows) == kept
+
+
 def test_a_short_run_does_not_pay_for_texts(families, tmp_path, petl_log):
     words = families("causal_lm", "+method=lora", "train.linear_probe=false")
     run = train(words, tmp_path / "run")  # by default
@@ -156,6 +179,10 @@ def test_the_best_checkpoint_is_the_best_within_the_limit(
     within = [step for step, value in lost.items() if value <= 0.04]
     assert limited.scores["best_step"] == max(within, key=quality.get)
     assert "no checkpoint" not in petl_log.text
+    # not a number is beyond any limit, and beyond what is a number
+    lost = dict.fromkeys(lost, math.nan) | {3: 5.0}
+    assert best("nan", 0.04).scores["best_step"] == 3
+    lost = dict.fromkeys(lost, 0.02) | {1: 0.01}
     monkeypatch.setattr(Retained, "change", property(lambda own: 0.01))
     none = best("none", "0.5%")
     assert none.scores["best_step"] == 1

@@ -31,8 +31,8 @@ from petl.ops.retrieval import (
 )
 from petl.ops.retrieval.cached import random_state, set_random_state
 
-# positions that are computed in the time that a pass takes beside them: of MiniLM with LoRA, forward
-# and backward, a core needs 22 ms a pass and 0.59 ms a position, in bfloat16 42 and 0.23
+# positions that are computed in the time that a pass takes beside them: of MiniLM with LoRA,
+# forward and backward, a core needs 22 ms a pass and 0.59 ms a position, in bfloat16 42 and 0.23
 CALL, BF16_CALL = 40, 180
 DEVICE_CALL = 8192  # of another device; assumption
 

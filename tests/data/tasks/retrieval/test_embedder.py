@@ -16,7 +16,8 @@ import petl
 from petl import retrieval
 from petl.data.tasks.retrieval import Retrieval, embedder
 from petl.data.tasks.retrieval.embedder import LOSSES, loss_of, whole_step
-from petl.errors import InputError
+from petl.efficiency.together.batches import check_loss
+from petl.errors import InputError, UnsupportedError
 
 PAIRS = [(f"q{i} ask", f"answer {i * i} {'x' * i}") for i in range(6)]
 ROWS = {
@@ -358,6 +359,15 @@ def test_texts_are_computed_apart_in_a_model_with_adapters(monkeypatch):
     embeddings.register_forward_hook(lambda _, __, out: widths.append(out.shape[:2]))
     assert model(**batch_for(task, ROWS["in_batch"])).loss.isfinite()
     assert len(widths) > 2
+
+
+def test_adapters_of_embedders_do_not_train_in_one_pass():
+    """Each job's rows would have to be its own negatives: the loss is none of logits."""
+    task = Retrieval(max_length=64)
+    fields = {"task_type": "FEATURE_EXTRACTION", "target_modules": ["query"]}
+    model = petl.wrap(model_for(task), "lora", r=2, **fields)
+    with pytest.raises(UnsupportedError, match="train its adapters one by one"):
+        check_loss(model, batch_for(task, ROWS["in_batch"]))
 
 
 def test_negatives_of_micro_batches_count_as_those_of_the_whole_step():
