@@ -33,7 +33,7 @@ BUDGETS = {
     "data": 16800,
     "training": 16650,
     "methods": 19100,
-    "adapters": 9000,
+    "adapters": 9050,
     "generation": 7550,
     "experiments": 7000,
     "cli": 4550,
