@@ -14,7 +14,11 @@ from omegaconf import OmegaConf
 from peft import PeftModel, PeftType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
 
 import petl
 from architectures.small import Type, logits_of, loss_of
@@ -28,6 +32,11 @@ from petl.testing import stir
 from petl.testing.case import difference
 
 METHODS = Path(__file__).parents[2] / "configs" / "method"
+WITH_LOSS = (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
 STEPS = 2  # the zeros of B make the gradient of A zero in the first
 ROUNDING = 1e-5  # of outputs, relative to the largest
 CHANGED = 2e-5  # likewise, of a base whose weights a method takes apart and puts together again
@@ -148,11 +157,13 @@ def check_rewrites(model: PeftModel, inputs: Mapping[str, Tensor]) -> None:
     """
     if model.peft_type not in REWRITTEN or "input_ids" not in inputs or not has_loss(model):
         return
-    labels = inputs["input_ids"].clone()
+    labels = inputs.get("decoder_input_ids", inputs["input_ids"]).clone()
     for row, tokens in enumerate(labels):
         tokens[: max(1, len(tokens) * (row + 2) // (row + 3))] = IGNORED
     labelled = {**inputs, "labels": labels}
     without_dropout(model)
+    if model(**labelled).loss is None:  # its loss is left to the caller
+        return
     loss, gradients = _step(model, labelled)
     apply_rewrites(model, REWRITES)
     other, others = _step(model, labelled)
@@ -174,8 +185,8 @@ def without_dropout(model: nn.Module) -> None:
 
 
 def has_loss(model: PeftModel) -> bool:
-    """Return True if the base computes a loss of the labels of tokens, as causal LMs do."""
-    return type(model.get_base_model()) in MODEL_FOR_CAUSAL_LM_MAPPING.values()
+    """Return True if the base computes a loss of the labels of tokens, as language models do."""
+    return any(type(model.get_base_model()) in mapping.values() for mapping in WITH_LOSS)
 
 
 def _step(model: PeftModel, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

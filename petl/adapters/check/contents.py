@@ -289,7 +289,9 @@ def incomplete(subject: Subject) -> Iterator[Found]:
     for owner, modules in owners.items():
         every = sorted(set().union(*modules.values()))
         for name, having in modules.items():
-            missing = [block for block in every if block not in having]
+            # of a dense block and one of experts, the one has what the other has not
+            instead = set().union(*(each for each in modules.values() if not each & having))
+            missing = [block for block in every if block not in having | instead]
             ends = (every[: len(missing)], every[-len(missing) :])
             # architectures differ in every Nth block, and in the first or last ones
             regular = (len(missing) > 1 and missing in ends) or _in_steps(missing)

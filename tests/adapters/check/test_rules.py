@@ -10,10 +10,12 @@ from pathlib import Path
 import checked_folders as folders
 import pytest
 import torch
+from architectures.small import Type
 from contract_cases import OWN, adopted, models_of
 from contract_cases import own as own_case
 from hub_server import OWNER
 from huggingface_hub import try_to_load_from_cache
+from mixtures import MODELS, mixture
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_families import FAMILIES
@@ -79,6 +81,21 @@ def test_experts_embeddings_and_patterns_are_healthy(fields, tmp_path):
     assert checked.ok, [*checked]
     # not that of all experts
     assert checked.kind.partition(",")[0] in ("LoRA r 8", "rsLoRA r 2 to 8")
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "jamba"])
+def test_blocks_of_a_hybrid_have_one_kind_of_layer_each(kind, tmp_path):
+    """Dense blocks have what those of experts, of state spaces and of attention have not."""
+    base = mixture(kind) if kind in MODELS else Type("causal", kind).build()
+    model = stir(petl.wrap(base, "lora", target_modules="block-linear", r=2))
+    model.save_pretrained(tmp_path)
+    checked = petl.check(tmp_path)
+    assert checked.ok, [*checked]
+    # but one that has lost a tensor of an expert's block is still found
+    tensors = load_file(tmp_path / WEIGHTS)
+    lost = [name for name in tensors if ".experts." in name and "lora_B" in name]
+    save_file({n: t for n, t in tensors.items() if n not in lost}, tmp_path / WEIGHTS)
+    assert not petl.check(tmp_path).ok
 
 
 def test_of_a_repository_only_the_adapter_is_downloaded(hub_server):

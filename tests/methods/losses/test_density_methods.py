@@ -19,6 +19,7 @@ from density_cases import (
     written_out,
 )
 from hydra import compose, initialize_config_dir
+from mixtures import mixture
 from omegaconf import OmegaConf
 from peft import (
     LoraConfig,
@@ -217,6 +218,34 @@ def test_experts_count_by_their_tokens():
         a = torch.cat(calls)
         layers.append((a**2 / (a**2 + EPS)).mean())
     torch.testing.assert_close(term.loss, sum(layers).detach() / 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "signal", "what"),
+    [
+        ("gpt_oss", "activation", "nonlinearity"),
+        ("jetmoe", "activation", "nonlinearity"),
+        ("deepseek_v3", "down_input", "down projection"),  # dense layers and shared experts have it
+        ("aria", "down_input", "down projection"),
+    ],
+)
+def test_experts_that_cannot_be_counted_are_refused_and_never_left_out(name, signal, what):
+    model = petl.wrap(mixture(name), "lora", target_modules="block-linear")
+    with pytest.raises(InputError, match=f"have no module for their {what}"):
+        dense(model, signal=signal)
+    named = dense(model, signal=signal, activation_modules=["model.layers.1.input_layernorm"])
+    assert len(named.sites.layers) == 1
+
+
+@pytest.mark.parametrize("method", ["lora", "mola"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "nemotron_h", "longcat_flash", "llama4"])
+def test_experts_count_beside_dense_layers_under_each_method(name, method):
+    model = petl.wrap(mixture(name), method, target_modules="experts")
+    counted = set(dense(model).sites.layers)
+    inside = model.get_base_model().named_modules()
+    experts = {n for n, _ in inside if n.endswith(".act_fn") and ".experts." in n}
+    assert experts
+    assert experts <= counted
 
 
 def test_the_adapter_file_is_unchanged_and_the_metrics_are_in_density_json(tmp_path):

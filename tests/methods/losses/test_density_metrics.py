@@ -257,7 +257,7 @@ def test_ppl_sparsity_needs_labels_and_down_projections():
     with pytest.raises(InputError, match="p=-1 is negative"):
         term.ppl_sparsity([batch_of("llama-relu")], p=-1)
     experts = dense(lora_on_attention(mixtral()))
-    with pytest.raises(InputError, match="no down projection found"):
+    with pytest.raises(InputError, match="no module for their down projection"):
         experts.ppl_sparsity([batch_of("llama-relu")])
     assert "ppl_1_sparsity" not in experts.report([batch_of("llama-relu")])
 

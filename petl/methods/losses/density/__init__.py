@@ -343,7 +343,7 @@ class ActivationDensity:
             return "ppl_sparsity=False"
         if not predicts_tokens(self.base):
             return f"{type(self.base).__name__} predicts no tokens, so it has no perplexity"
-        return "" if has_down(self.base) else "no down projection is found in the MLP blocks"
+        return "" if has_down(self.base) else "MLP blocks have no down projection as a module"
 
     # Files
 

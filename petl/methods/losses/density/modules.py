@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from petl.core.compat import BaseTunerLayer
 from petl.core.experts.layout import experts_of
-from petl.core.model.names import candidate_names, stack_names
+from petl.core.model.names import candidate_names
 from petl.core.model.places import place
 from petl.errors import InputError, UnknownNameError, did_you_mean
 
@@ -80,46 +80,52 @@ def _at_input(visit: Any, name: str, module: nn.Module, args: Any) -> tuple[obje
 
 def activation_names(model: nn.Module) -> list[str]:
     """Names of the nonlinearities of all MLP blocks; raises as `find_sites` does."""
+    experts = _experts(model)
     found = [name for name in candidate_names(model) if _is_mlp_activation(model, name)]
-    # a LoRA on experts is a layer around their module
-    inside = (name for name, module in model.named_modules() if experts_of(module) is not None)
-    found += [f"{n}.act_fn" for n in inside if n.endswith("base_layer") and _has_act(model, n)]
+    found += [f"{n}.act_fn" for n in experts if "act_fn" in model.get_submodule(n)._modules]
+    found = list(dict.fromkeys(found))
+    _refuse_uncounted(model, [n for n in experts if f"{n}.act_fn" not in found], "nonlinearity")
     if not found:
         options = [n for n in candidate_names(model) if _is_nonlinearity(model.get_submodule(n))]
         raise InputError(
             f"no activation module found in the MLP blocks of {type(model).__name__}; name them in "
-            f"activation_modules, or use signal='down_input'{_listed_or_stacks(model, options)}"
+            f"activation_modules, or use signal='down_input'{_listed(options)}"
         )
     return found
 
 
 def down_names(model: nn.Module) -> list[str]:
     """Names of the down projections of all MLP blocks; raises as `find_sites` does."""
+    _refuse_uncounted(model, _experts(model), "down projection")
     found = [name for name in candidate_names(model) if _is_down(model, name)]
     if not found:
         linear = [n for n in candidate_names(model) if _is_linear(model.get_submodule(n))]
         raise InputError(
             f"no down projection found in the MLP blocks of {type(model).__name__}; name them in "
-            f"activation_modules{_listed_or_stacks(model, linear)}"
+            f"activation_modules{_listed(linear)}"
         )
     return found
 
 
-def _has_act(model: nn.Module, name: str) -> bool:
-    module = model.get_submodule(name)
-    return not isinstance(module, BaseTunerLayer) and "act_fn" in module._modules
+def _experts(model: nn.Module) -> list[str]:
+    """Return the names of the modules that hold stacks of experts; a LoRA is a layer around one."""
+    named = ((n, m) for n, m in model.named_modules() if not isinstance(m, BaseTunerLayer))
+    return [name for name, module in named if experts_of(module) is not None]
 
 
-def _listed_or_stacks(model: nn.Module, options: Sequence[str]) -> str:
-    stacks = stack_names(model)
-    if not stacks:
-        return _listed(options)
-    return f"; its experts are stacked ({stacks[0]}) without a module for what is counted"
+def _refuse_uncounted(model: nn.Module, experts: Sequence[str], what: str) -> None:
+    """Raise InputError if there are experts that have no module for what is counted."""
+    if experts:
+        raise InputError(
+            f"the experts of {type(model).__name__} are stacked ({experts[0]}) and have no module "
+            f"for their {what}, and what is counted would leave them out: name the modules to "
+            "count in activation_modules"
+        )
 
 
 def has_down(model: nn.Module) -> bool:
-    """True if the MLP blocks have down projections."""
-    return any(
+    """True if all MLP blocks have down projections, and none has stacked experts."""
+    return not _experts(model) and any(
         _is_down(model, n) for n in candidate_names(model) if _is_linear(model.get_submodule(n))
     )
 
