@@ -495,6 +495,12 @@ def _no_match(target: str, names: list[str], words: Sequence[str] = ()) -> Unkno
     # suggest last parts of names, or complete ones for a target with a dot that is no pattern
     suffixes = {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()}
     options = names if "." in target and "*" not in target else suffixes
+    given = re.split(r"[\s,|]+", target)
+    if words and suffixes >= {*given}:  # of a list, it would match
+        return UnknownNameError(
+            f"target_modules={target!r} is a regular expression for the complete path of a module, "
+            f"and matches none; name modules in a list: target_modules=[{','.join(given)}]"
+        )
     return UnknownNameError(
         f"target {target!r} matches no module" + did_you_mean(target, [*words, *options])
     )

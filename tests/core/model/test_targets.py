@@ -229,6 +229,8 @@ def test_layers_pattern_names_the_stack():
     [
         (["q_porj"], "target 'q_porj' matches no module; did you mean 'q_proj'"),
         (["q_proj", "values"], "target 'values' matches no module"),
+        ("q_proj", r"regular expression.*target_modules=\[q_proj\]"),
+        ("q_proj, v_proj", r"target_modules=\[q_proj,v_proj\]"),
         ([r"model.layers.9.mlp"], "target 'model.layers.9.mlp' .* did you mean 'model.layers"),
         (r".*\.q_porj", "matches no module"),
         ("block-liner", "matches no module; did you mean 'block-linear'"),
