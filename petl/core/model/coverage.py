@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
+from petl.core.experts.layout import experts_of
 from petl.core.experts.linears import linears_of
 from petl.core.layers.class_swap import AdapterDict
 from petl.core.model.calls import place_of
@@ -30,11 +31,12 @@ SHOWN = 4  # kinds of layers that a line names
 
 
 class _Weight(NamedTuple):
-    """One weight: path of its module, entries, dimensions, whether it is adapted or quantized."""
+    """One weight: path and kind of its module, entries, whether it is adapted or quantized."""
 
     path: str
     size: int
     stacked: bool
+    linear: bool
     reached: bool
     quantized: bool
 
@@ -48,6 +50,7 @@ class Coverage:
         missed: shares that are not reached, by kind of layer, the largest first.
         without: shares of all block weights of the parts that have no adapter.
         stacked: the share of weights of experts in stacks among those that are not reached.
+        linear: likewise, of weights of linear layers.
         bare: blocks without an adapter.
         full: share of weights in full precision; None if the base is not quantized.
     """
@@ -56,6 +59,7 @@ class Coverage:
     missed: dict[str, float]
     without: dict[str, float]
     stacked: float = 0.0
+    linear: float = 1.0
     bare: int = 0
     full: float | None = None
 
@@ -87,7 +91,7 @@ def coverage_of(model: PeftModel) -> Coverage | None:
     parts = {w: LANGUAGE if language is None else part_in(w.path, language) for w in counted}
     adapted = {parts[weight] for weight in counted if weight.reached}
     sizes, missed, without = Counter[bool](), Counter[str](), Counter[str]()
-    stacked = 0
+    stacked = linear = 0
     for weight, where in counted.items():
         if parts[weight] not in adapted:
             without[parts[weight]] += weight.size
@@ -96,6 +100,7 @@ def coverage_of(model: PeftModel) -> Coverage | None:
         if not weight.reached:
             missed[_kind(weight.path, where)] += weight.size
             stacked += weight.size * weight.stacked
+            linear += weight.size * weight.linear
     all_blocks, with_adapters = (
         {(w.stack, w.index) for each, w in inside.items() if parts[each] in adapted and take(each)}
         for take in (lambda each: True, lambda each: each.reached)
@@ -108,6 +113,7 @@ def coverage_of(model: PeftModel) -> Coverage | None:
         {kind: size / total for kind, size in missed.most_common()},
         {part: size / everything for part, size in without.most_common()},
         stacked / max(sizes[False], 1),
+        linear / max(sizes[False], 1),
         len(all_blocks) - len(with_adapters),
         full if quantization_of(base) else None,
     )
@@ -126,7 +132,8 @@ def log_coverage(model: PeftModel, given: object, *, is_chosen: bool, adapts_exp
     if found is None or next(model.parameters()).device.type == "meta":
         return
     low = not is_chosen and is_low(found, model.active_peft_config, given)
-    way_out = low and found.stacked >= LOW and adapts_experts
+    is_preset = given == "block-linear"
+    way_out = low and found.stacked >= LOW and adapts_experts and not is_preset
     hint = "; target_modules=block-linear adapts the experts too" if way_out else ""
     logger.log(logging.WARNING if low else logging.INFO, "%s%s", found, hint)
     on_experts = trained_on_experts(model)
@@ -154,7 +161,7 @@ def is_low(found: Coverage, config: PeftConfig, given: object) -> bool:
     every block and leave out linear layers only.
     """
     everything = given in ("all-linear", "block-linear", LANGUAGE)
-    named = not everything and not found.bare and found.stacked < LOW
+    named = not everything and not found.bare and found.linear > LOW
     asked = named or facts_of(config).layers_to_transform is not None
     return found.share < LOW and not asked
 
@@ -181,6 +188,7 @@ def _weights(module: nn.Module, path: str) -> Iterator[_Weight]:
 
 def _own_weights(module: nn.Module, path: str, adapted: set[str]) -> Iterator[_Weight]:
     sides: int = getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
+    in_stacks = experts_of(module) is not None
     for name, parameter in module._parameters.items():
         quantized = parameter is not None and not parameter.is_floating_point()
         if parameter is None or parameter.dim() < 2 or "bias" in name:
@@ -192,7 +200,8 @@ def _own_weights(module: nn.Module, path: str, adapted: set[str]) -> Iterator[_W
         reached = name in adapted or "" in adapted
         # a module may have a matrix that is none of a linear layer
         owner = f"{path}.{name}" if name != "weight" and parameter.dim() == 2 else path
-        yield _Weight(owner, size, parameter.dim() > 2, reached, quantized)
+        is_linear = bool(sides) or (name == "weight" and parameter.dim() == 2)
+        yield _Weight(owner, size, in_stacks, is_linear, reached, quantized)
 
 
 def _kind(path: str, where: Place | None) -> str:

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from architectures.small import Type
 from torch import nn
 from transformers import JambaConfig, JambaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -100,6 +101,24 @@ def test_a_share_that_was_asked_for_is_a_note(method, fields, caplog):
         petl.wrap(testing.tiny_llama(), method, **fields)
     (record,) = [r for r in caplog.records if "of the block weights" in r.message]
     assert record.levelno == logging.INFO
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "layer"),
+    [
+        ("causal/dbrx", {}, "ffn.experts"),  # PEFT's own choice leaves out what is no linear layer
+        ("speech/sew", {"target_modules": "block-linear"}, "conv"),
+        ("speech/sew", {}, "conv"),
+    ],
+)
+def test_weights_that_no_preset_reaches_are_a_warning_without_a_way_out(
+    kind, fields, layer, caplog
+):
+    petl.wrap(Type(*kind.split("/")).build(), "lora", **fields)
+    (record,) = [r for r in caplog.records if "of the block weights" in r.message]
+    assert record.levelno == logging.WARNING
+    assert f"not reached: {layer}" in record.message
+    assert "target_modules=" not in record.message
 
 
 def test_weights_of_a_quantized_base_that_are_not_quantized_are_said():
