@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -162,7 +162,10 @@ def check_rewrites(model: PeftModel, inputs: Mapping[str, Tensor]) -> None:
         tokens[: max(1, len(tokens) * (row + 2) // (row + 3))] = IGNORED
     labelled = {**inputs, "labels": labels}
     without_dropout(model)
-    if model(**labelled).loss is None:  # its loss is left to the caller
+    computes = False
+    with suppress(ValueError):  # of a loss that counts the tokens of images
+        computes = model(**labelled).loss is not None
+    if not computes:
         return
     loss, gradients = _step(model, labelled)
     apply_rewrites(model, REWRITES)

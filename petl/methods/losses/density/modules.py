@@ -84,7 +84,9 @@ def activation_names(model: nn.Module) -> list[str]:
     found = [name for name in candidate_names(model) if _is_mlp_activation(model, name)]
     found += [f"{n}.act_fn" for n in experts if "act_fn" in model.get_submodule(n)._modules]
     found = list(dict.fromkeys(found))
-    _refuse_uncounted(model, [n for n in experts if f"{n}.act_fn" not in found], "nonlinearity")
+    left = [n for n in experts if f"{n}.act_fn" not in found]
+    if left:
+        raise _uncounted(model, left[0], "nonlinearity")
     if not found:
         options = [n for n in candidate_names(model) if _is_nonlinearity(model.get_submodule(n))]
         raise InputError(
@@ -96,7 +98,9 @@ def activation_names(model: nn.Module) -> list[str]:
 
 def down_names(model: nn.Module) -> list[str]:
     """Names of the down projections of all MLP blocks; raises as `find_sites` does."""
-    _refuse_uncounted(model, _experts(model), "down projection")
+    experts = _experts(model)
+    if experts:
+        raise _uncounted(model, experts[0], "down projection")
     found = [name for name in candidate_names(model) if _is_down(model, name)]
     if not found:
         linear = [n for n in candidate_names(model) if _is_linear(model.get_submodule(n))]
@@ -113,14 +117,13 @@ def _experts(model: nn.Module) -> list[str]:
     return [name for name, module in named if experts_of(module) is not None]
 
 
-def _refuse_uncounted(model: nn.Module, experts: Sequence[str], what: str) -> None:
-    """Raise InputError if there are experts that have no module for what is counted."""
-    if experts:
-        raise InputError(
-            f"the experts of {type(model).__name__} are stacked ({experts[0]}) and have no module "
-            f"for their {what}, and what is counted would leave them out: name the modules to "
-            "count in activation_modules"
-        )
+def _uncounted(model: nn.Module, experts: str, what: str) -> InputError:
+    """Return the error for experts that have no module for what is counted."""
+    return InputError(
+        f"the experts of {type(model).__name__} are stacked ({experts}) and have no module for "
+        f"their {what}, and what is counted would leave them out: name the modules to count in "
+        "activation_modules"
+    )
 
 
 def has_down(model: nn.Module) -> bool:
