@@ -23,6 +23,8 @@ CHAT = [
     {"role": "user", "content": "petl-check-question"},
     {"role": "assistant", "content": ANSWER},
 ]
+# as templates of models for images and text take the contents
+IN_PARTS = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in CHAT]
 EMBEDDING = re.compile(
     r"\.(embed_tokens|wte|embed_in|word_embeddings|shared)(\.base_layer)?\.weight$"
 )
@@ -152,14 +154,14 @@ def rendered(subject: Subject) -> str:
     }
     names |= {"raise_exception": refuse, "strftime_now": lambda form: "1 Jan 2026"}
 
-    def render() -> str:
+    def render(chat: object = CHAT) -> str:
         compiled = environment.from_string(GENERATION.sub("", template))
         text = ""
-        for part in compiled.generate(messages=CHAT, add_generation_prompt=False, **names):
+        for part in compiled.generate(messages=chat, add_generation_prompt=False, **names):
             text += part
             if len(text) > MAX_LENGTH:
                 raise TemplateError(f"it writes more than {MAX_LENGTH:,} characters")
-        return text
+        return render(IN_PARTS) if chat is CHAT and ANSWER not in text else text
 
     try:
         check_template(template, "the chat template")

@@ -298,6 +298,20 @@ def test_chats_without_a_template_are_told(tmp_path):
     assert "1 of 2 rows" in next(f.what for f in checked if f.id == "template.missing")
 
 
+@pytest.mark.parametrize(("part", "is_left_out"), [("p.text", False), ("", True)])
+def test_a_template_of_contents_in_parts_writes_answers(part, is_left_out, tmp_path):
+    """Those of models for images and text take no content that is a text alone."""
+    shutil.copytree(folders.healthy("lora", "petl"), tmp_path / "adapter")
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for p in m.content %}"
+        "{% if p.type == 'text' %}{{ PART }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    )
+    text = template.replace("PART", part or "''")
+    folders.save_tokenizer(tmp_path / "adapter", template=text)
+    found = [f.what for f in petl.check(tmp_path / "adapter") if f.id.startswith("stop")]
+    assert any("leaves out the assistant" in what for what in found) == is_left_out
+
+
 # Reading
 
 
