@@ -67,7 +67,7 @@ def argument(
 
 
 def option(
-    text: str, parse: Callable[[str], Any] = str, default: Any = None, **keywords: Any
+    text: str, parse: Callable[[str], object] = str, default: object = None, **keywords: object
 ) -> Any:
     """Declare an option with a value; with MISSING as the default it is required."""
     return field(default, FREE, text, flag=True, keywords={"type": parse, **keywords})

@@ -26,7 +26,7 @@ class Labels(TypedDict):
     problem_type: str | None
 
 
-def read_labels(path: str | Path, **where: Any) -> dict[str, Any]:
+def read_labels(path: str | Path, **where: object) -> dict[str, Any]:
     """Return the fields of the base model's config for the head of an adapter; {} if none is saved.
 
     Args:

@@ -219,7 +219,7 @@ def has_boft_kernel() -> bool:
         return get_fbd_cuda() is not None
 
 
-def default_targets(tuner: type[Any], model_type: str | None) -> set[str] | str | None:
+def default_targets(tuner: type[BaseTuner], model_type: str | None) -> set[str] | str | None:
     """Return PEFT's default targets of a tuner for this type of model; None: it has none."""
     table = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING  # of the only one without its own
     found = getattr(tuner, "target_module_mapping", table).get(model_type or "")
@@ -231,7 +231,7 @@ def default_feedforward(model_type: str | None) -> list[str] | None:
     return TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(model_type or "")
 
 
-def adapts_norms(tuner: type[Any]) -> bool:
+def adapts_norms(tuner: type[BaseTuner]) -> bool:
     """Return True for the tuner whose targets are norms."""
     return issubclass(tuner, LNTuningModel)
 
@@ -260,7 +260,7 @@ def tensors_for_stacks(
     return convert_peft_adapter_state_dict_for_transformers(base, config, tensors)
 
 
-def read_by_kernels(config: Any, model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+def read_by_kernels(config: PeftConfig, model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Return the modules that PEFT's LoRA may not adapt in a Mamba, with the reason."""
     refused = dict[str, str]()
     for name in names:
@@ -339,7 +339,7 @@ def extend_method(cls: type, name: str, extension: Callable[..., object]) -> Non
     original = getattr(cls, name)
 
     @wraps(original)
-    def extended(self: Any, *args: object, **kwargs: object) -> object:
+    def extended(self: object, *args: object, **kwargs: object) -> object:
         return extension(original, self, *args, **kwargs)
 
     setattr(cls, name, extended)
@@ -388,7 +388,10 @@ extend_method(LoraModel, "inject_adapter", with_complete_names)
 
 
 def with_tokens(
-    hooks: Callable[..., Any], tuner: Any, *args: object, **kwargs: object
+    hooks: Callable[..., AbstractContextManager[None]],
+    tuner: BaseTuner,
+    *args: object,
+    **kwargs: object,
 ) -> AbstractContextManager[None]:
     """Let layers beside experts, which see tokens, take `adapter_names` too."""
     given = hooks(tuner, *args, **kwargs)
@@ -446,7 +449,11 @@ def drop_base_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def hotswapped(
-    model: Any, state_dict: Any, adapter_name: str, config: Any, parameter_prefix: str = "lora_"
+    model: nn.Module,
+    state_dict: dict[str, Tensor],
+    adapter_name: str,
+    config: LoraConfig,
+    parameter_prefix: str = "lora_",
 ) -> None:
     """Swap the tensors of one LoRA in place, as PEFT does, and those of no other.
 
@@ -495,7 +502,12 @@ setattr(transformers_weight_conversion, _convert.__name__, converted)
 QUESTION_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
-def answered(forward: Callable[..., object], model: Any, *args: Any, **kwargs: object) -> object:
+def answered(
+    forward: Callable[..., object],
+    model: PeftModelForQuestionAnswering,
+    *args: object,
+    **kwargs: object,
+) -> object:
     """Compute the pass of a `PeftModelForQuestionAnswering` with all of its inputs.
 
     PEFT's own drops `token_type_ids` and `position_ids`: BERT would not tell the question from the
@@ -513,7 +525,9 @@ def answered(forward: Callable[..., object], model: Any, *args: Any, **kwargs: o
 extend_method(PeftModelForQuestionAnswering, "forward", answered)
 
 
-def computed(forward: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+def computed(
+    forward: Callable[..., object], model: AdaLoraModel, *args: object, **kwargs: object
+) -> object:
     """Compute the pass of an `AdaLoraModel`, also of one that was loaded for inference.
 
     PEFT adds the penalty of the adapter that trains to a loss, and fails where none does.
@@ -526,7 +540,7 @@ def computed(forward: Callable[..., Any], model: Any, *args: Any, **kwargs: Any)
 extend_method(AdaLoraModel, "forward", computed)
 
 
-def rated(update: Callable[..., None], allocator: Any, model: nn.Module) -> None:
+def rated(update: Callable[..., None], allocator: object, model: nn.Module) -> None:
     """Rate the triplets of AdaLoRA, those without a gradient as if it were zero.
 
     PEFT fails for a tensor that a step does not reach, such as that of an indexer.
@@ -556,13 +570,13 @@ def rotated(forward: Callable[..., Tensor], rotation: OFTRotationModule, x: Tens
 extend_method(OFTRotationModule, "forward", rotated)
 
 
-def norm_in_use(layer: Any) -> Any:
+def norm_in_use(layer: LNTuningLayer) -> nn.Module:
     """Return the norm that PEFT's layer around it computes with: the trained one, or the base's."""
     names = () if layer.disable_adapters or layer.merged else layer.active_adapters
     return layer.ln_tuning_layers[names[0]] if names else layer.base_layer
 
 
-def attribute_of_norm(look_up: Callable[..., Any], layer: Any, name: str) -> Any:
+def attribute_of_norm(look_up: Callable[..., object], layer: LNTuningLayer, name: str) -> object:
     """Return an attribute of PEFT's layer around a norm; what it lacks, of the norm in use.
 
     Blocks of Mamba read weight and epsilon of their norm.
@@ -585,7 +599,7 @@ setattr(LNTuningLayer, "weight", property(lambda layer: norm_in_use(layer).weigh
 
 def embedding_weights(model: nn.Module) -> set[str]:
     """Return the names under which PEFT may save the base's own embedding and output head."""
-    found: list[Any] = []
+    found: list[nn.Module | None] = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         # transformers raises it for models without text
         with suppress(NotImplementedError):

@@ -90,7 +90,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
     At most 1,023 values of a tensor are read, with one synchronization per device and dtype.
     """
-    groups: dict[Any, dict[str, Tensor]] = defaultdict(dict)
+    groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = defaultdict(dict)
     for name, parameter in model.named_parameters():
         # quantized, sharded and fake tensors are of other classes
         is_plain = type(parameter) is nn.Parameter and parameter.dtype in DTYPES
@@ -233,7 +233,7 @@ def layers_of(model: PeftModel, adapter_name: str) -> dict[str, Layer]:
     }
 
 
-def _layers_around(path: str, layer: Any) -> Iterator[tuple[str, Any]]:
+def _layers_around(path: str, layer: object) -> Iterator[tuple[str, LoraLayer]]:
     """Yield the LoRA layers of a module: one, or one for each adapted parameter, by its name."""
     while isinstance(layer, LoraLayer):
         name = getattr(layer, "parameter_name", "")
@@ -322,7 +322,7 @@ def seal(folder: Path) -> None:
     A compressed file has its own.
     """
     if (folder / FILE).is_file():
-        content: dict[str, Any] = {**_content(folder / FILE)}
+        content: dict[str, object] = {**_content(folder / FILE)}
         # of an earlier file, which may be gone
         content.pop("weights", None)
         if (folder / WEIGHTS).is_file():

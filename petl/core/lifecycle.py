@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -18,7 +18,7 @@ from petl.core.model.names import router_names
 from petl.core.model.weight_changes import change_map
 from petl.core.tuners.asking import AskingTuner
 from petl.core.tuners.gradients import watch_gradients
-from petl.core.types import Group
+from petl.core.types import Batch, Group
 from petl.errors import InputError
 from petl.system.files.disk import as_json, write_atomic
 
@@ -78,7 +78,7 @@ class Lifecycle:
         """True if the last training forward had an auxiliary loss."""
         return any(part.context.terms for part in self.parts)
 
-    def prepare(self, batches: Iterable[object]) -> None:
+    def prepare(self, batches: Iterable[Batch]) -> None:
         """Pass training batches to the extra losses, before the optimizer exists.
 
         Where an adapter trains the routers of a mixture, the model's own loss of their balance is
@@ -172,7 +172,7 @@ class Lifecycle:
         own = self._own
         return {} if own is None else own.method.figures(own.context_of_training())
 
-    def report(self, batches: Iterable[object]) -> dict[str, float]:
+    def report(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Return metrics of the extra losses over validation batches.
 
         Without extra losses the batches are not read.
@@ -245,7 +245,7 @@ class Lifecycle:
         It does so anyway, except for methods whose files are for inference only (packed codes).
         """
         others = {} if self._own is None else self._own.method.resumable
-        configs: list[Any] = [*self.tuner.peft_config.values()] if others else []
+        configs: list[PeftConfig] = [*self.tuner.peft_config.values()] if others else []
         before = [{name: getattr(config, name) for name in others} for config in configs]
         for config in configs:
             vars(config).update(others)

@@ -1,7 +1,7 @@
 """Extra loss terms: read from the settings of a run, attached to a wrapped model, found on it."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from peft import PeftModel
 from torch import nn
@@ -11,6 +11,7 @@ from petl.core.model.heat_map import HeatMap
 from petl.core.spec.config import require
 from petl.core.spec.method import WRAP_ONLY, LossConfig, build_loss
 from petl.core.support import Lacks
+from petl.core.types import Batch, Settings
 
 LOSSES = "petl_extra_losses"  # attribute of a PeftModel
 
@@ -38,14 +39,14 @@ class ExtraLoss(TrainingPart, Protocol):
     def config(self) -> LossConfig:
         """The loss's config."""
 
-    def prepare(self, batches: Iterable[Any]) -> None:
+    def prepare(self, batches: Iterable[Batch]) -> None:
         """Use training batches once, before the optimizer exists."""
 
-    def report(self, batches: Iterable[Any]) -> dict[str, float]:
+    def report(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Return metrics over validation batches, to compare before and after training."""
 
 
-def read(settings: Mapping[str, Any] | None) -> LossConfig | None:
+def read(settings: Settings | None) -> LossConfig | None:
     """Build the loss config from `cfg.loss` (a name and fields); None if there is no extra loss.
 
     Raises:

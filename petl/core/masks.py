@@ -4,7 +4,7 @@ Shapes: B rows, T tokens, D width.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -29,7 +29,7 @@ def as_2d(mask: object) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-def tokens_of(inputs: Mapping[str, Any], *, has_decoder: bool) -> Tokens:
+def tokens_of(inputs: Mapping[str, object], *, has_decoder: bool) -> Tokens:
     """Return the real tokens of inputs of a model, by name.
 
     Args:
@@ -48,7 +48,7 @@ def positions_in(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def without_padding(x: Tensor, mask: Any) -> Tensor:
+def without_padding(x: Tensor, mask: object) -> Tensor:
     """Return values [..., D] as [tokens, D], without padding if the mask has one entry for each."""
     rows, known = x.reshape(-1, x.shape[-1]), as_2d(mask)
     if known is None or known.numel() != len(rows):

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from petl.core.compat import BaseTunerLayer, LoraModel, tuner_class
+from petl.core.compat import BaseTuner, BaseTunerLayer, LoraModel, tuner_class
 from petl.core.experts.layout import experts_of
 from petl.core.experts.linears import paths_of_experts
 from petl.core.layers.context import ForwardContext, InputCapture
@@ -128,7 +128,7 @@ class AdapterSet(Generic[C, A]):
     config: C
     adapters: Mapping[str, A]
     tuner: Any = None
-    kept: dict[Any, Any] = field(default_factory=dict)
+    kept: dict[object, Any] = field(default_factory=dict)
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
     def key(self, path: str, tensor: str) -> str:
@@ -188,7 +188,7 @@ class TrainContext(Generic[C, A]):
     model: nn.Module
     active: list[AdapterSet[C, A]]
     context: ForwardContext
-    kept: dict[Any, Any]
+    kept: dict[object, Any]
     optimizer: Optimizer | None = None
     step: int = 0
     first: int = 0
@@ -277,7 +277,7 @@ class Method(Generic[C, A]):
     lr_by: tuple[str, Mapping[str, float]] | None = None
     rank: str = ""
     rank_step: int = 1
-    defaults: Mapping[str, Any] = {}
+    defaults: Mapping[str, object] = {}
     acts: Mapping[str, Acts] = {}
     lacks: Lacks = {}
     needs_tuner: str = ""
@@ -288,19 +288,19 @@ class Method(Generic[C, A]):
     takes_task_ids: bool = False
     features: tuple[str, ...] = ()
     inner: str = ""
-    inner_defaults: Mapping[str, Any] = {}
+    inner_defaults: Mapping[str, object] = {}
     own: bool = False
     start_tolerance: float = 0.0
     decays: bool = True
     keep_float32: bool = False
-    resumable: Mapping[str, Any] = {}
-    strength_tensors: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()
+    resumable: Mapping[str, object] = {}
+    strength_tensors: tuple[str, ...] | Callable[[C], tuple[str, ...]] = ()
     strength_field: str = ""
     strengths: Sequence[float] = ()
-    over: type[Any] | None = None
-    tuner_cls: type[Any] | None = None
+    over: type[BaseTuner] | None = None
+    tuner_cls: type[BaseTuner] | None = None
 
-    def __init__(self, **facts: Any) -> None:
+    def __init__(self, **facts: object) -> None:
         """Create the method; `facts` are attributes, or functions in place of hooks."""
         vars(self).update(facts)
 
@@ -477,7 +477,7 @@ class Method(Generic[C, A]):
         """True if it changes its adapters while they train."""
         return self.overrides("after_step")
 
-    def part(self, config: Any) -> Part:
+    def part(self, config: C) -> Part:
         """Return the method, with this config, as a part of a choice."""
         facts = facts_of(config)
         uses = {
@@ -523,7 +523,7 @@ class Method(Generic[C, A]):
             )
         return ""
 
-    def _why_no_experts(self, config: Any) -> str:
+    def _why_no_experts(self, config: C | None) -> str:
         """Return why a method of PEFT adapts no stacks of experts; "": a plain LoRA does.
 
         PEFT's LoRA adapts single parameters, which its other methods do not.
@@ -617,7 +617,7 @@ def linear_targets(c: WrapContext[Any], no_experts: str = NO_EXPERTS) -> list[Ta
     return linear + [target for stack in stacks for target in expert_targets(c, stack)]
 
 
-def expert_targets(c: WrapContext[Any], stack: str) -> list[Target]:
+def expert_targets(c: WrapContext[C], stack: str) -> list[Target]:
     """Return a target for each expert of the stack at this path."""
     path, _, name = stack.rpartition(".")
     module = c.model.get_submodule(path)

@@ -10,6 +10,7 @@ import psutil
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -99,7 +100,7 @@ def quantization_of(model: nn.Module) -> str:
 
     The first three are capabilities, see petl/core/support.py.
     """
-    loaded: Any = model
+    loaded = model
     # set by transformers' bitsandbytes loader
     if getattr(loaded, "is_loaded_in_4bit", False):
         return "4bit"
@@ -139,7 +140,11 @@ class LiveBytes(TorchDispatchMode):
         self._alive: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(
-        self, func: Any, types: object, args: Any = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: OpOverload,
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
     ) -> object:
         # `.item()`, which would raise on a FakeTensor
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
@@ -181,7 +186,11 @@ class LimitedBytes(LiveBytes):
         self.limit = limit
 
     def __torch_dispatch__(
-        self, func: Any, types: object, args: Any = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: OpOverload,
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
     ) -> object:
         more = requested_bytes(func, args, kwargs or {})
         if not more:
@@ -191,7 +200,7 @@ class LimitedBytes(LiveBytes):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def requested_bytes(func: Any, args: Any, kwargs: Mapping[str, Any]) -> int:
+def requested_bytes(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """Return the bytes of the tensor that an operation such as `torch.empty` makes, else 0."""
     names = [argument.name for argument in func._schema.arguments]
     is_method = func._schema.name.startswith("aten::new_")  # of a tensor, which comes first

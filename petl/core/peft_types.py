@@ -4,8 +4,6 @@ Importing this module adds them, each with stand-ins for its config and its tune
 replaces these by the classes. So PEFT loads an adapter of any method of petl.
 """
 
-from typing import Any
-
 from petl.core.compat import announce_method
 from petl.system.imports.tables import METHODS
 
@@ -21,7 +19,7 @@ class StandIn(type):
         return _real(cls)(*args, **kwargs)
 
 
-def _real(stand_in: type) -> type[Any]:
+def _real(stand_in: type) -> type:
     method, attribute = type.__getattribute__(stand_in, "place")
     return getattr(METHODS[method], attribute)
 

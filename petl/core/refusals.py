@@ -40,7 +40,7 @@ def refuse_more_than_factors(model: PeftModel, adapter_name: str = "default") ->
 
     A DoRA is, for one, or a LoRA with trained biases.
     """
-    config: Any = model.peft_config[adapter_name]
+    config = model.peft_config[adapter_name]
     facts = facts_of(config)
     if facts.trains_biases or facts.trainable_token_indices:
         raise UnsupportedError(

@@ -38,7 +38,7 @@ def register(method_cls: M) -> M:
 
 
 def make_tuner(
-    entry: Method[Any, Any], prefix: str, bases: tuple[type[Any], ...] = ()
+    entry: Method[Any, Any], prefix: str, bases: tuple[type, ...] = ()
 ) -> type[AskingTuner]:
     """Generate the tuner class of a method.
 
@@ -48,7 +48,7 @@ def make_tuner(
         bases: its base classes; none: petl's tuner, or that of PEFT with what asks the method.
     """
     words = f"{entry.name}_{entry.inner}" if entry.inner else entry.name
-    body: dict[str, Any] = {"method": entry, "prefix": prefix, "__module__": __name__}
+    body: dict[str, object] = {"method": entry, "prefix": prefix, "__module__": __name__}
     if entry.over is not None:
         # PEFT walks over these, to activate or delete an adapter
         body["tuner_layer_cls"] = entry.over.tuner_layer_cls | AdapterLayer

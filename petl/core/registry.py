@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
 
 from petl.core.compat import (
     adjustments_refused,
@@ -49,7 +48,7 @@ from petl.core.support import BASES, NO_CONVERSION, Capability, Conflict, Part, 
 from petl.core.switching.norms import keep_statistics
 from petl.core.switching.tuner import apply_peft_fixes, enable_switching
 from petl.core.tuners.gradients import reach_reversible_blocks, watch_gradients
-from petl.core.types import Calibration, Fields
+from petl.core.types import Calibration, Fields, Settings
 from petl.errors import (
     InputError,
     UnknownNameError,
@@ -394,7 +393,7 @@ def attach(model: PeftModel, config: LossConfig | None) -> object:
     return loss(config.name).controller_cls(model, config)
 
 
-def without_data(fields: Mapping[str, Any]) -> tuple[Fields, list[str]]:
+def without_data(fields: Settings) -> tuple[Fields, list[str]]:
     """Replace an initialization that needs data or weights, and return the fields and notes.
 
     Shapes do not depend on it; the notes are sentences for the user, none if nothing was replaced.
@@ -414,7 +413,7 @@ def without_data(fields: Mapping[str, Any]) -> tuple[Fields, list[str]]:
     return {**fields, "init_lora_weights": True}, [note]
 
 
-def on_shapes(build: Callable[[], Any], fields: Mapping[str, Any]) -> PeftModel:
+def on_shapes(build: Callable[[], Any], fields: Settings) -> PeftModel:
     """Call `petl.wrap` with `fields` on the meta-device model that `build` returns.
 
     A method that computes with the base weights when it is created gets uninitialized memory.
@@ -425,7 +424,7 @@ def on_shapes(build: Callable[[], Any], fields: Mapping[str, Any]) -> PeftModel:
         if not needs_values(error):
             raise
         # built again: the failed wrap may have changed the first model
-        base: Any = build().to_empty(device="cpu")
+        base = build().to_empty(device="cpu")
         # to_empty gives each of two tied parameters memory of its own
         base.tie_weights()
         return wrap(base, **fields)
@@ -438,7 +437,7 @@ def needs_values(error: Exception) -> bool:
     return isinstance(error, NotImplementedError | RuntimeError)
 
 
-def check_on_shapes(build: Callable[[], PreTrainedModel], fields: Mapping[str, object]) -> None:
+def check_on_shapes(build: Callable[[], Any], fields: Mapping[str, object]) -> None:
     """Raise InputError if `petl.wrap` would with these fields; no weights are read.
 
     Nothing is allocated, and the random numbers of a run stay the same. A method that computes with

@@ -77,7 +77,7 @@ class Part:
     name: str
     uses: Collection[Capability] = ()
     lacks: Lacks = field(default_factory=dict)
-    config: Any = None
+    config: object = None
 
 
 class Conflict(NamedTuple):
@@ -114,14 +114,14 @@ NO_CONVERSION = "PEFT has no conversion of it to LoRA; `petl merge` writes a mer
 BASES = (Capability.BASE_4BIT, Capability.BASE_8BIT, Capability.BASE_TORCHAO)
 
 
-def without_lora(lacks: Lacks, config: Any) -> str:
+def without_lora(lacks: Lacks, config: object) -> str:
     """Return why no LoRA has the outputs of an adapter: it is no sum of weights, or another one."""
     return reason_of(lacks, Capability.MERGE, config) or reason_of(
         lacks, Capability.LORA_EXPORT, config
     )
 
 
-def reason_of(lacks: Lacks, capability: Capability, config: Any) -> str:
+def reason_of(lacks: Lacks, capability: Capability, config: object) -> str:
     """Return why a capability is lacking with this config; "": it is there."""
     reason = lacks.get(capability, "")
     return reason if isinstance(reason, str) else reason(config)

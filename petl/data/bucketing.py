@@ -152,7 +152,7 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     # Buckets
 
-    def effective(self, lengths: Any) -> Any:
+    def effective(self, lengths: object) -> Any:
         """Lengths as counted against `max_tokens`."""
         return effective(lengths, self.quadratic)
 

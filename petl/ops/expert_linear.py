@@ -88,7 +88,7 @@ class ExpertLinear(nn.Linear):
         return alone
 
 
-def is_part(memo: dict[int, Any]) -> bool:
+def is_part(memo: dict[int, object]) -> bool:
     """Return True if what `copy.deepcopy` began with is more than a layer.
 
     Args:

@@ -294,12 +294,12 @@ def tiny_unet(more: int = 0) -> TinyUNet:
     return build_seeded(TinyUNet, UNetConfig(more=more))
 
 
-def create_config(cls: Any, **fields: Any) -> Any:
+def create_config(cls: Any, **fields: object) -> Any:
     """Create a config; the type checker does not know the fields of its base class."""
     return cls(**fields)
 
 
-def build_seeded(cls: Any, config: Any) -> Any:
+def build_seeded(cls: Any, config: object) -> Any:
     """Create a model with the same weights each time, without touching the random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

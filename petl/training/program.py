@@ -237,7 +237,7 @@ def refuse_run_dir() -> None:
             )
 
 
-def job(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], float]:
+def job(main: Callable[[DictConfig], object]) -> Callable[[DictConfig], float]:
     """Decorate the `main` of one run so that errors pass through Hydra to `reported`.
 
     It is a generator as `Stepwise` of petl/training/loop.py, whose loop trains alone.

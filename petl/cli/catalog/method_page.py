@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from petl.cli.catalog.recipes import Recipe, list_recipes, paper_of, parts_of, recipe
 from petl.cli.catalog.verdicts import verdict_lines
@@ -160,7 +159,7 @@ def _page_of_recipe(entry: Recipe) -> Page:
     )
 
 
-def _call(parts: Mapping[str, Mapping[str, Any]], fields: Sequence[Field]) -> str:
+def _call(parts: Mapping[str, Mapping[str, object]], fields: Sequence[Field]) -> str:
     """The call of `petl.wrap` that equals a recipe, with the fields that it sets."""
     # arguments by part, since a loss nests those of its method
     chosen = {group: {} for group in parts}

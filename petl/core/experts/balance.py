@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from petl.core.compat import BaseTunerLayer
 from petl.core.layers.context import ForwardContext
@@ -36,7 +37,7 @@ class RouterBalance:
         self.loads: list[Tensor] = []
         base.register_forward_hook(self._read)
 
-    def _read(self, model: nn.Module, args: Any, output: Any) -> None:
+    def _read(self, model: nn.Module, args: object, output: Any) -> None:
         self.context.terms.clear()
         term = output.get("aux_loss") if isinstance(output, Mapping) else None
         if not model.training or not isinstance(term, Tensor):
@@ -60,7 +61,7 @@ class RouterBalance:
         return []
 
 
-def router_balance(base: Any) -> list[RouterBalance]:
+def router_balance(base: nn.Module) -> list[RouterBalance]:
     """Return what reads the balance of routers in the loss of a base model; none without one.
 
     It is asked for if an adapter trains a router.
@@ -88,7 +89,7 @@ def _is_trained(router: nn.Module) -> bool:
     return isinstance(router, BaseTunerLayer) and any(p.requires_grad for p in router.parameters())
 
 
-def _config_with(base: Any, field: str) -> Any:
+def _config_with(base: nn.Module, field: str) -> PretrainedConfig | None:
     config = getattr(base, "config", None)
     if config is None or hasattr(config, field):
         return config

@@ -83,7 +83,7 @@ class ExpertsLayout:
         gate, up = (y[..., ::2], y[..., 1::2]) if self.interleaved else y.chunk(2, dim=-1)
         return module.act_fn(gate) * up
 
-    def implementation(self, module: Any) -> str:
+    def implementation(self, module: object) -> str:
         """Return the word of the config for how experts are computed, such as "grouped_mm"."""
         settings = getattr(module, "config", None)
         return getattr(settings, "_experts_implementation", None) or "eager"

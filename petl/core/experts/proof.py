@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +77,7 @@ def _fault(module: nn.Module, layout: ExpertsLayout) -> str:
         tried = _with_random_weights(module, layout, generator)
         inputs = _inputs(tried, layout, generator)
         # below the decorator, which would choose another implementation
-        forward = inspect.unwrap(original_class(module).forward)  # ty: ignore[missing-attribute]
+        forward = inspect.unwrap(original_class(module).forward)
         try:
             expected = forward(tried, *inputs)
             y = updated_forward(tried, layout, inputs, {})
@@ -121,7 +120,7 @@ def _with_random_weights(
 
 def _inputs(
     module: nn.Module, layout: ExpertsLayout, generator: torch.Generator
-) -> tuple[Any, ...]:
+) -> tuple[Tensor | list[int], ...]:
     """Return inputs with which limits of gates are reached."""
     E, width, _ = layout.shape(module, layout.up)
     count = layout.count(module)

@@ -5,7 +5,6 @@ Shapes: B rows, T tokens of each, H width.
 
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -40,7 +39,9 @@ def token_layers(model: nn.Module) -> Iterator[nn.Module]:
                     yield module
 
 
-def repeat_names(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Any:
+def repeat_names(
+    module: nn.Module, args: tuple[object, ...], kwargs: Arguments
+) -> tuple[tuple[object, ...], Arguments]:
     """Forward pre-hook: of an input [B T, H], give each token the adapter of its row."""
     names, x = kwargs.get("adapter_names"), args[0] if args else None
     if names is not None and isinstance(x, Tensor) and x.dim() == 2:

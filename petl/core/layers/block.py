@@ -34,11 +34,11 @@ class AdaptedBlock(SwappedClass):
 
     holds_adapters: ClassVar[bool] = True
 
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self: Any, *args: object, **kwargs: object) -> object:
         carried = self._modules[self.__dict__[SLOT]].carried()
         return super().__call__(*args, **kwargs, **carried)
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: object, **kwargs: object) -> object:
         return self._modules[self.__dict__[SLOT]](*args, **kwargs)
 
 
@@ -49,14 +49,14 @@ class BlockCall(FirstOutput):
         super().__init__(block)
         self.keyword = keyword  # name of the hidden states; None: they are positional
 
-    def outputs(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def outputs(self, x: Tensor, *args: object, **kwargs: object) -> object:
         """Return what the block computes without its adapters."""
         if self.keyword is None:
             return plain_forward(self.module, x, *args, **kwargs)
         return plain_forward(self.module, *args, **{self.keyword: x, **kwargs})
 
 
-def plain_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def plain_forward(block: nn.Module, *args: object, **kwargs: object) -> object:
     """Return what a block computes without its adapters."""
     # the class behind the mixin, also where sharding has put another one before it
     return cast(Any, super(AdaptedBlock, cast(Any, block))).forward(*args, **kwargs)
@@ -117,7 +117,7 @@ class BlockAdapters(AdapterLayer, AdapterDict):
         first = None if self._disable_adapters else next(self.pick(self.active_adapters), None)
         return {} if first is None else first[1].carried()
 
-    def _check(self, what: str, value: Any, width: int) -> None:
+    def _check(self, what: str, value: object, width: int) -> None:
         """Raise InputError unless a block's input or first output has this width."""
         adapter = next(iter(self.adapters.values()), None)
         if adapter is None:  # it holds what adapters of other blocks need
@@ -155,8 +155,8 @@ class BlockAdapters(AdapterLayer, AdapterDict):
 
 
 def split_arguments(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Any, tuple[Any, ...], dict[str, Any], str | None]:
+    args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> tuple[Any, tuple[object, ...], dict[str, object], str | None]:
     """Return a block's hidden states, its further arguments, and the keyword of the first."""
     if args:
         return args[0], args[1:], {**kwargs}, None
@@ -172,7 +172,7 @@ def place_of_argument(block: nn.Module, name: str) -> int:
     Raises:
         InputError: there is no such argument.
     """
-    cls: Any = original_class(block)
+    cls = original_class(block)
     names = list(signature(cls.forward).parameters)[1:]  # without self
     if name not in names:
         raise InputError(f"{cls.__name__} takes no {name}; its arguments are {', '.join(names)}")
@@ -180,8 +180,8 @@ def place_of_argument(block: nn.Module, name: str) -> int:
 
 
 def with_argument(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str, place: int, value: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args: tuple[object, ...], kwargs: Mapping[str, object], name: str, place: int, value: object
+) -> tuple[tuple[object, ...], dict[str, object]]:
     """Return the arguments of a block with another value of the one called `name`.
 
     It may be positional or not; `place` is its `place_of_argument`.

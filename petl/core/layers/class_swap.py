@@ -8,9 +8,11 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, KeysView
 from functools import cache, update_wrapper
 from types import CodeType, FunctionType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import nn
+
+T = TypeVar("T")
 
 
 class SwappedClass:
@@ -34,12 +36,12 @@ class SwappedClass:
         return original.__name__
 
     @classmethod
-    def extra_methods(cls, original: type) -> dict[str, Any]:
+    def extra_methods(cls, original: type) -> dict[str, object]:
         """Methods that the generated class has in addition to those of the mixin."""
         return {}
 
     # used by both pickle and copy.deepcopy
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         # the generated class cannot be imported by name, so unpickling generates it again
         return _new_instance, tuple(_parts(type(self))), self.__getstate__()
 
@@ -53,7 +55,7 @@ def swapped_class(mixin: type[SwappedClass], original: type) -> type[Any]:
     return type(mixin.class_name(original), (mixin, original), body)
 
 
-def with_signature(function: FunctionType, like: Callable[..., Any]) -> FunctionType:
+def with_signature(function: FunctionType, like: Callable[..., object]) -> FunctionType:
     """Return a copy of a function that shows the arguments of another one.
 
     `generate` looks at those of a model's forward to tell which inputs it takes.
@@ -66,7 +68,7 @@ def with_signature(function: FunctionType, like: Callable[..., Any]) -> Function
     return made
 
 
-def swap_class(target: Any, mixin: type[SwappedClass]) -> None:
+def swap_class(target: object, mixin: type[SwappedClass]) -> None:
     """Replace the class of `target` by `swapped_class(mixin, ...)` unless it has the mixin.
 
     A class that was swapped may be swapped again, with another mixin.
@@ -75,7 +77,7 @@ def swap_class(target: Any, mixin: type[SwappedClass]) -> None:
         target.__class__ = swapped_class(mixin, type(target))
 
 
-def restore_class(target: Any, mixin: type[SwappedClass]) -> None:
+def restore_class(target: object, mixin: type[SwappedClass]) -> None:
     """Undo `swap_class(target, mixin)` and remove the attributes that the mixin declares.
 
     Other swaps stay, before it and since. So does a class that something else has replaced since.
@@ -90,19 +92,19 @@ def restore_class(target: Any, mixin: type[SwappedClass]) -> None:
         target.__dict__.pop(name, None)
 
 
-def original_class(target: Any) -> type:
+def original_class(target: T) -> type[T]:
     """Return the class that an object had before `swap_class`; its own if it was not swapped."""
     *_, cls = _parts(type(target))
     return cls
 
 
-def mixins_of(target: Any) -> list[Any]:
+def mixins_of(target: object) -> list[type[SwappedClass]]:
     """Return the mixins that `swap_class` put before the class of an object."""
     *mixins, _ = _parts(type(target))
     return mixins
 
 
-def forward_code(module: Any) -> CodeType | None:
+def forward_code(module: object) -> CodeType | None:
     """Return the code of a module's own `forward`, by whose names its class is recognized.
 
     That is the class that it had before `swap_class`, and the function inside of decorators.
@@ -112,11 +114,11 @@ def forward_code(module: Any) -> CodeType | None:
     """
     if not isinstance(module, nn.Module) or "forward" in module.__dict__:
         return None
-    cls: Any = original_class(module)
+    cls = original_class(module)
     return getattr(inspect.unwrap(cls.forward), "__code__", None)
 
 
-def _parts(cls: type[Any]) -> Iterator[type]:
+def _parts(cls: type[Any]) -> Iterator[type[Any]]:
     """Yield the mixins of a generated class, the outermost first, and its original class."""
     while "mixin" in vars(cls):
         yield cls.mixin
@@ -124,7 +126,7 @@ def _parts(cls: type[Any]) -> Iterator[type]:
     yield cls
 
 
-def _new_instance(*parts: type[Any]) -> Any:
+def _new_instance(*parts: type[Any]) -> object:
     """Return an instance without state, which pickle and copy then fill in."""
     *mixins, cls = parts
     for mixin in reversed(mixins):

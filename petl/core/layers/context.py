@@ -29,6 +29,7 @@ from petl.core.layers.task_rows import TaskRows, take_task_ids
 from petl.core.masks import as_2d, tokens_of
 from petl.core.types import Arguments
 from petl.errors import InputError, UnsupportedError
+from petl.ops import Ctx
 from petl.system.collectives import REPLICA, num_processes, summed
 
 T = TypeVar("T")
@@ -90,12 +91,12 @@ class ForwardContext:
         self.is_mixed = False
         self.rows: Sequence[int] | None = None
         self.tokens: tuple[Tensor, int] | None = None
-        self._once: dict[Any, Any] = {}
+        self._once: dict[object, Any] = {}
         self._sharding_is_known = False  # see `refuse_wrapper`
         # one without and one with gradients, see `state`
-        self._states: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})
+        self._states: tuple[dict[object, Any], dict[object, Any]] = ({}, {})
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ForwardContext":
+    def __deepcopy__(self, memo: dict[int, object]) -> "ForwardContext":
         # values of the last forward are part of a graph, which deepcopy refuses: not copied
         copy = memo[id(self)] = ForwardContext()
         copy.aux_weight, copy.item_processes = self.aux_weight, self.item_processes
@@ -106,7 +107,7 @@ class ForwardContext:
         return ForwardContext, ()
 
     @property
-    def state(self) -> dict[Any, Any]:
+    def state(self) -> dict[object, Any]:
         """Values that a layer passes to later layers, or a hook of the model to all layers.
 
         A forward without gradients has a state of its own, so that it does not overwrite that of a
@@ -115,7 +116,7 @@ class ForwardContext:
         return self._states[torch.is_grad_enabled()]
 
     @property
-    def passed_on(self) -> dict[Any, Any]:
+    def passed_on(self) -> dict[object, Any]:
         """`state` for values without a gradient: one for all of a training forward.
 
         Under reentrant checkpointing, layers run without gradients in a forward with gradients.
@@ -130,7 +131,9 @@ class ForwardContext:
         # the first pass of reentrant checkpointing runs without gradients, in a training forward
         return self._states[torch.is_grad_enabled() or self.recording].get(TASKS)
 
-    def take_tasks(self, model: nn.Module, args: Any, kwargs: Arguments) -> Any:
+    def take_tasks(
+        self, model: nn.Module, args: tuple[object, ...], kwargs: Arguments
+    ) -> tuple[tuple[object, ...], Arguments]:
         """Forward pre-hook of the base model, after `begin`: remove `task_ids` and keep them."""
         tasks, kwargs = take_task_ids(args, kwargs)
         tasks = self.given_tasks if tasks is None else tasks
@@ -159,7 +162,9 @@ class ForwardContext:
         finally:
             self.tokens = None
 
-    def keep_mask(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def keep_mask(
+        self, module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]
+    ) -> None:
         """Forward pre-hook of a module whose layers read `token_mask`: keep its attention mask.
 
         That module is an encoder, which `generate` calls directly, or the base model.
@@ -249,7 +254,7 @@ class ForwardContext:
             )
         self._sharding_is_known = True
 
-    def end(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
+    def end(self, model: nn.Module, args: object, kwargs: Mapping[str, Any], output: Any) -> Any:
         """Forward hook of the base model: add the auxiliary loss to `output["loss"]`, detached.
 
         Its gradient comes from `add_gradient`.
@@ -377,13 +382,13 @@ class _AddGradient(torch.autograd.Function):
     """Identity on `y` that gives `term` the gradient `scale`, whatever the gradient of `y`."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, term: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Ctx, y: Tensor, term: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(scale)
         ctx.dtype = term.dtype
         return y.detach()  # no view: models may change it in place
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # ty: ignore[incompatible-method-override]
+    def backward(ctx: Ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # ty: ignore[incompatible-method-override]
         (scale,) = ctx.saved_tensors
         return grad, scale.to(ctx.dtype), None
 
@@ -416,7 +421,9 @@ class InputCapture:
             self.handle.remove()
             self.handle = None
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]
+    ) -> None:
         self.context.state[self.place] = args[0] if args else next(iter(kwargs.values()))
 
     def pop(self) -> Tensor:
@@ -436,7 +443,7 @@ class InputCapture:
 
 
 @cache
-def arguments_of_forward(kind: type[Any]) -> tuple[str, ...]:
+def arguments_of_forward(kind: type[nn.Module]) -> tuple[str, ...]:
     """Return the names of the arguments that the `forward` of a class takes."""
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
     return tuple(p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD)

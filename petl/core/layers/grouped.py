@@ -134,7 +134,7 @@ class GroupedLowRank(GroupedLayer):
         """Return the output y [K, T, O], with what its backward pass computes besides."""
         return y
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         K, base = len(self.generators), self.base_layer
         # the conditions under which an adapter alone is fused, for the same results
         frozen = None if args or kwargs else frozen_weight_and_bias(base, x)
@@ -215,7 +215,9 @@ class InputHook:
     def __init__(self) -> None:
         self.value: Tensor | None = None
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]
+    ) -> None:
         self.value = args[0] if args else next(iter(kwargs.values()))
 
     def pop(self) -> Tensor:
@@ -243,7 +245,7 @@ class GroupedAdapters(GroupedLayer):
         self.adapters, self.generators = tuple(adapters), generators
         self.captured = captured
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         captured = self.captured
         return each_alone(self, self.adapters, self.generators, x, args, kwargs, captured)
 
@@ -257,7 +259,7 @@ class GroupedNetworks(GroupedLayer):
         super().__init__(base_layer)
         self.adapters, self.captured = tuple(adapters), captured
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         y, K = self.base_layer(x, *args, **kwargs), len(self.adapters)
         x = x if self.captured is None else self.captured.pop()
         # in each pass, so that gradients reach the parameters of each
@@ -270,8 +272,8 @@ def each_alone(
     adapters: Sequence[Any],
     generators: Sequence[torch.Generator | None],
     x: Tensor,
-    args: Any,
-    kwargs: Mapping[str, Any],
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
     captured: InputHook | None = None,
 ) -> Tensor:
     """Return the output of a layer whose base is called once and whose adapters one by one."""
@@ -294,7 +296,7 @@ class GroupedModules(nn.Module):
         super().__init__()
         self.copies, self.generators = tuple(modules), generators
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         outputs = []
         parts = x.chunk(len(self.copies))
         for module, generator, own in zip(self.copies, self.generators, parts, strict=True):
@@ -325,11 +327,11 @@ class RowDropout(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        func: Callable[..., Any],
-        types: Any,
+        func: Callable[..., object],
+        types: object,
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    ) -> object:
         given = kwargs or {}
         if not _is_alone.get():
             if func is F.dropout:

@@ -8,9 +8,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar, cast
 
 import torch
+from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -99,7 +100,7 @@ class Adapter(nn.Module):
     # buffers with statistics of this process's rows only, which differ between processes
     of_own_rows: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, shape: LayerShape, config: Any, info: LayerInfo) -> None:
+    def __init__(self, shape: LayerShape, config: PeftConfig, info: LayerInfo) -> None:
         super().__init__()
         self.shape = shape
         self.info = info
@@ -188,7 +189,7 @@ class Adapter(nn.Module):
         return add_low_rank(base(x), self.drop(x), *factors) if y is None else y
 
     @classmethod
-    def together(cls, adapters: Sequence[Any], y: Tensor) -> Tensor:
+    def together(cls, adapters: Sequence[Self], y: Tensor) -> Tensor:
         """Return the base layer's output `y` [..., O] with several adapters; see `is_joint`."""
         raise NotImplementedError(f"{cls.__name__} has no joint computation")
 
@@ -239,7 +240,7 @@ class Adapter(nn.Module):
     @classmethod
     def grouped(
         cls,
-        adapters: Sequence[Any],
+        adapters: Sequence[Self],
         base_layer: nn.Module,
         generators: Sequence[torch.Generator | None],
         captured: "InputHook | None",
@@ -294,9 +295,9 @@ class FirstOutput:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.others: tuple[Any, ...] | list[Any] | None = None
+        self.others: tuple[object, ...] | list[object] | None = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: object, **kwargs: object) -> Tensor:
         output = self.outputs(*args, **kwargs)
         if not isinstance(output, tuple | list):
             return output
@@ -307,7 +308,7 @@ class FirstOutput:
         """Return what the module returns."""
         return self.module(*args, **kwargs)
 
-    def complete(self, y: Tensor) -> Any:
+    def complete(self, y: Tensor) -> object:
         """Return `y` in the form of the module's output."""
         others = self.others
         if others is None:
@@ -374,7 +375,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         adapters = self.adapters
         return ((n, cast(Adapter, adapters[n])) for n in names if n in adapters)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> object:
         if self.is_linear:
             return self._adapted(self.base_layer, x, *args, **kwargs)
         call = FirstOutput(self.base_layer)

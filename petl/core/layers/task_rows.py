@@ -48,7 +48,7 @@ class TaskRows:
         self._groups: dict[tuple[int, int, torch.device], TaskGroups] = {}
 
     @classmethod
-    def of(cls, ids: Any) -> "TaskRows":
+    def of(cls, ids: Tensor | Sequence[int]) -> "TaskRows":
         """Return the rows for the argument `task_ids`.
 
         Raises:
@@ -121,9 +121,7 @@ class TaskRows:
         return self._groups[key]
 
 
-def take_task_ids(
-    args: Sequence[object], kwargs: Arguments
-) -> tuple[TaskRows | None, dict[str, Any]]:
+def take_task_ids(args: Sequence[object], kwargs: Arguments) -> tuple[TaskRows | None, Arguments]:
     """Return the tasks of a model's rows, or None, and its keyword arguments without them.
 
     Raises:
@@ -140,7 +138,9 @@ def take_task_ids(
     return tasks, kwargs
 
 
-def pass_task_ids(module: nn.Module, args: object, kwargs: Arguments) -> tuple[Any, Arguments]:
+def pass_task_ids(
+    module: nn.Module, args: tuple[object, ...], kwargs: Arguments
+) -> tuple[tuple[object, ...], Arguments]:
     """Forward pre-hook of a PeftModel: give `task_ids` the name that PEFT passes on."""
     if ARGUMENT in kwargs:
         kwargs = {PASSED if name == ARGUMENT else name: value for name, value in kwargs.items()}

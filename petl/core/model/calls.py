@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 from petl.core.layers.class_swap import original_class
@@ -179,7 +179,7 @@ def training_inputs(model: Any) -> dict[str, Tensor]:
     return found
 
 
-def _other_input(name: str, config: Any) -> dict[str, Tensor]:
+def _other_input(name: str, config: object) -> dict[str, Tensor]:
     """Return an image, or a sound, of the size that the config gives."""
     config = getattr(config, "vision_config", None) or config
     if name == "pixel_values":
@@ -196,7 +196,7 @@ def _other_input(name: str, config: Any) -> dict[str, Tensor]:
 # The pass
 
 
-def _hash_of(module: nn.Module, config: Any = None) -> int:
+def _hash_of(module: nn.Module, config: PretrainedConfig | None = None) -> int:
     """Return a number that is equal for modules that are built alike: what their pass depends on.
 
     That is the class, the numbers and words of the module, its tensors' shapes, and the same below
@@ -206,7 +206,7 @@ def _hash_of(module: nn.Module, config: Any = None) -> int:
     return hash((repr(given), *_built(module, "")))
 
 
-def _built(module: Any, path: str) -> Iterator[Any]:
+def _built(module: nn.Module, path: str) -> Iterator[object]:
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
     elif isinstance(module, AuxiliaryTrainingWrapper):
@@ -245,7 +245,7 @@ class _Recorder(TorchDispatchMode):
             if not any(path.startswith(f"{other}.") for other in stacks):
                 self._run_once(path, stack)
 
-    def _prepare(self, where: str, module: Any) -> None:
+    def _prepare(self, where: str, module: nn.Module) -> None:
         state = vars(module)
         # of the model itself: hooks of accelerate, which move weights to it
         state.pop("forward", None)
@@ -272,7 +272,7 @@ class _Recorder(TorchDispatchMode):
         if isinstance(first, Tensor) and where not in self.inputs:
             self.inputs[where] = first.shape
 
-    def _end(self, where: str, output: Any) -> None:
+    def _end(self, where: str, output: object) -> None:
         self._running.discard(where)
         first = output[0] if isinstance(output, tuple | list) and output else output
         if isinstance(first, Tensor) and where not in self.outputs:
@@ -280,7 +280,7 @@ class _Recorder(TorchDispatchMode):
 
     def _run_once(self, path: str, stack: nn.Module) -> None:
         """Let blocks that are built as an earlier one return what that returned."""
-        first: dict[int, dict[Any, Any]] = {}
+        first: dict[int, dict[object, object]] = {}
         where = place_of(f"{path}.0")
         for block in stack.children():
             outputs = first.setdefault(_hash_of(block), {})
@@ -289,11 +289,11 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Callable[..., Any],
+        func: Callable[..., object],
         types: Iterable[type],
         args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         for each in args:
             where = self._owners.get(id(each)) if isinstance(each, nn.Parameter) else None
             if where is not None:
@@ -305,10 +305,10 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _once(forward: Callable[..., Any], outputs: dict[Any, Any]) -> Callable[..., Any]:
+def _once(forward: Callable[..., object], outputs: dict[object, object]) -> Callable[..., object]:
     """Let inputs of the same shapes have the same outputs."""
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: object, **kwargs: object) -> object:
         shapes = tuple(x.shape for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
         if shapes not in outputs:
             outputs[shapes] = forward(*args, **kwargs)

@@ -75,7 +75,7 @@ class _Copier:
         return self.copies[id(tensor)]
 
 
-def skeleton_of(model: nn.Module, device: str = "meta") -> Any:
+def skeleton_of(model: nn.Module, device: str = "meta") -> nn.Module:
     """Return a copy of a model without values, without adapters and without hooks.
 
     It shares with the model all attributes that are neither modules, tensors nor configs, so it is

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -14,6 +14,10 @@ from petl.core.experts.linears import stack_of
 from petl.core.model.places import place
 from petl.core.types import Arguments
 from petl.system.files.disk import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 HEAT_MAPS = "heat_maps.json"  # in the folder of a run
 # suffix and size of the units of large numbers, and from which number on they are used
@@ -185,7 +189,7 @@ def draw(heat_map: HeatMap, path: Path) -> None:
     save_figure(figure, path)
 
 
-def cell_text(value: Any) -> str:
+def cell_text(value: float | None) -> str:
     """Return a number in few characters, such as 12.6k from 10,000 on; "" for None."""
     if value is None:
         return ""
@@ -199,14 +203,14 @@ def cell_text(value: Any) -> str:
     return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
-def save_figure(figure: Any, path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
     """Write a figure of matplotlib as a PNG file, atomically."""
     image = io.BytesIO()
     figure.savefig(image, format="png")
     write_atomic(path, image.getvalue())
 
 
-def _name_cells(axes: Any, heat_map: HeatMap, cell: float) -> None:
+def _name_cells(axes: "Axes", heat_map: HeatMap, cell: float) -> None:
     """Label rows and columns; columns are `cell` inches apart, and labels at least 0.2."""
     rows, columns = heat_map.rows, heat_map.columns
     step = next((n for n in (1, 2, 5) if n * cell >= 0.2), 10)

@@ -1,7 +1,6 @@
 """Which modules are linear layers: their output is x W^T + b, whatever their class is called."""
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ LINEAR_KINDS = (nn.Linear, Conv1D)
 QUANTIZED = ("bitsandbytes.", "torchao.", "transformers.integrations.")  # modules of such classes
 LARGEST = 2**24  # entries of a weight with which a class is tried; of larger ones only shapes
 
-_computes: dict[tuple[Any, ...], bool] = {}  # by class and settings of a layer
+_computes: dict[tuple[object, ...], bool] = {}  # by class and settings of a layer
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -29,7 +28,7 @@ def is_linear(module: nn.Module) -> bool:
     """
     if not isinstance(module, nn.Linear):
         return isinstance(module, Conv1D)
-    cls: Any = original_class(module)
+    cls = original_class(module)
     weight = module._parameters.get("weight")
     is_plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.dim() == 2
     if cls.forward is nn.Linear.forward or cls.__module__.startswith(QUANTIZED) or not is_plain:
@@ -41,7 +40,7 @@ def is_linear(module: nn.Module) -> bool:
     return _computes[key]
 
 
-def _computes_linearly(module: nn.Linear, cls: Any) -> bool:
+def _computes_linearly(module: nn.Linear, cls: type[nn.Module]) -> bool:
     device = "cpu" if module.weight.numel() <= LARGEST else "meta"
     generator = torch.Generator().manual_seed(0) if device == "cpu" else None
     layer = copy.copy(module)

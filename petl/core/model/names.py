@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from copy import copy
 from typing import Any
 
+from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -91,7 +92,7 @@ def suffixes(name: str) -> list[str]:
     return [".".join(parts[depth:]) for depth in range(len(parts))]
 
 
-def in_layers(config: Any, model: nn.Module, name: str) -> bool:
+def in_layers(config: PeftConfig, model: nn.Module, name: str) -> bool:
     """Return True if `layers_to_transform` includes the block of the module called `name`.
 
     With `layers_pattern`, only blocks of lists with one of these names are included.
@@ -105,7 +106,7 @@ def in_layers(config: Any, model: nn.Module, name: str) -> bool:
     return where.index in ([indices] if isinstance(indices, int) else indices)
 
 
-def replicated(config: Any, model: nn.Module, names: Sequence[str]) -> list[str]:
+def replicated(config: PeftConfig, model: nn.Module, names: Sequence[str]) -> list[str]:
     """Return complete names, with those of the copies of blocks that `layer_replication` makes.
 
     PEFT makes them after the names are known.
@@ -121,7 +122,7 @@ def replicated(config: Any, model: nn.Module, names: Sequence[str]) -> list[str]
     return list(dict.fromkeys(found))
 
 
-def patterns_of(config: Any) -> list[str]:
+def patterns_of(config: PeftConfig) -> list[str]:
     patterns = facts_of(config).layers_pattern or []
     return [patterns] if isinstance(patterns, str) else patterns
 
@@ -191,11 +192,11 @@ def language_path(model: nn.Module) -> str | None:
     """
     if not isinstance(model, PreTrainedModel):
         return None
-    config: Any = model.config
+    config = model.config
     sees = any("vision" in name for name in (*vars(config), *config.sub_configs))
     if not sees or getattr(config, "is_encoder_decoder", False):
         return None
-    decoder: Any = model.get_decoder()
+    decoder = model.get_decoder()
     found = (name for name, module in model.named_modules() if module is decoder)
     path = next(found, None)
     if path is None:
@@ -362,7 +363,7 @@ def _takes(config: Any, model: nn.Module, stack: str) -> bool:
     )
 
 
-def check_parameters(config: Any, model: nn.Module) -> None:
+def check_parameters(config: PeftConfig, model: nn.Module) -> None:
     """Check `config.target_parameters`, of which PEFT says too little.
 
     Raises:

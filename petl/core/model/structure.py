@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from petl.core.compat import BaseTunerLayer
 from petl.core.layers.class_swap import original_class
@@ -228,7 +228,7 @@ def lists_found(model: nn.Module) -> str:
     return text + (f" and other lists of layers ({', '.join(others)})" if others else "")
 
 
-def layer_drop(config: Any) -> str:
+def layer_drop(config: PretrainedConfig | None) -> str:
     """Return the setting of a config that drops blocks in training, with its value; "" if none."""
     fields = config.to_dict() if hasattr(config, "to_dict") else {}
     found = (f"{k}={v}" for k, v in fields.items() if re.fullmatch(r".*layer_?drop", k) and v)
@@ -251,7 +251,7 @@ def norm_kind(block: nn.Module) -> tuple[float, bool]:
     Raises:
         InputError: it has none of a known kind.
     """
-    norm: Any = next((module for module in block.modules() if is_norm(module)), None)
+    norm = next((module for module in block.modules() if is_norm(module)), None)
     if norm is None:
         raise InputError(
             f"{type(block).__name__} has no LayerNorm or RMSNorm, and a norm like that of the "
@@ -263,7 +263,7 @@ def norm_kind(block: nn.Module) -> tuple[float, bool]:
 
 def norm_names(model: nn.Module) -> list[str]:
     """Return the names of the norms with 1-D weights in the backbone of `model` (without head)."""
-    backbone: Any = model.base_model if isinstance(model, PreTrainedModel) else model
+    backbone = model.base_model if isinstance(model, PreTrainedModel) else model
     inside = {id(module) for module in backbone.modules()}
     modules = ((name, model.get_submodule(name)) for name in candidate_names(model))
     return [name for name, module in modules if id(module) in inside and is_norm(module)]

@@ -8,15 +8,17 @@ entry of a list of layers, such as a decoder layer; see `is_stack`.
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from typing import Any
 
+from peft import LoraConfig, PeftConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from petl.core.compat import (
     SEQ_CLS_HEAD_NAMES,
+    BaseTuner,
     adapts_norms,
     check_target_module_exists,
     default_feedforward,
@@ -154,7 +156,7 @@ def name_parameters(config: Any, model: nn.Module) -> None:
         config.target_modules = set()
 
 
-def _double_rank(config: Any) -> None:
+def _double_rank(config: LoraConfig) -> None:
     """Give gate and up together the rank of two, as PEFT does: each had a LoRA of its own."""
     kind = r".*\.gate_up_proj"
     config.rank_pattern = {**(config.rank_pattern or {}), kind: 2 * config.r}
@@ -303,7 +305,7 @@ def matched_names(config: Any, model: nn.Module) -> list[str]:
     return [name for name in found if name not in owners and not f"{name}.".startswith(inside)]
 
 
-def chosen_names(config: Any, model: nn.Module, tuner: type[Any]) -> list[str]:
+def chosen_names(config: Any, model: nn.Module, tuner: type[BaseTuner]) -> list[str]:
     """Return the names of the modules that a tuner of PEFT's will adapt, by its own words too.
 
     These are "all-linear", and None, where PEFT chooses by the type of model.
@@ -319,7 +321,7 @@ def chosen_names(config: Any, model: nn.Module, tuner: type[Any]) -> list[str]:
 
 
 def choose_default(
-    config: Any, model: nn.Module, tuner: type[Any], no_experts: str = NO_EXPERTS
+    config: Any, model: nn.Module, tuner: type[BaseTuner], no_experts: str = NO_EXPERTS
 ) -> None:
     """Set the targets of a tuner of PEFT's that are left to it, where its table has none that fit.
 
@@ -359,7 +361,7 @@ def choose_default(
         set_targets(config, model, fits)
 
 
-def check_kinds(config: Any, model: nn.Module, tuner: type[Any]) -> None:
+def check_kinds(config: PeftConfig, model: nn.Module, tuner: type[BaseTuner]) -> None:
     """Raise ModuleKindError for a target of a tuner of PEFT's on which no adapter computes.
 
     That is a subclass of nn.Linear that computes something else, or a child of torch's classes that
@@ -385,7 +387,7 @@ def refuse_fused(model: nn.Module, name: str) -> None:
         raise uncalled_error(model, {name: READ})
 
 
-def leave_out(config: Any, model: nn.Module, tuner: type[Any], given: Any) -> None:
+def leave_out(config: PeftConfig, model: nn.Module, tuner: type[BaseTuner], given: object) -> None:
     """Take targets on which no adapter would compute out of `config.target_modules`; the log says.
 
     A module that is never called, but named by a pattern that matches no other, stays: a training
@@ -417,7 +419,9 @@ def leave_out(config: Any, model: nn.Module, tuner: type[Any], given: Any) -> No
         set_targets(config, model, [*kept, *matched_stacks(config, model)])
 
 
-def target_shapes(config: Any, model: nn.Module, tuner: type[Any]) -> dict[str, tuple[int, int]]:
+def target_shapes(
+    config: PeftConfig, model: nn.Module, tuner: type[BaseTuner]
+) -> dict[str, tuple[int, int]]:
     """Return the weight's shape [O, I] of each linear layer that PEFT will adapt, by name."""
     modules = dict(model.named_modules())
     shapes = {}
@@ -444,7 +448,7 @@ def check_saved(config: Any, model: nn.Module) -> None:
             )
 
 
-def check_tokens(config: Any, model: nn.Module) -> None:
+def check_tokens(config: PeftConfig, model: nn.Module) -> None:
     """Raise InputError for trained rows of tokens that `model` lacks, or computes otherwise."""
     given = facts_of(config).trainable_token_indices
     if given is None:
@@ -506,11 +510,11 @@ def _no_match(target: str, names: list[str], words: Sequence[str] = ()) -> Unkno
     )
 
 
-def _layer_hint(config: Any) -> str:
+def _layer_hint(config: PeftConfig) -> str:
     indices = facts_of(config).layers_to_transform
     patterns = f", layers_pattern={', '.join(patterns_of(config))}" if patterns_of(config) else ""
     return "" if indices is None else f" (layers_to_transform={indices}{patterns})"
 
 
-def _shown(targets: Any) -> Any:
+def _shown(targets: str | Iterable[str]) -> str | list[str]:
     return targets if isinstance(targets, str) else sorted(targets)

@@ -49,7 +49,7 @@ def weight_changes(model: nn.Module, names: Sequence[str]) -> dict[str, float]:
             continue
         if not isinstance(layer, BaseTunerLayer):
             continue
-        weight: Any = getattr(layer.get_base_layer(), "weight", None)
+        weight: Tensor | None = getattr(layer.get_base_layer(), "weight", None)
         # a DTensor has a part of the rows here: its update is not computed without the others
         if isinstance(weight, Tensor) and not (weight.is_meta or isinstance(weight, DTensor)):
             updates = [u for name in names if (u := _update(layer, name)) is not None]
@@ -81,5 +81,5 @@ def _update(layer: BaseTunerLayer, name: str) -> Any:
     # weight would be most of the difference
     merged: Any = copy.deepcopy(host).float()
     merged.merge(adapter_names=[name])
-    base: Any = layer.get_base_layer()
+    base = layer.get_base_layer()
     return merged.get_base_layer().weight - base.weight.float()

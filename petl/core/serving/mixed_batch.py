@@ -6,7 +6,7 @@ Shapes: N rows, T tokens of each, I in, O out, G groups of n rows.
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ GENERATION = {"generation_config", "max_new_tokens", "max_length", "do_sample", 
 GATHERING = 0.2
 # computes x [G, n T, I] and y [G, n T, O] to the adapted y
 BatchedAdapter = Callable[[Tensor, Tensor], Tensor]
+
+K = TypeVar("K")
 
 
 class Groups(NamedTuple):
@@ -37,7 +39,7 @@ class Groups(NamedTuple):
     rows: Tensor | None
 
 
-def group_size(rows_of: Mapping[Any, Sequence[int]], tokens: int) -> int:
+def group_size(rows_of: Mapping[K, Sequence[int]], tokens: int) -> int:
     """Return the number of rows of a group that costs least.
 
     With one row per group, an adapter's weights are read once per row. Larger groups read them less
@@ -59,7 +61,7 @@ def group_size(rows_of: Mapping[Any, Sequence[int]], tokens: int) -> int:
     return min((*(2**i for i in range(max_rows.bit_length())), max_rows), key=cost)
 
 
-def grouped(rows_of: Mapping[Any, Sequence[int]], count: int, n: int) -> Groups:
+def grouped(rows_of: Mapping[K, Sequence[int]], count: int, n: int) -> Groups:
     """Sort the rows of each adapter into groups of `n`, of a batch of `count` rows."""
     groups = sorted(  # by their first row, so that a batch in order needs no copy
         (rows[i : i + n], name) for name, rows in rows_of.items() for i in range(0, len(rows), n)
@@ -238,7 +240,7 @@ def stacked(adapters: Sequence[Any], dtype: torch.dtype | None) -> Any:
     shapes = [{name: tensor.shape for name, tensor in own.items()} for own in tensors.values()]
     if any(other != shapes[0] for other in shapes):
         return None
-    batched: dict[str, Any] = {
+    batched: dict[str, Tensor] = {
         name: _stack([tensors[adapter][name] for adapter in adapters], dtype) for name in shapes[0]
     }
     own = {name: value for name, value in batched.items() if "." not in name}
@@ -280,7 +282,7 @@ class KeptRows:
         self.rows: AdapterRows | None = None
         self._state: State | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "KeptRows":
+    def __deepcopy__(self, memo: dict[int, object]) -> "KeptRows":
         return KeptRows()
 
     def __reduce__(self) -> tuple[type["KeptRows"], tuple[()]]:

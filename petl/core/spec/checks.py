@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 BLOCKS = "layers_to_transform"
 
 
-def config_hints(config_cls: type[Any]) -> Fields:
+def config_hints(config_cls: type) -> Fields:
     """Return the type of each field of a config class.
 
     `layers_to_transform` may also be text: a share of the blocks, which
@@ -40,7 +40,7 @@ BASE = "__base__"  # PEFT's word in `adapter_names` for rows without an adapter
 OF_PEFT = ("base_model", "base_layer", "modules_to_save", "original_module")
 
 
-def check_adapter_name(name: object, model: nn.Module, tuner: type[Any]) -> None:
+def check_adapter_name(name: object, model: nn.Module, tuner: type) -> None:
     """Raise InputError if an adapter of `model` cannot be called `name`.
 
     A name is a part of the keys of state dicts, by which PEFT tells adapters apart: of two, saving
@@ -70,7 +70,7 @@ def check_tensor_names(name: str, tensors: nn.Module) -> None:
         )
 
 
-def _reason(name: object, model: nn.Module, tuner: type[Any]) -> str:
+def _reason(name: object, model: nn.Module, tuner: type) -> str:
     prefix = getattr(tuner, "prefix", None) or ""
     layer = getattr(tuner, "tuner_layer_cls", None)
     if not isinstance(name, str) or not name.strip():
@@ -124,7 +124,7 @@ def pattern_value(pattern: Mapping[str, object] | None, key: str, default: objec
 
 
 def check_rank(
-    config: Any,
+    config: PeftConfig,
     name: str,
     shapes: Mapping[str, tuple[int, int]],
     *,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
@@ -31,6 +31,9 @@ from petl.system.values import (
     type_name,
     type_problem,
 )
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # other values beside which a field acts, in words and as a test of the config
 Acts = tuple[str, Callable[[Any], bool]]
@@ -60,7 +63,9 @@ def config_field(
     return field(default, rule, text, **({"acts": acts} if acts else {}))
 
 
-def idle_fields(config: Any, method: str, others: Mapping[str, Acts] = NONE) -> dict[str, str]:
+def idle_fields(
+    config: "DataclassInstance", method: str, others: Mapping[str, Acts] = NONE
+) -> dict[str, str]:
     """Return the fields of a config that were set and do nothing, with what each acts beside.
 
     Args:
@@ -80,7 +85,9 @@ def idle_fields(config: Any, method: str, others: Mapping[str, Acts] = NONE) -> 
     }
 
 
-def require_effect(config: Any, method: str, others: Mapping[str, Acts] = NONE) -> None:
+def require_effect(
+    config: "DataclassInstance", method: str, others: Mapping[str, Acts] = NONE
+) -> None:
     """Raise InputError for a field that was set and does nothing beside the others."""
     for name, words in idle_fields(config, method, others).items():
         raise InputError(
@@ -198,7 +205,7 @@ class MethodConfig(PeftConfig):
         """Return the fields that limit growth in training to `budget` parameters."""
         return {}
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str, **kwargs: object) -> None:
         """Write adapter_config.json as PEFT does, with what its type needs in words."""
         super().save_pretrained(save_directory, **kwargs)
         file = Path(save_directory) / CONFIG_NAME
@@ -259,7 +266,7 @@ def usual_rule(name: str, default: object) -> Rule:
     return DROPOUT if name.endswith("dropout") else ALPHA if name.endswith("alpha") else FREE
 
 
-def check_values(config_cls: type[Any], fields: Mapping[str, object]) -> None:
+def check_values(config_cls: "type[DataclassInstance]", fields: Mapping[str, object]) -> None:
     """Check the types of values, and ranks, dropouts and alphas, which PEFT itself does not.
 
     Raises:

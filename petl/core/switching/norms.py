@@ -20,7 +20,7 @@ class TrainedNorm(SwappedClass, ModulesToSaveWrapper):
     Rows of an adapter that trains no norm, and of `__base__`, have the original one.
     """
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Tensor, **kwargs: Any) -> Tensor:
         names = kwargs.get("adapter_names")
         if names is None or self.disable_adapters:
             return super().forward(*args, **kwargs)

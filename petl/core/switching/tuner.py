@@ -13,9 +13,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from functools import cached_property
 from pkgutil import resolve_name
 from threading import RLock
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 
 from petl.core.compat import (
@@ -52,6 +52,7 @@ from petl.errors import UnsupportedError
 LOCK = RLock()
 CHECKED = "petl_checks_merging"  # attribute of a tuner
 HOSTS = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # hold adapters, or heads that train with them
+M = TypeVar("M", bound=nn.Module)
 
 
 class SwitchingTuner(BaseTuner):
@@ -99,7 +100,7 @@ class SwitchingTuner(BaseTuner):
 
     @contextmanager
     def entering(
-        self, context: AbstractContextManager[Any], names: Collection[str]
+        self, context: AbstractContextManager[object], names: Collection[str]
     ) -> Generator[None]:
         """Enter `context` while only these adapters are visible, then run the block with all."""
         with ExitStack() as stack:
@@ -302,7 +303,7 @@ class SwitchingModel(SwappedClass, PeftModel):
         with self._tuner.entering(super().disable_adapter(), self._tuner.in_use()):
             yield
 
-    def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> object:
         """Load a trained adapter in addition to those present; see `PeftModel.load_adapter`."""
         with self._tuner.only_visible({adapter_name}):
             return super().load_adapter(model_id, adapter_name, *args, **kwargs)
@@ -315,7 +316,7 @@ class SwitchingModel(SwappedClass, PeftModel):
         save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """Save these adapters, or all; see `PeftModel.save_pretrained`."""
         start, known = path_initial_model_for_weight_conversion, self.peft_config
@@ -367,7 +368,7 @@ class SwitchingModel(SwappedClass, PeftModel):
         return view
 
 
-def _view(module: Any) -> Any:
+def _view(module: M) -> M:
     """Return a second object with the attributes of a module; setting one leaves the module as is.
 
     `copy` would make it by the class, and that of a module sharded by `fully_shard` calls
@@ -380,7 +381,7 @@ def _view(module: Any) -> Any:
 
 def only_visible(model: PeftModel, names: Collection[str]) -> AbstractContextManager[None]:
     """Return a context in which a `SwitchingTuner` hides all other adapters; other tuners: none."""
-    tuner = model.base_model
+    tuner: Any = model.base_model
     return tuner.only_visible(names) if isinstance(tuner, SwitchingTuner) else nullcontext()
 
 
@@ -405,7 +406,7 @@ class CheckedSum:
     def __init__(self, tuner: LoraModel) -> None:
         self.tuner = weakref.ref(tuner)  # a cycle would keep a deleted model in memory
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type, tuple[BaseTuner | None]]:
         return type(self), (self.tuner(),)
 
     def __call__(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
@@ -420,8 +421,12 @@ class CheckedSum:
 
 
 def _merge(
-    original: Callable[..., Any], tuner: Any, *args: Any, lossy: bool = False, **kwargs: Any
-) -> Any:
+    original: Callable[..., object],
+    tuner: BaseTuner,
+    *args: object,
+    lossy: bool = False,
+    **kwargs: object,
+) -> object:
     """Merge as PEFT does, or refuse a wrong result in a model that petl has wrapped or loaded.
 
     Args:
@@ -450,10 +455,10 @@ class WithoutPenalty:
     def __init__(self, tuner: BaseTuner) -> None:
         self.tuner = weakref.ref(tuner)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type, tuple[BaseTuner | None]]:
         return type(self), (self.tuner(),)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         tuner: Any = self.tuner()
         if "trainable_adapter_name" in vars(tuner):
             return type(tuner).forward(tuner, *args, **kwargs)
@@ -467,7 +472,7 @@ class NoMixedBatches:
         self.reason = reason
 
     @contextmanager
-    def __call__(self, *args: Any, **kwargs: Any) -> Generator[None]:
+    def __call__(self, *args: object, **kwargs: object) -> Generator[None]:
         if kwargs.get("adapter_names") is not None:
             raise UnsupportedError(f"adapter_names is not possible: {self.reason}")
         yield
@@ -504,7 +509,7 @@ def apply_peft_fixes(model: PeftModel, not_mixed: str) -> None:
         tuner.forward = WithoutPenalty(tuner)
 
 
-def _not_combined(config: Any) -> str:
+def _not_combined(config: PeftConfig) -> str:
     """Return why PEFT's LoRA cannot add adapters of this config; "": it can."""
     if facts_of(config).use_rslora:
         return "PEFT scales the sum of rsLoRA adapters by the root of its rank once more"

@@ -3,11 +3,12 @@
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from re import Match
 from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from torch import Tensor, nn
 
 from petl.core.compat import (
@@ -37,7 +38,7 @@ from petl.core.support import Capability, without_lora
 from petl.core.switching.norms import original_norms
 from petl.core.switching.tuner import hosts_of, layers_of
 from petl.core.tuners.asking import AskingTuner
-from petl.core.types import Fields
+from petl.core.types import Arguments, Fields
 from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.ops.expert_linear import ExpertLinear
 
@@ -53,13 +54,13 @@ class AdapterTuner(AskingTuner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # of the adapter that `inject_adapter` adds now
-        self._wrapping: WrapContext[Any] | None = None
+        self._wrapping: WrapContext[PeftConfig] | None = None
         self._infos: dict[str, LayerInfo] = {}
         super().__init__(*args, **kwargs)
 
     # Shared tensors
 
-    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
         # under a name with the method's prefix, by which PEFT finds the tensors to save
         setattr(self, self.shared_name, AdapterDict())
@@ -140,7 +141,7 @@ class AdapterTuner(AskingTuner):
         for path, why in read_by_kernels(LoraConfig(), model, c.targets).items():
             self._infos[path].no_lora = no_lora or f"{path}: {why}"
 
-    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool | Match[str] | None:
         """Return True for the targets during `inject_adapter`; else ask PEFT."""
         if self._wrapping is not None and key in self._wrapping.targets:
             return True
@@ -150,12 +151,12 @@ class AdapterTuner(AskingTuner):
         # PEFT's mark of an excluded module is false, too
         return answer if self._wrapping is None or not answer else False
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: Fields) -> Any:
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: Fields) -> PeftConfig:
         return peft_config  # `inject_adapter` has resolved the targets
 
     def _create_and_replace(
         self,
-        peft_config: Any,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -216,7 +217,7 @@ class AdapterTuner(AskingTuner):
             _cast(self.shared[adapter_name], dtype, autocast)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:
+    def _enable_peft_forward_hooks(self, *args: object, **kwargs: Any) -> Generator[None]:
         """Keep what a call of the PeftModel says about its rows: `generate` calls the model often.
 
         These are `adapter_names`, in evaluation mode only, and `task_ids`.
@@ -312,7 +313,9 @@ class AdapterTuner(AskingTuner):
         collapse(self.model)
         return model
 
-    def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
         # a head may be of any class, a mixture of experts has no weight of its own: just replace
         is_plain = isinstance(child, AuxiliaryTrainingWrapper | ExpertLayer)
         is_plain = is_plain or isinstance(child, ExpertLinear) or not hasattr(child, "weight")
@@ -335,7 +338,9 @@ class AdapterTuner(AskingTuner):
         return self.context.total()
 
 
-def _inject_names(rows: AdapterRows, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+def _inject_names(
+    rows: AdapterRows, module: nn.Module, args: tuple[object, ...], kwargs: Arguments
+) -> tuple[tuple[object, ...], Arguments]:
     kwargs["adapter_names"] = rows
     return args, kwargs
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NoReturn, cast
 
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from petl.core.layers.block import BlockAdapters
 from petl.core.layers.class_swap import AdapterDict
 from petl.core.layers.context import ForwardContext
 from petl.core.layers.layer import Adapter
-from petl.core.method import AdapterSet, Method, NewAdapters, Tensors, TrainContext, WrapContext
+from petl.core.method import AdapterSet, C, Method, NewAdapters, Tensors, TrainContext, WrapContext
 from petl.core.model.heat_map import HeatMap
 from petl.core.model.weight_changes import CHANGES, change_map
 from petl.core.support import Capability, reason_of
@@ -46,7 +46,7 @@ class AskingTuner(SwitchingTuner):
     context: ForwardContext
 
     def __new__(
-        cls, model: Any = None, peft_config: Any = None, adapter_name: str = "", **options: Any
+        cls, model: Any = None, peft_config=None, adapter_name: str = "", **options: Any
     ) -> Any:
         """Return an object of the class for the config; of this one if a copy is made."""
         config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
@@ -58,7 +58,7 @@ class AskingTuner(SwitchingTuner):
         variant = cls.method.variant(fields)
         return cls if variant is cls.method else variant.tuner
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         # a generated class cannot be imported by name
         method = self.method
         of_class = f"PETL_{method.name.upper()}", method.inner or None
@@ -163,7 +163,7 @@ class AskingTuner(SwitchingTuner):
             watch_updates(self)
 
     @contextmanager
-    def _injection(self, c: WrapContext[Any], low_cpu_mem_usage: bool) -> Generator[None]:
+    def _injection(self, c: WrapContext[C], low_cpu_mem_usage: bool) -> Generator[None]:
         """Let the method check the model; PEFT injects the adapter in the block."""
         self.method.settings(c)
         yield
@@ -228,13 +228,13 @@ class AskingTuner(SwitchingTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        config: Any = self.peft_config[self.active_adapters[0]]
+        config = self.peft_config[self.active_adapters[0]]
         reason = reason_of(self.method.lacks, Capability.MERGE, config)
         if reason:
             raise UnsupportedError(reason)
 
     def _replace_module(
-        self, parent: object, child_name: str, new_module: object, child: object
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
         if isinstance(child, BlockAdapters):
             child.detach()
@@ -330,7 +330,7 @@ class AskingTuner(SwitchingTuner):
 
         The weights under adapted layers are never among them.
         """
-        own: Any = cls.for_fields(vars(config))
+        own = cls.for_fields(vars(config))
         tensors = super(AskingTuner, own)._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
@@ -355,7 +355,7 @@ class AskingTuner(SwitchingTuner):
             InputError: tensors are missing or unexpected, or differ from the model's in shape or
                 kind of dtype; values are not finite, or a table has values that it cannot have.
         """
-        own: Any = cls.for_fields(vars(config))
+        own = cls.for_fields(vars(config))
         found = own._set_in(model, adapter_name, config, {})
         tensors = super(AskingTuner, own)._remap_adapter_state_dict_for_load(
             model, config, adapter_name, own.method.unpack(found, split_experts(state_dict))
@@ -366,7 +366,7 @@ class AskingTuner(SwitchingTuner):
         return tensors
 
     @classmethod
-    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> Any:
+    def _convert_state_dict_for_initial_model(cls, *args: object, **kwargs: object) -> NoReturn:
         raise UnsupportedError(
             "path_initial_model_for_weight_conversion works for PEFT's LoRA only; leave it out: "
             "adapters of petl's methods are saved relative to the original weights"
@@ -416,6 +416,6 @@ def check_loaded(
 DEFAULTS: Method[Any, Any] = Method()
 
 
-def method_asked(tuner: type[Any]) -> Method[Any, Any]:
+def method_asked(tuner: type) -> Method[Any, Any]:
     """Return the method that a tuner asks; of PEFT's own tuners, one with all defaults."""
     return tuner.method if issubclass(tuner, AskingTuner) else DEFAULTS

@@ -25,7 +25,7 @@ MARKED_BY_ITSELF = ("Florence2Processor",)  # they put the mark of one image bef
 
 
 def load_image_text_processor(
-    where: str | Path, config: PretrainedConfig, options: dict[str, Any]
+    where: str | Path, config: PretrainedConfig, options: dict[str, object]
 ) -> ProcessorMixin:
     """Load the processor of a model, without its part for videos if torchvision is not installed.
 

@@ -415,12 +415,12 @@ class HubModel(ModelSource):
         }
 
 
-def _tokenizer(where: str | Path, options: Mapping[str, Any]) -> "PreTrainedTokenizerBase":
+def _tokenizer(where: str | Path, options: Mapping[str, object]) -> "PreTrainedTokenizerBase":
     return resolve_name("transformers:AutoTokenizer").from_pretrained(where, **options)
 
 
 def _image_text_processor(
-    where: str | Path, config: "PretrainedConfig", options: dict[str, Any]
+    where: str | Path, config: "PretrainedConfig", options: dict[str, object]
 ) -> Any:
     from petl.data.models.image_processor import load_image_text_processor
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import nn
@@ -128,7 +127,7 @@ class FrozenCache:
         """Why the last such pass ran them."""
         return self._feed.passes.reason
 
-    def find(self, rows: Sequence[Any], collate: Collate) -> "CacheRequest":
+    def find(self, rows: Sequence[object], collate: Collate) -> "CacheRequest":
         """Return the store that these rows need, which may not be there yet.
 
         Call it in the precision of training (inside of `torch.autocast`, if that uses it).
@@ -166,7 +165,7 @@ class FrozenCache:
         self._feed.remember(self._prober.called)
         return self._known
 
-    def fill(self, rows: Sequence[Any], collate: Collate) -> bool:
+    def fill(self, rows: Sequence[object], collate: Collate) -> bool:
         """Open the store of these rows; compute it first if it is not there.
 
         Rows are computed in one order, whatever that of `rows`. Call it again for further rows,
@@ -256,7 +255,7 @@ class CacheRequest:
 
 def missing_rows(
     model: nn.Module,
-    parts: Sequence[Sequence[Any]],
+    parts: Sequence[Sequence[object]],
     collate: Collate,
     *,
     precision: str,

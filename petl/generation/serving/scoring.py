@@ -109,7 +109,7 @@ class ScoringEngine:
     def join(self, timeout: float) -> None:
         """Nothing: the server waits for its threads."""
 
-    async def compute(self, parts: Sequence[Callable[[], Any]]) -> list[Any]:
+    async def compute(self, parts: Sequence[Callable[[], object]]) -> list[Any]:
         """Return the results of all parts, between which other requests have theirs computed.
 
         Raises:
@@ -124,7 +124,7 @@ class ScoringEngine:
         finally:
             self.waiting -= 1
 
-    async def _one(self, part: Callable[[], Any]) -> Any:
+    async def _one(self, part: Callable[[], object]) -> Any:
         # a lock of asyncio is fair: a request of many parts does not hold up others
         async with self._turn:
             if self._closed:

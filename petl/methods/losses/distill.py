@@ -49,7 +49,7 @@ from petl.core.registry import METHODS
 from petl.core.spec.config import config_field, require
 from petl.core.spec.method import LossConfig, register_loss
 from petl.core.support import Capability
-from petl.core.types import Arguments
+from petl.core.types import Arguments, Batch
 from petl.efficiency.segment_loss import SegmentLoss
 from petl.errors import InputError, UnsupportedError, choose
 from petl.ops import Ctx
@@ -210,14 +210,14 @@ class Distillation:
 
     # For the lifecycle
 
-    def prepare(self, batches: Iterable[object]) -> None:
+    def prepare(self, batches: Iterable[Batch]) -> None:
         """Do nothing: the term needs no data before training."""
 
     def series(self) -> dict[str, float]:
         """`distill_features` and `distill_logits` of the last training forward, unweighted."""
         return {name: float(value) for name, value in self.values.items()}
 
-    def report(self, batches: Iterable[object]) -> dict[str, float]:
+    def report(self, batches: Iterable[Batch]) -> dict[str, float]:
         """No metrics: the log has the term."""
         return {}
 

@@ -98,7 +98,7 @@ def words_of(file: Path, others: Sequence[str]) -> list[str]:
     return words
 
 
-def _words(file: Path, name: str, value: Any, given: Set[str]) -> Iterator[str]:
+def _words(file: Path, name: str, value: object, given: Set[str]) -> Iterator[str]:
     """Yield the words of a group, or of a section of train.yaml."""
     if name in groups():
         yield from group_words(file, name, value)
@@ -125,7 +125,7 @@ def usual_settings() -> dict[str, Any]:
     return read_yaml(config_dir() / f"{CONFIG}.yaml", dict[str, Any])
 
 
-def group_words(file: Path, group: str, value: Any) -> Iterator[str]:
+def group_words(file: Path, group: str, value: object) -> Iterator[str]:
     """Yield the choice of a configuration, and what differs from it.
 
     Raises:

@@ -52,7 +52,7 @@ def read_early(cfg: DictConfig | Mapping[str, object]) -> None:
         raise no_class(unknown[0], known)
 
 
-def look_up_fields(settings: Mapping[str, Any]) -> None:
+def look_up_fields(settings: Mapping[str, object]) -> None:
     """Look up the fields of the groups `method`, `loss`, `retain` and `model` as far as possible.
 
     Raises:

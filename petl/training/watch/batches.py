@@ -67,7 +67,7 @@ def rows_of(batch: Any) -> list[Row]:
     return rows
 
 
-def _list(value: Any) -> Any:
+def _list(value: object) -> Any:
     if isinstance(value, list | tuple):
         return [_list(each) for each in value]
     return value.tolist() if isinstance(value, Tensor | np.ndarray) else value

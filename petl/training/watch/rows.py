@@ -186,7 +186,7 @@ def _cut(rows: Sequence[Row], ends: set[int], limit: int | None) -> list[Row]:
 # Equal rows
 
 
-def inspect_same_rows(train: Any, test: Any, findings: Findings) -> None:
+def inspect_same_rows(train: object, test: object, findings: Findings) -> None:
     """Count the rows of `test` that are in `train`: equal inputs and labels."""
     known, asked = (_keys(data, MOST) for data in (train, test))
     if not known or not asked or not findings.wants("same rows"):
@@ -211,12 +211,12 @@ def inspect_same_rows(train: Any, test: Any, findings: Findings) -> None:
     )
 
 
-def digest_of(data: Any, count: int) -> str:
+def digest_of(data: object, count: int) -> str:
     """Return what is equal for data sets whose first `count` rows are equal."""
     return xxhash.xxh3_64_hexdigest(repr(_keys(data, count)).encode())
 
 
-def _keys(data: Any, most: int) -> list[tuple[str, bool]]:
+def _keys(data: object, most: int) -> list[tuple[str, bool]]:
     """Return what is equal for equal rows, and whether a row is long enough to be no chance."""
     parts = data.values() if isinstance(data, dict) else [data]
     sets = [each.dataset if isinstance(each, DataLoader) else each for each in parts]
@@ -235,7 +235,7 @@ def _keys_of(row: Any) -> Iterator[tuple[str, bool]]:
         yield "\x1f".join(texts), len(" ".join(texts).split()) >= SHORTEST
 
 
-def _readable(data: Any) -> Any:
+def _readable(data: object) -> Any:
     """Return rows that are quick to read and have no state; of other data sets, none."""
     if not isinstance(data, Dataset):
         return data if isinstance(data, list | tuple) else ()

@@ -105,7 +105,7 @@ class Steps:
     # Passes
 
     def _caller(self, name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: Any) -> None:
+        def note(module: nn.Module, args: object) -> None:
             if torch.is_grad_enabled() and module.training:
                 self.called.add(name)
 

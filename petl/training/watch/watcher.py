@@ -10,7 +10,15 @@ from accelerate.optimizer import AcceleratedOptimizer
 from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import ExportableState
 
 from petl.core.parameters import check_module
@@ -101,7 +109,7 @@ class Watch(TrainerCallback, ExportableState):
         self,
         model: nn.Module,
         *,
-        tokenizer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         train: Any = None,
         test: Any = None,
         optimizer: Optimizer | None = None,
@@ -173,7 +181,9 @@ class Watch(TrainerCallback, ExportableState):
         args = {"on": findings.on, "rows": self.rows, "ignore": list(findings.ignore)}
         return {"args": args, "attributes": {"saved": saved}}
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Check what is known before the first step."""
         model, loader = kwargs["model"], kwargs.get("train_dataloader")
         optimizer = kwargs.get("optimizer")
@@ -201,7 +211,13 @@ class Watch(TrainerCallback, ExportableState):
         callback_states(state).setdefault(type(self).__name__, self.state())
         self.findings.settle()
 
-    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
         """Check that a resumed run draws the random numbers that come next."""
         wanted, self._resumed = self._resumed.get("generator"), {}
         # an epoch that begins draws the order of its rows
@@ -217,7 +233,7 @@ class Watch(TrainerCallback, ExportableState):
         self.findings.settle()
 
     def on_prediction_step(
-        self, args: Any, state: TrainerState, control: Any, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check the modes of the first evaluation, and its rows if they were not known before."""
         if self._has_evaluated:
@@ -229,7 +245,9 @@ class Watch(TrainerCallback, ExportableState):
             inspect_same_rows(train, test, self.findings)
         self.findings.settle()
 
-    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Add the shares to the first line of the log."""
         if not self._is_logged and state.log_history:
             self._is_logged = True
@@ -237,7 +255,9 @@ class Watch(TrainerCallback, ExportableState):
             for line in (kwargs["logs"], state.log_history[-1]):
                 line.update(self.findings.metrics)
 
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Check that the best checkpoint is restored, and end the watch."""
         self.findings.is_early = False
         best = state.best_model_checkpoint
@@ -274,9 +294,9 @@ class Watch(TrainerCallback, ExportableState):
 def watch(
     trainer_or_model: Trainer | nn.Module,
     *,
-    tokenizer: Any = None,
-    train: Any = None,
-    test: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    train: object = None,
+    test: object = None,
     optimizer: Optimizer | None = None,
     **options: Unpack[Options],
 ) -> Watch:

@@ -80,7 +80,7 @@ def from_file(place: str, *, plain: bool) -> Reward:
     with failing(place):
         function = runpy.run_path(str(Path(file).expanduser()))[name]
 
-    def rate(prompts: Sequence[Any], texts: Sequence[str], rows: Sequence[Given]) -> list[float]:
+    def rate(prompts: Sequence[object], texts: Sequence[str], rows: Sequence[Given]) -> list[float]:
         turns = [[{"role": "assistant", "content": text}] for text in texts]
         columns = {key: [row[key] for row in rows] for key in rows[0]}
         with failing(place):

@@ -1,23 +1,21 @@
 """The fraction of active neurons on given batches."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from petl.methods.losses.density.modules import ActivationSites, register_hooks
+from petl.core.types import Batch
+from petl.methods.losses.density.modules import ActivationSites, Visit, register_hooks
 from petl.methods.losses.density.ppl import total
 from petl.methods.losses.density.tokens import Masks, active_fraction, inputs_of, rows_of
 
-Batch = Mapping[str, Any]
-
 
 def active_fractions(
-    run: Callable[[Batch], Any],
+    run: Callable[[Batch], object],
     base: nn.Module,
     sites: ActivationSites,
     batches: Iterable[Batch],
@@ -48,7 +46,7 @@ def active_fractions(
 
 
 @contextmanager
-def hooked(base: nn.Module, sites: ActivationSites, visit: object) -> Generator[None]:
+def hooked(base: nn.Module, sites: ActivationSites, visit: Visit) -> Generator[None]:
     """Context with the hooks of `register_hooks`."""
     handles = register_hooks(base, sites, visit)
     try:
@@ -58,7 +56,7 @@ def hooked(base: nn.Module, sites: ActivationSites, visit: object) -> Generator[
             handle.remove()
 
 
-def on_device(batches: Iterable[Batch], model: nn.Module) -> Iterator[dict[str, Any]]:
+def on_device(batches: Iterable[Batch], model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Yield the batches with their tensors on the model's device."""
     device = next(model.parameters()).device
     for batch in batches:

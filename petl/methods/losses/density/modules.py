@@ -1,7 +1,7 @@
 """Find the nonlinearities of a model's MLP blocks and their down projections."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,8 @@ from petl.core.model.names import candidate_names
 from petl.core.model.places import place
 from petl.errors import InputError, UnknownNameError, did_you_mean
 
+# of a layer's name, its module and the values that are counted: the values to go on with
+Visit = Callable[[str, nn.Module, Tensor], Tensor]
 # names of modules in transformers' MLP blocks
 ACTIVATIONS = ("intermediate_act_fn", "act_fn", "activation_fn", "act")
 DOWN = ("down_proj", "wo", "fc2", "c_proj", "w2", "lin2", "dense_4h_to_h", "output.dense")
@@ -58,7 +60,7 @@ def find_sites(model: nn.Module, signal: str, wanted: Sequence[str] | None) -> A
     return ActivationSites(signal, layers, _stacks(model, list(layers.values())))
 
 
-def register_hooks(model: nn.Module, sites: ActivationSites, visit: Any) -> list[RemovableHandle]:
+def register_hooks(model: nn.Module, sites: ActivationSites, visit: Visit) -> list[RemovableHandle]:
     """Register hooks that replace the counted values by `visit(name, module, values)`."""
     handles = []
     for name in sites.layers:
@@ -70,11 +72,13 @@ def register_hooks(model: nn.Module, sites: ActivationSites, visit: Any) -> list
     return handles
 
 
-def _at_output(visit: Any, name: str, module: nn.Module, args: object, output: Tensor) -> Tensor:
+def _at_output(visit: Visit, name: str, module: nn.Module, args: object, output: Tensor) -> Tensor:
     return visit(name, module, output)
 
 
-def _at_input(visit: Any, name: str, module: nn.Module, args: Any) -> tuple[object, ...]:
+def _at_input(
+    visit: Visit, name: str, module: nn.Module, args: tuple[Tensor, ...]
+) -> tuple[object, ...]:
     return (visit(name, module, args[0]), *args[1:])
 
 
