@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
@@ -58,7 +57,7 @@ def safetensors_bytes(tensors: Shapes) -> int:
 
     The header has dtype, shape and offsets of each tensor, and is padded to a multiple of 8 bytes.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     types = list(DTYPE_NAMES)
     for name in sorted(tensors, key=lambda name: (types.index(tensors[name][0]), name)):

@@ -172,7 +172,7 @@ def _construct(config_cls: Any, fields: Fields) -> PeftConfig:
     preset = fields.get("target_modules")
     if not isinstance(preset, str) or preset not in PRESETS:
         return config_cls(**fields)
-    config: Any = config_cls(**{**fields, "target_modules": [preset]})
+    config = config_cls(**{**fields, "target_modules": [preset]})
     # `resolve_targets` replaces it once the model is known
     config.target_modules = preset
     return config

@@ -60,7 +60,7 @@ def expected_tensors(model: nn.Module, config: PeftConfig) -> SkeletonShapes:
     Raises:
         InputError: an adapter of this config cannot be added to the model.
     """
-    config: Any = copy.deepcopy(config)
+    config = copy.deepcopy(config)
     config.inference_mode = False
     skeleton = skeleton_of(model)
     shapes = tuple((name, tensor.shape) for name, tensor in skeleton.named_parameters())
@@ -92,7 +92,7 @@ def _inject(skeleton: Any, config: Any) -> SkeletonShapes:
     try:
         # on meta, what a method creates takes no memory either
         with warnings.catch_warnings(action="ignore"), device:
-            wrapped: Any = get_peft_model(
+            wrapped = get_peft_model(
                 skeleton, config, NAME, low_cpu_mem_usage=device.type == "meta"
             )
             if isinstance(config, AdaLoraConfig) and config.rank_pattern is not None:
@@ -133,7 +133,7 @@ def check_tables(
     Raises:
         InputError: indices out of range, codes of other weights, ...
     """
-    tuner: Any = type(expected.model.base_model)
+    tuner = type(expected.model.base_model)
     if isinstance(getattr(tuner, "method", None), Method):
         with warnings.catch_warnings(action="ignore"):
             tuner._remap_adapter_state_dict_for_load(

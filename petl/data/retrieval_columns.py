@@ -144,7 +144,7 @@ class RetrievalColumns(TaskColumns):
         """The columns of the shape; or `text` alone, of rows without labels."""
         if not self.labeled:
             return {"text": read(row, self.settings.text, text)}
-        parsers: dict[str, Callable[[object], Any]] = {
+        parsers: dict[str, Callable[[object], object]] = {
             "documents": texts,
             "scores": items(number),
             "score": number,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from petl.data.answer_columns import CausalLMColumns, Seq2SeqColumns
 from petl.data.base import (
@@ -61,7 +61,7 @@ TASK_COLUMNS: dict[str, type[TaskColumns]] = {
 
 def columns_of(settings: ColumnSettings, *, labeled: bool = True) -> TaskColumns:
     """Return the columns of the settings' kind of task, with that of row tasks if they have any."""
-    kind: type[Any] = TASK_COLUMNS[settings.task]
+    kind: type[object] = TASK_COLUMNS[settings.task]
     return (with_row_tasks(kind) if settings.tasks else kind)(settings, labeled=labeled)
 
 

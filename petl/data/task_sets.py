@@ -126,7 +126,7 @@ class SeveralSets(Source, ABC):
                 f"data.sampling={self.sampling} and data.temperature={self.temperature}: give a "
                 "temperature from 1 to 1e6 with data.sampling=temperature, and only there"
             )
-        self.sets: Any = self.completed(vars(self))["sets"]
+        self.sets: object = self.completed(vars(self))["sets"]
         _ = self.sources  # created here to check the settings
 
     @cached_property

@@ -294,7 +294,7 @@ def _record(text: str, file: Path) -> TernaryRecord:
 
 def _check(record: TernaryRecord) -> None:
     """Raise ValueError if values of the metadata are out of range or contradict each other."""
-    rows: Any = record
+    rows = record
     names = record["names"]
     # positions refer to tensors laid end to end in this order
     if names != sorted(set(names)):

@@ -1,7 +1,5 @@
 """Tiny models of further kinds, on which the contract holds too: see `OTHER_MODELS`."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -98,7 +96,7 @@ class PlainModel(nn.Module):
         for block in self.blocks:
             x = block(x)
         logits = self.out(x)
-        loss: Any = None
+        loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         return CausalLMOutput(loss=loss, logits=logits)

@@ -131,7 +131,7 @@ class Case:
     def wrap_half(self, *, autocast_adapter_dtype: bool) -> PeftModel:
         """Wrap a new base model in bfloat16."""
         torch.manual_seed(1)
-        base: Any = self.base().to(torch.bfloat16)
+        base = self.base().to(torch.bfloat16)
         config = self.config()
         return get_peft_model(base, config, autocast_adapter_dtype=autocast_adapter_dtype).eval()
 
@@ -215,7 +215,7 @@ def first_call(model: nn.Module, batch: Batch) -> tuple[LayerCall, tuple[Any, ..
     A layer that adapts a whole block gets more than hidden states.
     """
     call = LayerCall(next(iter(tuner_layers(model).values())))
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
 
     def listen(_: object, args: Any, kwargs: Any) -> None:
         calls.append((args, kwargs))

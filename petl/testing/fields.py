@@ -124,7 +124,7 @@ def _is_without_effect(case: Case, name: str) -> bool:
 
 
 def _declared(case: Case, name: str) -> dataclasses.Field:
-    kind: Any = case.entry.config_cls
+    kind = case.entry.config_cls
     return next(field for field in dataclasses.fields(kind) if field.name == name)
 
 
@@ -157,7 +157,7 @@ class Trace:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.stages: list[Any] = []
+        self.stages: list[object] = []
         self.refusal: InputError | None = None
         self._more = self._run()
 

@@ -83,7 +83,7 @@ def _cast(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 @check(lambda case: case.tiny.generates)
 def cached_generation_equals_uncached(case: Case) -> None:
     """A decoder generates equal tokens with equal scores, with and without its cache."""
-    model: Any = case.wrap_stirred()
+    model = case.wrap_stirred()
     batch = case.batch(rows=2)
     # the first six tokens have no padding
     prompt = {name: batch[name][:, :6] for name in ("input_ids", "attention_mask")}

@@ -87,7 +87,7 @@ def _compare(case: Case, train_in_process: Any, expected: State) -> None:
 
 def _train_ddp(case: Case) -> tuple[int, State]:
     """Return world size and adapter after training on every n-th row of the batch."""
-    model: Any = case.wrap_stirred().train()
+    model = case.wrap_stirred().train()
     _train_on_own_rows(case, DistributedDataParallel(model))
     return distributed.get_world_size(), get_peft_model_state_dict(model)
 
@@ -97,7 +97,7 @@ def _train_fsdp(case: Case) -> tuple[int, State]:
     size = distributed.get_world_size()
     # FSDP2 works on the CPU with gloo
     mesh = init_device_mesh("cpu", (size,))
-    model: Any = case.wrap_stirred().train()
+    model = case.wrap_stirred().train()
     # inner modules first, then the rest of the model
     for _, block in list(blocks(model)):
         fully_shard(block, mesh=mesh)
@@ -118,7 +118,7 @@ def _train_zero(case: Case) -> tuple[int, State]:
 def _train_stage(case: Case, stage: int) -> State:
     # "no" mixed precision
     accelerator = make_accelerator(DeepSpeed("deepspeed", stage), "no")
-    model: Any = case.wrap_stirred().train()
+    model = case.wrap_stirred().train()
     hooks = lifecycle(model)
     rows, weight = _own_rows(case)
     hooks.prepare([rows])

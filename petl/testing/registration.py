@@ -60,7 +60,7 @@ OF_A_LAYER = (
 def peft_type_is_a_member(case: Case) -> None:
     """The PEFT type is an enum member like PEFT's own, and survives pickle, deepcopy and json."""
     value = f"PETL_{case.method.upper()}"
-    member: Any = case.config().peft_type
+    member = case.config().peft_type
     assert PeftType(value) is PeftType[value] is getattr(PeftType, value) is member
     assert member in list(PeftType), f"iterating PeftType does not give {value}"
     assert (member.name, member.value) == (value, value)
@@ -75,8 +75,8 @@ def peft_type_is_a_member(case: Case) -> None:
 @check(own)
 def peft_tables_know_the_method(case: Case) -> None:
     """PEFT's tables have the type's config, tuner and prefix; a name can be registered once."""
-    member: Any = PeftType[f"PETL_{case.method.upper()}"]
-    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[member]
+    member = PeftType[f"PETL_{case.method.upper()}"]
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[member]
     assert PEFT_TYPE_TO_CONFIG_MAPPING[member] is case.entry.config_cls
     assert PEFT_TYPE_TO_PREFIX_MAPPING[member] == tuner.prefix == f"petl_{case.method}_"
     twin = type("Twin", (Method,), {"name": case.method, "config_cls": case.entry.config_cls})

@@ -220,7 +220,7 @@ def merging_is_refused_before_anything_changes(case: Case) -> None:
 @check()
 def unloading_gives_the_plain_model(case: Case) -> None:
     """`unload` returns the base model: its class, tensors and loss, without hooks of petl."""
-    plain: Any = case.without_head().wrap_stirred().unload()  # PEFT would keep a trained head
+    plain = case.without_head().wrap_stirred().unload()  # PEFT would keep a trained head
     fresh = case.base()
     assert type(plain) is type(fresh)
     expected = fresh.state_dict()

@@ -160,7 +160,7 @@ def reentrant_checkpointing_gives_the_same_gradients(case: Case) -> None:
 
 
 def _compare_checkpointing(case: Case, *, use_reentrant: bool) -> None:
-    model: Any = case.wrap_stirred()
+    model = case.wrap_stirred()
     batch = case.batch()
     # reentrant checkpointing needs inputs that require gradients, which frozen embeddings lack
     model.enable_input_require_grads()
@@ -278,7 +278,7 @@ def layer_compiles_whole(case: Case) -> None:
     plain = first_output(layer(*args, **kwargs))
     torch._dynamo.reset()
     # aot_eager traces forward and backward but needs no C++ compiler
-    compiled_layer: Any = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled_layer = torch.compile(layer, fullgraph=True, backend="aot_eager")
     compiled = first_output(compiled_layer(*args, **kwargs))
     assert_close(compiled.detach(), plain.detach(), 1e-5, "outputs of the layer, compiled or not,")
     compiled.sum().backward()

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from petl.adapters.check.findings import Found, NotCheckedError
 from petl.adapters.check.folder import (
@@ -149,7 +149,7 @@ def rendered(subject: Subject) -> str:
     def refuse(message: str) -> NoReturn:
         raise TemplateError(message)
 
-    names: dict[str, Any] = {
+    names: dict[str, object] = {
         name: subject.special(name) for name in ("bos_token", "eos_token", "pad_token")
     }
     names |= {"raise_exception": refuse, "strftime_now": lambda form: "1 Jan 2026"}
@@ -218,6 +218,6 @@ def stops(subject: Subject) -> set[int]:
         NotCheckedError: neither is on this machine.
     """
     generation = subject.generation()
-    given: Any = subject.of_base if generation is None else generation
+    given = subject.of_base if generation is None else generation
     ids = given.get("eos_token_id")
     return {number for number in (ids if isinstance(ids, list) else [ids]) if type(number) is int}

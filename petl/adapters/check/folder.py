@@ -250,7 +250,7 @@ class Subject:
     @cached_property
     def added(self) -> dict[int, str]:
         """The tokens beside the vocabulary, special ones mostly, by id."""
-        found: dict[int, Any] = {}
+        found: dict[int, object] = {}
         if self.has("tokenizer.json"):
             text = read_text(self.folder / "tokenizer.json", MAX_TOKENIZER)
             start = text.find('"added_tokens"')

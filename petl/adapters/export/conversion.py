@@ -82,7 +82,7 @@ def write_lora(saved: SavedAdapter, folder: Path) -> tuple[PeftModel, Reference]
     # a LoRA is copied, and any other adapter converted
     converted = None if is_lora(saved.config) else as_lora(model)
     unwrap_trained(model, keep=False)  # the LoRA brings the trained copies
-    base: Any = model.unload()
+    base = model.unload()
     if converted is None:
         copy_file(saved.adapter / CONFIG, folder / CONFIG)
         saved.folder.copy_weights(folder)
@@ -183,7 +183,7 @@ def lora_config(
         adapter_name: the adapter.
         stacks: by path of a stack, those of its experts, whose scale is in B.
     """
-    config: Any = model.peft_config[adapter_name]
+    config = model.peft_config[adapter_name]
     ranks = {name: len(A) for name, (A, _, _) in factors.items()}
     alphas = {name: scale * ranks[name] for name, (_, _, scale) in factors.items()}
     for stack, own in stacks.items():

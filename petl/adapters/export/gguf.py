@@ -140,10 +140,10 @@ def layers_of(
     Raises:
         UnsupportedError: a GGUF adapter cannot hold a part of it.
     """
-    gguf: Any = optional("gguf", "gguf")
+    gguf = optional("gguf", "gguf")
     # gguf maps its enum to names; here the reverse is needed
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == decoder.name)
-    config: Any = model.config
+    config = model.config
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     # grouped-query attention has fewer heads for keys
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -200,7 +200,7 @@ def row_order(rows: int, heads: int) -> Tensor:
 @torch.no_grad()
 def write_file(layers: list[GgufLayer], decoder: Decoder, file: Path) -> None:
     """Write the layers of a LoRA in float32."""
-    gguf: Any = optional("gguf", "gguf")
+    gguf = optional("gguf", "gguf")
     # llama.cpp divides by R, which it reads from a factor's shape
     alphas = [each.lora.scaling["default"] * each.matrices[0].out_features for each in layers]
     alpha = mode(alphas) or 1.0  # llama.cpp takes 0 as if there were no alpha
@@ -227,7 +227,7 @@ def write_file(layers: list[GgufLayer], decoder: Decoder, file: Path) -> None:
 @torch.no_grad()
 def read_file(layers: list[GgufLayer], file: Path) -> None:
     """Replace the tensors and scales of LoRA layers by those in a file."""
-    gguf: Any = optional("gguf", "gguf")
+    gguf = optional("gguf", "gguf")
     reader = gguf.GGUFReader(file)
     alpha = reader.get_field(ALPHA).contents()
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}

@@ -1,7 +1,6 @@
 """Export adapters whose update is one matrix per layer as a plain LoRA, which PEFT alone loads."""
 
 from pathlib import Path
-from typing import Any
 
 from petl.adapters.export.card import write_companions
 from petl.adapters.export.checked_folder import OutputFolder, Reference, unwrap_trained
@@ -83,7 +82,7 @@ def export_for_vllm(saved: SavedAdapter, out: Path, tolerance: float | None) -> 
     adapted = Reference.of(model, saved.batches())
     heads, at = trained_modules(model, "default"), places_of(model)
     unwrap_trained(model, keep=True)
-    base: Any = model.unload()
+    base = model.unload()
     fold(tensors, config.lora_alpha / config.r, at)
     with new_folder(out) as draft:
         difference = adapted.compare(base, tolerance, "LoRA")

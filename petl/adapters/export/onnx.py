@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,7 +139,7 @@ class Session:
     """An ONNX model that is called as the model that it was exported from."""
 
     def __init__(self, file: Path) -> None:
-        runtime: Any = optional("onnxruntime", "onnx")
+        runtime = optional("onnxruntime", "onnx")
         self.session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
 
     def __call__(self, **batch: Tensor) -> dict[str, Tensor]:

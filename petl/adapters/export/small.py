@@ -53,7 +53,7 @@ def export_small(saved: SavedAdapter, out: Path, tolerance: float | None) -> Out
         save_processor(saved.settings["model"], saved.task, draft, saved.processor)
         write_atomic(draft / README, card(saved, small))
         del small, model  # frees memory before the same model is loaded again
-        reread: Any = load(AutoConfig.from_pretrained(draft), draft).to(device())
+        reread = load(AutoConfig.from_pretrained(draft), draft).to(device())
         adapted.compare(reread, tolerance, "small model as written")
     return OutputFolder(out, difference)
 

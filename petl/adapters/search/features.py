@@ -105,7 +105,7 @@ class Rank(Feature):
         """Write a LoRA with a rank for each layer."""
         folder.mkdir()
         ranks = {u.name: u.values[level] for u, level in zip(self.units, state, strict=True)}
-        template: Any = config_of(self.model, ADAPTER)
+        template = config_of(self.model, ADAPTER)
         save_lora(ranked_config(template, ranks), self.tensors(state), folder)
         fingerprint.write(folder, self.saved.folder.base)
         note = f"A LoRA that `petl squeeze` made of the adapter, with {sum(ranks.values())} ranks."

@@ -5,7 +5,6 @@ has another model.
 """
 
 import warnings
-from typing import Any
 
 import torch
 from torch import nn
@@ -112,7 +111,7 @@ def build_for_diffusion() -> nn.Module:
 
     It has no weights and no `forward`.
     """
-    model: Any = nn.Module()
+    model = nn.Module()
     parts = [nn.Module() for _ in range(1 + len(DECODER))]
     for part, channels in zip(parts, (((1280, 1280),), *DECODER), strict=True):
         part.add_module("resnets", nn.ModuleList(ChannelBlock(*pair) for pair in channels))

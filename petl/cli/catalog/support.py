@@ -1,7 +1,5 @@
 """Which features each method supports: docs/support.md, and lines of `petl show NAME`."""
 
-from typing import Any
-
 from peft import PeftConfig
 
 from petl.core.registry import build_config, refusal
@@ -35,7 +33,7 @@ def default_config(name: str) -> PeftConfig:
 
 def row(name: str) -> dict[Capability, str]:
     """Return, by capability, why a method with its YAML does not support it; "" if it does."""
-    config: Any = default_config(name)
+    config = default_config(name)
     return {capability: refusal(config, capability) for capability in HEADINGS}
 
 

@@ -4,7 +4,7 @@ Shapes: N rows, T tokens of each, G groups of rows of one task.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ class TaskRows:
     def grouped(self, x: Tensor) -> TaskGroups:
         """Return the rows of a layer's input [N, ..., I] in groups of one task."""
         repeats = self.repeats(len(x))
-        of_task: dict[Any, list[int]] = {}
+        of_task: dict[object, list[int]] = {}
         for row in range(len(x)):
             of_task.setdefault(self.ids[row // repeats], []).append(row)
         n = group_size(of_task, x[0, ..., 0].numel())

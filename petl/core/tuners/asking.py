@@ -66,7 +66,7 @@ class AskingTuner(SwitchingTuner):
 
     def __init__(self, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         # before `super().__init__`, which injects the first adapter
-        self.kept: dict[Any, Any] = {}
+        self.kept: dict[object, object] = {}
         self.placed: dict[str, dict[str, Adapter]] = {}
         self.hooks: list[RemovableHandle] = []
         self.is_kept = isinstance(peft_config, dict)  # as PeftModel calls its tuner
@@ -375,7 +375,7 @@ class AskingTuner(SwitchingTuner):
 
 def _without_state(peft_type: str, inner: str | None) -> AskingTuner:
     """Return a tuner, which pickle and copy then fill in."""
-    cls: Any = tuner_of(peft_type).for_fields({"inner": inner})
+    cls = tuner_of(peft_type).for_fields({"inner": inner})
     return cls.__new__(cls)
 
 

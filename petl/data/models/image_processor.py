@@ -39,7 +39,7 @@ def load_image_text_processor(
             is not installed. An encoder-decoder needs no template: `QUESTION` is put in its place.
     """
     optional("PIL.Image", "image")
-    kind: Any = AutoProcessor
+    kind = AutoProcessor
     own: Any = PROCESSOR_MAPPING.get(type(config), None)
     if own is not None and VIDEOS in own.get_attributes() and find_spec("torchvision") is None:
         kind = without_videos(own)
@@ -69,8 +69,8 @@ def without_videos(kind: type[ProcessorMixin]) -> type[Any]:
     parts = [name for name in kind.get_attributes() if name != VIDEOS]
     # SmolVLM reads these for chats without a video, too
     unused = SimpleNamespace(num_frames=None, fps=None)
-    own: dict[str, Any] = {"get_attributes": classmethod(lambda cls: parts), VIDEOS: unused}
-    init: Any = kind.__init__
+    own: dict[str, object] = {"get_attributes": classmethod(lambda cls: parts), VIDEOS: unused}
+    init = kind.__init__
     # transformers reads the names of arguments in the code of the function
     if signature(init).parameters[VIDEOS].default is Parameter.empty:
         defaults = (None, *(init.__defaults__ or ()))

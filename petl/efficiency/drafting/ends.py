@@ -3,8 +3,6 @@
 Shapes: N positions, H width, V tokens of the vocabulary, D tokens of the draft vocabulary.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -55,7 +53,7 @@ class Ends:
         self.vocabulary = int(base.config.get_text_config().vocab_size)
         with torch.no_grad():
             self.width = int(self.embed(torch.zeros(1, dtype=torch.long)).shape[-1])
-        inner: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        inner = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
         if getattr(inner, "in_features", self.width) != self.width:
             raise UnsupportedError(
                 f"{name} has embeddings of width {self.width} and a head for width "
@@ -120,7 +118,7 @@ class Ends:
     def _plain_weight(self) -> Tensor | None:
         """Return the head's weight, [V, H]; None if it is adapted, quantized or of another kind."""
         is_plain = isinstance(self.head, nn.Linear) and not isinstance(self.head, BaseTunerLayer)
-        weight: Any = self.head.weight if is_plain else None
+        weight = self.head.weight if is_plain else None
         if weight is None or type(weight.data) is not Tensor or not weight.is_floating_point():
             return None
         return weight.detach()

@@ -291,7 +291,7 @@ class Decoding:
         ended = token in self.ends or (self.limit is not None and len(self.tokens) >= self.limit)
         if self.others:
             scores = None if self.scores is None else tuple(self.scores)
-            ids: Any = self.passes.all_ids(self.tokens)
+            ids = self.passes.all_ids(self.tokens)
             ended = bool(self.others(ids, scores).all()) or ended
         return ended
 

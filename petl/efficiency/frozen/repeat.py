@@ -47,7 +47,7 @@ class RepeatedPasses:
     def __init__(self, blocks: tuple[nn.Module, ...] = ()) -> None:
         self.blocks, self.skipped = blocks, 0
         self._first: Tensor | None = None
-        self._last: Any = None
+        self._last: object = None
         self._is_second = self._skips = False
 
     @contextmanager

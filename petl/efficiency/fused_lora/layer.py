@@ -24,7 +24,7 @@ class FusedLoraLinear(LoraLinear):
         name = None if args or kwargs or torch.compiler.is_compiling() else self._only_active()
         if name is None:
             return super().forward(x, *args, **kwargs)
-        dropout: Any = self.lora_dropout[name]
+        dropout = self.lora_dropout[name]
         drop_rate = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
         y = linear_with_low_rank(x, self.base_layer, *self._factors(name), drop_rate)
         return super().forward(x) if y is None else y  # None: the base has hooks or is no linear

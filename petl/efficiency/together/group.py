@@ -313,7 +313,7 @@ def build(members: Sequence[Member]) -> tuple[nn.Module, list[Stack]]:
     for path in members[0].adapted:
         layers = [member.adapted[path] for member in members]
         names = [member.name for member in members]
-        copied: Any = lead.get_submodule(path)
+        copied = lead.get_submodule(path)
         new = grouped(copied, layers, names, generators)
         # others read the parameters of the members themselves
         if isinstance(new, GroupedLowRank):

@@ -144,7 +144,7 @@ def takes_mixed_batches(model: PeftModel) -> bool:
     if not hasattr(type(model.base_model), "_enable_peft_forward_hooks"):
         return False
     # blocks and experts need more arguments than hidden states, and always take the names
-    layers: dict[type, Any] = {
+    layers: dict[type, object] = {
         type(m): m
         for m in model.modules()
         if isinstance(m, BaseTunerLayer) and not isinstance(m, BlockAdapters | FusedExperts)

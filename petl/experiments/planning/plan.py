@@ -355,7 +355,7 @@ def supports(model: PeftModel) -> dict[str, str]:
         for capability in (Capability.MERGE, Capability.LORA_EXPORT, Capability.MIXED_BATCH)
     )
     mixes = not mixing and takes_mixed_batches(model)
-    base: Any = model.get_base_model()
+    base = model.get_base_model()
     return {
         "petl merge": f"no: {merging}" if merging else "yes",
         "petl export --lora": f"no: {export}" if export else "yes",

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -67,7 +67,7 @@ def json_grammar(schema: dict[str, object]) -> str:
     Raises:
         InputError: the schema is too large or too deep, or has an integer of more than 64 bits.
     """
-    guidance: Any = optional("llguidance", EXTRA)
+    guidance = optional("llguidance", EXTRA)
     try:
         return guidance.LLMatcher.grammar_from_json_schema(bounded_schema(schema), overrides=FORMAT)
     except ValueError as error:
@@ -90,7 +90,7 @@ class Vocabulary:
         Raises:
             InputError: it is wrong, too large, or allows no text.
         """
-        guidance: Any = optional("llguidance", EXTRA)
+        guidance = optional("llguidance", EXTRA)
         limits = guidance.LLParserLimits(**LIMITS)
         made = guidance.LLMatcher(self.tokens, grammar, log_level=0, limits=limits)
         if made.is_error():
@@ -136,7 +136,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> Vo
         known = _vocabularies.setdefault(tokenizer, {})
         key = tuple(ends)
         if key not in known:
-            hf: Any = optional("llguidance.hf", EXTRA)
+            hf = optional("llguidance.hf", EXTRA)
             try:
                 known[key] = hf.from_tokenizer(tokenizer, eos_token=[*ends])
             except ValueError as error:

@@ -182,7 +182,7 @@ def reading_as_trained(
         adapters: as of `LanguageModel`.
         plain: as of `load_language_model`.
     """
-    config: Any = model.config
+    config = model.config
     tokenizer = tokenizer_in(reader)
     data = found.settings.get("data", {}) if isinstance(found, SavedAdapter) else {}
     learned = read_task(found.adapter) if isinstance(found, SavedAdapter) else None

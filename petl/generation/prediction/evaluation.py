@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.adapters.export.saved_adapter import score as score_on_test
@@ -132,7 +131,7 @@ def score_on_rows(
     predictor = Predictor.of(saved, **limits)
     # the task decides how long answers may be
     if task.writes and limits.get("max_new_tokens"):
-        writing: Any = task
+        writing = task
         task = replace(writing, generate=limits["max_new_tokens"])
     splits = splits_to_score(task, predictor.processor, rows, predictor.multiple)
     if saved.run is not None:

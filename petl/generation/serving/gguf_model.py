@@ -34,8 +34,8 @@ def write_model(
         reorder: gives the order of rows of query and key by their number and that of heads; None:
             llama.cpp has the order of transformers.
     """
-    gguf: Any = optional("gguf", EXTRA)
-    config: Any = model.config
+    gguf = optional("gguf", EXTRA)
+    config = model.config
     writer = gguf.GGUFWriter(file, arch)
     write_sizes(writer, config, arch)
     write_numbers(writer, config.vocab_size, end)
@@ -92,7 +92,7 @@ def write_sizes(writer: Any, config: Any, arch: str) -> None:
 
 def write_numbers(writer: Any, count: int, end: int) -> None:
     """Write a vocabulary of numbers."""
-    gguf: Any = optional("gguf", EXTRA)
+    gguf = optional("gguf", EXTRA)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([f"{i:0{DIGITS}d}" for i in range(count)])

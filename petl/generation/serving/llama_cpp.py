@@ -361,7 +361,7 @@ def start_server(
         slots: answers at a time.
         cells: tokens of all of them.
     """
-    llama: Any = optional("xllamacpp", EXTRA)
+    llama = optional("xllamacpp", EXTRA)
     options = llama.CommonParams()
     options.model.path = str(folder / MODEL)
     options.lora_adapters = [llama.CommonAdapterLoraInfo(str(each), 0.0) for each in loras]

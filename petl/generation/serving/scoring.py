@@ -245,7 +245,7 @@ class ScoringService:
         request: HttpRequest,
     ) -> Response:
         """The response with what `reply` makes of the results of `work`."""
-        results: list[Any] = []
+        results: list[object] = []
 
         async def computed() -> None:
             results.extend(await self.engine.compute(work))

@@ -70,7 +70,7 @@ class QuantizedHead(ModulesToSaveWrapper):
     @torch.no_grad()
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The active head as a layer like the original one, with the quantized weights."""
-        module: Any = super().unload_and_optionally_merge_module(*args, **kwargs)
+        module = super().unload_and_optionally_merge_module(*args, **kwargs)
         quantized = module.__dict__.get("quantized_weights", {}).get("weight")
         if quantized is None:
             return module

@@ -20,7 +20,6 @@ product of the paper's formula, since the code multiplies elementwise and works 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -256,7 +255,7 @@ class CompacterAdapter(SubLayerAdapter):
 
     def rule(self, side: str) -> Tensor:
         """The rule R of a projection, [N, N, N], shared or its own, in float32."""
-        owner: Any = self.info.shared if self.config.shared_phm_rule else self
+        owner = self.info.shared if self.config.shared_phm_rule else self
         prefix = "" if self.config.shared_phm_rule else f"{side}_"
         parts = [getattr(owner, prefix + name).float() for name in rule_shapes(self.config)]
         # a factorized rule: N outer products

@@ -148,7 +148,7 @@ def header(shapes: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
 
     safetensors' own writer needs all tensors in memory.
     """
-    entries: dict[str, Any] = {"__metadata__": metadata}
+    entries: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for name, tensor in shapes.items():
         begin, end = end, end + tensor.nbytes  # offsets after the header
@@ -187,7 +187,7 @@ def hash_of_weights(model: nn.Module) -> str:
 
 def hash_of_config(model: nn.Module) -> str | None:
     """SHA-256 of a Hugging Face model's config, which determines its computation; else None."""
-    config: Any = getattr(model, "config", None)
+    config = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         return None
     entries = {k: value for k, value in config.to_dict().items() if k not in IGNORED_ENTRIES}

@@ -4,7 +4,7 @@ Shapes: I in, O out, R rank, N entries.
 """
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ class DseeAdapter(RewritingAdapter):
 
     def forget(self) -> None:
         """Drop everything that was computed from the mask and the positions."""
-        self._masked: tuple[Any, Tensor] | None = None  # m W
+        self._masked: tuple[object, Tensor] | None = None  # m W
         self._places: tuple[Tensor, Tensor] | None = None  # rows and columns of the entries
 
     @property

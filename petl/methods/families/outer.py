@@ -77,7 +77,7 @@ class OuterConfig(PeftConfig):
 
 def _config_without_state(name: str, inner: str | None) -> object:
     """Return a config, which pickle and copy then fill in."""
-    cls: Any = METHODS[name].variant({"inner": inner}).config_cls
+    cls = METHODS[name].variant({"inner": inner}).config_cls
     return object.__new__(cls)
 
 
@@ -125,7 +125,7 @@ class Outer(Method[Any, Any]):
 @cache
 def _variant(outer: Any, entry: Method[Any, Any], inner: str | None) -> Method[Any, Any]:
     word = inner or ALONE
-    cls: Any = type(f"{type(outer).__name__}_{word}", (type(outer), type(entry)), {})
+    cls = type(f"{type(outer).__name__}_{word}", (type(outer), type(entry)), {})
     facts = {name: getattr(entry, name) for name in Method.__annotations__}
     # of a method of PEFT, hooks are attributes
     own = outer.facts_over(entry)
@@ -183,7 +183,7 @@ def _config_over(
         )
     # the outer config first: its __post_init__ calls the inner config's
     bases = (outer, config_cls)
-    generated: Any = dataclass(type(f"{outer.__name__}_{name}", bases, namespace))
+    generated = dataclass(type(f"{outer.__name__}_{name}", bases, namespace))
     generated.__init__ = _without_unknown_fields(generated.__init__)
     return generated
 

@@ -92,7 +92,7 @@ class SubLayerConfig(MethodConfig):
     )
 
     def check(self) -> None:
-        locations: Any = self.locations  # one name from a command line, a tuple from code
+        locations = self.locations  # one name from a command line, a tuple from code
         self.locations = [locations] if isinstance(locations, str) else list(locations)
         allowed = ", ".join(rule_of(self.__dataclass_fields__["locations"]).options)
         require(bool(self.locations), f"locations=[] is empty; name some of {allowed}")

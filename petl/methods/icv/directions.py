@@ -117,7 +117,7 @@ def last_states(
     Raises:
         InputError: a state is not finite.
     """
-    backbone: Any = model.base_model if isinstance(model, PreTrainedModel) else model
+    backbone = model.base_model if isinstance(model, PreTrainedModel) else model
     device = next(model.parameters()).device
     mask = (attention_mask != 0).long().to(device)
     last = (mask * torch.arange(mask.shape[1], device=device)).argmax(1)

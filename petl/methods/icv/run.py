@@ -1,7 +1,6 @@
 """What a run does for ICV: demonstrations of its rows, and scores by strength on further ones."""
 
 import logging
-from typing import Any
 
 from petl.core.registry import build_config, needs_calibration
 from petl.core.strengths import best_strength, default_strengths, scores_by_strength
@@ -26,7 +25,7 @@ class Strengths(RunFeature):
     def before_training(self, context: Context) -> None:
         """Score training rows that are no demonstrations; without such rows there are no scores."""
         run, splits = context.run, context.splits
-        config: Any = context.model.active_peft_config
+        config = context.model.active_peft_config
         data = settings_of(config)
         rows = held_rows(splits, data)
         if rows is None:

@@ -168,7 +168,7 @@ class Distillation:
                 "model.distillation.remove() first"
             )
         # hooks on the base model: PEFT's own forward is not called for all task types
-        base: Any = model.get_base_model()
+        base = model.get_base_model()
         self.model, self.base, self.config = model, base, config
         self.blocks = chosen_blocks(base, config)
         if comparing_logits(config):

@@ -396,7 +396,7 @@ class Mola(Method[MolaConfig, MolaAdapter]):
         settings: dict[str, Settings] = {}
         last: dict[tuple[str, str], int] = {}  # index of the highest layer so far, by chain
         layers = [(p.stack, p.index) for p in places.values()]
-        decoder: Any = model.get_decoder() if is_encoder_decoder(model) else nn.Module()  # ty: ignore
+        decoder = model.get_decoder() if is_encoder_decoder(model) else nn.Module()  # ty: ignore
         in_decoder = set(decoder.modules())  # these have another padding mask
         for key, where in places.items():
             # per layer of the model, not of the targets: excluded layers keep their place

@@ -201,7 +201,7 @@ class Pela(Method[PelaConfig, PelaAdapter]):
         """Rank of each target, whether it has a bias, and the number of targets."""
         settings: dict[str, Settings] = {}
         for key, shape in c.shapes.items():
-            module: Any = c.model.get_submodule(key)
+            module = c.model.get_submodule(key)
             base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
             has_bias = getattr(base, "bias", None) is not None
             rank = c.config.rank(key, shape)

@@ -181,7 +181,7 @@ class KeptWeights:
     """
 
     def __init__(self) -> None:
-        self.weights: dict[Any, HyperWeights] = {}
+        self.weights: dict[object, HyperWeights] = {}
         self.sources: list[tuple[Tensor, int, int]] = []
 
     def __reduce__(self) -> tuple[type["KeptWeights"], tuple[()]]:

@@ -77,8 +77,8 @@ class PstAdapter(RewritingAdapter):
     def forget(self) -> None:
         """Drop everything that was computed from the parameters."""
         # masks by True: for the steps up to the next update, False: of the present parameters
-        self._masks: dict[bool, tuple[Any, Tensor]] = {}
-        self._dense: tuple[Any, Tensor] | None = None  # M W' for inference
+        self._masks: dict[bool, tuple[object, Tensor]] = {}
+        self._dense: tuple[object, Tensor] | None = None  # M W' for inference
         # the last two masks in training, with `masks_due`
         self._history: list[tuple[int, Tensor | None]] = []
 

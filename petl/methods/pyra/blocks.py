@@ -70,5 +70,5 @@ def _has_form(cls: type, names: tuple[str, ...]) -> bool:
 
 
 def _forward_of(cls: type) -> Any:
-    forward: Any = getattr(cls, "forward", None)
+    forward = getattr(cls, "forward", None)
     return None if forward is None else unwrap(forward)  # transformers wraps it, to checkpoint

@@ -78,7 +78,7 @@ class PyraConfig(OuterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given: Any = self.schedule  # a tuple or OmegaConf's list, too
+        given = self.schedule  # a tuple or OmegaConf's list, too
         if isinstance(given, str):
             require(given in SCHEDULES, f"schedule={given!r} is not low, high or a list of numbers")
         else:
@@ -122,7 +122,7 @@ class PyraLayout:
 
         Those are blocks that merge tokens, and those behind them whose attention counts sizes.
         """
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, dict[str, object]] = {}
         before: str | None = None  # the host before this block, which leaves the sizes
         for path, r, tokens in zip(self.blocks, self.removed, self.tokens, strict=True):
             if r or (self.proportional and before is not None):

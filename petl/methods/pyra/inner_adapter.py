@@ -2,7 +2,6 @@
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
@@ -30,7 +29,7 @@ def save_inner(adapter: str | Path, out: str | Path) -> None:
     """
     out = Path(out)
     saved = Folder(adapter)
-    config: Any = saved.config
+    config = saved.config
     if not isinstance(config, PyraConfig):
         raise InputError(f"{adapter} has an adapter of {config.peft_type}, not of pyra")
     if config.inner is None:

@@ -1,7 +1,6 @@
 """The method SHERL: hosts of the side networks, and the hooks that feed them."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -114,7 +113,7 @@ class Sherl(Method[SherlConfig, SherlAdapter]):
         """Register the hooks of the hosts, unless they are there."""
         plan = plan_of(new.config, new.model)
         # by their hosts, the adapters that share hooks; a name may have been of a deleted adapter
-        known: dict[Any, set[str]] = new.kept.setdefault("hosts", {})
+        known: dict[object, set[str]] = new.kept.setdefault("hosts", {})
         for names in known.values():
             names.discard(new.name)
         key = tuple(plan.hosts)

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -179,7 +178,7 @@ def share_of_busiest(counts_I: Tensor) -> float:
 
 
 def _settings(model: nn.Module, key: str, count: int) -> Settings:
-    module: Any = model.get_submodule(key)
+    module = model.get_submodule(key)
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     device = base.weight.device  # values live where the weight is
     return {"count": count, "device": device, "transposed": isinstance(base, Conv1D)}

@@ -29,7 +29,7 @@ def plain(cfg: DictConfig | Mapping[str, object]) -> dict[str, Any]:
 
 def flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, Any]:
     """Flatten nested settings to one dictionary with dotted names."""
-    entries: dict[str, Any] = {}
+    entries: dict[str, object] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
             entries |= flat(value, f"{prefix}{key}.")

@@ -82,7 +82,7 @@ def block_importance(
             f"{type(base).__name__} has no blocks, that is no list of layers with linear layers, "
             "so there is no importance by block; give ranks by rank_pattern"
         )
-    decoder: Any = base.get_decoder() if is_encoder_decoder(base) else nn.Module()  # ty: ignore
+    decoder = base.get_decoder() if is_encoder_decoder(base) else nn.Module()  # ty: ignore
     recorder = BlockSums(blocks, compare, set(decoder.modules()))
     with calibration_pass(model, recorder.attach()):
         for batch in batches:

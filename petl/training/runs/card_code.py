@@ -228,7 +228,7 @@ class Usage:
     @property
     def prediction(self) -> str:
         """The statements that make a prediction."""
-        task: Any = self.task
+        task = self.task
         name = task.used_as
         # of several sets, the code is for the first
         limit = getattr(task, "limits", [getattr(task, "max_length", None)])[0]

@@ -40,7 +40,7 @@ def sample_rows(data: Any, count: int, kept: Sequence[object]) -> list[Row]:
             called with copies of rows. Of a stream nothing is read.
         kept: large objects that the collator may hold, which are not copied.
     """
-    collate: Any = None
+    collate = None
     if isinstance(data, DataLoader):
         data, collate = data.dataset, data.collate_fn
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):

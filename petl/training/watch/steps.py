@@ -87,11 +87,11 @@ class Steps:
         self.sums = checksums(dict(trainable(model)))
         self.unchanged: set[str] | None = None  # tensors that no step has changed
         self.is_first, self.is_over = True, False
-        self.of_layers: list[Any] = [
+        self.of_layers: list[object] = [
             layer.register_forward_pre_hook(self._caller(name))
             for name, layer in self.layers.items()
         ]
-        self.of_model: list[Any] = []
+        self.of_model: list[object] = []
         if self.looks:
             self.of_model.append(model.register_forward_hook(self._after_forward, with_kwargs=True))
         watch_steps(model, self._after_step)

@@ -103,7 +103,7 @@ class ActivationDensity:
                 "model.activation_density.remove() first"
             )
         # hooks on the base model see all tokens, also virtual ones
-        base: Any = model.get_base_model()
+        base = model.get_base_model()
         self.model, self.base, self.config = model, base, config
         self.sites = find_sites(base, config.signal, config.activation_modules)
         self.is_encoder_decoder = any(self.sites.stacks.values())
@@ -266,7 +266,7 @@ class ActivationDensity:
             fractions = active_fractions(
                 self._run, self.base, sites, inputs, threshold, self._token_masks
             )
-        found: dict[str, Any] = {"density": mean(fractions.values()), "per_layer": fractions}
+        found: dict[str, object] = {"density": mean(fractions.values()), "per_layer": fractions}
         for stack in self._separate_stacks():
             found[stack] = mean(f for n, f in fractions.items() if sites.stack(n) == stack)
         self.metrics["density"], self.fractions = found["density"], fractions

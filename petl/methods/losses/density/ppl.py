@@ -129,7 +129,7 @@ class Search:
 
     def _loss(self, batch: Batch, inputs: Batch) -> Tensor:
         """Loss summed over labels, and the number of labels, on the CPU."""
-        labels: Any = batch.get("labels")
+        labels = batch.get("labels")
         if labels is None or labels.is_floating_point():
             kind = "no labels" if labels is None else f"labels of dtype {labels.dtype}"
             raise InputError(
