@@ -5,8 +5,10 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from petl.core.model.names import input_embedding
 from petl.core.parameters import max_positions
 from petl.core.types import base_of
+from petl.errors import InputError
 from petl.training.retain import drift
 from petl.training.retain.drift import Drift
 from petl.training.retain.measure import (
@@ -43,8 +45,8 @@ def retained(
         batch_size: texts in a pass.
 
     Raises:
-        InputError: a text is no string, none has two tokens, adapters are merged, or an argument is
-            out of range.
+        InputError: a text is no string, none has two tokens, the tokenizer is another model's,
+            adapters are merged, or an argument is out of range.
         UnsupportedError: the model without its adapters is not the base it was trained on (CorDA,
             PiSSA), or it has no adapters, and there is no `base`.
     """
@@ -65,12 +67,24 @@ def measured(
     """Return what `retained` does, and the encoded texts."""
     length = longest_for(tokenizer, max_length, max_positions(base_of(model)))
     # a model without a vocabulary has no loss on texts
-    if not writes(model):
-        rows = encode_texts(texts, tokenizer, length, special=True)
+    of_features = not writes(model)
+    rows = encode_texts(texts, tokenizer, length, special=of_features)
+    check_tokens(model, rows)
+    if of_features:
         of_texts = drift.of_texts(rows, tokenizer, batch_size)
         return drift.compare(model, of_texts, base=base), rows
-    rows = encode_texts(texts, tokenizer, length)
     return compare(model, rows, tokenizer, base=base, batch_size=batch_size), rows
+
+
+def check_tokens(model: nn.Module, rows: Iterable[RetainedRow]) -> None:
+    """Raise InputError if a text has a token that the model has no embedding of."""
+    known = getattr(input_embedding(base_of(model)), "num_embeddings", None)
+    most = max((token for row in rows for token in row.ids), default=0)
+    if known is not None and most >= known:
+        raise InputError(
+            f"the tokenizer gives token {most}, and the model has {known}: it is that of another "
+            "model; pass the tokenizer of the base"
+        )
 
 
 def writes(model: nn.Module) -> bool:

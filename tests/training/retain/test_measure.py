@@ -25,8 +25,9 @@ from transformers import (
 
 import petl
 from petl import testing
+from petl.core.types import base_of
 from petl.data.tasks.retrieval import Retrieval
-from petl.errors import UnsupportedError
+from petl.errors import InputError, UnsupportedError
 from petl.training.retain import measure
 from petl.training.retain.measure import Processes
 
@@ -127,6 +128,14 @@ def test_order_and_size_of_batches_and_a_base_beside_it_change_nothing(tokenizer
     ):
         for name in ("lost", "loss_before", "divergence", "agreement"):
             assert getattr(others, name) == pytest.approx(getattr(first, name), abs=1e-6)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer):
+    model = adapted("lora")
+    last = max(token for text in TEXTS for token in tokenizer(text)["input_ids"])
+    base_of(model).resize_token_embeddings(last)
+    with pytest.raises(InputError, match=f"token {last}, and the model has {last}"):
+        petl.retained(model, TEXTS, tokenizer)
 
 
 def test_a_large_vocabulary_makes_passes_of_fewer_rows(tokenizer, monkeypatch):
