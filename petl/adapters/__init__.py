@@ -1,1 +1,1 @@
-"""From a saved adapter to another folder: export, compress, combine, search."""
+"""From a saved adapter to another folder: export, compress, combine, search, shrink."""

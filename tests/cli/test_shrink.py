@@ -169,7 +169,6 @@ def test_what_cannot_be_shrunk_is_refused(words, message, lora_run, tiny, tmp_pa
 STOCK = """
 import sys
 import torch
-import warm_python
 {code}
 assert "petl" not in sys.modules
 ids = torch.tensor([[2, 5, 9, 12, 7, 3], [2, 8, 13, 4, 15, 3]])
