@@ -366,7 +366,7 @@ def figures(*, run: bool) -> list[Figure]:
         Figure("annotations with Any", share_of_any(), 0.0374),
         Figure("hooks of Method that methods have", len(hooks()), 25),
         Figure("other names of core that methods override", len(overridden_besides()), 29),
-        Figure("guards", matches(GUARD), 227),
+        Figure("guards", matches(GUARD), 228),
         Figure("kinds of refusal", len(refusals()), 3),
         Figure("flags of configs by getattr", matches(FLAG), 15),
         Figure("Python files directly in petl/", len(list(PACKAGE.glob("*.py"))), 4),
