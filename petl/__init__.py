@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from petl.adapters import deltas as deltas
     from petl.adapters import search as search
     from petl.adapters.check.rules import Checked, check
+    from petl.adapters.deltas.narrow import narrow
     from petl.adapters.shrink.folder import load_shrunk
     from petl.adapters.shrink.model import Shrunk, shrink
     from petl.core.layers.layer import Adapter, AdapterLayer, Factors, LayerInfo, LayerShape
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from petl.core.registry import adopt, list_methods, method
     from petl.core.spec.config import MethodConfig
     from petl.core.spec.method import list_losses
+    from petl.core.widths.switch import at_width
     from petl.data.models.new_tokens import add_tokens
     from petl.efficiency import drafting as drafting
     from petl.efficiency.drafting.folder import load_drafter
@@ -95,6 +97,7 @@ __all__ = [
     "WrapContext",
     "add_tokens",
     "adopt",
+    "at_width",
     "build_config",
     "cache_frozen",
     "check",
@@ -111,6 +114,7 @@ __all__ = [
     "lorafa_optimizer",
     "loraplus_optimizer",
     "method",
+    "narrow",
     "predict",
     "recompute_mlp",
     "register",
@@ -137,6 +141,7 @@ _PACKAGES = {  # public packages by name
 }
 _NAMES = {
     "petl.adapters.check.rules": ("Checked", "check"),
+    "petl.adapters.deltas.narrow": ("narrow",),
     "petl.adapters.shrink.folder": ("load_shrunk",),
     "petl.adapters.shrink.model": ("Shrunk", "shrink"),
     "petl.data.models.new_tokens": ("add_tokens",),
@@ -157,6 +162,7 @@ _NAMES = {
         "WrapContext",
     ),
     "petl.core.spec.method": ("list_losses",),
+    "petl.core.widths.switch": ("at_width",),
     "petl.core.registry": (
         "adopt",
         "build_config",

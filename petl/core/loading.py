@@ -31,6 +31,7 @@ from petl.core.switching.norms import keep_statistics
 from petl.core.switching.tuner import apply_peft_fixes, enable_switching, only_visible
 from petl.core.tuners.gradients import reach_reversible_blocks
 from petl.core.types import Arguments
+from petl.core.widths import record
 from petl.errors import InputError, first_line
 from petl.system.files import hub
 from petl.system.files.tensor_file import Shapes, check_shapes, read_shapes
@@ -89,6 +90,7 @@ def load(
     insist = "--other-base (petl.load: other_base=True)"
     check_patterns(config, (name for name, _ in base.named_modules()))  # which it matches
     check_meaning(saved.file(FILE), config, path)
+    nested = record.read(saved.file(record.FILE))
     plain_base = base.get_base_model() if isinstance(base, PeftModel) else base
     check_tokens(config, plain_base)
     fits = partial(check_header, base, config)
@@ -105,6 +107,7 @@ def load(
             if is_peft_model:
                 model = _add(base, source, adapter_name, is_trainable, kwargs)
                 remember_base(model, present, others)
+                record.remember(model, adapter_name, nested)
                 return model
             with without_noise():
                 model = PeftModel.from_pretrained(
@@ -129,6 +132,7 @@ def load(
     keep_statistics(model.get_base_model())
     reach_reversible_blocks(model.get_base_model())
     remember_base(model, present, others)
+    record.remember(model, adapter_name, nested)
     return model
 
 

@@ -43,6 +43,7 @@ from petl.core.spec.config import Acts
 from petl.core.spec.facts import facts_of
 from petl.core.support import Capability, Lacks, Part, reason_of, without_lora
 from petl.core.types import Calibration, Group
+from petl.core.widths.components import Ordered
 from petl.errors import ModuleKindError
 from petl.system.files.paths import method_preset
 from petl.system.values import LR
@@ -262,6 +263,9 @@ class Method(Generic[C, A]):
             for a part of the name between dots. (): there are none.
         strength_field: the field of its config with the strength of an adapter; "": none.
         strengths: that are tried where none are given, see petl/core/strengths.py; (): the default.
+        components: by name, the tensors of a layer with its components in order, each of which is
+            a part of the update of its own, or a function of the config that returns them, see
+            petl/core/widths; a text: why there is no such order.
         over: the tuner of PEFT whose layers it trains; None: petl's own layers.
         tuner_cls: the tuner, which `make_tuner` generates; None: PEFT's.
     """
@@ -297,6 +301,7 @@ class Method(Generic[C, A]):
     strength_tensors: tuple[str, ...] | Callable[[C], tuple[str, ...]] = ()
     strength_field: str = ""
     strengths: Sequence[float] = ()
+    components: Ordered | Callable[[C], Ordered] = "its components have no order"
     over: type[BaseTuner] | None = None
     tuner_cls: type[BaseTuner] | None = None
 

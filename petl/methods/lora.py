@@ -26,6 +26,7 @@ from petl.core.registry import adopt, no_calibration
 from petl.core.spec.facts import facts_of
 from petl.core.spec.method import modifies_base_weights
 from petl.core.support import BASES, Capability
+from petl.core.widths.components import Components, Ordered
 from petl.errors import InputError
 
 
@@ -176,6 +177,22 @@ def lorafa_optimizer(model: PeftModel, **kwargs: Any) -> Optimizer:
     return create_lorafa_optimizer(model, **kwargs)
 
 
+def ordered(config: peft.LoraConfig) -> Ordered:
+    """Where the factors have their components, of linear layers, convolutions and embeddings."""
+    if facts_of(config).target_parameters:
+        return "those of stacked experts alternate in B"
+    if modifies_base_weights(config):
+        start = config.init_lora_weights
+        return f"its start was taken from the base as a whole (init_lora_weights={start})"
+    first, second = Components(0), Components(1)
+    return {
+        "lora_A": first,
+        "lora_B": second,
+        "lora_embedding_A": first,
+        "lora_embedding_B": second,
+    }
+
+
 DATA_DRIVEN = {  # fields of a start, without which PEFT reads none of them
     f"{start}_config": (
         f"init_lora_weights={start}",
@@ -196,6 +213,7 @@ adopt(
     needs_data=data_driven_initialization,
     calibrate=initialize,
     acts=DATA_DRIVEN | OF_QALORA,
+    components=ordered,
     strength_tensors=("lora_B",),
     lacks=OF_LORA,
 )
@@ -211,6 +229,7 @@ adopt(
     needs_data=data_driven_initialization,
     calibrate=initialize,
     acts=DATA_DRIVEN | OF_QALORA,
+    components=ordered,
     lacks={
         **DENSE_WEIGHTS,
         Capability.BASE_8BIT: "PEFT's DoRA computes the norm of the base weight, which it cannot "
@@ -232,6 +251,7 @@ adopt(
     needs_data=data_driven_initialization,
     calibrate=initialize,
     acts=DATA_DRIVEN | OF_QALORA,
+    components=ordered,
     strength_tensors=("lora_B",),
     lacks=OF_LORA,
 )

@@ -7,6 +7,7 @@ added to another one.
 from petl.adapters.deltas.adapters import compress_adapter, expand, prune_adapter
 from petl.adapters.deltas.combine import combine
 from petl.adapters.deltas.compress import compress
+from petl.adapters.deltas.narrow import narrow_folder
 from petl.adapters.deltas.prune import (
     QResult,
     analytic_q,
@@ -34,6 +35,7 @@ __all__ = [
     "expand",
     "extract",
     "find_q",
+    "narrow_folder",
     "output_moments",
     "prune",
     "prune_adapter",

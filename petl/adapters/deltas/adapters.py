@@ -155,8 +155,8 @@ def write_compressed(material: Material, found: Ternary, out: Path) -> None:
 
 CHANGED = """## Changed
 
-Made by petl compress, prune, combine or strength, without training: scores and sizes in this
-card are those of the adapter before.
+Made by petl compress, prune, combine, strength or narrow, without training: scores and sizes in
+this card are those of the adapter before.
 """
 NOTE = f"""## Compressed
 

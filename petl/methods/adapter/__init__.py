@@ -39,6 +39,7 @@ from petl.core.model.heat_map import HeatMap
 from petl.core.register import register
 from petl.core.spec.config import config_field, require
 from petl.core.support import Capability
+from petl.core.widths.components import Components, Ordered
 from petl.errors import InputError
 from petl.methods.adapter.conformer import depthwise, normalize_channels
 from petl.methods.families.gates import (
@@ -228,6 +229,18 @@ def last_tensors(config: AdapterConfig) -> tuple[str, ...]:
     return ("norm_after_*",) if config.ln_after else ("up_weight", "up_bias")
 
 
+def units(config: AdapterConfig) -> Ordered:
+    """Where the tensors have the units of the bottleneck."""
+    if config.block == "conformer":
+        return "block='conformer' has statistics of the batch, which two widths would share"
+    first, second = Components(0), Components(1)
+    found = {"down_weight": first, "down_bias": first, "up_weight": second}
+    # as wide as the adapter
+    if config.gate == "large" and config.gate_rank is None:
+        found |= {f"gate_{name}": each for name, each in found.items()}
+    return found
+
+
 @register
 class BottleneckMethod(Method[AdapterConfig, BottleneckAdapter]):
     """A two-layer network at the end of each sub-layer."""
@@ -246,6 +259,7 @@ class BottleneckMethod(Method[AdapterConfig, BottleneckAdapter]):
         Capability.TOGETHER: whole_batch,
     }
     strength_tensors = staticmethod(last_tensors)
+    components = staticmethod(units)
 
     def targets(self, c: WrapContext[AdapterConfig]) -> list[Target]:
         """The ends of sub-layers, projections to values, or whole blocks."""

@@ -68,6 +68,7 @@ class Binary(Outer):
         "Redundancy, ICCV, arXiv:2307.16867"
     )
     lr = 3e-3
+    components = "one mean and deviation are those of a whole tensor"
     lacks = {Capability.MERGE: "that depends on the inner method"}  # for `petl methods`
     needs_tuner = "it decodes the codes in its files"
     refused, purpose, first_inner = UNSUPPORTED_INNER, "quantized", DEFAULT_INNER

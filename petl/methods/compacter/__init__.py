@@ -31,6 +31,7 @@ from petl.core.register import register
 from petl.core.spec.config import config_field, require
 from petl.core.support import Capability
 from petl.core.types import Fields
+from petl.core.widths.components import Components, Ordered
 from petl.errors import InputError
 from petl.methods.compacter.kronecker import times_factored, times_full
 from petl.methods.families.sublayers import (
@@ -266,6 +267,19 @@ class CompacterAdapter(SubLayerAdapter):
         return getattr(self, name).float()
 
 
+def units(config: CompacterConfig) -> Ordered:
+    """Where the tensors have the units of the bottleneck: (block, column) of N blocks."""
+    N = config.phm_dim if config.projection == "phm" else 1
+    last, before = Components(-1, shared=N), Components(-2, shared=N)
+    return {
+        "up_left": before,
+        "up_weight": before,
+        "down_right": last,
+        "down_weight": last,
+        "down_bias": Components(0, N),
+    }
+
+
 @register
 class Compacter(Method[CompacterConfig, CompacterAdapter]):
     """Bottlenecks whose projections are sums of Kronecker products."""
@@ -288,6 +302,7 @@ class Compacter(Method[CompacterConfig, CompacterAdapter]):
         Capability.TOGETHER: "",
     }
     by_position = True
+    components = staticmethod(units)
 
     def targets(self, c: WrapContext[CompacterConfig]) -> list[Target]:
         """The ends of sub-layers, or whole blocks."""

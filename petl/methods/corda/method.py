@@ -60,6 +60,7 @@ class Corda(Method[CordaConfig, Any]):
     # below LoRA's: the factors are large parts of the weights; paper: 2e-5 for 7 B models
     lr = 3e-4
     by_position = True
+    components = "its start was taken from the base as a whole"
     summary = (
         "LoRA initialized from the weight's components, oriented by samples of the task or of "
         "knowledge to preserve"

@@ -138,6 +138,7 @@ def _variant(outer: Any, entry: Method[Any, Any], inner: str | None) -> Method[A
         "inner": inner or "",
         # the inner method's tensors mean something else here
         "strength_tensors": outer.strength_tensors,
+        "components": outer.components,
         "lacks": {
             **entry.lacks,
             Capability.EXPERTS: "the method is for linear layers; use its inner method alone",

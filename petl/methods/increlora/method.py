@@ -61,6 +61,7 @@ class Increlora(Method[IncreloraConfig, IncreloraAdapter]):
         Capability.ZERO: needs_own_learning_rates,
     }
     strength_tensors = ("lora_B",)
+    components = "it orders them by importance itself"
     free_dims = ROWS  # a file has as many components as have grown
 
     def settings(self, c: WrapContext[IncreloraConfig]) -> dict[str, Settings]:

@@ -24,7 +24,7 @@ them during backward, so there each forward needs its backward before the next t
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ from petl.core.register import register
 from petl.core.serving.mixed_batch import BatchedAdapter
 from petl.core.spec.config import MethodConfig, blocks_field, config_field, require
 from petl.core.support import Capability
+from petl.core.widths.components import Components
 from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.methods.mola.grouped import GroupedMola
 from petl.methods.mola.pregate import PreGate
@@ -379,6 +380,8 @@ class Mola(Method[MolaConfig, MolaAdapter]):
         Capability.EXPERTS: without_experts,
     }
     strength_tensors = ("lora_B",)
+    # those of each expert
+    components: ClassVar = {"lora_A": Components(0, None), "lora_B": Components(1, None)}
 
     def settings(self, c: WrapContext[MolaConfig]) -> dict[str, Settings]:
         """Number of experts, weight in the balance loss and router chain of each target.

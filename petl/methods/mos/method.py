@@ -29,6 +29,7 @@ class Mos(Method[MosConfig, MosAdapter]):
         Capability.TOGETHER: "",
     }
     strength_tensors = ("pool_B_*",)
+    components = "they are drawn from pools that its layers share"
     by_position = True
 
     def settings(self, c: WrapContext[MosConfig]) -> dict[str, Settings]:
