@@ -18,10 +18,13 @@ from petl.adapters.deltas.measured import (
     compress_best,
     searched_divisor,
 )
+from petl.adapters.deltas.narrow import narrow_folder
 from petl.adapters.deltas.prune import divisor_of
 from petl.adapters.deltas.updates import combine_adapters, level_for
 from petl.adapters.export.saved_adapter import find
-from petl.cli.table import CombineOptions, CompressOptions, PruneOptions
+from petl.cli.table import CombineOptions, CompressOptions, NarrowOptions, PruneOptions
+from petl.core.adapter_file import WEIGHTS
+from petl.core.widths import record
 from petl.errors import InputError
 from petl.experiments.reports.differences import print_change
 from petl.experiments.reports.formatting import echo, size
@@ -137,3 +140,16 @@ def combine(options: CombineOptions) -> None:
             "tensors were added: for LoRA, A and B separately, so that the update has cross terms;"
         )
         echo("--level update adds the updates themselves")
+
+
+def narrow(options: NarrowOptions) -> None:
+    """Write the narrowed adapter, and say whether its width was trained."""
+    saved, k = options.find(), options.width
+    folder = saved.run or saved.adapter.absolute()  # "." has no name
+    out = options.out or folder.with_name(f"{folder.name}-width-{k}")
+    nested = record.read(saved.folder.file(record.FILE))
+    narrow_folder(saved.adapter, k, out)
+    if nested is None or k not in nested.widths:
+        known = "" if nested is None else f" (only {', '.join(map(str, nested.widths))})"
+        echo(f"width {k} was not trained to work alone{known}: score it before you use it")
+    echo(f"written with width {k} to {out}, {size((out / WEIGHTS).stat().st_size)}")

@@ -22,7 +22,7 @@ PURPOSES = {
     "what a run reached": ("report", "eval", "study", "strength"),
     "answers": ("generate", "draft", "retrieve", "mine"),
     "files for others": ("check", "export", "push", "pull"),
-    "smaller adapters, and several in one": ("compress", "prune", "squeeze", "combine"),
+    "smaller adapters, and several in one": ("compress", "prune", "squeeze", "narrow", "combine"),
 }
 EPILOG = """\
 Train with `petl train +method=NAME`; `petl plan +method=NAME` estimates its cost beforehand. Your

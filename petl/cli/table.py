@@ -1046,6 +1046,24 @@ class StrengthOptions(RunOptions):
     batch_size: int | None = option("texts per batch", COUNT)
 
 
+@command("narrow", "deltas:narrow")
+class NarrowOptions(RunOptions):
+    """Write the first components of an adapter as one of that width.
+
+    RUN has an adapter of lora, rslora, dora, mola, adapter or compacter. Of a run with +loss=nested
+    each of its widths was trained to work alone; another adapter can be cut too, to see what its
+    first components do. Nothing is trained, and trained heads are copied.
+
+      petl narrow runs/mine 8
+      petl narrow runs/mine 8 --out small
+    """
+
+    width: int = argument("components to keep", COUNT)
+    out: Path | None = option(
+        "folder to write: new or empty (default: beside RUN, named after it)", new_folder_to_write()
+    )
+
+
 @command("squeeze", "squeeze:squeeze")
 class SqueezeOptions(RunOptions):
     """Divide a budget of bytes over an adapter's layers.

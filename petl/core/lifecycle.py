@@ -117,6 +117,7 @@ class Lifecycle:
                 f"torch.optim.Optimizer, and got {type(optimizer).__name__}"
             )
         self._check_rates(optimizer)
+        self._count(start_step)
         if self._own is not None:
             self._own.attach_optimizer(optimizer, start_step, first=1, total_steps=total_steps)
 
@@ -150,10 +151,15 @@ class Lifecycle:
 
     def after_step(self, step: int, optimizer: Optimizer | None = None) -> None:
         """Let the method change ranks, masks or schedules after optimizer step `step`, from 1."""
+        self._count(step)
         if self._own is not None:
             self._own.update_and_allocate(step, optimizer)
         elif isinstance(self.tuner, AdaLoraModel):
             self.tuner.update_and_allocate(step - 1)  # PEFT's AdaLoRA counts from 0
+
+    def _count(self, step: int) -> None:
+        for part in self.parts:
+            part.context.step = step
 
     def aux_loss(self) -> Tensor:
         """Return the auxiliary loss of the last training forward, 0-d and detached; 0 if none."""

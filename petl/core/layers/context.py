@@ -55,6 +55,7 @@ class ForwardContext:
             step: 1 / accumulation steps, or this micro-batch's fraction of the items.
         micro_batches: number of forward and backward passes in the coming optimizer step; None:
             unknown.
+        step: completed optimizer steps, as a lifecycle counts them; None: there is none.
         item_processes: number of processes over which a trainer sums `num_items_in_batch`; None:
             all.
         mask: 2-D attention mask of the forward, or None.
@@ -78,6 +79,7 @@ class ForwardContext:
     def __init__(self) -> None:
         self.aux_weight = 1.0
         self.micro_batches: int | None = None
+        self.step: int | None = None
         self.item_processes: int | None = None
         self.mask: Tensor | None = None
         self.decoder_mask: Tensor | None = None

@@ -78,6 +78,8 @@ CHARTS = {  # of further keys of the log: title, and label of the vertical axis
     "active_parameters": ("Active parameters", "parameters of the active ranks"),
     "distill_features": ("Distance of the blocks' outputs", "mean square, to the teacher's"),
     "distill_logits": ("Distance of the logits", "difference from the teacher's"),
+    "nested_loss": ("Loss of a smaller width", "loss of the width of the step"),
+    "nested_distill": ("Distance of a smaller width", "distance to the full width"),
     "density_loss": ("Density loss", "share of active neurons, smoothed"),
     "stage_accuracy": ("Accuracy after each stage", "accuracy on all classes (from 0 to 1)"),
     "keys_used": ("Keys in use", "share of the keys that training has picked"),

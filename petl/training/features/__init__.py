@@ -54,6 +54,7 @@ FEATURES = {
     "train.score_before": "petl.training.features.before:ScoreBefore",
     "train.find_lr": "petl.training.lr_finder:LrFinder",
     "model.name": "petl.training.features.strengths:StrengthSection",
+    "loss.name=nested": "petl.methods.losses.nested.run:WidthScores",
     "retain": "petl.training.retain.run:Retaining",
 }
 
