@@ -35,7 +35,7 @@ SCRIPTS = ("bench", "chaos", "claims")  # of a checkout
 # groups that a run has only if they are added with a plus
 ADDED = ("drafter", "launch", "loss", "ranks", "search", "task")
 # files of groups whose settings are all listed
-FULL = ("files", "hub", "wandb", "density", "distill")
+FULL = ("files", "hub", "wandb", "density", "distill", "nested")
 COLUMN = 88  # characters of a page's column
 SETTING = re.compile(r"^(?P<indent> *)(?P<key>[\w.+/]+):(?P<value> [^#]*?)?(?: *# ?(?P<note>.*))?$")
 

@@ -168,7 +168,7 @@ def test_trainable_parameters_are_those_of_the_method():
 
 
 def test_it_is_registered_as_density_only():
-    assert petl.list_losses() == ["density", "distill"]
+    assert petl.list_losses() == ["density", "distill", "nested"]
     assert petl.get("density") is ActivationDensityConfig
     assert "deft" not in petl.list_methods()
     with pytest.raises(InputError):
