@@ -25,6 +25,7 @@ from petl.methods.icv.config import IcvConfig
 from petl.methods.increlora.config import IncreloraConfig
 from petl.methods.losses.density.config import ActivationDensityConfig
 from petl.methods.losses.distill import DistillConfig
+from petl.methods.losses.nested.config import NestedConfig
 from petl.methods.mola import MolaConfig
 from petl.methods.mos.config import MosConfig
 from petl.methods.pela.config import PelaConfig
@@ -1736,6 +1737,24 @@ def wrap(
 
 @overload
 def wrap(
+    model: nn.Module,
+    name: Literal["nested"],
+    *,
+    adapter_name: str = "default",
+    calibration: Calibration | None = None,
+    method: str = 'lora',
+    method_config: dict[str, Any] = ...,
+    widths: list[int] | None = None,
+    weight: float = 1.0,
+    distill: float = 1.0,
+    share: float = 0.3,
+    distance: str = 'kl',
+    scale: str = 'full',
+) -> PeftModel:
+    """Trains an adapter whose first k components work alone, for each k of a list."""
+
+@overload
+def wrap(
     model: nn.Module, name: PeftConfig | LossConfig, *, adapter_name: str = "default", calibration: Calibration | None = None
 ) -> PeftModel:
     """Any method or loss, by a config of it."""
@@ -3406,3 +3425,6 @@ def get(name: Literal["density"]) -> type[ActivationDensityConfig]: ...
 
 @overload
 def get(name: Literal["distill"]) -> type[DistillConfig]: ...
+
+@overload
+def get(name: Literal["nested"]) -> type[NestedConfig]: ...
